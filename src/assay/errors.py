@@ -1,0 +1,127 @@
+"""Every exception of assay.
+
+    AssayError
+    ├── UsageError               an argument, flag or setting is outside what it may be
+    ├── ModelError               a model cannot be found, read or run
+    │   ├── ModelNotFound            no such directory, bundled model or shape
+    │   ├── UnsafeCheckpoint         the checkpoint would execute code when read (pickle)
+    │   ├── BadWeights               tensors are missing, of another shape, or not finite
+    │   └── LayersNotFound           the decoder layers of a model could not be located
+    ├── ProofError               a proof cannot be used
+    │   ├── ProofFormatError         not a well-formed proof file; names the line
+    │   ├── ProofMismatch            made for another model, round or pipeline
+    │   └── CalibrationError         a calibration file is unreadable or for other fingerprints
+    ├── DataError                a data file (pairs, logs) is malformed
+    ├── ResourceError            the machine does not have what the work needs
+    │   ├── OutOfMemory              no room for this batch
+    │   └── StorageError             a file cannot be written (disk full, no permission)
+    └── BackendUnavailable       a compute backend is not installed or has no device
+
+Every message has three parts: what was seen, what was wanted, and what to do next.
+"""
+
+__all__ = [
+    "AssayError",
+    "BackendUnavailable",
+    "BadWeights",
+    "CalibrationError",
+    "DataError",
+    "LayersNotFound",
+    "ModelError",
+    "ModelNotFound",
+    "OutOfMemory",
+    "ProofError",
+    "ProofFormatError",
+    "ProofMismatch",
+    "ResourceError",
+    "StorageError",
+    "UnsafeCheckpoint",
+    "UsageError",
+]
+
+
+class AssayError(Exception):
+    """Base of all errors that assay raises on purpose.
+
+    Args:
+        seen: what was found, with the offending value.
+        wanted: what would have been right.
+        do: the next action for the person who reads it.
+    """
+
+    def __init__(self, seen: str, *, wanted: str, do: str) -> None:
+        super().__init__(seen, wanted, do)
+        self.seen = seen
+        self.wanted = wanted
+        self.do = do
+
+    def __str__(self) -> str:
+        return f"{self.seen}\n  wanted: {self.wanted}\n  to do:  {self.do}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default pickling of exceptions.
+        return _rebuild, (type(self), self.seen, self.wanted, self.do)
+
+
+def _rebuild(kind: type[AssayError], seen: str, wanted: str, do: str) -> AssayError:
+    return kind(seen, wanted=wanted, do=do)
+
+
+class UsageError(AssayError):
+    """An argument, flag or setting is outside what it may be."""
+
+
+class ModelError(AssayError):
+    """A model cannot be found, read or run."""
+
+
+class ModelNotFound(ModelError):
+    """No such directory, bundled model, shape preset or hub id."""
+
+
+class UnsafeCheckpoint(ModelError):
+    """The checkpoint is a pickle: reading it would execute code."""
+
+
+class BadWeights(ModelError):
+    """Tensors are missing, have another shape, or are not finite."""
+
+
+class LayersNotFound(ModelError):
+    """The decoder layers of a model could not be located."""
+
+
+class ProofError(AssayError):
+    """A proof cannot be used."""
+
+
+class ProofFormatError(ProofError):
+    """Not a well-formed proof file. ``seen`` names the line."""
+
+
+class ProofMismatch(ProofError):
+    """A proof made for another model, round or pipeline."""
+
+
+class CalibrationError(ProofError):
+    """A calibration file is unreadable or belongs to other fingerprints."""
+
+
+class DataError(AssayError):
+    """A data file is malformed. ``seen`` names the file and line."""
+
+
+class ResourceError(AssayError):
+    """The machine does not have what the work needs."""
+
+
+class OutOfMemory(ResourceError):
+    """No room for a batch of this shape."""
+
+
+class StorageError(ResourceError):
+    """A file cannot be written: disk full, no permission, a directory in the way."""
+
+
+class BackendUnavailable(AssayError):
+    """A compute backend is not installed or has no device."""
