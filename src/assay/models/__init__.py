@@ -1,0 +1,18 @@
+"""Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
+
+from assay.models._info import list_models, model_info
+from assay.models._load import load_model
+from assay.models._save import save_random
+from assay.models._structure import backbone, decoder_layers
+from assay.models._types import Model, ModelInfo
+
+__all__ = [
+    "Model",
+    "ModelInfo",
+    "backbone",
+    "decoder_layers",
+    "list_models",
+    "load_model",
+    "model_info",
+    "save_random",
+]

@@ -1,0 +1,156 @@
+"""What lies in a checkpoint directory: its weight files, their tensors, their digest. Only safetensors is read.
+
+The digest is SHA-256 over the sorted names of ``SHA-256(name, dtype, shape, bytes)`` of each tensor, so it depends
+neither on how the tensors are spread over files nor on how they are loaded.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from assay.errors import BadWeights, ModelNotFound, UnsafeCheckpoint
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHERS = {"BOOL", "I64"}
+_DO = "download or save the checkpoint again"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint, as its file's header describes it."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file of this name would execute code when it is read."""
+    return name.endswith(_PICKLES)
+
+
+def weight_files(directory: Path) -> tuple[Path, ...]:
+    """The safetensors files of a checkpoint, sorted.
+
+    Raises:
+        UnsafeCheckpoint: there are only pickles.
+        ModelNotFound: there are no weights at all.
+        BadWeights: the index is unreadable or names a file that is not there.
+    """
+    if (directory / _SINGLE).is_file():
+        return (directory / _SINGLE,)
+    if (directory / _INDEX).is_file():
+        return _indexed_files(directory)
+    pickles = sorted(path.name for path in directory.iterdir() if is_pickle(path.name))
+    if pickles:
+        raise UnsafeCheckpoint(
+            f"{directory} holds only a pickle ({pickles[0]}), which would execute code when it is read",
+            wanted=f"{_SINGLE}, or {_INDEX} with its files",
+            do="convert it on a machine you can afford to lose: model.save_pretrained writes safetensors",
+        )
+    raise ModelNotFound(
+        f"{directory} holds no weights",
+        wanted=f"{_SINGLE}, or {_INDEX} with its files",
+        do="check that the download or the save was complete",
+    )
+
+
+def _indexed_files(directory: Path) -> tuple[Path, ...]:
+    index = directory / _INDEX
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        files = tuple(directory / name for name in sorted(names))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadWeights(f"{index} is unreadable: {error}", wanted="JSON with a weight_map", do=_DO) from error
+    for file in files:
+        if file.parent != directory or not file.is_file():
+            raise BadWeights(f"{index} names {file.name}, which is not there", wanted="every file beside it", do=_DO)
+    return files
+
+
+def list_tensors(directory: Path) -> list[Stored]:
+    """Every tensor of a checkpoint, sorted by name; reads headers only.
+
+    Raises:
+        BadWeights: a file is corrupt or cut short, a name occurs twice, or a dtype is none of ours.
+    """
+    tensors = sorted((t for file in weight_files(directory) for t in _headers(file)), key=lambda t: t.name)
+    twice = [name for name, count in Counter(t.name for t in tensors).items() if count > 1]
+    if twice or not tensors:
+        seen = f"{directory} holds {twice[0]!r} twice" if twice else f"{directory} holds no tensor"
+        raise BadWeights(seen, wanted="every tensor of the model once", do=_DO)
+    return tensors
+
+
+def _headers(file: Path) -> Iterator[Stored]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 - no mapping
+                view = reader.get_slice(name)
+                yield _known(Stored(file, name, view.get_dtype(), tuple(view.get_shape())))
+    except (SafetensorError, OSError) as error:
+        raise BadWeights(
+            f"{file} is corrupt or cut short: {error}", wanted="a whole safetensors file", do=_DO
+        ) from error
+
+
+def _known(tensor: Stored) -> Stored:
+    if tensor.dtype in _FLOATS or tensor.dtype in _OTHERS:
+        return tensor
+    raise BadWeights(
+        f"{tensor.file} stores {tensor.name!r} as {tensor.dtype}",
+        wanted="float32, float16 or bfloat16; quantised checkpoints are not read",
+        do="use the checkpoint before quantisation",
+    )
+
+
+def stored_dtype(tensors: list[Stored]) -> torch.dtype:
+    """The floating dtype that most of the values are stored in."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype] += torch.Size(tensor.shape).numel() * (tensor.dtype in _FLOATS)
+    return _FLOATS.get(sizes.most_common(1)[0][0], torch.float32)
+
+
+def digest_tensors(tensors: list[Stored]) -> str:
+    """SHA-256 in hex over all tensors, checking on the way that every value is finite.
+
+    Raises:
+        BadWeights: a tensor holds NaN or infinity.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(_digest_tensor, tensors)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _digest_tensor(stored: Stored) -> bytes:
+    with safe_open(stored.file, framework="pt") as reader:
+        tensor = reader.get_tensor(stored.name)
+    check_finite(stored.name, tensor, str(stored.file))
+    digest = hashlib.sha256(f"{stored.name}\n{stored.dtype}\n{list(stored.shape)}\n".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
+    """Raise BadWeights if a tensor holds NaN or infinity.
+
+    One pass without a temporary: minimum and maximum are finite only if every value is, for NaN propagates.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    low, high = torch.aminmax(tensor)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise BadWeights(f"{where}: {name!r} holds NaN or infinity", wanted="finite weights", do=_DO)

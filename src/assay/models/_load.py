@@ -1,0 +1,207 @@
+"""load_model: from a reference to a model that is ready to run, with every fault found before it runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory, UsageError
+from assay.models._checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype
+from assay.models._quiet import quiet
+from assay.models._random import SHAPE_BLOCK, build, randomise, randomise_embeddings, recipe_digest
+from assay.models._resolve import Source, resolve
+from assay.models._types import WEIGHT_MODES, Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    reference: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    weights: str = "trained",
+    block_hash: str | None = None,
+) -> Model:
+    """Load a causal language model, checked and ready to run (evaluation mode, ``sdpa`` attention).
+
+    Args:
+        reference: a directory, a hub id, ``reference:NAME`` (bundled, trained) or ``shape:NAME`` (bundled shape, random
+            weights).
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; None is the dtype the weights are stored in, and bfloat16
+            for a shape.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` and so on; None is cuda where there is one, else cpu.
+        weights: ``"trained"``; ``"random-all"``, every parameter drawn from its stream for ``block_hash``; or
+            ``"random-embed"``, only the input embeddings (and a head tied to them). A shape has no trained weights:
+            ``"trained"`` gives it ``"random-all"`` for a fixed block, and its norms keep the weight one in every mode.
+        block_hash: the block of a random mode.
+
+    Raises:
+        UsageError: an argument is none of the above, or a block hash is missing or has no use.
+        ModelNotFound: there is no such model, or the hub does not give it.
+        UnsafeCheckpoint: the checkpoint is a pickle.
+        BadWeights: weights are corrupt, missing, surplus, of another shape, or not finite.
+        ModelError: the configuration or tokenizer cannot be used (unknown architecture, quantised).
+        BackendUnavailable: the device is not there.
+        OutOfMemory: the model does not fit on the device.
+    """
+    _check_mode(weights, block_hash, is_shape=str(reference).startswith("shape:"))
+    target = _parse_device(device)
+    wanted = _parse_dtype(dtype)
+    source = resolve(reference)
+    with _room_on(target):
+        module, digest, mode = _materialise(source, wanted, target, weights, block_hash)
+    tokenizer = None if source.directory is None else _load_tokenizer(source.directory)
+    return Model(module, tokenizer, source.reference, digest, mode)
+
+
+def _check_mode(weights: str, block_hash: str | None, *, is_shape: bool) -> None:
+    if weights not in WEIGHT_MODES:
+        raise UsageError(f"weights={weights!r}", wanted=" or ".join(WEIGHT_MODES), do="choose one of them")
+    if weights == "trained" and block_hash is not None:
+        raise UsageError(
+            "a block hash for trained weights", wanted="no block_hash", do="drop it, or ask for random-all"
+        )
+    if weights != "trained" and not block_hash and not is_shape:
+        raise UsageError(f"weights={weights!r} without a block", wanted="block_hash", do="give the block hash")
+
+
+def _parse_dtype(name: str | None) -> torch.dtype | None:
+    if name is None or name in _DTYPES:
+        return None if name is None else _DTYPES[name]
+    raise UsageError(f"dtype={name!r}", wanted=" or ".join(_DTYPES), do="choose one of them, or leave it out")
+
+
+def _parse_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index not in ("", "0")):
+        raise UsageError(f"device={name!r}", wanted="cpu, cuda or cuda:N", do="choose one of them, or leave it out")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise BackendUnavailable(
+            f"device={name!r}, and torch sees {torch.cuda.device_count()} CUDA devices",
+            wanted="a device that is there",
+            do="use --device cpu, or install a torch with CUDA on a machine that has one",
+        )
+    return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
+
+
+@contextmanager
+def _room_on(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the weights do not fit on {device}: {error}",
+            wanted="room for all parameters",
+            do="use a smaller model or dtype, or --device cpu",
+        ) from error
+
+
+def _materialise(
+    source: Source, dtype: torch.dtype | None, device: torch.device, weights: str, block_hash: str | None
+) -> "tuple[PreTrainedModel, str, str]":
+    """The module on its device, its digest, and the weight mode it really has."""
+    if source.directory is None:
+        mode = "random-all" if weights == "trained" else weights
+        block = block_hash or SHAPE_BLOCK
+        module = build(source.config, dtype or torch.bfloat16)
+        randomise(module, block if mode == "random-all" else SHAPE_BLOCK, device, unit_norms=True)
+        digest = recipe_digest(source, mode, block, str)
+    else:
+        mode, block = weights, block_hash or ""
+        module, digest = _from_directory(source, source.directory, dtype, device, mode, block)
+    if mode == "random-embed":
+        randomise_embeddings(module, block)
+    return _placed(module, device), digest, mode
+
+
+def _placed(module: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
+    plain = cast("nn.Module", module)  # the library's own `to` is wrapped in a way that hides its type
+    plain.to(device).eval()
+    return module
+
+
+def _from_directory(
+    source: Source, directory: Path, dtype: torch.dtype | None, device: torch.device, mode: str, block: str
+) -> "tuple[PreTrainedModel, str]":
+    tensors = list_tensors(directory)
+    chosen = dtype or stored_dtype(tensors)
+    if mode == "random-all":
+        module = build(source.config, chosen)
+        randomise(module, block, device, unit_norms=False)
+        return module, recipe_digest(source, mode, block, str)
+    stored = digest_tensors(tensors)
+    module = _placed(_load_trained(source, directory, chosen), device)
+    return module, stored if mode == "trained" else recipe_digest(source, mode, block, lambda: stored)
+
+
+def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    factory: Any = AutoModelForCausalLM
+    module: PreTrainedModel
+    try:
+        with quiet():
+            module, report = factory.from_pretrained(
+                directory,
+                config=source.config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise BadWeights(
+            f"the weights of {source.reference!r} do not load: {error}",
+            wanted="weights that belong to the configuration beside them",
+            do="download or save the checkpoint again",
+        ) from error
+    _check_complete(source.reference, report)
+    for name, parameter in module.named_parameters():  # float16 cannot hold every value of bfloat16
+        check_finite(name, parameter.data, f"{source.reference} as {dtype}")
+    return module
+
+
+def _check_complete(reference: str, report: dict[str, object]) -> None:
+    for fault, kind in (
+        ("missing_keys", "missing"),
+        ("unexpected_keys", "surplus"),
+        ("mismatched_keys", "of another shape"),
+    ):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in _as_list(report.get(fault)))
+        if names:
+            raise BadWeights(
+                f"{reference!r}: {len(names)} tensors are {kind}, the first is {names[0]!r}",
+                wanted="exactly the tensors of the configuration",
+                do="download or save the checkpoint again; a fused or quantised layout is not read",
+            )
+
+
+def _as_list(keys: object) -> list[object]:
+    return list(keys) if isinstance(keys, (list, set, tuple)) else []
+
+
+def _load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any((directory / name).is_file() for name in names):
+        return None
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the libraries raise many kinds, down to bare Exception from Rust
+        raise ModelError(
+            f"the tokenizer in {directory} cannot be read: {error}",
+            wanted="tokenizer files that need no code of their own",
+            do="save the tokenizer again, or remove its files to load the model without one",
+        ) from error

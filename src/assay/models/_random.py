@@ -1,0 +1,103 @@
+"""Random weights from our own streams: the same bits on every machine, made one parameter at a time.
+
+Every parameter ``p`` is ``0.02 · normal(seed32("{block}_{p}"), numel)`` in row-major order, multiplied in float32 and
+cast last. The name of a parameter is the one ``named_parameters()`` gives, so a tied head has no stream of its own: it
+is the embedding matrix.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from assay import streams
+from assay.models._quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from assay.models._resolve import Source
+
+STD = 0.02
+SHAPE_BLOCK = "assay"
+"""The block of a ``shape:`` model that was asked for without one."""
+
+# Facts of a file, not of a model: they must not change the digest of a recipe.
+_VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
+    """A model with its buffers computed and its parameters allocated but never written.
+
+    Untouched memory costs nothing, so the largest shapes are built on the CPU in milliseconds.
+    """
+    factory: Any = AutoModelForCausalLM
+    with quiet(), no_init_weights():
+        module: PreTrainedModel = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    module.tie_weights()
+    return module
+
+
+def randomise(module: nn.Module, block: str, device: torch.device, *, unit_norms: bool) -> None:
+    """Replace every parameter by its stream and put it on ``device``.
+
+    Args:
+        module: the model; its parameters keep their dtype.
+        block: the block hash, the first part of every seed text.
+        device: where the parameters end.
+        unit_norms: set the weights of norms to one instead of drawing them.
+    """
+    for name, parameter in module.named_parameters():
+        if unit_norms and _is_norm(name):
+            parameter.data = torch.ones_like(parameter, device=device)
+        else:
+            _draw(name, parameter, block, device)
+
+
+def randomise_embeddings(module: "PreTrainedModel", block: str) -> None:
+    """Replace the input embeddings only. A head that is tied to them changes with them, for it is the same matrix."""
+    weight = module.get_input_embeddings().weight
+    name, parameter = next(pair for pair in module.named_parameters() if pair[1] is weight)
+    _draw(name, parameter, block, parameter.device)
+
+
+def _is_norm(name: str) -> bool:
+    owner = name.split(".")[-2]
+    return name.endswith(".weight") and ("norm" in owner or owner.startswith("ln_"))
+
+
+def _draw(name: str, parameter: nn.Parameter, block: str, device: torch.device) -> None:
+    values = _normals(f"{block}_{name}", parameter.numel(), device)
+    parameter.data = values.mul_(STD).reshape(parameter.shape).to(device, parameter.dtype)
+
+
+def _normals(seed_text: str, n: int, device: torch.device) -> torch.Tensor:
+    """Standard normals [n], float32."""
+    backend = streams.get_backend("auto", device.type)
+    return streams.as_tensor(backend.normals(streams.seeds([seed_text]), n, "float32"))[0]
+
+
+def recipe_digest(source: "Source", weights: str, block: str, trained: Callable[[], str]) -> str:
+    """SHA-256 in hex of what random weights were made from: configuration, mode, block, and the digest of what is kept.
+
+    Args:
+        source: the model; its configuration enters without the keys that describe a file.
+        weights: the weight mode.
+        block: the block hash.
+        trained: gives the digest of the stored tensors; asked only where some of them remain.
+    """
+    kept = SHAPE_BLOCK if source.directory is None else trained() if weights == "random-embed" else None
+    recipe = {
+        "block": block,
+        "config": {key: value for key, value in source.published.items() if key not in _VOLATILE},
+        "kept": kept,
+        "std": STD,
+        "unit_norms": source.directory is None,
+        "weights": weights,
+    }
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
