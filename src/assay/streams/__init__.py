@@ -1,0 +1,13 @@
+"""Portable random streams: the same bits from every backend, on every machine.
+
+:mod:`assay.streams._definition` is the page to read: the whole format, in numpy. Its twins are compiled for the CPU,
+written in torch for CPU and CUDA, and fused for CUDA; :func:`get_backend` finds the one for a device. docs/streams.md
+explains the format and how two machines compare their streams in one line.
+"""
+
+from assay.streams._arrays import as_tensor, digest
+from assay.streams._backend import DTYPES, Backend
+from assay.streams._registry import BACKENDS, get_backend
+from assay.streams._seeds import seed32, seeds
+
+__all__ = ["BACKENDS", "DTYPES", "Backend", "as_tensor", "digest", "get_backend", "seed32", "seeds"]

@@ -1,0 +1,181 @@
+"""What every backend is: checked arguments in front, one generator per kind of stream behind.
+
+Shapes: ``B`` streams of a batch, ``n`` or ``N`` elements of each, ``S`` sub-seeds of a stream.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from assay.errors import OutOfMemory, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
+
+Seeds: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any]
+"""32-bit seeds: ``[B]``, or ``[B, S]`` with S sub-seeds for each stream. What :func:`assay.streams.seeds` returns fits."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+"""Formats of normals. The two short ones are the float32 values rounded once, to nearest even."""
+
+MAX_N = 2**32 - 1
+
+
+class Backend(ABC):
+    """A way to make the streams on one device. All backends return the same bits.
+
+    ``numpy`` and ``numba`` return numpy arrays (bfloat16 as :data:`ml_dtypes.bfloat16`); ``torch`` and ``triton`` return
+    tensors on their device, of the dtypes of the same names. All streams of a batch are made in one call.
+
+    Every method raises :class:`~assay.errors.UsageError` for seeds that are not integers in [0, 2**32) of the shape it
+    names, and for ``n`` outside [0, 2**32); and :class:`~assay.errors.OutOfMemory` when the result does not fit.
+    """
+
+    name: str
+    device: str
+
+    def hashes(self, seeds_B: Seeds, n: int) -> Array:
+        """The first n hashes of each stream, uint32 ``[B, n]``."""
+        return self._make("_hashes", _single(seeds_B), _count(n))
+
+    def uniforms(self, seeds_B: Seeds, n: int) -> Array:
+        """The first n uniforms of each stream, float32 ``[B, n]``, in [0, 1] with both ends possible."""
+        return self._make("_uniforms", _single(seeds_B), _count(n))
+
+    def signs(self, seeds_B: Seeds, n: int) -> Array:
+        """The first n signs of each stream, int8 ``[B, n]``: +1 where the uniform is above 0.5 (hash >= 0x80000081), else -1."""
+        return self._make("_signs", _single(seeds_B), _count(n))
+
+    def permutations(self, seeds_B: Seeds, n: int) -> Array:
+        """One permutation of 0..n-1 for each stream, int64 ``[B, n]``: the stable argsort of its hashes."""
+        return self._make("_permutations", _single(seeds_B), _count(n))
+
+    def picks(self, seeds_B: Seeds, n: int, k: int) -> Array:
+        """k different indices below n for each stream, int64 ``[B, k]``: the k smallest hashes, in ascending hash order.
+
+        Raises:
+            UsageError: also when k is negative or above n.
+        """
+        n = _count(n)
+        if not 0 <= _index(k, "k") <= n:
+            raise UsageError(f"k = {k} of n = {n}", wanted="k from 0 to n", do="pick at most as many as there are")
+        return self._make("_picks", _single(seeds_B), n, _index(k, "k"))
+
+    def normals(self, seeds_BS: Seeds, n: int, dtype: str = "float32") -> Array:
+        """n standard normals for each stream, ``[B, n]`` in the given dtype. **Not** prefix-stable: they depend on n.
+
+        With S sub-seeds each generates ``ceil(n / S)`` values by its own Box-Muller (the last ones what is left), one
+        after the other. Plain seeds ``[B]`` are the case S = 1.
+
+        Raises:
+            UsageError: also when the dtype is not one of :data:`assay.streams.DTYPES`.
+        """
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r}", wanted=f"one of {', '.join(DTYPES)}", do="name the dtype as a string")
+        return self._make("_normals", _checked(seeds_BS), _count(n), dtype)
+
+    def _make(self, kind: str, seeds_BS: npt.NDArray[np.uint32], *shape: Any) -> Array:
+        try:
+            made: Array = getattr(self, kind)(seeds_BS, *shape)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"{len(seeds_BS)} streams of {shape[0]} elements do not fit on {self.device}",
+                wanted=f"room for them on {self.device}",
+                do="make fewer streams in one call",
+            ) from error
+        return made
+
+    @abstractmethod
+    def _hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array: ...
+
+    @abstractmethod
+    def _uniforms(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array: ...
+
+    @abstractmethod
+    def _signs(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array: ...
+
+    @abstractmethod
+    def _permutations(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array: ...
+
+    @abstractmethod
+    def _picks(self, seeds_B: npt.NDArray[np.uint32], n: int, k: int) -> Array: ...
+
+    @abstractmethod
+    def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> Array: ...
+
+
+def tiles(rows: int, columns: int, size: int) -> list[tuple[int, int, int, int]]:
+    """Cut a ``rows x columns`` grid into pieces of about ``size`` cells: ``(row, row_stop, column, column_stop)``."""
+    width = max(1, min(columns, size))
+    height = max(1, size // width)
+    return [
+        (row, min(row + height, rows), column, min(column + width, columns))
+        for row in range(0, rows, height)
+        for column in range(0, columns, width)
+    ]
+
+
+def _single(seeds: Seeds) -> npt.NDArray[np.uint32]:
+    seeds_BS = _checked(seeds)
+    if seeds_BS.shape[1] != 1:
+        raise UsageError(
+            f"{seeds_BS.shape[1]} sub-seeds for each stream",
+            wanted="one seed for each stream: only normals take more",
+            do="make the seeds with strength=32",
+        )
+    return np.ascontiguousarray(seeds_BS[:, 0])
+
+
+def _checked(seeds: Seeds) -> npt.NDArray[np.uint32]:
+    """Any accepted form of seeds as a contiguous ``seeds_BS``."""
+    try:
+        array = np.asarray(seeds)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise _bad_seeds(seeds) from error
+    if array.size == 0 and array.ndim == 1:
+        array = array.astype(np.uint32)
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] == 0):
+        raise _bad_seeds(seeds)
+    if array.size and (int(array.min()) < 0 or int(array.max()) > 0xFFFFFFFF):
+        raise _bad_seeds(seeds)
+    return np.ascontiguousarray(array.reshape(len(array), -1) if array.ndim == 2 else array[:, None], dtype=np.uint32)
+
+
+def _bad_seeds(seeds: object) -> UsageError:
+    shown = repr(seeds)
+    return UsageError(
+        f"seeds {shown if len(shown) <= 80 else shown[:77] + '...'}",
+        wanted="integers from 0 to 4294967295, of shape [B] or [B, S]",
+        do="make them with assay.streams.seeds(texts)",
+    )
+
+
+def _count(n: int) -> int:
+    number = _index(n, "n")
+    if not 0 <= number <= MAX_N:
+        raise UsageError(f"n = {number}", wanted=f"n from 0 to {MAX_N}", do="use several seed texts for more elements")
+    return number
+
+
+def _index(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise UsageError(f"{name} = {value!r}", wanted="an integer", do=f"pass {name} as int") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch raises RuntimeError on the CPU and its own OutOfMemoryError on CUDA; both say so in words only.
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+    )

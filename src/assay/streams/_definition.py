@@ -1,0 +1,172 @@
+"""The streams, defined. Everything else in :mod:`assay.streams` is a faster way to the same bits.
+
+A stream is a function of a 32-bit seed and an element index, so any part of it can be made anywhere, in any order:
+
+- **hash**: one MurmurHash3 x86_32 round over the index, *without* the final ``h ^= length`` of the standard.
+- **uniform**: ``float32(hash) / 2**32``, rounded to nearest even; in [0, 1], and 1.0 does happen.
+- **sign**: +1 where the uniform is above one half, else -1.
+- **permutation**: the stable argsort of the hashes. Picking k of n takes the k smallest hashes in ascending hash order.
+- **normal**: Box-Muller over the two halves of an even number of uniforms: first all cosines, then all sines.
+
+Normals are portable because their arithmetic is: float32 add, subtract and multiply, bit casts, and one square root,
+each rounded once to nearest even (IEEE 754), in the order written here. No fused multiply-add, no library ``log``,
+``cos`` or ``sin`` (they differ between machines), and no value on the way is subnormal, so flush-to-zero modes
+change nothing. Polynomials are evaluated by Horner's rule with a rounding after each multiply and after each add.
+
+Shapes: ``B`` streams of a batch, ``N`` elements of each, ``P`` pairs of uniforms, ``S`` sub-seeds of a stream.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+UInts = npt.NDArray[np.uint32]
+Floats = npt.NDArray[np.float32]
+
+SIGN_THRESHOLD = np.uint32(0x80000081)
+"""Smallest hash whose uniform is above 0.5: 0x80000080 lies half way to the next float32 and rounds to even, which is 0.5."""
+
+MIN_U1 = np.float32(1e-10)
+"""Replaces a uniform of exactly 0 (hash 0) under the logarithm; every other uniform is at least 2**-32 = 2.3e-10."""
+
+SQRT_HALF_BITS = np.int32(0x3F3504F3)
+"""Bits of float32 sqrt(1/2): splitting u = 2**-k * (1 + f) here keeps 1 + f in [sqrt(1/2), sqrt(2)), around 1."""
+
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+"""ln 2 in two parts. The high one has 9 significant bits, so k * LN2_HIGH is exact for every k that occurs (0 to 33)."""
+
+ROUND_MAGIC = np.float32(12582912.0)
+"""1.5 * 2**23: adding it to a small float32 rounds that to an integer, which is then found in the low bits of the sum."""
+
+# Polynomials, highest power first: Chebyshev fits made with 60 digits, each coefficient then rounded to float32.
+# tests/streams/test_coefficients.py derives them again and checks the error of each.
+LN_POLY = tuple(
+    np.float32(c)
+    for c in (
+        0.06971611827611923,
+        -0.11479733884334564,
+        0.11685419827699661,
+        -0.12425687164068222,
+        0.14249058067798615,
+        -0.1666780263185501,
+        0.20000715553760529,
+        -0.2499999701976776,
+        0.3333333134651184,
+    )
+)
+"""(ln(1 + f) - f + f**2 / 2) / f**3 for 1 + f in [sqrt(1/2), sqrt(2)]."""
+
+SIN_POLY = tuple(np.float32(c) for c in (0.004602149128913879, -0.07968021929264069, 0.6459634900093079, 0.42920368909835815))
+"""2 - sin(d * pi/2) / d as a polynomial in x = d**2, for |d| <= 1/2."""
+
+COS_POLY = tuple(
+    np.float32(c) for c in (-0.0009067399078048766, 0.02086152881383896, -0.253669410943985, 1.2337005138397217)
+)
+"""(1 - cos(d * pi/2)) / x as a polynomial in x = d**2, for |d| <= 1/2."""
+
+
+def hashes(seeds_B: UInts, start: int, stop: int) -> UInts:
+    """Hashes of elements ``start`` to ``stop`` (exclusive) of each stream, uint32 ``[B, stop - start]``."""
+    k_N = np.arange(start, stop, dtype=np.int64).astype(np.uint32)
+    k_N = k_N * np.uint32(0xCC9E2D51)
+    k_N = _rotate_left(k_N, 15)
+    k_N = k_N * np.uint32(0x1B873593)
+    h_BN = seeds_B[:, None] ^ k_N
+    h_BN = _rotate_left(h_BN, 13)
+    h_BN = h_BN * np.uint32(5) + np.uint32(0xE6546B64)
+    h_BN ^= h_BN >> np.uint32(16)
+    h_BN *= np.uint32(0x85EBCA6B)
+    h_BN ^= h_BN >> np.uint32(13)
+    h_BN *= np.uint32(0xC2B2AE35)
+    h_BN ^= h_BN >> np.uint32(16)
+    return h_BN
+
+
+def uniforms(seeds_B: UInts, start: int, stop: int) -> Floats:
+    """Uniforms in [0, 1]. The conversion rounds to nearest even; scaling by a power of two is exact."""
+    return hashes(seeds_B, start, stop).astype(np.float32) * np.float32(2.0**-32)
+
+
+def signs(seeds_B: UInts, n: int) -> npt.NDArray[np.int8]:
+    """Signs: +1 where ``uniform > 0.5``, else -1, decided from the integer."""
+    return np.where(hashes(seeds_B, 0, n) >= SIGN_THRESHOLD, np.int8(1), np.int8(-1))
+
+
+def permutations(seeds_B: UInts, n: int) -> npt.NDArray[np.int64]:
+    """Permutations of 0..n-1: the stable argsort of n hashes (which never tie: the hash is a bijection of the index)."""
+    return np.argsort(hashes(seeds_B, 0, n), axis=1, kind="stable").astype(np.int64)
+
+
+def picks(seeds_B: UInts, n: int, k: int) -> npt.NDArray[np.int64]:
+    """k different indices below n: those of the k smallest hashes, in ascending hash order."""
+    return permutations(seeds_B, n)[:, :k]
+
+
+def normals(seeds_BS: UInts, n: int) -> Floats:
+    """Standard normals, float32 ``[B, n]``: each sub-seed generates ``ceil(n / S)`` of them, the last ones what is left."""
+    length = segment_length(n, seeds_BS.shape[1])
+    normals_BN = np.empty((len(seeds_BS), n), np.float32)
+    for sub_seed, start in enumerate(range(0, n, length)):
+        stop = min(start + length, n)
+        normals_BN[:, start:stop] = _plain_normals(seeds_BS[:, sub_seed], stop - start)
+    return normals_BN
+
+
+def segment_length(n: int, sub_seeds: int) -> int:
+    """How many of n normals each sub-seed generates, the last ones fewer or none (at least 1, so that it can be a step)."""
+    return max(1, -(-n // sub_seeds))
+
+
+def box_muller(u1: Floats, u2: Floats) -> tuple[Floats, Floats]:
+    """Two independent normals: ``sqrt(-2 ln u1)`` times the cosine and times the sine of ``u2`` turns."""
+    radius = np.sqrt(np.float32(2) * negative_log(np.maximum(u1, MIN_U1)))
+    cosine, sine = cos_sin_turn(u2)
+    return radius * cosine, radius * sine
+
+
+def negative_log(u: Floats) -> Floats:
+    """``-ln u`` for u in (0, 1]: with u = 2**-k (1 + f), ``k ln 2 - f + f**2/2 - f**3 LN_POLY(f)``; exactly +0 at u = 1."""
+    bits = u.view(np.int32)
+    exponent = (bits - SQRT_HALF_BITS) >> np.int32(23)
+    k = (-exponent).astype(np.float32)
+    f = (bits - (exponent << np.int32(23))).view(np.float32) - np.float32(1)
+    square = f * f
+    curve = np.float32(0.5) * square - f * square * _polynomial(LN_POLY, f)
+    return ((k * LN2_LOW + curve) - f) + k * LN2_HIGH
+
+
+def cos_sin_turn(u: Floats) -> tuple[Floats, Floats]:
+    """``cos 2 pi u`` and ``sin 2 pi u`` for u in [0, 1]. The reduction to an eighth of a turn either side is exact."""
+    quarters = np.float32(4) * u
+    shifted = quarters + ROUND_MAGIC
+    quadrant = shifted.view(np.int32) & np.int32(3)
+    d = quarters - (shifted - ROUND_MAGIC)
+    x = d * d
+    cosine = np.float32(1) - x * _polynomial(COS_POLY, x)
+    sine = np.float32(2) * d - d * _polynomial(SIN_POLY, x)
+    odd = (quadrant & 1) == 1
+    cos_negative = ((quadrant + 1) & 2) == 2
+    sin_negative = (quadrant & 2) == 2
+    turned_cosine, turned_sine = np.where(odd, sine, cosine), np.where(odd, cosine, sine)
+    return (
+        np.where(cos_negative, -turned_cosine, turned_cosine),
+        np.where(sin_negative, -turned_sine, turned_sine),
+    )
+
+
+def _plain_normals(seeds_B: UInts, n: int) -> Floats:
+    pairs = -(-n // 2)
+    uniforms_BN = uniforms(seeds_B, 0, 2 * pairs)
+    return np.concatenate(box_muller(uniforms_BN[:, :pairs], uniforms_BN[:, pairs:]), axis=1)[:, :n]
+
+
+def _polynomial(coefficients: tuple[np.float32, ...], x: Floats) -> Floats:
+    value = np.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + coefficient
+    return value
+
+
+def _rotate_left(x: UInts, bits: int) -> UInts:
+    return (x << np.uint32(bits)) | (x >> np.uint32(32 - bits))

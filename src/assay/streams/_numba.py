@@ -1,0 +1,255 @@
+"""The compiled CPU backend: the formulas of :mod:`assay.streams._definition`, one element at a time, vectorised by LLVM.
+
+Kernels run without the GIL and are spread over a few Python threads. That is instead of numba's own parallel loops
+because those abort the process when two threads meet in them (layer ``workqueue``) or after a fork (layer ``omp``), and
+take ten times longer to compile. ``fastmath`` stays off, so LLVM neither fuses nor reorders.
+
+Shapes: ``B`` streams of a batch, ``N`` elements of each, ``S`` sub-seeds of a stream.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from assay.errors import UsageError
+from assay.streams import _definition as definition
+from assay.streams._backend import Array, Backend, tiles
+from assay.streams._numpy import NUMPY_DTYPES
+
+_TILE = 1 << 17
+"""Cells of one task: large against the cost of handing it to a thread, small enough to share out evenly."""
+
+_FLOAT32, _FLOAT16, _BFLOAT16 = 0, 1, 2
+_FORMATS = {"float32": _FLOAT32, "float16": _FLOAT16, "bfloat16": _BFLOAT16}
+
+# The format is frozen, so are these: a kernel on disk keeps the values it was compiled with.
+_LN, _SIN, _COS = definition.LN_POLY, definition.SIN_POLY, definition.COS_POLY
+_LN2_HIGH, _LN2_LOW = definition.LN2_HIGH, definition.LN2_LOW
+_MIN_U1, _SQRT_HALF_BITS = definition.MIN_U1, definition.SQRT_HALF_BITS
+_ROUND_MAGIC, _SIGN_THRESHOLD = definition.ROUND_MAGIC, definition.SIGN_THRESHOLD
+_ZERO, _HALF, _ONE, _TWO, _FOUR = (np.float32(x) for x in (0, 0.5, 1, 2, 4))
+_SCALE = np.float32(2.0**-32)
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Compile on first use, keeping the result on disk where there is a place to keep it."""
+    try:
+        return numba.njit(cache=True, nogil=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
+        return numba.njit(nogil=True, **options)(function)
+
+
+def _inline(function: Callable[..., Any]) -> Any:
+    return _compiled(function)
+
+
+@_inline
+def _rotate_left(x: Any, bits: int) -> Any:
+    return np.uint32(np.uint32(x << np.uint32(bits)) | np.uint32(x >> np.uint32(32 - bits)))
+
+
+@_inline
+def _hash(seed: Any, index: int) -> Any:
+    k = np.uint32(np.uint32(index) * np.uint32(0xCC9E2D51))
+    k = _rotate_left(k, 15)
+    k = np.uint32(k * np.uint32(0x1B873593))
+    h = np.uint32(seed ^ k)
+    h = _rotate_left(h, 13)
+    h = np.uint32(np.uint32(h * np.uint32(5)) + np.uint32(0xE6546B64))
+    h = np.uint32(h ^ np.uint32(h >> np.uint32(16)))
+    h = np.uint32(h * np.uint32(0x85EBCA6B))
+    h = np.uint32(h ^ np.uint32(h >> np.uint32(13)))
+    h = np.uint32(h * np.uint32(0xC2B2AE35))
+    return np.uint32(h ^ np.uint32(h >> np.uint32(16)))
+
+
+@_inline
+def _uniform(seed: Any, index: int) -> Any:
+    return np.float32(_hash(seed, index)) * _SCALE
+
+
+@_inline
+def _negative_log(u: Any) -> Any:
+    bits = np.float32(u).view(np.int32)
+    exponent = np.int32(np.int32(bits - _SQRT_HALF_BITS) >> np.int32(23))
+    k = np.float32(np.int32(-exponent))
+    f = np.int32(bits - np.int32(exponent << np.int32(23))).view(np.float32) - _ONE
+    square = f * f
+    p = _LN[0] * f + _LN[1]
+    p = p * f + _LN[2]
+    p = p * f + _LN[3]
+    p = p * f + _LN[4]
+    p = p * f + _LN[5]
+    p = p * f + _LN[6]
+    p = p * f + _LN[7]
+    p = p * f + _LN[8]
+    curve = _HALF * square - f * square * p
+    return ((k * _LN2_LOW + curve) - f) + k * _LN2_HIGH
+
+
+@_inline
+def _normal_pair(seed: Any, index: int, pairs: int) -> Any:
+    """Box-Muller of element ``index`` and of its partner ``pairs`` further on."""
+    u1, u2 = _uniform(seed, index), _uniform(seed, index + pairs)
+    radius = np.float32(math.sqrt(_TWO * _negative_log(max(u1, _MIN_U1))))
+    quarters = _FOUR * u2
+    shifted = np.float32(quarters + _ROUND_MAGIC)
+    quadrant = np.int32(np.float32(shifted).view(np.int32) & np.int32(3))
+    d = quarters - (shifted - _ROUND_MAGIC)
+    x = d * d
+    cosine = _ONE - x * (((_COS[0] * x + _COS[1]) * x + _COS[2]) * x + _COS[3])
+    sine = _TWO * d - d * (((_SIN[0] * x + _SIN[1]) * x + _SIN[2]) * x + _SIN[3])
+    odd = (quadrant & np.int32(1)) == np.int32(1)
+    turned_cosine = sine if odd else cosine
+    turned_sine = cosine if odd else sine
+    cosine = -turned_cosine if ((quadrant + np.int32(1)) & np.int32(2)) == np.int32(2) else turned_cosine
+    sine = -turned_sine if (quadrant & np.int32(2)) == np.int32(2) else turned_sine
+    return radius * cosine, radius * sine
+
+
+@_inline
+def _encoded(z: Any, kind: int) -> Any:
+    """The bits of ``z`` in one of the formats, rounded to nearest even; ``|z| < 7``, so nothing overflows."""
+    bits = np.float32(z).view(np.uint32)
+    if kind == _FLOAT32:
+        return bits
+    if kind == _BFLOAT16:
+        odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+        return np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    # A float16 subnormal counts steps of 2**-24. Next to 0.5 a float32 has just that step, so the addition rounds to it.
+    count = np.uint32(np.float32(np.uint32(magnitude).view(np.float32) + _HALF).view(np.uint32) - np.uint32(0x3F000000))
+    odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13))
+    return np.uint32(sign | (count if magnitude < np.uint32(0x38800000) else rounded))
+
+
+@_compiled
+def _fill_normals(
+    seeds_BS: Any, out_BN: Any, length: int, kind: int, row: int, row_stop: int, pair: int, pair_stop: int
+) -> None:
+    """Pairs ``pair`` to ``pair_stop`` of every sub-seed's segment of rows ``row`` to ``row_stop``, as bits."""
+    n = out_BN.shape[1]
+    for b in range(row, row_stop):
+        for s in range(seeds_BS.shape[1]):
+            segment = out_BN[b, s * length : min((s + 1) * length, n)]
+            seed, pairs = seeds_BS[b, s], (len(segment) + 1) // 2
+            cosines, sines = segment[:pairs], segment[pairs:]
+            for i in range(pair, min(pair_stop, len(sines))):
+                z_cos, z_sin = _normal_pair(seed, i, pairs)
+                cosines[i] = _encoded(z_cos, kind)
+                sines[i] = _encoded(z_sin, kind)
+            if pair <= len(sines) < min(pair_stop, pairs):  # an odd length: the last cosine has no sine
+                cosines[len(sines)] = _encoded(_normal_pair(seed, len(sines), pairs)[0], kind)
+
+
+@_compiled
+def _fill_hashes(seeds_B: Any, out_BN: Any, row: int, row_stop: int, column: int, column_stop: int) -> None:
+    for b in range(row, row_stop):
+        for i in range(column, column_stop):
+            out_BN[b, i] = _hash(seeds_B[b], i)
+
+
+@_compiled
+def _fill_uniforms(seeds_B: Any, out_BN: Any, row: int, row_stop: int, column: int, column_stop: int) -> None:
+    for b in range(row, row_stop):
+        for i in range(column, column_stop):
+            out_BN[b, i] = _uniform(seeds_B[b], i)
+
+
+@_compiled
+def _fill_signs(seeds_B: Any, out_BN: Any, row: int, row_stop: int, column: int, column_stop: int) -> None:
+    for b in range(row, row_stop):
+        for i in range(column, column_stop):
+            out_BN[b, i] = np.int8(1) if _hash(seeds_B[b], i) >= _SIGN_THRESHOLD else np.int8(-1)
+
+
+class NumbaBackend(Backend):
+    """Compiled for this CPU on first use (a few seconds, once) and run on all its cores."""
+
+    name = "numba"
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def _hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.uint32]:
+        return self._filled(_fill_hashes, seeds_B, n, np.uint32)
+
+    def _uniforms(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
+        return self._filled(_fill_uniforms, seeds_B, n, np.float32)
+
+    def _signs(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
+        return self._filled(_fill_signs, seeds_B, n, np.int8)
+
+    def _permutations(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
+        keys_BN = self._keys(seeds_B, n)
+        keys_BN.sort(axis=1)
+        return _indices(keys_BN)
+
+    def _picks(self, seeds_B: npt.NDArray[np.uint32], n: int, k: int) -> Array:
+        keys_BN = self._keys(seeds_B, n)
+        if k < n:
+            keys_BN = np.partition(keys_BN, k, axis=1)[:, :k]
+        return _indices(np.sort(keys_BN, axis=1))
+
+    def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> Array:
+        out_BN = np.empty((len(seeds_BS), n), np.uint32 if dtype == "float32" else np.uint16)
+        length = definition.segment_length(n, seeds_BS.shape[1])
+
+        def fill(*tile: int) -> None:
+            _fill_normals(seeds_BS, out_BN, length, _FORMATS[dtype], *tile)
+
+        # A tile covers its pairs in the segments of all sub-seeds.
+        self._spread(fill, tiles(len(seeds_BS), -(-length // 2), max(1, _TILE // (2 * seeds_BS.shape[1]))))
+        return out_BN.view(NUMPY_DTYPES[dtype])
+
+    def _keys(self, seeds_B: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.uint64]:
+        """Hash above index in one integer: sorting these is the stable argsort of the hashes, and much faster."""
+        keys_BN = self._hashes(seeds_B, n).astype(np.uint64)
+        keys_BN <<= np.uint64(32)
+        keys_BN |= np.arange(n, dtype=np.uint64)
+        return keys_BN
+
+    def _filled(self, kernel: Any, seeds_B: npt.NDArray[np.uint32], n: int, dtype: Any) -> npt.NDArray[Any]:
+        out_BN = np.empty((len(seeds_B), n), dtype)
+
+        def fill(*tile: int) -> None:
+            kernel(seeds_B, out_BN, *tile)
+
+        self._spread(fill, tiles(len(seeds_B), n, _TILE))
+        return out_BN
+
+    def _spread(self, fill: Callable[..., None], work: list[tuple[int, int, int, int]]) -> None:
+        # The pool lives as long as the call: nothing is left behind that a fork could break.
+        if len(work) <= 1 or self._threads == 1:
+            for tile in work:
+                fill(*tile)
+            return
+        with ThreadPoolExecutor(min(self._threads, len(work))) as pool:
+            for done in [pool.submit(fill, *tile) for tile in work]:
+                done.result()
+
+
+def _indices(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def create(device: str) -> NumbaBackend:
+    """The compiled CPU backend.
+
+    Raises:
+        UsageError: the device is not the CPU.
+    """
+    if device != "cpu":
+        raise UsageError(f"backend numba on device {device!r}", wanted="device cpu", do="use backend torch or auto there")
+    return NumbaBackend()

@@ -1,0 +1,52 @@
+"""The numpy backend: the definition itself, behind the common interface. Slow and plain; the others are tested against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from assay.errors import UsageError
+from assay.streams import _definition
+from assay.streams._backend import Array, Backend
+
+NUMPY_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+"""How numpy spells each of :data:`assay.streams.DTYPES`."""
+
+
+class NumpyBackend(Backend):
+    """The definition in numpy."""
+
+    name = "numpy"
+    device = "cpu"
+
+    def _hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
+        return _definition.hashes(seeds_B, 0, n)
+
+    def _uniforms(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
+        return _definition.uniforms(seeds_B, 0, n)
+
+    def _signs(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
+        return _definition.signs(seeds_B, n)
+
+    def _permutations(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
+        return _definition.permutations(seeds_B, n)
+
+    def _picks(self, seeds_B: npt.NDArray[np.uint32], n: int, k: int) -> Array:
+        return _definition.picks(seeds_B, n, k)
+
+    def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> Array:
+        return _definition.normals(seeds_BS, n).astype(NUMPY_DTYPES[dtype], copy=False)
+
+
+def create(device: str) -> NumpyBackend:
+    """The numpy backend.
+
+    Raises:
+        UsageError: the device is not the CPU.
+    """
+    if device != "cpu":
+        raise UsageError(f"backend numpy on device {device!r}", wanted="device cpu", do="use backend torch or auto there")
+    return NumpyBackend()
