@@ -1,0 +1,53 @@
+"""Honest statistics: the chord law, count and sequential tests, AUROC, resampling.
+
+The formulas and what they assume are derived in docs/statistics.md.
+"""
+
+from assay.stats._binomial import CountTest, count_test, proportion_interval
+from assay.stats._chord import (
+    chord_cdf,
+    chord_mean,
+    chord_pdf,
+    chord_std,
+    noise_band,
+    r_target_for,
+    rate_standard_error,
+    valid_rate,
+)
+from assay.stats._fitting import NoiseFit, fit_log_noise, fit_scale_noise
+from assay.stats._noise import GROSS_PROBABILITY, JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, ScaleNoise
+from assay.stats._ranking import auroc, paired_accuracy
+from assay.stats._resampling import BootstrapInterval, group_bootstrap, permutation_p
+from assay.stats._sequential import CHEATING_SHARES, SequentialResult, SequentialTest, Verdict
+
+__all__ = [
+    "CHEATING_SHARES",
+    "GROSS_PROBABILITY",
+    "JUNK_SIGMA",
+    "RESOLUTION",
+    "BootstrapInterval",
+    "CountTest",
+    "LogNoise",
+    "NoiseFit",
+    "NoiseLaw",
+    "ScaleNoise",
+    "SequentialResult",
+    "SequentialTest",
+    "Verdict",
+    "auroc",
+    "chord_cdf",
+    "chord_mean",
+    "chord_pdf",
+    "chord_std",
+    "count_test",
+    "fit_log_noise",
+    "fit_scale_noise",
+    "group_bootstrap",
+    "noise_band",
+    "paired_accuracy",
+    "permutation_p",
+    "proportion_interval",
+    "r_target_for",
+    "rate_standard_error",
+    "valid_rate",
+]

@@ -1,0 +1,145 @@
+"""The chord law: how far a random direction is from a fixed one.
+
+Draw a direction uniformly on the unit sphere of R^d, at angle θ from a fixed unit vector. Then (1 + cos θ)/2 has the law
+Beta(a, a) with a = (d − 1)/2 (Fang, Kotz and Ng 1990, §3.1). The chord between the two is x = √(2 − 2 cos θ), so
+
+    (x / 2)² ~ Beta(a, a).
+
+Everything below is exact and follows from that line. For large d it is close to N(√2, 1/√(2d)).
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, special, stats
+
+from assay.errors import UsageError
+
+FloatArray = npt.NDArray[np.float64]
+
+_SERIES_FROM = 50.0  # above this a, the asymptotic series is more precise than differences of log-gamma
+
+
+def _half_dimension(d: int) -> float:
+    if d < 2:
+        raise UsageError(f"dimension {d}", wanted="a whole number of at least 2", do="pass the output dimension")
+    return (d - 1) / 2
+
+
+def _probability(value: float, name: str) -> float:
+    if not 0.0 < value < 1.0:
+        raise UsageError(f"{name} {value}", wanted="a number strictly between 0 and 1", do=f"choose another {name}")
+    return value
+
+
+def _log_mean_over_sqrt2(d: int) -> float:
+    """ln(E[x] / √2), from E[x] = 2·Γ(a + ½)Γ(2a) / (Γ(a)Γ(2a + ½)).
+
+    The series is that of ln Γ(a + ½) − ln Γ(a) = ½ ln a − 1/(8a) + 1/(192a³) − 1/(640a⁵) + … (DLMF 5.11.8), taken at a
+    and at 2a.
+    """
+    a = _half_dimension(d)
+    if a > _SERIES_FROM:
+        return -1 / (16 * a) + 7 / (1536 * a**3) - 31 / (20480 * a**5)
+    log_mean = special.gammaln(a + 0.5) - special.gammaln(a) + special.gammaln(2 * a) - special.gammaln(2 * a + 0.5)
+    return float(log_mean + math.log(2) / 2)
+
+
+def chord_mean(d: int) -> float:
+    """Mean distance of a random direction in R^d, closed form; tends to √2.
+
+    Raises:
+        UsageError: d is below 2.
+    """
+    return math.sqrt(2) * math.exp(_log_mean_over_sqrt2(d))
+
+
+def chord_std(d: int) -> float:
+    """Standard deviation of the distance in R^d, from E[x²] = 2 exactly; tends to 1/√(2d).
+
+    Raises:
+        UsageError: d is below 2.
+    """
+    return math.sqrt(-2 * math.expm1(2 * _log_mean_over_sqrt2(d)))
+
+
+def chord_cdf(x: npt.ArrayLike, d: int) -> FloatArray:
+    """P(distance ≤ x) in R^d, elementwise; 0 below x = 0 and 1 above x = 2."""
+    inside = np.clip(np.asarray(x, dtype=np.float64), 0.0, 2.0)
+    a = _half_dimension(d)
+    return np.asarray(special.betainc(a, a, (inside / 2) ** 2), dtype=np.float64)
+
+
+def chord_pdf(x: npt.ArrayLike, d: int) -> FloatArray:
+    """Density of the distance in R^d, elementwise, per unit of distance; 0 outside [0, 2]."""
+    x_N = np.asarray(x, dtype=np.float64)
+    a = _half_dimension(d)
+    return np.asarray(stats.beta.pdf((x_N / 2) ** 2, a, a) * np.maximum(x_N, 0.0) / 2, dtype=np.float64)
+
+
+def valid_rate(r_target: float, d: int) -> float:
+    """Share of nonces with distance below ``r_target`` when outputs are random directions of R^d.
+
+    Raises:
+        UsageError: ``r_target`` is outside (0, 2], or d is below 2.
+    """
+    if not 0.0 < r_target <= 2.0:
+        raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
+    return float(chord_cdf(r_target, d))
+
+
+def r_target_for(rate: float, d: int) -> float:
+    """The ``r_target`` at which a share ``rate`` of random directions is valid: exact inverse of `valid_rate`.
+
+    For large d it is close to √(2 − 2·z/√d), z the standard normal quantile of 1 − rate.
+
+    Raises:
+        UsageError: ``rate`` is outside (0, 1], or d is below 2.
+    """
+    if not 0.0 < rate <= 1.0:
+        raise UsageError(f"valid rate {rate}", wanted="a share in (0, 1]", do="give 0.1 for 10 %")
+    a = _half_dimension(d)
+    return 2 * math.sqrt(float(special.betaincinv(a, a, rate)))
+
+
+def rate_standard_error(rate: float, n: int) -> float:
+    """Standard error of a measured rate from n independent nonces, √(p(1 − p)/n).
+
+    Raises:
+        UsageError: ``rate`` is outside [0, 1] or n is below 1.
+    """
+    if not 0.0 <= rate <= 1.0 or n < 1:
+        raise UsageError(f"rate {rate} of {n} nonces", wanted="a rate in [0, 1] of at least 1 nonce", do="check both")
+    return math.sqrt(rate * (1 - rate) / n)
+
+
+def _range_cdf(width: float, groups: int) -> float:
+    """P(max − min ≤ width) of ``groups`` standard normals: m·∫φ(z)·[Φ(z + w) − Φ(z)]^(m−1) dz."""
+    z, step = np.linspace(-9.0, 9.0, 4001, retstep=True)
+    inside = special.ndtr(z + width) - special.ndtr(z)
+    # The integrand vanishes with all its derivatives at both ends, where the plain sum is exact to rounding.
+    return float(groups * np.sum(np.exp(-(z**2) / 2) * inside ** (groups - 1)) * step / math.sqrt(2 * math.pi))
+
+
+def noise_band(rate: float, n: int, groups: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Where the spread (largest − smallest) of block means falls when nothing but sampling differs.
+
+    Args:
+        rate: the common valid rate.
+        n: nonces behind each block mean.
+        groups: number of block means compared.
+        confidence: probability that the spread lies in the band, half of the rest on either side.
+
+    Returns:
+        (low, high) in units of the rate: quantiles of the range of ``groups`` normals, times the standard error.
+
+    Raises:
+        UsageError: fewer than 2 groups, or a rate, n or confidence out of range.
+    """
+    if groups < 2:
+        raise UsageError(f"{groups} group", wanted="at least 2 block means", do="measure more blocks")
+    tail = (1 - _probability(confidence, "confidence")) / 2
+    error = rate_standard_error(rate, n)
+    low, high = (float(optimize.brentq(lambda w, q=q: _range_cdf(w, groups) - q, 0.0, 18.0)) for q in (tail, 1 - tail))
+    return error * low, error * high

@@ -1,0 +1,156 @@
+"""Confidence and significance by resampling, with groups kept together.
+
+Samples of one group (the same task, the same block) resemble each other. Drawing single samples would treat them as
+independent and make every interval too short, so whole groups are drawn.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from assay.errors import UsageError
+
+_REDRAWS = 100
+_TIE = 1e-12  # a relabelling that gives the observed statistic up to rounding counts as one that reaches it
+
+
+@dataclass(frozen=True, slots=True)
+class BootstrapInterval:
+    """A statistic with its percentile interval.
+
+    Attributes:
+        value: the statistic on the data as measured.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        confidence: nominal coverage.
+        n_groups: number of distinct groups that were drawn from.
+        n_resamples: number of draws.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    n_groups: int
+    n_resamples: int
+
+
+def group_bootstrap(
+    statistic: Callable[..., float],
+    samples: Sequence[npt.ArrayLike],
+    groups: Sequence[Sequence[object]],
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> BootstrapInterval:
+    """Percentile bootstrap over groups.
+
+    Each resample draws as many groups as there are, with replacement, and hands every sample the rows of those groups; a
+    group drawn twice brings its rows twice. The draw is common to all samples, so what was paired stays paired.
+
+    Args:
+        statistic: called as ``statistic(*samples)``, with arrays of the same rank as given.
+        samples: arrays whose first axis runs over rows, for example (scores of hacks, scores of clean).
+        groups: for each sample the group label of every row.
+        n_resamples: number of draws.
+        seed: of numpy's default generator; the same seed gives the same interval.
+        confidence: nominal coverage.
+
+    Raises:
+        UsageError: labels and rows differ in number, fewer than 2 groups, or no draw fills every sample.
+    """
+    arrays = [np.asarray(sample) for sample in samples]
+    labels = _common_labels(arrays, groups)
+    if n_resamples < 1 or not 0.0 < confidence < 1.0:
+        raise UsageError(
+            f"{n_resamples} resamples, confidence {confidence}",
+            wanted="at least 1 resample and a confidence in (0, 1)",
+            do="use the defaults",
+        )
+    rows = [[[i for i, g in enumerate(side) if g == label] for label in labels] for side in groups]
+    generator = np.random.default_rng(seed)
+    draws = [statistic(*_resample(arrays, rows, generator)) for _ in range(n_resamples)]
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    value = float(statistic(*arrays))
+    return BootstrapInterval(value, float(low), float(high), confidence, len(labels), n_resamples)
+
+
+def _common_labels(arrays: Sequence[npt.NDArray[np.generic]], groups: Sequence[Sequence[object]]) -> list[object]:
+    if [len(array) for array in arrays] != [len(side) for side in groups]:
+        raise UsageError(
+            f"{[len(array) for array in arrays]} rows with {[len(side) for side in groups]} group labels",
+            wanted="one label per row in every sample",
+            do="pass groups in the order of the samples",
+        )
+    labels = list(dict.fromkeys(label for side in groups for label in side))
+    if len(labels) < 2:
+        raise UsageError(f"{len(labels)} group", wanted="at least 2 groups to draw from", do="add data of other groups")
+    return labels
+
+
+def _resample(
+    arrays: Sequence[npt.NDArray[np.generic]], rows: Sequence[Sequence[Sequence[int]]], generator: np.random.Generator
+) -> list[npt.NDArray[np.generic]]:
+    n_groups = len(rows[0])
+    for _ in range(_REDRAWS):
+        drawn = generator.integers(n_groups, size=n_groups)
+        taken = [[row for g in drawn for row in side[g]] for side in rows]
+        if all(taken):
+            return [array[index] for array, index in zip(arrays, taken, strict=True)]
+    raise UsageError(
+        f"{_REDRAWS} draws of {n_groups} groups that left a sample empty",
+        wanted="samples that share most groups",
+        do="check the group labels of every sample",
+    )
+
+
+def permutation_p(
+    statistic: Callable[..., float],
+    positive: npt.ArrayLike,
+    negative: npt.ArrayLike,
+    *,
+    paired: bool = False,
+    n_permutations: int = 2000,
+    seed: int = 0,
+) -> float:
+    """One-sided p-value of ``statistic(positive, negative)`` when the two labels mean nothing.
+
+    Labels are shuffled over all rows, or with ``paired`` swapped within each pair. The observed labelling counts as one
+    of the shuffles, so the p-value is never 0 and is valid for any number of permutations (Phipson and Smyth 2010).
+
+    Args:
+        statistic: larger means a clearer difference.
+        positive: rows of the positive class, first axis [P].
+        negative: rows of the negative class, first axis [N]; with ``paired`` in the same order, N = P.
+        paired: swap sides within pairs instead of shuffling rows.
+        n_permutations: number of shuffles.
+        seed: of numpy's default generator.
+
+    Raises:
+        UsageError: ``paired`` with sides of different length, an empty side, or no permutations.
+    """
+    positive_P, negative_N = np.asarray(positive), np.asarray(negative)
+    p, n = len(positive_P), len(negative_N)
+    if not p or not n or n_permutations < 1 or (paired and p != n):
+        raise UsageError(
+            f"{p} positive and {n} negative rows, {n_permutations} permutations",
+            wanted="two non-empty sides (of equal length when paired) and at least 1 permutation",
+            do="check how the rows were chosen",
+        )
+    generator = np.random.default_rng(seed)
+    both = np.concatenate([positive_P, negative_N])
+    observed = statistic(positive_P, negative_N)
+    reached = 1
+    for _ in range(n_permutations):
+        order = _swap_within_pairs(p, generator) if paired else generator.permutation(p + n)
+        reached += statistic(both[order[:p]], both[order[p:]]) >= observed - _TIE * (1 + abs(observed))
+    return reached / (n_permutations + 1)
+
+
+def _swap_within_pairs(p: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    swapped = generator.random(p) < 0.5
+    first = np.where(swapped, np.arange(p) + p, np.arange(p))
+    return np.concatenate([first, (first + p) % (2 * p)])

@@ -1,0 +1,177 @@
+"""The residual test: a mixture likelihood ratio whose false-accusation bound holds however long one looks.
+
+For independent residuals with honest density f₁, every alternative k = (π, m) says that a share π of the values comes from
+noise m times larger: g_k = (1 − π)·f₁ + π·f_m. The e-value is the average over alternatives of the likelihood ratios,
+
+    E_n = (1/K) Σ_k Π_i g_k(x_i) / f₁(x_i).
+
+Under honest noise it is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas,
+Grünwald, Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The opposite ratio Π f₁/f_effect bounds, in the same way, the
+chance that noise ``effect`` times larger or more is ever taken for honest.
+
+Suffixes: N values, K alternatives, M multiples, P shares.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from assay.errors import UsageError
+from assay.stats._noise import NoiseLaw
+
+FloatArray = npt.NDArray[np.float64]
+Verdict = Literal["honest", "fraud", "undecided"]
+
+CHEATING_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Shares π of dishonest values that the e-value averages over."""
+
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SequentialResult:
+    """All numbers behind a verdict.
+
+    Attributes:
+        verdict: ``fraud`` when ``log_e_max`` ≥ ln 1/alpha; else ``honest`` when ``log_evidence_honest`` ≥ ln 1/beta;
+            else ``undecided``.
+        n: residuals seen, non-finite ones included.
+        log_e_value: natural log of the e-value after the last residual; does not depend on their order.
+        log_e_max: its running maximum, which decides fraud; depends on the order.
+        log_evidence_honest: Σ ln f₁/f_effect; does not depend on the order.
+        gross: residuals above ``gross_threshold``.
+        gross_threshold: residual that honest noise exceeds once in ten thousand.
+        junk_share_excluded: a larger share of invented values is excluded at confidence 1 − beta by the gross count.
+        alpha: bound on the chance that an honest node is ever accused.
+        beta: bound on the chance that noise ``effect`` times the honest one, or more, is called honest.
+        effect: the smallest factor that counts as another computation.
+    """
+
+    verdict: Verdict
+    n: int
+    log_e_value: float
+    log_e_max: float
+    log_evidence_honest: float
+    gross: int
+    gross_threshold: float
+    junk_share_excluded: float
+    alpha: float
+    beta: float
+    effect: float
+
+
+class SequentialTest:
+    """The residual test for one noise law: feed it residuals as they come, read the verdict at any time.
+
+    The bound alpha belongs to one object, over everything it will ever see: keep one per node and calibration, or
+    divide alpha among several. An object holds no more than a few numbers per alternative and can be pickled.
+
+    Args:
+        law: honest noise and its larger versions.
+        alpha: lifetime bound on accusing an honest node.
+        beta: bound on calling noise of at least ``effect`` times the honest one honest.
+        effect: smallest factor of noise that counts as another computation.
+
+    Raises:
+        UsageError: a rate is out of range, or invented values are within ``effect`` of honest noise.
+    """
+
+    def __init__(self, law: NoiseLaw, *, alpha: float = 1e-3, beta: float = 1e-2, effect: float = 4.0) -> None:
+        _check_rates(law, alpha, beta, effect)
+        self.law = law
+        self.alpha, self.beta, self.effect = alpha, beta, effect
+        # One multiple per factor of two: between two of them the loss of evidence per value is small.
+        steps = math.ceil(math.log2(law.junk_multiple / effect)) + 1
+        self._multiples_M = np.geomspace(effect, law.junk_multiple, max(steps, 2))
+        self._log_ratio_K = np.zeros(self._multiples_M.size * len(CHEATING_SHARES))
+        self._log_e_max = 0.0
+        self._log_honest = 0.0
+        self._n = 0
+        self._gross = 0
+
+    def update(self, values: npt.ArrayLike) -> Self:
+        """Take more residuals (or L2 distances, as the law has it), [N], in the order in which they were checked.
+
+        A non-finite value counts as the largest residual there can be: gross, and the strongest evidence of fraud.
+        """
+        size_N = self.law.magnitudes(values)
+        for start in range(0, size_N.size, _CHUNK):
+            self._take(size_N[start : start + _CHUNK])
+        return self
+
+    def _take(self, size_N: FloatArray) -> None:
+        honest_N = self.law.log_density(size_N, 1.0)
+        ratio_NM = np.stack([self.law.log_density(size_N, float(m)) - honest_N for m in self._multiples_M], axis=1)
+        step_NK = _share_mixtures(ratio_NM)
+        # Starting the sum from the state makes the result independent of how the values were split into updates.
+        path_NK = np.cumsum(np.vstack([self._log_ratio_K, step_NK]), axis=0)[1:]
+        self._log_ratio_K = path_NK[-1]
+        self._log_e_max = max(self._log_e_max, float(_log_mean(path_NK).max()))
+        self._log_honest -= float(ratio_NM[:, 0].sum())
+        self._n += size_N.size
+        self._gross += int(np.count_nonzero(size_N > self.law.gross_threshold))
+
+    @property
+    def verdict(self) -> Verdict:
+        """``honest``, ``fraud`` or ``undecided``, by the rule of `SequentialResult.verdict`."""
+        if self._log_e_max >= -math.log(self.alpha):
+            return "fraud"
+        return "honest" if self._log_honest >= -math.log(self.beta) else "undecided"
+
+    @property
+    def result(self) -> SequentialResult:
+        """The verdict with every number it rests on."""
+        return SequentialResult(
+            verdict=self.verdict,
+            n=self._n,
+            log_e_value=float(_log_mean(self._log_ratio_K)),
+            log_e_max=self._log_e_max,
+            log_evidence_honest=self._log_honest,
+            gross=self._gross,
+            gross_threshold=self.law.gross_threshold,
+            junk_share_excluded=self._junk_share_excluded(),
+            alpha=self.alpha,
+            beta=self.beta,
+            effect=self.effect,
+        )
+
+    def _junk_share_excluded(self) -> float:
+        """Clopper-Pearson bound of the gross share, over the chance that an invented value is gross.
+
+        With no gross residual and certain detection this is 1 − beta^(1/n).
+        """
+        if self._gross >= self._n:
+            return 1.0
+        gross_share = float(special.betaincinv(self._gross + 1, self._n - self._gross, 1 - self.beta))
+        return min(1.0, gross_share / self.law.junk_detection) if self.law.junk_detection > 0 else 1.0
+
+
+def _check_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> None:
+    if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
+        raise UsageError(
+            f"alpha {alpha}, beta {beta}, effect {effect}",
+            wanted="alpha and beta in (0, 1), effect above 1",
+            do="use the defaults 1e-3, 1e-2 and 4",
+        )
+    if law.junk_multiple <= effect:
+        raise UsageError(
+            f"honest noise only {law.junk_multiple:.3g} times smaller than invented values",
+            wanted=f"more than effect = {effect:g} times",
+            do="calibrate on closer hardware, or lower effect",
+        )
+
+
+def _share_mixtures(ratio_NM: FloatArray) -> FloatArray:
+    """ln((1 − π) + π·f_m/f₁) for every share and multiple, [N, P·M]."""
+    honest_P = [math.log1p(-share) if share < 1 else -math.inf for share in CHEATING_SHARES]
+    parts = [np.logaddexp(h, math.log(s) + ratio_NM) for h, s in zip(honest_P, CHEATING_SHARES, strict=True)]
+    return np.concatenate(parts, axis=1)
+
+
+def _log_mean(log_K: FloatArray) -> FloatArray:
+    """Logarithm of the mean of exp over the last axis."""
+    return np.asarray(special.logsumexp(log_K, axis=-1) - math.log(log_K.shape[-1]), dtype=np.float64)
