@@ -9,5 +9,17 @@ from assay.streams._arrays import as_tensor, digest
 from assay.streams._backend import DTYPES, Backend
 from assay.streams._registry import BACKENDS, get_backend
 from assay.streams._seeds import seed32, seeds
+from assay.streams._selftest import SELFTEST_EXPECTED, selftest
 
-__all__ = ["BACKENDS", "DTYPES", "Backend", "as_tensor", "digest", "get_backend", "seed32", "seeds"]
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "SELFTEST_EXPECTED",
+    "Backend",
+    "as_tensor",
+    "digest",
+    "get_backend",
+    "seed32",
+    "seeds",
+    "selftest",
+]

@@ -177,5 +177,6 @@ def _index(value: int, name: str) -> int:
 def _is_out_of_memory(error: Exception) -> bool:
     # torch raises RuntimeError on the CPU and its own OutOfMemoryError on CUDA; both say so in words only.
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("out of memory", "can't allocate memory"))
     )

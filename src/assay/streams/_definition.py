@@ -57,7 +57,9 @@ LN_POLY = tuple(
 )
 """(ln(1 + f) - f + f**2 / 2) / f**3 for 1 + f in [sqrt(1/2), sqrt(2)]."""
 
-SIN_POLY = tuple(np.float32(c) for c in (0.004602149128913879, -0.07968021929264069, 0.6459634900093079, 0.42920368909835815))
+SIN_POLY = tuple(
+    np.float32(c) for c in (0.004602149128913879, -0.07968021929264069, 0.6459634900093079, 0.42920368909835815)
+)
 """2 - sin(d * pi/2) / d as a polynomial in x = d**2, for |d| <= 1/2."""
 
 COS_POLY = tuple(

@@ -48,7 +48,7 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def _inline(function: Callable[..., Any]) -> Any:
-    return _compiled(function)
+    return _compiled(function, forceinline=True)
 
 
 @_inline
@@ -99,7 +99,7 @@ def _negative_log(u: Any) -> Any:
 def _normal_pair(seed: Any, index: int, pairs: int) -> Any:
     """Box-Muller of element ``index`` and of its partner ``pairs`` further on."""
     u1, u2 = _uniform(seed, index), _uniform(seed, index + pairs)
-    radius = np.float32(math.sqrt(_TWO * _negative_log(max(u1, _MIN_U1))))
+    radius = np.float32(math.sqrt(_TWO * _negative_log(u1 if u1 > _MIN_U1 else _MIN_U1)))
     quarters = _FOUR * u2
     shifted = np.float32(quarters + _ROUND_MAGIC)
     quadrant = np.int32(np.float32(shifted).view(np.int32) & np.int32(3))
@@ -133,44 +133,55 @@ def _encoded(z: Any, kind: int) -> Any:
     return np.uint32(sign | (count if magnitude < np.uint32(0x38800000) else rounded))
 
 
+# Loops over slices from zero: LLVM then sees that no index is negative and vectorises them.
+
+
+@_inline
+def _fill_pairs(seed: Any, first: int, pairs: int, kind: int, cosines: Any, sines: Any) -> None:
+    for i in range(len(sines)):
+        z_cos, z_sin = _normal_pair(seed, first + i, pairs)
+        cosines[i] = _encoded(z_cos, kind)
+        sines[i] = _encoded(z_sin, kind)
+    if len(sines) < len(cosines):  # an odd length: the last cosine has no sine
+        last = len(sines)
+        cosines[last] = _encoded(_normal_pair(seed, first + last, pairs)[0], kind)
+
+
 @_compiled
 def _fill_normals(
     seeds_BS: Any, out_BN: Any, length: int, kind: int, row: int, row_stop: int, pair: int, pair_stop: int
 ) -> None:
     """Pairs ``pair`` to ``pair_stop`` of every sub-seed's segment of rows ``row`` to ``row_stop``, as bits."""
-    n = out_BN.shape[1]
     for b in range(row, row_stop):
         for s in range(seeds_BS.shape[1]):
-            segment = out_BN[b, s * length : min((s + 1) * length, n)]
-            seed, pairs = seeds_BS[b, s], (len(segment) + 1) // 2
+            segment = out_BN[b][s * length : (s + 1) * length]
+            pairs = (len(segment) + 1) // 2
             cosines, sines = segment[:pairs], segment[pairs:]
-            for i in range(pair, min(pair_stop, len(sines))):
-                z_cos, z_sin = _normal_pair(seed, i, pairs)
-                cosines[i] = _encoded(z_cos, kind)
-                sines[i] = _encoded(z_sin, kind)
-            if pair <= len(sines) < min(pair_stop, pairs):  # an odd length: the last cosine has no sine
-                cosines[len(sines)] = _encoded(_normal_pair(seed, len(sines), pairs)[0], kind)
+            _fill_pairs(seeds_BS[b, s], pair, pairs, kind, cosines[pair:pair_stop], sines[pair:pair_stop])
 
 
 @_compiled
 def _fill_hashes(seeds_B: Any, out_BN: Any, row: int, row_stop: int, column: int, column_stop: int) -> None:
     for b in range(row, row_stop):
-        for i in range(column, column_stop):
-            out_BN[b, i] = _hash(seeds_B[b], i)
+        seed, out = seeds_B[b], out_BN[b][column:column_stop]
+        for i in range(len(out)):
+            out[i] = _hash(seed, column + i)
 
 
 @_compiled
 def _fill_uniforms(seeds_B: Any, out_BN: Any, row: int, row_stop: int, column: int, column_stop: int) -> None:
     for b in range(row, row_stop):
-        for i in range(column, column_stop):
-            out_BN[b, i] = _uniform(seeds_B[b], i)
+        seed, out = seeds_B[b], out_BN[b][column:column_stop]
+        for i in range(len(out)):
+            out[i] = _uniform(seed, column + i)
 
 
 @_compiled
 def _fill_signs(seeds_B: Any, out_BN: Any, row: int, row_stop: int, column: int, column_stop: int) -> None:
     for b in range(row, row_stop):
-        for i in range(column, column_stop):
-            out_BN[b, i] = np.int8(1) if _hash(seeds_B[b], i) >= _SIGN_THRESHOLD else np.int8(-1)
+        seed, out = seeds_B[b], out_BN[b][column:column_stop]
+        for i in range(len(out)):
+            out[i] = np.int8(1) if _hash(seed, column + i) >= _SIGN_THRESHOLD else np.int8(-1)
 
 
 class NumbaBackend(Backend):
@@ -251,5 +262,7 @@ def create(device: str) -> NumbaBackend:
         UsageError: the device is not the CPU.
     """
     if device != "cpu":
-        raise UsageError(f"backend numba on device {device!r}", wanted="device cpu", do="use backend torch or auto there")
+        raise UsageError(
+            f"backend numba on device {device!r}", wanted="device cpu", do="use backend torch or auto there"
+        )
     return NumbaBackend()

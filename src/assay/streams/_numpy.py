@@ -48,5 +48,7 @@ def create(device: str) -> NumpyBackend:
         UsageError: the device is not the CPU.
     """
     if device != "cpu":
-        raise UsageError(f"backend numpy on device {device!r}", wanted="device cpu", do="use backend torch or auto there")
+        raise UsageError(
+            f"backend numpy on device {device!r}", wanted="device cpu", do="use backend torch or auto there"
+        )
     return NumpyBackend()

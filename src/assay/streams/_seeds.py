@@ -49,4 +49,6 @@ def _sha256(text: str) -> bytes:
     try:
         return hashlib.sha256(text.encode()).digest()
     except UnicodeEncodeError as error:
-        raise UsageError(f"seed text {text!r}", wanted="text that UTF-8 can encode", do="remove lone surrogates") from error
+        raise UsageError(
+            f"seed text {text!r}", wanted="text that UTF-8 can encode", do="remove lone surrogates"
+        ) from error

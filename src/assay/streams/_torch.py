@@ -1,0 +1,206 @@
+"""The torch backend, on the CPU and on CUDA: the formulas of :mod:`assay.streams._definition` over whole tensors.
+
+Three habits keep the bits the same everywhere. Every multiply and every add is an eager operation of its own, so nothing
+is fused (``addcmul``, ``add(alpha=)`` and ``torch.compile`` do fuse, and are not used). Unsigned 32-bit arithmetic is
+done in int32, which wraps and has the same low bits; only the right shift needs a mask. And the square root is taken
+in float64, because ``torch.sqrt`` of float32 is one ulp off on some CPUs.
+
+Shapes: ``B`` streams of a batch, ``N`` elements of each, ``S`` sub-seeds of a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from assay.errors import BackendUnavailable
+from assay.streams import _definition as definition
+from assay.streams._backend import Backend, tiles
+
+_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_TILE = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Elements worked on at a time: temporaries stay in the CPU's cache, or well below a GPU's memory."""
+
+
+class TorchBackend(Backend):
+    """Eager torch operations on one device."""
+
+    name = "torch"
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._tile = _TILE[torch.device(device).type]
+
+    def _hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
+        return self._signed_hashes(seeds_B, n).view(torch.uint32)
+
+    def _uniforms(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
+        out_BN = torch.empty((len(seeds_B), n), dtype=torch.float32, device=self.device)
+        for part, h in self._hash_tiles(seeds_B, n):
+            out_BN[part] = _uniform(h)
+        return out_BN
+
+    def _signs(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
+        out_BN = torch.empty((len(seeds_B), n), dtype=torch.int8, device=self.device)
+        for part, h in self._hash_tiles(seeds_B, n):
+            above = _unsigned(h) >= int(definition.SIGN_THRESHOLD)
+            out_BN[part] = above.to(torch.int8) * 2 - 1
+        return out_BN
+
+    def _permutations(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
+        return torch.argsort(_ordered(self._signed_hashes(seeds_B, n)), dim=1, stable=True)
+
+    def _picks(self, seeds_B: npt.NDArray[np.uint32], n: int, k: int) -> torch.Tensor:
+        # The hashes of a stream never tie, so "the k smallest in ascending order" is one answer only.
+        return torch.topk(_ordered(self._signed_hashes(seeds_B, n)), k, dim=1, largest=False, sorted=True).indices
+
+    def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> torch.Tensor:
+        out_BN = torch.empty((len(seeds_BS), n), dtype=_TORCH_DTYPES[dtype], device=self.device)
+        length = definition.segment_length(n, seeds_BS.shape[1])
+        for sub_seed, start in enumerate(range(0, n, length)):
+            self._fill_normals(_signed(seeds_BS[:, sub_seed], self.device), out_BN[:, start : start + length])
+        return out_BN
+
+    def _fill_normals(self, seeds_B: torch.Tensor, out_BN: torch.Tensor) -> None:
+        """One Box-Muller over the whole width of ``out_BN``, a tile of pairs at a time."""
+        rows, n = out_BN.shape
+        pairs = -(-n // 2)
+        for row, row_stop, pair, pair_stop in tiles(rows, pairs, self._tile):
+            seeds = seeds_B[row:row_stop]
+            u1, u2 = (_uniform(_hash(seeds, at + pair, at + pair_stop)) for at in (0, pairs))
+            cosines, sines = _box_muller(u1, u2)
+            out_BN[row:row_stop, pair:pair_stop] = cosines
+            sines_stop = min(pairs + pair_stop, n)  # an odd n: the last cosine has no sine
+            out_BN[row:row_stop, pairs + pair : sines_stop] = sines[:, : sines_stop - pairs - pair]
+
+    def _signed_hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
+        out_BN = torch.empty((len(seeds_B), n), dtype=torch.int32, device=self.device)
+        for part, h in self._hash_tiles(seeds_B, n):
+            out_BN[part] = h
+        return out_BN
+
+    def _hash_tiles(
+        self, seeds_B: npt.NDArray[np.uint32], n: int
+    ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
+        signed_B = _signed(seeds_B, self.device)
+        for row, row_stop, column, column_stop in tiles(len(seeds_B), n, self._tile):
+            yield (slice(row, row_stop), slice(column, column_stop)), _hash(signed_B[row:row_stop], column, column_stop)
+
+
+def _signed(seeds: npt.NDArray[np.uint32], device: str) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(seeds).view(np.int32)).to(device)
+
+
+def _int32(value: int) -> int:
+    """The int32 with the bits of a uint32."""
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x << bits).bitwise_or_(_shift_right(x, 32 - bits))
+
+
+def _hash(seeds_B: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Hashes of elements ``start`` to ``stop`` of each stream, as the int32 with the same bits."""
+    k_N = torch.arange(start, stop, device=seeds_B.device).to(torch.int32)
+    k_N = k_N * _int32(0xCC9E2D51)
+    k_N = _rotate_left(k_N, 15)
+    k_N = k_N * 0x1B873593
+    h_BN = seeds_B[:, None] ^ k_N
+    h_BN = _rotate_left(h_BN, 13)
+    h_BN = h_BN.mul_(5).add_(_int32(0xE6546B64))
+    h_BN ^= _shift_right(h_BN, 16)
+    h_BN *= _int32(0x85EBCA6B)
+    h_BN ^= _shift_right(h_BN, 13)
+    h_BN *= _int32(0xC2B2AE35)
+    h_BN ^= _shift_right(h_BN, 16)
+    return h_BN
+
+
+def _unsigned(h: torch.Tensor) -> torch.Tensor:
+    """The value of an unsigned hash, as int64."""
+    return h.to(torch.int64).bitwise_and_(0xFFFFFFFF)
+
+
+def _ordered(h: torch.Tensor) -> torch.Tensor:
+    """int32 values in the order of the unsigned hashes: flipping the top bit moves 0..2**32-1 onto the signed range."""
+    return h ^ _int32(0x80000000)
+
+
+def _uniform(h: torch.Tensor) -> torch.Tensor:
+    return _unsigned(h).to(torch.float32).mul_(2.0**-32)
+
+
+def _box_muller(u1: torch.Tensor, u2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    radius = _square_root(_negative_log(u1.clamp_(min=float(definition.MIN_U1))).mul_(2))
+    cosine, sine = _cos_sin_turn(u2)
+    return cosine.mul_(radius), sine.mul_(radius)
+
+
+def _square_root(x: torch.Tensor) -> torch.Tensor:
+    """The correctly rounded float32 square root, even where the float64 one is an ulp off.
+
+    Let m be a midpoint between two float32 values: an odd integer M of 25 bits, times 2**k. Then m**2 needs 49 bits or
+    more, so x (24 bits) differs from it, by at least 2**(2k); and sqrt(x) differs from m by at least
+    2**(2k) / (sqrt(x) + m) > 2**(k - 26). A float64 near m has steps of 2**(k - 28): sqrt(x) is four steps or more away
+    from every point where rounding to float32 could turn. A square root that is a float32 value is likewise safe.
+    """
+    return x.to(torch.float64).sqrt_().to(torch.float32)
+
+
+def _negative_log(u: torch.Tensor) -> torch.Tensor:
+    bits = u.view(torch.int32)
+    exponent = (bits - int(definition.SQRT_HALF_BITS)) >> 23
+    k = (-exponent).to(torch.float32)
+    f = (bits - (exponent << 23)).view(torch.float32) - 1
+    square = f * f
+    curve = (0.5 * square).sub_((f * square).mul_(_polynomial(definition.LN_POLY, f)))
+    return (k * float(definition.LN2_LOW)).add_(curve).sub_(f).add_(k * float(definition.LN2_HIGH))
+
+
+def _cos_sin_turn(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    magic = float(definition.ROUND_MAGIC)
+    quarters = 4 * u
+    shifted = quarters + magic
+    quadrant = shifted.view(torch.int32) & 3
+    d = quarters - (shifted - magic)
+    x = d * d
+    cosine = 1 - x * _polynomial(definition.COS_POLY, x)
+    sine = (2 * d).sub_(d * _polynomial(definition.SIN_POLY, x))
+    odd = (quadrant & 1) == 1
+    return (
+        torch.where(odd, sine, cosine).mul_(1 - ((quadrant + 1) & 2)),
+        torch.where(odd, cosine, sine).mul_(1 - (quadrant & 2)),
+    )
+
+
+def _polynomial(coefficients: tuple[np.float32, ...], x: torch.Tensor) -> torch.Tensor:
+    value = torch.full_like(x, float(coefficients[0]))
+    for coefficient in coefficients[1:]:
+        value.mul_(x).add_(float(coefficient))
+    return value
+
+
+def create(device: str) -> TorchBackend:
+    """The torch backend.
+
+    Raises:
+        BackendUnavailable: the device is a CUDA one that is not there.
+    """
+    if device != "cpu":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (torch.device(device).index or 0) >= count:
+            raise BackendUnavailable(
+                f"device {device}, with {count} CUDA devices on this machine",
+                wanted="a CUDA device of that number that torch can use",
+                do="use device cpu, or run assay doctor to see what torch finds",
+            )
+    return TorchBackend(device)
