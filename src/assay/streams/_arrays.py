@@ -30,7 +30,7 @@ def digest(array: Array) -> str:
     """SHA-256 (hex) of the elements as little-endian bytes in row-major order: the same for every backend."""
     flat: npt.NDArray[Any] = array if isinstance(array, np.ndarray) else _to_numpy(array)
     little = np.ascontiguousarray(flat, dtype=flat.dtype.newbyteorder("<"))
-    return hashlib.sha256(little.reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(little.reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:

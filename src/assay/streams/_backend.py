@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
 Seeds: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any]
-"""32-bit seeds: ``[B]``, or ``[B, S]`` with S sub-seeds for each stream. What :func:`assay.streams.seeds` returns fits."""
+"""32-bit seeds: ``[B]``, or ``[B, S]`` with S sub-seeds for each stream, as :func:`assay.streams.seeds` makes them."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 """Formats of normals. The two short ones are the float32 values rounded once, to nearest even."""
@@ -32,8 +32,8 @@ MAX_N = 2**32 - 1
 class Backend(ABC):
     """A way to make the streams on one device. All backends return the same bits.
 
-    ``numpy`` and ``numba`` return numpy arrays (bfloat16 as :data:`ml_dtypes.bfloat16`); ``torch`` and ``triton`` return
-    tensors on their device, of the dtypes of the same names. All streams of a batch are made in one call.
+    ``numpy`` and ``numba`` return numpy arrays (bfloat16 as :data:`ml_dtypes.bfloat16`); ``torch`` and ``triton``
+    return tensors on their device, of the dtypes of the same names. All streams of a batch are made in one call.
 
     Every method raises :class:`~assay.errors.UsageError` for seeds that are not integers in [0, 2**32) of the shape it
     names, and for ``n`` outside [0, 2**32); and :class:`~assay.errors.OutOfMemory` when the result does not fit.
@@ -51,7 +51,7 @@ class Backend(ABC):
         return self._make("_uniforms", _single(seeds_B), _count(n))
 
     def signs(self, seeds_B: Seeds, n: int) -> Array:
-        """The first n signs of each stream, int8 ``[B, n]``: +1 where the uniform is above 0.5 (hash >= 0x80000081), else -1."""
+        """The first n signs of each stream, int8 ``[B, n]``: +1 where uniform > 0.5 (hash >= 0x80000081), else -1."""
         return self._make("_signs", _single(seeds_B), _count(n))
 
     def permutations(self, seeds_B: Seeds, n: int) -> Array:
@@ -59,7 +59,7 @@ class Backend(ABC):
         return self._make("_permutations", _single(seeds_B), _count(n))
 
     def picks(self, seeds_B: Seeds, n: int, k: int) -> Array:
-        """k different indices below n for each stream, int64 ``[B, k]``: the k smallest hashes, in ascending hash order.
+        """Choose k indices below n for each stream, int64 ``[B, k]``: those of the k smallest hashes, smallest first.
 
         Raises:
             UsageError: also when k is negative or above n.
@@ -70,7 +70,7 @@ class Backend(ABC):
         return self._make("_picks", _single(seeds_B), n, _index(k, "k"))
 
     def normals(self, seeds_BS: Seeds, n: int, dtype: str = "float32") -> Array:
-        """n standard normals for each stream, ``[B, n]`` in the given dtype. **Not** prefix-stable: they depend on n.
+        """Generate n standard normals for each stream, ``[B, n]``. **Not** prefix-stable: every value depends on n.
 
         With S sub-seeds each generates ``ceil(n / S)`` values by its own Box-Muller (the last ones what is left), one
         after the other. Plain seeds ``[B]`` are the case S = 1.

@@ -25,7 +25,7 @@ UInts = npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
 
 SIGN_THRESHOLD = np.uint32(0x80000081)
-"""Smallest hash whose uniform is above 0.5: 0x80000080 lies half way to the next float32 and rounds to even, which is 0.5."""
+"""Smallest hash whose uniform is above 0.5: 0x80000080 lies half way to the next float32 and rounds to even, to 0.5."""
 
 MIN_U1 = np.float32(1e-10)
 """Replaces a uniform of exactly 0 (hash 0) under the logarithm; every other uniform is at least 2**-32 = 2.3e-10."""
@@ -34,10 +34,10 @@ SQRT_HALF_BITS = np.int32(0x3F3504F3)
 """Bits of float32 sqrt(1/2): splitting u = 2**-k * (1 + f) here keeps 1 + f in [sqrt(1/2), sqrt(2)), around 1."""
 
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-"""ln 2 in two parts. The high one has 9 significant bits, so k * LN2_HIGH is exact for every k that occurs (0 to 33)."""
+"""ln 2 in two parts. The high one has 9 significant bits, so k * LN2_HIGH is exact for every k that occurs, 0 to 33."""
 
 ROUND_MAGIC = np.float32(12582912.0)
-"""1.5 * 2**23: adding it to a small float32 rounds that to an integer, which is then found in the low bits of the sum."""
+"""1.5 * 2**23: adding it to a small float32 rounds that to an integer, which is then in the low bits of the sum."""
 
 # Polynomials, highest power first: Chebyshev fits made with 60 digits, each coefficient then rounded to float32.
 # tests/streams/test_coefficients.py derives them again and checks the error of each.
@@ -96,17 +96,17 @@ def signs(seeds_B: UInts, n: int) -> npt.NDArray[np.int8]:
 
 
 def permutations(seeds_B: UInts, n: int) -> npt.NDArray[np.int64]:
-    """Permutations of 0..n-1: the stable argsort of n hashes (which never tie: the hash is a bijection of the index)."""
+    """Permutations of 0..n-1: the stable argsort of n hashes, which never tie: the hash is a bijection of the index."""
     return np.argsort(hashes(seeds_B, 0, n), axis=1, kind="stable").astype(np.int64)
 
 
 def picks(seeds_B: UInts, n: int, k: int) -> npt.NDArray[np.int64]:
-    """k different indices below n: those of the k smallest hashes, in ascending hash order."""
+    """Choose k different indices below n: those of the k smallest hashes, in ascending hash order."""
     return permutations(seeds_B, n)[:, :k]
 
 
 def normals(seeds_BS: UInts, n: int) -> Floats:
-    """Standard normals, float32 ``[B, n]``: each sub-seed generates ``ceil(n / S)`` of them, the last ones what is left."""
+    """Standard normals, float32 ``[B, n]``: each sub-seed makes ``ceil(n / S)`` of them, the last ones what is left."""
     length = segment_length(n, seeds_BS.shape[1])
     normals_BN = np.empty((len(seeds_BS), n), np.float32)
     for sub_seed, start in enumerate(range(0, n, length)):
@@ -116,7 +116,7 @@ def normals(seeds_BS: UInts, n: int) -> Floats:
 
 
 def segment_length(n: int, sub_seeds: int) -> int:
-    """How many of n normals each sub-seed generates, the last ones fewer or none (at least 1, so that it can be a step)."""
+    """How many of n normals each sub-seed makes, the last ones fewer or none. At least 1, so that it can be a step."""
     return max(1, -(-n // sub_seeds))
 
 
@@ -128,14 +128,15 @@ def box_muller(u1: Floats, u2: Floats) -> tuple[Floats, Floats]:
 
 
 def negative_log(u: Floats) -> Floats:
-    """``-ln u`` for u in (0, 1]: with u = 2**-k (1 + f), ``k ln 2 - f + f**2/2 - f**3 LN_POLY(f)``; exactly +0 at u = 1."""
+    """``-ln u`` for u in (0, 1]: for u = 2**-k (1 + f) it is ``k ln 2 - f + f**2/2 - f**3 LN_POLY(f)``; +0 at u = 1."""
     bits = u.view(np.int32)
     exponent = (bits - SQRT_HALF_BITS) >> np.int32(23)
     k = (-exponent).astype(np.float32)
     f = (bits - (exponent << np.int32(23))).view(np.float32) - np.float32(1)
     square = f * f
     curve = np.float32(0.5) * square - f * square * _polynomial(LN_POLY, f)
-    return ((k * LN2_LOW + curve) - f) + k * LN2_HIGH
+    result: Floats = ((k * LN2_LOW + curve) - f) + k * LN2_HIGH
+    return result
 
 
 def cos_sin_turn(u: Floats) -> tuple[Floats, Floats]:

@@ -1,4 +1,4 @@
-"""The compiled CPU backend: the formulas of :mod:`assay.streams._definition`, one element at a time, vectorised by LLVM.
+"""The compiled CPU backend: the formulas of :mod:`assay.streams._definition`, element by element, vectorised by LLVM.
 
 Kernels run without the GIL and are spread over a few Python threads. That is instead of numba's own parallel loops
 because those abort the process when two threads meet in them (layer ``workqueue``) or after a fork (layer ``omp``), and
@@ -99,7 +99,7 @@ def _negative_log(u: Any) -> Any:
 def _normal_pair(seed: Any, index: int, pairs: int) -> Any:
     """Box-Muller of element ``index`` and of its partner ``pairs`` further on."""
     u1, u2 = _uniform(seed, index), _uniform(seed, index + pairs)
-    radius = np.float32(math.sqrt(_TWO * _negative_log(u1 if u1 > _MIN_U1 else _MIN_U1)))
+    radius = np.float32(math.sqrt(_TWO * _negative_log(max(u1, _MIN_U1))))
     quarters = _FOUR * u2
     shifted = np.float32(quarters + _ROUND_MAGIC)
     quadrant = np.int32(np.float32(shifted).view(np.int32) & np.int32(3))
@@ -126,7 +126,7 @@ def _encoded(z: Any, kind: int) -> Any:
         return np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
     sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
     magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    # A float16 subnormal counts steps of 2**-24. Next to 0.5 a float32 has just that step, so the addition rounds to it.
+    # A float16 subnormal counts steps of 2**-24. Above 0.5 a float32 has just that step, so the addition rounds to it.
     count = np.uint32(np.float32(np.uint32(magnitude).view(np.float32) + _HALF).view(np.uint32) - np.uint32(0x3F000000))
     odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
     rounded = np.uint32(np.uint32(magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13))
@@ -202,7 +202,7 @@ class NumbaBackend(Backend):
     def _signs(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
         return self._filled(_fill_signs, seeds_B, n, np.int8)
 
-    def _permutations(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
+    def _permutations(self, seeds_B: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.int64]:
         keys_BN = self._keys(seeds_B, n)
         keys_BN.sort(axis=1)
         return _indices(keys_BN)
@@ -222,7 +222,8 @@ class NumbaBackend(Backend):
 
         # A tile covers its pairs in the segments of all sub-seeds.
         self._spread(fill, tiles(len(seeds_BS), -(-length // 2), max(1, _TILE // (2 * seeds_BS.shape[1]))))
-        return out_BN.view(NUMPY_DTYPES[dtype])
+        formatted_BN: Array = out_BN.view(NUMPY_DTYPES[dtype])
+        return formatted_BN
 
     def _keys(self, seeds_B: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.uint64]:
         """Hash above index in one integer: sorting these is the stable argsort of the hashes, and much faster."""

@@ -1,4 +1,4 @@
-"""The numpy backend: the definition itself, behind the common interface. Slow and plain; the others are tested against it."""
+"""The numpy backend: the definition itself behind the common interface, slow and plain. The others are tested by it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     """The backend of that name on a device.
 
     Args:
-        name: one of :data:`BACKENDS`, or ``auto``: ``numba`` on the CPU; on CUDA ``triton`` where it runs, else ``torch``.
+        name: one of :data:`BACKENDS`, or ``auto``: ``numba`` on the CPU; on CUDA ``triton`` if it runs, else ``torch``.
         device: ``cpu``, ``cuda`` or ``cuda:<number>``.
 
     Raises:

@@ -29,7 +29,7 @@ def seed32(text: str) -> int:
 def seeds(texts: Sequence[str], strength: int = 32) -> npt.NDArray[np.uint32]:
     """The seeds of many streams, as ``seeds_BS`` (uint32).
 
-    ``S`` is 1 at strength 32 and 8 at strength 256: the big-endian words of the digest, so word 0 is always :func:`seed32`.
+    ``S`` is 1 at strength 32 and 8 at strength 256: the big-endian words of the digest. Word 0 is :func:`seed32`.
 
     Raises:
         UsageError: ``texts`` is one string or holds something else than strings, or the strength is neither 32 nor 256.

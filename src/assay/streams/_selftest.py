@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from assay.streams._arrays import digest
 from assay.streams._backend import DTYPES, Backend
 from assay.streams._seeds import seeds
 
-if TYPE_CHECKING:
-    from assay.streams._backend import Array
-
 _TEXTS = [f"assay_selftest_{i}" for i in range(3)]
-_N = 4097
+_N, _LARGE_N = 4097, 65537
 
 SELFTEST_EXPECTED: Mapping[str, str] = MappingProxyType(
     {
@@ -35,24 +31,20 @@ SELFTEST_EXPECTED: Mapping[str, str] = MappingProxyType(
 
 
 def selftest(backend: Backend) -> dict[str, str]:
-    """SHA-256 of three named streams of every kind and dtype; equal to :data:`SELFTEST_EXPECTED` if the backend is right.
+    """SHA-256 of three streams of every kind and dtype, by name; equal to :data:`SELFTEST_EXPECTED` if all is right.
 
     Raises:
-        OutOfMemory: there is no room for a few hundred kilobytes.
+        OutOfMemory: there is no room for a megabyte.
     """
-    return {name: digest(stream(backend)) for name, stream in _streams().items()}
-
-
-def _streams() -> dict[str, Callable[[Backend], Array]]:
     plain, strong = seeds(_TEXTS), seeds(_TEXTS, strength=256)
-    streams: dict[str, Callable[[Backend], Array]] = {
-        "hash": lambda backend: backend.hashes(plain, _N),
-        "uniform": lambda backend: backend.uniforms(plain, _N),
-        "signs": lambda backend: backend.signs(plain, _N),
-        "permutation": lambda backend: backend.permutations(plain, _N),
-        "pick 12": lambda backend: backend.picks(plain, _N, 12),
+    streams = {
+        "hash": backend.hashes(plain, _N),
+        "uniform": backend.uniforms(plain, _N),
+        "signs": backend.signs(plain, _N),
+        "permutation": backend.permutations(plain, _N),
+        "pick 12": backend.picks(plain, _N, 12),
     }
     for dtype in DTYPES:
-        streams[f"normal {dtype}"] = lambda backend, dtype=dtype: backend.normals(plain, 65537, dtype)  # type: ignore[misc]
-        streams[f"normal {dtype} strength 256"] = lambda backend, dtype=dtype: backend.normals(strong, _N, dtype)  # type: ignore[misc]
-    return streams
+        streams[f"normal {dtype}"] = backend.normals(plain, _LARGE_N, dtype)
+        streams[f"normal {dtype} strength 256"] = backend.normals(strong, _N, dtype)
+    return {name: digest(stream) for name, stream in streams.items()}

@@ -1,9 +1,9 @@
 """The torch backend, on the CPU and on CUDA: the formulas of :mod:`assay.streams._definition` over whole tensors.
 
-Three habits keep the bits the same everywhere. Every multiply and every add is an eager operation of its own, so nothing
-is fused (``addcmul``, ``add(alpha=)`` and ``torch.compile`` do fuse, and are not used). Unsigned 32-bit arithmetic is
-done in int32, which wraps and has the same low bits; only the right shift needs a mask. And the square root is taken
-in float64, because ``torch.sqrt`` of float32 is one ulp off on some CPUs.
+Three habits keep the bits the same everywhere. Every multiply and every add is an eager operation of its own, so
+nothing is fused (``addcmul``, ``add(alpha=)`` and ``torch.compile`` do fuse, and are not used). Unsigned 32-bit
+arithmetic is done in int32, which wraps and has the same low bits; only the right shift needs a mask. And the square
+root is taken in float64, because ``torch.sqrt`` of float32 is one ulp off on some CPUs.
 
 Shapes: ``B`` streams of a batch, ``N`` elements of each, ``S`` sub-seeds of a stream.
 """
