@@ -1,7 +1,7 @@
 """The chord law: how far a random direction is from a fixed one.
 
-Draw a direction uniformly on the unit sphere of R^d, at angle θ from a fixed unit vector. Then (1 + cos θ)/2 has the law
-Beta(a, a) with a = (d − 1)/2 (Fang, Kotz and Ng 1990, §3.1). The chord between the two is x = √(2 − 2 cos θ), so
+Draw a direction uniformly on the unit sphere of R^d, at angle θ from a fixed unit vector. Then (1 + cos θ)/2 has the
+law Beta(a, a) with a = (d − 1)/2 (Fang, Kotz and Ng 1990, §3.1). The chord between the two is x = √(2 − 2 cos θ), so
 
     (x / 2)² ~ Beta(a, a).
 

@@ -1,7 +1,7 @@
 """Noise laws from measured honest residuals.
 
-The law that a test uses must be at least as large as the true noise. So a fit returns two laws: the best estimate, and an
-upper one, which reaches every trusted upper quantile of the sample and adds a confidence margin.
+The law that a test uses must be at least as large as the true noise. So a fit returns two laws: the best estimate,
+and an upper one, which reaches every trusted upper quantile of the sample and adds a confidence margin.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Noise laws: what honest recomputation looks like, and what the same values look like when it is not honest.
 
 A law describes a residual by its honest density f₁ and a family f_m, the same noise m times larger. Both laws here have
-monotone likelihood ratios: f_m(x)/f₁(x) never falls as the residual grows. So a value closer to the recomputed one never
-counts against a node, and noise smaller than calibrated only makes the test more cautious (docs/statistics.md).
+monotone likelihood ratios: f_m(x)/f₁(x) never falls as the residual grows. So a value closer to the recomputed one
+never counts against a node, and noise smaller than calibrated only makes the test more cautious (docs/statistics.md).
 
 Suffixes: N values.
 """
@@ -125,9 +125,9 @@ class ScaleNoise:
 class LogNoise:
     """L2 distances of published vectors: x = ln max(L2, floor), normal up to ``tail`` sd and exponential beyond.
 
-    The density is exp(−ρ(z))/c with z = (x − mu)/sd and Huber's ρ. It is log-concave, which makes the ratio monotone. Its
-    tail is a power law in L2, as measured noise has it (routing flips, ties). Noise m times larger is the same density
-    shifted by ln m.
+    The density is exp(−ρ(z))/c with z = (x − mu)/sd and Huber's ρ. It is log-concave, which makes the ratio monotone.
+    Its tail is a power law in L2, as measured noise has it (routing flips, ties). Noise m times larger is the same
+    density shifted by ln m.
 
     Attributes:
         mu: location of x for honest noise, in ln L2.

@@ -48,8 +48,9 @@ def group_bootstrap(
 ) -> BootstrapInterval:
     """Percentile bootstrap over groups.
 
-    Each resample draws as many groups as there are, with replacement, and hands every sample the rows of those groups; a
-    group drawn twice brings its rows twice. The draw is common to all samples, so what was paired stays paired.
+    Each resample draws as many groups as there are, with replacement, and hands every sample the rows of those
+    groups; a group drawn twice brings its rows twice. The draw is common to all samples, so what was paired stays
+    paired.
 
     Args:
         statistic: called as ``statistic(*samples)``, with arrays of the same rank as given.

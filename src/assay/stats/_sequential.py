@@ -1,13 +1,14 @@
 """The residual test: a mixture likelihood ratio whose false-accusation bound holds however long one looks.
 
-For independent residuals with honest density f₁, every alternative k = (π, m) says that a share π of the values comes from
-noise m times larger: g_k = (1 − π)·f₁ + π·f_m. The e-value is the average over alternatives of the likelihood ratios,
+For independent residuals with honest density f₁, every alternative k = (π, m) says that a share π of the values comes
+from noise m times larger: g_k = (1 − π)·f₁ + π·f_m. The e-value is the average over alternatives of the likelihood
+ratios,
 
     E_n = (1/K) Σ_k Π_i g_k(x_i) / f₁(x_i).
 
 Under honest noise it is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas,
-Grünwald, Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The opposite ratio Π f₁/f_effect bounds, in the same way, the
-chance that noise ``effect`` times larger or more is ever taken for honest.
+Grünwald, Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The opposite ratio Π
+f₁/f_effect bounds, in the same way, the chance that noise ``effect`` times larger or more is ever taken for honest.
 
 Suffixes: N values, K alternatives, M multiples, P shares.
 """

@@ -1,0 +1,43 @@
+"""Results in and out: strict JSON Lines, crash-safe files, self-contained HTML, and where a result comes from."""
+
+from assay.reports._figures import (
+    INK,
+    MUTED,
+    RULE,
+    SERIES,
+    bands,
+    figure,
+    heatmap,
+    histogram_over_density,
+    legend,
+    style_axes,
+)
+from assay.reports._html import Badge, Cell, Report
+from assay.reports._jsonl import JsonObject, dumps, loads, read_json, read_jsonl
+from assay.reports._provenance import provenance
+from assay.reports._storage import PartialFile, storage_error, write_atomic
+
+__all__ = [
+    "INK",
+    "MUTED",
+    "RULE",
+    "SERIES",
+    "Badge",
+    "Cell",
+    "JsonObject",
+    "PartialFile",
+    "Report",
+    "bands",
+    "dumps",
+    "figure",
+    "heatmap",
+    "histogram_over_density",
+    "legend",
+    "loads",
+    "provenance",
+    "read_json",
+    "read_jsonl",
+    "storage_error",
+    "style_axes",
+    "write_atomic",
+]

@@ -1,0 +1,128 @@
+"""Strict JSON in, canonical JSON out.
+
+Reading refuses what Python's parser forgives: NaN and infinities, numbers too large for a float, a key given twice,
+unpaired surrogates. Writing has one form, so the same record is always the same bytes.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from assay.errors import DataError, UsageError
+
+LONGEST_LINE = 2**26
+"""Bytes of the longest line that is read: 64 MiB."""
+
+JsonObject = dict[str, Any]
+
+
+def dumps(value: object) -> str:
+    """One line of JSON: keys in the order given, no spaces, shortest floats that read back to the same bits.
+
+    Numpy scalars are written as the Python number of the same value.
+
+    Raises:
+        UsageError: the value holds NaN, an infinity, an unpaired surrogate or something JSON has no form for.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_python_number)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"a value that is not JSON: {error}",
+            wanted="objects, lists, strings, booleans, null and finite numbers",
+            do="convert or drop it before writing",
+        ) from error
+    return text
+
+
+def _python_number(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def loads(text: str | bytes, source: str) -> JsonObject:
+    """The object that strict JSON text holds.
+
+    Args:
+        text: the JSON, UTF-8 when given as bytes.
+        source: where it comes from, for the error, such as ``proof.jsonl, line 3``.
+
+    Raises:
+        DataError: not UTF-8, not strict JSON, or not an object.
+    """
+    try:
+        decoded = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        if "\\u" in decoded:
+            json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate has no UTF-8 form
+    except (ValueError, RecursionError) as error:
+        raise _bad(source, str(error)) from error
+    if not isinstance(value, dict):
+        raise _bad(source, f"a {type(value).__name__} where an object should be")
+    return value
+
+
+def _bad(source: str, reason: str) -> DataError:
+    return DataError(f"{source}: {reason}", wanted="a JSON object", do="repair or remove it, or write the file again")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits} is too large for a float")
+    return value
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, JsonObject]]:
+    """The objects of a JSON Lines file with their line numbers, counted from 1, read one line at a time.
+
+    Raises:
+        DataError: the file cannot be read, or a line is empty, too long or not a strict JSON object; names the line.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise _bad(f"{path}, line {number}", f"longer than {LONGEST_LINE} bytes")
+                yield number, loads(line, f"{path}, line {number}")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_json(path: str | Path) -> JsonObject:
+    """The one object of a JSON file, read strictly.
+
+    Raises:
+        DataError: the file cannot be read or is not a strict JSON object.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return loads(text, str(path))
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: {error.strerror}", wanted="a file that can be read", do="check its path and permissions")

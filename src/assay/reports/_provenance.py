@@ -1,0 +1,81 @@
+"""Where a result comes from: versions, commit and machine, without names of hosts or paths."""
+
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = ("assay", "numpy", "scipy", "torch", "transformers", "triton")
+_GIT_SECONDS = 5
+
+
+def provenance() -> dict[str, object]:
+    """What a reader needs to repeat a measurement.
+
+    Returns:
+        ``versions`` of Python and the packages that are installed, ``commit`` and ``dirty`` (None outside a
+        checkout), ``platform``, ``cpu`` (model), ``cores`` (those this process may use) and ``gpu`` (name; None
+        unless torch is already imported and sees one). No host name and no path.
+    """
+    return {
+        "versions": {"python": platform.python_version(), **_versions()},
+        **_checkout(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": _gpu_name(),
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _checkout() -> dict[str, object]:
+    # A package installed inside some other checkout would report that one's commit, so git must know this very file.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {"commit": None, "dirty": None}
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@cache
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def _gpu_name() -> str | None:
+    torch = sys.modules.get("torch")  # importing it here would cost seconds
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_name())
