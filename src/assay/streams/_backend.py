@@ -148,7 +148,7 @@ def _checked(seeds: Seeds) -> npt.NDArray[np.uint32]:
         raise _bad_seeds(seeds)
     if array.size and (int(array.min()) < 0 or int(array.max()) > 0xFFFFFFFF):
         raise _bad_seeds(seeds)
-    return np.ascontiguousarray(array.reshape(len(array), -1) if array.ndim == 2 else array[:, None], dtype=np.uint32)
+    return np.ascontiguousarray(array if array.ndim == 2 else array[:, None], dtype=np.uint32)
 
 
 def _bad_seeds(seeds: object) -> UsageError:

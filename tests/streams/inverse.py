@@ -1,0 +1,36 @@
+"""The stream hash run backwards: the seed that gives a chosen hash at a chosen index. Makes any special value testable."""
+
+import numpy as np
+
+
+def seed_for(hash_, index):
+    """Seeds (uint32 array) whose element ``index`` has the hash ``hash_``; both are broadcast arrays."""
+    h = np.atleast_1d(np.asarray(hash_, np.uint32))
+    h = h ^ (h >> np.uint32(16))
+    h = h * np.uint32(pow(0xC2B2AE35, -1, 1 << 32))
+    h = h ^ (h >> np.uint32(13)) ^ (h >> np.uint32(26))
+    h = h * np.uint32(pow(0x85EBCA6B, -1, 1 << 32))
+    h = h ^ (h >> np.uint32(16))
+    h = (h - np.uint32(0xE6546B64)) * np.uint32(pow(5, -1, 1 << 32))
+    h = (h >> np.uint32(13)) | (h << np.uint32(19))
+    k = np.atleast_1d(np.asarray(index, np.uint32)) * np.uint32(0xCC9E2D51)
+    k = (k << np.uint32(15)) | (k >> np.uint32(17))
+    return h ^ (k * np.uint32(0x1B873593))
+
+
+def special_hashes():
+    """Hashes at and around every value where a formula changes branch, exponent or quadrant."""
+    edges = [2**e for e in range(33)]
+    edges += [round(2**e * 2**0.5) for e in range(32)]
+    edges += [q * 2**29 for q in range(9)]
+    edges += [0x80000080, 2**32 - 128]
+    near = np.arange(-300, 301)
+    around = (np.array(edges, dtype=np.int64)[:, None] + near).reshape(-1)
+    return np.unique(np.clip(around, 0, 2**32 - 1)).astype(np.uint32)
+
+
+def dense_hashes(count):
+    """``count`` hashes spread evenly over all of them, by an odd stride, so that every exponent is well covered."""
+    even = (np.arange(count, dtype=np.uint64) * np.uint64(2**32 // count | 1)).astype(np.uint32)
+    small = np.uint32(2**32 - 1) >> (np.arange(count // 4, dtype=np.uint32) % np.uint32(32))
+    return np.concatenate([even, small ^ (even[: count // 4] & (small >> np.uint32(1)))])

@@ -1,0 +1,145 @@
+"""The definition against the mathematics it stands for, and at the values where it could go wrong."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assay.streams import _definition as definition
+
+from .inverse import dense_hashes, seed_for, special_hashes
+
+UINT32 = st.integers(0, 2**32 - 1)
+
+
+def murmur_without_length(seed, index):
+    """The same round in Python integers, written from the published description."""
+
+    def rotate(x, bits):
+        return (x << bits | x >> (32 - bits)) % 2**32
+
+    k = rotate(index * 0xCC9E2D51 % 2**32, 15) * 0x1B873593 % 2**32
+    h = (rotate(seed ^ k, 13) * 5 + 0xE6546B64) % 2**32
+    h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+    h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+    return h ^ h >> 16
+
+
+def ulps(values, truth):
+    return np.abs(values.astype(np.float64) - truth) / np.spacing(np.abs(truth).astype(np.float32)).astype(np.float64)
+
+
+def uniforms_of(hashes):
+    return hashes.astype(np.float32) * np.float32(2.0**-32)
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """Uniforms of every exponent and every edge, without 0."""
+    return np.maximum(uniforms_of(np.concatenate([special_hashes(), dense_hashes(1 << 20)])), definition.MIN_U1)
+
+
+@given(UINT32, UINT32)
+def test_hash_of_any_index(seed, index):
+    made = definition.hashes(np.array([seed], np.uint32), index, index + 1)
+    assert made.tolist() == [[murmur_without_length(seed, index)]]
+
+
+@given(UINT32, UINT32)
+def test_a_seed_for_every_hash(hash_, index):
+    assert murmur_without_length(int(seed_for([hash_], [index])[0]), index) == hash_
+
+
+@given(UINT32)
+def test_uniform_is_the_nearest_float_with_ties_to_even(hash_):
+    made = definition.uniforms(seed_for([hash_], [0]), 0, 1)[0, 0]
+    exact = Fraction(hash_, 2**32)
+    errors = {side: abs(Fraction(float(side)) - exact) for side in (made, *np.nextafter(made, np.float32([-1, 2])))}
+    assert errors[made] == min(errors.values())
+    if list(errors.values()).count(errors[made]) > 1:
+        assert made.view(np.uint32) % 2 == 0
+
+
+@pytest.mark.parametrize(("hash_", "sign"), [(0, -1), (0x80000000, -1), (0x80000080, -1), (0x80000081, 1), (2**32 - 1, 1)])
+def test_sign_threshold(hash_, sign):
+    seed = seed_for([hash_], [0])
+    assert definition.signs(seed, 1).tolist() == [[sign]]
+    assert (definition.uniforms(seed, 0, 1)[0, 0] > 0.5) == (sign > 0)
+
+
+def test_signs_are_the_uniforms_compared_with_a_half():
+    seeds = seed_for(special_hashes(), 0)
+    np.testing.assert_array_equal(definition.signs(seeds, 1) > 0, definition.uniforms(seeds, 0, 1) > 0.5)
+
+
+def test_logarithm_is_within_an_ulp(sample):
+    truth = -np.log(sample.astype(np.float64))
+    inside = sample < 1
+    assert ulps(definition.negative_log(sample)[inside], truth[inside]).max() < 1.0
+    assert definition.negative_log(np.float32([1])).view(np.uint32).tolist() == [0]
+
+
+def test_cosine_and_sine_are_within_two_ulps(sample):
+    quarters = 4 * sample.astype(np.float64)
+    quadrant = np.rint(quarters)
+    angle = (quarters - quadrant) * np.pi / 2
+    turn = quadrant.astype(int) % 4
+    cosine, sine = definition.cos_sin_turn(sample)
+    assert ulps(cosine, np.choose(turn, [np.cos(angle), -np.sin(angle), -np.cos(angle), np.sin(angle)])).max() < 1.5
+    assert ulps(sine, np.choose(turn, [np.sin(angle), np.cos(angle), -np.sin(angle), -np.cos(angle)])).max() < 1.5
+
+
+def test_quarter_turns_are_exact():
+    cosine, sine = definition.cos_sin_turn(np.float32([0, 0.25, 0.5, 0.75, 1]))
+    assert cosine.tolist() == [1, 0, -1, 0, 1]
+    assert sine.tolist() == [0, 1, 0, -1, 0]
+
+
+def test_normals_are_within_four_ulps(sample):
+    u1, u2 = sample, np.roll(sample, 1)
+    radius = np.sqrt(-2 * np.log(u1.astype(np.float64)))
+    quarters = 4 * u2.astype(np.float64)
+    angle = (quarters - np.rint(quarters)) * np.pi / 2 + (np.rint(quarters) % 4) * np.pi / 2
+    inside = (u1 < 1) & (np.abs(np.cos(angle)) > 1e-6) & (np.abs(np.sin(angle)) > 1e-6)
+    for made, truth in zip(definition.box_muller(u1, u2), (radius * np.cos(angle), radius * np.sin(angle)), strict=True):
+        errors = ulps(made[inside], truth[inside])
+        assert errors.max() < 4
+        assert np.quantile(errors, 0.99) < 2
+
+
+def test_no_value_on_the_way_is_subnormal(sample):
+    tiny = np.finfo(np.float32).tiny
+    f = np.float32(1) - np.float32(2.0**-24)  # nearest to 1, where the powers of f are smallest
+    assert (np.float32(1) - f) ** 3 * definition.LN_POLY[-1] > tiny
+    made = np.concatenate([*definition.box_muller(sample, np.roll(sample, 1)), definition.negative_log(sample)])
+    assert not ((made != 0) & (np.abs(made) < tiny)).any()
+
+
+def test_hash_zero_is_clamped_and_uniform_one_gives_zero():
+    largest = np.abs(definition.normals(seed_for([0], [0])[:, None], 2)).max()
+    assert largest == np.abs(definition.box_muller(definition.MIN_U1[None], definition.uniforms(seed_for([0], [0]), 1, 2)[0])).max()
+    assert definition.normals(seed_for([2**32 - 1], [0])[:, None], 2).tolist() == [[0, 0]]
+
+
+def test_moments():
+    normals = definition.normals(np.arange(64, dtype=np.uint32)[:, None], 1 << 14).astype(np.float64)
+    assert abs(normals.mean()) < 4 / normals.size**0.5
+    assert abs(normals.var() - 1) < 4 * (2 / normals.size) ** 0.5
+
+
+@given(UINT32, st.integers(0, 40))
+def test_sub_seeds_each_make_their_own_part(seed, n):
+    words = (np.uint32(seed) + np.arange(8, dtype=np.uint32) * np.uint32(0x9E3779B9))[None]
+    length = -(-n // 8)
+    parts = [definition.normals(words[:, j : j + 1], min(length, max(0, n - j * length))) for j in range(8)]
+    np.testing.assert_array_equal(definition.normals(words, n), np.concatenate(parts, axis=1)[:, :n])
+
+
+@given(UINT32, st.integers(1, 300))
+def test_permutation_sorts_the_hashes(seed, n):
+    seeds = np.array([seed], np.uint32)
+    order = definition.permutations(seeds, n)[0]
+    assert sorted(order.tolist()) == list(range(n))
+    assert (np.diff(definition.hashes(seeds, 0, n)[0, order].astype(np.int64)) > 0).all()
