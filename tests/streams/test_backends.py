@@ -124,7 +124,20 @@ def test_no_streams(backend, empty):
 
 @pytest.mark.parametrize(
     "wrong",
-    [[-1], [2**32], [2**80], [1.0], [True], ["1"], [None], 7, [[]], [[[1]]], [[1], [2, 3]], np.zeros((2, 0), np.uint32)],
+    [
+        [-1],
+        [2**32],
+        [2**80],
+        [1.0],
+        [True],
+        ["1"],
+        [None],
+        7,
+        [[]],
+        [[[1]]],
+        [[1], [2, 3]],
+        np.zeros((2, 0), np.uint32),
+    ],
     ids=repr,
 )
 def test_bad_seeds(backend, wrong):

@@ -1,4 +1,4 @@
-"""Where the polynomials come from: Chebyshev fits with 60 digits, made again here, and their errors in the fits' own units."""
+"""Where the polynomials come from: Chebyshev fits with 60 digits, made again here, and how far off they are."""
 
 import mpmath
 import numpy as np
@@ -26,7 +26,12 @@ def cos_tail(x):
 CASES = {
     # name: function, interval, coefficients, relative effect on the result of an error of 1 in the polynomial
     "ln": (ln_tail, [mpmath.sqrt(0.5) - 1, mpmath.sqrt(2) - 1], definition.LN_POLY, lambda f: f**3 / mpmath.log(1 + f)),
-    "sin": (sin_tail, EIGHTH_TURN, definition.SIN_POLY, lambda x: mpmath.sqrt(x) / mpmath.sin(mpmath.pi * mpmath.sqrt(x) / 2)),
+    "sin": (
+        sin_tail,
+        EIGHTH_TURN,
+        definition.SIN_POLY,
+        lambda x: mpmath.sqrt(x) / mpmath.sin(mpmath.pi * mpmath.sqrt(x) / 2),
+    ),
     "cos": (cos_tail, EIGHTH_TURN, definition.COS_POLY, lambda x: x / mpmath.cos(mpmath.pi * mpmath.sqrt(x) / 2)),
 }
 

@@ -62,7 +62,9 @@ def test_uniform_is_the_nearest_float_with_ties_to_even(hash_):
         assert made.view(np.uint32) % 2 == 0
 
 
-@pytest.mark.parametrize(("hash_", "sign"), [(0, -1), (0x80000000, -1), (0x80000080, -1), (0x80000081, 1), (2**32 - 1, 1)])
+@pytest.mark.parametrize(
+    ("hash_", "sign"), [(0, -1), (0x80000000, -1), (0x80000080, -1), (0x80000081, 1), (2**32 - 1, 1)]
+)
 def test_sign_threshold(hash_, sign):
     seed = seed_for([hash_], [0])
     assert definition.signs(seed, 1).tolist() == [[sign]]
@@ -103,7 +105,9 @@ def test_normals_are_within_four_ulps(sample):
     quarters = 4 * u2.astype(np.float64)
     angle = (quarters - np.rint(quarters)) * np.pi / 2 + (np.rint(quarters) % 4) * np.pi / 2
     inside = (u1 < 1) & (np.abs(np.cos(angle)) > 1e-6) & (np.abs(np.sin(angle)) > 1e-6)
-    for made, truth in zip(definition.box_muller(u1, u2), (radius * np.cos(angle), radius * np.sin(angle)), strict=True):
+    for made, truth in zip(
+        definition.box_muller(u1, u2), (radius * np.cos(angle), radius * np.sin(angle)), strict=True
+    ):
         errors = ulps(made[inside], truth[inside])
         assert errors.max() < 4
         assert np.quantile(errors, 0.99) < 2
@@ -119,7 +123,12 @@ def test_no_value_on_the_way_is_subnormal(sample):
 
 def test_hash_zero_is_clamped_and_uniform_one_gives_zero():
     largest = np.abs(definition.normals(seed_for([0], [0])[:, None], 2)).max()
-    assert largest == np.abs(definition.box_muller(definition.MIN_U1[None], definition.uniforms(seed_for([0], [0]), 1, 2)[0])).max()
+    assert (
+        largest
+        == np.abs(
+            definition.box_muller(definition.MIN_U1[None], definition.uniforms(seed_for([0], [0]), 1, 2)[0])
+        ).max()
+    )
     assert definition.normals(seed_for([2**32 - 1], [0])[:, None], 2).tolist() == [[0, 0]]
 
 

@@ -1,4 +1,4 @@
-"""The published streams: integers exactly, floats within 8 ulp or 4e-6 (the published angle is rounded before its cosine)."""
+"""The published streams: integers exactly, floats within 8 ulp or 4e-6 (they round the angle before its cosine)."""
 
 import json
 from pathlib import Path
