@@ -1,0 +1,436 @@
+"""Train the two bundled reference models from scratch, from the Python source that is installed on this machine.
+
+    python scripts/train_reference_models.py --out DIR --seconds 165
+
+Corpus: the standard library, and the installed packages whose metadata names a permissive licence and no other. Files
+with the same bytes count once; generated, minified and data files are left out. A file is held out by the hash of its
+*name*: copies and other versions of a file share its name, so they cannot be on both sides of the split.
+
+Both models share one byte-level BPE tokenizer. Training is bounded by the clock, and the learning rate follows the
+share of the time that has passed, so a run of any length ends well. `--tiny` makes a run of a minute on a CPU.
+
+Shapes: B sequences, T positions, V tokens of the vocabulary, N tokens of a split.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import random
+import re
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+HELD_OUT_ONE_IN = 100
+PROMPTS = (
+    "def fibonacci(n):\n",
+    "import os\nimport sys\n\n\ndef main():\n    ",
+    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n',
+)
+SPDX = re.compile(
+    r"MIT|MIT-0|MIT-CMU|BSD-[\w-]+|0BSD|BSL-1\.0|Apache-2\.0|LLVM-exception|PSF-2\.0|Python-2\.0(\.1)?|CNRI-Python"
+    r"|ISC|HPND|Zlib|Unlicense|CC0-1\.0"
+)
+PERMISSIVE = re.compile(
+    r"\b(mit|bsd|apache|psf|python software foundation|isc|hpnd|zlib|unlicense|3-clause)\b", re.IGNORECASE
+)
+FORBIDDEN = re.compile(r"gpl|general public|mozilla|mpl|proprietary|nvidia|eula|commercial|creative", re.IGNORECASE)
+GENERATED = re.compile(r"@generated|auto-?generated|generated (by|from|with)|do not (edit|modify)", re.IGNORECASE)
+
+
+@dataclass
+class Package:
+    """One source of text and what was taken from it."""
+
+    name: str
+    version: str
+    licence: str
+    files: int = 0
+    characters: int = 0
+
+
+@dataclass
+class Corpus:
+    """The texts of both splits, and where they come from."""
+
+    train: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    packages: list[Package] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def permissive_licence(metadata: Any) -> str | None:
+    """The licence of a package if it is permissive: its SPDX expression, else its classifiers, else its first words."""
+    expression = metadata.get("License-Expression")
+    if expression:
+        parts = [part.strip("() ") for part in re.split(r"\s+(?:AND|OR|WITH)\s+", expression)]
+        either = " OR " in expression and " AND " not in expression
+        good = (any if either else all)(SPDX.fullmatch(part) for part in parts)
+        return expression if good else None
+    names = [line.split(" :: ")[-1] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")]
+    names = [name for name in names if name != "OSI Approved"] or (metadata.get("License") or "").split("\n")[:1]
+    text = "; ".join(names).strip()[:80]
+    good = all(PERMISSIVE.search(name) for name in names) and not FORBIDDEN.search(text)
+    return text if text and good else None
+
+
+def held_out(name: str) -> bool:
+    """Whether a file of this name is kept from training."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT_ONE_IN == 0
+
+
+def readable_source(path: Path) -> str | None:
+    """The text of a file that a person wrote, or None."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    longest = max(map(len, text.split("\n")))
+    if not 200 <= len(text) <= 200_000 or longest > 400 or GENERATED.search(text[:1000]):
+        return None
+    letters = sum(map(str.isalpha, text[:20_000])) / min(len(text), 20_000)
+    return text if letters > 0.35 else None
+
+
+def sources() -> Iterator[tuple[Package, list[Path]]]:
+    """The standard library, then every permissively licensed package, with their Python files."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(path for path in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts))
+    yield Package("Python standard library", platform.python_version(), "PSF-2.0"), files
+    seen = set()
+    for dist in sorted(importlib.metadata.distributions(), key=lambda dist: str(dist.metadata["Name"]).lower()):
+        name = str(dist.metadata["Name"])
+        proprietary = name.lower().startswith(("nvidia", "cuda"))
+        licence = None if proprietary else permissive_licence(dist.metadata)
+        if name.lower() not in seen:
+            paths = [Path(str(dist.locate_file(file))) for file in dist.files or [] if file.suffix == ".py"]
+            yield Package(name, dist.version, licence or ""), sorted(paths)
+        seen.add(name.lower())
+
+
+def read_corpus(max_files: int | None) -> Corpus:
+    """All texts, shuffled, each once."""
+    corpus, hashes = Corpus(), set()
+    for package, paths in sources():
+        if not package.licence:
+            corpus.refused.append(package.name)
+            continue
+        for path in paths:
+            text = readable_source(path)
+            digest = hashlib.sha256((text or "").encode()).digest()
+            if text is None or digest in hashes:
+                continue
+            hashes.add(digest)
+            package.files, package.characters = package.files + 1, package.characters + len(text)
+            (corpus.held_out if held_out(path.name) else corpus.train).append(text)
+        if package.files:
+            corpus.packages.append(package)
+    for texts in (corpus.train, corpus.held_out):
+        random.Random(0).shuffle(texts)
+        del texts[max_files or len(texts) :]
+    return corpus
+
+
+def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
+    """Byte-level BPE: any text survives encoding and decoding, and no token is added by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    sample = texts[: max(1, int(len(texts) * min(1.0, 60e6 / sum(map(len, texts)))))]
+    tokenizer.train_from_iterator(sample, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], seconds: float) -> tuple[Tensor, int]:
+    """Tokens [N] int16, each text closed by EOS, and the characters behind them; stops when the time is over."""
+    tokenizer.encode_special_tokens = True  # inside a source file "<|eos|>" is six characters of text
+    end, parts, characters = [tokenizer.token_to_id(EOS)], [], 0
+    deadline = time.monotonic() + seconds
+    for start in range(0, len(texts), 512):
+        batch = texts[start : start + 512]
+        parts += [np.array(encoding.ids + end, dtype=np.int16) for encoding in tokenizer.encode_batch_fast(batch)]
+        characters += sum(map(len, batch))
+        if time.monotonic() > deadline:
+            break
+    tokenizer.encode_special_tokens = False
+    return torch.from_numpy(np.concatenate(parts)), characters
+
+
+def new_model(name: str, tokenizer: Tokenizer, size: argparse.Namespace) -> PreTrainedModel:
+    """A freshly initialised model in float32."""
+    shape = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": size.hidden,
+        "intermediate_size": 3 * size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.hidden // 64,
+        "num_key_value_heads": max(1, size.hidden // 128),
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.token_to_id(BOS),
+        "eos_token_id": tokenizer.token_to_id(EOS),
+        "pad_token_id": tokenizer.token_to_id(PAD),
+        "attn_implementation": "sdpa",
+    }
+    torch.manual_seed(0)
+    config: Any
+    architecture: Any
+    config, architecture = (Qwen3Config, Qwen3ForCausalLM) if name == "qwen3" else (LlamaConfig, LlamaForCausalLM)
+    model: PreTrainedModel = architecture(config(**shape))
+    return model
+
+
+def next_token_loss(model: nn.Module, tokens_BT: Tensor) -> Tensor:
+    """Mean negative log likelihood in nats of every token given those before it."""
+    with torch.autocast(tokens_BT.device.type, torch.bfloat16):
+        logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
+    return functional.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT[:, 1:].flatten())
+
+
+def draw_batch(stream_N: Tensor, batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """Windows [B, T + 1] from random places of the stream, which lies on the device."""
+    starts = torch.randint(len(stream_N) - length - 1, (batch, 1), generator=generator, device=stream_N.device)
+    return stream_N[starts + torch.arange(length + 1, device=stream_N.device)].long()
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """Linear warm-up over 2 % of the time, then a cosine down to a hundredth of the peak."""
+    warm = min(1.0, (progress + 1e-3) / 0.02)
+    return peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def compiled_loss(model: nn.Module, first_BT: Tensor, *, compiled: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The loss function, compiled and warm; the plain one where compilation is off or fails."""
+    if not compiled:
+        return next_token_loss
+    try:
+        fast: Callable[[nn.Module, Tensor], Tensor] = torch.compile(next_token_loss)
+        torch.autograd.backward(fast(model, first_BT))
+        model.zero_grad(set_to_none=True)
+        return fast
+    except Exception as error:  # a slow run is better than none
+        print("compilation failed, going on without:", error, flush=True)
+        return next_token_loss
+
+
+def train(model: PreTrainedModel, stream_N: Tensor, size: argparse.Namespace) -> dict[str, Any]:
+    """AdamW on random windows until the time is over, compilation included."""
+    start = time.monotonic()
+    generator = torch.Generator(stream_N.device).manual_seed(1)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=size.lr, betas=(0.9, 0.95), fused=stream_N.is_cuda)
+    loss_of = compiled_loss(model, draw_batch(stream_N, size.batch, size.length, generator), compiled=size.compile)
+    warm, step, curve = time.monotonic(), 0, []
+    while (now := time.monotonic()) < start + size.seconds:
+        progress = (now - warm) / (start + size.seconds - warm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, size.lr)
+        loss = loss_of(model, draw_batch(stream_N, size.batch, size.length, generator))
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % 8 == 0:  # wait for the device, so that the clock is about work done, not work queued
+            value = loss.item()
+            if step % 200 == 0:
+                curve.append([step, round(now - start, 1), round(value, 4)])
+                print(*curve[-1], flush=True)
+    return {
+        "steps": step,
+        "tokens": step * size.batch * size.length,
+        "seconds": round(time.monotonic() - start, 1),
+        "seconds_compiling": round(warm - start, 1),
+        "curve": curve,
+    }
+
+
+@torch.inference_mode()
+def measure(model: PreTrainedModel, stream_N: Tensor, characters: int, length: int) -> dict[str, float]:
+    """Loss of the model as shipped on consecutive windows of a held-out stream, beside two unigram baselines."""
+    windows = stream_N[: (len(stream_N) - 1) // length * length + 1].long()
+    starts = torch.arange(0, len(windows) - 1, length, device=windows.device)
+    total, count = 0.0, 0
+    for chunk in torch.split(starts, 64):
+        tokens_BT = windows[chunk[:, None] + torch.arange(length + 1, device=windows.device)]
+        logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits.float()
+        total += functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="sum").item()
+        count += tokens_BT[:, 1:].numel()
+    loss = total / count
+    share = torch.bincount(windows[1:]).double() / count
+    entropy = -(share[share > 0] * share[share > 0].log()).sum().item()
+    return {
+        "held_out_tokens": count,
+        "loss_nats_per_token": loss,
+        "bits_per_character": loss * len(stream_N) / characters / math.log(2),
+        "unigram_entropy_nats": entropy,
+        "nats_below_unigram": entropy - loss,
+    }
+
+
+@torch.inference_mode()
+def complete(model: Any, tokenizer: Tokenizer, prompt: str, *, sampled: bool) -> str:
+    """A completion of 80 tokens, greedy or sampled."""
+    torch.manual_seed(0)
+    ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)
+    choice = {"do_sample": True, "temperature": 0.7, "top_p": 0.95} if sampled else {"do_sample": False}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, **choice)
+    return tokenizer.decode(out[0].tolist())
+
+
+def model_card(name: str, facts: dict[str, Any], corpus: Corpus, command: str) -> str:
+    """The card: what it was made of, how, how good it is, and what it is not for."""
+    rows = "\n".join(f"| {p.name} | {p.version} | {p.licence} | {p.files} | {p.characters} |" for p in corpus.packages)
+    table = "\n".join(f"| {key} | {round(v, 4) if isinstance(v, float) else v} |" for key, v in facts["table"].items())
+    samples = "\n\n".join(f"{kind}:\n\n```python\n{text.rstrip()}\n```" for kind, text in facts["samples"])
+    return f"""# Reference model: {name}
+
+A small causal language model of Python source, trained from scratch so that instruments have a *trained* model that
+anyone can have at once. {facts["table"]["parameters"]} parameters, bfloat16.
+
+Made with `{command}`.
+
+| what | value |
+|---|---|
+{table}
+
+The held-out files are those whose name has a SHA-256 whose first four bytes are 0 modulo {HELD_OUT_ONE_IN}. Neither
+model nor tokenizer was trained on a file with such a name, so copies and other versions of a file cannot leak. The
+unigram entropy is that of the same held-out tokens: the best loss that a prediction without context can have on them.
+
+## Samples
+
+{samples}
+
+## Limits
+
+It completes text that looks like Python; it knows nothing, follows no instructions, and its code must not be relied on
+or run unread. It was trained on windows of {facts["table"]["window"]} tokens; the configuration admits 2048 positions.
+
+## Licence and data
+
+The weights are published under the licence of this package (Apache-2.0). They were trained on the Python files of these
+packages, each under a permissive licence by its own metadata; files of other packages were not read. Text was taken
+once where packages hold the same file.
+
+| package | version | licence | files | characters |
+|---|---|---|---|---|
+{rows}
+"""
+
+
+def make_model(
+    name: str, tokenizer: Tokenizer, corpus: Corpus, data: dict[str, Any], size: argparse.Namespace
+) -> dict[str, Any]:
+    """Train, save as bfloat16, measure what was saved, and write the card. Returns the facts."""
+    model = new_model(name, tokenizer, size).to(size.device)
+    history = train(model, data["train"], size)
+    folder = size.out / name
+    model.to(torch.bfloat16).save_pretrained(folder)
+    with_specials = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    wrapper: Any = PreTrainedTokenizerFast
+    wrapper(
+        tokenizer_object=tokenizer, model_max_length=2048, clean_up_tokenization_spaces=False, **with_specials
+    ).save_pretrained(folder)
+    shipped = type(model).from_pretrained(folder, dtype=torch.bfloat16).to(size.device).eval()
+    measured = measure(shipped, data["held_out"], data["held_out_characters"], size.length)
+    device = torch.cuda.get_device_name() if size.device == "cuda" else "CPU"
+    table = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "corpus_files": len(corpus.train),
+        "corpus_characters": data["train_characters"],
+        "corpus_tokens": len(data["train"]),
+        "held_out_files": len(corpus.held_out),
+        **measured,
+        "steps": history["steps"],
+        "window": size.length,
+        "tokens_trained_on": history["tokens"],
+        "seconds": history["seconds"],
+        "device": device,
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+    }
+    kinds = (("greedy", False), ("sampled, temperature 0.7", True))
+    samples = [(kind, complete(shipped, tokenizer, prompt, sampled=s)) for prompt in PROMPTS for kind, s in kinds]
+    facts = {"table": table, "samples": samples, "history": history}
+    card = model_card(name, facts, corpus, size.command)
+    (folder / "MODEL_CARD.md").write_text(card, "utf-8")
+    print(name, json.dumps(table, indent=1), flush=True)
+    return facts
+
+
+def settings() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write qwen3/, llama/ and log.json into")
+    parser.add_argument("--seconds", type=float, default=165, help="training time of each model")
+    parser.add_argument("--encode-seconds", type=float, default=80, help="most time to spend on encoding the corpus")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--tiny", action="store_true", help="a toy of the same kind, to try the script on a CPU")
+    args = parser.parse_args()
+    tiny = {"hidden": 64, "layers": 2, "vocab": 512, "batch": 8, "length": 64, "lr": 3e-3, "max_files": 300}
+    full = {"hidden": 256, "layers": 8, "vocab": 4096, "batch": 256, "length": 512, "lr": 3e-3, "max_files": None}
+    for key, value in (tiny if args.tiny else full).items():
+        setattr(args, key, value)
+    args.command = f"python scripts/train_reference_models.py --out DIR --seconds {args.seconds:g}"
+    return args
+
+
+def main() -> None:
+    """Corpus, tokenizer, both models, log."""
+    size = settings()
+    size.out.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high")
+    begin = time.monotonic()
+    corpus = read_corpus(size.max_files)
+    print(f"{time.monotonic() - begin:.0f} s: {len(corpus.train)} files read", flush=True)
+    tokenizer = train_tokenizer(corpus.train, size.vocab)
+    print(f"{time.monotonic() - begin:.0f} s: tokenizer of {tokenizer.get_vocab_size()}", flush=True)
+    data: dict[str, Any] = {}
+    for split, texts in (("held_out", corpus.held_out), ("train", corpus.train)):
+        tokens, data[f"{split}_characters"] = encode(tokenizer, texts, size.encode_seconds)
+        data[split] = tokens.to(size.device)
+        print(f"{time.monotonic() - begin:.0f} s: {split} {len(tokens)} tokens", flush=True)
+    log: dict[str, Any] = {"refused_packages": corpus.refused}
+    for name in ("qwen3", "llama"):
+        log[name] = make_model(name, tokenizer, corpus, data, size)
+        torch.compiler.reset()
+        (size.out / "log.json").write_text(json.dumps(log, indent=1), "utf-8")
+        print(f"{time.monotonic() - begin:.0f} s: {name} done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
