@@ -1,4 +1,4 @@
-"""The stream hash run backwards: the seed that gives a chosen hash at a chosen index, so any special value can be met."""
+"""The stream hash run backwards: the seed that gives a chosen hash at a chosen index. Any special value can be met."""
 
 import numpy as np
 
