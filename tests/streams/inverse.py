@@ -34,3 +34,11 @@ def dense_hashes(count):
     even = (np.arange(count, dtype=np.uint64) * np.uint64(2**32 // count | 1)).astype(np.uint32)
     small = np.uint32(2**32 - 1) >> (np.arange(count // 4, dtype=np.uint32) % np.uint32(32))
     return np.concatenate([even, small ^ (even[: count // 4] & (small >> np.uint32(1)))])
+
+
+def distinct_uniforms():
+    """One hash for every float32 that a uniform can be, all 83 886 081 of them, in parts of about two million."""
+    whole = [np.arange(2**24, dtype=np.uint32)]
+    rounded = [np.arange(2**23, 2**24, dtype=np.uint32) << np.uint32(shift) for shift in range(1, 9)]
+    for hashes in (*whole, *rounded, np.array([2**32 - 1], np.uint32)):
+        yield from np.array_split(hashes, -(-len(hashes) // 2**21))

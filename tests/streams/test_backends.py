@@ -9,7 +9,7 @@ from assay.errors import OutOfMemory, UsageError
 from assay.streams import DTYPES, as_tensor, digest, get_backend, seeds
 from assay.streams._backend import tiles
 
-from .inverse import dense_hashes, seed_for, special_hashes
+from .inverse import dense_hashes, distinct_uniforms, seed_for, special_hashes
 
 KINDS = ("hashes", "uniforms", "signs", "permutations")
 TEXTS = [f"stream_{i}" for i in range(5)]
@@ -59,6 +59,16 @@ def test_special_values(backend, definition, dtype, index):
 def test_dense_sample_of_all_uniforms(backend, definition, index):
     crafted = seed_for(dense_hashes(1 << 21), index)
     assert digest(backend.normals(crafted, 2)) == digest(definition.normals(crafted, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1], ids=["under the logarithm", "under the cosine"])
+def test_every_uniform_there_is(definition, index):
+    others = [get_backend("numba"), get_backend("torch")]
+    for hashes in distinct_uniforms():
+        crafted = seed_for(hashes, index)
+        expected = digest(definition.normals(crafted, 2))
+        assert [digest(other.normals(crafted, 2)) for other in others] == [expected, expected]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
