@@ -18,11 +18,11 @@ from assay.stats._fitting import NoiseFit, fit_log_noise, fit_scale_noise
 from assay.stats._noise import GROSS_PROBABILITY, JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, ScaleNoise
 from assay.stats._ranking import auroc, paired_accuracy
 from assay.stats._resampling import BootstrapInterval, group_bootstrap, permutation_p
-from assay.stats._sequential import CHEATING_SHARES, SequentialResult, SequentialTest, Verdict
+from assay.stats._sequential import JUNK_SHARES, SequentialResult, SequentialTest, Verdict
 
 __all__ = [
-    "CHEATING_SHARES",
     "GROSS_PROBABILITY",
+    "JUNK_SHARES",
     "JUNK_SIGMA",
     "RESOLUTION",
     "BootstrapInterval",

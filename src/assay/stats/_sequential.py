@@ -1,16 +1,16 @@
 """The residual test: a mixture likelihood ratio whose false-accusation bound holds however long one looks.
 
-For independent residuals with honest density f₁, every alternative k = (π, m) says that a share π of the values comes
-from noise m times larger: g_k = (1 − π)·f₁ + π·f_m. The e-value is the average over alternatives of the likelihood
-ratios,
+Residuals are independent, honest ones with density f₁. The alternatives are that all values come from noise m times
+larger (another computation), for m on a grid from ``effect`` to junk, or that a share π of them is invented:
 
-    E_n = (1/K) Σ_k Π_i g_k(x_i) / f₁(x_i).
+    g = f_m    or    g = (1 − π)·f₁ + π·f_junk.
 
-Under honest noise it is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas,
-Grünwald, Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The opposite ratio Π
-f₁/f_effect bounds, in the same way, the chance that noise ``effect`` times larger or more is ever taken for honest.
+The e-value is the average over the K alternatives of the likelihood ratios, E_n = (1/K) Σ_g Π_i g(x_i)/f₁(x_i). Under
+honest noise it is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas, Grünwald,
+Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The ratio Π f₁/f_effect bounds in the
+same way the chance that noise ``effect`` times larger, or more, is taken for honest.
 
-Suffixes: N values, K alternatives, M multiples, P shares.
+Suffixes: N values, K alternatives, M multiples.
 """
 
 import math
@@ -27,8 +27,8 @@ from assay.stats._noise import NoiseLaw
 FloatArray = npt.NDArray[np.float64]
 Verdict = Literal["honest", "fraud", "undecided"]
 
-CHEATING_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Shares π of dishonest values that the e-value averages over."""
+JUNK_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Shares π of invented values that the e-value averages over, beside all of them."""
 
 _CHUNK = 1024
 
@@ -88,7 +88,7 @@ class SequentialTest:
         # One multiple per factor of two: between two of them the loss of evidence per value is small.
         steps = math.ceil(math.log2(law.junk_multiple / effect)) + 1
         self._multiples_M = np.geomspace(effect, law.junk_multiple, max(steps, 2))
-        self._log_ratio_K = np.zeros(self._multiples_M.size * len(CHEATING_SHARES))
+        self._log_ratio_K = np.zeros(self._multiples_M.size + len(JUNK_SHARES))
         self._log_e_max = 0.0
         self._log_honest = 0.0
         self._n = 0
@@ -107,7 +107,7 @@ class SequentialTest:
     def _take(self, size_N: FloatArray) -> None:
         honest_N = self.law.log_density(size_N, 1.0)
         ratio_NM = np.stack([self.law.log_density(size_N, float(m)) - honest_N for m in self._multiples_M], axis=1)
-        step_NK = _share_mixtures(ratio_NM)
+        step_NK = np.concatenate([ratio_NM, _junk_mixtures(ratio_NM[:, -1])], axis=1)
         # Starting the sum from the state makes the result independent of how the values were split into updates.
         path_NK = np.cumsum(np.vstack([self._log_ratio_K, step_NK]), axis=0)[1:]
         self._log_ratio_K = path_NK[-1]
@@ -166,11 +166,9 @@ def _check_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> Non
         )
 
 
-def _share_mixtures(ratio_NM: FloatArray) -> FloatArray:
-    """ln((1 − π) + π·f_m/f₁) for every share and multiple, [N, P·M]."""
-    honest_P = [math.log1p(-share) if share < 1 else -math.inf for share in CHEATING_SHARES]
-    parts = [np.logaddexp(h, math.log(s) + ratio_NM) for h, s in zip(honest_P, CHEATING_SHARES, strict=True)]
-    return np.concatenate(parts, axis=1)
+def _junk_mixtures(junk_ratio_N: FloatArray) -> FloatArray:
+    """Logarithms of (1 − π) + π·f_junk/f₁ for every share of `JUNK_SHARES`, [N, shares]."""
+    return np.stack([np.logaddexp(math.log1p(-s), math.log(s) + junk_ratio_N) for s in JUNK_SHARES], axis=1)
 
 
 def _log_mean(log_K: FloatArray) -> FloatArray:
