@@ -1,0 +1,9 @@
+"""The command line: one app, a sub-app per instrument.
+
+Results go to stdout, progress and logs to stderr. Every command takes ``--json``. Values come from
+flags, then ``ASSAY_*`` environment variables, then the configuration file, then defaults.
+"""
+
+from assay.cli._app import app, run
+
+__all__ = ["app", "run"]

@@ -1,0 +1,110 @@
+"""The root of the command line: shared options, configuration, and what becomes of errors."""
+
+import os
+import signal
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from assay import __version__
+from assay.cli import _demo, _doctor, _models, _poc, _streams
+from assay.cli._output import errors
+from assay.errors import AssayError, UsageError
+
+__all__ = ["app", "run"]
+
+# 128 + the number of the signal: the shell's convention.
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+app = typer.Typer(
+    name="assay",
+    help="Measure what a language model really computed, and what its training really learns.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "ASSAY"},
+)
+app.command("demo")(_demo.demo)
+app.command("doctor")(_doctor.doctor)
+app.add_typer(_streams.app, name="streams")
+app.add_typer(_poc.app, name="poc")
+app.add_typer(_models.app, name="models")
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Configuration file (TOML); a table per command, such as [poc.prove].", envvar="ASSAY_CONFIG"
+        ),
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Read the configuration file before any command sees its options."""
+    if version:
+        typer.echo(f"assay {__version__}")
+        raise typer.Exit
+    context.default_map = _load_config(config)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 fraud, 2 bad input or undecided, 130 interrupted."""
+    command = typer.main.get_command(app)
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = command.main(args=arguments, prog_name="assay", standalone_mode=False)
+    except AssayError as error:
+        errors(error)
+        return 2
+    except click.exceptions.Abort:
+        return INTERRUPTED
+    except (KeyboardInterrupt, _Terminated) as stop:
+        sys.stderr.write("stopped; long work is kept in its .partial file, and the same command continues it\n")
+        return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except BrokenPipeError:
+        # The reader of our stdout left. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return code if isinstance(code, int) else 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as something that files and pools can clean up after."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _load_config(path: Path | None) -> dict[str, Any]:
+    chosen = path or Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "assay" / "config.toml"
+    if path is None and not chosen.is_file():
+        return {}
+    try:
+        return _dashes_to_names(tomllib.loads(chosen.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(
+            f"configuration file {chosen}: {error}",
+            wanted='a readable TOML file, for instance [poc.prove] with model = "reference:qwen3"',
+            do="correct the file, or leave --config out",
+        ) from None
+
+
+def _dashes_to_names(table: dict[str, Any]) -> dict[str, Any]:
+    """Let keys be written like flags (seq-len) or like names (seq_len)."""
+    return {
+        key.replace("-", "_"): _dashes_to_names(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+    }

@@ -1,0 +1,62 @@
+"""``assay models``: what can be loaded, and random-weight checkpoints."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from assay.cli._output import JsonFlag, emit_json, table
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Bundled models, shape presets and random-weight checkpoints.", no_args_is_help=True)
+
+Reference = Annotated[str, typer.Argument(help="A directory, a hub id, reference:… or shape:…")]
+
+
+@app.command("list")
+def list_(as_json: JsonFlag = False) -> None:
+    """List the bundled models and the shape presets."""
+    from assay import models
+
+    found = models.list_models()
+    if as_json:
+        emit_json("assay.models.list/1", {"models": [asdict(info) for info in found]})
+        return
+    rows = [
+        (info.reference, f"{info.parameters / 1e6:.1f} M", info.num_layers, info.hidden_size, info.vocab_size)
+        for info in found
+    ]
+    table(("model", "parameters", "layers", "hidden", "vocabulary"), rows)
+
+
+@app.command()
+def info(reference: Reference, as_json: JsonFlag = False) -> None:
+    """Describe one model without loading its weights."""
+    from assay import models
+
+    values = asdict(models.model_info(reference))
+    if as_json:
+        emit_json("assay.models.info/1", values)
+    else:
+        table(("", "value"), [(name.replace("_", " "), value) for name, value in values.items()])
+
+
+@app.command("random")
+def random_(
+    reference: Reference,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    block_hash: Annotated[str, typer.Option(help="Seeds the weights.")] = "block",
+    weights: Annotated[str, typer.Option(help="random-all or random-embed.")] = "random-all",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a checkpoint with random weights."""
+    from assay import models
+
+    models.save_random(reference, output, weights=weights, block_hash=block_hash, dtype=dtype)
+    if as_json:
+        emit_json("assay.models.random/1", {"path": str(output), "weights": weights, "block_hash": block_hash})
+    else:
+        typer.echo(str(output))

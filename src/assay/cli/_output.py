@@ -1,0 +1,65 @@
+"""How the command line speaks: results on stdout, everything else on stderr."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from assay.errors import AssayError
+
+__all__ = ["JsonFlag", "emit_json", "errors", "progress_bar", "table"]
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def emit_json(schema: str, values: dict[str, Any]) -> None:
+    """Print one JSON object with its schema field on stdout."""
+    typer.echo(json.dumps({"schema": schema, **values}, allow_nan=False))
+
+
+def errors(error: AssayError) -> None:
+    """Print an error in its three parts on stderr, or as JSON where ``ASSAY_ERRORS=json``."""
+    if os.environ.get("ASSAY_ERRORS") == "json":
+        parts = {"error": type(error).__name__, "seen": error.seen, "wanted": error.wanted, "do": error.do}
+        sys.stderr.write(json.dumps(parts) + "\n")
+    else:
+        sys.stderr.write(f"error: {error}\n")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
+    """Print a table on stdout; columns after the first are right-aligned."""
+    shown = Table(title=title or None, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(shown)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} nonces/s" if task.speed else "")
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a progress bar with rate and time left on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update

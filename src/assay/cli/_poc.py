@@ -1,0 +1,207 @@
+"""``assay poc``: prove, verify, calibrate."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.errors import UsageError
+
+if TYPE_CHECKING:
+    from assay.models import Model
+    from assay.poc import Calibration, Proof, Verdict
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Prove that a model ran, and check such proofs.", no_args_is_help=True)
+
+ModelFlag = Annotated[
+    str, typer.Option("--model", help="A directory, a hub id, reference:… or shape:…", envvar="ASSAY_MODEL")
+]
+DtypeFlag = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.", envvar="ASSAY_DTYPE")]
+DeviceFlag = Annotated[str | None, typer.Option("--device", help="cpu or cuda.", envvar="ASSAY_DEVICE")]
+
+
+@app.command()
+def prove(
+    model: ModelFlag,
+    block_hash: Annotated[str, typer.Option(help="The block that seeds the round.", envvar="ASSAY_BLOCK_HASH")],
+    public_key: Annotated[str, typer.Option(help="The key of the node.", envvar="ASSAY_PUBLIC_KEY")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The proof file to write.")],
+    nonces: Annotated[str, typer.Option(help="Positions A:B in this node's sequence of nonces.")] = "0:256",
+    preset: Annotated[str, typer.Option(help="A row of the pipeline table.")] = "poc-2.0",
+    seq_len: Annotated[int, typer.Option(help="Input positions per nonce.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Nonces per forward pass; part of the fingerprint.")] = 32,
+    dtype: DtypeFlag = None,
+    device: DeviceFlag = None,
+    engine: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
+    r_target: Annotated[float, typer.Option(help="A nonce is valid below this distance.")] = 1.416,
+    node_id: Annotated[int, typer.Option(help="This node's share of the nonces.")] = 0,
+    node_count: Annotated[int, typer.Option(help="How many nodes share the nonces.")] = 1,
+    block_height: Annotated[int, typer.Option(help="Recorded in the proof.")] = 0,
+    strength: Annotated[int, typer.Option(help="Bits of seed of the inputs, 32 or 256.")] = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing proof file.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Prove a range of nonces. An interrupted run continues when the command is repeated."""
+    from assay import poc
+
+    round = poc.Round(
+        block_hash=block_hash,
+        public_key=public_key,
+        block_height=block_height,
+        node_id=node_id,
+        node_count=node_count,
+        model=model,
+        preset=poc.get_pipeline(preset).name,
+        seq_len=seq_len,
+        r_target=r_target,
+        strength=strength,  # type: ignore[arg-type]  # Round refuses what is not 32 or 256
+    )
+    chosen = round.nonces(*_positions(nonces))
+    if engine != "hf":
+        raise UsageError(f"engine {engine!r}", wanted="hf", do="leave --engine out")
+    loaded = _load(model, dtype, device)
+    with progress_bar("proving") as progress:
+        proof = poc.prove(
+            loaded, round, chosen, batch_size=batch_size, output=output, progress=progress, overwrite=overwrite
+        )
+    _print_proof(proof, output, as_json)
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    proof: Annotated[Path, typer.Argument(help="A proof file.")],
+    model: ModelFlag,
+    sample: Annotated[int | None, typer.Option(help="Nonces to recompute; 64, or all of a smaller proof.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Measured noise for this pair of engines.")] = None,
+    block_hash: Annotated[str | None, typer.Option(help="Refuse a proof of another block.")] = None,
+    public_key: Annotated[str | None, typer.Option(help="Refuse a proof of another key.")] = None,
+    dtype: DtypeFlag = None,
+    device: DeviceFlag = None,
+    alpha: Annotated[float, typer.Option(help="Bound on accusing an honest node.")] = 1e-3,
+    seed: Annotated[int | None, typer.Option(help="Draw this sample; unpredictable when left out.", min=0)] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Recompute a sample of a proof and judge it. Exit code 0 honest, 1 fraud, 2 undecided or bad input."""
+    from dataclasses import replace
+
+    from assay import poc
+
+    read = poc.Proof.load(proof)
+    measured = poc.Calibration.load(calibration) if calibration else None
+    expect = replace(
+        read.round, block_hash=block_hash or read.round.block_hash, public_key=public_key or read.round.public_key
+    )
+    # The prover's dtype is the likeliest to agree with it, and the header says which.
+    loaded = _load(model, dtype or read.header.fingerprint.dtype, device)
+    with progress_bar("verifying") as progress:
+        verdict = poc.verify(
+            read,
+            loaded,
+            sample=sample,
+            seed=seed,
+            expect=expect,
+            calibration=measured,
+            alpha=alpha,
+            progress=progress,
+        )
+    _print_verdict(verdict, as_json)
+    context.exit(verdict.exit_code)
+
+
+@app.command()
+def calibrate(
+    proofs: Annotated[list[Path] | None, typer.Argument(help="Two proofs of one round from two engines.")] = None,
+    valid_rate: Annotated[float | None, typer.Option(help="Wanted share of valid nonces, in (0, 1).")] = None,
+    dimension: Annotated[int, typer.Option(help="Dimension of the output that is compared with the target.")] = 8192,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Calibration file to write.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Give the r_target of a wanted valid rate, or measure the honest noise between two engines."""
+    from assay import poc, stats
+
+    if valid_rate is not None and not proofs:
+        r_target = stats.r_target_for(valid_rate, dimension)
+        values = {"valid_rate": valid_rate, "dimension": dimension, "r_target": r_target}
+        _show("assay.poc.calibrate/1", values, as_json)
+    elif valid_rate is None and proofs is not None and len(proofs) == 2 and output is not None:
+        measured = poc.calibrate(*(poc.Proof.load(path) for path in proofs))
+        measured.save(output)
+        _show_calibration(measured, output, as_json)
+    else:
+        raise UsageError(
+            "neither --valid-rate alone nor two proofs with -o",
+            wanted="one of the two forms",
+            do="`assay poc calibrate --valid-rate 0.1`, or `assay poc calibrate A.jsonl B.jsonl -o calibration.json`",
+        )
+
+
+def _load(model: str, dtype: str | None, device: str | None) -> "Model":
+    from assay.models import load_model
+
+    return load_model(model, dtype=dtype, device=device)
+
+
+def _positions(text: str) -> tuple[int, int]:
+    first, _, end = text.partition(":")
+    if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit() and len(text) <= 40):
+        raise UsageError(
+            f"--nonces {text!r:.60}", wanted="two numbers A:B with A < B", do="for instance --nonces 0:256"
+        )
+    return int(first), int(end)
+
+
+def _print_proof(proof: "Proof", path: Path, as_json: bool) -> None:
+    footer = proof.footer
+    rate = footer.records / footer.seconds if footer.seconds else 0.0
+    values = {
+        "path": str(path),
+        "model": proof.round.model,
+        "preset": proof.round.preset,
+        "records": footer.records,
+        "valid": footer.valid,
+        "valid_rate": round(proof.valid_rate, 4),
+        "seconds": footer.seconds,
+        "nonces_per_second": round(rate, 2),
+        "sha256": footer.sha256,
+    }
+    _show("assay.poc.prove/1", values, as_json)
+
+
+def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
+    if as_json:
+        values = verdict.as_dict()
+        emit_json(values.pop("schema"), values)
+        return
+    sequential, count = verdict.sequential, verdict.count
+    rows = [
+        ("verdict", verdict.verdict),
+        ("why", verdict.reason),
+        ("checked", f"{verdict.checked} of {verdict.proved} nonces"),
+        ("honest noise", f"{verdict.noise.law} ({verdict.noise.source})"),
+        ("gross residuals", f"{sequential.gross} above {sequential.gross_threshold:.2g}"),
+        ("published rule", f"{count.mismatches} of {count.n} mismatches, p = {count.p_value:.3g}"),
+    ]
+    table(("", "result"), rows)
+
+
+def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> None:
+    values = {
+        "path": str(path),
+        "output": measured.output,
+        "law": str(measured.law),
+        "n": measured.n,
+        "confidence": measured.confidence,
+    }
+    _show("assay.poc.calibrate/1", values, as_json)
+
+
+def _show(schema: str, values: Mapping[str, object], as_json: bool) -> None:
+    if as_json:
+        emit_json(schema, dict(values))
+    else:
+        table(("", "value"), [(name.replace("_", " "), value) for name, value in values.items()])

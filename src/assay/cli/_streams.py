@@ -1,0 +1,134 @@
+"""``assay streams``: print portable random numbers."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from assay.cli._output import JsonFlag, emit_json
+from assay.errors import UsageError
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Print portable random numbers, the same bits on every machine.", no_args_is_help=True)
+
+PRINTABLE = 1_000_000
+
+
+class BackendName(StrEnum):
+    """Backends by name."""
+
+    auto = "auto"
+    numpy = "numpy"
+    numba = "numba"
+    torch = "torch"
+    triton = "triton"
+
+
+SeedText = Annotated[str, typer.Option("--seed-text", help="The text whose SHA-256 gives the seed.")]
+Count = Annotated[int, typer.Option("-n", help="How many values.", min=1)]
+BackendFlag = Annotated[BackendName, typer.Option("--backend", help="Which implementation computes them.")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Strength = Annotated[int, typer.Option("--strength", help="Bits of seed: 32 (published) or 256.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+
+
+@app.command("hash")
+def hash_(
+    seed_text: SeedText,
+    n: Count,
+    backend: BackendFlag = BackendName.auto,
+    device: Device = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Print 32-bit hashes."""
+    _print("hash", seed_text, n, backend, device, as_json)
+
+
+@app.command()
+def uniform(
+    seed_text: SeedText,
+    n: Count,
+    backend: BackendFlag = BackendName.auto,
+    device: Device = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Print uniform float32 values in [0, 1]."""
+    _print("uniform", seed_text, n, backend, device, as_json)
+
+
+@app.command()
+def normal(
+    seed_text: SeedText,
+    n: Count,
+    backend: BackendFlag = BackendName.auto,
+    device: Device = "cpu",
+    strength: Strength = 32,
+    dtype: Dtype = "float32",
+    as_json: JsonFlag = False,
+) -> None:
+    """Print standard normal values."""
+    _print("normal", seed_text, n, backend, device, as_json, strength=strength, dtype=dtype)
+
+
+@app.command()
+def signs(
+    seed_text: SeedText,
+    n: Count,
+    backend: BackendFlag = BackendName.auto,
+    device: Device = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Print signs, +1 or -1."""
+    _print("signs", seed_text, n, backend, device, as_json)
+
+
+@app.command()
+def permutation(
+    seed_text: SeedText,
+    n: Count,
+    backend: BackendFlag = BackendName.auto,
+    device: Device = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Print a permutation of 0..n-1."""
+    _print("permutation", seed_text, n, backend, device, as_json)
+
+
+def _print(
+    kind: str,
+    seed_text: str,
+    n: int,
+    backend: BackendName,
+    device: str,
+    as_json: bool,
+    strength: int = 32,
+    dtype: str = "float32",
+) -> None:
+    from assay import streams
+
+    if n > PRINTABLE:
+        raise UsageError(f"-n {n}", wanted=f"at most {PRINTABLE} values to print", do="use assay.streams from Python")
+    source = streams.get_backend(backend.value, device)
+    seeds = streams.seeds([seed_text], strength)
+    if kind == "normal":
+        values = source.normals(seeds, n, dtype)
+    else:
+        method = {"hash": "hashes", "uniform": "uniforms", "signs": "signs", "permutation": "permutations"}[kind]
+        values = getattr(source, method)(seeds, n)
+    printed = _numbers(streams.as_tensor(values)[0].cpu())
+    if as_json:
+        described = {"kind": kind, "seed_text": seed_text, "n": n, "backend": source.name, "device": source.device}
+        if kind == "normal":
+            described |= {"strength": strength, "dtype": dtype}
+        emit_json("assay.streams/1", {**described, "sha256": streams.digest(values), "values": printed})
+    else:
+        typer.echo("\n".join(str(value) for value in printed))
+
+
+def _numbers(row: Any) -> list[int] | list[float]:
+    """Return Python numbers; floats as the shortest decimal that reads back to the same float32."""
+    if not row.is_floating_point():
+        return [int(value) for value in row.tolist()]
+    return [float(str(value)) for value in row.float().numpy().astype(np.float32)]

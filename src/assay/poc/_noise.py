@@ -1,0 +1,101 @@
+"""How far honest engines differ: the law that the sequential test holds residuals against."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from assay import stats
+from assay.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from assay.poc._calibration import Calibration
+    from assay.poc._proof import Header
+    from assay.poc.engines import Engine
+
+__all__ = ["Law", "Noise", "default_noise", "law_as_dict", "law_from_dict", "noise_for"]
+
+Law = stats.ScaleNoise | stats.LogNoise
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The honest law and where it comes from, in words."""
+
+    law: Law
+    source: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        return {**law_as_dict(self.law), "source": self.source}
+
+
+def noise_for(header: "Header", engine: "Engine", calibration: "Calibration | None") -> Noise:
+    """Return the honest noise between a proof's engine and the validator's.
+
+    Raises:
+        CalibrationError: the calibration is for another pair of engines or kind of output.
+    """
+    if calibration is None:
+        return default_noise(header.pipeline.output, header.fingerprint.dtype, engine.dtype)
+    pair = {header.fingerprint.id, engine.fingerprint.id}
+    measured = {calibration.prover.id, calibration.validator.id}
+    if pair != measured or calibration.output != header.pipeline.output:
+        raise CalibrationError(
+            f"a calibration of {calibration.output}s between engines {' and '.join(sorted(measured))}",
+            wanted=f"one of {header.pipeline.output}s between {' and '.join(sorted(pair))}",
+            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
+        )
+    return Noise(calibration.law, f"calibration on {calibration.n} nonces")
+
+
+def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise:
+    """Return the stated default for a pair of dtypes, as measured by benchmarks/default_noise.py.
+
+    Raises:
+        CalibrationError: there is none for this pair.
+    """
+    pair = "/".join(sorted((prover_dtype, validator_dtype)))
+    found = _defaults()["laws"][output].get(pair)
+    if found is None:
+        raise CalibrationError(
+            f"no default noise between {prover_dtype} and {validator_dtype}",
+            wanted="one of " + ", ".join(_defaults()["laws"][output]),
+            do="measure it with `assay poc calibrate A.jsonl B.jsonl` and pass --calibration",
+        )
+    return Noise(law_from_dict(found), f"default for {pair}")
+
+
+def law_as_dict(law: Law) -> dict[str, Any]:
+    """Return the parameters of a law with its kind."""
+    return {"kind": "scale" if isinstance(law, stats.ScaleNoise) else "log", **asdict(law)}
+
+
+def law_from_dict(values: Any) -> Law:
+    """Read a law back.
+
+    Raises:
+        CalibrationError: it is not one, or a parameter is not a positive finite number.
+    """
+    try:
+        parameters = dict(values)
+        kind = {"scale": stats.ScaleNoise, "log": stats.LogNoise}[parameters.pop("kind")]
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in parameters.values()):
+            raise ValueError
+        law: Law = kind(**parameters)
+        return law
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise CalibrationError(
+            f"noise {values!r:.120}",
+            wanted="a kind, scale or log, with its finite parameters",
+            do="write the file with `assay poc calibrate`",
+        ) from None
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    text = resources.files("assay.poc").joinpath("default_noise.json").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded

@@ -1,0 +1,158 @@
+"""The prover: nonces in, records out, in batches of one fixed shape."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+
+from assay.errors import UsageError
+from assay.models import Model
+from assay.poc._parse import parse_record
+from assay.poc._pipelines import get_pipeline
+from assay.poc._proof import Header, Proof, Record
+from assay.poc._round import MAX_COUNT, Round
+from assay.poc._transforms import Transform
+from assay.poc.engines import Engine, HFEngine
+from assay.reports import PartialFile, dumps, loads
+
+__all__ = ["Progress", "compute", "make_header", "prove"]
+
+Progress = Callable[[int, int], None]
+"""Called with (records done, records in all) after every batch."""
+
+
+def prove(
+    model: Model,
+    round: Round,
+    nonces: Iterable[int],
+    *,
+    batch_size: int = 32,
+    output: str | Path | None = None,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Proof:
+    """Prove that a model ran on the noise of every nonce.
+
+    Args:
+        model: the model that is proved.
+        round: the round; its ``model`` is filled in when empty.
+        nonces: ascending nonces of this node's share, for instance ``round.nonces(0, 256)``.
+        batch_size: rows of the fixed batch shape; recorded, and used again by the verifier.
+        output: a proof file, written as it goes to ``<output>.partial``. If that file is there
+            already, left by an interrupted run of the same round, the proof continues after it.
+        engine: runs the model; the transformers engine when None.
+        progress: called after every batch.
+        overwrite: replace an existing proof file.
+
+    Returns:
+        The complete proof.
+
+    Raises:
+        UsageError: a nonce, shape or preset is out of range.
+        StorageError: the file cannot be written. What was proved so far stays in the partial file.
+    """
+    engine = engine or HFEngine(model, batch_size=batch_size, seq_len=round.seq_len)
+    header = make_header(model, round, nonces, engine)
+    started = time.perf_counter()
+    with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
+        records = _recover(out, header) if out else []
+        todo = list(itertools.islice(header.all_nonces(), len(records), None))
+        for batch in compute(header, engine, todo):
+            records.extend(batch)
+            if out:
+                out.append_lines(map(header.line, batch))
+            if progress:
+                progress(len(records), header.count)
+        proof = Proof.build(header, records, time.perf_counter() - started)
+        if out:
+            out.append(proof.footer.as_dict())
+            out.commit()
+    return proof
+
+
+def make_header(model: Model, round: Round, nonces: Iterable[int], engine: Engine) -> Header:
+    """Return the header of a proof of these nonces on this engine."""
+    nonces = nonces if isinstance(nonces, range) else list(nonces)
+    if not 0 < len(nonces) <= MAX_COUNT:
+        raise UsageError(
+            f"{len(nonces)} nonces", wanted=f"1 to {MAX_COUNT} in one proof", do="give a range such as --nonces 0:256"
+        )
+    round.check_nonces(nonces)
+    if engine.seq_len != round.seq_len:
+        raise UsageError(
+            f"an engine for {engine.seq_len} positions", wanted=f"seq_len {round.seq_len}", do="make one for this round"
+        )
+    return Header(
+        round=round.with_model(model.reference),
+        pipeline=get_pipeline(round.preset),
+        digest=model.digest,
+        weights=model.weights,
+        fingerprint=engine.fingerprint,
+        nonces=tuple(_runs(nonces)),
+    )
+
+
+def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[list[Record]]:
+    """Compute the records of nonces, one list per batch; the last batch is padded."""
+    round = header.round
+    transform = Transform(
+        round,
+        header.pipeline,
+        hidden_size=engine.hidden_size,
+        vocab_size=engine.vocab_size,
+        device=engine.device,
+        trained_head=engine.trained_head,
+    )
+    with engine.between_layers(header.pipeline.layers, round):
+        for start in range(0, len(nonces), engine.batch_size):
+            wanted = list(nonces[start : start + engine.batch_size])
+            padded = wanted + wanted[-1:] * (engine.batch_size - len(wanted))
+            values = transform(engine.last_hidden(engine.inputs(round, padded)), padded).cpu().numpy()
+            yield [_record(nonce, value) for nonce, value in zip(wanted, values, strict=False)]
+
+
+def _record(nonce: int, value: np.ndarray) -> Record:
+    if value.ndim:
+        return Record(nonce, vector=value)
+    # The shortest decimal that reads back to the same float32.
+    return Record(nonce, distance=float(str(np.float32(value))))
+
+
+def _recover(out: PartialFile, header: Header) -> list[Record]:
+    """Return the records that an interrupted run left, or start the file with the header."""
+    lines = out.recover()
+    if not lines:
+        out.append(header.as_dict())
+        return []
+    if lines[0] != dumps(header.as_dict()):
+        raise UsageError(
+            f"{out.partial} was begun with another round, model or engine",
+            wanted="the same command as the interrupted one",
+            do="repeat that command, or remove the partial file to start again",
+        )
+    # A run that died between the footer and its final name left a line too many: it is written again.
+    kept = lines[1 : header.count + 1]
+    records = [
+        parse_record(loads(line, f"{out.partial}, line {number}"), header, nonce)
+        for number, (line, nonce) in enumerate(zip(kept, header.all_nonces(), strict=False), start=2)
+    ]
+    if len(lines) > header.count + 1:
+        out.restart()
+        out.append_lines(lines[: header.count + 1])
+    return records
+
+
+def _runs(nonces: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Write ascending nonces as few ``(first, end, step)`` runs."""
+    start = 0
+    while start < len(nonces):
+        step = nonces[start + 1] - nonces[start] if start + 1 < len(nonces) else 1
+        end = start + 1
+        while end < len(nonces) and nonces[end] - nonces[end - 1] == step:
+            end += 1
+        yield (nonces[start], nonces[end - 1] + step, step)
+        start = end

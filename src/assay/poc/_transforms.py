@@ -1,0 +1,137 @@
+"""The steps of a pipeline: from the last hidden state to a distance or a vector.
+
+Legend of shapes: B nonces of a batch, D hidden size, V output dimension, R reflections, K picked.
+
+Everything here is float32 on the engine's device, one batch at a time, and no operation mixes
+rows. What depends on the block alone (target, random head) is made once per :class:`Transform`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay import streams
+from assay.poc._pipelines import RANDOM_HEAD_ROWS, Pipeline, Step
+from assay.poc._round import Round
+
+__all__ = ["Transform", "project", "reflect", "unit"]
+
+_EPSILON = 1e-8  # added to norms, as published
+_HEAD_SCALE = 0.02  # of no effect on a distance; kept because it is published
+
+
+def unit(x_BD: Tensor) -> Tensor:
+    """Scale every row to length one: x / (‖x‖ + 1e-8)."""
+    norm_B1: Tensor = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True)
+    return x_BD / (norm_B1 + _EPSILON)
+
+
+def reflect(x_BD: Tensor, v_BD: Tensor) -> Tensor:
+    """Reflect every row in the hyperplane orthogonal to its unit vector: x − 2 (x·v) v."""
+    return x_BD - 2 * (x_BD * v_BD).sum(dim=-1, keepdim=True) * v_BD
+
+
+def project(x_BD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Multiply every row by a head: [B, V] = x Wᵀ, one row at a time.
+
+    One product of all rows would be faster, but its kernels treat the rows at the edge of a tile in
+    another order, and a nonce's bits would depend on its place in the batch.
+    """
+    return torch.bmm(x_BD.unsqueeze(1), weight_VD.T.expand(len(x_BD), -1, -1)).squeeze(1)
+
+
+class Transform:
+    """The randomisation of one round, ready to be applied to batches.
+
+    Args:
+        round: gives the seed texts.
+        pipeline: which steps are taken.
+        hidden_size: D, the size of the engine's output.
+        vocab_size: V of the trained head.
+        device: where the engine's output lives.
+        trained_head: maps [B, D] to logits [B, V]; only called by pipelines with that head.
+    """
+
+    def __init__(
+        self,
+        round: Round,
+        pipeline: Pipeline,
+        *,
+        hidden_size: int,
+        vocab_size: int,
+        device: torch.device,
+        trained_head: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.round = round
+        self.pipeline = pipeline
+        self._backend = streams.get_backend("auto", device.type)
+        self._device = device
+        self._trained_head = trained_head
+        self._random_head_VD: Tensor | None = None
+        self._target_V: Tensor | None = None
+        if pipeline.head == "random":
+            values = self._normals([round.block_text("random_head")], hidden_size * RANDOM_HEAD_ROWS)
+            self._random_head_VD = values.view(RANDOM_HEAD_ROWS, hidden_size) * _HEAD_SCALE
+        if pipeline.output == "distance":
+            target_V = self._normals([round.block_text("target")], pipeline.output_size(hidden_size, vocab_size))[0]
+            self._target_V = target_V / torch.linalg.vector_norm(target_V)
+
+    def __call__(self, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
+        """Return what the pipeline publishes: distances [B] in float32, or vectors [B, K] in float16.
+
+        Args:
+            x_BD: last hidden states in float32, one row per nonce.
+            nonces: the B nonces in the order of the rows.
+        """
+        x_BD = self._steps(self.pipeline.hidden, x_BD, nonces)
+        if self._target_V is None:
+            return x_BD.to(torch.float16)
+        y_BV = self._steps(self.pipeline.logits, self._head(x_BD), nonces)
+        y_BV = y_BV / torch.linalg.vector_norm(y_BV, dim=-1, keepdim=True)
+        distances_B: Tensor = torch.linalg.vector_norm(y_BV - self._target_V, dim=-1)
+        return distances_B
+
+    def _head(self, x_BD: Tensor) -> Tensor:
+        if self._random_head_VD is not None:
+            return project(x_BD, self._random_head_VD)
+        return self._trained_head(x_BD) if self.pipeline.head == "trained" else x_BD
+
+    def _steps(self, steps: Sequence[Step], x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
+        for step in steps:
+            x_BD = self._step(step, x_BD, nonces)
+        return x_BD
+
+    def _step(self, step: Step, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
+        size = x_BD.shape[-1]
+        match step.name:
+            case "unit":
+                return unit(x_BD)
+            case "signs":
+                return x_BD * streams.as_tensor(self._backend.signs(self._seeds("signs", nonces), size))
+            case "permute":
+                order_BV = streams.as_tensor(self._backend.permutations(self._seeds("permutation", nonces), size))
+                return x_BD.gather(-1, order_BV)
+            case "pick":
+                seeds = self._seeds("pick", nonces, k=step.count)
+                return x_BD.gather(-1, streams.as_tensor(self._backend.picks(seeds, size, step.count)))
+            case "reflect":
+                return self._reflections("reflection", step.count, x_BD, nonces)
+            case "rotate":
+                return self._reflections("rotation", step.count, x_BD, nonces, k=size)
+
+    def _reflections(self, stream: str, count: int, x_BD: Tensor, nonces: Sequence[int], k: int = 0) -> Tensor:
+        texts = [self.round.text(stream, nonce, index=r, k=k) for nonce in nonces for r in range(count)]
+        v_BRD = self._normals(texts, x_BD.shape[-1]).view(len(nonces), count, -1)
+        v_BRD = v_BRD / torch.linalg.vector_norm(v_BRD, dim=-1, keepdim=True)
+        for r in range(count):
+            x_BD = reflect(x_BD, v_BRD[:, r])
+        return x_BD
+
+    def _seeds(self, stream: str, nonces: Sequence[int], k: int = 0) -> NDArray[np.uint32]:
+        return streams.seeds([self.round.text(stream, nonce, k=k) for nonce in nonces])
+
+    def _normals(self, texts: Sequence[str], n: int) -> Tensor:
+        return streams.as_tensor(self._backend.normals(streams.seeds(texts), n)).to(self._device)

@@ -1,0 +1,169 @@
+"""The verifier: recompute a sample of a proof, and judge the residuals."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import fields
+
+import numpy as np
+
+from assay import stats
+from assay.errors import ProofMismatch, UsageError
+from assay.models import Model
+from assay.poc._calibration import Calibration
+from assay.poc._noise import Noise, noise_for
+from assay.poc._proof import Header, Proof, Record
+from assay.poc._prover import Progress, compute
+from assay.poc._round import Round
+from assay.poc._verdict import Verdict, count_mismatches, seed_rule
+from assay.poc.engines import Engine, HFEngine
+
+__all__ = ["DEFAULT_SAMPLE", "judge", "residuals", "verify"]
+
+DEFAULT_SAMPLE = 64
+
+
+def verify(
+    proof: Proof,
+    model: Model,
+    *,
+    sample: int | None = None,
+    seed: int | None = None,
+    expect: Round | None = None,
+    calibration: Calibration | None = None,
+    engine: Engine | None = None,
+    alpha: float = 1e-3,
+    beta: float = 1e-2,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Recompute a sample of a proof's nonces and judge the whole.
+
+    Args:
+        proof: a complete proof.
+        model: the same checkpoint, on this machine; its dtype and device may differ from the prover's.
+        sample: how many nonces to recompute; 64, or all of a smaller proof, when None.
+        seed: draws the sample; from the system's randomness when None, so that no prover can guess it.
+        expect: refuse the proof if it was made for another round than this one.
+        calibration: measured honest noise for this pair of engines; the stated default when None.
+        engine: recomputes; the transformers engine with the prover's batch shape when None.
+        alpha: bound on the chance to ever accuse an honest node.
+        beta: chance to pass a node whose residuals are four times the honest noise.
+        progress: called after every batch.
+
+    Raises:
+        ProofMismatch: the proof is for another checkpoint or round.
+        UsageError: the sample is out of range.
+        CalibrationError: the calibration is for other fingerprints.
+    """
+    header = proof.header
+    check_match(header, model, expect)
+    fingerprint = header.fingerprint
+    engine = engine or HFEngine(model, batch_size=fingerprint.batch_size, seq_len=header.round.seq_len)
+    noise = noise_for(header, engine, calibration)
+    seed = secrets.randbits(64) if seed is None else seed
+    chosen = _draw(proof, sample, seed)
+    recomputed: list[Record] = []
+    for batch in compute(header, engine, [record.nonce for record in chosen]):
+        recomputed.extend(batch)
+        if progress:
+            progress(len(recomputed), len(chosen))
+    return judge(proof, chosen, recomputed, noise, seed=seed, alpha=alpha, beta=beta)
+
+
+def check_match(header: Header, model: Model, expect: Round | None = None) -> None:
+    """Refuse a proof of another checkpoint, or of another round than expected.
+
+    Raises:
+        ProofMismatch: names what differs.
+    """
+    if (header.digest, header.weights) != (model.digest, model.weights):
+        raise ProofMismatch(
+            f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})",
+            wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
+            do="verify with the checkpoint that the network agreed on",
+        )
+    if expect is None:
+        return
+    expect = expect.with_model(header.round.model)
+    for field in fields(Round):
+        ours, theirs = getattr(expect, field.name), getattr(header.round, field.name)
+        if ours != theirs:
+            raise ProofMismatch(
+                f"a proof with {field.name} {theirs!r}",
+                wanted=f"{field.name} {ours!r}",
+                do="ask the node for its proof of this round",
+            )
+
+
+def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.ndarray:
+    """Return received minus recomputed distance, or the L2 distance of the vectors, [N] in float64.
+
+    A missing or non-finite value gives NaN, which every test counts as a mismatch.
+    """
+    if any(record.vector is not None for record in recomputed):
+        pairs = [(a.vector, b.vector) for a, b in zip(received, recomputed, strict=True)]
+        return np.array([_l2(a, b) for a, b in pairs])
+    return np.array([a.distance - b.distance for a, b in zip(received, recomputed, strict=True)])
+
+
+def judge(
+    proof: Proof,
+    received: Sequence[Record],
+    recomputed: Sequence[Record],
+    noise: Noise,
+    *,
+    seed: int = 0,
+    alpha: float = 1e-3,
+    beta: float = 1e-2,
+) -> Verdict:
+    """Judge received records against recomputed ones of the same nonces."""
+    header = proof.header
+    errors = residuals(received, recomputed)
+    test = stats.SequentialTest(noise.law, alpha=alpha, beta=beta)
+    test.update(errors)
+    if header.pipeline.output == "vector":
+        count = count_mismatches(errors)
+    else:
+        claimed = [i for i, record in enumerate(received) if header.is_valid(record)]
+        count = seed_rule(
+            [received[i].distance for i in claimed], [recomputed[i].distance for i in claimed], header.round.r_target
+        )
+    result = test.result
+    return Verdict(
+        verdict=result.verdict,
+        reason=_reason(result, alpha, beta),
+        checked=len(received),
+        proved=proof.footer.records,
+        sequential=result,
+        count=count,
+        noise=noise,
+        residuals=tuple(float(value) for value in errors),
+        nonces=tuple(record.nonce for record in received),
+        sample_seed=seed,
+    )
+
+
+def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
+    total = len(proof.records)
+    size = min(DEFAULT_SAMPLE, total) if sample is None else sample
+    if not 1 <= size <= total:
+        raise UsageError(f"a sample of {size}", wanted=f"1 to {total}, the nonces of this proof", do="lower --sample")
+    chosen = np.random.default_rng(seed).choice(total, size=size, replace=False)
+    return [proof.records[i] for i in sorted(chosen.tolist())]
+
+
+def _l2(a: np.ndarray | None, b: np.ndarray | None) -> float:
+    if a is None or b is None or a.shape != b.shape:
+        return math.nan
+    return float(np.linalg.norm(a.astype(np.float64) - b.astype(np.float64)))
+
+
+def _reason(result: stats.SequentialResult, alpha: float, beta: float) -> str:
+    if result.verdict == "fraud":
+        return (
+            f"e-value e^{result.log_e_value:.1f} is over 1/{alpha:g}: no honest node of this noise gives such residuals"
+        )
+    share = f"an invented share above {result.junk_share_excluded:.1%} is excluded"
+    if result.verdict == "honest":
+        return f"evidence e^{result.log_evidence_honest:.1f} against four times the honest noise; {share}"
+    return f"{result.n} nonces are too few to decide at error rates {alpha:g} and {beta:g}: check more"

@@ -1,0 +1,70 @@
+"""Cheaters, as real programs: each returns a model or a proof that claims to be the honest one.
+
+Used by the demonstration, the tests and the red-team experiment. A cheating model keeps the digest
+of the checkpoint that it was made from: that is the lie.
+"""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from assay import stats
+from assay.errors import UsageError
+from assay.models import Model, backbone, decoder_layers
+from assay.poc._proof import Proof, Record
+from assay.poc._round import Round
+
+__all__ = ["invented", "replayed", "rounded", "without_last_layers"]
+
+GROUP = 32  # weights that share a scale, as in common int4 formats
+
+
+def rounded(model: Model, bits: int = 4) -> Model:
+    """Return the model with the weights of its linear layers rounded to ``bits``, in groups of 32 along the input.
+
+    Rounding is symmetric, to nearest, with the largest magnitude of a group on the last step; embeddings
+    and the head stay as they are.
+    """
+    module = copy.deepcopy(model.module)
+    with torch.no_grad():
+        for layer in decoder_layers(module):
+            for part in layer.modules():
+                if isinstance(part, nn.Linear):
+                    part.weight.copy_(_round_groups(part.weight, bits))
+    return replace(model, module=module)
+
+
+def without_last_layers(model: Model, count: int) -> Model:
+    """Return the model without its last ``count`` decoder layers."""
+    if not 0 < count < model.num_layers:
+        raise UsageError(f"{count} layers skipped", wanted=f"1 to {model.num_layers - 1}", do="skip fewer layers")
+    module = copy.deepcopy(model.module)
+    backbone(module).layers = decoder_layers(module)[: model.num_layers - count]
+    return replace(model, module=module)
+
+
+def invented(proof: Proof, seed: int = 0) -> Proof:
+    """Return a proof of the same nonces whose distances are drawn from the chord law, without any model."""
+    size = 8192
+    rng = np.random.default_rng(seed)
+    drawn = rng.normal(stats.chord_mean(size), stats.chord_std(size), len(proof.records))
+    records = [Record(record.nonce, float(value)) for record, value in zip(proof.records, drawn, strict=True)]
+    return Proof.build(proof.header, records, proof.footer.seconds)
+
+
+def replayed(proof: Proof, round: Round) -> Proof:
+    """Return another node's records under the header of one's own round."""
+    header = replace(proof.header, round=round.with_model(proof.round.model))
+    return Proof.build(header, proof.records, proof.footer.seconds)
+
+
+def _round_groups(weight_OI: torch.Tensor, bits: int) -> torch.Tensor:
+    rows, columns = weight_OI.shape
+    width = GROUP if columns % GROUP == 0 else columns
+    grouped = weight_OI.float().view(rows, -1, width)
+    step = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    step = torch.where(step > 0, step, torch.ones_like(step))
+    return (torch.round(grouped / step) * step).view(rows, columns).to(weight_OI.dtype)

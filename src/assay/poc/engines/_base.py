@@ -1,0 +1,98 @@
+"""What an engine promises, and the fingerprint that says how it computes.
+
+Legend of shapes: B nonces of a batch, T positions, D hidden size, V vocabulary.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from assay.poc._pipelines import LayerStep
+from assay.poc._round import Round
+
+__all__ = ["Engine", "Fingerprint"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """Everything about an engine that can move the last bits of a hidden state.
+
+    Two engines with equal fingerprints return equal bits. Noise between two different ones is
+    what a calibration measures.
+    """
+
+    engine: str
+    device: str
+    dtype: str
+    attention: str
+    batch_size: int
+    seq_len: int
+    threads: int
+    torch: str
+    library: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields in the order of the proof header."""
+        return asdict(self)
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that stand for the whole."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Engine(Protocol):
+    """A model that turns input embeddings into last hidden states, in batches of one fixed shape.
+
+    A nonce's result must not depend on its batch mates or on its place in the batch.
+    """
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the trained head."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+
+    @property
+    def batch_size(self) -> int:
+        """B, the fixed number of rows of a batch."""
+
+    @property
+    def seq_len(self) -> int:
+        """T, the fixed number of positions."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of the inputs: float32, float16 or bfloat16."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the hidden states are."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """How this engine computes."""
+
+    def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
+        """Return the input embeddings [B, T, D] of B nonces, in the engine's dtype."""
+
+    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the last token's hidden state after the final norm, [B, D] in float32."""
+
+    def trained_head(self, x_BD: Tensor) -> Tensor:
+        """Return the model's own logits [B, V] in float32."""
+
+    def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
+        """Apply a transform after every decoder layer while the context is open."""

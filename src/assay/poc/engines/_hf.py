@@ -1,0 +1,195 @@
+"""The engine on transformers: the definition, and the default on CPU and CUDA."""
+
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from assay import streams
+from assay.errors import BadWeights, OutOfMemory, UsageError
+from assay.models import Model, backbone, decoder_layers
+from assay.poc._pipelines import LayerStep
+from assay.poc._round import Round
+from assay.poc._transforms import project, reflect, unit
+from assay.poc.engines._base import Fingerprint
+from assay.poc.engines._memory import check_fits
+
+__all__ = ["HFEngine"]
+
+MAX_BATCH = 65_536
+
+# Matrix products of fewer rows take kernels in which the place of a row decides its last bits.
+MIN_POSITIONS = 16
+
+
+class HFEngine:
+    """Runs a :class:`assay.models.Model` on noise, in batches of one fixed shape.
+
+    Args:
+        model: as returned by :func:`assay.load_model`.
+        batch_size: B, rows of every batch. Raised where B · T would be under 16 positions, so that a
+            row's bits never depend on its place.
+        seq_len: T, positions of every row.
+
+    Raises:
+        UsageError: the sequence is longer than the model's positions, or the batch is out of range.
+        OutOfMemory: a batch of this shape does not fit; the message names one that would.
+    """
+
+    def __init__(self, model: Model, *, batch_size: int = 32, seq_len: int = 256) -> None:
+        if not 1 <= batch_size <= MAX_BATCH:
+            raise UsageError(f"batch size {batch_size}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32")
+        if seq_len > model.max_positions:
+            raise UsageError(
+                f"seq_len {seq_len} with {model.reference}",
+                wanted=f"at most its {model.max_positions} positions",
+                do=f"pass --seq-len {min(256, model.max_positions)}",
+            )
+        if batch_size > 1:
+            batch_size = max(batch_size, -(-MIN_POSITIONS // seq_len))
+        check_fits(model, batch_size, seq_len)
+        self.model = model
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self._backbone = backbone(model.module)
+        self._streams = streams.get_backend("auto", model.device.type)
+        self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.model.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the trained head."""
+        return self.model.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.model.num_layers
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of the weights and inputs."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """How this engine computes."""
+        on_cuda = self.device.type == "cuda"
+        return Fingerprint(
+            engine="hf",
+            device=torch.cuda.get_device_name(self.device) if on_cuda else f"{platform.machine()} {_cpu_capability()}",
+            dtype=self.dtype,
+            attention=str(self.model.module.config._attn_implementation),
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            threads=0 if on_cuda else torch.get_num_threads(),
+            torch=torch.__version__,
+            library=f"transformers {transformers.__version__}",
+        )
+
+    def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
+        """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
+        seeds_BS = streams.seeds([round.text("inputs", nonce) for nonce in nonces], round.strength)
+        values = self._streams.normals(seeds_BS, self.seq_len * self.hidden_size, self.dtype)
+        return streams.as_tensor(values).view(len(nonces), self.seq_len, self.hidden_size)
+
+    @torch.inference_mode()
+    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the last token's hidden state after the final norm, [B, D] in float32.
+
+        Raises:
+            UsageError: the inputs are not of the engine's fixed shape.
+            BadWeights: the model returned NaN or infinity.
+            OutOfMemory: the device ran out of memory.
+        """
+        wanted = (self.batch_size, self.seq_len, self.hidden_size)
+        if tuple(inputs_BTD.shape) != wanted:
+            raise UsageError(
+                f"inputs of shape {tuple(inputs_BTD.shape)}",
+                wanted=f"the engine's fixed shape {wanted}",
+                do="pad the batch with throw-away nonces",
+            )
+        try:
+            output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"the device ran out of memory on a batch of {self.batch_size} × {self.seq_len} positions",
+                wanted="room for the activations of one batch",
+                do=f"pass --batch-size {max(1, self.batch_size // 2)}",
+            ) from error
+        x_BD: Tensor = output.last_hidden_state[:, -1].float()
+        if not bool(torch.isfinite(x_BD).all()):
+            raise BadWeights(
+                f"{self.model.reference} returned NaN or infinity in {self.dtype}",
+                wanted="finite hidden states",
+                do="check the checkpoint, or use a dtype with more range (--dtype float32)",
+            )
+        return x_BD
+
+    @torch.inference_mode()
+    def trained_head(self, x_BD: Tensor) -> Tensor:
+        """Return the model's own logits [B, V] in float32."""
+        weight_VD: Tensor = self.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+        return project(x_BD.to(weight_VD.dtype), weight_VD).float()
+
+    @contextmanager
+    def between_layers(self, step: LayerStep, round: Round) -> Iterator[None]:
+        """Apply a transform after every decoder layer while the context is open.
+
+        Raises:
+            LayersNotFound: the decoder layers of this architecture are not known.
+        """
+        if step == "none":
+            yield
+            return
+        handles = [
+            layer.register_forward_hook(_LayerHook(self._layer_function(step, round, index)))
+            for index, layer in enumerate(decoder_layers(self.model.module))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _layer_function(self, step: LayerStep, round: Round, index: int) -> Any:
+        stream = "layer_signs" if step == "signs" else "layer_reflection"
+        seeds = streams.seeds([round.block_text(stream, index)])
+        if step == "signs":
+            signs_D = streams.as_tensor(self._streams.signs(seeds, self.hidden_size))[0].to(self.model.dtype)
+            return lambda x_BTD: x_BTD * signs_D
+        v_D = streams.as_tensor(self._streams.normals(seeds, self.hidden_size))[0]
+        v_D = (v_D / torch.linalg.vector_norm(v_D)).to(self.model.dtype)
+        if step == "reflect":
+            return lambda x_BTD: reflect(x_BTD, v_D)
+        return lambda x_BTD: reflect(unit(x_BTD), v_D)
+
+
+class _LayerHook:
+    """Applies a function to the hidden state that a decoder layer returns, tuple or not."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self._function(output[0]), *output[1:])
+        return self._function(output)
+
+
+def _cpu_capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()

@@ -1,0 +1,49 @@
+"""Fixtures that every floor uses: small real checkpoints, made on the spot."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a Qwen3 checkpoint of 0.2 M random parameters, in float32."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    path = tmp_path_factory.mktemp("checkpoint") / "small"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(Qwen3Config(**SMALL)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_model(small_checkpoint: Path):
+    """The small checkpoint, loaded on the CPU in float32."""
+    from assay.models import load_model
+
+    return load_model(small_checkpoint, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session", params=["reference:qwen3", "reference:llama"])
+def reference_model(request: pytest.FixtureRequest):
+    """Each bundled model, loaded on the CPU in bfloat16."""
+    from assay.models import load_model
+
+    return load_model(request.param, device="cpu")

@@ -1,0 +1,161 @@
+"""Proof files: a round trip, and every way in which a file can be wrong."""
+
+import base64
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from assay.errors import ProofFormatError, UsageError
+from assay.poc import PIPELINES, Proof, Round, prove
+
+
+@pytest.fixture(scope="module")
+def vectors(small_model, round_) -> Proof:
+    round = Round(block_hash="b", public_key="k", seq_len=16, preset="artifact", node_id=2, node_count=5)
+    return prove(small_model, round, round.nonces(3, 9), batch_size=4)
+
+
+def test_a_proof_reads_back_as_it_was(proof: Proof, vectors: Proof, tmp_path: Path):
+    for made in (proof, vectors):
+        path = tmp_path / f"{made.round.preset}.jsonl"
+        made.save(path)
+        read = Proof.load(path)
+        assert read.header == made.header
+        assert read.footer == made.footer
+        assert [r.nonce for r in read.records] == [r.nonce for r in made.records]
+    np.testing.assert_array_equal(Proof.load(tmp_path / "poc-2.0.jsonl").distances, proof.distances)
+    for a, b in zip(Proof.load(tmp_path / "artifact.jsonl").records, vectors.records, strict=True):
+        assert a.vector.dtype == np.float16
+        np.testing.assert_array_equal(a.vector, b.vector)
+
+
+def test_distances_are_float32_values(proof: Proof):
+    assert (proof.distances == proof.distances.astype(np.float32).astype(str).astype(float)).all()
+
+
+def test_wire_form_of_a_vector(vectors: Proof):
+    record = vectors.records[0]
+    raw = base64.b64decode(json.loads(vectors.header.line(record))["vector"])
+    assert raw == record.vector.astype("<f2").tobytes()
+    assert len(raw) == 24
+
+
+def edit(lines: list[str], number: int, **changes) -> list[str]:
+    """Change fields of one line, addressed with dots."""
+    value = json.loads(lines[number])
+    for path, new in changes.items():
+        *parents, last = path.split("__")
+        target = value
+        for parent in parents:
+            target = target[parent]
+        target[last] = new
+    return [*lines[:number], json.dumps(value), *lines[number + 1 :]]
+
+
+BREAKS = {
+    "empty file": (lambda lines: [], 1),
+    "no header": (lambda lines: lines[1:], 1),
+    "another kind": (lambda lines: edit(lines, 0, kind="assay.poc.calibration"), 1),
+    "unknown schema": (lambda lines: edit(lines, 0, schema=2), 1),
+    "boolean schema": (lambda lines: edit(lines, 0, schema=True), 1),
+    "round without key": (lambda lines: edit(lines, 0, round={"block_hash": "b"}), 1),
+    "r_target out of range": (lambda lines: edit(lines, 0, round__r_target=3.0), 1),
+    "unknown preset": (lambda lines: edit(lines, 0, round__preset="poc-9"), 1),
+    "preset and pipeline differ": (lambda lines: edit(lines, 0, round__preset="artifact"), 1),
+    "pipeline edited": (lambda lines: edit(lines, 0, pipeline__layers="signs"), 1),
+    "digest is a number": (lambda lines: edit(lines, 0, model__digest=7), 1),
+    "batch size is text": (lambda lines: edit(lines, 0, fingerprint__batch_size="8"), 1),
+    "no nonces": (lambda lines: edit(lines, 0, nonces=[]), 1),
+    "runs overlap": (lambda lines: edit(lines, 0, nonces=[[0, 30, 1], [20, 50, 1]]), 1),
+    "endless run": (lambda lines: edit(lines, 0, nonces=[[0, 2**60, 1]]), 1),
+    "zero step": (lambda lines: edit(lines, 0, nonces=[[0, 40, 0]]), 1),
+    "foreign share": (lambda lines: edit(lines, 0, round__node_count=2), 1),
+    "record missing": (lambda lines: lines[:5] + lines[6:], 6),
+    "record doubled": (lambda lines: [*lines[:6], lines[5], *lines[6:]], 7),
+    "records swapped": (lambda lines: [*lines[:5], lines[6], lines[5], *lines[7:]], 6),
+    "foreign nonce": (lambda lines: edit(lines, 5, nonce=4000), 6),
+    "negative nonce": (lambda lines: edit(lines, 1, nonce=-0.0), 2),
+    "boolean nonce": (lambda lines: edit(lines, 2, nonce=True), 3),
+    "distance of text": (lambda lines: edit(lines, 5, distance="1.4"), 6),
+    "distance of null": (lambda lines: edit(lines, 5, distance=None), 6),
+    "distance too large": (lambda lines: edit(lines, 5, distance=2.1), 6),
+    "negative distance": (lambda lines: edit(lines, 5, distance=-1.0), 6),
+    "wrong validity": (lambda lines: edit(lines, 5, distance=1.999, valid=True), 6),
+    "validity of text": (lambda lines: edit(lines, 5, valid="yes"), 6),
+    "extra field": (lambda lines: edit(lines, 5, note="x"), 6),
+    "vector among distances": (lambda lines: [*lines[:5], '{"nonce":4,"vector":"AAAA"}', *lines[6:]], 6),
+    "NaN": (lambda lines: [*lines[:5], '{"nonce":4,"distance":NaN,"valid":false}', *lines[6:]], 6),
+    "infinity": (lambda lines: [*lines[:5], '{"nonce":4,"distance":1e999,"valid":false}', *lines[6:]], 6),
+    "doubled key": (lambda lines: [*lines[:5], '{"nonce":4,"nonce":4,"distance":1.4,"valid":true}', *lines[6:]], 6),
+    "not JSON": (lambda lines: [*lines[:5], "{", *lines[6:]], 6),
+    "not an object": (lambda lines: [*lines[:5], "[1]", *lines[6:]], 6),
+    "truncated": (lambda lines: lines[:20], 21),
+    "no footer": (lambda lines: lines[:-1], 42),
+    "value edited": (lambda lines: edit(lines, 5, distance=1.4, valid=True), 42),
+    "footer edited": (lambda lines: edit(lines, -1 % len(lines), footer__valid=3), 42),
+    "footer hash edited": (lambda lines: edit(lines, len(lines) - 1, footer__sha256="0" * 64), 42),
+    "footer seconds": (lambda lines: edit(lines, len(lines) - 1, footer__seconds=-1), 42),
+    "line after the end": (lambda lines: [*lines, lines[1]], 43),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_file_is_refused_with_its_line(name: str, proof: Proof, tmp_path: Path):
+    good = tmp_path / "good.jsonl"
+    proof.save(good)
+    change, line = BREAKS[name]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(text + "\n" for text in change(good.read_text().splitlines())))
+    with pytest.raises(ProofFormatError, match=f"line {line}:"):
+        Proof.load(bad)
+
+
+@pytest.mark.parametrize(
+    "vector",
+    ["", "AAAA", "not base64!", "A" * 31, 7, None, base64.b64encode(np.full(12, np.nan, "<f2").tobytes()).decode(),
+     base64.b64encode(np.full(12, np.inf, "<f2").tobytes()).decode(), base64.b64encode(b"\0" * 26).decode(),
+     " " + base64.b64encode(b"\0" * 24).decode()],
+)  # fmt: skip
+def test_a_bad_vector_is_refused(vector, vectors: Proof, tmp_path: Path):
+    path = tmp_path / "bad.jsonl"
+    vectors.save(path)
+    lines = edit(path.read_text().splitlines(), 1, vector=vector)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ProofFormatError, match="line 2:"):
+        Proof.load(path)
+
+
+@pytest.mark.parametrize("cut", [2, 30, 700, 1500, 3000])
+def test_a_file_cut_at_any_byte_is_refused(cut: int, proof: Proof, tmp_path: Path):
+    path = tmp_path / "cut.jsonl"
+    proof.save(path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(ProofFormatError, match="line"):
+        Proof.load(path)
+
+
+def test_binary_junk_and_missing_files_are_refused(tmp_path: Path):
+    path = tmp_path / "junk"
+    path.write_bytes(bytes(range(256)))
+    for wrong in (path, tmp_path / "missing", tmp_path):
+        with pytest.raises(ProofFormatError):
+            Proof.load(wrong)
+
+
+def test_an_existing_file_is_kept(proof: Proof, tmp_path: Path):
+    path = tmp_path / "proof.jsonl"
+    path.write_text("precious")
+    with pytest.raises(UsageError, match="exists"):
+        proof.save(path)
+    assert path.read_text() == "precious"
+    proof.save(path, overwrite=True)
+    assert Proof.load(path).footer == proof.footer
+
+
+def test_summary_numbers(proof: Proof):
+    assert proof.valid_rate == sum(d < 1.416 for d in proof.distances) / 40
+    assert math.isclose(proof.distances.mean(), math.sqrt(2), abs_tol=0.01)
+    assert set(PIPELINES) >= {proof.round.preset}

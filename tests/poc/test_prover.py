@@ -1,0 +1,209 @@
+"""The prover: batch invariance, resuming, and what it refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from assay.errors import BadWeights, OutOfMemory, StorageError, UsageError
+from assay.poc import PIPELINES, HFEngine, Proof, Round, prove
+
+
+def distances(proof: Proof) -> dict[int, object]:
+    return {r.nonce: r.distance if r.vector is None else r.vector.tobytes() for r in proof.records}
+
+
+@pytest.mark.parametrize("preset", PIPELINES)
+def test_a_nonce_has_the_same_bits_wherever_it_stands(preset: str, small_model, round_: Round):
+    round = replace(round_, preset=preset)
+    engine = HFEngine(small_model, batch_size=8, seq_len=16)
+    whole = distances(prove(small_model, round, range(19), engine=engine))
+    alone = distances(prove(small_model, round, [7], engine=engine))
+    moved = distances(prove(small_model, round, [0, 3, 7, 11, 18], engine=engine))
+    last = distances(prove(small_model, round, range(7, 15), engine=engine))
+    for other in (alone, moved, last):
+        assert {n: whole[n] for n in other if n in whole} == {n: d for n, d in other.items() if n in whole}
+
+
+@pytest.mark.parametrize(("batch_size", "seq_len"), [(2, 5), (3, 2), (5, 16), (6, 1), (7, 33), (32, 16), (11, 1)])
+def test_odd_shapes_keep_a_row_s_bits(batch_size: int, seq_len: int, small_model, round_: Round):
+    round = replace(round_, seq_len=seq_len)
+    engine = HFEngine(small_model, batch_size=batch_size, seq_len=seq_len)
+    whole = distances(prove(small_model, round, range(2 * engine.batch_size + 1), engine=engine))
+    for start in (1, engine.batch_size - 1):
+        shifted = distances(prove(small_model, round, range(start, start + engine.batch_size), engine=engine))
+        assert shifted == {n: whole[n] for n in shifted}
+
+
+def test_reference_models_keep_a_nonce_s_bits(reference_model):
+    round = Round(block_hash="b", public_key="k", seq_len=32)
+    engine = HFEngine(reference_model, batch_size=8, seq_len=32)
+    whole = distances(prove(reference_model, round, range(16), engine=engine))
+    shifted = distances(prove(reference_model, round, [3, 15, 9], engine=engine))
+    assert shifted == {n: whole[n] for n in (3, 15, 9)}
+
+
+def test_weaker_and_stronger_seeds_differ(small_model, round_: Round, proof: Proof):
+    strong = prove(small_model, replace(round_, strength=256), range(8), batch_size=8)
+    assert set(strong.distances).isdisjoint(proof.distances)
+
+
+def test_streaming_to_a_file_gives_the_same_proof(small_model, round_: Round, proof: Proof, tmp_path: Path):
+    seen = []
+    path = tmp_path / "proof.jsonl"
+    streamed = prove(
+        small_model,
+        round_,
+        range(40),
+        batch_size=8,
+        output=path,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert streamed.footer.sha256 == proof.footer.sha256
+    assert Proof.load(path).footer == streamed.footer
+    assert seen == [(8, 40), (16, 40), (24, 40), (32, 40), (40, 40)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Stop(Exception):
+    """Raised by a test in the middle of a proof."""
+
+
+def stop_after(records: int):
+    def progress(done: int, total: int) -> None:
+        if done >= records:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("torn", ["", '{"nonce":16,"dist', "garbage\n"])
+def test_resuming_gives_the_bytes_of_an_uninterrupted_run(torn: str, small_model, round_, proof, tmp_path: Path):
+    path, partial = tmp_path / "proof.jsonl", tmp_path / "proof.jsonl.partial"
+    with pytest.raises(Stop):
+        prove(small_model, round_, range(40), batch_size=8, output=path, progress=stop_after(16))
+    assert not path.exists()
+    assert len(partial.read_text().splitlines()) == 17
+    with partial.open("a") as file:
+        file.write(torn)
+    prove(small_model, round_, range(40), batch_size=8, output=path)
+    proof.save(tmp_path / "whole.jsonl")
+    assert path.read_text().splitlines()[:-1] == (tmp_path / "whole.jsonl").read_text().splitlines()[:-1]
+
+
+def test_a_run_that_died_before_the_rename_ends_well(small_model, round_, proof, tmp_path: Path):
+    path, partial = tmp_path / "proof.jsonl", tmp_path / "proof.jsonl.partial"
+    proof.save(path)
+    path.rename(partial)
+    prove(small_model, round_, range(40), batch_size=8, output=path)
+    assert Proof.load(path).footer.sha256 == proof.footer.sha256
+
+
+def test_resuming_another_round_is_refused(small_model, round_, tmp_path: Path):
+    path = tmp_path / "proof.jsonl"
+    with pytest.raises(Stop):
+        prove(small_model, round_, range(40), batch_size=8, output=path, progress=stop_after(16))
+    with pytest.raises(UsageError, match="another round"):
+        prove(small_model, replace(round_, block_hash="other"), range(40), batch_size=8, output=path)
+
+
+def test_an_edited_partial_file_is_refused(small_model, round_, tmp_path: Path):
+    path, partial = tmp_path / "proof.jsonl", tmp_path / "proof.jsonl.partial"
+    with pytest.raises(Stop):
+        prove(small_model, round_, range(40), batch_size=8, output=path, progress=stop_after(16))
+    partial.write_text(partial.read_text().replace('"nonce":9', '"nonce":99'))
+    with pytest.raises(Exception, match="nonce 99"):
+        prove(small_model, round_, range(40), batch_size=8, output=path)
+
+
+SLOW_PROOF = """
+import sys
+from assay.__main__ import main
+sys.argv = ["assay", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_command_leaves_a_file_to_resume(number: int, small_checkpoint: Path, tmp_path: Path):
+    path = tmp_path / "proof.jsonl"
+    command = [sys.executable, "-c", SLOW_PROOF, "poc", "prove", "--model", str(small_checkpoint), "--block-hash", "b"]
+    command += ["--public-key", "k", "--nonces", "0:2000", "--seq-len", "64", "--batch-size", "16", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "-o", str(path)], env=environment, stderr=subprocess.PIPE, text=True)
+    partial = Path(f"{path}.partial")
+    while not partial.exists() or len(partial.read_bytes().splitlines()) < 100:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
+    assert "Traceback" not in stderr
+    assert not path.exists()
+    assert len(partial.read_text().splitlines()) < 2000
+    again = subprocess.run([*command, "-o", str(path)], env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    whole = tmp_path / "whole.jsonl"
+    subprocess.run([*command, "-o", str(whole)], env=environment, capture_output=True, check=True)
+    assert path.read_text().splitlines()[:-1] == whole.read_text().splitlines()[:-1]
+    assert Proof.load(path).footer.sha256 == Proof.load(whole).footer.sha256
+
+
+def test_what_cannot_run_is_refused(small_model, round_: Round):
+    with pytest.raises(UsageError, match="seq_len 129"):
+        HFEngine(small_model, seq_len=129)
+    with pytest.raises(UsageError, match="batch size 0"):
+        HFEngine(small_model, batch_size=0)
+    with pytest.raises(OutOfMemory, match="--batch-size"):
+        HFEngine(_with_wide_config(small_model), batch_size=65_536, seq_len=128)
+    with pytest.raises(UsageError, match="0 nonces"):
+        prove(small_model, round_, [])
+    with pytest.raises(UsageError, match="nonce"):
+        prove(small_model, round_, [3, 2])
+    with pytest.raises(UsageError, match="positions"):
+        prove(small_model, round_, range(4), engine=HFEngine(small_model, batch_size=8, seq_len=32))
+
+
+def _with_wide_config(model):
+    """The same weights under a configuration that claims a wide model: only the estimate is asked."""
+    import copy
+
+    module = copy.deepcopy(model.module)
+    module.config.intermediate_size = 10_000_000
+    return replace(model, module=module)
+
+
+def test_weights_that_overflow_are_an_error(small_model, round_: Round):
+    import copy
+
+    import torch
+
+    module = copy.deepcopy(small_model.module)
+    with torch.no_grad():
+        module.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(BadWeights, match="NaN or infinity"):
+        prove(replace(small_model, module=module), round_, range(4))
+
+
+def test_a_full_disk_is_one_clear_error(small_model, round_: Round, tmp_path: Path):
+    """A file size limit stands for the full disk: the write fails in the middle."""
+    import resource
+
+    path = tmp_path / "proof.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1600, hard))
+    try:
+        with pytest.raises(StorageError, match="too large"):
+            prove(small_model, round_, range(40), batch_size=8, output=path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert not path.exists()
+    prove(small_model, round_, range(40), batch_size=8, output=path)
+    assert len(Proof.load(path).records) == 40

@@ -1,0 +1,111 @@
+"""The transform against the known answers, and against the formulas written out in float64."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from assay import streams
+from assay.poc import PIPELINES, Round
+from assay.poc._transforms import Transform, project
+
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "poc_kat.json").read_text())
+NUMPY = streams.get_backend("numpy")
+
+
+def make(round: Round, preset: str, hidden: int, vocab: int = 96) -> Transform:
+    head = torch.linspace(-1, 1, vocab * hidden).view(vocab, hidden)
+    return Transform(
+        round,
+        PIPELINES[preset],
+        hidden_size=hidden,
+        vocab_size=vocab,
+        device=torch.device("cpu"),
+        trained_head=lambda x_BD: project(x_BD, head),
+    )
+
+
+@pytest.mark.parametrize(
+    "row", VECTORS["seed_distance"], ids=lambda row: f"{row['block_hash']}-{row['nonce']}-{row['dim']}"
+)
+def test_distance_equals_the_known_answer(row):
+    round = Round(block_hash=row["block_hash"], public_key=row["public_key"])
+    dim, nonce = row["dim"], row["nonce"]
+    hidden = NUMPY.normals(streams.seeds([f"hidden_{dim}_{nonce}"]), dim) * np.float32(3) + np.float32(0.5)
+    distance = make(round, "poc-2.0", dim)(torch.from_numpy(hidden), [nonce])
+    assert distance.item() == pytest.approx(row["sign_flips"], abs=1e-5)
+
+
+def plain(round: Round, hidden: np.ndarray, nonce: int) -> float:
+    """The poc-2.0 formula of one nonce, in float64, with the W^T t identity instead of the head."""
+    d = len(hidden)
+    x = hidden * NUMPY.signs(streams.seeds([round.text("signs", nonce)]), d)[0]
+    x = x / np.linalg.norm(x)
+    for r in range(8):
+        v = NUMPY.normals(streams.seeds([round.text("reflection", nonce, index=r)]), d)[0].astype(np.float64)
+        v /= np.linalg.norm(v)
+        x = x - 2 * (x @ v) * v
+    head = (
+        NUMPY.normals(streams.seeds([round.block_text("random_head")]), d * 8192)[0].reshape(8192, d).astype(np.float64)
+    )
+    target = NUMPY.normals(streams.seeds([round.block_text("target")]), 8192)[0].astype(np.float64)
+    target /= np.linalg.norm(target)
+    cosine = (x @ (head.T @ target)) / np.linalg.norm(head @ x)
+    return float(np.sqrt(2 - 2 * cosine))
+
+
+def test_distance_equals_the_plain_formula(round_):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(5, 48)) * 10
+    distances = make(round_, "poc-2.0", 48)(torch.tensor(hidden, dtype=torch.float32), range(5))
+    for nonce in range(5):
+        assert distances[nonce].item() == pytest.approx(plain(round_, hidden[nonce], nonce), abs=1e-6)
+
+
+def test_artifact_vector_equals_the_plain_formula(round_):
+    hidden = np.random.default_rng(1).normal(size=64)
+    x = hidden / np.linalg.norm(hidden)
+    picked = np.argsort(NUMPY.hashes(streams.seeds([round_.text("pick", 7, k=12)]), 64)[0], kind="stable")[:12]
+    y = x[picked]
+    for j in range(11):
+        v = NUMPY.normals(streams.seeds([round_.text("rotation", 7, k=12, index=j)]), 12)[0].astype(np.float64)
+        v /= np.linalg.norm(v)
+        y = y - 2 * (y @ v) * v
+    expected = y / np.linalg.norm(y)
+    vector = make(round_, "artifact", 64)(torch.tensor(hidden, dtype=torch.float32)[None], [7])
+    assert vector.dtype == torch.float16
+    assert vector.shape == (1, 12)
+    np.testing.assert_allclose(vector[0].numpy().astype(np.float64), expected, atol=3e-4)
+
+
+@pytest.mark.parametrize("preset", PIPELINES)
+def test_rows_do_not_mix_and_repeat_to_the_bit(preset, round_):
+    x_BD = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
+    transform = make(round_, preset, 32)
+    whole = transform(x_BD, range(6))
+    order = [4, 0, 5, 1, 3, 2]
+    shuffled = transform(x_BD[order], order)
+    assert torch.equal(whole[order], shuffled)
+    assert torch.isfinite(whole.float()).all()
+    if whole.ndim == 1:
+        assert ((whole >= 0) & (whole <= 2)).all()
+
+
+def test_unit_before_a_linear_head_changes_nothing(round_):
+    """Why end-only normalisation could not help: the distance does not see the length of the state."""
+    x_BD = torch.randn(4, 32, generator=torch.Generator().manual_seed(4)) * 7
+    alone = make(round_, "random-head", 32)(x_BD, range(4))
+    unit_first = make(round_, "end-normalize", 32)(x_BD, range(4))
+    assert torch.allclose(alone, unit_first, atol=1e-6)
+
+
+def test_permutation_is_the_gather_of_the_published_order(round_):
+    x_BD = torch.randn(1, 32, generator=torch.Generator().manual_seed(5))
+    transform = make(round_, "permutation", 32)
+    order = NUMPY.permutations(streams.seeds([round_.text("permutation", 9)]), 96)[0]
+    logits = transform._head(x_BD)[0].double().numpy()[order]
+    target = NUMPY.normals(streams.seeds([round_.block_text("target")]), 96)[0].astype(np.float64)
+    cosine = logits @ target / np.linalg.norm(logits) / np.linalg.norm(target)
+    assert transform(x_BD, [9]).item() == pytest.approx(np.sqrt(2 - 2 * cosine), abs=1e-6)
