@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -44,19 +45,23 @@ class Backend(ABC):
 
     def hashes(self, seeds_B: Seeds, n: int) -> Array:
         """The first n hashes of each stream, uint32 ``[B, n]``."""
-        return self._make("_hashes", _single(seeds_B), _count(n))
+        with self._room_for(n):
+            return self._hashes(_single(seeds_B), _count(n))
 
     def uniforms(self, seeds_B: Seeds, n: int) -> Array:
         """The first n uniforms of each stream, float32 ``[B, n]``, in [0, 1] with both ends possible."""
-        return self._make("_uniforms", _single(seeds_B), _count(n))
+        with self._room_for(n):
+            return self._uniforms(_single(seeds_B), _count(n))
 
     def signs(self, seeds_B: Seeds, n: int) -> Array:
         """The first n signs of each stream, int8 ``[B, n]``: +1 where uniform > 0.5 (hash >= 0x80000081), else -1."""
-        return self._make("_signs", _single(seeds_B), _count(n))
+        with self._room_for(n):
+            return self._signs(_single(seeds_B), _count(n))
 
     def permutations(self, seeds_B: Seeds, n: int) -> Array:
         """One permutation of 0..n-1 for each stream, int64 ``[B, n]``: the stable argsort of its hashes."""
-        return self._make("_permutations", _single(seeds_B), _count(n))
+        with self._room_for(n):
+            return self._permutations(_single(seeds_B), _count(n))
 
     def picks(self, seeds_B: Seeds, n: int, k: int) -> Array:
         """Choose k indices below n for each stream, int64 ``[B, k]``: those of the k smallest hashes, smallest first.
@@ -64,10 +69,11 @@ class Backend(ABC):
         Raises:
             UsageError: also when k is negative or above n.
         """
-        n = _count(n)
-        if not 0 <= _index(k, "k") <= n:
+        n, k = _count(n), _index(k, "k")
+        if not 0 <= k <= n:
             raise UsageError(f"k = {k} of n = {n}", wanted="k from 0 to n", do="pick at most as many as there are")
-        return self._make("_picks", _single(seeds_B), n, _index(k, "k"))
+        with self._room_for(n):
+            return self._picks(_single(seeds_B), n, k)
 
     def normals(self, seeds_BS: Seeds, n: int, dtype: str = "float32") -> Array:
         """Generate n standard normals for each stream, ``[B, n]``. **Not** prefix-stable: every value depends on n.
@@ -80,20 +86,21 @@ class Backend(ABC):
         """
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r}", wanted=f"one of {', '.join(DTYPES)}", do="name the dtype as a string")
-        return self._make("_normals", _checked(seeds_BS), _count(n), dtype)
+        with self._room_for(n):
+            return self._normals(_checked(seeds_BS), _count(n), dtype)
 
-    def _make(self, kind: str, seeds_BS: npt.NDArray[np.uint32], *shape: Any) -> Array:
+    @contextmanager
+    def _room_for(self, n: int) -> Iterator[None]:
         try:
-            made: Array = getattr(self, kind)(seeds_BS, *shape)
-        except Exception as error:
+            yield
+        except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             raise OutOfMemory(
-                f"{len(seeds_BS)} streams of {shape[0]} elements do not fit on {self.device}",
-                wanted=f"room for them on {self.device}",
+                f"streams of {n} elements do not fit on {self.device}",
+                wanted="free memory for the whole batch",
                 do="make fewer streams in one call",
             ) from error
-        return made
 
     @abstractmethod
     def _hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array: ...
@@ -175,8 +182,6 @@ def _index(value: int, name: str) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch raises RuntimeError on the CPU and its own OutOfMemoryError on CUDA; both say so in words only.
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(words in str(error) for words in ("out of memory", "can't allocate memory"))
-    )
+    # Torch raises a RuntimeError on the CPU and a subclass of it on CUDA; both say so in words only.
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in words)
