@@ -44,10 +44,11 @@ from transformers import (
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 HELD_OUT_ONE_IN = 100
+# A newline and the indentation after it are one token, so a prompt ends before its newline.
 PROMPTS = (
-    "def fibonacci(n):\n",
-    "import os\nimport sys\n\n\ndef main():\n    ",
-    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n',
+    "def fibonacci(n):",
+    "import os\nimport sys\n\n\ndef main():",
+    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self',
 )
 SPDX = re.compile(
     r"MIT|MIT-0|MIT-CMU|BSD-[\w-]+|0BSD|BSL-1\.0|Apache-2\.0|LLVM-exception|PSF-2\.0|Python-2\.0(\.1)?|CNRI-Python"
@@ -337,6 +338,7 @@ unigram entropy is that of the same held-out tokens: the best loss that a predic
 
 It completes text that looks like Python; it knows nothing, follows no instructions, and its code must not be relied on
 or run unread. It was trained on windows of {facts["table"]["window"]} tokens; the configuration admits 2048 positions.
+A newline and the indentation after it are one token: end a prompt before its newline, not after it.
 
 ## Licence and data
 
