@@ -188,7 +188,7 @@ class LogNoise:
             UsageError: a distance is negative.
         """
         values_N = np.asarray(values, dtype=np.float64)
-        negative = values_N[values_N < 0]
+        negative = values_N[np.isfinite(values_N) & (values_N < 0)]
         if negative.size:
             raise UsageError(
                 f"distance {negative[0]}", wanted="L2 distances, at least 0", do="pass norms, not residuals"

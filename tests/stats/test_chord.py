@@ -1,0 +1,125 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import integrate, special
+
+from assay.errors import UsageError
+from assay.stats import (
+    chord_cdf,
+    chord_mean,
+    chord_pdf,
+    chord_std,
+    noise_band,
+    r_target_for,
+    rate_standard_error,
+    valid_rate,
+)
+
+
+@pytest.mark.parametrize(("r_target", "percent"), [(1.416, 59.05), (1.404, 9.64), (1.405, 12.0), (1.407, 17.9)])
+def test_known_rates_at_8192_dimensions(r_target, percent):
+    assert valid_rate(r_target, 8192) * 100 == pytest.approx(percent, abs=0.05)
+
+
+@pytest.mark.parametrize("d", [3, 5, 12, 64, 99, 101, 102, 512, 8192])
+def test_moments_agree_with_quadrature_of_the_density(d):
+    centre, width = math.sqrt(2), 40 / math.sqrt(2 * d)
+    low, high = max(0.0, centre - width), min(2.0, centre + width)
+
+    def integral(power):
+        return integrate.quad(lambda x: (x - centre) ** power * float(chord_pdf(x, d)), low, high, limit=400)[0]
+
+    shift = integral(1)
+    assert integral(0) == pytest.approx(1, abs=1e-9)
+    assert chord_mean(d) == pytest.approx(centre + shift, abs=1e-10)
+    assert chord_std(d) == pytest.approx(math.sqrt(integral(2) - shift**2), rel=1e-7)
+
+
+def test_in_two_dimensions_it_is_the_chord_of_a_uniform_angle():
+    x = np.linspace(0.1, 1.9, 19)
+    np.testing.assert_allclose(chord_cdf(x, 2), 2 * np.arcsin(x / 2) / np.pi, atol=1e-12)
+    assert chord_mean(2) == pytest.approx(4 / np.pi, abs=1e-12)
+
+
+def test_in_three_dimensions_the_squared_chord_is_uniform():
+    x = np.linspace(0, 2, 21)
+    np.testing.assert_allclose(chord_cdf(x, 3), (x / 2) ** 2, atol=1e-13)
+
+
+@pytest.mark.parametrize("d", [12, 64])
+def test_random_directions_follow_the_law(d):
+    rng = np.random.default_rng(d)
+    directions = rng.standard_normal((20_000, d))
+    cosines = directions[:, 0] / np.linalg.norm(directions, axis=1)
+    distances = np.sqrt(2 - 2 * cosines)
+    for r in (1.2, 1.4, 1.5):
+        rate = valid_rate(r, d)
+        assert abs(np.mean(distances < r) - rate) < 4 * rate_standard_error(rate, distances.size)
+
+
+@given(rate=st.floats(1e-6, 1 - 1e-6), d=st.integers(2, 20_000))
+def test_r_target_inverts_the_rate(rate, d):
+    assert valid_rate(r_target_for(rate, d), d) == pytest.approx(rate, rel=1e-8, abs=1e-9)
+
+
+def test_r_target_is_close_to_the_normal_approximation():
+    for rate in (0.1, 0.2, 0.5905):
+        approximation = math.sqrt(2 - 2 * special.ndtri(1 - rate) / math.sqrt(8192))
+        assert r_target_for(rate, 8192) == pytest.approx(approximation, abs=2e-6)
+
+
+def test_all_nonces_are_valid_at_two():
+    assert valid_rate(2.0, 8192) == 1.0
+    assert r_target_for(1.0, 12) == 2.0
+
+
+def test_density_is_zero_outside_its_range():
+    assert chord_pdf([-0.5, 2.5], 12).tolist() == [0, 0]
+    assert chord_cdf([-0.5, 2.5], 12).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, 2.0001, math.nan, math.inf])
+def test_refuses_r_target_out_of_range(bad):
+    with pytest.raises(UsageError, match="r_target"):
+        valid_rate(bad, 8192)
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.1, 1.1, math.nan])
+def test_refuses_a_rate_out_of_range(bad):
+    with pytest.raises(UsageError, match="valid rate"):
+        r_target_for(bad, 8192)
+
+
+@pytest.mark.parametrize("function", [chord_mean, chord_std, lambda d: valid_rate(1.4, d)])
+def test_refuses_a_line(function):
+    with pytest.raises(UsageError, match="dimension 1"):
+        function(1)
+
+
+def test_standard_error_of_a_block_mean():
+    assert rate_standard_error(0.59, 14_880) * 100 == pytest.approx(0.403, abs=0.001)
+    with pytest.raises(UsageError, match="0 nonces"):
+        rate_standard_error(0.5, 0)
+
+
+def test_noise_band_of_two_groups_is_that_of_a_half_normal():
+    low, high = noise_band(0.5, 100, 2, 0.9)
+    for spread, probability in ((low, 0.05), (high, 0.95)):
+        assert spread == pytest.approx(0.05 * math.sqrt(2) * special.ndtri(0.5 + probability / 2), rel=1e-6)
+
+
+def test_noise_band_covers_simulated_spreads_as_stated():
+    rng = np.random.default_rng(3)
+    means = rng.binomial(14_880, 0.59, size=(4000, 3)) / 14_880
+    spreads = means.max(axis=1) - means.min(axis=1)
+    low, high = noise_band(0.59, 14_880, 3, 0.9)
+    assert abs(np.mean((spreads >= low) & (spreads <= high)) - 0.9) < 4 * math.sqrt(0.09 / 4000)
+
+
+@pytest.mark.parametrize("arguments", [(0.5, 100, 1), (0.5, 0, 3), (1.5, 100, 3), (0.5, 100, 3, 1.0)])
+def test_noise_band_refuses_bad_arguments(arguments):
+    with pytest.raises(UsageError):
+        noise_band(*arguments)

@@ -1,0 +1,89 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from assay.errors import UsageError
+from assay.stats import RESOLUTION, ScaleNoise, SequentialTest, fit_log_noise, fit_scale_noise
+
+RNG = np.random.default_rng(11)
+
+
+def test_scale_is_the_maximum_likelihood_one():
+    sample = RNG.standard_t(6, 400) * 3e-5
+    found = optimize.minimize_scalar(
+        lambda s: -stats.t.logpdf(sample, 6, scale=math.exp(s)).sum(), bounds=(-13, -8), options={"xatol": 1e-9}
+    )
+    assert fit_scale_noise(sample).estimate.sigma == pytest.approx(math.exp(found.x), rel=1e-5)
+
+
+def test_upper_scale_covers_the_truth_as_often_as_stated():
+    covered = [fit_scale_noise(RNG.standard_t(6, 100) * 2e-5, confidence=0.9).law.sigma >= 2e-5 for _ in range(600)]
+    assert np.mean(covered) >= 0.9 - 3 * math.sqrt(0.09 / 600)
+
+
+def test_upper_scale_reaches_the_quantiles_of_noise_of_another_shape():
+    mixed = RNG.normal(0, 1, 4000) * np.where(RNG.random(4000) < 0.1, 4e-5, 1e-5)
+    fit = fit_scale_noise(mixed)
+    for q in (0.5, 0.9, 0.99):
+        assert fit.law.sigma * stats.t.isf((1 - q) / 2, 6) >= np.quantile(np.abs(mixed), q)
+
+
+def test_identical_hardware_gives_the_resolution():
+    fit = fit_scale_noise(np.zeros(32))
+    assert fit.estimate.sigma == RESOLUTION
+    assert SequentialTest(fit.law).update(np.zeros(6)).verdict == "honest"
+
+
+def test_one_large_value_hardly_moves_the_scale_but_shows_in_the_tail():
+    sample = RNG.standard_t(6, 500) * 2e-5
+    spoiled = np.append(sample, 5e-3)
+    before, after = fit_scale_noise(sample), fit_scale_noise(spoiled)
+    assert after.law.sigma < 1.05 * before.law.sigma
+    assert before.tail_p > 0.01 > after.tail_p
+
+
+def test_fitted_parameters_are_passed_on():
+    law = fit_scale_noise(RNG.normal(0, 1e-5, 64), dof=4, junk_sigma=0.01).law
+    assert (law.dof, law.junk_sigma) == (4, 0.01)
+
+
+def test_log_noise_finds_location_and_spread():
+    fit = fit_log_noise(np.exp(RNG.normal(math.log(0.07), 0.5, 4000)))
+    assert fit.estimate.mu == pytest.approx(math.log(0.07), abs=0.04)
+    assert fit.estimate.sd == pytest.approx(0.5, rel=0.1)
+    assert fit.law.mu > fit.estimate.mu
+    assert fit.law.sd > fit.estimate.sd
+    assert fit.tail_p > 0.01
+
+
+def test_log_noise_of_equal_vectors_rests_on_the_floor():
+    fit = fit_log_noise(np.zeros(64), floor=1e-3)
+    assert fit.estimate.mu == pytest.approx(math.log(1e-3))
+    assert SequentialTest(fit.law).update(np.zeros(4)).verdict == "honest"
+
+
+@pytest.mark.parametrize("fit", [fit_scale_noise, fit_log_noise])
+@pytest.mark.parametrize("bad", [[], [0.1] * 15, [0.1] * 20 + [math.nan], [0.1] * 20 + [math.inf]])
+def test_refuses_samples_that_say_too_little(fit, bad):
+    with pytest.raises(UsageError, match="finite"):
+        fit(bad)
+
+
+def test_refuses_parameters_out_of_range():
+    with pytest.raises(UsageError, match="confidence"):
+        fit_scale_noise(np.ones(32), confidence=1.0)
+    with pytest.raises(UsageError, match="degrees"):
+        fit_scale_noise(np.ones(32), dof=-1)
+    with pytest.raises(UsageError, match="distance"):
+        fit_log_noise(-np.ones(32))
+
+
+def test_false_accusations_stay_bounded_when_the_law_is_itself_measured():
+    accused = 0
+    for _ in range(400):
+        law = fit_scale_noise(RNG.standard_t(6, 64) * 2e-5).law
+        accused += SequentialTest(law, alpha=0.01).update(RNG.standard_t(6, 200) * 2e-5).verdict == "fraud"
+    assert accused <= 400 * 0.01 + 3 * math.sqrt(400 * 0.01)
+    assert isinstance(law, ScaleNoise)
