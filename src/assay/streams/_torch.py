@@ -23,7 +23,7 @@ from assay.streams._backend import Backend, tiles
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _TILE = {"cpu": 1 << 17, "cuda": 1 << 22}
-"""Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB, and more is not faster."""
+"""Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB, more is not faster."""
 
 
 class TorchBackend(Backend):
