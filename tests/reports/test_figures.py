@@ -1,0 +1,99 @@
+import math
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from assay.errors import UsageError
+from assay.reports import SERIES, bands, figure, heatmap, histogram_over_density, legend
+from assay.reports._figures import INK, MUTED, PAPER, RULE, to_svg
+
+
+def sample_svg(prefix="f1"):
+    fig, ax = figure()
+    histogram_over_density(ax, np.linspace(-2, 2, 50), lambda x: np.exp(-(x**2)))
+    bands(ax, [0, 1], [0, 0.1], [0.2, 0.3], [0.4, 0.5], label="band", colour=SERIES[1])
+    legend(ax)
+    ax.set_xlabel("distance")
+    return to_svg(fig, prefix=prefix, description='a "quoted" <plot> \\1')
+
+
+def test_same_figure_same_bytes():
+    assert sample_svg() == sample_svg()
+
+
+def test_no_placeholder_colour_and_no_outside_reference_is_left():
+    svg = sample_svg()
+    assert not any(colour in svg for colour in (*SERIES, INK, MUTED, RULE, PAPER))
+    assert "var(--c1)" in svg
+    assert "var(--ink)" in svg
+    for forbidden in ("<metadata", "<?xml", "DOCTYPE", "matplotlib.org", "DejaVu", "<image"):
+        assert forbidden not in svg
+
+
+def test_it_is_well_formed_and_described():
+    root = ElementTree.fromstring(sample_svg())
+    assert root.get("aria-label") == 'a "quoted" <plot> \\1'
+    assert root.get("width") is None
+    assert [float(x) for x in root.get("viewBox").split()][:2] == [0, 0]
+
+
+def test_ids_of_two_figures_do_not_collide():
+    def ids(svg):
+        return {e.get("id") for e in ElementTree.fromstring(svg).iter() if e.get("id")}
+
+    first, second = ids(sample_svg("f1")), ids(sample_svg("f2"))
+    assert first
+    assert not first & second
+
+
+def test_every_inner_reference_resolves():
+    svg = sample_svg()
+    root = ElementTree.fromstring(svg)
+    known = {e.get("id") for e in root.iter()}
+    links = [v[1:] for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
+    assert links
+    assert set(links) <= known
+
+
+def test_bars_have_unit_area_and_the_line_is_the_density():
+    _, ax = figure()
+    histogram_over_density(ax, np.random.default_rng(0).normal(size=500), lambda x: x * 0 + 0.25, bins=20)
+    corners = ax.patches[0].get_xy()
+    area = abs(np.sum(corners[:-1, 0] * corners[1:, 1] - corners[1:, 0] * corners[:-1, 1])) / 2
+    assert area == pytest.approx(1, rel=1e-6)
+    assert set(ax.lines[0].get_ydata()) == {0.25}
+
+
+def test_heatmap_strength_and_sign():
+    _, ax = figure()
+    heatmap(ax, [[1.0, -2.0], [math.nan, 0.0]], ["a", "b"], ["x", "y"])
+    colours = ax.collections[0].get_array()
+    assert colours[..., 3].tolist() == [[0.5, 1.0], [0.0, 0.0]]
+    assert colours[0, 0, :3].tolist() != colours[0, 1, :3].tolist()
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("matrix", [[[1.0]], [[0.0, 0.0]], [[math.nan, math.nan]], [[-1.0, 3.0]]])
+def test_heatmap_draws_any_values(matrix):
+    fig, ax = figure()
+    heatmap(ax, matrix, ["row"], [str(i) for i in range(len(matrix[0]))], label="share")
+    assert "share" in to_svg(fig, prefix="f", description="d")
+
+
+def test_refuses_data_that_cannot_be_drawn():
+    _, ax = figure()
+    with pytest.raises(UsageError, match="row and 1 column"):
+        heatmap(ax, [[1.0, 2.0]], ["a"], ["x"])
+    with pytest.raises(UsageError, match="finite"):
+        histogram_over_density(ax, [1.0, math.nan], np.exp)
+
+
+def test_pyplot_is_never_loaded():
+    code = (
+        "import sys; from assay.reports import figure; from assay.reports._figures import to_svg;"
+        "to_svg(figure()[0], prefix='f', description='d'); print('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

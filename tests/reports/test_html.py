@@ -1,0 +1,136 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from assay.errors import StorageError, UsageError
+from assay.reports import Badge, Report, figure
+
+ORIGIN = {"versions": {"python": "3.11"}, "commit": "abc", "dirty": True, "gpu": None}
+VOID = {"meta", "br", "hr", "img"}
+
+
+class Checker(HTMLParser):
+    """Collects text and ids, and refuses tags that do not nest."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(page):
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def sample():
+    report = Report("A & B", "why <i>", command="assay demo", origin=ORIGIN)
+    report.section("One <section>")
+    report.paragraph("It said ", Badge("honest", "pass"), " & more.")
+    report.table(["name", "n", "rate"], [["a<b", 3, "59.0 %"], ["c", None, "−1.5 %"]], caption="Cap & tion")
+    report.definitions({"alpha": 1e-3, "done": True, "none": None})
+    for _ in range(2):
+        fig, ax = figure()
+        ax.plot([0, 1])
+        report.figure(fig, "A line & its caption")
+    with report.details("More"):
+        report.code("a < b && c")
+    return report
+
+
+def test_page_is_well_formed_with_unique_ids():
+    checker = parse(sample().render())
+    assert len(checker.ids) == len(set(checker.ids)) > 10
+
+
+def test_text_is_escaped_everywhere():
+    page = sample().render()
+    for raw in ("<i>", "<section>", "a<b", "a < b"):
+        assert raw not in page
+    text = "".join(parse(page).text)
+    for shown in ("A & B", "why <i>", "One <section>", "a<b", "Cap & tion", "a < b && c"):
+        assert shown in text
+
+
+def test_nothing_is_loaded_from_outside():
+    page = sample().render()
+    addresses = set(re.findall(r"https?://[^\"' )]+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not re.search(r"<script|<link|<img|@import|url\((?!#)", page)
+
+
+def test_same_content_same_bytes():
+    assert sample().render() == sample().render()
+
+
+def test_it_is_small():
+    assert len(sample().render()) < 100_000
+
+
+def test_light_dark_phone_and_print_have_rules():
+    page = sample().render()
+    for rule in ("prefers-color-scheme: dark", "@media print", "max-width: 34rem", 'name="viewport"'):
+        assert rule in page
+
+
+def test_columns_of_numbers_are_set_to_the_right():
+    page = sample().render()
+    assert '<tr><th>name</th><th class="n">n</th><th class="n">rate</th></tr>' in page
+    assert '<tr><td>a&lt;b</td><td class="n">3</td><td class="n">59.0 %</td></tr>' in page
+    assert '<td class="n"></td>' in page
+
+
+def test_a_badge_has_a_mark_beside_its_colour():
+    report = Report("t", origin={})
+    report.paragraph(Badge("fraud", "fail"))
+    assert '<span class="badge fail"><b>✕</b>fraud</span>' in report.render()
+
+
+def test_footer_names_command_commit_and_versions():
+    text = "".join(parse(sample().render()).text)
+    for shown in ("assay demo", "abc with local changes", "python 3.11"):
+        assert shown in text
+    assert "gpu" not in text
+
+
+def test_footer_tells_where_the_page_comes_from_by_default():
+    assert "numpy" in "".join(parse(Report("t").render()).text)
+
+
+def test_long_reports_have_contents_that_lead_to_sections():
+    report = Report("t", origin={})
+    for i in range(5):
+        report.section(f"Part {i}")
+    page = report.render()
+    targets = re.findall(r'href="#(s\d)"', page)
+    assert len(targets) == 5
+    assert set(targets) <= set(parse(page).ids)
+    assert "<nav" not in sample().render()
+
+
+def test_details_close_when_their_content_fails():
+    report = Report("t", origin={})
+    with pytest.raises(UsageError), report.details("More"):
+        report.table(["a"], [[1, 2]])
+    parse(report.render())
+
+
+def test_write_is_complete_or_an_error(tmp_path):
+    sample().write(tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text(encoding="utf-8") == sample().render()
+    with pytest.raises(StorageError):
+        sample().write(tmp_path / "none" / "r.html")

@@ -1,0 +1,122 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assay.errors import DataError, UsageError
+from assay.reports import dumps, loads, read_json, read_jsonl
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4))
+def test_what_is_written_reads_back_the_same(value):
+    text = dumps(value)
+    assert "\n" not in text
+    assert loads(text, "here") == value
+    assert dumps(loads(text, "here")) == text
+
+
+def test_canonical_form():
+    assert dumps({"b": 1, "a": [0.1, "é", None, True]}) == '{"b":1,"a":[0.1,"é",null,true]}'
+
+
+def test_numpy_scalars_are_written_as_numbers():
+    value = np.float32(0.1)
+    text = dumps({"n": np.int64(3), "x": value, "y": np.bool_(True)})
+    assert text == '{"n":3,"x":0.10000000149011612,"y":true}'
+    assert np.float32(loads(text, "here")["x"]) == value
+
+
+@pytest.mark.parametrize(
+    "bad", [math.nan, [math.inf], {"x": np.float32("nan")}, {1, 2}, b"bytes", "\ud800", np.zeros(2), {(1, 2): 3}]
+)
+def test_refuses_values_without_a_json_form(bad):
+    with pytest.raises(UsageError, match="not JSON"):
+        dumps(bad)
+
+
+def test_refuses_a_value_that_holds_itself():
+    endless = []
+    endless.append(endless)
+    with pytest.raises(UsageError, match="not JSON"):
+        dumps(endless)
+
+
+BAD_LINES = {
+    "NaN": '{"x":NaN}',
+    "infinity": '{"x":-Infinity}',
+    "too large": '{"x":1e999}',
+    "twice": '{"x":1,"y":2,"x":3}',
+    "nested twice": '{"a":{"x":1,"x":1}}',
+    "list": "[1]",
+    "number": "7",
+    "empty": "",
+    "blank": "   ",
+    "torn": '{"x":1',
+    "two": '{"x":1}{"y":2}',
+    "byte order mark": '\ufeff{"x":1}',
+    "surrogate": '{"x":"\\ud800"}',
+    "digits": '{"x":' + "9" * 5000 + "}",
+    "deep": '{"x":' + "[" * 200_000 + "}",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_line_is_named(tmp_path, line):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"ok":1}\n' + line + "\n", encoding="utf-8")
+    read = read_jsonl(path)
+    assert next(read) == (1, {"ok": 1})
+    with pytest.raises(DataError, match=r"records\.jsonl, line 2: "):
+        next(read)
+
+
+def test_bytes_that_are_not_text_are_named(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"x":"\xff"}\n')
+    with pytest.raises(DataError, match="line 1"):
+        list(read_jsonl(path))
+
+
+def test_lines_are_numbered_and_the_last_needs_no_line_end(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"a":"\u2028"}\r\n{"b":2}', encoding="utf-8")
+    assert list(read_jsonl(path)) == [(1, {"a": "\u2028"}), (2, {"b": 2})]
+
+
+def test_a_line_without_end_is_refused_before_it_fills_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("assay.reports._jsonl.LONGEST_LINE", 10)
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"a":1}\n{"a":"' + "x" * 100, encoding="utf-8")
+    with pytest.raises(DataError, match="line 2: longer than 10 bytes"):
+        list(read_jsonl(path))
+
+
+def test_an_empty_file_has_no_records(tmp_path):
+    (tmp_path / "empty").touch()
+    assert list(read_jsonl(tmp_path / "empty")) == []
+
+
+@pytest.mark.parametrize("read", [lambda p: list(read_jsonl(p)), read_json])
+def test_a_missing_file_or_directory_is_a_data_error(tmp_path, read):
+    with pytest.raises(DataError, match="No such file"):
+        read(tmp_path / "none")
+    with pytest.raises(DataError, match="directory"):
+        read(tmp_path)
+
+
+def test_read_json_reads_one_document_over_several_lines(tmp_path):
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({"sigma": 1e-5}, indent=2))
+    assert read_json(path) == {"sigma": 1e-5}
+    path.write_text("{} {}")
+    with pytest.raises(DataError, match="calibration"):
+        read_json(path)

@@ -1,0 +1,63 @@
+import getpass
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from assay.reports import _provenance as module
+from assay.reports import dumps, provenance
+
+
+def test_it_is_json_without_names_of_hosts_users_or_paths():
+    text = dumps(provenance())
+    assert str(Path.home()) not in text or str(Path.home()) == "/"
+    assert str(Path(module.__file__).parent) not in text
+    assert f'"{platform.node()}"' not in text
+    assert f'"{getpass.getuser()}"' not in text
+
+
+def test_versions_are_those_of_the_running_interpreter():
+    versions = provenance()["versions"]
+    assert versions["python"] == platform.python_version()
+    assert versions["numpy"] == sys.modules["numpy"].__version__
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_file_unknown_to_git_has_no_commit(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "module.py"))
+    (tmp_path / "module.py").touch()
+    assert module._checkout() == {"commit": None, "dirty": None}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_commit_and_local_changes_are_told(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    (tmp_path / "module.py").write_text("one")
+    git("init", "-q")
+    git("add", "module.py")
+    git("commit", "-q", "-m", "first")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "module.py"))
+    commit = git("rev-parse", "HEAD").stdout.strip()
+    assert module._checkout() == {"commit": commit, "dirty": False}
+    (tmp_path / "module.py").write_text("two")
+    assert module._checkout() == {"commit": commit, "dirty": True}
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert module._checkout() == {"commit": None, "dirty": None}
+
+
+def test_neither_torch_nor_matplotlib_is_imported():
+    code = (
+        "import sys; from assay.reports import provenance; provenance();"
+        "print([m for m in ('torch', 'matplotlib', 'transformers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,192 @@
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from assay.errors import AssayError, StorageError, UsageError
+from assay.reports import PartialFile, read_jsonl, storage_error, write_atomic
+
+
+def run_python(code, *arguments):
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *arguments], capture_output=True, text=True)
+
+
+def names(folder):
+    return [entry.name for entry in folder.iterdir()]
+
+
+def test_committed_records_are_under_the_final_name_only(tmp_path):
+    path = tmp_path / "proof.jsonl"
+    with PartialFile(path) as file:
+        assert file.append({"nonce": 0}) == '{"nonce":0}'
+        file.append_lines(['{"nonce":1}', '{"nonce":2}'])
+        assert not path.exists()
+        file.commit()
+    assert path.read_text() == '{"nonce":0}\n{"nonce":1}\n{"nonce":2}\n'
+    assert names(tmp_path) == ["proof.jsonl"]
+
+
+def test_without_commit_the_partial_file_stays(tmp_path):
+    path = tmp_path / "proof.jsonl"
+    with PartialFile(path) as file:
+        file.append({"nonce": 0})
+    assert names(tmp_path) == ["proof.jsonl.partial"]
+
+
+@pytest.mark.parametrize("torn", ["", '{"nonce":2', '{"nonce":2}', "\0\0\0", '{"nonce":NaN}\n{"nonce":3}\n', "\n"])
+def test_resuming_gives_the_bytes_of_an_uninterrupted_run(tmp_path, torn):
+    path = tmp_path / "proof.jsonl"
+    path.with_name("proof.jsonl.partial").write_text('{"nonce":0}\n{"nonce":1}\n' + torn)
+    with PartialFile(path) as file:
+        done = file.recover()
+        assert done == ['{"nonce":0}', '{"nonce":1}']
+        for nonce in range(len(done), 4):
+            file.append({"nonce": nonce})
+        file.commit()
+    assert [record["nonce"] for _, record in read_jsonl(path)] == [0, 1, 2, 3]
+
+
+def test_lines_of_an_earlier_run_are_not_appended_to_by_accident(tmp_path):
+    path = tmp_path / "proof.jsonl"
+    path.with_name("proof.jsonl.partial").write_text('{"nonce":0}\n')
+    with PartialFile(path) as file:
+        with pytest.raises(UsageError, match="earlier run"):
+            file.append({"nonce": 1})
+        file.restart()
+        file.append({"nonce": 7})
+        file.commit()
+    assert path.read_text() == '{"nonce":7}\n'
+
+
+def test_a_record_is_on_file_as_soon_as_it_is_appended(tmp_path):
+    code = """
+        import os, signal, sys
+        from assay.reports import PartialFile
+        file = PartialFile(sys.argv[1])
+        file.append({"nonce": 0})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert run_python(code, str(tmp_path / "proof.jsonl")).returncode == -9
+    with PartialFile(tmp_path / "proof.jsonl") as file:
+        assert file.recover() == ['{"nonce":0}']
+
+
+def test_two_writers_of_one_file(tmp_path):
+    path = tmp_path / "proof.jsonl"
+    code = """
+        import sys
+        from assay.errors import StorageError
+        from assay.reports import PartialFile
+        try:
+            PartialFile(sys.argv[1])
+        except StorageError as error:
+            print(error)
+    """
+    with PartialFile(path) as file:
+        file.append({"nonce": 0})
+        assert "being written by another process" in run_python(code, str(path)).stdout
+        with pytest.raises(StorageError, match="another process"):
+            PartialFile(path)
+        file.append({"nonce": 1})
+    assert run_python(code, str(path)).stdout == ""
+
+
+def test_an_existing_file_is_not_overwritten_unless_allowed(tmp_path):
+    path = tmp_path / "proof.jsonl"
+    path.write_text("old")
+    with pytest.raises(UsageError, match="exists"):
+        PartialFile(path)
+    with PartialFile(path, overwrite=True) as file:
+        file.append({})
+        assert path.read_text() == "old"
+        file.commit()
+    assert path.read_text() == "{}\n"
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    path = tmp_path / "proof.jsonl"
+    with PartialFile(path) as file:
+        file.append({})
+        path.write_text("theirs")
+        with pytest.raises(UsageError, match="exists"):
+            file.commit()
+    assert path.read_text() == "theirs"
+    assert path.with_name("proof.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize("line", ['{"a":1}\n', '{"a"\r:1}'])
+def test_refuses_lines_with_line_breaks(tmp_path, line):
+    with PartialFile(tmp_path / "x") as file, pytest.raises(UsageError, match="line break"):
+        file.append_lines([line])
+
+
+def test_a_missing_directory_and_a_directory_in_the_way(tmp_path):
+    with pytest.raises(StorageError, match="No such file") as missing:
+        PartialFile(tmp_path / "none" / "x")
+    assert "create the directory" in missing.value.do
+    with pytest.raises(StorageError, match="directory"):
+        PartialFile(tmp_path)
+    (tmp_path / "x.partial").mkdir()
+    with pytest.raises(StorageError, match="directory"):
+        PartialFile(tmp_path / "x")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_storage_error(tmp_path):
+    (tmp_path / "x.partial").symlink_to("/dev/full")
+    with PartialFile(tmp_path / "x") as file, pytest.raises(StorageError, match="No space left") as full:
+        file.append({"nonce": 0})
+    assert "free some space" in full.value.do
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_size_limit_leaves_a_file_that_resumes(tmp_path):
+    code = """
+        import resource, sys
+        from assay.errors import StorageError
+        from assay.reports import PartialFile
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        with PartialFile(sys.argv[1]) as file:
+            try:
+                for nonce in range(100):
+                    file.append({"nonce": nonce})
+            except StorageError as error:
+                print(error)
+    """
+    path = tmp_path / "proof.jsonl"
+    assert "File too large" in run_python(code, str(path)).stdout
+    assert path.with_name("proof.jsonl.partial").stat().st_size == 100
+    with PartialFile(path) as file:
+        assert len(file.recover()) == 8
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOENT, errno.EIO])
+def test_storage_errors_say_what_to_do(tmp_path, code):
+    error = storage_error(tmp_path / "x", OSError(code, "raw"))
+    assert os.strerror(code) in error.seen
+    assert error.do
+
+
+def test_write_atomic_replaces_in_one_step(tmp_path):
+    path = tmp_path / "report.html"
+    write_atomic(path, "old")
+    write_atomic(path, "grün")
+    assert path.read_text(encoding="utf-8") == "grün"
+    assert names(tmp_path) == ["report.html"]
+
+
+def test_write_atomic_leaves_nothing_behind_when_it_fails(tmp_path):
+    with pytest.raises(StorageError):
+        write_atomic(tmp_path / "none" / "x", "text")
+    with pytest.raises(StorageError):
+        write_atomic(tmp_path, "text")
+    assert names(tmp_path) == []
+
+
+def test_errors_are_of_the_tree(tmp_path):
+    with pytest.raises(AssayError):
+        write_atomic(tmp_path / ("n" * 300), "text")
