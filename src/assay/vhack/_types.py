@@ -1,0 +1,44 @@
+"""What goes in: a sample is one prompt with one completion, a pair is one prompt with two."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+__all__ = ["Pair", "Sample"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and one completion of it, as text; the loss is taken on the completion's tokens only."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with a completion that hacks and one that does not.
+
+    Attributes:
+        prompt: the text both completions follow.
+        hack: the completion that cheats.
+        clean: the completion that does not.
+        group: what the pair has in common with others (a mechanism, a task); groups are held out whole.
+        tags: free labels.
+    """
+
+    prompt: str
+    hack: str
+    clean: str
+    group: str
+    tags: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """SHA-256 in hex, first 16 digits, of prompt, hack and clean: what makes a pair the same pair."""
+        text = json.dumps([self.prompt, self.hack, self.clean], ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def samples(self) -> tuple[Sample, Sample]:
+        """The hack side and the clean side."""
+        return Sample(self.prompt, self.hack), Sample(self.prompt, self.clean)
