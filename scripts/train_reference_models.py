@@ -4,7 +4,7 @@
 
 Corpus: the standard library, and the installed packages whose metadata names a permissive licence and no other. Files
 with the same bytes count once; generated, minified and data files are left out. A file is held out by the hash of its
-*name*: copies and other versions of a file share its name, so they cannot be on both sides of the split.
+*name*: other versions of a file share its name, so they cannot be on both sides of the split.
 
 Both models share one byte-level BPE tokenizer. Training is bounded by the clock, and the learning rate follows the
 share of the time that has passed, so a run of any length ends well. `--tiny` makes a run of a minute on a CPU.
@@ -327,7 +327,7 @@ Made with `{command}`.
 {table}
 
 The held-out files are those whose name has a SHA-256 whose first four bytes are 0 modulo {HELD_OUT_ONE_IN}. Neither
-model nor tokenizer was trained on a file with such a name, so copies and other versions of a file cannot leak. The
+model nor tokenizer was trained on a file with such a name, so other versions of a file, which share its name, cannot leak. The
 unigram entropy is that of the same held-out tokens: the best loss that a prediction without context can have on them.
 
 ## Samples

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,7 +98,7 @@ def _parse_device(name: str | None) -> torch.device:
 def _room_on(device: torch.device) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(
             f"the weights do not fit on {device}: {error}",
             wanted="room for all parameters",
@@ -161,15 +160,16 @@ def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTr
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # the library reports faults of a checkpoint with exceptions of many kinds
         raise BadWeights(
             f"the weights of {source.reference!r} do not load: {error}",
             wanted="weights that belong to the configuration beside them",
             do="download or save the checkpoint again",
         ) from error
     _check_complete(source.reference, report)
-    for name, parameter in module.named_parameters():  # float16 cannot hold every value of bfloat16
-        check_finite(name, parameter.data, f"{source.reference} as {dtype}")
+    if dtype == torch.float16:  # it cannot hold every value of the other two
+        for name, parameter in module.named_parameters():
+            check_finite(name, parameter.data, f"{source.reference} as {dtype}")
     return module
 
 

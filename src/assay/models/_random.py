@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from assay import streams
+from assay.errors import ModelError
 from assay.models._quiet import quiet
 
 if TYPE_CHECKING:
@@ -35,10 +36,21 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     """A model with its buffers computed and its parameters allocated but never written.
 
     Untouched memory costs nothing, so the largest shapes are built on the CPU in milliseconds.
+
+    Raises:
+        ModelError: the configuration describes no possible model.
     """
     factory: Any = AutoModelForCausalLM
-    with quiet(), no_init_weights():
-        module: PreTrainedModel = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    module: PreTrainedModel
+    try:
+        with quiet(), no_init_weights():
+            module = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:  # a configuration of impossible numbers fails in many ways
+        raise ModelError(
+            f"no model can be built from this configuration: {error}",
+            wanted="sizes that fit together",
+            do="compare config.json with the published one",
+        ) from error
     module.tie_weights()
     return module
 

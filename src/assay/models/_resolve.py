@@ -17,6 +17,7 @@ from assay.models._quiet import quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -45,6 +46,7 @@ def resolve(reference: str | Path) -> Source:
         directory = None if name.startswith("shape:") else path
     else:
         directory = path = _locate(reference)
+        _refuse_adapter(path)
     published = _read_config(path if directory is None else path / "config.json")
     return Source(name, _build_config(name, published), published, directory)
 
@@ -63,12 +65,21 @@ def _locate(reference: str | Path) -> Path:
     )
 
 
+def _refuse_adapter(directory: Path) -> None:
+    if (directory / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{directory} holds an adapter",
+            wanted="a whole model: an adapter is not part of what is measured here",
+            do="merge the adapter into its model and save the result",
+        )
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelNotFound(
             f"{path.parent} has no {path.name}",
             wanted="a checkpoint directory as save_pretrained writes it",
-            do="check the path; an adapter must first be merged into its model",
+            do="check the path",
         )
     try:
         published = json.loads(path.read_text("utf-8"))
@@ -96,10 +107,11 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
             wanted="an architecture that this version of transformers has built in",
             do="code that comes with a checkpoint is never run; update transformers or use another model",
         ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    complete = all(isinstance(getattr(config, key, None), int) for key in _NEEDED)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not complete:
         raise ModelError(
             f"{name!r} is a {published['model_type']} model",
-            wanted="a causal language model",
+            wanted="a causal language model with " + ", ".join(_NEEDED),
             do="use a decoder-only model",
         )
     return config

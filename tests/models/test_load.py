@@ -1,0 +1,181 @@
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3ForCausalLM
+from transformers.utils import logging as hf_logging
+
+from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
+from assay.models import load_model
+from assay.models._quiet import quiet
+
+
+def rewrite(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(directory: Path, **settings: object) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **settings}))
+
+
+def test_a_loaded_model_is_the_stored_one_and_ready_to_run(checkpoint: Path) -> None:
+    model = load_model(checkpoint, device="cpu")
+    with quiet():
+        plain = Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    assert {n: p.tolist() for n, p in model.module.named_parameters()} == {
+        n: p.tolist() for n, p in plain.named_parameters()
+    }
+    assert not model.module.training
+    assert model.module.config._attn_implementation == "sdpa"
+    assert model.tokenizer is None
+    assert (model.hidden_size, model.num_layers, model.vocab_size, model.max_positions) == (32, 2, 96, 64)
+    assert (model.architecture, model.weights, model.reference) == ("Qwen3ForCausalLM", "trained", str(checkpoint))
+    assert (model.dtype, model.device) == (torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtype_none_is_as_stored(write_checkpoint: Callable[..., Path], stored: torch.dtype) -> None:
+    assert load_model(write_checkpoint(dtype=stored), device="cpu").dtype == stored
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_dtype_is_honoured_and_positions_stay_exact(checkpoint: Path, name: str) -> None:
+    model = load_model(checkpoint, dtype=name, device="cpu")
+    assert {p.dtype for p in model.module.parameters()} == {getattr(torch, name)}
+    frequencies = dict(model.module.named_buffers())["model.rotary_emb.inv_freq"]
+    assert frequencies.dtype == torch.float32
+    torch.testing.assert_close(frequencies, 10_000.0 ** -(torch.arange(0, 16, 2) / 16))
+
+
+def test_the_digest_ignores_sharding_and_the_dtype_of_loading(write_checkpoint: Callable[..., Path]) -> None:
+    whole, sharded = write_checkpoint("whole"), write_checkpoint("sharded", shard="10KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    digests = {
+        load_model(whole, device="cpu").digest,
+        load_model(whole, dtype="float32", device="cpu").digest,
+        load_model(sharded, device="cpu").digest,
+    }
+    assert len(digests) == 1
+
+
+def test_the_digest_follows_values_names_shapes_and_stored_dtype(write_checkpoint: Callable[..., Path]) -> None:
+    def one_bit(module: torch.nn.Module) -> None:
+        next(module.parameters()).data[0, 0] += 1
+
+    directories = [
+        write_checkpoint("plain"),
+        write_checkpoint("bit", edit=one_bit),
+        write_checkpoint("wide", dtype=torch.float32),
+        write_checkpoint("llama", architecture="llama"),
+        write_checkpoint("untied", tie_word_embeddings=False),
+    ]
+    assert len({load_model(directory, device="cpu").digest for directory in directories}) == len(directories)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_digest_and_the_same_random_bits(checkpoint: Path) -> None:
+    assert load_model(checkpoint, device="cuda").digest == load_model(checkpoint, device="cpu").digest
+    there = load_model(checkpoint, device="cuda", weights="random-all", block_hash="b").module
+    here = load_model(checkpoint, device="cpu", weights="random-all", block_hash="b").module
+    for (_, a), (_, b) in zip(there.named_parameters(), here.named_parameters(), strict=True):
+        assert torch.equal(a.cpu(), b)
+    for (_, a), (_, b) in zip(there.named_buffers(), here.named_buffers(), strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"dtype": "int8"}, "int8"),
+        ({"device": "tpu"}, "tpu"),
+        ({"device": "cuda:x"}, "cuda:x"),
+        ({"device": "cpu:3"}, "cpu:3"),
+        ({"weights": "random"}, "random"),
+        ({"weights": "random-all"}, "without a block"),
+        ({"block_hash": "b"}, "trained"),
+    ],
+)
+def test_wrong_arguments_are_usage_errors(checkpoint: Path, arguments: dict[str, str], names: str) -> None:
+    with pytest.raises(UsageError, match=names):
+        load_model(checkpoint, **arguments)
+
+
+def test_a_cuda_device_that_is_not_there(checkpoint: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="cuda:99"):
+        load_model(checkpoint, device="cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "missing.*model.norm.weight"),
+        (lambda t: t.update({"model.norm.scale": torch.ones(3)}), "surplus.*model.norm.scale"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(5, dtype=torch.bfloat16)}), "another shape.*model.norm"),
+        (lambda t: t["model.norm.weight"].fill_(float("nan")), "model.norm.weight.*NaN"),
+        (lambda t: t["model.norm.weight"][3:4].fill_(float("-inf")), "model.norm.weight.*infinity"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), "I8"),
+    ],
+)
+def test_wrong_weights_are_refused(
+    checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], None], says: str
+) -> None:
+    rewrite(checkpoint, edit)
+    with pytest.raises(BadWeights, match=says):
+        load_model(checkpoint, device="cpu")
+
+
+def test_values_that_float16_cannot_hold_are_refused(checkpoint: Path) -> None:
+    rewrite(checkpoint, lambda tensors: tensors["model.norm.weight"].fill_(1e6))
+    assert load_model(checkpoint, dtype="float32", device="cpu").dtype == torch.float32
+    with pytest.raises(BadWeights, match="float16"):
+        load_model(checkpoint, dtype="float16", device="cpu")
+
+
+def test_random_weights_need_no_finite_stored_ones_but_kept_ones_do(checkpoint: Path) -> None:
+    rewrite(checkpoint, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    load_model(checkpoint, device="cpu", weights="random-all", block_hash="b")
+    with pytest.raises(BadWeights, match="NaN"):
+        load_model(checkpoint, device="cpu", weights="random-embed", block_hash="b")
+
+
+def test_sizes_that_do_not_fit_together(checkpoint: Path) -> None:
+    configure(checkpoint, num_key_value_heads=0)
+    with pytest.raises(ModelError):
+        load_model(checkpoint, device="cpu")
+
+
+def test_an_unreadable_tokenizer_is_named(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_model(checkpoint, device="cpu")
+
+
+def test_loading_is_silent_and_leaves_global_settings_alone(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def state() -> tuple[object, ...]:
+        return (
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.get_num_threads(),
+            torch.initial_seed(),
+            torch.random.get_rng_state().tolist(),
+            hf_logging.get_verbosity(),
+            hf_logging.is_progress_bar_enabled(),
+            list(warnings.filters),
+        )
+
+    before = state()
+    load_model(checkpoint, device="cpu")
+    load_model(checkpoint, device="cpu", weights="random-all", block_hash="b")
+    assert state() == before
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""

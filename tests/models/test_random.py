@@ -1,0 +1,127 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from assay import streams
+from assay.models import Model, _catalogue, load_model
+
+
+def bits(model: Model) -> dict[str, list[int]]:
+    as_integer = {2: torch.int16, 4: torch.int32}
+    return {
+        name: p.detach().view(as_integer[p.element_size()]).flatten().tolist()
+        for name, p in model.module.named_parameters()
+    }
+
+
+@pytest.fixture
+def small_shape(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A shape of the catalogue that is small enough to be made in a test."""
+    entry = _catalogue.Entry(checkpoint / "config.json", "none", "small")
+    monkeypatch.setitem(_catalogue.CATALOGUE, "shape:small", entry)
+    return "shape:small"
+
+
+def test_random_all_is_the_documented_stream_for_every_parameter_norms_included(checkpoint: Path) -> None:
+    model = load_model(checkpoint, dtype="float32", device="cpu", weights="random-all", block_hash="b7")
+    definition = streams.get_backend("numpy")
+    for name, parameter in model.module.named_parameters():
+        seeds = streams.seeds([f"b7_{name}"])
+        normals = definition.normals(seeds, parameter.numel(), "float32")
+        expected = (np.asarray(normals)[0] * np.float32(0.02)).reshape(parameter.shape)
+        assert np.array_equal(parameter.detach().numpy(), expected), name
+
+
+def test_the_cast_is_last_and_to_nearest(checkpoint: Path) -> None:
+    def load(dtype: str) -> dict[str, torch.Tensor]:
+        model = load_model(checkpoint, dtype=dtype, device="cpu", weights="random-all", block_hash="b")
+        return dict(model.module.named_parameters())
+
+    wide, narrow = load("float32"), load("bfloat16")
+    assert all(torch.equal(wide[name].to(torch.bfloat16), narrow[name]) for name in wide)
+
+
+@pytest.mark.parametrize("mode", ["random-all", "random-embed"])
+def test_random_modes_repeat_and_differ_by_block(checkpoint: Path, mode: str) -> None:
+    first, again, other = (load_model(checkpoint, device="cpu", weights=mode, block_hash=b) for b in ("a", "a", "b"))
+    assert bits(first) == bits(again)
+    assert bits(first) != bits(other)
+    assert first.digest == again.digest != other.digest
+    assert first.weights == mode
+
+
+def test_digests_tell_every_recipe_apart(write_checkpoint: Callable[..., Path], small_shape: str) -> None:
+    checkpoint, turned = write_checkpoint("one"), write_checkpoint("two", rms_norm_eps=1e-3)
+    digests = [
+        load_model(reference, device="cpu", weights=mode, block_hash=block).digest
+        for reference in (checkpoint, turned, small_shape)
+        for mode in ("random-all", "random-embed")
+        for block in ("a", "b")
+    ]
+    assert len(set(digests)) == len(digests)
+
+
+def test_the_recipe_digest_ignores_the_dtype(checkpoint: Path) -> None:
+    digests = {
+        load_model(checkpoint, dtype=dtype, device="cpu", weights="random-all", block_hash="a").digest
+        for dtype in ("float32", "bfloat16")
+    }
+    assert len(digests) == 1
+
+
+def test_random_embed_replaces_only_the_embeddings_and_a_head_tied_to_them(checkpoint: Path) -> None:
+    trained = bits(load_model(checkpoint, device="cpu"))
+    model = load_model(checkpoint, device="cpu", weights="random-embed", block_hash="a")
+    everything = bits(load_model(checkpoint, device="cpu", weights="random-all", block_hash="a"))
+    embeddings = "model.embed_tokens.weight"
+    mixed = bits(model)
+    assert mixed.pop(embeddings) == everything[embeddings] != trained.pop(embeddings)
+    assert mixed == trained
+    assert model.module.get_output_embeddings().weight is model.module.get_input_embeddings().weight
+
+
+def test_random_embed_leaves_a_head_of_its_own_alone(write_checkpoint: Callable[..., Path]) -> None:
+    directory = write_checkpoint(tie_word_embeddings=False)
+    trained, mixed = (
+        bits(load_model(directory, device="cpu", **options))
+        for options in ({}, {"weights": "random-embed", "block_hash": "a"})
+    )
+    changed = {name for name in trained if trained[name] != mixed[name]}
+    assert changed == {"model.embed_tokens.weight"}
+
+
+def test_random_embed_keeps_apart_what_it_was_laid_on(write_checkpoint: Callable[..., Path]) -> None:
+    def nudge(module: torch.nn.Module) -> None:
+        module.get_parameter("model.norm.weight").data += 1
+
+    one, two = write_checkpoint("one"), write_checkpoint("two", edit=nudge)
+    digests = {load_model(d, device="cpu", weights="random-embed", block_hash="a").digest for d in (one, two)}
+    assert len(digests) == 2
+
+
+def test_a_shape_keeps_its_norms_at_one_and_defaults_to_bfloat16(small_shape: str) -> None:
+    model = load_model(small_shape, device="cpu")
+    assert (model.weights, model.dtype, model.tokenizer) == ("random-all", torch.bfloat16, None)
+    norms = {name for name, p in model.module.named_parameters() if bool((p == 1).all())}
+    assert norms == {name for name, p in model.module.named_parameters() if p.ndim == 1}
+    assert any("q_norm" in name for name in norms)
+
+
+def test_a_shape_has_one_default_block_and_takes_any_other(small_shape: str) -> None:
+    default = load_model(small_shape, device="cpu")
+    named = load_model(small_shape, device="cpu", weights="random-all", block_hash="assay")
+    other = load_model(small_shape, device="cpu", weights="random-all", block_hash="b")
+    assert bits(default) == bits(named) != bits(other)
+    assert default.digest == named.digest != other.digest
+
+
+def test_a_shape_runs_like_a_model(small_shape: str) -> None:
+    model = load_model(small_shape, dtype="float32", device="cpu")
+    with torch.inference_mode():
+        logits_BTV = model.module(input_ids=torch.arange(20)[None]).logits
+    assert logits_BTV.shape == (1, 20, 96)
+    assert bool(torch.isfinite(logits_BTV).all())
+    assert logits_BTV.std() > 0.01
