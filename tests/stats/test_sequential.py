@@ -2,7 +2,6 @@
 
 import math
 import pickle
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,37 +12,13 @@ from scipy import integrate
 from assay.errors import UsageError
 from assay.stats import JUNK_SIGMA, LogNoise, ScaleNoise, SequentialTest
 
-SIGMA = 1e-5
-SCALE = ScaleNoise(SIGMA)
-LOG = LogNoise(math.log(0.07), 0.5)
-
-
-def t6(rng, n, scale=SIGMA):
-    return rng.standard_t(6, n) * scale
+from .simulate import LOG, SCALE, SIGMA, log_normal, nonces_to_decide, normal, partly, share_of, student
 
 
 def honest_distances(rng, n):
     """Draws of the log law itself: a normal core with exponential tails."""
     z = np.array([LOG.standard_quantile(p) for p in rng.uniform(1e-12, 0.5, n)])
     return np.exp(LOG.mu + LOG.sd * z * rng.choice([-1, 1], n))
-
-
-def share_of(verdict, law, draw, n, lifetimes, **rates):
-    rng = np.random.default_rng(5)
-    found = [SequentialTest(law, **rates).update(draw(rng, n)).verdict for _ in range(lifetimes)]
-    return found.count(verdict) / lifetimes
-
-
-def nonces_to_decide(law, draw, most=64, repeats=200):
-    """Verdicts and the number of nonces to each, when one stops at the first decision."""
-    rng = np.random.default_rng(6)
-    outcomes = []
-    for _ in range(repeats):
-        test = SequentialTest(law)
-        values = draw(rng, most)
-        taken = next((i for i in range(most) if test.update(values[i : i + 1]).verdict != "undecided"), most) + 1
-        outcomes.append((test.verdict, taken))
-    return outcomes
 
 
 # The e-value
@@ -80,7 +55,7 @@ def test_e_value_has_mean_one_for_honest_distances():
 
 @pytest.mark.parametrize("alpha", [0.2, 0.05])
 def test_honest_residuals_are_accused_at_most_at_the_stated_rate(alpha):
-    accused = share_of("fraud", SCALE, t6, 100, 1500, alpha=alpha)
+    accused = share_of("fraud", SCALE, student(), 100, 1500, alpha=alpha)
     assert 0 < accused <= alpha
 
 
@@ -90,16 +65,16 @@ def test_honest_distances_are_accused_at_most_at_the_stated_rate():
 
 
 def test_no_accusation_in_two_thousand_lifetimes_at_the_default_rate():
-    assert share_of("fraud", SCALE, t6, 200, 2000) <= 0.001
+    assert share_of("fraud", SCALE, student(), 200, 2000) <= 0.001
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda rng, n: rng.normal(0, SIGMA, n),
+        normal(SIGMA),
         lambda rng, n: rng.normal(0, SIGMA, n) * rng.uniform(0.1, 1, n),
         lambda rng, n: rng.uniform(-1, 1, n) * SIGMA,
-        lambda rng, n: t6(rng, n) * (rng.random(n) < 0.3),
+        partly(0.7, lambda rng, n: np.zeros(n), student()),
     ],
     ids=["normal", "normal of varying scale", "uniform", "mostly zero"],
 )
@@ -109,10 +84,10 @@ def test_noise_that_the_law_dominates_is_accused_no_more_often(draw):
 
 def test_tails_heavier_than_stated_break_the_bound():
     # Not a wish but a fact that docs/statistics.md states: calibration has to watch the tail.
-    accused = share_of("fraud", SCALE, lambda rng, n: rng.standard_t(3, n) * SIGMA, 256, 1000)
+    accused = share_of("fraud", SCALE, student(3), 256, 1000)
     assert 0.005 < accused < 0.04
     wide = ScaleNoise(SIGMA, dof=3)
-    assert share_of("fraud", wide, lambda rng, n: rng.standard_t(3, n) * SIGMA, 256, 1000) <= 0.001
+    assert share_of("fraud", wide, student(3), 256, 1000) <= 0.001
 
 
 # Power
@@ -120,7 +95,7 @@ def test_tails_heavier_than_stated_break_the_bound():
 
 @pytest.mark.parametrize(("factor", "median", "worst"), [(10, 3, 8), (30, 2, 5), (100, 2, 4)])
 def test_another_computation_is_caught_within_a_few_nonces(factor, median, worst):
-    outcomes = nonces_to_decide(SCALE, lambda rng, n: rng.normal(0, factor * SIGMA, n))
+    outcomes = nonces_to_decide(SCALE, normal(factor * SIGMA))
     assert {verdict for verdict, _ in outcomes} == {"fraud"}
     taken = [n for _, n in outcomes]
     assert np.median(taken) <= median
@@ -128,33 +103,29 @@ def test_another_computation_is_caught_within_a_few_nonces(factor, median, worst
 
 
 def test_invented_values_are_caught_with_the_first_two():
-    outcomes = nonces_to_decide(SCALE, lambda rng, n: rng.normal(0, JUNK_SIGMA, n))
+    outcomes = nonces_to_decide(SCALE, normal(JUNK_SIGMA))
     assert {verdict for verdict, _ in outcomes} == {"fraud"}
     assert np.quantile([n for _, n in outcomes], 0.99) <= 2
 
 
 def test_two_percent_of_invented_values_are_caught_within_three_hundred():
-    def draw(rng, n):
-        return np.where(rng.random(n) < 0.02, rng.normal(0, JUNK_SIGMA, n), t6(rng, n))
-
+    draw = partly(0.02, normal(JUNK_SIGMA), student())
     assert share_of("fraud", SCALE, draw, 300, 600) >= 0.985
 
 
 def test_values_far_off_are_no_way_around_the_junk_law():
-    def draw(rng, n):
-        return np.where(rng.random(n) < 0.05, rng.uniform(0.1, 2, n), t6(rng, n))
-
+    draw = partly(0.05, lambda rng, n: rng.uniform(0.1, 2, n), student())
     assert share_of("fraud", SCALE, draw, 200, 300) >= 0.99
 
 
 def test_noise_of_the_stated_effect_is_called_honest_at_most_at_the_stated_rate():
-    outcomes = nonces_to_decide(SCALE, partial(t6, scale=4 * SIGMA), repeats=600)
+    outcomes = nonces_to_decide(SCALE, student(scale=4 * SIGMA), repeats=600)
     honest = sum(verdict == "honest" for verdict, _ in outcomes) / 600
     assert honest <= 0.01 + 3 * math.sqrt(0.01 / 600)
 
 
 def test_cheaper_vectors_are_caught():
-    outcomes = nonces_to_decide(LOG, lambda rng, n: np.exp(rng.normal(math.log(0.3), 0.4, n)))
+    outcomes = nonces_to_decide(LOG, log_normal(0.3, 0.4))
     assert {verdict for verdict, _ in outcomes} == {"fraud"}
     assert np.median([n for _, n in outcomes]) <= 6
 
@@ -163,7 +134,7 @@ def test_cheaper_vectors_are_caught():
 
 
 def test_honest_nodes_are_cleared_with_six_to_ten_nonces():
-    outcomes = nonces_to_decide(SCALE, t6)
+    outcomes = nonces_to_decide(SCALE, student())
     assert {verdict for verdict, _ in outcomes} == {"honest"}
     taken = [n for _, n in outcomes]
     assert 4 <= np.median(taken) <= 8
@@ -236,7 +207,7 @@ def test_fraud_stays_fraud_whatever_follows():
 
 
 def test_a_long_sample_is_the_sum_of_its_chunks():
-    values = t6(np.random.default_rng(0), 5000)
+    values = student()(np.random.default_rng(0), 5000)
     result = SequentialTest(SCALE).update(values).result
     one_by_one = SequentialTest(SCALE)
     for part in np.array_split(values, 37):
