@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.errors import AssayError, StorageError, UsageError
+from assay.errors import StorageError, UsageError
 from assay.reports import PartialFile, read_jsonl, storage_error, write_atomic
 
 
@@ -187,6 +187,8 @@ def test_write_atomic_leaves_nothing_behind_when_it_fails(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_errors_are_of_the_tree(tmp_path):
-    with pytest.raises(AssayError):
-        write_atomic(tmp_path / ("n" * 300), "text")
+@pytest.mark.parametrize("write", [PartialFile, lambda path: write_atomic(path, "text")])
+@pytest.mark.parametrize("name", ["n" * 300, ".", "/"])
+def test_names_that_cannot_be_files_are_storage_errors(tmp_path, write, name):
+    with pytest.raises(StorageError):
+        write(name if name in {".", "/"} else tmp_path / name)

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import io
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,12 @@ def _write_all(file: io.FileIO, data: bytes) -> None:
         view = view[file.write(view) :]
 
 
+def _refuse_directory(path: Path) -> None:
+    with _storing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "")
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a whole file, replacing an older one in one step; on failure the older one is untouched.
 
@@ -65,10 +72,9 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         StorageError: it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _refuse_directory(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with _storing(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "")
         try:
             with io.FileIO(temporary, "w") as file:
                 _write_all(file, content.encode() if isinstance(content, str) else content)
@@ -101,9 +107,9 @@ class PartialFile:
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
         self._overwrite = overwrite
         self._check_final()
+        self.partial = self.path.with_name(self.path.name + ".partial")
         with _storing(self.partial):
             self._file = io.FileIO(os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+")
         try:
@@ -114,9 +120,10 @@ class PartialFile:
         self._recovered = not os.fstat(self._file.fileno()).st_size
 
     def _check_final(self) -> None:
-        if self.path.is_dir():
-            raise storage_error(self.path, IsADirectoryError(errno.EISDIR, ""))
-        if self.path.exists() and not self._overwrite:
+        _refuse_directory(self.path)
+        with _storing(self.path):
+            exists = self.path.exists()
+        if exists and not self._overwrite:
             raise UsageError(f"{self.path} exists", wanted="a new file name", do="choose another, or allow overwriting")
 
     def _lock(self) -> None:
