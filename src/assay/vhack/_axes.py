@@ -1,0 +1,172 @@
+"""From the differences of one module to its axes: the linear algebra, and which way each axis points.
+
+``D = G_hack − G_clean`` has few rows and many columns, so everything goes through its Gram matrix ``K = D Dᵀ``, in
+float64: with ``K = P Λ Pᵀ`` the singular values are ``√Λ`` and the right singular vectors ``Λ^(−1/2) Pᵀ D``. Rows of
+``D`` can be left out by leaving rows and columns of ``K`` out, and added by adding them.
+
+Shapes: N pairs, R coordinates of δS in the module (its rank), K axes, M directions with clean variance.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["METHODS", "ModuleAxes", "cross_gram", "find_axes", "gram"]
+
+METHODS = ("svd", "mean-diff", "lda")
+
+# Singular values below this share of the first, times N, are rounding of float32 gradients and no axis.
+_ROUNDING = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class ModuleAxes:
+    """The axes of one module.
+
+    Attributes:
+        axes: [K, R] float32, orthonormal rows pointing hack-ward; a row that the data cannot fill is zero.
+        values: [K] float32, singular values, falling.
+        votes: [K, 2] int64, how many pairs have a positive and how many a negative component along the axis.
+    """
+
+    axes: Tensor
+    values: Tensor
+    votes: Tensor
+
+
+def gram(rows_NR: Tensor) -> Tensor:
+    """The Gram matrix of the rows, [N, N] in float64."""
+    return cross_gram(rows_NR, rows_NR)
+
+
+def cross_gram(rows_NR: Tensor, others_MR: Tensor) -> Tensor:
+    """All scalar products between two sets of rows, [N, M] in float64."""
+    return rows_NR.double() @ others_MR.double().T
+
+
+def find_axes(
+    difference_NR: Tensor,
+    gram_NN: Tensor,
+    *,
+    top_k: int,
+    method: str = "svd",
+    clean_NR: Tensor | None = None,
+    clean_gram_NN: Tensor | None = None,
+) -> ModuleAxes:
+    """The axes of one module by one of three methods.
+
+    - ``svd``: right singular vectors of the differences, not centred, strongest first.
+    - ``mean-diff``: one axis, the mean difference; its value is ‖D v‖, which is what a singular value is.
+    - ``lda``: the differences are whitened by the covariance of the clean gradients before the SVD, and the result is
+      taken back: ``w = Σ^(−1/2) z``, made orthonormal in order. Σ is shrunk towards a multiple of the identity by
+      :func:`shrinkage`. Values are those of the whitened differences: units of one clean standard deviation.
+
+    Args:
+        difference_NR: hack minus clean, one row per pair.
+        gram_NN: its Gram matrix from :func:`gram`.
+        top_k: how many axes at most; no more than N come back.
+        method: one of ``METHODS``.
+        clean_NR: the clean gradients, for ``lda``.
+        clean_gram_NN: their Gram matrix, for ``lda``.
+    """
+    rows_NR = difference_NR.double()
+    if method == "mean-diff":
+        axes_KR, values_K = _mean_axis(rows_NR)
+    elif method == "lda" and clean_NR is not None and clean_gram_NN is not None:
+        axes_KR, values_K = _discriminants(rows_NR, clean_NR.double(), clean_gram_NN, top_k)
+    else:
+        axes_KR, values_K = _singular_rows(rows_NR, gram_NN, top_k)
+    return _oriented(rows_NR, axes_KR, values_K)
+
+
+def _singular_rows(rows_NR: Tensor, gram_NN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    values_N, vectors_NN = torch.linalg.eigh(gram_NN)
+    k = min(top_k, *rows_NR.shape)
+    values_K = values_N.flip(0)[:k].clamp_min(0).sqrt()
+    kept = values_K > values_K[0] * len(rows_NR) * _ROUNDING
+    leading_NK = vectors_NN.flip(1)[:, :k]
+    raw_KR = (leading_NK.T @ rows_NR) / torch.where(kept, values_K, torch.inf)[:, None]
+    return _orthonormal(raw_KR, kept), torch.where(kept, values_K, 0.0)
+
+
+def _orthonormal(raw_KR: Tensor, kept_K: Tensor) -> Tensor:
+    """Rows made exactly orthonormal in their order, without turning any; rows not kept are zero."""
+    axes_KR = torch.zeros_like(raw_KR)
+    if kept_K.any():
+        basis_RJ, upper_JJ = torch.linalg.qr(raw_KR[kept_K].T)
+        axes_KR[kept_K] = (basis_RJ * upper_JJ.diagonal().sign()).T
+    return axes_KR
+
+
+def _mean_axis(rows_NR: Tensor) -> tuple[Tensor, Tensor]:
+    mean_R = rows_NR.mean(dim=0)
+    length = mean_R.norm()
+    axis_1R = (mean_R / length if length > 0 else torch.zeros_like(mean_R))[None]
+    return axis_1R, (rows_NR @ axis_1R[0]).norm()[None]
+
+
+def _discriminants(rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    centred_NR = clean_NR - clean_NR.mean(dim=0)
+    centred_gram_NN = clean_gram_NN - clean_gram_NN.mean(dim=0) - clean_gram_NN.mean(dim=1, keepdim=True)
+    centred_gram_NN = centred_gram_NN + clean_gram_NN.mean()
+    whiten = _Whitening.fit(centred_NR, centred_gram_NN)
+    if whiten is None:
+        return _singular_rows(rows_NR, gram(rows_NR), top_k)
+    whitened_NR = whiten(rows_NR)
+    axes_KR, values_K = _singular_rows(whitened_NR, gram(whitened_NR), top_k)
+    return _orthonormal(whiten(axes_KR), values_K > 0), values_K
+
+
+@dataclass(frozen=True)
+class _Whitening:
+    """Multiplication by Σ^(−1/2), with Σ = floor·I + Q diag(s²) Qᵀ never formed.
+
+    ``directions`` is Q, [M, R]. ``scale`` [M] is ``(floor + s²)^(−1/2)``, the factor along them; elsewhere the factor is
+    ``floor^(−1/2)``.
+    """
+
+    directions: Tensor
+    scale: Tensor
+    floor: float
+
+    @classmethod
+    def fit(cls, centred_NR: Tensor, gram_NN: Tensor) -> "_Whitening | None":
+        """From centred rows and their Gram matrix; None where they do not vary at all."""
+        n, r = centred_NR.shape
+        mean_variance = float(gram_NN.trace()) / (n * r)
+        if mean_variance <= 0:
+            return None
+        share = shrinkage(gram_NN, r)
+        directions_MR, values_M = _singular_rows(centred_NR, gram_NN, n)
+        floor = share * mean_variance
+        return cls(directions_MR, (floor + (1 - share) * values_M**2 / n).rsqrt(), floor)
+
+    def __call__(self, rows_NR: Tensor) -> Tensor:
+        inside_NM = rows_NR @ self.directions.T
+        base = self.floor**-0.5
+        whitened_NR: Tensor = base * rows_NR + (inside_NM * (self.scale - base)) @ self.directions
+        return whitened_NR
+
+
+def shrinkage(gram_NN: Tensor, r: int) -> float:
+    """How far to shrink a covariance towards a multiple of the identity: Ledoit and Wolf (2004), from the Gram matrix.
+
+    With S = XᵀX/n and μ = tr S/r: ``min(1, b²/d²)``, ``d² = ‖S − μI‖²``, ``b² = Σ‖x xᵀ − S‖²/n²``, Frobenius norms.
+    Never below 0.001, so that the result is invertible when there are fewer rows than columns.
+    """
+    n = len(gram_NN)
+    squared = float((gram_NN**2).sum()) / n**2
+    distance = squared - float(gram_NN.trace() / n) ** 2 / r
+    spread = (float((gram_NN.diagonal() ** 2).sum()) - n * squared) / n**2
+    return min(1.0, max(1e-3, spread / distance)) if distance > 0 else 1.0
+
+
+def _oriented(rows_NR: Tensor, axes_KR: Tensor, values_K: Tensor) -> ModuleAxes:
+    """Turn each axis so that most pairs have a positive component; a tie is turned by the mean, and shows as a tie."""
+    along_NK = rows_NR @ axes_KR.T
+    for_K, against_K = (along_NK > 0).sum(dim=0), (along_NK < 0).sum(dim=0)
+    flip_K = (for_K < against_K) | ((for_K == against_K) & (along_NK.sum(dim=0) < 0))
+    votes_K2 = torch.where(flip_K[:, None], torch.stack([against_K, for_K], 1), torch.stack([for_K, against_K], 1))
+    turned_KR = torch.where(flip_K[:, None], -axes_KR, axes_KR)
+    return ModuleAxes(turned_KR.float(), values_K.float(), votes_K2)

@@ -1,0 +1,40 @@
+"""SHA-256 of weights in memory: what a basis and a cached factorisation are keyed by."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from assay.models import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["module_of", "tensor_digest", "weights_digest"]
+
+
+def module_of(model: "Model | PreTrainedModel") -> "PreTrainedModel":
+    """The transformers model inside, or the model itself."""
+    return model.module if isinstance(model, Model) else model
+
+
+def weights_digest(model: "Model | PreTrainedModel") -> str:
+    """SHA-256 in hex over every parameter as it is in memory: names, dtypes, shapes and bytes; a tied one once.
+
+    Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded in.
+    """
+    parameters = sorted(module_of(model).named_parameters())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(lambda item: f"{item[0]}\n{tensor_digest(item[1])}\n", parameters)
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 in hex of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}\n{list(tensor.shape)}\n".encode())
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest.update(content.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,47 @@
+"""What a basis was made from, so that it is never used with anything else."""
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+
+__all__ = ["Origin"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Model, pairs and settings of a basis.
+
+    Attributes:
+        model: the reference the model was loaded from, for people to read.
+        weights: SHA-256 in hex of the weights, from :func:`assay.vhack.weights_digest`; empty without a model.
+        dtype: dtype of the model, for example ``"bfloat16"``.
+        rank: singular directions kept per weight matrix; None is all of them.
+        factors: dtype of the factors U and Vh that the gradients were projected with.
+        top_k: how many axes were asked for per module.
+        tau_axis: axes with ``S_i / S_0`` below this were set to zero.
+        method: ``"svd"``, ``"mean-diff"`` or ``"lda"``.
+        pairs: the keys of the pairs that were used, in order.
+        groups: their groups, in the same order.
+    """
+
+    model: str = ""
+    weights: str = ""
+    dtype: str = ""
+    rank: int | None = None
+    factors: str = ""
+    top_k: int = 12
+    tau_axis: float = 0.0
+    method: str = "svd"
+    pairs: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+
+    @property
+    def pairs_digest(self) -> str:
+        """SHA-256 in hex of the pairs, whatever their order."""
+        return hashlib.sha256("\n".join(sorted(self.pairs)).encode()).hexdigest()
+
+    @property
+    def settings_digest(self) -> str:
+        """SHA-256 in hex of the settings: everything but the model's name, the weights and the pairs."""
+        names = [item.name for item in fields(self) if item.name not in ("model", "weights", "pairs", "groups")]
+        return hashlib.sha256(json.dumps({name: getattr(self, name) for name in names}).encode()).hexdigest()
