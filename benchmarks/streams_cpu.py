@@ -7,18 +7,11 @@ arithmetic in int64 with a mask after each step, and torch's own ``log``, ``cos`
     python benchmarks/streams_cpu.py -o benchmarks/results/streams_cpu.json
 """
 
-import argparse
-import json
 import math
-import os
-import platform
-import subprocess
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from _common import parser, publish
 
 from assay.streams import as_tensor, get_backend, seed32, seeds
 
@@ -111,46 +104,12 @@ def measure(backend, dim, dtype):
     }
 
 
-def cpu_model():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def commit():
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return git.stdout.strip()
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, help="write the result there as JSON")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__).parse_args()
     backend = get_backend("auto", "cpu")
     cases = [measure(backend, dim, dtype) for dim in DIMS for dtype in (torch.float32, torch.bfloat16)]
-    result = {
-        "schema": "assay.benchmark.streams_cpu/1",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/streams_cpu.py -o benchmarks/results/streams_cpu.json",
-        "commit": commit(),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "numpy", "numba")}},
-        "backend": backend.name,
-        "cases": cases,
-        "smallest_ratio": min(case["ratio"] for case in cases),
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    smallest = min(case["ratio"] for case in cases)
+    publish("streams_cpu", {"backend": backend.name, "cases": cases, "smallest_ratio": smallest}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from assay import stats
-from assay.errors import CalibrationError
+from assay.errors import CalibrationError, UsageError
 
 if TYPE_CHECKING:
     from assay.poc._calibration import Calibration
@@ -86,7 +86,7 @@ def law_from_dict(values: Any) -> Law:
             raise ValueError
         law: Law = kind(**parameters)
         return law
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError, UsageError):
         raise CalibrationError(
             f"noise {values!r:.120}",
             wanted="a kind, scale or log, with its finite parameters",

@@ -18,9 +18,13 @@ from assay.poc._round import Round
 from assay.poc._verdict import Verdict, count_mismatches, seed_rule
 from assay.poc.engines import Engine, HFEngine
 
-__all__ = ["DEFAULT_SAMPLE", "judge", "residuals", "verify"]
+__all__ = ["DEFAULT_SAMPLE", "EFFECT", "judge", "residuals", "verify"]
 
 DEFAULT_SAMPLE = 64
+
+# The smallest multiple of the honest noise that counts as another computation. Vectors show a
+# multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.
+EFFECT = {"distance": 4.0, "vector": 2.0}
 
 
 def verify(
@@ -47,7 +51,7 @@ def verify(
         calibration: measured honest noise for this pair of engines; the stated default when None.
         engine: recomputes; the transformers engine with the prover's batch shape when None.
         alpha: bound on the chance to ever accuse an honest node.
-        beta: chance to pass a node whose residuals are four times the honest noise.
+        beta: chance to pass a node whose residuals are :data:`EFFECT` times the honest noise.
         progress: called after every batch.
 
     Raises:
@@ -119,7 +123,7 @@ def judge(
     """Judge received records against recomputed ones of the same nonces."""
     header = proof.header
     errors = residuals(received, recomputed)
-    test = stats.SequentialTest(noise.law, alpha=alpha, beta=beta)
+    test = stats.SequentialTest(noise.law, alpha=alpha, beta=beta, effect=EFFECT[header.pipeline.output])
     test.update(errors)
     if header.pipeline.output == "vector":
         count = count_mismatches(errors)
@@ -131,7 +135,7 @@ def judge(
     result = test.result
     return Verdict(
         verdict=result.verdict,
-        reason=_reason(result, alpha, beta),
+        reason=_reason(result),
         checked=len(received),
         proved=proof.footer.records,
         sequential=result,
@@ -158,12 +162,10 @@ def _l2(a: np.ndarray | None, b: np.ndarray | None) -> float:
     return float(np.linalg.norm(a.astype(np.float64) - b.astype(np.float64)))
 
 
-def _reason(result: stats.SequentialResult, alpha: float, beta: float) -> str:
+def _reason(result: stats.SequentialResult) -> str:
     if result.verdict == "fraud":
-        return (
-            f"e-value e^{result.log_e_value:.1f} is over 1/{alpha:g}: no honest node of this noise gives such residuals"
-        )
+        return f"e-value e^{result.log_e_value:.1f} is over 1/{result.alpha:g}: no honest node of this noise gives such residuals"
     share = f"an invented share above {result.junk_share_excluded:.1%} is excluded"
     if result.verdict == "honest":
-        return f"evidence e^{result.log_evidence_honest:.1f} against four times the honest noise; {share}"
-    return f"{result.n} nonces are too few to decide at error rates {alpha:g} and {beta:g}: check more"
+        return f"evidence e^{result.log_evidence_honest:.1f} against {result.effect:g} times the honest noise; {share}"
+    return f"{result.n} nonces are too few to decide at error rates {result.alpha:g} and {result.beta:g}: check more"

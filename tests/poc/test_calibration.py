@@ -1,0 +1,85 @@
+"""Calibrations: measured, stored, and refused where they do not belong."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from assay.errors import CalibrationError, ProofMismatch
+from assay.models import load_model
+from assay.poc import Calibration, Proof, calibrate, prove, verify
+from assay.stats import RESOLUTION
+
+
+@pytest.fixture(scope="module")
+def narrow_model(small_checkpoint: Path):
+    return load_model(small_checkpoint, dtype="bfloat16", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def narrow(narrow_model, round_) -> Proof:
+    return prove(narrow_model, round_, range(40), batch_size=8)
+
+
+def test_noise_between_two_dtypes(proof: Proof, narrow: Proof, narrow_model, small_model, tmp_path: Path):
+    measured = calibrate(proof, narrow)
+    assert measured.n == 40
+    assert 1e-6 < measured.law.sigma < 1e-3
+    path = tmp_path / "calibration.json"
+    measured.save(path)
+    assert Calibration.load(path) == measured
+    for made, validator in ((narrow, small_model), (proof, narrow_model)):
+        verdict = verify(made, validator, calibration=measured)
+        assert verdict.honest, verdict.reason
+        assert verdict.noise.source == "calibration on 40 nonces"
+
+
+def test_equal_engines_give_the_resolution(proof: Proof):
+    """Bits that agree leave only the resolution of a distance, widened to its confidence bound."""
+    assert RESOLUTION <= calibrate(proof, proof).law.sigma < 2 * RESOLUTION
+
+
+def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, small_model):
+    with pytest.raises(CalibrationError, match="between engines"):
+        verify(narrow, small_model, calibration=calibrate(proof, proof))
+    vectors = replace(calibrate(proof, proof), output="vector")
+    with pytest.raises(CalibrationError, match="vectors"):
+        verify(proof, small_model, calibration=vectors)
+
+
+def test_proofs_that_do_not_belong_together_are_refused(proof: Proof, narrow: Proof, small_model, round_):
+    other = prove(small_model, replace(round_, block_hash="other"), range(40), batch_size=8)
+    with pytest.raises(ProofMismatch, match="different rounds"):
+        calibrate(proof, other)
+    few = prove(small_model, round_, range(8), batch_size=8)
+    with pytest.raises(ProofMismatch, match="8 nonces in common"):
+        calibrate(few, narrow)
+
+
+def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
+    path = tmp_path / "calibration.json"
+    calibrate(proof, proof).save(path)
+    good = json.loads(path.read_text())
+    broken = [
+        {},
+        good | {"kind": "assay.poc.proof"},
+        good | {"schema": 2},
+        good | {"law": {"kind": "scale", "sigma": -1.0}},
+        good | {"law": {"kind": "other", "sigma": 1.0}},
+        good | {"law": {"kind": "scale", "sigma": "1"}},
+        good | {"law": 7},
+        good | {"surplus": 1},
+        {k: v for k, v in good.items() if k != "prover"},
+        good | {"prover": {"engine": "hf"}},
+    ]
+    for values in broken:
+        path.write_text(json.dumps(values))
+        with pytest.raises(CalibrationError):
+            Calibration.load(path)
+    for text in ("", "[]", "NaN", "{"):
+        path.write_text(text)
+        with pytest.raises(CalibrationError):
+            Calibration.load(path)
+    with pytest.raises(CalibrationError):
+        Calibration.load(tmp_path / "missing")

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+import torch
+
+from assay.errors import UsageError
+from assay.models import decoder_layers
+from assay.poc import Proof, Round, cheats
+
+
+def test_rounding_leaves_few_values_per_group(small_model):
+    rounded = cheats.rounded(small_model, 4)
+    weight = decoder_layers(rounded.module)[0].mlp.up_proj.weight.detach()
+    assert max(len(group.unique()) for group in weight.view(-1, 32)) <= 15
+    original = decoder_layers(small_model.module)[0].mlp.up_proj.weight.detach()
+    error = (weight - original).norm() / original.norm()
+    assert 0.03 < error < 0.2
+    assert rounded.digest == small_model.digest
+    same = rounded.module.get_input_embeddings().weight, small_model.module.get_input_embeddings().weight
+    assert torch.equal(*same)
+
+
+def test_skipping_drops_layers_of_a_copy(small_model):
+    assert len(decoder_layers(small_model.module)) == 3
+    assert len(cheats.without_last_layers(small_model, 2).module.model.layers) == 1
+    assert len(decoder_layers(small_model.module)) == 3
+    for count in (0, 3):
+        with pytest.raises(UsageError):
+            cheats.without_last_layers(small_model, count)
+
+
+def test_invented_distances_follow_the_chord_law(proof: Proof):
+    fake = cheats.invented(proof)
+    assert [r.nonce for r in fake.records] == [r.nonce for r in proof.records]
+    assert abs(fake.distances.mean() - np.sqrt(2)) < 0.005
+    assert not np.array_equal(fake.distances, proof.distances)
+
+
+def test_a_replayed_proof_claims_the_other_round(proof: Proof):
+    mine = Round(block_hash="block_alpha", public_key="mine", seq_len=16)
+    stolen = cheats.replayed(proof, mine)
+    assert stolen.round.public_key == "mine"
+    assert np.array_equal(stolen.distances, proof.distances)

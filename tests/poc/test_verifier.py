@@ -1,0 +1,152 @@
+"""The verifier: who is believed, and what is refused."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from assay.errors import ProofMismatch, UsageError
+from assay.poc import Proof, Record, Round, cheats, prove, verify
+from assay.poc._noise import Noise, default_noise
+from assay.poc._verdict import count_mismatches, seed_rule
+from assay.poc._verifier import judge, residuals
+from assay.stats import LogNoise, ScaleNoise
+
+
+def test_the_same_engine_finds_no_residual(proof: Proof, small_model):
+    verdict = verify(proof, small_model)
+    assert verdict.honest
+    assert verdict.exit_code == 0
+    assert verdict.residuals == (0.0,) * 40
+    assert verdict.count.mismatches == 0
+    assert verdict.noise.source == "default for float32/float32"
+
+
+def test_a_sample_is_drawn_by_its_seed(proof: Proof, small_model):
+    first, again, other = (verify(proof, small_model, sample=10, seed=seed) for seed in (1, 1, 2))
+    assert first.nonces == again.nonces != other.nonces
+    assert len(set(first.nonces)) == first.checked == 10
+    unseeded = {verify(proof, small_model, sample=3).nonces for _ in range(4)}
+    assert len(unseeded) > 1
+
+
+def test_too_small_a_sample_is_undecided(proof: Proof, small_model):
+    verdict = verify(proof, small_model, sample=1)
+    assert verdict.verdict == "undecided"
+    assert verdict.exit_code == 2
+    assert "too few" in verdict.reason
+
+
+@pytest.mark.parametrize("sample", [0, -3, 41])
+def test_a_sample_out_of_range_is_refused(sample: int, proof: Proof, small_model):
+    with pytest.raises(UsageError, match="sample"):
+        verify(proof, small_model, sample=sample)
+
+
+CHEATS = {
+    "int4": lambda model, round, nonces: prove(cheats.rounded(model), round, nonces),
+    "int3": lambda model, round, nonces: prove(cheats.rounded(model, 3), round, nonces),
+    "one layer skipped": lambda model, round, nonces: prove(cheats.without_last_layers(model, 1), round, nonces),
+    "two layers skipped": lambda model, round, nonces: prove(cheats.without_last_layers(model, 2), round, nonces),
+    "invented": lambda model, round, nonces: cheats.invented(prove(model, round, nonces)),
+    "replayed": lambda model, round, nonces: cheats.replayed(
+        prove(model, replace(round, public_key="other"), nonces), round
+    ),
+    "replayed block": lambda model, round, nonces: cheats.replayed(
+        prove(model, replace(round, block_hash="older"), nonces), round
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheaters_are_caught(name: str, reference_model):
+    round = Round(block_hash="b", public_key="k", seq_len=64)
+    claimed = CHEATS[name](reference_model, round, range(32))
+    verdict = verify(claimed, reference_model, expect=round)
+    assert verdict.fraud, verdict.reason
+    assert verdict.exit_code == 1
+
+
+def test_an_honest_node_in_another_dtype_passes(reference_model):
+    from assay.models import load_model
+
+    round = Round(block_hash="b", public_key="k", seq_len=64)
+    wide = load_model(reference_model.reference, dtype="float32", device="cpu")
+    for prover, validator in ((reference_model, wide), (wide, reference_model)):
+        verdict = verify(prove(prover, round, range(32)), validator)
+        assert verdict.honest, verdict.reason
+        assert 0 < max(map(abs, verdict.residuals)) < 2e-3
+
+
+def test_artifacts_are_verified_the_same_way(reference_model):
+    round = Round(block_hash="b", public_key="k", seq_len=64, preset="artifact")
+    honest = prove(reference_model, round, range(32))
+    assert verify(honest, reference_model).honest
+    cheat = prove(cheats.rounded(reference_model), round, range(32))
+    verdict = verify(cheat, reference_model)
+    assert verdict.fraud, verdict.reason
+    assert verdict.count.mismatches > 20
+
+
+def test_one_invented_value_among_honest_ones_shows(proof: Proof, small_model):
+    records = list(proof.records)
+    records[7] = Record(7, distance=proof.records[7].distance + 0.01)
+    verdict = verify(Proof.build(proof.header, records, 1.0), small_model)
+    assert verdict.sequential.gross == 1
+    assert verdict.fraud, verdict.reason
+
+
+def test_another_checkpoint_or_round_is_refused(proof: Proof, small_model, round_: Round):
+    with pytest.raises(ProofMismatch, match="wanted"):
+        verify(proof, replace(small_model, digest="0" * 64))
+    with pytest.raises(ProofMismatch, match="wanted"):
+        verify(proof, replace(small_model, weights="random-all"))
+    verify(proof, small_model, expect=round_)
+    for change in ({"public_key": "x"}, {"block_hash": "x"}, {"r_target": 1.4}, {"seq_len": 32}):
+        with pytest.raises(ProofMismatch, match=next(iter(change))):
+            verify(proof, small_model, expect=replace(round_, **change))
+
+
+def test_seed_rule_is_kept_exactly():
+    """Mismatch: received ≥ r_target or recomputed > r_target; a value equal to the target differs by side."""
+    assert seed_rule([1.0], [1.4], 1.4).mismatches == 0
+    assert seed_rule([1.4], [1.0], 1.4).mismatches == 1
+    assert seed_rule([1.0], [math.nextafter(1.4, 2)], 1.4).mismatches == 1
+    assert seed_rule([math.nan, 1.0, math.inf], [1.0, math.nan, 1.0], 1.4).mismatches == 3
+    none = seed_rule([], [], 1.4)
+    assert (none.n, none.p_value, none.fraud) == (0, 1.0, False)
+    # One mismatch of 20 has p = 0.00995, of 21 it is 0.01045: the published threshold lies between.
+    assert seed_rule([1.0] * 20, [2.0] + [1.0] * 19, 1.4).fraud
+    assert not seed_rule([1.0] * 21, [2.0] + [1.0] * 20, 1.4).fraud
+
+
+def test_count_rule_of_vectors():
+    clean = count_mismatches(np.array([0.0, 0.02, 0.001]))
+    assert (clean.mismatches, clean.fraud) == (0, False)
+    assert count_mismatches(np.array([0.0201, np.nan, np.inf, 0.0])).mismatches == 3
+    assert count_mismatches(np.array([0.5] * 3 + [0.0] * 197)).fraud
+    assert not count_mismatches(np.array([0.5] * 2 + [0.0] * 198)).fraud
+
+
+def test_missing_and_non_finite_values_never_match(proof: Proof):
+    received = [Record(0), Record(1, distance=math.inf)]
+    recomputed = [Record(0, distance=1.4), Record(1, distance=1.4)]
+    assert not np.isfinite(residuals(received, recomputed)).any()
+    verdict = judge(proof, received, recomputed, Noise(ScaleNoise(1e-4), "test"))
+    assert verdict.fraud
+    assert verdict.sequential.gross == 2
+    assert verdict.as_dict()["residuals"] == [None, None]
+    vector = np.zeros(12, np.float16)
+    odd = [Record(0), Record(1, vector=vector[:5]), Record(2, vector=vector + np.float16(np.nan))]
+    errors = residuals(odd, [Record(n, vector=vector) for n in range(3)])
+    assert not np.isfinite(errors).any()
+    assert count_mismatches(errors).mismatches == 3
+
+
+def test_defaults_exist_for_every_pair_of_dtypes():
+    for one in ("float32", "float16", "bfloat16"):
+        for two in ("float32", "float16", "bfloat16"):
+            assert isinstance(default_noise("distance", one, two).law, ScaleNoise)
+            assert isinstance(default_noise("vector", one, two).law, LogNoise)
+            assert default_noise("distance", one, two) == default_noise("distance", two, one)
