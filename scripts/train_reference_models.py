@@ -327,8 +327,8 @@ Made with `{command}`.
 {table}
 
 The held-out files are those whose name has a SHA-256 whose first four bytes are 0 modulo {HELD_OUT_ONE_IN}. Neither
-model nor tokenizer was trained on a file with such a name, so other versions of a file, which share its name, cannot leak. The
-unigram entropy is that of the same held-out tokens: the best loss that a prediction without context can have on them.
+model nor tokenizer was trained on a file with such a name, so other versions of a file, which share its name, cannot leak.
+The unigram entropy is that of the same held-out tokens: the best loss that a prediction without context can have.
 
 ## Samples
 

@@ -46,7 +46,7 @@ def windows(model: Model, text: str) -> torch.Tensor:
 
 @torch.inference_mode()
 def loss(model: Model, tokens_BT: torch.Tensor) -> float:
-    logits_BTV = model.module(input_ids=tokens_BT[:, :-1], use_cache=False).logits
+    logits_BTV = model.module(input_ids=tokens_BT[:, :-1], use_cache=False).logits.float()
     return functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten()).item()
 
 

@@ -111,37 +111,42 @@ def _materialise(
 ) -> "tuple[PreTrainedModel, str, str]":
     """The module on its device, its digest, and the weight mode it really has."""
     if source.directory is None:
-        mode = "random-all" if weights == "trained" else weights
+        weights = "random-all" if weights == "trained" else weights
         block = block_hash or SHAPE_BLOCK
-        module = build(source.config, dtype or torch.bfloat16)
-        randomise(module, block if mode == "random-all" else SHAPE_BLOCK, device, unit_norms=True)
-        digest = recipe_digest(source, mode, block, str)
+        module, digest = _from_shape(source, dtype, device, weights, block)
     else:
-        mode, block = weights, block_hash or ""
-        module, digest = _from_directory(source, source.directory, dtype, device, mode, block)
-    if mode == "random-embed":
+        block = block_hash or ""
+        module, digest = _from_directory(source, source.directory, dtype, device, weights, block)
+    if weights == "random-embed":
         randomise_embeddings(module, block)
-    return _placed(module, device), digest, mode
-
-
-def _placed(module: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
     plain = cast("nn.Module", module)  # the library's own `to` is wrapped in a way that hides its type
     plain.to(device).eval()
-    return module
+    return module, digest, weights
+
+
+def _from_shape(
+    source: Source, dtype: torch.dtype | None, device: torch.device, weights: str, block: str
+) -> "tuple[PreTrainedModel, str]":
+    module = build(source.config, dtype or torch.bfloat16)
+    if weights == "random-all":
+        randomise(module, block, device, unit_norms=True)
+        return module, recipe_digest(source, weights, block)
+    randomise(module, SHAPE_BLOCK, device, unit_norms=True)
+    return module, recipe_digest(source, weights, block, SHAPE_BLOCK)
 
 
 def _from_directory(
-    source: Source, directory: Path, dtype: torch.dtype | None, device: torch.device, mode: str, block: str
+    source: Source, directory: Path, dtype: torch.dtype | None, device: torch.device, weights: str, block: str
 ) -> "tuple[PreTrainedModel, str]":
     tensors = list_tensors(directory)
     chosen = dtype or stored_dtype(tensors)
-    if mode == "random-all":
+    if weights == "random-all":
         module = build(source.config, chosen)
         randomise(module, block, device, unit_norms=False)
-        return module, recipe_digest(source, mode, block, str)
+        return module, recipe_digest(source, weights, block)
     stored = digest_tensors(tensors)
-    module = _placed(_load_trained(source, directory, chosen), device)
-    return module, stored if mode == "trained" else recipe_digest(source, mode, block, lambda: stored)
+    module = _load_trained(source, directory, chosen)
+    return module, stored if weights == "trained" else recipe_digest(source, weights, block, stored)
 
 
 def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTrainedModel":

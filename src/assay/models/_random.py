@@ -7,7 +7,6 @@ is the embedding matrix.
 
 import hashlib
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,16 +93,15 @@ def _normals(seed_text: str, n: int, device: torch.device) -> torch.Tensor:
     return streams.as_tensor(backend.normals(streams.seeds([seed_text]), n, "float32"))[0]
 
 
-def recipe_digest(source: "Source", weights: str, block: str, trained: Callable[[], str]) -> str:
+def recipe_digest(source: "Source", weights: str, block: str, kept: str | None = None) -> str:
     """SHA-256 in hex of what random weights were made from: configuration, mode, block, and the digest of what is kept.
 
     Args:
         source: the model; its configuration enters without the keys that describe a file.
         weights: the weight mode.
         block: the block hash.
-        trained: gives the digest of the stored tensors; asked only where some of them remain.
+        kept: what identifies the weights that were not drawn for this block, where there are any.
     """
-    kept = SHAPE_BLOCK if source.directory is None else trained() if weights == "random-embed" else None
     recipe = {
         "block": block,
         "config": {key: value for key, value in source.published.items() if key not in _VOLATILE},
