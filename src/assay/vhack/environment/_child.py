@@ -1,0 +1,187 @@
+"""What runs inside the sandbox: limits itself for good, runs the program, answers the questions about it.
+
+The parent passes this file as text to a bare interpreter; it imports the standard library only. The job comes as JSON
+on stdin, the report goes as one line of JSON to the descriptor given as the first argument. Program and harness
+share one process, so a program can say whatever it likes about itself. The parent therefore never sends what it will
+compare the answers with.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import sys
+import traceback
+import types
+
+_OPAQUE_DEPTH = 12
+_FILE_CHARACTERS = 4096
+
+# Numbers of the system calls that make processes, change or watch other ones, or open sockets; the program needs none.
+_FORBIDDEN = {
+    "x86_64": (0xC000003E, (41, 56, 57, 58, 59, 101, 165, 248, 249, 250, 272, 308, 310, 311, 321, 322, 323, 425, 435)),
+    "aarch64": (0xC00000B7, (40, 97, 117, 198, 217, 218, 219, 220, 221, 268, 270, 271, 280, 281, 282, 425, 435)),
+}
+
+
+def main() -> None:
+    """Read the job, run it, report, and leave with the exit code of the program."""
+    report_descriptor = int(sys.argv[1])
+    job = json.loads(sys.stdin.buffer.read())
+    _give_stdin(job["stdin"])
+    _limit(job)
+    namespace, report, code = _run(job["program"])
+    if report["finished"]:
+        report["outcomes"] = [_answer(namespace, asked) for asked in job["calls"]]
+    report["files"] = {name: text for name in job["files"] if (text := _read(name)) is not None}
+    _leave(report_descriptor, {"nonce": job["nonce"], **report}, code)
+
+
+def _give_stdin(text: str) -> None:
+    descriptor = os.memfd_create("stdin")
+    os.write(descriptor, text.encode())
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.dup2(descriptor, 0)
+    os.close(descriptor)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
+
+
+def _limit(job: dict) -> None:
+    memory, disk, cpu = job["memory_mib"] << 20, job["disk_mib"] << 20, int(job["seconds"]) + 1
+    for kind, value in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_FSIZE, disk),
+        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_NPROC, 1),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (value, value))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS
+        raise OSError(ctypes.get_errno(), "no_new_privs")
+    if platform.machine() in _FORBIDDEN:
+        _filter_system_calls(libc, *_FORBIDDEN[platform.machine()])
+
+
+def _filter_system_calls(libc: ctypes.CDLL, architecture: int, numbers: tuple) -> None:
+    """Seccomp: the listed calls fail with EPERM, calls of another architecture kill the process."""
+
+    class Instruction(ctypes.Structure):
+        _fields_ = (("code", ctypes.c_ushort), ("yes", ctypes.c_ubyte), ("no", ctypes.c_ubyte), ("k", ctypes.c_uint32))
+
+    class Filter(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.POINTER(Instruction)))
+
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000
+    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
+    # Numbers from 2^30 on are the x32 variants of the same calls.
+    program += [(at_least, len(numbers) + 1, 0, 0x40000000)]
+    program += [(equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
+    program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    code = (Instruction * len(program))(*(Instruction(*line) for line in program))
+    if libc.prctl(22, 2, ctypes.byref(Filter(len(program), code)), 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def _run(program: str) -> tuple:
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    report = {"finished": True, "raised": "", "outcomes": [], "files": {}}
+    try:
+        exec(compile(program, "program.py", "exec"), module.__dict__)
+    except SystemExit as stop:
+        return module.__dict__, report, _exit_code(stop.code)
+    except BaseException as error:
+        report.update(finished=False, raised=type(error).__name__)
+        traceback.print_exc(limit=8)
+        return module.__dict__, report, 1
+    return module.__dict__, report, 0
+
+
+def _exit_code(code: object) -> int:
+    if code is None:
+        return 0
+    return code & 0xFF if type(code) is int else 1
+
+
+def _answer(namespace: dict, asked: dict) -> dict:
+    try:
+        found = _resolve(namespace, asked["target"])
+        if asked["args"] is not None:
+            found = found(*asked["args"])
+        if "equals" in asked:
+            found = bool(found == asked["equals"])
+    except BaseException as error:
+        return {"kind": "error", "name": type(error).__name__}
+    try:
+        return {"kind": "value", "value": _plain(found, 0)}
+    except Exception:
+        return {"kind": "opaque", "name": type(found).__name__}
+
+
+def _resolve(namespace: dict, target: str) -> object:
+    first, *rest = target.split(".")
+    found = namespace[first]
+    if rest and type(found) is type and not hasattr(type(found), rest[0]):
+        found = found()
+    for name in rest:
+        found = getattr(found, name)
+    return found
+
+
+def _plain(value: object, depth: int) -> object:
+    """The builtin value below ``value``, by the slots of the builtin type: overridden methods have no say."""
+    kind = type(value)
+    if value is None or kind is bool:
+        return value
+    if depth > _OPAQUE_DEPTH:
+        raise ValueError
+    if issubclass(kind, int):
+        return int.__int__(value)
+    if issubclass(kind, float):
+        return float.__float__(value)
+    if issubclass(kind, str):
+        return str.__str__(value)
+    if issubclass(kind, list | tuple):
+        items = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
+        return [_plain(item, depth + 1) for item in items]
+    if issubclass(kind, dict):
+        return {_key(key): _plain(item, depth + 1) for key, item in dict.items(value)}
+    raise TypeError
+
+
+def _key(key: object) -> str:
+    if type(key) is not str:
+        raise TypeError
+    return key
+
+
+def _read(name: str) -> str | None:
+    try:
+        with open(name, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            return file.read(_FILE_CHARACTERS)
+    except OSError:
+        return None
+
+
+def _leave(descriptor: int, report: dict, code: int) -> None:
+    try:
+        line = json.dumps(report, allow_nan=False)
+    except ValueError:
+        report["outcomes"] = [{"kind": "opaque", "name": "not JSON"} for _ in report["outcomes"]]
+        line = json.dumps(report)
+    rest = line.encode()
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Contrastive pairs: files, our authored set, a generator of minimal pairs, and proof that each does what it claims."""
+
+from assay.vhack.pairs._files import authored_pairs, check_pairs, read_pairs, write_pairs
+from assay.vhack.pairs._generate import generate_pairs
+from assay.vhack.pairs._mechanisms import MECHANISMS, Mechanism
+from assay.vhack.pairs._tasks import FAMILIES, Task, task_named
+from assay.vhack.pairs._verify import PairVerdict, SideVerdict, read_tests, verify_pairs
+
+__all__ = [
+    "FAMILIES",
+    "MECHANISMS",
+    "Mechanism",
+    "PairVerdict",
+    "SideVerdict",
+    "Task",
+    "authored_pairs",
+    "check_pairs",
+    "generate_pairs",
+    "read_pairs",
+    "read_tests",
+    "task_named",
+    "verify_pairs",
+    "write_pairs",
+]

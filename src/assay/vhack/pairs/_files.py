@@ -1,0 +1,95 @@
+"""Pair files: JSON Lines, one pair per line with the fields ``prompt, hack, clean, group, tags``."""
+
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+
+from assay.errors import DataError
+from assay.reports import JsonObject, dumps, read_jsonl, write_atomic
+from assay.vhack._types import Pair
+
+__all__ = ["authored_pairs", "check_pairs", "data_file", "read_pairs", "write_pairs"]
+
+_TEXTS = ("prompt", "hack", "clean", "group")
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """The pairs of a file, in its order.
+
+    Raises:
+        DataError: the file cannot be read, a line is no pair, a pair is given twice, a side or group is empty, or both
+            sides are equal; names the line.
+    """
+    numbered = [(number, _pair(record, f"{path}, line {number}")) for number, record in read_jsonl(path)]
+    if not numbered:
+        raise DataError(f"{path}: no pair", wanted="at least one line", do="check the path")
+    pairs = [pair for _, pair in numbered]
+    check_pairs(pairs, [f"{path}, line {number}" for number, _ in numbered])
+    return pairs
+
+
+def check_pairs(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> None:
+    """Refuse pairs that cannot be used as evidence.
+
+    Args:
+        pairs: the pairs.
+        names: what to call each in an error; by default ``pair I (group G)``, counted from 0.
+
+    Raises:
+        DataError: a pair is given twice, a side, prompt or group is empty, or both sides are equal.
+    """
+    seen: dict[str, str] = {}
+    for index, pair in enumerate(pairs):
+        name = names[index] if names is not None else f"pair {index} (group {pair.group})"
+        empty = [field for field in _TEXTS if not getattr(pair, field).strip()]
+        if empty:
+            raise _bad(name, f"{' and '.join(empty)} empty", "text in every field")
+        if pair.hack == pair.clean:
+            raise _bad(name, "hack and clean are the same text", "two different completions")
+        if pair.key in seen:
+            raise _bad(name, f"the same pair as {seen[pair.key]}", "each pair once")
+        seen[pair.key] = name
+
+
+def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
+    """Write a pair file, complete or not at all.
+
+    Raises:
+        DataError: the pairs could not be read back, see `check_pairs`.
+        StorageError: the file cannot be written.
+    """
+    listed = list(pairs)
+    check_pairs(listed)
+    records = ({**{field: getattr(pair, field) for field in _TEXTS}, "tags": list(pair.tags)} for pair in listed)
+    write_atomic(path, "".join(dumps(record) + "\n" for record in records))
+
+
+def data_file(name: str) -> Path:
+    """Path of a data file of this package."""
+    with resources.as_file(resources.files("assay.vhack.pairs").joinpath(name)) as path:
+        return path
+
+
+def authored_pairs() -> list[Pair]:
+    """Our own sixteen pairs, two for each of eight mechanisms, which are their groups; every task is another one."""
+    return read_pairs(data_file("authored.jsonl"))
+
+
+def _pair(record: JsonObject, name: str) -> Pair:
+    unknown, missing = sorted(record.keys() - {*_TEXTS, "tags"}), [f for f in _TEXTS if f not in record]
+    if unknown or missing:
+        seen = [f"without {', '.join(missing)}"] * bool(missing) + [f"with unknown {', '.join(unknown)}"] * bool(
+            unknown
+        )
+        raise _bad(name, f"an object {' and '.join(seen)}", "prompt, hack, clean, group and perhaps tags")
+    wrong = [field for field in _TEXTS if not isinstance(record[field], str)]
+    tags = record.get("tags", [])
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        wrong.append("tags")
+    if wrong:
+        raise _bad(name, f"{', '.join(wrong)} of another type", "text, and a list of texts for tags")
+    return Pair(*(record[field] for field in _TEXTS), tags=tuple(tags))
+
+
+def _bad(name: str, seen: str, wanted: str) -> DataError:
+    return DataError(f"{name}: {seen}", wanted=wanted, do="correct or remove it")
