@@ -33,14 +33,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 HELD_OUT_ONE_IN = 100
@@ -79,7 +72,6 @@ class Corpus:
     train: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     packages: list[Package] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
 
 
 def permissive_licence(metadata: Any) -> str | None:
@@ -93,8 +85,7 @@ def permissive_licence(metadata: Any) -> str | None:
     names = [line.split(" :: ")[-1] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")]
     names = [name for name in names if name != "OSI Approved"] or (metadata.get("License") or "").split("\n")[:1]
     text = "; ".join(names).strip()[:80]
-    good = all(PERMISSIVE.search(name) for name in names) and not FORBIDDEN.search(text)
-    return text if text and good else None
+    return text if text and all(map(PERMISSIVE.search, names)) and not FORBIDDEN.search(text) else None
 
 
 def held_out(name: str) -> bool:
@@ -122,12 +113,11 @@ def sources() -> Iterator[tuple[Package, list[Path]]]:
     yield Package("Python standard library", platform.python_version(), "PSF-2.0"), files
     seen = set()
     for dist in sorted(importlib.metadata.distributions(), key=lambda dist: str(dist.metadata["Name"]).lower()):
-        name = str(dist.metadata["Name"])
+        name, licence = str(dist.metadata["Name"]), permissive_licence(dist.metadata)
         proprietary = name.lower().startswith(("nvidia", "cuda"))
-        licence = None if proprietary else permissive_licence(dist.metadata)
-        if name.lower() not in seen:
+        if licence and not proprietary and name.lower() not in seen:
             paths = [Path(str(dist.locate_file(file))) for file in dist.files or [] if file.suffix == ".py"]
-            yield Package(name, dist.version, licence or ""), sorted(paths)
+            yield Package(name, dist.version, licence), sorted(paths)
         seen.add(name.lower())
 
 
@@ -135,9 +125,6 @@ def read_corpus(max_files: int | None) -> Corpus:
     """All texts, shuffled, each once."""
     corpus, hashes = Corpus(), set()
     for package, paths in sources():
-        if not package.licence:
-            corpus.refused.append(package.name)
-            continue
         for path in paths:
             text = readable_source(path)
             digest = hashlib.sha256((text or "").encode()).digest()
@@ -159,11 +146,9 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    every_byte = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[PAD, BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab, special_tokens=[PAD, BOS, EOS], initial_alphabet=every_byte, show_progress=False
     )
     sample = texts[: max(1, int(len(texts) * min(1.0, 60e6 / sum(map(len, texts)))))]
     tokenizer.train_from_iterator(sample, trainer)
@@ -172,7 +157,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, texts: list[str], seconds: float) -> tuple[Tensor, int]:
     """Tokens [N] int16, each text closed by EOS, and the characters behind them; stops when the time is over."""
-    tokenizer.encode_special_tokens = True  # inside a source file "<|eos|>" is six characters of text
+    tokenizer.encode_special_tokens = True  # inside a source file "<|eos|>" is seven characters of text
     end, parts, characters = [tokenizer.token_to_id(EOS)], [], 0
     deadline = time.monotonic() + seconds
     for start in range(0, len(texts), 512):
@@ -203,10 +188,8 @@ def new_model(name: str, tokenizer: Tokenizer, size: argparse.Namespace) -> PreT
         "attn_implementation": "sdpa",
     }
     torch.manual_seed(0)
-    config: Any
-    architecture: Any
-    config, architecture = (Qwen3Config, Qwen3ForCausalLM) if name == "qwen3" else (LlamaConfig, LlamaForCausalLM)
-    model: PreTrainedModel = architecture(config(**shape))
+    factory: Any = transformers.AutoModelForCausalLM
+    model: PreTrainedModel = factory.from_config(transformers.AutoConfig.for_model(name, **shape))
     return model
 
 
@@ -247,12 +230,11 @@ def train(model: PreTrainedModel, stream_N: Tensor, size: argparse.Namespace) ->
     """AdamW on random windows until the time is over, compilation included."""
     start = time.monotonic()
     generator = torch.Generator(stream_N.device).manual_seed(1)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    norms = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    decays = ((0.1, lambda p: p.ndim > 1), (0.0, lambda p: p.ndim == 1))  # norms do not decay
+    groups = [{"params": list(filter(kind, model.parameters())), "weight_decay": decay} for decay, kind in decays]
     optimizer = torch.optim.AdamW(groups, lr=size.lr, betas=(0.9, 0.95), fused=stream_N.is_cuda)
     loss_of = compiled_loss(model, draw_batch(stream_N, size.batch, size.length, generator), compiled=size.compile)
-    warm, step, curve = time.monotonic(), 0, []
+    warm, step = time.monotonic(), 0
     while (now := time.monotonic()) < start + size.seconds:
         progress = (now - warm) / (start + size.seconds - warm)
         for group in optimizer.param_groups:
@@ -264,17 +246,10 @@ def train(model: PreTrainedModel, stream_N: Tensor, size: argparse.Namespace) ->
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % 8 == 0:  # wait for the device, so that the clock is about work done, not work queued
-            value = loss.item()
-            if step % 200 == 0:
-                curve.append([step, round(now - start, 1), round(value, 4)])
-                print(*curve[-1], flush=True)
-    return {
-        "steps": step,
-        "tokens": step * size.batch * size.length,
-        "seconds": round(time.monotonic() - start, 1),
-        "seconds_compiling": round(warm - start, 1),
-        "curve": curve,
-    }
+            line = f"{step} {now - start:.1f} {loss.item():.4f}"
+            print(line, end="\n" if step % 200 == 0 else "\r", flush=True)
+    tokens, seconds = step * size.batch * size.length, round(time.monotonic() - start, 1)
+    return {"steps": step, "tokens_trained_on": tokens, "seconds": seconds}
 
 
 @torch.inference_mode()
@@ -282,12 +257,11 @@ def measure(model: PreTrainedModel, stream_N: Tensor, characters: int, length: i
     """Loss of the model as shipped on consecutive windows of a held-out stream, beside two unigram baselines."""
     windows = stream_N[: (len(stream_N) - 1) // length * length + 1].long()
     starts = torch.arange(0, len(windows) - 1, length, device=windows.device)
-    total, count = 0.0, 0
+    total, count = 0.0, len(windows) - 1
     for chunk in torch.split(starts, 64):
         tokens_BT = windows[chunk[:, None] + torch.arange(length + 1, device=windows.device)]
         logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits.float()
         total += functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="sum").item()
-        count += tokens_BT[:, 1:].numel()
     loss = total / count
     share = torch.bincount(windows[1:]).double() / count
     entropy = -(share[share > 0] * share[share > 0].log()).sum().item()
@@ -310,15 +284,15 @@ def complete(model: Any, tokenizer: Tokenizer, prompt: str, *, sampled: bool) ->
     return tokenizer.decode(out[0].tolist())
 
 
-def model_card(name: str, facts: dict[str, Any], corpus: Corpus, command: str) -> str:
+def model_card(name: str, facts: dict[str, Any], samples: list[tuple[str, str]], corpus: Corpus, command: str) -> str:
     """The card: what it was made of, how, how good it is, and what it is not for."""
     rows = "\n".join(f"| {p.name} | {p.version} | {p.licence} | {p.files} | {p.characters} |" for p in corpus.packages)
-    table = "\n".join(f"| {key} | {round(v, 4) if isinstance(v, float) else v} |" for key, v in facts["table"].items())
-    samples = "\n\n".join(f"{kind}:\n\n```python\n{text.rstrip()}\n```" for kind, text in facts["samples"])
+    table = "\n".join(f"| {key} | {round(v, 4) if isinstance(v, float) else v} |" for key, v in facts.items())
+    shown = "\n\n".join(f"{kind}:\n\n```python\n{text.rstrip()}\n```" for kind, text in samples)
     return f"""# Reference model: {name}
 
 A small causal language model of Python source, trained from scratch so that instruments have a *trained* model that
-anyone can have at once. {facts["table"]["parameters"]} parameters, bfloat16.
+anyone can have at once. {facts["parameters"]} parameters, bfloat16.
 
 Made with `{command}`.
 
@@ -327,17 +301,17 @@ Made with `{command}`.
 {table}
 
 The held-out files are those whose name has a SHA-256 whose first four bytes are 0 modulo {HELD_OUT_ONE_IN}. Neither
-model nor tokenizer was trained on a file with such a name, so other versions of a file, which share its name, cannot leak.
-The unigram entropy is that of the same held-out tokens: the best loss that a prediction without context can have.
+model nor tokenizer was trained on a file with such a name, so other versions of a file, which share its name, cannot
+leak. The unigram entropy is that of the same held-out tokens: the best loss that a prediction without context can have.
 
 ## Samples
 
-{samples}
+{shown}
 
 ## Limits
 
 It completes text that looks like Python; it knows nothing, follows no instructions, and its code must not be relied on
-or run unread. It was trained on windows of {facts["table"]["window"]} tokens; the configuration admits 2048 positions.
+or run unread. It was trained on windows of {facts["window"]} tokens; the configuration admits 2048 positions.
 A newline and the indentation after it are one token: end a prompt before its newline, not after it.
 
 ## Licence and data
@@ -352,22 +326,17 @@ once where packages hold the same file.
 """
 
 
-def make_model(
-    name: str, tokenizer: Tokenizer, corpus: Corpus, data: dict[str, Any], size: argparse.Namespace
-) -> dict[str, Any]:
-    """Train, save as bfloat16, measure what was saved, and write the card. Returns the facts."""
+def make_model(name: str, tokenizer: Tokenizer, corpus: Corpus, data: dict[str, Any], size: argparse.Namespace) -> None:
+    """Train, save as bfloat16, measure what was saved, and write the card."""
     model = new_model(name, tokenizer, size).to(size.device)
     history = train(model, data["train"], size)
     folder = size.out / name
     model.to(torch.bfloat16).save_pretrained(folder)
-    with_specials = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    wrapper: Any = PreTrainedTokenizerFast
-    wrapper(
-        tokenizer_object=tokenizer, model_max_length=2048, clean_up_tokenization_spaces=False, **with_specials
-    ).save_pretrained(folder)
+    wrapper: Any = transformers.PreTrainedTokenizerFast
+    options = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "model_max_length": 2048}
+    wrapper(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options).save_pretrained(folder)
     shipped = type(model).from_pretrained(folder, dtype=torch.bfloat16).to(size.device).eval()
     measured = measure(shipped, data["held_out"], data["held_out_characters"], size.length)
-    device = torch.cuda.get_device_name() if size.device == "cuda" else "CPU"
     table = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "corpus_files": len(corpus.train),
@@ -375,28 +344,22 @@ def make_model(
         "corpus_tokens": len(data["train"]),
         "held_out_files": len(corpus.held_out),
         **measured,
-        "steps": history["steps"],
         "window": size.length,
-        "tokens_trained_on": history["tokens"],
-        "seconds": history["seconds"],
-        "device": device,
+        **history,
+        "device": torch.cuda.get_device_name() if size.device == "cuda" else "CPU",
         "date": time.strftime("%Y-%m-%d"),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
+        "python, torch, transformers": f"{platform.python_version()}, {torch.__version__}, {transformers.__version__}",
     }
     kinds = (("greedy", False), ("sampled, temperature 0.7", True))
     samples = [(kind, complete(shipped, tokenizer, prompt, sampled=s)) for prompt in PROMPTS for kind, s in kinds]
-    facts = {"table": table, "samples": samples, "history": history}
-    card = model_card(name, facts, corpus, size.command)
-    (folder / "MODEL_CARD.md").write_text(card, "utf-8")
+    (folder / "MODEL_CARD.md").write_text(model_card(name, table, samples, corpus, size.command), "utf-8")
     print(name, json.dumps(table, indent=1), flush=True)
-    return facts
 
 
 def settings() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write qwen3/, llama/ and log.json into")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write qwen3/ and llama/ into")
     parser.add_argument("--seconds", type=float, default=165, help="training time of each model")
     parser.add_argument("--encode-seconds", type=float, default=80, help="most time to spend on encoding the corpus")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -407,30 +370,29 @@ def settings() -> argparse.Namespace:
     full = {"hidden": 256, "layers": 8, "vocab": 4096, "batch": 256, "length": 512, "lr": 3e-3, "max_files": None}
     for key, value in (tiny if args.tiny else full).items():
         setattr(args, key, value)
-    args.command = f"python scripts/train_reference_models.py --out DIR --seconds {args.seconds:g}"
+    args.command = (
+        f"python scripts/train_reference_models.py --out DIR --seconds {args.seconds:g}" + " --tiny" * args.tiny
+    )
     return args
 
 
 def main() -> None:
-    """Corpus, tokenizer, both models, log."""
+    """Corpus, tokenizer, both models."""
     size = settings()
     size.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     begin = time.monotonic()
     corpus = read_corpus(size.max_files)
-    print(f"{time.monotonic() - begin:.0f} s: {len(corpus.train)} files read", flush=True)
     tokenizer = train_tokenizer(corpus.train, size.vocab)
-    print(f"{time.monotonic() - begin:.0f} s: tokenizer of {tokenizer.get_vocab_size()}", flush=True)
+    print(f"{time.monotonic() - begin:.0f} s: {len(corpus.train)} files, tokenizer trained", flush=True)
     data: dict[str, Any] = {}
     for split, texts in (("held_out", corpus.held_out), ("train", corpus.train)):
         tokens, data[f"{split}_characters"] = encode(tokenizer, texts, size.encode_seconds)
         data[split] = tokens.to(size.device)
         print(f"{time.monotonic() - begin:.0f} s: {split} {len(tokens)} tokens", flush=True)
-    log: dict[str, Any] = {"refused_packages": corpus.refused}
     for name in ("qwen3", "llama"):
-        log[name] = make_model(name, tokenizer, corpus, data, size)
+        make_model(name, tokenizer, corpus, data, size)
         torch.compiler.reset()
-        (size.out / "log.json").write_text(json.dumps(log, indent=1), "utf-8")
         print(f"{time.monotonic() - begin:.0f} s: {name} done", flush=True)
 
 
