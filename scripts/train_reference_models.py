@@ -7,7 +7,7 @@ with the same bytes count once; generated, minified and data files are left out.
 *name*: other versions of a file share its name, so they cannot be on both sides of the split.
 
 Both models share one byte-level BPE tokenizer. Training is bounded by the clock, and the learning rate follows the
-share of the time that has passed, so a run of any length ends well. `--tiny` makes a run of a minute on a CPU.
+share of the time that has passed, so a run of any length ends well. `--tiny` makes a run of a few minutes on a CPU.
 
 Shapes: B sequences, T positions, V tokens of the vocabulary, N tokens of a split.
 """
