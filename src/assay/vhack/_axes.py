@@ -122,7 +122,7 @@ def _discriminants(rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top
 class _Whitening:
     """Multiplication by Σ^(−1/2), with Σ = floor·I + Q diag(s²) Qᵀ never formed.
 
-    ``directions`` is Q, [M, R]. ``scale`` [M] is ``(floor + s²)^(−1/2)``, the factor along them; elsewhere the factor is
+    ``directions`` is Q, [M, R]. ``scale`` [M] is ``(floor + s²)^(−1/2)``, the factor along them; elsewhere it is
     ``floor^(−1/2)``.
     """
 

@@ -1,0 +1,155 @@
+"""From samples to token ids, and from token ids to micro-batches that fit into memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from torch import Tensor
+
+from assay.errors import DataError, UsageError
+from assay.models._quiet import quiet
+from assay.vhack._types import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Batch", "Encoded", "encode", "plan", "token_budget"]
+
+# Larger batches than this are no faster on any device measured, and cost memory.
+_MOST_TOKENS = {"cuda": 8192, "cpu": 4096}
+# Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention output, and in the MLP
+# gate, up, their activation and product. Measured peaks stay below.
+_HIDDEN_COPIES = 10
+_WIDE_COPIES = 5
+# The logits of a completion token live once in the model's dtype and about three times in float32.
+_LOGIT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added or merged.
+
+    Attributes:
+        index: position in the list of samples.
+        name: what errors call it.
+        ids: all token ids.
+        n_prompt: how many of them are the prompt's.
+    """
+
+    index: int
+    name: str
+    ids: list[int]
+    n_prompt: int
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples padded on the right to one length. Shapes: B samples, T tokens, M completion tokens of all samples.
+
+    With causal attention no token sees what stands to its right, so padding needs no mask: it is never looked at, and
+    its gradient is exactly zero.
+
+    Attributes:
+        encoded: the samples.
+        ids: [B, T].
+        row, column: [M], where the hidden state stands that predicts each completion token.
+        target: [M], the token it should predict.
+        weight: [M] float32, one over the number of completion tokens of the sample.
+    """
+
+    encoded: list[Encoded]
+    ids: Tensor
+    row: Tensor
+    column: Tensor
+    target: Tensor
+    weight: Tensor
+
+    @classmethod
+    def build(cls, encoded: list[Encoded], device: torch.device) -> "Batch":
+        """Pad and place the samples."""
+        length = max(len(one.ids) for one in encoded)
+        ids_BT = torch.tensor([one.ids + [0] * (length - len(one.ids)) for one in encoded])
+        spots = [(b, t) for b, one in enumerate(encoded) for t in range(one.n_prompt, len(one.ids))]
+        row, target_column = torch.tensor(spots).T
+        counts = torch.tensor([len(one.ids) - one.n_prompt for one in encoded])
+        parts = (ids_BT, row, target_column - 1, ids_BT[row, target_column], 1.0 / counts[row])
+        return cls(encoded, *(part.to(device) for part in parts))
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase | None", samples: Sequence[Sample], names: Sequence[str], longest: int
+) -> list[Encoded]:
+    """Tokenise every sample, and refuse by name what cannot be used.
+
+    Args:
+        tokenizer: of the model.
+        samples: the samples.
+        names: what to call each in an error.
+        longest: most tokens that the model is made for.
+
+    Raises:
+        UsageError: there is no tokenizer, or no sample.
+        DataError: a prompt or completion has no tokens, or both together are too long.
+    """
+    if tokenizer is None:
+        raise UsageError("a model without a tokenizer", wanted="text needs one", do="pass the tokenizer of the model")
+    if not samples:
+        raise UsageError("no samples", wanted="at least one", do="pass some")
+    with quiet():  # the library warns of long texts by itself; what is too long is refused below
+        prompts, completions = (
+            tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+            for texts in ([sample.prompt for sample in samples], [sample.completion for sample in samples])
+        )
+    found = []
+    for index, (name, prompt, completion) in enumerate(zip(names, prompts, completions, strict=True)):
+        _check_lengths(name, len(prompt), len(completion), longest)
+        found.append(Encoded(index, name, [*prompt, *completion], len(prompt)))
+    return found
+
+
+def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int) -> None:
+    for part, count in (("prompt", n_prompt), ("completion", n_completion)):
+        if not count:
+            raise DataError(f"{name}: empty {part}", wanted="text that gives at least one token", do="leave it out")
+    if n_prompt + n_completion > longest:
+        raise DataError(
+            f"{name}: {n_prompt} tokens of prompt and {n_completion} of completion",
+            wanted=f"at most {longest} tokens together, the context of the model",
+            do="shorten or leave it out; a cut sample would measure something else",
+        )
+
+
+def plan(encoded: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
+    """Split samples into batches of similar lengths, the longest first, each of at most ``max_tokens`` with padding.
+
+    A sample longer than that has a batch of its own.
+    """
+    batches: list[list[Encoded]] = []
+    for one in sorted(encoded, key=lambda each: (-len(each.ids), each.index)):
+        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].ids) <= max_tokens:
+            batches[-1].append(one)
+        else:
+            batches.append([one])
+    return batches
+
+
+def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], *, checkpointing: bool) -> int:
+    """How many tokens, padding included, a batch may have so that it takes at most half of the free memory."""
+    config = module.config
+    parameter = next(module.parameters())
+    wide = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
+    layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()
+    kept = layer + config.num_hidden_layers * config.hidden_size * parameter.element_size()
+    activations = kept if checkpointing else layer * config.num_hidden_layers
+    completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(len(one.ids) for one in encoded)
+    per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
+    return max(1, min(_MOST_TOKENS[parameter.device.type], int(_free_bytes(parameter.device) / 2 / per_token)))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reusable
+    return int(psutil.virtual_memory().available)
