@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from assay.cli import _serve
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(help="Prove that a model ran, and check such proofs.", no_args_is_help=True)
+app.command("serve")(_serve.serve)
+app.command("receive")(_serve.receive)
+app.add_typer(_serve.callbacks, name="callbacks")
 
 ModelFlag = Annotated[
     str, typer.Option("--model", help="A directory, a hub id, reference:… or shape:…", envvar="ASSAY_MODEL")
