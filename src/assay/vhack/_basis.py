@@ -103,7 +103,7 @@ class Basis:
             model: the model it must belong to, by the digest of its weights; None asks for no model, which is right
                 only where no model is at hand.
             k_use: how many axes to keep per module; None keeps all.
-            expect: fields of :class:`Origin` that must have these values, for instance ``{"method": "lda"}``.
+            expect: attributes of :class:`Origin` that must have these values, for instance ``{"method": "lda"}``.
 
         Raises:
             DataError: the file is no basis, or was made for other weights, pairs or settings; the message names which.

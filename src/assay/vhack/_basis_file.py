@@ -6,8 +6,8 @@ Tensors, for every module name as in ``model.named_modules()``::
     _sv/{name}    [K]      float32   their singular values
 
 Metadata (all text): ``model``, ``dtype``, ``top_k``, ``tau_axis`` and ``schema``, and what makes a stale file known:
-``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``, ``settings_sha256``, ``pairs``
-and ``groups`` (JSON lists) and ``votes`` (JSON: name to a list of [for, against]).
+``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``, ``settings_sha256``; further
+``pairs``, ``groups`` and ``skipped`` (JSON lists), ``captured``, and ``votes`` (JSON: name to lists of [for, against]).
 """
 
 import json
@@ -61,6 +61,8 @@ def _metadata(basis: Basis) -> dict[str, str]:
         "settings_sha256": origin.settings_digest,
         "pairs": json.dumps(origin.pairs),
         "groups": json.dumps(origin.groups),
+        "skipped": json.dumps(origin.skipped),
+        "captured": repr(origin.captured),
         "votes": json.dumps({name: votes_K2.tolist() for name, votes_K2 in basis.votes.items()}),
     }
 
@@ -112,6 +114,8 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
         method=metadata["method"],
         pairs=tuple(json.loads(metadata["pairs"])),
         groups=tuple(json.loads(metadata["groups"])),
+        skipped=tuple(json.loads(metadata["skipped"])),
+        captured=float(metadata["captured"]),
     )
     if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
         raise ValueError("its hashes do not belong to its own pairs or settings")
@@ -138,11 +142,9 @@ def _check_model(path: Path, basis: Basis, model: "Model | PreTrainedModel") -> 
 
 
 def _check_setting(path: Path, name: str, seen: object, wanted: object) -> None:
-    if seen == wanted or (name == "pairs" and isinstance(wanted, tuple) and sorted(wanted) == sorted(seen)):  # type: ignore[call-overload]
-        return
-    if name in ("pairs", "groups"):
-        raise _stale(path, name, "another set of them", "the ones it is asked for")
-    raise _stale(path, name, repr(seen), repr(wanted))
+    if seen != wanted:
+        shown = ("another set of them", "the pairs it is asked for") if name == "given" else (repr(seen), repr(wanted))
+        raise _stale(path, "pairs" if name == "given" else name, *shown)
 
 
 def _stale(path: Path, what: str, seen: str, wanted: str) -> DataError:

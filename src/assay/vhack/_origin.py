@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-__all__ = ["Origin"]
+__all__ = ["SETTINGS", "Origin"]
+
+SETTINGS = ("dtype", "rank", "factors", "top_k", "tau_axis", "method")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Origin:
         method: ``"svd"``, ``"mean-diff"`` or ``"lda"``.
         pairs: the keys of the pairs that were used, in order.
         groups: their groups, in the same order.
+        skipped: the keys of pairs that were left out because their sides do not differ.
+        captured: share of the gradient's energy ‖g‖² that ``rank`` directions hold, 1 for all.
     """
 
     model: str = ""
@@ -34,14 +38,20 @@ class Origin:
     method: str = "svd"
     pairs: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    captured: float = 1.0
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The keys of all pairs it was to be made from, used or skipped, sorted."""
+        return tuple(sorted(self.pairs + self.skipped))
 
     @property
     def pairs_digest(self) -> str:
-        """SHA-256 in hex of the pairs, whatever their order."""
-        return hashlib.sha256("\n".join(sorted(self.pairs)).encode()).hexdigest()
+        """SHA-256 in hex of the pairs that were given, whatever their order."""
+        return hashlib.sha256("\n".join(self.given).encode()).hexdigest()
 
     @property
     def settings_digest(self) -> str:
-        """SHA-256 in hex of the settings: everything but the model's name, the weights and the pairs."""
-        names = [item.name for item in fields(self) if item.name not in ("model", "weights", "pairs", "groups")]
-        return hashlib.sha256(json.dumps({name: getattr(self, name) for name in names}).encode()).hexdigest()
+        """SHA-256 in hex of the settings: dtype, rank, factors, top_k, tau_axis and method."""
+        return hashlib.sha256(json.dumps({name: getattr(self, name) for name in SETTINGS}).encode()).hexdigest()

@@ -82,7 +82,7 @@ class PairGradients:
             UsageError: the modules differ, the gradients are of other weights or settings, or a pair is in both.
         """
         again = set(self.keys) & set(more.keys)
-        same = replace(self.origin, pairs=(), groups=()) == replace(more.origin, pairs=(), groups=())
+        same = _source(self.origin) == _source(more.origin)
         if (
             again
             or not same
@@ -98,7 +98,7 @@ class PairGradients:
             {name: torch.cat([rows, more.clean[name]]) for name, rows in self.clean.items()},
             groups=self.groups + more.groups,
             keys=self.keys + more.keys,
-            origin=self.origin,
+            origin=replace(self.origin, skipped=self.origin.skipped + more.origin.skipped),
         )
         if self._grams:
             old, new = self.grams(), more.grams()
@@ -130,7 +130,7 @@ class PairGradients:
         """
         check_axis_settings(top_k, tau_axis)
         rows = list(range(len(self))) if keep is None else list(keep)
-        _check_method(method, len(rows))
+        check_method(method, len(rows))
         index = torch.tensor(rows)
         square = (index[:, None], index[None, :])
         lda = method == "lda"
@@ -194,6 +194,10 @@ def basis_from_gradients(
     return PairGradients(hack, clean).basis(top_k=top_k, tau_axis=tau_axis, method=method)
 
 
+def _source(origin: Origin) -> tuple[object, ...]:
+    return origin.weights, origin.dtype, origin.rank, origin.factors
+
+
 def _bordered(old_NN: Tensor, cross_NM: Tensor, new_MM: Tensor) -> Tensor:
     return torch.cat([torch.cat([old_NN, cross_NM], 1), torch.cat([cross_NM.T, new_MM], 1)])
 
@@ -222,7 +226,8 @@ def _check_finite(gradients: Mapping[str, Tensor], side: str, keys: Sequence[str
             )
 
 
-def _check_method(method: str, n: int) -> None:
+def check_method(method: str, n: int) -> None:
+    """Raise UsageError unless ``method`` is one of ours and ``n`` pairs are enough for it."""
     if method not in METHODS:
         raise UsageError(f"method={method!r}", wanted=" or ".join(METHODS), do="choose one of them")
     least = 3 if method == "lda" else 1

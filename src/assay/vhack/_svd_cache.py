@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["SVDCache", "default_cache", "weight_svd"]
+__all__ = ["SVDCache", "default_cache", "factor_dtype", "weight_svd"]
 
 Progress = Callable[[int, int], None]
 
@@ -106,7 +106,7 @@ def weight_svd(
         StorageError: a file cannot be written.
     """
     modules = target_modules(model)
-    chosen = _factor_dtype(dtype, next(iter(modules.values())).weight)
+    chosen = factor_dtype(dtype, next(iter(modules.values())).weight)
     _check(method, rank)
 
     def one(item: tuple[str, torch.nn.Linear]) -> tuple[str, Factors]:
@@ -143,7 +143,8 @@ def _on_streams(
         yield from pool.map(on_stream, modules.items())
 
 
-def _factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:
+def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:
+    """The dtype of the factors of a weight: the one that is named, or the default that :func:`weight_svd` describes."""
     if name is None:
         return torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else torch.float32
     if name not in _DTYPES:
