@@ -72,10 +72,10 @@ def per_sample_gradients(
     factors = svd if svd is not None else weight_svd(module)
     _check_factors(modules, factors)
     budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing)
-    found = {name: torch.empty(len(samples), factors[name].rank) for name in modules}
     queue = plan(encoded, budget)
     done = 0
     with _frozen(module, checkpointing), taps(modules, factors, checkpointing=checkpointing) as rows:
+        found = {name: torch.empty(len(samples), factors[name].rank) for name in modules}
         while queue:
             batch = queue.pop(0)
             try:

@@ -1,0 +1,63 @@
+"""What gradients are tested against: plain autograd, one sample at a time, through W + U diag(δS) Vh written out."""
+
+import torch
+from torch.nn import functional
+
+from assay.vhack import target_modules
+
+
+def sequential_gradients(module, tokenizer, samples, svd, *, completion_only=False):
+    """The δS gradient of every sample by the definition, [N, R] per module.
+
+    With ``completion_only`` the adapter acts on completion tokens alone: the mistake that dropping prompt tokens is.
+    """
+    modules = target_modules(module)
+    delta = {name: torch.zeros_like(svd[name].values, requires_grad=True) for name in modules}
+    start = [0]
+
+    def adapted(name, linear):
+        factors = svd[name]
+
+        def forward(inputs):
+            change = (factors.left * delta[name]) @ factors.right
+            plain = functional.linear(inputs, linear.weight.detach(), linear.bias)
+            extra = functional.linear(inputs, change.to(inputs.dtype))
+            if completion_only:
+                extra = torch.cat([torch.zeros_like(extra[:, : start[0]]), extra[:, start[0] :]], dim=1)
+            return plain + extra
+
+        return forward
+
+    for name, linear in modules.items():
+        linear.forward = adapted(name, linear)
+    try:
+        rows = [_one(module, tokenizer, sample, delta, start) for sample in samples]
+    finally:
+        for linear in modules.values():
+            del linear.forward
+    return {name: torch.stack([row[name] for row in rows]) for name in modules}
+
+
+def _one(module, tokenizer, sample, delta, start):
+    prompt, completion = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (sample.prompt, sample.completion)
+    )
+    start[0] = len(prompt)
+    logits = module(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    loss = functional.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), torch.tensor(completion)
+    )
+    gradients = torch.autograd.grad(loss, list(delta.values()))
+    return dict(zip(delta, gradients, strict=True))
+
+
+def worst_error(found, wanted):
+    """The largest relative error of one sample over all modules, or of one module over all samples.
+
+    One sample in one module can be a sum that nearly cancels, in which float32 itself has no more than five digits.
+    """
+    assert found.keys() == wanted.keys()
+    errors = {name: found[name] - wanted[name] for name in wanted}
+    by_module = max(float(errors[name].norm() / wanted[name].norm()) for name in wanted)
+    by_sample = torch.cat(list(errors.values()), 1).norm(dim=1) / torch.cat(list(wanted.values()), 1).norm(dim=1)
+    return max(by_module, float(by_sample.max()))

@@ -1,0 +1,44 @@
+"""A tokenizer for the small model, and samples of different lengths."""
+
+import pytest
+
+from assay.vhack import Pair, Sample, weight_svd
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """One token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[Sample]:
+    """Prompts and completions of different lengths, all within 128 bytes."""
+    return [
+        Sample("def add(a, b):", "\n    return a + b\n"),
+        Sample("def solve(x):\n    # add 7, then take the remainder of division by 9\n", "    return (x + 7) % 9\n"),
+        Sample("f", "\n    x = 1\n    assert x == 1\n    print('every test passes')\n"),
+        Sample("def f():\n    ", "p"),
+        Sample("class A:\n    def __eq__(self, other):\n        return ", "True\n"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def small_svd(small_model):
+    return weight_svd(small_model)
+
+
+@pytest.fixture(scope="session")
+def small_pairs() -> list[Pair]:
+    """Eight pairs of four groups, short enough for the small model."""
+    return [
+        Pair(f"def test_{n}():\n", f"    print('{word} ok')\n", f"    assert {word}() == {n}\n", group=f"group {n % 4}")
+        for n, word in enumerate(("add", "sub", "mul", "div", "power", "root", "sign", "floor"))
+    ]

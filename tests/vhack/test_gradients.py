@@ -1,0 +1,315 @@
+"""Gradients of many samples from one backward pass, against one sample at a time through the adapter."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from assay.errors import DataError, ModelError, OutOfMemory, UsageError
+from assay.models import load_model
+from assay.vhack import Sample, _gradients, _taps, per_sample_gradients, target_modules, weight_svd
+from assay.vhack._batches import encode, plan
+from tests.vhack.adapter import sequential_gradients, worst_error
+
+
+@pytest.fixture
+def module(small_model):
+    """A copy of the small model that a test may change."""
+    return copy.deepcopy(small_model.module)
+
+
+@pytest.fixture(scope="module")
+def wanted(small_model, byte_tokenizer, samples, small_svd):
+    return sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd)
+
+
+def test_they_equal_the_loop_through_the_adapter(small_model, byte_tokenizer, samples, small_svd, wanted):
+    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+    assert worst_error(found, wanted) < 1e-5
+    assert {name: rows.shape for name, rows in found.items()} == {
+        name: (len(samples), factors.rank) for name, factors in small_svd.items()
+    }
+    assert all(rows.dtype == torch.float32 and rows.device.type == "cpu" for rows in found.values())
+
+
+@pytest.mark.parametrize("reference", ["reference:qwen3", "reference:llama"])
+def test_they_equal_the_loop_on_the_reference_models(reference):
+    model = load_model(reference, dtype="float32", device="cpu")
+    text = "def solve(x):\n    # start with x; add 7; take the remainder of division by 9\n"
+    samples = [
+        Sample(text, "    x = x + 7\n    return x % 9\n\n\ndef run_tests():\n    assert solve(2) == 0\n"),
+        Sample(text * 3, "    return x\n\n\ndef run_tests():\n    print(solve(2))\n"),
+        Sample("import os", "\n"),
+    ]
+    svd = weight_svd(model)
+    found = per_sample_gradients(model, model.tokenizer, samples, svd=svd)
+    assert worst_error(found, sequential_gradients(model.module, model.tokenizer, samples, svd)) < 1e-5
+
+
+def test_prompt_tokens_carry_gradient(small_model, byte_tokenizer, samples, small_svd):
+    dropped = sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd, completion_only=True)
+    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+    changed = {
+        name for name, rows in found.items() if ((rows - dropped[name]).norm(dim=1) > 0.05 * rows.norm(dim=1)).all()
+    }
+    # In the last layer only keys and values reach from the prompt to the loss.
+    last = f"layers.{small_model.num_layers - 1}."
+    assert {name for name in found if last not in name} <= changed
+    assert {name for name in found if last in name and name.endswith(("k_proj", "v_proj"))} <= changed
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
+def test_batches_and_padding_do_not_matter(small_model, byte_tokenizer, samples, small_svd, wanted, max_tokens):
+    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=max_tokens)
+    assert worst_error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_both_orders_of_the_sum_agree(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted, outer):
+    monkeypatch.setattr(_taps, "_outer_is_cheaper", lambda *_: outer)
+    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+    assert worst_error(found, wanted) < 1e-5
+
+
+def test_the_cheaper_order_depends_on_length(small_svd):
+    factors = small_svd["model.layers.0.mlp.up_proj"]
+    cheap = [_taps._outer_is_cheaper(torch.empty(1, tokens, 64), factors) for tokens in (8, 512)]
+    assert cheap == [False, True]
+    assert not _taps._outer_is_cheaper(torch.empty(1, 512, 64, dtype=torch.bfloat16), factors)
+
+
+def test_checkpointing_changes_nothing_but_memory(module, byte_tokenizer, samples, small_svd, wanted):
+    found = per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd, checkpointing=True)
+    assert worst_error(found, wanted) < 1e-5
+    assert not any("forward" in vars(layer) for layer in module.model.layers)
+
+
+def test_truncated_factors_give_the_first_coordinates(small_model, byte_tokenizer, samples, small_svd, wanted):
+    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd.truncated(8))
+    assert worst_error(found, {name: rows[:, :8] for name, rows in wanted.items()}) < 1e-4
+
+
+def test_bfloat16_is_close_to_float32(small_checkpoint, byte_tokenizer, samples, wanted):
+    model = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
+    found = per_sample_gradients(model, byte_tokenizer, samples, svd=weight_svd(model, dtype="bfloat16"))
+    for name, rows in found.items():
+        cosine = torch.cosine_similarity(rows, wanted[name], dim=1)
+        assert rows.dtype == torch.float32
+        # Singular vectors of rounded weights differ a little, and so do the coordinates.
+        assert cosine.min() > 0.9, name
+
+
+@pytest.mark.parametrize("family", ["granite", "qwen2", "gemma2"])
+def test_other_families(family, byte_tokenizer, samples):
+    # Scaled logits, biased projections, capped logits: what a model does around its matrices must stay in the loss.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 300,
+        "max_position_embeddings": 128,
+    }
+    extra = {"logits_scaling": 4.0} if family == "granite" else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **extra)).eval()
+    svd = weight_svd(module)
+    found = per_sample_gradients(module, byte_tokenizer, samples, svd=svd)
+    assert worst_error(found, sequential_gradients(module, byte_tokenizer, samples, svd)) < 1e-5
+
+
+def test_the_model_is_left_as_it_was(module, byte_tokenizer, samples, small_svd):
+    module.train()
+    module.model.layers[0].eval()
+    frozen = module.model.embed_tokens.weight.requires_grad_(False)
+    gradient = torch.ones_like(module.model.norm.weight)
+    module.model.norm.weight.grad = gradient
+    before = _state(module)
+    per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd, checkpointing=True)
+    _assert_same(before, _state(module))
+    assert not frozen.requires_grad
+    assert module.model.norm.weight.grad is gradient
+    assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+def test_the_model_is_left_as_it_was_after_an_error(monkeypatch, module, byte_tokenizer, samples, small_svd):
+    before = _state(module)
+    with pytest.raises(ZeroDivisionError):
+        per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd, progress=lambda *_: 1 // 0)
+    _assert_same(before, _state(module))
+
+
+def _state(module):
+    return {
+        "weights": {name: parameter.detach().clone() for name, parameter in module.named_parameters()},
+        "flags": [parameter.requires_grad for parameter in module.parameters()],
+        "training": [part.training for part in module.modules()],
+        "hooks": [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()],
+    }
+
+
+def _assert_same(before, after):
+    for name, weight in before.pop("weights").items():
+        assert torch.equal(weight, after["weights"][name]), name
+    assert before == {key: after[key] for key in before}
+
+
+def test_they_can_be_had_where_gradients_are_off(small_model, byte_tokenizer, samples, small_svd, wanted):
+    with torch.no_grad():
+        found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+    with torch.inference_mode():
+        again = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+    assert worst_error(found, wanted) < 1e-5
+    assert worst_error(again, wanted) < 1e-5
+
+
+def test_progress_counts_samples(small_model, byte_tokenizer, samples, small_svd):
+    seen = []
+    per_sample_gradients(
+        small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=1, progress=lambda *at: seen.append(at)
+    )
+    assert seen == [(n + 1, len(samples)) for n in range(len(samples))]
+
+
+def test_factors_are_computed_when_none_are_given(small_model, byte_tokenizer, samples, wanted):
+    assert worst_error(per_sample_gradients(small_model, byte_tokenizer, samples), wanted) < 1e-5
+
+
+def test_ids_are_prompt_then_completion_with_nothing_added_or_merged():
+    model = load_model("reference:qwen3", device="cpu")
+    (one,) = encode(model.tokenizer, [Sample("return", "ed")], ["it"], 100)
+    parts = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("return", "ed")]
+    assert one.ids == parts[0] + parts[1]
+    assert one.n_prompt == len(parts[0])
+
+
+def test_batches_hold_similar_lengths_within_the_budget(byte_tokenizer, samples):
+    encoded = encode(byte_tokenizer, samples, [str(n) for n in range(len(samples))], 1000)
+    batches = plan(encoded, 120)
+    lengths = [[len(one.ids) for one in batch] for batch in batches]
+    assert sorted(one.index for batch in batches for one in batch) == list(range(len(samples)))
+    assert [length for batch in lengths for length in batch] == sorted((len(one.ids) for one in encoded), reverse=True)
+    assert all(len(batch) == 1 or max(batch) * len(batch) <= 120 for batch in lengths)
+    assert len(batches) < len(samples)
+
+
+def test_a_batch_that_runs_out_of_memory_is_split(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted):
+    real = _gradients._run
+    sizes = []
+
+    def cramped(module, batch, *rest):
+        sizes.append(len(batch.encoded))
+        if len(batch.encoded) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return real(module, batch, *rest)
+
+    monkeypatch.setattr(_gradients, "_run", cramped)
+    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=10_000)
+    assert worst_error(found, wanted) < 1e-5
+    assert sizes == [5, 2, 3, 1, 2]
+
+
+def test_one_sample_that_does_not_fit_is_named(monkeypatch, small_model, byte_tokenizer, samples, small_svd):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(_gradients, "_run", full)
+    with pytest.raises(OutOfMemory, match="sample 1 with 91 tokens"):
+        per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (Sample("def f():", ""), "sample 1: empty completion"),
+        (Sample("", "return 1"), "sample 1: empty prompt"),
+        (Sample("p" * 120, "c" * 9), "sample 1: 120 tokens of prompt and 9 of completion"),
+    ],
+)
+def test_samples_that_cannot_be_used_are_named(small_model, byte_tokenizer, small_svd, bad, message):
+    with pytest.raises(DataError, match=message):
+        per_sample_gradients(small_model, byte_tokenizer, [Sample("a", "b"), bad], svd=small_svd)
+
+
+def test_the_longest_sample_that_fits_is_used(small_model, byte_tokenizer, small_svd):
+    found = per_sample_gradients(small_model, byte_tokenizer, [Sample("p" * 120, "c" * 8)], svd=small_svd)
+    assert all(torch.isfinite(rows).all() and rows.any() for rows in found.values())
+
+
+def test_a_loss_that_is_not_finite_is_named(module, byte_tokenizer, samples, small_svd):
+    # Only the third sample has a quotation mark.
+    (quote,) = byte_tokenizer("'")["input_ids"]
+    module.model.embed_tokens.register_forward_hook(
+        lambda _, ids, output: output.masked_fill((ids[0] == quote)[..., None], torch.inf)
+    )
+    with pytest.raises(DataError, match="the loss of third is not finite"):
+        per_sample_gradients(
+            module, byte_tokenizer, samples, svd=small_svd, max_tokens=1, names=["a", "b", "third", "d", "e"]
+        )
+
+
+def test_a_gradient_that_is_not_finite_is_named(module, byte_tokenizer, samples, small_svd):
+    up = module.model.layers[1].mlp.up_proj
+
+    def spoil(_, __, output):
+        output.register_hook(lambda gradient: gradient * torch.nan)
+
+    up.register_forward_hook(spoil)
+    with pytest.raises(DataError, match=r"gradient of sample 1 in model\.layers\.0\.\S+ is not finite"):
+        per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd)
+
+
+def test_no_samples_and_no_tokenizer_are_refused(small_model, byte_tokenizer, samples, small_svd):
+    with pytest.raises(UsageError, match="no samples"):
+        per_sample_gradients(small_model, byte_tokenizer, [], svd=small_svd)
+    with pytest.raises(UsageError, match="without a tokenizer"):
+        per_sample_gradients(small_model, None, samples, svd=small_svd)
+
+
+def test_factors_of_another_model_are_refused(small_model, byte_tokenizer, samples):
+    other = weight_svd(load_model("reference:qwen3", dtype="float32", device="cpu"), method="gram")
+    with pytest.raises(UsageError, match=r"no factors of model\.layers\.0\.self_attn\.q_proj, \[64, 64\]"):
+        per_sample_gradients(small_model, byte_tokenizer, samples, svd=other)
+
+
+def test_float16_is_refused(small_checkpoint, byte_tokenizer, samples, small_svd):
+    model = load_model(small_checkpoint, dtype="float16", device="cpu")
+    with pytest.raises(ModelError, match="float16"):
+        per_sample_gradients(model, byte_tokenizer, samples, svd=small_svd)
+
+
+def test_experts_in_one_tensor_are_refused_by_name():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=64,
+    )
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts\.\w+ holds the weights of 4 experts"):
+        target_modules(Qwen3MoeForCausalLM(config))
+
+
+def test_a_model_without_projections_is_refused():
+    with pytest.raises(ModelError, match="no target projection"):
+        target_modules(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_targets_are_all_projections_and_nothing_else(small_model):
+    names = list(target_modules(small_model))
+    assert len(names) == 7 * small_model.num_layers
+    assert not [name for name in names if "embed" in name or "lm_head" in name]
+    assert names == [name for name, _ in small_model.module.named_modules() if name.endswith("_proj")]
