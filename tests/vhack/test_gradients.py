@@ -42,7 +42,7 @@ def test_they_equal_the_loop_on_the_reference_models(reference):
         Sample(text * 3, "    return x\n\n\ndef run_tests():\n    print(solve(2))\n"),
         Sample("import os", "\n"),
     ]
-    svd = weight_svd(model)
+    svd = weight_svd(model, method="gram")
     found = per_sample_gradients(model, model.tokenizer, samples, svd=svd)
     assert worst_error(found, sequential_gradients(model.module, model.tokenizer, samples, svd)) < 1e-5
 
@@ -50,13 +50,12 @@ def test_they_equal_the_loop_on_the_reference_models(reference):
 def test_prompt_tokens_carry_gradient(small_model, byte_tokenizer, samples, small_svd):
     dropped = sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd, completion_only=True)
     found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
-    changed = {
-        name for name, rows in found.items() if ((rows - dropped[name]).norm(dim=1) > 0.05 * rows.norm(dim=1)).all()
-    }
+    missing = {name: float((rows - dropped[name]).norm() / rows.norm()) for name, rows in found.items()}
     # In the last layer only keys and values reach from the prompt to the loss.
     last = f"layers.{small_model.num_layers - 1}."
-    assert {name for name in found if last not in name} <= changed
-    assert {name for name in found if last in name and name.endswith(("k_proj", "v_proj"))} <= changed
+    reached = [name for name in found if last not in name or name.endswith(("k_proj", "v_proj"))]
+    assert min(missing[name] for name in reached) > 0.01
+    assert sum(missing.values()) / len(missing) > 0.2
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
