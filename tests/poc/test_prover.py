@@ -44,7 +44,7 @@ def test_reference_models_keep_a_nonce_s_bits(reference_model):
     round = Round(block_hash="b", public_key="k", seq_len=32)
     engine = HFEngine(reference_model, batch_size=8, seq_len=32)
     whole = distances(prove(reference_model, round, range(16), engine=engine))
-    shifted = distances(prove(reference_model, round, [3, 15, 9], engine=engine))
+    shifted = distances(prove(reference_model, round, [3, 9, 15], engine=engine))
     assert shifted == {n: whole[n] for n in (3, 15, 9)}
 
 
@@ -121,22 +121,28 @@ def test_an_edited_partial_file_is_refused(small_model, round_, tmp_path: Path):
         prove(small_model, round_, range(40), batch_size=8, output=path)
 
 
-SLOW_PROOF = """
-import sys
-from assay.__main__ import main
-sys.argv = ["assay", *sys.argv[1:]]
-main()
-"""
+def killable(checkpoint: Path, output: Path) -> list[str]:
+    """A proof that takes a few seconds, as a command."""
+    command = [sys.executable, "-m", "assay", "poc", "prove", "--model", str(checkpoint), "--device", "cpu"]
+    command += ["--block-hash", "b", "--public-key", "k", "--nonces", "0:800", "--seq-len", "64", "--batch-size", "16"]
+    return [*command, "-o", str(output)]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("uninterrupted") / "whole.jsonl"
+    subprocess.run(killable(small_checkpoint, path), env=ENVIRONMENT, capture_output=True, check=True)
+    return path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_command_leaves_a_file_to_resume(number: int, small_checkpoint: Path, tmp_path: Path):
-    path = tmp_path / "proof.jsonl"
-    command = [sys.executable, "-c", SLOW_PROOF, "poc", "prove", "--model", str(small_checkpoint), "--block-hash", "b"]
-    command += ["--public-key", "k", "--nonces", "0:2000", "--seq-len", "64", "--batch-size", "16", "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "-o", str(path)], env=environment, stderr=subprocess.PIPE, text=True)
-    partial = Path(f"{path}.partial")
+def test_a_killed_command_leaves_a_file_to_resume(number, small_checkpoint: Path, uninterrupted: Path, tmp_path: Path):
+    path, partial = tmp_path / "proof.jsonl", tmp_path / "proof.jsonl.partial"
+    command = killable(small_checkpoint, path)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     while not partial.exists() or len(partial.read_bytes().splitlines()) < 100:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -145,13 +151,11 @@ def test_a_killed_command_leaves_a_file_to_resume(number: int, small_checkpoint:
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
     assert "Traceback" not in stderr
     assert not path.exists()
-    assert len(partial.read_text().splitlines()) < 2000
-    again = subprocess.run([*command, "-o", str(path)], env=environment, capture_output=True, text=True, check=False)
+    assert 100 <= len(partial.read_text().splitlines()) < 800
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    whole = tmp_path / "whole.jsonl"
-    subprocess.run([*command, "-o", str(whole)], env=environment, capture_output=True, check=True)
-    assert path.read_text().splitlines()[:-1] == whole.read_text().splitlines()[:-1]
-    assert Proof.load(path).footer.sha256 == Proof.load(whole).footer.sha256
+    assert path.read_text().splitlines()[:-1] == uninterrupted.read_text().splitlines()[:-1]
+    assert Proof.load(path).footer.sha256 == Proof.load(uninterrupted).footer.sha256
 
 
 def test_what_cannot_run_is_refused(small_model, round_: Round):

@@ -4,10 +4,11 @@ import os
 import signal
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from assay import __version__
@@ -16,10 +17,6 @@ from assay.cli._output import errors
 from assay.errors import AssayError, UsageError
 
 __all__ = ["app", "run"]
-
-# 128 + the number of the signal: the shell's convention.
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     name="assay",
@@ -36,6 +33,12 @@ app.add_typer(_poc.app, name="poc")
 app.add_typer(_models.app, name="models")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"assay {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     context: typer.Context,
@@ -45,47 +48,60 @@ def root(
             help="Configuration file (TOML); a table per command, such as [poc.prove].", envvar="ASSAY_CONFIG"
         ),
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
     """Read the configuration file before any command sees its options."""
-    if version:
-        typer.echo(f"assay {__version__}")
-        raise typer.Exit
     context.default_map = _load_config(config)
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 fraud, 2 bad input or undecided, 130 interrupted."""
+    """Run the command line and return its exit code.
+
+    0 success or honest, 1 fraud or a failed check, 2 bad input or undecided, 128 + n stopped by signal n.
+    """
     command = typer.main.get_command(app)
-    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = command.main(args=arguments, prog_name="assay", standalone_mode=False)
+        with _stoppable():
+            command.main(args=arguments, prog_name="assay")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
     except AssayError as error:
         errors(error)
         return 2
-    except click.exceptions.Abort:
-        return INTERRUPTED
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except _Stopped as stop:
         sys.stderr.write("stopped; long work is kept in its .partial file, and the same command continues it\n")
-        return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
-    except click.ClickException as error:
-        error.show()
-        return 2
+        return 128 + stop.number
     except BrokenPipeError:
         # The reader of our stdout left. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return 0
+
+
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM, as something that files and pools can clean up after."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Turn the two signals into an exception, unless the shell said to ignore them."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Stopped(number)
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in previous.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, stop)
+        yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
-    return code if isinstance(code, int) else 0
-
-
-class _Terminated(BaseException):
-    """SIGTERM, as something that files and pools can clean up after."""
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _load_config(path: Path | None) -> dict[str, Any]:

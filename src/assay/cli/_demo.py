@@ -168,7 +168,8 @@ def _report(model: "Model", honest: Sequence[Case], cheats: Sequence[Case], seco
     report.paragraph(
         f"Noise seeded by block, key and nonce went through {model.reference} "
         f"({model.num_layers} layers, {model.dtype}, {SEQ_LEN} positions per nonce). The last hidden state was "
-        "randomised and reduced to one distance. A validator with the same model recomputed a random sample of every proof."
+        "randomised and reduced to one distance. A validator with the same model recomputed a random sample of "
+        "every proof."
     )
     r_target = honest[0].proof.round.r_target
     distances = np.concatenate([case.proof.distances for case in honest])

@@ -164,7 +164,7 @@ def _l2(a: np.ndarray | None, b: np.ndarray | None) -> float:
 
 def _reason(result: stats.SequentialResult) -> str:
     if result.verdict == "fraud":
-        return f"e-value e^{result.log_e_value:.1f} is over 1/{result.alpha:g}: no honest node of this noise gives such residuals"
+        return f"e-value e^{result.log_e_max:.1f} passes 1/{result.alpha:g}: honest noise does not give such residuals"
     share = f"an invented share above {result.junk_share_excluded:.1%} is excluded"
     if result.verdict == "honest":
         return f"evidence e^{result.log_evidence_honest:.1f} against {result.effect:g} times the honest noise; {share}"

@@ -1,0 +1,115 @@
+"""The root of the command line, doctor, models, and the frozen surface."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+import assay as package
+from assay.cli import app
+
+FROZEN = {
+    "demo": {"--model", "--output", "--json"},
+    "doctor": {"--json"},
+    "poc prove": {
+        "--model", "--block-hash", "--public-key", "--nonces", "--preset", "--seq-len", "--batch-size", "--dtype",
+        "--device", "--engine", "--r-target", "--node-id", "--node-count", "--output", "--block-height", "--strength",
+        "--overwrite", "--json",
+    },
+    "poc verify": {
+        "--model", "--sample", "--calibration", "--json", "--block-hash", "--public-key", "--dtype", "--device",
+        "--alpha", "--seed",
+    },
+    "poc calibrate": {"--valid-rate", "--dimension", "--output", "--json"},
+    "models list": {"--json"},
+    "models info": {"--json"},
+    "models random": {"--output", "--block-hash", "--weights", "--dtype", "--json"},
+    "streams hash": {"--seed-text", "-n", "--backend", "--device", "--json"},
+    "streams uniform": {"--seed-text", "-n", "--backend", "--device", "--json"},
+    "streams normal": {"--seed-text", "-n", "--backend", "--device", "--json", "--strength", "--dtype"},
+    "streams signs": {"--seed-text", "-n", "--backend", "--device", "--json"},
+    "streams permutation": {"--seed-text", "-n", "--backend", "--device", "--json"},
+}  # fmt: skip
+
+
+def commands(group, prefix: str = "") -> dict:
+    found = {}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= commands(command, f"{prefix}{name} ")
+        else:
+            found[prefix + name] = command
+    return found
+
+
+def test_flags_are_frozen():
+    """A new flag needs a page in docs/decisions and a line here."""
+    surface = commands(typer.main.get_command(app))
+    for name, flags in FROZEN.items():
+        options = [parameter for parameter in surface[name].params if parameter.param_type_name == "option"]
+        assert {max(option.opts, key=len) for option in options} - {"--help"} == flags, name
+
+
+@pytest.mark.parametrize("name", ["", *FROZEN, "poc", "streams", "models"])
+def test_every_command_explains_itself(name: str, assay):
+    result = assay(*name.split(), "--help")
+    assert result.code == 0
+    assert "Usage:" in result.out
+
+
+def test_version(assay):
+    assert assay("--version").out == f"assay {package.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "wrong", [("nonsense",), ("poc", "prov"), ("demo", "--speed"), ("--config", "/none.toml", "doctor")]
+)
+def test_mistyped_commands(wrong, assay):
+    result = assay(*wrong)
+    assert result.code == 2
+    assert result.err
+    assert "Traceback" not in result.err
+
+
+def test_errors_as_json(assay, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("ASSAY_ERRORS", "json")
+    result = assay("poc", "verify", tmp_path / "missing", "--model", "reference:qwen3")
+    assert json.loads(result.err).keys() == {"error", "seen", "wanted", "do"}
+
+
+def test_doctor_reports_exact_backends(assay):
+    result = assay("doctor", "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report["schema"] == "assay.doctor/1"
+    exact = {row["backend"] for row in report["backends"] if row["device"] == "cpu" and row["exact"]}
+    assert exact == {"numpy", "numba", "torch"}
+    assert report["versions"]["torch"]
+    assert assay("doctor").code == 0
+
+
+def test_doctor_says_when_bits_differ(assay, monkeypatch):
+    from assay import streams
+
+    real = streams.selftest
+    monkeypatch.setattr(
+        streams, "selftest", lambda backend: real(backend) | ({"odd": "0"} if backend.name == "torch" else {})
+    )
+    result = assay("doctor")
+    assert result.code == 1
+    assert "DIFFERENT" in result.out
+
+
+def test_models(assay, tmp_path: Path):
+    listed = json.loads(assay("models", "list", "--json").out)["models"]
+    assert {"reference:qwen3", "reference:llama", "shape:qwen3-0.6b", "shape:qwen3-4b", "shape:llama-3.2-1b",
+            "shape:llama-3.1-8b"} == {model["reference"] for model in listed}  # fmt: skip
+    info = json.loads(assay("models", "info", "shape:qwen3-0.6b", "--json").out)
+    assert (info["parameters"], info["hidden_size"], info["num_layers"]) == (596_049_920, 1024, 28)
+    assert "7.3 M" in assay("models", "list").out
+    made = assay("models", "random", "reference:llama", "-o", tmp_path / "random", "--block-hash", "b")
+    assert made.code == 0, made.err
+    assert (tmp_path / "random" / "model.safetensors").is_file()
+    for wrong in (("info", "none"), ("random", "reference:llama", "-o", tmp_path / "x", "--weights", "odd")):
+        assert assay("models", *wrong).code == 2

@@ -1,0 +1,227 @@
+"""``assay poc``: the main job, its exit codes, and its errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from assay.poc import Proof, cheats
+
+
+@pytest.fixture
+def prove(assay, small_checkpoint: Path, tmp_path: Path):
+    """Prove 24 nonces of the small checkpoint into a file; keyword arguments change flags."""
+
+    def call(name: str = "proof.jsonl", *extra: object, **flags: object):
+        options = {
+            "model": small_checkpoint,
+            "block-hash": "b",
+            "public-key": "k",
+            "nonces": "0:24",
+            "seq-len": 16,
+            "batch-size": 8,
+            "device": "cpu",
+        } | {flag.replace("_", "-"): value for flag, value in flags.items()}
+        given = [item for flag, value in options.items() for item in (f"--{flag}", value)]
+        return assay("poc", "prove", *given, "-o", tmp_path / name, *extra)
+
+    return call
+
+
+def test_prove_and_verify(prove, assay, small_checkpoint: Path, tmp_path: Path):
+    made = prove("proof.jsonl", "--json")
+    assert made.code == 0, made.err
+    summary = json.loads(made.out)
+    assert summary["schema"] == "assay.poc.prove/1"
+    assert summary["records"] == 24
+    verified = assay(
+        "poc", "verify", tmp_path / "proof.jsonl", "--model", small_checkpoint, "--device", "cpu", "--json"
+    )
+    assert verified.code == 0, verified.err
+    verdict = json.loads(verified.out)
+    assert verdict["schema"] == "assay.poc.verdict/1"
+    assert (verdict["verdict"], verdict["checked"]) == ("honest", 24)
+    text = assay("poc", "verify", tmp_path / "proof.jsonl", "--model", small_checkpoint, "--device", "cpu")
+    assert text.code == 0
+    assert "honest" in text.out
+
+
+def test_fraud_is_code_1_and_too_little_is_code_2(prove, assay, small_checkpoint: Path, tmp_path: Path):
+    prove()
+    path = tmp_path / "proof.jsonl"
+    cheats.invented(Proof.load(path)).save(tmp_path / "fake.jsonl")
+    options = ("--model", small_checkpoint, "--device", "cpu")
+    assert assay("poc", "verify", tmp_path / "fake.jsonl", *options).code == 1
+    few = assay("poc", "verify", path, *options, "--sample", 1)
+    assert few.code == 2
+    assert "undecided" in few.out
+
+
+def test_a_proof_of_another_round_is_refused(prove, assay, small_checkpoint: Path, tmp_path: Path):
+    prove()
+    options = ("--model", small_checkpoint, "--device", "cpu")
+    for flag in ("--block-hash", "--public-key"):
+        result = assay("poc", "verify", tmp_path / "proof.jsonl", *options, flag, "another")
+        assert result.code == 2
+        assert "another" in result.err
+
+
+def test_shares_of_two_nodes_are_disjoint(prove, tmp_path: Path):
+    for node in (0, 1):
+        assert prove(f"{node}.jsonl", node_id=node, node_count=2, nonces="0:4").code == 0
+    shares = [[r.nonce for r in Proof.load(tmp_path / f"{node}.jsonl").records] for node in (0, 1)]
+    assert shares == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_sign_flips_names_the_default(prove, tmp_path: Path):
+    assert prove("a.jsonl", preset="sign-flips").code == 0
+    assert prove("b.jsonl").code == 0
+    assert Proof.load(tmp_path / "a.jsonl").footer.sha256 == Proof.load(tmp_path / "b.jsonl").footer.sha256
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"model": "reference:qwen4"},
+        {"model": "shape:none"},
+        {"model": "/does/not/exist"},
+        {"preset": "poc-3"},
+        {"r_target": 0},
+        {"r_target": 2.5},
+        {"r_target": "nan"},
+        {"nonces": "5"},
+        {"nonces": "5:5"},
+        {"nonces": "-4:4"},
+        {"nonces": "0:99999999999999999999"},
+        {"nonces": "٣:٥"},
+        {"seq_len": 129},
+        {"seq_len": 0},
+        {"batch_size": 0},
+        {"batch_size": 10**9},
+        {"dtype": "int4"},
+        {"device": "tpu"},
+        {"engine": "onnx"},
+        {"node_id": 4},
+        {"strength": 1},
+        {"block_hash": ""},
+    ],
+    ids=lambda flags: "-".join(f"{name}={value}" for name, value in flags.items()),
+)
+def test_bad_input_is_one_message_code_2_and_no_file(flags, prove, tmp_path: Path):
+    result = prove(**flags)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert result.err.count("error:") <= 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_weights_are_refused(prove, small_checkpoint: Path, tmp_path_factory, tmp_path: Path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path_factory.mktemp("nan") / "model"
+    shutil.copytree(small_checkpoint, path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    result = prove(model=path)
+    assert result.code == 2
+    assert "model.norm.weight" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_proof_is_not_overwritten(prove, tmp_path: Path):
+    assert prove().code == 0
+    before = (tmp_path / "proof.jsonl").read_bytes()
+    again = prove(block_hash="other")
+    assert again.code == 2
+    assert (tmp_path / "proof.jsonl").read_bytes() == before
+    assert prove("proof.jsonl", "--overwrite", block_hash="other").code == 0
+
+
+@pytest.mark.parametrize("name", ["missing/proof.jsonl", "folder", "/proc/proof.jsonl"])
+def test_places_that_cannot_be_written(name: str, prove, tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    result = prove(name)
+    assert result.code == 2
+    assert "wanted:" in result.err
+
+
+def test_bad_proofs_and_calibrations_are_code_2(prove, assay, small_checkpoint: Path, tmp_path: Path):
+    prove()
+    good = tmp_path / "proof.jsonl"
+    options = ("--model", small_checkpoint, "--device", "cpu")
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(good.read_text().splitlines(keepends=True)[:9]))
+    junk = tmp_path / "junk.jsonl"
+    junk.write_bytes(b"\xff\x00")
+    for path in (cut, junk, tmp_path / "missing.jsonl", tmp_path):
+        result = assay("poc", "verify", path, *options)
+        assert result.code == 2
+        assert "wanted:" in result.err
+    for extra in (("--sample", 0), ("--sample", 25), ("--calibration", junk), ("--alpha", 2), ("--dtype", "int4")):
+        assert assay("poc", "verify", good, *options, *extra).code == 2
+    other = assay("poc", "verify", good, "--model", "reference:llama", "--device", "cpu")
+    assert other.code == 2
+    assert "checkpoint" in other.err
+
+
+def test_calibrate_in_closed_form(assay):
+    result = assay("poc", "calibrate", "--valid-rate", 0.5905, "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["r_target"] == pytest.approx(1.416, abs=2e-5)
+    for wrong in (
+        (),
+        ("--valid-rate", 0),
+        ("--valid-rate", 1.5),
+        ("--valid-rate", "x"),
+        ("--valid-rate", 0.1, "--dimension", 1),
+    ):
+        assert assay("poc", "calibrate", *wrong).code == 2
+
+
+def test_calibrate_from_two_proofs_and_use_it(prove, assay, small_checkpoint: Path, tmp_path: Path):
+    assert prove("a.jsonl", nonces="0:32").code == 0
+    assert prove("b.jsonl", nonces="0:32", dtype="bfloat16").code == 0
+    path = tmp_path / "calibration.json"
+    made = assay("poc", "calibrate", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "-o", path, "--json")
+    assert made.code == 0, made.err
+    result = assay(
+        "poc", "verify", tmp_path / "b.jsonl", "--model", small_checkpoint, "--dtype", "float32", "--device", "cpu",
+        "--calibration", path, "--json",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["noise"]["source"] == "calibration on 32 nonces"
+
+
+def test_flags_beat_environment_beats_configuration(prove, assay, small_checkpoint: Path, tmp_path: Path, monkeypatch):
+    config = tmp_path / "assay.toml"
+    config.write_text('[poc.prove]\npublic-key = "file"\nblock_hash = "file"\nseq-len = 16\nnonces = "0:2"\n')
+    monkeypatch.setenv("ASSAY_CONFIG", str(config))
+    monkeypatch.setenv("ASSAY_BLOCK_HASH", "environment")
+    base = ("poc", "prove", "--model", small_checkpoint, "--device", "cpu")
+    assert assay(*base, "-o", tmp_path / "a.jsonl").code == 0
+    round = Proof.load(tmp_path / "a.jsonl").round
+    assert (round.block_hash, round.public_key, round.seq_len) == ("environment", "file", 16)
+    assert assay(*base, "-o", tmp_path / "b.jsonl", "--block-hash", "flag").code == 0
+    assert Proof.load(tmp_path / "b.jsonl").round.block_hash == "flag"
+    config.write_text("[poc.prove\n")
+    broken = assay(*base, "-o", tmp_path / "c.jsonl")
+    assert broken.code == 2
+    assert "assay.toml" in broken.err
+
+
+def test_the_real_command(small_checkpoint: Path, tmp_path: Path):
+    """One run in a process of its own: stdout holds the result alone, even with warnings as errors."""
+    command = [sys.executable, "-W", "error", "-m", "assay", "poc", "prove", "--model", str(small_checkpoint)]
+    command += ["--block-hash", "b", "--public-key", "k", "--nonces", "0:8", "--seq-len", "16", "--json"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "p.jsonl")], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["records"] == 8
+    assert done.stderr == ""
