@@ -14,6 +14,7 @@ from assay.poc.service._auth import Keys
 from assay.poc.service._controller import Controller
 from assay.poc.service._delivery import Delivery
 from assay.poc.service._feed import Feed
+from assay.poc.service._local import LocalOnly
 from assay.poc.service._routes import operations_router, pow_router
 
 __all__ = ["attach", "create_app"]
@@ -41,6 +42,8 @@ def create_app(controller: Controller) -> FastAPI:
     )
     attach(app, controller, operations=True)
     app.include_router(_pages())
+    if not controller.settings.has_keys:
+        app.add_middleware(LocalOnly)
     return app
 
 

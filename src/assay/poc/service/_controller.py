@@ -7,21 +7,21 @@ and the numbers behind it are read without waiting for anything.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
-from assay.errors import AssayError, StorageError, UsageError
-from assay.poc._pipelines import get_pipeline
+from assay.errors import AssayError, StorageError
 from assay.poc._prover import compute
 from assay.poc.engines import Engine
-from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, Params, ValidateRequest
+from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
+from assay.poc.service._checks import check_job, check_validation, round_values
 from assay.poc.service._database import Database
 from assay.poc.service._deployment import Deployment
-from assay.poc.service._guard import check_url
-from assay.poc.service._jobs import PIPELINE, Jobs, job_round
+from assay.poc.service._jobs import Jobs
 from assay.poc.service._judge import Judge
 from assay.poc.service._metrics import Metrics
 from assay.poc.service._outbox import Outbox
@@ -36,9 +36,6 @@ from assay.poc.service._writer import Writer
 __all__ = ["Controller"]
 
 log = structlog.get_logger("assay.controller")
-
-PRESETS = {(False, True): "poc-2.0", (True, False): "layer-normalize"}
-"""Preset by (use_layer_hooks, use_sign_flips)."""
 
 Result = dict[str, Any]
 
@@ -58,7 +55,10 @@ class Controller:
         self.closing = threading.Event()
         self.on_commit: Callable[[], None] = lambda: None
         """Called from the writer's thread when callbacks may be due."""
+        self.on_load_failure: Callable[[], None] = lambda: None
+        """Called from the engine's thread when the model cannot be loaded; :attr:`load_error` says why."""
         self.deployment: Deployment | None = None
+        self.load_error: Exception | None = None
         self.error: str | None = None
         self.ended = True
         self._opened = False
@@ -98,6 +98,7 @@ class Controller:
             put=self.writer.put,
             background=self.jobs.step,
             ready=self._ready,
+            unloadable=self._load_failed,
             failed=self._engine_failed,
         )
 
@@ -135,8 +136,7 @@ class Controller:
         call = "init" if then is State.IDLE else f"init/{'generate' if then is State.GENERATING else 'validate'}"
         after(call, self.state, has_round=self.progress is not None)
         deployment = self.ready()
-        values = self._round_values(request, deployment, needs_share=then is State.GENERATING)
-        get_engine_shape(self.settings, values["batch_size"], values["seq_len"], deployment)
+        values = round_values(request, deployment, self.settings, needs_share=then is State.GENERATING)
         self._engine(values["seq_len"], values["batch_size"])
         with self._lock:
             state = after(call, self.state, has_round=self.progress is not None)
@@ -177,18 +177,20 @@ class Controller:
             self.ready()
             assert self.progress is not None
             stored, epoch = self.progress.stored, self._epoch
-        self._check_validation(request, stored)
+        check_validation(request, stored, self.settings)
         future: Future[Result] = Future()
 
         def task(deployment: Deployment) -> None:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                if epoch != self._epoch:
-                    after("validate", self.state, has_round=True)
-                future.set_result(self._validate(request, stored, deployment))
-            except BaseException as error:
+                future.set_result(self._validate(request, stored, deployment, epoch))
+            except AssayError as error:
                 future.set_exception(error)
+            except Exception as error:  # an engine may raise anything, and the request must be answered
+                log.exception("validation failed")
+                reason = Refusal(503, _reason(error), wanted="a working engine", do="see the log of the service")
+                future.set_exception(reason)
 
         if not self._worker.submit(task, self.settings.max_waiting):
             raise Refusal(
@@ -207,16 +209,7 @@ class Controller:
             Refusal: 400, 409, 422, 429 or 503.
         """
         deployment = self.ready()
-        self._check_params(request.params, deployment)
-        self._check_url(request.url)
-        get_engine_shape(self.settings, request.batch_size, request.params.seq_len, deployment)
-        job_round(request, deployment.reference).check_nonces(sorted(self._limited(request.nonces)))
-        if request.validation is not None:
-            sent = [artifact.nonce for artifact in request.validation.artifacts]
-            if sorted(sent) != sorted(request.nonces):
-                raise Refusal(
-                    400, "artifacts of other nonces than asked", wanted="one per nonce", do="send both for the same"
-                )
+        check_job(request, deployment, self.settings)
         queued = self.jobs.submit(request)
         self._worker.wake()
         return queued
@@ -230,7 +223,7 @@ class Controller:
             Refusal: 503, the model is not loaded.
         """
         if self.deployment is None:
-            failed = self.error is not None
+            failed = self.load_error is not None
             raise Refusal(
                 503,
                 f"the model could not be loaded: {self.error}" if failed else "the model is being loaded",
@@ -245,52 +238,21 @@ class Controller:
         """Why a generating service does not generate: ``storage``, ``callbacks``, or None."""
         return self.writer.paused if self.state is State.GENERATING else None
 
-    @property
-    def status(self) -> Result:
-        """The body of ``/status``: the fields of both published forms, and ours."""
-        progress, state = self.progress, self.state
-        stored = progress.stored if progress else None
-        recent = list(progress.recent) if progress else []
-        artifacts = progress is not None and progress.publishes_vectors
-        return {
-            "state": str(state),
-            "valid_nonces": [nonce for nonce, _ in recent],
-            "valid_distances": [] if artifacts else [distance for _, distance in recent],
-            "total_checked": progress.checked if progress else 0,
-            "total_valid": progress.valid if progress else 0,
-            "elapsed_seconds": progress.seconds if progress else 0.0,
-            "rate_per_second": progress.rate if progress else 0.0,
-            "r_target": stored.r_target if stored else None,
-            "status": str(state),
-            "config": _config(stored),
-            "stats": {"total_processed": progress.checked, "nonces_per_second": progress.rate} if progress else None,
-            "ready": self.deployment is not None,
-            "paused": self.paused,
-            "error": self.error,
-        }
-
-    def status_after(self, after: int, limit: int) -> Result:
-        """Return :attr:`status` with the first ``limit`` valid nonces above ``after``, from the database."""
-        status, progress = self.status, self.progress
-        found = self.rounds.recent_valid(progress.stored.id, after=after, limit=limit) if progress else []
-        vectors = progress is not None and progress.publishes_vectors
-        status["valid_nonces"] = [nonce for nonce, _ in found]
-        status["valid_distances"] = [] if vectors else [distance for _, distance in found]
-        return status
-
     # Inside
 
     def _move(self, state: State, stored: StoredRound | None = None) -> None:
         """Take the state in memory; what runs ends between two batches."""
+        progress = self.progress
+        if stored is not None and (progress is None or progress.stored.id != stored.id):
+            progress = self._progress(stored)
         self.error = None
         self._epoch += 1
         self._worker.generate(None, self._epoch)
         self.state = state
         self.writer.begin(self._epoch)
-        if stored is not None and (self.progress is None or self.progress.stored.id != stored.id):
-            self.progress = self._progress(stored)
-        elif stored is not None and self.progress is not None:
-            self.progress.stored = stored
+        if stored is not None and progress is not None:
+            progress.stored = stored
+            self.progress = progress
         if state is State.GENERATING:
             self._generate()
         elif self.deployment is not None and self.jobs.has_open():
@@ -298,10 +260,9 @@ class Controller:
         log.info("state", state=str(state), round=self.progress.stored.id if self.progress else None)
 
     def _generate(self) -> None:
-        """Generate from what is on disk."""
-        _, stored = self.rounds.current()
-        if stored is not None and self.progress is not None:
-            self.progress.stored = stored
+        """Generate from the first nonce that is not on disk."""
+        if self.progress is not None:
+            stored = replace(self.progress.stored, next_nonce=self.progress.next_nonce)
             self._worker.generate(stored, self._epoch)
 
     def _progress(self, stored: StoredRound) -> Progress:
@@ -322,15 +283,12 @@ class Controller:
         with self._lock:
             self.deployment = deployment
             log.info("model loaded", model=deployment.reference, dtype=deployment.dtype)
-            if self.progress is None:
-                return
             try:
-                if self.state in (State.GENERATING, State.VALIDATING):
+                if self.progress is not None and self.state in (State.GENERATING, State.VALIDATING):
                     self._check_same_model()
                     self.progress = self._progress(self.progress.stored)
             except AssayError as error:
                 self._fail(error)
-                return
             if self.state is State.GENERATING:
                 self._generate()
             elif self.jobs.has_open():
@@ -349,9 +307,18 @@ class Controller:
                 fields={"state": str(self.state)},
             )
 
+    def _load_failed(self, error: Exception) -> None:
+        # The state stays: a service that is started again with the right model continues its round.
+        self.metrics.failures.inc()
+        self.load_error, self.error = error, _reason(error)
+        log.error("model not loaded", error=self.error)
+        self.on_load_failure()
+
     def _engine_failed(self, error: Exception) -> None:
         with self._lock:
             self._fail(error)
+            if self.jobs.has_open():
+                self._worker.wake()
 
     def _fail(self, error: Exception) -> None:
         state = after("engine failure", self.state, has_round=self.progress is not None)
@@ -359,7 +326,7 @@ class Controller:
         self._epoch += 1
         self._worker.generate(None, self._epoch)
         self.state = state
-        self.error = error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"
+        self.error = _reason(error)
         log.error("engine failure", error=self.error, state=str(state))
         self._persist(state)
 
@@ -391,11 +358,20 @@ class Controller:
     def _paused(self) -> None:
         log.warning("generation waits", reason=self.writer.paused) if self.writer.paused else log.info("continues")
 
-    def _validate(self, request: ValidateRequest, stored: StoredRound, deployment: Deployment) -> Result:
+    def _validate(self, request: ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int) -> Result:
         started = time.perf_counter()
         engine = self._engine(stored.seq_len, stored.batch_size)
-        header = stored.header(engine.fingerprint)
-        computed = [r.distance for batch in compute(header, engine, request.nonces) for r in batch]
+        computed: list[float] = []
+        for batch in compute(stored.header(engine.fingerprint), engine, request.nonces):
+            if epoch != self._epoch or self.closing.is_set():
+                raise Refusal(
+                    409,
+                    f"the round changed while this validation ran, and the state is {self.state}",
+                    wanted="VALIDATING until the answer",
+                    do="send it again in the round that you mean",
+                    fields={"state": str(self.state)},
+                )
+            computed.extend(record.distance for record in batch)
         if not all(0 <= value <= 2 + 1e-6 for value in computed):
             raise Refusal(503, "the engine returned no finite distance", wanted="distances", do="check the device")
         verdict = self.judge.judge(stored, deployment.dtype, request.public_key, request.nonces, request.dist, computed)
@@ -404,125 +380,6 @@ class Controller:
         self.on_commit()
         return {"status": "OK", **verdict}
 
-    def _check_validation(self, request: ValidateRequest, stored: StoredRound) -> None:
-        other = [name for name in ("block_hash", "block_height") if getattr(request, name) != getattr(stored, name)]
-        if other:
-            raise Refusal(
-                409,
-                f"a proof with another {' and '.join(other)} than the round's",
-                wanted=f"block_hash {stored.block_hash!r} at height {stored.block_height}",
-                do="send /init/validate for that block first",
-                fields={"state": str(self.state), "fields": other},
-            )
-        if get_pipeline(stored.preset).output != "distance":
-            raise Refusal(
-                409,
-                "distances for a round of vectors",
-                wanted="a round that was begun with r_target",
-                do="check vectors with /generate and its field validation",
-                fields={"state": str(self.state)},
-            )
-        if len(request.nonces) != len(request.dist) or len(set(self._limited(request.nonces))) != len(request.nonces):
-            raise Refusal(
-                422,
-                f"{len(request.nonces)} nonces, {len(set(request.nonces))} different, {len(request.dist)} distances",
-                wanted="one distance per nonce, every nonce once",
-                do="send both lists in the same order",
-            )
 
-    def _limited(self, nonces: Sequence[int]) -> Sequence[int]:
-        if len(nonces) > self.settings.max_nonces:
-            raise Refusal(
-                422, f"{len(nonces)} nonces", wanted=f"at most {self.settings.max_nonces} in one request", do="split it"
-            )
-        return nonces
-
-    def _check_url(self, url: str | None) -> None:
-        if url is not None:
-            check_url(url, allow_private=self.settings.allow_private_callbacks)
-
-    def _check_params(self, params: Params, deployment: Deployment) -> None:
-        requested = params.model_dump()
-        deployed = {"model": deployment.reference, "seq_len": self.settings.seq_len, "k_dim": PIPELINE.vector_size}
-        other = sorted(name for name, value in deployed.items() if requested[name] != value)
-        if other:
-            raise Refusal(
-                409,
-                "params mismatch: " + ", ".join(other),
-                wanted=", ".join(f"{name} {deployed[name]}" for name in other),
-                do="ask for what is deployed",
-                fields={"error": "params mismatch", "requested": requested, "deployed": deployed, "fields": other},
-            )
-
-    def _round_values(
-        self, request: InitRequest | ArtifactInit, deployment: Deployment, *, needs_share: bool
-    ) -> dict[str, Any]:
-        """Return the columns of ``rounds`` that a request asks for."""
-        values = {
-            name: getattr(request, name)
-            for name in (
-                "block_hash",
-                "block_height",
-                "public_key",
-                "node_id",
-                "node_count",
-                "group_id",
-                "n_groups",
-                "batch_size",
-            )
-        }
-        if isinstance(request, ArtifactInit):
-            self._check_params(request.params, deployment)
-            url, seq_len, preset = request.url, request.params.seq_len, PIPELINE.name
-            values |= {"r_target": 2.0, "fraud_threshold": 0.01}
-        else:
-            url, seq_len, preset = request.callback_url, request.seq_len, _preset(request)
-            values |= {"r_target": request.r_target, "fraud_threshold": request.fraud_threshold}
-            values |= _share(request, needed=needs_share)
-        self._check_url(url)
-        values |= {"callback_url": url, "seq_len": seq_len, "preset": preset}
-        values |= {"strength": 256 if request.poc_stronger_rng else 32}
-        return values | {name: getattr(deployment, name) for name in ("reference", "digest", "weights")}
-
-
-def get_engine_shape(settings: Settings, batch_size: int, seq_len: int, deployment: Deployment) -> None:
-    """Refuse shapes over the limits.
-
-    Raises:
-        Refusal: 422.
-    """
-    if batch_size * seq_len > settings.max_positions or seq_len > deployment.max_positions:
-        raise Refusal(
-            422,
-            f"batch_size {batch_size} × seq_len {seq_len}",
-            wanted=f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a sequence",
-            do="lower batch_size or seq_len",
-        )
-
-
-def _share(request: InitRequest, *, needed: bool) -> dict[str, int]:
-    """Return node_id and node_count; -1 for both, the published default, is the only node of a round."""
-    unset = request.node_id == -1 or request.node_count == -1
-    if unset and needed:
-        raise Refusal(
-            400, "Node ID and node count must be set", wanted="node_id and node_count", do="send 0 and 1 for one node"
-        )
-    return {"node_id": 0, "node_count": 1} if unset else {"node_id": request.node_id, "node_count": request.node_count}
-
-
-def _preset(request: InitRequest) -> str:
-    preset = PRESETS.get((request.use_layer_hooks, request.use_sign_flips))
-    if preset is None:
-        raise UsageError(
-            f"use_layer_hooks {request.use_layer_hooks} with use_sign_flips {request.use_sign_flips}",
-            wanted="exactly one of the two",
-            do="leave both out: sign flips are the recommendation",
-        )
-    return preset
-
-
-def _config(stored: StoredRound | None) -> Result | None:
-    if stored is None:
-        return None
-    names = ("block_hash", "block_height", "public_key", "node_id", "node_count", "group_id", "n_groups", "seq_len")
-    return {name: getattr(stored, name) for name in names} | {"k_dim": get_pipeline(stored.preset).vector_size}
+def _reason(error: Exception) -> str:
+    return error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ from assay.errors import AssayError
 from assay.poc.service._controller import Controller
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._snapshot import snapshot
+from assay.poc.service._status import status
 from assay.reports import dumps
 
 __all__ = ["Feed"]
@@ -69,7 +70,7 @@ class Feed:
         key = (self._controller.state, self._controller.error, id(progress), progress and progress.checked)
         now = time.monotonic()
         if key != self._status_key or now > self._status_until:
-            self._status = dumps(self._controller.status).encode()
+            self._status = dumps(status(self._controller)).encode()
             self._status_key, self._status_until = key, now + STATUS_AGE
         return self._status
 

@@ -1,6 +1,7 @@
 """The numbers of the current round, kept in memory so that reading them costs nothing."""
 
 import itertools
+import threading
 import time
 from collections import deque
 from typing import Any
@@ -27,12 +28,13 @@ class Progress:
     """
 
     def __init__(self, stored: StoredRound, rounds: Rounds, *, hidden_size: int = 0, vocab_size: int = 0) -> None:
+        self._lock = threading.Lock()
         self.stored = stored
         self.checked, self.valid, self.seconds = stored.checked, stored.valid, stored.seconds
         self.next_nonce = stored.next_nonce
         pipeline = get_pipeline(stored.preset)
         self.publishes_vectors = pipeline.output == "vector"
-        self.recent: deque[tuple[int, float]] = deque(rounds.recent_valid(stored.id), maxlen=RECENT)
+        self._recent: deque[tuple[int, float]] = deque(rounds.recent_valid(stored.id), maxlen=RECENT)
         self._steps: deque[tuple[float, int]] = deque()
         self._dimension = 0 if self.publishes_vectors else pipeline.output_size(hidden_size, vocab_size)
         self._bins = self._counts = None
@@ -43,6 +45,15 @@ class Progress:
 
     def add(self, batch: Batch) -> None:
         """Count a batch that is on disk."""
+        with self._lock:
+            self._add(batch)
+
+    def latest(self) -> list[tuple[int, float]]:
+        """Return the latest valid nonces with their distances, ascending."""
+        with self._lock:
+            return list(self._recent)
+
+    def _add(self, batch: Batch) -> None:
         self.next_nonce = batch.next_nonce
         self.checked += len(batch.records)
         self.valid += sum(batch.valid)
@@ -50,7 +61,7 @@ class Progress:
         self._steps.append((time.monotonic(), len(batch.records)))
         for record, valid in zip(batch.records, batch.valid, strict=True):
             if valid:
-                self.recent.append((record.nonce, record.distance))
+                self._recent.append((record.nonce, record.distance))
             if self._bins and self._counts is not None:
                 index = self._bins.bin(record.distance)
                 self._counts[index] = self._counts.get(index, 0) + 1
@@ -64,13 +75,15 @@ class Progress:
     def current_rate(self) -> float:
         """Nonces per second over the last half minute."""
         now = time.monotonic()
-        while self._steps and self._steps[0][0] < now - WINDOW:
-            self._steps.popleft()
-        # The first batch of the window ended at its start: its nonces were made before.
-        if len(self._steps) < 2:
+        with self._lock:
+            while self._steps and self._steps[0][0] < now - WINDOW:
+                self._steps.popleft()
+            steps = list(self._steps)
+        if len(steps) < 2:
             return 0.0
-        since, skipped = self._steps[0]
-        return (sum(count for _, count in self._steps) - skipped) / max(now - since, 1e-9)
+        # The first batch of the window ended at its start: its nonces were made before.
+        since, skipped = steps[0]
+        return (sum(count for _, count in steps) - skipped) / max(now - since, 1e-9)
 
     def expectation(self) -> dict[str, Any]:
         """Return valid rate, the chord law's, and the standard errors of both."""
@@ -87,7 +100,8 @@ class Progress:
         """Return the bins of the distances beside what the chord law expects; None for vectors."""
         if self._bins is None or self._counts is None:
             return None
-        bins, counts = self._bins, self._counts
+        with self._lock:
+            bins, counts = self._bins, dict(self._counts)
         edges = [bins.low + (bins.high - bins.low) * i / bins.size for i in range(bins.size + 1)]
         law = stats.chord_cdf(edges, self._dimension)
         return {

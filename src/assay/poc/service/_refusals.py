@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from assay.errors import AssayError, OutOfMemory, ResourceError, UsageError
+from assay.errors import AssayError, ModelError, OutOfMemory, ResourceError, UsageError
 
 __all__ = ["Refusal", "refusal_of"]
 
@@ -45,9 +45,14 @@ class Refusal(UsageError):
 
 
 def refusal_of(error: AssayError) -> Refusal:
-    """Return the refusal that stands for any error of assay: 422 for bad values, 503 for a lack of resources."""
+    """Return the refusal that stands for any error of assay.
+
+    422 for values that cannot be, among them a batch that does not fit; 503 for a disk or an engine that fails.
+    """
     if isinstance(error, Refusal):
         return error
     if isinstance(error, ResourceError) and not isinstance(error, OutOfMemory):
         return Refusal(503, error.seen, wanted=error.wanted, do=error.do, retry_after=5)
+    if isinstance(error, ModelError):
+        return Refusal(503, error.seen, wanted=error.wanted, do=error.do)
     return Refusal(422, error.seen, wanted=error.wanted, do=error.do)

@@ -16,6 +16,8 @@ from assay.poc.service._refusals import Refusal
 from assay.poc.service._replies import Health, InitReply, JobReply, Problem, Ready, Status, ValidateReply
 from assay.poc.service._route import needs, route_class
 from assay.poc.service._states import State
+from assay.poc.service._status import status as current_status
+from assay.poc.service._status import status_after
 
 __all__ = ["PREFIX", "operations_router", "pow_router"]
 
@@ -33,7 +35,7 @@ def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
     changes = _problems(400, 409, 413, 422, 503)
 
     def moved() -> Response:
-        return JSONResponse({"status": "OK", "pow_status": controller.status})
+        return JSONResponse({"status": "OK", "pow_status": current_status(controller)})
 
     @router.post("/init", response_model=InitReply, responses=changes, openapi_extra=CONTROL)
     def init(body: InitRequest) -> Response:
@@ -84,7 +86,7 @@ def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
         """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
         if after is None:
             return Response(feed.status(), media_type="application/json")
-        return JSONResponse(await asyncio.to_thread(controller.status_after, after, limit))
+        return JSONResponse(await asyncio.to_thread(status_after, controller, after, limit))
 
     @router.post("/stop", response_model=InitReply, responses=_problems(503), openapi_extra=CONTROL)
     def stop() -> Response:

@@ -44,8 +44,22 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run_app(app: FastAPI, *, host: str, port: int, closing: Callable[[], None] = lambda: None) -> None:
+def run_app(
+    app: FastAPI,
+    *,
+    host: str,
+    port: int,
+    closing: Callable[[], None] = lambda: None,
+    started: Callable[[Callable[[], None]], None] = lambda stop: None,
+) -> None:
     """Run an application until SIGTERM or SIGINT.
+
+    Args:
+        app: the application.
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one, which the log names.
+        closing: called when the end begins, while connections are still open.
+        started: called before the start with a function that ends the server.
 
     Raises:
         UsageError: it did not start; the log says why.
@@ -60,6 +74,7 @@ def run_app(app: FastAPI, *, host: str, port: int, closing: Callable[[], None] =
         app, log_config=None, access_log=False, timeout_graceful_shutdown=5, server_header=False, lifespan="on"
     )
     server = _Server(config, closing)
+    started(lambda: server.handle_exit(signal.SIGTERM, None))
     log.info("serving", host=host, port=listener.getsockname()[1])
     with listener:
         server.run(sockets=[listener])
@@ -74,6 +89,7 @@ def serve(controller: Controller, *, host: str, port: int) -> None:
     Raises:
         UsageError: a host that others reach, without a key, or an address that cannot be bound.
         StorageError: the data directory is in use or cannot be written.
+        ModelError: the model cannot be loaded.
     """
     if not is_loopback(host) and not controller.settings.has_keys:
         raise UsageError(
@@ -81,8 +97,15 @@ def serve(controller: Controller, *, host: str, port: int) -> None:
             wanted="an API key where others reach the port",
             do="pass --api-key-file, set ASSAY_API_KEY, or leave --host out",
         )
+
+    def end_on_failure(stop: Callable[[], None]) -> None:
+        controller.on_load_failure = stop
+
     controller.open()
-    run_app(create_app(controller), host=host, port=port, closing=controller.closing.set)
+    app = create_app(controller)
+    run_app(app, host=host, port=port, closing=controller.closing.set, started=end_on_failure)
+    if controller.load_error is not None:
+        raise controller.load_error
     sys.stderr.flush()
     if not controller.ended:
         # A batch is still inside a kernel. It is not on disk and will be computed again.

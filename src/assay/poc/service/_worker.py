@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-import structlog
-
 from assay.errors import AssayError, BadWeights
 from assay.poc._proof import Record
 from assay.poc._prover import compute
@@ -19,8 +17,6 @@ from assay.poc.service._deployment import Deployment
 from assay.poc.service._rounds import Batch, StoredRound
 
 __all__ = ["Worker"]
-
-log = structlog.get_logger("assay.worker")
 
 Records = Iterator[list[Record]]
 
@@ -33,7 +29,8 @@ class Worker:
         put: takes a batch of the round; False when it is not wanted any more.
         background: does one batch of less urgent work; False when there is none.
         ready: called with what ``load`` returned.
-        failed: called with the error that ended loading or the round.
+        unloadable: called with the error that ended loading; the thread ends.
+        failed: called with the error that ended the round.
     """
 
     def __init__(
@@ -43,10 +40,11 @@ class Worker:
         put: Callable[[Batch], bool],
         background: Callable[[Deployment], bool],
         ready: Callable[[Deployment], None],
+        unloadable: Callable[[Exception], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._load, self._put, self._background = load, put, background
-        self._ready, self._failed = ready, failed
+        self._ready, self._unloadable, self._failed = ready, unloadable, failed
         self._state = threading.Condition()
         self._tasks: deque[Callable[[Deployment], None]] = deque()
         self._round: StoredRound | None = None
@@ -95,8 +93,7 @@ class Worker:
         try:
             deployment = self._load()
         except Exception as error:
-            log.error("model not loaded", error=str(error))
-            self._failed(error)
+            self._unloadable(error)
             return
         self._ready(deployment)
         while self._turn(deployment):
@@ -138,7 +135,6 @@ class Worker:
                 if current:
                     self._round = None
             if current:
-                log.error("round ended by an error", error=str(error))
                 self._failed(error)
             return
         if not wanted:
@@ -159,7 +155,7 @@ class Worker:
 
 
 def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: float) -> Batch:
-    pipeline_valid = [record.vector is not None or record.distance < stored.r_target for record in records]
+    valid = [record.vector is not None or record.distance < stored.r_target for record in records]
     broken = [r.nonce for r in records if r.vector is None and not 0 <= r.distance <= 2 + 1e-6]
     if broken:
         raise BadWeights(
@@ -171,7 +167,7 @@ def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: floa
         epoch=epoch,
         round_id=stored.id,
         records=records,
-        valid=pipeline_valid,
+        valid=valid,
         next_nonce=records[-1].nonce + stored.round.node_count,
         seconds=seconds,
     )

@@ -10,8 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
-import sqlalchemy as sa
-
 from assay.errors import StorageError
 from assay.poc.service._outbox import Outbox
 from assay.poc.service._rounds import Batch, Rounds
@@ -105,35 +103,39 @@ class Writer:
                 if not self._queue:
                     return
                 self._busy = True
-            try:
-                self._write()
-            finally:
-                with self._state:
-                    self._busy = False
-                    self._state.notify_all()
+            error = self._write()
+            with self._state:
+                self._busy = False
+                self._state.notify_all()
+            if error is not None:
+                # Only now: whoever is told may wait for this thread to be idle.
+                self._failed(error)
 
-    def _write(self) -> None:
-        """Commit what is queued, or wait a moment for the reason why that is not possible."""
+    def _write(self) -> Exception | None:
+        """Commit what is queued, or wait a moment for the reason why that is not possible.
+
+        Returns an error that no waiting will cure.
+        """
         with self._state:
             batches = list(self._queue)
             wanted = batches[0].epoch == self._epoch
         try:
             if wanted and self._outbox.counts()["pending"] >= self._settings.max_pending:
                 self._pause("callbacks", CALLBACK_PAUSE)
-                return
+                return None
             started = time.perf_counter()
             self._rounds.commit(batches, interval=self._settings.callback_interval, most=self._settings.callback_nonces)
         except StorageError:
             self._pause("storage", STORAGE_PAUSE)
-            return
-        except sa.exc.SQLAlchemyError as error:
+            return None
+        except Exception as error:
             # Two results for one nonce, or a round that was deleted: nothing that would pass.
             self._take(len(batches))
-            self._failed(error)
-            return
+            return error
         self._take(len(batches))
         self._pause(None)
         self._committed(batches, time.perf_counter() - started)
+        return None
 
     def _take(self, count: int) -> None:
         with self._state:

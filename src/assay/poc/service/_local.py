@@ -1,0 +1,45 @@
+"""Protects a service without keys from web pages that the operator's browser has open."""
+
+from urllib.parse import urlsplit
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from assay.poc.service._auth import is_loopback
+from assay.poc.service._refusals import Refusal
+
+__all__ = ["LocalOnly"]
+
+
+class LocalOnly:
+    """Refuses requests that name another host than this machine, or come from a page of another origin.
+
+    The first stops a name that was made to resolve to 127.0.0.1, the second a form that posts across sites.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 403."""
+        if scope["type"] == "http":
+            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+            host, origin = headers.get(b"host", ""), headers.get(b"origin")
+            foreign = origin is not None and origin.partition("//")[2] != host
+            if foreign or not is_loopback(_name(f"//{host}")):
+                refusal = Refusal(
+                    403,
+                    "a request for another host, or from another site's page",
+                    wanted="Host: 127.0.0.1 and no other origin",
+                    do="open the service under 127.0.0.1, or start it with an API key",
+                )
+                await JSONResponse(refusal.body, status_code=403)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _name(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""

@@ -1,0 +1,72 @@
+"""Two real servers: the callbacks of a prover are validated by another."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.receiver import FlakyReceiver
+
+ROUND = {
+    "block_hash": "block_beta",
+    "block_height": 12,
+    "public_key": "node_A",
+    "r_target": 1.416,
+    "node_id": 0,
+    "node_count": 1,
+    "batch_size": 16,
+    "seq_len": 16,
+}
+WANTED = 48
+
+
+@pytest.fixture(scope="module")
+def int4_checkpoint(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint with its linear weights rounded to four bits."""
+    from assay.models import load_model
+    from assay.poc.cheats import rounded
+
+    path = tmp_path_factory.mktemp("int4") / "small"
+    rounded(load_model(small_checkpoint, dtype="float32", device="cpu")).module.save_pretrained(path)
+    return path
+
+
+def _prove(server, receiver: FlakyReceiver) -> list[dict]:
+    server.post("/init/generate", ROUND | {"callback_url": receiver.url})
+    deadline = time.monotonic() + 60
+    while len(receiver.nonces()) < WANTED:
+        assert time.monotonic() < deadline, server.log.read_text()[-2000:]
+        time.sleep(0.1)
+    server.post("/stop")
+    return list(receiver.taken.values())
+
+
+def _validate(server, batches: list[dict]) -> list[dict]:
+    fields = ("public_key", "block_hash", "block_height", "nonces", "dist", "node_id")
+    return [server.post("/validate", {name: batch[name] for name in fields}) for batch in batches]
+
+
+@pytest.mark.slow
+def test_a_cheating_prover_is_flagged_and_an_honest_one_is_not(launch, int4_checkpoint):
+    validator = launch(name="validator")
+    honest = launch("--callback-interval", "0.2", name="honest")
+    cheat = launch("--callback-interval", "0.2", name="cheat", model=int4_checkpoint)
+    receivers = [FlakyReceiver(trouble=0.3, patience=0.2, seed=seed) for seed in (1, 2)]
+    try:
+        mine, theirs = (_prove(s, r) for s, r in zip((honest, cheat), receivers, strict=True))
+        validator.post("/init/validate", ROUND | {"callback_url": receivers[0].url})
+        for answer in _validate(validator, mine):
+            assert not answer["fraud_detected"]
+            assert answer["n_invalid"] == 0
+            assert answer["residual_test"]["verdict"] != "fraud"
+        assert answer["residual_test"]["verdict"] == "honest"
+        assert answer["residual_test"]["checked"] >= WANTED
+        renamed = [batch | {"public_key": "node_A"} for batch in theirs]
+        # The same key was judged honest in this round: a cheater is caught against that too, in a round of its own.
+        validator.post("/init/validate", ROUND | {"public_key": "validator"})
+        last = _validate(validator, renamed)[-1]
+        assert last["residual_test"]["verdict"] == "fraud"
+        assert last["fraud_detected"]
+    finally:
+        for receiver in receivers:
+            receiver.close()

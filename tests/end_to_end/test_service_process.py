@@ -1,0 +1,170 @@
+"""The process: signals, locks, addresses, many readers, a full disk."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.receiver import FlakyReceiver
+
+ROUND = {
+    "block_hash": "block_gamma",
+    "block_height": 1,
+    "public_key": "node_A",
+    "r_target": 1.416,
+    "node_id": 0,
+    "node_count": 1,
+    "batch_size": 8,
+    "seq_len": 8,
+}
+
+
+def _assay(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "assay", "poc", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+def _until(true, timeout: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_sigterm_drains_and_a_restart_continues(launch):
+    receiver = FlakyReceiver(trouble=0)
+    server = launch("--callback-interval", "0.2")
+    try:
+        server.post("/init/generate", ROUND | {"callback_url": receiver.url})
+        _until(lambda: server.status()["total_checked"] > 40)
+        assert server.terminate() == 0
+        assert "stopped" in server.log.read_text()
+        server.start()
+        server.wait_for()
+        _until(lambda: server.status()["total_checked"] > 80)
+        server.post("/stop")
+        owed = server.get("/api/v1/pow/status?after=-1&limit=10000")["valid_nonces"]
+        _until(lambda: sorted(receiver.nonces()) == owed)
+    finally:
+        receiver.close()
+
+
+def test_a_thousand_readers_at_once_get_an_answer(launch):
+    """Reads /status a thousand times over 50 connections while the round runs."""
+    server = launch()
+    server.post("/init/generate", ROUND)
+    _until(lambda: server.status()["total_checked"] > 0)
+    seen: list[str] = []
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            for _ in range(20):
+                seen.append(server.status()["state"])
+        except Exception as error:
+            errors.append(error)
+
+    before = server.status()["total_checked"]
+    readers = [threading.Thread(target=read) for _ in range(50)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert not errors
+    assert seen == ["GENERATING"] * 1000
+    _until(lambda: server.status()["total_checked"] > before)
+
+
+def test_one_service_per_data_directory(launch, small_checkpoint):
+    server = launch()
+    second = _assay("serve", "--model", str(small_checkpoint), "--port", "0", "--data-dir", str(server.data_dir))
+    assert second.returncode == 2
+    assert "another service runs in" in second.stderr
+    assert server.status()["state"] == "IDLE"
+
+
+def test_other_addresses_need_a_key(tmp_path):
+    refused = _assay("serve", "--model", "none", "--host", "0.0.0.0", "--data-dir", str(tmp_path / "data"))
+    assert refused.returncode == 2
+    assert "without a key" in refused.stderr
+    assert not (tmp_path / "data").exists()
+    refused = _assay("receive", "--host", "0.0.0.0", "-o", str(tmp_path / "received.sqlite3"))
+    assert refused.returncode == 2
+    assert "without a secret" in refused.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path):
+    missing = _assay("serve", "--model", str(tmp_path / "none"), "--port", "0", "--data-dir", str(tmp_path / "data"))
+    assert missing.returncode == 2
+    assert "wanted:" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def _mount(path: Path, size: str) -> bool:
+    path.mkdir()
+    return (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=False).returncode == 0
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_pauses_the_round_and_it_continues_when_there_is_room(tmp_path, small_checkpoint):
+    from tests.end_to_end.server import Server
+
+    disk = tmp_path / "disk"
+    if not _mount(disk, "1m"):
+        pytest.skip("this machine does not let tests mount a disk")
+    server = Server(disk, model=small_checkpoint)
+    server.log = tmp_path / "server.log"
+    ballast = disk / "ballast"
+    try:
+        server.start()
+        server.wait_for()
+        server.post("/init/generate", ROUND)
+        _until(lambda: server.status()["total_checked"] > 0)
+        with ballast.open("wb") as file:
+            try:
+                while True:
+                    file.write(b"x" * 4096)
+                    file.flush()
+            except OSError:
+                pass
+        _until(lambda: server.status()["paused"] == "storage")
+        paused = server.status()
+        assert paused["state"] == "GENERATING"
+        assert server.get("/ready") == {"ready": True}
+        status, _ = server.call("POST", "/api/v1/pow/phase/validate", {})
+        assert status == 503
+        ballast.unlink()
+        _until(lambda: server.status()["paused"] is None)
+        _until(lambda: server.status()["total_checked"] > paused["total_checked"])
+        server.post("/stop")
+        found = server.get("/api/v1/pow/status?after=-1&limit=10000")
+        assert len(found["valid_nonces"]) == len(set(found["valid_nonces"])) == found["total_valid"]
+        assert server.terminate() == 0
+    finally:
+        server.close()
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_a_second_signal_is_not_needed_while_streams_are_open(launch):
+    server = launch()
+    import urllib.request
+
+    stream = urllib.request.urlopen(f"{server.base}/api/v1/pow/events", timeout=10)
+    try:
+        assert b"retry" in stream.readline()
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.wait(15) == 0
+    finally:
+        stream.close()

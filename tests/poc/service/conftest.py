@@ -1,0 +1,179 @@
+"""An engine that is quick and can be told to wait or fail, and a service on it."""
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from assay.poc import Fingerprint
+from assay.poc.service import Controller, Deployment, Settings, create_app
+
+with warnings.catch_warnings():
+    # Newer releases of starlette ask for another client than the httpx that callbacks are sent with.
+    warnings.simplefilter("ignore")
+    from fastapi.testclient import TestClient
+
+BLOCK = {"block_hash": "block_alpha", "block_height": 7, "public_key": "node_A"}
+ROUND = BLOCK | {"r_target": 1.416, "node_id": 0, "node_count": 1, "batch_size": 4, "seq_len": 4}
+PARAMS = {"model": "fake", "seq_len": 4, "k_dim": 12}
+ARTIFACTS = BLOCK | {"node_id": 0, "node_count": 1, "batch_size": 4, "params": PARAMS}
+PREFIX = "/api/v1/pow"
+
+
+class FakeEngine:
+    """The Engine protocol without a model: a hidden state is a fixed function of the nonce."""
+
+    hidden_size, vocab_size, num_layers, dtype = 16, 32, 2, "float32"
+    device = torch.device("cpu")
+
+    def __init__(self, rig: "Rig", seq_len: int, batch_size: int) -> None:
+        self.rig, self.seq_len, self.batch_size = rig, seq_len, batch_size
+        self.fingerprint = Fingerprint(
+            engine="fake",
+            device="none",
+            dtype="float32",
+            attention="none",
+            batch_size=batch_size,
+            seq_len=seq_len,
+            threads=1,
+            torch="0",
+            library="none",
+        )
+
+    def inputs(self, round, nonces: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(nonces, dtype=torch.float64)
+
+    def last_hidden(self, nonces_B: torch.Tensor) -> torch.Tensor:
+        self.rig.batch(len(nonces_B))
+        phase = nonces_B[:, None] * 0.7310585 + torch.arange(self.hidden_size, dtype=torch.float64)
+        return (torch.sin(phase * 12.9898) * 43758.5453 % 1.0 - 0.5).float() * self.rig.scale
+
+    def trained_head(self, x_BD: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def between_layers(self, step, round):
+        self.rig.layers.append(step)
+        return nullcontext()
+
+
+class Rig:
+    """What a test can do to the engine."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+        self.fail: Exception | None = None
+        self.load: Callable[[], None] = lambda: None
+        self.scale = 1.0
+        self.pause = 0.001
+        self.batches = 0
+        self.shapes: list[tuple[int, int]] = []
+        self.layers: list[str] = []
+
+    def batch(self, rows: int) -> None:
+        self.batches += 1
+        self.entered.set()
+        assert self.open.wait(30)
+        time.sleep(self.pause)
+        if self.fail is not None:
+            raise self.fail
+
+    def deployment(self) -> Deployment:
+        self.load()
+
+        def engine(seq_len: int, batch_size: int) -> FakeEngine:
+            self.shapes.append((seq_len, batch_size))
+            return FakeEngine(self, seq_len, batch_size)
+
+        return Deployment(
+            reference="fake", digest="0" * 64, weights="trained", dtype="float32", max_positions=512, engine=engine
+        )
+
+
+class Service:
+    """A running service with a client, which can be closed and started again on the same data."""
+
+    def __init__(self, rig: Rig, settings: Settings) -> None:
+        self.rig, self.settings = rig, settings
+        self._start()
+
+    def _start(self) -> None:
+        self.controller = Controller(self.rig.deployment, self.settings)
+        self.client = TestClient(create_app(self.controller), base_url="http://127.0.0.1")
+        self.client.__enter__()
+
+    def wait_ready(self) -> None:
+        until(lambda: self.client.get("/ready").status_code == 200)
+
+    def restart(self) -> None:
+        self.close()
+        self._start()
+        self.wait_ready()
+
+    def close(self) -> None:
+        self.client.__exit__(None, None, None)
+
+    def post(self, path: str, body: object = None, status: int = 200):
+        answer = self.client.post(PREFIX + path, json=body if body is not None else {})
+        assert answer.status_code == status, (path, answer.status_code, answer.text)
+        return answer.json()
+
+    def status(self):
+        return self.client.get(f"{PREFIX}/status").json()
+
+    def checked(self) -> int:
+        return self.status()["total_checked"]
+
+
+def until(true: Callable[[], object], timeout: float = 20.0) -> None:
+    """Wait until something holds; it must within ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.open.set()
+
+
+@pytest.fixture
+def serving(rig: Rig, tmp_path: Path):
+    """A context manager that runs a service with some settings."""
+
+    @contextmanager
+    def run(**changes) -> Iterator[Service]:
+        values = {
+            "data_dir": tmp_path / "data",
+            "seq_len": 4,
+            "allow_private_callbacks": True,
+            "callback_interval": 0.02,
+            "callback_backoff": 0.02,
+            "callback_backoff_max": 0.1,
+            "callback_timeout": 2.0,
+            "max_positions": 4096,
+        }
+        service = Service(rig, Settings(**(values | changes)))
+        try:
+            service.wait_ready()
+            yield service
+        finally:
+            rig.open.set()
+            service.close()
+
+    return run
+
+
+@pytest.fixture
+def service(serving) -> Iterator[Service]:
+    with serving() as running:
+        yield running

@@ -1,0 +1,287 @@
+"""The faults of the first published service, each with the test that keeps it away. Numbers are those of the report."""
+
+import threading
+
+import pytest
+from fastapi import FastAPI
+
+from assay.poc import _prover
+from assay.poc.service import Controller, Settings, attach
+from assay.poc.service._bodies import InitRequest
+from tests.end_to_end.receiver import FlakyReceiver
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, TestClient, until
+
+CLAIM = BLOCK | {"node_id": 0}
+
+
+def computed(service, nonces: list[int]) -> list[float]:
+    """The distances that an honest prover of the fake model has."""
+    body = CLAIM | {"nonces": nonces, "dist": [1.4] * len(nonces)}
+    return service.post("/validate", body)["computed_distances"]
+
+
+def test_fault_01_init_then_phase_is_possible(service):
+    service.post("/init", ROUND)
+    assert service.post("/phase/generate")["pow_status"]["state"] == "GENERATING"
+    until(lambda: service.checked() > 0)
+    assert service.post("/phase/validate")["pow_status"]["state"] == "VALIDATING"
+    assert len(computed(service, [0, 1])) == 2
+
+
+def test_fault_02_defaults_of_the_api_are_the_librarys(service):
+    fields = InitRequest.model_fields
+    assert (fields["use_sign_flips"].default, fields["use_layer_hooks"].default) == (True, False)
+    service.post("/init", ROUND)
+    assert service.client.get(f"{PREFIX}/snapshot")
+    assert service.controller.progress.stored.preset == "poc-2.0"
+    service.post("/init", ROUND | {"public_key": "B", "use_sign_flips": False, "use_layer_hooks": True})
+    assert service.controller.progress.stored.preset == "layer-normalize"
+    service.post("/init", ROUND | {"public_key": "C", "use_layer_hooks": True}, status=422)
+
+
+def test_fault_03_init_without_ids_has_no_negative_nonces(service):
+    body = {name: value for name, value in ROUND.items() if name not in ("node_id", "node_count")}
+    service.post("/init", body)
+    service.post("/phase/generate")
+    until(lambda: service.checked() >= 8)
+    service.post("/stop")
+    found = service.client.get(f"{PREFIX}/status", params={"after": -1}).json()["valid_nonces"]
+    assert found
+    assert min(found) >= 0
+    service.post("/init/generate", body | {"public_key": "B"}, status=400)
+
+
+@pytest.mark.parametrize("call", ["init", "init/generate", "init/validate"])
+def test_fault_04_init_while_generating_is_refused_and_changes_nothing(service, call):
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() > 0)
+    service.post(f"/{call}", ROUND | {"block_hash": "block_beta"}, status=409)
+    before = service.checked()
+    until(lambda: service.checked() > before)
+    assert service.status()["config"]["block_hash"] == "block_alpha"
+
+
+@pytest.mark.parametrize("change", [{"block_hash": "block_beta"}, {"block_height": 8}])
+def test_fault_05_the_block_of_a_validation_is_honoured(service, change):
+    claim = CLAIM | {"nonces": [0], "dist": [1.4]}
+    service.post("/init/generate", ROUND)
+    service.post("/validate", claim, status=409)  # and the state is asked for
+    service.post("/phase/validate")
+    service.post("/validate", claim | change, status=409)
+    service.post("/validate", claim)
+
+
+def test_fault_06_the_binomial_rule_decides_and_not_one_flip(service):
+    service.post("/init/validate", ROUND | {"fraud_threshold": 0.01})
+    many = list(range(400))
+    honest = computed(service, many)
+    valid = [(n, d) for n, d in zip(many, honest, strict=True) if d < ROUND["r_target"]]
+    nonces, dist = [n for n, _ in valid], [d for _, d in valid]
+    clean = service.post("/validate", CLAIM | {"nonces": nonces, "dist": dist})
+    assert (clean["n_invalid"], clean["probability_honest"], clean["fraud_detected"]) == (0, 1.0, False)
+    flipped = [1.5, *dist[1:]]
+    one = service.post("/validate", CLAIM | {"nonces": nonces, "dist": flipped})
+    assert (one["n_invalid"], one["fraud_detected"]) == (1, False)
+    assert one["probability_honest"] == pytest.approx(1 - (1 - 5e-4) ** len(nonces), rel=1e-6)
+    two = service.post("/validate", CLAIM | {"nonces": nonces, "dist": [1.5, 1.5, *dist[2:]]})
+    assert (two["n_invalid"], two["fraud_detected"]) == (2, True)
+
+
+def test_fault_06_the_threshold_of_the_round_is_used(service):
+    service.post("/init/validate", ROUND | {"fraud_threshold": 1e-9})
+    assert not service.post("/validate", CLAIM | {"nonces": [0, 1], "dist": [1.5, 1.5]})["fraud_detected"]
+
+
+def test_fault_07_the_callback_url_survives_phases(service):
+    receiver = FlakyReceiver(trouble=0)
+    try:
+        service.post("/init/generate", ROUND | {"callback_url": receiver.url})
+        until(lambda: receiver.nonces())
+        service.post("/phase/validate")
+        service.post("/phase/generate")
+        before = max(receiver.nonces())
+        until(lambda: max(receiver.nonces()) > before)
+        service.post("/phase/validate")
+        service.post("/validate", CLAIM | {"nonces": [0], "dist": [1.4]})
+        until(lambda: any(path == "/validated" for path, _, _ in receiver.requests))
+    finally:
+        service.post("/stop")
+        until(lambda: service.controller.outbox.counts()["pending"] == 0)
+        receiver.close()
+
+
+def test_fault_08_without_a_receiver_nothing_piles_up_and_status_stays_small(service):
+    service.rig.pause = 0
+    service.post("/init/generate", ROUND | {"batch_size": 64})
+    until(lambda: service.status()["total_valid"] > 600)
+    service.post("/stop")
+    assert len(service.status()["valid_nonces"]) == len(service.status()["valid_distances"]) == 256
+    assert service.controller.outbox.counts() == {"pending": 0, "dead": 0}
+    page = service.client.get(f"{PREFIX}/status", params={"after": -1, "limit": 500}).json()["valid_nonces"]
+    rest = service.client.get(f"{PREFIX}/status", params={"after": page[-1], "limit": 10_000}).json()["valid_nonces"]
+    assert len(page) == 500
+    assert len(page + rest) == len(set(page + rest)) == service.status()["total_valid"]
+
+
+def test_fault_09_failed_callbacks_are_sent_again_and_stop_loses_none(service):
+    receiver = FlakyReceiver(trouble=1.0, patience=0.1, seed=3)
+    try:
+        service.post("/init/generate", ROUND | {"callback_url": receiver.url})
+        until(lambda: service.status()["total_valid"] > 20)
+        service.post("/stop")
+        owed = {n for n in service.client.get(f"{PREFIX}/status", params={"after": -1}).json()["valid_nonces"]}
+        receiver.trouble = 0.0
+        until(lambda: set(receiver.nonces()) >= owed)
+        until(lambda: service.controller.outbox.counts()["pending"] == 0)
+        assert sorted(receiver.nonces()) == sorted(owed)
+    finally:
+        receiver.close()
+
+
+def test_fault_10_generation_and_validation_work_in_process(rig, tmp_path):
+    host = FastAPI()
+    host.get("/v1/models")(lambda: {"data": ["theirs"]})
+    attach(host, Controller(rig.deployment, Settings(data_dir=tmp_path)))
+    with TestClient(host) as client:
+        until(lambda: client.post(f"{PREFIX}/init/generate", json=ROUND).status_code == 200)
+        until(lambda: client.get(f"{PREFIX}/status").json()["total_checked"] > 0)
+        assert client.post(f"{PREFIX}/phase/validate").status_code == 200
+        claim = CLAIM | {"nonces": [0], "dist": [1.4]}
+        assert client.post(f"{PREFIX}/validate", json=claim).status_code == 200
+        assert client.get("/v1/models").json() == {"data": ["theirs"]}
+        assert client.get("/health").status_code == 404
+
+
+def test_fault_11_a_long_batch_blocks_nothing(service):
+    service.rig.open.clear()
+    service.post("/init/generate", ROUND)
+    assert service.rig.entered.wait(10)
+    for _ in range(50):
+        assert service.client.get("/health").status_code == 200
+        assert service.status()["state"] == "GENERATING"
+    assert service.rig.batches == 1
+    assert service.post("/stop")["pow_status"]["state"] == "STOPPED"
+    assert service.checked() == 0
+
+
+def test_fault_12_the_engine_needs_no_attention_backend(service):
+    """The fake engine has neither attention nor layers: all the service knows is the Engine protocol."""
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() >= 8)
+
+
+def test_fault_13_an_engine_is_made_once_per_shape(service):
+    service.post("/init/generate", ROUND)
+    until(lambda: service.rig.batches >= 5)
+    assert set(service.rig.shapes) == {(4, 4)}
+    assert len(service.rig.shapes) <= 2  # the check of the request, and the round
+
+
+def test_fault_14_what_a_block_needs_is_made_once_per_phase(service, monkeypatch):
+    made = []
+    real = _prover.Transform
+    monkeypatch.setattr(_prover, "Transform", lambda *args, **kwargs: made.append(1) or real(*args, **kwargs))
+    service.post("/init/generate", ROUND)
+    until(lambda: service.rig.batches >= 5)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_fault_15_a_distance_that_is_no_number_ends_the_round(service, scale):
+    service.rig.scale = scale
+    service.post("/init/generate", ROUND)
+    until(lambda: service.status()["state"] == "STOPPED")
+    assert service.checked() == 0
+    assert "distance" in service.status()["error"]
+    assert service.client.get("/ready").status_code == 503
+    service.rig.scale = 1.0
+    service.post("/phase/generate")
+    until(lambda: service.checked() > 0)
+    assert service.status()["error"] is None
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "null", "1e999"])
+def test_fault_15_a_received_value_that_is_no_number_is_a_mismatch(service, value):
+    service.post("/init/validate", ROUND)
+    body = f'{{"block_hash":"block_alpha","block_height":7,"public_key":"k","nonces":[0],"dist":[{value}],"node_id":0}}'
+    answer = service.client.post(f"{PREFIX}/validate", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+    assert answer.json()["n_invalid"] == 1
+    assert answer.json()["residual_test"]["gross"] == 1
+
+
+def test_fault_16_generation_after_stop_is_the_same_computation(service):
+    service.post("/init/generate", ROUND | {"use_sign_flips": False, "use_layer_hooks": True})
+    until(lambda: service.checked() > 4)
+    service.post("/stop")
+    before = service.checked()
+    service.rig.layers.clear()
+    service.post("/phase/generate")
+    until(lambda: service.checked() > before)
+    assert service.rig.layers == ["normalize_reflect"]
+    service.post("/stop")
+    rows = service.controller.rounds.recent_valid(service.controller.progress.stored.id, limit=10_000)
+    nonces = [nonce for nonce, _ in rows]
+    assert nonces == sorted(set(nonces))
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status"),
+    [
+        ("/init/generate", {"batch_size": 2000}, 422),
+        ("/init/generate", {"seq_len": 513}, 422),
+        ("/init/generate", {"batch_size": 0}, 422),
+        ("/init/generate", {"node_id": 2**53 - 1, "node_count": 2**53 - 1, "n_groups": 2**53 - 1}, 422),
+        ("/validate", {"nonces": list(range(20_000)), "dist": [1.4] * 20_000}, 422),
+        ("/validate", {"nonces": [2**60], "dist": [1.4]}, 422),
+        ("/validate", {"nonces": [-1], "dist": [1.4]}, 422),
+        ("/validate", {"nonces": [1, 1], "dist": [1.4, 1.4]}, 422),
+        ("/validate", {"nonces": [1], "dist": []}, 422),
+        ("/validate", {"nonces": [1], "dist": ["1.4"]}, 422),
+        ("/validate", {"nonces": [1], "dist": [1.4], "public_key": "x" * 2_000_000}, 413),
+    ],
+)
+def test_fault_17_everything_has_a_bound(service, path, change, status):
+    service.post("/init/validate", ROUND)
+    body = (ROUND if path.startswith("/init") else CLAIM | {"nonces": [0], "dist": [1.4]}) | change
+    answer = service.post(path, body, status=status)
+    assert {"detail", "wanted", "do"} <= answer.keys()
+    assert len(str(answer)) < 5000
+
+
+def test_fault_17_validations_that_wait_are_bounded(serving):
+    with serving(max_waiting=2) as service:
+        service.post("/init/validate", ROUND)
+        service.rig.open.clear()
+        claim = CLAIM | {"nonces": [0], "dist": [1.4]}
+        answers = []
+        calls = [
+            threading.Thread(target=lambda: answers.append(service.client.post(f"{PREFIX}/validate", json=claim)))
+            for _ in range(6)
+        ]
+        for call in calls:
+            call.start()
+        until(lambda: len(answers) == 3)  # one runs, two wait
+        assert {answer.status_code for answer in answers} == {429}
+        assert all(int(answer.headers["retry-after"]) > 0 for answer in answers)
+        service.rig.open.set()
+        for call in calls:
+            call.join()
+        assert sorted(answer.status_code for answer in answers) == [200] * 3 + [429] * 3
+
+
+@pytest.mark.parametrize("path", ["/init/generate", "/stop", "/validate", "/generate", "/status", "/events"])
+def test_fault_18_a_service_with_keys_answers_nobody_without_one(serving, path):
+    with serving(api_keys=("k" * 20,)) as service:
+        method = "GET" if path in ("/status", "/events") else "POST"
+        assert service.client.request(method, PREFIX + path).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "url", ["http://169.254.169.254/latest", "http://127.0.0.1:1/", "file:///etc/passwd", "http://user:pw@8.8.8.8/"]
+)
+def test_fault_18_callbacks_do_not_reach_into_private_networks(serving, url):
+    with serving(allow_private_callbacks=False) as service:
+        service.post("/init/generate", ROUND | {"callback_url": url}, status=422)
+        service.post("/init/generate", ARTIFACTS | {"url": url}, status=422)
+        assert service.status()["state"] == "IDLE"
