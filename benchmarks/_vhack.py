@@ -1,4 +1,4 @@
-"""What the benchmarks of v_hack share: texts of set lengths, the sequential way, and a clock that waits for the device."""
+"""What the benchmarks of v_hack share: texts of set lengths, the sequential way, a clock that waits for the device."""
 
 import argparse
 import inspect
