@@ -22,7 +22,8 @@ __all__ = ["demo"]
 BLOCKS = ("block_alpha", "block_beta", "block_gamma")
 KEYS = ("node_A", "node_B", "node_C")
 SEQ_LEN = 64  # a quarter of the default: a demonstration should be over before coffee
-NONCES = 192
+NONCES = 96
+SAMPLE = 32
 DIMENSION = 8192
 
 
@@ -78,7 +79,7 @@ def _honest(model: "Model", progress: Callable[[int, int], None] | None) -> list
     cases = []
     for index, round in enumerate(rounds):
         proof = poc.prove(model, round, round.nonces(0, NONCES))
-        cases.append(Case(f"{round.block_hash} {round.public_key}", proof, poc.verify(proof, model)))
+        cases.append(Case(f"{round.block_hash} {round.public_key}", proof, poc.verify(proof, model, sample=SAMPLE)))
         if progress:
             progress((index + 1) * NONCES, len(rounds) * NONCES)
     return cases
@@ -104,7 +105,7 @@ def _cheats(model: "Model", honest: Sequence[Case], progress: Callable[[int, int
     cases = []
     for index, (name, attempt) in enumerate(attempts):
         proof = attempt()
-        cases.append(Case(name, proof, poc.verify(proof, model, expect=round)))
+        cases.append(Case(name, proof, poc.verify(proof, model, sample=SAMPLE, expect=round)))
         if progress:
             progress(index + 1, len(attempts))
     return cases

@@ -41,7 +41,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
         shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(shown)
+    # A pipe has no width of its own; 80 columns would fold names that a file has room for.
+    Console(width=None if sys.stdout.isatty() else 110).print(shown)
 
 
 class _Rate(ProgressColumn):

@@ -1,0 +1,28 @@
+"""The demonstration, on the bundled model, as a user sees it."""
+
+import json
+from pathlib import Path
+
+from assay.poc import Proof
+
+
+def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path: Path):
+    result = assay("demo", "-o", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    summary = json.loads(result.out)
+    assert summary["schema"] == "assay.demo/1"
+    assert [row["verdict"] for row in summary["honest"]] == ["honest"] * 9
+    assert [row["verdict"] for row in summary["cheaters"]] == ["fraud"] * 4
+    assert summary["all_as_expected"] is True
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "chord law" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert len(Proof.load(tmp_path / "out" / "proof.jsonl").records) == 96
+
+
+def test_demo_needs_a_folder_it_can_write(assay, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    result = assay("demo", "-o", tmp_path / "file")
+    assert result.code == 2
+    assert "wanted:" in result.err
