@@ -16,6 +16,7 @@ from assay.poc.service._delivery import Delivery
 from assay.poc.service._feed import Feed
 from assay.poc.service._local import LocalOnly
 from assay.poc.service._routes import operations_router, pow_router
+from assay.poc.service.dashboard import dashboard_router
 
 __all__ = ["attach", "create_app"]
 
@@ -42,6 +43,7 @@ def create_app(controller: Controller) -> FastAPI:
     )
     attach(app, controller, operations=True)
     app.include_router(_pages())
+    app.include_router(dashboard_router())
     if not controller.settings.has_keys:
         app.add_middleware(LocalOnly)
     return app
@@ -85,10 +87,6 @@ async def _running(controller: Controller, feed: Feed) -> AsyncIterator[None]:
 
 def _pages() -> APIRouter:
     router = APIRouter(include_in_schema=False)
-
-    @router.get("/")
-    async def dashboard() -> HTMLResponse:
-        return _page("dashboard/index.html")
 
     @router.get("/docs")
     async def docs() -> HTMLResponse:

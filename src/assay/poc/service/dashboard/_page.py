@@ -1,0 +1,56 @@
+"""Puts the page together from its parts, with a content security policy that allows exactly these parts."""
+
+import base64
+import hashlib
+from importlib import resources
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse
+
+__all__ = ["dashboard_router", "render_page"]
+
+SCRIPTS = ("stream.js", "words.js", "charts.js", "page.js")
+"""In the order in which one needs the other; the page holds them as one script."""
+
+
+def dashboard_router() -> APIRouter:
+    """Return the route ``/``. The page holds no data: it reads the event stream, which asks for a key."""
+    page, headers = render_page()
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    async def dashboard() -> HTMLResponse:
+        return HTMLResponse(page, headers=headers)
+
+    return router
+
+
+def render_page() -> tuple[str, dict[str, str]]:
+    """Return the page and the headers that it is served with.
+
+    Palette and type are those of the reports. Style and script are allowed by their hash, so that nothing else runs,
+    whatever a block hash or a key may hold.
+    """
+    style = _read("assay.reports", "report.css") + _read(__package__, "page.css")
+    script = "".join(_read(__package__, name) for name in SCRIPTS)
+    page = _read(__package__, "page.html").replace("/*style*/", style).replace("/*script*/", script)
+    policy = (
+        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return page, {
+        "Content-Security-Policy": policy,
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
+def _read(package: str, name: str) -> str:
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
+
+
+def _source(text: str) -> str:
+    """Return the hash that allows an inline element with this text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,242 @@
+// Shows each snapshot, and how fresh it is. Text goes in as text: nothing of a snapshot is ever read as HTML.
+
+const SCHEMA = "assay.poc.snapshot/1";
+const SPARK_SECONDS = 120;
+const MOST_POINTS = 400;
+const $ = (id) => document.getElementById(id);
+
+let shown = null; // the last snapshot
+let link = { state: "connecting" };
+let rates = []; // [seconds, rate] of the last two minutes
+let shares = []; // [checked, share] of this round since the page was opened
+let sharesOf = null; // the round they belong to
+
+function put(id, text) {
+  const node = $(id);
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function show(snapshot) {
+  shown = snapshot;
+  keepHistory(snapshot);
+  document.body.dataset.state = snapshot.state;
+  put("state", STATES[snapshot.state] ?? visible(snapshot.state));
+  showSentence();
+  showFigures(snapshot);
+  showRound(snapshot);
+  showVerdicts(snapshot.verdicts);
+  draw();
+}
+
+function keepHistory(snapshot) {
+  const { time, checked, round } = snapshot;
+  rates = rates.filter(([then]) => then > time - SPARK_SECONDS && then < time);
+  rates.push([time, snapshot.nonces_per_second]);
+  if (sharesOf !== round?.id || checked < (shares.at(-1)?.[0] ?? 0)) shares = [];
+  sharesOf = round?.id;
+  if (!checked || snapshot.valid_rate === null) return;
+  if (shares.at(-1)?.[0] === checked) shares.pop();
+  shares.push([checked, snapshot.valid_rate]);
+  if (shares.length > MOST_POINTS) shares = shares.filter((_, i) => i % 2 === 1 || i === shares.length - 1);
+}
+
+function showSentence() {
+  const [kind, words] = shown.schema === SCHEMA ? sentenceOf(shown) : ["undecided", "The service was changed since this page was loaded: load it again."];
+  $("sentence").className = `subtitle ${kind}`;
+  put("sentence", words);
+}
+
+function showFigures(snapshot) {
+  const { checked, valid, callbacks, jobs, model } = snapshot;
+  put("rate", rateOf(snapshot.nonces_per_second));
+  put("checked", count(checked));
+  put("checked-note", snapshot.next_nonce === null ? "\u00a0" : `next nonce ${count(snapshot.next_nonce)}`);
+  put("valid", count(valid));
+  put("valid-note", snapshot.valid_rate === null ? "\u00a0" : percent(snapshot.valid_rate));
+  put("pending", count(callbacks.pending));
+  put("dead", callbacks.dead ? `✕ ${plural(callbacks.dead, "dead letter")}` : "no dead letters");
+  $("dead").classList.toggle("fail", callbacks.dead > 0);
+  put("model", model ? `${visible(model.reference)}, ${model.dtype}, ${model.digest.slice(0, 12)}` : "not loaded");
+  put("jobs", `${count(jobs.queued)} queued, ${count(jobs.running)} running`);
+  put("uptime", duration(snapshot.uptime_seconds));
+  put("version", `assay ${snapshot.version}`);
+}
+
+function showRound({ round, seconds }) {
+  $("round").hidden = !round;
+  $("no-round").hidden = Boolean(round);
+  if (!round) return;
+  putName("block", round.block_hash, 80);
+  putName("key-of-round", round.public_key, 80);
+  put("height", count(round.block_height));
+  put("share", shareOf(round));
+  put("preset", `${round.preset}, r_target ${round.r_target}`);
+  put("shape", `${round.batch_size} × ${round.seq_len} positions`);
+  put("begun", moment(round.created_at));
+  put("seconds", duration(seconds));
+}
+
+function shareOf({ node_id: node, node_count: nodes, group_id: group, n_groups: groups }) {
+  const stride = nodes * groups;
+  if (stride === 1) return "all nonces";
+  const name = groups > 1 ? `node ${node} of ${nodes}, group ${group} of ${groups}` : `node ${node} of ${nodes}`;
+  return `${name}: ${count(node + group * nodes)}, ${count(node + group * nodes + stride)}, …`;
+}
+
+/** A stranger's text, isolated so that its writing direction stays its own; whole in the tooltip. */
+function name(text, most) {
+  const node = document.createElement("bdi");
+  node.textContent = shorten(text, most);
+  if (node.textContent !== text) node.title = visible(text);
+  return node;
+}
+
+function putName(id, text, most) {
+  const fresh = name(text, most);
+  if ($(id).firstChild?.textContent !== fresh.textContent) $(id).replaceChildren(fresh);
+}
+
+function showVerdicts(verdicts) {
+  $("verdicts").hidden = !verdicts.length;
+  $("no-verdicts").hidden = verdicts.length > 0;
+  $("verdict-rows").replaceChildren(...verdicts.map(verdictRow));
+}
+
+function verdictRow(verdict) {
+  const fraud = verdict.fraud_detected || verdict.verdict === "fraud";
+  const [kind, mark, word] = fraud ? ["fail", "✕", "fraud"] : verdict.verdict === "honest" ? ["pass", "✓", "honest"] : ["undecided", "?", "undecided"];
+  const row = document.createElement("tr");
+  const rule = verdict.fraud_detected ? "by the count" : fraud ? "by the residuals" : "";
+  row.append(
+    cell("", part("badge " + kind, part("mark", mark), word), rule && part("note", rule)),
+    cell("names", part("", name(verdict.public_key, 40)), part("note", name(verdict.block_hash, 40))),
+    cell("n", `${count(verdict.n_invalid)} of ${count(verdict.n)}`, part("note", chance(verdict.probability_honest))),
+    cell("n", moment(verdict.time)),
+  );
+  return row;
+}
+
+function chance(probability) {
+  if (probability < 0) return "";
+  return `p ${probability >= 0.001 ? probability.toFixed(3) : probability.toExponential(0).replace("-", "−")}`;
+}
+
+function cell(className, ...children) {
+  const node = document.createElement("td");
+  node.className = className;
+  node.append(...children);
+  return node;
+}
+
+function part(className, ...children) {
+  const node = document.createElement("span");
+  node.className = className;
+  node.append(...children);
+  return node;
+}
+
+function draw() {
+  if (!shown || $("main").hidden) return;
+  drawSpark($("spark"), rates, SPARK_SECONDS);
+  drawRate();
+  const { histogram, checked, round } = shown;
+  put("histogram-reading", histogramReading());
+  if (histogram && checked) drawHistogram($("histogram"), histogram, checked, round.r_target);
+  else drawNothing($("histogram"), nothingYet());
+}
+
+function drawRate() {
+  const judged = judgeRate(shown);
+  if (!judged || !shares.length) {
+    put("rate-reading", nothingYet());
+    return drawNothing($("funnel"), "–");
+  }
+  const { valid_rate: rate, expected_rate: law, expected_rate_error: error } = shown;
+  const [kind, mark, words] = judged;
+  $("rate-reading").replaceChildren(
+    `${percent(rate)} measured, ${percent(law)} ± ${(100 * error).toFixed(2)} expected. `,
+    part("badge " + kind, part("mark", mark), words),
+  );
+  return drawFunnel($("funnel"), shares, law);
+}
+
+function nothingYet() {
+  if (!shown.round) return "No round yet.";
+  if (shown.checked && shown.ready) return "This round publishes vectors, which have no distance.";
+  return shown.checked ? "Shown once the model is loaded." : "No nonces yet.";
+}
+
+function histogramReading() {
+  const { histogram, checked } = shown;
+  if (!histogram || !checked) return nothingYet();
+  const outside = histogram.below + histogram.above;
+  return `${plural(checked, "distance")} over what the chord law expects, ${outside ? count(outside) : "none"} outside the picture.`;
+}
+
+function showLink(now) {
+  const before = link.state;
+  link = now;
+  document.body.dataset.link = now.state;
+  if (now.state === "key") $("key-reason").textContent = feed.hasKey ? `That key was refused: ${now.reason}.` : "A key that may read is enough.";
+  const asks = now.state === "key" || (now.state === "connecting" && !$("key-form").hidden && !shown);
+  $("key-form").hidden = !asks;
+  $("main").hidden = asks;
+  $("forget").hidden = !feed.hasKey || asks;
+  if (now.state === "key" && before !== "key") {
+    put("state", "Locked");
+    $("sentence").className = "subtitle";
+    put("sentence", "Give a key to see what the service does.");
+    $("key").focus();
+  }
+  showFreshness();
+  const said = { live: "Connected.", stale: "The service is silent.", lost: "Disconnected.", key: "A key is needed." };
+  if (before !== now.state) put("spoken", said[now.state] ?? "");
+}
+
+/** The corner of the page and the title; once a second, because a wait is counted down. */
+function showFreshness() {
+  const words = { connecting: "Connecting", live: "Live", stale: "Stale", lost: "Disconnected", key: "Key needed" };
+  const state = shown ? (STATES[shown.state] ?? "") : "";
+  put("link-text", words[link.state]);
+  if (link.state === "live") {
+    if (shown) document.title = `${state} ${shown.state === "GENERATING" ? `${rateOf(shown.nonces_per_second)}/s ` : ""}· assay`;
+    return;
+  }
+  document.title = `${words[link.state]} · assay`;
+  if (link.state !== "stale" && link.state !== "lost") return;
+  const since = shown ? ` What you see is ${duration(Date.now() / 1000 - seenAt)} old.` : "";
+  const next = link.retryAt ? ` Next attempt in ${Math.max(1, Math.ceil((link.retryAt - Date.now()) / 1000))}${THIN}s.` : "";
+  const reason = link.state === "stale" ? "The connection is open, but nothing comes." : `No connection: ${link.reason}.`;
+  if (!shown) put("state", "No connection");
+  $("sentence").className = "subtitle fail";
+  put("sentence", reason + since + next);
+}
+
+let seenAt = 0; // by the clock of this machine, which the service's may differ from
+
+const feed = new Feed(
+  "api/v1/pow/events",
+  (snapshot) => {
+    seenAt = Date.now() / 1000;
+    show(snapshot);
+    showFreshness();
+  },
+  showLink,
+);
+
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const key = $("key").value.trim();
+  $("key").value = "";
+  if (/^[\x21-\x7e]+$/.test(key)) feed.useKey(key);
+  else put("key-reason", "A key has only visible ASCII characters.");
+});
+$("forget").addEventListener("click", () => {
+  feed.useKey("");
+  location.reload();
+});
+addEventListener("online", () => feed.retryNow());
+document.addEventListener("visibilitychange", () => document.hidden || link.state !== "lost" || feed.retryNow());
+setInterval(showFreshness, 1000);
+new ResizeObserver(draw).observe($("main"));
+feed.run();
