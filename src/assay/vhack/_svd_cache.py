@@ -164,7 +164,7 @@ def _load_or_make(name: str, weight: Tensor, dtype: torch.dtype, method: str, ca
     if cache is not None:
         key = hashlib.sha256(f"{_FORMAT}\n{tensor_digest(weight)}\n{dtype}\n{method}".encode()).hexdigest()
         path = cache / "svd" / f"{key}.safetensors"
-        stored = _read(path, weight)
+        stored = _read(path, weight, dtype)
         if stored is not None:
             return stored
     try:
@@ -176,15 +176,19 @@ def _load_or_make(name: str, weight: Tensor, dtype: torch.dtype, method: str, ca
     return factors
 
 
-def _read(path: Path, weight: Tensor) -> Factors | None:
-    """The factors in a file; None where there is no whole file, which is then written again."""
+def _read(path: Path, weight: Tensor, dtype: torch.dtype) -> Factors | None:
+    """The factors in a file; None where there is no whole file of this matrix, which is then written again."""
     try:
         with safe_open(path, framework="pt") as reader:
             metadata = reader.metadata() or {}
-            left, values, right = (reader.get_tensor(name).to(weight.device) for name in ("left", "values", "right"))
-            return Factors(left, values, right, float(metadata["residual"]), float(metadata["orthogonality"]))
+            parts = [reader.get_tensor(name).to(weight.device) for name in ("left", "values", "right")]
+            errors = float(metadata["residual"]), float(metadata["orthogonality"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
+    rank = min(weight.shape)
+    fits = [part.shape for part in parts] == [(weight.shape[0], rank), (rank,), (rank, weight.shape[1])]
+    sound = fits and parts[0].dtype == parts[2].dtype == dtype and all(torch.isfinite(part).all() for part in parts)
+    return Factors(*parts, *errors) if sound else None
 
 
 def _write(path: Path, factors: Factors) -> None:

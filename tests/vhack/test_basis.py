@@ -1,0 +1,368 @@
+"""Axes from synthetic gradients, where the truth is known, and what becomes of a basis on disk."""
+
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from assay.errors import DataError, StorageError, UsageError
+from assay.vhack import Basis, Origin, PairGradients, basis_from_gradients, cin, cin_over_modules, principal_angles
+from assay.vhack._axes import shrinkage
+
+N, R = 10, 200
+
+
+def planted(seed, strength, noise=1.0, n=N, r=R):
+    """Hack and clean gradients of one module: noise, and on the hack side ``strength`` along the first coordinate."""
+    generator = torch.Generator().manual_seed(seed)
+    hack, clean = noise / math.sqrt(2) * torch.randn(2, n, r, generator=generator)
+    hack[:, 0] += strength
+    return {"m": hack}, {"m": clean}
+
+
+def test_axes_are_the_singular_rows_of_the_differences():
+    hack, clean = planted(0, 3.0)
+    basis = basis_from_gradients(hack, clean)
+    _, values, rows = torch.linalg.svd(hack["m"] - clean["m"], full_matrices=False)
+    assert torch.allclose(basis.singular_values["m"], values, rtol=1e-5)
+    assert torch.allclose((basis.axes["m"] * rows).sum(dim=1).abs(), torch.ones(N), atol=1e-5)
+    assert torch.allclose(basis.axes["m"] @ basis.axes["m"].T, torch.eye(N), atol=1e-6)
+    assert basis.axes["m"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("strength", [8.0, 4.0])
+def test_a_planted_axis_is_recovered_as_well_as_theory_says(strength):
+    # Benaych-Georges and Nadakuditi (2012): with θ² = N·strength²/(R·σ²) and c = N/R, the squared cosine between the
+    # planted and the first right singular vector tends to 1 − (c + θ²)/(θ²(θ² + 1)).
+    theta2, c = N * strength**2 / R, N / R
+    expected = {
+        "svd": 1 - (c + theta2) / (theta2 * (theta2 + 1)),
+        "mean-diff": 1 / (1 + (R - 1) / (N * strength**2)),
+    }
+    for method, square in expected.items():
+        squares = torch.tensor(
+            [
+                float(basis_from_gradients(*planted(seed, strength), method=method).axes["m"][0, 0])
+                for seed in range(200)
+            ]
+        )
+        assert (squares > 0).all()  # it points hack-ward
+        # The law is one for N and R to infinity; at this size its own error is below 0.01.
+        assert (squares**2).mean().item() == pytest.approx(square, abs=0.01)
+
+
+def test_held_out_cin_sees_a_planted_axis_and_nothing_in_noise():
+    shares = {}
+    for strength in (4.0, 0.0):
+        rows = []
+        for seed in range(200):
+            basis = basis_from_gradients(*planted(seed, strength)).slice(5)
+            fresh, _ = planted(10_000 + seed, strength)
+            inside, _ = planted(seed, strength)
+            rows.append([float(cin(part["m"], basis.axes["m"]).square().mean()) for part in (fresh, inside)])
+        shares[strength] = torch.tensor(rows).mean(dim=0)
+    # A fresh gradient has half of its square energy along any axis one-sidedly: k/(2R) of noise along 5 axes.
+    assert shares[0.0][0].item() == pytest.approx(5 / (2 * R), rel=0.15)
+    # On the pairs it was made from even noise looks like signal: why no test may use them.
+    assert shares[0.0][1] > 8 * shares[0.0][0]
+    expected = 4.0**2 / (4.0**2 + R / 2)
+    first_axis = 1 - (0.05 + 0.8) / (0.8 * 1.8)  # the law above for θ² = 0.8 and c = 0.05
+    assert first_axis * expected < shares[4.0][0] < expected + 5 / (2 * R)
+
+
+def test_axes_point_where_most_pairs_are():
+    axis = torch.zeros(R)
+    axis[3] = 1.0
+    signs = torch.tensor([-1.0] * 7 + [9.0] * 3)  # the mean would point the other way
+    basis = basis_from_gradients({"m": signs[:, None] * axis}, {"m": torch.zeros(N, R)}, top_k=1)
+    assert torch.allclose(basis.axes["m"][0], -axis, atol=1e-6)
+    assert basis.votes["m"].tolist() == [[7, 3]]
+    assert basis.confidence["m"].tolist() == pytest.approx([0.7])
+    assert basis.undecided == []
+
+
+def test_a_tie_is_reported():
+    differences = torch.zeros(4, R)
+    differences[:2, 0], differences[2:, 0] = 2.0, -1.0
+    basis = basis_from_gradients({"m": differences}, {"m": torch.zeros(4, R)}, top_k=2)
+    assert basis.undecided == [("m", 0)]
+    assert basis.confidence["m"].tolist() == [0.5, 0.5]
+    assert basis.axes["m"][0, 0] > 0  # turned by the mean, so that it does not depend on the library
+    assert not basis.slice(2, decided_only=True).axes["m"].any()
+
+
+def test_rows_that_the_data_cannot_fill_are_zero():
+    hack = torch.zeros(5, R)
+    hack[:, 1] = torch.arange(1.0, 6.0)
+    basis = basis_from_gradients(
+        {"m": hack, "still": torch.ones(5, 3)}, {"m": torch.zeros(5, R), "still": torch.ones(5, 3)}
+    )
+    assert basis.axes["m"].shape == (5, R)
+    assert basis.axes["m"][0].norm() == pytest.approx(1.0)
+    assert not basis.axes["m"][1:].any()
+    assert not basis.axes["still"].any()
+    assert not basis.singular_values["still"].any()
+    assert all(torch.isfinite(axes).all() for axes in basis.axes.values())
+
+
+def test_top_k_and_fewer_pairs():
+    hack, clean = planted(1, 2.0)
+    assert basis_from_gradients(hack, clean, top_k=4).axes["m"].shape == (4, R)
+    assert basis_from_gradients(hack, clean, top_k=99).axes["m"].shape == (N, R)
+    one = basis_from_gradients({"m": hack["m"][:1]}, {"m": clean["m"][:1]})
+    assert one.axes["m"].shape == (1, R)
+
+
+def test_weak_axes_are_zeroed():
+    hack, clean = planted(2, 20.0)
+    whole = basis_from_gradients(hack, clean)
+    cut = basis_from_gradients(hack, clean, tau_axis=0.3)
+    weak = whole.singular_values["m"] < 0.3 * whole.singular_values["m"][0]
+    assert 0 < weak.sum() < len(weak)
+    assert not cut.axes["m"][weak].any()
+    assert torch.equal(cut.axes["m"][~weak], whole.axes["m"][~weak])
+    assert torch.equal(cut.singular_values["m"], whole.singular_values["m"])
+    assert torch.equal(whole.slice(12, 0.3).axes["m"], cut.axes["m"])
+
+
+def test_slice():
+    basis = basis_from_gradients(*planted(2, 3.0))
+    three = basis.slice(3)
+    assert torch.equal(three.axes["m"], basis.axes["m"][:3])
+    assert len(three.singular_values["m"]) == len(three.votes["m"]) == 3
+    assert basis.slice(99).axes["m"].shape == basis.axes["m"].shape
+    for wrong in ({"k_use": 0}, {"tau_axis": 1.5}, {"tau_axis": float("nan")}):
+        with pytest.raises(UsageError):
+            basis.slice(**wrong)
+
+
+def test_lda_finds_a_weak_axis_beside_strong_nuisance():
+    # Two coordinates vary wildly on both sides; the hack moves a third a little.
+    def made(seed, n=40):
+        generator = torch.Generator().manual_seed(seed)
+        hack, clean = torch.randn(2, n, 60, generator=generator)
+        for side in (hack, clean):
+            side[:, :2] *= 30
+        hack[:, 5] += 3.0
+        return {"m": hack}, {"m": clean}
+
+    by = {method: basis_from_gradients(*made(0), method=method) for method in ("svd", "lda")}
+    assert abs(by["svd"].axes["m"][0, 5]) < 0.1
+    assert by["lda"].axes["m"][0, 5] > 0.8
+    assert torch.allclose(by["lda"].axes["m"] @ by["lda"].axes["m"].T, torch.eye(12), atol=1e-5)
+
+
+def test_lda_equals_the_formula_written_out():
+    hack, clean = planted(4, 2.0, n=8, r=20)
+    basis = basis_from_gradients(hack, clean, method="lda", top_k=3)
+    rows = clean["m"].double()
+    covariance = torch.cov(rows.T, correction=0)
+    share = shrinkage((rows - rows.mean(0)) @ (rows - rows.mean(0)).T, 20)
+    shrunk = (1 - share) * covariance + share * covariance.trace() / 20 * torch.eye(20)
+    values, vectors = torch.linalg.eigh(shrunk)
+    root = (vectors * values.rsqrt()) @ vectors.T
+    _, singular, right = torch.linalg.svd((hack["m"] - clean["m"]).double() @ root, full_matrices=False)
+    wanted = torch.linalg.qr((right[:3] @ root).T).Q.T
+    assert torch.allclose(basis.singular_values["m"].double(), singular[:3], rtol=1e-4)
+    assert torch.allclose((basis.axes["m"].double() * wanted).sum(1).abs(), torch.ones(3).double(), atol=1e-4)
+
+
+def test_shrinkage_is_that_of_ledoit_and_wolf():
+    rows = torch.randn(9, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows -= rows.mean(0)
+    sample = rows.T @ rows / 9
+    mu = sample.trace() / 30
+    distance = (sample - mu * torch.eye(30)).square().sum()
+    spread = sum((torch.outer(row, row) - sample).square().sum() for row in rows) / 81
+    assert shrinkage(rows @ rows.T, 30) == pytest.approx(float(min(spread / distance, torch.tensor(1.0))))
+
+
+def test_leaving_a_group_out_equals_extracting_without_it():
+    hack, clean = planted(5, 3.0)
+    groups = [f"g{index % 3}" for index in range(N)]
+    gradients = PairGradients(hack, clean, groups=groups, keys=[f"p{index}" for index in range(N)])
+    for method in ("svd", "mean-diff", "lda"):
+        seen = []
+        for left_out, basis in gradients.leave_one_group_out(method=method):
+            keep = [index for index in range(N) if groups[index] != left_out]
+            direct = basis_from_gradients({"m": hack["m"][keep]}, {"m": clean["m"][keep]}, method=method)
+            assert torch.allclose(basis.axes["m"], direct.axes["m"], atol=1e-5)
+            assert set(basis.origin.groups) == set(groups) - {left_out}
+            assert basis.origin.pairs == tuple(f"p{index}" for index in keep)
+            seen.append(left_out)
+        assert seen == ["g0", "g1", "g2"]
+
+
+def test_more_pairs_can_be_added():
+    hack, clean = planted(6, 3.0)
+    halves = [
+        PairGradients({"m": hack["m"][part]}, {"m": clean["m"][part]}, keys=[str(index) for index in range(N)][part])
+        for part in (slice(0, 6), slice(6, N))
+    ]
+    for half in halves:
+        half.grams(), half.grams(clean=True)
+    joined = halves[0].extended(halves[1])
+    direct = PairGradients(hack, clean)
+    for clean_side in (False, True):
+        assert torch.allclose(joined.grams(clean=clean_side)["m"], direct.grams(clean=clean_side)["m"], rtol=1e-10)
+    assert torch.allclose(joined.basis().axes["m"], direct.basis().axes["m"], atol=1e-6)
+    assert joined.keys == direct.keys
+    with pytest.raises(UsageError, match="pair 0 twice"):
+        joined.extended(halves[0])
+    other = PairGradients({"x": hack["m"]}, {"x": clean["m"]}, keys=[f"n{index}" for index in range(N)])
+    with pytest.raises(UsageError, match="other modules"):
+        joined.extended(other)
+
+
+def test_gradients_that_do_not_fit_are_refused():
+    hack, clean = planted(0, 1.0)
+    with pytest.raises(UsageError, match="different modules, numbers or shapes"):
+        basis_from_gradients(hack, {"m": clean["m"][:3]})
+    with pytest.raises(UsageError, match="different modules"):
+        basis_from_gradients(hack, {"x": clean["m"]})
+    with pytest.raises(UsageError, match="2 keys"):
+        PairGradients(hack, clean, keys=["a", "b"])
+    with pytest.raises(UsageError, match="method='pca'"):
+        basis_from_gradients(hack, clean, method="pca")
+    with pytest.raises(UsageError, match="2 pairs for lda"):
+        basis_from_gradients({"m": hack["m"][:2]}, {"m": clean["m"][:2]}, method="lda")
+    with pytest.raises(UsageError, match="0 axes"):
+        basis_from_gradients(hack, clean, top_k=0)
+    with pytest.raises(UsageError, match="1 group"):
+        next(PairGradients(hack, clean, groups=["g"] * N).leave_one_group_out())
+    with pytest.raises(DataError, match="same gradients in every module"):
+        basis_from_gradients(hack, hack)
+
+
+@pytest.mark.parametrize("side", ["hack", "clean"])
+def test_a_gradient_that_is_not_finite_is_named(side):
+    sides = dict(zip(("hack", "clean"), planted(0, 1.0), strict=True))
+    sides[side]["m"][4, 7] = float("nan")
+    with pytest.raises(DataError, match=f"pair 4, {side} side, is not finite in m"):
+        basis_from_gradients(**sides)
+
+
+def test_cin_by_hand():
+    axes = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    gradients = torch.tensor([[3.0, -4.0, 0.0], [0.0, 0.0, 2.0], [3.0, 4.0, 12.0], [0.0, 0.0, 0.0]])
+    assert cin(gradients, axes).tolist() == pytest.approx([0.6, 0.0, 5 / 13, 0.0])
+    assert cin(gradients, axes, two_sided=True).tolist() == pytest.approx([1.0, 0.0, 5 / 13, 0.0])
+    assert cin(gradients, torch.cat([axes, torch.zeros(3, 3)])).tolist() == cin(gradients, axes).tolist()
+
+
+def test_cin_over_modules():
+    basis = Basis({"a": torch.eye(2)[:1], "b": torch.eye(3)[:1]}, {}, {})
+    gradients = {"a": torch.tensor([[3.0, 4.0]]), "b": torch.tensor([[-12.0, 0.0, 5.0]]), "c": torch.ones(1, 1)}
+    assert cin_over_modules(gradients, basis).tolist() == pytest.approx([0.3])
+    assert cin_over_modules(gradients, basis, two_sided=True).tolist() == pytest.approx([(0.6 + 12 / 13) / 2])
+    assert cin_over_modules(gradients, basis, weighting="energy").tolist() == pytest.approx([3 / math.sqrt(194)])
+    with pytest.raises(UsageError, match="no gradients of b"):
+        cin_over_modules({"a": gradients["a"]}, basis)
+    with pytest.raises(UsageError, match="weighting"):
+        cin_over_modules(gradients, basis, weighting="loud")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    hack, clean = planted(7, 4.0)
+    origin = Origin(model="some/model", weights="abc", dtype="bfloat16", factors="float32")
+    gradients = PairGradients(hack, clean, keys=[f"key{index}" for index in range(N)], origin=origin)
+    basis = gradients.basis(tau_axis=0.1)
+    basis.save(tmp_path / "basis.safetensors")
+    return basis, tmp_path / "basis.safetensors"
+
+
+def test_a_file_gives_the_basis_back(saved):
+    basis, path = saved
+    again = Basis.load(path, k_use=None)
+    assert again.origin == basis.origin
+    for part in ("axes", "singular_values", "votes"):
+        assert torch.equal(getattr(again, part)["m"], getattr(basis, part)["m"])
+    assert torch.equal(Basis.load(path).axes["m"], basis.axes["m"][:5])
+
+
+def test_the_file_has_the_published_schema(saved):
+    basis, path = saved
+    tensors = load_file(path)
+    assert sorted(tensors) == ["_sv/m", "m"]
+    assert tensors["m"].shape == (N, R)
+    assert tensors["_sv/m"].shape == (N,)
+    with safe_open(path, "pt") as reader:
+        metadata = reader.metadata()
+    assert metadata["schema"] == "v2_with_sv"
+    assert (metadata["model"], metadata["dtype"], metadata["top_k"], metadata["tau_axis"]) == (
+        "some/model",
+        "bfloat16",
+        "12",
+        "0.1",
+    )
+    assert metadata["weights_sha256"] == "abc"
+    assert metadata["pairs_sha256"] == basis.origin.pairs_digest
+    assert metadata["settings_sha256"] == basis.origin.settings_digest
+
+
+@pytest.mark.parametrize(
+    ("expect", "message"),
+    [
+        ({"method": "lda"}, "made for other method: 'svd'"),
+        ({"top_k": 4}, "made for other top_k: 12"),
+        ({"tau_axis": 0.0}, "made for other tau_axis: 0.1"),
+        ({"dtype": "float32"}, "made for other dtype: 'bfloat16'"),
+        ({"rank": 64}, "made for other rank: None"),
+        ({"factors": "bfloat16"}, "made for other factors: 'float32'"),
+        ({"given": ("key0",)}, "made for other pairs"),
+    ],
+)
+def test_other_settings_are_refused_by_name(saved, expect, message):
+    with pytest.raises(DataError, match=message):
+        Basis.load(saved[1], expect=expect)
+
+
+def test_a_model_without_these_modules_is_refused(saved, small_model):
+    with pytest.raises(DataError, match="made for other model: axes of m with 200"):
+        Basis.load(saved[1], small_model)
+
+
+def test_damaged_files_are_refused(saved, tmp_path):
+    _, path = saved
+    tensors = load_file(path)
+    with safe_open(path, "pt") as reader:
+        metadata = reader.metadata()
+    bad = tmp_path / "bad.safetensors"
+    cases = [
+        (tensors, None, "no basis"),
+        (tensors, metadata | {"schema": "v1"}, "schema 'v1'"),
+        ({"m": tensors["m"]}, metadata, "no basis"),
+        (tensors | {"m": tensors["m"][:3].clone()}, metadata, "m has axes"),
+        (tensors | {"m": torch.full_like(tensors["m"], torch.nan)}, metadata, "NaN"),
+        (tensors, metadata | {"votes": "{}"}, "no basis"),
+        (tensors, metadata | {"votes": "x"}, "no basis"),
+        (tensors, metadata | {"top_k": "many"}, "no basis"),
+        (tensors, metadata | {"pairs": '["another"]'}, "hashes"),
+        (tensors, metadata | {"method": "lda"}, "hashes"),
+    ]
+    for parts, facts, message in cases:
+        save_file(parts, bad, facts)
+        with pytest.raises(DataError, match=message):
+            Basis.load(bad)
+    bad.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match="cannot be read"):
+        Basis.load(bad)
+    with pytest.raises(DataError, match="cannot be read"):
+        Basis.load(tmp_path / "missing")
+
+
+def test_a_basis_that_cannot_be_written_leaves_nothing(saved, tmp_path):
+    with pytest.raises(StorageError):
+        saved[0].save(tmp_path / "nowhere" / "basis.safetensors")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_axes_are_stable_under_small_changes():
+    hack, clean = planted(9, 6.0)
+    first = basis_from_gradients(hack, clean, top_k=1)
+    moved = {"m": hack["m"] + 1e-4 * torch.randn(N, R, generator=torch.Generator().manual_seed(1))}
+    second = basis_from_gradients(moved, clean, top_k=1)
+    assert principal_angles(first.axes["m"], second.axes["m"]).item() < 1e-3
