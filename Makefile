@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check format gpu-test gpu-bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,16 @@ check: $(READY)  ## lint, format, types and import rules
 format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# On the GPU machine there is no virtual environment: its own python has torch with CUDA.
+GPU_PYTHON ?= PYTHONPATH=src python3
+OUT ?= benchmarks/results
+
+gpu-test:  ## run the tests that need a CUDA device, with the python that has one
+	$(GPU_PYTHON) -m pytest -m gpu -p no:benchmark tests/streams tests/models -rs
+
+gpu-bench:  ## measure on a CUDA device; result files go to OUT
+	$(GPU_PYTHON) benchmarks/gpu_normals.py -o $(OUT)/gpu_normals.json
 
 clean:  ## remove everything that was made
 	rm -rf $(VENV) .venv-vllm demo build dist .bench

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 
 from assay.errors import BackendUnavailable, UsageError
@@ -40,12 +39,13 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
 
 
 def _create(name: str, device: str) -> Backend:
-    module = f"assay.streams._{name}"
-    if importlib.util.find_spec(module) is None:
+    try:
+        module = importlib.import_module(f"assay.streams._{name}")
+    except ImportError as error:
         raise BackendUnavailable(
-            f"backend {name} is not part of this installation",
-            wanted=f"the module {module}",
+            f"backend {name}: {error}",
+            wanted=f"the packages of backend {name}; triton comes with the CUDA builds of torch",
             do="use backend auto, which takes the fastest one that is there",
-        )
-    backend: Backend = importlib.import_module(module).create(device)
+        ) from error
+    backend: Backend = module.create(device)
     return backend
