@@ -181,14 +181,14 @@ def _read(path: Path, weight: Tensor, dtype: torch.dtype) -> Factors | None:
     try:
         with safe_open(path, framework="pt") as reader:
             metadata = reader.metadata() or {}
-            parts = [reader.get_tensor(name).to(weight.device) for name in ("left", "values", "right")]
-            errors = float(metadata["residual"]), float(metadata["orthogonality"])
+            left, values, right = (reader.get_tensor(name).to(weight.device) for name in ("left", "values", "right"))
+            found = Factors(left, values, right, float(metadata["residual"]), float(metadata["orthogonality"]))
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
     rank = min(weight.shape)
-    fits = [part.shape for part in parts] == [(weight.shape[0], rank), (rank,), (rank, weight.shape[1])]
-    sound = fits and parts[0].dtype == parts[2].dtype == dtype and all(torch.isfinite(part).all() for part in parts)
-    return Factors(*parts, *errors) if sound else None
+    fits = (left.shape, values.shape, right.shape) == ((weight.shape[0], rank), (rank,), (rank, weight.shape[1]))
+    finite = all(bool(torch.isfinite(part).all()) for part in (left, values, right))
+    return found if fits and finite and left.dtype == right.dtype == dtype else None
 
 
 def _write(path: Path, factors: Factors) -> None:

@@ -1,0 +1,223 @@
+"""From pairs to a basis: what is used, what is held out, what is refused, and when a file is used again."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from assay.errors import DataError, UsageError
+from assay.vhack import (
+    Basis,
+    Pair,
+    _extract,
+    basis_from_gradients,
+    extract,
+    load_or_extract,
+    pair_gradients,
+    per_sample_gradients,
+    principal_angles,
+    split_pairs,
+    weights_digest,
+)
+
+
+@pytest.fixture
+def basis(small_model, byte_tokenizer, small_pairs, small_svd):
+    return extract(small_model, byte_tokenizer, small_pairs, svd=small_svd, n_heldout=2)
+
+
+def test_a_basis_is_made_of_the_differences(small_model, byte_tokenizer, small_pairs, small_svd, basis):
+    sides = [
+        per_sample_gradients(
+            small_model, byte_tokenizer, [pair.samples()[side] for pair in small_pairs[:6]], svd=small_svd
+        )
+        for side in (0, 1)
+    ]
+    wanted = basis_from_gradients(*sides)
+    assert list(basis.axes) == list(small_svd)
+    for name, axes in basis.axes.items():
+        assert axes.shape == (6, small_svd[name].rank)
+        assert principal_angles(axes[:2], wanted.axes[name][:2]).max() < 1e-3
+        assert torch.allclose(basis.singular_values[name], wanted.singular_values[name], rtol=1e-3)
+
+
+def test_the_origin_says_what_it_was_made_from(small_model, small_pairs, basis):
+    origin = basis.origin
+    assert origin.pairs == tuple(pair.key for pair in small_pairs[:6])
+    assert origin.groups == tuple(pair.group for pair in small_pairs[:6])
+    assert origin.weights == weights_digest(small_model)
+    assert (origin.model, origin.dtype, origin.factors) == (small_model.reference, "float32", "float32")
+    assert (origin.rank, origin.top_k, origin.tau_axis, origin.method) == (None, 12, 0.0, "svd")
+    assert origin.skipped == ()
+
+
+def test_a_model_brings_its_own_tokenizer(small_model, byte_tokenizer, small_pairs, small_svd, basis):
+    whole = replace(small_model, tokenizer=byte_tokenizer)
+    again = extract(whole, None, small_pairs, svd=small_svd, n_heldout=2)
+    assert all(torch.equal(axes, basis.axes[name]) for name, axes in again.axes.items())
+
+
+def test_whole_groups_are_held_out(small_pairs):
+    used, held = split_pairs(small_pairs)
+    assert {pair.group for pair in held} == {"group 3"}
+    assert len(used) == 6
+    used, held = split_pairs(small_pairs, heldout_groups=["group 0", "group 2"])
+    assert {pair.group for pair in used} == {"group 1", "group 3"}
+    assert sorted(used + held, key=small_pairs.index) == small_pairs
+    one_group = [replace(pair, group="all") for pair in small_pairs]
+    assert split_pairs(one_group) == (one_group, [])
+
+
+def test_as_many_groups_are_held_out_as_a_sixth_of_the_pairs_takes():
+    pairs = [Pair("p", f"h{n}", f"c{n}", group=f"g{n}") for n in range(12)]
+    assert [pair.group for pair in split_pairs(pairs)[1]] == ["g10", "g11"]
+
+
+def test_a_number_of_pairs_can_be_held_out(small_pairs):
+    assert split_pairs(small_pairs, n_heldout=3) == (small_pairs[:5], small_pairs[5:])
+    assert split_pairs(small_pairs, n_heldout=0) == (small_pairs, [])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n_heldout": 8}, "8 of 8 pairs"),
+        ({"n_heldout": -1}, "-1 of 8 pairs"),
+        ({"heldout_groups": ["nobody"]}, "group 'nobody' is not there"),
+        ({"heldout_groups": [f"group {n}" for n in range(4)]}, "no pair left"),
+        ({"n_heldout": 1, "heldout_groups": ["group 0"]}, "both a number and groups"),
+    ],
+)
+def test_splits_that_cannot_be_made_are_refused(small_pairs, wrong, message):
+    with pytest.raises(UsageError, match=message):
+        split_pairs(small_pairs, **wrong)
+
+
+def test_a_pair_with_equal_sides_is_skipped_and_reported(small_model, byte_tokenizer, small_pairs, small_svd, basis):
+    same = Pair("def f():", "\n    pass\n", "\n    pass\n", group="group 9")
+    found = extract(small_model, byte_tokenizer, [same, *small_pairs], svd=small_svd, n_heldout=2)
+    assert found.origin.skipped == (same.key,)
+    assert found.origin.pairs == basis.origin.pairs
+    assert all(torch.allclose(axes, basis.axes[name]) for name, axes in found.axes.items())
+
+
+def test_pairs_without_any_difference_are_refused(small_model, byte_tokenizer, small_svd):
+    same = [Pair(f"p{n}", "x", "x", group="g") for n in range(3)]
+    with pytest.raises(DataError, match="none of 3 pairs"):
+        extract(small_model, byte_tokenizer, same, svd=small_svd)
+
+
+def test_a_pair_that_occurs_twice_is_named(small_model, byte_tokenizer, small_pairs, small_svd):
+    again = replace(small_pairs[2], group="elsewhere", tags=("new",))
+    with pytest.raises(DataError, match=r"pair 8 \(group 'elsewhere'\) is the same as pair 2 \(group 'group 2'\)"):
+        extract(small_model, byte_tokenizer, [*small_pairs, again], svd=small_svd)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hack": ""}, r"pair 4 \(group 'group 0'\), hack side: empty completion"),
+        ({"clean": ""}, r"pair 4 \(group 'group 0'\), clean side: empty completion"),
+        ({"prompt": "x" * 200}, r"pair 4 \(group 'group 0'\), hack side: 200 tokens of prompt"),
+    ],
+)
+def test_a_pair_that_cannot_be_used_is_named(small_model, byte_tokenizer, small_pairs, small_svd, change, message):
+    pairs = [replace(pair, **change) if index == 4 else pair for index, pair in enumerate(small_pairs)]
+    # The name counts all pairs, those that are held out too.
+    with pytest.raises(DataError, match=message):
+        extract(small_model, byte_tokenizer, pairs, svd=small_svd, heldout_groups=["group 1"])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": "pca"}, {"top_k": 0}, {"tau_axis": 2.0}, {"method": "lda", "n_heldout": 6}]
+)
+def test_wrong_settings_are_refused_before_any_work(monkeypatch, small_model, byte_tokenizer, small_pairs, wrong):
+    def never(*_, **__):
+        raise AssertionError("worked before the settings were checked")
+
+    monkeypatch.setattr(_extract, "weight_svd", never)
+    with pytest.raises(UsageError):
+        extract(small_model, byte_tokenizer, small_pairs, **wrong)
+
+
+def test_truncation_reports_what_it_keeps(small_model, byte_tokenizer, small_pairs, small_svd):
+    shares = {}
+    for rank in (4, 16, 64):
+        basis = extract(small_model, byte_tokenizer, small_pairs, svd=small_svd, rank=rank, n_heldout=2)
+        assert all(axes.shape[1] == min(rank, small_svd[name].rank) for name, axes in basis.axes.items())
+        assert basis.origin.rank == rank
+        shares[rank] = basis.origin.captured
+    full = per_sample_gradients(small_model, byte_tokenizer, small_pairs[0].samples(), svd=small_svd)
+    kept = sum(float(rows[:, :4].square().sum()) for rows in full.values())
+    assert shares[4] == pytest.approx(kept / sum(float(rows.square().sum()) for rows in full.values()), rel=1e-4)
+    assert shares[4] < shares[16] < shares[64] == 1.0
+
+
+def test_gradients_of_pairs_serve_many_bases(small_model, byte_tokenizer, small_pairs, small_svd, basis):
+    gradients = pair_gradients(small_model, byte_tokenizer, small_pairs[:6], svd=small_svd)
+    assert all(torch.equal(axes, basis.axes[name]) for name, axes in gradients.basis().axes.items())
+    assert [group for group, _ in gradients.leave_one_group_out()] == [f"group {n}" for n in range(4)]
+    more = pair_gradients(small_model, byte_tokenizer, small_pairs[6:], svd=small_svd)
+    whole = extract(small_model, byte_tokenizer, small_pairs, svd=small_svd, n_heldout=0)
+    grown = gradients.extended(more).basis()
+    assert grown.origin == whole.origin
+    for name, values in grown.singular_values.items():
+        assert torch.allclose(values, whole.singular_values[name], rtol=1e-3)
+
+
+def test_a_missing_file_is_extracted_and_an_existing_one_used(
+    monkeypatch, tmp_path, small_model, byte_tokenizer, small_pairs, small_svd
+):
+    path = tmp_path / "basis.safetensors"
+    made = load_or_extract(path, small_model, byte_tokenizer, small_pairs, svd=small_svd, n_heldout=2)
+    assert all(len(axes) == 5 for axes in made.axes.values())
+    monkeypatch.setattr(_extract, "pair_gradients", None)
+    again = load_or_extract(path, small_model, byte_tokenizer, small_pairs, svd=small_svd, n_heldout=2)
+    assert all(torch.equal(axes, made.axes[name]) for name, axes in again.axes.items())
+    # Without factors at hand, their dtype is what it would be.
+    load_or_extract(path, small_model, byte_tokenizer, small_pairs, n_heldout=2)
+    assert all(len(axes) == 6 for axes in Basis.load(path, small_model, k_use=None).axes.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "mean-diff"}, "other method"),
+        ({"top_k": 3}, "other top_k"),
+        ({"tau_axis": 0.25}, "other tau_axis"),
+        ({"rank": 7}, "other rank"),
+        ({"factors": "bfloat16", "svd": None}, "other factors"),
+        ({"n_heldout": 3}, "other pairs"),
+    ],
+)
+def test_a_stale_file_is_refused(tmp_path, small_model, byte_tokenizer, small_pairs, small_svd, basis, change, message):
+    path = tmp_path / "basis.safetensors"
+    basis.save(path)
+    asked = {"svd": small_svd, "n_heldout": 2, **change}
+    with pytest.raises(DataError, match=message):
+        load_or_extract(path, small_model, byte_tokenizer, small_pairs, **asked)
+
+
+def test_a_basis_of_other_weights_is_refused(tmp_path, small_model, basis):
+    path = tmp_path / "basis.safetensors"
+    basis.save(path)
+    Basis.load(path, small_model)
+    Basis.load(path, small_model.module)
+    changed = copy.deepcopy(small_model.module)
+    with torch.no_grad():  # not a target, but the gradients depend on it
+        changed.model.norm.weight[0] += 1e-6
+    with pytest.raises(DataError, match="made for other weights"):
+        Basis.load(path, changed)
+
+
+def test_the_digest_of_weights_sees_values_and_dtype(small_model):
+    changed = copy.deepcopy(small_model.module)
+    assert weights_digest(changed) == weights_digest(small_model)
+    assert weights_digest(changed.to(torch.bfloat16)) != weights_digest(small_model)
+
+
+def test_the_key_of_a_pair_is_what_it_says():
+    pair = Pair("p", "h", "c", "g")
+    assert pair.key == Pair("p", "h", "c", "another group", ("tag",)).key
+    assert len({pair.key, Pair("p", "c", "h", "g").key, Pair("ph", "", "c", "g").key}) == 3
