@@ -1,0 +1,21 @@
+"""Five checks whether hack directions are real: held-out data, groups kept together, exact or matched nulls."""
+
+from assay.vhack.checks._ranking import check_unpaired
+from assay.vhack.checks._run import check, check_gradients
+from assay.vhack.checks._sources import SourceCin, check_source_log, read_source_log
+from assay.vhack.checks._types import CHECKS, Check, CheckReport, CheckSettings, Interval, ModuleResult
+
+__all__ = [
+    "CHECKS",
+    "Check",
+    "CheckReport",
+    "CheckSettings",
+    "Interval",
+    "ModuleResult",
+    "SourceCin",
+    "check",
+    "check_gradients",
+    "check_source_log",
+    "check_unpaired",
+    "read_source_log",
+]

@@ -1,0 +1,218 @@
+"""Which pairs fit and which are scored: never the same, and never of the same group.
+
+Either a basis is given; then every pair of a group it was made from is left out of the scoring. Or none is given; then
+the groups are divided into folds, and the pairs of a fold are scored by a basis fitted to the other folds.
+
+The null hypothesis of every test is that hack and clean are names without meaning: swapping them in any set of groups
+changes nothing in law. The p-values come from doing that, with the basis turned as its training labels say.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.errors import DataError, UsageError
+from assay.vhack import Basis, PairGradients
+from assay.vhack.checks._geometry import Frame, Geometry, shares
+from assay.vhack.checks._types import CheckSettings
+
+__all__ = ["Design", "Fold", "cross_fit", "held_out_of", "swaps"]
+
+# Share of the first axis that differences of the pairs at hand explain, and share of the weights on scored pairs, above
+# which the basis was made from scored pairs. Gradients of another run in bfloat16 differ by about 1 %.
+_EXPLAINED, _ON_SCORED = 0.99, 0.1
+_HELD_OUT_PART = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """One basis and the pairs it is scored on.
+
+    Attributes:
+        along_MKS: component of every sample along its axes.
+        train: indices of the pairs it was fitted to, as far as they are among the pairs at hand.
+        test: indices of the pairs it may be scored on.
+        frame: the fit, where swapping training labels only turns its axes; None where the basis stays as it is.
+    """
+
+    along_MKS: Tensor
+    train: Tensor
+    test: Tensor
+    frame: Frame | None
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """All folds over the same pairs.
+
+    Attributes:
+        geometry: scalar products of the gradients.
+        folds: with disjoint test pairs.
+        groups: group of every pair.
+        text: the design in words.
+    """
+
+    geometry: Geometry
+    folds: tuple[Fold, ...]
+    groups: tuple[str, ...]
+    text: str
+
+    @property
+    def tested(self) -> Tensor:
+        """Indices of all pairs that are scored, fold by fold."""
+        return torch.cat([fold.test for fold in self.folds])
+
+    @property
+    def tested_groups(self) -> list[str]:
+        """Their groups, in that order."""
+        return [self.groups[index] for index in self.tested.tolist()]
+
+    @property
+    def smallest_p(self) -> float:
+        """The smallest p-value that swapping whole groups can give.
+
+        With refitted axes, swapping all groups at once changes nothing, so one observation counts twice.
+        """
+        free = len(set(self.tested_groups)) - (self.folds[0].frame is not None)
+        return float(0.5**free)
+
+    def scores(self, signs_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cin over modules of the two sides of every scored pair, [B, N'] each, under swapped labels.
+
+        A row of signs swaps the sides of the pairs where it is −1, in training and in scoring.
+        """
+        hacks, cleans = [], []
+        for fold in self.folds:
+            sides_BS = self._fold_scores(fold, signs_BN)
+            first_BN, second_BN = sides_BS.chunk(2, dim=1)
+            swapped_BN = signs_BN[:, fold.test] < 0
+            hacks.append(torch.where(swapped_BN, second_BN, first_BN))
+            cleans.append(torch.where(swapped_BN, first_BN, second_BN))
+        return torch.cat(hacks, dim=1), torch.cat(cleans, dim=1)
+
+    def _fold_scores(self, fold: Fold, signs_BN: Tensor) -> Tensor:
+        samples = torch.cat([fold.test, fold.test + self.geometry.n])
+        along_MKS, lengths_MS = fold.along_MKS[:, :, samples], self.geometry.lengths_MS[:, samples]
+        if fold.frame is None:
+            return shares(along_MKS, lengths_MS).mean(dim=0).expand(len(signs_BN), -1)
+        parts = [
+            shares(along_MKS, lengths_MS, fold.frame.turned(part_BN[:, fold.train])).mean(dim=1)
+            for part_BN in signs_BN.split(100)
+        ]
+        return torch.cat(parts)
+
+
+def swaps(groups: Sequence[str], n: int, generator: np.random.Generator) -> Tensor:
+    """Signs per pair, [1 + n, N]: the first row swaps nothing, the others swap each group with probability one half."""
+    names = list(dict.fromkeys(groups))
+    index_N = np.array([names.index(group) for group in groups])
+    signs_BG = generator.choice([-1.0, 1.0], size=(n, len(names)))
+    return torch.from_numpy(np.concatenate([np.ones((1, len(names))), signs_BG])[:, index_N])
+
+
+def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
+    """Folds of whole groups, each scored by a basis of the others.
+
+    Swapped labels only turn the axes of an SVD basis, so it is refitted under every swap. With another method one
+    split is made, and a third of the groups is held out.
+
+    Raises:
+        UsageError: there are fewer than two groups.
+    """
+    names = list(dict.fromkeys(gradients.groups))
+    if len(names) < 2:
+        raise UsageError(
+            f"{len(names)} group", wanted="at least two", do="give the pairs their groups, or more of them"
+        )
+    order = np.random.default_rng(settings.seed).permutation(len(names))
+    n_parts = min(settings.n_folds if settings.method == "svd" else _HELD_OUT_PART, len(names))
+    parts = [{names[i] for i in order[start::n_parts]} for start in range(n_parts)]
+    geometry = Geometry(gradients)
+    if settings.method != "svd":
+        fold = _refitted_once(gradients, geometry, parts[0], settings)
+        held_out = len(parts[0])
+        text = f"a {settings.method} basis of {len(names) - held_out} groups, scored on {held_out} other groups"
+        return Design(geometry, (fold,), gradients.groups, text)
+    folds = []
+    for part in parts:
+        test, train = _rows(gradients.groups, part)
+        frame = geometry.fit_pairs(train, settings.k_use, settings.tau_axis)
+        folds.append(Fold(frame.along_MKS, train, test, frame))
+    text = f"{len(names)} groups in {n_parts} folds; each fold is scored by a basis of the others"
+    return Design(geometry, tuple(folds), gradients.groups, text)
+
+
+def _refitted_once(gradients: PairGradients, geometry: Geometry, part: set[str], settings: CheckSettings) -> Fold:
+    test, train = _rows(gradients.groups, part)
+    basis = gradients.basis(
+        top_k=settings.k_use, tau_axis=settings.tau_axis, method=settings.method, keep=train.tolist()
+    )
+    return Fold(geometry.given(basis.axes), train, test, None)
+
+
+def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings) -> Design:
+    """The pairs of groups that a basis was not made from, scored by it.
+
+    Raises:
+        DataError: a pair the basis was made from has another group here, or the modules are not the same.
+        UsageError: no pair of another group is left.
+    """
+    known = dict(zip(basis.origin.pairs, basis.origin.groups, strict=True))
+    for index, (key, group) in enumerate(zip(gradients.keys, gradients.groups, strict=True)):
+        if key in known and known[key] != group:
+            raise DataError(
+                f"pair {index} is in group {group} here, but the basis was made from it in group {known[key]}",
+                wanted="held-out pairs that the basis has not seen",
+                do="give pairs the groups they had at extraction",
+            )
+    if set(basis.axes) != set(gradients.hack):
+        raise DataError("gradients of other modules than the basis has", wanted="the same", do="use the same model")
+    train, test = _rows(gradients.groups, set(basis.origin.groups))
+    if not len(test):
+        raise UsageError(
+            "every pair belongs to a group the basis was made from",
+            wanted="pairs of groups it has not seen: numbers from its own pairs show nothing",
+            do="add pairs of other groups, hold groups out at extraction, or check without a basis",
+        )
+    geometry = Geometry(gradients)
+    _refuse_seen(geometry, basis, test)
+    used = basis.slice(settings.k_use, settings.tau_axis)
+    text = (
+        f"a basis of {len(basis.origin.pairs)} pairs in {len(set(basis.origin.groups))} groups, scored on "
+        f"{len(test)} pairs of other groups"
+    )
+    return Design(geometry, (Fold(geometry.given(used.axes), train, test, None),), gradients.groups, text)
+
+
+def _refuse_seen(geometry: Geometry, basis: Basis, test: Tensor) -> None:
+    """Refuse a basis that was made from scored pairs, whatever its file says.
+
+    An axis is a sum of differences of the pairs it was made from. Where these are at hand, solving for the weights gives
+    the axis back without a remainder, and the pairs with a weight are those it was made from.
+    """
+    n = geometry.n
+    difference_MNN = geometry.gram_MSS[:, :n, :n] - geometry.gram_MSS[:, :n, n:]
+    gram_MNN = difference_MNN - geometry.gram_MSS[:, n:, :n] + geometry.gram_MSS[:, n:, n:]
+    explained, on_scored = [], []
+    for gram_NN, name in zip(gram_MNN, geometry.names, strict=True):
+        axis_R = basis.axes[name][0].double()
+        if 2 * n > len(axis_R) or not axis_R.any():
+            continue  # in a space this small every axis is a sum of the differences
+        along_N = geometry.gradients.differences(name).double() @ axis_R
+        weights_N = torch.linalg.pinv(gram_NN, hermitian=True) @ along_N
+        explained.append(float(weights_N @ along_N))
+        on_scored.append(float(weights_N[test].norm() / weights_N.norm()))
+    if explained and np.median(explained) > _EXPLAINED and np.median(on_scored) > _ON_SCORED:
+        raise DataError(
+            "the basis was made from pairs that it is to be scored on",
+            wanted="held-out pairs: numbers from its own pairs show nothing",
+            do="score it on other pairs, or check without a basis",
+        )
+
+
+def _rows(groups: Sequence[str], part: set[str]) -> tuple[Tensor, Tensor]:
+    inside = torch.tensor([group in part for group in groups])
+    return inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]

@@ -1,0 +1,160 @@
+"""Check 3: do other bases of the same size do as well on the same held-out samples?
+
+Four nulls, from the weakest to the strongest:
+
+- *Haar*: axes uniform among all orthonormal ones;
+- *covariance-matched*: random sums of clean gradients, so axes prefer the directions in which gradients vary anyway;
+- *clean-clean*: the extraction itself, on differences between clean sides of different pairs;
+- *labels swapped*: the extraction itself, on the same pairs with the labels of whole groups swapped.
+
+Shapes as in :mod:`assay.vhack.checks._geometry`; N' scored pairs.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.stats import auroc
+from assay.vhack.checks._folds import Design, Fold
+from assay.vhack.checks._geometry import Geometry, shares
+from assay.vhack.checks._judge import SWAPPED, judge
+from assay.vhack.checks._ranking import HeldOut
+from assay.vhack.checks._types import Check, CheckSettings, Interval
+
+__all__ = ["check_random_null", "clean_differences"]
+
+_DRAWS = 25  # random frames of one module that are held at a time
+
+
+def check_random_null(design: Design, scored: HeldOut, measured: Interval, settings: CheckSettings) -> Check:
+    """Check 3.
+
+    Args:
+        design: the folds.
+        scored: scores as labelled and with swapped labels.
+        measured: AUROC of the basis with its interval, from check 1.
+        settings: how many draws, and alpha.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    swapped = list(zip(scored.hack_BN[1:], scored.clean_BN[1:], strict=True))[: settings.n_null]
+    nulls = {
+        "Haar": _aurocs(design, _haar(design, settings, generator)),
+        "covariance-matched": _aurocs(design, _matched(design, settings, generator)),
+        "clean-clean": _aurocs(design, _clean_clean(design, settings)),
+        SWAPPED: [auroc(hack_N, clean_N) for hack_N, clean_N in swapped],
+    }
+    return judge(
+        name="random_null",
+        title="Against random bases",
+        statistic="AUROC of mean cin over modules",
+        rule=(
+            f"Passes if of each null at most a share {settings.alpha:g} reaches the AUROC, and the lower end of its "
+            f"{settings.confidence:.0%} group-bootstrap interval is above the 1 − {settings.alpha:g} quantile of "
+            "every null."
+        ),
+        measured=measured,
+        nulls=nulls,
+        above=0.5,
+        settings=settings,
+        smallest_p=design.smallest_p,
+        details={
+            "z_scores": {
+                name: (measured.value - float(np.mean(draws))) / float(np.std(draws) or 1.0)
+                for name, draws in nulls.items()
+            }
+        },
+    )
+
+
+def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
+    tested, n = design.tested, design.geometry.n
+    hack_BN, clean_BN = scores_BS[:, tested].numpy(), scores_BS[:, tested + n].numpy()
+    return [auroc(hack_N, clean_N) for hack_N, clean_N in zip(hack_BN, clean_BN, strict=True)]
+
+
+def _haar(design: Design, settings: CheckSettings, generator: torch.Generator) -> Tensor:
+    """Mean cin of every sample under random frames, [B, S]; a frame is the same in all folds."""
+    geometry = design.geometry
+    total_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
+    for module, name in enumerate(geometry.names):
+        samples_SR = geometry.samples(name)
+        k, r = min(settings.k_use, samples_SR.shape[1]), samples_SR.shape[1]
+        for start in range(0, settings.n_null, _DRAWS):
+            count = min(_DRAWS, settings.n_null - start)
+            frames_BRK = torch.linalg.qr(torch.randn(count, r, k, generator=generator))[0]
+            along_BSK = samples_SR.float() @ frames_BRK
+            ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
+            total_BS[start : start + count] += ahead_BS / geometry.lengths_MS[module]
+    return total_BS / len(geometry.names)
+
+
+def _matched(design: Design, settings: CheckSettings, generator: torch.Generator) -> Tensor:
+    """The same for random sums of clean training gradients."""
+    geometry = design.geometry
+    draws_BKN = torch.randn(settings.n_null, settings.k_use, geometry.n, generator=generator, dtype=torch.float64)
+    scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
+    for fold in design.folds:
+        rows = _clean_rows(design, fold)
+        weights_BKT = draws_BKN[:, :, rows]
+        weights_BKT = weights_BKT - weights_BKT.mean(dim=2, keepdim=True)
+        samples = torch.cat([fold.test, fold.test + geometry.n])
+        total_BS = torch.zeros(settings.n_null, len(samples), dtype=torch.float64)
+        for module in range(len(geometry.names)):
+            gram_SS = geometry.gram_MSS[module]
+            clean = rows + geometry.n
+            gram_BKK = weights_BKT @ gram_SS[clean][:, clean] @ weights_BKT.transpose(1, 2)
+            along_BKS = _inverse_root(gram_BKK) @ weights_BKT @ gram_SS[clean][:, samples]
+            total_BS += along_BKS.clamp_min(0).norm(dim=1) / geometry.lengths_MS[module, samples]
+        scores_BS[:, samples] = total_BS / len(geometry.names)
+    return scores_BS
+
+
+def _inverse_root(gram_BKK: Tensor) -> Tensor:
+    values_BK, vectors_BKK = torch.linalg.eigh(gram_BKK)
+    kept_BK = values_BK > values_BK[:, -1:] * 1e-10
+    scale_BK = torch.where(kept_BK, values_BK, torch.inf).rsqrt()
+    return (vectors_BKK * scale_BK[:, None]) @ vectors_BKK.transpose(1, 2)
+
+
+def _clean_clean(design: Design, settings: CheckSettings) -> Tensor:
+    """The same for bases of differences between clean sides."""
+    geometry = design.geometry
+    generator = np.random.default_rng([settings.seed, 3])
+    scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
+    for fold in design.folds:
+        rows = _clean_rows(design, fold)
+        samples = torch.cat([fold.test, fold.test + geometry.n])
+        for draw in range(settings.n_null):
+            first, second = clean_differences(geometry, design.groups, rows, generator)
+            along_MKS = geometry.fit(first, second, settings.k_use, settings.tau_axis).along_MKS[:, :, samples]
+            scores_BS[draw, samples] = shares(along_MKS, geometry.lengths_MS[:, samples]).mean(dim=0)
+    return scores_BS
+
+
+def _clean_rows(design: Design, fold: Fold) -> Tensor:
+    """Pairs whose clean sides may make a null basis: the training pairs, or where these are not at hand, all others.
+
+    A basis from a file may come without its pairs. Then the clean sides of the scored pairs have to do; they make the
+    null harder to beat, because it has seen the samples.
+    """
+    return fold.train if len(fold.train) > 1 else fold.test
+
+
+def clean_differences(
+    geometry: Geometry, groups: Sequence[str], pairs: Tensor, generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Clean sides two by two, each used once, of the same group as far as possible; samples to subtract.
+
+    Args:
+        geometry: scalar products.
+        groups: group of every pair.
+        pairs: indices of the pairs whose clean sides are used.
+        generator: decides who goes with whom, and in which direction.
+    """
+    # Sorted by group after shuffling: neighbours share a group, but for the odd one out.
+    shuffled = generator.permutation(pairs.numpy())
+    ordered = sorted(shuffled.tolist(), key=lambda index: groups[index])
+    first, second = ordered[0 : 2 * (len(ordered) // 2) : 2], ordered[1::2]
+    return torch.tensor(first) + geometry.n, torch.tensor(second) + geometry.n

@@ -1,0 +1,198 @@
+"""The five checks in one call, from a model and pairs or from gradients at hand."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.errors import DataError
+from assay.stats import auroc
+from assay.vhack import Basis, Pair, PairGradients, pair_gradients
+from assay.vhack.checks._folds import Design, cross_fit, held_out_of
+from assay.vhack.checks._geometry import shares
+from assay.vhack.checks._nulls import check_random_null
+from assay.vhack.checks._ranking import HeldOut, check_heldout, check_pools, score
+from assay.vhack.checks._sources import SourceCin, check_source_log, check_sources
+from assay.vhack.checks._stability import Stability, check_stability
+from assay.vhack.checks._types import CheckReport, CheckSettings, ModuleResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from assay.models import Model
+    from assay.vhack._extract import Running
+
+__all__ = ["check", "check_gradients"]
+
+_SPECTRUM = 12  # singular values that are kept
+_SPECTRUM_DRAWS = 3
+
+
+def check(
+    basis: Basis | None,
+    model: "Model | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    pairs: Sequence[Pair],
+    *,
+    settings: CheckSettings | None = None,
+    log: Sequence[SourceCin] | None = None,
+    **running: Unpack["Running"],
+) -> CheckReport:
+    """Are these hack directions real? Five tests on held-out data, each against its nulls.
+
+    With a basis, only pairs of groups it was not made from are scored; give it all pairs, and its own serve the check
+    of stability. Without one, every group is scored by a basis of other groups: this uses all data, and tells whether
+    such pairs give hack directions with this model.
+
+    Args:
+        basis: the basis, or None.
+        model: the model it belongs to.
+        tokenizer: its tokenizer, or None as in :func:`assay.vhack.pair_gradients`.
+        pairs: the pairs.
+        settings: how much evidence, how strict.
+        log: measurements of a training run from `read_source_log`, for check 4.
+        running: how gradients are computed, as in :func:`assay.vhack.pair_gradients`.
+
+    Raises:
+        DataError: a prompt occurs in two groups, the basis was made from pairs that would be scored or for another
+            model, or a pair cannot be used.
+        UsageError: too few groups, or no pair of a group that the basis has not seen.
+        AssayError: as :func:`assay.vhack.pair_gradients` raises.
+    """
+    _refuse_shared_prompts(pairs)
+    gradients = pair_gradients(model, tokenizer, pairs, **running)
+    if basis is not None and basis.origin.weights not in ("", gradients.origin.weights):
+        raise DataError(
+            f"a basis of weights {basis.origin.weights[:16]}",
+            wanted=f"one of this model, weights {gradients.origin.weights[:16]}",
+            do="use the model it was made with, or extract again",
+        )
+    return check_gradients(gradients, basis, settings=settings, log=log)
+
+
+def _refuse_shared_prompts(pairs: Sequence[Pair]) -> None:
+    groups: dict[str, tuple[int, str]] = {}
+    for index, pair in enumerate(pairs):
+        other, group = groups.setdefault(pair.prompt, (index, pair.group))
+        if group != pair.group:
+            raise DataError(
+                f"pairs {other} and {index} have the same prompt, in groups {group} and {pair.group}",
+                wanted="every prompt in one group, so that it is held out whole",
+                do="give them the same group",
+            )
+
+
+def check_gradients(
+    gradients: PairGradients,
+    basis: Basis | None = None,
+    *,
+    settings: CheckSettings | None = None,
+    log: Sequence[SourceCin] | None = None,
+) -> CheckReport:
+    """The five checks on gradients at hand; arguments and errors as for `check`."""
+    settings = settings or CheckSettings()
+    with _one_thread():
+        design = cross_fit(gradients, settings) if basis is None else held_out_of(basis, gradients, settings)
+        scored = score(design, settings)
+        pools = check_pools(design, scored, settings)
+        assert pools.measured is not None
+        stability = check_stability(design, settings)
+        checks = (
+            pools,
+            check_heldout(design, scored, settings),
+            check_random_null(design, scored, pools.measured, settings),
+            check_sources(design, settings) if log is None else check_source_log(log, settings),
+            stability.check,
+        )
+        modules = _modules(design, scored, stability)
+    hack_N, clean_N = scored.sides
+    return CheckReport(
+        checks=checks,
+        modules=modules,
+        hack=tuple(hack_N.tolist()),
+        clean=tuple(clean_N.tolist()),
+        groups=tuple(scored.groups),
+        design=design.text,
+        settings=settings,
+        origin=_origin(gradients, basis, stability),
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of small decompositions: sharing one of them among threads costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _origin(gradients: PairGradients, basis: Basis | None, stability: Stability) -> dict[str, Any]:
+    source = gradients.origin
+    return {
+        "model": source.model,
+        "weights": source.weights,
+        "dtype": source.dtype,
+        "pairs": len(gradients),
+        "groups": len(set(gradients.groups)),
+        "pairs_sha256": source.pairs_digest,
+        "basis_pairs_sha256": None if basis is None else basis.origin.pairs_digest,
+        "skipped": len(source.skipped),
+        "cosines": list(stability.cosines_K),
+        "generic_cosines": list(stability.generic_K),
+    }
+
+
+def _modules(design: Design, scored: HeldOut, stability: Stability) -> tuple[ModuleResult, ...]:
+    hack_MN, clean_MN = (_per_module(design, offset) for offset in (0, design.geometry.n))
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for index, name in enumerate(design.geometry.names):
+        spectrum, noise = _spectrum(design.geometry.gradients.differences(name), generator)
+        found.append(
+            ModuleResult(
+                name=name,
+                auroc=auroc(hack_MN[index], clean_MN[index]),
+                cin_hack=float(hack_MN[index].mean()),
+                cin_clean=float(clean_MN[index].mean()),
+                overlap=stability.overlap_M[index] if stability.overlap_M else None,
+                spectrum=spectrum,
+                noise=noise,
+            )
+        )
+    return tuple(found)
+
+
+def _per_module(design: Design, offset: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    parts = [
+        shares(fold.along_MKS[:, :, fold.test + offset], design.geometry.lengths_MS[:, fold.test + offset])
+        for fold in design.folds
+    ]
+    return torch.cat(parts, dim=1).numpy()
+
+
+def _spectrum(difference_NR: Tensor, generator: torch.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Singular values as shares of their root sum of squares, and their noise level.
+
+    The level is the mean over draws of the same matrix with random signs on all entries: their sizes stay, what rows
+    have in common goes (Hong, Sheng and Dobriban 2020).
+    """
+    rows_NR = difference_NR.double()
+    total = float(rows_NR.norm()) or 1.0
+    signs = [
+        torch.randint(0, 2, rows_NR.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        for _ in range(_SPECTRUM_DRAWS)
+    ]
+    level = torch.stack([_leading(rows_NR * sign) for sign in signs]).mean(dim=0) / total
+    return tuple((_leading(rows_NR) / total).tolist()), tuple(level.tolist())
+
+
+def _leading(rows_NR: Tensor) -> Tensor:
+    short_NR = rows_NR if len(rows_NR) <= rows_NR.shape[1] else rows_NR.T
+    squares_N = torch.linalg.eigvalsh(short_NR @ short_NR.T)
+    return squares_N.flip(0)[:_SPECTRUM].clamp_min(0).sqrt()

@@ -1,0 +1,209 @@
+"""Check 4: during training, is the gradient of cheating samples further along the axes than that of the others?
+
+cin here is that of a whole batch: the components and the length of the *summed* gradient of one source. Without a
+training log, the two sides of a held-out group are two batches, as if from a teacher that cheats and a student that does
+not. With a log, both are measured in the same step.
+
+A log is JSON Lines. A line with a ``source`` field is one measurement, other lines are passed over::
+
+    {"step": 12, "source": "teacher", "cin": 0.31, "modules": {"model.layers.0.mlp.up_proj": 0.28}}
+
+``step`` is a whole number from 0, ``source`` a name, ``cin`` the mean over modules, a share; ``modules`` may be left
+out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from assay.errors import DataError, UsageError
+from assay.reports import read_jsonl
+from assay.vhack.checks._folds import Design, swaps
+from assay.vhack.checks._geometry import shares
+from assay.vhack.checks._judge import SWAPPED, FloatArray, judge, measure, undecided
+from assay.vhack.checks._types import Check, CheckSettings
+
+__all__ = ["SourceCin", "check_source_log", "check_sources", "read_source_log"]
+
+_TITLE = "cin by source"
+_FEWEST_BLOCKS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCin:
+    """cin of the gradient of one source in one step.
+
+    Attributes:
+        step: counted from 0.
+        source: such as ``student`` or ``teacher``.
+        cin: mean over modules, 0 to 1.
+        modules: per module.
+    """
+
+    step: int
+    source: str
+    cin: float
+    modules: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line of a log."""
+        return {"step": self.step, "source": self.source, "cin": self.cin, "modules": self.modules}
+
+
+def read_source_log(path: str | Path) -> list[SourceCin]:
+    """The measurements in a training log; lines without ``source`` are passed over.
+
+    Raises:
+        DataError: the file cannot be read, or a measurement is malformed or given twice; names the line.
+    """
+    found: dict[tuple[int, str], SourceCin] = {}
+    for number, record in read_jsonl(path):
+        if "source" not in record:
+            continue
+        try:
+            entry = SourceCin(record["step"], record["source"], record["cin"], record.get("modules") or {})
+            if not _well_formed(entry):
+                raise ValueError("step, source or cin is not what it should be")
+            if (entry.step, entry.source) in found:
+                raise ValueError(f"source {entry.source} twice in step {entry.step}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}, line {number}: {error}",
+                wanted='{"step": 0, "source": "teacher", "cin": 0.2}, each source once a step, cin in [0, 1]',
+                do="correct the line",
+            ) from None
+        found[entry.step, entry.source] = entry
+    return list(found.values())
+
+
+def _well_formed(entry: SourceCin) -> bool:
+    counted = isinstance(entry.step, int) and not isinstance(entry.step, bool) and entry.step >= 0
+    values = [entry.cin, *entry.modules.values()]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1.000001 for v in values)
+    return counted and isinstance(entry.source, str) and bool(entry.source) and numbers
+
+
+def check_sources(design: Design, settings: CheckSettings) -> Check:
+    """Check 4 with the sides of every held-out group as two batches."""
+    names = list(dict.fromkeys(design.tested_groups))
+    signs_BN = swaps(design.groups, settings.n_flips, np.random.default_rng([settings.seed, 4]))
+    hack_BG, clean_BG = (np.zeros((len(signs_BN), len(names))) for _ in range(2))
+    for fold_index, fold in enumerate(design.folds):
+        groups = [design.groups[index] for index in fold.test.tolist()]
+        for group in dict.fromkeys(groups):
+            pairs = torch.tensor([i for i, g in zip(fold.test.tolist(), groups, strict=True) if g == group])
+            first_B, second_B = _batch_cin(design, fold_index, pairs, signs_BN)
+            swapped_B = (signs_BN[:, pairs[0]] < 0).numpy()
+            column = names.index(group)
+            hack_BG[:, column] = np.where(swapped_B, second_B, first_B)
+            clean_BG[:, column] = np.where(swapped_B, first_B, second_B)
+    differences_BG = hack_BG - clean_BG
+    measured = measure(_mean, [differences_BG[0]], [names], settings)
+    return judge(
+        name="sources",
+        title=_TITLE,
+        statistic="cin of the summed hack gradient of a group minus that of its clean gradient, mean over groups",
+        rule=_rule(settings, "whole groups"),
+        measured=measured,
+        nulls={SWAPPED: differences_BG[1:].mean(axis=1).tolist()},
+        above=0.0,
+        settings=settings,
+        smallest_p=design.smallest_p,
+        details={
+            "mean_cin_hack": float(hack_BG[0].mean()),
+            "mean_cin_clean": float(clean_BG[0].mean()),
+            "ratio": float(hack_BG[0].mean() / clean_BG[0].mean()) if clean_BG[0].any() else None,
+            "groups": names,
+            "cin_hack": hack_BG[0].tolist(),
+            "cin_clean": clean_BG[0].tolist(),
+        },
+    )
+
+
+def _mean(values: FloatArray) -> float:
+    return float(np.mean(values))
+
+
+def _rule(settings: CheckSettings, what: str) -> str:
+    return (
+        f"Passes if, with the labels of {what} swapped at random, at most a share {settings.alpha:g} reaches the "
+        f"difference, and the lower end of its {settings.confidence:.0%} interval is above 0 and above the null's "
+        f"1 − {settings.alpha:g} quantile."
+    )
+
+
+def _batch_cin(
+    design: Design, fold_index: int, pairs: torch.Tensor, signs_BN: torch.Tensor
+) -> tuple[FloatArray, FloatArray]:
+    """cin of the summed hack gradient and of the summed clean gradient of these pairs, [B] each."""
+    geometry, fold = design.geometry, design.folds[fold_index]
+    weights_S2 = torch.zeros(2 * geometry.n, 2, dtype=torch.float64)
+    weights_S2[pairs, 0] = 1.0
+    weights_S2[pairs + geometry.n, 1] = 1.0
+    along_MK2, lengths_M2 = geometry.batch(fold.along_MKS, weights_S2)
+    if fold.frame is None:
+        cin_B2 = shares(along_MK2, lengths_M2).mean(dim=0).expand(len(signs_BN), -1)
+    else:
+        cin_B2 = shares(along_MK2, lengths_M2, fold.frame.turned(signs_BN[:, fold.train])).mean(dim=1)
+    return cin_B2[:, 0].numpy(), cin_B2[:, 1].numpy()
+
+
+def check_source_log(
+    entries: Sequence[SourceCin],
+    settings: CheckSettings | None = None,
+    *,
+    hack: str = "teacher",
+    clean: str = "student",
+    steps: tuple[int, int] | None = None,
+) -> Check:
+    """Check 4 on a training log: cin of ``hack`` minus cin of ``clean``, step by step.
+
+    Neighbouring steps resemble each other, so blocks of steps take the place of groups: as many blocks as the square
+    root of the number of steps, at least 6.
+
+    Args:
+        entries: from `read_source_log`.
+        settings: how many draws, and alpha.
+        hack: the source that cheats.
+        clean: the source that does not (yet).
+        steps: first and last step to use, by default all; the difference is expected early in training.
+
+    Raises:
+        UsageError: no step has both sources.
+    """
+    settings = settings or CheckSettings()
+    cin = {(entry.step, entry.source): entry.cin for entry in entries}
+    first, last = steps or (0, max((entry.step for entry in entries), default=0))
+    both = sorted(s for s, source in cin if source == hack and (s, clean) in cin and first <= s <= last)
+    if not both:
+        raise UsageError(
+            f"no step with both {hack} and {clean}", wanted="both sources in a step", do="name the sources"
+        )
+    statistic = f"cin of {hack} minus cin of {clean}, mean over {len(both)} steps"
+    if len(both) < _FEWEST_BLOCKS:
+        reason = f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed"
+        return undecided("sources", _TITLE, statistic, _rule(settings, "blocks of steps"), reason)
+    blocks = _blocks(len(both))
+    differences_T = np.array([cin[step, hack] - cin[step, clean] for step in both])
+    signs_BT = swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
+    return judge(
+        name="sources",
+        title=_TITLE,
+        statistic=statistic,
+        rule=_rule(settings, "blocks of steps"),
+        measured=measure(_mean, [differences_T], [blocks], settings),
+        nulls={SWAPPED: (signs_BT[1:] * differences_T).mean(axis=1).tolist()},
+        above=0.0,
+        settings=settings,
+        smallest_p=0.5 ** len(set(blocks)),
+        details={"steps": both, "cin_hack": [cin[s, hack] for s in both], "cin_clean": [cin[s, clean] for s in both]},
+    )
+
+
+def _blocks(n_steps: int) -> list[str]:
+    count = max(_FEWEST_BLOCKS, round(n_steps**0.5))
+    return [str(index * count // n_steps) for index in range(n_steps)]

@@ -1,0 +1,181 @@
+"""Check 5: would other pairs have given the same axes?
+
+The groups are divided into two halves at random, many times, and a basis is fitted to each half. Drawing groups with
+replacement, as a bootstrap usually does, would put the same pairs on both sides, and noise would look stable; half
+samples are the form of the bootstrap that keeps them apart (McCarthy 1969).
+
+Two things are asked. *Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is
+compared with that of random frames, and with that between a basis of one half and a clean-clean basis of the other:
+directions in which any two gradients differ are stable too, but they are not hack directions. *Do they agree on which
+way is hack-ward?* The mean difference of each half, within its own basis, is a direction; the cosine between the two is
+symmetric around zero if labels mean nothing, and swapping the labels of whole groups gives an exact test.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.vhack.checks._folds import Design, swaps
+from assay.vhack.checks._geometry import Frame, Geometry
+from assay.vhack.checks._judge import SWAPPED, p_value, undecided
+from assay.vhack.checks._nulls import clean_differences
+from assay.vhack.checks._types import Check, CheckSettings, Interval, Verdict
+
+__all__ = ["Stability", "check_stability"]
+
+_TITLE = "Stability under a group bootstrap"
+_STATISTIC = "mean squared cosine of the principal angles between bases of two halves of the groups"
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """Check 5 with what a report draws.
+
+    Attributes:
+        check: the check.
+        overlap_M: mean squared cosine per module; empty where it was not measured.
+        cosines_K: mean cosine of each principal angle, largest first.
+        generic_K: the same between a hack basis and a clean-clean basis.
+    """
+
+    check: Check
+    overlap_M: tuple[float, ...] = ()
+    cosines_K: tuple[float, ...] = ()
+    generic_K: tuple[float, ...] = ()
+
+
+def check_stability(design: Design, settings: CheckSettings) -> Stability:
+    """Check 5 on the pairs that bases are fitted to.
+
+    Without a given basis these are all pairs; otherwise those of the groups it was made from.
+    """
+    geometry = design.geometry
+    pairs = torch.arange(geometry.n) if len(design.folds) > 1 else design.folds[0].train
+    groups = [design.groups[index] for index in pairs.tolist()]
+    names = list(dict.fromkeys(groups))
+    smallest_p = 0.5 ** (len(names) - 1)  # swapping every label at once changes nothing
+    if smallest_p > settings.alpha:
+        reason = f"{len(names)} groups to fit to, which is too few for a p-value below {settings.alpha:g}"
+        return Stability(undecided("stability", _TITLE, _STATISTIC, _rule(settings), reason))
+    signs_BN = swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
+    halves = _halves(names, settings)
+    splits = [
+        _split(geometry, design.groups, pairs, groups, half, signs_BN, settings, i) for i, half in enumerate(halves)
+    ]
+    return _judged(geometry, splits, settings)
+
+
+def _rule(settings: CheckSettings) -> str:
+    return (
+        f"Passes if the lower end of the {settings.confidence:.0%} range over splits is above the "
+        f"1 − {settings.alpha:g} quantile of random frames and of clean-clean bases, and if with the labels of whole "
+        f"groups swapped at random at most a share {settings.alpha:g} reaches the agreement on which way is hack-ward."
+    )
+
+
+def _halves(names: list[str], settings: CheckSettings) -> list[set[str]]:
+    generator = np.random.default_rng([settings.seed, 7])
+    orders = (generator.permutation(len(names)) for _ in range(settings.n_splits))
+    return [{names[i] for i in order[: len(names) // 2]} for order in orders]
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    overlap_M: Tensor
+    generic_M: Tensor
+    cosines_K: Tensor
+    generic_K: Tensor
+    agreement_B: Tensor
+
+
+def _split(
+    geometry: Geometry,
+    all_groups: tuple[str, ...],
+    pairs: Tensor,
+    groups: list[str],
+    half: set[str],
+    signs_BN: Tensor,
+    settings: CheckSettings,
+    index: int,
+) -> _Split:
+    inside = torch.tensor([group in half for group in groups])
+    one, other = (geometry.fit_pairs(pairs[rows], settings.k_use, settings.tau_axis) for rows in (inside, ~inside))
+    generator = np.random.default_rng([settings.seed, 8, index])
+    plain = [
+        geometry.fit(*clean_differences(geometry, all_groups, pairs[rows], generator), settings.k_use)
+        for rows in (inside, ~inside)
+    ]
+    between_MKK = geometry.overlaps(one, other)
+    generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
+    return _Split(
+        overlap_M=_mean_square(between_MKK),
+        generic_M=torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
+        cosines_K=torch.linalg.svdvals(between_MKK).mean(dim=0),
+        generic_K=torch.stack([torch.linalg.svdvals(g).mean(dim=0)[: settings.k_use] for g in generic]).mean(dim=0),
+        agreement_B=_agreement(one, other, between_MKK, signs_BN[:, inside], signs_BN[:, ~inside]),
+    )
+
+
+def _mean_square(overlap_MKJ: Tensor) -> Tensor:
+    """Mean squared cosine: the squared Frobenius norm over the number of angles."""
+    return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
+
+
+def _agreement(one: Frame, other: Frame, between_MKK: Tensor, signs_BT: Tensor, others_BT: Tensor) -> Tensor:
+    """Cosine between the mean differences of two halves, each within its own basis; mean over modules, [B]."""
+    first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, one.fitted_MKT)
+    second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other.fitted_MKT)
+    product_BM = torch.einsum("bmk,mkj,bmj->bm", first_BMK, between_MKK, second_BMK)
+    lengths_BM = first_BMK.norm(dim=2) * second_BMK.norm(dim=2)
+    return (product_BM / torch.where(lengths_BM > 0, lengths_BM, torch.inf)).mean(dim=1)
+
+
+def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -> Stability:
+    overlaps = np.array([float(split.overlap_M.mean()) for split in splits])
+    generic = [float(split.generic_M.mean()) for split in splits]
+    agreement_B = torch.stack([split.agreement_B for split in splits]).mean(dim=0).tolist()
+    tail = (1 - settings.confidence) / 2
+    low, high = (float(q) for q in np.quantile(overlaps, [tail, 1 - tail]))
+    measured = Interval(float(overlaps.mean()), low, high)
+    random = _random_overlaps(geometry, settings)
+    levels = {
+        name: float(np.quantile(draws, 1 - settings.alpha))
+        for name, draws in (("Haar", random), ("clean-clean", generic))
+    }
+    p = p_value(agreement_B[0], agreement_B[1:])
+    faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
+    faults += [f"the range reaches down to {low:.3g}, not above {v:.3g} of {n}" for n, v in levels.items() if low <= v]
+    verdict: Verdict = "fail" if faults else "pass"
+    check = Check(
+        name="stability",
+        title=_TITLE,
+        statistic=_STATISTIC,
+        rule=_rule(settings),
+        measured=measured,
+        nulls={"Haar": tuple(random), "clean-clean": tuple(generic), f"agreement, {SWAPPED}": tuple(agreement_B[1:])},
+        p_values={f"agreement, {SWAPPED}": p},
+        verdict=verdict,
+        reason="; ".join(faults) or "every part of the rule holds",
+        details={"agreement": agreement_B[0], "splits": len(splits)},
+    )
+    mean_M = torch.stack([split.overlap_M for split in splits]).mean(dim=0)
+    cosines_K = torch.stack([split.cosines_K for split in splits]).mean(dim=0)
+    generic_K = torch.stack([split.generic_K for split in splits]).mean(dim=0)
+    return Stability(check, *(tuple(values.tolist()) for values in (mean_M, cosines_K, generic_K)))
+
+
+def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]:
+    """Mean over modules of the overlap of two random frames, drawn by its first two moments.
+
+    The mean squared cosine between independent uniform K-frames of R coordinates has mean K/R and variance
+    ``2 (R − K)² / (R² (R − 1) (R + 2))`` (moments of the matrix beta law); the mean over many modules is close to normal.
+    """
+    generator = np.random.default_rng([settings.seed, 9])
+    ranks = [geometry.gradients.hack[name].shape[1] for name in geometry.names]
+    sizes = [min(settings.k_use, r) for r in ranks]
+    mean = float(np.mean([k / r for k, r in zip(sizes, ranks, strict=True)]))
+    variances = [2 * (r - k) ** 2 / (r**2 * (r - 1) * (r + 2)) for k, r in zip(sizes, ranks, strict=True) if r > 1]
+    return generator.normal(mean, sqrt(sum(variances)) / len(ranks), settings.n_null).tolist()

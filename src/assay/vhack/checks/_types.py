@@ -1,0 +1,200 @@
+"""What the checks are asked for and what they answer."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from assay.errors import DataError, UsageError
+
+__all__ = ["CHECKS", "SCHEMA", "Check", "CheckReport", "CheckSettings", "Interval", "ModuleResult", "Verdict"]
+
+Verdict = Literal["pass", "fail", "undecided"]
+SCHEMA = "assay.vhack.check/1"
+CHECKS = ("pools", "heldout", "random_null", "sources", "stability")
+"""Names of the five checks, in the order of the design."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSettings:
+    """How much evidence is gathered and how strict the rules are.
+
+    Attributes:
+        k_use: axes per module.
+        tau_axis: axes with ``S_i / S_0`` below this are not used.
+        method: how bases are fitted when none is given: ``svd``, ``mean-diff`` or ``lda``.
+        n_folds: parts into which the groups are divided when no basis is given.
+        alpha: every check passes pure noise with at most this probability.
+        confidence: of every interval.
+        n_flips: random swaps of the labels, whole groups at a time.
+        n_null: bases drawn from each null.
+        n_splits: random divisions of the groups into two halves.
+        n_resamples: draws of the group bootstrap.
+        seed: of every random choice.
+    """
+
+    k_use: int = 5
+    tau_axis: float = 0.0
+    method: str = "svd"
+    n_folds: int = 5
+    alpha: float = 0.05
+    confidence: float = 0.95
+    n_flips: int = 499
+    n_null: int = 99
+    n_splits: int = 20
+    n_resamples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.k_use, self.n_flips, self.n_null, self.n_splits, self.n_resamples)
+        good = min(counts) >= 1 and self.n_folds >= 2 and 0 < self.alpha < 1 and 0 < self.confidence < 1
+        if not (good and 0 <= self.tau_axis <= 1 and self.seed >= 0):
+            raise UsageError(
+                f"{self}", wanted="positive counts, 2 folds or more, shares in (0, 1)", do="use the defaults"
+            )
+        if (1 + min(self.n_flips, self.n_null)) * self.alpha < 1:
+            raise UsageError(
+                f"{self.n_flips} flips and {self.n_null} null bases at alpha {self.alpha}",
+                wanted="enough of both for a p-value below alpha",
+                do=f"draw at least {round(1 / self.alpha)} of each",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One of the five checks.
+
+    Attributes:
+        name: one of ``CHECKS``.
+        title: what it asks, in words.
+        statistic: what the value is.
+        rule: when it passes, fixed before the value was known.
+        measured: the value and its interval; None where it could not be measured.
+        nulls: per null its draws of the statistic.
+        p_values: per null the probability of at least this value.
+        verdict: ``pass``, ``fail`` or ``undecided``.
+        reason: what decided.
+        details: further numbers, not part of the rule.
+    """
+
+    name: str
+    title: str
+    statistic: str
+    rule: str
+    measured: Interval | None
+    nulls: Mapping[str, tuple[float, ...]]
+    p_values: Mapping[str, float]
+    verdict: Verdict
+    reason: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleResult:
+    """What one module contributes, held out.
+
+    Attributes:
+        name: as in ``model.named_modules()``.
+        auroc: of its own cin, hack against clean.
+        cin_hack: mean over hack samples.
+        cin_clean: mean over clean samples.
+        overlap: mean squared cosine of the principal angles between bases of two halves; None where not measured.
+        spectrum: singular values of all differences as shares of their root sum of squares, strongest first.
+        noise: the same after random signs on every entry, which destroy whatever the pairs have in common.
+    """
+
+    name: str
+    auroc: float
+    cin_hack: float
+    cin_clean: float
+    overlap: float | None
+    spectrum: tuple[float, ...]
+    noise: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """All five checks with what a report draws.
+
+    Attributes:
+        checks: in the order of ``CHECKS``.
+        modules: per module.
+        hack: held-out scores of the hack sides.
+        clean: of the clean sides, in the same order.
+        groups: the group of each pair, in that order.
+        design: which pairs fitted and which were scored, in words.
+        settings: as asked for.
+        origin: the model and the pairs.
+    """
+
+    checks: tuple[Check, ...]
+    modules: tuple[ModuleResult, ...]
+    hack: tuple[float, ...]
+    clean: tuple[float, ...]
+    groups: tuple[str, ...]
+    design: str
+    settings: CheckSettings
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Check:
+        """The check with this name."""
+        return next(check for check in self.checks if check.name == name)
+
+    @property
+    def verdict(self) -> Verdict:
+        """``fail`` if any check fails, else ``undecided`` if any is, else ``pass``."""
+        verdicts = {check.verdict for check in self.checks}
+        return "fail" if "fail" in verdicts else "undecided" if "undecided" in verdicts else "pass"
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 fail, 2 undecided."""
+        return {"pass": 0, "fail": 1, "undecided": 2}[self.verdict]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as a JSON object with a schema field; `from_dict` reads it back."""
+        return {"schema": SCHEMA, "verdict": self.verdict, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "CheckReport":
+        """The report that `as_dict` wrote.
+
+        Raises:
+            DataError: it is of another schema or incomplete.
+        """
+        try:
+            if record["schema"] != SCHEMA:
+                raise ValueError(f"schema {record['schema']!r}")
+            return cls(
+                checks=tuple(_read_check(check) for check in record["checks"]),
+                modules=tuple(
+                    ModuleResult(**{**m, "spectrum": tuple(m["spectrum"]), "noise": tuple(m["noise"])})
+                    for m in record["modules"]
+                ),
+                hack=tuple(record["hack"]),
+                clean=tuple(record["clean"]),
+                groups=tuple(record["groups"]),
+                design=record["design"],
+                settings=CheckSettings(**record["settings"]),
+                origin=record["origin"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"a check report that cannot be used: {error}",
+                wanted=f"what `assay vhack check --json` prints, schema {SCHEMA}",
+                do="run the checks again",
+            ) from error
+
+
+def _read_check(record: Mapping[str, Any]) -> Check:
+    measured = record["measured"]
+    nulls = {name: tuple(draws) for name, draws in record["nulls"].items()}
+    return Check(**{**record, "nulls": nulls, "measured": None if measured is None else Interval(**measured)})
