@@ -77,11 +77,10 @@ def _cos_sin_turn(u):
     cosine = 1.0 - x * (((x * _C0 + _C1) * x + _C2) * x + _C3)
     sine = 2.0 * d - d * (((x * _S0 + _S1) * x + _S2) * x + _S3)
     odd = (quadrant & 1) == 1
-    turned_cosine = tl.where(odd, sine, cosine)
-    turned_sine = tl.where(odd, cosine, sine)
-    cosine = tl.where(((quadrant + 1) & 2) == 2, -turned_cosine, turned_cosine)
-    sine = tl.where((quadrant & 2) == 2, -turned_sine, turned_sine)
-    return cosine, sine
+    # Times minus one, not a minus sign: triton's is 0 - x, which makes +0 of a zero where -0 is due.
+    cosine_sign = (1 - ((quadrant + 1) & 2)).to(tl.float32)
+    sine_sign = (1 - (quadrant & 2)).to(tl.float32)
+    return tl.where(odd, sine, cosine) * cosine_sign, tl.where(odd, cosine, sine) * sine_sign
 
 
 @triton.jit
