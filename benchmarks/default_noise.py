@@ -1,9 +1,9 @@
 """How far honest engines differ: the default noise that `verify` assumes for a pair of dtypes.
 
-Both bundled models prove the same nonces in every dtype and in two batch shapes. Residuals between every two engines of a
-pair of dtypes are pooled, and the law is fitted at its 99 % upper bound. Engines that agree to the bit (same dtype, same
-machine) leave the resolution of a distance, so pairs of one dtype are also measured between two machines: run with
-`--save` on one and give the saved records with `--with` on the other.
+Both bundled models prove the same nonces in every dtype and in two batch shapes. Residuals between every two engines
+of a pair of dtypes are pooled, and the law is fitted at its 99 % upper bound. Engines that agree to the bit (same
+dtype, same machine) leave the resolution of a distance, so pairs of one dtype are also measured between two machines:
+run with `--save` on one and give the saved records with `--with` on the other.
 
     python benchmarks/default_noise.py --save noise_cuda.npz              on one machine
     python benchmarks/default_noise.py --with noise_cuda.npz -o benchmarks/results/default_noise.json --install

@@ -1,8 +1,8 @@
 """Normals on a GPU: ours against `torch.randn` and against the published loop, in one run.
 
-Shapes are batches of model inputs in float16. The published way makes one nonce at a time with eager operations in int64
-(benchmarks/streams_cpu.py has it). Times are medians of CUDA events over repeated calls, seeds on the host included for ours.
-A plain fill of the same tensor is the floor: bytes written over memory bandwidth.
+Shapes are batches of model inputs in float16. The published way makes one nonce at a time with eager operations in
+int64 (benchmarks/streams_cpu.py has it). Times are medians of CUDA events over repeated calls, seeds on the host
+included for ours. A plain fill of the same tensor is the floor: bytes written over memory bandwidth.
 
     python benchmarks/gpu_normals.py -o benchmarks/results/gpu_normals.json
 """

@@ -1,7 +1,7 @@
 """What Proof of Compute costs beside the forward pass, on the CPU, in one run.
 
-Three loops over the same model, dtype and batch shape take turns: `prove` as users call it, the bare forward over inputs
-that exist already, and inputs plus transform without the forward. The figures are medians over rounds.
+Three loops over the same model, dtype and batch shape take turns: `prove` as users call it, the bare forward over
+inputs that exist already, and inputs plus transform without the forward. The figures are medians over rounds.
 
     python benchmarks/prove_overhead.py -o benchmarks/results/prove_overhead.json
 """
