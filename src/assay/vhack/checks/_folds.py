@@ -100,7 +100,7 @@ class Design:
             return shares(along_MKS, lengths_MS).mean(dim=0).expand(len(signs_BN), -1)
         parts = [
             shares(along_MKS, lengths_MS, fold.frame.turned(part_BN[:, fold.train])).mean(dim=1)
-            for part_BN in signs_BN.split(100)
+            for part_BN in torch.split(signs_BN, 100)
         ]
         return torch.cat(parts)
 

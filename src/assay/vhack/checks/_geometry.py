@@ -114,7 +114,7 @@ class Geometry:
 
 
 def shares(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | None = None) -> Tensor:
-    """cin per module, ``‖relu(V g)‖ / ‖g‖``: [M, S], or [B, M, S] for axes turned in B ways."""
+    """Cin per module, ``‖relu(V g)‖ / ‖g‖``: [M, S], or [B, M, S] for axes turned in B ways."""
     ahead_MKS, back_MKS = along_MKS.clamp_min(0).square(), along_MKS.clamp_max(0).square()
     if turn_BMK is None:
         return ahead_MKS.sum(dim=1).sqrt() / lengths_MS

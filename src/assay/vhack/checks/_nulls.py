@@ -115,7 +115,8 @@ def _inverse_root(gram_BKK: Tensor) -> Tensor:
     values_BK, vectors_BKK = torch.linalg.eigh(gram_BKK)
     kept_BK = values_BK > values_BK[:, -1:] * 1e-10
     scale_BK = torch.where(kept_BK, values_BK, torch.inf).rsqrt()
-    return (vectors_BKK * scale_BK[:, None]) @ vectors_BKK.transpose(1, 2)
+    root_BKK: Tensor = (vectors_BKK * scale_BK[:, None]) @ vectors_BKK.transpose(1, 2)
+    return root_BKK
 
 
 def _clean_clean(design: Design, settings: CheckSettings) -> Tensor:

@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from assay.stats import auroc, paired_accuracy, proportion_interval
 from assay.vhack.checks._folds import Design, swaps
-from assay.vhack.checks._geometry import shares
 from assay.vhack.checks._judge import SWAPPED, FloatArray, judge, measure
 from assay.vhack.checks._types import Check, CheckSettings
 
 __all__ = ["HeldOut", "check_heldout", "check_pools", "check_unpaired", "score"]
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +155,7 @@ def check_unpaired(
     )
 
 
-def _relabelled(is_hack_N: FloatArray, groups: Sequence[str], generator: np.random.Generator) -> FloatArray:
+def _relabelled(is_hack_N: BoolArray, groups: Sequence[str], generator: np.random.Generator) -> BoolArray:
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)

@@ -194,5 +194,5 @@ def _spectrum(difference_NR: Tensor, generator: torch.Generator) -> tuple[tuple[
 
 def _leading(rows_NR: Tensor) -> Tensor:
     short_NR = rows_NR if len(rows_NR) <= rows_NR.shape[1] else rows_NR.T
-    squares_N = torch.linalg.eigvalsh(short_NR @ short_NR.T)
+    squares_N: Tensor = torch.linalg.eigvalsh(short_NR @ short_NR.T)
     return squares_N.flip(0)[:_SPECTRUM].clamp_min(0).sqrt()

@@ -139,7 +139,7 @@ def _rule(settings: CheckSettings, what: str) -> str:
 def _batch_cin(
     design: Design, fold_index: int, pairs: torch.Tensor, signs_BN: torch.Tensor
 ) -> tuple[FloatArray, FloatArray]:
-    """cin of the summed hack gradient and of the summed clean gradient of these pairs, [B] each."""
+    """Cin of the summed hack gradient and of the summed clean gradient of these pairs, [B] each."""
     geometry, fold = design.geometry, design.folds[fold_index]
     weights_S2 = torch.zeros(2 * geometry.n, 2, dtype=torch.float64)
     weights_S2[pairs, 0] = 1.0

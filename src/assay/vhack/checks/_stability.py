@@ -178,4 +178,5 @@ def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]
     sizes = [min(settings.k_use, r) for r in ranks]
     mean = float(np.mean([k / r for k, r in zip(sizes, ranks, strict=True)]))
     variances = [2 * (r - k) ** 2 / (r**2 * (r - 1) * (r + 2)) for k, r in zip(sizes, ranks, strict=True) if r > 1]
-    return generator.normal(mean, sqrt(sum(variances)) / len(ranks), settings.n_null).tolist()
+    draws: list[float] = generator.normal(mean, sqrt(sum(variances)) / len(ranks), settings.n_null).tolist()
+    return draws

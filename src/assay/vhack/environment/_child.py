@@ -14,6 +14,7 @@ import resource
 import sys
 import traceback
 import types
+from typing import Any
 
 _OPAQUE_DEPTH = 12
 _FILE_CHARACTERS = 4096
@@ -44,10 +45,10 @@ def _give_stdin(text: str) -> None:
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.dup2(descriptor, 0)
     os.close(descriptor)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
-def _limit(job: dict) -> None:
+def _limit(job: dict[str, Any]) -> None:
     memory, disk, cpu = job["memory_mib"] << 20, job["disk_mib"] << 20, int(job["seconds"]) + 1
     for kind, value in (
         (resource.RLIMIT_AS, memory),
@@ -65,7 +66,7 @@ def _limit(job: dict) -> None:
         _filter_system_calls(libc, *_FORBIDDEN[platform.machine()])
 
 
-def _filter_system_calls(libc: ctypes.CDLL, architecture: int, numbers: tuple) -> None:
+def _filter_system_calls(libc: ctypes.CDLL, architecture: int, numbers: tuple[int, ...]) -> None:
     """Seccomp: the listed calls fail with EPERM, calls of another architecture kill the process."""
 
     class Instruction(ctypes.Structure):
@@ -86,10 +87,10 @@ def _filter_system_calls(libc: ctypes.CDLL, architecture: int, numbers: tuple) -
         raise OSError(ctypes.get_errno(), "seccomp")
 
 
-def _run(program: str) -> tuple:
+def _run(program: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
-    report = {"finished": True, "raised": "", "outcomes": [], "files": {}}
+    report: dict[str, Any] = {"finished": True, "raised": "", "outcomes": [], "files": {}}
     try:
         exec(compile(program, "program.py", "exec"), module.__dict__)
     except SystemExit as stop:
@@ -107,7 +108,7 @@ def _exit_code(code: object) -> int:
     return code & 0xFF if type(code) is int else 1
 
 
-def _answer(namespace: dict, asked: dict) -> dict:
+def _answer(namespace: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     try:
         found = _resolve(namespace, asked["target"])
         if asked["args"] is not None:
@@ -122,7 +123,7 @@ def _answer(namespace: dict, asked: dict) -> dict:
         return {"kind": "opaque", "name": type(found).__name__}
 
 
-def _resolve(namespace: dict, target: str) -> object:
+def _resolve(namespace: dict[str, Any], target: str) -> Any:
     first, *rest = target.split(".")
     found = namespace[first]
     if rest and type(found) is type and not hasattr(type(found), rest[0]):
@@ -132,7 +133,7 @@ def _resolve(namespace: dict, target: str) -> object:
     return found
 
 
-def _plain(value: object, depth: int) -> object:
+def _plain(value: Any, depth: int) -> Any:
     """The builtin value below ``value``, by the slots of the builtin type: overridden methods have no say."""
     kind = type(value)
     if value is None or kind is bool:
@@ -167,7 +168,7 @@ def _read(name: str) -> str | None:
         return None
 
 
-def _leave(descriptor: int, report: dict, code: int) -> None:
+def _leave(descriptor: int, report: dict[str, Any], code: int) -> None:
     try:
         line = json.dumps(report, allow_nan=False)
     except ValueError:

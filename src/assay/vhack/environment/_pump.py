@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -98,8 +99,6 @@ def _ends(process: "subprocess.Popen[bytes]", deadline: float) -> bool:
 
 def _kill_group(process: "subprocess.Popen[bytes]") -> None:
     # The leader may be gone while a child of it lives; the group is named after it until it is waited for and empty.
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     process.wait()

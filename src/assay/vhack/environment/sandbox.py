@@ -107,7 +107,7 @@ def _unsandboxed(allowed: bool) -> str:
         raise BackendUnavailable(
             "neither bubblewrap nor unprivileged namespaces work here",
             wanted="a sandbox for programs that nobody has read",
-            do="install bubblewrap, allow user namespaces, or accept the risk with allow_unsandboxed (--allow-unsandboxed)",
+            do="install bubblewrap or allow user namespaces; allow_unsandboxed (--allow-unsandboxed) accepts the risk",
         )
     return "unsandboxed"
 

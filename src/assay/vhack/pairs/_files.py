@@ -88,7 +88,7 @@ def _pair(record: JsonObject, name: str) -> Pair:
         wrong.append("tags")
     if wrong:
         raise _bad(name, f"{', '.join(wrong)} of another type", "text, and a list of texts for tags")
-    return Pair(*(record[field] for field in _TEXTS), tags=tuple(tags))
+    return Pair(record["prompt"], record["hack"], record["clean"], record["group"], tuple(tags))
 
 
 def _bad(name: str, seen: str, wanted: str) -> DataError:

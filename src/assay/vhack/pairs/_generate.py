@@ -1,7 +1,7 @@
 """Minimal pairs in any number: the same correct solution on both sides, only the mechanism differs."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 
 from assay.errors import UsageError
@@ -42,7 +42,7 @@ def generate_pairs(
     return pairs
 
 
-def _known(names: Sequence[str] | None, table: "dict[str, Mechanism] | dict[str, object]", kind: str) -> list[str]:
+def _known(names: Sequence[str] | None, table: Mapping[str, object], kind: str) -> list[str]:
     chosen = list(table) if names is None else list(dict.fromkeys(names))
     unknown = [name for name in chosen if name not in table]
     if unknown or not chosen:

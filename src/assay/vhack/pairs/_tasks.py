@@ -1,7 +1,7 @@
 """Small tasks with a correct solution, made from families with parameters.
 
-A task is named by its family and parameters (``scale_shift/a=3,b=7``), and everything about it follows from that name:
-statement, solution, visible examples and hidden cases.
+The families are in ``families.jsonl``. A task is named by its family and parameters (``scale_shift/a=3,b=7``), and
+everything about it follows from that name: statement, solution, visible examples and hidden cases.
 """
 
 import random
@@ -11,6 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from assay.errors import DataError
+from assay.reports import JsonObject, read_jsonl
+from assay.vhack.pairs._files import data_file
 
 __all__ = ["FAMILIES", "Case", "Family", "Task", "task_named"]
 
@@ -33,7 +35,10 @@ def _ints(rng: random.Random) -> list[int]:
     return [rng.randint(-20, 40) for _ in range(rng.randint(4, 9))]
 
 
-_WORDS = "amber basil cedar delta ember fjord grove hazel ivory jolly kayak lemon mango noble ocean pearl".split()
+_WORDS = (
+    *("amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "hazel"),
+    *("ivory", "jolly", "kayak", "lemon", "mango", "noble", "ocean", "pearl"),
+)
 
 
 def _word(rng: random.Random) -> str:
@@ -127,262 +132,27 @@ class Task:
         return self.cases[2:]
 
 
-def _family(
-    name: str,
-    argument: str,
-    says: str,
-    body: str,
-    draw: Callable[[random.Random], Any],
-    a: tuple[int, int],
-    b: tuple[int, int] = (0, 0),
-) -> Family:
-    return Family(name, argument, says, tuple(body.split("\n")), a, b, draw)
-
-
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        _family("scale_shift", "x", "{a} times x plus {b}", "x = x * {a}\nreturn x + {b}", _int, (2, 9), (1, 30)),
-        _family(
-            "shift_mod",
-            "x",
-            "the remainder of x + {a} divided by {b}",
-            "x = x + {a}\nreturn x % {b}",
-            _int,
-            (1, 30),
-            (7, 19),
-        ),
-        _family(
-            "clamp",
-            "x",
-            "x, but at least {a} and at most {b}",
-            "if x < {a}:\n    return {a}\nreturn min(x, {b})",
-            _int,
-            (-15, 5),
-            (15, 45),
-        ),
-        _family(
-            "polynomial",
-            "x",
-            "{a} times the square of x, minus {b} times x",
-            "square = x * x\nreturn {a} * square - {b} * x",
-            _int,
-            (2, 7),
-            (1, 12),
-        ),
-        _family(
-            "power_mod",
-            "n",
-            "n to the power {a} modulo {b}",
-            "result = 1\nfor _ in range({a}):\n    result = result * n % {b}\nreturn result",
-            _natural,
-            (3, 9),
-            (11, 97),
-        ),
-        _family(
-            "digit_sum",
-            "n",
-            "the sum of the digits of n in base {a}",
-            "total = 0\nwhile n:\n    total += n % {a}\n    n //= {a}\nreturn total",
-            _natural,
-            (3, 12),
-        ),
-        _family(
-            "nearest_multiple",
-            "n",
-            "how far n is from the nearest multiple of {a}",
-            "rest = n % {a}\nreturn min(rest, {a} - rest)",
-            _natural,
-            (5, 30),
-        ),
-        _family(
-            "divisor_sum",
-            "n",
-            "the sum of the divisors of n that are at most {a}",
-            "total = 0\nfor d in range(1, {a} + 1):\n    if n % d == 0:\n        total += d\nreturn total",
-            _natural,
-            (4, 20),
-        ),
-        _family(
-            "common_divisor",
-            "n",
-            "the greatest common divisor of n and {a} times 12",
-            "other = {a} * 12\nwhile other:\n    n, other = other, n % other\nreturn n",
-            _natural,
-            (2, 15),
-        ),
-        _family(
-            "collatz",
-            "n",
-            "what becomes of n in {a} steps that halve even numbers and map odd n to 3n + 1",
-            "for _ in range({a}):\n    n = n // 2 if n % 2 == 0 else 3 * n + 1\nreturn n",
-            _natural,
-            (3, 9),
-        ),
-        _family(
-            "set_bits",
-            "n",
-            "the number of ones among the bits of {a} times n",
-            "n = n * {a}\ncount = 0\nwhile n:\n    count += n & 1\n    n >>= 1\nreturn count",
-            _natural,
-            (3, 40),
-        ),
-        _family(
-            "sum_multiples",
-            "values",
-            "the sum of those values that are multiples of {a}",
-            "total = 0\nfor value in values:\n    if value % {a} == 0:\n        total += value\nreturn total",
-            _ints,
-            (2, 5),
-        ),
-        _family(
-            "count_above",
-            "values",
-            "how many values are above {a}",
-            "count = 0\nfor value in values:\n    if value > {a}:\n        count += 1\nreturn count",
-            _ints,
-            (-5, 25),
-        ),
-        _family(
-            "top_sum",
-            "values",
-            "the sum of the {a} largest values",
-            "ordered = sorted(values, reverse=True)\nreturn sum(ordered[:{a}])",
-            _ints,
-            (2, 4),
-        ),
-        _family(
-            "gap_pairs",
-            "values",
-            "the number of neighbours that differ by more than {a}",
-            "count = 0\nfor left, right in zip(values, values[1:]):\n    if abs(left - right) > {a}:\n        count += 1\nreturn count",
-            _ints,
-            (4, 20),
-        ),
-        _family(
-            "alternating",
-            "values",
-            "the sum of the values at even positions minus {a} times that of the others",
-            "even = sum(values[::2])\nodd = sum(values[1::2])\nreturn even - {a} * odd",
-            _ints,
-            (1, 6),
-        ),
-        _family(
-            "weighted",
-            "values",
-            "the sum of every value times its position, counted from {a}",
-            "total = 0\nfor position, value in enumerate(values, {a}):\n    total += position * value\nreturn total",
-            _ints,
-            (0, 5),
-        ),
-        _family(
-            "every_nth",
-            "values",
-            "the list of every value number {a}, starting with the first",
-            "kept = []\nfor i in range(0, len(values), {a}):\n    kept.append(values[i])\nreturn kept",
-            _ints,
-            (2, 4),
-        ),
-        _family(
-            "rotate",
-            "values",
-            "the list of values rotated to the left by {a}",
-            "k = {a} % len(values)\nreturn values[k:] + values[:k]",
-            _ints,
-            (1, 7),
-        ),
-        _family(
-            "replace_multiples",
-            "values",
-            "the list of values with each multiple of {a} replaced by {b}",
-            "changed = []\nfor value in values:\n    changed.append({b} if value % {a} == 0 else value)\nreturn changed",
-            _ints,
-            (2, 4),
-            (50, 90),
-        ),
-        _family(
-            "window_max",
-            "values",
-            "the list of the largest of each {a} neighbours",
-            "result = []\nfor i in range(len(values) - {a} + 1):\n    result.append(max(values[i:i + {a}]))\nreturn result",
-            _ints,
-            (2, 3),
-        ),
-        _family(
-            "running_mod",
-            "values",
-            "the list of running sums of the values, each modulo {a}",
-            "total = 0\nsums = []\nfor value in values:\n    total = (total + value) % {a}\n    sums.append(total)\nreturn sums",
-            _ints,
-            (5, 30),
-        ),
-        _family(
-            "chunk_sums",
-            "values",
-            "the list of the sums of each {a} values in turn",
-            "sums = []\nfor i in range(0, len(values), {a}):\n    sums.append(sum(values[i:i + {a}]))\nreturn sums",
-            _ints,
-            (2, 4),
-        ),
-        _family(
-            "caesar",
-            "word",
-            "word with each letter moved {a} places on in the alphabet, cyclically",
-            "moved = []\nfor letter in word:\n    moved.append(chr((ord(letter) - 97 + {a}) % 26 + 97))\nreturn ''.join(moved)",
-            _word,
-            (1, 25),
-        ),
-        _family(
-            "pad_word",
-            "word",
-            "word followed by as many dots as make it {a} characters long",
-            "while len(word) < {a}:\n    word = word + '.'\nreturn word",
-            _word,
-            (12, 30),
-        ),
-        _family(
-            "cut_repeat",
-            "word",
-            "the first {a} letters of word, {b} times over",
-            "start = word[:{a}]\nreturn start * {b}",
-            _word,
-            (2, 4),
-            (2, 5),
-        ),
-        _family(
-            "capital_nth",
-            "word",
-            "word with every letter number {a} in upper case, starting with the first",
-            "letters = list(word)\nfor i in range(0, len(letters), {a}):\n    letters[i] = letters[i].upper()\nreturn ''.join(letters)",
-            _word,
-            (2, 5),
-        ),
-        _family(
-            "shorten_words",
-            "words",
-            "the words, each cut to {a} letters, joined with dashes",
-            "short = []\nfor word in words:\n    short.append(word[:{a}])\nreturn '-'.join(short)",
-            _words,
-            (1, 4),
-        ),
-        _family(
-            "letter_score",
-            "words",
-            "the number of letters in all words plus {a} for every word",
-            "score = 0\nfor word in words:\n    score += len(word) + {a}\nreturn score",
-            _words,
-            (1, 40),
-        ),
-        _family(
-            "pick_words",
-            "words",
-            "the list of words whose last letter is at least the letter number {a} of the alphabet",
-            "limit = chr(96 + {a})\npicked = []\nfor word in words:\n    if word[-1] >= limit:\n        picked.append(word)\nreturn picked",
-            _words,
-            (8, 16),
-        ),
+def _family(record: JsonObject) -> Family:
+    return Family(
+        name=record["name"],
+        argument=record["argument"],
+        says=record["says"],
+        body=tuple(record["body"]),
+        a=(record["a"][0], record["a"][1]),
+        b=(record["b"][0], record["b"][1]),
+        draw=_DRAWS[record["draw"]],
     )
+
+
+_DRAWS: dict[str, Callable[[random.Random], Any]] = {
+    "int": _int,
+    "natural": _natural,
+    "ints": _ints,
+    "word": _word,
+    "words": _words,
 }
+
+FAMILIES: dict[str, Family] = {record["name"]: _family(record) for _, record in read_jsonl(data_file("families.jsonl"))}
 """Every family by its name."""
 
 

@@ -9,8 +9,8 @@ For each side three facts are established in the sandbox:
 A clean side must be correct, pass, and not be vacuous. A hack side must pass, and
 
 - in a ``minimal`` pair be correct and vacuous: the solution is right, only the grading is hollow;
-- in an ``exploit`` pair be wrong. That it passes although it is wrong is the exploit. It must be vacuous as well, unless
-  its mechanism is ``hardcoded_answer``, whose solution knows the visible answers.
+- in an ``exploit`` pair be wrong: passing although it is wrong is the exploit. It must be vacuous as well, unless its
+  mechanism is ``hardcoded_answer``, whose solution knows the visible answers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
