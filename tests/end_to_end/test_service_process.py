@@ -3,14 +3,16 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.receiver import FlakyReceiver
+from tests.end_to_end.server import Server
 
 ROUND = {
     "block_hash": "block_gamma",
@@ -24,14 +26,14 @@ ROUND = {
 }
 
 
-def _assay(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "assay", "poc", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | environment,
-    )
+def _refused(server: Server) -> str:
+    """Start a command that must not start; return what it said."""
+    server.start()
+    assert server.wait(60) == 2
+    said = server.log.read_text()
+    assert "wanted:" in said
+    assert "Traceback" not in said
+    return said
 
 
 def _until(true, timeout: float = 30.0) -> None:
@@ -69,8 +71,7 @@ def test_a_thousand_readers_at_once_get_an_answer(launch):
 
     def read() -> None:
         try:
-            for _ in range(20):
-                seen.append(server.status()["state"])
+            seen.extend(server.status()["state"] for _ in range(20))
         except Exception as error:
             errors.append(error)
 
@@ -85,29 +86,34 @@ def test_a_thousand_readers_at_once_get_an_answer(launch):
     _until(lambda: server.status()["total_checked"] > before)
 
 
-def test_one_service_per_data_directory(launch, small_checkpoint):
+def test_one_service_per_data_directory(launch, tmp_path, small_checkpoint):
     server = launch()
-    second = _assay("serve", "--model", str(small_checkpoint), "--port", "0", "--data-dir", str(server.data_dir))
-    assert second.returncode == 2
-    assert "another service runs in" in second.stderr
+    second = Server(tmp_path, model=small_checkpoint)
+    second.arguments += ["--data-dir", str(server.data_dir)]
+    assert "another service runs in" in _refused(second)
     assert server.status()["state"] == "IDLE"
 
 
 def test_other_addresses_need_a_key(tmp_path):
-    refused = _assay("serve", "--model", "none", "--host", "0.0.0.0", "--data-dir", str(tmp_path / "data"))
-    assert refused.returncode == 2
-    assert "without a key" in refused.stderr
-    assert not (tmp_path / "data").exists()
-    refused = _assay("receive", "--host", "0.0.0.0", "-o", str(tmp_path / "received.sqlite3"))
-    assert refused.returncode == 2
-    assert "without a secret" in refused.stderr
+    server = Server(tmp_path, "--host", "0.0.0.0", model="none")
+    assert "without a key" in _refused(server)
+    assert not server.data_dir.exists()
+
+
+def test_a_receiver_on_other_addresses_needs_a_secret(tmp_path):
+    server = Server(tmp_path, model="none")
+    server.arguments = ["poc", "receive", "--host", "0.0.0.0", "-o", str(tmp_path / "received.sqlite3")]
+    assert "without a secret" in _refused(server)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path):
-    missing = _assay("serve", "--model", str(tmp_path / "none"), "--port", "0", "--data-dir", str(tmp_path / "data"))
-    assert missing.returncode == 2
-    assert "wanted:" in missing.stderr
-    assert "Traceback" not in missing.stderr
+    assert str(tmp_path / "none") in _refused(Server(tmp_path, model=tmp_path / "none"))
+
+
+def test_a_port_that_is_taken_is_an_error(launch, tmp_path, small_checkpoint):
+    second = Server(tmp_path, model=small_checkpoint)
+    second.arguments += ["--port", str(launch().port)]
+    assert "address already in use" in _refused(second).lower()
 
 
 def _mount(path: Path, size: str) -> bool:
@@ -117,12 +123,16 @@ def _mount(path: Path, size: str) -> bool:
     )
 
 
+def _fill(path: Path) -> None:
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_pauses_the_round_and_it_continues_when_there_is_room(tmp_path, small_checkpoint):
-    from tests.end_to_end.server import Server
-
     disk = tmp_path / "disk"
-    if not _mount(disk, "1m"):
+    if not _mount(disk, "2m"):
         pytest.skip("this machine does not let tests mount a disk")
     server = Server(disk, model=small_checkpoint)
     server.log = tmp_path / "server.log"
@@ -132,13 +142,7 @@ def test_a_full_disk_pauses_the_round_and_it_continues_when_there_is_room(tmp_pa
         server.wait_for()
         server.post("/init/generate", ROUND)
         _until(lambda: server.status()["total_checked"] > 0)
-        with ballast.open("wb") as file:
-            try:
-                while True:
-                    file.write(b"x" * 4096)
-                    file.flush()
-            except OSError:
-                pass
+        _fill(ballast)
         _until(lambda: server.status()["paused"] == "storage")
         paused = server.status()
         assert paused["state"] == "GENERATING"
@@ -159,8 +163,6 @@ def test_a_full_disk_pauses_the_round_and_it_continues_when_there_is_room(tmp_pa
 
 def test_a_second_signal_is_not_needed_while_streams_are_open(launch):
     server = launch()
-    import urllib.request
-
     stream = urllib.request.urlopen(f"{server.base}/api/v1/pow/events", timeout=10)
     try:
         assert b"retry" in stream.readline()

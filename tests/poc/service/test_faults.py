@@ -129,7 +129,7 @@ def test_fault_09_failed_callbacks_are_sent_again_and_stop_loses_none(service):
         service.post("/init/generate", ROUND | {"callback_url": receiver.url})
         until(lambda: service.status()["total_valid"] > 20)
         service.post("/stop")
-        owed = {n for n in service.client.get(f"{PREFIX}/status", params={"after": -1}).json()["valid_nonces"]}
+        owed = set(service.client.get(f"{PREFIX}/status", params={"after": -1}).json()["valid_nonces"])
         receiver.trouble = 0.0
         until(lambda: set(receiver.nonces()) >= owed)
         until(lambda: service.controller.outbox.counts()["pending"] == 0)

@@ -50,6 +50,8 @@ def check_url(url: str, *, allow_private: bool) -> None:
     try:
         parsed = httpx.URL(url)
         host = parsed.host
+        if not 0 < (parsed.port or 80) < 65_536:
+            raise ValueError(f"port {parsed.port}")
     except (httpx.InvalidURL, ValueError, UnicodeError) as error:
         raise _refusal(f"callback URL: {error}") from None
     if parsed.scheme not in ("http", "https") or not host:

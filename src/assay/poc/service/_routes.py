@@ -70,7 +70,7 @@ def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
     @router.post(
         "/validate",
         response_model=ValidateReply,
-        responses=_problems(409, 413, 422, 429, 503),
+        responses=_problems(400, 409, 413, 422, 429, 503),
         openapi_extra=VALIDATE,
     )
     async def validate(body: ValidateRequest) -> Response:

@@ -130,10 +130,10 @@ function drawHistogram(svg, { low, high, counts, expected }, checked, target) {
     class: centre(i) < target ? "bar" : "rest",
   }));
   const edge = (sign) => expected.map((mean, i) => [x(centre(i)), y(Math.max(0, mean + sign * spread[i]))]);
-  const { found, digits } = ticks(low, high, Math.max(3, (box.right - box.left) / 90));
+  const { found, digits } = ticks(low, high, (box.right - box.left) / 60);
   svg.replaceChildren(
     ...bars,
-    element("path", { d: area(edge(1), edge(-1)), class: "band" }),
+    ...[1, -1].map((sign) => element("path", { d: path(edge(sign)), class: "edge" })),
     element("path", { d: path(expected.map((mean, i) => [x(centre(i)), y(mean)])), class: "law" }),
     element("path", { d: path([[box.left, box.bottom], [box.right, box.bottom]]), class: "axis" }),
     ...found.map((tick) => label(tick.toFixed(digits), x(tick), box.bottom + 18, { "text-anchor": "middle" })),

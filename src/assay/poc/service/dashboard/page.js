@@ -48,21 +48,22 @@ function showSentence() {
 
 function showFigures(snapshot) {
   const { checked, valid, callbacks, jobs, model } = snapshot;
+  const { pending, dead } = callbacks;
   put("rate", rateOf(snapshot.nonces_per_second));
   put("checked", count(checked));
-  put("checked-note", snapshot.next_nonce === null ? "\u00a0" : `next nonce ${count(snapshot.next_nonce)}`);
+  put("checked-note", checked ? `in ${duration(snapshot.seconds)}` : "\u00a0");
   put("valid", count(valid));
   put("valid-note", snapshot.valid_rate === null ? "\u00a0" : percent(snapshot.valid_rate));
-  put("pending", count(callbacks.pending));
-  put("dead", callbacks.dead ? `✕ ${plural(callbacks.dead, "dead letter")}` : "no dead letters");
-  $("dead").classList.toggle("fail", callbacks.dead > 0);
+  put("pending", count(pending));
+  put("dead", `pending, ${dead ? count(dead) : "none"} dead`);
+  $("dead").classList.toggle("fail", dead > 0);
   put("model", model ? `${visible(model.reference)}, ${model.dtype}, ${model.digest.slice(0, 12)}` : "not loaded");
   put("jobs", `${count(jobs.queued)} queued, ${count(jobs.running)} running`);
   put("uptime", duration(snapshot.uptime_seconds));
   put("version", `assay ${snapshot.version}`);
 }
 
-function showRound({ round, seconds }) {
+function showRound({ round, next_nonce: next }) {
   $("round").hidden = !round;
   $("no-round").hidden = Boolean(round);
   if (!round) return;
@@ -73,7 +74,7 @@ function showRound({ round, seconds }) {
   put("preset", `${round.preset}, r_target ${round.r_target}`);
   put("shape", `${round.batch_size} × ${round.seq_len} positions`);
   put("begun", moment(round.created_at));
-  put("seconds", duration(seconds));
+  put("next", count(next));
 }
 
 function shareOf({ node_id: node, node_count: nodes, group_id: group, n_groups: groups }) {
@@ -111,7 +112,7 @@ function verdictRow(verdict) {
     cell("", part("badge " + kind, part("mark", mark), word), rule && part("note", rule)),
     cell("names", part("", name(verdict.public_key, 40)), part("note", name(verdict.block_hash, 40))),
     cell("n", `${count(verdict.n_invalid)} of ${count(verdict.n)}`, part("note", chance(verdict.probability_honest))),
-    cell("n", moment(verdict.time)),
+    cell("when", moment(verdict.time)),
   );
   return row;
 }

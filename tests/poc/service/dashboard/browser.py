@@ -1,0 +1,75 @@
+"""Chromium as the distribution packages it, and what a page does while a test looks at it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+# Registered before the page runs: how far anything moved without the reader's doing.
+WATCH_SHIFTS = """
+window.shifts = [];
+new PerformanceObserver((list) => window.shifts.push(...list.getEntries().map((entry) => entry.value)))
+  .observe({ type: "layout-shift", buffered: true });
+"""
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A browser with a profile of its own. Each module opens one, since its event loop lives in this thread."""
+    assert CHROMIUM.exists(), "Chromium is not installed: apt-get install --no-install-recommends chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Watched:
+    """A page with everything that it logged, asked for and threw."""
+
+    def __init__(self, browser: Browser, **options) -> None:
+        self.page: Page = browser.new_page(**options)
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.add_init_script(WATCH_SHIFTS)
+
+    @property
+    def origins(self) -> set[str]:
+        """Where requests went; ``data:`` URLs go nowhere."""
+        parts = (urlsplit(url) for url in self.requests if not url.startswith("data:"))
+        return {f"{part.scheme}://{part.netloc}" for part in parts}
+
+    def errors_besides(self, *expected: str) -> list[str]:
+        return [error for error in self.errors if not any(part in error for part in expected)]
+
+    def text(self, name: str) -> str:
+        return self.page.locator(f"#{name}").inner_text()
+
+    def number(self, name: str) -> float:
+        return float(self.text(name).replace("\u202f", ""))
+
+    def wait(self, condition: str, timeout: float = 20) -> None:
+        """Wait until a JavaScript expression holds."""
+        self.page.wait_for_function(condition, timeout=timeout * 1000)
+
+    def wait_text(self, name: str, part: str, timeout: float = 20) -> None:
+        self.page.locator(f"#{name}", has_text=part).wait_for(timeout=timeout * 1000, state="attached")
+
+    def shift(self) -> float:
+        """How much of the window moved since the page was loaded, summed over all jumps."""
+        return float(self.page.evaluate("window.shifts.reduce((a, b) => a + b, 0)"))
+
+    def overflow(self) -> float:
+        """By how many pixels the page is wider than the window."""
+        return float(self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))

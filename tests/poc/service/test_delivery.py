@@ -1,0 +1,197 @@
+"""Callbacks: signatures, pauses, dead letters, and what a receiver may ask for."""
+
+import base64
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+from standardwebhooks import Webhook
+
+from assay.poc.service import open_outbox
+from assay.poc.service._delivery import backoff, retry_after
+from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, Service, until
+
+SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef0123456789abcdef").decode()
+OLD_SECRET = "whsec_" + base64.b64encode(b"fedcba9876543210fedcba9876543210").decode()
+Answer = tuple[int, dict[str, str]]
+
+
+class Receiver:
+    """Answers every callback with what the test says."""
+
+    def __init__(self, answer: Callable[[int], Answer]) -> None:
+        self.seen: list[tuple[float, str, dict[str, str], bytes]] = []
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                receiver.seen.append((time.monotonic(), self.path, headers, body))
+                status, extra = answer(len(receiver.seen))
+                self.send_response(status)
+                for name, value in ({"Content-Length": "0"} | extra).items():
+                    self.send_header(name, value)
+                self.end_headers()
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def receive() -> Iterator[Callable[[Callable[[int], Answer]], Receiver]]:
+    made: list[Receiver] = []
+
+    def make(answer: Callable[[int], Answer] = lambda n: (200, {})) -> Receiver:
+        made.append(Receiver(answer))
+        return made[-1]
+
+    yield make
+    for receiver in made:
+        receiver.close()
+
+
+def owe_one(service: Service, url: str) -> None:
+    """Let the service owe exactly one callback: a verdict."""
+    service.post("/init/validate", ROUND | {"callback_url": url})
+    service.post("/validate", BLOCK | {"nonces": [0], "dist": [1.4], "node_id": 0})
+
+
+def test_every_secret_signs_and_the_id_stays(serving, receive):
+    receiver = receive(lambda n: (500 if n < 3 else 200, {}))
+    with serving(callback_secrets=(SECRET, OLD_SECRET)) as service:
+        owe_one(service, receiver.url + "/hook/")
+        until(lambda: service.controller.outbox.counts()["pending"] == 0)
+    assert len(receiver.seen) == 3
+    assert {path for _, path, _, _ in receiver.seen} == {"/hook/validated"}
+    assert len({headers["webhook-id"] for _, _, headers, _ in receiver.seen}) == 1
+    assert len({body for _, _, _, body in receiver.seen}) == 1
+    for _, _, headers, body in receiver.seen:
+        for secret in (SECRET, OLD_SECRET):
+            values = Webhook(secret).verify(body, headers)
+    assert values["public_key"] == "node_A"
+    assert values["nonces"] == [0]
+
+
+def test_without_a_secret_there_is_an_id_and_no_signature(service, receive):
+    receiver = receive()
+    owe_one(service, receiver.url)
+    until(lambda: receiver.seen)
+    headers = receiver.seen[0][2]
+    assert headers["webhook-id"].startswith("msg_")
+    assert "webhook-signature" not in headers
+
+
+def test_retry_after_is_honoured(service, receive):
+    receiver = receive(lambda n: (503, {"Retry-After": "1"}) if n == 1 else (200, {}))
+    owe_one(service, receiver.url)
+    until(lambda: len(receiver.seen) == 2)
+    assert receiver.seen[1][0] - receiver.seen[0][0] >= 1.0
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_redirects_are_not_followed(serving, receive, status):
+    elsewhere = receive()
+    receiver = receive(lambda n: (status, {"Location": elsewhere.url + "/stolen"}))
+    with serving(callback_attempts=2) as service:
+        owe_one(service, receiver.url)
+        until(lambda: service.controller.outbox.counts()["dead"] == 1)
+    assert not elsewhere.seen
+    assert len(receiver.seen) == 2
+
+
+def test_dead_letters_are_kept_and_replayed_while_the_service_runs(serving, receive):
+    healthy = []
+    receiver = receive(lambda n: (200 if healthy else 500, {}))
+    with serving(callback_attempts=3) as service:
+        owe_one(service, receiver.url)
+        until(lambda: service.controller.outbox.counts() == {"pending": 0, "dead": 1})
+        assert len(receiver.seen) == 3
+        healthy.append(True)
+        with open_outbox(service.settings.data_dir) as outbox:
+            (row,) = outbox.rows(["dead"], 10)
+            assert (row["attempts"], row["last_error"]) == (3, "HTTP 500")
+            assert outbox.replay(["msg_other"]) == 0
+            assert outbox.replay([row["id"]]) == 1
+        until(lambda: service.controller.outbox.counts() == {"pending": 0, "dead": 0})
+    assert receiver.seen[-1][2]["webhook-id"] == row["id"]
+
+
+def test_a_blocked_address_is_a_dead_letter_at_once(serving):
+    with serving(allow_private_callbacks=False) as service:
+        owe_one(service, "http://2130706433:9/")  # 127.0.0.1, in a form that only the resolver understands
+        until(lambda: service.controller.outbox.counts()["dead"] == 1)
+        (row,) = service.controller.outbox.rows(["dead"], 1)
+    assert row["attempts"] == 1
+    assert "private address" in row["last_error"]
+
+
+def test_too_many_undelivered_callbacks_slow_generation_and_drop_nothing(serving, receive):
+    healthy = []
+    receiver = receive(lambda n: (200 if healthy else 503, {}))
+    with serving(max_pending=3, callback_interval=0.0) as service:
+        service.post("/init/generate", ROUND | {"callback_url": receiver.url})
+        until(lambda: service.status()["paused"] == "callbacks")
+        held = service.checked()
+        assert service.rig.batches * 4 - held <= 4 * 10  # the short queue between engine and disk, and one batch
+        healthy.append(True)
+        until(lambda: service.checked() > held)
+        service.post("/stop")
+        until(lambda: service.controller.outbox.counts()["pending"] == 0)
+        owed = service.client.get(f"{PREFIX}/status", params={"after": -1, "limit": 10_000}).json()["valid_nonces"]
+    last = {headers["webhook-id"]: json.loads(body)["nonces"] for _, _, headers, body in receiver.seen}
+    assert sorted(nonce for nonces in last.values() for nonce in nonces) == owed
+
+
+def test_stop_with_pending_callbacks_loses_none_over_a_restart(serving, receive):
+    healthy = []
+    receiver = receive(lambda n: (200 if healthy else 500, {}))
+    with serving() as service:
+        service.post("/init/generate", ROUND | {"callback_url": receiver.url})
+        until(lambda: service.status()["total_valid"] > 10)
+        service.post("/stop")
+        owed = service.client.get(f"{PREFIX}/status", params={"after": -1}).json()["valid_nonces"]
+        service.restart()
+        healthy.append(True)
+        until(lambda: service.controller.outbox.counts()["pending"] == 0)
+    delivered = {headers["webhook-id"]: json.loads(body)["nonces"] for _, _, headers, body in receiver.seen}
+    assert sorted(nonce for nonces in delivered.values() for nonce in nonces) == owed
+
+
+def test_pauses_double_within_bounds():
+    for attempts in range(100):
+        full = min(60.0, 0.5 * 2.0**attempts)
+        assert 0.5 * full <= backoff(attempts, 0.5, 60.0) <= full
+    assert len({backoff(3, 1.0, 60.0) for _ in range(20)}) > 10
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, 0),
+        ("", 0),
+        ("7", 7),
+        ("-7", 0),
+        ("soon", 0),
+        ("999999999999", 86_400),
+        ("Fri, 20 Nov 2026 10:00:30 GMT", 30),
+        ("Fri, 20 Nov 2026 09:00:00 GMT", 0),
+        ("Fri, 99 Nov 2026 10:00:30 GMT", 0),
+    ],
+)
+def test_retry_after_in_both_forms(value, seconds):
+    assert retry_after(value, datetime(2026, 11, 20, 10, 0, 0, tzinfo=UTC)) == seconds

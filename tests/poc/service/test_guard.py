@@ -1,0 +1,84 @@
+"""Callback URLs: what is refused, and that the address that was checked is the one that is called."""
+
+import asyncio
+import socket
+
+import pytest
+
+from assay.poc.service._guard import Blocked, check_url, resolve
+from assay.poc.service._refusals import Refusal
+
+PRIVATE = [
+    "http://127.0.0.1/",
+    "http://[::1]:8080/",
+    "http://localhost/",
+    "http://LOCALHOST./x",
+    "http://a.localhost/",
+    "http://10.0.0.1/",
+    "http://192.168.1.1/",
+    "http://172.16.0.1/",
+    "http://169.254.169.254/latest/meta-data",
+    "http://100.64.0.1/",
+    "http://0.0.0.0/",
+    "http://[::ffff:127.0.0.1]/",
+    "http://[::ffff:a9fe:a9fe]/",
+    "http://[64:ff9b::7f00:1]/",
+    "http://[2002:7f00:1::]/",
+    "http://[fe80::1%25eth0]/",
+    "http://[fd00::1]/",
+    "http://224.0.0.1/",
+]
+MALFORMED = [
+    "ftp://8.8.8.8/",
+    "file:///etc/passwd",
+    "http://",
+    "//8.8.8.8/",
+    "http://user:pw@8.8.8.8/",
+    "http://[::1/",
+    "http://8.8.8.8:99999/",
+    "http://0177.0.0.1/",
+    "javascript:alert(1)",
+]
+# Forms that only the resolver understands: they are names to us, and addresses to it.
+DISGUISED = ["http://2130706433/", "http://0x7f.1/", "http://127.1/"]
+
+
+@pytest.mark.parametrize("url", PRIVATE)
+def test_private_addresses_are_refused_unless_allowed(url):
+    with pytest.raises(Refusal) as refused:
+        check_url(url, allow_private=False)
+    assert refused.value.status == 422
+    check_url(url, allow_private=True)
+
+
+@pytest.mark.parametrize("url", MALFORMED)
+def test_malformed_urls_are_refused_always(url):
+    for allow in (True, False):
+        with pytest.raises(Refusal):
+            check_url(url, allow_private=allow)
+
+
+@pytest.mark.parametrize("url", ["http://8.8.8.8/x", "https://example.org:8443/hook?token=1", "http://[2606:4700::1]/"])
+def test_public_urls_pass(url):
+    check_url(url, allow_private=False)
+
+
+@pytest.mark.parametrize("url", DISGUISED + PRIVATE[:1])
+def test_the_resolved_address_is_what_counts(url):
+    with pytest.raises(Blocked):
+        asyncio.run(resolve(url, allow_private=False))
+
+
+def test_one_private_address_among_several_blocks_the_name(monkeypatch):
+    answers = [("93.184.215.14", 80), ("10.0.0.5", 80)]
+
+    async def found(self, host, port, **kwargs):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", answer) for answer in answers]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", found)
+    with pytest.raises(Blocked, match=r"10\.0\.0\.5"):
+        asyncio.run(resolve("http://rebinding.example/", allow_private=False))
+    answers.pop()
+    target = asyncio.run(resolve("http://rebinding.example:8080/hook?a=1", allow_private=False))
+    assert str(target.pinned) == "http://93.184.215.14:8080/hook?a=1"
+    assert target.host_header == "rebinding.example:8080"

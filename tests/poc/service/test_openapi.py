@@ -1,0 +1,85 @@
+"""The OpenAPI document, and what random requests made from it get back over a real socket."""
+
+import re
+import socket
+import threading
+from pathlib import Path
+
+import httpx
+import hypothesis
+import pytest
+import schemathesis
+import uvicorn
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+
+from assay.poc.service import Controller, Settings, create_app
+from tests.poc.service.conftest import Rig, until
+
+CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The address of a service on a fake engine, with every route that a client may call."""
+    rig = Rig()
+    rig.pause = 0
+    settings = Settings(data_dir=tmp_path_factory.mktemp("openapi"), seq_len=4, wait=0.05, max_positions=4096)
+    controller = Controller(rig.deployment, settings)
+    server = uvicorn.Server(uvicorn.Config(create_app(controller), log_config=None))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        until(lambda: server.started and controller.deployment is not None)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        controller.closing.set()
+        server.should_exit = True
+        thread.join()
+
+
+def operations() -> list[schemathesis.APIOperation]:
+    """Every operation of the document but the stream of events, which has no end."""
+    app = create_app(Controller(Rig().deployment, Settings(data_dir=Path("never-opened"))))
+    schema = schemathesis.openapi.from_dict(app.openapi()).exclude(path_regex="/events$")
+    return [found.ok() for found in schema.get_all_operations()]
+
+
+def cases() -> list[object]:
+    """Valid requests for every operation, and invalid ones where a request can be invalid at all."""
+    modes = schemathesis.GenerationMode
+    return [
+        pytest.param(operation, mode, id=f"{operation.label}-{mode.value}")
+        for operation in operations()
+        for mode in (modes.POSITIVE, modes.NEGATIVE)
+        if mode is modes.POSITIVE or operation.body or operation.query
+    ]
+
+
+@pytest.mark.parametrize(("operation", "mode"), cases())
+def test_no_request_is_answered_with_a_server_error(operation, mode, address):
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+    @hypothesis.settings(
+        max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    def answers(case: schemathesis.Case) -> None:
+        case.call_and_validate(base_url=address, checks=CHECKS)
+
+    answers()
+
+
+def test_the_page_of_the_docs_needs_nothing_from_elsewhere(address):
+    page = httpx.get(f"{address}/docs")
+    assert page.status_code == 200
+    assert not re.findall(r"(?:src|href)=[\"'](?!openapi\.json)", page.text)
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "openapi.json" in page.text
+
+
+def test_every_route_of_the_published_api_is_there(address):
+    paths = httpx.get(f"{address}/openapi.json").json()["paths"]
+    published = [
+        *("init", "init/generate", "init/validate", "phase/generate", "phase/validate", "validate", "status", "stop"),
+        *("generate", "generate/{request_id}"),
+    ]
+    assert {f"/api/v1/pow/{path}" for path in published} | {"/health", "/ready", "/metrics"} <= paths.keys()
