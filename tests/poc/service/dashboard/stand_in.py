@@ -1,0 +1,153 @@
+"""A stand-in for the service: the real page under its real headers, and an event stream that a test writes."""
+
+import copy
+import itertools
+import json
+import queue
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from assay import stats
+from assay.poc.service.dashboard import render_page
+
+KEY = "read-key-of-the-test"
+DIMENSION = 8192
+BINS = 48
+ROUND = {
+    "id": 1,
+    "block_hash": "block_alpha",
+    "public_key": "node_A",
+    "block_height": 1234567,
+    "node_id": 1,
+    "node_count": 3,
+    "group_id": 0,
+    "n_groups": 1,
+    "preset": "poc-2.0",
+    "seq_len": 256,
+    "batch_size": 32,
+    "r_target": 1.416,
+    "created_at": 1_790_000_000.0,
+}
+
+
+def snapshot(**changes: Any) -> dict[str, Any]:
+    """A generating service with 10 000 nonces that lie exactly as the chord law says, and some changes."""
+    low, high = 1.375, 1.453
+    edges = [low + (high - low) * i / BINS for i in range(BINS + 1)]
+    law = stats.chord_cdf(edges, DIMENSION)
+    expected = [10_000 * float(b - a) for a, b in itertools.pairwise(law)]
+    share = float(stats.valid_rate(ROUND["r_target"], DIMENSION))
+    return copy.deepcopy(
+        {
+            "schema": "assay.poc.snapshot/1",
+            "time": 1_790_000_100.0,
+            "version": "0.1.0",
+            "uptime_seconds": 93_784.0,
+            "state": "GENERATING",
+            "ready": True,
+            "paused": None,
+            "error": None,
+            "model": {"reference": "reference:qwen3", "digest": "ab" * 32, "dtype": "bfloat16"},
+            "round": ROUND,
+            "checked": 10_000,
+            "valid": round(10_000 * share),
+            "next_nonce": 30_001,
+            "seconds": 250.0,
+            "nonces_per_second": 40.0,
+            "valid_rate": share,
+            "valid_rate_error": 0.0049,
+            "expected_rate": share,
+            "expected_rate_error": 0.0049,
+            "histogram": {
+                "low": low,
+                "high": high,
+                "counts": [round(mean) for mean in expected],
+                "expected": expected,
+                "below": 0,
+                "above": 0,
+            },
+            "callbacks": {"pending": 2, "dead": 0},
+            "jobs": {"queued": 0, "running": 0},
+            "verdicts": [],
+        }
+        | changes
+    )
+
+
+class StandIn:
+    """Serves one page on 127.0.0.1. ``send`` gives a snapshot to every open stream; None ends them."""
+
+    def __init__(self, *, key: str | None = None) -> None:
+        self.key = key
+        self.refuse: tuple[int, dict[str, str], dict[str, str]] | None = None
+        self.asked: list[str] = []
+        self._streams: list[queue.Queue[Any]] = []
+        self._last: Any = None
+        stand_in, (page, headers) = self, render_page()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/api/v1/pow/events":
+                    stand_in._serve(self)
+                else:
+                    stand_in._answer(self, 200, page.encode(), {"Content-Type": "text/html; charset=utf-8", **headers})
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                pass  # the page has gone
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def send(self, value: Any) -> None:
+        self._last = value
+        for stream in self._streams:
+            stream.put(value)
+
+    def close(self) -> None:
+        self.send(None)
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+        self.asked.append(handler.headers.get("Authorization", ""))
+        if self.refuse is not None:
+            status, body, headers = self.refuse
+            self._answer(handler, status, json.dumps(body).encode(), headers)
+        elif self.key is not None and self.asked[-1] != f"Bearer {self.key}":
+            body = {"detail": "no valid API key", "wanted": "Authorization: Bearer KEY", "do": "send it"}
+            self._answer(handler, 401, json.dumps(body).encode(), {"WWW-Authenticate": "Bearer"})
+        else:
+            self._stream(handler)
+
+    def _answer(self, handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
+        handler.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    def _stream(self, handler: BaseHTTPRequestHandler) -> None:
+        stream: queue.Queue[Any] = queue.Queue()
+        if self._last is not None:
+            stream.put(self._last)
+        self._streams.append(stream)
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.end_headers()
+        handler.wfile.write(b"retry: 2000\n\n")
+        while (value := stream.get()) is not None:
+            text = value if isinstance(value, str) else json.dumps(value)
+            # In two pieces, as a network may deliver it.
+            data = f"event: snapshot\ndata: {text}\n\n".encode()
+            for piece in (data[:37], data[37:]):
+                handler.wfile.write(piece)
+                handler.wfile.flush()
+        self._streams.remove(stream)

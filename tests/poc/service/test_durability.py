@@ -1,0 +1,257 @@
+"""What is on disk: restarts, conflicts, full disks, many nodes, migrations."""
+
+import sqlite3
+
+import pytest
+import sqlalchemy as sa
+
+from assay.errors import StorageError
+from assay.poc import prove
+from assay.poc.service import Controller, Deployment, Settings
+from assay.poc.service._database import Database
+from assay.poc.service._outbox import Outbox
+from assay.poc.service._rounds import Batch, Record, Rounds
+from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, until
+
+
+def nonces_on_disk(service) -> list[int]:
+    with sqlite3.connect(service.controller.database.path) as database:
+        rows = database.execute("SELECT nonce FROM records ORDER BY nonce").fetchall()
+    database.close()
+    return [row[0] for row in rows]
+
+
+@pytest.mark.parametrize("then", ["init/generate", "init/validate", "init", "stop"])
+def test_a_restart_returns_to_state_and_round(service, then):
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() >= 8)
+    if then != "init/generate":
+        service.post("/stop")
+    if then.startswith("init") and then != "init/generate":
+        service.post(f"/{then}", ROUND)
+    before = service.status()
+    service.restart()
+    after = service.status()
+    assert (after["state"], after["config"], after["r_target"]) == (
+        before["state"],
+        before["config"],
+        before["r_target"],
+    )
+    assert after["total_checked"] >= before["total_checked"]
+    if then == "init/generate":
+        until(lambda: service.checked() > after["total_checked"])
+    service.post("/stop")
+    found = nonces_on_disk(service)
+    assert found == list(range(len(found)))
+    until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["checked"] == len(found))
+    histogram = service.client.get(f"{PREFIX}/snapshot").json()["histogram"]
+    assert sum(histogram["counts"]) + histogram["below"] + histogram["above"] == len(found)
+
+
+def test_the_records_are_those_of_prove(tmp_path, small_model, round_):
+    """Through the service or not, a nonce has the same distance, bit for bit."""
+    settings = Settings(data_dir=tmp_path, seq_len=16)
+    controller = Controller(lambda: Deployment.of(small_model), settings)
+    controller.start()
+    try:
+        until(lambda: controller.deployment is not None)
+        from assay.poc.service._bodies import InitRequest
+        from assay.poc.service._states import State
+
+        body = InitRequest(
+            block_hash="block_alpha",
+            block_height=0,
+            public_key="node_A",
+            r_target=1.416,
+            batch_size=8,
+            seq_len=16,
+            node_id=0,
+            node_count=1,
+        )
+        controller.init(body, State.GENERATING)
+        until(lambda: controller.progress.checked >= 40)
+        controller.stop()
+        records = controller.database["records"]
+        with controller.database.read() as connection:
+            rows = connection.execute(sa.select(records).order_by(records.c.nonce).limit(40)).all()
+    finally:
+        controller.close()
+    wanted = prove(small_model, round_, range(40), batch_size=8)
+    assert [(row.nonce, row.distance) for row in rows] == [(r.nonce, r.distance) for r in wanted.records]
+    assert [bool(row.valid) for row in rows] == [r.distance < 1.416 for r in wanted.records]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"r_target": 1.4}, {"seq_len": 8}, {"batch_size": 8}, {"block_height": 8}, {"node_count": 2}, {"n_groups": 2}],
+)
+def test_a_round_cannot_be_begun_again_with_other_values(service, change):
+    service.post("/init", ROUND)
+    answer = service.post("/init/generate", ROUND | change, status=409)
+    assert answer["fields"] == list(change)
+    assert service.status()["state"] == "IDLE"
+    service.post("/init/generate", ROUND | {"callback_url": "http://127.0.0.1:9/", "fraud_threshold": 0.05})
+
+
+def test_several_rounds_one_after_another(service):
+    for block in ("a", "b", "a"):
+        service.post("/init/generate", ROUND | {"block_hash": block})
+        before = service.checked()
+        until(lambda before=before: service.checked() > before)
+        service.post("/stop")
+    with service.controller.database.read() as connection:
+        rows = connection.execute(sa.text("SELECT block_hash, checked, next_nonce FROM rounds ORDER BY id")).all()
+    assert [row[0] for row in rows] == ["a", "b"]
+    assert all(row[1] == row[2] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("share", [(0, 3, 0, 1), (2, 3, 0, 1), (0, 1, 1, 2), (1, 2, 2, 3)])
+def test_nodes_and_groups_share_the_nonces(service, share):
+    node_id, node_count, group_id, n_groups = share
+    names = {"node_id": node_id, "node_count": node_count, "group_id": group_id, "n_groups": n_groups}
+    service.post("/init/generate", ROUND | names)
+    until(lambda: service.checked() >= 12)
+    service.post("/stop")
+    found = nonces_on_disk(service)
+    offset, step = node_id + group_id * node_count, n_groups * node_count
+    assert found == [offset + i * step for i in range(len(found))]
+
+
+@pytest.mark.parametrize(
+    "change", [{"node_id": 3, "node_count": 3}, {"group_id": 1}, {"node_id": 0, "node_count": 0}, {"group_id": 2**50}]
+)
+def test_a_share_that_cannot_be_is_refused(service, change):
+    service.post("/init/generate", ROUND | change, status=422)
+
+
+def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
+    """SQLite's own limit on pages gives the very error of a full disk."""
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() > 0)
+    with service.controller.database.write() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+    limit = [pages]
+
+    def cap(connection, record, proxy) -> None:
+        connection.execute(f"PRAGMA max_page_count = {limit[0]}").close()
+
+    sa.event.listen(service.controller.database._engine, "checkout", cap)
+    until(lambda: service.status()["paused"] == "storage")
+    held = service.status()
+    assert held["state"] == "GENERATING"
+    assert service.client.get("/health").status_code == 200
+    answer = service.client.post(f"{PREFIX}/generate", json=ARTIFACTS | {"nonces": list(range(10_000))})
+    assert answer.status_code == 503
+    assert "retry-after" in answer.headers
+    limit[0] = 2**30
+    until(lambda: service.status()["paused"] is None and service.checked() > held["total_checked"])
+    service.post("/stop")
+    found = nonces_on_disk(service)
+    assert found == list(range(service.checked()))
+
+
+def test_stop_works_with_a_full_disk_and_is_remembered_later(service, monkeypatch):
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() > 0)
+    full = [True]
+    real = Database.write
+
+    def write(self):
+        if full[0]:
+            raise StorageError("database or disk is full", wanted="room", do="free some")
+        return real(self)
+
+    monkeypatch.setattr(Database, "write", write)
+    until(lambda: service.status()["paused"] == "storage")
+    assert service.post("/stop")["pow_status"]["state"] == "STOPPED"
+    assert service.controller.rounds.current()[0] == "GENERATING"
+    full[0] = False
+    until(lambda: service.controller.rounds.current()[0] == "STOPPED")
+
+
+def test_a_nonce_is_never_written_twice(tmp_path):
+    database = Database(tmp_path)
+    outbox = Outbox(database)
+    rounds = Rounds(database, outbox)
+    values = {name: ROUND[name] for name in ("block_hash", "block_height", "public_key", "node_id", "node_count")}
+    values |= {"group_id": 0, "n_groups": 1, "preset": "poc-2.0", "seq_len": 4, "batch_size": 4, "r_target": 1.416}
+    values |= {"strength": 32, "reference": "m", "digest": "0", "weights": "trained", "fraud_threshold": 0.01}
+    stored = rounds.enter("GENERATING", values | {"callback_url": "http://127.0.0.1:9"})
+    batch = Batch(
+        epoch=1,
+        round_id=stored.id,
+        records=[Record(0, 1.4), Record(1, 1.5)],
+        valid=[True, False],
+        next_nonce=2,
+        seconds=1,
+    )
+    rounds.commit([batch], interval=0, most=10)
+    with pytest.raises(sa.exc.IntegrityError):
+        rounds.commit([batch], interval=0, most=10)
+    # Neither the counts nor the callback of the refused transaction are there.
+    assert rounds.current()[1].checked == 2
+    assert outbox.counts()["pending"] == 1
+    database.close()
+
+
+def test_results_that_collide_end_the_round(service):
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() > 0)
+    with service.controller.database.write() as connection:
+        connection.exec_driver_sql("INSERT INTO records SELECT round_id, 1000, 1.4, NULL, 1 FROM records LIMIT 1")
+    until(lambda: service.status()["state"] == "STOPPED")
+    assert "UNIQUE" in service.status()["error"]
+
+
+def test_a_database_of_a_newer_version_is_refused(tmp_path):
+    Database(tmp_path).close()
+    with sqlite3.connect(tmp_path / "service.sqlite3") as database:
+        database.execute("INSERT INTO migrations VALUES (99, 0)")
+    database.close()
+    with pytest.raises(StorageError, match="schema 99"):
+        Database(tmp_path)
+
+
+def test_what_is_no_database_is_refused(tmp_path):
+    (tmp_path / "service.sqlite3").write_bytes(b"not a database" * 1000)
+    with pytest.raises(StorageError):
+        Database(tmp_path)
+
+
+def test_commits_are_durable(tmp_path):
+    database = Database(tmp_path)
+    with database.read() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
+    database.close()
+
+
+def test_old_rounds_are_pruned_unless_they_owe_a_callback(service):
+    for block, url in (("old", None), ("owing", "http://127.0.0.1:9/"), ("current", None)):
+        service.post("/init/generate", ROUND | {"block_hash": block, "callback_url": url})
+        until(lambda: service.status()["total_valid"] > 0)
+        service.post("/stop")
+    assert service.controller.rounds.prune(keep=3600) == 0
+    assert service.controller.rounds.prune(keep=-1) == 1
+    with service.controller.database.read() as connection:
+        left = connection.execute(sa.text("SELECT block_hash FROM rounds ORDER BY id")).scalars().all()
+        orphans = connection.execute(
+            sa.text("SELECT count(*) FROM records WHERE round_id NOT IN (SELECT id FROM rounds)")
+        ).scalar_one()
+    assert (left, orphans) == (["owing", "current"], 0)
+
+
+def test_a_round_of_another_model_does_not_continue(service):
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() > 0)
+    service.close()
+    with sqlite3.connect(service.settings.data_dir / "service.sqlite3") as database:
+        database.execute("UPDATE rounds SET digest = 'another'")
+    database.close()
+    service._start()
+    service.wait_ready = lambda: None
+    until(lambda: service.status()["state"] == "STOPPED")
+    assert "a round of fake" in service.status()["error"]
+    service.post("/phase/generate", status=409)
+    service.post("/init/generate", ROUND | {"block_hash": "next"})

@@ -1,0 +1,203 @@
+"""Artifact rounds and jobs: queue, polling, waiting, cancelling, checking."""
+
+import time
+
+import pytest
+
+from tests.end_to_end.receiver import FlakyReceiver
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, until
+
+JOB = ARTIFACTS | {"nonces": [0, 1, 2, 5, 9]}
+
+
+def finished(service, request_id: str):
+    state = service.client.get(f"{PREFIX}/generate/{request_id}").json()
+    return state if state["status"] not in ("queued", "running") else None
+
+
+def run(service, body) -> dict:
+    queued = service.post("/generate", body)
+    assert queued["status"] == "queued"
+    until(lambda: finished(service, queued["request_id"]))
+    return finished(service, queued["request_id"])
+
+
+def test_a_job_is_queued_polled_and_completed(service):
+    done = run(service, JOB)
+    assert done["status"] == "completed"
+    assert done["encoding"] == {"dtype": "f16", "k_dim": 12, "endian": "le"}
+    assert [artifact["nonce"] for artifact in done["artifacts"]] == JOB["nonces"]
+    assert {len(artifact["vector_b64"]) for artifact in done["artifacts"]} == {32}
+
+
+def test_waiting_gives_the_same_result(service):
+    waited = service.post("/generate", JOB | {"wait": True})
+    assert {**waited, "request_id": ""} == {**run(service, JOB), "request_id": ""}
+
+
+def test_validation_counts_what_is_wrong(service):
+    artifacts = run(service, JOB)["artifacts"]
+    honest = service.post("/generate", JOB | {"wait": True, "validation": {"artifacts": artifacts[::-1]}})
+    assert (honest["n_total"], honest["n_mismatch"], honest["fraud_detected"]) == (5, 0, False)
+    assert honest["p_value"] == 1.0
+    spoiled = [
+        artifacts[0],
+        artifacts[1] | {"vector_b64": artifacts[0]["vector_b64"]},
+        artifacts[2] | {"vector_b64": ""},
+        artifacts[3] | {"vector_b64": "not base64"},
+        artifacts[4] | {"vector_b64": "AH4A" * 8},  # NaN
+    ]
+    fraud = service.post("/generate", JOB | {"wait": True, "validation": {"artifacts": spoiled}})
+    assert fraud["mismatch_nonces"] == [1, 2, 5, 9]
+    assert (fraud["n_mismatch"], fraud["fraud_detected"]) == (4, True)
+    loose = {"stat_test": {"dist_threshold": 2.0, "p_mismatch": 0.5, "fraud_threshold": 0.001}}
+    lenient = service.post("/generate", JOB | loose | {"wait": True, "validation": {"artifacts": spoiled}})
+    assert (lenient["mismatch_nonces"], lenient["fraud_detected"]) == ([2, 5, 9], False)
+
+
+@pytest.mark.parametrize("nonces", [[0, 1, 2, 5], [0, 1, 2, 5, 8], [0, 1, 2, 5, 9, 9]])
+def test_validation_of_other_nonces_is_refused(service, nonces):
+    artifacts = [{"nonce": nonce, "vector_b64": ""} for nonce in nonces]
+    service.post("/generate", JOB | {"validation": {"artifacts": artifacts}}, status=400)
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"params": JOB["params"] | {"seq_len": 8}}, 409),
+        ({"params": JOB["params"] | {"model": "another"}}, 409),
+        ({"params": JOB["params"] | {"k_dim": 64}}, 409),
+        ({"params": JOB["params"] | {"extra": 1}}, 422),
+        ({"nonces": []}, 422),
+        ({"nonces": [1, 1]}, 422),
+        ({"nonces": [1], "node_count": 2}, 422),
+        ({"nonces": list(range(10_001))}, 422),
+        ({"batch_size": 5000}, 422),
+    ],
+)
+def test_jobs_that_cannot_be_are_refused(service, change, status):
+    answer = service.post("/generate", JOB | change, status=status)
+    if status == 409:
+        assert answer["error"] == "params mismatch"
+        assert answer["deployed"] == JOB["params"]
+        assert answer["requested"] == change["params"]
+
+
+def test_a_full_queue_asks_to_come_back(serving):
+    with serving(max_queued_nonces=12) as service:
+        service.rig.open.clear()
+        first = service.post("/generate", JOB)
+        assert service.post("/generate", JOB)["queued_count"] == 10
+        answer = service.client.post(f"{PREFIX}/generate", json=JOB)
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) > 0
+        service.rig.open.set()
+        until(lambda: finished(service, first["request_id"]))
+        until(lambda: service.client.post(f"{PREFIX}/generate", json=JOB).status_code == 200)
+
+
+def test_jobs_wait_for_a_round_and_survive_a_restart(service):
+    service.post("/init/generate", ROUND)
+    queued = service.post("/generate", JOB)
+    until(lambda: service.checked() > 20)
+    assert finished(service, queued["request_id"]) is None
+    service.restart()
+    assert finished(service, queued["request_id"]) is None
+    service.post("/stop")
+    until(lambda: finished(service, queued["request_id"]))
+    assert finished(service, queued["request_id"])["status"] == "completed"
+
+
+def test_a_job_that_runs_is_done_again_after_a_restart(service):
+    service.rig.pause = 0.2
+    queued = service.post("/generate", JOB)
+    until(lambda: finished(service, queued["request_id"]) is None and service.rig.entered.is_set())
+    service.restart()
+    until(lambda: finished(service, queued["request_id"]))
+    assert len(finished(service, queued["request_id"])["artifacts"]) == 5
+
+
+def test_waiting_too_long_is_answered_with_202(serving):
+    with serving(wait=0.05) as service:
+        service.rig.open.clear()
+        answer = service.client.post(f"{PREFIX}/generate", json=JOB | {"wait": True})
+        assert answer.status_code == 202
+        assert answer.json()["status"] in ("queued", "running")
+        service.rig.open.set()
+        until(lambda: finished(service, answer.json()["request_id"]))
+
+
+def test_a_job_can_be_cancelled(service):
+    service.rig.open.clear()
+    running, waiting = (service.post("/generate", JOB)["request_id"] for _ in range(2))
+    assert service.rig.entered.wait(10)
+    for request_id in (waiting, running):
+        answer = service.client.delete(f"{PREFIX}/generate/{request_id}")
+        assert answer.json()["status"] == "cancelled"
+    service.rig.open.set()
+    assert run(service, JOB)["status"] == "completed"
+    assert finished(service, running)["status"] == "cancelled"
+
+
+def test_results_are_kept_for_a_while_only(serving):
+    with serving(job_ttl=0.3) as service:
+        queued = service.post("/generate", JOB)
+        until(lambda: service.client.get(f"{PREFIX}/generate/{queued['request_id']}").status_code == 404)
+        assert service.client.get(f"{PREFIX}/generate/unknown").status_code == 404
+        time.sleep(0.3)
+        service.controller.jobs.prune()
+        assert service.controller.jobs.counts() == {"queued": 0, "running": 0}
+
+
+def test_a_job_that_fails_says_so_and_the_next_one_runs(service):
+    service.rig.fail = RuntimeError("the device is gone")
+    failed = run(service, JOB)
+    assert failed["status"] == "failed"
+    assert "device is gone" in failed["error"]
+    service.rig.fail = None
+    assert run(service, JOB)["status"] == "completed"
+
+
+def test_jobs_announce_their_results(service):
+    receiver = FlakyReceiver(trouble=0)
+    try:
+        done = run(service, JOB | {"url": receiver.url})
+        checked = run(service, JOB | {"url": receiver.url, "validation": {"artifacts": done["artifacts"]}})
+        until(lambda: len(receiver.taken) == 2)
+        generated, validated = receiver.taken.values()
+    finally:
+        receiver.close()
+    common = {**BLOCK, "node_id": 0}
+    assert generated == common | {name: done[name] for name in ("request_id", "artifacts", "encoding")}
+    names = ("request_id", "n_total", "n_mismatch", "mismatch_nonces", "p_value", "fraud_detected")
+    assert validated == common | {name: checked[name] for name in names}
+    assert [path for path, _, _ in receiver.requests] == ["/generated", "/validated"]
+
+
+def test_a_round_of_vectors(service):
+    receiver = FlakyReceiver(trouble=0)
+    try:
+        answer = service.post("/init/generate", ARTIFACTS | {"url": receiver.url, "group_id": 1, "n_groups": 2})
+        assert answer["pow_status"]["status"] == "GENERATING"
+        until(lambda: len(receiver.taken) >= 2)
+        service.post("/stop")
+        until(lambda: service.controller.outbox.counts()["pending"] == 0)
+    finally:
+        receiver.close()
+    status = service.status()
+    assert status["config"] == BLOCK | {
+        "node_id": 0,
+        "node_count": 1,
+        "group_id": 1,
+        "n_groups": 2,
+        "seq_len": 4,
+        "k_dim": 12,
+    }
+    assert status["stats"]["total_processed"] == status["total_valid"]
+    sent = [artifact for body in receiver.taken.values() for artifact in body["artifacts"]]
+    assert sorted(a["nonce"] for a in sent) == list(range(1, 1 + 2 * status["total_checked"], 2))
+    direct = {a["nonce"]: a["vector_b64"] for a in run(service, JOB | {"nonces": [1, 3, 5]})["artifacts"]}
+    assert direct.items() <= {a["nonce"]: a["vector_b64"] for a in sent}.items()
+    service.post("/phase/validate")
+    claim = BLOCK | {"nonces": [1], "dist": [1.4], "node_id": 0}
+    assert "vectors" in service.post("/validate", claim, status=409)["detail"]
