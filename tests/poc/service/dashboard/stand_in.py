@@ -111,6 +111,10 @@ class StandIn:
         for stream in self._streams:
             stream.put(value)
 
+    def next(self, value: Any) -> None:
+        """Say what the next stream begins with."""
+        self._last = value
+
     def close(self) -> None:
         self.send(None)
         self._server.shutdown()

@@ -192,13 +192,19 @@ def test_silence_is_shown_and_so_is_the_end_of_it(watch, stand_in):
 
 def test_a_closed_stream_and_an_unreadable_one_are_followed_by_another(live, stand_in):
     watched = live()
-    for last, reason in ((None, "closed the connection"), ("{", "could not be read")):
+    watched.page.evaluate("""() => {
+      window.said = [];
+      const sentence = document.getElementById('sentence');
+      new MutationObserver(() => said.push(sentence.textContent)).observe(sentence, { childList: true });
+    }""")
+    for last, reason in ((None, "the service closed the connection"), ("{", "could not be read")):
         stand_in.refuse = (503, {"detail": "the service is busy"}, {})
         stand_in.send(last)
         watched.wait_text("sentence", "the service is busy")
+        assert any(reason in sentence for sentence in watched.page.evaluate("said"))
         assert watched.text("link-text") == "Disconnected"
-        assert "What you see is" in watched.text("sentence"), reason
-        stand_in._last = snapshot()
+        assert "What you see is" in watched.text("sentence")
+        stand_in.next(snapshot())
         stand_in.refuse = None
         watched.wait(LIVE)
     assert watched.errors_besides("503") == []

@@ -55,7 +55,7 @@ function showFigures(snapshot) {
   put("valid", count(valid));
   put("valid-note", snapshot.valid_rate === null ? "\u00a0" : percent(snapshot.valid_rate));
   put("pending", count(pending));
-  put("dead", `pending, ${dead ? count(dead) : "none"} dead`);
+  put("dead", `pending, ${count(dead)} dead`);
   $("dead").classList.toggle("fail", dead > 0);
   put("model", model ? `${visible(model.reference)}, ${model.dtype}, ${model.digest.slice(0, 12)}` : "not loaded");
   put("jobs", `${count(jobs.queued)} queued, ${count(jobs.running)} running`);

@@ -1,0 +1,110 @@
+"""The dashboard of a real service in Chromium: figures move, states change, and a dead service comes back."""
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser
+
+from tests.end_to_end.receiver import FlakyReceiver
+from tests.poc.service.dashboard.browser import Watched, chromium
+
+ATTACK = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
+ROUND = {
+    "block_hash": ATTACK,
+    "block_height": 7,
+    "public_key": "node_A",
+    "r_target": 1.416,
+    "node_id": 0,
+    "node_count": 1,
+    "batch_size": 8,
+    "seq_len": 8,
+}
+KEY = "read-key-of-this-test"
+LIVE = "document.body.dataset.link === 'live'"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+def _figure(name: str) -> str:
+    """JavaScript for a figure of the page, which has thin spaces between its thousands."""
+    return f"Number(document.getElementById('{name}').textContent.replaceAll('\\u202f', ''))"
+
+
+def _grows(watched: Watched, name: str) -> None:
+    watched.wait(f"{_figure(name)} > {watched.number(name)}")
+
+
+def _shows(watched: Watched, state: str) -> None:
+    watched.wait_text("state", state)
+
+
+def test_a_round_is_followed_from_its_start_through_a_crash_to_its_end(launch, browser):
+    receiver = FlakyReceiver(trouble=0.0)
+    server = launch("--callback-interval", "0.2")
+    watched = Watched(browser)
+    try:
+        watched.page.goto(server.base)
+        watched.wait(LIVE)
+        assert watched.text("state") == "Idle"
+        assert watched.text("sentence") == "Waiting for a round."
+
+        server.post("/init/generate", ROUND | {"callback_url": receiver.url})
+        _shows(watched, "Generating")
+        for name in ("checked", "valid"):
+            _grows(watched, name)
+            _grows(watched, name)
+        watched.wait("document.querySelectorAll('#histogram .bar, #histogram .rest').length === 48")
+        bars = "[...document.querySelectorAll('#histogram rect')].map((bar) => Number(bar.getAttribute('height')))"
+        assert sum(height > 1 for height in watched.page.evaluate(bars)) > 5
+        watched.wait(f"{_figure('rate')} > 0")
+        watched.wait_text("rate-reading", "expected")
+        assert watched.page.locator("#funnel .dot").count() == 1
+        assert watched.text("block") == ATTACK
+        assert watched.page.evaluate("window.broken") is None
+
+        server.kill()
+        watched.wait("document.body.dataset.link === 'lost'")
+        assert watched.text("link-text") == "Disconnected"
+        assert watched.text("state") == "Generating"
+        assert watched.text("sentence").startswith("No connection: ")
+        before = watched.number("checked")
+        server.start()
+        watched.wait(LIVE, timeout=60)
+        server.wait_for()
+        watched.wait(f"{_figure('checked')} > {before}")
+
+        server.post("/stop")
+        _shows(watched, "Stopped")
+        stopped = server.status()["total_checked"]
+        watched.wait(f"{_figure('checked')} === {stopped}")
+        watched.wait(f"{_figure('pending')} === 0")
+        server.post("/phase/validate")
+        _shows(watched, "Validating")
+
+        # What Chromium itself reports of the attempts while nobody listened is the only noise.
+        assert watched.errors_besides("net::ERR_") == []
+        assert watched.origins == {server.base}
+    finally:
+        watched.page.close()
+        receiver.close()
+
+
+def test_with_keys_a_reader_sees_the_service_and_may_not_steer_it(launch, browser):
+    server = launch("--api-key", "control-key-of-this-test", "--read-key", KEY)
+    watched = Watched(browser)
+    try:
+        watched.page.goto(server.base)
+        watched.page.get_by_label("API key").fill(KEY)
+        watched.page.keyboard.press("Enter")
+        watched.wait(LIVE)
+        assert watched.text("state") == "Idle"
+        status, _ = server.call("POST", "/api/v1/pow/stop", {}, Authorization=f"Bearer {KEY}")
+        assert status == 403
+        assert not any(KEY in url for url in watched.requests)
+        assert watched.errors_besides("401") == []
+    finally:
+        watched.page.close()
