@@ -1,0 +1,115 @@
+"""Verdicts: the residual test of a node's whole round, beside the published rule."""
+
+import pytest
+
+from assay import stats
+from assay.poc import Calibration
+from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, until
+
+CLAIM = BLOCK | {"node_id": 0}
+
+
+def truth(service, count: int) -> list[float]:
+    body = CLAIM | {"public_key": "scout", "nonces": list(range(count)), "dist": [1.4] * count}
+    return service.post("/validate", body)["computed_distances"]
+
+
+def ask(service, nonces: list[int], dist: list[float], key: str = "node_A") -> dict:
+    return service.post("/validate", CLAIM | {"public_key": key, "nonces": nonces, "dist": dist})["residual_test"]
+
+
+@pytest.fixture
+def judging(service):
+    service.post("/init/validate", ROUND)
+    return service
+
+
+def test_many_small_requests_decide_like_one_large_one(judging):
+    right = truth(judging, 40)
+    whole = ask(judging, list(range(40)), right, key="at once")
+    assert whole["verdict"] == "honest"
+    for start in range(0, 40, 8):
+        parts = ask(judging, list(range(start, start + 8)), right[start : start + 8], key="in parts")
+    assert {**parts} == {**whole}
+
+
+def test_asking_twice_proves_nothing(judging):
+    right = truth(judging, 3)
+    first = ask(judging, [0, 1, 2], right)
+    assert first["verdict"] == "undecided"
+    for _ in range(20):
+        again = ask(judging, [2, 0, 1], right[2:] + right[:2])
+    assert again == first
+
+
+def test_other_computation_is_fraud_and_one_nodes_fraud_is_not_anothers(judging):
+    right = truth(judging, 12)
+    wrong = [d + (0.002 if i % 2 else -0.002) for i, d in enumerate(right)]
+    assert ask(judging, list(range(12)), wrong, key="cheat")["verdict"] == "fraud"
+    assert ask(judging, list(range(12)), right, key="honest")["verdict"] != "fraud"
+
+
+def test_evidence_survives_a_restart(judging):
+    right = truth(judging, 30)
+    before = ask(judging, list(range(15)), right[:15])
+    judging.restart()
+    after = ask(judging, list(range(15, 30)), right[15:])
+    assert after["checked"] == 30
+    assert after["log_evidence_honest"] > before["log_evidence_honest"]
+
+
+def test_a_measured_calibration_is_used(serving, rig):
+    fingerprint = rig.deployment().engine(4, 4).fingerprint
+    measured = Calibration(
+        output="distance",
+        prover=fingerprint,
+        validator=fingerprint,
+        law=stats.ScaleNoise(sigma=5e-4),
+        n=100,
+        confidence=0.99,
+    )
+    with serving(calibration=measured) as service:
+        service.post("/init/validate", ROUND)
+        right = truth(service, 30)
+        noisy = [d + (4e-4 if i % 2 else -4e-4) for i, d in enumerate(right)]
+        assert ask(service, list(range(30)), noisy)["verdict"] == "honest"
+
+
+def test_an_empty_request_is_no_fraud(judging):
+    answer = judging.post("/validate", CLAIM | {"nonces": [], "dist": []})
+    assert (answer["n_invalid"], answer["probability_honest"], answer["fraud_detected"]) == (0, -1.0, False)
+    assert answer["computed_distances"] == []
+
+
+def test_verdicts_are_in_the_snapshot(judging):
+    ask(judging, [0, 1], [1.4, 1.4])
+    until(lambda: judging.client.get(f"{PREFIX}/snapshot").json()["verdicts"])
+    (verdict,) = judging.client.get(f"{PREFIX}/snapshot").json()["verdicts"]
+    fields = "time public_key block_hash n n_invalid probability_honest fraud_detected verdict"
+    assert list(verdict) == fields.split()
+    assert verdict["public_key"] == "node_A"
+
+
+def test_an_engine_that_fails_is_not_the_clients_fault(judging):
+    judging.rig.fail = RuntimeError("the device is gone")
+    body = CLAIM | {"nonces": [0], "dist": [1.4]}
+    assert "device is gone" in judging.post("/validate", body, status=503)["detail"]
+    judging.rig.fail = None
+    judging.post("/validate", body)
+
+
+def test_a_round_that_ends_ends_its_validations(judging):
+    import threading
+
+    judging.rig.open.clear()
+    judging.rig.entered.clear()
+    answers = []
+    body = CLAIM | {"nonces": list(range(20)), "dist": [1.4] * 20}
+    call = threading.Thread(target=lambda: answers.append(judging.client.post(f"{PREFIX}/validate", json=body)))
+    call.start()
+    assert judging.rig.entered.wait(10)
+    judging.post("/stop")
+    judging.rig.open.set()
+    call.join()
+    assert (answers[0].status_code, answers[0].json()["state"]) == (409, "STOPPED")
+    assert judging.rig.batches == 1  # cancelled between two batches
