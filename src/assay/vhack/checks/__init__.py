@@ -1,5 +1,6 @@
 """Five checks whether hack directions are real: held-out data, groups kept together, exact or matched nulls."""
 
+from assay.vhack.checks._page import page
 from assay.vhack.checks._ranking import check_unpaired
 from assay.vhack.checks._run import check, check_gradients
 from assay.vhack.checks._sources import SourceCin, check_source_log, read_source_log
@@ -17,5 +18,6 @@ __all__ = [
     "check_gradients",
     "check_source_log",
     "check_unpaired",
+    "page",
     "read_source_log",
 ]

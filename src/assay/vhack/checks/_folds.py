@@ -32,13 +32,13 @@ class Fold:
     """One basis and the pairs it is scored on.
 
     Attributes:
-        along_MKS: component of every sample along its axes.
+        along: component of every sample along its axes.
         train: indices of the pairs it was fitted to, as far as they are among the pairs at hand.
         test: indices of the pairs it may be scored on.
         frame: the fit, where swapping training labels only turns its axes; None where the basis stays as it is.
     """
 
-    along_MKS: Tensor
+    along: Tensor
     train: Tensor
     test: Tensor
     frame: Frame | None
@@ -95,7 +95,7 @@ class Design:
 
     def _fold_scores(self, fold: Fold, signs_BN: Tensor) -> Tensor:
         samples = torch.cat([fold.test, fold.test + self.geometry.n])
-        along_MKS, lengths_MS = fold.along_MKS[:, :, samples], self.geometry.lengths_MS[:, samples]
+        along_MKS, lengths_MS = fold.along[:, :, samples], self.geometry.lengths_MS[:, samples]
         if fold.frame is None:
             return shares(along_MKS, lengths_MS).mean(dim=0).expand(len(signs_BN), -1)
         parts = [
@@ -140,7 +140,7 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
     for part in parts:
         test, train = _rows(gradients.groups, part)
         frame = geometry.fit_pairs(train, settings.k_use, settings.tau_axis)
-        folds.append(Fold(frame.along_MKS, train, test, frame))
+        folds.append(Fold(frame.along, train, test, frame))
     text = f"{len(names)} groups in {n_parts} folds; each fold is scored by a basis of the others"
     return Design(geometry, tuple(folds), gradients.groups, text)
 
@@ -190,8 +190,8 @@ def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings)
 def _refuse_seen(geometry: Geometry, basis: Basis, test: Tensor) -> None:
     """Refuse a basis that was made from scored pairs, whatever its file says.
 
-    An axis is a sum of differences of the pairs it was made from. Where these are at hand, solving for the weights gives
-    the axis back without a remainder, and the pairs with a weight are those it was made from.
+    An axis is a sum of differences of the pairs it was made from. Where these are at hand, solving for the weights
+    gives the axis back without a remainder, and the pairs with a weight are those it was made from.
     """
     n = geometry.n
     difference_MNN = geometry.gram_MSS[:, :n, :n] - geometry.gram_MSS[:, :n, n:]

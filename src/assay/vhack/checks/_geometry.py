@@ -27,28 +27,28 @@ class Frame:
     """A fitted basis of every module, by what it says of the samples.
 
     Attributes:
-        along_MKS: component of each sample along each axis; axes point to where most differences point.
-        fitted_MKT: the same of the differences it was fitted to.
-        mix_MKT: the axes as combinations of these differences.
-        first_T: the differences are sample ``first`` minus sample ``second``.
-        second_T: see ``first_T``.
-        values_MK: singular values.
+        along: component of each sample along each axis; axes point to where most differences point.
+        fitted: the same of the differences it was fitted to.
+        mix: the axes as combinations of these differences.
+        first: the differences are sample ``first`` minus sample ``second``.
+        second: see ``first_T``.
+        values: singular values.
     """
 
-    along_MKS: Tensor
-    fitted_MKT: Tensor
-    mix_MKT: Tensor
-    first_T: Tensor
-    second_T: Tensor
-    values_MK: Tensor
+    along: Tensor
+    fitted: Tensor
+    mix: Tensor
+    first: Tensor
+    second: Tensor
+    values: Tensor
 
     def turned(self, signs_BT: Tensor) -> Tensor:
         """How the axes would turn if the differences had these signs, [B, M, K] of ±1.
 
         Signs leave ``DᵀD`` and with it the axes as they are; only the vote on which way they point changes.
         """
-        votes_BMK = torch.einsum("bt,mkt->bmk", signs_BT, self.fitted_MKT.sign())
-        sums_BMK = torch.einsum("bt,mkt->bmk", signs_BT, self.fitted_MKT)
+        votes_BMK = torch.einsum("bt,mkt->bmk", signs_BT, self.fitted.sign())
+        sums_BMK = torch.einsum("bt,mkt->bmk", signs_BT, self.fitted)
         decided_BMK = torch.where(votes_BMK == 0, sums_BMK, votes_BMK)
         return torch.where(decided_BMK < 0, -1.0, 1.0).to(votes_BMK)
 
@@ -88,9 +88,7 @@ class Geometry:
         fitted_MKT = mix_MKT @ gram_MTT
         frame = Frame(mix_MKT @ products_MTS, fitted_MKT, mix_MKT, first_T, second_T, values_MK)
         sign_MK1 = frame.turned(torch.ones(1, len(first_T), dtype=torch.float64))[0][..., None]
-        return Frame(
-            sign_MK1 * frame.along_MKS, sign_MK1 * fitted_MKT, sign_MK1 * mix_MKT, first_T, second_T, values_MK
-        )
+        return Frame(sign_MK1 * frame.along, sign_MK1 * fitted_MKT, sign_MK1 * mix_MKT, first_T, second_T, values_MK)
 
     def given(self, axes: dict[str, Tensor]) -> Tensor:
         """Components along axes from elsewhere, [M, K, S]; modules with fewer axes are filled with zeros."""
@@ -102,9 +100,9 @@ class Geometry:
 
     def overlaps(self, one: Frame, other: Frame) -> Tensor:
         """Scalar products of the axes of two frames, [M, K, K]; their singular values are cosines of angles."""
-        products_MTS = self.gram_MSS[:, one.first_T] - self.gram_MSS[:, one.second_T]
-        products_MTT = products_MTS[:, :, other.first_T] - products_MTS[:, :, other.second_T]
-        return one.mix_MKT @ products_MTT @ other.mix_MKT.transpose(1, 2)
+        products_MTS = self.gram_MSS[:, one.first] - self.gram_MSS[:, one.second]
+        products_MTT = products_MTS[:, :, other.first] - products_MTS[:, :, other.second]
+        return one.mix @ products_MTT @ other.mix.transpose(1, 2)
 
     def batch(self, along_MKS: Tensor, weights_SQ: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sums of samples: their components along axes [M, K, Q] and lengths [M, Q]."""

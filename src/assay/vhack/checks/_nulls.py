@@ -38,7 +38,7 @@ def check_random_null(design: Design, scored: HeldOut, measured: Interval, setti
         settings: how many draws, and alpha.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    swapped = list(zip(scored.hack_BN[1:], scored.clean_BN[1:], strict=True))[: settings.n_null]
+    swapped = list(zip(scored.hack[1:], scored.clean[1:], strict=True))[: settings.n_null]
     nulls = {
         "Haar": _aurocs(design, _haar(design, settings, generator)),
         "covariance-matched": _aurocs(design, _matched(design, settings, generator)),
@@ -129,7 +129,7 @@ def _clean_clean(design: Design, settings: CheckSettings) -> Tensor:
         samples = torch.cat([fold.test, fold.test + geometry.n])
         for draw in range(settings.n_null):
             first, second = clean_differences(geometry, design.groups, rows, generator)
-            along_MKS = geometry.fit(first, second, settings.k_use, settings.tau_axis).along_MKS[:, :, samples]
+            along_MKS = geometry.fit(first, second, settings.k_use, settings.tau_axis).along[:, :, samples]
             scores_BS[draw, samples] = shares(along_MKS, geometry.lengths_MS[:, samples]).mean(dim=0)
     return scores_BS
 

@@ -21,14 +21,14 @@ BoolArray = npt.NDArray[np.bool_]
 class HeldOut:
     """Scores of the held-out pairs: as labelled in row 0, with swapped labels in the others; [1 + B, N'] each."""
 
-    hack_BN: FloatArray
-    clean_BN: FloatArray
+    hack: FloatArray
+    clean: FloatArray
     groups: list[str]
 
     @property
     def sides(self) -> tuple[FloatArray, FloatArray]:
         """Scores as labelled, hack and clean, [N'] each."""
-        return self.hack_BN[0], self.clean_BN[0]
+        return self.hack[0], self.clean[0]
 
 
 def score(design: Design, settings: CheckSettings) -> HeldOut:
@@ -41,7 +41,7 @@ def score(design: Design, settings: CheckSettings) -> HeldOut:
 def check_pools(design: Design, scored: HeldOut, settings: CheckSettings) -> Check:
     """Check 1, from the two sides of held-out pairs taken as two pools."""
     measured = measure(auroc, scored.sides, [scored.groups] * 2, settings)
-    swapped = [auroc(h, c) for h, c in zip(scored.hack_BN[1:], scored.clean_BN[1:], strict=True)]
+    swapped = [auroc(h, c) for h, c in zip(scored.hack[1:], scored.clean[1:], strict=True)]
     return judge(
         name="pools",
         title="cin of hack against clean samples",
@@ -73,7 +73,7 @@ def _alternatives(design: Design) -> dict[str, float]:
     found: dict[str, tuple[list[float], list[float]]] = {"two_sided": ([], []), "energy": ([], []), "length": ([], [])}
     for fold in design.folds:
         for side, offset in enumerate((0, geometry.n)):
-            along_MKS = fold.along_MKS[:, :, fold.test + offset]
+            along_MKS = fold.along[:, :, fold.test + offset]
             lengths_MS = geometry.lengths_MS[:, fold.test + offset]
             squares_MS = torch.where(lengths_MS.isinf(), 0.0, lengths_MS).square()
             both = (along_MKS.square().sum(dim=1).sqrt() / lengths_MS).mean(dim=0)
@@ -88,7 +88,7 @@ def check_heldout(design: Design, scored: HeldOut, settings: CheckSettings) -> C
     """Check 2: within a held-out pair the hack side scores higher."""
     hack_N, clean_N = scored.sides
     measured = measure(paired_accuracy, (hack_N, clean_N), [scored.groups] * 2, settings)
-    swapped = [paired_accuracy(h, c) for h, c in zip(scored.hack_BN[1:], scored.clean_BN[1:], strict=True)]
+    swapped = [paired_accuracy(h, c) for h, c in zip(scored.hack[1:], scored.clean[1:], strict=True)]
     names = list(dict.fromkeys(scored.groups))
     member = np.array([names.index(group) for group in scored.groups])
     won = sum(float((hack_N - clean_N)[member == g].mean()) > 0 for g in range(len(names)))

@@ -143,8 +143,8 @@ def _origin(gradients: PairGradients, basis: Basis | None, stability: Stability)
         "pairs_sha256": source.pairs_digest,
         "basis_pairs_sha256": None if basis is None else basis.origin.pairs_digest,
         "skipped": len(source.skipped),
-        "cosines": list(stability.cosines_K),
-        "generic_cosines": list(stability.generic_K),
+        "cosines": list(stability.cosines),
+        "generic_cosines": list(stability.generic_cosines),
     }
 
 
@@ -160,7 +160,7 @@ def _modules(design: Design, scored: HeldOut, stability: Stability) -> tuple[Mod
                 auroc=auroc(hack_MN[index], clean_MN[index]),
                 cin_hack=float(hack_MN[index].mean()),
                 cin_clean=float(clean_MN[index].mean()),
-                overlap=stability.overlap_M[index] if stability.overlap_M else None,
+                overlap=stability.overlap[index] if stability.overlap else None,
                 spectrum=spectrum,
                 noise=noise,
             )
@@ -170,7 +170,7 @@ def _modules(design: Design, scored: HeldOut, stability: Stability) -> tuple[Mod
 
 def _per_module(design: Design, offset: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     parts = [
-        shares(fold.along_MKS[:, :, fold.test + offset], design.geometry.lengths_MS[:, fold.test + offset])
+        shares(fold.along[:, :, fold.test + offset], design.geometry.lengths_MS[:, fold.test + offset])
         for fold in design.folds
     ]
     return torch.cat(parts, dim=1).numpy()

@@ -1,8 +1,8 @@
 """Check 4: during training, is the gradient of cheating samples further along the axes than that of the others?
 
 cin here is that of a whole batch: the components and the length of the *summed* gradient of one source. Without a
-training log, the two sides of a held-out group are two batches, as if from a teacher that cheats and a student that does
-not. With a log, both are measured in the same step.
+training log, the two sides of a held-out group are two batches, as if from a teacher that cheats and a student that
+does not. With a log, both are measured in the same step.
 
 A log is JSON Lines. A line with a ``source`` field is one measurement, other lines are passed over::
 
@@ -144,7 +144,7 @@ def _batch_cin(
     weights_S2 = torch.zeros(2 * geometry.n, 2, dtype=torch.float64)
     weights_S2[pairs, 0] = 1.0
     weights_S2[pairs + geometry.n, 1] = 1.0
-    along_MK2, lengths_M2 = geometry.batch(fold.along_MKS, weights_S2)
+    along_MK2, lengths_M2 = geometry.batch(fold.along, weights_S2)
     if fold.frame is None:
         cin_B2 = shares(along_MK2, lengths_M2).mean(dim=0).expand(len(signs_BN), -1)
     else:

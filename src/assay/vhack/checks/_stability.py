@@ -36,15 +36,15 @@ class Stability:
 
     Attributes:
         check: the check.
-        overlap_M: mean squared cosine per module; empty where it was not measured.
-        cosines_K: mean cosine of each principal angle, largest first.
-        generic_K: the same between a hack basis and a clean-clean basis.
+        overlap: mean squared cosine per module; empty where it was not measured.
+        cosines: mean cosine of each principal angle, largest first.
+        generic_cosines: the same between a hack basis and a clean-clean basis.
     """
 
     check: Check
-    overlap_M: tuple[float, ...] = ()
-    cosines_K: tuple[float, ...] = ()
-    generic_K: tuple[float, ...] = ()
+    overlap: tuple[float, ...] = ()
+    cosines: tuple[float, ...] = ()
+    generic_cosines: tuple[float, ...] = ()
 
 
 def check_stability(design: Design, settings: CheckSettings) -> Stability:
@@ -84,11 +84,11 @@ def _halves(names: list[str], settings: CheckSettings) -> list[set[str]]:
 
 @dataclass(frozen=True, eq=False)
 class _Split:
-    overlap_M: Tensor
-    generic_M: Tensor
-    cosines_K: Tensor
-    generic_K: Tensor
-    agreement_B: Tensor
+    overlap: Tensor
+    generic_overlap: Tensor
+    cosines: Tensor
+    generic_cosines: Tensor
+    agreement: Tensor
 
 
 def _split(
@@ -111,11 +111,13 @@ def _split(
     between_MKK = geometry.overlaps(one, other)
     generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
     return _Split(
-        overlap_M=_mean_square(between_MKK),
-        generic_M=torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
-        cosines_K=torch.linalg.svdvals(between_MKK).mean(dim=0),
-        generic_K=torch.stack([torch.linalg.svdvals(g).mean(dim=0)[: settings.k_use] for g in generic]).mean(dim=0),
-        agreement_B=_agreement(one, other, between_MKK, signs_BN[:, inside], signs_BN[:, ~inside]),
+        overlap=_mean_square(between_MKK),
+        generic_overlap=torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
+        cosines=torch.linalg.svdvals(between_MKK).mean(dim=0),
+        generic_cosines=torch.stack([torch.linalg.svdvals(g).mean(dim=0)[: settings.k_use] for g in generic]).mean(
+            dim=0
+        ),
+        agreement=_agreement(one, other, between_MKK, signs_BN[:, inside], signs_BN[:, ~inside]),
     )
 
 
@@ -126,17 +128,17 @@ def _mean_square(overlap_MKJ: Tensor) -> Tensor:
 
 def _agreement(one: Frame, other: Frame, between_MKK: Tensor, signs_BT: Tensor, others_BT: Tensor) -> Tensor:
     """Cosine between the mean differences of two halves, each within its own basis; mean over modules, [B]."""
-    first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, one.fitted_MKT)
-    second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other.fitted_MKT)
+    first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, one.fitted)
+    second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other.fitted)
     product_BM = torch.einsum("bmk,mkj,bmj->bm", first_BMK, between_MKK, second_BMK)
     lengths_BM = first_BMK.norm(dim=2) * second_BMK.norm(dim=2)
     return (product_BM / torch.where(lengths_BM > 0, lengths_BM, torch.inf)).mean(dim=1)
 
 
 def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -> Stability:
-    overlaps = np.array([float(split.overlap_M.mean()) for split in splits])
-    generic = [float(split.generic_M.mean()) for split in splits]
-    agreement_B = torch.stack([split.agreement_B for split in splits]).mean(dim=0).tolist()
+    overlaps = np.array([float(split.overlap.mean()) for split in splits])
+    generic = [float(split.generic_overlap.mean()) for split in splits]
+    agreement_B = torch.stack([split.agreement for split in splits]).mean(dim=0).tolist()
     tail = (1 - settings.confidence) / 2
     low, high = (float(q) for q in np.quantile(overlaps, [tail, 1 - tail]))
     measured = Interval(float(overlaps.mean()), low, high)
@@ -161,9 +163,9 @@ def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -
         reason="; ".join(faults) or "every part of the rule holds",
         details={"agreement": agreement_B[0], "splits": len(splits)},
     )
-    mean_M = torch.stack([split.overlap_M for split in splits]).mean(dim=0)
-    cosines_K = torch.stack([split.cosines_K for split in splits]).mean(dim=0)
-    generic_K = torch.stack([split.generic_K for split in splits]).mean(dim=0)
+    mean_M = torch.stack([split.overlap for split in splits]).mean(dim=0)
+    cosines_K = torch.stack([split.cosines for split in splits]).mean(dim=0)
+    generic_K = torch.stack([split.generic_cosines for split in splits]).mean(dim=0)
     return Stability(check, *(tuple(values.tolist()) for values in (mean_M, cosines_K, generic_K)))
 
 
@@ -171,7 +173,7 @@ def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]
     """Mean over modules of the overlap of two random frames, drawn by its first two moments.
 
     The mean squared cosine between independent uniform K-frames of R coordinates has mean K/R and variance
-    ``2 (R − K)² / (R² (R − 1) (R + 2))`` (moments of the matrix beta law); the mean over many modules is close to normal.
+    ``2 (R − K)² / (R² (R − 1) (R + 2))`` (moments of the matrix beta law); a mean over modules is close to normal.
     """
     generator = np.random.default_rng([settings.seed, 9])
     ranks = [geometry.gradients.hack[name].shape[1] for name in geometry.names]

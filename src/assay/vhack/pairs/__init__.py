@@ -3,6 +3,7 @@
 from assay.vhack.pairs._files import authored_pairs, check_pairs, read_pairs, write_pairs
 from assay.vhack.pairs._generate import generate_pairs
 from assay.vhack.pairs._mechanisms import MECHANISMS, Mechanism
+from assay.vhack.pairs._reference import find_pairs
 from assay.vhack.pairs._tasks import FAMILIES, Task, task_named
 from assay.vhack.pairs._verify import PairVerdict, SideVerdict, read_tests, verify_pairs
 
@@ -15,6 +16,7 @@ __all__ = [
     "Task",
     "authored_pairs",
     "check_pairs",
+    "find_pairs",
     "generate_pairs",
     "read_pairs",
     "read_tests",

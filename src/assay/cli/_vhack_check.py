@@ -1,0 +1,88 @@
+"""``assay vhack check`` and ``assay vhack report``: are hack directions real, and the page that shows it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from assay.cli._output import JsonFlag, emit_json, table
+
+if TYPE_CHECKING:
+    from assay.vhack.checks import CheckReport
+
+__all__ = ["check", "report"]
+
+
+def check(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option("--model", help="A directory, a hub id, reference:… or shape:…", envvar="ASSAY_MODEL")
+    ],
+    pairs: Annotated[str, typer.Option(help="A pair file, authored, or generated:N[:SEED].")] = "authored",
+    basis: Annotated[Path | None, typer.Option(help="Check this basis; without it, bases are fitted.")] = None,
+    log: Annotated[Path | None, typer.Option(help="A training log, for the check of cin by source.")] = None,
+    method: Annotated[str, typer.Option(help="How bases are fitted: svd, mean-diff or lda.")] = "svd",
+    k_use: Annotated[int, typer.Option(help="Axes per module.")] = 5,
+    alpha: Annotated[float, typer.Option(help="Bound on the chance that noise passes a check.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", envvar="ASSAY_DTYPE")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", envvar="ASSAY_DEVICE")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result there as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report page there.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Test hack directions on held-out pairs. Exit code 0 all pass, 1 a check fails, 2 undecided or bad input."""
+    from assay.models import load_model
+    from assay.reports import dumps, write_atomic
+    from assay.vhack import Basis
+    from assay.vhack import checks as vhack_checks
+    from assay.vhack.pairs import find_pairs
+
+    settings = vhack_checks.CheckSettings(k_use=k_use, alpha=alpha, seed=seed, method=method)
+    found = find_pairs(pairs)
+    entries = vhack_checks.read_source_log(log) if log else None
+    loaded = load_model(model, dtype=dtype, device=device)
+    read = Basis.load(basis, loaded, k_use=None) if basis else None
+    result = vhack_checks.check(read, loaded, None, found, settings=settings, log=entries)
+    if output:
+        write_atomic(output, dumps(result.as_dict()) + "\n")
+    if html:
+        vhack_checks.page(result, command=f"assay vhack check --model {model} --pairs {pairs}").write(html)
+    if as_json:
+        values = result.as_dict()
+        emit_json(values.pop("schema"), values)
+    else:
+        _print(result)
+    context.exit(result.exit_code)
+
+
+def report(
+    result: Annotated[Path, typer.Argument(help="What `assay vhack check -o` wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw the page of a check that was made earlier."""
+    from assay.reports import read_json
+    from assay.vhack.checks import CheckReport, page
+
+    read = CheckReport.from_dict(read_json(result))
+    page(read, command=f"assay vhack report {result}").write(output)
+    values = {"path": str(output), "verdict": read.verdict}
+    if as_json:
+        emit_json("assay.vhack.report/1", values)
+    else:
+        table(("", "value"), list(values.items()))
+
+
+def _print(result: "CheckReport") -> None:
+    rows = []
+    for made in result.checks:
+        value = made.measured
+        shown = ("", "") if value is None else (f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+        p = f"{max(made.p_values.values()):.2g}" if made.p_values else ""
+        rows.append((made.title, *shown, p, made.verdict))
+    title = f"{result.verdict}: {result.design}"
+    table(("check", "value", f"{result.settings.confidence:.0%} interval", "largest p", "verdict"), rows, title=title)
+    for made in result.checks:
+        if made.verdict != "pass":
+            typer.echo(f"{made.title}: {made.reason}")

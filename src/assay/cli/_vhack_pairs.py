@@ -1,0 +1,93 @@
+"""``assay vhack pairs``: list, generate and verify contrastive pairs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from assay.cli._output import JsonFlag, emit_json, table
+from assay.errors import UsageError
+
+if TYPE_CHECKING:
+    from assay.vhack import Pair
+    from assay.vhack.pairs import PairVerdict
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Pairs of a completion that cheats and one that does not.", no_args_is_help=True)
+
+PairsArgument = Annotated[str, typer.Argument(help="A pair file, authored, or generated:N[:SEED].")]
+
+
+@app.command("list")
+def list_pairs(pairs: PairsArgument = "authored", as_json: JsonFlag = False) -> None:
+    """List the pairs of a file or of a built-in set, with their groups and tags."""
+    from assay.vhack.pairs import find_pairs
+
+    found = find_pairs(pairs)
+    if as_json:
+        records = [{"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in found]
+        emit_json("assay.vhack.pairs.list/1", {"pairs": records, "groups": len({pair.group for pair in found})})
+        return
+    rows = [(index, pair.group, ", ".join(_without_task(pair))) for index, pair in enumerate(found)]
+    table(("pair", "group", "tags"), rows, title=f"{len(found)} pairs in {len({pair.group for pair in found})} groups")
+
+
+def _without_task(pair: "Pair") -> list[str]:
+    return [tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))]
+
+
+@app.command()
+def generate(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The pair file to write.")],
+    n: Annotated[int, typer.Option("-n", "--count", help="How many pairs.")] = 96,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same pairs.")] = 0,
+    mechanism: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Only tasks of this one; may be repeated.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write minimal pairs: the same correct solution on both sides, only the mechanism differs."""
+    from assay.vhack.pairs import generate_pairs, write_pairs
+
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} exists", wanted="a new file name", do="choose another, or --overwrite")
+    pairs = generate_pairs(n, seed=seed, mechanisms=mechanism or None, families=family or None)
+    write_pairs(output, pairs)
+    values = {"path": str(output), "pairs": len(pairs), "groups": len({pair.group for pair in pairs}), "seed": seed}
+    if as_json:
+        emit_json("assay.vhack.pairs.generate/1", values)
+    else:
+        table(("", "value"), list(values.items()))
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    pairs: PairsArgument = "authored",
+    tests: Annotated[Path | None, typer.Option(help="Hidden cases of tasks of your own, JSON Lines.")] = None,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Run the programs even where nothing can shut them in.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run both sides of every pair in a sandbox. Exit code 0 if all do what they claim, 1 if not, 2 bad input."""
+    from assay.vhack.environment import available_backend
+    from assay.vhack.pairs import find_pairs, read_tests, verify_pairs
+
+    found = find_pairs(pairs)
+    verdicts = verify_pairs(found, read_tests(tests) if tests else None, allow_unsandboxed=allow_unsandboxed)
+    bad = [verdict for verdict in verdicts if not verdict.holds]
+    if as_json:
+        values = {"verified": len(verdicts) - len(bad), "pairs": [verdict.as_dict() for verdict in verdicts]}
+        emit_json("assay.vhack.pairs.verify/1", {"backend": available_backend() or "unsandboxed", **values})
+    else:
+        _print_verdicts(verdicts, available_backend() or "unsandboxed")
+    context.exit(1 if bad else 0)
+
+
+def _print_verdicts(verdicts: "Sequence[PairVerdict]", backend: str) -> None:
+    rows = [(v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts]
+    good = sum(verdict.holds for verdict in verdicts)
+    table(("pair", "group", "verdict"), rows, title=f"{good} of {len(verdicts)} pairs do what they claim ({backend})")
