@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["module_of", "tensor_digest", "weights_digest"]
 
+_CHUNK = 1 << 25
+
 
 def module_of(model: "Model | PreTrainedModel") -> "PreTrainedModel":
     """The transformers model inside, or the model itself."""
@@ -35,6 +37,12 @@ def weights_digest(model: "Model | PreTrainedModel") -> str:
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 in hex of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}\n{list(tensor.shape)}\n".encode())
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest.update(content.numpy().data)
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    if not flat.is_cuda:
+        digest.update(flat.numpy().data)
+        return digest.hexdigest()
+    # Through one page-locked buffer: a copy of a whole tensor to fresh memory takes several times as long.
+    buffer = torch.empty(min(_CHUNK, len(flat)), dtype=torch.uint8, pin_memory=True)
+    for part in torch.split(flat, _CHUNK):
+        digest.update(buffer[: len(part)].copy_(part).numpy().data)
     return digest.hexdigest()

@@ -138,6 +138,8 @@ def _on_streams(
             stream.synchronize()
         return result
 
+    # The first call of the library loads it, which must not happen in several threads at once.
+    torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
     torch.cuda.synchronize(device)
     with ThreadPoolExecutor(_STREAMS) as pool:
         yield from pool.map(on_stream, modules.items())

@@ -1,0 +1,133 @@
+"""``assay vhack``: extract hack directions from pairs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.errors import UsageError
+
+if TYPE_CHECKING:
+    from assay.models import Model
+    from assay.vhack import Basis, Pair
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Directions along which training would learn to cheat.", no_args_is_help=True)
+
+ModelFlag = Annotated[
+    str, typer.Option("--model", help="A directory, a hub id, reference:… or shape:…", envvar="ASSAY_MODEL")
+]
+DtypeFlag = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16.", envvar="ASSAY_DTYPE")]
+DeviceFlag = Annotated[str | None, typer.Option("--device", help="cpu or cuda.", envvar="ASSAY_DEVICE")]
+
+
+@app.command()
+def extract(
+    model: ModelFlag,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The basis file to write.")],
+    pairs: Annotated[Path | None, typer.Option(help="Pair file (JSON Lines); our own set when left out.")] = None,
+    n_heldout: Annotated[int | None, typer.Option(help="Hold out this many pairs from the end.")] = None,
+    heldout_group: Annotated[
+        list[str] | None,
+        typer.Option(help="Hold out this group; may be repeated. Default: the last sixth of the pairs."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Axes per module.")] = 12,
+    tau_axis: Annotated[float, typer.Option(help="Zero axes whose S_i/S_0 is below this.")] = 0.0,
+    method: Annotated[str, typer.Option(help="svd, mean-diff or lda.")] = "svd",
+    rank: Annotated[int | None, typer.Option(help="Singular directions per matrix; all when left out.")] = None,
+    factors: Annotated[str | None, typer.Option(help="Dtype of U and Vh: float32 or bfloat16.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep weight decompositions in this directory. On a CPU they are kept in the user's cache directory; "
+            "a GPU computes them faster than it reads them.",
+            envvar="ASSAY_CACHE",
+        ),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no weight decompositions on disk.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens per batch; chosen from memory when left out.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers to save memory.")] = False,
+    dtype: DtypeFlag = None,
+    device: DeviceFlag = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing basis file.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Extract a basis of hack directions and write it to a file."""
+    from assay import vhack
+    from assay.models import load_model
+
+    _check_output(output, overwrite)
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"--max-tokens {max_tokens}", wanted="at least 1", do="leave it out")
+    chosen = _pairs(pairs)
+    loaded = load_model(model, dtype=dtype, device=device)
+    with progress_bar("gradients") as progress:
+        basis = vhack.extract(
+            loaded,
+            None,
+            chosen,
+            n_heldout=n_heldout,
+            heldout_groups=heldout_group or None,
+            top_k=top_k,
+            tau_axis=tau_axis,
+            method=method,
+            rank=rank,
+            factors=factors,
+            cache=None if no_cache else _cache(cache, loaded),
+            max_tokens=max_tokens,
+            checkpointing=checkpointing,
+            progress=progress,
+        )
+    basis.save(output)
+    _print(basis, chosen, output, as_json)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} exists", wanted="a new file name", do="choose another, or pass --overwrite")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent} is no directory", wanted="a place for the basis", do="create it first")
+
+
+def _pairs(path: Path | None) -> "list[Pair]":
+    from assay.vhack.pairs import authored_pairs, read_pairs
+
+    return authored_pairs() if path is None else read_pairs(path)
+
+
+def _cache(asked: Path | None, model: "Model") -> Path | None:
+    from assay.vhack import default_cache
+
+    return default_cache() if asked is None and model.device.type == "cpu" else asked
+
+
+def _print(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> None:
+    origin = basis.origin
+    energy = [
+        float(values[:5].square().sum() / values.square().sum())
+        for values in basis.singular_values.values()
+        if values.any()
+    ]
+    held_out = sorted({pair.group for pair in pairs} - set(origin.groups))
+    values = {
+        "path": str(path),
+        "model": origin.model,
+        "weights": origin.weights,
+        "method": origin.method,
+        "modules": len(basis.axes),
+        "axes_per_module": max(len(axes) for axes in basis.axes.values()),
+        "pairs_used": len(origin.pairs),
+        "pairs_skipped": len(origin.skipped),
+        "pairs_held_out": len(pairs) - len(origin.given),
+        "groups_held_out": held_out,
+        "undecided_axes": len(basis.undecided),
+        "energy_of_5_axes": round(sum(energy) / len(energy), 4),
+        "captured_energy": round(origin.captured, 6),
+    }
+    if as_json:
+        emit_json("assay.vhack.extract/1", values)
+        return
+    shown = {**values, "groups_held_out": ", ".join(held_out) or "none"}
+    table(("", "basis"), [(name.replace("_", " "), value) for name, value in shown.items()])

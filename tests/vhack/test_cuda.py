@@ -1,0 +1,51 @@
+"""The same on a GPU: factors, gradients and digests."""
+
+import pytest
+import torch
+
+from assay.models import load_model
+from assay.vhack import _digest, extract, per_sample_gradients, weight_svd, weights_digest
+from tests.vhack.adapter import sequential_gradients, worst_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(scope="module", params=["reference:qwen3", "reference:llama"])
+def models(request):
+    """One model on the CPU and on the GPU, in float32."""
+    return tuple(load_model(request.param, dtype="float32", device=device) for device in ("cpu", "cuda"))
+
+
+def test_gradients_on_the_gpu_equal_the_loop_on_the_cpu(models, samples):
+    on_cpu, on_gpu = models
+    found = per_sample_gradients(on_gpu, on_gpu.tokenizer, samples, svd=weight_svd(on_gpu))
+    wanted = sequential_gradients(on_cpu.module, on_cpu.tokenizer, samples, weight_svd(on_cpu))
+    # Another order of summation, and singular vectors that came about another way.
+    assert worst_error(found, wanted) < 1e-4
+
+
+def test_factors_on_the_gpu_are_accurate(models):
+    _, on_gpu = models
+    for name, factors in weight_svd(on_gpu).items():
+        weight = on_gpu.module.get_submodule(name).weight.double()
+        left, right = factors.left.double(), factors.right.double()
+        one = torch.eye(factors.rank, dtype=torch.float64, device="cuda")
+        assert ((left * factors.values) @ right - weight).norm() < 1e-5 * weight.norm()
+        assert max((left.T @ left - one).norm(), (right @ right.T - one).norm()) < 1e-5
+
+
+def test_the_digest_does_not_depend_on_the_device(models, monkeypatch):
+    on_cpu, on_gpu = models
+    assert weights_digest(on_cpu) == weights_digest(on_gpu)
+    monkeypatch.setattr(_digest, "_CHUNK", 1000)
+    assert weights_digest(on_cpu) == weights_digest(on_gpu)
+
+
+def test_an_extraction_in_bfloat16(small_pairs):
+    model = load_model("reference:qwen3", device="cuda")
+    basis = extract(model, None, small_pairs)
+    assert (basis.origin.dtype, basis.origin.factors) == ("bfloat16", "bfloat16")
+    assert all(torch.isfinite(axes).all() and axes.any() for axes in basis.axes.values())
