@@ -35,10 +35,10 @@ def errors(error: AssayError) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
-    """Print a table on stdout; columns after the first are right-aligned."""
+    """Print a table on stdout. Columns after the first are right-aligned, unless there are only two."""
     shown = Table(title=title or None, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        shown.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(str(cell)) for cell in row))
     # A pipe has no width of its own; 80 columns would fold names that a file has room for.

@@ -186,7 +186,7 @@ def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
         ("verdict", verdict.verdict),
         ("why", verdict.reason),
         ("checked", f"{verdict.checked} of {verdict.proved} nonces"),
-        ("honest noise", f"{verdict.noise.law} ({verdict.noise.source})"),
+        ("honest noise", f"{verdict.noise.size:.2g} ({verdict.noise.source})"),
         ("gross residuals", f"{sequential.gross} above {sequential.gross_threshold:.2g}"),
         ("published rule", f"{count.mismatches} of {count.n} mismatches, p = {count.p_value:.3g}"),
     ]

@@ -27,6 +27,11 @@ class Noise:
     law: Law
     source: str
 
+    @property
+    def size(self) -> float:
+        """A typical honest residual: sigma of a distance, or the median L2 distance of two vectors."""
+        return self.law.sigma if isinstance(self.law, stats.ScaleNoise) else math.exp(self.law.mu)
+
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
         return {**law_as_dict(self.law), "source": self.source}
