@@ -1,0 +1,202 @@
+"""What operators are given names only what there is: metrics, labels, flags, files."""
+
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from assay.cli import _serve
+from assay.poc.service._metrics import Metrics
+from tests.poc.service.conftest import ROUND, until
+
+ROOT = Path(__file__).parents[4]
+DEPLOY = ROOT / "deploy"
+PAGE = (ROOT / "docs" / "operations.md").read_text()
+SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge": ("",)}
+METRIC = re.compile(r"\b((?:assay_poc|process)_\w+)(?:\{([^}]*)\})?")
+
+
+@pytest.fixture(scope="module")
+def metrics() -> dict[str, set[str]]:
+    """Every name that the service exposes, with its labels."""
+    made = Metrics()
+    labels = {f"assay_poc_{metric._name.removeprefix('assay_poc_')}": set(metric._labelnames) for metric in _own(made)}
+    found = {}
+    for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", made.text().decode(), flags=re.MULTILINE):
+        own = labels.get(name.removesuffix("_total"), set())
+        found |= {name + suffix: own | ({"le"} if suffix == "_bucket" else set()) for suffix in SUFFIXES[kind]}
+    return found
+
+
+def _own(made: Metrics) -> Iterator:
+    return (value for value in vars(made).values() if hasattr(value, "_labelnames"))
+
+
+def _expressions() -> list[tuple[str, str]]:
+    dashboard = json.loads((DEPLOY / "grafana" / "assay.json").read_text())
+    panels = [(panel["title"], target["expr"]) for panel in dashboard["panels"] for target in panel["targets"]]
+    rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"][0]["rules"]
+    return panels + [(rule["alert"], rule["expr"]) for rule in rules]
+
+
+@pytest.mark.parametrize(("where", "expression"), _expressions())
+def test_queries_ask_for_metrics_and_labels_that_there_are(metrics, where, expression):
+    asked = METRIC.findall(expression)
+    assert asked or expression.startswith("up{")
+    for name, selector in asked:
+        assert name in metrics, where
+        # The scrape adds these two.
+        wanted = set(re.findall(r"(\w+)\s*[=!]~?", selector)) - {"instance", "job"}
+        assert wanted <= metrics[name], (where, name)
+        for group in re.findall(r"by \(([^)]*)\)", expression):
+            assert {label.strip() for label in group.split(",")} <= metrics[name] | {"instance", "le"}, where
+    assert expression.count("(") == expression.count(")")
+
+
+def test_the_document_names_metrics_that_there_are(metrics):
+    named = {name for name, _ in METRIC.findall(PAGE)}
+    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metrics}
+    assert len(named) > 10
+    assert named <= families
+
+
+def test_every_alert_is_explained_and_every_explanation_has_its_alert():
+    rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"][0]["rules"]
+    assert {rule["alert"] for rule in rules} == set(re.findall(r"^\| (Assay\w+) ", PAGE, flags=re.MULTILINE))
+    for rule in rules:
+        row = next(line for line in PAGE.splitlines() if line.startswith(f"| {rule['alert']} "))
+        assert {name for name, _ in METRIC.findall(rule["expr"])} == {name for name, _ in METRIC.findall(row)}
+    headings = {re.sub(r"[^\w ]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in PAGE.splitlines()}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", PAGE)) <= headings
+
+
+def test_the_document_names_flags_and_variables_that_there_are():
+    app = typer.Typer()
+    for command in (_serve.serve, _serve.receive):
+        app.command()(command)
+    app.add_typer(_serve.callbacks, name="callbacks")
+    top = typer.main.get_command(app)
+    commands = [*top.commands.values(), *top.commands["callbacks"].commands.values()]
+    options = [option for command in commands if not hasattr(command, "commands") for option in command.params]
+    flags = {flag for option in options for flag in option.opts} | {"--help"}
+    ours = " ".join(
+        line for line in PAGE.splitlines() if not line.startswith(("useradd", "install", "/opt", "systemctl"))
+    )
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= flags
+    deployed = "".join(path.read_text() for path in _deployed())
+    variables = set(re.findall(r"\bASSAY_[A-Z_]+", PAGE + deployed))
+    assert variables <= {name for option in options for name in _variables(option)}
+
+
+def _variables(option) -> list[str]:
+    names = option.envvar
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def _deployed() -> list[Path]:
+    return [path for path in DEPLOY.rglob("*") if path.is_file() and path.name != ".env"]
+
+
+def test_defaults_in_the_document_are_those_of_the_command():
+    rows = dict(re.findall(r"^\| `--([\w-]+)` \| ([\w.]+) \|", PAGE, flags=re.MULTILINE))
+    command = typer.main.get_command(_single(_serve.serve))
+    defaults = {option.name.replace("_", "-"): option.default for option in command.params}
+    assert {"max-pending", "drain", "callback-attempts"} <= set(rows)
+    for name, said in rows.items():
+        assert {"off": False}.get(said, said) == defaults[name] or float(said) == defaults[name]
+
+
+def _single(command) -> typer.Typer:
+    app = typer.Typer()
+    app.command()(command)
+    return app
+
+
+def test_panels_do_not_overlap():
+    panels = json.loads((DEPLOY / "grafana" / "assay.json").read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert at["x"] + at["w"] <= 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_the_image_is_built_from_files_that_there_are():
+    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
+    copied = [
+        part for line in lines if line.startswith("COPY ") and "--from" not in line for part in line.split()[1:-1]
+    ]
+    allowed = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
+    assert {"src", "pyproject.toml"} <= set(copied)
+    assert set(copied) == allowed
+    assert all((ROOT / name).exists() for name in copied)
+    readme, licence = (re.search(rf"^{key} = .*\"([\w.]+)\"", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+                       for key in ("readme", "license-files"))  # fmt: skip
+    assert {readme, licence} <= set(copied), "the build back end reads them"
+
+
+def test_compose_mounts_files_that_there_are_and_waits_longer_than_the_service():
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    mounts = [mount for service in compose["services"].values() for mount in service["volumes"]]
+    files = [mount.split(":")[0] for mount in mounts if mount.startswith("./")]
+    assert len(files) == 4
+    assert all((DEPLOY / name).exists() for name in files)
+    assert (DEPLOY / compose["services"]["assay"]["build"]["context"]).resolve() == ROOT
+    example = set(re.findall(r"^(\w+)=", (DEPLOY / "example.env").read_text(), flags=re.MULTILINE))
+    asked = set(re.findall(r"\$\{(\w+)", (DEPLOY / "compose.yaml").read_text()))
+    assert asked | {secret["environment"] for secret in compose["secrets"].values()} == example
+    drain = typer.main.get_command(_single(_serve.serve)).params
+    seconds = next(option.default for option in drain if option.name == "drain")
+    assert int(compose["services"]["assay"]["stop_grace_period"].removesuffix("s")) > seconds
+    unit = (DEPLOY / "assay.service").read_text()
+    assert int(re.search(r"^TimeoutStopSec=(\d+)", unit, re.MULTILINE)[1]) > seconds
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_accepts_the_unit(tmp_path):
+    unit = (DEPLOY / "assay.service").read_text()
+    assert unit.count("/opt/assay/bin/assay") == 1
+    # The program is not installed here; everything else is as it will be.
+    (tmp_path / "assay.service").write_text(unit.replace("/opt/assay/bin/assay", "/bin/true"))
+    found = subprocess.run(
+        ["systemd-analyze", "verify", str(tmp_path / "assay.service")], capture_output=True, text=True, timeout=60
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_a_backup_of_a_generating_service_is_where_a_restored_one_continues(serving, tmp_path):
+    path, backup = tmp_path / "data" / "service.sqlite3", tmp_path / "backup.sqlite3"
+    with serving() as service:
+        service.post("/init/generate", ROUND)
+        until(lambda: service.checked() > 20)
+        with sqlite3.connect(path) as source, sqlite3.connect(backup) as target:
+            source.backup(target)
+        source.close()
+        target.close()
+        saved = service.checked()
+        until(lambda: service.checked() > saved + 20)
+    for old in (path, *path.parent.glob("service.sqlite3-*")):
+        old.unlink()
+    backup.rename(path)
+    with sqlite3.connect(path) as restored:
+        (checked,) = restored.execute("SELECT checked FROM rounds").fetchone()
+    restored.close()
+    assert checked > 20
+    with serving() as service:
+        assert service.status()["state"] == "GENERATING"
+        until(lambda: service.checked() > checked)
+        service.post("/stop")
+        time.sleep(0.05)
+        nonces = service.client.get("/api/v1/pow/status?after=-1&limit=10000").json()["valid_nonces"]
+        assert len(nonces) == len(set(nonces)) == service.status()["total_valid"]
