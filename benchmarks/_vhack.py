@@ -85,11 +85,10 @@ def adapter(factors, knob):
 
 
 def timed(device, work):
-    """The result, its seconds, and the peak of device memory in GB (CUDA only) with what was there before."""
+    """The result, its seconds, and the peak of device memory in GB (CUDA only), what was there before included."""
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     result = work()

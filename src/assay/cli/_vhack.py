@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from assay.cli import _vhack_check, _vhack_pairs
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(help="Directions along which training would learn to cheat.", no_args_is_help=True)
+app.add_typer(_vhack_pairs.app, name="pairs")
+app.command("check")(_vhack_check.check)
+app.command("report")(_vhack_check.report)
 
 ModelFlag = Annotated[
     str, typer.Option("--model", help="A directory, a hub id, reference:… or shape:…", envvar="ASSAY_MODEL")
@@ -27,7 +31,7 @@ DeviceFlag = Annotated[str | None, typer.Option("--device", help="cpu or cuda.",
 def extract(
     model: ModelFlag,
     output: Annotated[Path, typer.Option("-o", "--output", help="The basis file to write.")],
-    pairs: Annotated[Path | None, typer.Option(help="Pair file (JSON Lines); our own set when left out.")] = None,
+    pairs: Annotated[str, typer.Option(help="A pair file, authored, or generated:N[:SEED].")] = "authored",
     n_heldout: Annotated[int | None, typer.Option(help="Hold out this many pairs from the end.")] = None,
     heldout_group: Annotated[
         list[str] | None,
@@ -57,13 +61,14 @@ def extract(
     """Extract a basis of hack directions and write it to a file."""
     from assay import vhack
     from assay.models import load_model
+    from assay.vhack.pairs import find_pairs
 
     _check_output(output, overwrite)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens}", wanted="at least 1", do="leave it out")
-    chosen = _pairs(pairs)
+    chosen = find_pairs(pairs)
     loaded = load_model(model, dtype=dtype, device=device)
-    with progress_bar("gradients") as progress:
+    with progress_bar("gradients", "samples") as progress:
         basis = vhack.extract(
             loaded,
             None,
@@ -89,12 +94,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise UsageError(f"{output} exists", wanted="a new file name", do="choose another, or pass --overwrite")
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent} is no directory", wanted="a place for the basis", do="create it first")
-
-
-def _pairs(path: Path | None) -> "list[Pair]":
-    from assay.vhack.pairs import authored_pairs, read_pairs
-
-    return authored_pairs() if path is None else read_pairs(path)
 
 
 def _cache(asked: Path | None, model: "Model") -> Path | None:

@@ -15,7 +15,7 @@ from assay.vhack._gradients import per_sample_gradients
 from assay.vhack._origin import Origin
 from assay.vhack._paired import PairGradients, check_method
 from assay.vhack._split import check_duplicates, pair_names, split_pairs
-from assay.vhack._svd_cache import SVDCache, factor_dtype, weight_svd
+from assay.vhack._svd_cache import SVDCache, check_rank, factor_dtype, weight_svd
 from assay.vhack._targets import target_modules
 from assay.vhack._types import Pair
 
@@ -91,6 +91,7 @@ def pair_gradients(
     """
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
+    check_rank(running.get("rank"))
     labels = list(names) if names is not None else pair_names(pairs)
     check_duplicates(pairs, labels)
     kept = [index for index, pair in enumerate(pairs) if pair.hack != pair.clean]

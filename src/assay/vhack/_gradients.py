@@ -97,8 +97,8 @@ def _run(module: "PreTrainedModel", batch: Batch, rows: dict[str, Tensor], order
         logits_MV = module(input_ids=batch.ids, use_cache=False).logits[0]
     losses_M = functional.cross_entropy(logits_MV.float(), batch.target, reduction="none")
     del logits_MV
-    _check_losses(losses_M.detach(), batch)
     (losses_M * batch.weight).sum().backward()  # type: ignore[no-untyped-call]
+    _check_losses(losses_M.detach(), batch)  # after the backward pass is on its way, for it waits for the device
     return torch.cat([rows[name] for name in order], dim=1).cpu()
 
 

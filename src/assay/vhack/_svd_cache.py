@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["SVDCache", "default_cache", "factor_dtype", "weight_svd"]
+__all__ = ["SVDCache", "check_rank", "default_cache", "factor_dtype", "weight_svd"]
 
 Progress = Callable[[int, int], None]
 
@@ -67,8 +67,7 @@ class SVDCache(Mapping[str, Factors]):
         Raises:
             UsageError: the rank is below 1.
         """
-        if rank < 1:
-            raise UsageError(f"rank={rank}", wanted="at least 1", do="ask for 1 or more, or leave it out for all")
+        check_rank(rank)
         kept = {name: factors.truncated(rank) for name, factors in self.items()}
         return SVDCache(kept, rank=rank, dtype=self.dtype)
 
@@ -157,6 +156,11 @@ def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:
 def _check(method: str, rank: int | None) -> None:
     if method not in ("auto", "exact", "gram"):
         raise UsageError(f"method={method!r} of the SVD", wanted="auto, exact or gram", do="choose one of them")
+    check_rank(rank)
+
+
+def check_rank(rank: int | None) -> None:
+    """Raise UsageError unless ``rank`` is None or at least 1."""
     if rank is not None and rank < 1:
         raise UsageError(f"rank={rank}", wanted="at least 1", do="ask for 1 or more, or leave it out for all")
 

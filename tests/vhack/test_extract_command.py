@@ -1,0 +1,79 @@
+"""``assay vhack extract``."""
+
+import json
+
+import pytest
+
+from assay.cli import run
+from assay.models import load_model
+from assay.vhack import Basis
+from assay.vhack.pairs import authored_pairs, write_pairs
+
+
+@pytest.fixture
+def extract(tmp_path, monkeypatch, capsys):
+    """Run the command on the small reference model, and give code, stdout and stderr."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*arguments):
+        given = ["vhack", "extract", "--model", "reference:llama", "--device", "cpu", *map(str, arguments)]
+        code = run(given)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_a_basis_is_written_and_described(extract, tmp_path):
+    path = tmp_path / "basis.safetensors"
+    pairs = authored_pairs()[:4]
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    code, out, _ = extract("--pairs", tmp_path / "pairs.jsonl", "--n-heldout", 1, "--json", "-o", path)
+    assert code == 0
+    said = json.loads(out)
+    assert said["schema"] == "assay.vhack.extract/1"
+    assert (said["modules"], said["pairs_used"], said["pairs_held_out"], said["axes_per_module"]) == (56, 3, 1, 3)
+    basis = Basis.load(path, load_model("reference:llama", device="cpu"))
+    assert basis.origin.pairs == tuple(pair.key for pair in pairs[:3])
+    assert said["weights"] == basis.origin.weights
+    assert len(list((tmp_path / "cache" / "assay" / "svd").iterdir())) == 56
+    # The file is not replaced unasked, and nothing is computed first.
+    code, _, err = extract("--pairs", tmp_path / "pairs.jsonl", "-o", path)
+    assert code == 2
+    assert "exists" in err
+
+
+def test_a_table_without_json_and_no_cache(extract, tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", authored_pairs()[:2])
+    code, out, _ = extract(
+        "--pairs", tmp_path / "pairs.jsonl", "--n-heldout", 0, "--no-cache", "--rank", 8, "-o", tmp_path / "b"
+    )
+    assert code == 0
+    assert "captured energy" in out
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--top-k", 0), "0 axes"),
+        (("--method", "pca"), "method='pca'"),
+        (("--heldout-group", "nobody"), "'nobody' is not there"),
+        (("--max-tokens", 0), "--max-tokens 0"),
+        (("--pairs", "missing.jsonl"), "missing.jsonl"),
+        (("--rank", 0), "rank=0"),
+    ],
+)
+def test_bad_input_is_an_error_in_three_parts(extract, tmp_path, arguments, message):
+    code, out, err = extract(*arguments, "-o", tmp_path / "basis")
+    assert code == 2
+    assert message in err
+    assert "wanted:" in err
+    assert out == ""
+    assert not (tmp_path / "basis").exists()
+
+
+def test_a_place_that_is_not_there_is_refused_before_the_work(extract, tmp_path):
+    code, _, err = extract("-o", tmp_path / "nowhere" / "basis")
+    assert code == 2
+    assert "is no directory" in err
