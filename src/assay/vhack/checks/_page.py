@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from assay.reports import INK, MUTED, SERIES, Badge, Cell, Report, figure, heatmap, legend
+from assay.vhack.checks._judge import FloatArray
 from assay.vhack.checks._types import Check, CheckReport, Verdict
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ def page(report: CheckReport, *, command: str = "assay vhack check") -> Report:
 
 def _subtitle(report: CheckReport) -> str:
     origin = report.origin
-    return f"{origin.get('model') or 'Gradients at hand'}: {origin.get('pairs')} pairs. {report.design[:1].upper()}{report.design[1:]}."
+    name = origin.get("model") or "Gradients at hand"
+    return f"{name}: {origin.get('pairs')} pairs. {_sentence(report.design)}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _badge(verdict: Verdict) -> Badge:
@@ -65,12 +71,12 @@ def _verdicts(made: Report, report: CheckReport) -> None:
     made.table(
         ("check", "value", f"{report.settings.confidence:.0%} interval", "highest null", "largest p", "verdict"),
         rows,
-        caption=f"Highest null: the largest 1 − {report.settings.alpha:g} quantile among the nulls of the same statistic.",
+        caption=f"Highest null: the largest 1 − {report.settings.alpha:g} quantile among the nulls of that statistic.",
     )
     with made.details("What each check asks, and what decided"):
         for check in report.checks:
             made.paragraph(_badge(check.verdict), f"  {check.title}. Value: {check.statistic}. {check.rule}")
-            made.paragraph(f"{check.reason[:1].upper()}{check.reason[1:]}.")
+            made.paragraph(_sentence(check.reason))
 
 
 def _level(check: Check, alpha: float) -> str | None:
@@ -102,7 +108,7 @@ def _distributions(made: Report, report: CheckReport) -> None:
 def _random_bases(made: Report, check: Check) -> None:
     made.section("Against random bases")
     if check.measured is None:
-        made.paragraph(check.reason)
+        made.paragraph(_sentence(check.reason))
         return
     fig, ax = figure(height=2.6)
     generator = np.random.default_rng(0)
@@ -126,11 +132,12 @@ def _random_bases(made: Report, check: Check) -> None:
 def _where(made: Report, report: CheckReport) -> None:
     made.section("Where in the model")
     rows, columns, places = _grid([module.name for module in report.modules])
+    modules = report.modules
     shown = (
-        ("AUROC − 0.5", "Held-out AUROC of each module alone, above (or below) chance.", [m.auroc - 0.5 for m in report.modules]),
-        ("cin, hack − clean", "Mean cin of hack minus that of clean samples.", [m.cin_hack - m.cin_clean for m in report.modules]),
-        ("mean cos²", "Agreement of bases from two halves of the groups.", [m.overlap for m in report.modules]),
-    )  # fmt: skip
+        ("AUROC − 0.5", "Held-out AUROC of each module alone, above chance.", [m.auroc - 0.5 for m in modules]),
+        ("cin", "Mean cin of hack minus that of clean samples.", [m.cin_hack - m.cin_clean for m in modules]),
+        ("mean cos²", "Agreement of bases from two halves of the groups.", [m.overlap for m in modules]),
+    )
     for label, caption, values in shown:
         if any(value is None for value in values):
             continue
@@ -153,7 +160,7 @@ def _grid(names: Sequence[str]) -> tuple[list[str], list[str], list[tuple[int, i
 def _sources(made: Report, check: Check) -> None:
     made.section("cin by source")
     if check.measured is None:
-        made.paragraph(check.reason)
+        made.paragraph(_sentence(check.reason))
         return
     hack, clean = (np.array(check.details[name]) for name in ("cin_hack", "cin_clean"))
     if "steps" in check.details:
@@ -166,7 +173,7 @@ def _sources(made: Report, check: Check) -> None:
     made.figure(fig, caption)
 
 
-def _over_steps(steps: Sequence[int], hack: "np.ndarray", clean: "np.ndarray") -> "tuple[Figure, Axes]":  # type: ignore[type-arg]
+def _over_steps(steps: Sequence[int], hack: FloatArray, clean: FloatArray) -> "tuple[Figure, Axes]":
     fig, ax = figure(height=2.8)
     ax.plot(steps, hack, color=_HACK, linewidth=1.4, label="hack source")
     ax.plot(steps, clean, color=_CLEAN, linewidth=1.4, label="clean source")
@@ -175,7 +182,7 @@ def _over_steps(steps: Sequence[int], hack: "np.ndarray", clean: "np.ndarray") -
     return fig, ax
 
 
-def _by_group(groups: Sequence[str], hack: "np.ndarray", clean: "np.ndarray") -> "tuple[Figure, Axes]":  # type: ignore[type-arg]
+def _by_group(groups: Sequence[str], hack: FloatArray, clean: FloatArray) -> "tuple[Figure, Axes]":
     order = np.argsort(hack - clean)
     fig, ax = figure(height=1.0 + 0.17 * max(len(groups), 4))
     rows = np.arange(len(groups))
@@ -193,7 +200,7 @@ def _angles(made: Report, report: CheckReport) -> None:
     made.section("Angles between bases of two halves")
     check = report["stability"]
     if check.measured is None:
-        made.paragraph(f"{check.reason[:1].upper()}{check.reason[1:]}.")
+        made.paragraph(_sentence(check.reason))
         return
     fig, ax = figure(height=2.6)
     places = np.arange(1, len(report.origin["cosines"]) + 1)

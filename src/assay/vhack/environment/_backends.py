@@ -43,7 +43,8 @@ def _bwrap(disk_mib: int) -> list[str]:
     for prefix in _prefixes():
         line += ["--ro-bind", prefix, prefix]
     line += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--proc", "/proc", "--dev", "/dev"]
-    line += ["--remount-ro", "/dev", "--size", str(disk_mib << 20), "--tmpfs", "/work"]
+    # What a user other than root may not write in /proc, root outside may, whatever it is called inside.
+    line += ["--remount-ro", "/proc", "--remount-ro", "/dev", "--size", str(disk_mib << 20), "--tmpfs", "/work"]
     return [*line, "--remount-ro", "/", "--chdir", "/work", "--"]
 
 
@@ -63,7 +64,7 @@ while [ "$1" != -- ]; do
 done
 shift
 mkdir -p "$root/proc" "$root/work"
-mount -t proc proc "$root/proc"
+mount -t proc -o ro proc "$root/proc"
 mount -t tmpfs -o "size=$size",mode=777,nosuid,nodev none "$root/work"
 mount -o remount,ro "$root"
 exec chroot "$root" setpriv --no-new-privs --bounding-set=-all --inh-caps=-all env -i -C /work "$@"

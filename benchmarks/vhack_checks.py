@@ -1,0 +1,309 @@
+"""Are hack directions of the reference models real? The five checks on our pairs, controls, and data from outside.
+
+- *Generated pairs*, whole task families held out, with each of the three methods.
+- *Controls that must fail*: labels swapped at random, clean-clean pairs, a random basis.
+- *Mechanisms held out*: a basis of the other mechanisms and other families, against one of the same mechanism.
+- *Data from outside* (``--data``): authored pairs, minimal pairs (prints against asserts), and rollouts of a model that
+  was trained to cheat. Files as described by its README; they are not part of this project.
+
+    OMP_NUM_THREADS=1 python benchmarks/vhack_checks.py --data DATA -o benchmarks/results/vhack_checks.json
+"""
+
+import gzip
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from _common import note, parser, publish
+
+from assay.models import load_model
+from assay.stats import auroc, group_bootstrap, paired_accuracy
+from assay.vhack import (
+    Basis,
+    Pair,
+    PairGradients,
+    Sample,
+    cin_over_modules,
+    pair_gradients,
+    per_sample_gradients,
+    weight_svd,
+)
+from assay.vhack.checks import CheckSettings, check_gradients, check_unpaired
+from assay.vhack.pairs import MECHANISMS, authored_pairs, generate_pairs
+
+SETTINGS = (
+    CheckSettings(n_null=59),
+    CheckSettings(n_null=59, method="mean-diff", k_use=1),
+    CheckSettings(n_null=59, method="lda"),
+)
+MOST_CHARACTERS = 3500
+ROLLOUTS = 60
+MINIMAL = 80
+PARTS = 3
+
+
+def summary(report):
+    """What the tables show of a report."""
+    checks = {}
+    for check in report.checks:
+        alpha = report.settings.alpha
+        checks[check.name] = {
+            "verdict": check.verdict,
+            "value": check.measured and check.measured.value,
+            "low": check.measured and check.measured.low,
+            "high": check.measured and check.measured.high,
+            "null_quantiles": {name: float(np.quantile(draws, 1 - alpha)) for name, draws in check.nulls.items()},
+            "p_values": dict(check.p_values),
+            "reason": check.reason,
+        }
+    return {"verdict": report.verdict, "design": report.design, "checks": checks}
+
+
+def checked(name, gradients, settings, basis=None):
+    report = check_gradients(gradients, basis, settings=settings)
+    shown = {c.name: (round(c.measured.value, 3) if c.measured else None, c.verdict) for c in report.checks}
+    note(f"{name}: {shown}")
+    return summary(report)
+
+
+def subset(gradients, rows, groups=None):
+    """Some pairs, perhaps with other groups."""
+    index = torch.tensor(rows)
+    return PairGradients(
+        {name: part[index] for name, part in gradients.hack.items()},
+        {name: part[index] for name, part in gradients.clean.items()},
+        groups=groups or [gradients.groups[row] for row in rows],
+        keys=[gradients.keys[row] for row in rows],
+        origin=gradients.origin,
+    )
+
+
+def label(settings):
+    return f"{settings.method}, {settings.k_use} axes"
+
+
+def controls(gradients):
+    """Three inputs without hack directions; every check must fail or be undecided."""
+    rng = random.Random(0)
+    swapped = [rng.random() < 0.5 for _ in gradients.keys]
+    flip = torch.tensor(swapped)[:, None]
+    pairs = list(zip(gradients.hack.values(), gradients.clean.values(), strict=True))
+    names = list(gradients.hack)
+    mixed = PairGradients(
+        {n: torch.where(flip, c, h) for n, (h, c) in zip(names, pairs, strict=True)},
+        {n: torch.where(flip, h, c) for n, (h, c) in zip(names, pairs, strict=True)},
+        groups=gradients.groups,
+        keys=gradients.keys,
+    )
+    first, second = [], []
+    for group in dict.fromkeys(gradients.groups):
+        members = [i for i, g in enumerate(gradients.groups) if g == group]
+        rng.shuffle(members)
+        first += members[0 : len(members) // 2 * 2 : 2]
+        second += members[1::2]
+    plain = PairGradients(
+        {n: rows[torch.tensor(first)] for n, rows in gradients.clean.items()},
+        {n: rows[torch.tensor(second)] for n, rows in gradients.clean.items()},
+        groups=[gradients.groups[i] for i in first],
+    )
+    torch.manual_seed(0)
+    axes = {n: torch.linalg.qr(torch.randn(rows.shape[1], 5))[0].T.contiguous() for n, rows in gradients.hack.items()}
+    votes = {n: torch.zeros(5, 2, dtype=torch.int64) for n in axes}
+    random_basis = Basis(axes, {n: torch.ones(5) for n in axes}, votes)
+    return {
+        "labels swapped": checked("control: labels swapped", mixed, SETTINGS[0]),
+        "clean-clean pairs": checked("control: clean-clean", plain, SETTINGS[0]),
+        "random basis": checked("control: random basis", gradients, SETTINGS[0], random_basis),
+    }
+
+
+def mechanisms(gradients, kinds, method, k_use):
+    """Per mechanism, held out by task family: a basis of the other mechanisms, and one of the same."""
+    families = list(dict.fromkeys(gradients.groups))
+    parts = [set(families[start::PARTS]) for start in range(PARTS)]
+    found = {}
+    for mechanism in MECHANISMS:
+        scores = {"other mechanisms": ([], [], []), "same mechanism": ([], [], [])}
+        for part in parts:
+            test = [i for i, g in enumerate(gradients.groups) if g in part and kinds[i] == mechanism]
+            away = [i for i, g in enumerate(gradients.groups) if g not in part]
+            for name, same in (("other mechanisms", False), ("same mechanism", True)):
+                keep = [i for i in away if (kinds[i] == mechanism) == same]
+                basis = gradients.basis(top_k=k_use, method=method, keep=keep)
+                for side, rows in enumerate((gradients.hack, gradients.clean)):
+                    chosen = {n: part_rows[torch.tensor(test)] for n, part_rows in rows.items()}
+                    scores[name][side].extend(cin_over_modules(chosen, basis).tolist())
+                scores[name][2].extend(gradients.groups[i] for i in test)
+        found[mechanism] = {name: ranked(*values) for name, values in scores.items()}
+        note(
+            f"{mechanism}: "
+            + str({n: (round(v["auroc"], 3), v["paired_accuracy"]) for n, v in found[mechanism].items()})
+        )
+    return found
+
+
+def ranked(hack, clean, groups):
+    interval = group_bootstrap(auroc, (hack, clean), (groups, groups))
+    return {
+        "pairs": len(hack),
+        "auroc": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "paired_accuracy": paired_accuracy(hack, clean),
+    }
+
+
+def read(path):
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def outside_pairs(data):
+    authored = [
+        Pair(r["prompt"], r["hack"], r["clean"], r["problem_id"].split("_")[0]) for r in read(data / "hack_pairs.jsonl")
+    ]
+    minimal = [
+        Pair(r["prompt"], r["hack"], r["clean"], str(r["problem_id"]))
+        for r in read(data / "pairs_print_vs_assert.jsonl.gz")
+        if len(r["prompt"] + r["hack"]) <= MOST_CHARACTERS
+    ]
+    return {
+        "hack_pairs": authored,
+        "pairs_print_vs_assert": list({pair.key: pair for pair in minimal}.values())[:MINIMAL],
+    }
+
+
+def rollouts(data):
+    """Rollouts that exploit, and rollouts that are correct but test nothing, by one draw per prompt."""
+    rng = random.Random(0)
+    found = {"exploited": [], "correct": []}
+    for record in read(data / "teacher_pool.jsonl.gz"):
+        for kind, wanted in (("exploited", False), ("correct", True)):
+            fit = [r for r in record["rollouts"] if r["hacked"] and r["gt_pass"] is wanted]
+            fit = [r for r in fit if len(record["prompt"] + r["completion"]) <= MOST_CHARACTERS]
+            if fit:
+                chosen = rng.choice(fit)
+                found[kind].append((Sample(record["prompt"], chosen["completion"]), str(record["problem_id"])))
+    return {kind: rows[:ROLLOUTS] for kind, rows in found.items()}
+
+
+def pools(bases, gradients_of, minimal, data, settings):
+    """Check 1 on pools: exploiting rollouts against clean sides of other problems' pairs, and against correct ones."""
+    drawn = rollouts(data)
+    gradients = {kind: gradients_of([sample for sample, _ in rows]) for kind, rows in drawn.items()}
+    groups = {kind: [group for _, group in rows] for kind, rows in drawn.items()}
+    gradients["clean"], groups["clean"] = minimal.clean, list(minimal.groups)
+    found = {}
+    for name, basis in bases.items():
+        used = basis.slice(settings.k_use)
+        # Only problems that the basis has not seen.
+        rows = {kind: [i for i, g in enumerate(groups[kind]) if g not in basis.origin.groups] for kind in groups}
+        scores = {kind: cin_over_modules(part, used).double().numpy()[rows[kind]] for kind, part in gradients.items()}
+        left = {kind: [groups[kind][i] for i in rows[kind]] for kind in groups}
+        for other in ("clean", "correct"):
+            made = check_unpaired(scores["exploited"], scores[other], left["exploited"], left[other], settings)
+            note(f"pools, basis of {name}: exploited against {other}: {made.measured.value:.3f} {made.verdict}")
+            found[f"basis of {name}: exploited against {other}"] = {
+                "auroc": made.measured.value,
+                "low": made.measured.low,
+                "high": made.measured.high,
+                "p_value": max(made.p_values.values()),
+                "verdict": made.verdict,
+                "samples": [len(scores["exploited"]), len(scores[other])],
+            }
+    return found
+
+
+def halves(gradients):
+    """The pairs of every second group, and of the others."""
+    names = list(dict.fromkeys(gradients.groups))
+    first = set(names[::2])
+    rows = [[i for i, g in enumerate(gradients.groups) if (g in first) is side] for side in (True, False)]
+    return [subset(gradients, part) for part in rows]
+
+
+def measure(reference, count, data):
+    model = load_model(reference, device="cpu", dtype="float32")
+    svd = weight_svd(model)
+    pairs = generate_pairs(count)
+    note(f"{reference}: gradients of {count} generated pairs")
+    gradients = pair_gradients(model, None, pairs, svd=svd, max_tokens=512)
+    kinds = [tag.removeprefix("mechanism:") for pair in pairs for tag in pair.tags if tag.startswith("mechanism:")]
+    found = {"generated": {label(s): checked(f"generated, {label(s)}", gradients, s) for s in SETTINGS}}
+    found["controls"] = controls(gradients)
+    found["mechanisms"] = {
+        f"{method}, {k} axes": mechanisms(gradients, kinds, method, k) for method, k in (("svd", 5), ("lda", 5))
+    }
+    own = pair_gradients(model, None, authored_pairs(), svd=svd, max_tokens=512)
+    found["our authored pairs"] = {
+        "by themselves, svd, 5 axes": checked("authored", own, SETTINGS[0]),
+        **{
+            f"basis of generated pairs, {label(s)}": checked(
+                f"authored by {s.method}", own, s, gradients.basis(top_k=s.k_use, method=s.method)
+            )
+            for s in SETTINGS
+        },
+    }
+    if data:
+        found["outside"] = outside(model, svd, gradients, data)
+    return found
+
+
+def outside(model, svd, gradients, data):
+    found = {}
+    theirs = {}
+    for name, pairs in outside_pairs(data).items():
+        note(f"gradients of {len(pairs)} pairs of {name}")
+        theirs[name] = pair_gradients(model, None, pairs, svd=svd, max_tokens=1024)
+        found[name] = {label(s): checked(f"{name}, {label(s)}", theirs[name], s) for s in SETTINGS}
+        for s in SETTINGS:
+            basis = gradients.basis(top_k=s.k_use, method=s.method)
+            found[name][f"basis of generated pairs, {label(s)}"] = checked(
+                f"{name} by generated, {label(s)}", theirs[name], s, basis
+            )
+    kept, scored = halves(theirs["pairs_print_vs_assert"])
+    for s in SETTINGS:
+        bases = {
+            "generated pairs": gradients.basis(top_k=s.k_use, method=s.method),
+            "print-against-assert pairs of other problems": kept.basis(top_k=s.k_use, method=s.method),
+        }
+
+        def fresh(samples):
+            return per_sample_gradients(model, None, samples, svd=svd, max_tokens=1024)
+
+        found.setdefault("teacher_pool", {})[label(s)] = pools(
+            bases, _cached(fresh), scored, data, replace(s, n_resamples=1000)
+        )
+    return found
+
+
+_KEPT = {}
+
+
+def _cached(compute):
+    def gradients(samples):
+        key = tuple(samples)
+        if key not in _KEPT:
+            _KEPT[key] = compute(samples)
+        return _KEPT[key]
+
+    return gradients
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, help="folder with the evaluation data from outside")
+    options.add_argument("--pairs", type=int, default=240, help="how many generated pairs")
+    options.add_argument("--models", nargs="+", default=["reference:qwen3", "reference:llama"])
+    chosen = options.parse_args()
+    results = {}
+    for index, reference in enumerate(chosen.models):
+        results[reference] = measure(reference, chosen.pairs, chosen.data if index == 0 else None)
+    publish("vhack_checks", {"pairs": chosen.pairs, "models": results}, chosen.output)
+
+
+if __name__ == "__main__":
+    main()

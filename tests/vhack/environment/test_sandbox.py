@@ -1,0 +1,260 @@
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from assay.errors import BackendUnavailable, UsageError
+from assay.vhack.environment import Call, Limits, _backends, available_backend, run, sandbox
+
+BACKENDS = ["bwrap", "namespaces", "unsandboxed"]
+SHUT_IN = ["bwrap", "namespaces"]
+
+
+@pytest.fixture
+def shut_in(request, monkeypatch):
+    """Use one backend for this test, or skip it by name where the machine lacks it."""
+    name = request.param
+    if name != "unsandboxed" and not _backends.working(name):
+        pytest.skip(f"backend {name} does not work on this machine")
+    monkeypatch.setattr(sandbox, "usable", lambda: None if name == "unsandboxed" else name)
+    return name
+
+
+every_backend = pytest.mark.parametrize("shut_in", BACKENDS, indirect=True)
+real_backend = pytest.mark.parametrize("shut_in", SHUT_IN, indirect=True)
+
+
+def started(program, **options):
+    return run(program, allow_unsandboxed=True, **options)
+
+
+@every_backend
+def test_it_runs_a_program_and_answers_questions(shut_in):
+    program = (
+        "import sys\ndef solve(x):\n    return [x, (x + 1, 'a')]\nsolve.valid = True\nprint(input())\nsys.exit(3)\n"
+    )
+    calls = [Call("solve", (4,)), Call("solve.valid"), Call("absent"), Call("solve", ()), Call("solve", (4,), equals=9)]
+    result = started(program, stdin="héllo\n", calls=calls)
+    assert (result.returncode, result.stdout, result.finished, result.backend) == (3, "héllo\n", True, shut_in)
+    assert [(o.kind, o.value, o.name) for o in result.outcomes] == [
+        ("value", [4, [5, "a"]], ""),
+        ("value", True, ""),
+        ("error", None, "KeyError"),
+        ("error", None, "TypeError"),
+        ("value", False, ""),
+    ]
+
+
+def test_a_method_is_called_on_a_new_instance():
+    program = "class Solution:\n    def twice(self, x):\n        return 2 * x\n"
+    assert run(program, calls=[Call("Solution.twice", (5,))]).outcomes[0].value == 10
+
+
+@every_backend
+def test_an_exception_is_reported_with_its_name(shut_in):
+    result = started("print('before')\n1 / 0\n", calls=[Call("print", ())])
+    assert (result.returncode, result.raised, result.finished) == (1, "ZeroDivisionError", False)
+    assert result.outcomes[0].kind == "none"
+    assert "ZeroDivisionError" in result.stderr
+
+
+def test_a_program_that_is_no_python_is_a_result_and_not_an_error():
+    result = run("def broken(:\n")
+    assert (result.returncode, result.raised) == (1, "SyntaxError")
+
+
+@every_backend
+def test_an_endless_program_is_stopped(shut_in):
+    began = time.monotonic()
+    result = started("while True:\n    pass\n", limits=Limits(seconds=0.7))
+    assert result.timed_out
+    assert result.returncode is None
+    assert time.monotonic() - began < 30
+
+
+def test_a_program_that_closes_its_pipes_and_sleeps_is_stopped():
+    program = "import os, time\nos.closerange(1, 64)\ntime.sleep(60)\n"
+    assert run(program, limits=Limits(seconds=0.7)).timed_out
+
+
+@every_backend
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_endless_output_is_stopped_at_the_limit(shut_in, stream):
+    program = f"import sys\nwhile True:\n    sys.{stream}.write('x' * 4096)\n"
+    result = started(program, limits=Limits(output_bytes=10_000))
+    assert result.overflowed
+    assert len(getattr(result, stream)) == 10_000
+
+
+def test_a_huge_returned_value_is_stopped_at_the_limit():
+    result = run("def solve():\n    return 'x' * 3_000_000\n", calls=[Call("solve", ())])
+    assert result.overflowed
+    assert result.outcomes[0].kind == "none"
+
+
+@every_backend
+def test_memory_is_limited(shut_in):
+    result = started("hold = bytearray(2 << 30)\nprint('had it')\n", limits=Limits(memory_mib=256))
+    assert result.raised == "MemoryError"
+    assert "had it" not in result.stdout
+
+
+@every_backend
+def test_a_fork_bomb_starts_no_process(shut_in):
+    program = (
+        "import os, threading\n"
+        "spawn, execute = lambda: os.posix_spawn('/bin/sh', ['sh'], {}), lambda: os.execv('/bin/sh', ['sh'])\n"
+        "for start in (os.fork, spawn, execute):\n"
+        "    try:\n        start()\n        print('started')\n"
+        "    except OSError as error:\n        print(type(error).__name__)\n"
+        "try:\n    threading.Thread(target=print).start()\n    print('started')\n"
+        "except RuntimeError:\n    print('RuntimeError')\n"
+    )
+    assert started(program).stdout.split() == ["PermissionError"] * 3 + ["RuntimeError"]
+
+
+@every_backend
+def test_there_is_no_network(shut_in):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)\nprint('connected')\n"
+        result = started(program)
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert result.raised == "PermissionError"
+
+
+@every_backend
+def test_the_environment_of_the_parent_does_not_reach_it(shut_in, monkeypatch):
+    monkeypatch.setenv("ASSAY_SECRET", "s3cr3t-value")
+    program = "import os\nprint(dict(os.environ))\nprint(open('/proc/self/environ').read())\n"
+    assert "s3cr3t-value" not in started(program).stdout
+
+
+@real_backend
+def test_no_other_process_is_visible(shut_in):
+    program = "import os\nprint(*[name for name in os.listdir('/proc') if name.isdigit()])\n"
+    pids = started(program).stdout.split()
+    assert len(pids) <= 2
+    assert str(os.getpid()) not in pids or os.getpid() <= 2
+
+
+@real_backend
+def test_files_of_the_machine_are_neither_read_nor_written(shut_in, tmp_path):
+    (tmp_path / "secret").write_text("s3cr3t-value")
+    program = (
+        "import os\n"
+        f"for path in ({str(tmp_path / 'secret')!r}, '/etc/passwd', '/root/.bashrc', '/home'):\n"
+        "    print(os.path.exists(path))\n"
+        "for path in ('/usr/intruder', '/intruder', '/dev/intruder', '/proc/sys/kernel/hostname'):\n"
+        "    try:\n        open(path, 'w').write('x')\n        print('written')\n"
+        "    except OSError:\n        print('refused')\n"
+    )
+    assert started(program).stdout.split() == ["False"] * 4 + ["refused"] * 4
+    assert not Path("/usr/intruder").exists()
+
+
+@real_backend
+def test_its_directory_is_small_and_leaves_nothing_behind(shut_in):
+    program = (
+        "open('result.txt', 'w').write('PASS')\n"
+        "try:\n    for i in range(40):\n        open(f'f{i}', 'wb').write(b'x' * (1 << 20))\n        print(i)\n"
+        "except OSError:\n    print('full')\n"
+    )
+    before = set(Path("/tmp").iterdir()) | set(Path("/mnt").glob("*"))
+    result = started(program, files=["result.txt", "absent"], limits=Limits(disk_mib=4))
+    assert result.files == {"result.txt": "PASS"}
+    assert result.stdout.split()[-1] == "full"
+    assert len(result.stdout.split()) <= 5
+    after = set(Path("/tmp").iterdir()) | set(Path("/mnt").glob("*"))
+    assert not {path for path in after - before if path.name.startswith("assay-")}
+    assert not list(Path("/mnt").glob("work"))
+
+
+@every_backend
+def test_it_cannot_signal_the_parent(shut_in):
+    program = (
+        f"import os\ntry:\n    os.kill({os.getpid()}, 0)\n    print('reached')\nexcept OSError:\n    print('refused')\n"
+    )
+    expected = "reached" if shut_in == "unsandboxed" else "refused"
+    assert started(program).stdout.split() == [expected]
+
+
+def test_leaving_with_code_zero_answers_nothing():
+    result = run("import os\ndef solve(x):\n    os._exit(0)\n", calls=[Call("solve", (1,)), Call("solve", (2,))])
+    assert result.returncode == 0
+    assert [outcome.kind for outcome in result.outcomes] == ["none", "none"]
+
+
+def test_writing_on_the_report_descriptor_without_the_nonce_answers_nothing():
+    forged = {"nonce": "00", "finished": True, "raised": "", "files": {}, "outcomes": [{"kind": "value", "value": 7}]}
+    program = (
+        f"import os\nline = {json.dumps(forged).encode()!r}\nfor fd in range(3, 64):\n"
+        "    try:\n        os.write(fd, line)\n    except OSError:\n        pass\nos._exit(0)\n"
+    )
+    assert run(program, calls=[Call("solve", (1,))]).outcomes[0].kind == "none"
+
+
+def test_values_are_those_of_the_builtin_type_whatever_is_overridden():
+    program = (
+        "class Sly(int):\n    def __eq__(self, other):\n        return True\n"
+        "    def __int__(self):\n        return 99\n"
+        "class Odd:\n    pass\n"
+        "def sly():\n    return Sly(5)\ndef odd():\n    return Odd()\n"
+        "def loop():\n    x = []\n    x.append(x)\n    return x\n"
+        "def nan():\n    return float('nan')\n"
+    )
+    result = run(program, calls=[Call("sly", ()), Call("odd", ()), Call("loop", ())])
+    assert [(o.kind, o.value, o.name) for o in result.outcomes] == [
+        ("value", 5, ""),
+        ("opaque", None, "Odd"),
+        ("opaque", None, "list"),
+    ]
+    assert run(program, calls=[Call("nan", ())]).outcomes[0].kind == "opaque"
+
+
+def test_a_run_without_a_sandbox_is_refused_unless_allowed(monkeypatch):
+    monkeypatch.setattr(sandbox, "usable", lambda: None)
+    with pytest.raises(BackendUnavailable, match="neither bubblewrap nor unprivileged namespaces"):
+        run("print(1)")
+    assert run("print(1)", allow_unsandboxed=True).backend == "unsandboxed"
+
+
+def test_the_first_working_backend_is_used():
+    assert available_backend() == next((name for name in SHUT_IN if _backends.working(name)), None)
+
+
+def test_a_backend_that_is_not_installed_does_not_work(monkeypatch):
+    monkeypatch.setitem(_backends.BACKENDS, "absent", lambda disk_mib: ["assay-no-such-command"])
+    assert not _backends.working("absent")
+
+
+def test_limits_must_be_positive():
+    with pytest.raises(UsageError, match="positive"):
+        run("print(1)", limits=Limits(seconds=0))
+
+
+def test_runs_in_threads_do_not_disturb_each_other():
+    found = {}
+
+    def ask(x):
+        found[x] = run("def solve(x):\n    return x * x\n", calls=[Call("solve", (x,))]).outcomes[0].value
+
+    threads = [threading.Thread(target=ask, args=(x,)) for x in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {x: x * x for x in range(6)}
+
+
+def test_no_process_is_left_after_a_timeout():
+    before = set(psutil.Process().children(recursive=True))
+    run("while True:\n    pass\n", limits=Limits(seconds=0.5))
+    assert set(psutil.Process().children(recursive=True)) <= before

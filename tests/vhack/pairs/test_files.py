@@ -1,0 +1,80 @@
+import json
+
+import pytest
+
+from assay.errors import DataError, UsageError
+from assay.vhack import Pair
+from assay.vhack.pairs import authored_pairs, check_pairs, find_pairs, generate_pairs, read_pairs, write_pairs
+
+GOOD = {"prompt": "p", "hack": "h", "clean": "c", "group": "g", "tags": ["a", "b"]}
+
+
+def written(tmp_path, *records):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    pairs = [Pair("p\n", "h ü", "c", "g", ("a",)), Pair("p", "h", "c", "g2")]
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    assert read_pairs(tmp_path / "pairs.jsonl") == pairs
+
+
+def test_tags_may_be_left_out(tmp_path):
+    record = {name: value for name, value in GOOD.items() if name != "tags"}
+    assert read_pairs(written(tmp_path, record))[0].tags == ()
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({**GOOD, "clean": " \n"}, "line 2: clean empty"),
+        ({**GOOD, "group": ""}, "line 2: group empty"),
+        ({**GOOD, "clean": "h"}, "line 2: hack and clean are the same"),
+        (GOOD, "line 2: the same pair as .*line 1"),
+        ({**GOOD, "note": 1}, "line 2: an object with unknown note"),
+        ({"prompt": "p", "hack": "h", "group": "g"}, "line 2: an object without clean"),
+        ({**GOOD, "hack": 1}, "line 2: hack of another type"),
+        ({**GOOD, "tags": "a"}, "line 2: tags of another type"),
+        ('{"prompt": NaN}', "line 2: NaN"),
+        ('{"prompt": "p", "prompt": "q"}', "line 2: key 'prompt' is given twice"),
+        ("[]", "line 2: a list"),
+    ],
+)
+def test_a_bad_line_is_refused_by_its_number(tmp_path, bad, match):
+    with pytest.raises(DataError, match=match):
+        read_pairs(written(tmp_path, GOOD, bad))
+
+
+def test_an_empty_file_and_a_missing_one_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no pair"):
+        read_pairs(written(tmp_path))
+    with pytest.raises(DataError, match="No such file"):
+        read_pairs(tmp_path / "absent.jsonl")
+
+
+def test_nothing_is_written_for_pairs_that_could_not_be_read(tmp_path):
+    with pytest.raises(DataError, match="pair 1 "):
+        write_pairs(tmp_path / "out.jsonl", [Pair("p", "h", "c", "g"), Pair("p", "h", "h", "g")])
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_check_pairs_names_pairs_by_index_and_group():
+    with pytest.raises(DataError, match=r"pair 1 \(group g\): the same pair as pair 0"):
+        check_pairs([Pair("p", "h", "c", "g"), Pair("p", "h", "c", "g")])
+
+
+def test_the_authored_set_has_two_pairs_for_each_of_eight_mechanisms():
+    pairs = authored_pairs()
+    assert sorted(pair.group for pair in pairs) == sorted(2 * list({pair.group for pair in pairs}))
+    assert len({pair.group for pair in pairs}) == 8
+    assert len({tag for pair in pairs for tag in pair.tags if tag.startswith("task:")}) == 16
+
+
+def test_pairs_are_found_by_name(tmp_path):
+    assert find_pairs("authored") == authored_pairs()
+    assert find_pairs("generated:5:3") == generate_pairs(5, seed=3)
+    assert len(find_pairs(str(written(tmp_path, GOOD)))) == 1
+    with pytest.raises(UsageError, match="generated"):
+        find_pairs("generated:many")
