@@ -16,6 +16,8 @@ def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path: Path
     assert summary["all_as_expected"] is True
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 2
+    assert {row["name"] for row in summary["vhack"]} == {"pools", "heldout", "random_null", "sources", "stability"}
+    assert {row["verdict"] for row in summary["vhack"] if row["name"] in ("heldout", "random_null")} == {"pass"}
     assert "chord law" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert len(Proof.load(tmp_path / "out" / "proof.jsonl").records) == 96

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from assay import __version__
-from assay.cli import _demo, _doctor, _models, _poc, _streams
+from assay.cli import _demo, _doctor, _models, _poc, _streams, _vhack
 from assay.cli._output import errors
 from assay.errors import AssayError, UsageError
 
@@ -30,6 +30,7 @@ app.command("demo")(_demo.demo)
 app.command("doctor")(_doctor.doctor)
 app.add_typer(_streams.app, name="streams")
 app.add_typer(_poc.app, name="poc")
+app.add_typer(_vhack.app, name="vhack")
 app.add_typer(_models.app, name="models")
 
 
