@@ -22,6 +22,7 @@ VOLATILE = {
     "valid_nonces",
     "valid_distances",
     "request_id",
+    "vector_b64",
 }
 CLAIM = BLOCK | {"nonces": [0, 1, 2], "dist": [1.4128, 1.5, 1.4], "node_id": 0}
 JOB = ARTIFACTS | {"nonces": [0, 3, 6], "wait": True}

@@ -285,3 +285,17 @@ def test_fault_18_callbacks_do_not_reach_into_private_networks(serving, url):
         service.post("/init/generate", ROUND | {"callback_url": url}, status=422)
         service.post("/init/generate", ARTIFACTS | {"url": url}, status=422)
         assert service.status()["state"] == "IDLE"
+
+
+def test_the_engines_thread_survives_what_it_does_not_expect(service, monkeypatch):
+    real, calls = service.controller.jobs.step, []
+
+    def step(deployment):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("something else")
+        return real(deployment)
+
+    monkeypatch.setattr(service.controller._worker, "_background", step)
+    job = ARTIFACTS | {"nonces": [0], "wait": True}
+    assert service.post("/generate", job)["status"] == "completed"

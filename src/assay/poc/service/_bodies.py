@@ -6,11 +6,11 @@ Defaults are the library's: sign flips on, hooks between the layers off.
 import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from assay.poc._round import MAX_NONCE
 
-__all__ = ["ArtifactInit", "GenerateRequest", "InitRequest", "Params", "StatTest", "ValidateRequest"]
+__all__ = ["AnyInit", "ArtifactInit", "GenerateRequest", "InitRequest", "Params", "StatTest", "ValidateRequest"]
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
@@ -80,6 +80,16 @@ class ArtifactInit(_Body):
     params: Params
     url: Url | None = None
     poc_stronger_rng: bool = False
+
+
+def _form(body: Any) -> str:
+    """Tell the two published forms of ``/init/generate`` apart, so that an error speaks of the one that was meant."""
+    return "vectors" if isinstance(body, dict) and "params" in body else "distances"
+
+
+AnyInit = Annotated[
+    Annotated[ArtifactInit, Tag("vectors")] | Annotated[InitRequest, Tag("distances")], Discriminator(_form)
+]
 
 
 class ValidateRequest(_Body):

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ class Database:
         sa.event.listen(self._engine, "connect", _on_connect)
         sa.event.listen(self._engine, "begin", _on_begin)
         self._writer = self._engine.execution_options(assay_write=True)
+        with _storing(self.path):
+            self._set_journal()
         with self.write() as connection:
             _migrate(connection)
         self._tables = sa.MetaData()
@@ -72,6 +75,13 @@ class Database:
         # SQLite lets waiting writers poll; a lock of our own is fair among the threads of this process.
         with _storing(self.path), self._writing, self._writer.begin() as connection:
             yield connection
+
+    def _set_journal(self) -> None:
+        # Kept in the file, so once is enough; it cannot be set within a transaction.
+        with self._engine.connect() as connection:
+            raw = connection.connection.dbapi_connection
+            assert raw is not None
+            raw.execute("PRAGMA journal_mode=WAL")
 
     def close(self) -> None:
         """Close every connection and give up the directory."""
@@ -100,7 +110,6 @@ def _on_connect(connection: Any, record: ConnectionPoolEntry) -> None:
     connection.isolation_level = None
     for pragma in (
         f"busy_timeout={BUSY_TIMEOUT_MS}",
-        "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
         "journal_size_limit=8388608",
@@ -118,7 +127,8 @@ def _on_begin(connection: sa.Connection) -> None:
 def _storing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
+    except (sa.exc.OperationalError, sa.exc.TimeoutError, sqlite3.OperationalError) as error:
+        # The last kind comes from the pragmas of a new connection, where nothing wraps it.
         reason = getattr(error, "orig", None) or error
         raise StorageError(
             f"{path}: {reason}",

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from typing import Literal
 
 import structlog
@@ -26,8 +27,20 @@ def configure_logs(form: Format, level: str = "info") -> None:
     structlog.configure(
         processors=[*shared, last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
+        logger_factory=lambda *names: _Stderr(),
+        cache_logger_on_first_use=False,
     )
     # Libraries only speak up when something is wrong; httpx would log every callback URL at level info.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
+
+
+class _Stderr:
+    """Writes lines to whatever stderr is now. A reader that has gone must not stop the service."""
+
+    def msg(self, line: str) -> None:
+        """Write one line."""
+        with suppress(OSError, ValueError):
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+    debug = info = warning = error = critical = exception = msg

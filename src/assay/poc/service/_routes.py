@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from assay.poc.service._auth import Keys, Scope
-from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
+from assay.poc.service._bodies import AnyInit, GenerateRequest, InitRequest, ValidateRequest
 from assay.poc.service._controller import Controller
 from assay.poc.service._feed import Feed
 from assay.poc.service._metrics import CONTENT_TYPE
@@ -44,7 +44,7 @@ def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
         return moved()
 
     @router.post("/init/generate", response_model=InitReply, responses=changes, openapi_extra=CONTROL)
-    def init_generate(body: ArtifactInit | InitRequest) -> Response:
+    def init_generate(body: AnyInit) -> Response:
         """Begin a round and generate: distances with ``r_target``, vectors with ``params``."""
         controller.init(body, State.GENERATING)
         return moved()

@@ -96,9 +96,18 @@ class Worker:
             self._unloadable(error)
             return
         self._ready(deployment)
-        while self._turn(deployment):
+        while self._survives(deployment):
             pass
         self._drop_stream()
+
+    def _survives(self, deployment: Deployment) -> bool:
+        """Do one piece of work; whatever goes wrong, this thread is there for the next one."""
+        try:
+            return self._turn(deployment)
+        except Exception as error:
+            self._failed(error)
+            time.sleep(1.0)
+            return True
 
     def _turn(self, deployment: Deployment) -> bool:
         with self._state:

@@ -49,11 +49,12 @@ function area(upper, lower) {
   return `${path(upper)}L${path([...lower].reverse()).slice(1)}Z`;
 }
 
-/** A message in the place of a chart. */
-function drawNothing(svg, words) {
-  const { clientWidth: width, clientHeight: height } = svg;
-  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  svg.replaceChildren(label(words, width / 2, height / 2, { "text-anchor": "middle", class: "empty" }));
+/** An empty frame in the place of a chart. */
+function drawNothing(svg) {
+  const box = frame(svg, [8, 12, 24, 12]);
+  const line = (y, kind) => element("path", { d: path([[box.left, y], [box.right, y]]), class: kind });
+  const middle = (box.top + box.bottom) / 2;
+  svg.replaceChildren(line(box.top, "grid"), line(middle, "grid"), line(box.bottom, "axis"));
 }
 
 /** Rate over time. history: [[seconds, rate], ...], ascending; span: seconds that are shown. */
@@ -108,9 +109,9 @@ function drawFunnel(svg, history, law) {
 }
 
 function nonceAxis(x, most, box) {
-  const { found } = ticks(0, most, 4);
+  const { found } = ticks(0, most, (box.right - box.left) / 100);
   const end = (tick) => (tick === 0 ? "start" : tick > 0.97 * most ? "end" : "middle");
-  return found.map((tick) => label(tick ? count(tick) : "0 nonces", x(tick), box.bottom + 18, { "text-anchor": end(tick) }));
+  return found.map((tick) => label(count(tick), x(tick), box.bottom + 18, { "text-anchor": end(tick) }));
 }
 
 /** Counts per bin over what the law expects of so many nonces; `target` parts valid from not valid. */

@@ -50,11 +50,11 @@ function showFigures(snapshot) {
   const { checked, valid, callbacks, jobs, model } = snapshot;
   const { pending, dead } = callbacks;
   put("rate", rateOf(snapshot.nonces_per_second));
-  put("checked", count(checked));
+  put("checked", compact(checked));
   put("checked-note", checked ? `in ${duration(snapshot.seconds)}` : "\u00a0");
-  put("valid", count(valid));
+  put("valid", compact(valid));
   put("valid-note", snapshot.valid_rate === null ? "\u00a0" : percent(snapshot.valid_rate));
-  put("pending", count(pending));
+  put("pending", compact(pending));
   put("dead", `pending, ${count(dead)} dead`);
   $("dead").classList.toggle("fail", dead > 0);
   put("model", model ? `${visible(model.reference)}, ${model.dtype}, ${model.digest.slice(0, 12)}` : "not loaded");
@@ -143,14 +143,14 @@ function draw() {
   const { histogram, checked, round } = shown;
   put("histogram-reading", histogramReading());
   if (histogram && checked) drawHistogram($("histogram"), histogram, checked, round.r_target);
-  else drawNothing($("histogram"), nothingYet());
+  else drawNothing($("histogram"));
 }
 
 function drawRate() {
   const judged = judgeRate(shown);
   if (!judged || !shares.length) {
     put("rate-reading", nothingYet());
-    return drawNothing($("funnel"), "–");
+    return drawNothing($("funnel"));
   }
   const { valid_rate: rate, expected_rate: law, expected_rate_error: error } = shown;
   const [kind, mark, words] = judged;

@@ -7,8 +7,13 @@ function count(value) {
   return Math.round(value).toLocaleString("en").replaceAll(",", THIN);
 }
 
+/** A count that has to fit into a tile. */
+function compact(value) {
+  return value < 1e8 ? count(value) : `${count(value / 1e6)}${THIN}M`;
+}
+
 function rateOf(value) {
-  return value >= 1000 ? count(value) : value.toLocaleString("en", { maximumFractionDigits: value >= 100 ? 0 : 1, minimumFractionDigits: value > 0 && value < 100 ? 1 : 0 });
+  return value >= 100 || value === 0 ? count(value) : value.toFixed(1);
 }
 
 function percent(share, digits = 2) {

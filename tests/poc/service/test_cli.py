@@ -1,0 +1,74 @@
+"""``assay poc callbacks``, and the message where the packages of the service are missing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from assay.cli import run
+from tests.poc.service.conftest import BLOCK, ROUND, until
+
+
+@pytest.fixture
+def dead(serving):
+    """A data directory with one dead letter."""
+    with serving(callback_attempts=1) as service:
+        service.post("/init/validate", ROUND | {"callback_url": "http://127.0.0.1:9/"})
+        service.post("/validate", BLOCK | {"nonces": [0], "dist": [1.4], "node_id": 0})
+        until(lambda: service.controller.outbox.counts()["dead"] == 1)
+    return service.settings.data_dir
+
+
+def test_list_and_replay(dead, capsys):
+    assert run(["poc", "callbacks", "list", "--data-dir", str(dead), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert (listed["schema"], listed["dead"], listed["pending"]) == ("assay.poc.callbacks/1", 1, 0)
+    (row,) = listed["callbacks"]
+    assert (row["kind"], row["status"], row["attempts"]) == ("validated", "dead", 1)
+    assert run(["poc", "callbacks", "list", "--data-dir", str(dead)]) == 0
+    assert "validated" in capsys.readouterr().out
+    assert run(["poc", "callbacks", "replay", row["id"], "--data-dir", str(dead)]) == 0
+    assert "1 callbacks are pending again" in capsys.readouterr().out
+    assert run(["poc", "callbacks", "replay", row["id"], "--data-dir", str(dead)]) == 2
+    assert run(["poc", "callbacks", "replay", "--data-dir", str(dead), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["replayed"] == 0
+
+
+def test_a_directory_without_a_service_is_an_error_and_stays_empty(tmp_path, capsys):
+    assert run(["poc", "callbacks", "list", "--data-dir", str(tmp_path)]) == 2
+    assert "no database" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--log-format", "xml"),
+        ("--callback-secret", "whsec_x"),
+        ("--api-key", "short"),
+        ("--api-key-file", "/nowhere"),
+        ("--max-pending", "0"),
+    ],
+)
+def test_wrong_options_are_errors_in_three_parts(tmp_path, capsys, arguments):
+    assert run(["poc", "serve", "--model", "none", "--data-dir", str(tmp_path / "data"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "wanted:" in said
+    assert "to do:" in said
+    assert not (tmp_path / "data").exists()
+
+
+def test_without_the_packages_of_the_service_the_rest_works_and_the_error_says_what_to_install():
+    code = """
+import sys
+for name in ("fastapi", "uvicorn", "sqlalchemy", "standardwebhooks", "structlog", "prometheus_client"):
+    sys.modules[name] = None
+import assay.poc
+from assay.cli import run
+sys.exit(run(["poc", "serve", "--model", "none"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'assay[serve]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,172 @@
+"""What a reader sees: snapshots, streams, metrics, logs without secrets."""
+
+import asyncio
+import json
+import math
+import re
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from assay import stats
+from assay.poc.service._feed import Feed
+from assay.poc.service._refusals import Refusal
+from assay.poc.service._snapshot import snapshot
+from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, until
+
+
+def test_a_snapshot_holds_what_the_docs_say(service):
+    from tests.poc.service.test_states import DOCS
+
+    table = re.findall(r"^\| (`[^|]+) \|", DOCS.read_text().partition("## Snapshots")[2], flags=re.MULTILINE)
+    documented = {name for row in table for name in re.findall(r"`(\w+)`", row)}
+    assert documented == snapshot(service.controller).keys()
+
+
+def test_a_snapshot_follows_the_round(service):
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() > 100)
+    service.post("/stop")
+    seen = snapshot(service.controller)
+    n = seen["checked"]
+    assert seen["valid"] == service.status()["total_valid"]
+    assert seen["valid_rate"] == seen["valid"] / n
+    assert seen["expected_rate"] == pytest.approx(stats.valid_rate(1.416, 8192))
+    assert seen["expected_rate_error"] == pytest.approx(math.sqrt(0.5905 * 0.4095 / n), rel=1e-3)
+    histogram = seen["histogram"]
+    assert sum(histogram["counts"]) + histogram["below"] + histogram["above"] == n
+    assert sum(histogram["expected"]) == pytest.approx(n, rel=1e-4)
+    assert abs(seen["valid_rate"] - seen["expected_rate"]) < 6 * seen["expected_rate_error"]
+    assert "callback_url" not in seen["round"]
+    json.dumps(seen, allow_nan=False)
+
+
+def test_a_stream_sends_snapshots_and_ends_with_the_service(service):
+    async def drive() -> list[bytes]:
+        feed = Feed(service.controller)
+        await feed.refresh()
+        events = []
+        stream = feed.stream()
+        events.append(await anext(stream))
+        events.append(await anext(stream))
+        following = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        await feed.refresh()
+        events.append(await following)
+        service.controller.closing.set()
+        last = asyncio.ensure_future(anext(stream, None))
+        await asyncio.sleep(0)
+        await feed.refresh()
+        events.append(await last)
+        return events
+
+    first, second, third, end = asyncio.run(drive())
+    assert first == b"retry: 2000\n\n"
+    for event in (second, third):
+        head, data, *_ = event.decode().split("\n")
+        assert head == "event: snapshot"
+        assert json.loads(data.removeprefix("data: "))["schema"] == "assay.poc.snapshot/1"
+    assert end is None
+
+
+def test_streams_are_bounded(serving):
+    with serving(max_streams=2) as service:
+
+        async def open_three() -> None:
+            feed = Feed(service.controller)
+            await feed.refresh()
+            streams = [feed.stream() for _ in range(2)]
+            for stream in streams:
+                await anext(stream)
+            with pytest.raises(Refusal) as refused:
+                feed.stream()
+            assert refused.value.status == 429
+            for stream in streams:
+                await stream.aclose()
+            assert feed.stream() is not None
+
+        asyncio.run(open_three())
+
+
+def test_metrics_are_valid_and_count(service):
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() >= 8)
+    service.post("/phase/validate")
+    service.post("/validate", BLOCK | {"nonces": [0], "dist": [1.4], "node_id": 0})
+    until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["state"] == "VALIDATING")
+    page = service.client.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain")
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(page.text)
+        for sample in family.samples
+    }
+    assert found["assay_poc_nonces_total",] == service.checked()
+    assert found["assay_poc_state", "VALIDATING"] == 1
+    assert found["assay_poc_state", "GENERATING"] == 0
+    assert found["assay_poc_ready",] == 1
+    assert found["assay_poc_valid_expected_ratio",] == pytest.approx(0.5905, abs=1e-3)
+    assert found["assay_poc_http_requests_total", f"{PREFIX}/validate", "200"] == 1
+    assert sum(value for name, value in found.items() if name[0] == "assay_poc_verdicts_total") == 1
+    assert "block_alpha" not in page.text
+    assert "node_A" not in page.text
+
+
+def test_secrets_are_in_no_log_and_no_answer(serving, capfd):
+    key, secret, token = "key-" + "s3cr3t" * 4, "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0", "t0k3n"
+    url = f"http://127.0.0.1:9/hook?token={token}"
+    with serving(api_keys=(key,), callback_secrets=(secret,)) as service:
+        service.client.headers["Authorization"] = f"Bearer {key}"
+        service.post("/init/generate", ROUND | {"callback_url": url})
+        until(lambda: service.controller.metrics.deliveries.labels("failed")._value.get() > 0)
+        service.post("/stop")
+        pages = [service.client.get(path).text for path in (f"{PREFIX}/status", f"{PREFIX}/snapshot", "/metrics")]
+        service.post("/init", ROUND | {"callback_url": 7}, status=422)
+    captured = capfd.readouterr()
+    assert "callback" in captured.out + captured.err
+    for text in (captured.out, captured.err, *pages):
+        assert not any(word in text for word in (key, secret, token))
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_logs_are_lines_on_stderr(form, capfd):
+    import structlog
+
+    from assay.poc.service import configure_logs
+
+    before = structlog.get_config()
+    try:
+        configure_logs(form)
+        structlog.get_logger("test").info("state", state="GENERATING", round=3)
+    finally:
+        structlog.configure(**before)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    if form == "json":
+        line = json.loads(captured.err)
+        assert (line["event"], line["state"], line["round"], line["level"]) == ("state", "GENERATING", 3, "info")
+    else:
+        assert "GENERATING" in captured.err
+
+
+def test_a_log_that_nobody_reads_stops_nothing(service, monkeypatch):
+    import structlog
+
+    from assay.poc.service import configure_logs
+
+    class Broken:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "broken pipe")
+
+        def isatty(self) -> bool:
+            return False
+
+    before = structlog.get_config()
+    try:
+        configure_logs("json")
+        monkeypatch.setattr("sys.stderr", Broken())
+        service.post("/init/generate", ROUND)
+        until(lambda: service.checked() > 8)
+        assert service.post("/stop")["pow_status"]["state"] == "STOPPED"
+    finally:
+        structlog.configure(**before)
