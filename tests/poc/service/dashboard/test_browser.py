@@ -88,6 +88,9 @@ def test_the_rate_is_drawn_in_the_band_where_it_is_within_two_errors_and_outside
         dot, band = place(off)
         assert (min(band) <= dot <= max(band)) == (kind == "pass"), (off, dot, band)
         assert watched.page.locator(f"#rate-reading .badge.{kind}").count() == 1
+    axis = watched.page.locator("#funnel text").all_text_contents()
+    assert axis[-1] == "10\u202f000"
+    assert "0" in axis
 
 
 def test_a_hostile_block_hash_is_text(live):
@@ -126,7 +129,6 @@ def test_a_very_long_key_neither_hides_nor_breaks_the_page(live):
         ({"ready": False, "model": None, "error": "no such model"}, "fail", "no such model"),
         ({"state": "STOPPED"}, "", "still delivered"),
         ({"state": "VALIDATING"}, "", "that others send"),
-        ({"schema": "assay.poc.snapshot/2"}, "undecided", "load it again"),
     ],
 )
 def test_what_is_wrong_is_said_in_words(live, changes, kind, words):
@@ -134,6 +136,23 @@ def test_what_is_wrong_is_said_in_words(live, changes, kind, words):
     assert words in watched.text("sentence")
     assert watched.page.locator("#sentence").get_attribute("class").split() == ["subtitle", *kind.split()]
     assert watched.errors == []
+
+
+def test_a_snapshot_of_another_form_is_not_read(live, stand_in):
+    watched = live()
+    stand_in.send({"schema": "assay.poc.snapshot/2"})
+    watched.wait_text("sentence", "load it again")
+    assert watched.text("state") == "Generating"
+    assert watched.errors == []
+
+
+def test_a_fault_of_the_page_is_reported_and_does_not_end_the_connection(live, stand_in):
+    watched = live()
+    stand_in.send(snapshot(callbacks=None))
+    stand_in.send(snapshot(checked=10_032))
+    watched.wait("document.getElementById('checked').textContent === '10\u202f032'")
+    assert len(watched.errors) == 1
+    assert len(stand_in.asked) == 1
 
 
 def test_a_service_without_a_round_and_one_with_vectors(live, stand_in):

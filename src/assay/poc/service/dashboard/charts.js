@@ -31,7 +31,7 @@ function ticks(low, high, wanted) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= raw);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i += 1) found.push(i * step);
+  for (let i = Math.ceil(low / step - 1e-9) || 0; i * step <= high + step * 1e-9; i += 1) found.push(i * step); // never -0
   return { found, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) };
 }
 
@@ -91,11 +91,13 @@ function drawFunnel(svg, history, law) {
   const sizes = Array.from({ length: BAND_STEPS }, (_, i) => most * ((i + 1) / BAND_STEPS) ** 2);
   const edge = (k) => sizes.map((n) => [x(n), y(law + k * error(n))]);
   const clip = element("clipPath", { id: "funnel-clip" }, element("rect", { x: box.left, y: box.top, width: box.right - box.left, height: box.bottom - box.top }));
+  // The first few nonces are all noise: a line through them would leave the picture up and down.
+  const settled = history.filter(([n]) => n >= most / 100);
   const inside = element("g", { "clip-path": "url(#funnel-clip)" },
     element("path", { d: area(edge(2), edge(-2)), class: "band" }),
     element("path", { d: area(edge(1), edge(-1)), class: "band" }),
     element("path", { d: path([[box.left, y(law)], [box.right, y(law)]]), class: "law" }),
-    element("path", { d: path(history.map(([n, value]) => [x(n), y(value)])), class: "line" }),
+    element("path", { d: path(settled.map(([n, value]) => [x(n), y(value)])), class: "line" }),
   );
   const { found, digits } = ticks(100 * low, 100 * high, 4);
   svg.replaceChildren(

@@ -17,15 +17,15 @@ function put(id, text) {
 }
 
 function show(snapshot) {
+  if (snapshot.schema !== SCHEMA) return showSentence("undecided", "The service was changed since this page was loaded: load it again.");
   shown = snapshot;
   keepHistory(snapshot);
-  document.body.dataset.state = snapshot.state;
   put("state", STATES[snapshot.state] ?? visible(snapshot.state));
-  showSentence();
+  showSentence(...sentenceOf(snapshot));
   showFigures(snapshot);
   showRound(snapshot);
   showVerdicts(snapshot.verdicts);
-  draw();
+  return draw();
 }
 
 function keepHistory(snapshot) {
@@ -40,8 +40,7 @@ function keepHistory(snapshot) {
   if (shares.length > MOST_POINTS) shares = shares.filter((_, i) => i % 2 === 1 || i === shares.length - 1);
 }
 
-function showSentence() {
-  const [kind, words] = shown.schema === SCHEMA ? sentenceOf(shown) : ["undecided", "The service was changed since this page was loaded: load it again."];
+function showSentence(kind, words) {
   $("sentence").className = `subtitle ${kind}`;
   put("sentence", words);
 }
@@ -185,8 +184,7 @@ function showLink(now) {
   $("forget").hidden = !feed.hasKey || asks;
   if (now.state === "key" && before !== "key") {
     put("state", "Locked");
-    $("sentence").className = "subtitle";
-    put("sentence", "Give a key to see what the service does.");
+    showSentence("", "Give a key to see what the service does.");
     $("key").focus();
   }
   showFreshness();
@@ -209,8 +207,7 @@ function showFreshness() {
   const next = link.retryAt ? ` Next attempt in ${Math.max(1, Math.ceil((link.retryAt - Date.now()) / 1000))}${THIN}s.` : "";
   const reason = link.state === "stale" ? "The connection is open, but nothing comes." : `No connection: ${link.reason}.`;
   if (!shown) put("state", "No connection");
-  $("sentence").className = "subtitle fail";
-  put("sentence", reason + since + next);
+  showSentence("fail", reason + since + next);
 }
 
 let seenAt = 0; // by the clock of this machine, which the service's may differ from

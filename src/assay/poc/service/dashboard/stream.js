@@ -87,7 +87,7 @@ class Feed {
         listen();
         received = true;
         this.#onLink({ state: "live" });
-        this.#onSnapshot(snapshot);
+        this.#show(snapshot);
       }
       return { received, reason: "the service closed the connection" };
     } catch (error) {
@@ -96,6 +96,15 @@ class Feed {
     } finally {
       timers.forEach(clearTimeout);
       abort.abort();
+    }
+  }
+
+  /** A fault of the page is one, and not a fault of the connection. */
+  #show(snapshot) {
+    try {
+      this.#onSnapshot(snapshot);
+    } catch (error) {
+      reportError(error);
     }
   }
 
