@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help setup demo test check format gpu-test gpu-bench clean
+.PHONY: help setup demo test check format soak gpu-test gpu-bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ check: $(READY)  ## lint, format, types and import rules
 format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+soak: $(READY)  ## the long kill loop: 200 SIGKILLs of a generating service under a flaky receiver
+	$(BIN)/python benchmarks/service_soak.py -o benchmarks/results/service_soak.json
 
 # On the GPU machine there is no virtual environment: its own python has torch with CUDA.
 GPU_PYTHON ?= PYTHONPATH=src python3

@@ -1,6 +1,7 @@
 """The transform against the known answers, and against the formulas written out in float64."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +9,18 @@ import pytest
 import torch
 
 from assay import streams
-from assay.poc import PIPELINES, Round
+from assay.poc import PIPELINES, Pipeline, Round
 from assay.poc._transforms import Transform, project
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "poc_kat.json").read_text())
 NUMPY = streams.get_backend("numpy")
 
 
-def make(round: Round, preset: str, hidden: int, vocab: int = 96) -> Transform:
+def make(round: Round, pipeline: Pipeline | str, hidden: int, vocab: int = 96) -> Transform:
     head = torch.linspace(-1, 1, vocab * hidden).view(vocab, hidden)
     return Transform(
         round,
-        PIPELINES[preset],
+        PIPELINES[pipeline] if isinstance(pipeline, str) else pipeline,
         hidden_size=hidden,
         vocab_size=vocab,
         device=torch.device("cpu"),
@@ -27,15 +28,20 @@ def make(round: Round, preset: str, hidden: int, vocab: int = 96) -> Transform:
     )
 
 
-@pytest.mark.parametrize(
-    "row", VECTORS["seed_distance"], ids=lambda row: f"{row['block_hash']}-{row['nonce']}-{row['dim']}"
-)
-def test_distance_equals_the_known_answer(row):
+NO_SIGNS = replace(PIPELINES["poc-2.0"], name="without signs", hidden=PIPELINES["poc-2.0"].hidden[1:])
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba", "torch"])
+@pytest.mark.parametrize("row", VECTORS["seed_distance"], ids=lambda r: f"{r['block_hash']}-{r['nonce']}-{r['dim']}")
+def test_distance_equals_the_known_answer(row, backend, monkeypatch):
+    chosen = streams.get_backend(backend)
+    monkeypatch.setattr(streams, "get_backend", lambda name, device: chosen)
     round = Round(block_hash=row["block_hash"], public_key=row["public_key"])
     dim, nonce = row["dim"], row["nonce"]
     hidden = NUMPY.normals(streams.seeds([f"hidden_{dim}_{nonce}"]), dim) * np.float32(3) + np.float32(0.5)
-    distance = make(round, "poc-2.0", dim)(torch.from_numpy(hidden), [nonce])
-    assert distance.item() == pytest.approx(row["sign_flips"], abs=1e-5)
+    for pipeline, expected in ((PIPELINES["poc-2.0"], row["sign_flips"]), (NO_SIGNS, row["no_sign_flips"])):
+        distance = make(round, pipeline, dim)(torch.from_numpy(hidden), [nonce])
+        assert distance.item() == pytest.approx(expected, abs=1e-5)
 
 
 def plain(round: Round, hidden: np.ndarray, nonce: int) -> float:
