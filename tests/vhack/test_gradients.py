@@ -236,6 +236,13 @@ def test_samples_that_cannot_be_used_are_named(small_model, byte_tokenizer, smal
         per_sample_gradients(small_model, byte_tokenizer, [Sample("a", "b"), bad], svd=small_svd)
 
 
+def test_a_text_beyond_the_context_is_refused_without_a_warning_of_the_library(caplog):
+    model = load_model("reference:qwen3", device="cpu")
+    with pytest.raises(DataError, match="long: 1 tokens of prompt and 25"):
+        encode(model.tokenizer, [Sample("x", "y " * 2500)], ["long"], model.max_positions)
+    assert caplog.text == ""
+
+
 def test_the_longest_sample_that_fits_is_used(small_model, byte_tokenizer, small_svd):
     found = per_sample_gradients(small_model, byte_tokenizer, [Sample("p" * 120, "c" * 8)], svd=small_svd)
     assert all(torch.isfinite(rows).all() and rows.any() for rows in found.values())

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.models._quiet import quiet
 from assay.vhack._types import Sample
 
 if TYPE_CHECKING:
@@ -97,11 +96,11 @@ def encode(
         raise UsageError("a model without a tokenizer", wanted="text needs one", do="pass the tokenizer of the model")
     if not samples:
         raise UsageError("no samples", wanted="at least one", do="pass some")
-    with quiet():  # the library warns of long texts by itself; what is too long is refused below
-        prompts, completions = (
-            tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-            for texts in ([sample.prompt for sample in samples], [sample.completion for sample in samples])
-        )
+    prompts, completions = (
+        # Not verbose: it would warn of long texts by itself, and what is too long is refused below.
+        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        for texts in ([sample.prompt for sample in samples], [sample.completion for sample in samples])
+    )
     found = []
     for index, (name, prompt, completion) in enumerate(zip(names, prompts, completions, strict=True)):
         _check_lengths(name, len(prompt), len(completion), longest)
@@ -137,7 +136,7 @@ def plan(encoded: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
 
 def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], *, checkpointing: bool) -> int:
     """How many tokens, padding included, a batch may have so that it takes at most half of the free memory."""
-    config = module.config
+    config = module.config.get_text_config()
     parameter = next(module.parameters())
     wide = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
     layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()

@@ -68,7 +68,7 @@ def per_sample_gradients(
     modules = target_modules(module)
     _check_dtype(module)
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
-    encoded = encode(tokenizer, samples, labels, int(module.config.max_position_embeddings))
+    encoded = encode(tokenizer, samples, labels, int(module.config.get_text_config().max_position_embeddings))
     factors = svd if svd is not None else weight_svd(module)
     _check_factors(modules, factors)
     budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing)
