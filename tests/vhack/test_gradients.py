@@ -8,8 +8,8 @@ from torch import nn
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
-from assay.vhack import Sample, _gradients, _taps, per_sample_gradients, target_modules, weight_svd
-from assay.vhack._batches import encode, plan
+from assay.vhack import Sample, _batches, _gradients, _taps, per_sample_gradients, target_modules, weight_svd
+from assay.vhack._batches import encode, plan, token_budget
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 
@@ -196,6 +196,18 @@ def test_batches_hold_similar_lengths_within_the_budget(byte_tokenizer, samples)
     assert [length for batch in lengths for length in batch] == sorted((len(one.ids) for one in encoded), reverse=True)
     assert all(len(batch) == 1 or max(batch) * len(batch) <= 120 for batch in lengths)
     assert len(batches) < len(samples)
+
+
+def test_the_token_budget_follows_the_free_memory(monkeypatch, small_model, byte_tokenizer, samples):
+    encoded = encode(byte_tokenizer, samples, ["s"] * len(samples), 1000)
+    budgets = []
+    for free in (1, 20_000_000, 40_000_000, 10**15):
+        monkeypatch.setattr(_batches, "_free_bytes", lambda _, free=free: free)
+        budgets.append([token_budget(small_model.module, encoded, checkpointing=on) for on in (False, True)])
+    assert budgets[0] == [1, 1]
+    assert budgets[1][0] < budgets[1][1]
+    assert budgets[2][0] == pytest.approx(2 * budgets[1][0], abs=1)
+    assert budgets[3] == [1024, 1024]
 
 
 def test_a_batch_that_runs_out_of_memory_is_split(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted):

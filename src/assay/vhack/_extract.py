@@ -97,7 +97,7 @@ def pair_gradients(
     kept = [index for index, pair in enumerate(pairs) if pair.hack != pair.clean]
     if not kept:
         raise _nothing_left(len(pairs))
-    svd, captured = _factors(model, tokenizer, pairs[kept[0]], running)
+    svd, captured = _factors(model, tokenizer, pairs[kept[0]], labels[kept[0]], running)
     sides = [[pairs[index].samples()[side] for index in kept] for side in (0, 1)]
     found = per_sample_gradients(
         model,
@@ -221,7 +221,11 @@ def _nothing_left(count: int) -> DataError:
 
 
 def _factors(
-    model: "Model | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", first: Pair, running: Running
+    model: "Model | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    first: Pair,
+    name: str,
+    running: Running,
 ) -> tuple[SVDCache, float]:
     """The factors, truncated if wanted, and the share of the first pair's gradient energy that is left."""
     full = running.get("svd") or weight_svd(model, dtype=running.get("factors"), cache=running.get("cache"))
@@ -229,7 +233,9 @@ def _factors(
     if rank is None:
         return full, 1.0
     truncated = full.truncated(rank)
-    found = per_sample_gradients(model, tokenizer, first.samples(), svd=full, names=[f"{first.group}"] * 2)
+    found = per_sample_gradients(
+        model, tokenizer, first.samples(), svd=full, names=[f"{name}, hack side", f"{name}, clean side"]
+    )
     total = sum(float(rows.square().sum()) for rows in found.values())
     kept = sum(float(rows[:, :rank].square().sum()) for rows in found.values())
     return truncated, kept / total if total else 1.0
