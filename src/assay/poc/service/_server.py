@@ -1,6 +1,7 @@
 """The server process: uvicorn, signals, and an orderly end."""
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,8 @@ from assay.poc.service._controller import Controller
 __all__ = ["run_app", "serve"]
 
 log = structlog.get_logger("assay.server")
+
+MAX_FILES = 16_384
 
 
 class _Server(uvicorn.Server):
@@ -115,6 +118,7 @@ def serve(controller: Controller, *, host: str, port: int) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    _allow_connections()
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host.strip("[]"), port))
@@ -122,3 +126,11 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _allow_connections() -> None:
+    """Raise the soft limit on open files, which shells set to 1024: a thousand readers would use it up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -182,6 +182,7 @@ function showLink(now) {
   $("key-form").hidden = !asks;
   $("main").hidden = asks;
   $("forget").hidden = !feed.hasKey || asks;
+  $("metrics").hidden = feed.hasKey || asks; // a link cannot carry a key
   if (now.state === "key" && before !== "key") {
     put("state", "Locked");
     showSentence("", "Give a key to see what the service does.");

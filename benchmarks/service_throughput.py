@@ -1,0 +1,126 @@
+"""What the service costs: generation through it against `assay poc prove`, with and without readers, and its answers.
+
+A real `assay poc serve` with callbacks and `prove` in this process take turns on the same model, shape and number of
+nonces; the figure is the median of the ratios of neighbouring turns. Then the service generates with and without a
+thousand readers of /status at once, in turn; and one reader times /health and /status while batches run.
+
+    python benchmarks/service_throughput.py -o benchmarks/results/service_throughput.json
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from _common import note, parser, publish
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from assay.models import load_model
+from assay.poc import HFEngine, Round, prove
+from tests.end_to_end.readers import answer_times, read_at_once
+from tests.end_to_end.receiver import FlakyReceiver
+from tests.end_to_end.server import Server
+
+BATCH, SEQ_LEN, READERS = 16, 64, 1000
+WINDOW = 2  # the windows with and without readers are so many turns long
+BLOCK = {"block_hash": "bench", "block_height": 1, "public_key": "k", "r_target": 1.416, "node_id": 0, "node_count": 1}
+
+
+def through_service(server, nonces, during=lambda: None):
+    """Nonces per second from the call that starts the phase until they are on disk."""
+    before = server.status()["total_checked"]
+    started = time.perf_counter()
+    server.post("/phase/generate")
+    during()
+    while (checked := server.status()["total_checked"] - before) < nonces:
+        time.sleep(0.02)
+    rate = checked / (time.perf_counter() - started)
+    server.post("/phase/validate")
+    time.sleep(1.0)  # the batch that was running ends, and its callbacks go out
+    return rate
+
+
+def through_prove(model, engine, nonces, path):
+    """Nonces per second of `prove` with a proof file."""
+    round = Round(block_hash="bench", public_key="k", model=model.reference, seq_len=SEQ_LEN)
+    started = time.perf_counter()
+    prove(model, round, range(nonces), engine=engine, output=path, overwrite=True)
+    return nonces / (time.perf_counter() - started)
+
+
+def milliseconds(times):
+    ordered = sorted(times)
+    at = {"median": 0.5, "p99": 0.99, "max": 1.0}
+    return {name: round(1000 * ordered[min(int(q * len(ordered)), len(ordered) - 1)], 2) for name, q in at.items()}
+
+
+def answers_while_generating(server, count=250):
+    server.post("/phase/generate")
+    pages = {"health": "/health", "status": "/api/v1/pow/status"}
+    found = {name: milliseconds(answer_times(server.port, path, count, 0.02)) for name, path in pages.items()}
+    server.post("/phase/validate")
+    return found
+
+
+def measure(server, receiver, chosen, directory):
+    model = load_model(chosen.model, device="cpu")
+    engine = HFEngine(model, batch_size=BATCH, seq_len=SEQ_LEN)
+    nonces = BATCH * chosen.batches
+    server.post("/init/validate", BLOCK | {"batch_size": BATCH, "seq_len": SEQ_LEN, "callback_url": receiver.url})
+    proof = Path(directory) / "proof.jsonl"
+    through_prove(model, engine, BATCH, proof)
+    through_service(server, BATCH)
+    turns = []
+    for turn in range(chosen.rounds):
+        turns.append((through_prove(model, engine, nonces, proof), through_service(server, nonces)))
+        note(f"{turn + 1}/{chosen.rounds}: prove {turns[-1][0]:.1f}, service {turns[-1][1]:.1f} nonces/s")
+    answers = []
+    pairs = []
+    for turn in range(chosen.rounds):
+        alone = through_service(server, WINDOW * nonces)
+        read = lambda: answers.extend(read_at_once(server.port, "/api/v1/pow/status", READERS))  # noqa: E731
+        pairs.append((alone, through_service(server, WINDOW * nonces, during=read)))
+        note(f"{turn + 1}/{chosen.rounds}: alone {alone:.1f}, read {pairs[-1][1]:.1f} nonces/s")
+    return {
+        "model": model.reference,
+        "dtype": engine.dtype,
+        "batch_size": BATCH,
+        "seq_len": SEQ_LEN,
+        "prove_nonces_per_second": [round(a, 2) for a, _ in turns],
+        "service_nonces_per_second": [round(b, 2) for _, b in turns],
+        "service_over_prove": round(statistics.median(b / a for a, b in turns), 4),
+        "readers": READERS,
+        "reads": len(answers),
+        "failed_reads": sum(status != 200 for status, _ in answers),
+        "alone_nonces_per_second": [round(a, 2) for a, _ in pairs],
+        "read_nonces_per_second": [round(b, 2) for _, b in pairs],
+        "slowdown_by_readers": round(1 - statistics.median(b / a for a, b in pairs), 4),
+        "seconds_of_a_window": round(WINDOW * nonces / statistics.median(a for a, _ in pairs), 1),
+        "answers_in_milliseconds": answers_while_generating(server),
+        "callbacks_received": len(receiver.taken),
+    }
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--model", default="reference:qwen3")
+    options.add_argument("--batches", type=int, default=8)
+    options.add_argument("--rounds", type=int, default=5)
+    chosen = options.parse_args()
+    receiver = FlakyReceiver(trouble=0)
+    with tempfile.TemporaryDirectory() as directory:
+        server = Server(Path(directory), model=chosen.model, fork=False)
+        try:
+            server.start()
+            server.wait_for()
+            figures = measure(server, receiver, chosen, directory)
+        finally:
+            server.close()
+            receiver.close()
+    publish("service_throughput", figures, chosen.output)
+
+
+if __name__ == "__main__":
+    main()
