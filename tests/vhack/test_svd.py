@@ -195,6 +195,21 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert default_cache() == tmp_path / "assay"
 
 
+def test_the_number_of_threads_is_put_back(small_model, linear):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        weight_svd(small_model)
+        assert torch.get_num_threads() == 2
+        with torch.no_grad():
+            linear.up_proj.weight[0, 0] = torch.inf
+        with pytest.raises(BadWeights):
+            weight_svd(linear)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_progress_counts_matrices(small_model):
     seen = []
     weight_svd(small_model, progress=lambda *at: seen.append(at))

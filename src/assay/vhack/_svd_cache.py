@@ -114,20 +114,28 @@ def weight_svd(
         return name, factors if rank is None else factors.truncated(rank)
 
     found: dict[str, Factors] = {}
-    for name, factors in _on_streams(one, modules, next(iter(modules.values())).weight.device):
+    for name, factors in _side_by_side(one, modules, next(iter(modules.values())).weight.device):
         found[name] = factors
         if progress:
             progress(len(found), len(modules))
     return SVDCache(found, rank=rank, dtype=chosen)
 
 
-def _on_streams(
+def _side_by_side(
     one: Callable[[tuple[str, torch.nn.Linear]], tuple[str, Factors]],
     modules: Mapping[str, torch.nn.Linear],
     device: torch.device,
 ) -> Iterator[tuple[str, Factors]]:
+    """Decompose several matrices at once, in the order of the modules."""
     if device.type != "cuda":
-        yield from map(one, modules.items())
+        # One matrix per core: threads that share a small matrix mostly wait for each other.
+        cores = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(cores) as pool:
+                yield from pool.map(one, modules.items())
+        finally:
+            torch.set_num_threads(cores)
         return
 
     def on_stream(item: tuple[str, torch.nn.Linear]) -> tuple[str, Factors]:
