@@ -1,6 +1,7 @@
 """Proof files: a round trip, and every way in which a file can be wrong."""
 
 import base64
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from assay.errors import ProofFormatError, UsageError
 from assay.poc import PIPELINES, Proof, Round, prove
+from assay.reports import dumps
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,20 @@ def test_a_proof_reads_back_as_it_was(proof: Proof, vectors: Proof, tmp_path: Pa
         np.testing.assert_array_equal(a.vector, b.vector)
 
 
+@pytest.mark.parametrize("nonces", [[4], [4, 9, 19], [4, 9, 14, 24, 34, 39], range(4, 9, 5)])
+def test_any_nonces_of_a_share_read_back(nonces, small_model, tmp_path: Path):
+    round = Round(block_hash="b", public_key="k", seq_len=16, node_id=4, node_count=5)
+    prove(small_model, round, nonces, batch_size=4, output=tmp_path / "proof.jsonl")
+    assert [record.nonce for record in Proof.load(tmp_path / "proof.jsonl").records] == list(nonces)
+
+
+def test_the_footer_s_hash_is_that_of_the_file(proof: Proof, tmp_path: Path):
+    path = tmp_path / "proof.jsonl"
+    proof.save(path)
+    records = path.read_bytes().splitlines(keepends=True)[1:-1]
+    assert hashlib.sha256(b"".join(records)).hexdigest() == Proof.load(path).footer.sha256
+
+
 def test_distances_are_float32_values(proof: Proof):
     assert (proof.distances == proof.distances.astype(np.float32).astype(str).astype(float)).all()
 
@@ -52,7 +68,11 @@ def edit(lines: list[str], number: int, **changes) -> list[str]:
         for parent in parents:
             target = target[parent]
         target[last] = new
-    return [*lines[:number], json.dumps(value), *lines[number + 1 :]]
+    return [*lines[:number], dumps(value), *lines[number + 1 :]]
+
+
+def reordered(line: str) -> str:
+    return dumps(dict(reversed(json.loads(line).items())))
 
 
 BREAKS = {
@@ -61,6 +81,16 @@ BREAKS = {
     "another kind": (lambda lines: edit(lines, 0, kind="assay.poc.calibration"), 1),
     "unknown schema": (lambda lines: edit(lines, 0, schema=2), 1),
     "boolean schema": (lambda lines: edit(lines, 0, schema=True), 1),
+    "schema with a point": (lambda lines: edit(lines, 0, schema=1.0), 1),
+    "strength with a point": (lambda lines: edit(lines, 0, round__strength=32.0), 1),
+    "endless r_target": (lambda lines: edit(lines, 0, round__r_target=10**400), 1),
+    "preset of null": (lambda lines: edit(lines, 0, round__preset=None), 1),
+    "preset is a list": (lambda lines: edit(lines, 0, round__preset=["poc-2.0"]), 1),
+    "model is a number": (lambda lines: edit(lines, 0, round__model=7, model__reference=7), 1),
+    "empty batches": (lambda lines: edit(lines, 0, fingerprint__batch_size=0), 1),
+    "negative threads": (lambda lines: edit(lines, 0, fingerprint__threads=-1), 1),
+    "an engine of another length": (lambda lines: edit(lines, 0, fingerprint__seq_len=17), 1),
+    "spaces in the header": (lambda lines: [lines[0].replace(":", ": "), *lines[1:]], 1),
     "round without key": (lambda lines: edit(lines, 0, round={"block_hash": "b"}), 1),
     "r_target out of range": (lambda lines: edit(lines, 0, round__r_target=3.0), 1),
     "unknown preset": (lambda lines: edit(lines, 0, round__preset="poc-9"), 1),
@@ -82,6 +112,14 @@ BREAKS = {
     "distance of text": (lambda lines: edit(lines, 5, distance="1.4"), 6),
     "distance of null": (lambda lines: edit(lines, 5, distance=None), 6),
     "distance too large": (lambda lines: edit(lines, 5, distance=2.1), 6),
+    "endless distance": (lambda lines: edit(lines, 5, distance=10**400), 6),
+    "trailing space": (lambda lines: [*lines[:5], lines[5] + " ", *lines[6:]], 6),
+    "carriage return": (lambda lines: [*lines[:5], lines[5] + "\r", *lines[6:]], 6),
+    "zero behind the distance": (lambda lines: [*lines[:5], lines[5].replace(',"valid"', '0,"valid"'), *lines[6:]], 6),
+    "other order of keys": (lambda lines: [*lines[:5], reordered(lines[5]), *lines[6:]], 6),
+    "escaped letter": (lambda lines: [*lines[:5], lines[5].replace("nonce", "\\u006eonce"), *lines[6:]], 6),
+    "byte order mark": (lambda lines: ["\ufeff" + lines[0], *lines[1:]], 1),
+    "spaces in the footer": (lambda lines: [*lines[:-1], lines[-1].replace(":", ": ")], 42),
     "negative distance": (lambda lines: edit(lines, 5, distance=-1.0), 6),
     "wrong validity": (lambda lines: edit(lines, 5, distance=1.999, valid=True), 6),
     "validity of text": (lambda lines: edit(lines, 5, valid="yes"), 6),
@@ -128,7 +166,7 @@ def test_a_bad_vector_is_refused(vector, vectors: Proof, tmp_path: Path):
         Proof.load(path)
 
 
-@pytest.mark.parametrize("cut", [2, 30, 700, 1500, 3000])
+@pytest.mark.parametrize("cut", [1, 2, 30, 700, 1500, 3000])
 def test_a_file_cut_at_any_byte_is_refused(cut: int, proof: Proof, tmp_path: Path):
     path = tmp_path / "cut.jsonl"
     proof.save(path)

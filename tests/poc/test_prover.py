@@ -1,5 +1,6 @@
 """The prover: batch invariance, resuming, and what it refuses."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -8,9 +9,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from assay.errors import BadWeights, OutOfMemory, StorageError, UsageError
+from assay.errors import BadWeights, ModelError, OutOfMemory, ProofFormatError, StorageError, UsageError
 from assay.poc import PIPELINES, HFEngine, Proof, Round, prove
 
 
@@ -51,6 +53,13 @@ def test_reference_models_keep_a_nonce_s_bits(reference_model):
 def test_weaker_and_stronger_seeds_differ(small_model, round_: Round, proof: Proof):
     strong = prove(small_model, replace(round_, strength=256), range(8), batch_size=8)
     assert set(strong.distances).isdisjoint(proof.distances)
+
+
+def test_nonces_of_any_kind_are_taken(small_model, round_: Round, proof: Proof):
+    for nonces in (np.arange(3), [np.uint8(0), 1, np.int64(2)], (n for n in range(3)), {0: "a", 1: "b", 2: "c"}):
+        made = prove(small_model, round_, nonces, batch_size=8)
+        assert [record.nonce for record in made.records] == [0, 1, 2]
+        assert made.distances.tolist() == proof.distances[:3].tolist()
 
 
 def test_streaming_to_a_file_gives_the_same_proof(small_model, round_: Round, proof: Proof, tmp_path: Path):
@@ -117,7 +126,7 @@ def test_an_edited_partial_file_is_refused(small_model, round_, tmp_path: Path):
     with pytest.raises(Stop):
         prove(small_model, round_, range(40), batch_size=8, output=path, progress=stop_after(16))
     partial.write_text(partial.read_text().replace('"nonce":9', '"nonce":99'))
-    with pytest.raises(Exception, match="nonce 99"):
+    with pytest.raises(ProofFormatError, match=r"proof\.jsonl\.partial, line 11: nonce 99"):
         prove(small_model, round_, range(40), batch_size=8, output=path)
 
 
@@ -165,8 +174,15 @@ def test_what_cannot_run_is_refused(small_model, round_: Round):
         HFEngine(small_model, batch_size=0)
     with pytest.raises(OutOfMemory, match="--batch-size"):
         HFEngine(_with_wide_config(small_model), batch_size=65_536, seq_len=128)
-    with pytest.raises(UsageError, match="0 nonces"):
-        prove(small_model, round_, [])
+    for wrong in (8.0, "8", True, np.int64(8)):
+        with pytest.raises(UsageError, match="batch size"):
+            HFEngine(small_model, batch_size=wrong)
+    for empty in ([], range(0), 64, None):
+        with pytest.raises(UsageError, match="no nonces"):
+            prove(small_model, round_, empty)
+    for endless in (range(2**70), itertools.count()):
+        with pytest.raises(UsageError, match="more than"):
+            prove(small_model, round_, endless)
     with pytest.raises(UsageError, match="nonce"):
         prove(small_model, round_, [3, 2])
     with pytest.raises(UsageError, match="positions"):
@@ -192,6 +208,35 @@ def test_weights_that_overflow_are_an_error(small_model, round_: Round):
         module.model.norm.weight.fill_(float("nan"))
     with pytest.raises(BadWeights, match="NaN or infinity"):
         prove(replace(small_model, module=module), round_, range(4))
+
+
+def test_a_head_that_overflows_is_an_error(small_model, round_: Round, tmp_path: Path):
+    import copy
+
+    import torch
+
+    module = copy.deepcopy(small_model.module)
+    with torch.no_grad():
+        module.model.norm.weight.zero_()  # a hidden state of zeros has no direction
+    with pytest.raises(BadWeights, match="NaN or infinite"):
+        prove(replace(small_model, module=module), round_, range(4), output=tmp_path / "proof.jsonl")
+
+
+def test_a_model_that_cannot_run_is_an_error(small_model, round_: Round):
+    import copy
+
+    def forward(error):
+        def run(*args, **kwargs):
+            raise error
+
+        module = copy.deepcopy(small_model.module)
+        module.model.forward = run
+        return replace(small_model, module=module)
+
+    with pytest.raises(ModelError, match="Qwen3ForCausalLM\\) does not run: TypeError"):
+        prove(forward(TypeError("unexpected keyword argument")), round_, range(4))
+    with pytest.raises(OutOfMemory, match="ran out of memory"):
+        prove(forward(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")), round_, range(4))
 
 
 def test_a_full_disk_is_one_clear_error(small_model, round_: Round, tmp_path: Path):

@@ -63,6 +63,10 @@ def test_nodes_share_the_nonces_without_overlap():
         {"public_key": "k" * 2000},
         {"public_key": 7},
         {"strength": 64},
+        {"strength": 32.0},
+        {"r_target": 10**400},
+        {"model": 7},
+        {"model": "\ud800"},
     ],
 )
 def test_values_out_of_range_are_refused(changes):

@@ -97,8 +97,11 @@ def verify(
 
     read = poc.Proof.load(proof)
     measured = poc.Calibration.load(calibration) if calibration else None
+    # An empty one is refused by the round: a variable that is not set must not switch the check off.
     expect = replace(
-        read.round, block_hash=block_hash or read.round.block_hash, public_key=public_key or read.round.public_key
+        read.round,
+        block_hash=read.round.block_hash if block_hash is None else block_hash,
+        public_key=read.round.public_key if public_key is None else public_key,
     )
     # The prover's dtype is the likeliest to agree with it, and the header says which.
     loaded = _load(model, dtype or read.header.fingerprint.dtype, device)

@@ -91,7 +91,7 @@ def law_from_dict(values: Any) -> Law:
             raise ValueError
         law: Law = kind(**parameters)
         return law
-    except (TypeError, ValueError, KeyError, AttributeError, UsageError):
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
         raise CalibrationError(
             f"noise {values!r:.120}",
             wanted="a kind, scale or log, with its finite parameters",

@@ -1,10 +1,15 @@
-"""The strict reader of proof files: whatever is not exactly a proof is an error with its line."""
+"""The strict reader of proof files: whatever is not exactly a proof is an error with its line.
+
+That includes the form. A line must be the very bytes that the writer gives for its values, so the SHA-256 of the
+footer is that of the file, and one proof has one file.
+"""
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from assay.errors import AssayError, DataError, ProofFormatError
 from assay.poc._pipelines import get_pipeline
@@ -12,11 +17,11 @@ from assay.poc._proof import KIND, SCHEMA, Footer, Header, Proof, Record
 from assay.poc._round import MAX_NONCE, Round
 from assay.poc._vectors import decode_vector
 from assay.poc.engines._base import Fingerprint
-from assay.reports import read_jsonl
+from assay.reports import dumps, loads, read_lines
 
-__all__ = ["parse_header", "parse_proof", "parse_record"]
+__all__ = ["parse_header", "parse_proof", "parse_record", "parse_record_line"]
 
-Lines = Iterator[tuple[int, Any]]
+T = TypeVar("T")
 
 
 def parse_proof(path: str | Path) -> Proof:
@@ -26,17 +31,16 @@ def parse_proof(path: str | Path) -> Proof:
         ProofFormatError: names the line that is wrong.
     """
     lines = _lines(path)
-    number, first = next(lines, (1, None))
-    header = _at(path, number, parse_header, first)
+    number, line = next(lines, (1, b""))
+    header = _parse_line(path, number, line, parse_header, lambda header: dumps(header.as_dict()))
     records: list[Record] = []
     digest = hashlib.sha256()
     for nonce in header.all_nonces():
-        number, line = next(lines, (number + 1, None))
-        record = _at(path, number, parse_record, line, header, nonce)
-        digest.update(header.line(record).encode() + b"\n")
-        records.append(record)
-    number, line = next(lines, (number + 1, None))
-    footer = _at(path, number, _parse_footer, line)
+        number, line = next(lines, (number + 1, b""))
+        records.append(parse_record_line(path, number, line, header, nonce))
+        digest.update(line)
+    number, line = next(lines, (number + 1, b""))
+    footer = _parse_line(path, number, line, _parse_footer, lambda footer: dumps(footer.as_dict()))
     expected = Footer(
         records=len(records),
         valid=sum(header.is_valid(record) for record in records),
@@ -52,6 +56,15 @@ def parse_proof(path: str | Path) -> Proof:
     return Proof(header, tuple(records), footer)
 
 
+def parse_record_line(path: str | Path, number: int, line: bytes, header: Header, nonce: int) -> Record:
+    """Read the line of a nonce, line end included.
+
+    Raises:
+        ProofFormatError: names the file and the line.
+    """
+    return _parse_line(path, number, line, partial(parse_record, header=header, nonce=nonce), header.line)
+
+
 def parse_header(line: Any) -> Header:
     """Read the header object.
 
@@ -59,7 +72,7 @@ def parse_header(line: Any) -> Header:
         ProofFormatError: a field is missing, unknown or out of range.
     """
     _fields(line, {"kind", "schema", "round", "pipeline", "model", "fingerprint", "nonces"}, "the header")
-    if line["kind"] != KIND or line["schema"] != SCHEMA or isinstance(line["schema"], bool):
+    if line["kind"] != KIND or line["schema"] != SCHEMA:
         raise _bad(f"kind {line['kind']!r}, schema {line['schema']!r}", f"kind {KIND!r}, schema {SCHEMA}")
     _fields(line["round"], set(Round.__dataclass_fields__), "the round")
     _fields(line["model"], {"reference", "digest", "weights"}, "the model")
@@ -77,12 +90,18 @@ def parse_header(line: Any) -> Header:
         wanted = int if name in ("batch_size", "seq_len", "threads") else str
         if type(value) is not wanted:
             raise _bad(f"{name} is {value!r:.60}", f"a value of type {wanted.__name__}")
+    fingerprint = Fingerprint(**line["fingerprint"])
+    if fingerprint.seq_len != round.seq_len or fingerprint.batch_size < 1 or fingerprint.threads < 0:
+        raise _bad(
+            f"an engine of {fingerprint.batch_size} × {fingerprint.seq_len} positions, {fingerprint.threads} threads",
+            f"one for seq_len {round.seq_len}, of at least one row",
+        )
     return Header(
         round=round,
         pipeline=pipeline,
         digest=line["model"]["digest"],
         weights=line["model"]["weights"],
-        fingerprint=Fingerprint(**line["fingerprint"]),
+        fingerprint=fingerprint,
         nonces=_parse_runs(line["nonces"], round),
     )
 
@@ -102,7 +121,7 @@ def parse_record(line: Any, header: Header, nonce: int) -> Record:
     if size:
         return Record(nonce, vector=decode_vector(line["vector"], size))
     distance = line["distance"]
-    if type(distance) not in (int, float) or not math.isfinite(distance) or not 0 <= distance <= 2 + 1e-6:
+    if type(distance) not in (int, float) or not 0 <= distance <= 2 + 1e-6:
         raise _bad(f"distance {distance!r}", "a number in [0, 2]")
     if line["valid"] is not (distance < header.round.r_target):
         raise _bad(f"valid: {line['valid']!r} for distance {distance}", f"distance < {header.round.r_target}")
@@ -118,7 +137,7 @@ def _parse_runs(runs: Any, round: Round) -> tuple[tuple[int, int, int], ...]:
         if not (last < first < end and step >= 1 and end - step <= MAX_NONCE):
             raise _bad(f"run {[first, end, step]}", "runs that ascend without doubles")
         last = range(first, end, step)[-1]
-        if first % round.node_count != round.node_id or step % round.node_count:
+        if first % round.node_count != round.node_id or (last > first and step % round.node_count):
             raise _bad(f"run {[first, end, step]}", f"nonces of node {round.node_id} of {round.node_count}")
     return tuple((first, end, step) for first, end, step in runs)
 
@@ -150,18 +169,25 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _lines(path: str | Path) -> Lines:
+def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     try:
-        yield from read_jsonl(path)
+        yield from read_lines(path)
     except DataError as error:
         raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
 
 
-def _at(path: str | Path, number: int, parse: Any, *args: Any) -> Any:
+def _parse_line(path: str | Path, number: int, line: bytes, parse: Callable[[Any], T], write: Callable[[T], str]) -> T:
+    """Parse a line, empty where the file ends, and refuse it if ``write`` gives other bytes for what it says."""
     try:
-        return parse(*args)
+        value = parse(loads(line, f"{path}, line {number}") if line else None)
+    except DataError as error:
+        raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
     except ProofFormatError as error:
         raise _error(path, number, error.seen, error.wanted, error.do) from None
+    written = write(value)
+    if line != written.encode() + b"\n":
+        raise _error(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
+    return value
 
 
 def _bad(seen: str, wanted: str) -> ProofFormatError:

@@ -139,9 +139,9 @@ def get_pipeline(name: str) -> Pipeline:
     Raises:
         UsageError: there is no such row.
     """
-    found = PIPELINES.get(_ALIASES.get(name, name))
+    found = PIPELINES.get(_ALIASES.get(name, name)) if isinstance(name, str) else None
     if found is None:
-        close = get_close_matches(name, PIPELINES, n=1)
+        close = get_close_matches(str(name), PIPELINES, n=1)
         raise UsageError(
             f"preset {name!r}",
             wanted="one of " + ", ".join(PIPELINES),

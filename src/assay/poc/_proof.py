@@ -1,11 +1,11 @@
 """Proof files: JSON Lines with a header, one record per nonce, and a footer.
 
-    {"kind": "assay.poc.proof", "schema": 1, "round": …, "pipeline": …, "model": …, "fingerprint": …, "nonces": …}
-    {"nonce": 0, "distance": 1.4131, "valid": true}        or  {"nonce": 0, "vector": "base64"}
-    {"footer": {"records": 256, "valid": 151, "seconds": 8.1, "sha256": "…"}}
+    {"kind":"assay.poc.proof","schema":1,"round":…,"pipeline":…,"model":…,"fingerprint":…,"nonces":…}
+    {"nonce":0,"distance":1.4131,"valid":true}        or  {"nonce":0,"vector":"base64"}
+    {"footer":{"records":256,"valid":151,"seconds":8.1,"sha256":"…"}}
 
 The SHA-256 is over the bytes of the record lines, newlines included. Reading is strict: whatever
-is not exactly a proof is an error that names the line.
+is not exactly a proof, spaces and the order of keys included, is an error that names the line.
 """
 
 import hashlib

@@ -5,18 +5,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from assay.errors import UsageError
+from assay.errors import BadWeights, UsageError
 from assay.models import Model
-from assay.poc._parse import parse_record
+from assay.poc._parse import parse_record_line
 from assay.poc._pipelines import get_pipeline
 from assay.poc._proof import Header, Proof, Record
 from assay.poc._round import MAX_COUNT, Round
 from assay.poc._transforms import Transform
 from assay.poc.engines import Engine, HFEngine
-from assay.reports import PartialFile, dumps, loads
+from assay.reports import PartialFile, dumps
 
 __all__ = ["Progress", "compute", "make_header", "prove"]
 
@@ -53,6 +54,7 @@ def prove(
 
     Raises:
         UsageError: a nonce, shape or preset is out of range.
+        BadWeights: the model or its head gives NaN or infinity.
         StorageError: the file cannot be written. What was proved so far stays in the partial file.
     """
     engine = engine or HFEngine(model, batch_size=batch_size, seq_len=round.seq_len)
@@ -76,12 +78,8 @@ def prove(
 
 def make_header(model: Model, round: Round, nonces: Iterable[int], engine: Engine) -> Header:
     """Return the header of a proof of these nonces on this engine."""
-    nonces = nonces if isinstance(nonces, range) else list(nonces)
-    if not 0 < len(nonces) <= MAX_COUNT:
-        raise UsageError(
-            f"{len(nonces)} nonces", wanted=f"1 to {MAX_COUNT} in one proof", do="give a range such as --nonces 0:256"
-        )
-    round.check_nonces(nonces)
+    chosen = _listed(nonces)
+    round.check_nonces(chosen)
     if engine.seq_len != round.seq_len:
         raise UsageError(
             f"an engine for {engine.seq_len} positions", wanted=f"seq_len {round.seq_len}", do="make one for this round"
@@ -92,8 +90,24 @@ def make_header(model: Model, round: Round, nonces: Iterable[int], engine: Engin
         digest=model.digest,
         weights=model.weights,
         fingerprint=engine.fingerprint,
-        nonces=tuple(_runs(nonces)),
+        nonces=tuple(_runs(chosen)),
     )
+
+
+def _listed(nonces: Iterable[int]) -> Sequence[int]:
+    """Return nonces of any kind, a generator or a numpy array too, as a range or list of Python numbers."""
+    most = MAX_COUNT + 1  # one too many is enough to refuse, of an endless generator too
+    if isinstance(nonces, range):
+        chosen: Sequence[int] = nonces[:most]
+    else:
+        given: Iterable[Any] = itertools.islice(nonces, most) if isinstance(nonces, Iterable) else ()
+        chosen = [int(nonce) if isinstance(nonce, np.integer) else nonce for nonce in given]
+    if not 0 < len(chosen) < most:
+        seen = f"more than {MAX_COUNT} nonces" if chosen else f"no nonces in {nonces!r:.60}"
+        raise UsageError(
+            seen, wanted=f"1 to {MAX_COUNT} in one proof", do="give a range, such as --nonces 0:256 or range(256)"
+        )
+    return chosen
 
 
 def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[list[Record]]:
@@ -112,6 +126,12 @@ def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[l
             wanted = list(nonces[start : start + engine.batch_size])
             padded = wanted + wanted[-1:] * (engine.batch_size - len(wanted))
             values = transform(engine.last_hidden(engine.inputs(round, padded)), padded).cpu().numpy()
+            if not np.isfinite(values).all():
+                raise BadWeights(
+                    f"{round.model} gives {round.preset} a value that is NaN or infinite in {engine.dtype}",
+                    wanted="logits that are finite and not all zero",
+                    do="check the checkpoint, or use a dtype with more range (--dtype float32)",
+                )
             yield [_record(nonce, value) for nonce, value in zip(wanted, values, strict=False)]
 
 
@@ -137,7 +157,7 @@ def _recover(out: PartialFile, header: Header) -> list[Record]:
     # A run that died between the footer and its final name left a line too many: it is written again.
     kept = lines[1 : header.count + 1]
     records = [
-        parse_record(loads(line, f"{out.partial}, line {number}"), header, nonce)
+        parse_record_line(out.partial, number, f"{line}\n".encode(), header, nonce)
         for number, (line, nonce) in enumerate(zip(kept, header.all_nonces(), strict=False), start=2)
     ]
     if len(lines) > header.count + 1:

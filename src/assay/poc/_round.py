@@ -4,7 +4,6 @@ The texts are consensus. They have no length prefix and no version tag, because 
 the network runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction).
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -69,18 +68,22 @@ class Round:
     def __post_init__(self) -> None:
         for name in ("block_hash", "public_key"):
             _check_name(name, getattr(self, name))
+        if not isinstance(self.model, str) or not self.model.isprintable():
+            raise UsageError(
+                f"model is {self.model!r:.80}", wanted="a reference of printable characters", do="pass it as text"
+            )
         _check_int("block_height", self.block_height, 0, MAX_NONCE)
         _check_int("node_count", self.node_count, 1, MAX_NONCE)
         _check_int("node_id", self.node_id, 0, self.node_count - 1)
         _check_int("seq_len", self.seq_len, 1, MAX_SEQ_LEN)
         number = isinstance(self.r_target, (int, float)) and not isinstance(self.r_target, bool)
-        if not number or not math.isfinite(self.r_target) or not 0 < self.r_target <= 2:
+        if not number or not 0 < self.r_target <= 2:
             raise UsageError(
                 f"r_target is {self.r_target!r}",
                 wanted="a distance in (0, 2]: chord distances on the unit sphere end at 2",
                 do="`assay poc calibrate --valid-rate 0.5` gives the r_target of a wanted valid rate",
             )
-        if self.strength not in (32, 256):
+        if self.strength not in (32, 256) or not isinstance(self.strength, int):
             raise UsageError(f"strength is {self.strength!r}", wanted="32 or 256", do="use 32, the published seeds")
 
     def text(self, stream: str, nonce: int, *, index: int = 0, k: int = 0) -> str:
@@ -116,7 +119,7 @@ class Round:
         Raises:
             UsageError: names the first nonce that is wrong.
         """
-        if isinstance(nonces, range) and len(nonces) and nonces.step > 0 and nonces.step % self.node_count == 0:
+        if isinstance(nonces, range) and nonces and nonces.step > 0 and nonces.step % self.node_count == 0:
             nonces = sorted({nonces[0], nonces[-1]})  # the ends decide for all
         last = -1
         for nonce in nonces:

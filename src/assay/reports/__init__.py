@@ -13,7 +13,7 @@ from assay.reports._figures import (
     style_axes,
 )
 from assay.reports._html import Badge, Cell, Report
-from assay.reports._jsonl import JsonObject, dumps, loads, read_json, read_jsonl
+from assay.reports._jsonl import JsonObject, dumps, loads, read_json, read_jsonl, read_lines
 from assay.reports._provenance import provenance
 from assay.reports._storage import PartialFile, storage_error, write_atomic
 
@@ -37,6 +37,7 @@ __all__ = [
     "provenance",
     "read_json",
     "read_jsonl",
+    "read_lines",
     "storage_error",
     "style_axes",
     "write_atomic",

@@ -97,6 +97,16 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, JsonObject]]:
     Raises:
         DataError: the file cannot be read, or a line is empty, too long or not a strict JSON object; names the line.
     """
+    for number, line in read_lines(path):
+        yield number, loads(line, f"{path}, line {number}")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file as they are, line ends included, with their numbers, counted from 1.
+
+    Raises:
+        DataError: the file cannot be read, or a line is too long.
+    """
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -105,7 +115,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, JsonObject]]:
                 number += 1
                 if len(line) > LONGEST_LINE:
                     raise _bad(f"{path}, line {number}", f"longer than {LONGEST_LINE} bytes")
-                yield number, loads(line, f"{path}, line {number}")
+                yield number, line
     except OSError as error:
         raise _unreadable(path, error) from error
 

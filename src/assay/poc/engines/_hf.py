@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from assay import streams
-from assay.errors import BadWeights, OutOfMemory, UsageError
+from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models import Model, backbone, decoder_layers
 from assay.poc._pipelines import LayerStep
 from assay.poc._round import Round
@@ -42,8 +42,8 @@ class HFEngine:
     """
 
     def __init__(self, model: Model, *, batch_size: int = 32, seq_len: int = 256) -> None:
-        if not 1 <= batch_size <= MAX_BATCH:
-            raise UsageError(f"batch size {batch_size}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32")
+        if type(batch_size) is not int or not 1 <= batch_size <= MAX_BATCH:
+            raise UsageError(f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32")
         if seq_len > model.max_positions:
             raise UsageError(
                 f"seq_len {seq_len} with {model.reference}",
@@ -115,6 +115,7 @@ class HFEngine:
             UsageError: the inputs are not of the engine's fixed shape.
             BadWeights: the model returned NaN or infinity.
             OutOfMemory: the device ran out of memory.
+            ModelError: this architecture cannot be run on input embeddings.
         """
         wanted = (self.batch_size, self.seq_len, self.hidden_size)
         if tuple(inputs_BTD.shape) != wanted:
@@ -125,12 +126,8 @@ class HFEngine:
             )
         try:
             output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"the device ran out of memory on a batch of {self.batch_size} × {self.seq_len} positions",
-                wanted="room for the activations of one batch",
-                do=f"pass --batch-size {max(1, self.batch_size // 2)}",
-            ) from error
+        except Exception as error:  # every architecture fails in its own way
+            raise self._failed(error) from error
         x_BD: Tensor = output.last_hidden_state[:, -1].float()
         if not bool(torch.isfinite(x_BD).all()):
             raise BadWeights(
@@ -139,6 +136,21 @@ class HFEngine:
                 do="check the checkpoint, or use a dtype with more range (--dtype float32)",
             )
         return x_BD
+
+    def _failed(self, error: Exception) -> ModelError | OutOfMemory:
+        """Put the failure of a forward pass into words."""
+        # A CPU that runs out of memory says so in words only.
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            return OutOfMemory(
+                f"the device ran out of memory on a batch of {self.batch_size} × {self.seq_len} positions",
+                wanted="room for the activations of one batch",
+                do=f"pass --batch-size {max(1, self.batch_size // 2)}",
+            )
+        return ModelError(
+            f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
+            wanted="a decoder that takes input embeddings and positions",
+            do="use another architecture, such as Llama, Qwen3 or Mistral",
+        )
 
     @torch.inference_mode()
     def trained_head(self, x_BD: Tensor) -> Tensor:
