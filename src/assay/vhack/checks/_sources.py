@@ -65,8 +65,9 @@ def read_source_log(path: str | Path) -> list[SourceCin]:
         if "source" not in record:
             continue
         try:
-            entry = SourceCin(record["step"], record["source"], record["cin"], record.get("modules") or {})
-            if not _well_formed(entry):
+            modules = record.get("modules", {})
+            entry = SourceCin(record["step"], record["source"], record["cin"], modules)
+            if not (isinstance(modules, dict) and _well_formed(entry)):
                 raise ValueError("step, source or cin is not what it should be")
             if (entry.step, entry.source) in found:
                 raise ValueError(f"source {entry.source} twice in step {entry.step}")

@@ -113,12 +113,21 @@ def _split(
     return _Split(
         overlap=_mean_square(between_MKK),
         generic_overlap=torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
-        cosines=torch.linalg.svdvals(between_MKK).mean(dim=0),
-        generic_cosines=torch.stack([torch.linalg.svdvals(g).mean(dim=0)[: settings.k_use] for g in generic]).mean(
-            dim=0
-        ),
+        cosines=_mean_cosines([between_MKK]),
+        generic_cosines=_mean_cosines(generic),
         agreement=_agreement(one, other, between_MKK, signs_BN[:, inside], signs_BN[:, ~inside]),
     )
+
+
+def _mean_cosines(overlaps: list[Tensor]) -> Tensor:
+    """Cosine of each principal angle, mean over modules and over these."""
+    return _common_mean([torch.linalg.svdvals(overlap_MKJ).mean(dim=0) for overlap_MKJ in overlaps])
+
+
+def _common_mean(rows: list[Tensor]) -> Tensor:
+    """Mean of rows, over the places that all of them have: a small half gives fewer axes than ``k_use``."""
+    shortest = min(map(len, rows))
+    return torch.stack([row_K[:shortest] for row_K in rows]).mean(dim=0)
 
 
 def _mean_square(overlap_MKJ: Tensor) -> Tensor:
@@ -164,8 +173,9 @@ def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -
         details={"agreement": agreement_B[0], "splits": len(splits)},
     )
     mean_M = torch.stack([split.overlap for split in splits]).mean(dim=0)
-    cosines_K = torch.stack([split.cosines for split in splits]).mean(dim=0)
-    generic_K = torch.stack([split.generic_cosines for split in splits]).mean(dim=0)
+    cosines_K, generic_K = (
+        _common_mean([getattr(split, name) for split in splits]) for name in ("cosines", "generic_cosines")
+    )
     return Stability(check, *(tuple(values.tolist()) for values in (mean_M, cosines_K, generic_K)))
 
 

@@ -1,0 +1,99 @@
+"""Two hundred seeds: noise passes no check more often than stated, and planted axes are found as theory says."""
+
+from math import sqrt
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+from assay.stats import auroc
+from assay.vhack import cin
+from assay.vhack.checks import CHECKS, check_gradients
+from assay.vhack.checks._folds import cross_fit
+from assay.vhack.checks._types import CheckSettings
+
+SEEDS = 200
+
+
+def passes(gradients, settings, **options):
+    """Per check, how many of the seeds pass it."""
+    counts = dict.fromkeys(CHECKS, 0)
+    for seed in range(SEEDS):
+        for check in check_gradients(gradients(seed, **options), settings=settings).checks:
+            assert check.verdict != "undecided"
+            counts[check.name] += check.verdict == "pass"
+    return counts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"shared": 1.0, "ranks": (48, 40)}, {"own_axis": 2.0, "ranks": (48, 40)}],
+    ids=["noise", "group effects"],
+)
+def test_noise_passes_no_check_more_often_than_stated(gradients, quick, options):
+    most = stats.binom.ppf(0.999, SEEDS, quick.alpha)
+    counts = passes(gradients, quick, **options)
+    assert all(count <= most for count in counts.values()), counts
+
+
+def test_on_its_own_pairs_a_basis_of_noise_would_look_strong(gradients):
+    """Why everything is held out: five axes hold most of the noise they were fitted to, and none of new noise."""
+    pairs, new = gradients(0, n_groups=4, ranks=(400,)), gradients(1, n_groups=4, ranks=(400,))
+    axes = pairs.basis(top_k=5).axes["layers.0.up_proj"]
+    own, fresh = (cin(p.differences("layers.0.up_proj"), axes, two_sided=True).mean() for p in (pairs, new))
+    assert own > 0.6
+    assert fresh < 0.2
+
+
+@pytest.mark.parametrize(("strength", "low", "high"), [(1.0, 0.0, 0.5), (4.0, 0.95, 1.0)])
+def test_planted_axes_pass_when_they_are_strong_enough(gradients, quick, strength, low, high):
+    seeds = 40
+    counts = dict.fromkeys(CHECKS, 0)
+    for seed in range(seeds):
+        report = check_gradients(gradients(1000 + seed, strength=strength), settings=quick)
+        for check in report.checks:
+            counts[check.name] += check.verdict == "pass"
+    assert all(low <= count / seeds <= high for count in counts.values()), counts
+
+
+def expected_recovery(strength, n, r):
+    """cos² between the first axis and the planted one (Benaych-Georges and Nadakuditi 2012, theorem 2.9).
+
+    ``D/(σ√R)`` with σ² = 2 is a rank-one matrix of size θ = √N·strength/(σ√R) plus noise of variance 1/R. Below the
+    threshold θ⁴ = N/R nothing is found in the limit; R = 240 leaves a few hundredths.
+    """
+    theta_2, c = n * strength**2 / (2 * r), n / r
+    return max(0.0, 1 - (c + theta_2) / (theta_2 * (theta_2 + 1))) if theta_2**2 > c else 0.0
+
+
+def expected_auroc(strength, cosine, r):
+    """AUROC of ``relu(a + z)/s`` against ``relu(z)``, z normal: one axis, at an angle to the planted one."""
+    a, s = strength * cosine, sqrt(1 + strength**2 / r)
+    above, _ = integrate.quad(lambda x: stats.norm.pdf(x - a) * stats.norm.cdf(x / s), 0, np.inf)
+    both_zero = stats.norm.cdf(-a) * 0.5
+    return above + both_zero / 2
+
+
+@pytest.mark.parametrize("strength", [1.5, 2.5, 4.0])
+def test_recovery_and_auroc_of_a_planted_axis_follow_theory(gradients, strength):
+    n_groups, r, folds = 24, 240, 4
+    settings = CheckSettings(k_use=1, n_folds=folds)
+    trained = 3 * n_groups * (folds - 1) // folds
+    recovered, ranked, expected = [], [], []
+    for seed in range(SEEDS):
+        pairs = gradients(seed, strength=strength, n_groups=n_groups, ranks=(r,))
+        axis = np.random.default_rng(seed).standard_normal(r)
+        axis /= np.linalg.norm(axis)
+        design = cross_fit(pairs, settings)
+        rows = design.folds[0].train.tolist()
+        cosine = float(pairs.basis(top_k=1, keep=rows).axes["layers.0.up_proj"][0].numpy() @ axis)
+        hack, clean = (
+            side[0, : len(design.folds[0].test)]
+            for side in design.scores(torch.ones(1, len(pairs), dtype=torch.float64))
+        )
+        recovered.append(cosine**2)
+        ranked.append(auroc(hack, clean))
+        expected.append(expected_auroc(strength, cosine, r))
+    assert np.mean(recovered) == pytest.approx(expected_recovery(strength, trained, r), abs=0.03)
+    assert np.mean(ranked) == pytest.approx(np.mean(expected), abs=4 * np.std(ranked) / sqrt(SEEDS))

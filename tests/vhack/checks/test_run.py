@@ -1,0 +1,113 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from assay.errors import DataError, UsageError
+from assay.vhack import Pair, extract
+from assay.vhack.checks import CHECKS, CheckReport, CheckSettings, check, check_gradients, page
+
+
+@pytest.fixture(scope="module")
+def report(gradients, quick):
+    return check_gradients(gradients(5, strength=4.0), settings=quick)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Twelve pairs of six groups, short enough for the small model."""
+    return [
+        Pair(f"def test_{word}():\n", f"    print('{word} {n}')\n", f"    assert {word}({n}) == {n}\n", group=word)
+        for word in ("add", "sub", "mul", "power", "root", "sign")
+        for n in (3, 4)
+    ]
+
+
+def test_every_check_states_rule_value_interval_null_and_verdict(report):
+    assert [made.name for made in report.checks] == list(CHECKS)
+    for made in report.checks:
+        assert made.rule.startswith("Passes if")
+        assert made.measured.low <= made.measured.value <= made.measured.high
+        assert made.nulls
+        assert all(made.nulls.values())
+        assert all(0 < p <= 1 for p in made.p_values.values())
+        assert made.verdict == "pass"
+    assert (report.verdict, report.exit_code) == ("pass", 0)
+    assert set(report["random_null"].nulls) == {"Haar", "covariance-matched", "clean-clean", "labels swapped"}
+
+
+def test_the_same_seed_gives_the_same_report(report, gradients, quick):
+    assert check_gradients(gradients(5, strength=4.0), settings=quick) == report
+    assert check_gradients(gradients(5, strength=4.0), settings=replace(quick, seed=1)) != report
+
+
+def test_a_report_survives_json(report):
+    text = json.dumps(report.as_dict(), allow_nan=False)
+    assert json.loads(text)["schema"] == "assay.vhack.check/1"
+    assert CheckReport.from_dict(json.loads(text)) == report
+
+
+@pytest.mark.parametrize("change", [{"schema": "other"}, {"checks": [{}]}, {"modules": None}])
+def test_a_report_of_another_form_is_refused(report, change):
+    with pytest.raises(DataError, match="check report"):
+        CheckReport.from_dict({**report.as_dict(), **change})
+
+
+def test_the_page_shows_every_check_and_every_module(report):
+    html = page(report).render()
+    for made in report.checks:
+        assert made.title in html
+    assert html.count("<svg") == 8
+    assert 'class="badge pass"' in html
+    assert "AUROC − 0.5" in html
+    again = page(CheckReport.from_dict(json.loads(json.dumps(report.as_dict())))).render()
+    assert html.split("<footer>")[0] == again.split("<footer>")[0]
+
+
+def test_the_page_of_a_failed_and_of_an_undecided_report(gradients, quick):
+    failed = check_gradients(gradients(5), settings=quick)
+    assert failed.exit_code == 1
+    assert 'class="badge fail"' in page(failed).render()
+    short = check_gradients(gradients(5, n_groups=3, strength=5.0), settings=quick)
+    assert 'class="badge undecided"' in page(short).render()
+
+
+@pytest.mark.parametrize("method", ["mean-diff", "lda"])
+def test_other_methods_find_a_planted_axis_too(gradients, quick, method):
+    report = check_gradients(gradients(0, strength=5.0, n_groups=18), settings=replace(quick, method=method))
+    assert [made.verdict for made in report.checks] == ["pass"] * 5
+
+
+def test_a_given_basis_is_scored_on_what_it_has_not_seen(gradients, quick):
+    gradients_ = gradients(0, strength=5.0, n_groups=14)
+    basis = gradients_.basis(keep=list(range(21)))
+    report = check_gradients(gradients_, basis, settings=quick)
+    assert set(report.groups) == {f"g{i}" for i in range(7, 14)}
+    assert report.verdict == "pass"
+
+
+def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, quick):
+    report = check(None, small_model, byte_tokenizer, pairs, settings=quick, svd=small_svd)
+    assert len(report.modules) == 21
+    assert report.origin["groups"] == 6
+    basis = extract(small_model, byte_tokenizer, pairs, heldout_groups=["root", "sign"], svd=small_svd)
+    scored = check(basis, small_model, byte_tokenizer, pairs, settings=quick, svd=small_svd)
+    assert set(scored.groups) == {"root", "sign"}
+    other = replace(basis, origin=replace(basis.origin, weights="f" * 64))
+    with pytest.raises(DataError, match="a basis of weights ffff"):
+        check(other, small_model, byte_tokenizer, pairs, settings=quick, svd=small_svd)
+
+
+def test_a_prompt_in_two_groups_is_refused(small_model, byte_tokenizer, pairs):
+    shared = [*pairs, replace(pairs[0], hack="    pass\n", group="elsewhere")]
+    with pytest.raises(DataError, match="pairs 0 and 12 have the same prompt, in groups add and elsewhere"):
+        check(None, small_model, byte_tokenizer, shared)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"k_use": 0}, {"alpha": 0.0}, {"confidence": 1.0}, {"n_folds": 1}, {"tau_axis": 2.0}, {"n_null": 9}, {"seed": -1}],
+)
+def test_settings_that_cannot_work_are_refused(options):
+    with pytest.raises(UsageError):
+        CheckSettings(**options)
