@@ -84,17 +84,31 @@ def adapter(factors, knob):
     return hook
 
 
-def timed(device, work):
+def plain(model, tokenizer, samples):
+    """Forward and backward of the bare model, one sample after the other: what any exact way has to do at least."""
+    module = model.module
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    for sample in samples:
+        prompt = tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
+        completion = tokenizer(sample.completion, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([prompt + completion], device=model.device)
+        inputs = module.get_input_embeddings()(ids).requires_grad_()
+        logits = module(inputs_embeds=inputs, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        functional.cross_entropy(logits.float(), ids[0, len(prompt) :]).backward()
+
+
+def timed(device, work, clock=time.perf_counter):
     """The result, its seconds, and the peak of device memory in GB (CUDA only), what was there before included."""
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    start = clock()
     result = work()
     if on_gpu:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     return result, seconds, torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
 
 
