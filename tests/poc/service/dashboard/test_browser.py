@@ -283,6 +283,14 @@ def test_nothing_jumps_or_overflows(live, stand_in, width, scheme):
     assert watched.overflow() == 0
 
 
+def test_charts_wait_until_there_is_room_for_them(live):
+    watched = live(viewport={"width": 60, "height": 800})
+    assert watched.page.locator("#funnel > *, #histogram > *").count() == 0
+    watched.page.set_viewport_size({"width": 800, "height": 800})
+    watched.wait("document.querySelectorAll('#histogram rect').length === 48")
+    assert watched.errors == []
+
+
 def test_both_schemes_have_contrast(live):
     """WCAG 2 asks for 4.5 between text and ground."""
     script = """() => {

@@ -3,6 +3,7 @@
 const SCHEMA = "assay.poc.snapshot/1";
 const SPARK_SECONDS = 120;
 const MOST_POINTS = 400;
+const LEAST_WIDTH = 100; // of a chart; a hidden one has none
 const $ = (id) => document.getElementById(id);
 
 let shown = null; // the last snapshot
@@ -136,7 +137,7 @@ function part(className, ...children) {
 }
 
 function draw() {
-  if (!shown || $("main").hidden) return;
+  if (!shown || $("funnel").clientWidth < LEAST_WIDTH) return;
   drawSpark($("spark"), rates, SPARK_SECONDS);
   drawRate();
   const { histogram, checked, round } = shown;
