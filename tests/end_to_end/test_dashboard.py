@@ -50,7 +50,7 @@ def test_a_round_is_followed_from_its_start_through_a_crash_to_its_end(launch, b
         watched.page.goto(server.base)
         watched.wait(LIVE)
         assert watched.text("state") == "Idle"
-        assert watched.text("sentence") == "Waiting for a round."
+        watched.wait_text("sentence", "Waiting for a round.")
 
         server.post("/init/generate", ROUND | {"callback_url": receiver.url})
         _shows(watched, "Generating")
