@@ -7,12 +7,15 @@ thousand readers of /status at once, in turn; and one reader times /health and /
     python benchmarks/service_throughput.py -o benchmarks/results/service_throughput.json
 """
 
+import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
+import torch
 from _common import note, parser, publish
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,36 +27,53 @@ from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.server import Server
 
 BATCH, SEQ_LEN, READERS = 16, 64, 1000
-WINDOW = 2  # the windows with and without readers are so many turns long
+WINDOW = 16  # the windows with and without readers are so many turns long
 BLOCK = {"block_hash": "bench", "block_height": 1, "public_key": "k", "r_target": 1.416, "node_id": 0, "node_count": 1}
 
 
+def cpu_seconds(pid=None):
+    """Processor time that a process has used, which other work on the machine does not change much."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
 def through_service(server, nonces, during=lambda: None):
-    """Nonces per second from the call that starts the phase until they are on disk."""
-    before = server.status()["total_checked"]
+    """Nonces per second from the call that starts the phase until they are on disk, and processor seconds per nonce."""
+    before, used = server.status()["total_checked"], cpu_seconds(server.pid)
     started = time.perf_counter()
     server.post("/phase/generate")
     during()
     while (checked := server.status()["total_checked"] - before) < nonces:
         time.sleep(0.02)
-    rate = checked / (time.perf_counter() - started)
+    rate = checked / (time.perf_counter() - started), (cpu_seconds(server.pid) - used) / checked
     server.post("/phase/validate")
     time.sleep(1.0)  # the batch that was running ends, and its callbacks go out
     return rate
 
 
 def through_prove(model, engine, nonces, path):
-    """Nonces per second of `prove` with a proof file."""
+    """Nonces per second of `prove` with a proof file, and processor seconds per nonce."""
     round = Round(block_hash="bench", public_key="k", model=model.reference, seq_len=SEQ_LEN)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), cpu_seconds()
     prove(model, round, range(nonces), engine=engine, output=path, overwrite=True)
-    return nonces / (time.perf_counter() - started)
+    return nonces / (time.perf_counter() - started), (cpu_seconds() - used) / nonces
 
 
 def milliseconds(times):
     ordered = sorted(times)
     at = {"median": 0.5, "p99": 0.99, "max": 1.0}
     return {name: round(1000 * ordered[min(int(q * len(ordered)), len(ordered) - 1)], 2) for name, q in at.items()}
+
+
+def compare(first, second, pairs):
+    """Rates and processor time of both sides of every pair, and the medians of their ratios."""
+    return {
+        f"{first}_nonces_per_second": [round(a[0], 2) for a, _ in pairs],
+        f"{second}_nonces_per_second": [round(b[0], 2) for _, b in pairs],
+        f"{second}_over_{first}": round(statistics.median(b[0] / a[0] for a, b in pairs), 4),
+        f"{first}_cpu_ms_per_nonce": [round(1000 * a[1], 2) for a, _ in pairs],
+        f"{second}_cpu_ms_per_nonce": [round(1000 * b[1], 2) for _, b in pairs],
+    }
 
 
 def answers_while_generating(server, count=250):
@@ -75,29 +95,26 @@ def measure(server, receiver, chosen, directory):
     turns = []
     for turn in range(chosen.rounds):
         turns.append((through_prove(model, engine, nonces, proof), through_service(server, nonces)))
-        note(f"{turn + 1}/{chosen.rounds}: prove {turns[-1][0]:.1f}, service {turns[-1][1]:.1f} nonces/s")
+        note(f"{turn + 1}/{chosen.rounds}: prove {turns[-1][0][0]:.1f}, service {turns[-1][1][0]:.1f} nonces/s")
     answers = []
     pairs = []
     for turn in range(chosen.rounds):
         alone = through_service(server, WINDOW * nonces)
         read = lambda: answers.extend(read_at_once(server.port, "/api/v1/pow/status", READERS))  # noqa: E731
         pairs.append((alone, through_service(server, WINDOW * nonces, during=read)))
-        note(f"{turn + 1}/{chosen.rounds}: alone {alone:.1f}, read {pairs[-1][1]:.1f} nonces/s")
+        note(f"{turn + 1}/{chosen.rounds}: alone {alone[0]:.1f}, read {pairs[-1][1][0]:.1f} nonces/s")
     return {
         "model": model.reference,
         "dtype": engine.dtype,
         "batch_size": BATCH,
         "seq_len": SEQ_LEN,
-        "prove_nonces_per_second": [round(a, 2) for a, _ in turns],
-        "service_nonces_per_second": [round(b, 2) for _, b in turns],
-        "service_over_prove": round(statistics.median(b / a for a, b in turns), 4),
+        "threads": torch.get_num_threads(),
+        **compare("prove", "service", turns),
         "readers": READERS,
         "reads": len(answers),
         "failed_reads": sum(status != 200 for status, _ in answers),
-        "alone_nonces_per_second": [round(a, 2) for a, _ in pairs],
-        "read_nonces_per_second": [round(b, 2) for _, b in pairs],
-        "slowdown_by_readers": round(1 - statistics.median(b / a for a, b in pairs), 4),
-        "seconds_of_a_window": round(WINDOW * nonces / statistics.median(a for a, _ in pairs), 1),
+        **compare("alone", "read", pairs),
+        "seconds_of_a_window": round(WINDOW * nonces / statistics.median(a[0] for a, _ in pairs), 1),
         "answers_in_milliseconds": answers_while_generating(server),
         "callbacks_received": len(receiver.taken),
     }
@@ -108,7 +125,11 @@ def main():
     options.add_argument("--model", default="reference:qwen3")
     options.add_argument("--batches", type=int, default=8)
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--threads", type=int, help="threads of torch on both sides; its own choice when left out")
     chosen = options.parse_args()
+    if chosen.threads:
+        os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
+        torch.set_num_threads(chosen.threads)
     receiver = FlakyReceiver(trouble=0)
     with tempfile.TemporaryDirectory() as directory:
         server = Server(Path(directory), model=chosen.model, fork=False)

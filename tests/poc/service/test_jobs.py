@@ -1,9 +1,12 @@
 """Artifact rounds and jobs: queue, polling, waiting, cancelling, checking."""
 
+import json
 import time
 
 import pytest
 
+from assay.errors import StorageError
+from assay.poc.service._database import Database
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, until
 
@@ -164,14 +167,14 @@ def test_jobs_announce_their_results(service):
         done = run(service, JOB | {"url": receiver.url})
         checked = run(service, JOB | {"url": receiver.url, "validation": {"artifacts": done["artifacts"]}})
         until(lambda: len(receiver.taken) == 2)
-        generated, validated = receiver.taken.values()
+        # Deliveries come in any order.
+        bodies = {path: json.loads(body) for path, _, body in receiver.requests}
     finally:
         receiver.close()
     common = {**BLOCK, "node_id": 0}
-    assert generated == common | {name: done[name] for name in ("request_id", "artifacts", "encoding")}
+    assert bodies["/generated"] == common | {name: done[name] for name in ("request_id", "artifacts", "encoding")}
     names = ("request_id", "n_total", "n_mismatch", "mismatch_nonces", "p_value", "fraud_detected")
-    assert validated == common | {name: checked[name] for name in names}
-    assert [path for path, _, _ in receiver.requests] == ["/generated", "/validated"]
+    assert bodies["/validated"] == common | {name: checked[name] for name in names}
 
 
 def test_a_round_of_vectors(service):
@@ -201,3 +204,25 @@ def test_a_round_of_vectors(service):
     service.post("/phase/validate")
     claim = BLOCK | {"nonces": [1], "dist": [1.4], "node_id": 0}
     assert "vectors" in service.post("/validate", claim, status=409)["detail"]
+
+
+def test_a_job_outlasts_a_full_disk(service, monkeypatch):
+    real, full = Database.write, []
+
+    def write(self):
+        if full:
+            raise StorageError("database or disk is full", wanted="room", do="free some")
+        return real(self)
+
+    monkeypatch.setattr(Database, "write", write)
+    service.rig.open.clear()
+    queued = service.post("/generate", JOB)
+    assert service.rig.entered.wait(10)
+    full.append(True)
+    service.rig.open.set()
+    until(lambda: service.rig.batches == 2)
+    service.rig.fail = RuntimeError("nothing may be computed twice")
+    assert finished(service, queued["request_id"]) is None
+    full.clear()
+    until(lambda: finished(service, queued["request_id"]))
+    assert finished(service, queued["request_id"])["status"] == "completed"

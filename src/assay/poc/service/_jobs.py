@@ -12,7 +12,7 @@ import numpy as np
 import sqlalchemy as sa
 import structlog
 
-from assay.errors import AssayError, ProofFormatError
+from assay.errors import ProofFormatError, StorageError
 from assay.poc._pipelines import get_pipeline
 from assay.poc._proof import Header, Record
 from assay.poc._prover import compute
@@ -33,6 +33,7 @@ __all__ = ["Jobs"]
 log = structlog.get_logger("assay.jobs")
 
 PIPELINE = get_pipeline("artifact")
+STORAGE_PAUSE = 1.0
 
 
 class Jobs:
@@ -155,30 +156,33 @@ class Jobs:
     def step(self, deployment: Deployment) -> bool:
         """Do one batch of the oldest job; False when there is none. Runs in the engine's thread."""
         try:
-            if self._running is None or self._is_finished(self._running[0]):
-                self._running = self._next(deployment)
-            if self._running is None:
-                return False
-            job_id, request, batches, records = self._running
+            return self._step(deployment)
+        except StorageError as error:
+            log.warning("job waits", reason=error.seen)
+            time.sleep(STORAGE_PAUSE)
+            return True
+
+    def _step(self, deployment: Deployment) -> bool:
+        if self._running is None or self._is_finished(self._running[0]):
+            self._running = None
+            self._running = self._next(deployment)
+        if self._running is None:
+            return False
+        job_id, request, batches, records = self._running
+        try:
             batch = next(batches, None)
             if batch is not None:
                 records.extend(batch)
                 return True
-            self._running = None
-            self._finish(job_id, "completed", _result(request, records), request)
-        except AssayError as error:
-            self._fail(error)
+            result = _result(request, records)
         except Exception as error:  # an engine may raise anything, and its job must still end
-            self._fail(error)
-        return True
-
-    def _fail(self, error: Exception) -> None:
-        job, self._running = self._running, None
-        log.error("job failed", error=str(error))
-        if job is None:
-            time.sleep(1)  # the queue itself could not be read: the disk is full
+            log.exception("job failed")
+            self._finish(job_id, "failed", error=str(error))
         else:
-            self._finish(job[0], "failed", error=str(error))
+            self._finish(job_id, "completed", result, request)
+        # Only now: where the disk is full, finishing is tried again.
+        self._running = None
+        return True
 
     def _is_finished(self, job_id: str) -> bool:
         jobs = self._db["jobs"]
@@ -195,17 +199,7 @@ class Jobs:
                 return None
             connection.execute(jobs.update().where(jobs.c.id == row["id"]).values(status="running"))
         request = GenerateRequest.model_validate_json(row["request"])
-        self._running = (row["id"], request, iter(()), [])
-        engine = deployment.engine(request.params.seq_len, request.batch_size)
-        header = Header(
-            round=job_round(request, deployment.reference),
-            pipeline=PIPELINE,
-            digest=deployment.digest,
-            weights=deployment.weights,
-            fingerprint=engine.fingerprint,
-            nonces=(),
-        )
-        return (row["id"], request, compute(header, engine, request.nonces), [])
+        return (row["id"], request, _compute(deployment, request), [])
 
     def _finish(
         self,
@@ -253,7 +247,25 @@ def job_round(request: GenerateRequest, reference: str) -> Round:
     )
 
 
+def _compute(deployment: Deployment, request: GenerateRequest) -> Iterator[list[Record]]:
+    """Compute the vectors of a job; begins with the first batch that is asked for, and so do its errors."""
+    engine = deployment.engine(request.params.seq_len, request.batch_size)
+    header = Header(
+        round=job_round(request, deployment.reference),
+        pipeline=PIPELINE,
+        digest=deployment.digest,
+        weights=deployment.weights,
+        fingerprint=engine.fingerprint,
+        nonces=(),
+    )
+    yield from compute(header, engine, request.nonces)
+
+
 def _result(request: GenerateRequest, records: list[Record]) -> dict[str, Any]:
+    if len(records) != len(request.nonces):
+        raise ProofFormatError(
+            f"{len(records)} vectors of {len(request.nonces)}", wanted="all of them", do="send the request again"
+        )
     if request.validation is None:
         artifacts = [{"nonce": r.nonce, "vector_b64": encode_vector(_vector(r))} for r in records]
         encoding = {"dtype": "f16", "k_dim": PIPELINE.vector_size, "endian": "le"}
