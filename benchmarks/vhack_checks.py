@@ -272,7 +272,7 @@ def outside(model, svd, gradients, data):
         }
 
         def fresh(samples):
-            return per_sample_gradients(model, None, samples, svd=svd, max_tokens=1024)
+            return per_sample_gradients(model, model.tokenizer, samples, svd=svd, max_tokens=1024)
 
         found.setdefault("teacher_pool", {})[label(s)] = pools(
             bases, _cached(fresh), scored, data, replace(s, n_resamples=1000)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli._output import JsonFlag, emit_json, table
+from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 
 if TYPE_CHECKING:
     from assay.vhack.checks import CheckReport
@@ -43,7 +43,8 @@ def check(
     entries = vhack_checks.read_source_log(log) if log else None
     loaded = load_model(model, dtype=dtype, device=device)
     read = Basis.load(basis, loaded, k_use=None) if basis else None
-    result = vhack_checks.check(read, loaded, None, found, settings=settings, log=entries)
+    with progress_bar("gradients", "samples") as progress:
+        result = vhack_checks.check(read, loaded, None, found, settings=settings, log=entries, progress=progress)
     if output:
         write_atomic(output, dumps(result.as_dict()) + "\n")
     if html:

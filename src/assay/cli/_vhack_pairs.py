@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli._output import JsonFlag, emit_json, table
+from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ def verify(
     from assay.vhack.pairs import find_pairs, read_tests, verify_pairs
 
     found = find_pairs(pairs)
-    verdicts = verify_pairs(found, read_tests(tests) if tests else None, allow_unsandboxed=allow_unsandboxed)
+    cases = read_tests(tests) if tests else None
+    with progress_bar("verifying", "pairs") as progress:
+        verdicts = verify_pairs(found, cases, allow_unsandboxed=allow_unsandboxed, progress=progress)
     bad = [verdict for verdict in verdicts if not verdict.holds]
     if as_json:
         values = {"verified": len(verdicts) - len(bad), "pairs": [verdict.as_dict() for verdict in verdicts]}

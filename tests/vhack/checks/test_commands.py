@@ -1,6 +1,5 @@
 import json
 
-import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -49,7 +48,6 @@ def test_verify_says_which_pair_does_not_hold(tmp_path):
     assert "1 of 2 pairs do what they claim" in called("pairs", "verify", path).stdout
 
 
-@pytest.mark.slow
 def test_check_writes_json_and_page_and_report_draws_it_again(tmp_path):
     result = called(
         *(

@@ -32,7 +32,7 @@ class Fold:
     """One basis and the pairs it is scored on.
 
     Attributes:
-        along: component of every sample along its axes.
+        along: component of every sample along its axes, [M, K, S].
         train: indices of the pairs it was fitted to, as far as they are among the pairs at hand.
         test: indices of the pairs it may be scored on.
         frame: the fit, where swapping training labels only turns its axes; None where the basis stays as it is.

@@ -27,12 +27,12 @@ class Frame:
     """A fitted basis of every module, by what it says of the samples.
 
     Attributes:
-        along: component of each sample along each axis; axes point to where most differences point.
-        fitted: the same of the differences it was fitted to.
-        mix: the axes as combinations of these differences.
-        first: the differences are sample ``first`` minus sample ``second``.
-        second: see ``first_T``.
-        values: singular values.
+        along: component of each sample along each axis, [M, K, S]; axes point to where most differences point.
+        fitted: the same of the differences it was fitted to, [M, K, T].
+        mix: the axes as combinations of these differences, [M, K, T].
+        first: the differences are sample ``first`` minus sample ``second``, [T].
+        second: see ``first``, [T].
+        values: singular values, [M, K].
     """
 
     along: Tensor

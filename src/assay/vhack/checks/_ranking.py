@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,13 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Scores of the held-out pairs: as labelled in row 0, with swapped labels in the others; [1 + B, N'] each."""
+    """Scores of the N' held-out pairs: as labelled in row 0, with swapped labels in the B others.
+
+    Attributes:
+        hack: of the hack sides, [1 + B, N'].
+        clean: of the clean sides, [1 + B, N'].
+        groups: of the pairs.
+    """
 
     hack: FloatArray
     clean: FloatArray
@@ -150,9 +157,14 @@ def check_unpaired(
         nulls={SWAPPED: swapped},
         above=0.5,
         settings=settings,
-        smallest_p=0.5 ** len(set(hack_groups) & set(clean_groups)) if set(hack_groups) == set(clean_groups) else 0.0,
+        smallest_p=_smallest_p(set(hack_groups), set(clean_groups)),
         details={"mean_cin_hack": float(hack.mean()), "mean_cin_clean": float(clean.mean())},
     )
+
+
+def _smallest_p(hack: set[str], clean: set[str]) -> float:
+    """One over the number of ways to relabel: groups with both kinds swap, those with one kind trade places."""
+    return 0.5 ** len(hack & clean) / comb(len(hack ^ clean), len(hack - clean))
 
 
 def _relabelled(is_hack_N: BoolArray, groups: Sequence[str], generator: np.random.Generator) -> BoolArray:

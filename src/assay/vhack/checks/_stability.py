@@ -38,7 +38,7 @@ class Stability:
         check: the check.
         overlap: mean squared cosine per module; empty where it was not measured.
         cosines: mean cosine of each principal angle, largest first.
-        generic_cosines: the same between a hack basis and a clean-clean basis.
+        generic: the same between a hack basis and a clean-clean basis.
     """
 
     check: Check

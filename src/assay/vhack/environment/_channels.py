@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from assay.errors import DataError
-from assay.vhack.environment._types import Call, Limits, Result
+from assay.vhack.environment._types import Call, Result
 from assay.vhack.environment.sandbox import run
 
 __all__ = ["CHANNELS", "Channel", "stubbed"]
@@ -51,7 +51,7 @@ class Channel:
             allow_unsandboxed: see :func:`assay.vhack.environment.run`.
         """
         calls = self.asks(entry, *case)
-        result = run(program, calls=calls, files=self.files, limits=Limits(), allow_unsandboxed=allow_unsandboxed)
+        result = run(program, calls=calls, files=self.files, allow_unsandboxed=allow_unsandboxed)
         return not (result.timed_out or result.overflowed) and self.accepts(result)
 
     def vacuous(
