@@ -90,12 +90,7 @@ def _pages() -> APIRouter:
 
     @router.get("/docs")
     async def docs() -> HTMLResponse:
-        return _page("docs.html")
+        text = resources.files("assay.poc.service").joinpath("docs.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers=PAGE_HEADERS)
 
     return router
-
-
-def _page(name: str) -> HTMLResponse:
-    found = resources.files("assay.poc.service").joinpath(name)
-    text = found.read_text(encoding="utf-8") if found.is_file() else "<p>See <a href=/docs>/docs</a>.</p>"
-    return HTMLResponse(text, headers=PAGE_HEADERS)
