@@ -192,7 +192,7 @@ def test_fault_15_a_distance_that_is_no_number_ends_the_round(service, scale):
     service.post("/init/generate", ROUND)
     until(lambda: service.status()["state"] == "STOPPED")
     assert service.checked() == 0
-    assert "distance" in service.status()["error"]
+    assert "NaN" in service.status()["error"]
     assert service.client.get("/ready").status_code == 503
     service.rig.scale = 1.0
     service.post("/phase/generate")
@@ -299,3 +299,18 @@ def test_the_engines_thread_survives_what_it_does_not_expect(service, monkeypatc
     monkeypatch.setattr(service.controller._worker, "_background", step)
     job = ARTIFACTS | {"nonces": [0], "wait": True}
     assert service.post("/generate", job)["status"] == "completed"
+
+
+def test_a_validation_recomputes_for_the_key_it_names(service):
+    """One validator judges many nodes: each by its own key, whatever the key of its own round."""
+
+    def distances(key: str) -> list[float]:
+        body = CLAIM | {"public_key": key, "nonces": list(range(8)), "dist": [1.4] * 8}
+        return service.post("/validate", body)["computed_distances"]
+
+    found = {}
+    for own in ("validator", "node_A"):
+        service.post("/init/validate", ROUND | {"public_key": own})
+        found[own] = [distances(key) for key in ("node_A", "node_B", "validator")]
+    assert found["validator"] == found["node_A"]
+    assert len({tuple(values) for values in found["validator"]}) == 3

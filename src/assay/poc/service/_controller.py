@@ -362,7 +362,8 @@ class Controller:
         started = time.perf_counter()
         engine = self._engine(stored.seq_len, stored.batch_size)
         computed: list[float] = []
-        for batch in compute(stored.header(engine.fingerprint), engine, request.nonces):
+        header = stored.header(engine.fingerprint, request.public_key)  # the key that is paid, not the validator's
+        for batch in compute(header, engine, request.nonces):
             if epoch != self._epoch or self.closing.is_set():
                 raise Refusal(
                     409,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -59,10 +59,10 @@ class StoredRound:
         """The same round for the engine."""
         return make_round(self.__dict__)
 
-    def header(self, fingerprint: Fingerprint) -> Header:
-        """Return the header under which nonces of this round are computed."""
+    def header(self, fingerprint: Fingerprint, public_key: str | None = None) -> Header:
+        """Return the header under which nonces of this round are computed, or those of another key in it."""
         return Header(
-            round=self.round,
+            round=replace(self.round, public_key=public_key or self.public_key),
             pipeline=get_pipeline(self.preset),
             digest=self.digest,
             weights=self.weights,
