@@ -1,13 +1,17 @@
 """The root of the command line, doctor, models, and the frozen surface."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer
 
 import assay as package
-from assay.cli import app
+from assay.cli import app, run
 
 FROZEN = {
     "demo": {"--model", "--output", "--json"},
@@ -70,6 +74,78 @@ def test_mistyped_commands(wrong, assay):
     assert result.code == 2
     assert result.err
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("poc = 5", "poc is not a flag of assay"),
+        ("[models]\nlist = [1]", "list is not a flag of models"),
+        ("[models.list]\ntypo = 1", "typo is not a flag of list"),
+        ("[models.list.json]\nx = 1", "json is not a command of list"),
+        ("[none]\nx = 1", "none is not a command of assay"),
+        ("\\", "Invalid"),
+    ],
+)
+def test_a_configuration_that_says_nothing_known_is_refused(text: str, seen: str, assay, tmp_path: Path):
+    (tmp_path / "assay.toml").write_text(text)
+    result = assay("--config", tmp_path / "assay.toml", "models", "list")
+    assert result.code == 2
+    assert seen in result.err
+
+
+def test_a_configuration_is_written_like_flags(assay, tmp_path: Path):
+    (tmp_path / "assay.toml").write_text('[streams.signs]\nseed-text = "a"\nn = 3\njson = true\n')
+    result = assay("--config", tmp_path / "assay.toml", "streams", "signs")
+    assert json.loads(result.out)["n"] == 3
+
+
+def test_a_home_that_cannot_be_seen_has_no_configuration(assay, monkeypatch):
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    for error in (RuntimeError("no home"), PermissionError(13, "Permission denied")):
+
+        def refuse(error=error):
+            raise error
+
+        monkeypatch.setattr(Path, "home", refuse)
+        assert assay("streams", "signs", "--seed-text", "a", "-n", "1").code == 0
+
+
+SIGNS = ["streams", "signs", "--seed-text", "a", "-n", "3", "--backend", "numpy"]
+
+
+@pytest.mark.parametrize("arguments", [[*SIGNS, "--json"], ["models", "list"]])
+def test_a_reader_that_left_is_no_verdict(arguments: list[str]):
+    """Code 1 means fraud, so a closed pipe must not give it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "assay", *arguments], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_full_disk_behind_stdout_is_one_clear_error():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "assay", *SIGNS, "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: output: No space left on device\n  wanted:")
+    assert len(done.stderr.splitlines()) == 3
+
+
+def test_closed_streams_do_not_matter(assay, monkeypatch):
+    for name in ("stdout", "stderr"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, None)
+            assert run(["models", "list"]) == 0
+            assert run(["models", "info", "none"]) == 2
 
 
 def test_errors_as_json(assay, monkeypatch, tmp_path: Path):

@@ -198,6 +198,16 @@ def test_calibrate_from_two_proofs_and_use_it(prove, assay, small_checkpoint: Pa
     assert json.loads(result.out)["noise"]["source"] == "calibration on 32 nonces"
 
 
+def test_an_empty_expectation_is_refused(prove, assay, small_checkpoint: Path, tmp_path: Path):
+    """A shell variable that is not set must not switch the check off."""
+    path = tmp_path / "proof.jsonl"
+    assert prove().code == 0
+    for flag in ("--block-hash", "--public-key"):
+        result = assay("poc", "verify", path, "--model", small_checkpoint, flag, "")
+        assert result.code == 2
+        assert "is ''" in result.err
+
+
 def test_flags_beat_environment_beats_configuration(prove, assay, small_checkpoint: Path, tmp_path: Path, monkeypatch):
     config = tmp_path / "assay.toml"
     config.write_text('[poc.prove]\npublic-key = "file"\nblock_hash = "file"\nseq-len = 16\nnonces = "0:2"\n')

@@ -38,3 +38,18 @@ def test_compiles_where_nothing_can_be_kept_on_disk(monkeypatch):
 
     monkeypatch.setattr(numba, "njit", nowhere_to_write)
     assert compiled._compiled(lambda x: x + 1)(1) == 2
+
+
+def add_one(x):
+    return x + 1
+
+
+def test_a_full_disk_costs_only_the_cache(monkeypatch, tmp_path):
+    from numba.core import caching
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(caching._CacheLocator, "ensure_cache_path", lambda self: None)
+    monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
+    assert compiled._compiled(add_one)(1) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from assay import __version__
 from assay.cli import _demo, _doctor, _models, _poc, _streams, _vhack
@@ -18,8 +19,25 @@ from assay.errors import AssayError, UsageError
 
 __all__ = ["app", "run"]
 
+
+class _Root(TyperGroup):
+    """The root command, in whose name the errors of the system are put into words."""
+
+    def invoke(self, context: Any) -> Any:
+        # Before typer sees a closed pipe: it would answer with code 1, and that means fraud here.
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            raise _ReaderLeft from None
+        except OSError as error:
+            from assay.reports import storage_error
+
+            raise storage_error(Path(str(error.filename or "output")), error) from error
+
+
 app = typer.Typer(
     name="assay",
+    cls=_Root,
     help="Measure what a language model really computed, and what its training really learns.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -54,13 +72,14 @@ def root(
     ] = False,
 ) -> None:
     """Read the configuration file before any command sees its options."""
-    context.default_map = _load_config(config)
+    context.default_map = _load_config(config, context.command)
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0 success or honest, 1 fraud or a failed check, 2 bad input or undecided, 128 + n stopped by signal n.
+    0 success or honest, 1 fraud or a failed check, 2 bad input or undecided, 128 + n stopped by signal n (141: the
+    reader of stdout left).
     """
     command = typer.main.get_command(app)
     try:
@@ -70,14 +89,28 @@ def run(arguments: list[str] | None = None) -> int:
         return done.code if isinstance(done.code, int) else 0
     except AssayError as error:
         errors(error)
+        _drop_output()
         return 2
     except _Stopped as stop:
-        sys.stderr.write("stopped; long work is kept in its .partial file, and the same command continues it\n")
+        typer.echo("stopped; long work is kept in its .partial file, and the same command continues it", err=True)
         return 128 + stop.number
-    except BrokenPipeError:
-        # The reader of our stdout left. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _ReaderLeft:
+        _drop_output()
+        return 128 + signal.SIGPIPE
     return 0
+
+
+def _drop_output() -> None:
+    """Give up what stdout does not take: Python would complain again when it flushes at exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _ReaderLeft(BaseException):
+    """Nobody reads our stdout any more."""
 
 
 class _Stopped(BaseException):
@@ -105,13 +138,13 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _load_config(path: Path | None) -> dict[str, Any]:
-    chosen = path or Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "assay" / "config.toml"
-    if path is None and not chosen.is_file():
+def _load_config(path: Path | None, command: Any) -> dict[str, Any]:
+    chosen = path or _user_config()
+    if chosen is None:
         return {}
     try:
-        return _dashes_to_names(tomllib.loads(chosen.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return _defaults(tomllib.loads(chosen.read_text(encoding="utf-8")), command)
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"configuration file {chosen}: {error}",
             wanted='a readable TOML file, for instance [poc.prove] with model = "reference:qwen3"',
@@ -119,9 +152,34 @@ def _load_config(path: Path | None) -> dict[str, Any]:
         ) from None
 
 
-def _dashes_to_names(table: dict[str, Any]) -> dict[str, Any]:
-    """Let keys be written like flags (seq-len) or like names (seq_len)."""
-    return {
-        key.replace("-", "_"): _dashes_to_names(value) if isinstance(value, dict) else value
-        for key, value in table.items()
-    }
+def _user_config() -> Path | None:
+    """The user's own file, if there is one that can be seen."""
+    try:
+        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        found = folder / "assay" / "config.toml"
+        return found if found.is_file() else None
+    except (OSError, RuntimeError):  # a home of somebody else, or none
+        return None
+
+
+def _defaults(table: dict[str, Any], command: Any) -> dict[str, Any]:
+    """Return a table as the parser wants it: keys are written like flags (seq-len) or like names (seq_len).
+
+    Raises:
+        ValueError: a key is no command or flag, or is a table where a value should be, or the other way round.
+    """
+    commands = getattr(command, "commands", {})
+    flags = {_name(flag): parameter.name for parameter in command.params for flag in parameter.opts}
+    found = {}
+    for key, value in table.items():
+        if isinstance(value, dict) and key in commands:
+            found[key] = _defaults(value, commands[key])
+        elif not isinstance(value, dict) and _name(key) in flags:
+            found[flags[_name(key)]] = value
+        else:
+            raise ValueError(f"{key} is not a {'command' if isinstance(value, dict) else 'flag'} of {command.name}")
+    return found
+
+
+def _name(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")

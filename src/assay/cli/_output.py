@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -29,9 +29,14 @@ def errors(error: AssayError) -> None:
     """Print an error in its three parts on stderr, or as JSON where ``ASSAY_ERRORS=json``."""
     if os.environ.get("ASSAY_ERRORS") == "json":
         parts = {"error": type(error).__name__, "seen": error.seen, "wanted": error.wanted, "do": error.do}
-        sys.stderr.write(json.dumps(parts) + "\n")
+        typer.echo(json.dumps(parts), err=True)
     else:
-        sys.stderr.write(f"error: {error}\n")
+        typer.echo(f"error: {error}", err=True)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich itself would exit with code 1, and that means fraud here
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
@@ -42,7 +47,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     for row in rows:
         shown.add_row(*(Text(str(cell)) for cell in row))
     # A pipe has no width of its own; 80 columns would fold names that a file has room for.
-    Console(width=None if sys.stdout.isatty() else 110).print(shown)
+    _Console(width=None if _is_terminal(sys.stdout) else 110).print(shown)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()  # a closed stream is None
 
 
 class _Rate(ProgressColumn):
@@ -57,7 +66,7 @@ class _Rate(ProgressColumn):
 @contextmanager
 def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, int], None] | None]:
     """Show a progress bar with rate and time left on stderr, if that is a terminal."""
-    if not sys.stderr.isatty():
+    if not _is_terminal(sys.stderr):
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())

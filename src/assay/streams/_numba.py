@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numba
@@ -42,9 +43,21 @@ _SCALE = np.float32(2.0**-32)
 def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     """Compile on first use, keeping the result on disk where there is a place to keep it."""
     try:
-        return numba.njit(cache=True, nogil=True, **options)(function)
+        kernel = numba.njit(cache=True, nogil=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
         return numba.njit(nogil=True, **options)(function)
+    kernel._cache.save_overload = _forgiving(kernel._cache.save_overload)
+    return kernel
+
+
+def _forgiving(save: Callable[..., None]) -> Callable[..., None]:
+    """A full disk costs the next process the time to compile, and nothing else."""
+
+    def attempt(*args: Any) -> None:
+        with suppress(OSError):
+            save(*args)
+
+    return attempt
 
 
 def _inline(function: Callable[..., Any]) -> Any:
