@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("page", ["docs/tutorial.md", "README.md"])
-def test_every_python_block_runs(page: str):
+def test_every_python_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # some blocks write files
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     assert blocks
     names: dict[str, object] = {"__name__": page}
