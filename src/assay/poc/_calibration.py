@@ -20,6 +20,7 @@ __all__ = ["Calibration", "calibrate", "fit_noise"]
 KIND = "assay.poc.calibration"
 SCHEMA = 1
 MIN_NONCES = 30
+LAWS: dict[str, type[Law]] = {"distance": stats.ScaleNoise, "vector": stats.LogNoise}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,12 @@ class Calibration:
             values["prover"] = Fingerprint(**values["prover"])
             values["validator"] = Fingerprint(**values["validator"])
             values["law"] = law_from_dict(values["law"])
-            return cls(**values)
+            read = cls(**values)
+            if type(read.law) is not LAWS.get(read.output):
+                raise ValueError(f"a {type(read.law).__name__} for output {read.output!r:.60}")
+            if type(read.n) is not int or read.n < MIN_NONCES:
+                raise ValueError(f"{read.n!r:.60} nonces, fewer than {MIN_NONCES}")
+            return read
         except CalibrationError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
