@@ -115,3 +115,10 @@ def test_permutation_is_the_gather_of_the_published_order(round_):
     target = NUMPY.normals(streams.seeds([round_.block_text("target")]), 96)[0].astype(np.float64)
     cosine = logits @ target / np.linalg.norm(logits) / np.linalg.norm(target)
     assert transform(x_BD, [9]).item() == pytest.approx(np.sqrt(2 - 2 * cosine), abs=1e-6)
+
+
+def test_shapes_in_annotations_are_checked_while_tests_run():
+    from jaxtyping import TypeCheckError
+
+    with pytest.raises(TypeCheckError):
+        project(torch.zeros(2, 3), torch.zeros(5, 4))

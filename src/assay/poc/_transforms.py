@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float16, Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,18 +24,18 @@ _EPSILON = 1e-8  # added to norms, as published
 _HEAD_SCALE = 0.02  # of no effect on a distance; kept because it is published
 
 
-def unit(x_BD: Tensor) -> Tensor:
+def unit(x_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
     """Scale every row to length one: x / (‖x‖ + 1e-8)."""
     norm_B1: Tensor = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True)
     return x_BD / (norm_B1 + _EPSILON)
 
 
-def reflect(x_BD: Tensor, v_BD: Tensor) -> Tensor:
+def reflect(x_BD: Float[Tensor, "*B D"], v_BD: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B D"]:
     """Reflect every row in the hyperplane orthogonal to its unit vector: x − 2 (x·v) v."""
     return x_BD - 2 * (x_BD * v_BD).sum(dim=-1, keepdim=True) * v_BD
 
 
-def project(x_BD: Tensor, weight_VD: Tensor) -> Tensor:
+def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B V"]:
     """Multiply every row by a head: [B, V] = x Wᵀ, one row at a time.
 
     One product of all rows would be faster, but its kernels treat the rows at the edge of a tile in
@@ -79,7 +80,9 @@ class Transform:
             target_V = self._normals([round.block_text("target")], pipeline.output_size(hidden_size, vocab_size))[0]
             self._target_V = target_V / torch.linalg.vector_norm(target_V)
 
-    def __call__(self, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
+    def __call__(
+        self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]
+    ) -> Float32[Tensor, " B"] | Float16[Tensor, "B K"]:
         """Return what the pipeline publishes: distances [B] in float32, or vectors [B, K] in float16.
 
         Args:

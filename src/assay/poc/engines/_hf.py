@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from assay import streams
@@ -101,14 +102,14 @@ class HFEngine:
             library=f"transformers {transformers.__version__}",
         )
 
-    def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
+    def inputs(self, round: Round, nonces: Sequence[int]) -> Float[Tensor, "B T D"]:
         """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
         seeds_BS = streams.seeds([round.text("inputs", nonce) for nonce in nonces], round.strength)
         values = self._streams.normals(seeds_BS, self.seq_len * self.hidden_size, self.dtype)
         return streams.as_tensor(values).view(len(nonces), self.seq_len, self.hidden_size)
 
     @torch.inference_mode()
-    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+    def last_hidden(self, inputs_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B D"]:
         """Return the last token's hidden state after the final norm, [B, D] in float32.
 
         Raises:
@@ -153,7 +154,7 @@ class HFEngine:
         )
 
     @torch.inference_mode()
-    def trained_head(self, x_BD: Tensor) -> Tensor:
+    def trained_head(self, x_BD: Float[Tensor, "B D"]) -> Float32[Tensor, "B V"]:
         """Return the model's own logits [B, V] in float32."""
         weight_VD: Tensor = self.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         return project(x_BD.to(weight_VD.dtype), weight_VD).float()
