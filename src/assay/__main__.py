@@ -1,10 +1,12 @@
 """The entry point of the command line."""
 
-from assay.cli import run
-
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    try:
+        from assay.cli import run
+    except KeyboardInterrupt:  # so early that nobody listens for signals yet
+        raise SystemExit(130) from None
     raise SystemExit(run())
 
 

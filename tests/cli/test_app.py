@@ -189,3 +189,16 @@ def test_models(assay, tmp_path: Path):
     assert (tmp_path / "random" / "model.safetensors").is_file()
     for wrong in (("info", "none"), ("random", "reference:llama", "-o", tmp_path / "x", "--weights", "odd")):
         assert assay("models", *wrong).code == 2
+
+
+def test_an_interrupt_during_the_imports_is_no_traceback(monkeypatch):
+    from assay.__main__ import main
+
+    class Slow:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "assay.cli", Slow())
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130

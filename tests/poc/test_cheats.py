@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from assay.errors import UsageError
-from assay.models import decoder_layers
-from assay.poc import Proof, Round, cheats
+from assay.models import decoder_layers, load_model
+from assay.poc import Proof, Round, cheats, prove
 
 
 def test_rounding_leaves_few_values_per_group(small_model):
@@ -40,3 +40,19 @@ def test_a_replayed_proof_claims_the_other_round(proof: Proof):
     stolen = cheats.replayed(proof, mine)
     assert stolen.round.public_key == "mine"
     assert np.array_equal(stolen.distances, proof.distances)
+
+
+def test_cheaters_cheat_on_an_architecture_with_other_names(round_, tmp_path):
+    """GPT-2 keeps its layers under another name and its weights turned."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=64)).save_pretrained(
+            tmp_path
+        )
+    model = load_model(tmp_path, device="cpu")
+    honest = prove(model, round_, range(4), batch_size=4).distances
+    for cheat in (cheats.rounded(model, bits=4), cheats.without_last_layers(model, 1)):
+        assert (prove(cheat, round_, range(4), batch_size=4).distances != honest).all()

@@ -10,10 +10,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from assay import stats
 from assay.errors import UsageError
-from assay.models import Model, backbone, decoder_layers
+from assay.models import Model, decoder_layers
 from assay.poc._proof import Proof, Record
 from assay.poc._round import Round
 
@@ -34,6 +35,8 @@ def rounded(model: Model, bits: int = 4) -> Model:
             for part in layer.modules():
                 if isinstance(part, nn.Linear):
                     part.weight.copy_(_round_groups(part.weight, bits))
+                elif isinstance(part, Conv1D):  # the same product with the weight turned, in GPT-2
+                    part.weight.copy_(_round_groups(part.weight.T, bits).T)
     return replace(model, module=module)
 
 
@@ -42,7 +45,7 @@ def without_last_layers(model: Model, count: int) -> Model:
     if not 0 < count < model.num_layers:
         raise UsageError(f"{count} layers skipped", wanted=f"1 to {model.num_layers - 1}", do="skip fewer layers")
     module = copy.deepcopy(model.module)
-    backbone(module).layers = decoder_layers(module)[: model.num_layers - count]
+    del decoder_layers(module)[model.num_layers - count :]
     return replace(model, module=module)
 
 
@@ -64,7 +67,7 @@ def replayed(proof: Proof, round: Round) -> Proof:
 def _round_groups(weight_OI: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = weight_OI.shape
     width = GROUP if columns % GROUP == 0 else columns
-    grouped = weight_OI.float().view(rows, -1, width)
+    grouped = weight_OI.float().reshape(rows, -1, width)
     step = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     step = torch.where(step > 0, step, torch.ones_like(step))
     return (torch.round(grouped / step) * step).view(rows, columns).to(weight_OI.dtype)
