@@ -1,8 +1,9 @@
 """What the package promises by name: everything in `__all__` is documented and importable."""
 
+import ast
 import importlib
 import inspect
-import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -22,9 +23,11 @@ def test_exported_names(name: str):
 
 
 def test_every_module_says_what_it_is():
-    for found in pkgutil.walk_packages(assay.__path__, "assay."):
-        if not found.name.endswith("__main__"):
-            assert importlib.import_module(found.name).__doc__, found.name
+    """Read, not imported: some modules need packages that only a GPU machine or a service has."""
+    modules = sorted(Path(assay.__file__).parent.rglob("*.py"))
+    assert len(modules) > 100
+    for path in modules:
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
 def test_unknown_names_are_attribute_errors():

@@ -38,10 +38,36 @@ def test_too_small_a_sample_is_undecided(proof: Proof, small_model):
     assert "too few" in verdict.reason
 
 
-@pytest.mark.parametrize("sample", [0, -3, 41])
+@pytest.mark.parametrize("sample", [0, -3, 41, 2.5, True, "3"])
 def test_a_sample_out_of_range_is_refused(sample: int, proof: Proof, small_model):
     with pytest.raises(UsageError, match="sample"):
         verify(proof, small_model, sample=sample)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "x"])
+def test_a_seed_out_of_range_is_refused(seed, proof: Proof, small_model):
+    with pytest.raises(UsageError, match="seed"):
+        verify(proof, small_model, seed=seed)
+
+
+@pytest.mark.parametrize("rates", [{"alpha": 0.0}, {"alpha": 1.0}, {"beta": 0.0}])
+def test_impossible_error_rates_are_refused_before_the_work(rates, proof: Proof, small_model):
+    def progress(done: int, total: int) -> None:
+        raise AssertionError("nothing should be computed")
+
+    with pytest.raises(UsageError, match="alpha"):
+        verify(proof, small_model, progress=progress, **rates)
+
+
+def test_a_header_does_not_choose_the_validators_work(proof: Proof, small_model, monkeypatch):
+    from assay.poc import _verifier
+
+    monkeypatch.setattr(_verifier, "LARGEST_BATCH", 4)
+    shapes = []
+    real = _verifier.HFEngine
+    monkeypatch.setattr(_verifier, "HFEngine", lambda *a, **k: shapes.append(k["batch_size"]) or real(*a, **k))
+    assert verify(proof, small_model).honest
+    assert shapes == [4]
 
 
 CHEATS = {

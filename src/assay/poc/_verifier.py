@@ -22,6 +22,9 @@ __all__ = ["DEFAULT_SAMPLE", "EFFECT", "judge", "residuals", "verify"]
 
 DEFAULT_SAMPLE = 64
 
+# A header may claim any batch shape; a validator follows it so far, for equal bits, and no further.
+LARGEST_BATCH = 1024
+
 # The smallest multiple of the honest noise that counts as another computation. Vectors show a
 # multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.
 EFFECT = {"distance": 4.0, "vector": 2.0}
@@ -49,7 +52,7 @@ def verify(
         seed: draws the sample; from the system's randomness when None, so that no prover can guess it.
         expect: refuse the proof if it was made for another round than this one.
         calibration: measured honest noise for this pair of engines; the stated default when None.
-        engine: recomputes; the transformers engine with the prover's batch shape when None.
+        engine: recomputes; when None, the transformers engine with the prover's batch shape, of at most 1024 rows.
         alpha: bound on the chance to ever accuse an honest node.
         beta: chance to pass a node whose residuals are :data:`EFFECT` times the honest noise.
         progress: called after every batch.
@@ -61,9 +64,10 @@ def verify(
     """
     header = proof.header
     check_match(header, model, expect)
-    fingerprint = header.fingerprint
-    engine = engine or HFEngine(model, batch_size=fingerprint.batch_size, seq_len=header.round.seq_len)
+    batch_size = min(header.fingerprint.batch_size, LARGEST_BATCH)
+    engine = engine or HFEngine(model, batch_size=batch_size, seq_len=header.round.seq_len)
     noise = noise_for(header, engine, calibration)
+    _new_test(header, noise, alpha, beta)  # refuses impossible error rates before the work, not after
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     chosen = _draw(proof, sample, seed)
     recomputed: list[Record] = []
@@ -123,8 +127,7 @@ def judge(
     """Judge received records against recomputed ones of the same nonces."""
     header = proof.header
     errors = residuals(received, recomputed)
-    test = stats.SequentialTest(noise.law, alpha=alpha, beta=beta, effect=EFFECT[header.pipeline.output])
-    test.update(errors)
+    test = _new_test(header, noise, alpha, beta).update(errors)
     if header.pipeline.output == "vector":
         count = count_mismatches(errors)
     else:
@@ -147,11 +150,17 @@ def judge(
     )
 
 
+def _new_test(header: Header, noise: Noise, alpha: float, beta: float) -> stats.SequentialTest:
+    return stats.SequentialTest(noise.law, alpha=alpha, beta=beta, effect=EFFECT[header.pipeline.output])
+
+
 def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
     total = len(proof.records)
     size = min(DEFAULT_SAMPLE, total) if sample is None else sample
-    if not 1 <= size <= total:
+    if type(size) is not int or not 1 <= size <= total:
         raise UsageError(f"a sample of {size}", wanted=f"1 to {total}, the nonces of this proof", do="lower --sample")
+    if type(seed) is not int or seed < 0:
+        raise UsageError(f"seed {seed!r}", wanted="a whole number from 0 upwards", do="leave it out")
     chosen = np.random.default_rng(seed).choice(total, size=size, replace=False)
     return [proof.records[i] for i in sorted(chosen.tolist())]
 

@@ -92,7 +92,7 @@ class Engine(Protocol):
         """Return the last token's hidden state after the final norm, [B, D] in float32."""
 
     def trained_head(self, x_BD: Tensor) -> Tensor:
-        """Return the model's own logits [B, V] in float32."""
+        """Return x Wᵀ for the model's own head matrix, [B, V] in float32; no bias, no capping of logits."""
 
     def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
         """Apply a transform after every decoder layer while the context is open."""

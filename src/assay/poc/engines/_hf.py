@@ -155,7 +155,7 @@ class HFEngine:
 
     @torch.inference_mode()
     def trained_head(self, x_BD: Float[Tensor, "B D"]) -> Float32[Tensor, "B V"]:
-        """Return the model's own logits [B, V] in float32."""
+        """Return x Wᵀ for the model's own head matrix, [B, V] in float32; no bias, no capping of logits."""
         weight_VD: Tensor = self.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         return project(x_BD.to(weight_VD.dtype), weight_VD).float()
 
