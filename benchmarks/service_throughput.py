@@ -26,7 +26,7 @@ from tests.end_to_end.readers import answer_times, read_at_once
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.server import Server
 
-BATCH, SEQ_LEN, READERS = 16, 64, 1000
+BATCH, SEQ_LEN, READERS = 32, 256, 1000  # the shape of a round that says nothing else
 WINDOW = 2  # the windows with and without readers are so many turns long
 BLOCK = {"block_hash": "bench", "block_height": 1, "public_key": "k", "r_target": 1.416, "node_id": 0, "node_count": 1}
 
@@ -123,7 +123,7 @@ def measure(server, receiver, chosen, directory):
 def main():
     options = parser(__doc__)
     options.add_argument("--model", default="reference:qwen3")
-    options.add_argument("--batches", type=int, default=60)
+    options.add_argument("--batches", type=int, default=20)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--threads", type=int, help="threads of torch on both sides; its own choice when left out")
     chosen = options.parse_args()
