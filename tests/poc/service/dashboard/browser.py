@@ -1,11 +1,13 @@
 """Chromium as the distribution packages it, and what a page does while a test looks at it."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -24,7 +26,10 @@ new PerformanceObserver((list) => window.shifts.push(...list.getEntries().map((e
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """A browser with a profile of its own. Each module opens one, since its event loop lives in this thread."""
-    assert CHROMIUM.exists(), "Chromium is not installed: apt-get install --no-install-recommends chromium"
+    if not CHROMIUM.exists():
+        # On a bare machine the rest of the suite still runs; where CI runs, the page must be looked at.
+        missing = "Chromium is not installed: apt-get install --no-install-recommends chromium"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
