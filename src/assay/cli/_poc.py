@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _serve
+from assay.cli._flags import DeviceFlag, DtypeFlag, ModelFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
 
@@ -20,12 +21,6 @@ app = typer.Typer(help="Prove that a model ran, and check such proofs.", no_args
 app.command("serve")(_serve.serve)
 app.command("receive")(_serve.receive)
 app.add_typer(_serve.callbacks, name="callbacks")
-
-ModelFlag = Annotated[
-    str, typer.Option("--model", help="A directory, a hub id, reference:… or shape:…", envvar="ASSAY_MODEL")
-]
-DtypeFlag = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.", envvar="ASSAY_DTYPE")]
-DeviceFlag = Annotated[str | None, typer.Option("--device", help="cpu or cuda.", envvar="ASSAY_DEVICE")]
 
 
 @app.command()

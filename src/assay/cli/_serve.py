@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from assay.cli._flags import DeviceFlag, DtypeFlag, ModelFlag
 from assay.cli._output import JsonFlag, emit_json, table
 from assay.errors import UsageError
 
@@ -19,7 +20,7 @@ HostFlag = Annotated[str, typer.Option(help="Address to listen on; others than t
 
 
 def serve(
-    model: Annotated[str, typer.Option(help="A directory, a hub id, reference:… or shape:…", envvar="ASSAY_MODEL")],
+    model: ModelFlag,
     host: HostFlag = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     data_dir: DataDir = Path("assay-data"),
@@ -36,8 +37,8 @@ def serve(
         list[str] | None, typer.Option(help="Key that may validate and read.", envvar="ASSAY_VALIDATE_KEY")
     ] = None,
     read_key: Annotated[list[str] | None, typer.Option(help="Key that may read.", envvar="ASSAY_READ_KEY")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", envvar="ASSAY_DTYPE")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", envvar="ASSAY_DEVICE")] = None,
+    dtype: DtypeFlag = None,
+    device: DeviceFlag = None,
     seq_len: Annotated[int, typer.Option(help="Positions per nonce of artifact rounds and jobs.")] = 256,
     calibration: Annotated[Path | None, typer.Option(help="Measured honest noise, for verdicts.")] = None,
     callback_secret: Annotated[

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _vhack_check, _vhack_pairs
+from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
 
@@ -19,12 +20,6 @@ app = typer.Typer(help="Directions along which training would learn to cheat.", 
 app.add_typer(_vhack_pairs.app, name="pairs")
 app.command("check")(_vhack_check.check)
 app.command("report")(_vhack_check.report)
-
-ModelFlag = Annotated[
-    str, typer.Option("--model", help="A directory, a hub id, reference:… or shape:…", envvar="ASSAY_MODEL")
-]
-DtypeFlag = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16.", envvar="ASSAY_DTYPE")]
-DeviceFlag = Annotated[str | None, typer.Option("--device", help="cpu or cuda.", envvar="ASSAY_DEVICE")]
 
 
 @app.command()
@@ -53,7 +48,7 @@ def extract(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no weight decompositions on disk.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens per batch; chosen from memory when left out.")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers to save memory.")] = False,
-    dtype: DtypeFlag = None,
+    dtype: GradientDtypeFlag = None,
     device: DeviceFlag = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing basis file.")] = False,
     as_json: JsonFlag = False,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 
 if TYPE_CHECKING:
@@ -15,9 +16,7 @@ __all__ = ["check", "report"]
 
 def check(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option("--model", help="A directory, a hub id, reference:… or shape:…", envvar="ASSAY_MODEL")
-    ],
+    model: ModelFlag,
     pairs: Annotated[str, typer.Option(help="A pair file, authored, or generated:N[:SEED].")] = "authored",
     basis: Annotated[Path | None, typer.Option(help="Check this basis; without it, bases are fitted.")] = None,
     log: Annotated[Path | None, typer.Option(help="A training log, for the check of cin by source.")] = None,
@@ -25,8 +24,8 @@ def check(
     k_use: Annotated[int, typer.Option(help="Axes per module.")] = 5,
     alpha: Annotated[float, typer.Option(help="Bound on the chance that noise passes a check.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", envvar="ASSAY_DTYPE")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", envvar="ASSAY_DEVICE")] = None,
+    dtype: GradientDtypeFlag = None,
+    device: DeviceFlag = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result there as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report page there.")] = None,
     as_json: JsonFlag = False,
