@@ -18,6 +18,15 @@ def test_every_python_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.
         exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
+def test_the_readme_shows_what_its_example_prints(capsys: pytest.CaptureFixture[str]):
+    page = (ROOT / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block[1], "README.md", "exec"), {"__name__": "README.md"})
+    printed = capsys.readouterr().out.strip()
+    assert printed
+    assert printed in page
+
+
 def test_links_lead_somewhere():
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
