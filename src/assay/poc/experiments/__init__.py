@@ -1,0 +1,8 @@
+"""Experiments: every table of the published documents measured again, with the noise that each number carries.
+
+``assay poc experiment`` runs them; docs/experiments.md says what came out.
+"""
+
+from assay.poc.experiments._runs import Run, RunRecords, open_run, read_run, run_folder
+
+__all__ = ["Run", "RunRecords", "open_run", "read_run", "run_folder"]

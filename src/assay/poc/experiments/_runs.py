@@ -1,0 +1,211 @@
+"""The run store: what experiments measured, cell by cell, in files that a killed run continues.
+
+A run is a folder. Every experiment has one JSON Lines file in it, ``<experiment>.jsonl``: a header with the settings,
+then one line per cell, each under a key of its own. While it is written the file is ``<experiment>.jsonl.partial``.
+
+    with open_run(folder, "approaches", {"seq_len": 256}) as run:
+        for cell in cells:
+            if cell.key not in run.done:
+                run.append(cell.key, measure(cell))
+    read_run(folder, "approaches").cells
+
+Settings are what makes two cells comparable. Which cells are wanted is not among them, so a run that measured one model
+may be continued with another.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from assay.errors import DataError, UsageError
+from assay.reports import JsonObject, PartialFile, dumps, loads, provenance, read_lines, storage_error
+
+__all__ = ["Run", "RunRecords", "open_run", "read_run", "run_folder"]
+
+KIND = "assay.poc.experiment"
+SCHEMA = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What one experiment of a run measured.
+
+    Args:
+        experiment: its name, such as ``matrix``.
+        settings: what was the same for all cells.
+        origins: versions and machine of every process that wrote to the file, the first one first; each once.
+        cells: the measured values in the order of measurement; ``key`` names the cell.
+        complete: whether the process that wrote last reached its end.
+    """
+
+    experiment: str
+    settings: JsonObject
+    origins: tuple[JsonObject, ...]
+    cells: tuple[JsonObject, ...]
+    complete: bool
+
+
+class Run:
+    """An experiment's file, open for writing by one process; made by :func:`open_run`.
+
+    Leaving the ``with`` block without an error gives the file its final name. After an error it stays partial, and
+    the next :func:`open_run` goes on after the last whole line.
+    """
+
+    def __init__(self, file: PartialFile, header: JsonObject, cells: Iterable[JsonObject]) -> None:
+        self.settings: JsonObject = header["settings"]
+        self._file = file
+        self._cells = {cell["key"]: cell for cell in cells}
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Keys of the cells that are measured."""
+        return frozenset(self._cells)
+
+    @property
+    def cells(self) -> list[JsonObject]:
+        """The measured cells in their order."""
+        return list(self._cells.values())
+
+    def append(self, key: str, values: Mapping[str, Any]) -> None:
+        """Write the values of a cell; they are with the system when this returns.
+
+        Raises:
+            UsageError: the key is taken, or the values are not JSON.
+            StorageError: the line cannot be written.
+        """
+        if key in self._cells:
+            raise UsageError(f"cell {key!r} twice", wanted="every cell once", do="skip the keys in Run.done")
+        cell = {"key": key, **values}
+        self._file.append(cell)
+        self._cells[key] = cell
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self._file.commit()
+
+
+def run_folder(output: Path, name: str) -> Path:
+    """Return the folder of the run with this name.
+
+    Raises:
+        UsageError: the name is not a plain file name.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"run name {name!r:.80}",
+            wanted="1 to 64 letters, digits, dots, dashes and underscores",
+            do="for instance --run-name night-1",
+        )
+    return output / name
+
+
+def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Run:
+    """Begin an experiment in a run's folder, or continue it.
+
+    Raises:
+        UsageError: it was begun there with other settings; names them.
+        DataError: the file is not one of an experiment.
+        StorageError: it cannot be written, or another process writes it.
+    """
+    path = _path(folder, experiment)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not _partial(path).exists():
+            _check_settings(read_run(folder, experiment).settings, settings, path)
+            path.rename(_partial(path))
+    except OSError as error:
+        raise storage_error(path, error) from error
+    file = PartialFile(path)
+    try:
+        return _recovered(file, experiment, dict(settings))
+    except BaseException:
+        file.close()
+        raise
+
+
+def _recovered(file: PartialFile, experiment: str, settings: JsonObject) -> Run:
+    """Read what is there, and write the header or the origin that is missing."""
+    lines = file.recover()
+    origin = provenance()
+    if not lines:
+        header: JsonObject = {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "experiment": experiment,
+            "settings": settings,
+            "origin": origin,
+        }
+        file.append(header)
+        return Run(file, header, ())
+    header, origins, cells = _parsed([line.encode() for line in lines], file.partial, experiment)
+    _check_settings(header["settings"], settings, file.path)
+    if origin not in origins:
+        file.append({"origin": origin})
+    return Run(file, header, cells)
+
+
+def _check_settings(begun: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
+    # Compared as they are written: a tuple and a list are one setting.
+    other = sorted(
+        name
+        for name in begun.keys() | settings.keys()
+        if name not in begun or name not in settings or dumps(begun[name]) != dumps(settings[name])
+    )
+    if other:
+        raise UsageError(
+            f"{path} was begun with another " + ", ".join(other),
+            wanted=", ".join(f"{name} {begun.get(name)!r}" for name in other),
+            do="repeat the settings of that run, or choose another --run-name",
+        )
+
+
+def read_run(folder: Path, experiment: str) -> RunRecords:
+    """Read what an experiment of a run measured so far, while it runs too.
+
+    Raises:
+        DataError: there is no such file, or it is malformed; names the line.
+    """
+    path = _path(folder, experiment)
+    found = path if path.exists() else _partial(path)
+    lines = [raw for _, raw in read_lines(found)]
+    if found != path and lines and not lines[-1].endswith(b"\n"):
+        lines.pop()  # the writer has not finished this one
+    header, origins, cells = _parsed(lines, found, experiment)
+    return RunRecords(experiment, header["settings"], tuple(origins), tuple(cells), found == path)
+
+
+def _parsed(lines: list[bytes], path: Path, experiment: str) -> tuple[JsonObject, list[JsonObject], list[JsonObject]]:
+    """Take header, origins and cells apart."""
+    rows = [loads(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    header = rows[0] if rows else {}
+    if (header.get("kind"), header.get("schema"), header.get("experiment")) != (KIND, SCHEMA, experiment):
+        raise DataError(
+            f"{path} does not begin like a run of {experiment}",
+            wanted=f"a header of kind {KIND}, schema {SCHEMA}",
+            do="choose another --run-name, or move the file away",
+        )
+    origins = [header["origin"], *(row["origin"] for row in rows[1:] if "key" not in row)]
+    cells = [row for row in rows[1:] if "key" in row]
+    keys = {cell["key"] for cell in cells}
+    if len(keys) < len(cells):
+        raise DataError(f"{path} has a cell twice", wanted="every cell once", do="remove one of the two lines")
+    return header, origins, cells
+
+
+def _path(folder: Path, experiment: str) -> Path:
+    return folder / f"{experiment}.jsonl"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
