@@ -73,6 +73,7 @@ class Rig:
         self.scale = 1.0
         self.pause = 0.001
         self.batches = 0
+        self.returned = 0
         self.shapes: list[tuple[int, int]] = []
         self.layers: list[str] = []
 
@@ -83,6 +84,7 @@ class Rig:
         time.sleep(self.pause)
         if self.fail is not None:
             raise self.fail
+        self.returned += 1
 
     def deployment(self) -> Deployment:
         self.load()

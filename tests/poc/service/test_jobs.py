@@ -220,7 +220,7 @@ def test_a_job_outlasts_a_full_disk(service, monkeypatch):
     assert service.rig.entered.wait(10)
     full.append(True)
     service.rig.open.set()
-    until(lambda: service.rig.batches == 2)
+    until(lambda: service.rig.returned == 2)
     service.rig.fail = RuntimeError("nothing may be computed twice")
     assert finished(service, queued["request_id"]) is None
     full.clear()

@@ -15,7 +15,8 @@ from assay.poc.service._controller import Controller
 from assay.poc.service._delivery import Delivery
 from assay.poc.service._feed import Feed
 from assay.poc.service._local import LocalOnly
-from assay.poc.service._routes import operations_router, pow_router
+from assay.poc.service._quick import QuickStatus
+from assay.poc.service._routes import PREFIX, operations_router, pow_router
 from assay.poc.service.dashboard import dashboard_router
 
 __all__ = ["attach", "create_app"]
@@ -58,6 +59,7 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False) ->
     app.include_router(pow_router(controller, keys, feed))
     if operations:
         app.include_router(operations_router(controller, keys, feed))
+    app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, feed=feed)
     inner = app.router.lifespan_context
 
     @asynccontextmanager

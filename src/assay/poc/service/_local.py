@@ -1,5 +1,6 @@
 """Protects a service without keys from web pages that the operator's browser has open."""
 
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
@@ -23,10 +24,10 @@ class LocalOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
         if scope["type"] == "http":
-            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-            host, origin = headers.get(b"host", ""), headers.get(b"origin")
-            foreign = origin is not None and origin.partition("//")[2] != host
-            if foreign or not is_loopback(_name(f"//{host}")):
+            headers = dict(scope["headers"])
+            host, origin = headers.get(b"host", b""), headers.get(b"origin")
+            foreign = origin is not None and origin.partition(b"//")[2] != host
+            if foreign or not _is_here(host):
                 refusal = Refusal(
                     403,
                     "a request for another host, or from another site's page",
@@ -38,8 +39,9 @@ class LocalOnly:
         await self._app(scope, receive, send)
 
 
-def _name(url: str) -> str:
+@lru_cache(maxsize=64)
+def _is_here(host: bytes) -> bool:
     try:
-        return urlsplit(url).hostname or ""
+        return is_loopback(urlsplit(f"//{host.decode('latin-1')}").hostname or "")
     except ValueError:
-        return ""
+        return False
