@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli import _serve
+from assay.cli import _experiment, _serve
 from assay.cli._flags import DeviceFlag, DtypeFlag, ModelFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
@@ -21,6 +21,7 @@ app = typer.Typer(help="Prove that a model ran, and check such proofs.", no_args
 app.command("serve")(_serve.serve)
 app.command("receive")(_serve.receive)
 app.add_typer(_serve.callbacks, name="callbacks")
+app.add_typer(_experiment.app, name="experiment")
 
 
 @app.command()

@@ -3,7 +3,28 @@
 ``assay poc experiment`` runs them; docs/experiments.md says what came out.
 """
 
+from assay.poc.experiments._matrix import MODES, Plan, run_matrix
+from assay.poc.experiments._matrix_table import BlockRow, Configuration, configurations
 from assay.poc.experiments._report import Section, build_report, section
 from assay.poc.experiments._runs import Run, RunRecords, open_run, read_run, run_folder
+from assay.poc.experiments._spread import Spread, effective_dimension, spread_of
 
-__all__ = ["Run", "RunRecords", "Section", "build_report", "open_run", "read_run", "run_folder", "section"]
+__all__ = [
+    "MODES",
+    "BlockRow",
+    "Configuration",
+    "Plan",
+    "Run",
+    "RunRecords",
+    "Section",
+    "Spread",
+    "build_report",
+    "configurations",
+    "effective_dimension",
+    "open_run",
+    "read_run",
+    "run_folder",
+    "run_matrix",
+    "section",
+    "spread_of",
+]

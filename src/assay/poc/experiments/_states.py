@@ -1,0 +1,81 @@
+"""The experiments' own way through a pipeline: hidden states once, then as many pipelines as want them.
+
+Legend of shapes: N nonces, B nonces of a batch, D hidden size, K published numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from assay import streams
+from assay.poc._pipelines import Pipeline
+from assay.poc._round import Round
+from assay.poc._transforms import Transform
+from assay.poc.engines import Engine
+
+__all__ = ["distances_from", "make_transform", "published", "state_pipeline", "states", "target"]
+
+
+def make_transform(engine: Engine, round: Round, pipeline: Pipeline) -> Transform:
+    """Return the randomisation of a round for an engine's states."""
+    return Transform(
+        round,
+        pipeline,
+        hidden_size=engine.hidden_size,
+        vocab_size=engine.vocab_size,
+        device=engine.device,
+        trained_head=engine.trained_head,
+    )
+
+
+def state_pipeline(pipeline: Pipeline) -> Pipeline:
+    """Return the pipeline cut off before its head: it publishes the randomised state itself, in fp16."""
+    return replace(pipeline, head="none", logits=(), output="vector")
+
+
+def states(engine: Engine, round: Round, nonces: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Give the last hidden states of nonces, [B, D] in float32, batch by batch, each with its B nonces.
+
+    The last batch is padded with its last nonce, as in a proof; the rows in excess are to be dropped. What happens
+    between the layers is what the engine was set to before.
+    """
+    for start in range(0, len(nonces), engine.batch_size):
+        wanted = list(nonces[start : start + engine.batch_size])
+        padded = wanted + wanted[-1:] * (engine.batch_size - len(wanted))
+        yield padded, engine.last_hidden(engine.inputs(round, padded))
+
+
+def published(
+    engine: Engine, round: Round, pipelines: Sequence[Pipeline], nonces: Sequence[int]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Return what every pipeline publishes, by name: distances [N] or vectors [N, K].
+
+    The pipelines must agree on what happens between the layers; the model runs once for all of them.
+    """
+    (layers,) = {pipeline.layers for pipeline in pipelines}
+    transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in pipelines}
+    found: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in transforms}
+    with engine.between_layers(layers, round):
+        for padded, x_BD in states(engine, round, nonces):
+            for name, transform in transforms.items():
+                found[name].append(transform(x_BD, padded).float().cpu().numpy())
+    return {name: np.concatenate(batches)[: len(nonces)] for name, batches in found.items()}
+
+
+def target(round: Round, size: int) -> npt.NDArray[np.float64]:
+    """Return the target of a round in R^size: a unit vector, [size]."""
+    values = np.asarray(streams.get_backend("numpy").normals(streams.seeds([round.block_text("target")]), size))
+    direction = values.reshape(size).astype(np.float64)
+    return direction / np.linalg.norm(direction)
+
+
+def distances_from(values: npt.NDArray[np.floating], round: Round) -> npt.NDArray[np.float64]:
+    """Return distances [N] as they are, and of vectors [N, K] the distance of each to the round's target in R^K."""
+    if values.ndim == 1:
+        return values.astype(np.float64)
+    unit_NK = values.astype(np.float64)
+    unit_NK /= np.linalg.norm(unit_NK, axis=1, keepdims=True)
+    return np.asarray(np.linalg.norm(unit_NK - target(round, values.shape[1]), axis=1))
