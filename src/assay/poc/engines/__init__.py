@@ -2,6 +2,7 @@
 
 from assay.poc.engines._base import Engine as Engine
 from assay.poc.engines._base import Fingerprint as Fingerprint
+from assay.poc.engines._base import TransformingEngine as TransformingEngine
 from assay.poc.engines._hf import HFEngine as HFEngine
 
-__all__ = ["Engine", "Fingerprint", "HFEngine"]
+__all__ = ["Engine", "Fingerprint", "HFEngine", "TransformingEngine"]

@@ -5,18 +5,20 @@ Legend of shapes: B nonces of a batch, T positions, D hidden size, V vocabulary.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.poc._pipelines import LayerStep
+from assay.poc._pipelines import LayerStep, Pipeline
 from assay.poc._round import Round
 
-__all__ = ["Engine", "Fingerprint"]
+__all__ = ["Engine", "Fingerprint", "TransformingEngine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +93,26 @@ class Engine(Protocol):
     def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the last token's hidden state after the final norm, [B, D] in float32."""
 
+    def weighted_hidden(self, inputs_BTD: Tensor, weights_BT: Tensor) -> Tensor:
+        """Return Σ_t w_t · h_t/(‖h_t‖ + 1e-8) of the hidden states h after the final norm, [B, D] in float32.
+
+        The sum is :func:`assay.poc._transforms.weighted_sum`, taken where the states are. Weights are ±1, or 0 where a position is not read, float32 on the engine's device.
+        """
+
     def trained_head(self, x_BD: Tensor) -> Tensor:
         """Return x Wᵀ for the model's own head matrix, [B, V] in float32; no bias, no capping of logits."""
 
     def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
         """Apply a transform after every decoder layer while the context is open."""
+
+
+@runtime_checkable
+class TransformingEngine(Engine, Protocol):
+    """An engine that takes the steps of a pipeline itself, so that no hidden state leaves its devices."""
+
+    def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[np.floating[Any]]]:
+        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
+
+        Distances [B] in float32, or vectors [B, K] in float16; the last batch holds what is left. ``nonces`` may be
+        longer than will ever be computed: the caller closes the iterator, and the engine drops what it has begun.
+        """

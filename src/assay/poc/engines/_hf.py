@@ -16,7 +16,7 @@ from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models import Model, backbone, decoder_layers
 from assay.poc._pipelines import LayerStep
 from assay.poc._round import Round
-from assay.poc._transforms import project, reflect, unit
+from assay.poc._transforms import project, reflect, unit, weighted_sum
 from assay.poc.engines._base import Fingerprint
 from assay.poc.engines._memory import check_fits
 
@@ -118,6 +118,21 @@ class HFEngine:
             OutOfMemory: the device ran out of memory.
             ModelError: this architecture cannot be run on input embeddings.
         """
+        return self._finite(self._hidden(inputs_BTD)[:, -1].float())
+
+    @torch.inference_mode()
+    def weighted_hidden(
+        self, inputs_BTD: Float[Tensor, "B T D"], weights_BT: Float32[Tensor, "B T"]
+    ) -> Float32[Tensor, "B D"]:
+        """Return the weighted sum of the unit hidden states after the final norm, [B, D] in float32.
+
+        Raises:
+            Error: as :meth:`last_hidden`.
+        """
+        return self._finite(weighted_sum(self._hidden(inputs_BTD), weights_BT))
+
+    def _hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Run the backbone: hidden states [B, T, D] after the final norm, in the model's dtype."""
         wanted = (self.batch_size, self.seq_len, self.hidden_size)
         if tuple(inputs_BTD.shape) != wanted:
             raise UsageError(
@@ -129,7 +144,10 @@ class HFEngine:
             output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
         except Exception as error:  # every architecture fails in its own way
             raise self._failed(error) from error
-        x_BD: Tensor = output.last_hidden_state[:, -1].float()
+        hidden_BTD: Tensor = output.last_hidden_state
+        return hidden_BTD
+
+    def _finite(self, x_BD: Tensor) -> Tensor:
         if not bool(torch.isfinite(x_BD).all()):
             raise BadWeights(
                 f"{self.model.reference} returned NaN or infinity in {self.dtype}",
