@@ -18,6 +18,7 @@ from assay.poc._pipelines import LayerStep
 from assay.poc._round import Round
 from assay.poc._transforms import project, reflect, unit, weighted_sum
 from assay.poc.engines._base import Fingerprint
+from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines._memory import check_fits
 
 __all__ = ["HFEngine"]
@@ -104,9 +105,8 @@ class HFEngine:
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Float[Tensor, "B T D"]:
         """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
-        seeds_BS = streams.seeds([round.text("inputs", nonce) for nonce in nonces], round.strength)
-        values = self._streams.normals(seeds_BS, self.seq_len * self.hidden_size, self.dtype)
-        return streams.as_tensor(values).view(len(nonces), self.seq_len, self.hidden_size)
+        shape = {"seq_len": self.seq_len, "hidden_size": self.hidden_size}
+        return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
 
     @torch.inference_mode()
     def last_hidden(self, inputs_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B D"]:
