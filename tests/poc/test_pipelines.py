@@ -8,6 +8,7 @@ def test_every_approach_of_the_published_tables_is_a_row():
     assert set(PIPELINES) == {
         "poc-2.0",
         "artifact",
+        "hardened",
         "permutation",
         "logit-reflections",
         "logit-signs",

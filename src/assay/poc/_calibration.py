@@ -20,7 +20,11 @@ __all__ = ["Calibration", "calibrate", "fit_noise"]
 KIND = "assay.poc.calibration"
 SCHEMA = 1
 MIN_NONCES = 30
-LAWS: dict[str, type[Law]] = {"distance": stats.ScaleNoise, "vector": stats.LogNoise}
+LAWS: dict[str, type[Law]] = {
+    "distance": stats.ScaleNoise,
+    "vector": stats.LogNoise,
+    "position vector": stats.LogNoise,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class Calibration:
     """Honest noise between two engines.
 
     Args:
-        output: what was compared, distance or vector.
+        output: what was compared: :attr:`assay.poc.Pipeline.noise`.
         prover: fingerprint of the first engine.
         validator: fingerprint of the second; the order does not matter.
         law: the fitted law, at the upper bound of its scale.
@@ -116,7 +120,7 @@ def calibrate(first: Proof, second: Proof) -> Calibration:
     errors = residuals(common, [ours[record.nonce] for record in common])
     law, confidence = fit_noise(first.header.pipeline, errors)
     return Calibration(
-        output=first.header.pipeline.output,
+        output=first.header.pipeline.noise,
         prover=first.header.fingerprint,
         validator=second.header.fingerprint,
         law=law,

@@ -44,13 +44,13 @@ def noise_for(header: "Header", engine: "Engine", calibration: "Calibration | No
         CalibrationError: the calibration is for another pair of engines or kind of output.
     """
     if calibration is None:
-        return default_noise(header.pipeline.output, header.fingerprint.dtype, engine.dtype)
+        return default_noise(header.pipeline.noise, header.fingerprint.dtype, engine.dtype)
     pair = {header.fingerprint.id, engine.fingerprint.id}
     measured = {calibration.prover.id, calibration.validator.id}
-    if pair != measured or calibration.output != header.pipeline.output:
+    if pair != measured or calibration.output != header.pipeline.noise:
         raise CalibrationError(
             f"a calibration of {calibration.output}s between engines {' and '.join(sorted(measured))}",
-            wanted=f"one of {header.pipeline.output}s between {' and '.join(sorted(pair))}",
+            wanted=f"one of {header.pipeline.noise}s between {' and '.join(sorted(pair))}",
             do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
         )
     return Noise(calibration.law, f"calibration on {calibration.n} nonces")
@@ -63,11 +63,12 @@ def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise
         CalibrationError: there is none for this pair.
     """
     pair = "/".join(sorted((prover_dtype, validator_dtype)))
-    found = _defaults()["laws"][output].get(pair)
+    laws = _defaults()["laws"].get(output, {})
+    found = laws.get(pair)
     if found is None:
         raise CalibrationError(
             f"no default noise between {prover_dtype} and {validator_dtype}",
-            wanted="one of " + ", ".join(_defaults()["laws"][output]),
+            wanted="one of " + ", ".join(laws),
             do="measure it with `assay poc calibrate A.jsonl B.jsonl` and pass --calibration",
         )
     return Noise(law_from_dict(found), f"default for {pair}")

@@ -5,7 +5,8 @@ hidden state, in the head and on the logits, and what is published. The steps th
 :mod:`assay.poc._transforms`. Adding an approach adds a row.
 
 The rows carry the names under which the published experiments report them. ``poc-2.0`` is their
-recommendation (there: "sign flips"); ``artifact`` is what the network runs today.
+recommendation (there: "sign flips"); ``artifact`` is what the network runs today; ``hardened`` is the proposal of
+docs/redteam.md.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,20 +15,31 @@ from typing import Any, Literal
 
 from assay.errors import UsageError
 
-__all__ = ["PIPELINES", "RANDOM_HEAD_ROWS", "Pipeline", "get_pipeline"]
+__all__ = ["PIPELINES", "RANDOM_HEAD_ROWS", "Pipeline", "Positions", "Step", "get_pipeline"]
 
 RANDOM_HEAD_ROWS = 8192
 
 LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]
 Head = Literal["none", "trained", "random"]
 Output = Literal["distance", "vector"]
+Texts = Literal["published", "versioned"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step on a vector; ``count`` is the number of reflections or of picked coordinates."""
+    """One step on a vector; ``count`` is the number of reflections, of picked coordinates or of projections."""
 
-    name: Literal["signs", "unit", "reflect", "permute", "pick", "rotate"]
+    name: Literal["signs", "unit", "reflect", "permute", "pick", "rotate", "project"]
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Read ``count`` positions, drawn for every nonce, or all of them where it is 0.
+
+    What is read is the sum of their unit states, each with a sign that is drawn for the nonce.
+    """
+
     count: int = 0
 
 
@@ -38,27 +50,34 @@ class Pipeline:
     Args:
         name: what ``--preset`` takes.
         summary: one line for tables.
-        read: which positions are read; ``last`` is the last token.
+        read: which positions are read: the ``last`` token, or a signed sum over :class:`Positions`.
         layers: what happens to the hidden state after every decoder layer.
         hidden: steps on the state that was read.
         head: what maps the state to logits.
         logits: steps on the logits.
         output: ``distance`` to the target of the block, or the ``vector`` itself in fp16.
+        texts: form of the seed texts (:meth:`assay.poc.Round.text`); versioned ones come with 256-bit input seeds.
     """
 
     name: str
     summary: str
-    read: Literal["last"] = "last"
+    read: Literal["last"] | Positions = "last"
     layers: LayerStep = "none"
     hidden: tuple[Step, ...] = ()
     head: Head = "none"
     logits: tuple[Step, ...] = ()
     output: Output = "distance"
+    texts: Texts = "published"
 
     @property
     def vector_size(self) -> int:
         """Length of the published vector; 0 where a distance is published."""
-        return next((step.count for step in self.hidden if step.name == "pick"), 0)
+        return next((step.count for step in self.hidden if step.name in ("pick", "project")), 0)
+
+    @property
+    def noise(self) -> str:
+        """Family of honest noise: a law measured in one does not hold in another."""
+        return self.output if self.read == "last" else f"position {self.output}"
 
     @property
     def per_nonce(self) -> bool:
@@ -72,8 +91,14 @@ class Pipeline:
         return {"none": hidden_size, "trained": vocab_size, "random": RANDOM_HEAD_ROWS}[self.head]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the description as it stands in a proof header."""
-        return asdict(self)
+        """Return the description as it stands in a proof header.
+
+        ``texts`` came after the first proofs: it stands there only where it is not what they have.
+        """
+        described = asdict(self)
+        if self.texts == "published":
+            del described["texts"]
+        return described
 
 
 _UNIT = Step("unit")
@@ -93,6 +118,14 @@ _ROWS = (
         summary="unit, pick 12, 11 reflections, unit; the vector is published",
         hidden=(_UNIT, Step("pick", 12), Step("rotate", 11), _UNIT),
         output="vector",
+    ),
+    Pipeline(
+        name="hardened",
+        summary="all positions with signs, unit, projection to 12, unit; the vector is published",
+        read=Positions(),
+        hidden=(_UNIT, Step("project", 12), _UNIT),
+        output="vector",
+        texts="versioned",
     ),
     Pipeline(name="permutation", summary="logits permuted (the baseline)", head="trained", logits=(_PERMUTE,)),
     Pipeline(name="logit-reflections", summary="8 reflections on the logits", head="trained", logits=(_REFLECT_8,)),

@@ -1,7 +1,8 @@
 """A round: who proves what, and the seed text of every stream that follows from it.
 
-The texts are consensus. They have no length prefix and no version tag, because that is what
-the network runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction).
+The published texts are consensus. They have no length prefix and no version tag, because that is what
+the network runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset with versioned
+texts writes every field after its length, behind a version tag, so that no two streams share a text.
 """
 
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from assay.errors import UsageError
+from assay.poc._pipelines import PIPELINES
 
 __all__ = ["BLOCK_TEXTS", "MAX_COUNT", "MAX_NONCE", "NONCE_TEXTS", "Round"]
 
@@ -25,6 +27,10 @@ NONCE_TEXTS = {
     "reflection": "{block}_{key}_nonce_{nonce}_hidden_r{index}",
     "pick": "{block}_{key}_nonce_{nonce}_pick_{k}",
     "rotation": "{block}_{key}_nonce_{nonce}_haar_hh_{k}_{index}",
+    # In no published preset: for experiments that read positions with published texts.
+    "positions": "{block}_{key}_nonce_{nonce}_positions",
+    "weights": "{block}_{key}_nonce_{nonce}_weights",
+    "projection": "{block}_{key}_nonce_{nonce}_projection_{k}",
 }
 BLOCK_TEXTS = {
     "layer_reflection": "{block}_layer_{index}_householder",
@@ -32,6 +38,7 @@ BLOCK_TEXTS = {
     "random_head": "{block}_lm_head",
     "target": "{block}_target",
 }
+VERSION = "assay.poc/2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ class Round:
         preset: name of a row of :data:`assay.poc.PIPELINES`.
         seq_len: number of input positions per nonce.
         r_target: a nonce is valid if its distance is strictly below; in ``(0, 2]``.
-        strength: bits of seed for the inputs, 32 (published) or 256.
+        strength: bits of seed for the inputs, 32 (published) or 256. A preset with versioned texts always has 256.
 
     Raises:
         UsageError: a value is outside its range.
@@ -85,13 +92,29 @@ class Round:
             )
         if self.strength not in (32, 256) or not isinstance(self.strength, int):
             raise UsageError(f"strength is {self.strength!r}", wanted="32 or 256", do="use 32, the published seeds")
+        if self.versioned:
+            object.__setattr__(self, "strength", 256)
+
+    @property
+    def versioned(self) -> bool:
+        """Whether the preset has versioned seed texts; one that is not known has published ones."""
+        pipeline = PIPELINES.get(self.preset) if isinstance(self.preset, str) else None
+        return pipeline is not None and pipeline.texts == "versioned"
 
     def text(self, stream: str, nonce: int, *, index: int = 0, k: int = 0) -> str:
-        """Return the seed text of a stream of one nonce, a key of :data:`NONCE_TEXTS`."""
+        """Return the seed text of a stream of one nonce.
+
+        Published: a key of :data:`NONCE_TEXTS`. Versioned: tag, stream, block, key, nonce, index and k, each as
+        its length in bytes, a colon, and itself.
+        """
+        if self.versioned:
+            return _prefixed(VERSION, stream, self.block_hash, self.public_key, nonce, index, k)
         return NONCE_TEXTS[stream].format(block=self.block_hash, key=self.public_key, nonce=nonce, index=index, k=k)
 
     def block_text(self, stream: str, index: int = 0) -> str:
-        """Return the seed text of a stream of the block, a key of :data:`BLOCK_TEXTS`."""
+        """Return the seed text of a stream of the block: a key of :data:`BLOCK_TEXTS`, or versioned as in `text`."""
+        if self.versioned:
+            return _prefixed(VERSION, stream, self.block_hash, index)
         return BLOCK_TEXTS[stream].format(block=self.block_hash, index=index)
 
     def nonces(self, start: int, stop: int) -> range:
@@ -144,6 +167,11 @@ class Round:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields in the order of the proof header."""
         return asdict(self)
+
+
+def _prefixed(*parts: object) -> str:
+    """Join texts so that no other list of texts gives the same: each after its length in UTF-8 bytes."""
+    return "".join(f"{len(str(part).encode())}:{part}" for part in parts)
 
 
 def _check_name(name: str, value: object) -> None:

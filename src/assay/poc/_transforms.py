@@ -1,6 +1,7 @@
-"""The steps of a pipeline: from the last hidden state to a distance or a vector.
+"""The steps of a pipeline: from hidden states to a distance or a vector.
 
-Legend of shapes: B nonces of a batch, D hidden size, V output dimension, R reflections, K picked.
+Legend of shapes: B nonces of a batch, T positions, D hidden size, V output dimension, R reflections, K picked or
+projected.
 
 Everything here is float32 on the engine's device, one batch at a time, and no operation mixes
 rows. What depends on the block alone (target, random head) is made once per :class:`Transform`.
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
-from assay.poc._pipelines import RANDOM_HEAD_ROWS, Pipeline, Step
+from assay.poc._pipelines import RANDOM_HEAD_ROWS, Pipeline, Positions, Step
 from assay.poc._round import Round
 
-__all__ = ["Transform", "project", "reflect", "unit"]
+__all__ = ["Transform", "project", "reflect", "unit", "weighted_sum"]
 
 _EPSILON = 1e-8  # added to norms, as published
 _HEAD_SCALE = 0.02  # of no effect on a distance; kept because it is published
@@ -33,6 +34,11 @@ def unit(x_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
 def reflect(x_BD: Float[Tensor, "*B D"], v_BD: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B D"]:
     """Reflect every row in the hyperplane orthogonal to its unit vector: x − 2 (x·v) v."""
     return x_BD - 2 * (x_BD * v_BD).sum(dim=-1, keepdim=True) * v_BD
+
+
+def weighted_sum(x_BTD: Float[Tensor, "B T D"], weights_BT: Float32[Tensor, "B T"]) -> Float32[Tensor, "B D"]:
+    """Return Σ_t w_t · x_t/(‖x_t‖ + 1e-8) in float32, every row by itself."""
+    return torch.bmm(weights_BT.unsqueeze(1), unit(x_BTD.float())).squeeze(1)
 
 
 def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B V"]:
@@ -80,13 +86,25 @@ class Transform:
             target_V = self._normals([round.block_text("target")], pipeline.output_size(hidden_size, vocab_size))[0]
             self._target_V = target_V / torch.linalg.vector_norm(target_V)
 
+    def weights(self, nonces: Sequence[int], seq_len: int) -> Float32[Tensor, "B T"] | None:
+        """Return the weight of every position in what is read, ±1 or 0; None where the last position is read."""
+        read = self.pipeline.read
+        if not isinstance(read, Positions):
+            return None
+        seeds = self._seeds("weights", nonces)
+        signs_BT = streams.as_tensor(self._backend.signs(seeds, seq_len)).float()
+        if not 0 < read.count < seq_len:
+            return signs_BT
+        chosen_BM = streams.as_tensor(self._backend.picks(self._seeds("positions", nonces), seq_len, read.count))
+        return torch.zeros_like(signs_BT).scatter(1, chosen_BM, signs_BT.gather(1, chosen_BM))
+
     def __call__(
         self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]
     ) -> Float32[Tensor, " B"] | Float16[Tensor, "B K"]:
         """Return what the pipeline publishes: distances [B] in float32, or vectors [B, K] in float16.
 
         Args:
-            x_BD: last hidden states in float32, one row per nonce.
+            x_BD: what was read of the hidden states, in float32, one row per nonce.
             nonces: the B nonces in the order of the rows.
         """
         x_BD = self._steps(self.pipeline.hidden, x_BD, nonces)
@@ -120,6 +138,8 @@ class Transform:
             case "pick":
                 seeds = self._seeds("pick", nonces, k=step.count)
                 return x_BD.gather(-1, streams.as_tensor(self._backend.picks(seeds, size, step.count)))
+            case "project":
+                return self._projections(step.count, x_BD, nonces)
             case "reflect":
                 return self._reflections("reflection", step.count, x_BD, nonces)
             case "rotate":
@@ -132,6 +152,11 @@ class Transform:
         for r in range(count):
             x_BD = reflect(x_BD, v_BRD[:, r])
         return x_BD
+
+    def _projections(self, count: int, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
+        texts = [self.round.text("projection", nonce, k=count) for nonce in nonces]
+        p_BKD = self._normals(texts, count * x_BD.shape[-1]).view(len(nonces), count, -1)
+        return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
 
     def _seeds(self, stream: str, nonces: Sequence[int], k: int = 0) -> NDArray[np.uint32]:
         return streams.seeds([self.round.text(stream, nonce, k=k) for nonce in nonces])
