@@ -11,7 +11,8 @@ from assay.cli._flags import DeviceFlag, DtypeFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 
 if TYPE_CHECKING:
-    from assay.poc.experiments import Configuration
+    from assay.poc.experiments import Configuration, WeightRow
+    from assay.reports import JsonObject
 
 __all__ = ["app"]
 
@@ -25,9 +26,121 @@ ModelsFlag = Annotated[str, typer.Option(help="Models, separated by commas.")]
 BlocksFlag = Annotated[str, typer.Option(help="Block hashes, separated by commas.")]
 RunNameFlag = Annotated[str, typer.Option(help="Folder of the run; the same name continues it.")]
 OutputFlag = Annotated[Path, typer.Option("-o", "--output", help="Where the folders of runs are.")]
+NoncesFlag = Annotated[int, typer.Option(help="Nonces per block.")]
 SeqLenFlag = Annotated[int, typer.Option(help="Input positions per nonce.")]
 BatchSizeFlag = Annotated[int, typer.Option(help="Nonces per forward pass.")]
 EXPERIMENTS = Path("experiments")
+
+
+@app.command()
+def approaches(
+    models: ModelsFlag = BOTH,
+    approaches: Annotated[str, typer.Option(help="Presets, separated by commas; all when left out.")] = "",
+    blocks: BlocksFlag = BLOCKS,
+    nonces: NoncesFlag = 1024,
+    valid_rate: Annotated[float, typer.Option(help="Share of valid nonces at the calibrated r_target.")] = 0.5,
+    checked: Annotated[int, typer.Option(help="Nonces that the validator recomputes.")] = 64,
+    timed: Annotated[int, typer.Option(help="Batches for which an approach is timed; 0 skips it.")] = 5,
+    seq_len: SeqLenFlag = 256,
+    batch_size: BatchSizeFlag = 32,
+    dtype: DtypeFlag = None,
+    device: DeviceFlag = None,
+    run_name: RunNameFlag = "approaches",
+    output: OutputFlag = EXPERIMENTS,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure every approach: distances against the chord law, spread of blocks, separability, cost."""
+    from assay.poc import experiments
+
+    plan = experiments.ApproachPlan(
+        models=_listed(models),
+        approaches=_listed(approaches) or experiments.APPROACHES,
+        blocks=_listed(blocks),
+        nonces=nonces,
+        valid_rate=valid_rate,
+        checked=checked,
+        timed=timed,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+    )
+    folder = experiments.run_folder(output, run_name)
+    with progress_bar("measuring", "approaches") as progress:
+        experiments.run_approaches(plan, folder, progress=progress)
+    cells = experiments.read_run(folder, "approaches").cells
+    page = experiments.build_report(folder)
+    if as_json:
+        emit_json("assay.poc.experiment.approaches/1", _where(page) | {"approaches": cells})
+        return
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        chosen = [cell for cell in cells if cell["model"] == model]
+        columns = ("approach", "mean", "off in SE", f"spread at {valid_rate:.0%}", "noise band", "int4/honest", "AUC")
+        table((*columns, "breaks structure"), [_approach(cell) for cell in chosen], title=model)
+    typer.echo(f"report: {page}")
+
+
+def _approach(cell: "JsonObject") -> tuple[str, ...]:
+    spread = cell["spreads"][0]
+    return (
+        cell["approach"],
+        f"{cell['mean']:.4f}",
+        f"{cell['mean_off_in_standard_errors']:.1f}",
+        f"{spread['spread']:.1%}",
+        "{:.1%} to {:.1%}".format(*spread["noise_band"]),
+        f"{cell['separation']:.1f}",
+        f"{cell['auc']:.3f}",
+        cell["breaks_structure"],
+    )
+
+
+@app.command()
+def weights(
+    models: ModelsFlag = BOTH,
+    preset: Annotated[str, typer.Option(help="A row of the pipeline table.")] = "hidden-reflections",
+    blocks: BlocksFlag = BLOCKS,
+    nonces: NoncesFlag = 1024,
+    seq_len: SeqLenFlag = 256,
+    batch_size: BatchSizeFlag = 32,
+    dtype: DtypeFlag = None,
+    device: DeviceFlag = None,
+    run_name: RunNameFlag = "weights",
+    output: OutputFlag = EXPERIMENTS,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare trained weights with weights drawn per block, all of them or the embeddings alone."""
+    from dataclasses import asdict
+
+    from assay.poc import experiments
+
+    plan = experiments.WeightPlan(
+        models=_listed(models),
+        preset=preset,
+        blocks=_listed(blocks),
+        nonces=nonces,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+    )
+    folder = experiments.run_folder(output, run_name)
+    with progress_bar("measuring", "blocks") as progress:
+        experiments.run_weights(plan, folder, progress=progress)
+    rows = experiments.weight_rows(experiments.read_run(folder, "weights").cells)
+    page = experiments.build_report(folder)
+    if as_json:
+        emit_json("assay.poc.experiment.weights/1", _where(page) | {"rows": [asdict(row) for row in rows]})
+        return
+    columns = ("weights", *rows[0].blocks, "spread of means", "noise band", "verdict")
+    for model in dict.fromkeys(row.model for row in rows):
+        table(columns, [_weights(row) for row in rows if row.model == model], title=model)
+    typer.echo(f"report: {page}")
+
+
+def _weights(row: "WeightRow") -> tuple[str, ...]:
+    verdict = "inside noise" if row.inside else "beyond noise"
+    means = (f"{mean:.4f}" for mean in row.means)
+    return (row.weights, *means, f"{row.spread:.4f}", f"{row.low:.4f} to {row.high:.4f}", verdict)
 
 
 @app.command()

@@ -57,13 +57,14 @@ class Spread:
         return self.value <= self.high
 
 
-def spread_of(valid: Sequence[int], checked: Sequence[int], *, width: int | None = None) -> Spread:
+def spread_of(valid: Sequence[int], checked: Sequence[int], *, width: float | None = None) -> Spread:
     """Return the spread of block rates with its noise band.
 
     Args:
         valid: valid nonces per block, [B].
         checked: nonces per block, [B].
-        width: D of the state that goes through a random head drawn per block; None where there is none.
+        width: D, or the effective dimension, of states that go through a random head drawn per block; None where
+            there is none.
 
     Raises:
         UsageError: fewer than 2 blocks, or a block without nonces.

@@ -36,8 +36,8 @@ def state_pipeline(pipeline: Pipeline) -> Pipeline:
     return replace(pipeline, head="none", logits=(), output="vector")
 
 
-def states(engine: Engine, round: Round, nonces: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Give the last hidden states of nonces, [B, D] in float32, batch by batch, each with its B nonces.
+def states(engine: Engine, transform: Transform, nonces: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Give what a transform reads of the hidden states, [B, D] in float32, batch by batch, each with its B nonces.
 
     The last batch is padded with its last nonce, as in a proof; the rows in excess are to be dropped. What happens
     between the layers is what the engine was set to before.
@@ -45,7 +45,12 @@ def states(engine: Engine, round: Round, nonces: Sequence[int]) -> Iterator[tupl
     for start in range(0, len(nonces), engine.batch_size):
         wanted = list(nonces[start : start + engine.batch_size])
         padded = wanted + wanted[-1:] * (engine.batch_size - len(wanted))
-        yield padded, engine.last_hidden(engine.inputs(round, padded))
+        inputs_BTD = engine.inputs(transform.round, padded)
+        weights_BT = transform.weights(padded, engine.seq_len)
+        if weights_BT is None:
+            yield padded, engine.last_hidden(inputs_BTD)
+        else:
+            yield padded, engine.weighted_hidden(inputs_BTD, weights_BT)
 
 
 def published(
@@ -53,13 +58,13 @@ def published(
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Return what every pipeline publishes, by name: distances [N] or vectors [N, K].
 
-    The pipelines must agree on what happens between the layers; the model runs once for all of them.
+    The pipelines must agree on what happens between the layers and on what is read; the model runs once for all.
     """
-    (layers,) = {pipeline.layers for pipeline in pipelines}
+    ((layers, _),) = {(pipeline.layers, pipeline.read) for pipeline in pipelines}
     transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in pipelines}
     found: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in transforms}
     with engine.between_layers(layers, round):
-        for padded, x_BD in states(engine, round, nonces):
+        for padded, x_BD in states(engine, next(iter(transforms.values())), nonces):
             for name, transform in transforms.items():
                 found[name].append(transform(x_BD, padded).float().cpu().numpy())
     return {name: np.concatenate(batches)[: len(nonces)] for name, batches in found.items()}
