@@ -1,0 +1,150 @@
+"""The serving side: nonces as requests of an ``AsyncLLM``, and their results from its workers.
+
+Everything here runs in the event loop of the engine.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
+from assay.poc.engines.vllm._flow import Flow
+from assay.poc.engines.vllm._tickets import Spec, new_key, request_id
+
+__all__ = ["NONCE_PRIORITY", "Client"]
+
+NONCE_PRIORITY = 1_000_000
+"""vLLM takes lower values first; what clients send is 0 unless they choose."""
+
+TIMEOUT = 120.0  # seconds for a call into the workers
+ATTEMPTS = 3
+
+
+class Client:
+    """Runs nonces on one engine.
+
+    Args:
+        llm: vLLM's ``AsyncLLM``.
+        flow: lets nonces in.
+    """
+
+    def __init__(self, llm: Any, flow: Flow) -> None:
+        self.flow = flow
+        self.description: dict[str, Any] = {}
+        self._llm = llm
+        config = llm.vllm_config
+        self._engines = int(config.parallel_config.data_parallel_size)
+        ranked = config.scheduler_config.policy == "priority"
+        self._priority = NONCE_PRIORITY if ranked else 0
+
+    async def install(self) -> dict[str, Any]:
+        """Prepare the workers; return the description of the first.
+
+        Raises:
+            BackendUnavailable: they lack something that is used, or a rank differs from the others.
+        """
+        if self._engines > 1 and not hasattr(self._llm.engine_core, "call_utility_all_async"):
+            raise BackendUnavailable(
+                f"{self._engines} data-parallel engines, of which this vLLM asks only one",
+                wanted="one engine, or vLLM 0.32",
+                do="start one server per engine, each with its own node_id",
+            )
+        replies = await self._call("assay_install")
+        problems = sorted({problem for reply in replies for problem in reply["problems"]})
+        if problems:
+            raise BackendUnavailable(
+                f"workers of vLLM without {', '.join(problems)}", wanted="what is used", do="use a tested version"
+            )
+        self.description = replies[-1]
+        return self.description
+
+    async def open(self, spec: Spec) -> str:
+        """Begin a stream on every worker; return its key.
+
+        Raises:
+            UsageError: the workers refuse it.
+        """
+        key = new_key()
+        for reason in await self._call("assay_open", key, spec.dumps()):
+            if reason is not None:
+                raise UsageError(reason, wanted="a round that vLLM can run", do="use --engine hf for it")
+        return key
+
+    async def close(self, key: str) -> None:
+        """End a stream; what the workers hold of it is dropped."""
+        await self._call("assay_close", key)
+
+    async def counts(self) -> list[dict[str, int]]:
+        """Return what every worker holds."""
+        return await self._call("assay_counts")
+
+    async def run(self, key: str, nonce: int, prompt: Tensor | int) -> None:
+        """Run one nonce: on inputs [T, D] that are sent, or on ``prompt`` placeholders that the workers fill."""
+        name = request_id(key, nonce)
+        async for _ in self._llm.generate(_prompt(prompt, name), _sampling(), name, priority=self._priority):
+            pass
+
+    async def collect(
+        self, key: str, nonces: Sequence[int], *, raw: bool = False
+    ) -> dict[int, NDArray[np.floating[Any]]]:
+        """Return the values of nonces that have run, by nonce. Some may be missing: their request was aborted.
+
+        Raises:
+            ModelError: a worker could not run a nonce, or could not take a step of the pipeline.
+        """
+        values: dict[int, NDArray[np.floating[Any]]] = {}
+        for reply in await self._call("assay_collect", key, list(nonces), raw):
+            for nonce, reason in reply["failed"].items():
+                raise ModelError(f"nonce {nonce}: {reason}", wanted="inputs that the engine takes", do="see the log")
+            if reply.get("error"):
+                raise BadWeights(f"the transform failed: {reply['error']}", wanted="values", do="see the log")
+            values |= _decode(reply, raw)
+        return values
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker of every engine."""
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                if self._engines == 1:
+                    return list(await self._llm.collective_rpc(method, args=args))
+                core = self._llm.engine_core
+                nested = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+                return [reply for replies in nested for reply in replies]
+        except TimeoutError:
+            raise ModelError(
+                f"vLLM's workers did not answer {method} in {TIMEOUT:g} s", wanted="workers that run", do="see its log"
+            ) from None
+
+
+def _prompt(prompt: Tensor | int, salt: str) -> dict[str, Any]:
+    # The salt keeps a nonce's blocks from being found by anyone, in particular under the same placeholders.
+    if isinstance(prompt, int):
+        return {"type": "token", "prompt_token_ids": [0] * prompt, "cache_salt": salt}
+    # A copy: pickling a view would send all that it is a view of.
+    return {"type": "embeds", "prompt_embeds": prompt.detach().cpu().clone(), "cache_salt": salt}
+
+
+def _sampling() -> Any:
+    from vllm import SamplingParams  # type: ignore[import-not-found]
+    from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_reading_prefix_cache=True,
+    )
+
+
+def _decode(reply: dict[str, Any], raw: bool) -> dict[int, NDArray[np.floating[Any]]]:
+    if not reply.get("values"):
+        return {}
+    width = reply["width"]
+    values = np.frombuffer(reply["values"], dtype=np.float16 if width and not raw else np.float32)
+    rows = values.reshape(len(reply["nonces"]), width) if width else values
+    return dict(zip(reply["nonces"], rows, strict=True))

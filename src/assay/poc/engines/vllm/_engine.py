@@ -1,0 +1,216 @@
+"""The engine that the prover, the verifier and the service see, in front of an ``AsyncLLM`` of any origin.
+
+Legend of shapes: B nonces of a batch, T positions, D hidden size.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay import streams
+from assay.errors import ModelError, UsageError
+from assay.poc._pipelines import LayerStep, Pipeline
+from assay.poc._round import Round
+from assay.poc.engines._base import Fingerprint
+from assay.poc.engines._inputs import noise_inputs
+from assay.poc.engines.vllm._client import Client
+from assay.poc.engines.vllm._stream import Prompt, Stream
+from assay.poc.engines.vllm._tickets import Spec
+
+__all__ = ["Inputs", "RequestEngine", "capacity", "most_positions"]
+
+Inputs = Literal["local", "sent"]
+"""Where the inputs of a nonce are made: in the workers, or here, and sent."""
+
+T = TypeVar("T")
+
+
+class RequestEngine:
+    """Runs nonces as requests of a vLLM engine, from a thread that is not the engine's.
+
+    Args:
+        client: runs single nonces, in ``loop``.
+        loop: the event loop of the engine.
+        version: of vLLM.
+        batch_size: B, nonces handed out at a time; how many really run at once is the flow's.
+        seq_len: T.
+        most_positions: the longest prompt that the engine takes.
+        inputs: ``local``, or ``sent``, the fallback: bit for bit the same.
+
+    Raises:
+        UsageError: the sequence is longer than the engine takes, or the batch is out of range.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        version: str,
+        batch_size: int,
+        seq_len: int,
+        most_positions: int,
+        inputs: Inputs = "local",
+    ) -> None:
+        if type(batch_size) is not int or not 1 <= batch_size <= 2**16:
+            raise UsageError(f"batch size {batch_size!r}", wanted="1 to 65536", do="try --batch-size 32")
+        if not 1 <= seq_len <= most_positions:
+            raise UsageError(
+                f"seq_len {seq_len} on this vLLM engine",
+                wanted=f"at most {most_positions}: its --max-model-len, less the token that it generates",
+                do=f"pass --seq-len {min(256, most_positions)}, or raise --max-model-len",
+            )
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self._client, self._loop, self._version, self._inputs = client, loop, version, inputs
+        self._worker = client.description
+        self._streams = streams.get_backend("auto", "cpu")
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self._worker["hidden_size"])
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the trained head."""
+        return int(self._worker["vocab_size"])
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self._worker["num_layers"])
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of the weights and inputs."""
+        return str(self._worker["dtype"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where results are: hidden states stay in the workers."""
+        return torch.device("cpu")
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """How this engine computes."""
+        worker = self._worker
+        parts = [f"vllm {self._version}", f"runner {worker['runner']}", f"tp {worker['tensor_parallel']}"]
+        parts += [f"pp {worker['pipeline_parallel']}", "eager" if worker["eager"] else "compiled"]
+        return Fingerprint(
+            engine="vllm",
+            device=worker["device"],
+            dtype=self.dtype,
+            attention=worker["attention"],
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            threads=worker["threads"],
+            torch=torch.__version__,
+            library=", ".join(parts),
+        )
+
+    def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
+        """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
+        shape = {"seq_len": self.seq_len, "hidden_size": self.hidden_size}
+        return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
+
+    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the last token's hidden state after the final norm, [B, D] in float32.
+
+        The inputs are sent, and the states come back: for tests and for curiosity, not for proofs.
+
+        Raises:
+            UsageError: the inputs are not of the engine's fixed shape.
+            ModelError: vLLM did not run them.
+        """
+        wanted = (self.batch_size, self.seq_len, self.hidden_size)
+        if tuple(inputs_BTD.shape) != wanted:
+            raise UsageError(
+                f"inputs of shape {tuple(inputs_BTD.shape)}", wanted=f"the fixed shape {wanted}", do="pad the batch"
+            )
+        sent_BTD = inputs_BTD.to(getattr(torch, self.dtype))
+        round = Round(block_hash="hidden", public_key="states", seq_len=self.seq_len)
+        spec = Spec(round, "artifact")
+        stream = Stream(
+            self._client, spec, range(len(sent_BTD)), len(sent_BTD), lambda row: sent_BTD[row].contiguous(), raw=True
+        )
+        batch = next(self._drain(stream))
+        return torch.from_numpy(batch.copy())
+
+    def weighted_hidden(self, inputs_BTD: Tensor, weights_BT: Tensor) -> Tensor:
+        """Refuse: sums over positions are taken inside the workers, by :meth:`outputs`.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError("a sum over positions outside vLLM", wanted="outputs()", do="prove with this engine")
+
+    def trained_head(self, x_BD: Tensor) -> Tensor:
+        """Refuse: vLLM spreads the trained head over its workers.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError("the trained head on vLLM", wanted="another pipeline", do="use --engine hf for this one")
+
+    def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
+        """Allow only pipelines that leave the layers as they are.
+
+        Raises:
+            UsageError: the pipeline changes what is between the layers.
+        """
+        if step != "none":
+            raise UsageError(f"{step} between the layers on vLLM", wanted="no change", do="use --engine hf for it")
+        return nullcontext()
+
+    def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
+        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
+
+        Raises:
+            UsageError: the pipeline needs what vLLM does not give: the trained head, or changes between the layers.
+            ModelError: vLLM did not run a nonce.
+        """
+        if pipeline.layers != "none" or pipeline.head == "trained":
+            raise UsageError(
+                f"preset {pipeline.name} on vLLM",
+                wanted="a pipeline with the random head or none, and nothing between the layers",
+                do="use poc-2.0, artifact or hardened, or --engine hf",
+            )
+        prompt: Prompt = self.seq_len if self._inputs == "local" else lambda nonce: self.inputs(round, [nonce])[0]
+        stream = Stream(self._client, Spec(round, pipeline.name), nonces, self.batch_size, prompt)
+        yield from self._drain(stream)
+
+    def _drain(self, stream: Stream) -> Generator[NDArray[Any]]:
+        self._wait(stream.open())
+        try:
+            while (values := self._wait(stream.next())) is not None:
+                yield values
+        finally:
+            self._wait(stream.close())
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise ModelError("the engine of vLLM has ended", wanted="a running engine", do="start it again")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def most_positions(config: Any) -> int:
+    """Return the longest prompt that an engine takes: it always generates one token, which must fit behind it."""
+    longest = int(config.model_config.max_model_len) - 1
+    scheduler = config.scheduler_config
+    chunked = bool(getattr(scheduler, "enable_chunked_prefill", True))
+    return longest if chunked else min(longest, int(scheduler.max_num_batched_tokens))
+
+
+def capacity(config: Any, seq_len: int = 256) -> int:
+    """Return how many nonces fill one step of an engine and have the next one ready."""
+    scheduler = config.scheduler_config
+    step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
+    return max(1, min(2 * step, int(scheduler.max_num_seqs)))

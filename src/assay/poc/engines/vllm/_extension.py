@@ -1,0 +1,296 @@
+"""The part that lives in vLLM's workers: makes the inputs of nonces, keeps their hidden states, takes the transform.
+
+vLLM mixes :class:`WorkerExtension` into its worker class (``--worker-extension-cls``) and calls its methods by name
+through ``collective_rpc``. Arguments and results are plain types. Every attribute is called ``assay_…``, because vLLM
+refuses names that its worker has.
+
+Two functions of the model runner are wrapped on the instance. An exception in either would end the engine, and with it
+every chat, so both catch everything: a nonce that fails is reported as failed when it is collected, chat goes on.
+"""
+
+import platform
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay import streams
+from assay.errors import AssayError, UsageError
+from assay.poc._transforms import Transform, unit
+from assay.poc.engines._inputs import noise_inputs
+from assay.poc.engines.vllm._gate import missing_in_runner
+from assay.poc.engines.vllm._rows import Rows, Stream
+from assay.poc.engines.vllm._runners import Chunk, chunks, runner_kind
+from assay.poc.engines.vllm._tickets import Spec, split_id
+
+__all__ = ["WorkerExtension"]
+
+MAX_TRANSFORMS = 4
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its workers."""
+
+    # What vLLM's worker has; named so that the checker of types knows.
+    model_runner: Any
+    vllm_config: Any
+
+    def assay_install(self) -> dict[str, Any]:
+        """Wrap the model runner, once, and describe this worker.
+
+        ``problems`` lists what stands against Proof of Compute here; where it is not empty nothing was wrapped.
+        """
+        problems = missing_in_runner(self.model_runner)
+        if not problems and not hasattr(self, "assay_hooks"):
+            self.assay_hooks = Hooks(self.model_runner, self.vllm_config)
+        return {"problems": problems, **_describe(self.model_runner, self.vllm_config)}
+
+    def assay_open(self, key: str, spec: str) -> str | None:
+        """Begin a stream of nonces; return what is wrong with it, or None."""
+        return _guarded(lambda: self.assay_hooks.open(key, Spec.loads(spec)))
+
+    def assay_close(self, key: str) -> None:
+        """End a stream, and drop what it holds."""
+        self.assay_hooks.rows.close(key)
+
+    def assay_collect(self, key: str, nonces: list[int], raw: bool = False) -> dict[str, Any]:
+        """Take what the pipeline publishes of nonces that have run, or their hidden states where ``raw``.
+
+        Returns ``nonces``, those that were found; ``values``, the bytes of [B] float32, [B, K] float16 or, raw, [B, D]
+        float32; ``width`` (K or D, 0 for distances); ``failed``, the reasons by nonce; and ``error``, or None.
+        Ranks that hold no hidden states return only ``failed``.
+        """
+        return self.assay_hooks.collect(key, nonces, raw)
+
+    def assay_counts(self) -> dict[str, int]:
+        """Return how much is held, and how often a hook failed."""
+        hooks = self.assay_hooks
+        return {**hooks.rows.counts(), "failed": len(hooks.failed), "errors": hooks.errors}
+
+
+class Hooks:
+    """The wrapped functions of one model runner, and the rows that they keep."""
+
+    def __init__(self, runner: Any, config: Any) -> None:
+        self.rows = Rows()
+        self.failed: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self.errors = 0
+        self._runner, self._config = runner, config
+        self._transforms: OrderedDict[Spec, Transform] = OrderedDict()
+        self._streams = streams.get_backend("auto", runner.device.type)
+        on_cuda = runner.device.type == "cuda"
+        self._side = torch.cuda.Stream(runner.device) if on_cuda else None  # type: ignore[no-untyped-call]
+        self._wrap("execute_model", self._fill)
+        self._wrap("sample_tokens", self._capture)
+
+    def open(self, key: str, spec: Spec) -> None:
+        """Begin a stream; makes what depends on the block, so that no step waits for it."""
+        if spec.pipeline.layers != "none":
+            raise UsageError(
+                f"preset {spec.preset}", wanted="one that leaves the layers as they are", do="use --engine hf for it"
+            )
+        with torch.inference_mode():
+            self._transform(spec)
+        self.rows.open(key, spec)
+
+    def collect(self, key: str, nonces: list[int], raw: bool) -> dict[str, Any]:
+        """See :meth:`WorkerExtension.assay_collect`."""
+        failed = {str(nonce): self.failed.pop((key, nonce)) for nonce in nonces if (key, nonce) in self.failed}
+        stream = self.rows.get(key)
+        if stream is None or not _is_last_stage(self._runner):
+            return {"failed": failed}
+        found, states = self.rows.take(key, nonces)
+        reply: dict[str, Any] = {"failed": failed, "nonces": found, "values": b"", "width": 0, "error": None}
+        if not found or not _is_first_of_group():
+            return reply
+        try:
+            with torch.inference_mode():
+                x_BD = torch.stack(states).float()
+                values = (x_BD if raw else self._transform(stream.spec)(x_BD, found)).cpu()
+        except Exception as error:  # whatever it is, it is the answer, and the engine lives
+            return reply | {"error": _words(error)}
+        return reply | {"values": values.numpy().tobytes(), "width": values.shape[1] if values.ndim > 1 else 0}
+
+    def _wrap(self, name: str, before: Callable[..., None]) -> None:
+        original = getattr(self._runner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            try:
+                before(*args, **kwargs)
+            except Exception:  # a hook that raises would end the engine
+                self.errors += 1
+            return original(*args, **kwargs)
+
+        setattr(self._runner, name, wrapped)
+
+    # Before a step: inputs
+
+    def _fill(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Give new requests of ours the inputs of their nonce in the place of their placeholder tokens."""
+        for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
+            ticket = split_id(request.req_id)
+            stream = self.rows.get(ticket[0]) if ticket else None
+            if ticket is None or stream is None:
+                continue
+            try:
+                self._fill_one(request, stream, ticket[1])
+            except Exception as error:
+                self._fail(ticket, _words(error))
+            else:
+                self.rows.mark_filled(*ticket)
+
+    def _fill_one(self, request: Any, stream: Stream, nonce: int) -> None:
+        round = stream.spec.round
+        hidden_size = _hidden_size(self._config)
+        if request.prompt_embeds is not None:
+            shape = tuple(request.prompt_embeds.shape)
+            if shape != (round.seq_len, hidden_size):
+                raise ValueError(f"inputs of shape {shape}, not {(round.seq_len, hidden_size)}")
+            return
+        if len(request.prompt_token_ids) != round.seq_len:
+            raise ValueError(f"{len(request.prompt_token_ids)} placeholders for {round.seq_len} positions")
+        if not _is_first_stage():
+            return
+        request.prompt_embeds = self._inputs(stream.spec, nonce, hidden_size)
+        request.prompt_is_token_ids = [False] * round.seq_len
+
+    def _inputs(self, spec: Spec, nonce: int, hidden_size: int) -> Tensor:
+        """Return the inputs [T, D] of a nonce, on the CPU, from where vLLM takes them."""
+        dtype = str(self._config.model_config.dtype).removeprefix("torch.")
+        shape = {"seq_len": spec.round.seq_len, "hidden_size": hidden_size}
+        if self._side is None:
+            return noise_inputs(self._streams, spec.round, [nonce], dtype=dtype, **shape)[0]
+        # A stream of its own: copying to the CPU then waits for the noise only, not for the step that runs.
+        with torch.cuda.stream(self._side):
+            return noise_inputs(self._streams, spec.round, [nonce], dtype=dtype, **shape)[0].cpu()
+
+    # After a step: hidden states
+
+    def _capture(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the hidden states of the nonces of this step."""
+        states_ND, found = chunks(self._runner)
+        if states_ND is None:
+            return
+        for chunk in found:
+            ticket = split_id(chunk.request_id)
+            if ticket is None or not self.rows.wants(*ticket):
+                continue
+            try:
+                self._keep(states_ND, chunk, *ticket)
+            except Exception as error:
+                self._fail(ticket, _words(error))
+
+    @torch.inference_mode()
+    def _keep(self, states_ND: Tensor, chunk: Chunk, key: str, nonce: int) -> None:
+        stream = self.rows.get(key)
+        if stream is None or not chunk.in_prompt:
+            return
+        if chunk.prompt != stream.spec.round.seq_len:
+            raise ValueError(f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} positions")
+        end = chunk.start + chunk.in_prompt
+        if stream.spec.pipeline.read == "last":
+            if chunk.ends_prompt:
+                self.rows.put(key, nonce, states_ND[end - 1].clone())
+            return
+        stream.sums[nonce] = self._weighted(states_ND[chunk.start : end], chunk, stream, nonce)
+        if chunk.ends_prompt:
+            self.rows.put(key, nonce, stream.sums.pop(nonce))
+
+    def _weighted(self, states_ND: Tensor, chunk: Chunk, stream: Stream, nonce: int) -> Tensor:
+        """Add the signed unit states of this step to those of the earlier ones."""
+        weights_BT = self._transform(stream.spec).weights([nonce], stream.spec.round.seq_len)
+        assert weights_BT is not None
+        weights_N = weights_BT[0, chunk.computed : chunk.computed + chunk.in_prompt].to(states_ND.device)
+        sum_D: Tensor = weights_N @ unit(states_ND.float())
+        return sum_D if chunk.computed == 0 else stream.sums[nonce] + sum_D
+
+    def _fail(self, ticket: tuple[str, int], reason: str) -> None:
+        self.errors += 1
+        self.failed[ticket] = reason
+        while len(self.failed) > 1024:
+            self.failed.popitem(last=False)
+
+    def _transform(self, spec: Spec) -> Transform:
+        if spec not in self._transforms:
+            config = self._config.model_config
+            self._transforms[spec] = Transform(
+                spec.round,
+                spec.pipeline,
+                hidden_size=_hidden_size(self._config),
+                vocab_size=int(config.get_vocab_size()),
+                device=self._runner.device,
+                trained_head=self._trained_head,
+            )
+        self._transforms.move_to_end(spec)
+        while len(self._transforms) > MAX_TRANSFORMS:
+            self._transforms.popitem(last=False)
+        return self._transforms[spec]
+
+    def _trained_head(self, x_BD: Tensor) -> Tensor:
+        raise UsageError(
+            "a pipeline with the trained head",
+            wanted="one with the random head or none: vLLM spreads the trained one over its workers",
+            do="use --engine hf for it",
+        )
+
+
+def _guarded(action: Callable[[], None]) -> str | None:
+    try:
+        action()
+    except Exception as error:
+        return _words(error)
+    return None
+
+
+def _words(error: Exception) -> str:
+    return error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"[:300]
+
+
+def _hidden_size(config: Any) -> int:
+    return int(config.model_config.get_hidden_size())
+
+
+def _is_first_stage() -> bool:
+    from vllm.distributed import get_pp_group  # type: ignore[import-not-found]
+
+    return bool(get_pp_group().is_first_rank)
+
+
+def _is_last_stage(runner: Any) -> bool:
+    from vllm.distributed import get_pp_group
+
+    return bool(get_pp_group().is_last_rank)
+
+
+def _is_first_of_group() -> bool:
+    from vllm.distributed import get_tp_group
+
+    return bool(get_tp_group().is_first_rank)
+
+
+def _describe(runner: Any, config: Any) -> dict[str, Any]:
+    parallel, model = config.parallel_config, config.model_config
+    on_cuda = runner.device.type == "cuda"
+    return {
+        "runner": runner_kind(runner),
+        "device": torch.cuda.get_device_name(runner.device)
+        if on_cuda
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": 0 if on_cuda else torch.get_num_threads(),
+        "attention": _attention(runner),
+        "hidden_size": _hidden_size(config),
+        "vocab_size": int(model.get_vocab_size()),
+        "num_layers": int(model.hf_text_config.num_hidden_layers),
+        "tensor_parallel": int(parallel.tensor_parallel_size),
+        "pipeline_parallel": int(parallel.pipeline_parallel_size),
+        "eager": bool(model.enforce_eager),
+    }
+
+
+def _attention(runner: Any) -> str:
+    groups = [group for outer in getattr(runner, "attn_groups", []) for group in outer]
+    names = sorted({str(group.backend.get_name()) for group in groups})
+    return "+".join(names) or "unknown"

@@ -1,0 +1,140 @@
+"""An engine of our own in this process's care: what ``--engine vllm`` runs."""
+
+import asyncio
+import threading
+from types import TracebackType
+from typing import Any
+
+from assay.errors import AssayError, ModelError, UsageError
+from assay.poc.engines.vllm._client import Client
+from assay.poc.engines.vllm._engine import Inputs, RequestEngine, capacity, most_positions
+from assay.poc.engines.vllm._flow import Flow, FlowSettings
+from assay.poc.engines.vllm._gate import check_config, check_installed
+from assay.poc.engines.vllm._identity import checkpoint_directory, identify
+
+__all__ = ["EXTENSION", "VLLMEngine"]
+
+EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
+CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory; nonces need a little
+
+
+class VLLMEngine(RequestEngine):
+    """A vLLM engine that runs nonces only, with tensor and pipeline parallelism through vLLM's own options.
+
+    Args:
+        reference: a checkpoint directory, a hub id or ``reference:NAME``.
+        batch_size: B, nonces per batch of the proof.
+        seq_len: T, positions of every nonce.
+        dtype: of the weights; the checkpoint's when None.
+        inputs: ``local`` makes the inputs in the workers, ``sent`` makes them here.
+        in_flight: nonces inside the engine at once; 0 lets assay choose.
+        options: vLLM's own engine arguments, for instance ``tensor_parallel_size=2``.
+
+    Raises:
+        BackendUnavailable: vLLM is not installed, or not of a version that was tested.
+        UsageError: an option is none of vLLM's, or one under which nonces cannot run.
+        ModelError: vLLM does not start.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        *,
+        batch_size: int = 32,
+        seq_len: int = 256,
+        dtype: str | None = None,
+        inputs: Inputs = "local",
+        in_flight: int = 0,
+        **options: Any,
+    ) -> None:
+        version = check_installed()
+        directory = str(checkpoint_directory(reference))
+        self._thread = _Loop()
+        try:
+            self._llm = self._thread.run(_start(directory, dtype, options))
+            config = self._llm.vllm_config
+            check_config(config)
+            # Nobody chats with this engine: it is always full.
+            flow = FlowSettings(in_flight=in_flight or capacity(config, seq_len))
+            client = Client(self._llm, Flow(flow, self._llm.output_processor.get_num_unfinished_requests, 1))
+            self._thread.run(client.install())
+            super().__init__(
+                client,
+                self._thread.loop,
+                version=version,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                most_positions=most_positions(config),
+                inputs=inputs,
+            )
+            self.model = identify(reference, client.description["dtype"])
+        except BaseException:
+            self.close()
+            raise
+
+    def counts(self) -> list[dict[str, int]]:
+        """Return what every worker holds; all zero but ``dropped`` between two streams."""
+        counts: list[dict[str, int]] = self._thread.run(self._client.counts())
+        return counts
+
+    def close(self) -> None:
+        """End the engine and its processes."""
+        llm, self._llm = getattr(self, "_llm", None), None
+        if llm is not None:
+            self._thread.run(_shutdown(llm))
+        self._thread.close()
+
+    def __enter__(self) -> "VLLMEngine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="assay-vllm", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def close(self) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self.loop.close()
+
+
+async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> Any:
+    from vllm import AsyncEngineArgs  # type: ignore[import-not-found]
+    from vllm.platforms import current_platform  # type: ignore[import-not-found]
+    from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found]
+
+    fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
+    own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False, "disable_log_stats": True}
+    if current_platform.is_cpu():
+        own["kv_cache_memory_bytes"] = CPU_KV_BYTES
+    try:
+        arguments = AsyncEngineArgs(**(own | options | fixed))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"options of vLLM: {error}", wanted="its engine arguments", do="see `vllm serve --help`"
+        ) from None
+    try:
+        return AsyncLLM.from_engine_args(arguments)
+    except AssayError:
+        raise
+    except Exception as error:  # vLLM fails to start in many ways
+        raise ModelError(
+            f"vLLM does not start: {type(error).__name__}: {error}"[:500], wanted="an engine", do="see its log above"
+        ) from error
+
+
+async def _shutdown(llm: Any) -> None:
+    llm.shutdown()
