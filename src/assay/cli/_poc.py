@@ -118,26 +118,34 @@ def verify(
 
 @app.command()
 def calibrate(
-    proofs: Annotated[list[Path] | None, typer.Argument(help="Two proofs of one round from two engines.")] = None,
+    proofs: Annotated[
+        list[Path] | None, typer.Argument(help="Two proofs of one round from two engines; or one, with --valid-rate.")
+    ] = None,
     valid_rate: Annotated[float | None, typer.Option(help="Wanted share of valid nonces, in (0, 1).")] = None,
-    dimension: Annotated[int, typer.Option(help="Dimension of the output that is compared with the target.")] = 8192,
+    dimension: Annotated[
+        int | None, typer.Option(help="Of the output that is compared with the target; 8192, or what a proof says.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Calibration file to write.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Give the r_target of a wanted valid rate, or measure the honest noise between two engines."""
     from assay import poc, stats
 
-    if valid_rate is not None and not proofs:
-        r_target = stats.r_target_for(valid_rate, dimension)
-        values = {"valid_rate": valid_rate, "dimension": dimension, "r_target": r_target}
+    given = len(proofs or ())
+    if valid_rate is not None and proofs is not None and given == 1 and output is None:
+        found = poc.measure_r_target(poc.Proof.load(proofs[0]), valid_rate, dimension=dimension)
+        _show("assay.poc.calibrate/1", found.as_dict(), as_json)
+    elif valid_rate is not None and not given:
+        size = 8192 if dimension is None else dimension
+        values = {"valid_rate": valid_rate, "dimension": size, "r_target": stats.r_target_for(valid_rate, size)}
         _show("assay.poc.calibrate/1", values, as_json)
-    elif valid_rate is None and proofs is not None and len(proofs) == 2 and output is not None:
+    elif valid_rate is None and proofs is not None and given == 2 and output is not None:
         measured = poc.calibrate(*(poc.Proof.load(path) for path in proofs))
         measured.save(output)
         _show_calibration(measured, output, as_json)
     else:
         raise UsageError(
-            "neither --valid-rate alone nor two proofs with -o",
+            "neither --valid-rate with at most one proof, nor two proofs with -o",
             wanted="one of the two forms",
             do="`assay poc calibrate --valid-rate 0.1`, or `assay poc calibrate A.jsonl B.jsonl -o calibration.json`",
         )
@@ -193,12 +201,18 @@ def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
 
 
 def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> None:
+    from assay.poc import Noise
+
+    ours, theirs = measured.prover.as_dict(), measured.validator.as_dict()
+    other = [f"{name} {ours[name]} / {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     values = {
         "path": str(path),
         "output": measured.output,
         "law": str(measured.law),
+        "typical_residual": Noise(measured.law, "").size,
         "n": measured.n,
         "confidence": measured.confidence,
+        "engines_differ_in": ", ".join(other) or "nothing",
     }
     _show("assay.poc.calibrate/1", values, as_json)
 

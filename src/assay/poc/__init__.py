@@ -11,6 +11,7 @@ from assay.poc._pipelines import PIPELINES, Pipeline, get_pipeline
 from assay.poc._proof import Footer, Header, Proof, Record
 from assay.poc._prover import prove
 from assay.poc._round import Round
+from assay.poc._rtarget import MeasuredTarget, measure_r_target
 from assay.poc._verdict import Verdict
 from assay.poc._verifier import verify
 from assay.poc.engines import Engine, Fingerprint, HFEngine
@@ -23,6 +24,7 @@ __all__ = [
     "Footer",
     "HFEngine",
     "Header",
+    "MeasuredTarget",
     "Noise",
     "Pipeline",
     "Proof",
@@ -32,6 +34,7 @@ __all__ = [
     "calibrate",
     "default_noise",
     "get_pipeline",
+    "measure_r_target",
     "prove",
     "verify",
 ]

@@ -29,12 +29,13 @@ from assay.models import Model, load_model
 from assay.poc import cheats
 from assay.poc._pipelines import PIPELINES, LayerStep, Pipeline, get_pipeline
 from assay.poc._round import Round
+from assay.poc._rtarget import distances_from
 from assay.poc.engines import Engine, HFEngine
 from assay.poc.experiments._cost import memory, pipeline_parallel, tensor_parallel
 from assay.poc.experiments._matrix_table import PUBLISHED_LIMIT
 from assay.poc.experiments._runs import Run, open_run
 from assay.poc.experiments._spread import effective_dimension, spread_of
-from assay.poc.experiments._states import distances_from, make_transform, published, state_pipeline, states
+from assay.poc.experiments._states import make_transform, published, state_pipeline, states
 from assay.reports import JsonObject
 
 __all__ = ["APPROACHES", "ApproachPlan", "run_approaches"]

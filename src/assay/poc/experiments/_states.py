@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from assay import streams
 from assay.poc._pipelines import Pipeline
 from assay.poc._round import Round
 from assay.poc._transforms import Transform
 from assay.poc.engines import Engine
 
-__all__ = ["distances_from", "make_transform", "published", "state_pipeline", "states", "target"]
+__all__ = ["make_transform", "published", "state_pipeline", "states"]
 
 
 def make_transform(engine: Engine, round: Round, pipeline: Pipeline) -> Transform:
@@ -68,19 +67,3 @@ def published(
             for name, transform in transforms.items():
                 found[name].append(transform(x_BD, padded).float().cpu().numpy())
     return {name: np.concatenate(batches)[: len(nonces)] for name, batches in found.items()}
-
-
-def target(round: Round, size: int) -> npt.NDArray[np.float64]:
-    """Return the target of a round in R^size: a unit vector, [size]."""
-    values = np.asarray(streams.get_backend("numpy").normals(streams.seeds([round.block_text("target")]), size))
-    direction = values.reshape(size).astype(np.float64)
-    return direction / np.linalg.norm(direction)
-
-
-def distances_from(values: npt.NDArray[np.floating], round: Round) -> npt.NDArray[np.float64]:
-    """Return distances [N] as they are, and of vectors [N, K] the distance of each to the round's target in R^K."""
-    if values.ndim == 1:
-        return values.astype(np.float64)
-    unit_NK = values.astype(np.float64)
-    unit_NK /= np.linalg.norm(unit_NK, axis=1, keepdims=True)
-    return np.asarray(np.linalg.norm(unit_NK - target(round, values.shape[1]), axis=1))

@@ -17,9 +17,10 @@ from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc._pipelines import get_pipeline
 from assay.poc._round import Round
+from assay.poc._rtarget import distances_from
 from assay.poc.engines import HFEngine
 from assay.poc.experiments._runs import open_run
-from assay.poc.experiments._states import distances_from, published
+from assay.poc.experiments._states import published
 from assay.reports import JsonObject
 
 __all__ = ["MODES", "WeightPlan", "WeightRow", "run_weights", "weight_rows"]
