@@ -35,7 +35,7 @@ from assay.vhack.checks import CheckSettings, check_gradients, check_unpaired
 from assay.vhack.pairs import MECHANISMS, authored_pairs, generate_pairs
 
 SETTINGS = (
-    CheckSettings(n_null=59),
+    CheckSettings(n_null=59, method="svd"),
     CheckSettings(n_null=59, method="mean-diff", k_use=1),
     CheckSettings(n_null=59, method="lda"),
 )
@@ -86,7 +86,7 @@ def label(settings):
 
 
 def controls(gradients):
-    """Three inputs without hack directions; every check must fail or be undecided."""
+    """Inputs without hack directions, with two methods; every check must fail or be undecided."""
     rng = random.Random(0)
     swapped = [rng.random() < 0.5 for _ in gradients.keys]
     flip = torch.tensor(swapped)[:, None]
@@ -113,11 +113,12 @@ def controls(gradients):
     axes = {n: torch.linalg.qr(torch.randn(rows.shape[1], 5))[0].T.contiguous() for n, rows in gradients.hack.items()}
     votes = {n: torch.zeros(5, 2, dtype=torch.int64) for n in axes}
     random_basis = Basis(axes, {n: torch.ones(5) for n in axes}, votes)
-    return {
-        "labels swapped": checked("control: labels swapped", mixed, SETTINGS[0]),
-        "clean-clean pairs": checked("control: clean-clean", plain, SETTINGS[0]),
-        "random basis": checked("control: random basis", gradients, SETTINGS[0], random_basis),
+    found = {
+        f"{name}, {s.method}": checked(f"control: {name}, {s.method}", inputs, s)
+        for name, inputs in (("labels swapped", mixed), ("clean-clean pairs", plain))
+        for s in (SETTINGS[0], SETTINGS[2])
     }
+    return found | {"random basis": checked("control: random basis", gradients, SETTINGS[0], random_basis)}
 
 
 def mechanisms(gradients, kinds, method, k_use):
@@ -239,7 +240,7 @@ def measure(reference, count, data):
     }
     own = pair_gradients(model, None, authored_pairs(), svd=svd, max_tokens=512)
     found["our authored pairs"] = {
-        "by themselves, svd, 5 axes": checked("authored", own, SETTINGS[0]),
+        **{f"by themselves, {label(s)}": checked(f"authored, {s.method}", own, s) for s in SETTINGS},
         **{
             f"basis of generated pairs, {label(s)}": checked(
                 f"authored by {s.method}", own, s, gradients.basis(top_k=s.k_use, method=s.method)

@@ -8,8 +8,9 @@ from torch import nn
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
-from assay.vhack import Sample, _batches, _gradients, _taps, per_sample_gradients, target_modules, weight_svd
+from assay.vhack import Sample, _batches, per_sample_gradients, target_modules, weight_svd
 from assay.vhack._batches import encode, plan, token_budget
+from assay.vhack._replica import Replica
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 
@@ -62,20 +63,6 @@ def test_prompt_tokens_carry_gradient(small_model, byte_tokenizer, samples, smal
 def test_batches_and_padding_do_not_matter(small_model, byte_tokenizer, samples, small_svd, wanted, max_tokens):
     found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=max_tokens)
     assert worst_error(found, wanted) < 1e-5
-
-
-@pytest.mark.parametrize("outer", [False, True])
-def test_both_orders_of_the_sum_agree(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted, outer):
-    monkeypatch.setattr(_taps, "_outer_is_cheaper", lambda *_: outer)
-    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
-    assert worst_error(found, wanted) < 1e-5
-
-
-def test_the_cheaper_order_depends_on_length(small_svd):
-    factors = small_svd["model.layers.0.mlp.up_proj"]
-    cheap = [_taps._outer_is_cheaper(torch.empty(1, tokens, 64), factors) for tokens in (8, 512)]
-    assert cheap == [False, True]
-    assert not _taps._outer_is_cheaper(torch.empty(1, 512, 64, dtype=torch.bfloat16), factors)
 
 
 def test_checkpointing_changes_nothing_but_memory(module, byte_tokenizer, samples, small_svd, wanted):
@@ -188,14 +175,15 @@ def test_ids_are_prompt_then_completion_with_nothing_added_or_merged():
     assert one.n_prompt == len(parts[0])
 
 
-def test_batches_hold_similar_lengths_within_the_budget(byte_tokenizer, samples):
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_hold_similar_lengths_within_the_budget(byte_tokenizer, samples, packed):
     encoded = encode(byte_tokenizer, samples, [str(n) for n in range(len(samples))], 1000)
-    batches = plan(encoded, 120)
+    batches = plan(encoded, 160, packed=packed)
     lengths = [[len(one.ids) for one in batch] for batch in batches]
     assert sorted(one.index for batch in batches for one in batch) == list(range(len(samples)))
     assert [length for batch in lengths for length in batch] == sorted((len(one.ids) for one in encoded), reverse=True)
-    assert all(len(batch) == 1 or max(batch) * len(batch) <= 120 for batch in lengths)
-    assert len(batches) < len(samples)
+    assert all(len(batch) == 1 or (sum(batch) if packed else max(batch) * len(batch)) <= 160 for batch in lengths)
+    assert len(batches) == (2 if packed else 3)
 
 
 def test_the_token_budget_follows_the_free_memory(monkeypatch, small_model, byte_tokenizer, samples):
@@ -211,16 +199,16 @@ def test_the_token_budget_follows_the_free_memory(monkeypatch, small_model, byte
 
 
 def test_a_batch_that_runs_out_of_memory_is_split(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted):
-    real = _gradients._run
+    real = Replica.gradients
     sizes = []
 
-    def cramped(module, batch, *rest):
-        sizes.append(len(batch.encoded))
-        if len(batch.encoded) > 2:
+    def cramped(replica, encoded):
+        sizes.append(len(encoded))
+        if len(encoded) > 2:
             raise torch.OutOfMemoryError("no room")
-        return real(module, batch, *rest)
+        return real(replica, encoded)
 
-    monkeypatch.setattr(_gradients, "_run", cramped)
+    monkeypatch.setattr(Replica, "gradients", cramped)
     found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=10_000)
     assert worst_error(found, wanted) < 1e-5
     assert sizes == [5, 2, 3, 1, 2]
@@ -230,7 +218,7 @@ def test_one_sample_that_does_not_fit_is_named(monkeypatch, small_model, byte_to
     def full(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(_gradients, "_run", full)
+    monkeypatch.setattr(Replica, "gradients", full)
     with pytest.raises(OutOfMemory, match="sample 1 with 91 tokens"):
         per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import psutil
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
+from assay.vhack._segments import Segments
 from assay.vhack._types import Sample
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Encoded", "encode", "plan", "token_budget"]
 
 # Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
-_MOST_TOKENS = {"cuda": 8192, "cpu": 1024}
+_MOST_TOKENS = {"cuda": 16384, "cpu": 1024}
+_MOST_BYTES = 52e9
 # Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention output, and in the MLP
 # gate, up, their activation and product. Measured peaks stay below.
 _HIDDEN_COPIES = 10
@@ -42,39 +45,68 @@ class Encoded:
     ids: list[int]
     n_prompt: int
 
+    @property
+    def completion(self) -> tuple[int, int]:
+        """Where the completion starts and ends."""
+        return self.n_prompt, len(self.ids)
+
+    def padded(self, size: int) -> list[int]:
+        """The ids, with zeros behind them."""
+        return self.ids + [0] * (size - len(self.ids))
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Samples padded on the right to one length. Shapes: B samples, T tokens, M completion tokens of all samples.
+    """Samples in one forward pass. Shapes: N rows in all, B samples, T tokens, M completion tokens of all samples.
 
-    With causal attention no token sees what stands to its right, so padding needs no mask: it is never looked at, and
-    its gradient is exactly zero.
+    Packed, they stand end to end in one row, each with its own positions. Otherwise they are padded on the right to one
+    length. With causal attention no token sees what stands to its right, so padding needs no mask: it is never looked
+    at, and its gradient is exactly zero.
 
     Attributes:
         encoded: the samples.
-        ids: [B, T].
-        row, column: [M], where the hidden state stands that predicts each completion token.
-        target: [M], the token it should predict.
+        ids: [1, N] packed, [B, T] padded.
+        positions: [1, N] packed; None padded.
+        segments: the samples among the N rows of all tokens.
+        late: the samples among the M rows that predict a completion token.
+        spot: [M], which of the N rows those are.
+        target: [M], the token that each should predict.
         weight: [M] float32, one over the number of completion tokens of the sample.
     """
 
     encoded: list[Encoded]
     ids: Tensor
-    row: Tensor
-    column: Tensor
+    positions: Tensor | None
+    segments: Segments
+    late: Segments
+    spot: Tensor
     target: Tensor
     weight: Tensor
 
     @classmethod
-    def build(cls, encoded: list[Encoded], device: torch.device) -> "Batch":
-        """Pad and place the samples."""
-        length = max(len(one.ids) for one in encoded)
-        ids_BT = torch.tensor([one.ids + [0] * (length - len(one.ids)) for one in encoded])
-        spots = [(b, t) for b, one in enumerate(encoded) for t in range(one.n_prompt, len(one.ids))]
-        row, target_column = torch.tensor(spots).T
-        counts = torch.tensor([len(one.ids) - one.n_prompt for one in encoded])
-        parts = (ids_BT, row, target_column - 1, ids_BT[row, target_column], 1.0 / counts[row])
-        return cls(encoded, *(part.to(device) for part in parts))
+    def build(cls, encoded: list[Encoded], device: torch.device, *, packed: bool) -> "Batch":
+        """Lay the samples out and place them on the device."""
+        longest = max(len(one.ids) for one in encoded)
+        sizes = [len(one.ids) if packed else longest for one in encoded]
+        counts = [len(one.ids) - one.n_prompt for one in encoded]
+        starts = list(accumulate(sizes, initial=0))
+        spot = [start + t - 1 for start, one in zip(starts, encoded, strict=False) for t in range(*one.completion)]
+        ids = torch.tensor([token for one, size in zip(encoded, sizes, strict=True) for token in one.padded(size)])
+        repeats = torch.tensor(counts)
+        return cls(
+            encoded,
+            ids.view(1 if packed else len(encoded), -1).to(device),
+            torch.cat([torch.arange(size) for size in sizes])[None].to(device) if packed else None,
+            Segments.of(sizes, device),
+            Segments.of(counts, device),
+            torch.tensor(spot).to(device),
+            torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(device),
+            (1.0 / repeats).repeat_interleave(repeats).to(device),
+        )
+
+    def sample_of(self, at: int) -> Encoded:
+        """The sample of a completion token, counted over all of them."""
+        return next(one for one, (_, end) in zip(self.encoded, self.late.bounds, strict=True) if at < end)
 
 
 def encode(
@@ -120,22 +152,28 @@ def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int) ->
         )
 
 
-def plan(encoded: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
-    """Split samples into batches of similar lengths, the longest first, each of at most ``max_tokens`` with padding.
+def plan(encoded: Sequence[Encoded], max_tokens: int, *, packed: bool) -> list[list[Encoded]]:
+    """Split samples into batches of similar lengths, the longest first, each of at most ``max_tokens``.
 
-    A sample longer than that has a batch of its own.
+    Padding counts as tokens, unless the samples will be packed. A sample longer than that has a batch of its own.
     """
     batches: list[list[Encoded]] = []
+    used = 0
     for one in sorted(encoded, key=lambda each: (-len(each.ids), each.index)):
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].ids) <= max_tokens:
+        size = len(one.ids) if packed or not batches else len(batches[-1][0].ids)
+        if batches and used + size <= max_tokens:
             batches[-1].append(one)
+            used += size
         else:
             batches.append([one])
+            used = len(one.ids)
     return batches
 
 
-def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], *, checkpointing: bool) -> int:
-    """How many tokens, padding included, a batch may have so that it takes at most half of the free memory."""
+def token_budget(
+    module: "PreTrainedModel", encoded: Sequence[Encoded], *, checkpointing: bool, at_once: int = 1
+) -> int:
+    """How many tokens, padding included, a batch may have so that all at once take at most half of the free memory."""
     config = module.config.get_text_config()
     parameter = next(module.parameters())
     wide = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
@@ -144,7 +182,8 @@ def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], *, check
     activations = kept if checkpointing else layer * config.num_hidden_layers
     completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(len(one.ids) for one in encoded)
     per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
-    return max(1, min(_MOST_TOKENS[parameter.device.type], int(_free_bytes(parameter.device) / 2 / per_token)))
+    room = min(_MOST_BYTES, _free_bytes(parameter.device) / 2) / at_once
+    return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -1,20 +1,21 @@
 """per_sample_gradients: the gradient of every sample with respect to δS, at δS = 0, of every target module."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from assay.errors import DataError, ModelError, OutOfMemory, UsageError
-from assay.models import decoder_layers
-from assay.vhack._batches import Batch, Encoded, encode, plan, token_budget
+from assay.errors import ModelError, OutOfMemory, UsageError
+from assay.vhack._batches import Encoded, encode, plan, token_budget
 from assay.vhack._digest import module_of
+from assay.vhack._recipe import recipe_for
+from assay.vhack._replica import Computed, Replica, not_finite
+from assay.vhack._svd import Factors
 from assay.vhack._svd_cache import SVDCache, weight_svd
-from assay.vhack._taps import taps
 from assay.vhack._targets import target_modules
 from assay.vhack._types import Sample
 
@@ -41,8 +42,9 @@ def per_sample_gradients(
 ) -> dict[str, Tensor]:
     """The δS gradient of each sample's loss, exact, from one backward pass per batch of the unmodified model.
 
-    The loss of a sample is the mean negative log-likelihood of its completion tokens. The model is run in evaluation
-    mode with frozen weights, and is left as it was: weights, their gradients, ``requires_grad``, modes and hooks.
+    The loss of a sample is the mean negative log-likelihood of its completion tokens. What runs is a copy of the model
+    that shares its weights, in evaluation mode; the model itself is not touched. On a CPU, batches run side by side,
+    one per core.
 
     Args:
         model: a float32 or bfloat16 model.
@@ -71,124 +73,88 @@ def per_sample_gradients(
     encoded = encode(tokenizer, samples, labels, int(module.config.get_text_config().max_position_embeddings))
     factors = svd if svd is not None else weight_svd(module)
     _check_factors(modules, factors)
-    budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing)
-    queue = plan(encoded, budget)
+    recipe = recipe_for(module)
+    cores = torch.get_num_threads() if module.device.type == "cpu" else 1
+    budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing, at_once=cores)
+    batches = plan(encoded, budget, packed=recipe.packed)
+    found = {name: torch.empty(len(samples), factors[name].rank) for name in modules}
     done = 0
-    with _frozen(module, checkpointing), taps(modules, factors, checkpointing=checkpointing) as rows:
-        found = {name: torch.empty(len(samples), factors[name].rank) for name in modules}
-        while queue:
-            batch = queue.pop(0)
-            try:
-                together = _run(module, Batch.build(batch, module.device), rows, list(found))
-            except torch.OutOfMemoryError as error:
-                queue[:0] = _halves(batch, error)
-                continue
-            _store(found, together, batch)
-            done += len(batch)
+    done = 0
+    replicas = [Replica(module, factors, recipe, checkpointing=checkpointing) for _ in range(min(cores, len(batches)))]
+    with _computed(replicas, batches) as results:
+        for computed in results:
+            _store(found, computed)
+            done += len(computed.batch.encoded)
             if progress:
                 progress(done, len(samples))
     return found
 
 
-def _run(module: "PreTrainedModel", batch: Batch, rows: dict[str, Tensor], order: Sequence[str]) -> Tensor:
-    """One forward and backward pass; the gradients of all modules side by side, [B, ΣR] on the CPU."""
-    rows.clear()
-    with _only_completions(module, batch):
-        logits_MV = module(input_ids=batch.ids, use_cache=False).logits[0]
-    losses_M = functional.cross_entropy(logits_MV.float(), batch.target, reduction="none")
-    del logits_MV
-    (losses_M * batch.weight).sum().backward()  # type: ignore[no-untyped-call]
-    _check_losses(losses_M.detach(), batch)  # after the backward pass is on its way, for it waits for the device
-    return torch.cat([rows[name] for name in order], dim=1).cpu()
-
-
 @contextmanager
-def _only_completions(module: "PreTrainedModel", batch: Batch) -> Iterator[None]:
-    """Let the head see only the hidden states that predict a completion token, [1, M, hidden].
+def _computed(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator[Iterator[Computed]]:
+    """The gradients of every batch, in any order.
 
-    With a large vocabulary the head takes most of the memory. Whatever the model does with the logits afterwards
-    (scaling, capping) still happens.
+    Several replicas run at once, each in one thread: two batches side by side take less time than one after the other
+    with every small operation shared between two threads. One replica, on a GPU, is always one batch ahead.
     """
-    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(head, nn.Module):
-        raise ModelError(f"{type(module).__name__} has no head", wanted="a causal language model", do="use another")
+    if len(replicas) == 1:
+        yield _one_ahead(computed for batch in batches for computed in _attempt(replicas[0], batch))
+        return
+    free: SimpleQueue[Replica] = SimpleQueue()
+    for replica in replicas:
+        free.put(replica)
 
-    def select(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (arguments[0][batch.row, batch.column][None],)
+    def work(batch: list[Encoded]) -> list[Computed]:
+        replica = free.get()
+        try:
+            return _attempt(replica, batch)
+        finally:
+            free.put(replica)
 
-    handle = head.register_forward_pre_hook(select)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(len(replicas))
     try:
-        yield
+        waiting = [pool.submit(work, batch) for batch in batches]
+        yield (computed for future in as_completed(waiting) for computed in future.result())
     finally:
-        handle.remove()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
-@contextmanager
-def _frozen(module: "PreTrainedModel", checkpointing: bool) -> Iterator[None]:
-    """Evaluation mode, no gradients of weights, each layer recomputed if wanted; all put back as it was."""
-    required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    training = [(part, part.training) for part in module.modules()]
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.callback(_restore, required, training)
-        module.eval()  # type: ignore[no-untyped-call]
-        for parameter, _ in required:
-            parameter.requires_grad_(False)
-        if checkpointing:
-            for layer in decoder_layers(module):
-                stack.callback(_recompute(layer))
-        yield
+def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
+    """The same, each only after the next has been started."""
+    before = next(items)
+    for item in items:
+        yield before
+        before = item
+    yield before
 
 
-def _restore(required: list[tuple[nn.Parameter, bool]], training: list[tuple[nn.Module, bool]]) -> None:
-    for parameter, flag in required:
-        parameter.requires_grad_(flag)
-    for part, flag in training:
-        part.training = flag
+def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
+    """The gradients of a batch, in parts if it does not fit into memory."""
+    try:
+        return [replica.gradients(batch)]
+    except torch.OutOfMemoryError as error:
+        halves = _halves(batch, str(error))
+    # Only here, where nothing holds on to the memory of the attempt that failed.
+    return [done for half in halves for done in _attempt(replica, half)]
 
 
-def _recompute(layer: nn.Module) -> Callable[[], None]:
-    """Run the layer under checkpointing; returns what undoes it."""
-    own = vars(layer).get("forward")
-    plain: Any = layer.forward
-    # The first layer's input requires no gradient, which only the newer kind of checkpointing allows.
-    layer.forward = lambda *args, **kwargs: checkpoint(plain, *args, use_reentrant=False, **kwargs)
-
-    def undo() -> None:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
-
-    return undo
-
-
-def _store(found: dict[str, Tensor], together: Tensor, batch: list[Encoded]) -> None:
-    index = torch.tensor([one.index for one in batch])
-    parts = torch.split(together, [rows.shape[1] for rows in found.values()], dim=1)
+def _store(found: dict[str, Tensor], computed: Computed) -> None:
+    together_BR, samples = computed.wait(), computed.batch.encoded
+    index = torch.tensor([one.index for one in samples])
+    parts = torch.split(together_BR, [rows.shape[1] for rows in found.values()], dim=1)
     for rows_NR, part_BR in zip(found.values(), parts, strict=True):
         rows_NR[index] = part_BR
-    finite_B = torch.isfinite(together).all(dim=1)
+    finite_B = torch.isfinite(together_BR).all(dim=1)
     if not finite_B.all():
         at = int((~finite_B).nonzero()[0])
         where = next(name for name, part in zip(found, parts, strict=True) if not torch.isfinite(part[at]).all())
-        raise _not_finite(f"the gradient of {batch[at].name} in {where}")
+        raise not_finite(f"the gradient of {samples[at].name} in {where}")
 
 
-def _check_losses(losses_M: Tensor, batch: Batch) -> None:
-    finite_M = torch.isfinite(losses_M)
-    if not finite_M.all():
-        raise _not_finite(f"the loss of {batch.encoded[int(batch.row[~finite_M][0])].name}")
-
-
-def _not_finite(what: str) -> DataError:
-    return DataError(
-        f"{what} is not finite", wanted="finite numbers", do="leave the sample out, or load the model in float32"
-    )
-
-
-def _halves(batch: list[Encoded], error: torch.OutOfMemoryError) -> list[list[Encoded]]:
+def _halves(batch: list[Encoded], error: str) -> list[list[Encoded]]:
     if len(batch) > 1:
         middle = len(batch) // 2
         return [batch[:middle], batch[middle:]]
@@ -196,7 +162,7 @@ def _halves(batch: list[Encoded], error: torch.OutOfMemoryError) -> list[list[En
         f"{batch[0].name} with {len(batch[0].ids)} tokens does not fit: {error}",
         wanted="room for one sample",
         do="turn checkpointing on, use bfloat16, or leave the sample out",
-    ) from error
+    )
 
 
 def _check_dtype(module: "PreTrainedModel") -> None:
@@ -208,7 +174,7 @@ def _check_dtype(module: "PreTrainedModel") -> None:
         )
 
 
-def _check_factors(modules: dict[str, nn.Linear], factors: SVDCache) -> None:
+def _check_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> None:
     for name, module in modules.items():
         if name not in factors or (factors[name].left.shape[0], factors[name].right.shape[1]) != module.weight.shape:
             raise UsageError(

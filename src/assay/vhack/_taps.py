@@ -1,134 +1,219 @@
-"""Reading the δS gradient of every sample off one backward pass of the unmodified model.
+"""Linears that leave the δS gradient of every sample behind when the backward pass goes through them.
 
 With ``y = W x`` replaced by ``(W + U diag(δS) Vh) x`` the gradient at δS = 0 of a loss L is
 
     g_b = Σ_t (Uᵀ ∂L/∂y_bt) ⊙ (Vh x_bt)
 
 over all tokens t of sample b, prompt tokens too, for attention carries the loss back to them. Samples do not mix in the
-forward pass, so one backward of the sum of their losses gives every g_b.
+forward pass, so one backward pass of the sum of their losses gives every g_b.
 
-A tap is an identity behind a Linear that keeps what it needs of x and does the sum when ∂L/∂y passes. The sum is done
-in one of two orders, whichever has fewer multiplications; they differ in rounding only:
+The sum is done in one of several ways that differ in rounding only. With G_b = Σ_t ∂L/∂y_bt x_btᵀ, the gradient of W:
 
-- *project*: ``Vh x`` and ``Uᵀ ∂L/∂y`` per token, 2·T·R·(O + I) operations per sample;
-- *outer*: first ``G_b = Σ_t ∂L/∂y_bt x_btᵀ``, then ``diag(Uᵀ G_b Vhᵀ)``, 2·(T + R)·O·I operations. Float32 only:
-  in a shorter dtype G would be rounded between the two steps.
+- *project*: ``c = Vh x`` and ``p = Uᵀ ∂L/∂y`` per token, then the sum over tokens of their product; in any dtype;
+- *right*: ``p`` only, then the diagonal of ``(Σ_t p xᵀ) Vhᵀ``;
+- *left*: ``c`` only, then the diagonal of ``Uᵀ (Σ_t ∂L/∂y cᵀ)``;
+- *outer*: G_b itself, then the diagonal of ``Uᵀ G_b Vhᵀ``.
 
-Shapes: B samples, T tokens, O outputs, I inputs, R coordinates of δS.
+The last three keep a sum over tokens in a matrix before it is projected, so they are for float32 only, and take a few
+large products per sample, which suits a CPU.
+
+``W = U S Vh`` gives some products for less. Where W has more rows than columns, ``Wᵀ ∂L/∂y = Vhᵀ S p`` costs the
+smaller side squared once p is known; where it has more columns, so does ``W x = U S c``. Nothing is divided by a
+singular value, so this is as exact as the factors.
+
+Shapes: N rows (tokens of all samples), B samples, O outputs, I inputs, R coordinates of δS.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from assay.errors import ModelError
+from assay.vhack._fused import segment_products
+from assay.vhack._segments import Segments
 from assay.vhack._svd import Factors
 
-__all__ = ["taps"]
+__all__ = ["Tap", "Way", "fitting"]
 
-Reduce = Callable[[Tensor, Tensor], None]
+_FITS = 1e-5
 
 
-class _Tap(torch.autograd.Function):
-    """The identity on a Linear's output; its backward hands the gradient, with what was kept of x, to ``reduce``.
+@dataclass(frozen=True)
+class Way:
+    """How one tap computes what it has to.
 
-    ``trigger`` requires a gradient and never gets one: it makes the backward pass come here although all weights are
-    frozen. What is kept goes through autograd, so that gradient checkpointing drops and recomputes it like the rest.
+    Attributes:
+        how: ``"project"``, ``"right"``, ``"left"`` or ``"outer"``.
+        early: ``Vh x`` is computed in the forward pass and kept, and x is not.
+        output, input: ``W x`` and ``Wᵀ ∂L/∂y`` come from the factors.
     """
 
-    @staticmethod
-    def forward(ctx: Any, output_BTO: Tensor, trigger: Tensor, kept: Tensor, reduce: Reduce) -> Tensor:
-        ctx.save_for_backward(kept)
-        ctx.reduce = reduce
-        return output_BTO.view_as(output_BTO)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
-        (gradient_BTO,) = gradients
-        (kept,) = ctx.saved_tensors
-        ctx.reduce(kept, gradient_BTO)
-        return gradient_BTO, None, None, None
+    how: str
+    early: bool
+    output: bool
+    input: bool
 
 
-@contextmanager
-def taps(
-    modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors], *, checkpointing: bool
-) -> Iterator[dict[str, Tensor]]:
-    """Tap every module; inside the block each backward pass fills the dictionary with [B, R] float32 per module.
-
-    The hooks are removed at the end of the block, whatever happens in it.
+class Tap:
+    """What replaces the forward function of a Linear.
 
     Args:
-        modules: the Linears by name.
-        factors: U and Vh of each.
+        name: of the module.
+        linear: its weight and bias are used and stay as they are.
+        factors: of the weight.
+        found: filled by every backward pass with [B, R] float32 under the name.
+        segments: called in the forward pass for the bounds of the samples among the rows.
+        factored: use the factors for products with W.
+        together: no operations per sample.
         checkpointing: the forward pass runs twice, so nothing should be computed in it that the first run throws away.
+        use: kernels for the sum over tokens, or None.
     """
-    found: dict[str, Tensor] = {}
-    handles = []
-    try:
-        for name, module in modules.items():
-            hook = _hook(name, factors[name], found, checkpointing)
-            handles.append(module.register_forward_hook(hook))
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
+    def __init__(
+        self,
+        name: str,
+        linear: nn.Linear,
+        factors: Factors,
+        found: dict[str, Tensor],
+        segments: Callable[[], Segments],
+        *,
+        factored: bool,
+        together: bool,
+        checkpointing: bool,
+        use: ModuleType | None,
+    ) -> None:
+        self.name, self.linear, self.factors, self.found = name, linear, factors, found
+        self.segments, self.checkpointing, self.use = segments, checkpointing, use
+        self.values = factors.values.to(factors.left.dtype)
+        self.factored, self.together = factored, together
+        # Requires a gradient and never gets one: it makes the backward pass come here although all weights are frozen.
+        self.trigger = torch.zeros((), requires_grad=True)
 
-def _hook(
-    name: str, factors: Factors, found: dict[str, Tensor], checkpointing: bool
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    trigger = torch.zeros((), requires_grad=True)
-    # Of x and Vh x the narrower one is kept, unless x is needed whole or Vh x would be computed twice.
-    inputs, rank = factors.right.shape[1], factors.rank
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The output of the Linear.
 
-    def hook(module: nn.Module, arguments: tuple[Tensor, ...], output_BTO: Tensor) -> Tensor:
-        (input_BTI,) = arguments
-        if input_BTI.ndim != 3:
+        Raises:
+            ModelError: the rows are not all tokens in their order.
+        """
+        segments = self.segments()
+        if inputs.ndim != 3 or inputs.shape[0] * inputs.shape[1] != segments.bounds[-1][1]:
             raise ModelError(
-                f"{name} is given inputs of shape {list(input_BTI.shape)}",
+                f"{self.name} is given inputs of shape {list(inputs.shape)}",
                 wanted="[samples, tokens, width]: tokens that were sent to an expert no longer say whose they are",
                 do="use a dense model",
             )
-        outer = _outer_is_cheaper(input_BTI, factors)
-        early = not outer and not checkpointing and rank < inputs
+        output: Tensor = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
+        return output
 
-        def reduce(kept: Tensor, gradient_BTO: Tensor) -> None:
-            if outer:
-                found[name] = _by_outer(kept, gradient_BTO, factors)
-            else:
-                coordinates_BTR = kept if early else _coordinates(kept, factors)
-                found[name] = _by_projection(coordinates_BTR, gradient_BTO, factors)
-
-        with torch.no_grad():
-            kept = _coordinates(input_BTI, factors) if early else input_BTI.detach()
-        result: Tensor = _Tap.apply(output_BTO, trigger, kept, reduce)  # type: ignore[no-untyped-call]
-        return result
-
-    return hook
-
-
-def _outer_is_cheaper(input_BTI: Tensor, factors: Factors) -> bool:
-    (outputs, rank), inputs, tokens = factors.left.shape, factors.right.shape[1], input_BTI.shape[1]
-    is_float32 = input_BTI.dtype == factors.left.dtype == torch.float32
-    return is_float32 and (tokens + rank) * outputs * inputs < tokens * rank * (outputs + inputs)
+    def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
+        """The cheapest way for these rows."""
+        outputs, inputs = self.linear.weight.shape
+        rank, tokens = self.factors.rank, len(inputs_NI) / len(segments.bounds)
+        to_output, to_input = self.factored and outputs < inputs, self.factored and outputs > inputs
+        if self.together or not inputs_NI.dtype == self.factors.left.dtype == torch.float32:
+            return Way("project", to_output or (rank < inputs and not self.checkpointing), to_output, to_input)
+        # Multiplications per token beyond the two products with W. The factors save some of those.
+        outer = (1 + rank / tokens) * outputs * inputs
+        saved = max(outputs, inputs) - min(outputs, inputs) if to_output or to_input else 0
+        if outer < rank * (outputs + inputs - saved):
+            return Way("outer", early=False, output=False, input=False)
+        return Way("left" if outputs < inputs else "right", outputs < inputs, to_output, to_input)
 
 
-def _coordinates(input_BTI: Tensor, factors: Factors) -> Tensor:
-    coordinates_BTR: Tensor = input_BTI.to(factors.right.dtype) @ factors.right.T
-    return coordinates_BTR
+class _Tapped(torch.autograd.Function):
+    """A Linear with frozen weights whose backward pass leaves the gradient of δS with its tap.
+
+    What is kept goes through autograd, so that gradient checkpointing drops and recomputes it like the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, trigger: Tensor, tap: Tap, segments: Segments) -> Tensor:
+        inputs_NI = inputs.reshape(-1, inputs.shape[-1])
+        way = tap.way(inputs_NI, segments)
+        kept = _coordinates(inputs_NI, tap) if way.early else inputs_NI
+        ctx.save_for_backward(kept)
+        ctx.tap, ctx.segments, ctx.way = tap, segments, way
+        if way.output:
+            output_NO = (kept * tap.values) @ tap.factors.left.T
+            if tap.linear.bias is not None:
+                output_NO += tap.linear.bias
+        else:
+            output_NO = functional.linear(inputs_NI, tap.linear.weight, tap.linear.bias)
+        return output_NO.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = gradients
+        (kept,) = ctx.saved_tensors
+        tap, way = ctx.tap, ctx.way
+        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
+        projected_NR = None
+        if way.how in ("project", "right") or way.input:
+            projected_NR = gradient_NO.to(tap.factors.left.dtype) @ tap.factors.left
+        tap.found[tap.name] = _reduce(kept, gradient_NO, projected_NR, ctx.segments, tap, way)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        if way.input:
+            assert projected_NR is not None
+            result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
+        else:
+            result_NI = gradient_NO @ tap.linear.weight
+        return result_NI.view(*gradient.shape[:-1], -1), None, None, None
 
 
-def _by_projection(coordinates_BTR: Tensor, gradient_BTO: Tensor, factors: Factors) -> Tensor:
-    projected_BTR = gradient_BTO.to(factors.left.dtype) @ factors.left
-    return (projected_BTR.float() * coordinates_BTR).sum(dim=1)
+def _reduce(
+    kept: Tensor, gradient_NO: Tensor, projected_NR: Tensor | None, segments: Segments, tap: Tap, way: Way
+) -> Tensor:
+    """The gradient of every sample, [B, R] float32."""
+    left_OR, right_RI = tap.factors.left, tap.factors.right
+    if way.how == "project":
+        assert projected_NR is not None
+        coordinates_NR = kept if way.early else _coordinates(kept, tap)
+        return segment_products(projected_NR, coordinates_NR, segments.offsets, tap.use)
+    behind = projected_NR if way.how == "right" else gradient_NO
+    assert behind is not None
+    to_left = way.how == "left" or (way.how == "outer" and left_OR.shape[0] < right_RI.shape[1])
+    rows = []
+    for start, end in segments.bounds:
+        total = behind[start:end].T @ kept[start:end]
+        if way.how == "outer":
+            total = total @ right_RI.T if to_left else left_OR.T @ total
+        rows.append(torch.linalg.vecdot(total, left_OR, dim=0) if to_left else torch.linalg.vecdot(total, right_RI))
+    return torch.stack(rows)
 
 
-def _by_outer(input_BTI: Tensor, gradient_BTO: Tensor, factors: Factors) -> Tensor:
-    weight_gradient_BOI = gradient_BTO.transpose(1, 2) @ input_BTI
-    if factors.left.shape[0] < factors.right.shape[1]:
-        return ((weight_gradient_BOI @ factors.right.T) * factors.left).sum(dim=1)
-    return ((factors.left.T @ weight_gradient_BOI) * factors.right).sum(dim=2)
+def _coordinates(inputs_NI: Tensor, tap: Tap) -> Tensor:
+    right_RI = tap.factors.right
+    coordinates_NR: Tensor = inputs_NI.to(right_RI.dtype) @ right_RI.T
+    return coordinates_NR
+
+
+def fitting(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> set[str]:
+    """The modules whose factors are all there and give their very weight back, to the precision of its dtype.
+
+    They are tried on one vector: factors of other weights, or of a shorter dtype, give another result.
+    """
+    tried = [name for name, linear in modules.items() if _may_fit(linear, factors[name])]
+    errors = [_misfit(modules[name], factors[name]) for name in tried]
+    within = torch.stack(errors).tolist() if errors else []  # all at once, for it waits for the device
+    return {name for name, error in zip(tried, within, strict=True) if error <= 1}
+
+
+def _may_fit(linear: nn.Linear, factors: Factors) -> bool:
+    return factors.rank == min(linear.weight.shape) and factors.left.dtype == linear.weight.dtype
+
+
+def _misfit(linear: nn.Linear, factors: Factors) -> Tensor:
+    """The error of ``U S Vh v`` as a share of what it may be."""
+    weight_OI = linear.weight.detach()
+    probe_I = torch.cos(torch.arange(weight_OI.shape[1], device=weight_OI.device)).to(weight_OI.dtype)
+    wanted_O = (weight_OI @ probe_I).float()
+    found_O = (factors.left @ (factors.right @ probe_I * factors.values).to(probe_I.dtype)).float()
+    tolerance = _FITS if weight_OI.dtype == torch.float32 else 8 * torch.finfo(weight_OI.dtype).eps
+    share: Tensor = (found_O - wanted_O).norm() / (tolerance * wanted_O.norm())
+    return share

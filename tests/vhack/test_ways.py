@@ -1,0 +1,221 @@
+"""All ways of computing gradients agree with one sample at a time: packed, padded, fused, factored, side by side."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from assay.models import load_model
+from assay.vhack import Sample, _gradients, per_sample_gradients, target_modules, weight_svd
+from assay.vhack._attention import attend
+from assay.vhack._fused import Norm, plain_norm, segment_products
+from assay.vhack._recipe import Recipe, recipe_for
+from assay.vhack._replica import Replica
+from assay.vhack._segments import Segments
+from assay.vhack._taps import Tap, Way, fitting
+from tests.vhack.adapter import sequential_gradients, worst_error
+
+PLAIN = Recipe(packed=False, fused=False, factored=False, late=False, together=False)
+EVERYTHING = Recipe(packed=True, fused=True, factored=True, late=True, together=False)
+
+
+@pytest.fixture(scope="module")
+def wanted(small_model, byte_tokenizer, samples, small_svd):
+    return sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        PLAIN,
+        replace(PLAIN, fused=True),
+        replace(PLAIN, factored=True),
+        replace(PLAIN, packed=True),
+        replace(EVERYTHING, factored=False),
+        EVERYTHING,
+        replace(EVERYTHING, together=True),
+        replace(PLAIN, together=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_recipe_is_exact(
+    monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted, recipe, checkpointing
+):
+    monkeypatch.setattr(_gradients, "recipe_for", lambda _: recipe)
+    found = per_sample_gradients(
+        small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=200, checkpointing=checkpointing
+    )
+    assert worst_error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["project", "right", "left", "outer"])
+def test_every_order_of_the_sum_is_exact(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted, how):
+    monkeypatch.setattr(Tap, "way", lambda *_: Way(how, how == "left", output=False, input=False))
+    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+    assert worst_error(found, wanted) < 1e-5
+
+
+def test_the_cheapest_way_depends_on_shape_length_and_dtype(small_model, small_svd):
+    def way(name, tokens, dtype=torch.float32, **changes):
+        settings = {"factored": True, "together": False, "checkpointing": False, "use": None, **changes}
+        linear = target_modules(small_model)[f"model.layers.0.{name}"]
+        tap = Tap(name, linear, small_svd[f"model.layers.0.{name}"], {}, lambda: None, **settings)
+        rows = torch.empty(tokens, linear.in_features, dtype=dtype)
+        return tap.way(rows, Segments.of([tokens], rows.device))
+
+    assert [way("self_attn.q_proj", tokens).how for tokens in (32, 128)] == ["right", "outer"]
+    assert way("mlp.up_proj", 128) == Way("right", early=False, output=False, input=True)
+    assert way("mlp.down_proj", 128) == Way("left", early=True, output=True, input=False)
+    assert way("mlp.up_proj", 128, factored=False).input is False
+    assert way("mlp.up_proj", 128, torch.bfloat16).how == "project"
+    assert way("mlp.up_proj", 128, together=True).how == "project"
+
+
+def test_other_factors_than_the_weights_own_are_not_multiplied_with(small_model, small_svd):
+    modules = target_modules(small_model)
+    assert fitting(modules, small_svd) == set(modules)
+    assert fitting(modules, small_svd.truncated(8)) == set()
+    assert fitting(modules, weight_svd(small_model, dtype="bfloat16")) == set()
+    first, second = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+    swapped = {**small_svd, first: small_svd[second]}
+    assert fitting(modules, swapped) == set(modules) - {first}
+
+
+def test_which_models_are_packed(small_checkpoint):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def recipe(family, **changes):
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+        with torch.random.fork_rng():
+            return recipe_for(
+                AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **changes))
+            )
+
+    assert recipe("qwen3") == EVERYTHING
+    assert recipe("gemma2") == replace(PLAIN, factored=True)
+    assert recipe("mistral", sliding_window=8) == replace(PLAIN, factored=True)
+    model = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
+    assert recipe_for(model.module) == replace(EVERYTHING, factored=False)
+
+
+def test_batches_run_side_by_side_and_give_the_same(
+    small_model, byte_tokenizer, samples, small_svd, wanted, monkeypatch
+):
+    seen = set()
+    real = Replica.gradients
+    both = threading.Barrier(2, timeout=60)
+
+    def watched(replica, encoded):
+        if len(seen) < 2:
+            seen.add(threading.get_ident())
+            both.wait()
+        return real(replica, encoded)
+
+    monkeypatch.setattr(Replica, "gradients", watched)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=100)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 2
+    assert worst_error(found, wanted) < 1e-5
+
+
+def test_a_copy_shares_the_memory_of_the_weights(small_model, small_svd):
+    replica = Replica(small_model.module, small_svd, EVERYTHING, checkpointing=True)
+    pairs = list(zip(small_model.module.named_parameters(), replica.module.named_parameters(), strict=True))
+    assert all(one.data_ptr() == other.data_ptr() for (_, one), (_, other) in pairs)
+    assert [name for (name, _), _ in pairs] == [name for _, (name, _) in pairs]
+    assert replica.module.lm_head.weight is replica.module.model.embed_tokens.weight
+    assert replica.module.config._attn_implementation != small_model.module.config._attn_implementation
+    assert not any("forward" in vars(part) for part in small_model.module.modules())
+
+
+def test_a_forward_function_of_its_own_is_kept(small_model, byte_tokenizer, samples, small_svd, wanted):
+    import copy
+
+    module = copy.deepcopy(small_model.module)
+    module.model.layers[0].forward = module.model.layers[0].forward
+    assert worst_error(per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_stays_within_a_sample(heads, together, dtype):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 63, 64, 65, 130]
+    shapes = [(1, sum(lengths), count, 8) for count in (heads[0], heads[1], heads[1])]
+    parts = [torch.randn(shape, generator=generator, dtype=dtype).transpose(1, 2) for shape in shapes]
+    weight = torch.randn(1, sum(lengths), heads[0], 8, generator=generator, dtype=dtype)
+    segments = Segments.of(lengths, torch.device("cpu"))
+    results = []
+    for ours in (True, False):
+        leaves = [part.detach().requires_grad_() for part in parts]
+        if ours:
+            out, _ = attend(None, *leaves, None, segments=segments, together=together, scaling=0.3)
+        else:
+            each = [
+                functional.scaled_dot_product_attention(
+                    *(leaf[:, :, start:end] for leaf in leaves), is_causal=True, scale=0.3, enable_gqa=True
+                )
+                for start, end in segments.bounds
+            ]
+            out = torch.cat(each, dim=2).transpose(1, 2)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_over_rows_of_each_sample(dtype):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(40, 7, generator=generator).to(dtype) for _ in range(2))
+    segments = Segments.of([1, 30, 9], left.device)
+    found = segment_products(left, right, segments.offsets, None)
+    expected = torch.stack([(left[a:b].double() * right[a:b].double()).sum(0) for a, b in segments.bounds])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_the_norm_is_that_of_transformers(small_model):
+    norm = small_model.module.model.layers[0].input_layernorm
+    assert plain_norm(norm)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 5, 64, generator=generator) * 3
+    weight = torch.randn(2, 5, 64, generator=generator)
+    results = []
+    for ours in (True, False):
+        leaf = inputs.clone().requires_grad_()
+        out = Norm.apply(leaf, norm.weight.detach(), norm.variance_epsilon, None) if ours else norm(leaf)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaf)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_that_computes_something_else_is_left_alone():
+    class OtherRMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(8))
+            self.variance_epsilon = 1e-6
+
+        def forward(self, inputs):
+            return (1 + self.weight) * inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + 1e-6)
+
+    assert not plain_norm(OtherRMSNorm())
+    assert not plain_norm(torch.nn.LayerNorm(8))
+
+
+def test_a_sample_that_is_left_out_changes_nothing_for_the_others(small_model, byte_tokenizer, samples, small_svd):
+    everything = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=10_000)
+    other = [*samples[:2], Sample("import sys", "\nprint(sys.argv)\n"), *samples[3:]]
+    changed = per_sample_gradients(small_model, byte_tokenizer, other, svd=small_svd, max_tokens=10_000)
+    rest = [0, 1, 3, 4]
+    assert worst_error({n: g[rest] for n, g in changed.items()}, {n: g[rest] for n, g in everything.items()}) < 1e-5
