@@ -3,10 +3,12 @@
 Both bundled models prove the same nonces in every dtype and in two batch shapes. Residuals between every two engines
 of a pair of dtypes are pooled, and the law is fitted at its 99 % upper bound. Engines that agree to the bit (same
 dtype, same machine) leave the resolution of a distance, so pairs of one dtype are also measured between two machines:
-run with `--save` on one and give the saved records with `--with` on the other.
+run with `--save` on one and give the saved records with `--with` on the other. `--kernels` adds the plain attention of
+the library as another engine, which shows noise within one dtype on one machine.
 
     python benchmarks/default_noise.py --save noise_cuda.npz              on one machine
     python benchmarks/default_noise.py --with noise_cuda.npz -o benchmarks/results/default_noise.json --install
+    python benchmarks/default_noise.py --presets hardened --kernels -o benchmarks/results/hardened_noise.json --install
 """
 
 import itertools
@@ -19,7 +21,7 @@ from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc._calibration import fit_noise
 from assay.poc._noise import law_as_dict
-from assay.reports import dumps, write_atomic
+from assay.reports import dumps, read_json, write_atomic
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -30,18 +32,21 @@ INSTALLED = Path(__file__).parents[1] / "src" / "assay" / "poc" / "default_noise
 MARGIN = 2.0
 
 
-def records(nonces, device):
-    """One array per (preset, model, dtype, machine and batch shape)."""
-    found = {}
+def records(options):
+    """One array per (preset, model, dtype, machine, batch shape and kernels)."""
+    found, nonces = {}, options.nonces
+    engines = [(size, "sdpa") for size in SHAPES] + ([(SHAPES[0], "eager")] if options.kernels else [])
     for reference, dtype in itertools.product(MODELS, DTYPES):
-        model = load_model(reference, dtype=dtype, device=device)
-        for batch_size, preset in itertools.product(SHAPES, PRESETS):
+        model = load_model(reference, dtype=dtype, device=options.device)
+        for (batch_size, kernels), preset in itertools.product(engines, options.presets):
+            model.module.set_attn_implementation(kernels)
+            name = f"{model.device.type} {batch_size}" + (f" {kernels}" if kernels != "sdpa" else "")
             round = Round(block_hash="noise", public_key="default", preset=preset)
             proof = prove(model, round, range(nonces), engine=HFEngine(model, batch_size=batch_size))
-            note(f"{preset} {reference} {dtype} {model.device} batches of {batch_size}")
-            vectors = preset == "artifact"
+            note(f"{preset} {reference} {dtype} {name}")
+            vectors = get_pipeline(preset).output == "vector"
             values = np.stack([r.vector for r in proof.records]) if vectors else proof.distances
-            found[f"{preset}|{reference}|{dtype}|{model.device.type} {batch_size}"] = values.astype(np.float64)
+            found[f"{preset}|{reference}|{dtype}|{name}"] = values.astype(np.float64)
     return found
 
 
@@ -67,11 +72,13 @@ def main():
     arguments = parser(__doc__)
     arguments.add_argument("--nonces", type=int, default=128)
     arguments.add_argument("--device")
+    arguments.add_argument("--presets", nargs="+", default=PRESETS)
+    arguments.add_argument("--kernels", action="store_true", help="also with the library's plain attention")
     arguments.add_argument("--save", type=Path, help="write the records of this machine and stop")
     arguments.add_argument("--with", type=Path, dest="others", help="records of another machine")
     arguments.add_argument("--install", action="store_true", help="write the laws into the package")
     options = arguments.parse_args()
-    found = records(options.nonces, options.device)
+    found = records(options)
     if options.save:
         np.savez_compressed(options.save, **found)
         return
@@ -79,20 +86,21 @@ def main():
         with np.load(options.others) as others:
             found |= {name: others[name] for name in others.files}
     laws, measured = {}, []
-    for preset in PRESETS:
+    for preset in options.presets:
         pipeline = get_pipeline(preset)
         for one, two in itertools.combinations_with_replacement(sorted(DTYPES), 2):
             errors = pooled(found, preset, one, two)
             law, confidence = fit_noise(pipeline, errors)
-            laws.setdefault(pipeline.output, {})[f"{one}/{two}"] = widened(law_as_dict(law))
+            laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = widened(law_as_dict(law))
             quantiles = np.quantile(np.abs(errors), (0.5, 0.95, 1.0)).tolist()
             row = {"preset": preset, "pair": f"{one}/{two}", "n": len(errors), "confidence": confidence}
             measured.append(row | {"median_95_max": quantiles, "law": law_as_dict(law)})
     engines = sorted({name.split("|")[3] for name in found})
     publish("default_noise", {"engines": engines, "margin": MARGIN, "measured": measured, "laws": laws}, options.output)
     if options.install:
-        source = "benchmarks/results/default_noise.json"
-        write_atomic(INSTALLED, dumps({"schema": "assay.poc.default_noise/1", "source": source, "laws": laws}) + "\n")
+        installed = read_json(INSTALLED)
+        installed["laws"] |= laws
+        write_atomic(INSTALLED, dumps(installed) + "\n")
 
 
 if __name__ == "__main__":

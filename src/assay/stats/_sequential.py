@@ -104,15 +104,26 @@ class SequentialTest:
             self._take(size_N[start : start + _CHUNK])
         return self
 
-    def _take(self, size_N: FloatArray) -> None:
+    def log_ratios(self, values: npt.ArrayLike) -> FloatArray:
+        """Return ln g/f₁ of every residual for each of the K alternatives, [N, K]; the test keeps its state.
+
+        A node whose residuals are a sequence of these rows has ln E = logsumexp(cumsum) − ln K: with it, many audits are
+        simulated at once.
+        """
+        return self._steps(self.law.magnitudes(values))
+
+    def _steps(self, size_N: FloatArray) -> FloatArray:
         honest_N = self.law.log_density(size_N, 1.0)
         ratio_NM = np.stack([self.law.log_density(size_N, float(m)) - honest_N for m in self._multiples_M], axis=1)
-        step_NK = np.concatenate([ratio_NM, _junk_mixtures(ratio_NM[:, -1])], axis=1)
+        return np.concatenate([ratio_NM, _junk_mixtures(ratio_NM[:, -1])], axis=1)
+
+    def _take(self, size_N: FloatArray) -> None:
+        step_NK = self._steps(size_N)
         # Starting the sum from the state makes the result independent of how the values were split into updates.
         path_NK = np.cumsum(np.vstack([self._log_ratio_K, step_NK]), axis=0)[1:]
         self._log_ratio_K = path_NK[-1]
         self._log_e_max = max(self._log_e_max, float(_log_mean(path_NK).max()))
-        self._log_honest -= float(ratio_NM[:, 0].sum())
+        self._log_honest -= float(step_NK[:, 0].sum())
         self._n += size_N.size
         self._gross += int(np.count_nonzero(size_N > self.law.gross_threshold))
 

@@ -1,0 +1,140 @@
+"""The hardened preset: its formula, its seed texts, and a whole round with it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from assay import streams
+from assay.errors import ProofFormatError
+from assay.models import backbone
+from assay.poc import PIPELINES, Calibration, HFEngine, Proof, Round, calibrate, cheats, prove, verify
+from assay.poc._pipelines import Positions
+from assay.poc._transforms import Transform
+
+NUMPY = streams.get_backend("numpy")
+HARDENED = PIPELINES["hardened"]
+
+
+@pytest.fixture(scope="module")
+def hardened() -> Round:
+    return Round(block_hash="block_alpha", public_key="node_A", seq_len=16, model="small", preset="hardened")
+
+
+@pytest.fixture(scope="module")
+def hardened_proof(small_model, hardened: Round) -> Proof:
+    return prove(small_model, hardened, range(64), batch_size=8)
+
+
+def test_the_header_of_an_older_preset_says_nothing_new():
+    assert set(PIPELINES["artifact"].as_dict()) == {
+        "name",
+        "summary",
+        "read",
+        "layers",
+        "hidden",
+        "head",
+        "logits",
+        "output",
+    }
+    assert HARDENED.as_dict()["read"] == {"count": 0}
+    assert HARDENED.as_dict()["texts"] == "versioned"
+    assert HARDENED.noise != PIPELINES["artifact"].noise == "vector"
+
+
+def test_texts_are_versioned_and_prefixed(hardened: Round):
+    assert hardened.strength == 256
+    assert hardened.text("inputs", 7) == "11:assay.poc/26:inputs11:block_alpha6:node_A1:71:01:0"
+    assert hardened.block_text("target") == "11:assay.poc/26:target11:block_alpha1:0"
+    plain = [Round(block_hash=b, public_key=k) for b, k in (("a_b", "c"), ("a", "b_c"))]
+    assert plain[0].text("inputs", 0) == plain[1].text("inputs", 0), "the published texts collide"
+    one, two = (replace(round, preset="hardened").text("inputs", 0) for round in plain)
+    assert one != two
+
+
+def test_the_vector_is_the_formula_in_float64(small_model, hardened: Round, hardened_proof: Proof):
+    engine = HFEngine(small_model, batch_size=8, seq_len=16)
+    inputs = engine.inputs(hardened, range(8))
+    expected = NUMPY.normals(streams.seeds([hardened.text("inputs", 3)], 256), 16 * 64)[0].reshape(16, 64)
+    np.testing.assert_array_equal(inputs[3].numpy(), expected)
+    with torch.inference_mode():
+        states = backbone(small_model.module)(inputs_embeds=inputs).last_hidden_state[3].double().numpy()
+    signs = NUMPY.signs(streams.seeds([hardened.text("weights", 3)]), 16)[0]
+    x = (signs[:, None] * states / np.linalg.norm(states, axis=1, keepdims=True)).sum(0)
+    head = NUMPY.normals(streams.seeds([hardened.text("projection", 3, k=12)]), 12 * 64)[0].reshape(12, 64)
+    y = head.astype(np.float64) @ x
+    found = hardened_proof.records[3].vector
+    np.testing.assert_allclose(found.astype(np.float64), y / np.linalg.norm(y), atol=5e-4)
+
+
+def test_chosen_positions_are_the_drawn_ones(hardened: Round):
+    few = Transform(
+        hardened,
+        replace(HARDENED, read=Positions(3)),
+        hidden_size=64,
+        vocab_size=8,
+        device=torch.device("cpu"),
+        trained_head=torch.nn.Identity(),
+    )
+    weights = few.weights([0, 5], 16).numpy()
+    assert (np.abs(weights).sum(1) == 3).all()
+    chosen = NUMPY.picks(streams.seeds([hardened.text("positions", 5)]), 16, 3)[0]
+    assert set(np.flatnonzero(weights[1])) == set(chosen)
+    signs = NUMPY.signs(streams.seeds([hardened.text("weights", 5)]), 16)[0]
+    assert (weights[1][chosen] == signs[chosen]).all()
+
+
+def test_every_position_counts(small_model, hardened: Round):
+    """What the last token alone does not see: another last-but-one input."""
+    engine = HFEngine(small_model, batch_size=4, seq_len=16)
+    inputs = engine.inputs(hardened, range(4))
+    weights = torch.ones(4, 16)
+    base = engine.weighted_hidden(inputs, weights)
+    for position in (0, 8, 15):
+        changed = inputs.clone()
+        changed[:, position] += 1
+        moved = (engine.weighted_hidden(changed, weights) - base).norm(dim=1)
+        assert (moved > 1e-2).all()
+
+
+def test_a_row_does_not_depend_on_its_place(small_model, hardened: Round, hardened_proof: Proof):
+    shuffled = prove(small_model, hardened, [1, 4, 6, 9, 17, 23, 40, 41], batch_size=8)
+    for record in shuffled.records:
+        assert (record.vector == hardened_proof.records[record.nonce].vector).all()
+
+
+def test_a_round_with_it_runs_as_any_other(small_model, hardened: Round, hardened_proof: Proof, tmp_path):
+    path = tmp_path / "proof.jsonl"
+    hardened_proof.save(path)
+    read = Proof.load(path)
+    assert [(r.vector == s.vector).all() for r, s in zip(read.records, hardened_proof.records, strict=True)]
+    assert verify(read, small_model, sample=32).verdict == "honest"
+    cheat = prove(cheats.rounded(small_model, 4), hardened, range(64), batch_size=8)
+    assert verify(cheat, small_model, sample=32).verdict == "fraud"
+    path.write_text(path.read_text().replace('"strength":256', '"strength":32', 1))
+    with pytest.raises(ProofFormatError):
+        Proof.load(path)
+
+
+def test_an_interrupted_proof_continues_to_the_same_bytes(small_model, hardened: Round, tmp_path):
+    whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
+    prove(small_model, hardened, range(24), batch_size=8, output=whole)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prove(small_model, hardened, range(24), batch_size=8, output=resumed, progress=stop)
+    prove(small_model, hardened, range(24), batch_size=8, output=resumed)
+    assert whole.read_text().splitlines()[:-1] == resumed.read_text().splitlines()[:-1]
+
+
+def test_a_calibration_of_artifacts_is_not_one_of_hardened(
+    small_model, hardened: Round, hardened_proof: Proof, tmp_path
+):
+    other = prove(small_model, hardened, range(64), batch_size=4)
+    measured = calibrate(hardened_proof, other)
+    assert measured.output == "position vector"
+    measured.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == measured
