@@ -19,6 +19,7 @@ from assay.poc.engines.vllm._flow import Flow
 from assay.poc.engines.vllm._gate import check_config, check_installed
 from assay.poc.engines.vllm._identity import identify
 from assay.poc.engines.vllm._settings import PluginSettings
+from assay.poc.engines.vllm._status import engine_router
 
 if TYPE_CHECKING:
     from assay.poc.service import Controller, Deployment
@@ -67,9 +68,9 @@ class AssayPlugin:
         self.controller = Controller(self._deploy, settings.service)
         self.controller.open()
         attach(app, self.controller)
+        app.include_router(engine_router(self.controller, self._client))
         app.include_router(dashboard_router())
-        if settings.flow.mode == "exclusive":
-            app.add_middleware(Barrier, prefix=PREFIX, closed=partial(_generates, self.controller))
+        app.add_middleware(Barrier, prefix=PREFIX, closed=self._closed)
         if not settings.service.has_keys:
             app.add_middleware(Under, prefix=PREFIX, middleware=LocalOnly)
 
@@ -92,6 +93,17 @@ class AssayPlugin:
         reference = self._settings.reference or (names if isinstance(names, str) else names[0])
         loop = asyncio.get_running_loop()
         self._running.set_result(_Running(client, loop, version, most_positions(config), args.model, reference))
+
+    def _client(self) -> tuple[Client, str]:
+        running = self._running.result()  # there is one: routes are served after init_state
+        return running.client, running.version
+
+    def _closed(self) -> bool:
+        """Say whether a round has the engine to itself: not while it waits for the disk or for receivers."""
+        if not self._running.done() or self.controller is None or self.controller.paused is not None:
+            return False
+        exclusive = self._running.result().client.flow.settings.mode == "exclusive"
+        return exclusive and str(self.controller.state) == "GENERATING"
 
     def _deploy(self) -> "Deployment":
         """Describe the engine to the service; called in the service's own thread, which waits for it."""
@@ -124,11 +136,6 @@ class AssayPlugin:
 def plugin() -> AssayPlugin:
     """Return the plugin; the entry point. Never fails: vLLM would go on without Proof of Compute."""
     return AssayPlugin()
-
-
-def _generates(controller: "Controller") -> bool:
-    """Say whether a round has the engine: not while it waits for the disk or for receivers of callbacks."""
-    return str(controller.state) == "GENERATING" and controller.paused is None
 
 
 def _check_host(args: Any, has_keys: bool) -> None:

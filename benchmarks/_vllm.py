@@ -1,0 +1,217 @@
+"""Real vLLM servers on loopback for the benchmarks and tests of the plugin: started, asked, and ended by process id."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+
+POW = "/api/v1/pow"
+MODEL = "qwen3"
+KEY = "a-key-for-tests-on-loopback"
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "src/assay/models/reference/qwen3"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "assay",
+    "ASSAY_ALLOW_PRIVATE_CALLBACKS": "1",
+    "ASSAY_API_KEY": KEY,
+}
+OPTIONS = {
+    "--model": str(REFERENCE),
+    "--served-model-name": MODEL,
+    "--dtype": "float32",
+    "--enforce-eager": None,
+    "--max-model-len": "512",
+    "--max-num-batched-tokens": "1024",
+    "--enable-prompt-embeds": None,
+    "--worker-extension-cls": "assay.poc.engines.vllm.WorkerExtension",
+    "--scheduling-policy": "priority",
+    "--disable-uvicorn-access-log": None,
+}
+
+
+def free_port():
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A vLLM server with the plugin.
+
+    ``options`` and ``environment`` change the ones above; an option of ``False`` is left out.
+    """
+
+    def __init__(self, data_dir, *, python=sys.executable, options=None, environment=None, log=None):
+        self.data_dir, self.python = Path(data_dir), python
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        self.options, self.environment = OPTIONS | (options or {}), ENVIRONMENT | (environment or {})
+        self.log = Path(log or self.data_dir / "server.log")
+        self.process = None
+        self.port = 0
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *error):
+        self.stop()
+
+    def launch(self):
+        """Start the process, and return before it answers."""
+        self.port = free_port()
+        words = [word for name, value in self.options.items() if value is not False for word in (name, value) if word]
+        command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *words]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        environment = os.environ | self.environment | {"ASSAY_DATA_DIR": str(self.data_dir)}
+        template = self.data_dir / "chat.jinja"  # the bundled models have none
+        template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+        command += ["--chat-template", str(template)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.data_dir)
+
+    def start(self, timeout=400.0):
+        """Start, and wait until chat and the service answer."""
+        self.launch()
+        self.client = httpx.Client(base_url=self.url, timeout=120.0, headers={"Authorization": f"Bearer {KEY}"})
+        deadline = time.monotonic() + timeout
+        while True:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                code, tail = self.process.poll(), self.tail()
+                self.stop()
+                raise RuntimeError(f"the server did not start (exit code {code}):\n{tail}")
+            with contextlib.suppress(httpx.HTTPError):
+                if self.client.get(f"{POW}/status", timeout=5).json().get("ready"):
+                    return
+            time.sleep(0.5)
+
+    @property
+    def url(self):
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def tail(self, size=6000):
+        """Return the end of the log."""
+        return self.log.read_text(errors="replace")[-size:] if self.log.exists() else ""
+
+    def kill(self):
+        """SIGKILL the server; its engine processes are ended too, as a supervisor would."""
+        children = self._children()
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        _end(children, grace=0.0)
+
+    def stop(self, grace=40.0):
+        """SIGTERM, then whatever is needed."""
+        if self.process is None:
+            return None
+        children = self._children()
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            code = self.process.wait(grace)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        _end(children, grace=5.0)
+        self.process = None
+        return code
+
+    def _children(self):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).children(recursive=True)
+        return []
+
+    # Calls
+
+    def post(self, path, body=None):
+        """POST to the service."""
+        return self.client.post(f"{POW}{path}", json=body)
+
+    def get(self, path, **params):
+        """GET from the service."""
+        return self.client.get(f"{POW}{path}", params=params)
+
+    def begin(self, block, *, key="node", seq_len=64, batch_size=8, r_target=2.0, url=None, **other):
+        """Begin to generate a round."""
+        body = {"block_hash": block, "block_height": 1, "public_key": key, "seq_len": seq_len}
+        body |= {"batch_size": batch_size, "r_target": r_target, "node_id": 0, "node_count": 1, "callback_url": url}
+        response = self.post("/init/generate", body | other)
+        response.raise_for_status()
+        return response.json()
+
+    def checked(self):
+        """Return the nonces that are on disk."""
+        return self.get("/status").json()["total_checked"]
+
+    def wait_for(self, count, timeout=240.0):
+        """Wait until so many nonces are on disk; return how many are."""
+        deadline = time.monotonic() + timeout
+        while (found := self.checked()) < count:
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise RuntimeError(f"{found} of {count} nonces in time:\n{self.tail()}")
+            time.sleep(0.1)
+        return found
+
+    def idle_counts(self, timeout=20.0):
+        """Return what the workers hold once nothing is in flight."""
+        deadline = time.monotonic() + timeout
+        while True:
+            status = self.get("/engine").json()
+            held = sum(worker["rows"] + worker["filled"] + worker["streams"] for worker in status["workers"])
+            if (not held and not status["nonces"]) or time.monotonic() > deadline:
+                return status
+            time.sleep(0.1)
+
+
+def _end(processes, grace):
+    """End processes by their id: wait, then SIGKILL."""
+    _, alive = psutil.wait_procs(processes, timeout=grace)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=10)
+
+
+async def chat_once(client, index, *, tokens=24, prompt=None):
+    """Send one chat, completion or streaming request; return its text, status and seconds to the first token."""
+    kind = ("chat", "completion", "stream-chat", "stream-completion")[index % 4]
+    prompt = prompt or f"def function_{index}(values, count={index % 7}):\n    "
+    body = {"model": MODEL, "max_tokens": tokens, "temperature": 0.0, "stream": kind.startswith("stream")}
+    if kind.endswith("chat"):
+        path, body = "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]}
+    else:
+        path, body = "/v1/completions", body | {"prompt": prompt}
+    started = time.perf_counter()
+    if not body["stream"]:
+        response = await client.post(path, json=body)
+        return {"kind": kind, "status": response.status_code, "text": _text(response.json()), "first": None}
+    first, text = None, []
+    async with client.stream("POST", path, json=body) as response:
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            first = first or time.perf_counter() - started
+            text.append(_text(json.loads(line[6:])))
+    return {"kind": kind, "status": response.status_code, "text": "".join(text), "first": first}
+
+
+def _text(body):
+    if "choices" not in body:
+        return json.dumps(body)
+    choice = (body["choices"] or [{}])[0]
+    message = choice.get("message") or choice.get("delta") or choice
+    return message.get("content") or message.get("text") or ""

@@ -1,0 +1,55 @@
+"""Real engines and servers. Where vLLM is not installed they are skipped by name: `make test-vllm` has it."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from assay.poc import Round
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+SEQ_LEN = 64
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        missing = pytest.mark.skip(reason="vLLM is not installed: run make test-vllm")
+        for item in items:
+            if item.path.parent == Path(__file__).parent and not item.path.name.startswith("test_parts"):
+                item.add_marker(missing)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_vllm() -> None:
+    """Settings of vLLM that every process of a test shares; a GPU machine has no use for the two of the CPU."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+@pytest.fixture(scope="session")
+def honest():
+    """The bundled Qwen3 on transformers, in float32."""
+    from assay.models import load_model
+
+    return load_model("reference:qwen3", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def int4_checkpoint(honest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model rounded to four bits, as a checkpoint."""
+    from assay.poc.cheats import rounded
+
+    path = tmp_path_factory.mktemp("int4") / "qwen3"
+    rounded(honest, 4).module.save_pretrained(path)
+    honest.tokenizer.save_pretrained(path)
+    return path
+
+
+def make_round(preset: str = "poc-2.0", *, key: str = "node", seq_len: int = SEQ_LEN) -> Round:
+    return Round(block_hash="block", public_key=key, seq_len=seq_len, preset=preset, model="qwen3")

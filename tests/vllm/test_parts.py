@@ -1,0 +1,357 @@
+"""The parts that need no vLLM: names, rows, flow, doors, settings, the gate."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assay.errors import BackendUnavailable, UsageError
+from assay.poc import Round
+from assay.poc.engines.vllm import FlowSettings, WorkerExtension, _gate, _rows, plugin
+from assay.poc.engines.vllm._client import _decode
+from assay.poc.engines.vllm._doors import Barrier, Under
+from assay.poc.engines.vllm._flow import Flow
+from assay.poc.engines.vllm._rows import Rows
+from assay.poc.engines.vllm._runners import Chunk, chunks, runner_kind
+from assay.poc.engines.vllm._settings import PluginSettings
+from assay.poc.engines.vllm._tickets import Spec, new_key, request_id, split_id
+
+SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), "poc-2.0")
+
+
+def test_a_request_id_leads_back_to_key_and_nonce_with_or_without_the_suffix_of_vllm():
+    key = new_key()
+    for nonce in (0, 7, 2**53 - 1):
+        assert split_id(request_id(key, nonce)) == (key, nonce)
+        assert split_id(f"{request_id(key, nonce)}-0123abcd") == (key, nonce)
+
+
+@given(st.text(max_size=60))
+def test_other_request_ids_are_nobodys(text: str):
+    found = split_id(text)
+    assert found is None or (found[0].startswith("assay-") and found[1] >= 0)
+    assert split_id(f"chatcmpl-{text}") is None
+
+
+def test_keys_cannot_be_guessed():
+    assert len({new_key() for _ in range(100)}) == 100
+    assert len(new_key()) >= 32 + len("assay-")
+
+
+def test_a_round_crosses_the_process_as_text():
+    assert Spec.loads(SPEC.dumps()) == SPEC
+
+
+@given(st.text(max_size=80) | st.just('{"round": {}, "preset": "poc-2.0"}') | st.just("[]"))
+def test_what_is_no_round_is_refused_in_words(text: str):
+    with pytest.raises(UsageError):
+        Spec.loads(text)
+
+
+def rows_with(count: int) -> Rows:
+    rows = Rows()
+    rows.open("a", SPEC)
+    for nonce in range(count):
+        rows.mark_filled("a", nonce)
+        rows.put("a", nonce, torch.tensor([float(nonce)]))
+    return rows
+
+
+def test_rows_come_back_once_and_leave_nothing():
+    rows = rows_with(3)
+    found, states = rows.take("a", [2, 0, 9])
+    assert found == [2, 0]
+    assert [state.item() for state in states] == [2.0, 0.0]
+    assert rows.take("a", [2])[0] == []
+    rows.close("a")
+    assert rows.counts() == {"streams": 0, "rows": 0, "filled": 0, "dropped": 1}
+
+
+def test_rows_that_nobody_collects_are_bounded():
+    rows = rows_with(_rows.MAX_ROWS + 10)
+    counts = rows.counts()
+    assert counts["rows"] == counts["filled"] == _rows.MAX_ROWS
+    assert counts["dropped"] == 10
+
+
+def test_streams_that_nobody_closes_are_bounded_and_the_newest_stay():
+    rows = Rows()
+    for number in range(_rows.MAX_STREAMS + 5):
+        rows.open(str(number), SPEC)
+    assert rows.counts()["streams"] == _rows.MAX_STREAMS
+    assert rows.get("0") is None
+    assert rows.get(str(_rows.MAX_STREAMS + 4)) is not None
+
+
+def test_streams_expire(monkeypatch: pytest.MonkeyPatch):
+    rows = rows_with(1)
+    monkeypatch.setattr(_rows, "EXPIRY", -1.0)
+    rows.open("b", SPEC)
+    assert rows.get("a") is None
+
+
+def test_a_row_is_wanted_only_where_the_inputs_are_those_of_the_round():
+    rows = rows_with(0)
+    assert not rows.wants("a", 5)
+    rows.mark_filled("a", 5)
+    assert rows.wants("a", 5)
+    assert not rows.wants("unknown", 5)
+    rows.put("unknown", 5, torch.zeros(1))
+    rows.mark_filled("unknown", 5)
+    assert rows.counts()["rows"] == 0
+
+
+@given(st.integers(0, 20), st.integers(1, 20), st.integers(1, 20))
+def test_exactly_one_chunk_of_a_prompt_ends_it(computed: int, length: int, prompt: int):
+    chunk = Chunk("id", 0, length, computed, prompt)
+    assert chunk.ends_prompt == (computed < prompt <= computed + length)
+    assert 0 <= chunk.in_prompt <= length
+    assert chunk.in_prompt == len(set(range(computed, computed + length)) & set(range(prompt)))
+
+
+def v1_runner(lengths: dict[str, int], computed: list[int], prompts: list[int]):
+    states = torch.arange(float(sum(lengths.values()))).unsqueeze(1)
+    scheduled = SimpleNamespace(num_scheduled_tokens=lengths)
+    batch = SimpleNamespace(req_ids=list(lengths), num_computed_tokens_cpu=computed, num_prompt_tokens=prompts)
+    state = SimpleNamespace(scheduler_output=scheduled, hidden_states=states)
+    return SimpleNamespace(execute_model_state=state, input_batch=batch)
+
+
+def test_chunks_of_a_step_lie_one_after_the_other():
+    runner = v1_runner({"a": 3, "b": 1, "c": 4}, [0, 9, 2], [3, 5, 6])
+    states_ND, found = chunks(runner)
+    assert states_ND is not None
+    listed = list(found)
+    assert [(c.request_id, c.start, c.length, c.ends_prompt) for c in listed] == [
+        ("a", 0, 3, True),
+        ("b", 3, 1, False),
+        ("c", 4, 4, True),
+    ]
+
+
+@pytest.mark.parametrize("state", [None, SimpleNamespace(hidden_states=None), SimpleNamespace(hidden_states={})])
+def test_a_rank_without_states_has_no_chunks(state):
+    states_ND, found = chunks(SimpleNamespace(execute_model_state=state))
+    assert states_ND is None
+    assert list(found) == []
+
+
+def test_the_runner_is_told_by_its_module():
+    kind = type("GPUModelRunner", (), {"__module__": "vllm.v1.worker.gpu.model_runner"})
+    assert runner_kind(kind()) == "v2"
+    assert runner_kind(type("CPU", (kind,), {"__module__": "vllm.v1.worker.cpu.model_runner"})()) == "v2"
+    assert runner_kind(type("Old", (), {"__module__": "vllm.v1.worker.gpu_model_runner"})()) == "v1"
+
+
+def test_names_of_the_extension_cannot_clash_with_those_of_a_worker():
+    own = [name for name in vars(WorkerExtension) if not name.startswith("__")]
+    assert own
+    assert all(name.startswith("assay_") for name in own)
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_a_runner_that_lacks_something_is_described_not_wrapped(kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_gate, "STATE_FIELDS", {kind: ()})
+    monkeypatch.setattr(_gate, "runner_kind", lambda runner: kind)
+    missing = _gate.missing_in_runner(SimpleNamespace(device="cpu", execute_model=None))
+    assert any(name.endswith("sample_tokens") for name in missing)
+    assert not any(name.endswith("device") for name in missing)
+
+
+@pytest.mark.parametrize("version", ["0.9.2", "0.27.1", "0.33.0", "1.0", "what"])
+def test_versions_that_were_not_tested_are_refused(version: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_gate, "_version", lambda: version)
+    with pytest.raises(BackendUnavailable, match="tested"):
+        _gate.check_installed()
+
+
+def test_a_version_without_something_that_is_used_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_gate, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_gate, "CLASSES", {"json:JSONDecoder": ("decode", "sing"), "json:Nothing": ()})
+    monkeypatch.setattr(_gate, "FIELDS", {"assay.poc:Round": ("block_hash", "colour"), "no.such.module:X": ("y",)})
+    with pytest.raises(BackendUnavailable) as refusal:
+        _gate.check_installed()
+    seen = refusal.value.seen
+    assert all(name in seen for name in ("JSONDecoder.sing", "json.Nothing", "Round.colour", "no.such.module.X"))
+    assert "decode" not in seen
+    assert "block_hash" not in seen
+
+
+def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    def absent(name: str) -> str:
+        raise _gate.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(_gate.importlib.metadata, "version", absent)
+    with pytest.raises(BackendUnavailable, match=r"assay\[vllm\]"):
+        _gate.check_installed()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mode": "both"}, {"share": 0.0}, {"share": 1.5}, {"share": float("nan")}, {"chat_in_flight": 0}, {"drain": -1.0}],
+)
+def test_settings_of_the_flow_are_bounded(wrong):
+    with pytest.raises(UsageError):
+        FlowSettings(**wrong)
+
+
+class Engine:
+    """Counts what is in an engine."""
+
+    def __init__(self, **settings) -> None:
+        self.chat = 0
+        self.flow = Flow(FlowSettings(**settings), lambda: self.chat + self.flow.in_flight, 16)
+
+
+def test_chat_lowers_the_limit_and_an_idle_engine_raises_it():
+    engine = Engine(chat_in_flight=2, quiet=0.0, in_flight=9)
+    assert engine.flow.limit == 9
+    engine.chat = 1
+    engine.flow.settings = FlowSettings(chat_in_flight=2, in_flight=9)
+    assert engine.flow.limit == 2
+    engine.flow.settings = FlowSettings(mode="exclusive", in_flight=9)
+    assert engine.flow.limit == 9
+
+
+def test_nonces_over_the_limit_wait_until_one_leaves():
+    async def scenario() -> list[int]:
+        engine = Engine(chat_in_flight=1, share=1.0)
+        engine.chat = 1
+        seen = []
+        await engine.flow.admit()
+        waiting = asyncio.ensure_future(engine.flow.admit())
+        await asyncio.sleep(0.02)
+        seen.append(engine.flow.in_flight)
+        engine.flow.leave()
+        await asyncio.wait_for(waiting, 5)
+        seen.append(engine.flow.in_flight)
+        return seen
+
+    assert asyncio.run(scenario()) == [1, 1]
+
+
+def test_beside_chat_a_burst_leaves_before_the_next_and_rests_in_between():
+    async def scenario() -> tuple[bool, bool]:
+        engine = Engine(chat_in_flight=2, share=1e-6)
+        engine.chat = 3
+        await engine.flow.admit()
+        await engine.flow.admit()
+        engine.flow.leave()
+        full = not engine.flow._may_start()  # one of two has left, and the burst is not over
+        await asyncio.sleep(0.002)
+        engine.flow.leave()
+        return full, not engine.flow._may_start()
+
+    assert asyncio.run(scenario()) == (True, True)
+
+
+def test_exclusive_mode_waits_for_chat_and_no_longer_than_its_deadline():
+    async def scenario() -> tuple[bool, bool]:
+        engine = Engine(mode="exclusive", drain=0.05)
+        engine.chat = 1
+        late = await engine.flow.drained()
+        waiting = asyncio.ensure_future(engine.flow.drained())
+        engine.chat = 0
+        return late, await waiting
+
+    assert asyncio.run(scenario()) == (False, True)
+
+
+def answers(app, path: str, method: str = "POST") -> int:
+    """Return the status that an application answers with."""
+    sent: list[dict] = []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    scope = {"type": "http", "path": path, "method": method, "headers": [(b"host", b"evil.example")]}
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"]
+
+
+async def served(scope, receive, send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+def test_the_barrier_stops_new_work_and_nothing_else():
+    closed = [True]
+    app = Barrier(served, prefix="/api/v1/pow", closed=lambda: closed[0])
+    assert answers(app, "/v1/chat/completions") == 503
+    assert answers(app, "/v1/completions") == 503
+    assert answers(app, "/v1/models", "GET") == answers(app, "/tokenize") == answers(app, "/api/v1/pow/stop") == 200
+    closed[0] = False
+    assert answers(app, "/v1/chat/completions") == 200
+
+
+def test_a_middleware_under_a_prefix_leaves_other_routes_alone():
+    from assay.poc.service._local import LocalOnly
+
+    app = Under(served, prefix="/api/v1/pow", middleware=LocalOnly)
+    assert answers(app, "/api/v1/pow/status", "GET") == 403
+    assert answers(app, "/v1/models", "GET") == 200
+
+
+def test_settings_come_from_the_environment(tmp_path: Path):
+    keys = tmp_path / "keys"
+    keys.write_text("second-key-of-16-chars\n")
+    read = PluginSettings.of(
+        {
+            "ASSAY_API_KEY": "first-key-of-16-chars",
+            "ASSAY_API_KEY_FILE": str(keys),
+            "ASSAY_DATA_DIR": str(tmp_path),
+            "ASSAY_CALLBACK_INTERVAL": "0.5",
+            "ASSAY_MAX_NONCES": "7",
+            "ASSAY_ALLOW_PRIVATE_CALLBACKS": "1",
+            "ASSAY_VLLM_SHARE": "0.5",
+            "ASSAY_VLLM_MODE": "exclusive",
+            "ASSAY_VLLM_INPUTS": "sent",
+        }
+    )
+    assert read.service.api_keys == ("first-key-of-16-chars", "second-key-of-16-chars")
+    assert (read.service.callback_interval, read.service.max_nonces) == (0.5, 7)
+    assert read.service.allow_private_callbacks is True
+    assert (read.flow.share, read.flow.mode, read.inputs) == (0.5, "exclusive", "sent")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ASSAY_MAX_NONCES": "many"},
+        {"ASSAY_ALLOW_PRIVATE_CALLBACKS": "perhaps"},
+        {"ASSAY_VLLM_SHARE": "2"},
+        {"ASSAY_VLLM_MODE": "greedy"},
+        {"ASSAY_VLLM_INPUTS": "guessed"},
+        {"ASSAY_API_KEY": "short"},
+        {"ASSAY_API_KEY_FILE": "/no/such/file"},
+    ],
+)
+def test_settings_that_are_wrong_are_refused_in_words(wrong):
+    with pytest.raises(UsageError):
+        PluginSettings.of(wrong)
+
+
+def test_a_port_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path))
+    for host in (None, "0.0.0.0", "203.0.113.7"):
+        app = SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(host=host, uds=None)))
+        with pytest.raises(UsageError, match="without a key"):
+            plugin().attach_router(app)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 12)])
+def test_values_cross_the_process_as_bytes(shape):
+    values = np.arange(np.prod(shape)).reshape(shape).astype(np.float16 if len(shape) > 1 else np.float32)
+    width = shape[1] if len(shape) > 1 else 0
+    reply = {"nonces": [5, 6, 9], "values": values.tobytes(), "width": width}
+    decoded = _decode(reply, raw=False)
+    assert sorted(decoded) == [5, 6, 9]
+    np.testing.assert_array_equal(decoded[6], values[1])
+    assert _decode({"failed": {}}, raw=False) == {}
