@@ -1,16 +1,23 @@
-"""The same on a GPU: factors, gradients and digests."""
+"""The same on a GPU: factors, gradients, kernels and digests."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 
 from assay.models import load_model
-from assay.vhack import _digest, extract, per_sample_gradients, weight_svd, weights_digest
+from assay.vhack import _digest, _gradients, extract, per_sample_gradients, weight_svd, weights_digest
+from assay.vhack._fused import Gate, Norm, kernels, segment_products
+from assay.vhack._recipe import recipe_for
+from assay.vhack._segments import Segments
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(scope="module", params=["reference:qwen3", "reference:llama"])
@@ -19,12 +26,91 @@ def models(request):
     return tuple(load_model(request.param, dtype="float32", device=device) for device in ("cpu", "cuda"))
 
 
-def test_gradients_on_the_gpu_equal_the_loop_on_the_cpu(models, samples):
+@pytest.fixture(scope="module")
+def on_gpu_and_wanted(models, samples):
     on_cpu, on_gpu = models
-    found = per_sample_gradients(on_gpu, on_gpu.tokenizer, samples, svd=weight_svd(on_gpu))
     wanted = sequential_gradients(on_cpu.module, on_cpu.tokenizer, samples, weight_svd(on_cpu))
+    return on_gpu, weight_svd(on_gpu), wanted
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"packed": False, "late": False},
+        {"fused": False},
+        {"factored": False},
+        {"packed": False, "fused": False, "factored": False, "late": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("max_tokens", [100, None])
+def test_gradients_on_the_gpu_equal_the_loop_on_the_cpu(monkeypatch, on_gpu_and_wanted, samples, changes, max_tokens):
+    model, svd, wanted = on_gpu_and_wanted
+    recipe = replace(recipe_for(model.module), **changes)
+    monkeypatch.setattr(_gradients, "recipe_for", lambda _: recipe)
+    found = per_sample_gradients(model, model.tokenizer, samples, svd=svd, max_tokens=max_tokens)
     # Another order of summation, and singular vectors that came about another way.
     assert worst_error(found, wanted) < 1e-4
+
+
+def test_gradients_do_not_change_from_run_to_run(on_gpu_and_wanted, samples):
+    model, svd, _ = on_gpu_and_wanted
+    first, second = (per_sample_gradients(model, model.tokenizer, samples, svd=svd) for _ in range(2))
+    assert worst_error(first, second) < 1e-6
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def use(request):
+    pytest.importorskip("triton")
+    found = kernels(torch.device("cuda", torch.cuda.current_device()), request.param)
+    assert found is not None
+    return found, request.param
+
+
+@pytest.mark.parametrize("columns", [64, 100, 2560])
+def test_the_kernel_of_the_sum_over_rows(use, columns):
+    found, dtype = use
+    left, right = (torch.randn(700, columns, device="cuda").to(dtype) for _ in range(2))
+    segments = Segments.of([1, 300, 33, 366], left.device)
+    by_kernel, by_torch = (segment_products(left, right, segments.offsets, way) for way in (found, None))
+    torch.testing.assert_close(by_kernel, by_torch, rtol=1e-5, atol=1e-4)
+    assert torch.equal(by_kernel, segment_products(left, right, segments.offsets, found))
+
+
+@pytest.mark.parametrize("shape", [(37, 2560), (2, 5, 3, 128), (7, 48)])
+def test_the_kernels_of_the_norm(use, shape):
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    found, dtype = use
+    norm = Qwen3RMSNorm(shape[-1], eps=1e-6).to("cuda", dtype)
+    norm.weight.data.normal_()
+    norm.weight.requires_grad_(False)
+    inputs, gradient = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+    results = []
+    for ours in (True, False):
+        leaf = inputs.clone().requires_grad_()
+        out = Norm.apply(leaf, norm.weight, 1e-6, found) if ours else norm(leaf)
+        results.append((out.detach(), torch.autograd.grad(out, leaf, gradient)[0]))
+    _assert_close(*results, dtype)
+
+
+def test_the_kernels_of_the_gate(use):
+    found, dtype = use
+    inputs = [(torch.randn(33, 700, device="cuda") * 4).to(dtype) for _ in range(2)]
+    gradient = torch.randn(33, 700, device="cuda").to(dtype)
+    results = []
+    for ours in (True, False):
+        a, b = (part.clone().requires_grad_() for part in inputs)
+        out = Gate.apply(a, b, found) if ours else functional.silu(a) * b
+        results.append((out.detach(), *torch.autograd.grad(out, (a, b), gradient)))
+    _assert_close(*results, dtype)
+
+
+def _assert_close(found, wanted, dtype):
+    for ours, theirs in zip(found, wanted, strict=True):
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_factors_on_the_gpu_are_accurate(models):

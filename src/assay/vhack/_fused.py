@@ -21,18 +21,30 @@ _known_norms: dict[type, bool] = {}
 
 
 @cache
-def kernels(device: torch.device) -> ModuleType | None:
+def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """The triton kernels, if they can be built on this device and give what torch gives, or None."""
     if device.type != "cuda":
         return None
     try:
         found = importlib.import_module("assay.vhack._kernels")
-        ones = torch.ones(2, 8, device=device)
         with torch.cuda.device(device):
-            summed = found.segment_products(ones, ones, torch.tensor([0, 2], device=device))
-        return found if torch.equal(summed, torch.full_like(summed, 2.0)) else None
+            return found if _works(found, torch.ones(2, 8, device=device, dtype=dtype)) else None
     except Exception:  # whatever a missing compiler, driver or header makes of it, torch can do the same
         return None
+
+
+def _works(use: ModuleType, ones: Tensor) -> bool:
+    """Try every kernel on ones, for which the results are known."""
+    silu, slope = 0.7310586, 0.9276705  # of 1: σ(1) and σ(1) (2 − σ(1))
+    unit, scale = use.normalise(ones, ones[0], 0.0)
+    results = (
+        (use.segment_products(ones, ones, torch.tensor([0, 2], device=ones.device)), 2.0),
+        (unit, 1.0),
+        (use.normalise_backward(ones, ones, ones[0], scale), 0.0),
+        (use.gate(ones, ones), silu),
+        *zip(use.gate_backward(ones, ones, ones), (slope, silu), strict=True),
+    )
+    return all(bool(((result.float() - expected).abs() < 0.01).all()) for result, expected in results)
 
 
 def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor, use: ModuleType | None) -> Tensor:

@@ -98,7 +98,7 @@ class Replica:
     ) -> None:
         self.module = _shared_copy(module)
         self.recipe = recipe
-        self.use = kernels(module.device) if recipe.fused else None
+        self.use = kernels(module.device, module.dtype) if recipe.fused else None
         self._found: dict[str, Tensor] = {}
         self._batch: Batch | None = None
         self._head_sees_completions_only()
