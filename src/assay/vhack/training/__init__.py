@@ -1,0 +1,21 @@
+"""Training held back from hack directions: the adapter δS, gates on gradients and on updates, and what they did."""
+
+from assay.vhack.training._delta import DeltaS
+from assay.vhack.training._frames import Frames
+from assay.vhack.training._gates import GATES, Box, Gate
+from assay.vhack.training._measures import Measures
+from assay.vhack.training._optimizer import LEVELS, ProjectedOptimizer
+from assay.vhack.training._rollouts import Rollouts, gate_rollouts
+
+__all__ = [
+    "GATES",
+    "LEVELS",
+    "Box",
+    "DeltaS",
+    "Frames",
+    "Gate",
+    "Measures",
+    "ProjectedOptimizer",
+    "Rollouts",
+    "gate_rollouts",
+]

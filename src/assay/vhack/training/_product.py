@@ -1,0 +1,117 @@
+"""The product that a module adds, and its gradient with respect to δS.
+
+    y = W x + U diag(δS) Vh x        ∂L/∂δS = Σ_t (Uᵀ ∂L/∂y_t) ⊙ (Vh x_t)
+
+In *hook mode* the second term is computed and added. In *merged mode* it is already in the weights, the output of the
+Linear is passed on as it is, and only the gradient is computed here. Its sum is done in one of two orders:
+
+- *project*: Uᵀ ∂L/∂y and Vh x per token, 2·T·R·(O + I) operations for T tokens;
+- *outer*: first ``G = Σ_t ∂L/∂y_t x_tᵀ``, the gradient that W would have, then ``diag(Uᵀ G Vhᵀ)``, 2·(T + R)·O·I
+  operations. For a square matrix this is less as soon as T > R, and in the limit half.
+
+Both are exact; they differ in rounding. What is kept for the backward pass in merged mode is x, which the q, k and v
+projections share, and gate and up as well.
+
+Shapes: B samples, T tokens, N = B·T of them, O outputs, I inputs, R coordinates of δS.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay.errors import ModelError
+
+__all__ = ["Adapted", "Plan", "adapt"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a module's product needs to know.
+
+    Attributes:
+        name: of the module.
+        left: U, [O, R].
+        right: Vh, [R, I].
+        adds: hook mode: the product is added to the output.
+        rows: takes [B, R] gradients of the samples, where they are wanted one by one.
+    """
+
+    name: str
+    left: Tensor
+    right: Tensor
+    adds: bool
+    rows: Callable[[Tensor], None] | None = None
+
+
+def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
+    """The output of the module with its product; see the module.
+
+    Raises:
+        ModelError: gradients of samples are wanted, and the inputs are not [samples, tokens, width].
+    """
+    if plan.rows is not None and inputs.ndim != 3:
+        raise ModelError(
+            f"{plan.name} is given inputs of shape {list(inputs.shape)}",
+            wanted="[samples, tokens, width] for gradients of single samples",
+            do="do not pack samples into one row, or do without per_sample",
+        )
+    result: Tensor = Adapted.apply(output, inputs, delta_R, plan)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Adapted(torch.autograd.Function):
+    """`adapt`, for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        if not plan.adds:
+            ctx.save_for_backward(inputs)
+            return output.view_as(output)
+        ctx.save_for_backward(inputs, delta_R)
+        with torch.autocast(output.device.type, enabled=False):
+            along = _to(inputs, plan.right) @ plan.right.T
+            added = (along * delta_R).to(plan.left.dtype) @ plan.left.T
+        # A zero is not added but left out: -0 + 0 would be another zero.
+        return torch.where(added == 0, output, (output + added).to(output.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (gradient,) = gradients
+        inputs, *rest = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        of_output, of_inputs, of_delta, _ = ctx.needs_input_grad
+        with torch.autocast(gradient.device.type, enabled=False):
+            to_inputs = _of_inputs(gradient, inputs, rest[0], plan) if plan.adds and of_inputs else None
+            to_delta = _of_delta(gradient, inputs, plan) if of_delta else None
+        return gradient if of_output else None, to_inputs, to_delta, None
+
+
+def _of_inputs(gradient: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
+    along = (_to(gradient, plan.left) @ plan.left) * delta_R
+    return (along.to(plan.right.dtype) @ plan.right).to(inputs.dtype)
+
+
+def _of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
+    gradient, inputs = _to(gradient, plan.left), _to(inputs, plan.right)
+    if plan.rows is None:
+        return _summed(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
+    rows_BR = _summed(gradient, inputs, plan)
+    plan.rows(rows_BR)
+    return rows_BR.sum(dim=0)
+
+
+def _summed(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
+    """Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order that has fewer multiplications."""
+    tokens, (outputs, rank), width = inputs_BTI.shape[1], plan.left.shape, plan.right.shape[1]
+    if (tokens + rank) * outputs * width < tokens * rank * (outputs + width):
+        weight_gradient_BOI = gradient_BTO.transpose(1, 2) @ inputs_BTI
+        return ((weight_gradient_BOI @ plan.right.T).float() * plan.left).sum(dim=1)
+    return ((gradient_BTO @ plan.left).float() * (inputs_BTI @ plan.right.T)).sum(dim=1)
+
+
+def _to(tensor: Tensor, other: Tensor) -> Tensor:
+    return tensor if tensor.dtype == other.dtype else tensor.to(other.dtype)

@@ -1,0 +1,108 @@
+"""What each of two processes does in the tests of distributed training; a module of its own, for it is spawned."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from assay.models import load_model
+from assay.vhack import weight_svd
+from assay.vhack.training import Box, DeltaS, Gate, ProjectedOptimizer, gate_rollouts
+from tests.vhack.training.conftest import loss_of, random_basis
+
+STEPS = 3
+GATE = Gate("one_sided", 1.2)
+IDS = torch.randint(0, 512, (4, 20), generator=torch.Generator().manual_seed(3))
+
+
+def prepare(path):
+    torch.set_num_threads(1)
+    module = load_model(path, dtype="float32", device="cpu").module
+    svd = weight_svd(module)
+    return module, svd, random_basis(svd)
+
+
+def optimise(adapter, basis, level, **settings):
+    inner = torch.optim.AdamW(adapter.delta, lr=0.02, weight_decay=0.1)
+    return ProjectedOptimizer(inner, adapter, basis, gate=GATE, level=level, box=Box(0.02), **settings)
+
+
+def result(adapter, optimiser, module, sharded=False):
+    for part in module.modules():
+        if sharded and hasattr(part, "reshard"):
+            part.reshard()
+    weight = module.model.layers[1].mlp.up_proj.weight
+    weight = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
+    with torch.no_grad(), adapter.disabled():
+        reference = module(input_ids=IDS, use_cache=False).logits
+    return {
+        "delta": adapter.values(),
+        "measures": optimiser.measures.as_dict(),
+        "weight": weight,
+        "reference": reference,
+        "loss": loss_of(module, IDS).item(),
+    }
+
+
+def train(call, module, adapter, optimiser, ids, *, rollouts=None):
+    """Some steps; with ``rollouts`` the gate acts on each rollout of the process's share."""
+    for _ in range(STEPS):
+        optimiser.zero_grad()
+        with adapter.per_sample() as found:
+            loss_of(call, ids).backward()
+        if rollouts is not None:
+            gate_rollouts(adapter, found, optimiser.frames, GATE, process_group=rollouts or None)
+        optimiser.step()
+
+
+def single(path, level, per_rollout=False):
+    """The same in one process, with all rows."""
+    module, svd, basis = prepare(path)
+    adapter = DeltaS(module, svd)
+    optimiser = optimise(adapter, basis, level)
+    if per_rollout:
+        optimiser.gate = Gate("none")
+    train(module, module, adapter, optimiser, IDS, rollouts=False if per_rollout else None)
+    return result(adapter, optimiser, module)
+
+
+def run(rank, path, folder):
+    """Everything that needs two processes, one after the other; rank 0 writes what it found."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        share = IDS[2 * rank : 2 * rank + 2]
+        found = {f"ddp {level}": _ddp(path, share, level) for level in ("gradient", "update")}
+        found["ddp rollouts"] = _ddp(path, share, "gradient", per_rollout=True)
+        found["fsdp replicated"] = _fsdp(path, share, replicated=True)
+        found["fsdp sharded"] = _fsdp(path, share, replicated=False)
+        torch.save(found, f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _ddp(path, share, level, per_rollout=False):
+    module, svd, basis = prepare(path)
+    adapter = DeltaS(module, svd)
+    wrapped = DistributedDataParallel(module)
+    optimiser = optimise(adapter, basis, level)
+    if per_rollout:
+        optimiser.gate = Gate("none")
+    train(wrapped, module, adapter, optimiser, share, rollouts=dist.group.WORLD if per_rollout else None)
+    return result(adapter, optimiser, module)
+
+
+def _fsdp(path, share, replicated):
+    module, svd, basis = prepare(path)
+    adapter = DeltaS(module, svd)
+    mesh = init_device_mesh("cpu", (2,))
+    ignored = set(adapter.delta) if replicated else None
+    for layer in module.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh, ignored_params=ignored)
+    optimiser = optimise(adapter, basis, "update", process_group=dist.group.WORLD if replicated else None)
+    train(module, module, adapter, optimiser, share)
+    return result(adapter, optimiser, module, sharded=True)

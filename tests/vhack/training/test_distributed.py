@@ -1,0 +1,43 @@
+"""Two CPU processes that talk over gloo take the same steps as one process with all rows."""
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from tests.vhack.training import distributed
+
+
+@pytest.fixture(scope="module")
+def ranks(small_checkpoint, tmp_path_factory):
+    """What each of two processes found, all cases in one go: starting them takes longer than what they do."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(distributed.run, (small_checkpoint, folder), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+CASES = {
+    "ddp gradient": ("gradient", False),
+    "ddp update": ("update", False),
+    "ddp rollouts": ("gradient", True),
+    "fsdp replicated": ("update", False),
+    "fsdp sharded": ("update", False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_take_the_steps_of_one(ranks, small_checkpoint, case):
+    wanted = distributed.single(small_checkpoint, *CASES[case])
+    for found in (ranks[0][case], ranks[1][case]):
+        for name, value in wanted["delta"].items():
+            torch.testing.assert_close(found["delta"][name], value, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(found["weight"], wanted["weight"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["reference"], wanted["reference"], rtol=1e-4, atol=1e-4)
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert found["measures"] == pytest.approx(wanted["measures"], rel=2e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_processes_hold_the_same_model(ranks, case):
+    first, second = ranks[0][case], ranks[1][case]
+    assert all(torch.equal(first["delta"][name], second["delta"][name]) for name in first["delta"])
+    assert torch.equal(first["weight"], second["weight"])
