@@ -21,6 +21,7 @@ from assay.vhack._recipe import Recipe, recipe_for
 
 
 def compare(reference, options):
+    """The figures of one model, again with every part that is added."""
     model, tokenizer = load(reference, options.device, options.dtype)
     svd = weight_svd(model, method="gram")
     chosen = samples(tokenizer, options.samples)
@@ -56,13 +57,17 @@ def compare(reference, options):
         "batched_peak_gb": memory,
         "recipe": asdict(recipe_for(model.module)),
     }
-    if options.settings:
-        figures["settings"] = settings(model, tokenizer, chosen, svd, wanted, options)
-    if options.pairs:
-        figures["pairs"] = many(model, tokenizer, svd, options)
-    if options.profile:
-        figures["profile"] = profile(model, tokenizer, chosen, svd, options)
-    return figures
+    note(f"{figures}")
+    yield figures
+    parts = {
+        "profile": (options.profile, lambda: profile(model, tokenizer, chosen, svd, options)),
+        "settings": (options.settings, lambda: settings(model, tokenizer, chosen, svd, wanted, options)),
+        "pairs": (options.pairs, lambda: many(model, tokenizer, svd, options)),
+    }
+    for name, (asked, measure) in parts.items():
+        if asked:
+            figures[name] = measure()
+            yield figures
 
 
 def recipes(usual):
@@ -158,8 +163,9 @@ def main():
     options = made.parse_args()
     figures = {}
     for reference in options.models:
-        figures[reference] = compare(reference, options)
-        publish("vhack_gradients", {"threads": torch.get_num_threads(), "models": figures}, options.output)
+        for measured in compare(reference, options):
+            figures[reference] = measured
+            publish("vhack_gradients", {"threads": torch.get_num_threads(), "models": figures}, options.output)
 
 
 if __name__ == "__main__":
