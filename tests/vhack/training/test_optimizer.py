@@ -306,7 +306,7 @@ def test_state_round_trip_continues_identically(module, ids, small_svd, basis, t
 
 
 def test_a_state_that_does_not_fit_is_refused(module, small_svd, basis):
-    adapter, optimiser = build(module, small_svd, basis)
+    _, optimiser = build(module, small_svd, basis)
     with pytest.raises(DataError, match="does not fit"):
         optimiser.load_state_dict(optimiser.inner.state_dict())
     state = optimiser.state_dict()
@@ -382,7 +382,7 @@ def test_other_parameters_are_stepped_and_not_projected(module, ids, small_svd, 
 
 
 def test_step_hooks_run_after_the_projection(module, ids, small_svd, basis):
-    adapter, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    _, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
     seen = []
     optimiser.register_step_post_hook(lambda o, *_: seen.append(o.measures.as_dict()["leak_two_sided"]))
     backward(module, ids, optimiser)
@@ -392,7 +392,7 @@ def test_step_hooks_run_after_the_projection(module, ids, small_svd, basis):
 
 
 def test_another_basis_keeps_the_start(module, ids, small_svd, basis):
-    adapter, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    _, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
     backward(module, ids, optimiser)
     optimiser.step()
     optimiser.use_basis(random_basis(small_svd, seed=9))

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from assay.errors import DataError, UsageError
 from assay.vhack._basis import Basis
@@ -30,9 +28,10 @@ from assay.vhack._digest import module_of
 from assay.vhack._svd_cache import SVDCache, weight_svd
 from assay.vhack._targets import target_modules
 from assay.vhack.training._frames import Frames, along, spread
-from assay.vhack.training._groups import Group, grouped, local_rows
+from assay.vhack.training._groups import Group, grouped
 from assay.vhack.training._product import Plan, adapt
 from assay.vhack.training._rollouts import Rollouts
+from assay.vhack.training._sharding import is_sharded, local, local_rows, reshard, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,8 +117,7 @@ class DeltaS(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """δS per module name, [R] float32, without gradient and, if it was sharded, whole."""
-        whole = [self._whole(index).detach() for index in range(len(self.groups))]
-        pairs = zip(self.groups, whole, strict=True)
+        pairs = ((group, self._whole(index).detach()) for index, group in enumerate(self.groups))
         return {name: rows_MR[index] for group, rows_MR in pairs for index, name in enumerate(group.names)}
 
     def refresh(self) -> None:
@@ -129,9 +127,7 @@ class DeltaS(nn.Module):
         a :class:`ProjectedOptimizer`. Under FSDP2 every process must call it.
         """
         if self.mode == "merged":
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            reshard(self.model)
             for index, group in enumerate(self.groups):
                 group.merge(self._whole(index).detach())
         self._merged_at = self._versions()
@@ -205,11 +201,10 @@ class DeltaS(nn.Module):
 
     def _whole(self, index: int) -> Tensor:
         """δS of a group, with gradient, put together if it is sharded."""
-        parameter = self.delta[index]
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        values_MR = whole(self.delta[index])
         if self._erased is None:
-            return whole
-        result: Tensor = _Erase.apply(whole, self._erased.axes[index])  # type: ignore[no-untyped-call]
+            return values_MR
+        result: Tensor = _Erase.apply(values_MR, self._erased.axes[index])  # type: ignore[no-untyped-call]
         return result
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
@@ -279,7 +274,7 @@ class DeltaS(nn.Module):
     @contextmanager
     def _originals(self) -> Iterator[None]:
         weights = [linear.weight for group in self.groups for linear in group.linears]
-        if isinstance(weights[0], DTensor):
+        if is_sharded(weights[0]):
             for group in self.groups:
                 group.restore()
             try:
@@ -330,11 +325,7 @@ def _assign(parameter: Tensor, values_MR: Tensor, erased: Frames | None, index: 
                 wanted="one outside of them",
                 do="load it into an adapter that erases nothing, or erases the same",
             )
-    values_MR = values_MR.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        parameter.to_local().copy_(values_MR[local_rows(parameter)])
-    else:
-        parameter.copy_(values_MR)
+    local(parameter).copy_(values_MR[local_rows(parameter)])
 
 
 def _replace(module: nn.Module, name: str, value: object) -> Callable[[], None]:

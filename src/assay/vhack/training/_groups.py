@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from assay.errors import ModelError, UsageError
 from assay.vhack._digest import tensor_digest
 from assay.vhack._svd import Factors
+from assay.vhack.training._sharding import is_sharded, local, local_rows
 
-__all__ = ["Group", "grouped", "local_rows", "local_slice"]
+__all__ = ["Group", "grouped"]
 
 # Bytes of U diag(δS) that are held at once. More is no faster and, for large models, would double the memory.
 _CHUNK_BYTES = 1 << 28
@@ -96,13 +96,13 @@ class Group:
     def _destinations(self) -> list[Tensor]:
         """Where the weights of this process are; the first time they are sharded, ``base`` is cut to the same rows."""
         weights: list[Tensor] = [linear.weight for linear in self.linears]
-        if not isinstance(weights[0], DTensor):
+        if not is_sharded(weights[0]):
             return weights
         if self._rows is None:
             self.digests()
             self._rows = local_rows(weights[0])
             self.base = self.base[:, self._rows].clone()
-        return [weight.to_local() for weight in weights if isinstance(weight, DTensor)]
+        return [local(weight) for weight in weights]
 
 
 def _sum(base_MOI: Tensor, left_MOR: Tensor, delta_MR: Tensor, right_MRI: Tensor) -> Tensor:
@@ -110,33 +110,6 @@ def _sum(base_MOI: Tensor, left_MOR: Tensor, delta_MR: Tensor, right_MRI: Tensor
     if base_MOI.dtype == right_MRI.dtype:
         return torch.baddbmm(base_MOI, scaled_MOR, right_MRI)
     return (base_MOI + torch.bmm(scaled_MOR, right_MRI)).to(base_MOI.dtype)
-
-
-def local_slice(length: int, parts: int, index: int) -> slice:
-    """Which of ``length`` rows are those of part ``index``, cut the way `torch.chunk` cuts them."""
-    size = -(-length // parts)
-    return slice(min(index * size, length), min((index + 1) * size, length))
-
-
-def local_rows(tensor: Tensor) -> slice:
-    """Which rows of a tensor this process has; all of them, unless it is a DTensor sharded along its first dimension.
-
-    Raises:
-        ModelError: it is sharded along another dimension, as under tensor parallelism, or more than once.
-    """
-    if not isinstance(tensor, DTensor):
-        return slice(0, len(tensor))
-    sharded = [index for index, placement in enumerate(tensor.placements) if placement.is_shard()]
-    mesh = tensor.device_mesh
-    if not sharded:
-        return slice(0, len(tensor))
-    if len(sharded) > 1 or tensor.placements[sharded[0]] != Shard(0):
-        raise ModelError(
-            f"a tensor placed as {tensor.placements}",
-            wanted="rows spread over the processes, as fully_shard does it",
-            do="leave tensor parallelism out",
-        )
-    return local_slice(len(tensor), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
 
 
 def grouped(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> list[Group]:
@@ -168,7 +141,7 @@ def _group(names: list[str], modules: Mapping[str, nn.Linear], factors: Mapping[
 
 
 def _check(name: str, linear: nn.Linear, factors: Mapping[str, Factors]) -> None:
-    if isinstance(linear.weight, DTensor):
+    if is_sharded(linear.weight):
         raise ModelError(
             f"{name} is already sharded", wanted="whole weights", do="attach the adapter before fully_shard"
         )

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from assay.errors import DataError, UsageError
@@ -28,8 +27,8 @@ from assay.vhack._basis import Basis
 from assay.vhack.training._delta import DeltaS
 from assay.vhack.training._frames import Frames
 from assay.vhack.training._gates import Box, Gate
-from assay.vhack.training._groups import local_rows
 from assay.vhack.training._measures import Measures, displacement, share
+from assay.vhack.training._sharding import local, local_rows, processes
 
 __all__ = ["LEVELS", "ProjectedOptimizer"]
 
@@ -88,7 +87,7 @@ class ProjectedOptimizer(Optimizer):
         self.max_norm, self.process_group = max_norm, process_group
         self.measures = Measures({})
         self.use_basis(basis)
-        self._start = [_local(parameter).clone() for parameter in adapter.delta]
+        self._start = [local(parameter).clone() for parameter in adapter.delta]
 
     def use_basis(self, basis: Basis | None) -> None:
         """Take other axes from now on; the start that displacements are counted from stays.
@@ -170,12 +169,14 @@ class ProjectedOptimizer(Optimizer):
             self._gate_gradients()
         self._clip()
         found |= self._share("cout", self._gradients(), 1)
-        before = [_local(parameter).clone() for parameter in self.adapter.delta]
+        before = [local(parameter).clone() for parameter in self.adapter.delta]
         self.inner.step()
         self._bound(before)
-        moved = [(i, _local(p) - old_MR) for i, (p, old_MR) in enumerate(zip(self.adapter.delta, before, strict=True))]
+        moved = [(i, local(p) - old_MR) for i, (p, old_MR) in enumerate(zip(self.adapter.delta, before, strict=True))]
         found |= self._share("leak", moved, -1)
-        found |= displacement(((_local(p) - self._start[i], axes) for i, p, axes in self._with_axes()), self._spread())
+        found |= displacement(
+            ((local(p) - self._start[i], axes) for i, p, axes in self._with_axes()), processes(self.adapter.delta[0])
+        )
         self.measures = Measures(found)
         self.adapter.refresh()
         return loss
@@ -189,7 +190,7 @@ class ProjectedOptimizer(Optimizer):
 
     def _gradients(self) -> list[tuple[int, Tensor]]:
         parameters = enumerate(self.adapter.delta)
-        return [(index, _local(parameter.grad)) for index, parameter in parameters if parameter.grad is not None]
+        return [(index, local(parameter.grad)) for index, parameter in parameters if parameter.grad is not None]
 
     def _gate_gradients(self) -> None:
         for index, gradient_MR in self._gradients():
@@ -204,7 +205,7 @@ class ProjectedOptimizer(Optimizer):
     def _bound(self, before: list[Tensor]) -> None:
         """Gate the update, then put δS into its box."""
         for index, parameter, axes_MKR in self._with_axes():
-            now_MR, old_MR = _local(parameter), before[index]
+            now_MR, old_MR = local(parameter), before[index]
             if self.level == "update" and self._acts_on(index):
                 update_MR = now_MR.double() - old_MR.double()
                 now_MR.copy_(old_MR.double() + self.gate.apply(update_MR, axes_MKR, -1))
@@ -223,22 +224,12 @@ class ProjectedOptimizer(Optimizer):
     def _axes(self, index: int) -> Tensor:
         return self.frames.axes[index][local_rows(self.adapter.delta[index])]
 
-    def _spread(self) -> dist.ProcessGroup | None:
-        """The processes that δS is sharded over."""
-        first = self.adapter.delta[0]
-        return first.device_mesh.get_group() if isinstance(first, DTensor) else None
-
     def _share(self, name: str, vectors: list[tuple[int, Tensor]], sign: int) -> dict[str, Tensor]:
         parts = (
             (vectors_MR, self._axes(i), self.frames.has_axes[i][local_rows(self.adapter.delta[i])])
             for i, vectors_MR in vectors
         )
-        return share(name, parts, sign, self._spread())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has; writing to it writes to the tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        return share(name, parts, sign, processes(self.adapter.delta[0]))
 
 
 def _check(inner: Optimizer, adapter: DeltaS, level: str, max_norm: float | None) -> None:

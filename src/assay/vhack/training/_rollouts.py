@@ -17,7 +17,7 @@ from torch import Tensor
 from assay.errors import UsageError
 from assay.vhack.training._frames import Frames, spread
 from assay.vhack.training._gates import Gate
-from assay.vhack.training._groups import local_rows
+from assay.vhack.training._sharding import local, local_rows
 
 if TYPE_CHECKING:
     from assay.vhack.training._delta import DeltaS
@@ -117,5 +117,5 @@ def gate_rollouts(
             coordinates_MK /= dist.get_world_size(process_group)
         if axes_MKR.shape[1] and parameter.grad is not None:
             removed_MR = spread(axes_MKR, coordinates_MK)[local_rows(parameter.grad)]
-            local = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
-            local.copy_(local.double() - removed_MR)
+            gradient_MR = local(parameter.grad)
+            gradient_MR.copy_(gradient_MR.double() - removed_MR)
