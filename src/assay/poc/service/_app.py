@@ -50,15 +50,16 @@ def create_app(controller: Controller) -> FastAPI:
     return app
 
 
-def attach(app: FastAPI, controller: Controller, *, operations: bool = False) -> None:
+def attach(app: FastAPI, controller: Controller, *, operations: bool = False, under: str = "") -> None:
     """Mount the published API into another application, which keeps its own routes as they are.
 
-    Call it before the application starts. ``operations`` adds ``/health``, ``/ready`` and ``/metrics``.
+    Call it before the application starts. ``operations`` adds ``/health``, ``/ready`` and ``/metrics``, behind the
+    path ``under`` where the application has its own.
     """
     keys, feed = Keys(controller.settings), Feed(controller)
     app.include_router(pow_router(controller, keys, feed))
     if operations:
-        app.include_router(operations_router(controller, keys, feed))
+        app.include_router(operations_router(controller, keys, feed), prefix=under)
     app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, feed=feed)
     inner = app.router.lifespan_context
 

@@ -132,24 +132,22 @@ class Hooks:
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
             ticket = split_id(request.req_id)
             stream = self.rows.get(ticket[0]) if ticket else None
-            if ticket is None or stream is None:
-                continue
             try:
-                self._fill_one(request, stream, ticket[1])
+                if request.prompt_embeds is not None:
+                    _disarm(request, _hidden_size(self._config))
+                if ticket and stream:
+                    self._fill_one(request, stream, ticket[1])
+                    self.rows.mark_filled(*ticket)
             except Exception as error:
-                self._fail(ticket, _words(error))
-            else:
-                self.rows.mark_filled(*ticket)
+                if ticket and stream:
+                    self._fail(ticket, _words(error))
 
     def _fill_one(self, request: Any, stream: Stream, nonce: int) -> None:
         round = stream.spec.round
         hidden_size = _hidden_size(self._config)
         if request.prompt_embeds is not None:
-            shape = tuple(request.prompt_embeds.shape)
-            if shape != (round.seq_len, hidden_size):
-                # vLLM would copy them as they are, and end: nobody checks inputs that are sent from inside the server.
-                request.prompt_embeds = torch.zeros(shape[0], hidden_size, dtype=request.prompt_embeds.dtype)
-                raise ValueError(f"inputs of shape {shape}, not {(round.seq_len, hidden_size)}")
+            if len(request.prompt_embeds) != round.seq_len:
+                raise ValueError(f"inputs of {len(request.prompt_embeds)} positions, not {round.seq_len}")
             return
         if len(request.prompt_token_ids) != round.seq_len:
             raise ValueError(f"{len(request.prompt_token_ids)} placeholders for {round.seq_len} positions")
@@ -236,6 +234,24 @@ class Hooks:
             wanted="one with the random head or none: vLLM spreads the trained one over its workers",
             do="use --engine hf for it",
         )
+
+
+def _disarm(request: Any, hidden_size: int) -> None:
+    """Replace inputs that would do harm by zeros, and say so.
+
+    Those of another width would end the engine. NaN and infinity would stay in the blocks of the cache, and spoil
+    requests that get these blocks later: whoever may send embeddings to the server could stop every round on it.
+
+    Raises:
+        ValueError: they were such.
+    """
+    sent = request.prompt_embeds
+    fits = sent.ndim == 2 and sent.shape[1] == hidden_size
+    if fits and bool(torch.isfinite(sent).all()):
+        return
+    request.prompt_embeds = torch.zeros(len(sent), hidden_size, dtype=sent.dtype)
+    what = "that are not finite" if fits else f"of shape {tuple(sent.shape)}"
+    raise ValueError(f"inputs {what}")
 
 
 def _guarded(action: Callable[[], None]) -> str | None:

@@ -19,7 +19,7 @@ OLDEST, NEWEST = (0, 28), (0, 32)
 """The first and last minor versions that the tests have run on."""
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.engine.async_llm:AsyncLLM": ("generate", "collective_rpc", "from_engine_args", "shutdown"),
+    "vllm.v1.engine.async_llm:AsyncLLM": ("generate", "collective_rpc", "from_vllm_config", "shutdown"),
     "vllm.v1.engine.output_processor:OutputProcessor": ("get_num_unfinished_requests",),
     "vllm.v1.worker.worker_base:WorkerBase": ("execute_model",),
 }

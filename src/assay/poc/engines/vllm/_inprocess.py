@@ -5,7 +5,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from assay.errors import AssayError, ModelError, UsageError
+from assay.errors import ModelError, UsageError
 from assay.poc.engines.vllm._client import Client
 from assay.poc.engines.vllm._engine import Inputs, RequestEngine, capacity, most_positions
 from assay.poc.engines.vllm._flow import Flow, FlowSettings
@@ -53,7 +53,6 @@ class VLLMEngine(RequestEngine):
         try:
             self._llm = self._thread.run(_start(directory, dtype, options))
             config = self._llm.vllm_config
-            check_config(config)
             # Nobody chats with this engine: it is always full.
             flow = FlowSettings(in_flight=in_flight or capacity(config, seq_len))
             client = Client(self._llm, Flow(flow, self._llm.output_processor.get_num_unfinished_requests, 1))
@@ -117,19 +116,18 @@ async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> 
     from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found]
 
     fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
-    own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False, "disable_log_stats": True}
+    own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False}
     if current_platform.is_cpu():
         own["kv_cache_memory_bytes"] = CPU_KV_BYTES
     try:
-        arguments = AsyncEngineArgs(**(own | options | fixed))
+        config = AsyncEngineArgs(**(own | options | fixed)).create_engine_config()
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"options of vLLM: {error}", wanted="its engine arguments", do="see `vllm serve --help`"
+            f"options of vLLM: {error}"[:500], wanted="its engine arguments", do="see `vllm serve --help`"
         ) from None
+    check_config(config)
     try:
-        return AsyncLLM.from_engine_args(arguments)
-    except AssayError:
-        raise
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     except Exception as error:  # vLLM fails to start in many ways
         raise ModelError(
             f"vLLM does not start: {type(error).__name__}: {error}"[:500], wanted="an engine", do="see its log above"
