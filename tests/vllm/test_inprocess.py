@@ -1,0 +1,243 @@
+"""An engine of our own: agreement with transformers, both ways of making inputs, hostile calls, no rows left behind."""
+
+import asyncio
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from assay import poc
+from assay.errors import ModelError, ProofMismatch, UsageError
+from assay.poc.cheats import rounded
+from assay.poc.engines import HFEngine, TransformingEngine
+from assay.poc.engines.vllm._stream import Stream
+from assay.poc.engines.vllm._tickets import Spec, new_key, request_id
+from tests.vllm.conftest import SEQ_LEN, make_round
+
+PRESETS = ("poc-2.0", "artifact", "hardened")
+AGREEMENT = {"poc-2.0": 2e-6, "artifact": 2e-3, "hardened": 2e-3}  # fp32 distances; vectors are published in fp16
+
+
+@pytest.fixture(scope="module")
+def engine():
+    from assay.poc.engines.vllm import VLLMEngine
+
+    # A step takes two nonces and a half: prompts are cut into chunks at ever new places.
+    options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 160, "max_num_seqs": 16}
+    with VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, seq_len=SEQ_LEN, **options) as made:
+        yield made
+
+
+def nothing_is_held(engine) -> bool:
+    return all(count["rows"] == count["filled"] == count["streams"] == 0 for count in engine.counts())
+
+
+def published(proof: poc.Proof) -> np.ndarray:
+    if proof.records[0].vector is None:
+        return np.array([record.distance for record in proof.records])
+    return np.stack([record.vector for record in proof.records]).astype(np.float64)
+
+
+def test_it_is_an_engine_that_takes_the_steps_itself(engine):
+    assert isinstance(engine, TransformingEngine)
+    assert (engine.hidden_size, engine.num_layers, engine.dtype) == (256, 8, "float32")
+    assert engine.fingerprint.engine == "vllm"
+    assert "runner v1" in engine.fingerprint.library
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_it_agrees_with_transformers(engine, honest, preset: str):
+    round = make_round(preset)
+    ours = poc.prove(engine.model, round, range(40), engine=engine)
+    theirs = poc.prove(honest, round, range(40), batch_size=8)
+    assert np.abs(published(ours) - published(theirs)).max() <= AGREEMENT[preset]
+    assert ours.header.digest == theirs.header.digest
+    assert nothing_is_held(engine)
+
+
+def test_hidden_states_agree_with_transformers(engine, honest):
+    reference = HFEngine(honest, batch_size=8, seq_len=SEQ_LEN)
+    inputs_BTD = reference.inputs(make_round(), range(8))
+    assert torch.equal(inputs_BTD, engine.inputs(make_round(), range(8)))
+    difference = engine.last_hidden(inputs_BTD) - reference.last_hidden(inputs_BTD)
+    assert difference.abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_inputs_made_in_the_workers_and_inputs_sent_give_the_same_bits(engine, preset: str):
+    round, values = make_round(preset, key="bits"), {}
+    for inputs in ("local", "sent"):
+        engine._inputs = inputs
+        # One nonce at a time: the shape of a step may move the last bit, and here only the inputs may.
+        for nonce in range(6):
+            with closing(engine.outputs(round, poc.get_pipeline(preset), [nonce])) as outputs:
+                values[inputs, nonce] = next(outputs)[0]
+    engine._inputs = "local"
+    assert all(np.array_equal(values["local", nonce], values["sent", nonce]) for nonce in range(6))
+
+
+def test_a_nonce_in_company_is_the_nonce_alone(engine):
+    round = make_round(key="company")
+    together = next(engine.outputs(round, poc.get_pipeline("poc-2.0"), range(8)))
+    alone = [next(engine.outputs(round, poc.get_pipeline("poc-2.0"), [nonce]))[0] for nonce in range(8)]
+    assert np.abs(together - np.array(alone)).max() <= 1e-6
+
+
+def test_verdicts_across_engines(engine, honest):
+    """Prover vLLM and validator transformers, and the reverse, with the measured calibration: honest; int4: fraud."""
+    round = make_round(key="verdict")
+    ours = poc.prove(engine.model, round, range(96), engine=engine)
+    theirs = poc.prove(honest, round, range(96), batch_size=8)
+    calibration = poc.calibrate(ours, theirs)
+    assert poc.verify(ours, honest, sample=64, seed=1, calibration=calibration).verdict == "honest"
+    back = poc.verify(theirs, engine.model, sample=64, seed=1, calibration=calibration, engine=engine)
+    assert back.verdict == "honest"
+    cheat = poc.prove(rounded(honest, 4), round, range(64), batch_size=8)
+    assert poc.verify(cheat, engine.model, sample=64, seed=1, calibration=calibration, engine=engine).verdict == "fraud"
+
+
+@pytest.mark.parametrize("preset", ["layer-signs", "layer-normalize", "permutation"])
+def test_pipelines_that_vllm_cannot_run_are_refused_in_words(engine, preset: str):
+    with pytest.raises(UsageError, match="--engine hf"):
+        poc.prove(engine.model, make_round(preset), range(8), engine=engine)
+
+
+def test_other_shapes_are_refused_in_words(engine):
+    with pytest.raises(UsageError, match="fixed shape"):
+        engine.last_hidden(torch.zeros(8, SEQ_LEN, 255))
+    with pytest.raises(UsageError, match="seq_len"):
+        poc.prove(engine.model, make_round(seq_len=32), range(8), engine=engine)
+
+
+def on_loop(engine, work):
+    return asyncio.run_coroutine_threadsafe(work, engine._loop).result()
+
+
+async def hostile(engine, key: str, prompts: dict[str, dict]) -> None:
+    """Send requests past the client's own checks."""
+    from assay.poc.engines.vllm._client import _sampling
+
+    for name, prompt in prompts.items():
+        async for _ in engine._llm.generate(prompt, _sampling(), name):
+            pass
+
+
+def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
+    key = on_loop(engine, engine._client.open(Spec(make_round(), "poc-2.0")))
+    tokens = {"type": "token", "prompt_token_ids": [0] * SEQ_LEN}
+    wrong = {
+        f"{key}.": tokens,
+        f"{key}.-1": tokens,
+        f"{key}.abc": tokens,
+        f"{key}.99999999999999999999": tokens,
+        request_id(new_key(), 1): tokens,
+        request_id(key, 1): tokens | {"prompt_token_ids": [0] * (SEQ_LEN - 1)},
+        request_id(key, 2): {"type": "embeds", "prompt_embeds": torch.zeros(SEQ_LEN, 128)},
+        request_id(key, 3): {"type": "embeds", "prompt_embeds": torch.zeros(SEQ_LEN + 3, 256)},
+        request_id(key, 4): {"type": "embeds", "prompt_embeds": torch.full((SEQ_LEN, 256), float("nan"))},
+    }
+    on_loop(engine, hostile(engine, key, wrong))
+    for nonce in (1, 2, 3, 4):
+        with pytest.raises(ModelError, match=f"nonce {nonce}"):
+            on_loop(engine, engine._client.collect(key, [nonce]))
+    call = engine._client._call
+    assert all("round" in reason for reason in on_loop(engine, call("assay_open", new_key(), "no round")))
+    assert all(reply["failed"] == {} for reply in on_loop(engine, call("assay_collect", "unknown", [1, 2], False)))
+    on_loop(engine, call("assay_close", "unknown"))
+    on_loop(engine, call("assay_close", key))
+    assert nothing_is_held(engine)
+    assert poc.prove(engine.model, make_round(), range(8), engine=engine).footer.records == 8
+
+
+def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):
+    for _ in range(5):
+        outputs = engine.outputs(make_round(key="closed"), poc.get_pipeline("poc-2.0"), range(2**40))
+        next(outputs)
+        outputs.close()
+    assert nothing_is_held(engine)
+    assert engine._client.flow.in_flight == 0
+
+
+def test_requests_that_are_aborted_run_again(engine):
+    async def scenario():
+        stream = Stream(engine._client, Spec(make_round(key="abort"), "poc-2.0"), range(16), 16, SEQ_LEN)
+        await stream.open()
+        waiting = asyncio.ensure_future(stream.next())
+        for _ in range(3):
+            await asyncio.sleep(0.01)
+            await engine._llm.abort([request_id(stream._key, nonce) for nonce in range(16)])
+        values = await waiting
+        await stream.close()
+        return values
+
+    again = on_loop(engine, scenario())
+    proof = poc.prove(engine.model, make_round(key="abort"), range(16), engine=engine)
+    assert np.abs(again - published(proof)).max() <= 1e-6
+    assert nothing_is_held(engine)
+
+
+def test_inputs_that_are_not_finite_fail_alone_and_spoil_nothing(engine, monkeypatch: pytest.MonkeyPatch):
+    """Left in the blocks of the cache, NaN would come back in the results of later requests."""
+    round = make_round(key="nan")
+    before = poc.prove(engine.model, round, range(32), engine=engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_inputs", "sent")
+        patch.setattr(engine, "inputs", lambda round, nonces: torch.full((1, SEQ_LEN, 256), float("nan")))
+        with pytest.raises(ModelError, match="not finite"):
+            poc.prove(engine.model, round, range(32), engine=engine)
+    nan = {"type": "embeds", "prompt_embeds": torch.full((SEQ_LEN, 256), float("inf"))}
+    on_loop(engine, hostile(engine, "", {f"from-a-client-{number}": nan for number in range(16)}))
+    after = poc.prove(engine.model, round, range(32), engine=engine)
+    assert np.abs(published(before) - published(after)).max() <= 1e-6
+
+
+def test_ten_thousand_nonces_leave_no_rows(engine):
+    """Short nonces, most of them: what counts is how many come and go."""
+    small = replace_shape(engine, seq_len=4, batch_size=256)
+    count, outputs = 0, small.outputs(make_round(seq_len=4, key="soak"), poc.get_pipeline("artifact"), range(10_000))
+    for values in outputs:
+        count += len(values)
+        assert np.isfinite(values).all()
+    assert count == 10_000
+    assert nothing_is_held(engine)
+    assert {worker["dropped"] for worker in engine.counts()} == {engine.counts()[0]["dropped"]}
+
+
+def replace_shape(engine, *, seq_len: int, batch_size: int):
+    """Another shape on the engine that runs."""
+    from assay.poc.engines.vllm._engine import RequestEngine
+
+    return RequestEngine(
+        engine._client,
+        engine._loop,
+        version=engine._version,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        most_positions=255,
+    )
+
+
+def test_the_longest_sequence_is_refused_before_it_runs(engine):
+    with pytest.raises(UsageError, match="max-model-len"):
+        replace_shape(engine, seq_len=256, batch_size=1)
+    longest = replace_shape(engine, seq_len=255, batch_size=1)
+    assert next(longest.outputs(make_round(seq_len=255), poc.get_pipeline("artifact"), [0])).shape == (1, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"), [({"tensor_parallel": 2}, "options of vLLM"), ({"quantization": "fp8"}, "quantisation")]
+)
+def test_options_under_which_nonces_cannot_run_are_refused_before_the_start(options, refusal: str):
+    from assay.poc.engines.vllm import VLLMEngine
+
+    with pytest.raises((UsageError, ModelError), match=refusal):
+        VLLMEngine("reference:qwen3", **options)
+
+
+def test_a_proof_names_the_checkpoint_that_it_was_made_from(engine, honest):
+    proof = poc.prove(engine.model, make_round(), range(8), engine=engine)
+    other = replace(honest, digest="0" * 64)
+    with pytest.raises(ProofMismatch):
+        poc.verify(proof, other)
