@@ -51,6 +51,14 @@ def test_a_finished_run_can_be_extended_and_a_cell_is_never_measured_twice(tmp_p
     assert len(read_run(tmp_path, "weights").cells) == 2
 
 
+def test_values_that_are_no_json_leave_the_file_whole(tmp_path):
+    with open_run(tmp_path, "weights", SETTINGS) as run:
+        with pytest.raises(UsageError, match="not JSON"):
+            run.append("one", {"mean": float("nan")})
+        run.append("one", {"mean": 1.0})
+    assert len(read_run(tmp_path, "weights").cells) == 1
+
+
 def test_other_settings_are_refused_and_named(tmp_path):
     with open_run(tmp_path, "weights", SETTINGS) as run:
         run.append("one", {})
@@ -74,6 +82,9 @@ def test_another_machine_is_noted(tmp_path, monkeypatch):
     with open_run(tmp_path, "weights", SETTINGS) as run:
         run.append("one", {})
     monkeypatch.setattr(_runs, "provenance", lambda: {"gpu": "another"})
+    with open_run(tmp_path, "weights", SETTINGS):
+        pass  # nothing was added, so nothing is noted
+    assert len(read_run(tmp_path, "weights").origins) == 1
     for key in ("two", "three"):
         with open_run(tmp_path, "weights", SETTINGS) as run:
             run.append(key, {})

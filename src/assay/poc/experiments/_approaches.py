@@ -174,7 +174,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
             "per_nonce": pipeline.per_nonce,
             "tensor_parallel": tensor_parallel(pipeline),
             "pipeline_parallel": pipeline_parallel(pipeline),
-            **_costs(pipeline, model),
+            **_costs(plan, pipeline, model),
             "overhead": slower.get(pipeline.name),
             "effective_dimension": effective.get(pipeline.name),
             **_distribution(plan, pipeline, model, distances, effective.get(pipeline.name)),
@@ -186,9 +186,9 @@ def _engine(plan: ApproachPlan, model: Model) -> HFEngine:
     return HFEngine(model, batch_size=plan.batch_size, seq_len=plan.seq_len)
 
 
-def _costs(pipeline: Pipeline, model: Model) -> JsonObject:
+def _costs(plan: ApproachPlan, pipeline: Pipeline, model: Model) -> JsonObject:
     sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_layers": model.num_layers}
-    held = memory(pipeline, **sizes)
+    held = memory(pipeline, seq_len=plan.seq_len, **sizes)
     return {**sizes, "bytes_per_nonce": held.per_nonce, "bytes_per_block": held.per_block}
 
 

@@ -1,6 +1,7 @@
 """What an approach costs by its description alone: random numbers to hold, and where they can be made.
 
-Bytes are counted for the random numbers as they are stored: float32 and signs take 4, an index takes 8.
+Bytes are counted as random numbers are drawn: a normal takes 4, an index 8, a sign 1. What acts between the layers is
+counted as it is held there, 4 bytes a number.
 """
 
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ class Memory:
     per_block: int
 
 
-def memory(pipeline: Pipeline, *, hidden_size: int, vocab_size: int, num_layers: int) -> Memory:
+def memory(pipeline: Pipeline, *, hidden_size: int, vocab_size: int, num_layers: int, seq_len: int) -> Memory:
     """Return the bytes of random numbers that an approach holds for a model of these sizes."""
-    size, per_nonce = hidden_size, 0
+    size = hidden_size
+    per_nonce = 0 if pipeline.read == "last" else seq_len  # the signs of the positions
     for step in pipeline.hidden:
         per_nonce += _bytes(step, size)
         size = step.count if step.name in ("pick", "project") else size
@@ -42,7 +44,7 @@ def _bytes(step: Step, size: int) -> int:
         case "unit":
             return 0
         case "signs":
-            return 4 * size
+            return size
         case "permute":
             return 8 * size
         case "pick":

@@ -56,9 +56,12 @@ class Run:
     the next :func:`open_run` goes on after the last whole line.
     """
 
-    def __init__(self, file: PartialFile, header: JsonObject, cells: Iterable[JsonObject]) -> None:
+    def __init__(
+        self, file: PartialFile, header: JsonObject, cells: Iterable[JsonObject], origin: JsonObject | None = None
+    ) -> None:
         self.settings: JsonObject = header["settings"]
         self._file = file
+        self._origin = origin  # written before the first cell; a process that adds none leaves no trace
         self._cells = {cell["key"]: cell for cell in cells}
 
     @property
@@ -81,7 +84,11 @@ class Run:
         if key in self._cells:
             raise UsageError(f"cell {key!r} twice", wanted="every cell once", do="skip the keys in Run.done")
         cell = {"key": key, **values}
-        self._file.append(cell)
+        line = dumps(cell)
+        if self._origin is not None:
+            self._file.append({"origin": self._origin})
+            self._origin = None
+        self._file.append_lines([line])
         self._cells[key] = cell
 
     def __enter__(self) -> Self:
@@ -150,9 +157,7 @@ def _recovered(file: PartialFile, experiment: str, settings: JsonObject) -> Run:
         return Run(file, header, ())
     header, origins, cells = _parsed([line.encode() for line in lines], file.partial, experiment)
     _check_settings(header["settings"], settings, file.path)
-    if origin not in origins:
-        file.append({"origin": origin})
-    return Run(file, header, cells)
+    return Run(file, header, cells, None if origin in origins else origin)
 
 
 def _check_settings(begun: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
