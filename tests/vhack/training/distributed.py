@@ -1,6 +1,7 @@
 """What each of two processes does in the tests of distributed training; a module of its own, for it is spawned."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -71,8 +72,9 @@ def single(path, level, per_rollout=False):
 
 def run(rank, path, folder):
     """Everything that needs two processes, one after the other; rank 0 writes what it found."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=200))
     try:
         share = IDS[2 * rank : 2 * rank + 2]
         found = {f"ddp {level}": _ddp(path, share, level) for level in ("gradient", "update")}
