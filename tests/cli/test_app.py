@@ -26,6 +26,19 @@ FROZEN = {
         "--alpha", "--seed",
     },
     "poc calibrate": {"--valid-rate", "--dimension", "--output", "--json"},
+    "poc experiment approaches": {
+        "--models", "--approaches", "--blocks", "--nonces", "--valid-rate", "--checked", "--timed", "--seq-len",
+        "--batch-size", "--dtype", "--device", "--run-name", "--output", "--json",
+    },
+    "poc experiment weights": {
+        "--models", "--preset", "--blocks", "--nonces", "--seq-len", "--batch-size", "--dtype", "--device",
+        "--run-name", "--output", "--json",
+    },
+    "poc experiment matrix": {
+        "--models", "--modes", "--blocks", "--public-keys", "--duration", "--r-target", "--seq-len", "--batch-size",
+        "--dtype", "--device", "--run-name", "--output", "--json",
+    },
+    "poc experiment report": {"--run-name", "--output", "--json"},
     "models list": {"--json"},
     "models info": {"--json"},
     "models random": {"--output", "--block-hash", "--weights", "--dtype", "--json"},

@@ -184,12 +184,28 @@ def test_calibrate_in_closed_form(assay):
         assert assay("poc", "calibrate", *wrong).code == 2
 
 
+def test_calibrate_measures_the_r_target_of_a_proof(prove, assay, tmp_path: Path):
+    assert prove("a.jsonl", nonces="0:48").code == 0
+    result = assay("poc", "calibrate", "--valid-rate", 0.5, tmp_path / "a.jsonl", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert (found["n"], found["dimension"], found["confidence"]) == (48, 8192, 0.95)
+    assert found["low"] < found["measured"] < found["high"]
+    assert found["agrees"] == (found["low"] <= found["r_target"] <= found["high"])
+    for wrong in (("--dimension", 5), ("-o", tmp_path / "x"), (tmp_path / "a.jsonl",)):
+        assert assay("poc", "calibrate", "--valid-rate", 0.5, tmp_path / "a.jsonl", *wrong).code == 2
+
+
 def test_calibrate_from_two_proofs_and_use_it(prove, assay, small_checkpoint: Path, tmp_path: Path):
     assert prove("a.jsonl", nonces="0:32").code == 0
     assert prove("b.jsonl", nonces="0:32", dtype="bfloat16").code == 0
     path = tmp_path / "calibration.json"
     made = assay("poc", "calibrate", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "-o", path, "--json")
     assert made.code == 0, made.err
+    said = json.loads(made.out)
+    assert said["engines_differ_in"] == "dtype float32 / bfloat16"
+    assert (said["n"], said["confidence"]) == (32, 0.99)
+    assert said["typical_residual"] > 0
     result = assay(
         "poc", "verify", tmp_path / "b.jsonl", "--model", small_checkpoint, "--dtype", "float32", "--device", "cpu",
         "--calibration", path, "--json",

@@ -108,7 +108,7 @@ def test_cheaters_are_told_from_honest_nodes_by_their_residuals():
     assert apart["separation"] == pytest.approx(10, rel=0.2)
     assert apart["auc"] > 0.9
     vectors = np.zeros((3, 2), dtype=np.float32)
-    assert module._residual_sizes(vectors + [3, 4], vectors).tolist() == [5, 5, 5]
+    assert module._residual_sizes(np.add(vectors, [3, 4]), vectors).tolist() == [5, 5, 5]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""``assay poc experiment``: tables on stdout, files in the run's folder, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from assay.poc.experiments import Plan, open_run
+from tests.poc.experiments.test_matrix import published_cells
+
+SMALL = ["--nonces", "32", "--seq-len", "8", "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A run that holds the 36 published tests."""
+    plan = replace(Plan(models=("qwen", "llama")), device="cpu")
+    names = {test.key for test in plan.tests()}
+    with open_run(tmp_path / "seeds", "matrix", plan.settings) as run:
+        for cell in published_cells():
+            assert cell["key"] in names
+            run.append(cell["key"], {name: value for name, value in cell.items() if name != "key"})
+    return tmp_path
+
+
+def test_a_finished_matrix_prints_the_published_table(published, assay):
+    result = assay(
+        "poc", "experiment", "matrix", "--models", "qwen,llama", "--device", "cpu", "--run-name", "seeds",
+        "-o", published,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    for expected in ("qwen, sign-flips", "58.1%", "block_gamma", "1.1%", "10.3%", "inside noise", "over 5%", "120.0"):
+        assert expected in result.out
+    assert (published / "seeds" / "report.html").is_file()
+
+
+def test_a_matrix_as_json(published, assay):
+    result = assay(
+        "poc", "experiment", "matrix", "--models", "qwen", "--device", "cpu", "--run-name", "seeds", "-o", published,
+        "--json",
+    )  # fmt: skip
+    found = json.loads(result.out)
+    assert found["schema"] == "assay.poc.experiment.matrix/1"
+    assert [row["verdict"] for row in found["configurations"]][:2] == ["inside noise", "inside noise"]
+
+
+def test_approaches_and_weights_share_a_page(assay, small_checkpoint, tmp_path):
+    common = ["--models", small_checkpoint, *SMALL, "--run-name", "both", "-o", tmp_path]
+    result = assay(
+        "poc", "experiment", "approaches", "--approaches", "sign-flips,artifact", "--checked", 8, "--timed", 0, *common
+    )
+    assert result.code == 0, result.err
+    assert "poc-2.0" in result.out
+    assert "breaks structure" in result.out
+    result = assay("poc", "experiment", "weights", *common, "--json")
+    assert json.loads(result.out)["schema"] == "assay.poc.experiment.weights/1"
+    page = Path(json.loads(result.out)["report"]).read_text()
+    assert "Which approach breaks" in page
+    assert "Does training give" in page
+    again = assay("poc", "experiment", "report", "--run-name", "both", "-o", tmp_path)
+    assert (again.code, again.out.strip()) == (0, str(tmp_path / "both" / "report.html"))
+    assert Path(again.out.strip()).read_text() == page, "the same records give the same bytes"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        (["report", "--run-name", "none"], "holds no experiment"),
+        (["report", "--run-name", "../none"], "run name"),
+        (["matrix", "--modes", "nonsense"], "mode 'nonsense'"),
+        (["matrix", "--duration", "0"], "duration"),
+        (["weights", "--preset", "nonsense"], "preset 'nonsense'"),
+        (["approaches", "--approaches", "nonsense"], "preset 'nonsense'"),
+        (["approaches", "--models", ""], "models ()"),
+    ],
+)
+def test_refusals(arguments: list[str], seen: str, assay, tmp_path):
+    result = assay("poc", "experiment", *arguments, "-o", tmp_path)
+    assert result.code == 2
+    assert seen in result.err
+    assert list(tmp_path.iterdir()) == []
