@@ -186,10 +186,26 @@ def _end(processes, grace):
     psutil.wait_procs(alive, timeout=10)
 
 
+BEGINNINGS = (
+    "import os\nimport sys\n\n",
+    "class Node{0}:\n    def __init__(self, ",
+    "for index in range({0}):\n    ",
+    "def main(argv=None):\n    parser = ",
+    "try:\n    import number{0}\nexcept ",
+    "with open(path{0}, 'rb') as ",
+    "    return np.array([{0}, ",
+    "raise ValueError(f'",
+    "@pytest.mark.parametrize('value{0}', ",
+    "async def fetch(session, url):\n    async with ",
+    "if __name__ == '__main__':\n    ",
+    "x = torch.zeros({0}, ",
+)
+
+
 async def chat_once(client, index, *, tokens=24, prompt=None):
     """Send one chat, completion or streaming request; return its text, status and seconds to the first token."""
     kind = ("chat", "completion", "stream-chat", "stream-completion")[index % 4]
-    prompt = prompt or f"def function_{index}(values, count={index % 7}):\n    "
+    prompt = prompt or BEGINNINGS[index // 4 % len(BEGINNINGS)].format(index)
     body = {"model": MODEL, "max_tokens": tokens, "temperature": 0.0, "stream": kind.startswith("stream")}
     if kind.endswith("chat"):
         path, body = "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]}
