@@ -1,0 +1,87 @@
+"""A round that has the engine to itself, SIGKILL in its middle, and what is on disk after the restart."""
+
+import asyncio
+import sqlite3
+import threading
+import time
+
+import httpx
+import pytest
+from _vllm import Server, chat_once
+
+from tests.vllm.receiver import Receiver
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    """Inputs are sent here, and chat is decoded with speculation: two more ways through the engine."""
+    environment = {
+        "ASSAY_VLLM_MODE": "exclusive",
+        "ASSAY_VLLM_INPUTS": "sent",
+        "ASSAY_CALLBACK_INTERVAL": "0.2",
+        "ASSAY_CALLBACK_BACKOFF_MAX": "1",
+    }
+    speculation = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
+    options = {"--speculative-config": speculation, "--scheduling-policy": False}
+    with Server(tmp_path_factory.mktemp("exclusive"), options=options, environment=environment) as running:
+        yield running
+
+
+def ask(server: Server, index: int = 2, tokens: int = 8) -> dict:
+    async def once() -> dict:
+        async with httpx.AsyncClient(base_url=server.url, timeout=240.0) as client:
+            return await chat_once(client, index, tokens=tokens)
+
+    return asyncio.run(once())
+
+
+def test_a_round_refuses_new_chat_and_lets_running_chat_end(server):
+    alone = ask(server, tokens=300)
+    assert alone["status"] == 200
+    running: list[dict] = []
+    thread = threading.Thread(target=lambda: running.append(ask(server, tokens=300)))
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not server.get("/engine").json()["chat"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    server.begin("exclusive")
+    refused = server.client.post("/v1/completions", json={"model": "qwen3", "prompt": "x", "max_tokens": 1})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+    assert server.client.get("/v1/models").status_code == 200
+    thread.join()
+    assert running == [alone | {"first": running[0]["first"]}]
+    server.wait_for(16)
+    server.post("/stop").raise_for_status()
+    assert ask(server)["status"] == 200
+
+
+def test_nothing_is_lost_and_nothing_doubled_by_sigkill(server):
+    receiver = Receiver()
+    try:
+        server.begin("killed", url=receiver.url)
+        server.wait_for(40)
+        server.kill()
+        server.start()
+        status = server.get("/status").json()
+        assert status["state"] == "GENERATING"
+        assert status["total_checked"] >= 40
+        server.wait_for(status["total_checked"] + 40)
+        server.post("/stop").raise_for_status()
+        total = server.checked()
+        with sqlite3.connect(server.data_dir / "service.sqlite3") as database:
+            query = "select nonce from records join rounds on rounds.id = round_id where block_hash = 'killed'"
+            nonces = [nonce for (nonce,) in database.execute(query + " order by nonce")]
+        assert nonces == list(range(total))
+        deadline = time.monotonic() + 60
+        while sorted(receiver.nonces("killed")) != nonces and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert sorted(receiver.nonces("killed")) == nonces
+    finally:
+        receiver.close()
+
+
+def test_sigterm_ends_the_server_in_order(server):
+    server.begin("ended")
+    server.wait_for(8)
+    code = server.stop()
+    assert code == 0, server.tail()

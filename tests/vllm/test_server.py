@@ -1,0 +1,200 @@
+"""The plugin in a real server on loopback: chat beside nonces, validation, slow receivers, hostile clients."""
+
+import asyncio
+import time
+
+import httpx
+import numpy as np
+import pytest
+from _vllm import KEY, MODEL, POW, Server, chat_once
+
+from assay import poc
+from assay.poc.cheats import rounded
+from tests.vllm.conftest import SEQ_LEN
+from tests.vllm.receiver import Receiver
+
+VERDICT = {"block_hash": "verdict", "public_key": "validator", "r_target": 2.0}
+BLOCK = {"block_height": 1, "seq_len": SEQ_LEN, "batch_size": 8, "node_id": 0, "node_count": 1}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    # Three nonces and a half fill a step, so that prompts of chat and nonces are cut into chunks.
+    options = {"--max-num-batched-tokens": "224"}
+    environment = {
+        "ASSAY_SEQ_LEN": str(SEQ_LEN),
+        "ASSAY_CALLBACK_INTERVAL": "0.5",
+        "ASSAY_CALLBACK_TIMEOUT": "2",
+        "ASSAY_CALLBACK_BACKOFF_MAX": "1",
+    }
+    with Server(tmp_path_factory.mktemp("server"), options=options, environment=environment) as running:
+        yield running
+
+
+@pytest.fixture
+def receiver():
+    made = Receiver()
+    yield made
+    made.close()
+
+
+async def talk(url: str, count: int, tokens: int = 12) -> list[dict]:
+    async with httpx.AsyncClient(base_url=url, timeout=240.0) as client:
+        gate = asyncio.Semaphore(4)
+
+        async def one(index: int) -> dict:
+            async with gate:
+                return await chat_once(client, index, tokens=tokens)
+
+        return await asyncio.gather(*(one(index) for index in range(count)))
+
+
+def distances(server: Server, count: int) -> tuple[list[int], list[float]]:
+    page = server.get("/status", after=-1, limit=count).json()
+    return page["valid_nonces"], page["valid_distances"]
+
+
+def make(model, block: str, count: int, key: str = "node") -> list[float]:
+    """Compute distances on transformers."""
+    round = poc.Round(block_hash=block, public_key=key, block_height=1, seq_len=SEQ_LEN, r_target=2.0)
+    return [record.distance for record in poc.prove(model, round, range(count), batch_size=8).records]
+
+
+def test_the_service_is_mounted_with_its_own_keys_beside_the_routes_of_vllm(server):
+    with httpx.Client(base_url=server.url) as stranger:
+        assert stranger.get(f"{POW}/status").status_code == 401
+        assert stranger.get(f"{POW}/engine").status_code == 401
+        assert stranger.get(f"{POW}/metrics").status_code == 401
+        assert stranger.get("/v1/models").json()["data"][0]["id"] == MODEL
+        assert "Proof of Compute" in stranger.get("/").text
+        assert "vllm:" in stranger.get("/metrics").text
+        assert stranger.get(f"{POW}/health").json() == {"status": "ok"}
+    assert server.get("/ready").json() == {"ready": True}
+    assert "assay_poc_nonces" in server.get("/metrics").text
+    paths = server.client.get("/openapi.json").json()["paths"]
+    assert {f"{POW}/init/generate", f"{POW}/validate", f"{POW}/engine", "/v1/chat/completions"} <= set(paths)
+    engine = server.get("/engine").json()
+    assert (engine["mode"], engine["worker"]["dtype"]) == ("chat-first", "float32")
+
+
+def test_chat_beside_nonces_gives_the_same_tokens_and_no_error(server):
+    alone = asyncio.run(talk(server.url, 48))
+    server.begin("mixed-load")
+    server.wait_for(8)
+    before = server.checked()
+    beside = asyncio.run(talk(server.url, 48))
+    server.wait_for(before + 40)
+    server.post("/stop").raise_for_status()
+    assert [one["status"] for one in beside] == [200] * 48
+    assert [one["text"] for one in beside] == [one["text"] for one in alone]
+    assert len({one["text"] for one in alone}) > 10
+    held = server.idle_counts()
+    assert all(worker["rows"] == worker["filled"] == worker["errors"] == 0 for worker in held["workers"])
+
+
+def test_distances_of_the_server_are_those_of_transformers(server, honest):
+    server.begin("agreement")
+    server.wait_for(48)
+    server.post("/stop").raise_for_status()
+    nonces, theirs = distances(server, 48)
+    assert nonces == list(range(48))
+    assert np.abs(np.array(theirs) - np.array(make(honest, "agreement", 48))).max() <= 2e-6
+
+
+def test_the_server_validates_honest_nodes_on_transformers_and_catches_four_bits(server, honest):
+    server.post("/init/validate", VERDICT | BLOCK).raise_for_status()
+    nonces = list(range(64))
+    for key, model, verdict in (("node", honest, "honest"), ("cheat", rounded(honest, 4), "fraud")):
+        body = {"block_hash": "verdict", "block_height": 1, "public_key": key, "nonces": nonces}
+        dist = make(model, "verdict", 64, key)
+        answer = server.post("/validate", body | {"dist": dist}).json()
+        assert answer["residual_test"]["verdict"] == verdict, answer
+    server.post("/stop").raise_for_status()
+
+
+def test_an_artifact_job_runs_and_its_vectors_are_checked(server):
+    params = {"model": MODEL, "seq_len": SEQ_LEN, "k_dim": 12}
+    body = {"block_hash": "job", "public_key": "node", "params": params, "nonces": list(range(12)), "wait": True}
+    body |= {name: BLOCK[name] for name in ("block_height", "node_id", "node_count", "batch_size")}
+    done = server.post("/generate", body).json()
+    assert done["status"] == "completed", done
+    checked = server.post("/generate", body | {"validation": {"artifacts": done["artifacts"]}}).json()
+    assert (checked["n_mismatch"], checked["fraud_detected"]) == (0, False)
+
+
+@pytest.mark.parametrize(("delay", "status"), [(30.0, 200), (0.0, 500)])
+def test_a_receiver_that_is_slow_or_fails_costs_chat_nothing_and_gets_everything_later(server, delay, status):
+    receiver, block = Receiver(), f"receiver-{status}"
+    receiver.delay, receiver.status = delay, status
+    try:
+        alone = asyncio.run(talk(server.url, 8))
+        server.begin(block, url=receiver.url)
+        server.wait_for(16)
+        assert asyncio.run(talk(server.url, 8)) is not None
+        beside = asyncio.run(talk(server.url, 8))
+        assert [one["text"] for one in beside] == [one["text"] for one in alone]
+        server.wait_for(32)
+        server.post("/stop").raise_for_status()
+        assert receiver.nonces(block) == []
+        receiver.delay, receiver.status = 0.0, 200
+        proved, _ = distances(server, 10_000)
+        deadline = time.monotonic() + 60
+        while sorted(receiver.nonces(block)) != proved and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert sorted(receiver.nonces(block)) == proved
+    finally:
+        receiver.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [({"seq_len": 512}, 422), ({"seq_len": 511}, 200), ({"batch_size": 10**9}, 422), ({"seq_len": 0}, 422)],
+)
+def test_shapes_that_do_not_fit_are_refused_before_they_run(server, change, status):
+    body = {"block_hash": f"shape-{change}", "public_key": "node", "r_target": 2.0, **BLOCK} | change
+    response = server.post("/init", body)
+    assert response.status_code == status, response.text
+    server.post("/stop").raise_for_status()
+
+
+def test_clients_that_leave_in_the_middle_leave_no_rows_and_a_living_engine(server):
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60.0) as client:
+            for index in range(12):
+                task = asyncio.ensure_future(chat_once(client, index, tokens=200))
+                await asyncio.sleep(0.05)
+                task.cancel()
+
+    server.begin("leaving")
+    server.wait_for(8)
+    asyncio.run(leave())
+    before = server.checked()
+    server.wait_for(before + 8)
+    server.post("/stop").raise_for_status()
+    held = server.idle_counts()
+    assert held["chat"] == held["nonces"] == 0
+    assert all(worker["rows"] == worker["streams"] == 0 for worker in held["workers"])
+
+
+def test_rounds_that_stop_and_start_again_leave_nothing_behind(server):
+    for turn in range(8):
+        server.begin(f"turn-{turn}")
+        server.wait_for(8)
+        server.post("/stop").raise_for_status()
+    held = server.idle_counts()
+    assert all(worker["rows"] == worker["filled"] == worker["streams"] == 0 for worker in held["workers"])
+    assert held["nonces"] == 0
+
+
+def test_the_flow_can_be_changed_while_it_runs_and_nonsense_is_refused(server):
+    assert server.post("/engine", {"share": 0.5, "chat_in_flight": 1}).json()["share"] == 0.5
+    for wrong in ({"share": 0}, {"share": "all"}, {"mode": "greedy"}, {"speed": 3}):
+        assert server.post("/engine", wrong).status_code == 422
+    assert server.post("/engine", {"share": 0.25, "chat_in_flight": 2}).json()["share"] == 0.25
+
+
+def test_request_ids_of_clients_are_not_taken_for_nonces(server):
+    headers = {"X-Request-Id": "assay-00000000000000000000000000000000.5", "Authorization": f"Bearer {KEY}"}
+    body = {"model": MODEL, "prompt": "x = ", "max_tokens": 4, "temperature": 0.0}
+    assert server.client.post("/v1/completions", json=body, headers=headers).status_code == 200
+    assert all(worker["rows"] == 0 for worker in server.idle_counts()["workers"])
