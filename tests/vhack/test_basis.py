@@ -24,7 +24,7 @@ def planted(seed, strength, noise=1.0, n=N, r=R):
 
 def test_axes_are_the_singular_rows_of_the_differences():
     hack, clean = planted(0, 3.0)
-    basis = basis_from_gradients(hack, clean)
+    basis = basis_from_gradients(hack, clean, method="svd")
     _, values, rows = torch.linalg.svd(hack["m"] - clean["m"], full_matrices=False)
     assert torch.allclose(basis.singular_values["m"], values, rtol=1e-5)
     assert torch.allclose((basis.axes["m"] * rows).sum(dim=1).abs(), torch.ones(N), atol=1e-5)
@@ -111,7 +111,7 @@ def test_top_k_and_fewer_pairs():
     hack, clean = planted(1, 2.0)
     assert basis_from_gradients(hack, clean, top_k=4).axes["m"].shape == (4, R)
     assert basis_from_gradients(hack, clean, top_k=99).axes["m"].shape == (N, R)
-    one = basis_from_gradients({"m": hack["m"][:1]}, {"m": clean["m"][:1]})
+    one = basis_from_gradients({"m": hack["m"][:1]}, {"m": clean["m"][:1]}, method="svd")
     assert one.axes["m"].shape == (1, R)
 
 
@@ -306,7 +306,7 @@ def test_the_file_has_the_published_schema(saved):
 @pytest.mark.parametrize(
     ("expect", "message"),
     [
-        ({"method": "lda"}, "made for other method: 'svd'"),
+        ({"method": "svd"}, "made for other method: 'lda'"),
         ({"top_k": 4}, "made for other top_k: 12"),
         ({"tau_axis": 0.0}, "made for other tau_axis: 0.1"),
         ({"dtype": "float32"}, "made for other dtype: 'bfloat16'"),
@@ -341,7 +341,7 @@ def test_damaged_files_are_refused(saved, tmp_path):
         (tensors, metadata | {"votes": "x"}, "no basis"),
         (tensors, metadata | {"top_k": "many"}, "no basis"),
         (tensors, metadata | {"pairs": '["another"]'}, "hashes"),
-        (tensors, metadata | {"method": "lda"}, "hashes"),
+        (tensors, metadata | {"method": "svd"}, "hashes"),
     ]
     for parts, facts, message in cases:
         save_file(parts, bad, facts)

@@ -48,7 +48,7 @@ def test_the_origin_says_what_it_was_made_from(small_model, small_pairs, basis):
     assert origin.groups == tuple(pair.group for pair in small_pairs[:6])
     assert origin.weights == weights_digest(small_model)
     assert (origin.model, origin.dtype, origin.factors) == (small_model.reference, "float32", "float32")
-    assert (origin.rank, origin.top_k, origin.tau_axis, origin.method) == (None, 12, 0.0, "svd")
+    assert (origin.rank, origin.top_k, origin.tau_axis, origin.method) == (None, 12, 0.0, "lda")
     assert origin.skipped == ()
 
 

@@ -46,7 +46,17 @@ def test_a_basis_is_written_and_described(extract, tmp_path):
 def test_a_table_without_json_and_no_cache(extract, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", authored_pairs()[:2])
     code, out, _ = extract(
-        "--pairs", tmp_path / "pairs.jsonl", "--n-heldout", 0, "--no-cache", "--rank", 8, "-o", tmp_path / "b"
+        "--pairs",
+        tmp_path / "pairs.jsonl",
+        "--n-heldout",
+        0,
+        "--no-cache",
+        "--rank",
+        8,
+        "--method",
+        "svd",
+        "-o",
+        tmp_path / "b",
     )
     assert code == 0
     assert "captured energy" in out

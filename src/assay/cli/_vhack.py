@@ -34,7 +34,7 @@ def extract(
     ] = None,
     top_k: Annotated[int, typer.Option(help="Axes per module.")] = 12,
     tau_axis: Annotated[float, typer.Option(help="Zero axes whose S_i/S_0 is below this.")] = 0.0,
-    method: Annotated[str, typer.Option(help="svd, mean-diff or lda.")] = "svd",
+    method: Annotated[str, typer.Option(help="lda, mean-diff or svd.")] = "lda",
     rank: Annotated[int | None, typer.Option(help="Singular directions per matrix; all when left out.")] = None,
     factors: Annotated[str | None, typer.Option(help="Dtype of U and Vh: float32 or bfloat16.")] = None,
     cache: Annotated[

@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["METHODS", "ModuleAxes", "cross_gram", "find_axes", "gram"]
 
-METHODS = ("svd", "mean-diff", "lda")
+METHODS = ("lda", "mean-diff", "svd")
 
 # Singular values below this share of the first, times N, are rounding of float32 gradients and no axis.
 _ROUNDING = torch.finfo(torch.float32).eps
@@ -50,7 +50,7 @@ def find_axes(
     gram_NN: Tensor,
     *,
     top_k: int,
-    method: str = "svd",
+    method: str,
     clean_NR: Tensor | None = None,
     clean_gram_NN: Tensor | None = None,
 ) -> ModuleAxes:

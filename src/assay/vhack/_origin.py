@@ -21,7 +21,7 @@ class Origin:
         factors: dtype of the factors U and Vh that the gradients were projected with.
         top_k: how many axes were asked for per module.
         tau_axis: axes with ``S_i / S_0`` below this were set to zero.
-        method: ``"svd"``, ``"mean-diff"`` or ``"lda"``.
+        method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
         pairs: the keys of the pairs that were used, in order.
         groups: their groups, in the same order.
         skipped: the keys of pairs that were left out because their sides do not differ.
@@ -35,7 +35,7 @@ class Origin:
     factors: str = ""
     top_k: int = 12
     tau_axis: float = 0.0
-    method: str = "svd"
+    method: str = "lda"
     pairs: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()

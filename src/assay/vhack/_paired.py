@@ -114,14 +114,14 @@ class PairGradients:
         return joined
 
     def basis(
-        self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "svd", keep: Sequence[int] | None = None
+        self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "lda", keep: Sequence[int] | None = None
     ) -> Basis:
         """The basis of these pairs, or of some of them.
 
         Args:
             top_k: axes per module; fewer where there are fewer pairs, and one for ``"mean-diff"``.
             tau_axis: axes with ``S_i / S_0`` below this become zero.
-            method: ``"svd"``, ``"mean-diff"`` or ``"lda"``: see :func:`assay.vhack._axes.find_axes`.
+            method: ``"lda"``, ``"mean-diff"`` or ``"svd"``: see :func:`assay.vhack._axes.find_axes`.
             keep: indices of the pairs to use, repeats allowed; None uses all.
 
         Raises:
@@ -167,7 +167,7 @@ class PairGradients:
         )
 
     def leave_one_group_out(
-        self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "svd"
+        self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "lda"
     ) -> Iterator[tuple[str, Basis]]:
         """For every group, its name and the basis of all the other groups, from the same Gram matrices.
 
@@ -188,7 +188,7 @@ def basis_from_gradients(
     *,
     top_k: int = 12,
     tau_axis: float = 0.0,
-    method: str = "svd",
+    method: str = "lda",
 ) -> Basis:
     """The basis of gradients that are at hand, [N, R] per module; see :class:`PairGradients` for what is raised."""
     return PairGradients(hack, clean).basis(top_k=top_k, tau_axis=tau_axis, method=method)

@@ -40,7 +40,7 @@ def test_noise_passes_no_check_more_often_than_stated(gradients, quick, options)
 def test_on_its_own_pairs_a_basis_of_noise_would_look_strong(gradients):
     """Why everything is held out: five axes hold most of the noise they were fitted to, and none of new noise."""
     pairs, new = gradients(0, n_groups=4, ranks=(400,)), gradients(1, n_groups=4, ranks=(400,))
-    axes = pairs.basis(top_k=5).axes["layers.0.up_proj"]
+    axes = pairs.basis(top_k=5, method="svd").axes["layers.0.up_proj"]
     own, fresh = (cin(p.differences("layers.0.up_proj"), axes, two_sided=True).mean() for p in (pairs, new))
     assert own > 0.6
     assert fresh < 0.2
@@ -87,7 +87,7 @@ def test_recovery_and_auroc_of_a_planted_axis_follow_theory(gradients, strength)
         axis /= np.linalg.norm(axis)
         design = cross_fit(pairs, settings)
         rows = design.folds[0].train.tolist()
-        cosine = float(pairs.basis(top_k=1, keep=rows).axes["layers.0.up_proj"][0].numpy() @ axis)
+        cosine = float(pairs.basis(top_k=1, method="svd", keep=rows).axes["layers.0.up_proj"][0].numpy() @ axis)
         hack, clean = (
             side[0, : len(design.folds[0].test)]
             for side in design.scores(torch.ones(1, len(pairs), dtype=torch.float64))

@@ -12,7 +12,7 @@ def pairs(gradients):
 
 def test_the_axes_are_those_of_the_extraction(pairs):
     keep = [0, 1, 4, 7, 8, 9, 15, 20]
-    basis = pairs.basis(top_k=4, keep=keep)
+    basis = pairs.basis(method="svd", top_k=4, keep=keep)
     frame = Geometry(pairs).fit_pairs(torch.tensor(keep), 4)
     assert torch.allclose(frame.along, Geometry(pairs).given(basis.axes), atol=1e-4)
     values = torch.stack(list(basis.singular_values.values()))
@@ -20,7 +20,7 @@ def test_the_axes_are_those_of_the_extraction(pairs):
 
 
 def test_weak_axes_are_dropped_as_in_the_extraction(pairs):
-    basis = pairs.basis(top_k=4, tau_axis=0.9)
+    basis = pairs.basis(method="svd", top_k=4, tau_axis=0.9)
     along = Geometry(pairs).fit_pairs(torch.arange(len(pairs)), 4, tau_axis=0.9).along
     assert torch.allclose(along, Geometry(pairs).given(basis.axes), atol=1e-4)
     assert (along.abs().sum(dim=2) == 0).any()
@@ -28,7 +28,7 @@ def test_weak_axes_are_dropped_as_in_the_extraction(pairs):
 
 def test_shares_are_cin(pairs):
     geometry = Geometry(pairs)
-    basis = pairs.basis(top_k=3)
+    basis = pairs.basis(method="svd", top_k=3)
     found = shares(geometry.given(basis.axes), geometry.lengths_MS).mean(dim=0)
     both = [cin_over_modules(side, basis) for side in (pairs.hack, pairs.clean)]
     assert torch.allclose(found.float(), torch.cat(both), atol=1e-5)
@@ -43,14 +43,14 @@ def test_turned_axes_are_those_of_a_refit_with_swapped_labels(pairs):
         swap = (sign < 0)[:, None]
         hack = {name: torch.where(swap, pairs.clean[name], rows) for name, rows in pairs.hack.items()}
         clean = {name: torch.where(swap, rows, pairs.clean[name]) for name, rows in pairs.hack.items()}
-        refitted = PairGradients(hack, clean).basis(top_k=3)
+        refitted = PairGradients(hack, clean).basis(method="svd", top_k=3)
         expected = shares(geometry.given(refitted.axes), geometry.lengths_MS)
         assert torch.allclose(found[row], expected, atol=1e-4)
 
 
 def test_overlaps_are_scalar_products_of_axes(pairs):
     halves = [list(range(12)), list(range(12, 24))]
-    one, other = (pairs.basis(top_k=3, keep=half) for half in halves)
+    one, other = (pairs.basis(method="svd", top_k=3, keep=half) for half in halves)
     geometry = Geometry(pairs)
     frames = [geometry.fit_pairs(torch.tensor(half), 3) for half in halves]
     expected = torch.stack([one.axes[name] @ other.axes[name].T for name in one.axes])
@@ -59,7 +59,7 @@ def test_overlaps_are_scalar_products_of_axes(pairs):
 
 def test_a_batch_is_the_summed_gradient(pairs):
     geometry = Geometry(pairs)
-    basis = pairs.basis(top_k=2)
+    basis = pairs.basis(method="svd", top_k=2)
     weights = torch.zeros(48, 1, dtype=torch.float64)
     weights[[2, 5, 11]] = 1.0
     along, lengths = geometry.batch(geometry.given(basis.axes), weights)
