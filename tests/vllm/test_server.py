@@ -105,10 +105,10 @@ def test_the_server_validates_honest_nodes_on_transformers_and_catches_four_bits
     server.post("/init/validate", VERDICT | BLOCK).raise_for_status()
     nonces = list(range(64))
     for key, model, verdict in (("node", honest, "honest"), ("cheat", rounded(honest, 4), "fraud")):
-        body = {"block_hash": "verdict", "block_height": 1, "public_key": key, "nonces": nonces}
+        body = {"block_hash": "verdict", "block_height": 1, "public_key": key, "nonces": nonces, "node_id": 0}
         dist = make(model, "verdict", 64, key)
         answer = server.post("/validate", body | {"dist": dist}).json()
-        assert answer["residual_test"]["verdict"] == verdict, answer
+        assert answer.get("residual_test", {}).get("verdict") == verdict, answer
     server.post("/stop").raise_for_status()
 
 
