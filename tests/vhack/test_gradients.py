@@ -186,6 +186,18 @@ def test_batches_hold_similar_lengths_within_the_budget(byte_tokenizer, samples,
     assert len(batches) == (2 if packed else 3)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 60, 100, 160, 1000])
+def test_batches_that_run_at_once_are_of_equal_size(byte_tokenizer, samples, max_tokens):
+    encoded = encode(byte_tokenizer, samples * 3, [str(n) for n in range(3 * len(samples))], 1000)
+    batches = plan(encoded, max_tokens, packed=True, at_once=2)
+    sizes = [sum(len(one.ids) for one in batch) for batch in batches]
+    longest = max(len(one.ids) for one in encoded)
+    assert sorted(one.index for batch in batches for one in batch) == list(range(len(encoded)))
+    assert all(size <= max_tokens or len(batch) == 1 for batch, size in zip(batches, sizes, strict=True))
+    assert max(sizes) - min(sizes) <= longest
+    assert len(batches) % 2 == 0 or len(batches) == len(encoded)
+
+
 def test_the_token_budget_follows_the_free_memory(monkeypatch, small_model, byte_tokenizer, samples):
     encoded = encode(byte_tokenizer, samples, ["s"] * len(samples), 1000)
     budgets = []
@@ -195,7 +207,7 @@ def test_the_token_budget_follows_the_free_memory(monkeypatch, small_model, byte
     assert budgets[0] == [1, 1]
     assert budgets[1][0] < budgets[1][1]
     assert budgets[2][0] == pytest.approx(2 * budgets[1][0], abs=1)
-    assert budgets[3] == [1024, 1024]
+    assert budgets[3] == [2048, 2048]
 
 
 def test_a_batch_that_runs_out_of_memory_is_split(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted):

@@ -1,5 +1,6 @@
 """From samples to token ids, and from token ids to micro-batches that fit into memory."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Encoded", "encode", "plan", "token_budget"]
 
 # Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
-_MOST_TOKENS = {"cuda": 16384, "cpu": 1024}
+_MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
 _MOST_BYTES = 52e9
 # Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention output, and in the MLP
 # gate, up, their activation and product. Measured peaks stay below.
@@ -152,14 +153,19 @@ def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int) ->
         )
 
 
-def plan(encoded: Sequence[Encoded], max_tokens: int, *, packed: bool) -> list[list[Encoded]]:
-    """Split samples into batches of similar lengths, the longest first, each of at most ``max_tokens``.
+def plan(encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, at_once: int = 1) -> list[list[Encoded]]:
+    """Split samples into batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
 
-    Padding counts as tokens, unless the samples will be packed. A sample longer than that has a batch of its own.
+    Padding counts as tokens, unless the samples will be packed. One batch after the other has samples of similar
+    lengths, the longest first. Packed samples for several batches at once are dealt out so that all batches are about
+    as large, and everyone has the same number of them.
     """
+    ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
+    if packed and at_once > 1:
+        return _dealt_out(ordered, max_tokens, at_once)
     batches: list[list[Encoded]] = []
     used = 0
-    for one in sorted(encoded, key=lambda each: (-len(each.ids), each.index)):
+    for one in ordered:
         size = len(one.ids) if packed or not batches else len(batches[-1][0].ids)
         if batches and used + size <= max_tokens:
             batches[-1].append(one)
@@ -168,6 +174,21 @@ def plan(encoded: Sequence[Encoded], max_tokens: int, *, packed: bool) -> list[l
             batches.append([one])
             used = len(one.ids)
     return batches
+
+
+def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> list[list[Encoded]]:
+    """Each sample, the longest first, goes where the fewest tokens are so far."""
+    count = at_once * math.ceil(sum(len(one.ids) for one in ordered) / max_tokens / at_once)
+    while True:
+        batches: list[list[Encoded]] = [[] for _ in range(min(count, len(ordered)))]
+        sizes = [0] * len(batches)
+        for one in ordered:
+            smallest = sizes.index(min(sizes))
+            batches[smallest].append(one)
+            sizes[smallest] += len(one.ids)
+        if all(len(batch) == 1 or size <= max_tokens for batch, size in zip(batches, sizes, strict=True)):
+            return batches
+        count += at_once
 
 
 def token_budget(

@@ -76,7 +76,7 @@ def per_sample_gradients(
     recipe = recipe_for(module)
     cores = torch.get_num_threads() if module.device.type == "cpu" else 1
     budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing, at_once=cores)
-    batches = plan(encoded, budget, packed=recipe.packed)
+    batches = plan(encoded, budget, packed=recipe.packed, at_once=cores)
     found = {name: torch.empty(len(samples), factors[name].rank) for name in modules}
     done = 0
     done = 0
