@@ -114,7 +114,10 @@ class ScaleNoise:
 
     def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
         """Logarithm of the density of multiple · sigma · t at the given |e|, [N]."""
-        return np.asarray(stats.t.logpdf(magnitudes_N, self.dof, scale=multiple * self.sigma), dtype=np.float64)
+        scale, half = multiple * self.sigma, (self.dof + 1) / 2
+        constant = special.gammaln(half) - special.gammaln(self.dof / 2) - math.log(self.dof * math.pi) / 2
+        z_N = magnitudes_N / scale
+        return np.asarray(constant - math.log(scale) - half * np.log1p(z_N * z_N / self.dof), dtype=np.float64)
 
     def survival(self, magnitudes_N: FloatArray) -> FloatArray:
         """P(|sigma · t| ≥ |e|), [N]."""

@@ -31,6 +31,7 @@ JUNK_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Shares π of invented values that the e-value averages over, beside all of them."""
 
 _CHUNK = 1024
+_SIMULATED = 200_000  # values simulated at a time, to bound memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +105,18 @@ class SequentialTest:
             self._take(size_N[start : start + _CHUNK])
         return self
 
-    def log_ratios(self, values: npt.ArrayLike) -> FloatArray:
-        """Return ln g/f₁ of every residual for each of the K alternatives, [N, K]; the test keeps its state.
+    def accusations(self, values_RC: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Whether each of R new nodes with C residuals would have been accused after each of them, [R, C].
 
-        A node whose residuals are a sequence of these rows has ln E = logsumexp(cumsum) − ln K: with it, many audits are
-        simulated at once.
+        For simulation: every row starts from nothing, and this object keeps its state.
         """
-        return self._steps(self.law.magnitudes(values))
+        size_RC = self.law.magnitudes(values_RC).reshape(np.shape(values_RC))
+        parts = np.array_split(size_RC, -(-size_RC.size // _SIMULATED)) if size_RC.size else [size_RC]
+        return np.concatenate([self._accused(part_RC) for part_RC in parts])
+
+    def _accused(self, size_RC: FloatArray) -> npt.NDArray[np.bool_]:
+        path_RCK = self._steps(size_RC.ravel()).reshape(*size_RC.shape, -1).cumsum(axis=1)
+        return np.maximum.accumulate(_log_mean(path_RCK), axis=1) >= -math.log(self.alpha)
 
     def _steps(self, size_N: FloatArray) -> FloatArray:
         honest_N = self.law.log_density(size_N, 1.0)
@@ -184,4 +190,5 @@ def _junk_mixtures(junk_ratio_N: FloatArray) -> FloatArray:
 
 def _log_mean(log_K: FloatArray) -> FloatArray:
     """Logarithm of the mean of exp over the last axis."""
-    return np.asarray(special.logsumexp(log_K, axis=-1) - math.log(log_K.shape[-1]), dtype=np.float64)
+    top = log_K.max(axis=-1, keepdims=True)
+    return np.asarray(top[..., 0] + np.log(np.exp(log_K - top).mean(axis=-1)), dtype=np.float64)

@@ -33,7 +33,8 @@ class Guesses:
         self.cost = model.hidden_size**2
         updates, states = _observe(model, inputs_BTD)
         with torch.inference_mode():
-            final_ND = unit(backbone(model.module).norm(states[-1])).float().flatten(0, 1)
+            body: Any = backbone(model.module)
+            final_ND = unit(body.norm(states[-1])).float().flatten(0, 1)
             self._updates = {name: _fit(_with_one(x), y) for name, (x, y) in updates.items()}
             self._ends = [_fit(_with_one(unit(x)), final_ND) for x in states[:-1]]
 
@@ -64,10 +65,11 @@ def _observe(model: Model, inputs_BTD: Tensor) -> tuple[dict[tuple[str, int], tu
         handles.append(layer.self_attn.register_forward_hook(keep("attention", index), with_kwargs=True))
         handles.append(layer.mlp.register_forward_hook(keep("mlp", index), with_kwargs=True))
         handles.append(layer.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0])))
-    handles.append(backbone(model.module).norm.register_forward_pre_hook(lambda m, a: states.append(a[0])))
+    body: Any = backbone(model.module)
+    handles.append(body.norm.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0])))
     try:
         with torch.inference_mode():
-            backbone(model.module)(inputs_embeds=inputs_BTD, use_cache=False)
+            body(inputs_embeds=inputs_BTD, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

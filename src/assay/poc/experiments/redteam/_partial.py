@@ -70,8 +70,9 @@ class PartialForward:
         self.shortcut = shortcut
         self._guesses = guesses
         count = len(self._layers)
-        self._attention = shortcut.attention or ("run",) * count
-        self._mlp = shortcut.mlp or ("run",) * count
+        run: Part = "run"
+        self._attention = shortcut.attention or (run,) * count
+        self._mlp = shortcut.mlp or (run,) * count
 
     def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
         """Return what an engine would: the last state, or the weighted sum of the unit states, [B, D] in float32."""
@@ -107,8 +108,10 @@ class PartialForward:
             x_BAD = x_BAD + self._guessed("attention", index, layer.input_layernorm(x_BAD))
         normed_BAD = layer.post_attention_layernorm(x_BAD)
         if self._mlp[index] == "run":
-            return x_BAD + layer.mlp(normed_BAD)
-        return x_BAD + self._guessed("mlp", index, normed_BAD) if self._mlp[index] == "linear" else x_BAD
+            x_BAD = x_BAD + layer.mlp(normed_BAD)
+        elif self._mlp[index] == "linear":
+            x_BAD = x_BAD + self._guessed("mlp", index, normed_BAD)
+        return x_BAD
 
     def _attend(
         self, layer: Any, x_BAD: Tensor, seen_BVD: Tensor, active_A: Tensor, visible_V: Tensor, rotary: Any
@@ -149,7 +152,8 @@ class PartialForward:
     def cost(self) -> float:
         """Multiplications of this forward pass over those of the honest one; both count attention and linear layers."""
         full = Shortcut(depth=(len(self._layers),) * len(self.shortcut.depth))
-        parts = ("run",) * len(self._layers)
+        run: Part = "run"
+        parts = (run,) * len(self._layers)
         return self._count(self.shortcut, self._attention, self._mlp) / self._count(full, parts, parts)
 
     def _count(self, shortcut: Shortcut, attention: Sequence[Part], mlp: Sequence[Part]) -> float:
@@ -173,14 +177,16 @@ class PartialForward:
 
 
 def _heads(x_BAF: Tensor, size: int, norm: Any) -> Tensor:
-    x_BAHE = x_BAF.unflatten(-1, (-1, size))
-    return (norm(x_BAHE) if norm is not None else x_BAHE).transpose(1, 2)
+    x_BAHE = x_BAF.view(*x_BAF.shape[:-1], -1, size)
+    normed_BAHE: Tensor = norm(x_BAHE) if norm is not None else x_BAHE
+    return normed_BAHE.transpose(1, 2)
 
 
 def _rotate(x_BHAE: Tensor, rotary: Any, positions_A: Tensor) -> Tensor:
     cos_AE, sin_AE = (part[0, positions_A] for part in rotary)
     first, second = x_BHAE.chunk(2, dim=-1)
-    return x_BHAE * cos_AE + torch.cat([-second, first], dim=-1) * sin_AE
+    turned_BHAE: Tensor = x_BHAE * cos_AE + torch.cat([-second, first], dim=-1) * sin_AE
+    return turned_BHAE
 
 
 def _size(layer: Any) -> int:

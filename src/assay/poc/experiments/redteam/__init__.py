@@ -1,0 +1,1 @@
+"""Attackers as real programs, and what it costs to fool each rule."""
