@@ -9,6 +9,7 @@ import typer
 from assay.cli import _experiment, _serve
 from assay.cli._flags import DeviceFlag, DtypeFlag, ModelFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.cli._vllm import proving_engine
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,12 +62,20 @@ def prove(
         strength=strength,  # type: ignore[arg-type]  # Round refuses what is not 32 or 256
     )
     chosen = round.nonces(*_positions(nonces))
-    if engine != "hf":
-        raise UsageError(f"engine {engine!r}", wanted="hf", do="leave --engine out")
-    loaded = _load(model, dtype, device)
-    with progress_bar("proving") as progress:
+    shape = {"batch_size": batch_size, "seq_len": seq_len}
+    with (
+        proving_engine(engine, model, dtype=dtype, device=device, **shape) as (loaded, made),
+        progress_bar("proving") as progress,
+    ):
         proof = poc.prove(
-            loaded, round, chosen, batch_size=batch_size, output=output, progress=progress, overwrite=overwrite
+            loaded,
+            round,
+            chosen,
+            batch_size=batch_size,
+            output=output,
+            engine=made,
+            progress=progress,
+            overwrite=overwrite,
         )
     _print_proof(proof, output, as_json)
 

@@ -1,0 +1,71 @@
+"""``--engine``: which engine proves.
+
+vLLM's own options come from ``ASSAY_VLLM_ARGS``, as they would stand on its command line.
+"""
+
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from assay.errors import UsageError
+
+if TYPE_CHECKING:
+    from assay.models import Model
+    from assay.poc import Engine
+
+__all__ = ["ARGUMENTS", "proving_engine"]
+
+ARGUMENTS = "ASSAY_VLLM_ARGS"
+
+
+@contextmanager
+def proving_engine(
+    name: str, model: str, *, dtype: str | None, device: str | None, batch_size: int, seq_len: int
+) -> "Iterator[tuple[Model, Engine | None]]":
+    """Load a model for an engine, ``hf`` or ``vllm``; give the model and the engine, None for the default one.
+
+    Raises:
+        UsageError: there is no such engine, or it has no use for an option.
+        BackendUnavailable: vLLM is not installed, or not of a version that was tested.
+        ModelError: the model cannot be loaded.
+    """
+    if name == "hf":
+        from assay.models import load_model
+
+        yield load_model(model, dtype=dtype, device=device), None
+        return
+    if name != "vllm":
+        raise UsageError(f"engine {name!r}", wanted="hf or vllm", do="leave --engine out for hf")
+    if device is not None:
+        raise UsageError(
+            f"--device {device} with vllm", wanted="no --device: vLLM runs where it was built for", do="leave it out"
+        )
+    from assay.poc.engines.vllm import VLLMEngine, check_installed
+
+    check_installed()
+    options = _options(os.environ.get(ARGUMENTS, ""))
+    with VLLMEngine(model, batch_size=batch_size, seq_len=seq_len, dtype=dtype, **options) as engine:
+        yield engine.model, engine
+
+
+def _options(text: str) -> dict[str, Any]:
+    """Read engine arguments with vLLM's own parser; return those that are not its defaults."""
+    if not text.strip():
+        return {}
+    from vllm.engine.arg_utils import AsyncEngineArgs  # type: ignore[import-not-found]
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # type: ignore[import-not-found]
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            values, unset = vars(parser.parse_args(shlex.split(text))), vars(parser.parse_args([]))
+    except (SystemExit, ValueError) as error:
+        reason = said.getvalue().strip().rpartition("error: ")[2] or str(error)
+        raise UsageError(
+            f"{ARGUMENTS}={text!r:.200}: {reason}", wanted="engine arguments of vLLM", do="see `vllm serve --help`"
+        ) from None
+    return {name: value for name, value in values.items() if value != unset[name]}
