@@ -9,24 +9,29 @@ import psutil
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.vhack.environment import Call, Limits, _backends, available_backend, run, sandbox
+from assay.vhack.environment import Call, Limits, _backends, _server, available_backend, run, sandbox
 
-BACKENDS = ["bwrap", "namespaces", "unsandboxed"]
 SHUT_IN = ["bwrap", "namespaces"]
+ONCE = ["bwrap once", "namespaces once"]
+BACKENDS = [*SHUT_IN, *ONCE, "unsandboxed"]
 
 
 @pytest.fixture
 def shut_in(request, monkeypatch):
-    """Use one backend for this test, or skip it by name where the machine lacks it."""
-    name = request.param
+    """Use one backend for this test, with its fork server or once per job, or skip it where the machine lacks it."""
+    name, _, once = request.param.partition(" ")
     if name != "unsandboxed" and not _backends.working(name):
         pytest.skip(f"backend {name} does not work on this machine")
+    if once:
+        monkeypatch.setattr(sandbox, "server", lambda backend: None)
+    elif name != "unsandboxed":
+        assert _server.server(name) is not None
     monkeypatch.setattr(sandbox, "usable", lambda: None if name == "unsandboxed" else name)
     return name
 
 
 every_backend = pytest.mark.parametrize("shut_in", BACKENDS, indirect=True)
-real_backend = pytest.mark.parametrize("shut_in", SHUT_IN, indirect=True)
+real_backend = pytest.mark.parametrize("shut_in", [*SHUT_IN, *ONCE], indirect=True)
 
 
 def started(program, **options):
@@ -231,7 +236,7 @@ def test_the_first_working_backend_is_used():
 
 
 def test_a_backend_that_is_not_installed_does_not_work(monkeypatch):
-    monkeypatch.setitem(_backends.BACKENDS, "absent", lambda disk_mib: ["assay-no-such-command"])
+    monkeypatch.setitem(_backends.BACKENDS, "absent", lambda disk_mib, server: ["assay-no-such-command"])
     assert not _backends.working("absent")
 
 
@@ -255,6 +260,15 @@ def test_runs_in_threads_do_not_disturb_each_other():
 
 
 def test_no_process_is_left_after_a_timeout():
+    run("print(1)")  # the fork server itself stays
     before = set(psutil.Process().children(recursive=True))
     run("while True:\n    pass\n", limits=Limits(seconds=0.5))
-    assert set(psutil.Process().children(recursive=True)) <= before
+    wait_until(lambda: set(psutil.Process().children(recursive=True)) <= before)
+
+
+def wait_until(holds, seconds=30.0):
+    """The last process of a job ends a moment after its result is there."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert holds()

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from shutil import which
 
-__all__ = ["BACKENDS", "command", "usable", "working"]
+__all__ = ["BACKENDS", "PATH", "command", "source", "usable", "working"]
 
-_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _PROBE_SECONDS = 10
 _LIBRARIES = ("/bin", "/lib", "/lib32", "/lib64")
 
@@ -32,8 +33,11 @@ def _prefixes() -> list[str]:
     ]
 
 
-def _bwrap(disk_mib: int) -> list[str]:
-    line = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
+def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
+    line = ["bwrap", "--unshare-all", "--new-session", "--clearenv", "--cap-drop", "ALL"]
+    # A fork server makes namespaces for its jobs. It ends when its socket is closed, and not when the thread does that
+    # happened to start it.
+    line += ["--cap-add", "CAP_SYS_ADMIN"] if server else ["--die-with-parent"]
     line += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr"]
     for name in _LIBRARIES:
         if Path(name).is_symlink():
@@ -42,16 +46,18 @@ def _bwrap(disk_mib: int) -> list[str]:
             line += ["--ro-bind", name, name]
     for prefix in _prefixes():
         line += ["--ro-bind", prefix, prefix]
-    line += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--proc", "/proc", "--dev", "/dev"]
-    # What a user other than root may not write in /proc, root outside may, whatever it is called inside.
-    line += ["--remount-ro", "/proc", "--remount-ro", "/dev", "--size", str(disk_mib << 20), "--tmpfs", "/work"]
+    line += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--dev", "/dev", "--remount-ro", "/dev"]
+    # What a user other than root may not write in /proc, root outside may, whatever it is called inside. Behind a fork
+    # server there is none: it would show the server.
+    line += ["--dir", "/proc"] if server else ["--proc", "/proc", "--remount-ro", "/proc"]
+    line += ["--size", str(disk_mib << 20), "--tmpfs", "/work"]
     return [*line, "--remount-ro", "/", "--chdir", "/work", "--"]
 
 
-# $1 mount point, $2 size, then directories up to "--", then the command.
+# $1 mount point, $2 size, $3 not empty for a fork server, then directories up to "--", then the command.
 _SETUP = """
 set -e
-root=$1; size=$2; shift 2
+root=$1; size=$2; server=$3; shift 3
 mount -t tmpfs -o size=1m,mode=755 none "$root"
 while [ "$1" != -- ]; do
   if [ -L "$1" ]; then cp -P "$1" "$root$1"
@@ -64,42 +70,57 @@ while [ "$1" != -- ]; do
 done
 shift
 mkdir -p "$root/proc" "$root/work"
-mount -t proc -o ro proc "$root/proc"
+[ "$server" ] || mount -t proc -o ro proc "$root/proc"
 mount -t tmpfs -o "size=$size",mode=777,nosuid,nodev none "$root/work"
 mount -o remount,ro "$root"
+# A fork server keeps its capabilities in this namespace, to make others for its jobs, which give them up.
+[ "$server" ] && exec chroot "$root" env -i -C /work "$@"
 exec chroot "$root" setpriv --no-new-privs --bounding-set=-all --inh-caps=-all env -i -C /work "$@"
 """
 _MOUNT_POINTS = ("/mnt", "/media", "/srv", "/tmp")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/etc/ld.so.cache")
 
 
-def _namespaces(disk_mib: int) -> list[str]:
+def _namespaces(disk_mib: int, *, server: bool = False) -> list[str]:
     needed = ["/usr", *_LIBRARIES, *_prefixes(), *_DEVICES]
     line = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--ipc", "--uts", "--pid", "--fork"]
     line += ["--kill-child", "--", "/bin/sh", "-c", _SETUP, "setup"]
     # The new root covers its mount point, so that must not lie above anything that is needed.
     free = (m for m in _MOUNT_POINTS if Path(m).is_dir() and not any(Path(n).is_relative_to(m) for n in needed))
-    return [*line, next(free, "/mnt"), str(disk_mib << 20), *needed, "--"]
+    return [*line, next(free, "/mnt"), str(disk_mib << 20), "server" if server else "", *needed, "--"]
 
 
-BACKENDS: dict[str, Callable[[int], list[str]]] = {"bwrap": _bwrap, "namespaces": _namespaces}
+BACKENDS: dict[str, Callable[..., list[str]]] = {"bwrap": _bwrap, "namespaces": _namespaces}
 """Name of a backend to the command line that precedes the command, for a size of the working directory in MiB."""
 
 
-def command(backend: str, disk_mib: int, arguments: Sequence[str]) -> list[str]:
-    """The whole command line that runs the interpreter with ``arguments`` inside a backend (or in none)."""
+def command(backend: str, disk_mib: int, arguments: Sequence[str], *, server: bool = False) -> list[str]:
+    """The whole command line that runs the interpreter with ``arguments`` inside a backend (or in none).
+
+    Args:
+        backend: a name in `BACKENDS`, or another for none.
+        disk_mib: size of the working directory.
+        arguments: of the interpreter.
+        server: for a fork server, which keeps what it needs to shut its jobs in.
+    """
     python = [interpreter(), "-I", "-S", "-B", *arguments]
-    return [*BACKENDS[backend](disk_mib), *python] if backend in BACKENDS else python
+    return [*BACKENDS[backend](disk_mib, server=server), *python] if backend in BACKENDS else python
+
+
+@cache
+def source(name: str) -> str:
+    """The text of a module of this package, for an interpreter that cannot import it."""
+    return resources.files("assay.vhack.environment").joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
 def working(backend: str) -> bool:
     """Whether a backend can run a trivial program on this machine; tried once."""
     line = command(backend, 1, ["-c", "print(1)"])
-    if which(line[0], path=_PATH) is None:
+    if which(line[0], path=PATH) is None:
         return False
     try:
-        done = subprocess.run(line, env={"PATH": _PATH}, capture_output=True, timeout=_PROBE_SECONDS, check=False)
+        done = subprocess.run(line, env={"PATH": PATH}, capture_output=True, timeout=_PROBE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0 and done.stdout == b"1\n"

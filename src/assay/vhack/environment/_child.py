@@ -1,9 +1,9 @@
 """What runs inside the sandbox: limits itself for good, runs the program, answers the questions about it.
 
 The parent passes this file as text to a bare interpreter; it imports the standard library only. The job comes as JSON
-on stdin, the report goes as one line of JSON to the descriptor given as the first argument. Program and harness
-share one process, so a program can say whatever it likes about itself. The parent therefore never sends what it will
-compare the answers with.
+on stdin, or by way of the fork server (:mod:`assay.vhack.environment._zygote`), and the report goes as one line of JSON
+to a descriptor. Program and harness share one process, so a program can say whatever it likes about itself. The parent
+therefore never sends what it will compare the answers with.
 """
 
 import ctypes
@@ -19,17 +19,38 @@ from typing import Any
 _OPAQUE_DEPTH = 12
 _FILE_CHARACTERS = 4096
 
-# Numbers of the system calls that make processes, change or watch other ones, or open sockets; the program needs none.
-_FORBIDDEN = {
-    "x86_64": (0xC000003E, (41, 56, 57, 58, 59, 101, 165, 248, 249, 250, 272, 308, 310, 311, 321, 322, 323, 425, 435)),
-    "aarch64": (0xC00000B7, (40, 97, 117, 198, 217, 218, 219, 220, 221, 268, 270, 271, 280, 281, 282, 425, 435)),
-}
+# System calls that make processes, watch or change other ones, open sockets, mount, make devices, load code into the
+# kernel, set clocks, or leave something behind that outlives the process. A program needs none of them.
+_X86_64 = (
+    *(41, 53, 56, 57, 58, 59, 322, 435),  # socket, socketpair, clone, fork, vfork, execve, execveat, clone3
+    *(101, 310, 311, 312, 424, 434, 438),  # ptrace, process_vm_readv, _writev, kcmp, pidfd_send_signal, _open, _getfd
+    *(29, 30, 31, 64, 65, 66, 67, 68, 69, 70, 71, 220, 240, 241),  # System V memory, semaphores, messages; mq
+    *(155, 161, 165, 166, 272, 308, 428, 429, 430, 431, 432, 433, 442),  # pivot_root, chroot, mount, unshare, setns, …
+    *(133, 259, 303, 304),  # mknod, mknodat, name_to_handle_at, open_by_handle_at
+    *(135, 248, 249, 250, 298, 321, 323, 425, 426, 427),  # personality, keys, perf, bpf, userfaultfd, io_uring
+    *(103, 163, 167, 168, 169, 170, 171, 172, 173, 175, 176, 179, 246, 313, 320),  # what only an administrator may
+    *(159, 164, 227, 305),  # clocks
+)
+_AARCH64 = (
+    *(198, 199, 220, 221, 281, 435),
+    *(117, 270, 271, 272, 424, 434, 438),
+    *(180, 181, 186, 187, 188, 189, 190, 191, 192, 193, 194, 195, 196, 197),
+    *(39, 40, 41, 51, 97, 268, 428, 429, 430, 431, 432, 433, 442),
+    *(33, 264, 265),
+    *(92, 217, 218, 219, 241, 280, 282, 425, 426, 427),
+    *(60, 89, 104, 105, 106, 116, 142, 161, 162, 224, 225, 273, 294),
+    *(112, 170, 171, 266),
+)
+_FORBIDDEN = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _AARCH64)}
 
 
 def main() -> None:
-    """Read the job, run it, report, and leave with the exit code of the program."""
-    report_descriptor = int(sys.argv[1])
-    job = json.loads(sys.stdin.buffer.read())
+    """Read the job from stdin and perform it; the first argument is the descriptor of the report."""
+    perform(json.loads(sys.stdin.buffer.read()), int(sys.argv[1]))
+
+
+def perform(job: dict[str, Any], report_descriptor: int) -> None:
+    """Run the program of a job, report, and leave with its exit code."""
     _give_stdin(job["stdin"])
     _limit(job)
     namespace, report, code = _run(job["program"])

@@ -1,12 +1,9 @@
-"""Feed a process, read its pipes with bounds, and end it and everything it started."""
+"""Read the pipes of a process with bounds, and feed it."""
 
 import os
 import selectors
-import signal
-import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -25,45 +22,35 @@ class Pumped:
 
 
 def pump(
-    process: "subprocess.Popen[bytes]", stdin: bytes, pipes: Mapping[str, tuple[int, int]], seconds: float
+    pipes: Mapping[str, tuple[int, int]], deadline: float, *, feed: tuple[IO[bytes], bytes] | None = None
 ) -> Pumped:
-    """Write ``stdin``, read every pipe to its end, and kill the process group at the time limit or on overflow.
+    """Read every pipe to its end, or until the deadline or an overflow.
 
     Args:
-        process: started in a session of its own, with a pipe as stdin.
-        stdin: bytes for its standard input, which is closed after them.
         pipes: name to (descriptor, bound in bytes).
-        seconds: time limit, wall clock.
+        deadline: of `time.monotonic`.
+        feed: a pipe to write to meanwhile, and the bytes for it; it is closed after them.
     """
-    assert process.stdin is not None
-    deadline = time.monotonic() + seconds
     output = {name: bytearray() for name in pipes}
     timed_out = overflowed = False
     with selectors.DefaultSelector() as selector:
-        _register(selector, process.stdin, pipes)
-        pending = memoryview(stdin)
-        while selector.get_map():
+        for name, (descriptor, _) in pipes.items():
+            selector.register(descriptor, selectors.EVENT_READ, name)
+        pending = memoryview(b"")
+        if feed is not None:
+            os.set_blocking(feed[0].fileno(), False)
+            selector.register(feed[0], selectors.EVENT_WRITE, None)
+            pending = memoryview(feed[1])
+        while selector.get_map() and not overflowed:
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if timed_out := time.monotonic() >= deadline:
                 break
             for key, _ in ready:
-                if key.data is None:
-                    pending = _feed(selector, process.stdin, pending)
-                else:
+                if key.data is not None:
                     overflowed |= _drain(selector, key.fd, output[key.data], pipes[key.data][1])
-            if overflowed:
-                break
-    if not (timed_out or overflowed):
-        timed_out = not _ends(process, deadline)
-    _kill_group(process)
+                elif feed is not None:
+                    pending = _feed(selector, feed[0], pending)
     return Pumped({name: bytes(read) for name, read in output.items()}, timed_out, overflowed)
-
-
-def _register(selector: selectors.BaseSelector, stdin: IO[bytes], pipes: Mapping[str, tuple[int, int]]) -> None:
-    os.set_blocking(stdin.fileno(), False)
-    selector.register(stdin, selectors.EVENT_WRITE, None)
-    for name, (descriptor, _) in pipes.items():
-        selector.register(descriptor, selectors.EVENT_READ, name)
 
 
 def _feed(selector: selectors.BaseSelector, stdin: IO[bytes], pending: memoryview) -> memoryview:
@@ -87,18 +74,3 @@ def _drain(selector: selectors.BaseSelector, descriptor: int, read: bytearray, b
         return False
     del read[bound:]
     return True
-
-
-def _ends(process: "subprocess.Popen[bytes]", deadline: float) -> bool:
-    try:
-        process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    # The leader may be gone while a child of it lives; the group is named after it until it is waited for and empty.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -7,20 +7,18 @@ with never enters the sandbox. A program that returns the right values for hidde
 whatever means; one that prints, exits or writes on the report descriptor can only say things about itself.
 """
 
-import os
 import secrets
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import resources
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.reports import dumps, loads
-from assay.vhack.environment._backends import command, usable
-from assay.vhack.environment._pump import Pumped, pump
+from assay.vhack.environment._backends import BACKENDS, usable
+from assay.vhack.environment._once import perform_once
+from assay.vhack.environment._pump import Pumped
+from assay.vhack.environment._server import server
 from assay.vhack.environment._types import Call, Limits, Outcome, Result
 
 __all__ = ["Call", "Limits", "Outcome", "Result", "available_backend", "run"]
@@ -78,11 +76,10 @@ def run(
         }
     ).encode()
     started = time.monotonic()
-    with _directory(backend) as directory:
-        pumped, returncode = _execute(backend, job, limits, directory)
+    pumped, returncode = _perform(backend, job, limits)
     report = _parse(pumped.output["report"], nonce, len(calls))
     return Result(
-        returncode=None if pumped.timed_out or pumped.overflowed else returncode,
+        returncode=returncode,
         stdout=pumped.output["stdout"].decode(errors="replace"),
         stderr=pumped.output["stderr"].decode(errors="replace"),
         timed_out=pumped.timed_out,
@@ -112,45 +109,13 @@ def _unsandboxed(allowed: bool) -> str:
     return "unsandboxed"
 
 
-@contextmanager
-def _directory(backend: str) -> Iterator[str]:
-    """Where the process starts: a throw-away directory without a sandbox, else any, as the sandbox has its own."""
-    if backend != "unsandboxed":
-        yield "/"
-        return
-    with tempfile.TemporaryDirectory(prefix="assay-", ignore_cleanup_errors=True) as path:
-        yield path
-
-
-def _execute(backend: str, job: bytes, limits: Limits, directory: str) -> tuple[Pumped, int]:
-    harness = resources.files("assay.vhack.environment").joinpath("_child.py").read_text(encoding="utf-8")
-    reader, writer = os.pipe()
-    try:
-        try:
-            process = subprocess.Popen(
-                command(backend, limits.disk_mib, ["-c", harness, str(writer)]),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"} if backend != "unsandboxed" else {},
-                cwd=directory,
-                pass_fds=(writer,),
-                start_new_session=True,
-            )
-        finally:
-            os.close(writer)
-        with process:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            pipes = {
-                "stdout": (process.stdout.fileno(), limits.output_bytes),
-                "stderr": (process.stderr.fileno(), limits.output_bytes),
-                "report": (reader, limits.report_bytes),
-            }
-            pumped = pump(process, job, pipes, limits.seconds)
-        return pumped, process.returncode
-    finally:
-        os.close(reader)
+def _perform(backend: str, job: bytes, limits: Limits) -> tuple[Pumped, int | None]:
+    """By the fork server where there is one; if that dies, a job is done once more without it."""
+    found = server(backend) if backend in BACKENDS else None
+    if found is not None:
+        with suppress(OSError):
+            return found.perform(job, limits)
+    return perform_once(backend, job, limits)
 
 
 def _parse(line: bytes, nonce: str, n_calls: int) -> dict[str, Any]:

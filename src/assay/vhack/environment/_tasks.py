@@ -1,0 +1,220 @@
+"""Programming tasks without end: chains of steps with a solution, visible examples and hidden cases.
+
+A task is named ``family/difficulty/seed``, and everything about it follows from its name, on every machine. The
+difficulty is the number of steps. No step is idle: leaving any one out changes an answer among the visible examples
+and another among the hidden cases, so an attempt that forgets one is wrong in both.
+
+Tasks of the evaluation are others than those of training: which of the two a task is for is decided by a hash of its
+statement.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from typing import Any
+
+from assay.errors import DataError, UsageError
+from assay.reports import dumps
+from assay.vhack.environment._steps import FAMILIES, Family, Step, filled
+
+__all__ = ["ENTRY", "HARDEST", "SPLITS", "Case", "Task", "task_named", "tasks"]
+
+Case = tuple[tuple[Any, ...], Any]
+"""Arguments and expected value of one test."""
+
+ENTRY = "solve"
+SPLITS = ("training", "evaluation")
+HARDEST = 6
+N_VISIBLE = 3
+N_HIDDEN = 8
+_EVALUATION_SHARE = 8  # one task in so many is kept for the evaluation
+_TRIES = 300
+_LONGEST = 400  # characters of an answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task; see the module. Made by `task_named` and `tasks`."""
+
+    family: Family
+    difficulty: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """``family/difficulty/seed``."""
+        return f"{self.family.name}/{self.difficulty}/{self.seed}"
+
+    @property
+    def entry(self) -> str:
+        """What the solution is called."""
+        return ENTRY
+
+    @property
+    def statement(self) -> str:
+        """What is asked for, one sentence without its full stop."""
+        chain = "; then ".join(says for says, _ in self.steps)
+        return f"{ENTRY}(x) takes {self.family.subject} and does this to it: {chain}"
+
+    @property
+    def split(self) -> str:
+        """``training`` or ``evaluation``."""
+        digest = hashlib.sha256(self.statement.encode()).digest()
+        return SPLITS[digest[0] % _EVALUATION_SHARE == 0]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What it says and does, in order."""
+        return self._drawn[0]
+
+    @property
+    def visible(self) -> tuple[Case, ...]:
+        """The examples that the prompt shows."""
+        return self._drawn[1][:N_VISIBLE]
+
+    @property
+    def hidden(self) -> tuple[Case, ...]:
+        """The cases that decide whether a solution is right."""
+        return self._drawn[1][N_VISIBLE:]
+
+    def source(self, leave_out: int | None = None) -> str:
+        """The text of ``solve``; of a wrong one, if a step is left out."""
+        codes = [code for index, (_, code) in enumerate(self.steps) if index != leave_out]
+        lines = [line for code in codes for line in code.split("\n")] + ["return x"]
+        return "\n".join([f"def {ENTRY}(x):", *("    " + line for line in lines)]) + "\n"
+
+    @cached_property
+    def _drawn(self) -> tuple[tuple[Step, ...], tuple[Case, ...]]:
+        for attempt in range(_TRIES):
+            rng = random.Random(f"task {self.name} {attempt}")
+            steps = _chain(self.family, self.difficulty, rng)
+            cases = _cases(self.family, steps, rng)
+            if cases is not None:
+                return steps, cases
+        raise AssertionError(f"{self.name} has no chain without an idle step")
+
+
+def task_named(name: str) -> Task:
+    """The task with this name.
+
+    Raises:
+        DataError: there is no such family, or difficulty and seed are not whole numbers in their range.
+    """
+    try:
+        family, difficulty, seed = name.split("/")
+        if not 1 <= int(difficulty) <= HARDEST or int(seed) < 0:
+            raise ValueError
+        return Task(FAMILIES[family], int(difficulty), int(seed))
+    except (KeyError, ValueError):
+        raise DataError(
+            f"task {name!r:.80}", wanted=f"FAMILY/DIFFICULTY/SEED, difficulty 1 to {HARDEST}", do="correct the name"
+        ) from None
+
+
+def tasks(
+    n: int,
+    *,
+    seed: int = 0,
+    difficulty: int | tuple[int, int] = (1, 3),
+    families: Sequence[str] | None = None,
+    split: str = "training",
+) -> list[Task]:
+    """Tasks that all differ; families take turns. A longer list begins with the shorter one of the same seed.
+
+    Args:
+        n: how many.
+        seed: chooses them.
+        difficulty: the number of steps, or its lowest and highest.
+        families: names in ``FAMILIES``; by default all.
+        split: ``training`` or ``evaluation``: no statement is in both.
+
+    Raises:
+        UsageError: a name, split or difficulty is unknown, ``n`` is negative, or there are not so many tasks.
+    """
+    lowest, highest = (difficulty, difficulty) if isinstance(difficulty, int) else difficulty
+    chosen = list(FAMILIES) if families is None else list(families)
+    _check(n, lowest, highest, chosen, split)
+    found: list[Task] = []
+    seen: set[str] = set()
+    for task in _candidates(seed, lowest, highest, chosen, n):
+        if len(found) == n:
+            break
+        if task.split == split and task.statement not in seen:
+            seen.add(task.statement)
+            found.append(task)
+    if len(found) < n:
+        raise UsageError(f"{n} tasks", wanted=f"at most {len(found)} of these kinds", do="allow more of them")
+    return found
+
+
+def _candidates(seed: int, lowest: int, highest: int, families: list[str], n: int) -> Iterator[Task]:
+    for index in count():
+        if index > 64 * (n + 16):
+            return
+        rng = random.Random(f"tasks {seed} {index}")
+        yield Task(FAMILIES[families[index % len(families)]], rng.randint(lowest, highest), rng.randrange(2**31))
+
+
+def _check(n: int, lowest: int, highest: int, families: list[str], split: str) -> None:
+    unknown = [name for name in families if name not in FAMILIES]
+    if unknown or not families:
+        raise UsageError(f"family {', '.join(unknown) or 'none'}", wanted=", ".join(FAMILIES), do="choose among these")
+    if split not in SPLITS:
+        raise UsageError(f"split {split!r}", wanted=" or ".join(SPLITS), do="choose one of them")
+    if n < 0 or not 1 <= lowest <= highest <= HARDEST:
+        raise UsageError(
+            f"{n} tasks of difficulty {lowest} to {highest}",
+            wanted=f"difficulties from 1 to {HARDEST}",
+            do="correct it",
+        )
+
+
+def _chain(family: Family, difficulty: int, rng: random.Random) -> tuple[Step, ...]:
+    if family.last:
+        drawn = [*rng.sample(family.steps, difficulty - 1), rng.choice(family.last)]
+    else:
+        drawn = rng.sample(family.steps, difficulty)
+    return tuple(filled(step, rng) for step in drawn)
+
+
+def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple[Case, ...] | None:
+    """Visible examples and hidden cases, or None if a step is idle in either or the answers say too little."""
+    solve = _compiled(steps)
+    # The last step of some families changes the type; leaving it out needs no proof that it is not idle.
+    partial = [_compiled(steps[:i] + steps[i + 1 :]) for i in range(len(steps) - bool(family.last))]
+    found: list[Case] = []
+    idle = [set(range(len(partial))), set(range(len(partial)))]
+    for _ in range(_TRIES // 10 * 4):
+        argument = family.draw(rng)
+        part = len(found) >= N_VISIBLE
+        try:
+            answer = solve(argument)
+            still = {i for i in idle[part] if dumps(partial[i](argument)) == dumps(answer)}
+        except (ValueError, ArithmeticError, LookupError, TypeError):
+            return None
+        last = len(found) + 1 == (N_VISIBLE + N_HIDDEN if part else N_VISIBLE)
+        if any(argument == args[0] for args, _ in found) or len(dumps(answer)) > _LONGEST or (last and still):
+            continue
+        idle[part] = still
+        found.append(((argument,), answer))
+        if len(found) == N_VISIBLE + N_HIDDEN:
+            break
+    return tuple(found) if len(found) == N_VISIBLE + N_HIDDEN and _tell_apart(found) else None
+
+
+def _tell_apart(cases: list[Case]) -> bool:
+    """Neither a constant nor the argument itself is right in all visible or in all hidden cases."""
+    for part in (cases[:N_VISIBLE], cases[N_VISIBLE:]):
+        if len({dumps(answer) for _, answer in part}) < 2 or all(args[0] == answer for args, answer in part):
+            return False
+    return True
+
+
+def _compiled(steps: tuple[Step, ...]) -> Any:
+    namespace: dict[str, Any] = {}
+    lines = [line for _, code in steps for line in code.split("\n")]
+    exec("\n".join(["def solve(x):", *("    " + line for line in lines), "    return x"]), namespace)  # our own text
+    return namespace["solve"]
