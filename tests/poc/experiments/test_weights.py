@@ -20,13 +20,23 @@ def test_three_modes_by_blocks(small_checkpoint, tmp_path):
     assert [row.weights for row in rows] == ["trained", "random-all", "random-embed"]
     assert all(row.blocks == ("a", "b") for row in rows)
     assert len({cell["mean"] for cell in cells}) == 6, "every cell has weights of its own"
+    assert all(0 <= row.context_effect < 2 for row in rows)
+    assert rows[1].context_effect < 1e-2, "weights of 0.02 leave the layers almost without effect"
     run_weights(plan(small_checkpoint, blocks=("a", "b", "c")), tmp_path)
     assert len(read_run(tmp_path, "weights").cells) == 9
     assert "Does training give distances" in build_report(tmp_path).read_text()
 
 
 def cell(mean: float, block: str) -> dict:
-    return {"model": "m", "weights": "trained", "block_hash": block, "nonces": 400, "mean": mean, "std": 0.02}
+    return {
+        "model": "m",
+        "weights": "trained",
+        "block_hash": block,
+        "nonces": 400,
+        "mean": mean,
+        "std": 0.02,
+        "context_effect": 0.5,
+    }
 
 
 def test_means_that_differ_by_chance_and_means_that_do_not():

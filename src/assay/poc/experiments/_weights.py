@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.stats import studentized_range
 
 from assay import stats
@@ -18,6 +19,7 @@ from assay.models import load_model
 from assay.poc._pipelines import get_pipeline
 from assay.poc._round import Round
 from assay.poc._rtarget import distances_from
+from assay.poc._transforms import unit
 from assay.poc.engines import HFEngine
 from assay.poc.experiments._runs import open_run
 from assay.poc.experiments._states import published
@@ -116,9 +118,21 @@ def _measure(plan: WeightPlan, reference: str, mode: str, block: str) -> JsonObj
         "std": float(distances.std(ddof=1)),
         "p10": float(np.quantile(distances, 0.1)),
         "valid_rate": float((distances < stats.chord_mean(size)).mean()),
+        "context_effect": _context_effect(engine, round),
         "dimension": size,
         "law": {"mean": stats.chord_mean(size), "std": stats.chord_std(size), "p10": stats.r_target_for(0.1, size)},
     }
+
+
+def _context_effect(engine: HFEngine, round: Round) -> float:
+    """Return how far the unit last state moves when the positions before the last are reversed, mean L2 distance.
+
+    Two unrelated states are √2 apart; where this is zero, the layers do nothing that depends on the sequence.
+    """
+    inputs_BTD = engine.inputs(round, range(engine.batch_size))
+    reversed_BTD = torch.cat([inputs_BTD[:, :-1].flip(1), inputs_BTD[:, -1:]], dim=1)
+    before_BD, after_BD = (unit(engine.last_hidden(given)) for given in (inputs_BTD, reversed_BTD))
+    return float(torch.linalg.vector_norm(before_BD - after_BD, dim=-1).mean())
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,7 @@ class WeightRow:
         low: lower end of the band in which 95 % of spreads lie when only the nonces differ.
         high: its upper end.
         p_value: probability of such a spread or a larger one by chance.
+        context_effect: mean distance that the unit state moves when the earlier positions are reversed.
     """
 
     model: str
@@ -146,6 +161,7 @@ class WeightRow:
     low: float
     high: float
     p_value: float
+    context_effect: float
 
     @property
     def inside(self) -> bool:
@@ -176,4 +192,5 @@ def _row(cells: Sequence[JsonObject]) -> WeightRow:
         low=error * float(law.ppf(0.025)),
         high=error * float(law.ppf(0.975)),
         p_value=float(law.sf(spread / error)),
+        context_effect=float(np.mean([cell["context_effect"] for cell in cells])),
     )

@@ -39,12 +39,17 @@ def _table(report: Report, rows: Sequence[WeightRow]) -> None:
             f"{row.spread:.4f}",
             f"{row.low:.4f} to {row.high:.4f}",
             f"{row.p_value:.2g}",
+            f"{row.context_effect:.2g}",
             Badge("inside noise", "pass") if row.inside else Badge("beyond noise", "fail"),
         ]
         for row in rows
     ]
-    headers = ("model", "weights", "block means", "sd", "spread", "noise band, 95 %", "p", "verdict")
+    headers = ("model", "weights", "block means", "sd", "spread", "noise band, 95 %", "p", "context", "verdict")
     report.table(headers, cells, caption="Largest minus smallest block mean of the distance")
+    report.paragraph(
+        "Context: how far the unit state moves when the positions before the last are reversed; unrelated states are "
+        "√2 apart. Near zero, the model passes its last input through, and distances say nothing about its layers."
+    )
 
 
 def _plot(cells: Sequence[JsonObject]) -> "Figure":
