@@ -70,20 +70,20 @@ class Reading:
 
     def errors(self, x_ND: Tensor) -> FloatArray:
         """Return ε of every nonce: the distance of the unit states, [N]."""
-        return (unit(x_ND) - unit(self.recomputed(len(x_ND)))).norm(dim=-1).double().numpy()
+        return np.asarray((unit(x_ND) - unit(self.recomputed(len(x_ND)))).norm(dim=-1).double())
 
     def residuals(self, preset: str, x_ND: Tensor) -> FloatArray:
         """Return received minus recomputed distance, or the L2 distance of the vectors, [N]."""
         received, recomputed = (self.published(preset, states) for states in (x_ND, self.recomputed(len(x_ND))))
         if received.ndim == 1:
             return np.asarray(received - recomputed)
-        return np.sqrt(np.square(received - recomputed).sum(axis=1))
+        return np.asarray(np.linalg.norm(received - recomputed, axis=1))
 
     def published(self, preset: str, x_ND: Tensor) -> FloatArray:
         """Return what a preset publishes of states: distances [N] or vectors [N, K]."""
         device = self._validator.device
         values = self._transforms[preset](x_ND.to(device), range(len(x_ND)))
-        return np.asarray(values.double().cpu().numpy(), dtype=np.float64)
+        return np.asarray(values.double().cpu())
 
 
 @dataclass(frozen=True, kw_only=True)

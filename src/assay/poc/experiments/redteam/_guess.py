@@ -81,7 +81,9 @@ def _fit(x: Tensor, y: Tensor) -> Tensor:
     x_NE, y_ND = x.flatten(0, -2).double(), y.flatten(0, -2).double()
     gram_EE = x_NE.T @ x_NE
     ridge = RIDGE * gram_EE.diagonal().mean()
-    solved: Tensor = torch.linalg.solve(gram_EE + ridge * torch.eye(len(gram_EE), dtype=torch.float64), x_NE.T @ y_ND)
+    solved: Tensor = torch.linalg.solve(
+        gram_EE + ridge * torch.eye(len(gram_EE), dtype=torch.float64, device=gram_EE.device), x_NE.T @ y_ND
+    )
     return solved.float()
 
 

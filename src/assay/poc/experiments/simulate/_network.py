@@ -37,8 +37,8 @@ R_TARGET, OUTPUT = 1.416, 8192
 PANELS = 10_000
 TRIALS = 4000
 HONEST_TRIALS = 20_000
-LIFETIME = 1000  # nonces for which lifetimes are simulated
-LIFETIMES = 200
+LIFETIME = 5000  # nonces for which lifetimes are simulated
+LIFETIMES = 100
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
