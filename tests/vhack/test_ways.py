@@ -1,5 +1,6 @@
 """All ways of computing gradients agree with one sample at a time: packed, padded, fused, factored, side by side."""
 
+import copy
 import threading
 from dataclasses import replace
 
@@ -137,12 +138,21 @@ def test_a_copy_shares_the_memory_of_the_weights(small_model, small_svd):
     assert not any("forward" in vars(part) for part in small_model.module.modules())
 
 
-def test_a_forward_function_of_its_own_is_kept(small_model, byte_tokenizer, samples, small_svd, wanted):
-    import copy
+def test_forward_functions_of_their_own_are_kept(small_model, byte_tokenizer, samples, small_svd, wanted):
+    class Counting(torch.nn.Linear):
+        def forward(self, inputs):
+            calls.append(inputs.shape)
+            return super().forward(inputs)
 
+    calls = []
     module = copy.deepcopy(small_model.module)
-    module.model.layers[0].forward = module.model.layers[0].forward
-    assert worst_error(per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd), wanted) < 1e-5
+    first, second = module.model.layers[:2]
+    first.forward = first.forward
+    first.self_attn.k_proj.forward = first.self_attn.k_proj.forward
+    second.mlp.up_proj.__class__ = Counting
+    found = per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd, max_tokens=10_000)
+    assert worst_error(found, wanted) < 1e-5
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)])

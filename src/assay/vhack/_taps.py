@@ -72,6 +72,8 @@ class Tap:
         together: no operations per sample.
         checkpointing: the forward pass runs twice, so nothing should be computed in it that the first run throws away.
         use: kernels for the sum over tokens, or None.
+
+    A Linear with a forward function of its own keeps it, and the tap stands behind it.
     """
 
     def __init__(
@@ -90,7 +92,8 @@ class Tap:
         self.name, self.linear, self.factors, self.found = name, linear, factors, found
         self.segments, self.checkpointing, self.use = segments, checkpointing, use
         self.values = factors.values.to(factors.left.dtype)
-        self.factored, self.together = factored, together
+        self.plain = linear.forward if _has_own_forward(linear) else None
+        self.factored, self.together = factored and self.plain is None, together
         # Requires a gradient and never gets one: it makes the backward pass come here although all weights are frozen.
         self.trigger = torch.zeros((), requires_grad=True)
 
@@ -107,7 +110,12 @@ class Tap:
                 wanted="[samples, tokens, width]: tokens that were sent to an expert no longer say whose they are",
                 do="use a dense model",
             )
-        output: Tensor = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
+        output: Tensor
+        if self.plain is None:
+            output = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
+        else:
+            plain, kept = self.plain(inputs), inputs.detach()
+            output = _Behind.apply(plain, self.trigger, kept, self, segments)  # type: ignore[no-untyped-call]
         return output
 
     def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
@@ -164,6 +172,31 @@ class _Tapped(torch.autograd.Function):
         else:
             result_NI = gradient_NO @ tap.linear.weight
         return result_NI.view(*gradient.shape[:-1], -1), None, None, None
+
+
+class _Behind(torch.autograd.Function):
+    """The identity on what a Linear gave by its own forward function, with the same backward pass beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, trigger: Tensor, inputs: Tensor, tap: Tap, segments: Segments) -> Tensor:
+        inputs_NI = inputs.reshape(-1, inputs.shape[-1])
+        way = tap.way(inputs_NI, segments)
+        ctx.save_for_backward(_coordinates(inputs_NI, tap) if way.early else inputs_NI)
+        ctx.tap, ctx.segments, ctx.way = tap, segments, way
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = gradients
+        (kept,) = ctx.saved_tensors
+        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
+        projected_NR = gradient_NO.to(ctx.tap.factors.left.dtype) @ ctx.tap.factors.left
+        ctx.tap.found[ctx.tap.name] = _reduce(kept, gradient_NO, projected_NR, ctx.segments, ctx.tap, ctx.way)
+        return gradient, None, None, None, None
+
+
+def _has_own_forward(linear: nn.Linear) -> bool:
+    return "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
 
 
 def _reduce(
