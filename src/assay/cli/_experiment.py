@@ -68,15 +68,15 @@ def approaches(
     folder = experiments.run_folder(output, run_name)
     with progress_bar("measuring", "approaches") as progress:
         experiments.run_approaches(plan, folder, progress=progress)
-    cells = experiments.read_run(folder, "approaches").cells
     page = experiments.build_report(folder)
+    cells = experiments.read_run(folder, "approaches").cells
     if as_json:
         emit_json("assay.poc.experiment.approaches/1", _where(page) | {"approaches": cells})
         return
     for model in dict.fromkeys(cell["model"] for cell in cells):
         chosen = [cell for cell in cells if cell["model"] == model]
-        columns = ("approach", "mean", "off in SE", f"spread at {valid_rate:.0%}", "noise band", "int4/honest", "AUC")
-        table((*columns, "breaks structure"), [_approach(cell) for cell in chosen], title=model)
+        columns = ("approach", "mean", "offset/SE", "spread", "noise band", "int4/honest", "AUC", "breaks it")
+        table(columns, [_approach(cell) for cell in chosen], title=f"{model}: spread at {valid_rate:.0%} valid")
     typer.echo(f"report: {page}")
 
 
@@ -126,8 +126,8 @@ def weights(
     folder = experiments.run_folder(output, run_name)
     with progress_bar("measuring", "blocks") as progress:
         experiments.run_weights(plan, folder, progress=progress)
-    rows = experiments.weight_rows(experiments.read_run(folder, "weights").cells)
     page = experiments.build_report(folder)
+    rows = experiments.weight_rows(experiments.read_run(folder, "weights").cells)
     if as_json:
         emit_json("assay.poc.experiment.weights/1", _where(page) | {"rows": [asdict(row) for row in rows]})
         return
@@ -177,8 +177,8 @@ def matrix(
     folder = experiments.run_folder(output, run_name)
     with progress_bar("testing", "tests") as progress:
         experiments.run_matrix(plan, folder, progress=progress, note=_note)
-    found = experiments.configurations(experiments.read_run(folder, "matrix").cells)
     page = experiments.build_report(folder)
+    found = experiments.configurations(experiments.read_run(folder, "matrix").cells)
     if as_json:
         emit_json("assay.poc.experiment.matrix/1", _where(page) | {"configurations": [row.as_dict() for row in found]})
     else:

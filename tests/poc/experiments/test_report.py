@@ -50,3 +50,12 @@ def test_an_experiment_that_is_not_installed_is_left_out(registered, monkeypatch
     measure(tmp_path, "first", 1)
     measure(tmp_path, "third", 1)
     assert "third" not in build_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("experiment", ["approaches", "weights", "matrix"])
+def test_cells_of_another_kind_are_an_error_that_names_the_file(experiment: str, tmp_path):
+    with open_run(tmp_path, experiment, {}) as run:
+        run.append("one", {"model": "m", "mode": 5, "weights": None})
+        run.append("two", {"model": "m", "mode": 5, "weights": None})
+    with pytest.raises(DataError, match=rf"{experiment}\.jsonl: cells"):
+        build_report(tmp_path)

@@ -69,7 +69,14 @@ def build_report(folder: Path) -> Path:
         origin={"assay": __version__},
     )
     for run in runs:
-        _draw(report, run)
+        try:
+            _draw(report, run)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{folder / run.experiment}.jsonl: cells that cannot be read ({type(error).__name__}: {error})",
+                wanted="the values that this version writes",
+                do="move the file away and run the experiment again",
+            ) from error
     report.write(folder / PAGE)
     return folder / PAGE
 
