@@ -11,7 +11,7 @@ Shapes: N tokens of all samples, H heads of queries, J heads of keys and values,
 sample, B samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,62 +139,60 @@ class _Gather(torch.autograd.Function):
 
 
 class _InBlocks(torch.autograd.Function):
-    """Causal attention of every sample in blocks of queries; the weights are kept for the backward pass."""
+    """Causal attention of every sample in blocks of queries; the weights are kept for the backward pass.
+
+    Query heads that share a key head are rows of one product: [J, X·G, D] for X queries.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, bounds: Sequence[tuple[int, int]], scale: float
     ) -> Tensor:
-        out_NHD = torch.empty(q_NHD.shape)
+        q_JNGD = _by_key_head(q_NHD, k_NJD.shape[1]).mul_(scale)
+        k_JND, v_JND = (part.transpose(0, 1).contiguous() for part in (k_NJD, v_NJD))
+        out_JNGD = torch.empty_like(q_JNGD)
+        hidden = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool).triu_(1)[:, None]
         weights = []
-        hidden = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool).triu_(1)
-        for start, end in bounds:
-            k_JTD, v_JTD = k_NJD[start:end].transpose(0, 1), v_NJD[start:end].transpose(0, 1)
-            for first in range(start, end, _BLOCK):
-                last = min(first + _BLOCK, end)
-                seen, size = last - start, last - first
-                scores = torch.bmm(_grouped(q_NHD[first:last], len(k_JTD)).mul_(scale), k_JTD[:, :seen].transpose(1, 2))
-                own = scores.view(len(k_JTD), -1, size, seen)[..., first - start :]
-                own.masked_fill_(hidden[:size, :size], -torch.inf)
-                weight = torch.softmax(scores, dim=2)
-                _ungroup(torch.bmm(weight, v_JTD[:, :seen]), out_NHD[first:last])
-                weights.append(weight)
-        ctx.save_for_backward(q_NHD, k_NJD, v_NJD, out_NHD, *weights)
+        for start, first, last in _blocks(bounds):
+            size = last - first
+            scores = torch.bmm(q_JNGD[:, first:last].flatten(1, 2), k_JND[:, start:last].transpose(1, 2))
+            own_JXGX = scores.view(len(k_JND), size, -1, last - start)[..., first - start :]
+            own_JXGX.masked_fill_(hidden[:size, :, :size], -torch.inf)
+            weights.append(torch.softmax(scores, dim=2))
+            out_JNGD[:, first:last].flatten(1, 2).copy_(torch.bmm(weights[-1], v_JND[:, start:last]))
+        ctx.save_for_backward(q_JNGD, k_JND, v_JND, out_JNGD, *weights)
         ctx.bounds, ctx.scale = bounds, scale
-        return out_NHD
+        return _by_token(out_JNGD)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        (do_NHD,) = gradients
-        q_NHD, k_NJD, v_NJD, out_NHD, *weights = ctx.saved_tensors
-        along_NH1 = torch.linalg.vecdot(do_NHD, out_NHD).unsqueeze(2)
-        dq_NHD, dk_NJD, dv_NJD = torch.empty(q_NHD.shape), torch.zeros(k_NJD.shape), torch.zeros(v_NJD.shape)
-        remaining = iter(weights)
-        for start, end in ctx.bounds:
-            k_JTD, v_JTD, dk_JTD, dv_JTD = (part[start:end].transpose(0, 1) for part in (k_NJD, v_NJD, dk_NJD, dv_NJD))
-            for first in range(start, end, _BLOCK):
-                last = min(first + _BLOCK, end)
-                seen, weight = last - start, next(remaining)
-                d_JXD = _grouped(do_NHD[first:last], len(k_JTD))
-                dv_JTD[:, :seen] += torch.bmm(weight.transpose(1, 2), d_JXD)
-                scores = torch.bmm(d_JXD, v_JTD[:, :seen].transpose(1, 2))
-                scores.sub_(_grouped(along_NH1[first:last], len(k_JTD))).mul_(weight).mul_(ctx.scale)
-                _ungroup(torch.bmm(scores, k_JTD[:, :seen]), dq_NHD[first:last])
-                dk_JTD[:, :seen] += torch.bmm(scores.transpose(1, 2), _grouped(q_NHD[first:last], len(k_JTD)))
-        return dq_NHD, dk_NJD, dv_NJD, None, None
+        q_JNGD, k_JND, v_JND, out_JNGD, *weights = ctx.saved_tensors
+        d_JNGD = _by_key_head(gradients[0], len(k_JND))
+        along_JNG1 = torch.linalg.vecdot(d_JNGD, out_JNGD).unsqueeze(3)
+        dq_JNGD, dk_JND, dv_JND = torch.empty_like(q_JNGD), torch.zeros_like(k_JND), torch.zeros_like(v_JND)
+        for (start, first, last), weight in zip(_blocks(ctx.bounds), weights, strict=True):
+            d, along, q = (part[:, first:last].flatten(1, 2) for part in (d_JNGD, along_JNG1, q_JNGD))
+            dv_JND[:, start:last].baddbmm_(weight.transpose(1, 2), d)
+            scores = torch.bmm(d, v_JND[:, start:last].transpose(1, 2)).sub_(along).mul_(weight)
+            dq_JNGD[:, first:last].flatten(1, 2).copy_(torch.bmm(scores, k_JND[:, start:last]))
+            dk_JND[:, start:last].baddbmm_(scores.transpose(1, 2), q)
+        return _by_token(dq_JNGD.mul_(ctx.scale)), dk_JND.transpose(0, 1), dv_JND.transpose(0, 1), None, None
 
 
-def _grouped(part_XHD: Tensor, groups: int) -> Tensor:
-    """[X, H, D] to [J, G·X, D]: the query heads that share a key head side by side, in memory of its own."""
-    rows, heads, width = part_XHD.shape
-    split = part_XHD.view(rows, groups, heads // groups, width).permute(1, 2, 0, 3)
-    return split.clone(memory_format=torch.contiguous_format).view(groups, -1, width)
+def _blocks(bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Where the sample starts, and from where to where the queries of the block go."""
+    for start, end in bounds:
+        for first in range(start, end, _BLOCK):
+            yield start, first, min(first + _BLOCK, end)
 
 
-def _ungroup(part: Tensor, out_XHD: Tensor) -> None:
-    """The reverse, written to where it belongs."""
-    groups, _, width = part.shape
-    rows, heads, _ = out_XHD.shape
-    out_XHD.view(rows, groups, heads // groups, width).copy_(
-        part.view(groups, heads // groups, rows, width).permute(2, 0, 1, 3)
-    )
+def _by_key_head(part_NHD: Tensor, groups: int) -> Tensor:
+    """[J, N, G, D], in memory of its own."""
+    rows, heads, width = part_NHD.shape
+    split_NJGD = part_NHD.reshape(rows, groups, heads // groups, width)
+    return split_NJGD.permute(1, 0, 2, 3).clone(memory_format=torch.contiguous_format)
+
+
+def _by_token(part_JNGD: Tensor) -> Tensor:
+    """Back to [N, H, D]."""
+    return part_JNGD.transpose(0, 1).flatten(1, 2)

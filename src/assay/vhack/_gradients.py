@@ -16,6 +16,7 @@ from assay.vhack._recipe import recipe_for
 from assay.vhack._replica import Computed, Replica, not_finite
 from assay.vhack._svd import Factors
 from assay.vhack._svd_cache import SVDCache, weight_svd
+from assay.vhack._taps import fitting
 from assay.vhack._targets import target_modules
 from assay.vhack._types import Sample
 
@@ -78,9 +79,12 @@ def per_sample_gradients(
     budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing, at_once=cores)
     batches = plan(encoded, budget, packed=recipe.packed, at_once=cores)
     found = {name: torch.empty(len(samples), factors[name].rank) for name in modules}
+    factored = fitting(modules, factors) if recipe.factored else set()
+    replicas = [
+        Replica(module, factors, recipe, factored=factored, checkpointing=checkpointing)
+        for _ in range(min(cores, len(batches)))
+    ]
     done = 0
-    done = 0
-    replicas = [Replica(module, factors, recipe, checkpointing=checkpointing) for _ in range(min(cores, len(batches)))]
     with _computed(replicas, batches) as results:
         for computed in results:
             _store(found, computed)

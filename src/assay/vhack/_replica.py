@@ -8,7 +8,7 @@ Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +25,7 @@ from assay.vhack._fused import Gate, Norm, kernels, plain_norm
 from assay.vhack._recipe import Recipe
 from assay.vhack._segments import Segments
 from assay.vhack._svd import Factors
-from assay.vhack._taps import Tap, fitting
+from assay.vhack._taps import Tap
 from assay.vhack._targets import target_modules
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Replica:
         module: the model.
         factors: U, S and Vh of every target module.
         recipe: which of the exact ways to take.
+        factored: the modules whose factors may be multiplied with in place of the weight, from `fitting`.
         checkpointing: recompute each layer in the backward pass.
 
     Raises:
@@ -94,7 +95,13 @@ class Replica:
 
     @torch.inference_mode(False)
     def __init__(
-        self, module: "PreTrainedModel", factors: Mapping[str, Factors], recipe: Recipe, *, checkpointing: bool
+        self,
+        module: "PreTrainedModel",
+        factors: Mapping[str, Factors],
+        recipe: Recipe,
+        *,
+        factored: Collection[str],
+        checkpointing: bool,
     ) -> None:
         self.module = _shared_copy(module)
         self.recipe = recipe
@@ -104,7 +111,7 @@ class Replica:
         self._head_sees_completions_only()
         if recipe.fused:
             self._fuse()
-        self._tap(factors, checkpointing)
+        self._tap(factors, factored, checkpointing)
         if recipe.packed:
             register()
             self.module.config._attn_implementation = PACKED
@@ -166,10 +173,9 @@ class Replica:
             for layer in decoder_layers(self.module):
                 _fuse_gate(layer.get_submodule("mlp"), self.use)
 
-    def _tap(self, factors: Mapping[str, Factors], checkpointing: bool) -> None:
+    def _tap(self, factors: Mapping[str, Factors], factored: Collection[str], checkpointing: bool) -> None:
         modules = target_modules(self.module)
         self.names = list(modules)
-        factored = fitting(modules, factors) if self.recipe.factored else set()
         late = _late_prefixes(self.module) if self.recipe.late else ()
         for name, linear in modules.items():
             vars(linear)["forward"] = Tap(
