@@ -169,6 +169,10 @@ def _scaled(depth: int, layers: int) -> int:
     return round(depth * layers / 8)
 
 
+def _quarter(layers: int) -> int:
+    return max(1, round(layers / 4))
+
+
 def _weights() -> Iterator[Attack]:
     for bits in (8, 4, 3):
         yield Attack(
@@ -185,9 +189,9 @@ def _layers() -> Iterator[Attack]:
         ("first layer", lambda i, L: i == 0),
         ("middle layer", lambda i, L: i == L // 2),
         ("last layer", lambda i, L: i == L - 1),
-        ("first quarter of the layers", lambda i, L: i < L // 4),
-        ("middle quarter of the layers", lambda i, L: L // 2 - L // 8 <= i < L // 2 + L // 8),
-        ("last quarter of the layers", lambda i, L: i >= L - L // 4),
+        ("first quarter of the layers", lambda i, L: i < _quarter(L)),
+        ("middle quarter of the layers", lambda i, L: 0 <= i - (L - _quarter(L)) // 2 < _quarter(L)),
+        ("last quarter of the layers", lambda i, L: i >= L - _quarter(L)),
     ):
         yield Attack(f"{name} dropped", "layers", _parts(which, "drop"))
         if "quarter" in name:

@@ -96,10 +96,10 @@ class Judge:
         crossed_N = stats.chord_cdf(self.r_target - np.minimum(residuals_N, 0), 8192) - valid
         return float(np.mean(crossed_N)) / valid
 
-    def sequential(self, pool: Pool, trials: int = TRIALS) -> FloatArray:
+    def sequential(self, pool: Pool) -> FloatArray:
         """Share of audits in which the sequential test has accused after each of :data:`CHECKED` nonces."""
         rng = np.random.default_rng(self._seed)
-        crossed_C = self._test.accusations(pool.draw(rng, trials, CHECKED[-1])).mean(axis=0)
+        crossed_C = self._test.accusations(pool.draw(rng, TRIALS, CHECKED[-1])).mean(axis=0)
         return np.asarray(crossed_C[np.array(CHECKED) - 1], dtype=np.float64)
 
     def accused(self, drawn_RC: FloatArray) -> float:

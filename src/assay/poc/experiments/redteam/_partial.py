@@ -61,7 +61,7 @@ class PartialForward:
     def __init__(self, model: Model, shortcut: Shortcut, guesses: Guesses | None = None) -> None:
         self._layers: Sequence[Any] = list(decoder_layers(model.module))
         self._body: Any = backbone(model.module)
-        if not all(hasattr(layer.self_attn, name) for layer in self._layers for name in _PROJECTIONS):
+        if not all(hasattr(getattr(layer, "self_attn", None), name) for layer in self._layers for name in _PROJECTIONS):
             raise UsageError(
                 f"attacks by skipping on {model.architecture}",
                 wanted="layers with q_proj, k_proj, v_proj and o_proj, as Llama and Qwen3 have them",
