@@ -355,3 +355,60 @@ def test_values_cross_the_process_as_bytes(shape):
     assert sorted(decoded) == [5, 6, 9]
     np.testing.assert_array_equal(decoded[6], values[1])
     assert _decode({"failed": {}}, raw=False) == {}
+
+
+def settings_of_vllm(**changes) -> SimpleNamespace:
+    """The part of a ``VllmConfig`` that the gate reads; vLLM's own is not needed to refuse it."""
+    values = {
+        "model_config.enable_prompt_embeds": True,
+        "model_config.runner_type": "generate",
+        "model_config.quantization": None,
+        "model_config.is_encoder_decoder": False,
+        "model_config.is_multimodal_model": False,
+        "parallel_config.worker_extension_cls": "assay.poc.engines.vllm.WorkerExtension",
+        "parallel_config.data_parallel_size": 1,
+        "load_config.load_format": "auto",
+    } | changes
+    config = SimpleNamespace(cache_config=SimpleNamespace())
+    for path, value in values.items():
+        part, _, name = path.partition(".")
+        if not hasattr(config, part):
+            setattr(config, part, SimpleNamespace())
+        setattr(getattr(config, part), name, value)
+    return config
+
+
+def test_the_settings_that_docs_recommend_pass_the_gate():
+    _gate.check_config(settings_of_vllm())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model_config.enable_prompt_embeds", False, "--enable-prompt-embeds"),
+        ("parallel_config.worker_extension_cls", "", "--worker-extension-cls"),
+        ("parallel_config.data_parallel_size", 2, "one server per engine"),
+        ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
+        ("model_config.runner_type", "pooling", "--runner pooling"),
+        ("model_config.quantization", "fp8", "fp8"),
+        ("model_config.is_multimodal_model", True, "multimodal"),
+        ("load_config.load_format", "dummy", "dummy"),
+        ("cache_config.kv_sharing_fast_prefill", True, "fast-prefill"),
+    ],
+)
+def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, value, words: str):
+    with pytest.raises(UsageError) as refusal:
+        _gate.check_config(settings_of_vllm(**{path: value}))
+    assert words in str(refusal.value)
+
+
+def test_several_api_servers_are_refused_because_one_must_own_the_round():
+    from assay.poc.engines.vllm._plugin import _check_alone
+
+    config = SimpleNamespace(parallel_config=SimpleNamespace(_api_process_count=2))
+    with pytest.raises(UsageError, match="--api-server-count 1"):
+        _check_alone(config, SimpleNamespace())
+    config.parallel_config._api_process_count = 1
+    _check_alone(config, SimpleNamespace(revision=None))
+    with pytest.raises(UsageError, match="--revision"):
+        _check_alone(config, SimpleNamespace(revision="abc"))

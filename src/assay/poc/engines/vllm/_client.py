@@ -36,23 +36,15 @@ class Client:
         self.flow = flow
         self.description: dict[str, Any] = {}
         self._llm = llm
-        config = llm.vllm_config
-        self._engines = int(config.parallel_config.data_parallel_size)
-        ranked = config.scheduler_config.policy == "priority"
+        ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
 
     async def install(self) -> dict[str, Any]:
         """Prepare the workers; return the description of the first.
 
         Raises:
-            BackendUnavailable: they lack something that is used, or a rank differs from the others.
+            BackendUnavailable: they lack something that is used.
         """
-        if self._engines > 1 and not hasattr(self._llm.engine_core, "call_utility_all_async"):
-            raise BackendUnavailable(
-                f"{self._engines} data-parallel engines, of which this vLLM asks only one",
-                wanted="one engine, or vLLM 0.32",
-                do="start one server per engine, each with its own node_id",
-            )
         replies = await self._call("assay_install")
         problems = sorted({problem for reply in replies for problem in reply["problems"]})
         if problems:
@@ -106,14 +98,10 @@ class Client:
         return values
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every worker of every engine."""
+        """Call a method of every worker."""
         try:
             async with asyncio.timeout(TIMEOUT):
-                if self._engines == 1:
-                    return list(await self._llm.collective_rpc(method, args=args))
-                core = self._llm.engine_core
-                nested = await core.call_utility_all_async("collective_rpc", method, None, args, None)
-                return [reply for replies in nested for reply in replies]
+                return list(await self._llm.collective_rpc(method, args=args))
         except TimeoutError:
             raise ModelError(
                 f"vLLM's workers did not answer {method} in {TIMEOUT:g} s", wanted="workers that run", do="see its log"

@@ -98,7 +98,7 @@ def check_config(config: Any) -> None:
             "the extension in the workers",
             "add --worker-extension-cls assay.poc.engines.vllm.WorkerExtension",
         ),
-        (model.runner_type != "generate", f"--runner {model.runner_type}", "a generating engine", "leave it out"),
+        (model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", "leave it out"),
         (
             model.quantization is not None,
             f"quantisation {model.quantization}",
@@ -123,6 +123,12 @@ def check_config(config: Any) -> None:
             "--kv-sharing-fast-prefill",
             "every layer at every position",
             "leave it out",
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            f"{parallel.data_parallel_size} data-parallel engines",
+            "one engine, whose workers hold every nonce",
+            "start one server per engine, each with its own node_id and data directory",
         ),
         (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
         (model.is_multimodal_model, "a multimodal model", "a text model", "use another model"),
