@@ -1,5 +1,6 @@
 """Two hundred seeds: noise passes no check more often than stated, and planted axes are found as theory says."""
 
+from dataclasses import replace
 from math import sqrt
 
 import numpy as np
@@ -97,3 +98,18 @@ def test_recovery_and_auroc_of_a_planted_axis_follow_theory(gradients, strength)
         expected.append(expected_auroc(strength, cosine, r))
     assert np.mean(recovered) == pytest.approx(expected_recovery(strength, trained, r), abs=0.03)
     assert np.mean(ranked) == pytest.approx(np.mean(expected), abs=4 * np.std(ranked) / sqrt(SEEDS))
+
+
+def test_noise_passes_no_check_of_a_whitened_basis_more_often_than_stated(gradients, quick):
+    """The default of extraction: one split, of which nine groups are scored."""
+    settings = replace(quick, method="lda")
+    seeds = 40
+    counts = dict.fromkeys(CHECKS, 0)
+    for seed in range(seeds):
+        report = check_gradients(
+            gradients(seed, n_groups=27, per_group=2, shared=1.0, ranks=(48, 40)), settings=settings
+        )
+        for check in report.checks:
+            assert check.verdict != "undecided"
+            counts[check.name] += check.verdict == "pass"
+    assert all(count <= stats.binom.ppf(0.999, seeds, settings.alpha) for count in counts.values()), counts
