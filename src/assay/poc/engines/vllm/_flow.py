@@ -17,7 +17,7 @@ __all__ = ["Flow", "FlowSettings", "Mode"]
 Mode = Literal["chat-first", "exclusive"]
 
 TICK = 0.005  # seconds between two looks at the engine's chat while nonces wait
-SMOOTHING = 0.2
+WINDOW = 0.25  # seconds over which the speed of an engine without chat is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,9 @@ class Flow:
         self._burst = 0
         self._burst_began = 0.0
         self._rest_until = 0.0
-        self._seconds = 0.0  # of one nonce on an engine without chat, smoothed
-        self._last_done = 0.0
+        self._seconds = 0.0  # of one nonce on an engine without chat
+        self._window_began = 0.0
+        self._window_count = 0
 
     @property
     def chat(self) -> int:
@@ -115,6 +116,7 @@ class Flow:
                 pass
         if self.in_flight == 0:
             self._burst, self._burst_began = 0, time.monotonic()
+            self._window_began, self._window_count = self._burst_began, 0
         self.in_flight += 1
         self._burst += 1
 
@@ -152,6 +154,10 @@ class Flow:
         return time.monotonic() >= self._rest_until
 
     def _measure(self, now: float) -> None:
-        since, self._last_done = now - self._last_done, now
-        if self.in_flight and not self.busy:
-            self._seconds = since if not self._seconds else (1 - SMOOTHING) * self._seconds + SMOOTHING * since
+        """Take the time of a nonce from windows in which the engine was never empty and nobody chatted."""
+        self._window_count += 1
+        if self.busy:
+            self._window_began, self._window_count = now, 0
+        elif now - self._window_began >= WINDOW:
+            self._seconds = (now - self._window_began) / self._window_count
+            self._window_began, self._window_count = now, 0
