@@ -40,7 +40,7 @@ def test_the_published_table_is_read_as_its_authors_did_and_with_its_noise():
         ("llama", "layer-hooks"): 10.3,
     }
     assert [c.verdict for c in found.values()] == [
-        "inside noise", "inside noise", "beyond noise", "beyond noise, over 5%",
+        "inside noise", "inside noise", "beyond noise", "over 5%",
     ]  # fmt: skip
     assert found["qwen", "sign-flips"].expected == pytest.approx(0.5905, abs=1e-4)
     assert found["qwen", "sign-flips"].undelivered == 0

@@ -39,11 +39,13 @@ class Live:
         self.url = ""
 
     def connect(self, ready: str = "/health") -> None:
-        """Wait until the process serves and the page ``ready`` answers 200.
+        """Wait until the process serves and the page ``ready`` answers 200; again at once when it did before.
 
         Raises:
             ResourceError: it ended, or takes longer than five minutes; the message has the end of its log.
         """
+        if self._client is not None:
+            return
         import httpx
 
         wait_until(lambda: self._port() is not None, _START_SECONDS, self.failure)

@@ -6,7 +6,7 @@ round: it is begun over HTTP, generates for a while, is stopped, and is over whe
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -132,37 +132,48 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
         UsageError: the run was begun with other settings.
         ResourceError: a service did not start, or did not answer.
     """
-    say = note or (lambda sentence: None)
-    logs = folder / "logs"
     with open_run(folder, "matrix", plan.settings) as run, ExitStack() as stack:
         todo = [test for test in plan.tests() if test.key not in run.done]
         if not todo:
             return
+        for reference in plan.models:
+            model_info(reference)  # one that is none ends the run before anything is started
+        logs = folder / "logs"
         logs.mkdir(exist_ok=True)
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="assay-matrix-")))
         receive = ["poc", "receive", "-o", str(temporary / "received.sqlite3")]
         receiver = stack.enter_context(Live(receive, logs / "receiver.log"))
-        total, done = len(list(plan.tests())), len(list(plan.tests())) - len(todo)
+        total = len(list(plan.tests()))
+        done = total - len(todo)
         for index, (model, mode) in enumerate(plan.configurations):
             chosen = [test for test in todo if (test.model, test.mode) == (model, mode)]
-            if not chosen:
-                continue
-            say(f"starting a service for {model}, {mode}")
-            width = model_info(model).hidden_size
-            with _service(plan, model, temporary / str(index), logs / "server.log") as server:
-                receiver.connect()
-                server.connect("/ready")
-                _warm_up(server, plan, mode)
-                for test in chosen:
-                    values = {**_run_test(test, plan, server, receiver, logs), "hidden_size": width}
-                    run.append(test.key, values)
-                    done += 1
-                    say(
-                        f"test {test.number:2d}: {model} {mode} {test.block} {test.public_key}: "
-                        f"{values['valid']}/{values['checked']} valid, {values['nonces_per_second']:.1f} nonces/s"
-                    )
-                    if progress:
-                        progress(done, total)
+            for test, values in _run_configuration(plan, chosen, receiver, temporary / str(index), logs, note):
+                run.append(test.key, values)
+                done += 1
+                if progress:
+                    progress(done, total)
+
+
+def _run_configuration(
+    plan: Plan, tests: Sequence[Test], receiver: Live, data: Path, logs: Path, note: Note | None
+) -> Iterator[tuple[Test, JsonObject]]:
+    """Run tests of one model and mode against a service of their own, kept in ``data``; give the values of each."""
+    if not tests:
+        return
+    say = note or (lambda sentence: None)
+    model, mode = tests[0].model, tests[0].mode
+    say(f"starting a service for {model}, {mode}")
+    with _service(plan, model, data, logs / "server.log") as server:
+        receiver.connect()
+        server.connect("/ready")
+        _warm_up(server, plan, mode)
+        for test in tests:
+            values = _run_test(test, plan, server, receiver, logs)
+            say(
+                f"test {test.number:2d}: {model} {mode} {test.block} {test.public_key}: "
+                f"{values['valid']}/{values['checked']} valid, {values['nonces_per_second']:.1f} nonces/s"
+            )
+            yield test, values
 
 
 def _service(plan: Plan, model: str, data: Path, log: Path) -> Live:
@@ -228,6 +239,7 @@ def _run_test(test: Test, plan: Plan, server: Live, receiver: Live, logs: Path) 
         "callbacks": len(arrived),
         "callback_nonces": sum(row["nonces"] for row in arrived),
         "dtype": server.get("/api/v1/pow/snapshot")["model"]["dtype"],
+        "hidden_size": model_info(test.model).hidden_size,
     }
 
 

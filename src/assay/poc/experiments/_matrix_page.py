@@ -41,7 +41,7 @@ def _spreads(report: Report, several: list[Configuration]) -> None:
         band = f"{spread.low:.2%} to {spread.high:.2%}"
         badge = Badge(row.verdict, "pass" if spread.inside else "fail")
         published = _published_spread(row)
-        rows.append([row.model, row.mode, f"{spread.value:.2%}", band, f"{spread.p_value:.2g}", published, badge])
+        rows.append([row.model, row.mode, f"{spread.value:.2%}", band, spread.p_text, published, badge])
     report.table(
         ("model", "mode", "spread", "noise band, 95 %", "p", "published", "verdict"),
         rows,

@@ -71,12 +71,12 @@ class Configuration:
 
     @property
     def verdict(self) -> str:
-        """What the spread says: inside noise, or beyond it and by how much."""
+        """What the spread says: inside noise, beyond it, or beyond the published limit too."""
         if self.spread is None:
             return "one block"
         if self.spread.inside:
             return "inside noise"
-        return "beyond noise" if self.spread.value < PUBLISHED_LIMIT else f"beyond noise, over {PUBLISHED_LIMIT:.0%}"
+        return "beyond noise" if self.spread.value < PUBLISHED_LIMIT else f"over {PUBLISHED_LIMIT:.0%}"
 
     def as_dict(self) -> JsonObject:
         """Return JSON-ready values."""
