@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 from _common import note, parser, publish
 
+from assay import stats
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc._calibration import fit_noise
 from assay.poc._noise import law_as_dict
+from assay.poc._verifier import EFFECT
 from assay.reports import dumps, read_json, write_atomic
 
 MODELS = ("reference:qwen3", "reference:llama")
@@ -30,6 +32,7 @@ PRESETS = ("poc-2.0", "artifact")
 INSTALLED = Path(__file__).parents[1] / "src" / "assay" / "poc" / "default_noise.json"
 # The stated default has to hold for models and machines that were not measured.
 MARGIN = 2.0
+AUDITS, AUDITED = 4000, 64
 
 
 def records(options):
@@ -59,6 +62,16 @@ def pooled(found, preset, one, two):
             difference = values - others
             parts.append(difference if difference.ndim == 1 else np.linalg.norm(difference, axis=1))
     return np.concatenate(parts)
+
+
+def accused(pipeline, errors, rng):
+    """Share of simulated audits of honest nodes that are accused, with a law fitted to the other half."""
+    errors = rng.permutation(errors)
+    half = len(errors) // 2
+    law, _ = fit_noise(pipeline, errors[:half])
+    test = stats.SequentialTest(law, alpha=1e-3, effect=EFFECT[pipeline.output])
+    drawn = rng.permuted(np.tile(errors[half:], (AUDITS, 1)), axis=1)[:, :AUDITED]
+    return float(test.accusations(drawn)[:, -1].mean())
 
 
 def widened(law):
@@ -94,6 +107,7 @@ def main():
             laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = widened(law_as_dict(law))
             quantiles = np.quantile(np.abs(errors), (0.5, 0.95, 1.0)).tolist()
             row = {"preset": preset, "pair": f"{one}/{two}", "n": len(errors), "confidence": confidence}
+            row |= {"audits": AUDITS, "accused": accused(pipeline, errors, np.random.default_rng(0))}
             measured.append(row | {"median_95_max": quantiles, "law": law_as_dict(law)})
     engines = sorted({name.split("|")[3] for name in found})
     publish("default_noise", {"engines": engines, "margin": MARGIN, "measured": measured, "laws": laws}, options.output)

@@ -39,6 +39,14 @@ FROZEN = {
         "--dtype", "--device", "--run-name", "--output", "--json",
     },
     "poc experiment report": {"--run-name", "--output", "--json"},
+    "poc experiment redteam": {
+        "--models", "--dtypes", "--nonces", "--honest", "--searched", "--block-hash", "--seq-len", "--batch-size",
+        "--device", "--run-name", "--output", "--json",
+    },
+    "poc experiment simulate": {
+        "--presets", "--nodes", "--cheating", "--rounds", "--validators", "--checkers", "--checked", "--seed",
+        "--run-name", "--output", "--json",
+    },
     "models list": {"--json"},
     "models info": {"--json"},
     "models random": {"--output", "--block-hash", "--weights", "--dtype", "--json"},
