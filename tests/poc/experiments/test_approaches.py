@@ -9,6 +9,7 @@ from assay.models import load_model
 from assay.poc import get_pipeline
 from assay.poc.experiments import ApproachPlan, build_report, read_run, run_approaches
 from assay.poc.experiments import _approaches as module
+from assay.poc.experiments._measures import distribution, residual_sizes, told_apart
 
 CHOSEN = ("poc-2.0", "permutation", "artifact", "layer-normalize", "hardened")
 
@@ -77,6 +78,10 @@ def blocks(shift: float, scale: float = 1.0) -> list[np.ndarray]:
     return [rng.normal(mean + i * shift * std, scale * std, size=4000) for i in range(3)]
 
 
+def named(distances: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return dict(zip("abc", distances, strict=True))
+
+
 @pytest.mark.parametrize(
     ("distances", "verdict"),
     [
@@ -85,14 +90,14 @@ def blocks(shift: float, scale: float = 1.0) -> list[np.ndarray]:
         (blocks(0.5), "no"),
     ],
 )
-def test_the_verdict_comes_from_the_distances(distances, verdict: str, small_checkpoint, small_model):
-    found = module._distribution(plan(small_checkpoint), get_pipeline("poc-2.0"), small_model, distances, 64.0)
+def test_the_verdict_comes_from_the_distances(distances, verdict: str):
+    found = distribution(named(distances), 8192, 0.5, 64, 64.0)
     assert found["breaks_structure"] == verdict
 
 
-def test_a_common_offset_from_the_law_is_structure_too(small_checkpoint, small_model):
+def test_a_common_offset_from_the_law_is_structure_too():
     shifted = [block + 0.1 * stats.chord_std(8192) for block in blocks(0.0)]
-    found = module._distribution(plan(small_checkpoint), get_pipeline("poc-2.0"), small_model, shifted, None)
+    found = distribution(named(shifted), 8192, 0.5, 64, None)
     assert found["spreads"][0]["p_value"] > 0.01
     assert found["breaks_structure"] == "partly"
 
@@ -101,20 +106,20 @@ def test_cheaters_are_told_from_honest_nodes_by_their_residuals():
     rng = np.random.default_rng(0)
     honest, cheat = rng.normal(size=(2, 400)) * [[1e-4], [1e-3]]
     truth = np.full(400, 1.41, dtype=np.float64)
-    apart = module._told_apart(
-        module._residual_sizes((truth + honest).astype(np.float32), truth.astype(np.float32)),
-        module._residual_sizes((truth + cheat).astype(np.float32), truth.astype(np.float32)),
+    apart = told_apart(
+        residual_sizes((truth + honest).astype(np.float32), truth.astype(np.float32)),
+        residual_sizes((truth + cheat).astype(np.float32), truth.astype(np.float32)),
     )
     assert apart["separation"] == pytest.approx(10, rel=0.2)
     assert apart["auc"] > 0.9
     vectors = np.zeros((3, 2), dtype=np.float32)
-    assert module._residual_sizes(np.add(vectors, [3, 4]), vectors).tolist() == [5, 5, 5]
+    assert residual_sizes(np.add(vectors, [3, 4]), vectors).tolist() == [5, 5, 5]
 
 
 @pytest.mark.parametrize(
     "wrong",
     [{"models": ()}, {"blocks": ("one",)}, {"approaches": ("nonsense",)}, {"nonces": 1}, {"valid_rate": 1.0},
-     {"approaches": ("poc-2.0", "poc-2.0")}, {"timed": -1}],
+     {"approaches": ("poc-2.0", "sign-flips")}, {"timed": -1}],
 )  # fmt: skip
 def test_plans_that_cannot_be(wrong, small_checkpoint):
     with pytest.raises(UsageError):

@@ -13,42 +13,32 @@ The model runs once for all approaches that agree on what happens between its la
 Legend of shapes: N nonces, B blocks, K published numbers.
 """
 
-import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from assay import stats
 from assay.errors import UsageError
 from assay.models import Model, load_model
 from assay.poc import cheats
-from assay.poc._pipelines import PIPELINES, LayerStep, Pipeline, get_pipeline
+from assay.poc._pipelines import PIPELINES, Pipeline, get_pipeline
 from assay.poc._round import Round
 from assay.poc._rtarget import distances_from
-from assay.poc.engines import Engine, HFEngine
+from assay.poc.engines import HFEngine
 from assay.poc.experiments._cost import memory, pipeline_parallel, tensor_parallel
-from assay.poc.experiments._matrix_table import PUBLISHED_LIMIT
+from assay.poc.experiments._measures import distribution, overheads, residual_sizes, told_apart
+from assay.poc.experiments._plans import check_lists
 from assay.poc.experiments._runs import Run, open_run
-from assay.poc.experiments._spread import effective_dimension, spread_of
-from assay.poc.experiments._states import make_transform, published, state_pipeline, states
+from assay.poc.experiments._spread import effective_dimension
+from assay.poc.experiments._states import published, state_pipeline
 from assay.reports import JsonObject
 
 __all__ = ["APPROACHES", "ApproachPlan", "run_approaches"]
 
 APPROACHES = tuple(PIPELINES)
 
-ALPHA = 0.01  # at which a deviation from the law, or between blocks, counts as structure
 KEY = "node_A"
 STATE_NONCES = 256  # from which the effective dimension is measured
-TAIL_RATE = 0.1  # the published valid rate; there the width of the distances counts, at one half it does not
-HISTOGRAM_BINS = 40
 
-FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
 
 
@@ -86,12 +76,9 @@ class ApproachPlan:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("models", 1), ("approaches", 1), ("blocks", 2)):
-            values = getattr(self, name)
-            if len(values) < least or len(set(values)) < len(values):
-                raise UsageError(f"{name} {values!r:.80}", wanted=f"{least} or more, each once", do=f"correct --{name}")
-        for name in self.approaches:
-            get_pipeline(name)
+        # By their own names: sign-flips and poc-2.0 are one approach.
+        object.__setattr__(self, "approaches", tuple(get_pipeline(name).name for name in self.approaches))
+        check_lists(self, models=1, approaches=1, blocks=2)
         if self.nonces < 2 or self.checked < 2 or self.timed < 0 or not 0 < self.valid_rate < 1:
             raise UsageError(
                 f"{self.nonces} nonces, {self.checked} checked, {self.timed} timed, valid rate {self.valid_rate}",
@@ -162,10 +149,12 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
     count = min(STATE_NONCES, plan.nonces)
     reduced = published(engine, rounds[0], heads, range(count)) if heads else {}
     effective = {name: effective_dimension(states_ND) for name, states_ND in reduced.items()}
-    slower = _overheads(plan, engine, rounds[0], group) if plan.timed else {}
+    slower = overheads(engine, rounds[0], group, plan.timed) if plan.timed else {}
     apart = _separability(plan, reference, rounds[0], group)
     for pipeline in group:
-        distances = [distances_from(f[pipeline.name], round) for f, round in zip(found, rounds, strict=True)]
+        distances = {r.block_hash: distances_from(f[pipeline.name], r) for f, r in zip(found, rounds, strict=True)}
+        size = pipeline.output_size(model.hidden_size, model.vocab_size)
+        width = model.hidden_size if pipeline.head == "random" else None
         yield {
             "model": reference,
             "approach": pipeline.name,
@@ -177,7 +166,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
             **_costs(plan, pipeline, model),
             "overhead": slower.get(pipeline.name),
             "effective_dimension": effective.get(pipeline.name),
-            **_distribution(plan, pipeline, model, distances, effective.get(pipeline.name)),
+            **distribution(distances, size, plan.valid_rate, width, effective.get(pipeline.name)),
             **apart[pipeline.name],
         }
 
@@ -192,81 +181,6 @@ def _costs(plan: ApproachPlan, pipeline: Pipeline, model: Model) -> JsonObject:
     return {**sizes, "bytes_per_nonce": held.per_nonce, "bytes_per_block": held.per_block}
 
 
-def _distribution(
-    plan: ApproachPlan, pipeline: Pipeline, model: Model, distances: Sequence[FloatArray], effective: float | None
-) -> JsonObject:
-    """Hold the distances of every block, [B] arrays [N], against the chord law and against each other."""
-    size = pipeline.output_size(model.hidden_size, model.vocab_size)
-    pooled = np.concatenate(distances)
-    off, p_law = _off_the_law([block.mean() for block in distances], distances[0].size, size)
-    width = model.hidden_size if pipeline.head == "random" else None
-    spreads = [_spread_at(rate, distances, pooled, width, effective) for rate in (plan.valid_rate, TAIL_RATE)]
-    counts, edges = np.histogram(pooled, HISTOGRAM_BINS)
-    return {
-        "dimension": size,
-        "nonces": pooled.size,
-        **_summary(pooled),
-        "law": {"mean": stats.chord_mean(size), "std": stats.chord_std(size), "p10": stats.r_target_for(0.1, size)},
-        "mean_off_in_standard_errors": off,
-        "p_law": p_law,
-        "blocks": [{"block_hash": n, **_summary(d)} for n, d in zip(plan.blocks, distances, strict=True)],
-        "spreads": spreads,
-        "breaks_structure": _verdict(spreads[0]["spread"], spreads[0]["p_value"], p_law),
-        "histogram": {"counts": counts.tolist(), "low": float(edges[0]), "high": float(edges[-1])},
-    }
-
-
-def _summary(distances_N: FloatArray) -> JsonObject:
-    return {
-        "mean": float(distances_N.mean()),
-        "std": float(distances_N.std(ddof=1)),
-        "p10": float(np.quantile(distances_N, 0.1)),
-    }
-
-
-def _spread_at(
-    rate: float, distances: Sequence[FloatArray], pooled: FloatArray, width: int | None, effective: float | None
-) -> JsonObject:
-    """Return the spread of the blocks at the r_target that makes a share ``rate`` of all nonces valid.
-
-    ``noise_band`` is that of random directions, ``band_of_states`` that of states with their effective dimension.
-    """
-    r_target = float(np.quantile(pooled, rate))
-    valid = [int(np.count_nonzero(block < r_target)) for block in distances]
-    checked = [block.size for block in distances]
-    found = spread_of(valid, checked, width=width)
-    wider = spread_of(valid, checked, width=effective) if effective else None
-    return {
-        "rate": rate,
-        "r_target": r_target,
-        "valid_rates": list(found.rates),
-        "spread": found.value,
-        "noise_band": [found.low, found.high],
-        "p_value": found.p_value,
-        "band_of_states": wider and [wider.low, wider.high],
-    }
-
-
-def _off_the_law(means: Sequence[float], n: int, size: int) -> tuple[float, float]:
-    """Test block means [B] of n distances against the chord law: the largest offset in standard errors, and χ²'s p."""
-    from scipy.stats import chi2
-
-    error = stats.chord_std(size) / math.sqrt(n)
-    z_B = (np.asarray(means) - stats.chord_mean(size)) / error
-    return float(np.abs(z_B).max()), float(chi2.sf(np.sum(z_B**2), len(z_B)))
-
-
-def _verdict(spread: float, p_spread: float, p_law: float) -> str:
-    """Say whether structure is left: yes it is broken, partly, or no.
-
-    *yes*: neither the means nor the spread of the blocks can be told from chance, at 1 % each. *partly*: they can, but
-    the spread is below the published limit of 5 %. *no*: it is not.
-    """
-    if min(p_spread, p_law) >= ALPHA:
-        return "yes"
-    return "partly" if spread < PUBLISHED_LIMIT else "no"
-
-
 def _separability(plan: ApproachPlan, reference: str, round: Round, group: Sequence[Pipeline]) -> dict[str, JsonObject]:
     """Compare an honest bfloat16 node and a cheater with int4 weights, seen by a validator in float32."""
     honest = load_model(reference, dtype="bfloat16", device=plan.device)
@@ -276,45 +190,8 @@ def _separability(plan: ApproachPlan, reference: str, round: Round, group: Seque
     truth = published(_engine(plan, validator), round, group, nonces)
     claims = {side: published(_engine(plan, model), round, group, nonces) for side, model in sides.items()}
     return {
-        pipeline.name: _told_apart(
-            *(_residual_sizes(claims[side][pipeline.name], truth[pipeline.name]) for side in sides)
+        pipeline.name: told_apart(
+            *(residual_sizes(claims[side][pipeline.name], truth[pipeline.name]) for side in sides)
         )
         for pipeline in group
     }
-
-
-def _residual_sizes(claimed: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]) -> FloatArray:
-    """|received − recomputed| of distances, or the L2 distance of vectors, [N]."""
-    difference = claimed.astype(np.float64) - truth
-    return np.abs(difference) if difference.ndim == 1 else np.asarray(np.linalg.norm(difference, axis=1))
-
-
-def _told_apart(honest_N: FloatArray, cheat_N: FloatArray) -> JsonObject:
-    return {
-        "honest_residual": float(np.median(honest_N)),
-        "int4_residual": float(np.median(cheat_N)),
-        "separation": float(np.median(cheat_N) / max(np.median(honest_N), stats.RESOLUTION)),
-        "auc": stats.auroc(cheat_N, honest_N),
-    }
-
-
-def _overheads(plan: ApproachPlan, engine: Engine, round: Round, group: Sequence[Pipeline]) -> dict[str, float]:
-    """Return the time of a batch with an approach over the plain forward pass, less one: the median of neighbours."""
-    transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in group}
-
-    def seconds(layers: LayerStep, name: str, *, publish: bool) -> float:
-        with engine.between_layers(layers, round):
-            started = time.perf_counter()
-            padded, x_BD = next(states(engine, transforms[name], range(engine.batch_size)))
-            values = transforms[name](x_BD, padded) if publish else x_BD
-            values.cpu()  # waits for the device
-            return time.perf_counter() - started
-
-    for name in transforms:  # compiles what the first call compiles
-        seconds(group[0].layers, name, publish=True)
-    ratios: dict[str, list[float]] = {name: [] for name in transforms}
-    for _ in range(plan.timed):
-        for name in transforms:
-            plain = seconds("none", name, publish=False)
-            ratios[name].append(seconds(group[0].layers, name, publish=True) / plain)
-    return {name: statistics.median(values) - 1 for name, values in ratios.items()}

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -134,7 +135,7 @@ class Live:
             raise self.failure(f"the process ended with code {self._process.returncode}")
 
 
-def wait_until(true: Any, seconds: float, failed: Any) -> None:
+def wait_until(true: Callable[[], Any], seconds: float, failed: Callable[[str], Exception]) -> None:
     """Ask again and again until something is true.
 
     Args:

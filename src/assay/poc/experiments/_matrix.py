@@ -17,6 +17,7 @@ from assay.errors import UsageError
 from assay.models import model_info
 from assay.poc._round import Round
 from assay.poc.experiments._live import Live, wait_until
+from assay.poc.experiments._plans import check_lists
 from assay.poc.experiments._runs import open_run
 from assay.reports import JsonObject, dumps, write_atomic
 
@@ -88,10 +89,7 @@ class Plan:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("models", "modes", "blocks", "public_keys"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise UsageError(f"{name} {values!r:.80}", wanted="one or more, each once", do=f"correct --{name}")
+        check_lists(self, models=1, modes=1, blocks=1, public_keys=1)
         unknown = [mode for mode in self.modes if mode not in MODES]
         if unknown:
             raise UsageError(f"mode {unknown[0]!r:.40}", wanted="one of " + ", ".join(MODES), do="correct --modes")

@@ -21,6 +21,7 @@ from assay.poc._round import Round
 from assay.poc._rtarget import distances_from
 from assay.poc._transforms import unit
 from assay.poc.engines import HFEngine
+from assay.poc.experiments._plans import check_lists
 from assay.poc.experiments._runs import open_run
 from assay.poc.experiments._states import published
 from assay.reports import JsonObject
@@ -62,10 +63,7 @@ class WeightPlan:
 
     def __post_init__(self) -> None:
         get_pipeline(self.preset)
-        for name, least in (("models", 1), ("blocks", 2)):
-            values = getattr(self, name)
-            if len(values) < least or len(set(values)) < len(values):
-                raise UsageError(f"{name} {values!r:.80}", wanted=f"{least} or more, each once", do=f"correct --{name}")
+        check_lists(self, models=1, blocks=2)
         if self.nonces < 2:
             raise UsageError(f"{self.nonces} nonces", wanted="at least 2 per block", do="raise --nonces")
 
