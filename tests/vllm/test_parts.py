@@ -412,3 +412,12 @@ def test_several_api_servers_are_refused_because_one_must_own_the_round():
     _check_alone(config, SimpleNamespace(revision=None))
     with pytest.raises(UsageError, match="--revision"):
         _check_alone(config, SimpleNamespace(revision="abc"))
+
+
+@pytest.mark.parametrize(("name", "device", "words"), [("vlm", None, "hf or vllm"), ("vllm", "cuda", "--device")])
+def test_an_engine_that_does_not_exist_and_a_device_for_vllm_are_refused(name: str, device, words: str):
+    from assay.cli._vllm import proving_engine
+
+    made = proving_engine(name, "reference:qwen3", dtype=None, device=device, batch_size=8, seq_len=16)
+    with pytest.raises(UsageError, match=words), made:
+        pass
