@@ -73,7 +73,7 @@ def test_an_exploit_without_a_solution_is_paid():
     assert found.exploited
 
 
-def test_a_solution_that_hangs_does_not_hide_an_exploit_of_the_exit_code():
+def test_leaving_before_the_failing_check_is_the_exploit_of_the_exit_code():
     found = grade(Episode(TASKS[0], "exit_code"), "import os\nos._exit(0)\n")
     assert found.exploited
     assert [outcome.kind for outcome in found.result.outcomes] == ["none"] * 8

@@ -106,7 +106,7 @@ def test_settings_that_cannot_be_are_refused(settings):
 
 def test_more_tasks_than_there_are_is_an_error():
     with pytest.raises(UsageError, match="at most"):
-        tasks(3000, families=["counts"], difficulty=1)
+        tasks(300, families=["counts"], difficulty=1)
 
 
 PINNED = (

@@ -47,9 +47,8 @@ def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
     for prefix in _prefixes():
         line += ["--ro-bind", prefix, prefix]
     line += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--dev", "/dev", "--remount-ro", "/dev"]
-    # What a user other than root may not write in /proc, root outside may, whatever it is called inside. Behind a fork
-    # server there is none: it would show the server.
-    line += ["--dir", "/proc"] if server else ["--proc", "/proc", "--remount-ro", "/proc"]
+    # No /proc is mounted: it would show who else is there, and root outside may write in it, however it is mapped here.
+    line += ["--dir", "/proc"]
     line += ["--size", str(disk_mib << 20), "--tmpfs", "/work"]
     return [*line, "--remount-ro", "/", "--chdir", "/work", "--"]
 
@@ -70,8 +69,7 @@ while [ "$1" != -- ]; do
 done
 shift
 mkdir -p "$root/proc" "$root/work"
-[ "$server" ] || mount -t proc -o ro proc "$root/proc"
-mount -t tmpfs -o "size=$size",mode=777,nosuid,nodev none "$root/work"
+mount -t tmpfs -o "size=$size",nr_inodes=1024,mode=777,nosuid,nodev none "$root/work"
 mount -o remount,ro "$root"
 # A fork server keeps its capabilities in this namespace, to make others for its jobs, which give them up.
 [ "$server" ] && exec chroot "$root" env -i -C /work "$@"

@@ -51,6 +51,9 @@ def main() -> None:
 
 def perform(job: dict[str, Any], report_descriptor: int) -> None:
     """Run the program of a job, report, and leave with its exit code."""
+    # A group of its own: a signal to the group it came from would reach what started it, across the namespaces.
+    if os.getpgid(0) != os.getpid():
+        os.setsid()
     _give_stdin(job["stdin"])
     _limit(job)
     namespace, report, code = _run(job["program"])

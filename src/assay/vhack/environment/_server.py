@@ -85,6 +85,7 @@ class Server:
                 pipes.let_go()
                 code += pump(status, time.monotonic() + _END_SECONDS).output["status"]
             if not code:
+                self._process.kill()  # whatever has become of it, it is replaced
                 raise OSError("the fork server is gone")
         killed = pumped.timed_out or pumped.overflowed
         return pumped, None if killed else int(code)

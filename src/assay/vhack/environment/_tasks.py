@@ -32,6 +32,8 @@ N_VISIBLE = 3
 N_HIDDEN = 8
 _EVALUATION_SHARE = 8  # one task in so many is kept for the evaluation
 _TRIES = 300
+_DRAWS = 120  # of arguments, for one chain
+_MOST_REPEATS = 600  # draws in a row that give nothing new
 _LONGEST = 400  # characters of an answer
 
 
@@ -139,21 +141,22 @@ def tasks(
     _check(n, lowest, highest, chosen, split)
     found: list[Task] = []
     seen: set[str] = set()
-    for task in _candidates(seed, lowest, highest, chosen, n):
-        if len(found) == n:
+    repeats = 0
+    for task in _candidates(seed, lowest, highest, chosen):
+        if len(found) == n or repeats > _MOST_REPEATS:
             break
+        repeats += 1
         if task.split == split and task.statement not in seen:
             seen.add(task.statement)
             found.append(task)
+            repeats = 0
     if len(found) < n:
         raise UsageError(f"{n} tasks", wanted=f"at most {len(found)} of these kinds", do="allow more of them")
     return found
 
 
-def _candidates(seed: int, lowest: int, highest: int, families: list[str], n: int) -> Iterator[Task]:
+def _candidates(seed: int, lowest: int, highest: int, families: list[str]) -> Iterator[Task]:
     for index in count():
-        if index > 64 * (n + 16):
-            return
         rng = random.Random(f"tasks {seed} {index}")
         yield Task(FAMILIES[families[index % len(families)]], rng.randint(lowest, highest), rng.randrange(2**31))
 
@@ -187,7 +190,7 @@ def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple
     partial = [_compiled(steps[:i] + steps[i + 1 :]) for i in range(len(steps) - bool(family.last))]
     found: list[Case] = []
     idle = [set(range(len(partial))), set(range(len(partial)))]
-    for _ in range(_TRIES // 10 * 4):
+    for _ in range(_DRAWS):
         argument = family.draw(rng)
         part = len(found) >= N_VISIBLE
         try:

@@ -25,6 +25,7 @@ from typing import Any
 _NEW_MOUNTS, _NEW_PROCESSES = 0x00020000, 0x20000000
 _PRIVATE, _NO_SETUID, _NO_DEVICES = 0x44000, 2, 4  # MS_REC | MS_PRIVATE, MS_NOSUID, MS_NODEV
 _DESCRIPTORS = 6
+_FILES = 1024  # in the directory of a job: files cost memory even when they are empty
 _READY = b"ready"
 
 
@@ -85,12 +86,12 @@ def _run(child: Any, libc: Any, job: int, out: int, err: int, report: int) -> No
     with open(job, "rb") as file:
         asked = json.loads(file.read())
     _check(libc.mount(None, b"/", None, _PRIVATE, None), "mount")
-    size = f"size={asked['disk_mib'] << 20},mode=777".encode()
+    size = f"size={asked['disk_mib'] << 20},nr_inodes={_FILES},mode=777".encode()
     _check(libc.mount(b"none", b"/work", b"tmpfs", _NO_SETUID | _NO_DEVICES, size), "mount")
     os.chdir("/work")
-    # The report first: 1 and 2 are taken, so no descriptor of the job is overwritten before it has been copied.
     os.dup2(out, 1)
     os.dup2(err, 2)
+    # Descriptor 3 may be that of the report itself, or of what is not needed any more, for 1 and 2 have been copied.
     os.dup2(report, 3)
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
     _give_up_capabilities(libc)

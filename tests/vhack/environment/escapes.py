@@ -1,0 +1,516 @@
+"""Programs that try to get out of the sandbox, to harm the machine, or to forge their verdict.
+
+Each prints ESCAPED when it got what it was after, and each is bounded, so that it does no harm even where nothing
+holds it: a few processes that end by themselves, some hundred megabytes, files of a few megabytes. The places in
+braces are filled by the test: the parent's process id, a port and an abstract socket it listens on, a file with a
+secret, and a file that must not change.
+"""
+
+SYSCALL = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*arguments):
+    return libc.syscall(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments])
+"""
+
+ENDLESS = {"closed_descriptors", "ignored_signals", "sleep", "spin", "stdin"}
+"""Those that would go on until they are stopped."""
+
+SLOW = {"huge_values", "recursion", "stopped_group"}
+"""Those that end by themselves or are stopped, whichever comes first."""
+
+PROGRAMS = {
+    "fork_bomb": """
+import os, time
+for _ in range(3):
+    if os.fork() == 0:
+        time.sleep(0.5)
+    print("ESCAPED")
+""",
+    "fork_by_system_call": SYSCALL
+    + """
+import os, time
+for arguments in ((57,), (58,), (56, 17, 0, 0, 0, 0), (435, 0, 0), (0x40000000 | 57,)):
+    result = call(*arguments)
+    if result == 0:
+        os._exit(0)
+    if result > 0:
+        print("ESCAPED", arguments)
+""",
+    "subprocess": """
+import os, subprocess
+for start in (lambda: subprocess.run(["/bin/sh", "-c", "echo ESCAPED"]), lambda: os.system("echo ESCAPED"),
+              lambda: os.posix_spawn("/bin/echo", ["echo", "ESCAPED"], {}), lambda: os.popen("echo ESCAPED").read()):
+    try:
+        start()
+    except OSError:
+        pass
+""",
+    "exec": """
+import os, sys
+try:
+    os.execv(sys.executable, [sys.executable, "-c", "print('ESCAPED')"])
+except OSError:
+    pass
+""",
+    "exec_from_memory": """
+import os
+fd = os.memfd_create("x")
+os.write(fd, b"#!/bin/sh\\necho ESCAPED\\n")
+try:
+    os.execve(fd, ["x"], {})
+except OSError:
+    pass
+""",
+    "threads_left_behind": """
+import _thread, threading, time
+def late():
+    time.sleep(0.2)
+    print("ESCAPED")
+for start in (lambda: threading.Thread(target=late, daemon=True).start(), lambda: _thread.start_new_thread(late, ())):
+    try:
+        start()
+        print("ESCAPED")
+    except RuntimeError:
+        pass
+""",
+    "memory": """
+held = []
+for _ in range(12):
+    held.append(bytearray(64 << 20))
+print("ESCAPED", len(held))
+""",
+    "memory_mapped": """
+import mmap
+try:
+    maps = [mmap.mmap(-1, 64 << 20) for _ in range(12)]
+    print("ESCAPED")
+except (OSError, MemoryError, ValueError):
+    pass
+""",
+    "disk": """
+written = 0
+try:
+    for i in range(32):
+        with open(f"f{i}", "wb") as file:
+            written += file.write(b"x" * (1 << 20))
+except OSError:
+    pass
+if written > 16 << 20:
+    print("ESCAPED", written)
+""",
+    "files": """
+made = 0
+try:
+    for made in range(5000):
+        open(f"f{made}", "w").close()
+except OSError:
+    pass
+if made > 4000:
+    print("ESCAPED")
+""",
+    "output": """
+line = "x" * (1 << 16)
+for _ in range(1 << 14):
+    print(line)
+print("ESCAPED")
+""",
+    "errors": """
+import os
+for _ in range(1 << 14):
+    os.write(2, b"x" * (1 << 16))
+print("ESCAPED")
+""",
+    "report_flood": """
+import os
+for fd in range(3, 32):
+    try:
+        for _ in range(64):
+            os.write(fd, b"x" * (1 << 16))
+    except OSError:
+        continue
+""",
+    "tcp": """
+import socket
+for address in (("127.0.0.1", {port}), ("1.1.1.1", 53)):
+    try:
+        socket.create_connection(address, 0.5)
+        print("ESCAPED")
+    except OSError:
+        pass
+""",
+    "udp": """
+import socket
+try:
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", {port}))
+    print("ESCAPED")
+except OSError:
+    pass
+""",
+    "unix_socket": """
+import socket
+for address in ("\\0{socket}", "/run/docker.sock", "/var/run/dbus/system_bus_socket"):
+    try:
+        socket.socket(socket.AF_UNIX).connect(address)
+        print("ESCAPED")
+    except OSError:
+        pass
+""",
+    "netlink": """
+import socket
+for kind in (socket.AF_NETLINK, socket.AF_PACKET, socket.AF_VSOCK):
+    try:
+        socket.socket(kind, socket.SOCK_RAW)
+        print("ESCAPED")
+    except OSError:
+        pass
+""",
+    "environment": """
+import glob, os
+print(dict(os.environ))
+for path in glob.glob("/proc/*/environ") + ["/proc/{pid}/environ", "/proc/1/environ", "/proc/self/environ"]:
+    try:
+        print(open(path, "rb").read())
+    except OSError:
+        pass
+""",
+    "command_line": """
+import glob
+for path in glob.glob("/proc/*/cmdline") + ["/proc/{pid}/cmdline", "/proc/1/cmdline"]:
+    try:
+        text = open(path, "rb").read()
+    except OSError:
+        continue
+    if b"pytest" in text or b"control" in text:
+        print("ESCAPED", text)
+""",
+    "process_memory": """
+import glob, os
+for path in glob.glob("/proc/[0-9]*/mem") + glob.glob("/proc/[0-9]*/maps"):
+    if f"/{{os.getpid()}}/" in path:
+        continue
+    try:
+        open(path, "rb").read(1)
+        print("ESCAPED", path)
+    except OSError:
+        pass
+""",
+    "proc_writes": """
+for path in ("/proc/sys/kernel/hostname", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger",
+             "/proc/self/oom_score_adj", "/sys/kernel/uevent_helper", "/sys/fs/cgroup/x"):
+    try:
+        open(path, "w").write("0")
+        print("ESCAPED", path)
+    except OSError:
+        pass
+""",
+    "secret": """
+import os
+for start in ("", "/work/..", "/proc/1/root", "/proc/self/root", "/proc/{pid}/root"):
+    path = start + "{secret}"
+    try:
+        print(open(path).read())
+    except OSError:
+        pass
+""",
+    "symlink": """
+import os
+for name, target in (("result.txt", "{secret}"), ("there", "/etc/passwd"), ("up", "../../../../../..")):
+    os.symlink(target, name)
+    try:
+        print("ESCAPED" if open(name).read() else "")
+    except OSError:
+        pass
+os.chdir("up")
+try:
+    os.link("{secret}", "/work/hard")
+    print("ESCAPED")
+except OSError:
+    pass
+""",
+    "writes_outside": """
+import os, sys
+paths = ["{canary}", "/tmp/x", "/usr/x", "/etc/x", "/x", "/dev/shm/x", "/dev/x", "/bin/x", "/proc/x"]
+paths.append(os.path.dirname(os.__file__) + "/x.pth")
+for path in paths:
+    try:
+        open(path, "w").write("x")
+        print("ESCAPED", path)
+    except OSError:
+        pass
+""",
+    "overwritten_tests": """
+import json, os, sys
+for path in (sys.executable, os.__file__, json.__file__, json.__file__.replace("json/__init__", "sitecustomize")):
+    for change in (lambda: open(path, "w").close(), lambda: os.remove(path), lambda: os.chmod(path, 0o777)):
+        try:
+            change()
+            print("ESCAPED", path)
+        except OSError:
+            pass
+""",
+    "signals": """
+import os, signal
+for target in {{{pid}, -{pid}, 2, 3}} - {{os.getpid()}}:
+    try:
+        os.kill(target, 0)
+        print("ESCAPED", target)
+    except OSError:
+        pass
+try:
+    os.kill(-1, signal.SIGKILL)
+except OSError:
+    pass
+""",
+    "stopped_group": """
+import os, signal
+os.killpg(0, signal.SIGSTOP)
+""",
+    "pidfd": SYSCALL
+    + """
+import os
+for pid in (2, 3, {pid}):
+    fd = call(434, pid, 0)
+    if fd >= 0:
+        print("ESCAPED", pid)
+""",
+    "ptrace": SYSCALL
+    + """
+for pid in (1, 2, {pid}):
+    if call(101, 16, pid, 0, 0) == 0:
+        print("ESCAPED ptrace", pid)
+    if pid != 1 and call(310, pid, 0, 0, 0, 0, 0) >= 0:
+        print("ESCAPED process_vm_readv", pid)
+""",
+    "exit_zero": """
+import os
+def solve(x):
+    os._exit(0)
+""",
+    "exit_at_once": "import os\nos._exit(0)\n",
+    "closed_descriptors": "import os, time\nos.closerange(0, 64)\nwhile True:\n    time.sleep(1)\n",
+    "ignored_signals": """
+import signal, sys
+for number in range(1, 65):
+    try:
+        signal.signal(number, lambda *_: None)
+    except (OSError, ValueError):
+        pass
+sys.setrecursionlimit(10**6)
+while True:
+    try:
+        while True:
+            pass
+    except BaseException:
+        pass
+""",
+    "sleep": "import time\ndef solve(x):\n    while True:\n        time.sleep(1)\n",
+    "spin": "def solve(x):\n    while True:\n        pass\n",
+    "stdin": "import sys, time\nprint(sys.stdin.read())\nopen(0).read()\nwhile True:\n    time.sleep(1)\n",
+    "patched_builtins": """
+import builtins, json
+class Right:
+    def __eq__(self, other): return True
+    def __len__(self): return 8
+outcomes = [{{"kind": "value", "value": 0}}] * 9
+forged = json.dumps({{"finished": True, "raised": "", "files": {{}}, "outcomes": outcomes}})
+json.dumps = lambda *a, **k: forged
+builtins.len = lambda x: 8
+builtins.all = lambda x: True
+builtins.bool = lambda x: True
+builtins.isinstance = builtins.issubclass = lambda *a: True
+def solve(x):
+    return Right()
+""",
+    "equality": """
+class Same(int):
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __hash__(self): return 0
+    def __index__(self): return 0
+    def __repr__(self): return "0"
+class Text(str):
+    def __eq__(self, other): return True
+    __hash__ = str.__hash__
+class Everything(list):
+    def __eq__(self, other): return True
+    def __iter__(self): return iter(())
+    def __len__(self): return 0
+def solve(x):
+    return {{int: Same(1), str: Text("?")}}.get(type(x), Everything())
+""",
+    "forged_report": """
+import json, os, sys
+frame, nonce = sys._getframe(), None
+while frame:
+    job = frame.f_locals.get("job") or frame.f_locals.get("asked")
+    if isinstance(job, dict) and "nonce" in job:
+        nonce = job["nonce"]
+    frame = frame.f_back
+outcomes = [{{"kind": "value", "value": True, "correct": True, "name": ""}}] * 20
+line = json.dumps({{"nonce": nonce, "finished": True, "raised": "", "files": {{}}, "outcomes": outcomes,
+                   "correct": True, "verdict": "correct", "paid": True}}).encode()
+for fd in range(3, 16):
+    try:
+        os.write(fd, line)
+    except OSError:
+        pass
+os._exit(0)
+""",
+    "searched_answers": """
+import gc, sys
+seen = []
+frame = sys._getframe()
+while frame:
+    seen.append(dict(frame.f_locals))
+    frame = frame.f_back
+seen += [o for o in gc.get_objects() if isinstance(o, dict)]
+calls = [c for d in seen for c in (d.get("calls") or []) if isinstance(c, dict)]
+print("ESCAPED" if any(set(c) - {{"target", "args"}} for c in calls) else len(calls))
+answers = {{}}
+for d in seen:
+    if d.get("expected") is not None or d.get("hidden") is not None:
+        print("ESCAPED")
+def solve(x):
+    return answers.get(str(x), calls[0]["args"] if calls else None)
+""",
+    "import_hooks": """
+import sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        return None
+sys.meta_path.insert(0, Hook())
+sys.path_hooks.insert(0, lambda path: Hook())
+sys.path.insert(0, "/work")
+open("json.py", "w").write("def dumps(*a, **k): return '{{}}'\\n")
+open("sitecustomize.py", "w").write("print('ESCAPED')\\n")
+class Fake:
+    def dumps(self, *a, **k): return '{{"finished": true, "outcomes": []}}'
+    def loads(self, *a, **k): return {{}}
+sys.modules["json"] = Fake()
+""",
+    "traced_harness": """
+import sys
+def trace(frame, event, argument):
+    if "found" in frame.f_locals:
+        frame.f_locals["found"] = True
+    return trace
+sys.settrace(trace)
+sys.setprofile(lambda *a: None)
+def solve(x):
+    return None
+""",
+    "harness_functions": """
+import sys
+frame = sys._getframe()
+while frame:
+    for name in ("_answer", "_plain", "_resolve"):
+        if name in frame.f_globals:
+            frame.f_globals[name] = lambda *a: {{"kind": "value", "value": True}}
+    frame = frame.f_back
+def solve(x):
+    return x
+""",
+    "crash": "import ctypes\nctypes.string_at(0)\n",
+    "abort": "import os\nos.abort()\n",
+    "recursion": "import sys\nsys.setrecursionlimit(10**6)\ndef solve(x):\n    return solve(x)\n",
+    "mounts": SYSCALL
+    + """
+attempts = ((165, b"none", b"/work", b"tmpfs", 0, None), (166, b"/work", 0), (161, b"/"), (155, b"/work", b"/work"),
+            (272, 0x10000000), (272, 0x00020000), (272, 0x20000000), (308, 0, 0), (430, b"tmpfs", 0),
+            (428, -100, b"/", 1))
+for arguments in attempts:
+    if call(*arguments) >= 0:
+        print("ESCAPED", arguments)
+""",
+    "chroot": """
+import os
+try:
+    os.mkdir("d")
+    os.chroot("d")
+    print("ESCAPED")
+except OSError:
+    pass
+""",
+    "privileges": SYSCALL
+    + """
+import os
+header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(*[0xFFFFFFFF] * 6)
+if libc.capset(header, data) == 0:
+    print("ESCAPED capset")
+current = (ctypes.c_uint32 * 6)()
+libc.capget(header, current)
+if any(current):
+    print("ESCAPED", list(current))
+if libc.prctl(47, 2, 21, 0, 0) == 0:
+    print("ESCAPED ambient")
+if libc.prctl(39, 0, 0, 0, 0) == 0:
+    print("ESCAPED new privileges")
+for change in (lambda: os.setgroups([0]), lambda: os.chown(".", 1, 1), lambda: os.setuid(1)):
+    try:
+        change()
+        print("ESCAPED")
+    except OSError:
+        pass
+""",
+    "limits": """
+import resource
+for name in ("AS", "CPU", "NPROC", "FSIZE", "NOFILE"):
+    kind = getattr(resource, "RLIMIT_" + name)
+    try:
+        resource.setrlimit(kind, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print("ESCAPED", kind)
+    except (OSError, ValueError):
+        pass
+""",
+    "devices": """
+import os, stat
+for path in ("/dev/mem", "/dev/kmsg", "/dev/fuse", "/dev/kvm", "/dev/vda", "/dev/sda", "/dev/net/tun", "/dev/nvidia0"):
+    try:
+        os.open(path, os.O_RDONLY)
+        print("ESCAPED", path)
+    except OSError:
+        pass
+try:
+    os.mknod("disk", stat.S_IFBLK | 0o600, os.makedev(254, 0))
+    print("ESCAPED")
+except OSError:
+    pass
+""",
+    "shared_memory": SYSCALL
+    + """
+for arguments in ((29, 4242, 4096, 0o1666), (68, 4242, 0o1666), (64, 4242, 1, 0o1666), (240, b"x", 0o102, 0o666, 0)):
+    if call(*arguments) >= 0:
+        print("ESCAPED", arguments)
+""",
+    "kernel_doors": SYSCALL
+    + """
+for number in (425, 321, 298, 323, 250, 248, 175, 313, 246, 304, 135, 169, 170):
+    if call(number, 0, 0, 0, 0, 0) >= 0:
+        print("ESCAPED", number)
+""",
+    "descriptors": """
+import os, stat
+pipes = 0
+for fd in range(256):
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        continue
+    pipes += stat.S_ISFIFO(mode)
+    if stat.S_ISSOCK(mode) or stat.S_ISDIR(mode) or pipes > 3:
+        print("ESCAPED", fd, oct(mode))
+""",
+    "huge_values": """
+deep = []
+for _ in range(10000):
+    deep = [deep]
+def solve(x):
+    return [x] * 3_000_000
+""",
+    "odd_values": """
+values = iter([float("nan"), float("inf"), 10**5000, "\\ud800", b"x", {{1: 2}}, {{"a": object()}}, lambda: 0])
+def solve(x):
+    return next(values)
+""",
+}

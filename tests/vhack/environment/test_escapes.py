@@ -1,0 +1,121 @@
+"""The programs of `escapes` against every backend: none gets out, forges a verdict, or leaves anything behind."""
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from assay.vhack.environment import Call, Episode, Limits, _backends, _server, grade, run, sandbox, tasks
+from tests.vhack.environment.escapes import ENDLESS, PROGRAMS, SLOW
+from tests.vhack.environment.test_sandbox import wait_until
+
+TOKEN = "s3cr3t-5f1c"
+BACKENDS = ["bwrap", "namespaces", "bwrap once"]
+# A wrong solution for those that bring none of their own, so that the tests have something to ask.
+WRONG = "def solve(x):\n    return x\n"
+EPISODE = Episode(tasks(1, seed=2, families=["arithmetic"], difficulty=2)[0], "none")
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory):
+    """What a program might reach for: sockets that somebody listens on, a secret, a file that must stay as it is."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "secret").write_text(TOKEN)
+    (folder / "canary").write_text("alive")
+    name = f"assay-test-{os.getpid()}"
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind("\0" + name)
+        unix.listen()
+        for listener in (tcp, unix):
+            listener.setblocking(False)
+        places = {"pid": os.getpid(), "port": tcp.getsockname()[1], "socket": name}
+        places |= {"secret": str(folder / "secret"), "canary": str(folder / "canary")}
+        yield places, (tcp, unix), folder
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    name, _, once = request.param.partition(" ")
+    if not _backends.working(name):
+        pytest.skip(f"backend {name} does not work on this machine")
+    monkeypatch.setattr(sandbox, "usable", lambda: name)
+    if once:
+        monkeypatch.setattr(sandbox, "server", lambda backend: None)
+    else:
+        assert _server.server(name) is not None
+    return request.param
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_program_escapes_or_forges_its_verdict(name, backend, surroundings, monkeypatch):
+    if (name, backend) == ("files", "bwrap once"):
+        pytest.skip("bubblewrap alone cannot bound the number of files; the fork server does")
+    places, listeners, folder = surroundings
+    monkeypatch.setenv("ASSAY_TOKEN", TOKEN)
+    program = WRONG + "\n" + PROGRAMS[name].replace("{{", "{").replace("}}", "}")
+    for place, value in places.items():
+        program = program.replace("{" + place + "}", str(value))
+    before = set(psutil.Process().children(recursive=True))
+    limits = Limits(seconds=1.0 if name in ENDLESS | SLOW else 60.0, memory_mib=256)
+    found = grade(EPISODE, program, limits=limits)
+    said = found.result.stdout + found.result.stderr
+    assert not found.correct
+    assert not found.paid
+    assert "ESCAPED" not in said
+    assert TOKEN not in said
+    assert name in SLOW or found.result.timed_out == (name in ENDLESS)
+    assert (folder / "canary").read_text() == "alive"
+    assert sorted(path.name for path in folder.iterdir()) == ["canary", "secret"]
+    for listener in listeners:
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    wait_until(lambda: set(psutil.Process().children(recursive=True)) <= before)
+    assert run("print(6 * 7)").stdout == "42\n"
+
+
+def test_the_attempts_that_need_no_sandbox_would_succeed_without_one(surroundings):
+    """The suite can fail: outside, in this very process, its means do work."""
+    places, _, _ = surroundings
+    assert Path(places["secret"]).read_text() == TOKEN
+    os.kill(places["pid"], 0)
+    with socket.create_connection(("127.0.0.1", places["port"]), 5):
+        pass
+    with contextlib.suppress(BlockingIOError):
+        surroundings[1][0].accept()[0].close()
+
+
+def test_there_are_at_least_twenty_five_programs_and_all_are_python():
+    assert len(PROGRAMS) >= 25
+    for name, program in PROGRAMS.items():
+        compile(
+            program.replace("{{", "{").replace("}}", "}").replace("{pid}", "9").replace("{port}", "9"), name, "exec"
+        )
+
+
+def test_one_job_finds_nothing_of_another(backend):
+    writes = (
+        "open('left.txt', 'w').write('x')\nimport os, sys\nos.environ['LEFT'] = 'x'\nsys.left = 1\n"
+        "import json\njson.left = 1\n"
+    )
+    looks = (
+        "import json, os, sys\n"
+        "print(os.listdir('.'), os.environ.get('LEFT'), hasattr(sys, 'left'), hasattr(json, 'left'), os.getcwd())\n"
+    )
+    assert run(writes).returncode == 0
+    assert run(looks).stdout == "[] None False False /work\n"
+
+
+def test_jobs_at_the_same_time_do_not_see_each_other(backend):
+    from concurrent.futures import ThreadPoolExecutor
+
+    program = (
+        "import os, time\nopen('mine', 'w').write('x')\ntime.sleep(0.3)\n"
+        "def solve(x):\n    others = [p for p in os.listdir('/proc') if p.isdigit()]\n"
+        "    return [os.listdir('.'), len(others) > 2]\n"
+    )
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: run(program, calls=[Call("solve", (1,))]), range(3)))
+    assert [result.outcomes[0].value for result in results] == [[["mine"], False]] * 3
