@@ -83,7 +83,7 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.data_dir)
 
-    def start(self, timeout=400.0):
+    def start(self, timeout=900.0):
         """Start, and wait until chat and the service answer."""
         self.launch()
         self.client = httpx.Client(base_url=self.url, timeout=120.0, headers={"Authorization": f"Bearer {KEY}"})

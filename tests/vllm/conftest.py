@@ -16,11 +16,12 @@ SEQ_LEN = 64
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        missing = pytest.mark.skip(reason="vLLM is not installed: run make test-vllm")
-        for item in items:
-            if item.path.parent == Path(__file__).parent and not item.path.name.startswith("test_parts"):
-                item.add_marker(missing)
+    absent = importlib.util.find_spec("vllm") is None
+    for item in items:
+        if item.path.parent == Path(__file__).parent and not item.path.name.startswith("test_parts"):
+            item.add_marker(pytest.mark.timeout(1200))  # the start of a server, on a machine with other work
+            if absent:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed: run make test-vllm"))
 
 
 @pytest.fixture(scope="session", autouse=True)

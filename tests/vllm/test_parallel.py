@@ -24,7 +24,7 @@ def prove(model: str, output: Path, arguments: str, *, preset: str = "poc-2.0") 
     environment = os.environ | {"ASSAY_VLLM_ARGS": f"{COMMON} {arguments}", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would be a fixed size of the cache, see VLLMEngine
     command = [sys.executable, "-m", "assay", "poc", "prove", "--engine", "vllm", *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1000, check=False)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
