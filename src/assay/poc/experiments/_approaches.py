@@ -24,7 +24,7 @@ from assay.poc._pipelines import PIPELINES, Pipeline, get_pipeline
 from assay.poc._round import Round
 from assay.poc._rtarget import distances_from
 from assay.poc.engines import HFEngine
-from assay.poc.experiments._cost import memory, pipeline_parallel, tensor_parallel
+from assay.poc.experiments._cost import PIPELINE_PARALLEL, memory, tensor_parallel
 from assay.poc.experiments._measures import distribution, overheads, residual_sizes, told_apart
 from assay.poc.experiments._plans import check_lists
 from assay.poc.experiments._runs import Run, open_run
@@ -162,7 +162,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
             "dtype": engine.dtype,
             "per_nonce": pipeline.per_nonce,
             "tensor_parallel": tensor_parallel(pipeline),
-            "pipeline_parallel": pipeline_parallel(pipeline),
+            "pipeline_parallel": PIPELINE_PARALLEL,
             **_costs(plan, pipeline, model),
             "overhead": slower.get(pipeline.name),
             "effective_dimension": effective.get(pipeline.name),

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from assay.poc._pipelines import RANDOM_HEAD_ROWS, Pipeline, Step
 
-__all__ = ["Memory", "memory", "pipeline_parallel", "tensor_parallel"]
+__all__ = ["PIPELINE_PARALLEL", "Memory", "memory", "tensor_parallel"]
+
+PIPELINE_PARALLEL = True
+"""Every approach of the table can run on the stages of pipeline parallelism, each stage alone.
+
+What follows the last layer is on the last stage, and what acts between the layers is drawn from the block, so every
+stage makes its own. An approach that read states of several stages would be the first that cannot.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,3 @@ def tensor_parallel(pipeline: Pipeline) -> bool:
     vocabulary, and a permutation, a reflection or the norm needs all of it.
     """
     return pipeline.head != "trained"
-
-
-def pipeline_parallel(pipeline: Pipeline) -> bool:
-    """Whether every stage of pipeline parallelism can do its part alone.
-
-    All that follows the last layer is on the last stage, and what acts between the layers is drawn from the block, so
-    every stage makes its own. It holds for every approach whose state is read after the last layer.
-    """
-    return pipeline.output in ("distance", "vector")

@@ -6,8 +6,8 @@ round: it is begun over HTTP, generates for a while, is stopped, and is over whe
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -145,16 +145,17 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
         done = total - len(todo)
         for index, (model, mode) in enumerate(plan.configurations):
             chosen = [test for test in todo if (test.model, test.mode) == (model, mode)]
-            for test, values in _run_configuration(plan, chosen, receiver, temporary / str(index), logs, note):
-                run.append(test.key, values)
-                done += 1
-                if progress:
-                    progress(done, total)
+            with closing(_run_configuration(plan, chosen, receiver, temporary / str(index), logs, note)) as results:
+                for test, values in results:
+                    run.append(test.key, values)
+                    done += 1
+                    if progress:
+                        progress(done, total)
 
 
 def _run_configuration(
     plan: Plan, tests: Sequence[Test], receiver: Live, data: Path, logs: Path, note: Note | None
-) -> Iterator[tuple[Test, JsonObject]]:
+) -> Generator[tuple[Test, JsonObject]]:
     """Run tests of one model and mode against a service of their own, kept in ``data``; give the values of each."""
     if not tests:
         return

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.stats import chi2
 
 from assay import stats
-from assay.poc._pipelines import LayerStep, Pipeline
+from assay.poc._pipelines import Pipeline
 from assay.poc._round import Round
 from assay.poc.engines import Engine
 from assay.poc.experiments._matrix_table import PUBLISHED_LIMIT
@@ -137,19 +137,21 @@ def overheads(engine: Engine, round: Round, group: Sequence[Pipeline], batches: 
     """
     transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in group}
 
-    def seconds(layers: LayerStep, name: str, *, publish: bool) -> float:
-        with engine.between_layers(layers, round):
+    nonces = range(engine.batch_size)
+
+    def plain() -> float:
+        started = time.perf_counter()
+        engine.last_hidden(engine.inputs(round, nonces)).cpu()  # waits for the device
+        return time.perf_counter() - started
+
+    def randomised(name: str) -> float:
+        with engine.between_layers(group[0].layers, round):
             started = time.perf_counter()
-            padded, x_BD = next(states(engine, transforms[name], range(engine.batch_size)))
-            values = transforms[name](x_BD, padded) if publish else x_BD
-            values.cpu()  # waits for the device
+            padded, x_BD = next(states(engine, transforms[name], nonces))
+            transforms[name](x_BD, padded).cpu()
             return time.perf_counter() - started
 
-    for name in transforms:  # compiles what the first call compiles
-        seconds(group[0].layers, name, publish=True)
-    ratios: dict[str, list[float]] = {name: [] for name in transforms}
-    for _ in range(batches):
-        for name in transforms:
-            plain = seconds("none", name, publish=False)
-            ratios[name].append(seconds(group[0].layers, name, publish=True) / plain)
+    for name in transforms:
+        randomised(name)  # compiles what the first call compiles
+    ratios = {name: [randomised(name) / plain() for _ in range(batches)] for name in transforms}
     return {name: statistics.median(values) - 1 for name, values in ratios.items()}
