@@ -53,7 +53,7 @@ class WorkerExtension:
 
     def assay_close(self, key: str) -> None:
         """End a stream, and drop what it holds."""
-        self.assay_hooks.rows.close(key)
+        self.assay_hooks.close(key)
 
     def assay_collect(self, key: str, nonces: list[int], raw: bool = False) -> dict[str, Any]:
         """Take what the pipeline publishes of nonces that have run, or their hidden states where ``raw``.
@@ -95,11 +95,17 @@ class Hooks:
             self._transform(spec)
         self.rows.open(key, spec)
 
+    def close(self, key: str) -> None:
+        """End a stream, and forget what failed in it."""
+        self.rows.close(key)
+        for ticket in [ticket for ticket in self.failed if ticket[0] == key]:
+            del self.failed[ticket]
+
     def collect(self, key: str, nonces: list[int], raw: bool) -> dict[str, Any]:
         """See :meth:`WorkerExtension.assay_collect`."""
         failed = {str(nonce): self.failed.pop((key, nonce)) for nonce in nonces if (key, nonce) in self.failed}
         stream = self.rows.get(key)
-        if stream is None or not _is_last_stage(self._runner):
+        if stream is None or not _is_last_stage():
             return {"failed": failed}
         found, states = self.rows.take(key, nonces)
         reply: dict[str, Any] = {"failed": failed, "nonces": found, "values": b"", "width": 0, "error": None}
@@ -276,7 +282,7 @@ def _is_first_stage() -> bool:
     return bool(get_pp_group().is_first_rank)
 
 
-def _is_last_stage(runner: Any) -> bool:
+def _is_last_stage() -> bool:
     from vllm.distributed import get_pp_group
 
     return bool(get_pp_group().is_last_rank)
