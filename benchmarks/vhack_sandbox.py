@@ -1,4 +1,4 @@
-"""How fast the sandbox grades: 256 completions, by the fork server and with a sandbox for each run.
+"""How fast the sandbox grades: 256 completions by the fork server, and an eighth of them with a sandbox for each run.
 
 The completions are those of a policy that drifts to cheating: a third honest and right, a third honest and wrong, a
 third exploits, over all modes. A completion takes one run, or up to three where a channel accepts it.
@@ -51,7 +51,8 @@ def main():
     figures = {"fork_server": measured(items, given.workers)}
     note("one sandbox per run")
     sandbox.server = lambda backend: None
-    figures["one_per_run"] = measured(items, given.workers)
+    few = items[: max(1, given.count // 8)]
+    figures["one_per_run"] = {"completions": len(few), **measured(few, given.workers)}
     publish(
         "vhack_sandbox",
         {

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from assay.errors import DataError, ModelError, UsageError
-from assay.vhack import target_modules, weight_svd
+from assay.vhack import per_sample_gradients, target_modules, weight_svd
 from assay.vhack.training import DeltaS
 from assay.vhack.training._sharding import local_slice
 from tests.vhack.training.conftest import loss_of, random_basis, randomise
@@ -381,6 +381,33 @@ def test_packed_inputs_have_no_gradients_of_single_samples(module, ids, small_sv
     loss_of(module, ids)
     with adapter.per_sample(), pytest.raises(ModelError, match="single samples"):
         linear(torch.randn(5, 64))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_extraction_on_an_adapted_model_gives_the_gradients_of_its_deltas(
+    module, small_svd, byte_tokenizer, samples, mode
+):
+    """A basis renewed during training is in the coordinates of the start, at the weights of now."""
+    adapter = DeltaS(module, small_svd, mode=mode)
+    randomise(adapter)
+    rows = []
+    for sample in samples:
+        start = len(byte_tokenizer(sample.prompt)["input_ids"])
+        ids = torch.tensor(
+            [byte_tokenizer(sample.prompt)["input_ids"] + byte_tokenizer(sample.completion)["input_ids"]]
+        )
+        with adapter.per_sample() as rollouts:
+            logits = module(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+            functional.cross_entropy(logits, ids[0, start:]).backward()
+        rows.append(rollouts.rows)
+    before = [parameter.grad.clone() for parameter in adapter.delta]
+    found = per_sample_gradients(module, byte_tokenizer, samples, svd=adapter.svd)
+    for index, group in enumerate(adapter.groups):
+        for m, name in enumerate(group.names):
+            wanted = torch.stack([row[index][m, 0] for row in rows])
+            assert (found[name] - wanted).norm() < 1e-3 * wanted.norm()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(adapter.delta, before, strict=True))
+    assert all(parameter.requires_grad for parameter in adapter.delta)
 
 
 def test_rows_are_cut_as_chunks_are():

@@ -13,9 +13,10 @@ The adapter is a submodule ``delta_s`` of the model, so its parameters are found
 Shapes: M modules of a group, R coordinates of δS.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,8 @@ _MODES = ("merged", "hook")
 class DeltaS(nn.Module):
     """The adapter, attached to a model when it is made.
 
-    All other parameters of the model are frozen until `detach` or `merge`.
+    All other parameters of the model are frozen until `detach` or `merge`. Do not copy a model that has an adapter: the
+    copy would hold hooks of the first one. `disabled` is the reference policy without a copy.
 
     Args:
         model: a causal language model; under FSDP2 attach before ``fully_shard``, under DDP before wrapping.
@@ -96,8 +98,9 @@ class DeltaS(nn.Module):
         self._undo = ExitStack()
         # Not as an attribute: the model would become a submodule of its own submodule.
         self.__dict__["_model"] = module
-        self._attach(module)
         self._merged_at = self._versions()
+        self._attach(module)
+        self._look()
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """The forward pass of the adapted model."""
@@ -234,32 +237,37 @@ class DeltaS(nn.Module):
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, *_: object) -> None:
-        if not self._enabled:
+    def _before(self, module: nn.Module, *_: object) -> None:
+        if not self._enabled or module is not self.model:
             return
         if self._merged_at != self._versions():
             self.refresh()
         if torch.is_grad_enabled() or self.mode == "hook":
-            self._views = [self._whole(index).unbind() for index in range(len(self.groups))]
+            self._look()
+
+    def _look(self) -> None:
+        """Take views of δS, one per module, that lead back to the parameters."""
+        self._views = [self._whole(index).unbind() for index in range(len(self.groups))]
 
     def _behind(self, g: int, m: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         group = self.groups[g]
-        name, left, right, adds = group.names[m], group.left[m], group.right[m], self.mode == "hook"
-        plan = Plan(name, left, right, adds)
+        adds = self.mode == "hook"
+        plan = Plan(group.names[m], group.left[m], group.right[m], adds)
 
-        def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            wanted = torch.is_grad_enabled() and self._views[g][m].requires_grad if self._views else False
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            # A copy of the model, such as extraction runs on, has its hooks too. It takes no gradient of this δS.
+            wanted = torch.is_grad_enabled() and self.delta[g].requires_grad and module is group.linears[m]
             if not self._enabled or not (adds or wanted):
                 return None
-            if self._rollouts is None:
-                return adapt(output, arguments[0], self._views[g][m], plan)
-            rows = functools.partial(self._rollouts.record, g, m)
-            return adapt(output, arguments[0], self._views[g][m], Plan(name, left, right, adds, rows))
+            view_R = self._views[g][m] if wanted else self._views[g][m].detach()
+            if self._rollouts is None or not wanted:
+                return adapt(output, arguments[0], view_R, plan)
+            return adapt(output, arguments[0], view_R, replace(plan, rows=partial(self._rollouts.record, g, m)))
 
         return hook
 
     def _plainly(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(generate)
+        @wraps(generate)
         def plain(*arguments: Any, **keywords: Any) -> Any:
             if self._enabled and self._merged_at != self._versions():
                 self.refresh()
