@@ -235,3 +235,18 @@ def test_refuses_noise_that_hides_invented_values():
         SequentialTest(ScaleNoise(JUNK_SIGMA / 3))
     with pytest.raises(UsageError, match="times smaller than invented"):
         SequentialTest(LogNoise(math.log(0.5), 0.3))
+
+
+def test_simulated_accusations_are_those_of_single_nodes():
+    law = ScaleNoise(1e-4)
+    rng = np.random.default_rng(5)
+    values = 1e-4 * rng.standard_t(6, (40, 30)) * rng.choice([1, 3, 10], (40, 1))
+    test = SequentialTest(law)
+    accused = test.accusations(values)
+    for row, expected in zip(values, accused, strict=True):
+        single = SequentialTest(law)
+        found = [single.update([value]).verdict == "fraud" for value in row]
+        assert found == expected.tolist()
+    assert 0 < accused[:, -1].mean() < 1
+    assert test.result.n == 0, "the object keeps its state"
+    assert test.accusations(np.zeros((0, 5))).shape == (0, 5)

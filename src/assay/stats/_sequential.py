@@ -111,7 +111,9 @@ class SequentialTest:
         For simulation: every row starts from nothing, and this object keeps its state.
         """
         size_RC = self.law.magnitudes(values_RC).reshape(np.shape(values_RC))
-        parts = np.array_split(size_RC, -(-size_RC.size // _SIMULATED)) if size_RC.size else [size_RC]
+        if not size_RC.size:
+            return np.zeros(size_RC.shape, dtype=np.bool_)
+        parts = np.array_split(size_RC, -(-size_RC.size // _SIMULATED))
         return np.concatenate([self._accused(part_RC) for part_RC in parts])
 
     def _accused(self, size_RC: FloatArray) -> npt.NDArray[np.bool_]:

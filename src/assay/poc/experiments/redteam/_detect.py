@@ -27,6 +27,7 @@ __all__ = ["ALPHA", "CHECKED", "Judge", "Pool", "detection", "mixed", "smallest"
 ALPHA = 1e-3
 CHECKED = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
 TRIALS = 2000
+SOON = 20
 MOST = 100_000  # checked nonces beyond which a rule counts as blind
 HONEST_QUANTILE = 0.95  # of honest L2 distances, the threshold of the calibrated count test
 
@@ -99,8 +100,13 @@ class Judge:
     def sequential(self, pool: Pool) -> FloatArray:
         """Share of audits in which the sequential test has accused after each of :data:`CHECKED` nonces."""
         rng = np.random.default_rng(self._seed)
-        crossed_C = self._test.accusations(pool.draw(rng, TRIALS, CHECKED[-1])).mean(axis=0)
-        return np.asarray(crossed_C[np.array(CHECKED) - 1], dtype=np.float64)
+        drawn_RC = pool.draw(rng, TRIALS, CHECKED[-1])
+        crossed_RC = np.ones(drawn_RC.shape, dtype=np.bool_)
+        crossed_RC[:, :SOON] = self._test.accusations(drawn_RC[:, :SOON])
+        # Most are caught soon: only the others are followed to the end.
+        late = ~crossed_RC[:, SOON - 1]
+        crossed_RC[late] = self._test.accusations(drawn_RC[late])
+        return np.asarray(crossed_RC.mean(axis=0)[np.array(CHECKED) - 1], dtype=np.float64)
 
     def accused(self, drawn_RC: FloatArray) -> float:
         """Share of audits that the sequential test accuses by their end."""

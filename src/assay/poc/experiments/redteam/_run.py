@@ -164,11 +164,12 @@ def _audits(field: Field) -> dict[str, Any]:
     plain = load_model(field.reference, dtype=field.dtype, device=field.device)
     eager = load_model(field.reference, dtype=field.dtype, device=field.device)
     eager.module.set_attn_implementation("eager")
-    shape = HFEngine(plain, batch_size=OTHER_SHAPE, seq_len=field.seq_len)
     engines = {
         f"{field.dtype}, sdpa": HFEngine(plain, batch_size=field.batch_size, seq_len=field.seq_len),
         f"{field.dtype}, plain attention": HFEngine(eager, batch_size=field.batch_size, seq_len=field.seq_len),
-        f"{field.dtype}, sdpa, batches of {OTHER_SHAPE}": shape,
+        f"{field.dtype}, sdpa, batches of {OTHER_SHAPE}": HFEngine(
+            plain, batch_size=OTHER_SHAPE, seq_len=field.seq_len
+        ),
     }
     return {name: _audited(field, engine) for name, engine in engines.items()}
 
