@@ -9,7 +9,16 @@ import pytest
 
 import assay
 
-FLOORS = ["assay", "assay.models", "assay.poc", "assay.poc.engines", "assay.reports", "assay.stats", "assay.streams"]
+FLOORS = [
+    "assay",
+    "assay.models",
+    "assay.poc",
+    "assay.poc.engines",
+    "assay.poc.experiments",
+    "assay.reports",
+    "assay.stats",
+    "assay.streams",
+]
 
 
 @pytest.mark.parametrize("name", FLOORS)
