@@ -47,6 +47,17 @@ def test_it_is_an_engine_that_takes_the_steps_itself(engine):
     assert "runner v1" in engine.fingerprint.library
 
 
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_both_model_runners_have_what_is_read_of_them(engine, kind: str):
+    from assay.poc.engines.vllm import _gate
+
+    assert _gate.check_installed() == engine._version
+    assert [_gate._missing({target: names}, _gate._has_field) for target, names in _gate.STATE_FIELDS[kind]] in (
+        [[]],
+        [[], []],
+    )
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_it_agrees_with_transformers(engine, honest, preset: str):
     round = make_round(preset)
