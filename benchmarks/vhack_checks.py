@@ -1,6 +1,7 @@
 """Are hack directions of the reference models real? The five checks on our pairs, controls, and data from outside.
 
-- *Generated pairs*, whole task families held out, with each of the three methods.
+- *Generated pairs*, whole task families held out, with each of the three methods; and the basis that ``extract`` makes
+  of them when it is asked for nothing else, scored on what it held out.
 - *Controls that must fail*: labels swapped at random, clean-clean pairs, a random basis.
 - *Mechanisms held out*: a basis of the other mechanisms and other families, against one of the same mechanism.
 - *Data from outside* (``--data``): authored pairs, minimal pairs (prints against asserts), and rollouts of a model that
@@ -29,6 +30,7 @@ from assay.vhack import (
     cin_over_modules,
     pair_gradients,
     per_sample_gradients,
+    split_pairs,
     weight_svd,
 )
 from assay.vhack.checks import CheckSettings, check_gradients, check_unpaired
@@ -234,6 +236,12 @@ def measure(reference, count, data):
     gradients = pair_gradients(model, None, pairs, svd=svd, max_tokens=512)
     kinds = [tag.removeprefix("mechanism:") for pair in pairs for tag in pair.tags if tag.startswith("mechanism:")]
     found = {"generated": {label(s): checked(f"generated, {label(s)}", gradients, s) for s in SETTINGS}}
+    kept = {pair.key for pair in split_pairs(pairs)[0]}
+    rows = [row for row, key in enumerate(gradients.keys) if key in kept]
+    found["held out by default"] = {
+        label(s): checked(f"as extract does it, {label(s)}", gradients, s, gradients.basis(method=s.method, keep=rows))
+        for s in SETTINGS
+    }
     found["controls"] = controls(gradients)
     found["mechanisms"] = {
         f"{method}, {k} axes": mechanisms(gradients, kinds, method, k) for method, k in (("svd", 5), ("lda", 5))

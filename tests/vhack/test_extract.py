@@ -72,6 +72,9 @@ def test_whole_groups_are_held_out(small_pairs):
 def test_as_many_groups_are_held_out_as_a_sixth_of_the_pairs_takes():
     pairs = [Pair("p", f"h{n}", f"c{n}", group=f"g{n}") for n in range(12)]
     assert [pair.group for pair in split_pairs(pairs)[1]] == ["g10", "g11"]
+    many = [Pair("p", f"h{n}", f"c{n}", group=f"g{n // 2}") for n in range(60)]
+    assert len(split_pairs(many[:-2])[1]) == 10
+    assert len(split_pairs(many)[1]) == 20
 
 
 def test_a_number_of_pairs_can_be_held_out(small_pairs):

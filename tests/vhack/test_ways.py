@@ -103,9 +103,15 @@ def test_which_models_are_packed(small_checkpoint):
     assert recipe_for(model.module) == replace(EVERYTHING, factored=False)
 
 
-def test_batches_run_side_by_side_and_give_the_same(
-    small_model, byte_tokenizer, samples, small_svd, wanted, monkeypatch
-):
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_batches_run_side_by_side(monkeypatch, two_threads, small_model, byte_tokenizer, samples, small_svd, wanted):
     seen = set()
     real = Replica.gradients
     both = threading.Barrier(2, timeout=60)
@@ -117,14 +123,20 @@ def test_batches_run_side_by_side_and_give_the_same(
         return real(replica, encoded)
 
     monkeypatch.setattr(Replica, "gradients", watched)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=100)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
+    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=100)
+    assert torch.get_num_threads() == 2
     assert len(seen) == 2
+    assert worst_error(found, wanted) < 1e-5
+
+
+def test_a_model_with_hooks_runs_one_batch_at_a_time(
+    two_threads, small_model, byte_tokenizer, samples, small_svd, wanted
+):
+    seen = []
+    module = copy.deepcopy(small_model.module)
+    module.model.layers[0].register_forward_hook(lambda *_: seen.append(threading.get_ident()))
+    found = per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd, max_tokens=100)
+    assert set(seen) == {threading.get_ident()}
     assert worst_error(found, wanted) < 1e-5
 
 

@@ -75,7 +75,7 @@ def per_sample_gradients(
     factors = svd if svd is not None else weight_svd(module)
     _check_factors(modules, factors)
     recipe = recipe_for(module)
-    cores = torch.get_num_threads() if module.device.type == "cpu" else 1
+    cores = _at_once(module)
     budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing, at_once=cores)
     batches = plan(encoded, budget, packed=recipe.packed, at_once=cores)
     found = {name: torch.empty(len(samples), factors[name].rank) for name in modules}
@@ -92,6 +92,12 @@ def per_sample_gradients(
             if progress:
                 progress(done, len(samples))
     return found
+
+
+def _at_once(module: "PreTrainedModel") -> int:
+    """How many batches run side by side. Hooks of others may keep something between calls: they get one at a time."""
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    return torch.get_num_threads() if module.device.type == "cpu" and not hooked else 1
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from assay.vhack._types import Pair
 
 __all__ = ["check_duplicates", "pair_names", "split_pairs"]
 
-# The seed holds out 2 of 12 pairs.
+# The seed holds out 2 of 12 pairs. With ten held-out groups or more the checks have power; with five they have little.
 _HELD_OUT_SHARE = 6
+_SHARE_OF_MANY, _MANY_GROUPS = 3, 30
 
 
 def split_pairs(
@@ -20,7 +21,8 @@ def split_pairs(
         pairs: the pairs.
         n_heldout: hold out this many from the end, which is how the method was first described; 0 holds out none.
         heldout_groups: hold out these groups whole. With neither, the last groups are held out: as many as it takes for
-            a sixth of the pairs, but never all; pairs of a single group are all used.
+            a sixth of the pairs, or with thirty groups or more for a third, but never all; pairs of a single group are
+            all used.
 
     Returns:
         The pairs to extract from and the held-out ones, each in order.
@@ -49,10 +51,11 @@ def split_pairs(
 
 def _last_groups(pairs: Sequence[Pair]) -> set[str]:
     names = list(dict.fromkeys(pair.group for pair in pairs))
+    share = _SHARE_OF_MANY if len(names) >= _MANY_GROUPS else _HELD_OUT_SHARE
     chosen: set[str] = set()
     for name in reversed(names[1:]):
         chosen.add(name)
-        if _HELD_OUT_SHARE * sum(pair.group in chosen for pair in pairs) >= len(pairs):
+        if share * sum(pair.group in chosen for pair in pairs) >= len(pairs):
             break
     return chosen
 
