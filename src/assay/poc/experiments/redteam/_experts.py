@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from assay.models import Model, load_model
+from assay.models._quiet import quiet
 from assay.poc import cheats
 from assay.poc._round import Round
 from assay.poc._transforms import unit
@@ -47,7 +48,8 @@ def make_experts(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE))  # type: ignore[no-untyped-call]
-        module.save_pretrained(folder / "experts")
+        with quiet():
+            module.save_pretrained(folder / "experts")
     return folder / "experts"
 
 
