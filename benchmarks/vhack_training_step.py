@@ -27,22 +27,18 @@ def axes_of(svd, k=5):
     return Basis(axes, {n: torch.ones(k) for n in axes}, {n: torch.tensor([[1, 0]] * k) for n in axes})
 
 
-class Clock:
-    """Seconds of a piece of work, the device waited for."""
+def clock_of(device):
+    """A function that gives the seconds of a piece of work, the device waited for."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
 
-    def __init__(self, device):
-        self.on_gpu = torch.device(device).type == "cuda"
-
-    def __call__(self, work):
-        self._wait()
+    def clock(work):
+        wait()
         started = time.perf_counter()
         work()
-        self._wait()
+        wait()
         return time.perf_counter() - started
 
-    def _wait(self):
-        if self.on_gpu:
-            torch.cuda.synchronize()
+    return clock
 
 
 def steps(module, adapter, ids, basis, rounds, clock):
@@ -98,7 +94,7 @@ def main():
     arguments.add_argument("--rounds", type=int, default=9)
     given = arguments.parse_args()
     model = load_model(given.model, dtype=given.dtype, device=given.device)
-    module, clock = model.module, Clock(given.device)
+    module, clock = model.module, clock_of(given.device)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 1000, (given.batch, given.tokens), generator=generator).to(given.device)
     note("factors")

@@ -32,6 +32,8 @@ def optimise(adapter, basis, level, **settings):
 
 
 def result(adapter, optimiser, module, sharded=False):
+    with torch.no_grad():
+        module(input_ids=IDS, use_cache=False)  # merges what a plain optimiser has left unmerged
     for part in module.modules():
         if sharded and hasattr(part, "reshard"):
             part.reshard()
@@ -59,14 +61,15 @@ def train(call, module, adapter, optimiser, ids, *, rollouts=None):
         optimiser.step()
 
 
-def single(path, level, per_rollout=False):
+def single(path, level, per_rollout=False, plain=False):
     """The same in one process, with all rows."""
     module, svd, basis = prepare(path)
     adapter = DeltaS(module, svd)
     optimiser = optimise(adapter, basis, level)
     if per_rollout:
         optimiser.gate = Gate("none")
-    train(module, module, adapter, optimiser, IDS, rollouts=False if per_rollout else None)
+    inner = optimiser.inner if plain else optimiser
+    train(module, module, adapter, inner, IDS, rollouts=False if per_rollout else None)
     return result(adapter, optimiser, module)
 
 
@@ -81,6 +84,7 @@ def run(rank, path, folder):
         found["ddp rollouts"] = _ddp(path, share, "gradient", per_rollout=True)
         found["fsdp replicated"] = _fsdp(path, share, replicated=True)
         found["fsdp sharded"] = _fsdp(path, share, replicated=False)
+        found["fsdp plain optimiser"] = _fsdp(path, share, replicated=False, plain=True)
         torch.save(found, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -97,7 +101,7 @@ def _ddp(path, share, level, per_rollout=False):
     return result(adapter, optimiser, module)
 
 
-def _fsdp(path, share, replicated):
+def _fsdp(path, share, replicated, plain=False):
     module, svd, basis = prepare(path)
     adapter = DeltaS(module, svd)
     mesh = init_device_mesh("cpu", (2,))
@@ -106,5 +110,5 @@ def _fsdp(path, share, replicated):
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh, ignored_params=ignored)
     optimiser = optimise(adapter, basis, "update", process_group=dist.group.WORLD if replicated else None)
-    train(module, module, adapter, optimiser, share)
+    train(module, module, adapter, optimiser.inner if plain else optimiser, share)
     return result(adapter, optimiser, module, sharded=True)

@@ -169,6 +169,18 @@ def test_disabled_in_either_mode(module, ids, small_svd, mode):
     assert not torch.equal(logits(module, ids), reference)
 
 
+def test_a_step_inside_disabled_leaves_the_reference_alone(module, ids, small_svd):
+    reference = logits(module, ids)
+    adapter = DeltaS(module, small_svd)
+    with adapter.disabled():
+        randomise(adapter)
+        adapter.refresh()
+        assert torch.equal(logits(module, ids), reference)
+    assert not torch.equal(logits(module, ids), reference)
+    with adapter.disabled():
+        assert torch.equal(logits(module, ids), reference)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_detach_leaves_nothing_behind(module, ids, small_svd, mode):
     weights, before = copy.deepcopy(module.state_dict()), logits(module, ids)

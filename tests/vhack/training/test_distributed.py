@@ -33,6 +33,7 @@ CASES = {
     "ddp rollouts": ("gradient", True),
     "fsdp replicated": ("update", False),
     "fsdp sharded": ("update", False),
+    "fsdp plain optimiser": ("update", False, True),
 }
 
 

@@ -32,7 +32,7 @@ from assay.vhack.training._frames import Frames, along, spread
 from assay.vhack.training._groups import Group, grouped
 from assay.vhack.training._product import Plan, adapt
 from assay.vhack.training._rollouts import Rollouts
-from assay.vhack.training._sharding import is_sharded, local, local_rows, reshard, whole
+from assay.vhack.training._sharding import local, local_rows, reshard, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,6 +98,7 @@ class DeltaS(nn.Module):
         self._undo = ExitStack()
         # Not as an attribute: the model would become a submodule of its own submodule.
         self.__dict__["_model"] = module
+        self._merged: list[Tensor] = []
         self._merged_at = self._versions()
         self._attach(module)
         self._look()
@@ -124,16 +125,34 @@ class DeltaS(nn.Module):
         return {name: rows_MR[index] for group, rows_MR in pairs for index, name in enumerate(group.names)}
 
     def refresh(self) -> None:
-        """Merge the present δS into the weights; nothing to do in hook mode.
+        """Merge the present δS into the weights; nothing to do in hook mode or while it is disabled.
 
         It happens by itself before a forward pass or `generate` after δS was changed in place, and after every step of
-        a :class:`ProjectedOptimizer`. Under FSDP2 every process must call it.
+        a :class:`ProjectedOptimizer`. Under FSDP2 every process must call it, if one does.
         """
-        if self.mode == "merged":
+        if self.mode == "merged" and self._enabled:
             reshard(self.model)
-            for index, group in enumerate(self.groups):
-                group.merge(self._whole(index).detach())
+            self._merge()
+
+    def _merge(self) -> None:
+        values = [self._whole(index).detach() for index in range(len(self.groups))]
+        for group, values_MR in zip(self.groups, values, strict=True):
+            group.merge(values_MR)
+        self._merged = [values_MR.clone() for values_MR in values] if self.groups[0].is_sharded else []
         self._merged_at = self._versions()
+
+    def _is_stale(self) -> bool:
+        """Whether δS is another one than was merged.
+
+        In a forward pass under FSDP2 its parameters are put together anew and versions say nothing, so values do.
+        """
+        if self.mode == "hook":
+            return False
+        if not self.groups[0].is_sharded:
+            return self._merged_at != self._versions()
+        return not self._merged or not all(
+            torch.equal(self._whole(index), merged_MR) for index, merged_MR in enumerate(self._merged)
+        )
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -175,7 +194,8 @@ class DeltaS(nn.Module):
         δS itself stays readable in `delta`. In hook mode this is where the sum is rounded to the dtype of the weights.
         """
         self.mode = "merged"
-        self.refresh()
+        reshard(self.model)
+        self._merge()
         return self._leave()
 
     def save(self, path: str | Path) -> None:
@@ -240,7 +260,7 @@ class DeltaS(nn.Module):
     def _before(self, module: nn.Module, *_: object) -> None:
         if not self._enabled or module is not self.model:
             return
-        if self._merged_at != self._versions():
+        if self._is_stale():
             self.refresh()
         if torch.is_grad_enabled() or self.mode == "hook":
             self._look()
@@ -269,7 +289,7 @@ class DeltaS(nn.Module):
     def _plainly(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(generate)
         def plain(*arguments: Any, **keywords: Any) -> Any:
-            if self._enabled and self._merged_at != self._versions():
+            if self._enabled and self._is_stale():
                 self.refresh()
             self._unhook()
             try:
@@ -282,13 +302,15 @@ class DeltaS(nn.Module):
     @contextmanager
     def _originals(self) -> Iterator[None]:
         weights = [linear.weight for group in self.groups for linear in group.linears]
-        if is_sharded(weights[0]):
+        if self.groups[0].is_sharded:
+            reshard(self.model)
             for group in self.groups:
                 group.restore()
             try:
                 yield
             finally:
-                self.refresh()
+                reshard(self.model)
+                self._merge()
             return
         merged = [weight.data for weight in weights]
         for weight, base in zip(weights, (base for group in self.groups for base in group.base), strict=True):

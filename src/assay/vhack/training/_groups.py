@@ -59,6 +59,11 @@ class Group:
         """I."""
         return self.right.shape[2]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are spread over processes, be they put together at the moment or not."""
+        return self._rows is not None or is_sharded(self.linears[0].weight)
+
     def digests(self) -> dict[str, str]:
         """SHA-256 in hex of each weight as it was, whole, by name."""
         if not self._digests:
