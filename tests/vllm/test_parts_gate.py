@@ -1,0 +1,111 @@
+"""The gate, and what is refused before anything starts: versions, settings, several servers."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from assay.errors import BackendUnavailable, UsageError
+from assay.poc.engines.vllm import _gate
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_a_runner_that_lacks_something_is_described_not_wrapped(kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_gate, "STATE_FIELDS", {kind: ()})
+    monkeypatch.setattr(_gate, "runner_kind", lambda runner: kind)
+    missing = _gate.missing_in_runner(SimpleNamespace(device="cpu", execute_model=None))
+    assert any(name.endswith("sample_tokens") for name in missing)
+    assert not any(name.endswith("device") for name in missing)
+
+
+@pytest.mark.parametrize("version", ["0.9.2", "0.27.1", "0.33.0", "1.0", "what"])
+def test_versions_that_were_not_tested_are_refused(version: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_gate, "_version", lambda: version)
+    with pytest.raises(BackendUnavailable, match="tested"):
+        _gate.check_installed()
+
+
+def test_a_version_without_something_that_is_used_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_gate, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_gate, "CLASSES", {"json:JSONDecoder": ("decode", "sing"), "json:Nothing": ()})
+    monkeypatch.setattr(_gate, "FIELDS", {"assay.poc:Round": ("block_hash", "colour"), "no.such.module:X": ("y",)})
+    with pytest.raises(BackendUnavailable) as refusal:
+        _gate.check_installed()
+    seen = refusal.value.seen
+    assert all(name in seen for name in ("JSONDecoder.sing", "json.Nothing", "Round.colour", "no.such.module.X"))
+    assert "decode" not in seen
+    assert "block_hash" not in seen
+
+
+def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    def absent(name: str) -> str:
+        raise _gate.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(_gate.importlib.metadata, "version", absent)
+    with pytest.raises(BackendUnavailable, match=r"assay\[vllm\]"):
+        _gate.check_installed()
+
+
+def settings_of_vllm(**changes) -> SimpleNamespace:
+    """The part of a ``VllmConfig`` that the gate reads; vLLM's own is not needed to refuse it."""
+    values = {
+        "model_config.enable_prompt_embeds": True,
+        "model_config.runner_type": "generate",
+        "model_config.quantization": None,
+        "model_config.is_encoder_decoder": False,
+        "model_config.is_multimodal_model": False,
+        "parallel_config.worker_extension_cls": "assay.poc.engines.vllm.WorkerExtension",
+        "parallel_config.data_parallel_size": 1,
+        "load_config.load_format": "auto",
+    } | changes
+    config = SimpleNamespace(cache_config=SimpleNamespace())
+    for path, value in values.items():
+        part, _, name = path.partition(".")
+        if not hasattr(config, part):
+            setattr(config, part, SimpleNamespace())
+        setattr(getattr(config, part), name, value)
+    return config
+
+
+def test_the_settings_that_docs_recommend_pass_the_gate():
+    _gate.check_config(settings_of_vllm())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model_config.enable_prompt_embeds", False, "--enable-prompt-embeds"),
+        ("parallel_config.worker_extension_cls", "", "--worker-extension-cls"),
+        ("parallel_config.data_parallel_size", 2, "one server per engine"),
+        ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
+        ("model_config.runner_type", "pooling", "--runner pooling"),
+        ("model_config.quantization", "fp8", "fp8"),
+        ("model_config.is_multimodal_model", True, "multimodal"),
+        ("load_config.load_format", "dummy", "dummy"),
+        ("cache_config.kv_sharing_fast_prefill", True, "fast-prefill"),
+    ],
+)
+def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, value, words: str):
+    with pytest.raises(UsageError) as refusal:
+        _gate.check_config(settings_of_vllm(**{path: value}))
+    assert words in str(refusal.value)
+
+
+def test_several_api_servers_are_refused_because_one_must_own_the_round():
+    from assay.poc.engines.vllm._plugin import _check_alone
+
+    config = SimpleNamespace(parallel_config=SimpleNamespace(_api_process_count=2))
+    with pytest.raises(UsageError, match="--api-server-count 1"):
+        _check_alone(config, SimpleNamespace())
+    config.parallel_config._api_process_count = 1
+    _check_alone(config, SimpleNamespace(revision=None))
+    with pytest.raises(UsageError, match="--revision"):
+        _check_alone(config, SimpleNamespace(revision="abc"))
+
+
+@pytest.mark.parametrize(("name", "device", "words"), [("vlm", None, "hf or vllm"), ("vllm", "cuda", "--device")])
+def test_an_engine_that_does_not_exist_and_a_device_for_vllm_are_refused(name: str, device, words: str):
+    from assay.cli._vllm import proving_engine
+
+    made = proving_engine(name, "reference:qwen3", dtype=None, device=device, batch_size=8, seq_len=16)
+    with pytest.raises(UsageError, match=words), made:
+        pass
