@@ -213,7 +213,6 @@ def test_ten_thousand_nonces_leave_no_rows(engine):
         assert np.isfinite(values).all()
     assert count == 10_000
     assert nothing_is_held(engine)
-    assert {worker["dropped"] for worker in engine.counts()} == {engine.counts()[0]["dropped"]}
 
 
 def replace_shape(engine, *, seq_len: int, batch_size: int):
