@@ -50,6 +50,17 @@ def test_a_two_sided_update_is_exactly_outside_the_axes(module, ids, small_svd, 
     assert optimiser.measures.as_dict()["leak_two_sided"] <= 1e-6
 
 
+def test_late_in_training_what_is_left_is_the_rounding_of_the_deltas(module, ids, small_svd, basis):
+    """Steps a thousand times smaller than δS: a float32 number cannot be moved by less than its last digit."""
+    adapter, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    randomise(adapter, scale=1.0)
+    optimiser.param_groups[0]["lr"] = 1e-3
+    for update, axes in updates(adapter, optimiser, module, ids, 5):
+        index = next(i for i, other in enumerate(optimiser.frames.axes) if other is axes)
+        leak, size = along(axes, update).norm(dim=1), adapter.delta[index].detach().double().norm(dim=1)
+        assert (leak <= 1e-6 * update.norm(dim=1) + 2.0**-24 * size).all()
+
+
 @every_optimiser
 def test_a_one_sided_update_never_leads_to_the_hack(module, ids, small_svd, basis, kind):
     adapter, optimiser = build(module, small_svd, basis, kind, level="update", gate=Gate("one_sided"))
