@@ -69,7 +69,7 @@ GPU_PYTHON ?= PYTHONPATH=src python3
 OUT ?= benchmarks/results
 
 gpu-test:  ## run the tests that need a CUDA device, with the python that has one
-	$(GPU_PYTHON) -m pytest -o addopts=-q -m gpu -p no:benchmark tests/streams tests/models tests/vhack/test_cuda.py -rs
+	$(GPU_PYTHON) -m pytest -o addopts=-q -m gpu -p no:benchmark tests/streams tests/models tests/vhack/test_cuda.py tests/vhack/training/test_cuda.py -rs
 
 gpu-bench:  ## measure on a CUDA device; result files go to OUT
 	$(GPU_PYTHON) benchmarks/gpu_normals.py -o $(OUT)/gpu_normals.json

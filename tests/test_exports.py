@@ -18,6 +18,9 @@ FLOORS = [
     "assay.reports",
     "assay.stats",
     "assay.streams",
+    "assay.vhack",
+    "assay.vhack.environment",
+    "assay.vhack.training",
 ]
 
 
