@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism, from the command line, verified on transformers."""
+"""From the command line: two workers, and a cheater; both verified on transformers."""
 
 import os
 import subprocess
@@ -20,9 +20,9 @@ COMMON = "--enforce-eager --max-model-len 256 --max-num-batched-tokens 160"
 def prove(model: str, output: Path, arguments: str, *, preset: str = "poc-2.0") -> subprocess.CompletedProcess[str]:
     options = ["--model", model, "--block-hash", "block", "--public-key", "node", "--seq-len", str(SEQ_LEN)]
     options += ["--batch-size", "8", "--nonces", "0:64", "--dtype", "float32", "--preset", preset, "-o", str(output)]
-    # Two workers: one core each, as the CPU build of vLLM wants to be told.
-    environment = os.environ | {"ASSAY_VLLM_ARGS": f"{COMMON} {arguments}", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would be a fixed size of the cache, see VLLMEngine
+    environment = os.environ | {"ASSAY_VLLM_ARGS": f"{COMMON} {arguments}"}
+    if "parallel" in arguments:  # one core each, as the CPU build of vLLM wants to be told
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     command = [sys.executable, "-m", "assay", "poc", "prove", "--engine", "vllm", *options]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1000, check=False)
 
@@ -40,13 +40,10 @@ def test_tensor_parallel_from_the_command_line_is_honest_on_transformers(honest,
     assert poc.verify(proof, honest, seed=1).verdict == "honest"
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
-def test_pipeline_parallel_agrees_and_four_bits_under_the_honest_name_are_fraud(honest, int4_checkpoint, tmp_path):
-    arguments = "--pipeline-parallel-size 2 --gpu-memory-utilization 0.2"
-    done = prove(str(int4_checkpoint), tmp_path / "proof.jsonl", arguments, preset="hardened")
+def test_four_bits_on_vllm_under_the_honest_name_are_fraud_on_transformers(honest, int4_checkpoint, tmp_path: Path):
+    done = prove(str(int4_checkpoint), tmp_path / "proof.jsonl", "", preset="hardened")
     assert done.returncode == 0, done.stderr[-3000:]
     proof = poc.Proof.load(tmp_path / "proof.jsonl")
-    assert "pp 2" in proof.header.fingerprint.library
     assert poc.verify(proof, load_model(int4_checkpoint, dtype="float32"), seed=1).verdict == "honest"
     forged = poc.Proof.build(replace(proof.header, digest=honest.digest), proof.records, proof.footer.seconds)
     assert poc.verify(forged, honest, seed=1).verdict == "fraud"

@@ -55,6 +55,8 @@ def settings_of_vllm(**changes) -> SimpleNamespace:
         "model_config.is_multimodal_model": False,
         "parallel_config.worker_extension_cls": "assay.poc.engines.vllm.WorkerExtension",
         "parallel_config.data_parallel_size": 1,
+        "parallel_config.pipeline_parallel_size": 1,
+        "device_config.device_type": "cpu",
         "load_config.load_format": "auto",
     } | changes
     config = SimpleNamespace(cache_config=SimpleNamespace())
@@ -76,6 +78,7 @@ def test_the_settings_that_docs_recommend_pass_the_gate():
         ("model_config.enable_prompt_embeds", False, "--enable-prompt-embeds"),
         ("parallel_config.worker_extension_cls", "", "--worker-extension-cls"),
         ("parallel_config.data_parallel_size", 2, "one server per engine"),
+        ("parallel_config.pipeline_parallel_size", 2, "tensor parallelism"),
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
         ("model_config.runner_type", "pooling", "--runner pooling"),
         ("model_config.quantization", "fp8", "fp8"),

@@ -130,6 +130,12 @@ def check_config(config: Any) -> None:
             "one engine, whose workers hold every nonce",
             "start one server per engine, each with its own node_id and data directory",
         ),
+        (
+            parallel.pipeline_parallel_size > 1 and config.device_config.device_type == "cpu",
+            "pipeline stages on the CPU, where its second stage fails at the first step",
+            "one stage",
+            "use tensor parallelism",
+        ),
         (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
         (model.is_multimodal_model, "a multimodal model", "a text model", "use another model"),
     )

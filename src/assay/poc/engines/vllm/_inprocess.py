@@ -117,7 +117,6 @@ async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> 
 
     fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
     own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False}
-    # With pipeline stages the CPU worker of vLLM needs the warm-up that it leaves out where the cache has a fixed size.
     if current_platform.is_cpu() and "gpu_memory_utilization" not in options:
         own["kv_cache_memory_bytes"] = CPU_KV_BYTES
     try:
