@@ -130,8 +130,9 @@ def test_batches_run_side_by_side(monkeypatch, two_threads, small_model, byte_to
 
 
 def test_a_model_with_hooks_runs_one_batch_at_a_time(
-    two_threads, small_model, byte_tokenizer, samples, small_svd, wanted
+    monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted
 ):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     seen = []
     module = copy.deepcopy(small_model.module)
     module.model.layers[0].register_forward_hook(lambda *_: seen.append(threading.get_ident()))
