@@ -56,3 +56,22 @@ def test_cheaters_cheat_on_an_architecture_with_other_names(round_, tmp_path):
     honest = prove(model, round_, range(4), batch_size=4).distances
     for cheat in (cheats.rounded(model, bits=4), cheats.without_last_layers(model, 1)):
         assert (prove(cheat, round_, range(4), batch_size=4).distances != honest).all()
+
+
+def test_fp8_weights_are_a_rounding_of_a_few_percent(small_model):
+    original = decoder_layers(small_model.module)[0].mlp.up_proj.weight.detach()
+    rounded = decoder_layers(cheats.rounded_fp8(small_model).module)[0].mlp.up_proj.weight.detach()
+    assert 0.005 < (rounded - original).norm() / original.norm() < 0.05
+
+
+def test_an_adapted_weight_has_a_low_rank_update_of_the_asked_size(small_model):
+    original = decoder_layers(small_model.module)[1].self_attn.q_proj.weight.detach()
+    changed = decoder_layers(cheats.adapted(small_model, rank=3, size=0.05).module)[1].self_attn.q_proj.weight.detach()
+    update = changed - original
+    assert (update.norm() / original.norm()).item() == pytest.approx(0.05, rel=1e-4)
+    assert torch.linalg.matrix_rank(update, rtol=1e-3) == 3
+
+
+def test_fewer_experts_are_refused_where_there_are_none(small_model):
+    with pytest.raises(UsageError):
+        cheats.with_fewer_experts(small_model, 1)

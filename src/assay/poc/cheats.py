@@ -7,6 +7,7 @@ of the checkpoint that it was made from: that is the lie.
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def with_fewer_experts(model: Model, count: int) -> Model:
         UsageError: the model asks no more than ``count`` experts anyway, or has none.
     """
     module = copy.deepcopy(model.module)
-    routers = [part for layer in decoder_layers(module) for part in layer.modules() if hasattr(part, "top_k")]
+    routers: list[Any] = [part for layer in decoder_layers(module) for part in layer.modules() if hasattr(part, "top_k")]
     if not routers or not 0 < count < routers[0].top_k:
         raise UsageError(
             f"{count} experts of {model.architecture}",
