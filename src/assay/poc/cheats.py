@@ -62,7 +62,8 @@ def with_fewer_experts(model: Model, count: int) -> Model:
         UsageError: the model asks no more than ``count`` experts anyway, or has none.
     """
     module = copy.deepcopy(model.module)
-    routers: list[Any] = [part for layer in decoder_layers(module) for part in layer.modules() if hasattr(part, "top_k")]
+    parts: list[Any] = [part for layer in decoder_layers(module) for part in layer.modules()]
+    routers = [part for part in parts if hasattr(part, "top_k")]
     if not routers or not 0 < count < routers[0].top_k:
         raise UsageError(
             f"{count} experts of {model.architecture}",
