@@ -1,14 +1,14 @@
-"""The service with the hardened preset in place of the published vectors: jobs, validation, nothing else changed."""
+"""The service on a real model with the hardened preset: its jobs give the vectors that `prove` gives."""
 
 from pathlib import Path
 
-from assay.poc import HFEngine, Round, get_pipeline, prove
+from assay.poc import HFEngine, Round, prove
 from assay.poc._vectors import encode_vector
-from assay.poc.service import Deployment, Settings, _checks, _jobs
+from assay.poc.service import Deployment, Settings
 from tests.poc.service.conftest import ARTIFACTS, PARAMS, Rig, Service
 
 T = 16
-JOB = ARTIFACTS | {"params": PARAMS | {"model": "small", "seq_len": T}, "nonces": [0, 1, 2, 5], "wait": True}
+JOB = ARTIFACTS | {"params": PARAMS | {"model": "small", "seq_len": T, "preset": "hardened"}, "nonces": [0, 1, 2, 5], "wait": True}
 
 
 class RealRig(Rig):
@@ -30,9 +30,7 @@ class RealRig(Rig):
         )
 
 
-def test_artifact_jobs_of_the_hardened_preset(small_model, tmp_path: Path, monkeypatch):
-    for module in (_jobs, _checks):
-        monkeypatch.setattr(module, "PIPELINE", get_pipeline("hardened"))
+def test_artifact_jobs_of_the_hardened_preset(small_model, tmp_path: Path):
     service = Service(RealRig(small_model), Settings(data_dir=tmp_path, seq_len=T, allow_private_callbacks=True))
     try:
         service.wait_ready()
