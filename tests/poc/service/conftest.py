@@ -53,6 +53,9 @@ class FakeEngine:
         phase = nonces_B[:, None] * 0.7310585 + torch.arange(self.hidden_size, dtype=torch.float64)
         return (torch.sin(phase * 12.9898) * 43758.5453 % 1.0 - 0.5).float() * self.rig.scale
 
+    def weighted_hidden(self, nonces_B: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+        return self.last_hidden(nonces_B) + weights_BT.sum(dim=1, keepdim=True)
+
     def trained_head(self, x_BD: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 

@@ -2,10 +2,13 @@
 
 import json
 import time
+from contextlib import closing
 
+import numpy as np
 import pytest
 
 from assay.errors import StorageError
+from assay.poc._vectors import decode_vector, encode_vector
 from assay.poc.service._database import Database
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, until
@@ -204,6 +207,39 @@ def test_a_round_of_vectors(service):
     service.post("/phase/validate")
     claim = BLOCK | {"nonces": [1], "dist": [1.4], "node_id": 0}
     assert "vectors" in service.post("/validate", claim, status=409)["detail"]
+
+
+HARDENED = {"params": ARTIFACTS["params"] | {"preset": "hardened"}}
+
+
+def test_a_hardened_job_is_judged_by_the_residual_test(service):
+    many = JOB | HARDENED | {"nonces": list(range(40)), "wait": True}
+    artifacts = service.post("/generate", many)["artifacts"]
+    published = service.post("/generate", many | {"params": ARTIFACTS["params"]})["artifacts"]
+    assert artifacts != published
+    honest = service.post("/generate", many | {"validation": {"artifacts": artifacts}})
+    assert (honest["fraud_detected"], honest["residual_test"]["verdict"]) == (False, "honest")
+    # Residuals under the published threshold, which the count takes for honest, and far over honest noise.
+    near = []
+    for artifact in artifacts:
+        vector = decode_vector(artifact["vector_b64"], 12).astype(np.float32)
+        moved = vector + 0.015 * np.roll(vector, 1)
+        near.append(artifact | {"vector_b64": encode_vector((moved / np.linalg.norm(moved)).astype(np.float16))})
+    fraud = service.post("/generate", many | {"validation": {"artifacts": near}})
+    assert fraud["n_mismatch"] == 0
+    assert (fraud["fraud_detected"], fraud["residual_test"]["verdict"]) == (True, "fraud")
+
+
+def test_a_hardened_round_publishes_other_vectors(serving):
+    with closing(FlakyReceiver(trouble=0)) as receiver, serving() as service:
+        service.post("/init/generate", ARTIFACTS | HARDENED | {"url": receiver.url})
+        until(lambda: len(receiver.taken) >= 2)
+        service.post("/stop")
+        until(lambda: service.controller.outbox.counts()["pending"] == 0)
+        sent = [artifact for body in receiver.taken.values() for artifact in body["artifacts"]]
+        direct = service.post("/generate", JOB | HARDENED | {"nonces": [0, 1, 2], "wait": True})["artifacts"]
+        vectors = {a["nonce"]: a["vector_b64"] for a in sent}
+        assert all(vectors[a["nonce"]] == a["vector_b64"] for a in direct)
 
 
 def test_a_job_outlasts_a_full_disk(service, monkeypatch):

@@ -4,7 +4,7 @@ Defaults are the library's: sign flips on, hooks between the layers off.
 """
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
@@ -57,13 +57,14 @@ class InitRequest(_Body):
 
 
 class Params(_Body):
-    """What the network agreed to run; another model or length is refused."""
+    """What the network agreed to run; another model or length is refused. ``preset`` is ours."""
 
     model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
 
     model: Name
     seq_len: Annotated[int, Field(ge=1, le=2**20)]
     k_dim: Annotated[int, Field(ge=1, le=2**20)] = 12
+    preset: Literal["artifact", "hardened"] = "artifact"
 
 
 class ArtifactInit(_Body):

@@ -8,7 +8,7 @@ from assay.poc._pipelines import get_pipeline
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, Params, ValidateRequest
 from assay.poc.service._deployment import Deployment
 from assay.poc.service._guard import check_url
-from assay.poc.service._jobs import PIPELINE, job_round
+from assay.poc.service._jobs import job_round
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._rounds import StoredRound, make_round
 from assay.poc.service._settings import Settings
@@ -42,7 +42,7 @@ def round_values(
     values = {name: getattr(request, name) for name in _SHARED}
     if isinstance(request, ArtifactInit):
         _check_params(request.params, deployment, settings)
-        url, seq_len, preset = request.url, request.params.seq_len, PIPELINE.name
+        url, seq_len, preset = request.url, request.params.seq_len, str(request.params.preset)
         values |= {"r_target": 2.0, "fraud_threshold": 0.01}
     else:
         url, seq_len, preset = request.callback_url, request.seq_len, _preset(request)
@@ -110,8 +110,9 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
 
 
 def _check_params(params: Params, deployment: Deployment, settings: Settings) -> None:
-    requested = params.model_dump()
-    deployed = {"model": deployment.reference, "seq_len": settings.seq_len, "k_dim": PIPELINE.vector_size}
+    requested = params.model_dump(exclude={"preset"})
+    k_dim = get_pipeline(params.preset).vector_size
+    deployed = {"model": deployment.reference, "seq_len": settings.seq_len, "k_dim": k_dim}
     other = sorted(name for name, value in deployed.items() if requested[name] != value)
     if other:
         raise Refusal(

@@ -13,16 +13,16 @@ import sqlalchemy as sa
 import structlog
 
 from assay.errors import ProofFormatError, StorageError
-from assay.poc._pipelines import get_pipeline
+from assay.poc._pipelines import Pipeline, get_pipeline
 from assay.poc._proof import Header, Record
 from assay.poc._prover import compute
 from assay.poc._round import Round
 from assay.poc._vectors import decode_vector, encode_vector
-from assay.poc._verdict import count_mismatches
 from assay.poc._verifier import residuals
-from assay.poc.service._bodies import GenerateRequest, StatTest
+from assay.poc.service._bodies import GenerateRequest
 from assay.poc.service._database import Database
 from assay.poc.service._deployment import Deployment
+from assay.poc.service._judge import judge_vectors
 from assay.poc.service._outbox import Outbox
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
@@ -32,7 +32,6 @@ __all__ = ["Jobs"]
 
 log = structlog.get_logger("assay.jobs")
 
-PIPELINE = get_pipeline("artifact")
 STORAGE_PAUSE = 1.0
 
 
@@ -174,7 +173,7 @@ class Jobs:
             if batch is not None:
                 records.extend(batch)
                 return True
-            result = _result(request, records)
+            result = self._result(request, records, deployment.dtype)
         except Exception as error:  # an engine may raise anything, and its job must still end
             log.exception("job failed")
             self._finish(job_id, "failed", error=str(error))
@@ -183,6 +182,19 @@ class Jobs:
         # Only now: where the disk is full, finishing is tried again.
         self._running = None
         return True
+
+    def _result(self, request: GenerateRequest, records: list[Record], dtype: str) -> dict[str, Any]:
+        if len(records) != len(request.nonces):
+            raise ProofFormatError(
+                f"{len(records)} vectors of {len(request.nonces)}", wanted="all of them", do="send the request again"
+            )
+        size = _pipeline(request).vector_size
+        if request.validation is None:
+            artifacts = [{"nonce": r.nonce, "vector_b64": encode_vector(_vector(r))} for r in records]
+            return {"artifacts": artifacts, "encoding": {"dtype": "f16", "k_dim": size, "endian": "le"}}
+        received = {artifact.nonce: _decode(artifact.vector_b64, size) for artifact in request.validation.artifacts}
+        errors = residuals([Record(r.nonce, vector=received[r.nonce]) for r in records], records)
+        return judge_vectors(request, [r.nonce for r in records], errors, dtype, self._settings)
 
     def _is_finished(self, job_id: str) -> bool:
         jobs = self._db["jobs"]
@@ -240,7 +252,7 @@ def job_round(request: GenerateRequest, reference: str) -> Round:
         node_id=request.node_id,
         node_count=request.node_count,
         model=reference,
-        preset=PIPELINE.name,
+        preset=request.params.preset,
         seq_len=request.params.seq_len,
         r_target=2.0,
         strength=256 if request.poc_stronger_rng else 32,
@@ -252,7 +264,7 @@ def _compute(deployment: Deployment, request: GenerateRequest) -> Iterator[list[
     engine = deployment.engine(request.params.seq_len, request.batch_size)
     header = Header(
         round=job_round(request, deployment.reference),
-        pipeline=PIPELINE,
+        pipeline=_pipeline(request),
         digest=deployment.digest,
         weights=deployment.weights,
         fingerprint=engine.fingerprint,
@@ -261,34 +273,13 @@ def _compute(deployment: Deployment, request: GenerateRequest) -> Iterator[list[
     yield from compute(header, engine, request.nonces)
 
 
-def _result(request: GenerateRequest, records: list[Record]) -> dict[str, Any]:
-    if len(records) != len(request.nonces):
-        raise ProofFormatError(
-            f"{len(records)} vectors of {len(request.nonces)}", wanted="all of them", do="send the request again"
-        )
-    if request.validation is None:
-        artifacts = [{"nonce": r.nonce, "vector_b64": encode_vector(_vector(r))} for r in records]
-        encoding = {"dtype": "f16", "k_dim": PIPELINE.vector_size, "endian": "le"}
-        return {"artifacts": artifacts, "encoding": encoding}
-    received = {artifact.nonce: _decode(artifact.vector_b64) for artifact in request.validation.artifacts}
-    errors = residuals([Record(r.nonce, vector=received[r.nonce]) for r in records], records)
-    rule = request.stat_test or StatTest()
-    count = count_mismatches(
-        errors, threshold=rule.dist_threshold, p_mismatch=rule.p_mismatch, alpha=rule.fraud_threshold
-    )
-    wrong = [r.nonce for r, error in zip(records, errors, strict=True) if not error <= rule.dist_threshold]
-    return {
-        "n_total": count.n,
-        "n_mismatch": count.mismatches,
-        "mismatch_nonces": wrong,
-        "p_value": count.p_value,
-        "fraud_detected": count.fraud,
-    }
+def _pipeline(request: GenerateRequest) -> Pipeline:
+    return get_pipeline(request.params.preset)
 
 
-def _decode(text: str) -> np.ndarray | None:
+def _decode(text: str, size: int) -> np.ndarray | None:
     try:
-        return decode_vector(text, PIPELINE.vector_size)
+        return decode_vector(text, size)
     except ProofFormatError:
         return None
 

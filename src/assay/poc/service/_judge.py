@@ -1,4 +1,4 @@
-"""What a validator says about received distances: the published rule, and the residual test of a node's whole round."""
+"""What a validator says about received values: the published rules, and the residual test of a node's whole round."""
 
 import math
 import time
@@ -6,20 +6,24 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
+from numpy.typing import NDArray
 
 from assay import stats
 from assay.errors import CalibrationError
 from assay.poc._noise import Noise, default_noise
-from assay.poc._pipelines import get_pipeline
-from assay.poc._verdict import seed_rule
+from assay.poc._pipelines import Pipeline, get_pipeline
+from assay.poc._verdict import count_mismatches, seed_rule
+from assay.poc._verifier import EFFECT
+from assay.poc.service._bodies import GenerateRequest, StatTest
 from assay.poc.service._database import Database
 from assay.poc.service._outbox import Outbox
 from assay.poc.service._rounds import StoredRound
 from assay.poc.service._settings import Settings
 from assay.reports import dumps, loads
 
-__all__ = ["Judge"]
+__all__ = ["Judge", "judge_vectors"]
 
 MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
 
@@ -100,7 +104,7 @@ class Judge:
     def _test(self, stored: StoredRound, dtype: str, public_key: str) -> stats.SequentialTest | None:
         key = (stored.id, public_key)
         if key not in self._tests:
-            noise = self._noise(stored, dtype)
+            noise = _honest_noise(self._settings, get_pipeline(stored.preset), dtype)
             if noise is None:
                 return None
             test = stats.SequentialTest(noise.law, alpha=self._settings.alpha, beta=self._settings.beta)
@@ -109,15 +113,6 @@ class Judge:
         if len(self._tests) > MAX_TESTS:
             self._tests.popitem(last=False)
         return self._tests[key]
-
-    def _noise(self, stored: StoredRound, dtype: str) -> Noise | None:
-        measured, output = self._settings.calibration, get_pipeline(stored.preset).output
-        if measured is not None and measured.output == output:
-            return Noise(measured.law, f"calibration on {measured.n} nonces")
-        try:
-            return default_noise(output, dtype, dtype)
-        except CalibrationError:
-            return None
 
     def _old_residuals(self, round_id: int, public_key: str) -> list[float]:
         checks = self._db["checks"]
@@ -155,6 +150,47 @@ class Judge:
             url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == stored.id)).scalar_one()
             if url:
                 self._outbox.add(connection, stored.id, "validated", url, body)
+
+
+def judge_vectors(
+    request: GenerateRequest, nonces: Sequence[int], errors: NDArray[np.float64], dtype: str, settings: Settings
+) -> dict[str, Any]:
+    """Return the verdict on the residuals [N] of an artifact job.
+
+    ``artifact`` has the published count and the published reply. ``hardened`` is judged by the residual test, which its
+    reply holds beside the count.
+    """
+    pipeline, rule = get_pipeline(request.params.preset), request.stat_test or StatTest()
+    count = count_mismatches(
+        errors, threshold=rule.dist_threshold, p_mismatch=rule.p_mismatch, alpha=rule.fraud_threshold
+    )
+    reply = {
+        "n_total": count.n,
+        "n_mismatch": count.mismatches,
+        "mismatch_nonces": [n for n, error in zip(nonces, errors, strict=True) if not error <= rule.dist_threshold],
+        "p_value": count.p_value,
+        "fraud_detected": count.fraud,
+    }
+    if pipeline.name != "hardened":
+        return reply
+    test, noise = None, _honest_noise(settings, pipeline, dtype)
+    if noise is not None:
+        effect = EFFECT[pipeline.output]
+        test = stats.SequentialTest(noise.law, alpha=settings.alpha, beta=settings.beta, effect=effect)
+        test.update(errors)
+    residual = _residual(test)
+    return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
+
+
+def _honest_noise(settings: Settings, pipeline: Pipeline, dtype: str) -> Noise | None:
+    """Return the honest noise of a pipeline: the calibration of the service, else the default; None without either."""
+    measured = settings.calibration
+    if measured is not None and measured.output == pipeline.noise:
+        return Noise(measured.law, f"calibration on {measured.n} nonces")
+    try:
+        return default_noise(pipeline.noise, dtype, dtype)
+    except CalibrationError:
+        return None
 
 
 def _residual(test: stats.SequentialTest | None) -> dict[str, Any]:
