@@ -8,7 +8,11 @@ from assay.poc.service import Deployment, Settings
 from tests.poc.service.conftest import ARTIFACTS, PARAMS, Rig, Service
 
 T = 16
-JOB = ARTIFACTS | {"params": PARAMS | {"model": "small", "seq_len": T, "preset": "hardened"}, "nonces": [0, 1, 2, 5], "wait": True}
+JOB = ARTIFACTS | {
+    "params": PARAMS | {"model": "small", "seq_len": T, "preset": "hardened"},
+    "nonces": [0, 1, 2, 5],
+    "wait": True,
+}
 
 
 class RealRig(Rig):

@@ -50,7 +50,8 @@ def adapted(model: Model, *, rank: int = 8, size: float = 0.02, seed: int = 0) -
         rows, columns = weight_OI.shape
         product = torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
         product = product.to(weight_OI.device)
-        return weight_OI + size * product * (weight_OI.float().norm() / product.norm())
+        moved: torch.Tensor = weight_OI + size * product * (weight_OI.float().norm() / product.norm())
+        return moved
 
     return _changed(model, update)
 
