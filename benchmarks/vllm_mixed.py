@@ -2,18 +2,26 @@
 
 The same requests (chat, completion, both also streaming) are sent at the same times without and with a round that
 generates, in turns, so that whatever else the machine does falls on both. With ``--shares`` the load is repeated for
-every share: the trade-off table.
+every share: the trade-off table. With ``--receiver`` the round has a callback receiver that answers late, or fails.
 """
 
 import asyncio
 import json
 import statistics
+import sys
 import tempfile
 import time
+from pathlib import Path
 
 import httpx
 from _common import note, parser, publish
 from _vllm import Server, chat_once
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.vllm.receiver import Receiver
+
+RECEIVERS = {"slow": {"delay": 30.0}, "failing": {"status": 500}}
 
 
 async def load(url, count, interval, tokens):
@@ -38,13 +46,14 @@ def percentile(values, share):
     return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def compare(server, arguments, share, turns):
+def compare(server, arguments, share, turns, receiver):
     """Run turns without and with a round under one share; return the figures."""
     server.post("/engine", {"share": share}).raise_for_status()
     alone, beside, nonces, seconds = [], [], 0, 0.0
     for _ in range(turns):
         alone.append(asyncio.run(load(server.url, arguments.requests, arguments.interval, arguments.tokens)))
-        server.begin(f"mixed-{share}-{time.time_ns()}", seq_len=arguments.seq_len, batch_size=8)
+        block = f"mixed-{share}-{time.time_ns()}"
+        server.begin(block, seq_len=arguments.seq_len, batch_size=8, url=receiver and receiver.url)
         server.wait_for(8)
         before, started = server.checked(), time.perf_counter()
         beside.append(asyncio.run(load(server.url, arguments.requests, arguments.interval, arguments.tokens)))
@@ -88,7 +97,9 @@ def main():
     made.add_argument("--seq-len", type=int, default=64)
     made.add_argument("--shares", type=float, nargs="*", default=[0.25])
     made.add_argument("--environment", type=json.loads, default={})
+    made.add_argument("--receiver", choices=sorted(RECEIVERS), help="callbacks go to one that is slow or fails")
     arguments = made.parse_args()
+    receiver = Receiver(**RECEIVERS[arguments.receiver]) if arguments.receiver else None
     with tempfile.TemporaryDirectory() as folder, Server(folder, environment=arguments.environment) as server:
         note("warming up")
         asyncio.run(load(server.url, min(40, arguments.requests), arguments.interval, arguments.tokens))
@@ -96,10 +107,11 @@ def main():
         rows = []
         for share in arguments.shares:
             note(f"share {share}")
-            rows.append(compare(server, arguments, share, arguments.turns))
+            rows.append(compare(server, arguments, share, arguments.turns, receiver))
             note(json.dumps(rows[-1]))
         held = server.idle_counts()
     figures = {"requests": arguments.requests, "turns": arguments.turns, "interval_seconds": arguments.interval}
+    figures |= {"receiver": arguments.receiver, "callbacks": receiver and receiver.asked}
     figures |= {"seq_len": arguments.seq_len, "model": "reference:qwen3 float32", "idle_nonces_per_second": idle}
     publish("vllm_mixed", figures | {"shares": rows, "left_in_workers": held["workers"]}, arguments.output)
     assert statistics.fmean(row["identical"] == row["requests_beside_nonces"] for row in rows) == 1.0, "tokens differ"

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Receiver:
     """Keeps every callback once, by its id."""
 
-    def __init__(self) -> None:
-        self.delay, self.status = 0.0, 200
+    def __init__(self, *, delay: float = 0.0, status: int = 200) -> None:
+        self.delay, self.status = delay, status
         self.bodies: dict[str, dict] = {}
         self.asked = 0
         outer = self
