@@ -82,6 +82,7 @@ def _wait_for_progress(server: Server) -> None:
 
 
 def _drain(server: Server) -> None:
+    time.sleep(3.0)  # a snapshot may be older than the last callback
     deadline = time.monotonic() + 120
     while server.get("/api/v1/pow/snapshot")["callbacks"]["pending"]:
         assert time.monotonic() < deadline, server.log.read_text()[-2000:]
