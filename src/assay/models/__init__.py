@@ -1,5 +1,6 @@
 """Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
 
+from assay.models._identify import checkpoint_directory, identify
 from assay.models._info import list_models, model_info
 from assay.models._load import load_model
 from assay.models._save import save_random
@@ -10,7 +11,9 @@ __all__ = [
     "Model",
     "ModelInfo",
     "backbone",
+    "checkpoint_directory",
     "decoder_layers",
+    "identify",
     "list_models",
     "load_model",
     "model_info",

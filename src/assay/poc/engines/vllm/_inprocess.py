@@ -6,11 +6,11 @@ from types import TracebackType
 from typing import Any
 
 from assay.errors import ModelError, UsageError
+from assay.models import checkpoint_directory, identify
 from assay.poc.engines.vllm._client import Client
 from assay.poc.engines.vllm._engine import Inputs, RequestEngine, capacity, most_positions
 from assay.poc.engines.vllm._flow import Flow, FlowSettings
 from assay.poc.engines.vllm._gate import check_config, check_installed
-from assay.poc.engines.vllm._identity import checkpoint_directory, identify
 
 __all__ = ["EXTENSION", "VLLMEngine"]
 
@@ -66,7 +66,7 @@ class VLLMEngine(RequestEngine):
                 most_positions=most_positions(config),
                 inputs=inputs,
             )
-            self.model = identify(reference, client.description["dtype"])
+            self.model = identify(reference, dtype=client.description["dtype"])
         except BaseException:
             self.close()
             raise

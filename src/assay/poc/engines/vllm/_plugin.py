@@ -12,12 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from assay.errors import UsageError
+from assay.models import identify
 from assay.poc.engines.vllm._client import Client
 from assay.poc.engines.vllm._doors import Barrier, Under
 from assay.poc.engines.vllm._engine import RequestEngine, capacity, most_positions
 from assay.poc.engines.vllm._flow import Flow
 from assay.poc.engines.vllm._gate import check_config, check_installed
-from assay.poc.engines.vllm._identity import identify
 from assay.poc.engines.vllm._settings import PluginSettings
 from assay.poc.engines.vllm._status import engine_router
 
@@ -110,7 +110,7 @@ class AssayPlugin:
         from assay.poc.service import Deployment
 
         running = self._running.result()
-        model = identify(running.model, running.client.description["dtype"])
+        model = identify(running.model, dtype=running.client.description["dtype"])
         return Deployment(
             reference=running.reference,
             digest=model.digest,
