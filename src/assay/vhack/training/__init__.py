@@ -1,5 +1,6 @@
 """Training held back from hack directions: the adapter δS, gates on gradients and on updates, and what they did."""
 
+from assay.vhack.training._arms import ARMS, BASIS_KINDS, Arm, arm_named
 from assay.vhack.training._delta import DeltaS
 from assay.vhack.training._frames import Frames
 from assay.vhack.training._gates import GATES, Box, Gate
@@ -8,8 +9,11 @@ from assay.vhack.training._optimizer import LEVELS, ProjectedOptimizer
 from assay.vhack.training._rollouts import Rollouts, gate_rollouts
 
 __all__ = [
+    "ARMS",
+    "BASIS_KINDS",
     "GATES",
     "LEVELS",
+    "Arm",
     "Box",
     "DeltaS",
     "Frames",
@@ -17,5 +21,6 @@ __all__ = [
     "Measures",
     "ProjectedOptimizer",
     "Rollouts",
+    "arm_named",
     "gate_rollouts",
 ]

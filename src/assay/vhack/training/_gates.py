@@ -7,7 +7,8 @@ hack-ward coordinates are
     c = V g  of a gradient g        c = −V Δ  of an update Δ        −V (δS − δS_0)  of a displacement
 
 The gates take away γ·relu(c) (``one_sided``), γ·c (``no_gate``, two-sided) or 2γ·c (``reverse``), with the gain γ on
-the counter-force: at 1 the first two erase, above 1 they push back.
+the counter-force: at 1 the first two erase, above 1 they push back. ``keep`` is the complement: with trusted directions
+for axes it takes away γ of everything that does not lie along them.
 
 Shapes: M modules of a group, K axes, R coordinates of δS.
 """
@@ -23,7 +24,7 @@ from assay.vhack.training._frames import along, spread
 
 __all__ = ["GATES", "Box", "Gate"]
 
-GATES = ("none", "one_sided", "no_gate", "reverse")
+GATES = ("none", "one_sided", "no_gate", "reverse", "keep")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Gate:
     """What is taken away along the axes.
 
     Attributes:
-        kind: ``"one_sided"``, ``"no_gate"``, ``"reverse"``, or ``"none"``, which only measures.
+        kind: ``"one_sided"``, ``"no_gate"``, ``"reverse"``, ``"keep"``, or ``"none"``, which only measures.
         gain: γ.
         preserve_magnitude: what is left of each module's vector is scaled to the length it had.
     """
@@ -47,10 +48,10 @@ class Gate:
             raise UsageError(f"a gain of {self.gain}", wanted="a number from 0 on", do="1 erases, 1.1 pushes back")
 
     def coefficients(self, hackward: Tensor) -> Tensor:
-        """How much of each hack-ward coordinate is taken away, in its shape."""
+        """How much of each hack-ward coordinate is taken away, in its shape; nothing, for ``keep``."""
         if self.kind == "one_sided":
             return self.gain * hackward.relu()
-        return {"none": 0.0, "no_gate": 1.0, "reverse": 2.0}[self.kind] * self.gain * hackward
+        return {"none": 0.0, "keep": 0.0, "no_gate": 1.0, "reverse": 2.0}[self.kind] * self.gain * hackward
 
     def apply(self, vectors_MR: Tensor, axes_MKR: Tensor, sign: int) -> Tensor:
         """What is left of vectors, [M, R] float64.
@@ -61,8 +62,12 @@ class Gate:
             sign: 1 for gradients, −1 for updates: along which of +v and −v the hack is.
         """
         wide_MR = vectors_MR.double()
-        taken_MK = self.coefficients(sign * along(axes_MKR, wide_MR))
-        left_MR = wide_MR - sign * spread(axes_MKR, taken_MK)
+        at_MK = along(axes_MKR, wide_MR)
+        left_MR = wide_MR - sign * spread(axes_MKR, self.coefficients(sign * at_MK))
+        if self.kind == "keep":
+            # A module without axes has nothing to be kept inside of.
+            outside_MR = (wide_MR - spread(axes_MKR, at_MK)) * axes_MKR.any(dim=2).any(dim=1)[:, None]
+            left_MR = wide_MR - self.gain * outside_MR
         if not self.preserve_magnitude:
             return left_MR
         before_M1, after_M1 = wide_MR.norm(dim=1, keepdim=True), left_MR.norm(dim=1, keepdim=True)

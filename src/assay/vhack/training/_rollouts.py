@@ -91,21 +91,22 @@ def gate_rollouts(
         adapter: its gradients are changed.
         rollouts: of the passes that made these gradients.
         frames: the axes.
-        gate: what is removed along them; it may not preserve magnitudes, for those are of the sum.
+        gate: what is removed along them; it may not preserve magnitudes, for those are of the sum, nor be ``keep``.
         chosen_N: which rollouts are gated, [N] bool, for instance those whose `cin` is above a threshold; None is all.
         process_group: where the gradients were averaged over processes, those processes.
 
     Raises:
-        UsageError: the gate preserves magnitudes, or ``chosen_N`` has another length.
+        UsageError: the gate preserves magnitudes or is ``keep``, or ``chosen_N`` has another length.
     """
     rows = rollouts.rows
     count = rows[0].shape[1]
-    if gate.preserve_magnitude or (chosen_N is not None and len(chosen_N) != count):
+    if gate.preserve_magnitude or gate.kind == "keep" or (chosen_N is not None and len(chosen_N) != count):
         chosen = 0 if chosen_N is None else len(chosen_N)
+        unfit = gate.preserve_magnitude or gate.kind == "keep"
         raise UsageError(
-            "a gate that preserves magnitudes" if gate.preserve_magnitude else f"a choice among {chosen} rollouts",
-            wanted=f"one that does not, and a choice among {count} rollouts",
-            do="turn it off, and choose among those of this very step",
+            f"{gate} for single rollouts" if unfit else f"a choice among {chosen} rollouts",
+            wanted=f"a gate that takes something away along the axes, and a choice among {count} rollouts",
+            do="gate the sum instead" if unfit else "choose among those of this very step",
         )
     for parameter, rows_MNR, axes_MKR in zip(adapter.delta, rows, frames.axes, strict=True):
         coordinates_MNK = gate.coefficients(rows_MNR.double() @ axes_MKR.transpose(1, 2))
