@@ -140,8 +140,11 @@ def gated_by_hand(gradient, axes, gate):
     left = gradient.double().clone()
     for axis in axes.double():
         c = axis @ gradient.double()
-        take = {"one_sided": max(c, torch.zeros(())), "no_gate": c, "reverse": 2 * c, "none": 0 * c}[gate.kind]
+        take = {"one_sided": max(c, torch.zeros(())), "no_gate": c, "reverse": 2 * c}.get(gate.kind, 0 * c)
         left -= gate.gain * take * axis
+    if gate.kind == "keep":
+        kept = sum((axis @ gradient.double()) * axis for axis in axes.double())
+        left = gradient.double() - gate.gain * (gradient.double() - kept)
     if gate.preserve_magnitude and left.norm() > 0:
         left *= gradient.double().norm() / left.norm()
     return left
@@ -468,7 +471,7 @@ def test_rollouts_that_cannot_be_gated_are_refused(module, ids, small_svd, basis
         rollouts.cin(optimiser.frames)
     with adapter.per_sample() as rollouts:
         loss_of(module, ids).backward()
-    with pytest.raises(UsageError, match="preserves magnitudes"):
+    with pytest.raises(UsageError, match="preserve_magnitude=True"):
         gate_rollouts(adapter, rollouts, optimiser.frames, Gate("no_gate", preserve_magnitude=True))
     with pytest.raises(UsageError, match="among 2 rollouts"):
         gate_rollouts(adapter, rollouts, optimiser.frames, Gate(), chosen_N=torch.ones(2, dtype=torch.bool))

@@ -1,6 +1,7 @@
 """Training held back from hack directions: the adapter δS, gates on gradients and on updates, and what they did."""
 
 from assay.vhack.training._arms import ARMS, BASIS_KINDS, Arm, arm_named
+from assay.vhack.training._controls import basis_of_kind
 from assay.vhack.training._delta import DeltaS
 from assay.vhack.training._frames import Frames
 from assay.vhack.training._gates import GATES, Box, Gate
@@ -22,5 +23,6 @@ __all__ = [
     "ProjectedOptimizer",
     "Rollouts",
     "arm_named",
+    "basis_of_kind",
     "gate_rollouts",
 ]

@@ -24,8 +24,11 @@ BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
 
 - ``true``: the hack directions of the pairs;
 - ``random``: as many orthonormal axes, uniform among all of them;
-- ``shuffled``: extracted from the same pairs with hack and clean exchanged at random, whole groups at a time;
+- ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. Nearly the same
+  plane, for a difference and its negative span the same line, but which way the hack is is lost;
 - ``clean-clean``: extracted from differences between clean sides of different pairs.
+
+:func:`assay.vhack.training.basis_of_kind` makes them.
 """
 
 TRUSTED = "trusted"

@@ -9,7 +9,8 @@ It acts in one of two places.
 - level ``"update"``: the gate acts on what the optimiser did, Δ = δS_new − δS_old, weight decay and momentum included.
   With ``no_gate`` the update is exactly outside the axes, whatever the optimiser.
 
-A box bounds the displacement from the start and works with either.
+A box bounds the displacement from the start and works with either. A push is a constant step away from the hack: an
+open loop, there to compare the gates with.
 
 Shapes: M modules of a group, K axes, R coordinates of δS.
 """
@@ -40,8 +41,8 @@ class ProjectedOptimizer(Optimizer):
     """An optimiser around another one; schedulers, GradScaler and trainers take it for an optimiser like any other.
 
     A step is: average gradients over ``process_group`` if there is one, measure, gate the gradient, clip, step of the
-    inner optimiser, gate the update, box, measure, merge δS into the weights. Parameters that are no δS are stepped and
-    clipped, and otherwise left alone.
+    inner optimiser, gate the update, push, box, measure, merge δS into the weights. Parameters that are no δS are
+    stepped and clipped, and otherwise left alone.
 
     Clip with ``max_norm`` here, and not in the trainer, where the gradient is to be gated first. Gates commute with any
     positive scale of the gradient, so only the clipping norm differs.
@@ -53,6 +54,9 @@ class ProjectedOptimizer(Optimizer):
         gate: what is taken away along them.
         level: ``"gradient"`` or ``"update"``.
         box: bounds of the displacement.
+        push: every step also moves δS by ``push · lr`` along +v of every axis, away from the hack.
+        watched: other axes to measure along as well, for instance the true ones where control axes are acted on; their
+            measures begin with ``watched_``.
         max_norm: largest norm of the gradient of all parameters; None does not clip.
         process_group: processes to average the gradients of δS over before anything else: for a replicated δS that
             neither DDP nor FSDP2 takes care of. The gate must see the mean, for it is not linear.
@@ -60,6 +64,7 @@ class ProjectedOptimizer(Optimizer):
     Attributes:
         measures: of the last step, see :mod:`assay.vhack.training._measures`.
         frames: the axes, stacked.
+        watched: those that are only measured along, or None.
 
     Raises:
         UsageError: the level is none of the two, ``max_norm`` is not positive, the inner optimiser does not have the
@@ -75,6 +80,8 @@ class ProjectedOptimizer(Optimizer):
         gate: Gate | None = None,
         level: str = "gradient",
         box: Box | None = None,
+        push: float = 0.0,
+        watched: Basis | None = None,
         max_norm: float | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -84,19 +91,20 @@ class ProjectedOptimizer(Optimizer):
         super().__init__([{"params": list(group["params"])} for group in inner.param_groups], dict(inner.defaults))
         self.inner = inner
         self.adapter, self.gate, self.level, self.box = adapter, gate or Gate(), level, box
-        self.max_norm, self.process_group = max_norm, process_group
+        self.push, self.max_norm, self.process_group = push, max_norm, process_group
         self.measures = Measures({})
-        self.use_basis(basis)
+        self.use_basis(basis, watched)
         self._start = [local(parameter).clone() for parameter in adapter.delta]
 
-    def use_basis(self, basis: Basis | None) -> None:
-        """Take other axes from now on; the start that displacements are counted from stays.
+    def use_basis(self, basis: Basis | None, watched: Basis | None = None) -> None:
+        """Take other axes, and others to watch, from now on; the start that displacements are counted from stays.
 
         Raises:
             UsageError: the basis does not fit the adapter.
             DataError: its rows are not orthonormal.
         """
         self.frames = Frames(self.adapter.groups, basis)
+        self.watched = None if watched is None else Frames(self.adapter.groups, watched)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -164,7 +172,7 @@ class ProjectedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._average()
-        found = dict(self._share("cin", self._gradients(), 1))
+        found = self._share("cin", self._gradients(), 1)
         if self.level == "gradient":
             self._gate_gradients()
         self._clip()
@@ -174,10 +182,7 @@ class ProjectedOptimizer(Optimizer):
         self._bound(before)
         moved = [(i, local(p) - old_MR) for i, (p, old_MR) in enumerate(zip(self.adapter.delta, before, strict=True))]
         found |= self._share("leak", moved, -1)
-        found |= displacement(
-            ((local(p) - self._start[i], axes) for i, p, axes in self._with_axes()), processes(self.adapter.delta[0])
-        )
-        self.measures = Measures(found)
+        self.measures = Measures(found | self._displacement())
         self.adapter.refresh()
         return loss
 
@@ -203,15 +208,22 @@ class ProjectedOptimizer(Optimizer):
             torch.nn.utils.clip_grad_norm_(every, self.max_norm)
 
     def _bound(self, before: list[Tensor]) -> None:
-        """Gate the update, then put δS into its box."""
+        """Gate the update, push, then put δS into its box."""
         for index, parameter, axes_MKR in self._with_axes():
             now_MR, old_MR = local(parameter), before[index]
             if self.level == "update" and self._acts_on(index):
                 update_MR = now_MR.double() - old_MR.double()
                 now_MR.copy_(old_MR.double() + self.gate.apply(update_MR, axes_MKR, -1))
+            if self.push:
+                now_MR.copy_(now_MR.double() + self.push * self._rate(parameter) * axes_MKR.sum(dim=1))
             if self.box is not None:
                 moved_MR = now_MR.double() - self._start[index].double()
                 now_MR.copy_(now_MR.double() + self.box.correction(moved_MR, axes_MKR))
+
+    def _rate(self, parameter: Tensor) -> float:
+        """Its learning rate at the moment."""
+        owner = next(g for g in self.param_groups if any(parameter is other for other in g["params"]))
+        return float(owner["lr"])
 
     def _with_axes(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         for index, parameter in enumerate(self.adapter.delta):
@@ -224,12 +236,31 @@ class ProjectedOptimizer(Optimizer):
     def _axes(self, index: int) -> Tensor:
         return self.frames.axes[index][local_rows(self.adapter.delta[index])]
 
+    def _measured(self) -> Iterator[tuple[str, Frames]]:
+        """The axes to measure along, and how the names of their measures begin."""
+        yield "", self.frames
+        if self.watched is not None:
+            yield "watched_", self.watched
+
     def _share(self, name: str, vectors: list[tuple[int, Tensor]], sign: int) -> dict[str, Tensor]:
-        parts = (
-            (vectors_MR, self._axes(i), self.frames.has_axes[i][local_rows(self.adapter.delta[i])])
-            for i, vectors_MR in vectors
-        )
-        return share(name, parts, sign, processes(self.adapter.delta[0]))
+        found: dict[str, Tensor] = {}
+        rows = [local_rows(parameter) for parameter in self.adapter.delta]
+        for prefix, frames in self._measured():
+            parts = ((x_MR, frames.axes[i][rows[i]], frames.has_axes[i][rows[i]]) for i, x_MR in vectors)
+            found |= share(prefix + name, parts, sign, processes(self.adapter.delta[0]))
+        return found
+
+    def _displacement(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for prefix, frames in self._measured():
+            moved = (
+                (local(p) - self._start[i], frames.axes[i][local_rows(p)])
+                for i, p in enumerate(self.adapter.delta)
+                if frames.axes[i].shape[1]
+            )
+            values = displacement(moved, processes(self.adapter.delta[0]))
+            found |= {prefix + name: value for name, value in values.items()}
+        return found
 
 
 def _check(inner: Optimizer, adapter: DeltaS, level: str, max_norm: float | None) -> None:
