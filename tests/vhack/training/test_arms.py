@@ -59,11 +59,11 @@ def test_which_axes_know_the_hack(gradients, method):
     pairs, hackward = gradients
     found = {kind: basis_of_kind(kind, pairs, top_k=2, method=method) for kind in (*BASIS_KINDS, "trusted")}
     assert share(hackward, found["true"]) > 0.9
-    assert share(hackward, found["shuffled"]) > 0.85  # the plane is kept
+    assert (share(hackward, found["shuffled"]) > 0.85) == (method == "svd")  # which keeps the plane
     assert all(share(hackward, found[kind]) < 0.5 for kind in ("random", "clean-clean", "trusted"))
     votes = {kind: found[kind].votes["a"][0].tolist() for kind in ("true", "shuffled")}
     assert votes["true"] == [12, 0]
-    assert votes["shuffled"] == [6, 6]  # and the direction is lost
+    assert max(votes["shuffled"]) < 12  # the direction is lost
     for basis in found.values():
         assert isinstance(basis, Basis)
         axes = basis.axes["a"]

@@ -24,8 +24,9 @@ BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
 
 - ``true``: the hack directions of the pairs;
 - ``random``: as many orthonormal axes, uniform among all of them;
-- ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. Nearly the same
-  plane, for a difference and its negative span the same line, but which way the hack is is lost;
+- ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. Which way the hack
+  is is lost. By ``svd`` the plane stays, for a difference and its negative span the same line; by ``lda`` it is lost
+  too, for half of what it whitens by are hacks;
 - ``clean-clean``: extracted from differences between clean sides of different pairs.
 
 :func:`assay.vhack.training.basis_of_kind` makes them.
