@@ -2,24 +2,22 @@
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
 from assay.errors import BadWeights, UsageError
 from assay.models import Model
 from assay.poc._parse import parse_record_line
-from assay.poc._pipelines import Pipeline, get_pipeline
+from assay.poc._pipelines import get_pipeline
 from assay.poc._proof import Header, Proof, Record
 from assay.poc._round import MAX_COUNT, Round
-from assay.poc._transforms import Transform
 from assay.poc.engines import Engine, HFEngine, TransformingEngine
+from assay.poc.engines._outputs import plain_outputs
 from assay.reports import PartialFile, dumps
 
 __all__ = ["Progress", "compute", "make_header", "prove"]
@@ -116,7 +114,7 @@ def _listed(nonces: Iterable[int]) -> Sequence[int]:
 def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[list[Record]]:
     """Compute the records of nonces, one list per batch."""
     round = header.round
-    make = engine.outputs if isinstance(engine, TransformingEngine) else partial(_outputs, engine)
+    make = engine.outputs if isinstance(engine, TransformingEngine) else partial(plain_outputs, engine)
     with closing(make(round, header.pipeline, nonces)) as outputs:
         for start, values in zip(range(0, len(nonces), engine.batch_size), outputs, strict=False):
             if not np.isfinite(values).all():
@@ -127,33 +125,6 @@ def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[l
                 )
             wanted = nonces[start : start + engine.batch_size]
             yield [_record(nonce, value) for nonce, value in zip(wanted, values, strict=True)]
-
-
-def _outputs(engine: Engine, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
-    """Yield the outputs of a pipeline on an engine that gives hidden states; the last batch is padded, then cut."""
-    transform = Transform(
-        round,
-        pipeline,
-        hidden_size=engine.hidden_size,
-        vocab_size=engine.vocab_size,
-        device=engine.device,
-        trained_head=engine.trained_head,
-    )
-    with engine.between_layers(pipeline.layers, round):
-        for start in range(0, len(nonces), engine.batch_size):
-            wanted = list(nonces[start : start + engine.batch_size])
-            padded = wanted + wanted[-1:] * (engine.batch_size - len(wanted))
-            values = transform(_read(engine, transform, padded), padded).cpu().numpy()
-            yield values[: len(wanted)]
-
-
-def _read(engine: Engine, transform: Transform, nonces: Sequence[int]) -> Tensor:
-    """Return what the pipeline reads of the hidden states of a batch, [B, D]."""
-    inputs_BTD = engine.inputs(transform.round, nonces)
-    weights_BT = transform.weights(nonces, engine.seq_len)
-    if weights_BT is None:
-        return engine.last_hidden(inputs_BTD)
-    return engine.weighted_hidden(inputs_BTD, weights_BT)
 
 
 def _record(nonce: int, value: np.ndarray) -> Record:

@@ -1,29 +1,36 @@
 """The engine on transformers: the definition, and the default on CPU and CUDA."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import transformers
 from jaxtyping import Float, Float32
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from assay import streams
 from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models import Model, backbone, decoder_layers
-from assay.poc._pipelines import LayerStep
+from assay.poc._pipelines import LayerStep, Pipeline
 from assay.poc._round import Round
 from assay.poc._transforms import project, reflect, unit, weighted_sum
 from assay.poc.engines._base import Fingerprint
+from assay.poc.engines._compiled import CompiledForward
 from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines._memory import check_fits
+from assay.poc.engines._outputs import overlapped_outputs, plain_outputs
 
 __all__ = ["HFEngine"]
 
 MAX_BATCH = 65_536
+
+COMPILED = "compiled"
+"""Stands in the fingerprint's ``library`` where the kernels were compiled."""
 
 # Matrix products of fewer rows take kernels in which the place of a row decides its last bits.
 MIN_POSITIONS = 16
@@ -37,13 +44,14 @@ class HFEngine:
         batch_size: B, rows of every batch. Raised where B · T would be under 16 positions, so that a
             row's bits never depend on its place.
         seq_len: T, positions of every row.
+        compiled: run compiled kernels instead of those of eager torch. The first batch takes seconds longer.
 
     Raises:
         UsageError: the sequence is longer than the model's positions, or the batch is out of range.
         OutOfMemory: a batch of this shape does not fit; the message names one that would.
     """
 
-    def __init__(self, model: Model, *, batch_size: int = 32, seq_len: int = 256) -> None:
+    def __init__(self, model: Model, *, batch_size: int = 32, seq_len: int = 256, compiled: bool = False) -> None:
         if type(batch_size) is not int or not 1 <= batch_size <= MAX_BATCH:
             raise UsageError(f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32")
         if seq_len > model.max_positions:
@@ -61,6 +69,8 @@ class HFEngine:
         self._backbone = backbone(model.module)
         self._streams = streams.get_backend("auto", model.device.type)
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
+        self._compiled = CompiledForward(model, seq_len) if compiled else None
+        self._hooked = False
 
     @property
     def hidden_size(self) -> int:
@@ -95,13 +105,20 @@ class HFEngine:
             engine="hf",
             device=torch.cuda.get_device_name(self.device) if on_cuda else f"{platform.machine()} {_cpu_capability()}",
             dtype=self.dtype,
-            attention=str(self.model.module.config._attn_implementation),
+            attention=self._compiled.attention if self._compiled else self.model.module.config._attn_implementation,
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             threads=0 if on_cuda else torch.get_num_threads(),
             torch=torch.__version__,
-            library=f"transformers {transformers.__version__}",
+            library=", ".join([f"transformers {transformers.__version__}", *self._choices()]),
         )
+
+    def _choices(self) -> list[str]:
+        """What was chosen beside the defaults, as the fingerprint says it."""
+        if self._compiled is None:
+            return []
+        kernels = COMPILED if self._compiled.lean else f"{COMPILED} whole"
+        return [kernels, f"triton {version('triton')}"] if self.device.type == "cuda" else [kernels]
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Float[Tensor, "B T D"]:
         """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
@@ -118,7 +135,7 @@ class HFEngine:
             OutOfMemory: the device ran out of memory.
             ModelError: this architecture cannot be run on input embeddings.
         """
-        return self._finite(self._hidden(inputs_BTD)[:, -1].float())
+        return self._finite(self._read(inputs_BTD, None))
 
     @torch.inference_mode()
     def weighted_hidden(
@@ -129,10 +146,25 @@ class HFEngine:
         Raises:
             Error: as :meth:`last_hidden`.
         """
-        return self._finite(weighted_sum(self._hidden(inputs_BTD), weights_BT))
+        return self._finite(self._read(inputs_BTD, weights_BT))
 
-    def _hidden(self, inputs_BTD: Tensor) -> Tensor:
-        """Run the backbone: hidden states [B, T, D] after the final norm, in the model's dtype."""
+    def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
+        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
+
+        On CUDA a state that is not finite gives NaN.
+
+        Raises:
+            BadWeights: on the CPU, the model returned NaN or infinity.
+            OutOfMemory: the device ran out of memory.
+            ModelError: this architecture cannot be run on input embeddings.
+        """
+        if self.device.type == "cuda":
+            return overlapped_outputs(self, self._read, round, pipeline, nonces)
+        return plain_outputs(self, round, pipeline, nonces)
+
+    @torch.inference_mode()
+    def _read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
+        """Run the model: the last hidden state, or the weighted sum of all, [B, D] in float32."""
         wanted = (self.batch_size, self.seq_len, self.hidden_size)
         if tuple(inputs_BTD.shape) != wanted:
             raise UsageError(
@@ -141,11 +173,16 @@ class HFEngine:
                 do="pad the batch with throw-away nonces",
             )
         try:
+            if self._compiled is not None and not self._hooked:
+                run = self._compiled
+                if weights_BT is None:
+                    return run.last_hidden(inputs_BTD)
+                return weighted_sum(run.hidden(inputs_BTD), weights_BT)
             output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
         except Exception as error:  # every architecture fails in its own way
             raise self._failed(error) from error
         hidden_BTD: Tensor = output.last_hidden_state
-        return hidden_BTD
+        return hidden_BTD[:, -1].float() if weights_BT is None else weighted_sum(hidden_BTD, weights_BT)
 
     def _finite(self, x_BD: Tensor) -> Tensor:
         if not bool(torch.isfinite(x_BD).all()):
@@ -191,9 +228,11 @@ class HFEngine:
             layer.register_forward_hook(_LayerHook(self._layer_function(step, round, index)))
             for index, layer in enumerate(decoder_layers(self.model.module))
         ]
+        self._hooked = True
         try:
             yield
         finally:
+            self._hooked = False
             for handle in handles:
                 handle.remove()
 

@@ -13,7 +13,7 @@ from typing import Any
 from assay.errors import BackendUnavailable, UsageError
 from assay.poc.engines.vllm._runners import runner_kind
 
-__all__ = ["NEWEST", "OLDEST", "check_config", "check_installed", "missing_in_runner"]
+__all__ = ["NEWEST", "OLDEST", "check_config", "check_engines", "check_installed", "missing_in_runner"]
 
 OLDEST, NEWEST = (0, 28), (0, 32)
 """The first and last minor versions that the tests have run on."""
@@ -125,12 +125,6 @@ def check_config(config: Any) -> None:
             "leave it out",
         ),
         (
-            parallel.data_parallel_size > 1,
-            f"{parallel.data_parallel_size} data-parallel engines",
-            "one engine, whose workers hold every nonce",
-            "start one server per engine, each with its own node_id and data directory",
-        ),
-        (
             parallel.pipeline_parallel_size > 1 and config.device_config.device_type == "cpu",
             "pipeline stages on the CPU, where its second stage fails at the first step",
             "one stage",
@@ -139,9 +133,24 @@ def check_config(config: Any) -> None:
         (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
         (model.is_multimodal_model, "a multimodal model", "a text model", "use another model"),
     )
+    check_engines(parallel.data_parallel_size)
     for wrong, seen, wanted, do in refused:
         if wrong:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
+
+
+def check_engines(count: int) -> None:
+    """Refuse more than one data-parallel engine.
+
+    Raises:
+        UsageError: says how to run several nodes instead.
+    """
+    if count > 1:
+        raise UsageError(
+            f"vLLM with {count} data-parallel engines",
+            wanted="one engine, whose workers hold every nonce",
+            do="start one server per engine, each with its own node_id and data directory",
+        )
 
 
 def _version() -> str:

@@ -17,7 +17,7 @@ from assay.poc.engines.vllm._client import Client
 from assay.poc.engines.vllm._doors import Barrier, Under
 from assay.poc.engines.vllm._engine import RequestEngine, capacity, most_positions
 from assay.poc.engines.vllm._flow import Flow
-from assay.poc.engines.vllm._gate import check_config, check_installed
+from assay.poc.engines.vllm._gate import check_config, check_engines, check_installed
 from assay.poc.engines.vllm._settings import PluginSettings
 from assay.poc.engines.vllm._status import engine_router
 
@@ -54,7 +54,8 @@ class AssayPlugin:
         """Mount routes, page and callbacks. What is wrong with the settings ends the start of the server.
 
         Raises:
-            UsageError: a setting is out of range, or others reach the port and there is no key.
+            UsageError: a setting is out of range, others reach the port and there is no key, or there are several
+                servers or engines.
             StorageError: the data directory is in use or cannot be written.
         """
         from assay.poc.service import Controller, attach, configure_logs
@@ -63,6 +64,7 @@ class AssayPlugin:
         from assay.poc.service.dashboard import dashboard_router
 
         configure_logs("console")
+        _check_alone(app.state.args)
         settings = self._settings = PluginSettings.of()
         _check_host(app.state.args, settings.service.has_keys)
         self.controller = Controller(self._deploy, settings.service)
@@ -85,7 +87,6 @@ class AssayPlugin:
         version = check_installed()
         config = engine_client.vllm_config
         check_config(config)
-        _check_alone(config, args)
         count = engine_client.output_processor.get_num_unfinished_requests
         client = Client(engine_client, Flow(self._settings.flow, count, capacity(config)))
         await client.install()
@@ -151,15 +152,16 @@ def _check_host(args: Any, has_keys: bool) -> None:
     )
 
 
-def _check_alone(config: Any, args: Any) -> None:
-    """Refuse several API servers: each would own a service, and requests reach any of them."""
-    count = getattr(config.parallel_config, "_api_process_count", 1) or 1
-    if count > 1:
+def _check_alone(args: Any) -> None:
+    """Refuse several servers or engines, before anything of the service is opened: each would own a round."""
+    servers = getattr(args, "api_server_count", None) or 1
+    if servers > 1:
         raise UsageError(
-            f"{count} API servers of one engine",
+            f"{servers} API servers of one engine",
             wanted="one, which owns the round and its database",
             do="pass --api-server-count 1",
         )
+    check_engines(getattr(args, "data_parallel_size", None) or 1)
     if getattr(args, "revision", None):
         raise UsageError(
             f"--revision {args.revision}",

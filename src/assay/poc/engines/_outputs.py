@@ -1,0 +1,146 @@
+"""From nonces to what a pipeline publishes, on an engine that gives hidden states.
+
+:func:`plain_outputs` does one thing after the other. :func:`overlapped_outputs` keeps a CUDA device busy: while batch n
+runs, the inputs of batch n + 1 are made and the states of batch n − 1 are transformed, each on a stream of its own. The
+host waits for one event per batch, behind which the next batch is queued already.
+
+Legend of shapes: B nonces of a batch, T positions, D hidden size, K length of a vector.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay.poc._pipelines import Pipeline
+from assay.poc._round import Round
+from assay.poc._transforms import Transform
+from assay.poc.engines._base import Engine
+
+__all__ = ["overlapped_outputs", "plain_outputs"]
+
+
+def plain_outputs(
+    engine: Engine, round: Round, pipeline: Pipeline, nonces: Sequence[int]
+) -> Generator[NDArray[Any]]:
+    """Yield the outputs of a pipeline, a batch at a time; the last batch is padded, then cut."""
+    transform = _transform(engine, round, pipeline)
+    with engine.between_layers(pipeline.layers, round):
+        for start in range(0, len(nonces), engine.batch_size):
+            count, padded = _batch(engine, nonces, start)
+            yield transform(_read(engine, transform, padded), padded).cpu().numpy()[:count]
+
+
+def overlapped_outputs(
+    engine: Engine,
+    run: Callable[[Tensor, Tensor | None], Tensor],
+    round: Round,
+    pipeline: Pipeline,
+    nonces: Sequence[int],
+) -> Generator[NDArray[Any]]:
+    """Yield what :func:`plain_outputs` yields, on a CUDA device that never waits for the host.
+
+    Args:
+        engine: makes the inputs, and says what the batch is.
+        run: takes inputs [B, T, D] and weights of positions [B, T] or None to what is read, [B, D] in float32,
+            without waiting for the device.
+        round: gives the seed texts.
+        pipeline: what is published.
+        nonces: in the order of the outputs.
+    """
+    lanes = _Lanes(engine.device)
+    with torch.cuda.stream(lanes.tail):
+        transform = _transform(engine, round, pipeline)
+    before: _Flight | None = None
+    # No stream is current while the caller has the word: a generator's caller may be anybody.
+    with engine.between_layers(pipeline.layers, round):
+        for start in range(0, len(nonces), engine.batch_size):
+            flight = _launch(engine, run, transform, lanes, *_batch(engine, nonces, start))
+            if before is not None:
+                yield _land(before, transform, lanes)
+            before = flight
+        if before is not None:
+            yield _land(before, transform, lanes)
+
+
+class _Lanes:
+    """The streams of one device: inputs, forward pass, transform."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.inputs, self.forward, self.tail = (torch.cuda.Stream(device) for _ in range(3))
+        for stream in (self.inputs, self.forward, self.tail):
+            stream.wait_stream(torch.cuda.current_stream(device))  # where the model was loaded
+
+
+class _Flight(NamedTuple):
+    """A batch whose forward pass is queued."""
+
+    count: int
+    nonces: list[int]
+    states_BD: Tensor
+    ready: torch.cuda.Event
+
+
+def _launch(
+    engine: Engine,
+    run: Callable[[Tensor, Tensor | None], Tensor],
+    transform: Transform,
+    lanes: _Lanes,
+    count: int,
+    nonces: list[int],
+) -> _Flight:
+    """Queue the inputs and the forward pass of a batch."""
+    with torch.cuda.stream(lanes.inputs):
+        inputs_BTD = engine.inputs(transform.round, nonces)
+        weights_BT = transform.weights(nonces, engine.seq_len)
+    lanes.forward.wait_stream(lanes.inputs)
+    with torch.cuda.stream(lanes.forward):
+        for made in (inputs_BTD, weights_BT):
+            if made is not None:
+                made.record_stream(lanes.forward)  # its memory is not given out again before this stream is done
+        states_BD = run(inputs_BTD, weights_BT)
+        return _Flight(count, nonces, states_BD, lanes.forward.record_event())
+
+
+def _land(flight: _Flight, transform: Transform, lanes: _Lanes) -> NDArray[Any]:
+    """Transform the states of a batch and bring the outputs to the host."""
+    with torch.cuda.stream(lanes.tail), torch.inference_mode():
+        lanes.tail.wait_event(flight.ready)
+        flight.states_BD.record_stream(lanes.tail)
+        finite_B1 = torch.isfinite(flight.states_BD).all(dim=1, keepdim=True)
+        # A state that is not finite must not become a vector that is: NaN stays NaN through every step.
+        states_BD = torch.where(finite_B1, flight.states_BD, torch.nan)
+        values = transform(states_BD, flight.nonces)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        done = lanes.tail.record_event()
+    done.synchronize()
+    return host.numpy()[: flight.count].copy()
+
+
+def _transform(engine: Engine, round: Round, pipeline: Pipeline) -> Transform:
+    return Transform(
+        round,
+        pipeline,
+        hidden_size=engine.hidden_size,
+        vocab_size=engine.vocab_size,
+        device=engine.device,
+        trained_head=engine.trained_head,
+    )
+
+
+def _batch(engine: Engine, nonces: Sequence[int], start: int) -> tuple[int, list[int]]:
+    """Return how many nonces a batch has, and the batch padded to its fixed size."""
+    wanted = list(nonces[start : start + engine.batch_size])
+    return len(wanted), wanted + wanted[-1:] * (engine.batch_size - len(wanted))
+
+
+def _read(engine: Engine, transform: Transform, nonces: Sequence[int]) -> Tensor:
+    """Return what the pipeline reads of the hidden states of a batch, [B, D]."""
+    inputs_BTD = engine.inputs(transform.round, nonces)
+    weights_BT = transform.weights(nonces, engine.seq_len)
+    if weights_BT is None:
+        return engine.last_hidden(inputs_BTD)
+    return engine.weighted_hidden(inputs_BTD, weights_BT)
