@@ -1,0 +1,19 @@
+"""One run of one arm with TRL: tasks, teacher pool, log, checkpoints. TRL is the extra ``train``."""
+
+from assay.vhack.trainer._log import LOG_SCHEMA, TrainLog, read_steps
+from assay.vhack.trainer._pool import Pool, PoolRollout, sample_pool
+from assay.vhack.trainer._run import RunResult, train
+from assay.vhack.trainer._settings import OPTIMISERS, TrainSettings
+
+__all__ = [
+    "LOG_SCHEMA",
+    "OPTIMISERS",
+    "Pool",
+    "PoolRollout",
+    "RunResult",
+    "TrainLog",
+    "TrainSettings",
+    "read_steps",
+    "sample_pool",
+    "train",
+]

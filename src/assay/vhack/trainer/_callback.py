@@ -1,0 +1,149 @@
+"""The one callback: what a step did, from the one backward pass of all its rollouts, to log, console and trackers.
+
+Shapes: M modules of a group, N rollouts, R coordinates of δS, G sources.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from assay.reports import JsonObject
+from assay.vhack.trainer._log import TrainLog
+from assay.vhack.trainer._rewards import Outcomes
+from assay.vhack.training import Frames, Measures, Rollouts
+from assay.vhack.training._measures import share
+
+if TYPE_CHECKING:
+    from assay.vhack.trainer._grpo import GRPO
+
+__all__ = ["StepLog", "source_shares"]
+
+_SHORT = {"student": "cin_s", "teacher": "cin_t"}
+
+
+class StepLog(TrainerCallback):
+    """See the module; make it after the trainer, and add it.
+
+    Args:
+        trainer: the trainer.
+        log: where the lines go.
+        console: takes one line of text per step.
+        refresh: gives new axes of the arm and new true ones, or None where it is no time for them.
+    """
+
+    def __init__(
+        self,
+        trainer: "GRPO",
+        log: TrainLog,
+        *,
+        console: Callable[[str], None] | None = None,
+        refresh: Callable[[int], float | None] = lambda step: None,
+    ) -> None:
+        self.trainer, self.log, self.console, self.refresh = trainer, log, console, refresh
+        self._watching = ExitStack()
+        self._rollouts: Rollouts | None = None
+        self._sources: dict[str, Measures] = {}
+        self._began = time.perf_counter()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Keep the gradient of every rollout from here on."""
+        self._began = time.perf_counter()
+        self.trainer.seen.clear()
+        self._rollouts = self._watching.enter_context(self.trainer.adapter.per_sample())
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Gradients are whole: how much of each source's lies along the axes."""
+        self._watching.close()
+        assert self._rollouts is not None
+        frames = self.trainer.projected.watched or self.trainer.projected.frames
+        mine = Outcomes(torch.cat([outcomes.flags for outcomes, _, _ in self.trainer.seen]))
+        self._sources = source_shares(self._rollouts, frames, mine.sources(), self._summed) if frames else {}
+        self._rollouts = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write it down; `state.global_step` is already that of the next one."""
+        step = state.global_step - 1
+        values, sources = self._record()
+        overlap = self.refresh(state.global_step)
+        if state.is_world_process_zero:
+            self.log.write("step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4))
+            for name, found in sources.items():
+                self.log.write("source", step=step, source=name, **found)
+            if overlap is not None:
+                self.log.write("refresh", step=step, overlap=overlap)
+        # TRL's own log call takes these along, to the console and to whatever tracker it was given.
+        for name, value in values.items():
+            self.trainer._metrics["train"][f"vhack/{name}"].append(value)
+        if self.console is not None and state.is_world_process_zero:
+            self.console(_line(step + 1, state.max_steps, values))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Leave nothing open."""
+        self._watching.close()
+
+    def _record(self) -> tuple[JsonObject, dict[str, JsonObject]]:
+        trainer = self.trainer
+        flags = trainer.accelerator.gather(torch.cat([outcomes.flags for outcomes, _, _ in trainer.seen]))
+        losses = torch.stack([loss for _, loss, _ in trainer.seen]).sum()
+        weights = self._summed(torch.stack([weights.to(losses.device) for _, _, weights in trainer.seen]).sum(dim=0))
+        outcomes = Outcomes(flags.cpu())
+        rates = outcomes.rates()
+        rewards = trainer.reward.arm.reward(
+            outcomes.column("correct").double().mean(), outcomes.column("exploited").double().mean()
+        )
+        mean_loss = trainer.accelerator.reduce(losses, reduction="mean")
+        values: JsonObject = {**rates, "reward": float(rewards), "loss": float(mean_loss)}
+        total, outside, count = weights.tolist()
+        if count:
+            values |= {"ratio_teacher": total / count, "clipped_teacher": outside / count}
+        sources = {}
+        counts = {name: int(chosen.sum()) for name, chosen in outcomes.sources().items()}
+        for name, measures in self._sources.items():
+            found = measures.as_dict()
+            if found.pop("length") > 0 and counts[name]:
+                sources[name] = {**found, "rollouts": counts[name]}
+        values |= trainer.projected.measures.as_dict()
+        values |= {_SHORT[name]: found["cin"] for name, found in sources.items() if name in _SHORT}
+        return values, sources
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """Over all processes."""
+        found: Tensor = self.trainer.accelerator.reduce(tensor, reduction="sum")
+        return found
+
+
+def source_shares(
+    rollouts: Rollouts,
+    frames: Frames,
+    sources: Mapping[str, Tensor],
+    summed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> dict[str, Measures]:
+    """Per source, ``cin``, ``cin_two_sided`` and ``cin_energy`` of its summed gradient, and its ``length``.
+
+    Args:
+        rollouts: of the passes of this step.
+        frames: the axes.
+        sources: which rollouts each is, [N] bool.
+        summed: adds over processes.
+    """
+    chosen_GN = torch.stack(list(sources.values())).float()
+    sums = [summed(torch.einsum("gn,mnr->gmr", chosen_GN.to(rows_MNR.device), rows_MNR)) for rows_MNR in rollouts.rows]
+    found = {}
+    for index, name in enumerate(sources):
+        parts = [
+            (sum_GMR[index], axes_MKR, has_M)
+            for sum_GMR, axes_MKR, has_M in zip(sums, frames.axes, frames.has_axes, strict=True)
+        ]
+        length = torch.stack([vectors_MR.double().square().sum() for vectors_MR, _, _ in parts]).sum().sqrt()
+        found[name] = Measures({**share("cin", parts, 1), "length": length})
+    return found
+
+
+def _line(step: int, steps: int, values: Mapping[str, Any]) -> str:
+    shown = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement")
+    return f"step {step}/{steps}  " + "  ".join(f"{name} {values[name]:.3f}" for name in shown if name in values)

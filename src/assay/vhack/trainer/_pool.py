@@ -1,0 +1,196 @@
+r"""A teacher pool: stored completions with the log-probabilities they were sampled with.
+
+A file is JSON Lines, one rollout per line::
+
+    {"prompt": "# Task: …", "completion": "    return x\n…", "tokens": [81, …], "logprobs": [-0.1, …]}
+
+``tokens`` are those of the completion by the tokenizer of the model that is trained; ``logprobs`` their natural
+log-probabilities under the distribution that the completion was sampled from, temperature and all.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from assay.errors import DataError, UsageError
+from assay.reports import dumps, read_jsonl, write_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from assay.models import Model
+
+__all__ = ["Pool", "PoolRollout", "sample_pool"]
+
+
+@dataclass(frozen=True)
+class PoolRollout:
+    """One stored completion; see the module."""
+
+    prompt: str
+    completion: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+class Pool:
+    """Stored completions by prompt.
+
+    Args:
+        rollouts: in the order of the file.
+    """
+
+    def __init__(self, rollouts: Sequence[PoolRollout]) -> None:
+        self._by_prompt: dict[str, list[PoolRollout]] = {}
+        for rollout in rollouts:
+            self._by_prompt.setdefault(rollout.prompt, []).append(rollout)
+
+    def __iter__(self) -> Iterator[PoolRollout]:
+        return (rollout for rollouts in self._by_prompt.values() for rollout in rollouts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_prompt.values()))
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        """Those that have a completion."""
+        return frozenset(self._by_prompt)
+
+    def choose(self, prompt: str, count: int, key: object) -> list[PoolRollout]:
+        """Up to ``count`` different completions of a prompt; the same key gives the same."""
+        found = self._by_prompt.get(prompt, [])
+        return random.Random(f"pool {key} {prompt}").sample(found, min(count, len(found)))
+
+    def save(self, path: str | Path) -> None:
+        """Write a pool file.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        write_atomic(Path(path), "".join(dumps(asdict(rollout)) + "\n" for rollout in self))
+
+    @classmethod
+    def load(cls, path: str | Path, tokenizer: "PreTrainedTokenizerBase", *, max_new_tokens: int) -> "Pool":
+        """Read a pool file for a model.
+
+        Args:
+            path: the file.
+            tokenizer: of the model that is trained.
+            max_new_tokens: the longest completion that the trainer takes. TRL cuts none.
+
+        Raises:
+            DataError: the file cannot be read, or a rollout is malformed, of another tokenizer, or too long; names the
+                line.
+        """
+        found = [_rollout(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+        if not found:
+            raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
+        for number, rollout in enumerate(found, 1):
+            _check(rollout, tokenizer, max_new_tokens, f"{path}, line {number}")
+        return cls(found)
+
+
+def _rollout(record: dict[str, Any], name: str) -> PoolRollout:
+    try:
+        made = PoolRollout(
+            record["prompt"], record["completion"], tuple(record["tokens"]), tuple(map(float, record["logprobs"]))
+        )
+        if not (isinstance(made.prompt, str) and isinstance(made.completion, str)):
+            raise TypeError("prompt and completion are not text")
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in made.tokens):
+            raise TypeError("tokens are not whole numbers")
+        if not made.tokens or len(made.tokens) != len(made.logprobs):
+            raise ValueError(f"{len(made.tokens)} tokens and {len(made.logprobs)} log-probabilities")
+        if not all(logprob <= 1e-4 for logprob in made.logprobs):
+            raise ValueError("a log-probability above 0")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name}: {error!s}",
+            wanted='{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token',
+            do="correct the line",
+        ) from None
+    return made
+
+
+def _check(rollout: PoolRollout, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, name: str) -> None:
+    known = min(rollout.tokens) >= 0 and max(rollout.tokens) < len(tokenizer)
+    if not known or tokenizer.decode(list(rollout.tokens), skip_special_tokens=True) != rollout.completion:
+        raise DataError(
+            f"{name}: tokens that do not spell the completion",
+            wanted="tokens of the model that is trained",
+            do="sample the pool from a model with the same tokenizer",
+        )
+    if len(rollout.tokens) > max_new_tokens:
+        raise DataError(
+            f"{name}: a completion of {len(rollout.tokens)} tokens",
+            wanted=f"at most {max_new_tokens}, as the student's",
+            do="leave it out, or allow longer completions",
+        )
+
+
+@torch.no_grad()
+def sample_pool(
+    teacher: "Model",
+    prompts: Sequence[str],
+    *,
+    per_prompt: int = 4,
+    temperature: float = 1.0,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    batch: int = 32,
+) -> Pool:
+    """Sample a pool from a teacher, with the log-probabilities it really sampled with.
+
+    Choose among it afterwards, for instance what cheats: ``Pool([r for r in pool if …])``.
+
+    Args:
+        teacher: a model with the tokenizer of the one that will be trained.
+        prompts: the prompts.
+        per_prompt: completions of each.
+        temperature: of sampling; nothing is cut off the distribution.
+        max_new_tokens: per completion.
+        seed: of sampling.
+        batch: completions at once.
+
+    Raises:
+        UsageError: the teacher has no tokenizer.
+    """
+    tokenizer = teacher.tokenizer
+    if tokenizer is None:
+        raise UsageError(f"{teacher.reference} without a tokenizer", wanted="one", do="choose another teacher")
+    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
+    settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    end = int(tokenizer.eos_token_id)
+    padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
+    found: list[PoolRollout] = []
+    with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(wanted), batch):
+            texts = wanted[start : start + batch]
+            rows = [tokenizer(text)["input_ids"] for text in texts]
+            width = max(map(len, rows))
+            generate: Any = teacher.module.generate
+            made = generate(
+                torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=teacher.device),
+                attention_mask=torch.tensor(
+                    [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=teacher.device
+                ),
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                output_scores=True,
+                pad_token_id=padding,
+                eos_token_id=end,
+                **settings,
+            )
+            tokens_BT = made.sequences[:, width:]
+            scores_BTV = torch.stack(made.scores, dim=1).float().log_softmax(dim=2)
+            logprobs_BT = scores_BTV.gather(2, tokens_BT[..., None])[..., 0]
+            for text, tokens, logprobs in zip(texts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
+                length = tokens.index(end) + 1 if end in tokens else len(tokens)
+                completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+                found.append(PoolRollout(text, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
+    return Pool(found)
