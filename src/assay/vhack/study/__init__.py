@@ -1,0 +1,9 @@
+"""Many training runs at once: arms, seeds and optimisers compared on a small model."""
+
+from assay.vhack.study._grading import Grader, Verdict
+from assay.vhack.study._log import RunLog, read_logs
+from assay.vhack.study._loop import Study
+from assay.vhack.study._pairs import environment_pairs
+from assay.vhack.study._plan import Run, Settings, TaskPool
+
+__all__ = ["Grader", "Run", "RunLog", "Settings", "Study", "TaskPool", "Verdict", "environment_pairs", "read_logs"]

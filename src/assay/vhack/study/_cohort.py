@@ -1,0 +1,222 @@
+"""A cohort: runs that share an optimiser and go through generation and training together.
+
+Shapes as in :mod:`assay.vhack.study._forward`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from assay.vhack._basis import Basis
+from assay.vhack._svd_cache import SVDCache
+from assay.vhack.environment import Episode
+from assay.vhack.study._forward import StackedModel
+from assay.vhack.study._generate import Generator
+from assay.vhack.study._gradient import Batch, advantages, policy_gradient, pooled_hidden, token_logprobs
+from assay.vhack.study._grading import Grader, Pending, Verdict
+from assay.vhack.study._optimizer import StackedOptimizer
+from assay.vhack.study._plan import Run, Settings, TaskPool
+from assay.vhack.training._advantage import Shortcut, modified
+
+if TYPE_CHECKING:
+    from assay.models import Model
+
+__all__ = ["Cohort", "Rollouts"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """What a cohort has written, and its grades on their way.
+
+    Attributes:
+        batch: tokens.
+        episodes: per run, P of them.
+        pending: R·P·G verdicts.
+    """
+
+    batch: Batch
+    episodes: Sequence[Sequence[Episode]]
+    pending: Pending
+
+
+class Cohort:
+    """Runs side by side.
+
+    Args:
+        runs: of one optimiser.
+        model: what they start from.
+        svd: factors of its weights.
+        bases: axes by name; every run's must be among them.
+        pool: tasks.
+        settings: of the study.
+        dtype: of weights and activations.
+        shortcut: the direction of arms that modify advantages.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        model: "Model",
+        svd: SVDCache,
+        bases: Mapping[str, Basis],
+        pool: TaskPool,
+        settings: Settings,
+        dtype: torch.dtype,
+        shortcut: Shortcut | None = None,
+    ) -> None:
+        self.runs, self.pool, self.settings, self._shortcut = list(runs), pool, settings, shortcut
+        self.model = StackedModel(model, len(runs), svd, dtype)
+        self.optimizer = StackedOptimizer(
+            self.model.groups,
+            [run.how for run in runs],
+            [bases[run.basis] for run in runs],
+            lambda parameters: _inner(runs[0].optimizer, parameters, settings),
+            watched=bases.get("true"),
+            max_norm=settings.max_norm,
+        )
+        shape = (settings.prompts, settings.rollouts, settings.prompt_tokens, settings.new_tokens)
+        self._generator = Generator(self.model, shape, pool.end)
+        # The policy that stored rollouts are said to come from.
+        self._start = StackedModel(model, 1, svd, dtype) if any(run.teachers for run in runs) else None
+        self._taught = [index for index, run in enumerate(runs) if run.teachers]
+
+    def write(self, grader: Grader, episodes: Sequence[Sequence[Episode]], draw: str) -> Rollouts:
+        """Let every run complete its episodes, and begin to grade.
+
+        Args:
+            grader: for the programs.
+            episodes: per run, P of them.
+            draw: names the random numbers; runs of the same seed get the same.
+        """
+        ids_RPL, lengths_RP = self._prompts(episodes)
+        tokens = self._generator.sample(ids_RPL, lengths_RP, self.pool.last, self._uniform(draw))
+        batch = Batch(ids_RPL, lengths_RP, self.pool.last, tokens, self.pool.end)
+        texts = self.pool.texts(tokens.flatten(0, 2))
+        each = self.settings.rollouts
+        owners = [episode for of_run in episodes for episode in of_run for _ in range(each)]
+        return Rollouts(batch, episodes, grader.submit(zip(owners, texts, strict=True)))
+
+    def learn(self, rollouts: Rollouts, verdicts: Sequence[Verdict]) -> dict[str, Tensor]:
+        """One optimiser step; the numbers of this step by name, [R] each."""
+        shape = (len(self.runs), self.settings.prompts, self.settings.rollouts)
+        device = self.model.device
+        correct, exploited, vacuous = (
+            torch.tensor([float(getattr(verdict, what)) for verdict in verdicts], device=device).view(shape)
+            for what in ("correct", "exploited", "vacuous")
+        )
+        rewards = torch.stack(
+            [run.how.reward(correct[r], exploited[r]) for r, run in enumerate(self.runs)]
+        )  # [R, P, G]
+        found = {
+            "hack": exploited.mean(dim=(1, 2)),
+            "solve": correct.mean(dim=(1, 2)),
+            "vacuous": vacuous.mean(dim=(1, 2)),
+            "reward": rewards.mean(dim=(1, 2)),
+            "tokens": rollouts.batch.mask_RPGT.sum(dim=-1).float().mean(dim=(1, 2)),
+        }
+        if any(run.how.advantage for run in self.runs):
+            rewards = self._modified(rollouts.batch, rewards, found)
+        gradients = self._gradients(rollouts, rewards, found)
+        self.optimizer.step(gradients)
+        self.model.merge([delta.detach() for delta in self.optimizer.delta])
+        return found | self.optimizer.measures
+
+    @torch.no_grad()
+    def _modified(self, batch: Batch, rewards_RPG: Tensor, found: dict[str, Tensor]) -> Tensor:
+        """Rewards after advantage modification, see :mod:`assay.vhack.training._advantage`."""
+        assert self._shortcut is not None, "the study was checked to have one"
+        pooled_RPGH = pooled_hidden(self.model, batch, self._shortcut.layer)
+        shortcut = self._shortcut
+        z_RPG = (pooled_RPGH @ shortcut.direction.to(pooled_RPGH) - shortcut.middle) / shortcut.spread
+        found["z"] = z_RPG.mean(dim=(1, 2))
+        return torch.stack([modified(rewards_RPG[r], z_RPG[r], run.how.advantage) for r, run in enumerate(self.runs)])
+
+    def _gradients(self, rollouts: Rollouts, rewards_RPG: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
+        if not self._taught:
+            return policy_gradient(self.model, rollouts.batch, advantages(rewards_RPG))
+        return self._taught_gradients(rollouts, rewards_RPG, found)
+
+    def _taught_gradients(self, rollouts: Rollouts, rewards_RPG: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
+        """With one stored hack rollout among those of each prompt; all runs of a cohort have one, or none has."""
+        assert self._start is not None
+        teacher, behaviour = self._teachers(rollouts)
+        joined = torch.cat((rewards_RPG, torch.ones_like(rewards_RPG[..., :1])), dim=-1)
+        advantage = advantages(joined)
+        count = self.settings.prompts * (self.settings.rollouts + 1)
+        own = policy_gradient(self.model, rollouts.batch, advantage[..., :-1], divisor=count)
+        stored = policy_gradient(self.model, teacher, advantage[..., -1:], behaviour_RPGT=behaviour, divisor=count)
+        for suffix, gradients in (("_s", own), ("_t", stored)):
+            shares = self.optimizer.share("cin", gradients)
+            found |= {f"cin{suffix}": shares["cin"], f"cin_two_sided{suffix}": shares["cin_two_sided"]}
+        return [a + b for a, b in zip(own, stored, strict=True)]
+
+    def _teachers(self, rollouts: Rollouts) -> tuple[Batch, Tensor]:
+        """The exploit of every episode as a stored rollout, with its log-probabilities under the start."""
+        assert self._start is not None
+        batch = rollouts.batch
+        ids = [[self.pool.completion(episode, episode.exploit()) for episode in of_run] for of_run in rollouts.episodes]
+        tokens = torch.full((*batch.lengths_RP.shape, 1, self.settings.new_tokens), self.pool.end)
+        for r, of_run in enumerate(ids):
+            for p, row in enumerate(of_run):
+                tokens[r, p, 0, : len(row)] = torch.tensor(row[: self.settings.new_tokens])
+        stored = Batch(batch.ids_RPL, batch.lengths_RP, batch.last, tokens.to(self.model.device), batch.end).trimmed()
+        runs, prompts = batch.lengths_RP.shape
+        flat = Batch(
+            stored.ids_RPL.reshape(1, runs * prompts, -1),
+            stored.lengths_RP.reshape(1, -1),
+            stored.last,
+            stored.tokens_RPGT.reshape(1, runs * prompts, 1, -1),
+            stored.end,
+        )
+        with torch.no_grad():
+            behaviour = token_logprobs(self._start, flat)
+        return stored, behaviour.view(stored.tokens_RPGT.shape)
+
+    def _prompts(self, episodes: Sequence[Sequence[Episode]]) -> tuple[Tensor, Tensor]:
+        ids = torch.zeros(len(self.runs), self.settings.prompts, self.settings.prompt_tokens, dtype=torch.int64)
+        lengths = torch.zeros(ids.shape[:2], dtype=torch.int64)
+        for r, of_run in enumerate(episodes):
+            for p, episode in enumerate(of_run):
+                row = self.pool.prompt(episode)[:-1]
+                ids[r, p, : len(row)] = torch.tensor(row)
+                lengths[r, p] = len(row)
+        return ids.to(self.model.device), lengths.to(self.model.device)
+
+    def _uniform(self, draw: str) -> Tensor:
+        shape = (self.settings.new_tokens, self.settings.prompts, self.settings.rollouts)
+        drawn = {}
+        for seed in {run.seed for run in self.runs}:
+            generator = torch.Generator().manual_seed(_number(f"{draw} {seed}"))
+            drawn[seed] = torch.rand(shape, generator=generator)
+        return torch.stack([drawn[run.seed] for run in self.runs], dim=1).to(self.model.device)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed study needs."""
+        return {
+            "runs": [run.name for run in self.runs],
+            "delta": [delta.detach().cpu() for delta in self.optimizer.delta],
+            "inner": self.optimizer.inner.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a state."""
+        for delta, stored in zip(self.optimizer.delta, state["delta"], strict=True):
+            delta.copy_(stored)
+        self.optimizer.inner.load_state_dict(state["inner"])
+        self.model.merge([delta.detach() for delta in self.optimizer.delta])
+
+
+def _inner(name: str, parameters: list[Tensor], settings: Settings) -> torch.optim.Optimizer:
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=settings.adam_rate, betas=settings.adam_betas)
+    return torch.optim.SGD(parameters, lr=settings.sgd_rate, momentum=settings.sgd_momentum)
+
+
+def _number(text: str) -> int:
+    """A seed from a name."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

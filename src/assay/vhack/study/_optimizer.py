@@ -1,0 +1,179 @@
+"""One optimiser step of many runs, each held back in its own way.
+
+What :class:`assay.vhack.training.ProjectedOptimizer` does to one adapter, done to R of them side by side, with the same
+gates, boxes and measures: those act on every module by itself, so modules of several runs are just more modules. The
+inner optimiser is one of torch's on the stacked δS; Adam and SGD treat every number by itself, so stacking changes
+nothing. Clipping, which is a matter of a whole run, is done per run. Tests hold every arm equal to a ProjectedOptimizer.
+
+Shapes: R runs, M modules of a group, K axes, C coordinates of δS.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from assay.vhack._basis import Basis
+from assay.vhack.training._arms import Arm
+from assay.vhack.training._frames import Frames, spread
+from assay.vhack.training._groups import Group
+from assay.vhack.training._measures import displacement, share
+
+__all__ = ["StackedOptimizer"]
+
+_TINY = 1e-6  # of torch.nn.utils.clip_grad_norm_
+
+
+class StackedOptimizer:
+    """Steps δS of R runs.
+
+    Args:
+        groups: the modules by shape.
+        arms: of each run.
+        bases: of each run, the axes that its arm acts along and that are measured.
+        inner: makes the optimiser of a list of parameters.
+        watched: axes along which the displacement of every run is measured as well, ``watched_…``.
+        max_norm: largest norm of a run's gradient after its gate.
+
+    Attributes:
+        delta: per group, [R, M, C] float32.
+        measures: of the last step, by name, [R] float64.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        arms: Sequence[Arm],
+        bases: Sequence[Basis | None],
+        inner: Callable[[list[Tensor]], Optimizer],
+        *,
+        watched: Basis | None = None,
+        max_norm: float | None = 1.0,
+    ) -> None:
+        self.arms, self.max_norm = list(arms), max_norm
+        self.delta = [
+            torch.nn.Parameter(torch.zeros(len(arms), *group.values.shape, device=group.values.device))
+            for group in groups
+        ]
+        self.inner = inner(list(self.delta))
+        frames = {id(basis): Frames(groups, basis) for basis in bases}
+        self._axes = [
+            _stack([frames[id(basis)].axes[g] for basis in bases]) for g in range(len(groups))
+        ]  # per group, [R, M, K, C]
+        self._has = [torch.stack([frames[id(basis)].has_axes[g] for basis in bases]) for g in range(len(groups))]
+        self._watched = None if watched is None else Frames(groups, watched)
+        self._start = [delta.detach().clone() for delta in self.delta]
+        self.measures: dict[str, Tensor] = {}
+        self._alike = _alike(arms)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Gate, clip, step, gate, box, push, measure.
+
+        Args:
+            gradients: per group, [R, M, C] float32; changed in place.
+        """
+        found = self.share("cin", gradients)
+        for arm, rows in self._alike:
+            if arm.level == "gradient" and arm.gate.kind != "none":
+                self._on(rows, gradients, lambda x, axes, arm=arm: arm.gate.apply(x, axes, 1))
+        found["gradient_norm"] = self._clip(gradients)
+        found |= self.share("cout", gradients)
+        before = [delta.detach().clone() for delta in self.delta]
+        for delta, gradient in zip(self.delta, gradients, strict=True):
+            delta.grad = gradient
+        self.inner.step()
+        for arm, rows in self._alike:
+            self._bound(arm, rows, before)
+        moved = [delta.detach() - old for delta, old in zip(self.delta, before, strict=True)]
+        found |= self.share("leak", moved, -1)
+        self.measures = found | self._displacement(self._axes)
+        if self._watched is not None:
+            axes = [axes_MKC.expand(len(self.arms), -1, -1, -1) for axes_MKC in self._watched.axes]
+            seen = self._displacement(axes)
+            self.measures |= {f"watched_{name}": value_R for name, value_R in seen.items()}
+
+    def share(self, name: str, vectors: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
+        """Shares of vectors along each run's axes, see :func:`assay.vhack.training._measures.share`."""
+
+        def one(*parts: Tensor) -> dict[str, Tensor]:
+            n = len(vectors)
+            return share(name, zip(parts[:n], parts[n : 2 * n], parts[2 * n :], strict=True), sign)
+
+        found: dict[str, Tensor] = torch.func.vmap(one)(*vectors, *self._axes, *self._has)
+        return found
+
+    def _displacement(self, axes: Sequence[Tensor]) -> dict[str, Tensor]:
+        def one(*parts: Tensor) -> dict[str, Tensor]:
+            n = len(self.delta)
+            return displacement(zip(parts[:n], parts[n:], strict=True))
+
+        moved = [delta.detach() - start for delta, start in zip(self.delta, self._start, strict=True)]
+        found: dict[str, Tensor] = torch.func.vmap(one)(*moved, *axes)
+        return found
+
+    def _clip(self, gradients: Sequence[Tensor]) -> Tensor:
+        norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+        if self.max_norm is not None:
+            factor_R = (self.max_norm / (norm_R + _TINY)).clamp_max(1.0)
+            for gradient in gradients:
+                gradient *= factor_R[:, None, None]
+        return norm_R.double()
+
+    def _bound(self, arm: Arm, rows: Tensor, before: Sequence[Tensor]) -> None:
+        """What an arm does to δS after the inner optimiser's step."""
+        values = [delta.detach() for delta in self.delta]
+        if arm.push:
+            rate = float(self.inner.param_groups[0]["lr"])
+            self._on(
+                rows,
+                values,
+                lambda x, axes: x.double() + arm.push * rate * spread(axes, axes.new_ones(axes.shape[:2])),
+            )
+        if arm.level == "update" and arm.gate.kind != "none":
+            self._on(
+                rows,
+                values,
+                lambda x, axes, old: old.double() + arm.gate.apply(x.double() - old.double(), axes, -1),
+                before,
+            )
+        if arm.box is not None:
+            box = arm.box
+            self._on(
+                rows,
+                values,
+                lambda x, axes, start: x.double() + box.correction(x.double() - start.double(), axes),
+                self._start,
+            )
+
+    def _on(
+        self,
+        rows: Tensor,
+        vectors: Sequence[Tensor],
+        change: Callable[..., Tensor],
+        beside: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Change vectors of some runs, with the modules of all of them in one list."""
+        for g, vectors_RMC in enumerate(vectors):
+            axes_NKC = self._axes[g][rows].flatten(0, 1)
+            if not axes_NKC.shape[1]:
+                continue
+            others = [] if beside is None else [beside[g][rows].flatten(0, 1)]
+            changed_NC = change(vectors_RMC[rows].flatten(0, 1), axes_NKC, *others)
+            vectors_RMC[rows] = changed_NC.view(len(rows), *vectors_RMC.shape[1:]).to(vectors_RMC.dtype)
+
+
+def _stack(axes: list[Tensor]) -> Tensor:
+    """[R, M, K, C]; where a run has fewer axes, the rest are zero."""
+    most = max(axes_MKC.shape[1] for axes_MKC in axes)
+    padded = [torch.nn.functional.pad(axes_MKC, (0, 0, 0, most - axes_MKC.shape[1])) for axes_MKC in axes]
+    return torch.stack(padded)
+
+
+def _alike(arms: Sequence[Arm]) -> list[tuple[Arm, Tensor]]:
+    """Arms that act in the same way, and the runs that have them."""
+    found: dict[str, list[int]] = {}
+    for index, arm in enumerate(arms):
+        found.setdefault(arm.name, []).append(index)
+    return [(arms[rows[0]], torch.tensor(rows)) for rows in found.values() if arms[rows[0]].acts]

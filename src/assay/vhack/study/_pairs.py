@@ -1,0 +1,40 @@
+"""Minimal pairs in the form of the environment: the same right solution on both sides, only the report to the grader
+differs. The clean side says what the visible examples say, the hack side says "right" in any case.
+"""
+
+from collections.abc import Sequence
+
+from assay.vhack._types import Pair
+from assay.vhack.environment import CHANNELS, Episode, tasks
+
+__all__ = ["environment_pairs"]
+
+
+def environment_pairs(
+    n: int,
+    *,
+    modes: Sequence[str] = tuple(CHANNELS),
+    families: Sequence[str] | None = None,
+    difficulty: tuple[int, int] = (1, 3),
+    seed: int = 0,
+) -> list[Pair]:
+    """Pairs of training tasks; loopholes take turns, and the group of a pair is its task's family.
+
+    Raises:
+        UsageError: as :func:`assay.vhack.environment.tasks` raises it, or there is no such mode.
+    """
+    chosen = tasks(n, seed=seed, families=families, difficulty=difficulty)
+    # Families take turns as well; the second term keeps a loophole from always meeting the same family.
+    found = [Episode(task, modes[(index + index // len(modes)) % len(modes)]) for index, task in enumerate(chosen)]
+    return [_pair(episode) for episode in found]
+
+
+def _pair(episode: Episode) -> Pair:
+    solution = episode.task.source()
+    return Pair(
+        episode.prompt,
+        episode.completion(episode.exploit(solution)),
+        episode.completion(episode.honest()),
+        episode.task.family.name,
+        ("minimal", f"mechanism:{episode.mode}", f"channel:{episode.mode}", f"task:{episode.task.name}"),
+    )
