@@ -1,11 +1,11 @@
-"""``assay vhack``: extract hack directions from pairs."""
+"""``assay vhack``: extract hack directions from pairs, check them, and train away from them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli import _vhack_check, _vhack_pairs
+from assay.cli import _vhack_check, _vhack_pairs, _vhack_train
 from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
@@ -20,6 +20,7 @@ app = typer.Typer(help="Directions along which training would learn to cheat.", 
 app.add_typer(_vhack_pairs.app, name="pairs")
 app.command("check")(_vhack_check.check)
 app.command("report")(_vhack_check.report)
+app.command("train")(_vhack_train.train)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 Shapes: M modules of a group, N rollouts, R coordinates of δS, G sources.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from assay.errors import ModelError
 from assay.reports import JsonObject
 from assay.vhack.trainer._log import TrainLog
 from assay.vhack.trainer._rewards import Outcomes
@@ -69,6 +71,7 @@ class StepLog(TrainerCallback):
         """Write it down; `state.global_step` is already that of the next one."""
         step = state.global_step - 1
         values, sources = self._record()
+        _check_finite(step, values)
         overlap = self.refresh(state.global_step)
         if state.is_world_process_zero:
             self.log.write("step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4))
@@ -142,6 +145,16 @@ def source_shares(
         length = torch.stack([vectors_MR.double().square().sum() for vectors_MR, _, _ in parts]).sum().sqrt()
         found[name] = Measures({**share("cin", parts, 1), "length": length})
     return found
+
+
+def _check_finite(step: int, values: Mapping[str, Any]) -> None:
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise ModelError(
+            f"step {step}: {', '.join(bad)} not finite",
+            wanted="finite numbers",
+            do="lower the learning rate; the last checkpoint is from before",
+        )
 
 
 def _line(step: int, steps: int, values: Mapping[str, Any]) -> str:

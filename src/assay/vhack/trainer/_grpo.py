@@ -46,6 +46,7 @@ class GRPO(GRPOTrainer):
         optimizer: around the optimiser of its parameters.
         reward: from our environment.
         args: TRL's settings.
+        prompts: how many the whole run takes.
         processing_class: the tokenizer.
         pool: stored completions of a teacher.
         teachers: how many of each group come from it, where it has so many.
@@ -65,6 +66,7 @@ class GRPO(GRPOTrainer):
         reward: EpisodeReward,
         args: GRPOConfig,
         *,
+        prompts: int,
         processing_class: "PreTrainedTokenizerBase",
         pool: Pool | None = None,
         teachers: int = 0,
@@ -84,7 +86,7 @@ class GRPO(GRPOTrainer):
                 model=adapter.model,
                 reward_funcs=[reward],
                 args=args,
-                train_dataset=reward.dataset(),
+                train_dataset=reward.dataset(prompts, args.seed),
                 processing_class=processing_class,
                 optimizers=(optimizer, None),
                 rollout_func=_rollout if pool is not None else None,

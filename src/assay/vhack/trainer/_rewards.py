@@ -3,6 +3,7 @@
 Shapes: B rollouts.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,11 +83,22 @@ class EpisodeReward:
         )
         self.last = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool))
 
-    def dataset(self) -> "Dataset":
-        """Prompts, and which episode each is of."""
+    def dataset(self, count: int, seed: int) -> "Dataset":
+        """The prompts of a whole run in their order, and which episode each is of.
+
+        All tasks come once in random order, then again in another one. TRL's own shuffling would forget, in a run that
+        is continued, how often it has shuffled.
+
+        Args:
+            count: of prompts.
+            seed: of the order.
+        """
         from datasets import Dataset
 
-        columns = {"prompt": [one.prompt for one in self.episodes], "episode": list(range(len(self.episodes)))}
+        n = len(self.episodes)
+        rounds = (random.Random(f"order {seed} {index}").sample(range(n), n) for index in range(-(-count // n)))
+        order = [task for turn in rounds for task in turn][:count]
+        columns = {"prompt": [self.episodes[index].prompt for index in order], "episode": order}
         made: Dataset = Dataset.from_dict(columns)
         return made
 

@@ -88,6 +88,7 @@ def train(
     """
     folder = Path(folder)
     _require(allow_unsandboxed)
+    _check_trackers(trackers)
     from assay.vhack.trainer._grpo import last_checkpoint
 
     checkpoint, done = last_checkpoint(folder)
@@ -123,6 +124,20 @@ def _require(allow_unsandboxed: bool) -> None:
             "no sandbox for the programs of the model",
             wanted="bubblewrap, or user namespaces with util-linux",
             do="install bubblewrap, or accept the risk with --allow-unsandboxed",
+        )
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    from transformers import integrations
+
+    available: Any = integrations
+    there: list[str] = available.get_available_reporting_integrations()
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise UsageError(
+            f"tracker {', '.join(missing)}",
+            wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
+            do="install it, or leave it out: log.jsonl has everything",
         )
 
 
@@ -200,6 +215,7 @@ class _Run:
             self.optimizer,
             EpisodeReward(chosen, self.arm, workers=os.cpu_count() or 2, allow_unsandboxed=allow_unsandboxed),
             _arguments(settings, self.model, folder, trackers),
+            prompts=settings.steps * settings.prompts,
             processing_class=tokenizer,
             pool=pool,
             teachers=settings.teachers,
@@ -211,7 +227,7 @@ class _Run:
 
     def refresh(self, trainer: "GRPO", step: int) -> float | None:
         """After this many steps: other axes if it is time, and how much of the true ones stayed."""
-        if not self.settings.refresh or step % self.settings.refresh or step >= self.settings.steps:
+        if not self.settings.refresh or step % self.settings.refresh:
             return None
         before = trainer.axes[1] or trainer.axes[0]
         with _forward_of_its_class(self.model.module):
@@ -293,6 +309,7 @@ def _arguments(settings: TrainSettings, model: Model, folder: Path, trackers: tu
         lr_scheduler_type="constant",
         max_grad_norm=0.0,  # the optimiser clips, behind its gate
         logging_steps=1,
+        shuffle_dataset=False,  # it has its order already
         save_strategy="steps",
         save_steps=settings.save_every,
         save_total_limit=2,
@@ -313,5 +330,6 @@ def _overlap(before: Basis, after: Basis) -> float:
         other_KR = after.axes.get(name)
         if other_KR is not None and axes_KR.any() and other_KR.any():
             rank = min(int(axes_KR.any(dim=1).sum()), int(other_KR.any(dim=1).sum()))
-            shares.append(float((axes_KR @ other_KR.T).square().sum()) / rank)
-    return sum(shares) / len(shares) if shares else 0.0
+            shares.append(float((axes_KR.double() @ other_KR.double().T).square().sum()) / rank)
+    # Rounded, for the sums depend on where in memory the axes are.
+    return round(sum(shares) / len(shares), 9) if shares else 0.0

@@ -1,7 +1,7 @@
 """Advantage modification: less reward for rollouts whose activations look like those of the hack sides.
 
-The rival that holds training back without looking at a gradient (Wu and Tang, arXiv 2604.01476). Here the direction d is
-the difference of the mean activations of the hack and the clean sides of our pairs, after the layer at two thirds of
+The rival that holds training back without looking at a gradient (Wu and Tang, arXiv 2604.01476). Here the direction d
+is the difference of the mean activations of the hack and the clean sides of our pairs, after the layer at two thirds of
 the depth, each the mean over the completion tokens. With m halfway between the two means along d, and s the pooled
 standard deviation of the two sides::
 
@@ -99,7 +99,7 @@ class Shortcut:
 
 
 def modified(rewards: Tensor, z: Tensor, alpha: float) -> Tensor:
-    """r' of rewards, in their shape; see the module."""
+    """The rewards r', in the shape of r; see the module."""
     return rewards * (1 - alpha * torch.sigmoid(z) * (z > 0))
 
 
