@@ -1,19 +1,19 @@
 """``assay poc``: prove, verify, calibrate."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from assay.cli import _experiment, _serve
-from assay.cli._flags import DeviceFlag, DtypeFlag, ModelFlag
+from assay.cli._engines import EngineOptions, load, proving_engine
+from assay.cli._flags import DeviceFlag, ModelFlag, NumberFormatFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
-from assay.cli._vllm import proving_engine
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
-    from assay.models import Model
     from assay.poc import Calibration, Proof, Verdict
 
 __all__ = ["app"]
@@ -34,10 +34,19 @@ def prove(
     nonces: Annotated[str, typer.Option(help="Positions A:B in this node's sequence of nonces.")] = "0:256",
     preset: Annotated[str, typer.Option(help="A row of the pipeline table.")] = "poc-2.0",
     seq_len: Annotated[int, typer.Option(help="Input positions per nonce.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Nonces per forward pass; part of the fingerprint.")] = 32,
-    dtype: DtypeFlag = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Nonces per forward pass, part of the fingerprint; auto takes what fits.")
+    ] = "32",
+    dtype: NumberFormatFlag = None,
     device: DeviceFlag = None,
     engine: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
+    kernels: Annotated[str, typer.Option(help="compiled, eager, or auto: compiled on CUDA.")] = "auto",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Refuse every operation that may give other bits the next time.")
+    ] = False,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Processes of torchrun that hold one model together.", min=1)
+    ] = 1,
     r_target: Annotated[float, typer.Option(help="A nonce is valid below this distance.")] = 1.416,
     node_id: Annotated[int, typer.Option(help="This node's share of the nonces.")] = 0,
     node_count: Annotated[int, typer.Option(help="How many nodes share the nonces.")] = 1,
@@ -46,7 +55,10 @@ def prove(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing proof file.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Prove a range of nonces. An interrupted run continues when the command is repeated."""
+    """Prove a range of nonces. An interrupted run continues when the command is repeated.
+
+    Under torchrun all processes work on one proof, and the first one writes it.
+    """
     from assay import poc
 
     round = poc.Round(
@@ -62,22 +74,24 @@ def prove(
         strength=strength,  # type: ignore[arg-type]  # Round refuses what is not 32 or 256
     )
     chosen = round.nonces(*_positions(nonces))
-    shape = {"batch_size": batch_size, "seq_len": seq_len}
-    with (
-        proving_engine(engine, model, dtype=dtype, device=device, **shape) as (loaded, made),
-        progress_bar("proving") as progress,
-    ):
+    options = EngineOptions(
+        engine=engine,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        kernels=kernels,
+        deterministic=deterministic,
+        tensor_parallel=tensor_parallel,
+    )
+    with proving_engine(model, options) as made, progress_bar("proving") as progress:
+        if made is None:
+            return
+        pace = _Pace(progress)
         proof = poc.prove(
-            loaded,
-            round,
-            chosen,
-            batch_size=batch_size,
-            output=output,
-            engine=made,
-            progress=progress,
-            overwrite=overwrite,
+            made[0], round, chosen, output=output, engine=made[1], progress=pace.update, overwrite=overwrite
         )
-    _print_proof(proof, output, as_json)
+    _print_proof(proof, output, pace, as_json)
 
 
 @app.command()
@@ -89,7 +103,7 @@ def verify(
     calibration: Annotated[Path | None, typer.Option(help="Measured noise for this pair of engines.")] = None,
     block_hash: Annotated[str | None, typer.Option(help="Refuse a proof of another block.")] = None,
     public_key: Annotated[str | None, typer.Option(help="Refuse a proof of another key.")] = None,
-    dtype: DtypeFlag = None,
+    dtype: NumberFormatFlag = None,
     device: DeviceFlag = None,
     alpha: Annotated[float, typer.Option(help="Bound on accusing an honest node.")] = 1e-3,
     seed: Annotated[int | None, typer.Option(help="Draw this sample; unpredictable when left out.", min=0)] = None,
@@ -109,7 +123,7 @@ def verify(
         public_key=read.round.public_key if public_key is None else public_key,
     )
     # The prover's dtype is the likeliest to agree with it, and the header says which.
-    loaded = _load(model, dtype or read.header.fingerprint.dtype, device)
+    loaded = load(model, dtype or read.header.fingerprint.dtype, device)
     with progress_bar("verifying") as progress:
         verdict = poc.verify(
             read,
@@ -160,12 +174,6 @@ def calibrate(
         )
 
 
-def _load(model: str, dtype: str | None, device: str | None) -> "Model":
-    from assay.models import load_model
-
-    return load_model(model, dtype=dtype, device=device)
-
-
 def _positions(text: str) -> tuple[int, int]:
     first, _, end = text.partition(":")
     if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit() and len(text) <= 40):
@@ -175,9 +183,36 @@ def _positions(text: str) -> tuple[int, int]:
     return int(first), int(end)
 
 
-def _print_proof(proof: "Proof", path: Path, as_json: bool) -> None:
+class _Pace:
+    """When batches were done: the first one, which may compile kernels, apart from the rest."""
+
+    def __init__(self, show: "Callable[[int, int], None] | None") -> None:
+        self._show = show
+        self._begun = time.perf_counter()
+        self._marks: list[tuple[float, int]] = []
+
+    def update(self, done: int, total: int) -> None:
+        """Note a batch: the first and the newest are kept."""
+        self._marks[1:] = [(time.perf_counter(), done)]
+        if self._show:
+            self._show(done, total)
+
+    @property
+    def first(self) -> float:
+        """Seconds until the first batch was done."""
+        return self._marks[0][0] - self._begun if self._marks else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Nonces per second after the first batch, or of it where there was no other."""
+        if not self._marks:
+            return 0.0
+        (start, before), (end, done) = self._marks[0], self._marks[-1]
+        return (done - before) / (end - start) if done > before else done / self.first
+
+
+def _print_proof(proof: "Proof", path: Path, pace: _Pace, as_json: bool) -> None:
     footer = proof.footer
-    rate = footer.records / footer.seconds if footer.seconds else 0.0
     values = {
         "path": str(path),
         "model": proof.round.model,
@@ -186,7 +221,8 @@ def _print_proof(proof: "Proof", path: Path, as_json: bool) -> None:
         "valid": footer.valid,
         "valid_rate": round(proof.valid_rate, 4),
         "seconds": footer.seconds,
-        "nonces_per_second": round(rate, 2),
+        "first_batch_seconds": round(pace.first, 3),
+        "nonces_per_second": round(pace.rate, 2),
         "sha256": footer.sha256,
     }
     _show("assay.poc.prove/1", values, as_json)

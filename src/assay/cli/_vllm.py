@@ -1,4 +1,4 @@
-"""``--engine``: which engine proves.
+"""The vLLM engine, as ``--engine vllm`` starts it.
 
 vLLM's own options come from ``ASSAY_VLLM_ARGS``, as they would stand on its command line.
 """
@@ -16,29 +16,22 @@ if TYPE_CHECKING:
     from assay.models import Model
     from assay.poc import Engine
 
-__all__ = ["ARGUMENTS", "proving_engine"]
+__all__ = ["ARGUMENTS", "vllm_engine"]
 
 ARGUMENTS = "ASSAY_VLLM_ARGS"
 
 
 @contextmanager
-def proving_engine(
-    name: str, model: str, *, dtype: str | None, device: str | None, batch_size: int, seq_len: int
-) -> "Iterator[tuple[Model, Engine | None]]":
-    """Load a model for an engine, ``hf`` or ``vllm``; give the model and the engine, None for the default one.
+def vllm_engine(
+    model: str, *, dtype: str | None, device: str | None, batch_size: int, seq_len: int
+) -> "Iterator[tuple[Model, Engine]]":
+    """Start vLLM with a model; give the model's identity and the engine.
 
     Raises:
-        UsageError: there is no such engine, or it has no use for an option.
+        UsageError: a device was named.
         BackendUnavailable: vLLM is not installed, or not of a version that was tested.
         ModelError: the model cannot be loaded.
     """
-    if name == "hf":
-        from assay.models import load_model
-
-        yield load_model(model, dtype=dtype, device=device), None
-        return
-    if name != "vllm":
-        raise UsageError(f"engine {name!r}", wanted="hf or vllm", do="leave --engine out for hf")
     if device is not None:
         raise UsageError(
             f"--device {device} with vllm", wanted="no --device: vLLM runs where it was built for", do="leave it out"

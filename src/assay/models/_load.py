@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -11,12 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models._checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype
+from assay.models._quantise import check_quantisation
+from assay.models._quantise import quantise as round_weights
 from assay.models._quiet import quiet
 from assay.models._random import SHAPE_BLOCK, build, randomise, randomise_embeddings, recipe_digest
 from assay.models._resolve import Source, resolve
+from assay.models._sharded import shard
 from assay.models._types import WEIGHT_MODES, Model
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,6 +33,8 @@ def load_model(
     device: str | None = None,
     weights: str = "trained",
     block_hash: str | None = None,
+    quantise: str | None = None,
+    mesh: "DeviceMesh | None" = None,
 ) -> Model:
     """Load a causal language model, checked and ready to run (evaluation mode, ``sdpa`` attention).
 
@@ -42,6 +48,8 @@ def load_model(
             ``"random-embed"``, only the input embeddings (and a head tied to them). A shape has no trained weights:
             ``"trained"`` gives it ``"random-all"`` for a fixed block, and its norms keep the weight one in every mode.
         block_hash: the block of a random mode.
+        quantise: ``"int8"`` or ``"float8"`` weights in the decoder's linear layers; the rest keeps its dtype.
+        mesh: the devices over which the weights are spread, one process for each; all of them call this.
 
     Raises:
         UsageError: an argument is none of the above, or a block hash is missing or has no use.
@@ -49,17 +57,35 @@ def load_model(
         UnsafeCheckpoint: the checkpoint is a pickle.
         BadWeights: weights are corrupt, missing, surplus, of another shape, or not finite.
         ModelError: the configuration or tokenizer cannot be used (unknown architecture, quantised).
-        BackendUnavailable: the device is not there.
+        BackendUnavailable: the device is not there, or what eight-bit weights need is missing.
         OutOfMemory: the model does not fit on the device.
     """
     _check_mode(weights, block_hash, is_shape=str(reference).startswith("shape:"))
     target = _parse_device(device)
     wanted = _parse_dtype(dtype)
+    check_quantisation(quantise, target)
+    if quantise is not None and mesh is not None:
+        raise UsageError(f"{quantise} weights over several devices", wanted="one of the two", do="leave one out")
     source = resolve(reference)
     with _room_on(target):
-        module, digest, mode = _materialise(source, wanted, target, weights, block_hash)
+        module, digest, mode = _materialise(source, _Place(wanted, target, mesh), weights, block_hash)
+        if quantise is not None:
+            round_weights(module, quantise)
     tokenizer = None if source.directory is None else _load_tokenizer(source.directory)
-    return Model(module, tokenizer, source.reference, digest, mode)
+    return Model(module, tokenizer, source.reference, digest, mode, quantise or "", mesh.size() if mesh else 1)
+
+
+class _Place(NamedTuple):
+    """In what dtype and where the weights end."""
+
+    dtype: torch.dtype | None
+    device: torch.device
+    mesh: "DeviceMesh | None"
+
+    def spread(self, module: "PreTrainedModel") -> None:
+        """Leave this process its part of the weights, if they are spread at all."""
+        if self.mesh is not None:
+            shard(module, self.mesh)
 
 
 def _check_mode(weights: str, block_hash: str | None, *, is_shape: bool) -> None:
@@ -107,45 +133,46 @@ def _room_on(device: torch.device) -> Iterator[None]:
 
 
 def _materialise(
-    source: Source, dtype: torch.dtype | None, device: torch.device, weights: str, block_hash: str | None
+    source: Source, place: _Place, weights: str, block_hash: str | None
 ) -> "tuple[PreTrainedModel, str, str]":
     """The module on its device, its digest, and the weight mode it really has."""
     if source.directory is None:
         weights = "random-all" if weights == "trained" else weights
         block = block_hash or SHAPE_BLOCK
-        module, digest = _from_shape(source, dtype, device, weights, block)
+        module, digest = _from_shape(source, place, weights, block)
     else:
         block = block_hash or ""
-        module, digest = _from_directory(source, source.directory, dtype, device, weights, block)
+        module, digest = _from_directory(source, source.directory, place, weights, block)
     if weights == "random-embed":
         randomise_embeddings(module, block)
     plain = cast("nn.Module", module)  # the library's own `to` is wrapped in a way that hides its type
-    plain.to(device).eval()
+    plain.to(place.device).eval()
     return module, digest, weights
 
 
-def _from_shape(
-    source: Source, dtype: torch.dtype | None, device: torch.device, weights: str, block: str
-) -> "tuple[PreTrainedModel, str]":
-    module = build(source.config, dtype or torch.bfloat16)
+def _from_shape(source: Source, place: _Place, weights: str, block: str) -> "tuple[PreTrainedModel, str]":
+    module = build(source.config, place.dtype or torch.bfloat16)
+    place.spread(module)
     if weights == "random-all":
-        randomise(module, block, device, unit_norms=True)
+        randomise(module, block, place.device, unit_norms=True)
         return module, recipe_digest(source, weights, block)
-    randomise(module, SHAPE_BLOCK, device, unit_norms=True)
+    randomise(module, SHAPE_BLOCK, place.device, unit_norms=True)
     return module, recipe_digest(source, weights, block, SHAPE_BLOCK)
 
 
 def _from_directory(
-    source: Source, directory: Path, dtype: torch.dtype | None, device: torch.device, weights: str, block: str
+    source: Source, directory: Path, place: _Place, weights: str, block: str
 ) -> "tuple[PreTrainedModel, str]":
     tensors = list_tensors(directory)
-    chosen = dtype or stored_dtype(tensors)
+    chosen = place.dtype or stored_dtype(tensors)
     if weights == "random-all":
         module = build(source.config, chosen)
-        randomise(module, block, device, unit_norms=False)
+        place.spread(module)
+        randomise(module, block, place.device, unit_norms=False)
         return module, recipe_digest(source, weights, block)
     stored = digest_tensors(tensors)
     module = _load_trained(source, directory, chosen)
+    place.spread(module)
     return module, stored if weights == "trained" else recipe_digest(source, weights, block, stored)
 
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from assay import streams
 from assay.errors import ModelError
 from assay.models._quiet import quiet
+from assay.models._sharded import fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -65,7 +67,7 @@ def randomise(module: nn.Module, block: str, device: torch.device, *, unit_norms
     """
     for name, parameter in module.named_parameters():
         if unit_norms and _is_norm(name):
-            parameter.data = torch.ones_like(parameter, device=device)
+            parameter.data = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
         else:
             _draw(name, parameter, block, device)
 
@@ -84,7 +86,11 @@ def _is_norm(name: str) -> bool:
 
 def _draw(name: str, parameter: nn.Parameter, block: str, device: torch.device) -> None:
     values = _normals(f"{block}_{name}", parameter.numel(), device)
-    parameter.data = values.mul_(STD).reshape(parameter.shape).to(device, parameter.dtype)
+    values = values.mul_(STD).reshape(parameter.shape)
+    if isinstance(parameter.data, DTensor):
+        fill(parameter, values)
+    else:
+        parameter.data = values.to(device, parameter.dtype)
 
 
 def _normals(seed_text: str, n: int, device: torch.device) -> torch.Tensor:

@@ -22,6 +22,8 @@ class Model:
         digest: SHA-256 in hex. For trained weights: of the stored tensors (names, dtypes, shapes, bytes),
             whatever the sharding, the dtype of loading and the device. For random weights: of the recipe.
         weights: ``"trained"``, ``"random-all"`` or ``"random-embed"``.
+        quantised: ``"int8"`` or ``"float8"`` where the decoder's weights were rounded to eight bits, else empty.
+        devices: over how many devices the weights are spread.
     """
 
     module: "PreTrainedModel"
@@ -29,6 +31,8 @@ class Model:
     reference: str
     digest: str
     weights: str
+    quantised: str = ""
+    devices: int = 1
 
     @property
     def hidden_size(self) -> int:
@@ -52,7 +56,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
+        """The dtype of the parameters, of those beside the quantised ones."""
         return next(self.module.parameters()).dtype
 
     @property

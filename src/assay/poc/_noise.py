@@ -44,7 +44,7 @@ def noise_for(header: "Header", engine: "Engine", calibration: "Calibration | No
         CalibrationError: the calibration is for another pair of engines or kind of output.
     """
     if calibration is None:
-        return default_noise(header.pipeline.noise, header.fingerprint.dtype, engine.dtype)
+        return default_noise(header.pipeline.noise, header.fingerprint.dtype, engine.fingerprint.dtype)
     pair = {header.fingerprint.id, engine.fingerprint.id}
     measured = {calibration.prover.id, calibration.validator.id}
     if pair != measured or calibration.output != header.pipeline.noise:

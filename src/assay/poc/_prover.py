@@ -46,7 +46,7 @@ def prove(
         batch_size: rows of the fixed batch shape; recorded, and used again by the verifier.
         output: a proof file, written as it goes to ``<output>.partial``. If that file is there
             already, left by an interrupted run of the same round, the proof continues after it.
-        engine: runs the model; the transformers engine when None.
+        engine: runs the model; when None, the transformers engine, compiled on CUDA.
         progress: called after every batch.
         overwrite: replace an existing proof file.
 
@@ -58,7 +58,8 @@ def prove(
         BadWeights: the model or its head gives NaN or infinity.
         StorageError: the file cannot be written. What was proved so far stays in the partial file.
     """
-    engine = engine or HFEngine(model, batch_size=batch_size, seq_len=round.seq_len)
+    on_cuda = model.device.type == "cuda"
+    engine = engine or HFEngine(model, batch_size=batch_size, seq_len=round.seq_len, compiled=on_cuda)
     header = make_header(model, round, nonces, engine)
     started = time.perf_counter()
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:

@@ -17,6 +17,7 @@ from assay.poc._prover import Progress, compute
 from assay.poc._round import Round
 from assay.poc._verdict import Verdict, count_mismatches, seed_rule
 from assay.poc.engines import Engine, HFEngine
+from assay.poc.engines._hf import is_compiled
 
 __all__ = ["DEFAULT_SAMPLE", "EFFECT", "judge", "residuals", "verify"]
 
@@ -65,7 +66,10 @@ def verify(
     header = proof.header
     check_match(header, model, expect)
     batch_size = min(header.fingerprint.batch_size, LARGEST_BATCH)
-    engine = engine or HFEngine(model, batch_size=batch_size, seq_len=header.round.seq_len)
+    # The prover's kernels, where this device is of that kind: equal fingerprints give equal bits.
+    compiled = is_compiled(header.fingerprint) and model.device.type == "cuda"
+    shape = {"batch_size": batch_size, "seq_len": header.round.seq_len}
+    engine = engine or HFEngine(model, **shape, compiled=compiled)
     noise = noise_for(header, engine, calibration)
     _new_test(header, noise, alpha, beta)  # refuses impossible error rates before the work, not after
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader

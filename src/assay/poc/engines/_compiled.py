@@ -128,8 +128,8 @@ def _settings() -> Iterator[None]:
     from torch._inductor import config as inductor
 
     with (
-        dynamo.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=8 * _VARIANTS),  # type: ignore[attr-defined]
-        inductor.patch(deterministic=True),  # type: ignore[attr-defined]
+        dynamo.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=8 * _VARIANTS),
+        inductor.patch(deterministic=True),
         sdpa_kernel(_ATTENTION, set_priority=True),
     ):
         yield

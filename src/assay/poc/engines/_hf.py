@@ -21,11 +21,12 @@ from assay.poc._round import Round
 from assay.poc._transforms import project, reflect, unit, weighted_sum
 from assay.poc.engines._base import Fingerprint
 from assay.poc.engines._compiled import CompiledForward
+from assay.poc.engines._deterministic import is_deterministic
 from assay.poc.engines._inputs import noise_inputs
-from assay.poc.engines._memory import check_fits
+from assay.poc.engines._memory import check_fits, fitting_batch
 from assay.poc.engines._outputs import overlapped_outputs, plain_outputs
 
-__all__ = ["HFEngine"]
+__all__ = ["HFEngine", "is_compiled"]
 
 MAX_BATCH = 65_536
 
@@ -44,7 +45,8 @@ class HFEngine:
         batch_size: B, rows of every batch. Raised where B · T would be under 16 positions, so that a
             row's bits never depend on its place.
         seq_len: T, positions of every row.
-        compiled: run compiled kernels instead of those of eager torch. The first batch takes seconds longer.
+        compiled: run compiled kernels instead of those of eager torch. The first batch takes seconds longer. A model
+            that is spread over several devices is never compiled.
 
     Raises:
         UsageError: the sequence is longer than the model's positions, or the batch is out of range.
@@ -69,7 +71,7 @@ class HFEngine:
         self._backbone = backbone(model.module)
         self._streams = streams.get_backend("auto", model.device.type)
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
-        self._compiled = CompiledForward(model, seq_len) if compiled else None
+        self._compiled = CompiledForward(model, seq_len) if compiled and model.devices == 1 else None
         self._hooked = False
 
     @property
@@ -104,7 +106,7 @@ class HFEngine:
         return Fingerprint(
             engine="hf",
             device=torch.cuda.get_device_name(self.device) if on_cuda else f"{platform.machine()} {_cpu_capability()}",
-            dtype=self.dtype,
+            dtype=self.model.quantised or self.dtype,
             attention=self._compiled.attention if self._compiled else self.model.module.config._attn_implementation,
             batch_size=self.batch_size,
             seq_len=self.seq_len,
@@ -115,10 +117,15 @@ class HFEngine:
 
     def _choices(self) -> list[str]:
         """What was chosen beside the defaults, as the fingerprint says it."""
-        if self._compiled is None:
-            return []
-        kernels = COMPILED if self._compiled.lean else f"{COMPILED} whole"
-        return [kernels, f"triton {version('triton')}"] if self.device.type == "cuda" else [kernels]
+        said = []
+        if self._compiled is not None:
+            said.append(COMPILED if self._compiled.lean else f"{COMPILED} whole")
+            said += [f"triton {version('triton')}"] if self.device.type == "cuda" else []
+        if self.model.quantised:
+            said.append(f"torchao {version('torchao')}")
+        if self.model.devices > 1:
+            said.append(f"tp {self.model.devices}")
+        return [*said, "deterministic"] if is_deterministic() else said
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Float[Tensor, "B T D"]:
         """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
@@ -158,9 +165,12 @@ class HFEngine:
             OutOfMemory: the device ran out of memory.
             ModelError: this architecture cannot be run on input embeddings.
         """
-        if self.device.type == "cuda":
-            return overlapped_outputs(self, self._read, round, pipeline, nonces)
-        return plain_outputs(self, round, pipeline, nonces)
+        on_cuda = self.device.type == "cuda"
+        made = overlapped_outputs(self, self._read, round, pipeline, nonces) if on_cuda else None
+        try:
+            yield from made or plain_outputs(self, round, pipeline, nonces)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise self._failed(error) from error
 
     @torch.inference_mode()
     def _read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
@@ -195,12 +205,14 @@ class HFEngine:
 
     def _failed(self, error: Exception) -> ModelError | OutOfMemory:
         """Put the failure of a forward pass into words."""
-        # A CPU that runs out of memory says so in words only.
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        # A CPU that runs out of memory says so in words only, and so does a library of the device.
+        words = ("can't allocate memory", "out of memory")
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
+            fits = min(self.batch_size // 2, fitting_batch(self.model, self.seq_len) or MAX_BATCH)
             return OutOfMemory(
                 f"the device ran out of memory on a batch of {self.batch_size} × {self.seq_len} positions",
                 wanted="room for the activations of one batch",
-                do=f"pass --batch-size {max(1, self.batch_size // 2)}",
+                do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {self.seq_len}",
             )
         return ModelError(
             f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
@@ -259,6 +271,12 @@ class _LayerHook:
         if isinstance(output, tuple):
             return (self._function(output[0]), *output[1:])
         return self._function(output)
+
+
+def is_compiled(fingerprint: Fingerprint) -> bool:
+    """Say whether a fingerprint of this engine is one of compiled kernels."""
+    choices = fingerprint.library.split(", ")
+    return fingerprint.engine == "hf" and any(choice.split(" ")[0] == COMPILED for choice in choices)
 
 
 def _cpu_capability() -> str:

@@ -9,9 +9,9 @@ Legend of shapes: B nonces, T positions, D hidden size, H query heads, K key hea
 the MLP; R is the rows of a fused projection.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,18 +41,18 @@ class Shape:
 class LeanLayer(NamedTuple):
     """The weights of one layer; a bias or norm that the architecture does not have is None."""
 
-    input_norm_D: Tensor
-    qkv_RD: Tensor
-    qkv_bias_R: Tensor | None
-    query_norm_E: Tensor | None
-    key_norm_E: Tensor | None
-    out_DR: Tensor
-    out_bias_D: Tensor | None
-    mlp_norm_D: Tensor
-    gate_up_RD: Tensor
-    gate_up_bias_R: Tensor | None
-    down_DF: Tensor
-    down_bias_D: Tensor | None
+    input_norm: Tensor  # D
+    qkv: Tensor  # R, D
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None  # E
+    key_norm: Tensor | None
+    out: Tensor  # D, H·E
+    out_bias: Tensor | None
+    mlp_norm: Tensor  # D
+    gate_up: Tensor  # R, D
+    gate_up_bias: Tensor | None
+    down: Tensor  # D, F
+    down_bias: Tensor | None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -86,10 +86,10 @@ def full_layer(
         The residual stream after the layer, and the same after the norm that follows.
     """
     batch, length, _ = h_BTD.shape
-    qkv_BTHE = functional.linear(x_BTD, w.qkv_RD, w.qkv_bias_R).view(batch, length, -1, shape.head_width)
-    q, k, v = qkv_BTHE.split((shape.heads, shape.key_heads, shape.key_heads), dim=2)
-    q = rotate(_head_norm(q, w.query_norm_E, shape), cos_T1E, sin_T1E)
-    k = rotate(_head_norm(k, w.key_norm_E, shape), cos_T1E, sin_T1E)
+    qkv_BTHE = functional.linear(x_BTD, w.qkv, w.qkv_bias).view(batch, length, -1, shape.head_width)
+    q, k, v = torch.split(qkv_BTHE, [shape.heads, shape.key_heads, shape.key_heads], dim=2)
+    q = rotate(_head_norm(q, w.query_norm, shape), cos_T1E, sin_T1E)
+    k = rotate(_head_norm(k, w.key_norm, shape), cos_T1E, sin_T1E)
     a_BHTE = functional.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -98,8 +98,8 @@ def full_layer(
         scale=shape.scale,
         enable_gqa=shape.heads != shape.key_heads,
     )
-    h_BTD = h_BTD + functional.linear(a_BHTE.transpose(1, 2).flatten(2), w.out_DR, w.out_bias_D)
-    h_BTD = h_BTD + _mlp(rms_norm(h_BTD, w.mlp_norm_D, shape.epsilon), w, shape)
+    h_BTD = h_BTD + functional.linear(a_BHTE.transpose(1, 2).flatten(2), w.out, w.out_bias)
+    h_BTD = h_BTD + _mlp(rms_norm(h_BTD, w.mlp_norm, shape.epsilon), w, shape)
     return h_BTD, rms_norm(h_BTD, next_norm_D, shape.epsilon)
 
 
@@ -112,17 +112,17 @@ def last_layer(
     """
     batch, length, _ = h_BTD.shape
     rows = shape.heads * shape.head_width
-    q_bias, kv_bias = (None, None) if w.qkv_bias_R is None else (w.qkv_bias_R[:rows], w.qkv_bias_R[rows:])
-    kv_BTKE = functional.linear(x_BTD, w.qkv_RD[rows:], kv_bias).view(batch, length, -1, shape.head_width)
+    q_bias, kv_bias = (None, None) if w.qkv_bias is None else (w.qkv_bias[:rows], w.qkv_bias[rows:])
+    kv_BTKE = functional.linear(x_BTD, w.qkv[rows:], kv_bias).view(batch, length, -1, shape.head_width)
     k, v = kv_BTKE.chunk(2, dim=2)
-    k = rotate(_head_norm(k, w.key_norm_E, shape), cos_T1E, sin_T1E)
-    q = functional.linear(x_BTD[:, -1], w.qkv_RD[:rows], q_bias).view(batch, shape.heads, shape.head_width)
-    q = rotate(_head_norm(q, w.query_norm_E, shape), cos_T1E[-1], sin_T1E[-1])
+    k = rotate(_head_norm(k, w.key_norm, shape), cos_T1E, sin_T1E)
+    q = functional.linear(x_BTD[:, -1], w.qkv[:rows], q_bias).view(batch, shape.heads, shape.head_width)
+    q = rotate(_head_norm(q, w.query_norm, shape), cos_T1E[-1], sin_T1E[-1])
     q_BKGE = q.view(batch, shape.key_heads, -1, shape.head_width)
     scores_BKGT = torch.matmul(q_BKGE, k.permute(0, 2, 3, 1)).float() * shape.scale
     a_BKGE = torch.matmul(scores_BKGT.softmax(dim=-1).to(v.dtype), v.transpose(1, 2))
-    h_BD = h_BTD[:, -1] + functional.linear(a_BKGE.flatten(1), w.out_DR, w.out_bias_D)
-    h_BD = h_BD + _mlp(rms_norm(h_BD, w.mlp_norm_D, shape.epsilon), w, shape)
+    h_BD = h_BTD[:, -1] + functional.linear(a_BKGE.flatten(1), w.out, w.out_bias)
+    h_BD = h_BD + _mlp(rms_norm(h_BD, w.mlp_norm, shape.epsilon), w, shape)
     return rms_norm(h_BD, norm_D, shape.epsilon).float()
 
 
@@ -131,8 +131,8 @@ def _head_norm(x: Tensor, weight_E: Tensor | None, shape: Shape) -> Tensor:
 
 
 def _mlp(x: Tensor, w: LeanLayer, shape: Shape) -> Tensor:
-    gate, up = functional.linear(x, w.gate_up_RD, w.gate_up_bias_R).chunk(2, dim=-1)
-    return functional.linear(shape.activation(gate) * up, w.down_DF, w.down_bias_D)
+    gate, up = functional.linear(x, w.gate_up, w.gate_up_bias).chunk(2, dim=-1)
+    return functional.linear(shape.activation(gate) * up, w.down, w.down_bias)
 
 
 class LeanDecoder:
@@ -151,12 +151,12 @@ class LeanDecoder:
         layers: list[Any] = list(decoder_layers(model.module))
         self._shape = _shape(layers[0])
         self._weights = [_weights(layer) for layer in layers]
-        self._norms = [*(weights.input_norm_D for weights in self._weights), body.norm.weight]
+        self._norms = [*(weights.input_norm for weights in self._weights), body.norm.weight]
         positions = torch.arange(seq_len, device=model.device)[None]
         like = torch.empty(0, dtype=model.dtype, device=model.device)
         self._angles = tuple(table[0][:, None] for table in body.rotary_emb(like, positions))
         shape = self._shape  # the wrapped functions must not hold the decoder
-        self._norm = wrap(lambda *given: rms_norm(*given, shape.epsilon))
+        self._norm = wrap(lambda x, weight: rms_norm(x, weight, shape.epsilon))
         self._full = wrap(lambda *given: full_layer(shape, *given))
         self._last = wrap(lambda *given: last_layer(shape, *given))
 
@@ -212,40 +212,43 @@ def _shape(layer: Any) -> Shape:
 
 def _weights(layer: Any) -> LeanLayer:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv_RD, qkv_bias_R = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up_RD, gate_up_bias_R = _fused(mlp.gate_proj, mlp.up_proj)
-    query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    qkv, qkv_bias = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up, gate_up_bias = _fused(mlp.gate_proj, mlp.up_proj)
+    query_norm, key_norm = (_tensor(getattr(attention, name, None)) for name in ("q_norm", "k_norm"))
     return LeanLayer(
-        input_norm_D=layer.input_layernorm.weight.data,
-        qkv_RD=qkv_RD,
-        qkv_bias_R=qkv_bias_R,
-        query_norm_E=None if query_norm is None else query_norm.weight.data,
-        key_norm_E=None if key_norm is None else key_norm.weight.data,
-        out_DR=attention.o_proj.weight.data,
-        out_bias_D=None if attention.o_proj.bias is None else attention.o_proj.bias.data,
-        mlp_norm_D=layer.post_attention_layernorm.weight.data,
-        gate_up_RD=gate_up_RD,
-        gate_up_bias_R=gate_up_bias_R,
-        down_DF=mlp.down_proj.weight.data,
-        down_bias_D=None if mlp.down_proj.bias is None else mlp.down_proj.bias.data,
+        input_norm=layer.input_layernorm.weight.data,
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        out=attention.o_proj.weight.data,
+        out_bias=None if attention.o_proj.bias is None else attention.o_proj.bias.data,
+        mlp_norm=layer.post_attention_layernorm.weight.data,
+        gate_up=gate_up,
+        gate_up_bias=gate_up_bias,
+        down=mlp.down_proj.weight.data,
+        down_bias=None if mlp.down_proj.bias is None else mlp.down_proj.bias.data,
     )
+
+
+def _tensor(norm: nn.Module | None) -> Tensor | None:
+    return None if norm is None else cast("Tensor", norm.weight).data
 
 
 def _fused(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Put the rows of several projections into one matrix, of which their weights become views."""
-    weight_RD = _joined([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears if linear.bias is not None]
-    return weight_RD, _joined(biases) if len(biases) == len(linears) else None
+    return _joined([linear.weight for linear in linears]), _joined(biases) if len(biases) == len(linears) else None
 
 
-def _joined(parts: list[nn.Parameter]) -> Tensor:
-    """Return parameters as one tensor along the first axis, and make them views of it; the second time nothing moves."""
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return parameters as one tensor, along the first axis, and make them views of it; done twice, nothing moves."""
     first = parts[0].data
     memory = first.untyped_storage()
     rows = [len(part) for part in parts]
     if all(part.data.untyped_storage().data_ptr() == memory.data_ptr() for part in parts):
-        return first.new_empty(0).set_(memory, 0, (sum(rows), *first.shape[1:]))
+        return torch.as_strided(first, (sum(rows), *first.shape[1:]), first.stride(), 0)
     whole = torch.cat([part.data for part in parts])
-    for part, piece in zip(parts, whole.split(rows), strict=True):
+    for part, piece in zip(parts, torch.split(whole, rows), strict=True):
         part.data = piece
     return whole

@@ -6,12 +6,15 @@ import torch
 from assay.errors import OutOfMemory
 from assay.models import Model
 
-__all__ = ["check_fits", "peak_bytes"]
+__all__ = ["auto_batch", "check_fits", "fitting_batch", "peak_bytes"]
 
 # Live at once at the widest point of a layer: residual, normed input, two MLP branches and their
 # product, q, k, v and the attention output. Measured peaks stay under this.
 _HIDDEN_COPIES = 8
 _WIDE_COPIES = 3
+
+# Positions of a batch from which on more of them are not faster, measured (docs/gpu.md); a CPU is filled by fewer.
+_ENOUGH_POSITIONS = {"cuda": 32_768, "cpu": 8_192}
 
 
 def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
@@ -23,10 +26,25 @@ def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free on the device, in bytes."""
+    """Return the memory that is free on the device for this process, in bytes."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return int(psutil.virtual_memory().available)
+
+
+def fitting_batch(model: Model, seq_len: int) -> int:
+    """Return the largest batch that fits into what is free now, by the estimate; 0 where not even one row does."""
+    return free_bytes(model.device) // max(1, peak_bytes(model, 1, seq_len))
+
+
+def auto_batch(model: Model, seq_len: int) -> int:
+    """Return the batch size for a device: a power of two, as large as is of use, in at most half of the free memory.
+
+    A sequence that is too long for that gets a batch of one, and :func:`check_fits` has the last word.
+    """
+    most = min(_ENOUGH_POSITIONS[model.device.type] // seq_len, fitting_batch(model, seq_len) // 2)
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
@@ -39,7 +57,7 @@ def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
     need = peak_bytes(model, batch_size, seq_len)
     if need <= free:
         return
-    fits = free // max(1, peak_bytes(model, 1, seq_len))
+    fits = fitting_batch(model, seq_len)
     gib = 2**30
     raise OutOfMemory(
         f"a batch of {batch_size} × {seq_len} positions takes about {need / gib:.1f} GiB of {free / gib:.1f} free",

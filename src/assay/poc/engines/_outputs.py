@@ -8,7 +8,8 @@ Legend of shapes: B nonces of a batch, T positions, D hidden size, K length of a
 """
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -22,9 +23,7 @@ from assay.poc.engines._base import Engine
 __all__ = ["overlapped_outputs", "plain_outputs"]
 
 
-def plain_outputs(
-    engine: Engine, round: Round, pipeline: Pipeline, nonces: Sequence[int]
-) -> Generator[NDArray[Any]]:
+def plain_outputs(engine: Engine, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
     """Yield the outputs of a pipeline, a batch at a time; the last batch is padded, then cut."""
     transform = _transform(engine, round, pipeline)
     with engine.between_layers(pipeline.layers, round):
@@ -69,17 +68,18 @@ class _Lanes:
     """The streams of one device: inputs, forward pass, transform."""
 
     def __init__(self, device: torch.device) -> None:
-        self.inputs, self.forward, self.tail = (torch.cuda.Stream(device) for _ in range(3))
+        self.inputs, self.forward, self.tail = (torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
         for stream in (self.inputs, self.forward, self.tail):
             stream.wait_stream(torch.cuda.current_stream(device))  # where the model was loaded
 
 
-class _Flight(NamedTuple):
-    """A batch whose forward pass is queued."""
+@dataclass(frozen=True, eq=False)
+class _Flight:
+    """A batch whose forward pass is queued; the first ``count`` of its nonces are wanted."""
 
     count: int
     nonces: list[int]
-    states_BD: Tensor
+    states: Tensor  # B, D
     ready: torch.cuda.Event
 
 
@@ -108,10 +108,10 @@ def _land(flight: _Flight, transform: Transform, lanes: _Lanes) -> NDArray[Any]:
     """Transform the states of a batch and bring the outputs to the host."""
     with torch.cuda.stream(lanes.tail), torch.inference_mode():
         lanes.tail.wait_event(flight.ready)
-        flight.states_BD.record_stream(lanes.tail)
-        finite_B1 = torch.isfinite(flight.states_BD).all(dim=1, keepdim=True)
+        flight.states.record_stream(lanes.tail)
+        finite_B1 = torch.isfinite(flight.states).all(dim=1, keepdim=True)
         # A state that is not finite must not become a vector that is: NaN stays NaN through every step.
-        states_BD = torch.where(finite_B1, flight.states_BD, torch.nan)
+        states_BD = torch.where(finite_B1, flight.states, torch.nan)
         values = transform(states_BD, flight.nonces)
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)

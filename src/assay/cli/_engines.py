@@ -1,0 +1,114 @@
+"""``--engine``: which engine proves, on which devices and with which kernels."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from assay.cli._vllm import vllm_engine
+from assay.errors import UsageError
+
+if TYPE_CHECKING:
+    from assay.models import Model
+    from assay.poc import Engine
+    from assay.poc.engines import World
+
+__all__ = ["EngineOptions", "load", "proving_engine"]
+
+KERNELS = ("auto", "compiled", "eager")
+NUMBER_FORMATS = ("int8", "float8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What the flags say about the engine."""
+
+    engine: str
+    dtype: str | None
+    device: str | None
+    batch_size: str
+    seq_len: int
+    kernels: str
+    deterministic: bool
+    tensor_parallel: int
+
+
+@contextmanager
+def proving_engine(model: str, options: EngineOptions) -> "Iterator[tuple[Model, Engine] | None]":
+    """Load a model for an engine; give both, or None in a process that has done its part for another one.
+
+    Raises:
+        UsageError: there is no such engine, or it has no use for an option.
+        BackendUnavailable: what the engine needs is not installed.
+        ModelError: the model cannot be loaded.
+    """
+    from assay.poc.engines import HFEngine, ParallelEngine, be_deterministic, joined, processes
+
+    if options.kernels not in KERNELS:
+        raise UsageError(f"--kernels {options.kernels}", wanted=" or ".join(KERNELS), do="leave it out for auto")
+    if options.engine == "vllm":
+        _refuse_for_vllm(options)
+        shape = {"batch_size": _number(options.batch_size), "seq_len": options.seq_len}
+        with vllm_engine(model, dtype=options.dtype, device=options.device, **shape) as made:
+            yield made
+        return
+    if options.engine != "hf":
+        raise UsageError(f"engine {options.engine!r}", wanted="hf or vllm", do="leave --engine out for hf")
+    if options.deterministic:
+        be_deterministic()
+    if processes() == 1:
+        _refuse_tensor_parallel(options)
+        loaded = load(model, options.dtype, options.device)
+        yield loaded, HFEngine(loaded, **_shape(loaded, options))
+        return
+    with joined(tensor_parallel=options.tensor_parallel, device=options.device) as world:
+        loaded = load(model, options.dtype, world.device, world)
+        with ParallelEngine(loaded, world, **_shape(loaded, options)) as engine:
+            if world.leads:
+                yield loaded, engine
+            else:
+                engine.work()
+                yield None
+
+
+def load(model: str, dtype: str | None, device: str | None, world: "World | None" = None) -> "Model":
+    """Load a model in what ``--dtype`` names: a dtype, or a number format of eight bits."""
+    from assay.models import load_model
+
+    format = {"quantise": dtype} if dtype in NUMBER_FORMATS else {"dtype": dtype}
+    return load_model(model, device=device, mesh=world.mesh if world else None, **format)
+
+
+def _shape(model: "Model", options: EngineOptions) -> dict[str, Any]:
+    from assay.poc.engines import auto_batch
+
+    automatic = options.batch_size == "auto"
+    size = auto_batch(model, options.seq_len) if automatic else _number(options.batch_size)
+    on_cuda = model.device.type == "cuda"
+    compiled = on_cuda and model.devices == 1 if options.kernels == "auto" else options.kernels == "compiled"
+    return {"batch_size": size, "seq_len": options.seq_len, "compiled": compiled}
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UsageError(f"--batch-size {text:.40}", wanted="a number, or auto", do="try --batch-size 32")
+    return int(text)
+
+
+def _refuse_tensor_parallel(options: EngineOptions) -> None:
+    if options.tensor_parallel != 1:
+        raise UsageError(
+            f"--tensor-parallel {options.tensor_parallel} in one process",
+            wanted="a process for each device",
+            do=f"torchrun --nproc-per-node {max(2, options.tensor_parallel)} -m assay poc prove …",
+        )
+
+
+def _refuse_for_vllm(options: EngineOptions) -> None:
+    plain = options.kernels == "auto" and options.tensor_parallel == 1 and not options.deterministic
+    if not plain or options.batch_size == "auto" or options.dtype in NUMBER_FORMATS:
+        raise UsageError(
+            "an option of the hf engine with vllm",
+            wanted="no --kernels, --deterministic or --tensor-parallel, a batch size in numbers, and a dtype",
+            do="say it in ASSAY_VLLM_ARGS, as vLLM says it",
+        )
