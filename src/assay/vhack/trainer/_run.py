@@ -102,6 +102,7 @@ def train(
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=settings.device)
     run = _Run(settings, loaded, pairs if pairs is not None else find_pairs(settings.pairs))
     trainer = run.trainer(folder, tasks, trackers, allow_unsandboxed)
+    (run.watched or run.axes).save(folder / BASIS)
     head = {"settings": settings.as_dict(), "arm": run.arm.says, "weights": loaded.digest, **provenance()}
     log = TrainLog(folder / LOG, head, step=done)
     trainer.add_callback(_step_log(trainer, log, console, run))
@@ -197,14 +198,13 @@ class _Run:
     def trainer(
         self, folder: Path, tasks: list[Episode] | None, trackers: tuple[str, ...], allow_unsandboxed: bool
     ) -> "GRPO":
-        """The trainer, with the true axes written down."""
+        """The trainer."""
         from transformers import PrinterCallback
 
         from assay.vhack.trainer._grpo import GRPO
 
         settings, tokenizer = self.settings, self.model.tokenizer
         assert tokenizer is not None
-        (self.watched or self.axes).save(folder / BASIS)
         chosen = tasks if tasks is not None else _tasks(settings)
         pool = None
         if settings.teacher:

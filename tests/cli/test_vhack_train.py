@@ -1,0 +1,70 @@
+import json
+
+import pytest
+
+from assay.vhack.environment import episodes
+from assay.vhack.pairs import write_pairs
+from assay.vhack.trainer import Pool
+from tests.vhack.trainer.conftest import cheating, checkpoint, model, pairs  # noqa: F401
+
+
+@pytest.fixture
+def arguments(checkpoint, pairs, model, tmp_path):  # noqa: F811
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    tasks = episodes(2, modes=["exit_code"], difficulty=1, share_none=0.2)
+    Pool([cheating(one, model.tokenizer) for one in tasks if one.mode != "none"]).save(tmp_path / "pool.jsonl")
+    return [
+        "vhack", "train", "--model", checkpoint, "-o", tmp_path / "run", "--pairs", tmp_path / "pairs.jsonl",
+        "--method", "svd", "--modes", "exit_code", "--difficulty", "1", "--tasks", 2, "--prompts", 1, "--group", 3,
+        "--max-new-tokens", 64, "--teacher", tmp_path / "pool.jsonl", "--teacher-share", "0.34", "--dtype", "float32",
+        "--device", "cpu", "--save-every", 1,
+    ]  # fmt: skip
+
+
+def test_a_run_is_made_and_continued(assay, arguments, tmp_path):
+    first = assay(*arguments, "--steps", 1)
+    assert first.code == 0, first.err
+    assert "erase-gradient: 1 steps" in first.out
+    assert "step 1/1  hack" in first.err
+    second = assay(*arguments, "--steps", 2, "--json")
+    values = json.loads(second.out)
+    assert values["schema"] == "assay.vhack.train.result/1"
+    assert (values["steps"], values["resumed_from"], values["arm"]) == (2, 1, "erase-gradient")
+    assert "step 1/2" not in second.err
+    assert values["last"]["cout"] < 1e-6
+    again = assay(*arguments, "--steps", 2, "--json")
+    assert json.loads(again.out)["resumed_from"] == 2
+    other = assay(*arguments, "--steps", 2, "--lr", "0.5")
+    assert other.code == 2
+    assert "lr 0.03, now 0.5" in other.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "seen"),
+    [
+        (["--arm", "nothing"], "arm 'nothing'"),
+        (["--arm", "none:random"], "along random axes"),
+        (["--difficulty", "easy"], "--difficulty 'easy'"),
+        (["--difficulty", "3:1"], "difficulty 3 to 1"),
+        (["--modes", "other"], "mode other"),
+        (["--optimizer", "lion"], "optimizer lion"),
+        (["--tracker", "nothing"], "tracker nothing"),
+        (["--teacher", "missing.jsonl"], "missing.jsonl"),
+        (["--basis", "missing.safetensors"], "missing.safetensors"),
+        (["--micro-batch", "2"], "micro-batch 2"),
+    ],
+)
+def test_bad_arguments_have_three_parts_and_leave_nothing(assay, arguments, tmp_path, flags, seen):
+    outcome = assay(*arguments, *flags)
+    assert outcome.code == 2
+    assert seen in outcome.err
+    assert "wanted:" in outcome.err
+    assert "to do:" in outcome.err
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_run_goes_into_a_directory(assay, arguments, tmp_path):
+    (tmp_path / "run").write_text("")
+    outcome = assay(*arguments, "--steps", 1)
+    assert outcome.code == 2
+    assert "run" in outcome.err
