@@ -1,4 +1,7 @@
-"""What each of two processes does in the tests of distributed training; a module of its own, for it is spawned."""
+"""What each of two processes does in the tests of distributed training; a module of its own, for it is spawned.
+
+Over gloo they compute on the CPU, over NCCL each on a GPU of its own.
+"""
 
 import os
 from datetime import timedelta
@@ -19,9 +22,13 @@ GATE = Gate("one_sided", 1.2)
 IDS = torch.randint(0, 512, (4, 20), generator=torch.Generator().manual_seed(3))
 
 
-def prepare(path):
+def device_of(backend, rank=0):
+    return f"cuda:{rank}" if backend == "nccl" else "cpu"
+
+
+def prepare(path, device):
     torch.set_num_threads(1)
-    module = load_model(path, dtype="float32", device="cpu").module
+    module = load_model(path, dtype="float32", device=str(device)).module
     svd = weight_svd(module)
     return module, svd, random_basis(svd)
 
@@ -32,21 +39,22 @@ def optimise(adapter, basis, level, **settings):
 
 
 def result(adapter, optimiser, module, sharded=False):
+    ids = IDS.to(adapter.groups[0].base.device)
     with torch.no_grad():
-        module(input_ids=IDS, use_cache=False)  # merges what a plain optimiser has left unmerged
+        module(input_ids=ids, use_cache=False)  # merges what a plain optimiser has left unmerged
     for part in module.modules():
         if sharded and hasattr(part, "reshard"):
             part.reshard()
     weight = module.model.layers[1].mlp.up_proj.weight
     weight = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
     with torch.no_grad(), adapter.disabled():
-        reference = module(input_ids=IDS, use_cache=False).logits
+        reference = module(input_ids=ids, use_cache=False).logits
     return {
-        "delta": adapter.values(),
+        "delta": {name: value.cpu() for name, value in adapter.values().items()},
         "measures": optimiser.measures.as_dict(),
-        "weight": weight,
-        "reference": reference,
-        "loss": loss_of(module, IDS).item(),
+        "weight": weight.cpu(),
+        "reference": reference.cpu(),
+        "loss": loss_of(module, ids).item(),
     }
 
 
@@ -61,25 +69,27 @@ def train(call, module, adapter, optimiser, ids, *, rollouts=None):
         optimiser.step()
 
 
-def single(path, level, per_rollout=False, plain=False):
+def single(path, backend, level, per_rollout=False, plain=False):
     """The same in one process, with all rows."""
-    module, svd, basis = prepare(path)
+    module, svd, basis = prepare(path, device_of(backend))
     adapter = DeltaS(module, svd)
     optimiser = optimise(adapter, basis, level)
     if per_rollout:
         optimiser.gate = Gate("none")
     inner = optimiser.inner if plain else optimiser
-    train(module, module, adapter, inner, IDS, rollouts=False if per_rollout else None)
+    train(module, module, adapter, inner, IDS.to(device_of(backend)), rollouts=False if per_rollout else None)
     return result(adapter, optimiser, module)
 
 
-def run(rank, path, folder):
-    """Everything that needs two processes, one after the other; rank 0 writes what it found."""
+def run(rank, path, folder, backend):
+    """Everything that needs two processes, one after the other; each writes what it found."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=200))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=200))
     try:
-        share = IDS[2 * rank : 2 * rank + 2]
+        share = IDS[2 * rank : 2 * rank + 2].to(device_of(backend, rank))
         found = {f"ddp {level}": _ddp(path, share, level) for level in ("gradient", "update")}
         found["ddp rollouts"] = _ddp(path, share, "gradient", per_rollout=True)
         found["fsdp replicated"] = _fsdp(path, share, replicated=True)
@@ -91,7 +101,7 @@ def run(rank, path, folder):
 
 
 def _ddp(path, share, level, per_rollout=False):
-    module, svd, basis = prepare(path)
+    module, svd, basis = prepare(path, share.device)
     adapter = DeltaS(module, svd)
     wrapped = DistributedDataParallel(module)
     optimiser = optimise(adapter, basis, level)
@@ -102,9 +112,9 @@ def _ddp(path, share, level, per_rollout=False):
 
 
 def _fsdp(path, share, replicated, plain=False):
-    module, svd, basis = prepare(path)
+    module, svd, basis = prepare(path, share.device)
     adapter = DeltaS(module, svd)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(share.device.type, (2,))
     ignored = set(adapter.delta) if replicated else None
     for layer in module.model.layers:
         fully_shard(layer, mesh=mesh)

@@ -54,14 +54,15 @@ def share(
     """
     # Sums over modules of: one-sided share, two-sided share, ‖relu(c)‖², ‖x‖², 1.
     total = torch.zeros(5, dtype=torch.float64)
+    here = False
     for vectors_MR, axes_MKR, has_M in vectors:
         hackward_MK = sign * along(axes_MKR, vectors_MR)
         size_M = vectors_MR.double().norm(dim=1)
         one_M, two_M = hackward_MK.relu().norm(dim=1), hackward_MK.norm(dim=1)
         divisor_M = torch.where(size_M > 0, size_M, 1.0)
         parts_5M = torch.stack([one_M / divisor_M, two_M / divisor_M, one_M**2, size_M**2, torch.ones_like(size_M)])
-        total = total.to(vectors_MR.device) + (parts_5M * has_M).sum(dim=1)
-    if process_group is not None:
+        total, here = total.to(vectors_MR.device) + (parts_5M * has_M).sum(dim=1), True
+    if process_group is not None and here:
         dist.all_reduce(total, group=process_group)
     one, two, along2, size2, count = total
     energy = (along2 / torch.where(size2 > 0, size2, 1.0)).sqrt()
@@ -80,13 +81,14 @@ def displacement(
     """
     sums = torch.zeros(2, dtype=torch.float64)
     farthest = torch.zeros((), dtype=torch.float64)
+    here = False
     for moved_MR, axes_MKR in moved:
         at_MK = along(axes_MKR, moved_MR)
-        sums = sums.to(at_MK.device) + torch.stack([at_MK.sum(), (at_MK**2).sum()])
+        sums, here = sums.to(at_MK.device) + torch.stack([at_MK.sum(), (at_MK**2).sum()]), True
         if at_MK.numel():
             farthest = torch.maximum(farthest.to(at_MK.device), (-at_MK).amax())
     farthest = farthest.to(sums.device)
-    if process_group is not None:
+    if process_group is not None and here:
         dist.all_reduce(sums, group=process_group)
         dist.all_reduce(farthest, op=dist.ReduceOp.MAX, group=process_group)
     return {"displacement": sums[0], "displacement_norm": sums[1].sqrt(), "displacement_hackward": farthest}
