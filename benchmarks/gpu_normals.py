@@ -2,10 +2,16 @@
 
 Shapes are batches of model inputs in float16. The published way makes one nonce at a time with eager operations in
 int64 (benchmarks/streams_cpu.py has it). Times are medians of CUDA events over repeated calls, seeds on the host
-included for ours. A plain fill of the same tensor is the floor: bytes written over memory bandwidth.
+included for ours. Two floors stand beside them: a plain fill of the same tensor, which is bytes written over memory
+bandwidth; and the issue floor, instructions of the kernel's loop over what the device can issue, one for each of the
+four schedulers of a multiprocessor in each cycle of its highest clock.
 
     python benchmarks/gpu_normals.py -o benchmarks/results/gpu_normals.json
 """
+
+import re
+import subprocess
+from collections import Counter
 
 import torch
 import triton
@@ -13,6 +19,7 @@ from _common import note, parser, publish
 from streams_cpu import published_hash
 
 from assay.streams import digest, get_backend, seed32, seeds
+from assay.streams._triton_kernels import LANES
 
 SHAPES = ((64, 256, 4096), (64, 256, 2048), (32, 256, 2048), (32, 256, 1024))
 DTYPE = torch.float16
@@ -33,7 +40,28 @@ def milliseconds(function, repeats):
     return triton.testing.do_bench(function, warmup=25, rep=repeats, return_mode="median")
 
 
-def measure(batch, seq_len, hidden):
+def instructions_per_pair():
+    """Instructions of the loop that makes 8 pairs in each thread, and how many of them are of which kind."""
+    backend, launched = get_backend("triton", "cuda"), []
+    launch = backend._launch
+    backend._launch = lambda *arguments, **options: launched.append(launch(*arguments, **options))
+    backend.normals([1], 1 << 16, "float16")
+    machine = launched[0].asm["sass"]
+    label = re.search(r"BRA (LBB\d+);\s+\S+\s+EXIT", machine).group(1)
+    body = machine[machine.index(f"{label}:\n") :]
+    lines = body[: body.index(f" {label};")].splitlines()[1:]
+    kinds = Counter(re.match(r"\S+\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", line).group(1) for line in lines)
+    return len(lines) / LANES, {kind: count / LANES for kind, count in kinds.most_common()}
+
+
+def issue_rate():
+    """Instructions of a thread that the device can start in a second."""
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    megahertz = int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+    return torch.cuda.get_device_properties(0).multi_processor_count * 4 * 32 * megahertz * 1e6
+
+
+def measure(batch, seq_len, hidden, instructions):
     n = seq_len * hidden
     texts = [f"block_alpha_node_A_nonce{nonce}" for nonce in range(batch)]
     ours = get_backend("triton", "cuda")
@@ -59,6 +87,7 @@ def measure(batch, seq_len, hidden):
         "seq_len": seq_len,
         "hidden": hidden,
         **{name: round(value, 4) for name, value in times.items()},
+        "issue_floor_ms": round(batch * n / 2 * instructions / issue_rate() * 1e3, 4),
         "over_randn": round(times["torch_randn_ms"] / times["triton_ms"], 3),
         "over_published": round(times["published_loop_ms"] / times["triton_ms"], 1),
         "billion_per_second": round(batch * n / times["triton_ms"] / 1e6, 1),
@@ -69,7 +98,14 @@ def measure(batch, seq_len, hidden):
 
 def main():
     arguments = parser(__doc__).parse_args()
-    publish("gpu_normals", {"dtype": "float16", "shapes": [measure(*shape) for shape in SHAPES]}, arguments.output)
+    instructions, kinds = instructions_per_pair()
+    figures = {
+        "dtype": "float16",
+        "instructions_per_pair": instructions,
+        "of_which": kinds,
+        "shapes": [measure(*shape, instructions) for shape in SHAPES],
+    }
+    publish("gpu_normals", figures, arguments.output)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,9 @@ class Transform:
 
     def _reflections(self, stream: str, count: int, x_BD: Tensor, nonces: Sequence[int], k: int = 0) -> Tensor:
         texts = [self.round.text(stream, nonce, index=r, k=k) for nonce in nonces for r in range(count)]
+        reflected_BD = self._backend.reflected(x_BD, streams.seeds(texts).reshape(len(nonces), count))
+        if reflected_BD is not None:
+            return reflected_BD
         v_BRD = self._normals(texts, x_BD.shape[-1]).view(len(nonces), count, -1)
         v_BRD = v_BRD / torch.linalg.vector_norm(v_BRD, dim=-1, keepdim=True)
         for r in range(count):

@@ -89,6 +89,21 @@ class Backend(ABC):
         with self._room_for(n):
             return self._normals(_checked(seeds_BS), _count(n), dtype)
 
+    def reflected(self, x_BD: torch.Tensor, seeds_BR: npt.NDArray[np.uint32]) -> torch.Tensor | None:
+        """Reflect every row in R hyperplanes drawn for it, one after the other: ``x - 2 (x v) / (v v) v``, v normal.
+
+        The normals are those of :meth:`normals`, D of each seed. The sums are float32 in an order of the backend's own:
+        results differ by rounding, about 1e-7 of the length of a row, from the same formula elsewhere.
+
+        Args:
+            x_BD: float32, on the backend's device.
+            seeds_BR: R seeds for each row.
+
+        Returns:
+            The reflected rows, float32 ``[B, D]``; None if this backend has no fused kernel for them.
+        """
+        return None
+
     @contextmanager
     def _room_for(self, n: int) -> Iterator[None]:
         try:

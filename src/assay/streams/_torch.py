@@ -20,7 +20,7 @@ from assay.errors import BackendUnavailable
 from assay.streams import _definition as definition
 from assay.streams._backend import Backend, tiles
 
-_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _TILE = {"cpu": 1 << 17, "cuda": 1 << 22}
 """Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB, more is not faster."""
@@ -52,17 +52,17 @@ class TorchBackend(Backend):
         return out_BN
 
     def _permutations(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        return torch.argsort(_ordered(self._signed_hashes(seeds_B, n)), dim=1, stable=True)
+        return torch.argsort(self._ordered_hashes(seeds_B, n), dim=1, stable=True)
 
     def _picks(self, seeds_B: npt.NDArray[np.uint32], n: int, k: int) -> torch.Tensor:
         # The hashes of a stream never tie, so "the k smallest in ascending order" is one answer only.
-        return torch.topk(_ordered(self._signed_hashes(seeds_B, n)), k, dim=1, largest=False, sorted=True).indices
+        return torch.topk(self._ordered_hashes(seeds_B, n), k, dim=1, largest=False, sorted=True).indices
 
     def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> torch.Tensor:
-        out_BN = torch.empty((len(seeds_BS), n), dtype=_TORCH_DTYPES[dtype], device=self.device)
+        out_BN = torch.empty((len(seeds_BS), n), dtype=TORCH_DTYPES[dtype], device=self.device)
         length = definition.segment_length(n, seeds_BS.shape[1])
         for sub_seed, start in enumerate(range(0, n, length)):
-            self._fill_normals(_signed(seeds_BS[:, sub_seed], self.device), out_BN[:, start : start + length])
+            self._fill_normals(on_device(seeds_BS[:, sub_seed], self.device), out_BN[:, start : start + length])
         return out_BN
 
     def _fill_normals(self, seeds_B: torch.Tensor, out_BN: torch.Tensor) -> None:
@@ -83,16 +83,24 @@ class TorchBackend(Backend):
             out_BN[part] = h
         return out_BN
 
+    def _ordered_hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
+        """int32 in the order of the unsigned hashes: flipping the top bit moves 0..2**32-1 onto the signed range."""
+        return self._signed_hashes(seeds_B, n) ^ _int32(0x80000000)
+
     def _hash_tiles(
         self, seeds_B: npt.NDArray[np.uint32], n: int
     ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
-        signed_B = _signed(seeds_B, self.device)
+        signed_B = on_device(seeds_B, self.device)
         for row, row_stop, column, column_stop in tiles(len(seeds_B), n, self._tile):
             yield (slice(row, row_stop), slice(column, column_stop)), _hash(signed_B[row:row_stop], column, column_stop)
 
 
-def _signed(seeds: npt.NDArray[np.uint32], device: str) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(seeds).view(np.int32)).to(device)
+def on_device(seeds: npt.NDArray[np.uint32], device: str) -> torch.Tensor:
+    """Seeds as int32 with the same bits; to a GPU on the current stream, without waiting for what is queued there.
+
+    From pageable memory CUDA has taken its own copy when the call returns; pinned memory would have to be kept.
+    """
+    return torch.from_numpy(np.ascontiguousarray(seeds).view(np.int32)).to(device, non_blocking=True)
 
 
 def _int32(value: int) -> int:
@@ -128,11 +136,6 @@ def _hash(seeds_B: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 def _unsigned(h: torch.Tensor) -> torch.Tensor:
     """The value of an unsigned hash, as int64."""
     return h.to(torch.int64).bitwise_and_(0xFFFFFFFF)
-
-
-def _ordered(h: torch.Tensor) -> torch.Tensor:
-    """int32 values in the order of the unsigned hashes: flipping the top bit moves 0..2**32-1 onto the signed range."""
-    return h ^ _int32(0x80000000)
 
 
 def _uniform(h: torch.Tensor) -> torch.Tensor:

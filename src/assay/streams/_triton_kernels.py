@@ -1,0 +1,250 @@
+# Kernels are written in triton's language, which has no annotations.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: ANN001, ANN202
+"""The triton kernels: hash, uniforms, logarithm, sine and root of a pair in registers, written to memory once.
+
+The bits are those of :mod:`assay.streams._definition`; four exact rewritings save a sixth of its instructions:
+
+- **Powers of two are folded into constants.** Uniforms stay in units of 2**-32, the logarithm is half of itself, cosine
+  and sine twice themselves. Scaling by a power of two commutes with every rounding, as nothing is subnormal.
+- **The hash is cut at the seed.** ``rotl(s ^ k, 13) = rotl(s, 13) ^ rotl(k, 13)``: all before that depends on the index
+  alone and is kept in registers over the rows of a program.
+- **Signs move to the radius.** A product is the same whichever factor has the sign, zeros included.
+- **The root has no branch** (:data:`ROOT`).
+
+The kernels must be launched with ``enable_fp_fusion=False``. By default the compiler contracts a multiply and an add
+into one operation that rounds once.
+
+Legend of shapes: B rows of a batch, N elements of each, S sub-seeds of a row, D coordinates, R reflections.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from assay.streams import _definition as definition
+
+__all__ = ["LANES", "ROOT", "hash_kernel", "normal_kernel", "reflect_kernel", "root_kernel"]
+
+LANES = 8
+"""Pairs of neighbouring indices in one thread: their cosines, and their sines, make 16-byte stores of short floats."""
+
+ROOT = """{
+.reg .f32 y, g, h, r;
+add.rn.f32 y, $1, 0f0D800000;
+rsqrt.approx.ftz.f32 y, y;
+mul.rn.f32 g, $1, y;
+mul.rn.f32 h, y, 0f3F000000;
+neg.f32 r, g;
+fma.rn.f32 r, r, g, $1;
+fma.rn.f32 $0, r, h, g;
+}"""
+"""The correctly rounded square root of 0 and of the values from 2**-30 to 16, which hold all that occur.
+
+It is what ``sqrt.rn.f32`` becomes in the machine, an estimate and one step of Newton with a fused residual, less the
+test for values out of range: that is a branch for every pair, a tenth of the time. 2**-100 (0f0D800000) is lost in the
+sum with any value but 0, whose estimate it keeps finite. A test compares every float32 of the range.
+"""
+
+
+def _scaled(value, exponent):
+    return tl.constexpr(float(value) * 2.0**exponent)
+
+
+# Uniforms in units of 2**-32.
+_MIN_U1 = _scaled(definition.MIN_U1, 32)
+_SQRT_HALF_BITS = tl.constexpr(int(definition.SQRT_HALF_BITS) + (32 << 23))
+# The logarithm as a function of f / 2, halved; k comes negative and in units of 2**23, where exponents stand.
+_HALF_BITS = tl.constexpr(33 << 23)
+_LN2_HIGH, _LN2_LOW = _scaled(definition.LN2_HIGH, -24), _scaled(definition.LN2_LOW, -24)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (_scaled(c, 10 - i) for i, c in enumerate(definition.LN_POLY))
+# Twice the cosine and the sine, as functions of 4 d and 16 x.
+_TURN = tl.constexpr(2.0**-28)
+_ROUND_MAGIC = _scaled(definition.ROUND_MAGIC, 2)
+_S0, _S1, _S2, _S3 = (_scaled(c, 4 * i - 13) for i, c in enumerate(definition.SIN_POLY))
+_C0, _C1, _C2, _C3 = (_scaled(c, 4 * i - 15) for i, c in enumerate(definition.COS_POLY))
+
+_SIGN_THRESHOLD = tl.constexpr(int(definition.SIGN_THRESHOLD))
+_TOP_BIT = tl.constexpr(-(1 << 31))
+_EXPONENT = tl.constexpr(-(1 << 23))
+_ROOT = tl.constexpr(ROOT)
+
+
+@triton.jit
+def _rotated_seed(seed):
+    seed = seed.to(tl.uint32, bitcast=True)
+    return (seed << 13) | (seed >> 19)
+
+
+@triton.jit
+def _index_part(index):
+    k = index * 0xCC9E2D51
+    k = (k << 15) | (k >> 17)
+    k = k * 0x1B873593
+    return (k << 13) | (k >> 19)
+
+
+@triton.jit
+def _hash(rotated_seed, index):
+    h = rotated_seed ^ _index_part(index)
+    h = h * 5 + 0xE6546B64
+    h = h ^ (h >> 16)
+    h = h * 0x85EBCA6B
+    h = h ^ (h >> 13)
+    h = h * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _root(x):
+    return tl.inline_asm_elementwise(_ROOT, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _half_negative_log(u):
+    """``-ln(u / 2**32) / 2`` for u in (0, 2**32]."""
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - _SQRT_HALF_BITS) & _EXPONENT
+    minus_k = exponent.to(tl.float32)
+    f = (bits - exponent - _HALF_BITS).to(tl.float32, bitcast=True) - 0.5
+    p = f * _L0 + _L1
+    p = p * f + _L2
+    p = p * f + _L3
+    p = p * f + _L4
+    p = p * f + _L5
+    p = p * f + _L6
+    p = p * f + _L7
+    p = p * f + _L8
+    square = f * f
+    curve = square - f * square * p
+    return ((curve - minus_k * _LN2_LOW) - f) - minus_k * _LN2_HIGH
+
+
+@triton.jit
+def _box_muller(h1, h2):
+    """Two normals from two hashes."""
+    radius = _root(_half_negative_log(tl.maximum(h1.to(tl.float32), _MIN_U1)))
+    quarters = h2.to(tl.float32) * _TURN
+    shifted = quarters + _ROUND_MAGIC
+    d = quarters - (shifted - _ROUND_MAGIC)
+    x = d * d
+    cosine = 2.0 - x * (((x * _C0 + _C1) * x + _C2) * x + _C3)
+    sine = d - d * (((x * _S0 + _S1) * x + _S2) * x + _S3)
+    quadrant = shifted.to(tl.int32, bitcast=True)  # its two lowest bits
+    odd = (quadrant & 1) != 0
+    radius = (radius.to(tl.int32, bitcast=True) ^ ((quadrant << 30) & _TOP_BIT)).to(tl.float32, bitcast=True)
+    # Times minus one, not a minus sign: triton's is 0 - x, which makes +0 of a zero where -0 is due.
+    return radius * tl.where(odd, sine * -1.0, cosine), radius * tl.where(odd, cosine, sine)
+
+
+@triton.jit
+def _one(rotated_seed, index, pairs, kind: tl.constexpr):
+    cosine, sine = _box_muller(_hash(rotated_seed, index), _hash(rotated_seed, index + pairs))
+    return cosine.to(kind), sine.to(kind)
+
+
+@triton.jit
+def _two(rotated_seed, index, pairs, kind: tl.constexpr):
+    c0, s0 = _one(rotated_seed, index, pairs, kind)
+    c1, s1 = _one(rotated_seed, index + 4, pairs, kind)
+    return tl.join(c0, c1), tl.join(s0, s1)
+
+
+@triton.jit
+def _four(rotated_seed, index, pairs, kind: tl.constexpr):
+    c0, s0 = _two(rotated_seed, index, pairs, kind)
+    c1, s1 = _two(rotated_seed, index + 2, pairs, kind)
+    return tl.join(c0, c1), tl.join(s0, s1)
+
+
+@triton.jit
+def _eight(rotated_seed, index, pairs, kind: tl.constexpr):
+    """Normals of 8 pairs from every index on. A join is a new last axis, so that the last one joins neighbours."""
+    c0, s0 = _four(rotated_seed, index, pairs, kind)
+    c1, s1 = _four(rotated_seed, index + 1, pairs, kind)
+    return tl.reshape(tl.join(c0, c1), [c0.numel * 2]), tl.reshape(tl.join(s0, s1), [c0.numel * 2])
+
+
+@triton.jit(
+    do_not_specialize=["rows", "together", "sub_seeds", "n", "length", "pairs", "sines"],
+    do_not_specialize_on_alignment=["seeds_BS"],
+)
+def normal_kernel(
+    seeds_BS, out_BN, rows, together, sub_seeds, n, length, pairs, sines, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Normals of sub-seeds that are ``length`` apart: ``pairs`` cosines each, then ``sines`` sines.
+
+    All four lengths are in units of UNIT elements: with 16, stores are wide. The grid is (blocks of pairs, groups of
+    rows, sub-seeds); a program makes one block of ``together`` rows.
+    """
+    sub_seed = tl.program_id(2)
+    first = tl.program_id(1).to(tl.int64) * together
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    pairs = pairs.to(tl.int64) * UNIT
+    place = tl.arange(0, BLOCK)
+    has_cosine = place < pairs - start
+    has_sine = place < sines.to(tl.int64) * UNIT - start
+    index = start.to(tl.uint32) + 8 * tl.arange(0, BLOCK // 8).to(tl.uint32)
+    row_length = n.to(tl.int64) * UNIT
+    out_BN += sub_seed * length.to(tl.int64) * UNIT + start
+    for row in range(first, tl.minimum(first + together, rows)):
+        rotated_seed = _rotated_seed(tl.load(seeds_BS + row * sub_seeds + sub_seed))
+        cosines, sines_ = _eight(rotated_seed, index, pairs.to(tl.uint32), out_BN.dtype.element_ty)
+        out = out_BN + row * row_length + place
+        tl.store(out, cosines, mask=has_cosine)
+        tl.store(out + pairs, sines_, mask=has_sine)
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["seeds_B", "out_BN"])
+def hash_kernel(seeds_B, out_BN, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """What follows from one hash: the hash itself, its order among int32, its sign, or its uniform."""
+    row = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    h = _hash(_rotated_seed(tl.load(seeds_B + row)), place.to(tl.uint32))
+    if KIND == "order":
+        values = h.to(tl.int32, bitcast=True) ^ _TOP_BIT
+    elif KIND == "sign":
+        values = tl.where(h >= _SIGN_THRESHOLD, 1, -1)
+    elif KIND == "uniform":
+        values = h.to(tl.float32) * 2.3283064365386963e-10  # 2**-32
+    else:
+        values = h.to(tl.int32, bitcast=True)
+    tl.store(out_BN + row * n + place, values.to(out_BN.dtype.element_ty), mask=place < n)
+
+
+@triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit(do_not_specialize=["d", "reflections"], do_not_specialize_on_alignment=["seeds_BR", "x_BD", "out_BD"])
+def reflect_kernel(seeds_BR, x_BD, out_BD, d, reflections, BLOCK: tl.constexpr):
+    """Reflections ``x - 2 (x v) / (v v) v``, one for every seed of a row; a program has one row and BLOCK pairs.
+
+    Where an element is in the sums of v v and x v depends on D alone, so a row does not depend on its batch.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    pairs = (d + 1) // 2
+    place = tl.arange(0, BLOCK)
+    is_low, is_high = place < pairs, place < d - pairs
+    low, high = x_BD + row * d + place, x_BD + row * d + pairs + place
+    x_low, x_high = tl.load(low, mask=is_low, other=0.0), tl.load(high, mask=is_high, other=0.0)
+    index = place.to(tl.uint32)
+    for r in range(reflections):
+        rotated_seed = _rotated_seed(tl.load(seeds_BR + row * reflections + r))
+        v_low, v_high = _one(rotated_seed, index, pairs.to(tl.uint32), tl.float32)
+        v_low, v_high = tl.where(is_low, v_low, 0.0), tl.where(is_high, v_high, 0.0)
+        square, product = tl.reduce((v_low * v_low + v_high * v_high, x_low * v_low + x_high * v_high), 0, _add_both)
+        factor = tl.div_rn(2.0 * product, square)
+        x_low -= factor * v_low
+        x_high -= factor * v_high
+    tl.store(out_BD + row * d + place, x_low, mask=is_low)
+    tl.store(out_BD + row * d + pairs + place, x_high, mask=is_high)
+
+
+@triton.jit
+def root_kernel(first_bits, out, BLOCK: tl.constexpr):
+    """The root of all float32 from ``first_bits`` on, for a test."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + place, _root((first_bits + place).to(tl.float32, bitcast=True)))
