@@ -16,14 +16,14 @@ VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "poc_kat.json").re
 NUMPY = streams.get_backend("numpy")
 
 
-def make(round: Round, pipeline: Pipeline | str, hidden: int, vocab: int = 96) -> Transform:
-    head = torch.linspace(-1, 1, vocab * hidden).view(vocab, hidden)
+def make(round: Round, pipeline: Pipeline | str, hidden: int, vocab: int = 96, device: str = "cpu") -> Transform:
+    head = torch.linspace(-1, 1, vocab * hidden, device=device).view(vocab, hidden)
     return Transform(
         round,
         PIPELINES[pipeline] if isinstance(pipeline, str) else pipeline,
         hidden_size=hidden,
         vocab_size=vocab,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         trained_head=lambda x_BD: project(x_BD, head),
     )
 
@@ -122,3 +122,40 @@ def test_shapes_in_annotations_are_checked_while_tests_run():
 
     with pytest.raises(TypeCheckError):
         project(torch.zeros(2, 3), torch.zeros(5, 4))
+
+
+class Fusing(type(NUMPY)):
+    """A backend with reflections of its own: in float64, and remembering what it was asked."""
+
+    def reflected(self, x_BD, seeds_BR):
+        self.seeds_BR = seeds_BR
+        x = x_BD.double().numpy()
+        for r in range(seeds_BR.shape[1]):
+            v = self.normals(seeds_BR[:, r], x.shape[1]).astype(np.float64)
+            x = x - 2 * ((x * v).sum(1) / (v * v).sum(1))[:, None] * v
+        return torch.from_numpy(x).float()
+
+
+@pytest.mark.parametrize(
+    ("preset", "stream", "k", "count"), [("poc-2.0", "reflection", 0, 8), ("artifact", "rotation", 12, 11)]
+)
+def test_fused_reflections_give_the_same(preset, stream, k, count, round_, monkeypatch):
+    x_BD = torch.randn(5, 48, generator=torch.Generator().manual_seed(6))
+    expected = make(round_, preset, 48)(x_BD, range(5))
+    fusing = Fusing()
+    monkeypatch.setattr(streams, "get_backend", lambda name, device: fusing)
+    made = make(round_, preset, 48)(x_BD, range(5))
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-6 if made.dtype == torch.float32 else 1e-3)
+    texts = [round_.text(stream, nonce, index=r, k=k) for nonce in range(5) for r in range(count)]
+    np.testing.assert_array_equal(fusing.seeds_BR, streams.seeds(texts).reshape(5, count))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", PIPELINES)
+def test_cuda_and_cpu_agree(preset, round_):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x_BD = torch.randn(32, 48, generator=torch.Generator().manual_seed(7)) * 4
+    expected = make(round_, preset, 48)(x_BD, range(32))
+    made = make(round_, preset, 48, device="cuda")(x_BD.cuda(), range(32))
+    torch.testing.assert_close(made.cpu(), expected, rtol=0, atol=1e-5 if made.dtype == torch.float32 else 1e-3)

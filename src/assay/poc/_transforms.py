@@ -83,10 +83,11 @@ class Transform:
         self._random_head_VD: Tensor | None = None
         self._target_V: Tensor | None = None
         if pipeline.head == "random":
-            values = self._normals([round.block_text("random_head")], hidden_size * RANDOM_HEAD_ROWS)
+            values = self._normals(streams.seeds([round.block_text("random_head")]), hidden_size * RANDOM_HEAD_ROWS)
             self._random_head_VD = values.view(RANDOM_HEAD_ROWS, hidden_size) * _HEAD_SCALE
         if pipeline.output == "distance":
-            target_V = self._normals([round.block_text("target")], pipeline.output_size(hidden_size, vocab_size))[0]
+            size = pipeline.output_size(hidden_size, vocab_size)
+            target_V = self._normals(streams.seeds([round.block_text("target")]), size)[0]
             self._target_V = target_V / torch.linalg.vector_norm(target_V)
 
     def weights(self, nonces: Sequence[int], seq_len: int) -> Float32[Tensor, "B T"] | None:
@@ -150,10 +151,11 @@ class Transform:
 
     def _reflections(self, stream: str, count: int, x_BD: Tensor, nonces: Sequence[int], k: int = 0) -> Tensor:
         texts = [self.round.text(stream, nonce, index=r, k=k) for nonce in nonces for r in range(count)]
-        reflected_BD = self._backend.reflected(x_BD, streams.seeds(texts).reshape(len(nonces), count))
+        seeds_N1 = streams.seeds(texts)
+        reflected_BD = self._backend.reflected(x_BD, seeds_N1.reshape(len(nonces), count))
         if reflected_BD is not None:
             return reflected_BD
-        v_BRD = self._normals(texts, x_BD.shape[-1]).view(len(nonces), count, -1)
+        v_BRD = self._normals(seeds_N1, x_BD.shape[-1]).view(len(nonces), count, -1)
         v_BRD = v_BRD / torch.linalg.vector_norm(v_BRD, dim=-1, keepdim=True)
         for r in range(count):
             x_BD = reflect(x_BD, v_BRD[:, r])
@@ -161,11 +163,11 @@ class Transform:
 
     def _projections(self, count: int, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
         texts = [self.round.text("projection", nonce, k=count) for nonce in nonces]
-        p_BKD = self._normals(texts, count * x_BD.shape[-1]).view(len(nonces), count, -1)
+        p_BKD = self._normals(streams.seeds(texts), count * x_BD.shape[-1]).view(len(nonces), count, -1)
         return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
 
     def _seeds(self, stream: str, nonces: Sequence[int], k: int = 0) -> NDArray[np.uint32]:
         return streams.seeds([self.round.text(stream, nonce, k=k) for nonce in nonces])
 
-    def _normals(self, texts: Sequence[str], n: int) -> Tensor:
-        return streams.as_tensor(self._backend.normals(streams.seeds(texts), n)).to(self._device)
+    def _normals(self, seeds_N1: NDArray[np.uint32], n: int) -> Tensor:
+        return streams.as_tensor(self._backend.normals(seeds_N1, n)).to(self._device)
