@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from assay.poc import Round
 
@@ -13,6 +14,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 SEQ_LEN = 64
+ON_GPU = torch.cuda.is_available()
+RUNNER = "v2" if ON_GPU and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0" else "v1"
+"""The model runner that vLLM chooses here."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,10 +14,13 @@ from assay.poc.cheats import rounded
 from assay.poc.engines import HFEngine, TransformingEngine
 from assay.poc.engines.vllm._stream import Stream
 from assay.poc.engines.vllm._tickets import Spec, new_key, request_id
-from tests.vllm.conftest import SEQ_LEN, make_round
+from tests.vllm.conftest import ON_GPU, RUNNER, SEQ_LEN, make_round
 
 PRESETS = ("poc-2.0", "artifact", "hardened")
-AGREEMENT = {"poc-2.0": 2e-6, "artifact": 2e-3, "hardened": 2e-3}  # fp32 distances; vectors are published in fp16
+# float32 distances; vectors are published in float16. On a GPU vLLM's attention multiplies float32 in TF32.
+NOISE = 50 if ON_GPU else 1
+AGREEMENT = {"poc-2.0": 2e-6 * NOISE, "artifact": 2e-3 * NOISE, "hardened": 2e-3 * NOISE}
+COMPANY = 1e-6 * NOISE
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,7 @@ def engine():
 
     # A step takes two nonces and a half: prompts are cut into chunks at ever new places.
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 160, "max_num_seqs": 16}
+    options |= {"gpu_memory_utilization": 0.1} if ON_GPU else {}
     with VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, seq_len=SEQ_LEN, **options) as made:
         yield made
 
@@ -44,7 +48,7 @@ def test_it_is_an_engine_that_takes_the_steps_itself(engine):
     assert isinstance(engine, TransformingEngine)
     assert (engine.hidden_size, engine.num_layers, engine.dtype) == (256, 8, "float32")
     assert engine.fingerprint.engine == "vllm"
-    assert "runner v1" in engine.fingerprint.library
+    assert f"runner {RUNNER}" in engine.fingerprint.library
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
@@ -73,7 +77,7 @@ def test_hidden_states_agree_with_transformers(engine, honest):
     inputs_BTD = reference.inputs(make_round(), range(8))
     assert torch.equal(inputs_BTD, engine.inputs(make_round(), range(8)))
     difference = engine.last_hidden(inputs_BTD) - reference.last_hidden(inputs_BTD)
-    assert difference.abs().max() < 2e-4
+    assert difference.abs().max() < 5e-4 * NOISE
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -93,7 +97,7 @@ def test_a_nonce_in_company_is_the_nonce_alone(engine):
     round = make_round(key="company")
     together = next(engine.outputs(round, poc.get_pipeline("poc-2.0"), range(8)))
     alone = [next(engine.outputs(round, poc.get_pipeline("poc-2.0"), [nonce]))[0] for nonce in range(8)]
-    assert np.abs(together - np.array(alone)).max() <= 1e-6
+    assert np.abs(together - np.array(alone)).max() <= COMPANY
 
 
 def test_verdicts_across_engines(engine, honest):
@@ -201,12 +205,12 @@ def test_inputs_that_are_not_finite_fail_alone_and_spoil_nothing(engine, monkeyp
     nan = {"type": "embeds", "prompt_embeds": torch.full((SEQ_LEN, 256), float("inf"))}
     on_loop(engine, hostile(engine, "", {f"from-a-client-{number}": nan for number in range(16)}))
     after = poc.prove(engine.model, round, range(32), engine=engine)
-    assert np.abs(published(before) - published(after)).max() <= 1e-6
+    assert np.abs(published(before) - published(after)).max() <= COMPANY
 
 
 def test_ten_thousand_nonces_leave_no_rows(engine):
-    """Short nonces, most of them: what counts is how many come and go."""
-    small = replace_shape(engine, seq_len=4, batch_size=256)
+    """Short nonces, in one batch of more than the workers would hold: what counts is how many come and go."""
+    small = replace_shape(engine, seq_len=4, batch_size=10_000)
     count, outputs = 0, small.outputs(make_round(seq_len=4, key="soak"), poc.get_pipeline("artifact"), range(10_000))
     for values in outputs:
         count += len(values)

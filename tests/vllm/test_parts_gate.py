@@ -1,11 +1,12 @@
 """The gate, and what is refused before anything starts: versions, settings, several servers."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.poc.engines.vllm import _gate
+from assay.poc.engines.vllm import _gate, plugin
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
@@ -93,22 +94,30 @@ def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, 
     assert words in str(refusal.value)
 
 
-def test_several_api_servers_are_refused_because_one_must_own_the_round():
-    from assay.poc.engines.vllm._plugin import _check_alone
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("api_server_count", 2, "--api-server-count 1"),
+        ("data_parallel_size", 2, "one server per engine"),
+        ("revision", "abc", "--revision"),
+    ],
+)
+def test_servers_that_cannot_own_a_round_are_refused_before_anything_is_opened(
+    name: str, value, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "data"))
+    app = SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(**{name: value})))
+    with pytest.raises(UsageError) as refusal:
+        plugin().attach_router(app)
+    assert words in str(refusal.value)
+    assert not (tmp_path / "data").exists()
 
-    config = SimpleNamespace(parallel_config=SimpleNamespace(_api_process_count=2))
-    with pytest.raises(UsageError, match="--api-server-count 1"):
-        _check_alone(config, SimpleNamespace())
-    config.parallel_config._api_process_count = 1
-    _check_alone(config, SimpleNamespace(revision=None))
-    with pytest.raises(UsageError, match="--revision"):
-        _check_alone(config, SimpleNamespace(revision="abc"))
 
+def test_a_device_for_vllm_is_refused():
+    from assay.cli._vllm import vllm_engine
 
-@pytest.mark.parametrize(("name", "device", "words"), [("vlm", None, "hf or vllm"), ("vllm", "cuda", "--device")])
-def test_an_engine_that_does_not_exist_and_a_device_for_vllm_are_refused(name: str, device, words: str):
-    from assay.cli._vllm import proving_engine
-
-    made = proving_engine(name, "reference:qwen3", dtype=None, device=device, batch_size=8, seq_len=16)
-    with pytest.raises(UsageError, match=words), made:
+    with (
+        pytest.raises(UsageError, match="--device"),
+        vllm_engine("reference:qwen3", dtype=None, device="cuda", batch_size=8, seq_len=16),
+    ):
         pass

@@ -1,4 +1,4 @@
-"""``--engine``: which engine proves, on which devices and with which kernels."""
+"""``--engine``: which engine proves or recomputes, on which devices and with which kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from assay.errors import UsageError
 
 if TYPE_CHECKING:
     from assay.models import Model
-    from assay.poc import Engine
+    from assay.poc import Engine, Fingerprint
     from assay.poc.engines import World
 
-__all__ = ["EngineOptions", "load", "proving_engine"]
+__all__ = ["EngineOptions", "judging_engine", "load", "proving_engine"]
 
 KERNELS = ("auto", "compiled", "eager")
 NUMBER_FORMATS = ("int8", "float8")
@@ -69,6 +69,37 @@ def proving_engine(model: str, options: EngineOptions) -> "Iterator[tuple[Model,
             else:
                 engine.work()
                 yield None
+
+
+@contextmanager
+def judging_engine(
+    name: str, model: str, prover: "Fingerprint", *, dtype: str | None, device: str | None
+) -> "Iterator[tuple[Model, Engine | None]]":
+    """Give the model and the engine that recompute a proof; None stands for the transformers engine.
+
+    Args:
+        name: ``hf`` or ``vllm``.
+        model: a reference.
+        prover: the prover's engine. Its dtype is the likeliest to agree with it, and is used where ``dtype`` is None.
+        dtype: of the weights, or a number format of eight bits.
+        device: for ``hf``.
+
+    Raises:
+        UsageError: there is no such engine, or it has no use for an option.
+        BackendUnavailable: vLLM is not installed, or not of a version that was tested.
+        ModelError: the model cannot be loaded.
+    """
+    dtype = dtype or prover.dtype
+    if name == "hf":
+        yield load(model, dtype, device), None
+    elif name == "vllm":
+        if dtype in NUMBER_FORMATS:
+            raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
+        shape = {"batch_size": prover.batch_size, "seq_len": prover.seq_len}
+        with vllm_engine(model, dtype=dtype, device=device, **shape) as made:
+            yield made
+    else:
+        raise UsageError(f"engine {name!r}", wanted="hf or vllm", do="leave --engine out for hf")
 
 
 def load(model: str, dtype: str | None, device: str | None, world: "World | None" = None) -> "Model":

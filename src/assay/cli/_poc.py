@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _experiment, _serve
-from assay.cli._engines import EngineOptions, load, proving_engine
+from assay.cli._engines import EngineOptions, judging_engine, proving_engine
 from assay.cli._flags import DeviceFlag, ModelFlag, NumberFormatFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
@@ -105,6 +105,7 @@ def verify(
     public_key: Annotated[str | None, typer.Option(help="Refuse a proof of another key.")] = None,
     dtype: NumberFormatFlag = None,
     device: DeviceFlag = None,
+    engine: Annotated[str, typer.Option(help="hf or vllm: what recomputes.")] = "hf",
     alpha: Annotated[float, typer.Option(help="Bound on accusing an honest node.")] = 1e-3,
     seed: Annotated[int | None, typer.Option(help="Draw this sample; unpredictable when left out.", min=0)] = None,
     as_json: JsonFlag = False,
@@ -122,12 +123,14 @@ def verify(
         block_hash=read.round.block_hash if block_hash is None else block_hash,
         public_key=read.round.public_key if public_key is None else public_key,
     )
-    # The prover's dtype is the likeliest to agree with it, and the header says which.
-    loaded = load(model, dtype or read.header.fingerprint.dtype, device)
-    with progress_bar("verifying") as progress:
+    with (
+        judging_engine(engine, model, read.header.fingerprint, dtype=dtype, device=device) as (loaded, made),
+        progress_bar("verifying") as progress,
+    ):
         verdict = poc.verify(
             read,
             loaded,
+            engine=made,
             sample=sample,
             seed=seed,
             expect=expect,

@@ -28,6 +28,8 @@ from assay.poc.engines.vllm._tickets import Spec, split_id
 __all__ = ["WorkerExtension"]
 
 MAX_TRANSFORMS = 4
+MAX_VALUES = 2**24
+"""Values of inputs that are made at once: vLLM leaves little of a GPU's memory to others."""
 
 
 class WorkerExtension:
@@ -135,6 +137,7 @@ class Hooks:
 
     def _fill(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
         """Give new requests of ours the inputs of their nonce in the place of their placeholder tokens."""
+        empty: dict[tuple[str, Spec], list[tuple[int, Any]]] = {}
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
             ticket = split_id(request.req_id)
             stream = self.rows.get(ticket[0]) if ticket else None
@@ -142,35 +145,42 @@ class Hooks:
                 if request.prompt_embeds is not None:
                     _disarm(request, _hidden_size(self._config))
                 if ticket and stream:
-                    self._fill_one(request, stream, ticket[1])
-                    self.rows.mark_filled(*ticket)
+                    _check_length(request, stream.spec.round.seq_len)
+                    if request.prompt_embeds is None and _is_first_stage():
+                        empty.setdefault((ticket[0], stream.spec), []).append((ticket[1], request))
+                    else:
+                        self.rows.mark_filled(*ticket)
             except Exception as error:
                 if ticket and stream:
                     self._fail(ticket, _words(error))
+        for (key, spec), requests in empty.items():
+            self._fill_all(key, spec, requests)
 
-    def _fill_one(self, request: Any, stream: Stream, nonce: int) -> None:
-        round = stream.spec.round
-        hidden_size = _hidden_size(self._config)
-        if request.prompt_embeds is not None:
-            if len(request.prompt_embeds) != round.seq_len:
-                raise ValueError(f"inputs of {len(request.prompt_embeds)} positions, not {round.seq_len}")
-            return
-        if len(request.prompt_token_ids) != round.seq_len:
-            raise ValueError(f"{len(request.prompt_token_ids)} placeholders for {round.seq_len} positions")
-        if not _is_first_stage():
-            return
-        request.prompt_embeds = self._inputs(stream.spec, nonce, hidden_size)
-        request.prompt_is_token_ids = [False] * round.seq_len
+    def _fill_all(self, key: str, spec: Spec, requests: list[tuple[int, Any]]) -> None:
+        """Make the inputs of all new nonces of a stream together: on a GPU one copy costs as much as many."""
+        at_once = max(1, MAX_VALUES // (spec.round.seq_len * _hidden_size(self._config)))
+        for start in range(0, len(requests), at_once):
+            group = requests[start : start + at_once]
+            try:
+                inputs_BTD = self._inputs(spec, [nonce for nonce, _ in group])
+            except Exception as error:
+                for nonce, _ in group:
+                    self._fail((key, nonce), _words(error))
+                continue
+            for (nonce, request), inputs_TD in zip(group, inputs_BTD, strict=True):
+                request.prompt_embeds = inputs_TD
+                request.prompt_is_token_ids = [False] * spec.round.seq_len
+                self.rows.mark_filled(key, nonce)
 
-    def _inputs(self, spec: Spec, nonce: int, hidden_size: int) -> Tensor:
-        """Return the inputs [T, D] of a nonce, on the CPU, from where vLLM takes them."""
+    def _inputs(self, spec: Spec, nonces: list[int]) -> Tensor:
+        """Return the inputs [B, T, D] of B nonces, on the CPU, from where vLLM takes them."""
         dtype = str(self._config.model_config.dtype).removeprefix("torch.")
-        shape = {"seq_len": spec.round.seq_len, "hidden_size": hidden_size}
+        shape = {"seq_len": spec.round.seq_len, "hidden_size": _hidden_size(self._config)}
         if self._side is None:
-            return noise_inputs(self._streams, spec.round, [nonce], dtype=dtype, **shape)[0]
+            return noise_inputs(self._streams, spec.round, nonces, dtype=dtype, **shape)
         # A stream of its own: copying to the CPU then waits for the noise only, not for the step that runs.
         with torch.cuda.stream(self._side):
-            return noise_inputs(self._streams, spec.round, [nonce], dtype=dtype, **shape)[0].cpu()
+            return noise_inputs(self._streams, spec.round, nonces, dtype=dtype, **shape).cpu()
 
     # After a step: hidden states
 
@@ -258,6 +268,18 @@ def _disarm(request: Any, hidden_size: int) -> None:
     request.prompt_embeds = torch.zeros(len(sent), hidden_size, dtype=sent.dtype)
     what = "that are not finite" if fits else f"of shape {tuple(sent.shape)}"
     raise ValueError(f"inputs {what}")
+
+
+def _check_length(request: Any, seq_len: int) -> None:
+    """Refuse a request of another length than the round has.
+
+    Raises:
+        ValueError: says which.
+    """
+    sent, tokens = request.prompt_embeds, request.prompt_token_ids
+    length, what = (len(tokens), "placeholders") if sent is None else (len(sent), "inputs")
+    if length != seq_len:
+        raise ValueError(f"{length} {what} for {seq_len} positions")
 
 
 def _guarded(action: Callable[[], None]) -> str | None:

@@ -1,6 +1,7 @@
 """An engine of our own in this process's care: what ``--engine vllm`` runs."""
 
 import asyncio
+import os
 import threading
 from types import TracebackType
 from typing import Any
@@ -119,6 +120,8 @@ async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> 
     own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False}
     if current_platform.is_cpu() and "gpu_memory_utilization" not in options:
         own["kv_cache_memory_bytes"] = CPU_KV_BYTES
+    if not current_platform.is_cpu():  # vLLM forks, and a fork of a process that has asked for a GPU cannot use it
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     try:
         config = AsyncEngineArgs(**(own | options | fixed)).create_engine_config()
     except (TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ __all__ = ["Prompt", "Stream"]
 log = logging.getLogger("assay.vllm")
 
 AHEAD = 2  # batches that may be finished before they are asked for
+COLLECTED = 256  # nonces whose rows are collected in one call
 
 Values = NDArray[np.floating[Any]]
 Prompt = Callable[[int], Tensor] | int
@@ -106,7 +107,13 @@ class Stream:
         return task
 
     async def _finish(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
-        """Wait for a batch and collect it; what was aborted in between, by a sleeping engine or so, runs again."""
+        """Wait for a batch and collect it, in parts, so that the workers never hold many rows."""
+        starts = range(0, len(wanted), COLLECTED)
+        parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
+        return np.concatenate([await self._collect(*part) for part in parts])
+
+    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
+        """Wait for nonces and collect them; what was aborted in between, by a sleeping engine or so, runs again."""
         values: dict[int, Values] = {}
         for attempt in range(ATTEMPTS):
             await _all(running)
