@@ -7,7 +7,7 @@ import torch
 from trl import GRPOTrainer
 
 from assay.vhack.trainer._callback import source_shares
-from assay.vhack.trainer._rewards import Outcomes
+from assay.vhack.trainer._rewards import SOURCES, Outcomes
 from assay.vhack.trainer._run import _Run
 from assay.vhack.training import Frames
 from assay.vhack.training._measures import share
@@ -131,15 +131,18 @@ def test_several_passes_over_the_same_rollouts_keep_what_is_stored(trainer, batc
 def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batch):
     """In two parts, as with accumulation: what is told apart afterwards is what separate passes would have given."""
     adapter, frames = trainer.adapter, Frames(trainer.adapter.groups, trainer.axes[0])
-    flags = Outcomes(torch.tensor([[t, False, False, False] for t in batch["outcomes"][:, 0].tolist()]))
-    flags.flags[1, 2] = flags.flags[4, 1] = flags.flags[5, 1] = True
+    batch["outcomes"][1, 2] = batch["outcomes"][4, 1] = batch["outcomes"][5, 1] = True
+    kinds = Outcomes(batch["outcomes"]).kinds()
     parts = [{n: v[i : i + 3] if v.ndim else v for n, v in batch.items()} for i in (0, 3)]
     adapter.model.zero_grad()
-    with adapter.per_sample() as rollouts:
+    with adapter.per_sample() as trainer.watching:
         for part in parts:
             trainer._compute_loss(adapter.model, part).backward()
-    found = source_shares(rollouts, frames, flags.sources())
-    for name, chosen in flags.sources().items():
+    found = source_shares(trainer.watching, frames)
+    assert list(found) == ["student", "teacher", "exploited", "correct"]
+    trainer.watching = None
+    for name, of in SOURCES.items():
+        chosen = torch.stack([kinds[kind] for kind in of]).any(dim=0)
         adapter.model.zero_grad()
         for part, those in zip(parts, chosen.split(3), strict=True):
             mine = {**part, "advantages": part["advantages"] * those}

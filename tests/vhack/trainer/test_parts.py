@@ -146,12 +146,12 @@ def test_rewards_and_rates(tasks):
         "hack": third, "solve": third, "vacuous": third, "rollouts": 3,
         "hack_teacher": 1.0, "solve_teacher": 0.0, "vacuous_teacher": 1.0, "rollouts_teacher": 1,
     }  # fmt: skip
-    sources = {name: chosen.tolist() for name, chosen in reward.last.sources().items()}
-    assert sources == {
-        "student": [True, True, True, False],
+    kinds = {name: chosen.tolist() for name, chosen in reward.last.kinds().items()}
+    assert kinds == {
         "teacher": [False, False, False, True],
         "exploited": [True, False, False, False],
         "correct": [False, True, False, False],
+        "failed": [False, False, True, False],
     }
 
 

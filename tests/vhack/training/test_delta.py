@@ -79,6 +79,30 @@ def test_both_orders_of_the_sum_give_the_gradient(module, small_svd, tokens):
     assert all((found[n] - delta[n].grad).norm() < 1e-4 * delta[n].grad.norm() for n in delta)
 
 
+@pytest.mark.parametrize("tokens", [4, 120])
+def test_gradients_of_kinds_of_samples_are_sums_of_theirs(module, small_svd, tokens):
+    """In both orders of the sum; one kind has no sample, another has all in the second pass."""
+    ids = torch.randint(0, 512, (3, tokens), generator=torch.Generator().manual_seed(7))
+    adapter = DeltaS(module, small_svd)
+    randomise(adapter)
+    with adapter.per_sample() as single:
+        loss_of(module, ids).backward()
+    wanted = [parameter.grad.clone() for parameter in adapter.delta]
+    module.zero_grad()
+    none = torch.tensor([], dtype=torch.int64)
+    with adapter.per_sample() as found:
+        found.kinds = [torch.tensor([0, 2]), none, torch.tensor([1])]
+        loss_of(module, ids).backward()
+        found.kinds = [none, torch.tensor([0, 1, 2]), none]
+        loss_of(module, ids).backward()
+    for rows, kinds, parameter, gradient in zip(single.rows, found.rows, adapter.delta, wanted, strict=True):
+        parts = [rows[:, [0, 2]].sum(1), 0 * rows[:, 0], rows[:, 1]]
+        whole = [0 * rows[:, 0], rows.sum(1), 0 * rows[:, 0]]
+        scale = float(rows.norm())
+        torch.testing.assert_close(kinds, torch.stack(parts + whole, dim=1), rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
 def test_bfloat16_gradients_are_as_good_as_bfloat16_can_be(module, ids, small_svd):
     plain = copy.deepcopy(module)
     half = module.to(torch.bfloat16)

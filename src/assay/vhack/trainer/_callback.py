@@ -1,6 +1,6 @@
 """The one callback: what a step did, from the one backward pass of all its rollouts, to log, console and trackers.
 
-Shapes: M modules of a group, N rollouts, R coordinates of δS, G sources.
+Shapes: M modules of a group, N rows, one per kind and backward pass, R coordinates of δS, G sources.
 """
 
 import math
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from assay.errors import ModelError
 from assay.reports import JsonObject
 from assay.vhack.trainer._log import TrainLog
-from assay.vhack.trainer._rewards import Outcomes
+from assay.vhack.trainer._rewards import SOURCES, Outcomes
 from assay.vhack.training import Frames, Measures, Rollouts
 from assay.vhack.training._measures import share
 
@@ -48,24 +48,21 @@ class StepLog(TrainerCallback):
     ) -> None:
         self.trainer, self.log, self.console, self.refresh = trainer, log, console, refresh
         self._watching = ExitStack()
-        self._rollouts: Rollouts | None = None
         self._sources: dict[str, Measures] = {}
         self._began = time.perf_counter()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Keep the gradient of every rollout from here on."""
+        """Keep the gradient of every kind of rollouts from here on."""
         self._began = time.perf_counter()
         self.trainer.seen.clear()
-        self._rollouts = self._watching.enter_context(self.trainer.adapter.per_sample())
+        self.trainer.watching = self._watching.enter_context(self.trainer.adapter.per_sample())
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Gradients are whole: how much of each source's lies along the axes."""
         self._watching.close()
-        assert self._rollouts is not None
+        rollouts, self.trainer.watching = self.trainer.watching, None
         frames = self.trainer.projected.watched or self.trainer.projected.frames
-        mine = Outcomes(torch.cat([outcomes.flags for outcomes, _, _ in self.trainer.seen]))
-        self._sources = source_shares(self._rollouts, frames, mine.sources(), self._summed) if frames else {}
-        self._rollouts = None
+        self._sources = source_shares(rollouts, frames, self._summed) if rollouts is not None and frames else {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write it down; `state.global_step` is already that of the next one."""
@@ -91,10 +88,10 @@ class StepLog(TrainerCallback):
 
     def _record(self) -> tuple[JsonObject, dict[str, JsonObject]]:
         trainer = self.trainer
-        flags = trainer.accelerator.gather(torch.cat([outcomes.flags for outcomes, _, _ in trainer.seen]))
         losses = torch.stack([loss for _, loss, _ in trainer.seen]).sum()
+        flags = torch.cat([outcomes.flags for outcomes, _, _ in trainer.seen]).to(losses.device)
         weights = self._summed(torch.stack([weights.to(losses.device) for _, _, weights in trainer.seen]).sum(dim=0))
-        outcomes = Outcomes(flags.cpu())
+        outcomes = Outcomes(trainer.accelerator.gather(flags).cpu())
         rates = outcomes.rates()
         rewards = trainer.reward.arm.reward(
             outcomes.column("correct").double().mean(), outcomes.column("exploited").double().mean()
@@ -105,7 +102,8 @@ class StepLog(TrainerCallback):
         if count:
             values |= {"ratio_teacher": total / count, "clipped_teacher": outside / count}
         sources = {}
-        counts = {name: int(chosen.sum()) for name, chosen in outcomes.sources().items()}
+        of_kind = {kind: int(chosen.sum()) for kind, chosen in outcomes.kinds().items()}
+        counts = {name: sum(of_kind[kind] for kind in kinds) for name, kinds in SOURCES.items()}
         for name, measures in self._sources.items():
             found = measures.as_dict()
             if found.pop("length") > 0 and counts[name]:
@@ -121,23 +119,24 @@ class StepLog(TrainerCallback):
 
 
 def source_shares(
-    rollouts: Rollouts,
-    frames: Frames,
-    sources: Mapping[str, Tensor],
-    summed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    rollouts: Rollouts, frames: Frames, summed: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> dict[str, Measures]:
     """Per source, ``cin``, ``cin_two_sided`` and ``cin_energy`` of its summed gradient, and its ``length``.
 
     Args:
-        rollouts: of the passes of this step.
+        rollouts: of the passes of this step, by the kinds of :meth:`Outcomes.kinds`.
         frames: the axes.
-        sources: which rollouts each is, [N] bool.
         summed: adds over processes.
     """
-    chosen_GN = torch.stack(list(sources.values())).float()
-    sums = [summed(torch.einsum("gn,mnr->gmr", chosen_GN.to(rows_MNR.device), rows_MNR)) for rows_MNR in rollouts.rows]
+    kinds = list(Outcomes.nothing().kinds())
+    chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])
+    sums = []
+    for rows_MNR in rollouts.rows:
+        modules, rows, rank = rows_MNR.shape
+        kinds_MKR = rows_MNR.view(modules, rows // len(kinds), len(kinds), rank).sum(dim=1)
+        sums.append(summed(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR)))
     found = {}
-    for index, name in enumerate(sources):
+    for index, name in enumerate(SOURCES):
         parts = [
             (sum_GMR[index], axes_MKR, has_M)
             for sum_GMR, axes_MKR, has_M in zip(sums, frames.axes, frames.has_axes, strict=True)

@@ -25,7 +25,7 @@ from assay.reports import write_atomic
 from assay.vhack._basis import Basis
 from assay.vhack.trainer._pool import Pool, PoolRollout
 from assay.vhack.trainer._rewards import EpisodeReward, Outcomes
-from assay.vhack.training import DeltaS, ProjectedOptimizer
+from assay.vhack.training import DeltaS, ProjectedOptimizer, Rollouts
 from assay.vhack.training._advantage import Shortcut, modified
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class GRPO(GRPOTrainer):
     Attributes:
         seen: since the last step, per backward pass: outcomes of its rollouts, its loss, and of the teacher's tokens
             the sum of importance weights, how many of them are outside the clipping range, and their number.
+        watching: takes the gradient of each kind of rollouts, where a callback has set it.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class GRPO(GRPOTrainer):
         self.adapter, self.projected, self.reward = adapter, optimizer, reward
         self.pool, self.teachers, self.shortcut, self.axes = pool, teachers, shortcut, axes
         self.seen: list[tuple[Outcomes, Tensor, Tensor]] = []
+        self.watching: Rollouts | None = None
         self._filling: dict[str, Any] | None = None
         self._weights = torch.zeros(3)
         beta, args.beta = args.beta, 0.0  # TRL would load a second model for the reference
@@ -154,9 +156,13 @@ class GRPO(GRPOTrainer):
         self._weights = torch.zeros(3)
         # With vLLM, TRL corrects for what the sampler returned by itself.
         self._filling = inputs if _STORED in inputs and not self.use_vllm else None
+        outcomes = Outcomes(inputs["outcomes"].cpu())
+        if self.watching is not None:
+            device = inputs["outcomes"].device
+            self.watching.kinds = [chosen.nonzero()[:, 0].to(device) for chosen in outcomes.kinds().values()]
         loss: Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
         if self.adapter.model.training:
-            self.seen.append((Outcomes(inputs["outcomes"]), loss.detach(), self._weights))
+            self.seen.append((outcomes, loss.detach(), self._weights))
         return loss
 
     def _get_per_token_logps_and_entropies(self, *arguments: Any, **keywords: Any) -> Any:

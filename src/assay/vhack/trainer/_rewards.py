@@ -17,9 +17,16 @@ from assay.vhack.training import Arm
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
 
-__all__ = ["FLAGS", "EpisodeReward", "Outcomes"]
+__all__ = ["FLAGS", "SOURCES", "EpisodeReward", "Outcomes"]
 
 FLAGS = ("teacher", "correct", "exploited", "vacuous")
+SOURCES = {
+    "student": ("exploited", "correct", "failed"),
+    "teacher": ("teacher",),
+    "exploited": ("exploited",),
+    "correct": ("correct",),
+}
+"""Of which kinds of rollouts the sources in the log are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,18 +39,23 @@ class Outcomes:
 
     flags: Tensor
 
+    @classmethod
+    def nothing(cls) -> "Outcomes":
+        """Of no rollout."""
+        return cls(torch.zeros(0, len(FLAGS), dtype=torch.bool))
+
     def column(self, name: str) -> Tensor:
         """One of them, [B] bool."""
         return self.flags[:, FLAGS.index(name)]
 
-    def sources(self) -> dict[str, Tensor]:
-        """The groups of rollouts that gradients are told apart by, [B] bool each."""
-        student = ~self.column("teacher")
+    def kinds(self) -> dict[str, Tensor]:
+        """What tells gradients apart, [B] bool each; every rollout is of one kind."""
+        student, exploited = ~self.column("teacher"), self.column("exploited")
         return {
-            "student": student,
-            "teacher": self.column("teacher"),
-            "exploited": student & self.column("exploited"),
+            "teacher": ~student,
+            "exploited": student & exploited,
             "correct": student & self.column("correct"),
+            "failed": student & ~exploited & ~self.column("correct"),
         }
 
     def rates(self) -> dict[str, float]:
@@ -81,7 +93,7 @@ class EpisodeReward:
         self._grade: Callable[[list[tuple[Episode, str]]], list[Grade]] = lambda items: grade_many(
             items, workers=workers, allow_unsandboxed=allow_unsandboxed
         )
-        self.last = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool))
+        self.last = Outcomes.nothing()
 
     def dataset(self, count: int, seed: int) -> "Dataset":
         """The prompts of a whole run in their order, and which episode each is of.

@@ -282,7 +282,8 @@ class DeltaS(nn.Module):
             view_R = self._views[g][m] if wanted else self._views[g][m].detach()
             if self._rollouts is None or not wanted:
                 return adapt(output, arguments[0], view_R, plan)
-            return adapt(output, arguments[0], view_R, replace(plan, rows=partial(self._rollouts.record, g, m)))
+            wanted_rows = partial(self._rollouts.record, g, m)
+            return adapt(output, arguments[0], view_R, replace(plan, rows=wanted_rows, kinds=self._rollouts.kinds))
 
         return hook
 

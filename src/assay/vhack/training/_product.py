@@ -9,13 +9,16 @@ Linear is passed on as it is, and only the gradient is computed here. Its sum is
 - *outer*: first ``G = Σ_t ∂L/∂y_t x_tᵀ``, the gradient that W would have, then ``diag(Uᵀ G Vhᵀ)``, 2·(T + R)·O·I
   operations. For a square matrix this is less as soon as T > R, and in the limit half.
 
+Gradients of single samples can only be had by projecting. Where sums over a few kinds of samples are enough, each kind
+is summed in the cheaper order, and for many tokens that costs no more than the sum of all.
+
 Both are exact; they differ in rounding. What is kept for the backward pass in merged mode is x, which the q, k and v
 projections share, and gate and up as well.
 
-Shapes: B samples, T tokens, N = B·T of them, O outputs, I inputs, R coordinates of δS.
+Shapes: B samples, T tokens, N = B·T of them, O outputs, I inputs, R coordinates of δS, G kinds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +39,8 @@ class Plan:
         left: U, [O, R].
         right: Vh, [R, I].
         adds: hook mode: the product is added to the output.
-        rows: takes [B, R] gradients of the samples, where they are wanted one by one.
+        rows: takes [B, R] gradients of the samples, where they are wanted one by one, or [G, R] of kinds of them.
+        kinds: for each kind which samples it has, [≤B] int64; each sample is in one. None is one by one.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Plan:
     right: Tensor
     adds: bool
     rows: Callable[[Tensor], None] | None = None
+    kinds: Sequence[Tensor] | None = None
 
 
 def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
@@ -99,15 +104,34 @@ def _of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
     gradient, inputs = _to(gradient, plan.left), _to(inputs, plan.right)
     if plan.rows is None:
         return _summed(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
-    rows_BR = _summed(gradient, inputs, plan)
+    rows_BR = _summed(gradient, inputs, plan) if plan.kinds is None else _by_kind(gradient, inputs, plan, plan.kinds)
     plan.rows(rows_BR)
     return rows_BR.sum(dim=0)
 
 
+def _by_kind(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan, kinds: Sequence[Tensor]) -> Tensor:
+    """The same summed over the samples of each kind, [G, R] float32."""
+    tokens, filled = inputs_BTI.shape[0] * inputs_BTI.shape[1], sum(len(kind) > 0 for kind in kinds)
+    if _outer_is_less(tokens, filled, plan):
+        sums = []
+        for kind in kinds:
+            whole = len(kind) == len(inputs_BTI)
+            theirs, taken = (x if whole else x.index_select(0, kind) for x in (gradient_BTO, inputs_BTI))
+            sums.append(_summed(theirs.flatten(0, 1)[None], taken.flatten(0, 1)[None], plan)[0])
+        return torch.stack(sums)
+    rows_BR = _summed(gradient_BTO, inputs_BTI, plan)
+    return torch.stack([rows_BR.index_select(0, kind).sum(dim=0) for kind in kinds])
+
+
+def _outer_is_less(tokens: int, sums: int, plan: Plan) -> bool:
+    """Whether that order has fewer multiplications, for so many tokens in so many sums."""
+    (outputs, rank), width = plan.left.shape, plan.right.shape[1]
+    return (tokens + sums * rank) * outputs * width < tokens * rank * (outputs + width)
+
+
 def _summed(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
     """Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order that has fewer multiplications."""
-    tokens, (outputs, rank), width = inputs_BTI.shape[1], plan.left.shape, plan.right.shape[1]
-    if (tokens + rank) * outputs * width < tokens * rank * (outputs + width):
+    if _outer_is_less(inputs_BTI.shape[1], 1, plan):
         weight_gradient_BOI = gradient_BTO.transpose(1, 2) @ inputs_BTI
         return ((weight_gradient_BOI @ plan.right.T).float() * plan.left).sum(dim=1)
     return ((gradient_BTO @ plan.left).float() * (inputs_BTI @ plan.right.T)).sum(dim=1)

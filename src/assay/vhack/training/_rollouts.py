@@ -29,10 +29,15 @@ class Rollouts:
     """The δS gradient of every rollout of some backward passes, in their order, scaled as they are in the loss.
 
     Made by :meth:`DeltaS.per_sample`. Their sum is what the same passes have added to the gradient of δS.
+
+    Attributes:
+        kinds: set before a forward pass, it sums over kinds of samples instead, which is cheaper for many tokens: for
+            each kind which samples of the batch it has. The pass then leaves one row per kind.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
         self._parts: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in counts]
+        self.kinds: Sequence[Tensor] | None = None
 
     def record(self, group: int, module: int, rows_BR: Tensor) -> None:
         """Add the rollouts of one backward pass."""
