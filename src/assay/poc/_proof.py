@@ -153,11 +153,13 @@ class Proof:
         return parse_proof(path)
 
     @classmethod
-    def build(cls, header: Header, records: Sequence[Record], seconds: float) -> "Proof":
-        """Put a proof together from its records, with the footer that follows from them."""
-        digest = hashlib.sha256()
-        for record in records:
-            digest.update(header.line(record).encode() + b"\n")
+    def build(cls, header: Header, records: Sequence[Record], seconds: float, *, sha256: str | None = None) -> "Proof":
+        """Put a proof together from its records, with the footer that follows from them.
+
+        ``sha256`` is that of the record lines, for a caller who has hashed them already.
+        """
+        if sha256 is None:
+            sha256 = hashlib.sha256("".join(f"{header.line(record)}\n" for record in records).encode()).hexdigest()
         valid = sum(header.is_valid(record) for record in records)
-        footer = Footer(records=len(records), valid=valid, seconds=round(seconds, 3), sha256=digest.hexdigest())
+        footer = Footer(records=len(records), valid=valid, seconds=round(seconds, 3), sha256=sha256)
         return cls(header, tuple(records), footer)

@@ -1,5 +1,6 @@
 """The prover: nonces in, records out, in batches of one fixed shape."""
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,13 +66,17 @@ def prove(
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
         records = _recover(out, header) if out else []
         todo = list(itertools.islice(header.all_nonces(), len(records), None))
+        # Hashed as they come: while a device runs the next batch, this costs no time.
+        digest = hashlib.sha256(_encoded(map(header.line, records)))
         for batch in compute(header, engine, todo):
             records.extend(batch)
+            lines = [header.line(record) for record in batch]
+            digest.update(_encoded(lines))
             if out:
-                out.append_lines(map(header.line, batch))
+                out.append_lines(lines)
             if progress:
                 progress(len(records), header.count)
-        proof = Proof.build(header, records, time.perf_counter() - started)
+        proof = Proof.build(header, records, time.perf_counter() - started, sha256=digest.hexdigest())
         if out:
             out.append(proof.footer.as_dict())
             out.commit()
@@ -126,6 +131,11 @@ def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[l
                 )
             wanted = nonces[start : start + engine.batch_size]
             yield [_record(nonce, value) for nonce, value in zip(wanted, values, strict=True)]
+
+
+def _encoded(lines: Iterable[str]) -> bytes:
+    """Return lines as they stand in the file."""
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _record(nonce: int, value: np.ndarray) -> Record:

@@ -1,0 +1,92 @@
+"""What two processes do together, as a program: started twice by test_parallel.py, once for each rank.
+
+The first process prints what came of each scene as one JSON object.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+
+from torch.distributed.device_mesh import init_device_mesh
+
+from assay.errors import AssayError, OutOfMemory
+from assay.models import Model, load_model
+from assay.poc import Proof, Round, prove
+from assay.poc.engines import ParallelEngine, World, joined
+
+ROUND = Round(block_hash="block_alpha", public_key="node_A", seq_len=16, model="small")
+
+
+class Failing(ParallelEngine):
+    """An engine whose second process fails at its second batch."""
+
+    calls = 0
+
+    def _read(self, inputs_btd, weights_bt):
+        if self._world.rank == 1:
+            Failing.calls += 1
+            if Failing.calls == 2:
+                self.fail()
+        return super()._read(inputs_btd, weights_bt)
+
+    def fail(self) -> None:
+        """Fail so that the others can be told."""
+        raise OutOfMemory("no room on the second device", wanted="room", do="pass --batch-size 4")
+
+
+class Dying(Failing):
+    """An engine whose second process is killed at its second batch."""
+
+    def fail(self) -> None:
+        """Leave without a word."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def proved(kind: type[ParallelEngine], model: Model, world: World, preset: str = "poc-2.0") -> Proof | str | None:
+    """Prove 44 nonces together; the lead returns the proof, or the words of the error."""
+    Failing.calls = 0
+    try:
+        with kind(model, world, batch_size=8, seq_len=16) as engine:
+            if world.leads:
+                return prove(model, replace(ROUND, preset=preset), range(44), engine=engine)
+            engine.work()
+    except AssayError as error:
+        return f"{type(error).__name__}: {error.seen}"
+    return None
+
+
+def outcome(result: Proof | str | None) -> object:
+    """Return what the test compares."""
+    if not isinstance(result, Proof):
+        return result
+    values = [r.distance if r.vector is None else r.vector.tobytes().hex() for r in result.records]
+    return {"values": values, "library": result.header.fingerprint.library, "digest": result.header.digest}
+
+
+def main(checkpoint: str) -> None:
+    """Play the scenes in order; the last one ends the second process."""
+    with joined(device="cpu") as world:
+        model = load_model(checkpoint, dtype="float32", device="cpu")
+        scenes = {
+            "plain": proved(ParallelEngine, model, world),
+            "hardened": proved(ParallelEngine, model, world, "hardened"),
+            "failing": proved(Failing, model, world),
+            "after the failure": proved(ParallelEngine, model, world),
+        }
+        spread = replace(world, tensor_parallel=2, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",)))
+        part = load_model(checkpoint, dtype="float32", device="cpu", mesh=spread.mesh)
+        scenes["spread"] = proved(ParallelEngine, part, spread)
+        drawn = {"weights": "random-all", "block_hash": "b", "dtype": "float32", "device": "cpu"}
+        scenes["spread, random"] = proved(
+            ParallelEngine, load_model(checkpoint, mesh=spread.mesh, **drawn), spread, "artifact"
+        )
+        scenes["dying"] = proved(Dying, model, world)
+        if world.leads:
+            print(json.dumps({name: outcome(scene) for name, scene in scenes.items()}), flush=True)
+            os._exit(0)  # there is no second process to say goodbye to
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
