@@ -9,6 +9,8 @@ reflections.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,12 @@ from assay.streams import _triton_kernels as kernels
 from assay.streams._torch import TORCH_DTYPES, TorchBackend, on_device
 from assay.streams._torch import create as create_torch
 
-BLOCK, WARPS, TOGETHER = 1024, 4, 4
-"""Pairs of a program, its warps, and over how many rows at most it keeps what the index gives to the hash."""
+BLOCK, WARPS = 4096, 16
+"""Pairs of a program, and its warps."""
 
-_FULL = 132 * 8
+TOGETHER, PROGRAMS = 8, 128
+"""A program keeps what the index gives to the hash over 8 rows, over fewer where that leaves less than 128 programs."""
+
 _GRID = 65_535
 """CUDA's limit of the second and third axis of a grid."""
 
@@ -38,6 +42,10 @@ class TritonBackend(TorchBackend):
 
     name = "triton"
 
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self._numbered = torch.device(device).index is not None
+
     def reflected(self, x_BD: torch.Tensor, seeds_BR: npt.NDArray[np.uint32]) -> torch.Tensor | None:
         """In one kernel, for rows of up to 16 384 coordinates in float32; the sums have a fixed order for each D."""
         rows, d = x_BD.shape
@@ -45,18 +53,10 @@ class TritonBackend(TorchBackend):
             return None
         x_BD = x_BD.contiguous()
         out_BD = torch.empty_like(x_BD)
-        block = max(32, triton.next_power_of_2(-(-d // 2)))
-        self._launch(
-            kernels.reflect_kernel,
-            (rows,),
-            on_device(seeds_BR, self.device),
-            x_BD,
-            out_BD,
-            d,
-            seeds_BR.shape[1],
-            BLOCK=block,
-            num_warps=min(16, max(1, block // 128)),
-        )
+        block = max(32, 1 << (-(-d // 2) - 1).bit_length())  # the power of two that holds all pairs
+        arguments = (on_device(seeds_BR, self.device), x_BD, out_BD, d, seeds_BR.shape[1])
+        warps = min(16, max(1, block // 128))
+        self._launch(kernels.reflect_kernel, (rows,), *arguments, BLOCK=block, num_warps=warps)
         return out_BD
 
     def _uniforms(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
@@ -74,17 +74,15 @@ class TritonBackend(TorchBackend):
     def _from_hashes(self, kind: str, dtype: torch.dtype, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
         out_BN = torch.empty((len(seeds_B), n), dtype=dtype, device=self.device)
         if out_BN.numel():
-            seeds = on_device(seeds_B, self.device)
-            for start in range(0, len(seeds_B), _GRID):
-                part = slice(start, start + _GRID)
-                grid = (triton.cdiv(n, _HASH_BLOCK), len(out_BN[part]))
-                self._launch(kernels.hash_kernel, grid, seeds[part], out_BN[part], n, KIND=kind, BLOCK=_HASH_BLOCK)
+            for seeds, out in _grids(on_device(seeds_B, self.device), out_BN, _GRID):
+                grid = (-(-n // _HASH_BLOCK), len(out))
+                self._launch(kernels.hash_kernel, grid, seeds, out, n, KIND=kind, BLOCK=_HASH_BLOCK)
         return out_BN
 
     def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> torch.Tensor:
         rows, sub_seeds = seeds_BS.shape
         out_BN = torch.empty((rows, n), dtype=TORCH_DTYPES[dtype], device=self.device)
-        if out_BN.numel():
+        if rows and n:
             seeds = on_device(seeds_BS, self.device)
             length = definition.segment_length(n, sub_seeds)
             full, rest = divmod(n, length)
@@ -95,24 +93,19 @@ class TritonBackend(TorchBackend):
 
     def _fill(self, seeds_BS: torch.Tensor, out_BN: torch.Tensor, length: int, count: int, sub_seeds: int) -> None:
         """Make ``count`` normals of the first ``sub_seeds`` sub-seeds of every row, ``length`` apart."""
-        rows, n = len(out_BN), out_BN.stride(0)
         pairs = -(-count // 2)
-        lengths = (n, length, pairs, count - pairs)
-        unit = 16 if not any(value % 16 for value in lengths) else 1
-        blocks = triton.cdiv(pairs, BLOCK)
-        together = max(1, min(TOGETHER, blocks * sub_seeds * rows // _FULL))
-        for start in range(0, rows, _GRID * together):
-            part = slice(start, start + _GRID * together)
-            groups = triton.cdiv(len(out_BN[part]), together)
+        lengths = (out_BN.stride(0), length, pairs, count - pairs)
+        unit = 1 if any(value % 16 for value in lengths) else 16
+        blocks = -(-pairs // BLOCK)
+        together = TOGETHER
+        while together > 1 and blocks * sub_seeds * len(out_BN) < PROGRAMS * together:
+            together //= 2
+        for seeds, out in _grids(seeds_BS, out_BN, _GRID * together):
+            rows = len(out)
             self._launch(
                 kernels.normal_kernel,
-                (blocks, groups, sub_seeds),
-                seeds_BS[part],
-                out_BN[part],
-                len(out_BN[part]),
-                together,
-                seeds_BS.stride(0),
-                *(value // unit for value in lengths),
+                (blocks, -(-rows // together), sub_seeds),
+                *(seeds, out, rows, together, seeds.stride(0), *(value // unit for value in lengths)),
                 UNIT=unit,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
@@ -120,8 +113,15 @@ class TritonBackend(TorchBackend):
 
     def _launch(self, kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: object, **options: object) -> Any:
         """Queue a kernel, and return what was compiled for these arguments."""
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device) if self._numbered else nullcontext():
             return kernel[grid](*arguments, **options, enable_fp_fusion=False)
+
+
+def _grids(seeds: torch.Tensor, out_BN: torch.Tensor, rows: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut a batch into pieces of so many rows, mostly one."""
+    if len(out_BN) <= rows:
+        return ((seeds, out_BN),)
+    return zip(seeds.split(rows), out_BN.split(rows), strict=True)
 
 
 def create(device: str) -> TritonBackend:
