@@ -42,6 +42,8 @@ def test_they_equal_the_loop_on_the_reference_models(reference):
         Sample(text, "    x = x + 7\n    return x % 9\n\n\ndef run_tests():\n    assert solve(2) == 0\n"),
         Sample(text * 3, "    return x\n\n\ndef run_tests():\n    print(solve(2))\n"),
         Sample("import os", "\n"),
+        # Long enough for the ways that are meant for long samples.
+        Sample(text * 40, "    return (x + 7) % 9\n" * 20),
     ]
     svd = weight_svd(model, method="gram")
     found = per_sample_gradients(model, model.tokenizer, samples, svd=svd)

@@ -1,6 +1,7 @@
 """All ways of computing gradients agree with one sample at a time: packed, padded, fused, factored, side by side."""
 
 import copy
+import math
 import threading
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from assay.models import load_model
-from assay.vhack import Sample, _gradients, per_sample_gradients, target_modules, weight_svd
+from assay.vhack import Sample, _gradients, _taps, per_sample_gradients, target_modules, weight_svd
 from assay.vhack._attention import attend
 from assay.vhack._fused import Norm, plain_norm, segment_products
 from assay.vhack._recipe import Recipe, recipe_for
@@ -17,6 +18,8 @@ from assay.vhack._replica import Replica
 from assay.vhack._segments import Segments
 from assay.vhack._taps import Tap, Way, fitting
 from tests.vhack.adapter import sequential_gradients, worst_error
+
+ALONG = ("gate_proj", "up_proj", "down_proj")
 
 PLAIN = Recipe(packed=False, fused=False, factored=False, late=False, together=False)
 EVERYTHING = Recipe(packed=True, fused=True, factored=True, late=True, together=False)
@@ -59,6 +62,56 @@ def test_every_order_of_the_sum_is_exact(monkeypatch, small_model, byte_tokenize
     assert worst_error(found, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("condition", [8.0, 30.0])
+def test_singular_values_are_divided_by_where_they_are_of_one_size(
+    monkeypatch, small_model, byte_tokenizer, samples, condition, checkpointing
+):
+    module, svd = _with_condition(small_model.module, condition)
+    ways = _watched_ways(monkeypatch)
+    found = per_sample_gradients(module, byte_tokenizer, samples, svd=svd, checkpointing=checkpointing)
+    assert {ways[name] for name in ways if name.endswith(ALONG)} == {"inner"}
+    assert worst_error(found, sequential_gradients(module, byte_tokenizer, samples, svd)) < 1e-5
+
+
+def test_small_singular_values_are_not_divided_by(monkeypatch, small_model, byte_tokenizer, samples):
+    module, svd = _with_condition(small_model.module, 1e5)
+    ways = _watched_ways(monkeypatch)
+    wanted = sequential_gradients(module, byte_tokenizer, samples, svd)
+    found = per_sample_gradients(module, byte_tokenizer, samples, svd=svd)
+    assert "inner" not in {ways[name] for name in ways if name.endswith(ALONG)}
+    assert worst_error(found, wanted) < 1e-5
+    # What it protects from.
+    monkeypatch.setattr(_taps, "_CONDITION", 1e6)
+    found = per_sample_gradients(module, byte_tokenizer, samples, svd=svd)
+    assert {ways[name] for name in ways if name.endswith(ALONG)} == {"inner"}
+    assert worst_error(found, wanted) > 1e-4
+
+
+def _with_condition(module, condition):
+    """A copy whose long matrices have singular values from 1 down to one over the condition, and its factors."""
+    module = copy.deepcopy(module)
+    for name, linear in target_modules(module).items():
+        if name.endswith(ALONG):
+            left, _, right = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+            values = torch.logspace(0, -math.log10(condition), left.shape[1], dtype=torch.float64)
+            linear.weight.data.copy_((left * values) @ right)
+    return module, weight_svd(module)
+
+
+def _watched_ways(monkeypatch):
+    """Which way every module takes last; long enough samples let the way be chosen by the singular values alone."""
+    ways, real = {}, Tap.way
+
+    def watched(tap, inputs, segments):
+        chosen = real(tap, inputs, Segments.of([len(inputs)], inputs.device))
+        ways[tap.name] = chosen.how
+        return chosen
+
+    monkeypatch.setattr(Tap, "way", watched)
+    return ways
+
+
 def test_the_cheapest_way_depends_on_shape_length_and_dtype(small_model, small_svd):
     def way(name, tokens, dtype=torch.float32, **changes):
         settings = {"factored": True, "together": False, "checkpointing": False, "use": None, **changes}
@@ -68,9 +121,11 @@ def test_the_cheapest_way_depends_on_shape_length_and_dtype(small_model, small_s
         return tap.way(rows, Segments.of([tokens], rows.device))
 
     assert [way("self_attn.q_proj", tokens).how for tokens in (32, 128)] == ["right", "outer"]
-    assert way("mlp.up_proj", 128) == Way("right", early=False, output=False, input=True)
-    assert way("mlp.down_proj", 128) == Way("left", early=True, output=True, input=False)
-    assert way("mlp.up_proj", 128, factored=False).input is False
+    assert way("mlp.up_proj", 32) == Way("right", early=False, output=False, input=True)
+    assert way("mlp.down_proj", 32) == Way("left", early=True, output=True, input=False)
+    assert [way(name, 128).how for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.k_proj")] == ["inner"] * 3
+    assert way("mlp.up_proj", 32, factored=False).input is False
+    assert way("mlp.up_proj", 128, factored=False).how == "right"
     assert way("mlp.up_proj", 128, torch.bfloat16).how == "project"
     assert way("mlp.up_proj", 128, together=True).how == "project"
 

@@ -70,6 +70,7 @@ class Batch:
         positions: [1, N] packed; None padded.
         segments: the samples among the N rows of all tokens.
         late: the samples among the M rows that predict a completion token.
+        asking: of each sample, from where to where those stand among the N rows.
         spot: [M], which of the N rows those are.
         target: [M], the token that each should predict.
         weight: [M] float32, one over the number of completion tokens of the sample.
@@ -80,6 +81,7 @@ class Batch:
     positions: Tensor | None
     segments: Segments
     late: Segments
+    asking: list[tuple[int, int]]
     spot: Tensor
     target: Tensor
     weight: Tensor
@@ -91,7 +93,10 @@ class Batch:
         sizes = [len(one.ids) if packed else longest for one in encoded]
         counts = [len(one.ids) - one.n_prompt for one in encoded]
         starts = list(accumulate(sizes, initial=0))
-        spot = [start + t - 1 for start, one in zip(starts, encoded, strict=False) for t in range(*one.completion)]
+        asking = [
+            (start + one.n_prompt - 1, start + len(one.ids) - 1) for start, one in zip(starts, encoded, strict=False)
+        ]
+        spot = [row for span in asking for row in range(*span)]
         ids = torch.tensor([token for one, size in zip(encoded, sizes, strict=True) for token in one.padded(size)])
         repeats = torch.tensor(counts)
         return cls(
@@ -100,6 +105,7 @@ class Batch:
             torch.cat([torch.arange(size) for size in sizes])[None].to(device) if packed else None,
             Segments.of(sizes, device),
             Segments.of(counts, device),
+            asking,
             torch.tensor(spot).to(device),
             torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(device),
             (1.0 / repeats).repeat_interleave(repeats).to(device),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Gate", "Norm", "kernels", "plain_norm", "segment_products"]
+__all__ = ["Gate", "Norm", "Surprise", "kernels", "plain_norm", "segment_products"]
 
 _PROBE_ROWS = 3
 _known_norms: dict[type, bool] = {}
@@ -109,6 +109,23 @@ class Gate(torch.autograd.Function):
         a, b = ctx.saved_tensors
         da, db = ctx.use.gate_backward(dy.contiguous(), a.contiguous(), b.contiguous())
         return da, db, None
+
+
+class Surprise(torch.autograd.Function):
+    """The negative log-likelihood of every row's target, in float32; its backward pass runs once, over what is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_MV: Tensor, target_M: Tensor) -> Tensor:
+        logs_MV = torch.log_softmax(logits_MV, dim=1, dtype=torch.float32)
+        ctx.logs, ctx.target, ctx.dtype = logs_MV, target_M, logits_MV.dtype
+        return logs_MV.gather(1, target_M[:, None])[:, 0].neg()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (gradient_M,) = gradients
+        result_MV = ctx.logs.exp_().mul_(gradient_M[:, None])
+        result_MV.scatter_add_(1, ctx.target[:, None], -gradient_M[:, None])
+        return result_MV.to(ctx.dtype), None
 
 
 def plain_norm(module: nn.Module) -> bool:

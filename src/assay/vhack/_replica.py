@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from assay.errors import DataError, ModelError
 from assay.models import decoder_layers
 from assay.vhack._attention import PACKED, register
 from assay.vhack._batches import Batch, Encoded
-from assay.vhack._fused import Gate, Norm, kernels, plain_norm
+from assay.vhack._blocks import Attention
+from assay.vhack._fused import Gate, Norm, Surprise, kernels, plain_norm
 from assay.vhack._recipe import Recipe
 from assay.vhack._segments import Segments
 from assay.vhack._svd import Factors
@@ -115,6 +115,8 @@ class Replica:
         if recipe.packed:
             register()
             self.module.config._attn_implementation = PACKED
+            if self._on_cpu and not recipe.together:
+                self._attend_in_blocks(recipe.late)
         if recipe.late:
             self._compute_late_only()
         if checkpointing:
@@ -135,10 +137,10 @@ class Replica:
         extra: dict[str, Any] = {}
         if self.recipe.packed:
             extra = {"position_ids": batch.positions, "segments": batch.segments, "together": self.recipe.together}
-        logits_MV = self.module(input_ids=batch.ids, use_cache=False, **extra).logits[0]
-        losses_M = functional.cross_entropy(logits_MV.float(), batch.target, reduction="none")
+        logits_MV = self.module(input_ids=batch.ids, use_cache=False, **extra).logits.flatten(0, 1)
+        losses_M = Surprise.apply(logits_MV, batch.target)  # type: ignore[no-untyped-call]
         del logits_MV
-        (losses_M * batch.weight).sum().backward()  # type: ignore[no-untyped-call]
+        losses_M.backward(batch.weight)
         together_BR = torch.cat([self._found[name] for name in self.names], dim=1)
         return Computed.sent(batch, together_BR, losses_M.detach())
 
@@ -147,6 +149,10 @@ class Replica:
         """The batch that is being computed."""
         assert self._batch is not None
         return self._batch
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.module.device.type == "cpu" and self.module.dtype == torch.float32
 
     def _head_sees_completions_only(self) -> None:
         """Let the head see only the hidden states that predict a completion token, [1, M, hidden].
@@ -163,8 +169,7 @@ class Replica:
         )
 
     def _fuse(self) -> None:
-        on_cpu = self.module.device.type == "cpu" and self.module.dtype == torch.float32
-        if self.use is None and not on_cpu:
+        if self.use is None and not self._on_cpu:
             return
         for part in self.module.modules():
             if plain_norm(part):
@@ -172,6 +177,13 @@ class Replica:
         if self.use is not None:
             for layer in decoder_layers(self.module):
                 _fuse_gate(layer.get_submodule("mlp"), self.use)
+
+    def _attend_in_blocks(self, late: bool) -> None:
+        *layers, last = (layer.get_submodule("self_attn") for layer in decoder_layers(self.module))
+        attention = Attention()
+        for part in layers:
+            vars(part)["forward"] = attention.forward(part, lambda: None)
+        vars(last)["forward"] = attention.forward(last, lambda: self.current.asking if late else None)
 
     def _tap(self, factors: Mapping[str, Factors], factored: Collection[str], checkpointing: bool) -> None:
         modules = target_modules(self.module)
@@ -207,7 +219,7 @@ class Replica:
         def forward(inputs: Tensor) -> Tensor:
             spot = self.current.spot
             rows_MO: Tensor = plain(inputs[0].index_select(0, spot)[None])[0]
-            return rows_MO.new_zeros(inputs.shape[1], rows_MO.shape[1]).index_copy(0, spot, rows_MO)[None]
+            return rows_MO.new_zeros(inputs.shape[1], rows_MO.shape[1]).index_copy_(0, spot, rows_MO)[None]
 
         return forward
 

@@ -12,14 +12,18 @@ The sum is done in one of several ways that differ in rounding only. With G_b = 
 - *project*: ``c = Vh x`` and ``p = Uᵀ ∂L/∂y`` per token, then the sum over tokens of their product; in any dtype;
 - *right*: ``p`` only, then the diagonal of ``(Σ_t p xᵀ) Vhᵀ``;
 - *left*: ``c`` only, then the diagonal of ``Uᵀ (Σ_t ∂L/∂y cᵀ)``;
-- *outer*: G_b itself, then the diagonal of ``Uᵀ G_b Vhᵀ``.
+- *outer*: G_b itself, then the diagonal of ``Uᵀ G_b Vhᵀ``;
+- *inner*: from what the pass computes anyway. Where W has more rows than columns, the diagonal of
+  ``Vh (Σ_t xᵀ∂L/∂x) Vhᵀ`` over S, for ``∂L/∂x = Wᵀ ∂L/∂y = Vhᵀ S p``; otherwise the diagonal of
+  ``Uᵀ (Σ_t y ∂L/∂yᵀ) U`` over S, for ``y = W x = U S c``.
 
-The last three keep a sum over tokens in a matrix before it is projected, so they are for float32 only, and take a few
-large products per sample, which suits a CPU.
+All but the first keep a sum over tokens in a matrix before it is projected, so they are for float32 only, and take a
+few large products per sample, which suits a CPU. The last divides by singular values, which lifts the rounding of what
+it divides by as much as they differ: it is for matrices whose condition is small, as that of long ones is.
 
 ``W = U S Vh`` gives some products for less. Where W has more rows than columns, ``Wᵀ ∂L/∂y = Vhᵀ S p`` costs the
-smaller side squared once p is known; where it has more columns, so does ``W x = U S c``. Nothing is divided by a
-singular value, so this is as exact as the factors.
+smaller side squared once p is known; where it has more columns, so does ``W x = U S c``. This is as exact as the
+factors.
 
 Shapes: N rows (tokens of all samples), B samples, O outputs, I inputs, R coordinates of δS.
 """
@@ -41,6 +45,9 @@ from assay.vhack._svd import Factors
 __all__ = ["Tap", "Way", "fitting"]
 
 _FITS = 1e-5
+# Largest ratio of singular values where results are divided by them. Against float64, with singular values spread evenly
+# on a logarithmic scale, dividing adds a relative error of 2.5e-8 times the ratio: 8e-7 here, of 1e-5 that is promised.
+_CONDITION = 32.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Way:
     """How one tap computes what it has to.
 
     Attributes:
-        how: ``"project"``, ``"right"``, ``"left"`` or ``"outer"``.
+        how: ``"project"``, ``"right"``, ``"left"``, ``"outer"`` or ``"inner"``.
         early: ``Vh x`` is computed in the forward pass and kept, and x is not.
         output, input: ``W x`` and ``Wᵀ ∂L/∂y`` come from the factors.
     """
@@ -94,6 +101,8 @@ class Tap:
         self.values = factors.values.to(factors.left.dtype)
         self.plain = linear.forward if _has_own_forward(linear) else None
         self.factored, self.together = factored and self.plain is None, together
+        self.narrow = linear.weight.shape[0] < linear.weight.shape[1]
+        self.even = self.factored and not together and float(factors.values[0] / factors.values[-1]) <= _CONDITION
         # Requires a gradient and never gets one: it makes the backward pass come here although all weights are frozen.
         self.trigger = torch.zeros((), requires_grad=True)
 
@@ -128,7 +137,11 @@ class Tap:
         # Multiplications per token beyond the two products with W. The factors save some of those.
         outer = (1 + rank / tokens) * outputs * inputs
         saved = max(outputs, inputs) - min(outputs, inputs) if to_output or to_input else 0
-        if outer < rank * (outputs + inputs - saved):
+        sided = rank * (outputs + inputs - saved)
+        inner = (1 + rank / tokens) * rank**2
+        if self.even and inner < min(sided, outer):
+            return Way("inner", early=False, output=False, input=False)
+        if outer < sided:
             return Way("outer", early=False, output=False, input=False)
         return Way("left" if outputs < inputs else "right", outputs < inputs, to_output, to_input)
 
@@ -143,15 +156,18 @@ class _Tapped(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, trigger: Tensor, tap: Tap, segments: Segments) -> Tensor:
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
         way = tap.way(inputs_NI, segments)
-        kept = _coordinates(inputs_NI, tap) if way.early else inputs_NI
-        ctx.save_for_backward(kept)
-        ctx.tap, ctx.segments, ctx.way = tap, segments, way
+        kept, bias = _coordinates(inputs_NI, tap) if way.early else inputs_NI, tap.linear.bias
         if way.output:
             output_NO = (kept * tap.values) @ tap.factors.left.T
-            if tap.linear.bias is not None:
-                output_NO += tap.linear.bias
+            if bias is not None:
+                output_NO += bias
+        elif way.how == "inner" and tap.narrow:
+            kept = inputs_NI @ tap.linear.weight.T
+            output_NO = kept if bias is None else kept + bias
         else:
-            output_NO = functional.linear(inputs_NI, tap.linear.weight, tap.linear.bias)
+            output_NO = functional.linear(inputs_NI, tap.linear.weight, bias)
+        ctx.save_for_backward(kept)
+        ctx.tap, ctx.segments, ctx.way = tap, segments, way
         return output_NO.view(*inputs.shape[:-1], -1)
 
     @staticmethod
@@ -160,6 +176,10 @@ class _Tapped(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         tap, way = ctx.tap, ctx.way
         gradient_NO = gradient.reshape(-1, gradient.shape[-1])
+        if way.how == "inner" and not tap.narrow:
+            result_NI = gradient_NO @ tap.linear.weight
+            tap.found[tap.name] = _inner(kept, result_NI, ctx.segments, tap)
+            return result_NI.view(*gradient.shape[:-1], -1), None, None, None
         projected_NR = None
         if way.how in ("project", "right") or way.input:
             projected_NR = gradient_NO.to(tap.factors.left.dtype) @ tap.factors.left
@@ -208,6 +228,8 @@ def _reduce(
         assert projected_NR is not None
         coordinates_NR = kept if way.early else _coordinates(kept, tap)
         return segment_products(projected_NR, coordinates_NR, segments.offsets, tap.use)
+    if way.how == "inner":
+        return _inner(kept, gradient_NO, segments, tap)
     behind = projected_NR if way.how == "right" else gradient_NO
     assert behind is not None
     to_left = way.how == "left" or (way.how == "outer" and left_OR.shape[0] < right_RI.shape[1])
@@ -218,6 +240,14 @@ def _reduce(
             total = total @ right_RI.T if to_left else left_OR.T @ total
         rows.append(torch.linalg.vecdot(total, left_OR, dim=0) if to_left else torch.linalg.vecdot(total, right_RI))
     return torch.stack(rows)
+
+
+def _inner(first_NX: Tensor, second_NX: Tensor, segments: Segments, tap: Tap) -> Tensor:
+    """The same from both sides of the smaller width X = R, [B, R]: x and ∂L/∂x, or y and ∂L/∂y."""
+    turn_XR = tap.factors.left if tap.narrow else tap.factors.right.T
+    squares = [first_NX[start:end].T @ second_NX[start:end] for start, end in segments.bounds]
+    turned_BXR = (torch.cat(squares) @ turn_XR).view(len(squares), *turn_XR.shape)
+    return turned_BXR.mul_(turn_XR).sum(1).div_(tap.values)
 
 
 def _coordinates(inputs_NI: Tensor, tap: Tap) -> Tensor:
