@@ -45,8 +45,8 @@ from assay.vhack._svd import Factors
 __all__ = ["Tap", "Way", "fitting"]
 
 _FITS = 1e-5
-# Largest ratio of singular values where results are divided by them. Against float64, with singular values spread evenly
-# on a logarithmic scale, dividing adds a relative error of 2.5e-8 times the ratio: 8e-7 here, of 1e-5 that is promised.
+# Largest ratio of singular values that results are divided by. Measured against float64, with singular values spread
+# evenly on a logarithmic scale, it adds a relative error of 2.5e-8 times the ratio: 8e-7 of the 1e-5 that is promised.
 _CONDITION = 32.0
 
 
