@@ -1,0 +1,63 @@
+"""The flags of ``assay poc prove`` that say how the engine runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from assay.poc import Proof
+
+
+@pytest.fixture
+def prove(assay, small_checkpoint: Path, tmp_path: Path):
+    """Prove 24 nonces of the small checkpoint with more flags; give the outcome."""
+
+    def call(*flags: object, batch_size: object = 8):
+        round = ("--block-hash", "b", "--public-key", "k", "--nonces", "0:24", "--seq-len", 16)
+        given = ("--model", small_checkpoint, "--batch-size", batch_size, "--device", "cpu", *round, *flags)
+        return assay("poc", "prove", *given, "-o", tmp_path / "proof.jsonl", "--overwrite", "--json")
+
+    return call
+
+
+def test_the_first_batch_is_reported_apart(prove):
+    made = json.loads(prove().out)
+    assert 0 < made["first_batch_seconds"] <= made["seconds"] + 0.001
+    assert made["nonces_per_second"] > 0
+
+
+def test_the_batch_size_can_be_left_to_the_machine(prove, tmp_path: Path):
+    assert prove(batch_size="auto").code == 0
+    assert Proof.load(tmp_path / "proof.jsonl").header.fingerprint.batch_size in {2**n for n in range(10)}
+    for wrong in ("many", "-1", "0", "1.5"):
+        made = prove(batch_size=wrong)
+        assert made.code == 2
+        assert "batch" in made.err
+
+
+def test_kernels_are_chosen_by_a_flag(prove, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    libraries = {}
+    for kernels in ("auto", "eager", "compiled"):
+        assert prove("--kernels", kernels).code == 0
+        libraries[kernels] = Proof.load(tmp_path / "proof.jsonl").header.fingerprint.library
+    assert libraries["auto"] == libraries["eager"]
+    assert libraries["compiled"] == f"{libraries['eager']}, compiled"
+    assert "--kernels quick" in prove("--kernels", "quick").err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--engine", "vlm"), "engine 'vlm'"),
+        (("--tensor-parallel", 2), "torchrun --nproc-per-node 2"),
+        (("--engine", "vllm", "--deterministic"), "option of the hf engine with vllm"),
+        (("--engine", "vllm", "--dtype", "int8"), "option of the hf engine with vllm"),
+        (("--dtype", "int4"), "dtype='int4'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(flags: tuple[object, ...], words: str, prove):
+    made = prove(*flags)
+    assert made.code == 2
+    assert words in made.err

@@ -1,0 +1,90 @@
+"""The compiled engine: the same states in other kernels, named in the fingerprint."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from assay.poc import HFEngine, Round, prove, verify
+from assay.poc.engines import _compiled
+from assay.poc.engines._hf import is_compiled
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled engine's way through the code, without the minutes that the compiler takes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened", "layer-reflections", "random-head"])
+def test_every_kind_of_pipeline_runs_on_it(preset: str, small_model, round_: Round, uncompiled):
+    round = replace(round_, preset=preset)
+    fast = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
+    ours, theirs = (
+        prove(small_model, round, range(19), engine=e) for e in (fast, HFEngine(small_model, batch_size=8, seq_len=16))
+    )
+    for mine, other in zip(ours.records, theirs.records, strict=True):
+        if mine.vector is None:
+            assert mine.distance == pytest.approx(other.distance, abs=2e-6)
+        else:
+            np.testing.assert_allclose(mine.vector.astype(float), other.vector.astype(float), atol=2e-3)
+    assert verify(ours, small_model, seed=1).verdict == "honest"
+
+
+def test_the_fingerprint_names_it(small_model, uncompiled):
+    eager = HFEngine(small_model, batch_size=8, seq_len=16).fingerprint
+    compiled = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True).fingerprint
+    assert compiled.library == f"{eager.library}, compiled"
+    assert is_compiled(compiled)
+    assert not is_compiled(eager)
+    assert not is_compiled(replace(compiled, engine="vllm"))
+
+
+def test_another_architecture_is_compiled_as_a_whole(small_model, round_: Round, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_compiled, "lean_decoder", lambda model, seq_len: False)
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(function) or function)
+    engine = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
+    assert seen == [small_model.module.model]
+    assert engine.fingerprint.library.endswith(", compiled whole")
+    assert is_compiled(engine.fingerprint)
+    inputs = engine.inputs(round_, range(8))
+    plain = HFEngine(small_model, batch_size=8, seq_len=16)
+    assert torch.equal(engine.last_hidden(inputs), plain.last_hidden(inputs))
+
+
+def test_kernels_are_kept_in_a_folder_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(_compiled.CACHE, raising=False)
+    _compiled.keep_kernels()
+    assert os.environ[_compiled.CACHE] == str(tmp_path / "assay" / "kernels")
+    monkeypatch.setenv(_compiled.CACHE, "elsewhere")
+    _compiled.keep_kernels()
+    assert os.environ[_compiled.CACHE] == "elsewhere"
+
+
+def test_the_deterministic_mode_is_the_process_s_and_named(small_checkpoint):
+    program = (
+        "import json, sys, torch\n"
+        "from assay.models import load_model\n"
+        "from assay.poc import HFEngine, Round, prove\n"
+        "from assay.poc.engines import be_deterministic\n"
+        "model = load_model(sys.argv[1], dtype='float32', device='cpu')\n"
+        "round = Round(block_hash='block_alpha', public_key='node_A', seq_len=16)\n"
+        "plain = prove(model, round, range(9), batch_size=8)\n"
+        "be_deterministic()\n"
+        "proof = prove(model, round, range(9), batch_size=8)\n"
+        "print(json.dumps([plain.header.fingerprint.library, proof.header.fingerprint.library,\n"
+        "  plain.distances.tolist() == proof.distances.tolist(), torch.are_deterministic_algorithms_enabled()]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, small_checkpoint], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    plain, deterministic, same, on = json.loads(done.stdout)
+    assert deterministic == f"{plain}, deterministic"
+    assert same
+    assert on

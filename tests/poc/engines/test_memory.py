@@ -1,0 +1,52 @@
+"""Batch sizes and memory: what fits is asked before it runs."""
+
+import pytest
+import torch
+
+from assay.errors import OutOfMemory
+from assay.poc import HFEngine, Round, prove
+from assay.poc.engines import _memory, auto_batch
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch):
+    """Set the memory that seems free, in bytes."""
+    return lambda amount: monkeypatch.setattr(_memory, "free_bytes", lambda device: amount)
+
+
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(1, 8192), (16, 512), (100, 64), (128, 64)])
+def test_auto_takes_a_power_of_two_that_fills_the_device(seq_len: int, batch_size: int, small_model, free):
+    free(2**40)
+    assert auto_batch(small_model, seq_len) == batch_size
+
+
+def test_auto_takes_half_of_what_is_free(small_model, free):
+    one = _memory.peak_bytes(small_model, 1, 16)
+    for fitting, wanted in ((1000, 256), (64, 32), (63, 16), (2, 1), (1, 1)):
+        free(fitting * one)
+        assert auto_batch(small_model, 16) == wanted
+    free(one - 1)
+    with pytest.raises(OutOfMemory, match="--seq-len"):
+        HFEngine(small_model, batch_size=auto_batch(small_model, 16), seq_len=16)
+
+
+def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(small_model, free):
+    free(5 * _memory.peak_bytes(small_model, 1, 16))
+    with pytest.raises(OutOfMemory) as refused:
+        HFEngine(small_model, batch_size=6, seq_len=16)
+    assert refused.value.do == "pass --batch-size 5"
+    HFEngine(small_model, batch_size=5, seq_len=16)
+
+
+def test_memory_that_runs_out_in_a_forward_pass_is_answered_too(small_model, round_: Round, monkeypatch, free):
+    engine = HFEngine(small_model, batch_size=8, seq_len=16)
+
+    def fail(**_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(small_model.module.model, "forward", fail)
+    for fitting, advice in ((100, "pass --batch-size 4"), (3, "pass --batch-size 3"), (0, "pass --batch-size 4")):
+        free(fitting * _memory.peak_bytes(small_model, 1, 16))
+        with pytest.raises(OutOfMemory, match="8 × 16 positions") as refused:
+            prove(small_model, round_, range(8), engine=engine)
+        assert refused.value.do == advice
