@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def run_weights(plan: WeightPlan, folder: Path, *, progress: Progress | None = N
 
 
 def _measure(plan: WeightPlan, reference: str, mode: str, block: str) -> JsonObject:
-    drawn = {} if mode == "trained" else {"block_hash": block}
+    drawn: dict[str, Any] = {} if mode == "trained" else {"block_hash": block}
     model = load_model(reference, dtype=plan.dtype, device=plan.device, weights=mode, **drawn)
     engine = HFEngine(model, batch_size=plan.batch_size, seq_len=plan.seq_len)
     pipeline = get_pipeline(plan.preset)
