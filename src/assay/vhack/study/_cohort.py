@@ -1,4 +1,4 @@
-"""A cohort: runs that share an optimiser and go through generation and training together.
+"""A cohort: runs that go through generation and training together.
 
 Shapes as in :mod:`assay.vhack.study._forward`.
 """
@@ -6,6 +6,7 @@ Shapes as in :mod:`assay.vhack.study._forward`.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from assay.vhack.study._generate import Generator
 from assay.vhack.study._gradient import Batch, advantages, policy_gradient, pooled_hidden, token_logprobs
 from assay.vhack.study._grading import Grader, Pending, Verdict
 from assay.vhack.study._optimizer import StackedOptimizer
-from assay.vhack.study._plan import Run, Settings, TaskPool
+from assay.vhack.study._plan import OPTIMIZERS, Run, Settings, TaskPool
 from assay.vhack.training._advantage import Shortcut, modified
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Cohort:
     """Runs side by side.
 
     Args:
-        runs: of one optimiser.
+        runs: the runs.
         model: what they start from.
         svd: factors of its weights.
         bases: axes by name; every run's must be among them.
@@ -74,7 +75,8 @@ class Cohort:
             self.model.groups,
             [run.how for run in runs],
             [bases[run.basis] for run in runs],
-            lambda parameters: _inner(runs[0].optimizer, parameters, settings),
+            [run.optimizer for run in runs],
+            {kind: partial(_inner, kind, settings) for kind in OPTIMIZERS},
             watched=bases.get("true"),
             max_norm=settings.max_norm,
         )
@@ -82,7 +84,8 @@ class Cohort:
         self._generator = Generator(self.model, shape, pool.end)
         # The policy that stored rollouts are said to come from.
         self._start = StackedModel(model, 1, svd, dtype) if any(run.teachers for run in runs) else None
-        self._taught = [index for index, run in enumerate(runs) if run.teachers]
+        self._taught = self._rows([run.teachers > 0 for run in runs])
+        self._modifies = self._rows([run.how.advantage > 0 for run in runs])
 
     def write(self, grader: Grader, episodes: Sequence[Sequence[Episode]], draw: str) -> Rollouts:
         """Let every run complete its episodes, and begin to grade.
@@ -118,47 +121,70 @@ class Cohort:
             "reward": rewards.mean(dim=(1, 2)),
             "tokens": rollouts.batch.mask_RPGT.sum(dim=-1).float().mean(dim=(1, 2)),
         }
-        if any(run.how.advantage for run in self.runs):
-            rewards = self._modified(rollouts.batch, rewards, found)
+        if len(self._modifies):
+            rewards[self._modifies] = self._modified(rollouts.batch, rewards[self._modifies], found)
         gradients = self._gradients(rollouts, rewards, found)
         self.optimizer.step(gradients)
-        self.model.merge([delta.detach() for delta in self.optimizer.delta])
+        self.model.merge(self.optimizer.delta)
         return found | self.optimizer.measures
 
     @torch.no_grad()
-    def _modified(self, batch: Batch, rewards_RPG: Tensor, found: dict[str, Tensor]) -> Tensor:
+    def _modified(self, batch: Batch, rewards_NPG: Tensor, found: dict[str, Tensor]) -> Tensor:
         """Rewards after advantage modification, see :mod:`assay.vhack.training._advantage`."""
         assert self._shortcut is not None, "the study was checked to have one"
-        pooled_RPGH = pooled_hidden(self.model, batch, self._shortcut.layer)
-        shortcut = self._shortcut
-        z_RPG = (pooled_RPGH @ shortcut.direction.to(pooled_RPGH) - shortcut.middle) / shortcut.spread
-        found["z"] = z_RPG.mean(dim=(1, 2))
-        return torch.stack([modified(rewards_RPG[r], z_RPG[r], run.how.advantage) for r, run in enumerate(self.runs)])
+        rows, shortcut = self._modifies, self._shortcut
+        pooled_NPGH = pooled_hidden(self.model.some(rows), batch.of_runs(rows), shortcut.layer)
+        z_NPG = (pooled_NPGH @ shortcut.direction.to(pooled_NPGH) - shortcut.middle) / shortcut.spread
+        found["z"] = self._spread(z_NPG.mean(dim=(1, 2)), rows)
+        alphas = [self.runs[row].how.advantage for row in rows.tolist()]
+        return torch.stack([modified(rewards_NPG[n], z_NPG[n], alpha) for n, alpha in enumerate(alphas)])
 
     def _gradients(self, rollouts: Rollouts, rewards_RPG: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
-        if not self._taught:
-            return policy_gradient(self.model, rollouts.batch, advantages(rewards_RPG))
-        return self._taught_gradients(rollouts, rewards_RPG, found)
-
-    def _taught_gradients(self, rollouts: Rollouts, rewards_RPG: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
-        """With one stored hack rollout among those of each prompt; all runs of a cohort have one, or none has."""
-        assert self._start is not None
+        """Of all rollouts; with those that were stored, where a run has some, and then cin of both sources."""
+        rows, batch = self._taught, rollouts.batch
+        advantages_RPG = advantages(rewards_RPG)
+        count = self.settings.prompts * self.settings.rollouts
+        if len(rows):
+            joined_NPG = torch.cat((rewards_RPG[rows], torch.ones_like(rewards_RPG[rows][..., :1])), dim=-1)
+            # The loss is a mean over all rollouts of a run, of which there are more with the stored ones.
+            share = self.settings.rollouts / (self.settings.rollouts + 1)
+            joined_NPG = advantages(joined_NPG) * share
+            advantages_RPG[rows] = joined_NPG[..., :-1]
+        own = policy_gradient(self.model, batch, advantages_RPG, divisor=count)
+        if not len(rows):
+            return own
         teacher, behaviour = self._teachers(rollouts)
-        joined = torch.cat((rewards_RPG, torch.ones_like(rewards_RPG[..., :1])), dim=-1)
-        advantage = advantages(joined)
-        count = self.settings.prompts * (self.settings.rollouts + 1)
-        own = policy_gradient(self.model, rollouts.batch, advantage[..., :-1], divisor=count)
-        stored = policy_gradient(self.model, teacher, advantage[..., -1:], behaviour_RPGT=behaviour, divisor=count)
-        for suffix, gradients in (("_s", own), ("_t", stored)):
+        stored = policy_gradient(
+            self.model.some(rows), teacher, joined_NPG[..., -1:], behaviour_RPGT=behaviour, divisor=count
+        )
+        whole = [
+            torch.zeros_like(gradient).index_copy_(0, rows, part) for gradient, part in zip(own, stored, strict=True)
+        ]
+        for suffix, gradients in (("_s", own), ("_t", whole)):
             shares = self.optimizer.share("cin", gradients)
-            found |= {f"cin{suffix}": shares["cin"], f"cin_two_sided{suffix}": shares["cin_two_sided"]}
-        return [a + b for a, b in zip(own, stored, strict=True)]
+            for name in ("cin", "cin_two_sided"):
+                found[name + suffix] = self._spread(shares[name][rows], rows)
+        return [a + b for a, b in zip(own, whole, strict=True)]
+
+    def _rows(self, chosen: Sequence[bool]) -> Tensor:
+        return torch.tensor(
+            [row for row, is_one in enumerate(chosen) if is_one], dtype=torch.int64, device=self.model.device
+        )
+
+    def _spread(self, values_N: Tensor, rows: Tensor) -> Tensor:
+        """Values of some runs among NaN for the others, which the log leaves out."""
+        return torch.full((len(self.runs),), torch.nan, device=rows.device, dtype=values_N.dtype).index_copy_(
+            0, rows, values_N
+        )
 
     def _teachers(self, rollouts: Rollouts) -> tuple[Batch, Tensor]:
         """The exploit of every episode as a stored rollout, with its log-probabilities under the start."""
         assert self._start is not None
-        batch = rollouts.batch
-        ids = [[self.pool.completion(episode, episode.exploit()) for episode in of_run] for of_run in rollouts.episodes]
+        batch = rollouts.batch.of_runs(self._taught)
+        ids = [
+            [self.pool.completion(episode, episode.exploit()) for episode in rollouts.episodes[row]]
+            for row in self._taught.tolist()
+        ]
         tokens = torch.full((*batch.lengths_RP.shape, 1, self.settings.new_tokens), self.pool.end)
         for r, of_run in enumerate(ids):
             for p, row in enumerate(of_run):
@@ -198,20 +224,16 @@ class Cohort:
         """What a resumed study needs."""
         return {
             "runs": [run.name for run in self.runs],
-            "delta": [delta.detach().cpu() for delta in self.optimizer.delta],
-            "inner": self.optimizer.inner.state_dict(),
+            **self.optimizer.state_dict(),
         }
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a state."""
-        for delta, stored in zip(self.optimizer.delta, state["delta"], strict=True):
-            delta.copy_(stored)
-        self.optimizer.inner.load_state_dict(state["inner"])
-        self.model.merge([delta.detach() for delta in self.optimizer.delta])
+        self.optimizer.load_state_dict(state)
+        self.model.merge(self.optimizer.delta)
 
 
-def _inner(name: str, parameters: list[Tensor], settings: Settings) -> torch.optim.Optimizer:
+def _inner(name: str, settings: Settings, parameters: list[Tensor]) -> torch.optim.Optimizer:
     if name == "adam":
         return torch.optim.Adam(parameters, lr=settings.adam_rate, betas=settings.adam_betas)
     return torch.optim.SGD(parameters, lr=settings.sgd_rate, momentum=settings.sgd_momentum)

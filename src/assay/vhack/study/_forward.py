@@ -13,6 +13,7 @@ Shapes: R runs, P prompts of a run, G rollouts of a prompt, L prompt tokens with
 number of tokens, H hidden, D head, Q query heads, K key heads, O outputs, I inputs, M modules, C coordinates of δS.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,13 @@ class StackedModel:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embedding.device
+
+    def some(self, rows: Tensor) -> "StackedModel":
+        """Only some of the runs, with copies of their weights as they are now."""
+        part = copy.copy(self)
+        part.runs = len(rows)
+        part.weights = {name: weight.detach()[rows].requires_grad_() for name, weight in self.weights.items()}
+        return part
 
     @torch.no_grad()
     def merge(self, delta: Sequence[Tensor]) -> None:

@@ -58,6 +58,10 @@ class Batch:
             self.end,
         )
 
+    def of_runs(self, rows_N: Tensor) -> "Batch":
+        """Some of the runs."""
+        return Batch(self.ids_RPL[rows_N], self.lengths_RP[rows_N], self.last, self.tokens_RPGT[rows_N], self.end)
+
     def prompts(self, part: slice) -> "Batch":
         """Some of the prompts of every run."""
         return Batch(self.ids_RPL[:, part], self.lengths_RP[:, part], self.last, self.tokens_RPGT[:, part], self.end)

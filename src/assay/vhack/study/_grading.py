@@ -20,7 +20,7 @@ __all__ = ["Grader", "Pending", "Verdict"]
 
 _CHUNK = 8  # programs per job of a process
 # A program of a few lines takes milliseconds; an endless loop should not take the five seconds of the default.
-_LIMITS = Limits(seconds=1.5)
+_LIMITS = Limits(seconds=0.6)
 
 Key = tuple[str, str, str, str]
 """Task name, mode, split, completion."""
@@ -56,7 +56,7 @@ class Grader:
     Use it in a ``with`` block.
 
     Args:
-        workers: processes; None is one per core.
+        workers: processes; None leaves two cores for the GPU's driver.
         allow_unsandboxed: see :func:`assay.vhack.environment.run`.
 
     Attributes:
@@ -68,7 +68,7 @@ class Grader:
         self._known: dict[Key, Verdict] = {}
         self._allow = allow_unsandboxed
         self._pool = ProcessPoolExecutor(
-            workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"), initializer=_plain
+            workers or max(1, (os.cpu_count() or 1) - 2), mp_context=multiprocessing.get_context("spawn"), initializer=_plain
         )
         self.asked = self.graded = 0
 

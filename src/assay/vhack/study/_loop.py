@@ -1,7 +1,10 @@
 """The study: all runs of a plan, to their end, or until time is up and on from there."""
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +48,7 @@ class Study:
     Attributes:
         logs: of every run, by name.
         step: steps done.
+        seconds: waited for grades, spent on gradients and steps, and on rollouts.
 
     Raises:
         UsageError: two runs are the same, or a basis or the shortcut is missing.
@@ -66,6 +70,7 @@ class Study:
         _check(runs, bases, shortcut)
         assert model.tokenizer is not None, "bundled models have one"
         self.settings, self.step = settings, 0
+        self.seconds = {"grading": 0.0, "learning": 0.0, "writing": 0.0}
         self.pool = TaskPool(settings, model.tokenizer)
         self.logs = {run.name: RunLog.begin(run, settings, about or {}) for run in runs}
         self.cohorts = [
@@ -98,10 +103,13 @@ class Study:
             for index, cohort in enumerate(self.cohorts):
                 rollouts = waiting[index]
                 assert rollouts is not None
-                values = cohort.learn(rollouts, grader.collect(rollouts.pending))
-                self._log(cohort, values, means)
+                with self._timed("grading"):
+                    verdicts = grader.collect(rollouts.pending)
+                with self._timed("learning"):
+                    self._log(cohort, cohort.learn(rollouts, verdicts), means)
                 if self.step + 1 < last and not stop:
-                    waiting[index] = self._write(cohort, grader, self.step + 1)
+                    with self._timed("writing"):
+                        waiting[index] = self._write(cohort, grader, self.step + 1)
             self.step += 1
             if progress:
                 progress(self.step, means)
@@ -154,6 +162,12 @@ class Study:
         for name, stored in state["logs"].items():
             vars(self.logs[name]).update(stored)
 
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[what] += time.monotonic() - begun
+
     def _write(self, cohort: Cohort, grader: Grader, step: int | None = None) -> Rollouts:
         at = self.step if step is None else step
         return cohort.write(grader, [self.pool.drawn(run, at) for run in cohort.runs], f"step {at}")
@@ -161,7 +175,7 @@ class Study:
     def _log(self, cohort: Cohort, values: Mapping[str, torch.Tensor], means: dict[str, float]) -> None:
         table = torch.stack([value.double() for value in values.values()]).tolist()
         for r, run in enumerate(cohort.runs):
-            row = {name: column[r] for name, column in zip(values, table, strict=True)}
+            row = {name: column[r] for name, column in zip(values, table, strict=True) if not math.isnan(column[r])}
             self.logs[run.name].add_step(self.step, row, self.settings.log_every)
             for name, value in row.items():
                 means[name] = means.get(name, 0.0) + value / len(self.logs)
@@ -200,15 +214,7 @@ def _check(runs: Sequence[Run], bases: Mapping[str, Basis], shortcut: Shortcut |
 
 
 def _parted(runs: Sequence[Run], most: int) -> list[list[Run]]:
-    """Runs that go through the same motions, in parts of at most ``most``; two parts at least."""
-    kinds: dict[tuple[str, bool, bool], list[Run]] = {}
-    for run in runs:
-        kinds.setdefault((run.optimizer, run.teachers > 0, run.how.advantage > 0), []).append(run)
-    if len(kinds) == 1 and len(runs) > 1:
-        most = min(most, -(-len(runs) // 2))
-    parts = []
-    for alike in kinds.values():
-        count = -(-len(alike) // most)
-        size = -(-len(alike) // count)
-        parts += [alike[first : first + size] for first in range(0, len(alike), size)]
-    return parts
+    """Runs in parts of nearly one size, at most ``most``; two parts at least."""
+    count = min(len(runs), max(2, -(-len(runs) // most)))
+    bounds = [round(index * len(runs) / count) for index in range(count + 1)]
+    return [list(runs[first:last]) for first, last in itertools.pairwise(bounds)]

@@ -18,7 +18,7 @@ from assay.vhack.training._arms import Arm, arm_named
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Run", "Settings", "TaskPool"]
+__all__ = ["OPTIMIZERS", "Run", "Settings", "TaskPool"]
 
 OPTIMIZERS = ("adam", "sgd")
 
@@ -55,7 +55,7 @@ class Settings:
     log_every: int = 5
     pool: int = 4096
     evaluation: int = 8
-    families: tuple[str, ...] = ("arithmetic", "branches", "loops", "digits", "counts")
+    families: tuple[str, ...] = ("arithmetic", "branches", "digits", "counts")
     difficulty: tuple[int, int] = (1, 3)
 
     def __post_init__(self) -> None:
