@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,6 +120,12 @@ def test_cpu_backends_agree_on_anything(words, n, dtype, sub_seeds):
     crafted = crafted.reshape(len(words), sub_seeds)
     made = {digest(get_backend(name).normals(crafted, n, dtype)) for name in ("numpy", "numba", "torch")}
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("name", ["numpy", "numba", "torch"])
+def test_no_fused_reflections_on_the_cpu(name):
+    """The caller then has the formula itself."""
+    assert get_backend(name).reflected(torch.zeros(5, 16), seeds(TEXTS)) is None
 
 
 def test_seeds_in_every_form(backend):
