@@ -1,26 +1,40 @@
-"""Normals on a GPU: ours against `torch.randn` and against the published loop, in one run.
+"""Normals on a GPU: ours against `torch.randn` and against the published loop, in one run; and reflections.
 
 Shapes are batches of model inputs in float16. The published way makes one nonce at a time with eager operations in
-int64 (benchmarks/streams_cpu.py has it). Times are medians of CUDA events over repeated calls, seeds on the host
-included for ours. Two floors stand beside them: a plain fill of the same tensor, which is bytes written over memory
-bandwidth; and the issue floor, instructions of the kernel's loop over what the device can issue, one for each of the
-four schedulers of a multiprocessor in each cycle of its highest clock.
+int64 (benchmarks/streams_cpu.py has it). Times are medians of CUDA events over repeated calls, each queued behind a
+pause: they are what the device is busy for, as in a proof, where the model is queued in front. The copy of the seeds is
+part of ours. The published loop is bound by the host, which launches forty operations a nonce. What the host takes until
+a call returns stands beside.
+
+There are two floors. One is a plain fill of the same tensor: bytes written over memory bandwidth. The other is the issue
+floor: instructions of the kernel's loop over what the device can issue, one for each of the four schedulers of a
+multiprocessor in each cycle of its highest clock.
+
+The transform of preset poc-2.0 is timed from hidden states to distances, seed texts included, with its reflections in
+one kernel and, as every other backend has them, in torch operations. Most of its time on the host makes seeds.
 
     python benchmarks/gpu_normals.py -o benchmarks/results/gpu_normals.json
 """
 
 import re
+import statistics
 import subprocess
+import time
 from collections import Counter
 
 import torch
-import triton
 from _common import note, parser, publish
 from streams_cpu import published_hash
 
+from assay.poc import PIPELINES, Round
+from assay.poc._transforms import Transform
 from assay.streams import digest, get_backend, seed32, seeds
 from assay.streams._triton_kernels import LANES
 
+PAUSE = 200_000
+"""Clock cycles of the device, a tenth of a millisecond."""
+
+TRANSFORMED = ((256, 256), (128, 1024), (64, 4096))
 SHAPES = ((64, 256, 4096), (64, 256, 2048), (32, 256, 2048), (32, 256, 1024))
 DTYPE = torch.float16
 
@@ -36,8 +50,29 @@ def published_normal(seed, n):
 
 
 def milliseconds(function, repeats):
-    """Median time of a call, the queue kept full."""
-    return triton.testing.do_bench(function, warmup=25, rep=repeats, return_mode="median")
+    """Median time of a call on the device, which has the pause to let the host get ahead, and an empty cache."""
+    function()
+    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        flush.zero_()
+        torch.cuda._sleep(PAUSE)
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def host_milliseconds(function, repeats=30):
+    """Best time until a call returns, the device idle at its start."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e3
 
 
 def instructions_per_pair():
@@ -75,12 +110,20 @@ def measure(batch, seq_len, hidden, instructions):
         for row, text in enumerate(texts):
             out[row] = published_normal(seed32(text), n).to(DTYPE)
 
+    def fused():
+        ours.normals(seeds_BS, n, "float16")
+
+    def randn():
+        torch.randn((batch, n), dtype=DTYPE, device="cuda")
+
     times = {
-        "triton_ms": milliseconds(lambda: ours.normals(seeds_BS, n, "float16"), 200),
-        "torch_randn_ms": milliseconds(lambda: torch.randn((batch, n), dtype=DTYPE, device="cuda"), 200),
+        "triton_ms": milliseconds(fused, 200),
+        "torch_randn_ms": milliseconds(randn, 200),
         "fill_ms": milliseconds(lambda: out.fill_(1.0), 200),
-        "torch_backend_ms": milliseconds(lambda: plain.normals(seeds_BS, n, "float16"), 200),
-        "published_loop_ms": milliseconds(loop, 500),
+        "torch_backend_ms": milliseconds(lambda: plain.normals(seeds_BS, n, "float16"), 20),
+        "published_loop_ms": milliseconds(loop, 15),
+        "triton_host_ms": host_milliseconds(fused),
+        "torch_randn_host_ms": host_milliseconds(randn),
     }
     row = {
         "batch": batch,
@@ -96,6 +139,34 @@ def measure(batch, seq_len, hidden, instructions):
     return row
 
 
+def measure_transform(batch, hidden):
+    round = Round(block_hash="block_alpha", public_key="node_A")
+    device = torch.device("cuda")
+    shape = {"hidden_size": hidden, "vocab_size": hidden, "device": device, "trained_head": torch.nn.Identity()}
+    fused, plain = (Transform(round, PIPELINES["poc-2.0"], **shape) for _ in range(2))
+    plain._backend.reflected = lambda x_BD, seeds_BR: None
+    x_BD = torch.randn(batch, hidden, device=device)
+    texts = [round.text("reflection", nonce, index=r) for nonce in range(batch) for r in range(8)]
+    seeds_BR = seeds(texts).reshape(batch, 8)
+    difference = (fused(x_BD, range(batch)) - plain(x_BD, range(batch))).abs().max().item()
+    figures = {
+        "reflections_device_ms": milliseconds(lambda: fused._backend.reflected(x_BD, seeds_BR), 100),
+        "seeds_host_ms": host_milliseconds(
+            lambda: seeds([round.text("reflection", nonce, index=r) for nonce in range(batch) for r in range(8)])
+        ),
+        "transform_host_ms": host_milliseconds(lambda: fused(x_BD, range(batch))),
+        "transform_host_torch_ms": host_milliseconds(lambda: plain(x_BD, range(batch))),
+    }
+    row = {
+        "batch": batch,
+        "hidden": hidden,
+        **{name: float(f"{value:.4f}") for name, value in figures.items()},
+        "greatest_difference": difference,
+    }
+    note(str(row))
+    return row
+
+
 def main():
     arguments = parser(__doc__).parse_args()
     instructions, kinds = instructions_per_pair()
@@ -104,6 +175,7 @@ def main():
         "instructions_per_pair": instructions,
         "of_which": kinds,
         "shapes": [measure(*shape, instructions) for shape in SHAPES],
+        "transforms": [measure_transform(*shape) for shape in TRANSFORMED],
     }
     publish("gpu_normals", figures, arguments.output)
 

@@ -1,6 +1,6 @@
 # Kernels are written in triton's language, which has no annotations.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN002, ANN202
 """The triton kernels: hash, uniforms, logarithm, sine and root of a pair in registers, written to memory once.
 
 The bits are those of :mod:`assay.streams._definition`; four exact rewritings save a sixth of its instructions:
@@ -10,7 +10,7 @@ The bits are those of :mod:`assay.streams._definition`; four exact rewritings sa
 - **The hash is cut at the seed.** ``rotl(s ^ k, 13) = rotl(s, 13) ^ rotl(k, 13)``: all before that depends on the index
   alone and is kept in registers over the rows of a program.
 - **Signs move to the radius.** A product is the same whichever factor has the sign, zeros included.
-- **The root has no branch** (:data:`ROOT`).
+- **The root has no branch** (``_root``).
 
 The kernels must be launched with ``enable_fp_fusion=False``. By default the compiler contracts a multiply and an add
 into one operation that rounds once.
@@ -25,50 +25,29 @@ import triton.language as tl
 
 from assay.streams import _definition as definition
 
-__all__ = ["LANES", "ROOT", "hash_kernel", "normal_kernel", "reflect_kernel", "root_kernel"]
+__all__ = ["LANES", "hash_kernel", "normal_kernel", "reflect_kernel", "root_kernel"]
 
 LANES = 8
 """Pairs of neighbouring indices in one thread: their cosines, and their sines, make 16-byte stores of short floats."""
 
-ROOT = """{
-.reg .f32 y, g, h, r;
-add.rn.f32 y, $1, 0f0D800000;
-rsqrt.approx.ftz.f32 y, y;
-mul.rn.f32 g, $1, y;
-mul.rn.f32 h, y, 0f3F000000;
-neg.f32 r, g;
-fma.rn.f32 r, r, g, $1;
-fma.rn.f32 $0, r, h, g;
-}"""
-"""The correctly rounded square root of 0 and of the values from 2**-30 to 16, which hold all that occur.
 
-It is what ``sqrt.rn.f32`` becomes in the machine, an estimate and one step of Newton with a fused residual, less the
-test for values out of range: that is a branch for every pair, a tenth of the time. 2**-100 (0f0D800000) is lost in the
-sum with any value but 0, whose estimate it keeps finite. A test compares every float32 of the range.
-"""
+# Triton compares every global that a kernel uses at every launch, which takes a microsecond each: so there are few.
+def _scaled(*values):
+    return tl.constexpr(tuple(float(value) * 2.0**exponent for value, exponent in values))
 
 
-def _scaled(value, exponent):
-    return tl.constexpr(float(value) * 2.0**exponent)
-
-
-# Uniforms in units of 2**-32.
-_MIN_U1 = _scaled(definition.MIN_U1, 32)
+# For uniforms in units of 2**-32: their least, and the bits at which they are split.
+_MIN_U1 = _scaled((definition.MIN_U1, 32))
 _SQRT_HALF_BITS = tl.constexpr(int(definition.SQRT_HALF_BITS) + (32 << 23))
-# The logarithm as a function of f / 2, halved; k comes negative and in units of 2**23, where exponents stand.
-_HALF_BITS = tl.constexpr(33 << 23)
-_LN2_HIGH, _LN2_LOW = _scaled(definition.LN2_HIGH, -24), _scaled(definition.LN2_LOW, -24)
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (_scaled(c, 10 - i) for i, c in enumerate(definition.LN_POLY))
+# Half the logarithm as a function of f / 2; k comes negative and in units of 2**23, where exponents stand.
+_LN2 = _scaled((definition.LN2_LOW, -24), (definition.LN2_HIGH, -24))
+_LN = _scaled(*((c, 10 - i) for i, c in enumerate(definition.LN_POLY)))
 # Twice the cosine and the sine, as functions of 4 d and 16 x.
-_TURN = tl.constexpr(2.0**-28)
-_ROUND_MAGIC = _scaled(definition.ROUND_MAGIC, 2)
-_S0, _S1, _S2, _S3 = (_scaled(c, 4 * i - 13) for i, c in enumerate(definition.SIN_POLY))
-_C0, _C1, _C2, _C3 = (_scaled(c, 4 * i - 15) for i, c in enumerate(definition.COS_POLY))
+_ROUND_MAGIC = _scaled((definition.ROUND_MAGIC, 2))
+_COS = _scaled(*((c, 4 * i - 15) for i, c in enumerate(definition.COS_POLY)))
+_SIN = _scaled(*((c, 4 * i - 13) for i, c in enumerate(definition.SIN_POLY)))
 
 _SIGN_THRESHOLD = tl.constexpr(int(definition.SIGN_THRESHOLD))
-_TOP_BIT = tl.constexpr(-(1 << 31))
-_EXPONENT = tl.constexpr(-(1 << 23))
-_ROOT = tl.constexpr(ROOT)
 
 
 @triton.jit
@@ -98,42 +77,65 @@ def _hash(rotated_seed, index):
 
 @triton.jit
 def _root(x):
-    return tl.inline_asm_elementwise(_ROOT, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    """The correctly rounded square root of 0 and of the values from 2**-30 to 16, which hold all that occur.
+
+    It is what ``sqrt.rn.f32`` becomes in the machine, an estimate and one step of Newton with a fused residual, less
+    the test for values out of range: that is a branch for every pair, and stands between the instructions of
+    neighbours. 2**-100 (0f0D800000) is lost in the sum with any value but 0, whose estimate it keeps finite. A test
+    compares every float32 of the range.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 y, g, h, r;
+        add.rn.f32 y, $1, 0f0D800000;
+        rsqrt.approx.ftz.f32 y, y;
+        mul.rn.f32 g, $1, y;
+        mul.rn.f32 h, y, 0f3F000000;
+        neg.f32 r, g;
+        fma.rn.f32 r, r, g, $1;
+        fma.rn.f32 $0, r, h, g;
+        }""",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _polynomial(x, coefficients: tl.constexpr):
+    value = x * coefficients[0] + coefficients[1]
+    for i in tl.static_range(2, len(coefficients)):
+        value = value * x + coefficients[i]
+    return value
 
 
 @triton.jit
 def _half_negative_log(u):
     """``-ln(u / 2**32) / 2`` for u in (0, 2**32]."""
     bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - _SQRT_HALF_BITS) & _EXPONENT
+    exponent = (bits - _SQRT_HALF_BITS) & (-1 << 23)
     minus_k = exponent.to(tl.float32)
-    f = (bits - exponent - _HALF_BITS).to(tl.float32, bitcast=True) - 0.5
-    p = f * _L0 + _L1
-    p = p * f + _L2
-    p = p * f + _L3
-    p = p * f + _L4
-    p = p * f + _L5
-    p = p * f + _L6
-    p = p * f + _L7
-    p = p * f + _L8
+    f = (bits - exponent - (33 << 23)).to(tl.float32, bitcast=True) - 0.5
     square = f * f
-    curve = square - f * square * p
-    return ((curve - minus_k * _LN2_LOW) - f) - minus_k * _LN2_HIGH
+    curve = square - f * square * _polynomial(f, _LN)
+    return ((curve - minus_k * _LN2[0]) - f) - minus_k * _LN2[1]
 
 
 @triton.jit
 def _box_muller(h1, h2):
     """Two normals from two hashes."""
-    radius = _root(_half_negative_log(tl.maximum(h1.to(tl.float32), _MIN_U1)))
-    quarters = h2.to(tl.float32) * _TURN
-    shifted = quarters + _ROUND_MAGIC
-    d = quarters - (shifted - _ROUND_MAGIC)
+    radius = _root(_half_negative_log(tl.maximum(h1.to(tl.float32), _MIN_U1[0])))
+    quarters = h2.to(tl.float32) * 2.0**-28
+    shifted = quarters + _ROUND_MAGIC[0]
+    d = quarters - (shifted - _ROUND_MAGIC[0])
     x = d * d
-    cosine = 2.0 - x * (((x * _C0 + _C1) * x + _C2) * x + _C3)
-    sine = d - d * (((x * _S0 + _S1) * x + _S2) * x + _S3)
+    cosine = 2.0 - x * _polynomial(x, _COS)
+    sine = d - d * _polynomial(x, _SIN)
     quadrant = shifted.to(tl.int32, bitcast=True)  # its two lowest bits
     odd = (quadrant & 1) != 0
-    radius = (radius.to(tl.int32, bitcast=True) ^ ((quadrant << 30) & _TOP_BIT)).to(tl.float32, bitcast=True)
+    radius = (radius.to(tl.int32, bitcast=True) ^ ((quadrant << 30) & (-1 << 31))).to(tl.float32, bitcast=True)
     # Times minus one, not a minus sign: triton's is 0 - x, which makes +0 of a zero where -0 is due.
     return radius * tl.where(odd, sine * -1.0, cosine), radius * tl.where(odd, cosine, sine)
 
@@ -203,7 +205,7 @@ def hash_kernel(seeds_B, out_BN, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     h = _hash(_rotated_seed(tl.load(seeds_B + row)), place.to(tl.uint32))
     if KIND == "order":
-        values = h.to(tl.int32, bitcast=True) ^ _TOP_BIT
+        values = h.to(tl.int32, bitcast=True) ^ (-1 << 31)
     elif KIND == "sign":
         values = tl.where(h >= _SIGN_THRESHOLD, 1, -1)
     elif KIND == "uniform":
