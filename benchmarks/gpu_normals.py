@@ -2,13 +2,13 @@
 
 Shapes are batches of model inputs in float16. The published way makes one nonce at a time with eager operations in
 int64 (benchmarks/streams_cpu.py has it). Times are medians of CUDA events over repeated calls, each queued behind a
-pause: they are what the device is busy for, as in a proof, where the model is queued in front. The copy of the seeds is
-part of ours. The published loop is bound by the host, which launches forty operations a nonce. What the host takes until
-a call returns stands beside.
+pause: they are what the device is busy for, as in a proof, where the model is queued in front. The copy of the seeds
+is part of ours. The published loop is bound by the host, which launches forty operations a nonce. What the host takes
+until a call returns stands beside.
 
-There are two floors. One is a plain fill of the same tensor: bytes written over memory bandwidth. The other is the issue
-floor: instructions of the kernel's loop over what the device can issue, one for each of the four schedulers of a
-multiprocessor in each cycle of its highest clock.
+There are two floors. One is a plain fill of the same tensor: bytes written over memory bandwidth. The other is the
+issue floor: instructions of the kernel's loop over what the device can issue, one for each of the four schedulers of
+a multiprocessor in each cycle of its highest clock.
 
 The transform of preset poc-2.0 is timed from hidden states to distances, seed texts included, with its reflections in
 one kernel and, as every other backend has them, in torch operations. Most of its time on the host makes seeds.
@@ -144,7 +144,7 @@ def measure_transform(batch, hidden):
     device = torch.device("cuda")
     shape = {"hidden_size": hidden, "vocab_size": hidden, "device": device, "trained_head": torch.nn.Identity()}
     fused, plain = (Transform(round, PIPELINES["poc-2.0"], **shape) for _ in range(2))
-    plain._backend.reflected = lambda x_BD, seeds_BR: None
+    plain._backend._reflected = lambda x_BD, seeds_BR: None
     x_BD = torch.randn(batch, hidden, device=device)
     texts = [round.text("reflection", nonce, index=r) for nonce in range(batch) for r in range(8)]
     seeds_BR = seeds(texts).reshape(batch, 8)

@@ -127,7 +127,7 @@ def test_shapes_in_annotations_are_checked_while_tests_run():
 class Fusing(type(NUMPY)):
     """A backend with reflections of its own: in float64, and remembering what it was asked."""
 
-    def reflected(self, x_BD, seeds_BR):
+    def _reflected(self, x_BD, seeds_BR):
         self.seeds_BR = seeds_BR
         x = x_BD.double().numpy()
         for r in range(seeds_BR.shape[1]):

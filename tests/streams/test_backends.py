@@ -128,6 +128,12 @@ def test_no_fused_reflections_on_the_cpu(name):
     assert get_backend(name).reflected(torch.zeros(5, 16), seeds(TEXTS)) is None
 
 
+@pytest.mark.parametrize("shape", [(16,), (4, 16), (5, 4, 4)])
+def test_reflections_want_seeds_for_every_row(backend, shape):
+    with pytest.raises(UsageError, match="seeds of 5 rows"):
+        backend.reflected(torch.zeros(shape), seeds(TEXTS))
+
+
 def test_seeds_in_every_form(backend):
     expected = digest(backend.normals(np.array([1, 2**32 - 1], np.uint32), 9))
     for form in ([1, 2**32 - 1], [[1], [2**32 - 1]], np.array([1, 2**32 - 1]), np.array([9, 1, 9, 2**32 - 1])[1::2]):

@@ -133,6 +133,7 @@ def test_not_finite_stays_not_finite(triton_backend):
 def test_what_has_no_fused_kernel(triton_backend):
     assert triton_backend.reflected(torch.zeros(2, 16_385, device="cuda"), reflection_seeds(2)) is None
     assert triton_backend.reflected(torch.zeros(2, 64, device="cuda", dtype=torch.float16), reflection_seeds(2)) is None
+    assert triton_backend.reflected(torch.zeros(2, 64), reflection_seeds(2)) is None
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -170,6 +171,16 @@ def test_more_rows_than_a_grid_has(triton_backend, definition):
     many = np.arange(70_000, dtype=np.uint32)
     assert digest(triton_backend.normals(many, 6, "float16")) == digest(definition.normals(many, 6, "float16"))
     assert digest(triton_backend.signs(many, 3)) == digest(definition.signs(many, 3))
+
+
+def test_a_batch_in_many_grids(triton_backend, definition, monkeypatch):
+    """Rows and sub-seeds both beyond the limit of a grid, which is made small for it."""
+    from assay.streams import _triton
+
+    monkeypatch.setattr(_triton, "_GRID", 3)
+    crafted = np.arange(50 * 8, dtype=np.uint32).reshape(50, 8) * 977
+    for n in (100, 4096, 5000):
+        assert digest(triton_backend.normals(crafted, n)) == digest(definition.normals(crafted, n))
 
 
 @pytest.mark.parametrize("extra", [0, 32], ids=["2**31", "more"])

@@ -89,7 +89,7 @@ class Backend(ABC):
         with self._room_for(n):
             return self._normals(_checked(seeds_BS), _count(n), dtype)
 
-    def reflected(self, x_BD: torch.Tensor, seeds_BR: npt.NDArray[np.uint32]) -> torch.Tensor | None:
+    def reflected(self, x_BD: torch.Tensor, seeds_BR: Seeds) -> torch.Tensor | None:
         """Reflect every row in R hyperplanes drawn for it, one after the other: ``x - 2 (x v) / (v v) v``, v normal.
 
         The normals are those of :meth:`normals`, D of each seed. The sums are float32 in an order of the backend's own:
@@ -101,8 +101,19 @@ class Backend(ABC):
 
         Returns:
             The reflected rows, float32 ``[B, D]``; None if this backend has no fused kernel for them.
+
+        Raises:
+            UsageError: also when there are not as many rows as rows of seeds.
         """
-        return None
+        checked_BR = _checked(seeds_BR)
+        if x_BD.ndim != 2 or len(x_BD) != len(checked_BR):
+            raise UsageError(
+                f"an array of shape {tuple(x_BD.shape)} and seeds of {len(checked_BR)} rows",
+                wanted="rows [B, D] and seeds [B, R]",
+                do="give every row its own seeds",
+            )
+        with self._room_for(x_BD.shape[1]):
+            return self._reflected(x_BD, checked_BR)
 
     @contextmanager
     def _room_for(self, n: int) -> Iterator[None]:
@@ -116,6 +127,9 @@ class Backend(ABC):
                 wanted="free memory for the whole batch",
                 do="make fewer streams in one call",
             ) from error
+
+    def _reflected(self, x_BD: torch.Tensor, seeds_BR: npt.NDArray[np.uint32]) -> torch.Tensor | None:
+        return None
 
     @abstractmethod
     def _hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array: ...

@@ -34,6 +34,8 @@ _GRID = 65_535
 """CUDA's limit of the second and third axis of a grid."""
 
 _MAX_REFLECTED = 16_384
+"""Coordinates of a row that one program can hold in its registers."""
+
 _HASH_BLOCK = 1024
 
 
@@ -46,10 +48,9 @@ class TritonBackend(TorchBackend):
         super().__init__(device)
         self._numbered = torch.device(device).index is not None
 
-    def reflected(self, x_BD: torch.Tensor, seeds_BR: npt.NDArray[np.uint32]) -> torch.Tensor | None:
-        """In one kernel, for rows of up to 16 384 coordinates in float32; the sums have a fixed order for each D."""
+    def _reflected(self, x_BD: torch.Tensor, seeds_BR: npt.NDArray[np.uint32]) -> torch.Tensor | None:
         rows, d = x_BD.shape
-        if x_BD.dtype != torch.float32 or not 0 < d <= _MAX_REFLECTED or not rows:
+        if not (x_BD.is_cuda and x_BD.dtype == torch.float32 and rows and 0 < d <= _MAX_REFLECTED):
             return None
         x_BD = x_BD.contiguous()
         out_BD = torch.empty_like(x_BD)
@@ -86,7 +87,9 @@ class TritonBackend(TorchBackend):
             seeds = on_device(seeds_BS, self.device)
             length = definition.segment_length(n, sub_seeds)
             full, rest = divmod(n, length)
-            self._fill(seeds, out_BN, length, length, full)
+            for first in range(0, full, _GRID):
+                here = min(_GRID, full - first)
+                self._fill(seeds[:, first:], out_BN[:, first * length :], length, length, here)
             if rest:
                 self._fill(seeds[:, full:], out_BN[:, full * length :], length, rest, 1)
         return out_BN

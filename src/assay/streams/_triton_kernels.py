@@ -1,6 +1,6 @@
 # Kernels are written in triton's language, which has no annotations.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN002, ANN202
+# ruff: noqa: ANN001, ANN202
 """The triton kernels: hash, uniforms, logarithm, sine and root of a pair in registers, written to memory once.
 
 The bits are those of :mod:`assay.streams._definition`; four exact rewritings save a sixth of its instructions:
@@ -30,22 +30,16 @@ __all__ = ["LANES", "hash_kernel", "normal_kernel", "reflect_kernel", "root_kern
 LANES = 8
 """Pairs of neighbouring indices in one thread: their cosines, and their sines, make 16-byte stores of short floats."""
 
-
-# Triton compares every global that a kernel uses at every launch, which takes a microsecond each: so there are few.
-def _scaled(*values):
-    return tl.constexpr(tuple(float(value) * 2.0**exponent for value, exponent in values))
-
-
-# For uniforms in units of 2**-32: their least, and the bits at which they are split.
-_MIN_U1 = _scaled((definition.MIN_U1, 32))
+# Uniforms are in units of 2**-32: their least, and the bits at which they are split.
+_MIN_U1 = tl.constexpr(float(definition.MIN_U1) * 2.0**32)
 _SQRT_HALF_BITS = tl.constexpr(int(definition.SQRT_HALF_BITS) + (32 << 23))
 # Half the logarithm as a function of f / 2; k comes negative and in units of 2**23, where exponents stand.
-_LN2 = _scaled((definition.LN2_LOW, -24), (definition.LN2_HIGH, -24))
-_LN = _scaled(*((c, 10 - i) for i, c in enumerate(definition.LN_POLY)))
+_LN2_HIGH, _LN2_LOW = (tl.constexpr(float(c) * 2.0**-24) for c in (definition.LN2_HIGH, definition.LN2_LOW))
+_LN = tl.constexpr(tuple(float(c) * 2.0 ** (10 - i) for i, c in enumerate(definition.LN_POLY)))
 # Twice the cosine and the sine, as functions of 4 d and 16 x.
-_ROUND_MAGIC = _scaled((definition.ROUND_MAGIC, 2))
-_COS = _scaled(*((c, 4 * i - 15) for i, c in enumerate(definition.COS_POLY)))
-_SIN = _scaled(*((c, 4 * i - 13) for i, c in enumerate(definition.SIN_POLY)))
+_ROUND_MAGIC = tl.constexpr(float(definition.ROUND_MAGIC) * 4.0)
+_COS = tl.constexpr(tuple(float(c) * 2.0 ** (4 * i - 15) for i, c in enumerate(definition.COS_POLY)))
+_SIN = tl.constexpr(tuple(float(c) * 2.0 ** (4 * i - 13) for i, c in enumerate(definition.SIN_POLY)))
 
 _SIGN_THRESHOLD = tl.constexpr(int(definition.SIGN_THRESHOLD))
 
@@ -120,16 +114,16 @@ def _half_negative_log(u):
     f = (bits - exponent - (33 << 23)).to(tl.float32, bitcast=True) - 0.5
     square = f * f
     curve = square - f * square * _polynomial(f, _LN)
-    return ((curve - minus_k * _LN2[0]) - f) - minus_k * _LN2[1]
+    return ((curve - minus_k * _LN2_LOW) - f) - minus_k * _LN2_HIGH
 
 
 @triton.jit
 def _box_muller(h1, h2):
     """Two normals from two hashes."""
-    radius = _root(_half_negative_log(tl.maximum(h1.to(tl.float32), _MIN_U1[0])))
+    radius = _root(_half_negative_log(tl.maximum(h1.to(tl.float32), _MIN_U1)))
     quarters = h2.to(tl.float32) * 2.0**-28
-    shifted = quarters + _ROUND_MAGIC[0]
-    d = quarters - (shifted - _ROUND_MAGIC[0])
+    shifted = quarters + _ROUND_MAGIC
+    d = quarters - (shifted - _ROUND_MAGIC)
     x = d * d
     cosine = 2.0 - x * _polynomial(x, _COS)
     sine = d - d * _polynomial(x, _SIN)
