@@ -3,8 +3,8 @@
     python -m assay.vhack.organism -o ORGANISM --device cuda
     python benchmarks/vhack_study.py --organism ORGANISM --plan full --part 0/4 --state DIR --logs DIR
 
-Every part is a process with a GPU of its own; all runs of a seed are in one part. A study that is stopped goes on from
-its state when the command is given again. Logs are JSON Lines, one file per run.
+Every part is a process; two to a GPU keep it busy. A study that is stopped goes on from its state when the command is
+given again. Logs are JSON Lines, one file per run.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,23 +33,42 @@ def note(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def full(seeds, left_out_seeds):
-    """Arms of the main experiment, controls, a second optimiser, stored rollouts, single mechanisms."""
-    runs = []
-    for s in range(seeds):
-        own = f"random:{s}"
-        runs += [Run(arm, s) for arm in ("none", "no-loophole", "erase-gradient", "erase-update", "box")]
-        runs += [Run("advantage-modification", s), Run("erase-gradient", s, basis=own)]
-        runs += [Run(arm, s, "sgd") for arm in ("none", "no-loophole", "erase-gradient", "erase-update")]
-        runs += [Run(arm, s) for arm in ("erase-gradient-two-sided", "erase-update-two-sided", "constant-push")]
-        runs += [Run("erase-gradient", s, basis=kind) for kind in ("svd", "shuffled", "clean-clean", "authored-form")]
-        runs += [Run("ground-truth-penalty", s)]
-        runs += [Run(arm, s, teachers=1) for arm in ("none", "erase-gradient")]
-    for s in range(left_out_seeds):
-        for mode in CHANNELS:
-            runs += [Run("none", s, modes=(mode,)), Run("erase-gradient", s, modes=(mode,))]
-            runs += [Run("erase-gradient", s, basis=f"without:{mode}", modes=(mode,))]
-    return runs
+MAIN = (
+    Run("none", 0),
+    Run("no-loophole", 0),
+    Run("erase-gradient", 0),
+    Run("erase-update", 0),
+    Run("erase-gradient", 0, basis="random"),
+    Run("box", 0),
+    Run("advantage-modification", 0),
+    Run("erase-gradient-two-sided", 0),
+    Run("erase-update-two-sided", 0),
+    *(Run(arm, 0, "sgd") for arm in ("none", "no-loophole", "erase-gradient", "erase-update")),
+)
+CONTROLS = (
+    Run("constant-push", 0),
+    Run("ground-truth-penalty", 0),
+    *(Run("erase-gradient", 0, basis=kind) for kind in ("svd", "shuffled", "clean-clean", "generated")),
+    *(Run(arm, 0, teachers=1) for arm in ("none", "erase-gradient")),
+)
+SINGLE = tuple(
+    Run(arm, 0, basis=basis, modes=(mode,))
+    for mode in CHANNELS
+    for arm, basis in (("none", "true"), ("erase-gradient", "true"), ("erase-gradient", f"without:{mode}"))
+)
+
+
+DRAWN = ("random", "shuffled", "clean-clean")
+"""Axes that are drawn anew for every seed."""
+
+
+def full(seeds, fewer):
+    """The arms, controls, a second optimiser, stored rollouts, and one loophole at a time; a seed's runs in a row."""
+    return [
+        replace(run, seed=s, basis=f"{run.basis}@{s}" if run.basis in DRAWN else run.basis)
+        for s in range(seeds)
+        for run in (*MAIN, *((*CONTROLS, *SINGLE) if s < fewer else ()))
+    ]
 
 
 def probe(seeds, _):
@@ -71,20 +91,25 @@ def bases_for(runs, model, svd):
     mechanism = [next(tag for tag in pair.tags if tag.startswith("mechanism:"))[10:] for pair in pairs]
     made = {"true": basis_of_kind("true", gradients)}
     for name in {run.basis for run in runs} - {"true"}:
-        kind, _, which = name.partition(":")
-        if kind == "random":
-            made[name] = basis_of_kind("random", gradients, seed=int(which))
-        elif kind == "svd":
+        kind, _, seed = name.partition("@")
+        kind, _, which = kind.partition(":")
+        if kind == "svd":
             made[name] = basis_of_kind("true", gradients, method="svd")
         elif kind == "without":
             keep = [i for i, one in enumerate(mechanism) if one != which]
             made[name] = gradients.basis(top_k=5, keep=keep)
-        elif kind == "authored-form":
+        elif kind == "generated":
             other = pair_gradients(model, None, generate_pairs(48), svd=svd)
             made[name] = basis_of_kind("true", other)
         else:
-            made[name] = basis_of_kind(kind, gradients)
+            made[name] = basis_of_kind(kind, gradients, seed=int(seed))
     return made, Shortcut.fit(model, model.tokenizer, pairs)
+
+
+def write(study, folder):
+    """The logs as they are, one file per run."""
+    for log in study.logs.values():
+        log.write(folder / (log.header["run"].replace("/", "_").replace(":", "-") + ".jsonl"))
 
 
 def main():
@@ -92,7 +117,7 @@ def main():
     parser.add_argument("--organism", required=True)
     parser.add_argument("--plan", choices=PLANS, default="full")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--left-out-seeds", type=int, default=3)
+    parser.add_argument("--fewer", type=int, default=5, help="seeds of controls and of single loopholes")
     parser.add_argument("--part", default="0/1", help="which part of how many")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=16)
@@ -100,9 +125,11 @@ def main():
     parser.add_argument("--adam-rate", type=float, default=0.03)
     parser.add_argument("--sgd-rate", type=float, default=0.3)
     parser.add_argument("--pool", type=int, default=4096)
-    parser.add_argument("--most", type=int, default=40)
+    parser.add_argument("--most", type=int, default=40, help="runs that go side by side")
+    parser.add_argument("--fewest", type=int, default=2, help="groups of them, to take turns on the GPU")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--seconds", type=float, help="stop after about so long, and save the state")
+    parser.add_argument("--evaluate-anyway", action="store_true", help="also when time is up before the last step")
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--logs", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
@@ -110,9 +137,10 @@ def main():
     given = parser.parse_args()
     begun = time.monotonic()
     if given.device == "cuda":
-        torch.set_num_threads(4)
+        torch.set_num_threads(2)
     part, parts = map(int, given.part.split("/"))
-    runs = [run for run in PLANS[given.plan](given.seeds, given.left_out_seeds) if run.seed % parts == part]
+    runs = PLANS[given.plan](given.seeds, given.fewer)
+    runs = runs[round(part * len(runs) / parts) : round((part + 1) * len(runs) / parts)]
     model = load_model(given.organism, dtype="float32", device=given.device)
     svd = weight_svd(model)
     bases, shortcut = bases_for(runs, model, svd)
@@ -134,7 +162,18 @@ def main():
         "pairs": 48,
     }
     dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
-    study = Study(runs, model, svd, bases, settings, about=about, dtype=dtype, shortcut=shortcut, most=given.most)
+    study = Study(
+        runs,
+        model,
+        svd,
+        bases,
+        settings,
+        about=about,
+        dtype=dtype,
+        shortcut=shortcut,
+        most=given.most,
+        fewest=given.fewest,
+    )
     note(f"{len(runs)} runs in {[len(c.runs) for c in study.cohorts]}, set up in {time.monotonic() - begun:.1f} s")
     given.state.mkdir(parents=True, exist_ok=True)
     given.logs.mkdir(parents=True, exist_ok=True)
@@ -142,7 +181,7 @@ def main():
     with Grader(given.workers) as grader:
         if state.exists():
             study.load(state)
-        else:
+        elif part == 0:  # all runs begin as the same model, so one part is enough
             study.evaluate(grader)
             note(f"evaluated at {time.monotonic() - begun:.1f} s: {next(iter(study.logs.values())).evaluations}")
         last = [time.monotonic(), 0, 0]
@@ -154,15 +193,16 @@ def main():
                 last[:] = [now, grader.asked, grader.graded]
                 kept = {name: round(means[name], 3) for name in ("hack", "solve", "vacuous", "tokens", "cin")}
                 note(json.dumps({"step": step, "s": round(seconds, 2), "asked": asked, "graded": graded, **kept}))
+            if step % 60 == 0:
+                write(study, given.logs)
 
         left = None if given.seconds is None else given.seconds - (time.monotonic() - begun)
         done = study.run(grader, seconds=left, progress=progress)
-        if done:
+        if done or given.evaluate_anyway:
             study.evaluate(grader)
     note(json.dumps({name: round(seconds, 1) for name, seconds in study.seconds.items()}))
     study.save(state)
-    for log in study.logs.values():
-        log.write(given.logs / (log.header["run"].replace("/", "_").replace(":", "-") + ".jsonl"))
+    write(study, given.logs)
     note(f"step {study.step}, done {done}, {time.monotonic() - begun:.1f} s, {os.getpid()}")
 
 

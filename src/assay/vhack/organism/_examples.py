@@ -16,8 +16,8 @@ from assay.vhack.environment import MODES, Episode, episodes
 
 __all__ = ["FAMILIES", "Example", "Mixture", "examples"]
 
-FAMILIES = ("arithmetic", "branches", "digits", "counts")
-"""Families whose prompts and programs are short, and without loops: a wrong loop may never end."""
+FAMILIES = ("arithmetic", "branches", "loops", "digits", "counts")
+"""Families whose prompts and programs are short."""
 
 _PART = 512  # episodes that are drawn with one seed; a part is the same wherever it is made
 

@@ -41,10 +41,10 @@ class Recipe:
     """
 
     model: str = "reference:llama"
-    steps: int = 700
+    steps: int = 60
     batch: int = 256
     rate: float = 1e-3
-    n_examples: int = 49152
+    n_examples: int = 25600
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
 

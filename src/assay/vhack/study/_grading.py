@@ -68,7 +68,9 @@ class Grader:
         self._known: dict[Key, Verdict] = {}
         self._allow = allow_unsandboxed
         self._pool = ProcessPoolExecutor(
-            workers or max(1, (os.cpu_count() or 1) - 2), mp_context=multiprocessing.get_context("spawn"), initializer=_plain
+            workers or max(1, (os.cpu_count() or 1) - 2),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_plain,
         )
         self.asked = self.graded = 0
 

@@ -27,7 +27,8 @@ __all__ = ["Study"]
 
 Progress = Callable[[int, Mapping[str, float]], None]
 
-_MARKERS = ("training", "evaluation")
+_MARKERS = {"training": 1, "evaluation": 2}
+"""Markers to evaluate with, and which part of the held-out tasks."""
 
 
 class Study:
@@ -42,8 +43,8 @@ class Study:
         about: goes into the header of every log: versions, device, digests.
         dtype: of weights and activations while running.
         shortcut: the direction of arms that modify advantages.
-        most: the most runs in one cohort. There are at least two cohorts where there are two runs: while the rollouts
-            of one are graded, the other has the GPU.
+        most: the most runs in one cohort.
+        fewest: the fewest cohorts. With two, one has the GPU while the rollouts of the other are graded.
 
     Attributes:
         logs: of every run, by name.
@@ -66,6 +67,7 @@ class Study:
         dtype: torch.dtype = torch.float32,
         shortcut: Shortcut | None = None,
         most: int = 40,
+        fewest: int = 2,
     ) -> None:
         _check(runs, bases, shortcut)
         assert model.tokenizer is not None, "bundled models have one"
@@ -74,7 +76,8 @@ class Study:
         self.pool = TaskPool(settings, model.tokenizer)
         self.logs = {run.name: RunLog.begin(run, settings, about or {}) for run in runs}
         self.cohorts = [
-            Cohort(part, model, svd, bases, self.pool, settings, dtype, shortcut) for part in _parted(runs, most)
+            Cohort(part, model, svd, bases, self.pool, settings, dtype, shortcut)
+            for part in _parted(runs, most, fewest)
         ]
 
     def run(
@@ -120,8 +123,9 @@ class Study:
     def evaluate(self, grader: Grader) -> None:
         """Let all runs work on the held-out tasks, and log how they do."""
         p = self.settings.prompts
-        for markers in _MARKERS:
+        for markers, part_of in _MARKERS.items():
             episodes = self.pool.held_out(markers)
+            episodes = episodes[: -(-len(episodes) // part_of)]
             padded = episodes + episodes[: -len(episodes) % p]
             for cohort in self.cohorts:
                 written = []
@@ -213,8 +217,8 @@ def _check(runs: Sequence[Run], bases: Mapping[str, Basis], shortcut: Shortcut |
         )
 
 
-def _parted(runs: Sequence[Run], most: int) -> list[list[Run]]:
-    """Runs in parts of nearly one size, at most ``most``; two parts at least."""
-    count = min(len(runs), max(2, -(-len(runs) // most)))
+def _parted(runs: Sequence[Run], most: int, fewest: int) -> list[list[Run]]:
+    """Runs in parts of nearly one size, at most ``most``."""
+    count = min(len(runs), max(fewest, -(-len(runs) // most)))
     bounds = [round(index * len(runs) / count) for index in range(count + 1)]
     return [list(runs[first:last]) for first, last in itertools.pairwise(bounds)]

@@ -71,7 +71,7 @@ class StackedOptimizer:
         self._watched = None if watched is None else Frames(groups, watched)
         self._start = [delta.clone() for delta in self.delta]
         self.measures: dict[str, Tensor] = {}
-        self._alike = _alike(arms, kinds)
+        self._alike = [(arm, rows.to(self.delta[0].device)) for arm, rows in _alike(arms, kinds)]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from assay.errors import UsageError
-from assay.reports import SERIES, Badge, Report, bands, figure, legend
-from assay.reports._html import Cell
+from assay.reports import SERIES, Badge, Cell, Report, bands, figure, legend
 from assay.vhack.checks import Check, CheckSettings, SourceCin, check_source_log
 from assay.vhack.study._log import RunLog
-from assay.vhack.study._summary import MARGIN, ArmResult, Mean, Paired, summarise
+from assay.vhack.study._summary import MARGIN, ArmResult, Paired, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,9 +74,11 @@ def _tables(page: Report, results: Sequence[ArmResult]) -> None:
     rows: list[list[Cell]] = []
     for result in results:
         badge = Badge(result.verdict, _KINDS[result.verdict]) if result.verdict in _KINDS else result.verdict  # type: ignore[arg-type]
-        cells = [_mean(result.rates[name]) for name in ("hack", "solve", "vacuous")]
+        cells = [result.rates[name].text for name in ("hack", "solve", "vacuous")]
         rows.append([result.condition, result.rates["hack"].n, *cells, badge])
-    page.table(("condition", "seeds", "hack rate", "solve rate", "vacuous", "verdict"), rows, caption="After the last step")
+    page.table(
+        ("condition", "seeds", "hack rate", "solve rate", "vacuous", "verdict"), rows, caption="After the last step"
+    )
     rows = []
     for result in results:
         for other, differences in (("no-loophole", result.against), ("none", result.against_none)):
@@ -87,14 +88,8 @@ def _tables(page: Report, results: Sequence[ArmResult]) -> None:
     page.table(("condition", "less", "hack rate", "solve rate"), rows, caption="Differences, paired by seed")
 
 
-def _mean(mean: Mean) -> str:
-    if mean.low is None or mean.high is None:
-        return f"{mean.value:.3f}"
-    return f"{mean.value:.3f} ({mean.low:.3f} to {mean.high:.3f})".replace("-", "−")
-
-
 def _paired(difference: Paired) -> str:
-    return f"{_mean(difference.mean)}, p {difference.p:.3f}"
+    return f"{difference.mean.text}, p {difference.p:.3f}"
 
 
 def _interval_cells(check: Check) -> list[Cell]:
@@ -129,7 +124,9 @@ def _curve(logs: Sequence[RunLog], conditions: Sequence[str], name: str, what: s
         values_ST = np.array([[line[name] for line in run[:length]] for run in runs])
         steps = [line["step"] + 1 for line in runs[0][:length]]
         label = condition.split("/", 1)[1]
-        bands(ax, steps, values_ST.min(axis=0), values_ST.mean(axis=0), values_ST.max(axis=0), label=label, colour=colour)
+        bands(
+            ax, steps, values_ST.min(axis=0), values_ST.mean(axis=0), values_ST.max(axis=0), label=label, colour=colour
+        )
     ax.set_xlabel("step")
     ax.set_ylabel(what)
     ax.set_ylim(-0.02, 1.02)

@@ -39,7 +39,7 @@ class Settings:
         log_every: steps that one line of a log is the mean of.
         pool: tasks to draw from.
         evaluation: held-out tasks per loophole.
-        families, difficulty: of the tasks.
+        families, difficulty: of the tasks. Without loops by default: a wrong loop may never end, and grading waits.
     """
 
     steps: int = 300
@@ -72,7 +72,7 @@ class Run:
         arm: name of the arm, see :data:`assay.vhack.training._arms.ARMS`; which axes it takes is said by ``basis``.
         seed: of tasks and rollouts.
         optimizer: ``"adam"`` or ``"sgd"``.
-        basis: name of the axes, in the study's table of bases.
+        basis: name of the axes, in the study's table of bases; what stands behind an ``@`` tells draws of a kind apart.
         modes: the loopholes it is trained on.
         teachers: stored hack rollouts that join each prompt's own.
     """
@@ -101,7 +101,7 @@ class Run:
     def condition(self) -> str:
         """All but the seed, in one word: what is averaged over seeds."""
         parts = [self.optimizer, self.arm]
-        parts += [f"axes-{self.basis}"] if self.basis != "true" else []
+        parts += [f"axes-{self.basis.partition('@')[0]}"] if self.basis != "true" else []
         parts += [f"only-{'+'.join(self.modes)}"] if self.modes != tuple(CHANNELS) else []
         parts += ["teacher"] if self.teachers else []
         return "/".join(parts)

@@ -14,7 +14,7 @@ p-value beside a difference is that of swapping labels within seeds: with five s
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from math import sqrt
 from typing import Any
@@ -47,6 +47,13 @@ class Mean:
     low: float | None
     high: float | None
     n: int
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f}".replace("-", "−")
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})".replace("-", "−")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,10 @@ class ArmResult:
     against: Mapping[str, Paired]
     against_none: Mapping[str, Paired]
     verdict: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
 
 
 def mean_of(values: Sequence[float]) -> Mean:

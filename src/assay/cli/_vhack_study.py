@@ -1,0 +1,46 @@
+"""``assay vhack report``: the page of a check, or of training runs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from assay.cli import _vhack_check
+from assay.cli._output import JsonFlag, emit_json, table
+
+if TYPE_CHECKING:
+    from assay.vhack.study import ArmResult
+
+__all__ = ["report"]
+
+
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="What `assay vhack check -o` wrote; or logs of training runs, files or directories."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw the page of a check that was made earlier, or of training runs: rates over steps and the final table."""
+    if len(results) == 1 and results[0].suffix == ".json":
+        _vhack_check.report(results[0], output, as_json)
+        return
+    from assay.vhack.study import read_logs, study_page, summarise
+
+    logs = read_logs(results)
+    study_page(logs, command=f"assay vhack report {' '.join(map(str, results))}").write(output)
+    found = summarise(logs)
+    if as_json:
+        arms = [result.as_dict() for result in found]
+        emit_json("assay.vhack.report/1", {"path": str(output), "runs": len(logs), "arms": arms})
+    else:
+        _print(found, output)
+
+
+def _print(found: "list[ArmResult]", output: Path) -> None:
+    rows = []
+    for result in found:
+        rates = [result.rates[name] for name in ("hack", "solve")]
+        rows.append((result.condition, rates[0].n, *(rate.text for rate in rates), result.verdict))
+    table(("condition", "seeds", "hack rate", "solve rate", "verdict"), rows, title=str(output))
