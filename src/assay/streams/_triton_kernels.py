@@ -3,7 +3,7 @@
 # ruff: noqa: ANN001, ANN202
 """The triton kernels: hash, uniforms, logarithm, sine and root of a pair in registers, written to memory once.
 
-The bits are those of :mod:`assay.streams._definition`; four exact rewritings save a sixth of its instructions:
+The bits are those of :mod:`assay.streams._definition`. Four rewritings, all exact, save instructions:
 
 - **Powers of two are folded into constants.** Uniforms stay in units of 2**-32, the logarithm is half of itself, cosine
   and sine twice themselves. Scaling by a power of two commutes with every rounding, as nothing is subnormal.
