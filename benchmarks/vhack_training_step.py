@@ -33,6 +33,7 @@ from assay.vhack.trainer._grpo import GRPO
 from assay.vhack.trainer._rewards import FLAGS, EpisodeReward, Outcomes
 from assay.vhack.trainer._run import _arguments
 from assay.vhack.training import ARMS, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.training._product import Kinds
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANK = 16
@@ -102,7 +103,7 @@ def steps(module, lora, svd, ids, basis, rounds, clock):
 
     flags = torch.zeros(len(ids), len(FLAGS), dtype=torch.bool)
     flags[: len(ids) // 4, 0] = flags[len(ids) // 2 :, 1] = True
-    kinds = [chosen.nonzero()[:, 0].to(ids.device) for chosen in Outcomes(flags).kinds().values()]
+    kinds = Kinds.of(list(Outcomes(flags).kinds().values()), ids.device)
 
     def with_sources(optimiser):
         optimiser.zero_grad()
@@ -111,8 +112,8 @@ def steps(module, lora, svd, ids, basis, rounds, clock):
             backward(module)
         found = source_shares(rollouts, optimiser.frames)
         optimiser.step()
-        for measures in (optimiser.measures, *found.values()):
-            measures.as_dict()
+        optimiser.measures.as_dict()
+        return found
 
     def with_lora(optimiser):
         optimiser.zero_grad()

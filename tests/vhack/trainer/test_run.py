@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError, ModelError, UsageError
 from assay.models import load_model
 from assay.vhack.checks import read_source_log
 from assay.vhack.trainer import read_steps, train
@@ -129,6 +129,17 @@ def test_a_finished_run_is_not_trained_again_and_others_keep_out(run, tmp_path):
         run("run", steps=3)
 
 
+def test_a_run_that_went_down_after_its_last_checkpoint_is_finished(run, tmp_path):
+    run("run", steps=2)
+    wanted = load_file(tmp_path / "run" / "delta.safetensors")
+    (tmp_path / "run" / "delta.safetensors").unlink()
+    before = lines(tmp_path / "run")
+    assert run("run", steps=2).resumed_from == 2
+    found = load_file(tmp_path / "run" / "delta.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert lines(tmp_path / "run") == before
+
+
 def test_an_interrupted_checkpoint_is_no_checkpoint(run, tmp_path):
     run("run", steps=4, save_every=2)
     (tmp_path / "run" / "checkpoint-4" / "complete.json").unlink()
@@ -152,6 +163,19 @@ def test_the_model_is_left_as_it_was(settings, tasks, pairs, tmp_path, checkpoin
     train(settings(steps=1), tmp_path / "run", tasks=tasks, pairs=pairs, model=loaded)
     after = loaded.module.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in weights.items())
+
+
+def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path, model):
+    """A rate that leaves numbers behind."""
+    with pytest.raises(ModelError, match="not finite"):
+        train(settings(lr=1e30, max_norm=0.0, arm="none"), tmp_path / "run", tasks=tasks, pairs=pairs, model=model)
+    assert not hasattr(model.module, "delta_s")
+
+
+def test_several_processes_are_refused(settings, tasks, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="several processes"):
+        train(settings(), tmp_path / "run", tasks=tasks, pairs=pairs)
 
 
 def test_a_pool_of_other_prompts_and_an_unknown_tracker_are_refused(settings, tasks, pairs, tmp_path):

@@ -18,11 +18,11 @@ def test_the_scale_is_that_of_the_pairs(small_model, byte_tokenizer, small_pairs
     assert hack.mean() > 0 > clean.mean()
 
 
-def test_activations_are_means_over_the_completion_behind_the_layer(small_model, byte_tokenizer, small_pairs):
+def test_activations_are_means_over_the_completion_behind_the_layer(small_model, module, byte_tokenizer, small_pairs):
     shortcut = Shortcut.fit(small_model, byte_tokenizer, small_pairs)
     prompt, completion = encoded(byte_tokenizer, small_pairs, "hack")[0]
     with torch.no_grad():
-        states = small_model.module(
+        states = module(  # a copy: transformers leaves hooks behind when it is asked for hidden states
             input_ids=torch.tensor([prompt + completion]), output_hidden_states=True, use_cache=False
         ).hidden_states
     mean = states[shortcut.layer + 1][0, len(prompt) :].mean(dim=0)

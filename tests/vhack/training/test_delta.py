@@ -7,6 +7,7 @@ from torch.nn import functional
 from assay.errors import DataError, ModelError, UsageError
 from assay.vhack import per_sample_gradients, target_modules, weight_svd
 from assay.vhack.training import DeltaS
+from assay.vhack.training._product import Kinds
 from assay.vhack.training._sharding import local_slice
 from tests.vhack.training.conftest import loss_of, random_basis, randomise
 
@@ -89,12 +90,11 @@ def test_gradients_of_kinds_of_samples_are_sums_of_theirs(module, small_svd, tok
         loss_of(module, ids).backward()
     wanted = [parameter.grad.clone() for parameter in adapter.delta]
     module.zero_grad()
-    none = torch.tensor([], dtype=torch.int64)
+    masks = [[1, 0, 1], [0, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
     with adapter.per_sample() as found:
-        found.kinds = [torch.tensor([0, 2]), none, torch.tensor([1])]
-        loss_of(module, ids).backward()
-        found.kinds = [none, torch.tensor([0, 1, 2]), none]
-        loss_of(module, ids).backward()
+        for each in masks:
+            found.kinds = Kinds.of(torch.tensor(each, dtype=torch.bool).unbind(), ids.device)
+            loss_of(module, ids).backward()
     for rows, kinds, parameter, gradient in zip(single.rows, found.rows, adapter.delta, wanted, strict=True):
         parts = [rows[:, [0, 2]].sum(1), 0 * rows[:, 0], rows[:, 1]]
         whole = [0 * rows[:, 0], rows.sum(1), 0 * rows[:, 0]]

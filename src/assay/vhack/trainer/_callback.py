@@ -48,7 +48,7 @@ class StepLog(TrainerCallback):
     ) -> None:
         self.trainer, self.log, self.console, self.refresh = trainer, log, console, refresh
         self._watching = ExitStack()
-        self._sources: dict[str, Measures] = {}
+        self._sources: dict[str, dict[str, float]] = {}
         self._began = time.perf_counter()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -104,8 +104,7 @@ class StepLog(TrainerCallback):
         sources = {}
         of_kind = {kind: int(chosen.sum()) for kind, chosen in outcomes.kinds().items()}
         counts = {name: sum(of_kind[kind] for kind in kinds) for name, kinds in SOURCES.items()}
-        for name, measures in self._sources.items():
-            found = measures.as_dict()
+        for name, found in self._sources.items():
             if found.pop("length") > 0 and counts[name]:
                 sources[name] = {**found, "rollouts": counts[name]}
         values |= trainer.projected.measures.as_dict()
@@ -120,7 +119,7 @@ class StepLog(TrainerCallback):
 
 def source_shares(
     rollouts: Rollouts, frames: Frames, summed: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> dict[str, Measures]:
+) -> dict[str, dict[str, float]]:
     """Per source, ``cin``, ``cin_two_sided`` and ``cin_energy`` of its summed gradient, and its ``length``.
 
     Args:
@@ -130,20 +129,16 @@ def source_shares(
     """
     kinds = list(Outcomes.nothing().kinds())
     chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])
-    sums = []
-    for rows_MNR in rollouts.rows:
+    sums: dict[int, Tensor] = {}
+    for index, rows_MNR in enumerate(rollouts.rows):
         modules, rows, rank = rows_MNR.shape
         kinds_MKR = rows_MNR.view(modules, rows // len(kinds), len(kinds), rank).sum(dim=1)
-        sums.append(summed(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR)))
-    found = {}
-    for index, name in enumerate(SOURCES):
-        parts = [
-            (sum_GMR[index], axes_MKR, has_M)
-            for sum_GMR, axes_MKR, has_M in zip(sums, frames.axes, frames.has_axes, strict=True)
-        ]
-        length = torch.stack([vectors_MR.double().square().sum() for vectors_MR, _, _ in parts]).sum().sqrt()
-        found[name] = Measures({**share("cin", parts, 1), "length": length})
-    return found
+        sums[index] = summed(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR))
+    joined = frames.joined({index: slice(0, sum_GMR.shape[1]) for index, sum_GMR in sums.items()})
+    parts = [(group.take(sums), group.axes, group.has_axes) for group in joined]
+    length_G = torch.stack([vectors_GMR.double().square().sum(dim=(1, 2)) for vectors_GMR, _, _ in parts]).sum(0).sqrt()
+    found = Measures({**share("cin", parts, 1), "length": length_G}).as_rows()
+    return dict(zip(SOURCES, found, strict=True))
 
 
 def _check_finite(step: int, values: Mapping[str, Any]) -> None:

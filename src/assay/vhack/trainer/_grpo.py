@@ -27,6 +27,7 @@ from assay.vhack.trainer._pool import Pool, PoolRollout
 from assay.vhack.trainer._rewards import EpisodeReward, Outcomes
 from assay.vhack.training import DeltaS, ProjectedOptimizer, Rollouts
 from assay.vhack.training._advantage import Shortcut, modified
+from assay.vhack.training._product import Kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,8 +159,7 @@ class GRPO(GRPOTrainer):
         self._filling = inputs if _STORED in inputs and not self.use_vllm else None
         outcomes = Outcomes(inputs["outcomes"].cpu())
         if self.watching is not None:
-            device = inputs["outcomes"].device
-            self.watching.kinds = [chosen.nonzero()[:, 0].to(device) for chosen in outcomes.kinds().values()]
+            self.watching.kinds = Kinds.of(list(outcomes.kinds().values()), inputs["outcomes"].device)
         loss: Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
         if self.adapter.model.training:
             self.seen.append((outcomes, loss.detach(), self._weights))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from assay.errors import BackendUnavailable, DataError, UsageError
+from assay.errors import BackendUnavailable, DataError, ModelError, UsageError
 from assay.models import Model, load_model
 from assay.reports import JsonObject, provenance, storage_error
 from assay.vhack._basis import Basis
@@ -82,7 +82,8 @@ def train(
 
     Raises:
         BackendUnavailable: TRL is not installed, or there is no sandbox.
-        UsageError: the directory holds a run with other settings, or the model has no tokenizer.
+        UsageError: the directory holds a run with other settings, the model has no tokenizer or is not on the device
+            that TRL trains on, or there are several processes.
         DataError: basis, pairs, pool or log cannot be used.
         ModelError, ResourceError: as loading, decomposing and saving raise them.
     """
@@ -101,16 +102,34 @@ def train(
         return _result(folder, done)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=settings.device)
     run = _Run(settings, loaded, pairs if pairs is not None else find_pairs(settings.pairs))
-    trainer = run.trainer(folder, tasks, trackers, allow_unsandboxed)
-    (run.watched or run.axes).save(folder / BASIS)
-    head = {"settings": settings.as_dict(), "arm": run.arm.says, "weights": loaded.digest, **provenance()}
-    log = TrainLog(folder / LOG, head, step=done)
-    trainer.add_callback(_step_log(trainer, log, console, run))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    run.adapter.save(folder / DELTA)
-    log.write("end", steps=settings.steps)
-    run.adapter.detach()
+    try:
+        trainer = run.trainer(folder, tasks, trackers, allow_unsandboxed)
+        (run.watched or run.axes).save(folder / BASIS)
+        head = {"settings": settings.as_dict(), "arm": run.arm.says, "weights": loaded.digest, **provenance()}
+        log = TrainLog(folder / LOG, head, step=done)
+        trainer.add_callback(_step_log(trainer, log, console, run))
+        with _diverging():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        run.adapter.save(folder / DELTA)
+        log.write("end", steps=settings.steps)
+    finally:
+        run.adapter.detach()
     return _result(folder, done)
+
+
+@contextmanager
+def _diverging() -> Iterator[None]:
+    """What sampling says of a model whose logits are no numbers, in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error) and "device-side assert" not in str(error):
+            raise
+        raise ModelError(
+            "a model whose next-token probabilities are not finite",
+            wanted="training that does not diverge",
+            do="lower the learning rate; the last checkpoint is from before",
+        ) from error
 
 
 def _require(allow_unsandboxed: bool) -> None:
@@ -120,6 +139,10 @@ def _require(allow_unsandboxed: bool) -> None:
         raise BackendUnavailable(
             f"TRL cannot be imported: {error}", wanted="the extra train", do="pip install 'assay[train]'"
         ) from error
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "a run in several processes", wanted="one process per run", do="start runs side by side, one on each GPU"
+        )
     if available_backend() is None and not allow_unsandboxed:
         raise BackendUnavailable(
             "no sandbox for the programs of the model",
@@ -293,7 +316,7 @@ def _arguments(settings: TrainSettings, model: Model, folder: Path, trackers: tu
 
     rollouts = settings.prompts * settings.group
     on_gpu = model.device.type == "cuda"
-    return GRPOConfig(
+    made = GRPOConfig(
         output_dir=str(folder),
         seed=settings.seed,
         max_steps=settings.steps,
@@ -321,6 +344,12 @@ def _arguments(settings: TrainSettings, model: Model, folder: Path, trackers: tu
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
     )
+    if made.device != model.device:
+        raise UsageError(
+            f"a model on {model.device}", wanted=f"{made.device}, where TRL trains", do="set CUDA_VISIBLE_DEVICES"
+        )
+    made._n_gpu = 1  # others that are visible are not for this run
+    return made
 
 
 def _overlap(before: Basis, after: Basis) -> float:

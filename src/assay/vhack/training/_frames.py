@@ -8,16 +8,17 @@ and those are the rows of modules that the basis does not have, and of axes that
 Shapes: M modules of a group, K axes, R coordinates of δS.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from assay.errors import DataError, UsageError
 from assay.vhack._basis import Basis
 from assay.vhack.training._groups import Group
 
-__all__ = ["Frames", "along", "spread"]
+__all__ = ["Frames", "Joined", "along", "spread"]
 
 # How far from orthonormal the axes of a file may be; twice through Newton's iteration 1e-3 becomes 1e-12.
 _SKEW = 1e-3
@@ -25,8 +26,8 @@ _ITERATIONS = 3
 
 
 def along(axes_MKR: Tensor, vectors_MR: Tensor) -> Tensor:
-    """``V x`` of every module, [M, K] float64."""
-    return torch.bmm(axes_MKR, vectors_MR.double().unsqueeze(2)).squeeze(2)
+    """``V x`` of every module, [M, K] float64; dimensions before M are kept."""
+    return torch.matmul(axes_MKR, vectors_MR.double().unsqueeze(-1)).squeeze(-1)
 
 
 def spread(axes_MKR: Tensor, coordinates_MK: Tensor) -> Tensor:
@@ -58,9 +59,49 @@ class Frames:
         """Per group, [M, K, R]."""
         self.has_axes = tuple(axes_MKR.any(dim=2).any(dim=1) for axes_MKR in self.axes)
         """Per group, [M]: whether the module has an axis."""
+        self._joined: dict[tuple[tuple[int, int, int], ...], list[Joined]] = {}
 
     def __bool__(self) -> bool:
         return any(axes_MKR.shape[1] for axes_MKR in self.axes)
+
+    def joined(self, rows: Mapping[int, slice]) -> "list[Joined]":
+        """Groups of one rank side by side, so that measuring takes few operations; kept from call to call.
+
+        Args:
+            rows: which groups, and which of their modules.
+        """
+        key = tuple((index, part.start, part.stop) for index, part in rows.items())
+        if key not in self._joined:
+            ranks = dict.fromkeys(self.axes[index].shape[2] for index in rows)
+            self._joined[key] = [self._side_by_side(rows, rank) for rank in ranks]
+        return self._joined[key]
+
+    def _side_by_side(self, rows: Mapping[int, slice], rank: int) -> "Joined":
+        indices = [index for index in rows if self.axes[index].shape[2] == rank]
+        most = max(self.axes[index].shape[1] for index in indices)
+        axes = [nn.functional.pad(a, (0, 0, 0, most - a.shape[1])) for a in (self.axes[i][rows[i]] for i in indices)]
+        has = torch.cat([self.has_axes[index][rows[index]] for index in indices])
+        return Joined(tuple(indices), torch.cat(axes), has)
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Axes of several groups in one tensor.
+
+    Attributes:
+        indices: of the groups.
+        axes: [ΣM, K, R].
+        has_axes: [ΣM].
+    """
+
+    indices: tuple[int, ...]
+    axes: Tensor
+    has_axes: Tensor
+
+    def take(self, vectors: Mapping[int, Tensor]) -> Tensor:
+        """Vectors of these groups, [..., M, R] each, in one tensor [..., ΣM, R]."""
+        parts = [vectors[index] for index in self.indices]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:

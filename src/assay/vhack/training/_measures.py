@@ -37,6 +37,11 @@ class Measures:
         values = torch.stack(list(self.tensors.values())).tolist() if self.tensors else []
         return dict(zip(self.tensors, values, strict=True))
 
+    def as_rows(self) -> list[dict[str, float]]:
+        """The same of tensors with one dimension: a dictionary for each place."""
+        values = torch.stack(list(self.tensors.values()), dim=1).tolist() if self.tensors else []
+        return [dict(zip(self.tensors, row, strict=True)) for row in values]
+
 
 def share(
     name: str,
@@ -48,21 +53,22 @@ def share(
 
     Args:
         name: what the numbers are called; ``_two_sided`` and ``_energy`` are added.
-        vectors: per group, vectors [M, R], axes [M, K, R] and which modules have axes, [M].
+        vectors: per group, vectors [..., M, R], axes [M, K, R] and which modules have axes, [M]. The shares have the
+            dimensions before M.
         sign: which way the hack is, see :mod:`assay.vhack.training._gates`.
         process_group: where the modules are spread over processes, those processes.
     """
     # Sums over modules of: one-sided share, two-sided share, ‖relu(c)‖², ‖x‖², 1.
-    total = torch.zeros(5, dtype=torch.float64)
-    here = False
+    sums = []
     for vectors_MR, axes_MKR, has_M in vectors:
         hackward_MK = sign * along(axes_MKR, vectors_MR)
-        size_M = vectors_MR.double().norm(dim=1)
-        one_M, two_M = hackward_MK.relu().norm(dim=1), hackward_MK.norm(dim=1)
+        size_M = vectors_MR.double().norm(dim=-1)
+        one_M, two_M = hackward_MK.relu().norm(dim=-1), hackward_MK.norm(dim=-1)
         divisor_M = torch.where(size_M > 0, size_M, 1.0)
         parts_5M = torch.stack([one_M / divisor_M, two_M / divisor_M, one_M**2, size_M**2, torch.ones_like(size_M)])
-        total, here = total.to(vectors_MR.device) + (parts_5M * has_M).sum(dim=1), True
-    if process_group is not None and here:
+        sums.append((parts_5M * has_M).sum(dim=-1))
+    total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(5, dtype=torch.float64)
+    if process_group is not None and sums:
         dist.all_reduce(total, group=process_group)
     one, two, along2, size2, count = total
     energy = (along2 / torch.where(size2 > 0, size2, 1.0)).sqrt()
@@ -79,16 +85,11 @@ def displacement(
         moved: per group, δS − δS_0 [M, R] and axes [M, K, R].
         process_group: as for `share`.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
-    farthest = torch.zeros((), dtype=torch.float64)
-    here = False
-    for moved_MR, axes_MKR in moved:
-        at_MK = along(axes_MKR, moved_MR)
-        sums, here = sums.to(at_MK.device) + torch.stack([at_MK.sum(), (at_MK**2).sum()]), True
-        if at_MK.numel():
-            farthest = torch.maximum(farthest.to(at_MK.device), (-at_MK).amax())
-    farthest = farthest.to(sums.device)
-    if process_group is not None and here:
+    found = [along(axes_MKR, moved_MR).flatten() for moved_MR, axes_MKR in moved]
+    at = torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+    sums = torch.stack([at.sum(), (at**2).sum()])
+    farthest = (-at).amax().clamp_min(0) if at.numel() else sums.new_zeros(())
+    if process_group is not None and found:
         dist.all_reduce(sums, group=process_group)
         dist.all_reduce(farthest, op=dist.ReduceOp.MAX, group=process_group)
     return {"displacement": sums[0], "displacement_norm": sums[1].sqrt(), "displacement_hackward": farthest}

@@ -176,7 +176,9 @@ class ProjectedOptimizer(Optimizer):
         if self.level == "gradient":
             self._gate_gradients()
         self._clip()
-        found |= self._share("cout", self._gradients(), 1)
+        # Nothing but a gate on the gradient changes its direction.
+        gated = self.level == "gradient" and self.gate.kind != "none"
+        found |= self._share("cout", self._gradients(), 1) if gated else _renamed(found, "cin", "cout")
         before = [local(parameter).clone() for parameter in self.adapter.delta]
         self.inner.step()
         self._bound(before)
@@ -244,23 +246,26 @@ class ProjectedOptimizer(Optimizer):
 
     def _share(self, name: str, vectors: list[tuple[int, Tensor]], sign: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        rows = [local_rows(parameter) for parameter in self.adapter.delta]
+        by_group = dict(vectors)
+        rows = {index: local_rows(self.adapter.delta[index]) for index in by_group}
         for prefix, frames in self._measured():
-            parts = ((x_MR, frames.axes[i][rows[i]], frames.has_axes[i][rows[i]]) for i, x_MR in vectors)
+            parts = ((group.take(by_group), group.axes, group.has_axes) for group in frames.joined(rows))
             found |= share(prefix + name, parts, sign, processes(self.adapter.delta[0]))
         return found
 
     def _displacement(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
+        moved = {index: local(p) - self._start[index] for index, p in enumerate(self.adapter.delta)}
+        rows = {index: local_rows(p) for index, p in enumerate(self.adapter.delta)}
         for prefix, frames in self._measured():
-            moved = (
-                (local(p) - self._start[i], frames.axes[i][local_rows(p)])
-                for i, p in enumerate(self.adapter.delta)
-                if frames.axes[i].shape[1]
-            )
-            values = displacement(moved, processes(self.adapter.delta[0]))
+            parts = ((group.take(moved), group.axes) for group in frames.joined(rows) if group.axes.shape[1])
+            values = displacement(parts, processes(self.adapter.delta[0]))
             found |= {prefix + name: value for name, value in values.items()}
         return found
+
+
+def _renamed(found: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    return {name.replace(old, new): value for name, value in found.items()}
 
 
 def _check(inner: Optimizer, adapter: DeltaS, level: str, max_norm: float | None) -> None:

@@ -10,7 +10,7 @@ Linear is passed on as it is, and only the gradient is computed here. Its sum is
   operations. For a square matrix this is less as soon as T > R, and in the limit half.
 
 Gradients of single samples can only be had by projecting. Where sums over a few kinds of samples are enough, each kind
-is summed in the cheaper order, and for many tokens that costs no more than the sum of all.
+has its outer sum, if that saves enough: it takes several operations per kind, and a GPU has to be told each of them.
 
 Both are exact; they differ in rounding. What is kept for the backward pass in merged mode is x, which the q, k and v
 projections share, and gate and up as well.
@@ -27,7 +27,29 @@ from torch import Tensor
 
 from assay.errors import ModelError
 
-__all__ = ["Adapted", "Plan", "adapt"]
+__all__ = ["Adapted", "Kinds", "Plan", "adapt"]
+
+# Multiplications that a sum per kind must save; on a GPU as many as are done while it is told of the operations.
+_WORTH = {"cuda": 2e10}
+
+
+@dataclass(frozen=True, eq=False)
+class Kinds:
+    """Which samples of a batch are of which kind; each is of one.
+
+    Attributes:
+        members: for each kind its samples, [≤B] int64.
+        weights: [G, B] float32, 1 where a sample is of a kind.
+    """
+
+    members: tuple[Tensor, ...]
+    weights: Tensor
+
+    @classmethod
+    def of(cls, chosen: Sequence[Tensor], device: torch.device) -> "Kinds":
+        """From one mask per kind, [B] bool on the CPU."""
+        weights_GB = torch.stack(list(chosen)).float()
+        return cls(tuple(mask.nonzero()[:, 0].to(device) for mask in chosen), weights_GB.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +62,7 @@ class Plan:
         right: Vh, [R, I].
         adds: hook mode: the product is added to the output.
         rows: takes [B, R] gradients of the samples, where they are wanted one by one, or [G, R] of kinds of them.
-        kinds: for each kind which samples it has, [≤B] int64; each sample is in one. None is one by one.
+        kinds: of the samples; None is one by one.
     """
 
     name: str
@@ -48,7 +70,7 @@ class Plan:
     right: Tensor
     adds: bool
     rows: Callable[[Tensor], None] | None = None
-    kinds: Sequence[Tensor] | None = None
+    kinds: Kinds | None = None
 
 
 def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
@@ -109,29 +131,29 @@ def _of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
     return rows_BR.sum(dim=0)
 
 
-def _by_kind(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan, kinds: Sequence[Tensor]) -> Tensor:
+def _by_kind(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan, kinds: Kinds) -> Tensor:
     """The same summed over the samples of each kind, [G, R] float32."""
-    tokens, filled = inputs_BTI.shape[0] * inputs_BTI.shape[1], sum(len(kind) > 0 for kind in kinds)
-    if _outer_is_less(tokens, filled, plan):
-        sums = []
-        for kind in kinds:
-            whole = len(kind) == len(inputs_BTI)
-            theirs, taken = (x if whole else x.index_select(0, kind) for x in (gradient_BTO, inputs_BTI))
-            sums.append(_summed(theirs.flatten(0, 1)[None], taken.flatten(0, 1)[None], plan)[0])
-        return torch.stack(sums)
-    rows_BR = _summed(gradient_BTO, inputs_BTI, plan)
-    return torch.stack([rows_BR.index_select(0, kind).sum(dim=0) for kind in kinds])
+    filled = sum(len(members) > 0 for members in kinds.members)
+    saved = _multiplications_saved(inputs_BTI.shape[0] * inputs_BTI.shape[1], filled, plan)
+    if saved <= _WORTH.get(gradient_BTO.device.type, 0.0):
+        return kinds.weights @ _summed(gradient_BTO, inputs_BTI, plan)
+    sums = []
+    for members in kinds.members:
+        whole = len(members) == len(inputs_BTI)
+        theirs, taken = (x if whole else x.index_select(0, members) for x in (gradient_BTO, inputs_BTI))
+        sums.append(_summed(theirs.flatten(0, 1)[None], taken.flatten(0, 1)[None], plan)[0])
+    return torch.stack(sums)
 
 
-def _outer_is_less(tokens: int, sums: int, plan: Plan) -> bool:
-    """Whether that order has fewer multiplications, for so many tokens in so many sums."""
+def _multiplications_saved(tokens: int, sums: int, plan: Plan) -> int:
+    """How many fewer the outer order has, for so many tokens in so many sums."""
     (outputs, rank), width = plan.left.shape, plan.right.shape[1]
-    return (tokens + sums * rank) * outputs * width < tokens * rank * (outputs + width)
+    return tokens * rank * (outputs + width) - (tokens + sums * rank) * outputs * width
 
 
 def _summed(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
     """Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order that has fewer multiplications."""
-    if _outer_is_less(inputs_BTI.shape[1], 1, plan):
+    if _multiplications_saved(inputs_BTI.shape[1], 1, plan) > 0:
         weight_gradient_BOI = gradient_BTO.transpose(1, 2) @ inputs_BTI
         return ((weight_gradient_BOI @ plan.right.T).float() * plan.left).sum(dim=1)
     return ((gradient_BTO @ plan.left).float() * (inputs_BTI @ plan.right.T)).sum(dim=1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from assay.errors import UsageError
 from assay.vhack.training._frames import Frames, spread
 from assay.vhack.training._gates import Gate
+from assay.vhack.training._product import Kinds
 from assay.vhack.training._sharding import local, local_rows
 
 if TYPE_CHECKING:
@@ -31,13 +32,12 @@ class Rollouts:
     Made by :meth:`DeltaS.per_sample`. Their sum is what the same passes have added to the gradient of δS.
 
     Attributes:
-        kinds: set before a forward pass, it sums over kinds of samples instead, which is cheaper for many tokens: for
-            each kind which samples of the batch it has. The pass then leaves one row per kind.
+        kinds: set before a forward pass, it leaves one row per kind of samples instead, which is cheaper.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
         self._parts: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in counts]
-        self.kinds: Sequence[Tensor] | None = None
+        self.kinds: Kinds | None = None
 
     def record(self, group: int, module: int, rows_BR: Tensor) -> None:
         """Add the rollouts of one backward pass."""
@@ -57,7 +57,11 @@ class Rollouts:
                 wanted="the same in all of them, at least one",
                 do="run forward and backward of the whole model inside per_sample()",
             )
-        return [torch.stack([torch.cat(parts) for parts in modules]) for modules in self._parts]
+        found = []
+        for modules in self._parts:
+            rows = torch.cat([part for parts in modules for part in parts])  # one operation for all modules
+            found.append(rows.view(len(modules), -1, rows.shape[1]))
+        return found
 
     def cin(self, frames: Frames, *, two_sided: bool = False) -> Tensor:
         """The share of each rollout's gradient along the axes, the mean over modules that have any, [N] float64.
