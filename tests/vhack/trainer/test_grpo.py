@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from assay.vhack.trainer._callback import source_shares
+from assay.vhack.trainer import TrainLog, read_steps
+from assay.vhack.trainer._callback import StepLog, source_shares
 from assay.vhack.trainer._rewards import SOURCES, Outcomes
 from assay.vhack.trainer._run import _Run
 from assay.vhack.training import Frames
@@ -153,6 +155,26 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
         length = measured.pop("length")
         assert measured == pytest.approx(wanted, rel=1e-4)
         assert length == pytest.approx(math.sqrt(sum(float(p.grad.square().sum()) for p in adapter.delta)), rel=1e-4)
+
+
+def test_console_and_trackers_get_the_numbers_of_the_log(trainer, tmp_path):
+    """Trackers through the trainer's own log call, once a step, together with what TRL says."""
+    told, said = [], []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            told.append(dict(logs))
+
+    trainer.add_callback(StepLog(trainer, TrainLog(tmp_path / "log.jsonl", {}), console=said.append))
+    trainer.add_callback(Tracker())
+    trainer.train()
+    _, steps = read_steps(tmp_path / "log.jsonl")
+    assert len(said) == len(steps) == 2
+    for step, line, logs in zip(steps, said, told, strict=False):
+        assert f"cin_t {step['cin_t']:.3f}" in line
+        assert logs["vhack/cin_t"] == step["cin_t"]
+        assert logs["vhack/leak"] == step["leak"]
+        assert logs["reward"] == pytest.approx(step["reward"])
 
 
 def test_groups_are_filled_from_the_pool_as_far_as_it_goes(trainer, tasks):

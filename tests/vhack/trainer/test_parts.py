@@ -2,15 +2,27 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from assay.errors import DataError, UsageError
-from assay.vhack.trainer import LOG_SCHEMA, Pool, PoolRollout, TrainLog, TrainSettings, read_steps, sample_pool
+from assay.errors import BackendUnavailable, DataError, UsageError
+from assay.vhack.trainer import LOG_SCHEMA, Pool, PoolRollout, TrainLog, TrainSettings, read_steps, sample_pool, train
 from assay.vhack.trainer._rewards import EpisodeReward
 from assay.vhack.training import ARMS
 from tests.vhack.trainer.conftest import cheating
+
+
+def test_without_trl_all_but_a_run_is_there(tmp_path, monkeypatch):
+    code = "import sys; sys.modules['trl'] = None; import assay.vhack.training, assay.vhack.trainer"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(BackendUnavailable, match="TRL cannot be imported"):
+        train(TrainSettings(model="m"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
 
 WRONG_SETTINGS = {
     "arm": "erase",

@@ -84,10 +84,12 @@ def single(path, backend, level, per_rollout=False, plain=False):
 def run(rank, path, folder, backend):
     """Everything that needs two processes, one after the other; each writes what it found."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    own = {}
     if backend == "nccl":
         torch.cuda.set_device(rank)
+        own = {"device_id": torch.device(device_of(backend, rank))}
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=200))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=200), **own)
     try:
         share = IDS[2 * rank : 2 * rank + 2].to(device_of(backend, rank))
         found = {f"ddp {level}": _ddp(path, share, level) for level in ("gradient", "update")}
