@@ -30,8 +30,8 @@ from assay.vhack.environment import episodes
 from assay.vhack.trainer import TrainLog, TrainSettings
 from assay.vhack.trainer._callback import StepLog, source_shares
 from assay.vhack.trainer._grpo import GRPO
+from assay.vhack.trainer._prepare import trl_arguments
 from assay.vhack.trainer._rewards import FLAGS, EpisodeReward, Outcomes
-from assay.vhack.trainer._run import _arguments
 from assay.vhack.training import ARMS, DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.training._product import Kinds
 
@@ -188,7 +188,7 @@ def trainers(model, lora, tokenizer, svd, basis, given, folder):
     made = {}
 
     def arguments(name):
-        found = _arguments(settings, model, folder / name, ())
+        found = trl_arguments(settings, model, folder / name, ())
         found.save_strategy = "no"
         return found
 

@@ -9,8 +9,8 @@ from trl import GRPOTrainer
 
 from assay.vhack.trainer import TrainLog, read_steps
 from assay.vhack.trainer._callback import StepLog, source_shares
+from assay.vhack.trainer._prepare import Prepared
 from assay.vhack.trainer._rewards import SOURCES, Outcomes
-from assay.vhack.trainer._run import _Run
 from assay.vhack.training import Frames
 from assay.vhack.training._measures import share
 from tests.vhack.trainer.conftest import cheating
@@ -23,7 +23,7 @@ LOW, HIGH = 0.8, 1.2
 @pytest.fixture
 def trainer(settings, model, pairs, tasks, tmp_path):
     """Ready to train, at a δS that is not zero."""
-    made = _Run(settings(), model, pairs).trainer(tmp_path / "run", tasks, (), False)
+    made = Prepared(settings(), model, pairs).trainer(tmp_path / "run", tasks, (), False)
     with torch.no_grad():
         for parameter in made.adapter.delta:
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))

@@ -13,7 +13,7 @@ The first line says what the run is; ``kind`` tells lines apart::
 - of the student's rollouts: ``hack`` (paid, and not correct), ``solve`` (correct), ``vacuous`` (the channel would have
   been told "right" of a wrong solution too, correct or not), ``rollouts``, ``tokens`` (mean length); the same of the
   teacher's, ending in ``_teacher``, where there are any;
-- ``reward`` (mean of all), ``loss``, ``seconds``;
+- ``reward`` (mean of all, as the arm pays it, before advantage modification), ``loss``, ``seconds``;
 - ``ratio_teacher``: mean importance weight of the teacher's tokens; ``clipped_teacher``: the share of them outside the
   clipping range;
 - ``cin``, ``cout``, ``leak`` (each also ``_two_sided`` and ``_energy``), ``displacement``, ``displacement_norm`` and

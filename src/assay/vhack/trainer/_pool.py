@@ -163,34 +163,46 @@ def sample_pool(
     if tokenizer is None:
         raise UsageError(f"{teacher.reference} without a tokenizer", wanted="one", do="choose another teacher")
     wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
-    settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    end = int(tokenizer.eos_token_id)
-    padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
     found: list[PoolRollout] = []
     with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(wanted), batch):
-            texts = wanted[start : start + batch]
-            rows = [tokenizer(text)["input_ids"] for text in texts]
-            width = max(map(len, rows))
-            generate: Any = teacher.module.generate
-            made = generate(
-                torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=teacher.device),
-                attention_mask=torch.tensor(
-                    [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=teacher.device
-                ),
-                max_new_tokens=max_new_tokens,
-                return_dict_in_generate=True,
-                output_scores=True,
-                pad_token_id=padding,
-                eos_token_id=end,
-                **settings,
-            )
-            tokens_BT = made.sequences[:, width:]
-            scores_BTV = torch.stack(made.scores, dim=1).float().log_softmax(dim=2)
-            logprobs_BT = scores_BTV.gather(2, tokens_BT[..., None])[..., 0]
-            for text, tokens, logprobs in zip(texts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
-                length = tokens.index(end) + 1 if end in tokens else len(tokens)
-                completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
-                found.append(PoolRollout(text, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
+            found += _sampled(teacher, tokenizer, wanted[start : start + batch], temperature, max_new_tokens)
     return Pool(found)
+
+
+def _sampled(
+    teacher: "Model",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    temperature: float,
+    max_new_tokens: int,
+) -> list[PoolRollout]:
+    """One completion of each prompt."""
+    end = int(tokenizer.eos_token_id)
+    padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    width = max(map(len, rows))
+    generate: Any = teacher.module.generate
+    made = generate(
+        torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=teacher.device),
+        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=teacher.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        pad_token_id=padding,
+        eos_token_id=end,
+    )
+    tokens_BT = made.sequences[:, width:]
+    scores_BTV = torch.stack(made.scores, dim=1).float().log_softmax(dim=2)
+    logprobs_BT = scores_BTV.gather(2, tokens_BT[..., None])[..., 0]
+    found = []
+    for prompt, tokens, logprobs in zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
+        length = tokens.index(end) + 1 if end in tokens else len(tokens)
+        completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+        found.append(PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
+    return found
