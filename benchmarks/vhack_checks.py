@@ -228,26 +228,24 @@ def halves(gradients):
     return [subset(gradients, part) for part in rows]
 
 
-def measure(reference, count, data):
-    model = load_model(reference, device="cpu", dtype="float32")
-    svd = weight_svd(model)
-    pairs = generate_pairs(count)
-    note(f"{reference}: gradients of {count} generated pairs")
-    gradients = pair_gradients(model, None, pairs, svd=svd, max_tokens=512)
-    kinds = [tag.removeprefix("mechanism:") for pair in pairs for tag in pair.tags if tag.startswith("mechanism:")]
-    found = {"generated": {label(s): checked(f"generated, {label(s)}", gradients, s) for s in SETTINGS}}
+def by_default(pairs, gradients):
+    """What ``extract`` makes of the pairs when it is asked for nothing else, scored on what it held out."""
     kept = {pair.key for pair in split_pairs(pairs)[0]}
     rows = [row for row, key in enumerate(gradients.keys) if key in kept]
-    found["held out by default"] = {
+    return {
         label(s): checked(f"as extract does it, {label(s)}", gradients, s, gradients.basis(method=s.method, keep=rows))
         for s in SETTINGS
     }
-    found["controls"] = controls(gradients)
-    found["mechanisms"] = {
-        f"{method}, {k} axes": mechanisms(gradients, kinds, method, k) for method, k in (("svd", 5), ("lda", 5))
-    }
+
+
+def by_mechanism(pairs, gradients):
+    kinds = [tag.removeprefix("mechanism:") for pair in pairs for tag in pair.tags if tag.startswith("mechanism:")]
+    return {f"{method}, {k} axes": mechanisms(gradients, kinds, method, k) for method, k in (("svd", 5), ("lda", 5))}
+
+
+def authored(model, svd, gradients):
     own = pair_gradients(model, None, authored_pairs(), svd=svd, max_tokens=512)
-    found["our authored pairs"] = {
+    return {
         **{f"by themselves, {label(s)}": checked(f"authored, {s.method}", own, s) for s in SETTINGS},
         **{
             f"basis of generated pairs, {label(s)}": checked(
@@ -256,6 +254,25 @@ def measure(reference, count, data):
             for s in SETTINGS
         },
     }
+
+
+PARTS_OF_A_MODEL = ("generated", "held out by default", "controls", "mechanisms", "our authored pairs")
+
+
+def measure(reference, count, data, wanted):
+    model = load_model(reference, device="cpu", dtype="float32")
+    svd = weight_svd(model)
+    pairs = generate_pairs(count)
+    note(f"{reference}: gradients of {count} generated pairs")
+    gradients = pair_gradients(model, None, pairs, svd=svd, max_tokens=512)
+    parts = (
+        lambda: {label(s): checked(f"generated, {label(s)}", gradients, s) for s in SETTINGS},
+        lambda: by_default(pairs, gradients),
+        lambda: controls(gradients),
+        lambda: by_mechanism(pairs, gradients),
+        lambda: authored(model, svd, gradients),
+    )
+    found = {name: part() for name, part in zip(PARTS_OF_A_MODEL, parts, strict=True) if name in wanted}
     if data:
         found["outside"] = outside(model, svd, gradients, data)
     return found
@@ -307,10 +324,11 @@ def main():
     options.add_argument("--data", type=Path, help="folder with the evaluation data from outside")
     options.add_argument("--pairs", type=int, default=240, help="how many generated pairs")
     options.add_argument("--models", nargs="+", default=["reference:qwen3", "reference:llama"])
+    options.add_argument("--parts", nargs="+", default=PARTS_OF_A_MODEL, choices=PARTS_OF_A_MODEL)
     chosen = options.parse_args()
     results = {}
     for index, reference in enumerate(chosen.models):
-        results[reference] = measure(reference, chosen.pairs, chosen.data if index == 0 else None)
+        results[reference] = measure(reference, chosen.pairs, chosen.data if index == 0 else None, chosen.parts)
     publish("vhack_checks", {"pairs": chosen.pairs, "models": results}, chosen.output)
 
 

@@ -124,6 +124,7 @@ class Surprise(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (gradient_M,) = gradients
         result_MV = ctx.logs.exp_().mul_(gradient_M[:, None])
+        ctx.logs = None  # the graph outlives this step, and with a large vocabulary nothing is larger
         result_MV.scatter_add_(1, ctx.target[:, None], -gradient_M[:, None])
         return result_MV.to(ctx.dtype), None
 
