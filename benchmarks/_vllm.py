@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -43,10 +44,12 @@ OPTIONS = {
 
 
 def free_port():
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that nobody listens on, below those that the system gives to others while a server starts."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
@@ -73,13 +76,12 @@ class Server:
     def launch(self):
         """Start the process, and return before it answers."""
         self.port = free_port()
-        words = [word for name, value in self.options.items() if value is not False for word in (name, value) if word]
-        command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *words]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        environment = os.environ | self.environment | {"ASSAY_DATA_DIR": str(self.data_dir)}
         template = self.data_dir / "chat.jinja"  # the bundled models have none
         template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-        command += ["--chat-template", str(template)]
+        options = self.options | {"--host": "127.0.0.1", "--port": str(self.port), "--chat-template": str(template)}
+        words = [word for name, value in options.items() if value is not False for word in (name, value) if word]
+        command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *words]
+        environment = os.environ | self.environment | {"ASSAY_DATA_DIR": str(self.data_dir)}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.data_dir)
 
@@ -166,13 +168,13 @@ class Server:
             time.sleep(0.1)
         return found
 
-    def idle_counts(self, timeout=20.0):
-        """Return what the workers hold once nothing is in flight."""
+    def idle_counts(self, timeout=60.0):
+        """Return what the workers hold once nothing is in flight, or what is left then."""
         deadline = time.monotonic() + timeout
         while True:
             status = self.get("/engine").json()
             held = sum(worker["rows"] + worker["filled"] + worker["streams"] for worker in status["workers"])
-            if (not held and not status["nonces"]) or time.monotonic() > deadline:
+            if not (held or status["nonces"] or status["chat"]) or time.monotonic() > deadline:
                 return status
             time.sleep(0.1)
 

@@ -90,10 +90,7 @@ def compare(engine, models, seq_len, count):
     for preset in PRESETS:
         round = poc.Round(block_hash="across", public_key="k", seq_len=seq_len, preset=preset, model="m")
         ours = poc.prove(engine.model, round, range(count), engine=engine)
-        theirs = {
-            name: poc.prove(model, round, range(count), engine=HFEngine(model, batch_size=32, seq_len=seq_len))
-            for name, model in models.items()
-        }
+        theirs = {name: plain(model, round, count) for name, model in models.items()}
         row = {f"residuals_{name}": quartiles(published(ours) - published(proof)) for name, proof in theirs.items()}
         if "same dtype" in theirs and "four bits" in theirs:
             calibration = poc.calibrate(ours, theirs["same dtype"])
@@ -101,15 +98,18 @@ def compare(engine, models, seq_len, count):
             back = {"engine": engine} | judge
             fresh = poc.Round(block_hash="fresh", public_key="k", seq_len=seq_len, preset=preset, model="m")
             honest = poc.prove(engine.model, fresh, range(64), engine=engine)
-            reverse, cheat = (
-                poc.prove(models[name], fresh, range(64), batch_size=32) for name in ("same dtype", "four bits")
-            )
+            reverse, cheat = (plain(models[name], fresh, 64) for name in ("same dtype", "four bits"))
             row["law"] = str(calibration.law)
             row["vllm_on_transformers"] = verdict(honest, models["same dtype"], **judge)
             row["transformers_on_vllm"] = verdict(reverse, engine.model, **back)
             row["four_bits_on_vllm"] = verdict(cheat, engine.model, **back)
         rows[preset] = row
     return rows
+
+
+def plain(model, round, count):
+    """Prove on transformers with its own kernels, which the verifier uses too."""
+    return poc.prove(model, round, range(count), engine=HFEngine(model, batch_size=32, seq_len=round.seq_len))
 
 
 def verdict(proof, model, **options):

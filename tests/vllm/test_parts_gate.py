@@ -1,12 +1,13 @@
 """The gate, and what is refused before anything starts: versions, settings, several servers."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.poc.engines.vllm import _gate, plugin
+from assay.poc.engines.vllm import _gate, plugin, refuse_early
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
@@ -111,6 +112,39 @@ def test_servers_that_cannot_own_a_round_are_refused_before_anything_is_opened(
         plugin().attach_router(app)
     assert words in str(refusal.value)
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        ("--data-parallel-size 2", "data-parallel"),
+        ("--data_parallel_size=4", "data-parallel"),
+        ("-dp 2", "data-parallel"),
+        ("--api-server-count 3", "API servers"),
+        ("-asc=2", "API servers"),
+        ("--revision main", "--revision"),
+        ("-dpn 1 --data-parallel-size 1 -asc 1 --api-server many", None),
+        ("--data-parallel-size many", None),
+    ],
+)
+def test_a_command_line_is_refused_before_the_engine_is_loaded(
+    words: str, refusal: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", ["vllm", "serve", "model", "--port", "8000", *words.split()])
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    refuse_early()
+    monkeypatch.setenv("VLLM_PLUGINS", "other,assay")
+    with pytest.raises(UsageError, match=refusal) if refusal else nullcontext():
+        refuse_early()
+
+
+@pytest.mark.parametrize(("name", "dtype", "words"), [("vlm", None, "hf or vllm"), ("vllm", "int8", "int8 on vLLM")])
+def test_what_cannot_recompute_a_proof_is_refused(name: str, dtype, words: str):
+    from assay.cli._engines import judging_engine
+
+    prover = SimpleNamespace(dtype="float32", batch_size=8, seq_len=16)
+    with pytest.raises(UsageError, match=words), judging_engine(name, "m", prover, dtype=dtype, device=None):
+        pass
 
 
 def test_a_device_for_vllm_is_refused():

@@ -36,6 +36,7 @@ def vllm_engine(
         raise UsageError(
             f"--device {device} with vllm", wanted="no --device: vLLM runs where it was built for", do="leave it out"
         )
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
     from assay.poc.engines.vllm import VLLMEngine, check_installed
 
     check_installed()

@@ -97,6 +97,10 @@ class Client:
             values |= _decode(reply, raw)
         return values
 
+    def release(self) -> None:
+        """Let go of the engine, which has ended: it cleans up when nobody holds it, and not as the process ends."""
+        self._llm = None
+
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker."""
         try:

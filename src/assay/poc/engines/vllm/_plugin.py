@@ -15,9 +15,10 @@ from assay.errors import UsageError
 from assay.models import identify
 from assay.poc.engines.vllm._client import Client
 from assay.poc.engines.vllm._doors import Barrier, Under
+from assay.poc.engines.vllm._early import check_alone
 from assay.poc.engines.vllm._engine import RequestEngine, capacity, most_positions
 from assay.poc.engines.vllm._flow import Flow
-from assay.poc.engines.vllm._gate import check_config, check_engines, check_installed
+from assay.poc.engines.vllm._gate import check_config, check_installed
 from assay.poc.engines.vllm._settings import PluginSettings
 from assay.poc.engines.vllm._status import engine_router
 
@@ -64,7 +65,7 @@ class AssayPlugin:
         from assay.poc.service.dashboard import dashboard_router
 
         configure_logs("console")
-        _check_alone(app.state.args)
+        check_alone(app.state.args)
         settings = self._settings = PluginSettings.of()
         _check_host(app.state.args, settings.service.has_keys)
         self.controller = Controller(self._deploy, settings.service)
@@ -150,21 +151,3 @@ def _check_host(args: Any, has_keys: bool) -> None:
         wanted="a key where others reach the port: that of --api-key does not guard /api/v1/pow",
         do="set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
     )
-
-
-def _check_alone(args: Any) -> None:
-    """Refuse several servers or engines, before anything of the service is opened: each would own a round."""
-    servers = getattr(args, "api_server_count", None) or 1
-    if servers > 1:
-        raise UsageError(
-            f"{servers} API servers of one engine",
-            wanted="one, which owns the round and its database",
-            do="pass --api-server-count 1",
-        )
-    check_engines(getattr(args, "data_parallel_size", None) or 1)
-    if getattr(args, "revision", None):
-        raise UsageError(
-            f"--revision {args.revision}",
-            wanted="a checkpoint whose digest the proof can name",
-            do="download it, and serve the directory",
-        )

@@ -115,16 +115,16 @@ class Stream:
     async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
         """Wait for nonces and collect them; what was aborted in between, by a sleeping engine or so, runs again."""
         values: dict[int, Values] = {}
+        missing = list(wanted)
         for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(10.0 ** (attempt - 2))
+                running = [await self._launch(nonce) for nonce in missing]
             await _all(running)
-            missing = [nonce for nonce in wanted if nonce not in values]
             values |= await self._client.collect(self._key, missing, raw=self._raw)
             missing = [nonce for nonce in wanted if nonce not in values]
             if not missing:
                 return np.stack([values[nonce] for nonce in wanted])
-            await asyncio.sleep(0.1 * 10**attempt)
-            running = [await self._launch(nonce) for nonce in missing]
-        await _all(running)
         raise ModelError(
             f"vLLM did not run nonce {missing[0]}, nor {len(missing) - 1} others, in {ATTEMPTS} attempts",
             wanted="requests that are not aborted",
