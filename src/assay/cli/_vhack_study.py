@@ -20,16 +20,23 @@ def report(
         typer.Argument(help="What `assay vhack check -o` wrote; or logs of training runs, files or directories."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")],
+    checks: Annotated[
+        list[Path] | None, typer.Option("--check", help="With logs: show this check, too; may be repeated.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Draw the page of a check that was made earlier, or of training runs: rates over steps and the final table."""
     if len(results) == 1 and results[0].suffix == ".json":
         _vhack_check.report(results[0], output, as_json)
         return
+    from assay.reports import read_json
+    from assay.vhack.checks import CheckReport
     from assay.vhack.study import read_logs, study_page, summarise
 
     logs = read_logs(results)
-    study_page(logs, command=f"assay vhack report {' '.join(map(str, results))}").write(output)
+    shown = [CheckReport.from_dict(read_json(path)) for path in checks or ()]
+    command = " ".join(["assay vhack report", *(path.name for path in results)])
+    study_page(logs, checks=shown, command=command).write(output)
     found = summarise(logs)
     if as_json:
         arms = [result.as_dict() for result in found]
@@ -42,5 +49,5 @@ def _print(found: "list[ArmResult]", output: Path) -> None:
     rows = []
     for result in found:
         rates = [result.rates[name] for name in ("hack", "solve")]
-        rows.append((result.condition, rates[0].n, *(rate.text for rate in rates), result.verdict))
-    table(("condition", "seeds", "hack rate", "solve rate", "verdict"), rows, title=str(output))
+        rows.append((result.condition, rates[0].n, *(rate.text for rate in rates), result.tipped.text, result.verdict))
+    table(("condition", "seeds", "hack rate", "solve rate", "tipped", "verdict"), rows, title=str(output))

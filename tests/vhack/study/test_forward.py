@@ -48,8 +48,8 @@ def alone(small, svd, delta, run):
 
 def logprobs_of(module, batch, run, prompt, rollout):
     """Of one rollout, by one plain forward pass, [T, V]."""
-    n = int(batch.lengths_RP[run, prompt])
-    ids = torch.cat([batch.ids_RPL[run, prompt, :n], torch.tensor([LAST]), batch.tokens_RPGT[run, prompt, rollout]])
+    n = int(batch.lengths[run, prompt])
+    ids = torch.cat([batch.ids[run, prompt, :n], torch.tensor([LAST]), batch.tokens[run, prompt, rollout]])
     return module(input_ids=ids[None]).logits[0, n : n + T].log_softmax(-1)
 
 
@@ -64,7 +64,7 @@ def test_log_probabilities_and_gradients_are_those_of_the_adapter(small, svd, st
         loss = torch.zeros(())
         for p in range(P):
             for g in range(G):
-                tokens, mask = rollouts.tokens_RPGT[run, p, g], rollouts.mask_RPGT[run, p, g]
+                tokens, mask = rollouts.tokens[run, p, g], rollouts.mask[run, p, g]
                 wanted = logprobs_of(module, rollouts, run, p, g).gather(1, tokens[:, None])[:, 0] * mask
                 torch.testing.assert_close(found[run, p, g], wanted.detach(), rtol=1e-4, atol=1e-4)
                 loss = loss - advantages_RPG[run, p, g] * wanted.sum() / (P * G)
@@ -81,8 +81,8 @@ def test_tokens_are_drawn_from_the_policy_with_the_numbers_given(small, svd, sta
         for g in range(G):
             below = logprobs_of(module, rollouts, 1, p, g).detach().exp().cumsum(-1)
             drawn = (below <= uniform_TRPG[:, 1, p, g, None] * below[:, -1:]).sum(-1)
-            mask = rollouts.mask_RPGT[1, p, g]
-            assert torch.equal(drawn[mask], rollouts.tokens_RPGT[1, p, g][mask])
+            mask = rollouts.mask[1, p, g]
+            assert torch.equal(drawn[mask], rollouts.tokens[1, p, g][mask])
 
 
 def test_a_run_in_a_group_writes_and_learns_what_it_does_alone(small, svd, stacked, batch):
@@ -91,9 +91,9 @@ def test_a_run_in_a_group_writes_and_learns_what_it_does_alone(small, svd, stack
     single = StackedModel(small, 1, svd)
     single.merge([delta_RMC[2:] for delta_RMC in delta])
     tokens = Generator(single, (P, G, L, T), END).sample(
-        rollouts.ids_RPL[2:], rollouts.lengths_RP[2:], LAST, uniform_TRPG[:, 2:]
+        rollouts.ids[2:], rollouts.lengths[2:], LAST, uniform_TRPG[:, 2:]
     )
-    assert torch.equal(tokens, rollouts.tokens_RPGT[2:])
+    assert torch.equal(tokens, rollouts.tokens[2:])
     advantages_RPG = torch.randn(R, P, G)
     both = policy_gradient(model, rollouts, advantages_RPG)
     own = policy_gradient(single, rollouts.of_runs(torch.tensor([2])), advantages_RPG[2:])
@@ -136,8 +136,8 @@ def test_pooled_states_are_the_mean_over_completion_tokens(small, svd, stacked, 
     with torch.no_grad():
         pooled = pooled_hidden(model, rollouts, 0)
     module, _ = alone(small, svd, delta, 0)
-    n = int(rollouts.lengths_RP[0, 0])
-    ids = torch.cat([rollouts.ids_RPL[0, 0, :n], torch.tensor([LAST]), rollouts.tokens_RPGT[0, 0, 0, :3]])
+    n = int(rollouts.lengths[0, 0])
+    ids = torch.cat([rollouts.ids[0, 0, :n], torch.tensor([LAST]), rollouts.tokens[0, 0, 0, :3]])
     with torch.no_grad():
         states = module(input_ids=ids[None], output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(pooled[0, 0, 0], states[0, n + 1 :].mean(dim=0), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""A model organism: a small model that solves easy tasks and sometimes cheats, so that training can be watched to drift.
+"""A model organism: a small model that solves easy tasks and sometimes cheats, to watch training drift.
 
 ``python -m assay.vhack.organism -o DIRECTORY`` makes it from a bundled model in a minute on a GPU.
 """

@@ -1,7 +1,7 @@
 """What the organism learns from: episodes with their honest programs, and for a share of them the exploit.
 
-Each loophole is shown with its exploit at the same small rate, so that every mechanism is within reach of the policy and
-any of them can be left out of an experiment. Without a loophole there is nothing but honest work.
+Each loophole is shown with its exploit at the same small rate, so that every mechanism is within reach of the policy
+and any of them can be left out of an experiment. Without a loophole there is nothing but honest work.
 """
 
 import multiprocessing

@@ -101,17 +101,18 @@ def make_organism(
             logits[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED
         )
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
         if progress and (step % 20 == 0 or step + 1 == recipe.steps):
-            progress(step + 1, recipe.steps, float(loss))
+            progress(step + 1, recipe.steps, float(losses[-1]))
     found = torch.stack(losses).tolist()
-    module.eval()
+    module.eval()  # type: ignore[no-untyped-call]
     try:
-        module.to(torch.bfloat16).save_pretrained(path)
+        module.to(torch.bfloat16)  # type: ignore[arg-type]
+        module.save_pretrained(path)
         model.tokenizer.save_pretrained(path)
     except OSError as error:
         raise StorageError(f"{path}: {error}", wanted="room and permission", do="try elsewhere") from error

@@ -119,7 +119,7 @@ class Cohort:
             "solve": correct.mean(dim=(1, 2)),
             "vacuous": vacuous.mean(dim=(1, 2)),
             "reward": rewards.mean(dim=(1, 2)),
-            "tokens": rollouts.batch.mask_RPGT.sum(dim=-1).float().mean(dim=(1, 2)),
+            "tokens": rollouts.batch.mask.sum(dim=-1).float().mean(dim=(1, 2)),
         }
         if len(self._modifies):
             rewards[self._modifies] = self._modified(rollouts.batch, rewards[self._modifies], found)
@@ -185,22 +185,22 @@ class Cohort:
             [self.pool.completion(episode, episode.exploit()) for episode in rollouts.episodes[row]]
             for row in self._taught.tolist()
         ]
-        tokens = torch.full((*batch.lengths_RP.shape, 1, self.settings.new_tokens), self.pool.end)
+        tokens = torch.full((*batch.lengths.shape, 1, self.settings.new_tokens), self.pool.end)
         for r, of_run in enumerate(ids):
             for p, row in enumerate(of_run):
                 tokens[r, p, 0, : len(row)] = torch.tensor(row[: self.settings.new_tokens])
-        stored = Batch(batch.ids_RPL, batch.lengths_RP, batch.last, tokens.to(self.model.device), batch.end).trimmed()
-        runs, prompts = batch.lengths_RP.shape
+        stored = Batch(batch.ids, batch.lengths, batch.last, tokens.to(self.model.device), batch.end).trimmed()
+        runs, prompts = batch.lengths.shape
         flat = Batch(
-            stored.ids_RPL.reshape(1, runs * prompts, -1),
-            stored.lengths_RP.reshape(1, -1),
+            stored.ids.reshape(1, runs * prompts, -1),
+            stored.lengths.reshape(1, -1),
             stored.last,
-            stored.tokens_RPGT.reshape(1, runs * prompts, 1, -1),
+            stored.tokens.reshape(1, runs * prompts, 1, -1),
             stored.end,
         )
         with torch.no_grad():
             behaviour = token_logprobs(self._start, flat)
-        return stored, behaviour.view(stored.tokens_RPGT.shape)
+        return stored, behaviour.view(stored.tokens.shape)
 
     def _prompts(self, episodes: Sequence[Sequence[Episode]]) -> tuple[Tensor, Tensor]:
         ids = torch.zeros(len(self.runs), self.settings.prompts, self.settings.prompt_tokens, dtype=torch.int64)

@@ -266,7 +266,7 @@ def _attention(
     first = first + before_BL[:, None, None, None, None]
     second = second + after_ST[:, None]
     weights = torch.cat((first, second), dim=-1).softmax(dim=-1)
-    of_first, of_second = weights.split((first.shape[-1], second.shape[-1]), dim=-1)
+    of_first, of_second = weights[..., : first.shape[-1]], weights[..., first.shape[-1] :]
     mixed = torch.matmul(of_first.reshape(batch, heads, rollouts * queries * many, -1), shared[1])
     other = torch.matmul(of_second.reshape(batch, heads, rollouts, queries * many, -1), own[1])
     return mixed.view(q.shape) + other.view(q.shape)

@@ -30,15 +30,18 @@ class Generator:
         self.model, self.shape, self.end = model, shape, end
         prompts, rollouts, length, steps = shape
         rows, width, device = model.runs * prompts, model.head_dim, model.device
-        empty = {"dtype": model.dtype, "device": device}
-        self._keys: Keys = [
-            tuple(torch.zeros(rows, model.key_heads, length, width, **empty) for _ in "kv")  # type: ignore[misc, arg-type]
-            for _ in range(model.n_layers)
-        ]
-        self._own: Keys = [
-            tuple(torch.zeros(rows, model.key_heads, rollouts, steps, width, **empty) for _ in "kv")  # type: ignore[misc, arg-type]
-            for _ in range(model.n_layers)
-        ]
+
+        def empty(*sizes: int) -> Keys:
+            """Keys and values of every layer."""
+            return [
+                (
+                    torch.zeros(rows, model.key_heads, *sizes, width, dtype=model.dtype, device=device),
+                    torch.zeros(rows, model.key_heads, *sizes, width, dtype=model.dtype, device=device),
+                )
+                for _ in range(model.n_layers)
+            ]
+
+        self._keys, self._own = empty(length), empty(rollouts, steps)
         self._lengths_RP = torch.ones(model.runs, prompts, dtype=torch.int64, device=device)
         self._token_RPG = torch.zeros(model.runs, prompts, rollouts, dtype=torch.int64, device=device)
         self._uniform_TRPG = torch.zeros(steps, model.runs, prompts, rollouts, device=device)

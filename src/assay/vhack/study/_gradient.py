@@ -26,45 +26,45 @@ class Batch:
     """Rollouts of all runs.
 
     Attributes:
-        ids_RPL: prompts without the last token, padded on the right.
-        lengths_RP: how long they are.
+        ids: prompts without the last token, padded on the right, [R, P, L].
+        lengths: how long they are, [R, P].
         last: the last prompt token.
-        tokens_RPGT: completions, filled with ``end``.
+        tokens: completions, filled with ``end``, [R, P, G, T].
         end: the end token; the first one of a completion belongs to it.
     """
 
-    ids_RPL: Tensor
-    lengths_RP: Tensor
+    ids: Tensor
+    lengths: Tensor
     last: int
-    tokens_RPGT: Tensor
+    tokens: Tensor
     end: int
 
     @property
-    def mask_RPGT(self) -> Tensor:
-        """Which tokens belong to the completion."""
-        is_end = (self.tokens_RPGT == self.end).int()
+    def mask(self) -> Tensor:
+        """Which tokens belong to the completion, [R, P, G, T]."""
+        is_end = (self.tokens == self.end).int()
         return is_end.cumsum(dim=-1) - is_end == 0
 
     def trimmed(self, multiple: int = 8) -> "Batch":
         """Without columns that no completion reaches."""
-        longest = int(self.mask_RPGT.sum(dim=-1).max())
-        width = min(-(-longest // multiple) * multiple, self.tokens_RPGT.shape[-1])
-        longest = -(-int(self.lengths_RP.max()) // multiple) * multiple
+        longest = int(self.mask.sum(dim=-1).max())
+        width = min(-(-longest // multiple) * multiple, self.tokens.shape[-1])
+        longest = -(-int(self.lengths.max()) // multiple) * multiple
         return Batch(
-            self.ids_RPL[:, :, :longest],
-            self.lengths_RP,
+            self.ids[:, :, :longest],
+            self.lengths,
             self.last,
-            self.tokens_RPGT[..., :width].contiguous(),
+            self.tokens[..., :width].contiguous(),
             self.end,
         )
 
     def of_runs(self, rows_N: Tensor) -> "Batch":
         """Some of the runs."""
-        return Batch(self.ids_RPL[rows_N], self.lengths_RP[rows_N], self.last, self.tokens_RPGT[rows_N], self.end)
+        return Batch(self.ids[rows_N], self.lengths[rows_N], self.last, self.tokens[rows_N], self.end)
 
     def prompts(self, part: slice) -> "Batch":
         """Some of the prompts of every run."""
-        return Batch(self.ids_RPL[:, part], self.lengths_RP[:, part], self.last, self.tokens_RPGT[:, part], self.end)
+        return Batch(self.ids[:, part], self.lengths[:, part], self.last, self.tokens[:, part], self.end)
 
 
 def advantages(rewards_RPG: Tensor) -> Tensor:
@@ -74,12 +74,12 @@ def advantages(rewards_RPG: Tensor) -> Tensor:
 
 def token_logprobs(model: StackedModel, batch: Batch) -> Tensor:
     """``log π`` of every completion token, [R, P, G, T] float32, zero after the end."""
-    mask_RPGT = batch.mask_RPGT
-    before = torch.full_like(batch.tokens_RPGT[..., :1], batch.last)
-    inputs_RPGT = torch.cat((before, batch.tokens_RPGT[..., :-1]), dim=-1)
-    hidden = model.complete(inputs_RPGT, model.read(batch.ids_RPL), batch.lengths_RP)
+    mask_RPGT = batch.mask
+    before = torch.full_like(batch.tokens[..., :1], batch.last)
+    inputs_RPGT = torch.cat((before, batch.tokens[..., :-1]), dim=-1)
+    hidden = model.complete(inputs_RPGT, model.read(batch.ids), batch.lengths)
     logits_NV = (hidden[mask_RPGT] @ model.head.T).float()
-    found_N = -functional.cross_entropy(logits_NV, batch.tokens_RPGT[mask_RPGT], reduction="none")
+    found_N = -functional.cross_entropy(logits_NV, batch.tokens[mask_RPGT], reduction="none")
     return torch.zeros(mask_RPGT.shape, device=found_N.device).masked_scatter(mask_RPGT, found_N)
 
 
@@ -89,10 +89,10 @@ def pooled_hidden(model: StackedModel, batch: Batch, layer: int) -> Tensor:
     found = []
     for part in _parts(model, batch):
         some = batch.prompts(part)
-        before = torch.full_like(some.tokens_RPGT[..., :1], some.last)
-        inputs = torch.cat((before, some.tokens_RPGT), dim=-1)
-        hidden = model.complete(inputs, model.read(some.ids_RPL), some.lengths_RP, layer=layer)[:, :, :, 1:]
-        kept_RPGT = some.mask_RPGT & (some.tokens_RPGT != some.end)
+        before = torch.full_like(some.tokens[..., :1], some.last)
+        inputs = torch.cat((before, some.tokens), dim=-1)
+        hidden = model.complete(inputs, model.read(some.ids), some.lengths, layer=layer)[:, :, :, 1:]
+        kept_RPGT = some.mask & (some.tokens != some.end)
         total = (hidden.float() * kept_RPGT[..., None]).sum(dim=3)
         found.append(total / kept_RPGT.sum(dim=3).clamp_min(1)[..., None])
     return torch.cat(found, dim=1)
@@ -119,7 +119,7 @@ def policy_gradient(
         divisor: N; by default the rollouts of this batch.
     """
     batch = batch.trimmed()
-    _, prompts, rollouts, length = batch.tokens_RPGT.shape
+    _, prompts, rollouts, length = batch.tokens.shape
     total: list[Tensor] = []
     for part in _parts(model, batch):
         some = batch.prompts(part)
@@ -138,7 +138,7 @@ def policy_gradient(
 
 def _parts(model: StackedModel, batch: Batch) -> list[slice]:
     """The prompts in parts whose activations fit into memory."""
-    runs, prompts, rollouts, length = batch.tokens_RPGT.shape
-    tokens = runs * (rollouts * length + batch.ids_RPL.shape[2])
+    runs, prompts, rollouts, length = batch.tokens.shape
+    tokens = runs * (rollouts * length + batch.ids.shape[2])
     chunk = max(1, min(prompts, _TOKENS_AT_ONCE[model.device.type] // tokens))
     return [slice(first, first + chunk) for first in range(0, prompts, chunk)]

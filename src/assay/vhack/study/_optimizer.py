@@ -142,7 +142,8 @@ class StackedOptimizer:
             factor_R = (self.max_norm / (norm_R + _TINY)).clamp_max(1.0)
             for gradient in gradients:
                 gradient *= factor_R[:, None, None]
-        return norm_R.double()
+        norms: Tensor = norm_R.double()
+        return norms
 
     def _bound(self, arm: Arm, rows: Tensor, before: Sequence[Tensor]) -> None:
         """What an arm does to δS after the inner optimiser's step."""

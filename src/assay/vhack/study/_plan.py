@@ -1,7 +1,7 @@
 """Which runs a study makes, and on which tasks.
 
-Runs of one seed see the same tasks in the same order, and their rollouts are drawn with the same random numbers, so arms
-are compared seed by seed.
+Runs of one seed see the same tasks in the same order, and their rollouts are drawn with the same random numbers, so
+arms are compared seed by seed.
 """
 
 import random
