@@ -1,7 +1,7 @@
 """`prove` end to end on one CUDA device, against the compiled bare forward and the published way, in one run.
 
-Everything that is compared takes turns in one process, on one batch shape (the published way has its own 32), in
-bfloat16, with random weights of the exact shape. Figures are medians of the rounds, in nonces per second.
+Everything runs in one process, on one batch shape (the published way, timed first, has its own 32), in bfloat16, with
+random weights of the exact shape. The rest takes turns. Figures are medians of the rounds, in nonces per second.
 
 - `published`: eager, inputs and transform of every nonce by themselves and in int64, one batch after the other.
 - `eager`, `compiled`: the bare forward of transformers over inputs that exist already, all positions, no head;

@@ -77,7 +77,7 @@ class Transform:
     ) -> None:
         self.round = round
         self.pipeline = pipeline
-        self._backend = streams.get_backend("auto", device.type)
+        self._backend = streams.get_backend("auto", str(device))
         self._device = device
         self._trained_head = trained_head
         self._random_head_VD: Tensor | None = None

@@ -1,9 +1,7 @@
 """The compiled engine: the same states in other kernels, named in the fingerprint."""
 
-import json
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 from assay.poc import HFEngine, Round, prove, verify
-from assay.poc.engines import _compiled
+from assay.poc.engines import _compiled, be_deterministic
 from assay.poc.engines._hf import is_compiled
 
 
@@ -68,23 +66,28 @@ def test_kernels_are_kept_in_a_folder_of_the_user(monkeypatch: pytest.MonkeyPatc
     assert os.environ[_compiled.CACHE] == "elsewhere"
 
 
-def test_the_deterministic_mode_is_the_process_s_and_named(small_checkpoint):
-    program = (
-        "import json, sys, torch\n"
-        "from assay.models import load_model\n"
-        "from assay.poc import HFEngine, Round, prove\n"
-        "from assay.poc.engines import be_deterministic\n"
-        "model = load_model(sys.argv[1], dtype='float32', device='cpu')\n"
-        "round = Round(block_hash='block_alpha', public_key='node_A', seq_len=16)\n"
-        "plain = prove(model, round, range(9), batch_size=8)\n"
-        "be_deterministic()\n"
-        "proof = prove(model, round, range(9), batch_size=8)\n"
-        "print(json.dumps([plain.header.fingerprint.library, proof.header.fingerprint.library,\n"
-        "  plain.distances.tolist() == proof.distances.tolist(), torch.are_deterministic_algorithms_enabled()]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, small_checkpoint], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    plain, deterministic, same, on = json.loads(done.stdout)
-    assert deterministic == f"{plain}, deterministic"
-    assert same
-    assert on
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put back what the deterministic mode changes in this process."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that what comes after is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    products = torch.backends.cuda.matmul
+    names = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = {name: getattr(products, name) for name in names}
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    for name, value in before.items():
+        setattr(products, name, value)
+
+
+def test_the_deterministic_mode_is_the_process_s_and_named(small_model, round_: Round, restored):
+    plain = prove(small_model, round_, range(9), batch_size=8)
+    be_deterministic()
+    proof = prove(small_model, round_, range(9), batch_size=8)
+    assert proof.header.fingerprint.library == f"{plain.header.fingerprint.library}, deterministic"
+    assert proof.distances.tolist() == plain.distances.tolist()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -27,7 +27,7 @@ def bits(proof: Proof) -> list[object]:
 def test_a_nonce_has_the_same_bits_wherever_it_stands(preset: str):
     model = on_cuda()
     round = Round(block_hash="b", public_key="k", preset=preset, seq_len=64)
-    for batch_size in (16, 24, 67):
+    for batch_size in (16, 67):
         engine = HFEngine(model, batch_size=batch_size, seq_len=64, compiled=True)
         whole = bits(prove(model, round, range(2 * batch_size + 5), engine=engine))
         assert bits(prove(model, round, range(2 * batch_size + 5), engine=engine)) == whole

@@ -1,17 +1,19 @@
-"""What two processes do together, as a program: started twice by test_parallel.py, once for each rank.
+"""What two processes do together, as a program: started twice by test_parallel.py, as torchrun would start them.
 
-The first process prints what came of each scene as one JSON object.
+First both run the command line, then the scenes. The first process prints what came of them as one JSON object.
 """
 
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch.distributed.device_mesh import init_device_mesh
 
-from assay.errors import AssayError, OutOfMemory
+from assay.cli import run
+from assay.errors import AssayError, ModelError
 from assay.models import Model, load_model
 from assay.poc import Proof, Round, prove
 from assay.poc.engines import ParallelEngine, World, joined
@@ -33,7 +35,7 @@ class Failing(ParallelEngine):
 
     def fail(self) -> None:
         """Fail so that the others can be told."""
-        raise OutOfMemory("no room on the second device", wanted="room", do="pass --batch-size 4")
+        raise ModelError("the second device does not run", wanted="one that does", do="see its own messages")
 
 
 class Dying(Failing):
@@ -65,28 +67,34 @@ def outcome(result: Proof | str | None) -> object:
     return {"values": values, "library": result.header.fingerprint.library, "digest": result.header.digest}
 
 
-def main(checkpoint: str) -> None:
-    """Play the scenes in order; the last one ends the second process."""
+def main(checkpoint: str, output: str, other_port: str) -> None:
+    """Run the command line, then play the scenes in order; the last one ends the second process."""
+    round = ("--block-hash", "block_alpha", "--public-key", "node_A", "--nonces", "0:44")
+    shape = ("--seq-len", "16", "--batch-size", "8", "--device", "cpu", "--dtype", "float32")
+    code = run(["poc", "prove", "--model", checkpoint, *round, *shape, "-o", output])
+    os.environ["MASTER_PORT"] = other_port  # the store of the command line may still hold the first one
     with joined(device="cpu") as world:
-        model = load_model(checkpoint, dtype="float32", device="cpu")
-        scenes = {
-            "plain": proved(ParallelEngine, model, world),
-            "hardened": proved(ParallelEngine, model, world, "hardened"),
-            "failing": proved(Failing, model, world),
-            "after the failure": proved(ParallelEngine, model, world),
-        }
-        spread = replace(world, tensor_parallel=2, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",)))
-        part = load_model(checkpoint, dtype="float32", device="cpu", mesh=spread.mesh)
-        scenes["spread"] = proved(ParallelEngine, part, spread)
-        drawn = {"weights": "random-all", "block_hash": "b", "dtype": "float32", "device": "cpu"}
-        scenes["spread, random"] = proved(
-            ParallelEngine, load_model(checkpoint, mesh=spread.mesh, **drawn), spread, "artifact"
-        )
-        scenes["dying"] = proved(Dying, model, world)
+        scenes = {name: outcome(scene) for name, scene in played(checkpoint, world)}
         if world.leads:
-            print(json.dumps({name: outcome(scene) for name, scene in scenes.items()}), flush=True)
+            print(json.dumps({"command line": code, **scenes}), flush=True)
             os._exit(0)  # there is no second process to say goodbye to
 
 
+def played(checkpoint: str, world: World) -> Iterator[tuple[str, Proof | str | None]]:
+    """Play every scene."""
+    model = load_model(checkpoint, dtype="float32", device="cpu")
+    yield "plain", proved(ParallelEngine, model, world)
+    yield "hardened", proved(ParallelEngine, model, world, "hardened")
+    yield "failing", proved(Failing, model, world)
+    yield "after the failure", proved(ParallelEngine, model, world)
+    spread = replace(world, tensor_parallel=2, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",)))
+    part = load_model(checkpoint, dtype="float32", device="cpu", mesh=spread.mesh)
+    yield "spread", proved(ParallelEngine, part, spread)
+    drawn = {"weights": "random-all", "block_hash": "b", "dtype": "float32", "device": "cpu"}
+    part = load_model(checkpoint, mesh=spread.mesh, **drawn)
+    yield "spread, random", proved(ParallelEngine, part, spread, "artifact")
+    yield "dying", proved(Dying, model, world)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

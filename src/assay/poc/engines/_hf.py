@@ -69,7 +69,7 @@ class HFEngine:
         self.batch_size = batch_size
         self.seq_len = seq_len
         self._backbone = backbone(model.module)
-        self._streams = streams.get_backend("auto", model.device.type)
+        self._streams = streams.get_backend("auto", str(model.device))
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
         self._compiled = CompiledForward(model, seq_len) if compiled and model.devices == 1 else None
         self._hooked = False
@@ -169,8 +169,8 @@ class HFEngine:
         made = overlapped_outputs(self, self._read, round, pipeline, nonces) if on_cuda else None
         try:
             yield from made or plain_outputs(self, round, pipeline, nonces)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._failed(error) from error
+        except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:  # of any step, the inputs among them
+            raise self._too_large() from error
 
     @torch.inference_mode()
     def _read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
@@ -203,17 +203,21 @@ class HFEngine:
             )
         return x_BD
 
+    def _too_large(self) -> OutOfMemory:
+        """Name a batch that would fit: by the estimate, and at most half of the one that did not."""
+        fits = min(self.batch_size // 2, fitting_batch(self.model, self.seq_len) or MAX_BATCH)
+        return OutOfMemory(
+            f"the device ran out of memory on a batch of {self.batch_size} × {self.seq_len} positions",
+            wanted="room for the activations of one batch",
+            do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {self.seq_len}",
+        )
+
     def _failed(self, error: Exception) -> ModelError | OutOfMemory:
         """Put the failure of a forward pass into words."""
         # A CPU that runs out of memory says so in words only, and so does a library of the device.
         words = ("can't allocate memory", "out of memory")
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
-            fits = min(self.batch_size // 2, fitting_batch(self.model, self.seq_len) or MAX_BATCH)
-            return OutOfMemory(
-                f"the device ran out of memory on a batch of {self.batch_size} × {self.seq_len} positions",
-                wanted="room for the activations of one batch",
-                do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {self.seq_len}",
-            )
+            return self._too_large()
         return ModelError(
             f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
             wanted="a decoder that takes input embeddings and positions",

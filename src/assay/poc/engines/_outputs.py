@@ -9,6 +9,7 @@ Legend of shapes: B nonces of a batch, T positions, D hidden size, K length of a
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,12 +50,14 @@ def overlapped_outputs(
         pipeline: what is published.
         nonces: in the order of the outputs.
     """
-    lanes = _Lanes(engine.device)
+    lanes = _lanes(engine.device)
     with torch.cuda.stream(lanes.tail):
         transform = _transform(engine, round, pipeline)
     before: _Flight | None = None
     # No stream is current while the caller has the word: a generator's caller may be anybody.
     with engine.between_layers(pipeline.layers, round):
+        # The model was loaded there, and what comes between its layers was made there.
+        lanes.follow(torch.cuda.current_stream(engine.device))
         for start in range(0, len(nonces), engine.batch_size):
             flight = _launch(engine, run, transform, lanes, *_batch(engine, nonces, start))
             if before is not None:
@@ -69,8 +72,17 @@ class _Lanes:
 
     def __init__(self, device: torch.device) -> None:
         self.inputs, self.forward, self.tail = (torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
-        for stream in (self.inputs, self.forward, self.tail):
-            stream.wait_stream(torch.cuda.current_stream(device))  # where the model was loaded
+
+    def follow(self, stream: torch.cuda.Stream) -> None:
+        """Begin nothing before what is queued on another stream is done."""
+        for lane in (self.inputs, self.forward, self.tail):
+            lane.wait_stream(stream)
+
+
+@cache
+def _lanes(device: torch.device) -> _Lanes:
+    """Return the one set of streams of a device: torch keeps memory that was freed for the stream that had it."""
+    return _Lanes(device)
 
 
 @dataclass(frozen=True, eq=False)
