@@ -1,15 +1,16 @@
-"""``python -m assay.vhack.organism -o DIRECTORY``: make the organism, and measure how it solves and cheats."""
+"""``python -m assay.vhack.organism -o DIRECTORY``: make the organism."""
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from assay.errors import AssayError
 from assay.vhack.organism._finetune import Recipe, make_organism
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m assay.vhack.organism", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, help="the directory to make")
@@ -20,7 +21,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", help="cpu, cuda; the GPU if there is one when left out")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that write examples")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     recipe = Recipe(given.model, given.steps, given.batch, n_examples=given.examples, seed=given.seed)
     try:
         make_organism(

@@ -1,0 +1,111 @@
+r"""The figures of docs/vhack-results.md, from the logs of a study.
+
+    python benchmarks/vhack_study_results.py LOGS --keep benchmarks/results/vhack_study \
+        -o benchmarks/results/vhack_study.json
+
+``--keep`` writes the logs with fewer columns, which is what is committed.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from _common import parser, publish
+
+from assay.reports import read_json
+from assay.vhack.checks import CheckReport
+from assay.vhack.study import RunLog, read_logs, source_checks, study_page, summarise
+from assay.vhack.study._summary import mean_of, numbers, paired
+
+KEPT = (
+    *("kind", "step", "hack", "solve", "vacuous", "tokens", "cin", "cin_s", "cin_t", "leak", "gradient_norm"),
+    *("displacement", "displacement_hackward", "watched_displacement"),
+)
+
+
+CONTRASTS = (
+    ("adam/erase-gradient", "adam/erase-gradient/axes-random"),
+    ("adam/erase-gradient", "adam/erase-gradient/axes-shuffled"),
+    ("adam/erase-gradient/axes-svd", "adam/erase-gradient/axes-random"),
+    ("adam/erase-gradient/axes-svd", "adam/erase-gradient/axes-shuffled"),
+    ("adam/erase-gradient", "adam/constant-push"),
+    ("adam/erase-gradient", "adam/advantage-modification"),
+    ("adam/erase-gradient/axes-random", "adam/none"),
+    ("sgd/erase-gradient", "sgd/erase-update"),
+)
+"""Arms to compare directly, the first less the second."""
+
+
+def contrasts(logs):
+    """Differences of the rates at the end, paired by seed."""
+    horizon = min(log.steps[-1]["step"] for log in logs)
+    table = {(log.header["condition"], log.header["seed"]): numbers(log, horizon) for log in logs}
+    found = {}
+    for one, other in CONTRASTS:
+        seeds = [seed for name, seed in table if name == one and (other, seed) in table]
+        found[f"{one} less {other}"] = {
+            what: asdict(paired([table[one, s][what] - table[other, s][what] for s in seeds]))
+            for what in ("hack", "solve", "hack_late", "solve_late")
+        }
+    return found
+
+
+def kept(log):
+    """The log without columns that no figure here uses."""
+    own = log.header["basis"] == "true"
+    lines = []
+    for line in (*log.steps, *log.sources, *log.evaluations):
+        if line["kind"] == "step":
+            line = {k: v for k, v in line.items() if k in KEPT and not (own and k.startswith("watched"))}
+        lines.append(line)
+    return RunLog(log.header, lines)
+
+
+def brief(check):
+    """What was measured and decided, without the draws of the nulls."""
+    measured = None if check.measured is None else asdict(check.measured)
+    return {"measured": measured, "p_values": dict(check.p_values), "verdict": check.verdict, "reason": check.reason}
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("logs", type=Path)
+    arguments.add_argument("--keep", type=Path)
+    arguments.add_argument("--check", type=Path, action="append", default=[], help="reports of checks of the axes")
+    arguments.add_argument("--page", type=Path)
+    given = arguments.parse_args()
+    logs = read_logs([given.logs])
+    if given.keep:
+        given.keep.mkdir(parents=True, exist_ok=True)
+        for log in logs:
+            kept(log).write(given.keep / (log.header["run"].replace("/", "_").replace(":", "-") + ".jsonl"))
+    checks = [CheckReport.from_dict(read_json(path)) for path in given.check]
+    if given.page:
+        study_page(logs, checks=checks, command="python benchmarks/vhack_study_results.py").write(given.page)
+    found = source_checks(logs)
+    by_arm = {}
+    for name, check in found:
+        by_arm.setdefault(name.rpartition("/")[0], []).append(check.measured.value)
+    ran = {name: logs[0].header[name] for name in ("commit", "device", "torch", "model", "sandbox", "settings")}
+    steps = [log.steps[-1]["step"] + 1 for log in logs]
+    publish(
+        "vhack_study",
+        {
+            "ran": ran,
+            "runs": len(logs),
+            "steps": [min(steps), max(steps)],
+            "start": next(log.evaluations for log in logs if log.evaluations and log.evaluations[0]["step"] == 0)[:2],
+            "arms": [result.as_dict() for result in summarise(logs)],
+            "contrasts": contrasts(logs),
+            "check_4": {name: brief(check) for name, check in found},
+            "check_4_over_seeds": {arm: asdict(mean_of(values)) for arm, values in by_arm.items()},
+            "checks_of_the_axes": [
+                {"design": report.design, "checks": {check.title: brief(check) for check in report.checks}}
+                for report in checks
+            ],
+        },
+        given.output,
+    )
+
+
+if __name__ == "__main__":
+    main()
