@@ -205,8 +205,8 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
             wall_seconds(lambda: published.batch(range(PUBLISHED_BATCH))) for _ in range(max(3, rounds))
         )
         bare = {"eager": lambda: body(inputs_embeds=inputs, use_cache=False).last_hidden_state}
-        layers = CompiledForward(model, SEQ_LEN, graphs=False)
-        graph = CompiledForward(model, SEQ_LEN)
+        layers = CompiledForward(model, batch, SEQ_LEN, graphs=False)
+        graph = CompiledForward(model, batch, SEQ_LEN)
         bare |= {
             "layers": lambda: layers.hidden(inputs),
             "graph": lambda: graph.hidden(inputs),
@@ -247,7 +247,7 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
     for size in sizes:
         given = engine.inputs(round, range(size))
         with torch.inference_mode():
-            graph = CompiledForward(model, SEQ_LEN)
+            graph = CompiledForward(model, size, SEQ_LEN)
             graph.last_hidden(given)
         by_batch[size] = round_to(size / timed_bare(lambda graph=graph, given=given: graph.last_hidden(given)))
         note(f"{reference} batch {size}: {by_batch[size]} nonces/s")

@@ -111,12 +111,11 @@ def load(model: str, dtype: str | None, device: str | None, world: "World | None
 
 
 def _shape(model: "Model", options: EngineOptions) -> dict[str, Any]:
-    from assay.poc.engines import auto_batch
+    from assay.poc.engines import auto_batch, worth_compiling
 
     automatic = options.batch_size == "auto"
     size = auto_batch(model, options.seq_len) if automatic else _number(options.batch_size)
-    on_cuda = model.device.type == "cuda"
-    compiled = on_cuda and model.devices == 1 if options.kernels == "auto" else options.kernels == "compiled"
+    compiled = worth_compiling(model) if options.kernels == "auto" else options.kernels == "compiled"
     return {"batch_size": size, "seq_len": options.seq_len, "compiled": compiled}
 
 

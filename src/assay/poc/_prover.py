@@ -17,7 +17,7 @@ from assay.poc._parse import parse_record_line
 from assay.poc._pipelines import get_pipeline
 from assay.poc._proof import Header, Proof, Record
 from assay.poc._round import MAX_COUNT, Round
-from assay.poc.engines import Engine, HFEngine, TransformingEngine
+from assay.poc.engines import Engine, HFEngine, TransformingEngine, worth_compiling
 from assay.poc.engines._outputs import plain_outputs
 from assay.reports import PartialFile, dumps
 
@@ -59,8 +59,8 @@ def prove(
         BadWeights: the model or its head gives NaN or infinity.
         StorageError: the file cannot be written. What was proved so far stays in the partial file.
     """
-    on_cuda = model.device.type == "cuda"
-    engine = engine or HFEngine(model, batch_size=batch_size, seq_len=round.seq_len, compiled=on_cuda)
+    if engine is None:
+        engine = HFEngine(model, batch_size=batch_size, seq_len=round.seq_len, compiled=worth_compiling(model))
     header = make_header(model, round, nonces, engine)
     started = time.perf_counter()
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:

@@ -19,10 +19,10 @@ from assay import streams
 from assay.poc._pipelines import RANDOM_HEAD_ROWS, Pipeline, Positions, Step
 from assay.poc._round import Round
 
-__all__ = ["Transform", "project", "reflect", "unit", "weighted_sum"]
+__all__ = ["ROWS_OF_A_PRODUCT", "Transform", "project", "reflect", "unit", "weighted_sum"]
 
 _EPSILON = 1e-8  # added to norms, as published
-_ROWS_OF_A_PRODUCT = 16  # fewer take kernels for matrix times vector on CUDA
+ROWS_OF_A_PRODUCT = 16  # fewer may take kernels for matrix times vector on CUDA
 _HEAD_SCALE = 0.02  # of no effect on a distance; kept because it is published
 
 
@@ -48,7 +48,7 @@ def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Floa
     One product of all rows would be faster, but on a CPU its kernels treat the rows at the edge of a tile in
     another order, and a nonce's bits would depend on its place in the batch. On CUDA they do not, from 16 rows on.
     """
-    if x_BD.is_cuda and len(x_BD) >= _ROWS_OF_A_PRODUCT:
+    if x_BD.is_cuda and len(x_BD) >= ROWS_OF_A_PRODUCT:
         return x_BD @ weight_VD.T
     return torch.bmm(x_BD.unsqueeze(1), weight_VD.T.expand(len(x_BD), -1, -1)).squeeze(1)
 

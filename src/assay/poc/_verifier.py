@@ -16,7 +16,7 @@ from assay.poc._proof import Header, Proof, Record
 from assay.poc._prover import Progress, compute
 from assay.poc._round import Round
 from assay.poc._verdict import Verdict, count_mismatches, seed_rule
-from assay.poc.engines import Engine, HFEngine
+from assay.poc.engines import Engine, HFEngine, worth_compiling
 from assay.poc.engines._hf import is_compiled
 
 __all__ = ["DEFAULT_SAMPLE", "EFFECT", "judge", "residuals", "verify"]
@@ -67,7 +67,7 @@ def verify(
     check_match(header, model, expect)
     batch_size = min(header.fingerprint.batch_size, LARGEST_BATCH)
     # The prover's kernels, where this device is of that kind: equal fingerprints give equal bits.
-    compiled = is_compiled(header.fingerprint) and model.device.type == "cuda"
+    compiled = is_compiled(header.fingerprint) and worth_compiling(model)
     shape = {"batch_size": batch_size, "seq_len": header.round.seq_len}
     engine = engine or HFEngine(model, **shape, compiled=compiled)
     noise = noise_for(header, engine, calibration)

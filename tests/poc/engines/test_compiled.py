@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from assay.errors import ModelError
 from assay.poc import HFEngine, Round, prove, verify
-from assay.poc.engines import _compiled, be_deterministic
+from assay.poc.engines import _compiled, be_deterministic, worth_compiling
 from assay.poc.engines._hf import is_compiled
 
 
@@ -32,6 +33,33 @@ def test_every_kind_of_pipeline_runs_on_it(preset: str, small_model, round_: Rou
         else:
             np.testing.assert_allclose(mine.vector.astype(float), other.vector.astype(float), atol=2e-3)
     assert verify(ours, small_model, seed=1).verdict == "honest"
+
+
+@pytest.mark.parametrize("batch_size", [3, 5, 6, 11])
+def test_odd_batches_keep_a_row_s_bits(batch_size: int, small_model, round_: Round, uncompiled):
+    engine = HFEngine(small_model, batch_size=batch_size, seq_len=16, compiled=True)
+    whole = prove(small_model, round_, range(2 * batch_size + 1), engine=engine).distances
+    for start in (1, batch_size - 1):
+        shifted = prove(small_model, round_, range(start, start + batch_size), engine=engine).distances
+        assert shifted.tolist() == whole[start : start + batch_size].tolist()
+
+
+def test_prove_compiles_by_itself_only_where_it_pays(small_model):
+    assert not worth_compiling(small_model)
+
+
+def test_a_compiler_that_fails_is_answered_with_the_other_kernels(small_model, round_: Round, monkeypatch):
+    def compiled(function, **_):
+        def fail(*_, **__):
+            raise RuntimeError("no C++ compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    engine = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
+    with pytest.raises(ModelError, match="no C\\+\\+ compiler") as refused:
+        prove(small_model, round_, range(8), engine=engine)
+    assert "--kernels eager" in refused.value.do
 
 
 def test_the_fingerprint_names_it(small_model, uncompiled):

@@ -3,6 +3,7 @@
 from assay.poc.engines._base import Engine as Engine
 from assay.poc.engines._base import Fingerprint as Fingerprint
 from assay.poc.engines._base import TransformingEngine as TransformingEngine
+from assay.poc.engines._compiled import worth_compiling as worth_compiling
 from assay.poc.engines._deterministic import be_deterministic as be_deterministic
 from assay.poc.engines._hf import HFEngine as HFEngine
 from assay.poc.engines._memory import auto_batch as auto_batch
@@ -22,4 +23,5 @@ __all__ = [
     "be_deterministic",
     "joined",
     "processes",
+    "worth_compiling",
 ]

@@ -9,6 +9,7 @@ Legend of shapes: B nonces, T positions, D hidden size.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.models import Model, backbone
+from assay.poc._transforms import ROWS_OF_A_PRODUCT
 from assay.poc.engines._lean import LeanDecoder, lean_decoder
 
-__all__ = ["CompiledForward", "keep_kernels"]
+__all__ = ["CompiledForward", "keep_kernels", "worth_compiling"]
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -43,25 +45,33 @@ def keep_kernels() -> None:
     os.environ.setdefault(CACHE, str(Path(root) / "assay" / "kernels"))
 
 
+def worth_compiling(model: Model) -> bool:
+    """Say whether prove compiles a model that it is not told about: on one CUDA device, where triton is."""
+    return model.device.type == "cuda" and model.devices == 1 and find_spec("triton") is not None
+
+
 class CompiledForward:
     """Runs the decoder of a model on inputs of one fixed shape.
 
     A model whose layers :mod:`assay.poc.engines._lean` knows is compiled layer by layer; any other one as a whole,
-    as transformers has it.
+    as transformers has it. The last layer serves the last position alone where B rows are enough for products in which
+    the place of a row is of no account: on CUDA, from :data:`ROWS_OF_A_PRODUCT` on.
 
     Args:
         model: the model.
+        batch_size: B.
         seq_len: T.
         graphs: replay the kernels as one CUDA graph; of no effect on the bits, and not on the CPU.
     """
 
-    def __init__(self, model: Model, seq_len: int, *, graphs: bool = True) -> None:
+    def __init__(self, model: Model, batch_size: int, seq_len: int, *, graphs: bool = True) -> None:
         keep_kernels()
+        on_cuda = model.device.type == "cuda"
         self.lean = lean_decoder(model, seq_len)
-        graphs = graphs and self.lean and model.device.type == "cuda"
+        graphs = graphs and self.lean and on_cuda
         if self.lean:
             decoder = LeanDecoder(model, seq_len, _compiled)
-            last_hidden, hidden = decoder.last_hidden, decoder.hidden
+            hidden, last_hidden = decoder.hidden, decoder.last_hidden
         else:
             body = _compiled(backbone(model.module), fullgraph=False)
             positions_1T = torch.arange(seq_len, device=model.device)[None]
@@ -72,6 +82,8 @@ class CompiledForward:
                     inputs_embeds=inputs_BTD, position_ids=positions_BT, use_cache=False
                 ).last_hidden_state
                 return states_BTD
+
+        if not (self.lean and on_cuda and batch_size >= ROWS_OF_A_PRODUCT):
 
             def last_hidden(inputs_BTD: Tensor) -> Tensor:
                 return hidden(inputs_BTD)[:, -1].float()

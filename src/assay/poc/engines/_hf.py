@@ -71,7 +71,7 @@ class HFEngine:
         self._backbone = backbone(model.module)
         self._streams = streams.get_backend("auto", str(model.device))
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
-        self._compiled = CompiledForward(model, seq_len) if compiled and model.devices == 1 else None
+        self._compiled = CompiledForward(model, batch_size, seq_len) if compiled and model.devices == 1 else None
         self._hooked = False
 
     @property
@@ -218,10 +218,11 @@ class HFEngine:
         words = ("can't allocate memory", "out of memory")
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
             return self._too_large()
+        another = "use another architecture, such as Llama, Qwen3 or Mistral"
         return ModelError(
             f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
             wanted="a decoder that takes input embeddings and positions",
-            do="use another architecture, such as Llama, Qwen3 or Mistral",
+            do=f"try --kernels eager, or {another}" if self._compiled else another,
         )
 
     @torch.inference_mode()
