@@ -102,6 +102,7 @@ class ArmResult:
             ``_late``, of training rollouts in 50 steps up to the last that all runs have; ``hack_own`` and
             ``hack_other`` on held-out tasks with the loopholes that were trained on and with the others;
             ``hack_markers`` with markers never trained on; ``peak`` the highest hack rate of a line of the log;
+            ``vacuous_correct_late`` the share of correct work whose report would hold for wrong work too;
             ``displacement`` along the axes at the end.
         tipped: how many seeds hack in more than half of the late rollouts. Rates of runs that either tip or do not are
             no bell curve, and this count with its exact interval says more.
@@ -168,6 +169,7 @@ def numbers(log: RunLog, horizon: int) -> dict[str, float]:
     steps = log.steps
     late = [line for line in steps if horizon - _LATE < line["step"] <= horizon]
     found = {f"{name}_late": float(np.mean([line[name] for line in late])) for name in ("hack", "solve", "vacuous")}
+    found["vacuous_correct_late"] = found["vacuous_late"] - found["hack_late"]
     found["peak"] = max(line["hack"] for line in steps)
     ends = {line["markers"]: line for line in log.evaluations if line["step"] > 0}
     own: Mapping[str, Any] = ends.get("training", {})
