@@ -10,11 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from assay import streams
 from assay.errors import UsageError
 from assay.poc import Round
-from assay.poc.engines.vllm import FlowSettings, WorkerExtension, _rows, plugin
+from assay.poc.engines._inputs import noise_inputs
+from assay.poc.engines.vllm import FlowSettings, WorkerExtension, _extension, _rows, plugin
 from assay.poc.engines.vllm._client import _decode
 from assay.poc.engines.vllm._doors import Barrier, Under
+from assay.poc.engines.vllm._extension import Hooks
 from assay.poc.engines.vllm._flow import Flow
 from assay.poc.engines.vllm._rows import Rows
 from assay.poc.engines.vllm._runners import Chunk, chunks, runner_kind
@@ -318,3 +321,31 @@ def test_values_cross_the_process_as_bytes(shape):
     assert sorted(decoded) == [5, 6, 9]
     np.testing.assert_array_equal(decoded[6], values[1])
     assert _decode({"failed": {}}, raw=False) == {}
+
+
+def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_extension, "MAX_VALUES", 2 * 8 * 16)  # two nonces at once
+    monkeypatch.setattr(_extension, "_is_first_stage", lambda: True)
+    steps: list[object] = []
+    runner = SimpleNamespace(device=torch.device("cpu"), execute_model=steps.append, sample_tokens=None)
+    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16)
+    hooks = Hooks(runner, SimpleNamespace(model_config=model))
+    other = Spec(Round(block_hash="other", public_key="k", seq_len=8), "poc-2.0")
+    keys = {new_key(): SPEC, new_key(): other}
+    for key, spec in keys.items():
+        hooks.rows.open(key, spec)
+    wanted = [(key, nonce) for nonce in range(5) for key in keys]
+    requests = [
+        SimpleNamespace(req_id=request_id(key, nonce), prompt_embeds=None, prompt_token_ids=[0] * (8 - (nonce == 3)))
+        for key, nonce in wanted
+    ]
+    runner.execute_model(SimpleNamespace(scheduled_new_reqs=requests))
+    assert len(steps) == 1
+    assert sorted(hooks.failed) == sorted((key, 3) for key in keys)
+    backend = streams.get_backend("auto", "cpu")
+    for (key, nonce), request in zip(wanted, requests, strict=True):
+        assert hooks.rows.wants(key, nonce) == (nonce != 3)
+        if nonce != 3:
+            alone = noise_inputs(backend, keys[key].round, [nonce], seq_len=8, hidden_size=16, dtype="float32")[0]
+            assert torch.equal(request.prompt_embeds, alone)
+            assert request.prompt_is_token_ids == [False] * 8

@@ -56,7 +56,9 @@ class VLLMEngine(RequestEngine):
             config = self._llm.vllm_config
             # Nobody chats with this engine: it is always full.
             flow = FlowSettings(in_flight=in_flight or capacity(config, seq_len))
-            client = self._client = Client(self._llm, Flow(flow, self._llm.output_processor.get_num_unfinished_requests, 1))
+            client = self._client = Client(
+                self._llm, Flow(flow, self._llm.output_processor.get_num_unfinished_requests, 1)
+            )
             self._thread.run(client.install())
             super().__init__(
                 client,
