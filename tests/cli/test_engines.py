@@ -38,6 +38,7 @@ def test_the_batch_size_can_be_left_to_the_machine(prove, tmp_path: Path):
 
 def test_kernels_are_chosen_by_a_flag(prove, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
     libraries = {}
     for kernels in ("auto", "eager", "compiled"):
         assert prove("--kernels", kernels).code == 0

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from assay.errors import ModelError
 from assay.poc import HFEngine, Round, prove, verify
@@ -18,6 +20,7 @@ from assay.poc.engines._hf import is_compiled
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled engine's way through the code, without the minutes that the compiler takes."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setenv(_compiled.CACHE, "unused")  # no folder in the home of whoever runs the tests
 
 
 @pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened", "layer-reflections", "random-head"])
@@ -56,6 +59,7 @@ def test_a_compiler_that_fails_is_answered_with_the_other_kernels(small_model, r
         return fail
 
     monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setenv(_compiled.CACHE, "unused")
     engine = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
     with pytest.raises(ModelError, match="no C\\+\\+ compiler") as refused:
         prove(small_model, round_, range(8), engine=engine)
@@ -73,6 +77,7 @@ def test_the_fingerprint_names_it(small_model, uncompiled):
 
 def test_another_architecture_is_compiled_as_a_whole(small_model, round_: Round, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_compiled, "lean_decoder", lambda model, seq_len: False)
+    monkeypatch.setenv(_compiled.CACHE, "unused")
     seen = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(function) or function)
     engine = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
@@ -84,14 +89,25 @@ def test_another_architecture_is_compiled_as_a_whole(small_model, round_: Round,
     assert torch.equal(engine.last_hidden(inputs), plain.last_hidden(inputs))
 
 
-def test_kernels_are_kept_in_a_folder_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path):
+def test_kernels_are_kept_in_a_folder_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(_compiled.CACHE, raising=False)
-    _compiled.keep_kernels()
-    assert os.environ[_compiled.CACHE] == str(tmp_path / "assay" / "kernels")
+    for before in ("", default_cache_dir()):  # unset, and what torch writes there when it is imported
+        monkeypatch.setenv(_compiled.CACHE, before)
+        if not before:
+            monkeypatch.delenv(_compiled.CACHE)
+        _compiled.keep_kernels()
+        assert os.environ[_compiled.CACHE] == str(tmp_path / "assay" / "kernels")
     monkeypatch.setenv(_compiled.CACHE, "elsewhere")
     _compiled.keep_kernels()
     assert os.environ[_compiled.CACHE] == "elsewhere"
+
+
+def test_a_folder_that_cannot_be_written_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv(_compiled.CACHE, default_cache_dir())
+    _compiled.keep_kernels()
+    assert os.environ[_compiled.CACHE] == default_cache_dir()
 
 
 @pytest.fixture

@@ -40,9 +40,20 @@ Run = Callable[..., Any]
 
 
 def keep_kernels() -> None:
-    """Let compiled kernels be kept in the user's cache folder, unless the environment names another one."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault(CACHE, str(Path(root) / "assay" / "kernels"))
+    """Let compiled kernels be kept in the user's cache folder, unless the environment names another one.
+
+    Torch's own choice is a temporary folder; it stays where the user's cannot be written.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get(CACHE) not in (None, default_cache_dir()):  # torch writes its choice there when it is imported
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a home of somebody else, or none
+        return
+    os.environ[CACHE] = str(folder)
 
 
 def worth_compiling(model: Model) -> bool:
