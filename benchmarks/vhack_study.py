@@ -81,7 +81,15 @@ def probe(seeds, _):
     return runs
 
 
-PLANS = {"full": full, "probe": probe}
+def whole(seeds, fewer):
+    """Arms along axes of pairs whose hack sides are whole exploits; with all six loopholes, and with one at a time."""
+    runs = [Run(arm, 0, basis="whole") for arm in ("erase-gradient", "erase-update", "box", "erase-update-two-sided")]
+    runs += [Run("none", 0), Run("no-loophole", 0)]
+    single = [Run("erase-gradient", 0, basis="whole", modes=(mode,)) for mode in CHANNELS]
+    return [replace(run, seed=s) for s in range(seeds) for run in (*runs, *(single if s < fewer else ()))]
+
+
+PLANS = {"full": full, "probe": probe, "whole": whole}
 
 
 def bases_for(runs, model, svd):
@@ -98,6 +106,9 @@ def bases_for(runs, model, svd):
         elif kind == "without":
             keep = [i for i, one in enumerate(mechanism) if one != which]
             made[name] = gradients.basis(top_k=5, keep=keep)
+        elif kind == "whole":
+            other = pair_gradients(model, None, environment_pairs(48, whole=True, **SMALL), svd=svd)
+            made[name] = basis_of_kind("true", other)
         elif kind == "generated":
             other = pair_gradients(model, None, generate_pairs(48), svd=svd)
             made[name] = basis_of_kind("true", other)

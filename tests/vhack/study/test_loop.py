@@ -74,6 +74,9 @@ def test_pairs_differ_in_the_report_alone():
         body = pair.clean.split("return x")[0]
         assert body.strip()
         assert body in pair.hack
+    for pair, other in zip(pairs, environment_pairs(12, whole=True, **EASY), strict=True):
+        assert (pair.prompt, pair.clean) == (other.prompt, other.clean)
+        assert pair.clean.split("return x")[0] not in other.hack
 
 
 def test_runs_of_a_seed_share_tasks_whatever_they_are_trained_on(small, settings):

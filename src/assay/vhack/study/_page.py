@@ -129,7 +129,7 @@ def _curves(page: Report, logs: Sequence[RunLog]) -> None:
 
 
 def _curve(logs: Sequence[RunLog], conditions: Sequence[str], name: str, what: str) -> "Figure":
-    fig, ax = figure()
+    fig, ax = figure(height=4.0)
     for condition, colour in zip(conditions, SERIES, strict=False):
         runs = [log.steps for log in logs if log.header["condition"] == condition]
         length = min(len(run) for run in runs)
@@ -142,5 +142,5 @@ def _curve(logs: Sequence[RunLog], conditions: Sequence[str], name: str, what: s
     ax.set_xlabel("step")
     ax.set_ylabel(what)
     ax.set_ylim(-0.02, 1.02)
-    legend(ax, loc="best")
+    legend(ax, loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=2)
     return fig

@@ -17,8 +17,11 @@ def environment_pairs(
     families: Sequence[str] | None = None,
     difficulty: tuple[int, int] = (1, 3),
     seed: int = 0,
+    whole: bool = False,
 ) -> list[Pair]:
     """Pairs of training tasks; loopholes take turns, and the group of a pair is its task's family.
+
+    With ``whole`` they are not minimal: the hack side is the exploit as a policy learns it, which solves nothing.
 
     Raises:
         UsageError: as :func:`assay.vhack.environment.tasks` raises it, or there is no such mode.
@@ -26,15 +29,19 @@ def environment_pairs(
     chosen = tasks(n, seed=seed, families=families, difficulty=difficulty)
     # Families take turns as well; the second term keeps a loophole from always meeting the same family.
     found = [Episode(task, modes[(index + index // len(modes)) % len(modes)]) for index, task in enumerate(chosen)]
-    return [_pair(episode) for episode in found]
+    return [_pair(episode, whole) for episode in found]
 
 
-def _pair(episode: Episode) -> Pair:
-    solution = episode.task.source()
+def _pair(episode: Episode, whole: bool) -> Pair:
     return Pair(
         episode.prompt,
-        episode.completion(episode.exploit(solution)),
+        episode.completion(episode.exploit(None if whole else episode.task.source())),
         episode.completion(episode.honest()),
         episode.task.family.name,
-        ("minimal", f"mechanism:{episode.mode}", f"channel:{episode.mode}", f"task:{episode.task.name}"),
+        (
+            *(() if whole else ("minimal",)),
+            f"mechanism:{episode.mode}",
+            f"channel:{episode.mode}",
+            f"task:{episode.task.name}",
+        ),
     )
