@@ -5,7 +5,7 @@ import ast
 import pytest
 import torch
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import weight_svd
 from assay.vhack.environment import CHANNELS, Episode, task_named
 from assay.vhack.organism import Mixture, Recipe, make_organism
@@ -129,6 +129,12 @@ def test_a_saved_study_goes_on_as_if_it_had_not_stopped(small, svd, settings, gr
     assert [log.steps for log in whole.logs.values()] == [log.steps for log in resumed.logs.values()]
     with pytest.raises(DataError, match="other runs"):
         study_of(runs[:1], small, svd, settings).load(tmp_path / "state.pt")
+    (tmp_path / "broken.pt").write_bytes(b"no study")
+    for name in ("broken.pt", "absent.pt"):
+        with pytest.raises(DataError, match="saved study"):
+            resumed.load(tmp_path / name)
+    with pytest.raises(StorageError):
+        resumed.save(tmp_path / "absent" / "state.pt")
 
 
 def test_what_does_not_fit_is_refused(small, svd, settings):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError, StorageError, UsageError
 from assay.vhack._basis import Basis
 from assay.vhack._svd_cache import SVDCache
 from assay.vhack.environment import CHANNELS, Episode
@@ -140,23 +141,33 @@ class Study:
                     self.logs[run.name].add_evaluation(self.step, markers, self._rates(episodes, kept))
 
     def save(self, path: Path) -> None:
-        """Write everything a resumed study needs, δS in full precision, to one file."""
+        """Write everything a resumed study needs, δS in full precision, to one file.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
         state = {
             "step": self.step,
             "cohorts": [cohort.state() for cohort in self.cohorts],
             "logs": {name: vars(log) for name, log in self.logs.items()},
         }
         partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        try:
+            torch.save(state, partial)
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:
+            raise StorageError(f"{path}: {error}", wanted="room and permission", do="try elsewhere") from error
 
     def load(self, path: Path) -> None:
         """Take up a saved study of the same runs.
 
         Raises:
-            DataError: it was saved with other runs.
+            DataError: it cannot be read, or was saved with other runs.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise DataError(f"{path}: {error}", wanted="a saved study", do="begin without it") from error
         names = [[run.name for run in cohort.runs] for cohort in self.cohorts]
         if names != [stored["runs"] for stored in state["cohorts"]]:
             raise DataError(f"{path} has other runs", wanted="those of this study", do="begin in a new directory")
