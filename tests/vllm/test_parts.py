@@ -282,7 +282,8 @@ def test_settings_come_from_the_environment(tmp_path: Path):
         }
     )
     assert read.service.api_keys == ("first-key-of-16-chars", "second-key-of-16-chars")
-    assert (read.service.callback_interval, read.service.max_nonces) == (0.5, 7)
+    assert (read.service.callback_interval, read.service.max_nonces, read.service.drain) == (0.5, 7, 2.0)
+    assert PluginSettings.of({"ASSAY_DRAIN": "9"}).service.drain == 9.0
     assert read.service.allow_private_callbacks is True
     assert (read.flow.share, read.flow.mode, read.inputs) == (0.5, "exclusive", "sent")
 

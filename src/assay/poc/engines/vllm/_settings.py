@@ -23,6 +23,7 @@ KEYS = {
     "callback_secrets": "ASSAY_CALLBACK_SECRET",
 }
 FLOW = "ASSAY_VLLM_"
+DRAIN = 2.0  # seconds; on SIGTERM vLLM ends its engine before the service, and the batch that runs never ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class PluginSettings:
         if inputs not in get_args(Inputs):
             raise UsageError(f"ASSAY_VLLM_INPUTS={inputs}", wanted=" or ".join(get_args(Inputs)), do="leave it out")
         return cls(
-            service=Settings(**(_numbers(Settings, "ASSAY_", environment) | values)),
+            service=Settings(**({"drain": DRAIN} | _numbers(Settings, "ASSAY_", environment) | values)),
             flow=FlowSettings(**_numbers(FlowSettings, FLOW, environment)),
             inputs=cast("Inputs", inputs),
             reference=environment.get("ASSAY_REFERENCE"),
