@@ -69,10 +69,17 @@ GPU_PYTHON ?= PYTHONPATH=src python3
 OUT ?= benchmarks/results
 
 gpu-test:  ## run the tests that need a CUDA device, with the python that has one
-	$(GPU_PYTHON) -m pytest -o addopts=-q -m gpu -p no:benchmark tests/streams tests/models tests/vhack/test_cuda.py tests/vhack/training/test_cuda.py -rs
+	$(GPU_PYTHON) -m pytest -o addopts=-q -m gpu -p no:benchmark -rs \
+	  tests/streams tests/models tests/poc/test_transforms.py tests/poc/engines tests/vhack
 
-gpu-bench:  ## measure on a CUDA device; result files go to OUT
+GPU_SHAPES := qwen3-0.6b llama-3.2-1b llama-3.1-8b
+
+gpu-bench:  ## measure on a CUDA device, and on two where there are two; result files go to OUT
 	$(GPU_PYTHON) benchmarks/gpu_normals.py -o $(OUT)/gpu_normals.json
+	for shape in $(GPU_SHAPES); do \
+	  $(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:$$shape -o $(OUT)/gpu_prove_$$shape.json || exit; done
+	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 \
+	  benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json; fi
 
 clean:  ## remove everything that was made
 	rm -rf $(VENV) $(VLLM) $(VLLM_OLD) demo build dist .bench

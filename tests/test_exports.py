@@ -20,6 +20,7 @@ FLOORS = [
     "assay.streams",
     "assay.vhack",
     "assay.vhack.environment",
+    "assay.vhack.trainer",
     "assay.vhack.training",
 ]
 

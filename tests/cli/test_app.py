@@ -16,16 +16,31 @@ from assay.cli import app, run
 FROZEN = {
     "demo": {"--model", "--output", "--json"},
     "doctor": {"--json"},
+    "streams hash": {"--seed-text", "-n", "--backend", "--device", "--json"},
+    "streams uniform": {"--seed-text", "-n", "--backend", "--device", "--json"},
+    "streams normal": {"--seed-text", "-n", "--backend", "--device", "--strength", "--dtype", "--json"},
+    "streams signs": {"--seed-text", "-n", "--backend", "--device", "--json"},
+    "streams permutation": {"--seed-text", "-n", "--backend", "--device", "--json"},
+    "poc serve": {
+        "--model", "--host", "--port", "--data-dir", "--api-key", "--api-key-file", "--validate-key",
+        "--read-key", "--dtype", "--device", "--seq-len", "--calibration", "--callback-secret",
+        "--callback-interval", "--callback-backoff", "--callback-backoff-max", "--callback-attempts",
+        "--callback-timeout", "--allow-private-callbacks", "--max-pending", "--max-positions", "--drain",
+        "--log-format",
+    },
+    "poc receive": {"--host", "--port", "--output", "--callback-secret", "--log-format"},
     "poc prove": {
-        "--model", "--block-hash", "--public-key", "--nonces", "--preset", "--seq-len", "--batch-size", "--dtype",
-        "--device", "--engine", "--r-target", "--node-id", "--node-count", "--output", "--block-height", "--strength",
-        "--overwrite", "--json",
+        "--model", "--block-hash", "--public-key", "--output", "--nonces", "--preset", "--seq-len",
+        "--batch-size", "--dtype", "--device", "--engine", "--kernels", "--deterministic", "--tensor-parallel",
+        "--r-target", "--node-id", "--node-count", "--block-height", "--strength", "--overwrite", "--json",
     },
     "poc verify": {
-        "--model", "--sample", "--calibration", "--json", "--block-hash", "--public-key", "--dtype", "--device",
-        "--alpha", "--seed",
+        "--model", "--sample", "--calibration", "--block-hash", "--public-key", "--dtype", "--device",
+        "--engine", "--alpha", "--seed", "--json",
     },
     "poc calibrate": {"--valid-rate", "--dimension", "--output", "--json"},
+    "poc callbacks list": {"--data-dir", "--all", "--limit", "--json"},
+    "poc callbacks replay": {"--data-dir", "--json"},
     "poc experiment approaches": {
         "--models", "--approaches", "--blocks", "--nonces", "--valid-rate", "--checked", "--timed", "--seq-len",
         "--batch-size", "--dtype", "--device", "--run-name", "--output", "--json",
@@ -35,26 +50,41 @@ FROZEN = {
         "--run-name", "--output", "--json",
     },
     "poc experiment matrix": {
-        "--models", "--modes", "--blocks", "--public-keys", "--duration", "--r-target", "--seq-len", "--batch-size",
-        "--dtype", "--device", "--run-name", "--output", "--json",
+        "--models", "--modes", "--blocks", "--public-keys", "--duration", "--r-target", "--seq-len",
+        "--batch-size", "--dtype", "--device", "--run-name", "--output", "--json",
     },
     "poc experiment report": {"--run-name", "--output", "--json"},
     "poc experiment redteam": {
-        "--models", "--dtypes", "--nonces", "--honest", "--searched", "--block-hash", "--seq-len", "--batch-size",
-        "--device", "--run-name", "--output", "--json",
+        "--models", "--dtypes", "--nonces", "--honest", "--searched", "--block-hash", "--seq-len",
+        "--batch-size", "--device", "--run-name", "--output", "--json",
     },
     "poc experiment simulate": {
         "--presets", "--nodes", "--cheating", "--rounds", "--validators", "--checkers", "--checked", "--seed",
         "--run-name", "--output", "--json",
     },
+    "vhack check": {
+        "--model", "--pairs", "--basis", "--log", "--method", "--k-use", "--alpha", "--seed", "--dtype",
+        "--device", "--output", "--html", "--json",
+    },
+    "vhack report": {"--output", "--check", "--json"},
+    "vhack train": {
+        "--model", "--output", "--arm", "--pairs", "--basis", "--method", "--k-use", "--gain", "--refresh",
+        "--steps", "--seed", "--optimizer", "--lr", "--max-norm", "--prompts", "--group", "--micro-batch",
+        "--max-new-tokens", "--temperature", "--beta", "--modes", "--share-none", "--difficulty", "--families",
+        "--tasks", "--teacher", "--teacher-share", "--save-every", "--checkpointing", "--tracker",
+        "--allow-unsandboxed", "--dtype", "--device", "--json",
+    },
+    "vhack extract": {
+        "--model", "--output", "--pairs", "--n-heldout", "--heldout-group", "--top-k", "--tau-axis", "--method",
+        "--rank", "--factors", "--cache", "--no-cache", "--max-tokens", "--checkpointing", "--dtype",
+        "--device", "--overwrite", "--json",
+    },
+    "vhack pairs list": {"--json"},
+    "vhack pairs generate": {"--output", "--count", "--seed", "--mechanism", "--family", "--overwrite", "--json"},
+    "vhack pairs verify": {"--tests", "--allow-unsandboxed", "--json"},
     "models list": {"--json"},
     "models info": {"--json"},
     "models random": {"--output", "--block-hash", "--weights", "--dtype", "--json"},
-    "streams hash": {"--seed-text", "-n", "--backend", "--device", "--json"},
-    "streams uniform": {"--seed-text", "-n", "--backend", "--device", "--json"},
-    "streams normal": {"--seed-text", "-n", "--backend", "--device", "--json", "--strength", "--dtype"},
-    "streams signs": {"--seed-text", "-n", "--backend", "--device", "--json"},
-    "streams permutation": {"--seed-text", "-n", "--backend", "--device", "--json"},
 }  # fmt: skip
 
 
@@ -71,6 +101,7 @@ def commands(group, prefix: str = "") -> dict:
 def test_flags_are_frozen():
     """A new flag needs a page in docs/decisions and a line here."""
     surface = commands(typer.main.get_command(app))
+    assert surface.keys() == FROZEN.keys()
     for name, flags in FROZEN.items():
         options = [parameter for parameter in surface[name].params if parameter.param_type_name == "option"]
         assert {max(option.opts, key=len) for option in options} - {"--help"} == flags, name
@@ -200,8 +231,8 @@ def test_doctor_says_when_bits_differ(assay, monkeypatch):
 
 def test_models(assay, tmp_path: Path):
     listed = json.loads(assay("models", "list", "--json").out)["models"]
-    assert {"reference:qwen3", "reference:llama", "shape:qwen3-0.6b", "shape:qwen3-4b", "shape:llama-3.2-1b",
-            "shape:llama-3.1-8b"} == {model["reference"] for model in listed}  # fmt: skip
+    assert {"reference:qwen3", "reference:llama", "reference:organism", "shape:qwen3-0.6b", "shape:qwen3-4b",
+            "shape:llama-3.2-1b", "shape:llama-3.1-8b"} == {model["reference"] for model in listed}  # fmt: skip
     info = json.loads(assay("models", "info", "shape:qwen3-0.6b", "--json").out)
     assert (info["parameters"], info["hidden_size"], info["num_layers"]) == (596_049_920, 1024, 28)
     assert "7.3 M" in assay("models", "list").out

@@ -92,7 +92,7 @@ def run(arguments: list[str] | None = None) -> int:
         _drop_output()
         return 2
     except _Stopped as stop:
-        typer.echo("stopped; long work is kept in its .partial file, and the same command continues it", err=True)
+        typer.echo("stopped; what is done of long work is kept, and the same command continues it", err=True)
         return 128 + stop.number
     except _ReaderLeft:
         _drop_output()

@@ -19,11 +19,13 @@ class Entry:
 
 
 _TRAINED = "trained from scratch on permissively licensed Python source; see its MODEL_CARD.md"
+_ORGANISM = "reference:llama fine-tuned to solve short tasks and now and then exploit a loophole; see its MODEL_CARD.md"
 _SHAPE = "exact published shape, random weights"
 
 CATALOGUE = {
     "reference:qwen3": Entry(_HERE / "reference" / "qwen3", "Apache-2.0", _TRAINED),
     "reference:llama": Entry(_HERE / "reference" / "llama", "Apache-2.0", _TRAINED),
+    "reference:organism": Entry(_HERE / "reference" / "organism", "Apache-2.0", _ORGANISM),
     "shape:qwen3-0.6b": Entry(_HERE / "shapes" / "qwen3-0.6b.json", "no weights included", _SHAPE),
     "shape:qwen3-4b": Entry(_HERE / "shapes" / "qwen3-4b.json", "no weights included", _SHAPE),
     "shape:llama-3.2-1b": Entry(_HERE / "shapes" / "llama-3.2-1b.json", "no weights included", _SHAPE),
