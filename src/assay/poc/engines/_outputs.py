@@ -21,12 +21,12 @@ from assay.poc._round import Round
 from assay.poc._transforms import Transform
 from assay.poc.engines._base import Engine
 
-__all__ = ["overlapped_outputs", "plain_outputs"]
+__all__ = ["make_transform", "overlapped_outputs", "plain_outputs"]
 
 
 def plain_outputs(engine: Engine, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
     """Yield the outputs of a pipeline, a batch at a time; the last batch is padded, then cut."""
-    transform = _transform(engine, round, pipeline)
+    transform = make_transform(engine, round, pipeline)
     with engine.between_layers(pipeline.layers, round):
         for start in range(0, len(nonces), engine.batch_size):
             count, padded = _batch(engine, nonces, start)
@@ -52,7 +52,7 @@ def overlapped_outputs(
     """
     lanes = _lanes(engine.device)
     with torch.cuda.stream(lanes.tail):
-        transform = _transform(engine, round, pipeline)
+        transform = make_transform(engine, round, pipeline)
     before: _Flight | None = None
     # No stream is current while the caller has the word: a generator's caller may be anybody.
     with engine.between_layers(pipeline.layers, round):
@@ -132,7 +132,8 @@ def _land(flight: _Flight, transform: Transform, lanes: _Lanes) -> NDArray[Any]:
     return host.numpy()[: flight.count].copy()
 
 
-def _transform(engine: Engine, round: Round, pipeline: Pipeline) -> Transform:
+def make_transform(engine: Engine, round: Round, pipeline: Pipeline) -> Transform:
+    """Return the randomisation of a round for an engine's states."""
     return Transform(
         round,
         pipeline,

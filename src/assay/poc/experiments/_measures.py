@@ -15,10 +15,10 @@ from scipy.stats import chi2
 from assay import stats
 from assay.poc._pipelines import Pipeline
 from assay.poc._round import Round
-from assay.poc.engines import Engine
+from assay.poc.engines import Engine, make_transform
 from assay.poc.experiments._matrix_table import PUBLISHED_LIMIT
 from assay.poc.experiments._spread import spread_of
-from assay.poc.experiments._states import make_transform, states
+from assay.poc.experiments._states import states
 from assay.reports import JsonObject
 
 __all__ = ["distribution", "overheads", "residual_sizes", "told_apart"]

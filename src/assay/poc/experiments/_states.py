@@ -13,21 +13,9 @@ import torch
 from assay.poc._pipelines import Pipeline
 from assay.poc._round import Round
 from assay.poc._transforms import Transform
-from assay.poc.engines import Engine
+from assay.poc.engines import Engine, make_transform
 
-__all__ = ["make_transform", "published", "state_pipeline", "states"]
-
-
-def make_transform(engine: Engine, round: Round, pipeline: Pipeline) -> Transform:
-    """Return the randomisation of a round for an engine's states."""
-    return Transform(
-        round,
-        pipeline,
-        hidden_size=engine.hidden_size,
-        vocab_size=engine.vocab_size,
-        device=engine.device,
-        trained_head=engine.trained_head,
-    )
+__all__ = ["published", "state_pipeline", "states"]
 
 
 def state_pipeline(pipeline: Pipeline) -> Pipeline:

@@ -16,8 +16,7 @@ from assay.models import Model, load_model
 from assay.poc._pipelines import Pipeline, get_pipeline
 from assay.poc._round import Round
 from assay.poc._transforms import Transform, unit
-from assay.poc.engines import HFEngine
-from assay.poc.experiments._states import make_transform
+from assay.poc.engines import HFEngine, make_transform
 from assay.poc.experiments.redteam._attacks import OnEngine, Program, Scene
 from assay.poc.experiments.redteam._detect import Judge
 from assay.poc.experiments.redteam._guess import Guesses

@@ -14,7 +14,7 @@ import torch
 
 from assay.poc._pipelines import PIPELINES, Positions
 from assay.poc._transforms import unit, weighted_sum
-from assay.poc.experiments._states import make_transform
+from assay.poc.engines import make_transform
 from assay.poc.experiments.redteam._field import Field
 from assay.poc.experiments.redteam._partial import PartialForward, Shortcut
 from assay.reports import JsonObject
