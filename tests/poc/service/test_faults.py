@@ -5,7 +5,7 @@ import threading
 import pytest
 from fastapi import FastAPI
 
-from assay.poc import _prover
+from assay.poc.engines import _outputs
 from assay.poc.service import Controller, Settings, attach
 from assay.poc.service._bodies import InitRequest
 from tests.end_to_end.receiver import FlakyReceiver
@@ -179,8 +179,8 @@ def test_fault_13_an_engine_is_made_once_per_shape(service):
 
 def test_fault_14_what_a_block_needs_is_made_once_per_phase(service, monkeypatch):
     made = []
-    real = _prover.Transform
-    monkeypatch.setattr(_prover, "Transform", lambda *args, **kwargs: made.append(1) or real(*args, **kwargs))
+    real = _outputs.Transform
+    monkeypatch.setattr(_outputs, "Transform", lambda *args, **kwargs: made.append(1) or real(*args, **kwargs))
     service.post("/init/generate", ROUND)
     until(lambda: service.rig.batches >= 5)
     assert len(made) == 1
