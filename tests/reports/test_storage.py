@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from assay.errors import StorageError, UsageError
-from assay.reports import PartialFile, read_jsonl, storage_error, write_atomic
+from assay.reports import PartialFile, read_jsonl, storage_error, write_atomic, write_jsonl
 
 
 def run_python(code, *arguments):
@@ -122,6 +122,14 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
 def test_refuses_lines_with_line_breaks(tmp_path, line):
     with PartialFile(tmp_path / "x") as file, pytest.raises(UsageError, match="line break"):
         file.append_lines([line])
+
+
+def test_whole_json_lines_are_written_in_one_step_or_not_at_all(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, ({"n": n} for n in range(2)))
+    with pytest.raises(UsageError):
+        write_jsonl(path, [{"n": 5}, {"n": float("nan")}])
+    assert path.read_bytes() == b'{"n":0}\n{"n":1}\n'
 
 
 def test_a_missing_directory_and_a_directory_in_the_way(tmp_path):

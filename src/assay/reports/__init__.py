@@ -15,7 +15,7 @@ from assay.reports._figures import (
 from assay.reports._html import Badge, Cell, Report
 from assay.reports._jsonl import JsonObject, dumps, loads, read_json, read_jsonl, read_lines
 from assay.reports._provenance import provenance
-from assay.reports._storage import PartialFile, storage_error, write_atomic
+from assay.reports._storage import PartialFile, storage_error, write_atomic, write_jsonl
 
 __all__ = [
     "INK",
@@ -41,4 +41,5 @@ __all__ = [
     "storage_error",
     "style_axes",
     "write_atomic",
+    "write_jsonl",
 ]

@@ -85,6 +85,16 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         _sync_directory(path.parent)
 
 
+def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
+    """Write a whole JSON Lines file, one record per line, as :func:`write_atomic` writes.
+
+    Raises:
+        UsageError: a record is not JSON.
+        StorageError: it cannot be written.
+    """
+    write_atomic(path, "".join(dumps(record) + "\n" for record in records))
+
+
 class PartialFile:
     """A JSON Lines file written as it grows, crash-safe and resumable, by one writer at a time.
 

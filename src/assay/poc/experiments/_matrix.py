@@ -19,7 +19,7 @@ from assay.poc._round import Round
 from assay.poc.experiments._live import Live, wait_until
 from assay.poc.experiments._plans import check_lists
 from assay.poc.experiments._runs import open_run
-from assay.reports import JsonObject, dumps, write_atomic
+from assay.reports import JsonObject, write_atomic, write_jsonl
 
 __all__ = ["MODES", "Plan", "Test", "run_matrix"]
 
@@ -222,7 +222,7 @@ def _run_test(test: Test, plan: Plan, server: Live, receiver: Live, logs: Path) 
     final = _status(server)
     arrived = _callbacks(receiver, seen, test, expected=final["total_valid"])
     write_atomic(logs / f"{test.log_name}_server.log", server.log_since(offset))
-    write_atomic(logs / f"{test.log_name}_callback.log", "".join(dumps(row) + "\n" for row in arrived))
+    write_jsonl(logs / f"{test.log_name}_callback.log", arrived)
     return {
         "test": test.number,
         "model": test.model,

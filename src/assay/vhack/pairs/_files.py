@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 
 from assay.errors import DataError
-from assay.reports import JsonObject, dumps, read_jsonl, write_atomic
+from assay.reports import JsonObject, read_jsonl, write_jsonl
 from assay.vhack._types import Pair
 
 __all__ = ["authored_pairs", "check_pairs", "data_file", "read_pairs", "write_pairs"]
@@ -61,7 +61,7 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     listed = list(pairs)
     check_pairs(listed)
     records = ({**{field: getattr(pair, field) for field in _TEXTS}, "tags": list(pair.tags)} for pair in listed)
-    write_atomic(path, "".join(dumps(record) + "\n" for record in records))
+    write_jsonl(path, records)
 
 
 def data_file(name: str) -> Path:

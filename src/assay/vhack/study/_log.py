@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.errors import DataError
-from assay.reports import dumps, read_jsonl, write_atomic
+from assay.reports import read_jsonl, write_jsonl
 from assay.vhack.study._plan import Run, Settings
 
 __all__ = ["SCHEMA", "RunLog", "read_logs"]
@@ -85,7 +85,7 @@ class RunLog:
         Raises:
             StorageError: it cannot be written.
         """
-        write_atomic(path, "".join(dumps(line) + "\n" for line in [self.header, *self._lines]))
+        write_jsonl(path, [self.header, *self._lines])
 
     @classmethod
     def read(cls, path: str | Path) -> "RunLog":

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.errors import DataError
-from assay.reports import JsonObject, dumps, read_jsonl, storage_error, write_atomic
+from assay.reports import JsonObject, dumps, read_jsonl, storage_error, write_jsonl
 
 __all__ = ["LOG_SCHEMA", "TrainLog", "read_steps"]
 
@@ -60,7 +60,7 @@ class TrainLog:
         records: list[JsonObject] = [{"kind": "run", "schema": LOG_SCHEMA, **head}]
         if step:
             records = [r for r in _records(path) if r["kind"] == "run" or (r["kind"] != "end" and r["step"] < step)]
-        write_atomic(path, "".join(dumps(record) + "\n" for record in records))
+        write_jsonl(path, records)
 
     def write(self, kind: str, **values: Any) -> None:
         """Add a line.

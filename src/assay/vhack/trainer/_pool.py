@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from assay.errors import DataError, UsageError
-from assay.reports import dumps, read_jsonl, write_atomic
+from assay.reports import read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +71,7 @@ class Pool:
         Raises:
             StorageError: it cannot be written.
         """
-        write_atomic(Path(path), "".join(dumps(asdict(rollout)) + "\n" for rollout in self))
+        write_jsonl(path, map(asdict, self))
 
     @classmethod
     def load(cls, path: str | Path, tokenizer: "PreTrainedTokenizerBase", *, max_new_tokens: int) -> "Pool":
