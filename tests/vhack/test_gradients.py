@@ -204,7 +204,7 @@ def test_the_token_budget_follows_the_free_memory(monkeypatch, small_model, byte
     encoded = encode(byte_tokenizer, samples, ["s"] * len(samples), 1000)
     budgets = []
     for free in (1, 20_000_000, 40_000_000, 10**15):
-        monkeypatch.setattr(_batches, "_free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(_batches, "free_bytes", lambda _, free=free: free)
         budgets.append([token_budget(small_model.module, encoded, checkpointing=on) for on in (False, True)])
     assert budgets[0] == [1, 1]
     assert budgets[1][0] < budgets[1][1]

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["EngineOptions", "judging_engine", "load", "proving_engine"]
 
 KERNELS = ("auto", "compiled", "eager")
-NUMBER_FORMATS = ("int8", "float8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ def judging_engine(
     if name == "hf":
         yield load(model, dtype, device), None
     elif name == "vllm":
-        if dtype in NUMBER_FORMATS:
+        if _eight_bits(dtype):
             raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
         shape = {"batch_size": prover.batch_size, "seq_len": prover.seq_len}
         with vllm_engine(model, dtype=dtype, device=device, **shape) as made:
@@ -106,8 +105,14 @@ def load(model: str, dtype: str | None, device: str | None, world: "World | None
     """Load a model in what ``--dtype`` names: a dtype, or a number format of eight bits."""
     from assay.models import load_model
 
-    format = {"quantise": dtype} if dtype in NUMBER_FORMATS else {"dtype": dtype}
-    return load_model(model, device=device, mesh=world.mesh if world else None, **format)
+    dtype, quantise = (None, dtype) if _eight_bits(dtype) else (dtype, None)
+    return load_model(model, dtype=dtype, device=device, quantise=quantise, mesh=world.mesh if world else None)
+
+
+def _eight_bits(dtype: str | None) -> bool:
+    from assay.models._quantise import NUMBER_FORMATS
+
+    return dtype in NUMBER_FORMATS
 
 
 def _shape(model: "Model", options: EngineOptions) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def _refuse_tensor_parallel(options: EngineOptions) -> None:
 
 def _refuse_for_vllm(options: EngineOptions) -> None:
     plain = options.kernels == "auto" and options.tensor_parallel == 1 and not options.deterministic
-    if not plain or options.batch_size == "auto" or options.dtype in NUMBER_FORMATS:
+    if not plain or options.batch_size == "auto" or _eight_bits(options.dtype):
         raise UsageError(
             "an option of the hf engine with vllm",
             wanted="no --kernels, --deterministic or --tensor-parallel, a batch size in numbers, and a dtype",

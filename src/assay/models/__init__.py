@@ -3,6 +3,7 @@
 from assay.models._identify import checkpoint_directory, identify
 from assay.models._info import list_models, model_info
 from assay.models._load import load_model
+from assay.models._memory import free_bytes
 from assay.models._save import save_random
 from assay.models._structure import backbone, decoder_layers
 from assay.models._types import Model, ModelInfo
@@ -13,6 +14,7 @@ __all__ = [
     "backbone",
     "checkpoint_directory",
     "decoder_layers",
+    "free_bytes",
     "identify",
     "list_models",
     "load_model",

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
+from assay.models import free_bytes
 from assay.vhack._segments import Segments
 from assay.vhack._types import Sample
 
@@ -209,12 +209,5 @@ def token_budget(
     activations = kept if checkpointing else layer * config.num_hidden_layers
     completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(len(one.ids) for one in encoded)
     per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
-    room = min(_MOST_BYTES, _free_bytes(parameter.device) / 2) / at_once
+    room = min(_MOST_BYTES, free_bytes(parameter.device) / 2) / at_once
     return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reusable
-    return int(psutil.virtual_memory().available)

@@ -1,10 +1,7 @@
 """Whether a batch fits, asked before it runs: a CPU that runs out kills the process instead of raising."""
 
-import psutil
-import torch
-
 from assay.errors import OutOfMemory
-from assay.models import Model
+from assay.models import Model, free_bytes
 
 __all__ = ["auto_batch", "check_fits", "fitting_batch", "peak_bytes"]
 
@@ -23,14 +20,6 @@ def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
     wide = max(int(getattr(config, "intermediate_size", 0) or 0), 4 * model.hidden_size)
     per_position = _HIDDEN_COPIES * model.hidden_size + _WIDE_COPIES * wide
     return batch_size * seq_len * per_position * max(model.dtype.itemsize, 2)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free on the device for this process, in bytes."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return int(psutil.virtual_memory().available)
 
 
 def fitting_batch(model: Model, seq_len: int) -> int:
