@@ -9,6 +9,7 @@ Legend of shapes: B nonces, T positions, D hidden size.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,12 @@ class CompiledForward:
 
         self._last_hidden = _Graph(last_hidden) if graphs else last_hidden
         self._hidden = _Graph(hidden) if graphs else hidden
-        self.attention = _attention_name(model) if self.lean else "sdpa"
+        self._model = model
+
+    @cached_property
+    def attention(self) -> str:
+        """Which kernel attends. Asked for late: the question sets torch's choice for all threads of the process."""
+        return _attention_name(self._model) if self.lean else "sdpa"
 
     def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the last position's state after the final norm, [B, D] in float32."""

@@ -18,6 +18,6 @@ def noise_inputs(
     backend: streams.Backend, round: Round, nonces: Sequence[int], *, seq_len: int, hidden_size: int, dtype: str
 ) -> Float[Tensor, "B T D"]:
     """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in a dtype, where the backend computes."""
-    seeds_BS = streams.seeds([round.text("inputs", nonce) for nonce in nonces], round.strength)
+    seeds_BS = streams.seeds(round.texts("inputs", nonces), round.strength)
     values = backend.normals(seeds_BS, seq_len * hidden_size, dtype)
     return streams.as_tensor(values).view(len(nonces), seq_len, hidden_size)

@@ -1,0 +1,90 @@
+"""The engines of a deployed model: which kernels they run, how long they are kept, and what the service makes of them."""
+
+import pytest
+import torch
+
+from assay.errors import OutOfMemory, UsageError
+from assay.poc import HFEngine, Round, prove
+from assay.poc.engines import _compiled, _memory
+from assay.poc.engines._hf import is_compiled
+from assay.poc.service import Deployment, _deployment
+from tests.poc.service.conftest import BLOCK, ROUND, until
+
+SHAPE = (16, 8)  # positions, nonces
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Compile by doing nothing, which takes no minutes; what was compiled is in the list."""
+    seen: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: seen.append(function) or function)
+    monkeypatch.setenv(_compiled.CACHE, "unused")  # no folder in the home of whoever runs the tests
+    return seen
+
+
+def test_the_model_is_described(small_model):
+    made = Deployment.of(small_model)
+    assert (made.reference, made.digest) == (small_model.reference, small_model.digest)
+    assert (made.weights, made.dtype, made.max_positions) == ("trained", "float32", 128)
+
+
+@pytest.mark.parametrize("worth", [True, False])
+def test_kernels_are_chosen_as_prove_chooses_them(worth: bool, small_model, compiling, monkeypatch):
+    monkeypatch.setattr(_deployment, "worth_compiling", lambda model: worth)
+    assert is_compiled(Deployment.of(small_model).engine(*SHAPE).fingerprint) is worth
+    assert is_compiled(Deployment.of(small_model, compiled=not worth).engine(*SHAPE).fingerprint) is not worth
+    assert compiling
+
+
+def test_the_latest_engines_are_kept(small_model):
+    make = Deployment.of(small_model).engine
+    first = make(*SHAPE)
+    assert (first.seq_len, first.batch_size) == SHAPE
+    assert make(16, 4) is not first
+    assert make(*SHAPE) is first
+    make(16, 5)  # the third: that of four nonces was used longest ago
+    assert make(*SHAPE) is first
+    make(16, 4)
+    make(16, 5)
+    assert make(*SHAPE) is not first
+
+
+def test_only_so_many_shapes_are_compiled(small_model, compiling, monkeypatch):
+    monkeypatch.setattr(_deployment, "COMPILED_SHAPES", 2)
+    make = Deployment.of(small_model, compiled=True).engine
+    kernels = {size: is_compiled(make(16, size).fingerprint) for size in (4, 5, 6, 7)}
+    assert kernels == {4: True, 5: True, 6: False, 7: False}
+    # One that was not kept, and comes again, has the kernels that it had.
+    assert is_compiled(make(16, 4).fingerprint)
+    assert not is_compiled(make(16, 6).fingerprint)
+
+
+def test_a_shape_that_is_refused_takes_no_place(small_model, compiling, monkeypatch):
+    monkeypatch.setattr(_deployment, "COMPILED_SHAPES", 1)
+    make = Deployment.of(small_model, compiled=True).engine
+    with pytest.raises(UsageError, match="seq_len 129"):
+        make(129, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(_memory, "free_bytes", lambda device: 0)
+        with pytest.raises(OutOfMemory):
+            make(*SHAPE)
+    assert is_compiled(make(*SHAPE).fingerprint)
+
+
+def test_a_service_on_compiled_kernels_computes_what_prove_computes(rig, serving, small_model, compiling):
+    rig.deployment = lambda: Deployment.of(small_model, compiled=True)
+    shape = {"seq_len": 16, "batch_size": 8}
+    with serving(**{"seq_len": 16}) as service:
+        service.post("/init/generate", ROUND | shape | {"r_target": 2.0})
+        until(lambda: service.checked() >= 40)
+        service.post("/phase/validate")
+        found = service.status()
+        asked = {"nonces": [3, 11, 12], "dist": [1.4] * 3, "node_id": 0}
+        judged = service.post("/validate", BLOCK | asked)
+    engine = HFEngine(small_model, **shape, compiled=True)
+    round = Round(block_hash=BLOCK["block_hash"], public_key=BLOCK["public_key"], seq_len=16)
+    proof = prove(small_model, round, range(max(found["valid_nonces"]) + 1), engine=engine)
+    assert found["valid_distances"] == [proof.distances[nonce] for nonce in found["valid_nonces"]]
+    assert judged["computed_distances"] == [proof.distances[nonce] for nonce in asked["nonces"]]
+    # The round's engine was made once for all three: the norm, every layer, the last layer.
+    assert len(compiling) == 2 * 3
