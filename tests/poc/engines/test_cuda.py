@@ -1,5 +1,10 @@
 """The engine on a CUDA device: bits that do not move, errors in words, and the formats of eight bits."""
 
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +12,16 @@ import torch
 from assay.errors import BadWeights, CalibrationError, OutOfMemory
 from assay.models import Model, load_model
 from assay.poc import HFEngine, Proof, Round, default_noise, prove, verify
-from assay.poc.engines import _hf, auto_batch
+from assay.poc.engines import _hf, auto_batch, worth_compiling
+from assay.poc.engines._memory import peak_bytes
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+PRESETS = ["poc-2.0", "artifact", "hardened"]
+MIB = 2**20
 
 
 def on_cuda(reference: str = "reference:qwen3") -> Model:
@@ -23,12 +32,13 @@ def bits(proof: Proof) -> list[object]:
     return [r.distance if r.vector is None else r.vector.tobytes() for r in proof.records]
 
 
-@pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened"])
-def test_a_nonce_has_the_same_bits_wherever_it_stands(preset: str):
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_nonce_has_the_same_bits_wherever_it_stands(preset: str, compiled: bool):
     model = on_cuda()
     round = Round(block_hash="b", public_key="k", preset=preset, seq_len=64)
     for batch_size in (16, 67):
-        engine = HFEngine(model, batch_size=batch_size, seq_len=64, compiled=True)
+        engine = HFEngine(model, batch_size=batch_size, seq_len=64, compiled=compiled)
         whole = bits(prove(model, round, range(2 * batch_size + 5), engine=engine))
         assert bits(prove(model, round, range(2 * batch_size + 5), engine=engine)) == whole
         for chosen in (range(7, 7 + batch_size), [3, batch_size - 1, 2 * batch_size]):
@@ -47,44 +57,151 @@ def test_overlapping_changes_no_bit_and_compiling_little(monkeypatch: pytest.Mon
     assert bits(prove(model, round, range(300), engine=fast)) == bits(overlapped)
     spread = np.std(overlapped.distances - eager.distances)
     assert 0 < spread < default_noise("distance", "bfloat16", "bfloat16").size
-    assert fast.fingerprint.attention.startswith("sdpa ")
 
 
-def test_states_that_are_not_finite_are_an_error():
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+def test_states_that_are_not_finite_are_an_error(compiled: bool):
     model = on_cuda()
     model.module.model.norm.weight.data[0] = torch.inf
-    for preset in ("poc-2.0", "artifact", "hardened"):
+    for preset in PRESETS:
         round = Round(block_hash="b", public_key="k", preset=preset, seq_len=16)
+        engine = HFEngine(model, batch_size=16, seq_len=16, compiled=compiled)
         with pytest.raises(BadWeights, match="NaN"):
-            prove(model, round, range(20), engine=HFEngine(model, batch_size=16, seq_len=16))
+            prove(model, round, range(20), engine=engine)
 
 
-def test_out_of_memory_names_a_batch_that_fits():
+# What the names of a library's attention kernels have in common.
+KERNELS = {"cudnn": "cudnn", "flash": "flash_fwd", "efficient": "fmha"}
+
+
+def kernels_of(model: Model, engine: HFEngine) -> set[str]:
+    """Return the names of the kernels that a proof of one batch runs."""
+    round = Round(block_hash="b", public_key="k")
+    prove(model, round, range(4), engine=engine)  # what is compiled and recorded is not of interest
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        prove(model, round, range(4), engine=engine)
+        torch.cuda.synchronize()
+    return {event.name for event in seen.events()}
+
+
+@pytest.mark.parametrize("reference", ["reference:qwen3", "reference:llama"])
+def test_the_fingerprint_names_the_kernels_that_run(reference: str):
+    model = on_cuda(reference)
+    assert worth_compiling(model)
+    fast, plain = (HFEngine(model, batch_size=16, compiled=compiled) for compiled in (True, False))
+    assert fast.fingerprint.library.startswith(f"{plain.fingerprint.library}, compiled, triton ")
+    assert (plain.fingerprint.attention, plain.fingerprint.device) == ("sdpa", torch.cuda.get_device_name())
+    way, attention = fast.fingerprint.attention.split(" ")
+    assert way == "sdpa"
+    assert any(KERNELS[attention] in name for name in kernels_of(model, fast))
+    others = [word for name, word in KERNELS.items() if name != attention]
+    assert not any(word in name for name in kernels_of(model, fast) for word in others)
+
+
+@pytest.fixture
+def leave() -> Iterator[object]:
+    """A function that takes the memory of the device but for so many bytes; it is given back at the end."""
+    held: list[torch.Tensor] = []
+
+    def take(rest: int) -> None:
+        held.clear()
+        torch.cuda.empty_cache()
+        held.append(torch.empty(torch.cuda.mem_get_info()[0] - rest, dtype=torch.uint8, device="cuda"))
+
+    yield take
+    held.clear()
+    torch.cuda.empty_cache()
+
+
+def test_the_batch_follows_the_free_memory(leave):
     model = on_cuda()
-    with pytest.raises(OutOfMemory, match=r"--batch-size (\d+)") as refused:
-        HFEngine(model, batch_size=65_536, seq_len=2048)
-    named = int(refused.value.do.split()[-1])
-    assert 1 <= named < 65_536
-    HFEngine(model, batch_size=named, seq_len=2048)
-    assert auto_batch(model, 256) == 128
-    assert auto_batch(model, 2048) == 16
-    # What the estimate lets through, and the device has no longer when it comes to it.
-    engine = HFEngine(model, batch_size=128, seq_len=2048)
-    held = torch.empty(torch.cuda.mem_get_info()[0] - 2**29, dtype=torch.uint8, device="cuda")
-    with pytest.raises(OutOfMemory, match="--batch-size"):
-        prove(model, Round(block_hash="b", public_key="k", seq_len=2048), range(128), engine=engine)
-    del held
+    assert [auto_batch(model, length) for length in (64, 256, 2048)] == [512, 128, 16]
+    leave(2 * 8 * peak_bytes(model, 1, 256) + 4 * MIB)
+    assert auto_batch(model, 256) == 8
+    leave(2 * 64 * peak_bytes(model, 1, 256) + 4 * MIB)
+    assert auto_batch(model, 256) == 64
+    prove(model, Round(block_hash="b", public_key="k"), range(64), batch_size=64)
 
 
-def test_eight_bit_weights_are_a_configuration_of_their_own():
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(leave, compiled: bool):
+    model = on_cuda()
+    with pytest.raises(OutOfMemory, match="65536 × 2048 positions"):
+        HFEngine(model, batch_size=65_536, seq_len=2048, compiled=compiled)
+    leave(4096 * MIB)
+    with pytest.raises(OutOfMemory) as refused:
+        HFEngine(model, batch_size=4096, compiled=compiled)
+    named = int(refused.value.do.removeprefix("pass --batch-size "))
+    assert 1 <= named < 4096
+    engine = HFEngine(model, batch_size=named, compiled=compiled)
+    round = Round(block_hash="b", public_key="k")
+    assert len(prove(model, round, range(named), engine=engine).records) == named
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+def test_memory_that_is_gone_when_it_comes_to_it(leave, compiled: bool):
+    model = on_cuda()
+    round = Round(block_hash="b", public_key="k", seq_len=2048)
+    engine = HFEngine(model, batch_size=128, seq_len=2048, compiled=compiled)
+    leave(256 * MIB)
+    with pytest.raises(OutOfMemory, match="128 × 2048 positions") as refused:
+        prove(model, round, range(128), engine=engine)
+    assert 1 <= int(refused.value.do.removeprefix("pass --batch-size ")) <= 64
+    leave(16_384 * MIB)
+    assert len(prove(model, round, range(128), engine=engine).records) == 128  # the engine is whole
+
+
+DETERMINISTIC = """
+import json, sys
+from assay.models import load_model
+from assay.poc import HFEngine, Round, prove
+from assay.poc.engines import be_deterministic
+
+if sys.argv[1] == "deterministic":
+    be_deterministic()
+model = load_model("reference:qwen3", dtype="bfloat16", device="cuda")
+for compiled in (True, False):
+    engine = HFEngine(model, batch_size=16, seq_len=64, compiled=compiled)
+    said = {"library": engine.fingerprint.library}
+    for preset in ("poc-2.0", "artifact", "hardened"):
+        round = Round(block_hash="b", public_key="k", preset=preset, seq_len=64)
+        for name, nonces in (("whole", range(37)), ("moved", range(5, 37))):
+            records = prove(model, round, nonces, engine=engine).records
+            said[f"{preset} {name}"] = [r.distance if r.vector is None else r.vector.tobytes().hex() for r in records]
+    print(json.dumps(said))
+"""
+
+
+def test_the_deterministic_mode_gives_the_same_bits_in_every_process():
+    modes = ("deterministic", "deterministic", "plain")
+    # Side by side: each takes seconds to import torch.
+    runs = [
+        subprocess.Popen([sys.executable, "-c", DETERMINISTIC, m], stdout=subprocess.PIPE, text=True) for m in modes
+    ]
+    said = [[json.loads(line) for line in run.communicate(timeout=280)[0].splitlines()] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert said[0] == said[1]
+    for ours, plain in zip(said[0], said[2], strict=True):
+        assert ours["library"] == f"{plain['library']}, deterministic"
+        for preset in PRESETS:
+            assert ours[f"{preset} moved"] == ours[f"{preset} whole"][5:]
+            assert len(ours[f"{preset} whole"]) == 37
+
+
+@pytest.mark.filterwarnings("default")  # torchao's, of kernels that it has for other devices
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_eight_bit_weights_are_a_configuration_of_their_own(kind: str):
     pytest.importorskip("torchao")
     round = Round(block_hash="b", public_key="k", seq_len=64)
     plain = prove(on_cuda(), round, range(100), batch_size=32)
-    for kind in ("int8", "float8"):
-        model = load_model("reference:qwen3", device="cuda", quantise=kind)
-        engine = HFEngine(model, batch_size=32, seq_len=64)
+    model = load_model("reference:qwen3", dtype="bfloat16", device="cuda", quantise=kind)
+    for compiled in (False, True):
+        engine = HFEngine(model, batch_size=32, seq_len=64, compiled=compiled)
         proof = prove(model, round, range(100), engine=engine)
-        assert (proof.header.fingerprint.dtype, proof.header.digest) == (kind, plain.header.digest)
+        fingerprint = proof.header.fingerprint
+        assert (fingerprint.dtype, proof.header.digest) == (kind, plain.header.digest)
+        assert "torchao " in fingerprint.library
         assert bits(prove(model, round, range(5, 30, 3), engine=engine)) == bits(proof)[5:30:3]
+        assert 0 < np.std(proof.distances - plain.distances) < 0.003  # rounded weights, not wrong ones
         with pytest.raises(CalibrationError, match=f"no default noise between {kind}"):
             verify(proof, on_cuda(), seed=1)
