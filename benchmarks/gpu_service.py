@@ -1,0 +1,137 @@
+"""A real `assay poc serve` on one CUDA device against `prove` in this process, in one run; and how it starts.
+
+Both run shape:qwen3-0.6b in bfloat16 with the kernels that they choose by themselves, and take turns; the figure is the
+median of the ratios of neighbouring turns. Before that, the first batch of a service: the time from the call that
+starts a round until its first nonces are on disk, kernels being compiled, and how long /health takes meanwhile. Then
+again after a restart, when compiled kernels are read from the folder where they are kept. At the end, distances of the
+service are held against those of `prove`, bit by bit, and the vectors of an artifact job.
+
+    python benchmarks/gpu_service.py -o benchmarks/results/gpu_service.json
+"""
+
+import base64
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from _common import note, parser, publish
+from service_throughput import BLOCK, SEQ_LEN, compare, milliseconds, through_prove, through_service
+
+from assay.models import load_model
+from assay.poc import HFEngine, Round, prove
+from assay.poc.engines import worth_compiling
+from tests.end_to_end.readers import answer_times
+from tests.end_to_end.server import Server
+
+SIZES = (32, 128)
+"""Nonces of a batch: the default of a request, and what `prove --batch-size auto` takes on such a device."""
+
+
+def begun(server, size):
+    """Begin or continue the round of a batch size; return how its next nonces came, and stop it."""
+    server.post("/init", body_of(size))
+    before, answers = server.status()["total_checked"], []
+    started = time.perf_counter()
+    server.post("/phase/generate")
+    while server.status()["total_checked"] == before:
+        answers += answer_times(server.port, "/health", 5, 0.01)
+    seconds = time.perf_counter() - started
+    server.post("/phase/validate")
+    time.sleep(1.0)  # the batch that was running ends
+    return {"first_nonces_seconds": round(seconds, 2), "health_meanwhile_ms": milliseconds(answers)}
+
+
+def body_of(size):
+    return BLOCK | {"block_hash": f"bench {size}", "r_target": 2.0, "batch_size": size, "seq_len": SEQ_LEN}
+
+
+def start(server):
+    """Start a service; return the seconds until its model is loaded."""
+    started = time.perf_counter()
+    server.start()
+    server.wait_for(timeout=180)
+    return round(time.perf_counter() - started, 2)
+
+
+def turns_of(server, model, engine, path, chosen):
+    nonces = engine.batch_size * max(1, chosen.nonces // engine.batch_size)
+    server.post("/init", body_of(engine.batch_size))
+    through_prove(model, engine, nonces, path)
+    through_service(server, engine.batch_size)
+    pairs = []
+    for turn in range(chosen.rounds):
+        pairs.append((through_prove(model, engine, nonces, path), through_service(server, nonces)))
+        note(f"{engine.batch_size}, {turn + 1}/{chosen.rounds}: {pairs[-1][0][0]:.0f}, {pairs[-1][1][0]:.0f} nonces/s")
+    return compare("prove", "service", pairs)
+
+
+def same_distances(server, model, engine, count=512):
+    """Whether the service's first distances of a round are those of `prove`."""
+    found = server.get(f"/api/v1/pow/status?after=-1&limit={count}")
+    round = Round(block_hash=body_of(engine.batch_size)["block_hash"], public_key="k")
+    proof = prove(model, round, range(count), engine=engine)
+    return found["valid_nonces"] == list(range(count)) and found["valid_distances"] == proof.distances.tolist()
+
+
+def same_vectors(server, model, engine, count=100):
+    """Whether an artifact job gives the vectors of `prove`."""
+    server.post("/stop")
+    params = {"model": model.reference, "seq_len": SEQ_LEN, "k_dim": 12}
+    block = {name: BLOCK[name] for name in ("block_hash", "block_height", "public_key", "node_id", "node_count")}
+    body = block | {"nonces": list(range(count)), "params": params, "batch_size": engine.batch_size, "wait": True}
+    job = server.post("/generate", body)
+    round = Round(block_hash=BLOCK["block_hash"], public_key=BLOCK["public_key"], preset="artifact")
+    wanted = [record.vector.tobytes() for record in prove(model, round, range(count), engine=engine).records]
+    return [base64.b64decode(row["vector_b64"]) for row in job["artifacts"]] == wanted
+
+
+def measure(server, chosen, folder):
+    loading = [start(server)]
+    first = {str(size): begun(server, size) for size in SIZES}
+    note(f"first batches: {first}")
+    server.terminate(60)
+    loading.append(start(server))
+    again = {str(size): begun(server, size) for size in SIZES}
+    note(f"after a restart: {again}")
+    model = load_model(chosen.model, dtype="bfloat16", device="cuda")
+    rates, same = {}, []
+    for size in SIZES:
+        engine = HFEngine(model, batch_size=size, seq_len=SEQ_LEN, compiled=worth_compiling(model))
+        rates[str(size)] = turns_of(server, model, engine, folder / "proof.jsonl", chosen)
+        same.append(same_distances(server, model, engine))
+    return {
+        "model": model.reference,
+        "seq_len": SEQ_LEN,
+        "fingerprint": engine.fingerprint.as_dict(),
+        "seconds_until_loaded": loading,
+        "first_batch": first,
+        "first_batch_after_restart": again,
+        "by_batch_size": rates,
+        "same_distances": all(same),
+        "same_vectors": same_vectors(server, model, engine),
+    }
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--model", default="shape:qwen3-0.6b")
+    options.add_argument("--nonces", type=int, default=8192, help="of a turn")
+    options.add_argument("--rounds", type=int, default=3)
+    chosen = options.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device")
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder), "--dtype", "bfloat16", model=chosen.model, fork=False)
+        try:
+            figures = measure(server, chosen, Path(folder))
+        except BaseException:
+            note(server.log.read_text()[-3000:] if server.log.exists() else "no log")
+            raise
+        finally:
+            server.close()
+    publish("gpu_service", figures, chosen.output)
+
+
+if __name__ == "__main__":
+    main()
