@@ -27,7 +27,7 @@ _ITERATIONS = 3
 
 def along(axes_MKR: Tensor, vectors_MR: Tensor) -> Tensor:
     """``V x`` of every module, [M, K] float64; dimensions before M are kept."""
-    return torch.matmul(axes_MKR, vectors_MR.double().unsqueeze(-1)).squeeze(-1)
+    return torch.einsum("mkr,...mr->...mk", axes_MKR, vectors_MR.double())
 
 
 def spread(axes_MKR: Tensor, coordinates_MK: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ __all__ = ["LEVELS", "ProjectedOptimizer"]
 
 LEVELS = ("gradient", "update")
 _KEY = "vhack"
+_SHARES = ("cin", "cout", "leak")
 
 
 class ProjectedOptimizer(Optimizer):
@@ -172,35 +173,35 @@ class ProjectedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._average()
-        found = self._share("cin", self._gradients(), 1)
+        raw = self._cloned_gradients()
         if self.level == "gradient":
             self._gate_gradients()
         self._clip()
-        # Nothing but a gate on the gradient changes its direction.
-        gated = self.level == "gradient" and self.gate.kind != "none"
-        found |= self._share("cout", self._gradients(), 1) if gated else _renamed(found, "cin", "cout")
+        kept = self._cloned_gradients()  # some optimisers write into the gradient
         before = [local(parameter).clone() for parameter in self.adapter.delta]
         self.inner.step()
         self._bound(before)
-        moved = [(i, local(p) - old_MR) for i, (p, old_MR) in enumerate(zip(self.adapter.delta, before, strict=True))]
-        found |= self._share("leak", moved, -1)
-        self.measures = Measures(found | self._displacement())
+        self.measures = Measures(self._shares(raw, kept, before) | self._displacement())
         self.adapter.refresh()
         return loss
 
     def _average(self) -> None:
         if self.process_group is not None:
             size = dist.get_world_size(self.process_group)
-            for _, gradient_MR in self._gradients():
+            for gradient_MR in self._gradients().values():
                 dist.all_reduce(gradient_MR, group=self.process_group)
                 gradient_MR /= size
 
-    def _gradients(self) -> list[tuple[int, Tensor]]:
+    def _gradients(self) -> dict[int, Tensor]:
+        """Of the groups that have one."""
         parameters = enumerate(self.adapter.delta)
-        return [(index, local(parameter.grad)) for index, parameter in parameters if parameter.grad is not None]
+        return {index: local(parameter.grad) for index, parameter in parameters if parameter.grad is not None}
+
+    def _cloned_gradients(self) -> dict[int, Tensor]:
+        return {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
 
     def _gate_gradients(self) -> None:
-        for index, gradient_MR in self._gradients():
+        for index, gradient_MR in self._gradients().items():
             if self._acts_on(index):
                 gradient_MR.copy_(self.gate.apply(gradient_MR, self._axes(index), 1))
 
@@ -244,13 +245,18 @@ class ProjectedOptimizer(Optimizer):
         if self.watched is not None:
             yield "watched_", self.watched
 
-    def _share(self, name: str, vectors: list[tuple[int, Tensor]], sign: int) -> dict[str, Tensor]:
+    def _shares(self, raw: dict[int, Tensor], kept: dict[int, Tensor], before: list[Tensor]) -> dict[str, Tensor]:
+        """Shares of the gradients, of what the gate left of them, and of the updates, in one go."""
+        parameters = self.adapter.delta
+        # The hack is along −v for an update, so it is turned round.
+        vectors = {i: torch.stack([raw[i], kept[i], before[i] - local(parameters[i])]) for i in kept}
+        rows = {index: local_rows(parameters[index]) for index in kept}
         found: dict[str, Tensor] = {}
-        by_group = dict(vectors)
-        rows = {index: local_rows(self.adapter.delta[index]) for index in by_group}
         for prefix, frames in self._measured():
-            parts = ((group.take(by_group), group.axes, group.has_axes) for group in frames.joined(rows))
-            found |= share(prefix + name, parts, sign, processes(self.adapter.delta[0]))
+            parts = ((group.take(vectors), group.axes, group.has_axes) for group in frames.joined(rows))
+            shares = share("", parts, 1, processes(parameters[0]))
+            for place, name in enumerate(_SHARES):
+                found |= {prefix + name + of: values.expand(len(_SHARES))[place] for of, values in shares.items()}
         return found
 
     def _displacement(self) -> dict[str, Tensor]:
@@ -262,10 +268,6 @@ class ProjectedOptimizer(Optimizer):
             values = displacement(parts, processes(self.adapter.delta[0]))
             found |= {prefix + name: value for name, value in values.items()}
         return found
-
-
-def _renamed(found: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
-    return {name.replace(old, new): value for name, value in found.items()}
 
 
 def _check(inner: Optimizer, adapter: DeltaS, level: str, max_norm: float | None) -> None:
