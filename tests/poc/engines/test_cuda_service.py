@@ -20,9 +20,10 @@ from tests.end_to_end.server import Server
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),  # torch's, of its own compiler
 ]
 
-MODEL = "shape:qwen3-0.6b"
+MODEL = "reference:qwen3"
 BLOCK = {"block_hash": "b", "public_key": "k", "block_height": 1, "node_id": 0, "node_count": 1, "batch_size": 32}
 
 

@@ -1,4 +1,4 @@
-"""The engines of a deployed model: which kernels they run, how long they are kept, and what the service makes of them."""
+"""The engines of a deployed model: which kernels they run, how long they are kept, what the service makes of them."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_a_shape_that_is_refused_takes_no_place(small_model, compiling, monkeypa
 def test_a_service_on_compiled_kernels_computes_what_prove_computes(rig, serving, small_model, compiling):
     rig.deployment = lambda: Deployment.of(small_model, compiled=True)
     shape = {"seq_len": 16, "batch_size": 8}
-    with serving(**{"seq_len": 16}) as service:
+    with serving(seq_len=16) as service:
         service.post("/init/generate", ROUND | shape | {"r_target": 2.0})
         until(lambda: service.checked() >= 40)
         service.post("/phase/validate")

@@ -1,7 +1,6 @@
 """The compiled forward pass: kernels made for one shape, kept between runs, and replayed as one CUDA graph.
 
-Inductor may not choose kernels by timing them (``deterministic`` in its configuration): two processes with one
-fingerprint must return the same bits.
+Inductor may not choose kernels by timing them: two processes with one fingerprint must return the same bits.
 
 Legend of shapes: B nonces, T positions, D hidden size.
 """
@@ -33,6 +32,18 @@ _ATTENTION = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+
+# Of Inductor: whatever the process has set, as torchao does when it rounds weights, kernels follow from what they
+# compute, never from a timing.
+_KERNELS = {
+    "deterministic": True,
+    "max_autotune": False,
+    "max_autotune_pointwise": False,
+    "max_autotune_gemm": False,
+    "coordinate_descent_tuning": False,
+    "coordinate_descent_check_all_directions": False,
+    "force_fuse_int_mm_with_mul": False,
+}
 
 # Every shape, dtype and model that a process proves is a variant of the same few functions.
 _VARIANTS = 512
@@ -158,7 +169,7 @@ def _settings() -> Iterator[None]:
 
     with (
         dynamo.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=8 * _VARIANTS),
-        inductor.patch(deterministic=True),
+        inductor.patch(_KERNELS),
         sdpa_kernel(_ATTENTION, set_priority=True),
     ):
         yield
