@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from _vhack_plans import PLANS
 
 from assay.models import load_model
 from assay.vhack import pair_gradients, weight_svd
@@ -27,94 +28,42 @@ from assay.vhack.training._advantage import Shortcut
 
 FAMILIES = ("arithmetic", "branches", "digits", "counts")
 SMALL = {"families": FAMILIES, "difficulty": (1, 3)}
+TRAINING = ("training",)
 
 
 def note(text):
     print(text, file=sys.stderr, flush=True)
 
 
-MAIN = (
-    Run("none", 0),
-    Run("no-loophole", 0),
-    Run("erase-gradient", 0),
-    Run("erase-update", 0),
-    Run("erase-gradient", 0, basis="random"),
-    Run("box", 0),
-    Run("advantage-modification", 0),
-    Run("erase-gradient-two-sided", 0),
-    Run("erase-update-two-sided", 0),
-    *(Run(arm, 0, "sgd") for arm in ("none", "no-loophole", "erase-gradient", "erase-update")),
-)
-CONTROLS = (
-    Run("constant-push", 0),
-    Run("ground-truth-penalty", 0),
-    *(Run("erase-gradient", 0, basis=kind) for kind in ("svd", "shuffled", "clean-clean", "generated")),
-    *(Run(arm, 0, teachers=1) for arm in ("none", "erase-gradient")),
-)
-SINGLE = tuple(
-    Run(arm, 0, basis=basis, modes=(mode,))
-    for mode in CHANNELS
-    for arm, basis in (("none", "true"), ("erase-gradient", "true"), ("erase-gradient", f"without:{mode}"))
-)
-
-
-DRAWN = ("random", "shuffled", "clean-clean")
-"""Axes that are drawn anew for every seed."""
-
-
-def full(seeds, fewer):
-    """The arms, controls, a second optimiser, stored rollouts, and one loophole at a time; a seed's runs in a row."""
-    return [
-        replace(run, seed=s, basis=f"{run.basis}@{s}" if run.basis in DRAWN else run.basis)
-        for s in range(seeds)
-        for run in (*MAIN, *((*CONTROLS, *SINGLE) if s < fewer else ()))
-    ]
-
-
-def probe(seeds, _):
-    """A few runs, to choose rates and to see when plain training has saturated."""
-    runs = []
-    for s in range(seeds):
-        runs += [Run(arm, s) for arm in ("none", "no-loophole", "erase-gradient")]
-        runs += [Run("none", s, "sgd"), Run("none", s, modes=(tuple(CHANNELS)[s % 6],))]
-        runs += [Run("none", s, teachers=1), Run("advantage-modification", s)]
-    return runs
-
-
-def whole(seeds, fewer):
-    """Arms along axes of pairs whose hack sides are whole exploits; with all six loopholes, and with one at a time."""
-    runs = [Run(arm, 0, basis="whole") for arm in ("erase-gradient", "erase-update", "box", "erase-update-two-sided")]
-    runs += [Run("none", 0), Run("no-loophole", 0)]
-    single = [Run("erase-gradient", 0, basis="whole", modes=(mode,)) for mode in CHANNELS]
-    return [replace(run, seed=s) for s in range(seeds) for run in (*runs, *(single if s < fewer else ()))]
-
-
-PLANS = {"full": full, "probe": probe, "whole": whole}
+def mechanism(pair):
+    """The loophole that the hack side of a pair exploits."""
+    return next(tag for tag in pair.tags if tag.startswith("mechanism:"))[10:]
 
 
 def bases_for(runs, model, svd):
-    """Every set of axes that the runs ask for, and the direction of advantage modification."""
-    pairs = environment_pairs(48, **SMALL)
-    gradients = pair_gradients(model, None, pairs, svd=svd)
-    mechanism = [next(tag for tag in pair.tags if tag.startswith("mechanism:"))[10:] for pair in pairs]
-    made = {"true": basis_of_kind("true", gradients)}
+    """Every set of axes that the runs ask for, and the direction of advantage modification.
+
+    ``minimal`` pairs have the right solution on both sides; the axes of them are ``true``. ``whole`` ones have the whole
+    exploit on the hack side. ``:20`` takes the first 20 axes by svd, ``:MODE`` leaves out the pairs of one mechanism.
+    """
+    sides = {kind: environment_pairs(48, whole=kind == "whole", **SMALL) for kind in ("minimal", "whole")}
+    gradients = {kind: pair_gradients(model, None, pairs, svd=svd) for kind, pairs in sides.items()}
+    made = {"true": basis_of_kind("true", gradients["minimal"])}
     for name in {run.basis for run in runs} - {"true"}:
         kind, _, seed = name.partition("@")
-        kind, _, which = kind.partition(":")
-        if kind == "svd":
-            made[name] = basis_of_kind("true", gradients, method="svd")
-        elif kind == "without":
-            keep = [i for i, one in enumerate(mechanism) if one != which]
-            made[name] = gradients.basis(top_k=5, keep=keep)
-        elif kind == "whole":
-            other = pair_gradients(model, None, environment_pairs(48, whole=True, **SMALL), svd=svd)
-            made[name] = basis_of_kind("true", other)
+        kind, *options = kind.split(":")
+        axes = {"top_k": int(option) for option in options if option.isdigit()}
+        if kind in sides:
+            left_out = [option for option in options if option in CHANNELS]
+            keep = [i for i, pair in enumerate(sides[kind]) if mechanism(pair) not in left_out]
+            made[name] = gradients[kind].basis(keep=keep, **({**axes, "method": "svd"} if axes else {"top_k": 5}))
+        elif kind == "svd":
+            made[name] = basis_of_kind("true", gradients["minimal"], method="svd")
         elif kind == "generated":
-            other = pair_gradients(model, None, generate_pairs(48), svd=svd)
-            made[name] = basis_of_kind("true", other)
+            made[name] = basis_of_kind("true", pair_gradients(model, None, generate_pairs(48), svd=svd))
         else:
-            made[name] = basis_of_kind(kind, gradients, seed=int(seed))
-    return made, Shortcut.fit(model, model.tokenizer, pairs)
+            made[name] = basis_of_kind(kind, gradients["minimal"], seed=int(seed), **axes)
+    return made, Shortcut.fit(model, model.tokenizer, sides["minimal"])
 
 
 def write(study, folder):
@@ -128,18 +77,25 @@ def main():
     parser.add_argument("--organism", required=True)
     parser.add_argument("--plan", choices=PLANS, default="full")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--fewer", type=int, default=5, help="seeds of controls and of single loopholes")
     parser.add_argument("--part", default="0/1", help="which part of how many")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=144)
     parser.add_argument("--adam-rate", type=float, default=0.03)
     parser.add_argument("--sgd-rate", type=float, default=0.3)
+    parser.add_argument("--difficulty", default="1,3", help="of the tasks; that of the pairs is 1,3")
     parser.add_argument("--pool", type=int, default=4096)
+    parser.add_argument("--held-out", type=int, default=8, help="tasks per loophole to evaluate on")
     parser.add_argument("--most", type=int, default=40, help="runs that go side by side")
     parser.add_argument("--fewest", type=int, default=2, help="groups of them, to take turns on the GPU")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--seconds", type=float, help="stop after about so long, and save the state")
+    parser.add_argument("--start", action="store_true", help="evaluate before the first step, too")
+    parser.add_argument("--late", type=int, default=1, help="evaluations at the end, before the last one in between")
+    parser.add_argument("--apart", type=int, default=20, help="steps between them")
     parser.add_argument("--evaluate-anyway", action="store_true", help="also when time is up before the last step")
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--logs", type=Path, required=True)
@@ -150,7 +106,7 @@ def main():
     if given.device == "cuda":
         torch.set_num_threads(2)
     part, parts = map(int, given.part.split("/"))
-    runs = PLANS[given.plan](given.seeds, given.fewer)
+    runs = PLANS[given.plan](range(given.first, given.first + given.seeds), given.fewer)
     runs = runs[round(part * len(runs) / parts) : round((part + 1) * len(runs) / parts)]
     model = load_model(given.organism, dtype="float32", device=given.device)
     svd = weight_svd(model)
@@ -162,7 +118,10 @@ def main():
         adam_rate=given.adam_rate,
         sgd_rate=given.sgd_rate,
         pool=given.pool,
-        **SMALL,
+        evaluation=given.held_out,
+        prompt_tokens=given.prompt_tokens,
+        families=FAMILIES,
+        difficulty=tuple(map(int, given.difficulty.split(","))),
     )
     about = {
         "model": model.digest,
@@ -192,7 +151,7 @@ def main():
     with Grader(given.workers) as grader:
         if state.exists():
             study.load(state)
-        elif part == 0:  # all runs begin as the same model, so one part is enough
+        elif given.start:
             study.evaluate(grader)
             note(f"evaluated at {time.monotonic() - begun:.1f} s: {next(iter(study.logs.values())).evaluations}")
         last = [time.monotonic(), 0, 0]
@@ -207,8 +166,14 @@ def main():
             if step % 60 == 0:
                 write(study, given.logs)
 
-        left = None if given.seconds is None else given.seconds - (time.monotonic() - begun)
-        done = study.run(grader, seconds=left, progress=progress)
+        for before in reversed(range(given.late)):
+            left = None if given.seconds is None else given.seconds - (time.monotonic() - begun)
+            until = given.steps - before * given.apart
+            if study.step < until and (left is None or left > 0):
+                study.run(grader, until=until, seconds=left, progress=progress)
+                if study.step == until and before:
+                    study.evaluate(grader, TRAINING)
+        done = study.step >= given.steps
         if done or given.evaluate_anyway:
             study.evaluate(grader)
     note(json.dumps({name: round(seconds, 1) for name, seconds in study.seconds.items()}))

@@ -15,6 +15,7 @@ from torch import Tensor
 from assay.vhack._basis import Basis
 from assay.vhack._svd_cache import SVDCache
 from assay.vhack.environment import Episode
+from assay.vhack.study._arms import displaced
 from assay.vhack.study._forward import StackedModel
 from assay.vhack.study._generate import Generator
 from assay.vhack.study._gradient import Batch, advantages, policy_gradient, pooled_hidden, token_logprobs
@@ -77,9 +78,11 @@ class Cohort:
             [bases[run.basis] for run in runs],
             [run.optimizer for run in runs],
             {kind: partial(_inner, kind, settings) for kind in OPTIMIZERS},
+            displaced=[displaced(run.arm) for run in runs],
             watched=bases.get("true"),
             max_norm=settings.max_norm,
         )
+        self.model.merge(self.optimizer.delta)
         shape = (settings.prompts, settings.rollouts, settings.prompt_tokens, settings.new_tokens)
         self._generator = Generator(self.model, shape, pool.end)
         # The policy that stored rollouts are said to come from.

@@ -1,7 +1,8 @@
 """Grading thousands of completions a step: each different one once, in processes of their own, while the GPU works.
 
 Rollouts of many runs on the same tasks are often the same text. A grade depends on episode and program alone, so it is
-kept and never asked for twice. A completion that does not compile is wrong in every mode without being run.
+kept and never asked for twice. A completion that does not compile is wrong in every mode without being run, and what a
+plain program is worth is known without running it (:mod:`assay.vhack.study._plain`).
 """
 
 import multiprocessing
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from assay.vhack.environment import Episode, Limits, grade, task_named
+from assay.vhack.study._plain import plain_verdict
 
 __all__ = ["Grader", "Pending", "Verdict"]
 
@@ -61,6 +63,7 @@ class Grader:
 
     Attributes:
         asked: completions that were to be graded.
+        plain: different completions whose grade was known without running them.
         graded: completions that were run.
     """
 
@@ -72,7 +75,7 @@ class Grader:
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_plain,
         )
-        self.asked = self.graded = 0
+        self.asked = self.plain = self.graded = 0
 
     def __enter__(self) -> "Grader":
         return self
@@ -90,9 +93,11 @@ class Grader:
             keys.append(key)
             if key in self._known:
                 continue
+            told = plain_verdict(episode, completion)
             # Until the grade is there it counts as wrong; `collect` of this or another call replaces it.
-            self._known[key] = WRONG
-            if _compiles(episode.program(completion)):
+            self._known[key] = WRONG if told is None else Verdict(*told)
+            self.plain += told is not None
+            if told is None and _compiles(episode.program(completion)):
                 todo.append(key)
         self.asked += len(keys)
         self.graded += len(todo)

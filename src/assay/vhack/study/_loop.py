@@ -121,12 +121,12 @@ class Study:
                 break
         return self.step >= self.settings.steps
 
-    def evaluate(self, grader: Grader) -> None:
-        """Let all runs work on the held-out tasks, and log how they do."""
+    def evaluate(self, grader: Grader, kinds: Sequence[str] = tuple(_MARKERS)) -> None:
+        """Let all runs work on the held-out tasks, with each kind of markers in turn, and log how they do."""
         p = self.settings.prompts
-        for markers, part_of in _MARKERS.items():
+        for markers in kinds:
             episodes = self.pool.held_out(markers)
-            episodes = episodes[: -(-len(episodes) // part_of)]
+            episodes = episodes[: -(-len(episodes) // _MARKERS[markers])]
             padded = episodes + episodes[: -len(episodes) % p]
             for cohort in self.cohorts:
                 written = []

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from assay.errors import UsageError
 from assay.vhack.environment import CHANNELS, Episode, Task, tasks
-from assay.vhack.training._arms import Arm, arm_named
+from assay.vhack.study._arms import study_arm
+from assay.vhack.training._arms import Arm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +70,7 @@ class Run:
     """One run.
 
     Attributes:
-        arm: name of the arm, see :data:`assay.vhack.training._arms.ARMS`; which axes it takes is said by ``basis``.
+        arm: name of the arm, see :mod:`assay.vhack.study._arms`; which axes it takes is said by ``basis``.
         seed: of tasks and rollouts.
         optimizer: ``"adam"`` or ``"sgd"``.
         basis: name of the axes, in the study's table of bases; what stands behind an ``@`` tells draws of a kind apart.
@@ -85,7 +86,7 @@ class Run:
     teachers: int = 0
 
     def __post_init__(self) -> None:
-        arm_named(self.arm)
+        study_arm(self.arm)
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"optimizer {self.optimizer!r}", wanted=" or ".join(OPTIMIZERS), do="choose one of them")
         unknown = [mode for mode in self.modes if mode not in CHANNELS]
@@ -95,7 +96,7 @@ class Run:
     @property
     def how(self) -> Arm:
         """The arm itself."""
-        return arm_named(self.arm)
+        return study_arm(self.arm)
 
     @property
     def condition(self) -> str:

@@ -1,0 +1,78 @@
+"""Which runs are made: of the first experiment (``full``), of the pilot, and of the second experiment (``second``)."""
+
+from dataclasses import replace
+
+from assay.vhack.environment import CHANNELS
+from assay.vhack.study import Run
+
+MAIN = (
+    Run("none", 0),
+    Run("no-loophole", 0),
+    Run("erase-gradient", 0),
+    Run("erase-update", 0),
+    Run("erase-gradient", 0, basis="random"),
+    Run("box", 0),
+    Run("advantage-modification", 0),
+    Run("erase-gradient-two-sided", 0),
+    Run("erase-update-two-sided", 0),
+    *(Run(arm, 0, "sgd") for arm in ("none", "no-loophole", "erase-gradient", "erase-update")),
+)
+CONTROLS = (
+    Run("constant-push", 0),
+    Run("ground-truth-penalty", 0),
+    *(Run("erase-gradient", 0, basis=kind) for kind in ("svd", "shuffled", "clean-clean", "generated")),
+    *(Run(arm, 0, teachers=1) for arm in ("none", "erase-gradient")),
+)
+SINGLE = tuple(
+    Run(arm, 0, basis=basis, modes=(mode,))
+    for mode in CHANNELS
+    for arm, basis in (("none", "true"), ("erase-gradient", "true"), ("erase-gradient", f"minimal:{mode}"))
+)
+PLAIN = tuple(Run(arm, 0, kind) for kind in ("adam", "sgd") for arm in ("none", "no-loophole"))
+HELD = "erase-update-two-sided"
+BOUNDS = (
+    Run("erase-gradient", 0, basis="whole"),
+    *(Run(f"erase-gradient+away-{away}", 0, basis="whole") for away in (0.1, 0.2, 0.4)),
+    Run("box", 0, basis="whole"),
+)
+DISPLACED = (
+    *(Run(f"displaced-{far}+{HELD}", 0, basis="whole") for far in (0.1, 0.2, 0.4)),
+    *(Run(HELD, 0, basis=basis) for basis in ("whole", "whole:20")),
+)
+OTHERS = (
+    Run("erase-gradient+away-0.2", 0, "sgd", basis="whole"),
+    Run(f"displaced-0.2+{HELD}", 0, "sgd", basis="whole"),
+    Run("erase-gradient+away-0.2", 0),
+    Run("erase-gradient+away-0.2", 0, basis="whole:20"),
+    Run("advantage-modification", 0),
+)
+CANDIDATES = (
+    *(Run(f"displaced-{far}+{HELD}", 0, basis="whole") for far in (0.4, 0.5)),
+    Run(f"displaced-0.3+{HELD}", 0, basis="whole:10"),
+    *(Run(f"displaced-{far}+{HELD}", 0, basis="whole:20") for far in (0.15, 0.2)),
+    Run("erase-gradient+away-0.2", 0, basis="whole:20"),
+)
+DRAWN = ("random", "shuffled", "clean-clean")
+"""Axes that are drawn anew for every seed."""
+
+
+def seeded(runs, seeds):
+    """The same runs for every seed, those of a seed in a row."""
+    return [
+        replace(run, seed=s, basis=f"{run.basis}@{s}" if run.basis in DRAWN else run.basis) for s in seeds for run in runs
+    ]
+
+
+def full(seeds, fewer):
+    """The arms, controls, a second optimiser, stored rollouts, and one loophole at a time."""
+    return seeded((*MAIN, *CONTROLS, *SINGLE), seeds[:fewer]) + seeded(MAIN, seeds[fewer:])
+
+
+PLANS = {
+    "full": full,
+    "plain": lambda seeds, _: seeded(PLAIN, seeds),
+    "bounds": lambda seeds, _: seeded(BOUNDS, seeds),
+    "displaced": lambda seeds, _: seeded(DISPLACED, seeds),
+    "candidates": lambda seeds, _: seeded(CANDIDATES, seeds),
+    "others": lambda seeds, _: seeded(OTHERS, seeds),
+}
