@@ -50,3 +50,21 @@ def test_memory_that_runs_out_in_a_forward_pass_is_answered_too(small_model, rou
         with pytest.raises(OutOfMemory, match="8 × 16 positions") as refused:
             prove(small_model, round_, range(8), engine=engine)
         assert refused.value.do == advice
+
+
+def test_what_graphs_keep_for_their_replay_is_not_free(small_model, free, monkeypatch: pytest.MonkeyPatch):
+    one = _memory.peak_bytes(small_model, 1, 16)
+    segments = [
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 7 * one, "allocated_size": one},
+        {"device": 0, "segment_pool_id": (0, 2), "total_size": 5 * one, "allocated_size": 2 * one},
+        {"device": 1, "segment_pool_id": (0, 3), "total_size": 9 * one, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    free(20 * one)
+    assert [_memory._free(torch.device(name)) // one for name in ("cpu", "cuda", "cuda:0", "cuda:1")] == [
+        20,
+        17,
+        17,
+        11,
+    ]

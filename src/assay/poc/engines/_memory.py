@@ -1,5 +1,9 @@
 """Whether a batch fits, asked before it runs: a CPU that runs out kills the process instead of raising."""
 
+from typing import Any
+
+import torch
+
 from assay.errors import OutOfMemory
 from assay.models import Model, free_bytes
 
@@ -24,7 +28,20 @@ def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
 
 def fitting_batch(model: Model, seq_len: int) -> int:
     """Return the largest batch that fits into what is free now, by the estimate; 0 where not even one row does."""
-    return free_bytes(model.device) // max(1, peak_bytes(model, 1, seq_len))
+    return _free(model.device) // max(1, peak_bytes(model, 1, seq_len))
+
+
+def _free(device: torch.device) -> int:
+    """Return the bytes that a batch may take: what is free, less what recorded CUDA graphs keep for their replay.
+
+    Torch has reserved that for them and nothing is in it between two replays, so it looks free and is not.
+    """
+    if device.type != "cuda":
+        return free_bytes(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    kept = (s for s in segments if s["device"] == index and tuple(s["segment_pool_id"]) != (0, 0))
+    return free_bytes(device) - sum(int(segment["total_size"]) - int(segment["allocated_size"]) for segment in kept)
 
 
 def auto_batch(model: Model, seq_len: int) -> int:
@@ -42,7 +59,7 @@ def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
     Raises:
         OutOfMemory: names the largest batch that would fit.
     """
-    free = free_bytes(model.device)
+    free = _free(model.device)
     need = peak_bytes(model, batch_size, seq_len)
     if need <= free:
         return
