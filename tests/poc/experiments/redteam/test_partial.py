@@ -1,9 +1,12 @@
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from assay.errors import UsageError
-from assay.models import Model, backbone, load_model
+from assay.models import Model, backbone, decoder_layers, load_model
 from assay.poc._transforms import unit, weighted_sum
 from assay.poc.experiments.redteam._partial import PartialForward, Shortcut
 from tests.poc.experiments.redteam.conftest import T
@@ -92,6 +95,39 @@ def test_the_cost_is_that_of_the_multiplications_done(small_model, inputs_btd, s
 
     measured = counted(PartialForward(small_model, shortcut)) / counted(PartialForward(small_model, FULL))
     assert PartialForward(small_model, shortcut).cost == pytest.approx(measured, abs=0.03)
+
+
+def test_neurons_that_write_nothing_are_left_out_first(llama, inputs_btd):
+    idle = replace(llama, module=copy.deepcopy(llama.module))
+    with torch.no_grad():
+        for layer in decoder_layers(idle.module):
+            layer.mlp.down_proj.weight[:, ::2] = 0
+    truth = honest(idle, inputs_btd)
+    half = PartialForward(idle, Shortcut((3,) * T, neurons=(0.5,) * 3)).states(inputs_btd)
+    torch.testing.assert_close(half, truth, atol=1e-5, rtol=0)
+    more = PartialForward(idle, Shortcut((3,) * T, neurons=(0.75,) * 3)).states(inputs_btd)
+    assert (more - truth).norm(dim=-1).mean() > 1e-4
+
+
+def test_neurons_are_chosen_by_what_their_gate_lets_through(llama, inputs_btd):
+    """Leaving out the least is better than every second one, and a few spoil less than many."""
+    truth = honest(llama, inputs_btd)
+    errors = []
+    for share in (0.0, 0.2, 0.5, 0.9):
+        program = PartialForward(llama, Shortcut((3,) * T, neurons=(share,) * 3))
+        errors.append(float((program.states(inputs_btd) - truth).norm(dim=-1).mean()))
+    assert errors[0] < 1e-5 < errors[1] < errors[2] < errors[3]
+    anywhere = replace(llama, module=copy.deepcopy(llama.module))
+    with torch.no_grad():
+        for layer in decoder_layers(anywhere.module):
+            layer.mlp.down_proj.weight[:, ::2] = 0
+    assert errors[2] < (honest(anywhere, inputs_btd) - truth).norm(dim=-1).mean()
+
+
+def test_of_a_neuron_two_products_of_three_are_saved(llama):
+    without = PartialForward(llama, Shortcut((3,) * T, mlp=("drop",) * 3)).cost
+    fewer = PartialForward(llama, Shortcut((3,) * T, neurons=(0.3, 0.6, 0.9))).cost
+    assert fewer == pytest.approx(1 - 0.6 * 2 / 3 * (1 - without))
 
 
 def test_an_architecture_with_other_parts_is_refused(tmp_path):

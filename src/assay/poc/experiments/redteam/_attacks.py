@@ -156,6 +156,18 @@ def _parts(
     return make
 
 
+def _neurons(first: float, last: float, *, before: float = 1.0) -> Callable[[Scene], Program]:
+    """A share of the neurons that rises with the layer is left out; positions from ``before``·T on are dropped."""
+
+    def make(scene: Scene) -> Program:
+        T, layers = scene.seq_len, scene.model.num_layers
+        depths = tuple(layers if _before(before, t, T) else 0 for t in range(T))
+        shares = tuple(first + (last - first) * (index + 0.5) / layers for index in range(layers))
+        return PartialForward(scene.model, Shortcut(depths, neurons=shares), scene.guesses)
+
+    return make
+
+
 def _early_exit(depth: int) -> Callable[[Scene], Program]:
     return _positions(lambda t, T: False, depth=depth)
 
@@ -241,6 +253,10 @@ def _skipped_parts() -> Iterator[Attack]:
     yield Attack("attention dropped", "parts", _parts(lambda i, L: True, "drop", mlp=False))
     for name, which in (("last", lambda i, L: i >= L - -(-3 * L // 8)), ("first", lambda i, L: i < -(-3 * L // 8))):
         yield Attack(f"{name} three eighths of the MLPs linear", "parts", _parts(which, "linear", attention=False))
+    yield Attack("20% to 80% of the neurons", "parts", _neurons(0.2, 0.8))
+    for first, last, before in ((0.1, 0.3, 0.83), (0.1, 0.5, 0.875)):
+        name = f"{first:.0%} to {last:.0%} of the neurons, last {1 - before:.1%} dropped"
+        yield Attack(name, "parts", _neurons(first, last, before=before), last_unknown=True)
 
 
 ATTACKS: tuple[Attack, ...] = (

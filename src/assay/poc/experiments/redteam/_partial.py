@@ -1,11 +1,12 @@
 """A forward pass that leaves things out: the engine of every attack that saves work by skipping.
 
 The attacker decides, for every position, through how many layers it goes, and for every layer whether its attention
-and its MLP run, are dropped, or are replaced by a linear map. Nothing that is left out is computed, so the counted
-multiplications are those of a real program.
+and its MLP run, are dropped, or are replaced by a linear map. Of an MLP it may also leave out the neurons that a
+position hardly uses. What is left out is not counted; all of it is never computed but the neurons, which are set to
+zero here and would be skipped by a kernel made for it.
 
 Legend of shapes: B nonces, T positions, A positions that a layer updates, V positions that it sees, D hidden size,
-H heads, E head size.
+F neurons of an MLP, H heads, E head size.
 """
 
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ class Shortcut:
         attention: for every layer.
         mlp: for every layer.
         window: how many positions attention looks back; 0 for all.
+        neurons: share of the neurons of every layer's MLP that are left out where they count least; () for none.
     """
 
     depth: tuple[int, ...]
@@ -44,6 +46,7 @@ class Shortcut:
     attention: tuple[Part, ...] = field(default=())
     mlp: tuple[Part, ...] = field(default=())
     window: int = 0
+    neurons: tuple[float, ...] = field(default=())
 
 
 class PartialForward:
@@ -73,6 +76,7 @@ class PartialForward:
         run: Part = "run"
         self._attention = shortcut.attention or (run,) * count
         self._mlp = shortcut.mlp or (run,) * count
+        self._neurons = shortcut.neurons or (0.0,) * count
 
     def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
         """Return what an engine would: the last state, or the weighted sum of the unit states, [B, D] in float32."""
@@ -108,10 +112,26 @@ class PartialForward:
             x_BAD = x_BAD + self._guessed("attention", index, layer.input_layernorm(x_BAD))
         normed_BAD = layer.post_attention_layernorm(x_BAD)
         if self._mlp[index] == "run":
-            x_BAD = x_BAD + layer.mlp(normed_BAD)
+            x_BAD = x_BAD + self._mlp_of(index, layer.mlp, normed_BAD)
         elif self._mlp[index] == "linear":
             x_BAD = x_BAD + self._guessed("mlp", index, normed_BAD)
         return x_BAD
+
+    def _mlp_of(self, index: int, mlp: Any, x_BAD: Tensor) -> Tensor:
+        """Run an MLP without the neurons of least |gate| · ‖what it reads‖ · ‖what it writes‖, over the whole batch.
+
+        The gate has to be computed to know them; with it, they are spared two of three products.
+        """
+        if not self._neurons[index]:
+            whole: Tensor = mlp(x_BAD)
+            return whole
+        gate_BAF = mlp.act_fn(mlp.gate_proj(x_BAD))
+        norms_F = mlp.up_proj.weight.float().norm(dim=1) * mlp.down_proj.weight.float().norm(dim=0)
+        worth_BAF = gate_BAF.float().abs() * norms_F
+        least = worth_BAF.flatten().kthvalue(max(1, round(self._neurons[index] * worth_BAF.numel()))).values
+        kept_BAF = torch.where(worth_BAF <= least, torch.zeros_like(gate_BAF), gate_BAF)
+        rest: Tensor = mlp.down_proj(kept_BAF * mlp.up_proj(x_BAD))
+        return rest
 
     def _attend(
         self, layer: Any, x_BAD: Tensor, seen_BVD: Tensor, active_A: Tensor, visible_V: Tensor, rotary: Any
@@ -170,7 +190,9 @@ class PartialForward:
             elif attention[index] == "linear":
                 total += len(active) * linear
             if mlp[index] == "run":
-                total += len(active) * sum(_size(part) for part in layer.mlp.modules() if isinstance(part, nn.Linear))
+                sizes = sum(_size(part) for part in layer.mlp.modules() if isinstance(part, nn.Linear))
+                left_out = shortcut.neurons[index] if shortcut.neurons else 0.0
+                total += len(active) * (sizes - left_out * (_size(layer.mlp.up_proj) + _size(layer.mlp.down_proj)))
             elif mlp[index] == "linear":
                 total += len(active) * linear
         return total + guessing * (self._guesses.cost if self._guesses else 0)
