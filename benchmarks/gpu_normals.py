@@ -146,14 +146,11 @@ def measure_transform(batch, hidden):
     fused, plain = (Transform(round, PIPELINES["poc-2.0"], **shape) for _ in range(2))
     plain._backend._reflected = lambda x_BD, seeds_BR: None
     x_BD = torch.randn(batch, hidden, device=device)
-    texts = [round.text("reflection", nonce, index=r) for nonce in range(batch) for r in range(8)]
-    seeds_BR = seeds(texts).reshape(batch, 8)
+    seeds_BR = seeds(round.texts("reflection", range(batch), count=8)).reshape(batch, 8)
     difference = (fused(x_BD, range(batch)) - plain(x_BD, range(batch))).abs().max().item()
     figures = {
         "reflections_device_ms": milliseconds(lambda: fused._backend.reflected(x_BD, seeds_BR), 100),
-        "seeds_host_ms": host_milliseconds(
-            lambda: seeds([round.text("reflection", nonce, index=r) for nonce in range(batch) for r in range(8)])
-        ),
+        "seeds_host_ms": host_milliseconds(lambda: seeds(round.texts("reflection", range(batch), count=8))),
         "transform_host_ms": host_milliseconds(lambda: fused(x_BD, range(batch))),
         "transform_host_torch_ms": host_milliseconds(lambda: plain(x_BD, range(batch))),
     }
