@@ -52,6 +52,25 @@ CANDIDATES = (
     *(Run(f"displaced-{far}+{HELD}", 0, basis="whole:20") for far in (0.15, 0.2)),
     Run("erase-gradient+away-0.2", 0, basis="whole:20"),
 )
+DISPLACED_AND_HELD = f"displaced-0.4+{HELD}"
+SECOND = (
+    *MAIN[:7],
+    Run(DISPLACED_AND_HELD, 0, basis="whole"),
+    Run("erase-gradient+away-0.2", 0, basis="whole:20"),
+)
+SECOND_FEWER = (
+    *MAIN[9:],
+    Run(DISPLACED_AND_HELD, 0, "sgd", basis="whole"),
+    Run(HELD, 0, basis="whole"),
+    Run("displaced-0.4+none", 0, basis="whole"),
+    Run(DISPLACED_AND_HELD, 0, basis="random"),
+    Run(DISPLACED_AND_HELD, 0),
+    Run("erase-gradient", 0, basis="whole"),
+    *(Run(DISPLACED_AND_HELD, 0, basis=f"whole:{mode}") for mode in CHANNELS),
+    *(Run("none", 0, basis=basis, teachers=1) for basis in ("true", "whole")),
+)
+"""Of the second experiment: what is compared, and with fewer seeds the second optimiser, parts of the repair, it without
+one mechanism, and stored rollouts."""
 DRAWN = ("random", "shuffled", "clean-clean")
 """Axes that are drawn anew for every seed."""
 
@@ -59,7 +78,9 @@ DRAWN = ("random", "shuffled", "clean-clean")
 def seeded(runs, seeds):
     """The same runs for every seed, those of a seed in a row."""
     return [
-        replace(run, seed=s, basis=f"{run.basis}@{s}" if run.basis in DRAWN else run.basis) for s in seeds for run in runs
+        replace(run, seed=s, basis=f"{run.basis}@{s}" if run.basis in DRAWN else run.basis)
+        for s in seeds
+        for run in runs
     ]
 
 
@@ -68,8 +89,14 @@ def full(seeds, fewer):
     return seeded((*MAIN, *CONTROLS, *SINGLE), seeds[:fewer]) + seeded(MAIN, seeds[fewer:])
 
 
+def second(seeds, fewer):
+    """The second experiment; what is in it is said above."""
+    return seeded((*SECOND, *SECOND_FEWER), seeds[:fewer]) + seeded(SECOND, seeds[fewer:])
+
+
 PLANS = {
     "full": full,
+    "second": second,
     "plain": lambda seeds, _: seeded(PLAIN, seeds),
     "bounds": lambda seeds, _: seeded(BOUNDS, seeds),
     "displaced": lambda seeds, _: seeded(DISPLACED, seeds),
