@@ -30,7 +30,7 @@ PARTS = {
     ),
     "candidates": tuple(_of("candidates", "2,4", SLOW, "--part", f"{i}/3") for i in range(3)),
     # All runs begin as the same model, so one part tells how that does.
-    "second": tuple(_of("second", "2,4", SLOW, "--part", f"{i}/8", *(() if i else ("--start",))) for i in range(8)),
+    "second": tuple(_of("second", "2,4", SLOW, "--part", f"{i}/12", *(() if i else ("--start",))) for i in range(12)),
 }
 """Arguments of each part."""
 
