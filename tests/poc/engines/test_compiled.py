@@ -93,15 +93,14 @@ def test_no_setting_of_the_process_chooses_kernels_by_timing(small_model, round_
     from torch._inductor import config
 
     theirs = {name: not value for name, value in _compiled._KERNELS.items()}
-    for name, value in theirs.items():
-        monkeypatch.setattr(config, name, value)
     now = lambda: {name: getattr(config, name) for name in theirs}  # noqa: E731
     seen = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: seen.append(now()) or function(*given))
-    prove(small_model, round_, range(8), engine=HFEngine(small_model, batch_size=8, seq_len=16, compiled=True))
+    with config.patch(theirs):
+        prove(small_model, round_, range(8), engine=HFEngine(small_model, batch_size=8, seq_len=16, compiled=True))
+        assert now() == theirs
     assert seen
     assert all(settings == _compiled._KERNELS for settings in seen)
-    assert now() == theirs
 
 
 def test_kernels_are_kept_in_a_folder_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
