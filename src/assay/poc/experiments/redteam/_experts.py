@@ -1,15 +1,19 @@
 """Skipping experts: a small mixture of experts, made on the spot with random weights, asked for fewer of them.
 
-Legend of shapes: N nonces, D hidden size.
+Legend of shapes: N nonces, R rows (positions of a batch), A experts asked, D hidden size.
 """
 
+import copy
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from assay.models import Model, load_model
+from assay.models import Model, decoder_layers, load_model
 from assay.models._quiet import quiet
 from assay.poc import cheats
 from assay.poc._round import Round
@@ -18,7 +22,7 @@ from assay.poc.engines import HFEngine
 from assay.poc.experiments.redteam._attacks import OnEngine
 from assay.poc.experiments.redteam._field import Reading
 
-__all__ = ["experts", "make_experts"]
+__all__ = ["EXPERTS_SAVED", "experts", "experts_cost", "make_experts", "without_light_experts"]
 
 SEQ_LEN = 128
 EXPERTS = 8
@@ -39,6 +43,11 @@ SHAPE: dict[str, Any] = {
     # At the library's own 0.02 the layers would add next to nothing to inputs of unit variance.
     "initializer_range": 0.1,
 }
+EXPERTS_SAVED: dict[str, tuple[float, ...]] = {
+    "lightest third": (1 / 3,) * 4,
+    "lightest, more of them in later layers": (1 / 6, 5 / 18, 7 / 18, 1 / 2),
+}
+"""Shares of the pairs of position and expert that are left out in every layer: a quarter of the work."""
 
 
 def make_experts(folder: Path) -> Path:
@@ -67,7 +76,10 @@ def experts(batch_size: int, nonces: int) -> dict[str, Any]:
     }
     provers = {"honest, bfloat16": (half, 1.0), "router rounded to bfloat16": (_rounded_router(model), 1.0)}
     for count in (3, 2, 1):
-        provers[f"{count} of {ASKED} experts"] = (cheats.with_fewer_experts(model, count), _cost(count))
+        provers[f"{count} of {ASKED} experts"] = (cheats.with_fewer_experts(model, count), experts_cost(count))
+    for name, shares in EXPERTS_SAVED.items():
+        asked = ASKED * (1 - sum(shares) / len(shares))
+        provers[f"{name} left out"] = (without_light_experts(model, shares), experts_cost(asked))
     rows = []
     for name, (prover, cost) in provers.items():
         engine = HFEngine(prover, batch_size=batch_size, seq_len=SEQ_LEN)
@@ -79,11 +91,32 @@ def experts(batch_size: int, nonces: int) -> dict[str, Any]:
     return {"kind": "experts", "nonces": nonces, "experts": EXPERTS, "asked": ASKED, "rows": rows}
 
 
+def without_light_experts(model: Model, shares: Sequence[float]) -> Model:
+    """Return a mixture that leaves out, in every layer, a share of all pairs of position and expert: the lightest.
+
+    The weights of the others stay as they are. Where few experts matter to a position, more of them are left out.
+    """
+    module = copy.deepcopy(model.module)
+    layers: Any = decoder_layers(module)
+    for layer, share in zip(layers, shares, strict=True):
+        layer.mlp.gate.register_forward_hook(_lightened(share))
+    return replace(model, module=module)
+
+
+def _lightened(share: float) -> Callable[[Any, Any, tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor, Tensor]]:
+    def hook(module: Any, arguments: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights_RA, chosen_RA = output
+        count = round(share * weights_RA.numel())
+        if not count:
+            return output
+        least = weights_RA.float().flatten().kthvalue(count).values
+        return logits, weights_RA.masked_fill(weights_RA.float() <= least, 0), chosen_RA
+
+    return hook
+
+
 def _rounded_router(model: Model) -> Model:
     """The model with only its routers' weights rounded: what ties between experts cost an honest node."""
-    import copy
-    from dataclasses import replace
-
     module = copy.deepcopy(model.module)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -92,8 +125,8 @@ def _rounded_router(model: Model) -> Model:
     return replace(model, module=module)
 
 
-def _cost(count: int) -> float:
-    """Multiplications of the linear layers with ``count`` experts over those with all that are asked."""
+def experts_cost(count: float) -> float:
+    """Return the multiplications of the linear layers with ``count`` experts over those with all that are asked."""
     D = SHAPE["hidden_size"]
     heads, keys = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
     attention = 2 * D * SHAPE["head_dim"] * (heads + keys) + SHAPE["head_dim"] * heads * SEQ_LEN
