@@ -69,7 +69,7 @@ GPU_PYTHON ?= PYTHONPATH=src python3
 OUT ?= benchmarks/results
 
 gpu-test:  ## run the tests that need a CUDA device, with the python that has one
-	$(GPU_PYTHON) -m pytest -o addopts=-q -m gpu -p no:benchmark -rs \
+	$(GPU_PYTHON) -m pytest -o addopts=-q -m gpu -p no:benchmark -p no:logging -rs --ignore tests/vhack/trainer \
 	  tests/streams tests/models tests/poc/test_transforms.py tests/poc/engines tests/vhack
 
 GPU_SHAPES := qwen3-0.6b llama-3.2-1b llama-3.1-8b
@@ -78,6 +78,8 @@ gpu-bench:  ## measure on a CUDA device, and on two where there are two; result 
 	$(GPU_PYTHON) benchmarks/gpu_normals.py -o $(OUT)/gpu_normals.json
 	for shape in $(GPU_SHAPES); do \
 	  $(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:$$shape -o $(OUT)/gpu_prove_$$shape.json || exit; done
+	$(GPU_PYTHON) benchmarks/gpu_overhead.py -o $(OUT)/gpu_overhead.json
+	$(GPU_PYTHON) benchmarks/gpu_service.py -o $(OUT)/gpu_service.json
 	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 \
 	  benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json; fi
 

@@ -26,6 +26,7 @@ FROZEN = {
         "--read-key", "--dtype", "--device", "--seq-len", "--calibration", "--callback-secret",
         "--callback-interval", "--callback-backoff", "--callback-backoff-max", "--callback-attempts",
         "--callback-timeout", "--allow-private-callbacks", "--max-pending", "--max-positions", "--drain",
+        "--kernels",
         "--log-format",
     },
     "poc receive": {"--host", "--port", "--output", "--callback-secret", "--log-format"},

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from assay.poc import Engine, Fingerprint
     from assay.poc.engines import World
 
-__all__ = ["EngineOptions", "judging_engine", "load", "proving_engine"]
+__all__ = ["EngineOptions", "check_kernels", "compiles", "judging_engine", "load", "proving_engine"]
 
 KERNELS = ("auto", "compiled", "eager")
 
@@ -43,8 +43,7 @@ def proving_engine(model: str, options: EngineOptions) -> "Iterator[tuple[Model,
     """
     from assay.poc.engines import HFEngine, ParallelEngine, be_deterministic, joined, processes
 
-    if options.kernels not in KERNELS:
-        raise UsageError(f"--kernels {options.kernels}", wanted=" or ".join(KERNELS), do="leave it out for auto")
+    check_kernels(options.kernels)
     if options.engine == "vllm":
         _refuse_for_vllm(options)
         shape = {"batch_size": _number(options.batch_size), "seq_len": options.seq_len}
@@ -116,12 +115,28 @@ def _eight_bits(dtype: str | None) -> bool:
 
 
 def _shape(model: "Model", options: EngineOptions) -> dict[str, Any]:
-    from assay.poc.engines import auto_batch, worth_compiling
+    from assay.poc.engines import auto_batch
 
     automatic = options.batch_size == "auto"
     size = auto_batch(model, options.seq_len) if automatic else _number(options.batch_size)
-    compiled = worth_compiling(model) if options.kernels == "auto" else options.kernels == "compiled"
-    return {"batch_size": size, "seq_len": options.seq_len, "compiled": compiled}
+    return {"batch_size": size, "seq_len": options.seq_len, "compiled": compiles(model, options.kernels)}
+
+
+def check_kernels(kernels: str) -> None:
+    """Refuse what ``--kernels`` does not know.
+
+    Raises:
+        UsageError: see above.
+    """
+    if kernels not in KERNELS:
+        raise UsageError(f"--kernels {kernels}", wanted=" or ".join(KERNELS), do="leave it out for auto")
+
+
+def compiles(model: "Model", kernels: str) -> bool:
+    """Say whether ``--kernels`` asks for compiled kernels of a model."""
+    from assay.poc.engines import worth_compiling
+
+    return worth_compiling(model) if kernels == "auto" else kernels == "compiled"
 
 
 def _number(text: str) -> int:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from assay.cli._engines import check_kernels, compiles
 from assay.cli._flags import DeviceFlag, DtypeFlag, ModelFlag
 from assay.cli._output import JsonFlag, emit_json, table
 from assay.errors import UsageError
@@ -39,6 +40,7 @@ def serve(
     read_key: Annotated[list[str] | None, typer.Option(help="Key that may read.", envvar="ASSAY_READ_KEY")] = None,
     dtype: DtypeFlag = None,
     device: DeviceFlag = None,
+    kernels: Annotated[str, typer.Option(help="compiled, eager, or auto: compiled on CUDA.")] = "auto",
     seq_len: Annotated[int, typer.Option(help="Positions per nonce of artifact rounds and jobs.")] = 256,
     calibration: Annotated[Path | None, typer.Option(help="Measured honest noise, for verdicts.")] = None,
     callback_secret: Annotated[
@@ -63,6 +65,7 @@ def serve(
     from assay.poc import service
 
     service.configure_logs(_log_format(log_format))
+    check_kernels(kernels)
     settings = service.Settings(
         data_dir=data_dir,
         seq_len=seq_len,
@@ -85,7 +88,8 @@ def serve(
     def load() -> "Deployment":
         from assay.models import load_model
 
-        return service.Deployment.of(load_model(model, dtype=dtype, device=device))
+        loaded = load_model(model, dtype=dtype, device=device)
+        return service.Deployment.of(loaded, compiled=compiles(loaded, kernels))
 
     service.serve(service.Controller(load, settings), host=host, port=port)
 

@@ -8,6 +8,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,10 +51,11 @@ def quantise(module: "PreTrainedModel", name: str) -> None:
     library = _torchao()
     configs = {
         "int8": library.Int8WeightOnlyConfig,
-        "float8": lambda: library.Float8DynamicActivationFloat8WeightConfig(granularity=library.PerRow()),
+        "float8": partial(library.Float8DynamicActivationFloat8WeightConfig, granularity=library.PerRow()),
     }
+    config = configs[name](set_inductor_config=False)  # which would let Inductor choose kernels by timing, everywhere
     with _silent():
-        library.quantize_(backbone(module), configs[name](), filter_fn=lambda part, _: isinstance(part, nn.Linear))
+        library.quantize_(backbone(module), config, filter_fn=lambda part, _: isinstance(part, nn.Linear))
 
 
 def _torchao() -> Any:

@@ -150,7 +150,7 @@ class Transform:
                 return self._reflections("rotation", step.count, x_BD, nonces, k=size)
 
     def _reflections(self, stream: str, count: int, x_BD: Tensor, nonces: Sequence[int], k: int = 0) -> Tensor:
-        texts = [self.round.text(stream, nonce, index=r, k=k) for nonce in nonces for r in range(count)]
+        texts = self.round.texts(stream, nonces, count=count, k=k)
         seeds_N1 = streams.seeds(texts)
         reflected_BD = self._backend.reflected(x_BD, seeds_N1.reshape(len(nonces), count))
         if reflected_BD is not None:
@@ -162,12 +162,12 @@ class Transform:
         return x_BD
 
     def _projections(self, count: int, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
-        texts = [self.round.text("projection", nonce, k=count) for nonce in nonces]
+        texts = self.round.texts("projection", nonces, k=count)
         p_BKD = self._normals(streams.seeds(texts), count * x_BD.shape[-1]).view(len(nonces), count, -1)
         return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
 
     def _seeds(self, stream: str, nonces: Sequence[int], k: int = 0) -> NDArray[np.uint32]:
-        return streams.seeds([self.round.text(stream, nonce, k=k) for nonce in nonces])
+        return streams.seeds(self.round.texts(stream, nonces, k=k))
 
     def _normals(self, seeds_N1: NDArray[np.uint32], n: int) -> Tensor:
         return streams.as_tensor(self._backend.normals(seeds_N1, n)).to(self._device)

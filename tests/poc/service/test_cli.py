@@ -45,6 +45,7 @@ def test_a_directory_without_a_service_is_an_error_and_stays_empty(tmp_path, cap
     "arguments",
     [
         ("--log-format", "xml"),
+        ("--kernels", "fast"),
         ("--callback-secret", "whsec_x"),
         ("--api-key", "short"),
         ("--api-key-file", "/nowhere"),
