@@ -8,7 +8,8 @@ Attackers leave out whole experts of every position, or the pairs of position an
 evenly or more of them in later layers; those that save a quarter of the work count. They have float32, the honest
 prover bfloat16. *Bound* reads the 32 directions in which this very attack is furthest from noise (measured on other
 nonces): no frame of as many directions is dearer for it. *Flips* are positions where an honest bfloat16 prover asks
-other experts than the validator.
+other experts than the validator. *Checked* is after how many nonces the sequential test accuses with 99 %, at 1e-3
+false accusations, under a law fitted to 64 honest nonces, and under the default law, which is of denser models.
 
     OMP_NUM_THREADS=1 python benchmarks/hardened_experts.py -o benchmarks/results/hardened_experts.json
 """
@@ -22,9 +23,15 @@ from _common import note, parser, publish
 from hardened_frame import covariance, eigen_rows, epsilon
 from torch.nn import functional
 
+from assay import stats
 from assay.models import backbone, decoder_layers, load_model
-from assay.poc import HFEngine, Round, cheats
+from assay.poc import HFEngine, Round, cheats, get_pipeline
+from assay.poc._noise import default_noise
 from assay.poc._transforms import unit
+from assay.poc._verifier import EFFECT
+from assay.poc.experiments.redteam import Judge, Pool
+from assay.poc.experiments.redteam._attacks import OnEngine
+from assay.poc.experiments.redteam._detect import ALPHA, smallest
 from assay.poc.experiments.redteam._experts import (
     ASKED,
     EXPERTS_SAVED,
@@ -34,10 +41,11 @@ from assay.poc.experiments.redteam._experts import (
     make_experts,
     without_light_experts,
 )
+from assay.poc.experiments.redteam._field import Reading
 from assay.vhack.environment import tasks
 
 STEPS, BATCH, LENGTH, RATE, BALANCE = 400, 16, 128, 3e-3, 0.01
-NONCES, FITTED, DRAWS, ROWS = 32, 64, 16, 32
+NONCES, FITTED, DRAWS, ROWS, JUDGED = 32, 64, 16, 32, 64
 SHARES = EXPERTS_SAVED | {
     "lightest, many more of them in later layers": (0, 1 / 3, 1 / 2, 1 / 2),
     "lightest, in the last two layers": (0, 0, 7 / 12, 3 / 4),
@@ -100,6 +108,10 @@ class Prover:
     def __init__(self, model):
         self.model, self.engine = model, HFEngine(model, batch_size=16, seq_len=SEQ_LEN)
 
+    def residuals(self, reading):
+        """Distances of what `hardened` publishes from the validator's, [N]."""
+        return reading.residuals("hardened", reading.states(OnEngine(self.engine), self.engine, JUDGED))
+
     @torch.inference_mode()
     def states(self, block, nonces):
         """States [N, T, D], and for every layer the experts of every position, sorted, [N·T, A]."""
@@ -141,6 +153,9 @@ def measure(path):
         frame = torch.eye(states_BTD.shape[-1]) if frame_KD is None else frame_KD.float()
         return epsilon(signs_BST @ states_BTD, signs_BST @ truth[0][0], frame)
 
+    round = Round(block_hash="judged", public_key="k", preset="hardened", seq_len=SEQ_LEN)
+    reading = Reading(Prover(whole).engine, round, ["hardened"])
+    judges = judges_of(Prover(half).residuals(reading))
     rows, noise = [], distance(honest[0][0])
     for name, model, cost in attackers(whole):
         prover = Prover(model)
@@ -148,11 +163,21 @@ def measure(path):
         frame_KD = eigen_rows(covariance(fitted_BTD - truth[1][0]), noise_DD, ROWS)
         error = distance(states_BTD)
         bound = distance(states_BTD, frame_KD) / distance(honest[0][0], frame_KD)
-        rows.append({"name": name, "cost": cost, "error": error, "ratio": error / noise, "bound": bound})
+        pool = Pool(((1.0, prover.residuals(reading)),))
+        row = {"name": name, "cost": cost, "error": error, "ratio": error / noise, "bound": bound}
+        rows.append(row | {law: smallest(judge.sequential(pool)) for law, judge in judges.items()})
         note(f"{rows[-1]}")
     saving = [row for row in rows if row["cost"] <= 0.7505]
     best = min(saving, key=lambda row: row["ratio"])
     return {"honest": noise, **flips(truth[0], honest[0]), "best": best["name"], "ratio": best["ratio"], "rows": rows}
+
+
+def judges_of(honest_N):
+    """The sequential test under the law of these honest residuals, and under the default one."""
+    fitted, stated = (Judge(get_pipeline("hardened"), honest_N) for _ in range(2))
+    stated.law = default_noise("hardened", "bfloat16", "float32").law
+    stated._test = stats.SequentialTest(stated.law, alpha=ALPHA, effect=EFFECT["vector"])
+    return {"checked": fitted, "checked_default": stated}
 
 
 def flips(truth, honest):
