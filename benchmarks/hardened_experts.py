@@ -175,7 +175,7 @@ def measure(path):
 def judges_of(honest_N):
     """The sequential test under the law of these honest residuals, and under the default one."""
     fitted, stated = (Judge(get_pipeline("hardened"), honest_N) for _ in range(2))
-    stated.law = default_noise("hardened", "bfloat16", "float32").law
+    stated.law = default_noise(get_pipeline("hardened").noise, "bfloat16", "float32").law
     stated._test = stats.SequentialTest(stated.law, alpha=ALPHA, effect=EFFECT["vector"])
     return {"checked": fitted, "checked_default": stated}
 
