@@ -253,6 +253,7 @@ def _skipped_parts() -> Iterator[Attack]:
     yield Attack("attention dropped", "parts", _parts(lambda i, L: True, "drop", mlp=False))
     for name, which in (("last", lambda i, L: i >= L - -(-3 * L // 8)), ("first", lambda i, L: i < -(-3 * L // 8))):
         yield Attack(f"{name} three eighths of the MLPs linear", "parts", _parts(which, "linear", attention=False))
+    yield Attack("20% of the neurons", "parts", _neurons(0.2, 0.2))
     yield Attack("25% to 85% of the neurons", "parts", _neurons(0.25, 0.85))
     for first, last, before in ((0.1, 0.3, 0.83), (0.1, 0.5, 0.875)):
         name = f"{first:.0%} to {last:.0%} of the neurons, last {1 - before:.1%} dropped"
