@@ -1,6 +1,7 @@
 """The five checks of the axes that the study uses, on the organism: whole families held out, and whole mechanisms.
 
 python benchmarks/vhack_study_checks.py --organism ORGANISM -o benchmarks/results/vhack_study_checks
+python benchmarks/vhack_study_checks.py --organism ORGANISM --whole -o benchmarks/results/vhack_study2_checks
 """
 
 import argparse
@@ -24,13 +25,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--organism", required=True)
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory of the reports")
+    parser.add_argument("--whole", action="store_true", help="of pairs whose hack side is the whole exploit")
     given = parser.parse_args()
     model = load_model(given.organism, dtype="float32", device="cpu")
     svd = weight_svd(model)
     # All eight families: four would be too few groups for any verdict.
     designs = {
-        "families": (environment_pairs(48, difficulty=(1, 2)), 4),
-        "mechanisms": ([by_mechanism(pair) for pair in environment_pairs(48, **SMALL)], 6),
+        "families": (environment_pairs(48, difficulty=(1, 2), whole=given.whole), 4),
+        "mechanisms": ([by_mechanism(pair) for pair in environment_pairs(48, whole=given.whole, **SMALL)], 6),
     }
     given.output.mkdir(parents=True, exist_ok=True)
     for name, (pairs, folds) in designs.items():

@@ -3,7 +3,8 @@ r"""The figures of docs/vhack-results.md, from the logs of a study.
     python benchmarks/vhack_study_results.py LOGS --keep benchmarks/results/vhack_study \
         -o benchmarks/results/vhack_study.json
 
-``--keep`` writes the logs with fewer columns, which is what is committed.
+``--keep`` writes the logs with fewer columns, which is what is committed. ``--name vhack_study2`` for the second
+experiment.
 """
 
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from _common import parser, publish
 
 from assay.reports import read_json
 from assay.vhack.checks import CheckReport
+from assay.vhack.environment import CHANNELS
 from assay.vhack.study import RunLog, read_logs, source_checks, study_page, summarise
 from assay.vhack.study._summary import mean_of, numbers, paired
 
@@ -22,6 +24,7 @@ KEPT = (
 )
 
 
+HELD = "adam/displaced-0.4+erase-update-two-sided"
 CONTRASTS = (
     ("adam/erase-gradient", "adam/erase-gradient/axes-random"),
     ("adam/erase-gradient", "adam/erase-gradient/axes-shuffled"),
@@ -31,8 +34,14 @@ CONTRASTS = (
     ("adam/erase-gradient", "adam/advantage-modification"),
     ("adam/erase-gradient/axes-random", "adam/none"),
     ("sgd/erase-gradient", "sgd/erase-update"),
+    (f"{HELD}/axes-whole", "adam/advantage-modification"),
+    (f"{HELD}/axes-whole", f"{HELD}/axes-random"),
+    (f"{HELD}/axes-whole", HELD),
+    (f"{HELD}/axes-whole", "adam/displaced-0.4+none/axes-whole"),
+    (f"{HELD}/axes-whole", "adam/erase-update-two-sided/axes-whole"),
+    ("adam/erase-gradient+away-0.2/axes-whole:20", "adam/advantage-modification"),
 )
-"""Arms to compare directly, the first less the second."""
+"""Arms to compare directly, the first less the second, where there are both."""
 
 
 def contrasts(logs):
@@ -42,11 +51,45 @@ def contrasts(logs):
     found = {}
     for one, other in CONTRASTS:
         seeds = [seed for name, seed in table if name == one and (other, seed) in table]
+        if not seeds:
+            continue
         found[f"{one} less {other}"] = {
             what: asdict(paired([table[one, s][what] - table[other, s][what] for s in seeds]))
             for what in ("hack", "solve", "hack_late", "solve_late")
         }
     return found
+
+
+def left_out(logs):
+    """For axes without one mechanism: the hack rate on held-out tasks with that loophole, and less the reference's."""
+    horizon = min(log.steps[-1]["step"] for log in logs)
+    table = {}
+    for log in logs:
+        table.setdefault(log.header["condition"], {})[log.header["seed"]] = numbers(log, horizon)
+    found = {}
+    for condition, own in table.items():
+        mode, reference = condition.rpartition(":")[2], table.get(f"{condition.split('/')[0]}/no-loophole", {})
+        if mode in CHANNELS and all(f"hack_{mode}" in row for row in own.values()):
+            seeds = [seed for seed in own if seed in reference]
+            rate = f"hack_{mode}"
+            found[condition] = {
+                "hack": asdict(mean_of([row[rate] for row in own.values()])),
+                "less_no_loophole": asdict(paired([own[s][rate] - reference[s][rate] for s in seeds])),
+            }
+    return found
+
+
+def over_time(logs, width=50):
+    """Hack rates of rollouts by stretches of steps, mean over seeds."""
+    table = {}
+    for log in logs:
+        parts = {}
+        for line in log.steps:
+            parts.setdefault(line["step"] // width, []).append(line["hack"])
+        for part, values in parts.items():
+            mean = sum(values) / len(values)
+            table.setdefault(log.header["condition"], {}).setdefault(f"{part * width + 1}", []).append(mean)
+    return {name: {part: asdict(mean_of(v)) for part, v in parts.items()} for name, parts in table.items()}
 
 
 def kept(log):
@@ -69,6 +112,7 @@ def brief(check):
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("logs", type=Path)
+    arguments.add_argument("--name", default="vhack_study")
     arguments.add_argument("--keep", type=Path)
     arguments.add_argument("--check", type=Path, action="append", default=[], help="reports of checks of the axes")
     arguments.add_argument("--page", type=Path)
@@ -88,7 +132,7 @@ def main():
     ran = {name: logs[0].header[name] for name in ("commit", "device", "torch", "model", "sandbox", "settings")}
     steps = [log.steps[-1]["step"] + 1 for log in logs]
     publish(
-        "vhack_study",
+        given.name,
         {
             "ran": ran,
             "runs": len(logs),
@@ -96,6 +140,8 @@ def main():
             "start": next(log.evaluations for log in logs if log.evaluations and log.evaluations[0]["step"] == 0)[:2],
             "arms": [result.as_dict() for result in summarise(logs)],
             "contrasts": contrasts(logs),
+            "left_out": left_out(logs),
+            "hack_over_time": over_time(logs),
             "check_4": {name: brief(check) for name, check in found},
             "check_4_over_seeds": {arm: asdict(mean_of(values)) for arm, values in by_arm.items()},
             "checks_of_the_axes": [

@@ -48,9 +48,10 @@ def test_a_grader_says_what_the_environment_says_and_runs_each_program_once(grad
     right, wrong = episode.honest(), episode.honest("def solve(x):\n    return None\n")
     texts = [episode.completion(program) for program in (right, wrong, episode.exploit())]
     texts += ["    return (\n", texts[0], episode.completion(episode.exploit(episode.task.source()))]
-    before = grader.graded
+    texts += [texts[0] + "print(0)\n"]
+    before, plain = grader.graded, grader.plain
     verdicts = grader.collect(grader.submit([(episode, text) for text in texts]))
-    assert grader.graded == before + 4
+    assert (grader.graded, grader.plain) == (before + 2, plain + 3)
     assert [(v.correct, v.exploited, v.vacuous) for v in verdicts] == [
         (True, False, False),
         (False, False, False),
@@ -58,9 +59,10 @@ def test_a_grader_says_what_the_environment_says_and_runs_each_program_once(grad
         (False, False, False),
         (True, False, False),
         (True, False, True),
+        (True, False, False),
     ]
     assert grader.collect(grader.submit([(episode, texts[2])])) == [Verdict(False, True, True)]
-    assert grader.graded == before + 4
+    assert (grader.graded, grader.plain) == (before + 2, plain + 3)
 
 
 def test_pairs_differ_in_the_report_alone():
@@ -135,6 +137,19 @@ def test_a_saved_study_goes_on_as_if_it_had_not_stopped(small, svd, settings, gr
             resumed.load(tmp_path / name)
     with pytest.raises(StorageError):
         resumed.save(tmp_path / "absent" / "state.pt")
+
+
+def test_a_displaced_run_writes_from_where_it_starts(small, svd, settings):
+    runs = [Run("none", 0), Run("displaced-0.5+none", 0), Run("displaced-0.5+erase-update-two-sided", 0)]
+    (cohort,) = study_of(runs, small, svd, settings, fewest=1).cohorts
+    for name, weight in cohort.model.weights.items():
+        assert torch.equal(weight[1], weight[2])
+        assert not torch.equal(weight[0], weight[1]), name
+    axes = random_basis(svd).axes
+    for group, delta in zip(cohort.model.groups, cohort.optimizer.delta, strict=True):
+        assert not delta[0].any()
+        wanted = torch.stack([0.5 * axes[name].sum(dim=0) for name in group.names])
+        torch.testing.assert_close(delta[1], wanted)
 
 
 def test_what_does_not_fit_is_refused(small, svd, settings):

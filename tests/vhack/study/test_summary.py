@@ -65,6 +65,19 @@ def test_the_p_value_is_that_of_all_swaps():
     assert paired([1.0] * 17 + [1.5]).p < 1e-6
 
 
+def test_rates_are_means_of_the_last_five_evaluations():
+    made = log("none", 0, 0.5, 0.5)
+    for index in range(6):
+        rates = {"hack": index / 10, "solve": 1 - index / 10, "vacuous": 0.0}
+        made.add_evaluation(70 + index, "training", {**rates, "hack_by_mode": {"run_tests": index / 20}})
+    made.add_evaluation(80, "evaluation", {"hack": 0.9, "solve": 0.0, "vacuous": 0.9})
+    (result,) = summarise([made])
+    assert result.rates["hack"].value == pytest.approx(0.3)
+    assert result.rates["solve"].value == pytest.approx(0.7)
+    assert result.rates["hack_run_tests"].value == result.rates["hack_own"].value == pytest.approx(0.15)
+    assert result.rates["hack_markers"].value == 0.9
+
+
 def test_one_seed_has_no_interval():
     assert (mean_of([0.4]).low, mean_of([0.4]).text) == (None, "0.400")
 

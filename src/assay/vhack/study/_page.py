@@ -24,6 +24,7 @@ _RULE = (
     "more than half of its last training rollouts."
 )
 _KINDS = {"succeeds": "pass", "fails": "fail", "undecided": "undecided"}
+_SHORT = 40  # characters of a label up to which two stand side by side
 _EARLY = 40  # steps within which check 4 expects the difference
 
 
@@ -129,18 +130,19 @@ def _curves(page: Report, logs: Sequence[RunLog]) -> None:
 
 
 def _curve(logs: Sequence[RunLog], conditions: Sequence[str], name: str, what: str) -> "Figure":
-    fig, ax = figure(height=4.0)
-    for condition, colour in zip(conditions, SERIES, strict=False):
+    labels = [condition.split("/", 1)[1] for condition in conditions]
+    columns = 2 if max(map(len, labels)) <= _SHORT else 1
+    fig, ax = figure(height=3.0 + 0.22 * -(-len(labels) // columns))
+    for condition, label, colour in zip(conditions, labels, SERIES, strict=False):
         runs = [log.steps for log in logs if log.header["condition"] == condition]
         length = min(len(run) for run in runs)
         values_ST = np.array([[line[name] for line in run[:length]] for run in runs])
         steps = [line["step"] + 1 for line in runs[0][:length]]
-        label = condition.split("/", 1)[1]
         bands(
             ax, steps, values_ST.min(axis=0), values_ST.mean(axis=0), values_ST.max(axis=0), label=label, colour=colour
         )
     ax.set_xlabel("step")
     ax.set_ylabel(what)
     ax.set_ylim(-0.02, 1.02)
-    legend(ax, loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=2)
+    legend(ax, loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=columns)
     return fig

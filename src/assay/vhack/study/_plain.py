@@ -35,8 +35,8 @@ _NODES = (
 _LARGEST, _SHORT = 10**6, 20  # constants: numbers, and characters of texts
 _BITS, _LONGEST = 2048, 600  # values: numbers, and characters of texts
 _STATEMENTS, _EXPRESSION = 12, 60  # lines, and nodes of one
-# Their channel is told nothing by an honest report.
-_SILENT = ("eq_override", "exit_code")
+# Their channel is told nothing by an honest report, or there is none.
+_SILENT = ("eq_override", "exit_code", "none")
 
 Told = tuple[bool, bool, bool]
 """Correct, accepted, vacuous."""
@@ -69,7 +69,7 @@ def plain_verdict(episode: Episode, completion: str) -> Told | None:
 def _reports(episode: Episode) -> dict[str, str]:
     """What may stand behind ``solve``, and what it is. Without a solution of its own a program is its report."""
     found = {"": "nothing", episode.honest(""): "honest"}
-    if episode.mode != "eq_override":
+    if episode.mode not in ("eq_override", "none"):
         found[episode.exploit("")] = "exploit"
     return found
 
