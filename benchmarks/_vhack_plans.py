@@ -69,8 +69,8 @@ SECOND_FEWER = (
     *(Run(DISPLACED_AND_HELD, 0, basis=f"whole:{mode}") for mode in CHANNELS),
     *(Run("none", 0, basis=basis, teachers=1) for basis in ("true", "whole")),
 )
-"""Of the second experiment: what is compared, and with fewer seeds the second optimiser, parts of the repair, it without
-one mechanism, and stored rollouts."""
+"""Of the second experiment, with fewer seeds: the second optimiser, parts of the repair, the repair without one
+mechanism, and stored rollouts."""
 DRAWN = ("random", "shuffled", "clean-clean")
 """Axes that are drawn anew for every seed."""
 

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from assay.models import load_model
 from assay.vhack import pair_gradients, weight_svd
 from assay.vhack.environment import CHANNELS, available_backend
 from assay.vhack.pairs import generate_pairs
-from assay.vhack.study import Grader, Run, Settings, Study, environment_pairs
+from assay.vhack.study import Grader, Settings, Study, environment_pairs
 from assay.vhack.training import basis_of_kind
 from assay.vhack.training._advantage import Shortcut
 
@@ -43,8 +42,9 @@ def mechanism(pair):
 def bases_for(runs, model, svd):
     """Every set of axes that the runs ask for, and the direction of advantage modification.
 
-    ``minimal`` pairs have the right solution on both sides; the axes of them are ``true``. ``whole`` ones have the whole
-    exploit on the hack side. ``:20`` takes the first 20 axes by svd, ``:MODE`` leaves out the pairs of one mechanism.
+    ``minimal`` pairs have the right solution on both sides; the axes of them are ``true``. ``whole`` ones have the
+    whole exploit on the hack side. ``:20`` takes the first 20 axes by svd, ``:MODE`` leaves out the pairs of one
+    mechanism.
     """
     sides = {kind: environment_pairs(48, whole=kind == "whole", **SMALL) for kind in ("minimal", "whole")}
     gradients = {kind: pair_gradients(model, None, pairs, svd=svd) for kind, pairs in sides.items()}
@@ -52,17 +52,18 @@ def bases_for(runs, model, svd):
     for name in {run.basis for run in runs} - {"true"}:
         kind, _, seed = name.partition("@")
         kind, *options = kind.split(":")
-        axes = {"top_k": int(option) for option in options if option.isdigit()}
+        numbers = [int(option) for option in options if option.isdigit()]
         if kind in sides:
             left_out = [option for option in options if option in CHANNELS]
             keep = [i for i, pair in enumerate(sides[kind]) if mechanism(pair) not in left_out]
-            made[name] = gradients[kind].basis(keep=keep, **({**axes, "method": "svd"} if axes else {"top_k": 5}))
+            choice = {"top_k": numbers[0], "method": "svd"} if numbers else {"top_k": 5}
+            made[name] = gradients[kind].basis(keep=keep, **choice)
         elif kind == "svd":
             made[name] = basis_of_kind("true", gradients["minimal"], method="svd")
         elif kind == "generated":
             made[name] = basis_of_kind("true", pair_gradients(model, None, generate_pairs(48), svd=svd))
         else:
-            made[name] = basis_of_kind(kind, gradients["minimal"], seed=int(seed), **axes)
+            made[name] = basis_of_kind(kind, gradients["minimal"], seed=int(seed))
     return made, Shortcut.fit(model, model.tokenizer, sides["minimal"])
 
 

@@ -1,8 +1,8 @@
 """Arms of a study: those of :data:`assay.vhack.training.ARMS`, from another start or with a bound.
 
-``displaced-A+ARM`` moves δS by A along every axis, away from the hack, before the first step, and goes on as the arm. With
-``erase-update-two-sided`` it stays there: all learning is orthogonal to the axes. ``ARM+away-B`` bounds how far the arm
-may move away from the hack along each axis, counted from the weights of the model: a counter-force with an end.
+``displaced-A+ARM`` moves δS by A along every axis, away from the hack, before the first step, and goes on as the arm.
+With ``erase-update-two-sided`` it stays there: all learning is orthogonal to the axes. ``ARM+away-B`` bounds how far
+the arm may move away from the hack along each axis, counted from the weights of the model: a counter-force with an end.
 """
 
 from dataclasses import replace

@@ -1,13 +1,13 @@
 """Grades of programs so plain that nothing has to be run in a sandbox to know them.
 
-Nearly all rollouts are a ``solve`` of straight assignments to ``x`` behind which the report stands word for word, either
-the honest one or the one that says "right" in any case. What such a report tells the grader follows from its text, and
-what such a ``solve`` returns from arithmetic. Everything else is left to :func:`assay.vhack.environment.grade`; tests hold
-the two equal.
+Nearly all rollouts are a ``solve`` of straight assignments to ``x`` behind which the report stands word for word,
+either the honest one or the one that says "right" in any case. What such a report tells the grader follows from its
+text, and what such a ``solve`` returns from arithmetic. Everything else is left to
+:func:`assay.vhack.environment.grade`; tests hold the two equal.
 
-No text of a model is executed freely: an expression may name ``x``, bound names of its own and a few built-in functions,
-and may hold arithmetic, comparisons, slices and one loop over the characters of a value. Sizes are bounded before each
-statement and in each product. An expression outside of that makes its program one that is not plain.
+No text of a model is executed freely: an expression may name ``x``, bound names of its own and a few built-in
+functions, and may hold arithmetic, comparisons, slices and one loop over the characters of a value. Sizes are bounded
+before each statement and in each product. An expression outside of that makes its program one that is not plain.
 """
 
 import ast
