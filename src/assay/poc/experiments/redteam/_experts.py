@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from assay.errors import UsageError
 from assay.models import Model, decoder_layers, load_model
 from assay.models._quiet import quiet
 from assay.poc import cheats
@@ -95,9 +96,18 @@ def without_light_experts(model: Model, shares: Sequence[float]) -> Model:
     """Return a mixture that leaves out, in every layer, a share of all pairs of position and expert: the lightest.
 
     The weights of the others stay as they are. Where few experts matter to a position, more of them are left out.
+
+    Raises:
+        UsageError: the model has no experts, or another number of layers than there are shares.
     """
     module = copy.deepcopy(model.module)
     layers: Any = decoder_layers(module)
+    if len(layers) != len(shares) or not all(hasattr(getattr(layer, "mlp", None), "gate") for layer in layers):
+        raise UsageError(
+            f"{len(shares)} shares of experts for {len(layers)} layers of {model.architecture}",
+            wanted="a mixture of experts in every layer, and a share for each",
+            do="use a mixture of experts such as qwen3_moe",
+        )
     for layer, share in zip(layers, shares, strict=True):
         layer.mlp.gate.register_forward_hook(_lightened(share))
     return replace(model, module=module)
