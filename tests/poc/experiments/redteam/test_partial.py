@@ -136,3 +136,12 @@ def test_an_architecture_with_other_parts_is_refused(tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path)
     with pytest.raises(UsageError):
         PartialForward(load_model(tmp_path, device="cpu"), Shortcut((1,) * T))
+
+
+def test_neurons_need_an_mlp_with_a_gate(llama):
+    plain = replace(llama, module=copy.deepcopy(llama.module))
+    for layer in decoder_layers(plain.module):
+        layer.mlp = torch.nn.Linear(64, 64)
+    PartialForward(plain, FULL)
+    with pytest.raises(UsageError, match="neurons"):
+        PartialForward(plain, Shortcut((3,) * T, neurons=(0.5,) * 3))

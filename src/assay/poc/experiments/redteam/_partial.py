@@ -26,6 +26,7 @@ __all__ = ["Part", "PartialForward", "Shortcut"]
 
 Part = Literal["run", "drop", "linear"]
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ class PartialForward:
             raise UsageError(
                 f"attacks by skipping on {model.architecture}",
                 wanted="layers with q_proj, k_proj, v_proj and o_proj, as Llama and Qwen3 have them",
+                do="attack another model, such as reference:qwen3",
+            )
+        if any(shortcut.neurons) and not all(hasattr(layer.mlp, name) for layer in self._layers for name in _GATED):
+            raise UsageError(
+                f"an attack on the neurons of {model.architecture}",
+                wanted="MLPs with gate_proj, up_proj and down_proj",
                 do="attack another model, such as reference:qwen3",
             )
         self.shortcut = shortcut
