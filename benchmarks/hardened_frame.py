@@ -122,11 +122,6 @@ def frames(noise_DD, guess_DD, neurons_DD):
     }
 
 
-def sums_of(states_BTD, weights_BST):
-    """Sums of the unit states over positions, for every draw of signs."""
-    return weights_BST @ states_BTD
-
-
 def epsilon(sums_BSD, truth_BSD, frame_KD):
     """Mean distance of the unit sums in a frame."""
     read = [unit(part @ frame_KD.T) for part in (sums_BSD, truth_BSD)]
@@ -226,7 +221,7 @@ def measure(reference):
     rows = {name: {} for name in made}
     for profile, energy_T in PROFILES.items():
         weights_BST = signs_BST * torch.tensor(energy_T / energy_T.mean()).sqrt().float()
-        sums = {name: sums_of(states_BTD, weights_BST) for name, states_BTD in states.items()}
+        sums = {name: weights_BST @ states_BTD for name, states_BTD in states.items()}
         for name, frame_KD in made.items():
             rows[name][profile] = scored(frame_KD, sums, about_neurons)
             note(f"{name}, {profile}: {rows[name][profile]}")
