@@ -83,8 +83,15 @@ def target_rows() -> list[str]:
 
 @pytest.mark.parametrize(
     "rows",
-    [approach_rows("h200"), matrix_rows("h200"), throughput_rows("h200"), weights_rows("cpu"), target_rows()],
-    ids=["approaches", "matrix", "throughput", "weights", "r_target"],
+    [
+        approach_rows("h200"),
+        matrix_rows("h200"),
+        throughput_rows("h200"),
+        weights_rows("cpu"),
+        weights_rows("h200"),
+        target_rows(),
+    ],
+    ids=["approaches", "matrix", "throughput", "weights", "weights-h200", "r_target"],
 )
 def test_the_tables_are_those_of_the_results(rows: list[str]):
     page = PAGE.read_text(encoding="utf-8")

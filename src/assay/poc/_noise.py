@@ -71,7 +71,7 @@ def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise
             wanted="one of " + ", ".join(laws),
             do="measure it with `assay poc calibrate A.jsonl B.jsonl` and pass --calibration",
         )
-    return Noise(law_from_dict(found), f"default for {pair}")
+    return Noise(law_from_dict(found), f"default for {pair}, of the bundled models")
 
 
 def law_as_dict(law: Law) -> dict[str, Any]:
