@@ -7,6 +7,7 @@ r"""The figures of docs/vhack-results.md, from the logs of a study.
 experiment.
 """
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -92,6 +93,29 @@ def over_time(logs, width=50):
     return {name: {part: asdict(mean_of(v)) for part, v in parts.items()} for name, parts in table.items()}
 
 
+def first_sources(logs, steps=4):
+    """Shares along the axes by source in the first steps, before a run has learned the exploit itself: means over seeds."""
+    table = {}
+    for log in logs:
+        for source in ("student", "teacher"):
+            found = [line["cin"] for line in log.sources if line["source"] == source and line["step"] < steps]
+            if found:
+                table.setdefault(log.header["condition"], {}).setdefault(source, []).append(sum(found) / len(found))
+    return {name: {key: asdict(mean_of(values)) for key, values in row.items()} for name, row in table.items()}
+
+
+def graded(folder):
+    """From what the parts of a study have said: completions, programs run, and the share of time spent waiting."""
+    lines = [json.loads(text) for path in folder.glob("*.txt") for text in path.open() if text.startswith("{")]
+    times = [line for line in lines if "grading" in line]
+    waited = [time["grading"] / sum(time.values()) for time in times]
+    return {
+        "completions": sum(line.get("asked", 0) for line in lines),
+        "programs_run": sum(line.get("graded", 0) for line in lines),
+        "waited": [min(waited), max(waited)],
+    }
+
+
 def kept(log):
     """The log without columns that no figure here uses."""
     own = log.header["basis"] == "true"
@@ -114,6 +138,7 @@ def main():
     arguments.add_argument("logs", type=Path)
     arguments.add_argument("--name", default="vhack_study")
     arguments.add_argument("--keep", type=Path)
+    arguments.add_argument("--said", type=Path, help="directory of what the parts of the study have said")
     arguments.add_argument("--check", type=Path, action="append", default=[], help="reports of checks of the axes")
     arguments.add_argument("--page", type=Path)
     given = arguments.parse_args()
@@ -142,6 +167,8 @@ def main():
             "contrasts": contrasts(logs),
             "left_out": left_out(logs),
             "hack_over_time": over_time(logs),
+            "first_sources": first_sources(logs),
+            **({"graded": graded(given.said)} if given.said else {}),
             "check_4": {name: brief(check) for name, check in found},
             "check_4_over_seeds": {arm: asdict(mean_of(values)) for arm, values in by_arm.items()},
             "checks_of_the_axes": [
