@@ -94,7 +94,7 @@ def over_time(logs, width=50):
 
 
 def first_sources(logs, steps=4):
-    """Shares along the axes by source in the first steps, before a run has learned the exploit itself: means over seeds."""
+    """Shares along the axes by source, before a run has learned the exploit itself: means of a few steps over seeds."""
     table = {}
     for log in logs:
         for source in ("student", "teacher"):
