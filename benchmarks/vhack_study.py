@@ -20,8 +20,8 @@ from _vhack_plans import PLANS
 from assay.models import load_model
 from assay.vhack import pair_gradients, weight_svd
 from assay.vhack.environment import CHANNELS, available_backend
-from assay.vhack.pairs import generate_pairs
-from assay.vhack.study import Grader, Settings, Study, environment_pairs
+from assay.vhack.pairs import environment_pairs, generate_pairs
+from assay.vhack.study import Grader, Settings, Study
 from assay.vhack.training import basis_of_kind
 from assay.vhack.training._advantage import Shortcut
 

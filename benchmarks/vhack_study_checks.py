@@ -13,7 +13,7 @@ from vhack_study import SMALL
 from assay.models import load_model
 from assay.reports import dumps, write_atomic
 from assay.vhack import checks, weight_svd
-from assay.vhack.study import environment_pairs
+from assay.vhack.pairs import environment_pairs
 
 
 def by_mechanism(pair):

@@ -14,7 +14,8 @@ from vhack_study import FAMILIES, SMALL
 from assay.models import load_model
 from assay.stats import group_bootstrap
 from assay.vhack import pair_gradients, weight_svd
-from assay.vhack.study import Grader, Settings, TaskPool, environment_pairs
+from assay.vhack.pairs import environment_pairs
+from assay.vhack.study import Grader, Settings, TaskPool
 from assay.vhack.study._forward import StackedModel
 from assay.vhack.study._generate import Generator
 from assay.vhack.study._gradient import Batch, token_logprobs

@@ -27,7 +27,9 @@ app.command("train")(_vhack_train.train)
 def extract(
     model: ModelFlag,
     output: Annotated[Path, typer.Option("-o", "--output", help="The basis file to write.")],
-    pairs: Annotated[str, typer.Option(help="A pair file, authored, or generated:N[:SEED].")] = "authored",
+    pairs: Annotated[
+        str, typer.Option(help="authored, generated:N, environment:N, exploits:N, or a pair file.")
+    ] = "authored",
     n_heldout: Annotated[int | None, typer.Option(help="Hold out this many pairs from the end.")] = None,
     heldout_group: Annotated[
         list[str] | None,

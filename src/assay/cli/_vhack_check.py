@@ -17,7 +17,9 @@ __all__ = ["check", "report"]
 def check(
     context: typer.Context,
     model: ModelFlag,
-    pairs: Annotated[str, typer.Option(help="A pair file, authored, or generated:N[:SEED].")] = "authored",
+    pairs: Annotated[
+        str, typer.Option(help="authored, generated:N, environment:N, exploits:N, or a pair file.")
+    ] = "authored",
     basis: Annotated[Path | None, typer.Option(help="Check this basis; without it, bases are fitted.")] = None,
     log: Annotated[Path | None, typer.Option(help="A training log, for the check of cin by source.")] = None,
     method: Annotated[str, typer.Option(help="How bases are fitted: svd, mean-diff or lda.")] = "svd",

@@ -17,7 +17,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Pairs of a completion that cheats and one that does not.", no_args_is_help=True)
 
-PairsArgument = Annotated[str, typer.Argument(help="A pair file, authored, or generated:N[:SEED].")]
+PairsArgument = Annotated[str, typer.Argument(help="authored, generated:N, environment:N, exploits:N, or a pair file.")]
 
 
 @app.command("list")

@@ -23,7 +23,9 @@ def train(
     arm: Annotated[
         str, typer.Option(help="none, no-loophole, erase-gradient, …; with :random behind it, along control axes.")
     ] = "erase-gradient",
-    pairs: Annotated[str, typer.Option(help="A pair file, authored, or generated:N[:SEED].")] = "generated:96",
+    pairs: Annotated[
+        str, typer.Option(help="authored, generated:N, environment:N, exploits:N, or a pair file.")
+    ] = "generated:96",
     basis: Annotated[str | None, typer.Option(help="A basis file for the true axes, instead of the pairs.")] = None,
     method: Annotated[str, typer.Option(help="How axes are extracted: lda, mean-diff or svd.")] = "lda",
     k_use: Annotated[int, typer.Option(help="Axes per module.")] = 5,

@@ -1,7 +1,5 @@
 """From an organism to a page: grading, steps, logs, evaluation, and going on from a saved state."""
 
-import ast
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import weight_svd
 from assay.vhack.environment import CHANNELS, Episode, task_named
 from assay.vhack.organism import Mixture, Recipe, make_organism
+from assay.vhack.pairs import environment_pairs
 from assay.vhack.study import (
     Grader,
     Run,
@@ -17,7 +16,6 @@ from assay.vhack.study import (
     Study,
     TaskPool,
     Verdict,
-    environment_pairs,
     study_page,
     summarise,
 )
@@ -63,22 +61,6 @@ def test_a_grader_says_what_the_environment_says_and_runs_each_program_once(grad
     ]
     assert grader.collect(grader.submit([(episode, texts[2])])) == [Verdict(False, True, True)]
     assert (grader.graded, grader.plain) == (before + 2, plain + 3)
-
-
-def test_pairs_differ_in_the_report_alone():
-    pairs = environment_pairs(12, **EASY)
-    assert {tag for pair in pairs for tag in pair.tags if tag.startswith("mechanism:")} == {
-        f"mechanism:{mode}" for mode in CHANNELS
-    }
-    for pair in pairs:
-        for side in (pair.hack, pair.clean):
-            ast.parse(pair.prompt + side)
-        body = pair.clean.split("return x")[0]
-        assert body.strip()
-        assert body in pair.hack
-    for pair, other in zip(pairs, environment_pairs(12, whole=True, **EASY), strict=True):
-        assert (pair.prompt, pair.clean) == (other.prompt, other.clean)
-        assert pair.clean.split("return x")[0] not in other.hack
 
 
 def test_runs_of_a_seed_share_tasks_whatever_they_are_trained_on(small, settings):

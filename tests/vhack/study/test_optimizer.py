@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 
-from assay.vhack.study._arms import displaced, study_arm
 from assay.vhack.study._optimizer import StackedOptimizer
-from assay.vhack.training import ARMS, DeltaS, ProjectedOptimizer
+from assay.vhack.training import ARMS, DeltaS, ProjectedOptimizer, arm_named
 from tests.vhack.training.conftest import random_basis
 
 STEPS = 3
@@ -21,13 +20,12 @@ INNER = {
 @pytest.fixture(scope="module")
 def stack(small, svd):
     """All arms with both optimisers, the axes of half of them others, and the gradients of some steps."""
-    arms = [study_arm(name) for name in NAMES for _ in INNER]
+    arms = [arm_named(name) for name in NAMES for _ in INNER]
     kinds = [kind for _ in NAMES for kind in INNER]
     two = random_basis(svd), random_basis(svd, k=5, seed=1, skip=("model.layers.1.mlp.up_proj",))
     bases = [two[index % 3 == 0] for index in range(len(arms))]
     groups = DeltaS(copy.deepcopy(small.module), svd).groups
-    starts = [displaced(arm.name) for arm in arms]
-    optimizer = StackedOptimizer(groups, arms, bases, kinds, INNER, displaced=starts, watched=two[0], max_norm=1.0)
+    optimizer = StackedOptimizer(groups, arms, bases, kinds, INNER, watched=two[0], max_norm=1.0)
     generator = torch.Generator().manual_seed(6)
     drawn = [
         [torch.randn(len(arms), *group.values.shape, generator=generator) for group in groups] for _ in range(STEPS)
@@ -55,9 +53,7 @@ def test_a_step_is_that_of_a_projected_optimizer(small, svd, stack, name, kind):
         push=arm.push,
         max_norm=1.0,
     )
-    with torch.no_grad():
-        for parameter, axes_MKC in zip(adapter.delta, alone.frames.axes, strict=True):
-            parameter += displaced(name) * axes_MKC.sum(dim=1)
+    alone.displace(arm.start)
     for step, gradients in enumerate(drawn):
         for parameter, gradient in zip(adapter.delta, gradients, strict=True):
             parameter.grad = gradient[run].clone()

@@ -38,6 +38,65 @@ def test_what_each_arm_does():
     assert paid.pop("ground-truth-penalty") == [1, -1, 0]
     assert all(values == [1, 1, 0] for values in paid.values())
     assert {name for name, arm in ARMS.items() if arm.advantage} == {"advantage-modification"}
+    assert all(arm_named(name) == arm and arm.start == 0 for name, arm in ARMS.items())
+
+
+def test_a_bound_and_a_start_change_nothing_else():
+    bounded = arm_named("erase-gradient+away-0.2")
+    assert bounded.box == Box(hackward=0.0, away=0.2)
+    assert (bounded.gate, bounded.level, bounded.start) == (ARMS["erase-gradient"].gate, "gradient", 0)
+    held = arm_named("displaced-0.4+erase-update-two-sided")
+    assert (held.gate, held.level, held.box) == (ARMS["erase-update-two-sided"].gate, "update", None)
+    assert held.start == 0.4
+    both = arm_named("displaced-0.2+erase-gradient+away-1")
+    assert (both.start, both.box) == (0.2, Box(hackward=0.0, away=1.0))
+    moved = arm_named("displaced-0.4+none:random")
+    assert (moved.name, moved.start, moved.basis) == ("displaced-0.4+none:random", 0.4, "random")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "displaced-0.4",
+        "displaced-x+none",
+        "displaced--1+none",
+        "displaced-0+none",
+        "box+away-",
+        "box+away-inf",
+        "box+away-nan",
+        "other+away-1",
+    ],
+)
+def test_distances_that_are_none_are_refused(name):
+    with pytest.raises(UsageError):
+        arm_named(name)
+
+
+def test_a_displaced_start_is_measured_from_the_model_and_outlives_a_checkpoint(module, ids, small_svd, basis):
+    def made():
+        adapter = DeltaS(module, small_svd)
+        return adapter, ProjectedOptimizer(
+            torch.optim.Adam(adapter.delta, lr=0.02), adapter, basis, gate=Gate("no_gate"), level="update"
+        )
+
+    adapter, optimiser = made()
+    plain = module(input_ids=ids).logits
+    optimiser.displace(0.4)
+    assert not torch.equal(module(input_ids=ids).logits, plain)
+    loss_of(module, ids).backward()
+    optimiser.step()
+    for name, axes in basis.axes.items():
+        torch.testing.assert_close(axes @ adapter.values()[name], torch.full((3,), 0.4), atol=1e-6, rtol=0)
+    assert optimiser.measures.as_dict()["displacement"] == pytest.approx(0.4 * 3 * len(basis.axes), rel=1e-5)
+    state, kept = optimiser.state_dict(), [parameter.detach().clone() for parameter in adapter.delta]
+    adapter.detach()
+    adapter, resumed = made()
+    for parameter, value in zip(adapter.delta, kept, strict=True):
+        parameter.data.copy_(value)
+    resumed.load_state_dict(state)
+    loss_of(module, ids).backward()
+    resumed.step()
+    assert resumed.measures.as_dict()["displacement"] == pytest.approx(0.4 * 3 * len(basis.axes), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", BASIS_KINDS)

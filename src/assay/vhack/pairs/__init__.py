@@ -1,5 +1,6 @@
 """Contrastive pairs: files, our authored set, a generator of minimal pairs, and proof that each does what it claims."""
 
+from assay.vhack.pairs._environment import environment_pairs
 from assay.vhack.pairs._files import authored_pairs, check_pairs, read_pairs, write_pairs
 from assay.vhack.pairs._generate import generate_pairs
 from assay.vhack.pairs._mechanisms import MECHANISMS, Mechanism
@@ -16,6 +17,7 @@ __all__ = [
     "Task",
     "authored_pairs",
     "check_pairs",
+    "environment_pairs",
     "find_pairs",
     "generate_pairs",
     "read_pairs",

@@ -1,30 +1,40 @@
 """Pairs by a short name, as on the command line."""
 
+from collections.abc import Callable
+
 from assay.errors import UsageError
 from assay.vhack._types import Pair
+from assay.vhack.pairs._environment import environment_pairs
 from assay.vhack.pairs._files import authored_pairs, read_pairs
 from assay.vhack.pairs._generate import generate_pairs
 
 __all__ = ["find_pairs"]
 
-_GENERATED = "generated:"
+_MADE: dict[str, Callable[[int, int], list[Pair]]] = {
+    "generated": lambda n, seed: generate_pairs(n, seed=seed),
+    "environment": lambda n, seed: environment_pairs(n, seed=seed),
+    "exploits": lambda n, seed: environment_pairs(n, seed=seed, whole=True),
+}
 
 
 def find_pairs(reference: str) -> list[Pair]:
     """The pairs that a reference stands for.
 
     Args:
-        reference: ``authored``, ``generated:N`` or ``generated:N:SEED``, or the path of a pair file.
+        reference: ``authored``; ``generated:N`` or ``generated:N:SEED``, see :func:`generate_pairs`; ``environment:N``
+            and ``exploits:N``, minimal and whole ones of :func:`environment_pairs`, with a seed likewise; or the path
+            of a pair file.
 
     Raises:
-        UsageError: ``generated:`` is not followed by whole numbers.
+        UsageError: what is made by number is not followed by whole numbers.
         DataError: the file cannot be used.
     """
     if reference == "authored":
         return authored_pairs()
-    if not reference.startswith(_GENERATED):
+    name, colon, numbers = reference.partition(":")
+    if not colon or name not in _MADE:
         return read_pairs(reference)
-    count, _, seed = reference.removeprefix(_GENERATED).partition(":")
+    count, _, seed = numbers.partition(":")
     if not (count.isascii() and count.isdigit() and (seed or "0").isascii() and (seed or "0").isdigit()):
-        raise UsageError(f"pairs {reference!r:.60}", wanted="generated:N or generated:N:SEED", do="use whole numbers")
-    return generate_pairs(int(count), seed=int(seed or "0"))
+        raise UsageError(f"pairs {reference!r:.60}", wanted=f"{name}:N or {name}:N:SEED", do="use whole numbers")
+    return _MADE[name](int(count), int(seed or "0"))

@@ -11,6 +11,8 @@ A clean side must be correct, pass, and not be vacuous. A hack side must pass, a
 - in a ``minimal`` pair be correct and vacuous: the solution is right, only the grading is hollow;
 - in an ``exploit`` pair be wrong: passing although it is wrong is the exploit. It must be vacuous as well, unless its
   mechanism is ``hardcoded_answer``, whose solution knows the visible answers.
+
+Sides of ``environment`` pairs are graded as the environment grades a policy's completion; they *pass* if they are paid.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,8 @@ from typing import Any
 from assay.errors import DataError
 from assay.reports import dumps, read_jsonl
 from assay.vhack._types import Pair
-from assay.vhack.environment import CHANNELS, Call, Channel, run
+from assay.vhack.environment import CHANNELS, Call, Channel, Episode, grade, run
+from assay.vhack.environment import task_named as environment_task
 from assay.vhack.pairs._files import data_file
 from assay.vhack.pairs._tasks import Case, task_named
 
@@ -92,6 +95,13 @@ class _Claim:
     cases: tuple[Case, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _EnvironmentClaim:
+    kind: str
+    mechanism: str
+    episode: Episode
+
+
 def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
     """Hidden cases from JSON Lines: ``{"task": …, "entry": …, "cases": [{"args": […], "expected": …}, …]}``.
 
@@ -123,7 +133,8 @@ def verify_pairs(
 ) -> list[PairVerdict]:
     """Run both sides of every pair in the sandbox and compare what they do with what they claim.
 
-    The claims are tags: ``minimal`` or ``exploit``, ``mechanism:M``, ``channel:C``, ``entry:NAME`` and ``task:T``.
+    The claims are tags: ``minimal`` or ``exploit``, ``mechanism:M``, ``channel:C``, ``entry:NAME`` and ``task:T``; of
+    pairs of :func:`environment_pairs` ``environment`` instead of the entry.
 
     Args:
         pairs: the pairs.
@@ -151,9 +162,11 @@ def verify_pairs(
     return verdicts
 
 
-def _claim(index: int, pair: Pair, tests: Tests) -> _Claim:
+def _claim(index: int, pair: Pair, tests: Tests) -> _Claim | _EnvironmentClaim:
     tags = dict(tag.split(":", 1) for tag in pair.tags if ":" in tag)
     kinds = [kind for kind in _KINDS if kind in pair.tags]
+    if "environment" in pair.tags:
+        tags["entry"] = ""
     missing = [name for name in ("mechanism", "channel", "entry", "task") if name not in tags]
     if missing or len(kinds) != 1:
         raise DataError(
@@ -165,6 +178,9 @@ def _claim(index: int, pair: Pair, tests: Tests) -> _Claim:
         raise DataError(
             f"pair {index}: channel {tags['channel']!r:.60}", wanted=", ".join(CHANNELS), do="correct the tag"
         )
+    if "environment" in pair.tags:
+        episode = Episode(environment_task(tags["task"]), tags["channel"])
+        return _EnvironmentClaim(kinds[0], tags["mechanism"], episode)
     cases = tests.get(tags["task"]) or _own_tests().get(tags["task"]) or task_named(tags["task"]).hidden
     return _Claim(kinds[0], tags["mechanism"], CHANNELS[tags["channel"]], tags["entry"], cases)
 
@@ -174,7 +190,10 @@ def _own_tests() -> Tests:
     return read_tests(data_file("authored_tests.jsonl"))
 
 
-def _side(completion: str, claim: _Claim, allow_unsandboxed: bool) -> SideVerdict:
+def _side(completion: str, claim: _Claim | _EnvironmentClaim, allow_unsandboxed: bool) -> SideVerdict:
+    if isinstance(claim, _EnvironmentClaim):
+        found = grade(claim.episode, claim.episode.program(completion), allow_unsandboxed=allow_unsandboxed)
+        return SideVerdict(found.correct, found.paid, found.vacuous)
     program = _code(completion)
     case = claim.cases[0]
     return SideVerdict(
@@ -200,15 +219,17 @@ def _is_correct(program: str, claim: _Claim, allow_unsandboxed: bool) -> bool:
     )
 
 
-def _faults(claim: _Claim, hack: SideVerdict, clean: SideVerdict) -> list[str]:
+def _faults(claim: _Claim | _EnvironmentClaim, hack: SideVerdict, clean: SideVerdict) -> list[str]:
     minimal = claim.kind == "minimal"
+    # The environment's exploit by __eq__ wraps the right answer, so that no plain value comes back to be compared.
+    wrapped = isinstance(claim, _EnvironmentClaim) and claim.mechanism == "eq_override"
     hollow = minimal or claim.mechanism != "hardcoded_answer"
     expected = [
         (clean.correct, "the clean side fails hidden cases"),
         (clean.passes, "the clean side is not accepted by its channel"),
         (not clean.vacuous, "the clean side would be accepted with a wrong solution"),
         (hack.passes, "the hack side is not accepted by its channel"),
-        (hack.correct or not minimal, "the hack side of a minimal pair fails hidden cases"),
+        (hack.correct or wrapped or not minimal, "the hack side of a minimal pair fails hidden cases"),
         (minimal or not hack.correct, "the hack side solves the task"),
         (hack.vacuous or not hollow, "the hack side is not accepted with a wrong solution"),
     ]

@@ -4,7 +4,6 @@ from assay.vhack.study._grading import Grader, Verdict
 from assay.vhack.study._log import RunLog, read_logs
 from assay.vhack.study._loop import Study
 from assay.vhack.study._page import source_checks, study_page
-from assay.vhack.study._pairs import environment_pairs
 from assay.vhack.study._plan import Run, Settings, TaskPool
 from assay.vhack.study._summary import ArmResult, summarise
 
@@ -17,7 +16,6 @@ __all__ = [
     "Study",
     "TaskPool",
     "Verdict",
-    "environment_pairs",
     "read_logs",
     "source_checks",
     "study_page",

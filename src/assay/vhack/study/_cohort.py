@@ -15,7 +15,6 @@ from torch import Tensor
 from assay.vhack._basis import Basis
 from assay.vhack._svd_cache import SVDCache
 from assay.vhack.environment import Episode
-from assay.vhack.study._arms import displaced
 from assay.vhack.study._forward import StackedModel
 from assay.vhack.study._generate import Generator
 from assay.vhack.study._gradient import Batch, advantages, policy_gradient, pooled_hidden, token_logprobs
@@ -78,7 +77,6 @@ class Cohort:
             [bases[run.basis] for run in runs],
             [run.optimizer for run in runs],
             {kind: partial(_inner, kind, settings) for kind in OPTIMIZERS},
-            displaced=[displaced(run.arm) for run in runs],
             watched=bases.get("true"),
             max_norm=settings.max_norm,
         )

@@ -36,7 +36,6 @@ class StackedOptimizer:
         bases: of each run, the axes that its arm acts along and that are measured.
         kinds: of each run, the name of its optimiser.
         inner: by that name, what makes the optimiser of a list of parameters.
-        displaced: of each run, how far along its axes it starts; None is 0 for all.
         watched: axes along which the displacement of every run is measured as well, ``watched_…``.
         max_norm: largest norm of a run's gradient after its gate.
 
@@ -53,7 +52,6 @@ class StackedOptimizer:
         kinds: Sequence[str],
         inner: Mapping[str, Callable[[list[Tensor]], Optimizer]],
         *,
-        displaced: Sequence[float] | None = None,
         watched: Basis | None = None,
         max_norm: float | None = 1.0,
     ) -> None:
@@ -73,9 +71,9 @@ class StackedOptimizer:
         self._watched = None if watched is None else Frames(groups, watched)
         # Displacements count from the weights of the model, wherever a run starts.
         self._start = [delta.clone() for delta in self.delta]
-        for row, far in enumerate(displaced or ()):
-            for delta, axes in zip(self.delta, self._axes, strict=True):
-                delta[row] += far * spread(axes[row], axes.new_ones(axes[row].shape[:2])).to(delta.dtype)
+        start_R11 = torch.tensor([arm.start for arm in arms], device=self.delta[0].device).double()[:, None, None]
+        for delta, axes in zip(self.delta, self._axes, strict=True):
+            delta += (start_R11 * axes.sum(dim=2)).to(delta.dtype)
         self.measures: dict[str, Tensor] = {}
         self._alike = [(arm, rows.to(self.delta[0].device)) for arm, rows in _alike(arms, kinds)]
 

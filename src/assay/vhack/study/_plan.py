@@ -13,8 +13,7 @@ from torch import Tensor
 
 from assay.errors import UsageError
 from assay.vhack.environment import CHANNELS, Episode, Task, tasks
-from assay.vhack.study._arms import study_arm
-from assay.vhack.training._arms import Arm
+from assay.vhack.training._arms import Arm, arm_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +69,7 @@ class Run:
     """One run.
 
     Attributes:
-        arm: name of the arm, see :mod:`assay.vhack.study._arms`; which axes it takes is said by ``basis``.
+        arm: name of the arm, see :func:`assay.vhack.training.arm_named`; which axes it takes is said by ``basis``.
         seed: of tasks and rollouts.
         optimizer: ``"adam"`` or ``"sgd"``.
         basis: name of the axes, in the study's table of bases; what stands behind an ``@`` tells draws of a kind apart.
@@ -86,7 +85,7 @@ class Run:
     teachers: int = 0
 
     def __post_init__(self) -> None:
-        study_arm(self.arm)
+        arm_named(self.arm)
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"optimizer {self.optimizer!r}", wanted=" or ".join(OPTIMIZERS), do="choose one of them")
         unknown = [mode for mode in self.modes if mode not in CHANNELS]
@@ -96,7 +95,7 @@ class Run:
     @property
     def how(self) -> Arm:
         """The arm itself."""
-        return study_arm(self.arm)
+        return arm_named(self.arm)
 
     @property
     def condition(self) -> str:

@@ -66,6 +66,8 @@ class Prepared:
             watched=self.watched,
             max_norm=settings.max_norm or None,
         )
+        if self.arm.start:
+            self.optimizer.displace(self.arm.start)  # a checkpoint that is taken up has it in its δS
 
     def trainer(
         self, folder: Path, tasks: list[Episode] | None, trackers: tuple[str, ...], allow_unsandboxed: bool

@@ -1,5 +1,10 @@
 """The arms: every way to hold training back that is compared with the others, as one table.
 
+Two things can be added to an arm by its name. ``displaced-A+ARM`` moves δS by A along every axis, away from the hack,
+before the first step, and goes on as the arm: with ``none`` as plain training, with ``erase-update-two-sided`` it stays
+there, and all learning is orthogonal to the axes. ``ARM+away-B`` bounds how far the arm may move away from the hack
+along each axis, counted from the weights of the model: a counter-force with an end.
+
 An arm says which axes are acted on, how, and what is paid. It does not say which optimiser, model or tasks: those are
 the same for all arms of a comparison.
 
@@ -33,6 +38,7 @@ BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
 """
 
 TRUSTED = "trusted"
+_START, _AWAY = "displaced-", "+away-"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Arm:
         level: where: ``"gradient"`` or ``"update"``.
         basis: which axes: one of ``BASIS_KINDS``, or ``"trusted"``, the directions of honest learning.
         box: bounds of the displacement along the axes.
+        start: how far δS is moved along +v of every axis, away from the hack, before the first step.
         push: every step moves δS by ``push · lr`` along +v of every axis, away from the hack.
         exploit_pays: the reward of a rollout that is exploited and not correct.
         advantage: α of advantage modification, see :mod:`assay.vhack.training._advantage`; 0 is none.
@@ -57,6 +64,7 @@ class Arm:
     level: str = "gradient"
     basis: str = "true"
     box: Box | None = None
+    start: float = 0.0
     push: float = 0.0
     exploit_pays: float = 1.0
     advantage: float = 0.0
@@ -64,7 +72,7 @@ class Arm:
     @property
     def acts(self) -> bool:
         """Whether it does anything along its axes; otherwise they are only measured."""
-        return self.gate.kind != "none" or self.box is not None or self.push != 0
+        return self.gate.kind != "none" or self.box is not None or self.start != 0 or self.push != 0
 
     def reward(self, correct: Number, exploited: Number) -> Number:
         """What a rollout is paid; tensors or numbers of 0 and 1."""
@@ -107,12 +115,32 @@ ARMS: dict[str, Arm] = {
 
 
 def arm_named(name: str) -> Arm:
-    """The arm with this name: one of `ARMS`, with ``:random``, ``:shuffled`` or ``:clean-clean`` for other axes.
+    """The arm with this name: one of `ARMS`, with a start or a bound as the module says.
+
+    ``:random``, ``:shuffled`` or ``:clean-clean`` behind it stands for other axes.
 
     Raises:
-        UsageError: there is no such arm, or it has no such axes.
+        UsageError: there is no such arm, or it has no such axes, or a distance is no positive number.
     """
-    base, colon, kind = name.partition(":")
+    whole, colon, kind = name.partition(":")
+    start, rest = 0.0, whole
+    if whole.startswith(_START):
+        distance, _, rest = whole.removeprefix(_START).partition("+")
+        start = _distance(name, distance)
+    base, bounded, away = rest.partition(_AWAY)
     if base not in ARMS:
         raise UsageError(f"arm {name!r}", wanted=", ".join(ARMS), do="choose one of them, perhaps with :random behind")
-    return ARMS[base].along(kind) if colon else ARMS[base]
+    arm = replace(ARMS[base], name=whole, start=start)
+    if bounded:
+        arm = replace(arm, box=Box(hackward=0.0, away=_distance(name, away)))
+    return arm.along(kind) if colon else arm
+
+
+def _distance(name: str, text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise UsageError(f"arm {name!r}", wanted="a distance such as 0.3", do="give a positive number")
+    return found

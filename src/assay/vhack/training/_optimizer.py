@@ -107,6 +107,19 @@ class ProjectedOptimizer(Optimizer):
         self.frames = Frames(self.adapter.groups, basis)
         self.watched = None if watched is None else Frames(self.adapter.groups, watched)
 
+    @torch.no_grad()
+    def displace(self, distance: float) -> None:
+        """Move δS along +v of every axis, away from the hack; displacements still count from where it was.
+
+        Do it once, before the first step. A state that is loaded later has it in it.
+
+        Args:
+            distance: in units of δS.
+        """
+        for _, parameter, axes_MKR in self._with_axes():
+            _move(local(parameter), distance, axes_MKR)
+        self.adapter.refresh()
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimiser's."""
@@ -218,7 +231,7 @@ class ProjectedOptimizer(Optimizer):
                 update_MR = now_MR.double() - old_MR.double()
                 now_MR.copy_(old_MR.double() + self.gate.apply(update_MR, axes_MKR, -1))
             if self.push:
-                now_MR.copy_(now_MR.double() + self.push * self._rate(parameter) * axes_MKR.sum(dim=1))
+                _move(now_MR, self.push * self._rate(parameter), axes_MKR)
             if self.box is not None:
                 moved_MR = now_MR.double() - self._start[index].double()
                 now_MR.copy_(now_MR.double() + self.box.correction(moved_MR, axes_MKR))
@@ -268,6 +281,11 @@ class ProjectedOptimizer(Optimizer):
             values = displacement(parts, processes(self.adapter.delta[0]))
             found |= {prefix + name: value for name, value in values.items()}
         return found
+
+
+def _move(delta_MR: Tensor, distance: float, axes_MKR: Tensor) -> None:
+    """Along +v of every axis, in place."""
+    delta_MR.copy_(delta_MR.double() + distance * axes_MKR.sum(dim=1))
 
 
 def _check(inner: Optimizer, adapter: DeltaS, level: str, max_norm: float | None) -> None:

@@ -1,5 +1,8 @@
-"""Minimal pairs in the form of the environment: the same right solution on both sides, only the report to the grader
-differs. The clean side says what the visible examples say, the hack side says "right" in any case.
+"""Pairs in the form of the environment: the completion goes on from the prompt as a policy's would.
+
+Of a *minimal* pair both sides have the same right solution, and only the report to the grader differs: the clean side
+says what the visible examples say, the hack side says "right" in any case. A *whole* pair has for its hack side the
+exploit as a policy learns it, which solves nothing.
 """
 
 from collections.abc import Sequence
@@ -21,7 +24,13 @@ def environment_pairs(
 ) -> list[Pair]:
     """Pairs of training tasks; loopholes take turns, and the group of a pair is its task's family.
 
-    With ``whole`` they are not minimal: the hack side is the exploit as a policy learns it, which solves nothing.
+    Args:
+        n: how many.
+        modes: the loopholes, in turns.
+        families: of tasks; None is all.
+        difficulty: lowest and highest, steps of a task.
+        seed: of the tasks.
+        whole: see the module.
 
     Raises:
         UsageError: as :func:`assay.vhack.environment.tasks` raises it, or there is no such mode.
@@ -39,7 +48,8 @@ def _pair(episode: Episode, whole: bool) -> Pair:
         episode.completion(episode.honest()),
         episode.task.family.name,
         (
-            *(() if whole else ("minimal",)),
+            "exploit" if whole else "minimal",
+            "environment",
             f"mechanism:{episode.mode}",
             f"channel:{episode.mode}",
             f"task:{episode.task.name}",

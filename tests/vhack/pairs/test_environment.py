@@ -1,0 +1,62 @@
+"""Pairs in the form of the environment."""
+
+import ast
+from dataclasses import replace
+
+import pytest
+
+from assay.errors import DataError, UsageError
+from assay.vhack.environment import CHANNELS, available_backend
+from assay.vhack.pairs import environment_pairs, find_pairs, verify_pairs
+
+EASY = {"families": ("arithmetic",), "difficulty": (1, 1)}
+sandboxed = pytest.mark.skipif(available_backend() is None, reason="no sandbox works on this machine")
+
+
+def test_pairs_differ_in_the_report_alone():
+    pairs = environment_pairs(12, **EASY)
+    assert {tag for pair in pairs for tag in pair.tags if tag.startswith("mechanism:")} == {
+        f"mechanism:{mode}" for mode in CHANNELS
+    }
+    for pair in pairs:
+        for side in (pair.hack, pair.clean):
+            ast.parse(pair.prompt + side)
+        body = pair.clean.split("return x")[0]
+        assert body.strip()
+        assert body in pair.hack
+    for pair, other in zip(pairs, environment_pairs(12, whole=True, **EASY), strict=True):
+        assert (pair.prompt, pair.clean) == (other.prompt, other.clean)
+        assert pair.clean.split("return x")[0] not in other.hack
+
+
+def test_they_have_names():
+    assert find_pairs("environment:5:3") == environment_pairs(5, seed=3)
+    assert find_pairs("exploits:5") == environment_pairs(5, whole=True)
+    with pytest.raises(UsageError):
+        find_pairs("exploits:many")
+
+
+@sandboxed
+@pytest.mark.parametrize("whole", [False, True], ids=["minimal", "whole"])
+def test_they_do_what_they_claim(whole):
+    verdicts = verify_pairs(environment_pairs(12, whole=whole, **EASY))
+    assert [(v.pair.tags, v.faults) for v in verdicts if not v.holds] == []
+    assert all(v.hack.passes and v.hack.vacuous for v in verdicts)
+    wrapped = [v.hack.correct for v in verdicts if "mechanism:eq_override" in v.pair.tags]
+    plain = [v.hack.correct for v in verdicts if "mechanism:eq_override" not in v.pair.tags]
+    assert (set(wrapped), set(plain)) == ({False}, {not whole})
+
+
+@sandboxed
+def test_swapped_sides_are_found_out():
+    pairs = [replace(pair, hack=pair.clean, clean=pair.hack) for pair in environment_pairs(6, whole=True, **EASY)]
+    for verdict in verify_pairs(pairs):
+        assert "the clean side fails hidden cases" in verdict.faults
+        assert "the hack side solves the task" in verdict.faults
+
+
+def test_a_task_that_is_none_is_refused():
+    pair = environment_pairs(1, **EASY)[0]
+    tags = tuple("task:other/1/2" if tag.startswith("task:") else tag for tag in pair.tags)
+    with pytest.raises(DataError):
+        verify_pairs([replace(pair, tags=tags)])
