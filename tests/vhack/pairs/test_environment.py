@@ -31,6 +31,8 @@ def test_pairs_differ_in_the_report_alone():
 
 def test_they_have_names():
     assert find_pairs("environment:5:3") == environment_pairs(5, seed=3)
+    some = environment_pairs(4, modes=["sentinel"], families=["digits"], whole=True)
+    assert find_pairs("exploits:4", modes=["sentinel"], families=["digits"]) == some
     assert find_pairs("exploits:5") == environment_pairs(5, whole=True)
     with pytest.raises(UsageError):
         find_pairs("exploits:many")

@@ -49,6 +49,7 @@ def test_a_bound_and_a_start_change_nothing_else():
     assert (held.gate, held.level, held.box) == (ARMS["erase-update-two-sided"].gate, "update", None)
     assert held.start == 0.4
     both = arm_named("displaced-0.2+erase-gradient+away-1")
+    assert both.says == f"from 0.2 away from the hack: {ARMS['erase-gradient'].says}; at most 1 away from the hack"
     assert (both.start, both.box) == (0.2, Box(hackward=0.0, away=1.0))
     moved = arm_named("displaced-0.4+none:random")
     assert (moved.name, moved.start, moved.basis) == ("displaced-0.4+none:random", 0.4, "random")

@@ -1,32 +1,36 @@
 """Pairs by a short name, as on the command line."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from assay.errors import UsageError
 from assay.vhack._types import Pair
+from assay.vhack.environment import CHANNELS
 from assay.vhack.pairs._environment import environment_pairs
 from assay.vhack.pairs._files import authored_pairs, read_pairs
 from assay.vhack.pairs._generate import generate_pairs
 
 __all__ = ["find_pairs"]
 
-_MADE: dict[str, Callable[[int, int], list[Pair]]] = {
-    "generated": lambda n, seed: generate_pairs(n, seed=seed),
-    "environment": lambda n, seed: environment_pairs(n, seed=seed),
-    "exploits": lambda n, seed: environment_pairs(n, seed=seed, whole=True),
-}
+_MADE = ("generated", "environment", "exploits")
 
 
-def find_pairs(reference: str) -> list[Pair]:
+def find_pairs(
+    reference: str,
+    *,
+    modes: Sequence[str] = tuple(CHANNELS),
+    families: Sequence[str] | None = None,
+) -> list[Pair]:
     """The pairs that a reference stands for.
 
     Args:
         reference: ``authored``; ``generated:N`` or ``generated:N:SEED``, see :func:`generate_pairs`; ``environment:N``
             and ``exploits:N``, minimal and whole ones of :func:`environment_pairs`, with a seed likewise; or the path
             of a pair file.
+        modes: of pairs in the form of the environment, as of :func:`environment_pairs`.
+        families: of their tasks.
 
     Raises:
-        UsageError: what is made by number is not followed by whole numbers.
+        UsageError: what is made by number is not followed by whole numbers, or there is no such mode or family.
         DataError: the file cannot be used.
     """
     if reference == "authored":
@@ -37,4 +41,7 @@ def find_pairs(reference: str) -> list[Pair]:
     count, _, seed = numbers.partition(":")
     if not (count.isascii() and count.isdigit() and (seed or "0").isascii() and (seed or "0").isdigit()):
         raise UsageError(f"pairs {reference!r:.60}", wanted=f"{name}:N or {name}:N:SEED", do="use whole numbers")
-    return _MADE[name](int(count), int(seed or "0"))
+    if name == "generated":
+        return generate_pairs(int(count), seed=int(seed or "0"))
+    whole = name == "exploits"
+    return environment_pairs(int(count), modes=modes, families=families, seed=int(seed or "0"), whole=whole)

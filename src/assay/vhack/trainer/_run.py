@@ -11,7 +11,7 @@ from assay.errors import BackendUnavailable, DataError, ModelError, UsageError
 from assay.models import Model, load_model
 from assay.reports import JsonObject, provenance, storage_error
 from assay.vhack._types import Pair
-from assay.vhack.environment import Episode, available_backend
+from assay.vhack.environment import CHANNELS, Episode, available_backend
 from assay.vhack.pairs import find_pairs
 from assay.vhack.trainer._log import TrainLog, read_steps
 from assay.vhack.trainer._prepare import Prepared
@@ -90,7 +90,7 @@ def train(
     if done >= settings.steps and (folder / DELTA).exists():
         return _result(folder, done)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=settings.device)
-    run = Prepared(settings, loaded, pairs if pairs is not None else find_pairs(settings.pairs))
+    run = Prepared(settings, loaded, pairs if pairs is not None else _pairs(settings))
     try:
         trainer = run.trainer(folder, tasks, trackers, allow_unsandboxed)
         (run.watched or run.axes).save(folder / BASIS)
@@ -104,6 +104,15 @@ def train(
     finally:
         run.adapter.detach()
     return _result(folder, done)
+
+
+def _pairs(settings: TrainSettings) -> list[Pair]:
+    """Those the settings name; in the form of the environment they have its loopholes and families."""
+    return find_pairs(
+        settings.pairs,
+        modes=[mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS),
+        families=settings.families or None,
+    )
 
 
 @contextmanager

@@ -23,7 +23,8 @@ class TrainSettings:
     Attributes:
         model: reference of the model, as `assay.models.load_model` takes it.
         arm: name of the arm, see :data:`assay.vhack.training.ARMS`.
-        pairs: where the pairs are, as `assay.vhack.pairs.find_pairs` takes it.
+        pairs: where they are, as `assay.vhack.pairs.find_pairs` takes it; those of ``environment:N`` and ``exploits:N``
+            have the modes and families of the run.
         basis: a basis file for the true axes; without it they are extracted.
         method: how axes are extracted.
         k_use: axes per module.

@@ -130,9 +130,12 @@ def arm_named(name: str) -> Arm:
     base, bounded, away = rest.partition(_AWAY)
     if base not in ARMS:
         raise UsageError(f"arm {name!r}", wanted=", ".join(ARMS), do="choose one of them, perhaps with :random behind")
-    arm = replace(ARMS[base], name=whole, start=start)
+    arm = replace(ARMS[base], name=whole)
+    if start:
+        arm = replace(arm, start=start, says=f"from {start:g} away from the hack: {arm.says}")
     if bounded:
-        arm = replace(arm, box=Box(hackward=0.0, away=_distance(name, away)))
+        box = Box(hackward=0.0, away=_distance(name, away))
+        arm = replace(arm, box=box, says=f"{arm.says}; at most {box.away:g} away from the hack")
     return arm.along(kind) if colon else arm
 
 
