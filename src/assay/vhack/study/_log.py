@@ -6,6 +6,8 @@
     {"kind":"source","step":0,"source":"teacher","cin":0.31}          where there are stored rollouts
 
 The last kind is what check 4 of hack directions reads.
+
+Logs of `assay vhack train` are read as well; they have a line for every step, and no evaluations.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,9 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from assay.errors import DataError
+from assay.errors import DataError, UsageError
 from assay.reports import read_jsonl, write_jsonl
+from assay.vhack.environment import CHANNELS
 from assay.vhack.study._plan import Run, Settings
+from assay.vhack.trainer._log import LOG_SCHEMA, read_records
+from assay.vhack.trainer._settings import TrainSettings
+from assay.vhack.training._arms import arm_named
 
 __all__ = ["SCHEMA", "RunLog", "read_logs"]
 
@@ -89,11 +95,14 @@ class RunLog:
 
     @classmethod
     def read(cls, path: str | Path) -> "RunLog":
-        """Read a log.
+        """Read a log of a study or of `assay vhack train`.
 
         Raises:
             DataError: it cannot be read or is none; names the line.
         """
+        first = next(iter(read_jsonl(path)), None)
+        if first is not None and first[1].get("schema") == LOG_SCHEMA:
+            return _of_training(Path(path))
         lines = []
         for number, line in read_jsonl(path):
             if line.get("kind") not in ("run", "step", "evaluation", "source"):
@@ -104,23 +113,42 @@ class RunLog:
         return cls(lines[0], lines[1:])
 
 
+def _of_training(path: Path) -> RunLog:
+    """A log of `assay vhack train` under the names that a study gives."""
+    head, *lines = read_records(path)
+    try:
+        settings = head["settings"]
+        usual = settings["pairs"] == TrainSettings.pairs or settings["basis"] or not arm_named(settings["arm"]).acts
+        parts = [settings["optimizer"], settings["arm"], *([] if usual else [Path(settings["pairs"]).name])]
+        parts += [] if set(settings["modes"]) >= set(CHANNELS) else [f"only-{'+'.join(settings['modes'])}"]
+        parts += ["teacher"] if settings["teacher"] else []
+        named = {"condition": "/".join(parts), "run": "/".join([*parts, str(settings["seed"])])}
+        header = {**head, **named, "seed": settings["seed"], "modes": settings["modes"]}
+    except (KeyError, TypeError, UsageError) as error:
+        raise _bad(str(path)) from error
+    # Without a teacher there is nothing to hold a source against.
+    kinds = ("step", "source") if settings["teacher"] else ("step",)
+    return RunLog(header, [line for line in lines if line["kind"] in kinds])
+
+
 def _short(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
 
 
 def _bad(where: str) -> DataError:
-    return DataError(where, wanted=f"the log of a run, {SCHEMA}", do="name logs that a study has written")
+    return DataError(where, wanted=f"the log of a run, {SCHEMA}", do="name logs of a study, or of assay vhack train")
 
 
 def read_logs(paths: Iterable[str | Path]) -> list[RunLog]:
-    """The logs in files, and in all ``*.jsonl`` files of directories.
+    """The logs in files, in all ``*.jsonl`` files of directories, or else in all run directories in them.
 
     Raises:
         DataError: a file is none, or there is none at all, or two are of the same run.
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        files += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        inside = sorted(path.glob("*.jsonl")) or sorted(path.glob("*/log.jsonl"))
+        files += inside if path.is_dir() else [path]
     logs = [RunLog.read(file) for file in files]
     names = [log.header["run"] for log in logs]
     twice = [name for name in names if names.count(name) > 1]

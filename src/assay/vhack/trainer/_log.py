@@ -36,7 +36,7 @@ from typing import Any
 from assay.errors import DataError
 from assay.reports import JsonObject, dumps, read_jsonl, storage_error, write_jsonl
 
-__all__ = ["LOG_SCHEMA", "TrainLog", "read_steps"]
+__all__ = ["LOG_SCHEMA", "TrainLog", "read_records", "read_steps"]
 
 LOG_SCHEMA = "assay.vhack.train/1"
 
@@ -59,7 +59,7 @@ class TrainLog:
         self.path = path
         records: list[JsonObject] = [{"kind": "run", "schema": LOG_SCHEMA, **head}]
         if step:
-            records = [r for r in _records(path) if r["kind"] == "run" or (r["kind"] != "end" and r["step"] < step)]
+            records = [r for r in read_records(path) if r["kind"] == "run" or (r["kind"] != "end" and r["step"] < step)]
         write_jsonl(path, records)
 
     def write(self, kind: str, **values: Any) -> None:
@@ -81,12 +81,16 @@ def read_steps(path: str | Path) -> tuple[JsonObject, list[JsonObject]]:
     Raises:
         DataError: the file is no such log.
     """
-    head, *others = _records(Path(path))
+    head, *others = read_records(Path(path))
     return head, [record for record in others if record["kind"] == "step"]
 
 
-def _records(path: Path) -> list[JsonObject]:
-    """All lines of a log; a last one that was cut off in the middle is dropped."""
+def read_records(path: Path) -> list[JsonObject]:
+    """All lines of a log; a last one that was cut off in the middle is dropped.
+
+    Raises:
+        DataError: the file is no such log.
+    """
     found: list[JsonObject] = []
     try:
         for _, record in read_jsonl(path):
