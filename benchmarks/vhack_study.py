@@ -10,11 +10,11 @@ given again. Logs are JSON Lines, one file per run.
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
+from _common import note
 from _vhack_plans import PLANS
 
 from assay.models import load_model
@@ -30,13 +30,15 @@ SMALL = {"families": FAMILIES, "difficulty": (1, 3)}
 TRAINING = ("training",)
 
 
-def note(text):
-    print(text, file=sys.stderr, flush=True)
-
-
 def mechanism(pair):
     """The loophole that the hack side of a pair exploits."""
     return next(tag for tag in pair.tags if tag.startswith("mechanism:"))[10:]
+
+
+def both_sides(model, svd):
+    """Minimal and whole pairs, and their gradients."""
+    sides = {kind: environment_pairs(48, whole=kind == "whole", **SMALL) for kind in ("minimal", "whole")}
+    return sides, {kind: pair_gradients(model, None, pairs, svd=svd) for kind, pairs in sides.items()}
 
 
 def bases_for(runs, model, svd):
@@ -46,8 +48,7 @@ def bases_for(runs, model, svd):
     whole exploit on the hack side. ``:20`` takes the first 20 axes by svd, ``:MODE`` leaves out the pairs of one
     mechanism.
     """
-    sides = {kind: environment_pairs(48, whole=kind == "whole", **SMALL) for kind in ("minimal", "whole")}
-    gradients = {kind: pair_gradients(model, None, pairs, svd=svd) for kind, pairs in sides.items()}
+    sides, gradients = both_sides(model, svd)
     made = {"true": basis_of_kind("true", gradients["minimal"])}
     for name in {run.basis for run in runs} - {"true"}:
         kind, _, seed = name.partition("@")

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from vhack_study import SMALL
+from vhack_study import SMALL, mechanism
 
 from assay.models import load_model
 from assay.reports import dumps, write_atomic
@@ -18,7 +18,7 @@ from assay.vhack.pairs import environment_pairs
 
 def by_mechanism(pair):
     """The pair, its group the loophole that its hack side exploits."""
-    return replace(pair, group=next(tag for tag in pair.tags if tag.startswith("mechanism:"))[10:])
+    return replace(pair, group=mechanism(pair))
 
 
 def main():

@@ -9,12 +9,11 @@ second experiment. Intervals are over tasks.
 import numpy as np
 import torch
 from _common import note, parser, publish
-from vhack_study import FAMILIES, SMALL
+from vhack_study import FAMILIES, both_sides
 
 from assay.models import load_model
 from assay.stats import group_bootstrap
-from assay.vhack import pair_gradients, weight_svd
-from assay.vhack.pairs import environment_pairs
+from assay.vhack import weight_svd
 from assay.vhack.study import Grader, Settings, TaskPool
 from assay.vhack.study._forward import StackedModel
 from assay.vhack.study._generate import Generator
@@ -27,8 +26,7 @@ SETTINGS = Settings(prompts=48, rollouts=4, prompt_tokens=176, pool=8, families=
 
 def bases_of(model, svd):
     """Axes by name."""
-    pairs = {kind: environment_pairs(48, whole=kind == "whole", **SMALL) for kind in ("minimal", "whole")}
-    gradients = {kind: pair_gradients(model, None, some, svd=svd) for kind, some in pairs.items()}
+    _, gradients = both_sides(model, svd)
     return {
         "whole": basis_of_kind("true", gradients["whole"]),
         "whole, 20 by svd": basis_of_kind("true", gradients["whole"], method="svd", top_k=20),

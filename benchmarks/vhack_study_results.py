@@ -45,28 +45,32 @@ CONTRASTS = (
 """Arms to compare directly, the first less the second, where there are both."""
 
 
-def contrasts(logs):
-    """Differences of the rates at the end, paired by seed."""
+def rates_of(logs):
+    """The rates of every run, by condition and seed."""
     horizon = min(log.steps[-1]["step"] for log in logs)
-    table = {(log.header["condition"], log.header["seed"]): numbers(log, horizon) for log in logs}
+    table = {}
+    for log in logs:
+        table.setdefault(log.header["condition"], {})[log.header["seed"]] = numbers(log, horizon)
+    return table
+
+
+def contrasts(table):
+    """Differences of the rates at the end, paired by seed."""
     found = {}
     for one, other in CONTRASTS:
-        seeds = [seed for name, seed in table if name == one and (other, seed) in table]
+        first, second = table.get(one, {}), table.get(other, {})
+        seeds = [seed for seed in first if seed in second]
         if not seeds:
             continue
         found[f"{one} less {other}"] = {
-            what: asdict(paired([table[one, s][what] - table[other, s][what] for s in seeds]))
+            what: asdict(paired([first[s][what] - second[s][what] for s in seeds]))
             for what in ("hack", "solve", "hack_late", "solve_late")
         }
     return found
 
 
-def left_out(logs):
+def left_out(table):
     """For axes without one mechanism: the hack rate on held-out tasks with that loophole, and less the reference's."""
-    horizon = min(log.steps[-1]["step"] for log in logs)
-    table = {}
-    for log in logs:
-        table.setdefault(log.header["condition"], {})[log.header["seed"]] = numbers(log, horizon)
     found = {}
     for condition, own in table.items():
         mode, reference = condition.rpartition(":")[2], table.get(f"{condition.split('/')[0]}/no-loophole", {})
@@ -150,7 +154,7 @@ def main():
     checks = [CheckReport.from_dict(read_json(path)) for path in given.check]
     if given.page:
         study_page(logs, checks=checks, command="python benchmarks/vhack_study_results.py").write(given.page)
-    found = source_checks(logs)
+    table, found = rates_of(logs), source_checks(logs)
     by_arm = {}
     for name, check in found:
         by_arm.setdefault(name.rpartition("/")[0], []).append(check.measured.value)
@@ -164,8 +168,8 @@ def main():
             "steps": [min(steps), max(steps)],
             "start": next(log.evaluations for log in logs if log.evaluations and log.evaluations[0]["step"] == 0)[:2],
             "arms": [result.as_dict() for result in summarise(logs)],
-            "contrasts": contrasts(logs),
-            "left_out": left_out(logs),
+            "contrasts": contrasts(table),
+            "left_out": left_out(table),
             "hack_over_time": over_time(logs),
             "first_sources": first_sources(logs),
             **({"graded": graded(given.said)} if given.said else {}),

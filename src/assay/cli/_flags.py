@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["DeviceFlag", "DtypeFlag", "GradientDtypeFlag", "ModelFlag", "NumberFormatFlag"]
+__all__ = [
+    "DeviceFlag",
+    "DtypeFlag",
+    "GradientDtypeFlag",
+    "ModelFlag",
+    "NumberFormatFlag",
+    "PairsArgument",
+    "PairsFlag",
+]
 
 ModelFlag = Annotated[
     str, typer.Option("--model", help="A directory, a hub id, reference:… or shape:…", envvar="ASSAY_MODEL")
@@ -16,3 +24,7 @@ NumberFormatFlag = Annotated[
 ]
 GradientDtypeFlag = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16.", envvar="ASSAY_DTYPE")]
 DeviceFlag = Annotated[str | None, typer.Option("--device", help="cpu or cuda.", envvar="ASSAY_DEVICE")]
+
+_PAIRS = "authored, generated:N, environment:N, exploits:N, or a pair file."
+PairsFlag = Annotated[str, typer.Option("--pairs", help=_PAIRS)]
+PairsArgument = Annotated[str, typer.Argument(help=_PAIRS)]

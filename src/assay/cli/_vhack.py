@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _vhack_check, _vhack_pairs, _vhack_study, _vhack_train
-from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag
+from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag, PairsFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
 
@@ -27,9 +27,7 @@ app.command("train")(_vhack_train.train)
 def extract(
     model: ModelFlag,
     output: Annotated[Path, typer.Option("-o", "--output", help="The basis file to write.")],
-    pairs: Annotated[
-        str, typer.Option(help="authored, generated:N, environment:N, exploits:N, or a pair file.")
-    ] = "authored",
+    pairs: PairsFlag = "authored",
     n_heldout: Annotated[int | None, typer.Option(help="Hold out this many pairs from the end.")] = None,
     heldout_group: Annotated[
         list[str] | None,

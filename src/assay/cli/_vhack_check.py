@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag
+from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag, PairsFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 
 if TYPE_CHECKING:
@@ -17,9 +17,7 @@ __all__ = ["check", "report"]
 def check(
     context: typer.Context,
     model: ModelFlag,
-    pairs: Annotated[
-        str, typer.Option(help="authored, generated:N, environment:N, exploits:N, or a pair file.")
-    ] = "authored",
+    pairs: PairsFlag = "authored",
     basis: Annotated[Path | None, typer.Option(help="Check this basis; without it, bases are fitted.")] = None,
     log: Annotated[Path | None, typer.Option(help="A training log, for the check of cin by source.")] = None,
     method: Annotated[str, typer.Option(help="How bases are fitted: svd, mean-diff or lda.")] = "svd",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag
+from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag, PairsFlag
 from assay.cli._output import JsonFlag, emit_json, table
 from assay.errors import UsageError
 
@@ -23,9 +23,7 @@ def train(
     arm: Annotated[
         str, typer.Option(help="none, no-loophole, erase-gradient, …; with :random behind it, along control axes.")
     ] = "erase-gradient",
-    pairs: Annotated[
-        str, typer.Option(help="authored, generated:N, environment:N, exploits:N, or a pair file.")
-    ] = "generated:96",
+    pairs: PairsFlag = "generated:96",
     basis: Annotated[str | None, typer.Option(help="A basis file for the true axes, instead of the pairs.")] = None,
     method: Annotated[str, typer.Option(help="How axes are extracted: lda, mean-diff or svd.")] = "lda",
     k_use: Annotated[int, typer.Option(help="Axes per module.")] = 5,

@@ -18,7 +18,7 @@ from typing import Any
 from assay.errors import DataError, UsageError
 from assay.reports import read_jsonl, write_jsonl
 from assay.vhack.environment import CHANNELS
-from assay.vhack.study._plan import Run, Settings
+from assay.vhack.study._plan import Run, Settings, condition_of
 from assay.vhack.trainer._log import LOG_SCHEMA, read_records
 from assay.vhack.trainer._settings import TrainSettings
 from assay.vhack.training._arms import arm_named
@@ -119,11 +119,16 @@ def _of_training(path: Path) -> RunLog:
     try:
         settings = head["settings"]
         usual = settings["pairs"] == TrainSettings.pairs or settings["basis"] or not arm_named(settings["arm"]).acts
-        parts = [settings["optimizer"], settings["arm"], *([] if usual else [Path(settings["pairs"]).name])]
-        parts += [] if set(settings["modes"]) >= set(CHANNELS) else [f"only-{'+'.join(settings['modes'])}"]
-        parts += ["teacher"] if settings["teacher"] else []
-        named = {"condition": "/".join(parts), "run": "/".join([*parts, str(settings["seed"])])}
-        header = {**head, **named, "seed": settings["seed"], "modes": settings["modes"]}
+        condition = condition_of(
+            settings["optimizer"],
+            settings["arm"],
+            axes="" if usual else Path(settings["pairs"]).name,
+            only=() if set(settings["modes"]) >= set(CHANNELS) else settings["modes"],
+            taught=bool(settings["teacher"]),
+        )
+        seed = settings["seed"]
+        named = {"condition": condition, "run": f"{condition}/{seed}", "seed": seed, "modes": settings["modes"]}
+        header = {**head, **named}
     except (KeyError, TypeError, UsageError) as error:
         raise _bad(str(path)) from error
     # Without a teacher there is nothing to hold a source against.

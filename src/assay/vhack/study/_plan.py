@@ -100,16 +100,28 @@ class Run:
     @property
     def condition(self) -> str:
         """All but the seed, in one word: what is averaged over seeds."""
-        parts = [self.optimizer, self.arm]
-        parts += [f"axes-{self.basis.partition('@')[0]}"] if self.basis != "true" else []
-        parts += [f"only-{'+'.join(self.modes)}"] if self.modes != tuple(CHANNELS) else []
-        parts += ["teacher"] if self.teachers else []
-        return "/".join(parts)
+        axes = f"axes-{self.basis.partition('@')[0]}" if self.basis != "true" else ""
+        only = self.modes if self.modes != tuple(CHANNELS) else ()
+        return condition_of(self.optimizer, self.arm, axes=axes, only=only, taught=self.teachers > 0)
 
     @property
     def name(self) -> str:
         """Condition and seed."""
         return f"{self.condition}/{self.seed}"
+
+
+def condition_of(optimizer: str, arm: str, *, axes: str, only: Sequence[str], taught: bool) -> str:
+    """The word for a condition.
+
+    Args:
+        optimizer: its name.
+        arm: its name.
+        axes: which they are; empty are the usual ones.
+        only: the loopholes it is trained on; empty is all.
+        taught: whether stored rollouts join in.
+    """
+    parts = (optimizer, arm, axes, f"only-{'+'.join(only)}" if only else "", "teacher" if taught else "")
+    return "/".join(part for part in parts if part)
 
 
 class TaskPool:
