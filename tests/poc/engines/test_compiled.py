@@ -3,11 +3,15 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from assay.errors import ModelError
@@ -89,17 +93,27 @@ def test_another_architecture_is_compiled_as_a_whole(small_model, round_: Round,
     assert torch.equal(engine.last_hidden(inputs), plain.last_hidden(inputs))
 
 
-def test_no_setting_of_the_process_chooses_kernels_by_timing(small_model, round_: Round, monkeypatch, uncompiled):
-    from torch._inductor import config
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's, of its own compiler
+def test_no_setting_of_the_process_chooses_kernels_by_timing(small_model, round_: Round, monkeypatch):
+    """Dynamo traces for real, all functions of the decoder; only the kernels are not made."""
+    from torch._inductor.compile_fx import compile_fx
 
-    theirs = {name: not value for name, value in _compiled._KERNELS.items()}
-    now = lambda: {name: getattr(config, name) for name in theirs}  # noqa: E731
     seen = []
-    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: seen.append(now()) or function(*given))
-    with config.patch(theirs):
+
+    def uncompiled_inner(graph, inputs, **_):
+        seen.append({name: getter() for name, getter in now.items()})
+        return make_boxed_func(graph.forward)
+
+    def traced(graph, inputs, inner_compile=uncompiled_inner, **options):
+        return compile_fx(graph, inputs, inner_compile=inner_compile, **options)
+
+    now = {name: partial(attrgetter(name), inductor) for name in _compiled._KERNELS}
+    theirs = {name: not value for name, value in _compiled._KERNELS.items()}
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", traced)
+    monkeypatch.setenv(_compiled.CACHE, "unused")
+    with inductor.patch(theirs):
         prove(small_model, round_, range(8), engine=HFEngine(small_model, batch_size=8, seq_len=16, compiled=True))
-        assert now() == theirs
-    assert seen
+    assert len(seen) > 1  # the norm, and what all layers share
     assert all(settings == _compiled._KERNELS for settings in seen)
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -158,7 +159,7 @@ def test_memory_that_is_gone_when_it_comes_to_it(leave, compiled: bool):
     assert len(prove(model, round, range(128), engine=engine).records) == 128  # the engine is whole
 
 
-DETERMINISTIC = """
+EVERY_PRESET = """
 import json, sys
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
@@ -179,14 +180,21 @@ for compiled in (True, False):
 """
 
 
-def test_the_deterministic_mode_gives_the_same_bits_in_every_process():
-    modes = ("deterministic", "deterministic", "plain")
-    # Side by side: each takes seconds to import torch.
+def test_kernels_made_anew_give_the_same_bits_in_every_process(tmp_path: Path):
+    modes = ("deterministic", "deterministic", "plain", "plain")
+    # Side by side: each takes seconds to import torch. No process finds the kernels of another.
     runs = [
-        subprocess.Popen([sys.executable, "-c", DETERMINISTIC, m], stdout=subprocess.PIPE, text=True) for m in modes
+        subprocess.Popen(
+            [sys.executable, "-c", EVERY_PRESET, mode],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(index))},
+        )
+        for index, mode in enumerate(modes)
     ]
     said = [[json.loads(line) for line in run.communicate(timeout=280)[0].splitlines()] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert [run.returncode for run in runs] == [0, 0, 0, 0]
+    assert said[2] == said[3]
     assert said[0] == said[1]
     for ours, plain in zip(said[0], said[2], strict=True):
         assert ours["library"] == f"{plain['library']}, deterministic"

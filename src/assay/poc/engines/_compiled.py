@@ -33,10 +33,12 @@ _ATTENTION = [
     SDPBackend.MATH,
 ]
 
-# Of Inductor: whatever the process has set, as torchao does when it rounds weights, kernels follow from what they
-# compute, never from a timing.
+# Of Inductor: kernels follow from what they compute, never from a timing, whatever the process has set, as torchao does
+# when it rounds weights. They go with each function that is compiled: Dynamo puts torch's deterministic mode back after
+# every trace, and with it Inductor's setting of that name, so a patch around many functions would hold for the first.
 _KERNELS = {
-    "deterministic": True,
+    "deterministic": True,  # reductions have one configuration, and matrices are not padded
+    "triton.autotune_pointwise": False,
     "max_autotune": False,
     "max_autotune_pointwise": False,
     "max_autotune_gemm": False,
@@ -158,18 +160,16 @@ class _Graph:
 
 
 def _compiled(function: Any, *, fullgraph: bool = True) -> Any:
-    return torch.compile(function, dynamic=False, fullgraph=fullgraph)
+    return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=dict(_KERNELS))
 
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Hold everything that decides about kernels, while they are compiled and while they run."""
+    """Hold what decides about kernels, beside Inductor's settings, while they are compiled and while they run."""
     from torch._dynamo import config as dynamo
-    from torch._inductor import config as inductor
 
     with (
         dynamo.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=8 * _VARIANTS),
-        inductor.patch(_KERNELS),
         sdpa_kernel(_ATTENTION, set_priority=True),
     ):
         yield
