@@ -79,6 +79,7 @@ gpu-bench:  ## measure on a CUDA device, and on two where there are two; result 
 	for shape in $(GPU_SHAPES); do \
 	  $(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:$$shape -o $(OUT)/gpu_prove_$$shape.json || exit; done
 	$(GPU_PYTHON) benchmarks/gpu_overhead.py -o $(OUT)/gpu_overhead.json
+	$(GPU_PYTHON) benchmarks/gpu_deterministic.py -o $(OUT)/gpu_deterministic.json
 	$(GPU_PYTHON) benchmarks/gpu_service.py -o $(OUT)/gpu_service.json
 	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 \
 	  benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json; fi
