@@ -36,7 +36,7 @@ FROZEN = {
         "--r-target", "--node-id", "--node-count", "--block-height", "--strength", "--overwrite", "--json",
     },
     "poc verify": {
-        "--model", "--sample", "--calibration", "--block-hash", "--public-key", "--dtype", "--device",
+        "--model", "--sample", "--calibration", "--block-hash", "--public-key", "--prover-dtype", "--dtype", "--device",
         "--engine", "--alpha", "--seed", "--json",
     },
     "poc calibrate": {"--valid-rate", "--dimension", "--output", "--json"},

@@ -69,6 +69,17 @@ def test_a_proof_of_another_round_is_refused(prove, assay, small_checkpoint: Pat
         assert "another" in result.err
 
 
+def test_a_proof_in_another_number_format_is_refused(prove, assay, small_checkpoint: Path, tmp_path: Path):
+    prove(dtype="bfloat16")
+    options = ("--model", small_checkpoint, "--dtype", "float32", "--device", "cpu", "--prover-dtype")
+    result = assay("poc", "verify", tmp_path / "proof.jsonl", *options, "float16")
+    assert result.code == 2
+    assert "a proof made in bfloat16" in result.err
+    for unknown in ("half", ""):
+        assert assay("poc", "verify", tmp_path / "proof.jsonl", *options, unknown).code == 2
+    assert assay("poc", "verify", tmp_path / "proof.jsonl", *options, "bfloat16").code == 0
+
+
 def test_shares_of_two_nodes_are_disjoint(prove, tmp_path: Path):
     for node in (0, 1):
         assert prove(f"{node}.jsonl", node_id=node, node_count=2, nonces="0:4").code == 0

@@ -134,6 +134,37 @@ def test_another_checkpoint_or_round_is_refused(proof: Proof, small_model, round
             verify(proof, small_model, expect=replace(round_, **change))
 
 
+def stating(proof: Proof, dtype: str) -> Proof:
+    """The same records under a header that says they were made in another number format."""
+    header = replace(proof.header, fingerprint=replace(proof.header.fingerprint, dtype=dtype))
+    return Proof.build(header, proof.records, proof.footer.seconds)
+
+
+@pytest.mark.parametrize("preset", ["artifact", "hardened"])
+def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference_model):
+    """int8 weights stand out in float16. A node that states bfloat16 has the wider law, if the verifier lets it."""
+    from assay.models import load_model
+
+    half, wide = (load_model(reference_model.reference, dtype=d, device="cpu") for d in ("float16", "float32"))
+    round = Round(block_hash="b", public_key="k", seq_len=64, preset=preset)
+    honest = prove(half, round, range(32))
+    assert verify(honest, wide, prover_dtype="float16").honest
+    cheat = prove(cheats.rounded(half, 8), round, range(32))
+    assert verify(cheat, wide, prover_dtype="float16").fraud
+    lie = stating(cheat, "bfloat16")
+    assert not verify(lie, wide).fraud
+    with pytest.raises(ProofMismatch, match="wanted: a proof made in float16"):
+        verify(lie, wide, prover_dtype="float16")
+    assert verify(stating(prove(reference_model, round, range(32)), "float16"), wide, prover_dtype="float16").fraud
+
+
+@pytest.mark.parametrize("name", ["", "fp16", "torch.float16"])
+def test_an_unknown_number_format_is_refused(name: str, proof: Proof, small_model):
+    with pytest.raises(UsageError, match="number format"):
+        verify(proof, small_model, prover_dtype=name)
+    assert verify(proof, small_model, prover_dtype="float32").honest
+
+
 def test_seed_rule_is_kept_exactly():
     """Mismatch: received ≥ r_target or recomputed > r_target; a value equal to the target differs by side."""
     assert seed_rule([1.0], [1.4], 1.4).mismatches == 0

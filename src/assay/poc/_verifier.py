@@ -10,6 +10,7 @@ import numpy as np
 from assay import stats
 from assay.errors import ProofMismatch, UsageError
 from assay.models import Model
+from assay.models._quantise import NUMBER_FORMATS
 from assay.poc._calibration import Calibration
 from assay.poc._noise import Noise, noise_for
 from assay.poc._proof import Header, Proof, Record
@@ -26,6 +27,8 @@ DEFAULT_SAMPLE = 64
 # A header may claim any batch shape; a validator follows it so far, for equal bits, and no further.
 LARGEST_BATCH = 1024
 
+STATED_FORMATS = ("float32", "float16", "bfloat16", *NUMBER_FORMATS)
+
 # The smallest multiple of the honest noise that counts as another computation. Vectors show a
 # multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.
 EFFECT = {"distance": 4.0, "vector": 2.0}
@@ -38,6 +41,7 @@ def verify(
     sample: int | None = None,
     seed: int | None = None,
     expect: Round | None = None,
+    prover_dtype: str | None = None,
     calibration: Calibration | None = None,
     engine: Engine | None = None,
     alpha: float = 1e-3,
@@ -52,6 +56,8 @@ def verify(
         sample: how many nonces to recompute; 64, or all of a smaller proof, when None.
         seed: draws the sample; from the system's randomness when None, so that no prover can guess it.
         expect: refuse the proof if it was made for another round than this one.
+        prover_dtype: refuse the proof if it says that it was made in another number format than this one. The honest
+            noise is that of the format that the header states: without this, a node chooses how wide it is.
         calibration: measured honest noise for this pair of engines; the stated default when None.
         engine: recomputes; when None, the transformers engine with the prover's batch shape, of at most 1024 rows.
         alpha: bound on the chance to ever accuse an honest node.
@@ -59,12 +65,14 @@ def verify(
         progress: called after every batch.
 
     Raises:
-        ProofMismatch: the proof is for another checkpoint or round.
-        UsageError: the sample is out of range.
+        ProofMismatch: the proof is for another checkpoint or round, or in another number format.
+        UsageError: the sample is out of range, or there is no such number format.
         CalibrationError: the calibration is for other fingerprints.
     """
     header = proof.header
     check_match(header, model, expect)
+    if prover_dtype is not None:
+        check_format(header, prover_dtype)
     batch_size = min(header.fingerprint.batch_size, LARGEST_BATCH)
     # The prover's kernels, where this device is of that kind: equal fingerprints give equal bits.
     compiled = is_compiled(header.fingerprint) and worth_compiling(model)
@@ -105,6 +113,23 @@ def check_match(header: Header, model: Model, expect: Round | None = None) -> No
                 wanted=f"{field.name} {ours!r}",
                 do="ask the node for its proof of this round",
             )
+
+
+def check_format(header: Header, wanted: str) -> None:
+    """Refuse a proof that says it was made in another number format than the wanted one.
+
+    Raises:
+        UsageError: there is no such number format.
+        ProofMismatch: names both.
+    """
+    if wanted not in STATED_FORMATS:
+        raise UsageError(f"number format {wanted!r:.40}", wanted=" or ".join(STATED_FORMATS), do="choose one of them")
+    if header.fingerprint.dtype != wanted:
+        raise ProofMismatch(
+            f"a proof made in {header.fingerprint.dtype}",
+            wanted=f"a proof made in {wanted}",
+            do="ask the node to prove in the number format that the network agreed on",
+        )
 
 
 def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.ndarray:
