@@ -1,9 +1,13 @@
 """What the hardened preset costs an honest node: nonces per second beside `poc-2.0`, in one run.
 
-Both presets prove in turn on the same model, dtype and batch shape; every pair of turns gives one ratio, and the order
-within a pair alternates. The figure is the median ratio, with its quartiles.
+Both presets prove in turn on the same model and batch shape, in every dtype; every round of turns gives one ratio of
+each kind, and the order alternates. A figure is the median ratio, with its quartiles. *Over the first dtype* compares
+with `poc-2.0` and with the same preset in the first dtype of the list: what it costs to change the number format too.
+Kernels are those of `prove`: compiled where there is CUDA.
 
     python benchmarks/hardened_throughput.py -o benchmarks/results/hardened_throughput.json
+    python benchmarks/hardened_throughput.py --models shape:qwen3-0.6b shape:llama-3.2-1b --dtypes bfloat16 float16 \
+        --batch-size 128 --batches 8 --rounds 8 -o benchmarks/results/hardened_throughput_float16.json
 """
 
 import statistics
@@ -13,39 +17,61 @@ from _common import note, parser, publish
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
+from assay.poc.engines import worth_compiling
 
 PRESETS = ("poc-2.0", "hardened")
 
 
-def seconds(model, engine, preset, nonces):
+def seconds(engine, preset, nonces):
     round = Round(block_hash="bench", public_key="k", preset=preset, seq_len=engine.seq_len)
     start = time.perf_counter()
-    prove(model, round, range(nonces), engine=engine)
+    prove(engine.model, round, range(nonces), engine=engine)
     return time.perf_counter() - start
 
 
-def measure(reference, dtype, options):
+def make_engine(reference, dtype, options):
     model = load_model(reference, dtype=dtype, device=options.device)
-    engine = HFEngine(model, batch_size=options.batch_size, seq_len=options.seq_len)
+    shape = {"batch_size": options.batch_size, "seq_len": options.seq_len}
+    return HFEngine(model, **shape, compiled=worth_compiling(model))
+
+
+def measure(reference, options):
+    """One row per dtype."""
+    engines = {dtype: make_engine(reference, dtype, options) for dtype in options.dtypes}
     nonces = options.batch_size * options.batches
-    for preset in PRESETS:
-        seconds(model, engine, preset, options.batch_size)
-    times = {preset: [] for preset in PRESETS}
+    cases = [(dtype, preset) for dtype in options.dtypes for preset in PRESETS]
+    for dtype, preset in cases:
+        seconds(engines[dtype], preset, 2 * options.batch_size)
+    times = {case: [] for case in cases}
     for turn in range(options.rounds):
-        for preset in PRESETS if turn % 2 else reversed(PRESETS):
-            times[preset].append(seconds(model, engine, preset, nonces))
-    ratios = [a / b for a, b in zip(*times.values(), strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    note(f"{reference} {dtype}: hardened proves {middle:.3f} ({low:.3f} to {high:.3f}) times as fast as poc-2.0")
-    return {
-        "model": reference,
-        "dtype": dtype,
-        "batch_size": options.batch_size,
-        "seq_len": options.seq_len,
-        "nonces_per_second": {preset: nonces / statistics.median(values) for preset, values in times.items()},
-        "hardened_over_poc": middle,
-        "quartiles": [low, high],
-    }
+        for dtype, preset in cases if turn % 2 else reversed(cases):
+            times[dtype, preset].append(seconds(engines[dtype], preset, nonces))
+
+    def over(case, other):
+        return [b / a for a, b in zip(times[case], times[other], strict=True)]
+
+    first, rows = options.dtypes[0], []
+    for dtype in options.dtypes:
+        low, middle, high = statistics.quantiles(over((dtype, "hardened"), (dtype, "poc-2.0")), n=4)
+        row = {
+            "model": reference,
+            "dtype": dtype,
+            "batch_size": options.batch_size,
+            "seq_len": options.seq_len,
+            "library": engines[dtype].fingerprint.library,
+            "nonces_per_second": {preset: nonces / statistics.median(times[dtype, preset]) for preset in PRESETS},
+            "hardened_over_poc": middle,
+            "quartiles": [low, high],
+        }
+        if dtype != first:
+            against = {preset: over((dtype, "hardened"), (first, preset)) for preset in PRESETS}
+            row["hardened_over_first_dtype"] = {
+                preset: dict(zip(("low", "middle", "high"), statistics.quantiles(found, n=4), strict=True))
+                for preset, found in against.items()
+            }
+        note(f"{row}")
+        rows.append(row)
+    return rows
 
 
 def main():
@@ -58,7 +84,7 @@ def main():
     arguments.add_argument("--batches", type=int, default=1)
     arguments.add_argument("--rounds", type=int, default=6)
     options = arguments.parse_args()
-    rows = [measure(reference, dtype, options) for reference in options.models for dtype in options.dtypes]
+    rows = [row for reference in options.models for row in measure(reference, options)]
     figures = {"cases": rows, "smallest_hardened_over_poc": min(row["hardened_over_poc"] for row in rows)}
     publish("hardened_throughput", figures, options.output)
 

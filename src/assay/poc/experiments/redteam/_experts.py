@@ -63,11 +63,14 @@ def make_experts(folder: Path) -> Path:
     return folder / "experts"
 
 
-def experts(batch_size: int, nonces: int) -> dict[str, Any]:
-    """Measure the error of asking fewer experts, beside honest bfloat16, for the last state and for all positions."""
+def experts(batch_size: int, nonces: int, dtypes: Sequence[str] = ("bfloat16",)) -> dict[str, Any]:
+    """Measure the error of asking fewer experts in float32, for the last state and for all positions.
+
+    Beside it stand honest provers in ``dtypes``. All runs on the CPU.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = make_experts(Path(folder))
-        model, half = (load_model(path, dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16"))
+        model, *halves = (load_model(path, dtype=dtype, device="cpu") for dtype in ("float32", *dtypes))
     validator = HFEngine(model, batch_size=batch_size, seq_len=SEQ_LEN)
     readings = {
         preset: Reading(
@@ -75,7 +78,10 @@ def experts(batch_size: int, nonces: int) -> dict[str, Any]:
         )
         for preset in ("artifact", "hardened")
     }
-    provers = {"honest, bfloat16": (half, 1.0), "router rounded to bfloat16": (_rounded_router(model), 1.0)}
+    provers = {}
+    for dtype, half in zip(dtypes, halves, strict=True):
+        provers[f"honest, {dtype}"] = (half, 1.0)
+        provers[f"router rounded to {dtype}"] = (_rounded_router(model, half.dtype), 1.0)
     for count in (3, 2, 1):
         provers[f"{count} of {ASKED} experts"] = (cheats.with_fewer_experts(model, count), experts_cost(count))
     for name, shares in EXPERTS_SAVED.items():
@@ -125,13 +131,13 @@ def _lightened(share: float) -> Callable[[Any, Any, tuple[Tensor, Tensor, Tensor
     return hook
 
 
-def _rounded_router(model: Model) -> Model:
+def _rounded_router(model: Model, dtype: torch.dtype) -> Model:
     """The model with only its routers' weights rounded: what ties between experts cost an honest node."""
     module = copy.deepcopy(model.module)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if name.endswith("mlp.gate.weight"):
-                parameter.copy_(parameter.bfloat16().float())
+                parameter.copy_(parameter.to(dtype).float())
     return replace(model, module=module)
 
 

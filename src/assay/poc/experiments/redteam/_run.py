@@ -116,7 +116,7 @@ def _cells(plan: RedteamPlan) -> Iterator[Cell]:
         if plan.searched:
             rows = partial(search, field, plan.searched)
             yield f"{reference}/search", lambda m=reference, r=rows: {"model": m, "kind": "search", "rows": r()}  # type: ignore[misc]
-    yield "experts", lambda: experts(plan.batch_size, plan.nonces)
+    yield "experts", lambda: experts(plan.batch_size, plan.nonces, plan.dtypes)
 
 
 def _field_cells(plan: RedteamPlan, field: Field, prefix: str) -> Iterator[Cell]:
