@@ -29,7 +29,7 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     path = tmp_path_factory.mktemp("checkpoint") / "small"
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         Qwen3ForCausalLM(Qwen3Config(**SMALL)).save_pretrained(path)
     return path

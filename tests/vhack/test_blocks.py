@@ -30,7 +30,7 @@ def model(request):
         vocab_size=16,
         attn_implementation=PACKED,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModel.from_config(config).eval().requires_grad_(False)
 

@@ -104,7 +104,7 @@ def test_other_families(family, byte_tokenizer, samples):
         "max_position_embeddings": 128,
     }
     extra = {"logits_scaling": 4.0} if family == "granite" else {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **extra)).eval()
     svd = weight_svd(module)

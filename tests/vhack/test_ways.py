@@ -146,7 +146,7 @@ def test_which_models_are_packed(small_checkpoint):
     def recipe(family, **changes):
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             return recipe_for(
                 AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **changes))
             )

@@ -41,7 +41,7 @@ LENGTH = 24
 
 def made(kind: str, dtype: torch.dtype = torch.float32) -> Model:
     factory, config, more = KINDS[kind]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = factory(config(**{**SHAPE, **more})).to(dtype).eval()
         for parameter in module.parameters():

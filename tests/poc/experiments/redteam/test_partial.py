@@ -20,7 +20,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
     path = tmp_path_factory.mktemp("llama")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=96)).save_pretrained(path)
     return load_model(path, device="cpu")

@@ -55,7 +55,7 @@ def make_experts(folder: Path) -> Path:
     """Write a checkpoint of a mixture of experts with random weights and return its path."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE))  # type: ignore[no-untyped-call]
         with quiet():
