@@ -6,12 +6,14 @@ statements, programs and tests of `assay.vhack.environment`, a few minutes on on
 
 Attackers leave out whole experts of every position, or the pairs of position and expert with the smallest weights,
 evenly or more of them in later layers; those that save a quarter of the work count. They have float32, the honest
-prover bfloat16. *Bound* reads the 32 directions in which this very attack is furthest from noise (measured on other
-nonces): no frame of as many directions is dearer for it. *Flips* are positions where an honest bfloat16 prover asks
+prover ``--dtype``. *Bound* reads the 32 directions in which this very attack is furthest from noise (measured on other
+nonces): no frame of as many directions is dearer for it. *Flips* are positions where an honest prover asks
 other experts than the validator. *Checked* is after how many nonces the sequential test accuses with 99 %, at 1e-3
 false accusations, under a law fitted to 64 honest nonces, and under the default law, which is of denser models.
 
     OMP_NUM_THREADS=1 python benchmarks/hardened_experts.py -o benchmarks/results/hardened_experts.json
+    OMP_NUM_THREADS=1 python benchmarks/hardened_experts.py --dtype float16 \
+        -o benchmarks/results/hardened_experts_float16.json
 """
 
 import math
@@ -140,9 +142,9 @@ def attackers(model):
         yield f"{name} left out", without_light_experts(model, shares), cost
 
 
-def measure(path):
+def measure(path, dtype):
     """Honest noise with its flips, and every attacker over it."""
-    whole, half = (load_model(path, dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16"))
+    whole, half = (load_model(path, dtype=dtype, device="cpu") for dtype in ("float32", dtype))
     blocks = (("scored", NONCES), ("fitted", FITTED))
     truth, honest = ([Prover(model).states(*block) for block in blocks] for model in (whole, half))
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +157,7 @@ def measure(path):
 
     round = Round(block_hash="judged", public_key="k", preset="hardened", seq_len=SEQ_LEN)
     reading = Reading(Prover(whole).engine, round, ["hardened"])
-    judges = judges_of(Prover(half).residuals(reading))
+    judges = judges_of(Prover(half).residuals(reading), dtype)
     rows, noise = [], distance(honest[0][0])
     for name, model, cost in attackers(whole):
         prover = Prover(model)
@@ -172,10 +174,10 @@ def measure(path):
     return {"honest": noise, **flips(truth[0], honest[0]), "best": best["name"], "ratio": best["ratio"], "rows": rows}
 
 
-def judges_of(honest_N):
+def judges_of(honest_N, dtype):
     """The sequential test under the law of these honest residuals, and under the default one."""
     fitted, stated = (Judge(get_pipeline("hardened"), honest_N) for _ in range(2))
-    stated.law = default_noise(get_pipeline("hardened").noise, "bfloat16", "float32").law
+    stated.law = default_noise(get_pipeline("hardened").noise, dtype, "float32").law
     stated._test = stats.SequentialTest(stated.law, alpha=ALPHA, effect=EFFECT["vector"])
     return {"checked": fitted, "checked_default": stated}
 
@@ -193,16 +195,16 @@ def flips(truth, honest):
 def main():
     made = parser(__doc__)
     made.add_argument("--steps", type=int, default=STEPS)
+    made.add_argument("--dtype", default="bfloat16", help="of the honest prover")
     options = made.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        random = measure(make_experts(Path(folder)))
+        random = measure(make_experts(Path(folder)), options.dtype)
         trained = train(Path(folder) / "trained", options.steps)
-        trained |= measure(Path(folder) / "trained")
+        trained |= measure(Path(folder) / "trained", options.dtype)
     for name, row in (("random", random), ("trained", trained)):
         note(f"{name}: {row['best']}, {row['ratio']:.1f} times the honest noise; {row['flipped']:.1%} flipped")
-    publish(
-        "hardened_experts", {"nonces": NONCES, "draws": DRAWS, "random": random, "trained": trained}, options.output
-    )
+    figures = {"dtype": options.dtype, "nonces": NONCES, "draws": DRAWS, "random": random, "trained": trained}
+    publish("hardened_experts", figures, options.output)
 
 
 if __name__ == "__main__":
