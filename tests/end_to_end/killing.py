@@ -9,6 +9,7 @@ from pathlib import Path
 from assay.poc.service import open_outbox
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.server import Server
+from tests.waiting import until
 
 BLOCK = {"block_hash": "block_alpha", "block_height": 7, "public_key": "node_A", "r_target": 1.416}
 SHAPE = {"node_id": 1, "node_count": 3, "batch_size": 4, "seq_len": 4}
@@ -76,19 +77,14 @@ def kill_loop(directory: Path, model: Path, *, kills: int, seed: int, longest: f
 def _wait_for_progress(server: Server) -> None:
     server.wait_for()
     before = server.status()["total_checked"]
-    deadline = time.monotonic() + 60
-    while server.status()["total_checked"] == before:
-        assert time.monotonic() < deadline, (server.status(), server.log.read_text()[-2000:])
-        time.sleep(0.02)
+    until(lambda: server.status()["total_checked"] != before, 60, said=lambda: server.log.read_text()[-2000:])
 
 
 def _drain(server: Server) -> None:
     """Wait until nothing is owed. Asks the database: a snapshot of the service may be older than the last batch."""
-    deadline = time.monotonic() + 120
     with open_outbox(server.data_dir) as outbox:
-        while outbox.counts()["pending"]:
-            assert time.monotonic() < deadline, server.log.read_text()[-2000:]
-            time.sleep(0.2)
+        said = lambda: server.log.read_text()[-2000:]  # noqa: E731
+        until(lambda: not outbox.counts()["pending"], 120, pause=0.2, said=said)
 
 
 def _count(path: Path, receiver: FlakyReceiver, kills: int, seconds: float, start_seconds: float) -> Outcome:

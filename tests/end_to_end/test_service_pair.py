@@ -1,11 +1,11 @@
 """Two real servers: the callbacks of a prover are validated by another."""
 
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.receiver import FlakyReceiver
+from tests.waiting import until
 
 ROUND = {
     "block_hash": "block_beta",
@@ -33,10 +33,7 @@ def int4_checkpoint(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 def _prove(server, receiver: FlakyReceiver) -> list[dict]:
     server.post("/init/generate", ROUND | {"callback_url": receiver.url})
-    deadline = time.monotonic() + 60
-    while len(receiver.nonces()) < WANTED:
-        assert time.monotonic() < deadline, server.log.read_text()[-2000:]
-        time.sleep(0.1)
+    until(lambda: len(receiver.nonces()) >= WANTED, 60, said=lambda: server.log.read_text()[-2000:])
     server.post("/stop")
     return list(receiver.taken.values())
 

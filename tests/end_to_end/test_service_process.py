@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from tests.end_to_end.readers import read_at_once
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.server import Server
+from tests.waiting import until
 
 ROUND = {
     "block_hash": "block_gamma",
@@ -36,27 +36,20 @@ def _refused(server: Server) -> str:
     return said
 
 
-def _until(true, timeout: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-
-
 def test_sigterm_drains_and_a_restart_continues(launch):
     receiver = FlakyReceiver(trouble=0)
     server = launch("--callback-interval", "0.2")
     try:
         server.post("/init/generate", ROUND | {"callback_url": receiver.url})
-        _until(lambda: server.status()["total_checked"] > 40)
+        until(lambda: server.status()["total_checked"] > 40)
         assert server.terminate() == 0
         assert "stopped" in server.log.read_text()
         server.start()
         server.wait_for()
-        _until(lambda: server.status()["total_checked"] > 80)
+        until(lambda: server.status()["total_checked"] > 80)
         server.post("/stop")
         owed = server.get("/api/v1/pow/status?after=-1&limit=10000")["valid_nonces"]
-        _until(lambda: sorted(receiver.nonces()) == owed)
+        until(lambda: sorted(receiver.nonces()) == owed)
     finally:
         receiver.close()
 
@@ -64,12 +57,12 @@ def test_sigterm_drains_and_a_restart_continues(launch):
 def test_a_thousand_readers_at_once_get_an_answer(launch):
     server = launch()
     server.post("/init/generate", ROUND)
-    _until(lambda: server.status()["total_checked"] > 0)
+    until(lambda: server.status()["total_checked"] > 0)
     before = server.status()["total_checked"]
     answers = read_at_once(server.port, "/api/v1/pow/status", 1000)
     assert [status for status, _ in answers] == [200] * 1000
     assert server.status()["state"] == "GENERATING"
-    _until(lambda: server.status()["total_checked"] > before)
+    until(lambda: server.status()["total_checked"] > before)
 
 
 def test_one_service_per_data_directory(launch, tmp_path, small_checkpoint):
@@ -127,17 +120,17 @@ def test_a_full_disk_pauses_the_round_and_it_continues_when_there_is_room(tmp_pa
         server.start()
         server.wait_for()
         server.post("/init/generate", ROUND)
-        _until(lambda: server.status()["total_checked"] > 0)
+        until(lambda: server.status()["total_checked"] > 0)
         _fill(ballast)
-        _until(lambda: server.status()["paused"] == "storage")
+        until(lambda: server.status()["paused"] == "storage")
         paused = server.status()
         assert paused["state"] == "GENERATING"
         assert server.get("/ready") == {"ready": True}
         status, _ = server.call("POST", "/api/v1/pow/phase/validate", {})
         assert status == 503
         ballast.unlink()
-        _until(lambda: server.status()["paused"] is None)
-        _until(lambda: server.status()["total_checked"] > paused["total_checked"])
+        until(lambda: server.status()["paused"] is None)
+        until(lambda: server.status()["total_checked"] > paused["total_checked"])
         server.post("/stop")
         found = server.get("/api/v1/pow/status?after=-1&limit=10000")
         assert len(found["valid_nonces"]) == len(set(found["valid_nonces"])) == found["total_valid"]

@@ -3,8 +3,6 @@
 import importlib.util
 import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,14 +54,6 @@ def int4_checkpoint(honest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rounded(honest, 4).module.save_pretrained(path)
     honest.tokenizer.save_pretrained(path)
     return path
-
-
-def wait_until(done: Callable[[], bool], seconds: float = 240.0) -> None:
-    """Wait for what comes in its own time; the bound is for a machine with much other work."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it did not come in time"
-        time.sleep(0.1)
 
 
 def make_round(preset: str = "poc-2.0", *, key: str = "node", seq_len: int = SEQ_LEN) -> Round:

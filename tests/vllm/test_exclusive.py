@@ -9,8 +9,8 @@ import httpx
 import pytest
 from _vllm import Server, chat_once
 
-from tests.vllm.conftest import wait_until
 from tests.vllm.receiver import Receiver
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_a_round_refuses_new_chat_and_lets_running_chat_end(server):
     running: list[dict] = []
     thread = threading.Thread(target=lambda: running.append(ask(server, tokens=300)))
     thread.start()
-    wait_until(lambda: bool(server.get("/engine").json()["chat"]))
+    until(lambda: bool(server.get("/engine").json()["chat"]), 240)
     server.begin("exclusive")
     refused = server.client.post("/v1/completions", json={"model": "qwen3", "prompt": "x", "max_tokens": 1})
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
@@ -64,7 +64,7 @@ def test_nothing_is_lost_and_nothing_doubled_by_sigkill(server):
         assert server.get("/status").json()["state"] == "GENERATING"
         assert server.wait_for(before + 40) >= before + 40
         server.post("/stop").raise_for_status()
-        wait_until(lambda: receiver.nonces("killed") == stored(server, "killed"))
+        until(lambda: receiver.nonces("killed") == stored(server, "killed"), 240)
         assert stored(server, "killed") == list(range(len(receiver.nonces("killed"))))
     finally:
         receiver.close()

@@ -9,8 +9,9 @@ from _vllm import KEY, MODEL, POW, Server, chat_once
 
 from assay import poc
 from assay.poc.cheats import rounded
-from tests.vllm.conftest import SEQ_LEN, wait_until
+from tests.vllm.conftest import SEQ_LEN
 from tests.vllm.receiver import Receiver
+from tests.waiting import until
 
 VERDICT = {"block_hash": "verdict", "public_key": "validator", "r_target": 2.0}
 BLOCK = {"block_height": 1, "seq_len": SEQ_LEN, "batch_size": 8, "node_id": 0, "node_count": 1}
@@ -124,10 +125,10 @@ def test_a_receiver_that_is_slow_or_fails_costs_chat_nothing_and_gets_everything
         assert [one["text"] for one in beside] == [one["text"] for one in alone]
         server.wait_for(32)
         server.post("/stop").raise_for_status()
-        wait_until(lambda: receiver.asked > 0)
+        until(lambda: receiver.asked > 0, 240)
         assert receiver.nonces(block) == []
         receiver.mend()
-        wait_until(lambda: len(receiver.nonces(block)) >= 32 and receiver.nonces(block) == proved(server))
+        until(lambda: len(receiver.nonces(block)) >= 32 and receiver.nonces(block) == proved(server), 240)
     finally:
         receiver.close()
 

@@ -4,7 +4,6 @@ Beside the other GPU tests and not those of the service, whose fixtures need pac
 """
 
 import base64
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from assay.models import Model, load_model
 from assay.poc import HFEngine, Proof, Round, prove
 from assay.poc.engines import worth_compiling
 from tests.end_to_end.server import Server
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,13 +42,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
         made.close()
 
 
-def wait(condition, timeout: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def model() -> Model:
     return load_model(MODEL, dtype="bfloat16", device="cuda")
@@ -69,7 +62,7 @@ def test_a_round_and_a_job_have_the_bits_of_prove(server: Server, model: Model):
         answers.append(server.call("GET", "/health")[0])  # while kernels are compiled too
         return server.status()["total_checked"] >= 128
 
-    wait(generated)
+    until(generated, 120)
     assert set(answers) == {200}
     server.post("/phase/validate")
     found = server.call("GET", "/api/v1/pow/status?after=-1&limit=128")[1]
@@ -81,7 +74,7 @@ def test_a_round_and_a_job_have_the_bits_of_prove(server: Server, model: Model):
     params = {"model": MODEL, "seq_len": 256, "k_dim": 12}
     queued = server.post("/generate", BLOCK | {"nonces": list(range(40)), "params": params, "wait": False})
     path = f"/api/v1/pow/generate/{queued['request_id']}"
-    wait(lambda: server.get(path)["status"] in ("completed", "failed"))
+    until(lambda: server.get(path)["status"] in ("completed", "failed"), 120)
     job = server.get(path)
     assert job["status"] == "completed", job
     vectors = [base64.b64decode(row["vector_b64"]) for row in job["artifacts"]]

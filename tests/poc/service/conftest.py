@@ -12,6 +12,7 @@ import torch
 
 from assay.poc import Fingerprint
 from assay.poc.service import Controller, Deployment, Settings, create_app
+from tests.waiting import until
 
 with warnings.catch_warnings():
     # Newer releases of starlette ask for another client than the httpx that callbacks are sent with.
@@ -134,14 +135,6 @@ class Service:
 
     def checked(self) -> int:
         return self.status()["total_checked"]
-
-
-def until(true: Callable[[], object], timeout: float = 20.0) -> None:
-    """Wait until something holds; it must within ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from assay.poc.service import Settings
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, ROUND, Rig, Service, until
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, ROUND, Rig, Service
+from tests.waiting import until
 
 PATH = Path(__file__).with_name("session.json")
 VOLATILE = {

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from assay.cli import run
-from tests.poc.service.conftest import BLOCK, ROUND, until
+from tests.poc.service.conftest import BLOCK, ROUND
+from tests.waiting import until
 
 
 @pytest.fixture

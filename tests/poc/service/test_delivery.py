@@ -13,7 +13,8 @@ from standardwebhooks import Webhook
 
 from assay.poc.service import open_outbox
 from assay.poc.service._delivery import backoff, retry_after
-from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, Service, until
+from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, Service
+from tests.waiting import until
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef0123456789abcdef").decode()
 OLD_SECRET = "whsec_" + base64.b64encode(b"fedcba9876543210fedcba9876543210").decode()

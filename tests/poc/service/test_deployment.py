@@ -8,7 +8,8 @@ from assay.poc import HFEngine, Round, prove
 from assay.poc.engines import _compiled, _memory
 from assay.poc.engines._hf import is_compiled
 from assay.poc.service import Deployment, _deployment
-from tests.poc.service.conftest import BLOCK, ROUND, until
+from tests.poc.service.conftest import BLOCK, ROUND
+from tests.waiting import until
 
 SHAPE = (16, 8)  # positions, nonces
 

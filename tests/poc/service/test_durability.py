@@ -11,7 +11,8 @@ from assay.poc.service import Controller, Deployment, Settings
 from assay.poc.service._database import Database
 from assay.poc.service._outbox import Outbox
 from assay.poc.service._rounds import Batch, Record, Rounds
-from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, until
+from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND
+from tests.waiting import until
 
 
 def nonces_on_disk(service) -> list[int]:

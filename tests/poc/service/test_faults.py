@@ -9,7 +9,8 @@ from assay.poc.engines import _outputs
 from assay.poc.service import Controller, Settings, attach
 from assay.poc.service._bodies import InitRequest
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, TestClient, until
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, TestClient
+from tests.waiting import until
 
 CLAIM = BLOCK | {"node_id": 0}
 

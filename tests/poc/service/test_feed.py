@@ -12,7 +12,8 @@ from assay import stats
 from assay.poc.service._feed import Feed
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._snapshot import snapshot
-from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, until
+from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
+from tests.waiting import until
 
 
 def test_a_snapshot_holds_what_the_docs_say(service):

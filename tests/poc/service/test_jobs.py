@@ -11,7 +11,8 @@ from assay.errors import StorageError
 from assay.poc._vectors import decode_vector, encode_vector
 from assay.poc.service._database import Database
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, until
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
+from tests.waiting import until
 
 JOB = ARTIFACTS | {"nonces": [0, 1, 2, 5, 9]}
 

@@ -7,7 +7,8 @@ import pytest
 from assay import stats
 from assay.poc import Calibration
 from assay.poc._prover import compute
-from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, until
+from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
+from tests.waiting import until
 
 CLAIM = BLOCK | {"node_id": 0}
 

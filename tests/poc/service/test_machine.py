@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from assay.poc.service import TRANSITIONS, Settings, State
 from assay.poc.service._states import NEEDS_ROUND
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, Rig, Service, until
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, Rig, Service
+from tests.waiting import until
 
 BLOCKS = st.sampled_from(["block_a", "block_b", "block_c"])
 KINDS = st.sampled_from(["init", "init/generate", "init/validate"])

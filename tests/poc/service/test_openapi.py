@@ -14,7 +14,8 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
 from assay.poc.service import Controller, Settings, create_app
-from tests.poc.service.conftest import Rig, until
+from tests.poc.service.conftest import Rig
+from tests.waiting import until
 
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 

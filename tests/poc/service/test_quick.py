@@ -3,7 +3,8 @@
 import pytest
 
 from assay.poc.service._quick import QuickStatus
-from tests.poc.service.conftest import PREFIX, ROUND, until
+from tests.poc.service.conftest import PREFIX, ROUND
+from tests.waiting import until
 
 KEY = "read-" + "x" * 20
 

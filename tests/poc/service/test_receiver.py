@@ -7,8 +7,9 @@ import pytest
 from standardwebhooks import Webhook
 
 from assay.poc.service import Received, create_receiver
-from tests.poc.service.conftest import BLOCK, ROUND, TestClient, until
+from tests.poc.service.conftest import BLOCK, ROUND, TestClient
 from tests.poc.service.test_delivery import SECRET
+from tests.waiting import until
 
 OTHER = "whsec_" + base64.b64encode(b"x" * 32).decode()
 BODY = '{"nonces":[1,2,3],"dist":[1.4,1.4,1.4]}'

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, until
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
 from tests.poc.service.session import PATH, replay
+from tests.waiting import until
 
 # The fields of requests with their defaults; ... is required. The two flags have the library's defaults.
 PUBLISHED_INIT = {

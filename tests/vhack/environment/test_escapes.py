@@ -10,7 +10,7 @@ import pytest
 
 from assay.vhack.environment import Call, Episode, Limits, _backends, _server, grade, run, sandbox, tasks
 from tests.vhack.environment.escapes import ENDLESS, PROGRAMS, SLOW
-from tests.vhack.environment.test_sandbox import wait_until
+from tests.waiting import until
 
 TOKEN = "s3cr3t-5f1c"
 BACKENDS = ["bwrap", "namespaces", "bwrap once"]
@@ -75,7 +75,7 @@ def test_no_program_escapes_or_forges_its_verdict(name, backend, surroundings, m
     for listener in listeners:
         with pytest.raises(BlockingIOError):
             listener.accept()
-    wait_until(lambda: set(psutil.Process().children(recursive=True)) <= before)
+    until(lambda: set(psutil.Process().children(recursive=True)) <= before)
     assert run("print(6 * 7)").stdout == "42\n"
 
 

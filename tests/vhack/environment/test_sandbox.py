@@ -10,6 +10,7 @@ import pytest
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.vhack.environment import Call, Limits, _backends, _server, available_backend, run, sandbox
+from tests.waiting import until
 
 SHUT_IN = ["bwrap", "namespaces"]
 ONCE = ["bwrap once", "namespaces once"]
@@ -263,12 +264,4 @@ def test_no_process_is_left_after_a_timeout():
     run("print(1)")  # the fork server itself stays
     before = set(psutil.Process().children(recursive=True))
     run("while True:\n    pass\n", limits=Limits(seconds=0.5))
-    wait_until(lambda: set(psutil.Process().children(recursive=True)) <= before)
-
-
-def wait_until(holds, seconds=30.0):
-    """The last process of a job ends a moment after its result is there."""
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert holds()
+    until(lambda: set(psutil.Process().children(recursive=True)) <= before)

@@ -15,7 +15,8 @@ import yaml
 
 from assay.cli import _serve
 from assay.poc.service._metrics import Metrics
-from tests.poc.service.conftest import ROUND, until
+from tests.poc.service.conftest import ROUND
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[4]
 DEPLOY = ROOT / "deploy"
