@@ -69,12 +69,24 @@ def test_a_proof_of_another_round_is_refused(prove, assay, small_checkpoint: Pat
         assert "another" in result.err
 
 
+def test_hardened_is_proved_in_float16(prove, assay, small_checkpoint: Path, tmp_path: Path):
+    assert prove(preset="hardened").code == 0
+    options = ("--model", small_checkpoint, "--device", "cpu")
+    assert Proof.load(tmp_path / "proof.jsonl").header.fingerprint.dtype == "float16"
+    assert assay("poc", "verify", tmp_path / "proof.jsonl", *options).code == 0
+    assert prove("wider.jsonl", preset="hardened", dtype="bfloat16").code == 0
+    refused = assay("poc", "verify", tmp_path / "wider.jsonl", *options)
+    assert refused.code == 2
+    assert "--prover-dtype bfloat16" in refused.err
+    assert assay("poc", "verify", tmp_path / "wider.jsonl", *options, "--prover-dtype", "bfloat16").code == 0
+
+
 def test_a_proof_in_another_number_format_is_refused(prove, assay, small_checkpoint: Path, tmp_path: Path):
     prove(dtype="bfloat16")
     options = ("--model", small_checkpoint, "--dtype", "float32", "--device", "cpu", "--prover-dtype")
     result = assay("poc", "verify", tmp_path / "proof.jsonl", *options, "float16")
     assert result.code == 2
-    assert "a proof made in bfloat16" in result.err
+    assert "made in bfloat16" in result.err
     for unknown in ("half", ""):
         assert assay("poc", "verify", tmp_path / "proof.jsonl", *options, unknown).code == 2
     assert assay("poc", "verify", tmp_path / "proof.jsonl", *options, "bfloat16").code == 0

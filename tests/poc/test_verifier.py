@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from assay.errors import ProofMismatch, UsageError
-from assay.poc import Proof, Record, Round, cheats, prove, verify
+from assay.poc import Proof, Record, Round, calibrate, cheats, prove, verify
 from assay.poc._noise import Noise, default_noise
 from assay.poc._verdict import count_mismatches, seed_rule
 from assay.poc._verifier import judge, residuals
@@ -152,10 +153,27 @@ def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference
     cheat = prove(cheats.rounded(half, 8), round, range(32))
     assert verify(cheat, wide, prover_dtype="float16").fraud
     lie = stating(cheat, "bfloat16")
-    assert not verify(lie, wide).fraud
-    with pytest.raises(ProofMismatch, match="wanted: a proof made in float16"):
+    assert not verify(lie, wide, prover_dtype="bfloat16").fraud
+    with pytest.raises(ProofMismatch, match="wanted: one made in float16"):
         verify(lie, wide, prover_dtype="float16")
     assert verify(stating(prove(reference_model, round, range(32)), "float16"), wide, prover_dtype="float16").fraud
+
+
+def test_hardened_is_made_in_float16_unless_a_network_says_otherwise(proof: Proof, small_model, tmp_path: Path):
+    hardened = prove(small_model, replace(proof.round, preset="hardened"), range(64), batch_size=8)
+    assert verify(hardened, small_model).honest  # float32 is as good
+    assert verify(stating(proof, "bfloat16"), small_model).honest  # the published presets name no format
+    wider = stating(hardened, "bfloat16")
+    with pytest.raises(ProofMismatch, match="a proof of hardened made in bfloat16") as refused:
+        verify(wider, small_model)
+    assert "wanted: one made in float16 or float32" in str(refused.value)
+    assert refused.value.do.endswith("--prover-dtype bfloat16")
+    assert verify(wider, small_model, prover_dtype="bfloat16").honest
+    measured = calibrate(wider, hardened)  # is of engines, and so of one format
+    assert verify(wider, small_model, calibration=measured).honest
+    path = tmp_path / "hardened.jsonl"
+    hardened.save(path)
+    assert "number_formats" not in path.read_text()
 
 
 @pytest.mark.parametrize("name", ["", "fp16", "torch.float16"])

@@ -61,6 +61,7 @@ def prove(
     """
     from assay import poc
 
+    pipeline = poc.get_pipeline(preset)
     round = poc.Round(
         block_hash=block_hash,
         public_key=public_key,
@@ -68,7 +69,7 @@ def prove(
         node_id=node_id,
         node_count=node_count,
         model=model,
-        preset=poc.get_pipeline(preset).name,
+        preset=pipeline.name,
         seq_len=seq_len,
         r_target=r_target,
         strength=strength,  # type: ignore[arg-type]  # Round refuses what is not 32 or 256
@@ -76,7 +77,7 @@ def prove(
     chosen = round.nonces(*_positions(nonces))
     options = EngineOptions(
         engine=engine,
-        dtype=dtype,
+        dtype=dtype or next(iter(pipeline.number_formats), None),
         device=device,
         batch_size=batch_size,
         seq_len=seq_len,

@@ -57,6 +57,8 @@ class Pipeline:
         logits: steps on the logits.
         output: ``distance`` to the target of the block, or the ``vector`` itself in fp16.
         texts: form of the seed texts (:meth:`assay.poc.Round.text`); versioned ones come with 256-bit input seeds.
+        number_formats: in what a proof is made unless a network agrees on another format, the first one by default; any
+            where empty. A rule of judging and not of computing, so it does not stand in the proof header.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Pipeline:
     logits: tuple[Step, ...] = ()
     output: Output = "distance"
     texts: Texts = "published"
+    number_formats: tuple[str, ...] = ()
 
     @property
     def vector_size(self) -> int:
@@ -96,6 +99,7 @@ class Pipeline:
         ``texts`` came after the first proofs: it stands there only where it is not what they have.
         """
         described = asdict(self)
+        del described["number_formats"]
         if self.texts == "published":
             del described["texts"]
         return described
@@ -126,6 +130,7 @@ _ROWS = (
         hidden=(_UNIT, Step("project", 12), _UNIT),
         output="vector",
         texts="versioned",
+        number_formats=("float16", "float32"),
     ),
     Pipeline(name="permutation", summary="logits permuted (the baseline)", head="trained", logits=(_PERMUTE,)),
     Pipeline(name="logit-reflections", summary="8 reflections on the logits", head="trained", logits=(_REFLECT_8,)),

@@ -57,7 +57,8 @@ def verify(
         seed: draws the sample; from the system's randomness when None, so that no prover can guess it.
         expect: refuse the proof if it was made for another round than this one.
         prover_dtype: refuse the proof if it says that it was made in another number format than this one. The honest
-            noise is that of the format that the header states: without this, a node chooses how wide it is.
+            noise is that of the format that the header states: without this, a node chooses how wide it is. None takes
+            those of the preset, or any with a calibration, which is of one format.
         calibration: measured honest noise for this pair of engines; the stated default when None.
         engine: recomputes; when None, the transformers engine with the prover's batch shape, of at most 1024 rows.
         alpha: bound on the chance to ever accuse an honest node.
@@ -73,6 +74,8 @@ def verify(
     check_match(header, model, expect)
     if prover_dtype is not None:
         check_format(header, prover_dtype)
+    elif calibration is None and header.pipeline.number_formats:
+        check_format(header, *header.pipeline.number_formats)
     batch_size = min(header.fingerprint.batch_size, LARGEST_BATCH)
     # The prover's kernels, where this device is of that kind: equal fingerprints give equal bits.
     compiled = is_compiled(header.fingerprint) and worth_compiling(model)
@@ -115,20 +118,21 @@ def check_match(header: Header, model: Model, expect: Round | None = None) -> No
             )
 
 
-def check_format(header: Header, wanted: str) -> None:
-    """Refuse a proof that says it was made in another number format than the wanted one.
+def check_format(header: Header, *wanted: str) -> None:
+    """Refuse a proof that says it was made in another number format than the wanted ones.
 
     Raises:
         UsageError: there is no such number format.
         ProofMismatch: names both.
     """
-    if wanted not in STATED_FORMATS:
-        raise UsageError(f"number format {wanted!r:.40}", wanted=" or ".join(STATED_FORMATS), do="choose one of them")
-    if header.fingerprint.dtype != wanted:
+    for unknown in set(wanted) - set(STATED_FORMATS):
+        raise UsageError(f"number format {unknown!r:.40}", wanted=" or ".join(STATED_FORMATS), do="choose one of them")
+    stated = header.fingerprint.dtype
+    if stated not in wanted:
         raise ProofMismatch(
-            f"a proof made in {header.fingerprint.dtype}",
-            wanted=f"a proof made in {wanted}",
-            do="ask the node to prove in the number format that the network agreed on",
+            f"a proof of {header.pipeline.name} made in {stated}",
+            wanted=f"one made in {' or '.join(wanted)}",
+            do=f"ask the node to prove in {wanted[0]}; only if the network agreed on {stated}: --prover-dtype {stated}",
         )
 
 
