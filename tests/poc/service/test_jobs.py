@@ -3,9 +3,11 @@
 import json
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from assay.errors import StorageError
 from assay.poc._vectors import decode_vector, encode_vector
@@ -241,6 +243,17 @@ def test_a_hardened_round_publishes_other_vectors(serving):
         direct = service.post("/generate", JOB | HARDENED | {"nonces": [0, 1, 2], "wait": True})["artifacts"]
         vectors = {a["nonce"]: a["vector_b64"] for a in sent}
         assert all(vectors[a["nonce"]] == a["vector_b64"] for a in direct)
+
+
+def test_a_round_in_a_number_format_that_validators_refuse_is_said_so(serving):
+    with serving() as service:
+        for dtype in ("float16", "bfloat16"):
+            service.controller.deployment = replace(service.controller.deployment, dtype=dtype)
+            with capture_logs() as said:
+                service.post("/init/generate", ARTIFACTS | HARDENED | {"url": None, "block_hash": dtype})
+                service.post("/stop")
+            warned = [line for line in said if "number format" in line["event"]]
+            assert [line["dtype"] for line in warned] == ["bfloat16"] * (dtype == "bfloat16")
 
 
 def test_a_job_outlasts_a_full_disk(service, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from assay.errors import AssayError, StorageError
+from assay.poc._pipelines import get_pipeline
 from assay.poc._prover import compute
 from assay.poc.engines import Engine
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
@@ -137,6 +138,9 @@ class Controller:
         after(call, self.state, has_round=self.progress is not None)
         deployment = self.ready()
         values = round_values(request, deployment, self.settings, needs_share=then is State.GENERATING)
+        formats = get_pipeline(values["preset"]).number_formats
+        if formats and deployment.dtype not in formats:
+            log.warning("validators refuse this number format", preset=values["preset"], dtype=deployment.dtype)
         self._engine(values["seq_len"], values["batch_size"])
         with self._lock:
             state = after(call, self.state, has_round=self.progress is not None)
