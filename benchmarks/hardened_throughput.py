@@ -6,8 +6,10 @@ with `poc-2.0` and with the same preset in the first dtype of the list: what it 
 Kernels are those of `prove`: compiled where there is CUDA.
 
     python benchmarks/hardened_throughput.py -o benchmarks/results/hardened_throughput.json
-    python benchmarks/hardened_throughput.py --models shape:qwen3-0.6b shape:llama-3.2-1b --dtypes bfloat16 float16 \
-        --batch-size 128 --batches 8 --rounds 8 -o benchmarks/results/hardened_throughput_float16.json
+    python benchmarks/hardened_throughput.py --models shape:qwen3-0.6b --dtypes bfloat16 float16 --batch-size 128 \
+        --batches 16 --rounds 10 -o benchmarks/results/hardened_throughput_h200_qwen3-0.6b.json
+    python benchmarks/hardened_throughput.py --models shape:llama-3.2-1b --dtypes bfloat16 float16 --batch-size 128 \
+        --batches 8 --rounds 8 -o benchmarks/results/hardened_throughput_h200_llama-3.2-1b.json
 """
 
 import statistics

@@ -7,13 +7,15 @@ import pytest
 from assay.poc.experiments import read_run
 from assay.poc.experiments.redteam import _tables as tables
 from assay.poc.experiments.redteam._field import PRESETS
+from assay.reports import read_json
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "redteam.md"
-RUNS = ROOT / "benchmarks" / "results" / "experiments"
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS = RESULTS / "experiments"
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3-float16", "llama-float16"])
 def test_the_main_table_is_what_was_measured(name: str):
     cells = read_run(RUNS / f"redteam-{name}", "redteam").cells
     page = PAGE.read_text(encoding="utf-8")
@@ -23,6 +25,27 @@ def test_the_main_table_is_what_was_measured(name: str):
             row = [model, dtype, preset, best["attack"], f"{best['cost']:.2f}", f"{best['error']:.3f}"]
             row += [f"{best['over_honest']:.1f}", str(best["checked_99"])]
             assert "| " + " | ".join(row) + " |" in page
+
+
+@pytest.mark.parametrize("path", ["redteam.md", "decisions/hardened-float16.md"])
+def test_float16_stands_beside_bfloat16_as_measured(path: str):
+    page = (ROOT / "docs" / path).read_text(encoding="utf-8")
+    honest, best, int8, junk, experts = ([] for _ in range(5))
+    for kind, dtype in (("", "bfloat16"), ("-float16", "float16")):
+        runs = [read_run(RUNS / f"redteam-{name}{kind}", "redteam").cells for name in ("qwen3", "llama")]
+        where = [(cells, *tables.fields(cells)[0]) for cells in runs]
+        errors = [tables.honest_errors(*place)["hardened"] for place in where]
+        honest.append(" / ".join(f"{error:.{3 if dtype == 'bfloat16' else 4}f}" for error in errors))
+        best.append(" / ".join(f"{tables.paying(*place, 'hardened')['over_honest']:.1f}" for place in where))
+        rows = [{row[0]: row for row in tables.attack_rows(*place, "hardened")} for place in where]
+        int8.append(" / ".join(str(found["int8 weights"][3]) for found in rows))
+        claims = [row for cells in runs for cell in cells if cell["kind"] == "claims" for row in cell["rows"]]
+        caught = [r["sequential"][-1] for r in claims if (r["claim"], r["preset"]) == ("2% invented", "poc-2.0")]
+        junk.append(" / ".join(f"{share:.4g}" for share in caught))
+        measured = read_json(RESULTS / f"hardened_experts{kind.replace('-', '_')}.json")
+        experts.append(" / ".join(f"{measured[name]['ratio']:.1f}" for name in ("random", "trained")))
+    for row in (honest, best, int8, junk, experts):
+        assert f"| {row[0]} | {row[1]} |" in page, row
 
 
 def test_the_simulated_year_is_what_was_simulated():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from assay import streams
-from assay.errors import ProofFormatError
-from assay.models import backbone
+from assay.errors import BadWeights, ProofFormatError
+from assay.models import backbone, decoder_layers, load_model
 from assay.poc import PIPELINES, Calibration, HFEngine, Proof, Round, calibrate, cheats, prove, verify
 from assay.poc._pipelines import Positions
 from assay.poc._transforms import Transform
@@ -41,6 +41,22 @@ def test_the_header_of_an_older_preset_says_nothing_new():
     assert HARDENED.as_dict()["read"] == {"count": 0}
     assert HARDENED.as_dict()["texts"] == "versioned"
     assert HARDENED.noise != PIPELINES["artifact"].noise == "vector"
+
+
+def test_an_overflow_of_float16_is_refused_in_words(small_checkpoint, hardened: Round, tmp_path):
+    """Finite weights whose products are not: float16 ends at 65504."""
+    for dtype in ("float32", "float16"):
+        model = load_model(small_checkpoint, dtype=dtype, device="cpu")
+        with torch.no_grad():
+            weight = decoder_layers(model.module)[0].mlp.down_proj.weight
+            weight.mul_(4e4 / weight.abs().max())
+        if dtype == "float32":
+            prove(model, hardened, range(8), batch_size=8)
+            continue
+        with pytest.raises(BadWeights, match="NaN or infinity in float16") as caught:
+            prove(model, hardened, range(8), output=tmp_path / "proof.jsonl", batch_size=8)
+        assert "--dtype float32" in str(caught.value)
+        assert not (tmp_path / "proof.jsonl").exists()
 
 
 def test_texts_are_versioned_and_prefixed(hardened: Round):

@@ -84,8 +84,9 @@ def test_a_dense_model_has_no_experts_to_leave_out(small_model):
 
 
 def test_every_prover_is_in_the_table():
-    rows = {row["name"]: row for row in experts(batch_size=4, nonces=4)["rows"]}
-    honest = rows.pop("honest, bfloat16")
+    rows = {row["name"]: row for row in experts(batch_size=4, nonces=4, dtypes=("bfloat16", "float16"))["rows"]}
+    honest, closer = rows.pop("honest, bfloat16"), rows.pop("honest, float16")
+    assert 0 < 2 * closer["artifact"] < honest["artifact"]
     assert {f"{name} left out" for name in EXPERTS_SAVED} < rows.keys()
     for name in EXPERTS_SAVED:
         assert rows[f"{name} left out"]["hardened"] > 2 * honest["hardened"]
