@@ -160,7 +160,7 @@ def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference
 
 
 def test_hardened_is_made_in_float16_unless_a_network_says_otherwise(proof: Proof, small_model, tmp_path: Path):
-    hardened = prove(small_model, replace(proof.round, preset="hardened"), range(32), batch_size=8)
+    hardened = prove(small_model, replace(proof.round, preset="hardened"), range(64), batch_size=8)
     assert verify(hardened, small_model).honest  # float32 is as good
     assert verify(stating(proof, "bfloat16"), small_model).honest  # the published presets name no format
     wider = stating(hardened, "bfloat16")
