@@ -15,12 +15,11 @@ def test_scale_is_the_maximum_likelihood_one():
     found = optimize.minimize_scalar(
         lambda s: -stats.t.logpdf(sample, 6, scale=math.exp(s)).sum(), bounds=(-13, -8), options={"xatol": 1e-9}
     )
-    assert fit_scale_noise(sample, dof=6).estimate.sigma == pytest.approx(math.exp(found.x), rel=1e-5)
+    assert fit_scale_noise(sample).estimate.sigma == pytest.approx(math.exp(found.x), rel=1e-5)
 
 
 def test_upper_scale_covers_the_truth_as_often_as_stated():
-    samples = RNG.standard_t(6, (600, 100)) * 2e-5
-    covered = [fit_scale_noise(sample, dof=6, confidence=0.9).law.sigma >= 2e-5 for sample in samples]
+    covered = [fit_scale_noise(RNG.standard_t(6, 100) * 2e-5, confidence=0.9).law.sigma >= 2e-5 for _ in range(600)]
     assert np.mean(covered) >= 0.9 - 3 * math.sqrt(0.09 / 600)
 
 
@@ -28,25 +27,7 @@ def test_upper_scale_reaches_the_quantiles_of_noise_of_another_shape():
     mixed = RNG.normal(0, 1, 4000) * np.where(RNG.random(4000) < 0.1, 4e-5, 1e-5)
     fit = fit_scale_noise(mixed)
     for q in (0.5, 0.9, 0.99):
-        assert fit.law.sigma * stats.t.isf((1 - q) / 2, fit.law.dof) >= np.quantile(np.abs(mixed), q)
-
-
-@pytest.mark.parametrize(("true", "found"), [(3, {3, 4}), (30, {6})])
-def test_the_likeliest_tail_is_taken(true: int, found: set[int]):
-    assert {fit_scale_noise(sample).law.dof for sample in RNG.standard_t(true, (20, 1000)) * 2e-5} <= found
-
-
-def test_heavy_tails_accuse_no_honest_node_and_let_no_junk_pass():
-    """A law with 6 degrees of freedom accuses one in a few hundred of these (docs/statistics.md)."""
-    accused = caught = 0
-    for _ in range(300):
-        law = fit_scale_noise(RNG.standard_t(3, 192) * 1.2e-5).law
-        honest = RNG.standard_t(3, 256) * 1.2e-5
-        accused += SequentialTest(law).update(honest).verdict == "fraud"
-        junk = np.where(RNG.random(256) < 0.05, RNG.normal(0, law.junk_sigma, 256), 0)
-        caught += SequentialTest(law).update(honest + junk).verdict == "fraud"
-    assert accused <= 2
-    assert caught >= 294
+        assert fit.law.sigma * stats.t.isf((1 - q) / 2, 6) >= np.quantile(np.abs(mixed), q)
 
 
 def test_identical_hardware_gives_the_resolution():

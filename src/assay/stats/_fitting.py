@@ -25,9 +25,6 @@ SMALLEST_SAMPLE = 16
 SMALLEST_LOG_SD = 0.1
 """Least spread of ln L2 that is believed: 10 % of the distance."""
 
-TAILS = (6.0, 5.0, 4.0, 3.0)
-"""Degrees of freedom that a fit of Student's t chooses among. With fewer an invented distance is hardly gross."""
-
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 _BEYOND = 20  # sample values that must lie above a quantile for it to be trusted
 _ITERATIONS = 200
@@ -54,12 +51,10 @@ class NoiseFit(Generic[LawT]):
 
 
 def fit_scale_noise(
-    residuals: npt.ArrayLike, *, dof: float | None = None, confidence: float = 0.99, junk_sigma: float = JUNK_SIGMA
+    residuals: npt.ArrayLike, *, dof: float = 6.0, confidence: float = 0.99, junk_sigma: float = JUNK_SIGMA
 ) -> NoiseFit[ScaleNoise]:
     """Scale of honest residuals of a distance, by maximum likelihood under Student's t, [N] finite values.
 
-    Without ``dof`` the likeliest of `TAILS` is taken: tails lighter than the noise's accuse honest nodes, heavier ones
-    let junk pass.
     The margin uses the Fisher information of ln sigma, 2·dof/(dof + 3) per residual (Lange, Little and Taylor 1989).
     Residuals that are all zero, as on identical hardware, give sigma = `RESOLUTION`.
 
@@ -67,8 +62,6 @@ def fit_scale_noise(
         UsageError: fewer than `SMALLEST_SAMPLE` residuals, a non-finite one, or a parameter out of range.
     """
     size_N = np.abs(_honest(residuals, confidence))
-    if dof is None:
-        dof = max(TAILS, key=lambda tail: _log_likelihood(size_N, tail))
     ScaleNoise(1.0, dof, junk_sigma)  # refuses bad parameters before they reach the formulas
     sigma = max(_student_scale(size_N, dof), RESOLUTION)
     widest = _largest_quantile_ratio(size_N, lambda q: float(stats.t.isf((1 - q) / 2, dof)))
@@ -131,11 +124,6 @@ def _student_scale(size_N: FloatArray, dof: float) -> float:
         if abs(variance - before) <= 1e-10 * before:
             break
     return math.sqrt(variance)
-
-
-def _log_likelihood(size_N: FloatArray, dof: float) -> float:
-    sigma = max(_student_scale(size_N, dof), RESOLUTION)
-    return float(ScaleNoise(sigma, dof).log_density(size_N, 1.0).sum())
 
 
 def _largest_quantile_ratio(sample_N: FloatArray, law_quantile: Callable[[float], float]) -> float:
