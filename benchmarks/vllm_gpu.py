@@ -115,7 +115,7 @@ def plain(model, round, count):
 def verdict(proof, model, **options):
     """Return the verdict, or why there is none."""
     try:
-        return poc.verify(proof, model, **options).verdict
+        return poc.verify(proof, model, prover_dtype=proof.header.fingerprint.dtype, **options).verdict
     except AssayError as error:
         return str(error)
 
