@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
+MANY_DISTANCES = 1000
+"""Nonces of a calibration from which heavy tails accuse no more honest nodes than stated (benchmarks/heavy_tails.py)."""
+
 app = typer.Typer(help="Prove that a model ran, and check such proofs.", no_args_is_help=True)
 app.command("serve")(_serve.serve)
 app.command("receive")(_serve.receive)
@@ -265,6 +268,8 @@ def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> Non
         "confidence": measured.confidence,
         "engines_differ_in": ", ".join(other) or "nothing",
     }
+    if measured.output == "distance" and measured.n < MANY_DISTANCES:
+        values["advice"] = f"distances may have heavy tails: calibrate on {MANY_DISTANCES} nonces (docs/statistics.md)"
     _show("assay.poc.calibrate/1", values, as_json)
 
 
