@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 MANY_DISTANCES = 1000
-"""Nonces of a calibration from which heavy tails accuse no more honest nodes than stated (benchmarks/heavy_tails.py)."""
+"""Nonces of a calibration from which heavy tails accuse honest nodes no more than stated (heavy_tails.json)."""
 
 app = typer.Typer(help="Prove that a model ran, and check such proofs.", no_args_is_help=True)
 app.command("serve")(_serve.serve)
