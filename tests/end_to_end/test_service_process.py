@@ -41,15 +41,15 @@ def test_sigterm_drains_and_a_restart_continues(launch):
     server = launch("--callback-interval", "0.2")
     try:
         server.post("/init/generate", ROUND | {"callback_url": receiver.url})
-        until(lambda: server.status()["total_checked"] > 40)
+        until(lambda: server.status()["total_checked"] > 40, 30)
         assert server.terminate() == 0
         assert "stopped" in server.log.read_text()
         server.start()
         server.wait_for()
-        until(lambda: server.status()["total_checked"] > 80)
+        until(lambda: server.status()["total_checked"] > 80, 30)
         server.post("/stop")
         owed = server.get("/api/v1/pow/status?after=-1&limit=10000")["valid_nonces"]
-        until(lambda: sorted(receiver.nonces()) == owed)
+        until(lambda: sorted(receiver.nonces()) == owed, 30)
     finally:
         receiver.close()
 
@@ -57,12 +57,12 @@ def test_sigterm_drains_and_a_restart_continues(launch):
 def test_a_thousand_readers_at_once_get_an_answer(launch):
     server = launch()
     server.post("/init/generate", ROUND)
-    until(lambda: server.status()["total_checked"] > 0)
+    until(lambda: server.status()["total_checked"] > 0, 30)
     before = server.status()["total_checked"]
     answers = read_at_once(server.port, "/api/v1/pow/status", 1000)
     assert [status for status, _ in answers] == [200] * 1000
     assert server.status()["state"] == "GENERATING"
-    until(lambda: server.status()["total_checked"] > before)
+    until(lambda: server.status()["total_checked"] > before, 30)
 
 
 def test_one_service_per_data_directory(launch, tmp_path, small_checkpoint):
@@ -120,17 +120,17 @@ def test_a_full_disk_pauses_the_round_and_it_continues_when_there_is_room(tmp_pa
         server.start()
         server.wait_for()
         server.post("/init/generate", ROUND)
-        until(lambda: server.status()["total_checked"] > 0)
+        until(lambda: server.status()["total_checked"] > 0, 30)
         _fill(ballast)
-        until(lambda: server.status()["paused"] == "storage")
+        until(lambda: server.status()["paused"] == "storage", 30)
         paused = server.status()
         assert paused["state"] == "GENERATING"
         assert server.get("/ready") == {"ready": True}
         status, _ = server.call("POST", "/api/v1/pow/phase/validate", {})
         assert status == 503
         ballast.unlink()
-        until(lambda: server.status()["paused"] is None)
-        until(lambda: server.status()["total_checked"] > paused["total_checked"])
+        until(lambda: server.status()["paused"] is None, 30)
+        until(lambda: server.status()["total_checked"] > paused["total_checked"], 30)
         server.post("/stop")
         found = server.get("/api/v1/pow/status?after=-1&limit=10000")
         assert len(found["valid_nonces"]) == len(set(found["valid_nonces"])) == found["total_valid"]

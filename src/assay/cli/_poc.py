@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-MANY_DISTANCES = 1000
-"""Nonces of a calibration from which heavy tails accuse honest nodes no more than stated (heavy_tails.json)."""
-
 app = typer.Typer(help="Prove that a model ran, and check such proofs.", no_args_is_help=True)
 app.command("serve")(_serve.serve)
 app.command("receive")(_serve.receive)
@@ -256,6 +253,7 @@ def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
 
 def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> None:
     from assay.poc import Noise
+    from assay.poc._calibration import MANY_DISTANCES
 
     ours, theirs = measured.prover.as_dict(), measured.validator.as_dict()
     other = [f"{name} {ours[name]} / {theirs[name]}" for name in ours if ours[name] != theirs[name]]

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from assay import stats
+from assay import stats, streams
 from assay.errors import ProofMismatch, UsageError
 from assay.models import Model
 from assay.models._quantise import NUMBER_FORMATS
@@ -27,7 +27,7 @@ DEFAULT_SAMPLE = 64
 # A header may claim any batch shape; a validator follows it so far, for equal bits, and no further.
 LARGEST_BATCH = 1024
 
-STATED_FORMATS = ("float32", "float16", "bfloat16", *NUMBER_FORMATS)
+STATED_FORMATS = (*streams.DTYPES, *NUMBER_FORMATS)
 
 # The smallest multiple of the honest noise that counts as another computation. Vectors show a
 # multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.

@@ -58,7 +58,7 @@ class FakeEngine:
         return self.last_hidden(nonces_B) + weights_BT.sum(dim=1, keepdim=True)
 
     def trained_head(self, x_BD: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        return x_BD.repeat(1, self.vocab_size // self.hidden_size)
 
     def between_layers(self, step, round):
         self.rig.layers.append(step)

@@ -75,7 +75,7 @@ def test_no_program_escapes_or_forges_its_verdict(name, backend, surroundings, m
     for listener in listeners:
         with pytest.raises(BlockingIOError):
             listener.accept()
-    until(lambda: set(psutil.Process().children(recursive=True)) <= before)
+    until(lambda: set(psutil.Process().children(recursive=True)) <= before, 30)
     assert run("print(6 * 7)").stdout == "42\n"
 
 

@@ -264,4 +264,4 @@ def test_no_process_is_left_after_a_timeout():
     run("print(1)")  # the fork server itself stays
     before = set(psutil.Process().children(recursive=True))
     run("while True:\n    pass\n", limits=Limits(seconds=0.5))
-    until(lambda: set(psutil.Process().children(recursive=True)) <= before)
+    until(lambda: set(psutil.Process().children(recursive=True)) <= before, 30)

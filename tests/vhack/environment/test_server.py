@@ -37,7 +37,7 @@ def test_a_server_that_was_killed_is_replaced(started):
     for process in [*psutil.Process(started._process.pid).children(recursive=True), started._process]:
         process.send_signal(signal.SIGKILL)
     assert run("print(1)").stdout == "1\n"
-    until(lambda: not started.alive)
+    until(lambda: not started.alive, 30)
     assert run("print(2)").stdout == "2\n"
     assert _server.server(sandbox.usable()) is not started
 
@@ -46,7 +46,7 @@ def test_a_server_that_dies_under_a_job_does_not_lose_it(started):
     processes = psutil.Process(started._process.pid).children(recursive=True)
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(run, "import time\ntime.sleep(1)\nprint('done')\n", limits=Limits(seconds=60))
-        until(lambda: len(psutil.Process(started._process.pid).children(recursive=True)) > len(processes))
+        until(lambda: len(psutil.Process(started._process.pid).children(recursive=True)) > len(processes), 30)
         started._process.kill()
         for process in processes:
             process.kill()
@@ -75,4 +75,4 @@ def test_nothing_outlives_the_process_that_started_it():
         assert parent.stdout.readline() == "ready\n"
         family = psutil.Process(parent.pid).children(recursive=True)
         parent.kill()
-    until(lambda: not any(process.is_running() and process.status() != "zombie" for process in family))
+    until(lambda: not any(process.is_running() and process.status() != "zombie" for process in family), 30)
