@@ -21,7 +21,7 @@ from assay import stats
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc._calibration import fit_noise
-from assay.poc._noise import law_as_dict
+from assay.poc._noise import MARGIN, law_as_dict
 from assay.poc._verifier import EFFECT
 from assay.reports import dumps, read_json, write_atomic
 
@@ -30,8 +30,6 @@ DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = (32, 5)
 PRESETS = ("poc-2.0", "artifact")
 INSTALLED = Path(__file__).parents[1] / "src" / "assay" / "poc" / "default_noise.json"
-# The stated default has to hold for models and machines that were not measured.
-MARGIN = 2.0
 AUDITS, AUDITED = 4000, 64
 
 

@@ -3,17 +3,20 @@
 Both presets prove in turn on the same model and batch shape, in every dtype; every round of turns gives one ratio of
 each kind, and the order alternates. A figure is the median ratio, with its quartiles. *Over the first dtype* compares
 with `poc-2.0` and with the same preset in the first dtype of the list: what it costs to change the number format too.
-Kernels are those of `prove`: compiled where there is CUDA.
+Kernels are those of `prove`, compiled where there is CUDA, unless `--engine` says otherwise.
 
     python benchmarks/hardened_throughput.py -o benchmarks/results/hardened_throughput.json
     python benchmarks/hardened_throughput.py --models shape:qwen3-0.6b --dtypes bfloat16 float16 --batch-size 128 \
         --batches 16 --rounds 10 -o benchmarks/results/hardened_throughput_h200_qwen3-0.6b.json
     python benchmarks/hardened_throughput.py --models shape:llama-3.2-1b --dtypes bfloat16 float16 --batch-size 128 \
         --batches 8 --rounds 8 -o benchmarks/results/hardened_throughput_h200_llama-3.2-1b.json
+    python benchmarks/hardened_throughput.py --engine vllm --dtypes float32 --batches 4 \
+        -o benchmarks/results/hardened_throughput_vllm.json   # with the python that has vLLM
 """
 
 import statistics
 import time
+from contextlib import ExitStack
 
 from _common import note, parser, publish
 
@@ -31,15 +34,28 @@ def seconds(engine, preset, nonces):
     return time.perf_counter() - start
 
 
-def make_engine(reference, dtype, options):
-    model = load_model(reference, dtype=dtype, device=options.device)
+def make_engine(reference, dtype, options, stack):
     shape = {"batch_size": options.batch_size, "seq_len": options.seq_len}
-    return HFEngine(model, **shape, compiled=worth_compiling(model))
+    if options.engine == "vllm":
+        from assay.poc.engines.vllm import VLLMEngine
+
+        share = {"gpu_memory_utilization": 0.8 / len(options.dtypes), "max_model_len": 2 * options.seq_len}
+        return stack.enter_context(VLLMEngine(reference, dtype=dtype, **shape, **share))
+    model = load_model(reference, dtype=dtype, device=options.device)
+    compiled = worth_compiling(model) if options.engine == "auto" else options.engine == "compiled"
+    return HFEngine(model, **shape, compiled=compiled)
 
 
 def measure(reference, options):
     """One row per dtype."""
-    engines = {dtype: make_engine(reference, dtype, options) for dtype in options.dtypes}
+    with ExitStack() as stack:
+        return compare(
+            reference, {dtype: make_engine(reference, dtype, options, stack) for dtype in options.dtypes}, options
+        )
+
+
+def compare(reference, engines, options):
+    """Let the engines prove in turn."""
     nonces = options.batch_size * options.batches
     cases = [(dtype, preset) for dtype in options.dtypes for preset in PRESETS]
     for dtype, preset in cases:
@@ -80,6 +96,7 @@ def main():
     arguments = parser(__doc__)
     arguments.add_argument("--models", nargs="+", default=["reference:qwen3", "reference:llama"])
     arguments.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    arguments.add_argument("--engine", choices=("auto", "eager", "compiled", "vllm"), default="auto")
     arguments.add_argument("--device")
     arguments.add_argument("--batch-size", type=int, default=32)
     arguments.add_argument("--seq-len", type=int, default=256)

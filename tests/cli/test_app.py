@@ -60,8 +60,8 @@ FROZEN = {
         "--batch-size", "--device", "--run-name", "--output", "--json",
     },
     "poc experiment simulate": {
-        "--presets", "--nodes", "--cheating", "--rounds", "--validators", "--checkers", "--checked", "--seed",
-        "--run-name", "--output", "--json",
+        "--presets", "--dtypes", "--nodes", "--cheating", "--rounds", "--validators", "--checkers", "--checked",
+        "--seed", "--run-name", "--output", "--json",
     },
     "vhack check": {
         "--model", "--pairs", "--basis", "--log", "--method", "--k-use", "--alpha", "--seed", "--dtype",

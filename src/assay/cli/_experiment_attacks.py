@@ -76,6 +76,7 @@ def redteam(
 
 def simulate(
     presets: Annotated[str, typer.Option(help="Presets, separated by commas.")] = "poc-2.0,artifact,hardened",
+    dtypes: Annotated[str, typer.Option(help="Dtypes of provers, separated by commas.")] = "bfloat16,float16",
     nodes: Annotated[int, typer.Option(help="Nodes of the network.")] = 10_000,
     cheating: Annotated[float, typer.Option(help="Share of the nodes of each kind of cheater.")] = 0.01,
     rounds: Annotated[int, typer.Option(help="Rounds in the simulated time.")] = 365,
@@ -100,7 +101,7 @@ def simulate(
         checked=checked,
         seed=seed,
     )
-    plan = simulation.SimulationPlan(presets=_listed(presets), network=network)
+    plan = simulation.SimulationPlan(presets=_listed(presets), dtypes=_listed(dtypes), network=network)
     folder = experiments.run_folder(output, run_name)
     with progress_bar("simulating", "presets") as progress:
         simulation.run_simulation(plan, folder, progress=progress)
@@ -112,7 +113,7 @@ def simulate(
         )
         return
     for cell in cells:
-        table(simulation.COLUMNS, simulation.table_rows(cell), title=str(cell["preset"]))
+        table(simulation.COLUMNS, simulation.table_rows(cell), title=f"{cell['preset']}, {cell['dtype']}")
     typer.echo(f"report: {page}")
 
 

@@ -253,7 +253,6 @@ def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
 
 def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> None:
     from assay.poc import Noise
-    from assay.poc._calibration import MANY_DISTANCES
 
     ours, theirs = measured.prover.as_dict(), measured.validator.as_dict()
     other = [f"{name} {ours[name]} / {theirs[name]}" for name in ours if ours[name] != theirs[name]]
@@ -266,8 +265,6 @@ def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> Non
         "confidence": measured.confidence,
         "engines_differ_in": ", ".join(other) or "nothing",
     }
-    if measured.output == "distance" and measured.n < MANY_DISTANCES:
-        values["advice"] = f"distances may have heavy tails: calibrate on {MANY_DISTANCES} nonces (docs/statistics.md)"
     _show("assay.poc.calibrate/1", values, as_json)
 
 

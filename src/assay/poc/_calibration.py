@@ -20,9 +20,6 @@ __all__ = ["Calibration", "calibrate", "fit_noise"]
 KIND = "assay.poc.calibration"
 SCHEMA = 1
 MIN_NONCES = 30
-MANY_DISTANCES = (
-    1000  # from here on heavy tails accuse honest nodes no more often than stated (benchmarks/heavy_tails.py)
-)
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
 LAWS: dict[str, type[Law]] = {
     "distance": stats.ScaleNoise,
@@ -105,8 +102,7 @@ def calibrate(first: Proof, second: Proof) -> Calibration:
     """Measure the noise between the engines of two proofs of the same round.
 
     Residuals are taken over the nonces that both contain. The law is the robust fit of
-    :func:`assay.stats.fit_scale_noise` or :func:`assay.stats.fit_log_noise`, at its upper bound. Distances may have
-    heavy tails, which a thousand nonces show.
+    :func:`assay.stats.fit_scale_noise` or :func:`assay.stats.fit_log_noise`, at its upper bound.
 
     Raises:
         ProofMismatch: other rounds or checkpoints, or fewer than 30 nonces in common.

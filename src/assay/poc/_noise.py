@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from assay.poc._proof import Header
     from assay.poc.engines import Engine
 
-__all__ = ["Law", "Noise", "default_noise", "law_as_dict", "law_from_dict", "noise_for"]
+__all__ = ["MARGIN", "Law", "Noise", "default_noise", "law_as_dict", "law_from_dict", "noise_for"]
 
 Law = stats.ScaleNoise | stats.LogNoise
+
+MARGIN = 2.0
+"""Of the stated defaults over what was measured: they have to hold for models and machines that were not."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ SMALLEST_LOG_SD = 0.1
 
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 _BEYOND = 20  # sample values that must lie above a quantile for it to be trusted
+_BEYOND_HEAVY = 3  # the same where tails may be heavier than the law's: only the far quantiles tell
 _ITERATIONS = 200
 
 
@@ -55,6 +56,7 @@ def fit_scale_noise(
 ) -> NoiseFit[ScaleNoise]:
     """Scale of honest residuals of a distance, by maximum likelihood under Student's t, [N] finite values.
 
+    The upper law also reaches every quantile of the sample, up to that which three values lie beyond.
     The margin uses the Fisher information of ln sigma, 2·dof/(dof + 3) per residual (Lange, Little and Taylor 1989).
     Residuals that are all zero, as on identical hardware, give sigma = `RESOLUTION`.
 
@@ -64,7 +66,7 @@ def fit_scale_noise(
     size_N = np.abs(_honest(residuals, confidence))
     ScaleNoise(1.0, dof, junk_sigma)  # refuses bad parameters before they reach the formulas
     sigma = max(_student_scale(size_N, dof), RESOLUTION)
-    widest = _largest_quantile_ratio(size_N, lambda q: float(stats.t.isf((1 - q) / 2, dof)))
+    widest = _largest_quantile_ratio(size_N, lambda q: float(stats.t.isf((1 - q) / 2, dof)), _BEYOND_HEAVY)
     margin = float(special.ndtri(confidence)) * math.sqrt((dof + 3) / (2 * dof * size_N.size))
     law = ScaleNoise(max(sigma, widest) * math.exp(margin), dof, junk_sigma)
     estimate = ScaleNoise(sigma, dof, junk_sigma)
@@ -91,7 +93,7 @@ def fit_log_noise(
     unit = LogNoise(0.0, 1.0, dimension, tail, floor)
     x_N = np.log(unit.magnitudes(values_N))
     mu = float(np.median(x_N))
-    widest = _largest_quantile_ratio(x_N - mu, lambda q: unit.standard_quantile(1 - q))
+    widest = _largest_quantile_ratio(x_N - mu, lambda q: unit.standard_quantile(1 - q), _BEYOND)
     sd = max(widest, SMALLEST_LOG_SD)
     z, root = float(special.ndtri(confidence)), math.sqrt(x_N.size)
     mu_upper = mu + z * sd * unit.standard_mass / (2 * root)  # the median has standard error 1/(2·f(0)·√n)
@@ -126,9 +128,10 @@ def _student_scale(size_N: FloatArray, dof: float) -> float:
     return math.sqrt(variance)
 
 
-def _largest_quantile_ratio(sample_N: FloatArray, law_quantile: Callable[[float], float]) -> float:
+def _largest_quantile_ratio(sample_N: FloatArray, law_quantile: Callable[[float], float], beyond: int) -> float:
     """Least scale at which the law reaches every trusted upper quantile of the sample."""
-    trusted = [q for q in _QUANTILES if sample_N.size * (1 - q) >= _BEYOND or q == 0.75]
+    furthest = max(0.75, 1 - beyond / sample_N.size)
+    trusted = [q for q in _QUANTILES if q < furthest] + [furthest]
     reached = [(float(np.quantile(sample_N, q)), law_quantile(q)) for q in trusted]
     return max(seen / expected for seen, expected in reached if expected > 0)
 

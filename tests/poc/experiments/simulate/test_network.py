@@ -71,12 +71,31 @@ def test_a_run_is_continued_and_drawn(tmp_path: Path, monkeypatch):
     for name, value in {"HONEST_TRIALS": 2000, "TRIALS": 200, "LIFETIME": 100, "LIFETIMES": 20}.items():
         monkeypatch.setattr(module, name, value)
     network = Network(nodes=300, cheating=0.02, rounds=5, validators=10, checkers=3, checked=8)
-    run_simulation(SimulationPlan(presets=("hardened",), network=network), tmp_path)
+    run_simulation(SimulationPlan(presets=("hardened",), dtypes=("float16",), network=network), tmp_path)
     calls: list[int] = []
-    run_simulation(SimulationPlan(network=network), tmp_path, progress=lambda done, of: calls.append(of))
+    run_simulation(
+        SimulationPlan(dtypes=("float16",), network=network), tmp_path, progress=lambda done, of: calls.append(of)
+    )
     assert calls == [2, 2]
-    assert [cell["preset"] for cell in read_run(tmp_path, "simulate").cells] == ["hardened", "poc-2.0", "artifact"]
-    assert "A network of 300 nodes over 5 rounds" in build_report(tmp_path).read_text()
+    run = read_run(tmp_path, "simulate")
+    assert [cell["preset"] for cell in run.cells] == ["hardened", "poc-2.0", "artifact"]
+    page = build_report(tmp_path).read_text()
+    assert "A network of 300 nodes over 5 rounds" in page
+    assert "hardened, float16" in page
+
+
+def test_weights_of_eight_bits_are_seen_in_float16_only(monkeypatch):
+    for name, value in {"HONEST_TRIALS": 2000, "TRIALS": 200, "LIFETIME": 100, "LIFETIMES": 20}.items():
+        monkeypatch.setattr(module, name, value)
+    network = Network(nodes=1000, cheating=0.02, rounds=20, validators=20, checkers=3, checked=16)
+    paid = {}
+    plan = SimulationPlan()
+    for dtype in plan.dtypes:
+        rows = simulate_network(network, plan.law("poc-2.0", dtype), plan.kinds("poc-2.0", dtype)[:3])
+        found = {row["kind"]: row for row in rows if row["rule"] == "sequential"}
+        assert found["honest"]["convicted"] == 0
+        paid[dtype] = found["int8 weights"]["paid"]
+    assert paid["float16"] < 0.2 < 0.9 < paid["bfloat16"]
 
 
 @pytest.mark.parametrize("wrong", [{"nodes": 0}, {"checkers": 101}, {"cheating": 0.7}, {"rounds": 0}])
@@ -90,3 +109,5 @@ def test_too_many_cheaters_and_odd_presets_are_refused():
         simulate_network(Network(cheating=0.3), LAWS[0], KINDS)
     with pytest.raises(UsageError, match="presets"):
         SimulationPlan(presets=("odd",))
+    with pytest.raises(UsageError, match="dtypes float8"):
+        SimulationPlan(dtypes=("float16", "float8"))

@@ -39,6 +39,7 @@ TRIALS = 4000
 HONEST_TRIALS = 20_000
 LIFETIME = 5000  # nonces for which lifetimes are simulated
 LIFETIMES = 100
+HONEST_LIFETIMES = 20  # times as many of honest nodes, of which one in a thousand may be accused
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -222,11 +223,14 @@ class _Chances:
         most = min(LIFETIME, nonces * self._network.rounds)
         for index, kind in enumerate(kinds):
             here = np.flatnonzero(kind_N == index)
-            trials = LIFETIMES if index else 4 * LIFETIMES
-            crossed_RC = self._crossing(kind, trials, most)
-            first_R = np.where(crossed_RC[:, -1], crossed_RC.argmax(axis=1) + 1.0, np.inf)
+            first_R = np.concatenate([self._first(kind, most) for _ in range(1 if index else HONEST_LIFETIMES)])
             caught_N[here] = np.ceil(self._rng.choice(first_R, here.size) / nonces)
         return caught_N
+
+    def _first(self, kind: Kind, most: int) -> FloatArray:
+        """Return after how many nonces lifetimes of a kind of node end, [R]; infinity for those that do not."""
+        crossed_RC = self._crossing(kind, LIFETIMES, most)
+        return np.where(crossed_RC[:, -1], crossed_RC.argmax(axis=1) + 1.0, np.inf)
 
     def _crossing(self, kind: Kind, trials: int, checked: int) -> BoolArray:
         """Whether nodes of a kind have been accused after each of their nonces, [R, C]."""

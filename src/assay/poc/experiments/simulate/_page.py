@@ -26,8 +26,9 @@ def draw(report: Report, run: RunRecords) -> None:
         "drew before they were convicted. An honest node should be paid 1."
     )
     for cell in run.cells:
-        report.figure(_plot(cell), f"{cell['preset']}: share of invented nonces that is paid for, by verdict rule.")
-        report.table(COLUMNS, table_rows(cell), caption=cell["preset"])
+        name = f"{cell['preset']}, {cell['dtype']}"
+        report.figure(_plot(cell), f"{name}: share of invented nonces that is paid for, by verdict rule.")
+        report.table(COLUMNS, table_rows(cell), caption=name)
 
 
 def table_rows(cell: JsonObject) -> list[list[Cell]]:
