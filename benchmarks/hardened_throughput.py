@@ -39,8 +39,9 @@ def make_engine(reference, dtype, options, stack):
     if options.engine == "vllm":
         from assay.poc.engines.vllm import VLLMEngine
 
-        share = {"gpu_memory_utilization": 0.8 / len(options.dtypes), "max_model_len": 2 * options.seq_len}
-        return stack.enter_context(VLLMEngine(reference, dtype=dtype, **shape, **share))
+        limits = {"gpu_memory_utilization": 0.8 / len(options.dtypes), "max_model_len": 2 * options.seq_len}
+        limits |= {"max_num_batched_tokens": options.batched_tokens} if options.batched_tokens else {}
+        return stack.enter_context(VLLMEngine(reference, dtype=dtype, **shape, **limits))
     model = load_model(reference, dtype=dtype, device=options.device)
     compiled = worth_compiling(model) if options.engine == "auto" else options.engine == "compiled"
     return HFEngine(model, **shape, compiled=compiled)
@@ -97,6 +98,7 @@ def main():
     arguments.add_argument("--models", nargs="+", default=["reference:qwen3", "reference:llama"])
     arguments.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     arguments.add_argument("--engine", choices=("auto", "eager", "compiled", "vllm"), default="auto")
+    arguments.add_argument("--batched-tokens", type=int, help="positions of a step of vLLM")
     arguments.add_argument("--device")
     arguments.add_argument("--batch-size", type=int, default=32)
     arguments.add_argument("--seq-len", type=int, default=256)

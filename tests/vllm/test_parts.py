@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from assay import streams
 from assay.errors import UsageError
 from assay.poc import Round
+from assay.poc._transforms import weighted_sum
 from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines.vllm import FlowSettings, WorkerExtension, _extension, _rows, plugin
 from assay.poc.engines.vllm._client import _decode
@@ -326,7 +327,7 @@ def test_values_cross_the_process_as_bytes(shape):
 
 def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_extension, "MAX_VALUES", 2 * 8 * 16)  # two nonces at once
-    monkeypatch.setattr(_extension, "_is_first_stage", lambda: True)
+    monkeypatch.setattr(_extension, "is_first_stage", lambda: True)
     steps: list[object] = []
     runner = SimpleNamespace(device=torch.device("cpu"), execute_model=steps.append, sample_tokens=None)
     model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16)
@@ -350,3 +351,32 @@ def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monk
             alone = noise_inputs(backend, keys[key].round, [nonce], seq_len=8, hidden_size=16, dtype="float32")[0]
             assert torch.equal(request.prompt_embeds, alone)
             assert request.prompt_is_token_ids == [False] * 8
+
+
+def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
+    """Three steps: whole prompts beside halves of others, in groups of two, with the states of a stranger between."""
+    monkeypatch.setattr(_extension, "MAX_SUMMED", 2 * 8 * 16)
+    runner = SimpleNamespace(device=torch.device("cpu"), execute_model=None, sample_tokens=lambda: None)
+    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16, get_vocab_size=lambda: 32)
+    hooks = Hooks(runner, SimpleNamespace(model_config=model))
+    key, spec = new_key(), Spec(Round(block_hash="b", public_key="k", seq_len=8, preset="hardened"), "hardened")
+    hooks.rows.open(key, spec)
+    states_BTD = torch.randn(5, 8, 16, generator=torch.Generator().manual_seed(0))
+    weights_BT = hooks._transform(spec).weights(range(5), 8)
+    steps = [[(0, 0, 8), (3, 0, 5), (1, 0, 8)], [(4, 0, 5), (2, 0, 8)], [(3, 5, 8), (4, 5, 8)]]
+    for nonce in range(5):
+        hooks.rows.mark_filled(key, nonce)
+    for step in steps:
+        parts, found, start = [torch.full((3, 16), float("nan"))], [Chunk("stranger", 0, 3, 0, 3)], 3
+        for nonce, begin, end in step:
+            parts.append(states_BTD[nonce, begin:end])
+            found.append(Chunk(request_id(key, nonce), start, end - begin, begin, 8))
+            start += end - begin
+        left = torch.cat(parts), iter(found)
+        monkeypatch.setattr(_extension, "chunks", lambda _, left=left: left)
+        runner.sample_tokens()
+    assert (hooks.errors, hooks.failed) == (0, {})
+    nonces, rows = hooks.rows.take(key, range(5))
+    assert nonces == list(range(5))
+    torch.testing.assert_close(torch.stack(rows), weighted_sum(states_BTD, weights_BT), atol=1e-6, rtol=0)
+    assert not hooks.rows.get(key).sums

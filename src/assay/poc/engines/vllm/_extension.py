@@ -8,7 +8,6 @@ Two functions of the model runner are wrapped on the instance. An exception in e
 every chat, so both catch everything: a nonce that fails is reported as failed when it is collected, chat goes on.
 """
 
-import platform
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -18,18 +17,25 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import AssayError, UsageError
-from assay.poc._transforms import Transform, unit
+from assay.poc._transforms import Transform, weighted_sum
 from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines.vllm._gate import missing_in_runner
-from assay.poc.engines.vllm._rows import Rows, Stream
-from assay.poc.engines.vllm._runners import Chunk, chunks, runner_kind
+from assay.poc.engines.vllm._rows import Rows
+from assay.poc.engines.vllm._runners import Chunk, chunks
 from assay.poc.engines.vllm._tickets import Spec, split_id
+from assay.poc.engines.vllm._worker import describe, hidden_size, is_first_of_group, is_first_stage, is_last_stage
 
 __all__ = ["WorkerExtension"]
 
 MAX_TRANSFORMS = 4
 MAX_VALUES = 2**24
 """Values of inputs that are made at once: vLLM leaves little of a GPU's memory to others."""
+
+MAX_SUMMED = 2**22
+"""Values of states that are summed at once, for which float32 is held three times."""
+
+Piece = tuple[Chunk, int]
+"""The chunk of a nonce, and the nonce."""
 
 
 class WorkerExtension:
@@ -47,7 +53,7 @@ class WorkerExtension:
         problems = missing_in_runner(self.model_runner)
         if not problems and not hasattr(self, "assay_hooks"):
             self.assay_hooks = Hooks(self.model_runner, self.vllm_config)
-        return {"problems": problems, **_describe(self.model_runner, self.vllm_config)}
+        return {"problems": problems, **describe(self.model_runner, self.vllm_config)}
 
     def assay_open(self, key: str, spec: str) -> str | None:
         """Begin a stream of nonces; return what is wrong with it, or None."""
@@ -107,11 +113,11 @@ class Hooks:
         """See :meth:`WorkerExtension.assay_collect`."""
         failed = {str(nonce): self.failed.pop((key, nonce)) for nonce in nonces if (key, nonce) in self.failed}
         stream = self.rows.get(key)
-        if stream is None or not _is_last_stage():
+        if stream is None or not is_last_stage():
             return {"failed": failed}
         found, states = self.rows.take(key, nonces)
         reply: dict[str, Any] = {"failed": failed, "nonces": found, "values": b"", "width": 0, "error": None}
-        if not found or not _is_first_of_group():
+        if not found or not is_first_of_group():
             return reply
         try:
             with torch.inference_mode():
@@ -143,10 +149,10 @@ class Hooks:
             stream = self.rows.get(ticket[0]) if ticket else None
             try:
                 if request.prompt_embeds is not None:
-                    _disarm(request, _hidden_size(self._config))
+                    _disarm(request, hidden_size(self._config))
                 if ticket and stream:
                     _check_length(request, stream.spec.round.seq_len)
-                    if request.prompt_embeds is None and _is_first_stage():
+                    if request.prompt_embeds is None and is_first_stage():
                         empty.setdefault((ticket[0], stream.spec), []).append((ticket[1], request))
                     else:
                         self.rows.mark_filled(*ticket)
@@ -158,7 +164,7 @@ class Hooks:
 
     def _fill_all(self, key: str, spec: Spec, requests: list[tuple[int, Any]]) -> None:
         """Make the inputs of all new nonces of a stream together: on a GPU one copy costs as much as many."""
-        at_once = max(1, MAX_VALUES // (spec.round.seq_len * _hidden_size(self._config)))
+        at_once = max(1, MAX_VALUES // (spec.round.seq_len * hidden_size(self._config)))
         for start in range(0, len(requests), at_once):
             group = requests[start : start + at_once]
             try:
@@ -175,7 +181,7 @@ class Hooks:
     def _inputs(self, spec: Spec, nonces: list[int]) -> Tensor:
         """Return the inputs [B, T, D] of B nonces, on the CPU, from where vLLM takes them."""
         dtype = str(self._config.model_config.dtype).removeprefix("torch.")
-        shape = {"seq_len": spec.round.seq_len, "hidden_size": _hidden_size(self._config)}
+        shape = {"seq_len": spec.round.seq_len, "hidden_size": hidden_size(self._config)}
         if self._side is None:
             return noise_inputs(self._streams, spec.round, nonces, dtype=dtype, **shape)
         # A stream of its own: copying to the CPU then waits for the noise only, not for the step that runs.
@@ -184,43 +190,66 @@ class Hooks:
 
     # After a step: hidden states
 
+    @torch.inference_mode()
     def _capture(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the hidden states of the nonces of this step."""
+        """Keep what is read of the hidden states of the nonces of this step."""
         states_ND, found = chunks(self._runner)
         if states_ND is None:
             return
+        sums: dict[tuple[str, int], list[Piece]] = {}
         for chunk in found:
             ticket = split_id(chunk.request_id)
-            if ticket is None or not self.rows.wants(*ticket):
+            if ticket is None or not self.rows.wants(*ticket) or not chunk.in_prompt:
                 continue
             try:
-                self._keep(states_ND, chunk, *ticket)
+                if self._spec(chunk, ticket[0]).pipeline.read != "last":
+                    sums.setdefault((ticket[0], chunk.in_prompt), []).append((chunk, ticket[1]))
+                elif chunk.ends_prompt:
+                    self.rows.put(*ticket, states_ND[chunk.start + chunk.in_prompt - 1].clone())
             except Exception as error:
                 self._fail(ticket, _words(error))
+        for (key, length), pieces in sums.items():
+            self._add_all(states_ND, key, length, pieces)
 
-    @torch.inference_mode()
-    def _keep(self, states_ND: Tensor, chunk: Chunk, key: str, nonce: int) -> None:
+    def _spec(self, chunk: Chunk, key: str) -> Spec:
+        """Return what a chunk's stream wants.
+
+        Raises:
+            ValueError: the prompt has another length than the round.
+        """
         stream = self.rows.get(key)
-        if stream is None or not chunk.in_prompt:
-            return
+        assert stream is not None  # it wants the nonce
         if chunk.prompt != stream.spec.round.seq_len:
             raise ValueError(f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} positions")
-        end = chunk.start + chunk.in_prompt
-        if stream.spec.pipeline.read == "last":
-            if chunk.ends_prompt:
-                self.rows.put(key, nonce, states_ND[end - 1].clone())
-            return
-        stream.sums[nonce] = self._weighted(states_ND[chunk.start : end], chunk, stream, nonce)
-        if chunk.ends_prompt:
-            self.rows.put(key, nonce, stream.sums.pop(nonce))
+        return stream.spec
 
-    def _weighted(self, states_ND: Tensor, chunk: Chunk, stream: Stream, nonce: int) -> Tensor:
-        """Add the signed unit states of this step to those of the earlier ones."""
-        weights_BT = self._transform(stream.spec).weights([nonce], stream.spec.round.seq_len)
-        assert weights_BT is not None
-        weights_N = weights_BT[0, chunk.computed : chunk.computed + chunk.in_prompt].to(states_ND.device)
-        sum_D: Tensor = weights_N @ unit(states_ND.float())
-        return sum_D if chunk.computed == 0 else stream.sums[nonce] + sum_D
+    def _add_all(self, states_ND: Tensor, key: str, length: int, pieces: list[Piece]) -> None:
+        """Add chunks of one length to the sums over positions, many at once: the host pays for every kernel."""
+        at_once = max(1, MAX_SUMMED // (length * states_ND.shape[1]))
+        for start in range(0, len(pieces), at_once):
+            part = pieces[start : start + at_once]
+            try:
+                self._add(states_ND, key, part)
+            except Exception as error:
+                for _, nonce in part:
+                    self._fail((key, nonce), _words(error))
+
+    def _add(self, states_ND: Tensor, key: str, pieces: list[Piece]) -> None:
+        """Add the signed unit states of chunks of one length to those of the earlier steps."""
+        stream = self.rows.get(key)
+        assert stream is not None
+        drawn_BT = self._transform(stream.spec).weights([nonce for _, nonce in pieces], stream.spec.round.seq_len)
+        assert drawn_BT is not None
+        spans = [(row, chunk, chunk.in_prompt) for row, (chunk, _) in enumerate(pieces)]
+        weights_BN = torch.stack([drawn_BT[row, at.computed : at.computed + length] for row, at, length in spans])
+        states_BND = torch.stack([states_ND[at.start : at.start + length] for _, at, length in spans])
+        sums_BD = weighted_sum(states_BND, weights_BN.to(states_ND.device))
+        for (chunk, nonce), sum_D in zip(pieces, sums_BD, strict=True):
+            sum_D = sum_D if chunk.computed == 0 else stream.sums.pop(nonce) + sum_D
+            if chunk.ends_prompt:
+                self.rows.put(key, nonce, sum_D)
+            else:
+                stream.sums[nonce] = sum_D
 
     def _fail(self, ticket: tuple[str, int], reason: str) -> None:
         self.errors += 1
@@ -234,7 +263,7 @@ class Hooks:
             self._transforms[spec] = Transform(
                 spec.round,
                 spec.pipeline,
-                hidden_size=_hidden_size(self._config),
+                hidden_size=hidden_size(self._config),
                 vocab_size=int(config.get_vocab_size()),
                 device=self._runner.device,
                 trained_head=self._trained_head,
@@ -252,7 +281,7 @@ class Hooks:
         )
 
 
-def _disarm(request: Any, hidden_size: int) -> None:
+def _disarm(request: Any, width: int) -> None:
     """Replace inputs that would do harm by zeros, and say so.
 
     Those of another width would end the engine. NaN and infinity would stay in the blocks of the cache, and spoil
@@ -262,10 +291,10 @@ def _disarm(request: Any, hidden_size: int) -> None:
         ValueError: they were such.
     """
     sent = request.prompt_embeds
-    fits = sent.ndim == 2 and sent.shape[1] == hidden_size
+    fits = sent.ndim == 2 and sent.shape[1] == width
     if fits and bool(torch.isfinite(sent).all()):
         return
-    request.prompt_embeds = torch.zeros(len(sent), hidden_size, dtype=sent.dtype)
+    request.prompt_embeds = torch.zeros(len(sent), width, dtype=sent.dtype)
     what = "that are not finite" if fits else f"of shape {tuple(sent.shape)}"
     raise ValueError(f"inputs {what}")
 
@@ -292,51 +321,3 @@ def _guarded(action: Callable[[], None]) -> str | None:
 
 def _words(error: Exception) -> str:
     return error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"[:300]
-
-
-def _hidden_size(config: Any) -> int:
-    return int(config.model_config.get_hidden_size())
-
-
-def _is_first_stage() -> bool:
-    from vllm.distributed import get_pp_group  # type: ignore[import-not-found]
-
-    return bool(get_pp_group().is_first_rank)
-
-
-def _is_last_stage() -> bool:
-    from vllm.distributed import get_pp_group
-
-    return bool(get_pp_group().is_last_rank)
-
-
-def _is_first_of_group() -> bool:
-    from vllm.distributed import get_tp_group
-
-    return bool(get_tp_group().is_first_rank)
-
-
-def _describe(runner: Any, config: Any) -> dict[str, Any]:
-    parallel, model = config.parallel_config, config.model_config
-    on_cuda = runner.device.type == "cuda"
-    return {
-        "runner": runner_kind(runner),
-        "device": torch.cuda.get_device_name(runner.device)
-        if on_cuda
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": 0 if on_cuda else torch.get_num_threads(),
-        "attention": _attention(runner),
-        "hidden_size": _hidden_size(config),
-        "vocab_size": int(model.get_vocab_size()),
-        "num_layers": int(model.hf_text_config.num_hidden_layers),
-        "tensor_parallel": int(parallel.tensor_parallel_size),
-        "pipeline_parallel": int(parallel.pipeline_parallel_size),
-        "eager": bool(model.enforce_eager),
-    }
-
-
-def _attention(runner: Any) -> str:
-    groups = [group for outer in getattr(runner, "attn_groups", []) for group in outer]
-    names = sorted({str(group.backend.get_name()) for group in groups})
-    return "+".join(names) or "unknown"

@@ -76,7 +76,7 @@ class Rows:
         return stream is not None and nonce in stream.filled
 
     def put(self, key: str, nonce: int, row_D: Tensor) -> None:
-        """Keep the row of a nonce. It must be a copy: what it is a view of would be kept with it."""
+        """Keep the row of a nonce. It must not be a view of a step's states: these would be kept with it."""
         stream = self._streams.get(key)
         if stream is None:
             return
