@@ -17,7 +17,7 @@ from assay.poc import HFEngine, Round, prove
 from assay.stats import SequentialTest, fit_scale_noise
 
 ALPHA, AUDITED, JUDGED, SHARE = 1e-3, 64, 300, 0.02
-SIZES, AUDITS, JUNKED = (30, 64, 192, 512, 1024), 20, 2  # audits with each law, and those of nodes with some junk
+SIZES, AUDITS, JUNKED = (30, 64, 192, 1024, 4096), 20, 2  # audits with each law, and those of nodes with some junk
 
 
 def distances(reference, dtype, options):

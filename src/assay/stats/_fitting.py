@@ -27,7 +27,9 @@ SMALLEST_LOG_SD = 0.1
 
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 _BEYOND = 20  # sample values that must lie above a quantile for it to be trusted
-_BEYOND_HEAVY = 3  # the same where tails may be heavier than the law's: only the far quantiles tell
+# Where tails may be heavier than the law's only far quantiles tell, so few values must do; but a law that reached the
+# largest of thousands would see little.
+_BEYOND_HEAVY, _FURTHEST_HEAVY = 3, 0.985
 _ITERATIONS = 200
 
 
@@ -56,7 +58,7 @@ def fit_scale_noise(
 ) -> NoiseFit[ScaleNoise]:
     """Scale of honest residuals of a distance, by maximum likelihood under Student's t, [N] finite values.
 
-    The upper law also reaches every quantile of the sample, up to that which three values lie beyond.
+    The upper law also reaches the quantiles of the sample, up to 0.985 or to that which three values lie beyond.
     The margin uses the Fisher information of ln sigma, 2·dof/(dof + 3) per residual (Lange, Little and Taylor 1989).
     Residuals that are all zero, as on identical hardware, give sigma = `RESOLUTION`.
 
@@ -66,7 +68,8 @@ def fit_scale_noise(
     size_N = np.abs(_honest(residuals, confidence))
     ScaleNoise(1.0, dof, junk_sigma)  # refuses bad parameters before they reach the formulas
     sigma = max(_student_scale(size_N, dof), RESOLUTION)
-    widest = _largest_quantile_ratio(size_N, lambda q: float(stats.t.isf((1 - q) / 2, dof)), _BEYOND_HEAVY)
+    furthest = min(1 - _BEYOND_HEAVY / size_N.size, _FURTHEST_HEAVY)
+    widest = _largest_quantile_ratio(size_N, lambda q: float(stats.t.isf((1 - q) / 2, dof)), furthest)
     margin = float(special.ndtri(confidence)) * math.sqrt((dof + 3) / (2 * dof * size_N.size))
     law = ScaleNoise(max(sigma, widest) * math.exp(margin), dof, junk_sigma)
     estimate = ScaleNoise(sigma, dof, junk_sigma)
@@ -93,7 +96,7 @@ def fit_log_noise(
     unit = LogNoise(0.0, 1.0, dimension, tail, floor)
     x_N = np.log(unit.magnitudes(values_N))
     mu = float(np.median(x_N))
-    widest = _largest_quantile_ratio(x_N - mu, lambda q: unit.standard_quantile(1 - q), _BEYOND)
+    widest = _largest_quantile_ratio(x_N - mu, lambda q: unit.standard_quantile(1 - q), 1 - _BEYOND / x_N.size)
     sd = max(widest, SMALLEST_LOG_SD)
     z, root = float(special.ndtri(confidence)), math.sqrt(x_N.size)
     mu_upper = mu + z * sd * unit.standard_mass / (2 * root)  # the median has standard error 1/(2·f(0)·√n)
@@ -128,9 +131,9 @@ def _student_scale(size_N: FloatArray, dof: float) -> float:
     return math.sqrt(variance)
 
 
-def _largest_quantile_ratio(sample_N: FloatArray, law_quantile: Callable[[float], float], beyond: int) -> float:
-    """Least scale at which the law reaches every trusted upper quantile of the sample."""
-    furthest = max(0.75, 1 - beyond / sample_N.size)
+def _largest_quantile_ratio(sample_N: FloatArray, law_quantile: Callable[[float], float], furthest: float) -> float:
+    """Least scale at which the law reaches the upper quantiles of the sample, to the furthest that is trusted."""
+    furthest = max(0.75, furthest)
     trusted = [q for q in _QUANTILES if q < furthest] + [furthest]
     reached = [(float(np.quantile(sample_N, q)), law_quantile(q)) for q in trusted]
     return max(seen / expected for seen, expected in reached if expected > 0)
