@@ -23,8 +23,8 @@ KINDS: dict[str, dict[str, tuple[Kind, ...]]] = {
         "hardened": (Kind("int4 weights", 17.0), Kind("int8 weights", 1.4), Kind("three quarters of the work", 14.0)),
     },
     "float16": {
-        "poc-2.0": (Kind("int4 weights", 157.0), Kind("int8 weights", 9.9), Kind("half of the positions", 48.0)),
-        "artifact": (Kind("int4 weights", 157.0), Kind("int8 weights", 9.9), Kind("half of the positions", 48.0)),
+        "poc-2.0": (Kind("int4 weights", 154.0), Kind("int8 weights", 9.7), Kind("half of the positions", 44.0)),
+        "artifact": (Kind("int4 weights", 154.0), Kind("int8 weights", 9.7), Kind("half of the positions", 44.0)),
         "hardened": (Kind("int4 weights", 140.0), Kind("int8 weights", 9.1), Kind("three quarters of the work", 112.0)),
     },
 }
