@@ -149,14 +149,15 @@ def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference
     half, wide = (load_model(reference_model.reference, dtype=d, device="cpu") for d in ("float16", "float32"))
     round = Round(block_hash="b", public_key="k", seq_len=64, preset=preset)
     honest = prove(half, round, range(32))
-    assert verify(honest, wide, prover_dtype="float16").honest
+    agreed = {"prover_dtype": "float16", "seed": 1}  # the order of the nonces may decide the verdict of few
+    assert verify(honest, wide, **agreed).honest
     cheat = prove(cheats.rounded(half, 8), round, range(32))
-    assert verify(cheat, wide, prover_dtype="float16").fraud
+    assert verify(cheat, wide, **agreed).fraud
     lie = stating(cheat, "bfloat16")
-    assert not verify(lie, wide, prover_dtype="bfloat16").fraud
+    assert not verify(lie, wide, prover_dtype="bfloat16", seed=1).fraud
     with pytest.raises(ProofMismatch, match="wanted: one made in float16"):
-        verify(lie, wide, prover_dtype="float16")
-    assert verify(stating(prove(reference_model, round, range(32)), "float16"), wide, prover_dtype="float16").fraud
+        verify(lie, wide, **agreed)
+    assert verify(stating(prove(reference_model, round, range(64)), "float16"), wide, **agreed).fraud
 
 
 def test_hardened_is_made_in_float16_unless_a_network_says_otherwise(proof: Proof, small_model, tmp_path: Path):

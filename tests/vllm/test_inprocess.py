@@ -4,6 +4,7 @@ import asyncio
 import json
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from assay import poc
 from assay.errors import ModelError, ProofMismatch, UsageError
+from assay.models import checkpoint_directory, load_model
 from assay.poc.cheats import rounded
 from assay.poc.engines import HFEngine, TransformingEngine
 from assay.poc.engines.vllm._stream import Stream
@@ -273,3 +275,16 @@ def test_a_proof_names_the_checkpoint_that_it_was_made_from(engine, honest):
     other = replace(honest, digest="0" * 64)
     with pytest.raises(ProofMismatch):
         poc.verify(proof, other)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_proved(tmp_path: Path):
+    from assay.poc.engines.vllm import VLLMEngine
+
+    source = checkpoint_directory("reference:llama")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(source / name)
+    options = {"enforce_eager": True, "max_model_len": 256} | ({"gpu_memory_utilization": 0.1} if ON_GPU else {})
+    with VLLMEngine(str(tmp_path), dtype="float32", batch_size=8, seq_len=SEQ_LEN, **options) as engine:
+        ours = poc.prove(engine.model, make_round(), range(16), engine=engine)
+    theirs = poc.prove(load_model(tmp_path, dtype="float32", device="cpu"), make_round(), range(16), batch_size=8)
+    assert np.abs(published(ours) - published(theirs)).max() <= AGREEMENT["poc-2.0"]

@@ -123,6 +123,7 @@ async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> 
 
     fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
     own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False}
+    own["skip_tokenizer_init"] = True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
     if current_platform.is_cpu() and "gpu_memory_utilization" not in options:
         own["kv_cache_memory_bytes"] = CPU_KV_BYTES
     if not current_platform.is_cpu():  # vLLM forks, and a fork of a process that has asked for a GPU cannot use it
