@@ -25,11 +25,12 @@ SMALLEST_SAMPLE = 16
 SMALLEST_LOG_SD = 0.1
 """Least spread of ln L2 that is believed: 10 % of the distance."""
 
-_QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
-_BEYOND = 20  # sample values that must lie above a quantile for it to be trusted
-# Where tails may be heavier than the law's only far quantiles tell, so few values must do; but a law that reached the
-# largest of thousands would see little.
-_BEYOND_HEAVY, _FURTHEST_HEAVY = 3, 0.985
+_QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98)
+# Measured tails are heavier than those of the laws, and only far quantiles tell, so three values beyond one must do.
+# But a law that reached the largest of thousands would see little, so there is a furthest one. Both were chosen by
+# what laws from 30 to 4096 nonces accuse (benchmarks/heavy_tails.py).
+_BEYOND = 3
+_FURTHEST_SCALE, _FURTHEST_LOG = 0.985, 0.95
 _ITERATIONS = 200
 
 
@@ -68,8 +69,7 @@ def fit_scale_noise(
     size_N = np.abs(_honest(residuals, confidence))
     ScaleNoise(1.0, dof, junk_sigma)  # refuses bad parameters before they reach the formulas
     sigma = max(_student_scale(size_N, dof), RESOLUTION)
-    furthest = min(1 - _BEYOND_HEAVY / size_N.size, _FURTHEST_HEAVY)
-    widest = _largest_quantile_ratio(size_N, lambda q: float(stats.t.isf((1 - q) / 2, dof)), furthest)
+    widest = _largest_quantile_ratio(size_N, lambda q: float(stats.t.isf((1 - q) / 2, dof)), _FURTHEST_SCALE)
     margin = float(special.ndtri(confidence)) * math.sqrt((dof + 3) / (2 * dof * size_N.size))
     law = ScaleNoise(max(sigma, widest) * math.exp(margin), dof, junk_sigma)
     estimate = ScaleNoise(sigma, dof, junk_sigma)
@@ -86,8 +86,8 @@ def fit_log_noise(
 ) -> NoiseFit[LogNoise]:
     """Location and scale of the logarithms of honest L2 distances, [N] finite values, from median and upper quantiles.
 
-    Only the upper half matters for accusations, so only it is fitted; distances that are all below ``floor`` give
-    mu = ln floor and the least spread that is believed.
+    Only the upper half matters for accusations, so only it is fitted: to its quantiles up to 0.95 or to that which
+    three values lie beyond. Distances that are all below ``floor`` give mu = ln floor and the least spread believed.
 
     Raises:
         UsageError: fewer than `SMALLEST_SAMPLE` distances, a non-finite or negative one, or a parameter out of range.
@@ -96,7 +96,7 @@ def fit_log_noise(
     unit = LogNoise(0.0, 1.0, dimension, tail, floor)
     x_N = np.log(unit.magnitudes(values_N))
     mu = float(np.median(x_N))
-    widest = _largest_quantile_ratio(x_N - mu, lambda q: unit.standard_quantile(1 - q), 1 - _BEYOND / x_N.size)
+    widest = _largest_quantile_ratio(x_N - mu, lambda q: unit.standard_quantile(1 - q), _FURTHEST_LOG)
     sd = max(widest, SMALLEST_LOG_SD)
     z, root = float(special.ndtri(confidence)), math.sqrt(x_N.size)
     mu_upper = mu + z * sd * unit.standard_mass / (2 * root)  # the median has standard error 1/(2·f(0)·√n)
@@ -133,7 +133,7 @@ def _student_scale(size_N: FloatArray, dof: float) -> float:
 
 def _largest_quantile_ratio(sample_N: FloatArray, law_quantile: Callable[[float], float], furthest: float) -> float:
     """Least scale at which the law reaches the upper quantiles of the sample, to the furthest that is trusted."""
-    furthest = max(0.75, furthest)
+    furthest = min(1 - _BEYOND / sample_N.size, furthest)
     trusted = [q for q in _QUANTILES if q < furthest] + [furthest]
     reached = [(float(np.quantile(sample_N, q)), law_quantile(q)) for q in trusted]
     return max(seen / expected for seen, expected in reached if expected > 0)
