@@ -39,6 +39,15 @@ def test_upper_scale_follows_the_tail_of_a_small_sample(size: int, quantile: flo
         assert reached >= np.quantile(np.abs(sample), quantile)
 
 
+@pytest.mark.parametrize(("size", "quantile"), [(48, 0.9), (192, 0.95), (1024, 0.95)])
+def test_log_noise_follows_the_tail_of_a_small_sample(size: int, quantile: float):
+    """A narrow core with a tail that falls more slowly than that of the law, as the vectors of one position have it."""
+    for _ in range(50):
+        sample = 0.015 * np.exp(RNG.normal(0, 0.4, size) + RNG.exponential(0.4, size) * (RNG.random(size) < 0.2))
+        law = fit_log_noise(sample).law
+        assert law.survival(np.array([np.quantile(sample, quantile)]))[0] >= 1 - quantile
+
+
 def test_identical_hardware_gives_the_resolution():
     fit = fit_scale_noise(np.zeros(32))
     assert fit.estimate.sigma == RESOLUTION
