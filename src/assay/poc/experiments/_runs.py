@@ -111,7 +111,7 @@ def run_folder(output: Path, name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"run name {name!r:.80}",
-            wanted="1 to 64 letters, digits, dots, dashes and underscores",
+            wanted="a letter or digit, then up to 63 letters, digits, dots, dashes and underscores",
             do="for instance --run-name night-1",
         )
     return output / name
