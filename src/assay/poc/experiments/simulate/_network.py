@@ -26,6 +26,7 @@ from assay import stats
 from assay.errors import UsageError
 from assay.poc._noise import Law
 from assay.poc._verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
+from assay.poc._verifier import EFFECT
 
 __all__ = ["RULES", "Kind", "Network", "simulate_network"]
 
@@ -193,7 +194,7 @@ class _Chances:
     def __init__(self, law: Law, network: Network, rng: np.random.Generator) -> None:
         self._law, self._network, self._rng = law, network, rng
         self._distance = isinstance(law, stats.ScaleNoise)
-        self._test = stats.SequentialTest(law, alpha=ALPHA, effect=4.0 if self._distance else 2.0)
+        self._test = stats.SequentialTest(law, alpha=ALPHA, effect=EFFECT["distance" if self._distance else "vector"])
         honest_N = self._residuals(Kind("honest"), (HONEST_TRIALS,))
         self._threshold = float(np.quantile(honest_N, 0.95))
         self._honest_rate = self._mismatch_rate(honest_N, self._threshold)
