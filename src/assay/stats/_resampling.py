@@ -71,7 +71,7 @@ def group_bootstrap(
             wanted="at least 1 resample and a confidence in (0, 1)",
             do="use the defaults",
         )
-    rows = [[[i for i, g in enumerate(side) if g == label] for label in labels] for side in groups]
+    rows = [_rows_of(labels, side) for side in groups]
     generator = np.random.default_rng(seed)
     draws = [statistic(*_resample(arrays, rows, generator)) for _ in range(n_resamples)]
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -90,6 +90,13 @@ def _common_labels(arrays: Sequence[npt.NDArray[np.generic]], groups: Sequence[S
     if len(labels) < 2:
         raise UsageError(f"{len(labels)} group", wanted="at least 2 groups to draw from", do="add data of other groups")
     return labels
+
+
+def _rows_of(labels: Sequence[object], side: Sequence[object]) -> list[list[int]]:
+    rows: dict[object, list[int]] = {label: [] for label in labels}
+    for row, label in enumerate(side):
+        rows[label].append(row)
+    return list(rows.values())
 
 
 def _resample(

@@ -78,11 +78,12 @@ def _separability(report: Report, model: str, cells: Sequence[JsonObject]) -> No
             f"{cell['int4_residual']:.2g}",
             f"{cell['separation']:.1f}",
             f"{cell['auc']:.3f}",
+            "{:.3f} to {:.3f}".format(*cell["auc_interval"]),
             _rounded(cell["effective_dimension"]),
         ]
         for cell in cells
     ]
-    headers = ("approach", "honest bf16", "int4 weights", "ratio", "AUC", "effective dimension")
+    headers = ("approach", "honest bf16", "int4 weights", "ratio", "AUC", "95 % interval", "effective dimension")
     report.table(headers, rows, caption=f"{model}: residuals against a float32 validator, medians")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from assay.errors import ModelError
+from assay.models import rotate
 from assay.vhack._digest import module_of
 from assay.vhack._svd_cache import SVDCache, weight_svd
 from assay.vhack._targets import target_modules
@@ -212,9 +213,9 @@ class StackedModel:
         for i, (names, norms) in enumerate(zip(self._names, self._norms, strict=True)):
             q, k, v, o, gate, up, down = (self.weights[name].transpose(1, 2) for name in names)
             h_RNH = functional.rms_norm(x_RNH, (hidden,), norms[0], self.eps)
-            k_RNKD = _rotated(torch.bmm(h_RNH, k).view(runs, n, self.key_heads, self.head_dim), cos, sin)
+            k_RNKD = rotate(torch.bmm(h_RNH, k).view(runs, n, self.key_heads, self.head_dim), cos, sin)
             v_RNKD = torch.bmm(h_RNH, v).view(runs, n, self.key_heads, self.head_dim)
-            q_RNQD = _rotated(torch.bmm(h_RNH, q).view(runs, n, self.heads, self.head_dim), cos, sin)
+            q_RNQD = rotate(torch.bmm(h_RNH, q).view(runs, n, self.heads, self.head_dim), cos, sin)
             mixed_RNI = attend(i, q_RNQD, k_RNKD, v_RNKD)
             if keys_only and i == self.n_layers - 1:
                 return x_RNH
@@ -234,11 +235,6 @@ def _names(layer: int, known: list[str]) -> list[str]:
     prefix = f"model.layers.{layer}."
     own = [name for name in known if name.startswith(prefix)]
     return [next(name for name in own if name.endswith(kind)) for kind in _PROJECTIONS]
-
-
-def _rotated(x_RNQD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x_RNQD.chunk(2, dim=-1)
-    return x_RNQD * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def _padding(lengths_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:

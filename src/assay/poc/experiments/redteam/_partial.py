@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.errors import UsageError
-from assay.models import Model, backbone, decoder_layers
+from assay.models import Model, backbone, decoder_layers, rotate
 from assay.poc._transforms import unit
 from assay.poc.experiments.redteam._guess import Guesses
 
@@ -213,9 +213,7 @@ def _heads(x_BAF: Tensor, size: int, norm: Any) -> Tensor:
 
 def _rotate(x_BHAE: Tensor, rotary: Any, positions_A: Tensor) -> Tensor:
     cos_AE, sin_AE = (part[0, positions_A] for part in rotary)
-    first, second = x_BHAE.chunk(2, dim=-1)
-    turned_BHAE: Tensor = x_BHAE * cos_AE + torch.cat([-second, first], dim=-1) * sin_AE
-    return turned_BHAE
+    return rotate(x_BHAE, cos_AE, sin_AE)
 
 
 def _size(layer: Any) -> int:
