@@ -33,6 +33,27 @@ def _approach(name: str, cells: list[dict]) -> str:
     return f"| `{name}` | " + " | ".join(" / ".join(column) for column in columns) + " |"
 
 
+def hook_rows() -> list[str]:
+    """Model and its sizes; honest and int4 residual and the AUC with its interval, of sign flips and of hooks."""
+    rows = []
+    for flips, hooks in hook_cells():
+        sides = " | ".join(
+            f"{cell['honest_residual']:.5f} | {cell['int4_residual']:.4f} | {cell['auc']:.3f} "
+            "({:.3f} to {:.3f})".format(*cell["auc_interval"])
+            for cell in (flips, hooks)
+        )
+        rows.append(f"| `{flips['model']}` | {flips['num_layers']} | {flips['hidden_size']} | {sides} |")
+    return rows
+
+
+def hook_cells() -> list[tuple[dict, dict]]:
+    """Sign flips and hooks with normalisation, of every model that was measured on the GPU, by width."""
+    cells = [cell for run in ("h200", "h200-deep") for cell in read_run(RUNS / run, "approaches").cells]
+    found = {(cell["model"], cell["approach"]): cell for cell in cells}
+    models = sorted(dict.fromkeys(cell["model"] for cell in cells), key=lambda m: found[m, "poc-2.0"]["hidden_size"])
+    return [(found[model, "poc-2.0"], found[model, "layer-normalize"]) for model in models]
+
+
 def matrix_rows(run: str) -> list[str]:
     """Model and mode, the rate of every block, spread, band, p, verdict, throughput."""
     rows = []
@@ -85,13 +106,14 @@ def target_rows() -> list[str]:
     "rows",
     [
         approach_rows("h200"),
+        hook_rows(),
         matrix_rows("h200"),
         throughput_rows("h200"),
         weights_rows("cpu"),
         weights_rows("h200"),
         target_rows(),
     ],
-    ids=["approaches", "matrix", "throughput", "weights", "weights-h200", "r_target"],
+    ids=["approaches", "hooks", "matrix", "throughput", "weights", "weights-h200", "r_target"],
 )
 def test_the_tables_are_those_of_the_results(rows: list[str]):
     page = PAGE.read_text(encoding="utf-8")
@@ -115,5 +137,9 @@ def test_the_claims_of_the_page_hold():
     assert sum(len(block.rates) for c in found.values() for block in c.blocks) == 38
     baseline = [c for c in read_run(RUNS / "h200", "approaches").cells if c["approach"] == "permutation"]
     assert all(c["spreads"][0]["spread"] > 10 * c["spreads"][0]["noise_band"][1] for c in baseline)
+    for flips, hooks in hook_cells():  # hooks with normalisation hurt separability on the wide models, not on the small
+        assert (hooks["auc_interval"][1] < flips["auc_interval"][0]) == (flips["hidden_size"] > 256)
+    low, high = hook_cells()[-1][1]["auc_interval"]
+    assert low < 0.5 < high
     targets = json.loads((ROOT / "benchmarks/results/r_target_h200.json").read_text())
     assert targets["largest_offset_in_standard_errors"] < 2.5

@@ -129,6 +129,33 @@ def test_plans_that_cannot_be(wrong, small_checkpoint):
         plan(small_checkpoint, **wrong)
 
 
+def test_hooks_with_normalisation_leave_nothing_of_the_residual_stream(reference_model):
+    """Without hooks a layer adds less than the stream's length. Held at length one, the stream gets tens of it added."""
+    from assay.models import decoder_layers
+    from assay.poc import HFEngine, Round
+
+    model = load_model(reference_model.reference, dtype="float32", device="cpu")
+    engine = HFEngine(model, batch_size=4, seq_len=16)
+    round = Round(block_hash="block_alpha", public_key="k", seq_len=16, preset="layer-normalize")
+
+    def added(layers: str) -> list[float]:
+        shares: list[float] = []
+
+        def note(_, given, result):
+            shares.append(float(((result - given[0]).norm(dim=-1) / given[0].norm(dim=-1)).median()))
+
+        # Before the engine's own, which turn and shorten what a layer gives.
+        handles = [layer.register_forward_hook(note) for layer in decoder_layers(model.module)]
+        with engine.between_layers(layers, round):
+            engine.last_hidden(engine.inputs(round, range(4)))
+        for handle in handles:
+            handle.remove()
+        return shares
+
+    assert max(added("none")) < 1
+    assert min(added(get_pipeline("layer-normalize").layers)[1:]) > 20
+
+
 def test_reference_models_show_the_published_structure(reference_model):
     """The baseline is off its law in every block; sign flips are not (fp32 is faster here)."""
     from assay.poc import HFEngine, Round
