@@ -28,7 +28,7 @@ def _approach(name: str, cells: list[dict]) -> str:
         [cell["breaks_structure"] for cell in cells],
         [f"{cell['separation']:.0f}" for cell in cells],
         [f"{cell['auc']:.3f}" for cell in cells],
-        [f"{100 * cell['overhead']:.0f}" for cell in cells],
+        [f"{round(100 * cell['overhead'])}" for cell in cells],
     )
     return f"| `{name}` | " + " | ".join(" / ".join(column) for column in columns) + " |"
 
@@ -106,6 +106,7 @@ def target_rows() -> list[str]:
     "rows",
     [
         approach_rows("h200"),
+        approach_rows("h200-shapes"),
         hook_rows(),
         matrix_rows("h200"),
         throughput_rows("h200"),
@@ -113,7 +114,7 @@ def target_rows() -> list[str]:
         weights_rows("h200"),
         target_rows(),
     ],
-    ids=["approaches", "hooks", "matrix", "throughput", "weights", "weights-h200", "r_target"],
+    ids=["approaches", "shapes", "hooks", "matrix", "throughput", "weights", "weights-h200", "r_target"],
 )
 def test_the_tables_are_those_of_the_results(rows: list[str]):
     page = PAGE.read_text(encoding="utf-8")
