@@ -130,7 +130,7 @@ def test_plans_that_cannot_be(wrong, small_checkpoint):
 
 
 def test_hooks_with_normalisation_leave_nothing_of_the_residual_stream(reference_model):
-    """Without hooks a layer adds less than the stream's length. Held at length one, the stream gets tens of it added."""
+    """Without hooks a layer adds less than the stream's length; to a stream held at length one it adds tens of it."""
     from assay.models import decoder_layers
     from assay.poc import HFEngine, Round
 
