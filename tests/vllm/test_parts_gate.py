@@ -1,5 +1,6 @@
 """The gate, and what is refused before anything starts: versions, settings, several servers."""
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.poc.engines.vllm import _gate, plugin, refuse_early
+from assay.poc.engines.vllm import _gate, before_start, plugin
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
@@ -132,10 +133,31 @@ def test_a_command_line_is_refused_before_the_engine_is_loaded(
 ):
     monkeypatch.setattr("sys.argv", ["vllm", "serve", "model", "--port", "8000", *words.split()])
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    refuse_early()
+    before_start()
     monkeypatch.setenv("VLLM_PLUGINS", "other,assay")
     with pytest.raises(UsageError, match=refusal) if refusal else nullcontext():
-        refuse_early()
+        before_start()
+
+
+@pytest.mark.parametrize(
+    ("words", "before", "after"),
+    [
+        ("--dtype float32", None, "ieee"),
+        ("--dtype=float", None, "ieee"),
+        ("--dtype float32", "tf32x3", "tf32x3"),  # somebody has chosen
+        ("--dtype bfloat16", None, None),
+        ("", None, None),
+    ],
+)
+def test_triton_multiplies_float32_as_float32(words: str, before, after, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["vllm", "serve", "model", *words.split()])
+    monkeypatch.setenv("VLLM_PLUGINS", "assay")
+    # Set first, so that what is set during the test is taken back as well.
+    monkeypatch.setenv("TRITON_F32_DEFAULT", before or "")
+    if before is None:
+        monkeypatch.delenv("TRITON_F32_DEFAULT")
+    before_start()
+    assert os.environ.get("TRITON_F32_DEFAULT") == after
 
 
 @pytest.mark.parametrize(("name", "dtype", "words"), [("vlm", None, "hf or vllm"), ("vllm", "int8", "int8 on vLLM")])

@@ -4,11 +4,11 @@
 what both need inside the workers. Nothing here imports vLLM before it is used. docs/vllm.md describes it.
 """
 
-from assay.poc.engines.vllm._early import refuse_early
+from assay.poc.engines.vllm._early import before_start
 from assay.poc.engines.vllm._extension import WorkerExtension
 from assay.poc.engines.vllm._flow import FlowSettings
 from assay.poc.engines.vllm._gate import check_installed
 from assay.poc.engines.vllm._inprocess import VLLMEngine
 from assay.poc.engines.vllm._plugin import plugin
 
-__all__ = ["FlowSettings", "VLLMEngine", "WorkerExtension", "check_installed", "plugin", "refuse_early"]
+__all__ = ["FlowSettings", "VLLMEngine", "WorkerExtension", "before_start", "check_installed", "plugin"]

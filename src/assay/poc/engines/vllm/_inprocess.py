@@ -9,6 +9,7 @@ from typing import Any
 from assay.errors import ModelError, UsageError
 from assay.models import checkpoint_directory, identify
 from assay.poc.engines.vllm._client import Client
+from assay.poc.engines.vllm._early import multiply_exactly
 from assay.poc.engines.vllm._engine import Inputs, RequestEngine, capacity, most_positions
 from assay.poc.engines.vllm._flow import Flow, FlowSettings
 from assay.poc.engines.vllm._gate import check_config, check_installed
@@ -126,10 +127,12 @@ async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> 
     own["skip_tokenizer_init"] = True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
     if current_platform.is_cpu() and "gpu_memory_utilization" not in options:
         own["kv_cache_memory_bytes"] = CPU_KV_BYTES
+    chosen = own | options | fixed
     if not current_platform.is_cpu():  # vLLM forks, and a fork of a process that has asked for a GPU cannot use it
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        multiply_exactly(chosen["dtype"])
     try:
-        config = AsyncEngineArgs(**(own | options | fixed)).create_engine_config()
+        config = AsyncEngineArgs(**chosen).create_engine_config()
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"options of vLLM: {error}"[:500], wanted="its engine arguments", do="see `vllm serve --help`"
