@@ -59,3 +59,20 @@ def test_the_simulated_year_is_what_was_simulated():
             row = f"| {cell['dtype']} | `{cell['preset']}` | {rule} | {' | '.join(map(str, values))} |"
             assert row in page
         assert f" {rows['published', 'honest']['convicted']}" in published
+
+
+def test_what_hardened_costs_with_compiled_kernels_is_what_was_measured():
+    pages = [PAGE, ROOT / "docs" / "decisions" / "hardened-float16.md", RESULTS / "LEADERBOARD.md"]
+    page, decision, leaderboard = (path.read_text(encoding="utf-8") for path in pages)
+    same, across = {}, {}
+    for shape, layers in (("qwen3-0.6b", 28), ("llama-3.2-1b", 16), ("llama-3.1-8b", 32)):
+        name = f"hardened_throughput_h200_{shape}.json"
+        bfloat16, float16 = read_json(RESULTS / name)["cases"]
+        ratios = [f"{case['hardened_over_poc']:.3f}" for case in (bfloat16, float16)]
+        cells = " | ".join(f"**{ratio}**" if float(ratio) < 0.95 else ratio for ratio in ratios)
+        assert f"(../benchmarks/results/{name}) | shape:{shape}, {layers} layers | {cells} |" in page
+        same[layers], across[layers] = ratios[0], f"{float16['hardened_over_first_dtype']['poc-2.0']['middle']:.3f}"
+    assert f"| {same[28]} / {same[16]} / {same[32]} | {across[28]} / {across[16]} / {across[32]} |" in decision
+    assert f"| {same[28]}, {same[32]} and {same[16]} × |" in leaderboard
+    assert f"| {across[28]}, {across[32]} and {across[16]} × |" in leaderboard
+    assert f"{across[28]}, {across[16]} and {across[32]} times as fast as `poc-2.0` in bfloat16" in page

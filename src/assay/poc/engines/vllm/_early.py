@@ -15,8 +15,6 @@ from assay.poc.engines.vllm._gate import check_engines
 
 __all__ = ["before_start", "check_alone", "multiply_exactly"]
 
-TRITON_PRECISION = "TRITON_F32_DEFAULT"
-
 
 def before_start() -> None:
     """Refuse command lines under which no server could own a round, and set what float32 needs.
@@ -50,7 +48,7 @@ def multiply_exactly(dtype: str | None) -> None:
         dtype: what vLLM is told; None where it is not.
     """
     if dtype in ("float32", "float"):
-        os.environ.setdefault(TRITON_PRECISION, "ieee")
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def check_alone(args: Any) -> None:
