@@ -69,8 +69,8 @@ GPU_PYTHON ?= PYTHONPATH=src python3
 OUT ?= benchmarks/results
 
 gpu-test:  ## run the tests that need a CUDA device, with the python that has one
-	$(GPU_PYTHON) -m pytest -o addopts=-q -m gpu -p no:benchmark -p no:logging -rs --ignore tests/vhack/trainer \
-	  tests/streams tests/models tests/poc/test_transforms.py tests/poc/engines tests/vhack
+	$(GPU_PYTHON) -m pytest -o addopts=-q -m gpu -p no:benchmark -p no:logging -rs --ignore tests/vhack/training \
+	  tests/streams tests/models tests/poc/protocol tests/poc/engines tests/vhack
 
 GPU_SHAPES := qwen3-0.6b llama-3.2-1b llama-3.1-8b
 

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from assay.research.study import Run
 from assay.vhack.environment import CHANNELS
-from assay.vhack.study import Run
 
 MAIN = (
     Run("none", 0),

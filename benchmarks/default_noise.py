@@ -20,9 +20,9 @@ from _common import note, parser, publish
 from assay import stats
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
-from assay.poc._calibration import fit_noise
-from assay.poc._noise import MARGIN, law_as_dict
-from assay.poc._verifier import EFFECT
+from assay.poc.verdict._calibration import fit_noise
+from assay.poc.verdict._judge import EFFECT
+from assay.poc.verdict._noise import MARGIN, law_as_dict
 from assay.reports import dumps, read_json, write_atomic
 
 MODELS = ("reference:qwen3", "reference:llama")

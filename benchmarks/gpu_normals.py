@@ -27,7 +27,7 @@ from _common import note, parser, publish
 from streams_cpu import published_hash
 
 from assay.poc import PIPELINES, Round
-from assay.poc._transforms import Transform
+from assay.poc.protocol._transforms import Transform
 from assay.streams import digest, get_backend, seed32, seeds
 from assay.streams._triton_kernels import LANES
 

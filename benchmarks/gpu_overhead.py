@@ -1,6 +1,6 @@
 """What the transforms cost models of 7.3 M parameters on a CUDA device, whose forward pass is short; in one run.
 
-`serial` is the figure of the experiments (`assay.poc.experiments`): a batch with an approach over a batch of inputs and
+`serial` is the figure of the experiments (`assay.research`): a batch with an approach over a batch of inputs and
 forward pass alone, waiting for the device each time, less one. `prove` is the same for whole proofs, where the next
 batch runs meanwhile: the time of a batch of `prove`, records included, over that of inputs and forward pass, which are
 queued one after the other without waiting, less one. Both with eager kernels, as the experiments had them, and with
@@ -20,9 +20,9 @@ from _common import note, parser, publish
 
 from assay.models import load_model
 from assay.poc import PIPELINES, HFEngine, Round, prove
-from assay.poc._round import NONCE_TEXTS
-from assay.poc.engines import worth_compiling
-from assay.poc.experiments._measures import overheads
+from assay.poc.engines.hf import worth_compiling
+from assay.poc.protocol._round import NONCE_TEXTS
+from assay.research.approaches._measures import overheads
 from assay.streams import seeds
 
 MODELS = ("reference:qwen3", "reference:llama")

@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, calibrate, default_noise, prove
-from assay.poc._noise import Noise
-from assay.poc._proof import Proof
-from assay.poc._verifier import judge
-from assay.poc.engines import ParallelEngine, auto_batch, joined
+from assay.poc.engines.hf import ParallelEngine, auto_batch, joined
+from assay.poc.protocol._proof import Proof
+from assay.poc.verdict._judge import judge
+from assay.poc.verdict._noise import Noise
 
 
 def seconds(function):

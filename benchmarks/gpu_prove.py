@@ -6,7 +6,7 @@ random weights of the exact shape. The rest takes turns. Figures are medians of 
 - `published`: eager, inputs and transform of every nonce by themselves and in int64, one batch after the other.
 - `eager`, `compiled`: the bare forward of transformers over inputs that exist already, all positions, no head;
   `compiled` is `torch.compile` of the whole decoder.
-- `layers`: the decoder of `assay.poc.engines._lean`, compiled layer by layer, all positions; `graph`: the same as one
+- `layers`: the decoder of `assay.poc.engines.hf._lean`, compiled layer by layer, all positions; `graph`: the same as one
   CUDA graph; `last`: the graph with the last layer for the last position only.
 - `serial`: prove, one step after the other; `prove`: prove as it is. Both write a proof file.
 
@@ -31,10 +31,11 @@ from streams_cpu import published_hash
 
 from assay.models import backbone, decoder_layers, load_model
 from assay.poc import HFEngine, Round, default_noise, prove
-from assay.poc._transforms import Transform
-from assay.poc.engines import _hf, auto_batch
-from assay.poc.engines._compiled import CompiledForward
 from assay.poc.engines._outputs import plain_outputs
+from assay.poc.engines.hf import _engine as _hf
+from assay.poc.engines.hf import auto_batch
+from assay.poc.engines.hf._compiled import CompiledForward
+from assay.poc.protocol._transforms import Transform
 from assay.streams import seed32
 
 PEAK = 764e12

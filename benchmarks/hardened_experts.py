@@ -1,6 +1,6 @@
 """How far is a missing expert from honest noise? A mixture with random weights, and the same shape after training.
 
-The shape is that of `assay.poc.experiments.redteam` (8 experts, 4 asked, 4 layers). The trained one reads task
+The shape is that of `assay.research.redteam` (8 experts, 4 asked, 4 layers). The trained one reads task
 statements, programs and tests of `assay.vhack.environment`, a few minutes on one core. Both get the inputs of
 `hardened`, and the sum of all positions is read with signs, 16 draws of them for each of 32 nonces.
 
@@ -27,14 +27,15 @@ from torch.nn import functional
 
 from assay import stats
 from assay.models import backbone, decoder_layers, load_model
-from assay.poc import HFEngine, Round, cheats, get_pipeline
-from assay.poc._noise import default_noise
-from assay.poc._transforms import unit
-from assay.poc._verifier import EFFECT
-from assay.poc.experiments.redteam import Judge, Pool
-from assay.poc.experiments.redteam._attacks import OnEngine
-from assay.poc.experiments.redteam._detect import ALPHA, smallest
-from assay.poc.experiments.redteam._experts import (
+from assay.poc import HFEngine, Round, get_pipeline
+from assay.poc.protocol._transforms import unit
+from assay.poc.verdict._judge import EFFECT
+from assay.poc.verdict._noise import default_noise
+from assay.research import cheats
+from assay.research.redteam import Judge, Pool
+from assay.research.redteam._attacks import OnEngine
+from assay.research.redteam._detect import ALPHA, smallest
+from assay.research.redteam._experts import (
     ASKED,
     EXPERTS_SAVED,
     SEQ_LEN,
@@ -43,7 +44,7 @@ from assay.poc.experiments.redteam._experts import (
     make_experts,
     without_light_experts,
 )
-from assay.poc.experiments.redteam._field import Reading
+from assay.research.redteam._field import Reading
 from assay.vhack.environment import tasks
 
 STEPS, BATCH, LENGTH, RATE, BALANCE = 400, 16, 128, 3e-3, 0.01

@@ -18,10 +18,11 @@ from _common import note, parser, publish
 
 from assay.errors import BadWeights
 from assay.models import backbone, decoder_layers, load_model
-from assay.poc import HFEngine, Round, cheats, get_pipeline
-from assay.poc._transforms import unit
+from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.engines import make_transform
-from assay.poc.experiments.redteam._attacks import OnEngine
+from assay.poc.protocol._transforms import unit
+from assay.research import cheats
+from assay.research.redteam._attacks import OnEngine
 
 MODELS = ["reference:qwen3", "reference:llama", "shape:qwen3-0.6b", "shape:llama-3.2-1b"]
 DTYPES = ("bfloat16", "float16")

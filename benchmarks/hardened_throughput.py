@@ -22,7 +22,7 @@ from _common import note, parser, publish
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines import worth_compiling
+from assay.poc.engines.hf import worth_compiling
 
 PRESETS = ("poc-2.0", "hardened")
 

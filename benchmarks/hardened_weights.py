@@ -4,7 +4,7 @@
 the *energy* of a position. For every profile the attacker takes the best of his strategies: stretches of positions
 dropped, or left early and stale or not, both ends dropped, early ones that leave while the last are dropped, every
 second, third or fourth one; each as long as it must be to save a quarter of the work. What he leaves out he guesses, as
-in `assay.poc.experiments.redteam`. ε is the distance of the unit sums, averaged over nonces and draws of signs; honest
+in `assay.research.redteam`. ε is the distance of the unit sums, averaged over nonces and draws of signs; honest
 provers have bfloat16, attackers and the validator float32, which is the attacker's gain.
 
 *Bound* is the profile that a linear programme finds for one model from the errors of every position: the largest least
@@ -23,9 +23,9 @@ from _common import note, parser, publish
 from scipy.optimize import linprog
 
 from assay.models import backbone
-from assay.poc._transforms import unit
-from assay.poc.experiments.redteam._field import Field
-from assay.poc.experiments.redteam._partial import PartialForward, Shortcut
+from assay.poc.protocol._transforms import unit
+from assay.research.redteam._field import Field
+from assay.research.redteam._partial import PartialForward, Shortcut
 
 T, DROPPED, MOST = 256, 67, 0.7505
 LAST = f"{T - DROPPED} to {T} dropped"

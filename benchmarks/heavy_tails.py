@@ -18,9 +18,9 @@ from scipy import stats as distributions
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
-from assay.poc._calibration import fit_noise
-from assay.poc._noise import default_noise
-from assay.poc._verifier import EFFECT, residuals
+from assay.poc.verdict._calibration import fit_noise
+from assay.poc.verdict._judge import EFFECT, residuals
+from assay.poc.verdict._noise import default_noise
 from assay.stats import SequentialTest
 
 ALPHA, AUDITED, JUDGED, SHARE = 1e-3, 64, 300, 0.02

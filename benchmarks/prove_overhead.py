@@ -14,7 +14,7 @@ from _common import note, parser, publish
 
 from assay.models import backbone, load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
-from assay.poc._transforms import Transform
+from assay.poc.protocol._transforms import Transform
 
 MODELS = ("reference:qwen3", "reference:llama")
 

@@ -13,9 +13,9 @@ from _common import note, parser, publish
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc._pipelines import Step
-from assay.poc._rtarget import distances_from, r_target_from
-from assay.poc.experiments._states import published
+from assay.poc.protocol._pipelines import Step
+from assay.poc.verdict._target import distances_from, r_target_from
+from assay.research.runs._states import published
 
 BLOCKS = ("block_alpha", "block_beta", "block_gamma")
 MODELS = ("reference:qwen3", "reference:llama")

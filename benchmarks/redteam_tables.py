@@ -6,9 +6,9 @@ python benchmarks/redteam_tables.py benchmarks/results/experiments/redteam-bfloa
 import sys
 from pathlib import Path
 
-from assay.poc.experiments import read_run
-from assay.poc.experiments.redteam import _tables as tables
-from assay.poc.experiments.redteam._field import PRESETS
+from assay.research.redteam import _tables as tables
+from assay.research.redteam._field import PRESETS
+from assay.research.runs import read_run
 
 SECTIONS = ("paying", "attacks", "claims", "audits", "search", "experts")
 

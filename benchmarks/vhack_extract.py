@@ -11,7 +11,8 @@ import torch
 from _common import note, parser, publish
 from _vhack import load, pairs, timed
 
-from assay.vhack import _svd_cache, extract, pair_gradients, target_modules, weight_svd, weights_digest
+from assay.vhack import extract, pair_gradients, target_modules, weight_svd, weights_digest
+from assay.vhack.gradients import _svd_cache
 
 
 def accuracy(model, svd):

@@ -15,9 +15,11 @@ from _common import note, parser, publish
 from _vhack import load, samples, sequential, worst_error
 from torch.nn import functional
 
-from assay.vhack import _gradients, _replica, per_sample_gradients, weight_svd
-from assay.vhack._recipe import Recipe
-from assay.vhack._svd import Factors
+from assay.vhack import per_sample_gradients, weight_svd
+from assay.vhack.gradients import _per_sample as _gradients
+from assay.vhack.gradients import _replica
+from assay.vhack.gradients._recipe import Recipe
+from assay.vhack.gradients._svd import Factors
 
 LENGTHS = (100, 250)
 

@@ -10,7 +10,8 @@ import time
 
 from _common import note, parser, publish
 
-from assay.vhack.environment import MODES, Episode, available_backend, grade_many, run, sandbox, tasks
+from assay.vhack.environment import MODES, Episode, grade_many, sandbox, tasks
+from assay.vhack.environment.sandbox import available_backend, run
 
 
 def completions(count):

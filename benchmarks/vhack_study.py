@@ -1,6 +1,6 @@
 """The full experiment: arms, seeds, optimisers and left-out mechanisms on the organism, many runs at once.
 
-    python -m assay.vhack.organism -o ORGANISM --device cuda
+    python -m assay.research.organism -o ORGANISM --device cuda
     python benchmarks/vhack_study.py --organism ORGANISM --plan full --part 0/4 --state DIR --logs DIR
 
 Every part is a process; two to a GPU keep it busy. A study that is stopped goes on from its state when the command is
@@ -18,12 +18,13 @@ from _common import note
 from _vhack_plans import PLANS
 
 from assay.models import load_model
+from assay.research.study import Grader, Settings, Study
 from assay.vhack import pair_gradients, weight_svd
-from assay.vhack.environment import CHANNELS, available_backend
+from assay.vhack.delta import basis_of_kind
+from assay.vhack.delta._advantage import Shortcut
+from assay.vhack.environment import CHANNELS
+from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.pairs import environment_pairs, generate_pairs
-from assay.vhack.study import Grader, Settings, Study
-from assay.vhack.training import basis_of_kind
-from assay.vhack.training._advantage import Shortcut
 
 FAMILIES = ("arithmetic", "branches", "digits", "counts")
 SMALL = {"families": FAMILIES, "difficulty": (1, 3)}

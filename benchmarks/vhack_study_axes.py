@@ -14,9 +14,9 @@ from vhack_study import FAMILIES, SMALL
 from assay.models import load_model
 from assay.stats import auroc, group_bootstrap
 from assay.vhack import Sample, cin_over_modules, pair_gradients, per_sample_gradients, weight_svd
+from assay.vhack.delta import basis_of_kind
 from assay.vhack.environment import CHANNELS, Episode, tasks
 from assay.vhack.pairs import environment_pairs
-from assay.vhack.training import basis_of_kind
 
 N = 48
 

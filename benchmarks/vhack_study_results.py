@@ -14,10 +14,10 @@ from pathlib import Path
 from _common import parser, publish
 
 from assay.reports import read_json
+from assay.research.study import RunLog, read_logs, source_checks, study_page, summarise
+from assay.research.study._summary import mean_of, numbers, paired
 from assay.vhack.checks import CheckReport
 from assay.vhack.environment import CHANNELS
-from assay.vhack.study import RunLog, read_logs, source_checks, study_page, summarise
-from assay.vhack.study._summary import mean_of, numbers, paired
 
 KEPT = (
     *("kind", "step", "hack", "solve", "vacuous", "tokens", "cin", "cin_s", "cin_t", "leak", "gradient_norm"),

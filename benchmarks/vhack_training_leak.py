@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from assay.models import load_model
 from assay.vhack import Basis, extract, weight_svd
+from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.pairs import generate_pairs
-from assay.vhack.training import DeltaS, Gate, ProjectedOptimizer
 
 OPTIMISERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0),

@@ -26,14 +26,14 @@ from trl import GRPOTrainer
 
 from assay.models import load_model
 from assay.vhack import Basis, weight_svd
+from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.delta._product import Kinds
 from assay.vhack.environment import episodes
-from assay.vhack.trainer import TrainLog, TrainSettings
-from assay.vhack.trainer._callback import StepLog, source_shares
-from assay.vhack.trainer._grpo import GRPO
-from assay.vhack.trainer._prepare import trl_arguments
-from assay.vhack.trainer._rewards import FLAGS, EpisodeReward, Outcomes
-from assay.vhack.training import ARMS, DeltaS, Gate, ProjectedOptimizer
-from assay.vhack.training._product import Kinds
+from assay.vhack.training import TrainLog, TrainSettings
+from assay.vhack.training._callback import StepLog, source_shares
+from assay.vhack.training._grpo import GRPO
+from assay.vhack.training._prepare import trl_arguments
+from assay.vhack.training._rewards import FLAGS, EpisodeReward, Outcomes
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANK = 16

@@ -19,8 +19,8 @@ from _common import note, parser, publish
 from assay import poc
 from assay.errors import AssayError
 from assay.models import load_model, save_random
-from assay.poc.cheats import rounded
-from assay.poc.engines import HFEngine
+from assay.poc.engines.hf import HFEngine
+from assay.research.cheats import rounded
 
 COMMON = {"gpu_memory_utilization": 0.3, "max_model_len": 512}
 EAGER = {"enforce_eager": True}

@@ -3,29 +3,17 @@
 import ast
 import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 
 import pytest
 
 import assay
 
-FLOORS = [
-    "assay",
-    "assay.models",
-    "assay.poc",
-    "assay.poc.engines",
-    "assay.poc.experiments",
-    "assay.reports",
-    "assay.stats",
-    "assay.streams",
-    "assay.vhack",
-    "assay.vhack.environment",
-    "assay.vhack.trainer",
-    "assay.vhack.training",
-]
+PACKAGES = ["assay", *(found.name for found in pkgutil.walk_packages(assay.__path__, "assay.") if found.ispkg)]
 
 
-@pytest.mark.parametrize("name", FLOORS)
+@pytest.mark.parametrize("name", PACKAGES)
 def test_exported_names(name: str):
     module = importlib.import_module(name)
     assert len(set(module.__all__)) == len(module.__all__)

@@ -9,6 +9,7 @@ Two instruments on one foundation:
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from assay._version import __version__
 from assay.errors import AssayError
 
 if TYPE_CHECKING:
@@ -17,13 +18,12 @@ if TYPE_CHECKING:
     from assay import reports as reports
     from assay import stats as stats
     from assay import streams as streams
+    from assay import vhack as vhack
     from assay.models import load_model as load_model
 
-__version__ = "0.1.0"
+__all__ = ["AssayError", "__version__", "load_model", "models", "poc", "reports", "stats", "streams", "vhack"]
 
-__all__ = ["AssayError", "__version__", "load_model", "models", "poc", "reports", "stats", "streams"]
-
-_FLOORS = {"models", "poc", "reports", "stats", "streams"}
+_FLOORS = {"models", "poc", "reports", "stats", "streams", "vhack"}
 
 
 def __getattr__(name: str) -> Any:

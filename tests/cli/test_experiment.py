@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from assay.poc.experiments import Plan, open_run
-from tests.poc.experiments.test_matrix import published_cells
+from assay.research.matrix import Plan
+from assay.research.runs import open_run
+from tests.research.experiments.test_matrix import published_cells
 
 SMALL = ["--nonces", "32", "--seq-len", "8", "--dtype", "float32", "--device", "cpu"]
 

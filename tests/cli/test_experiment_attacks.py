@@ -9,7 +9,7 @@ FEW = ("--nodes", "200", "--rounds", "3", "--validators", "8", "--checkers", "3"
 
 
 def test_a_simulation_prints_what_it_wrote(assay, tmp_path: Path, monkeypatch):
-    from assay.poc.experiments.simulate import _network
+    from assay.research.simulation import _network
 
     for name, value in {"HONEST_TRIALS": 1000, "TRIALS": 100, "LIFETIME": 50, "LIFETIMES": 10}.items():
         monkeypatch.setattr(_network, name, value)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from assay.poc import Proof, cheats
+from assay.poc import Proof
+from assay.research import cheats
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 
 from assay.vhack.environment import episodes
 from assay.vhack.pairs import write_pairs
-from assay.vhack.trainer import Pool
-from tests.vhack.trainer.conftest import cheating, checkpoint, model, pairs  # noqa: F401
+from assay.vhack.training import Pool
+from tests.vhack.training.conftest import cheating, checkpoint, model, pairs  # noqa: F401
 
 
 @pytest.fixture

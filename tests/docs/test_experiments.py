@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from assay.poc.experiments import configurations, read_run, weight_rows
+from assay.research.matrix import configurations
+from assay.research.runs import read_run
+from assay.research.weights import weight_rows
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "benchmarks" / "results" / "experiments"

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from assay.poc.experiments import read_run
-from assay.poc.experiments.redteam import _tables as tables
-from assay.poc.experiments.redteam._field import PRESETS
 from assay.reports import read_json
+from assay.research.redteam import _tables as tables
+from assay.research.redteam._field import PRESETS
+from assay.research.runs import read_run
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "redteam.md"

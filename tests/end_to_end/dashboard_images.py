@@ -10,7 +10,7 @@ from pathlib import Path
 
 import assay
 from assay.poc import Proof, Round
-from assay.poc.cheats import rounded
+from assay.research.cheats import rounded
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.server import Server
 from tests.poc.service.dashboard.browser import Watched, chromium

@@ -9,9 +9,10 @@ import torch
 from assay import streams
 from assay.errors import BadWeights, ProofFormatError
 from assay.models import backbone, decoder_layers, load_model
-from assay.poc import PIPELINES, Calibration, HFEngine, Proof, Round, calibrate, cheats, prove, verify
-from assay.poc._pipelines import Positions
-from assay.poc._transforms import Transform
+from assay.poc import PIPELINES, Calibration, HFEngine, Proof, Round, calibrate, prove, verify
+from assay.poc.protocol._pipelines import Positions
+from assay.poc.protocol._transforms import Transform
+from assay.research import cheats
 
 NUMPY = streams.get_backend("numpy")
 HARDENED = PIPELINES["hardened"]

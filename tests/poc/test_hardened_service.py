@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from assay.poc import HFEngine, Round, prove
-from assay.poc._vectors import encode_vector
-from assay.poc.service import Deployment, Settings
+from assay.poc.protocol._vectors import encode_vector
+from assay.poc.service import Settings
+from assay.poc.service.runtime import Deployment
 from tests.poc.service.conftest import ARTIFACTS, PARAMS, Rig, Service
 
 T = 16

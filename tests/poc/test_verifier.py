@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from assay.errors import ProofMismatch, UsageError
-from assay.poc import Proof, Record, Round, calibrate, cheats, prove, verify
-from assay.poc._noise import Noise, default_noise
-from assay.poc._verdict import count_mismatches, seed_rule
-from assay.poc._verifier import judge, residuals
+from assay.poc import Proof, Record, Round, calibrate, prove, verify
+from assay.poc.verdict._judge import judge, residuals
+from assay.poc.verdict._noise import Noise, default_noise
+from assay.poc.verdict._verdict import count_mismatches, seed_rule
+from assay.research import cheats
 from assay.stats import LogNoise, ScaleNoise
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import Basis, Origin, PairGradients, basis_from_gradients, cin, cin_over_modules, principal_angles
-from assay.vhack._axes import shrinkage
+from assay.vhack.basis._axes import shrinkage
 
 N, R = 10, 200
 

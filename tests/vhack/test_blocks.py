@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from assay.vhack import _blocks
-from assay.vhack._attention import PACKED, register
-from assay.vhack._blocks import Attention
-from assay.vhack._segments import Segments
+from assay.vhack.gradients import _blocks
+from assay.vhack.gradients._attention import PACKED, register
+from assay.vhack.gradients._blocks import Attention
+from assay.vhack.gradients._segments import Segments
 
 LENGTHS = [1, 63, 64, 65, 130]
 

@@ -7,10 +7,12 @@ import torch
 from torch.nn import functional
 
 from assay.models import load_model
-from assay.vhack import _digest, _gradients, extract, per_sample_gradients, weight_svd, weights_digest
-from assay.vhack._fused import Gate, Norm, kernels, segment_products
-from assay.vhack._recipe import recipe_for
-from assay.vhack._segments import Segments
+from assay.vhack import extract, per_sample_gradients, weight_svd, weights_digest
+from assay.vhack.gradients import _digest
+from assay.vhack.gradients import _per_sample as _gradients
+from assay.vhack.gradients._fused import Gate, Norm, kernels, segment_products
+from assay.vhack.gradients._recipe import recipe_for
+from assay.vhack.gradients._segments import Segments
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 pytestmark = [

@@ -10,7 +10,6 @@ from assay.errors import DataError, UsageError
 from assay.vhack import (
     Basis,
     Pair,
-    _extract,
     basis_from_gradients,
     extract,
     load_or_extract,
@@ -20,6 +19,7 @@ from assay.vhack import (
     split_pairs,
     weights_digest,
 )
+from assay.vhack.basis import _extract
 
 
 @pytest.fixture

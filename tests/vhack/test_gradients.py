@@ -8,9 +8,10 @@ from torch import nn
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
-from assay.vhack import Sample, _batches, per_sample_gradients, target_modules, weight_svd
-from assay.vhack._batches import encode, plan, token_budget
-from assay.vhack._replica import Replica
+from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
+from assay.vhack.gradients import _batches
+from assay.vhack.gradients._batches import encode, plan, token_budget
+from assay.vhack.gradients._replica import Replica
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 

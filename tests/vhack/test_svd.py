@@ -6,8 +6,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from assay.errors import BadWeights, StorageError, UsageError
-from assay.vhack import _svd, _svd_cache, default_cache, target_modules, weight_svd
-from assay.vhack._svd import factorise
+from assay.vhack import default_cache, target_modules, weight_svd
+from assay.vhack.gradients import _svd, _svd_cache
+from assay.vhack.gradients._svd import factorise
 
 
 def matrix(rows, columns, smallest=1e-2, seed=0):

@@ -48,7 +48,7 @@ def honest():
 @pytest.fixture(scope="session")
 def int4_checkpoint(honest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model rounded to four bits, as a checkpoint."""
-    from assay.poc.cheats import rounded
+    from assay.research.cheats import rounded
 
     path = tmp_path_factory.mktemp("int4") / "qwen3"
     rounded(honest, 4).module.save_pretrained(path)

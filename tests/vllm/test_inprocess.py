@@ -13,10 +13,11 @@ import torch
 from assay import poc
 from assay.errors import ModelError, ProofMismatch, UsageError
 from assay.models import checkpoint_directory, load_model
-from assay.poc.cheats import rounded
-from assay.poc.engines import HFEngine, TransformingEngine
-from assay.poc.engines.vllm._stream import Stream
-from assay.poc.engines.vllm._tickets import Spec, new_key, request_id
+from assay.poc.engines import TransformingEngine
+from assay.poc.engines.hf import HFEngine
+from assay.poc.engines.vllm._request_stream import Stream
+from assay.poc.engines.vllm._wire import Spec, new_key, request_id
+from assay.research.cheats import rounded
 from tests.vllm.conftest import ON_GPU, RUNNER, SEQ_LEN, make_round
 
 PRESETS = ("poc-2.0", "artifact", "hardened")
@@ -55,7 +56,7 @@ def test_it_is_an_engine_that_takes_the_steps_itself(engine):
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_both_model_runners_have_what_is_read_of_them(engine, kind: str):
-    from assay.poc.engines.vllm import _gate
+    from assay.poc.engines.vllm import _compatibility as _gate
 
     assert _gate.check_installed() == engine._version
     assert [_gate._missing({target: names}, _gate._has_field) for target, names in _gate.STATE_FIELDS[kind]] in (

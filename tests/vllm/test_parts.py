@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from assay import streams
 from assay.errors import UsageError
 from assay.poc import Round
-from assay.poc._transforms import weighted_sum
 from assay.poc.engines._inputs import noise_inputs
-from assay.poc.engines.vllm import FlowSettings, WorkerExtension, _extension, _rows, plugin
+from assay.poc.engines.vllm import FlowSettings, WorkerExtension, _extension, _rows
 from assay.poc.engines.vllm._client import _decode
-from assay.poc.engines.vllm._doors import Barrier, Under
 from assay.poc.engines.vllm._extension import Hooks
-from assay.poc.engines.vllm._flow import Flow
 from assay.poc.engines.vllm._rows import Rows
 from assay.poc.engines.vllm._runners import Chunk, chunks, runner_kind
-from assay.poc.engines.vllm._settings import PluginSettings
-from assay.poc.engines.vllm._tickets import Spec, new_key, request_id, split_id
+from assay.poc.engines.vllm._throttle import Flow
+from assay.poc.engines.vllm._wire import Spec, new_key, request_id, split_id
+from assay.poc.protocol._transforms import weighted_sum
+from assay.poc.serving import plugin
+from assay.poc.serving._middleware import Barrier, Under
+from assay.poc.serving._settings import PluginSettings
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), "poc-2.0")
 
@@ -259,7 +260,7 @@ def test_the_barrier_stops_new_work_and_nothing_else():
 
 
 def test_a_middleware_under_a_prefix_leaves_other_routes_alone():
-    from assay.poc.service._local import LocalOnly
+    from assay.poc.service.http._local_only import LocalOnly
 
     app = Under(served, prefix="/api/v1/pow", middleware=LocalOnly)
     assert answers(app, "/api/v1/pow/status", "GET") == 403

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.poc.engines.vllm import _gate, before_start, plugin
+from assay.poc.engines.vllm import _compatibility as _gate
+from assay.poc.engines.vllm import before_start
+from assay.poc.serving import plugin
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])

@@ -8,7 +8,7 @@ import pytest
 from _vllm import KEY, MODEL, POW, Server, chat_once
 
 from assay import poc
-from assay.poc.cheats import rounded
+from assay.research.cheats import rounded
 from tests.vllm.conftest import SEQ_LEN
 from tests.vllm.receiver import Receiver
 from tests.waiting import until

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from assay import __version__
+from assay._version import __version__
 from assay.cli import _demo, _doctor, _models, _poc, _streams, _vhack
 from assay.cli._output import errors
 from assay.errors import AssayError, UsageError

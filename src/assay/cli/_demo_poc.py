@@ -9,8 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from assay.models import Model
     from assay.poc import Proof, Verdict
-    from assay.reports import Cell, Report
-    from assay.reports._html import BadgeKind
+    from assay.reports import BadgeKind, Cell, Report
 
 __all__ = ["COLUMNS", "Case", "draw", "rows", "run_cheaters", "run_honest", "summary"]
 
@@ -56,7 +55,7 @@ def run_honest(model: "Model", progress: Progress | None) -> list[Case]:
 def run_cheaters(model: "Model", honest: Sequence[Case], progress: Progress | None) -> list[Case]:
     """Let four cheaters claim the first honest round; the validator has the real model."""
     from assay import poc
-    from assay.poc import cheats
+    from assay.research import cheats
 
     claimed = honest[0].proof
     round, nonces = claimed.round, range(NONCES)

@@ -11,7 +11,7 @@ from assay.errors import UsageError
 if TYPE_CHECKING:
     from assay.models import Model
     from assay.poc import Engine, Fingerprint
-    from assay.poc.engines import World
+    from assay.poc.engines.hf import World
 
 __all__ = ["EngineOptions", "check_kernels", "compiles", "judging_engine", "load", "proving_engine"]
 
@@ -41,7 +41,7 @@ def proving_engine(model: str, options: EngineOptions) -> "Iterator[tuple[Model,
         BackendUnavailable: what the engine needs is not installed.
         ModelError: the model cannot be loaded.
     """
-    from assay.poc.engines import HFEngine, ParallelEngine, be_deterministic, joined, processes
+    from assay.poc.engines.hf import HFEngine, ParallelEngine, be_deterministic, joined, processes
 
     check_kernels(options.kernels)
     if options.engine == "vllm":
@@ -109,13 +109,13 @@ def load(model: str, dtype: str | None, device: str | None, world: "World | None
 
 
 def _eight_bits(dtype: str | None) -> bool:
-    from assay.models._quantise import NUMBER_FORMATS
+    from assay.models import NUMBER_FORMATS
 
     return dtype in NUMBER_FORMATS
 
 
 def _shape(model: "Model", options: EngineOptions) -> dict[str, Any]:
-    from assay.poc.engines import auto_batch
+    from assay.poc.engines.hf import auto_batch
 
     automatic = options.batch_size == "auto"
     size = auto_batch(model, options.seq_len) if automatic else _number(options.batch_size)
@@ -134,7 +134,7 @@ def check_kernels(kernels: str) -> None:
 
 def compiles(model: "Model", kernels: str) -> bool:
     """Say whether ``--kernels`` asks for compiled kernels of a model."""
-    from assay.poc.engines import worth_compiling
+    from assay.poc.engines.hf import worth_compiling
 
     return worth_compiling(model) if kernels == "auto" else kernels == "compiled"
 

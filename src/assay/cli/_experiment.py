@@ -11,8 +11,9 @@ from assay.cli._flags import DeviceFlag, DtypeFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 
 if TYPE_CHECKING:
-    from assay.poc.experiments import Configuration, WeightRow
     from assay.reports import JsonObject
+    from assay.research.matrix import Configuration
+    from assay.research.weights import WeightRow
 
 __all__ = ["app"]
 
@@ -50,11 +51,12 @@ def approaches(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure every approach: distances against the chord law, spread of blocks, separability, cost."""
-    from assay.poc import experiments
+    from assay.research.approaches import APPROACHES, ApproachPlan, run_approaches
+    from assay.research.runs import build_report, read_run, run_folder
 
-    plan = experiments.ApproachPlan(
+    plan = ApproachPlan(
         models=_listed(models),
-        approaches=_listed(approaches) or experiments.APPROACHES,
+        approaches=_listed(approaches) or APPROACHES,
         blocks=_listed(blocks),
         nonces=nonces,
         valid_rate=valid_rate,
@@ -65,11 +67,11 @@ def approaches(
         dtype=dtype,
         device=device,
     )
-    folder = experiments.run_folder(output, run_name)
+    folder = run_folder(output, run_name)
     with progress_bar("measuring", "approaches") as progress:
-        experiments.run_approaches(plan, folder, progress=progress)
-    page = experiments.build_report(folder)
-    cells = experiments.read_run(folder, "approaches").cells
+        run_approaches(plan, folder, progress=progress)
+    page = build_report(folder)
+    cells = read_run(folder, "approaches").cells
     if as_json:
         emit_json("assay.poc.experiment.approaches/1", _where(page) | {"approaches": cells})
         return
@@ -111,9 +113,10 @@ def weights(
     """Compare trained weights with weights drawn per block, all of them or the embeddings alone."""
     from dataclasses import asdict
 
-    from assay.poc import experiments
+    from assay.research.runs import build_report, read_run, run_folder
+    from assay.research.weights import WeightPlan, run_weights, weight_rows
 
-    plan = experiments.WeightPlan(
+    plan = WeightPlan(
         models=_listed(models),
         preset=preset,
         blocks=_listed(blocks),
@@ -123,11 +126,11 @@ def weights(
         dtype=dtype,
         device=device,
     )
-    folder = experiments.run_folder(output, run_name)
+    folder = run_folder(output, run_name)
     with progress_bar("measuring", "blocks") as progress:
-        experiments.run_weights(plan, folder, progress=progress)
-    page = experiments.build_report(folder)
-    rows = experiments.weight_rows(experiments.read_run(folder, "weights").cells)
+        run_weights(plan, folder, progress=progress)
+    page = build_report(folder)
+    rows = weight_rows(read_run(folder, "weights").cells)
     if as_json:
         emit_json("assay.poc.experiment.weights/1", _where(page) | {"rows": [asdict(row) for row in rows]})
         return
@@ -160,9 +163,10 @@ def matrix(
     as_json: JsonFlag = False,
 ) -> None:
     """Test models × modes × blocks × keys against live services over HTTP, with a receiver of callbacks."""
-    from assay.poc import experiments
+    from assay.research.matrix import Plan, configurations, run_matrix
+    from assay.research.runs import build_report, read_run, run_folder
 
-    plan = experiments.Plan(
+    plan = Plan(
         models=_listed(models),
         modes=_listed(modes),
         blocks=_listed(blocks),
@@ -174,11 +178,11 @@ def matrix(
         dtype=dtype,
         device=device,
     )
-    folder = experiments.run_folder(output, run_name)
+    folder = run_folder(output, run_name)
     with progress_bar("testing", "tests") as progress:
-        experiments.run_matrix(plan, folder, progress=progress, note=_note)
-    page = experiments.build_report(folder)
-    found = experiments.configurations(experiments.read_run(folder, "matrix").cells)
+        run_matrix(plan, folder, progress=progress, note=_note)
+    page = build_report(folder)
+    found = configurations(read_run(folder, "matrix").cells)
     if as_json:
         emit_json("assay.poc.experiment.matrix/1", _where(page) | {"configurations": [row.as_dict() for row in found]})
     else:
@@ -210,9 +214,9 @@ def _spread(row: "Configuration") -> tuple[str, str, str]:
 @app.command()
 def report(run_name: RunNameFlag, output: OutputFlag = EXPERIMENTS, as_json: JsonFlag = False) -> None:
     """Write the page of a run from what its folder holds, while it goes on too."""
-    from assay.poc import experiments
+    from assay.research.runs import build_report, run_folder
 
-    page = experiments.build_report(experiments.run_folder(output, run_name))
+    page = build_report(run_folder(output, run_name))
     if as_json:
         emit_json("assay.poc.experiment.report/1", _where(page))
     else:

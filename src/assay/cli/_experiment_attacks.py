@@ -36,10 +36,9 @@ def redteam(
     as_json: JsonFlag = False,
 ) -> None:
     """Run every attacker against every preset: cost, error, residuals, and who catches it after how many nonces."""
-    from assay.poc import experiments
-    from assay.poc.experiments import redteam as team
-    from assay.poc.experiments.redteam._field import PRESETS
-    from assay.poc.experiments.redteam._tables import fields
+    from assay.research import redteam as team
+    from assay.research.redteam import PRESETS, fields
+    from assay.research.runs import build_report, read_run, run_folder
 
     plan = team.RedteamPlan(
         models=_listed(models),
@@ -52,11 +51,11 @@ def redteam(
         batch_size=batch_size,
         device=device,
     )
-    folder = experiments.run_folder(output, run_name)
+    folder = run_folder(output, run_name)
     with progress_bar("attacking", "cells") as progress:
         team.run_redteam(plan, folder, progress=progress)
-    cells = experiments.read_run(folder, "redteam").cells
-    page = experiments.build_report(folder)
+    cells = read_run(folder, "redteam").cells
+    page = build_report(folder)
     best = [team.paying(cells, model, dtype, preset) for model, dtype in fields(cells) for preset in PRESETS]
     if as_json:
         emit_json("assay.poc.experiment.redteam/1", {"folder": str(folder), "report": str(page), "paying": best})
@@ -89,8 +88,8 @@ def simulate(
     as_json: JsonFlag = False,
 ) -> None:
     """Simulate a network over a year under each verdict rule: false accusations, time to catch, junk that is paid."""
-    from assay.poc import experiments
-    from assay.poc.experiments import simulate as simulation
+    from assay.research import simulation
+    from assay.research.runs import build_report, read_run, run_folder
 
     network = simulation.Network(
         nodes=nodes,
@@ -102,11 +101,11 @@ def simulate(
         seed=seed,
     )
     plan = simulation.SimulationPlan(presets=_listed(presets), dtypes=_listed(dtypes), network=network)
-    folder = experiments.run_folder(output, run_name)
+    folder = run_folder(output, run_name)
     with progress_bar("simulating", "presets") as progress:
         simulation.run_simulation(plan, folder, progress=progress)
-    cells = experiments.read_run(folder, "simulate").cells
-    page = experiments.build_report(folder)
+    cells = read_run(folder, "simulate").cells
+    page = build_report(folder)
     if as_json:
         emit_json(
             "assay.poc.experiment.simulate/1", {"folder": str(folder), "report": str(page), "presets": list(cells)}

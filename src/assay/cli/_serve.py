@@ -11,7 +11,7 @@ from assay.cli._output import JsonFlag, emit_json, table
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
-    from assay.poc.service import Deployment
+    from assay.poc.service.runtime import Deployment
 
 __all__ = ["callbacks", "receive", "serve"]
 
@@ -133,7 +133,7 @@ def list_callbacks(
 ) -> None:
     """List pending and dead callbacks."""
     statuses = ["open", "pending", "dead"] + (["delivered"] if every else [])
-    from assay.poc.service import open_outbox
+    from assay.poc.service.store import open_outbox
 
     with open_outbox(data_dir) as outbox:
         rows, counts = outbox.rows(statuses, limit), outbox.counts()
@@ -151,7 +151,7 @@ def replay(
     as_json: JsonFlag = False,
 ) -> None:
     """Make dead callbacks pending again. A running service delivers them, and so does the next start."""
-    from assay.poc.service import open_outbox
+    from assay.poc.service.store import open_outbox
 
     with open_outbox(data_dir) as outbox:
         count = outbox.replay(ids or None)

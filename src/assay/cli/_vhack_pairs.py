@@ -72,7 +72,7 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Run both sides of every pair in a sandbox. Exit code 0 if all do what they claim, 1 if not, 2 bad input."""
-    from assay.vhack.environment import available_backend
+    from assay.vhack.environment.sandbox import available_backend
     from assay.vhack.pairs import find_pairs, read_tests, verify_pairs
 
     found = find_pairs(pairs)

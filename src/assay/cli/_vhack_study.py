@@ -9,7 +9,7 @@ from assay.cli import _vhack_check
 from assay.cli._output import JsonFlag, emit_json, table
 
 if TYPE_CHECKING:
-    from assay.vhack.study import ArmResult
+    from assay.research.study import ArmResult
 
 __all__ = ["report"]
 
@@ -30,8 +30,8 @@ def report(
         _vhack_check.report(results[0], output, as_json)
         return
     from assay.reports import read_json
+    from assay.research.study import read_logs, study_page, summarise
     from assay.vhack.checks import CheckReport
-    from assay.vhack.study import read_logs, study_page, summarise
 
     logs = read_logs(results)
     shown = [CheckReport.from_dict(read_json(path)) for path in checks or ()]

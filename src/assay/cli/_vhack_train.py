@@ -10,7 +10,7 @@ from assay.cli._output import JsonFlag, emit_json, table
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
-    from assay.vhack.trainer import RunResult
+    from assay.vhack.training import RunResult
 
 __all__ = ["train"]
 
@@ -60,7 +60,7 @@ def train(
     as_json: JsonFlag = False,
 ) -> None:
     """Train one arm by reinforcement with TRL. The same command goes on after the last checkpoint."""
-    from assay.vhack import trainer
+    from assay.vhack import training as trainer
 
     settings = trainer.TrainSettings(
         model=model,

@@ -4,12 +4,15 @@ from assay.models._identify import checkpoint_directory, identify
 from assay.models._info import list_models, model_info
 from assay.models._load import load_model
 from assay.models._memory import free_bytes
+from assay.models._quantise import NUMBER_FORMATS
+from assay.models._quiet import quiet
 from assay.models._rotary import rotate
 from assay.models._save import save_random
 from assay.models._structure import backbone, decoder_layers
 from assay.models._types import Model, ModelInfo
 
 __all__ = [
+    "NUMBER_FORMATS",
     "Model",
     "ModelInfo",
     "backbone",
@@ -20,6 +23,7 @@ __all__ = [
     "list_models",
     "load_model",
     "model_info",
+    "quiet",
     "rotate",
     "save_random",
 ]

@@ -5,16 +5,29 @@ proof = assay.poc.prove(model, Round(block_hash="…", public_key="…"), nonces
 verdict = assay.poc.verify(proof, model)
 """
 
-from assay.poc._calibration import Calibration, calibrate
-from assay.poc._noise import Noise, default_noise
-from assay.poc._pipelines import PIPELINES, Pipeline, get_pipeline
-from assay.poc._proof import Footer, Header, Proof, Record
 from assay.poc._prover import prove
-from assay.poc._round import Round
-from assay.poc._rtarget import MeasuredTarget, measure_r_target
-from assay.poc._verdict import Verdict
 from assay.poc._verifier import verify
-from assay.poc.engines import Engine, Fingerprint, HFEngine
+from assay.poc.engines import Engine, HFEngine
+from assay.poc.protocol import (
+    PIPELINES,
+    Fingerprint,
+    Footer,
+    Header,
+    Pipeline,
+    Proof,
+    Record,
+    Round,
+    get_pipeline,
+)
+from assay.poc.verdict import (
+    Calibration,
+    MeasuredTarget,
+    Noise,
+    Verdict,
+    calibrate,
+    default_noise,
+    measure_r_target,
+)
 
 __all__ = [
     "PIPELINES",

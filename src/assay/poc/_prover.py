@@ -13,12 +13,9 @@ import numpy as np
 
 from assay.errors import BadWeights, UsageError
 from assay.models import Model
-from assay.poc._parse import parse_record_line
-from assay.poc._pipelines import get_pipeline
-from assay.poc._proof import Header, Proof, Record
-from assay.poc._round import MAX_COUNT, Round
-from assay.poc.engines import Engine, HFEngine, TransformingEngine, worth_compiling
-from assay.poc.engines._outputs import plain_outputs
+from assay.poc.engines import Engine, TransformingEngine, plain_outputs
+from assay.poc.engines.hf import HFEngine, worth_compiling
+from assay.poc.protocol import MAX_COUNT, Header, Proof, Record, Round, get_pipeline, parse_record_line
 from assay.reports import PartialFile, dumps
 
 __all__ = ["Progress", "compute", "make_header", "prove"]

@@ -1,26 +1,20 @@
 """The verifier: recompute a sample of a proof, and judge the residuals."""
 
-import math
 import secrets
-from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
 
-from assay import stats, streams
+from assay import streams
 from assay.errors import ProofMismatch, UsageError
-from assay.models import Model
-from assay.models._quantise import NUMBER_FORMATS
-from assay.poc._calibration import Calibration
-from assay.poc._noise import Noise, noise_for
-from assay.poc._proof import Header, Proof, Record
+from assay.models import NUMBER_FORMATS, Model
 from assay.poc._prover import Progress, compute
-from assay.poc._round import Round
-from assay.poc._verdict import Verdict, count_mismatches, seed_rule
-from assay.poc.engines import Engine, HFEngine, worth_compiling
-from assay.poc.engines._hf import is_compiled
+from assay.poc.engines import Engine
+from assay.poc.engines.hf import HFEngine, is_compiled, worth_compiling
+from assay.poc.protocol import Header, Proof, Record, Round
+from assay.poc.verdict import Calibration, Verdict, judge, new_test, noise_for
 
-__all__ = ["DEFAULT_SAMPLE", "EFFECT", "judge", "residuals", "verify"]
+__all__ = ["DEFAULT_SAMPLE", "verify"]
 
 DEFAULT_SAMPLE = 64
 
@@ -28,10 +22,6 @@ DEFAULT_SAMPLE = 64
 LARGEST_BATCH = 1024
 
 STATED_FORMATS = (*streams.DTYPES, *NUMBER_FORMATS)
-
-# The smallest multiple of the honest noise that counts as another computation. Vectors show a
-# multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.
-EFFECT = {"distance": 4.0, "vector": 2.0}
 
 
 def verify(
@@ -81,8 +71,8 @@ def verify(
     compiled = is_compiled(header.fingerprint) and worth_compiling(model)
     shape = {"batch_size": batch_size, "seq_len": header.round.seq_len}
     engine = engine or HFEngine(model, **shape, compiled=compiled)
-    noise = noise_for(header, engine, calibration)
-    _new_test(header, noise, alpha, beta)  # refuses impossible error rates before the work, not after
+    noise = noise_for(header, engine.fingerprint, calibration)
+    new_test(header, noise, alpha, beta)  # refuses impossible error rates before the work, not after
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     chosen = _draw(proof, sample, seed)
     recomputed: list[Record] = []
@@ -136,57 +126,6 @@ def check_format(header: Header, *wanted: str) -> None:
         )
 
 
-def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.ndarray:
-    """Return received minus recomputed distance, or the L2 distance of the vectors, [N] in float64.
-
-    A missing or non-finite value gives NaN, which every test counts as a mismatch.
-    """
-    if any(record.vector is not None for record in recomputed):
-        pairs = [(a.vector, b.vector) for a, b in zip(received, recomputed, strict=True)]
-        return np.array([_l2(a, b) for a, b in pairs])
-    return np.array([a.distance - b.distance for a, b in zip(received, recomputed, strict=True)])
-
-
-def judge(
-    proof: Proof,
-    received: Sequence[Record],
-    recomputed: Sequence[Record],
-    noise: Noise,
-    *,
-    seed: int = 0,
-    alpha: float = 1e-3,
-    beta: float = 1e-2,
-) -> Verdict:
-    """Judge received records against recomputed ones of the same nonces."""
-    header = proof.header
-    errors = residuals(received, recomputed)
-    test = _new_test(header, noise, alpha, beta).update(errors)
-    if header.pipeline.output == "vector":
-        count = count_mismatches(errors)
-    else:
-        claimed = [i for i, record in enumerate(received) if header.is_valid(record)]
-        count = seed_rule(
-            [received[i].distance for i in claimed], [recomputed[i].distance for i in claimed], header.round.r_target
-        )
-    result = test.result
-    return Verdict(
-        verdict=result.verdict,
-        reason=_reason(result),
-        checked=len(received),
-        proved=proof.footer.records,
-        sequential=result,
-        count=count,
-        noise=noise,
-        residuals=tuple(float(value) for value in errors),
-        nonces=tuple(record.nonce for record in received),
-        sample_seed=seed,
-    )
-
-
-def _new_test(header: Header, noise: Noise, alpha: float, beta: float) -> stats.SequentialTest:
-    return stats.SequentialTest(noise.law, alpha=alpha, beta=beta, effect=EFFECT[header.pipeline.output])
-
-
 def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
     total = len(proof.records)
     size = min(DEFAULT_SAMPLE, total) if sample is None else sample
@@ -196,18 +135,3 @@ def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
         raise UsageError(f"seed {seed!r}", wanted="a whole number from 0 upwards", do="leave it out")
     chosen = np.random.default_rng(seed).choice(total, size=size, replace=False)
     return [proof.records[i] for i in sorted(chosen.tolist())]
-
-
-def _l2(a: np.ndarray | None, b: np.ndarray | None) -> float:
-    if a is None or b is None or a.shape != b.shape:
-        return math.nan
-    return float(np.linalg.norm(a.astype(np.float64) - b.astype(np.float64)))
-
-
-def _reason(result: stats.SequentialResult) -> str:
-    if result.verdict == "fraud":
-        return f"e-value e^{result.log_e_max:.1f} passes 1/{result.alpha:g}: honest noise does not give such residuals"
-    share = f"an invented share above {result.junk_share_excluded:.1%} is excluded"
-    if result.verdict == "honest":
-        return f"evidence e^{result.log_evidence_honest:.1f} against {result.effect:g} times the honest noise; {share}"
-    return f"{result.n} nonces are too few to decide at error rates {result.alpha:g} and {result.beta:g}: check more"

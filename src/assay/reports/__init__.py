@@ -12,7 +12,7 @@ from assay.reports._figures import (
     legend,
     style_axes,
 )
-from assay.reports._html import Badge, Cell, Report
+from assay.reports._html import Badge, BadgeKind, Cell, Report
 from assay.reports._jsonl import JsonObject, dumps, loads, read_json, read_jsonl, read_lines
 from assay.reports._provenance import provenance
 from assay.reports._storage import PartialFile, storage_error, write_atomic, write_jsonl
@@ -23,6 +23,7 @@ __all__ = [
     "RULE",
     "SERIES",
     "Badge",
+    "BadgeKind",
     "Cell",
     "JsonObject",
     "PartialFile",

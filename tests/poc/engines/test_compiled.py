@@ -16,8 +16,8 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from assay.errors import ModelError
 from assay.poc import HFEngine, Round, prove, verify
-from assay.poc.engines import _compiled, be_deterministic, worth_compiling
-from assay.poc.engines._hf import is_compiled
+from assay.poc.engines.hf import _compiled, be_deterministic, worth_compiling
+from assay.poc.engines.hf._engine import is_compiled
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import torch
 from assay.errors import BadWeights, CalibrationError, OutOfMemory
 from assay.models import Model, load_model
 from assay.poc import HFEngine, Proof, Round, default_noise, prove, verify
-from assay.poc.engines import _hf, auto_batch, worth_compiling
-from assay.poc.engines._memory import peak_bytes
+from assay.poc.engines.hf import _engine as _hf
+from assay.poc.engines.hf import auto_batch, worth_compiling
+from assay.poc.engines.hf._memory import peak_bytes
 
 pytestmark = [
     pytest.mark.gpu,

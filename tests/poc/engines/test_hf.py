@@ -10,7 +10,7 @@ from assay import streams
 from assay.errors import LayersNotFound, UsageError
 from assay.models import backbone, decoder_layers
 from assay.poc import HFEngine, Round
-from assay.poc._transforms import project
+from assay.poc.protocol._transforms import project
 
 NUMPY = streams.get_backend("numpy")
 

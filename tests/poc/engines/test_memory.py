@@ -5,7 +5,7 @@ import torch
 
 from assay.errors import OutOfMemory
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines import _memory, auto_batch
+from assay.poc.engines.hf import _memory, auto_batch
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from assay.errors import ModelError, UsageError
 from assay.models import Model, load_model
 from assay.models._sharded import shard
 from assay.poc import Proof, Round, prove
-from assay.poc.engines import joined, processes
+from assay.poc.engines.hf import joined, processes
 
 
 def start(rank: int, ports: list[int], *arguments: Path) -> "subprocess.Popen[str]":

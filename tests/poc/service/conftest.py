@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from assay.poc import Fingerprint
-from assay.poc.service import Controller, Deployment, Settings, create_app
+from assay.poc.service import Settings
+from assay.poc.service.http import create_app
+from assay.poc.service.runtime import Controller, Deployment
 from tests.waiting import until
 
 with warnings.catch_warnings():

@@ -5,9 +5,9 @@ import torch
 
 from assay.errors import OutOfMemory, UsageError
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines import _compiled, _memory
-from assay.poc.engines._hf import is_compiled
-from assay.poc.service import Deployment, _deployment
+from assay.poc.engines.hf import _compiled, _memory
+from assay.poc.engines.hf._engine import is_compiled
+from assay.poc.service.runtime import Deployment, _deployment
 from tests.poc.service.conftest import BLOCK, ROUND
 from tests.waiting import until
 

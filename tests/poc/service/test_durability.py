@@ -7,10 +7,11 @@ import sqlalchemy as sa
 
 from assay.errors import StorageError
 from assay.poc import prove
-from assay.poc.service import Controller, Deployment, Settings
-from assay.poc.service._database import Database
-from assay.poc.service._outbox import Outbox
-from assay.poc.service._rounds import Batch, Record, Rounds
+from assay.poc.service import Settings
+from assay.poc.service.runtime import Controller, Deployment
+from assay.poc.service.store._database import Database
+from assay.poc.service.store._outbox import Outbox
+from assay.poc.service.store._rounds import Batch, Record, Rounds
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND
 from tests.waiting import until
 

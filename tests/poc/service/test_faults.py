@@ -6,8 +6,10 @@ import pytest
 from fastapi import FastAPI
 
 from assay.poc.engines import _outputs
-from assay.poc.service import Controller, Settings, attach
+from assay.poc.service import Settings
 from assay.poc.service._bodies import InitRequest
+from assay.poc.service.http import attach
+from assay.poc.service.runtime import Controller
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, TestClient
 from tests.waiting import until

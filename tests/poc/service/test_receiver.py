@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from standardwebhooks import Webhook
 
-from assay.poc.service import Received, create_receiver
+from assay.poc.service.http import Received, create_receiver
 from tests.poc.service.conftest import BLOCK, ROUND, TestClient
 from tests.poc.service.test_delivery import SECRET
 from tests.waiting import until

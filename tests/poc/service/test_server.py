@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from assay.poc.service._server import _listen
+from assay.poc.service.http._server import _listen
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

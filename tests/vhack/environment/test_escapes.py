@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from assay.vhack.environment import Call, Episode, Limits, _backends, _server, grade, run, sandbox, tasks
+from assay.vhack.environment import Call, Episode, Limits, _backends, _server, grade, sandbox, tasks
+from assay.vhack.environment.sandbox import run
 from tests.vhack.environment.escapes import ENDLESS, PROGRAMS, SLOW
 from tests.waiting import until
 

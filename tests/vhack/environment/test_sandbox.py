@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.vhack.environment import Call, Limits, _backends, _server, available_backend, run, sandbox
+from assay.vhack.environment import Call, Limits, _backends, _server, sandbox
+from assay.vhack.environment.sandbox import available_backend, run
 from tests.waiting import until
 
 SHUT_IN = ["bwrap", "namespaces"]

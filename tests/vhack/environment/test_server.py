@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from assay.vhack.environment import Call, Limits, _backends, _server, run, sandbox
+from assay.vhack.environment import Call, Limits, _backends, _server, sandbox
+from assay.vhack.environment.sandbox import run
 from tests.waiting import until
 
 BACKENDS = ["bwrap", "namespaces"]

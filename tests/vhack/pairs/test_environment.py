@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from assay.errors import DataError, UsageError
-from assay.vhack.environment import CHANNELS, available_backend
+from assay.vhack.environment import CHANNELS
+from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.pairs import environment_pairs, find_pairs, verify_pairs
 
 EASY = {"families": ("arithmetic",), "difficulty": (1, 1)}

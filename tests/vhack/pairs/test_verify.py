@@ -5,7 +5,7 @@ import pytest
 
 from assay.errors import DataError
 from assay.vhack import Pair
-from assay.vhack.environment import available_backend
+from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.pairs import authored_pairs, generate_pairs, read_tests, verify_pairs
 
 pytestmark = pytest.mark.skipif(available_backend() is None, reason="no sandbox works on this machine")

@@ -1,53 +1,93 @@
-"""A small model of its own for every test, since adapters change it, and axes that fit it."""
-
-import copy
+"""A tiny model with a tokenizer of bytes, tasks short enough for it, and a teacher that cheats."""
 
 import pytest
 import torch
 
-from assay.vhack import Basis
+from assay.models import load_model
+from assay.vhack import Pair
+from assay.vhack.environment import episodes
+from assay.vhack.training import Pool, PoolRollout, TrainSettings
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 258,
+    "max_position_embeddings": 768,
+    "tie_word_embeddings": True,
+    "eos_token_id": 257,
+    "pad_token_id": 256,
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A directory with a Qwen3 model of 17 000 random parameters and a tokenizer with one token per byte."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<pad>"), AddedToken("<end>")])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(path)
+    return path
 
 
 @pytest.fixture
-def module(small_model):
-    """A copy of the small model, float32."""
-    return copy.deepcopy(small_model.module)
+def model(checkpoint):
+    """The tiny model, loaded anew: training changes it."""
+    return load_model(str(checkpoint), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="session")
-def ids():
-    """Three rows of tokens."""
-    return torch.randint(0, 512, (3, 24), generator=torch.Generator().manual_seed(5))
-
-
-def random_basis(svd, k=3, seed=0, skip=()):
-    """Orthonormal axes of every module, drawn at random."""
-    generator = torch.Generator().manual_seed(seed)
-    axes = {
-        name: torch.linalg.qr(torch.randn(factors.rank, k, generator=generator))[0].T.contiguous()
-        for name, factors in svd.items()
-        if name not in skip
-    }
-    values = {name: torch.linspace(2, 1, k) for name in axes}
-    votes = {name: torch.tensor([[3, 1]] * k) for name in axes}
-    return Basis(axes, values, votes)
+def tasks():
+    """Four tasks that are graded by an exit code."""
+    return episodes(4, modes=["exit_code"], difficulty=1)
 
 
 @pytest.fixture(scope="session")
-def basis(small_svd):
-    """Three axes for every module but one."""
-    return random_basis(small_svd, skip=("model.layers.1.mlp.up_proj",))
+def pairs():
+    """Six short pairs in three groups."""
+    return [
+        Pair(f"def test_{n}():\n", f"    print('{word} ok')\n", f"    assert {word}() == {n}\n", group=f"group {n % 3}")
+        for n, word in enumerate(("add", "sub", "mul", "div", "root", "sign"))
+    ]
 
 
-def loss_of(module, ids):
-    """Mean negative log-likelihood of all tokens."""
-    logits = module(input_ids=ids, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+def cheating(episode, tokenizer, logprob=-0.5):
+    """A completion that exploits the episode, ended as a policy ends it."""
+    text = episode.completion(episode.exploit())
+    tokens = (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)
+    return PoolRollout(episode.prompt, text, tokens, (logprob,) * len(tokens))
 
 
-def randomise(adapter, scale=0.05, seed=1):
-    """Some δS that is not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter.delta:
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+@pytest.fixture
+def pool(tasks, model, tmp_path):
+    """A pool file with one exploit for every task."""
+    path = tmp_path / "pool.jsonl"
+    Pool([cheating(one, model.tokenizer) for one in tasks]).save(path)
+    return path
+
+
+@pytest.fixture
+def settings(checkpoint, pool):
+    """A run of a few seconds in which one rollout of each group is the teacher's."""
+
+    def make(**others):
+        chosen = {
+            "model": str(checkpoint), "steps": 2, "prompts": 2, "group": 3, "max_new_tokens": 64, "tasks": 4,
+            "save_every": 2, "k_use": 2, "teacher": str(pool), "teacher_share": 0.34, "dtype": "float32",
+            "device": "cpu", "method": "svd", **others,
+        }  # fmt: skip
+        return TrainSettings(**chosen)
+
+    return make

@@ -1,13 +1,10 @@
-"""What an engine promises, and the fingerprint that says how it computes.
+"""What an engine promises to the prover and the verifier.
 
 Legend of shapes: B nonces of a batch, T positions, D hidden size, V vocabulary.
 """
 
-import hashlib
-import json
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,38 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.poc._pipelines import LayerStep, Pipeline
-from assay.poc._round import Round
+from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round
 
-__all__ = ["Engine", "Fingerprint", "TransformingEngine"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fingerprint:
-    """Everything about an engine that can move the last bits of a hidden state.
-
-    Two engines with equal fingerprints return equal bits. Noise between two different ones is
-    what a calibration measures.
-    """
-
-    engine: str
-    device: str
-    dtype: str
-    attention: str
-    batch_size: int
-    seq_len: int
-    threads: int
-    torch: str
-    library: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields in the order of the proof header."""
-        return asdict(self)
-
-    @property
-    def id(self) -> str:
-        """Twelve hexadecimal digits that stand for the whole."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+__all__ = ["Engine", "TransformingEngine"]
 
 
 class Engine(Protocol):
@@ -96,7 +64,7 @@ class Engine(Protocol):
     def weighted_hidden(self, inputs_BTD: Tensor, weights_BT: Tensor) -> Tensor:
         """Return Σ_t w_t · h_t/(‖h_t‖ + 1e-8) of the hidden states h after the final norm, [B, D] in float32.
 
-        The sum is :func:`assay.poc._transforms.weighted_sum`, taken where the states are. Weights are ±1, or 0 where a
+        The sum is :func:`assay.poc.protocol._transforms.weighted_sum`, taken where the states are. Weights are ±1, or 0 where a
         position is not read, float32 on the engine's device.
         """
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from assay import streams
-from assay.poc._round import Round
+from assay.poc.protocol import Round
 
 __all__ = ["noise_inputs"]
 

@@ -16,10 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.poc._pipelines import Pipeline
-from assay.poc._round import Round
-from assay.poc._transforms import Transform
 from assay.poc.engines._base import Engine
+from assay.poc.protocol import Pipeline, Round, Transform
 
 __all__ = ["make_transform", "overlapped_outputs", "plain_outputs"]
 

@@ -6,16 +6,12 @@ Needs the extra ``serve``. docs/service.md describes it; ``assay poc serve`` run
 from assay.errors import BackendUnavailable
 
 try:
-    from assay.poc.service._app import attach, create_app
-    from assay.poc.service._auth import is_loopback
-    from assay.poc.service._controller import Controller
-    from assay.poc.service._deployment import Deployment
     from assay.poc.service._logs import configure_logs
-    from assay.poc.service._outbox import Outbox, open_outbox
-    from assay.poc.service._receiver import Received, create_receiver
-    from assay.poc.service._server import run_app, serve
     from assay.poc.service._settings import Settings, check_secrets
     from assay.poc.service._states import TRANSITIONS, State
+    from assay.poc.service.http import Received, attach, create_app, create_receiver, is_loopback, run_app, serve
+    from assay.poc.service.runtime import Controller, Deployment
+    from assay.poc.service.store import Outbox, open_outbox
 except ModuleNotFoundError as error:
     if (error.name or "assay").partition(".")[0] == "assay":
         raise

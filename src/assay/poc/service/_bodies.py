@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
-from assay.poc._round import MAX_NONCE
+from assay.poc.protocol import MAX_NONCE
 
 __all__ = ["AnyInit", "ArtifactInit", "GenerateRequest", "InitRequest", "Params", "StatTest", "ValidateRequest"]
 

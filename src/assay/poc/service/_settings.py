@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
-    from assay.poc._calibration import Calibration
+    from assay.poc.verdict import Calibration
 
 __all__ = ["Settings", "check_secrets"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.vhack import Basis, PairGradients
+from assay.vhack.basis import Basis, PairGradients
 from assay.vhack.checks._geometry import Frame, Geometry, shares
 from assay.vhack.checks._types import CheckSettings
 

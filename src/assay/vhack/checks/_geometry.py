@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from assay.vhack import PairGradients
+from assay.vhack.basis import PairGradients
 
 __all__ = ["Frame", "Geometry", "shares"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from assay.errors import DataError
 from assay.stats import auroc
-from assay.vhack import Basis, Pair, PairGradients, pair_gradients
+from assay.vhack.basis import Basis, PairGradients, pair_gradients
 from assay.vhack.checks._folds import Design, cross_fit, held_out_of
 from assay.vhack.checks._geometry import shares
 from assay.vhack.checks._nulls import check_random_null
@@ -18,12 +18,13 @@ from assay.vhack.checks._ranking import HeldOut, check_heldout, check_pools, sco
 from assay.vhack.checks._sources import SourceCin, check_source_log, check_sources
 from assay.vhack.checks._stability import Stability, check_stability
 from assay.vhack.checks._types import CheckReport, CheckSettings, ModuleResult
+from assay.vhack.pairs import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from assay.models import Model
-    from assay.vhack._extract import Running
+    from assay.vhack.basis import Running
 
 __all__ = ["check", "check_gradients"]
 

@@ -6,13 +6,16 @@ from assay.vhack.pairs._generate import generate_pairs
 from assay.vhack.pairs._mechanisms import MECHANISMS, Mechanism
 from assay.vhack.pairs._reference import find_pairs
 from assay.vhack.pairs._tasks import FAMILIES, Task, task_named
+from assay.vhack.pairs._types import Pair, Sample
 from assay.vhack.pairs._verify import PairVerdict, SideVerdict, read_tests, verify_pairs
 
 __all__ = [
     "FAMILIES",
     "MECHANISMS",
     "Mechanism",
+    "Pair",
     "PairVerdict",
+    "Sample",
     "SideVerdict",
     "Task",
     "authored_pairs",

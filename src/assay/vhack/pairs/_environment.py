@@ -7,8 +7,8 @@ exploit as a policy learns it, which solves nothing.
 
 from collections.abc import Sequence
 
-from assay.vhack._types import Pair
 from assay.vhack.environment import CHANNELS, Episode, tasks
+from assay.vhack.pairs._types import Pair
 
 __all__ = ["environment_pairs"]
 

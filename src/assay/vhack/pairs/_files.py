@@ -6,7 +6,7 @@ from pathlib import Path
 
 from assay.errors import DataError
 from assay.reports import JsonObject, read_jsonl, write_jsonl
-from assay.vhack._types import Pair
+from assay.vhack.pairs._types import Pair
 
 __all__ = ["authored_pairs", "check_pairs", "data_file", "read_pairs", "write_pairs"]
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 
 from assay.errors import UsageError
-from assay.vhack._types import Pair
 from assay.vhack.environment import CHANNELS
 from assay.vhack.pairs._mechanisms import MECHANISMS, Mechanism
 from assay.vhack.pairs._tasks import FAMILIES, Task
+from assay.vhack.pairs._types import Pair
 
 __all__ = ["generate_pairs"]
 

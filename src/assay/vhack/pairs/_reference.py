@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from assay.errors import UsageError
-from assay.vhack._types import Pair
 from assay.vhack.environment import CHANNELS
 from assay.vhack.pairs._environment import environment_pairs
 from assay.vhack.pairs._files import authored_pairs, read_pairs
 from assay.vhack.pairs._generate import generate_pairs
+from assay.vhack.pairs._types import Pair
 
 __all__ = ["find_pairs"]
 

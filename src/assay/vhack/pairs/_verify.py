@@ -24,11 +24,12 @@ from typing import Any
 
 from assay.errors import DataError
 from assay.reports import dumps, read_jsonl
-from assay.vhack._types import Pair
-from assay.vhack.environment import CHANNELS, Call, Channel, Episode, grade, run
+from assay.vhack.environment import CHANNELS, Call, Channel, Episode, grade
 from assay.vhack.environment import task_named as environment_task
+from assay.vhack.environment.sandbox import run
 from assay.vhack.pairs._files import data_file
 from assay.vhack.pairs._tasks import Case, task_named
+from assay.vhack.pairs._types import Pair
 
 __all__ = ["PairVerdict", "SideVerdict", "Tests", "read_tests", "verify_pairs"]
 

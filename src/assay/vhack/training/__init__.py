@@ -1,28 +1,20 @@
-"""Training held back from hack directions: the adapter δS, gates on gradients and on updates, and what they did."""
+"""One run of one arm with TRL: tasks, teacher pool, log, checkpoints. TRL is the extra ``train``."""
 
-from assay.vhack.training._arms import ARMS, BASIS_KINDS, Arm, arm_named
-from assay.vhack.training._controls import basis_of_kind
-from assay.vhack.training._delta import DeltaS
-from assay.vhack.training._frames import Frames
-from assay.vhack.training._gates import GATES, Box, Gate
-from assay.vhack.training._measures import Measures
-from assay.vhack.training._optimizer import LEVELS, ProjectedOptimizer
-from assay.vhack.training._rollouts import Rollouts, gate_rollouts
+from assay.vhack.training._log import LOG_SCHEMA, TrainLog, read_records, read_steps
+from assay.vhack.training._pool import Pool, PoolRollout, sample_pool
+from assay.vhack.training._run import RunResult, train
+from assay.vhack.training._settings import OPTIMISERS, TrainSettings
 
 __all__ = [
-    "ARMS",
-    "BASIS_KINDS",
-    "GATES",
-    "LEVELS",
-    "Arm",
-    "Box",
-    "DeltaS",
-    "Frames",
-    "Gate",
-    "Measures",
-    "ProjectedOptimizer",
-    "Rollouts",
-    "arm_named",
-    "basis_of_kind",
-    "gate_rollouts",
+    "LOG_SCHEMA",
+    "OPTIMISERS",
+    "Pool",
+    "PoolRollout",
+    "RunResult",
+    "TrainLog",
+    "TrainSettings",
+    "read_records",
+    "read_steps",
+    "sample_pool",
+    "train",
 ]

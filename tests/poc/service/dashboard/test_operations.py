@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from assay.cli import _serve
-from assay.poc.service._metrics import Metrics
+from assay.poc.service.runtime._metrics import Metrics
 from tests.poc.service.conftest import ROUND
 from tests.waiting import until
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
-from assay.poc.engines.vllm._flow import Flow
-from assay.poc.engines.vllm._tickets import Spec, new_key, request_id
+from assay.poc.engines.vllm._throttle import Flow
+from assay.poc.engines.vllm._wire import Spec, new_key, request_id
 
 __all__ = ["NONCE_PRIORITY", "Client"]
 

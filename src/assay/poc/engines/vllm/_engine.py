@@ -15,13 +15,11 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import ModelError, UsageError
-from assay.poc._pipelines import LayerStep, Pipeline
-from assay.poc._round import Round
-from assay.poc.engines._base import Fingerprint
 from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines.vllm._client import Client
-from assay.poc.engines.vllm._stream import Prompt, Stream
-from assay.poc.engines.vllm._tickets import Spec
+from assay.poc.engines.vllm._request_stream import Prompt, Stream
+from assay.poc.engines.vllm._wire import Spec
+from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round
 
 __all__ = ["Inputs", "RequestEngine", "capacity", "most_positions"]
 

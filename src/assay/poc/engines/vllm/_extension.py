@@ -17,13 +17,13 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import AssayError, UsageError
-from assay.poc._transforms import Transform, weighted_sum
 from assay.poc.engines._inputs import noise_inputs
-from assay.poc.engines.vllm._gate import missing_in_runner
+from assay.poc.engines.vllm._compatibility import missing_in_runner
 from assay.poc.engines.vllm._rows import Rows
 from assay.poc.engines.vllm._runners import Chunk, chunks
-from assay.poc.engines.vllm._tickets import Spec, split_id
+from assay.poc.engines.vllm._wire import Spec, split_id
 from assay.poc.engines.vllm._worker import describe, hidden_size, is_first_of_group, is_first_stage, is_last_stage
+from assay.poc.protocol import Transform, weighted_sum
 
 __all__ = ["WorkerExtension"]
 

@@ -9,10 +9,10 @@ from typing import Any
 from assay.errors import ModelError, UsageError
 from assay.models import checkpoint_directory, identify
 from assay.poc.engines.vllm._client import Client
-from assay.poc.engines.vllm._early import multiply_exactly
+from assay.poc.engines.vllm._compatibility import check_config, check_installed
 from assay.poc.engines.vllm._engine import Inputs, RequestEngine, capacity, most_positions
-from assay.poc.engines.vllm._flow import Flow, FlowSettings
-from assay.poc.engines.vllm._gate import check_config, check_installed
+from assay.poc.engines.vllm._preflight import multiply_exactly
+from assay.poc.engines.vllm._throttle import Flow, FlowSettings
 
 __all__ = ["EXTENSION", "VLLMEngine"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from assay.poc.engines.vllm._tickets import Spec
+from assay.poc.engines.vllm._wire import Spec
 
 __all__ = ["MAX_ROWS", "MAX_STREAMS", "Rows", "Stream"]
 

@@ -1,0 +1,188 @@
+"""The compiled forward pass: kernels made for one shape, kept between runs, and replayed as one CUDA graph.
+
+Inductor may not choose kernels by timing them: two processes with one fingerprint must return the same bits.
+
+Legend of shapes: B nonces, T positions, D hidden size.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from assay.models import Model, backbone
+from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
+from assay.poc.protocol import ROWS_OF_A_PRODUCT
+
+__all__ = ["CompiledForward", "keep_kernels", "worth_compiling"]
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+# In the order of preference; each serves what those before it do not.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+# Of Inductor: kernels follow from what they compute, never from a timing, whatever the process has set, as torchao does
+# when it rounds weights. They go with each function that is compiled: Dynamo puts torch's deterministic mode back after
+# every trace, and with it Inductor's setting of that name, so a patch around many functions would hold for the first.
+_KERNELS = {
+    "deterministic": True,  # reductions have one configuration, and matrices are not padded
+    "triton.autotune_pointwise": False,
+    "max_autotune": False,
+    "max_autotune_pointwise": False,
+    "max_autotune_gemm": False,
+    "coordinate_descent_tuning": False,
+    "coordinate_descent_check_all_directions": False,
+    "force_fuse_int_mm_with_mul": False,
+}
+
+# Every shape, dtype and model that a process proves is a variant of the same few functions.
+_VARIANTS = 512
+
+Run = Callable[..., Any]
+
+
+def keep_kernels() -> None:
+    """Let compiled kernels be kept in the user's cache folder, unless the environment names another one.
+
+    Torch's own choice is a temporary folder; it stays where the user's cannot be written.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get(CACHE) not in (None, default_cache_dir()):  # torch writes its choice there when it is imported
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a home of somebody else, or none
+        return
+    os.environ[CACHE] = str(folder)
+
+
+def worth_compiling(model: Model) -> bool:
+    """Say whether prove compiles a model that it is not told about: on one CUDA device, where triton is."""
+    return model.device.type == "cuda" and model.devices == 1 and find_spec("triton") is not None
+
+
+class CompiledForward:
+    """Runs the decoder of a model on inputs of one fixed shape.
+
+    A model whose layers :mod:`assay.poc.engines.hf._lean` knows is compiled layer by layer; any other one as a whole,
+    as transformers has it. The last layer serves the last position alone where B rows are enough for products in which
+    the place of a row is of no account: on CUDA, from :data:`ROWS_OF_A_PRODUCT` on.
+
+    Args:
+        model: the model.
+        batch_size: B.
+        seq_len: T.
+        graphs: replay the kernels as one CUDA graph; of no effect on the bits, and not on the CPU.
+    """
+
+    def __init__(self, model: Model, batch_size: int, seq_len: int, *, graphs: bool = True) -> None:
+        keep_kernels()
+        on_cuda = model.device.type == "cuda"
+        self.lean = lean_decoder(model, seq_len)
+        graphs = graphs and self.lean and on_cuda
+        if self.lean:
+            decoder = LeanDecoder(model, seq_len, _compiled)
+            hidden, last_hidden = decoder.hidden, decoder.last_hidden
+        else:
+            body = _compiled(backbone(model.module), fullgraph=False)
+            positions_1T = torch.arange(seq_len, device=model.device)[None]
+
+            def hidden(inputs_BTD: Tensor) -> Tensor:
+                positions_BT = positions_1T.expand(len(inputs_BTD), -1)
+                states_BTD: Tensor = body(
+                    inputs_embeds=inputs_BTD, position_ids=positions_BT, use_cache=False
+                ).last_hidden_state
+                return states_BTD
+
+        if not (self.lean and on_cuda and batch_size >= ROWS_OF_A_PRODUCT):
+
+            def last_hidden(inputs_BTD: Tensor) -> Tensor:
+                return hidden(inputs_BTD)[:, -1].float()
+
+        self._last_hidden = _Graph(last_hidden) if graphs else last_hidden
+        self._hidden = _Graph(hidden) if graphs else hidden
+        self._model = model
+
+    @cached_property
+    def attention(self) -> str:
+        """Which kernel attends. Asked for late: the question sets torch's choice for all threads of the process."""
+        return _attention_name(self._model) if self.lean else "sdpa"
+
+    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the last position's state after the final norm, [B, D] in float32."""
+        with _settings():
+            return self._last_hidden(inputs_BTD)
+
+    def hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
+        with _settings():
+            return self._hidden(inputs_BTD)
+
+
+class _Graph:
+    """A function of one tensor of fixed shape, recorded at its first call and replayed after."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._input = self._output = torch.empty(0)
+
+    def __call__(self, given: Tensor) -> Tensor:
+        if self._graph is None:
+            self._record(given)
+        assert self._graph is not None
+        self._input.copy_(given)
+        self._graph.replay()
+        return self._output.clone()
+
+    def _record(self, given: Tensor) -> None:
+        self._input = given.clone()
+        self._function(self._input)  # compiles; nothing may be compiled while a graph is recorded
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as those of a service, may use the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._output = self._function(self._input)
+        self._graph = graph
+
+
+def _compiled(function: Any, *, fullgraph: bool = True) -> Any:
+    return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=dict(_KERNELS))
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Hold what decides about kernels, beside Inductor's settings, while they are compiled and while they run."""
+    from torch._dynamo import config as dynamo
+
+    with (
+        dynamo.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=8 * _VARIANTS),
+        sdpa_kernel(_ATTENTION, set_priority=True),
+    ):
+        yield
+
+
+def _attention_name(model: Model) -> str:
+    """Return which kernel attends: the one that torch chooses for these heads."""
+    if model.device.type != "cuda":
+        return "sdpa"
+    config = model.module.config
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    q, k = (torch.empty(1, count, 64, width, dtype=model.dtype, device=model.device) for count in (heads, key_heads))
+    with sdpa_kernel(_ATTENTION, set_priority=True):
+        chosen = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=heads != key_heads)
+    return f"sdpa {SDPBackend(chosen).name.removesuffix('_ATTENTION').lower()}"

@@ -1,0 +1,213 @@
+"""Many devices, one proof: every process runs an engine of its own, and the first one collects.
+
+Batches are dealt out in turn to the *replicas*. A replica is one process with one device; or, where the weights are
+spread, the several processes that hold one model together and run every batch in step. What the processes tell each
+other goes over the CPU, behind the next forward pass: a batch's outputs are a few hundred bytes.
+
+Legend of shapes: B nonces of a batch.
+"""
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from assay.errors import AssayError, ResourceError, UsageError
+from assay.models import Model
+from assay.poc.engines.hf._engine import HFEngine
+from assay.poc.protocol import Pipeline, Round
+
+__all__ = ["ParallelEngine", "World", "joined", "processes"]
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one proof, as torchrun starts them, and which of them this is.
+
+    Args:
+        rank: number of this process.
+        size: how many there are.
+        device: of this process.
+        tensor_parallel: how many processes hold one model together.
+        control: the group over which they talk.
+        mesh: the devices that hold the model with this one; None where a process holds it alone.
+    """
+
+    rank: int
+    size: int
+    device: str
+    tensor_parallel: int
+    control: dist.ProcessGroup
+    mesh: DeviceMesh | None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the proof."""
+        return self.rank == 0
+
+    @property
+    def replicas(self) -> int:
+        """How many whole models there are."""
+        return self.size // self.tensor_parallel
+
+    @property
+    def replica(self) -> int:
+        """Which of them this process belongs to."""
+        return self.rank // self.tensor_parallel
+
+
+def processes() -> int:
+    """Return how many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+@contextmanager
+def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[World]:
+    """Meet the other processes of torchrun.
+
+    Args:
+        tensor_parallel: how many of them hold one model together.
+        device: ``"cpu"`` or ``"cuda"``; None is cuda where there is one. A process takes the device of its local rank.
+
+    Raises:
+        UsageError: the processes cannot be divided so, or a device is numbered.
+    """
+    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if tensor_parallel < 1 or size % tensor_parallel:
+        raise UsageError(
+            f"--tensor-parallel {tensor_parallel} of {size} processes",
+            wanted="a number that divides them",
+            do=f"start torchrun with --nproc-per-node {max(1, tensor_parallel)}, or a multiple of it",
+        )
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"--device {kind} under torchrun", wanted="cpu or cuda", do="leave the number out")
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    try:
+        mesh = None
+        if tensor_parallel > 1:
+            shape = (size // tensor_parallel, tensor_parallel)
+            mesh = init_device_mesh(kind, shape, mesh_dim_names=("replica", "tensor"))["tensor"]
+        name = f"cuda:{local}" if kind == "cuda" else kind
+        yield World(rank, size, name, tensor_parallel, dist.new_group(backend="gloo"), mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+class ParallelEngine(HFEngine):
+    """The engine on transformers over several processes.
+
+    As a context: where it ends, the other processes are told to end too. The first process uses it as any engine;
+    the others call :meth:`work`.
+
+    Args:
+        model: this process's, on this process's device.
+        world: the processes.
+        shape: what :class:`HFEngine` takes.
+    """
+
+    def __init__(self, model: Model, world: World, **shape: Any) -> None:
+        super().__init__(model, **shape)
+        self._world = world
+
+    def __enter__(self) -> "ParallelEngine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._world.leads:
+            self._tell(None)
+
+    def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
+        """Yield what the pipeline publishes of the nonces in their order; in the first process only.
+
+        Raises:
+            Error: as :meth:`HFEngine.outputs`, from whichever process.
+            ResourceError: a process has gone.
+        """
+        self._tell((round, pipeline, nonces))
+        return self._share(round, pipeline, nonces)
+
+    def work(self) -> None:
+        """Do this process's part of everything that the first one begins, until that ends."""
+        while (job := self._tell(None)) is not None:
+            for _ in self._share(*job):
+                pass
+
+    def _share(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
+        """Compute this replica's batches; in the first process, yield those of all."""
+        world = self._world
+        starts = range(0, len(nonces), self.batch_size)
+        dealt = starts[world.replica :: world.replicas]
+        mine = [nonce for start in dealt for nonce in nonces[start : start + self.batch_size]]
+        own = _Guarded(super().outputs(round, pipeline, mine))
+        left = len(starts)
+        try:
+            while left > 0 and self._tell(True):
+                said = self._gather(own.next())[:: world.tensor_parallel][:left]
+                left -= world.replicas  # before the caller has the word: it may not come back for more
+                yield from said
+        finally:
+            own.close()
+            if world.leads and left > 0:
+                self._tell(False)
+
+    def _tell(self, message: Any) -> Any:
+        """Return the first process's message."""
+        box = [message]
+        with _connected():
+            dist.broadcast_object_list(box, src=0, group=self._world.control)
+        return box[0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Return what every process gave, in the first one; nothing in the others.
+
+        Raises:
+            AssayError: a process gave an error.
+        """
+        world = self._world
+        said: list[Any] = [None] * world.size
+        with _connected():
+            dist.gather_object(value, said if world.leads else None, dst=0, group=world.control)
+        for error in said:
+            if isinstance(error, BaseException):
+                raise error
+        return said if world.leads else []
+
+
+class _Guarded:
+    """An iterator whose error is a value, given again and again: who fails must not leave the others waiting."""
+
+    def __init__(self, outputs: Generator[NDArray[Any]]) -> None:
+        self._outputs = outputs
+        self._error: AssayError | None = None
+
+    def next(self) -> "NDArray[Any] | AssayError | None":
+        if self._error is None:
+            try:
+                return next(self._outputs, None)
+            except AssayError as error:
+                self._error = error
+        return self._error
+
+    def close(self) -> None:
+        self._outputs.close()
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no other
+        raise ResourceError(
+            f"a process of this proof has gone: {str(error).splitlines()[0]:.120}",
+            wanted="all processes until the end",
+            do="see what the other processes say; the same command continues the proof",
+        ) from error

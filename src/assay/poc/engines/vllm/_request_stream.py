@@ -1,0 +1,145 @@
+"""One stream of nonces through an engine: let in one by one, collected a batch at a time, returned in order."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay.errors import ModelError
+from assay.poc.engines.vllm._client import ATTEMPTS, Client
+from assay.poc.engines.vllm._wire import Spec
+
+__all__ = ["Prompt", "Stream"]
+
+log = logging.getLogger("assay.vllm")
+
+AHEAD = 2  # batches that may be finished before they are asked for
+COLLECTED = 256  # nonces whose rows are collected in one call
+
+Values = NDArray[np.floating[Any]]
+Prompt = Callable[[int], Tensor] | int
+"""Gives the inputs of a nonce; or the number of placeholders that the workers fill."""
+
+# vLLM's admission control, where the operator has set it: the nonce is tried again, as a client would.
+FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
+
+
+class Stream:
+    """Runs nonces and hands out the values of each batch in order. Lives in the engine's event loop.
+
+    Args:
+        client: runs single nonces.
+        spec: the round and what is published of it.
+        nonces: all of them, perhaps more than will ever be run.
+        batch_size: how many are handed out at a time.
+        prompt: their inputs.
+        raw: hand out hidden states instead of what the pipeline publishes.
+    """
+
+    def __init__(
+        self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int, prompt: Prompt, *, raw: bool = False
+    ) -> None:
+        self._client, self._spec, self._nonces = client, spec, nonces
+        self._batch_size, self._prompt, self._raw = batch_size, prompt, raw
+        self._batches: asyncio.Queue[asyncio.Task[Values] | None] = asyncio.Queue(AHEAD)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._producer: asyncio.Task[None] | None = None
+        self._key = ""
+
+    async def open(self) -> None:
+        """Tell the workers, and begin.
+
+        Raises:
+            UsageError: the workers refuse the round.
+        """
+        self._key = await self._client.open(self._spec)
+        self._producer = self._start(self._produce())
+
+    async def next(self) -> Values | None:
+        """Return the values of the next batch, or None after the last.
+
+        Raises:
+            ModelError: the engine did not run a nonce.
+        """
+        assert self._producer is not None
+        getting = asyncio.ensure_future(self._batches.get())
+        await asyncio.wait({getting, self._producer}, return_when=asyncio.FIRST_COMPLETED)
+        if not getting.done() and not self._producer.cancelled() and self._producer.exception() is not None:
+            getting.cancel()
+            raise self._producer.exception()  # type: ignore[misc]  # it is not None
+        batch = await getting
+        return None if batch is None else await batch
+
+    async def close(self) -> None:
+        """Abort what runs, and drop what the workers hold."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._key:
+            with suppress(Exception):  # the engine may be gone, and then so are the rows
+                await self._client.close(self._key)
+
+    def _start(self, work: Any) -> "asyncio.Task[Any]":
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _produce(self) -> None:
+        if not await self._client.flow.drained():
+            log.warning("chat did not end in time: it goes on beside the nonces")
+        for start in range(0, len(self._nonces), self._batch_size):
+            wanted = list(self._nonces[start : start + self._batch_size])
+            running = [await self._launch(nonce) for nonce in wanted]
+            await self._batches.put(self._start(self._finish(wanted, running)))
+        await self._batches.put(None)
+
+    async def _launch(self, nonce: int) -> "asyncio.Task[None]":
+        prompt = self._prompt if isinstance(self._prompt, int) else await asyncio.to_thread(self._prompt, nonce)
+        await self._client.flow.admit()
+        task = self._start(self._client.run(self._key, nonce, prompt))
+        task.add_done_callback(lambda _: self._client.flow.leave())
+        return task
+
+    async def _finish(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
+        """Wait for a batch and collect it, in parts, so that the workers never hold many rows."""
+        starts = range(0, len(wanted), COLLECTED)
+        parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
+        return np.concatenate([await self._collect(*part) for part in parts])
+
+    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
+        """Wait for nonces and collect them; what was aborted in between, by a sleeping engine or so, runs again."""
+        values: dict[int, Values] = {}
+        missing = list(wanted)
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(10.0 ** (attempt - 2))
+                running = [await self._launch(nonce) for nonce in missing]
+            await _all(running)
+            values |= await self._client.collect(self._key, missing, raw=self._raw)
+            missing = [nonce for nonce in wanted if nonce not in values]
+            if not missing:
+                return np.stack([values[nonce] for nonce in wanted])
+        raise ModelError(
+            f"vLLM did not run nonce {missing[0]}, nor {len(missing) - 1} others, in {ATTEMPTS} attempts",
+            wanted="requests that are not aborted",
+            do="see the log of vLLM",
+        )
+
+
+async def _all(running: "Sequence[asyncio.Task[None]]") -> None:
+    """Wait for all; raise the first error in words of ours."""
+    for outcome in await asyncio.gather(*running, return_exceptions=True):
+        if isinstance(outcome, asyncio.CancelledError):
+            raise outcome
+        if isinstance(outcome, Exception) and type(outcome).__name__ not in FULL:
+            raise ModelError(
+                f"vLLM refused a nonce: {type(outcome).__name__}: {outcome}"[:400],
+                wanted="an engine that takes requests of this length",
+                do="see the log of vLLM",
+            ) from outcome

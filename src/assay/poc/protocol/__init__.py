@@ -1,0 +1,45 @@
+"""The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
+
+from assay.poc.protocol._fingerprint import Fingerprint
+from assay.poc.protocol._pipelines import (
+    PIPELINES,
+    RANDOM_HEAD_ROWS,
+    LayerStep,
+    Pipeline,
+    Positions,
+    Step,
+    get_pipeline,
+)
+from assay.poc.protocol._proof import Proof
+from assay.poc.protocol._reader import parse_record_line
+from assay.poc.protocol._record import Footer, Header, Record
+from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
+from assay.poc.protocol._transforms import ROWS_OF_A_PRODUCT, Transform, project, reflect, unit, weighted_sum
+from assay.poc.protocol._vectors import decode_vector, encode_vector
+
+__all__ = [
+    "MAX_COUNT",
+    "MAX_NONCE",
+    "PIPELINES",
+    "RANDOM_HEAD_ROWS",
+    "ROWS_OF_A_PRODUCT",
+    "Fingerprint",
+    "Footer",
+    "Header",
+    "LayerStep",
+    "Pipeline",
+    "Positions",
+    "Proof",
+    "Record",
+    "Round",
+    "Step",
+    "Transform",
+    "decode_vector",
+    "encode_vector",
+    "get_pipeline",
+    "parse_record_line",
+    "project",
+    "reflect",
+    "unit",
+    "weighted_sum",
+]

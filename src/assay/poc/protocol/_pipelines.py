@@ -1,0 +1,188 @@
+"""Every way of turning a hidden state into a proof, as one table.
+
+A :class:`Pipeline` is data: which positions are read, what happens between layers, on the last
+hidden state, in the head and on the logits, and what is published. The steps themselves are in
+:mod:`assay.poc.protocol._transforms`. Adding an approach adds a row.
+
+The rows carry the names under which the published experiments report them. ``poc-2.0`` is their
+recommendation (there: "sign flips"); ``artifact`` is what the network runs today; ``hardened`` is the proposal of
+docs/redteam.md.
+"""
+
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from assay.errors import UsageError
+
+__all__ = ["PIPELINES", "RANDOM_HEAD_ROWS", "Pipeline", "Positions", "Step", "get_pipeline"]
+
+RANDOM_HEAD_ROWS = 8192
+
+LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]
+Head = Literal["none", "trained", "random"]
+Output = Literal["distance", "vector"]
+Texts = Literal["published", "versioned"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step on a vector; ``count`` is the number of reflections, of picked coordinates or of projections."""
+
+    name: Literal["signs", "unit", "reflect", "permute", "pick", "rotate", "project"]
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Read ``count`` positions, drawn for every nonce, or all of them where it is 0.
+
+    What is read is the sum of their unit states, each with a sign that is drawn for the nonce.
+    """
+
+    count: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A frozen description of how a proof follows from the model's hidden states.
+
+    Args:
+        name: what ``--preset`` takes.
+        summary: one line for tables.
+        read: which positions are read: the ``last`` token, or a signed sum over :class:`Positions`.
+        layers: what happens to the hidden state after every decoder layer.
+        hidden: steps on the state that was read.
+        head: what maps the state to logits.
+        logits: steps on the logits.
+        output: ``distance`` to the target of the block, or the ``vector`` itself in fp16.
+        texts: form of the seed texts (:meth:`assay.poc.Round.text`); versioned ones come with 256-bit input seeds.
+        number_formats: in what a proof is made unless a network agrees on another format, the first one by default; any
+            where empty. A rule of judging and not of computing, so it does not stand in the proof header.
+    """
+
+    name: str
+    summary: str
+    read: Literal["last"] | Positions = "last"
+    layers: LayerStep = "none"
+    hidden: tuple[Step, ...] = ()
+    head: Head = "none"
+    logits: tuple[Step, ...] = ()
+    output: Output = "distance"
+    texts: Texts = "published"
+    number_formats: tuple[str, ...] = ()
+
+    @property
+    def vector_size(self) -> int:
+        """Length of the published vector; 0 where a distance is published."""
+        return next((step.count for step in self.hidden if step.name in ("pick", "project")), 0)
+
+    @property
+    def noise(self) -> str:
+        """Family of honest noise: a law measured in one does not hold in another."""
+        return self.output if self.read == "last" else f"position {self.output}"
+
+    @property
+    def per_nonce(self) -> bool:
+        """Whether any step draws from a stream of the nonce, beyond the inputs."""
+        return any(step.name != "unit" for step in self.hidden + self.logits)
+
+    def output_size(self, hidden_size: int, vocab_size: int) -> int:
+        """Return the dimension of the space in which the distance is measured."""
+        if self.output == "vector":
+            return self.vector_size
+        return {"none": hidden_size, "trained": vocab_size, "random": RANDOM_HEAD_ROWS}[self.head]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the description as it stands in a proof header.
+
+        ``texts`` came after the first proofs: it stands there only where it is not what they have.
+        """
+        described = asdict(self)
+        del described["number_formats"]
+        if self.texts == "published":
+            del described["texts"]
+        return described
+
+
+_UNIT = Step("unit")
+_SIGNS = Step("signs")
+_PERMUTE = Step("permute")
+_REFLECT_8 = Step("reflect", 8)
+
+_ROWS = (
+    Pipeline(
+        name="poc-2.0",
+        summary="signs, unit, 8 reflections, random head (the default)",
+        hidden=(_SIGNS, _UNIT, _REFLECT_8),
+        head="random",
+    ),
+    Pipeline(
+        name="artifact",
+        summary="unit, pick 12, 11 reflections, unit; the vector is published",
+        hidden=(_UNIT, Step("pick", 12), Step("rotate", 11), _UNIT),
+        output="vector",
+    ),
+    Pipeline(
+        name="hardened",
+        summary="all positions with signs, unit, projection to 12, unit; the vector is published",
+        read=Positions(),
+        hidden=(_UNIT, Step("project", 12), _UNIT),
+        output="vector",
+        texts="versioned",
+        number_formats=("float16", "float32"),
+    ),
+    Pipeline(name="permutation", summary="logits permuted (the baseline)", head="trained", logits=(_PERMUTE,)),
+    Pipeline(name="logit-reflections", summary="8 reflections on the logits", head="trained", logits=(_REFLECT_8,)),
+    Pipeline(name="logit-signs", summary="signs on the logits", head="trained", logits=(_SIGNS,)),
+    Pipeline(name="layer-signs", summary="signs between the layers", layers="signs", head="trained"),
+    Pipeline(
+        name="layer-signs-permutation",
+        summary="signs between the layers, logits permuted",
+        layers="signs",
+        head="trained",
+        logits=(_PERMUTE,),
+    ),
+    Pipeline(
+        name="hidden-reflections",
+        summary="8 reflections on the hidden state, trained head",
+        hidden=(_REFLECT_8,),
+        head="trained",
+    ),
+    Pipeline(name="random-head", summary="random head alone", head="random"),
+    Pipeline(name="end-normalize", summary="unit at the end only, random head", hidden=(_UNIT,), head="random"),
+    Pipeline(
+        name="layer-normalize",
+        summary="unit and reflection after every layer, 8 reflections, random head",
+        layers="normalize_reflect",
+        hidden=(_REFLECT_8, _UNIT),
+        head="random",
+    ),
+    Pipeline(
+        name="layer-reflections",
+        summary="reflection after every layer, then as artifact",
+        layers="reflect",
+        hidden=(_UNIT, Step("pick", 12), Step("rotate", 11), _UNIT),
+        output="vector",
+    ),
+)
+
+PIPELINES: dict[str, Pipeline] = {row.name: row for row in _ROWS}
+_ALIASES = {"sign-flips": "poc-2.0"}
+
+
+def get_pipeline(name: str) -> Pipeline:
+    """Return the row of the table with this name; ``sign-flips`` is another name of ``poc-2.0``.
+
+    Raises:
+        UsageError: there is no such row.
+    """
+    found = PIPELINES.get(_ALIASES.get(name, name)) if isinstance(name, str) else None
+    if found is None:
+        close = get_close_matches(str(name), PIPELINES, n=1)
+        raise UsageError(
+            f"preset {name!r}",
+            wanted="one of " + ", ".join(PIPELINES),
+            do=f"did you mean {close[0]}?" if close else "use poc-2.0, the default",
+        )
+    return found

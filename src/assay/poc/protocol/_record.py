@@ -1,0 +1,103 @@
+"""The parts of a proof file: JSON Lines with a header, one record per nonce, and a footer.
+
+    {"kind":"assay.poc.proof","schema":1,"round":…,"pipeline":…,"model":…,"fingerprint":…,"nonces":…}
+    {"nonce":0,"distance":1.4131,"valid":true}        or  {"nonce":0,"vector":"base64"}
+    {"footer":{"records":256,"valid":151,"seconds":8.1,"sha256":"…"}}
+
+The SHA-256 is over the bytes of the record lines, newlines included. Reading is strict: whatever
+is not exactly a proof, spaces and the order of keys included, is an error that names the line.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from assay.poc.protocol._fingerprint import Fingerprint
+from assay.poc.protocol._pipelines import Pipeline
+from assay.poc.protocol._round import Round
+from assay.poc.protocol._vectors import encode_vector
+from assay.reports import dumps
+
+__all__ = ["KIND", "SCHEMA", "Footer", "Header", "Record"]
+
+KIND = "assay.poc.proof"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a proof says about itself before the first record.
+
+    Args:
+        round: the round, with its model named.
+        pipeline: the description of the preset.
+        digest: SHA-256 of the tensors of the checkpoint.
+        weights: weight mode of the model: trained, random-all or random-embed.
+        fingerprint: how the prover's engine computes.
+        nonces: which nonces follow, in order, as runs ``[first, end, step]``.
+    """
+
+    round: Round
+    pipeline: Pipeline
+    digest: str
+    weights: str
+    fingerprint: Fingerprint
+    nonces: tuple[tuple[int, int, int], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the header line."""
+        return {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "round": self.round.as_dict(),
+            "pipeline": self.pipeline.as_dict(),
+            "model": {"reference": self.round.model, "digest": self.digest, "weights": self.weights},
+            "fingerprint": self.fingerprint.as_dict(),
+            "nonces": [list(run) for run in self.nonces],
+        }
+
+    def all_nonces(self) -> Iterator[int]:
+        """Iterate over the nonces in the order of the records."""
+        for run in self.nonces:
+            yield from range(*run)
+
+    @property
+    def count(self) -> int:
+        """Number of records that a complete proof has."""
+        return sum(len(range(*run)) for run in self.nonces)
+
+    def line(self, record: "Record") -> str:
+        """Return the line of a record, without its newline."""
+        if record.vector is not None:
+            return dumps({"nonce": record.nonce, "vector": encode_vector(record.vector)})
+        return dumps({"nonce": record.nonce, "distance": record.distance, "valid": self.is_valid(record)})
+
+    def is_valid(self, record: "Record") -> bool:
+        """Say whether a record's distance is strictly below the target; always for vectors."""
+        return record.vector is not None or record.distance < self.round.r_target
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The result of one nonce: a distance, or a vector [K] in float16."""
+
+    nonce: int
+    distance: float = math.nan
+    vector: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footer:
+    """What a proof says when it is complete."""
+
+    records: int
+    valid: int
+    seconds: float
+    sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the footer line."""
+        return {"footer": {field.name: getattr(self, field.name) for field in fields(self)}}

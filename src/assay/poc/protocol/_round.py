@@ -1,0 +1,205 @@
+"""A round: who proves what, and the seed text of every stream that follows from it.
+
+The published texts are consensus. They have no length prefix and no version tag, because that is what
+the network runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset with versioned
+texts writes every field after its length, behind a version tag, so that no two streams share a text.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from assay.errors import UsageError
+from assay.poc.protocol._pipelines import PIPELINES
+
+__all__ = ["BLOCK_TEXTS", "MAX_COUNT", "MAX_NONCE", "NONCE_TEXTS", "Round"]
+
+# Exact in every JSON reader, and far beyond what a round can use.
+MAX_NONCE = 2**53 - 1
+MAX_COUNT = 2**24
+MAX_SEQ_LEN = 2**20
+MAX_NAME = 1024
+
+NONCE_TEXTS = {
+    "inputs": "{block}_{key}_nonce{nonce}",  # no underscore before the number: published so
+    "permutation": "{block}_{key}_nonce_{nonce}_permutations",
+    "signs": "{block}_{key}_nonce_{nonce}_signs",
+    "reflection": "{block}_{key}_nonce_{nonce}_hidden_r{index}",
+    "pick": "{block}_{key}_nonce_{nonce}_pick_{k}",
+    "rotation": "{block}_{key}_nonce_{nonce}_haar_hh_{k}_{index}",
+    # In no published preset: for experiments that read positions with published texts.
+    "positions": "{block}_{key}_nonce_{nonce}_positions",
+    "weights": "{block}_{key}_nonce_{nonce}_weights",
+    "projection": "{block}_{key}_nonce_{nonce}_projection_{k}",
+}
+BLOCK_TEXTS = {
+    "layer_reflection": "{block}_layer_{index}_householder",
+    "layer_signs": "{block}_layer_{index}_signs",
+    "random_head": "{block}_lm_head",
+    "target": "{block}_target",
+}
+VERSION = "assay.poc/2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of one node.
+
+    Args:
+        block_hash: the block that seeds everything.
+        public_key: the key of the node that is paid.
+        block_height: recorded in the proof, not part of any seed.
+        node_id: which share of the nonces this node has, in ``[0, node_count)``.
+        node_count: among how many machines of one key the nonces are dealt out.
+        model: reference of the model; filled in by :func:`assay.poc.prove` when empty.
+        preset: name of a row of :data:`assay.poc.PIPELINES`.
+        seq_len: number of input positions per nonce.
+        r_target: a nonce is valid if its distance is strictly below; in ``(0, 2]``.
+        strength: bits of seed for the inputs, 32 (published) or 256. A preset with versioned texts always has 256.
+
+    Raises:
+        UsageError: a value is outside its range.
+    """
+
+    block_hash: str
+    public_key: str
+    block_height: int = 0
+    node_id: int = 0
+    node_count: int = 1
+    model: str = ""
+    preset: str = "poc-2.0"
+    seq_len: int = 256
+    r_target: float = 1.416
+    strength: Literal[32, 256] = 32
+
+    def __post_init__(self) -> None:
+        for name in ("block_hash", "public_key"):
+            _check_name(name, getattr(self, name))
+        if not isinstance(self.model, str) or not self.model.isprintable():
+            raise UsageError(
+                f"model is {self.model!r:.80}", wanted="a reference of printable characters", do="pass it as text"
+            )
+        _check_int("block_height", self.block_height, 0, MAX_NONCE)
+        _check_int("node_count", self.node_count, 1, MAX_NONCE)
+        _check_int("node_id", self.node_id, 0, self.node_count - 1)
+        _check_int("seq_len", self.seq_len, 1, MAX_SEQ_LEN)
+        number = isinstance(self.r_target, (int, float)) and not isinstance(self.r_target, bool)
+        if not number or not 0 < self.r_target <= 2:
+            raise UsageError(
+                f"r_target is {self.r_target!r}",
+                wanted="a distance in (0, 2]: chord distances on the unit sphere end at 2",
+                do="`assay poc calibrate --valid-rate 0.5` gives the r_target of a wanted valid rate",
+            )
+        if self.strength not in (32, 256) or not isinstance(self.strength, int):
+            raise UsageError(f"strength is {self.strength!r}", wanted="32 or 256", do="use 32, the published seeds")
+        if self.versioned:
+            object.__setattr__(self, "strength", 256)
+
+    @property
+    def versioned(self) -> bool:
+        """Whether the preset has versioned seed texts; one that is not known has published ones."""
+        pipeline = PIPELINES.get(self.preset) if isinstance(self.preset, str) else None
+        return pipeline is not None and pipeline.texts == "versioned"
+
+    def text(self, stream: str, nonce: int, *, index: int = 0, k: int = 0) -> str:
+        """Return the seed text of a stream of one nonce.
+
+        Published: a key of :data:`NONCE_TEXTS`. Versioned: tag, stream, block, key, nonce, index and k, each as
+        its length in bytes, a colon, and itself.
+        """
+        return self._texts(stream, [nonce], [index], k)[0]
+
+    def texts(self, stream: str, nonces: Iterable[int], *, count: int = 1, k: int = 0) -> list[str]:
+        """Return the seed texts of a stream of many nonces: of each nonce those of index 0 to ``count - 1``.
+
+        What a batch has in common is written once, which takes a tenth of the time of :meth:`text` for each.
+        """
+        return self._texts(stream, nonces, range(count), k)
+
+    def _texts(self, stream: str, nonces: Iterable[int], indices: Iterable[int], k: int) -> list[str]:
+        if self.versioned:
+            head = _prefixed(VERSION, stream, self.block_hash, self.public_key)
+            numbers: Iterable[object] = map(_prefixed, nonces)
+            tails = [_prefixed(index, k) for index in indices]
+        else:
+            before, _, after = NONCE_TEXTS[stream].partition("{nonce}")
+            head, numbers = before.format(block=self.block_hash, key=self.public_key), nonces
+            tails = [after.format(index=index, k=k) for index in indices]
+        return [f"{head}{number}{tail}" for number in numbers for tail in tails]
+
+    def block_text(self, stream: str, index: int = 0) -> str:
+        """Return the seed text of a stream of the block: a key of :data:`BLOCK_TEXTS`, or versioned as in `text`."""
+        if self.versioned:
+            return _prefixed(VERSION, stream, self.block_hash, index)
+        return BLOCK_TEXTS[stream].format(block=self.block_hash, index=index)
+
+    def nonces(self, start: int, stop: int) -> range:
+        """Return the nonces at positions ``[start, stop)`` of this node's own sequence.
+
+        Position ``i`` is nonce ``node_id + i * node_count``.
+        """
+        if not 0 <= start < stop or stop - start > MAX_COUNT:
+            raise UsageError(
+                f"nonce positions {start}:{stop}",
+                wanted=f"0 <= first < end, and at most {MAX_COUNT} in one proof",
+                do="give a range such as --nonces 0:256",
+            )
+        chosen = range(self.node_id + start * self.node_count, self.node_id + stop * self.node_count, self.node_count)
+        self.check_nonces(chosen)
+        return chosen
+
+    def owns(self, nonce: int) -> bool:
+        """Say whether a nonce belongs to this node's share."""
+        return 0 <= nonce <= MAX_NONCE and nonce % self.node_count == self.node_id
+
+    def check_nonces(self, nonces: range | Iterable[int]) -> None:
+        """Refuse nonces that do not ascend, are out of range, or belong to another node.
+
+        Raises:
+            UsageError: names the first nonce that is wrong.
+        """
+        if isinstance(nonces, range) and nonces and nonces.step > 0 and nonces.step % self.node_count == 0:
+            nonces = sorted({nonces[0], nonces[-1]})  # the ends decide for all
+        last = -1
+        for nonce in nonces:
+            if not isinstance(nonce, int) or isinstance(nonce, bool) or not 0 <= nonce <= MAX_NONCE:
+                raise UsageError(
+                    f"nonce {nonce!r}", wanted=f"a whole number in [0, {MAX_NONCE}]", do="choose nonces from 0 upwards"
+                )
+            if not self.owns(nonce):
+                raise UsageError(
+                    f"nonce {nonce} on node {self.node_id} of {self.node_count}",
+                    wanted=f"nonces that are {self.node_id} modulo {self.node_count}",
+                    do="take them from Round.nonces(start, stop)",
+                )
+            if nonce <= last:
+                raise UsageError(f"nonce {nonce} after {last}", wanted="ascending nonces, each once", do="sort them")
+            last = nonce
+
+    def with_model(self, reference: str) -> "Round":
+        """Return the round with its model named, if it was not."""
+        return self if self.model else replace(self, model=reference)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields in the order of the proof header."""
+        return asdict(self)
+
+
+def _prefixed(*parts: object) -> str:
+    """Join texts so that no other list of texts gives the same: each after its length in UTF-8 bytes."""
+    return "".join(f"{len(str(part).encode())}:{part}" for part in parts)
+
+
+def _check_name(name: str, value: object) -> None:
+    fits = isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
+    if not fits:
+        raise UsageError(
+            f"{name} is {value!r:.80}",
+            wanted=f"1 to {MAX_NAME} printable characters",
+            do=f"pass the {name.replace('_', ' ')} as the chain prints it",
+        )
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r}", wanted=f"a whole number in [{low}, {high}]", do=f"correct {name}")

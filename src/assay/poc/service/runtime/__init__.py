@@ -1,0 +1,13 @@
+"""What the service does: states, the engine thread, artifact jobs, delivery of callbacks."""
+
+from assay.poc.service.runtime._controller import Controller
+from assay.poc.service.runtime._delivery import Delivery
+from assay.poc.service.runtime._deployment import Deployment
+from assay.poc.service.runtime._metrics import CONTENT_TYPE
+
+__all__ = [
+    "CONTENT_TYPE",
+    "Controller",
+    "Delivery",
+    "Deployment",
+]

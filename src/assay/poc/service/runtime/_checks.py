@@ -1,0 +1,166 @@
+"""What a request must be before anything is done: limits, parameters, and the round that it asks for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from assay.errors import UsageError
+from assay.poc.protocol import get_pipeline
+from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, Params, ValidateRequest
+from assay.poc.service._refusals import Refusal
+from assay.poc.service._settings import Settings
+from assay.poc.service.runtime._callback_guard import check_url
+from assay.poc.service.runtime._deployment import Deployment
+from assay.poc.service.runtime._jobs import job_round
+from assay.poc.service.store import StoredRound, make_round
+
+__all__ = ["check_job", "check_validation", "round_values"]
+
+PRESETS = {(False, True): "poc-2.0", (True, False): "layer-normalize"}
+"""Preset by (use_layer_hooks, use_sign_flips)."""
+
+_SHARED = (
+    "block_hash",
+    "block_height",
+    "public_key",
+    "node_id",
+    "node_count",
+    "group_id",
+    "n_groups",
+    "batch_size",
+)
+
+
+def round_values(
+    request: InitRequest | ArtifactInit, deployment: Deployment, settings: Settings, *, needs_share: bool
+) -> dict[str, Any]:
+    """Return the columns of ``rounds`` that a request asks for.
+
+    Raises:
+        UsageError: a field is out of range.
+        Refusal: 400 without a share where one is needed, 409 for other parameters than deployed.
+    """
+    values = {name: getattr(request, name) for name in _SHARED}
+    if isinstance(request, ArtifactInit):
+        _check_params(request.params, deployment, settings)
+        url, seq_len, preset = request.url, request.params.seq_len, str(request.params.preset)
+        values |= {"r_target": 2.0, "fraud_threshold": 0.01}
+    else:
+        url, seq_len, preset = request.callback_url, request.seq_len, _preset(request)
+        values |= {"r_target": request.r_target, "fraud_threshold": request.fraud_threshold}
+        values |= _share(request, needed=needs_share)
+    values |= {"callback_url": url, "seq_len": seq_len, "preset": preset}
+    values |= {"strength": 256 if request.poc_stronger_rng else 32}
+    values |= {name: getattr(deployment, name) for name in ("reference", "digest", "weights")}
+    _check_url(url, settings)
+    _check_shape(request.batch_size, seq_len, deployment, settings)
+    make_round(values)
+    return values
+
+
+def check_validation(request: ValidateRequest, stored: StoredRound, settings: Settings) -> None:
+    """Refuse distances that cannot be of this round.
+
+    Raises:
+        Refusal: 409 for another block or a round of vectors, 422 for lists that do not fit.
+    """
+    other = [name for name in ("block_hash", "block_height") if getattr(request, name) != getattr(stored, name)]
+    if other:
+        raise Refusal(
+            409,
+            f"a proof with another {' and '.join(other)} than the round's",
+            wanted=f"block_hash {stored.block_hash!r} at height {stored.block_height}",
+            do="send /init/validate for that block first",
+            fields={"state": "VALIDATING", "fields": other},
+        )
+    if get_pipeline(stored.preset).output != "distance":
+        raise Refusal(
+            409,
+            "distances for a round of vectors",
+            wanted="a round that was begun with r_target",
+            do="check vectors with /generate and its field validation",
+            fields={"state": "VALIDATING"},
+        )
+    different = len(set(_limited(request.nonces, settings)))
+    if not len(request.nonces) == len(request.dist) == different:
+        raise Refusal(
+            422,
+            f"{len(request.nonces)} nonces, {different} different, {len(request.dist)} distances",
+            wanted="one distance per nonce, every nonce once",
+            do="send both lists in the same order",
+        )
+
+
+def check_job(request: GenerateRequest, deployment: Deployment, settings: Settings) -> None:
+    """Refuse an artifact job that cannot be done.
+
+    Raises:
+        UsageError: a field is out of range, or a nonce is repeated or of another node.
+        Refusal: 400 for artifacts of other nonces, 409 for other parameters than deployed.
+    """
+    _check_params(request.params, deployment, settings)
+    _check_url(request.url, settings)
+    _check_shape(request.batch_size, request.params.seq_len, deployment, settings)
+    job_round(request, deployment.reference).check_nonces(sorted(_limited(request.nonces, settings)))
+    if request.validation is not None:
+        sent = [artifact.nonce for artifact in request.validation.artifacts]
+        if sorted(sent) != sorted(request.nonces):
+            raise Refusal(
+                400, "artifacts of other nonces than asked", wanted="one artifact per nonce", do="send both lists alike"
+            )
+
+
+def _check_params(params: Params, deployment: Deployment, settings: Settings) -> None:
+    requested = params.model_dump(exclude={"preset"})
+    k_dim = get_pipeline(params.preset).vector_size
+    deployed = {"model": deployment.reference, "seq_len": settings.seq_len, "k_dim": k_dim}
+    other = sorted(name for name, value in deployed.items() if requested[name] != value)
+    if other:
+        raise Refusal(
+            409,
+            "params mismatch: " + ", ".join(other),
+            wanted=", ".join(f"{name} {deployed[name]}" for name in other),
+            do="ask for what is deployed",
+            fields={"error": "params mismatch", "requested": requested, "deployed": deployed, "fields": other},
+        )
+
+
+def _check_url(url: str | None, settings: Settings) -> None:
+    if url is not None:
+        check_url(url, allow_private=settings.allow_private_callbacks)
+
+
+def _check_shape(batch_size: int, seq_len: int, deployment: Deployment, settings: Settings) -> None:
+    if batch_size * seq_len > settings.max_positions or seq_len > deployment.max_positions:
+        raise Refusal(
+            422,
+            f"batch_size {batch_size} × seq_len {seq_len}",
+            wanted=f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a sequence",
+            do="lower batch_size or seq_len",
+        )
+
+
+def _limited(nonces: Sequence[int], settings: Settings) -> Sequence[int]:
+    if len(nonces) > settings.max_nonces:
+        raise Refusal(422, f"{len(nonces)} nonces", wanted=f"at most {settings.max_nonces} a request", do="split it")
+    return nonces
+
+
+def _share(request: InitRequest, *, needed: bool) -> dict[str, int]:
+    """Return node_id and node_count; left out, the only node of the round."""
+    unset = request.node_id == -1 or request.node_count == -1
+    if unset and needed:
+        raise Refusal(
+            400, "Node ID and node count must be set", wanted="node_id and node_count", do="send 0 and 1 for one node"
+        )
+    return {"node_id": 0, "node_count": 1} if unset else {"node_id": request.node_id, "node_count": request.node_count}
+
+
+def _preset(request: InitRequest) -> str:
+    preset = PRESETS.get((request.use_layer_hooks, request.use_sign_flips))
+    if preset is None:
+        raise UsageError(
+            f"use_layer_hooks {request.use_layer_hooks} with use_sign_flips {request.use_sign_flips}",
+            wanted="exactly one of the two",
+            do="leave both out: sign flips are the recommendation",
+        )
+    return preset

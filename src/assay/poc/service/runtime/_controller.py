@@ -1,0 +1,388 @@
+"""The controller: the state of the service, and everything that changes it.
+
+Knows the engine only through :class:`assay.poc.Engine`, and nothing of HTTP beyond the statuses of refusals.
+Calls block for as long as a transaction takes, so an event loop makes them in threads; :attr:`Controller.status`
+and the numbers behind it are read without waiting for anything.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from assay.errors import AssayError, StorageError
+from assay.poc._prover import compute
+from assay.poc.engines import Engine
+from assay.poc.protocol import get_pipeline
+from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
+from assay.poc.service._refusals import Refusal
+from assay.poc.service._settings import Settings
+from assay.poc.service._states import State, after
+from assay.poc.service.runtime._checks import check_job, check_validation, round_values
+from assay.poc.service.runtime._deployment import Deployment
+from assay.poc.service.runtime._jobs import Jobs
+from assay.poc.service.runtime._metrics import Metrics
+from assay.poc.service.runtime._progress import Progress
+from assay.poc.service.runtime._validation import Judge
+from assay.poc.service.runtime._worker import Worker
+from assay.poc.service.runtime._writer import Writer
+from assay.poc.service.store import Batch, Database, Outbox, Rounds, StoredRound
+
+__all__ = ["Controller"]
+
+log = structlog.get_logger("assay.controller")
+
+Result = dict[str, Any]
+
+
+class Controller:
+    """Runs rounds, validations and artifact jobs on one engine, and keeps them on disk.
+
+    Args:
+        load: loads the model and returns its :class:`Deployment`; runs in the engine's thread.
+        settings: bounds, keys, directories.
+    """
+
+    def __init__(self, load: Callable[[], Deployment], settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.started_at = time.time()
+        self.closing = threading.Event()
+        self.on_commit: Callable[[], None] = lambda: None
+        """Called from the writer's thread when callbacks may be due."""
+        self.on_load_failure: Callable[[], None] = lambda: None
+        """Called from the engine's thread when the model cannot be loaded; :attr:`load_error` says why."""
+        self.deployment: Deployment | None = None
+        self.load_error: Exception | None = None
+        self.error: str | None = None
+        self.ended = True
+        self._opened = False
+        self._load = load
+        self._lock = threading.RLock()
+        self._epoch = 0
+        self._engines: dict[tuple[int, int], Engine] = {}
+        self._unsaved = False
+
+    def open(self) -> None:
+        """Open the database and return to the state in which the service was left. A second call does nothing.
+
+        Raises:
+            StorageError: the data directory is in use or cannot be written.
+        """
+        if self._opened:
+            return
+        self._opened = True
+        self.database = Database(self.settings.data_dir)
+        self.outbox = Outbox(self.database)
+        self.rounds = Rounds(self.database, self.outbox)
+        self.judge = Judge(self.database, self.outbox, self.settings)
+        self.jobs = Jobs(self.database, self.outbox, self.settings)
+        self.outbox.retry_now()
+        self.state, stored = self.rounds.current()
+        self.progress = Progress(stored, self.rounds) if stored else None
+        self.writer = Writer(
+            self.rounds,
+            self.outbox,
+            self.settings,
+            committed=self._committed,
+            changed=self._paused,
+            failed=self._engine_failed,
+        )
+        self._worker = Worker(
+            self._load,
+            put=self.writer.put,
+            background=self.jobs.step,
+            ready=self._ready,
+            unloadable=self._load_failed,
+            failed=self._engine_failed,
+        )
+
+    def start(self) -> None:
+        """Open what is not open, and load the model in the engine's thread.
+
+        Raises:
+            StorageError: the data directory is in use or cannot be written.
+        """
+        self.open()
+        self.writer.start()
+        self._worker.start()
+
+    def close(self) -> None:
+        """Finish the running batch, write what is computed, and close.
+
+        :attr:`ended` is False afterwards where the batch did not end in time.
+        """
+        self.closing.set()
+        with self._lock:
+            self._worker.generate(None, self._epoch)
+        self.ended = self._worker.close(self.settings.drain)
+        self.writer.close()
+        self.database.close()
+
+    # Calls
+
+    def init(self, request: InitRequest | ArtifactInit, then: State) -> None:
+        """Begin or continue a round; ``then`` is the state of the call: IDLE, GENERATING or VALIDATING.
+
+        Raises:
+            Refusal: 409, 422 or 503.
+            StorageError: the database cannot be written.
+        """
+        call = "init" if then is State.IDLE else f"init/{'generate' if then is State.GENERATING else 'validate'}"
+        after(call, self.state, has_round=self.progress is not None)
+        deployment = self.ready()
+        values = round_values(request, deployment, self.settings, needs_share=then is State.GENERATING)
+        formats = get_pipeline(values["preset"]).number_formats
+        if formats and deployment.dtype not in formats:
+            log.warning("validators refuse this number format", preset=values["preset"], dtype=deployment.dtype)
+        self._engine(values["seq_len"], values["batch_size"])
+        with self._lock:
+            state = after(call, self.state, has_round=self.progress is not None)
+            stored = self.rounds.enter(state, values)
+            self._move(state, stored)
+
+    def phase(self, call: str) -> None:
+        """Change to ``phase/generate`` or ``phase/validate`` with the round that is initialised.
+
+        Raises:
+            Refusal: 409 or 503.
+            StorageError: the database cannot be written.
+        """
+        with self._lock:
+            state = after(call, self.state, has_round=self.progress is not None)
+            self.ready()
+            if state is self.state and self.error is None:
+                return
+            self._check_same_model()
+            self.rounds.enter(state)
+            self._move(state)
+
+    def stop(self) -> None:
+        """Stop generating and validating. Works with a full disk too; the state is then written later."""
+        with self._lock:
+            state = after("stop", self.state, has_round=self.progress is not None)
+            self._persist(state)
+            self._move(state)
+
+    def validate(self, request: ValidateRequest) -> "Future[Result]":
+        """Recompute and judge distances of the round's block; the future has the response.
+
+        Raises:
+            Refusal: 409 another state or block, 422 malformed, 429 too many wait, 503 not ready.
+        """
+        with self._lock:
+            after("validate", self.state, has_round=self.progress is not None)
+            self.ready()
+            assert self.progress is not None
+            stored, epoch = self.progress.stored, self._epoch
+        check_validation(request, stored, self.settings)
+        future: Future[Result] = Future()
+
+        def task(deployment: Deployment) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(self._validate(request, stored, deployment, epoch))
+            except AssayError as error:
+                future.set_exception(error)
+            except Exception as error:  # an engine may raise anything, and the request must be answered
+                log.exception("validation failed")
+                reason = Refusal(503, _reason(error), wanted="a working engine", do="see the log of the service")
+                future.set_exception(reason)
+
+        if not self._worker.submit(task, self.settings.max_waiting):
+            raise Refusal(
+                429,
+                f"{self.settings.max_waiting} validations wait for the engine",
+                wanted="fewer at once",
+                do="send it again later",
+                retry_after=5,
+            )
+        return future
+
+    def submit(self, request: GenerateRequest) -> Result:
+        """Queue an artifact job.
+
+        Raises:
+            Refusal: 400, 409, 422, 429 or 503.
+        """
+        deployment = self.ready()
+        check_job(request, deployment, self.settings)
+        queued = self.jobs.submit(request)
+        self._worker.wake()
+        return queued
+
+    # Reading
+
+    def ready(self) -> Deployment:
+        """Return the deployment.
+
+        Raises:
+            Refusal: 503, the model is not loaded.
+        """
+        if self.deployment is None:
+            failed = self.load_error is not None
+            raise Refusal(
+                503,
+                f"the model could not be loaded: {self.error}" if failed else "the model is being loaded",
+                wanted="a loaded model",
+                do="see the log, then start the service again" if failed else "ask /ready, then send it again",
+                retry_after=None if failed else 5,
+            )
+        return self.deployment
+
+    @property
+    def paused(self) -> str | None:
+        """Why a generating service does not generate: ``storage``, ``callbacks``, or None."""
+        return self.writer.paused if self.state is State.GENERATING else None
+
+    # Inside
+
+    def _move(self, state: State, stored: StoredRound | None = None) -> None:
+        """Take the state in memory; what runs ends between two batches."""
+        progress = self.progress
+        if stored is not None and (progress is None or progress.stored.id != stored.id):
+            progress = self._progress(stored)
+        self.error = None
+        self._epoch += 1
+        self._worker.generate(None, self._epoch)
+        self.state = state
+        self.writer.begin(self._epoch)
+        if stored is not None and progress is not None:
+            progress.stored = stored
+            self.progress = progress
+        if state is State.GENERATING:
+            self._generate()
+        elif self.deployment is not None and self.jobs.has_open():
+            self._worker.wake()
+        log.info("state", state=str(state), round=self.progress.stored.id if self.progress else None)
+
+    def _generate(self) -> None:
+        """Generate from the first nonce that is not on disk."""
+        if self.progress is not None:
+            stored = replace(self.progress.stored, next_nonce=self.progress.next_nonce)
+            self._worker.generate(stored, self._epoch)
+
+    def _progress(self, stored: StoredRound) -> Progress:
+        if self.deployment is None:
+            return Progress(stored, self.rounds)
+        engine = self._engine(stored.seq_len, stored.batch_size)
+        return Progress(stored, self.rounds, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
+
+    def _engine(self, seq_len: int, batch_size: int) -> Engine:
+        """Return the engine of a shape; an error of assay says why there is none."""
+        deployment = self.ready()
+        key = (seq_len, batch_size)
+        if key not in self._engines:
+            self._engines = {key: deployment.engine(*key)}
+        return self._engines[key]
+
+    def _ready(self, deployment: Deployment) -> None:
+        with self._lock:
+            self.deployment = deployment
+            log.info("model loaded", model=deployment.reference, dtype=deployment.dtype)
+            try:
+                if self.progress is not None and self.state in (State.GENERATING, State.VALIDATING):
+                    self._check_same_model()
+                    self.progress = self._progress(self.progress.stored)
+            except AssayError as error:
+                self._fail(error)
+            if self.state is State.GENERATING:
+                self._generate()
+            elif self.jobs.has_open():
+                self._worker.wake()
+
+    def _check_same_model(self) -> None:
+        assert self.progress is not None
+        deployment, stored = self.ready(), self.progress.stored
+        ours, theirs = (deployment.digest, deployment.weights), (stored.digest, stored.weights)
+        if ours != theirs:
+            raise Refusal(
+                409,
+                f"a round of {stored.reference} ({stored.digest[:12]})",
+                wanted=f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now",
+                do="start the service with that model, or begin another round",
+                fields={"state": str(self.state)},
+            )
+
+    def _load_failed(self, error: Exception) -> None:
+        # The state stays: a service that is started again with the right model continues its round.
+        self.metrics.failures.inc()
+        self.load_error, self.error = error, _reason(error)
+        log.error("model not loaded", error=self.error)
+        self.on_load_failure()
+
+    def _engine_failed(self, error: Exception) -> None:
+        with self._lock:
+            self._fail(error)
+            if self.jobs.has_open():
+                self._worker.wake()
+
+    def _fail(self, error: Exception) -> None:
+        state = after("engine failure", self.state, has_round=self.progress is not None)
+        self.metrics.failures.inc()
+        self._epoch += 1
+        self._worker.generate(None, self._epoch)
+        self.state = state
+        self.error = _reason(error)
+        log.error("engine failure", error=self.error, state=str(state))
+        self._persist(state)
+
+    def _persist(self, state: State) -> None:
+        try:
+            self.rounds.enter(state)
+            self._unsaved = False
+        except StorageError as error:
+            self._unsaved = True
+            log.warning("state not written", reason=error.seen)
+
+    def save_if_needed(self) -> None:
+        """Write a state that could not be written before. Called from time to time."""
+        with self._lock:
+            if self._unsaved:
+                self._persist(self.state)
+
+    def _committed(self, batches: list[Batch], seconds: float) -> None:
+        self.metrics.commit_seconds.observe(seconds)
+        progress = self.progress
+        for batch in batches:
+            self.metrics.batch_seconds.observe(batch.seconds)
+            self.metrics.nonces.inc(len(batch.records))
+            self.metrics.valid.inc(sum(batch.valid))
+            if progress is not None and progress.stored.id == batch.round_id:
+                progress.add(batch)
+        self.on_commit()
+
+    def _paused(self) -> None:
+        log.warning("generation waits", reason=self.writer.paused) if self.writer.paused else log.info("continues")
+
+    def _validate(self, request: ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int) -> Result:
+        started = time.perf_counter()
+        engine = self._engine(stored.seq_len, stored.batch_size)
+        computed: list[float] = []
+        header = stored.header(engine.fingerprint, request.public_key)  # the key that is paid, not the validator's
+        for batch in compute(header, engine, request.nonces):
+            if epoch != self._epoch or self.closing.is_set():
+                raise Refusal(
+                    409,
+                    f"the round changed while this validation ran, and the state is {self.state}",
+                    wanted="VALIDATING until the answer",
+                    do="send it again in the round that you mean",
+                    fields={"state": str(self.state)},
+                )
+            computed.extend(record.distance for record in batch)
+        if not all(0 <= value <= 2 + 1e-6 for value in computed):
+            raise Refusal(503, "the engine returned no finite distance", wanted="distances", do="check the device")
+        verdict = self.judge.judge(stored, deployment.dtype, request.public_key, request.nonces, request.dist, computed)
+        self.metrics.validation_seconds.observe(time.perf_counter() - started)
+        self.metrics.verdicts.labels(verdict["residual_test"]["verdict"]).inc()
+        self.on_commit()
+        return {"status": "OK", **verdict}
+
+
+def _reason(error: Exception) -> str:
+    return error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"

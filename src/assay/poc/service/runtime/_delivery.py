@@ -1,0 +1,174 @@
+"""Delivery of callbacks: at least once, in any order, with pauses that grow."""
+
+import asyncio
+import random
+import time
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx
+import structlog
+from standardwebhooks import Webhook
+
+from assay.errors import StorageError
+from assay.poc.service.runtime._callback_guard import Blocked, resolve
+from assay.poc.service.runtime._controller import Controller
+from assay.poc.service.store import Callback
+
+__all__ = ["Delivery", "backoff", "retry_after"]
+
+log = structlog.get_logger("assay.callbacks")
+
+TICK = 0.5  # seconds between two looks into the outbox when nothing wakes us
+MAX_RETRY_AFTER = 86_400.0
+
+
+class Delivery:
+    """Sends what the outbox owes.
+
+    Args:
+        controller: its outbox is served, under its settings.
+    """
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._settings = controller.settings
+        self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
+        self._sending: dict[str, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+
+    async def run(self) -> None:
+        """Deliver until cancelled; deliveries that run are finished then."""
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(self._wake.set)
+
+        self._controller.on_commit = wake
+        limits = httpx.Limits(max_connections=self._settings.callback_concurrency)
+        timeout = httpx.Timeout(self._settings.callback_timeout)
+        try:
+            # trust_env off: a proxy from the environment would resolve names by itself.
+            async with httpx.AsyncClient(
+                follow_redirects=False, trust_env=False, limits=limits, timeout=timeout
+            ) as client:
+                try:
+                    while True:
+                        await self._serve(client)
+                finally:
+                    await asyncio.gather(*self._sending.values(), return_exceptions=True)
+        finally:
+            self._controller.on_commit = lambda: None
+
+    async def _serve(self, client: httpx.AsyncClient) -> None:
+        self._wake.clear()
+        try:
+            await self._start_due(client)
+        except StorageError as error:
+            log.warning("outbox not readable", reason=error.seen)
+            await asyncio.sleep(1.0)
+        try:
+            async with asyncio.timeout(TICK):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _start_due(self, client: httpx.AsyncClient) -> None:
+        outbox = self._controller.outbox
+        await asyncio.to_thread(outbox.close_open, self._settings.callback_interval)
+        room = self._settings.callback_concurrency - len(self._sending)
+        if room <= 0:
+            return
+        for callback in await asyncio.to_thread(outbox.due, room, besides=list(self._sending)):
+            task = asyncio.create_task(self._deliver(client, callback))
+            self._sending[callback.id] = task
+
+    async def _deliver(self, client: httpx.AsyncClient, callback: Callback) -> None:
+        started = time.perf_counter()
+        try:
+            error, wait = await self._send(client, callback)
+            self._controller.metrics.delivery_seconds.observe(time.perf_counter() - started)
+            await self._note(callback, error, wait)
+        finally:
+            self._sending.pop(callback.id, None)
+            self._wake.set()
+
+    async def _send(self, client: httpx.AsyncClient, callback: Callback) -> tuple[str | None, float]:
+        """Send once; return what went wrong, and the pause the receiver asks for (infinite where there is no hope)."""
+        try:
+            async with asyncio.timeout(self._settings.callback_timeout):
+                target = await resolve(callback.url, allow_private=self._settings.allow_private_callbacks)
+                url = target.pinned.copy_with(path=target.url.path.rstrip("/") + f"/{callback.kind}")
+                request = client.build_request(
+                    "POST",
+                    url,
+                    content=callback.body.encode(),
+                    headers=self._headers(callback) | {"Host": target.host_header},
+                    extensions={"sni_hostname": target.url.host},
+                )
+                response = await client.send(request, stream=True)
+                await response.aclose()
+        except Blocked as error:
+            return str(error), float("inf")
+        except TimeoutError:
+            return f"no answer in {self._settings.callback_timeout:g} s", 0.0
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            return f"{type(error).__name__}: {error}"[:200], 0.0
+        if response.is_success:
+            return None, 0.0
+        return f"HTTP {response.status_code}", retry_after(response.headers.get("retry-after"))
+
+    def _headers(self, callback: Callback) -> dict[str, str]:
+        now = datetime.now(UTC)
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": "assay",
+            "webhook-id": callback.id,
+            "webhook-timestamp": str(int(now.timestamp())),
+        }
+        if self._signers:
+            signatures = (signer.sign(callback.id, now, callback.body) for signer in self._signers)
+            headers["webhook-signature"] = " ".join(signatures)
+        return headers
+
+    async def _note(self, callback: Callback, error: str | None, wait: float) -> None:
+        """Write the outcome, however long the disk is full: otherwise the callback would be sent again and again."""
+        settings, outbox = self._settings, self._controller.outbox
+        last = callback.attempts + 1 >= settings.callback_attempts or wait == float("inf")
+        pause = max(backoff(callback.attempts, settings.callback_backoff, settings.callback_backoff_max), wait)
+        outcome = "delivered" if error is None else "dead" if last else "failed"
+        self._controller.metrics.deliveries.labels(outcome).inc()
+        if error is not None:
+            log.warning("callback", outcome=outcome, id=callback.id, attempt=callback.attempts + 1, error=error)
+        while True:
+            try:
+                if error is None:
+                    await asyncio.to_thread(outbox.delivered, callback.id)
+                else:
+                    await asyncio.to_thread(outbox.failed, callback.id, error, retry_in=None if last else pause)
+                return
+            except StorageError:
+                if self._controller.closing.is_set():
+                    return
+                await asyncio.sleep(1.0)
+
+
+def backoff(attempts: int, base: float, longest: float) -> float:
+    """Return the pause before the next attempt: doubling, bounded, and between half and all of it by chance."""
+    return min(longest, base * 2.0 ** min(attempts, 60)) * random.uniform(0.5, 1.0)
+
+
+def retry_after(value: str | None, now: datetime | None = None) -> float:
+    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 where it says nothing usable."""
+    if not value:
+        return 0.0
+    try:
+        seconds = float(value) if value.strip().isdigit() else _until(value, now or datetime.now(UTC))
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+
+
+def _until(value: str, now: datetime) -> float:
+    date = parsedate_to_datetime(value)
+    return ((date if date.tzinfo else date.replace(tzinfo=UTC)) - now).total_seconds()

@@ -1,0 +1,79 @@
+"""Prometheus metrics, in base units. Each service has a registry of its own."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from assay._version import __version__
+from assay.poc.service._states import State
+
+__all__ = ["CONTENT_TYPE", "Metrics"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Every figure that is exported. Labels never hold keys, hashes or URLs."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"assay_poc_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"assay_poc_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, *labels: str) -> Histogram:
+            return Histogram(f"assay_poc_{name}", text, labels, registry=registry, buckets=_SECONDS)
+
+        self.nonces = counter("nonces", "Nonces computed and written.")
+        self.valid = counter("valid_nonces", "Of these, the valid ones.")
+        self.failures = counter("engine_failures", "Rounds or loads ended by an error of the engine.")
+        self.verdicts = counter("verdicts", "Validation requests by the verdict of the residual test.", "verdict")
+        self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", "outcome")
+        self.requests = counter("http_requests", "Requests by route and status.", "route", "status")
+        self.batch_seconds = histogram("batch_seconds", "Time of one batch in the engine.")
+        self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the writer.")
+        self.validation_seconds = histogram("validation_seconds", "Time of one validation in the engine.")
+        self.delivery_seconds = histogram("callback_seconds", "Time of one callback delivery.")
+        self.request_seconds = histogram("http_request_seconds", "Time of one request.", "route")
+        self.state = gauge("state", "1 for the state the service is in.", "state")
+        self.ready = gauge("ready", "1 when the model is loaded.")
+        self.paused = gauge("paused", "1 while generation waits, by reason.", "reason")
+        self.pending = gauge("callbacks_pending", "Callbacks not delivered yet.")
+        self.dead = gauge("callbacks_dead", "Dead letters.")
+        self.rate = gauge("nonces_per_second", "Rate over the last half minute.")
+        self.valid_share = gauge("valid_ratio", "Valid share of the current round.")
+        self.expected_share = gauge("valid_expected_ratio", "Valid share that the chord law expects.")
+        self.expected_error = gauge("valid_expected_error_ratio", "Standard error of that share at the nonces checked.")
+        self.jobs = gauge("jobs", "Artifact jobs by status.", "status")
+        gauge("build_info", "Version.", "version").labels(__version__).set(1)
+
+    def show(self, snapshot: dict[str, object]) -> None:
+        """Set the gauges from a snapshot."""
+        for state in State:
+            self.state.labels(str(state)).set(snapshot["state"] == str(state))
+        for reason in ("storage", "callbacks"):
+            self.paused.labels(reason).set(snapshot["paused"] == reason)
+        self.ready.set(bool(snapshot["ready"]))
+        callbacks, jobs = snapshot["callbacks"], snapshot["jobs"]
+        assert isinstance(callbacks, dict)
+        assert isinstance(jobs, dict)
+        self.pending.set(callbacks["pending"])
+        self.dead.set(callbacks["dead"])
+        for status, count in jobs.items():
+            self.jobs.labels(status).set(count)
+        for metric, name in (
+            (self.rate, "nonces_per_second"),
+            (self.valid_share, "valid_rate"),
+            (self.expected_share, "expected_rate"),
+            (self.expected_error, "expected_rate_error"),
+        ):
+            value = snapshot[name]
+            metric.set(float(value) if isinstance(value, (int, float)) else float("nan"))
+
+    def text(self) -> bytes:
+        """Return the exposition format."""
+        return generate_latest(self.registry)

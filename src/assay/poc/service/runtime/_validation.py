@@ -1,0 +1,207 @@
+"""What a validator says about received values: the published rules, and the residual test of a node's whole round."""
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from assay import stats
+from assay.errors import CalibrationError
+from assay.poc.protocol import Pipeline, get_pipeline
+from assay.poc.service._bodies import GenerateRequest, StatTest
+from assay.poc.service._settings import Settings
+from assay.poc.service.store import Database, Outbox, StoredRound
+from assay.poc.verdict import EFFECT, Noise, count_mismatches, default_noise, seed_rule
+from assay.reports import dumps, loads
+
+__all__ = ["Judge", "judge_vectors"]
+
+MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
+
+
+class Judge:
+    """Judges validation requests and keeps what it found.
+
+    The residual test runs over all nonces of one key that were checked in a round, each counted once, so that
+    many small requests decide like one large one and asking twice proves nothing.
+    """
+
+    def __init__(self, database: Database, outbox: Outbox, settings: Settings) -> None:
+        self._db, self._outbox, self._settings = database, outbox, settings
+        self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
+
+    def judge(
+        self,
+        stored: StoredRound,
+        dtype: str,
+        public_key: str,
+        nonces: Sequence[int],
+        received: Sequence[float],
+        computed: Sequence[float],
+    ) -> dict[str, Any]:
+        """Judge received distances [N] against computed ones, write the verdict and its callback, and return both.
+
+        A received value that is not finite is a mismatch.
+        """
+        count = seed_rule(received, computed, stored.r_target)
+        test = self._test(stored, dtype, public_key)
+        fresh = self._unseen(stored.id, public_key, nonces)
+        new = [i for i, nonce in enumerate(nonces) if nonce in fresh]
+        if test is not None:
+            test.update([received[i] - computed[i] for i in new])
+        fraud = count.n > 0 and count.p_value < stored.fraud_threshold
+        result = {
+            "fraud_detected": fraud,
+            "computed_distances": list(computed),
+            "valid": [value < stored.r_target for value in computed],
+            "n_invalid": count.mismatches,
+            "probability_honest": count.p_value if count.n else -1.0,
+            "residual_test": _residual(test),
+        }
+        summary = {
+            "time": time.time(),
+            "public_key": public_key,
+            "block_hash": stored.block_hash,
+            "n": count.n,
+            "n_invalid": count.mismatches,
+            "probability_honest": result["probability_honest"],
+            "fraud_detected": fraud,
+            "verdict": _residual(test)["verdict"],
+        }
+        body = {
+            "nonces": list(nonces),
+            "received_distances": [_finite(value) for value in received],
+            "public_key": public_key,
+            "block_hash": stored.block_hash,
+            "block_height": stored.block_height,
+            **result,
+        }
+        rows = [(nonces[i], _finite(received[i]), computed[i]) for i in new]
+        try:
+            self._save(stored, public_key, rows, summary, body)
+        except BaseException:
+            # The test in memory has seen values that are not on disk: rebuild it next time.
+            self._tests.pop((stored.id, public_key), None)
+            raise
+        return result
+
+    def last(self, limit: int = 10) -> list[dict[str, Any]]:
+        """Return summaries of the last verdicts, the newest first."""
+        verdicts = self._db["verdicts"]
+        query = sa.select(verdicts.c.summary).order_by(verdicts.c.id.desc()).limit(limit)
+        with self._db.read() as connection:
+            return [loads(text, "verdict") for (text,) in connection.execute(query)]
+
+    def _test(self, stored: StoredRound, dtype: str, public_key: str) -> stats.SequentialTest | None:
+        key = (stored.id, public_key)
+        if key not in self._tests:
+            noise = _honest_noise(self._settings, get_pipeline(stored.preset), dtype)
+            if noise is None:
+                return None
+            test = stats.SequentialTest(noise.law, alpha=self._settings.alpha, beta=self._settings.beta)
+            self._tests[key] = test.update(self._old_residuals(*key))
+        self._tests.move_to_end(key)
+        if len(self._tests) > MAX_TESTS:
+            self._tests.popitem(last=False)
+        return self._tests[key]
+
+    def _old_residuals(self, round_id: int, public_key: str) -> list[float]:
+        checks = self._db["checks"]
+        query = sa.select(checks.c.received, checks.c.computed).order_by(checks.c.id)
+        query = query.where(checks.c.round_id == round_id, checks.c.public_key == public_key)
+        with self._db.read() as connection:
+            rows = connection.execute(query).all()
+        return [math.nan if row.received is None else row.received - row.computed for row in rows]
+
+    def _unseen(self, round_id: int, public_key: str, nonces: Sequence[int]) -> set[int]:
+        if not nonces:
+            return set()
+        checks = self._db["checks"]
+        same = (checks.c.round_id == round_id) & (checks.c.public_key == public_key)
+        query = sa.select(checks.c.nonce).where(same, checks.c.nonce.between(min(nonces), max(nonces)))
+        with self._db.read() as connection:
+            return set(nonces).difference(nonce for (nonce,) in connection.execute(query))
+
+    def _save(
+        self,
+        stored: StoredRound,
+        public_key: str,
+        rows: Sequence[tuple[int, float | None, float]],
+        summary: dict[str, Any],
+        body: dict[str, Any],
+    ) -> None:
+        checks, verdicts, rounds = self._db["checks"], self._db["verdicts"], self._db["rounds"]
+        shared = {"round_id": stored.id, "public_key": public_key}
+        with self._db.write() as connection:
+            if rows:
+                values = [shared | {"nonce": n, "received": a, "computed": b} for n, a, b in rows]
+                connection.execute(checks.insert(), values)
+            row = shared | {"created_at": summary["time"], "summary": dumps(summary)}
+            connection.execute(verdicts.insert().values(row))
+            url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == stored.id)).scalar_one()
+            if url:
+                self._outbox.add(connection, stored.id, "validated", url, body)
+
+
+def judge_vectors(
+    request: GenerateRequest, nonces: Sequence[int], errors: NDArray[np.float64], dtype: str, settings: Settings
+) -> dict[str, Any]:
+    """Return the verdict on the residuals [N] of an artifact job.
+
+    ``artifact`` has the published count and the published reply. ``hardened`` is judged by the residual test, which its
+    reply holds beside the count.
+    """
+    pipeline, rule = get_pipeline(request.params.preset), request.stat_test or StatTest()
+    count = count_mismatches(
+        errors, threshold=rule.dist_threshold, p_mismatch=rule.p_mismatch, alpha=rule.fraud_threshold
+    )
+    reply = {
+        "n_total": count.n,
+        "n_mismatch": count.mismatches,
+        "mismatch_nonces": [n for n, error in zip(nonces, errors, strict=True) if not error <= rule.dist_threshold],
+        "p_value": count.p_value,
+        "fraud_detected": count.fraud,
+    }
+    if pipeline.name != "hardened":
+        return reply
+    test, noise = None, _honest_noise(settings, pipeline, dtype)
+    if noise is not None:
+        effect = EFFECT[pipeline.output]
+        test = stats.SequentialTest(noise.law, alpha=settings.alpha, beta=settings.beta, effect=effect)
+        test.update(errors)
+    residual = _residual(test)
+    return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
+
+
+def _honest_noise(settings: Settings, pipeline: Pipeline, dtype: str) -> Noise | None:
+    """Return the honest noise of a pipeline: the calibration of the service, else the default; None without either."""
+    measured = settings.calibration
+    if measured is not None and measured.output == pipeline.noise:
+        return Noise(measured.law, f"calibration on {measured.n} nonces")
+    try:
+        return default_noise(pipeline.noise, dtype, dtype)
+    except CalibrationError:
+        return None
+
+
+def _residual(test: stats.SequentialTest | None) -> dict[str, Any]:
+    if test is None:
+        return {"verdict": "undecided", "reason": "no honest noise is known for this dtype: pass --calibration"}
+    result = test.result
+    return {
+        "verdict": result.verdict,
+        "checked": result.n,
+        "log_e_value": result.log_e_max,
+        "log_evidence_honest": result.log_evidence_honest,
+        "gross": result.gross,
+        "alpha": result.alpha,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

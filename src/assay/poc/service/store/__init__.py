@@ -1,0 +1,18 @@
+"""What the service keeps on disk: rounds, records and callbacks, in one SQLite file."""
+
+from assay.poc.service.store._database import Database
+from assay.poc.service.store._outbox import Callback, Outbox, open_outbox
+from assay.poc.service.store._rounds import RECENT, Batch, Histogram, Rounds, StoredRound, make_round
+
+__all__ = [
+    "RECENT",
+    "Batch",
+    "Callback",
+    "Database",
+    "Histogram",
+    "Outbox",
+    "Rounds",
+    "StoredRound",
+    "make_round",
+    "open_outbox",
+]

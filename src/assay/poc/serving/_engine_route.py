@@ -1,0 +1,71 @@
+"""``/api/v1/pow/engine``: what nonces take of the vLLM engine at this moment, and what they may take."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
+
+    from assay.poc.engines.vllm import Client
+    from assay.poc.service.runtime import Controller
+
+__all__ = ["change_flow", "engine_router", "engine_status"]
+
+
+async def engine_status(client: "Client", version: str) -> dict[str, Any]:
+    """Return settings and state of the flow, and what every worker holds."""
+    flow = client.flow
+    return {
+        "vllm": version,
+        "worker": client.description,
+        "mode": flow.settings.mode,
+        "share": flow.settings.share,
+        "chat_in_flight": flow.settings.chat_in_flight,
+        "nonces": flow.in_flight,
+        "nonces_limit": flow.limit,
+        "chat": flow.chat,
+        "workers": await client.counts(),
+    }
+
+
+def change_flow(client: "Client", changes: dict[str, Any]) -> None:
+    """Change settings of the flow until the server ends.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+    client.flow.settings = replace(client.flow.settings, **changes)
+
+
+def engine_router(controller: "Controller", client: Callable[[], tuple["Client", str]]) -> "APIRouter":
+    """Return the routes; reading asks for a key that may read, changing for one that may everything."""
+    from fastapi import APIRouter
+    from fastapi.responses import JSONResponse
+    from pydantic import BaseModel, ConfigDict
+
+    from assay.poc.service.http import PREFIX, Keys, Scope, needs, route_class
+
+    class Changes(BaseModel):
+        """Settings of the flow; what is left out stays."""
+
+        model_config = ConfigDict(extra="forbid", strict=True)
+
+        mode: str | None = None
+        share: float | None = None
+        chat_in_flight: int | None = None
+
+    async def now() -> JSONResponse:
+        return JSONResponse(await engine_status(*client()))
+
+    async def change(body: Changes) -> JSONResponse:
+        change_flow(client()[0], body.model_dump(exclude_none=True))
+        return await now()
+
+    kind = route_class(controller, Keys(controller.settings))
+    router = APIRouter(prefix=PREFIX, tags=["vLLM"], route_class=kind)
+    about = "What nonces take of the vLLM engine, beside how much chat, and what its workers hold."
+    router.add_api_route("/engine", now, methods=["GET"], description=about, openapi_extra=needs(Scope.READ))
+    allow = "Change mode, share or chat_in_flight until the server ends."
+    router.add_api_route("/engine", change, methods=["POST"], description=allow, openapi_extra=needs(Scope.CONTROL))
+    return router

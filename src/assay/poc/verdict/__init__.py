@@ -1,0 +1,42 @@
+"""Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds residuals against it."""
+
+from assay.poc.verdict._calibration import Calibration, calibrate, fit_noise, noise_for
+from assay.poc.verdict._judge import EFFECT, judge, new_test, residuals
+from assay.poc.verdict._noise import MARGIN, Law, Noise, default_noise, law_as_dict
+from assay.poc.verdict._target import MeasuredTarget, distances_from, measure_r_target, target
+from assay.poc.verdict._verdict import (
+    COUNT_ALPHA,
+    DIST_THRESHOLD,
+    P_FLIP,
+    P_MISMATCH,
+    Verdict,
+    count_mismatches,
+    seed_rule,
+)
+
+__all__ = [
+    "COUNT_ALPHA",
+    "DIST_THRESHOLD",
+    "EFFECT",
+    "MARGIN",
+    "P_FLIP",
+    "P_MISMATCH",
+    "Calibration",
+    "Law",
+    "MeasuredTarget",
+    "Noise",
+    "Verdict",
+    "calibrate",
+    "count_mismatches",
+    "default_noise",
+    "distances_from",
+    "fit_noise",
+    "judge",
+    "law_as_dict",
+    "measure_r_target",
+    "new_test",
+    "noise_for",
+    "residuals",
+    "seed_rule",
+    "target",
+]

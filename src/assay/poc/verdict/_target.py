@@ -1,0 +1,140 @@
+"""The r_target of a wanted valid rate: closed form, and measured from a proof with its sampling error.
+
+Legend of shapes: N nonces, K published numbers.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats as distributions
+
+from assay import stats, streams
+from assay.errors import UsageError
+from assay.poc.protocol import RANDOM_HEAD_ROWS, Proof, Round
+
+__all__ = ["MeasuredTarget", "distances_from", "measure_r_target", "r_target_from", "target"]
+
+CONFIDENCE = 0.95
+MIN_NONCES = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredTarget:
+    """A measured r_target beside the closed form.
+
+    Args:
+        valid_rate: the wanted share of valid nonces.
+        dimension: of the space in which the distance is measured.
+        r_target: closed form, by the chord law.
+        measured: the quantile of the measured distances.
+        low: lower end of its interval, from order statistics.
+        high: upper end.
+        confidence: of the interval; no law is assumed for it.
+        n: nonces measured.
+        off_in_standard_errors: measured minus closed form, over the standard error of the quantile under the law.
+    """
+
+    valid_rate: float
+    dimension: int
+    r_target: float
+    measured: float
+    low: float
+    high: float
+    confidence: float
+    n: int
+    off_in_standard_errors: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the closed form lies in the interval of the measured one."""
+        return self.low <= self.r_target <= self.high
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        return {**self.__dict__, "agrees": self.agrees}
+
+
+def measure_r_target(proof: Proof, valid_rate: float, *, dimension: int | None = None) -> MeasuredTarget:
+    """Measure the r_target of a valid rate from the nonces of a proof.
+
+    Args:
+        proof: of any preset; of vectors, the distance of each to the target of the block in R^K counts.
+        valid_rate: the wanted share, in (0, 1).
+        dimension: of the output; needed where the preset has no random head and publishes distances.
+
+    Raises:
+        UsageError: a rate or dimension is out of range or missing, or there are too few nonces.
+    """
+    pipeline = proof.header.pipeline
+    if pipeline.output == "vector":
+        known: int | None = pipeline.vector_size
+        values = np.array([record.vector for record in proof.records], dtype=np.float64)
+    else:
+        known = RANDOM_HEAD_ROWS if pipeline.head == "random" else None
+        values = proof.distances
+    if known is not None and dimension not in (None, known):
+        raise UsageError(
+            f"--dimension {dimension} with preset {pipeline.name}", wanted=f"its {known}", do="leave --dimension out"
+        )
+    size = known or dimension
+    if size is None:
+        raise UsageError(
+            f"a proof of preset {pipeline.name}",
+            wanted="the dimension of its output",
+            do="pass --dimension: the vocabulary with the trained head, the hidden size without one",
+        )
+    return r_target_from(distances_from(values, proof.round), valid_rate, size)
+
+
+def r_target_from(distances_N: npt.NDArray[np.float64], valid_rate: float, dimension: int) -> MeasuredTarget:
+    """Compare the quantile of distances [N] with the closed form.
+
+    The interval runs between the order statistics whose ranks hold a binomial count of N and the rate with the stated
+    confidence. The standard error of the quantile is √(p(1 − p)/N) over the density of the law there.
+
+    Raises:
+        UsageError: fewer than 30 distances, or a rate outside (0, 1).
+    """
+    n = len(distances_N)
+    if n < MIN_NONCES or not 0.0 < valid_rate < 1.0:
+        raise UsageError(
+            f"{n} nonces for a valid rate of {valid_rate}",
+            wanted=f"at least {MIN_NONCES} nonces and a rate in (0, 1)",
+            do="prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %",
+        )
+    ordered_N = np.sort(distances_N)
+    tail = (1 - CONFIDENCE) / 2
+    ranks = np.asarray(distributions.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
+    low, high = ordered_N[np.clip(ranks, 1, n) - 1]
+    closed, measured = stats.r_target_for(valid_rate, dimension), float(np.quantile(distances_N, valid_rate))
+    error = stats.rate_standard_error(valid_rate, n) / float(stats.chord_pdf(closed, dimension))
+    return MeasuredTarget(
+        valid_rate=valid_rate,
+        dimension=dimension,
+        r_target=closed,
+        measured=measured,
+        low=float(low),
+        high=float(high),
+        confidence=CONFIDENCE,
+        n=n,
+        off_in_standard_errors=(measured - closed) / error,
+    )
+
+
+def target(round: Round, size: int) -> npt.NDArray[np.float64]:
+    """Return the target of a round in R^size: a unit vector, [size]."""
+    values = np.asarray(streams.get_backend("numpy").normals(streams.seeds([round.block_text("target")]), size))
+    direction = values.reshape(size).astype(np.float64)
+    return direction / math.sqrt(float(direction @ direction))
+
+
+def distances_from(values: npt.NDArray[np.floating[Any]], round: Round) -> npt.NDArray[np.float64]:
+    """Return distances [N] as they are, and of vectors [N, K] the distance of each to the round's target in R^K."""
+    if values.ndim == 1:
+        return values.astype(np.float64)
+    unit_NK = values.astype(np.float64)
+    unit_NK /= np.linalg.norm(unit_NK, axis=1, keepdims=True)
+    return np.asarray(np.linalg.norm(unit_NK - target(round, values.shape[1]), axis=1))

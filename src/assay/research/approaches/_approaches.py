@@ -1,0 +1,193 @@
+"""Every approach of the published table, measured: does it break the model's structure, and can cheaters still be told?
+
+For a model and an approach:
+
+- *distances* of nonces of several blocks: mean, standard deviation and tenth percentile against the chord law, and how
+  far apart the valid rates of the blocks are at the r_target that gives all of them together the wanted rate;
+- *separability*: what an honest node in bfloat16 and a cheater with int4 weights publish, against a validator in
+  float32. An approach that amplifies noise makes the two alike;
+- *cost*: random numbers per nonce and per block, and time against the plain forward pass.
+
+The model runs once for all approaches that agree on what happens between its layers.
+
+Legend of shapes: N nonces, B blocks, K published numbers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from assay.errors import UsageError
+from assay.models import Model, load_model
+from assay.poc.engines.hf import HFEngine
+from assay.poc.protocol import PIPELINES, Pipeline, Round, get_pipeline
+from assay.poc.verdict import distances_from
+from assay.reports import JsonObject
+from assay.research import cheats
+from assay.research.approaches._cost import PIPELINE_PARALLEL, memory, tensor_parallel
+from assay.research.approaches._measures import distribution, overheads, residual_sizes, told_apart
+from assay.research.runs import Run, check_lists, effective_dimension, open_run, published, state_pipeline
+
+__all__ = ["APPROACHES", "ApproachPlan", "run_approaches"]
+
+APPROACHES = tuple(PIPELINES)
+
+KEY = "node_A"
+STATE_NONCES = 256  # from which the effective dimension is measured
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApproachPlan:
+    """What is measured.
+
+    Args:
+        models: references.
+        approaches: names of pipelines.
+        blocks: block hashes, at least two.
+        nonces: nonces per block.
+        valid_rate: share of all nonces that the calibrated r_target makes valid.
+        checked: nonces from which separability is measured.
+        seq_len: input positions per nonce.
+        batch_size: nonces per forward pass.
+        timed: batches for which every approach is timed; 0 skips it.
+        dtype: of the models whose distances are measured; None is each one's own.
+        device: cpu or cuda; None is the best there is.
+
+    Raises:
+        UsageError: a list is empty or names something twice, an approach is none, or a number is out of range.
+    """
+
+    models: tuple[str, ...]
+    approaches: tuple[str, ...] = APPROACHES
+    blocks: tuple[str, ...] = ("block_alpha", "block_beta", "block_gamma")
+    nonces: int = 1024
+    valid_rate: float = 0.5
+    checked: int = 64
+    seq_len: int = 256
+    batch_size: int = 32
+    timed: int = 5
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        # By their own names: sign-flips and poc-2.0 are one approach.
+        object.__setattr__(self, "approaches", tuple(get_pipeline(name).name for name in self.approaches))
+        check_lists(self, models=1, approaches=1, blocks=2)
+        if self.nonces < 2 or self.checked < 2 or self.timed < 0 or not 0 < self.valid_rate < 1:
+            raise UsageError(
+                f"{self.nonces} nonces, {self.checked} checked, {self.timed} timed, valid rate {self.valid_rate}",
+                wanted="at least 2 nonces and 2 checked, and a rate between 0 and 1",
+                do="leave them out for the defaults",
+            )
+
+    @property
+    def settings(self) -> JsonObject:
+        """What must be the same for all cells of a run."""
+        names = ("blocks", "nonces", "valid_rate", "checked", "seq_len", "batch_size", "timed")
+        chosen = {name: getattr(self, name) for name in names}
+        return chosen | {name: getattr(self, name) or "default" for name in ("dtype", "device")}
+
+    def groups(self) -> list[list[Pipeline]]:
+        """Return the approaches, those together for which the model does the same."""
+        groups: dict[tuple[object, ...], list[Pipeline]] = {}
+        for name in self.approaches:
+            pipeline = get_pipeline(name)
+            groups.setdefault((pipeline.layers, pipeline.read, pipeline.texts), []).append(pipeline)
+        return list(groups.values())
+
+    def rounds(self, preset: str) -> list[Round]:
+        """Return one round per block."""
+        return [Round(block_hash=b, public_key=KEY, seq_len=self.seq_len, preset=preset) for b in self.blocks]
+
+
+def run_approaches(plan: ApproachPlan, folder: Path, *, progress: Progress | None = None) -> None:
+    """Measure the cells that the run's folder does not have yet, and append them to ``approaches.jsonl``.
+
+    Args:
+        plan: what is measured.
+        folder: of the run.
+        progress: called with cells done and cells in all.
+
+    Raises:
+        UsageError: the run was begun with other settings.
+        ModelError: a model cannot be loaded.
+    """
+    with open_run(folder, "approaches", plan.settings) as run:
+        total = len(plan.models) * len(plan.approaches)
+        for reference in plan.models:
+            for group in _missing(run, plan, reference):
+                for values in _measure_group(plan, reference, group):
+                    run.append(_key(reference, values["approach"]), values)
+                    if progress:
+                        progress(len(run.done), total)
+
+
+def _key(reference: str, approach: str) -> str:
+    return f"{reference} {approach}"
+
+
+def _missing(run: Run, plan: ApproachPlan, reference: str) -> Iterator[list[Pipeline]]:
+    for group in plan.groups():
+        todo = [pipeline for pipeline in group if _key(reference, pipeline.name) not in run.done]
+        if todo:
+            yield todo
+
+
+def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]) -> Iterator[JsonObject]:
+    """Give the values of every approach of a group."""
+    model = load_model(reference, dtype=plan.dtype, device=plan.device)
+    engine = _engine(plan, model)
+    rounds = plan.rounds(group[0].name)
+    found = [published(engine, round, group, range(plan.nonces)) for round in rounds]
+    heads = [state_pipeline(pipeline) for pipeline in group if pipeline.head == "random"]
+    count = min(STATE_NONCES, plan.nonces)
+    reduced = published(engine, rounds[0], heads, range(count)) if heads else {}
+    effective = {name: effective_dimension(states_ND) for name, states_ND in reduced.items()}
+    slower = overheads(engine, rounds[0], group, plan.timed) if plan.timed else {}
+    apart = _separability(plan, reference, rounds[0], group)
+    for pipeline in group:
+        distances = {r.block_hash: distances_from(f[pipeline.name], r) for f, r in zip(found, rounds, strict=True)}
+        size = pipeline.output_size(model.hidden_size, model.vocab_size)
+        width = model.hidden_size if pipeline.head == "random" else None
+        yield {
+            "model": reference,
+            "approach": pipeline.name,
+            "summary": pipeline.summary,
+            "dtype": engine.dtype,
+            "per_nonce": pipeline.per_nonce,
+            "tensor_parallel": tensor_parallel(pipeline),
+            "pipeline_parallel": PIPELINE_PARALLEL,
+            **_costs(plan, pipeline, model),
+            "overhead": slower.get(pipeline.name),
+            "effective_dimension": effective.get(pipeline.name),
+            **distribution(distances, size, plan.valid_rate, width, effective.get(pipeline.name)),
+            **apart[pipeline.name],
+        }
+
+
+def _engine(plan: ApproachPlan, model: Model) -> HFEngine:
+    return HFEngine(model, batch_size=plan.batch_size, seq_len=plan.seq_len)
+
+
+def _costs(plan: ApproachPlan, pipeline: Pipeline, model: Model) -> JsonObject:
+    sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_layers": model.num_layers}
+    held = memory(pipeline, seq_len=plan.seq_len, **sizes)
+    return {**sizes, "bytes_per_nonce": held.per_nonce, "bytes_per_block": held.per_block}
+
+
+def _separability(plan: ApproachPlan, reference: str, round: Round, group: Sequence[Pipeline]) -> dict[str, JsonObject]:
+    """Compare an honest bfloat16 node and a cheater with int4 weights, seen by a validator in float32."""
+    honest = load_model(reference, dtype="bfloat16", device=plan.device)
+    sides = {"honest": honest, "int4": cheats.rounded(honest, 4)}
+    validator = load_model(reference, dtype="float32", device=plan.device)
+    nonces = range(plan.checked)
+    truth = published(_engine(plan, validator), round, group, nonces)
+    claims = {side: published(_engine(plan, model), round, group, nonces) for side, model in sides.items()}
+    return {
+        pipeline.name: told_apart(
+            *(residual_sizes(claims[side][pipeline.name], truth[pipeline.name]) for side in sides)
+        )
+        for pipeline in group
+    }

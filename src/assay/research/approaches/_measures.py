@@ -1,0 +1,161 @@
+"""What is measured of an approach: its distances, its residuals, and its time.
+
+Legend of shapes: N nonces, B blocks, K published numbers.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import chi2
+
+from assay import stats
+from assay.poc.engines import Engine, make_transform
+from assay.poc.protocol import Pipeline, Round
+from assay.reports import JsonObject
+from assay.research.matrix import PUBLISHED_LIMIT
+from assay.research.runs import spread_of, states
+
+__all__ = ["distribution", "overheads", "residual_sizes", "told_apart"]
+
+ALPHA = 0.01  # at which a deviation from the law, or between blocks, counts as structure
+TAIL_RATE = 0.1  # the published valid rate; there the width of the distances counts, at one half it does not
+HISTOGRAM_BINS = 40
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def distribution(
+    distances: Mapping[str, FloatArray], size: int, valid_rate: float, width: int | None, effective: float | None
+) -> JsonObject:
+    """Hold distances against the chord law and against each other.
+
+    Args:
+        distances: [N] for every block hash.
+        size: dimension of the space in which they are measured.
+        valid_rate: share of all nonces that the calibrated r_target makes valid.
+        width: hidden size where a random head is drawn per block, else None.
+        effective: effective dimension of the states in front of that head, where it is known.
+    """
+    blocks = list(distances.values())
+    pooled = np.concatenate(blocks)
+    off, p_law = _off_the_law([block.mean() for block in blocks], blocks[0].size, size)
+    spreads = [_spread_at(rate, blocks, pooled, width, effective) for rate in (valid_rate, TAIL_RATE)]
+    counts, edges = np.histogram(pooled, HISTOGRAM_BINS)
+    return {
+        "dimension": size,
+        "nonces": pooled.size,
+        **_summary(pooled),
+        "law": {"mean": stats.chord_mean(size), "std": stats.chord_std(size), "p10": stats.r_target_for(0.1, size)},
+        "mean_off_in_standard_errors": off,
+        "p_law": p_law,
+        "blocks": [{"block_hash": name, **_summary(block)} for name, block in distances.items()],
+        "spreads": spreads,
+        "breaks_structure": _verdict(spreads[0]["spread"], spreads[0]["p_value"], p_law),
+        "histogram": {"counts": counts.tolist(), "low": float(edges[0]), "high": float(edges[-1])},
+    }
+
+
+def _summary(distances_N: FloatArray) -> JsonObject:
+    return {
+        "mean": float(distances_N.mean()),
+        "std": float(distances_N.std(ddof=1)),
+        "p10": float(np.quantile(distances_N, 0.1)),
+    }
+
+
+def _spread_at(
+    rate: float, distances: Sequence[FloatArray], pooled: FloatArray, width: int | None, effective: float | None
+) -> JsonObject:
+    """Return the spread of the blocks at the r_target that makes a share ``rate`` of all nonces valid.
+
+    ``noise_band`` is that of random directions, ``band_of_states`` that of states with their effective dimension.
+    """
+    r_target = float(np.quantile(pooled, rate))
+    valid = [int(np.count_nonzero(block < r_target)) for block in distances]
+    checked = [block.size for block in distances]
+    found = spread_of(valid, checked, width=width)
+    wider = spread_of(valid, checked, width=effective) if effective else None
+    return {
+        "rate": rate,
+        "r_target": r_target,
+        "valid_rates": list(found.rates),
+        "spread": found.value,
+        "noise_band": [found.low, found.high],
+        "p_value": found.p_value,
+        "band_of_states": wider and [wider.low, wider.high],
+    }
+
+
+def _off_the_law(means: Sequence[float], n: int, size: int) -> tuple[float, float]:
+    """Test block means [B] of n distances against the chord law: the largest offset in standard errors, and χ²'s p."""
+    error = stats.chord_std(size) / math.sqrt(n)
+    z_B = (np.asarray(means) - stats.chord_mean(size)) / error
+    return float(np.abs(z_B).max()), float(chi2.sf(np.sum(z_B**2), len(z_B)))
+
+
+def _verdict(spread: float, p_spread: float, p_law: float) -> str:
+    """Say whether structure is left: yes it is broken, partly, or no.
+
+    *yes*: neither the means nor the spread of the blocks can be told from chance, at 1 % each. *partly*: they can, but
+    the spread is below the published limit of 5 %. *no*: it is not.
+    """
+    if min(p_spread, p_law) >= ALPHA:
+        return "yes"
+    return "partly" if spread < PUBLISHED_LIMIT else "no"
+
+
+def residual_sizes(claimed: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]) -> FloatArray:
+    """|received − recomputed| of distances, or the L2 distance of vectors, [N]."""
+    difference = claimed.astype(np.float64) - truth
+    return np.abs(difference) if difference.ndim == 1 else np.asarray(np.linalg.norm(difference, axis=1))
+
+
+def told_apart(honest_N: FloatArray, cheat_N: FloatArray) -> JsonObject:
+    """Return medians of both sides' residuals [N], their ratio, and how often a cheater's exceeds an honest one.
+
+    The interval of 95 % of the last draws nonces, with both sides of each: they share a validator's value.
+    """
+    nonces = range(len(honest_N))
+    auc = stats.group_bootstrap(stats.auroc, (cheat_N, honest_N), (nonces, nonces))
+    return {
+        "honest_residual": float(np.median(honest_N)),
+        "int4_residual": float(np.median(cheat_N)),
+        "separation": float(np.median(cheat_N) / max(np.median(honest_N), stats.RESOLUTION)),
+        "auc": auc.value,
+        "auc_interval": [auc.low, auc.high],
+    }
+
+
+def overheads(engine: Engine, round: Round, group: Sequence[Pipeline], batches: int) -> dict[str, float]:
+    """Return the time of a batch with an approach over the plain forward pass, less one: the median of neighbours.
+
+    Args:
+        engine: runs the model.
+        round: gives the seed texts.
+        group: approaches for which the model does the same.
+        batches: how many of each are timed.
+    """
+    transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in group}
+
+    nonces = range(engine.batch_size)
+
+    def plain() -> float:
+        started = time.perf_counter()
+        engine.last_hidden(engine.inputs(round, nonces)).cpu()  # waits for the device
+        return time.perf_counter() - started
+
+    def randomised(name: str) -> float:
+        with engine.between_layers(group[0].layers, round):
+            started = time.perf_counter()
+            padded, x_BD = next(states(engine, transforms[name], nonces))
+            transforms[name](x_BD, padded).cpu()
+            return time.perf_counter() - started
+
+    for name in transforms:
+        randomised(name)  # compiles what the first call compiles
+    ratios = {name: [randomised(name) / plain() for _ in range(batches)] for name in transforms}
+    return {name: statistics.median(values) - 1 for name, values in ratios.items()}

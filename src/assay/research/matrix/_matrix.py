@@ -1,0 +1,270 @@
+"""The matrix: models × modes × blocks × keys against live services over HTTP, as the published tests were run.
+
+Every configuration (a model in a mode) has a service of its own, started for it and ended after it. A test is one
+round: it is begun over HTTP, generates for a while, is stopped, and is over when the receiver has every valid nonce.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from assay.errors import UsageError
+from assay.models import model_info
+from assay.poc.protocol import Round
+from assay.reports import JsonObject, write_atomic, write_jsonl
+from assay.research.matrix._live import Live, wait_until
+from assay.research.runs import check_lists, open_run
+
+__all__ = ["MODES", "Plan", "Test", "run_matrix"]
+
+MODES = {"sign-flips": "poc-2.0", "layer-hooks": "layer-normalize"}
+"""Mode, as the published tables call it → preset."""
+
+WARM_UP = "warm-up"  # block and key of the round that compiles kernels before anything is timed
+_FIRST_BATCH_SECONDS = 600.0
+_DELIVERY_SECONDS = 60.0
+
+Progress = Callable[[int, int], None]
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Test:
+    """One cell of the matrix."""
+
+    number: int
+    model: str
+    mode: str
+    block: str
+    public_key: str
+
+    @property
+    def key(self) -> str:
+        """The key of its cell."""
+        return f"{self.model} {self.mode} {self.block} {self.public_key}"
+
+    @property
+    def log_name(self) -> str:
+        """The first part of the names of its logs."""
+        parts = (self.model, self.mode, self.block, self.public_key)
+        clean = ["".join(c if c.isalnum() or c in "-_." else "-" for c in part.rpartition("/")[2]) for part in parts]
+        return f"test_{self.number:02d}_" + "_".join(clean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which tests are wanted, and how they are run.
+
+    Args:
+        models: references.
+        modes: keys of :data:`MODES`.
+        blocks: block hashes.
+        public_keys: keys of nodes.
+        duration: seconds for which a test generates.
+        r_target: a nonce is valid below this distance.
+        seq_len: input positions per nonce.
+        batch_size: nonces per forward pass.
+        dtype: of the models; None is each one's own.
+        device: cpu or cuda; None is the best there is.
+
+    Raises:
+        UsageError: a list is empty or names something twice, or a mode or value is none.
+    """
+
+    models: tuple[str, ...]
+    modes: tuple[str, ...] = tuple(MODES)
+    blocks: tuple[str, ...] = ("block_alpha", "block_beta", "block_gamma")
+    public_keys: tuple[str, ...] = ("node_A", "node_B", "node_C")
+    duration: float = 40.0
+    r_target: float = 1.416
+    seq_len: int = 256
+    batch_size: int = 32
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        check_lists(self, models=1, modes=1, blocks=1, public_keys=1)
+        unknown = [mode for mode in self.modes if mode not in MODES]
+        if unknown:
+            raise UsageError(f"mode {unknown[0]!r:.40}", wanted="one of " + ", ".join(MODES), do="correct --modes")
+        if not 0 < self.duration < 86400:
+            raise UsageError(f"duration {self.duration}", wanted="seconds, at most a day", do="try --duration 40")
+        for block, key in product(self.blocks, self.public_keys):
+            Round(block_hash=block, public_key=key, r_target=self.r_target, seq_len=self.seq_len)
+
+    @property
+    def settings(self) -> JsonObject:
+        """What must be the same for all tests of a run."""
+        names = ("r_target", "seq_len", "batch_size", "dtype", "device")
+        return {name: getattr(self, name) or "default" for name in names}
+
+    @property
+    def configurations(self) -> list[tuple[str, str]]:
+        """Model and mode of every service that is started."""
+        return list(product(self.models, self.modes))
+
+    def tests(self) -> Iterator[Test]:
+        """Give the tests in the order of their numbers."""
+        cells = product(self.models, self.modes, self.blocks, self.public_keys)
+        return (Test(number, *cell) for number, cell in enumerate(cells, 1))
+
+
+def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, note: Note | None = None) -> None:
+    """Run the tests that the run's folder does not have yet, and append their results to ``matrix.jsonl``.
+
+    Logs go to ``logs/``: per test what the service wrote and which callbacks arrived.
+
+    Args:
+        plan: the tests.
+        folder: of the run.
+        progress: called with tests done and tests in all.
+        note: called with a sentence before every start of a service, and after every test.
+
+    Raises:
+        UsageError: the run was begun with other settings.
+        ResourceError: a service did not start, or did not answer.
+    """
+    with open_run(folder, "matrix", plan.settings) as run, ExitStack() as stack:
+        todo = [test for test in plan.tests() if test.key not in run.done]
+        if not todo:
+            return
+        for reference in plan.models:
+            model_info(reference)  # one that is none ends the run before anything is started
+        logs = folder / "logs"
+        logs.mkdir(exist_ok=True)
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="assay-matrix-")))
+        receive = ["poc", "receive", "-o", str(temporary / "received.sqlite3")]
+        receiver = stack.enter_context(Live(receive, logs / "receiver.log"))
+        total = len(list(plan.tests()))
+        done = total - len(todo)
+        for index, (model, mode) in enumerate(plan.configurations):
+            chosen = [test for test in todo if (test.model, test.mode) == (model, mode)]
+            with closing(_run_configuration(plan, chosen, receiver, temporary / str(index), logs, note)) as results:
+                for test, values in results:
+                    run.append(test.key, values)
+                    done += 1
+                    if progress:
+                        progress(done, total)
+
+
+def _run_configuration(
+    plan: Plan, tests: Sequence[Test], receiver: Live, data: Path, logs: Path, note: Note | None
+) -> Generator[tuple[Test, JsonObject]]:
+    """Run tests of one model and mode against a service of their own, kept in ``data``; give the values of each."""
+    if not tests:
+        return
+    say = note or (lambda sentence: None)
+    model, mode = tests[0].model, tests[0].mode
+    say(f"starting a service for {model}, {mode}")
+    with _service(plan, model, data, logs / "server.log") as server:
+        receiver.connect()
+        server.connect("/ready")
+        _warm_up(server, plan, mode)
+        for test in tests:
+            values = _run_test(test, plan, server, receiver, logs)
+            say(
+                f"test {test.number:2d}: {model} {mode} {test.block} {test.public_key}: "
+                f"{values['valid']}/{values['checked']} valid, {values['nonces_per_second']:.1f} nonces/s"
+            )
+            yield test, values
+
+
+def _service(plan: Plan, model: str, data: Path, log: Path) -> Live:
+    arguments = ["poc", "serve", "--model", model, "--data-dir", str(data), "--allow-private-callbacks"]
+    arguments += ["--callback-interval", "0.5"]
+    for flag, value in (("--dtype", plan.dtype), ("--device", plan.device)):
+        arguments += [flag, value] if value else []
+    return Live(arguments, log)
+
+
+def _begin(server: Live, plan: Plan, mode: str, block: str, public_key: str, callback_url: str | None) -> None:
+    body = {
+        "block_hash": block,
+        "block_height": 1,
+        "public_key": public_key,
+        "r_target": plan.r_target,
+        "node_id": 0,
+        "node_count": 1,
+        "batch_size": plan.batch_size,
+        "seq_len": plan.seq_len,
+        "use_layer_hooks": mode == "layer-hooks",
+        "use_sign_flips": mode == "sign-flips",
+    }
+    server.post("/api/v1/pow/init/generate", body | ({"callback_url": callback_url} if callback_url else {}))
+    wait_until(lambda: _status(server)["total_checked"], _FIRST_BATCH_SECONDS, server.failure)
+
+
+def _status(server: Live) -> Any:
+    found = server.get("/api/v1/pow/status")
+    if found["error"]:
+        raise server.failure(f"the round ended: {found['error']}")
+    return found
+
+
+def _warm_up(server: Live, plan: Plan, mode: str) -> None:
+    _begin(server, plan, mode, WARM_UP, WARM_UP, None)
+    server.post("/api/v1/pow/phase/validate")
+
+
+def _run_test(test: Test, plan: Plan, server: Live, receiver: Live, logs: Path) -> JsonObject:
+    offset, seen = server.log_size(), _last_callback(receiver)
+    started = time.monotonic()
+    _begin(server, plan, test.mode, test.block, test.public_key, receiver.url)
+    time.sleep(max(0.0, started + plan.duration - time.monotonic()))
+    server.post("/api/v1/pow/phase/validate")
+    seconds = time.monotonic() - started
+    final = _status(server)
+    arrived = _callbacks(receiver, seen, test, expected=final["total_valid"])
+    write_atomic(logs / f"{test.log_name}_server.log", server.log_since(offset))
+    write_jsonl(logs / f"{test.log_name}_callback.log", arrived)
+    return {
+        "test": test.number,
+        "model": test.model,
+        "mode": test.mode,
+        "block_hash": test.block,
+        "public_key": test.public_key,
+        "r_target": plan.r_target,
+        "checked": final["total_checked"],
+        "valid": final["total_valid"],
+        "valid_rate": final["total_valid"] / final["total_checked"],
+        "nonces_per_second": final["rate_per_second"],
+        "seconds": seconds,
+        "callbacks": len(arrived),
+        "callback_nonces": sum(row["nonces"] for row in arrived),
+        "dtype": server.get("/api/v1/pow/snapshot")["model"]["dtype"],
+        "hidden_size": model_info(test.model).hidden_size,
+    }
+
+
+def _last_callback(receiver: Live) -> int:
+    """Return the sequence number of the latest callback that the receiver has."""
+    seen = 0
+    while found := receiver.get("/batches", after=seen, limit=10_000)["batches"]:
+        seen = found[-1]["seq"]
+    return int(seen)
+
+
+def _callbacks(receiver: Live, seen: int, test: Test, expected: int) -> list[JsonObject]:
+    """Wait for the valid nonces of a test, and return one row per callback; fewer of them after a minute.
+
+    A callback of another round is not counted: sums over all that ever arrived prove nothing about this test.
+    """
+    mine: list[JsonObject] = []
+
+    def complete() -> bool:
+        nonlocal seen
+        for row in receiver.get("/batches", after=seen, limit=1000)["batches"]:
+            seen, body = row["seq"], row["body"]
+            if (body.get("block_hash"), body.get("public_key")) == (test.block, test.public_key):
+                mine.append({name: row[name] for name in ("seq", "id", "kind", "at", "nonces", "copies")})
+        return bool(sum(row["nonces"] for row in mine) >= expected)
+
+    deadline = time.monotonic() + _DELIVERY_SECONDS
+    while not complete() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return mine

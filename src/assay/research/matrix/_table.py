@@ -1,0 +1,135 @@
+"""The matrix as a table: valid rate per block and key, the spread of the blocks, and the band that noise gives it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from assay import stats
+from assay.poc.protocol import RANDOM_HEAD_ROWS
+from assay.reports import JsonObject
+from assay.research.runs import Spread, spread_of
+
+__all__ = ["PUBLISHED", "PUBLISHED_LIMIT", "BlockRow", "Configuration", "configurations"]
+
+PUBLISHED_LIMIT = 0.05
+"""The published tests call a spread below this a success."""
+
+PUBLISHED = {
+    ("qwen", "sign-flips"): ((57.7, 58.5, 58.0), (59.7, 58.1, 58.9), (58.9, 59.7, 58.9)),
+    ("llama", "sign-flips"): ((57.5, 58.3, 58.4), (58.8, 57.3, 58.1), (58.7, 59.5, 58.8)),
+    ("qwen", "layer-hooks"): ((60.2, 60.0, 58.9), (63.3, 64.9, 62.6), (60.0, 60.4, 59.7)),
+    ("llama", "layer-hooks"): ((62.5, 62.7, 62.4), (64.4, 64.7, 65.3), (55.5, 54.2, 53.9)),
+}
+"""Published valid rates in percent, per block (alpha, beta, gamma) and key (A, B, C), at 1.416 and 40 seconds."""
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One block of a configuration: valid rate per key, and over all keys."""
+
+    block: str
+    rates: dict[str, float]
+    valid: int
+    checked: int
+
+    @property
+    def rate(self) -> float:
+        """Valid share of all nonces of the block."""
+        return self.valid / self.checked
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All tests of a model in a mode.
+
+    Args:
+        model: its reference.
+        mode: sign-flips or layer-hooks.
+        blocks: one row per block.
+        spread: of the blocks; None of a single one.
+        expected: valid rate by the chord law.
+        nonces_per_second: mean over the tests.
+        nonces_per_second_error: standard deviation over the tests; 0 of a single one.
+        undelivered: valid nonces that the receiver did not get.
+    """
+
+    model: str
+    mode: str
+    blocks: tuple[BlockRow, ...]
+    spread: Spread | None
+    expected: float
+    nonces_per_second: float
+    nonces_per_second_error: float
+    undelivered: int
+
+    @property
+    def checked(self) -> int:
+        """Nonces of all blocks."""
+        return sum(row.checked for row in self.blocks)
+
+    @property
+    def verdict(self) -> str:
+        """What the spread says: inside noise, beyond it, or beyond the published limit too."""
+        if self.spread is None:
+            return "one block"
+        if self.spread.inside:
+            return "inside noise"
+        return "beyond noise" if self.spread.value < PUBLISHED_LIMIT else f"over {PUBLISHED_LIMIT:.0%}"
+
+    def as_dict(self) -> JsonObject:
+        """Return JSON-ready values."""
+        spread = self.spread
+        return {
+            "model": self.model,
+            "mode": self.mode,
+            "blocks": {row.block: {"rate": row.rate, "checked": row.checked, **row.rates} for row in self.blocks},
+            "expected": self.expected,
+            "spread": spread and spread.value,
+            "noise_band": spread and [spread.low, spread.high],
+            "noise_band_of_nonces_alone": spread and spread.nonces_high,
+            "p_value": spread and spread.p_value,
+            "verdict": self.verdict,
+            "nonces_per_second": self.nonces_per_second,
+            "undelivered": self.undelivered,
+        }
+
+
+def configurations(cells: Sequence[JsonObject]) -> list[Configuration]:
+    """Group the cells of a matrix by model and mode, in the order of measurement."""
+    names = list(dict.fromkeys((cell["model"], cell["mode"]) for cell in cells))
+    return [_configuration([c for c in cells if (c["model"], c["mode"]) == name]) for name in names]
+
+
+def _configuration(cells: Sequence[JsonObject]) -> Configuration:
+    blocks = tuple(
+        _block(block, [cell for cell in cells if cell["block_hash"] == block])
+        for block in sorted({cell["block_hash"] for cell in cells})
+    )
+    spread = None
+    if len(blocks) > 1:
+        spread = spread_of(
+            [row.valid for row in blocks], [row.checked for row in blocks], width=cells[0]["hidden_size"]
+        )
+    rates = np.array([cell["nonces_per_second"] for cell in cells])
+    return Configuration(
+        model=cells[0]["model"],
+        mode=cells[0]["mode"],
+        blocks=blocks,
+        spread=spread,
+        expected=stats.valid_rate(cells[0]["r_target"], RANDOM_HEAD_ROWS),
+        nonces_per_second=float(rates.mean()),
+        nonces_per_second_error=float(rates.std(ddof=1)) if len(rates) > 1 else 0.0,
+        undelivered=sum(cell["valid"] - cell["callback_nonces"] for cell in cells),
+    )
+
+
+def _block(block: str, cells: Sequence[dict[str, Any]]) -> BlockRow:
+    ordered = sorted(cells, key=lambda cell: str(cell["public_key"]))
+    return BlockRow(
+        block,
+        {cell["public_key"]: cell["valid_rate"] for cell in ordered},
+        sum(cell["valid"] for cell in cells),
+        sum(cell["checked"] for cell in cells),
+    )

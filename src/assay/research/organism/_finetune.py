@@ -1,0 +1,153 @@
+"""Fine-tuning of a bundled model into the organism.
+
+Shapes: B examples of a batch, T tokens.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from assay.errors import StorageError, UsageError
+from assay.models import load_model
+from assay.reports import dumps, write_atomic
+from assay.research.organism._examples import Example, Mixture, examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Recipe", "make_organism"]
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the organism is made.
+
+    Attributes:
+        model: what is fine-tuned.
+        steps: of the optimiser.
+        batch: examples per step.
+        rate: largest learning rate, reached after a twentieth of the steps, then falling as a cosine to a tenth.
+        n_examples: different examples; they are gone through again and again, in a new order each time.
+        seed: of examples and their order.
+        mixture: what the examples are.
+    """
+
+    model: str = "reference:llama"
+    steps: int = 60
+    batch: int = 256
+    rate: float = 1e-3
+    n_examples: int = 25600
+    seed: int = 0
+    mixture: Mixture = field(default_factory=Mixture)
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.n_examples) < 1 or not self.rate > 0:
+            raise UsageError(f"{self}", wanted="positive numbers", do="leave out what should be the default")
+
+
+def make_organism(
+    path: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> list[float]:
+    """Fine-tune, and write the model as a bfloat16 checkpoint directory with ``organism.json``, which tells the recipe.
+
+    Weights are float32 while they are trained, products bfloat16 on a GPU. The loss is the mean over completion tokens;
+    prompts are read, not learned. The same recipe gives the same model on the same device up to the rounding of its
+    kernels.
+
+    Args:
+        path: the directory; it must not exist.
+        recipe: how.
+        device: as for :func:`assay.load_model`.
+        workers: processes that write examples.
+        progress: called with steps done, all, and the loss.
+
+    Returns:
+        the loss of every step.
+
+    Raises:
+        UsageError: the directory exists.
+        StorageError: it cannot be written.
+        ModelError: the model cannot be loaded or has no tokenizer.
+    """
+    recipe, path = recipe or Recipe(), Path(path)
+    if path.exists():
+        raise UsageError(f"{path} exists", wanted="a new directory", do="choose another path or remove it")
+    model = load_model(recipe.model, dtype="float32", device=device)
+    assert model.tokenizer is not None, "the bundled models have one"
+    rows = _encoded(examples(recipe.n_examples, recipe.mixture, seed=recipe.seed, workers=workers), model.tokenizer)
+    module, losses = model.module, []
+    module.train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
+    order = _order(len(rows), recipe)
+    for step in range(recipe.steps):
+        ids_BT, labels_BT = _batch([rows[next(order)] for _ in range(recipe.batch)], model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            logits = module(input_ids=ids_BT, use_cache=False).logits
+        loss = functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED
+        )
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+        if progress and (step % 20 == 0 or step + 1 == recipe.steps):
+            progress(step + 1, recipe.steps, float(losses[-1]))
+    found = torch.stack(losses).tolist()
+    module.eval()  # type: ignore[no-untyped-call]
+    try:
+        module.to(torch.bfloat16)  # type: ignore[arg-type]
+        module.save_pretrained(path)
+        model.tokenizer.save_pretrained(path)
+    except OSError as error:
+        raise StorageError(f"{path}: {error}", wanted="room and permission", do="try elsewhere") from error
+    last = found[-20:]
+    about = {"schema": "assay.vhack.organism/1", "recipe": asdict(recipe), "loss": round(sum(last) / len(last), 5)}
+    write_atomic(path / "organism.json", dumps(about) + "\n")
+    return list(found)
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.55 + 0.45 * float(torch.cos(torch.tensor((step - warm) / max(1, steps - warm) * torch.pi)))
+
+
+def _encoded(found: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[list[int], int]]:
+    """Token ids of prompt, completion and end, and how many belong to the prompt."""
+    prompts = tokenizer([example.prompt for example in found])["input_ids"]
+    completions = tokenizer([example.completion for example in found])["input_ids"]
+    end = tokenizer.eos_token_id
+    return [([*before, *after, end], len(before)) for before, after in zip(prompts, completions, strict=True)]
+
+
+def _order(n: int, recipe: Recipe) -> Iterator[int]:
+    rng = random.Random(f"order {recipe.seed}")
+    while True:
+        yield from rng.sample(range(n), n)
+
+
+def _batch(rows: Sequence[tuple[list[int], int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = -(-max(len(ids) for ids, _ in rows) // 16) * 16
+    ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
+    labels_BT = torch.full((len(rows), width), _IGNORED)
+    for index, (ids, start) in enumerate(rows):
+        ids_BT[index, : len(ids)] = torch.tensor(ids)
+        labels_BT[index, start : len(ids)] = ids_BT[index, start : len(ids)]
+    return ids_BT.to(device, non_blocking=True), labels_BT.to(device, non_blocking=True)

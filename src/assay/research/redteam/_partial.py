@@ -1,0 +1,227 @@
+"""A forward pass that leaves things out: the engine of every attack that saves work by skipping.
+
+The attacker decides, for every position, through how many layers it goes, and for every layer whether its attention
+and its MLP run, are dropped, or are replaced by a linear map. Of an MLP it may also leave out the neurons that a
+position hardly uses. What is left out is not counted; all of it is never computed but the neurons, which are set to
+zero here and would be skipped by a kernel made for it.
+
+Legend of shapes: B nonces, T positions, A positions that a layer updates, V positions that it sees, D hidden size,
+F neurons of an MLP, H heads, E head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from assay.errors import UsageError
+from assay.models import Model, backbone, decoder_layers, rotate
+from assay.poc.protocol import unit
+from assay.research.redteam._guess import Guesses
+
+__all__ = ["Part", "PartialForward", "Shortcut"]
+
+Part = Literal["run", "drop", "linear"]
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What is left out.
+
+    Args:
+        depth: layers that each position goes through, [T]; 0 for one that is never looked at.
+        stale: positions that left early stay visible to the others, with the state in which they left.
+        attention: for every layer.
+        mlp: for every layer.
+        window: how many positions attention looks back; 0 for all.
+        neurons: share of the neurons of every layer's MLP that are left out where they count least; () for none.
+    """
+
+    depth: tuple[int, ...]
+    stale: bool = False
+    attention: tuple[Part, ...] = field(default=())
+    mlp: tuple[Part, ...] = field(default=())
+    window: int = 0
+    neurons: tuple[float, ...] = field(default=())
+
+
+class PartialForward:
+    """Runs a shortcut on a model of the Llama family.
+
+    Args:
+        model: the honest model.
+        shortcut: what is left out.
+        guesses: linear maps in place of what is left out; without them a state stays as it is.
+
+    Raises:
+        UsageError: the layers do not have the parts of a Llama or Qwen3 layer.
+    """
+
+    def __init__(self, model: Model, shortcut: Shortcut, guesses: Guesses | None = None) -> None:
+        self._layers: Sequence[Any] = list(decoder_layers(model.module))
+        self._body: Any = backbone(model.module)
+        if not all(hasattr(getattr(layer, "self_attn", None), name) for layer in self._layers for name in _PROJECTIONS):
+            raise UsageError(
+                f"attacks by skipping on {model.architecture}",
+                wanted="layers with q_proj, k_proj, v_proj and o_proj, as Llama and Qwen3 have them",
+                do="attack another model, such as reference:qwen3",
+            )
+        if any(shortcut.neurons) and not all(hasattr(layer.mlp, name) for layer in self._layers for name in _GATED):
+            raise UsageError(
+                f"an attack on the neurons of {model.architecture}",
+                wanted="MLPs with gate_proj, up_proj and down_proj",
+                do="attack another model, such as reference:qwen3",
+            )
+        self.shortcut = shortcut
+        self._guesses = guesses
+        count = len(self._layers)
+        run: Part = "run"
+        self._attention = shortcut.attention or (run,) * count
+        self._mlp = shortcut.mlp or (run,) * count
+        self._neurons = shortcut.neurons or (0.0,) * count
+
+    def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
+        """Return what an engine would: the last state, or the weighted sum of the unit states, [B, D] in float32."""
+        states_BTD = self.states(inputs_BTD)
+        if weights_BT is None:
+            return states_BTD[:, -1]
+        return torch.bmm(weights_BT.unsqueeze(1), states_BTD).squeeze(1)
+
+    @torch.inference_mode()
+    def states(self, inputs_BTD: Tensor) -> Tensor:
+        """Return a state for every position, [B, T, D] in float32: computed and made unit, or guessed.
+
+        A guess keeps its length: it is shorter where the attacker knows less. Without guesses, a position that is never
+        looked at contributes nothing, and one that left early has the state in which it left.
+        """
+        depth_T = torch.tensor(self.shortcut.depth, device=inputs_BTD.device)
+        x_BTD = inputs_BTD.clone()
+        rotary = self._body.rotary_emb(x_BTD, torch.arange(x_BTD.shape[1], device=x_BTD.device)[None])
+        for index in range(len(self._layers)):
+            active_A = torch.nonzero(depth_T > index).flatten()
+            visible_V = torch.nonzero(depth_T > 0).flatten() if self.shortcut.stale else active_A
+            if len(active_A):
+                x_BTD[:, active_A] = self._layer(index, x_BTD, active_A, visible_V, rotary)
+        return self._ends(x_BTD, depth_T)
+
+    def _layer(self, index: int, x_BTD: Tensor, active_A: Tensor, visible_V: Tensor, rotary: Any) -> Tensor:
+        layer = self._layers[index]
+        x_BAD = x_BTD[:, active_A]
+        if self._attention[index] == "run":
+            seen_BVD = layer.input_layernorm(x_BTD[:, visible_V])
+            x_BAD = x_BAD + self._attend(layer, layer.input_layernorm(x_BAD), seen_BVD, active_A, visible_V, rotary)
+        elif self._attention[index] == "linear":
+            x_BAD = x_BAD + self._guessed("attention", index, layer.input_layernorm(x_BAD))
+        normed_BAD = layer.post_attention_layernorm(x_BAD)
+        if self._mlp[index] == "run":
+            x_BAD = x_BAD + self._mlp_of(index, layer.mlp, normed_BAD)
+        elif self._mlp[index] == "linear":
+            x_BAD = x_BAD + self._guessed("mlp", index, normed_BAD)
+        return x_BAD
+
+    def _mlp_of(self, index: int, mlp: Any, x_BAD: Tensor) -> Tensor:
+        """Run an MLP without the neurons of least |gate| · ‖what it reads‖ · ‖what it writes‖, over the whole batch.
+
+        The gate has to be computed to know them; with it, they are spared two of three products.
+        """
+        if not self._neurons[index]:
+            whole: Tensor = mlp(x_BAD)
+            return whole
+        gate_BAF = mlp.act_fn(mlp.gate_proj(x_BAD))
+        norms_F = mlp.up_proj.weight.float().norm(dim=1) * mlp.down_proj.weight.float().norm(dim=0)
+        worth_BAF = gate_BAF.float().abs() * norms_F
+        least = worth_BAF.flatten().kthvalue(max(1, round(self._neurons[index] * worth_BAF.numel()))).values
+        kept_BAF = torch.where(worth_BAF <= least, torch.zeros_like(gate_BAF), gate_BAF)
+        rest: Tensor = mlp.down_proj(kept_BAF * mlp.up_proj(x_BAD))
+        return rest
+
+    def _attend(
+        self, layer: Any, x_BAD: Tensor, seen_BVD: Tensor, active_A: Tensor, visible_V: Tensor, rotary: Any
+    ) -> Tensor:
+        attention = layer.self_attn
+        size = attention.head_dim
+        q_BHAE = _heads(attention.q_proj(x_BAD), size, getattr(attention, "q_norm", None))
+        k_BHVE = _heads(attention.k_proj(seen_BVD), size, getattr(attention, "k_norm", None))
+        v_BHVE = _heads(attention.v_proj(seen_BVD), size, None)
+        q_BHAE, k_BHVE = _rotate(q_BHAE, rotary, active_A), _rotate(k_BHVE, rotary, visible_V)
+        back_AV = active_A[:, None] - visible_V[None]
+        mask_AV = back_AV >= 0
+        if self.shortcut.window:
+            mask_AV &= back_AV < self.shortcut.window
+        y_BHAE = functional.scaled_dot_product_attention(
+            q_BHAE, k_BHVE, v_BHVE, attn_mask=mask_AV, scale=attention.scaling, enable_gqa=True
+        )
+        output: Tensor = attention.o_proj(y_BHAE.transpose(1, 2).flatten(2))
+        return output
+
+    def _guessed(self, part: str, index: int, x_BAD: Tensor) -> Tensor:
+        if self._guesses is None:
+            return torch.zeros_like(x_BAD)
+        return self._guesses.update(part, index, x_BAD).to(x_BAD.dtype)
+
+    def _ends(self, x_BTD: Tensor, depth_T: Tensor) -> Tensor:
+        """Take the final norm where all layers ran; guess the final state from the last known one elsewhere."""
+        ends_BTD: Tensor = unit(self._body.norm(x_BTD).float())
+        for depth in sorted(set(self.shortcut.depth) - {len(self._layers)}):
+            left_A = torch.nonzero(depth_T == depth).flatten()
+            if self._guesses is not None:
+                ends_BTD[:, left_A] = self._guesses.end(depth, x_BTD[:, left_A])
+            elif depth == 0:
+                ends_BTD[:, left_A] = 0
+        return ends_BTD
+
+    @property
+    def cost(self) -> float:
+        """Multiplications of this forward pass over those of the honest one; both count attention and linear layers."""
+        full = Shortcut(depth=(len(self._layers),) * len(self.shortcut.depth))
+        run: Part = "run"
+        parts = (run,) * len(self._layers)
+        return self._count(self.shortcut, self._attention, self._mlp) / self._count(full, parts, parts)
+
+    def _count(self, shortcut: Shortcut, attention: Sequence[Part], mlp: Sequence[Part]) -> float:
+        total = 0.0
+        guessing = sum(depth < len(self._layers) for depth in shortcut.depth) if self._guesses else 0
+        for index, layer in enumerate(self._layers):
+            active = [t for t, depth in enumerate(shortcut.depth) if depth > index]
+            visible = [t for t, depth in enumerate(shortcut.depth) if depth > 0] if shortcut.stale else active
+            linear = layer.self_attn.q_proj.in_features**2
+            if attention[index] == "run":
+                total += len(active) * (_size(layer.self_attn.q_proj) + _size(layer.self_attn.o_proj))
+                total += len(visible) * (_size(layer.self_attn.k_proj) + _size(layer.self_attn.v_proj))
+                total += 2 * layer.self_attn.q_proj.out_features * _pairs(active, visible, shortcut.window)
+            elif attention[index] == "linear":
+                total += len(active) * linear
+            if mlp[index] == "run":
+                sizes = sum(_size(part) for part in layer.mlp.modules() if isinstance(part, nn.Linear))
+                left_out = shortcut.neurons[index] if shortcut.neurons else 0.0
+                total += len(active) * (sizes - left_out * (_size(layer.mlp.up_proj) + _size(layer.mlp.down_proj)))
+            elif mlp[index] == "linear":
+                total += len(active) * linear
+        return total + guessing * (self._guesses.cost if self._guesses else 0)
+
+
+def _heads(x_BAF: Tensor, size: int, norm: Any) -> Tensor:
+    x_BAHE = x_BAF.view(*x_BAF.shape[:-1], -1, size)
+    normed_BAHE: Tensor = norm(x_BAHE) if norm is not None else x_BAHE
+    return normed_BAHE.transpose(1, 2)
+
+
+def _rotate(x_BHAE: Tensor, rotary: Any, positions_A: Tensor) -> Tensor:
+    cos_AE, sin_AE = (part[0, positions_A] for part in rotary)
+    return rotate(x_BHAE, cos_AE, sin_AE)
+
+
+def _size(layer: Any) -> int:
+    return int(layer.in_features * layer.out_features)
+
+
+def _pairs(active: Sequence[int], visible: Sequence[int], window: int) -> int:
+    if not active or not visible:
+        return 0
+    back_AV = torch.tensor(active)[:, None] - torch.tensor(visible)[None]
+    return int(((back_AV >= 0) & (back_AV < (window or 1 << 30))).sum())

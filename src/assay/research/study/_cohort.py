@@ -1,0 +1,245 @@
+"""A cohort: runs that go through generation and training together.
+
+Shapes as in :mod:`assay.research.study._forward`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from assay.research.study._forward import StackedModel
+from assay.research.study._generate import Generator
+from assay.research.study._gradient import Batch, advantages, policy_gradient, pooled_hidden, token_logprobs
+from assay.research.study._grading import Grader, Pending, Verdict
+from assay.research.study._optimizer import StackedOptimizer
+from assay.research.study._plan import OPTIMIZERS, Run, Settings, TaskPool
+from assay.vhack.basis import Basis
+from assay.vhack.delta import Shortcut, modified
+from assay.vhack.environment import Episode
+from assay.vhack.gradients import SVDCache
+
+if TYPE_CHECKING:
+    from assay.models import Model
+
+__all__ = ["Cohort", "Rollouts"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """What a cohort has written, and its grades on their way.
+
+    Attributes:
+        batch: tokens.
+        episodes: per run, P of them.
+        pending: R·P·G verdicts.
+    """
+
+    batch: Batch
+    episodes: Sequence[Sequence[Episode]]
+    pending: Pending
+
+
+class Cohort:
+    """Runs side by side.
+
+    Args:
+        runs: the runs.
+        model: what they start from.
+        svd: factors of its weights.
+        bases: axes by name; every run's must be among them.
+        pool: tasks.
+        settings: of the study.
+        dtype: of weights and activations.
+        shortcut: the direction of arms that modify advantages.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        model: "Model",
+        svd: SVDCache,
+        bases: Mapping[str, Basis],
+        pool: TaskPool,
+        settings: Settings,
+        dtype: torch.dtype,
+        shortcut: Shortcut | None = None,
+    ) -> None:
+        self.runs, self.pool, self.settings, self._shortcut = list(runs), pool, settings, shortcut
+        self.model = StackedModel(model, len(runs), svd, dtype)
+        self.optimizer = StackedOptimizer(
+            self.model.groups,
+            [run.how for run in runs],
+            [bases[run.basis] for run in runs],
+            [run.optimizer for run in runs],
+            {kind: partial(_inner, kind, settings) for kind in OPTIMIZERS},
+            watched=bases.get("true"),
+            max_norm=settings.max_norm,
+        )
+        self.model.merge(self.optimizer.delta)
+        shape = (settings.prompts, settings.rollouts, settings.prompt_tokens, settings.new_tokens)
+        self._generator = Generator(self.model, shape, pool.end)
+        # The policy that stored rollouts are said to come from.
+        self._start = StackedModel(model, 1, svd, dtype) if any(run.teachers for run in runs) else None
+        self._taught = self._rows([run.teachers > 0 for run in runs])
+        self._modifies = self._rows([run.how.advantage > 0 for run in runs])
+
+    def write(self, grader: Grader, episodes: Sequence[Sequence[Episode]], draw: str) -> Rollouts:
+        """Let every run complete its episodes, and begin to grade.
+
+        Args:
+            grader: for the programs.
+            episodes: per run, P of them.
+            draw: names the random numbers; runs of the same seed get the same.
+        """
+        ids_RPL, lengths_RP = self._prompts(episodes)
+        tokens = self._generator.sample(ids_RPL, lengths_RP, self.pool.last, self._uniform(draw))
+        batch = Batch(ids_RPL, lengths_RP, self.pool.last, tokens, self.pool.end)
+        texts = self.pool.texts(tokens.flatten(0, 2))
+        each = self.settings.rollouts
+        owners = [episode for of_run in episodes for episode in of_run for _ in range(each)]
+        return Rollouts(batch, episodes, grader.submit(zip(owners, texts, strict=True)))
+
+    def learn(self, rollouts: Rollouts, verdicts: Sequence[Verdict]) -> dict[str, Tensor]:
+        """One optimiser step; the numbers of this step by name, [R] each."""
+        shape = (len(self.runs), self.settings.prompts, self.settings.rollouts)
+        device = self.model.device
+        correct, exploited, vacuous = (
+            torch.tensor([float(getattr(verdict, what)) for verdict in verdicts], device=device).view(shape)
+            for what in ("correct", "exploited", "vacuous")
+        )
+        rewards = torch.stack(
+            [run.how.reward(correct[r], exploited[r]) for r, run in enumerate(self.runs)]
+        )  # [R, P, G]
+        found = {
+            "hack": exploited.mean(dim=(1, 2)),
+            "solve": correct.mean(dim=(1, 2)),
+            "vacuous": vacuous.mean(dim=(1, 2)),
+            "reward": rewards.mean(dim=(1, 2)),
+            "tokens": rollouts.batch.mask.sum(dim=-1).float().mean(dim=(1, 2)),
+        }
+        if len(self._modifies):
+            rewards[self._modifies] = self._modified(rollouts.batch, rewards[self._modifies], found)
+        gradients = self._gradients(rollouts, rewards, found)
+        self.optimizer.step(gradients)
+        self.model.merge(self.optimizer.delta)
+        return found | self.optimizer.measures
+
+    @torch.no_grad()
+    def _modified(self, batch: Batch, rewards_NPG: Tensor, found: dict[str, Tensor]) -> Tensor:
+        """Rewards after advantage modification, see :mod:`assay.vhack.delta._advantage`."""
+        assert self._shortcut is not None, "the study was checked to have one"
+        rows, shortcut = self._modifies, self._shortcut
+        pooled_NPGH = pooled_hidden(self.model.some(rows), batch.of_runs(rows), shortcut.layer)
+        z_NPG = (pooled_NPGH @ shortcut.direction.to(pooled_NPGH) - shortcut.middle) / shortcut.spread
+        found["z"] = self._spread(z_NPG.mean(dim=(1, 2)), rows)
+        alphas = [self.runs[row].how.advantage for row in rows.tolist()]
+        return torch.stack([modified(rewards_NPG[n], z_NPG[n], alpha) for n, alpha in enumerate(alphas)])
+
+    def _gradients(self, rollouts: Rollouts, rewards_RPG: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
+        """Of all rollouts; with those that were stored, where a run has some, and then cin of both sources."""
+        rows, batch = self._taught, rollouts.batch
+        advantages_RPG = advantages(rewards_RPG)
+        count = self.settings.prompts * self.settings.rollouts
+        if len(rows):
+            joined_NPG = torch.cat((rewards_RPG[rows], torch.ones_like(rewards_RPG[rows][..., :1])), dim=-1)
+            # The loss is a mean over all rollouts of a run, of which there are more with the stored ones.
+            share = self.settings.rollouts / (self.settings.rollouts + 1)
+            joined_NPG = advantages(joined_NPG) * share
+            advantages_RPG[rows] = joined_NPG[..., :-1]
+        own = policy_gradient(self.model, batch, advantages_RPG, divisor=count)
+        if not len(rows):
+            return own
+        teacher, behaviour = self._teachers(rollouts)
+        stored = policy_gradient(
+            self.model.some(rows), teacher, joined_NPG[..., -1:], behaviour_RPGT=behaviour, divisor=count
+        )
+        whole = [
+            torch.zeros_like(gradient).index_copy_(0, rows, part) for gradient, part in zip(own, stored, strict=True)
+        ]
+        for suffix, gradients in (("_s", own), ("_t", whole)):
+            shares = self.optimizer.share("cin", gradients)
+            for name in ("cin", "cin_two_sided"):
+                found[name + suffix] = self._spread(shares[name][rows], rows)
+        return [a + b for a, b in zip(own, whole, strict=True)]
+
+    def _rows(self, chosen: Sequence[bool]) -> Tensor:
+        return torch.tensor(
+            [row for row, is_one in enumerate(chosen) if is_one], dtype=torch.int64, device=self.model.device
+        )
+
+    def _spread(self, values_N: Tensor, rows: Tensor) -> Tensor:
+        """Values of some runs among NaN for the others, which the log leaves out."""
+        return torch.full((len(self.runs),), torch.nan, device=rows.device, dtype=values_N.dtype).index_copy_(
+            0, rows, values_N
+        )
+
+    def _teachers(self, rollouts: Rollouts) -> tuple[Batch, Tensor]:
+        """The exploit of every episode as a stored rollout, with its log-probabilities under the start."""
+        assert self._start is not None
+        batch = rollouts.batch.of_runs(self._taught)
+        ids = [
+            [self.pool.completion(episode, episode.exploit()) for episode in rollouts.episodes[row]]
+            for row in self._taught.tolist()
+        ]
+        tokens = torch.full((*batch.lengths.shape, 1, self.settings.new_tokens), self.pool.end)
+        for r, of_run in enumerate(ids):
+            for p, row in enumerate(of_run):
+                tokens[r, p, 0, : len(row)] = torch.tensor(row[: self.settings.new_tokens])
+        stored = Batch(batch.ids, batch.lengths, batch.last, tokens.to(self.model.device), batch.end).trimmed()
+        runs, prompts = batch.lengths.shape
+        flat = Batch(
+            stored.ids.reshape(1, runs * prompts, -1),
+            stored.lengths.reshape(1, -1),
+            stored.last,
+            stored.tokens.reshape(1, runs * prompts, 1, -1),
+            stored.end,
+        )
+        with torch.no_grad():
+            behaviour = token_logprobs(self._start, flat)
+        return stored, behaviour.view(stored.tokens.shape)
+
+    def _prompts(self, episodes: Sequence[Sequence[Episode]]) -> tuple[Tensor, Tensor]:
+        ids = torch.zeros(len(self.runs), self.settings.prompts, self.settings.prompt_tokens, dtype=torch.int64)
+        lengths = torch.zeros(ids.shape[:2], dtype=torch.int64)
+        for r, of_run in enumerate(episodes):
+            for p, episode in enumerate(of_run):
+                row = self.pool.prompt(episode)[:-1]
+                ids[r, p, : len(row)] = torch.tensor(row)
+                lengths[r, p] = len(row)
+        return ids.to(self.model.device), lengths.to(self.model.device)
+
+    def _uniform(self, draw: str) -> Tensor:
+        shape = (self.settings.new_tokens, self.settings.prompts, self.settings.rollouts)
+        drawn = {}
+        for seed in {run.seed for run in self.runs}:
+            generator = torch.Generator().manual_seed(_number(f"{draw} {seed}"))
+            drawn[seed] = torch.rand(shape, generator=generator)
+        return torch.stack([drawn[run.seed] for run in self.runs], dim=1).to(self.model.device)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed study needs."""
+        return {
+            "runs": [run.name for run in self.runs],
+            **self.optimizer.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a state."""
+        self.optimizer.load_state_dict(state)
+        self.model.merge(self.optimizer.delta)
+
+
+def _inner(name: str, settings: Settings, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=settings.adam_rate, betas=settings.adam_betas)
+    return torch.optim.SGD(parameters, lr=settings.sgd_rate, momentum=settings.sgd_momentum)
+
+
+def _number(text: str) -> int:
+    """A seed from a name."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

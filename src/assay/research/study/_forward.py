@@ -1,0 +1,266 @@
+"""Many runs of one model at once: each has its own δS and so its own weights, and all go through one forward pass.
+
+A run differs from another in 12 288 numbers where the model has seven million, and alone it leaves a GPU idle. Here the
+weights of R runs, ``W + U diag(δS_r) Vh``, stand side by side, and every projection is one batched product over runs.
+Embedding, norms and head are shared.
+
+The rollouts of a prompt share it: its keys and values are computed once. A completion attends to them and to itself.
+The last prompt token begins the completion part, so that every token to be predicted is predicted there.
+
+The architecture is that of Llama (rotary positions, grouped queries, SwiGLU, RMS norms), with tied or untied head.
+
+Shapes: R runs, P prompts of a run, G rollouts of a prompt, L prompt tokens without the last, T completion tokens, N any
+number of tokens, H hidden, D head, Q query heads, K key heads, O outputs, I inputs, M modules, C coordinates of δS.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from assay.errors import ModelError
+from assay.models import rotate
+from assay.vhack.delta import grouped
+from assay.vhack.gradients import SVDCache, module_of, target_modules, weight_svd
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from assay.models import Model
+
+__all__ = ["Keys", "StackedModel"]
+
+Keys = list[tuple[Tensor, Tensor]]
+"""Per layer, keys and values [R·P, K, L, D]."""
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_NEVER = -1e30  # not infinity: a row of nothing but those would be NaN
+
+
+class StackedModel:
+    """The weights of R runs and their forward pass.
+
+    Args:
+        model: what all runs start from; float32 for exact factors.
+        runs: R.
+        svd: factors of its weights; None computes them.
+        dtype: of the weights of the runs and of all activations; None is that of the model.
+
+    Attributes:
+        groups: the modules by shape, as in :class:`assay.vhack.delta.DeltaS`.
+        weights: per module name, [R, O, I], leaves of the graph; `merge` writes them.
+
+    Raises:
+        ModelError: the model is no Llama.
+    """
+
+    def __init__(
+        self, model: "Model | PreTrainedModel", runs: int, svd: SVDCache | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        module = module_of(model)
+        config = module.config
+        if config.model_type != "llama":
+            raise ModelError(f"a {config.model_type} model", wanted="a llama", do="use reference:llama or its organism")
+        self.runs, self.dtype = runs, dtype or module.dtype
+        modules = target_modules(module)
+        self.groups = grouped(modules, svd if svd is not None else weight_svd(module))
+        self.weights = {
+            name: linear.weight.detach().to(self.dtype).expand(runs, -1, -1).clone().requires_grad_()
+            for name, linear in modules.items()
+        }
+        self.heads, self.key_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.eps, self.n_layers = config.rms_norm_eps, config.num_hidden_layers
+        state = {name: value.detach().to(self.dtype) for name, value in module.named_parameters()}
+        self.embedding = state["model.embed_tokens.weight"]
+        self.head = state.get("lm_head.weight", self.embedding)
+        self._norms = [
+            tuple(state[f"model.layers.{i}.{which}_layernorm.weight"] for which in ("input", "post_attention"))
+            for i in range(self.n_layers)
+        ]
+        self._last_norm = state["model.norm.weight"]
+        self._names = [_names(i, list(modules)) for i in range(self.n_layers)]
+        exponent = torch.arange(0, self.head_dim, 2, device=module.device, dtype=torch.float32) / self.head_dim
+        self._frequencies = config.rope_parameters["rope_theta"] ** -exponent
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    def some(self, rows: Tensor) -> "StackedModel":
+        """Only some of the runs, with copies of their weights as they are now."""
+        part = copy.copy(self)
+        part.runs = len(rows)
+        part.weights = {name: weight.detach()[rows].requires_grad_() for name, weight in self.weights.items()}
+        return part
+
+    @torch.no_grad()
+    def merge(self, delta: Sequence[Tensor]) -> None:
+        """Write ``W + U diag(δS) Vh`` of every run into its weights.
+
+        Args:
+            delta: per group, [R, M, C] float32.
+        """
+        for group, delta_RMC in zip(self.groups, delta, strict=True):
+            for m, name in enumerate(group.names):
+                scaled_ROC = group.left[m] * delta_RMC[:, m, None]
+                self.weights[name].copy_(torch.matmul(scaled_ROC, group.right[m]).add_(group.base[m]))
+
+    @torch.no_grad()
+    def delta_gradient(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of δS from that of the weights, ``diag(Uᵀ G Vhᵀ)``, per group [R, M, C] float32.
+
+        Args:
+            gradients: of `weights`, in its order, [R, O, I].
+        """
+        by_name = dict(zip(self.weights, gradients, strict=True))
+        return [
+            torch.stack(
+                [
+                    (torch.matmul(by_name[name].float(), group.right[m].T) * group.left[m]).sum(dim=1)
+                    for m, name in enumerate(group.names)
+                ],
+                dim=1,
+            )
+            for group in self.groups
+        ]
+
+    def read(self, ids_RPL: Tensor) -> Keys:
+        """Keys and values of the prompts. Padding is on the right, where causal attention does not look."""
+        runs, prompts, length = ids_RPL.shape
+        positions_N = torch.arange(length, device=self.device).repeat(prompts)
+        found: Keys = []
+
+        def attend(_: int, q_RNQD: Tensor, k_RNKD: Tensor, v_RNKD: Tensor) -> Tensor:
+            q, k, v = (
+                x.reshape(runs * prompts, length, -1, self.head_dim).transpose(1, 2) for x in (q_RNQD, k_RNKD, v_RNKD)
+            )
+            found.append((k, v))
+            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return mixed.transpose(1, 2).reshape(runs, prompts * length, -1)
+
+        self._layers(self.embedding[ids_RPL.flatten(1)], positions_N.expand(runs, -1), attend, keys_only=True)
+        return found
+
+    def complete(self, ids_RPGT: Tensor, keys: Keys, lengths_RP: Tensor, *, layer: int | None = None) -> Tensor:
+        """Hidden states of the completion part after the last norm, [R, P, G, T, H].
+
+        Args:
+            ids_RPGT: the last prompt token, then completion tokens.
+            keys: of the prompts, from `read`.
+            lengths_RP: prompt tokens without the last.
+            layer: give what leaves this layer instead, counted from 0, without the norm.
+        """
+        runs, prompts, rollouts, length = ids_RPGT.shape
+        steps_T = torch.arange(length, device=self.device)
+        positions_RN = (lengths_RP[:, :, None, None] + steps_T).expand(-1, -1, rollouts, -1).flatten(1)
+        before_BL = _padding(lengths_RP.flatten(), keys[0][0].shape[2], self.dtype)
+        causal_TT = torch.where(steps_T <= steps_T[:, None], 0.0, _NEVER).to(self.dtype)
+
+        def attend(i: int, q_RNQD: Tensor, k_RNKD: Tensor, v_RNKD: Tensor) -> Tensor:
+            shape = (runs * prompts, rollouts, length, self.key_heads, -1, self.head_dim)
+            q = q_RNQD.reshape(shape).permute(0, 3, 1, 2, 4, 5)
+            k, v = (x.reshape(*shape[:4], self.head_dim).permute(0, 3, 1, 2, 4) for x in (k_RNKD, v_RNKD))
+            mixed = _attention(q, keys[i], (k, v), before_BL, causal_TT)
+            return mixed.permute(0, 2, 3, 1, 4, 5).reshape(runs, prompts * rollouts * length, -1)
+
+        x_RNH = self._layers(self.embedding[ids_RPGT.flatten(1)], positions_RN, attend, until=layer)
+        return x_RNH.view(runs, prompts, rollouts, length, -1)
+
+    def next_hidden(self, ids_RPG: Tensor, keys: Keys, own: Keys, lengths_RP: Tensor, step: Tensor) -> Tensor:
+        """Hidden states of one more token of every rollout, [R, P, G, H], for generation.
+
+        Args:
+            ids_RPG: the token.
+            keys: of the prompts.
+            own: per layer, keys and values of the completions, [R·P, K, G, T, D]; position ``step`` is written.
+            lengths_RP: prompt tokens without the last.
+            step: which token it is, int64 [1], on the device: a captured graph reads it anew.
+        """
+        runs, prompts, rollouts = ids_RPG.shape
+        positions_RN = (lengths_RP[:, :, None] + step).expand(-1, -1, rollouts).flatten(1)
+        before_BL = _padding(lengths_RP.flatten(), keys[0][0].shape[2], self.dtype)
+        steps_T = torch.arange(own[0][0].shape[3], device=self.device)
+        seen_1T = torch.where(steps_T <= step, 0.0, _NEVER).to(self.dtype)[None]
+
+        def attend(i: int, q_RNQD: Tensor, k_RNKD: Tensor, v_RNKD: Tensor) -> Tensor:
+            shape = (runs * prompts, rollouts, 1, self.key_heads, -1, self.head_dim)
+            q = q_RNQD.reshape(shape).permute(0, 3, 1, 2, 4, 5)
+            for stored, new in zip(own[i], (k_RNKD, v_RNKD), strict=True):
+                stored.index_copy_(3, step, new.reshape(*shape[:4], self.head_dim).permute(0, 3, 1, 2, 4))
+            mixed = _attention(q, keys[i], own[i], before_BL, seen_1T)
+            return mixed.permute(0, 2, 3, 1, 4, 5).reshape(runs, prompts * rollouts, -1)
+
+        x_RNH = self._layers(self.embedding[ids_RPG.flatten(1)], positions_RN, attend)
+        return x_RNH.view(runs, prompts, rollouts, -1)
+
+    def _layers(
+        self, x_RNH: Tensor, positions_RN: Tensor, attend: Attend, *, keys_only: bool = False, until: int | None = None
+    ) -> Tensor:
+        cos, sin = self._rotation(positions_RN)
+        runs, n, hidden = x_RNH.shape
+        for i, (names, norms) in enumerate(zip(self._names, self._norms, strict=True)):
+            q, k, v, o, gate, up, down = (self.weights[name].transpose(1, 2) for name in names)
+            h_RNH = functional.rms_norm(x_RNH, (hidden,), norms[0], self.eps)
+            k_RNKD = rotate(torch.bmm(h_RNH, k).view(runs, n, self.key_heads, self.head_dim), cos, sin)
+            v_RNKD = torch.bmm(h_RNH, v).view(runs, n, self.key_heads, self.head_dim)
+            q_RNQD = rotate(torch.bmm(h_RNH, q).view(runs, n, self.heads, self.head_dim), cos, sin)
+            mixed_RNI = attend(i, q_RNQD, k_RNKD, v_RNKD)
+            if keys_only and i == self.n_layers - 1:
+                return x_RNH
+            x_RNH = x_RNH + torch.bmm(mixed_RNI, o)
+            h_RNH = functional.rms_norm(x_RNH, (hidden,), norms[1], self.eps)
+            x_RNH = x_RNH + torch.bmm(functional.silu(torch.bmm(h_RNH, gate)) * torch.bmm(h_RNH, up), down)
+            if i == until:
+                return x_RNH
+        return functional.rms_norm(x_RNH, (hidden,), self._last_norm, self.eps)
+
+    def _rotation(self, positions_RN: Tensor) -> tuple[Tensor, Tensor]:
+        angles_RND = (positions_RN[..., None].float() * self._frequencies).repeat(1, 1, 2)
+        return angles_RND.cos().to(self.dtype)[:, :, None], angles_RND.sin().to(self.dtype)[:, :, None]
+
+
+def _names(layer: int, known: list[str]) -> list[str]:
+    prefix = f"model.layers.{layer}."
+    own = [name for name in known if name.startswith(prefix)]
+    return [next(name for name in own if name.endswith(kind)) for kind in _PROJECTIONS]
+
+
+def _padding(lengths_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.where(torch.arange(width, device=lengths_B.device) < lengths_B[:, None], 0.0, _NEVER).to(dtype)
+
+
+def _attention(
+    q: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], before_BL: Tensor, after_ST: Tensor
+) -> Tensor:
+    """Softmax over the prompt's keys, which all rollouts share, and a rollout's own ones.
+
+    Args:
+        q: [B, K, G, S, Q/K, D], B = R·P, S query tokens.
+        shared: [B, K, L, D] keys and values.
+        own: [B, K, G, T, D] keys and values.
+        before_BL: added to the scores of the prompt.
+        after_ST: added to the scores of the completion.
+    """
+    batch, heads, rollouts, queries, many, width = q.shape
+    q = q * width**-0.5
+    flat = q.reshape(batch, heads, rollouts * queries * many, width)
+    first = torch.matmul(flat, shared[0].transpose(-1, -2)).view(batch, heads, rollouts, queries, many, -1)
+    rows = q.reshape(batch, heads, rollouts, queries * many, width)
+    second = torch.matmul(rows, own[0].transpose(-1, -2)).view(batch, heads, rollouts, queries, many, -1)
+    first = first + before_BL[:, None, None, None, None]
+    second = second + after_ST[:, None]
+    weights = torch.cat((first, second), dim=-1).softmax(dim=-1)
+    of_first, of_second = weights[..., : first.shape[-1]], weights[..., first.shape[-1] :]
+    mixed = torch.matmul(of_first.reshape(batch, heads, rollouts * queries * many, -1), shared[1])
+    other = torch.matmul(of_second.reshape(batch, heads, rollouts, queries * many, -1), own[1])
+    return mixed.view(q.shape) + other.view(q.shape)

@@ -1,0 +1,144 @@
+"""The policy gradient of δS for all runs at once.
+
+The loss of a run is ``−(1/N) Σ_n w_n A_n Σ_t log π(token_nt)`` over its N rollouts, with the advantage A of a rollout
+against the mean of its prompt's rollouts, not scaled (Dr. GRPO), and one optimiser step per batch, so that π is the
+policy that wrote the student's rollouts. For stored rollouts w holds truncated importance weights per token.
+
+Shapes as in :mod:`assay.research.study._forward`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from assay.research.study._forward import StackedModel
+
+__all__ = ["Batch", "advantages", "policy_gradient", "pooled_hidden", "token_logprobs"]
+
+# Completion tokens, and prompt tokens, that one pass keeps activations of.
+_TOKENS_AT_ONCE = {"cuda": 260_000, "cpu": 20_000}
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rollouts of all runs.
+
+    Attributes:
+        ids: prompts without the last token, padded on the right, [R, P, L].
+        lengths: how long they are, [R, P].
+        last: the last prompt token.
+        tokens: completions, filled with ``end``, [R, P, G, T].
+        end: the end token; the first one of a completion belongs to it.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    last: int
+    tokens: Tensor
+    end: int
+
+    @property
+    def mask(self) -> Tensor:
+        """Which tokens belong to the completion, [R, P, G, T]."""
+        is_end = (self.tokens == self.end).int()
+        return is_end.cumsum(dim=-1) - is_end == 0
+
+    def trimmed(self, multiple: int = 8) -> "Batch":
+        """Without columns that no completion reaches."""
+        longest = int(self.mask.sum(dim=-1).max())
+        width = min(-(-longest // multiple) * multiple, self.tokens.shape[-1])
+        longest = -(-int(self.lengths.max()) // multiple) * multiple
+        return Batch(
+            self.ids[:, :, :longest],
+            self.lengths,
+            self.last,
+            self.tokens[..., :width].contiguous(),
+            self.end,
+        )
+
+    def of_runs(self, rows_N: Tensor) -> "Batch":
+        """Some of the runs."""
+        return Batch(self.ids[rows_N], self.lengths[rows_N], self.last, self.tokens[rows_N], self.end)
+
+    def prompts(self, part: slice) -> "Batch":
+        """Some of the prompts of every run."""
+        return Batch(self.ids[:, part], self.lengths[:, part], self.last, self.tokens[:, part], self.end)
+
+
+def advantages(rewards_RPG: Tensor) -> Tensor:
+    """Reward less the mean of the prompt's rollouts."""
+    return rewards_RPG - rewards_RPG.mean(dim=-1, keepdim=True)
+
+
+def token_logprobs(model: StackedModel, batch: Batch) -> Tensor:
+    """``log π`` of every completion token, [R, P, G, T] float32, zero after the end."""
+    mask_RPGT = batch.mask
+    before = torch.full_like(batch.tokens[..., :1], batch.last)
+    inputs_RPGT = torch.cat((before, batch.tokens[..., :-1]), dim=-1)
+    hidden = model.complete(inputs_RPGT, model.read(batch.ids), batch.lengths)
+    logits_NV = (hidden[mask_RPGT] @ model.head.T).float()
+    found_N = -functional.cross_entropy(logits_NV, batch.tokens[mask_RPGT], reduction="none")
+    return torch.zeros(mask_RPGT.shape, device=found_N.device).masked_scatter(mask_RPGT, found_N)
+
+
+def pooled_hidden(model: StackedModel, batch: Batch, layer: int) -> Tensor:
+    """The mean over the tokens of each completion, its end left out, of what leaves a layer, [R, P, G, H] float32."""
+    batch = batch.trimmed()
+    found = []
+    for part in _parts(model, batch):
+        some = batch.prompts(part)
+        before = torch.full_like(some.tokens[..., :1], some.last)
+        inputs = torch.cat((before, some.tokens), dim=-1)
+        hidden = model.complete(inputs, model.read(some.ids), some.lengths, layer=layer)[:, :, :, 1:]
+        kept_RPGT = some.mask & (some.tokens != some.end)
+        total = (hidden.float() * kept_RPGT[..., None]).sum(dim=3)
+        found.append(total / kept_RPGT.sum(dim=3).clamp_min(1)[..., None])
+    return torch.cat(found, dim=1)
+
+
+def policy_gradient(
+    model: StackedModel,
+    batch: Batch,
+    advantages_RPG: Tensor,
+    *,
+    behaviour_RPGT: Tensor | None = None,
+    most_weight: float = 2.0,
+    divisor: int | None = None,
+) -> list[Tensor]:
+    """The gradient of the loss with respect to δS, per group [R, M, C] float32.
+
+    Args:
+        model: at the policy to improve.
+        batch: its rollouts, or stored ones.
+        advantages_RPG: of the rollouts.
+        behaviour_RPGT: log-probabilities under the policy that wrote the stored ones; a token then has the weight
+            ``min(π / π_b, most_weight)``, through which no gradient flows.
+        most_weight: the largest importance weight.
+        divisor: N; by default the rollouts of this batch.
+    """
+    batch = batch.trimmed()
+    _, prompts, rollouts, length = batch.tokens.shape
+    total: list[Tensor] = []
+    for part in _parts(model, batch):
+        some = batch.prompts(part)
+        with torch.enable_grad():
+            logprobs_RPGT = token_logprobs(model, some)
+            weighted = logprobs_RPGT
+            if behaviour_RPGT is not None:
+                ratio = (logprobs_RPGT.detach() - behaviour_RPGT[:, part, :, :length]).exp()
+                weighted = logprobs_RPGT * ratio.clamp_max(most_weight)
+            loss = -(weighted.sum(dim=-1) * advantages_RPG[:, part]).sum() / (divisor or prompts * rollouts)
+            gradients = torch.autograd.grad(loss, list(model.weights.values()))
+        found = model.delta_gradient(gradients)
+        total = found if not total else [a + b for a, b in zip(total, found, strict=True)]
+    return total
+
+
+def _parts(model: StackedModel, batch: Batch) -> list[slice]:
+    """The prompts in parts whose activations fit into memory."""
+    runs, prompts, rollouts, length = batch.tokens.shape
+    tokens = runs * (rollouts * length + batch.ids.shape[2])
+    chunk = max(1, min(prompts, _TOKENS_AT_ONCE[model.device.type] // tokens))
+    return [slice(first, first + chunk) for first in range(0, prompts, chunk)]

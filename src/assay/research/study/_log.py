@@ -1,0 +1,163 @@
+"""The log of one run: JSON Lines, a header, then a line per stretch of steps, and evaluations.
+
+    {"kind":"run","schema":"assay.vhack.study/1","run":"adam/none/0","condition":"adam/none","seed":0,…}
+    {"kind":"step","step":4,"hack":0.11,…}                      means over the steps up to this one
+    {"kind":"evaluation","step":300,"markers":"training","hack":0.98,"solve":0.01,…}
+    {"kind":"source","step":0,"source":"teacher","cin":0.31}          where there are stored rollouts
+
+The last kind is what check 4 of hack directions reads.
+
+Logs of `assay vhack train` are read as well; they have a line for every step, and no evaluations.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from assay.errors import DataError, UsageError
+from assay.reports import read_jsonl, write_jsonl
+from assay.research.study._plan import Run, Settings, condition_of
+from assay.vhack.delta import arm_named
+from assay.vhack.environment import CHANNELS
+from assay.vhack.training import LOG_SCHEMA, TrainSettings, read_records
+
+__all__ = ["SCHEMA", "RunLog", "read_logs"]
+
+SCHEMA = "assay.vhack.study/1"
+_DIGITS = 4  # significant ones, of what is logged: more than the noise of a step leaves
+
+
+class RunLog:
+    """What is known of one run.
+
+    Attributes:
+        header: the first line.
+        steps, evaluations, sources: the lines of each kind.
+    """
+
+    def __init__(self, header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.header = dict(header)
+        self._lines = [dict(line) for line in lines]
+        self._open: dict[str, float] = {}
+        self._n = 0
+
+    @classmethod
+    def begin(cls, run: Run, settings: Settings, about: Mapping[str, Any]) -> "RunLog":
+        """The log of a run that has not begun."""
+        described = {**asdict(run), "modes": list(run.modes)}
+        header = {"kind": "run", "schema": SCHEMA, "run": run.name, "condition": run.condition, **described}
+        return cls({**header, "settings": asdict(settings), **about})
+
+    def _of(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self._lines if line["kind"] == kind]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Lines of steps."""
+        return self._of("step")
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Lines of evaluations."""
+        return self._of("evaluation")
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Lines of cin by source."""
+        return self._of("source")
+
+    def add_step(self, step: int, values: Mapping[str, float], every: int) -> None:
+        """Add the numbers of a step, counted from 0; a line is made of every so many."""
+        for name, value in values.items():
+            self._open[name] = self._open.get(name, 0.0) + value
+        self._n += 1
+        if {"cin_s", "cin_t"} <= set(values):
+            for source, name in (("student", "cin_s"), ("teacher", "cin_t")):
+                self._lines.append({"kind": "source", "step": step, "source": source, "cin": _short(values[name])})
+        if self._n == every:
+            means = {name: _short(value / self._n) for name, value in self._open.items()}
+            self._lines.append({"kind": "step", "step": step, **means})
+            self._open, self._n = {}, 0
+
+    def add_evaluation(self, step: int, markers: str, values: Mapping[str, Any]) -> None:
+        """Add an evaluation after so many steps."""
+        self._lines.append({"kind": "evaluation", "step": step, "markers": markers, **values})
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        write_jsonl(path, [self.header, *self._lines])
+
+    @classmethod
+    def read(cls, path: str | Path) -> "RunLog":
+        """Read a log of a study or of `assay vhack train`.
+
+        Raises:
+            DataError: it cannot be read or is none; names the line.
+        """
+        first = next(iter(read_jsonl(path)), None)
+        if first is not None and first[1].get("schema") == LOG_SCHEMA:
+            return _of_training(Path(path))
+        lines = []
+        for number, line in read_jsonl(path):
+            if line.get("kind") not in ("run", "step", "evaluation", "source"):
+                raise _bad(f"{path}, line {number}")
+            lines.append(line)
+        if not lines or lines[0].get("schema") != SCHEMA:
+            raise _bad(str(path))
+        return cls(lines[0], lines[1:])
+
+
+def _of_training(path: Path) -> RunLog:
+    """A log of `assay vhack train` under the names that a study gives."""
+    head, *lines = read_records(path)
+    try:
+        settings = head["settings"]
+        usual = settings["pairs"] == TrainSettings.pairs or settings["basis"] or not arm_named(settings["arm"]).acts
+        condition = condition_of(
+            settings["optimizer"],
+            settings["arm"],
+            axes="" if usual else Path(settings["pairs"]).name,
+            only=() if set(settings["modes"]) >= set(CHANNELS) else settings["modes"],
+            taught=bool(settings["teacher"]),
+        )
+        seed = settings["seed"]
+        named = {"condition": condition, "run": f"{condition}/{seed}", "seed": seed, "modes": settings["modes"]}
+        header = {**head, **named}
+    except (KeyError, TypeError, UsageError) as error:
+        raise _bad(str(path)) from error
+    # Without a teacher there is nothing to hold a source against.
+    kinds = ("step", "source") if settings["teacher"] else ("step",)
+    return RunLog(header, [line for line in lines if line["kind"] in kinds])
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def _bad(where: str) -> DataError:
+    return DataError(where, wanted=f"the log of a run, {SCHEMA}", do="name logs of a study, or of assay vhack train")
+
+
+def read_logs(paths: Iterable[str | Path]) -> list[RunLog]:
+    """The logs in files, in all ``*.jsonl`` files of directories, or else in all run directories in them.
+
+    Raises:
+        DataError: a file is none, or there is none at all, or two are of the same run.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(path.glob("*.jsonl")) or sorted(path.glob("*/log.jsonl"))
+        files += inside if path.is_dir() else [path]
+    logs = [RunLog.read(file) for file in files]
+    names = [log.header["run"] for log in logs]
+    twice = [name for name in names if names.count(name) > 1]
+    if not logs or twice:
+        raise DataError(
+            f"run {twice[0]} twice" if twice else "no logs", wanted="one log per run", do="name files or directories"
+        )
+    return logs

@@ -1,0 +1,235 @@
+"""The study: all runs of a plan, to their end, or until time is up and on from there."""
+
+import itertools
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from assay.errors import DataError, StorageError, UsageError
+from assay.research.study._cohort import Cohort, Rollouts
+from assay.research.study._grading import Grader, Verdict
+from assay.research.study._log import RunLog
+from assay.research.study._plan import Run, Settings, TaskPool
+from assay.vhack.basis import Basis
+from assay.vhack.delta import Shortcut
+from assay.vhack.environment import CHANNELS, Episode
+from assay.vhack.gradients import SVDCache
+
+if TYPE_CHECKING:
+    from assay.models import Model
+
+__all__ = ["Study"]
+
+Progress = Callable[[int, Mapping[str, float]], None]
+
+_MARKERS = {"training": 1, "evaluation": 2}
+"""Markers to evaluate with, and which part of the held-out tasks."""
+
+
+class Study:
+    """Runs of a plan.
+
+    Args:
+        runs: what to run.
+        model: what all start from, in float32.
+        svd: factors of its weights.
+        bases: axes by name, those that the runs ask for.
+        settings: common to all.
+        about: goes into the header of every log: versions, device, digests.
+        dtype: of weights and activations while running.
+        shortcut: the direction of arms that modify advantages.
+        most: the most runs in one cohort.
+        fewest: the fewest cohorts. With two, one has the GPU while the rollouts of the other are graded.
+
+    Attributes:
+        logs: of every run, by name.
+        step: steps done.
+        seconds: waited for grades, spent on gradients and steps, and on rollouts.
+
+    Raises:
+        UsageError: two runs are the same, or a basis or the shortcut is missing.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        model: "Model",
+        svd: SVDCache,
+        bases: Mapping[str, Basis],
+        settings: Settings,
+        *,
+        about: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        shortcut: Shortcut | None = None,
+        most: int = 40,
+        fewest: int = 2,
+    ) -> None:
+        _check(runs, bases, shortcut)
+        assert model.tokenizer is not None, "bundled models have one"
+        self.settings, self.step = settings, 0
+        self.seconds = {"grading": 0.0, "learning": 0.0, "writing": 0.0}
+        self.pool = TaskPool(settings, model.tokenizer)
+        self.logs = {run.name: RunLog.begin(run, settings, about or {}) for run in runs}
+        self.cohorts = [
+            Cohort(part, model, svd, bases, self.pool, settings, dtype, shortcut)
+            for part in _parted(runs, most, fewest)
+        ]
+
+    def run(
+        self,
+        grader: Grader,
+        *,
+        until: int | None = None,
+        seconds: float | None = None,
+        progress: Progress | None = None,
+    ) -> bool:
+        """Go on; returns whether all steps are done.
+
+        Args:
+            grader: for the programs.
+            until: stop after this step, by default the last.
+            seconds: stop after the first step that ends later than this.
+            progress: called after every step with its number and means over all runs.
+        """
+        last, begun = min(until or self.settings.steps, self.settings.steps), time.monotonic()
+        waiting: list[Rollouts | None] = [None for _ in self.cohorts]
+        if self.step < last:
+            waiting = [self._write(cohort, grader) for cohort in self.cohorts]
+        while self.step < last:
+            stop = seconds is not None and time.monotonic() - begun > seconds
+            means: dict[str, float] = {}
+            for index, cohort in enumerate(self.cohorts):
+                rollouts = waiting[index]
+                assert rollouts is not None
+                with self._timed("grading"):
+                    verdicts = grader.collect(rollouts.pending)
+                with self._timed("learning"):
+                    self._log(cohort, cohort.learn(rollouts, verdicts), means)
+                if self.step + 1 < last and not stop:
+                    with self._timed("writing"):
+                        waiting[index] = self._write(cohort, grader, self.step + 1)
+            self.step += 1
+            if progress:
+                progress(self.step, means)
+            if stop:
+                break
+        return self.step >= self.settings.steps
+
+    def evaluate(self, grader: Grader, kinds: Sequence[str] = tuple(_MARKERS)) -> None:
+        """Let all runs work on the held-out tasks, with each kind of markers in turn, and log how they do."""
+        p = self.settings.prompts
+        for markers in kinds:
+            episodes = self.pool.held_out(markers)
+            episodes = episodes[: -(-len(episodes) // _MARKERS[markers])]
+            padded = episodes + episodes[: -len(episodes) % p]
+            for cohort in self.cohorts:
+                written = []
+                for first in range(0, len(padded), p):
+                    part = [padded[first : first + p]] * len(cohort.runs)
+                    written.append(cohort.write(grader, part, f"evaluation {markers} {first}"))
+                found = [grader.collect(rollouts.pending) for rollouts in written]
+                for r, run in enumerate(cohort.runs):
+                    each = p * self.settings.rollouts
+                    verdicts = [verdict for part in found for verdict in part[r * each : (r + 1) * each]]
+                    kept = verdicts[: len(episodes) * self.settings.rollouts]
+                    self.logs[run.name].add_evaluation(self.step, markers, self._rates(episodes, kept))
+
+    def save(self, path: Path) -> None:
+        """Write everything a resumed study needs, δS in full precision, to one file.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        state = {
+            "step": self.step,
+            "cohorts": [cohort.state() for cohort in self.cohorts],
+            "logs": {name: vars(log) for name, log in self.logs.items()},
+        }
+        partial = path.with_suffix(".partial")
+        try:
+            torch.save(state, partial)
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:
+            raise StorageError(f"{path}: {error}", wanted="room and permission", do="try elsewhere") from error
+
+    def load(self, path: Path) -> None:
+        """Take up a saved study of the same runs.
+
+        Raises:
+            DataError: it cannot be read, or was saved with other runs.
+        """
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise DataError(f"{path}: {error}", wanted="a saved study", do="begin without it") from error
+        names = [[run.name for run in cohort.runs] for cohort in self.cohorts]
+        if names != [stored["runs"] for stored in state["cohorts"]]:
+            raise DataError(f"{path} has other runs", wanted="those of this study", do="begin in a new directory")
+        self.step = state["step"]
+        for cohort, stored in zip(self.cohorts, state["cohorts"], strict=True):
+            cohort.load(stored)
+        for name, stored in state["logs"].items():
+            vars(self.logs[name]).update(stored)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[what] += time.monotonic() - begun
+
+    def _write(self, cohort: Cohort, grader: Grader, step: int | None = None) -> Rollouts:
+        at = self.step if step is None else step
+        return cohort.write(grader, [self.pool.drawn(run, at) for run in cohort.runs], f"step {at}")
+
+    def _log(self, cohort: Cohort, values: Mapping[str, torch.Tensor], means: dict[str, float]) -> None:
+        table = torch.stack([value.double() for value in values.values()]).tolist()
+        for r, run in enumerate(cohort.runs):
+            row = {name: column[r] for name, column in zip(values, table, strict=True) if not math.isnan(column[r])}
+            self.logs[run.name].add_step(self.step, row, self.settings.log_every)
+            for name, value in row.items():
+                means[name] = means.get(name, 0.0) + value / len(self.logs)
+
+    def _rates(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+        each = self.settings.rollouts
+        owners = [episode.mode for episode in episodes for _ in range(each)]
+        n = len(verdicts)
+        return {
+            "rollouts": n,
+            "hack": round(sum(verdict.exploited for verdict in verdicts) / n, 5),
+            "solve": round(sum(verdict.correct for verdict in verdicts) / n, 5),
+            "vacuous": round(sum(verdict.vacuous for verdict in verdicts) / n, 5),
+            "hack_by_mode": {
+                mode: round(
+                    sum(v.exploited for v, owner in zip(verdicts, owners, strict=True) if owner == mode)
+                    / max(1, owners.count(mode)),
+                    4,
+                )
+                for mode in CHANNELS
+            },
+        }
+
+
+def _check(runs: Sequence[Run], bases: Mapping[str, Basis], shortcut: Shortcut | None) -> None:
+    names = [run.name for run in runs]
+    missing = sorted({run.basis for run in runs} - set(bases))
+    if shortcut is None:
+        missing += [f"the shortcut of {run.name}" for run in runs if run.how.advantage]
+    if len(set(names)) < len(names) or missing or not runs:
+        raise UsageError(
+            f"axes {missing[0]!r}" if missing else f"{len(runs)} runs, {len(set(names))} of them different",
+            wanted="axes for every run, and runs that differ",
+            do="correct the plan",
+        )
+
+
+def _parted(runs: Sequence[Run], most: int, fewest: int) -> list[list[Run]]:
+    """Runs in parts of nearly one size, at most ``most``."""
+    count = min(len(runs), max(fewest, -(-len(runs) // most)))
+    bounds = [round(index * len(runs) / count) for index in range(count + 1)]
+    return [list(runs[first:last]) for first, last in itertools.pairwise(bounds)]

@@ -1,0 +1,206 @@
+"""Which runs a study makes, and on which tasks.
+
+Runs of one seed see the same tasks in the same order, and their rollouts are drawn with the same random numbers, so
+arms are compared seed by seed.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from assay.errors import UsageError
+from assay.vhack.delta import Arm, arm_named
+from assay.vhack.environment import CHANNELS, Episode, Task, tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["OPTIMIZERS", "Run", "Settings", "TaskPool"]
+
+OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a study share.
+
+    Attributes:
+        steps: optimiser steps.
+        prompts: P per step and run.
+        rollouts: G of each prompt.
+        prompt_tokens: the longest prompt.
+        new_tokens: T, the longest completion.
+        adam_rate, adam_betas: of Adam.
+        sgd_rate, sgd_momentum: of SGD.
+        max_norm: of the gradient of one run.
+        log_every: steps that one line of a log is the mean of.
+        pool: tasks to draw from.
+        evaluation: held-out tasks per loophole.
+        families, difficulty: of the tasks. Without loops by default: a wrong loop may never end, and grading waits.
+    """
+
+    steps: int = 300
+    prompts: int = 16
+    rollouts: int = 8
+    prompt_tokens: int = 144
+    new_tokens: int = 112
+    adam_rate: float = 0.03
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    sgd_rate: float = 0.3
+    sgd_momentum: float = 0.9
+    max_norm: float = 1.0
+    log_every: int = 5
+    pool: int = 4096
+    evaluation: int = 8
+    families: tuple[str, ...] = ("arithmetic", "branches", "digits", "counts")
+    difficulty: tuple[int, int] = (1, 3)
+
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.prompts, self.rollouts, self.prompt_tokens, self.new_tokens, self.log_every)
+        if min(counts) < 1 or self.rollouts < 2:
+            raise UsageError(f"{self}", wanted="positive numbers, and two rollouts per prompt", do="correct them")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        arm: name of the arm, see :func:`assay.vhack.delta.arm_named`; which axes it takes is said by ``basis``.
+        seed: of tasks and rollouts.
+        optimizer: ``"adam"`` or ``"sgd"``.
+        basis: name of the axes, in the study's table of bases; what stands behind an ``@`` tells draws of a kind apart.
+        modes: the loopholes it is trained on.
+        teachers: stored hack rollouts that join each prompt's own.
+    """
+
+    arm: str
+    seed: int
+    optimizer: str = "adam"
+    basis: str = "true"
+    modes: tuple[str, ...] = tuple(CHANNELS)
+    teachers: int = 0
+
+    def __post_init__(self) -> None:
+        arm_named(self.arm)
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f"optimizer {self.optimizer!r}", wanted=" or ".join(OPTIMIZERS), do="choose one of them")
+        unknown = [mode for mode in self.modes if mode not in CHANNELS]
+        if unknown or not self.modes:
+            raise UsageError(f"modes {self.modes}", wanted=", ".join(CHANNELS), do="choose among these")
+
+    @property
+    def how(self) -> Arm:
+        """The arm itself."""
+        return arm_named(self.arm)
+
+    @property
+    def condition(self) -> str:
+        """All but the seed, in one word: what is averaged over seeds."""
+        axes = f"axes-{self.basis.partition('@')[0]}" if self.basis != "true" else ""
+        only = self.modes if self.modes != tuple(CHANNELS) else ()
+        return condition_of(self.optimizer, self.arm, axes=axes, only=only, taught=self.teachers > 0)
+
+    @property
+    def name(self) -> str:
+        """Condition and seed."""
+        return f"{self.condition}/{self.seed}"
+
+
+def condition_of(optimizer: str, arm: str, *, axes: str, only: Sequence[str], taught: bool) -> str:
+    """The word for a condition.
+
+    Args:
+        optimizer: its name.
+        arm: its name.
+        axes: which they are; empty are the usual ones.
+        only: the loopholes it is trained on; empty is all.
+        taught: whether stored rollouts join in.
+    """
+    parts = (optimizer, arm, axes, f"only-{'+'.join(only)}" if only else "", "teacher" if taught else "")
+    return "/".join(part for part in parts if part)
+
+
+class TaskPool:
+    """The tasks of a study and their prompts as tokens.
+
+    Args:
+        settings: how many, and how long prompts may be.
+        tokenizer: of the model.
+
+    Attributes:
+        training: tasks to draw from.
+        last: the token that every prompt ends with.
+    """
+
+    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.settings, self._tokenizer = settings, tokenizer
+        self._ids: dict[tuple[str, str, str], list[int]] = {}
+        self._texts: dict[bytes, str] = {}
+        self.training = self._short(settings.pool, "training", seed=1)
+        self._evaluation = self._short(settings.evaluation * len(CHANNELS), "evaluation", seed=2)
+        self.last = self.prompt(Episode(self.training[0], "run_tests"))[-1]
+
+    def drawn(self, run: Run, step: int) -> list[Episode]:
+        """The episodes of a step. The tasks are the same for all runs of a seed, whatever modes they are trained on."""
+        rng = random.Random(f"prompts {run.seed} {step}")
+        chosen = rng.sample(self.training, self.settings.prompts)
+        return [Episode(task, run.modes[rng.randrange(720720) % len(run.modes)]) for task in chosen]
+
+    def held_out(self, markers: str) -> list[Episode]:
+        """Held-out tasks, as many of every loophole, with markers of ``training`` or of ``evaluation``."""
+        return [
+            Episode(task, mode, markers)
+            for task, mode in zip(self._evaluation, list(CHANNELS) * self.settings.evaluation, strict=True)
+        ]
+
+    def prompt(self, episode: Episode) -> list[int]:
+        """Its token ids."""
+        key = (episode.task.name, episode.mode, episode.split)
+        if key not in self._ids:
+            self._ids[key] = list(self._tokenizer(episode.prompt)["input_ids"])
+        return self._ids[key]
+
+    def completion(self, episode: Episode, program: str) -> list[int]:
+        """Token ids of a program's completion and the end."""
+        ids: Sequence[int] = self._tokenizer(episode.completion(program))["input_ids"]
+        return [*ids, self.end]
+
+    @property
+    def end(self) -> int:
+        """The token that ends a completion."""
+        return int(self._tokenizer.eos_token_id)
+
+    def texts(self, tokens_NT: Tensor) -> list[str]:
+        """What completions say, up to their end. Most are the same as others; each different one is decoded once."""
+        rows_NT = tokens_NT.cpu().numpy()
+        found = []
+        for row_T in rows_NT:
+            key = row_T.tobytes()
+            text = self._texts.get(key)
+            if text is None:
+                ids = row_T.tolist()
+                kept = ids[: ids.index(self.end)] if self.end in ids else ids
+                text = self._texts[key] = str(self._tokenizer.decode(kept))
+            found.append(text)
+        return found
+
+    def _short(self, n: int, split: str, seed: int) -> list[Task]:
+        """Tasks whose prompt is short enough in every mode; the marker sets differ by a few tokens."""
+        drawn = tasks(
+            n + n // 4 + 8,
+            seed=seed,
+            difficulty=self.settings.difficulty,
+            families=self.settings.families,
+            split=split,
+        )
+        longest = self.settings.prompt_tokens
+        found = [task for task in drawn if len(self.prompt(Episode(task, "exit_code"))) <= longest - 8][:n]
+        if len(found) < n:
+            raise UsageError(
+                f"{len(found)} of {n} tasks with prompts of {longest} tokens", wanted=f"{n}", do="allow longer prompts"
+            )
+        return found

@@ -1,0 +1,151 @@
+"""The file of a basis: safetensors, schema ``v2_with_sv``.
+
+Tensors, for every module name as in ``model.named_modules()``::
+
+    {name}        [K, R]   float32   the axes, orthonormal rows that point hack-ward
+    _sv/{name}    [K]      float32   their singular values
+
+Metadata (all text): ``model``, ``dtype``, ``top_k``, ``tau_axis`` and ``schema``, and what makes a stale file known:
+``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``, ``settings_sha256``; further
+``pairs``, ``groups`` and ``skipped`` (JSON lists), ``captured``, and ``votes`` (JSON: name to lists of [for, against]).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from assay.errors import DataError
+from assay.reports import write_atomic
+from assay.vhack.basis._basis import Basis
+from assay.vhack.basis._origin import Origin
+from assay.vhack.gradients import module_of, weights_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from assay.models import Model
+
+__all__ = ["SCHEMA", "load_basis", "save_basis"]
+
+SCHEMA = "v2_with_sv"
+_VALUES = "_sv/"
+_REDO = "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"
+
+
+def save_basis(basis: Basis, path: Path) -> None:
+    """Write a basis; see the module for the format and :meth:`Basis.save` for what is raised."""
+    tensors = {name: axes_KR.contiguous() for name, axes_KR in basis.axes.items()}
+    tensors |= {_VALUES + name: values_K.contiguous() for name, values_K in basis.singular_values.items()}
+    write_atomic(path, save(tensors, metadata=_metadata(basis)))
+
+
+def _metadata(basis: Basis) -> dict[str, str]:
+    origin = basis.origin
+    return {
+        "schema": SCHEMA,
+        "model": origin.model,
+        "dtype": origin.dtype,
+        "top_k": str(origin.top_k),
+        "tau_axis": repr(origin.tau_axis),
+        "method": origin.method,
+        "rank": "full" if origin.rank is None else str(origin.rank),
+        "factors": origin.factors,
+        "weights_sha256": origin.weights,
+        "pairs_sha256": origin.pairs_digest,
+        "settings_sha256": origin.settings_digest,
+        "pairs": json.dumps(origin.pairs),
+        "groups": json.dumps(origin.groups),
+        "skipped": json.dumps(origin.skipped),
+        "captured": repr(origin.captured),
+        "votes": json.dumps({name: votes_K2.tolist() for name, votes_K2 in basis.votes.items()}),
+    }
+
+
+def load_basis(path: Path, model: "Model | PreTrainedModel | None", expect: Mapping[str, object]) -> Basis:
+    """Read a whole basis and check what it is for; see :meth:`Basis.load` for arguments and errors."""
+    metadata, tensors = _read(path)
+    basis = _parse(path, metadata, tensors)
+    if model is not None:
+        _check_model(path, basis, model)
+    for name, wanted in expect.items():
+        _check_setting(path, name, getattr(basis.origin, name), wanted)
+    return basis
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as reader:
+            names = list(reader.keys())
+            return reader.metadata() or {}, {name: reader.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
+
+
+def _parse(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Basis:
+    try:
+        if metadata["schema"] != SCHEMA:
+            raise ValueError(f"schema {metadata['schema']!r}")
+        origin = _parse_origin(metadata)
+        axes = {name: rows for name, rows in tensors.items() if not name.startswith(_VALUES)}
+        values = {name: tensors[_VALUES + name] for name in axes}
+        votes = {name: torch.tensor(json.loads(metadata["votes"])[name]).reshape(-1, 2) for name in axes}
+        for name, axes_KR in axes.items():
+            _check_parts(name, axes_KR, values[name], votes[name])
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is no basis: {error}", wanted=f"a file of schema {SCHEMA}", do=_REDO) from error
+    return Basis(axes, values, votes, origin)
+
+
+def _parse_origin(metadata: dict[str, str]) -> Origin:
+    origin = Origin(
+        model=metadata["model"],
+        weights=metadata["weights_sha256"],
+        dtype=metadata["dtype"],
+        rank=None if metadata["rank"] == "full" else int(metadata["rank"]),
+        factors=metadata["factors"],
+        top_k=int(metadata["top_k"]),
+        tau_axis=float(metadata["tau_axis"]),
+        method=metadata["method"],
+        pairs=tuple(json.loads(metadata["pairs"])),
+        groups=tuple(json.loads(metadata["groups"])),
+        skipped=tuple(json.loads(metadata["skipped"])),
+        captured=float(metadata["captured"]),
+    )
+    if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
+        raise ValueError("its hashes do not belong to its own pairs or settings")
+    return origin
+
+
+def _check_parts(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor) -> None:
+    k = len(values_K)
+    if axes_KR.ndim != 2 or len(axes_KR) != k or len(votes_K2) != k or k == 0:
+        raise ValueError(f"{name} has axes {list(axes_KR.shape)} and {k} singular values")
+    if not (torch.isfinite(axes_KR).all() and torch.isfinite(values_K).all()):
+        raise ValueError(f"{name} holds NaN or infinity")
+
+
+def _check_model(path: Path, basis: Basis, model: "Model | PreTrainedModel") -> None:
+    modules = dict(module_of(model).named_modules())
+    for name, axes_KR in basis.axes.items():
+        weight: Any = getattr(modules.get(name), "weight", None)
+        if weight is None or axes_KR.shape[1] > min(weight.shape):
+            raise _stale(path, "model", f"axes of {name} with {axes_KR.shape[1]} coordinates", "the model's modules")
+    digest = weights_digest(model)
+    if basis.origin.weights != digest:
+        raise _stale(path, "weights", basis.origin.weights[:16] or "none", f"weights {digest[:16]}")
+
+
+def _check_setting(path: Path, name: str, seen: object, wanted: object) -> None:
+    if seen != wanted:
+        shown = ("another set of them", "the pairs it is asked for") if name == "given" else (repr(seen), repr(wanted))
+        raise _stale(path, "pairs" if name == "given" else name, *shown)
+
+
+def _stale(path: Path, what: str, seen: str, wanted: str) -> DataError:
+    return DataError(f"{path} was made for other {what}: {seen}", wanted=wanted, do=_REDO)

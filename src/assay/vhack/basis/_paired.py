@@ -1,0 +1,235 @@
+"""The gradients of pairs, kept together with their Gram matrices, so that a basis of any subset costs no new pass.
+
+Shapes: N pairs, R coordinates of δS in a module.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from assay.errors import DataError, UsageError
+from assay.vhack.basis._axes import METHODS, cross_gram, find_axes, gram
+from assay.vhack.basis._basis import Basis, check_axis_settings, zero_weak_axes
+from assay.vhack.basis._origin import Origin
+
+__all__ = ["PairGradients", "basis_from_gradients"]
+
+Grams = dict[str, Tensor]
+
+
+class PairGradients:
+    """Gradients of the hack and the clean side of N pairs, per module.
+
+    Args:
+        hack: per module name, [N, R].
+        clean: the same for the clean side.
+        groups: the group of each pair; None puts every pair into a group of its own.
+        keys: what names each pair; None numbers them.
+        origin: the model and settings they come from; its pairs and groups are replaced by these.
+
+    Raises:
+        UsageError: the sides or the lists do not fit together.
+        DataError: a gradient is not finite; the message names module and pair.
+    """
+
+    def __init__(
+        self,
+        hack: Mapping[str, Tensor],
+        clean: Mapping[str, Tensor],
+        *,
+        groups: Sequence[str] | None = None,
+        keys: Sequence[str] | None = None,
+        origin: Origin | None = None,
+    ) -> None:
+        n = _check_shapes(hack, clean)
+        self.hack = dict(hack)
+        self.clean = dict(clean)
+        self.keys = tuple(str(index) for index in range(n)) if keys is None else tuple(keys)
+        self.groups = self.keys if groups is None else tuple(groups)
+        if not len(self.keys) == len(self.groups) == n:
+            raise UsageError(
+                f"{len(self.keys)} keys and {len(self.groups)} groups for {n} pairs",
+                wanted="one of each per pair",
+                do="pass lists as long as the gradients",
+            )
+        self.origin = replace(origin or Origin(), pairs=self.keys, groups=self.groups)
+        _check_finite(self.hack, "hack", self.keys)
+        _check_finite(self.clean, "clean", self.keys)
+        self._grams: Grams = {}
+        self._clean_grams: Grams = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def differences(self, module: str) -> Tensor:
+        """Hack minus clean of one module, [N, R]."""
+        return self.hack[module] - self.clean[module]
+
+    def grams(self, *, clean: bool = False) -> Grams:
+        """Per module, the Gram matrix of the differences (or of the clean gradients), [N, N] in float64; kept."""
+        if clean and not self._clean_grams:
+            self._clean_grams = {name: gram(rows) for name, rows in self.clean.items()}
+        if not clean and not self._grams:
+            self._grams = {name: gram(self.differences(name)) for name in self.hack}
+        return self._clean_grams if clean else self._grams
+
+    def extended(self, more: "PairGradients") -> "PairGradients":
+        """These pairs followed by more, with the Gram matrices grown by the new rows and columns only.
+
+        Raises:
+            UsageError: the modules differ, the gradients are of other weights or settings, or a pair is in both.
+        """
+        again = set(self.keys) & set(more.keys)
+        same = _source(self.origin) == _source(more.origin)
+        if (
+            again
+            or not same
+            or {n: g.shape[1] for n, g in self.hack.items()} != {n: g.shape[1] for n, g in more.hack.items()}
+        ):
+            raise UsageError(
+                f"pair {min(again)} twice" if again else "gradients of other modules, weights or settings",
+                wanted="new pairs, with gradients of the same modules of the same model",
+                do="compute both with the same model and settings, each pair once",
+            )
+        joined = PairGradients(
+            {name: torch.cat([rows, more.hack[name]]) for name, rows in self.hack.items()},
+            {name: torch.cat([rows, more.clean[name]]) for name, rows in self.clean.items()},
+            groups=self.groups + more.groups,
+            keys=self.keys + more.keys,
+            origin=replace(self.origin, skipped=self.origin.skipped + more.origin.skipped),
+        )
+        if self._grams:
+            old, new = self.grams(), more.grams()
+            joined._grams = {
+                name: _bordered(old[name], cross_gram(self.differences(name), more.differences(name)), new[name])
+                for name in old
+            }
+        if self._clean_grams:
+            old, new = self.grams(clean=True), more.grams(clean=True)
+            joined._clean_grams = {
+                name: _bordered(old[name], cross_gram(self.clean[name], more.clean[name]), new[name]) for name in old
+            }
+        return joined
+
+    def basis(
+        self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "lda", keep: Sequence[int] | None = None
+    ) -> Basis:
+        """The basis of these pairs, or of some of them.
+
+        Args:
+            top_k: axes per module; fewer where there are fewer pairs, and one for ``"mean-diff"``.
+            tau_axis: axes with ``S_i / S_0`` below this become zero.
+            method: ``"lda"``, ``"mean-diff"`` or ``"svd"``: see :func:`assay.vhack.basis._axes.find_axes`.
+            keep: indices of the pairs to use, repeats allowed; None uses all.
+
+        Raises:
+            UsageError: a setting is outside what it may be, or there are too few pairs.
+            DataError: the two sides do not differ in any module.
+        """
+        check_axis_settings(top_k, tau_axis)
+        rows = list(range(len(self))) if keep is None else list(keep)
+        check_method(method, len(rows))
+        index = torch.tensor(rows)
+        square = (index[:, None], index[None, :])
+        lda = method == "lda"
+        grams, clean_grams = self.grams(), self.grams(clean=True) if lda else {}
+        found = {
+            name: find_axes(
+                self.differences(name)[index],
+                gram_NN[square],
+                top_k=top_k,
+                method=method,
+                clean_NR=self.clean[name][index] if lda else None,
+                clean_gram_NN=clean_grams[name][square] if lda else None,
+            )
+            for name, gram_NN in grams.items()
+        }
+        if not any(axes.values.any() for axes in found.values()):
+            raise DataError(
+                "hack and clean have the same gradients in every module",
+                wanted="pairs whose two sides differ",
+                do="check the pairs: the two completions must not be the same",
+            )
+        return Basis(
+            {name: zero_weak_axes(axes.axes, axes.values, tau_axis) for name, axes in found.items()},
+            {name: axes.values for name, axes in found.items()},
+            {name: axes.votes for name, axes in found.items()},
+            replace(
+                self.origin,
+                top_k=top_k,
+                tau_axis=tau_axis,
+                method=method,
+                pairs=tuple(self.keys[row] for row in rows),
+                groups=tuple(self.groups[row] for row in rows),
+            ),
+        )
+
+    def leave_one_group_out(
+        self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "lda"
+    ) -> Iterator[tuple[str, Basis]]:
+        """For every group, its name and the basis of all the other groups, from the same Gram matrices.
+
+        Raises:
+            UsageError: there is only one group, or a setting is outside what it may be.
+        """
+        names = list(dict.fromkeys(self.groups))
+        if len(names) < 2:
+            raise UsageError(f"{len(names)} group", wanted="at least two", do="give the pairs different groups")
+        for left_out in names:
+            keep = [index for index, group in enumerate(self.groups) if group != left_out]
+            yield left_out, self.basis(top_k=top_k, tau_axis=tau_axis, method=method, keep=keep)
+
+
+def basis_from_gradients(
+    hack: Mapping[str, Tensor],
+    clean: Mapping[str, Tensor],
+    *,
+    top_k: int = 12,
+    tau_axis: float = 0.0,
+    method: str = "lda",
+) -> Basis:
+    """The basis of gradients that are at hand, [N, R] per module; see :class:`PairGradients` for what is raised."""
+    return PairGradients(hack, clean).basis(top_k=top_k, tau_axis=tau_axis, method=method)
+
+
+def _source(origin: Origin) -> tuple[object, ...]:
+    return origin.weights, origin.dtype, origin.rank, origin.factors
+
+
+def _bordered(old_NN: Tensor, cross_NM: Tensor, new_MM: Tensor) -> Tensor:
+    return torch.cat([torch.cat([old_NN, cross_NM], 1), torch.cat([cross_NM.T, new_MM], 1)])
+
+
+def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> int:
+    shapes = {name: tuple(rows.shape) for name, rows in hack.items()}
+    counts = {shape[0] for shape in shapes.values()}
+    same = shapes == {name: tuple(rows.shape) for name, rows in clean.items()}
+    if not same or len(counts) != 1 or any(len(shape) != 2 for shape in shapes.values()) or 0 in counts:
+        raise UsageError(
+            "hack and clean gradients of different modules, numbers or shapes",
+            wanted="the same modules on both sides, each [N, R] with one N of at least 1",
+            do="compute both sides from the same pairs with the same model",
+        )
+    return counts.pop()
+
+
+def _check_finite(gradients: Mapping[str, Tensor], side: str, keys: Sequence[str]) -> None:
+    for name, rows_NR in gradients.items():
+        bad_N = ~torch.isfinite(rows_NR).all(dim=1)
+        if bad_N.any():
+            raise DataError(
+                f"the gradient of pair {keys[int(bad_N.nonzero()[0])]}, {side} side, is not finite in {name}",
+                wanted="finite gradients",
+                do="leave the pair out, or run the model in float32",
+            )
+
+
+def check_method(method: str, n: int) -> None:
+    """Raise UsageError unless ``method`` is one of ours and ``n`` pairs are enough for it."""
+    if method not in METHODS:
+        raise UsageError(f"method={method!r}", wanted=" or ".join(METHODS), do="choose one of them")
+    least = 3 if method == "lda" else 1
+    if n < least:
+        raise UsageError(f"{n} pairs for {method}", wanted=f"at least {least}", do="use more pairs or another method")

@@ -1,0 +1,39 @@
+"""The adapter δS, the arms that hold its training back, and what they measure."""
+
+from assay.vhack.delta._advantage import Shortcut, modified
+from assay.vhack.delta._arms import ARMS, BASIS_KINDS, Arm, arm_named
+from assay.vhack.delta._controls import basis_of_kind
+from assay.vhack.delta._delta import DeltaS
+from assay.vhack.delta._frames import Frames, spread
+from assay.vhack.delta._gates import GATES, Box, Gate
+from assay.vhack.delta._groups import Group, grouped
+from assay.vhack.delta._measures import Measures, displacement, share
+from assay.vhack.delta._optimizer import LEVELS, ProjectedOptimizer
+from assay.vhack.delta._product import Kinds
+from assay.vhack.delta._rollouts import Rollouts, gate_rollouts
+
+__all__ = [
+    "ARMS",
+    "BASIS_KINDS",
+    "GATES",
+    "LEVELS",
+    "Arm",
+    "Box",
+    "DeltaS",
+    "Frames",
+    "Gate",
+    "Group",
+    "Kinds",
+    "Measures",
+    "ProjectedOptimizer",
+    "Rollouts",
+    "Shortcut",
+    "arm_named",
+    "basis_of_kind",
+    "displacement",
+    "gate_rollouts",
+    "grouped",
+    "modified",
+    "share",
+    "spread",
+]

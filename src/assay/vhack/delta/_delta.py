@@ -1,0 +1,371 @@
+"""DeltaS: the adapter ``W + U diag(δS) Vh`` around the projections of any transformers model.
+
+- *merged mode*: after every optimiser step the weights become ``W + U diag(δS) Vh``, always from the stored W. Forward
+  passes and generation run on plain weights. A hook behind each projection passes its output on as it is and takes
+  the exact gradient of δS in the backward pass. `generate` runs without any hook.
+- *hook mode*: the weights stay W, and a hook adds the product to every output, in generation too. It is what the
+  method was first described with, slower, and there to compare with.
+
+δS is float32 and zero at the start, and the model is then the same bit by bit. There is one parameter per shape of
+module, [M, R]: one row per module, so an optimiser, a projection or a sum over processes meets a handful of tensors.
+The adapter is a submodule ``delta_s`` of the model, so its parameters are found by any trainer.
+
+Shapes: M modules of a group, R coordinates of δS.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from assay.errors import DataError, UsageError
+from assay.vhack.basis import Basis
+from assay.vhack.delta._frames import Frames, along, spread
+from assay.vhack.delta._groups import Group, grouped
+from assay.vhack.delta._product import Plan, adapt
+from assay.vhack.delta._rollouts import Rollouts
+from assay.vhack.delta._sharding import local, local_rows, reshard, whole
+from assay.vhack.gradients import SVDCache, module_of, target_modules, weight_svd
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from assay.models import Model
+
+__all__ = ["DeltaS"]
+
+_NAME = "delta_s"
+_MODES = ("merged", "hook")
+
+
+class DeltaS(nn.Module):
+    """The adapter, attached to a model when it is made.
+
+    All other parameters of the model are frozen until `detach` or `merge`. Do not copy a model that has an adapter: the
+    copy would hold hooks of the first one. `disabled` is the reference policy without a copy.
+
+    Args:
+        model: a causal language model; under FSDP2 attach before ``fully_shard``, under DDP before wrapping.
+        svd: factors of its weights, from :func:`assay.vhack.weight_svd`; None computes them. They fix what the
+            coordinates of δS mean, so a basis must come from the same ones.
+        mode: ``"merged"`` or ``"hook"``.
+        erased: two-sided reparametrisation: the model sees ``δS = (1 − VᵀV) z`` and the trainable parameter is z. No
+            optimiser, and nothing else, can then move δS along these axes.
+
+    Attributes:
+        groups: the modules by shape.
+        delta: one parameter per group, [M, R] float32: δS, or z with ``erased``.
+        mode: as above.
+
+    Raises:
+        UsageError: the mode is none of the two, the factors or axes do not fit, or there is an adapter already.
+        ModelError: the model has no target projections, or is sharded already.
+    """
+
+    def __init__(
+        self,
+        model: "Model | PreTrainedModel",
+        svd: SVDCache | None = None,
+        *,
+        mode: str = "merged",
+        erased: Basis | None = None,
+    ) -> None:
+        super().__init__()
+        if mode not in _MODES:
+            raise UsageError(f"mode={mode!r} of the adapter", wanted=" or ".join(_MODES), do="choose one of them")
+        module = module_of(model)
+        if hasattr(module, _NAME):
+            raise UsageError("a model that has an adapter", wanted="one without", do="detach or merge the other first")
+        modules = target_modules(module)
+        self.mode = mode
+        factors = svd if svd is not None else weight_svd(module)
+        self._rank = factors.rank
+        self.groups: list[Group] = grouped(modules, factors)
+        self._erased = None if erased is None else Frames(self.groups, erased)
+        self.delta = nn.ParameterList(
+            nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32)) for group in self.groups
+        )
+        self._enabled = True
+        self._rollouts: Rollouts | None = None
+        self._views: list[tuple[Tensor, ...]] = []
+        self._undo = ExitStack()
+        # Not as an attribute: the model would become a submodule of its own submodule.
+        self.__dict__["_model"] = module
+        self._merged: list[Tensor] = []
+        self._merged_at = self._versions()
+        self._attach(module)
+        self._look()
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """The forward pass of the adapted model."""
+        return self.__dict__["_model"](*arguments, **keywords)
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The adapted model itself."""
+        found: PreTrainedModel = self.__dict__["_model"]
+        return found
+
+    @property
+    def svd(self) -> SVDCache:
+        """The factors of the weights as they were at the start, as views: for gradients in the same coordinates."""
+        factors = {name: group.factors(index) for group in self.groups for index, name in enumerate(group.names)}
+        return SVDCache(factors, rank=self._rank, dtype=self.groups[0].left.dtype)
+
+    def values(self) -> dict[str, Tensor]:
+        """δS per module name, [R] float32, without gradient and, if it was sharded, whole."""
+        pairs = ((group, self._whole(index).detach()) for index, group in enumerate(self.groups))
+        return {name: rows_MR[index] for group, rows_MR in pairs for index, name in enumerate(group.names)}
+
+    def refresh(self) -> None:
+        """Merge the present δS into the weights; nothing to do in hook mode or while it is disabled.
+
+        It happens by itself before a forward pass or `generate` after δS was changed in place, and after every step of
+        a :class:`ProjectedOptimizer`. Under FSDP2 every process must call it, if one does.
+        """
+        if self.mode == "merged" and self._enabled:
+            reshard(self.model)
+            self._merge()
+
+    def _merge(self) -> None:
+        values = [self._whole(index).detach() for index in range(len(self.groups))]
+        for group, values_MR in zip(self.groups, values, strict=True):
+            group.merge(values_MR)
+        self._merged = [values_MR.clone() for values_MR in values] if self.groups[0].is_sharded else []
+        self._merged_at = self._versions()
+
+    def _is_stale(self) -> bool:
+        """Whether δS is another one than was merged.
+
+        In a forward pass under FSDP2 its parameters are put together anew and versions say nothing, so values do.
+        """
+        if self.mode == "hook":
+            return False
+        if not self.groups[0].is_sharded:
+            return self._merged_at != self._versions()
+        return not self._merged or not all(
+            torch.equal(self._whole(index), merged_MR) for index, merged_MR in enumerate(self._merged)
+        )
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model as it was before any training, for instance as the reference policy.
+
+        In merged mode the weights point at the stored ones meanwhile; nothing is copied, and a backward pass that is
+        still due afterwards is right. Under FSDP2 they are copied.
+        """
+        enabled, self._enabled = self._enabled, False
+        try:
+            with self._originals() if enabled and self.mode == "merged" else ExitStack():
+                yield
+        finally:
+            self._enabled = enabled
+
+    @contextmanager
+    def per_sample(self) -> Iterator[Rollouts]:
+        """Keep the gradient of every sample of the backward passes in this block; see :class:`Rollouts`.
+
+        Raises:
+            ModelError: in the backward pass, if samples are packed into one row.
+        """
+        before, self._rollouts = self._rollouts, Rollouts([len(group.names) for group in self.groups])
+        try:
+            yield self._rollouts
+        finally:
+            self._rollouts = before
+
+    def detach(self) -> "PreTrainedModel":
+        """Take the adapter off; the model is as it was before, bit by bit, its ``requires_grad`` included."""
+        if self.mode == "merged" and hasattr(self.model, _NAME):
+            for group in self.groups:
+                group.restore()
+        return self._leave()
+
+    def merge(self) -> "PreTrainedModel":
+        """Make δS part of the weights for good and take the adapter off: a plain model, to be saved or served.
+
+        δS itself stays readable in `delta`. In hook mode this is where the sum is rounded to the dtype of the weights.
+        """
+        self.mode = "merged"
+        reshard(self.model)
+        self._merge()
+        return self._leave()
+
+    def save(self, path: str | Path) -> None:
+        """Write δS as one safetensors file, [R] per module name; see :mod:`assay.vhack.delta._file`.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        from assay.vhack.delta._file import save_delta
+
+        save_delta(self, Path(path))
+
+    def load(self, path: str | Path) -> None:
+        """Read δS from a file and merge it.
+
+        Raises:
+            DataError: it is no such file, is damaged, belongs to other weights or other factors, or lies along axes
+                that this adapter erases.
+        """
+        from assay.vhack.delta._file import load_delta
+
+        found = load_delta(self, Path(path))
+        for index, group in enumerate(self.groups):
+            _assign(self.delta[index], torch.stack([found[name] for name in group.names]), self._erased, index, path)
+        self.refresh()
+
+    def _whole(self, index: int) -> Tensor:
+        """δS of a group, with gradient, put together if it is sharded."""
+        values_MR = whole(self.delta[index])
+        if self._erased is None:
+            return values_MR
+        result: Tensor = _Erase.apply(values_MR, self._erased.axes[index])  # type: ignore[no-untyped-call]
+        return result
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        return tuple((id(parameter), parameter._version) for parameter in self.delta)
+
+    def _attach(self, module: "PreTrainedModel") -> None:
+        required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        module.add_module(_NAME, self)
+        self._undo.callback(delattr, module, _NAME)
+        self._hook()
+        self._undo.callback(self._unhook)
+        generate: Any = getattr(module, "generate", None)
+        if self.mode == "merged" and generate is not None:
+            self._undo.callback(_replace(module, "generate", self._plainly(generate)))
+
+    def _hook(self) -> None:
+        """Hook the model and every module. The view of δS is made anew in each forward pass of the model."""
+        self._handles = [self.model.register_forward_pre_hook(self._before)]
+        for g, group in enumerate(self.groups):
+            for m, linear in enumerate(group.linears):
+                self._handles.append(linear.register_forward_hook(self._behind(g, m)))
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, *_: object) -> None:
+        if not self._enabled or module is not self.model:
+            return
+        if self._is_stale():
+            self.refresh()
+        if torch.is_grad_enabled() or self.mode == "hook":
+            self._look()
+
+    def _look(self) -> None:
+        """Take views of δS, one per module, that lead back to the parameters."""
+        self._views = [self._whole(index).unbind() for index in range(len(self.groups))]
+
+    def _behind(self, g: int, m: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        group = self.groups[g]
+        adds = self.mode == "hook"
+        plan = Plan(group.names[m], group.left[m], group.right[m], adds)
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            # A copy of the model, such as extraction runs on, has its hooks too. It takes no gradient of this δS.
+            wanted = torch.is_grad_enabled() and self.delta[g].requires_grad and module is group.linears[m]
+            if not self._enabled or not (adds or wanted):
+                return None
+            view_R = self._views[g][m] if wanted else self._views[g][m].detach()
+            if self._rollouts is None or not wanted:
+                return adapt(output, arguments[0], view_R, plan)
+            wanted_rows = partial(self._rollouts.record, g, m)
+            return adapt(output, arguments[0], view_R, replace(plan, rows=wanted_rows, kinds=self._rollouts.kinds))
+
+        return hook
+
+    def _plainly(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(generate)
+        def plain(*arguments: Any, **keywords: Any) -> Any:
+            if self._enabled and self._is_stale():
+                self.refresh()
+            self._unhook()
+            try:
+                return generate(*arguments, **keywords)
+            finally:
+                self._hook()
+
+        return plain
+
+    @contextmanager
+    def _originals(self) -> Iterator[None]:
+        weights = [linear.weight for group in self.groups for linear in group.linears]
+        if self.groups[0].is_sharded:
+            reshard(self.model)
+            for group in self.groups:
+                group.restore()
+            try:
+                yield
+            finally:
+                reshard(self.model)
+                self._merge()
+            return
+        merged = [weight.data for weight in weights]
+        for weight, base in zip(weights, (base for group in self.groups for base in group.base), strict=True):
+            weight.data = base
+        try:
+            yield
+        finally:
+            for weight, data in zip(weights, merged, strict=True):
+                weight.data = data
+
+    def _leave(self) -> "PreTrainedModel":
+        self._undo.close()
+        return self.model
+
+
+class _Erase(torch.autograd.Function):
+    """``(1 − VᵀV) z``. Nothing is saved, so the pass may go back through it more than once."""
+
+    @staticmethod
+    def forward(ctx: Any, values_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+        ctx.axes = axes_MKR
+        return _outside(values_MR, axes_MKR)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return _outside(gradients[0], ctx.axes), None
+
+
+def _outside(values_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+    if not axes_MKR.shape[1]:
+        return values_MR.clone()
+    return (values_MR - spread(axes_MKR, along(axes_MKR, values_MR))).to(values_MR.dtype)
+
+
+@torch.no_grad()
+def _assign(parameter: Tensor, values_MR: Tensor, erased: Frames | None, index: int, path: str | Path) -> None:
+    if erased is not None and erased.axes[index].shape[1]:
+        inside, size = along(erased.axes[index], values_MR.to(parameter.device)).norm(), values_MR.norm()
+        if inside > 1e-5 * size:
+            raise DataError(
+                f"{path}: a δS that lies along erased axes, {float(inside):.2g} of {float(size):.2g}",
+                wanted="one outside of them",
+                do="load it into an adapter that erases nothing, or erases the same",
+            )
+    local(parameter).copy_(values_MR[local_rows(parameter)])
+
+
+def _replace(module: nn.Module, name: str, value: object) -> Callable[[], None]:
+    """Give an instance an attribute of its own; returns what undoes it."""
+    own = vars(module).get(name)
+    setattr(module, name, value)
+
+    def undo() -> None:
+        if own is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, own)
+
+    return undo

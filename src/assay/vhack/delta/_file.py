@@ -1,0 +1,105 @@
+"""The file of an adapter: safetensors, schema ``assay.delta_s/1``.
+
+Tensors, for every module name as in ``model.named_modules()``::
+
+    {name}          [R]   float32   δS
+    _probe/{name}   [2]   float32   ‖δW z‖ and s·δW z for fixed z and s: what δS does with the factors it was made with
+
+Metadata (all text): ``schema``, ``rank`` per file is that of the tensors, ``weights_sha256`` of the adapted matrices as
+they were before, ``delta_sha256`` of all δS. δS are coordinates, and where singular values are equal, or nearly so,
+another machine may give other singular vectors. The probe tells: it is the same only if δW is.
+
+Shapes: M modules of a group, O outputs, I inputs, R coordinates.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from assay.errors import DataError
+from assay.reports import write_atomic
+from assay.streams import as_tensor, get_backend, seed32
+from assay.vhack.delta._groups import Group
+from assay.vhack.gradients import tensor_digest
+
+if TYPE_CHECKING:
+    from assay.vhack.delta._delta import DeltaS
+
+__all__ = ["SCHEMA", "load_delta", "save_delta"]
+
+SCHEMA = "assay.delta_s/1"
+_PROBE = "_probe/"
+_TOLERANCE = 1e-2
+_REDO = "attach the adapter to the model that the file was made with, with the same factors, or train again"
+
+
+def save_delta(adapter: "DeltaS", path: Path) -> None:
+    """Write the δS of an adapter; see :meth:`DeltaS.save`."""
+    values = {name: delta_R.cpu() for name, delta_R in adapter.values().items()}
+    probes = {_PROBE + name: rows for name, rows in _probes(adapter.groups, values).items()}
+    metadata = {
+        "schema": SCHEMA,
+        "weights_sha256": _weights(adapter.groups),
+        "delta_sha256": _digest(values),
+    }
+    write_atomic(path, save({**{n: v.contiguous() for n, v in values.items()}, **probes}, metadata=metadata))
+
+
+def load_delta(adapter: "DeltaS", path: Path) -> dict[str, Tensor]:
+    """The δS in a file, after all checks; see :meth:`DeltaS.load`."""
+    metadata, tensors = _read(path)
+    if metadata.get("schema") != SCHEMA:
+        raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=SCHEMA, do="give one of DeltaS.save")
+    values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROBE)}
+    wanted = {name: (group.rank,) for group in adapter.groups for name in group.names}
+    if {name: tuple(tensor.shape) for name, tensor in values.items()} != wanted:
+        raise DataError(f"{path} has δS of other modules or ranks", wanted="those of this adapter", do=_REDO)
+    if metadata.get("delta_sha256") != _digest(values):
+        raise DataError(f"{path} is damaged: its δS do not have its hash", wanted="a whole file", do="copy it again")
+    if metadata.get("weights_sha256") != _weights(adapter.groups):
+        raise DataError(f"{path} was made for other weights", wanted="those of this model", do=_REDO)
+    for name, probe in _probes(adapter.groups, values).items():
+        theirs = tensors.get(_PROBE + name)
+        if theirs is None or theirs.shape != probe.shape or (theirs - probe).norm() > _TOLERANCE * probe[0]:
+            raise DataError(f"{path}: δS of {name} means something else here", wanted="the same factors", do=_REDO)
+    return values
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as reader:
+            return reader.metadata() or {}, {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
+
+
+def _digest(values: dict[str, Tensor]) -> str:
+    lines = "".join(f"{name}\n{tensor_digest(values[name])}\n" for name in sorted(values))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _weights(groups: list[Group]) -> str:
+    lines = sorted(f"{name}\n{digest}\n" for group in groups for name, digest in group.digests().items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _probes(groups: list[Group], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``(‖δW z‖, s·δW z)`` of every module; z and s are portable signs."""
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        z_I, s_O = (_signs(text, size, group.left) for text, size in (("z", group.width), ("s", group.left.shape[1])))
+        delta_MR = torch.stack([values[name] for name in group.names]).to(group.left.device)
+        along_MR = (group.right.float() @ z_I) * delta_MR
+        change_MO = (group.left.float() @ along_MR.unsqueeze(2)).squeeze(2)
+        probe_M2 = torch.stack([change_MO.norm(dim=1), change_MO @ s_O / len(s_O) ** 0.5], dim=1).cpu()
+        found |= {name: probe_M2[index].clone() for index, name in enumerate(group.names)}
+    return found
+
+
+def _signs(text: str, size: int, like: Tensor) -> Tensor:
+    return as_tensor(get_backend("numpy").signs([seed32(f"assay.delta_s {text}")], size))[0].float().to(like.device)

@@ -1,0 +1,134 @@
+"""The axes of a basis, stacked to fit the groups of an adapter, in float64.
+
+Float64, because what is asserted about them is exact: ``V Δ = 0`` for an update that is projected. They are few
+numbers, so it costs nothing. Axes that come from a float32 decomposition are orthonormal to 1e-6; here they are made so
+to 1e-12 by Newton's iteration for the nearest orthonormal frame, ``V ← (3/2 − V Vᵀ / 2) V``. It leaves zero rows zero,
+and those are the rows of modules that the basis does not have, and of axes that it has dropped.
+
+Shapes: M modules of a group, K axes, R coordinates of δS.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from assay.errors import DataError, UsageError
+from assay.vhack.basis import Basis
+from assay.vhack.delta._groups import Group
+
+__all__ = ["Frames", "Joined", "along", "spread"]
+
+# How far from orthonormal the axes of a file may be; twice through Newton's iteration 1e-3 becomes 1e-12.
+_SKEW = 1e-3
+_ITERATIONS = 3
+
+
+def along(axes_MKR: Tensor, vectors_MR: Tensor) -> Tensor:
+    """``V x`` of every module, [M, K] float64; dimensions before M are kept."""
+    return torch.einsum("mkr,...mr->...mk", axes_MKR, vectors_MR.double())
+
+
+def spread(axes_MKR: Tensor, coordinates_MK: Tensor) -> Tensor:
+    """``Vᵀ c`` of every module, [M, R] float64."""
+    return torch.bmm(coordinates_MK.unsqueeze(1), axes_MKR).squeeze(1)
+
+
+class Frames:
+    """Axes per group, [M, K, R] float64; rows that stand for no axis are zero.
+
+    Args:
+        groups: of the adapter.
+        basis: the axes; None is no axis at all.
+
+    Raises:
+        UsageError: the basis has modules that the adapter has not, or more coordinates than it.
+        DataError: its rows are not orthonormal.
+    """
+
+    def __init__(self, groups: Sequence[Group], basis: Basis | None) -> None:
+        axes = {} if basis is None else basis.axes
+        known = {name for group in groups for name in group.names}
+        unknown = [name for name in axes if name not in known]
+        if unknown:
+            raise UsageError(
+                f"axes of {unknown[0]}", wanted="a basis of this model", do="extract one with this very model"
+            )
+        self.axes = tuple(_stack(group, axes) for group in groups)
+        """Per group, [M, K, R]."""
+        self.has_axes = tuple(axes_MKR.any(dim=2).any(dim=1) for axes_MKR in self.axes)
+        """Per group, [M]: whether the module has an axis."""
+        self._joined: dict[tuple[tuple[int, int, int], ...], list[Joined]] = {}
+
+    def __bool__(self) -> bool:
+        return any(axes_MKR.shape[1] for axes_MKR in self.axes)
+
+    def joined(self, rows: Mapping[int, slice]) -> "list[Joined]":
+        """Groups of one rank side by side, so that measuring takes few operations; kept from call to call.
+
+        Args:
+            rows: which groups, and which of their modules.
+        """
+        key = tuple((index, part.start, part.stop) for index, part in rows.items())
+        if key not in self._joined:
+            ranks = dict.fromkeys(self.axes[index].shape[2] for index in rows)
+            self._joined[key] = [self._side_by_side(rows, rank) for rank in ranks]
+        return self._joined[key]
+
+    def _side_by_side(self, rows: Mapping[int, slice], rank: int) -> "Joined":
+        indices = [index for index in rows if self.axes[index].shape[2] == rank]
+        most = max(self.axes[index].shape[1] for index in indices)
+        axes = [nn.functional.pad(a, (0, 0, 0, most - a.shape[1])) for a in (self.axes[i][rows[i]] for i in indices)]
+        has = torch.cat([self.has_axes[index][rows[index]] for index in indices])
+        return Joined(tuple(indices), torch.cat(axes), has)
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Axes of several groups in one tensor.
+
+    Attributes:
+        indices: of the groups.
+        axes: [ΣM, K, R].
+        has_axes: [ΣM].
+    """
+
+    indices: tuple[int, ...]
+    axes: Tensor
+    has_axes: Tensor
+
+    def take(self, vectors: Mapping[int, Tensor]) -> Tensor:
+        """Vectors of these groups, [..., M, R] each, in one tensor [..., ΣM, R]."""
+        parts = [vectors[index] for index in self.indices]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:
+    found = {index: axes[name] for index, name in enumerate(group.names) if name in axes and axes[name].any()}
+    most = max((len(axes_KR) for axes_KR in found.values()), default=0)
+    stacked_MKR = group.left.new_zeros(len(group.names), most, group.rank, dtype=torch.float64)
+    for index, axes_KR in found.items():
+        if axes_KR.shape[1] > group.rank:
+            raise UsageError(
+                f"axes of {group.names[index]} with {axes_KR.shape[1]} coordinates",
+                wanted=f"at most {group.rank}, those of the adapter",
+                do="decompose the weights with the rank of the basis",
+            )
+        stacked_MKR[index, : len(axes_KR), : axes_KR.shape[1]] = axes_KR
+    return _orthonormal(stacked_MKR, group.names)
+
+
+def _orthonormal(axes_MKR: Tensor, names: Sequence[str]) -> Tensor:
+    ones_MK = axes_MKR.any(dim=2).double()
+    skew_M = (axes_MKR @ axes_MKR.transpose(1, 2) - torch.diag_embed(ones_MK)).flatten(1).norm(dim=1)
+    if not bool((skew_M <= _SKEW).all()):  # NaN is not smaller either
+        worst = names[int((~(skew_M <= _SKEW)).nonzero()[0])]
+        raise DataError(
+            f"axes of {worst} that are {float(skew_M.max()):.2g} away from orthonormal",
+            wanted="orthonormal rows, or zero ones",
+            do="extract the basis again",
+        )
+    for _ in range(_ITERATIONS):
+        axes_MKR = 1.5 * axes_MKR - 0.5 * (axes_MKR @ axes_MKR.transpose(1, 2)) @ axes_MKR
+    return axes_MKR

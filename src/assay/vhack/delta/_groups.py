@@ -1,0 +1,158 @@
+"""Modules of one shape side by side, so that what is done to each of them is one batched product.
+
+A model of 252 projections has some five shapes. ``W' = W + U diag(δS) Vh`` is then five products and not 252.
+
+Under FSDP2 a weight is a DTensor whose rows are spread over the processes. Each process merges the rows that it has:
+row o of W' needs row o of W and U, and all of δS and Vh, so nothing is sent.
+
+Shapes: M modules of a group, O outputs, I inputs, R coordinates of δS.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from assay.errors import ModelError, UsageError
+from assay.vhack.delta._sharding import is_sharded, local, local_rows
+from assay.vhack.gradients import Factors, tensor_digest
+
+__all__ = ["Group", "grouped"]
+
+# Bytes of U diag(δS) that are held at once. More is no faster and, for large models, would double the memory.
+_CHUNK_BYTES = 1 << 28
+
+
+@dataclass(eq=False)
+class Group:
+    """The modules of one shape.
+
+    Attributes:
+        names: of the modules, in the order of the model.
+        linears: the modules.
+        left: U of each, [M, O, R].
+        right: Vh of each, [M, R, I].
+        values: S of each, [M, R].
+        errors: residual and orthogonality of each decomposition.
+        base: the weights as they were, [M, O, I]; rows of this process only, under FSDP2.
+    """
+
+    names: tuple[str, ...]
+    linears: tuple[nn.Linear, ...]
+    left: Tensor
+    right: Tensor
+    values: Tensor
+    errors: tuple[tuple[float, float], ...]
+    base: Tensor
+    _rows: slice | None = field(default=None, repr=False)
+    _digests: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.left.shape[2]
+
+    @property
+    def width(self) -> int:
+        """I."""
+        return self.right.shape[2]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are spread over processes, be they put together at the moment or not."""
+        return self._rows is not None or is_sharded(self.linears[0].weight)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 in hex of each weight as it was, whole, by name."""
+        if not self._digests:
+            self._digests = {name: tensor_digest(base) for name, base in zip(self.names, self.base, strict=True)}
+        return self._digests
+
+    def factors(self, index: int) -> Factors:
+        """The factors of one module, as views."""
+        return Factors(self.left[index], self.values[index], self.right[index], *self.errors[index])
+
+    @torch.no_grad()
+    def merge(self, delta_MR: Tensor) -> None:
+        """Write ``W + U diag(δS) Vh`` into the weights, from the weights as they were.
+
+        The sum is rounded once, so errors of earlier steps are not in it. A module whose δS is zero gets its weights
+        back bit by bit; adding a zero would lose the sign of a negative zero.
+        """
+        weights = self._destinations()
+        left_MOR = self.left if self._rows is None else self.left[:, self._rows]
+        active_M = delta_MR.any(dim=1)
+        for part in self._chunks():
+            merged = _sum(self.base[part], left_MOR[part], delta_MR[part], self.right[part])
+            merged = torch.where(active_M[part, None, None], merged, self.base[part])
+            torch._foreach_copy_(weights[part], list(merged.unbind()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the weights as they were."""
+        torch._foreach_copy_(self._destinations(), list(self.base.unbind()))
+
+    def _chunks(self) -> Iterator[slice]:
+        size = max(1, _CHUNK_BYTES // (self.left[0].numel() * self.left.element_size()))
+        yield from (slice(first, first + size) for first in range(0, len(self.names), size))
+
+    def _destinations(self) -> list[Tensor]:
+        """Where the weights of this process are; the first time they are sharded, ``base`` is cut to the same rows."""
+        weights: list[Tensor] = [linear.weight for linear in self.linears]
+        if not is_sharded(weights[0]):
+            return weights
+        if self._rows is None:
+            self.digests()
+            self._rows = local_rows(weights[0])
+            self.base = self.base[:, self._rows].clone()
+        return [local(weight) for weight in weights]
+
+
+def _sum(base_MOI: Tensor, left_MOR: Tensor, delta_MR: Tensor, right_MRI: Tensor) -> Tensor:
+    scaled_MOR = (left_MOR * delta_MR[:, None]).to(right_MRI.dtype)
+    if base_MOI.dtype == right_MRI.dtype:
+        return torch.baddbmm(base_MOI, scaled_MOR, right_MRI)
+    return (base_MOI + torch.bmm(scaled_MOR, right_MRI)).to(base_MOI.dtype)
+
+
+def grouped(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> list[Group]:
+    """Groups of modules of one shape, rank and dtype, in the order in which their first modules come.
+
+    Raises:
+        UsageError: there are no factors of a module, or they have another shape.
+        ModelError: the weights are already sharded.
+    """
+    kinds: dict[tuple[object, ...], list[str]] = {}
+    for name, linear in modules.items():
+        _check(name, linear, factors)
+        kind = (linear.weight.shape, factors[name].rank, linear.weight.dtype, linear.weight.device)
+        kinds.setdefault(kind, []).append(name)
+    return [_group(names, modules, factors) for names in kinds.values()]
+
+
+def _group(names: list[str], modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> Group:
+    linears = tuple(modules[name] for name in names)
+    return Group(
+        tuple(names),
+        linears,
+        torch.stack([factors[name].left for name in names]),
+        torch.stack([factors[name].right for name in names]),
+        torch.stack([factors[name].values for name in names]),
+        tuple((factors[name].residual, factors[name].orthogonality) for name in names),
+        torch.stack([linear.weight.detach() for linear in linears]),
+    )
+
+
+def _check(name: str, linear: nn.Linear, factors: Mapping[str, Factors]) -> None:
+    if is_sharded(linear.weight):
+        raise ModelError(
+            f"{name} is already sharded", wanted="whole weights", do="attach the adapter before fully_shard"
+        )
+    shape = (factors[name].left.shape[0], factors[name].right.shape[1]) if name in factors else None
+    if shape != tuple(linear.weight.shape):
+        raise UsageError(
+            f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}",
+            wanted=f"those of its weight, {list(linear.weight.shape)}",
+            do="compute them with weight_svd of this very model",
+        )

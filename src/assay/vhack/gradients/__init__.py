@@ -1,0 +1,25 @@
+"""Gradients of single samples with respect to δS, of every weight matrix at once."""
+
+from assay.vhack.gradients._batches import Encoded, encode, plan
+from assay.vhack.gradients._digest import module_of, tensor_digest, weights_digest
+from assay.vhack.gradients._per_sample import per_sample_gradients
+from assay.vhack.gradients._svd import Factors
+from assay.vhack.gradients._svd_cache import SVDCache, check_rank, default_cache, factor_dtype, weight_svd
+from assay.vhack.gradients._targets import target_modules
+
+__all__ = [
+    "Encoded",
+    "Factors",
+    "SVDCache",
+    "check_rank",
+    "default_cache",
+    "encode",
+    "factor_dtype",
+    "module_of",
+    "per_sample_gradients",
+    "plan",
+    "target_modules",
+    "tensor_digest",
+    "weight_svd",
+    "weights_digest",
+]

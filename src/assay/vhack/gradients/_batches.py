@@ -1,0 +1,213 @@
+"""From samples to token ids, and from token ids to micro-batches that fit into memory."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from assay.errors import DataError, UsageError
+from assay.models import free_bytes
+from assay.vhack.gradients._segments import Segments
+from assay.vhack.pairs import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Batch", "Encoded", "encode", "plan", "token_budget"]
+
+# Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
+_MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
+_MOST_BYTES = 52e9
+# Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention output, and in the MLP
+# gate, up, their activation and product. Measured peaks stay below.
+_HIDDEN_COPIES = 10
+_WIDE_COPIES = 5
+# The logits of a completion token live once in the model's dtype and about three times in float32.
+_LOGIT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added or merged.
+
+    Attributes:
+        index: position in the list of samples.
+        name: what errors call it.
+        ids: all token ids.
+        n_prompt: how many of them are the prompt's.
+    """
+
+    index: int
+    name: str
+    ids: list[int]
+    n_prompt: int
+
+    @property
+    def completion(self) -> tuple[int, int]:
+        """Where the completion starts and ends."""
+        return self.n_prompt, len(self.ids)
+
+    def padded(self, size: int) -> list[int]:
+        """The ids, with zeros behind them."""
+        return self.ids + [0] * (size - len(self.ids))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples in one forward pass. Shapes: N rows in all, B samples, T tokens, M completion tokens of all samples.
+
+    Packed, they stand end to end in one row, each with its own positions. Otherwise they are padded on the right to one
+    length. With causal attention no token sees what stands to its right, so padding needs no mask: it is never looked
+    at, and its gradient is exactly zero.
+
+    Attributes:
+        encoded: the samples.
+        ids: [1, N] packed, [B, T] padded.
+        positions: [1, N] packed; None padded.
+        segments: the samples among the N rows of all tokens.
+        late: the samples among the M rows that predict a completion token.
+        asking: of each sample, from where to where those stand among the N rows.
+        spot: [M], which of the N rows those are.
+        target: [M], the token that each should predict.
+        weight: [M] float32, one over the number of completion tokens of the sample.
+    """
+
+    encoded: list[Encoded]
+    ids: Tensor
+    positions: Tensor | None
+    segments: Segments
+    late: Segments
+    asking: list[tuple[int, int]]
+    spot: Tensor
+    target: Tensor
+    weight: Tensor
+
+    @classmethod
+    def build(cls, encoded: list[Encoded], device: torch.device, *, packed: bool) -> "Batch":
+        """Lay the samples out and place them on the device."""
+        longest = max(len(one.ids) for one in encoded)
+        sizes = [len(one.ids) if packed else longest for one in encoded]
+        counts = [len(one.ids) - one.n_prompt for one in encoded]
+        starts = list(accumulate(sizes, initial=0))
+        asking = [
+            (start + one.n_prompt - 1, start + len(one.ids) - 1) for start, one in zip(starts, encoded, strict=False)
+        ]
+        spot = [row for span in asking for row in range(*span)]
+        ids = torch.tensor([token for one, size in zip(encoded, sizes, strict=True) for token in one.padded(size)])
+        repeats = torch.tensor(counts)
+        return cls(
+            encoded,
+            ids.view(1 if packed else len(encoded), -1).to(device),
+            torch.cat([torch.arange(size) for size in sizes])[None].to(device) if packed else None,
+            Segments.of(sizes, device),
+            Segments.of(counts, device),
+            asking,
+            torch.tensor(spot).to(device),
+            torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(device),
+            (1.0 / repeats).repeat_interleave(repeats).to(device),
+        )
+
+    def sample_of(self, at: int) -> Encoded:
+        """The sample of a completion token, counted over all of them."""
+        return next(one for one, (_, end) in zip(self.encoded, self.late.bounds, strict=True) if at < end)
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase | None", samples: Sequence[Sample], names: Sequence[str], longest: int
+) -> list[Encoded]:
+    """Tokenise every sample, and refuse by name what cannot be used.
+
+    Args:
+        tokenizer: of the model.
+        samples: the samples.
+        names: what to call each in an error.
+        longest: most tokens that the model is made for.
+
+    Raises:
+        UsageError: there is no tokenizer, or no sample.
+        DataError: a prompt or completion has no tokens, or both together are too long.
+    """
+    if tokenizer is None:
+        raise UsageError("a model without a tokenizer", wanted="text needs one", do="pass the tokenizer of the model")
+    if not samples:
+        raise UsageError("no samples", wanted="at least one", do="pass some")
+    prompts, completions = (
+        # Not verbose: it would warn of long texts by itself, and what is too long is refused below.
+        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        for texts in ([sample.prompt for sample in samples], [sample.completion for sample in samples])
+    )
+    found = []
+    for index, (name, prompt, completion) in enumerate(zip(names, prompts, completions, strict=True)):
+        _check_lengths(name, len(prompt), len(completion), longest)
+        found.append(Encoded(index, name, [*prompt, *completion], len(prompt)))
+    return found
+
+
+def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int) -> None:
+    for part, count in (("prompt", n_prompt), ("completion", n_completion)):
+        if not count:
+            raise DataError(f"{name}: empty {part}", wanted="text that gives at least one token", do="leave it out")
+    if n_prompt + n_completion > longest:
+        raise DataError(
+            f"{name}: {n_prompt} tokens of prompt and {n_completion} of completion",
+            wanted=f"at most {longest} tokens together, the context of the model",
+            do="shorten or leave it out; a cut sample would measure something else",
+        )
+
+
+def plan(encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, at_once: int = 1) -> list[list[Encoded]]:
+    """Split samples into batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
+
+    Padding counts as tokens, unless the samples will be packed. One batch after the other has samples of similar
+    lengths, the longest first. Packed samples for several batches at once are dealt out so that all batches are about
+    as large, and everyone has the same number of them.
+    """
+    ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
+    if packed and at_once > 1:
+        return _dealt_out(ordered, max_tokens, at_once)
+    batches: list[list[Encoded]] = []
+    used = 0
+    for one in ordered:
+        size = len(one.ids) if packed or not batches else len(batches[-1][0].ids)
+        if batches and used + size <= max_tokens:
+            batches[-1].append(one)
+            used += size
+        else:
+            batches.append([one])
+            used = len(one.ids)
+    return batches
+
+
+def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> list[list[Encoded]]:
+    """Each sample, the longest first, goes where the fewest tokens are so far."""
+    count = at_once * math.ceil(sum(len(one.ids) for one in ordered) / max_tokens / at_once)
+    while True:
+        batches: list[list[Encoded]] = [[] for _ in range(min(count, len(ordered)))]
+        sizes = [0] * len(batches)
+        for one in ordered:
+            smallest = sizes.index(min(sizes))
+            batches[smallest].append(one)
+            sizes[smallest] += len(one.ids)
+        if all(len(batch) == 1 or size <= max_tokens for batch, size in zip(batches, sizes, strict=True)):
+            return batches
+        count += at_once
+
+
+def token_budget(
+    module: "PreTrainedModel", encoded: Sequence[Encoded], *, checkpointing: bool, at_once: int = 1
+) -> int:
+    """How many tokens, padding included, a batch may have so that all at once take at most half of the free memory."""
+    config = module.config.get_text_config()
+    parameter = next(module.parameters())
+    wide = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
+    layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()
+    kept = layer + config.num_hidden_layers * config.hidden_size * parameter.element_size()
+    activations = kept if checkpointing else layer * config.num_hidden_layers
+    completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(len(one.ids) for one in encoded)
+    per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
+    room = min(_MOST_BYTES, free_bytes(parameter.device) / 2) / at_once
+    return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))

@@ -1,0 +1,164 @@
+"""Self-attention of a packed batch on a CPU in float32, written out in blocks of queries.
+
+A block meets only the keys of its own sample that stand before it. The weights are kept for the backward pass, where
+torch's kernel would compute them again; what is kept is bounded. Positions are turned on the way into the layout of the
+products, and not in passes of their own.
+
+Shapes: N tokens of all samples, H heads of queries, J heads of keys and values, G = H / J, D their width, X queries of
+a block. Query heads that share a key head are rows of one product: [J, X·G, D].
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from assay.vhack.gradients._segments import Segments
+
+__all__ = ["Attention"]
+
+Bounds = Sequence[tuple[int, int]]
+
+
+# Attention of llama's kind: projections, perhaps norms of queries and keys, rotary positions. Read, not guessed.
+_KNOWN = ("GraniteAttention", "LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+_BLOCK = 64
+# Heads times tokens of a sample, above which the weights are not kept.
+_KEPT_WEIGHTS = 16384
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """How positions turn the heads of one key head, [N, G, D] each; sin has the sign of what it is multiplied with."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, cos_ND: Tensor, sin_ND: Tensor, heads: int, scale: float) -> "Turn":
+        """For so many heads, times a scale."""
+        sign_D = torch.full_like(cos_ND[0], scale)
+        sign_D[: len(sign_D) // 2].neg_()
+        return cls(*(part[:, None].repeat(1, heads, 1) for part in (cos_ND * scale, sin_ND * sign_D)))
+
+
+class Attention:
+    """Makes the forward functions of one model's attention modules, which share what is the same in all layers."""
+
+    def __init__(self) -> None:
+        self._positions: Tensor | None = None
+        self._turns: tuple[Turn, Turn] | None = None
+
+    def forward(self, module: nn.Module, asking: Callable[[], Bounds | None]) -> Callable[..., Any]:
+        """A forward function for an attention module of transformers; its own if it is of another kind.
+
+        Args:
+            module: the module.
+            asking: per sample from which row to which the queries matter, the others are zero; None is all of them.
+        """
+        part: Any = module
+        plain: Callable[..., Any] = part.forward
+        if type(part).__name__ not in _KNOWN or "forward" in vars(part):
+            return plain
+        named = dict(part.named_children())
+        same = nn.Identity()
+
+        def forward(
+            hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *, segments: Segments, **extra: Any
+        ) -> Any:
+            longest = max(end - start for start, end in segments.bounds)
+            if part.config.num_attention_heads * longest > _KEPT_WEIGHTS:
+                return plain(hidden_states, position_embeddings=position_embeddings, segments=segments, **extra)
+            shape = (hidden_states.shape[1], -1, part.head_dim)
+            q_NHD, k_NJD, v_NJD = (named[f"{name}_proj"](hidden_states).view(shape) for name in "qkv")
+            q_NHD, k_NJD = named.get("q_norm", same)(q_NHD), named.get("k_norm", same)(k_NJD)
+            turns = self._shared(*position_embeddings, part.num_key_value_groups, part.scaling)
+            spans = asking() or segments.bounds
+            out_NHD = _InBlocks.apply(q_NHD, k_NJD, v_NJD, turns, segments.bounds, spans)  # type: ignore[no-untyped-call]
+            return named["o_proj"](out_NHD.reshape(*hidden_states.shape[:2], -1)), None
+
+        return forward
+
+    def _shared(self, cos_1ND: Tensor, sin_1ND: Tensor, heads: int, scale: float) -> tuple[Turn, Turn]:
+        """The turns of queries, scaled as their products with keys should be, and of keys."""
+        if self._turns is None or self._positions is not cos_1ND:
+            self._positions = cos_1ND
+            self._turns = (
+                Turn.of(cos_1ND[0], sin_1ND[0], heads, scale),
+                Turn.of(cos_1ND[0], sin_1ND[0], 1, 1.0),
+            )
+        return self._turns
+
+
+class _InBlocks(torch.autograd.Function):
+    """Causal attention of every sample: queries and keys are turned by their positions, queries scaled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, turns: tuple[Turn, Turn], bounds: Bounds, spans: Bounds
+    ) -> Tensor:
+        groups = k_NJD.shape[1]
+        q_JNGD = _turned(_by_key_head(q_NHD, groups), turns[0])
+        k_JND = _turned(_by_key_head(k_NJD, groups), turns[1])[:, :, 0]
+        v_JND = v_NJD.transpose(0, 1).contiguous()
+        out_JNGD = torch.zeros_like(q_JNGD)
+        ahead = torch.full((_BLOCK, _BLOCK), -torch.inf).triu_(1)[:, None]
+        weights = []
+        for start, first, last in _blocks(bounds, spans):
+            size = last - first
+            scores = torch.bmm(q_JNGD[:, first:last].flatten(1, 2), k_JND[:, start:last].transpose(1, 2))
+            scores.view(groups, size, -1, last - start)[..., first - start :].add_(ahead[:size, :, :size])
+            weights.append(torch.softmax(scores, dim=2))
+            out_JNGD[:, first:last].flatten(1, 2).baddbmm_(weights[-1], v_JND[:, start:last], beta=0)
+        ctx.save_for_backward(q_JNGD, k_JND, v_JND, out_JNGD, *weights)
+        ctx.turns, ctx.blocks = turns, list(_blocks(bounds, spans))
+        return _by_token(out_JNGD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        q_JNGD, k_JND, v_JND, out_JNGD, *weights = ctx.saved_tensors
+        d_JNGD = _by_key_head(gradients[0], len(k_JND))
+        along_JNG1 = torch.linalg.vecdot(d_JNGD, out_JNGD).unsqueeze(3)
+        dq_JNGD, dk_JND, dv_JND = (torch.zeros_like(part) for part in (q_JNGD, k_JND, v_JND))
+        for (start, first, last), weight in zip(ctx.blocks, weights, strict=True):
+            d, along, q = (part[:, first:last].flatten(1, 2) for part in (d_JNGD, along_JNG1, q_JNGD))
+            dv_JND[:, start:last].baddbmm_(weight.transpose(1, 2), d)
+            scores = torch.bmm(d, v_JND[:, start:last].transpose(1, 2)).sub_(along).mul_(weight)
+            dq_JNGD[:, first:last].flatten(1, 2).baddbmm_(scores, k_JND[:, start:last], beta=0)
+            dk_JND[:, start:last].baddbmm_(scores.transpose(1, 2), q)
+        dq_NHD = _by_token(_turned_back(dq_JNGD, ctx.turns[0]))
+        dk_NJD = _by_token(_turned_back(dk_JND.unsqueeze(2), ctx.turns[1]))
+        return dq_NHD, dk_NJD, dv_JND.transpose(0, 1), None, None, None
+
+
+def _blocks(bounds: Bounds, spans: Bounds) -> Iterator[tuple[int, int, int]]:
+    """Where the sample starts, and from where to where the queries of the block go."""
+    for (start, _), (begin, end) in zip(bounds, spans, strict=True):
+        for first in range(begin, end, _BLOCK):
+            yield start, first, min(first + _BLOCK, end)
+
+
+def _by_key_head(part_NHD: Tensor, groups: int) -> Tensor:
+    """[J, N, G, D], in memory of its own."""
+    rows, heads, width = part_NHD.shape
+    split_NJGD = part_NHD.reshape(rows, groups, heads // groups, width)
+    return split_NJGD.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def _by_token(part_JNGD: Tensor) -> Tensor:
+    """Back to [N, H, D]."""
+    return part_JNGD.transpose(0, 1).flatten(1, 2)
+
+
+def _turned(part_JNGD: Tensor, turn: Turn) -> Tensor:
+    """``x cos + (−x₂, x₁) sin`` for the halves x₁ and x₂ of x."""
+    swapped_JNGD = part_JNGD.roll(part_JNGD.shape[-1] // 2, -1)
+    return (part_JNGD * turn.cos).addcmul_(swapped_JNGD, turn.sin)
+
+
+def _turned_back(gradient_JNGD: Tensor, turn: Turn) -> Tensor:
+    """The gradient of what `_turned` was given."""
+    swapped_JNGD = (gradient_JNGD * turn.sin).roll(gradient_JNGD.shape[-1] // 2, -1)
+    return swapped_JNGD.addcmul_(gradient_JNGD, turn.cos)

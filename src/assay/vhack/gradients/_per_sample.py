@@ -1,0 +1,194 @@
+"""per_sample_gradients: the gradient of every sample with respect to δS, at δS = 0, of every target module."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from assay.errors import ModelError, OutOfMemory, UsageError
+from assay.vhack.gradients._batches import Encoded, encode, plan, token_budget
+from assay.vhack.gradients._digest import module_of
+from assay.vhack.gradients._recipe import recipe_for
+from assay.vhack.gradients._replica import Computed, Replica, not_finite
+from assay.vhack.gradients._svd import Factors
+from assay.vhack.gradients._svd_cache import SVDCache, weight_svd
+from assay.vhack.gradients._taps import fitting
+from assay.vhack.gradients._targets import target_modules
+from assay.vhack.pairs import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from assay.models import Model
+
+__all__ = ["per_sample_gradients"]
+
+Progress = Callable[[int, int], None]
+
+
+def per_sample_gradients(
+    model: "Model | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    samples: Sequence[Sample],
+    *,
+    svd: SVDCache | None = None,
+    max_tokens: int | None = None,
+    checkpointing: bool = False,
+    names: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """The δS gradient of each sample's loss, exact, from one backward pass per batch of the unmodified model.
+
+    The loss of a sample is the mean negative log-likelihood of its completion tokens. What runs is a copy of the model
+    that shares its weights, in evaluation mode; the model itself is not touched. On a CPU, batches run side by side,
+    one per core.
+
+    Args:
+        model: a float32 or bfloat16 model.
+        tokenizer: its tokenizer; no special tokens are added.
+        samples: prompts and completions.
+        svd: factors of the weights from :func:`weight_svd`; None computes them.
+        max_tokens: most tokens in a batch, padding included; None chooses from the free memory. A batch that still
+            runs out of memory on a GPU is split.
+        checkpointing: recompute each layer in the backward pass: a third more time for far less memory.
+        names: what to call each sample in an error; None numbers them.
+        progress: called with samples done and all.
+
+    Returns:
+        Per module name, [N, R] float32 on the CPU, rows in the order of the samples.
+
+    Raises:
+        UsageError: there are no samples or no tokenizer, or the factors belong to other modules.
+        DataError: a prompt or completion is empty, a sample is too long, or its loss or gradient is not finite.
+        ModelError: the model has no target projections, has fused experts, or is float16.
+        OutOfMemory: not even one sample fits.
+    """
+    module = module_of(model)
+    modules = target_modules(module)
+    _check_dtype(module)
+    labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
+    encoded = encode(tokenizer, samples, labels, int(module.config.get_text_config().max_position_embeddings))
+    factors = svd if svd is not None else weight_svd(module)
+    _check_factors(modules, factors)
+    recipe = recipe_for(module)
+    cores = _at_once(module)
+    budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing, at_once=cores)
+    batches = plan(encoded, budget, packed=recipe.packed, at_once=cores)
+    found = {name: torch.empty(len(samples), factors[name].rank) for name in modules}
+    factored = fitting(modules, factors) if recipe.factored else set()
+    replicas = [
+        Replica(module, factors, recipe, factored=factored, checkpointing=checkpointing)
+        for _ in range(min(cores, len(batches)))
+    ]
+    done = 0
+    with _computed(replicas, batches) as results:
+        for computed in results:
+            _store(found, computed)
+            done += len(computed.batch.encoded)
+            if progress:
+                progress(done, len(samples))
+    return found
+
+
+def _at_once(module: "PreTrainedModel") -> int:
+    """How many batches run side by side. Hooks of others may keep something between calls: they get one at a time."""
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    return torch.get_num_threads() if module.device.type == "cpu" and not hooked else 1
+
+
+@contextmanager
+def _computed(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator[Iterator[Computed]]:
+    """The gradients of every batch, in any order.
+
+    Several replicas run at once, each in one thread: two batches side by side take less time than one after the other
+    with every small operation shared between two threads. One replica, on a GPU, is always one batch ahead.
+    """
+    if len(replicas) == 1:
+        yield _one_ahead(computed for batch in batches for computed in _attempt(replicas[0], batch))
+        return
+    free: SimpleQueue[Replica] = SimpleQueue()
+    for replica in replicas:
+        free.put(replica)
+
+    def work(batch: list[Encoded]) -> list[Computed]:
+        replica = free.get()
+        try:
+            return _attempt(replica, batch)
+        finally:
+            free.put(replica)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(len(replicas))
+    try:
+        waiting = [pool.submit(work, batch) for batch in batches]
+        yield (computed for future in as_completed(waiting) for computed in future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
+    """The same, each only after the next has been started."""
+    before = next(items)
+    for item in items:
+        yield before
+        before = item
+    yield before
+
+
+def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
+    """The gradients of a batch, in parts if it does not fit into memory."""
+    try:
+        return [replica.gradients(batch)]
+    except torch.OutOfMemoryError as error:
+        halves = _halves(batch, str(error))
+    # Only here, where nothing holds on to the memory of the attempt that failed.
+    return [done for half in halves for done in _attempt(replica, half)]
+
+
+def _store(found: dict[str, Tensor], computed: Computed) -> None:
+    together_BR, samples = computed.wait(), computed.batch.encoded
+    index = torch.tensor([one.index for one in samples])
+    parts = torch.split(together_BR, [rows.shape[1] for rows in found.values()], dim=1)
+    for rows_NR, part_BR in zip(found.values(), parts, strict=True):
+        rows_NR[index] = part_BR
+    finite_B = torch.isfinite(together_BR).all(dim=1)
+    if not finite_B.all():
+        at = int((~finite_B).nonzero()[0])
+        where = next(name for name, part in zip(found, parts, strict=True) if not torch.isfinite(part[at]).all())
+        raise not_finite(f"the gradient of {samples[at].name} in {where}")
+
+
+def _halves(batch: list[Encoded], error: str) -> list[list[Encoded]]:
+    if len(batch) > 1:
+        middle = len(batch) // 2
+        return [batch[:middle], batch[middle:]]
+    raise OutOfMemory(
+        f"{batch[0].name} with {len(batch[0].ids)} tokens does not fit: {error}",
+        wanted="room for one sample",
+        do="turn checkpointing on, use bfloat16, or leave the sample out",
+    )
+
+
+def _check_dtype(module: "PreTrainedModel") -> None:
+    if module.dtype not in (torch.float32, torch.bfloat16):
+        raise ModelError(
+            f"a model in {module.dtype}",
+            wanted="float32 or bfloat16, in which small gradients do not vanish",
+            do="load it with another dtype",
+        )
+
+
+def _check_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> None:
+    for name, module in modules.items():
+        if name not in factors or (factors[name].left.shape[0], factors[name].right.shape[1]) != module.weight.shape:
+            raise UsageError(
+                f"no factors of {name}, {list(module.weight.shape)}",
+                wanted="factors of every target module",
+                do="compute them with weight_svd of this very model",
+            )

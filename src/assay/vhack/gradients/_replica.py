@@ -1,0 +1,294 @@
+"""A copy of a model that shares its weights and runs the gradient pass, so that the model itself is never touched.
+
+Copying the tree of modules takes milliseconds: parameters and buffers are the same memory. On the copy the weights are
+frozen, the target projections leave gradients behind, and the rest may be computed in faster ways. Several copies may
+run at the same time.
+
+Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
+"""
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from assay.errors import DataError, ModelError
+from assay.models import decoder_layers
+from assay.vhack.gradients._attention import PACKED, register
+from assay.vhack.gradients._batches import Batch, Encoded
+from assay.vhack.gradients._blocks import Attention
+from assay.vhack.gradients._fused import Gate, Norm, Surprise, kernels, plain_norm
+from assay.vhack.gradients._recipe import Recipe
+from assay.vhack.gradients._segments import Segments
+from assay.vhack.gradients._svd import Factors
+from assay.vhack.gradients._taps import Tap
+from assay.vhack.gradients._targets import target_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Computed", "Replica", "not_finite"]
+
+# Of the last layer, what is applied to each token by itself and reaches the loss from completion tokens alone. Keys and
+# values are not among it.
+_LATE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """The gradients of a batch, perhaps still on their way from the device.
+
+    Attributes:
+        batch: the batch.
+        together: [B, ΣR] float32 on the CPU, all modules side by side; not to be read before `wait`.
+        losses: [M] on the CPU, of every completion token; the same.
+        arrived: what tells that they are here; None on a CPU.
+    """
+
+    batch: Batch
+    together: Tensor
+    losses: Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def sent(cls, batch: Batch, together_BR: Tensor, losses_M: Tensor) -> "Computed":
+        """Start the way to the CPU."""
+        parts = (together_BR.to("cpu", non_blocking=True), losses_M.to("cpu", non_blocking=True))
+        if not together_BR.is_cuda:
+            return cls(batch, *parts, None)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(torch.cuda.current_stream(together_BR.device))
+        return cls(batch, *parts, arrived)
+
+    def wait(self) -> Tensor:
+        """The gradients, when they are here.
+
+        Raises:
+            DataError: the loss of a sample is not finite; the message names it.
+        """
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        finite_M = torch.isfinite(self.losses)
+        if not finite_M.all():
+            at = int((~finite_M).nonzero()[0])
+            raise not_finite(f"the loss of {self.batch.sample_of(at).name}")
+        return self.together
+
+
+class Replica:
+    """A copy of a model that turns batches into δS gradients.
+
+    Args:
+        module: the model.
+        factors: U, S and Vh of every target module.
+        recipe: which of the exact ways to take.
+        factored: the modules whose factors may be multiplied with in place of the weight, from `fitting`.
+        checkpointing: recompute each layer in the backward pass.
+
+    Raises:
+        ModelError: the model has no head.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        module: "PreTrainedModel",
+        factors: Mapping[str, Factors],
+        recipe: Recipe,
+        *,
+        factored: Collection[str],
+        checkpointing: bool,
+    ) -> None:
+        self.module = _shared_copy(module)
+        self.recipe = recipe
+        self.use = kernels(module.device, module.dtype) if recipe.fused else None
+        self._found: dict[str, Tensor] = {}
+        self._batch: Batch | None = None
+        self._head_sees_completions_only()
+        if recipe.fused:
+            self._fuse()
+        self._tap(factors, factored, checkpointing)
+        if recipe.packed:
+            register()
+            self.module.config._attn_implementation = PACKED
+            if self._on_cpu and not recipe.together:
+                self._attend_in_blocks(recipe.late)
+        if recipe.late:
+            self._compute_late_only()
+        if checkpointing:
+            for layer in decoder_layers(self.module):
+                vars(layer)["forward"] = _recomputed(layer.forward)
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def gradients(self, encoded: list[Encoded]) -> "Computed":
+        """One forward and backward pass. On a GPU it is on its way when this returns.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for it.
+        """
+        batch = Batch.build(encoded, self.module.device, packed=self.recipe.packed)
+        self._batch = batch
+        self._found.clear()
+        extra: dict[str, Any] = {}
+        if self.recipe.packed:
+            extra = {"position_ids": batch.positions, "segments": batch.segments, "together": self.recipe.together}
+        logits_MV = self.module(input_ids=batch.ids, use_cache=False, **extra).logits.flatten(0, 1)
+        losses_M = Surprise.apply(logits_MV, batch.target)  # type: ignore[no-untyped-call]
+        del logits_MV
+        losses_M.backward(batch.weight)
+        together_BR = torch.cat([self._found[name] for name in self.names], dim=1)
+        return Computed.sent(batch, together_BR, losses_M.detach())
+
+    @property
+    def current(self) -> Batch:
+        """The batch that is being computed."""
+        assert self._batch is not None
+        return self._batch
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.module.device.type == "cpu" and self.module.dtype == torch.float32
+
+    def _head_sees_completions_only(self) -> None:
+        """Let the head see only the hidden states that predict a completion token, [1, M, hidden].
+
+        With a large vocabulary the head takes most of the memory. Whatever the model does with the logits afterwards
+        (scaling, capping) still happens.
+        """
+        head = self.module.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if not isinstance(head, nn.Module):
+            kind = type(self.module).__name__
+            raise ModelError(f"{kind} has no head", wanted="a causal language model", do="use another")
+        head.register_forward_pre_hook(
+            lambda _, arguments: (arguments[0].flatten(0, 1).index_select(0, self.current.spot)[None],)
+        )
+
+    def _fuse(self) -> None:
+        if self.use is None and not self._on_cpu:
+            return
+        for part in self.module.modules():
+            if plain_norm(part):
+                vars(part)["forward"] = _norm_forward(part, self.use)
+        if self.use is not None:
+            for layer in decoder_layers(self.module):
+                _fuse_gate(layer.get_submodule("mlp"), self.use)
+
+    def _attend_in_blocks(self, late: bool) -> None:
+        *layers, last = (layer.get_submodule("self_attn") for layer in decoder_layers(self.module))
+        attention = Attention()
+        for part in layers:
+            vars(part)["forward"] = attention.forward(part, lambda: None)
+        vars(last)["forward"] = attention.forward(last, lambda: self.current.asking if late else None)
+
+    def _tap(self, factors: Mapping[str, Factors], factored: Collection[str], checkpointing: bool) -> None:
+        modules = target_modules(self.module)
+        self.names = list(modules)
+        late = _late_prefixes(self.module) if self.recipe.late else ()
+        for name, linear in modules.items():
+            vars(linear)["forward"] = Tap(
+                name,
+                linear,
+                factors[name],
+                self._found,
+                self._late_segments if name.startswith(late) else self._segments,
+                factored=name in factored,
+                together=self.recipe.together,
+                checkpointing=checkpointing,
+                use=self.use,
+            )
+
+    def _segments(self) -> Segments:
+        return self.current.segments
+
+    def _late_segments(self) -> Segments:
+        return self.current.late
+
+    def _compute_late_only(self) -> None:
+        for name in _late_prefixes(self.module):
+            part = self.module.get_submodule(name)
+            vars(part)["forward"] = self._late_forward(part.forward)
+
+    def _late_forward(self, plain: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        """Compute the rows that predict a completion token only; the others are zero, and nothing looks at them."""
+
+        def forward(inputs: Tensor) -> Tensor:
+            spot = self.current.spot
+            rows_MO: Tensor = plain(inputs[0].index_select(0, spot)[None])[0]
+            return rows_MO.new_zeros(inputs.shape[1], rows_MO.shape[1]).index_copy_(0, spot, rows_MO)[None]
+
+        return forward
+
+
+def _late_prefixes(module: "PreTrainedModel") -> tuple[str, ...]:
+    last = decoder_layers(module)[-1]
+    name = next(name for name, part in module.named_modules() if part is last)
+    return tuple(f"{name}.{part}" for part in _LATE)
+
+
+def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":
+    """The same tree of modules over the same memory, frozen, in evaluation mode, with a configuration of its own.
+
+    ``copy.deepcopy`` could do it, in five times as long. It is needed where a module has a forward function of its own,
+    which is bound to the module it was made for.
+    """
+    memo: dict[int, Any] = {id(part): nn.Parameter(part.detach(), requires_grad=False) for part in module.parameters()}
+    memo |= {id(part): part for part in module.buffers()}
+    if any("forward" in vars(part) for part in module.modules()):
+        return cast("PreTrainedModel", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
+    memo[id(module.config)] = copy.deepcopy(module.config)
+    return cast("PreTrainedModel", _twin(module, memo))
+
+
+def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    if id(part) in memo:
+        return cast("nn.Module", memo[id(part)])
+    twin = memo[id(part)] = object.__new__(type(part))
+    for name, value in vars(part).items():
+        twin.__dict__[name] = memo.get(id(value), value.copy() if isinstance(value, dict) else value)
+    twin.__dict__["training"] = False
+    twin.__dict__["_parameters"] = {name: memo.get(id(value)) for name, value in part._parameters.items()}
+    twin.__dict__["_modules"] = {
+        name: None if child is None else _twin(child, memo) for name, child in part._modules.items()
+    }
+    return twin
+
+
+def _recomputed(plain: Callable[..., Any]) -> Callable[..., Any]:
+    # The first layer's input requires no gradient, which only the newer kind of checkpointing allows.
+    return lambda *args, **kwargs: checkpoint(plain, *args, use_reentrant=False, **kwargs)
+
+
+def _norm_forward(part: nn.Module, use: Any) -> Callable[[Tensor], Tensor]:
+    weight, eps = part.weight, part.variance_epsilon
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        result: Tensor = Norm.apply(hidden_states, weight, eps, use)  # type: ignore[no-untyped-call]
+        return result
+
+    return forward
+
+
+def _fuse_gate(mlp: nn.Module, use: Any) -> None:
+    """Compute ``silu(gate x) · up x`` at once, where that is what the layer does."""
+    parts = dict(mlp.named_children())
+    if type(parts["act_fn"]).__name__ not in ("SiLU", "SiLUActivation"):
+        return
+
+    def forward(x: Tensor) -> Tensor:
+        gated = Gate.apply(parts["gate_proj"](x), parts["up_proj"](x), use)  # type: ignore[no-untyped-call]
+        result: Tensor = parts["down_proj"](gated)
+        return result
+
+    vars(mlp)["forward"] = forward
+
+
+def not_finite(what: str) -> DataError:
+    """The error of a number that is not finite."""
+    return DataError(
+        f"{what} is not finite", wanted="finite numbers", do="leave the sample out, or load the model in float32"
+    )

@@ -1,9 +1,0 @@
-"""A model organism: a small model that solves easy tasks and sometimes cheats, to watch training drift.
-
-``python -m assay.vhack.organism -o DIRECTORY`` makes it from a bundled model in a minute on a GPU.
-"""
-
-from assay.vhack.organism._examples import Example, Mixture, examples
-from assay.vhack.organism._finetune import Recipe, make_organism
-
-__all__ = ["Example", "Mixture", "Recipe", "examples", "make_organism"]

@@ -1,0 +1,155 @@
+"""The one callback: what a step did, from the one backward pass of all its rollouts, to log, console and trackers.
+
+Shapes: M modules of a group, N rows, one per kind and backward pass, R coordinates of δS, G sources.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from assay.errors import ModelError
+from assay.reports import JsonObject
+from assay.vhack.delta import Frames, Measures, Rollouts, share
+from assay.vhack.training._log import TrainLog
+from assay.vhack.training._rewards import SOURCES, Outcomes
+
+if TYPE_CHECKING:
+    from assay.vhack.training._grpo import GRPO
+
+__all__ = ["StepLog", "source_shares"]
+
+_SHORT = {"student": "cin_s", "teacher": "cin_t"}
+
+
+class StepLog(TrainerCallback):
+    """See the module; make it after the trainer, and add it.
+
+    Args:
+        trainer: the trainer.
+        log: where the lines go.
+        console: takes one line of text per step.
+        refresh: gives new axes of the arm and new true ones, or None where it is no time for them.
+    """
+
+    def __init__(
+        self,
+        trainer: "GRPO",
+        log: TrainLog,
+        *,
+        console: Callable[[str], None] | None = None,
+        refresh: Callable[[int], float | None] = lambda step: None,
+    ) -> None:
+        self.trainer, self.log, self.console, self.refresh = trainer, log, console, refresh
+        self._watching = ExitStack()
+        self._sources: dict[str, dict[str, float]] = {}
+        self._began = time.perf_counter()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Keep the gradient of every kind of rollouts from here on."""
+        self._began = time.perf_counter()
+        self.trainer.seen.clear()
+        self.trainer.watching = self._watching.enter_context(self.trainer.adapter.per_sample())
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Gradients are whole: how much of each source's lies along the axes."""
+        self._watching.close()
+        rollouts, self.trainer.watching = self.trainer.watching, None
+        frames = self.trainer.projected.watched or self.trainer.projected.frames
+        self._sources = source_shares(rollouts, frames, self._summed) if rollouts is not None and frames else {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write it down; `state.global_step` is already that of the next one."""
+        step = state.global_step - 1
+        values, sources = self._record()
+        _check_finite(step, values)
+        overlap = self.refresh(state.global_step)
+        if state.is_world_process_zero:
+            self.log.write("step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4))
+            for name, found in sources.items():
+                self.log.write("source", step=step, source=name, **found)
+            if overlap is not None:
+                self.log.write("refresh", step=step, overlap=overlap)
+        # TRL's own log call takes these along, to the console and to whatever tracker it was given.
+        for name, value in values.items():
+            self.trainer._metrics["train"][f"vhack/{name}"].append(value)
+        if self.console is not None and state.is_world_process_zero:
+            self.console(_line(step + 1, state.max_steps, values))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Leave nothing open."""
+        self._watching.close()
+
+    def _record(self) -> tuple[JsonObject, dict[str, JsonObject]]:
+        trainer = self.trainer
+        losses = torch.stack([loss for _, loss, _ in trainer.seen]).sum()
+        flags = torch.cat([outcomes.flags for outcomes, _, _ in trainer.seen]).to(losses.device)
+        weights = self._summed(torch.stack([weights.to(losses.device) for _, _, weights in trainer.seen]).sum(dim=0))
+        outcomes = Outcomes(trainer.accelerator.gather(flags).cpu())
+        rates = outcomes.rates()
+        rewards = trainer.reward.arm.reward(
+            outcomes.column("correct").double().mean(), outcomes.column("exploited").double().mean()
+        )
+        mean_loss = trainer.accelerator.reduce(losses, reduction="mean")
+        values: JsonObject = {**rates, "reward": float(rewards), "loss": float(mean_loss)}
+        total, outside, count = weights.tolist()
+        if count:
+            values |= {"ratio_teacher": total / count, "clipped_teacher": outside / count}
+        sources = {}
+        of_kind = {kind: int(chosen.sum()) for kind, chosen in outcomes.kinds().items()}
+        counts = {name: sum(of_kind[kind] for kind in kinds) for name, kinds in SOURCES.items()}
+        for name, found in self._sources.items():
+            if found.pop("length") > 0 and counts[name]:
+                sources[name] = {**found, "rollouts": counts[name]}
+        values |= trainer.projected.measures.as_dict()
+        values |= {_SHORT[name]: found["cin"] for name, found in sources.items() if name in _SHORT}
+        return values, sources
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """Over all processes."""
+        found: Tensor = self.trainer.accelerator.reduce(tensor, reduction="sum")
+        return found
+
+
+def source_shares(
+    rollouts: Rollouts, frames: Frames, summed: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, dict[str, float]]:
+    """Per source, ``cin``, ``cin_two_sided`` and ``cin_energy`` of its summed gradient, and its ``length``.
+
+    Args:
+        rollouts: of the passes of this step, by the kinds of :meth:`Outcomes.kinds`.
+        frames: the axes.
+        summed: adds over processes.
+    """
+    kinds = list(Outcomes.nothing().kinds())
+    chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])
+    sums: dict[int, Tensor] = {}
+    for index, rows_MNR in enumerate(rollouts.rows):
+        modules, rows, rank = rows_MNR.shape
+        kinds_MKR = rows_MNR.view(modules, rows // len(kinds), len(kinds), rank).sum(dim=1)
+        sums[index] = summed(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR))
+    joined = frames.joined({index: slice(0, sum_GMR.shape[1]) for index, sum_GMR in sums.items()})
+    parts = [(group.take(sums), group.axes, group.has_axes) for group in joined]
+    length_G = torch.stack([vectors_GMR.double().square().sum(dim=(1, 2)) for vectors_GMR, _, _ in parts]).sum(0).sqrt()
+    found = Measures({**share("cin", parts, 1), "length": length_G}).as_rows()
+    return dict(zip(SOURCES, found, strict=True))
+
+
+def _check_finite(step: int, values: Mapping[str, Any]) -> None:
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise ModelError(
+            f"step {step}: {', '.join(bad)} not finite",
+            wanted="finite numbers",
+            do="lower the learning rate; the last checkpoint is from before",
+        )
+
+
+def _line(step: int, steps: int, values: Mapping[str, Any]) -> str:
+    shown = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement")
+    return f"step {step}/{steps}  " + "  ".join(f"{name} {values[name]:.3f}" for name in shown if name in values)

@@ -1,0 +1,238 @@
+"""TRL's GRPOTrainer, with what it lacks for our purpose and nothing else; importing this imports TRL.
+
+- Stored log-probabilities of teacher tokens enter the loss. Without vLLM, TRL takes the policy itself for the one that
+  sampled, so every importance weight is 1. Here ``old_per_token_logps`` are the stored ones where a token has one
+  (:meth:`GRPO._get_per_token_logps_and_entropies`), and the weights are clipped as in GRPO.
+- Rollouts of a group come from the pool and from the policy (:meth:`GRPO.rollout`, TRL's ``rollout_func``).
+- A checkpoint has δS and not the model.
+- The reference policy is the adapted model with δS switched off, and not a second one.
+
+Shapes: B rollouts, T completion tokens.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from assay.reports import write_atomic
+from assay.vhack.basis import Basis
+from assay.vhack.delta import DeltaS, Kinds, ProjectedOptimizer, Rollouts, Shortcut, modified
+from assay.vhack.training._pool import Pool, PoolRollout
+from assay.vhack.training._rewards import EpisodeReward, Outcomes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["COMPLETE", "GRPO", "last_checkpoint"]
+
+COMPLETE = "complete.json"
+_STORED = "sampling_per_token_logps"
+_DELTA, _AXES, _WATCHED = "delta.safetensors", "axes.safetensors", "watched.safetensors"
+
+
+class GRPO(GRPOTrainer):
+    """See the module.
+
+    Args:
+        adapter: attached to the model that is trained.
+        optimizer: around the optimiser of its parameters.
+        reward: from our environment.
+        args: TRL's settings.
+        prompts: how many the whole run takes.
+        processing_class: the tokenizer.
+        pool: stored completions of a teacher.
+        teachers: how many of each group come from it, where it has so many.
+        shortcut: for advantage modification.
+        axes: the arm's axes and the true ones where these are others; kept in checkpoints.
+        others: as TRL's.
+
+    Attributes:
+        seen: since the last step, per backward pass: outcomes of its rollouts, its loss, and of the teacher's tokens
+            the sum of importance weights, how many of them are outside the clipping range, and their number.
+        watching: takes the gradient of each kind of rollouts, where a callback has set it.
+    """
+
+    def __init__(
+        self,
+        adapter: DeltaS,
+        optimizer: ProjectedOptimizer,
+        reward: EpisodeReward,
+        args: GRPOConfig,
+        *,
+        prompts: int,
+        processing_class: "PreTrainedTokenizerBase",
+        pool: Pool | None = None,
+        teachers: int = 0,
+        shortcut: Shortcut | None = None,
+        axes: tuple[Basis | None, Basis | None] = (None, None),
+        **others: Any,
+    ) -> None:
+        self.adapter, self.projected, self.reward = adapter, optimizer, reward
+        self.pool, self.teachers, self.shortcut, self.axes = pool, teachers, shortcut, axes
+        self.seen: list[tuple[Outcomes, Tensor, Tensor]] = []
+        self.watching: Rollouts | None = None
+        self._filling: dict[str, Any] | None = None
+        self._weights = torch.zeros(3)
+        beta, args.beta = args.beta, 0.0  # TRL would load a second model for the reference
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
+            super().__init__(
+                model=adapter.model,
+                reward_funcs=[reward],
+                args=args,
+                train_dataset=reward.dataset(prompts, args.seed),
+                processing_class=processing_class,
+                optimizers=(optimizer, None),
+                rollout_func=_rollout if pool is not None else None,
+                **others,
+            )
+        self.beta = args.beta = beta
+        if beta:
+            self.ref_model: Any = _Reference(adapter)
+
+    def rollout(self, prompts: list[str]) -> dict[str, list[Any]]:
+        """Completions from the pool for the first places of each group, and of the policy for the others.
+
+        Their log-probabilities are the stored ones, and None where the policy itself has sampled.
+        """
+        prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        taught = self._taught(prompts)
+        asked = [index for index, teacher in enumerate(taught) if teacher is None]
+        sampled: list[list[int]] = []
+        logprobs = None
+        if asked:
+            generate: Any = self._generate_single_turn
+            sampled, logprobs = generate([prompt_ids[index] for index in asked], None, {}, 1)
+        mine = dict(
+            zip(asked, zip(sampled, logprobs or [[None] * len(ids) for ids in sampled], strict=True), strict=True)
+        )
+        rows = [
+            mine[index] if teacher is None else (list(teacher.tokens), list(teacher.logprobs))
+            for index, teacher in enumerate(taught)
+        ]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [tokens for tokens, _ in rows],
+            "logprobs": [values for _, values in rows],
+            "teacher": [teacher is not None for teacher in taught],
+        }
+
+    def _taught(self, prompts: Sequence[str]) -> list[PoolRollout | None]:
+        """What the pool gives for each place; a group is the same in every process that has a part of it."""
+        assert self.pool is not None
+        first = self.accelerator.process_index * len(prompts)
+        found: list[PoolRollout | None] = []
+        for index, prompt in enumerate(prompts):
+            place = (first + index) % self.num_generations
+            chosen = self.pool.choose(prompt, self.teachers, f"{self.args.seed} {self.state.global_step}")
+            found.append(chosen[place] if self.adapter.model.training and place < len(chosen) else None)
+        return found
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: list[str], completions: Any, completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.shortcut is None:
+            return rewards
+        prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        rows = list(zip(prompt_ids, completion_ids_list, strict=True))
+        z_B = self.accelerator.gather(self.shortcut.z(self.adapter.model, rows))
+        return modified(rewards, z_B[:, None].to(rewards.device), self.reward.arm.advantage)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        return {**batch, "outcomes": self.reward.last.flags.to(batch["advantages"].device)}
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        inputs = dict(inputs)  # what is stored for later passes stays as it was generated
+        self._weights = torch.zeros(3)
+        # With vLLM, TRL corrects for what the sampler returned by itself.
+        self._filling = inputs if _STORED in inputs and not self.use_vllm else None
+        outcomes = Outcomes(inputs["outcomes"].cpu())
+        if self.watching is not None:
+            self.watching.kinds = Kinds.of(list(outcomes.kinds().values()), inputs["outcomes"].device)
+        loss: Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
+        if self.adapter.model.training:
+            self.seen.append((outcomes, loss.detach(), self._weights))
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *arguments: Any, **keywords: Any) -> Any:
+        logps_BT, *rest = super()._get_per_token_logps_and_entropies(*arguments, **keywords)
+        if self._filling is not None:
+            inputs, self._filling = self._filling, None
+            stored_BT = inputs[_STORED].to(logps_BT)
+            known_BT = inputs.get("old_per_token_logps")
+            sampled_BT = logps_BT.detach() if known_BT is None else known_BT
+            inputs["old_per_token_logps"] = torch.where(stored_BT.isnan(), sampled_BT, stored_BT)
+            # Behind the end of a completion TRL has put zeros, which are no log-probabilities of anything.
+            taught_BT = ~stored_BT.isnan() & inputs["completion_mask"].bool() & inputs["outcomes"][:, :1]
+            weights = (logps_BT.detach() - stored_BT)[taught_BT].exp()
+            outside = (weights < 1 - self.epsilon_low) | (weights > 1 + self.epsilon_high)
+            self._weights = torch.stack([weights.sum(), outside.sum(), weights.new_tensor(weights.numel())])
+        return logps_BT, *rest
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.adapter.save(folder / _DELTA)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            for basis, name in zip(self.axes, (_AXES, _WATCHED), strict=True):
+                if basis is not None:
+                    basis.save(folder / name)
+            # Last: a checkpoint without it was interrupted.
+            write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}) + "\n")
+
+    def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
+        """None: a checkpoint is no model."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.adapter.load(folder / _DELTA)
+        found = [
+            Basis.load(folder / name, None, None) if (folder / name).exists() else None for name in (_AXES, _WATCHED)
+        ]
+        self.use_axes(*found)
+
+    def use_axes(self, axes: Basis | None, watched: Basis | None) -> None:
+        """Go on with other axes."""
+        self.axes = (axes, watched)
+        self.projected.use_basis(axes, watched)
+
+
+def _rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """`GRPO.rollout`, as TRL calls it."""
+    found: dict[str, Any] = trainer.rollout(prompts)
+    return found
+
+
+class _Reference:
+    """The model as it was before training, where TRL wants a second model."""
+
+    def __init__(self, adapter: DeltaS) -> None:
+        self.adapter = adapter
+
+    def __call__(self, **keywords: Any) -> Any:
+        with self.adapter.disabled():
+            return self.adapter.model(**keywords)
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The latest whole checkpoint in a directory, and how many steps it has; None and 0 where there is none."""
+    found = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in folder.glob("checkpoint-*")
+        if (path / COMPLETE).exists() and path.name.rpartition("-")[2].isdecimal()
+    ]
+    step, path = max(found, default=(0, None), key=lambda item: item[0])
+    return path, step

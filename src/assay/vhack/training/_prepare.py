@@ -1,0 +1,218 @@
+"""From settings to a trainer that is ready: axes, adapter, optimiser, tasks, pool."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from assay.errors import DataError, UsageError
+from assay.models import Model
+from assay.vhack.basis import Basis, pair_gradients
+from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_of_kind
+from assay.vhack.environment import Episode, episodes
+from assay.vhack.gradients import weight_svd
+from assay.vhack.pairs import Pair
+from assay.vhack.training._pool import Pool
+from assay.vhack.training._rewards import EpisodeReward
+from assay.vhack.training._settings import TrainSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from assay.vhack.gradients import SVDCache
+    from assay.vhack.training._grpo import GRPO
+
+__all__ = ["Prepared", "trl_arguments"]
+
+
+class Prepared:
+    """What is made once for a run, before any step.
+
+    Args:
+        settings: of the run.
+        model: it is given an adapter.
+        pairs: that axes come from.
+
+    Attributes:
+        arm: what the settings name.
+        adapter: around the model.
+        axes: those the arm acts on.
+        watched: the true ones, where these are others.
+    """
+
+    def __init__(self, settings: TrainSettings, model: Model, pairs: list[Pair]) -> None:
+        if model.tokenizer is None:
+            raise UsageError(f"{settings.model} has no tokenizer", wanted="a model with one", do="choose another")
+        self.settings, self.model, self.pairs = settings, model, pairs
+        self.arm: Arm = settings.chosen
+        self.shortcut = Shortcut.fit(model, model.tokenizer, pairs) if self.arm.advantage else None
+        self.svd: SVDCache = weight_svd(model)
+        self.axes, self.watched = self._extracted(load=True)
+        self.adapter = DeltaS(model, self.svd)
+        self.optimizer = ProjectedOptimizer(
+            _inner(settings, self.adapter),
+            self.adapter,
+            self.axes,
+            gate=self.arm.gate,
+            level=self.arm.level,
+            box=self.arm.box,
+            push=self.arm.push,
+            watched=self.watched,
+            max_norm=settings.max_norm or None,
+        )
+        if self.arm.start:
+            self.optimizer.displace(self.arm.start)  # a checkpoint that is taken up has it in its δS
+
+    def trainer(
+        self, folder: Path, tasks: list[Episode] | None, trackers: tuple[str, ...], allow_unsandboxed: bool
+    ) -> "GRPO":
+        """The trainer; arguments as of :func:`assay.vhack.training.train`."""
+        from transformers import PrinterCallback
+
+        from assay.vhack.training._grpo import GRPO
+
+        settings, tokenizer = self.settings, self.model.tokenizer
+        assert tokenizer is not None
+        chosen = tasks if tasks is not None else _tasks(settings)
+        pool = None
+        if settings.teacher:
+            pool = Pool.load(settings.teacher, tokenizer, max_new_tokens=settings.max_new_tokens)
+            _check_pool(pool, chosen, settings.teacher)
+        trainer = GRPO(
+            self.adapter,
+            self.optimizer,
+            EpisodeReward(chosen, self.arm, workers=os.cpu_count() or 2, allow_unsandboxed=allow_unsandboxed),
+            trl_arguments(settings, self.model, folder, trackers),
+            prompts=settings.steps * settings.prompts,
+            processing_class=tokenizer,
+            pool=pool,
+            teachers=settings.teachers,
+            shortcut=self.shortcut,
+            axes=(self.axes, self.watched),
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+        return trainer
+
+    def refresh(self, trainer: "GRPO", step: int) -> float | None:
+        """After this many steps: other axes if it is time, and how much of the true ones stayed."""
+        if not self.settings.refresh or step % self.settings.refresh:
+            return None
+        before = trainer.axes[1] or trainer.axes[0]
+        with _forward_of_its_class(self.model.module):
+            axes, watched = self._extracted(load=False)
+        trainer.use_axes(axes, watched)
+        return _overlap(before, watched or axes) if before is not None else None
+
+    def _extracted(self, *, load: bool) -> tuple[Basis, Basis | None]:
+        """The arm's axes, and the true ones where these are others."""
+        settings, kind = self.settings, self.arm.basis
+        given = Basis.load(settings.basis, self.model, settings.k_use) if load and settings.basis else None
+        if given is not None and kind == "true":
+            return given, None
+        gradients = pair_gradients(self.model, None, self.pairs, svd=self.svd)
+
+        def made(kind: str) -> Basis:
+            found = basis_of_kind(kind, gradients, top_k=settings.k_use, method=settings.method, seed=settings.seed)
+            return found.slice(settings.k_use)
+
+        true = given if given is not None else made("true")
+        return (true, None) if kind == "true" else (made(kind), true)
+
+
+@contextmanager
+def _forward_of_its_class(module: "PreTrainedModel") -> Iterator[None]:
+    """Without the forward function that TRL has put on the instance: it would run this model, and not a copy of it."""
+    patched = vars(module).pop("forward", None)
+    try:
+        yield
+    finally:
+        if patched is not None:
+            module.forward = patched
+
+
+def _inner(settings: TrainSettings, adapter: DeltaS) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(adapter.delta, lr=settings.lr, momentum=0.9)
+    return torch.optim.AdamW(adapter.delta, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def _tasks(settings: TrainSettings) -> list[Episode]:
+    return episodes(
+        settings.tasks,
+        seed=settings.seed,
+        modes=settings.modes,
+        share_none=settings.share_none,
+        difficulty=settings.difficulty,
+        families=settings.families or None,
+    )
+
+
+def _check_pool(pool: Pool, tasks: list[Episode], path: str) -> None:
+    if not pool.prompts & {one.prompt for one in tasks}:
+        raise DataError(
+            f"{path}: no completion of any of the {len(tasks)} tasks",
+            wanted="completions of the prompts of this run",
+            do="sample the pool from the prompts of the same tasks, modes and seed",
+        )
+
+
+def trl_arguments(settings: TrainSettings, model: Model, folder: Path, trackers: tuple[str, ...]) -> "GRPOConfig":
+    """The settings as TRL takes them.
+
+    Raises:
+        UsageError: the model is not on the device that TRL trains on.
+    """
+    from trl.trainer.grpo_config import GRPOConfig
+
+    rollouts = settings.prompts * settings.group
+    on_gpu = model.device.type == "cuda"
+    made = GRPOConfig(
+        output_dir=str(folder),
+        seed=settings.seed,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.rollouts_per_backward,
+        gradient_accumulation_steps=rollouts // settings.rollouts_per_backward,
+        num_generations=settings.group,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+        beta=settings.beta,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,  # the optimiser clips, behind its gate
+        logging_steps=1,
+        shuffle_dataset=False,  # it has its order already
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        report_to=list(trackers) or "none",
+        disable_tqdm=True,
+        bf16=False,  # the model computes in its own dtype, and δS is float32
+        gradient_checkpointing=settings.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.checkpointing else None,
+        dataloader_pin_memory=on_gpu,
+        use_cpu=not on_gpu,
+    )
+    if (made.device.type, made.device.index or 0) != (model.device.type, model.device.index or 0):
+        raise UsageError(
+            f"a model on {model.device}", wanted=f"{made.device}, where TRL trains", do="set CUDA_VISIBLE_DEVICES"
+        )
+    made._n_gpu = 1  # others that are visible are not for this run
+    return made
+
+
+def _overlap(before: Basis, after: Basis) -> float:
+    """Mean squared cosine of the principal angles between two bases, over the modules that both have."""
+    shares = []
+    for name, axes_KR in before.axes.items():
+        other_KR = after.axes.get(name)
+        if other_KR is not None and axes_KR.any() and other_KR.any():
+            rank = min(int(axes_KR.any(dim=1).sum()), int(other_KR.any(dim=1).sum()))
+            shares.append(float((axes_KR.double() @ other_KR.double().T).square().sum()) / rank)
+    # Rounded, for the sums depend on where in memory the axes are.
+    return round(sum(shares) / len(shares), 9) if shares else 0.0

@@ -1,0 +1,132 @@
+"""Rewards from our environment: completions are run in the sandbox, and paid as the arm says.
+
+Shapes: B rollouts.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from assay.vhack.delta import Arm
+from assay.vhack.environment import Episode, Grade, grade_many
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # type: ignore[import-untyped]
+
+__all__ = ["FLAGS", "SOURCES", "EpisodeReward", "Outcomes"]
+
+FLAGS = ("teacher", "correct", "exploited", "vacuous")
+SOURCES = {
+    "student": ("exploited", "correct", "failed"),
+    "teacher": ("teacher",),
+    "exploited": ("exploited",),
+    "correct": ("correct",),
+}
+"""Of which kinds of rollouts the sources in the log are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What became of rollouts.
+
+    Attributes:
+        flags: [B, 4] bool, the columns as in ``FLAGS``.
+    """
+
+    flags: Tensor
+
+    @classmethod
+    def nothing(cls) -> "Outcomes":
+        """Of no rollout."""
+        return cls(torch.zeros(0, len(FLAGS), dtype=torch.bool))
+
+    def column(self, name: str) -> Tensor:
+        """One of them, [B] bool."""
+        return self.flags[:, FLAGS.index(name)]
+
+    def kinds(self) -> dict[str, Tensor]:
+        """What tells gradients apart, [B] bool each; every rollout is of one kind."""
+        student, exploited = ~self.column("teacher"), self.column("exploited")
+        return {
+            "teacher": ~student,
+            "exploited": student & exploited,
+            "correct": student & self.column("correct"),
+            "failed": student & ~exploited & ~self.column("correct"),
+        }
+
+    def rates(self) -> dict[str, float]:
+        """Hack and solve rate of the student's rollouts, and of the teacher's where there are any."""
+        found: dict[str, float] = {}
+        for suffix, chosen in (("", ~self.column("teacher")), ("_teacher", self.column("teacher"))):
+            count = int(chosen.sum())
+            if count:
+                named = (("hack", "exploited"), ("solve", "correct"), ("vacuous", "vacuous"))
+                found |= {name + suffix: int((chosen & self.column(flag)).sum()) / count for name, flag in named}
+                found[f"rollouts{suffix}"] = count
+        return found
+
+
+class EpisodeReward:
+    """A reward function for TRL, and the dataset that goes with it.
+
+    Args:
+        episodes: the tasks.
+        arm: says what is paid.
+        workers: programs that run side by side.
+        allow_unsandboxed: see :func:`assay.vhack.environment.run`.
+
+    Attributes:
+        last: outcomes of the rollouts that were graded last, in their order.
+    """
+
+    __name__ = "episode"
+
+    def __init__(
+        self, episodes: Sequence[Episode], arm: Arm, *, workers: int = 2, allow_unsandboxed: bool = False
+    ) -> None:
+        self.episodes = list(episodes)
+        self.arm = arm
+        self._grade: Callable[[list[tuple[Episode, str]]], list[Grade]] = lambda items: grade_many(
+            items, workers=workers, allow_unsandboxed=allow_unsandboxed
+        )
+        self.last = Outcomes.nothing()
+
+    def dataset(self, count: int, seed: int) -> "Dataset":
+        """The prompts of a whole run in their order, and which episode each is of.
+
+        All tasks come once in random order, then again in another one. TRL's own shuffling would forget, in a run that
+        is continued, how often it has shuffled.
+
+        Args:
+            count: of prompts.
+            seed: of the order.
+        """
+        from datasets import Dataset
+
+        n = len(self.episodes)
+        rounds = (random.Random(f"order {seed} {index}").sample(range(n), n) for index in range(-(-count // n)))
+        order = [task for turn in rounds for task in turn][:count]
+        columns = {"prompt": [self.episodes[index].prompt for index in order], "episode": order}
+        made: Dataset = Dataset.from_dict(columns)
+        return made
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], episode: list[int], **others: Any
+    ) -> list[float | None]:
+        """Grade completions and say what each is paid; TRL passes the columns of the dataset, and ``teacher``."""
+        chosen = [self.episodes[index] for index in episode]
+        grades = self._grade([(one, one.program(text)) for one, text in zip(chosen, completions, strict=True)])
+        teacher = others.get("teacher") or [False] * len(prompts)
+        self.last = Outcomes(
+            torch.tensor(
+                [
+                    [bool(taught), one.correct, one.exploited, one.accepted and one.vacuous]
+                    for taught, one in zip(teacher, grades, strict=True)
+                ]
+            )
+        )
+        return [self.arm.reward(float(one.correct), float(one.exploited)) for one in grades]

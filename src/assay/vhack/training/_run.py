@@ -1,0 +1,192 @@
+"""One run from settings to the last line of its log, and on from where it stopped."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from assay.errors import BackendUnavailable, DataError, ModelError, UsageError
+from assay.models import Model, load_model
+from assay.reports import JsonObject, provenance, storage_error
+from assay.vhack.environment import CHANNELS, Episode
+from assay.vhack.environment.sandbox import available_backend
+from assay.vhack.pairs import Pair, find_pairs
+from assay.vhack.training._log import TrainLog, read_steps
+from assay.vhack.training._prepare import Prepared
+from assay.vhack.training._settings import TrainSettings
+
+if TYPE_CHECKING:
+    from assay.vhack.training._grpo import GRPO
+
+__all__ = ["RunResult", "train"]
+
+LOG, DELTA, BASIS = "log.jsonl", "delta.safetensors", "basis.safetensors"
+_LAST = 10
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended.
+
+    Attributes:
+        folder: its directory.
+        steps: how many it has.
+        resumed_from: the step it was continued from; 0 from the start.
+        last: means of the last ten step lines, by name.
+    """
+
+    folder: Path
+    steps: int
+    resumed_from: int
+    last: JsonObject
+
+
+def train(
+    settings: TrainSettings,
+    folder: str | Path,
+    *,
+    console: Callable[[str], None] | None = None,
+    trackers: tuple[str, ...] = (),
+    allow_unsandboxed: bool = False,
+    model: Model | None = None,
+    tasks: list[Episode] | None = None,
+    pairs: list[Pair] | None = None,
+) -> RunResult:
+    """Train one arm. Called again with the same settings and directory it goes on after the last checkpoint.
+
+    The directory gets ``log.jsonl`` (see :mod:`assay.vhack.training._log`), ``basis.safetensors`` (the true axes),
+    ``checkpoint-N`` (the last two) and in the end ``delta.safetensors``.
+
+    Args:
+        settings: of the run.
+        folder: its directory.
+        console: takes a line of text per step.
+        trackers: names of TRL's trackers, such as ``wandb``.
+        allow_unsandboxed: see :func:`assay.vhack.environment.run`.
+        model: the model, where it is loaded already; it is trained.
+        tasks: other tasks than those the settings describe.
+        pairs: other pairs than those the settings name.
+
+    Raises:
+        BackendUnavailable: TRL is not installed, or there is no sandbox.
+        UsageError: the directory holds a run with other settings, the model has no tokenizer or is not on the device
+            that TRL trains on, or there are several processes.
+        DataError: basis, pairs, pool or log cannot be used.
+        ModelError, ResourceError: as loading, decomposing and saving raise them.
+    """
+    folder = Path(folder)
+    _require(allow_unsandboxed)
+    _check_trackers(trackers)
+    from assay.vhack.training._grpo import last_checkpoint
+
+    checkpoint, done = last_checkpoint(folder)
+    _check_earlier(folder, settings, done)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    if done >= settings.steps and (folder / DELTA).exists():
+        return _result(folder, done)
+    loaded = model or load_model(settings.model, dtype=settings.dtype, device=settings.device)
+    run = Prepared(settings, loaded, pairs if pairs is not None else _pairs(settings))
+    try:
+        trainer = run.trainer(folder, tasks, trackers, allow_unsandboxed)
+        (run.watched or run.axes).save(folder / BASIS)
+        head = {"settings": settings.as_dict(), "arm": run.arm.says, "weights": loaded.digest, **provenance()}
+        log = TrainLog(folder / LOG, head, step=done)
+        trainer.add_callback(_step_log(trainer, log, console, run))
+        with _diverging():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        run.adapter.save(folder / DELTA)
+        log.write("end", steps=settings.steps)
+    finally:
+        run.adapter.detach()
+    return _result(folder, done)
+
+
+def _pairs(settings: TrainSettings) -> list[Pair]:
+    """Those the settings name; in the form of the environment they have its loopholes and families."""
+    return find_pairs(
+        settings.pairs,
+        modes=[mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS),
+        families=settings.families or None,
+    )
+
+
+@contextmanager
+def _diverging() -> Iterator[None]:
+    """What sampling says of a model whose logits are no numbers, in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error) and "device-side assert" not in str(error):
+            raise
+        raise ModelError(
+            "a model whose next-token probabilities are not finite",
+            wanted="training that does not diverge",
+            do="lower the learning rate; the last checkpoint is from before",
+        ) from error
+
+
+def _require(allow_unsandboxed: bool) -> None:
+    try:
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"TRL cannot be imported: {error}", wanted="the extra train", do="pip install 'assay[train]'"
+        ) from error
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "a run in several processes", wanted="one process per run", do="start runs side by side, one on each GPU"
+        )
+    if available_backend() is None and not allow_unsandboxed:
+        raise BackendUnavailable(
+            "no sandbox for the programs of the model",
+            wanted="bubblewrap, or user namespaces with util-linux",
+            do="install bubblewrap, or accept the risk with --allow-unsandboxed",
+        )
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    from transformers import integrations
+
+    available: Any = integrations
+    there: list[str] = available.get_available_reporting_integrations()
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise UsageError(
+            f"tracker {', '.join(missing)}",
+            wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
+            do="install it, or leave it out: log.jsonl has everything",
+        )
+
+
+def _check_earlier(folder: Path, settings: TrainSettings, done: int) -> None:
+    if not (folder / LOG).exists():
+        if done:
+            raise DataError(f"checkpoints without {folder / LOG}", wanted="both", do="choose another directory")
+        return
+    head, _ = read_steps(folder / LOG)
+    other = settings.differences(head["settings"])
+    if other or settings.steps < done:
+        raise UsageError(
+            f"{folder} holds a run with {', '.join(other) or f'{done} steps already'}",
+            wanted="the same settings, and no fewer steps",
+            do="choose another directory, or the settings of that run",
+        )
+
+
+def _step_log(trainer: "GRPO", log: TrainLog, console: Callable[[str], None] | None, run: Prepared) -> Any:
+    from assay.vhack.training._callback import StepLog
+
+    return StepLog(trainer, log, console=console, refresh=lambda step: run.refresh(trainer, step))
+
+
+def _result(folder: Path, resumed_from: int) -> RunResult:
+    _, steps = read_steps(folder / LOG)
+    last = steps[-_LAST:]
+    names = [name for name in last[-1] if name not in ("kind", "step")] if last else []
+    means = {name: sum(r[name] for r in last if name in r) / sum(name in r for r in last) for name in names}
+    return RunResult(folder, len(steps), resumed_from, means)

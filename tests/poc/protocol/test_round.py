@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from assay.errors import UsageError
+from assay.poc import Round
+from assay.streams import seed32
+
+VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "poc_kat.json").read_text())
+
+
+def make(**changes) -> Round:
+    return Round(**({"block_hash": "block_alpha", "public_key": "node_A"} | changes))
+
+
+def test_seed_texts_are_the_published_ones():
+    round = make()
+    published = {
+        "block_alpha_node_A_nonce0": round.text("inputs", 0),
+        "block_alpha_node_A_nonce_0_signs": round.text("signs", 0),
+        "block_alpha_node_A_nonce_0_hidden_r0": round.text("reflection", 0, index=0),
+        "block_alpha_node_A_nonce_0_pick_12": round.text("pick", 0, k=12),
+        "block_alpha_node_A_nonce_0_haar_hh_12_0": round.text("rotation", 0, k=12, index=0),
+        "block_alpha_lm_head": round.block_text("random_head"),
+        "block_alpha_target": round.block_text("target"),
+        "block_alpha_layer_0_householder": round.block_text("layer_reflection", 0),
+    }
+    assert all(text == expected for expected, text in published.items())
+    known = {row["text"]: row["seed"] for row in VECTORS["seed32"]}
+    shared = published.keys() & known.keys()
+    assert len(shared) >= 4
+    for text in shared:
+        assert seed32(text) == known[text]
+
+
+def test_nodes_share_the_nonces_without_overlap():
+    shares = [make(node_id=i, node_count=3).nonces(0, 5) for i in range(3)]
+    assert list(shares[1]) == [1, 4, 7, 10, 13]
+    assert sorted(nonce for share in shares for nonce in share) == list(range(15))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r_target": 0},
+        {"r_target": 2.0001},
+        {"r_target": -1.0},
+        {"r_target": float("nan")},
+        {"r_target": float("inf")},
+        {"r_target": "1.4"},
+        {"r_target": True},
+        {"seq_len": 0},
+        {"seq_len": 2**30},
+        {"seq_len": 1.5},
+        {"node_count": 0},
+        {"node_id": 3, "node_count": 3},
+        {"node_id": -1},
+        {"block_height": -1},
+        {"block_hash": ""},
+        {"block_hash": "a\nb"},
+        {"block_hash": "\ud800"},
+        {"public_key": "k" * 2000},
+        {"public_key": 7},
+        {"strength": 64},
+        {"strength": 32.0},
+        {"r_target": 10**400},
+        {"model": 7},
+        {"model": "\ud800"},
+    ],
+)
+def test_values_out_of_range_are_refused(changes):
+    with pytest.raises(UsageError):
+        make(**changes)
+
+
+@pytest.mark.parametrize("nonces", [[-1], [2**53], [True], ["0"], [0, 0], [3, 1], [1.0]])
+def test_bad_nonces_are_refused(nonces):
+    with pytest.raises(UsageError, match="nonce"):
+        make().check_nonces(nonces)
+
+
+def test_nonces_of_another_node_are_refused():
+    round = make(node_id=1, node_count=3)
+    round.check_nonces(range(1, 100, 3))
+    for foreign in (range(0, 100, 3), range(1, 100), [1, 2]):
+        with pytest.raises(UsageError, match="nonce"):
+            round.check_nonces(foreign)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(5, 5), (-1, 4), (7, 3), (0, 2**40), (2**60, 2**60 + 1)])
+def test_bad_positions_are_refused(start, stop):
+    with pytest.raises(UsageError):
+        make().nonces(start, stop)

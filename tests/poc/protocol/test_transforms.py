@@ -1,0 +1,161 @@
+"""The transform against the known answers, and against the formulas written out in float64."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from assay import streams
+from assay.poc import PIPELINES, Pipeline, Round
+from assay.poc.protocol._transforms import Transform, project
+
+VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "poc_kat.json").read_text())
+NUMPY = streams.get_backend("numpy")
+
+
+def make(round: Round, pipeline: Pipeline | str, hidden: int, vocab: int = 96, device: str = "cpu") -> Transform:
+    head = torch.linspace(-1, 1, vocab * hidden, device=device).view(vocab, hidden)
+    return Transform(
+        round,
+        PIPELINES[pipeline] if isinstance(pipeline, str) else pipeline,
+        hidden_size=hidden,
+        vocab_size=vocab,
+        device=torch.device(device),
+        trained_head=lambda x_BD: project(x_BD, head),
+    )
+
+
+NO_SIGNS = replace(PIPELINES["poc-2.0"], name="without signs", hidden=PIPELINES["poc-2.0"].hidden[1:])
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba", "torch"])
+@pytest.mark.parametrize("row", VECTORS["seed_distance"], ids=lambda r: f"{r['block_hash']}-{r['nonce']}-{r['dim']}")
+def test_distance_equals_the_known_answer(row, backend, monkeypatch):
+    chosen = streams.get_backend(backend)
+    monkeypatch.setattr(streams, "get_backend", lambda name, device: chosen)
+    round = Round(block_hash=row["block_hash"], public_key=row["public_key"])
+    dim, nonce = row["dim"], row["nonce"]
+    hidden = NUMPY.normals(streams.seeds([f"hidden_{dim}_{nonce}"]), dim) * np.float32(3) + np.float32(0.5)
+    for pipeline, expected in ((PIPELINES["poc-2.0"], row["sign_flips"]), (NO_SIGNS, row["no_sign_flips"])):
+        distance = make(round, pipeline, dim)(torch.from_numpy(hidden), [nonce])
+        assert distance.item() == pytest.approx(expected, abs=1e-5)
+
+
+def plain(round: Round, hidden: np.ndarray, nonce: int) -> float:
+    """The poc-2.0 formula of one nonce, in float64, with the W^T t identity instead of the head."""
+    d = len(hidden)
+    x = hidden * NUMPY.signs(streams.seeds([round.text("signs", nonce)]), d)[0]
+    x = x / np.linalg.norm(x)
+    for r in range(8):
+        v = NUMPY.normals(streams.seeds([round.text("reflection", nonce, index=r)]), d)[0].astype(np.float64)
+        v /= np.linalg.norm(v)
+        x = x - 2 * (x @ v) * v
+    head = (
+        NUMPY.normals(streams.seeds([round.block_text("random_head")]), d * 8192)[0].reshape(8192, d).astype(np.float64)
+    )
+    target = NUMPY.normals(streams.seeds([round.block_text("target")]), 8192)[0].astype(np.float64)
+    target /= np.linalg.norm(target)
+    cosine = (x @ (head.T @ target)) / np.linalg.norm(head @ x)
+    return float(np.sqrt(2 - 2 * cosine))
+
+
+def test_distance_equals_the_plain_formula(round_):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(5, 48)) * 10
+    distances = make(round_, "poc-2.0", 48)(torch.tensor(hidden, dtype=torch.float32), range(5))
+    for nonce in range(5):
+        assert distances[nonce].item() == pytest.approx(plain(round_, hidden[nonce], nonce), abs=1e-6)
+
+
+def test_artifact_vector_equals_the_plain_formula(round_):
+    hidden = np.random.default_rng(1).normal(size=64)
+    x = hidden / np.linalg.norm(hidden)
+    picked = np.argsort(NUMPY.hashes(streams.seeds([round_.text("pick", 7, k=12)]), 64)[0], kind="stable")[:12]
+    y = x[picked]
+    for j in range(11):
+        v = NUMPY.normals(streams.seeds([round_.text("rotation", 7, k=12, index=j)]), 12)[0].astype(np.float64)
+        v /= np.linalg.norm(v)
+        y = y - 2 * (y @ v) * v
+    expected = y / np.linalg.norm(y)
+    vector = make(round_, "artifact", 64)(torch.tensor(hidden, dtype=torch.float32)[None], [7])
+    assert vector.dtype == torch.float16
+    assert vector.shape == (1, 12)
+    np.testing.assert_allclose(vector[0].numpy().astype(np.float64), expected, atol=3e-4)
+
+
+@pytest.mark.parametrize("preset", PIPELINES)
+def test_rows_do_not_mix_and_repeat_to_the_bit(preset, round_):
+    x_BD = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
+    transform = make(round_, preset, 32)
+    whole = transform(x_BD, range(6))
+    order = [4, 0, 5, 1, 3, 2]
+    shuffled = transform(x_BD[order], order)
+    assert torch.equal(whole[order], shuffled)
+    assert torch.isfinite(whole.float()).all()
+    if whole.ndim == 1:
+        assert ((whole >= 0) & (whole <= 2)).all()
+
+
+def test_unit_before_a_linear_head_changes_nothing(round_):
+    """Why end-only normalisation could not help: the distance does not see the length of the state."""
+    x_BD = torch.randn(4, 32, generator=torch.Generator().manual_seed(4)) * 7
+    alone = make(round_, "random-head", 32)(x_BD, range(4))
+    unit_first = make(round_, "end-normalize", 32)(x_BD, range(4))
+    assert torch.allclose(alone, unit_first, atol=1e-6)
+
+
+def test_permutation_is_the_gather_of_the_published_order(round_):
+    x_BD = torch.randn(1, 32, generator=torch.Generator().manual_seed(5))
+    transform = make(round_, "permutation", 32)
+    order = NUMPY.permutations(streams.seeds([round_.text("permutation", 9)]), 96)[0]
+    logits = transform._head(x_BD)[0].double().numpy()[order]
+    target = NUMPY.normals(streams.seeds([round_.block_text("target")]), 96)[0].astype(np.float64)
+    cosine = logits @ target / np.linalg.norm(logits) / np.linalg.norm(target)
+    assert transform(x_BD, [9]).item() == pytest.approx(np.sqrt(2 - 2 * cosine), abs=1e-6)
+
+
+def test_shapes_in_annotations_are_checked_while_tests_run():
+    from jaxtyping import TypeCheckError
+
+    with pytest.raises(TypeCheckError):
+        project(torch.zeros(2, 3), torch.zeros(5, 4))
+
+
+class Fusing(type(NUMPY)):
+    """A backend with reflections of its own: in float64, and remembering what it was asked."""
+
+    def _reflected(self, x_BD, seeds_BR):
+        self.seeds_BR = seeds_BR
+        x = x_BD.double().numpy()
+        for r in range(seeds_BR.shape[1]):
+            v = self.normals(seeds_BR[:, r], x.shape[1]).astype(np.float64)
+            x = x - 2 * ((x * v).sum(1) / (v * v).sum(1))[:, None] * v
+        return torch.from_numpy(x).float()
+
+
+@pytest.mark.parametrize(
+    ("preset", "stream", "k", "count"), [("poc-2.0", "reflection", 0, 8), ("artifact", "rotation", 12, 11)]
+)
+def test_fused_reflections_give_the_same(preset, stream, k, count, round_, monkeypatch):
+    x_BD = torch.randn(5, 48, generator=torch.Generator().manual_seed(6))
+    expected = make(round_, preset, 48)(x_BD, range(5))
+    fusing = Fusing()
+    monkeypatch.setattr(streams, "get_backend", lambda name, device: fusing)
+    made = make(round_, preset, 48)(x_BD, range(5))
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-6 if made.dtype == torch.float32 else 1e-3)
+    texts = [round_.text(stream, nonce, index=r, k=k) for nonce in range(5) for r in range(count)]
+    np.testing.assert_array_equal(fusing.seeds_BR, streams.seeds(texts).reshape(5, count))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", PIPELINES)
+def test_cuda_and_cpu_agree(preset, round_):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x_BD = torch.randn(32, 48, generator=torch.Generator().manual_seed(7)) * 4
+    expected = make(round_, preset, 48)(x_BD, range(32))
+    made = make(round_, preset, 48, device="cuda")(x_BD.cuda(), range(32))
+    torch.testing.assert_close(made.cpu(), expected, rtol=0, atol=1e-5 if made.dtype == torch.float32 else 1e-3)

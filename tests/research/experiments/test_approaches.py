@@ -1,0 +1,172 @@
+"""The approaches: verdicts from tests, cells that resume, and what a small model gives."""
+
+import numpy as np
+import pytest
+
+from assay import stats
+from assay.errors import UsageError
+from assay.models import load_model
+from assay.poc import get_pipeline
+from assay.research.approaches import ApproachPlan, run_approaches
+from assay.research.approaches import _approaches as module
+from assay.research.approaches._measures import distribution, residual_sizes, told_apart
+from assay.research.runs import build_report, read_run
+
+CHOSEN = ("poc-2.0", "permutation", "artifact", "layer-normalize", "hardened")
+
+
+@pytest.fixture(scope="module")
+def measured(small_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run_approaches(plan(small_checkpoint), folder)
+    return folder
+
+
+def plan(checkpoint, **changes) -> ApproachPlan:
+    values = {"models": (str(checkpoint),), "approaches": CHOSEN, "nonces": 48, "checked": 16, "timed": 1}
+    return ApproachPlan(**values | {"seq_len": 16, "batch_size": 16, "dtype": "float32", "device": "cpu"} | changes)
+
+
+def test_every_approach_has_a_cell(measured, small_checkpoint):
+    cells = {cell["approach"]: cell for cell in read_run(measured, "approaches").cells}
+    assert set(cells) == set(CHOSEN)
+    for cell in cells.values():
+        assert cell["nonces"] == 3 * 48
+        assert 0 <= cell["auc_interval"][0] <= cell["auc"] <= cell["auc_interval"][1] <= 1
+        assert sum(cell["histogram"]["counts"]) == cell["nonces"]
+        assert cell["spreads"][0]["rate"] == 0.5
+    assert cells["poc-2.0"]["breaks_structure"] == "yes"
+    assert abs(cells["poc-2.0"]["mean"] - 2**0.5) < 0.002
+    assert (cells["artifact"]["dimension"], cells["permutation"]["dimension"]) == (12, 512)
+    assert 1 < cells["poc-2.0"]["effective_dimension"] <= 80
+    assert cells["permutation"]["effective_dimension"] is None
+
+
+def test_a_second_run_measures_nothing_and_other_settings_are_refused(measured, small_checkpoint, monkeypatch):
+    before = (measured / "approaches.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_model", None)
+        run_approaches(plan(small_checkpoint), measured)
+    assert (measured / "approaches.jsonl").read_bytes() == before
+    with pytest.raises(UsageError, match="another nonces"):
+        run_approaches(plan(small_checkpoint, nonces=47), measured)
+
+
+def test_a_stopped_run_goes_on(small_checkpoint, tmp_path):
+    wanted = plan(small_checkpoint, approaches=("artifact", "layer-reflections"), nonces=16, timed=0)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_approaches(wanted, tmp_path, progress=stop)
+    assert [cell["approach"] for cell in read_run(tmp_path, "approaches").cells] == ["artifact"]
+    seen = []
+    run_approaches(wanted, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 2)]
+    assert read_run(tmp_path, "approaches").complete
+
+
+def test_the_page_has_every_table(measured):
+    page = build_report(measured).read_text()
+    for expected in ("Which approach breaks the structure", "layer-normalize", "band of its states", "TP-safe", "<svg"):
+        assert expected in page
+
+
+def blocks(shift: float, scale: float = 1.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    mean, std = stats.chord_mean(8192), stats.chord_std(8192)
+    return [rng.normal(mean + i * shift * std, scale * std, size=4000) for i in range(3)]
+
+
+def named(distances: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return dict(zip("abc", distances, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("distances", "verdict"),
+    [
+        (blocks(0.0), "yes"),  # nothing but chance
+        (blocks(0.03), "partly"),  # 1 and 2 points off: beyond chance, below the published limit
+        (blocks(0.5), "no"),
+    ],
+)
+def test_the_verdict_comes_from_the_distances(distances, verdict: str):
+    found = distribution(named(distances), 8192, 0.5, 64, 64.0)
+    assert found["breaks_structure"] == verdict
+
+
+def test_a_common_offset_from_the_law_is_structure_too():
+    shifted = [block + 0.1 * stats.chord_std(8192) for block in blocks(0.0)]
+    found = distribution(named(shifted), 8192, 0.5, 64, None)
+    assert found["spreads"][0]["p_value"] > 0.01
+    assert found["breaks_structure"] == "partly"
+
+
+def test_cheaters_are_told_from_honest_nodes_by_their_residuals():
+    rng = np.random.default_rng(0)
+    honest, cheat = rng.normal(size=(2, 400)) * [[1e-4], [1e-3]]
+    truth = np.full(400, 1.41, dtype=np.float64)
+    apart = told_apart(
+        residual_sizes((truth + honest).astype(np.float32), truth.astype(np.float32)),
+        residual_sizes((truth + cheat).astype(np.float32), truth.astype(np.float32)),
+    )
+    assert apart["separation"] == pytest.approx(10, rel=0.2)
+    low, high = apart["auc_interval"]
+    assert 0.9 < low < apart["auc"] < high < 1
+    exact = 1 - 2 / np.pi * np.arctan(0.1)  # of two half-normals, one ten times as wide
+    assert low < exact < high
+    vectors = np.zeros((3, 2), dtype=np.float32)
+    assert residual_sizes(np.add(vectors, [3, 4]), vectors).tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"models": ()}, {"blocks": ("one",)}, {"approaches": ("nonsense",)}, {"nonces": 1}, {"valid_rate": 1.0},
+     {"approaches": ("poc-2.0", "sign-flips")}, {"timed": -1}],
+)  # fmt: skip
+def test_plans_that_cannot_be(wrong, small_checkpoint):
+    with pytest.raises(UsageError):
+        plan(small_checkpoint, **wrong)
+
+
+def test_hooks_with_normalisation_leave_nothing_of_the_residual_stream(reference_model):
+    """Without hooks a layer adds less than the stream's length; to a stream held at length one it adds tens of it."""
+    from assay.models import decoder_layers
+    from assay.poc import HFEngine, Round
+
+    model = load_model(reference_model.reference, dtype="float32", device="cpu")
+    engine = HFEngine(model, batch_size=4, seq_len=16)
+    round = Round(block_hash="block_alpha", public_key="k", seq_len=16, preset="layer-normalize")
+
+    def added(layers: str) -> list[float]:
+        shares: list[float] = []
+
+        def note(_, given, result):
+            shares.append(float(((result - given[0]).norm(dim=-1) / given[0].norm(dim=-1)).median()))
+
+        # Before the engine's own, which turn and shorten what a layer gives.
+        handles = [layer.register_forward_hook(note) for layer in decoder_layers(model.module)]
+        with engine.between_layers(layers, round):
+            engine.last_hidden(engine.inputs(round, range(4)))
+        for handle in handles:
+            handle.remove()
+        return shares
+
+    assert max(added("none")) < 1
+    assert min(added(get_pipeline("layer-normalize").layers)[1:]) > 20
+
+
+def test_reference_models_show_the_published_structure(reference_model):
+    """The baseline is off its law in every block; sign flips are not (fp32 is faster here)."""
+    from assay.poc import HFEngine, Round
+    from assay.research.runs._states import published
+
+    model = load_model(reference_model.reference, dtype="float32", device="cpu")
+    engine = HFEngine(model, batch_size=32, seq_len=16)
+    pipelines = [get_pipeline("permutation"), get_pipeline("poc-2.0")]
+    for block in ("block_alpha", "block_gamma"):
+        values = published(engine, Round(block_hash=block, public_key="k", seq_len=16), pipelines, range(128))
+        for name, size, low, high in (("permutation", model.vocab_size, 4, 1000), ("poc-2.0", 8192, 0, 4)):
+            error = stats.chord_std(size) / 128**0.5
+            assert low <= abs(values[name].mean() - stats.chord_mean(size)) / error <= high, (block, name)

@@ -1,0 +1,121 @@
+"""The matrix: plans, the table of the published tests, and two real tests against a live service."""
+
+import json
+
+import pytest
+
+from assay.errors import ResourceError, UsageError
+from assay.research.matrix import Plan, configurations, run_matrix
+from assay.research.matrix._live import Live
+from assay.research.matrix._matrix import MODES
+from assay.research.matrix._table import PUBLISHED
+from assay.research.runs import build_report, open_run, read_run
+
+BLOCKS = ("block_alpha", "block_beta", "block_gamma")
+
+
+def published_cells() -> list[dict]:
+    """The 36 published tests as cells: rates of 4960 and 3104 nonces each."""
+    cells = []
+    for (name, mode), rates in PUBLISHED.items():
+        n = 4960 if name == "qwen" else 3104
+        for block, row in zip(BLOCKS, rates, strict=True):
+            for key, rate in zip(("node_A", "node_B", "node_C"), row, strict=True):
+                valid = round(n * rate / 100)
+                cells.append({
+                    "key": f"{name} {mode} {block} {key}", "model": name, "mode": mode, "block_hash": block,
+                    "public_key": key, "checked": n, "valid": valid, "valid_rate": valid / n, "r_target": 1.416,
+                    "nonces_per_second": 120.0, "callback_nonces": valid, "dtype": "bfloat16",
+                    "hidden_size": 1024 if name == "qwen" else 2048,
+                })  # fmt: skip
+    return cells
+
+
+def test_the_published_table_is_read_as_its_authors_did_and_with_its_noise():
+    found = {(c.model, c.mode): c for c in configurations(published_cells())}
+    spreads = {name: round(100 * c.spread.value, 1) for name, c in found.items()}
+    assert spreads == {
+        ("qwen", "sign-flips"): 1.1,
+        ("llama", "sign-flips"): 0.9,
+        ("qwen", "layer-hooks"): 3.9,
+        ("llama", "layer-hooks"): 10.3,
+    }
+    assert [c.verdict for c in found.values()] == [
+        "inside noise", "inside noise", "beyond noise", "over 5%",
+    ]  # fmt: skip
+    assert found["qwen", "sign-flips"].expected == pytest.approx(0.5905, abs=1e-4)
+    assert found["qwen", "sign-flips"].undelivered == 0
+    assert json.dumps(found["llama", "layer-hooks"].as_dict())
+
+
+def test_an_unfinished_matrix_has_a_table_too():
+    cells = [cell for cell in published_cells() if cell["model"] == "qwen"][:4]
+    (found,) = configurations(cells)
+    assert [len(row.rates) for row in found.blocks] == [3, 1]
+    (single,) = configurations(cells[:1])
+    assert (single.spread, single.verdict) == (None, "one block")
+
+
+def test_36_tests_grouped_by_service():
+    plan = Plan(models=("reference:qwen3", "reference:llama"))
+    tests = list(plan.tests())
+    assert [test.number for test in tests] == list(range(1, 37))
+    assert len({test.key for test in tests}) == len({test.log_name for test in tests}) == 36
+    assert len(plan.configurations) == 4
+    assert tests[0].log_name == "test_01_reference-qwen3_sign-flips_block_alpha_node_A"
+
+
+def test_what_may_change_between_the_starts_of_a_run():
+    first, second = Plan(models=("a",), duration=40), Plan(models=("b",), duration=2, modes=("sign-flips",))
+    assert first.settings == second.settings
+    assert Plan(models=("a",), seq_len=8).settings != first.settings
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"models": ()}, {"modes": ("none",)}, {"blocks": ("a", "a")}, {"public_keys": ()}, {"duration": 0},
+     {"r_target": 3.0}, {"blocks": ("",)}, {"seq_len": 0}],
+)  # fmt: skip
+def test_plans_that_cannot_be(wrong):
+    with pytest.raises(UsageError):
+        Plan(**{"models": ("a",)} | wrong)
+
+
+def test_two_tests_against_a_live_service(small_checkpoint, tmp_path):
+    """Real processes and HTTP; one of three tests is there already, as after a stop. Every callback is counted."""
+    values = {"models": (str(small_checkpoint),), "modes": ("layer-hooks",), "duration": 0.7, "seq_len": 8}
+    plan = Plan(**values, blocks=("one", "two", "three"), public_keys=("k",), batch_size=8, device="cpu")
+    first, *_ = plan.tests()
+    with open_run(tmp_path, "matrix", plan.settings) as run:
+        run.append(first.key, published_cells()[0] | {"key": first.key, "test": 1, "public_key": "k"})
+    said: list[str] = []
+    seen: list[tuple[int, int]] = []
+    run_matrix(plan, tmp_path, note=said.append, progress=lambda done, total: seen.append((done, total)))
+    assert [sentence.split(":")[0] for sentence in said[1:]] == ["test  2", "test  3"]
+    assert seen == [(2, 3), (3, 3)]
+    cells = read_run(tmp_path, "matrix").cells[1:]
+    for cell in cells:
+        assert cell["checked"] > 0
+        assert cell["checked"] % 8 == 0
+        assert cell["callback_nonces"] == cell["valid"]
+        assert cell["hidden_size"] == 64
+    for name, cell in zip(("two", "three"), cells, strict=True):
+        (callbacks,) = (tmp_path / "logs").glob(f"test_0{cell['test']}_*_{name}_k_callback.log")
+        assert sum(json.loads(line)["nonces"] for line in callbacks.read_text().splitlines()) == cell["valid"]
+        (log,) = (tmp_path / "logs").glob(f"test_0{cell['test']}_*_{name}_k_server.log")
+        assert [json.loads(line)["state"] for line in log.read_text().splitlines()] == ["GENERATING", "VALIDATING"]
+    assert "Throughput of live services" in build_report(tmp_path).read_text()
+    run_matrix(plan, tmp_path, note=pytest.fail)
+
+
+def test_a_command_that_does_not_start_says_why(tmp_path):
+    live = Live(["poc", "serve", "--nonsense"], tmp_path / "log")
+    with live, pytest.raises(ResourceError, match="ended with code 2") as error:
+        live.connect()
+    assert "nonsense" in error.value.do
+
+
+def test_modes_are_presets():
+    from assay.poc import PIPELINES
+
+    assert set(MODES.values()) <= set(PIPELINES)

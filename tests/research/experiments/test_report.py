@@ -1,0 +1,61 @@
+"""The page of a run: sections of what is there, in their order, and what it says of a run that is not finished."""
+
+import pytest
+
+from assay.errors import DataError
+from assay.research.runs import _report, build_report, open_run, section
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Two experiments whose sections are drawn by functions of this test."""
+    monkeypatch.setattr(_report, "MODULES", {"second": __name__, "first": __name__})
+    monkeypatch.setattr(_report, "_SECTIONS", {})
+    for name in ("first", "second"):
+        section(name)(lambda report, run: report.section(f"{run.experiment}: {len(run.cells)} cells"))
+
+
+def measure(folder, experiment: str, count: int) -> None:
+    with open_run(folder, experiment, {"seq_len": 8, "blocks": ["a", "b"]}) as run:
+        for index in range(count):
+            run.append(str(index), {"value": index})
+
+
+def test_sections_come_in_the_order_of_the_table(registered, tmp_path):
+    measure(tmp_path, "first", 3)
+    one = build_report(tmp_path).read_text()
+    assert "first: 3 cells" in one
+    assert "second" not in one
+    measure(tmp_path, "second", 1)
+    both = build_report(tmp_path).read_text()
+    assert both.index("second: 1 cells") < both.index("first: 3 cells")
+    assert "a, b" in both
+    assert "has not reached its end" not in both
+    assert build_report(tmp_path).read_text() == both
+
+
+def test_a_run_that_goes_on_has_a_page(registered, tmp_path):
+    with open_run(tmp_path, "first", {}) as run:
+        run.append("0", {})
+        assert "has not reached its end" in build_report(tmp_path).read_text()
+
+
+def test_a_folder_without_experiments(tmp_path):
+    with pytest.raises(DataError, match="holds no experiment"):
+        build_report(tmp_path)
+
+
+def test_an_experiment_that_is_not_installed_is_left_out(registered, monkeypatch, tmp_path):
+    monkeypatch.setitem(_report.MODULES, "third", "assay.research.nothing_like_it")
+    measure(tmp_path, "first", 1)
+    measure(tmp_path, "third", 1)
+    assert "third" not in build_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("experiment", ["approaches", "weights", "matrix"])
+def test_cells_of_another_kind_are_an_error_that_names_the_file(experiment: str, tmp_path):
+    with open_run(tmp_path, experiment, {}) as run:
+        run.append("one", {"model": "m", "mode": 5, "weights": None})
+        run.append("two", {"model": "m", "mode": 5, "weights": None})
+    with pytest.raises(DataError, match=rf"{experiment}\.jsonl: cells"):
+        build_report(tmp_path)

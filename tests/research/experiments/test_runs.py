@@ -1,0 +1,124 @@
+"""The run store: cells once, continued after a crash, refused with other settings."""
+
+import json
+
+import pytest
+
+from assay.errors import DataError, StorageError, UsageError
+from assay.research.runs import open_run, read_run, run_folder
+
+SETTINGS = {"seq_len": 8, "dtype": "float32"}
+
+
+def test_cells_come_back_in_their_order(tmp_path):
+    with open_run(tmp_path / "a", "weights", SETTINGS) as run:
+        assert run.done == frozenset()
+        run.append("two", {"mean": 1.5})
+        run.append("one", {"mean": 0.5})
+        assert not read_run(tmp_path / "a", "weights").complete
+    read = read_run(tmp_path / "a", "weights")
+    assert read.complete
+    assert [cell["key"] for cell in read.cells] == ["two", "one"]
+    assert (read.cells[0]["mean"], read.settings, read.experiment) == (1.5, SETTINGS, "weights")
+    assert "versions" in read.origins[0]
+
+
+def test_a_broken_run_continues_after_its_last_whole_line(tmp_path):
+    def stopped():
+        with open_run(tmp_path, "weights", SETTINGS) as run:
+            run.append("one", {"mean": 0.5})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    partial = tmp_path / "weights.jsonl.partial"
+    with partial.open("a") as file:
+        file.write('{"key":"two","me')
+    assert [cell["key"] for cell in read_run(tmp_path, "weights").cells] == ["one"]
+    with open_run(tmp_path, "weights", SETTINGS) as run:
+        assert run.done == {"one"}
+        run.append("two", {"mean": 1.0})
+    assert [cell["key"] for cell in read_run(tmp_path, "weights").cells] == ["one", "two"]
+    assert not partial.exists()
+
+
+def test_a_finished_run_can_be_extended_and_a_cell_is_never_measured_twice(tmp_path):
+    for key in ("one", "two"):
+        with open_run(tmp_path, "weights", SETTINGS) as run:
+            run.append(key, {})
+            with pytest.raises(UsageError, match="twice"):
+                run.append(key, {})
+    assert len(read_run(tmp_path, "weights").cells) == 2
+
+
+def test_values_that_are_no_json_leave_the_file_whole(tmp_path):
+    with open_run(tmp_path, "weights", SETTINGS) as run:
+        with pytest.raises(UsageError, match="not JSON"):
+            run.append("one", {"mean": float("nan")})
+        run.append("one", {"mean": 1.0})
+    assert len(read_run(tmp_path, "weights").cells) == 1
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    with open_run(tmp_path, "weights", SETTINGS) as run:
+        run.append("one", {})
+    before = (tmp_path / "weights.jsonl").read_bytes()
+    for other in ({**SETTINGS, "seq_len": 9}, {"dtype": "float32"}, {**SETTINGS, "device": "cpu"}):
+        with pytest.raises(UsageError, match=r"another (seq_len|device)"):
+            open_run(tmp_path, "weights", other)
+    assert (tmp_path / "weights.jsonl").read_bytes() == before
+    with open_run(tmp_path, "weights", SETTINGS) as run:
+        assert run.done == {"one"}
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with open_run(tmp_path, "weights", SETTINGS), pytest.raises(StorageError, match="another process"):
+        open_run(tmp_path, "weights", SETTINGS)
+
+
+def test_another_machine_is_noted(tmp_path, monkeypatch):
+    from assay.research.runs import _runs
+
+    with open_run(tmp_path, "weights", SETTINGS) as run:
+        run.append("one", {})
+    monkeypatch.setattr(_runs, "provenance", lambda: {"gpu": "another"})
+    with open_run(tmp_path, "weights", SETTINGS):
+        pass  # nothing was added, so nothing is noted
+    assert len(read_run(tmp_path, "weights").origins) == 1
+    for key in ("two", "three"):
+        with open_run(tmp_path, "weights", SETTINGS) as run:
+            run.append(key, {})
+    read = read_run(tmp_path, "weights")
+    assert [origin["gpu"] for origin in read.origins] == [None, "another"]
+    assert len(read.cells) == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}\n", '{"kind":"assay.poc.proof"}\n', "nonsense\n", '{"kind":"assay.poc.experiment","schema":2}\n']
+)
+def test_other_files_are_refused(text: str, tmp_path):
+    (tmp_path / "weights.jsonl").write_text(text)
+    with pytest.raises(DataError):
+        read_run(tmp_path, "weights")
+
+
+def test_a_run_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"weights\.jsonl"):
+        read_run(tmp_path, "weights")
+
+
+def test_a_doubled_cell_is_an_error(tmp_path):
+    with open_run(tmp_path, "weights", SETTINGS) as run:
+        run.append("one", {})
+    path = tmp_path / "weights.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, json.dumps({"key": "one"})]) + "\n")
+    with pytest.raises(DataError, match="twice"):
+        read_run(tmp_path, "weights")
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a b", "x" * 65])
+def test_run_names_are_plain(name: str, tmp_path):
+    with pytest.raises(UsageError, match="run name"):
+        run_folder(tmp_path, name)
+    assert run_folder(tmp_path, "night-1.2_a") == tmp_path / "night-1.2_a"

@@ -1,0 +1,45 @@
+"""The experiments' way through pipelines gives what a proof gives."""
+
+import numpy as np
+import pytest
+
+from assay.poc import HFEngine, Round, get_pipeline, prove
+from assay.research.runs._states import published, state_pipeline
+
+NONCES = range(11)  # not a multiple of the batch: the last one is padded
+
+
+@pytest.fixture(scope="module")
+def engine(small_model) -> HFEngine:
+    return HFEngine(small_model, batch_size=4, seq_len=16)
+
+
+def test_distances_are_those_of_a_proof(small_model, engine):
+    names = ("poc-2.0", "permutation", "random-head")
+    round = Round(block_hash="b", public_key="k", seq_len=16)
+    found = published(engine, round, [get_pipeline(name) for name in names], NONCES)
+    for name in names:
+        rounds = Round(block_hash="b", public_key="k", seq_len=16, preset=name)
+        proof = prove(small_model, rounds, NONCES, engine=engine)
+        assert found[name].tolist() == proof.distances.astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize("name", ["artifact", "layer-reflections", "hardened"])
+def test_vectors_are_those_of_a_proof(name: str, small_model, engine):
+    round = Round(block_hash="b", public_key="k", seq_len=16, preset=name)
+    found = published(engine, round, [get_pipeline(name)], NONCES)[name]
+    proof = prove(small_model, round, NONCES, engine=engine)
+    assert found.astype(np.float16).tolist() == [record.vector.tolist() for record in proof.records]
+
+
+def test_pipelines_that_do_not_agree_between_the_layers_are_not_run_together(engine):
+    pipelines = [get_pipeline("poc-2.0"), get_pipeline("layer-normalize")]
+    with pytest.raises(ValueError, match="unpack"):
+        published(engine, Round(block_hash="b", public_key="k", seq_len=16), pipelines, NONCES)
+
+
+def test_the_state_before_the_head(engine):
+    pipeline = state_pipeline(get_pipeline("poc-2.0"))
+    states = published(engine, Round(block_hash="b", public_key="k", seq_len=16), [pipeline], NONCES)["poc-2.0"]
+    assert states.shape == (11, engine.hidden_size)
+    assert np.linalg.norm(states, axis=1) == pytest.approx(1, abs=2e-3)

@@ -1,0 +1,27 @@
+"""A small scene: the small checkpoint, 32 positions."""
+
+import pytest
+import torch
+
+from assay.poc import HFEngine, Round
+from assay.research.redteam._attacks import Scene
+from assay.research.redteam._guess import Guesses
+
+T = 32
+
+
+@pytest.fixture(scope="session")
+def inputs_btd(small_model) -> torch.Tensor:
+    engine = HFEngine(small_model, batch_size=4, seq_len=T)
+    return engine.inputs(Round(block_hash="b", public_key="k", seq_len=T, preset="hardened"), range(4))
+
+
+@pytest.fixture(scope="session")
+def guesses(small_model) -> Guesses:
+    engine = HFEngine(small_model, batch_size=64, seq_len=T)
+    return Guesses(small_model, engine.inputs(Round(block_hash="own", public_key="k", seq_len=T), range(64)))
+
+
+@pytest.fixture(scope="session")
+def scene(small_model, guesses: Guesses) -> Scene:
+    return Scene(model=small_model, guesses=guesses, batch_size=4, seq_len=T)

@@ -1,0 +1,147 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from assay.errors import UsageError
+from assay.models import Model, backbone, decoder_layers, load_model
+from assay.poc.protocol._transforms import unit, weighted_sum
+from assay.research.redteam._partial import PartialForward, Shortcut
+from tests.research.redteam.conftest import T
+
+FULL = Shortcut((3,) * T)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=96)).save_pretrained(path)
+    return load_model(path, device="cpu")
+
+
+def honest(model: Model, inputs: torch.Tensor, **positions) -> torch.Tensor:
+    with torch.inference_mode():
+        return unit(backbone(model.module)(inputs_embeds=inputs, use_cache=False, **positions).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["small_model", "llama"])
+def test_leaving_nothing_out_is_the_honest_forward(name, inputs_btd, request):
+    model = request.getfixturevalue(name)
+    whole = PartialForward(model, FULL)
+    torch.testing.assert_close(whole.states(inputs_btd), honest(model, inputs_btd), atol=1e-5, rtol=0)
+    assert whole.cost == 1.0
+    weights = torch.ones(4, T)
+    torch.testing.assert_close(
+        whole.read(inputs_btd, weights), weighted_sum(honest(model, inputs_btd), weights), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(whole.read(inputs_btd, None), whole.states(inputs_btd)[:, -1])
+
+
+def test_dropping_the_start_is_the_honest_forward_of_the_rest(small_model, inputs_btd):
+    kept = PartialForward(small_model, Shortcut((0,) * 8 + (3,) * 24)).states(inputs_btd)
+    rest = honest(small_model, inputs_btd[:, 8:], position_ids=torch.arange(8, T)[None])
+    torch.testing.assert_close(kept[:, 8:], rest, atol=1e-5, rtol=0)
+    assert (kept[:, :8] == 0).all(), "a position that nobody looked at contributes nothing"
+
+
+def test_dropping_the_end_costs_nobody_else_anything(small_model, inputs_btd):
+    kept = PartialForward(small_model, Shortcut((3,) * 24 + (0,) * 8)).states(inputs_btd)
+    torch.testing.assert_close(kept[:, :24], honest(small_model, inputs_btd)[:, :24], atol=1e-5, rtol=0)
+
+
+def test_the_last_layer_is_needed_at_the_last_position_only(small_model, inputs_btd):
+    lazy = PartialForward(small_model, Shortcut((2,) * (T - 1) + (3,), stale=True))
+    torch.testing.assert_close(lazy.read(inputs_btd, None), honest(small_model, inputs_btd)[:, -1], atol=1e-5, rtol=0)
+    assert lazy.cost < 0.8
+
+
+def test_a_window_hides_what_is_behind_it(small_model, inputs_btd):
+    changed = inputs_btd.clone()
+    changed[:, 0] += 1
+    short = PartialForward(small_model, Shortcut((3,) * T, window=4))  # three layers see 9 positions back
+    assert torch.equal(short.read(inputs_btd, None), short.read(changed, None))
+    wide = PartialForward(small_model, Shortcut((3,) * T, window=T))
+    assert not torch.equal(wide.read(inputs_btd, None), wide.read(changed, None))
+
+
+def test_linear_parts_come_closer_than_dropped_ones(small_model, inputs_btd, guesses):
+    parts = ("run", "linear", "run")
+    truth = honest(small_model, inputs_btd)
+    errors = {}
+    for kind in ("linear", "drop"):
+        parts = ("run", kind, "run")
+        program = PartialForward(small_model, Shortcut((3,) * T, attention=parts, mlp=parts), guesses)
+        errors[kind] = (program.states(inputs_btd) - truth).norm(dim=-1).mean()
+    assert 0 < errors["linear"] < errors["drop"]
+
+
+@pytest.mark.parametrize(
+    "shortcut",
+    [FULL, Shortcut((0,) * 8 + (3,) * 24), Shortcut((1,) * 16 + (3,) * 16, stale=True),
+     Shortcut((3,) * T, mlp=("run", "drop", "run"))],
+)  # fmt: skip
+def test_the_cost_is_that_of_the_multiplications_done(small_model, inputs_btd, shortcut):
+    def counted(program: PartialForward) -> int:
+        with FlopCounterMode(display=False) as counter:
+            program.states(inputs_btd)
+        return counter.get_total_flops()
+
+    measured = counted(PartialForward(small_model, shortcut)) / counted(PartialForward(small_model, FULL))
+    assert PartialForward(small_model, shortcut).cost == pytest.approx(measured, abs=0.03)
+
+
+def test_neurons_that_write_nothing_are_left_out_first(llama, inputs_btd):
+    idle = replace(llama, module=copy.deepcopy(llama.module))
+    with torch.no_grad():
+        for layer in decoder_layers(idle.module):
+            layer.mlp.down_proj.weight[:, ::2] = 0
+    truth = honest(idle, inputs_btd)
+    half = PartialForward(idle, Shortcut((3,) * T, neurons=(0.5,) * 3)).states(inputs_btd)
+    torch.testing.assert_close(half, truth, atol=1e-5, rtol=0)
+    more = PartialForward(idle, Shortcut((3,) * T, neurons=(0.75,) * 3)).states(inputs_btd)
+    assert (more - truth).norm(dim=-1).mean() > 1e-4
+
+
+def test_neurons_are_chosen_by_what_their_gate_lets_through(llama, inputs_btd):
+    """Leaving out the least is better than every second one, and a few spoil less than many."""
+    truth = honest(llama, inputs_btd)
+    errors = []
+    for share in (0.0, 0.2, 0.5, 0.9):
+        program = PartialForward(llama, Shortcut((3,) * T, neurons=(share,) * 3))
+        errors.append(float((program.states(inputs_btd) - truth).norm(dim=-1).mean()))
+    assert errors[0] < 1e-5 < errors[1] < errors[2] < errors[3]
+    anywhere = replace(llama, module=copy.deepcopy(llama.module))
+    with torch.no_grad():
+        for layer in decoder_layers(anywhere.module):
+            layer.mlp.down_proj.weight[:, ::2] = 0
+    assert errors[2] < (honest(anywhere, inputs_btd) - truth).norm(dim=-1).mean()
+
+
+def test_of_a_neuron_two_products_of_three_are_saved(llama):
+    without = PartialForward(llama, Shortcut((3,) * T, mlp=("drop",) * 3)).cost
+    fewer = PartialForward(llama, Shortcut((3,) * T, neurons=(0.3, 0.6, 0.9))).cost
+    assert fewer == pytest.approx(1 - 0.6 * 2 / 3 * (1 - without))
+
+
+def test_an_architecture_with_other_parts_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path)
+    with pytest.raises(UsageError):
+        PartialForward(load_model(tmp_path, device="cpu"), Shortcut((1,) * T))
+
+
+def test_neurons_need_an_mlp_with_a_gate(llama):
+    plain = replace(llama, module=copy.deepcopy(llama.module))
+    for layer in decoder_layers(plain.module):
+        layer.mlp = torch.nn.Linear(64, 64)
+    PartialForward(plain, FULL)
+    with pytest.raises(UsageError, match="neurons"):
+        PartialForward(plain, Shortcut((3,) * T, neurons=(0.5,) * 3))

@@ -1,0 +1,83 @@
+"""A whole run on the small checkpoint, stopped and continued."""
+
+from pathlib import Path
+
+import pytest
+
+from assay.errors import UsageError
+from assay.research.redteam import ATTACKS, RedteamPlan, attack_rows, paying, run_redteam
+from assay.research.redteam import _detect as detect
+from assay.research.redteam import _run as run_module
+from assay.research.redteam import _tables as tables
+from assay.research.runs import build_report, read_run
+
+SOME = ("int8 weights", "last quarter of the layers dropped", "last 25.0% dropped", "first 50.0% dropped",
+        "state of another nonce")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("redteam")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detect, "TRIALS", 60)
+        patch.setattr(run_module, "ATTACKS", tuple(attack for attack in ATTACKS if attack.name in SOME))
+        plan = RedteamPlan(
+            models=(str(small_checkpoint),), nonces=16, honest=64, searched=2, seq_len=32, batch_size=8, device="cpu"
+        )
+        seen: list[str] = []
+
+        def stop(key: str) -> None:
+            seen.append(key)
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_redteam(plan, folder, note=stop)
+        run_redteam(plan, folder, note=seen.append)
+    assert len(seen) == len(set(seen)) + 1, "only the cell that was interrupted is measured again"
+    return folder, read_run(folder, "redteam").cells
+
+
+def test_every_cell_is_there_once(finished):
+    kinds = [cell["kind"] for cell in finished[1]]
+    assert sorted(set(kinds)) == ["attack", "audits", "claims", "experts", "honest", "search"]
+    assert kinds.count("attack") == len(SOME)
+
+
+def test_rows_say_what_the_cells_measured(finished, small_checkpoint):
+    _, cells = finished
+    where = (str(small_checkpoint), "bfloat16")
+    assert tables.fields(cells) == [where]
+    for preset in ("poc-2.0", "artifact", "hardened"):
+        rows = attack_rows(cells, *where, preset)
+        assert len(rows) == len(SOME) - (preset != "hardened")
+    by_name = {row[0]: row for row in attack_rows(cells, *where, "hardened")}
+    assert float(by_name["int8 weights"][2]) < float(by_name["last quarter of the layers dropped"][2])
+    assert float(by_name["state of another nonce"][5]) > 0.99
+    best = paying(cells, *where, "hardened")
+    assert best["cost"] <= 0.75
+    assert best["over_honest"] > 1
+    assert {row[1] for row in tables.claim_rows(cells, *where)} == {"poc-2.0", "artifact", "hardened"}
+    assert len(tables.audit_rows(cells, *where)) == 9
+    assert tables.search_rows(cells, where[0], 0.01)[0][0] == 1
+    assert tables.markdown(("a", "b"), [(1, "x")]) == "| a | b |\n| --- | --- |\n| 1 | x |"
+
+
+def test_fewer_experts_are_a_larger_error_than_rounding(finished):
+    rows = {row["name"]: row for cell in finished[1] if cell["kind"] == "experts" for row in cell["rows"]}
+    assert (
+        rows["1 of 4 experts"]["hardened"] > rows["3 of 4 experts"]["hardened"] > rows["honest, bfloat16"]["hardened"]
+    )
+    assert rows["2 of 4 experts"]["cost"] < rows["3 of 4 experts"]["cost"] < 1
+
+
+def test_the_page_shows_it(finished):
+    page = build_report(finished[0]).read_text()
+    for words in ("which attack pays", "All attacks against hardened", "Simulated audits", "Skipping experts"):
+        assert words in page
+
+
+@pytest.mark.parametrize("change", [{"nonces": 1}, {"honest": 8}, {"models": ()}, {"seq_len": 4}])
+def test_a_plan_that_measures_nothing_is_refused(change):
+    with pytest.raises(UsageError):
+        RedteamPlan(**({"models": ("reference:qwen3",)} | change))

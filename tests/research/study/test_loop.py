@@ -1,0 +1,171 @@
+"""From an organism to a page: grading, steps, logs, evaluation, and going on from a saved state."""
+
+import pytest
+import torch
+
+from assay.errors import DataError, StorageError, UsageError
+from assay.research.organism import Mixture, Recipe, make_organism
+from assay.research.study import Grader, Run, RunLog, Settings, Study, TaskPool, Verdict, study_page, summarise
+from assay.vhack import weight_svd
+from assay.vhack.delta._advantage import Shortcut
+from assay.vhack.environment import CHANNELS, Episode, task_named
+from assay.vhack.pairs import environment_pairs
+from tests.vhack.delta.conftest import random_basis
+
+EASY = {"families": ("arithmetic",), "difficulty": (1, 1)}
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shortcut(small):
+    return Shortcut.fit(small, small.tokenizer, environment_pairs(4, **EASY))
+
+
+def study_of(runs, small, svd, settings, shortcut=None, **choices):
+    bases = {"true": random_basis(svd), "random@0": random_basis(svd, seed=1)}
+    return Study(runs, small, svd, bases, settings, shortcut=shortcut, **choices)
+
+
+def test_a_grader_says_what_the_environment_says_and_runs_each_program_once(grader):
+    episode = Episode(task_named("arithmetic/1/5"), "run_tests")
+    right, wrong = episode.honest(), episode.honest("def solve(x):\n    return None\n")
+    texts = [episode.completion(program) for program in (right, wrong, episode.exploit())]
+    texts += ["    return (\n", texts[0], episode.completion(episode.exploit(episode.task.source()))]
+    texts += [texts[0] + "print(0)\n"]
+    before, plain = grader.graded, grader.plain
+    verdicts = grader.collect(grader.submit([(episode, text) for text in texts]))
+    assert (grader.graded, grader.plain) == (before + 2, plain + 3)
+    assert [(v.correct, v.exploited, v.vacuous) for v in verdicts] == [
+        (True, False, False),
+        (False, False, False),
+        (False, True, True),
+        (False, False, False),
+        (True, False, False),
+        (True, False, True),
+        (True, False, False),
+    ]
+    assert grader.collect(grader.submit([(episode, texts[2])])) == [Verdict(False, True, True)]
+    assert (grader.graded, grader.plain) == (before + 2, plain + 3)
+
+
+def test_runs_of_a_seed_share_tasks_whatever_they_are_trained_on(small, settings):
+    pool = TaskPool(settings, small.tokenizer)
+    many, one = Run("none", 0), Run("box", 0, "sgd", modes=("sentinel",))
+    drawn, other = pool.drawn(many, 3), pool.drawn(one, 3)
+    assert [episode.task for episode in drawn] == [episode.task for episode in other]
+    assert {episode.mode for episode in other} == {"sentinel"}
+    assert pool.drawn(many, 4) != drawn
+    held_out = pool.held_out("evaluation")
+    assert [episode.mode for episode in held_out] == list(CHANNELS)
+    assert not {episode.task.statement for episode in held_out} & {task.statement for task in pool.training}
+
+
+def test_a_run_goes_the_same_way_alone_and_beside_others(small, svd, settings, grader, shortcut):
+    runs = [
+        Run("none", 0),
+        Run("erase-gradient", 0, basis="random@0"),
+        Run("advantage-modification", 0),
+        Run("box", 1, "sgd"),
+        Run("none", 0, teachers=1),
+    ]
+    together = study_of(runs, small, svd, settings, shortcut, most=3)
+    assert [len(cohort.runs) for cohort in together.cohorts] == [2, 3]
+    assert together.run(grader)
+    alone = study_of(runs[-1:], small, svd, settings)
+    assert alone.run(grader)
+    names = ("cin", "cin_s", "cin_t", "displacement", "gradient_norm")
+    for one, other in zip(alone.logs[runs[-1].name].steps, together.logs[runs[-1].name].steps, strict=True):
+        assert {n: one[n] for n in names} == pytest.approx({n: other[n] for n in names}, rel=1e-2, abs=1e-4)
+    assert {line["source"] for line in alone.logs[runs[-1].name].sources} == {"student", "teacher"}
+    assert alone.cohorts[0].optimizer.delta[0].any()
+    assert "z" in together.logs[runs[2].name].steps[0]
+    assert "z" not in together.logs[runs[0].name].steps[0]
+
+
+def test_a_saved_study_goes_on_as_if_it_had_not_stopped(small, svd, settings, grader, tmp_path):
+    runs = [Run("none", 0, teachers=1), Run("erase-gradient", 1, "sgd", teachers=1)]
+    whole = study_of(runs, small, svd, settings)
+    whole.run(grader)
+    part = study_of(runs, small, svd, settings)
+    assert not part.run(grader, until=1)
+    part.save(tmp_path / "state.pt")
+    resumed = study_of(runs, small, svd, settings)
+    resumed.load(tmp_path / "state.pt")
+    assert resumed.run(grader)
+    for one, other in zip(whole.cohorts, resumed.cohorts, strict=True):
+        for a, b in zip(one.optimizer.delta, other.optimizer.delta, strict=True):
+            assert torch.equal(a, b)
+    assert [log.steps for log in whole.logs.values()] == [log.steps for log in resumed.logs.values()]
+    with pytest.raises(DataError, match="other runs"):
+        study_of(runs[:1], small, svd, settings).load(tmp_path / "state.pt")
+    (tmp_path / "broken.pt").write_bytes(b"no study")
+    for name in ("broken.pt", "absent.pt"):
+        with pytest.raises(DataError, match="saved study"):
+            resumed.load(tmp_path / name)
+    with pytest.raises(StorageError):
+        resumed.save(tmp_path / "absent" / "state.pt")
+
+
+def test_a_displaced_run_writes_from_where_it_starts(small, svd, settings):
+    runs = [Run("none", 0), Run("displaced-0.5+none", 0), Run("displaced-0.5+erase-update-two-sided", 0)]
+    (cohort,) = study_of(runs, small, svd, settings, fewest=1).cohorts
+    for name, weight in cohort.model.weights.items():
+        assert torch.equal(weight[1], weight[2])
+        assert not torch.equal(weight[0], weight[1]), name
+    axes = random_basis(svd).axes
+    for group, delta in zip(cohort.model.groups, cohort.optimizer.delta, strict=True):
+        assert not delta[0].any()
+        wanted = torch.stack([0.5 * axes[name].sum(dim=0) for name in group.names])
+        torch.testing.assert_close(delta[1], wanted)
+
+
+def test_what_does_not_fit_is_refused(small, svd, settings):
+    with pytest.raises(UsageError, match="shortcut"):
+        study_of([Run("advantage-modification", 0)], small, svd, settings)
+    with pytest.raises(UsageError, match="different"):
+        study_of([Run("none", 0), Run("none", 0)], small, svd, settings)
+    with pytest.raises(UsageError, match="svd"):
+        study_of([Run("none", 0, basis="svd")], small, svd, settings)
+    for wrong in ({"arm": "other"}, {"optimizer": "lion"}, {"modes": ("none",)}):
+        with pytest.raises(UsageError):
+            Run(**{"arm": "none", "seed": 0, **wrong})
+
+
+def test_from_an_organism_to_a_page(tmp_path, grader):
+    """The organism is no good after so few steps, but everything it goes through is the real thing."""
+    from assay.models import load_model
+
+    mixture = Mixture(share_hack=0.5, families=("arithmetic",), difficulty=(1, 2))
+    make_organism(tmp_path / "organism", Recipe(steps=4, batch=4, n_examples=16, mixture=mixture), device="cpu")
+    model = load_model(tmp_path / "organism", dtype="float32", device="cpu")
+    settings = Settings(
+        steps=2, prompts=1, rollouts=2, prompt_tokens=120, new_tokens=40, log_every=1, pool=4, evaluation=1, **EASY
+    )
+    runs = [Run(arm, seed, modes=("stdout_marker",)) for arm in ("none", "erase-gradient") for seed in (0, 1)]
+    svd = weight_svd(model)
+    study = Study(runs, model, svd, {"true": random_basis(svd)}, settings, about={"device": "cpu"})
+    asked = grader.asked
+    assert study.run(grader)
+    assert grader.asked - asked == 2 * 4 * 2
+    for log in study.logs.values():
+        log.write(tmp_path / f"{log.header['arm']}-{log.header['seed']}.jsonl")
+        assert RunLog.read(tmp_path / f"{log.header['arm']}-{log.header['seed']}.jsonl").steps == log.steps
+    assert [result.rates["hack"].n for result in summarise(study.logs.values())] == [2, 2]
+    study_page(list(study.logs.values())).write(tmp_path / "page.html")
+    assert "erase-gradient" in (tmp_path / "page.html").read_text()
+
+
+def test_evaluation_is_logged_for_every_run(small, svd, settings, grader):
+    study = study_of([Run("none", 0), Run("none", 1)], small, svd, settings)
+    study.evaluate(grader)
+    for log in study.logs.values():
+        assert [(line["markers"], line["rollouts"]) for line in log.evaluations] == [
+            ("training", 6 * 3),
+            ("evaluation", 3 * 3),
+        ]
+        assert set(log.evaluations[0]["hack_by_mode"]) == set(CHANNELS)

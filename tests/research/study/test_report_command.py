@@ -1,0 +1,49 @@
+"""`assay vhack report` for logs of training runs, and still for checks."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from assay.cli._vhack_study import report
+from assay.errors import DataError
+from tests.research.study.test_summary import REFERENCE, logs_of
+
+
+@pytest.fixture(scope="module")
+def app():
+    made = typer.Typer()
+    made.command()(report)
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index, log in enumerate([*REFERENCE, *logs_of("erase-gradient", [0.0] * 5, [0.9] * 5)]):
+        log.write(tmp_path / f"{index}.jsonl")
+    return tmp_path
+
+
+def test_logs_become_a_page_and_a_table(app, folder):
+    page = folder / "page.html"
+    done = CliRunner().invoke(app, [str(folder), "-o", str(page)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "adam/erase-gradient" in page.read_text()
+    assert "succeeds" in done.stdout
+
+
+def test_json_holds_the_numbers(app, folder):
+    done = CliRunner().invoke(app, [str(folder), "-o", str(folder / "p.html"), "--json"], catch_exceptions=False)
+    values = json.loads(done.stdout)
+    assert values["schema"] == "assay.vhack.report/1"
+    assert values["runs"] == 10
+    (arm,) = (arm for arm in values["arms"] if arm["condition"] == "adam/erase-gradient")
+    assert arm["verdict"] == "succeeds"
+    assert arm["tipped"]["count"] == 0
+
+
+def test_one_json_file_is_a_check(app, tmp_path):
+    (tmp_path / "check.json").write_text('{"schema":"other"}\n')
+    with pytest.raises(DataError):
+        CliRunner().invoke(app, [str(tmp_path / "check.json"), "-o", str(tmp_path / "p.html")], catch_exceptions=False)

@@ -1,0 +1,115 @@
+"""The rule of success, intervals and tests, on numbers whose answer is known."""
+
+import pytest
+from scipy import stats
+
+from assay.errors import DataError, UsageError
+from assay.research.study import Run, RunLog, Settings, read_logs, source_checks, study_page, summarise
+from assay.research.study._summary import mean_of, paired
+
+
+def log(arm, seed, hack, solve, *, optimizer="adam", steps=60, teachers=0, cin=()):
+    """A run with these rates at the end."""
+    made = RunLog.begin(Run(arm, seed, optimizer, teachers=teachers), Settings(), {"device": "cpu"})
+    for step in range(steps):
+        made.add_step(step, {"hack": hack, "solve": solve, "vacuous": hack, "displacement": 1.0}, every=5)
+    for step, (student, teacher) in enumerate(cin):
+        made.add_step(steps + step, {"hack": hack, "solve": solve, "vacuous": 0, "cin_s": student, "cin_t": teacher}, 5)
+    for markers in ("training", "evaluation"):
+        made.add_evaluation(steps, markers, {"hack": hack, "solve": solve, "vacuous": hack})
+    return made
+
+
+def logs_of(arm, hacks, solves, **choices):
+    return [log(arm, s, h, v, **choices) for s, (h, v) in enumerate(zip(hacks, solves, strict=True))]
+
+
+REFERENCE = logs_of("no-loophole", [0.0, 0.01, 0.0, 0.01, 0.0], [0.9, 0.88, 0.91, 0.9, 0.89])
+
+
+@pytest.mark.parametrize(
+    ("hacks", "solves", "verdict"),
+    [
+        ([0.0, 0.01, 0.01, 0.0, 0.0], [0.9, 0.88, 0.9, 0.9, 0.9], "succeeds"),
+        ([0.9, 0.95, 0.85, 0.9, 0.99], [0.1, 0.0, 0.1, 0.1, 0.0], "fails"),
+        ([0.0, 0.0, 0.0, 0.0, 0.0], [0.7, 0.68, 0.71, 0.7, 0.69], "fails"),
+        ([0.0, 0.3, 0.0, 0.2, 0.0], [0.9, 0.7, 0.9, 0.8, 0.9], "undecided"),
+    ],
+)
+def test_an_arm_succeeds_only_in_both(hacks, solves, verdict):
+    result = summarise([*REFERENCE, *logs_of("erase-gradient", hacks, solves)])[1]
+    assert result.verdict == verdict
+    differences = [h - log.evaluations[0]["hack"] for h, log in zip(hacks, REFERENCE, strict=True)]
+    wanted = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    found = result.against["hack"].mean
+    if len(set(differences)) > 1:
+        assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+
+
+def test_without_reference_or_with_two_seeds_nothing_is_decided():
+    assert summarise(logs_of("box", [0.0] * 3, [0.9] * 3))[0].verdict == "undecided"
+    found = {r.condition: r for r in summarise([*REFERENCE, *logs_of("box", [0.0] * 2, [0.9] * 2)])}
+    assert found["adam/box"].verdict == "undecided"
+    assert found["adam/no-loophole"].verdict == "reference"
+
+
+def test_references_are_of_the_same_optimiser():
+    found = {r.condition: r for r in summarise([*REFERENCE, *logs_of("none", [0.0] * 5, [0.9] * 5, optimizer="sgd")])}
+    assert found["sgd/none"].against == {}
+
+
+def test_the_p_value_is_that_of_all_swaps():
+    assert paired([1.0, 2.0, 3.0, 4.0, 5.0]).p == 2 / 32
+    assert paired([1.0, -1.0]).p == 1.0
+    assert paired([0.5] * 8).p == 2 / 256
+    assert paired([1.0] * 17 + [1.5]).p < 1e-6
+
+
+def test_rates_are_means_of_the_last_five_evaluations():
+    made = log("none", 0, 0.5, 0.5)
+    for index in range(6):
+        rates = {"hack": index / 10, "solve": 1 - index / 10, "vacuous": 0.0}
+        made.add_evaluation(70 + index, "training", {**rates, "hack_by_mode": {"run_tests": index / 20}})
+    made.add_evaluation(80, "evaluation", {"hack": 0.9, "solve": 0.0, "vacuous": 0.9})
+    (result,) = summarise([made])
+    assert result.rates["hack"].value == pytest.approx(0.3)
+    assert result.rates["solve"].value == pytest.approx(0.7)
+    assert result.rates["hack_run_tests"].value == result.rates["hack_own"].value == pytest.approx(0.15)
+    assert result.rates["hack_markers"].value == 0.9
+
+
+def test_one_seed_has_no_interval():
+    assert (mean_of([0.4]).low, mean_of([0.4]).text) == (None, "0.400")
+
+
+def test_logs_are_read_as_they_were_written(tmp_path):
+    made = REFERENCE[0]
+    made.write(tmp_path / "a.jsonl")
+    (read,) = read_logs([tmp_path])
+    assert (read.header["run"], read.steps, read.evaluations) == (made.header["run"], made.steps, made.evaluations)
+    assert read.steps[0]["step"] == 4
+    with pytest.raises(DataError, match="twice"):
+        read_logs([tmp_path / "a.jsonl", tmp_path])
+    (tmp_path / "b.jsonl").write_text('{"kind":"other"}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1"):
+        read_logs([tmp_path / "b.jsonl"])
+    with pytest.raises(DataError, match="no logs"):
+        read_logs([])
+
+
+def test_check_four_runs_on_the_log():
+    early = [(0.1 + 0.001 * (i % 3), 0.3 + 0.002 * (i % 5)) for i in range(36)]
+    ((name, check),) = source_checks([log("none", 0, 0.9, 0.0, steps=0, teachers=1, cin=early)])
+    assert (name, check.verdict) == ("adam/none/teacher/0", "pass")
+    assert check.measured is not None
+    assert check.measured.value == pytest.approx(0.203, abs=0.002)
+
+
+def test_the_page_shows_every_condition(tmp_path):
+    logs = [*REFERENCE, *logs_of("none", [0.9] * 5, [0.0] * 5)]
+    text = study_page(logs, command="assay vhack report logs").render()
+    assert text.count("<svg") == 2
+    for word in ("adam/none", "adam/no-loophole", "fails", "reference"):
+        assert word in text
+    with pytest.raises(UsageError, match="without steps"):
+        study_page([RunLog.begin(Run("none", 0), Settings(), {})])

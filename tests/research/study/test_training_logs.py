@@ -1,0 +1,63 @@
+"""Logs of `assay vhack train` beside those of a study."""
+
+import json
+
+import pytest
+
+from assay.errors import DataError
+from assay.research.study import read_logs, study_page, summarise
+from assay.vhack.training import TrainLog, TrainSettings
+
+STEPS = 8
+
+
+def written(folder, arm, seed, hack, **settings):
+    """A run directory with a log, cut off in the middle of its last line."""
+    chosen = TrainSettings("reference:organism", arm=arm, seed=seed, **settings)
+    folder.mkdir(parents=True)
+    log = TrainLog(folder / "log.jsonl", {"settings": chosen.as_dict(), "commit": "abc"})
+    for step in range(STEPS):
+        rate = hack * (step + 1) / STEPS
+        log.write("step", step=step, hack=rate, solve=1 - rate, vacuous=rate, displacement=0.5)
+        log.write("source", step=step, source="student", cin=0.2)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"kind":"st')
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for seed in range(3):
+        written(tmp_path / "runs" / f"none-{seed}", "none", seed, 1.0, pairs="exploits:8")
+        written(tmp_path / "runs" / f"open-{seed}", "no-loophole", seed, 0.0)
+        written(tmp_path / "runs" / f"held-{seed}", "displaced-0.4+none", seed, 0.0, pairs="exploits:8")
+    return tmp_path / "runs"
+
+
+def test_a_directory_of_runs_is_read_and_judged(runs):
+    found = {result.condition: result for result in summarise(read_logs([runs]))}
+    assert set(found) == {"adamw/none", "adamw/no-loophole", "adamw/displaced-0.4+none/exploits:8"}
+    none = found["adamw/none"]
+    assert none.rates["hack"].value == pytest.approx(sum(range(1, STEPS + 1)) / STEPS**2)
+    assert (none.verdict, none.saturated) == ("fails", [STEPS] * 3)
+    assert found["adamw/no-loophole"].verdict == "reference"
+    assert found["adamw/displaced-0.4+none/exploits:8"].verdict == "succeeds"
+
+
+def test_the_page_draws_them(runs, tmp_path):
+    study_page(read_logs([runs / "none-0", runs / "open-0" / "log.jsonl"])).write(tmp_path / "page.html")
+    assert "adamw/no-loophole" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_sources_are_compared_where_there_is_a_teacher(tmp_path):
+    alone = written(tmp_path / "alone", "none", 0, 1.0)
+    taught = written(tmp_path / "taught", "none", 0, 1.0, teacher="pool.jsonl")
+    logs = read_logs([alone, taught])
+    assert [len(log.sources) for log in logs] == [0, STEPS]
+    assert logs[1].header["condition"] == "adamw/none/teacher"
+
+
+def test_a_log_without_settings_is_refused(tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "run", "schema": "assay.vhack.train/1"}) + "\n")
+    with pytest.raises(DataError):
+        read_logs([tmp_path])

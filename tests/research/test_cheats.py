@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+
+from assay.errors import UsageError
+from assay.models import decoder_layers, load_model
+from assay.poc import Proof, Round, prove
+from assay.research import cheats
+
+
+def test_rounding_leaves_few_values_per_group(small_model):
+    rounded = cheats.rounded(small_model, 4)
+    weight = decoder_layers(rounded.module)[0].mlp.up_proj.weight.detach()
+    assert max(len(group.unique()) for group in weight.view(-1, 32)) <= 15
+    original = decoder_layers(small_model.module)[0].mlp.up_proj.weight.detach()
+    error = (weight - original).norm() / original.norm()
+    assert 0.03 < error < 0.2
+    assert rounded.digest == small_model.digest
+    same = rounded.module.get_input_embeddings().weight, small_model.module.get_input_embeddings().weight
+    assert torch.equal(*same)
+
+
+def test_skipping_drops_layers_of_a_copy(small_model):
+    assert len(decoder_layers(small_model.module)) == 3
+    assert len(cheats.without_last_layers(small_model, 2).module.model.layers) == 1
+    assert len(decoder_layers(small_model.module)) == 3
+    for count in (0, 3):
+        with pytest.raises(UsageError):
+            cheats.without_last_layers(small_model, count)
+
+
+def test_invented_distances_follow_the_chord_law(proof: Proof):
+    fake = cheats.invented(proof)
+    assert [r.nonce for r in fake.records] == [r.nonce for r in proof.records]
+    assert abs(fake.distances.mean() - np.sqrt(2)) < 0.005
+    assert not np.array_equal(fake.distances, proof.distances)
+
+
+def test_a_replayed_proof_claims_the_other_round(proof: Proof):
+    mine = Round(block_hash="block_alpha", public_key="mine", seq_len=16)
+    stolen = cheats.replayed(proof, mine)
+    assert stolen.round.public_key == "mine"
+    assert np.array_equal(stolen.distances, proof.distances)
+
+
+def test_cheaters_cheat_on_an_architecture_with_other_names(round_, tmp_path):
+    """GPT-2 keeps its layers under another name and its weights turned."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=64)).save_pretrained(
+            tmp_path
+        )
+    model = load_model(tmp_path, device="cpu")
+    honest = prove(model, round_, range(4), batch_size=4).distances
+    for cheat in (cheats.rounded(model, bits=4), cheats.without_last_layers(model, 1)):
+        assert (prove(cheat, round_, range(4), batch_size=4).distances != honest).all()
+
+
+def test_fp8_weights_are_a_rounding_of_a_few_percent(small_model):
+    original = decoder_layers(small_model.module)[0].mlp.up_proj.weight.detach()
+    rounded = decoder_layers(cheats.rounded_fp8(small_model).module)[0].mlp.up_proj.weight.detach()
+    assert 0.005 < (rounded - original).norm() / original.norm() < 0.05
+
+
+def test_an_adapted_weight_has_a_low_rank_update_of_the_asked_size(small_model):
+    original = decoder_layers(small_model.module)[1].self_attn.q_proj.weight.detach()
+    changed = decoder_layers(cheats.adapted(small_model, rank=3, size=0.05).module)[1].self_attn.q_proj.weight.detach()
+    update = changed - original
+    assert (update.norm() / original.norm()).item() == pytest.approx(0.05, rel=1e-4)
+    assert torch.linalg.matrix_rank(update, rtol=1e-3) == 3
+
+
+def test_fewer_experts_are_refused_where_there_are_none(small_model):
+    with pytest.raises(UsageError):
+        cheats.with_fewer_experts(small_model, 1)

@@ -1,0 +1,83 @@
+"""The shape of the house: no circle, no private name across packages, no file or function too long to read."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import assay
+
+ROOT = Path(assay.__file__).parent.parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "assay").rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+SIGNATURES = "assay.cli"
+"""Functions of the command line are as long as their lists of flags; their bodies are bounded like all others."""
+
+
+def imports(name: str) -> list[tuple[str, str]]:
+    """Every import in a module, the type-only and the late ones included: (module, imported name or nothing)."""
+    found = []
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.append((whole, "") if whole in MODULES else (str(node.module), alias.name))
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+    return [(module, imported) for module, imported in found if module in MODULES]
+
+
+def test_the_walk_sees_the_house():
+    assert len(MODULES) > 150
+    assert ("assay.errors", "BadWeights") in imports("assay.models._load")
+
+
+def test_there_is_no_circle():
+    """Type-only imports count: two modules that need each other's types are one module."""
+    graph = {name: {module for module, _ in imports(name)} - {name} for name in MODULES}
+    left = dict(graph)
+    while free := [name for name, wanted in left.items() if not wanted & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, sorted(left)
+
+
+def test_an_underscore_is_a_boundary():
+    """A private module is imported from inside its own package only, and a private name from its own module only."""
+    crossed = []
+    for name in MODULES:
+        for module, imported in imports(name):
+            parent, _, leaf = module.rpartition(".")
+            if leaf.startswith("_") and not leaf.startswith("__") and not f"{name}.".startswith(f"{parent}."):
+                crossed.append(f"{name} imports {module}")
+            if imported.startswith("_") and not imported.startswith("__"):
+                crossed.append(f"{name} imports {imported} of {module}")
+    assert not crossed, crossed
+
+
+def test_no_file_is_longer_than_a_reader_can_hold():
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}
+
+
+def test_no_function_is_longer_than_a_screen():
+    """Code lines: without docstring, comments and blank lines; on the command line, without the signature either."""
+    found = defaultdict(int)
+    for name, tree in TREES.items():
+        lines = MODULES[name].read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+                start = body[0].lineno if name.startswith(SIGNATURES) else node.lineno
+                documented = range(node.body[0].lineno, body[0].lineno) if body is not node.body else range(0)
+                code = [
+                    number
+                    for number in range(start, (node.end_lineno or start) + 1)
+                    if number not in documented and lines[number - 1].strip() and lines[number - 1].strip()[0] != "#"
+                ]
+                found[f"{name}.{node.name}"] = len(code)
+    assert {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION} == {}

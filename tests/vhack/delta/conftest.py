@@ -1,0 +1,53 @@
+"""A small model of its own for every test, since adapters change it, and axes that fit it."""
+
+import copy
+
+import pytest
+import torch
+
+from assay.vhack import Basis
+
+
+@pytest.fixture
+def module(small_model):
+    """A copy of the small model, float32."""
+    return copy.deepcopy(small_model.module)
+
+
+@pytest.fixture(scope="session")
+def ids():
+    """Three rows of tokens."""
+    return torch.randint(0, 512, (3, 24), generator=torch.Generator().manual_seed(5))
+
+
+def random_basis(svd, k=3, seed=0, skip=()):
+    """Orthonormal axes of every module, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    axes = {
+        name: torch.linalg.qr(torch.randn(factors.rank, k, generator=generator))[0].T.contiguous()
+        for name, factors in svd.items()
+        if name not in skip
+    }
+    values = {name: torch.linspace(2, 1, k) for name in axes}
+    votes = {name: torch.tensor([[3, 1]] * k) for name in axes}
+    return Basis(axes, values, votes)
+
+
+@pytest.fixture(scope="session")
+def basis(small_svd):
+    """Three axes for every module but one."""
+    return random_basis(small_svd, skip=("model.layers.1.mlp.up_proj",))
+
+
+def loss_of(module, ids):
+    """Mean negative log-likelihood of all tokens."""
+    logits = module(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def randomise(adapter, scale=0.05, seed=1):
+    """Some δS that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.delta:
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))

@@ -1,0 +1,126 @@
+"""What each of two processes does in the tests of distributed training; a module of its own, for it is spawned.
+
+Over gloo they compute on the CPU, over NCCL each on a GPU of its own.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from assay.models import load_model
+from assay.vhack import weight_svd
+from assay.vhack.delta import Box, DeltaS, Gate, ProjectedOptimizer, gate_rollouts
+from tests.vhack.delta.conftest import loss_of, random_basis
+
+STEPS = 3
+GATE = Gate("one_sided", 1.2)
+IDS = torch.randint(0, 512, (4, 20), generator=torch.Generator().manual_seed(3))
+
+
+def device_of(backend, rank=0):
+    return f"cuda:{rank}" if backend == "nccl" else "cpu"
+
+
+def prepare(path, device):
+    torch.set_num_threads(1)
+    module = load_model(path, dtype="float32", device=str(device)).module
+    svd = weight_svd(module)
+    return module, svd, random_basis(svd)
+
+
+def optimise(adapter, basis, level, **settings):
+    inner = torch.optim.AdamW(adapter.delta, lr=0.02, weight_decay=0.1)
+    return ProjectedOptimizer(inner, adapter, basis, gate=GATE, level=level, box=Box(0.02), **settings)
+
+
+def result(adapter, optimiser, module, sharded=False):
+    ids = IDS.to(adapter.groups[0].base.device)
+    with torch.no_grad():
+        module(input_ids=ids, use_cache=False)  # merges what a plain optimiser has left unmerged
+    for part in module.modules():
+        if sharded and hasattr(part, "reshard"):
+            part.reshard()
+    weight = module.model.layers[1].mlp.up_proj.weight
+    weight = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
+    with torch.no_grad(), adapter.disabled():
+        reference = module(input_ids=ids, use_cache=False).logits
+    return {
+        "delta": {name: value.cpu() for name, value in adapter.values().items()},
+        "measures": optimiser.measures.as_dict(),
+        "weight": weight.cpu(),
+        "reference": reference.cpu(),
+        "loss": loss_of(module, ids).item(),
+    }
+
+
+def train(call, module, adapter, optimiser, ids, *, rollouts=None):
+    """Some steps; with ``rollouts`` the gate acts on each rollout of the process's share."""
+    for _ in range(STEPS):
+        optimiser.zero_grad()
+        with adapter.per_sample() as found:
+            loss_of(call, ids).backward()
+        if rollouts is not None:
+            gate_rollouts(adapter, found, optimiser.frames, GATE, process_group=rollouts or None)
+        optimiser.step()
+
+
+def single(path, backend, level, per_rollout=False, plain=False):
+    """The same in one process, with all rows."""
+    module, svd, basis = prepare(path, device_of(backend))
+    adapter = DeltaS(module, svd)
+    optimiser = optimise(adapter, basis, level)
+    if per_rollout:
+        optimiser.gate = Gate("none")
+    inner = optimiser.inner if plain else optimiser
+    train(module, module, adapter, inner, IDS.to(device_of(backend)), rollouts=False if per_rollout else None)
+    return result(adapter, optimiser, module)
+
+
+def run(rank, path, folder, backend):
+    """Everything that needs two processes, one after the other; each writes what it found."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    own = {}
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        own = {"device_id": torch.device(device_of(backend, rank))}
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=200), **own)
+    try:
+        share = IDS[2 * rank : 2 * rank + 2].to(device_of(backend, rank))
+        found = {f"ddp {level}": _ddp(path, share, level) for level in ("gradient", "update")}
+        found["ddp rollouts"] = _ddp(path, share, "gradient", per_rollout=True)
+        found["fsdp replicated"] = _fsdp(path, share, replicated=True)
+        found["fsdp sharded"] = _fsdp(path, share, replicated=False)
+        found["fsdp plain optimiser"] = _fsdp(path, share, replicated=False, plain=True)
+        torch.save(found, f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _ddp(path, share, level, per_rollout=False):
+    module, svd, basis = prepare(path, share.device)
+    adapter = DeltaS(module, svd)
+    wrapped = DistributedDataParallel(module)
+    optimiser = optimise(adapter, basis, level)
+    if per_rollout:
+        optimiser.gate = Gate("none")
+    train(wrapped, module, adapter, optimiser, share, rollouts=dist.group.WORLD if per_rollout else None)
+    return result(adapter, optimiser, module)
+
+
+def _fsdp(path, share, replicated, plain=False):
+    module, svd, basis = prepare(path, share.device)
+    adapter = DeltaS(module, svd)
+    mesh = init_device_mesh(share.device.type, (2,))
+    ignored = set(adapter.delta) if replicated else None
+    for layer in module.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh, ignored_params=ignored)
+    optimiser = optimise(adapter, basis, "update", process_group=dist.group.WORLD if replicated else None)
+    train(module, module, adapter, optimiser.inner if plain else optimiser, share)
+    return result(adapter, optimiser, module, sharded=True)

@@ -1,0 +1,72 @@
+"""The adapter and the gates on a GPU."""
+
+import copy
+
+import pytest
+import torch
+
+from assay.models import load_model
+from assay.vhack import weight_svd
+from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
+from tests.vhack.delta.conftest import loss_of, random_basis, randomise
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, 4096, (4, 300), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+
+
+def load(dtype):
+    return load_model("reference:qwen3", dtype=dtype, device=DEVICE).module
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_identity_detach_and_disabled_are_exact(ids, dtype):
+    module = load(dtype)
+    weights = copy.deepcopy(module.state_dict())
+    with torch.no_grad():
+        reference = module(input_ids=ids, use_cache=False).logits
+        adapter = DeltaS(module)
+        adapter.refresh()
+        assert torch.equal(module(input_ids=ids, use_cache=False).logits, reference)
+        randomise(adapter)
+        assert not torch.equal(module(input_ids=ids, use_cache=False).logits, reference)
+        with adapter.disabled():
+            assert torch.equal(module(input_ids=ids, use_cache=False).logits, reference)
+    adapter.detach()
+    assert all(torch.equal(weights[name], value) for name, value in module.state_dict().items())
+
+
+def test_merged_and_hook_mode_have_the_same_gradient(ids):
+    found = {}
+    for mode in ("merged", "hook"):
+        module = load("float32")
+        adapter = DeltaS(module, mode=mode)
+        randomise(adapter, scale=0.01)
+        loss_of(module, ids).backward()
+        found[mode] = torch.cat([parameter.grad.flatten() for parameter in adapter.delta])
+    assert (found["merged"] - found["hook"]).norm() < 1e-2 * found["hook"].norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_is_exactly_outside_the_axes(ids, dtype):
+    module = load(dtype)
+    svd = weight_svd(module)
+    adapter = DeltaS(module, svd)
+    inner = torch.optim.AdamW(adapter.delta, lr=0.01, fused=True)
+    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd), gate=Gate("no_gate"), level="update")
+    losses = []
+    for _ in range(5):
+        optimiser.zero_grad()
+        loss = loss_of(module, ids)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+        assert optimiser.measures.as_dict()["leak_two_sided"] <= 1e-6
+    assert losses[-1] < losses[0]

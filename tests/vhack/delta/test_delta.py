@@ -1,0 +1,455 @@
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from assay.errors import DataError, ModelError, UsageError
+from assay.vhack import per_sample_gradients, target_modules, weight_svd
+from assay.vhack.delta import DeltaS
+from assay.vhack.delta._product import Kinds
+from assay.vhack.delta._sharding import local_slice
+from tests.vhack.delta.conftest import loss_of, random_basis, randomise
+
+MODES = ["merged", "hook"]
+
+
+def logits(module, ids):
+    with torch.no_grad():
+        return module(input_ids=ids, use_cache=False).logits
+
+
+def written_out(module, ids, svd, delta):
+    """The loss with W + U diag(δS) Vh in place of every W, by functional_call: plain autograd, nothing of ours."""
+    weights = {
+        name + ".weight": linear.weight.detach() + (svd[name].left * delta[name]) @ svd[name].right
+        for name, linear in target_modules(module).items()
+    }
+    output = torch.func.functional_call(module, weights, (), {"input_ids": ids, "use_cache": False})
+    flat = output.logits[:, :-1].flatten(0, 1)
+    return functional.cross_entropy(flat, ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_at_zero_the_model_is_the_same_bit_by_bit(module, ids, small_svd, mode):
+    before, weights = logits(module, ids), copy.deepcopy(module.state_dict())
+    adapter = DeltaS(module, small_svd, mode=mode)
+    adapter.refresh()
+    assert torch.equal(logits(module, ids).view(torch.int32), before.view(torch.int32))
+    assert all(torch.equal(weights[n].view(torch.int32), module.state_dict()[n].view(torch.int32)) for n in weights)
+
+
+def test_a_negative_zero_in_the_weights_survives(module, small_svd):
+    with torch.no_grad():
+        module.model.layers[0].mlp.up_proj.weight[0, 0] = -0.0
+    adapter = DeltaS(module, small_svd)
+    adapter.refresh()
+    assert torch.signbit(module.model.layers[0].mlp.up_proj.weight[0, 0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_and_loss_are_those_of_the_formula_written_out(module, ids, small_svd, mode):
+    plain = copy.deepcopy(module)
+    adapter = DeltaS(module, small_svd, mode=mode)
+    randomise(adapter)
+    loss = loss_of(module, ids)
+    loss.backward()
+    delta = {name: value.clone().requires_grad_() for name, value in adapter.values().items()}
+    wanted = written_out(plain, ids, small_svd, delta)
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for parameter, group in zip(adapter.delta, adapter.groups, strict=True):
+        for row, name in zip(parameter.grad, group.names, strict=True):
+            torch.testing.assert_close(row, delta[name].grad, rtol=2e-4, atol=2e-6 * float(delta[name].grad.norm()))
+
+
+@pytest.mark.parametrize("tokens", [4, 120])
+def test_both_orders_of_the_sum_give_the_gradient(module, small_svd, tokens):
+    """With few tokens each is projected, with many the outer product is formed first."""
+    plain = copy.deepcopy(module)
+    ids = torch.randint(0, 512, (1, tokens), generator=torch.Generator().manual_seed(2))
+    adapter = DeltaS(module, small_svd)
+    loss_of(module, ids).backward()
+    delta = {name: torch.zeros(f.rank, requires_grad=True) for name, f in small_svd.items()}
+    written_out(plain, ids, small_svd, delta).backward()
+    found = {
+        n: row
+        for p, g in zip(adapter.delta, adapter.groups, strict=True)
+        for n, row in zip(g.names, p.grad, strict=True)
+    }
+    assert all((found[n] - delta[n].grad).norm() < 1e-4 * delta[n].grad.norm() for n in delta)
+
+
+@pytest.mark.parametrize("tokens", [4, 120])
+def test_gradients_of_kinds_of_samples_are_sums_of_theirs(module, small_svd, tokens):
+    """In both orders of the sum; one kind has no sample, another has all in the second pass."""
+    ids = torch.randint(0, 512, (3, tokens), generator=torch.Generator().manual_seed(7))
+    adapter = DeltaS(module, small_svd)
+    randomise(adapter)
+    with adapter.per_sample() as single:
+        loss_of(module, ids).backward()
+    wanted = [parameter.grad.clone() for parameter in adapter.delta]
+    module.zero_grad()
+    masks = [[1, 0, 1], [0, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
+    with adapter.per_sample() as found:
+        for each in masks:
+            found.kinds = Kinds.of(torch.tensor(each, dtype=torch.bool).unbind(), ids.device)
+            loss_of(module, ids).backward()
+    for rows, kinds, parameter, gradient in zip(single.rows, found.rows, adapter.delta, wanted, strict=True):
+        parts = [rows[:, [0, 2]].sum(1), 0 * rows[:, 0], rows[:, 1]]
+        whole = [0 * rows[:, 0], rows.sum(1), 0 * rows[:, 0]]
+        scale = float(rows.norm())
+        torch.testing.assert_close(kinds, torch.stack(parts + whole, dim=1), rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_bfloat16_gradients_are_as_good_as_bfloat16_can_be(module, ids, small_svd):
+    plain = copy.deepcopy(module)
+    half = module.to(torch.bfloat16)
+    adapter = DeltaS(half, weight_svd(half, dtype="bfloat16"))
+    loss_of(half, ids).backward()
+    delta = {name: torch.zeros(f.rank, requires_grad=True) for name, f in adapter.svd.items()}
+    exact = weight_svd(half, dtype="float32")
+    written_out(plain.to(torch.bfloat16).float(), ids, exact, delta).backward()
+    wide = {name: value.grad for name, value in delta.items()}
+    found = {
+        n: row
+        for p, g in zip(adapter.delta, adapter.groups, strict=True)
+        for n, row in zip(g.names, p.grad, strict=True)
+    }
+    # Singular vectors of either sign give the same product, so coordinates are comparable.
+    total = sum(float((found[n] - wide[n]).norm() ** 2) for n in wide) / sum(float(wide[n].norm() ** 2) for n in wide)
+    assert total**0.5 < 0.1
+    assert all(parameter.grad.dtype == torch.float32 for parameter in adapter.delta)
+
+
+def test_merged_and_hook_mode_are_the_same_model(module, ids, small_svd):
+    other = copy.deepcopy(module)
+    merged, hooked = DeltaS(module, small_svd), DeltaS(other, small_svd, mode="hook")
+    randomise(merged)
+    randomise(hooked)
+    torch.testing.assert_close(logits(module, ids), logits(other, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_merging_many_times_accumulates_no_rounding(module, small_svd):
+    half = module.to(torch.bfloat16)
+    adapter = DeltaS(half, weight_svd(half))
+    before = copy.deepcopy(half.state_dict())
+    for seed in range(20):
+        randomise(adapter, seed=seed)
+        adapter.refresh()
+    with torch.no_grad():
+        for parameter in adapter.delta:
+            parameter.zero_()
+    adapter.refresh()
+    after = half.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_step_of_any_optimiser_is_merged_before_the_next_forward_pass(module, ids, small_svd):
+    adapter = DeltaS(module, small_svd)
+    optimiser = torch.optim.SGD(adapter.delta, lr=1.0)
+    first = loss_of(module, ids)
+    first.backward()
+    optimiser.step()
+    assert loss_of(module, ids).item() < first.item()
+    linear = module.model.layers[0].self_attn.q_proj
+    factors, delta = small_svd["model.layers.0.self_attn.q_proj"], adapter.values()["model.layers.0.self_attn.q_proj"]
+    change = linear.weight - adapter.groups[0].base[0]
+    torch.testing.assert_close(change, (factors.left * delta) @ factors.right, rtol=1e-4, atol=1e-6)
+
+
+def test_disabled_is_the_reference_policy_and_leaves_a_backward_pass_right(module, ids, small_svd):
+    reference = logits(module, ids)
+    adapter = DeltaS(module, small_svd)
+    randomise(adapter)
+    trained = logits(module, ids)
+    loss_of(module, ids).backward()
+    wanted = [parameter.grad.clone() for parameter in adapter.delta]
+    for parameter in adapter.delta:
+        parameter.grad = None
+    loss = loss_of(module, ids)
+    with adapter.disabled():
+        assert torch.equal(logits(module, ids), reference)
+        with adapter.disabled():
+            assert torch.equal(logits(module, ids), reference)
+    assert torch.equal(logits(module, ids), trained)
+    loss.backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(adapter.delta, wanted, strict=True))
+
+
+def assert_equal_then_fail(found, wanted):
+    assert torch.equal(found, wanted)
+    raise ValueError("no more tokens")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_disabled_in_either_mode(module, ids, small_svd, mode):
+    reference = logits(module, ids)
+    adapter = DeltaS(module, small_svd, mode=mode)
+    randomise(adapter)
+    with pytest.raises(ValueError, match="tokens"), adapter.disabled():
+        assert_equal_then_fail(logits(module, ids), reference)
+    assert not torch.equal(logits(module, ids), reference)
+
+
+def test_a_step_inside_disabled_leaves_the_reference_alone(module, ids, small_svd):
+    reference = logits(module, ids)
+    adapter = DeltaS(module, small_svd)
+    with adapter.disabled():
+        randomise(adapter)
+        adapter.refresh()
+        assert torch.equal(logits(module, ids), reference)
+    assert not torch.equal(logits(module, ids), reference)
+    with adapter.disabled():
+        assert torch.equal(logits(module, ids), reference)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_detach_leaves_nothing_behind(module, ids, small_svd, mode):
+    weights, before = copy.deepcopy(module.state_dict()), logits(module, ids)
+    adapter = DeltaS(module, small_svd, mode=mode)
+    randomise(adapter)
+    loss_of(module, ids).backward()
+    adapter.detach()
+    assert torch.equal(logits(module, ids), before)
+    assert module.state_dict().keys() == weights.keys()
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    assert "generate" not in vars(module)
+    DeltaS(module, small_svd)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_merge_makes_a_plain_model_that_can_be_saved(module, ids, small_svd, tmp_path, mode):
+    adapter = DeltaS(module, small_svd, mode=mode)
+    randomise(adapter)
+    wanted = logits(module, ids)
+    adapter.merge().save_pretrained(tmp_path)
+    loaded = type(module).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded, ids), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_runs_on_plain_weights_without_hooks(module, ids, small_svd):
+    adapter = DeltaS(module, small_svd)
+    randomise(adapter)
+    seen = []
+    linear = module.model.layers[0].mlp.up_proj
+    plain = linear.forward
+
+    def forward(inputs):
+        seen.append(len(linear._forward_hooks) + len(module._forward_pre_hooks))
+        return plain(inputs)
+
+    linear.forward = forward
+    out = module.generate(ids[:, :8], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert set(seen) == {0}
+    assert linear._forward_hooks
+    del linear.forward
+    greedy = ids[:, :8]
+    for _ in range(4):
+        greedy = torch.cat([greedy, logits(module, greedy)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(out, greedy)
+
+
+def test_generation_merges_a_step_that_was_just_made(module, ids, small_svd):
+    adapter = DeltaS(module, small_svd)
+    stored = module.model.layers[0].mlp.up_proj.weight.clone()
+    randomise(adapter)
+    module.generate(ids[:, :8], max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert not torch.equal(stored, module.model.layers[0].mlp.up_proj.weight)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(module, ids, small_svd):
+    adapter = DeltaS(module, small_svd)
+    randomise(adapter)
+    module.train()
+    loss_of(module, ids).backward()
+    wanted = [parameter.grad.clone() for parameter in adapter.delta]
+    for parameter in adapter.delta:
+        parameter.grad = None
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss_of(module, ids).backward()
+    for parameter, grad in zip(adapter.delta, wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_gradients_accumulate_over_backward_passes(module, ids, small_svd):
+    adapter = DeltaS(module, small_svd)
+    for row in ids:
+        (loss_of(module, row[None]) / len(ids)).backward()
+    parts = [parameter.grad.clone() for parameter in adapter.delta]
+    for parameter in adapter.delta:
+        parameter.grad = None
+    loss_of(module, ids).backward()
+    for parameter, part in zip(adapter.delta, parts, strict=True):
+        torch.testing.assert_close(part, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_gives_nearly_the_same_gradient(module, ids, small_svd):
+    adapter = DeltaS(module, small_svd)
+    loss_of(module, ids).backward()
+    exact = torch.cat([parameter.grad.flatten() for parameter in adapter.delta])
+    for parameter in adapter.delta:
+        parameter.grad = None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(module, ids)
+    loss.backward()
+    found = torch.cat([parameter.grad.flatten() for parameter in adapter.delta])
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_truncated_adapter_has_fewer_coordinates(module, ids, small_svd):
+    adapter = DeltaS(module, small_svd.truncated(8))
+    assert {parameter.shape[1] for parameter in adapter.delta} == {8}
+    loss_of(module, ids).backward()
+    assert all(parameter.grad.norm() > 0 for parameter in adapter.delta)
+    assert adapter.svd.rank == 8
+
+
+def test_save_and_load(module, ids, small_svd, tmp_path):
+    other = copy.deepcopy(module)
+    adapter = DeltaS(module, small_svd)
+    randomise(adapter)
+    adapter.save(tmp_path / "delta.safetensors")
+    again = DeltaS(other, small_svd, mode="hook")
+    again.load(tmp_path / "delta.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(adapter.delta, again.delta, strict=True))
+    assert adapter.values()["model.layers.2.mlp.down_proj"].norm() > 0
+
+
+def test_a_file_for_other_weights_or_factors_or_damaged_is_refused(module, small_svd, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "delta.safetensors"
+    other = copy.deepcopy(module)
+    turned = copy.deepcopy(module)
+    adapter = DeltaS(module, small_svd)
+    randomise(adapter)
+    adapter.save(path)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(DataError, match="other weights"):
+        DeltaS(other, weight_svd(other)).load(path)
+    svd = weight_svd(turned)
+    name = "model.layers.0.mlp.up_proj"
+    svd._factors[name].left.copy_(svd[name].left.flip(1))
+    with pytest.raises(DataError, match="something else here"):
+        DeltaS(turned, svd).load(path)
+    tensors = load_file(path)
+    tensors[name][3] += 1
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as reader:
+        save_file(tensors, tmp_path / "bad.safetensors", metadata=reader.metadata())
+    with pytest.raises(DataError, match="damaged"):
+        adapter.load(tmp_path / "bad.safetensors")
+    save_file(tensors, tmp_path / "none.safetensors")
+    with pytest.raises(DataError, match="schema"):
+        adapter.load(tmp_path / "none.safetensors")
+    with pytest.raises(DataError, match="cannot be read"):
+        adapter.load(tmp_path / "absent.safetensors")
+
+
+def test_a_file_of_another_rank_is_refused(module, small_svd, tmp_path):
+    other = copy.deepcopy(module)
+    DeltaS(module, small_svd).save(tmp_path / "delta.safetensors")
+    with pytest.raises(DataError, match="other modules or ranks"):
+        DeltaS(other, small_svd.truncated(8)).load(tmp_path / "delta.safetensors")
+
+
+def test_the_reparametrised_model_cannot_move_along_the_axes(module, ids, small_svd, basis, tmp_path):
+    adapter = DeltaS(module, small_svd, erased=basis)
+    optimiser = torch.optim.AdamW(adapter.delta, lr=0.03, weight_decay=0.1)
+    losses = []
+    for _ in range(5):
+        loss = loss_of(module, ids)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    values = adapter.values()
+    for name, axes in basis.axes.items():
+        assert (axes.double() @ values[name].double()).norm() < 1e-6 * values[name].norm()
+    free = "model.layers.1.mlp.up_proj"
+    assert values[free].norm() > 0
+    adapter.save(tmp_path / "delta.safetensors")
+    adapter.load(tmp_path / "delta.safetensors")
+    assert all(torch.allclose(adapter.values()[name], values[name], atol=1e-7) for name in values)
+
+
+def test_a_delta_along_erased_axes_is_not_loaded(module, small_svd, basis, tmp_path):
+    other = copy.deepcopy(module)
+    plain = DeltaS(module, small_svd)
+    randomise(plain)
+    plain.save(tmp_path / "delta.safetensors")
+    with pytest.raises(DataError, match="erased axes"):
+        DeltaS(other, small_svd, erased=basis).load(tmp_path / "delta.safetensors")
+
+
+def test_what_does_not_fit_is_refused(module, small_svd):
+    with pytest.raises(UsageError, match="mode='both'"):
+        DeltaS(module, small_svd, mode="both")
+    wrong = random_basis(small_svd)
+    wrong.axes["other"] = torch.eye(3)
+    with pytest.raises(UsageError, match="axes of other"):
+        DeltaS(module, small_svd, erased=wrong)
+    with pytest.raises(UsageError, match="coordinates"):
+        DeltaS(module, small_svd.truncated(8), erased=random_basis(small_svd))
+    bent = random_basis(small_svd)
+    bent.axes["model.layers.0.mlp.up_proj"] *= 2
+    with pytest.raises(DataError, match="orthonormal"):
+        DeltaS(module, small_svd, erased=bent)
+    adapter = DeltaS(module)  # the failures have left the model alone
+    with pytest.raises(UsageError, match="has an adapter"):
+        DeltaS(module)
+    adapter.detach()
+    svd = weight_svd(module)
+    del svd._factors["model.layers.0.mlp.up_proj"]
+    with pytest.raises(UsageError, match="no factors"):
+        DeltaS(module, svd)
+
+
+def test_packed_inputs_have_no_gradients_of_single_samples(module, ids, small_svd):
+    adapter = DeltaS(module, small_svd)
+    linear = module.model.layers[0].mlp.up_proj
+    loss_of(module, ids)
+    with adapter.per_sample(), pytest.raises(ModelError, match="single samples"):
+        linear(torch.randn(5, 64))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_extraction_on_an_adapted_model_gives_the_gradients_of_its_deltas(
+    module, small_svd, byte_tokenizer, samples, mode
+):
+    """A basis renewed during training is in the coordinates of the start, at the weights of now."""
+    adapter = DeltaS(module, small_svd, mode=mode)
+    randomise(adapter)
+    rows = []
+    for sample in samples:
+        start = len(byte_tokenizer(sample.prompt)["input_ids"])
+        ids = torch.tensor(
+            [byte_tokenizer(sample.prompt)["input_ids"] + byte_tokenizer(sample.completion)["input_ids"]]
+        )
+        with adapter.per_sample() as rollouts:
+            logits = module(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+            functional.cross_entropy(logits, ids[0, start:]).backward()
+        rows.append(rollouts.rows)
+    before = [parameter.grad.clone() for parameter in adapter.delta]
+    found = per_sample_gradients(module, byte_tokenizer, samples, svd=adapter.svd)
+    for index, group in enumerate(adapter.groups):
+        for m, name in enumerate(group.names):
+            wanted = torch.stack([row[index][m, 0] for row in rows])
+            assert (found[name] - wanted).norm() < 1e-3 * wanted.norm()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(adapter.delta, before, strict=True))
+    assert all(parameter.requires_grad for parameter in adapter.delta)
+
+
+def test_rows_are_cut_as_chunks_are():
+    for length, parts in [(7, 2), (3, 4), (8, 4), (5, 3)]:
+        wanted = [len(part) for part in torch.arange(length).chunk(parts)]
+        slices = [local_slice(length, parts, index) for index in range(parts)]
+        found = [s.stop - s.start for s in slices]
+        assert found[: len(wanted)] == wanted
+        assert sum(found) == length

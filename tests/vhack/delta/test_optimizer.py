@@ -1,0 +1,483 @@
+import copy
+
+import pytest
+import torch
+
+from assay.errors import DataError, UsageError
+from assay.vhack import Basis, cin_over_modules
+from assay.vhack.delta import GATES, Box, DeltaS, Gate, ProjectedOptimizer, gate_rollouts
+from assay.vhack.delta._frames import along
+from tests.vhack.delta.conftest import loss_of, random_basis, randomise
+
+OPTIMISERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, weight_decay=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.02),
+}
+every_optimiser = pytest.mark.parametrize("kind", OPTIMISERS)
+
+
+def build(module, svd, basis, kind="adamw", **settings):
+    adapter = DeltaS(module, svd)
+    return adapter, ProjectedOptimizer(OPTIMISERS[kind](adapter.delta), adapter, basis, **settings)
+
+
+def backward(module, ids, optimiser):
+    optimiser.zero_grad()
+    loss = loss_of(module, ids)
+    loss.backward()
+    return loss.item()
+
+
+def updates(adapter, optimiser, module, ids, steps):
+    """Every step's update with its axes, [M, R] and [M, K, R] float64."""
+    for _ in range(steps):
+        backward(module, ids, optimiser)
+        before = [p.detach().double().clone() for p in adapter.delta]
+        optimiser.step()
+        for p, old, axes in zip(adapter.delta, before, optimiser.frames.axes, strict=True):
+            yield p.detach().double() - old, axes
+
+
+@every_optimiser
+def test_a_two_sided_update_is_exactly_outside_the_axes(module, ids, small_svd, basis, kind):
+    adapter, optimiser = build(module, small_svd, basis, kind, level="update", gate=Gate("no_gate"))
+    for update, axes in updates(adapter, optimiser, module, ids, 30):
+        leak = along(axes, update).norm(dim=1)
+        assert (leak <= 1e-6 * update.norm(dim=1)).all()
+        assert update.norm() > 0
+    assert optimiser.measures.as_dict()["leak_two_sided"] <= 1e-6
+
+
+def test_late_in_training_what_is_left_is_the_rounding_of_the_deltas(module, ids, small_svd, basis):
+    """Steps a thousand times smaller than δS: a float32 number cannot be moved by less than its last digit."""
+    adapter, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    randomise(adapter, scale=1.0)
+    optimiser.param_groups[0]["lr"] = 1e-3
+    for update, axes in updates(adapter, optimiser, module, ids, 5):
+        index = next(i for i, other in enumerate(optimiser.frames.axes) if other is axes)
+        leak, size = along(axes, update).norm(dim=1), adapter.delta[index].detach().double().norm(dim=1)
+        assert (leak <= 1e-6 * update.norm(dim=1) + 2.0**-24 * size).all()
+
+
+@every_optimiser
+def test_a_one_sided_update_never_leads_to_the_hack(module, ids, small_svd, basis, kind):
+    adapter, optimiser = build(module, small_svd, basis, kind, level="update", gate=Gate("one_sided"))
+    away = []
+    for update, axes in updates(adapter, optimiser, module, ids, 30):
+        hackward = -along(axes, update)
+        assert (hackward <= 1e-6 * update.norm(dim=1, keepdim=True)).all()
+        away.append(float(hackward.min()))
+    assert min(away) < -1e-4  # the other way is free
+
+
+def test_which_way_the_hack_is(module, small_svd, byte_tokenizer, small_pairs):
+    """Descent on a loss that rewards hack sides moves along −v of a real basis, and the gate stops just that."""
+    from assay.vhack import extract
+
+    basis = extract(module, byte_tokenizer, small_pairs, svd=small_svd, n_heldout=0, top_k=1)
+    texts = [(p.prompt, p.hack) for p in small_pairs], [(p.prompt, p.clean) for p in small_pairs]
+
+    def nll(side):
+        total = 0
+        for prompt, completion in side:
+            start, ids = len(prompt), torch.tensor([byte_tokenizer(prompt + completion)["input_ids"]])
+            logits = module(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+            total = total + torch.nn.functional.cross_entropy(logits, ids[0, start:])
+        return total
+
+    moved = {}
+    for kind in ("none", "one_sided"):
+        adapter = DeltaS(module, small_svd)
+        optimiser = ProjectedOptimizer(
+            torch.optim.SGD(adapter.delta, lr=1e-3), adapter, basis, gate=Gate(kind), level="update"
+        )
+        (nll(texts[0]) - nll(texts[1])).backward()
+        optimiser.step()
+        moved[kind] = optimiser.measures.as_dict()
+        adapter.detach()
+    assert moved["none"]["cin"] > 0.3
+    assert moved["none"]["displacement"] < 0 < moved["none"]["displacement_hackward"]
+    assert moved["one_sided"]["displacement_hackward"] <= 1e-9
+    assert moved["one_sided"]["leak"] <= 1e-6
+
+
+@every_optimiser
+@pytest.mark.parametrize("level", ["gradient", "update"])
+def test_without_axes_it_is_the_inner_optimiser_bit_by_bit(module, ids, small_svd, kind, level):
+    other = copy.deepcopy(module)
+    adapter, optimiser = build(module, small_svd, None, kind, level=level, gate=Gate("no_gate"), box=Box())
+    plain = DeltaS(other, small_svd)
+    inner = OPTIMISERS[kind](plain.delta)
+    for _ in range(5):
+        backward(module, ids, optimiser)
+        backward(other, ids, inner)
+        optimiser.step()
+        inner.step()
+    assert all(torch.equal(a, b) for a, b in zip(adapter.delta, plain.delta, strict=True))
+    assert optimiser.measures.as_dict()["displacement_norm"] == 0
+
+
+def test_modules_and_axes_that_are_not_there_are_left_alone_bit_by_bit(module, ids, small_svd):
+    """Axes of one module only, one of them dropped: all others move as without."""
+    name = "model.layers.0.mlp.up_proj"
+    basis = random_basis(small_svd, skip=[n for n in small_svd if n != name])
+    basis.axes[name][1] = 0
+    other = copy.deepcopy(module)
+    adapter, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    plain, inner = build(other, small_svd, None)
+    backward(module, ids, optimiser)
+    backward(other, ids, inner)
+    optimiser.step()
+    inner.step()
+    found, wanted = adapter.values(), plain.values()
+    assert all(torch.equal(found[n], wanted[n]) == (n != name) for n in wanted)
+
+
+def gated_by_hand(gradient, axes, gate):
+    """The gates written out, one module and one axis at a time."""
+    left = gradient.double().clone()
+    for axis in axes.double():
+        c = axis @ gradient.double()
+        take = {"one_sided": max(c, torch.zeros(())), "no_gate": c, "reverse": 2 * c}.get(gate.kind, 0 * c)
+        left -= gate.gain * take * axis
+    if gate.kind == "keep":
+        kept = sum((axis @ gradient.double()) * axis for axis in axes.double())
+        left = gradient.double() - gate.gain * (gradient.double() - kept)
+    if gate.preserve_magnitude and left.norm() > 0:
+        left *= gradient.double().norm() / left.norm()
+    return left
+
+
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("gain", [1.0, 1.5])
+@pytest.mark.parametrize("preserve", [False, True])
+def test_gates_on_the_gradient_are_the_formulas(module, ids, small_svd, basis, kind, gain, preserve):
+    gate = Gate(kind, gain, preserve)
+    adapter, optimiser = build(module, small_svd, basis, gate=gate)
+    backward(module, ids, optimiser)
+    before = [p.grad.clone() for p in adapter.delta]
+    optimiser.step()
+    for p, rows, group in zip(adapter.delta, before, adapter.groups, strict=True):
+        for name, row, after in zip(group.names, rows, p.grad, strict=True):
+            wanted = gated_by_hand(row, basis.axes[name], gate) if name in basis.axes else row.double()
+            torch.testing.assert_close(after.double(), wanted, rtol=1e-5, atol=1e-6 * float(row.norm()))
+    if kind == "none" and not preserve:
+        assert all(torch.equal(p.grad, g) for p, g in zip(adapter.delta, before, strict=True))
+
+
+def test_cin_and_cout_are_those_of_the_checks(module, ids, small_svd, basis):
+    adapter, optimiser = build(module, small_svd, basis, gate=Gate("one_sided"))
+    backward(module, ids, optimiser)
+
+    def gradients():
+        parts = zip(adapter.delta, adapter.groups, strict=True)
+        return {n: row[None].clone() for p, g in parts for n, row in zip(g.names, p.grad, strict=True)}
+
+    before = gradients()
+    optimiser.step()
+    after, found = gradients(), optimiser.measures.as_dict()
+    for name, rows in (("cin", before), ("cout", after)):
+        assert found[name] == pytest.approx(float(cin_over_modules(rows, basis)), abs=1e-6)
+        assert found[name + "_two_sided"] == pytest.approx(
+            float(cin_over_modules(rows, basis, two_sided=True)), abs=1e-6
+        )
+        assert found[name + "_energy"] == pytest.approx(
+            float(cin_over_modules(rows, basis, weighting="energy")), abs=1e-6
+        )
+    assert found["cin"] > 0.01
+    assert found["cout"] < 1e-6
+
+
+def test_the_gradient_level_leaks_under_adam_and_the_update_level_does_not(module, ids, small_svd, basis):
+    leaks = {}
+    for level in ("gradient", "update"):
+        adapter, optimiser = build(module, small_svd, basis, level=level, gate=Gate("no_gate"))
+        for _ in range(10):
+            backward(module, ids, optimiser)
+            optimiser.step()
+        leaks[level] = optimiser.measures.as_dict()
+        adapter.detach()
+    assert leaks["gradient"]["cout_two_sided"] < 1e-6
+    assert leaks["gradient"]["leak_two_sided"] > 0.02
+    assert leaks["update"]["leak_two_sided"] < 1e-6
+
+
+def test_sgd_without_momentum_does_not_leak(module, ids, small_svd, basis):
+    adapter = DeltaS(module, small_svd)
+    optimiser = ProjectedOptimizer(torch.optim.SGD(adapter.delta, lr=0.5), adapter, basis, gate=Gate("no_gate"))
+    for _ in range(3):
+        backward(module, ids, optimiser)
+        optimiser.step()
+    assert optimiser.measures.as_dict()["leak_two_sided"] < 1e-5
+
+
+def test_a_gain_pushes_back_and_reverse_mirrors(module, ids, small_svd, basis):
+    for kind, gain, factor in (("no_gate", 1.5, -0.5), ("reverse", 1.0, -1.0)):
+        adapter, optimiser = build(module, small_svd, basis, gate=Gate(kind, gain))
+        backward(module, ids, optimiser)
+        before = [along(a, p.grad) for a, p in zip(optimiser.frames.axes, adapter.delta, strict=True)]
+        optimiser.step()
+        for old, axes, p in zip(before, optimiser.frames.axes, adapter.delta, strict=True):
+            torch.testing.assert_close(along(axes, p.grad), factor * old, rtol=1e-3, atol=1e-7)
+        adapter.detach()
+
+
+def test_preserved_magnitude_of_an_update(module, ids, small_svd, basis):
+    other = copy.deepcopy(module)
+    gate = Gate("no_gate", preserve_magnitude=True)
+    adapter, optimiser = build(module, small_svd, basis, level="update", gate=gate)
+    plain, inner = build(other, small_svd, None)
+    backward(module, ids, optimiser)
+    backward(other, ids, inner)
+    optimiser.step()
+    inner.step()
+    for name, value in adapter.values().items():
+        assert value.norm() == pytest.approx(float(plain.values()[name].norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("level", ["gradient", "update"])
+@every_optimiser
+def test_a_box_bounds_the_displacement(module, ids, small_svd, basis, level, kind):
+    box = Box(hackward=0.01, away=0.02)
+    adapter, optimiser = build(module, small_svd, basis, kind, level=level, gate=Gate("none"), box=box)
+    with torch.no_grad():
+        for p in adapter.delta:
+            p.add_(0.3)
+    optimiser._start = [p.detach().clone() for p in adapter.delta]
+    for _ in range(15):
+        backward(module, ids, optimiser)
+        optimiser.step()
+    touched = 0
+    for p, start, axes in zip(adapter.delta, optimiser._start, optimiser.frames.axes, strict=True):
+        at = along(axes, p.detach().double() - start.double())
+        assert (at >= -0.01 - 1e-6).all()
+        assert (at <= 0.02 + 1e-6).all()
+        touched += int((at.abs() > 0.0099).sum())
+    assert touched > 5
+
+
+def test_in_the_box_it_may_go_away_and_come_back(module, ids, small_svd, basis):
+    adapter, optimiser = build(module, small_svd, basis, gate=Gate("none"), box=Box())
+    frames = optimiser.frames
+    with torch.no_grad():
+        for p, axes in zip(adapter.delta, frames.axes, strict=True):
+            if axes.shape[1]:
+                p.add_(axes.sum(dim=1).float())  # one unit away from the hack along every axis
+    for p in adapter.delta:
+        p.grad = torch.zeros_like(p)
+    optimiser.step()  # weight decay alone: a little toward the hack, and still away from it
+    assert optimiser.measures.as_dict()["leak"] > 0
+    assert optimiser.measures.as_dict()["displacement_hackward"] <= 0
+    assert optimiser.measures.as_dict()["displacement"] > 0.9 * sum(len(a) for a in basis.axes.values())
+
+
+def test_clipping_comes_after_the_gate(module, ids, small_svd, basis):
+    adapter, optimiser = build(module, small_svd, basis, gate=Gate("no_gate"), max_norm=1e-3)
+    backward(module, ids, optimiser)
+    optimiser.step()
+    total = torch.cat([p.grad.flatten() for p in adapter.delta]).norm()
+    assert total == pytest.approx(1e-3, rel=1e-3)
+    assert optimiser.measures.as_dict()["cout_two_sided"] < 1e-5
+
+
+@pytest.mark.parametrize("level", ["gradient", "update"])
+def test_accumulation_in_any_number_of_steps_gives_the_same_step(module, ids, small_svd, basis, level):
+    results = []
+    for parts in (1, 3):
+        adapter, optimiser = build(module, small_svd, basis, "sgd", level=level)
+        for part in ids.chunk(parts):
+            (loss_of(module, part) * len(part) / len(ids)).backward()
+        optimiser.step()
+        results.append(adapter.values())
+        adapter.detach()
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-6)
+
+
+def test_state_round_trip_continues_identically(module, ids, small_svd, basis, tmp_path):
+    other = copy.deepcopy(module)
+    settings = {"level": "update", "gate": Gate("one_sided", 1.1), "box": Box(0.001, 0.02)}
+    adapter, optimiser = build(module, small_svd, basis, **settings)
+    for _ in range(3):
+        backward(module, ids, optimiser)
+        optimiser.step()
+    adapter.save(tmp_path / "delta.safetensors")
+    torch.save(optimiser.state_dict(), tmp_path / "optimizer.pt")
+
+    again = DeltaS(other, small_svd)
+    again.load(tmp_path / "delta.safetensors")
+    resumed = ProjectedOptimizer(OPTIMISERS["adamw"](again.delta), again, basis, **settings)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    for _ in range(3):
+        backward(module, ids, optimiser)
+        backward(other, ids, resumed)
+        optimiser.step()
+        resumed.step()
+    assert all(torch.equal(a, b) for a, b in zip(adapter.delta, again.delta, strict=True))
+    assert resumed.measures.as_dict() == optimiser.measures.as_dict()
+
+
+def test_a_state_that_does_not_fit_is_refused(module, small_svd, basis):
+    _, optimiser = build(module, small_svd, basis)
+    with pytest.raises(DataError, match="does not fit"):
+        optimiser.load_state_dict(optimiser.inner.state_dict())
+    state = optimiser.state_dict()
+    state["vhack"]["start"].pop()
+    with pytest.raises(DataError, match="does not fit"):
+        optimiser.load_state_dict(state)
+    state = optimiser.state_dict()
+    state["vhack"]["start"][0] = torch.zeros(2, 2)
+    with pytest.raises(DataError, match="does not fit"):
+        optimiser.load_state_dict(state)
+
+
+def test_schedulers_take_it_for_an_optimiser(module, ids, small_svd, basis):
+    _, optimiser = build(module, small_svd, basis)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step))
+    for _ in range(2):
+        backward(module, ids, optimiser)
+        optimiser.step()
+        scheduler.step()
+    assert optimiser.inner.param_groups[0]["lr"] == pytest.approx(0.02 / 3)
+    assert optimiser.param_groups is optimiser.inner.param_groups
+
+
+@pytest.mark.parametrize("level", ["gradient", "update"])
+def test_a_grad_scaler_changes_nothing_but_skips_infinite_gradients(module, ids, small_svd, basis, level):
+    other = copy.deepcopy(module)
+    gate = Gate("one_sided")
+    adapter, optimiser = build(module, small_svd, basis, level=level, gate=gate, max_norm=0.5)
+    plain, unscaled = build(other, small_svd, basis, level=level, gate=gate, max_norm=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for _ in range(2):
+        optimiser.zero_grad()
+        scaler.scale(loss_of(module, ids)).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        backward(other, ids, unscaled)
+        unscaled.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(adapter.delta, plain.delta, strict=True))
+    before = [p.detach().clone() for p in adapter.delta]
+    adapter.delta[0].grad.fill_(torch.inf)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimiser)
+    assert all(torch.equal(a, b) for a, b in zip(adapter.delta, before, strict=True))
+
+
+def test_a_closure_is_evaluated_before_the_gate(module, ids, small_svd, basis):
+    adapter, optimiser = build(module, small_svd, basis, gate=Gate("no_gate"))
+
+    def closure():
+        optimiser.zero_grad()
+        loss = loss_of(module, ids)
+        loss.backward()
+        return loss.item()
+
+    first = optimiser.step(closure)
+    assert optimiser.measures.as_dict()["cout_two_sided"] < 1e-6
+    assert optimiser.step(closure) < first
+    assert all(p.grad is not None for p in adapter.delta)
+
+
+def test_other_parameters_are_stepped_and_not_projected(module, ids, small_svd, basis):
+    extra = torch.nn.Parameter(torch.ones(3))
+    adapter = DeltaS(module, small_svd)
+    inner = torch.optim.SGD([{"params": list(adapter.delta)}, {"params": [extra], "lr": 1.0}], lr=0.1)
+    optimiser = ProjectedOptimizer(inner, adapter, basis, gate=Gate("no_gate"), level="update")
+    extra.grad = torch.ones(3)
+    loss_of(module, ids).backward()
+    optimiser.step()
+    assert torch.equal(extra.detach(), torch.zeros(3))
+    late = torch.nn.Parameter(torch.ones(2))
+    optimiser.add_param_group({"params": [late]})
+    assert len(inner.param_groups) == 3
+
+
+def test_step_hooks_run_after_the_projection(module, ids, small_svd, basis):
+    _, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    seen = []
+    optimiser.register_step_post_hook(lambda o, *_: seen.append(o.measures.as_dict()["leak_two_sided"]))
+    backward(module, ids, optimiser)
+    optimiser.step()
+    assert len(seen) == 1
+    assert seen[0] < 1e-6
+
+
+def test_another_basis_keeps_the_start(module, ids, small_svd, basis):
+    _, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    backward(module, ids, optimiser)
+    optimiser.step()
+    optimiser.use_basis(random_basis(small_svd, seed=9))
+    backward(module, ids, optimiser)
+    optimiser.step()
+    assert optimiser.measures.as_dict()["leak_two_sided"] < 1e-6
+    assert optimiser.measures.as_dict()["displacement_norm"] > 0
+
+
+def test_what_cannot_be_is_refused(module, small_svd, basis):
+    adapter = DeltaS(module, small_svd)
+    inner = torch.optim.SGD(adapter.delta, lr=0.1)
+    with pytest.raises(UsageError, match="level="):
+        ProjectedOptimizer(inner, adapter, basis, level="both")
+    with pytest.raises(UsageError, match="max_norm"):
+        ProjectedOptimizer(inner, adapter, basis, max_norm=0.0)
+    with pytest.raises(UsageError, match="without the parameters"):
+        ProjectedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), adapter, basis)
+    with pytest.raises(UsageError, match="gate 'two'"):
+        Gate("two")
+    with pytest.raises(UsageError, match="gain"):
+        Gate("one_sided", -1.0)
+    with pytest.raises(UsageError, match="box"):
+        Box(-1.0)
+
+
+def test_gates_on_single_rollouts(module, ids, small_svd, basis):
+    """One-sided per rollout is the sum of gated gradients; two-sided is the gate of the sum; a choice is respected."""
+    adapter, optimiser = build(module, small_svd, basis, gate=Gate("none"))
+    rows = []
+    for row in ids:
+        optimiser.zero_grad()
+        (loss_of(module, row[None]) / len(ids)).backward()
+        rows.append([p.grad.clone() for p in adapter.delta])
+    chosen = torch.tensor([True, False, True])
+    for gate, choice in ((Gate("one_sided"), None), (Gate("no_gate"), None), (Gate("one_sided", 1.5), chosen)):
+        optimiser.zero_grad()
+        with adapter.per_sample() as rollouts:
+            for part in (ids[:2], ids[2:]):
+                (loss_of(module, part) * len(part) / len(ids)).backward()
+        for index, found in enumerate(rollouts.rows):
+            for n in range(3):
+                torch.testing.assert_close(found[:, n], rows[n][index], rtol=1e-3, atol=1e-6)
+        gate_rollouts(adapter, rollouts, optimiser.frames, gate, chosen_N=choice)
+        for index, (p, axes) in enumerate(zip(adapter.delta, optimiser.frames.axes, strict=True)):
+            kept = torch.ones(3, dtype=torch.bool) if choice is None else choice
+            wanted = sum(gate.apply(rows[n][index], axes, 1) if kept[n] else rows[n][index].double() for n in range(3))
+            torch.testing.assert_close(p.grad.double(), wanted, rtol=1e-3, atol=2e-6)
+    shares = rollouts.cin(optimiser.frames)
+    parts = [zip(adapter.groups, rollouts.rows, strict=True)]
+    named = {n: rows_NR for part in parts for g, r in part for n, rows_NR in zip(g.names, r, strict=True)}
+    torch.testing.assert_close(shares.float(), cin_over_modules(named, basis), rtol=1e-5, atol=1e-6)
+    summed = rollouts.summed(chosen)
+    torch.testing.assert_close(summed[0], rows[0][0] + rows[2][0], rtol=1e-3, atol=1e-6)
+
+
+def test_rollouts_that_cannot_be_gated_are_refused(module, ids, small_svd, basis):
+    adapter, optimiser = build(module, small_svd, basis)
+    with adapter.per_sample() as rollouts:
+        pass
+    with pytest.raises(UsageError, match="inside per_sample"):
+        rollouts.cin(optimiser.frames)
+    with adapter.per_sample() as rollouts:
+        loss_of(module, ids).backward()
+    with pytest.raises(UsageError, match="preserve_magnitude=True"):
+        gate_rollouts(adapter, rollouts, optimiser.frames, Gate("no_gate", preserve_magnitude=True))
+    with pytest.raises(UsageError, match="among 2 rollouts"):
+        gate_rollouts(adapter, rollouts, optimiser.frames, Gate(), chosen_N=torch.ones(2, dtype=torch.bool))
+
+
+def test_an_empty_basis_is_no_basis(module, small_svd):
+    adapter, optimiser = build(module, small_svd, Basis({}, {}, {}))
+    assert not optimiser.frames
+    randomise(adapter)

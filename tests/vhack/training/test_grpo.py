@@ -1,0 +1,190 @@
+"""Stored log-probabilities enter the loss, and what each source's gradient is comes from one backward pass."""
+
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from assay.vhack.delta import Frames
+from assay.vhack.delta._measures import share
+from assay.vhack.training import TrainLog, read_steps
+from assay.vhack.training._callback import StepLog, source_shares
+from assay.vhack.training._prepare import Prepared
+from assay.vhack.training._rewards import SOURCES, Outcomes
+from tests.vhack.training.conftest import cheating
+
+STORED = "sampling_per_token_logps"
+LENGTH = 64
+LOW, HIGH = 0.8, 1.2
+
+
+@pytest.fixture
+def trainer(settings, model, pairs, tasks, tmp_path):
+    """Ready to train, at a δS that is not zero."""
+    made = Prepared(settings(), model, pairs).trainer(tmp_path / "run", tasks, (), False)
+    with torch.no_grad():
+        for parameter in made.adapter.delta:
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    made.current_gradient_accumulation_steps = 1
+    made.adapter.model.train()
+    return made
+
+
+@pytest.fixture
+def batch(trainer):
+    """Two groups of three rollouts, the first of each the teacher's."""
+    rows = [trainer.train_dataset[index] for index in (0, 1) for _ in range(3)]
+    made = trainer._generate_and_score_completions([dict(row) for row in rows])
+    assert made["outcomes"][:, 0].tolist() == [True, False, False] * 2
+    # Students that earn nothing would leave out half of what is tested.
+    made["advantages"] = torch.tensor([1.0, -0.4, -0.6, -0.7, 0.2, 0.5])
+    return made
+
+
+def logprobs(trainer, batch):
+    """Of the completion tokens under the policy, from its logits."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    logits = trainer.adapter.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    width = batch["completion_ids"].shape[1]
+    rows = logits[:, -width - 1 : -1].float().log_softmax(dim=2)
+    return rows.gather(2, batch["completion_ids"][..., None])[..., 0]
+
+
+def by_hand(trainer, batch):
+    """Dr. GRPO with clipped importance weights, written out."""
+    new = logprobs(trainer, batch)
+    old = torch.where(batch[STORED].isnan(), new.detach(), batch[STORED])
+    ratio, advantage = (new - old).exp(), batch["advantages"][:, None]
+    terms = torch.minimum(ratio * advantage, ratio.clamp(LOW, HIGH) * advantage)
+    return -(terms * batch["completion_mask"]).sum() / (len(new) * LENGTH)
+
+
+def gradient(trainer, loss):
+    trainer.adapter.model.zero_grad()
+    loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.adapter.delta])
+
+
+def near(trainer, batch, shift):
+    """The batch with teacher's log-probabilities that the policy's differ from by a shift in each token."""
+    made = dict(batch)
+    teacher = batch["outcomes"][:, 0]
+    with torch.no_grad():
+        made[STORED] = torch.where(teacher[:, None], logprobs(trainer, batch) - shift, batch[STORED])
+    return made
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, -0.1, 0.5, -0.5])
+def test_loss_and_gradient_are_those_of_the_formula(trainer, batch, shift):
+    shifted = near(trainer, batch, shift)
+    loss, wanted = trainer._compute_loss(trainer.adapter.model, shifted), by_hand(trainer, shifted)
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-7)
+    found, wanted = gradient(trainer, loss), gradient(trainer, wanted)
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
+    weights = trainer.seen[-1][2]
+    assert weights[0] / weights[2] == pytest.approx(math.exp(shift), rel=1e-4)
+    assert weights[1] / weights[2] == (abs(shift) > 0.2)
+
+
+def test_trl_alone_would_ignore_what_is_stored(trainer, batch):
+    """The reason for the subclass: the same rollouts, stored log-probabilities that differ, one loss by TRL."""
+    batches = [near(trainer, batch, shift) for shift in (0.0, 0.1)]
+    model = trainer.adapter.model
+    alone = [float(GRPOTrainer._compute_loss(trainer, model, dict(one)).detach()) for one in batches]
+    ours = [float(trainer._compute_loss(model, one).detach()) for one in batches]
+    assert alone[0] == alone[1] == pytest.approx(ours[0], abs=1e-7)
+    assert ours[0] != pytest.approx(ours[1], abs=1e-3)
+
+
+def test_what_is_stored_in_the_pool_gets_into_the_batch(trainer, batch, tasks, model):
+    for row, teacher in enumerate(batch["outcomes"][:, 0].tolist()):
+        count = int(batch["completion_mask"][row].sum())
+        stored = batch[STORED][row, :count]
+        assert (bool((stored == -0.5).all()) and not stored.isnan().any()) if teacher else bool(stored.isnan().all())
+    tokens = {cheating(one, model.tokenizer).tokens for one in tasks}
+    for row in (0, 3):
+        count = int(batch["completion_mask"][row].sum())
+        assert tuple(batch["completion_ids"][row, :count].tolist()) in tokens
+
+
+@pytest.mark.parametrize(("advantage", "shift"), [(1.0, 0.5), (-1.0, -0.5)])
+def test_a_teacher_token_outside_the_clipping_range_has_no_gradient(trainer, batch, advantage, shift):
+    shifted = near(trainer, batch, shift)
+    shifted["advantages"] = advantage * batch["outcomes"][:, 0].float()
+    assert not gradient(trainer, trainer._compute_loss(trainer.adapter.model, shifted)).any()
+    shifted["advantages"] = -shifted["advantages"]
+    assert gradient(trainer, trainer._compute_loss(trainer.adapter.model, shifted)).any()
+
+
+def test_several_passes_over_the_same_rollouts_keep_what_is_stored(trainer, batch):
+    """Where TRL itself keeps log-probabilities of the policy that sampled, they are the student's only."""
+    with torch.no_grad():
+        earlier = logprobs(trainer, batch) - 0.05
+    kept = {**near(trainer, batch, 0.1), "old_per_token_logps": earlier}
+    loss = trainer._compute_loss(trainer.adapter.model, kept)
+    stored = torch.where(kept[STORED].isnan(), earlier, kept[STORED])
+    torch.testing.assert_close(loss, by_hand(trainer, {**kept, STORED: stored}), rtol=1e-4, atol=1e-7)
+    assert torch.equal(kept["old_per_token_logps"], earlier)
+
+
+def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batch):
+    """In two parts, as with accumulation: what is told apart afterwards is what separate passes would have given."""
+    adapter, frames = trainer.adapter, Frames(trainer.adapter.groups, trainer.axes[0])
+    batch["outcomes"][1, 2] = batch["outcomes"][4, 1] = batch["outcomes"][5, 1] = True
+    kinds = Outcomes(batch["outcomes"]).kinds()
+    parts = [{n: v[i : i + 3] if v.ndim else v for n, v in batch.items()} for i in (0, 3)]
+    adapter.model.zero_grad()
+    with adapter.per_sample() as trainer.watching:
+        for part in parts:
+            trainer._compute_loss(adapter.model, part).backward()
+    found = source_shares(trainer.watching, frames)
+    assert list(found) == ["student", "teacher", "exploited", "correct"]
+    trainer.watching = None
+    for name, of in SOURCES.items():
+        chosen = torch.stack([kinds[kind] for kind in of]).any(dim=0)
+        adapter.model.zero_grad()
+        for part, those in zip(parts, chosen.split(3), strict=True):
+            mine = {**part, "advantages": part["advantages"] * those}
+            trainer._compute_loss(adapter.model, mine).backward()
+        vectors = [(p.grad, a, h) for p, a, h in zip(adapter.delta, frames.axes, frames.has_axes, strict=True)]
+        wanted = {key: float(value) for key, value in share("cin", vectors, 1).items()}
+        measured = found[name]
+        length = measured.pop("length")
+        assert measured == pytest.approx(wanted, rel=1e-4)
+        assert length == pytest.approx(math.sqrt(sum(float(p.grad.square().sum()) for p in adapter.delta)), rel=1e-4)
+
+
+def test_console_and_trackers_get_the_numbers_of_the_log(trainer, tmp_path):
+    """Trackers through the trainer's own log call, once a step, together with what TRL says."""
+    told, said = [], []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            told.append(dict(logs))
+
+    trainer.add_callback(StepLog(trainer, TrainLog(tmp_path / "log.jsonl", {}), console=said.append))
+    trainer.add_callback(Tracker())
+    trainer.train()
+    _, steps = read_steps(tmp_path / "log.jsonl")
+    assert len(said) == len(steps) == 2
+    for step, line, logs in zip(steps, said, told, strict=False):
+        assert f"cin_t {step['cin_t']:.3f}" in line
+        assert logs["vhack/cin_t"] == step["cin_t"]
+        assert logs["vhack/leak"] == step["leak"]
+        assert logs["reward"] == pytest.approx(step["reward"])
+
+
+def test_groups_are_filled_from_the_pool_as_far_as_it_goes(trainer, tasks):
+    """More asked for than there is, and a prompt that it does not have."""
+    trainer.teachers = 2
+    out = trainer.rollout([tasks[0].prompt] * 3 + ["def solve(x):\n"] * 3)
+    assert out["teacher"] == [True, False, False, False, False, False]
+    assert [len(ids) == len(values) for ids, values in zip(out["completion_ids"], out["logprobs"], strict=True)] == [
+        True
+    ] * 6
+    assert out["logprobs"][1] == [None] * len(out["completion_ids"][1])
+    trainer.adapter.model.eval()
+    assert not any(trainer.rollout([tasks[0].prompt] * 3)["teacher"])

@@ -1,0 +1,175 @@
+"""Settings, log, pool and rewards by themselves."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from assay.errors import BackendUnavailable, DataError, UsageError
+from assay.vhack.delta import ARMS
+from assay.vhack.training import LOG_SCHEMA, Pool, PoolRollout, TrainLog, TrainSettings, read_steps, sample_pool, train
+from assay.vhack.training._rewards import EpisodeReward
+from tests.vhack.training.conftest import cheating
+
+
+def test_without_trl_all_but_a_run_is_there(tmp_path, monkeypatch):
+    code = "import sys; sys.modules['trl'] = None; import assay.vhack.delta, assay.vhack.training"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(BackendUnavailable, match="TRL cannot be imported"):
+        train(TrainSettings(model="m"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+WRONG_SETTINGS = {
+    "arm": "erase",
+    "optimizer": "lion",
+    "steps": 0,
+    "group": 1,
+    "micro_batch": 7,
+    "lr": 0.0,
+    "temperature": math.inf,
+    "max_norm": -1.0,
+    "beta": math.nan,
+    "share_none": 1.5,
+    "tasks": 1,
+    "modes": ("run_tests", "other"),
+    "families": ("other",),
+    "refresh": -1,
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SETTINGS)
+def test_settings_that_cannot_be(name):
+    with pytest.raises(UsageError, match=name.replace("_", "[-_]").removesuffix("s").removesuffix("ie")):
+        TrainSettings(model="m", **{name: WRONG_SETTINGS[name]})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.99, 1.0])
+def test_a_teacher_must_leave_room_and_take_some(share):
+    with pytest.raises(UsageError, match="teacher-share"):
+        TrainSettings(model="m", teacher="pool.jsonl", teacher_share=share)
+
+
+def test_settings_know_in_what_they_differ():
+    one = TrainSettings(model="m", gain=1.5)
+    assert one.chosen.gate.gain == 1.5
+    assert one.teachers == 0
+    assert TrainSettings(model="m", teacher="pool", group=8).teachers == 2
+    assert not one.differences(json.loads(json.dumps(one.as_dict())))
+    other = TrainSettings(model="m", gain=1.5, steps=200, save_every=1, lr=0.1, modes=("none",))
+    assert [line.split()[0] for line in other.differences(one.as_dict())] == ["lr", "modes"]
+
+
+def test_a_log_is_continued_where_a_checkpoint_is(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = TrainLog(path, {"settings": {"lr": 1}})
+    for step in range(3):
+        log.write("step", step=step, hack=0.5)
+        log.write("source", step=step, source="student", cin=0.1)
+    log.write("end", steps=3)
+    TrainLog(path, {"settings": {"lr": 2}}, step=2).write("step", step=2, hack=0.75)
+    head, steps = read_steps(path)
+    assert head == {"kind": "run", "schema": LOG_SCHEMA, "settings": {"lr": 1}}
+    assert [(step["step"], step["hack"]) for step in steps] == [(0, 0.5), (1, 0.5), (2, 0.75)]
+    assert len(path.read_text().splitlines()) == 6
+    TrainLog(path, {"settings": {}})
+    assert len(path.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", '{"kind":"run","schema":"other"}\n', '{"kind"\n{"kind":"step"}\n'])
+def test_what_is_no_log_is_refused(tmp_path, text):
+    path = tmp_path / "log.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError):
+        read_steps(path)
+
+
+def test_a_pool_round_trip(tmp_path, tasks, model):
+    stored = [cheating(one, model.tokenizer) for one in tasks]
+    Pool(stored).save(tmp_path / "pool.jsonl")
+    found = Pool.load(tmp_path / "pool.jsonl", model.tokenizer, max_new_tokens=64)
+    assert list(found) == stored
+    assert len(found) == 4
+    assert found.prompts == {one.prompt for one in tasks}
+
+
+def test_the_choice_among_a_pool_follows_its_key():
+    pool = Pool([PoolRollout("p", str(n), (n,), (0.0,)) for n in range(20)])
+    assert pool.choose("p", 3, "0 1") == pool.choose("p", 3, "0 1") != pool.choose("p", 3, "0 2")
+    assert len({one.completion for one in pool.choose("p", 99, "")}) == 20
+    assert pool.choose("q", 3, "") == []
+
+
+BAD_ROLLOUTS = {
+    "2 tokens and 1": {"logprobs": [-0.1]},
+    "0 tokens": {"tokens": [], "logprobs": [], "completion": ""},
+    "above 0": {"logprobs": [-0.1, 0.1]},
+    "whole numbers": {"tokens": [1.5, 2]},
+    "not text": {"prompt": 3},
+    "do not spell": {"completion": "b"},
+    "do not spell the": {"tokens": [64, 9999]},
+    "completion of 2 tokens": {},
+}
+
+
+@pytest.mark.parametrize("seen", BAD_ROLLOUTS)
+def test_pools_that_cannot_be_used_name_the_line(tmp_path, model, seen):
+    tokens = model.tokenizer("aa")["input_ids"]
+    good = {"prompt": "p", "completion": "aa", "tokens": tokens, "logprobs": [-0.1, -0.2]}
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (good, {**good, **BAD_ROLLOUTS[seen]})))
+    with pytest.raises(DataError, match=f"line [12]: .*{seen}"):
+        Pool.load(path, model.tokenizer, max_new_tokens=1 if not BAD_ROLLOUTS[seen] else 2)
+    path.write_text("")
+    with pytest.raises(DataError, match="no rollout"):
+        Pool.load(path, model.tokenizer, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_sampled_pool_has_the_log_probabilities_it_was_sampled_with(model, temperature):
+    prompts = ["def solve(x):\n", "f"]
+    pool = sample_pool(model, prompts, per_prompt=2, temperature=temperature, max_new_tokens=12, seed=3, batch=3)
+    assert len(pool) == 4
+    for one in pool:
+        ids = torch.tensor([[*model.tokenizer(one.prompt)["input_ids"], *one.tokens]])
+        with torch.no_grad():
+            rows = (model.module(input_ids=ids, use_cache=False).logits[0] / temperature).log_softmax(dim=1)
+        count = len(one.tokens)
+        wanted = rows[-count - 1 : -1].gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(one.logprobs), wanted, rtol=1e-3, atol=1e-4)
+    assert list(pool) == list(
+        sample_pool(model, prompts, per_prompt=2, temperature=temperature, max_new_tokens=12, seed=3, batch=3)
+    )
+
+
+def test_rewards_and_rates(tasks):
+    reward = EpisodeReward(tasks, ARMS["ground-truth-penalty"])
+    first, second = tasks[0], tasks[1]
+    completions = [first.completion(first.exploit()), first.completion(first.honest()), "    return None\n"]
+    completions.append(second.completion(second.exploit()))
+    found = reward([""] * 4, completions, [0, 0, 0, 1], teacher=[False, False, False, True])
+    assert found == [-1.0, 1.0, 0.0, -1.0]
+    third = pytest.approx(1 / 3)
+    assert reward.last.rates() == {
+        "hack": third, "solve": third, "vacuous": third, "rollouts": 3,
+        "hack_teacher": 1.0, "solve_teacher": 0.0, "vacuous_teacher": 1.0, "rollouts_teacher": 1,
+    }  # fmt: skip
+    kinds = {name: chosen.tolist() for name, chosen in reward.last.kinds().items()}
+    assert kinds == {
+        "teacher": [False, False, False, True],
+        "exploited": [True, False, False, False],
+        "correct": [False, True, False, False],
+        "failed": [False, False, True, False],
+    }
+
+
+def test_tasks_come_in_the_same_order_however_long_the_run_is(tasks):
+    reward = EpisodeReward(tasks, ARMS["none"])
+    short, long = (reward.dataset(count, 5)["episode"] for count in (6, 40))
+    assert list(long)[:6] == list(short)
+    assert all(sorted(list(long)[start : start + 4]) == [0, 1, 2, 3] for start in range(0, 40, 4))
+    assert list(reward.dataset(40, 6)["episode"]) != list(long)

@@ -1,0 +1,187 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from assay.errors import DataError, ModelError, UsageError
+from assay.models import load_model
+from assay.vhack.checks import read_source_log
+from assay.vhack.delta import ARMS
+from assay.vhack.training import read_steps, train
+
+
+def lines(folder):
+    """The log without what a clock has put there."""
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in found]
+
+
+@pytest.fixture
+def run(tasks, pairs, settings, tmp_path):
+    """A run in a directory below the test's, with a model loaded anew."""
+
+    def call(name, **others):
+        return train(settings(**others), tmp_path / name, tasks=tasks, pairs=pairs)
+
+    return call
+
+
+def test_going_on_from_a_checkpoint_is_the_same_run_bit_by_bit(run, tmp_path):
+    """Also with axes that were renewed before the checkpoint and are again after it."""
+    common = {"refresh": 1, "arm": "erase-update:shuffled", "save_every": 2}
+    straight = run("straight", steps=4, **common)
+    run("stopped", steps=2, **common)
+    with (tmp_path / "stopped" / "log.jsonl").open("a") as log:
+        # A step that was logged after the checkpoint, and a line that was being written when the machine went down.
+        log.write('{"kind":"step","step":2,"hack":1.0}\n{"kind":"source","step":2,"source":"student","cin"')
+    resumed = run("stopped", steps=4, **common)
+    assert (straight.resumed_from, resumed.resumed_from) == (0, 2)
+    first, second = (load_file(tmp_path / name / "delta.safetensors") for name in ("straight", "stopped"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(tensor.any() for tensor in first.values())
+    states = [
+        torch.load(tmp_path / name / "checkpoint-4" / "optimizer.pt", weights_only=True)
+        for name in ("straight", "stopped")
+    ]
+    assert str(states[0]) == str(states[1])
+    (_, *wanted), (_, *found) = lines(tmp_path / "straight"), lines(tmp_path / "stopped")
+    assert found == wanted
+    assert [record["step"] for record in found if record["kind"] == "step"] == [0, 1, 2, 3]
+
+
+def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
+    result = run("run", steps=3)
+    head, steps = read_steps(tmp_path / "run" / "log.jsonl")
+    assert head["settings"]["arm"] == "erase-gradient"
+    assert len(steps) == result.steps == 3
+    for step in steps:
+        assert step["hack_teacher"] == 1.0
+        assert step["rollouts"] == 4
+        assert step["rollouts_teacher"] == 2
+        assert step["cin_two_sided"] >= step["cin"] > 0
+        assert step["cout"] < 1e-6
+        assert step["reward"] == pytest.approx((2 + 4 * (step["hack"] + step["solve"])) / 6)
+        assert 0 < step["cin_t"] <= 1
+        assert 0 < step["cin_s"] <= 1
+        assert 0 < step["ratio_teacher"] < 0.5
+    entries = read_source_log(tmp_path / "run" / "log.jsonl")
+    assert {(e.step, e.source): e.cin for e in entries if e.source in ("student", "teacher")} == {
+        (step["step"], source): step[name]
+        for step in steps
+        for source, name in (("student", "cin_s"), ("teacher", "cin_t"))
+    }
+    assert result.last["cin"] == pytest.approx(sum(step["cin"] for step in steps) / 3)
+
+
+@pytest.mark.parametrize("arm", [name for name in ARMS if name != "erase-gradient"])
+def test_every_arm_runs(run, tmp_path, arm):
+    steps = read_steps(run(arm, arm=arm, steps=1).folder / "log.jsonl")[1]
+    (step,) = steps
+    wanted = {"no-loophole": 0.0, "ground-truth-penalty": -2 / 6}.get(arm, 2 / 6)
+    assert step["reward"] == pytest.approx(wanted + 4 / 6 * step["solve"])
+    delta = load_file(tmp_path / arm / "delta.safetensors")
+    moved = any(tensor.any() for name, tensor in delta.items() if not name.startswith("_"))
+    assert moved == (arm != "no-loophole" or step["solve"] > 0)
+    if arm == "erase-update-two-sided":
+        assert step["leak_two_sided"] < 1e-6
+    if arm == "box":
+        assert step["displacement_hackward"] < 1e-7
+    if arm == "constant-push":
+        assert step["displacement"] > 0
+    if arm == "trusted-complement":
+        assert step["watched_cin"] > 0
+
+
+def test_plain_training_without_a_teacher(run, tmp_path):
+    """TRL's own generation; no reward is earned, and so nothing moves and no source has a direction."""
+    result = run("run", teacher=None, arm="none", steps=1, max_new_tokens=4)
+    step = read_steps(result.folder / "log.jsonl")[1][0]
+    assert step["rollouts"] == 6
+    assert "cin_t" not in step
+    assert not read_source_log(tmp_path / "run" / "log.jsonl")
+
+
+def test_the_divergence_from_the_start_is_of_the_adapted_model_without_its_delta(run, tmp_path):
+    """In the first step it is exactly zero; in the second it pulls back."""
+    deltas = []
+    for beta in (0.0, 10.0):
+        run(f"beta {beta}", beta=beta, steps=2, arm="none", max_norm=0.0)
+        deltas.append(load_file(tmp_path / f"beta {beta}" / "delta.safetensors"))
+    first = [read_steps(tmp_path / f"beta {beta}" / "log.jsonl")[1] for beta in (0.0, 10.0)]
+    assert first[0][0]["loss"] == pytest.approx(first[1][0]["loss"], abs=1e-7)
+    assert first[1][1]["loss"] > first[0][1]["loss"]
+    assert any(not torch.equal(deltas[0][name], deltas[1][name]) for name in deltas[0])
+
+
+def test_a_finished_run_is_not_trained_again_and_others_keep_out(run, tmp_path):
+    run("run", steps=1)
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    assert run("run", steps=1).steps == 1
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+    with pytest.raises(UsageError, match=r"lr 0\.03, now 0\.1"):
+        run("run", steps=1, lr=0.1)
+    run("run", steps=2)
+    with pytest.raises(UsageError, match="2 steps already"):
+        run("run", steps=1)
+    (tmp_path / "run" / "log.jsonl").unlink()
+    with pytest.raises(DataError, match="checkpoints without"):
+        run("run", steps=3)
+
+
+def test_a_run_that_went_down_after_its_last_checkpoint_is_finished(run, tmp_path):
+    run("run", steps=2)
+    wanted = load_file(tmp_path / "run" / "delta.safetensors")
+    (tmp_path / "run" / "delta.safetensors").unlink()
+    before = lines(tmp_path / "run")
+    assert run("run", steps=2).resumed_from == 2
+    found = load_file(tmp_path / "run" / "delta.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert lines(tmp_path / "run") == before
+
+
+def test_an_interrupted_checkpoint_is_no_checkpoint(run, tmp_path):
+    run("run", steps=4, save_every=2)
+    (tmp_path / "run" / "checkpoint-4" / "complete.json").unlink()
+    (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
+    (tmp_path / "run" / "delta.safetensors").rename(tmp_path / "wanted.safetensors")
+    assert run("run", steps=4, save_every=2).resumed_from == 2
+    wanted, found = load_file(tmp_path / "wanted.safetensors"), load_file(tmp_path / "run" / "delta.safetensors")
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_a_basis_file_takes_the_place_of_the_pairs(run, tmp_path, model):
+    run("first", steps=1)
+    run("second", steps=1, basis=str(tmp_path / "first" / "basis.safetensors"))
+    wanted, found = (load_file(tmp_path / name / "delta.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_the_model_is_left_as_it_was(settings, tasks, pairs, tmp_path, checkpoint):
+    loaded = load_model(str(checkpoint), dtype="float32", device="cpu")
+    weights = {name: value.clone() for name, value in loaded.module.state_dict().items()}
+    train(settings(steps=1), tmp_path / "run", tasks=tasks, pairs=pairs, model=loaded)
+    after = loaded.module.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in weights.items())
+
+
+def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path, model):
+    """A rate that leaves numbers behind."""
+    with pytest.raises(ModelError, match="not finite"):
+        train(settings(lr=1e30, max_norm=0.0, arm="none"), tmp_path / "run", tasks=tasks, pairs=pairs, model=model)
+    assert not hasattr(model.module, "delta_s")
+
+
+def test_several_processes_are_refused(settings, tasks, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="several processes"):
+        train(settings(), tmp_path / "run", tasks=tasks, pairs=pairs)
+
+
+def test_a_pool_of_other_prompts_and_an_unknown_tracker_are_refused(settings, tasks, pairs, tmp_path):
+    from assay.vhack.environment import episodes
+
+    with pytest.raises(DataError, match="no completion of any"):
+        train(settings(), tmp_path / "run", tasks=episodes(4, seed=9), pairs=pairs)
+    with pytest.raises(UsageError, match="tracker nothing"):
+        train(settings(), tmp_path / "run", tasks=tasks, pairs=pairs, trackers=("nothing",))
