@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from assay import models
 from assay.models import list_models, model_info
 
 # Counted from the published checkpoints; a tied matrix counts once.
@@ -41,8 +40,3 @@ def test_a_directory_is_described_without_its_weights(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     info = model_info(checkpoint)
     assert (info.hidden_size, info.num_layers, info.licence) == (32, 2, "unknown")
-
-
-def test_the_exported_names() -> None:
-    assert models.__all__ == sorted(models.__all__)
-    assert all(getattr(models, name).__doc__ for name in models.__all__)

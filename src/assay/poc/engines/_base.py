@@ -64,7 +64,7 @@ class Engine(Protocol):
     def weighted_hidden(self, inputs_BTD: Tensor, weights_BT: Tensor) -> Tensor:
         """Return Σ_t w_t · h_t/(‖h_t‖ + 1e-8) of the hidden states h after the final norm, [B, D] in float32.
 
-        The sum is :func:`assay.poc.protocol._transforms.weighted_sum`, taken where the states are. Weights are ±1, or 0 where a
+        The sum is :func:`assay.poc.protocol.weighted_sum`, taken where the states are. Weights are ±1, or 0 where a
         position is not read, float32 on the engine's device.
         """
 

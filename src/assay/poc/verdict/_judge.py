@@ -65,6 +65,7 @@ def judge(
 
 
 def new_test(header: Header, noise: Noise, alpha: float, beta: float) -> stats.SequentialTest:
+    """Return a fresh sequential test of residuals against the honest noise, at the effect of the published output."""
     return stats.SequentialTest(noise.law, alpha=alpha, beta=beta, effect=EFFECT[header.pipeline.output])
 
 

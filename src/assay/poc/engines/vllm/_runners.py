@@ -1,6 +1,6 @@
 """How a step of vLLM's two model runners is read: which requests are in it, and where their tokens are.
 
-Both keep what a step left in ``execute_model_state`` until ``sample_tokens``. :mod:`assay.poc.engines.vllm._compatibility`
+Both keep what a step left in ``execute_model_state`` until ``sample_tokens``. :mod:`._compatibility`
 refuses a version in which one of the attributes read here is missing.
 """
 

@@ -1,0 +1,125 @@
+"""Make proofs, artifact jobs and bases through the command line, and print the SHA-256 of every one.
+
+Run before and after a change that must not alter results: the two lists have to be equal. The list of the first
+version is ``tests/vectors/golden_sha256.json``, and ``tests/end_to_end/test_golden.py`` compares with it.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import torch
+
+MODELS = ("reference:qwen3", "reference:llama")
+PRESETS = (
+    "poc-2.0", "artifact", "hardened", "permutation", "logit-reflections", "logit-signs", "random-head",
+    "end-normalize", "layer-normalize", "layer-signs",
+)  # fmt: skip
+BLOCK = {"block_hash": "golden block", "block_height": 7, "public_key": "golden key", "node_id": 0, "node_count": 1}
+
+
+def machine() -> str:
+    """What the last bits of a product depend on: the processor and the version of torch."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.*)", text)
+    return f"{model.group(1) if model else platform.processor()}, torch {torch.__version__}"
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def canonical(content: bytes) -> bytes:
+    """A safetensors file with its header in the order of its keys: the library writes metadata in any order."""
+    size = int.from_bytes(content[:8], "little")
+    return json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode() + content[8 + size :]
+
+
+def proofs(folder: Path, run) -> dict[str, str]:
+    """Proof files of every preset, without the seconds they took."""
+    found = {}
+    for model in MODELS:
+        for preset in run.presets:
+            for dtype in ("bfloat16", "float32"):
+                out = folder / "proof.jsonl"
+                run("poc", "prove", "--model", model, "--preset", preset, "--dtype", dtype, "--seq-len", "24",
+                    "--batch-size", "3", "--nonces", "0:7", "--node-id", "1", "--node-count", "3",
+                    "--block-hash", "golden block", "--public-key", "golden key", "--overwrite", "-o", out)  # fmt: skip
+                text = re.sub(rb'"seconds":[0-9.]+', b'"seconds":0', out.read_bytes())
+                found[f"proof {model} {preset} {dtype}"] = sha256(text)
+    return found
+
+
+def bases(folder: Path, run) -> dict[str, str]:
+    """Basis files of every method in float32."""
+    found = {}
+    for model in MODELS:
+        for method in ("svd", "lda", "mean-diff"):
+            out = folder / "basis.safetensors"
+            run("vhack", "extract", "--model", model, "--pairs", "generated:8", "--method", method, "--top-k", "4",
+                "--dtype", "float32", "--max-tokens", "4096", "--no-cache", "--overwrite", "-o", out)  # fmt: skip
+            found[f"basis {model} {method}"] = sha256(canonical(out.read_bytes()))
+    return found
+
+
+def jobs(folder: Path, server) -> dict[str, str]:
+    """Results of artifact jobs of a running service, without their ids."""
+    found = {}
+    for model in MODELS:
+        for dtype in ("bfloat16", "float32"):
+            with server(folder / f"{model[10:]} {dtype}", model, dtype) as base:
+                body = BLOCK | {
+                    "nonces": [0, 1, 5, 8], "batch_size": 3, "wait": True,
+                    "params": {"model": model, "seq_len": 24, "k_dim": 12},
+                }  # fmt: skip
+                request = urllib.request.Request(
+                    f"{base}/api/v1/pow/generate", json.dumps(body).encode(), {"content-type": "application/json"}
+                )
+                answer = json.load(urllib.request.urlopen(request, timeout=120))
+                del answer["request_id"]
+                found[f"artifacts {model} {dtype}"] = sha256(json.dumps(answer, sort_keys=True).encode())
+    return found
+
+
+def main() -> None:
+    from contextlib import contextmanager
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from assay.cli import run as command
+    from assay.poc import PIPELINES
+    from tests.end_to_end.server import Server
+
+    def run(*arguments: object) -> None:
+        code = command([str(argument) for argument in arguments])
+        if code:
+            raise SystemExit(f"{arguments} ended with {code}")
+
+    run.presets = list(PIPELINES)
+
+    @contextmanager
+    def server(folder: Path, model: str, dtype: str):
+        folder.mkdir()
+        started = Server(folder, "--dtype", dtype, "--seq-len", "24", model=model, fork=False)
+        started.start()
+        try:
+            started.wait_for()
+            yield started.base
+        finally:
+            started.close()
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        digests = proofs(folder, run) | bases(folder, run) | jobs(folder, server)
+    Path(sys.argv[1]).write_text(
+        json.dumps({"machine": machine(), "sha256": digests}, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What the first version made comes out of today's code byte for byte, and what it left on disk still opens."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.server import Server
+
+VECTORS = Path(__file__).parents[1] / "vectors"
+GOLDEN = json.loads((VECTORS / "golden_sha256.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_proofs_artifacts_and_bases_are_those_of_the_first_version(tmp_path):
+    """Every preset, both bundled models, two number formats; on another processor the last bits may differ."""
+    out = tmp_path / "sha256.json"
+    root = VECTORS.parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src")}
+    done = subprocess.run(
+        [sys.executable, str(root / "scripts" / "golden.py"), str(out)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads(out.read_text(encoding="utf-8"))
+    if made["machine"] != GOLDEN["machine"]:
+        pytest.skip(f"golden bits are of {GOLDEN['machine']}, this is {made['machine']}")
+    assert made["sha256"] == GOLDEN["sha256"]
+
+
+def test_a_database_of_the_first_version_opens(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir(mode=0o700)
+    shutil.copy(VECTORS / "first" / "service" / "service.sqlite3", data)
+    before = json.loads((VECTORS / "first" / "service" / "status.json").read_text(encoding="utf-8"))
+    server = Server(tmp_path, "--seq-len", "8", model="reference:qwen3", fork=False)
+    server.start()
+    try:
+        server.wait_for()
+        now = server.status()
+        for field in ("state", "valid_nonces", "valid_distances", "total_checked", "total_valid", "config"):
+            assert now[field] == before[field], field
+    finally:
+        server.close()
