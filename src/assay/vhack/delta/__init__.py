@@ -8,9 +8,9 @@ from assay.vhack.delta._frames import Frames, spread
 from assay.vhack.delta._gates import GATES, Box, Gate
 from assay.vhack.delta._groups import Group, grouped
 from assay.vhack.delta._measures import Measures, displacement, share
-from assay.vhack.delta._optimizer import LEVELS, ProjectedOptimizer
+from assay.vhack.delta._optimizer import LEVELS, ProjectedOptimizer, gate_rollouts
 from assay.vhack.delta._product import Kinds
-from assay.vhack.delta._rollouts import Rollouts, gate_rollouts
+from assay.vhack.delta._rollouts import Rollouts
 
 __all__ = [
     "ARMS",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import Basis
+from assay.vhack.delta._file import load_delta, save_delta
 from assay.vhack.delta._frames import Frames, along, spread
 from assay.vhack.delta._groups import Group, grouped
 from assay.vhack.delta._product import Plan, adapt
@@ -202,9 +203,7 @@ class DeltaS(nn.Module):
         Raises:
             StorageError: the file cannot be written.
         """
-        from assay.vhack.delta._file import save_delta
-
-        save_delta(self, Path(path))
+        save_delta(Path(path), self.groups, self.values())
 
     def load(self, path: str | Path) -> None:
         """Read δS from a file and merge it.
@@ -213,9 +212,7 @@ class DeltaS(nn.Module):
             DataError: it is no such file, is damaged, belongs to other weights or other factors, or lies along axes
                 that this adapter erases.
         """
-        from assay.vhack.delta._file import load_delta
-
-        found = load_delta(self, Path(path))
+        found = load_delta(Path(path), self.groups)
         for index, group in enumerate(self.groups):
             _assign(self.delta[index], torch.stack([found[name] for name in group.names]), self._erased, index, path)
         self.refresh()

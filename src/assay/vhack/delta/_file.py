@@ -13,8 +13,8 @@ Shapes: M modules of a group, O outputs, I inputs, R coordinates.
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,9 +27,6 @@ from assay.streams import as_tensor, get_backend, seed32
 from assay.vhack.delta._groups import Group
 from assay.vhack.gradients import tensor_digest
 
-if TYPE_CHECKING:
-    from assay.vhack.delta._delta import DeltaS
-
 __all__ = ["SCHEMA", "load_delta", "save_delta"]
 
 SCHEMA = "assay.delta_s/1"
@@ -38,32 +35,32 @@ _TOLERANCE = 1e-2
 _REDO = "attach the adapter to the model that the file was made with, with the same factors, or train again"
 
 
-def save_delta(adapter: "DeltaS", path: Path) -> None:
-    """Write the δS of an adapter; see :meth:`DeltaS.save`."""
-    values = {name: delta_R.cpu() for name, delta_R in adapter.values().items()}
-    probes = {_PROBE + name: rows for name, rows in _probes(adapter.groups, values).items()}
+def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor]) -> None:
+    """Write δS by module name; :meth:`DeltaS.save` calls it."""
+    values = {name: delta_R.cpu() for name, delta_R in delta.items()}
+    probes = {_PROBE + name: rows for name, rows in _probes(groups, values).items()}
     metadata = {
         "schema": SCHEMA,
-        "weights_sha256": _weights(adapter.groups),
+        "weights_sha256": _weights(groups),
         "delta_sha256": _digest(values),
     }
     write_atomic(path, save({**{n: v.contiguous() for n, v in values.items()}, **probes}, metadata=metadata))
 
 
-def load_delta(adapter: "DeltaS", path: Path) -> dict[str, Tensor]:
-    """The δS in a file, after all checks; see :meth:`DeltaS.load`."""
+def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Return the δS in a file by module name, after all checks; :meth:`DeltaS.load` calls it."""
     metadata, tensors = _read(path)
     if metadata.get("schema") != SCHEMA:
         raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=SCHEMA, do="give one of DeltaS.save")
     values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROBE)}
-    wanted = {name: (group.rank,) for group in adapter.groups for name in group.names}
+    wanted = {name: (group.rank,) for group in groups for name in group.names}
     if {name: tuple(tensor.shape) for name, tensor in values.items()} != wanted:
         raise DataError(f"{path} has δS of other modules or ranks", wanted="those of this adapter", do=_REDO)
     if metadata.get("delta_sha256") != _digest(values):
         raise DataError(f"{path} is damaged: its δS do not have its hash", wanted="a whole file", do="copy it again")
-    if metadata.get("weights_sha256") != _weights(adapter.groups):
+    if metadata.get("weights_sha256") != _weights(groups):
         raise DataError(f"{path} was made for other weights", wanted="those of this model", do=_REDO)
-    for name, probe in _probes(adapter.groups, values).items():
+    for name, probe in _probes(groups, values).items():
         theirs = tensors.get(_PROBE + name)
         if theirs is None or theirs.shape != probe.shape or (theirs - probe).norm() > _TOLERANCE * probe[0]:
             raise DataError(f"{path}: δS of {name} means something else here", wanted="the same factors", do=_REDO)
@@ -83,12 +80,12 @@ def _digest(values: dict[str, Tensor]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _weights(groups: list[Group]) -> str:
+def _weights(groups: Sequence[Group]) -> str:
     lines = sorted(f"{name}\n{digest}\n" for group in groups for name, digest in group.digests().items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _probes(groups: list[Group], values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _probes(groups: Sequence[Group], values: dict[str, Tensor]) -> dict[str, Tensor]:
     """``(‖δW z‖, s·δW z)`` of every module; z and s are portable signs."""
     found: dict[str, Tensor] = {}
     for group in groups:

@@ -26,12 +26,13 @@ from torch.optim import Optimizer
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import Basis
 from assay.vhack.delta._delta import DeltaS
-from assay.vhack.delta._frames import Frames
+from assay.vhack.delta._frames import Frames, spread
 from assay.vhack.delta._gates import Box, Gate
 from assay.vhack.delta._measures import Measures, displacement, share
+from assay.vhack.delta._rollouts import Rollouts
 from assay.vhack.delta._sharding import local, local_rows, processes
 
-__all__ = ["LEVELS", "ProjectedOptimizer"]
+__all__ = ["LEVELS", "ProjectedOptimizer", "gate_rollouts"]
 
 LEVELS = ("gradient", "update")
 _KEY = "vhack"
@@ -281,6 +282,56 @@ class ProjectedOptimizer(Optimizer):
             values = displacement(parts, processes(self.adapter.delta[0]))
             found |= {prefix + name: value for name, value in values.items()}
         return found
+
+
+@torch.no_grad()
+def gate_rollouts(
+    adapter: DeltaS,
+    rollouts: Rollouts,
+    frames: Frames,
+    gate: Gate,
+    *,
+    chosen_N: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Take what the gate removes from each rollout off the summed gradient of the adapter, in place.
+
+    Call it after the backward pass, before a GradScaler has unscaled and before clipping, with an optimiser that does
+    not gate the gradient itself.
+
+    Args:
+        adapter: its gradients are changed.
+        rollouts: of the passes that made these gradients.
+        frames: the axes.
+        gate: what is removed along them; it may not preserve magnitudes, for those are of the sum, nor be ``keep``.
+        chosen_N: which rollouts are gated, [N] bool, for instance those whose `cin` is above a threshold; None is all.
+        process_group: where the gradients were averaged over processes, those processes.
+
+    Raises:
+        UsageError: the gate preserves magnitudes or is ``keep``, or ``chosen_N`` has another length.
+    """
+    rows = rollouts.rows
+    count = rows[0].shape[1]
+    if gate.preserve_magnitude or gate.kind == "keep" or (chosen_N is not None and len(chosen_N) != count):
+        chosen = 0 if chosen_N is None else len(chosen_N)
+        unfit = gate.preserve_magnitude or gate.kind == "keep"
+        raise UsageError(
+            f"{gate} for single rollouts" if unfit else f"a choice among {chosen} rollouts",
+            wanted=f"a gate that takes something away along the axes, and a choice among {count} rollouts",
+            do="gate the sum instead" if unfit else "choose among those of this very step",
+        )
+    for parameter, rows_MNR, axes_MKR in zip(adapter.delta, rows, frames.axes, strict=True):
+        coordinates_MNK = gate.coefficients(rows_MNR.double() @ axes_MKR.transpose(1, 2))
+        if chosen_N is not None:
+            coordinates_MNK = coordinates_MNK * chosen_N.to(rows_MNR.device)[None, :, None]
+        coordinates_MK = coordinates_MNK.sum(dim=1)
+        if process_group is not None:
+            dist.all_reduce(coordinates_MK, group=process_group)
+            coordinates_MK /= dist.get_world_size(process_group)
+        if axes_MKR.shape[1] and parameter.grad is not None:
+            removed_MR = spread(axes_MKR, coordinates_MK)[local_rows(parameter.grad)]
+            gradient_MR = local(parameter.grad)
+            gradient_MR.copy_(gradient_MR.double() - removed_MR)
 
 
 def _move(delta_MR: Tensor, distance: float, axes_MKR: Tensor) -> None:
