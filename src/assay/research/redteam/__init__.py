@@ -5,7 +5,7 @@ from assay.research.redteam._detect import CHECKED, Judge, Pool
 from assay.research.redteam._field import PRESETS
 from assay.research.redteam._page import draw
 from assay.research.redteam._run import RedteamPlan, run_redteam
-from assay.research.redteam._tables import ATTACK_COLUMNS, attack_rows, fields, paying
+from assay.research.redteam._tables import ATTACK_COLUMNS, attack_rows, fields, honest_errors, paying
 
 __all__ = [
     "ATTACKS",
@@ -19,6 +19,7 @@ __all__ = [
     "attack_rows",
     "draw",
     "fields",
+    "honest_errors",
     "paying",
     "run_redteam",
 ]

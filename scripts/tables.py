@@ -1,0 +1,266 @@
+"""The tables of the documentation, made from committed results.
+
+Pages call these functions through cog: ``make docs`` writes the tables, and ``tests/docs/test_generated.py`` fails
+where a page and the results differ. Every function prints one Markdown table.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from assay.reports import read_json
+from assay.research.matrix import configurations
+from assay.research.redteam import ATTACK_COLUMNS, PRESETS, attack_rows, fields, honest_errors, paying
+from assay.research.runs import read_run
+from assay.research.weights import weight_rows
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RUNS = RESULTS / "experiments"
+REDTEAM = ("qwen3", "llama")
+FORMATS = {"bfloat16": "", "float16": "-float16"}
+LAWS = ("30", "64", "192", "1024", "4096")
+SHAPES = {"qwen3-0.6b": 28, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a Markdown table."""
+    print(f"| {' | '.join(header)} |")
+    print(f"|{' --- |' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+
+
+def approaches(run: str) -> None:
+    """Print every approach of a run, both models side by side."""
+    cells = read_run(RUNS / run, "approaches").cells
+    header = ("approach", "mean", "offset", "spread at 50 %", "spread at 10 %", "breaks structure", "separation", "AUC",
+              "overhead, %")  # fmt: skip
+    rows = []
+    for name in dict.fromkeys(cell["approach"] for cell in cells):
+        both = [cell for cell in cells if cell["approach"] == name]
+        columns = (
+            [f"{cell['mean']:.4f}" for cell in both],
+            [f"{cell['mean_off_in_standard_errors']:.1f}" for cell in both],
+            [f"{100 * cell['spreads'][0]['spread']:.1f}" for cell in both],
+            [f"{100 * cell['spreads'][1]['spread']:.1f}" for cell in both],
+            [cell["breaks_structure"] for cell in both],
+            [f"{cell['separation']:.0f}" for cell in both],
+            [f"{cell['auc']:.3f}" for cell in both],
+            [f"{round(100 * cell['overhead'])}" for cell in both],
+        )
+        rows.append((f"`{name}`", *(" / ".join(column) for column in columns)))
+    print_table(header, rows)
+
+
+def hook_cells() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the cells of sign flips and of hooks with normalisation, per model on the GPU, narrow models first."""
+    cells = [cell for run in ("h200", "h200-deep") for cell in read_run(RUNS / run, "approaches").cells]
+    found = {(cell["model"], cell["approach"]): cell for cell in cells}
+    models = sorted({cell["model"]: cell["hidden_size"] for cell in cells}.items(), key=lambda item: item[1])
+    return [(found[model, "poc-2.0"], found[model, "layer-normalize"]) for model, _ in models]
+
+
+def hooks() -> None:
+    """Print how well int4 weights are told from honest ones with sign flips and with hooks."""
+    header = ("model", "layers", "width", "sign flips: honest", "int4", "AUC", "hooks: honest", "int4", "AUC")
+    rows = []
+    for pair in hook_cells():
+        sides = [
+            text
+            for cell in pair
+            for text in (
+                f"{cell['honest_residual']:.5f}",
+                f"{cell['int4_residual']:.4f}",
+                "{:.3f} ({:.3f} to {:.3f})".format(cell["auc"], *cell["auc_interval"]),
+            )
+        ]
+        rows.append((f"`{pair[0]['model']}`", pair[0]["num_layers"], pair[0]["hidden_size"], *sides))
+    print_table(header, rows)
+
+
+def weights(run: str) -> None:
+    """Print the block means of trained and random weights."""
+    header = ("model, weights", "alpha", "beta", "gamma", "spread of means", "noise band", "verdict", "context")
+    rows = [
+        (
+            f"{row.model.partition(':')[2]}, {row.weights}",
+            *(f"{mean:.4f}" for mean in row.means),
+            f"{row.spread:.4f}",
+            f"{row.low:.4f} to {row.high:.4f}",
+            "inside" if row.inside else "beyond",
+            f"{row.context_effect:.2g}",
+        )
+        for row in weight_rows(read_run(RUNS / run, "weights").cells)
+    ]
+    print_table(header, rows)
+
+
+def matrix(run: str) -> None:
+    """Print the valid rate of every block in the live tests, in per cent."""
+    header = ("model, mode", "alpha", "beta", "gamma", "spread", "noise band", "p", "nonces/s")
+    rows = []
+    for found in configurations(read_run(RUNS / run, "matrix").cells):
+        spread = found.spread
+        if spread is not None:
+            rows.append((
+                f"{found.model.partition(':')[2]}, {found.mode}",
+                *(f"{100 * block.rate:.1f}" for block in found.blocks),
+                f"{100 * spread.value:.1f}",
+                f"{100 * spread.low:.1f} to {100 * spread.high:.1f}",
+                spread.p_text,
+                f"{found.nonces_per_second:.0f}",
+            ))  # fmt: skip
+    print_table(header, rows)
+
+
+def nonce_bands(run: str) -> None:
+    """Print where a band of the nonces alone would end, per model, in points."""
+    found = configurations(read_run(RUNS / run, "matrix").cells)
+    rows = [(f.model.partition(":")[2], f"{100 * f.spread.nonces_high:.2f}") for f in found
+            if f.spread is not None and f.mode == "sign-flips"]  # fmt: skip
+    print_table(("model", "band of the nonces alone ends at"), rows)
+
+
+def throughput(run: str) -> None:
+    """Print the live throughput of models that were tested on one block."""
+    rows = [
+        (f"`{found.model}`", found.checked, f"{found.nonces_per_second:.0f}")
+        for found in configurations(read_run(RUNS / run, "matrix").cells)
+        if found.spread is None
+    ]
+    print_table(("model", "nonces", "nonces/s"), rows)
+
+
+def targets() -> None:
+    """Print measured quantiles of distances beside the closed form."""
+    rows = read_json(RESULTS / "r_target_h200.json")["rows"]
+    printed = []
+    for pipeline, rate in dict.fromkeys((row["pipeline"], row["valid_rate"]) for row in rows):
+        both = [row for row in rows if (row["pipeline"], row["valid_rate"]) == (pipeline, rate)]
+        measured = " / ".join(f"{row['measured']:.4f}" for row in both)
+        off = " / ".join(f"{row['off_in_standard_errors']:+.1f}".replace("-", "−") for row in both)
+        printed.append((pipeline, f"{100 * rate:.4g}", f"{both[0]['r_target']:.4f}", measured, off))
+    print_table(("pipeline", "valid, %", "closed form", "measured", "offset"), printed)
+
+
+def redteam_cells(name: str) -> list[Any]:
+    """Return the cells of one committed red-team run."""
+    return read_run(RUNS / f"redteam-{name}", "redteam").cells
+
+
+def cheapest() -> None:
+    """Print, per model, format and preset, the attack that saves a quarter of the work at the least error."""
+    header = ("model", "dtype", "preset", "attack of the least error", "cost", "ε", "over honest", "checked")
+    rows = []
+    for suffix in FORMATS.values():
+        for name in REDTEAM:
+            cells = redteam_cells(name + suffix)
+            for model, dtype in fields(cells):
+                for preset in PRESETS:
+                    best = paying(cells, model, dtype, preset)
+                    figures = (f"{best['cost']:.2f}", f"{best['error']:.3f}", f"{best['over_honest']:.1f}")
+                    rows.append((model, dtype, preset, best["attack"], *figures, best["checked_99"]))
+    print_table(header, rows)
+
+
+def formats() -> None:
+    """Print what float16 changes for ``hardened``, both models side by side."""
+    columns = [_format_column(dtype, suffix) for dtype, suffix in FORMATS.items()]
+    names = ("honest ε", "best attack that saves a quarter, over honest",
+             "lightest experts left out (random / trained), over honest", "int8 weights, over honest",
+             "2 % junk within 300: `poc-2.0`")  # fmt: skip
+    print_table(("`hardened`, Qwen3 / Llama", *FORMATS), zip(names, *columns, strict=True))
+
+
+def _format_column(dtype: str, suffix: str) -> list[str]:
+    where = [(cells, *fields(cells)[0]) for cells in (redteam_cells(name + suffix) for name in REDTEAM)]
+    digits = 3 if dtype == "bfloat16" else 4
+    rows = [{row[0]: row for row in attack_rows(*place, "hardened")} for place in where]
+    over = ATTACK_COLUMNS.index("over honest")
+    claims = [row for cells, *_ in where for cell in cells if cell["kind"] == "claims" for row in cell["rows"]]
+    caught = [row["sequential"][-1] for row in claims if (row["claim"], row["preset"]) == ("2% invented", "poc-2.0")]
+    experts = read_json(RESULTS / f"hardened_experts{suffix.replace('-', '_')}.json")
+    return [
+        " / ".join(f"{honest_errors(*place)['hardened']:.{digits}f}" for place in where),
+        " / ".join(f"{paying(*place, 'hardened')['over_honest']:.1f}" for place in where),
+        " / ".join(f"{experts[name]['ratio']:.1f}" for name in ("random", "trained")),
+        " / ".join(str(found["int8 weights"][over]) for found in rows),
+        " / ".join(f"{share:.4g}" for share in caught),
+    ]
+
+
+def compiled_cost() -> None:
+    """Print the throughput of ``hardened`` over ``poc-2.0`` with compiled kernels, below 0.95 in bold."""
+    rows = []
+    for shape, layers in SHAPES.items():
+        name = f"hardened_throughput_h200_{shape}.json"
+        bfloat16, float16 = read_json(RESULTS / name)["cases"]
+        ratios = [case["hardened_over_poc"] for case in (bfloat16, float16)]
+        across = float16["hardened_over_first_dtype"]["poc-2.0"]["middle"]
+        shown = [f"**{ratio:.3f}**" if ratio < 0.95 else f"{ratio:.3f}" for ratio in (*ratios, across)]
+        rows.append((f"`shape:{shape}`, {layers} layers", *shown))
+    print_table(("compiled, H200", "bfloat16", "float16", "float16 over `poc-2.0` in bfloat16"), rows)
+
+
+def simulated_year() -> None:
+    """Print the simulated year: honest nodes convicted, and what cheaters are paid, under each rule."""
+    header = ("format", "preset", "rule", "honest nodes convicted", "int8 paid", "0.5 % junk paid", "1 % junk paid",
+              "2 % junk paid", "2 % junk, rounds to 99 %")  # fmt: skip
+    printed = []
+    for cell in read_run(RUNS / "simulate", "simulate").cells:
+        rows = {(row["rule"], row["kind"]): row for row in cell["rows"]}
+        for rule in ("published", "count", "sequential", "lifetime"):
+            kinds = ("int8 weights", "0.5% junk", "1.0% junk", "2.0% junk")
+            paid = [f"{rows[rule, kind]['paid']:.1%}" for kind in kinds]
+            caught = rows[rule, "2.0% junk"]["rounds_99"] or "never"
+            convicted = rows[rule, "honest"]["convicted"]
+            printed.append((cell["dtype"], f"`{cell['preset']}`", rule, convicted, *paid, caught))
+    print_table(header, printed)
+
+
+def heavy_tails() -> list[dict[str, Any]]:
+    """Return the rows of the models that the laws' fit was made with."""
+    rows: list[dict[str, Any]] = read_json(RESULTS / "heavy_tails.json")["rows"]
+    return rows
+
+
+def unseen_tails() -> list[dict[str, Any]]:
+    """Return the rows of two models that the laws' fit was not made with."""
+    return [row for shape in SHAPES if shape != "llama-3.1-8b"
+            for row in read_json(RESULTS / f"heavy_tails_{shape}.json")["rows"]]  # fmt: skip
+
+
+def false_accusations() -> None:
+    """Print the largest share of honest audits accused, in per cent, under fitted and under stated laws."""
+    rows = []
+    for models, measured in (("bundled", heavy_tails()), ("not used for the fit", unseen_tails())):
+        fitted = [max(row[law]["accused"] for row in measured) for law in LAWS]
+        stated = max(row["default"]["accused"] for row in measured)
+        rows.append((models, *(f"{100 * share:.2f}" for share in (*fitted, stated))))
+    print_table(("models", *(f"law of {law} nonces" for law in LAWS), "stated default"), rows)
+
+
+def junk_caught() -> None:
+    """Print the share of audits of 300 nonces that catch 2 % of junk: laws of 192 and 1024 nonces, stated default."""
+    presets = ("poc-2.0", "artifact", "hardened")
+    rows = []
+    for dtype in FORMATS:
+        for model in ("Qwen3", "Llama"):
+            found = {
+                row["preset"]: "; ".join(f"{row[law]['junk_caught'] + 1e-9:.3f}" for law in ("192", "1024", "default"))
+                for row in heavy_tails()
+                if (row["model"], row["dtype"]) == (f"reference:{model.lower()}", dtype)
+            }
+            rows.append((f"{model}, {dtype}", *(found[preset] for preset in presets)))
+    print_table(("", *(f"`{preset}`" for preset in presets)), rows)
+
+
+def unseen_junk() -> None:
+    """Print the smallest and largest share of junk caught on models that the fit was not made with."""
+    rows = []
+    for dtype in FORMATS:
+        for preset in ("poc-2.0", "artifact", "hardened"):
+            caught = [row[law]["junk_caught"] for row in unseen_tails() for law in ("192", "1024", "4096")
+                      if (row["preset"], row["dtype"]) == (preset, dtype)]  # fmt: skip
+            rows.append((f"`{preset}`, {dtype}", f"{min(caught):.3f}", f"{max(caught):.3f}"))
+    print_table(("preset, format", "caught at least", "caught at most"), rows)
