@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import UsageError
+from assay.vhack.basis._file import read_basis, write_basis
 from assay.vhack.basis._origin import Origin
 
 if TYPE_CHECKING:
@@ -83,9 +84,7 @@ class Basis:
         Raises:
             StorageError: the file cannot be written.
         """
-        from assay.vhack.basis._file import save_basis
-
-        save_basis(self, Path(path))
+        write_basis(Path(path), self.axes, self.singular_values, self.votes, self.origin)
 
     @classmethod
     def load(
@@ -108,9 +107,7 @@ class Basis:
         Raises:
             DataError: the file is no basis, or was made for other weights, pairs or settings; the message names which.
         """
-        from assay.vhack.basis._file import load_basis
-
-        basis = load_basis(Path(path), model, expect or {})
+        basis = cls(*read_basis(Path(path), model, expect or {}))
         return basis if k_use is None else basis.slice(k_use)
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from assay.errors import DataError
 from assay.reports import write_atomic
-from assay.vhack.basis._basis import Basis
 from assay.vhack.basis._origin import Origin
 from assay.vhack.gradients import module_of, weights_digest
 
@@ -31,22 +30,29 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["SCHEMA", "load_basis", "save_basis"]
+__all__ = ["SCHEMA", "read_basis", "write_basis"]
+
+Tensors = dict[str, Tensor]
+Parts = tuple[Tensors, Tensors, Tensors, Origin]
+"""Axes, singular values and votes by module name, and the origin: the fields of a basis in their order."""
 
 SCHEMA = "v2_with_sv"
 _VALUES = "_sv/"
 _REDO = "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"
 
 
-def save_basis(basis: Basis, path: Path) -> None:
-    """Write a basis; see the module for the format and :meth:`Basis.save` for what is raised."""
-    tensors = {name: axes_KR.contiguous() for name, axes_KR in basis.axes.items()}
-    tensors |= {_VALUES + name: values_K.contiguous() for name, values_K in basis.singular_values.items()}
-    write_atomic(path, save(tensors, metadata=_metadata(basis)))
+def write_basis(path: Path, axes: Tensors, values: Tensors, votes: Tensors, origin: Origin) -> None:
+    """Write the parts of a basis to a file, in the format that this module describes.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    tensors = {name: axes_KR.contiguous() for name, axes_KR in axes.items()}
+    tensors |= {_VALUES + name: values_K.contiguous() for name, values_K in values.items()}
+    write_atomic(path, save(tensors, metadata=_metadata(votes, origin)))
 
 
-def _metadata(basis: Basis) -> dict[str, str]:
-    origin = basis.origin
+def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
     return {
         "schema": SCHEMA,
         "model": origin.model,
@@ -63,22 +69,31 @@ def _metadata(basis: Basis) -> dict[str, str]:
         "groups": json.dumps(origin.groups),
         "skipped": json.dumps(origin.skipped),
         "captured": repr(origin.captured),
-        "votes": json.dumps({name: votes_K2.tolist() for name, votes_K2 in basis.votes.items()}),
+        "votes": json.dumps({name: votes_K2.tolist() for name, votes_K2 in votes.items()}),
     }
 
 
-def load_basis(path: Path, model: "Model | PreTrainedModel | None", expect: Mapping[str, object]) -> Basis:
-    """Read a whole basis and check what it is for; see :meth:`Basis.load` for arguments and errors."""
-    metadata, tensors = _read(path)
-    basis = _parse(path, metadata, tensors)
+def read_basis(path: Path, model: "Model | PreTrainedModel | None", expect: Mapping[str, object]) -> Parts:
+    """Return the parts of the basis in a file, after checking what it was made for.
+
+    Args:
+        path: Path of the file.
+        model: Model whose weights it must have been made from; None skips that check.
+        expect: Attributes of the origin that must have these values.
+
+    Raises:
+        DataError: The file is not a basis, or was made for other weights, pairs or settings.
+    """
+    parts = _parse(path, *_read(path))
+    axes, _, _, origin = parts
     if model is not None:
-        _check_model(path, basis, model)
+        _check_model(path, axes, origin, model)
     for name, wanted in expect.items():
-        _check_setting(path, name, getattr(basis.origin, name), wanted)
-    return basis
+        _check_setting(path, name, getattr(origin, name), wanted)
+    return parts
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, str], Tensors]:
     try:
         with safe_open(path, framework="pt") as reader:
             names = list(reader.keys())
@@ -87,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
 
 
-def _parse(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Basis:
+def _parse(path: Path, metadata: dict[str, str], tensors: Tensors) -> Parts:
     try:
         if metadata["schema"] != SCHEMA:
             raise ValueError(f"schema {metadata['schema']!r}")
@@ -99,7 +114,7 @@ def _parse(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> 
             _check_parts(name, axes_KR, values[name], votes[name])
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path} is no basis: {error}", wanted=f"a file of schema {SCHEMA}", do=_REDO) from error
-    return Basis(axes, values, votes, origin)
+    return axes, values, votes, origin
 
 
 def _parse_origin(metadata: dict[str, str]) -> Origin:
@@ -130,15 +145,15 @@ def _check_parts(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor)
         raise ValueError(f"{name} holds NaN or infinity")
 
 
-def _check_model(path: Path, basis: Basis, model: "Model | PreTrainedModel") -> None:
+def _check_model(path: Path, axes: Tensors, origin: Origin, model: "Model | PreTrainedModel") -> None:
     modules = dict(module_of(model).named_modules())
-    for name, axes_KR in basis.axes.items():
+    for name, axes_KR in axes.items():
         weight: Any = getattr(modules.get(name), "weight", None)
         if weight is None or axes_KR.shape[1] > min(weight.shape):
             raise _stale(path, "model", f"axes of {name} with {axes_KR.shape[1]} coordinates", "the model's modules")
     digest = weights_digest(model)
-    if basis.origin.weights != digest:
-        raise _stale(path, "weights", basis.origin.weights[:16] or "none", f"weights {digest[:16]}")
+    if origin.weights != digest:
+        raise _stale(path, "weights", origin.weights[:16] or "none", f"weights {digest[:16]}")
 
 
 def _check_setting(path: Path, name: str, seen: object, wanted: object) -> None:
