@@ -255,3 +255,63 @@ def test_an_interrupt_during_the_imports_is_no_traceback(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 130
+
+
+def walk(command, path=()):
+    """Yield (path, command) of every group and command of the tree."""
+    yield path, command
+    for name, child in getattr(command, "commands", {}).items():
+        yield from walk(child, (*path, name))
+
+
+def test_no_variable_ends_a_command_or_changes_its_output():
+    """Eager options and --json are read from flags alone: exit code 0 means "honest"."""
+    read = set()
+    for path, command in walk(typer.main.get_command(app)):
+        context = command.make_context("assay", [], resilient_parsing=True, auto_envvar_prefix="ASSAY")
+        options = [option for option in command.get_params(context) if option.param_type_name == "option"]
+        closed = {"help", "version", "install_completion", "show_completion", "as_json"}
+        assert {option.name for option in options if option.is_eager} <= closed, path
+        here = {option.name for option in options if option.allow_from_autoenv or option.envvar}
+        assert not here & closed, path
+        read |= here
+        assert "help" in {option.name for option in options}
+    assert {"nonces", "lr", "max_pending"} <= read
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["ASSAY_VERSION=1", "ASSAY_VERSION=0.1.0", "ASSAY_HELP=1", "ASSAY_POC_HELP=1", "ASSAY_POC_VERIFY_HELP=1",
+     "ASSAY_INSTALL_COMPLETION=bash", "ASSAY_SHOW_COMPLETION=bash", "ASSAY_POC_VERIFY_AS_JSON=1"],
+)  # fmt: skip
+def test_verify_verifies_whatever_the_environment_holds(variable: str, assay, monkeypatch):
+    monkeypatch.setenv(*variable.split("="))
+    result = assay("poc", "verify", "missing.jsonl", "--model", "reference:qwen3")
+    assert result.code == 2
+    assert result.err.startswith("error: missing.jsonl: No such file")
+    assert not result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("poc", "prove", "--block-hash", "b", "--public-key", "k", "--model", "m", "-o", "p"), "continues it\n"),
+        (("poc", "verify", "p", "--model", "m"), "stopped\n"),
+    ],
+)
+def test_an_interruption_promises_only_what_is_true(arguments, said: str, assay, monkeypatch):
+    from assay import poc
+
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(poc, "get_pipeline", stop)
+    monkeypatch.setattr(poc.Proof, "load", stop)
+    result = assay(*arguments)
+    assert result.code == 128 + signal.SIGTERM
+    assert result.err.endswith(said)
+
+
+def test_both_instruments_are_there_after_a_plain_import():
+    done = subprocess.run([sys.executable, "-c", "import assay; assay.vhack.extract, assay.poc.prove"], check=False)
+    assert done.returncode == 0

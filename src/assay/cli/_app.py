@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from assay._version import __version__
 from assay.cli import _demo, _doctor, _models, _poc, _streams, _vhack
+from assay.cli._commands import CONTINUES, App, Group, Stopped
 from assay.cli._output import errors
 from assay.errors import AssayError, UsageError
 
 __all__ = ["app", "run"]
 
 
-class _Root(TyperGroup):
-    """The root command, in whose name the errors of the system are put into words."""
+class _Root(Group):
+    """The root command, which turns errors of the operating system into assay errors and exit codes."""
 
     def invoke(self, context: Any) -> Any:
         # Before typer sees a closed pipe: it would answer with code 1, and that means fraud here.
@@ -35,11 +35,10 @@ class _Root(TyperGroup):
             raise storage_error(Path(str(error.filename or "output")), error) from error
 
 
-app = typer.Typer(
+app = App(
     name="assay",
     cls=_Root,
     help="Measure what a language model really computed, and what its training really learns.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "ASSAY"},
@@ -91,8 +90,8 @@ def run(arguments: list[str] | None = None) -> int:
         errors(error)
         _drop_output()
         return 2
-    except _Stopped as stop:
-        typer.echo("stopped; what is done of long work is kept, and the same command continues it", err=True)
+    except Stopped as stop:
+        typer.echo(f"stopped; {CONTINUES}" if stop.resumable else "stopped", err=True)
         return 128 + stop.number
     except _ReaderLeft:
         _drop_output()
@@ -113,19 +112,12 @@ class _ReaderLeft(BaseException):
     """Nobody reads our stdout any more."""
 
 
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM, as something that files and pools can clean up after."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Turn the two signals into an exception, unless the shell said to ignore them."""
 
     def stop(number: int, frame: object) -> None:
-        raise _Stopped(number)
+        raise Stopped(number)
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

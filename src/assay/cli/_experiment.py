@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from assay.cli._commands import App, Resumable
 from assay.cli._flags import DeviceFlag, DtypeFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Measure the published tables again, each number with its noise.", no_args_is_help=True)
+app = App(help="Measure the published tables again, each number with its noise.")
 
 BOTH = "reference:qwen3,reference:llama"
 BLOCKS = "block_alpha,block_beta,block_gamma"
@@ -33,7 +34,7 @@ BatchSizeFlag = Annotated[int, typer.Option(help="Nonces per forward pass.")]
 EXPERIMENTS = Path("experiments")
 
 
-@app.command()
+@app.command(cls=Resumable)
 def approaches(
     models: ModelsFlag = BOTH,
     approaches: Annotated[str, typer.Option(help="Presets, separated by commas; all when left out.")] = "",
@@ -96,7 +97,7 @@ def _approach(cell: "JsonObject") -> tuple[str, ...]:
     )
 
 
-@app.command()
+@app.command(cls=Resumable)
 def weights(
     models: ModelsFlag = BOTH,
     preset: Annotated[str, typer.Option(help="A row of the pipeline table.")] = "hidden-reflections",
@@ -146,7 +147,7 @@ def _weights(row: "WeightRow") -> tuple[str, ...]:
     return (row.weights, *means, f"{row.spread:.4f}", f"{row.low:.4f} to {row.high:.4f}", verdict)
 
 
-@app.command()
+@app.command(cls=Resumable)
 def matrix(
     models: ModelsFlag = BOTH,
     modes: Annotated[str, typer.Option(help="sign-flips, layer-hooks, or both.")] = "sign-flips,layer-hooks",

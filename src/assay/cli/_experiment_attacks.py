@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from assay.cli._commands import Resumable
 from assay.cli._flags import DeviceFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 
@@ -17,8 +18,8 @@ EXPERIMENTS = Path("experiments")
 
 def register(app: typer.Typer) -> None:
     """Add the two commands to ``assay poc experiment``."""
-    app.command()(redteam)
-    app.command()(simulate)
+    app.command(cls=Resumable)(redteam)
+    app.command(cls=Resumable)(simulate)
 
 
 def redteam(

@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
+from assay.cli._commands import App
 from assay.cli._output import JsonFlag, emit_json, table
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Bundled models, shape presets and random-weight checkpoints.", no_args_is_help=True)
+app = App(help="Bundled models, shape presets and random-weight checkpoints.")
 
 Reference = Annotated[str, typer.Argument(help="A directory, a hub id, reference:… or shape:…")]
 

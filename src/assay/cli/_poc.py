@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _experiment, _serve
+from assay.cli._commands import App, Resumable
 from assay.cli._engines import EngineOptions, judging_engine, proving_engine
 from assay.cli._flags import DeviceFlag, ModelFlag, NumberFormatFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Prove that a model ran, and check such proofs.", no_args_is_help=True)
+app = App(help="Prove that a model ran, and check such proofs.")
 app.command("serve")(_serve.serve)
 app.command("receive")(_serve.receive)
 app.add_typer(_serve.callbacks, name="callbacks")
 app.add_typer(_experiment.app, name="experiment")
 
 
-@app.command()
+@app.command(cls=Resumable)
 def prove(
     model: ModelFlag,
     block_hash: Annotated[str, typer.Option(help="The block that seeds the round.", envvar="ASSAY_BLOCK_HASH")],

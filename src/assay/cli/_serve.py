@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from assay.cli._commands import App
 from assay.cli._engines import check_kernels, compiles
 from assay.cli._flags import DeviceFlag, DtypeFlag, ModelFlag
 from assay.cli._output import JsonFlag, emit_json, table
@@ -121,7 +122,7 @@ def receive(
     service.run_app(service.create_receiver(service.Received(output), secrets), host=host, port=port)
 
 
-callbacks = typer.Typer(help="Look at undelivered callbacks, and send dead ones again.", no_args_is_help=True)
+callbacks = App(help="Look at undelivered callbacks, and send dead ones again.")
 
 
 @callbacks.command("list")

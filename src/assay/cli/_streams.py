@@ -6,12 +6,13 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from assay.cli._commands import App
 from assay.cli._output import JsonFlag, emit_json
 from assay.errors import UsageError
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Print portable random numbers, the same bits on every machine.", no_args_is_help=True)
+app = App(help="Print portable random numbers, the same bits on every machine.")
 
 PRINTABLE = 1_000_000
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _vhack_check, _vhack_pairs, _vhack_study, _vhack_train
+from assay.cli._commands import App, Resumable
 from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag, PairsFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Directions along which training would learn to cheat.", no_args_is_help=True)
+app = App(help="Directions along which training would learn to cheat.")
 app.add_typer(_vhack_pairs.app, name="pairs")
 app.command("check")(_vhack_check.check)
 app.command("report")(_vhack_study.report)
-app.command("train")(_vhack_train.train)
+app.command("train", cls=Resumable)(_vhack_train.train)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from assay.cli._commands import App
 from assay.cli._flags import PairsArgument
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Pairs of a completion that cheats and one that does not.", no_args_is_help=True)
+app = App(help="Pairs of a completion that cheats and one that does not.")
 
 
 @app.command("list")

@@ -19,8 +19,8 @@ from assay.errors import AssayError, DataError, StorageError, UsageError
 from assay.reports._jsonl import dumps, loads
 
 _ADVICE = {
-    errno.ENOSPC: "free some space; what was written so far is kept and can be resumed",
-    errno.EFBIG: "raise the file size limit (ulimit -f); what was written so far can be resumed",
+    errno.ENOSPC: "free some space",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
     errno.EACCES: "choose a directory you may write to",
     errno.EROFS: "choose a directory you may write to",
     errno.EISDIR: "choose a file name, or remove the directory",
@@ -30,7 +30,12 @@ _ADVICE = {
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """The three-part form of an operating-system error on ``path``."""
+    """Return the three-part form of an error of the operating system.
+
+    Args:
+        path: Path of the file or directory.
+        error: The error.
+    """
     reason = os.strerror(error.errno) if error.errno else str(error)
     advice = _ADVICE.get(error.errno or 0, "choose another path, or repair this one")
     return StorageError(f"{path}: {reason}", wanted="a file that can be written", do=advice)
