@@ -38,6 +38,7 @@ __all__ = [
     "StorageError",
     "UnsafeCheckpoint",
     "UsageError",
+    "is_out_of_memory",
 ]
 
 
@@ -126,3 +127,13 @@ class StorageError(ResourceError):
 
 class BackendUnavailable(AssayError):
     """A compute backend is not installed or has no device."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an exception of Python, torch or a device library means that memory ran out.
+
+    On a CPU torch raises a plain RuntimeError, so the words have to be read.
+    """
+    if isinstance(error, MemoryError | OutOfMemory) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(phrase in str(error) for phrase in ("out of memory", "can't allocate memory"))

@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from assay.errors import BadWeights, ModelNotFound, UnsafeCheckpoint
+from assay.streams import STORED_DTYPES, torch_dtype
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHERS = {"BOOL", "I64"}
 _DO = "download or save the checkpoint again"
 
@@ -107,7 +107,7 @@ def _headers(file: Path) -> Iterator[Stored]:
 
 
 def _known(tensor: Stored) -> Stored:
-    if tensor.dtype in _FLOATS or tensor.dtype in _OTHERS:
+    if tensor.dtype in STORED_DTYPES or tensor.dtype in _OTHERS:
         return tensor
     raise BadWeights(
         f"{tensor.file} stores {tensor.name!r} as {tensor.dtype}",
@@ -120,8 +120,8 @@ def stored_dtype(tensors: list[Stored]) -> torch.dtype:
     """The floating dtype that most of the values are stored in."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
-        sizes[tensor.dtype] += torch.Size(tensor.shape).numel() * (tensor.dtype in _FLOATS)
-    return _FLOATS.get(sizes.most_common(1)[0][0], torch.float32)
+        sizes[tensor.dtype] += torch.Size(tensor.shape).numel() * (tensor.dtype in STORED_DTYPES)
+    return torch_dtype(STORED_DTYPES.get(sizes.most_common(1)[0][0], "float32"))
 
 
 def digest_tensors(tensors: list[Stored]) -> str:

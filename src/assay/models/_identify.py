@@ -9,6 +9,7 @@ from assay.models._checkpoint import digest_tensors, list_tensors
 from assay.models._random import build
 from assay.models._resolve import resolve
 from assay.models._types import Model
+from assay.streams import torch_dtype
 
 __all__ = ["checkpoint_directory", "identify"]
 
@@ -45,5 +46,5 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
     """
     source, directory = resolve(reference), checkpoint_directory(reference)
     with torch.device("meta"):
-        module = build(source.config, getattr(torch, dtype))
+        module = build(source.config, torch_dtype(dtype))
     return Model(module, None, source.reference, digest_tensors(list_tensors(directory)), "trained")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from assay import streams
 from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models._checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype
 from assay.models._quantise import check_quantisation
@@ -22,8 +23,6 @@ from assay.models._types import WEIGHT_MODES, Model
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load_model(
@@ -100,9 +99,11 @@ def _check_mode(weights: str, block_hash: str | None, *, is_shape: bool) -> None
 
 
 def _parse_dtype(name: str | None) -> torch.dtype | None:
-    if name is None or name in _DTYPES:
-        return None if name is None else _DTYPES[name]
-    raise UsageError(f"dtype={name!r}", wanted=" or ".join(_DTYPES), do="choose one of them, or leave it out")
+    if name is not None and name not in streams.DTYPES:
+        raise UsageError(
+            f"dtype={name!r}", wanted=" or ".join(streams.DTYPES), do="choose one of them, or leave it out"
+        )
+    return None if name is None else streams.torch_dtype(name)
 
 
 def _parse_device(name: str | None) -> torch.device:

@@ -6,7 +6,8 @@ explains the format and how two machines compare their streams in one line.
 """
 
 from assay.streams._arrays import as_tensor, digest
-from assay.streams._backend import DTYPES, Backend
+from assay.streams._backend import Backend
+from assay.streams._dtypes import DTYPES, STORED_DTYPES, dtype_name, torch_dtype
 from assay.streams._registry import BACKENDS, get_backend
 from assay.streams._seeds import seed32, seeds
 from assay.streams._selftest import SELFTEST_EXPECTED, selftest
@@ -15,11 +16,14 @@ __all__ = [
     "BACKENDS",
     "DTYPES",
     "SELFTEST_EXPECTED",
+    "STORED_DTYPES",
     "Backend",
     "as_tensor",
     "digest",
+    "dtype_name",
     "get_backend",
     "seed32",
     "seeds",
     "selftest",
+    "torch_dtype",
 ]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from assay.errors import OutOfMemory, UsageError
+from assay.errors import OutOfMemory, UsageError, is_out_of_memory
+from assay.streams._dtypes import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +24,6 @@ Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
 Seeds: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any]
 """32-bit seeds: ``[B]``, or ``[B, S]`` with S sub-seeds for each stream, as :func:`assay.streams.seeds` makes them."""
-
-DTYPES = ("float32", "float16", "bfloat16")
-"""Formats of normals. The two short ones are the float32 values rounded once, to nearest even."""
 
 MAX_N = 2**32 - 1
 
@@ -120,7 +118,7 @@ class Backend(ABC):
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(
                 f"streams of {n} elements do not fit on {self.device}",
@@ -208,9 +206,3 @@ def _index(value: int, name: str) -> int:
         return operator.index(value)
     except TypeError as error:
         raise UsageError(f"{name} = {value!r}", wanted="an integer", do=f"pass {name} as int") from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # Torch raises a RuntimeError on the CPU and a subclass of it on CUDA; both say so in words only.
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in words)

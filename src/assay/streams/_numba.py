@@ -23,13 +23,12 @@ import numpy.typing as npt
 from assay.errors import UsageError
 from assay.streams import _definition as definition
 from assay.streams._backend import Array, Backend, tiles
-from assay.streams._numpy import NUMPY_DTYPES
+from assay.streams._dtypes import DTYPES, numpy_dtype
 
 _TILE = 1 << 17
 """Cells of one task: large against the cost of handing it to a thread, small enough to share out evenly."""
 
-_FLOAT32, _FLOAT16, _BFLOAT16 = 0, 1, 2
-_FORMATS = {"float32": _FLOAT32, "float16": _FLOAT16, "bfloat16": _BFLOAT16}
+_FLOAT32, _FLOAT16, _BFLOAT16 = range(len(DTYPES))
 
 # The format is frozen, so are these: a kernel on disk keeps the values it was compiled with.
 _LN, _SIN, _COS = definition.LN_POLY, definition.SIN_POLY, definition.COS_POLY
@@ -231,11 +230,11 @@ class NumbaBackend(Backend):
         length = definition.segment_length(n, seeds_BS.shape[1])
 
         def fill(*tile: int) -> None:
-            _fill_normals(seeds_BS, out_BN, length, _FORMATS[dtype], *tile)
+            _fill_normals(seeds_BS, out_BN, length, DTYPES.index(dtype), *tile)
 
         # A tile covers its pairs in the segments of all sub-seeds.
         self._spread(fill, tiles(len(seeds_BS), -(-length // 2), max(1, _TILE // (2 * seeds_BS.shape[1]))))
-        formatted_BN: Array = out_BN.view(NUMPY_DTYPES[dtype])
+        formatted_BN: Array = out_BN.view(numpy_dtype(dtype))
         return formatted_BN
 
     def _keys(self, seeds_B: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.uint64]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from assay.errors import UsageError
 from assay.streams import _definition
 from assay.streams._backend import Array, Backend
-
-NUMPY_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-"""How numpy spells each of :data:`assay.streams.DTYPES`."""
+from assay.streams._dtypes import numpy_dtype
 
 
 class NumpyBackend(Backend):
@@ -38,7 +33,7 @@ class NumpyBackend(Backend):
         return _definition.picks(seeds_B, n, k)
 
     def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> Array:
-        return _definition.normals(seeds_BS, n).astype(NUMPY_DTYPES[dtype], copy=False)
+        return _definition.normals(seeds_BS, n).astype(numpy_dtype(dtype), copy=False)
 
 
 def create(device: str) -> NumpyBackend:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from assay.streams._arrays import digest
-from assay.streams._backend import DTYPES, Backend
+from assay.streams._backend import Backend
+from assay.streams._dtypes import DTYPES
 from assay.streams._seeds import seeds
 
 _TEXTS = [f"assay_selftest_{i}" for i in range(3)]

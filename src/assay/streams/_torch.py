@@ -19,8 +19,7 @@ import torch
 from assay.errors import BackendUnavailable
 from assay.streams import _definition as definition
 from assay.streams._backend import Backend, tiles
-
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from assay.streams._dtypes import torch_dtype
 
 _TILE = {"cpu": 1 << 17, "cuda": 1 << 22}
 """Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB, more is not faster."""
@@ -59,7 +58,7 @@ class TorchBackend(Backend):
         return torch.topk(self._ordered_hashes(seeds_B, n), k, dim=1, largest=False, sorted=True).indices
 
     def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> torch.Tensor:
-        out_BN = torch.empty((len(seeds_BS), n), dtype=TORCH_DTYPES[dtype], device=self.device)
+        out_BN = torch.empty((len(seeds_BS), n), dtype=torch_dtype(dtype), device=self.device)
         length = definition.segment_length(n, seeds_BS.shape[1])
         for sub_seed, start in enumerate(range(0, n, length)):
             self._fill_normals(on_device(seeds_BS[:, sub_seed], self.device), out_BN[:, start : start + length])

@@ -21,7 +21,8 @@ import triton
 from assay.errors import BackendUnavailable
 from assay.streams import _definition as definition
 from assay.streams import _triton_kernels as kernels
-from assay.streams._torch import TORCH_DTYPES, TorchBackend, on_device
+from assay.streams._dtypes import torch_dtype
+from assay.streams._torch import TorchBackend, on_device
 from assay.streams._torch import create as create_torch
 
 BLOCK, WARPS = 4096, 16
@@ -82,7 +83,7 @@ class TritonBackend(TorchBackend):
 
     def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> torch.Tensor:
         rows, sub_seeds = seeds_BS.shape
-        out_BN = torch.empty((rows, n), dtype=TORCH_DTYPES[dtype], device=self.device)
+        out_BN = torch.empty((rows, n), dtype=torch_dtype(dtype), device=self.device)
         if rows and n:
             seeds = on_device(seeds_BS, self.device)
             length = definition.segment_length(n, sub_seeds)

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from assay import streams
 from assay.models import Model, load_model
 from assay.poc.engines.hf import HFEngine
 from assay.research import cheats
@@ -119,7 +120,7 @@ class Invented:
 
 
 def _other_checkpoint(model: Model) -> Model:
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = streams.dtype_name(model.dtype)
     return load_model(
         model.reference, dtype=dtype, device=str(model.device), weights="random-all", block_hash="another checkpoint"
     )

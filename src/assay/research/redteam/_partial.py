@@ -19,14 +19,13 @@ from torch.nn import functional
 
 from assay.errors import UsageError
 from assay.models import Model, backbone, decoder_layers, rotate
+from assay.models.families import ATTENTION_TARGETS, MLP_TARGETS
 from assay.poc.protocol import unit
 from assay.research.redteam._guess import Guesses
 
 __all__ = ["Part", "PartialForward", "Shortcut"]
 
 Part = Literal["run", "drop", "linear"]
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,17 @@ class PartialForward:
     def __init__(self, model: Model, shortcut: Shortcut, guesses: Guesses | None = None) -> None:
         self._layers: Sequence[Any] = list(decoder_layers(model.module))
         self._body: Any = backbone(model.module)
-        if not all(hasattr(getattr(layer, "self_attn", None), name) for layer in self._layers for name in _PROJECTIONS):
+        if not all(
+            hasattr(getattr(layer, "self_attn", None), name) for layer in self._layers for name in ATTENTION_TARGETS
+        ):
             raise UsageError(
                 f"attacks by skipping on {model.architecture}",
                 wanted="layers with q_proj, k_proj, v_proj and o_proj, as Llama and Qwen3 have them",
                 do="attack another model, such as reference:qwen3",
             )
-        if any(shortcut.neurons) and not all(hasattr(layer.mlp, name) for layer in self._layers for name in _GATED):
+        if any(shortcut.neurons) and not all(
+            hasattr(layer.mlp, name) for layer in self._layers for name in MLP_TARGETS
+        ):
             raise UsageError(
                 f"an attack on the neurons of {model.architecture}",
                 wanted="MLPs with gate_proj, up_proj and down_proj",

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from assay.errors import ModelError
 from assay.models import rotate
+from assay.models.families import TARGETS
 from assay.vhack.delta import grouped
 from assay.vhack.gradients import SVDCache, module_of, target_modules, weight_svd
 
@@ -38,7 +39,6 @@ Keys = list[tuple[Tensor, Tensor]]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NEVER = -1e30  # not infinity: a row of nothing but those would be NaN
 
 
@@ -232,7 +232,7 @@ class StackedModel:
 def _names(layer: int, known: list[str]) -> list[str]:
     prefix = f"model.layers.{layer}."
     own = [name for name in known if name.startswith(prefix)]
-    return [next(name for name in own if name.endswith(kind)) for kind in _PROJECTIONS]
+    return [next(name for name in own if name.endswith(kind)) for kind in TARGETS]
 
 
 def _padding(lengths_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay.models.families import FAMILIES
 from assay.vhack.gradients._segments import Segments
 
 __all__ = ["Attention"]
@@ -22,8 +23,7 @@ __all__ = ["Attention"]
 Bounds = Sequence[tuple[int, int]]
 
 
-# Attention of llama's kind: projections, perhaps norms of queries and keys, rotary positions. Read, not guessed.
-_KNOWN = ("GraniteAttention", "LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+_KNOWN = {f"{family.prefix}Attention" for family in FAMILIES.values()}
 _BLOCK = 64
 # Heads times tokens of a sample, above which the weights are not kept.
 _KEPT_WEIGHTS = 16384

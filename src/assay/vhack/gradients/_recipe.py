@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from assay.models.families import attention_window, family_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["Recipe", "recipe_for"]
-
-# Decoders whose layers are attention, a gated MLP and norms and are told of positions: read, not guessed.
-_KNOWN = ("granite", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,11 @@ class Recipe:
 def recipe_for(module: "PreTrainedModel") -> Recipe:
     """The fastest recipe that is known to be exact for this kind of model."""
     config = module.config.get_text_config()
-    known = config.model_type in _KNOWN and config._attn_implementation in ("sdpa", "eager") and not _windows(config)
+    known = (
+        family_of(config) is not None
+        and config._attn_implementation in ("sdpa", "eager")
+        and attention_window(config) is None
+    )
     return Recipe(
         packed=known,
         fused=known,
@@ -45,11 +48,3 @@ def recipe_for(module: "PreTrainedModel") -> Recipe:
         late=known,
         together=module.device.type != "cpu",
     )
-
-
-def _windows(config: object) -> bool:
-    """Whether some layer's attention looks back over a window only."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) is not None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from assay.errors import BadWeights, UsageError
 from assay.reports import storage_error, write_atomic
+from assay.streams import torch_dtype
 from assay.vhack.gradients._digest import tensor_digest
 from assay.vhack.gradients._svd import Factors, factorise
 from assay.vhack.gradients._targets import target_modules
@@ -34,7 +35,7 @@ __all__ = ["SVDCache", "check_rank", "default_cache", "factor_dtype", "weight_sv
 Progress = Callable[[int, int], None]
 
 _FORMAT = "assay.svd/1"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = ("float32", "bfloat16")
 # A GPU decomposes several matrices at once: the eigensolver alone does not fill it.
 _STREAMS = 4
 
@@ -158,7 +159,7 @@ def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:
         return torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else torch.float32
     if name not in _DTYPES:
         raise UsageError(f"factors in {name!r}", wanted=" or ".join(_DTYPES), do="choose one of them, or leave it out")
-    return _DTYPES[name]
+    return torch_dtype(name)
 
 
 def _check(method: str, rank: int | None) -> None:

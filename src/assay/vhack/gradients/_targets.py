@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from assay.errors import ModelError
+from assay.models.families import MLP_TARGETS, TARGETS
 from assay.vhack.gradients._digest import module_of
 
 if TYPE_CHECKING:
@@ -12,9 +13,7 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["TARGETS", "target_modules"]
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+__all__ = ["target_modules"]
 
 
 def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
@@ -27,7 +26,7 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     found: dict[str, nn.Linear] = {}
     for name, module in module_of(model).named_modules():
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and any(target.removesuffix("_proj") in own for target in TARGETS[4:]):
+            if parameter.ndim == 3 and any(target.removesuffix("_proj") in own for target in MLP_TARGETS):
                 raise ModelError(
                     f"{name}.{own} holds the weights of {len(parameter)} experts in one tensor",
                     wanted="projections that are nn.Linear modules, one matrix each",

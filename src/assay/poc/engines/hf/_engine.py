@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from assay import streams
-from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError
+from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models import Model, backbone, decoder_layers
 from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines._outputs import overlapped_outputs, plain_outputs
@@ -89,7 +89,7 @@ class HFEngine:
     @property
     def dtype(self) -> str:
         """Name of the dtype of the weights and inputs."""
-        return str(self.model.dtype).removeprefix("torch.")
+        return streams.dtype_name(self.model.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -211,9 +211,7 @@ class HFEngine:
 
     def _failed(self, error: Exception) -> ModelError | OutOfMemory:
         """Put the failure of a forward pass into words."""
-        # A CPU that runs out of memory says so in words only, and so does a library of the device.
-        words = ("can't allocate memory", "out of memory")
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
+        if is_out_of_memory(error):
             return self._too_large()
         another = "use another architecture, such as Llama, Qwen3 or Mistral"
         return ModelError(

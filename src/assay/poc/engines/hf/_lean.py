@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.models import Model, backbone, decoder_layers, rotate
+from assay.models.families import attention_window, family_of
 
 __all__ = ["LeanDecoder", "LeanLayer", "Shape", "lean_decoder"]
-
-_FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
 Run = Callable[..., Any]
 
@@ -179,12 +178,12 @@ def lean_decoder(model: Model, seq_len: int) -> bool:
     """
     body = backbone(model.module)
     config = model.module.config
-    known = type(body).__name__ in _FAMILIES and type(body).__module__.startswith("transformers.models.")
-    if not known or config._attn_implementation != "sdpa":
+    family, window = family_of(config), attention_window(config)
+    known = family is not None and family.plain and type(body).__name__ == f"{family.prefix}Model"
+    if not known or not type(body).__module__.startswith("transformers.models."):
         return False
-    windows = [getattr(config, "sliding_window", None)] if type(body).__name__ == "MistralModel" else []
-    windows += [getattr(layer.self_attn, "sliding_window", None) for layer in decoder_layers(model.module)]
-    return all(window is None or window >= seq_len for window in windows) and all(map(_plain, body.modules()))
+    whole = config._attn_implementation == "sdpa" and (window is None or window >= seq_len)
+    return whole and all(map(_plain, body.modules()))
 
 
 def _plain(module: nn.Module) -> bool:

@@ -180,7 +180,7 @@ class Hooks:
 
     def _inputs(self, spec: Spec, nonces: list[int]) -> Tensor:
         """Return the inputs [B, T, D] of B nonces, on the CPU, from where vLLM takes them."""
-        dtype = str(self._config.model_config.dtype).removeprefix("torch.")
+        dtype = streams.dtype_name(self._config.model_config.dtype)
         shape = {"seq_len": spec.round.seq_len, "hidden_size": hidden_size(self._config)}
         if self._side is None:
             return noise_inputs(self._streams, spec.round, nonces, dtype=dtype, **shape)

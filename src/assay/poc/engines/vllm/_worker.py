@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from assay.poc.engines.vllm._runners import runner_kind
+from assay.streams import dtype_name
 
 __all__ = ["describe", "hidden_size", "is_first_of_group", "is_first_stage", "is_last_stage"]
 
@@ -45,7 +46,7 @@ def describe(runner: Any, config: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(runner.device)
         if on_cuda
         else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "threads": 0 if on_cuda else torch.get_num_threads(),
         "attention": _attention(runner),
         "hidden_size": hidden_size(config),

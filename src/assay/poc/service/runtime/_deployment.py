@@ -10,6 +10,7 @@ import structlog
 
 from assay.poc.engines import Engine
 from assay.poc.engines.hf import HFEngine, worth_compiling
+from assay.streams import dtype_name
 
 if TYPE_CHECKING:
     from assay.models import Model
@@ -57,7 +58,7 @@ class Deployment:
             reference=model.reference,
             digest=model.digest,
             weights=model.weights,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=dtype_name(model.dtype),
             max_positions=model.max_positions,
             engine=_Engines(model, compiled=worth_compiling(model) if compiled is None else compiled),
         )

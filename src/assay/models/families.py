@@ -1,0 +1,78 @@
+"""The one list of decoder architectures that assay knows layer by layer, and of the projections in a layer.
+
+An architecture is listed when its layers are attention with rotary positions and a gated MLP, each after an RMS norm
+that multiplies by its weight. The functional decoder, the packed gradient pass and the experiment of many runs ask
+this list; every other architecture runs as transformers defines it. A test builds a model of each family and compares.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ATTENTION_TARGETS", "FAMILIES", "MLP_TARGETS", "TARGETS", "Family", "attention_window", "family_of"]
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Names of the projections of attention, in the order in which a layer uses them."""
+
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+"""Names of the projections of a gated MLP, in the order in which a layer uses them."""
+
+TARGETS = ATTENTION_TARGETS + MLP_TARGETS
+"""Names of all projections of a layer: the weight matrices that carry δS, which embeddings and the head do not."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        model_type: Name in ``config.json``.
+        prefix: Prefix of its classes in transformers, for example ``"Llama"`` of ``LlamaAttention``.
+        biases: Whether queries, keys and values always have biases; in the others the configuration says.
+        head_norms: Whether queries and keys are normalised head by head.
+        plain: Whether a layer adds what attention and MLP return as it is. Granite multiplies it first.
+    """
+
+    model_type: str
+    prefix: str
+    biases: bool = False
+    head_norms: bool = False
+    plain: bool = True
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama"),
+        Family("mistral", "Mistral"),
+        Family("qwen2", "Qwen2", biases=True),
+        Family("qwen3", "Qwen3", head_norms=True),
+        Family("granite", "Granite", plain=False),
+    )
+}
+"""The families by model type."""
+
+
+def family_of(config: Any) -> Family | None:
+    """Return the family of a transformers configuration, or None if its architecture is not listed.
+
+    Args:
+        config: Configuration of a model, or of a model that wraps a text decoder.
+    """
+    return FAMILIES.get(config.get_text_config().model_type)
+
+
+def attention_window(config: Any) -> int | None:
+    """Return how many positions the layer with the shortest view looks back, or None if all layers see everything.
+
+    Args:
+        config: Configuration of a model, or of a model that wraps a text decoder. Layers of another kind than full or
+            sliding attention count as a view of no positions.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        return 0
+    if kinds == {"full_attention"}:
+        return None
+    window = getattr(text, "sliding_window", None)
+    return None if window is None else int(window)
