@@ -77,7 +77,7 @@ def compare(reference, engines, options):
             "dtype": dtype,
             "batch_size": options.batch_size,
             "seq_len": options.seq_len,
-            "library": engines[dtype].fingerprint.library,
+            "library": engines[dtype].fingerprint.as_dict()["library"],
             "nonces_per_second": {preset: nonces / statistics.median(times[dtype, preset]) for preset in PRESETS},
             "hardened_over_poc": middle,
             "quartiles": [low, high],

@@ -42,7 +42,7 @@ def test_kernels_are_chosen_by_a_flag(prove, tmp_path: Path, monkeypatch: pytest
     libraries = {}
     for kernels in ("auto", "eager", "compiled"):
         assert prove("--kernels", kernels).code == 0
-        libraries[kernels] = Proof.load(tmp_path / "proof.jsonl").header.fingerprint.library
+        libraries[kernels] = Proof.load(tmp_path / "proof.jsonl").header.fingerprint.as_dict()["library"]
     assert libraries["auto"] == libraries["eager"]
     assert libraries["compiled"] == f"{libraries['eager']}, compiled"
     assert "--kernels quick" in prove("--kernels", "quick").err

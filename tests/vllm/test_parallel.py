@@ -33,7 +33,7 @@ def test_four_bits_on_two_workers_are_what_they_are_and_fraud_under_the_honest_n
     assert "Traceback" not in done.stderr
     assert json.loads(done.stdout)["records"] == 64
     proof = poc.Proof.load(output)
-    assert "tp 2" in proof.header.fingerprint.library
+    assert "tp 2" in proof.header.fingerprint.kernels
     four_bits = load_model(int4_checkpoint, dtype="float32", device="cpu")
     theirs = poc.prove(four_bits, proof.round, range(64), batch_size=8)
     difference = [a.vector - b.vector for a, b in zip(proof.records, theirs.records, strict=True)]

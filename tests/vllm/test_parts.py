@@ -320,10 +320,10 @@ def test_values_cross_the_process_as_bytes(shape):
     values = np.arange(np.prod(shape)).reshape(shape).astype(np.float16 if len(shape) > 1 else np.float32)
     width = shape[1] if len(shape) > 1 else 0
     reply = {"nonces": [5, 6, 9], "values": values.tobytes(), "width": width}
-    decoded = _decode(reply, raw=False)
+    decoded = _decode(reply)
     assert sorted(decoded) == [5, 6, 9]
     np.testing.assert_array_equal(decoded[6], values[1])
-    assert _decode({"failed": {}}, raw=False) == {}
+    assert _decode({"failed": {}}) == {}
 
 
 def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):

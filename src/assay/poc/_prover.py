@@ -5,7 +5,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from assay.errors import BadWeights, UsageError
 from assay.models import Model
-from assay.poc.engines import Engine, TransformingEngine, plain_outputs
+from assay.poc.engines import Engine, check_supported
 from assay.poc.engines.hf import HFEngine, worth_compiling
 from assay.poc.protocol import MAX_COUNT, Header, Proof, Record, Round, get_pipeline, parse_record_line
 from assay.reports import PartialFile, dumps
@@ -88,9 +87,11 @@ def make_header(model: Model, round: Round, nonces: Iterable[int], engine: Engin
         raise UsageError(
             f"an engine for {engine.seq_len} positions", wanted=f"seq_len {round.seq_len}", do="make one for this round"
         )
+    pipeline = get_pipeline(round.preset)
+    check_supported(engine, pipeline)
     return Header(
         round=round.with_model(model.reference),
-        pipeline=get_pipeline(round.preset),
+        pipeline=pipeline,
         digest=model.digest,
         weights=model.weights,
         fingerprint=engine.fingerprint,
@@ -117,8 +118,8 @@ def _listed(nonces: Iterable[int]) -> Sequence[int]:
 def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[list[Record]]:
     """Compute the records of nonces, one list per batch."""
     round = header.round
-    make = engine.outputs if isinstance(engine, TransformingEngine) else partial(plain_outputs, engine)
-    with closing(make(round, header.pipeline, nonces)) as outputs:
+    check_supported(engine, header.pipeline)
+    with closing(engine.outputs(round, header.pipeline, nonces)) as outputs:
         for start, values in zip(range(0, len(nonces), engine.batch_size), outputs, strict=False):
             if not np.isfinite(values).all():
                 raise BadWeights(

@@ -73,7 +73,7 @@ def test_a_compiler_that_fails_is_answered_with_the_other_kernels(small_model, r
 def test_the_fingerprint_names_it(small_model, uncompiled):
     eager = HFEngine(small_model, batch_size=8, seq_len=16).fingerprint
     compiled = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True).fingerprint
-    assert compiled.library == f"{eager.library}, compiled"
+    assert (compiled.library, compiled.kernels) == (eager.library, (*eager.kernels, "compiled"))
     assert is_compiled(compiled)
     assert not is_compiled(eager)
     assert not is_compiled(replace(compiled, engine="vllm"))
@@ -86,7 +86,7 @@ def test_another_architecture_is_compiled_as_a_whole(small_model, round_: Round,
     monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(function) or function)
     engine = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
     assert seen == [small_model.module.model]
-    assert engine.fingerprint.library.endswith(", compiled whole")
+    assert engine.fingerprint.kernels[-1] == "compiled whole"
     assert is_compiled(engine.fingerprint)
     inputs = engine.inputs(round_, range(8))
     plain = HFEngine(small_model, batch_size=8, seq_len=16)
@@ -158,7 +158,8 @@ def test_the_deterministic_mode_is_the_process_s_and_named(small_model, round_: 
     plain = prove(small_model, round_, range(9), batch_size=8)
     be_deterministic()
     proof = prove(small_model, round_, range(9), batch_size=8)
-    assert proof.header.fingerprint.library == f"{plain.header.fingerprint.library}, deterministic"
+    fingerprint, before = proof.header.fingerprint, plain.header.fingerprint
+    assert (fingerprint.library, fingerprint.kernels) == (before.library, (*before.kernels, "deterministic"))
     assert proof.distances.tolist() == plain.distances.tolist()
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction

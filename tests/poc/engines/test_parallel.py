@@ -82,7 +82,7 @@ def test_the_command_line_writes_one_file_and_goes_on_where_it_was_stopped(scene
 
 def test_two_processes_give_the_bits_of_one(scenes: dict[str, Any], alone: Proof, small_model, round_):
     assert scenes["plain"]["values"] == alone.distances.tolist()
-    assert scenes["plain"]["library"] == alone.header.fingerprint.library
+    assert scenes["plain"]["library"] == alone.header.fingerprint.as_dict()["library"]
     hardened = prove(small_model, replace(round_, preset="hardened"), range(44), batch_size=8)
     assert scenes["hardened"]["values"] == [record.vector.tobytes().hex() for record in hardened.records]
 
@@ -95,7 +95,7 @@ def test_the_error_of_any_process_ends_the_proof_and_nothing_else(scenes: dict[s
 def test_two_processes_hold_one_model(scenes: dict[str, Any], alone: Proof):
     spread = scenes["spread"]
     assert spread["digest"] == alone.header.digest
-    assert spread["library"] == f"{alone.header.fingerprint.library}, tp 2"
+    assert spread["library"] == f"{alone.header.fingerprint.as_dict()['library']}, tp 2"
     np.testing.assert_allclose(spread["values"], alone.distances, atol=2e-5, rtol=0)
 
 

@@ -64,7 +64,8 @@ def outcome(result: Proof | str | None) -> object:
     if not isinstance(result, Proof):
         return result
     values = [r.distance if r.vector is None else r.vector.tobytes().hex() for r in result.records]
-    return {"values": values, "library": result.header.fingerprint.library, "digest": result.header.digest}
+    library = result.header.fingerprint.as_dict()["library"]
+    return {"values": values, "library": library, "digest": result.header.digest}
 
 
 def main(checkpoint: str, output: str, other_port: str) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from assay.poc import Fingerprint
+from assay.poc import Fingerprint, Pipeline
+from assay.poc.engines import plain_outputs
 from assay.poc.service import Settings
 from assay.poc.service.http import create_app
 from assay.poc.service.runtime import Controller, Deployment
@@ -31,7 +32,7 @@ PREFIX = "/api/v1/pow"
 class FakeEngine:
     """The Engine protocol without a model: a hidden state is a fixed function of the nonce."""
 
-    hidden_size, vocab_size, num_layers, dtype = 16, 32, 2, "float32"
+    hidden_size, vocab_size, dtype = 16, 32, "float32"
     device = torch.device("cpu")
 
     def __init__(self, rig: "Rig", seq_len: int, batch_size: int) -> None:
@@ -47,6 +48,12 @@ class FakeEngine:
             torch="0",
             library="none",
         )
+
+    def supports(self, pipeline: Pipeline) -> bool:
+        return self.rig.supports(pipeline)
+
+    def outputs(self, round, pipeline: Pipeline, nonces: Sequence[int]):
+        return plain_outputs(self, round, pipeline, nonces)
 
     def inputs(self, round, nonces: Sequence[int]) -> torch.Tensor:
         return torch.tensor(nonces, dtype=torch.float64)
@@ -75,6 +82,7 @@ class Rig:
         self.open.set()
         self.entered = threading.Event()
         self.fail: Exception | None = None
+        self.supports: Callable[[Pipeline], bool] = lambda _: True
         self.load: Callable[[], None] = lambda: None
         self.scale = 1.0
         self.pause = 0.001

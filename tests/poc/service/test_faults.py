@@ -317,3 +317,13 @@ def test_a_validation_recomputes_for_the_key_it_names(service):
         found[own] = [distances(key) for key in ("node_A", "node_B", "validator")]
     assert found["validator"] == found["node_A"]
     assert len({tuple(values) for values in found["validator"]}) == 3
+
+
+def test_a_preset_that_the_engine_does_not_support_is_refused_when_the_round_begins(service):
+    service.rig.supports = lambda pipeline: pipeline.layers == "none"
+    body = ROUND | {"use_sign_flips": False, "use_layer_hooks": True}
+    refused = service.post("/init/generate", body, status=422)
+    assert "on the fake engine" in refused["detail"]
+    assert service.status()["state"] == "IDLE"
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() >= 8)

@@ -1,7 +1,7 @@
-"""Engines run the model. The prover and the verifier know only :class:`Engine`."""
+"""Engines, which run the model. The prover, the verifier and the service rely only on :class:`Engine`."""
 
-from assay.poc.engines._base import Engine, TransformingEngine
-from assay.poc.engines._outputs import make_transform, plain_outputs
+from assay.poc.engines._base import Engine, check_supported
+from assay.poc.engines._outputs import StateEngine, make_transform, plain_outputs
 from assay.poc.engines.hf import (
     HFEngine,
     ParallelEngine,
@@ -17,10 +17,11 @@ __all__ = [
     "Engine",
     "HFEngine",
     "ParallelEngine",
-    "TransformingEngine",
+    "StateEngine",
     "World",
     "auto_batch",
     "be_deterministic",
+    "check_supported",
     "joined",
     "make_transform",
     "plain_outputs",

@@ -1,26 +1,24 @@
-"""What an engine promises to the prover and the verifier.
+"""What every engine does for the prover, the verifier and the service.
 
-Legend of shapes: B nonces of a batch, T positions, D hidden size, V vocabulary.
+Legend of shapes: B nonces of a batch, T positions, D hidden size, V vocabulary, K length of a vector.
 """
 
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round
+from assay.errors import UsageError
+from assay.poc.protocol import PIPELINES, Fingerprint, Pipeline, Round
 
-__all__ = ["Engine", "TransformingEngine"]
+__all__ = ["Engine", "check_supported"]
 
 
 class Engine(Protocol):
-    """A model that turns input embeddings into last hidden states, in batches of one fixed shape.
+    """A model that turns nonces into the values that a pipeline publishes, in batches of one fixed shape.
 
-    A nonce's result must not depend on its batch mates or on its place in the batch.
+    A nonce's result must not depend on the other nonces of its batch or on its place among them.
     """
 
     @property
@@ -29,59 +27,45 @@ class Engine(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """V, the rows of the trained head."""
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
+        """V, the number of rows of the trained head."""
 
     @property
     def batch_size(self) -> int:
-        """B, the fixed number of rows of a batch."""
+        """B, the number of nonces that are handed out at a time."""
 
     @property
     def seq_len(self) -> int:
-        """T, the fixed number of positions."""
+        """T, the fixed number of positions of every nonce."""
 
     @property
     def dtype(self) -> str:
         """Name of the dtype of the inputs: float32, float16 or bfloat16."""
 
     @property
-    def device(self) -> torch.device:
-        """Where the hidden states are."""
-
-    @property
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
 
-    def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
-        """Return the input embeddings [B, T, D] of B nonces, in the engine's dtype."""
-
-    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
-        """Return the last token's hidden state after the final norm, [B, D] in float32."""
-
-    def weighted_hidden(self, inputs_BTD: Tensor, weights_BT: Tensor) -> Tensor:
-        """Return Σ_t w_t · h_t/(‖h_t‖ + 1e-8) of the hidden states h after the final norm, [B, D] in float32.
-
-        The sum is :func:`assay.poc.protocol.weighted_sum`, taken where the states are. Weights are ±1, or 0 where a
-        position is not read, float32 on the engine's device.
-        """
-
-    def trained_head(self, x_BD: Tensor) -> Tensor:
-        """Return x Wᵀ for the model's own head matrix, [B, V] in float32; no bias, no capping of logits."""
-
-    def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
-        """Apply a transform after every decoder layer while the context is open."""
-
-
-@runtime_checkable
-class TransformingEngine(Engine, Protocol):
-    """An engine that takes the steps of a pipeline itself, so that no hidden state leaves its devices."""
+    def supports(self, pipeline: Pipeline) -> bool:
+        """Return whether this engine can take every step of a pipeline."""
 
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[np.floating[Any]]]:
-        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
+        """Yield what the pipeline publishes for the nonces, in their order, ``batch_size`` of them at a time.
 
-        Distances [B] in float32, or vectors [B, K] in float16; the last batch holds what is left. ``nonces`` may be
+        Distances [B] in float32, or vectors [B, K] in float16; the last batch holds the rest. ``nonces`` may be
         longer than will ever be computed: the caller closes the iterator, and the engine drops what it has begun.
         """
+
+
+def check_supported(engine: Engine, pipeline: Pipeline) -> None:
+    """Refuse a pipeline with a step that an engine cannot take.
+
+    Raises:
+        UsageError: names the presets that the engine supports.
+    """
+    if not engine.supports(pipeline):
+        supported = [name for name, known in PIPELINES.items() if engine.supports(known)]
+        raise UsageError(
+            f"preset {pipeline.name} on the {engine.fingerprint.engine} engine",
+            wanted=f"one of {', '.join(supported)}",
+            do="choose one of them with --preset, or use --engine hf",
+        )

@@ -17,7 +17,7 @@ __all__ = ["noise_inputs"]
 def noise_inputs(
     backend: streams.Backend, round: Round, nonces: Sequence[int], *, seq_len: int, hidden_size: int, dtype: str
 ) -> Float[Tensor, "B T D"]:
-    """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in a dtype, where the backend computes."""
+    """Return the input embeddings [B, T, D] of B nonces, N(0, 1) in the given dtype, on the device of the backend."""
     seeds_BS = streams.seeds(round.texts("inputs", nonces), round.strength)
     values = backend.normals(seeds_BS, seq_len * hidden_size, dtype)
     return streams.as_tensor(values).view(len(nonces), seq_len, hidden_size)

@@ -1,29 +1,59 @@
-"""From nonces to what a pipeline publishes, on an engine that gives hidden states.
+"""From nonces to what a pipeline publishes, on an engine whose hidden states can be read.
 
 :func:`plain_outputs` does one thing after the other. :func:`overlapped_outputs` keeps a CUDA device busy: while batch n
 runs, the inputs of batch n + 1 are made and the states of batch n − 1 are transformed, each on a stream of its own. The
 host waits for one event per batch, behind which the next batch is queued already.
 
-Legend of shapes: B nonces of a batch, T positions, D hidden size, K length of a vector.
+Legend of shapes: B nonces of a batch, T positions, D hidden size, V vocabulary, K length of a vector.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.poc.engines._base import Engine
-from assay.poc.protocol import Pipeline, Round, Transform
+from assay.poc.protocol import LayerStep, Pipeline, Round, Transform
 
-__all__ = ["make_transform", "overlapped_outputs", "plain_outputs"]
+__all__ = ["StateEngine", "make_transform", "overlapped_outputs", "plain_outputs"]
 
 
-def plain_outputs(engine: Engine, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
-    """Yield the outputs of a pipeline, a batch at a time; the last batch is padded, then cut."""
+class StateEngine(Engine, Protocol):
+    """An engine that hands out hidden states, for the functions below and for research."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the hidden states."""
+
+    def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
+        """Return the input embeddings [B, T, D] of B nonces, in the engine's dtype."""
+
+    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the last token's hidden state after the final norm, [B, D] in float32."""
+
+    def weighted_hidden(self, inputs_BTD: Tensor, weights_BT: Tensor) -> Tensor:
+        """Return Σ_t w_t · h_t/(‖h_t‖ + 1e-8) of the hidden states h after the final norm, [B, D] in float32.
+
+        The sum is :func:`assay.poc.protocol.weighted_sum`, taken where the states are. Weights are ±1, or 0 where a
+        position is not read, in float32 on the engine's device.
+        """
+
+    def trained_head(self, x_BD: Tensor) -> Tensor:
+        """Return x Wᵀ for the model's own head matrix, [B, V] in float32, without bias or capping of logits."""
+
+    def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
+        """Apply a transform after every decoder layer while the context is open."""
+
+
+def plain_outputs(
+    engine: StateEngine, round: Round, pipeline: Pipeline, nonces: Sequence[int]
+) -> Generator[NDArray[Any]]:
+    """Yield the outputs of a pipeline a batch at a time; the last batch is padded, then cut."""
     transform = make_transform(engine, round, pipeline)
     with engine.between_layers(pipeline.layers, round):
         for start in range(0, len(nonces), engine.batch_size):
@@ -32,7 +62,7 @@ def plain_outputs(engine: Engine, round: Round, pipeline: Pipeline, nonces: Sequ
 
 
 def overlapped_outputs(
-    engine: Engine,
+    engine: StateEngine,
     run: Callable[[Tensor, Tensor | None], Tensor],
     round: Round,
     pipeline: Pipeline,
@@ -41,20 +71,20 @@ def overlapped_outputs(
     """Yield what :func:`plain_outputs` yields, on a CUDA device that never waits for the host.
 
     Args:
-        engine: makes the inputs, and says what the batch is.
-        run: takes inputs [B, T, D] and weights of positions [B, T] or None to what is read, [B, D] in float32,
-            without waiting for the device.
-        round: gives the seed texts.
-        pipeline: what is published.
-        nonces: in the order of the outputs.
+        engine: Engine that makes the inputs and fixes the shape of a batch.
+        run: Function of inputs [B, T, D] and position weights [B, T], or None for the last position. It returns the
+            state that the pipeline reads, [B, D] in float32, without waiting for the device.
+        round: Round that gives the seed texts.
+        pipeline: Pipeline that names the steps and the published values.
+        nonces: Nonces in the order of the outputs.
     """
     lanes = _lanes(engine.device)
     with torch.cuda.stream(lanes.tail):
         transform = make_transform(engine, round, pipeline)
     before: _Flight | None = None
-    # No stream is current while the caller has the word: a generator's caller may be anybody.
+    # No stream stays current across a yield: the caller may use the device for something else.
     with engine.between_layers(pipeline.layers, round):
-        # The model was loaded there, and what comes between its layers was made there.
+        # The model was loaded on this stream, and the steps between its layers were prepared on it.
         lanes.follow(torch.cuda.current_stream(engine.device))
         for start in range(0, len(nonces), engine.batch_size):
             flight = _launch(engine, run, transform, lanes, *_batch(engine, nonces, start))
@@ -66,26 +96,26 @@ def overlapped_outputs(
 
 
 class _Lanes:
-    """The streams of one device: inputs, forward pass, transform."""
+    """The CUDA streams of one device: inputs, forward pass, transform."""
 
     def __init__(self, device: torch.device) -> None:
         self.inputs, self.forward, self.tail = (torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
 
     def follow(self, stream: torch.cuda.Stream) -> None:
-        """Begin nothing before what is queued on another stream is done."""
+        """Let every lane wait for the work that another stream has queued."""
         for lane in (self.inputs, self.forward, self.tail):
             lane.wait_stream(stream)
 
 
 @cache
 def _lanes(device: torch.device) -> _Lanes:
-    """Return the one set of streams of a device: torch keeps memory that was freed for the stream that had it."""
+    """Return the one set of streams of a device: torch reuses freed memory only on the stream that freed it."""
     return _Lanes(device)
 
 
 @dataclass(frozen=True, eq=False)
 class _Flight:
-    """A batch whose forward pass is queued; the first ``count`` of its nonces are wanted."""
+    """A batch whose forward pass is queued; its first ``count`` nonces are wanted, the others are padding."""
 
     count: int
     nonces: list[int]
@@ -94,7 +124,7 @@ class _Flight:
 
 
 def _launch(
-    engine: Engine,
+    engine: StateEngine,
     run: Callable[[Tensor, Tensor | None], Tensor],
     transform: Transform,
     lanes: _Lanes,
@@ -109,7 +139,7 @@ def _launch(
     with torch.cuda.stream(lanes.forward):
         for made in (inputs_BTD, weights_BT):
             if made is not None:
-                made.record_stream(lanes.forward)  # its memory is not given out again before this stream is done
+                made.record_stream(lanes.forward)  # do not reuse its memory before this stream is done
         states_BD = run(inputs_BTD, weights_BT)
         return _Flight(count, nonces, states_BD, lanes.forward.record_event())
 
@@ -130,7 +160,7 @@ def _land(flight: _Flight, transform: Transform, lanes: _Lanes) -> NDArray[Any]:
     return host.numpy()[: flight.count].copy()
 
 
-def make_transform(engine: Engine, round: Round, pipeline: Pipeline) -> Transform:
+def make_transform(engine: StateEngine, round: Round, pipeline: Pipeline) -> Transform:
     """Return the randomisation of a round for an engine's states."""
     return Transform(
         round,
@@ -142,13 +172,13 @@ def make_transform(engine: Engine, round: Round, pipeline: Pipeline) -> Transfor
     )
 
 
-def _batch(engine: Engine, nonces: Sequence[int], start: int) -> tuple[int, list[int]]:
-    """Return how many nonces a batch has, and the batch padded to its fixed size."""
+def _batch(engine: StateEngine, nonces: Sequence[int], start: int) -> tuple[int, list[int]]:
+    """Return the number of nonces of a batch, and the batch padded to its fixed size."""
     wanted = list(nonces[start : start + engine.batch_size])
     return len(wanted), wanted + wanted[-1:] * (engine.batch_size - len(wanted))
 
 
-def _read(engine: Engine, transform: Transform, nonces: Sequence[int]) -> Tensor:
+def _read(engine: StateEngine, transform: Transform, nonces: Sequence[int]) -> Tensor:
     """Return what the pipeline reads of the hidden states of a batch, [B, D]."""
     inputs_BTD = engine.inputs(transform.round, nonces)
     weights_BT = transform.weights(nonces, engine.seq_len)

@@ -76,7 +76,7 @@ def parse_header(line: Any) -> Header:
         raise _bad(f"kind {line['kind']!r}, schema {line['schema']!r}", f"kind {KIND!r}, schema {SCHEMA}")
     _fields(line["round"], set(Round.__dataclass_fields__), "the round")
     _fields(line["model"], {"reference", "digest", "weights"}, "the model")
-    _fields(line["fingerprint"], set(Fingerprint.__dataclass_fields__), "the fingerprint")
+    _fields(line["fingerprint"], Fingerprint.written_fields(), "the fingerprint")
     try:
         round = Round(**line["round"])
         pipeline = get_pipeline(round.preset)
@@ -90,7 +90,7 @@ def parse_header(line: Any) -> Header:
         wanted = int if name in ("batch_size", "seq_len", "threads") else str
         if type(value) is not wanted:
             raise _bad(f"{name} is {value!r:.60}", f"a value of type {wanted.__name__}")
-    fingerprint = Fingerprint(**line["fingerprint"])
+    fingerprint = Fingerprint.from_dict(line["fingerprint"])
     if fingerprint.seq_len != round.seq_len or fingerprint.batch_size < 1 or fingerprint.threads < 0:
         raise _bad(
             f"an engine of {fingerprint.batch_size} × {fingerprint.seq_len} positions, {fingerprint.threads} threads",

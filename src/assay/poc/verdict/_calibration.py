@@ -79,8 +79,8 @@ class Calibration:
             values = read_json(path)
             if (values.pop("kind"), values.pop("schema")) != (KIND, SCHEMA):
                 raise ValueError("another kind or schema")
-            values["prover"] = Fingerprint(**values["prover"])
-            values["validator"] = Fingerprint(**values["validator"])
+            values["prover"] = Fingerprint.from_dict(values["prover"])
+            values["validator"] = Fingerprint.from_dict(values["validator"])
             values["law"] = law_from_dict(values["law"])
             read = cls(**values)
             if type(read.law) is not LAWS.get(read.output):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.stats import chi2
 
 from assay import stats
-from assay.poc.engines import Engine, make_transform
+from assay.poc.engines import HFEngine, make_transform
 from assay.poc.protocol import Pipeline, Round
 from assay.reports import JsonObject
 from assay.research.matrix import PUBLISHED_LIMIT
@@ -130,7 +130,7 @@ def told_apart(honest_N: FloatArray, cheat_N: FloatArray) -> JsonObject:
     }
 
 
-def overheads(engine: Engine, round: Round, group: Sequence[Pipeline], batches: int) -> dict[str, float]:
+def overheads(engine: HFEngine, round: Round, group: Sequence[Pipeline], batches: int) -> dict[str, float]:
     """Return the time of a batch with an approach over the plain forward pass, less one: the median of neighbours.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from assay.poc.engines import Engine, make_transform
+from assay.poc.engines import HFEngine, make_transform
 from assay.poc.protocol import Pipeline, Round, Transform
 
 __all__ = ["published", "state_pipeline", "states"]
@@ -21,7 +21,7 @@ def state_pipeline(pipeline: Pipeline) -> Pipeline:
     return replace(pipeline, head="none", logits=(), output="vector")
 
 
-def states(engine: Engine, transform: Transform, nonces: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
+def states(engine: HFEngine, transform: Transform, nonces: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Give what a transform reads of the hidden states, [B, D] in float32, batch by batch, each with its B nonces.
 
     The last batch is padded with its last nonce, as in a proof; the rows in excess are to be dropped. What happens
@@ -39,7 +39,7 @@ def states(engine: Engine, transform: Transform, nonces: Sequence[int]) -> Itera
 
 
 def published(
-    engine: Engine, round: Round, pipelines: Sequence[Pipeline], nonces: Sequence[int]
+    engine: HFEngine, round: Round, pipelines: Sequence[Pipeline], nonces: Sequence[int]
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Return what every pipeline publishes, by name: distances [N] or vectors [N, K].
 

@@ -27,8 +27,8 @@ __all__ = ["HFEngine", "is_compiled"]
 
 MAX_BATCH = 65_536
 
-COMPILED = "compiled"
-"""Stands in the fingerprint's ``library`` where the kernels were compiled."""
+COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
+"""Entries of the fingerprint's kernels: the lean decoder was compiled, or the model as transformers defines it."""
 
 # Matrix products of fewer rows take kernels in which the place of a row decides its last bits.
 MIN_POSITIONS = 16
@@ -82,11 +82,6 @@ class HFEngine:
         return self.model.vocab_size
 
     @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return self.model.num_layers
-
-    @property
     def dtype(self) -> str:
         """Name of the dtype of the weights and inputs."""
         return streams.dtype_name(self.model.dtype)
@@ -109,20 +104,22 @@ class HFEngine:
             seq_len=self.seq_len,
             threads=0 if on_cuda else torch.get_num_threads(),
             torch=torch.__version__,
-            library=", ".join([f"transformers {transformers.__version__}", *self._choices()]),
+            library=f"transformers {transformers.__version__}",
+            kernels=tuple(self._kernels()),
         )
 
-    def _choices(self) -> list[str]:
-        """What was chosen beside the defaults, as the fingerprint says it."""
-        said = []
+    def _kernels(self) -> Iterator[str]:
+        """Yield what was chosen beside the defaults."""
         if self._compiled is not None:
-            said.append(COMPILED if self._compiled.lean else f"{COMPILED} whole")
-            said += [f"triton {version('triton')}"] if self.device.type == "cuda" else []
+            yield COMPILED if self._compiled.lean else COMPILED_WHOLE
+            if self.device.type == "cuda":
+                yield f"triton {version('triton')}"
         if self.model.quantised:
-            said.append(f"torchao {version('torchao')}")
+            yield f"torchao {version('torchao')}"
         if self.model.devices > 1:
-            said.append(f"tp {self.model.devices}")
-        return [*said, "deterministic"] if is_deterministic() else said
+            yield f"tp {self.model.devices}"
+        if is_deterministic():
+            yield "deterministic"
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Float[Tensor, "B T D"]:
         """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
@@ -151,6 +148,10 @@ class HFEngine:
             Error: as :meth:`last_hidden`.
         """
         return self._finite(self._read(inputs_BTD, weights_BT))
+
+    def supports(self, pipeline: Pipeline) -> bool:
+        """Return True: every step of every pipeline runs on transformers."""
+        return True
 
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
         """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
@@ -274,9 +275,8 @@ class _LayerHook:
 
 
 def is_compiled(fingerprint: Fingerprint) -> bool:
-    """Say whether a fingerprint of this engine is one of compiled kernels."""
-    choices = fingerprint.library.split(", ")
-    return fingerprint.engine == "hf" and any(choice.split(" ")[0] == COMPILED for choice in choices)
+    """Return whether a fingerprint is one of this engine with compiled kernels."""
+    return fingerprint.engine == "hf" and not {COMPILED, COMPILED_WHOLE}.isdisjoint(fingerprint.kernels)
 
 
 def _cpu_capability() -> str:

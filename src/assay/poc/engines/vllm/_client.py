@@ -80,21 +80,19 @@ class Client:
         async for _ in self._llm.generate(_prompt(prompt, name), _sampling(), name, priority=self._priority):
             pass
 
-    async def collect(
-        self, key: str, nonces: Sequence[int], *, raw: bool = False
-    ) -> dict[int, NDArray[np.floating[Any]]]:
+    async def collect(self, key: str, nonces: Sequence[int]) -> dict[int, NDArray[np.floating[Any]]]:
         """Return the values of nonces that have run, by nonce. Some may be missing: their request was aborted.
 
         Raises:
             ModelError: a worker could not run a nonce, or could not take a step of the pipeline.
         """
         values: dict[int, NDArray[np.floating[Any]]] = {}
-        for reply in await self._call("assay_collect", key, list(nonces), raw):
+        for reply in await self._call("assay_collect", key, list(nonces)):
             for nonce, reason in reply["failed"].items():
                 raise ModelError(f"nonce {nonce}: {reason}", wanted="inputs that the engine takes", do="see the log")
             if reply.get("error"):
                 raise BadWeights(f"the transform failed: {reply['error']}", wanted="values", do="see the log")
-            values |= _decode(reply, raw)
+            values |= _decode(reply)
         return values
 
     def release(self) -> None:
@@ -133,10 +131,10 @@ def _sampling() -> Any:
     )
 
 
-def _decode(reply: dict[str, Any], raw: bool) -> dict[int, NDArray[np.floating[Any]]]:
+def _decode(reply: dict[str, Any]) -> dict[int, NDArray[np.floating[Any]]]:
     if not reply.get("values"):
         return {}
     width = reply["width"]
-    values = np.frombuffer(reply["values"], dtype=np.float16 if width and not raw else np.float32)
+    values = np.frombuffer(reply["values"], dtype=np.float16 if width else np.float32)
     rows = values.reshape(len(reply["nonces"]), width) if width else values
     return dict(zip(reply["nonces"], rows, strict=True))

@@ -5,7 +5,6 @@ Legend of shapes: B nonces of a batch, T positions, D hidden size.
 
 import asyncio
 from collections.abc import Coroutine, Generator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +18,7 @@ from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines.vllm._client import Client
 from assay.poc.engines.vllm._request_stream import Prompt, Stream
 from assay.poc.engines.vllm._wire import Spec
-from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round
+from assay.poc.protocol import Fingerprint, Pipeline, Round
 
 __all__ = ["Inputs", "RequestEngine", "capacity", "most_positions"]
 
@@ -81,26 +80,15 @@ class RequestEngine:
         return int(self._worker["vocab_size"])
 
     @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return int(self._worker["num_layers"])
-
-    @property
     def dtype(self) -> str:
         """Name of the dtype of the weights and inputs."""
         return str(self._worker["dtype"])
-
-    @property
-    def device(self) -> torch.device:
-        """Where results are: hidden states stay in the workers."""
-        return torch.device("cpu")
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
         worker = self._worker
-        parts = [f"vllm {self._version}", f"runner {worker['runner']}", f"tp {worker['tensor_parallel']}"]
-        parts += [f"pp {worker['pipeline_parallel']}", "eager" if worker["eager"] else "compiled"]
+        kernels = [f"runner {worker['runner']}", f"tp {worker['tensor_parallel']}", f"pp {worker['pipeline_parallel']}"]
         return Fingerprint(
             engine="vllm",
             device=worker["device"],
@@ -110,7 +98,8 @@ class RequestEngine:
             seq_len=self.seq_len,
             threads=worker["threads"],
             torch=torch.__version__,
-            library=", ".join(parts),
+            library=f"vllm {self._version}",
+            kernels=(*kernels, "eager" if worker["eager"] else "compiled"),
         )
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
@@ -118,68 +107,20 @@ class RequestEngine:
         shape = {"seq_len": self.seq_len, "hidden_size": self.hidden_size}
         return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
 
-    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
-        """Return the last token's hidden state after the final norm, [B, D] in float32.
+    def supports(self, pipeline: Pipeline) -> bool:
+        """Return whether a pipeline leaves the layers as they are and does not read the trained head.
 
-        The inputs are sent, and the states come back: for tests and for curiosity, not for proofs.
-
-        Raises:
-            UsageError: the inputs are not of the engine's fixed shape.
-            ModelError: vLLM did not run them.
+        vLLM's compiled layers take no hooks, and it spreads the trained head over its workers.
         """
-        wanted = (self.batch_size, self.seq_len, self.hidden_size)
-        if tuple(inputs_BTD.shape) != wanted:
-            raise UsageError(
-                f"inputs of shape {tuple(inputs_BTD.shape)}", wanted=f"the fixed shape {wanted}", do="pad the batch"
-            )
-        sent_BTD = inputs_BTD.to(getattr(torch, self.dtype))
-        round = Round(block_hash="hidden", public_key="states", seq_len=self.seq_len)
-        spec = Spec(round, "artifact")
-        stream = Stream(
-            self._client, spec, range(len(sent_BTD)), len(sent_BTD), lambda row: sent_BTD[row].contiguous(), raw=True
-        )
-        batch = next(self._drain(stream))
-        return torch.from_numpy(batch.copy())
-
-    def weighted_hidden(self, inputs_BTD: Tensor, weights_BT: Tensor) -> Tensor:
-        """Refuse: sums over positions are taken inside the workers, by :meth:`outputs`.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError("a sum over positions outside vLLM", wanted="outputs()", do="prove with this engine")
-
-    def trained_head(self, x_BD: Tensor) -> Tensor:
-        """Refuse: vLLM spreads the trained head over its workers.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError("the trained head on vLLM", wanted="another pipeline", do="use --engine hf for this one")
-
-    def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
-        """Allow only pipelines that leave the layers as they are.
-
-        Raises:
-            UsageError: the pipeline changes what is between the layers.
-        """
-        if step != "none":
-            raise UsageError(f"{step} between the layers on vLLM", wanted="no change", do="use --engine hf for it")
-        return nullcontext()
+        return pipeline.layers == "none" and pipeline.head != "trained"
 
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
         """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
 
         Raises:
-            UsageError: the pipeline needs what vLLM does not give: the trained head, or changes between the layers.
+            UsageError: the workers refuse the round.
             ModelError: vLLM did not run a nonce.
         """
-        if pipeline.layers != "none" or pipeline.head == "trained":
-            raise UsageError(
-                f"preset {pipeline.name} on vLLM",
-                wanted="a pipeline with the random head or none, and nothing between the layers",
-                do="use poc-2.0, artifact or hardened, or --engine hf",
-            )
         prompt: Prompt = self.seq_len if self._inputs == "local" else lambda nonce: self.inputs(round, [nonce])[0]
         stream = Stream(self._client, Spec(round, pipeline.name), nonces, self.batch_size, prompt)
         yield from self._drain(stream)

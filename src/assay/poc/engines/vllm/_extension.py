@@ -63,14 +63,14 @@ class WorkerExtension:
         """End a stream, and drop what it holds."""
         self.assay_hooks.close(key)
 
-    def assay_collect(self, key: str, nonces: list[int], raw: bool = False) -> dict[str, Any]:
-        """Take what the pipeline publishes of nonces that have run, or their hidden states where ``raw``.
+    def assay_collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
+        """Take the values that the pipeline publishes for nonces that have run.
 
-        Returns ``nonces``, those that were found; ``values``, the bytes of [B] float32, [B, K] float16 or, raw, [B, D]
-        float32; ``width`` (K or D, 0 for distances); ``failed``, the reasons by nonce; and ``error``, or None.
-        Ranks that hold no hidden states return only ``failed``.
+        Returns ``nonces``, those that were found; ``values``, the bytes of [B] float32 or [B, K] float16; ``width``
+        (K, or 0 for distances); ``failed``, the reasons by nonce; and ``error``, or None. Ranks that hold no hidden
+        states return only ``failed``.
         """
-        return self.assay_hooks.collect(key, nonces, raw)
+        return self.assay_hooks.collect(key, nonces)
 
     def assay_counts(self) -> dict[str, int]:
         """Return how much is held, and how often a hook failed."""
@@ -109,7 +109,7 @@ class Hooks:
         for ticket in [ticket for ticket in self.failed if ticket[0] == key]:
             del self.failed[ticket]
 
-    def collect(self, key: str, nonces: list[int], raw: bool) -> dict[str, Any]:
+    def collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
         """See :meth:`WorkerExtension.assay_collect`."""
         failed = {str(nonce): self.failed.pop((key, nonce)) for nonce in nonces if (key, nonce) in self.failed}
         stream = self.rows.get(key)
@@ -121,8 +121,7 @@ class Hooks:
             return reply
         try:
             with torch.inference_mode():
-                x_BD = torch.stack(states).float()
-                values = (x_BD if raw else self._transform(stream.spec)(x_BD, found)).cpu()
+                values = self._transform(stream.spec)(torch.stack(states).float(), found).cpu()
         except Exception as error:  # whatever it is, it is the answer, and the engine lives
             return reply | {"error": _words(error)}
         return reply | {"values": values.numpy().tobytes(), "width": values.shape[1] if values.ndim > 1 else 0}

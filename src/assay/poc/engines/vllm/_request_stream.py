@@ -38,14 +38,11 @@ class Stream:
         nonces: all of them, perhaps more than will ever be run.
         batch_size: how many are handed out at a time.
         prompt: their inputs.
-        raw: hand out hidden states instead of what the pipeline publishes.
     """
 
-    def __init__(
-        self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int, prompt: Prompt, *, raw: bool = False
-    ) -> None:
+    def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int, prompt: Prompt) -> None:
         self._client, self._spec, self._nonces = client, spec, nonces
-        self._batch_size, self._prompt, self._raw = batch_size, prompt, raw
+        self._batch_size, self._prompt = batch_size, prompt
         self._batches: asyncio.Queue[asyncio.Task[Values] | None] = asyncio.Queue(AHEAD)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._producer: asyncio.Task[None] | None = None
@@ -121,7 +118,7 @@ class Stream:
                 await asyncio.sleep(10.0 ** (attempt - 2))
                 running = [await self._launch(nonce) for nonce in missing]
             await _all(running)
-            values |= await self._client.collect(self._key, missing, raw=self._raw)
+            values |= await self._client.collect(self._key, missing)
             missing = [nonce for nonce in wanted if nonce not in values]
             if not missing:
                 return np.stack([values[nonce] for nonce in wanted])

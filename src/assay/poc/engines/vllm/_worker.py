@@ -51,7 +51,6 @@ def describe(runner: Any, config: Any) -> dict[str, Any]:
         "attention": _attention(runner),
         "hidden_size": hidden_size(config),
         "vocab_size": int(model.get_vocab_size()),
-        "num_layers": int(model.hf_text_config.num_hidden_layers),
         "tensor_parallel": int(parallel.tensor_parallel_size),
         "pipeline_parallel": int(parallel.pipeline_parallel_size),
         "eager": bool(model.enforce_eager),

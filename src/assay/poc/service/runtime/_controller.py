@@ -16,7 +16,7 @@ import structlog
 
 from assay.errors import AssayError, StorageError
 from assay.poc._prover import compute
-from assay.poc.engines import Engine
+from assay.poc.engines import Engine, check_supported
 from assay.poc.protocol import get_pipeline
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
 from assay.poc.service._refusals import Refusal
@@ -139,7 +139,7 @@ class Controller:
         formats = get_pipeline(values["preset"]).number_formats
         if formats and deployment.dtype not in formats:
             log.warning("validators refuse this number format", preset=values["preset"], dtype=deployment.dtype)
-        self._engine(values["seq_len"], values["batch_size"])
+        check_supported(self._engine(values["seq_len"], values["batch_size"]), get_pipeline(values["preset"]))
         with self._lock:
             state = after(call, self.state, has_round=self.progress is not None)
             stored = self.rounds.enter(state, values)
