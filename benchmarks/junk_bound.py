@@ -24,7 +24,7 @@ def measure(sigma, tails, trials, rng):
     noise = sigma * rng.standard_t(tails, (trials, CHECKED))
     junk = rng.random(noise.shape) < SHARE
     residuals = np.abs(np.where(junk, rng.normal(0, stats.JUNK_SIGMA, noise.shape), noise))
-    test = stats.SequentialTest(law, alpha=ALPHA)
+    test = stats.SequentialTest(law, effect=4.0, alpha=ALPHA)
     invented = -((residuals / stats.JUNK_SIGMA) ** 2) / 2 - np.log(stats.JUNK_SIGMA * np.sqrt(2 * np.pi))
     ratio = invented - law.log_density(residuals, 1.0)
     path = np.cumsum(np.logaddexp(np.log1p(-SHARE), np.log(SHARE) + ratio), axis=1)

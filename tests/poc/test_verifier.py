@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from assay.errors import ProofMismatch, UsageError
-from assay.poc import Proof, Record, Round, calibrate, prove, verify
+from assay.poc import DistanceRecord, Proof, Round, VectorRecord, calibrate, prove, verify
 from assay.poc.verdict._judge import judge, residuals
 from assay.poc.verdict._noise import Noise, default_noise
-from assay.poc.verdict._verdict import count_mismatches, seed_rule
+from assay.poc.verdict._verdict import count_mismatches, published_rule
 from assay.research import cheats
 from assay.stats import LogNoise, ScaleNoise
 
@@ -119,7 +119,7 @@ def test_artifacts_are_verified_the_same_way(reference_model):
 
 def test_one_invented_value_among_honest_ones_shows(proof: Proof, small_model):
     records = list(proof.records)
-    records[7] = Record(7, distance=proof.records[7].distance + 0.01)
+    records[7] = DistanceRecord(7, distance=proof.records[7].distance + 0.01)
     verdict = verify(Proof.build(proof.header, records, 1.0), small_model)
     assert verdict.sequential.gross == 1
     assert verdict.fraud, verdict.reason
@@ -185,17 +185,17 @@ def test_an_unknown_number_format_is_refused(name: str, proof: Proof, small_mode
     assert verify(proof, small_model, prover_dtype="float32").honest
 
 
-def test_seed_rule_is_kept_exactly():
+def test_published_rule_is_kept_exactly():
     """Mismatch: received ≥ r_target or recomputed > r_target; a value equal to the target differs by side."""
-    assert seed_rule([1.0], [1.4], 1.4).mismatches == 0
-    assert seed_rule([1.4], [1.0], 1.4).mismatches == 1
-    assert seed_rule([1.0], [math.nextafter(1.4, 2)], 1.4).mismatches == 1
-    assert seed_rule([math.nan, 1.0, math.inf], [1.0, math.nan, 1.0], 1.4).mismatches == 3
-    none = seed_rule([], [], 1.4)
+    assert published_rule([1.0], [1.4], 1.4).mismatches == 0
+    assert published_rule([1.4], [1.0], 1.4).mismatches == 1
+    assert published_rule([1.0], [math.nextafter(1.4, 2)], 1.4).mismatches == 1
+    assert published_rule([math.nan, 1.0, math.inf], [1.0, math.nan, 1.0], 1.4).mismatches == 3
+    none = published_rule([], [], 1.4)
     assert (none.n, none.p_value, none.fraud) == (0, 1.0, False)
     # One mismatch of 20 has p = 0.00995, of 21 it is 0.01045: the published threshold lies between.
-    assert seed_rule([1.0] * 20, [2.0] + [1.0] * 19, 1.4).fraud
-    assert not seed_rule([1.0] * 21, [2.0] + [1.0] * 20, 1.4).fraud
+    assert published_rule([1.0] * 20, [2.0] + [1.0] * 19, 1.4).fraud
+    assert not published_rule([1.0] * 21, [2.0] + [1.0] * 20, 1.4).fraud
 
 
 def test_count_rule_of_vectors():
@@ -207,16 +207,16 @@ def test_count_rule_of_vectors():
 
 
 def test_missing_and_non_finite_values_never_match(proof: Proof):
-    received = [Record(0), Record(1, distance=math.inf)]
-    recomputed = [Record(0, distance=1.4), Record(1, distance=1.4)]
+    received = [DistanceRecord(0, math.nan), DistanceRecord(1, math.inf)]
+    recomputed = [DistanceRecord(0, 1.4), DistanceRecord(1, 1.4)]
     assert not np.isfinite(residuals(received, recomputed)).any()
     verdict = judge(proof, received, recomputed, Noise(ScaleNoise(1e-4), "test"))
     assert verdict.fraud
     assert verdict.sequential.gross == 2
     assert verdict.as_dict()["residuals"] == [None, None]
     vector = np.zeros(12, np.float16)
-    odd = [Record(0), Record(1, vector=vector[:5]), Record(2, vector=vector + np.float16(np.nan))]
-    errors = residuals(odd, [Record(n, vector=vector) for n in range(3)])
+    odd = [DistanceRecord(0, 1.4), VectorRecord(1, vector[:5]), VectorRecord(2, vector + np.float16(np.nan))]
+    errors = residuals(odd, [VectorRecord(n, vector) for n in range(3)])
     assert not np.isfinite(errors).any()
     assert count_mismatches(errors).mismatches == 3
 

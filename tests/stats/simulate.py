@@ -40,7 +40,7 @@ def shared_scale(rng, n, batch=32, dof=6):
 def share_of(verdict, law, draw, n, lifetimes, seed=5, **rates):
     """Share of lifetimes of n nonces that end with the verdict; fraud counts when it is reached at any time."""
     rng = np.random.default_rng(seed)
-    found = [SequentialTest(law, **rates).update(draw(rng, n)).verdict for _ in range(lifetimes)]
+    found = [SequentialTest(law, effect=4.0, **rates).update(draw(rng, n)).verdict for _ in range(lifetimes)]
     return found.count(verdict) / lifetimes
 
 
@@ -49,7 +49,7 @@ def nonces_to_decide(law, draw, most=64, repeats=200, seed=6, **rates):
     rng = np.random.default_rng(seed)
     outcomes = []
     for _ in range(repeats):
-        test = SequentialTest(law, **rates)
+        test = SequentialTest(law, effect=4.0, **rates)
         values = draw(rng, most)
         taken = next((i for i in range(most) if test.update(values[i : i + 1]).verdict != "undecided"), most - 1) + 1
         outcomes.append((test.verdict, taken))

@@ -51,7 +51,7 @@ def test_log_noise_follows_the_tail_of_a_small_sample(size: int, quantile: float
 def test_identical_hardware_gives_the_resolution():
     fit = fit_scale_noise(np.zeros(32))
     assert fit.estimate.sigma == RESOLUTION
-    assert SequentialTest(fit.law).update(np.zeros(6)).verdict == "honest"
+    assert SequentialTest(fit.law, effect=4.0).update(np.zeros(6)).verdict == "honest"
 
 
 def test_one_large_value_hardly_moves_the_scale_but_shows_in_the_tail():
@@ -79,7 +79,7 @@ def test_log_noise_finds_location_and_spread():
 def test_log_noise_of_equal_vectors_rests_on_the_floor():
     fit = fit_log_noise(np.zeros(64), floor=1e-3)
     assert fit.estimate.mu == pytest.approx(math.log(1e-3))
-    assert SequentialTest(fit.law).update(np.zeros(4)).verdict == "honest"
+    assert SequentialTest(fit.law, effect=4.0).update(np.zeros(4)).verdict == "honest"
 
 
 @pytest.mark.parametrize("fit", [fit_scale_noise, fit_log_noise])
@@ -102,6 +102,6 @@ def test_false_accusations_stay_bounded_when_the_law_is_itself_measured():
     accused = 0
     for _ in range(400):
         law = fit_scale_noise(RNG.standard_t(6, 64) * 2e-5).law
-        accused += SequentialTest(law, alpha=0.01).update(RNG.standard_t(6, 200) * 2e-5).verdict == "fraud"
+        accused += SequentialTest(law, effect=4.0, alpha=0.01).update(RNG.standard_t(6, 200) * 2e-5).verdict == "fraud"
     assert accused <= 400 * 0.01 + 3 * math.sqrt(400 * 0.01)
     assert isinstance(law, ScaleNoise)

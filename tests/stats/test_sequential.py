@@ -25,7 +25,7 @@ def honest_distances(rng, n):
 
 
 def e_value_of_one(law, size):
-    return math.exp(SequentialTest(law).update([size]).result.log_e_value)
+    return math.exp(SequentialTest(law, effect=4.0).update([size]).result.log_e_value)
 
 
 def test_e_value_has_mean_one_for_honest_residuals():
@@ -142,18 +142,18 @@ def test_honest_nodes_are_cleared_with_six_to_ten_nonces():
 
 
 def test_identical_bits_are_honest_after_four():
-    assert SequentialTest(SCALE).update([0.0] * 3).verdict == "undecided"
-    assert SequentialTest(SCALE).update([0.0] * 4).verdict == "honest"
-    assert SequentialTest(LOG).update([0.0] * 2).verdict == "honest"
+    assert SequentialTest(SCALE, effect=4.0).update([0.0] * 3).verdict == "undecided"
+    assert SequentialTest(SCALE, effect=4.0).update([0.0] * 4).verdict == "honest"
+    assert SequentialTest(LOG, effect=4.0).update([0.0] * 2).verdict == "honest"
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_too_few_honest_nonces_decide_nothing(n):
-    assert SequentialTest(SCALE).update([SIGMA] * n).verdict == "undecided"
+    assert SequentialTest(SCALE, effect=4.0).update([SIGMA] * n).verdict == "undecided"
 
 
 def test_nothing_seen_is_no_evidence():
-    result = SequentialTest(SCALE).result
+    result = SequentialTest(SCALE, effect=4.0).result
     assert (result.n, result.log_e_value, result.log_evidence_honest) == (0, 0.0, 0.0)
     assert result.junk_share_excluded == 1.0
 
@@ -164,43 +164,43 @@ def test_nothing_seen_is_no_evidence():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("law", [SCALE, LOG])
 def test_non_finite_values_are_gross_and_the_strongest_evidence(law, bad):
-    broken = SequentialTest(law).update([bad]).result
-    worst = SequentialTest(law).update([2.0]).result
+    broken = SequentialTest(law, effect=4.0).update([bad]).result
+    worst = SequentialTest(law, effect=4.0).update([2.0]).result
     assert broken == worst
     assert broken.gross == 1
     assert broken.log_e_value > 0
-    assert SequentialTest(law).update([bad] * 4).verdict == "fraud"
+    assert SequentialTest(law, effect=4.0).update([bad] * 4).verdict == "fraud"
 
 
 def test_a_broken_value_among_honest_ones_is_not_overlooked():
-    assert SequentialTest(SCALE).update([0.0] * 50 + [math.nan]).verdict == "fraud"
+    assert SequentialTest(SCALE, effect=4.0).update([0.0] * 50 + [math.nan]).verdict == "fraud"
 
 
 # Bookkeeping
 
 
 def test_junk_share_is_the_rule_of_no_gross_value():
-    result = SequentialTest(ScaleNoise(1e-7 * 2)).update([0.0] * 100).result
+    result = SequentialTest(ScaleNoise(1e-7 * 2), effect=4.0).update([0.0] * 100).result
     assert result.junk_share_excluded == pytest.approx(1 - 0.01 ** (1 / 100), rel=1e-2)
-    with_one = SequentialTest(ScaleNoise(1e-7 * 2)).update([0.0] * 99 + [1e-3]).result
+    with_one = SequentialTest(ScaleNoise(1e-7 * 2), effect=4.0).update([0.0] * 99 + [1e-3]).result
     assert with_one.gross == 1
     assert with_one.junk_share_excluded > result.junk_share_excluded
 
 
 @given(st.lists(st.floats(-1e-3, 1e-3), min_size=1, max_size=40), st.integers(0, 40), st.randoms())
 def test_the_end_does_not_depend_on_order_and_not_on_how_values_arrive(values, cut, random):
-    whole = SequentialTest(SCALE).update(values).result
-    parts = SequentialTest(SCALE).update(values[:cut]).update(values[cut:]).result
+    whole = SequentialTest(SCALE, effect=4.0).update(values).result
+    parts = SequentialTest(SCALE, effect=4.0).update(values[:cut]).update(values[cut:]).result
     assert parts.log_e_max == whole.log_e_max
     assert parts.log_e_value == whole.log_e_value
     random.shuffle(values)
-    shuffled = SequentialTest(SCALE).update(values).result
+    shuffled = SequentialTest(SCALE, effect=4.0).update(values).result
     assert shuffled.log_e_value == pytest.approx(whole.log_e_value, abs=1e-8)
     assert shuffled.log_evidence_honest == pytest.approx(whole.log_evidence_honest, abs=1e-8)
 
 
 def test_fraud_stays_fraud_whatever_follows():
-    test = SequentialTest(SCALE).update([5e-3] * 2)
+    test = SequentialTest(SCALE, effect=4.0).update([5e-3] * 2)
     assert test.verdict == "fraud"
     assert test.update([0.0] * 500).verdict == "fraud"
     assert test.result.log_e_value < test.result.log_e_max
@@ -208,8 +208,8 @@ def test_fraud_stays_fraud_whatever_follows():
 
 def test_a_long_sample_is_the_sum_of_its_chunks():
     values = student()(np.random.default_rng(0), 5000)
-    result = SequentialTest(SCALE).update(values).result
-    one_by_one = SequentialTest(SCALE)
+    result = SequentialTest(SCALE, effect=4.0).update(values).result
+    one_by_one = SequentialTest(SCALE, effect=4.0)
     for part in np.array_split(values, 37):
         one_by_one.update(part)
     assert result.n == 5000
@@ -217,7 +217,7 @@ def test_a_long_sample_is_the_sum_of_its_chunks():
 
 
 def test_state_survives_pickling():
-    test = SequentialTest(SCALE).update([1e-4, 2e-4])
+    test = SequentialTest(SCALE, effect=4.0).update([1e-4, 2e-4])
     again = pickle.loads(pickle.dumps(test))
     assert again.update([3e-5]).result == test.update([3e-5]).result
 
@@ -227,24 +227,24 @@ def test_state_survives_pickling():
 )
 def test_refuses_rates_out_of_range(rates):
     with pytest.raises(UsageError, match="alpha"):
-        SequentialTest(SCALE, **rates)
+        SequentialTest(SCALE, **({"effect": 4.0} | rates))
 
 
 def test_refuses_noise_that_hides_invented_values():
     with pytest.raises(UsageError, match="times smaller than invented"):
-        SequentialTest(ScaleNoise(JUNK_SIGMA / 3))
+        SequentialTest(ScaleNoise(JUNK_SIGMA / 3), effect=4.0)
     with pytest.raises(UsageError, match="times smaller than invented"):
-        SequentialTest(LogNoise(math.log(0.5), 0.3))
+        SequentialTest(LogNoise(math.log(0.5), 0.3), effect=4.0)
 
 
 def test_simulated_accusations_are_those_of_single_nodes():
     law = ScaleNoise(1e-4)
     rng = np.random.default_rng(5)
     values = 1e-4 * rng.standard_t(6, (40, 30)) * rng.choice([1, 3, 10], (40, 1))
-    test = SequentialTest(law)
+    test = SequentialTest(law, effect=4.0)
     accused = test.accusations(values)
     for row, expected in zip(values, accused, strict=True):
-        single = SequentialTest(law)
+        single = SequentialTest(law, effect=4.0)
         found = [single.update([value]).verdict == "fraud" for value in row]
         assert found == expected.tolist()
     assert 0 < accused[:, -1].mean() < 1

@@ -20,7 +20,6 @@ KEYS = ("node_A", "node_B", "node_C")
 SEQ_LEN = 64  # a quarter of the default: a demonstration should be over before coffee
 NONCES = 96
 SAMPLE = 32
-DIMENSION = 8192
 COLUMNS = ("node", "mean distance", "valid", "largest residual", "checked", "verdict")
 
 
@@ -126,14 +125,20 @@ def draw(report: "Report", model: "Model", honest: Sequence[Case], cheaters: Seq
 
 def _draw_histogram(report: "Report", honest: Sequence[Case]) -> None:
     from assay import stats
+    from assay.poc.protocol import RANDOM_HEAD_ROWS
     from assay.reports import SERIES, figure, histogram_over_density, legend
 
     r_target = honest[0].proof.round.r_target
     distances = np.concatenate([case.proof.distances for case in honest])
-    expected = stats.valid_rate(r_target, DIMENSION)
+    expected = stats.valid_rate(r_target, RANDOM_HEAD_ROWS)
     error = stats.rate_standard_error(expected, len(distances))
     fig, ax = figure()
-    histogram_over_density(ax, distances, lambda x: stats.chord_pdf(x, DIMENSION), density_label="chord law, d = 8192")
+    histogram_over_density(
+        ax,
+        distances,
+        lambda x: stats.chord_pdf(x, RANDOM_HEAD_ROWS),
+        density_label=f"chord law, d = {RANDOM_HEAD_ROWS}",
+    )
     ax.axvline(r_target, color=SERIES[1], linewidth=1.3, label=f"r_target {r_target}")
     ax.set_xlabel("distance to the target")
     legend(ax)
@@ -143,7 +148,7 @@ def _draw_histogram(report: "Report", honest: Sequence[Case]) -> None:
             "valid, measured": f"{(distances < r_target).mean():.2%}",
             "valid, chord law": f"{expected:.2%} ± {error:.2%} (one standard error at this sample size)",
             "mean, measured": f"{distances.mean():.5f}",
-            "mean, chord law": f"{stats.chord_mean(DIMENSION):.5f}",
+            "mean, chord law": f"{stats.chord_mean(RANDOM_HEAD_ROWS):.5f}",
         }
     )
 

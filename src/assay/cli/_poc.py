@@ -153,7 +153,7 @@ def calibrate(
     ] = None,
     valid_rate: Annotated[float | None, typer.Option(help="Wanted share of valid nonces, in (0, 1).")] = None,
     dimension: Annotated[
-        int | None, typer.Option(help="Of the output that is compared with the target; 8192, or what a proof says.")
+        int | None, typer.Option(help="Dimension of the output; that of the random head, or what a proof says.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Calibration file to write.")] = None,
     as_json: JsonFlag = False,
@@ -166,7 +166,7 @@ def calibrate(
         found = poc.measure_r_target(poc.Proof.load(proofs[0]), valid_rate, dimension=dimension)
         _show("assay.poc.calibrate/1", found.as_dict(), as_json)
     elif valid_rate is not None and not given:
-        size = 8192 if dimension is None else dimension
+        size = stats.RANDOM_HEAD_ROWS if dimension is None else dimension
         values = {"valid_rate": valid_rate, "dimension": size, "r_target": stats.r_target_for(valid_rate, size)}
         _show("assay.poc.calibrate/1", values, as_json)
     elif valid_rate is None and proofs is not None and given == 2 and output is not None:

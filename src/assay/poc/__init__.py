@@ -10,6 +10,7 @@ from assay.poc._verifier import verify
 from assay.poc.engines import Engine, HFEngine
 from assay.poc.protocol import (
     PIPELINES,
+    DistanceRecord,
     Fingerprint,
     Footer,
     Header,
@@ -17,6 +18,7 @@ from assay.poc.protocol import (
     Proof,
     Record,
     Round,
+    VectorRecord,
     get_pipeline,
 )
 from assay.poc.verdict import (
@@ -32,6 +34,7 @@ from assay.poc.verdict import (
 __all__ = [
     "PIPELINES",
     "Calibration",
+    "DistanceRecord",
     "Engine",
     "Fingerprint",
     "Footer",
@@ -43,6 +46,7 @@ __all__ = [
     "Proof",
     "Record",
     "Round",
+    "VectorRecord",
     "Verdict",
     "calibrate",
     "default_noise",

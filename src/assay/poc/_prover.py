@@ -14,7 +14,17 @@ from assay.errors import BadWeights, UsageError
 from assay.models import Model
 from assay.poc.engines import Engine, check_supported
 from assay.poc.engines.hf import HFEngine, worth_compiling
-from assay.poc.protocol import MAX_COUNT, Header, Proof, Record, Round, get_pipeline, parse_record_line
+from assay.poc.protocol import (
+    MAX_COUNT,
+    DistanceRecord,
+    Header,
+    Proof,
+    Record,
+    Round,
+    VectorRecord,
+    get_pipeline,
+    parse_record_line,
+)
 from assay.reports import PartialFile, dumps
 
 __all__ = ["Progress", "compute", "make_header", "prove"]
@@ -138,9 +148,9 @@ def _encoded(lines: Iterable[str]) -> bytes:
 
 def _record(nonce: int, value: np.ndarray) -> Record:
     if value.ndim:
-        return Record(nonce, vector=value)
+        return VectorRecord(nonce, value)
     # The shortest decimal that reads back to the same float32.
-    return Record(nonce, distance=float(str(np.float32(value))))
+    return DistanceRecord(nonce, float(str(np.float32(value))))
 
 
 def _recover(out: PartialFile, header: Header) -> list[Record]:

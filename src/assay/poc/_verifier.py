@@ -12,7 +12,7 @@ from assay.poc._prover import Progress, compute
 from assay.poc.engines import Engine
 from assay.poc.engines.hf import HFEngine, is_compiled, worth_compiling
 from assay.poc.protocol import Header, Proof, Record, Round
-from assay.poc.verdict import Calibration, Verdict, judge, new_test, noise_for
+from assay.poc.verdict import Calibration, Verdict, judge, noise_for, sequential_test
 
 __all__ = ["DEFAULT_SAMPLE", "verify"]
 
@@ -72,7 +72,7 @@ def verify(
     shape = {"batch_size": batch_size, "seq_len": header.round.seq_len}
     engine = engine or HFEngine(model, **shape, compiled=compiled)
     noise = noise_for(header, engine.fingerprint, calibration)
-    new_test(header, noise, alpha, beta)  # refuses impossible error rates before the work, not after
+    test = sequential_test(noise.law, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     chosen = _draw(proof, sample, seed)
     recomputed: list[Record] = []
@@ -80,7 +80,7 @@ def verify(
         recomputed.extend(batch)
         if progress:
             progress(len(recomputed), len(chosen))
-    return judge(proof, chosen, recomputed, noise, seed=seed, alpha=alpha, beta=beta)
+    return judge(proof, chosen, recomputed, noise, test=test, seed=seed)
 
 
 def check_match(header: Header, model: Model, expect: Round | None = None) -> None:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from assay import stats
 from assay.errors import UsageError
 from assay.models import Model, decoder_layers
-from assay.poc.protocol import Proof, Record, Round
+from assay.poc.protocol import RANDOM_HEAD_ROWS, DistanceRecord, Proof, Round
 
 __all__ = ["adapted", "invented", "replayed", "rounded", "rounded_fp8", "with_fewer_experts", "without_last_layers"]
 
@@ -86,10 +86,9 @@ def without_last_layers(model: Model, count: int) -> Model:
 
 def invented(proof: Proof, seed: int = 0) -> Proof:
     """Return a proof of the same nonces whose distances are drawn from the chord law, without any model."""
-    size = 8192
     rng = np.random.default_rng(seed)
-    drawn = rng.normal(stats.chord_mean(size), stats.chord_std(size), len(proof.records))
-    records = [Record(record.nonce, float(value)) for record, value in zip(proof.records, drawn, strict=True)]
+    drawn = rng.normal(stats.chord_mean(RANDOM_HEAD_ROWS), stats.chord_std(RANDOM_HEAD_ROWS), len(proof.records))
+    records = [DistanceRecord(record.nonce, float(value)) for record, value in zip(proof.records, drawn, strict=True)]
     return Proof.build(proof.header, records, proof.footer.seconds)
 
 

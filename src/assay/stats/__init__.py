@@ -5,6 +5,7 @@ The formulas and what they assume are derived in docs/statistics.md.
 
 from assay.stats._binomial import CountTest, count_test, proportion_interval
 from assay.stats._chord import (
+    RANDOM_HEAD_ROWS,
     chord_cdf,
     chord_mean,
     chord_pdf,
@@ -24,6 +25,7 @@ __all__ = [
     "GROSS_PROBABILITY",
     "JUNK_SHARES",
     "JUNK_SIGMA",
+    "RANDOM_HEAD_ROWS",
     "RESOLUTION",
     "BootstrapInterval",
     "CountTest",

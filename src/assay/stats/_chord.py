@@ -18,6 +18,9 @@ from assay.errors import UsageError
 
 FloatArray = npt.NDArray[np.float64]
 
+RANDOM_HEAD_ROWS = 8192
+"""Rows of the published random head: the dimension in which the distances of ``poc-2.0`` are measured."""
+
 _SERIES_FROM = 50.0  # above this a, the asymptotic series is more precise than differences of log-gamma
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy import special, stats
 
 from assay.errors import UsageError
-from assay.stats._chord import chord_cdf, chord_mean, chord_std
+from assay.stats._chord import RANDOM_HEAD_ROWS, chord_cdf, chord_mean, chord_std
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -26,7 +26,7 @@ RESOLUTION = 2.0**-23
 GROSS_PROBABILITY = 1e-4
 """A residual that honest noise exceeds with this probability at most is counted as gross."""
 
-JUNK_SIGMA = chord_std(8192)
+JUNK_SIGMA = chord_std(RANDOM_HEAD_ROWS)
 """Residual of the best invented distance for ``poc-2.0``, the constant √2 (0.0078).
 
 A distance drawn from the chord law misses by √2 times as much (0.011) and is easier to catch.

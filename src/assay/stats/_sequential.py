@@ -82,7 +82,7 @@ class SequentialTest:
         UsageError: a rate is out of range, or invented values are within ``effect`` of honest noise.
     """
 
-    def __init__(self, law: NoiseLaw, *, alpha: float = 1e-3, beta: float = 1e-2, effect: float = 4.0) -> None:
+    def __init__(self, law: NoiseLaw, *, alpha: float = 1e-3, beta: float = 1e-2, effect: float) -> None:
         _check_rates(law, alpha, beta, effect)
         self.law = law
         self.alpha, self.beta, self.effect = alpha, beta, effect

@@ -6,12 +6,12 @@ import pytest
 import sqlalchemy as sa
 
 from assay.errors import StorageError
-from assay.poc import prove
+from assay.poc import DistanceRecord, prove
 from assay.poc.service import Settings
 from assay.poc.service.runtime import Controller, Deployment
 from assay.poc.service.store._database import Database
 from assay.poc.service.store._outbox import Outbox
-from assay.poc.service.store._rounds import Batch, Record, Rounds
+from assay.poc.service.store._rounds import Batch, Rounds
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND
 from tests.waiting import until
 
@@ -182,7 +182,7 @@ def test_a_nonce_is_never_written_twice(tmp_path):
     batch = Batch(
         epoch=1,
         round_id=stored.id,
-        records=[Record(0, 1.4), Record(1, 1.5)],
+        records=[DistanceRecord(0, 1.4), DistanceRecord(1, 1.5)],
         valid=[True, False],
         next_nonce=2,
         seconds=1,

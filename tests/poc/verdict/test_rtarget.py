@@ -8,7 +8,8 @@ import pytest
 from assay import stats, streams
 from assay.errors import UsageError
 from assay.poc import Round, measure_r_target, prove
-from assay.poc.verdict._target import distances_from, r_target_from, target
+from assay.poc.protocol import block_target
+from assay.poc.verdict._target import distances_from, r_target_from
 
 
 def random_directions(n: int, size: int) -> np.ndarray:
@@ -40,8 +41,8 @@ def test_the_interval_covers_as_often_as_it_says():
 def test_the_target_is_the_one_of_the_transform():
     round = Round(block_hash="b", public_key="k", seq_len=8)
     values = np.asarray(streams.get_backend("numpy").normals(streams.seeds(["b_target"]), 12)).ravel()
-    assert target(round, 12) == pytest.approx(values / np.linalg.norm(values))
-    axis = target(round, 12)
+    assert block_target(round, 12).numpy() == pytest.approx(values / np.linalg.norm(values))
+    axis = block_target(round, 12).numpy()
     assert distances_from(np.stack([axis, -axis, 5 * axis]), round) == pytest.approx([0, 2, 0], abs=1e-7)
 
 

@@ -12,17 +12,28 @@ from assay.poc.protocol._pipelines import (
 )
 from assay.poc.protocol._proof import Proof
 from assay.poc.protocol._reader import parse_record_line
-from assay.poc.protocol._record import Footer, Header, Record
+from assay.poc.protocol._record import DistanceRecord, Footer, Header, Record, VectorRecord
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
-from assay.poc.protocol._transforms import ROWS_OF_A_PRODUCT, Transform, project, reflect, unit, weighted_sum
+from assay.poc.protocol._transforms import (
+    ROWS_OF_A_PRODUCT,
+    Transform,
+    block_target,
+    project,
+    reflect,
+    unit,
+    weighted_sum,
+)
+from assay.poc.protocol._validity import MAX_DISTANCE, check_distinct_seeds, is_distance, is_valid
 from assay.poc.protocol._vectors import decode_vector, encode_vector
 
 __all__ = [
     "MAX_COUNT",
+    "MAX_DISTANCE",
     "MAX_NONCE",
     "PIPELINES",
     "RANDOM_HEAD_ROWS",
     "ROWS_OF_A_PRODUCT",
+    "DistanceRecord",
     "Fingerprint",
     "Footer",
     "Header",
@@ -34,9 +45,14 @@ __all__ = [
     "Round",
     "Step",
     "Transform",
+    "VectorRecord",
+    "block_target",
+    "check_distinct_seeds",
     "decode_vector",
     "encode_vector",
     "get_pipeline",
+    "is_distance",
+    "is_valid",
     "parse_record_line",
     "project",
     "reflect",

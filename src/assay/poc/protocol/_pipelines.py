@@ -14,10 +14,9 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from assay.errors import UsageError
+from assay.stats import RANDOM_HEAD_ROWS
 
 __all__ = ["PIPELINES", "RANDOM_HEAD_ROWS", "Pipeline", "Positions", "Step", "get_pipeline"]
-
-RANDOM_HEAD_ROWS = 8192
 
 LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]
 Head = Literal["none", "trained", "random"]

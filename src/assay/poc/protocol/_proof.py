@@ -1,6 +1,7 @@
 """A complete proof: what a node hands in, and what a validator reads."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from assay.poc.protocol._reader import read_proof
-from assay.poc.protocol._record import Footer, Header, Record
+from assay.poc.protocol._record import Footer, Header, Record, VectorRecord
 from assay.poc.protocol._round import Round
 from assay.reports import PartialFile
 
@@ -31,7 +32,7 @@ class Proof:
     @property
     def distances(self) -> np.ndarray:
         """Distances [N] in float64; NaN where vectors are published."""
-        return np.array([record.distance for record in self.records])
+        return np.array([math.nan if isinstance(record, VectorRecord) else record.distance for record in self.records])
 
     @property
     def valid_rate(self) -> float:

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from assay.errors import AssayError, DataError, ProofFormatError
 from assay.poc.protocol._fingerprint import Fingerprint
 from assay.poc.protocol._pipelines import get_pipeline
-from assay.poc.protocol._record import KIND, SCHEMA, Footer, Header, Record
+from assay.poc.protocol._record import KIND, SCHEMA, DistanceRecord, Footer, Header, Record, VectorRecord
 from assay.poc.protocol._round import MAX_NONCE, Round
+from assay.poc.protocol._validity import is_distance, is_valid
 from assay.poc.protocol._vectors import decode_vector
 from assay.reports import dumps, loads, read_lines
 
@@ -119,13 +120,13 @@ def parse_record(line: Any, header: Header, nonce: int) -> Record:
     if line["nonce"] != nonce or type(line["nonce"]) is not int:
         raise _bad(f"nonce {line['nonce']!r}", f"nonce {nonce}, the next one that the header announces")
     if size:
-        return Record(nonce, vector=decode_vector(line["vector"], size))
+        return VectorRecord(nonce, decode_vector(line["vector"], size))
     distance = line["distance"]
-    if type(distance) not in (int, float) or not 0 <= distance <= 2 + 1e-6:
+    if type(distance) not in (int, float) or not is_distance(distance):
         raise _bad(f"distance {distance!r}", "a number in [0, 2]")
-    if line["valid"] is not (distance < header.round.r_target):
+    if line["valid"] is not is_valid(distance, header.round.r_target):
         raise _bad(f"valid: {line['valid']!r} for distance {distance}", f"distance < {header.round.r_target}")
-    return Record(nonce, distance=float(distance))
+    return DistanceRecord(nonce, float(distance))
 
 
 def _parse_runs(runs: Any, round: Round) -> tuple[tuple[int, int, int], ...]:

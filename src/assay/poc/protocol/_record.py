@@ -8,20 +8,20 @@ The SHA-256 is over the bytes of the record lines, newlines included. Reading is
 is not exactly a proof, spaces and the order of keys included, is an error that names the line.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from assay.poc.protocol._fingerprint import Fingerprint
 from assay.poc.protocol._pipelines import Pipeline
 from assay.poc.protocol._round import Round
+from assay.poc.protocol._validity import is_valid
 from assay.poc.protocol._vectors import encode_vector
 from assay.reports import dumps
 
-__all__ = ["KIND", "SCHEMA", "Footer", "Header", "Record"]
+__all__ = ["KIND", "SCHEMA", "DistanceRecord", "Footer", "Header", "Record", "VectorRecord"]
 
 KIND = "assay.poc.proof"
 SCHEMA = 1
@@ -71,22 +71,33 @@ class Header:
 
     def line(self, record: "Record") -> str:
         """Return the line of a record, without its newline."""
-        if record.vector is not None:
+        if isinstance(record, VectorRecord):
             return dumps({"nonce": record.nonce, "vector": encode_vector(record.vector)})
         return dumps({"nonce": record.nonce, "distance": record.distance, "valid": self.is_valid(record)})
 
     def is_valid(self, record: "Record") -> bool:
-        """Say whether a record's distance is strictly below the target; always for vectors."""
-        return record.vector is not None or record.distance < self.round.r_target
+        """Return whether a record counts: every vector does, and a distance below the target."""
+        return isinstance(record, VectorRecord) or is_valid(record.distance, self.round.r_target)
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
-    """The result of one nonce: a distance, or a vector [K] in float16."""
+class DistanceRecord:
+    """The result of one nonce under a preset that publishes distances."""
 
     nonce: int
-    distance: float = math.nan
-    vector: np.ndarray | None = None
+    distance: float
+    vector: ClassVar[None] = None  # `record.vector is None` tells the two kinds apart, for type checkers too
+
+
+@dataclass(frozen=True, eq=False)
+class VectorRecord:
+    """The result of one nonce under a preset that publishes vectors: [K] in float16."""
+
+    nonce: int
+    vector: np.ndarray
+
+
+Record = DistanceRecord | VectorRecord
 
 
 @dataclass(frozen=True, kw_only=True)

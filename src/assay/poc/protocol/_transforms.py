@@ -19,8 +19,9 @@ from assay import streams
 from assay.poc.protocol._pipelines import RANDOM_HEAD_ROWS, Pipeline, Positions, Step
 from assay.poc.protocol._round import Round
 
-__all__ = ["ROWS_OF_A_PRODUCT", "Transform", "project", "reflect", "unit", "weighted_sum"]
+__all__ = ["ROWS_OF_A_PRODUCT", "Transform", "block_target", "project", "reflect", "unit", "weighted_sum"]
 
+_CPU = torch.device("cpu")
 _EPSILON = 1e-8  # added to norms, as published
 ROWS_OF_A_PRODUCT = 16  # fewer may take kernels for matrix times vector on CUDA
 _HEAD_SCALE = 0.02  # of no effect on a distance; kept because it is published
@@ -51,6 +52,14 @@ def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Floa
     if x_BD.is_cuda and len(x_BD) >= ROWS_OF_A_PRODUCT:
         return x_BD @ weight_VD.T
     return torch.bmm(x_BD.unsqueeze(1), weight_VD.T.expand(len(x_BD), -1, -1)).squeeze(1)
+
+
+def block_target(round: Round, size: int, device: torch.device = _CPU) -> Float32[Tensor, " V"]:
+    """Return the target of a block: a unit vector of ``size`` dimensions."""
+    backend = streams.get_backend("auto", str(device))
+    normals_V = streams.as_tensor(backend.normals(streams.seeds([round.block_text("target")]), size)).to(device)[0]
+    target_V: Tensor = normals_V / torch.linalg.vector_norm(normals_V)
+    return target_V
 
 
 class Transform:
@@ -87,8 +96,7 @@ class Transform:
             self._random_head_VD = values.view(RANDOM_HEAD_ROWS, hidden_size) * _HEAD_SCALE
         if pipeline.output == "distance":
             size = pipeline.output_size(hidden_size, vocab_size)
-            target_V = self._normals(streams.seeds([round.block_text("target")]), size)[0]
-            self._target_V = target_V / torch.linalg.vector_norm(target_V)
+            self._target_V = block_target(round, size, device)
 
     def weights(self, nonces: Sequence[int], seq_len: int) -> Float32[Tensor, "B T"] | None:
         """Return the weight of every position in what is read, ±1 or 0; None where the last position is read."""

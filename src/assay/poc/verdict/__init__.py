@@ -1,9 +1,9 @@
 """Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds residuals against it."""
 
 from assay.poc.verdict._calibration import Calibration, calibrate, fit_noise, noise_for
-from assay.poc.verdict._judge import EFFECT, judge, new_test, residuals
+from assay.poc.verdict._judge import EFFECT, judge, residuals, sequential_test
 from assay.poc.verdict._noise import MARGIN, Law, Noise, default_noise, law_as_dict
-from assay.poc.verdict._target import MeasuredTarget, distances_from, measure_r_target, target
+from assay.poc.verdict._target import MeasuredTarget, distances_from, measure_r_target
 from assay.poc.verdict._verdict import (
     COUNT_ALPHA,
     DIST_THRESHOLD,
@@ -11,7 +11,7 @@ from assay.poc.verdict._verdict import (
     P_MISMATCH,
     Verdict,
     count_mismatches,
-    seed_rule,
+    published_rule,
 )
 
 __all__ = [
@@ -34,9 +34,8 @@ __all__ = [
     "judge",
     "law_as_dict",
     "measure_r_target",
-    "new_test",
     "noise_for",
+    "published_rule",
     "residuals",
-    "seed_rule",
-    "target",
+    "sequential_test",
 ]

@@ -6,15 +6,32 @@ from collections.abc import Sequence
 import numpy as np
 
 from assay import stats
-from assay.poc.protocol import Header, Proof, Record
-from assay.poc.verdict._noise import Noise
-from assay.poc.verdict._verdict import Verdict, count_mismatches, seed_rule
+from assay.poc.protocol import DistanceRecord, Proof, Record, VectorRecord
+from assay.poc.verdict._noise import Law, Noise
+from assay.poc.verdict._verdict import Verdict, count_mismatches, published_rule
 
-__all__ = ["EFFECT", "judge", "new_test", "residuals"]
+__all__ = ["EFFECT", "judge", "residuals", "sequential_test"]
 
 # The smallest multiple of the honest noise that counts as another computation. Vectors show a
 # multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.
 EFFECT = {"distance": 4.0, "vector": 2.0}
+
+
+def sequential_test(law: Law, *, alpha: float = 1e-3, beta: float = 1e-2) -> stats.SequentialTest:
+    """Return a fresh test of residuals against an honest law, at the effect of what the law describes.
+
+    Every verdict comes from this test: that of `verify`, of the service, and of the experiments.
+
+    Args:
+        law: Honest noise of distances, or of vectors.
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that noise of :data:`EFFECT` times the honest size is called honest.
+
+    Raises:
+        UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand out.
+    """
+    effect = EFFECT["distance" if isinstance(law, stats.ScaleNoise) else "vector"]
+    return stats.SequentialTest(law, alpha=alpha, beta=beta, effect=effect)
 
 
 def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.ndarray:
@@ -22,10 +39,7 @@ def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.nd
 
     A missing or non-finite value gives NaN, which every test counts as a mismatch.
     """
-    if any(record.vector is not None for record in recomputed):
-        pairs = [(a.vector, b.vector) for a, b in zip(received, recomputed, strict=True)]
-        return np.array([_l2(a, b) for a, b in pairs])
-    return np.array([a.distance - b.distance for a, b in zip(received, recomputed, strict=True)])
+    return np.array([_residual(a, b) for a, b in zip(received, recomputed, strict=True)])
 
 
 def judge(
@@ -34,22 +48,31 @@ def judge(
     recomputed: Sequence[Record],
     noise: Noise,
     *,
+    test: stats.SequentialTest | None = None,
     seed: int = 0,
-    alpha: float = 1e-3,
-    beta: float = 1e-2,
 ) -> Verdict:
-    """Judge received records against recomputed ones of the same nonces."""
+    """Judge received records against recomputed ones of the same nonces.
+
+    Args:
+        proof: Proof that the received records are a sample of.
+        received: Records of the sample.
+        recomputed: Records of the same nonces in the same order.
+        noise: Honest noise between the two engines.
+        test: Fresh test that takes the residuals; one of the honest law at the usual error rates when None.
+        seed: Number that drew the sample.
+    """
     header = proof.header
     errors = residuals(received, recomputed)
-    test = new_test(header, noise, alpha, beta).update(errors)
+    result = (test or sequential_test(noise.law)).update(errors).result
     if header.pipeline.output == "vector":
         count = count_mismatches(errors)
     else:
-        claimed = [i for i, record in enumerate(received) if header.is_valid(record)]
-        count = seed_rule(
-            [received[i].distance for i in claimed], [recomputed[i].distance for i in claimed], header.round.r_target
-        )
-    result = test.result
+        pairs = [
+            (a.distance, b.distance)
+            for a, b in zip(received, recomputed, strict=True)
+            if isinstance(a, DistanceRecord) and isinstance(b, DistanceRecord) and header.is_valid(a)
+        ]
+        count = published_rule([a for a, _ in pairs], [b for _, b in pairs], header.round.r_target)
     return Verdict(
         verdict=result.verdict,
         reason=_reason(result),
@@ -64,15 +87,12 @@ def judge(
     )
 
 
-def new_test(header: Header, noise: Noise, alpha: float, beta: float) -> stats.SequentialTest:
-    """Return a fresh sequential test of residuals against the honest noise, at the effect of the published output."""
-    return stats.SequentialTest(noise.law, alpha=alpha, beta=beta, effect=EFFECT[header.pipeline.output])
-
-
-def _l2(a: np.ndarray | None, b: np.ndarray | None) -> float:
-    if a is None or b is None or a.shape != b.shape:
-        return math.nan
-    return float(np.linalg.norm(a.astype(np.float64) - b.astype(np.float64)))
+def _residual(a: Record, b: Record) -> float:
+    if isinstance(a, DistanceRecord) and isinstance(b, DistanceRecord):
+        return a.distance - b.distance
+    if isinstance(a, VectorRecord) and isinstance(b, VectorRecord) and a.vector.shape == b.vector.shape:
+        return float(np.linalg.norm(a.vector.astype(np.float64) - b.vector.astype(np.float64)))
+    return math.nan
 
 
 def _reason(result: stats.SequentialResult) -> str:

@@ -3,7 +3,6 @@
 Legend of shapes: N nonces, K published numbers.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats as distributions
 
-from assay import stats, streams
+from assay import stats
 from assay.errors import UsageError
-from assay.poc.protocol import RANDOM_HEAD_ROWS, Proof, Round
+from assay.poc.protocol import RANDOM_HEAD_ROWS, Proof, Round, VectorRecord, block_target
 
-__all__ = ["MeasuredTarget", "distances_from", "measure_r_target", "r_target_from", "target"]
+__all__ = ["MeasuredTarget", "distances_from", "measure_r_target", "r_target_from"]
 
 CONFIDENCE = 0.95
 MIN_NONCES = 30
@@ -71,7 +70,8 @@ def measure_r_target(proof: Proof, valid_rate: float, *, dimension: int | None =
     pipeline = proof.header.pipeline
     if pipeline.output == "vector":
         known: int | None = pipeline.vector_size
-        values = np.array([record.vector for record in proof.records], dtype=np.float64)
+        vectors = [record.vector for record in proof.records if isinstance(record, VectorRecord)]
+        values = np.array(vectors, dtype=np.float64)
     else:
         known = RANDOM_HEAD_ROWS if pipeline.head == "random" else None
         values = proof.distances
@@ -124,17 +124,11 @@ def r_target_from(distances_N: npt.NDArray[np.float64], valid_rate: float, dimen
     )
 
 
-def target(round: Round, size: int) -> npt.NDArray[np.float64]:
-    """Return the target of a round in R^size: a unit vector, [size]."""
-    values = np.asarray(streams.get_backend("numpy").normals(streams.seeds([round.block_text("target")]), size))
-    direction = values.reshape(size).astype(np.float64)
-    return direction / math.sqrt(float(direction @ direction))
-
-
 def distances_from(values: npt.NDArray[np.floating[Any]], round: Round) -> npt.NDArray[np.float64]:
     """Return distances [N] as they are, and of vectors [N, K] the distance of each to the round's target in R^K."""
     if values.ndim == 1:
         return values.astype(np.float64)
     unit_NK = values.astype(np.float64)
     unit_NK /= np.linalg.norm(unit_NK, axis=1, keepdims=True)
-    return np.asarray(np.linalg.norm(unit_NK - target(round, values.shape[1]), axis=1))
+    target_K = block_target(round, values.shape[1]).numpy().astype(np.float64)
+    return np.asarray(np.linalg.norm(unit_NK - target_K, axis=1))

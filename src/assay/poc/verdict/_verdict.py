@@ -10,9 +10,9 @@ import numpy as np
 from assay import stats
 from assay.poc.verdict._noise import Noise
 
-__all__ = ["COUNT_ALPHA", "P_FLIP", "Verdict", "count_mismatches", "seed_rule"]
+__all__ = ["COUNT_ALPHA", "P_FLIP", "Verdict", "count_mismatches", "published_rule"]
 
-P_FLIP = 5e-4  # honest mismatch rate that the seed rule assumes
+P_FLIP = 5e-4  # honest mismatch rate that the published rule assumes
 COUNT_ALPHA = 0.01
 DIST_THRESHOLD = 0.02  # published defaults of the vector count test
 P_MISMATCH = 0.001
@@ -70,7 +70,7 @@ class Verdict:
         return {"schema": "assay.poc.verdict/1", **values}
 
 
-def seed_rule(received: Sequence[float], recomputed: Sequence[float], r_target: float) -> stats.CountTest:
+def published_rule(received: Sequence[float], recomputed: Sequence[float], r_target: float) -> stats.CountTest:
     """Apply the published rule to nonces that were claimed valid.
 
     A mismatch is a received distance at or above ``r_target``, or a recomputed one above it. A value

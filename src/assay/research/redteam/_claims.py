@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from assay import stats
+from assay.poc.protocol import RANDOM_HEAD_ROWS
 from assay.research.redteam._attacks import ATTACKS, Invented, OnEngine
 from assay.research.redteam._detect import Pool, detection, mixed
 from assay.research.redteam._field import Field, Reading
@@ -38,7 +39,7 @@ def _junk(field: Field, nonces: int) -> Iterator[dict[str, Any]]:
         for preset in reading.presets:
             invented_N = reading.residuals(preset, x_ND)
             if preset == "poc-2.0":
-                invented_N = stats.chord_mean(8192) - reading.published(preset, reading.recomputed(nonces))
+                invented_N = stats.chord_mean(RANDOM_HEAD_ROWS) - reading.published(preset, reading.recomputed(nonces))
             for share in JUNK_SHARES:
                 pool = mixed(share, invented_N, field.honest_residuals[preset][1])
                 yield {"claim": f"{share:.0%} invented", "preset": preset, **_row(field, preset, pool, 1 - share)}
@@ -78,7 +79,7 @@ def _selective(field: Field, nonces: int) -> Iterator[dict[str, Any]]:
         for r_target in R_TARGETS:
             kept, cost = screened(residuals_N, program.cost, r_target)
             yield {
-                "claim": f"screening, {attack.name}, {stats.valid_rate(r_target, 8192):.0%} valid",
+                "claim": f"screening, {attack.name}, {stats.valid_rate(r_target, RANDOM_HEAD_ROWS):.0%} valid",
                 "preset": "poc-2.0",
                 "cost": cost,
                 "kept": kept,
@@ -100,7 +101,7 @@ def screened(residuals_N: FloatArray, cost: float, r_target: float, *, seed: int
         The share of the valid nonces that are found, and the work per found nonce over that of an honest node.
     """
     rng = np.random.default_rng(seed)
-    exact_R = rng.normal(stats.chord_mean(8192), stats.chord_std(8192), DRAWN)
+    exact_R = rng.normal(stats.chord_mean(RANDOM_HEAD_ROWS), stats.chord_std(RANDOM_HEAD_ROWS), DRAWN)
     looked_R = exact_R + rng.choice(residuals_N, DRAWN) < r_target
     valid_R = exact_R < r_target
     kept = float((looked_R & valid_R).sum() / valid_R.sum())

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from scipy import stats as distributions
 
 from assay import stats
-from assay.poc.protocol import Pipeline
-from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, EFFECT, P_FLIP, P_MISMATCH, Law, fit_noise
+from assay.poc.protocol import RANDOM_HEAD_ROWS, Pipeline, Round
+from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH, Law, fit_noise, sequential_test
 
 __all__ = ["ALPHA", "CHECKED", "Judge", "Pool", "detection", "mixed", "smallest", "spread"]
 
@@ -67,11 +67,12 @@ class Judge:
         seed: of the simulated audits.
     """
 
-    def __init__(self, pipeline: Pipeline, honest_N: FloatArray, *, r_target: float = 1.416, seed: int = 0) -> None:
+    def __init__(
+        self, pipeline: Pipeline, honest_N: FloatArray, *, r_target: float = Round.r_target, seed: int = 0
+    ) -> None:
         self.pipeline, self.r_target, self._seed = pipeline, r_target, seed
         self.law: Law = fit_noise(pipeline, honest_N)[0]
-        effect = EFFECT[pipeline.output]
-        self._test = stats.SequentialTest(self.law, alpha=ALPHA, effect=effect)
+        self._test = sequential_test(self.law, alpha=ALPHA)
         self.threshold = float(np.quantile(np.abs(honest_N), HONEST_QUANTILE))
         self.honest_rate = self._honest_rate(honest_N)
 
@@ -90,8 +91,8 @@ class Judge:
         """
         if self.pipeline.output == "vector":
             return float(np.mean(np.abs(residuals_N) > self.threshold))
-        valid = stats.valid_rate(self.r_target, 8192)
-        crossed_N = stats.chord_cdf(self.r_target - np.minimum(residuals_N, 0), 8192) - valid
+        valid = stats.valid_rate(self.r_target, RANDOM_HEAD_ROWS)
+        crossed_N = stats.chord_cdf(self.r_target - np.minimum(residuals_N, 0), RANDOM_HEAD_ROWS) - valid
         return float(np.mean(crossed_N)) / valid
 
     def sequential(self, pool: Pool) -> FloatArray:

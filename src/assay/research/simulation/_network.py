@@ -24,7 +24,8 @@ from scipy import stats as distributions
 
 from assay import stats
 from assay.errors import UsageError
-from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, EFFECT, P_FLIP, P_MISMATCH, Law
+from assay.poc.protocol import RANDOM_HEAD_ROWS, Round
+from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH, Law, sequential_test
 
 __all__ = ["RULES", "Kind", "Network", "simulate_network"]
 
@@ -32,7 +33,7 @@ Rule = Literal["published", "count", "sequential", "lifetime"]
 RULES: tuple[Rule, ...] = ("published", "count", "sequential", "lifetime")
 
 ALPHA = 1e-3
-R_TARGET, OUTPUT = 1.416, 8192
+R_TARGET = Round.r_target
 PANELS = 10_000
 TRIALS = 4000
 HONEST_TRIALS = 20_000
@@ -192,7 +193,7 @@ class _Chances:
     def __init__(self, law: Law, network: Network, rng: np.random.Generator) -> None:
         self._law, self._network, self._rng = law, network, rng
         self._distance = isinstance(law, stats.ScaleNoise)
-        self._test = stats.SequentialTest(law, alpha=ALPHA, effect=EFFECT["distance" if self._distance else "vector"])
+        self._test = sequential_test(law, alpha=ALPHA)
         honest_N = self._residuals(Kind("honest"), (HONEST_TRIALS,))
         self._threshold = float(np.quantile(honest_N, 0.95))
         self._honest_rate = self._mismatch_rate(honest_N, self._threshold)
@@ -265,6 +266,6 @@ class _Chances:
         """Chance of a mismatch: a vector beyond the threshold, or a valid distance that turns invalid."""
         if not self._distance:
             return float(np.mean(sizes_N > threshold))
-        valid = stats.valid_rate(R_TARGET, OUTPUT)
-        crossed_N = stats.chord_cdf(R_TARGET + sizes_N, OUTPUT) - valid
+        valid = stats.valid_rate(R_TARGET, RANDOM_HEAD_ROWS)
+        crossed_N = stats.chord_cdf(R_TARGET + sizes_N, RANDOM_HEAD_ROWS) - valid
         return float(np.mean(crossed_N)) / valid / 2  # half of the residuals have the sign that flips

@@ -17,7 +17,7 @@ import structlog
 from assay.errors import AssayError, StorageError
 from assay.poc._prover import compute
 from assay.poc.engines import Engine, check_supported
-from assay.poc.protocol import get_pipeline
+from assay.poc.protocol import get_pipeline, is_distance
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
@@ -374,8 +374,8 @@ class Controller:
                     do="send it again in the round that you mean",
                     fields={"state": str(self.state)},
                 )
-            computed.extend(record.distance for record in batch)
-        if not all(0 <= value <= 2 + 1e-6 for value in computed):
+            computed.extend(record.distance for record in batch if record.vector is None)
+        if not all(map(is_distance, computed)):
             raise Refusal(503, "the engine returned no finite distance", wanted="distances", do="check the device")
         verdict = self.judge.judge(stored, deployment.dtype, request.public_key, request.nonces, request.dist, computed)
         self.metrics.validation_seconds.observe(time.perf_counter() - started)

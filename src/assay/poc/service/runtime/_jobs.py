@@ -14,7 +14,7 @@ import structlog
 
 from assay.errors import ProofFormatError, StorageError
 from assay.poc._prover import compute
-from assay.poc.protocol import Header, Pipeline, Record, Round, decode_vector, encode_vector, get_pipeline
+from assay.poc.protocol import Header, Pipeline, Record, Round, VectorRecord, decode_vector, encode_vector, get_pipeline
 from assay.poc.service._bodies import GenerateRequest
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
@@ -189,7 +189,7 @@ class Jobs:
             artifacts = [{"nonce": r.nonce, "vector_b64": encode_vector(_vector(r))} for r in records]
             return {"artifacts": artifacts, "encoding": {"dtype": "f16", "k_dim": size, "endian": "le"}}
         received = {artifact.nonce: _decode(artifact.vector_b64, size) for artifact in request.validation.artifacts}
-        errors = residuals([Record(r.nonce, vector=received[r.nonce]) for r in records], records)
+        errors = residuals([VectorRecord(r.nonce, received[r.nonce]) for r in records], records)
         return judge_vectors(request, [r.nonce for r in records], errors, dtype, self._settings)
 
     def _is_finished(self, job_id: str) -> bool:
@@ -273,11 +273,11 @@ def _pipeline(request: GenerateRequest) -> Pipeline:
     return get_pipeline(request.params.preset)
 
 
-def _decode(text: str, size: int) -> np.ndarray | None:
+def _decode(text: str, size: int) -> np.ndarray:
     try:
         return decode_vector(text, size)
     except ProofFormatError:
-        return None
+        return np.full(size, math.nan, dtype=np.float16)  # never a match
 
 
 def _vector(record: Record) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The numbers of the current round, kept in memory so that reading them costs nothing."""
 
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -60,10 +61,11 @@ class Progress:
         self.seconds += batch.seconds
         self._steps.append((time.monotonic(), len(batch.records)))
         for record, valid in zip(batch.records, batch.valid, strict=True):
+            distance = record.distance if record.vector is None else math.nan
             if valid:
-                self._recent.append((record.nonce, record.distance))
+                self._recent.append((record.nonce, distance))
             if self._bins and self._counts is not None:
-                index = self._bins.bin(record.distance)
+                index = self._bins.bin(distance)
                 self._counts[index] = self._counts.get(index, 0) + 1
 
     @property

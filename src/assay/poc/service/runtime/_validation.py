@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from assay import stats
 from assay.errors import CalibrationError
-from assay.poc.protocol import Pipeline, get_pipeline
+from assay.poc.protocol import Pipeline, get_pipeline, is_valid
 from assay.poc.service._bodies import GenerateRequest, StatTest
 from assay.poc.service._settings import Settings
 from assay.poc.service.store import Database, Outbox, StoredRound
-from assay.poc.verdict import EFFECT, Noise, count_mismatches, default_noise, seed_rule
+from assay.poc.verdict import Noise, count_mismatches, default_noise, published_rule, sequential_test
 from assay.reports import dumps, loads
 
 __all__ = ["Judge", "judge_vectors"]
@@ -48,7 +48,7 @@ class Judge:
 
         A received value that is not finite is a mismatch.
         """
-        count = seed_rule(received, computed, stored.r_target)
+        count = published_rule(received, computed, stored.r_target)
         test = self._test(stored, dtype, public_key)
         fresh = self._unseen(stored.id, public_key, nonces)
         new = [i for i, nonce in enumerate(nonces) if nonce in fresh]
@@ -58,7 +58,7 @@ class Judge:
         result = {
             "fraud_detected": fraud,
             "computed_distances": list(computed),
-            "valid": [value < stored.r_target for value in computed],
+            "valid": [is_valid(value, stored.r_target) for value in computed],
             "n_invalid": count.mismatches,
             "probability_honest": count.p_value if count.n else -1.0,
             "residual_test": _residual(test),
@@ -103,7 +103,7 @@ class Judge:
             noise = _honest_noise(self._settings, get_pipeline(stored.preset), dtype)
             if noise is None:
                 return None
-            test = stats.SequentialTest(noise.law, alpha=self._settings.alpha, beta=self._settings.beta)
+            test = sequential_test(noise.law, alpha=self._settings.alpha, beta=self._settings.beta)
             self._tests[key] = test.update(self._old_residuals(*key))
         self._tests.move_to_end(key)
         if len(self._tests) > MAX_TESTS:
@@ -171,9 +171,7 @@ def judge_vectors(
         return reply
     test, noise = None, _honest_noise(settings, pipeline, dtype)
     if noise is not None:
-        effect = EFFECT[pipeline.output]
-        test = stats.SequentialTest(noise.law, alpha=settings.alpha, beta=settings.beta, effect=effect)
-        test.update(errors)
+        test = sequential_test(noise.law, alpha=settings.alpha, beta=settings.beta).update(errors)
     residual = _residual(test)
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from assay.errors import AssayError, BadWeights
 from assay.poc._prover import compute
-from assay.poc.protocol import MAX_NONCE, Record
+from assay.poc.protocol import MAX_NONCE, Record, is_distance, is_valid
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.store import Batch, StoredRound
 
@@ -163,8 +163,8 @@ class Worker:
 
 
 def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: float) -> Batch:
-    valid = [record.vector is not None or record.distance < stored.r_target for record in records]
-    broken = [r.nonce for r in records if r.vector is None and not 0 <= r.distance <= 2 + 1e-6]
+    valid = [record.vector is not None or is_valid(record.distance, stored.r_target) for record in records]
+    broken = [r.nonce for r in records if r.vector is None and not is_distance(r.distance)]
     if broken:
         raise BadWeights(
             f"the engine returned a distance that is none for nonce {broken[0]}",

@@ -1,0 +1,56 @@
+"""Which distances count, and which nonces cannot share a proof."""
+
+import math
+
+import numpy as np
+import pytest
+
+from assay.errors import ProofMismatch
+from assay.poc import Round
+from assay.poc.protocol import check_distinct_seeds, is_distance, is_valid
+
+COLLIDING = Round(block_hash="b", public_key="k")
+
+
+def colliding_pairs(count: int) -> list[tuple[int, int]]:
+    """Find nonces below 2^18 that share an input seed."""
+    from assay import streams
+
+    seeds_N = streams.seeds(COLLIDING.texts("inputs", range(2**18)))[:, 0]
+    order_N = np.argsort(seeds_N, kind="stable")
+    equal = np.flatnonzero(np.diff(seeds_N[order_N]) == 0)[:count]
+    return [(int(order_N[i]), int(order_N[i + 1])) for i in equal]
+
+
+def test_valid_is_strictly_below_the_target():
+    assert is_valid(1.3999999, 1.4)
+    assert not is_valid(1.4, 1.4)
+    assert not is_valid(math.nan, 1.4)
+
+
+def test_distances_end_at_two():
+    assert all(map(is_distance, (0.0, 2.0, 2 + 5e-7)))
+    assert not any(map(is_distance, (-1e-9, 2.00001, math.nan, math.inf)))
+
+
+def test_nonces_that_share_a_forward_pass_are_refused():
+    one, other = colliding_pairs(1)[0]
+    around = sorted({one, other, *range(30)})
+    with pytest.raises(ProofMismatch, match=f"such as {one} and {other}"):
+        check_distinct_seeds(COLLIDING, around)
+    check_distinct_seeds(COLLIDING, sorted({one, *range(30)}))
+    strong = Round(block_hash="b", public_key="k", strength=256)
+    check_distinct_seeds(strong, around)
+
+
+def test_collisions_that_chance_explains_are_not_refused():
+    """Of 2^18 consecutive nonces about eight pairs collide; a node did not choose them."""
+    assert len(colliding_pairs(100)) > 2
+    check_distinct_seeds(COLLIDING, range(2**18))
+    chosen = [nonce for pair in colliding_pairs(100) for nonce in pair]
+    with pytest.raises(ProofMismatch, match="input seed"):
+        check_distinct_seeds(COLLIDING, sorted(chosen + list(range(900, 1400))))
+
+
+def test_no_nonces_share_nothing():
+    check_distinct_seeds(COLLIDING, [])
