@@ -65,7 +65,7 @@ def summary(report):
 
 
 def checked(name, gradients, settings, basis=None):
-    report = check_gradients(gradients, basis, settings=settings)
+    report = check_gradients(gradients, basis=basis, settings=settings)
     shown = {c.name: (round(c.measured.value, 3) if c.measured else None, c.verdict) for c in report.checks}
     note(f"{name}: {shown}")
     return summary(report)
@@ -244,7 +244,7 @@ def by_mechanism(pairs, gradients):
 
 
 def authored(model, svd, gradients):
-    own = pair_gradients(model, None, authored_pairs(), svd=svd, max_tokens=512)
+    own = pair_gradients(authored_pairs(), model, svd=svd, max_tokens=512)
     return {
         **{f"by themselves, {label(s)}": checked(f"authored, {s.method}", own, s) for s in SETTINGS},
         **{
@@ -264,7 +264,7 @@ def measure(reference, count, data, wanted):
     svd = weight_svd(model)
     pairs = generate_pairs(count)
     note(f"{reference}: gradients of {count} generated pairs")
-    gradients = pair_gradients(model, None, pairs, svd=svd, max_tokens=512)
+    gradients = pair_gradients(pairs, model, svd=svd, max_tokens=512)
     parts = (
         lambda: {label(s): checked(f"generated, {label(s)}", gradients, s) for s in SETTINGS},
         lambda: by_default(pairs, gradients),
@@ -283,7 +283,7 @@ def outside(model, svd, gradients, data):
     theirs = {}
     for name, pairs in outside_pairs(data).items():
         note(f"gradients of {len(pairs)} pairs of {name}")
-        theirs[name] = pair_gradients(model, None, pairs, svd=svd, max_tokens=1024)
+        theirs[name] = pair_gradients(pairs, model, svd=svd, max_tokens=1024)
         found[name] = {label(s): checked(f"{name}, {label(s)}", theirs[name], s) for s in SETTINGS}
         for s in SETTINGS:
             basis = gradients.basis(top_k=s.k_use, method=s.method)
@@ -298,7 +298,7 @@ def outside(model, svd, gradients, data):
         }
 
         def fresh(samples):
-            return per_sample_gradients(model, model.tokenizer, samples, svd=svd, max_tokens=1024)
+            return per_sample_gradients(samples, model, svd=svd, max_tokens=1024)
 
         found.setdefault("teacher_pool", {})[label(s)] = pools(
             bases, _cached(fresh), scored, data, replace(s, n_resamples=1000)

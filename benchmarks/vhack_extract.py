@@ -53,10 +53,10 @@ def main():
     at_once = {}
     # The first use of each library loads and compiles; a real session has long done so.
     svd, at_once[1] = with_streams(model, options.device, 1)
-    extract(model, tokenizer, pairs(tokenizer, 2, (40, 60)), svd=svd, n_heldout=0)
+    extract(pairs(tokenizer, 2, (40, 60)), model, tokenizer=tokenizer, svd=svd, n_heldout=0)
     del svd
     note("from nothing")
-    basis, seconds, memory = timed(options.device, lambda: extract(model, tokenizer, some, n_heldout=0))
+    basis, seconds, memory = timed(options.device, lambda: extract(some, model, tokenizer=tokenizer, n_heldout=0))
     figures = {
         "model": options.model,
         "dtype": str(model.dtype),
@@ -68,7 +68,9 @@ def main():
     svd, seconds, memory = timed(options.device, lambda: weight_svd(model))
     figures["svd"] = {"factors": str(svd.dtype), "seconds": seconds, "peak_gb": memory}
     _, figures["digest_seconds"], _ = timed(options.device, lambda: weights_digest(model))
-    found, seconds, memory = timed(options.device, lambda svd=svd: pair_gradients(model, tokenizer, some, svd=svd))
+    found, seconds, memory = timed(
+        options.device, lambda svd=svd: pair_gradients(some, model, tokenizer=tokenizer, svd=svd)
+    )
     figures["gradients"] = {"seconds": seconds, "peak_gb": memory}
     _, figures["axes_seconds"], _ = timed(options.device, found.basis)
     if options.many:
@@ -77,7 +79,9 @@ def main():
         tokens = sum(
             len(tokenizer(text)["input_ids"]) for one in more for text in (one.prompt * 2, one.hack, one.clean)
         )
-        found, seconds, memory = timed(options.device, lambda svd=svd: pair_gradients(model, tokenizer, more, svd=svd))
+        found, seconds, memory = timed(
+            options.device, lambda svd=svd: pair_gradients(more, model, tokenizer=tokenizer, svd=svd)
+        )
         _, axes_seconds, _ = timed(options.device, found.basis)
         figures["many"] = {
             "pairs": options.many,

@@ -35,13 +35,13 @@ def compare(reference, options):
         return result, memory
 
     sequential(model, tokenizer, chosen[:2], svd)
-    per_sample_gradients(model, tokenizer, chosen, svd=svd)
+    per_sample_gradients(chosen, model, tokenizer=tokenizer, svd=svd)
     bare, loop, batched = [], [], []
     for round in range(options.rounds):
         note(f"{reference}: round {round + 1}")
         turn(lambda: plain(model, tokenizer, chosen), bare)
         wanted, loop_memory = turn(lambda: sequential(model, tokenizer, chosen, svd), loop)
-        found, memory = turn(lambda: per_sample_gradients(model, tokenizer, chosen, svd=svd), batched)
+        found, memory = turn(lambda: per_sample_gradients(chosen, model, tokenizer=tokenizer, svd=svd), batched)
     figures = {
         "dtype": str(model.dtype),
         "factors": str(svd.dtype),
@@ -97,7 +97,7 @@ def settings(model, tokenizer, chosen, svd, wanted, options):
         _gradients.recipe_for = lambda _, recipe=recipe: recipe
 
         def work(case=case):
-            return per_sample_gradients(model, tokenizer, chosen, svd=svd, **case)
+            return per_sample_gradients(chosen, model, tokenizer=tokenizer, svd=svd, **case)
 
         try:
             work()
@@ -116,12 +116,12 @@ def settings(model, tokenizer, chosen, svd, wanted, options):
 def many(model, tokenizer, svd, options):
     """The basis of many pairs with the factors at hand, and a basis of twelve from nothing."""
     some = pairs(tokenizer, options.pairs)
-    found, seconds, memory = timed(options.device, lambda: pair_gradients(model, tokenizer, some, svd=svd))
+    found, seconds, memory = timed(options.device, lambda: pair_gradients(some, model, tokenizer=tokenizer, svd=svd))
     _, axes_seconds, _ = timed(options.device, found.basis)
     whole = {}
     if options.device == "cuda":
         few = pairs(tokenizer, 12)
-        _, taken, peak = timed(options.device, lambda: extract(model, tokenizer, few, n_heldout=0))
+        _, taken, peak = timed(options.device, lambda: extract(few, model, tokenizer=tokenizer, n_heldout=0))
         whole = {"extraction_of_12": {"seconds": taken, "peak_gb": peak}}
     rows = {
         "pairs": options.pairs,
@@ -140,7 +140,7 @@ def profile(model, tokenizer, chosen, svd, options):
     on_gpu = options.device == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=kinds) as recorded:
-        per_sample_gradients(model, tokenizer, chosen, svd=svd)
+        per_sample_gradients(chosen, model, tokenizer=tokenizer, svd=svd)
         if on_gpu:
             torch.cuda.synchronize()
     unit = "self_device_time_total" if on_gpu else "self_cpu_time_total"

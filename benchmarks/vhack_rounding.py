@@ -78,7 +78,7 @@ def compare(reference, options):
         "batched, fused, factored": replace(usual, factored=True),
     }.items():
         _gradients.recipe_for = lambda _, recipe=recipe: recipe
-        rows[name] = worst_error(per_sample_gradients(short, tokenizer, chosen, svd=svd), truth)
+        rows[name] = worst_error(per_sample_gradients(chosen, short, tokenizer=tokenizer, svd=svd), truth)
     for name, row in rows.items():
         note(f"{reference}, {name}: {row}")
     return rows

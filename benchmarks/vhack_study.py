@@ -39,7 +39,7 @@ def mechanism(pair):
 def both_sides(model, svd):
     """Minimal and whole pairs, and their gradients."""
     sides = {kind: environment_pairs(48, whole=kind == "whole", **SMALL) for kind in ("minimal", "whole")}
-    return sides, {kind: pair_gradients(model, None, pairs, svd=svd) for kind, pairs in sides.items()}
+    return sides, {kind: pair_gradients(pairs, model, svd=svd) for kind, pairs in sides.items()}
 
 
 def bases_for(runs, model, svd):
@@ -63,7 +63,7 @@ def bases_for(runs, model, svd):
         elif kind == "svd":
             made[name] = basis_of_kind("true", gradients["minimal"], method="svd")
         elif kind == "generated":
-            made[name] = basis_of_kind("true", pair_gradients(model, None, generate_pairs(48), svd=svd))
+            made[name] = basis_of_kind("true", pair_gradients(generate_pairs(48), model, svd=svd))
         else:
             made[name] = basis_of_kind(kind, gradients["minimal"], seed=int(seed))
     return made, Shortcut.fit(model, model.tokenizer, sides["minimal"])

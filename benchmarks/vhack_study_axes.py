@@ -36,14 +36,14 @@ def main():
     model = load_model(given.organism, dtype="float32", device="cpu")
     svd = weight_svd(model)
     fitted = tasks(N, seed=0, families=FAMILIES, difficulty=(1, 3))
-    minimal = pair_gradients(model, None, environment_pairs(N, **SMALL), svd=svd)
-    full = pair_gradients(model, None, environment_pairs(N, whole=True, **SMALL), svd=svd)
+    minimal = pair_gradients(environment_pairs(N, **SMALL), model, svd=svd)
+    full = pair_gradients(environment_pairs(N, whole=True, **SMALL), model, svd=svd)
     axes = {"minimal": basis_of_kind("true", minimal), "whole": basis_of_kind("true", full)}
     axes |= {f"random {seed}": basis_of_kind("random", minimal, seed=seed) for seed in range(5)}
     held_out = episodes_of(5, skip={task.statement for task in fitted})
     samples = [Sample(e.prompt, e.completion(e.exploit())) for e in held_out]
     samples += [Sample(e.prompt, e.completion(e.honest())) for e in held_out]
-    gradients = per_sample_gradients(model, model.tokenizer, samples, svd=svd)
+    gradients = per_sample_gradients(samples, model, svd=svd)
     labels = list(range(N))
     figures = {}
     for name, basis in axes.items():

@@ -37,7 +37,7 @@ def main():
     given.output.mkdir(parents=True, exist_ok=True)
     for name, (pairs, folds) in designs.items():
         settings = checks.CheckSettings(method="svd", n_folds=folds)
-        made = checks.check(None, model, None, pairs, svd=svd, settings=settings)
+        made = checks.check(pairs, model, svd=svd, settings=settings)
         write_atomic(given.output / f"{name}.json", dumps(made.as_dict()) + "\n")
         for check in made.checks:
             print(name, check.title, check.measured, check.verdict, sep="; ")

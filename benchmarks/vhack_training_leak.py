@@ -91,7 +91,7 @@ def main():
     module.eval()
     pairs = [pair for pair in generate_pairs(96) if len(pair.prompt) + len(pair.hack) < 700]
     svd = weight_svd(module)
-    basis = extract(model, None, pairs[:24], svd=svd, n_heldout=0).slice(5)
+    basis = extract(pairs[:24], model, svd=svd, n_heldout=0).slice(5)
     figures = {}
     runs = [(optimiser, "true", arm) for optimiser in OPTIMISERS for arm in ARMS]
     runs += [("adamw", "random", arm) for arm in ("one_sided_gradient", "two_sided_gradient")]

@@ -51,14 +51,14 @@ def test_gradients_on_the_gpu_equal_the_loop_on_the_cpu(monkeypatch, on_gpu_and_
     model, svd, wanted = on_gpu_and_wanted
     recipe = replace(recipe_for(model.module), **changes)
     monkeypatch.setattr(_gradients, "recipe_for", lambda _: recipe)
-    found = per_sample_gradients(model, model.tokenizer, samples, svd=svd, max_tokens=max_tokens)
+    found = per_sample_gradients(samples, model, svd=svd, max_tokens=max_tokens)
     # Another order of summation, and singular vectors that came about another way.
     assert worst_error(found, wanted) < 1e-4
 
 
 def test_gradients_do_not_change_from_run_to_run(on_gpu_and_wanted, samples):
     model, svd, _ = on_gpu_and_wanted
-    first, second = (per_sample_gradients(model, model.tokenizer, samples, svd=svd) for _ in range(2))
+    first, second = (per_sample_gradients(samples, model, svd=svd) for _ in range(2))
     assert worst_error(first, second) < 1e-6
 
 
@@ -134,6 +134,6 @@ def test_the_digest_does_not_depend_on_the_device(models, monkeypatch):
 
 def test_an_extraction_in_bfloat16(small_pairs):
     model = load_model("reference:qwen3", device="cuda")
-    basis = extract(model, None, small_pairs)
+    basis = extract(small_pairs, model)
     assert (basis.origin.dtype, basis.origin.factors) == ("bfloat16", "bfloat16")
     assert all(torch.isfinite(axes).all() and axes.any() for axes in basis.axes.values())

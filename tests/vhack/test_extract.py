@@ -10,9 +10,8 @@ from assay.errors import DataError, UsageError
 from assay.vhack import (
     Basis,
     Pair,
-    basis_from_gradients,
+    PairGradients,
     extract,
-    load_or_extract,
     pair_gradients,
     per_sample_gradients,
     principal_angles,
@@ -24,17 +23,17 @@ from assay.vhack.basis import _extract
 
 @pytest.fixture
 def basis(small_model, byte_tokenizer, small_pairs, small_svd):
-    return extract(small_model, byte_tokenizer, small_pairs, svd=small_svd, n_heldout=2)
+    return extract(small_pairs, small_model, tokenizer=byte_tokenizer, svd=small_svd, n_heldout=2)
 
 
 def test_a_basis_is_made_of_the_differences(small_model, byte_tokenizer, small_pairs, small_svd, basis):
     sides = [
         per_sample_gradients(
-            small_model, byte_tokenizer, [pair.samples()[side] for pair in small_pairs[:6]], svd=small_svd
+            [pair.samples()[side] for pair in small_pairs[:6]], small_model, tokenizer=byte_tokenizer, svd=small_svd
         )
         for side in (0, 1)
     ]
-    wanted = basis_from_gradients(*sides)
+    wanted = PairGradients(*sides).basis()
     assert list(basis.axes) == list(small_svd)
     for name, axes in basis.axes.items():
         assert axes.shape == (6, small_svd[name].rank)
@@ -54,7 +53,7 @@ def test_the_origin_says_what_it_was_made_from(small_model, small_pairs, basis):
 
 def test_a_model_brings_its_own_tokenizer(small_model, byte_tokenizer, small_pairs, small_svd, basis):
     whole = replace(small_model, tokenizer=byte_tokenizer)
-    again = extract(whole, None, small_pairs, svd=small_svd, n_heldout=2)
+    again = extract(small_pairs, whole, svd=small_svd, n_heldout=2)
     assert all(torch.equal(axes, basis.axes[name]) for name, axes in again.axes.items())
 
 
@@ -99,7 +98,7 @@ def test_splits_that_cannot_be_made_are_refused(small_pairs, wrong, message):
 
 def test_a_pair_with_equal_sides_is_skipped_and_reported(small_model, byte_tokenizer, small_pairs, small_svd, basis):
     same = Pair("def f():", "\n    pass\n", "\n    pass\n", group="group 9")
-    found = extract(small_model, byte_tokenizer, [same, *small_pairs], svd=small_svd, n_heldout=2)
+    found = extract([same, *small_pairs], small_model, tokenizer=byte_tokenizer, svd=small_svd, n_heldout=2)
     assert found.origin.skipped == (same.key,)
     assert found.origin.pairs == basis.origin.pairs
     assert all(torch.allclose(axes, basis.axes[name]) for name, axes in found.axes.items())
@@ -108,13 +107,13 @@ def test_a_pair_with_equal_sides_is_skipped_and_reported(small_model, byte_token
 def test_pairs_without_any_difference_are_refused(small_model, byte_tokenizer, small_svd):
     same = [Pair(f"p{n}", "x", "x", group="g") for n in range(3)]
     with pytest.raises(DataError, match="none of 3 pairs"):
-        extract(small_model, byte_tokenizer, same, svd=small_svd)
+        extract(same, small_model, tokenizer=byte_tokenizer, svd=small_svd)
 
 
 def test_a_pair_that_occurs_twice_is_named(small_model, byte_tokenizer, small_pairs, small_svd):
     again = replace(small_pairs[2], group="elsewhere", tags=("new",))
     with pytest.raises(DataError, match=r"pair 8 \(group 'elsewhere'\) is the same as pair 2 \(group 'group 2'\)"):
-        extract(small_model, byte_tokenizer, [*small_pairs, again], svd=small_svd)
+        extract([*small_pairs, again], small_model, tokenizer=byte_tokenizer, svd=small_svd)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_a_pair_that_cannot_be_used_is_named(small_model, byte_tokenizer, small_
     pairs = [replace(pair, **change) if index == 4 else pair for index, pair in enumerate(small_pairs)]
     # The name counts all pairs, those that are held out too.
     with pytest.raises(DataError, match=message):
-        extract(small_model, byte_tokenizer, pairs, svd=small_svd, heldout_groups=["group 1"])
+        extract(pairs, small_model, tokenizer=byte_tokenizer, svd=small_svd, heldout_groups=["group 1"])
 
 
 @pytest.mark.parametrize(
@@ -141,46 +140,39 @@ def test_wrong_settings_are_refused_before_any_work(monkeypatch, small_model, by
 
     monkeypatch.setattr(_extract, "weight_svd", never)
     with pytest.raises(UsageError):
-        extract(small_model, byte_tokenizer, small_pairs, **wrong)
+        extract(small_pairs, small_model, tokenizer=byte_tokenizer, **wrong)
 
 
 def test_truncation_reports_what_it_keeps(small_model, byte_tokenizer, small_pairs, small_svd):
     shares = {}
     for rank in (4, 16, 64):
-        basis = extract(small_model, byte_tokenizer, small_pairs, svd=small_svd, rank=rank, n_heldout=2)
+        basis = extract(small_pairs, small_model, tokenizer=byte_tokenizer, svd=small_svd, rank=rank, n_heldout=2)
         assert all(axes.shape[1] == min(rank, small_svd[name].rank) for name, axes in basis.axes.items())
         assert basis.origin.rank == rank
         shares[rank] = basis.origin.captured
-    full = per_sample_gradients(small_model, byte_tokenizer, small_pairs[0].samples(), svd=small_svd)
+    full = per_sample_gradients(small_pairs[0].samples(), small_model, tokenizer=byte_tokenizer, svd=small_svd)
     kept = sum(float(rows[:, :4].square().sum()) for rows in full.values())
     assert shares[4] == pytest.approx(kept / sum(float(rows.square().sum()) for rows in full.values()), rel=1e-4)
     assert shares[4] < shares[16] < shares[64] == 1.0
 
 
 def test_gradients_of_pairs_serve_many_bases(small_model, byte_tokenizer, small_pairs, small_svd, basis):
-    gradients = pair_gradients(small_model, byte_tokenizer, small_pairs[:6], svd=small_svd)
+    gradients = pair_gradients(small_pairs[:6], small_model, tokenizer=byte_tokenizer, svd=small_svd)
     assert all(torch.equal(axes, basis.axes[name]) for name, axes in gradients.basis().axes.items())
-    assert [group for group, _ in gradients.leave_one_group_out()] == [f"group {n}" for n in range(4)]
-    more = pair_gradients(small_model, byte_tokenizer, small_pairs[6:], svd=small_svd)
-    whole = extract(small_model, byte_tokenizer, small_pairs, svd=small_svd, n_heldout=0)
-    grown = gradients.extended(more).basis()
-    assert grown.origin == whole.origin
-    for name, values in grown.singular_values.items():
-        assert torch.allclose(values, whole.singular_values[name], rtol=1e-3)
 
 
 def test_a_missing_file_is_extracted_and_an_existing_one_used(
     monkeypatch, tmp_path, small_model, byte_tokenizer, small_pairs, small_svd
 ):
     path = tmp_path / "basis.safetensors"
-    made = load_or_extract(path, small_model, byte_tokenizer, small_pairs, svd=small_svd, n_heldout=2)
-    assert all(len(axes) == 5 for axes in made.axes.values())
+    asked = {"tokenizer": byte_tokenizer, "n_heldout": 2, "path": path}
+    made = extract(small_pairs, small_model, svd=small_svd, **asked)
     monkeypatch.setattr(_extract, "pair_gradients", None)
-    again = load_or_extract(path, small_model, byte_tokenizer, small_pairs, svd=small_svd, n_heldout=2)
+    again = extract(small_pairs, small_model, svd=small_svd, **asked)
     assert all(torch.equal(axes, made.axes[name]) for name, axes in again.axes.items())
     # Without factors at hand, their dtype is what it would be.
-    load_or_extract(path, small_model, byte_tokenizer, small_pairs, n_heldout=2)
-    assert all(len(axes) == 6 for axes in Basis.load(path, small_model, k_use=None).axes.values())
+    extract(small_pairs, small_model, **asked)
+    assert all(len(axes) == 6 for axes in Basis.load(path, small_model).axes.values())
 
 
 @pytest.mark.parametrize(
@@ -199,7 +191,7 @@ def test_a_stale_file_is_refused(tmp_path, small_model, byte_tokenizer, small_pa
     basis.save(path)
     asked = {"svd": small_svd, "n_heldout": 2, **change}
     with pytest.raises(DataError, match=message):
-        load_or_extract(path, small_model, byte_tokenizer, small_pairs, **asked)
+        extract(small_pairs, small_model, tokenizer=byte_tokenizer, path=path, **asked)
 
 
 def test_a_basis_of_other_weights_is_refused(tmp_path, small_model, basis):

@@ -27,7 +27,7 @@ def wanted(small_model, byte_tokenizer, samples, small_svd):
 
 
 def test_they_equal_the_loop_through_the_adapter(small_model, byte_tokenizer, samples, small_svd, wanted):
-    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
     assert worst_error(found, wanted) < 1e-5
     assert {name: rows.shape for name, rows in found.items()} == {
         name: (len(samples), factors.rank) for name, factors in small_svd.items()
@@ -47,13 +47,13 @@ def test_they_equal_the_loop_on_the_reference_models(reference):
         Sample(text * 40, "    return (x + 7) % 9\n" * 20),
     ]
     svd = weight_svd(model, method="gram")
-    found = per_sample_gradients(model, model.tokenizer, samples, svd=svd)
+    found = per_sample_gradients(samples, model, svd=svd)
     assert worst_error(found, sequential_gradients(model.module, model.tokenizer, samples, svd)) < 1e-5
 
 
 def test_prompt_tokens_carry_gradient(small_model, byte_tokenizer, samples, small_svd):
     dropped = sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd, completion_only=True)
-    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
     missing = {name: float((rows - dropped[name]).norm() / rows.norm()) for name, rows in found.items()}
     # In the last layer only keys and values reach from the prompt to the loss.
     last = f"layers.{small_model.num_layers - 1}."
@@ -64,24 +64,24 @@ def test_prompt_tokens_carry_gradient(small_model, byte_tokenizer, samples, smal
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
 def test_batches_and_padding_do_not_matter(small_model, byte_tokenizer, samples, small_svd, wanted, max_tokens):
-    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=max_tokens)
+    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=max_tokens)
     assert worst_error(found, wanted) < 1e-5
 
 
 def test_checkpointing_changes_nothing_but_memory(module, byte_tokenizer, samples, small_svd, wanted):
-    found = per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd, checkpointing=True)
+    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd, checkpointing=True)
     assert worst_error(found, wanted) < 1e-5
     assert not any("forward" in vars(layer) for layer in module.model.layers)
 
 
 def test_truncated_factors_give_the_first_coordinates(small_model, byte_tokenizer, samples, small_svd, wanted):
-    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd.truncated(8))
+    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd.truncated(8))
     assert worst_error(found, {name: rows[:, :8] for name, rows in wanted.items()}) < 1e-4
 
 
 def test_bfloat16_is_close_to_float32(small_checkpoint, byte_tokenizer, samples, wanted):
     model = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
-    found = per_sample_gradients(model, byte_tokenizer, samples, svd=weight_svd(model, dtype="bfloat16"))
+    found = per_sample_gradients(samples, model, tokenizer=byte_tokenizer, svd=weight_svd(model, dtype="bfloat16"))
     for name, rows in found.items():
         cosine = torch.cosine_similarity(rows, wanted[name], dim=1)
         assert rows.dtype == torch.float32
@@ -109,7 +109,7 @@ def test_other_families(family, byte_tokenizer, samples):
         torch.manual_seed(1)
         module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **extra)).eval()
     svd = weight_svd(module)
-    found = per_sample_gradients(module, byte_tokenizer, samples, svd=svd)
+    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
     assert worst_error(found, sequential_gradients(module, byte_tokenizer, samples, svd)) < 1e-5
 
 
@@ -120,7 +120,7 @@ def test_the_model_is_left_as_it_was(module, byte_tokenizer, samples, small_svd)
     gradient = torch.ones_like(module.model.norm.weight)
     module.model.norm.weight.grad = gradient
     before = _state(module)
-    per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd, checkpointing=True)
+    per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd, checkpointing=True)
     _assert_same(before, _state(module))
     assert not frozen.requires_grad
     assert module.model.norm.weight.grad is gradient
@@ -130,7 +130,7 @@ def test_the_model_is_left_as_it_was(module, byte_tokenizer, samples, small_svd)
 def test_the_model_is_left_as_it_was_after_an_error(monkeypatch, module, byte_tokenizer, samples, small_svd):
     before = _state(module)
     with pytest.raises(ZeroDivisionError):
-        per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd, progress=lambda *_: 1 // 0)
+        per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd, progress=lambda *_: 1 // 0)
     _assert_same(before, _state(module))
 
 
@@ -151,9 +151,9 @@ def _assert_same(before, after):
 
 def test_they_can_be_had_where_gradients_are_off(small_model, byte_tokenizer, samples, small_svd, wanted):
     with torch.no_grad():
-        found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+        found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
     with torch.inference_mode():
-        again = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+        again = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
     assert worst_error(found, wanted) < 1e-5
     assert worst_error(again, wanted) < 1e-5
 
@@ -161,13 +161,18 @@ def test_they_can_be_had_where_gradients_are_off(small_model, byte_tokenizer, sa
 def test_progress_counts_samples(small_model, byte_tokenizer, samples, small_svd):
     seen = []
     per_sample_gradients(
-        small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=1, progress=lambda *at: seen.append(at)
+        samples,
+        small_model,
+        tokenizer=byte_tokenizer,
+        svd=small_svd,
+        max_tokens=1,
+        progress=lambda *at: seen.append(at),
     )
     assert seen == [(n + 1, len(samples)) for n in range(len(samples))]
 
 
 def test_factors_are_computed_when_none_are_given(small_model, byte_tokenizer, samples, wanted):
-    assert worst_error(per_sample_gradients(small_model, byte_tokenizer, samples), wanted) < 1e-5
+    assert worst_error(per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer), wanted) < 1e-5
 
 
 def test_ids_are_prompt_then_completion_with_nothing_added_or_merged():
@@ -225,7 +230,7 @@ def test_a_batch_that_runs_out_of_memory_is_split(monkeypatch, small_model, byte
 
     monkeypatch.setattr(Replica, "gradients", cramped)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # with more, batches run side by side and are smaller
-    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=10_000)
+    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=10_000)
     assert worst_error(found, wanted) < 1e-5
     assert sizes == [5, 2, 3, 1, 2]
 
@@ -236,7 +241,7 @@ def test_one_sample_that_does_not_fit_is_named(monkeypatch, small_model, byte_to
 
     monkeypatch.setattr(Replica, "gradients", full)
     with pytest.raises(OutOfMemory, match="sample 1 with 91 tokens"):
-        per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+        per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +254,7 @@ def test_one_sample_that_does_not_fit_is_named(monkeypatch, small_model, byte_to
 )
 def test_samples_that_cannot_be_used_are_named(small_model, byte_tokenizer, small_svd, bad, message):
     with pytest.raises(DataError, match=message):
-        per_sample_gradients(small_model, byte_tokenizer, [Sample("a", "b"), bad], svd=small_svd)
+        per_sample_gradients([Sample("a", "b"), bad], small_model, tokenizer=byte_tokenizer, svd=small_svd)
 
 
 def test_a_text_beyond_the_context_is_refused_without_a_warning_of_the_library(caplog):
@@ -260,7 +265,7 @@ def test_a_text_beyond_the_context_is_refused_without_a_warning_of_the_library(c
 
 
 def test_the_longest_sample_that_fits_is_used(small_model, byte_tokenizer, small_svd):
-    found = per_sample_gradients(small_model, byte_tokenizer, [Sample("p" * 120, "c" * 8)], svd=small_svd)
+    found = per_sample_gradients([Sample("p" * 120, "c" * 8)], small_model, tokenizer=byte_tokenizer, svd=small_svd)
     assert all(torch.isfinite(rows).all() and rows.any() for rows in found.values())
 
 
@@ -272,7 +277,7 @@ def test_a_loss_that_is_not_finite_is_named(module, byte_tokenizer, samples, sma
     )
     with pytest.raises(DataError, match="the loss of third is not finite"):
         per_sample_gradients(
-            module, byte_tokenizer, samples, svd=small_svd, max_tokens=1, names=["a", "b", "third", "d", "e"]
+            samples, module, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=1, names=["a", "b", "third", "d", "e"]
         )
 
 
@@ -284,26 +289,26 @@ def test_a_gradient_that_is_not_finite_is_named(module, byte_tokenizer, samples,
 
     up.register_forward_hook(spoil)
     with pytest.raises(DataError, match=r"gradient of sample 1 in model\.layers\.0\.\S+ is not finite"):
-        per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd)
+        per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd)
 
 
 def test_no_samples_and_no_tokenizer_are_refused(small_model, byte_tokenizer, samples, small_svd):
     with pytest.raises(UsageError, match="no samples"):
-        per_sample_gradients(small_model, byte_tokenizer, [], svd=small_svd)
+        per_sample_gradients([], small_model, tokenizer=byte_tokenizer, svd=small_svd)
     with pytest.raises(UsageError, match="without a tokenizer"):
-        per_sample_gradients(small_model, None, samples, svd=small_svd)
+        per_sample_gradients(samples, small_model, tokenizer=None, svd=small_svd)
 
 
 def test_factors_of_another_model_are_refused(small_model, byte_tokenizer, samples):
     other = weight_svd(load_model("reference:qwen3", dtype="float32", device="cpu"), method="gram")
     with pytest.raises(UsageError, match=r"no factors of model\.layers\.0\.self_attn\.q_proj, \[64, 64\]"):
-        per_sample_gradients(small_model, byte_tokenizer, samples, svd=other)
+        per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=other)
 
 
 def test_float16_is_refused(small_checkpoint, byte_tokenizer, samples, small_svd):
     model = load_model(small_checkpoint, dtype="float16", device="cpu")
     with pytest.raises(ModelError, match="float16"):
-        per_sample_gradients(model, byte_tokenizer, samples, svd=small_svd)
+        per_sample_gradients(samples, model, tokenizer=byte_tokenizer, svd=small_svd)
 
 
 def test_experts_in_one_tensor_are_refused_by_name():

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from assay.errors import BadWeights, StorageError, UsageError
-from assay.vhack import default_cache, target_modules, weight_svd
+from assay.vhack import target_modules, weight_svd
 from assay.vhack.gradients import _svd, _svd_cache
 from assay.vhack.gradients._svd import factorise
 
@@ -186,14 +186,6 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, linear):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         weight_svd(linear, cache=tmp_path / "file")
-
-
-def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.setenv("ASSAY_CACHE", str(tmp_path / "mine"))
-    assert default_cache() == tmp_path / "mine"
-    monkeypatch.delenv("ASSAY_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "assay"
 
 
 def test_the_number_of_threads_is_put_back(small_model, linear):

@@ -52,7 +52,7 @@ def test_every_recipe_is_exact(
 ):
     monkeypatch.setattr(_gradients, "recipe_for", lambda _: recipe)
     found = per_sample_gradients(
-        small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=200, checkpointing=checkpointing
+        samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=200, checkpointing=checkpointing
     )
     assert worst_error(found, wanted) < 1e-5
 
@@ -60,7 +60,7 @@ def test_every_recipe_is_exact(
 @pytest.mark.parametrize("how", ["project", "right", "left", "outer"])
 def test_every_order_of_the_sum_is_exact(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted, how):
     monkeypatch.setattr(Tap, "way", lambda *_: Way(how, how == "left", output=False, input=False))
-    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd)
+    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
     assert worst_error(found, wanted) < 1e-5
 
 
@@ -71,7 +71,7 @@ def test_singular_values_are_divided_by_where_they_are_of_one_size(
 ):
     module, svd = _with_condition(small_model.module, condition)
     ways = _watched_ways(monkeypatch)
-    found = per_sample_gradients(module, byte_tokenizer, samples, svd=svd, checkpointing=checkpointing)
+    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd, checkpointing=checkpointing)
     assert {ways[name] for name in ways if name.endswith(ALONG)} == {"inner"}
     assert worst_error(found, sequential_gradients(module, byte_tokenizer, samples, svd)) < 1e-5
 
@@ -80,12 +80,12 @@ def test_small_singular_values_are_not_divided_by(monkeypatch, small_model, byte
     module, svd = _with_condition(small_model.module, 1e5)
     ways = _watched_ways(monkeypatch)
     wanted = sequential_gradients(module, byte_tokenizer, samples, svd)
-    found = per_sample_gradients(module, byte_tokenizer, samples, svd=svd)
+    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
     assert "inner" not in {ways[name] for name in ways if name.endswith(ALONG)}
     assert worst_error(found, wanted) < 1e-5
     # What it protects from.
     monkeypatch.setattr(_taps, "_CONDITION", 1e6)
-    found = per_sample_gradients(module, byte_tokenizer, samples, svd=svd)
+    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
     assert {ways[name] for name in ways if name.endswith(ALONG)} == {"inner"}
     assert worst_error(found, wanted) > 1e-4
 
@@ -180,7 +180,7 @@ def test_batches_run_side_by_side(monkeypatch, two_threads, small_model, byte_to
         return real(replica, encoded)
 
     monkeypatch.setattr(Replica, "gradients", watched)
-    found = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=100)
+    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=100)
     assert torch.get_num_threads() == 2
     assert len(seen) == 2
     assert worst_error(found, wanted) < 1e-5
@@ -193,7 +193,7 @@ def test_a_model_with_hooks_runs_one_batch_at_a_time(
     seen = []
     module = copy.deepcopy(small_model.module)
     module.model.layers[0].register_forward_hook(lambda *_: seen.append(threading.get_ident()))
-    found = per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd, max_tokens=100)
+    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=100)
     assert set(seen) == {threading.get_ident()}
     assert worst_error(found, wanted) < 1e-5
 
@@ -220,7 +220,7 @@ def test_forward_functions_of_their_own_are_kept(small_model, byte_tokenizer, sa
     first.forward = first.forward
     first.self_attn.k_proj.forward = first.self_attn.k_proj.forward
     second.mlp.up_proj.__class__ = Counting
-    found = per_sample_gradients(module, byte_tokenizer, samples, svd=small_svd, max_tokens=10_000)
+    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=10_000)
     assert worst_error(found, wanted) < 1e-5
     assert len(calls) == 1
 
@@ -294,8 +294,8 @@ def test_a_norm_that_computes_something_else_is_left_alone():
 
 
 def test_a_sample_that_is_left_out_changes_nothing_for_the_others(small_model, byte_tokenizer, samples, small_svd):
-    everything = per_sample_gradients(small_model, byte_tokenizer, samples, svd=small_svd, max_tokens=10_000)
+    everything = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=10_000)
     other = [*samples[:2], Sample("import sys", "\nprint(sys.argv)\n"), *samples[3:]]
-    changed = per_sample_gradients(small_model, byte_tokenizer, other, svd=small_svd, max_tokens=10_000)
+    changed = per_sample_gradients(other, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=10_000)
     rest = [0, 1, 3, 4]
     assert worst_error({n: g[rest] for n, g in changed.items()}, {n: g[rest] for n, g in everything.items()}) < 1e-5

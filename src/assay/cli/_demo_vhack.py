@@ -22,7 +22,7 @@ def run_checks(model: "Model", progress: Progress | None) -> "CheckReport":
     from assay.vhack.checks import check_gradients
     from assay.vhack.pairs import generate_pairs
 
-    return check_gradients(pair_gradients(model, None, generate_pairs(PAIRS), progress=progress))
+    return check_gradients(pair_gradients(generate_pairs(PAIRS), model, progress=progress))
 
 
 def rows(report: "CheckReport") -> list[list[str]]:

@@ -1,5 +1,6 @@
 """``assay vhack``: extract hack directions from pairs, check them, and train away from them."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,9 +70,8 @@ def extract(
     loaded = load_model(model, dtype=dtype, device=device)
     with progress_bar("gradients", "samples") as progress:
         basis = vhack.extract(
-            loaded,
-            None,
             chosen,
+            loaded,
             n_heldout=n_heldout,
             heldout_groups=heldout_group or None,
             top_k=top_k,
@@ -96,9 +96,10 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _cache(asked: Path | None, model: "Model") -> Path | None:
-    from assay.vhack import default_cache
-
-    return default_cache() if asked is None and model.device.type == "cpu" else asked
+    """Return the directory that was asked for, or on a CPU the cache directory of the user."""
+    if asked is not None or model.device.type != "cpu":
+        return asked
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
 
 
 def _print(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> None:

@@ -41,9 +41,9 @@ def check(
     found = find_pairs(pairs)
     entries = vhack_checks.read_source_log(log) if log else None
     loaded = load_model(model, dtype=dtype, device=device)
-    read = Basis.load(basis, loaded, k_use=None) if basis else None
+    read = Basis.load(basis, loaded) if basis else None
     with progress_bar("gradients", "samples") as progress:
-        result = vhack_checks.check(read, loaded, None, found, settings=settings, log=entries, progress=progress)
+        result = vhack_checks.check(found, loaded, basis=read, settings=settings, log=entries, progress=progress)
     if output:
         write_atomic(output, dumps(result.as_dict()) + "\n")
     if html:

@@ -63,14 +63,14 @@ def test_groups_of_the_basis_are_not_scored_even_by_other_pairs(gradients):
 def test_numbers_from_its_own_pairs_are_refused(gradients):
     pairs = gradients(0)
     with pytest.raises(UsageError, match="every pair belongs to a group"):
-        check_gradients(pairs, pairs.basis())
+        check_gradients(pairs, basis=pairs.basis())
 
 
 def test_the_same_pair_under_another_group_is_refused(gradients):
     pairs = gradients(0)
     renamed = part(pairs, list(range(24)), groups=[f"new {g}" for g in pairs.groups])
     with pytest.raises(DataError, match="pair 0 is in group new g0 here, but the basis was made from it in group g0"):
-        check_gradients(renamed, pairs.basis())
+        check_gradients(renamed, basis=pairs.basis())
 
 
 @pytest.mark.parametrize("method", ["svd", "mean-diff"])
@@ -78,19 +78,19 @@ def test_a_basis_that_hides_its_pairs_is_found_out(gradients, method):
     pairs = gradients(0, ranks=(200, 150))
     basis = replace(pairs.basis(method=method, keep=list(range(8, 24))), origin=Origin())
     with pytest.raises(DataError, match="made from pairs that it is to be scored on"):
-        check_gradients(pairs, basis)
+        check_gradients(pairs, basis=basis)
 
 
 def test_a_basis_of_other_pairs_that_hides_them_is_scored(gradients, quick):
     pairs, other = gradients(0, ranks=(200, 150)), gradients(1, ranks=(200, 150))
-    report = check_gradients(pairs, replace(other.basis(), origin=Origin()), settings=quick)
+    report = check_gradients(pairs, basis=replace(other.basis(), origin=Origin()), settings=quick)
     assert len(report.groups) == 24
     assert report["stability"].verdict == "undecided"
 
 
 def test_a_basis_of_other_modules_is_refused(gradients):
     with pytest.raises(DataError, match="other modules"):
-        check_gradients(gradients(0), gradients(1, ranks=(64,)).basis())
+        check_gradients(gradients(0), basis=gradients(1, ranks=(64,)).basis())
 
 
 def test_one_group_is_too_few(gradients):

@@ -81,27 +81,27 @@ def test_other_methods_find_a_planted_axis_too(gradients, quick, method):
 def test_a_given_basis_is_scored_on_what_it_has_not_seen(gradients, quick):
     gradients_ = gradients(0, strength=5.0, n_groups=14)
     basis = gradients_.basis(keep=list(range(21)))
-    report = check_gradients(gradients_, basis, settings=quick)
+    report = check_gradients(gradients_, basis=basis, settings=quick)
     assert set(report.groups) == {f"g{i}" for i in range(7, 14)}
     assert report.verdict == "pass"
 
 
 def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, quick):
-    report = check(None, small_model, byte_tokenizer, pairs, settings=quick, svd=small_svd)
+    report = check(pairs, small_model, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
     assert len(report.modules) == 21
     assert report.origin["groups"] == 6
-    basis = extract(small_model, byte_tokenizer, pairs, heldout_groups=["root", "sign"], svd=small_svd)
-    scored = check(basis, small_model, byte_tokenizer, pairs, settings=quick, svd=small_svd)
+    basis = extract(pairs, small_model, tokenizer=byte_tokenizer, heldout_groups=["root", "sign"], svd=small_svd)
+    scored = check(pairs, small_model, basis=basis, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
     assert set(scored.groups) == {"root", "sign"}
     other = replace(basis, origin=replace(basis.origin, weights="f" * 64))
     with pytest.raises(DataError, match="a basis of weights ffff"):
-        check(other, small_model, byte_tokenizer, pairs, settings=quick, svd=small_svd)
+        check(pairs, small_model, basis=other, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
 
 
 def test_a_prompt_in_two_groups_is_refused(small_model, byte_tokenizer, pairs):
     shared = [*pairs, replace(pairs[0], hack="    pass\n", group="elsewhere")]
     with pytest.raises(DataError, match="pairs 0 and 12 have the same prompt, in groups add and elsewhere"):
-        check(None, small_model, byte_tokenizer, shared)
+        check(shared, small_model, tokenizer=byte_tokenizer)
 
 
 @pytest.mark.parametrize(

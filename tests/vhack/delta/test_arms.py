@@ -156,7 +156,7 @@ def test_controls_that_cannot_be_made(gradients):
 
 
 def test_real_pairs_give_every_kind_for_every_module(small_model, small_svd, byte_tokenizer, small_pairs):
-    found = pair_gradients(small_model, byte_tokenizer, small_pairs, svd=small_svd)
+    found = pair_gradients(small_pairs, small_model, tokenizer=byte_tokenizer, svd=small_svd)
     for kind in (*BASIS_KINDS, "trusted"):
         assert set(basis_of_kind(kind, found, top_k=3).axes) == set(small_svd)
 

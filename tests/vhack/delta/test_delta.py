@@ -437,7 +437,7 @@ def test_extraction_on_an_adapted_model_gives_the_gradients_of_its_deltas(
             functional.cross_entropy(logits, ids[0, start:]).backward()
         rows.append(rollouts.rows)
     before = [parameter.grad.clone() for parameter in adapter.delta]
-    found = per_sample_gradients(module, byte_tokenizer, samples, svd=adapter.svd)
+    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=adapter.svd)
     for index, group in enumerate(adapter.groups):
         for m, name in enumerate(group.names):
             wanted = torch.stack([row[index][m, 0] for row in rows])

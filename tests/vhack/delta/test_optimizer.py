@@ -76,7 +76,7 @@ def test_which_way_the_hack_is(module, small_svd, byte_tokenizer, small_pairs):
     """Descent on a loss that rewards hack sides moves along −v of a real basis, and the gate stops just that."""
     from assay.vhack import extract
 
-    basis = extract(module, byte_tokenizer, small_pairs, svd=small_svd, n_heldout=0, top_k=1)
+    basis = extract(small_pairs, module, tokenizer=byte_tokenizer, svd=small_svd, n_heldout=0, top_k=1)
     texts = [(p.prompt, p.hack) for p in small_pairs], [(p.prompt, p.clean) for p in small_pairs]
 
     def nll(side):

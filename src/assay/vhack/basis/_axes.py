@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["METHODS", "ModuleAxes", "cross_gram", "find_axes", "gram"]
+__all__ = ["METHODS", "ModuleAxes", "find_axes", "gram"]
 
 METHODS = ("lda", "mean-diff", "svd")
 
@@ -36,13 +36,8 @@ class ModuleAxes:
 
 
 def gram(rows_NR: Tensor) -> Tensor:
-    """The Gram matrix of the rows, [N, N] in float64."""
-    return cross_gram(rows_NR, rows_NR)
-
-
-def cross_gram(rows_NR: Tensor, others_MR: Tensor) -> Tensor:
-    """All scalar products between two sets of rows, [N, M] in float64."""
-    return rows_NR.double() @ others_MR.double().T
+    """Return the Gram matrix of the rows, [N, N] in float64."""
+    return rows_NR.double() @ rows_NR.double().T
 
 
 def find_axes(

@@ -91,24 +91,22 @@ class Basis:
         cls,
         path: str | Path,
         model: "Model | PreTrainedModel | None" = None,
-        k_use: int | None = 5,
         *,
         expect: Mapping[str, object] | None = None,
     ) -> "Basis":
-        """Read a basis, refusing one that was made from anything else than what is asked for.
+        """Return the basis in a file with all its axes; :meth:`slice` takes the first of them.
 
         Args:
-            path: the file.
-            model: the model it must belong to, by the digest of its weights; None asks for no model, which is right
-                only where no model is at hand.
-            k_use: how many axes to keep per module; None keeps all.
-            expect: attributes of :class:`Origin` that must have these values, for instance ``{"method": "lda"}``.
+            path: Path of the file.
+            model: Model that the basis must belong to, by the digest of its weights; None skips the check, which is
+                right only where no model is at hand.
+            expect: Attributes of :class:`Origin` that must have these values, for instance ``{"method": "lda"}``.
 
         Raises:
-            DataError: the file is no basis, or was made for other weights, pairs or settings; the message names which.
+            DataError: The file is not a basis, or was made for other weights, pairs or settings; the message names
+                which.
         """
-        basis = cls(*read_basis(Path(path), model, expect or {}))
-        return basis if k_use is None else basis.slice(k_use)
+        return cls(*read_basis(Path(path), model, expect or {}))
 
 
 def check_axis_settings(top_k: int, tau_axis: float) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,92 +28,74 @@ from assay.vhack.pairs import Pair
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["extract", "load_or_extract", "pair_gradients"]
+__all__ = ["extract", "pair_gradients"]
 
 Progress = Callable[[int, int], None]
 
 
-class Running(TypedDict, total=False):
-    """How gradients are computed; every one may be left out.
-
-    Attributes:
-        svd: factors of the weights, all of them; left out, they are computed.
-        rank: keep only the strongest singular directions. How much of the gradient they hold is measured on the first
-            pair, over all modules, and kept as ``origin.captured``.
-        factors: dtype of the factors, as in :func:`weight_svd`.
-        cache: directory of factors on disk; left out, nothing is kept there.
-        max_tokens, checkpointing, progress: as in :func:`per_sample_gradients`.
-    """
-
-    svd: SVDCache | None
-    rank: int | None
-    factors: str | None
-    cache: Path | None
-    max_tokens: int | None
-    checkpointing: bool
-    progress: Progress | None
-
-
-class Choices(Running, total=False):
-    """Which pairs and axes; every one may be left out.
-
-    Attributes:
-        n_heldout, heldout_groups: pairs not to use, as in :func:`split_pairs`.
-        top_k, tau_axis, method: as in :meth:`PairGradients.basis`.
-    """
-
-    n_heldout: int | None
-    heldout_groups: Sequence[str] | None
-    top_k: int
-    tau_axis: float
-    method: str
-
-
 def pair_gradients(
-    model: "Model | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
     pairs: Sequence[Pair],
+    model: "Model | PreTrainedModel",
     *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     names: Sequence[str] | None = None,
-    **running: Unpack[Running],
+    svd: SVDCache | None = None,
+    rank: int | None = None,
+    factors: str | None = None,
+    cache: Path | None = None,
+    max_tokens: int | None = None,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
 ) -> PairGradients:
-    """The gradients of both sides of every pair.
+    """Return the gradients of both sides of every pair.
 
-    A pair whose sides are the same text, or have the same gradient, says nothing: it is left out, and its key is in
-    ``origin.skipped``.
+    A pair whose sides are the same text, or have the same gradient, carries no information: it is left out, and its key
+    is in ``origin.skipped``.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer; None takes the one that was loaded with a :class:`assay.models.Model`.
-        pairs: the pairs.
-        names: what to call each pair in an error; None numbers them.
-        running: see :class:`Running`.
+        pairs: Pairs of a hack and a clean completion.
+        model: Model in float32 or bfloat16.
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
+        names: Names of the pairs in error messages; None numbers them.
+        svd: Factors of all weights; None computes them.
+        rank: Number of singular directions to keep per matrix, the strongest first; None keeps all. The share of the
+            gradient that they hold is measured on the first pair, over all modules, and kept as ``origin.captured``.
+        factors: Dtype of the factors, as in :func:`weight_svd`.
+        cache: Directory of factors on disk; None keeps nothing there.
+        max_tokens: Most tokens per batch, as in :func:`per_sample_gradients`.
+        checkpointing: Whether to recompute layers in the backward pass to save memory.
+        progress: Function called with the number of samples done and of all samples.
 
     Raises:
-        DataError: a pair occurs twice, cannot be used (:func:`per_sample_gradients` says why), or no pair is left; the
+        DataError: A pair occurs twice, cannot be used (:func:`per_sample_gradients` says why), or no pair is left; the
             message names the pair.
-        UsageError, ModelError, BadWeights, OutOfMemory, StorageError: as :func:`per_sample_gradients` and
+        UsageError, ModelError, BadWeights, OutOfMemory, StorageError: As :func:`per_sample_gradients` and
             :func:`weight_svd` raise them.
     """
-    if tokenizer is None and isinstance(model, Model):
-        tokenizer = model.tokenizer
-    check_rank(running.get("rank"))
+    check_rank(rank)
     labels = list(names) if names is not None else pair_names(pairs)
     check_duplicates(pairs, labels)
     kept = [index for index, pair in enumerate(pairs) if pair.hack != pair.clean]
     if not kept:
         raise _nothing_left(len(pairs))
-    svd, captured = _factors(model, tokenizer, pairs[kept[0]], labels[kept[0]], running)
+    full = svd or weight_svd(model, dtype=factors, cache=cache)
+    captured = 1.0
+    if rank is not None:
+        sides_of_first = [f"{labels[kept[0]]}, {side} side" for side in ("hack", "clean")]
+        found = per_sample_gradients(
+            pairs[kept[0]].samples(), model, tokenizer=tokenizer, svd=full, names=sides_of_first
+        )
+        captured, full = _share_of(found, rank), full.truncated(rank)
     sides = [[pairs[index].samples()[side] for index in kept] for side in (0, 1)]
     found = per_sample_gradients(
-        model,
-        tokenizer,
         sides[0] + sides[1],
-        svd=svd,
+        model,
+        tokenizer=tokenizer,
+        svd=full,
         names=[f"{labels[index]}, {side} side" for side in ("hack", "clean") for index in kept],
-        max_tokens=running.get("max_tokens"),
-        checkpointing=running.get("checkpointing", False),
-        progress=running.get("progress"),
+        max_tokens=max_tokens,
+        checkpointing=checkpointing,
+        progress=progress,
     )
     hack, clean = ({name: part.chunk(2)[side] for name, part in found.items()} for side in (0, 1))
     rows = [row for row in range(len(kept)) if any(not torch.equal(hack[name][row], clean[name][row]) for name in hack)]
@@ -127,7 +109,7 @@ def pair_gradients(
         groups=[pair.group for pair in used],
         keys=keys,
         origin=replace(
-            _source_of(model, svd),
+            _source_of(model, full),
             captured=captured,
             skipped=tuple(pair.key for pair in pairs if pair.key not in keys),
         ),
@@ -135,87 +117,85 @@ def pair_gradients(
 
 
 def extract(
-    model: "Model | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
     pairs: Sequence[Pair],
-    **choices: Unpack[Choices],
-) -> Basis:
-    """The hack directions of a model, from those pairs that are not held out; ``basis.origin.pairs`` says which.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer, or None as in :func:`pair_gradients`.
-        pairs: the pairs.
-        choices: see :class:`Choices` and :class:`Running`.
-
-    Raises:
-        AssayError: as :func:`split_pairs`, :func:`pair_gradients` and :meth:`PairGradients.basis` raise them.
-    """
-    used, names, wanted = _chosen(pairs, choices)
-    gradients = pair_gradients(model, tokenizer, used, names=names, **_running(choices))
-    return gradients.basis(top_k=wanted.top_k, tau_axis=wanted.tau_axis, method=wanted.method)
-
-
-def load_or_extract(
-    path: str | Path,
     model: "Model | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    pairs: Sequence[Pair],
     *,
-    k_use: int | None = 5,
-    **choices: Unpack[Choices],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    path: str | Path | None = None,
+    n_heldout: int | None = None,
+    heldout_groups: Sequence[str] | None = None,
+    top_k: int = Origin.top_k,
+    tau_axis: float = Origin.tau_axis,
+    method: str = Origin.method,
+    svd: SVDCache | None = None,
+    rank: int | None = None,
+    factors: str | None = None,
+    cache: Path | None = None,
+    max_tokens: int | None = None,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
 ) -> Basis:
-    """The basis in a file, or, where there is no such file, the one that is extracted now and saved there.
+    """Return the hack directions of a model, from the pairs that are not held out; ``basis.origin.pairs`` lists them.
 
     Args:
-        path: the file.
-        model: the model.
-        tokenizer: its tokenizer, or None as in :func:`pair_gradients`.
-        pairs: the pairs.
-        k_use: how many axes per module to return; None for all. The file has all.
-        choices: as in :func:`extract`.
+        pairs: Pairs of a hack and a clean completion.
+        model: Model in float32 or bfloat16.
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
+        path: File of the basis. Where it exists, the basis is read from it and nothing is extracted; otherwise the
+            extracted basis is written there. None reads and writes nothing.
+        n_heldout: Number of pairs at the end to hold out, as in :func:`split_pairs`.
+        heldout_groups: Groups to hold out, as in :func:`split_pairs`.
+        top_k: Number of axes per module, as in :meth:`PairGradients.basis`.
+        tau_axis: Share of the first singular value below which an axis becomes zero.
+        method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
+        svd: Factors of all weights, as in :func:`pair_gradients`.
+        rank: Number of singular directions to keep per matrix, as in :func:`pair_gradients`.
+        factors: Dtype of the factors, as in :func:`weight_svd`.
+        cache: Directory of factors on disk; None keeps nothing there.
+        max_tokens: Most tokens per batch, as in :func:`per_sample_gradients`.
+        checkpointing: Whether to recompute layers in the backward pass to save memory.
+        progress: Function called with the number of samples done and of all samples.
 
     Raises:
-        DataError: the file was made for other weights, pairs or settings than these; the message names which.
-        AssayError: as :func:`extract` and :meth:`Basis.save` raise them.
+        DataError: The file at ``path`` was made for other weights, pairs or settings; the message names which.
+        AssayError: As :func:`split_pairs`, :func:`pair_gradients`, :meth:`PairGradients.basis` and :meth:`Basis.save`
+            raise them.
     """
-    if not Path(path).exists():
-        basis = extract(model, tokenizer, pairs, **choices)
-        basis.save(path)
-        return basis if k_use is None else basis.slice(k_use)
-    used, _, wanted = _chosen(pairs, choices)
-    svd = choices.get("svd")
-    weight = next(iter(target_modules(model).values())).weight
-    expected: dict[str, object] = {
-        "dtype": _dtype_name(weight.dtype),
-        "rank": choices.get("rank") or (svd.rank if svd is not None else None),
-        "factors": _dtype_name(svd.dtype if svd is not None else factor_dtype(choices.get("factors"), weight)),
-        "top_k": wanted.top_k,
-        "tau_axis": wanted.tau_axis,
-        "method": wanted.method,
-        "given": tuple(sorted(pair.key for pair in used)),
-    }
-    return Basis.load(path, model, k_use, expect=expected)
-
-
-def _chosen(pairs: Sequence[Pair], choices: Choices) -> tuple[list[Pair], list[str], Origin]:
-    """The pairs to use, what to call them, and the settings of the axes, all checked before any work."""
-    names = pair_names(pairs)
-    check_duplicates(pairs, names)
-    used, _ = split_pairs(pairs, n_heldout=choices.get("n_heldout"), heldout_groups=choices.get("heldout_groups"))
-    settings = Origin(
-        top_k=choices.get("top_k", Origin.top_k),
-        tau_axis=choices.get("tau_axis", Origin.tau_axis),
-        method=choices.get("method", Origin.method),
+    labels = pair_names(pairs)
+    check_duplicates(pairs, labels)
+    used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
+    check_axis_settings(top_k, tau_axis)
+    check_method(method, len(used))
+    if path is not None and Path(path).exists():
+        weight = next(iter(target_modules(model).values())).weight
+        expected: dict[str, object] = {
+            "dtype": _dtype_name(weight.dtype),
+            "rank": rank or (svd.rank if svd is not None else None),
+            "factors": _dtype_name(svd.dtype if svd is not None else factor_dtype(factors, weight)),
+            "top_k": top_k,
+            "tau_axis": tau_axis,
+            "method": method,
+            "given": tuple(sorted(pair.key for pair in used)),
+        }
+        return Basis.load(path, model, expect=expected)
+    by_key = {pair.key: label for pair, label in zip(pairs, labels, strict=True)}
+    gradients = pair_gradients(
+        used,
+        model,
+        tokenizer=tokenizer,
+        names=[by_key[pair.key] for pair in used],
+        svd=svd,
+        rank=rank,
+        factors=factors,
+        cache=cache,
+        max_tokens=max_tokens,
+        checkpointing=checkpointing,
+        progress=progress,
     )
-    check_axis_settings(settings.top_k, settings.tau_axis)
-    check_method(settings.method, len(used))
-    by_key = {pair.key: name for pair, name in zip(pairs, names, strict=True)}
-    return used, [by_key[pair.key] for pair in used], settings
-
-
-def _running(choices: Choices) -> Running:
-    return cast("Running", {name: value for name, value in choices.items() if name in Running.__annotations__})
+    basis = gradients.basis(top_k=top_k, tau_axis=tau_axis, method=method)
+    if path is not None:
+        basis.save(path)
+    return basis
 
 
 def _nothing_left(count: int) -> DataError:
@@ -226,25 +206,11 @@ def _nothing_left(count: int) -> DataError:
     )
 
 
-def _factors(
-    model: "Model | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    first: Pair,
-    name: str,
-    running: Running,
-) -> tuple[SVDCache, float]:
-    """The factors, truncated if wanted, and the share of the first pair's gradient energy that is left."""
-    full = running.get("svd") or weight_svd(model, dtype=running.get("factors"), cache=running.get("cache"))
-    rank = running.get("rank")
-    if rank is None:
-        return full, 1.0
-    truncated = full.truncated(rank)
-    found = per_sample_gradients(
-        model, tokenizer, first.samples(), svd=full, names=[f"{name}, hack side", f"{name}, clean side"]
-    )
-    total = sum(float(rows.square().sum()) for rows in found.values())
-    kept = sum(float(rows[:, :rank].square().sum()) for rows in found.values())
-    return truncated, kept / total if total else 1.0
+def _share_of(gradients: dict[str, torch.Tensor], rank: int) -> float:
+    """Return the share of the energy that the first ``rank`` coordinates hold, over all modules."""
+    total = sum(float(rows.square().sum()) for rows in gradients.values())
+    kept = sum(float(rows[:, :rank].square().sum()) for rows in gradients.values())
+    return kept / total if total else 1.0
 
 
 def _source_of(model: "Model | PreTrainedModel", svd: SVDCache) -> Origin:

@@ -3,18 +3,18 @@
 Shapes: N pairs, R coordinates of δS in a module.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.vhack.basis._axes import METHODS, cross_gram, find_axes, gram
+from assay.vhack.basis._axes import METHODS, find_axes, gram
 from assay.vhack.basis._basis import Basis, check_axis_settings, zero_weak_axes
 from assay.vhack.basis._origin import Origin
 
-__all__ = ["PairGradients", "basis_from_gradients"]
+__all__ = ["PairGradients"]
 
 Grams = dict[str, Tensor]
 
@@ -75,44 +75,6 @@ class PairGradients:
             self._grams = {name: gram(self.differences(name)) for name in self.hack}
         return self._clean_grams if clean else self._grams
 
-    def extended(self, more: "PairGradients") -> "PairGradients":
-        """These pairs followed by more, with the Gram matrices grown by the new rows and columns only.
-
-        Raises:
-            UsageError: the modules differ, the gradients are of other weights or settings, or a pair is in both.
-        """
-        again = set(self.keys) & set(more.keys)
-        same = _source(self.origin) == _source(more.origin)
-        if (
-            again
-            or not same
-            or {n: g.shape[1] for n, g in self.hack.items()} != {n: g.shape[1] for n, g in more.hack.items()}
-        ):
-            raise UsageError(
-                f"pair {min(again)} twice" if again else "gradients of other modules, weights or settings",
-                wanted="new pairs, with gradients of the same modules of the same model",
-                do="compute both with the same model and settings, each pair once",
-            )
-        joined = PairGradients(
-            {name: torch.cat([rows, more.hack[name]]) for name, rows in self.hack.items()},
-            {name: torch.cat([rows, more.clean[name]]) for name, rows in self.clean.items()},
-            groups=self.groups + more.groups,
-            keys=self.keys + more.keys,
-            origin=replace(self.origin, skipped=self.origin.skipped + more.origin.skipped),
-        )
-        if self._grams:
-            old, new = self.grams(), more.grams()
-            joined._grams = {
-                name: _bordered(old[name], cross_gram(self.differences(name), more.differences(name)), new[name])
-                for name in old
-            }
-        if self._clean_grams:
-            old, new = self.grams(clean=True), more.grams(clean=True)
-            joined._clean_grams = {
-                name: _bordered(old[name], cross_gram(self.clean[name], more.clean[name]), new[name]) for name in old
-            }
-        return joined
-
     def basis(
         self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "lda", keep: Sequence[int] | None = None
     ) -> Basis:
@@ -165,41 +127,6 @@ class PairGradients:
                 groups=tuple(self.groups[row] for row in rows),
             ),
         )
-
-    def leave_one_group_out(
-        self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "lda"
-    ) -> Iterator[tuple[str, Basis]]:
-        """For every group, its name and the basis of all the other groups, from the same Gram matrices.
-
-        Raises:
-            UsageError: there is only one group, or a setting is outside what it may be.
-        """
-        names = list(dict.fromkeys(self.groups))
-        if len(names) < 2:
-            raise UsageError(f"{len(names)} group", wanted="at least two", do="give the pairs different groups")
-        for left_out in names:
-            keep = [index for index, group in enumerate(self.groups) if group != left_out]
-            yield left_out, self.basis(top_k=top_k, tau_axis=tau_axis, method=method, keep=keep)
-
-
-def basis_from_gradients(
-    hack: Mapping[str, Tensor],
-    clean: Mapping[str, Tensor],
-    *,
-    top_k: int = 12,
-    tau_axis: float = 0.0,
-    method: str = "lda",
-) -> Basis:
-    """The basis of gradients that are at hand, [N, R] per module; see :class:`PairGradients` for what is raised."""
-    return PairGradients(hack, clean).basis(top_k=top_k, tau_axis=tau_axis, method=method)
-
-
-def _source(origin: Origin) -> tuple[object, ...]:
-    return origin.weights, origin.dtype, origin.rank, origin.factors
-
-
-def _bordered(old_NN: Tensor, cross_NM: Tensor, new_MM: Tensor) -> Tensor:
-    return torch.cat([torch.cat([old_NN, cross_NM], 1), torch.cat([cross_NM.T, new_MM], 1)])
 
 
 def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> int:

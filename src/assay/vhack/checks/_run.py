@@ -1,8 +1,9 @@
 """The five checks in one call, from a model and pairs or from gradients at hand."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Unpack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from assay.models import Model
-    from assay.vhack.basis import Running
+    from assay.vhack.gradients import SVDCache
 
 __all__ = ["check", "check_gradients"]
 
@@ -33,14 +34,20 @@ _SPECTRUM_DRAWS = 3
 
 
 def check(
-    basis: Basis | None,
-    model: "Model | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
     pairs: Sequence[Pair],
+    model: "Model | PreTrainedModel",
     *,
+    basis: Basis | None = None,
     settings: CheckSettings | None = None,
     log: Sequence[SourceCin] | None = None,
-    **running: Unpack["Running"],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    svd: "SVDCache | None" = None,
+    rank: int | None = None,
+    factors: str | None = None,
+    cache: Path | None = None,
+    max_tokens: int | None = None,
+    checkpointing: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Are these hack directions real? Five tests on held-out data, each against its nulls.
 
@@ -49,13 +56,19 @@ def check(
     such pairs give hack directions with this model.
 
     Args:
-        basis: the basis, or None.
-        model: the model it belongs to.
-        tokenizer: its tokenizer, or None as in :func:`assay.vhack.pair_gradients`.
-        pairs: the pairs.
-        settings: how much evidence, how strict.
-        log: measurements of a training run from `read_source_log`, for check 4.
-        running: how gradients are computed, as in :func:`assay.vhack.pair_gradients`.
+        pairs: Pairs to score and, without a basis, to fit bases to.
+        model: Model that the basis belongs to.
+        basis: Basis to check; None fits bases itself.
+        settings: Amount of evidence and strictness of the rules.
+        log: Measurements of a training run from `read_source_log`, for check 4.
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
+        svd: Factors of all weights; None computes them.
+        rank: Number of singular directions to keep per matrix; None keeps all.
+        factors: Dtype of the factors, as in :func:`assay.vhack.weight_svd`.
+        cache: Directory of factors on disk; None keeps nothing there.
+        max_tokens: Most tokens per batch; None chooses from the free memory.
+        checkpointing: Whether to recompute layers in the backward pass to save memory.
+        progress: Function called with the number of samples done and of all samples.
 
     Raises:
         DataError: a prompt occurs in two groups, the basis was made from pairs that would be scored or for another
@@ -64,14 +77,25 @@ def check(
         AssayError: as :func:`assay.vhack.pair_gradients` raises.
     """
     _refuse_shared_prompts(pairs)
-    gradients = pair_gradients(model, tokenizer, pairs, **running)
+    gradients = pair_gradients(
+        pairs,
+        model,
+        tokenizer=tokenizer,
+        svd=svd,
+        rank=rank,
+        factors=factors,
+        cache=cache,
+        max_tokens=max_tokens,
+        checkpointing=checkpointing,
+        progress=progress,
+    )
     if basis is not None and basis.origin.weights not in ("", gradients.origin.weights):
         raise DataError(
             f"a basis of weights {basis.origin.weights[:16]}",
             wanted=f"one of this model, weights {gradients.origin.weights[:16]}",
             do="use the model it was made with, or extract again",
         )
-    return check_gradients(gradients, basis, settings=settings, log=log)
+    return check_gradients(gradients, basis=basis, settings=settings, log=log)
 
 
 def _refuse_shared_prompts(pairs: Sequence[Pair]) -> None:
@@ -88,8 +112,8 @@ def _refuse_shared_prompts(pairs: Sequence[Pair]) -> None:
 
 def check_gradients(
     gradients: PairGradients,
-    basis: Basis | None = None,
     *,
+    basis: Basis | None = None,
     settings: CheckSettings | None = None,
     log: Sequence[SourceCin] | None = None,
 ) -> CheckReport:

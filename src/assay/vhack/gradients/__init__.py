@@ -4,7 +4,7 @@ from assay.vhack.gradients._batches import Encoded, encode, plan
 from assay.vhack.gradients._digest import module_of, tensor_digest, weights_digest
 from assay.vhack.gradients._per_sample import per_sample_gradients
 from assay.vhack.gradients._svd import Factors
-from assay.vhack.gradients._svd_cache import SVDCache, check_rank, default_cache, factor_dtype, weight_svd
+from assay.vhack.gradients._svd_cache import SVDCache, check_rank, factor_dtype, weight_svd
 from assay.vhack.gradients._targets import target_modules
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Factors",
     "SVDCache",
     "check_rank",
-    "default_cache",
     "encode",
     "factor_dtype",
     "module_of",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.errors import ModelError, OutOfMemory, UsageError
+from assay.models import Model
 from assay.vhack.gradients._batches import Encoded, encode, plan, token_budget
 from assay.vhack.gradients._digest import module_of
 from assay.vhack.gradients._recipe import recipe_for
@@ -23,18 +24,16 @@ from assay.vhack.pairs import Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from assay.models import Model
-
 __all__ = ["per_sample_gradients"]
 
 Progress = Callable[[int, int], None]
 
 
 def per_sample_gradients(
-    model: "Model | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
     samples: Sequence[Sample],
+    model: "Model | PreTrainedModel",
     *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     svd: SVDCache | None = None,
     max_tokens: int | None = None,
     checkpointing: bool = False,
@@ -48,9 +47,10 @@ def per_sample_gradients(
     one per core.
 
     Args:
-        model: a float32 or bfloat16 model.
-        tokenizer: its tokenizer; no special tokens are added.
-        samples: prompts and completions.
+        samples: Prompts and completions.
+        model: Model in float32 or bfloat16.
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`. It
+            adds no special tokens: a model that needs ``<bos>`` must have it in the text of the prompt.
         svd: factors of the weights from :func:`weight_svd`; None computes them.
         max_tokens: most tokens in a batch, padding included; None chooses from the free memory. A batch that still
             runs out of memory on a GPU is split.
@@ -71,6 +71,8 @@ def per_sample_gradients(
     modules = target_modules(module)
     _check_dtype(module)
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
+    if tokenizer is None and isinstance(model, Model):
+        tokenizer = model.tokenizer
     encoded = encode(tokenizer, samples, labels, int(module.config.get_text_config().max_position_embeddings))
     factors = svd if svd is not None else weight_svd(module)
     _check_factors(modules, factors)

@@ -7,7 +7,6 @@ share files.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["SVDCache", "check_rank", "default_cache", "factor_dtype", "weight_svd"]
+__all__ = ["SVDCache", "check_rank", "factor_dtype", "weight_svd"]
 
 Progress = Callable[[int, int], None]
 
@@ -71,12 +70,6 @@ class SVDCache(Mapping[str, Factors]):
         check_rank(rank)
         kept = {name: factors.truncated(rank) for name, factors in self.items()}
         return SVDCache(kept, rank=rank, dtype=self.dtype)
-
-
-def default_cache() -> Path:
-    """``$ASSAY_CACHE``, or ``assay`` in the user's cache directory."""
-    chosen = os.environ.get("ASSAY_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
 
 
 def weight_svd(

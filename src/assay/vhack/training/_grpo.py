@@ -199,9 +199,7 @@ class GRPO(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.adapter.load(folder / _DELTA)
-        found = [
-            Basis.load(folder / name, None, None) if (folder / name).exists() else None for name in (_AXES, _WATCHED)
-        ]
+        found = [Basis.load(folder / name) if (folder / name).exists() else None for name in (_AXES, _WATCHED)]
         self.use_axes(*found)
 
     def use_axes(self, axes: Basis | None, watched: Basis | None) -> None:

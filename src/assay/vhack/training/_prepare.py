@@ -110,10 +110,10 @@ class Prepared:
     def _extracted(self, *, load: bool) -> tuple[Basis, Basis | None]:
         """The arm's axes, and the true ones where these are others."""
         settings, kind = self.settings, self.arm.basis
-        given = Basis.load(settings.basis, self.model, settings.k_use) if load and settings.basis else None
+        given = Basis.load(settings.basis, self.model).slice(settings.k_use) if load and settings.basis else None
         if given is not None and kind == "true":
             return given, None
-        gradients = pair_gradients(self.model, None, self.pairs, svd=self.svd)
+        gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
 
         def made(kind: str) -> Basis:
             found = basis_of_kind(kind, gradients, top_k=settings.k_use, method=settings.method, seed=settings.seed)
