@@ -1,7 +1,7 @@
 """``assay poc serve``, ``receive`` and ``callbacks``: the service, a receiver, and its dead letters."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,75 +16,81 @@ if TYPE_CHECKING:
 
 __all__ = ["callbacks", "receive", "serve"]
 
-DataDir = Annotated[Path, typer.Option(help="Holds the database of the service.", envvar="ASSAY_DATA_DIR")]
-LogFormat = Annotated[str, typer.Option(help="console or json.", envvar="ASSAY_LOG_FORMAT")]
-HostFlag = Annotated[str, typer.Option(help="Address to listen on; others than this machine need a key.")]
+
+def _option(name: str, text: str, *flags: str, **bounds: Any) -> Any:
+    """Return an option that the environment may set: ``ASSAY_NAME``, or the longer name that every flag has."""
+    variables = [f"ASSAY_{name.upper()}", f"ASSAY_POC_SERVE_{name.upper()}"]
+    return typer.Option(*flags, help=text, envvar=variables, **bounds)
+
+
+DataDir = Annotated[Path, _option("data_dir", "Directory of the service's database.")]
+LogFormat = Annotated[str, _option("log_format", "Form of the log: console or json.")]
+_HOST = "Address to listen on. Addresses other than this machine's need a key."
+_PORT = "Port to listen on. 0 takes a free one."
+Keys = list[str] | None
+
+LISTS = {name: f"{name}s" for name in ("api_key", "validate_key", "read_key", "callback_secret")}
+"""The settings that a flag sets by being repeated, and that are therefore named in the plural."""
 
 
 def serve(
+    context: typer.Context,
     model: ModelFlag,
-    host: HostFlag = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    host: Annotated[str, _option("host", _HOST)] = "127.0.0.1",
+    port: Annotated[int, _option("port", _PORT, min=0, max=65535)] = 8000,
     data_dir: DataDir = Path("assay-data"),
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Key that may do everything; the environment or a file hides it better.", envvar="ASSAY_API_KEY"
-        ),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File with such keys, one per line.", envvar="ASSAY_API_KEY_FILE")
-    ] = None,
-    validate_key: Annotated[
-        list[str] | None, typer.Option(help="Key that may validate and read.", envvar="ASSAY_VALIDATE_KEY")
-    ] = None,
-    read_key: Annotated[list[str] | None, typer.Option(help="Key that may read.", envvar="ASSAY_READ_KEY")] = None,
+    api_key: Annotated[Keys, _option("api_key", "Key that may do everything.")] = None,
+    api_key_file: Annotated[Path | None, _option("api_key_file", "File with such keys, one per line.")] = None,
+    validate_key: Annotated[Keys, _option("validate_key", "Key that may validate, submit jobs and read.")] = None,
+    read_key: Annotated[Keys, _option("read_key", "Key that may only read.")] = None,
     dtype: DtypeFlag = None,
     device: DeviceFlag = None,
-    kernels: Annotated[str, typer.Option(help="compiled, eager, or auto: compiled on CUDA.")] = "auto",
-    seq_len: Annotated[int, typer.Option(help="Positions per nonce of artifact rounds and jobs.")] = 256,
-    calibration: Annotated[Path | None, typer.Option(help="Measured honest noise, for verdicts.")] = None,
+    kernels: Annotated[str, _option("kernels", "Kernels: compiled, eager, or auto (compiled on CUDA).")] = "auto",
+    seq_len: Annotated[int, _option("seq_len", "Positions per nonce of artifact rounds and jobs.")] = 256,
+    calibration: Annotated[Path | None, _option("calibration", "Calibration file: the honest noise, measured.")] = None,
     callback_secret: Annotated[
-        list[str] | None,
-        typer.Option(help="Standard Webhooks secret (whsec_…) that signs callbacks.", envvar="ASSAY_CALLBACK_SECRET"),
+        Keys, _option("callback_secret", "Standard Webhooks secret (whsec_…) that signs callbacks.")
     ] = None,
-    callback_interval: Annotated[float, typer.Option(help="Seconds over which valid nonces are collected.")] = 5.0,
-    callback_backoff: Annotated[float, typer.Option(help="Seconds before the second attempt; doubles.")] = 1.0,
-    callback_backoff_max: Annotated[float, typer.Option(help="The longest pause between attempts.")] = 1800.0,
-    callback_attempts: Annotated[int, typer.Option(help="Attempts before a callback is a dead letter.")] = 20,
-    callback_timeout: Annotated[float, typer.Option(help="Seconds for one delivery.")] = 10.0,
+    callback_interval: Annotated[
+        float, _option("callback_interval", "Seconds for which valid nonces are collected into one callback.")
+    ] = 5.0,
+    callback_backoff: Annotated[
+        float, _option("callback_backoff", "Seconds between the first two attempts. The pause doubles each time.")
+    ] = 1.0,
+    callback_backoff_max: Annotated[
+        float, _option("callback_backoff_max", "Longest pause between two attempts, in seconds.")
+    ] = 1800.0,
+    callback_attempts: Annotated[
+        int, _option("callback_attempts", "Attempts after which a callback becomes a dead letter.")
+    ] = 20,
+    callback_timeout: Annotated[float, _option("callback_timeout", "Seconds that one delivery may take.")] = 10.0,
     allow_private_callbacks: Annotated[
-        bool, typer.Option("--allow-private-callbacks", help="Let callbacks go into private networks.")
+        bool,
+        _option(
+            "allow_private_callbacks",
+            "Let callback URLs point into private networks and to this machine.",
+            "--allow-private-callbacks",
+        ),
     ] = False,
-    max_pending: Annotated[int, typer.Option(help="Generation waits at so many undelivered callbacks.")] = 1000,
-    max_positions: Annotated[int, typer.Option(help="Bound on batch_size × seq_len.")] = 2**18,
-    drain: Annotated[float, typer.Option(help="Seconds a stopping service waits for the running batch.")] = 30.0,
+    max_pending: Annotated[
+        int, _option("max_pending", "Undelivered callbacks of a round at which generation waits.")
+    ] = 1000,
+    max_positions: Annotated[int, _option("max_positions", "Largest product of batch_size and seq_len.")] = 2**18,
+    drain: Annotated[float, _option("drain", "Seconds that a stopping service waits for the running batch.")] = 30.0,
     log_format: LogFormat = "console",
 ) -> None:
-    """Serve the published API until SIGTERM; a restart continues where it was."""
-    from assay import poc
+    """Serve the published API until SIGTERM. A restart continues where the service was stopped.
+
+    Every setting of the service, those without a flag included, can be set in the environment: docs/configuration.md.
+    """
     from assay.poc import service
 
     service.configure_logs(_log_format(log_format))
     check_kernels(kernels)
-    settings = service.Settings(
-        data_dir=data_dir,
-        seq_len=seq_len,
-        api_keys=(*(api_key or ()), *_keys_of(api_key_file)),
-        validate_keys=tuple(validate_key or ()),
-        read_keys=tuple(read_key or ()),
-        callback_secrets=tuple(callback_secret or ()),
-        callback_interval=callback_interval,
-        callback_backoff=callback_backoff,
-        callback_backoff_max=callback_backoff_max,
-        callback_attempts=callback_attempts,
-        callback_timeout=callback_timeout,
-        allow_private_callbacks=allow_private_callbacks,
-        max_pending=max_pending,
-        max_positions=max_positions,
-        drain=drain,
-        calibration=poc.Calibration.load(calibration) if calibration else None,
-    )
+    # The environment is left to the settings, which know more names than there are flags.
+    given = {name for name in context.params if _source(context, name) in ("COMMANDLINE", "DEFAULT_MAP")}
+    values = {LISTS.get(name, name): context.params[name] for name in given}
+    settings = service.Settings(**{name: values[name] for name in values.keys() & service.Settings.model_fields.keys()})
 
     def load() -> "Deployment":
         from assay.models import load_model
@@ -95,9 +101,15 @@ def serve(
     service.serve(service.Controller(load, settings), host=host, port=port)
 
 
+def _source(context: typer.Context, name: str) -> str:
+    """Return where the value of a parameter comes from, in the words of click's ``ParameterSource``."""
+    found = context.get_parameter_source(name)
+    return found.name if found is not None else ""
+
+
 def receive(
-    host: HostFlag = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8081,
+    host: Annotated[str, typer.Option(help=_HOST)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help=_PORT)] = 8081,
     output: Annotated[Path, typer.Option("-o", "--output", help="SQLite file that keeps what arrives.")] = Path(
         "received.sqlite3"
     ),
@@ -166,16 +178,6 @@ def replay(
         emit_json("assay.poc.callbacks.replay/1", {"replayed": count})
     else:
         typer.echo(f"{count} callbacks are pending again")
-
-
-def _keys_of(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--api-key-file {path}: {error}", wanted="a text file", do="one key per line") from None
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _log_format(value: str) -> Literal["console", "json"]:

@@ -1,91 +1,111 @@
-"""Everything an operator can set, with the bounds that keep the service small."""
+"""The settings of the service: one class, from which flags, environment names and documentation follow.
+
+A value comes from the argument of that name, else from the environment, else from the default. The setting
+``max_body`` is ``ASSAY_MAX_BODY`` in the environment; ``ASSAY_POC_SERVE_MAX_BODY``, the name that the command line
+gives to its flags, is read as well.
+"""
 
 import base64
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BeforeValidator, Field, InstanceOf, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from assay.errors import UsageError
-
-if TYPE_CHECKING:
-    from assay.poc.verdict import Calibration
+from assay.poc.verdict import Calibration
 
 __all__ = ["Settings", "check_secrets"]
 
+PREFIX, SECOND_PREFIX = "ASSAY_", "ASSAY_POC_SERVE_"
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How the service runs. Times are in seconds.
 
-    Args:
-        data_dir: holds the database; one service at a time.
-        seq_len: positions per nonce of artifact rounds and jobs; requests for another are refused.
-        api_keys: keys that may do everything.
-        validate_keys: keys that may validate, submit artifact jobs and read.
-        read_keys: keys that may only read.
-        max_body: bytes of a request body.
-        max_nonces: nonces of one request.
-        max_positions: bound on ``batch_size · seq_len``.
-        max_waiting: validations that wait for the engine.
-        max_queued_nonces: nonces of artifact jobs that wait.
-        max_streams: open event streams.
-        callback_secrets: Standard Webhooks secrets, the newest first; every one signs.
-        callback_interval: valid nonces are collected for this long before they are sent.
-        callback_nonces: a callback is sent earlier when it holds this many nonces.
-        callback_timeout: of one delivery.
-        callback_attempts: after so many a callback is a dead letter.
-        callback_backoff: pause after the first failure; it doubles.
-        callback_backoff_max: the longest pause.
-        callback_concurrency: deliveries at once.
-        max_pending: generation waits while so many callbacks are undelivered.
-        allow_private_callbacks: let callback URLs point into private networks and to this machine.
-        job_ttl: how long results of artifact jobs are kept.
-        wait: how long ``"wait": true`` waits.
-        keep_rounds: how long finished rounds stay in the database.
-        drain: how long a stopping service waits for the running batch.
-        alpha: bound on the chance to ever accuse an honest node.
-        beta: chance to pass a node with four times the honest noise.
-        calibration: measured honest noise; the stated default when None.
+def _words(value: Any) -> Any:
+    """Split a list that the environment holds: its items are separated by white space."""
+    return tuple(value.split()) if isinstance(value, str) else value
+
+
+def _calibration(value: Any) -> Any:
+    return Calibration.load(value) if isinstance(value, (str, Path)) else value
+
+
+def _list(name: str, description: str) -> Any:
+    """Return a list's field, which the environment names in the singular."""
+    names = [f"{prefix}{name.upper()}" for prefix in (PREFIX, SECOND_PREFIX)]
+    return Field((), validate_default=True, validation_alias=AliasChoices(*names), description=description)
+
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Chance = Annotated[float, Field(gt=0, lt=1)]
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
+
+
+class Settings(BaseSettings):
+    """How the service runs. Times are in seconds, sizes in bytes.
+
+    Raises:
+        UsageError: A value is of another type or out of range, or a setting has an unknown name.
+        CalibrationError: ``calibration`` names a file that is not a calibration.
     """
 
-    data_dir: Path
-    seq_len: int = 256
-    api_keys: tuple[str, ...] = ()
-    validate_keys: tuple[str, ...] = ()
-    read_keys: tuple[str, ...] = ()
-    max_body: int = 2**20
-    max_nonces: int = 10_000
-    max_positions: int = 2**18
-    max_waiting: int = 64
-    max_queued_nonces: int = 100_000
-    max_streams: int = 32
-    callback_secrets: tuple[str, ...] = ()
-    callback_interval: float = 5.0
-    callback_nonces: int = 1000
-    callback_timeout: float = 10.0
-    callback_attempts: int = 20
-    callback_backoff: float = 1.0
-    callback_backoff_max: float = 1800.0
-    callback_concurrency: int = 8
-    max_pending: int = 1000
-    allow_private_callbacks: bool = False
-    job_ttl: float = 300.0
-    wait: float = 60.0
-    keep_rounds: float = 30 * 86400.0
-    drain: float = 30.0
-    alpha: float = 1e-3
-    beta: float = 1e-2
-    calibration: "Calibration | None" = None
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True, populate_by_name=True
+    )
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("int", int) and value < 1:
-                raise UsageError(f"{field.name} is {value}", wanted="at least 1", do=f"raise {field.name}")
-            if field.type in ("float", float) and not 0 <= value < math.inf:
-                raise UsageError(f"{field.name} is {value}", wanted="a number from 0", do=f"correct {field.name}")
+    data_dir: Path = Field(Path("assay-data"), description="Directory of the database. One service runs per directory.")
+    seq_len: Count = Field(
+        256, description="Positions per nonce of artifact rounds and jobs. Requests for another length are refused."
+    )
+    api_key_file: Path | None = Field(None, description="File with keys that may do everything, one per line.")
+    api_keys: Words = _list("api_key", "Keys that may do everything. Those of the file are added to them.")
+    validate_keys: Words = _list("validate_key", "Keys that may validate, submit artifact jobs and read.")
+    read_keys: Words = _list("read_key", "Keys that may only read.")
+    max_body: Count = Field(2**20, description="Largest body of a request.")
+    max_bodies: Count = Field(2**26, description="Memory for all bodies that are being received at the same time.")
+    max_connections: Count = Field(4096, description="Connections that are open at the same time.")
+    max_header: Count = Field(2**16, description="Largest head of a request: its request line and all its headers.")
+    header_timeout: Seconds = Field(10.0, description="Time in which the head of a request must have arrived.")
+    max_nonces: Count = Field(10_000, description="Nonces of one request.")
+    max_positions: Count = Field(2**18, description="Largest product of batch_size and seq_len.")
+    max_waiting: Count = Field(64, description="Validations that wait for the engine.")
+    max_queued_nonces: Count = Field(100_000, description="Nonces of all artifact jobs that wait.")
+    max_streams: Count = Field(32, description="Event streams that are open at the same time.")
+    max_client_streams: Count = Field(6, description="Event streams that one client address has open at the same time.")
+    callback_secrets: Words = _list(
+        "callback_secret", "Standard Webhooks secrets (whsec_…), the newest first. Each of them signs every callback."
+    )
+    callback_interval: Seconds = Field(5.0, description="Time for which valid nonces are collected into one callback.")
+    callback_nonces: Count = Field(1000, description="Nonces at which a callback is sent before that time has passed.")
+    callback_timeout: Seconds = Field(10.0, description="Time that one delivery may take.")
+    callback_attempts: Count = Field(20, description="Attempts after which a callback becomes a dead letter.")
+    callback_backoff: Seconds = Field(1.0, description="Pause after the first failed attempt. It doubles each time.")
+    callback_backoff_max: Seconds = Field(1800.0, description="Longest pause between two attempts.")
+    callback_concurrency: Count = Field(8, description="Deliveries that run at the same time.")
+    max_pending: Count = Field(1000, description="Undelivered callbacks of a round at which generation waits.")
+    max_pending_jobs: Count = Field(
+        1000, description="Undelivered callbacks of artifact jobs at which further jobs with a URL are refused."
+    )
+    allow_private_callbacks: bool = Field(
+        False, description="Whether callback URLs may point into private networks and to this machine."
+    )
+    job_ttl: Seconds = Field(300.0, description="Time for which the results of artifact jobs are kept.")
+    wait: Seconds = Field(60.0, description='Time that a request with "wait": true waits for its job.')
+    keep_rounds: Seconds = Field(30 * 86400.0, description="Time for which unused rounds stay in the database.")
+    drain: Seconds = Field(30.0, description="Time that a stopping service waits for the running batch.")
+    alpha: Chance = Field(1e-3, description="Bound on the chance of ever accusing an honest node.")
+    beta: Chance = Field(1e-2, description="Chance of passing a node with four times the honest noise.")
+    calibration: Annotated[InstanceOf[Calibration] | None, BeforeValidator(_calibration), NoDecode] = Field(
+        None,
+        description="Honest noise that was measured, or its file. Without it, the stated default holds.",
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise self._usage_error(error) from None
         check_secrets(self.callback_secrets)
         if any(not key.isascii() or len(key) < 16 for key in self.api_keys + self.validate_keys + self.read_keys):
             raise UsageError(
@@ -94,17 +114,62 @@ class Settings:
                 do="make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
             )
 
+    @field_validator("api_keys", mode="after")
+    @classmethod
+    def _with_file(cls, keys: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        return keys + _keys_of(info.data.get("api_key_file"))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return where values come from, the strongest first."""
+        return init_settings, env_settings, EnvSettingsSource(settings_cls, env_prefix=SECOND_PREFIX)
+
+    @classmethod
+    def environment_name(cls, field: str) -> str:
+        """Return the name under which the environment sets a field."""
+        alias = cls.model_fields[field].validation_alias
+        return str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"{PREFIX}{field.upper()}"
+
     @property
     def has_keys(self) -> bool:
         """Whether requests must carry a key."""
         return bool(self.api_keys or self.validate_keys or self.read_keys)
+
+    @classmethod
+    def _usage_error(cls, error: ValidationError) -> UsageError:
+        """Put the first fault of a validation into three parts. Keys and secrets are never shown."""
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = str(first["loc"][0])
+        if name not in cls.model_fields:
+            by_alias = {cls.environment_name(field): field for field in cls.model_fields}
+            if name not in by_alias:
+                return UsageError(
+                    f"a setting {name!r}", wanted="a setting of the service", do="see help(assay.poc.service.Settings)"
+                )
+            name = by_alias[name]
+        field = cls.model_fields[name]
+        secret = isinstance(field.validation_alias, AliasChoices)
+        variable = cls.environment_name(name)
+        return UsageError(
+            name if secret else f"{name} {first['input']!r:.60}",
+            wanted=f"{first['msg'][:1].lower()}{first['msg'][1:]} ({field.description})",
+            do=f"correct {variable}, or the flag or argument of that name; the default is {field.default}",
+        )
 
 
 def check_secrets(secrets: Sequence[str]) -> None:
     """Refuse webhook secrets that cannot sign.
 
     Raises:
-        UsageError: not base64, or fewer than 24 bytes, the least that Standard Webhooks allows. Never shows it.
+        UsageError: A secret is not base64, or has fewer than 24 bytes, the least that Standard Webhooks allows. The
+            message does not show it.
     """
     for secret in secrets:
         try:
@@ -118,3 +183,14 @@ def check_secrets(secrets: Sequence[str]) -> None:
                 do="make one: python -c 'import base64, secrets; "
                 'print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())\'',
             )
+
+
+def _keys_of(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        return tuple(path.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"the key file {path}: {error}", wanted="a text file", do="correct --api-key-file or ASSAY_API_KEY_FILE"
+        ) from None

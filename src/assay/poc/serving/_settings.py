@@ -3,24 +3,16 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from assay.errors import UsageError
 from assay.poc.engines.vllm import FlowSettings, Inputs
-from assay.poc.verdict import Calibration
 
 if TYPE_CHECKING:
     from assay.poc.service import Settings
 
 __all__ = ["PluginSettings"]
 
-KEYS = {
-    "api_keys": "ASSAY_API_KEY",
-    "validate_keys": "ASSAY_VALIDATE_KEY",
-    "read_keys": "ASSAY_READ_KEY",
-    "callback_secrets": "ASSAY_CALLBACK_SECRET",
-}
 FLOW = "ASSAY_VLLM_"
 DRAIN = 2.0  # seconds; on SIGTERM vLLM ends its engine before the service, and the batch that runs never ends
 
@@ -51,16 +43,13 @@ class PluginSettings:
         """
         from assay.poc.service import Settings
 
-        values: dict[str, Any] = {name: tuple(environment.get(key, "").split()) for name, key in KEYS.items()}
-        values["api_keys"] += _keys_of(environment.get("ASSAY_API_KEY_FILE"))
-        values["data_dir"] = Path(environment.get("ASSAY_DATA_DIR", "assay-data"))
-        calibration = environment.get("ASSAY_CALIBRATION")
-        values["calibration"] = Calibration.load(calibration) if calibration else None
+        names = {name: Settings.environment_name(name) for name in Settings.model_fields}
+        values = {name: environment[key] for name, key in names.items() if key in environment}
         inputs = environment.get("ASSAY_VLLM_INPUTS", "local")
         if inputs not in get_args(Inputs):
             raise UsageError(f"ASSAY_VLLM_INPUTS={inputs}", wanted=" or ".join(get_args(Inputs)), do="leave it out")
         return cls(
-            service=Settings(**({"drain": DRAIN} | _numbers(Settings, "ASSAY_", environment) | values)),
+            service=Settings(**({"drain": DRAIN} | values)),
             flow=FlowSettings(**_numbers(FlowSettings, FLOW, environment)),
             inputs=cast("Inputs", inputs),
             reference=environment.get("ASSAY_REFERENCE"),
@@ -90,12 +79,3 @@ def _switch(text: str) -> bool:
     if text.lower() not in ("0", "1", "false", "true", "no", "yes"):
         raise ValueError(text)
     return text.lower() in ("1", "true", "yes")
-
-
-def _keys_of(path: str | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        return tuple(Path(path).read_text(encoding="utf-8").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"ASSAY_API_KEY_FILE {path}: {error}", wanted="a text file", do="one key per line") from None

@@ -1,0 +1,109 @@
+"""The settings: one class behind the flags, the environment and the plugin."""
+
+import inspect
+
+import pytest
+
+from assay.cli import _serve
+from assay.errors import AssayError, UsageError
+from assay.poc.service import Settings
+from assay.poc.service._settings import SECOND_PREFIX
+
+KEY, OTHER = "k" * 20, "o" * 20
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """No setting comes from the machine that runs the tests."""
+    for name in Settings.model_fields:
+        variable = Settings.environment_name(name)
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(variable.replace("ASSAY_", SECOND_PREFIX, 1), raising=False)
+
+
+@pytest.mark.parametrize("prefix", ["ASSAY_", "ASSAY_POC_SERVE_"])
+def test_both_spellings_of_the_environment_are_read(monkeypatch, prefix, tmp_path):
+    values = {
+        "API_KEY": f"{KEY} {OTHER}",
+        "DRAIN": "3",
+        "ALLOW_PRIVATE_CALLBACKS": "yes",
+        "MAX_BODY": "77",
+        "DATA_DIR": str(tmp_path),
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(prefix + name, value)
+    read = Settings()
+    assert (read.api_keys, read.drain, read.allow_private_callbacks) == ((KEY, OTHER), 3.0, True)
+    assert (read.max_body, read.data_dir) == (77, tmp_path)
+
+
+def test_an_argument_is_stronger_than_the_environment(monkeypatch):
+    monkeypatch.setenv("ASSAY_API_KEY", KEY)
+    monkeypatch.setenv("ASSAY_DRAIN", "3")
+    assert Settings(api_keys=(), drain=4).api_keys == ()
+    assert Settings(api_keys=(OTHER,), drain=4).drain == 4.0
+
+
+def test_the_keys_of_a_file_are_added(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"{KEY}\n\n{OTHER}\n")
+    assert Settings(api_keys=("x" * 16,), api_key_file=path).api_keys == ("x" * 16, KEY, OTHER)
+    path.write_text("short")
+    with pytest.raises(UsageError, match="fewer than 16"):
+        Settings(api_key_file=path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_body": 0},
+        {"max_body": "many"},
+        {"drain": float("inf")},
+        {"alpha": 0.0},
+        {"unknown": 1},
+        {"api_keys": 5},
+        {"calibration": "/nowhere"},
+        {"api_key_file": "/nowhere"},
+    ],
+)
+def test_a_wrong_value_is_an_error_in_three_parts(values):
+    with pytest.raises(AssayError) as error:
+        Settings(**values)
+    assert error.value.seen
+    assert error.value.wanted
+    assert error.value.do
+
+
+def test_every_field_has_a_sentence():
+    for name, field in Settings.model_fields.items():
+        assert (field.description or "").endswith("."), name
+
+
+def test_the_flags_have_the_defaults_of_the_settings():
+    flags = {_serve.LISTS.get(n, n): p.default for n, p in inspect.signature(_serve.serve).parameters.items()}
+    shared = flags.keys() & Settings.model_fields.keys()
+    assert len(shared) >= 16
+    assert {name: flags[name] or () for name in shared} == {
+        name: Settings.model_fields[name].default or () for name in shared
+    }
+
+
+def test_the_command_leaves_the_environment_to_the_settings(monkeypatch, tmp_path):
+    """A flag is stronger than both names of the environment, and both are stronger than the default."""
+    from assay.cli import run
+    from assay.poc import service
+
+    seen = []
+    monkeypatch.setattr(service, "Controller", lambda load, settings: seen.append(settings))
+    monkeypatch.setattr(service, "serve", lambda *args, **kwargs: None)
+    monkeypatch.setenv("ASSAY_DRAIN", "3")
+    monkeypatch.setenv("ASSAY_POC_SERVE_MAX_PENDING", "5")
+    monkeypatch.setenv("ASSAY_POC_SERVE_MAX_STREAMS", "6")
+    monkeypatch.setenv("ASSAY_API_KEY", KEY)
+    command = ["poc", "serve", "--model", "none", "--data-dir", str(tmp_path / "flag")]
+    assert run(command) == run([*command, "--drain", "4", "--api-key", OTHER]) == 0
+    assert [(s.drain, s.max_pending, s.max_streams, s.api_keys) for s in seen] == [
+        (3.0, 5, 6, (KEY,)),
+        (4.0, 5, 6, (OTHER,)),
+    ]
+    assert {s.data_dir for s in seen} == {tmp_path / "flag"}
