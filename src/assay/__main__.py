@@ -5,7 +5,7 @@ def main() -> None:
     """Run the command line and exit with its code."""
     try:
         from assay.cli import run
-    except KeyboardInterrupt:  # so early that nobody listens for signals yet
+    except KeyboardInterrupt:  # before any signal handler is installed
         raise SystemExit(130) from None
     raise SystemExit(run())
 

@@ -78,7 +78,7 @@ def histogram_over_density(
         bins: number of bars over the range of the samples, by default 2·N^(1/3) (Rice's rule).
         label: name of the bars.
         density_label: name of the line.
-        colour: of the bars, one of `SERIES`.
+        colour: Colour of the bars, one of :data:`SERIES`.
 
     Raises:
         UsageError: no samples, or one that is not finite.

@@ -135,9 +135,9 @@ class LogNoise:
     Attributes:
         mu: location of x for honest noise, in ln L2.
         sd: scale of x.
-        dimension: length of the vectors; an invented unit vector is a chord-law distance away.
-        tail: where the exponential tail begins, in units of sd.
-        floor: distances below it are not told apart (the rounding of fp16 vectors).
+        dimension: Length of the vectors; an invented unit vector lies a chord-law distance away.
+        tail: Start of the exponential tail, in units of sd.
+        floor: Distance below which values are not told apart (the rounding of fp16 vectors).
 
     Raises:
         UsageError: a parameter is not finite or out of range.

@@ -55,9 +55,9 @@ def group_bootstrap(
     Args:
         statistic: called as ``statistic(*samples)``, with arrays of the same rank as given.
         samples: arrays whose first axis runs over rows, for example (scores of hacks, scores of clean).
-        groups: for each sample the group label of every row.
+        groups: Group label of every row, per sample.
         n_resamples: number of draws.
-        seed: of numpy's default generator; the same seed gives the same interval.
+        seed: Seed of numpy's default generator; the same seed gives the same interval.
         confidence: nominal coverage.
 
     Raises:
@@ -135,7 +135,7 @@ def permutation_p(
         negative: rows of the negative class, first axis [N]; with ``paired`` in the same order, N = P.
         paired: swap sides within pairs instead of shuffling rows.
         n_permutations: number of shuffles.
-        seed: of numpy's default generator.
+        seed: Seed of numpy's default generator.
 
     Raises:
         UsageError: ``paired`` with sides of different length, an empty side, or no permutations.

@@ -52,11 +52,11 @@ class ApproachPlan:
         seq_len: input positions per nonce.
         batch_size: nonces per forward pass.
         timed: batches for which every approach is timed; 0 skips it.
-        dtype: of the models whose distances are measured; None is each one's own.
-        device: cpu or cuda; None is the best there is.
+        dtype: Dtype of the models whose distances are measured; None keeps the dtype of each checkpoint.
+        device: ``cpu`` or ``cuda``; None takes CUDA where it is available.
 
     Raises:
-        UsageError: a list is empty or names something twice, an approach is none, or a number is out of range.
+        UsageError: a list is empty or names something twice, an approach is unknown, or a number is out of range.
     """
 
     models: tuple[str, ...]
@@ -107,7 +107,7 @@ def run_approaches(plan: ApproachPlan, folder: Path, *, progress: Progress | Non
 
     Args:
         plan: what is measured.
-        folder: of the run.
+        folder: Folder of the run.
         progress: called with cells done and cells in all.
 
     Raises:

@@ -58,7 +58,7 @@ class Live:
         """Return what a page answers.
 
         Raises:
-            ResourceError: not with 200, or not at all.
+            ResourceError: the service did not answer with 200.
         """
         return self._call("GET", path, params=query)
 
@@ -66,7 +66,7 @@ class Live:
         """Post an object and return the answer.
 
         Raises:
-            ResourceError: it was refused, or there was none.
+            ResourceError: the service refused the request or did not answer.
         """
         return self._call("POST", path, json=body or {})
 

@@ -69,11 +69,11 @@ class Plan:
         r_target: a nonce is valid below this distance.
         seq_len: input positions per nonce.
         batch_size: nonces per forward pass.
-        dtype: of the models; None is each one's own.
-        device: cpu or cuda; None is the best there is.
+        dtype: Dtype of the models; None keeps the dtype of each checkpoint.
+        device: ``cpu`` or ``cuda``; None takes CUDA where it is available.
 
     Raises:
-        UsageError: a list is empty or names something twice, or a mode or value is none.
+        UsageError: a list is empty or names something twice, or a mode or value is unknown.
     """
 
     models: tuple[str, ...]
@@ -121,7 +121,7 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
 
     Args:
         plan: the tests.
-        folder: of the run.
+        folder: Folder of the run.
         progress: called with tests done and tests in all.
         note: called with a sentence before every start of a service, and after every test.
 
@@ -134,7 +134,7 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
         if not todo:
             return
         for reference in plan.models:
-            model_info(reference)  # one that is none ends the run before anything is started
+            model_info(reference)  # an unknown model ends the run before any service starts
         logs = folder / "logs"
         logs.mkdir(exist_ok=True)
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="assay-matrix-")))

@@ -48,10 +48,10 @@ class Configuration:
         model: its reference.
         mode: sign-flips or layer-hooks.
         blocks: one row per block.
-        spread: of the blocks; None of a single one.
+        spread: Spread of the valid rates of the blocks; None for a single block.
         expected: valid rate by the chord law.
         nonces_per_second: mean over the tests.
-        nonces_per_second_error: standard deviation over the tests; 0 of a single one.
+        nonces_per_second_error: standard deviation over the tests; 0 for a single test.
         undelivered: valid nonces that the receiver did not get.
     """
 

@@ -62,7 +62,7 @@ class Attack:
     """An attacker.
 
     Args:
-        name: in tables.
+        name: Name of the attack in tables.
         family: what is saved on: weights, layers, positions, parts of layers, or none of them (nothing is run).
         make: builds the program.
         share: of the node's nonces that the program answers; the others are honest.

@@ -90,9 +90,9 @@ class Field:
 
     Args:
         reference: the model.
-        dtype: of honest provers and of attackers.
-        device: where all of them run; None is the best there is.
-        block_hash: of the attacked round.
+        dtype: Dtype of honest provers and of attackers.
+        device: Device they all run on; None takes CUDA where it is available.
+        block_hash: Block hash of the attacked round.
         seq_len: positions.
         batch_size: nonces per forward pass.
         honest: honest nonces; one half calibrates the rules, the other one tests them.

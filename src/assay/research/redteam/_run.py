@@ -42,14 +42,14 @@ class RedteamPlan:
 
     Args:
         models: references.
-        dtypes: of provers and attackers; the validator has float32.
+        dtypes: Dtypes of provers and attackers; the validator computes in float32.
         nonces: nonces that every attacker answers.
         honest: honest nonces, one half to calibrate and one to test.
         searched: nonces of the search over positions read; 0 skips it.
-        block_hash: of the attacked rounds.
+        block_hash: Block hash of the attacked rounds.
         seq_len: input positions per nonce.
         batch_size: nonces per forward pass.
-        device: cpu or cuda; None is the best there is.
+        device: ``cpu`` or ``cuda``; None takes CUDA where it is available.
 
     Raises:
         UsageError: a number is out of range, or a list is empty.

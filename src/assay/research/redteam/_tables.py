@@ -95,8 +95,8 @@ def search_rows(cells: Cells, model: str, honest: float) -> list[list[Cell]]:
     """Return the rows of :data:`SEARCH_COLUMNS`: for each number of positions read, the strategy of the least error.
 
     Args:
-        cells: of the run.
-        model: which one.
+        cells: Cells of the run.
+        model: Reference of the model whose rows are wanted.
         honest: mean ε of an honest prover.
     """
     rows: list[list[Cell]] = []

@@ -68,8 +68,8 @@ def spread_of(valid: Sequence[int], checked: Sequence[int], *, width: float | No
     Args:
         valid: valid nonces per block, [B].
         checked: nonces per block, [B].
-        width: D, or the effective dimension, of states that go through a random head drawn per block; None where
-            there is none.
+        width: D, or the effective dimension, of states that go through a random head drawn per block;
+            None for states that do not.
 
     Raises:
         UsageError: fewer than 2 blocks, or a block without nonces.

@@ -42,8 +42,8 @@ class WeightPlan:
         nonces: nonces per block.
         seq_len: input positions per nonce.
         batch_size: nonces per forward pass.
-        dtype: None is each model's own.
-        device: cpu or cuda; None is the best there is.
+        dtype: Dtype of the models; None keeps the dtype of each checkpoint.
+        device: ``cpu`` or ``cuda``; None takes CUDA where it is available.
 
     Raises:
         UsageError: a list is too short or names something twice, or a number is out of range.
@@ -78,7 +78,7 @@ def run_weights(plan: WeightPlan, folder: Path, *, progress: Progress | None = N
 
     Args:
         plan: what is measured.
-        folder: of the run.
+        folder: Folder of the run.
         progress: called with cells done and cells in all.
 
     Raises:
@@ -139,7 +139,7 @@ class WeightRow:
         weights: weight mode.
         blocks: block hashes.
         means: mean distance per block.
-        std: of the distances inside blocks.
+        std: Standard deviation of the distances within a block.
         spread: largest minus smallest mean.
         low: lower end of the band in which 95 % of spreads lie when only the nonces differ.
         high: its upper end.
