@@ -1,6 +1,6 @@
 """Two checkouts of assay through the same benchmarks, in turns, in one run on one machine.
 
-Each benchmark of :data:`FIGURES` runs in both checkouts, ``--turns`` times each and in alternating order, every time in
+Each benchmark of :data:`FIGURES` runs in both checkouts, ``--turns`` times each in alternating order, every time in
 a process of its own with the benchmark script of that checkout. A figure's ratio is the median of the checkout here over
 the median of the other one; for times it is turned round, so that above 1 always means faster.
 
