@@ -1,8 +1,8 @@
 """Two checkouts of assay through the same benchmarks, in turns, in one run on one machine.
 
-Each benchmark of :data:`FIGURES` runs in both checkouts, ``--turns`` times each in alternating order, every time in
-a process of its own with the benchmark script of that checkout. A figure's ratio is the median of the checkout here over
-the median of the other one; for times it is turned round, so that above 1 always means faster.
+Each benchmark of :data:`FIGURES` runs in both checkouts, ``--turns`` times each in alternating order. Every run is a
+process of its own with the benchmark script of that checkout. The ratio of a figure is the median of this checkout over
+the median of the other one; for times it is inverted, so that a ratio above 1 always means faster.
 
     python benchmarks/versions.py --before ../first --run gpu_prove.py --model shape:qwen3-0.6b
     python benchmarks/versions.py --before ../first --run vhack_gradients.py --run prove_overhead.py
