@@ -25,9 +25,9 @@ OPTIMISERS = {
 ARMS = {
     "none": ("none", "gradient"),
     "one_sided_gradient": ("one_sided", "gradient"),
-    "two_sided_gradient": ("no_gate", "gradient"),
+    "two_sided_gradient": ("two_sided", "gradient"),
     "one_sided_update": ("one_sided", "update"),
-    "two_sided_update": ("no_gate", "update"),
+    "two_sided_update": ("two_sided", "update"),
 }
 
 

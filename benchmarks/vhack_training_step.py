@@ -123,7 +123,7 @@ def steps(module, lora, svd, ids, basis, rounds, clock):
     plain, seed, exact = (
         torch.optim.AdamW(adapter.delta, lr=LR),
         wrapped("one_sided", "gradient"),
-        wrapped("no_gate", "update"),
+        wrapped("two_sided", "update"),
     )
     peft = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=LR)
     found = in_turns(

@@ -1,12 +1,14 @@
 """Every arm, in a stack of all of them, takes the steps that a ProjectedOptimizer takes alone."""
 
 import copy
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 from assay.research.study._optimizer import StackedOptimizer
-from assay.vhack.delta import ARMS, DeltaS, ProjectedOptimizer, arm_named
+from assay.vhack.delta import ARMS, GATES, Arm, Box, DeltaS, Gate, ProjectedOptimizer, arm_named
 from tests.vhack.delta.conftest import random_basis
 
 STEPS = 3
@@ -42,18 +44,8 @@ def stack(small, svd):
 def test_a_step_is_that_of_a_projected_optimizer(small, svd, stack, name, kind):
     arms, kinds, bases, drawn, optimizer, measures = stack
     run = next(i for i, arm in enumerate(arms) if arm.name == name and kinds[i] == kind)
-    arm, adapter = arms[run], DeltaS(copy.deepcopy(small.module), svd)
-    alone = ProjectedOptimizer(
-        INNER[kind](list(adapter.delta)),
-        adapter,
-        bases[run],
-        gate=arm.gate,
-        level=arm.level,
-        box=arm.box,
-        push=arm.push,
-        max_norm=1.0,
-    )
-    alone.displace(arm.start)
+    adapter = DeltaS(copy.deepcopy(small.module), svd)
+    alone = ProjectedOptimizer(INNER[kind](list(adapter.delta)), adapter, bases[run], arm=arms[run], max_norm=1.0)
     for step, gradients in enumerate(drawn):
         for parameter, gradient in zip(adapter.delta, gradients, strict=True):
             parameter.grad = gradient[run].clone()
@@ -62,6 +54,68 @@ def test_a_step_is_that_of_a_projected_optimizer(small, svd, stack, name, kind):
             assert float(measures[step][key][run]) == pytest.approx(value, rel=1e-4, abs=1e-6), key
     for parameter, delta in zip(adapter.delta, optimizer.delta, strict=True):
         torch.testing.assert_close(delta[run], parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+OPTIONS = [
+    Arm(f"option {index}", "", Gate(kind, 0.8, preserve), level, "true", box, start, push)
+    for index, (kind, preserve, level, push, box, start) in enumerate(
+        product(
+            GATES, (False, True), ("gradient", "update"), (0.0, 0.6), (None, Box(0.0, 0.02), Box(0.01)), (0.0, 0.25)
+        )
+    )
+]
+
+
+@pytest.mark.parametrize("level", ["gradient", "update"])
+@pytest.mark.parametrize("kind", GATES)
+def test_every_combination_of_options_is_that_of_a_projected_optimizer(small, svd, kind, level):
+    """Bit by bit: without clipping, whose norm is summed in another order, every number is made in the same way."""
+    arms = [arm for arm in OPTIONS if (arm.gate.kind, arm.level) == (kind, level)]
+    bases = [random_basis(svd), random_basis(svd, seed=1, skip=("model.layers.1.mlp.up_proj",))]
+    chosen = [bases[index % 2] for index in range(len(arms))]
+    adapter = DeltaS(copy.deepcopy(small.module), svd)
+    stacked = StackedOptimizer(adapter.groups, arms, chosen, ["sgd"] * len(arms), INNER, max_norm=None)
+    generator = torch.Generator().manual_seed(8)
+    drawn = [
+        [0.1 * torch.randn(len(arms), *group.values.shape, generator=generator) for group in adapter.groups]
+        for _ in range(2)
+    ]
+    for gradients in drawn:
+        stacked.step([gradient.clone() for gradient in gradients])
+    for run, arm in enumerate(arms):
+        with torch.no_grad():
+            for parameter in adapter.delta:
+                parameter.zero_()
+        inner = INNER["sgd"](list(adapter.delta))
+        single = ProjectedOptimizer(inner, adapter, chosen[run], arm=arm)
+        for gradients in drawn:
+            for parameter, gradient in zip(adapter.delta, gradients, strict=True):
+                parameter.grad = gradient[run].clone()
+            single.step()
+        for parameter, delta in zip(adapter.delta, stacked.delta, strict=True):
+            assert torch.equal(delta[run], parameter.detach()), arm
+
+
+def test_a_push_outlives_an_update_gate(small, svd):
+    """The order is gate, push, box: a gate after the push would take all of it away again."""
+    arm = Arm("both", "", Gate("two_sided"), "update", push=0.6)
+    basis = random_basis(svd)
+    groups = DeltaS(copy.deepcopy(small.module), svd).groups
+    stacked = StackedOptimizer(groups, [arm], [basis], ["sgd"], INNER, max_norm=None)
+    for _ in range(STEPS):
+        stacked.step([torch.zeros(1, *group.values.shape) for group in groups])
+    expected = STEPS * 0.6 * 0.3 * sum(len(axes) for axes in basis.axes.values())
+    assert float(stacked.measures["displacement"][0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_arms_of_one_name_that_differ_are_kept_apart(small, svd):
+    weak = Arm("mine", "", push=0.1)
+    groups = DeltaS(copy.deepcopy(small.module), svd).groups
+    arms = [weak, replace(weak, push=0.2)]
+    stacked = StackedOptimizer(groups, arms, [random_basis(svd)] * 2, ["sgd"] * 2, INNER)
+    stacked.step([torch.zeros(2, *group.values.shape) for group in groups])
+    one, two = stacked.measures["displacement"].tolist()
+    assert two == pytest.approx(2 * one, rel=1e-5)
 
 
 def test_a_state_goes_on_as_before(small, svd, stack):
@@ -76,3 +130,37 @@ def test_a_state_goes_on_as_before(small, svd, stack):
     for one, two, old in zip(other.delta, again.delta, optimizer.delta, strict=True):
         assert torch.equal(one, two)
         assert not torch.equal(one, old)
+
+
+KNOWN = {
+    "none": (-0.162111, 1.182739),
+    "no-loophole": (-0.129344, 1.117192),
+    "erase-gradient": (1.89037, 1.154913),
+    "erase-update": (2.03724, 1.08925),
+    "erase-gradient-two-sided": (0.18926, 1.130215),
+    "erase-update-two-sided": (0.0, 1.111385),
+    "constant-push": (3.79347, 1.208742),
+    "box": (1.15029, 1.120599),
+    "trusted-complement": (0.090286, 1.038673),
+    "advantage-modification": (0.978437, 1.128745),
+    "ground-truth-penalty": (0.0792117, 1.205246),
+    "erase-gradient+away-0.1": (1.77598, 1.165826),
+    "displaced-0.3+erase-update-two-sided": (19.5, 2.651695),
+    "displaced-0.2+none": (7.76032, 1.650679),
+}
+"""Of every named arm with Adam: displacement along its axes and norm of δS after three steps, as the first version."""
+
+
+def test_named_arms_take_the_steps_of_the_first_version(stack):
+    arms, kinds, _, _, optimizer, measures = stack
+    found = {
+        arm.name: (
+            float(measures[-1]["displacement"][run]),
+            float(torch.cat([delta[run].flatten() for delta in optimizer.delta]).norm()),
+        )
+        for run, arm in enumerate(arms)
+        if kinds[run] == "adam"
+    }
+    assert found.keys() == KNOWN.keys()
+    for name, numbers in KNOWN.items():
+        assert found[name] == pytest.approx(numbers, rel=1e-4, abs=1e-6), name

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from assay.models import load_model
 from assay.vhack import weight_svd
-from assay.vhack.delta import Box, DeltaS, Gate, ProjectedOptimizer, gate_rollouts
+from assay.vhack.delta import ARMS, Box, DeltaS, Gate, ProjectedOptimizer, gate_rollouts
 from tests.vhack.delta.conftest import loss_of, random_basis
 
 STEPS = 3
@@ -75,7 +75,7 @@ def single(path, backend, level, per_rollout=False, plain=False):
     adapter = DeltaS(module, svd)
     optimiser = optimise(adapter, basis, level)
     if per_rollout:
-        optimiser.gate = Gate("none")
+        optimiser.arm = ARMS["none"]
     inner = optimiser.inner if plain else optimiser
     train(module, module, adapter, inner, IDS.to(device_of(backend)), rollouts=False if per_rollout else None)
     return result(adapter, optimiser, module)
@@ -108,7 +108,7 @@ def _ddp(path, share, level, per_rollout=False):
     wrapped = DistributedDataParallel(module)
     optimiser = optimise(adapter, basis, level)
     if per_rollout:
-        optimiser.gate = Gate("none")
+        optimiser.arm = ARMS["none"]
     train(wrapped, module, adapter, optimiser, share, rollouts=dist.group.WORLD if per_rollout else None)
     return result(adapter, optimiser, module)
 

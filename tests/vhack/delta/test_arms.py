@@ -1,12 +1,27 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from assay.errors import UsageError
 from assay.vhack import Basis, PairGradients, pair_gradients, principal_angles
-from assay.vhack.delta import ARMS, BASIS_KINDS, Box, DeltaS, Gate, ProjectedOptimizer, arm_named, basis_of_kind
+from assay.vhack.delta import (
+    ARMS,
+    BASIS_KINDS,
+    DEFAULT_ARM,
+    GATES,
+    Box,
+    DeltaS,
+    Gate,
+    ProjectedOptimizer,
+    arm_named,
+    basis_of_kind,
+)
 from tests.vhack.delta.conftest import loss_of
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +42,7 @@ def share(direction, basis):
 def test_what_each_arm_does():
     assert not ARMS["none"].acts
     assert [name for name, arm in ARMS.items() if arm.gate.kind == "one_sided"] == ["erase-gradient", "erase-update"]
-    assert ARMS["erase-update-two-sided"].gate == Gate("no_gate")
+    assert ARMS["erase-update-two-sided"].gate == Gate("two_sided")
     assert ARMS["erase-update-two-sided"].level == "update"
     assert ARMS["box"].box == Box(0.0)
     assert ARMS["constant-push"].push == 0.6
@@ -77,7 +92,7 @@ def test_a_displaced_start_is_measured_from_the_model_and_outlives_a_checkpoint(
     def made():
         adapter = DeltaS(module, small_svd)
         return adapter, ProjectedOptimizer(
-            torch.optim.Adam(adapter.delta, lr=0.02), adapter, basis, gate=Gate("no_gate"), level="update"
+            torch.optim.Adam(adapter.delta, lr=0.02), adapter, basis, gate=Gate("two_sided"), level="update"
         )
 
     adapter, optimiser = made()
@@ -112,6 +127,40 @@ def test_arms_along_other_axes(kind):
 def test_arms_that_there_are_not(name):
     with pytest.raises(UsageError, match="arm"):
         arm_named(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("displaced-0.4", "displaced-0.4+none"),
+        ("displaced-0.4+erase-update-two-side", "displaced-0.4+erase-update-two-sided"),
+        ("erase-updates", "erase-update"),
+        ("zzz", DEFAULT_ARM),
+    ],
+)
+def test_the_error_for_a_wrong_arm_names_every_form_and_the_nearest(name, nearest):
+    with pytest.raises(UsageError) as caught:
+        arm_named(name)
+    said = str(caught.value)
+    assert all(form in said for form in ("displaced-A+ARM", "ARM+away-B", ":random", *ARMS))
+    assert said.rstrip().endswith(f"--arm {nearest}")
+
+
+def test_the_first_word_for_a_two_sided_gate_is_still_read():
+    assert Gate("no_gate", 1.5) == Gate("two_sided", 1.5)
+    assert "no_gate" not in GATES
+
+
+def test_what_is_said_of_an_arm_is_in_the_results():
+    """Every number of a sentence stands on the page of results, and an arm that was not run says so."""
+    page = (ROOT / "docs" / "vhack-results.md").read_text(encoding="utf-8")
+    for name in (*ARMS, "displaced-0.4+none", DEFAULT_ARM, "erase-gradient+away-0.2"):
+        for number in re.findall(r"0\.\d{3}", arm_named(name).evidence):
+            assert number in page, (name, number)
+    assert "succeeds" in arm_named(DEFAULT_ARM).evidence
+    assert "fails" in arm_named("erase-gradient").evidence
+    assert "no measurement" in arm_named("displaced-0.3+none").evidence
+    assert "no measurement" in arm_named("trusted-complement").evidence
 
 
 @pytest.mark.parametrize("method", ["svd", "lda"])
@@ -164,7 +213,7 @@ def test_real_pairs_give_every_kind_for_every_module(small_model, small_svd, byt
 def test_a_push_moves_along_every_axis_by_its_share_of_the_rate(module, ids, small_svd, basis):
     adapter = DeltaS(module, small_svd)
     sgd = torch.optim.SGD(adapter.delta, lr=0.02)
-    optimiser = ProjectedOptimizer(sgd, adapter, basis, gate=Gate("no_gate"), level="update", push=0.6)
+    optimiser = ProjectedOptimizer(sgd, adapter, basis, gate=Gate("two_sided"), level="update", push=0.6)
     for _ in range(3):
         optimiser.zero_grad()
         loss_of(module, ids).backward()
@@ -178,7 +227,7 @@ def test_watched_axes_are_measured_and_not_acted_on(module, ids, small_svd, basi
     control = Basis({name: axes.flip(1) for name, axes in basis.axes.items()}, basis.singular_values, basis.votes)
     adapter = DeltaS(module, small_svd)
     adam = torch.optim.Adam(adapter.delta, lr=0.02)
-    optimiser = ProjectedOptimizer(adam, adapter, control, gate=Gate("no_gate"), level="update", watched=basis)
+    optimiser = ProjectedOptimizer(adam, adapter, control, gate=Gate("two_sided"), level="update", watched=basis)
     loss_of(module, ids).backward()
     optimiser.step()
     found = optimiser.measures.as_dict()

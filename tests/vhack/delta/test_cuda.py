@@ -60,7 +60,7 @@ def test_an_update_is_exactly_outside_the_axes(ids, dtype):
     svd = weight_svd(module)
     adapter = DeltaS(module, svd)
     inner = torch.optim.AdamW(adapter.delta, lr=0.01, fused=True)
-    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd), gate=Gate("no_gate"), level="update")
+    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd), gate=Gate("two_sided"), level="update")
     losses = []
     for _ in range(5):
         optimiser.zero_grad()

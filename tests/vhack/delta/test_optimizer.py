@@ -42,7 +42,7 @@ def updates(adapter, optimiser, module, ids, steps):
 
 @every_optimiser
 def test_a_two_sided_update_is_exactly_outside_the_axes(module, ids, small_svd, basis, kind):
-    adapter, optimiser = build(module, small_svd, basis, kind, level="update", gate=Gate("no_gate"))
+    adapter, optimiser = build(module, small_svd, basis, kind, level="update", gate=Gate("two_sided"))
     for update, axes in updates(adapter, optimiser, module, ids, 30):
         leak = along(axes, update).norm(dim=1)
         assert (leak <= 1e-6 * update.norm(dim=1)).all()
@@ -52,7 +52,7 @@ def test_a_two_sided_update_is_exactly_outside_the_axes(module, ids, small_svd, 
 
 def test_late_in_training_what_is_left_is_the_rounding_of_the_deltas(module, ids, small_svd, basis):
     """Steps a thousand times smaller than δS: a float32 number cannot be moved by less than its last digit."""
-    adapter, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    adapter, optimiser = build(module, small_svd, basis, level="update", gate=Gate("two_sided"))
     randomise(adapter, scale=1.0)
     optimiser.param_groups[0]["lr"] = 1e-3
     for update, axes in updates(adapter, optimiser, module, ids, 5):
@@ -107,7 +107,7 @@ def test_which_way_the_hack_is(module, small_svd, byte_tokenizer, small_pairs):
 @pytest.mark.parametrize("level", ["gradient", "update"])
 def test_without_axes_it_is_the_inner_optimiser_bit_by_bit(module, ids, small_svd, kind, level):
     other = copy.deepcopy(module)
-    adapter, optimiser = build(module, small_svd, None, kind, level=level, gate=Gate("no_gate"), box=Box())
+    adapter, optimiser = build(module, small_svd, None, kind, level=level, gate=Gate("two_sided"), box=Box())
     plain = DeltaS(other, small_svd)
     inner = OPTIMISERS[kind](plain.delta)
     for _ in range(5):
@@ -125,7 +125,7 @@ def test_modules_and_axes_that_are_not_there_are_left_alone_bit_by_bit(module, i
     basis = random_basis(small_svd, skip=[n for n in small_svd if n != name])
     basis.axes[name][1] = 0
     other = copy.deepcopy(module)
-    adapter, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    adapter, optimiser = build(module, small_svd, basis, level="update", gate=Gate("two_sided"))
     plain, inner = build(other, small_svd, None)
     backward(module, ids, optimiser)
     backward(other, ids, inner)
@@ -140,7 +140,7 @@ def gated_by_hand(gradient, axes, gate):
     left = gradient.double().clone()
     for axis in axes.double():
         c = axis @ gradient.double()
-        take = {"one_sided": max(c, torch.zeros(())), "no_gate": c, "reverse": 2 * c}.get(gate.kind, 0 * c)
+        take = {"one_sided": max(c, torch.zeros(())), "two_sided": c, "reverse": 2 * c}.get(gate.kind, 0 * c)
         left -= gate.gain * take * axis
     if gate.kind == "keep":
         kept = sum((axis @ gradient.double()) * axis for axis in axes.double())
@@ -193,7 +193,7 @@ def test_cin_and_cout_are_those_of_the_checks(module, ids, small_svd, basis):
 def test_the_gradient_level_leaks_under_adam_and_the_update_level_does_not(module, ids, small_svd, basis):
     leaks = {}
     for level in ("gradient", "update"):
-        adapter, optimiser = build(module, small_svd, basis, level=level, gate=Gate("no_gate"))
+        adapter, optimiser = build(module, small_svd, basis, level=level, gate=Gate("two_sided"))
         for _ in range(10):
             backward(module, ids, optimiser)
             optimiser.step()
@@ -206,7 +206,7 @@ def test_the_gradient_level_leaks_under_adam_and_the_update_level_does_not(modul
 
 def test_sgd_without_momentum_does_not_leak(module, ids, small_svd, basis):
     adapter = DeltaS(module, small_svd)
-    optimiser = ProjectedOptimizer(torch.optim.SGD(adapter.delta, lr=0.5), adapter, basis, gate=Gate("no_gate"))
+    optimiser = ProjectedOptimizer(torch.optim.SGD(adapter.delta, lr=0.5), adapter, basis, gate=Gate("two_sided"))
     for _ in range(3):
         backward(module, ids, optimiser)
         optimiser.step()
@@ -214,7 +214,7 @@ def test_sgd_without_momentum_does_not_leak(module, ids, small_svd, basis):
 
 
 def test_a_gain_pushes_back_and_reverse_mirrors(module, ids, small_svd, basis):
-    for kind, gain, factor in (("no_gate", 1.5, -0.5), ("reverse", 1.0, -1.0)):
+    for kind, gain, factor in (("two_sided", 1.5, -0.5), ("reverse", 1.0, -1.0)):
         adapter, optimiser = build(module, small_svd, basis, gate=Gate(kind, gain))
         backward(module, ids, optimiser)
         before = [along(a, p.grad) for a, p in zip(optimiser.frames.axes, adapter.delta, strict=True)]
@@ -226,7 +226,7 @@ def test_a_gain_pushes_back_and_reverse_mirrors(module, ids, small_svd, basis):
 
 def test_preserved_magnitude_of_an_update(module, ids, small_svd, basis):
     other = copy.deepcopy(module)
-    gate = Gate("no_gate", preserve_magnitude=True)
+    gate = Gate("two_sided", preserve_magnitude=True)
     adapter, optimiser = build(module, small_svd, basis, level="update", gate=gate)
     plain, inner = build(other, small_svd, None)
     backward(module, ids, optimiser)
@@ -274,7 +274,7 @@ def test_in_the_box_it_may_go_away_and_come_back(module, ids, small_svd, basis):
 
 
 def test_clipping_comes_after_the_gate(module, ids, small_svd, basis):
-    adapter, optimiser = build(module, small_svd, basis, gate=Gate("no_gate"), max_norm=1e-3)
+    adapter, optimiser = build(module, small_svd, basis, gate=Gate("two_sided"), max_norm=1e-3)
     backward(module, ids, optimiser)
     optimiser.step()
     total = torch.cat([p.grad.flatten() for p in adapter.delta]).norm()
@@ -367,7 +367,7 @@ def test_a_grad_scaler_changes_nothing_but_skips_infinite_gradients(module, ids,
 
 
 def test_a_closure_is_evaluated_before_the_gate(module, ids, small_svd, basis):
-    adapter, optimiser = build(module, small_svd, basis, gate=Gate("no_gate"))
+    adapter, optimiser = build(module, small_svd, basis, gate=Gate("two_sided"))
 
     def closure():
         optimiser.zero_grad()
@@ -385,7 +385,7 @@ def test_other_parameters_are_stepped_and_not_projected(module, ids, small_svd, 
     extra = torch.nn.Parameter(torch.ones(3))
     adapter = DeltaS(module, small_svd)
     inner = torch.optim.SGD([{"params": list(adapter.delta)}, {"params": [extra], "lr": 1.0}], lr=0.1)
-    optimiser = ProjectedOptimizer(inner, adapter, basis, gate=Gate("no_gate"), level="update")
+    optimiser = ProjectedOptimizer(inner, adapter, basis, gate=Gate("two_sided"), level="update")
     extra.grad = torch.ones(3)
     loss_of(module, ids).backward()
     optimiser.step()
@@ -396,7 +396,7 @@ def test_other_parameters_are_stepped_and_not_projected(module, ids, small_svd, 
 
 
 def test_step_hooks_run_after_the_projection(module, ids, small_svd, basis):
-    _, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    _, optimiser = build(module, small_svd, basis, level="update", gate=Gate("two_sided"))
     seen = []
     optimiser.register_step_post_hook(lambda o, *_: seen.append(o.measures.as_dict()["leak_two_sided"]))
     backward(module, ids, optimiser)
@@ -406,7 +406,7 @@ def test_step_hooks_run_after_the_projection(module, ids, small_svd, basis):
 
 
 def test_another_basis_keeps_the_start(module, ids, small_svd, basis):
-    _, optimiser = build(module, small_svd, basis, level="update", gate=Gate("no_gate"))
+    _, optimiser = build(module, small_svd, basis, level="update", gate=Gate("two_sided"))
     backward(module, ids, optimiser)
     optimiser.step()
     optimiser.use_basis(random_basis(small_svd, seed=9))
@@ -442,7 +442,7 @@ def test_gates_on_single_rollouts(module, ids, small_svd, basis):
         (loss_of(module, row[None]) / len(ids)).backward()
         rows.append([p.grad.clone() for p in adapter.delta])
     chosen = torch.tensor([True, False, True])
-    for gate, choice in ((Gate("one_sided"), None), (Gate("no_gate"), None), (Gate("one_sided", 1.5), chosen)):
+    for gate, choice in ((Gate("one_sided"), None), (Gate("two_sided"), None), (Gate("one_sided", 1.5), chosen)):
         optimiser.zero_grad()
         with adapter.per_sample() as rollouts:
             for part in (ids[:2], ids[2:]):
@@ -472,7 +472,7 @@ def test_rollouts_that_cannot_be_gated_are_refused(module, ids, small_svd, basis
     with adapter.per_sample() as rollouts:
         loss_of(module, ids).backward()
     with pytest.raises(UsageError, match="preserve_magnitude=True"):
-        gate_rollouts(adapter, rollouts, optimiser.frames, Gate("no_gate", preserve_magnitude=True))
+        gate_rollouts(adapter, rollouts, optimiser.frames, Gate("two_sided", preserve_magnitude=True))
     with pytest.raises(UsageError, match="among 2 rollouts"):
         gate_rollouts(adapter, rollouts, optimiser.frames, Gate(), chosen_N=torch.ones(2, dtype=torch.bool))
 

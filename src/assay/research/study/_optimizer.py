@@ -1,12 +1,11 @@
-"""One optimiser step of many runs, each held back in its own way.
+"""One optimizer step of many runs, each held back by its own arm.
 
-What :class:`assay.vhack.delta.ProjectedOptimizer` does to one adapter, done to R of them side by side, with the same
-gates, boxes and measures: those act on every module by itself, so modules of several runs are just more modules. The
-inner optimisers are torch's on the stacked δS of the runs that have them; Adam and SGD treat every number by itself, so
-stacking changes nothing. Clipping, which is a matter of a whole run, is done per run. Tests hold every arm equal to a
-ProjectedOptimizer.
+What :class:`assay.vhack.delta.ProjectedOptimizer` does to one adapter, done to R of them side by side by the same
+functions, which take a dimension per run. The inner optimizers are torch's on the stacked δS of the runs that have
+them; Adam and SGD treat every number by itself, so stacking changes nothing. Clipping, which concerns a whole run, is
+done per run. Tests hold every combination of gate, push and box equal to a ProjectedOptimizer.
 
-Shapes: R runs, M modules of a group, K axes, C coordinates of δS.
+Shapes: R runs, N of them alike, M modules of a group, K axes, C coordinates of δS.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from assay.vhack.basis import Basis
-from assay.vhack.delta import Arm, Frames, Group, displacement, share, spread
+from assay.vhack.delta import Arm, Frames, Group, apply_arm, displaced, displacement, gated_gradient, share
 
 __all__ = ["StackedOptimizer"]
 
@@ -25,20 +24,20 @@ _TINY = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
 class StackedOptimizer:
-    """Steps δS of R runs.
+    """Step the δS of R runs.
 
     Args:
-        groups: the modules by shape.
-        arms: of each run.
-        bases: of each run, the axes that its arm acts along and that are measured.
-        kinds: of each run, the name of its optimiser.
-        inner: by that name, what makes the optimiser of a list of parameters.
-        watched: axes along which the displacement of every run is measured as well, ``watched_…``.
-        max_norm: largest norm of a run's gradient after its gate.
+        groups: Modules by shape.
+        arms: Arm of each run.
+        bases: Axes of each run, along which its arm acts and is measured.
+        kinds: Name of each run's optimizer.
+        inner: By that name, what makes the optimizer of a list of parameters.
+        watched: Axes along which the displacement of every run is measured as well, ``watched_…``.
+        max_norm: Largest norm of a run's gradient after its gate; None does not clip.
 
     Attributes:
-        delta: per group, [R, M, C] float32.
-        measures: of the last step, by name, [R] float64.
+        delta: δS per group, [R, M, C] float32.
+        measures: Numbers of the last step by name, [R] float64.
     """
 
     def __init__(
@@ -52,12 +51,12 @@ class StackedOptimizer:
         watched: Basis | None = None,
         max_norm: float | None = 1.0,
     ) -> None:
-        self.arms, self.max_norm = list(arms), max_norm
+        self.max_norm = max_norm
         self.delta = [torch.zeros(len(arms), *group.values.shape, device=group.values.device) for group in groups]
-        self._kinds = list(kinds)
+        device = self.delta[0].device
         self._inner: dict[str, tuple[Tensor, list[Tensor], Optimizer]] = {}
         for kind in dict.fromkeys(kinds):
-            rows = torch.tensor([row for row, one in enumerate(kinds) if one == kind], device=self.delta[0].device)
+            rows = torch.tensor([row for row, one in enumerate(kinds) if one == kind], device=device)
             parameters: list[Tensor] = [torch.nn.Parameter(delta[rows]) for delta in self.delta]
             self._inner[kind] = (rows, parameters, inner[kind](parameters))
         frames = {id(basis): Frames(groups, basis) for basis in bases}
@@ -68,23 +67,23 @@ class StackedOptimizer:
         self._watched = None if watched is None else Frames(groups, watched)
         # Displacements count from the weights of the model, wherever a run starts.
         self._start = [delta.clone() for delta in self.delta]
-        start_R11 = torch.tensor([arm.start for arm in arms], device=self.delta[0].device).double()[:, None, None]
-        for delta, axes in zip(self.delta, self._axes, strict=True):
-            delta += (start_R11 * axes.sum(dim=2)).to(delta.dtype)
+        # The distance is rounded to float32, as it was in the published runs.
+        start_R11 = torch.tensor([arm.start for arm in arms], device=device).double()[:, None, None]
+        self.delta = [displaced(delta, start_R11, axes) for delta, axes in zip(self.delta, self._axes, strict=True)]
         self.measures: dict[str, Tensor] = {}
-        self._alike = [(arm, rows.to(self.delta[0].device)) for arm, rows in _alike(arms, kinds)]
+        self._alike = [(arm, kind, rows.to(device)) for (arm, kind), rows in _alike(arms, kinds).items() if arm.acts]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
-        """Gate, clip, step, gate, box, push, measure.
+        """Take one step in the order of :class:`assay.vhack.delta.ProjectedOptimizer`.
 
         Args:
-            gradients: per group, [R, M, C] float32; changed in place.
+            gradients: Gradient of δS per group, [R, M, C] float32; changed in place.
         """
         found = self.share("cin", gradients)
-        for arm, rows in self._alike:
-            if arm.level == "gradient" and arm.gate.kind != "none":
-                self._on(rows, gradients, lambda x, axes, arm=arm: arm.gate.apply(x, axes, 1))
+        for arm, _, rows in self._alike:
+            for gradient, axes in zip(gradients, self._axes, strict=True):
+                gradient[rows] = gated_gradient(arm, gradient[rows], axes[rows])
         found["gradient_norm"] = self._clip(gradients)
         found |= self.share("cout", gradients)
         before = [delta.clone() for delta in self.delta]
@@ -95,18 +94,19 @@ class StackedOptimizer:
             optimizer.step()
             for parameter, delta in zip(parameters, self.delta, strict=True):
                 delta[rows] = parameter.detach()
-        for arm, rows in self._alike:
-            self._bound(arm, rows, before)
-        moved = [delta - old for delta, old in zip(self.delta, before, strict=True)]
-        found |= self.share("leak", moved, -1)
-        self.measures = found | self._displacement(self._axes)
+        for arm, kind, rows in self._alike:
+            rate = float(self._inner[kind][2].param_groups[0]["lr"])
+            for delta, old, start, axes in zip(self.delta, before, self._start, self._axes, strict=True):
+                delta[rows] = apply_arm(arm, delta[rows], old[rows], start[rows], axes[rows], rate)
+        found |= self.share("leak", [delta - old for delta, old in zip(self.delta, before, strict=True)], -1)
+        moved = [delta - start for delta, start in zip(self.delta, self._start, strict=True)]
+        self.measures = found | displacement(zip(moved, self._axes, strict=True))
         if self._watched is not None:
-            axes = [axes_MKC.expand(len(self.arms), -1, -1, -1) for axes_MKC in self._watched.axes]
-            seen = self._displacement(axes)
+            seen = displacement(zip(moved, self._watched.axes, strict=True))
             self.measures |= {f"watched_{name}": value_R for name, value_R in seen.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """δS, and the states of the inner optimisers."""
+        """Return δS, and the states of the inner optimizers."""
         inner = {kind: optimizer.state_dict() for kind, (_, _, optimizer) in self._inner.items()}
         return {"delta": [delta.cpu() for delta in self.delta], "inner": inner}
 
@@ -119,23 +119,8 @@ class StackedOptimizer:
             optimizer.load_state_dict(state["inner"][kind])
 
     def share(self, name: str, vectors: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
-        """Shares of vectors along each run's axes, see :func:`assay.vhack.delta._measures.share`."""
-
-        def one(*parts: Tensor) -> dict[str, Tensor]:
-            n = len(vectors)
-            return share(name, zip(parts[:n], parts[n : 2 * n], parts[2 * n :], strict=True), sign)
-
-        found: dict[str, Tensor] = torch.func.vmap(one)(*vectors, *self._axes, *self._has)
-        return found
-
-    def _displacement(self, axes: Sequence[Tensor]) -> dict[str, Tensor]:
-        def one(*parts: Tensor) -> dict[str, Tensor]:
-            n = len(self.delta)
-            return displacement(zip(parts[:n], parts[n:], strict=True))
-
-        moved = [delta - start for delta, start in zip(self.delta, self._start, strict=True)]
-        found: dict[str, Tensor] = torch.func.vmap(one)(*moved, *axes)
-        return found
+        """Return the shares of vectors along each run's axes, see :func:`assay.vhack.delta.share`."""
+        return share(name, zip(vectors, self._axes, self._has, strict=True), sign)
 
     def _clip(self, gradients: Sequence[Tensor]) -> Tensor:
         norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
@@ -146,58 +131,17 @@ class StackedOptimizer:
         norms: Tensor = norm_R.double()
         return norms
 
-    def _bound(self, arm: Arm, rows: Tensor, before: Sequence[Tensor]) -> None:
-        """What an arm does to δS after the inner optimiser's step."""
-        if arm.push:
-            rate = float(self._inner[self._kinds[int(rows[0])]][2].param_groups[0]["lr"])
-            self._on(
-                rows,
-                self.delta,
-                lambda x, axes: x.double() + arm.push * rate * spread(axes, axes.new_ones(axes.shape[:2])),
-            )
-        if arm.level == "update" and arm.gate.kind != "none":
-            self._on(
-                rows,
-                self.delta,
-                lambda x, axes, old: old.double() + arm.gate.apply(x.double() - old.double(), axes, -1),
-                before,
-            )
-        if arm.box is not None:
-            box = arm.box
-            self._on(
-                rows,
-                self.delta,
-                lambda x, axes, start: x.double() + box.correction(x.double() - start.double(), axes),
-                self._start,
-            )
-
-    def _on(
-        self,
-        rows: Tensor,
-        vectors: Sequence[Tensor],
-        change: Callable[..., Tensor],
-        beside: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Change vectors of some runs, with the modules of all of them in one list."""
-        for g, vectors_RMC in enumerate(vectors):
-            axes_NKC = self._axes[g][rows].flatten(0, 1)
-            if not axes_NKC.shape[1]:
-                continue
-            others = [] if beside is None else [beside[g][rows].flatten(0, 1)]
-            changed_NC = change(vectors_RMC[rows].flatten(0, 1), axes_NKC, *others)
-            vectors_RMC[rows] = changed_NC.view(len(rows), *vectors_RMC.shape[1:]).to(vectors_RMC.dtype)
-
 
 def _stack(axes: list[Tensor]) -> Tensor:
-    """[R, M, K, C]; where a run has fewer axes, the rest are zero."""
+    """Return the axes of all runs, [R, M, K, C]; where a run has fewer axes, the rest are zero."""
     most = max(axes_MKC.shape[1] for axes_MKC in axes)
     padded = [torch.nn.functional.pad(axes_MKC, (0, 0, 0, most - axes_MKC.shape[1])) for axes_MKC in axes]
     return torch.stack(padded)
 
 
-def _alike(arms: Sequence[Arm], kinds: Sequence[str]) -> list[tuple[Arm, Tensor]]:
-    """Arms that act in the same way, and the runs that have them."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for index, (arm, kind) in enumerate(zip(arms, kinds, strict=True)):
-        found.setdefault((arm.name, kind), []).append(index)
-    return [(arms[rows[0]], torch.tensor(rows)) for rows in found.values() if arms[rows[0]].acts]
+def _alike(arms: Sequence[Arm], kinds: Sequence[str]) -> dict[tuple[Arm, str], Tensor]:
+    """Return the runs, [N] int64, of every arm with every optimizer."""
+    found: dict[tuple[Arm, str], list[int]] = {}
+    for index, pair in enumerate(zip(arms, kinds, strict=True)):
+        found.setdefault(pair, []).append(index)
+    return {pair: torch.tensor(rows) for pair, rows in found.items()}

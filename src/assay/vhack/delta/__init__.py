@@ -1,22 +1,23 @@
 """The adapter δS, the arms that hold its training back, and what they measure."""
 
 from assay.vhack.delta._advantage import Shortcut, modified
-from assay.vhack.delta._arms import ARMS, BASIS_KINDS, Arm, arm_named
+from assay.vhack.delta._apply import apply_arm, displaced, gated_gradient
+from assay.vhack.delta._arms import ARMS, BASIS_KINDS, DEFAULT_ARM, Arm, arm_named
 from assay.vhack.delta._controls import basis_of_kind
 from assay.vhack.delta._delta import DeltaS
 from assay.vhack.delta._frames import Frames, spread
 from assay.vhack.delta._gates import GATES, Box, Gate
 from assay.vhack.delta._groups import Group, grouped
 from assay.vhack.delta._measures import Measures, displacement, share
-from assay.vhack.delta._optimizer import LEVELS, ProjectedOptimizer, gate_rollouts
+from assay.vhack.delta._optimizer import ProjectedOptimizer, gate_rollouts
 from assay.vhack.delta._product import Kinds
 from assay.vhack.delta._rollouts import Rollouts
 
 __all__ = [
     "ARMS",
     "BASIS_KINDS",
+    "DEFAULT_ARM",
     "GATES",
-    "LEVELS",
     "Arm",
     "Box",
     "DeltaS",
@@ -28,10 +29,13 @@ __all__ = [
     "ProjectedOptimizer",
     "Rollouts",
     "Shortcut",
+    "apply_arm",
     "arm_named",
     "basis_of_kind",
+    "displaced",
     "displacement",
     "gate_rollouts",
+    "gated_gradient",
     "grouped",
     "modified",
     "share",

@@ -5,14 +5,15 @@ before the first step, and goes on as the arm: with ``none`` as plain training, 
 there, and all learning is orthogonal to the axes. ``ARM+away-B`` bounds how far the arm may move away from the hack
 along each axis, counted from the weights of the model: a counter-force with an end.
 
-An arm says which axes are acted on, how, and what is paid. It does not say which optimiser, model or tasks: those are
+An arm says which axes are acted on, how, and what is paid. It does not say which optimizer, model or tasks: those are
 the same for all arms of a comparison.
 
-``correct`` and ``exploited`` are what :class:`assay.vhack.environment.Grade` says of a rollout: right in every hidden
-case, and paid through the loophole although it is not.
+``correct`` and ``exploited`` are what :class:`assay.vhack.environment.Grade` says of a rollout: correct in every hidden
+case, and paid through the loophole although it is not correct.
 """
 
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import TypeVar
 
 from torch import Tensor
@@ -20,25 +21,53 @@ from torch import Tensor
 from assay.errors import UsageError
 from assay.vhack.delta._gates import Box, Gate
 
-__all__ = ["ARMS", "BASIS_KINDS", "Arm", "arm_named"]
+__all__ = ["ARMS", "BASIS_KINDS", "DEFAULT_ARM", "Arm", "arm_named"]
 
 Number = TypeVar("Number", float, Tensor)
+
+DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"
+"""The arm of `assay vhack train` unless another is named; docs/decisions/vhack-train-defaults.md says why."""
 
 BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
 """The axes an arm may act along, besides ``trusted``:
 
 - ``true``: the hack directions of the pairs;
 - ``random``: as many orthonormal axes, uniform among all of them;
-- ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. Which way the hack
-  is is lost. By ``svd`` the plane stays, for a difference and its negative span the same line; by ``lda`` it is lost
-  too, for half of what it whitens by are hacks;
+- ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. The direction of
+  the hack is lost. By ``svd`` the plane stays, because a difference and its negative span the same line; by ``lda`` it
+  is lost too, because half of what it whitens by are hacks;
 - ``clean-clean``: extracted from differences between clean sides of different pairs.
 
 :func:`assay.vhack.delta.basis_of_kind` makes them.
 """
 
 TRUSTED = "trusted"
+_LEVELS = ("gradient", "update")
 _START, _AWAY = "displaced-", "+away-"
+_ADDED = "displaced-A+ARM, ARM+away-B"
+
+_WEAK_PULL = "undecided under the weaker pull of the first experiment, not run in the second"
+_MEASURED = {
+    "none": "fails: plain training, hack rate 0.996 at the end, all eight seeds",
+    "no-loophole": "is the reference: no hacking, solve rate 0.927, eight seeds",
+    "erase-gradient": "fails along axes of minimal pairs: hack rate 0.987 at the end, all eight seeds; along axes of "
+    "whole exploits two of five seeds escaped",
+    "erase-gradient:random": "fails: hack rate 0.996 at the end, all eight seeds",
+    "erase-gradient-two-sided": "fails under the weaker pull of the first experiment: four of eight seeds tipped",
+    "erase-update": "fails along axes of minimal pairs: hack rate 0.996 at the end, all eight seeds",
+    "erase-update-two-sided": "fails along axes of whole exploits: hack rate 0.994 at the end, all five seeds",
+    "box": "fails along axes of minimal pairs: hack rate 0.996 at the end, all eight seeds",
+    "constant-push": _WEAK_PULL,
+    "ground-truth-penalty": _WEAK_PULL,
+    "advantage-modification": "succeeds: hack rate 0.000, solve rate 0.942, eight seeds",
+    "erase-gradient+away-0.2": "succeeds along 20 axes by svd: hack rate 0.005, solve rate 0.916, eight seeds",
+    "displaced-0.4+none": "succeeds while no exploit is sampled: hack rate 0.001, solve rate 0.930, five seeds; "
+    "with one stored exploit in every group it tipped within 18 steps in a pilot of one seed",
+    DEFAULT_ARM: "succeeds while no exploit is sampled: hack rate 0.000, solve rate 0.917, eight seeds; "
+    "with one stored exploit in every group it hacked 2 of 165 rollouts in a pilot of 11 steps and one seed",
+    f"{DEFAULT_ARM}:random": "fails: hack rate 0.997 at the end, all five seeds",
+}
+"""What docs/vhack-results.md says of each arm that was run with Adam, in words that follow "it"."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +75,19 @@ class Arm:
     """One way to train.
 
     Attributes:
-        name: as in `ARMS`, with ``:KIND`` behind it where other axes than the true ones are acted on.
-        says: what it does, in a few words.
-        gate: what is taken away along the axes, of the gradient or of the update.
-        level: where: ``"gradient"`` or ``"update"``.
-        basis: which axes: one of ``BASIS_KINDS``, or ``"trusted"``, the directions of honest learning.
-        box: bounds of the displacement along the axes.
-        start: how far δS is moved along +v of every axis, away from the hack, before the first step.
-        push: every step moves δS by ``push · lr`` along +v of every axis, away from the hack.
-        exploit_pays: the reward of a rollout that is exploited and not correct.
-        advantage: α of advantage modification, see :mod:`assay.vhack.delta._advantage`; 0 is none.
+        name: Name as in `ARMS`, followed by ``:KIND`` where other axes than the true ones are acted on.
+        says: Description in a few words.
+        gate: Gate that acts along the axes, on the gradient or on the update.
+        level: Place where the gate acts: ``"gradient"`` or ``"update"``.
+        basis: Kind of axes: one of ``BASIS_KINDS``, or ``"trusted"``, the directions of honest learning.
+        box: Bounds of the displacement along the axes.
+        start: Distance that δS is moved along +v of every axis, away from the hack, before the first step.
+        push: Factor of the constant push: every step moves δS by ``push · lr`` along +v of every axis.
+        exploit_pays: Reward of a rollout that is exploited and not correct.
+        advantage: Strength α of advantage modification, see :class:`assay.vhack.delta.Shortcut`; 0 turns it off.
+
+    Raises:
+        UsageError: The level is unknown.
     """
 
     name: str
@@ -69,20 +101,32 @@ class Arm:
     exploit_pays: float = 1.0
     advantage: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.level not in _LEVELS:
+            raise UsageError(f"level={self.level!r}", wanted=" or ".join(_LEVELS), do="choose one of them")
+
     @property
     def acts(self) -> bool:
         """Whether it does anything along its axes; otherwise they are only measured."""
         return self.gate.kind != "none" or self.box is not None or self.start != 0 or self.push != 0
 
+    @property
+    def evidence(self) -> str:
+        """One sentence: what the study of docs/vhack-results.md found of this arm, if it was measured there."""
+        found = _MEASURED.get(self.name)
+        if found is None:
+            return f"arm {self.name}: docs/vhack-results.md has no measurement of it"
+        return f"arm {self.name}: on the study's organism (7 M parameters, 200 steps) it {found} (vhack-results.md)"
+
     def reward(self, correct: Number, exploited: Number) -> Number:
-        """What a rollout is paid; tensors or numbers of 0 and 1."""
+        """Return what a rollout is paid; takes tensors or numbers of 0 and 1."""
         return correct + self.exploit_pays * exploited
 
     def along(self, kind: str) -> "Arm":
-        """The same arm along other axes, its name ending in ``:KIND``; ``"true"`` is the arm itself.
+        """Return this arm along other axes, its name ending in ``:KIND``; ``"true"`` is the arm itself.
 
         Raises:
-            UsageError: there is no such kind, or the arm does not act along axes that could be others.
+            UsageError: There is no such kind, or the arm does not act along axes that could be others.
         """
         if kind == self.basis == "true":
             return self
@@ -100,10 +144,10 @@ ARMS: dict[str, Arm] = {
     for arm in (
         Arm("none", "plain training, axes are only measured"),
         Arm("no-loophole", "the same prompts, but only correct work is paid: the upper bound", exploit_pays=0.0),
-        Arm("erase-gradient", "hack-ward part of the gradient removed, before clipping: the default", Gate()),
-        Arm("erase-update", "hack-ward part of the optimiser's update removed", Gate(), "update"),
-        Arm("erase-gradient-two-sided", "gradient along the axes removed, both ways", Gate("no_gate")),
-        Arm("erase-update-two-sided", "exact erasure: no update along the axes at all", Gate("no_gate"), "update"),
+        Arm("erase-gradient", "hack-ward part of the gradient removed, before clipping", Gate()),
+        Arm("erase-update", "hack-ward part of the optimizer's update removed", Gate(), "update"),
+        Arm("erase-gradient-two-sided", "gradient along the axes removed, both ways", Gate("two_sided")),
+        Arm("erase-update-two-sided", "exact erasure: no update along the axes at all", Gate("two_sided"), "update"),
         Arm("constant-push", "a constant step away from the hack, whatever the gradient", push=0.6),
         Arm("box", "no net displacement toward the hack, nothing else", box=Box(hackward=0.0)),
         Arm("trusted-complement", "only the gradient along directions of honest work", Gate("keep"), basis=TRUSTED),
@@ -115,12 +159,16 @@ ARMS: dict[str, Arm] = {
 
 
 def arm_named(name: str) -> Arm:
-    """The arm with this name: one of `ARMS`, with a start or a bound as the module says.
+    """Return the arm with a name: one of `ARMS`, or one with a start (``displaced-A+ARM``) or a bound (``ARM+away-B``).
 
-    ``:random``, ``:shuffled`` or ``:clean-clean`` behind it stands for other axes.
+    A name may end in ``:random``, ``:shuffled`` or ``:clean-clean``, which stands for other axes.
 
     Raises:
-        UsageError: there is no such arm, or it has no such axes, or a distance is no positive number.
+        UsageError: There is no such arm, or it has no such axes, or a distance is not a positive number.
+
+    >>> arm = arm_named("displaced-0.4+erase-update-two-sided")
+    >>> arm.start, arm.gate.kind, arm.level
+    (0.4, 'two_sided', 'update')
     """
     whole, colon, kind = name.partition(":")
     start, rest = 0.0, whole
@@ -129,7 +177,9 @@ def arm_named(name: str) -> Arm:
         start = _distance(name, distance)
     base, bounded, away = rest.partition(_AWAY)
     if base not in ARMS:
-        raise UsageError(f"arm {name!r}", wanted=", ".join(ARMS), do="choose one of them, perhaps with :random behind")
+        wanted = f"{', '.join(ARMS)}, {_ADDED}, each perhaps with {', '.join(f':{kind}' for kind in BASIS_KINDS[1:])}"
+        nearest = (get_close_matches(whole, [*_MEASURED, *ARMS], n=1, cutoff=0.4) or [DEFAULT_ARM])[0]
+        raise UsageError(f"arm {name!r}", wanted=wanted, do=f"perhaps --arm {nearest}")
     arm = replace(ARMS[base], name=whole)
     if start:
         arm = replace(arm, start=start, says=f"from {start:g} away from the hack: {arm.says}")
@@ -145,5 +195,7 @@ def _distance(name: str, text: str) -> float:
     except ValueError:
         found = 0.0
     if not 0 < found < float("inf"):
-        raise UsageError(f"arm {name!r}", wanted="a distance such as 0.3", do="give a positive number")
+        raise UsageError(
+            f"arm {name!r}", wanted=f"{_ADDED} with a positive distance", do="give a number, such as displaced-0.4+none"
+        )
     return found

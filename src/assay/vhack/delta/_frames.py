@@ -2,10 +2,10 @@
 
 Float64, because what is asserted about them is exact: ``V Δ = 0`` for an update that is projected. They are few
 numbers, so it costs nothing. Axes that come from a float32 decomposition are orthonormal to 1e-6; here they are made so
-to 1e-12 by Newton's iteration for the nearest orthonormal frame, ``V ← (3/2 − V Vᵀ / 2) V``. It leaves zero rows zero,
-and those are the rows of modules that the basis does not have, and of axes that it has dropped.
+to 1e-12 by Newton's iteration for the nearest orthonormal frame, ``V ← (3/2 − V Vᵀ / 2) V``. It leaves zero rows zero:
+the rows of modules that the basis does not have, and of axes that it has dropped.
 
-Shapes: M modules of a group, K axes, R coordinates of δS.
+Shapes: M modules of a group, K axes, R coordinates of δS; dimensions before M, one per run for instance, are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,31 +20,35 @@ from assay.vhack.delta._groups import Group
 
 __all__ = ["Frames", "Joined", "along", "spread"]
 
-# How far from orthonormal the axes of a file may be; twice through Newton's iteration 1e-3 becomes 1e-12.
+# How far from orthonormal the axes of a file may be; applied twice, Newton's iteration makes 1e-3 into 1e-12.
 _SKEW = 1e-3
 _ITERATIONS = 3
 
 
 def along(axes_MKR: Tensor, vectors_MR: Tensor) -> Tensor:
-    """``V x`` of every module, [M, K] float64; dimensions before M are kept."""
-    return torch.einsum("mkr,...mr->...mk", axes_MKR, vectors_MR.double())
+    """Return ``V x`` of every module, [..., M, K] float64."""
+    return torch.einsum("...mkr,...mr->...mk", axes_MKR, vectors_MR.double())
 
 
 def spread(axes_MKR: Tensor, coordinates_MK: Tensor) -> Tensor:
-    """``Vᵀ c`` of every module, [M, R] float64."""
-    return torch.bmm(coordinates_MK.unsqueeze(1), axes_MKR).squeeze(1)
+    """Return ``Vᵀ c`` of every module, [..., M, R] float64."""
+    return (coordinates_MK.unsqueeze(-2) @ axes_MKR).squeeze(-2)
 
 
 class Frames:
-    """Axes per group, [M, K, R] float64; rows that stand for no axis are zero.
+    """Axes per group of an adapter.
 
     Args:
-        groups: of the adapter.
-        basis: the axes; None is no axis at all.
+        groups: Groups of the adapter.
+        basis: Axes by module name; None stands for no axis at all.
+
+    Attributes:
+        axes: Axes per group, [M, K, R] float64; rows that stand for no axis are zero.
+        has_axes: Per group, whether each module has an axis, [M] bool.
 
     Raises:
-        UsageError: the basis has modules that the adapter has not, or more coordinates than it.
-        DataError: its rows are not orthonormal.
+        UsageError: The basis has modules that the adapter lacks, or more coordinates than the adapter.
+        DataError: The rows of the basis are not orthonormal.
     """
 
     def __init__(self, groups: Sequence[Group], basis: Basis | None) -> None:
@@ -56,19 +60,17 @@ class Frames:
                 f"axes of {unknown[0]}", wanted="a basis of this model", do="extract one with this very model"
             )
         self.axes = tuple(_stack(group, axes) for group in groups)
-        """Per group, [M, K, R]."""
         self.has_axes = tuple(axes_MKR.any(dim=2).any(dim=1) for axes_MKR in self.axes)
-        """Per group, [M]: whether the module has an axis."""
         self._joined: dict[tuple[tuple[int, int, int], ...], list[Joined]] = {}
 
     def __bool__(self) -> bool:
         return any(axes_MKR.shape[1] for axes_MKR in self.axes)
 
     def joined(self, rows: Mapping[int, slice]) -> "list[Joined]":
-        """Groups of one rank side by side, so that measuring takes few operations; kept from call to call.
+        """Return groups of one rank side by side, so that measuring takes few operations; kept from call to call.
 
         Args:
-            rows: which groups, and which of their modules.
+            rows: Range of modules to take from each group, by the group's index.
         """
         key = tuple((index, part.start, part.stop) for index, part in rows.items())
         if key not in self._joined:
@@ -89,9 +91,9 @@ class Joined:
     """Axes of several groups in one tensor.
 
     Attributes:
-        indices: of the groups.
-        axes: [ΣM, K, R].
-        has_axes: [ΣM].
+        indices: Indices of the groups.
+        axes: Axes of all modules, [ΣM, K, R].
+        has_axes: Whether each module has an axis, [ΣM].
     """
 
     indices: tuple[int, ...]
@@ -99,7 +101,7 @@ class Joined:
     has_axes: Tensor
 
     def take(self, vectors: Mapping[int, Tensor]) -> Tensor:
-        """Vectors of these groups, [..., M, R] each, in one tensor [..., ΣM, R]."""
+        """Return the vectors of these groups, [..., M, R] each, in one tensor [..., ΣM, R]."""
         parts = [vectors[index] for index in self.indices]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 

@@ -1,18 +1,17 @@
-"""ProjectedOptimizer: any torch optimiser, kept from learning along the axes.
+"""ProjectedOptimizer: any torch optimizer, kept from learning along the axes.
 
-It acts in one of two places.
+An arm acts in one of two places.
 
-- level ``"gradient"`` (the seed's, the default): the gate acts on the gradient, before clipping. What the optimiser
-  makes of it is another matter: an optimiser that scales coordinates one by one, as Adam does, turns a gradient
-  without component along v into an update that has one, and a one-sided gate's noise into a steady drift away from
-  the hack. Both are measured in every step.
-- level ``"update"``: the gate acts on what the optimiser did, Δ = δS_new − δS_old, weight decay and momentum included.
-  With ``no_gate`` the update is exactly outside the axes, whatever the optimiser.
+- Level ``"gradient"``, that of the original proposal: the gate acts on the gradient, before clipping. An optimizer that
+  scales coordinates one by one, as Adam does, turns a gradient without component along v into an update that has one,
+  and turns a one-sided gate's noise into a steady drift away from the hack. Both are measured in every step.
+- Level ``"update"``: the gate acts on what the optimizer did, Δ = δS_new − δS_old, weight decay and momentum included.
+  With ``two_sided`` the update is exactly outside the axes, whatever the optimizer.
 
 A box bounds the displacement from the start and works with either. A push is a constant step away from the hack: an
-open loop, there to compare the gates with.
+open loop, there to compare the gates with. :mod:`assay.vhack.delta._apply` holds the order.
 
-Shapes: M modules of a group, K axes, R coordinates of δS.
+Shapes: M modules of a group, N rollouts, K axes, R coordinates of δS.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,6 +24,8 @@ from torch.optim import Optimizer
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import Basis
+from assay.vhack.delta._apply import apply_arm, displaced, gated_gradient
+from assay.vhack.delta._arms import Arm
 from assay.vhack.delta._delta import DeltaS
 from assay.vhack.delta._frames import Frames, spread
 from assay.vhack.delta._gates import Box, Gate
@@ -32,45 +33,56 @@ from assay.vhack.delta._measures import Measures, displacement, share
 from assay.vhack.delta._rollouts import Rollouts
 from assay.vhack.delta._sharding import local, local_rows, processes
 
-__all__ = ["LEVELS", "ProjectedOptimizer", "gate_rollouts"]
+__all__ = ["ProjectedOptimizer", "gate_rollouts"]
 
-LEVELS = ("gradient", "update")
 _KEY = "vhack"
 _SHARES = ("cin", "cout", "leak")
 
 
 class ProjectedOptimizer(Optimizer):
-    """An optimiser around another one; schedulers, GradScaler and trainers take it for an optimiser like any other.
+    """An optimizer around another one; schedulers, GradScaler and trainers treat it like any other optimizer.
 
     A step is: average gradients over ``process_group`` if there is one, measure, gate the gradient, clip, step of the
-    inner optimiser, gate the update, push, box, measure, merge δS into the weights. Parameters that are no δS are
-    stepped and clipped, and otherwise left alone.
+    inner optimizer, gate the update, push, box, measure, merge δS into the weights. Parameters that do not belong to
+    the adapter are stepped and clipped, and otherwise left alone.
 
     Clip with ``max_norm`` here, and not in the trainer, where the gradient is to be gated first. Gates commute with any
     positive scale of the gradient, so only the clipping norm differs.
 
     Args:
-        inner: the optimiser, made of the parameters of the adapter, and perhaps others.
-        adapter: the adapter.
-        basis: the axes; None is none, and then every step is bit by bit the inner optimiser's.
-        gate: what is taken away along them.
-        level: ``"gradient"`` or ``"update"``.
-        box: bounds of the displacement.
-        push: every step also moves δS by ``push · lr`` along +v of every axis, away from the hack.
-        watched: other axes to measure along as well, for instance the true ones where control axes are acted on; their
+        inner: Optimizer made of the parameters of the adapter, and perhaps others.
+        adapter: Adapter whose δS is held back.
+        basis: Axes to act along; without any, every step is bit by bit the inner optimizer's.
+        arm: A whole arm, which says gate, level, box and push; δS is displaced here if the arm starts elsewhere.
+        gate: What is removed along the axes; one-sided by default.
+        level: Place where the gate acts: ``"gradient"`` or ``"update"``.
+        box: Bounds of the displacement.
+        push: Every step also moves δS by ``push · lr`` along +v of every axis, away from the hack.
+        watched: Other axes to measure along as well, for instance the true ones where control axes are acted on; their
             measures begin with ``watched_``.
-        max_norm: largest norm of the gradient of all parameters; None does not clip.
-        process_group: processes to average the gradients of δS over before anything else: for a replicated δS that
-            neither DDP nor FSDP2 takes care of. The gate must see the mean, for it is not linear.
+        max_norm: Largest norm of the gradient of all parameters; None does not clip.
+        process_group: Processes to average the gradients of δS over before anything else: for a replicated δS that
+            neither DDP nor FSDP2 averages. The gate must see the mean, because it is not linear.
 
     Attributes:
-        measures: of the last step, see :mod:`assay.vhack.delta._measures`.
-        frames: the axes, stacked.
-        watched: those that are only measured along, or None.
+        arm: Arm that acts.
+        measures: Numbers of the last step: ``cin``, ``cout``, ``leak``, ``displacement`` and their variants.
+        frames: Axes, stacked.
+        watched: Axes that are only measured along, or None.
 
     Raises:
-        UsageError: the level is none of the two, ``max_norm`` is not positive, the inner optimiser does not have the
-            parameters of the adapter, or the basis does not fit it.
+        UsageError: The level is unknown, ``max_norm`` is not positive, the inner optimizer lacks the parameters of the
+            adapter, they are frozen, or the basis does not fit it.
+
+    Example::
+
+        adapter = DeltaS(model, svd)
+        inner = torch.optim.AdamW(adapter.delta, lr=0.015)
+        arm = arm_named("displaced-0.4+erase-update-two-sided")
+        optimizer = ProjectedOptimizer(inner, adapter, basis, arm=arm, max_norm=1.0)
+        loss_of(model, batch).backward()
+        optimizer.step()
+        print(optimizer.measures.as_dict()["leak"])
     """
 
     def __init__(
@@ -79,6 +91,7 @@ class ProjectedOptimizer(Optimizer):
         adapter: DeltaS,
         basis: Basis | None,
         *,
+        arm: Arm | None = None,
         gate: Gate | None = None,
         level: str = "gradient",
         box: Box | None = None,
@@ -87,23 +100,25 @@ class ProjectedOptimizer(Optimizer):
         max_norm: float | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        _check(inner, adapter, level, max_norm)
+        self.arm = arm or Arm("own", "gate, box and push of the caller", gate or Gate(), level, box=box, push=push)
+        _check(inner, adapter, max_norm)
         # The constructor sets up what schedulers and hooks need, on lists of its own; the properties are the inner's.
         self.inner: Optimizer | None = None
         super().__init__([{"params": list(group["params"])} for group in inner.param_groups], dict(inner.defaults))
         self.inner = inner
-        self.adapter, self.gate, self.level, self.box = adapter, gate or Gate(), level, box
-        self.push, self.max_norm, self.process_group = push, max_norm, process_group
+        self.adapter, self.max_norm, self.process_group = adapter, max_norm, process_group
         self.measures = Measures({})
         self.use_basis(basis, watched)
         self._start = [local(parameter).clone() for parameter in adapter.delta]
+        if self.arm.start:
+            self.displace(self.arm.start)
 
     def use_basis(self, basis: Basis | None, watched: Basis | None = None) -> None:
         """Take other axes, and others to watch, from now on; the start that displacements are counted from stays.
 
         Raises:
-            UsageError: the basis does not fit the adapter.
-            DataError: its rows are not orthonormal.
+            UsageError: The basis does not fit the adapter.
+            DataError: The rows of the basis are not orthonormal.
         """
         self.frames = Frames(self.adapter.groups, basis)
         self.watched = None if watched is None else Frames(self.adapter.groups, watched)
@@ -112,18 +127,19 @@ class ProjectedOptimizer(Optimizer):
     def displace(self, distance: float) -> None:
         """Move δS along +v of every axis, away from the hack; displacements still count from where it was.
 
-        Do it once, before the first step. A state that is loaded later has it in it.
+        Do it once, before the first step. A state that is loaded later includes it.
 
         Args:
-            distance: in units of δS.
+            distance: Length in units of δS.
         """
-        for _, parameter, axes_MKR in self._with_axes():
-            _move(local(parameter), distance, axes_MKR)
+        for index, parameter in enumerate(self.adapter.delta):
+            delta_MR = local(parameter)
+            delta_MR.copy_(displaced(delta_MR, distance, self._axes(index)))
         self.adapter.refresh()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimiser's."""
+        """Parameter groups of the inner optimizer."""
         return self.inner.param_groups if self.inner is not None else self._own_groups
 
     @param_groups.setter
@@ -134,7 +150,7 @@ class ProjectedOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The inner optimiser's."""
+        """State of the inner optimizer."""
         return self.inner.state if self.inner is not None else {}
 
     @state.setter
@@ -143,7 +159,7 @@ class ProjectedOptimizer(Optimizer):
             self.inner.state = value
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimiser's, and under ``"vhack"`` the δS_0 that displacements are counted from."""
+        """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are counted from."""
         assert self.inner is not None
         return {**self.inner.state_dict(), _KEY: {"start": [start_MR.clone() for start_MR in self._start]}}
 
@@ -151,7 +167,7 @@ class ProjectedOptimizer(Optimizer):
         """Take up a state from `state_dict`; load δS itself with the model or the adapter.
 
         Raises:
-            DataError: it was saved by another optimiser than this one, or for another adapter.
+            DataError: The state was saved by another optimizer, or for another adapter.
         """
         assert self.inner is not None
         try:
@@ -161,18 +177,18 @@ class ProjectedOptimizer(Optimizer):
             self.inner.load_state_dict({name: value for name, value in state_dict.items() if name != _KEY})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"the state of an optimiser that does not fit: {error}",
+                f"the state of an optimizer that does not fit: {error}",
                 wanted="one of the same kind around the same adapter, from state_dict",
-                do="build optimiser and adapter as they were when it was saved",
+                do="build optimizer and adapter as they were when it was saved",
             ) from error
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of any optimiser."""
+        """Clear the gradients of all parameters, as any torch optimizer does."""
         assert self.inner is not None
         self.inner.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of any optimiser; what is added is stepped but not projected."""
+        """Add parameters, as any torch optimizer does; they are stepped but not projected."""
         if self.inner is None:
             super().add_param_group(param_group)
         else:
@@ -180,21 +196,35 @@ class ProjectedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; see the class. A closure is evaluated once, before the gradient is looked at."""
+        """Take one step in the order that the class describes.
+
+        Args:
+            closure: Computes loss and gradients; it is evaluated once, before the gradient is looked at.
+
+        Returns:
+            The loss of the closure, if there is one.
+
+        Raises:
+            UsageError: The δS of the adapter is frozen, as `peft.get_peft_model` leaves it.
+        """
         assert self.inner is not None
+        _check_trainable(self.adapter)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._average()
         raw = self._cloned_gradients()
-        if self.level == "gradient":
-            self._gate_gradients()
+        for index, gradient_MR in self._gradients().items():
+            gradient_MR.copy_(gated_gradient(self.arm, gradient_MR, self._axes(index)))
         self._clip()
-        kept = self._cloned_gradients()  # some optimisers write into the gradient
+        kept = self._cloned_gradients()  # some optimizers write into the gradient
         before = [local(parameter).clone() for parameter in self.adapter.delta]
         self.inner.step()
-        self._bound(before)
+        for index, parameter in enumerate(self.adapter.delta):
+            now_MR, rate = local(parameter), self._rate(parameter) if self.arm.push else 0.0
+            held_MR = apply_arm(self.arm, now_MR, before[index], self._start[index], self._axes(index), rate)
+            now_MR.copy_(held_MR)
         self.measures = Measures(self._shares(raw, kept, before) | self._displacement())
         self.adapter.refresh()
         return loss
@@ -207,62 +237,37 @@ class ProjectedOptimizer(Optimizer):
                 gradient_MR /= size
 
     def _gradients(self) -> dict[int, Tensor]:
-        """Of the groups that have one."""
+        """Return the gradients of the groups that have one."""
         parameters = enumerate(self.adapter.delta)
         return {index: local(parameter.grad) for index, parameter in parameters if parameter.grad is not None}
 
     def _cloned_gradients(self) -> dict[int, Tensor]:
         return {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
 
-    def _gate_gradients(self) -> None:
-        for index, gradient_MR in self._gradients().items():
-            if self._acts_on(index):
-                gradient_MR.copy_(self.gate.apply(gradient_MR, self._axes(index), 1))
-
     def _clip(self) -> None:
         if self.max_norm is not None:
             every = [parameter for group in self.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(every, self.max_norm)
 
-    def _bound(self, before: list[Tensor]) -> None:
-        """Gate the update, push, then put δS into its box."""
-        for index, parameter, axes_MKR in self._with_axes():
-            now_MR, old_MR = local(parameter), before[index]
-            if self.level == "update" and self._acts_on(index):
-                update_MR = now_MR.double() - old_MR.double()
-                now_MR.copy_(old_MR.double() + self.gate.apply(update_MR, axes_MKR, -1))
-            if self.push:
-                _move(now_MR, self.push * self._rate(parameter), axes_MKR)
-            if self.box is not None:
-                moved_MR = now_MR.double() - self._start[index].double()
-                now_MR.copy_(now_MR.double() + self.box.correction(moved_MR, axes_MKR))
-
     def _rate(self, parameter: Tensor) -> float:
-        """Its learning rate at the moment."""
+        """Return the present learning rate of a parameter."""
         owner = next(g for g in self.param_groups if any(parameter is other for other in g["params"]))
         return float(owner["lr"])
 
-    def _with_axes(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for index, parameter in enumerate(self.adapter.delta):
-            if self.frames.axes[index].shape[1]:
-                yield index, parameter, self._axes(index)
-
-    def _acts_on(self, index: int) -> bool:
-        return self.gate.kind != "none" and self.frames.axes[index].shape[1] > 0
-
     def _axes(self, index: int) -> Tensor:
+        """Return the axes of the modules of a group that this process has."""
         return self.frames.axes[index][local_rows(self.adapter.delta[index])]
 
     def _measured(self) -> Iterator[tuple[str, Frames]]:
-        """The axes to measure along, and how the names of their measures begin."""
+        """Yield the axes to measure along, and how the names of their measures begin."""
         yield "", self.frames
         if self.watched is not None:
             yield "watched_", self.watched
 
     def _shares(self, raw: dict[int, Tensor], kept: dict[int, Tensor], before: list[Tensor]) -> dict[str, Tensor]:
-        """Shares of the gradients, of what the gate left of them, and of the updates, in one go."""
+        """Return the shares of the gradients, of what the gate left of them, and of the updates, in one go."""
         parameters = self.adapter.delta
-        # The hack is along −v for an update, so it is turned round.
+        # The hack is along −v for an update, so its sign is turned.
         vectors = {i: torch.stack([raw[i], kept[i], before[i] - local(parameters[i])]) for i in kept}
         rows = {index: local_rows(parameters[index]) for index in kept}
         found: dict[str, Tensor] = {}
@@ -284,6 +289,31 @@ class ProjectedOptimizer(Optimizer):
         return found
 
 
+def _check(inner: Optimizer, adapter: DeltaS, max_norm: float | None) -> None:
+    if max_norm is not None and not max_norm > 0:
+        raise UsageError(f"max_norm={max_norm}", wanted="a positive number", do="leave it out for no clipping")
+    known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    if not all(id(parameter) in known for parameter in adapter.delta):
+        raise UsageError(
+            "an optimizer without the parameters of the adapter",
+            wanted="one that was made of adapter.parameters()",
+            do="make it after the adapter, and after fully_shard",
+        )
+    _check_trainable(adapter)
+
+
+def _check_trainable(adapter: DeltaS) -> None:
+    """Refuse a δS that something has frozen: its gradient would be missing, and nothing would be trained."""
+    frozen = sum(not parameter.requires_grad for parameter in adapter.delta)
+    if frozen:
+        raise UsageError(
+            f"{frozen} of the {len(adapter.delta)} parameters of δS are frozen (get_peft_model freezes all it finds)",
+            wanted="a δS that is trained",
+            do="call adapter.delta.requires_grad_(True) after get_peft_model, and give the optimizer the parameters of "
+            "LoRA too if they shall be trained",
+        )
+
+
 @torch.no_grad()
 def gate_rollouts(
     adapter: DeltaS,
@@ -294,31 +324,32 @@ def gate_rollouts(
     chosen_N: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Take what the gate removes from each rollout off the summed gradient of the adapter, in place.
+    """Remove from the summed gradient of the adapter, in place, what the gate removes from each rollout.
 
-    Call it after the backward pass, before a GradScaler has unscaled and before clipping, with an optimiser that does
+    Call it after the backward pass, before a GradScaler has unscaled and before clipping, with an optimizer that does
     not gate the gradient itself.
 
     Args:
-        adapter: its gradients are changed.
-        rollouts: of the passes that made these gradients.
-        frames: the axes.
-        gate: what is removed along them; it may not preserve magnitudes, for those are of the sum, nor be ``keep``.
-        chosen_N: which rollouts are gated, [N] bool, for instance those whose `cin` is above a threshold; None is all.
-        process_group: where the gradients were averaged over processes, those processes.
+        adapter: Adapter whose gradients are changed.
+        rollouts: Gradients per rollout, of the passes that made the summed gradient.
+        frames: Axes.
+        gate: What is removed along the axes; it may not preserve magnitudes, which are those of the sum, nor be
+            ``keep``.
+        chosen_N: Which rollouts are gated, [N] bool, for instance those whose `cin` is above a threshold; all if None.
+        process_group: Processes that the gradients were averaged over, if they were.
 
     Raises:
-        UsageError: the gate preserves magnitudes or is ``keep``, or ``chosen_N`` has another length.
+        UsageError: The gate preserves magnitudes or is ``keep``, or ``chosen_N`` has another length.
     """
     rows = rollouts.rows
     count = rows[0].shape[1]
-    if gate.preserve_magnitude or gate.kind == "keep" or (chosen_N is not None and len(chosen_N) != count):
-        chosen = 0 if chosen_N is None else len(chosen_N)
-        unfit = gate.preserve_magnitude or gate.kind == "keep"
+    if gate.preserve_magnitude or gate.kind == "keep":
+        raise UsageError(f"{gate} for single rollouts", wanted="a gate that removes a part", do="gate the sum instead")
+    if chosen_N is not None and len(chosen_N) != count:
         raise UsageError(
-            f"{gate} for single rollouts" if unfit else f"a choice among {chosen} rollouts",
-            wanted=f"a gate that takes something away along the axes, and a choice among {count} rollouts",
-            do="gate the sum instead" if unfit else "choose among those of this very step",
+            f"a choice among {len(chosen_N)} rollouts",
+            wanted=f"one among {count}",
+            do="choose among those of this step",
         )
     for parameter, rows_MNR, axes_MKR in zip(adapter.delta, rows, frames.axes, strict=True):
         coordinates_MNK = gate.coefficients(rows_MNR.double() @ axes_MKR.transpose(1, 2))
@@ -332,22 +363,3 @@ def gate_rollouts(
             removed_MR = spread(axes_MKR, coordinates_MK)[local_rows(parameter.grad)]
             gradient_MR = local(parameter.grad)
             gradient_MR.copy_(gradient_MR.double() - removed_MR)
-
-
-def _move(delta_MR: Tensor, distance: float, axes_MKR: Tensor) -> None:
-    """Along +v of every axis, in place."""
-    delta_MR.copy_(delta_MR.double() + distance * axes_MKR.sum(dim=1))
-
-
-def _check(inner: Optimizer, adapter: DeltaS, level: str, max_norm: float | None) -> None:
-    if level not in LEVELS:
-        raise UsageError(f"level={level!r}", wanted=" or ".join(LEVELS), do="choose one of them")
-    if max_norm is not None and not max_norm > 0:
-        raise UsageError(f"max_norm={max_norm}", wanted="a positive number", do="leave it out for no clipping")
-    known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-    if not all(id(parameter) in known for parameter in adapter.delta):
-        raise UsageError(
-            "an optimiser without the parameters of the adapter",
-            wanted="one that was made of adapter.parameters()",
-            do="make it after the adapter, and after fully_shard",
-        )

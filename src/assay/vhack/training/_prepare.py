@@ -57,15 +57,10 @@ class Prepared:
             _inner(settings, self.adapter),
             self.adapter,
             self.axes,
-            gate=self.arm.gate,
-            level=self.arm.level,
-            box=self.arm.box,
-            push=self.arm.push,
+            arm=self.arm,  # a start of its own is in the δS of every checkpoint
             watched=self.watched,
             max_norm=settings.max_norm or None,
         )
-        if self.arm.start:
-            self.optimizer.displace(self.arm.start)  # a checkpoint that is taken up has it in its δS
 
     def trainer(
         self, folder: Path, tasks: list[Episode] | None, trackers: tuple[str, ...], allow_unsandboxed: bool
