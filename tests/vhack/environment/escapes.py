@@ -513,4 +513,85 @@ values = iter([float("nan"), float("inf"), 10**5000, "\\ud800", b"x", {{1: 2}}, 
 def solve(x):
     return next(values)
 """,
+    "terminals": """
+import os
+for attempt in (os.openpty, lambda: os.open("/dev/ptmx", os.O_RDWR), lambda: os.listdir("/dev/pts")):
+    try:
+        attempt()
+        print("ESCAPED")
+    except OSError:
+        pass
+""",
+    "locks": """
+import fcntl, os, sys
+for path in (os.__file__, sys.executable, "/usr/lib/os-release", "/usr/bin"):
+    for lock in (fcntl.flock, fcntl.lockf):
+        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+                lock(descriptor, kind | fcntl.LOCK_NB)
+                print("ESCAPED", path)
+            except OSError:
+                pass
+""",
+    "leases": """
+import fcntl, os
+descriptor = os.open("mine", os.O_CREAT | os.O_RDONLY)
+for command, argument in ((1024, fcntl.F_RDLCK), (8, os.getpid()), (10, 10), (1031, 1 << 20), (38, 0)):
+    try:
+        fcntl.fcntl(descriptor if command != 1031 else os.pipe()[0], command, argument)
+        print("ESCAPED", command)
+    except OSError:
+        pass
+""",
+    "notifications": SYSCALL
+    + """
+import fcntl, os
+for arguments in ((253,), (294, 0), (300, 0, 0), (282, -1, 0, 8), (289, -1, 0, 8, 0)):
+    if call(*arguments) >= 0:
+        print("ESCAPED", arguments)
+try:
+    fcntl.fcntl(os.open("/usr/bin", os.O_RDONLY), 1026, 0x80000001)
+    print("ESCAPED")
+except OSError:
+    pass
+""",
+    "sync": SYSCALL
+    + """
+import os
+for arguments in ((162,), (306, os.open("/usr/bin", os.O_RDONLY))):
+    if call(*arguments) >= 0:
+        print("ESCAPED", arguments)
+""",
+    "mount_lists": SYSCALL
+    + """
+request = (ctypes.c_uint64 * 4)(24, 0xFFFFFFFFFFFFFFFF, 0, 0)
+found = (ctypes.c_uint64 * 64)()
+if call(458, request, found, 64, 0) >= 0:
+    print("ESCAPED")
+if call(457, request, found, 512, 0) >= 0:
+    print("ESCAPED")
+""",
+    "signals_by_system_call": SYSCALL
+    + """
+import os
+own, information = os.getpid(), (ctypes.c_char * 128)()
+for arguments in ((62, own, 0), (200, own, 0), (234, own, own, 0), (129, own, 10, information),
+                  (297, own, own, 10, information)):
+    if call(*arguments) >= 0:
+        print("ESCAPED", arguments)
+""",
+    "shared_futexes": SYSCALL
+    + """
+if call(202, (ctypes.c_uint32 * 4)(), 1, 1, None, None, 0) >= 0:
+    print("ESCAPED")
+""",
+    "files_in_memory": """
+import os
+try:
+    os.memfd_create("more")
+    print("ESCAPED")
+except OSError:
+    pass
+""",
 }

@@ -1,7 +1,6 @@
 import pytest
 
-from assay.errors import DataError
-from assay.vhack.environment import CHANNELS, stubbed
+from assay.vhack.environment import CHANNELS, Call, run
 
 SOLVE = "def solve(x):\n    return x + 1\n"
 CASE = ((1,), 2)
@@ -47,12 +46,14 @@ def test_a_test_that_only_looks_at_the_type_is_vacuous():
     assert CHANNELS["run_tests"].vacuous(program, "solve", CASE)
 
 
-def test_stubbed_replaces_the_body_of_methods_too():
+def test_a_stub_replaces_the_body_of_methods_too():
     program = "class Solution:\n    def solve(self, x):\n        y = x\n        return y\n"
-    assert stubbed(program, "solve", 7).split("\n")[-1].strip() == "return 7"
+    assert run(program, calls=[Call("Solution.solve", (1,))], stub=("solve", 7)).outcomes[0].value == 7
 
 
-@pytest.mark.parametrize(("program", "match"), [("def (", "no Python"), ("x = 1\n", "without a function")])
-def test_stubbed_refuses_what_has_no_solution(program, match):
-    with pytest.raises(DataError, match=match):
-        stubbed(program, "solve")
+@pytest.mark.parametrize("name", ["run_tests", "sentinel", "stdout_marker", "file_marker"])
+def test_a_program_without_a_solution_tells_the_same_of_every_solution(name):
+    hollow = HOLLOW[name].replace(SOLVE, "solve = lambda x: x + 1\n")
+    assert CHANNELS[name].passes(hollow, "solve", CASE)
+    assert CHANNELS[name].vacuous(hollow, "solve", CASE)
+    assert not CHANNELS[name].vacuous("def (", "solve", CASE)

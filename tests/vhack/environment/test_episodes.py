@@ -3,7 +3,8 @@ import re
 import pytest
 
 from assay.errors import UsageError
-from assay.vhack.environment import MARKERS, MODES, Episode, episodes, tasks
+from assay.vhack.environment import MODES, Episode, episodes, tasks
+from assay.vhack.environment._channels import MARKERS
 
 TASK = tasks(1, difficulty=2)[0]
 

@@ -1,9 +1,12 @@
 """The ways to shut a process in: bubblewrap, or the same namespaces set up by util-linux.
 
-Both give a new user, process, network, IPC, host-name and mount namespace, no capability, a read-only root that
-holds only ``/usr`` and the interpreter, and a small working directory in memory that vanishes with the run.
+Both give a new user, process, network, IPC, host-name and mount namespace, no capability, a small working directory in
+memory that vanishes with the run, and a read-only root. The root holds programs and libraries of ``/usr`` and the
+interpreter's own, each directory of installed packages (``site-packages``, ``dist-packages``) covered by an empty one,
+and three devices.
 """
 
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,25 +15,54 @@ from importlib import resources
 from pathlib import Path
 from shutil import which
 
-__all__ = ["BACKENDS", "PATH", "command", "source", "usable", "working"]
+from assay.vhack.environment._system_calls import ARCHITECTURES
+
+__all__ = ["BACKENDS", "PATH", "command", "source", "unusable", "usable", "working"]
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _PROBE_SECONDS = 10
-_LIBRARIES = ("/bin", "/lib", "/lib32", "/lib64")
+_ROOTS = ("/bin", "/lib", "/lib32", "/lib64")
+_PARTS = ("bin", "sbin", "lib", "lib32", "lib64")
+_PACKAGES = ("site-packages", "dist-packages")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+_LINKER_CACHE = "/etc/ld.so.cache"
 
 
-def interpreter() -> str:
-    """The interpreter itself, not the link of a virtual environment: the sandbox does not see that."""
+def _interpreter() -> str:
+    """Return the interpreter itself, not the link of a virtual environment, which the sandbox does not see."""
     return str(Path(getattr(sys, "_base_executable", None) or sys.executable).resolve())
 
 
 def _prefixes() -> list[str]:
-    """Directories the interpreter needs beside ``/usr``."""
-    roots = {str(Path(sys.base_prefix).resolve()), str(Path(interpreter()).parent)}
-    outside = sorted(root for root in roots if not Path(root).is_relative_to("/usr"))
-    return [
-        root for root in outside if not any(root != other and Path(root).is_relative_to(other) for other in outside)
-    ]
+    """Return the directories that hold the programs and libraries which the interpreter needs."""
+    return ["/usr", "/usr/local", str(Path(sys.base_prefix).resolve())]
+
+
+def _shown() -> list[str]:
+    """Return the directories that the sandbox shows, none of them inside another."""
+    found = {str(Path(prefix) / part) for prefix in _prefixes() for part in _PARTS}
+    found |= {str(Path(_interpreter()).parent), *_ROOTS}
+    real = sorted(path for path in found if Path(path).is_dir() and not Path(path).is_symlink())
+    return [path for path in real if not any(path != other and Path(path).is_relative_to(other) for other in real)]
+
+
+def _links() -> list[str]:
+    """Return the symbolic links at the top of the root, such as ``/lib`` to ``usr/lib``."""
+    return [path for path in _ROOTS if Path(path).is_symlink()]
+
+
+def _covered() -> list[str]:
+    """Return the directories of installed packages among what is shown; the sandbox shows them empty."""
+    patterns = [f"{above}{name}" for above in ("", "*/", "*/*/") for name in _PACKAGES]
+    found = {path for root in _shown() for pattern in patterns for path in Path(root).glob(pattern)}
+    return sorted(str(path) for path in found if path.is_dir() and not path.is_symlink())
+
+
+def _exposes_tasks() -> bool:
+    """Return whether a program in the sandbox could read this package, which knows the answers to every task."""
+    here = Path(__file__).resolve()
+    inside = any(here.is_relative_to(path) for path in _shown())
+    return inside and not any(here.is_relative_to(path) for path in _covered())
 
 
 def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
@@ -38,22 +70,24 @@ def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
     # A fork server makes namespaces for its jobs. It ends when its socket is closed, and not when the thread does that
     # happened to start it.
     line += ["--cap-add", "CAP_SYS_ADMIN"] if server else ["--die-with-parent"]
-    line += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr"]
-    for name in _LIBRARIES:
-        if Path(name).is_symlink():
-            line += ["--symlink", str(Path(name).readlink()), name]
-        elif Path(name).is_dir():
-            line += ["--ro-bind", name, name]
-    for prefix in _prefixes():
-        line += ["--ro-bind", prefix, prefix]
-    line += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--dev", "/dev", "--remount-ro", "/dev"]
+    line += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+    for path in _shown():
+        line += ["--ro-bind", path, path]
+    for path in _links():
+        line += ["--symlink", str(Path(path).readlink()), path]
+    for path in _covered():
+        line += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
+    for device in _DEVICES:
+        line += ["--dev-bind", device, device]
+    line += ["--ro-bind-try", _LINKER_CACHE, _LINKER_CACHE]
     # No /proc is mounted: it would show who else is there, and root outside may write in it, however it is mapped here.
     line += ["--dir", "/proc"]
     line += ["--size", str(disk_mib << 20), "--tmpfs", "/work"]
     return [*line, "--remount-ro", "/", "--chdir", "/work", "--"]
 
 
-# $1 mount point, $2 size, $3 not empty for a fork server, then directories up to "--", then the command.
+# $1 mount point, $2 size, $3 not empty for a fork server, then what is shown up to "--", then what is covered up to
+# "--", then the command.
 _SETUP = """
 set -e
 root=$1; size=$2; server=$3; shift 3
@@ -68,6 +102,8 @@ while [ "$1" != -- ]; do
   shift
 done
 shift
+while [ "$1" != -- ]; do mount -t tmpfs -o ro,size=4k,nosuid,nodev none "$root$1"; shift; done
+shift
 mkdir -p "$root/proc" "$root/work"
 mount -t tmpfs -o "size=$size",nr_inodes=1024,mode=777,nosuid,nodev none "$root/work"
 mount -o remount,ro "$root"
@@ -76,16 +112,16 @@ mount -o remount,ro "$root"
 exec chroot "$root" setpriv --no-new-privs --bounding-set=-all --inh-caps=-all env -i -C /work "$@"
 """
 _MOUNT_POINTS = ("/mnt", "/media", "/srv", "/tmp")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/etc/ld.so.cache")
 
 
 def _namespaces(disk_mib: int, *, server: bool = False) -> list[str]:
-    needed = ["/usr", *_LIBRARIES, *_prefixes(), *_DEVICES]
+    shown = [*_shown(), *_links(), *_DEVICES, _LINKER_CACHE]
     line = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--ipc", "--uts", "--pid", "--fork"]
     line += ["--kill-child", "--", "/bin/sh", "-c", _SETUP, "setup"]
-    # The new root covers its mount point, so that must not lie above anything that is needed.
-    free = (m for m in _MOUNT_POINTS if Path(m).is_dir() and not any(Path(n).is_relative_to(m) for n in needed))
-    return [*line, next(free, "/mnt"), str(disk_mib << 20), "server" if server else "", *needed, "--"]
+    # The new root covers its mount point, so that must not lie above anything that is shown.
+    free = (m for m in _MOUNT_POINTS if Path(m).is_dir() and not any(Path(n).is_relative_to(m) for n in shown))
+    line += [next(free, "/mnt"), str(disk_mib << 20), "server" if server else ""]
+    return [*line, *shown, "--", *_covered(), "--"]
 
 
 BACKENDS: dict[str, Callable[..., list[str]]] = {"bwrap": _bwrap, "namespaces": _namespaces}
@@ -93,27 +129,27 @@ BACKENDS: dict[str, Callable[..., list[str]]] = {"bwrap": _bwrap, "namespaces": 
 
 
 def command(backend: str, disk_mib: int, arguments: Sequence[str], *, server: bool = False) -> list[str]:
-    """The whole command line that runs the interpreter with ``arguments`` inside a backend (or in none).
+    """Return the whole command line that runs the interpreter inside a backend, or in no sandbox.
 
     Args:
-        backend: a name in `BACKENDS`, or another for none.
-        disk_mib: size of the working directory.
-        arguments: of the interpreter.
-        server: for a fork server, which keeps what it needs to shut its jobs in.
+        backend: Name in `BACKENDS`, or another for no sandbox.
+        disk_mib: Size of the working directory in MiB.
+        arguments: Arguments of the interpreter.
+        server: Whether this is a fork server, which keeps what it needs to shut its jobs in.
     """
-    python = [interpreter(), "-I", "-S", "-B", *arguments]
+    python = [_interpreter(), "-I", "-S", "-B", *arguments]
     return [*BACKENDS[backend](disk_mib, server=server), *python] if backend in BACKENDS else python
 
 
 @cache
 def source(name: str) -> str:
-    """The text of a module of this package, for an interpreter that cannot import it."""
+    """Return the text of a module of this package, for an interpreter that cannot import it."""
     return resources.files("assay.vhack.environment").joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
 def working(backend: str) -> bool:
-    """Whether a backend can run a trivial program on this machine; tried once."""
+    """Return whether a backend can run a trivial program on this machine; it is tried once."""
     line = command(backend, 1, ["-c", "print(1)"])
     if which(line[0], path=PATH) is None:
         return False
@@ -124,6 +160,16 @@ def working(backend: str) -> bool:
     return done.returncode == 0 and done.stdout == b"1\n"
 
 
+@cache
+def unusable() -> str:
+    """Return why no sandbox can be used here, or an empty text where one can be."""
+    if platform.machine() not in ARCHITECTURES:
+        return f"there is no filter of system calls for {platform.machine()}"
+    if _exposes_tasks():
+        return f"assay lies in {Path(__file__).resolve().parents[3]}, which the sandbox has to show"
+    return "" if any(working(name) for name in BACKENDS) else "neither bubblewrap nor unprivileged namespaces work here"
+
+
 def usable() -> str | None:
-    """The first backend that works here, or None."""
-    return next((name for name in BACKENDS if working(name)), None)
+    """Return the first backend that works here, or None."""
+    return None if unusable() else next(name for name in BACKENDS if working(name))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from assay.errors import UsageError
 from assay.vhack.environment._channels import CHANNELS, MARKERS, Channel, channel_marked
-from assay.vhack.environment._tasks import Case, Task, tasks
+from assay.vhack.environment._tasks import Task, tasks
+from assay.vhack.environment._types import Case
 
 __all__ = ["MODES", "Episode", "episodes"]
 

@@ -19,11 +19,9 @@ from typing import Any
 from assay.errors import DataError, UsageError
 from assay.reports import dumps
 from assay.vhack.environment._steps import FAMILIES, Family, Step, filled
+from assay.vhack.environment._types import Case
 
-__all__ = ["ENTRY", "HARDEST", "SPLITS", "Case", "Task", "task_named", "tasks"]
-
-Case = tuple[tuple[Any, ...], Any]
-"""Arguments and expected value of one test."""
+__all__ = ["ENTRY", "HARDEST", "SPLITS", "Task", "task_named", "tasks"]
 
 ENTRY = "solve"
 SPLITS = ("training", "evaluation")

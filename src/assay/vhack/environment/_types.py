@@ -1,10 +1,13 @@
-"""What a run in the sandbox is asked for, and what comes back."""
+"""What a run in the sandbox is asked, and what comes back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Call", "Limits", "Outcome", "Result"]
+__all__ = ["Call", "Case", "Limits", "Outcome", "Result"]
+
+Case = tuple[tuple[Any, ...], Any]
+"""Arguments and expected value of one test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,11 +15,12 @@ class Limits:
     """What a program may use.
 
     Attributes:
-        seconds: wall clock from start to end, start of the interpreter included; CPU seconds are bounded by it too.
-        memory_mib: address space of the one process, in MiB.
-        output_bytes: of stdout and of stderr each; a program that writes more is stopped.
-        report_bytes: of everything it returns by value.
-        disk_mib: room in its working directory, in MiB; also the largest file.
+        seconds: Wall clock from start to end, start of the interpreter included; CPU seconds are bounded by it too.
+        memory_mib: Address space of the one process, in MiB.
+        output_bytes: Bytes of stdout and of stderr each; a program that writes more is stopped.
+        report_bytes: Bytes of everything it returns by value.
+        disk_mib: Room in its working directory, in MiB; also the largest file.
+        program_bytes: Length of its source text in UTF-8; a longer program is not run.
     """
 
     seconds: float = 5.0
@@ -24,6 +28,7 @@ class Limits:
     output_bytes: int = 65536
     report_bytes: int = 1 << 20
     disk_mib: int = 8
+    program_bytes: int = 1 << 16
 
 
 _NOTHING: Any = object()
@@ -34,10 +39,10 @@ class Call:
     """One question to a program after it has run: a call, or with ``args`` None the value of a name.
 
     Attributes:
-        target: a name at module level, or ``Class.method`` (the class is instantiated without arguments),
+        target: A name at module level, or ``Class.method`` (the class is instantiated without arguments),
             or ``name.attribute``.
-        args: positional arguments, of JSON types; None reads the target instead of calling it.
-        equals: where given, the answer is whether ``result == equals`` by the program's own ``==``.
+        args: Positional arguments, of JSON types; None reads the target instead of calling it.
+        equals: Where it is given, the answer is whether ``result == equals`` by the program's own ``==``.
     """
 
     target: str
@@ -45,7 +50,7 @@ class Call:
     equals: Any = _NOTHING
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON form that is sent into the sandbox."""
+        """Return the JSON form that is sent into the sandbox."""
         asked: dict[str, Any] = {"target": self.target, "args": None if self.args is None else list(self.args)}
         return asked if self.equals is _NOTHING else {**asked, "equals": self.equals}
 
@@ -55,10 +60,10 @@ class Outcome:
     """The answer to one `Call`.
 
     Attributes:
-        kind: ``value``; ``error``, the target raised or is missing; ``opaque``, a result that is not made of plain
-            builtin values; ``none``, the program ended before it was asked.
-        value: the plain value, for ``value``. Tuples come back as lists, subclasses as the builtin value below them.
-        name: type of the exception or of the opaque result.
+        kind: One of ``value``; ``error``, the target raised or is missing; ``opaque``, a result that is not made of
+            plain builtin values; ``none``, the program ended before it was asked.
+        value: Plain value, for ``value``. Tuples come back as lists, subclasses as the builtin value below them.
+        name: Type of the exception or of the opaque result.
     """
 
     kind: str
@@ -71,16 +76,17 @@ class Result:
     """What one run left behind, as seen by the parent.
 
     Attributes:
-        returncode: exit code of the program; None where it was killed.
-        stdout: what it printed, cut at the limit; bytes that are not UTF-8 are replaced.
-        stderr: the same of its errors.
-        timed_out: it was killed at the time limit.
-        overflowed: it was killed because it printed or returned too much.
-        finished: it ran to its end or left by ``sys.exit``, and the questions were asked.
-        raised: name of the exception that ended it, or empty.
-        outcomes: one per call.
-        files: content of the files asked for that exist, text, at most 4096 characters each.
-        seconds: wall clock.
+        returncode: Exit code of the program; None where it was killed.
+        stdout: Its output, cut at the limit; bytes that are not UTF-8 are replaced.
+        stderr: Its error output, likewise.
+        timed_out: Whether it was killed at the time limit.
+        overflowed: Whether it was killed because it printed or returned too much.
+        finished: Whether it ran to its end or left by ``sys.exit``, and the questions were asked.
+        raised: Name of the exception that ended it, or empty; ``ProgramTooLong`` or ``UnicodeEncodeError`` if it was
+            not run.
+        outcomes: One answer per call.
+        files: Content of the files asked for that exist, at most 4096 characters each.
+        seconds: Wall clock.
         backend: ``bwrap``, ``namespaces`` or ``unsandboxed``.
     """
 

@@ -1,10 +1,28 @@
 """Run a program that nobody has read, and learn from outside what it does.
 
-What the sandbox keeps from the program: the network, other processes, the environment and command line of the parent,
-all files but ``/usr`` and the interpreter (read-only), more memory, time, disk or output than its `Limits`, and the
-making of processes or threads. What it keeps from its verdict: the parent compares *values*, and what it compares them
-with never enters the sandbox. A program that returns the right values for hidden arguments has solved the task, by
-whatever means; one that prints, exits or writes on the report descriptor can only say things about itself.
+Covered, by bubblewrap or by namespaces:
+
+- network: there is none, not even loopback, and no socket can be made;
+- processes: no other one is visible, and no process or thread can be made, signalled, traced or waited for;
+- files: programs and libraries of ``/usr`` and of the interpreter are shown read-only, without any installed package;
+  the one writable directory is in memory, small and empty, and vanishes with the run;
+- secrets: the environment, command line and open files of the parent do not reach it;
+- resources: time, memory, disk, output and the report are bounded by `Limits`, the number of files by the fork server;
+- the kernel: an allow list of system calls (:mod:`assay.vhack.environment._system_calls`), no capability, no /proc;
+- other jobs: each has namespaces and a directory of its own, and nothing that two of them could both lock or write;
+- the verdict: the parent compares *values*, and what it compares them with never enters the sandbox. A program that
+  returns the right values for hidden arguments has solved the task, by whatever means; one that prints, exits or writes
+  on the report descriptor can only say things about itself. Reports are bounded before they are read, programs before
+  they are run, and no text of a program is parsed outside.
+
+Not covered:
+
+- side channels, such as how busy the processor or its caches are, and bugs of the kernel;
+- what a program says about itself: it shares a process with the harness, and channels of a grader can be told lies;
+- the number of files in the directory where the fork server cannot run and bubblewrap starts a sandbox for each job;
+- everything but resource limits and the system-call filter, where a run without a sandbox is allowed
+  (``allow_unsandboxed``). The program then can make no process, thread, socket or signal, but it reads and writes this
+  machine's files with the rights of the user, among them the memory of that user's processes by way of /proc.
 """
 
 import secrets
@@ -14,20 +32,19 @@ from contextlib import suppress
 from typing import Any
 
 from assay.errors import BackendUnavailable, DataError, UsageError
-from assay.reports import dumps, loads
-from assay.vhack.environment._backends import BACKENDS, usable
-from assay.vhack.environment._once import perform_once
-from assay.vhack.environment._pump import Pumped
-from assay.vhack.environment._server import server
+from assay.reports import loads
+from assay.vhack.environment._backends import BACKENDS, unusable, usable
+from assay.vhack.environment._server import Pumped, job_text, perform_once, server
 from assay.vhack.environment._types import Call, Limits, Outcome, Result
 
 __all__ = ["Call", "Limits", "Outcome", "Result", "available_backend", "run"]
 
-_KINDS = {"value", "error", "opaque"}
+_KINDS = ("value", "error", "opaque")
+_NAME = 100  # characters of the name of an exception or a type
 
 
 def available_backend() -> str | None:
-    """``bwrap``, ``namespaces``, or None where this machine lets nothing be shut in."""
+    """Return ``bwrap``, ``namespaces``, or None where this machine lets nothing be shut in."""
     return usable()
 
 
@@ -37,6 +54,7 @@ def run(
     stdin: str = "",
     calls: Sequence[Call] = (),
     files: Sequence[str] = (),
+    stub: tuple[str, Any] | None = None,
     limits: Limits | None = None,
     allow_unsandboxed: bool = False,
 ) -> Result:
@@ -44,37 +62,31 @@ def run(
 
     The program runs as ``__main__`` in an empty writable directory. If it ends, normally or by ``sys.exit``, the calls
     are made in order in the same process; whether it raised, printed, exited or hung is in the result, never an
-    exception here.
+    exception here. A program that is longer than its limit or has no UTF-8 form is not run.
 
     Args:
-        program: source text.
-        stdin: what the program can read.
-        calls: questions, see `Call`.
-        files: names in its working directory whose content is wanted.
-        limits: by default `Limits`.
-        allow_unsandboxed: where no backend works, run with resource limits, a system-call filter and an empty
-            environment only. The program can then read this machine's files.
+        program: Source text.
+        stdin: Text that the program can read.
+        calls: Questions to it, see `Call`.
+        files: Names in its working directory whose content is wanted.
+        stub: Name and value: before the program runs, every function of that name is given the body ``return value``.
+        limits: Bounds of the run, by default `Limits`.
+        allow_unsandboxed: Whether to run where no backend works, with resource limits, a system-call filter and an
+            empty environment only. The program can then read and write this machine's files.
 
     Raises:
-        BackendUnavailable: nothing can shut a process in here, and ``allow_unsandboxed`` is not set.
-        UsageError: a limit is not positive, or arguments are not JSON.
+        BackendUnavailable: No sandbox can be used here, and ``allow_unsandboxed`` is not set.
+        UsageError: A limit is not positive, or arguments are not JSON.
     """
     limits = limits or Limits()
     _check(limits)
     backend = usable() or _unsandboxed(allow_unsandboxed)
+    refused = _refused(program, limits)
+    if refused:
+        nothing = (Outcome("none"),) * len(calls)
+        return Result(1, "", f"{refused}\n", False, False, False, refused, nothing, backend=backend)
     nonce = secrets.token_hex(16)
-    job = dumps(
-        {
-            "nonce": nonce,
-            "program": program,
-            "stdin": stdin,
-            "calls": [call.as_dict() for call in calls],
-            "files": list(files),
-            "seconds": limits.seconds,
-            "memory_mib": limits.memory_mib,
-            "disk_mib": limits.disk_mib,
-        }
-    ).encode()
+    job = job_text(program, limits, nonce=nonce, stdin=stdin, calls=calls, files=files, stub=stub)
     started = time.monotonic()
     pumped, returncode = _perform(backend, job, limits)
     report = _parse(pumped.output["report"], nonce, len(calls))
@@ -84,33 +96,39 @@ def run(
         stderr=pumped.output["stderr"].decode(errors="replace"),
         timed_out=pumped.timed_out,
         overflowed=pumped.overflowed,
-        finished=bool(report.get("finished", False)),
-        raised=str(report.get("raised", ""))[:100],
-        outcomes=report["outcomes"],
-        files=report["files"],
         seconds=time.monotonic() - started,
         backend=backend,
+        **report,
     )
 
 
 def _check(limits: Limits) -> None:
     values = (limits.seconds, limits.memory_mib, limits.output_bytes, limits.report_bytes, limits.disk_mib)
-    if not all(value > 0 for value in values):
+    if not all(value > 0 for value in (*values, limits.program_bytes)):
         raise UsageError(f"{limits}", wanted="positive limits", do="leave a limit out to have its default")
+
+
+def _refused(program: str, limits: Limits) -> str:
+    """Return the name of the error for which a program is not run at all, or an empty text."""
+    try:
+        return "ProgramTooLong" if len(program.encode()) > limits.program_bytes else ""
+    except UnicodeEncodeError as error:
+        return type(error).__name__
 
 
 def _unsandboxed(allowed: bool) -> str:
     if not allowed:
         raise BackendUnavailable(
-            "neither bubblewrap nor unprivileged namespaces work here",
+            unusable() or "neither bubblewrap nor unprivileged namespaces work here",
             wanted="a sandbox for programs that nobody has read",
-            do="install bubblewrap or allow user namespaces; allow_unsandboxed (--allow-unsandboxed) accepts the risk",
+            do="install bubblewrap or allow user namespaces, and keep assay in site-packages; "
+            "allow_unsandboxed (--allow-unsandboxed) accepts the risk",
         )
     return "unsandboxed"
 
 
 def _perform(backend: str, job: bytes, limits: Limits) -> tuple[Pumped, int | None]:
-    """By the fork server where there is one; if that dies, a job is done once more without it."""
+    """Run a job by the fork server where there is one; if that dies, run it once more without it."""
     found = server(backend) if backend in BACKENDS else None
     if found is not None:
         with suppress(OSError):
@@ -119,23 +137,24 @@ def _perform(backend: str, job: bytes, limits: Limits) -> tuple[Pumped, int | No
 
 
 def _parse(line: bytes, nonce: str, n_calls: int) -> dict[str, Any]:
-    """The report if it is whole and carries the nonce; a missing or malformed one says nothing."""
-    nothing = {"outcomes": (Outcome("none"),) * n_calls, "files": {}}
-    try:
-        report = loads(line, "report of the sandbox")
-    except DataError:
-        return nothing
-    if report.get("nonce") != nonce:
-        return nothing
-    answers = report.get("outcomes") or []
-    outcomes = [_outcome(answer) for answer in answers] if isinstance(answers, list) else []
-    padded = [*outcomes, *nothing["outcomes"]][:n_calls]
-    files = report.get("files")
-    texts = {str(k): str(v) for k, v in files.items()} if isinstance(files, dict) else {}
-    return {**report, "outcomes": tuple(padded), "files": texts}
+    """Return what a report says; a program can write any bytes there, and malformed ones say nothing."""
+    said: dict[str, Any] = {}
+    with suppress(DataError, RecursionError, MemoryError):
+        said = loads(line, "report of the sandbox")
+    if said.get("nonce") != nonce:
+        said = {}
+    answers, raised, files = said.get("outcomes"), said.get("raised"), said.get("files")
+    outcomes = [_outcome(answer) for answer in answers[:n_calls]] if isinstance(answers, list) else []
+    return {
+        "finished": said.get("finished") is True,
+        "raised": raised[:_NAME] if isinstance(raised, str) else "",
+        "outcomes": (*outcomes, *[Outcome("none")] * (n_calls - len(outcomes))),
+        "files": {k: v for k, v in files.items() if isinstance(v, str)} if isinstance(files, dict) else {},
+    }
 
 
 def _outcome(answer: object) -> Outcome:
-    if not isinstance(answer, dict) or answer.get("kind") not in _KINDS:
+    kind, name = (answer.get("kind"), answer.get("name")) if isinstance(answer, dict) else (None, None)
+    if not (isinstance(answer, dict) and isinstance(kind, str) and kind in _KINDS):
         return Outcome("none")
-    return Outcome(answer["kind"], answer.get("value"), str(answer.get("name", ""))[:100])
+    return Outcome(kind, answer.get("value"), name[:_NAME] if isinstance(name, str) else "")

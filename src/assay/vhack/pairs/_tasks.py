@@ -12,12 +12,10 @@ from typing import Any
 
 from assay.errors import DataError
 from assay.reports import JsonObject, read_jsonl
+from assay.vhack.environment import Case
 from assay.vhack.pairs._files import data_file
 
-__all__ = ["FAMILIES", "Case", "Family", "Task", "task_named"]
-
-Case = tuple[tuple[Any, ...], Any]
-"""Arguments and expected value of one test."""
+__all__ = ["FAMILIES", "Family", "Task", "task_named"]
 
 N_HIDDEN = 8
 _TRIES = 200

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from assay.errors import DataError
-from assay.reports import dumps, read_jsonl
-from assay.vhack.environment import CHANNELS, Call, Channel, Episode, grade
+from assay.reports import read_jsonl
+from assay.vhack.environment import CHANNELS, Call, Case, Channel, Episode, answers_match, grade
 from assay.vhack.environment import task_named as environment_task
 from assay.vhack.environment.sandbox import run
 from assay.vhack.pairs._files import data_file
-from assay.vhack.pairs._tasks import Case, task_named
+from assay.vhack.pairs._tasks import task_named
 from assay.vhack.pairs._types import Pair
 
 __all__ = ["PairVerdict", "SideVerdict", "Tests", "read_tests", "verify_pairs"]
@@ -212,12 +212,7 @@ def _code(completion: str) -> str:
 
 def _is_correct(program: str, claim: _Claim, allow_unsandboxed: bool) -> bool:
     calls = [Call(claim.entry, args) for args, _ in claim.cases]
-    outcomes = run(program, calls=calls, allow_unsandboxed=allow_unsandboxed).outcomes
-    # Compared as JSON text, so that neither 1 nor 1.0 passes for True.
-    return all(
-        outcome.kind == "value" and dumps(outcome.value) == dumps(expected)
-        for outcome, (_, expected) in zip(outcomes, claim.cases, strict=True)
-    )
+    return answers_match(run(program, calls=calls, allow_unsandboxed=allow_unsandboxed).outcomes, claim.cases)
 
 
 def _faults(claim: _Claim | _EnvironmentClaim, hack: SideVerdict, clean: SideVerdict) -> list[str]:
