@@ -1,6 +1,7 @@
 """Axes from synthetic gradients, where the truth is known, and what becomes of a basis on disk."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -305,33 +306,67 @@ def test_a_model_without_these_modules_is_refused(saved, small_model):
         Basis.load(saved[1], small_model)
 
 
-def test_damaged_files_are_refused(saved, tmp_path):
-    _, path = saved
-    tensors = load_file(path)
-    with safe_open(path, "pt") as reader:
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": None}, "it has no 'schema'"),
+        ({"schema": "v1"}, "schema 'v1'"),
+        ({"_sv/m": None}, "it has no '_sv/m'"),
+        ({"m": lambda m: m[:3].clone()}, "m has axes"),
+        ({"m": lambda m: torch.full_like(m, torch.nan)}, "NaN"),
+        ({"m": lambda m: 1000 * m}, "off from orthonormal by 1e"),
+        ({"m": lambda m: m[[0] * len(m)].clone()}, "off from orthonormal by 1"),
+        ({"m": lambda m: m.to(torch.float64)}, "not float32"),
+        ({"m": lambda m: m.to(torch.float8_e4m3fn)}, "not float32"),
+        ({"m": lambda m: m != 0}, "not float32"),
+        ({"m": lambda m: m.long()}, "not float32"),
+        ({"_sv/m": lambda values: -values}, "negative"),
+        ({"_sv/m": lambda values: values * torch.nan}, "NaN"),
+        ({"_sv/m": lambda values: values[:, None].clone()}, "m has axes"),
+        ({"captured": "nan"}, "captured nan"),
+        ({"captured": "1.5"}, "captured 1.5"),
+        ({"votes": "{}"}, "it has no 'm'"),
+        ({"votes": "x"}, "not a basis"),
+        ({"votes": "null"}, "not a basis"),
+        ({"votes": '{"m": null}'}, "not a basis"),
+        ({"votes": '{"m": [1, 2, 3]}'}, "not a basis"),
+        ({"votes": '{"m": [[1, -2]]}'}, "m has axes"),
+        ({"votes": '{"m": [[1e40, 2]]}'}, "not a basis"),
+        ({"votes": DEEP}, "not a basis"),
+        ({"groups": DEEP}, "not a basis"),
+        ({"groups": '["one"]'}, "10 pairs and 1 groups"),
+        ({"skipped": '{"a": 1}'}, "not lists of names"),
+        ({"top_k": "many"}, "not a basis"),
+        ({"pairs": '["another"]'}, "hashes"),
+        ({"method": "svd"}, "hashes"),
+    ],
+)
+def test_damaged_files_are_refused(saved, tmp_path, change, message):
+    tensors = load_file(saved[1])
+    with safe_open(saved[1], "pt") as reader:
         metadata = reader.metadata()
+    for name, made in change.items():
+        parts = tensors if name in tensors else metadata
+        parts[name] = made(parts[name]) if callable(made) else made
+        if made is None:
+            del parts[name]
     bad = tmp_path / "bad.safetensors"
-    cases = [
-        (tensors, None, "no basis"),
-        (tensors, metadata | {"schema": "v1"}, "schema 'v1'"),
-        ({"m": tensors["m"]}, metadata, "no basis"),
-        (tensors | {"m": tensors["m"][:3].clone()}, metadata, "m has axes"),
-        (tensors | {"m": torch.full_like(tensors["m"], torch.nan)}, metadata, "NaN"),
-        (tensors, metadata | {"votes": "{}"}, "no basis"),
-        (tensors, metadata | {"votes": "x"}, "no basis"),
-        (tensors, metadata | {"top_k": "many"}, "no basis"),
-        (tensors, metadata | {"pairs": '["another"]'}, "hashes"),
-        (tensors, metadata | {"method": "svd"}, "hashes"),
-    ]
-    for parts, facts, message in cases:
-        save_file(parts, bad, facts)
-        with pytest.raises(DataError, match=message):
-            Basis.load(bad)
-    bad.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DataError, match="cannot be read"):
+    save_file(tensors, bad, metadata)
+    with pytest.raises(DataError, match=message) as raised:
         Basis.load(bad)
-    with pytest.raises(DataError, match="cannot be read"):
-        Basis.load(tmp_path / "missing")
+    assert raised.value.wanted == "a file of schema v2_with_sv"
+    assert raised.value.do.startswith("extract it again")
+
+
+def test_what_is_not_a_safetensors_file_is_refused(saved, tmp_path):
+    (tmp_path / "bad").write_bytes(saved[1].read_bytes()[:100])
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("bad", "missing", "pipe", "."):
+        with pytest.raises(DataError, match="cannot be read"):
+            Basis.load(tmp_path / name)
 
 
 def test_a_basis_that_cannot_be_written_leaves_nothing(saved, tmp_path):

@@ -38,6 +38,7 @@ Parts = tuple[Tensors, Tensors, Tensors, Origin]
 
 SCHEMA = "v2_with_sv"
 _VALUES = "_sv/"
+_SKEW = 1e-3  # largest entry of V Vᵀ − 1; what extraction writes stays below 1e-6
 _REDO = "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"
 
 
@@ -95,6 +96,8 @@ def read_basis(path: Path, model: "Model | PreTrainedModel | None", expect: Mapp
 
 def _read(path: Path) -> tuple[dict[str, str], Tensors]:
     try:
+        if not path.is_file():
+            raise FileNotFoundError("not a file")
         with safe_open(path, framework="pt") as reader:
             names = list(reader.keys())
             return reader.metadata() or {}, {name: reader.get_tensor(name) for name in names}
@@ -109,15 +112,25 @@ def _parse(path: Path, metadata: dict[str, str], tensors: Tensors) -> Parts:
         origin = _parse_origin(metadata)
         axes = {name: rows for name, rows in tensors.items() if not name.startswith(_VALUES)}
         values = {name: tensors[_VALUES + name] for name in axes}
-        votes = {name: torch.tensor(json.loads(metadata["votes"])[name]).reshape(-1, 2) for name in axes}
+        counts = json.loads(metadata["votes"])
+        votes = {name: torch.tensor(counts[name], dtype=torch.int64).reshape(-1, 2) for name in axes}
         for name, axes_KR in axes.items():
             _check_parts(name, axes_KR, values[name], votes[name])
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no basis: {error}", wanted=f"a file of schema {SCHEMA}", do=_REDO) from error
+    except KeyError as error:
+        raise _no_basis(path, f"it has no {error}") from error
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # RecursionError is a RuntimeError
+        raise _no_basis(path, str(error)) from error
     return axes, values, votes, origin
 
 
+def _no_basis(path: Path, why: str) -> DataError:
+    return DataError(f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO)
+
+
 def _parse_origin(metadata: dict[str, str]) -> Origin:
+    lists = {name: json.loads(metadata[name]) for name in ("pairs", "groups", "skipped")}
+    if not all(isinstance(keys, list) and all(isinstance(key, str) for key in keys) for keys in lists.values()):
+        raise ValueError("pairs, groups or skipped are not lists of names")
     origin = Origin(
         model=metadata["model"],
         weights=metadata["weights_sha256"],
@@ -127,22 +140,37 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
         top_k=int(metadata["top_k"]),
         tau_axis=float(metadata["tau_axis"]),
         method=metadata["method"],
-        pairs=tuple(json.loads(metadata["pairs"])),
-        groups=tuple(json.loads(metadata["groups"])),
-        skipped=tuple(json.loads(metadata["skipped"])),
+        pairs=tuple(lists["pairs"]),
+        groups=tuple(lists["groups"]),
+        skipped=tuple(lists["skipped"]),
         captured=float(metadata["captured"]),
     )
     if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
         raise ValueError("its hashes do not belong to its own pairs or settings")
+    if len(origin.pairs) != len(origin.groups):
+        raise ValueError(f"{len(origin.pairs)} pairs and {len(origin.groups)} groups")
+    if not 0 <= origin.captured <= 1.000001:
+        raise ValueError(f"captured {origin.captured}, which is not a share")
     return origin
 
 
 def _check_parts(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor) -> None:
-    k = len(values_K)
-    if axes_KR.ndim != 2 or len(axes_KR) != k or len(votes_K2) != k or k == 0:
-        raise ValueError(f"{name} has axes {list(axes_KR.shape)} and {k} singular values")
+    k = len(votes_K2)
+    if axes_KR.ndim != 2 or len(axes_KR) != k or values_K.shape != (k,) or k == 0:
+        raise ValueError(f"{name} has axes {list(axes_KR.shape)}, singular values {list(values_K.shape)} and {k} votes")
+    if axes_KR.dtype != torch.float32 or values_K.dtype != torch.float32:
+        raise ValueError(f"{name} has axes in {axes_KR.dtype} and singular values in {values_K.dtype}, not float32")
     if not (torch.isfinite(axes_KR).all() and torch.isfinite(values_K).all()):
         raise ValueError(f"{name} holds NaN or infinity")
+    if (values_K < 0).any() or (votes_K2 < 0).any():
+        raise ValueError(f"{name} has negative singular values or votes")
+    wide_KR = axes_KR.double()
+    used_K = wide_KR.any(dim=1)
+    error = float((wide_KR @ wide_KR.T - torch.diag(used_K.double())).abs().max())
+    if error > _SKEW:
+        raise ValueError(
+            f"the axes of {name} are off from orthonormal by {error:.2g}, more than {_SKEW:g}"
+        )
 
 
 def _check_model(path: Path, axes: Tensors, origin: Origin, model: "Model | PreTrainedModel") -> None:
