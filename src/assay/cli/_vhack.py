@@ -50,6 +50,9 @@ def extract(
             envvar="ASSAY_CACHE",
         ),
     ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Accept a model of whose weights less than 90 % carry δS.")
+    ] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no weight decompositions on disk.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens per batch; chosen from memory when left out.")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers to save memory.")] = False,
@@ -80,6 +83,7 @@ def extract(
             rank=rank,
             factors=factors,
             cache=None if no_cache else _cache(cache, loaded),
+            min_coverage=0.0 if allow_partial else vhack.MIN_COVERAGE,
             max_tokens=max_tokens,
             checkpointing=checkpointing,
             progress=progress,
@@ -104,11 +108,8 @@ def _cache(asked: Path | None, model: "Model") -> Path | None:
 
 def _print(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> None:
     origin = basis.origin
-    energy = [
-        float(values[:5].square().sum() / values.square().sum())
-        for values in basis.singular_values.values()
-        if values.any()
-    ]
+    energy = [float(shares[:5].sum()) for shares in basis.energy.values()]
+    left_out = len(origin.coverage.left_out)
     held_out = sorted({pair.group for pair in pairs} - set(origin.groups))
     values = {
         "path": str(path),
@@ -116,6 +117,8 @@ def _print(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> No
         "weights": origin.weights,
         "method": origin.method,
         "modules": len(basis.axes),
+        "modules_left_out": left_out,
+        "weights_covered": round(origin.coverage.share, 4),
         "axes_per_module": max(len(axes) for axes in basis.axes.values()),
         "pairs_used": len(origin.pairs),
         "pairs_skipped": len(origin.skipped),

@@ -8,7 +8,16 @@ this list; every other architecture runs as transformers defines it. A test buil
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ATTENTION_TARGETS", "FAMILIES", "MLP_TARGETS", "TARGETS", "Family", "attention_window", "family_of"]
+__all__ = [
+    "ATTENTION_TARGETS",
+    "FAMILIES",
+    "FUSED_TARGETS",
+    "MLP_TARGETS",
+    "TARGETS",
+    "Family",
+    "attention_window",
+    "family_of",
+]
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Names of the projections of attention, in the order in which a layer uses them."""
@@ -18,6 +27,9 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 TARGETS = ATTENTION_TARGETS + MLP_TARGETS
 """Names of all projections of a layer: the weight matrices that carry δS, which embeddings and the head do not."""
+
+FUSED_TARGETS = ("qkv_proj", "gate_up_proj")
+"""Names of projections that hold several of these in one matrix, in other architectures; they carry δS as a whole."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from assay.vhack.basis import (
     split_pairs,
 )
 from assay.vhack.gradients import (
+    MIN_COVERAGE,
+    Coverage,
     Factors,
     SVDCache,
     per_sample_gradients,
@@ -22,7 +24,9 @@ from assay.vhack.gradients import (
 from assay.vhack.pairs import Pair, Sample
 
 __all__ = [
+    "MIN_COVERAGE",
     "Basis",
+    "Coverage",
     "Factors",
     "Origin",
     "Pair",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["METHODS", "ModuleAxes", "find_axes", "gram"]
+__all__ = ["METHODS", "ModuleAxes", "energy_along", "find_axes", "gram"]
 
 METHODS = ("lda", "mean-diff", "svd")
 
@@ -38,6 +38,13 @@ class ModuleAxes:
 def gram(rows_NR: Tensor) -> Tensor:
     """Return the Gram matrix of the rows, [N, N] in float64."""
     return rows_NR.double() @ rows_NR.double().T
+
+
+def energy_along(rows_NR: Tensor, axes_KR: Tensor) -> Tensor:
+    """Return the share of ‖D‖² that lies along each of some orthonormal axes, [K] float32; D are the rows."""
+    rows_NR = rows_NR.double()
+    along_K = (rows_NR @ axes_KR.double().T).square().sum(dim=0)
+    return (along_K / rows_NR.square().sum().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 def find_axes(

@@ -31,13 +31,16 @@ class Basis:
         axes: per module name, [K, R] float32, orthonormal rows that point hack-ward; unused rows are zero.
         singular_values: per module name, [K] float32, falling.
         votes: per module name, [K, 2] int64: pairs with a positive and with a negative component along the axis.
-        origin: which model, pairs and settings it was made from.
+        origin: Model, pairs and settings it was made from.
+        energy: Per module name, [K] float32: share of ‖D‖² that lies along each axis, D being the differences it was
+            extracted from. The file does not hold it, so it is empty in a basis that was read from one.
     """
 
     axes: dict[str, Tensor]
     singular_values: dict[str, Tensor]
     votes: dict[str, Tensor]
     origin: Origin = field(default_factory=Origin)
+    energy: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def confidence(self) -> dict[str, Tensor]:
@@ -74,7 +77,8 @@ class Basis:
             axes[name] = kept_KR * keep_K[:, None]
         values = {name: values_K[:k_use] for name, values_K in self.singular_values.items()}
         votes = {name: votes_K2[:k_use] for name, votes_K2 in self.votes.items()}
-        return replace(self, axes=axes, singular_values=values, votes=votes)
+        energy = {name: shares_K[:k_use] * axes[name].any(dim=1) for name, shares_K in self.energy.items()}
+        return replace(self, axes=axes, singular_values=values, votes=votes, energy=energy)
 
     def save(self, path: str | Path) -> None:
         """Write the basis as one safetensors file, replacing an older one in one step.

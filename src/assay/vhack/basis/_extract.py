@@ -14,8 +14,10 @@ from assay.vhack.basis._origin import Origin
 from assay.vhack.basis._paired import PairGradients, check_method
 from assay.vhack.basis._split import check_duplicates, pair_names, split_pairs
 from assay.vhack.gradients import (
+    MIN_COVERAGE,
     SVDCache,
     check_rank,
+    coverage,
     factor_dtype,
     module_of,
     per_sample_gradients,
@@ -43,6 +45,7 @@ def pair_gradients(
     rank: int | None = None,
     factors: str | None = None,
     cache: Path | None = None,
+    min_coverage: float = MIN_COVERAGE,
     max_tokens: int | None = None,
     checkpointing: bool = False,
     progress: Progress | None = None,
@@ -62,6 +65,7 @@ def pair_gradients(
             gradient that they hold is measured on the first pair, over all modules, and kept as ``origin.captured``.
         factors: Dtype of the factors, as in :func:`weight_svd`.
         cache: Directory of factors on disk; None keeps nothing there.
+        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
         max_tokens: Most tokens per batch, as in :func:`per_sample_gradients`.
         checkpointing: Whether to recompute layers in the backward pass to save memory.
         progress: Function called with the number of samples done and of all samples.
@@ -78,7 +82,7 @@ def pair_gradients(
     kept = [index for index, pair in enumerate(pairs) if pair.hack != pair.clean]
     if not kept:
         raise _nothing_left(len(pairs))
-    full = svd or weight_svd(model, dtype=factors, cache=cache)
+    full = svd or weight_svd(model, dtype=factors, cache=cache, min_coverage=min_coverage)
     captured = 1.0
     if rank is not None:
         sides_of_first = [f"{labels[kept[0]]}, {side} side" for side in ("hack", "clean")]
@@ -131,6 +135,7 @@ def extract(
     rank: int | None = None,
     factors: str | None = None,
     cache: Path | None = None,
+    min_coverage: float = MIN_COVERAGE,
     max_tokens: int | None = None,
     checkpointing: bool = False,
     progress: Progress | None = None,
@@ -152,6 +157,7 @@ def extract(
         rank: Number of singular directions to keep per matrix, as in :func:`pair_gradients`.
         factors: Dtype of the factors, as in :func:`weight_svd`.
         cache: Directory of factors on disk; None keeps nothing there.
+        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
         max_tokens: Most tokens per batch, as in :func:`per_sample_gradients`.
         checkpointing: Whether to recompute layers in the backward pass to save memory.
         progress: Function called with the number of samples done and of all samples.
@@ -188,6 +194,7 @@ def extract(
         rank=rank,
         factors=factors,
         cache=cache,
+        min_coverage=min_coverage,
         max_tokens=max_tokens,
         checkpointing=checkpointing,
         progress=progress,
@@ -221,6 +228,7 @@ def _source_of(model: "Model | PreTrainedModel", svd: SVDCache) -> Origin:
         dtype=_dtype_name(module.dtype),
         rank=svd.rank,
         factors=_dtype_name(svd.dtype),
+        coverage=coverage(module),
     )
 
 

@@ -8,10 +8,13 @@ Tensors, for every module name as in ``model.named_modules()``::
 Metadata (all text): ``model``, ``dtype``, ``top_k``, ``tau_axis`` and ``schema``, and what makes a stale file known:
 ``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``, ``settings_sha256``; further
 ``pairs``, ``groups`` and ``skipped`` (JSON lists), ``captured``, and ``votes`` (JSON: name to lists of [for, against]).
+Where the modules are only a part of the model's weight matrices there is also ``coverage`` (JSON: ``share`` of the
+weights and the names ``left_out``).
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +26,7 @@ from torch import Tensor
 from assay.errors import DataError
 from assay.reports import write_atomic
 from assay.vhack.basis._origin import Origin
-from assay.vhack.gradients import module_of, weights_digest
+from assay.vhack.gradients import Coverage, module_of, weights_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +57,7 @@ def write_basis(path: Path, axes: Tensors, values: Tensors, votes: Tensors, orig
 
 
 def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
+    part = {"coverage": json.dumps(asdict(origin.coverage))} if origin.coverage.left_out else {}
     return {
         "schema": SCHEMA,
         "model": origin.model,
@@ -71,6 +75,7 @@ def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
         "skipped": json.dumps(origin.skipped),
         "captured": repr(origin.captured),
         "votes": json.dumps({name: votes_K2.tolist() for name, votes_K2 in votes.items()}),
+        **part,
     }
 
 
@@ -144,6 +149,7 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
         groups=tuple(lists["groups"]),
         skipped=tuple(lists["skipped"]),
         captured=float(metadata["captured"]),
+        coverage=_parse_coverage(metadata.get("coverage")),
     )
     if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
         raise ValueError("its hashes do not belong to its own pairs or settings")
@@ -152,6 +158,13 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
     if not 0 <= origin.captured <= 1.000001:
         raise ValueError(f"captured {origin.captured}, which is not a share")
     return origin
+
+
+def _parse_coverage(text: str | None) -> Coverage:
+    if text is None:
+        return Coverage()
+    found = json.loads(text)
+    return Coverage(float(found["share"]), tuple(map(str, found["left_out"])))
 
 
 def _check_parts(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor) -> None:
@@ -168,9 +181,7 @@ def _check_parts(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor)
     used_K = wide_KR.any(dim=1)
     error = float((wide_KR @ wide_KR.T - torch.diag(used_K.double())).abs().max())
     if error > _SKEW:
-        raise ValueError(
-            f"the axes of {name} are off from orthonormal by {error:.2g}, more than {_SKEW:g}"
-        )
+        raise ValueError(f"the axes of {name} are off from orthonormal by {error:.2g}, more than {_SKEW:g}")
 
 
 def _check_model(path: Path, axes: Tensors, origin: Origin, model: "Model | PreTrainedModel") -> None:

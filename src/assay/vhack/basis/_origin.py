@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from assay.vhack.gradients import Coverage
 
 __all__ = ["SETTINGS", "Origin"]
 
@@ -25,7 +27,8 @@ class Origin:
         pairs: the keys of the pairs that were used, in order.
         groups: their groups, in the same order.
         skipped: the keys of pairs that were left out because their sides do not differ.
-        captured: share of the gradient's energy ‖g‖² that ``rank`` directions hold, 1 for all.
+        captured: Share of the gradient's energy ‖g‖² that ``rank`` directions hold, 1 for all.
+        coverage: Share of the model's weights that the modules of the basis are, and the matrices left out.
     """
 
     model: str = ""
@@ -40,6 +43,7 @@ class Origin:
     groups: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     captured: float = 1.0
+    coverage: Coverage = field(default_factory=Coverage)
 
     @property
     def given(self) -> tuple[str, ...]:

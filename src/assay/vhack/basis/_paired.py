@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.vhack.basis._axes import METHODS, find_axes, gram
+from assay.vhack.basis._axes import METHODS, energy_along, find_axes, gram
 from assay.vhack.basis._basis import Basis, check_axis_settings, zero_weak_axes
 from assay.vhack.basis._origin import Origin
 
@@ -114,10 +114,12 @@ class PairGradients:
                 wanted="pairs whose two sides differ",
                 do="check the pairs: the two completions must not be the same",
             )
+        axes = {name: zero_weak_axes(part.axes, part.values, tau_axis) for name, part in found.items()}
+        energy = {name: energy_along(self.differences(name)[index], axes_KR) for name, axes_KR in axes.items()}
         return Basis(
-            {name: zero_weak_axes(axes.axes, axes.values, tau_axis) for name, axes in found.items()},
-            {name: axes.values for name, axes in found.items()},
-            {name: axes.votes for name, axes in found.items()},
+            axes,
+            {name: part.values for name, part in found.items()},
+            {name: part.votes for name, part in found.items()},
             replace(
                 self.origin,
                 top_k=top_k,
@@ -126,6 +128,7 @@ class PairGradients:
                 pairs=tuple(self.keys[row] for row in rows),
                 groups=tuple(self.groups[row] for row in rows),
             ),
+            energy,
         )
 
 

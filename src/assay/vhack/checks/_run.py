@@ -19,13 +19,13 @@ from assay.vhack.checks._ranking import HeldOut, check_heldout, check_pools, sco
 from assay.vhack.checks._sources import SourceCin, check_source_log, check_sources
 from assay.vhack.checks._stability import Stability, check_stability
 from assay.vhack.checks._types import CheckReport, CheckSettings, ModuleResult
+from assay.vhack.gradients import MIN_COVERAGE, SVDCache
 from assay.vhack.pairs import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from assay.models import Model
-    from assay.vhack.gradients import SVDCache
 
 __all__ = ["check", "check_gradients"]
 
@@ -41,10 +41,11 @@ def check(
     settings: CheckSettings | None = None,
     log: Sequence[SourceCin] | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    svd: "SVDCache | None" = None,
+    svd: SVDCache | None = None,
     rank: int | None = None,
     factors: str | None = None,
     cache: Path | None = None,
+    min_coverage: float = MIN_COVERAGE,
     max_tokens: int | None = None,
     checkpointing: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -66,6 +67,7 @@ def check(
         rank: Number of singular directions to keep per matrix; None keeps all.
         factors: Dtype of the factors, as in :func:`assay.vhack.weight_svd`.
         cache: Directory of factors on disk; None keeps nothing there.
+        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
         max_tokens: Most tokens per batch; None chooses from the free memory.
         checkpointing: Whether to recompute layers in the backward pass to save memory.
         progress: Function called with the number of samples done and of all samples.
@@ -85,6 +87,7 @@ def check(
         rank=rank,
         factors=factors,
         cache=cache,
+        min_coverage=min_coverage,
         max_tokens=max_tokens,
         checkpointing=checkpointing,
         progress=progress,

@@ -5,13 +5,16 @@ from assay.vhack.gradients._digest import module_of, tensor_digest, weights_dige
 from assay.vhack.gradients._per_sample import per_sample_gradients
 from assay.vhack.gradients._svd import Factors
 from assay.vhack.gradients._svd_cache import SVDCache, check_rank, factor_dtype, weight_svd
-from assay.vhack.gradients._targets import target_modules
+from assay.vhack.gradients._targets import MIN_COVERAGE, Coverage, coverage, target_modules
 
 __all__ = [
+    "MIN_COVERAGE",
+    "Coverage",
     "Encoded",
     "Factors",
     "SVDCache",
     "check_rank",
+    "coverage",
     "encode",
     "factor_dtype",
     "module_of",

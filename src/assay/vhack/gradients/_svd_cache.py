@@ -22,7 +22,7 @@ from assay.reports import storage_error, write_atomic
 from assay.streams import torch_dtype
 from assay.vhack.gradients._digest import tensor_digest
 from assay.vhack.gradients._svd import Factors, factorise
-from assay.vhack.gradients._targets import target_modules
+from assay.vhack.gradients._targets import MIN_COVERAGE, check_coverage, target_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,28 +79,31 @@ def weight_svd(
     dtype: str | None = None,
     method: str = "auto",
     cache: Path | None = None,
+    min_coverage: float = MIN_COVERAGE,
     progress: Progress | None = None,
 ) -> SVDCache:
     """Decompose every target matrix of a model.
 
     Args:
-        model: the model; the factors stay on the device of their matrix.
-        rank: keep only the strongest singular directions; None keeps all.
-        dtype: of the factors, ``"float32"`` or ``"bfloat16"``; None is bfloat16 for a bfloat16 model on a GPU, where
-            it halves memory and time, and float32 otherwise.
-        method: see :func:`assay.vhack.gradients._svd.factorise`.
-        cache: directory of the files on disk; None keeps nothing there.
-        progress: called with matrices done and all.
+        model: Model whose target matrices are decomposed; the factors stay on the device of their matrix.
+        rank: Number of singular directions to keep per matrix, the strongest first; None keeps all.
+        dtype: Dtype of the factors, ``"float32"`` or ``"bfloat16"``; None is bfloat16 for a bfloat16 model on a GPU,
+            where it halves memory and time, and float32 otherwise.
+        method: Algorithm: ``"exact"``, ``"gram"``, or ``"auto"``, which is gram on a GPU and exact on a CPU.
+        cache: Directory of the files on disk; None keeps nothing there.
+        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
+        progress: Function called with the number of matrices done and of all.
 
     Raises:
-        UsageError: the dtype, the method or the rank is none of the above.
-        ModelError: the model has no target projection, or fused experts.
-        BadWeights: a matrix is not finite; the message names it.
-        StorageError: a file cannot be written.
+        UsageError: The dtype or the method has another name, or the rank is below 1.
+        ModelError: The model has no target projection, fused experts, or too many weights that are no targets.
+        BadWeights: A matrix is not finite; the message names it.
+        StorageError: A file cannot be written.
     """
     modules = target_modules(model)
     chosen = factor_dtype(dtype, next(iter(modules.values())).weight)
     _check(method, rank)
+    check_coverage(model, min_coverage)
 
     def one(item: tuple[str, torch.nn.Linear]) -> tuple[str, Factors]:
         name, module = item

@@ -1,11 +1,14 @@
 """Which weight matrices carry δS: the attention and MLP projections, never embeddings or the head."""
 
+import re
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from assay.errors import ModelError
-from assay.models.families import MLP_TARGETS, TARGETS
+from assay.models.families import FUSED_TARGETS, MLP_TARGETS, TARGETS
 from assay.vhack.gradients._digest import module_of
 
 if TYPE_CHECKING:
@@ -13,15 +16,36 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["target_modules"]
+__all__ = ["MIN_COVERAGE", "Coverage", "check_coverage", "coverage", "target_modules"]
+
+MIN_COVERAGE = 0.9
+"""Share of the weights that targets must cover unless a caller accepts less."""
+
+_ADAPTER = "lora_"  # matrices of PEFT beside the weights: they are an update, not a part of the model
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model carries δS, of all weight matrices but the embeddings and the head.
+
+    Attributes:
+        share: Share of the entries of these matrices that belong to targets, 0 to 1.
+        left_out: Names of the matrices that do not.
+    """
+
+    share: float = 1.0
+    left_out: tuple[str, ...] = ()
 
 
 def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
-    """The target Linears by name, in the order of ``named_modules()``.
+    """Return the target Linears by name, in the order of ``named_modules()``.
+
+    A projection that fuses several, such as ``qkv_proj`` of Phi-3, counts as one matrix. A Linear that PEFT has wrapped
+    is found as ``q_proj.base_layer``.
 
     Raises:
-        ModelError: there is none, or the model keeps the weights of its experts in one three-dimensional tensor; the
-            message names the module.
+        ModelError: There is no target, or the model keeps the weights of its experts in one three-dimensional tensor;
+            the message names the module.
     """
     found: dict[str, nn.Linear] = {}
     for name, module in module_of(model).named_modules():
@@ -32,12 +56,50 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
                     wanted="projections that are nn.Linear modules, one matrix each",
                     do="use a dense model, or one whose experts are separate Linears",
                 )
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGETS:
+        leaf = name.removesuffix(".base_layer").rpartition(".")[2]
+        if isinstance(module, nn.Linear) and leaf in (*TARGETS, *FUSED_TARGETS):
             found[name] = module
     if not found:
         raise ModelError(
             f"{type(module_of(model)).__name__} has no target projection",
-            wanted="nn.Linear modules named " + ", ".join(TARGETS),
+            wanted="nn.Linear modules named " + ", ".join((*TARGETS, *FUSED_TARGETS)),
             do="use a model of the Llama or Qwen family",
         )
     return found
+
+
+def coverage(model: "Model | PreTrainedModel") -> Coverage:
+    """Return how much of a model its target modules cover.
+
+    Raises:
+        ModelError: As :func:`target_modules` raises it.
+    """
+    module, targets = module_of(model), target_modules(model)
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    sizes = {
+        name if own == "weight" else f"{name}.{own}": parameter.numel()
+        for name, part in module.named_modules()
+        if not isinstance(part, nn.Embedding) and part is not head and _ADAPTER not in name
+        for own, parameter in part.named_parameters(recurse=False)
+        if parameter.ndim > 1
+    }
+    left_out = tuple(name for name in sizes if name not in targets)
+    total = sum(sizes.values())
+    return Coverage(1 - sum(sizes[name] for name in left_out) / total, left_out)
+
+
+def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
+    """Raise ModelError, naming what is left out, where targets cover less than this share of the weights.
+
+    Raises:
+        ModelError: Too little is covered, or as :func:`target_modules` raises it.
+    """
+    found = coverage(model)
+    if found.share < least:
+        kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in found.left_out)
+        raise ModelError(
+            f"targets cover {found.share:.0%} of the weights of {type(module_of(model)).__name__}; left out are "
+            + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+            wanted=f"at least {least:.0%}, so that directions and training are those of the model, not of a part",
+            do="use a model whose projections are all found, or accept a part with --allow-partial (min_coverage=0)",
+        )

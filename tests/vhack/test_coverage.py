@@ -1,0 +1,112 @@
+"""How much of a model its directions and its training are about, and that a part is never taken for the whole."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from assay.errors import ModelError
+from assay.vhack import Basis, extract, per_sample_gradients, target_modules, weight_svd
+from assay.vhack.gradients import Coverage, coverage
+from tests.vhack.adapter import sequential_gradients, worst_error
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+
+
+def made(family, **changes):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SMALL | changes)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def with_lora(names):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(made("Llama"), LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"), [("Llama", 0), ("Phi3", 2), ("Glm4", 1), ("Qwen3", 0)], ids=lambda value: str(value)
+)
+def test_fused_projections_are_covered_whole_and_their_gradients_exact(family, fused, samples, byte_tokenizer):
+    model = made(family)
+    assert coverage(model) == Coverage(1.0, ())
+    names = [name for name in target_modules(model) if name.endswith(("qkv_proj", "gate_up_proj"))]
+    assert len(names) == 2 * fused
+    svd = weight_svd(model)
+    found = per_sample_gradients(samples, model, tokenizer=byte_tokenizer, svd=svd)
+    assert worst_error(found, sequential_gradients(model, byte_tokenizer, samples, svd)) < 2e-5
+
+
+def test_linears_that_an_adapter_has_wrapped_are_covered_like_all_others(samples, byte_tokenizer):
+    model = with_lora(["q_proj", "down_proj"])
+    names = list(target_modules(model))
+    assert len(names) == 14
+    assert sum(name.endswith(("q_proj.base_layer", "down_proj.base_layer")) for name in names) == 4
+    assert coverage(model) == Coverage(1.0, ())
+    plain, svd = made("Llama"), weight_svd(model)
+    found = per_sample_gradients(samples, model, tokenizer=byte_tokenizer, svd=svd)
+    wanted = sequential_gradients(
+        plain, byte_tokenizer, samples, {name: svd[_wrapped(name, svd)] for name in target_modules(plain)}
+    )
+    assert worst_error({name: found[_wrapped(name, svd)] for name in wanted}, wanted) < 2e-5
+
+
+def _wrapped(name, svd):
+    return next(found for found in svd if found.removesuffix(".base_layer").endswith(name))
+
+
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
+LFM2 = {"full_attn_idxs": [1], "block_auto_adjust_ff_dim": False}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "left_out"),
+    [("OPT", OPT, "2 model.decoder.layers.*.fc1"), ("Lfm2", LFM2, "2 model.layers.*.feed_forward.w1")],
+)
+def test_a_model_that_targets_cover_in_part_is_refused_with_what_they_leave_out(family, changes, left_out):
+    model = made(family, **changes)
+    with pytest.raises(ModelError) as raised:
+        weight_svd(model)
+    assert left_out in raised.value.seen
+    assert raised.value.wanted.startswith("at least 90%")
+    assert "--allow-partial" in raised.value.do
+    assert set(weight_svd(model, min_coverage=0.0)) == set(target_modules(model))
+
+
+def test_a_basis_of_a_part_says_so_also_in_its_file(tmp_path, small_pairs, byte_tokenizer):
+    model = made("OPT", **OPT)
+    path = tmp_path / "basis.safetensors"
+    asked = {"tokenizer": byte_tokenizer, "n_heldout": 0}
+    with pytest.raises(ModelError, match="targets cover"):
+        extract(small_pairs, model, **asked)
+    basis = extract(small_pairs, model, min_coverage=0.0, path=path, **asked)
+    sizes = {name: weight.numel() for name, weight in model.named_parameters() if weight.ndim == 2}
+    sizes = {name: size for name, size in sizes.items() if "embed" not in name}
+    covered = sum(size for name, size in sizes.items() if name.removesuffix(".weight") in basis.axes)
+    assert basis.origin.coverage.share == pytest.approx(covered / sum(sizes.values()))
+    assert len(basis.origin.coverage.left_out) == len(sizes) - len(basis.axes) == 6
+    assert Basis.load(path, model).origin == basis.origin
+    with safe_open(path, "pt") as reader:
+        assert json.loads(reader.metadata()["coverage"])["share"] == basis.origin.coverage.share
+
+
+def test_the_file_of_a_whole_model_is_as_it_was(tmp_path, small_model, small_pairs, byte_tokenizer, small_svd):
+    path = tmp_path / "basis.safetensors"
+    basis = extract(small_pairs, small_model, tokenizer=byte_tokenizer, svd=small_svd, path=path)
+    assert basis.origin.coverage == Coverage(1.0, ())
+    with safe_open(path, "pt") as reader:
+        assert "coverage" not in reader.metadata()
