@@ -1,7 +1,6 @@
 """``assay poc experiment``: tables on stdout, files in the run's folder, and what is refused."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ SMALL = ["--nonces", "32", "--seq-len", "8", "--dtype", "float32", "--device", "
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """A run that holds the 36 published tests."""
-    plan = replace(Plan(models=("qwen", "llama")), device="cpu")
+    plan = Plan(models=("qwen", "llama"), device="cpu")
     names = {test.key for test in plan.tests()}
     with open_run(tmp_path / "seeds", "matrix", plan.settings) as run:
         for cell in published_cells():

@@ -6,7 +6,10 @@ from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.main import get_command_from_info
+from typer.models import CommandInfo
 
+from assay.cli._settings import complete
 from assay.errors import StorageError
 
 __all__ = ["CONTINUES", "App", "Command", "Group", "Resumable", "Stopped"]
@@ -48,7 +51,22 @@ class _Deliberate:
 
 
 class Command(_Deliberate, TyperCommand):
-    """A command of ``assay``."""
+    """A command of ``assay``, which gets the flags of its settings class when its parameters are first read."""
+
+    @property
+    def params(self) -> list[Any]:
+        """The parameters."""
+        function = complete(self.callback) if self.callback else None
+        if function:
+            made = get_command_from_info(
+                CommandInfo(self.name, callback=function), pretty_exceptions_short=False, rich_markup_mode=None
+            )
+            self._params[:], self.callback = made.params, made.callback
+        return self._params
+
+    @params.setter
+    def params(self, params: list[Any]) -> None:
+        self._params = params
 
 
 class Resumable(Command):

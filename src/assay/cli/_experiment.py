@@ -1,85 +1,53 @@
 """``assay poc experiment``: the published tables measured again, resumable, with one report per run."""
 
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from assay.cli._commands import App, Resumable
-from assay.cli._flags import DeviceFlag, DtypeFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.cli._settings import settings
 
 if TYPE_CHECKING:
     from assay.reports import JsonObject
-    from assay.research.matrix import Configuration
-    from assay.research.weights import WeightRow
+    from assay.research.approaches import ApproachPlan
+    from assay.research.matrix import Configuration, Plan
+    from assay.research.redteam import RedteamPlan
+    from assay.research.simulation import SimulationPlan
+    from assay.research.weights import WeightPlan, WeightRow
 
 __all__ = ["app"]
 
 app = App(help="Measure the published tables again, each number with its noise.")
 
-BOTH = "reference:qwen3,reference:llama"
-BLOCKS = "block_alpha,block_beta,block_gamma"
-KEYS = "node_A,node_B,node_C"
-
-ModelsFlag = Annotated[str, typer.Option(help="Models, separated by commas.")]
-BlocksFlag = Annotated[str, typer.Option(help="Block hashes, separated by commas.")]
 RunNameFlag = Annotated[str, typer.Option(help="Folder of the run; the same name continues it.")]
-OutputFlag = Annotated[Path, typer.Option("-o", "--output", help="Where the folders of runs are.")]
-NoncesFlag = Annotated[int, typer.Option(help="Nonces per block.")]
-SeqLenFlag = Annotated[int, typer.Option(help="Input positions per nonce.")]
-BatchSizeFlag = Annotated[int, typer.Option(help="Nonces per forward pass.")]
+OutputFlag = Annotated[Path, typer.Option("-o", "--output", help="Directory that holds the folders of all runs.")]
 EXPERIMENTS = Path("experiments")
 
 
-@app.command(cls=Resumable)
+@app.command(cls=Resumable, epilog="Example: assay poc experiment approaches --models reference:qwen3 --nonces 128")
+@settings("assay.research.approaches:ApproachPlan")
 def approaches(
-    models: ModelsFlag = BOTH,
-    approaches: Annotated[str, typer.Option(help="Presets, separated by commas; all when left out.")] = "",
-    blocks: BlocksFlag = BLOCKS,
-    nonces: NoncesFlag = 1024,
-    valid_rate: Annotated[float, typer.Option(help="Share of valid nonces at the calibrated r_target.")] = 0.5,
-    checked: Annotated[int, typer.Option(help="Nonces that the validator recomputes.")] = 64,
-    timed: Annotated[int, typer.Option(help="Batches for which an approach is timed; 0 skips it.")] = 5,
-    seq_len: SeqLenFlag = 256,
-    batch_size: BatchSizeFlag = 32,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = None,
+    plan: "ApproachPlan",
     run_name: RunNameFlag = "approaches",
     output: OutputFlag = EXPERIMENTS,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure every approach: distances against the chord law, spread of blocks, separability, cost."""
-    from assay.research.approaches import APPROACHES, ApproachPlan, run_approaches
-    from assay.research.runs import build_report, read_run, run_folder
+    """Measure every approach: distances against the chord law, spread of blocks, separability and cost."""
+    from assay.research.approaches import run_approaches
+    from assay.research.runs import read_run
 
-    plan = ApproachPlan(
-        models=_listed(models),
-        approaches=_listed(approaches) or APPROACHES,
-        blocks=_listed(blocks),
-        nonces=nonces,
-        valid_rate=valid_rate,
-        checked=checked,
-        timed=timed,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-    )
-    folder = run_folder(output, run_name)
-    with progress_bar("measuring", "approaches") as progress:
-        run_approaches(plan, folder, progress=progress)
-    page = build_report(folder)
-    cells = read_run(folder, "approaches").cells
+    page = _measure(run_approaches, plan, run_name, output, "measuring", "approaches")
+    cells = read_run(page.parent, "approaches").cells
     if as_json:
-        emit_json("assay.poc.experiment.approaches/1", _where(page) | {"approaches": cells})
+        _emit("approaches", page, approaches=cells)
         return
+    columns = ("approach", "mean", "offset/SE", "spread", "noise band", "int4/honest", "AUC", "breaks it")
     for model in dict.fromkeys(cell["model"] for cell in cells):
-        chosen = [cell for cell in cells if cell["model"] == model]
-        columns = ("approach", "mean", "offset/SE", "spread", "noise band", "int4/honest", "AUC", "breaks it")
-        table(columns, [_approach(cell) for cell in chosen], title=f"{model}: spread at {valid_rate:.0%} valid")
+        chosen = [_approach(cell) for cell in cells if cell["model"] == model]
+        table(columns, chosen, title=f"{model}: spread at {plan.valid_rate:.0%} valid")
     typer.echo(f"report: {page}")
 
 
@@ -97,43 +65,21 @@ def _approach(cell: "JsonObject") -> tuple[str, ...]:
     )
 
 
-@app.command(cls=Resumable)
+@app.command(cls=Resumable, epilog="Example: assay poc experiment weights --models reference:llama --nonces 256")
+@settings("assay.research.weights:WeightPlan")
 def weights(
-    models: ModelsFlag = BOTH,
-    preset: Annotated[str, typer.Option(help="A row of the pipeline table.")] = "hidden-reflections",
-    blocks: BlocksFlag = BLOCKS,
-    nonces: NoncesFlag = 1024,
-    seq_len: SeqLenFlag = 256,
-    batch_size: BatchSizeFlag = 32,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = None,
-    run_name: RunNameFlag = "weights",
-    output: OutputFlag = EXPERIMENTS,
-    as_json: JsonFlag = False,
+    plan: "WeightPlan", run_name: RunNameFlag = "weights", output: OutputFlag = EXPERIMENTS, as_json: JsonFlag = False
 ) -> None:
-    """Compare trained weights with weights drawn per block, all of them or the embeddings alone."""
+    """Compare trained weights with weights that are drawn per block: all of them, or the embeddings alone."""
     from dataclasses import asdict
 
-    from assay.research.runs import build_report, read_run, run_folder
-    from assay.research.weights import WeightPlan, run_weights, weight_rows
+    from assay.research.runs import read_run
+    from assay.research.weights import run_weights, weight_rows
 
-    plan = WeightPlan(
-        models=_listed(models),
-        preset=preset,
-        blocks=_listed(blocks),
-        nonces=nonces,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-    )
-    folder = run_folder(output, run_name)
-    with progress_bar("measuring", "blocks") as progress:
-        run_weights(plan, folder, progress=progress)
-    page = build_report(folder)
-    rows = weight_rows(read_run(folder, "weights").cells)
+    page = _measure(run_weights, plan, run_name, output, "measuring", "blocks")
+    rows = weight_rows(read_run(page.parent, "weights").cells)
     if as_json:
-        emit_json("assay.poc.experiment.weights/1", _where(page) | {"rows": [asdict(row) for row in rows]})
+        _emit("weights", page, rows=[asdict(row) for row in rows])
         return
     columns = ("weights", *rows[0].blocks, "spread of means", "noise band", "verdict")
     for model in dict.fromkeys(row.model for row in rows):
@@ -147,94 +93,115 @@ def _weights(row: "WeightRow") -> tuple[str, ...]:
     return (row.weights, *means, f"{row.spread:.4f}", f"{row.low:.4f} to {row.high:.4f}", verdict)
 
 
-@app.command(cls=Resumable)
+@app.command(cls=Resumable, epilog="Example: assay poc experiment matrix --models reference:qwen3 --duration 10")
+@settings("assay.research.matrix:Plan")
 def matrix(
-    models: ModelsFlag = BOTH,
-    modes: Annotated[str, typer.Option(help="sign-flips, layer-hooks, or both.")] = "sign-flips,layer-hooks",
-    blocks: BlocksFlag = BLOCKS,
-    public_keys: Annotated[str, typer.Option(help="Keys of nodes, separated by commas.")] = KEYS,
-    duration: Annotated[float, typer.Option(help="Seconds for which every test generates.")] = 40.0,
-    r_target: Annotated[float, typer.Option(help="A nonce is valid below this distance.")] = 1.416,
-    seq_len: SeqLenFlag = 256,
-    batch_size: BatchSizeFlag = 32,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = None,
-    run_name: RunNameFlag = "matrix",
+    plan: "Plan", run_name: RunNameFlag = "matrix", output: OutputFlag = EXPERIMENTS, as_json: JsonFlag = False
+) -> None:
+    """Test models × modes × blocks × keys against live services over HTTP, with a receiver of callbacks."""
+    from functools import partial
+
+    from assay.research.matrix import configurations, run_matrix
+    from assay.research.runs import read_run
+
+    run = partial(run_matrix, note=partial(typer.echo, err=True))
+    page = _measure(run, plan, run_name, output, "testing", "tests")
+    found = configurations(read_run(page.parent, "matrix").cells)
+    if as_json:
+        _emit("matrix", page, configurations=[row.as_dict() for row in found])
+        return
+    for one in found:
+        keys = list(one.blocks[0].rates)
+        rows = [
+            (row.block, *(f"{row.rates[key]:.1%}" if key in row.rates else "" for key in keys), f"{row.rate:.1%}")
+            for row in one.blocks
+        ]
+        table(("block", *keys, "mean"), rows, title=f"{one.model}, {one.mode}")
+    columns = ("", "spread", "noise band", "verdict", "nonces/s", "undelivered")
+    table(columns, [_configuration(row) for row in found], title="cross-block spread")
+    typer.echo(f"report: {page}")
+
+
+def _configuration(row: "Configuration") -> tuple[str, ...]:
+    spread = (
+        ("", "")
+        if row.spread is None
+        else (f"{row.spread.value:.1%}", f"{row.spread.low:.1%} to {row.spread.high:.1%}")
+    )
+    return f"{row.model}, {row.mode}", *spread, row.verdict, f"{row.nonces_per_second:.1f}", str(row.undelivered)
+
+
+@app.command(cls=Resumable, epilog="Example: assay poc experiment redteam --models reference:qwen3 --searched 0")
+@settings("assay.research.redteam:RedteamPlan")
+def redteam(
+    plan: "RedteamPlan", run_name: RunNameFlag = "redteam", output: OutputFlag = EXPERIMENTS, as_json: JsonFlag = False
+) -> None:
+    """Run every attacker against every preset: cost, error, residuals, and who catches it after how many nonces."""
+    from assay.research import redteam as team
+    from assay.research.runs import read_run
+
+    page = _measure(team.run_redteam, plan, run_name, output, "attacking", "cells")
+    cells = read_run(page.parent, "redteam").cells
+    places = [(*field, preset) for field in team.fields(cells) for preset in team.PRESETS]
+    best = [team.paying(cells, *place) for place in places]
+    if as_json:
+        _emit("redteam", page, paying=best)
+        return
+    for place in places:
+        table(team.ATTACK_COLUMNS, team.attack_rows(cells, *place), title=", ".join(place))
+    columns = ("model", "dtype", "preset", "attack that pays best", "cost", "ε", "over honest", "caught after")
+    numbers = ("cost", "error", "over_honest")
+    rows = [
+        (*(b[k] for k in ("model", "dtype", "preset", "attack")), *(f"{b[k]:.2f}" for k in numbers), b["checked_99"])
+        for b in best
+    ]
+    table(columns, [(*row[:-1], row[-1] or "never") for row in rows])
+    typer.echo(f"report: {page}")
+
+
+@app.command(cls=Resumable, epilog="Example: assay poc experiment simulate --presets hardened --nodes 2000")
+@settings("assay.research.simulation:SimulationPlan", without=("stake_spread",))
+def simulate(
+    plan: "SimulationPlan",
+    run_name: RunNameFlag = "simulate",
     output: OutputFlag = EXPERIMENTS,
     as_json: JsonFlag = False,
 ) -> None:
-    """Test models × modes × blocks × keys against live services over HTTP, with a receiver of callbacks."""
-    from assay.research.matrix import Plan, configurations, run_matrix
-    from assay.research.runs import build_report, read_run, run_folder
+    """Simulate a network over a year under each verdict rule: false accusations, time to catch, junk that is paid."""
+    from assay.research import simulation
+    from assay.research.runs import read_run
 
-    plan = Plan(
-        models=_listed(models),
-        modes=_listed(modes),
-        blocks=_listed(blocks),
-        public_keys=_listed(public_keys),
-        duration=duration,
-        r_target=r_target,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-    )
-    folder = run_folder(output, run_name)
-    with progress_bar("testing", "tests") as progress:
-        run_matrix(plan, folder, progress=progress, note=_note)
-    page = build_report(folder)
-    found = configurations(read_run(folder, "matrix").cells)
+    page = _measure(simulation.run_simulation, plan, run_name, output, "simulating", "presets")
+    cells = read_run(page.parent, "simulate").cells
     if as_json:
-        emit_json("assay.poc.experiment.matrix/1", _where(page) | {"configurations": [row.as_dict() for row in found]})
-    else:
-        _print_matrix(found)
-        typer.echo(f"report: {page}")
+        _emit("simulate", page, presets=list(cells))
+        return
+    for cell in cells:
+        table(simulation.COLUMNS, simulation.table_rows(cell), title=f"{cell['preset']}, {cell['dtype']}")
+    typer.echo(f"report: {page}")
 
 
-def _print_matrix(found: "list[Configuration]") -> None:
-    for configuration in found:
-        keys = list(configuration.blocks[0].rates)
-        rows = [
-            (row.block, *(f"{row.rates[key]:.1%}" if key in row.rates else "" for key in keys), f"{row.rate:.1%}")
-            for row in configuration.blocks
-        ]
-        table(("block", *keys, "mean"), rows, title=f"{configuration.model}, {configuration.mode}")
-    rows = [
-        (f"{row.model}, {row.mode}", *_spread(row), f"{row.nonces_per_second:.1f}", str(row.undelivered))
-        for row in found
-    ]
-    table(("", "spread", "noise band", "verdict", "nonces/s", "undelivered"), rows, title="cross-block spread")
-
-
-def _spread(row: "Configuration") -> tuple[str, str, str]:
-    if row.spread is None:
-        return "", "", row.verdict
-    return f"{row.spread.value:.1%}", f"{row.spread.low:.1%} to {row.spread.high:.1%}", row.verdict
-
-
-@app.command()
+@app.command(epilog="Example: assay poc experiment report --run-name approaches")
 def report(run_name: RunNameFlag, output: OutputFlag = EXPERIMENTS, as_json: JsonFlag = False) -> None:
-    """Write the page of a run from what its folder holds, while it goes on too."""
+    """Write the page of a run from what its folder holds, also while the run continues."""
     from assay.research.runs import build_report, run_folder
 
     page = build_report(run_folder(output, run_name))
     if as_json:
-        emit_json("assay.poc.experiment.report/1", _where(page))
+        _emit("report", page)
     else:
         typer.echo(page)
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _measure(run: Callable[..., None], plan: Any, run_name: str, output: Path, label: str, unit: str) -> Path:
+    """Measure what is missing in a run's folder; return the path of its page."""
+    from assay.research.runs import build_report, run_folder
+
+    folder = run_folder(output, run_name)
+    with progress_bar(label, unit) as progress:
+        run(plan, folder, progress=progress)
+    return build_report(folder)
 
 
-def _note(sentence: str) -> None:
-    typer.echo(sentence, err=True)
-
-
-def _where(page: Path) -> dict[str, object]:
-    return {"folder": str(page.parent), "report": str(page)}
-
-
-if find_spec("assay.cli._experiment_attacks") is not None:
-    import_module("assay.cli._experiment_attacks").register(app)
+def _emit(command: str, page: Path, **found: object) -> None:
+    emit_json(f"assay.poc.experiment.{command}/1", {"folder": str(page.parent), "report": str(page), **found})

@@ -14,10 +14,11 @@ Legend of shapes: N nonces, B blocks, K published numbers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-from assay.errors import UsageError
+from pydantic import AfterValidator, Field
+
 from assay.models import Model, load_model
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import PIPELINES, Pipeline, Round, get_pipeline
@@ -26,7 +27,18 @@ from assay.reports import JsonObject
 from assay.research import cheats
 from assay.research.approaches._cost import PIPELINE_PARALLEL, memory, tensor_parallel
 from assay.research.approaches._measures import distribution, overheads, residual_sizes, told_apart
-from assay.research.runs import Run, check_lists, effective_dimension, open_run, published, state_pipeline
+from assay.research.runs import (
+    BLOCKS,
+    Blocks,
+    ExperimentPlan,
+    Run,
+    check_lists,
+    effective_dimension,
+    open_run,
+    published,
+    state_pipeline,
+)
+from assay.settings import Dtype, Names
 
 __all__ = ["APPROACHES", "ApproachPlan", "run_approaches"]
 
@@ -38,49 +50,32 @@ STATE_NONCES = 256  # from which the effective dimension is measured
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ApproachPlan:
+def _own_names(approaches: tuple[str, ...]) -> tuple[str, ...]:
+    # sign-flips and poc-2.0 are two names of one approach.
+    return tuple(get_pipeline(name).name for name in approaches) or APPROACHES
+
+
+class ApproachPlan(ExperimentPlan):
     """What is measured.
 
-    Args:
-        models: references.
-        approaches: names of pipelines.
-        blocks: block hashes, at least two.
-        nonces: nonces per block.
-        valid_rate: share of all nonces that the calibrated r_target makes valid.
-        checked: nonces from which separability is measured.
-        seq_len: input positions per nonce.
-        batch_size: nonces per forward pass.
-        timed: batches for which every approach is timed; 0 skips it.
-        dtype: Dtype of the models whose distances are measured; None keeps the dtype of each checkpoint.
-        device: ``cpu`` or ``cuda``; None takes CUDA where it is available.
-
     Raises:
-        UsageError: a list is empty or names something twice, an approach is unknown, or a number is out of range.
+        UsageError: A list is empty or names something twice, a name is not that of an approach, or a number is out of
+            range.
     """
 
-    models: tuple[str, ...]
-    approaches: tuple[str, ...] = APPROACHES
-    blocks: tuple[str, ...] = ("block_alpha", "block_beta", "block_gamma")
-    nonces: int = 1024
-    valid_rate: float = 0.5
-    checked: int = 64
-    seq_len: int = 256
-    batch_size: int = 32
-    timed: int = 5
-    dtype: str | None = None
-    device: str | None = None
+    approaches: Annotated[Names, AfterValidator(_own_names)] = Field(
+        APPROACHES, description="Presets, separated by commas; by default all of them."
+    )
+    blocks: Blocks = BLOCKS
+    nonces: int = Field(1024, ge=2, description="Nonces per block.")
+    valid_rate: float = Field(0.5, gt=0, lt=1, description="Share of valid nonces at the calibrated r_target.")
+    checked: int = Field(64, ge=2, description="Nonces that the validator recomputes to measure separability.")
+    timed: int = Field(5, ge=0, description="Batches for which every approach is timed; 0 skips the timing.")
+    dtype: Dtype = None
 
-    def __post_init__(self) -> None:
-        # By their own names: sign-flips and poc-2.0 are one approach.
-        object.__setattr__(self, "approaches", tuple(get_pipeline(name).name for name in self.approaches))
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the lists."""
         check_lists(self, models=1, approaches=1, blocks=2)
-        if self.nonces < 2 or self.checked < 2 or self.timed < 0 or not 0 < self.valid_rate < 1:
-            raise UsageError(
-                f"{self.nonces} nonces, {self.checked} checked, {self.timed} timed, valid rate {self.valid_rate}",
-                wanted="at least 2 nonces and 2 checked, and a rate between 0 and 1",
-                do="leave them out for the defaults",
-            )
 
     @property
     def settings(self) -> JsonObject:

@@ -13,12 +13,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from assay.errors import UsageError
 from assay.models import model_info
 from assay.poc.protocol import Round
 from assay.reports import JsonObject, write_atomic, write_jsonl
 from assay.research.matrix._live import Live, wait_until
-from assay.research.runs import check_lists, open_run
+from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, check_lists, open_run
+from assay.settings import Dtype, Names
 
 __all__ = ["MODES", "Plan", "Test", "run_matrix"]
 
@@ -56,44 +59,26 @@ class Test:
         return f"test_{self.number:02d}_" + "_".join(clean)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(ExperimentPlan):
     """Which tests are wanted, and how they are run.
 
-    Args:
-        models: references.
-        modes: keys of :data:`MODES`.
-        blocks: block hashes.
-        public_keys: keys of nodes.
-        duration: seconds for which a test generates.
-        r_target: a nonce is valid below this distance.
-        seq_len: input positions per nonce.
-        batch_size: nonces per forward pass.
-        dtype: Dtype of the models; None keeps the dtype of each checkpoint.
-        device: ``cpu`` or ``cuda``; None takes CUDA where it is available.
-
     Raises:
-        UsageError: a list is empty or names something twice, or a mode or value is unknown.
+        UsageError: A list is empty or names something twice, a mode is unknown, or a number is out of range.
     """
 
-    models: tuple[str, ...]
-    modes: tuple[str, ...] = tuple(MODES)
-    blocks: tuple[str, ...] = ("block_alpha", "block_beta", "block_gamma")
-    public_keys: tuple[str, ...] = ("node_A", "node_B", "node_C")
-    duration: float = 40.0
-    r_target: float = 1.416
-    seq_len: int = 256
-    batch_size: int = 32
-    dtype: str | None = None
-    device: str | None = None
+    modes: Names = Field(tuple(MODES), description="Modes of the rounds, separated by commas.")
+    blocks: Blocks = BLOCKS
+    public_keys: Names = Field(("node_A", "node_B", "node_C"), description="Keys of nodes, separated by commas.")
+    duration: float = Field(40.0, gt=0, lt=86400, description="Seconds for which every test generates.")
+    r_target: float = Field(1.416, description="Distance below which a nonce is valid.")
+    dtype: Dtype = None
 
-    def __post_init__(self) -> None:
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the lists and every round."""
         check_lists(self, models=1, modes=1, blocks=1, public_keys=1)
         unknown = [mode for mode in self.modes if mode not in MODES]
         if unknown:
             raise UsageError(f"mode {unknown[0]!r:.40}", wanted="one of " + ", ".join(MODES), do="correct --modes")
-        if not 0 < self.duration < 86400:
-            raise UsageError(f"duration {self.duration}", wanted="seconds, at most a day", do="try --duration 40")
         for block, key in product(self.blocks, self.public_keys):
             Round(block_hash=block, public_key=key, r_target=self.r_target, seq_len=self.seq_len)
 

@@ -4,16 +4,15 @@ Legend of shapes: N nonces, C checked nonces.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field as Setting
 
 from assay import stats
-from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import get_pipeline
@@ -24,7 +23,8 @@ from assay.research.redteam._detect import Judge, detection, mixed, spread
 from assay.research.redteam._experts import experts
 from assay.research.redteam._field import Field
 from assay.research.redteam._search import search
-from assay.research.runs import open_run
+from assay.research.runs import ExperimentPlan, check_lists, open_run
+from assay.settings import Names
 
 __all__ = ["RedteamPlan", "run_redteam"]
 
@@ -36,46 +36,31 @@ FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RedteamPlan:
+class RedteamPlan(ExperimentPlan):
     """What is measured.
 
-    Args:
-        models: references.
-        dtypes: Dtypes of provers and attackers; the validator computes in float32.
-        nonces: nonces that every attacker answers.
-        honest: honest nonces, one half to calibrate and one to test.
-        searched: nonces of the search over positions read; 0 skips it.
-        block_hash: Block hash of the attacked rounds.
-        seq_len: input positions per nonce.
-        batch_size: nonces per forward pass.
-        device: ``cpu`` or ``cuda``; None takes CUDA where it is available.
-
     Raises:
-        UsageError: a number is out of range, or a list is empty.
+        UsageError: A number is out of range, or a list is empty.
     """
 
-    models: tuple[str, ...]
-    dtypes: tuple[str, ...] = ("bfloat16",)
-    nonces: int = 64
-    honest: int = 384
-    searched: int = 12
-    block_hash: str = "block_alpha"
-    seq_len: int = 256
-    batch_size: int = 16
-    device: str | None = None
+    dtypes: Names = Setting(
+        ("bfloat16",), description="Dtypes of provers and attackers, separated by commas; the validator has float32."
+    )
+    nonces: int = Setting(64, ge=8, description="Nonces that every attacker answers.")
+    honest: int = Setting(384, ge=64, description="Honest nonces, one half to calibrate and one to test.")
+    searched: int = Setting(12, ge=0, description="Nonces of the search over positions read; 0 skips the search.")
+    block_hash: str = Setting("block_alpha", description="Block of the attacked rounds.")
+    seq_len: int = Setting(256, ge=16, description="Input positions per nonce.")
+    batch_size: int = Setting(16, ge=4, description="Nonces per forward pass.")
 
-    def __post_init__(self) -> None:
-        if not self.models or not self.dtypes:
-            raise UsageError("no model or no dtype", wanted="at least one of each", do="leave the flags out")
-        for name, least in (("nonces", 8), ("honest", 64), ("searched", 0), ("seq_len", 16), ("batch_size", 4)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} {getattr(self, name)}", wanted=f"at least {least}", do=f"raise {name}")
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the lists."""
+        check_lists(self, models=1, dtypes=1)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What makes two cells comparable."""
-        return {name: value for name, value in asdict(self).items() if name not in ("models", "dtypes", "device")}
+        return {name: value for name, value in self.model_dump().items() if name not in ("models", "dtypes", "device")}
 
 
 def run_redteam(

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 from scipy import special
 from scipy import stats as distributions
 
@@ -26,6 +27,7 @@ from assay import stats
 from assay.errors import UsageError
 from assay.poc.protocol import RANDOM_HEAD_ROWS, Round
 from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH, Law, sequential_test
+from assay.settings import Settings
 
 __all__ = ["RULES", "Kind", "Network", "simulate_network"]
 
@@ -60,45 +62,31 @@ class Kind:
     junk: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Network:
+class Network(Settings):
     """The network and how it checks.
 
-    Args:
-        nodes: all nodes, honest and cheating.
-        cheating: share of the nodes of each cheating kind.
-        rounds: in the simulated time.
-        validators: nodes with the largest stakes, who check the others.
-        checkers: validators that check a node in a round, none of them twice.
-        checked: nonces that a validator recomputes.
-        stake_spread: standard deviation of ln stake.
-        seed: of everything drawn.
-
     Raises:
-        UsageError: a number is out of range.
+        UsageError: A number is out of range.
     """
 
-    nodes: int = 10_000
-    cheating: float = 0.01
-    rounds: int = 365
-    validators: int = 100
-    checkers: int = 5
-    checked: int = 32
-    stake_spread: float = 1.5
-    seed: int = 0
+    nodes: int = Field(10_000, ge=1, le=10**6, description="Nodes of the network, honest and cheating.")
+    cheating: float = Field(0.01, gt=0, lt=0.5, description="Share of the nodes that each kind of cheater has.")
+    rounds: int = Field(365, ge=1, le=10**5, description="Rounds in the simulated time.")
+    validators: int = Field(100, ge=1, description="Nodes with the largest stakes, who check the others.")
+    checkers: int = Field(5, ge=1, description="Different validators that check a node in a round.")
+    checked: int = Field(32, ge=1, le=1000, description="Nonces that a validator recomputes.")
+    stake_spread: float = Field(1.5, description="Standard deviation of ln stake.")
+    seed: int = Field(0, ge=0, description="Seed of everything that is drawn.")
 
-    def __post_init__(self) -> None:
-        for name, most in (
-            ("nodes", 10**6),
-            ("rounds", 10**5),
-            ("validators", self.nodes),
-            ("checkers", self.validators),
-            ("checked", 1000),
-        ):
-            if not 1 <= getattr(self, name) <= most:
-                raise UsageError(f"{name} {getattr(self, name)}", wanted=f"1 to {most}", do=f"correct {name}")
-        if not 0 < self.cheating < 0.5:
-            raise UsageError(f"cheating {self.cheating}", wanted="a share in (0, 0.5)", do="for instance 0.01")
+    def model_post_init(self, context: Any, /) -> None:
+        """Check numbers against each other."""
+        for name, most in (("validators", "nodes"), ("checkers", "validators")):
+            if getattr(self, name) > getattr(self, most):
+                raise UsageError(
+                    f"--{name} {getattr(self, name)}",
+                    wanted=f"1 to the {getattr(self, most)} {most}",
+                    do=f"lower --{name}",
+                )
 
 
 def simulate_network(network: Network, law: Law, kinds: tuple[Kind, ...]) -> list[dict[str, Any]]:

@@ -2,14 +2,18 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from pydantic import Field
 
 from assay.errors import UsageError
 from assay.poc.protocol import get_pipeline
 from assay.poc.verdict import MARGIN, Law, default_noise
 from assay.research.runs import open_run
 from assay.research.simulation._network import Kind, Network, simulate_network
+from assay.settings import Names, Settings
 
 __all__ = ["KINDS", "PRESETS", "SimulationPlan", "run_simulation"]
 
@@ -33,24 +37,19 @@ KINDS: dict[str, dict[str, tuple[Kind, ...]]] = {
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SimulationPlan:
-    """What is simulated.
-
-    Args:
-        presets: of the rounds.
-        dtypes: of provers; validators have float32. The honest law is the stated default of each pair.
-        network: its nodes, validators and rounds.
+class SimulationPlan(Settings):
+    """What is simulated. The honest law is the stated default of a prover's dtype against float32.
 
     Raises:
-        UsageError: a preset is not among :data:`PRESETS` or a dtype not in :data:`KINDS`, or none is given.
+        UsageError: A preset is not among :data:`PRESETS` or a dtype not in :data:`KINDS`, or a list is empty.
     """
 
-    presets: tuple[str, ...] = PRESETS
-    dtypes: tuple[str, ...] = tuple(KINDS)
-    network: Network = field(default_factory=Network)
+    presets: Names = Field(PRESETS, description="Presets of the rounds, separated by commas.")
+    dtypes: Names = Field(tuple(KINDS), description="Dtypes of provers, separated by commas; validators have float32.")
+    network: Network = Field(Network(), description="Nodes, validators and rounds.")
 
-    def __post_init__(self) -> None:
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the names."""
         for name, given, known in (("presets", self.presets, PRESETS), ("dtypes", self.dtypes, tuple(KINDS))):
             odd = [value for value in given if value not in known]
             if odd or not given:
@@ -74,7 +73,7 @@ def run_simulation(plan: SimulationPlan, folder: Path, *, progress: Progress | N
         UsageError: the folder holds a run of another network.
         StorageError: the file cannot be written.
     """
-    with open_run(folder, "simulate", asdict(plan.network)) as run:
+    with open_run(folder, "simulate", plan.network.model_dump()) as run:
         wanted = [(f"{preset}/{dtype}", preset, dtype) for dtype in plan.dtypes for preset in plan.presets]
         todo = [cell for cell in wanted if cell[0] not in run.done]
         for done, (key, preset, dtype) in enumerate(todo):

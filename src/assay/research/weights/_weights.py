@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from scipy.stats import studentized_range
 
 from assay import stats
-from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import Round, get_pipeline, unit
 from assay.poc.verdict import distances_from
 from assay.reports import JsonObject
-from assay.research.runs import check_lists, open_run, published
+from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, check_lists, open_run, published
+from assay.settings import Dtype
 
 __all__ = ["MODES", "WeightPlan", "WeightRow", "run_weights", "weight_rows"]
 
@@ -31,38 +32,22 @@ KEY = "node_A"
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightPlan:
-    """What is measured.
-
-    Args:
-        models: references of trained models.
-        preset: the pipeline; the published tests had ``hidden-reflections``.
-        blocks: block hashes, at least two.
-        nonces: nonces per block.
-        seq_len: input positions per nonce.
-        batch_size: nonces per forward pass.
-        dtype: Dtype of the models; None keeps the dtype of each checkpoint.
-        device: ``cpu`` or ``cuda``; None takes CUDA where it is available.
+class WeightPlan(ExperimentPlan):
+    """What is measured. The models are trained ones.
 
     Raises:
-        UsageError: a list is too short or names something twice, or a number is out of range.
+        UsageError: A list is too short or names something twice, or a number is out of range.
     """
 
-    models: tuple[str, ...]
-    preset: str = "hidden-reflections"
-    blocks: tuple[str, ...] = ("block_alpha", "block_beta", "block_gamma")
-    nonces: int = 1024
-    seq_len: int = 256
-    batch_size: int = 32
-    dtype: str | None = None
-    device: str | None = None
+    preset: str = Field("hidden-reflections", description="Preset of the rounds; this one had the published tests.")
+    blocks: Blocks = BLOCKS
+    nonces: int = Field(1024, ge=2, description="Nonces per block.")
+    dtype: Dtype = None
 
-    def __post_init__(self) -> None:
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the preset and the lists."""
         get_pipeline(self.preset)
         check_lists(self, models=1, blocks=2)
-        if self.nonces < 2:
-            raise UsageError(f"{self.nonces} nonces", wanted="at least 2 per block", do="raise --nonces")
 
     @property
     def settings(self) -> JsonObject:

@@ -1,0 +1,116 @@
+"""Flags of a command from a settings class, made when the command is first used: such a class may import torch."""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+
+if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings
+
+__all__ = ["complete", "settings"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def settings(where: str, *, without: Collection[str] = ()) -> Callable[[F], F]:
+    """Return a decorator for a command whose first parameter is an object of a settings class.
+
+    The fields of the class, and those of settings inside it, become flags. The other parameters of the function stay.
+
+    Args:
+        where: Module and name of the class, such as ``assay.vhack.training:TrainSettings``.
+        without: Names of the fields that have no flag.
+    """
+
+    def decorate(command: F) -> F:
+        def reduced(**values: Any) -> Any:
+            return command(**values)
+
+        others = list(inspect.signature(command).parameters.values())[1:]
+        reduced.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]
+        reduced.__annotations__ = {parameter.name: parameter.annotation for parameter in others}
+        reduced.__name__, reduced.__doc__, reduced.__module__ = command.__name__, command.__doc__, command.__module__
+        reduced.settings = (command, where, without)  # type: ignore[attr-defined]
+        return reduced  # type: ignore[return-value]
+
+    return decorate
+
+
+def complete(reduced: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return the function of a command with the flags of its settings class; None where it has no such class."""
+    command, where, without = getattr(reduced, "settings", (None, "", ()))
+    if command is None:
+        return None
+    module, _, name = where.partition(":")
+    kind: type[BaseSettings] = getattr(import_module(module), name)
+    made = {p.name: (path, p) for path, p in _parameters(kind, ()) if path[-1] not in without}
+
+    def call(**values: Any) -> Any:
+        given: dict[str, Any] = {}
+        for parameter, (path, _) in made.items():
+            if (value := values.pop(parameter)) is not None:
+                inner = given
+                for part in path[:-1]:
+                    inner = inner.setdefault(part, {})
+                inner[path[-1]] = value
+        return command(kind(**given), **values)
+
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(reduced).parameters.values()]
+    call.__signature__ = inspect.Signature([p for _, p in made.values()] + own)  # type: ignore[attr-defined]
+    call.__annotations__ = {}
+    return call
+
+
+def _parameters(
+    kind: "type[BaseSettings]", path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], inspect.Parameter]]:
+    """Yield the place of every field, those of inner settings included, and the parameter that sets it."""
+    from pydantic_settings import BaseSettings
+
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseSettings):
+            yield from _parameters(field.annotation, (*path, name))
+        else:
+            yield (*path, name), _parameter(kind, name)
+
+
+def _parameter(kind: "type[BaseSettings]", name: str) -> inspect.Parameter:
+    from assay.settings import Flag, Spelling, flag_of
+
+    field = kind.model_fields[name]
+    flags = flag_of(name, field)
+    parameter = flags[-1].lstrip("-").replace("-", "_")
+    default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
+    annotation, repeated = _plain(field.annotation)
+    for entry in field.metadata:
+        if isinstance(entry, Spelling):
+            annotation, repeated = str, False
+            default = default if default in (None, inspect.Parameter.empty) else entry.show(default)
+    if repeated:
+        annotation, default = list[annotation], None  # type: ignore[valid-type]
+    prefix = kind.model_config.get("env_prefix")
+    variables = [entry.variable for entry in field.metadata if isinstance(entry, Flag) and entry.variable]
+    variables = variables or ([f"{prefix}{parameter.upper()}"] if prefix else [])
+    option = typer.Option(*flags, help=field.description, envvar=variables or None)
+    return inspect.Parameter(
+        parameter,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[annotation if default is not None else annotation | None, option],
+    )
+
+
+def _plain(annotation: Any) -> tuple[Any, bool]:
+    """Return the type that a command line reads for an annotation, and whether its flag may be repeated."""
+    origin, inner = get_origin(annotation), [part for part in get_args(annotation) if part is not type(None)]
+    if origin is Literal:
+        return str, False  # pydantic names the words, and the nearest one
+    if origin is tuple:
+        return inner[0], True
+    if origin is not None:
+        return _plain(inner[0])
+    return (annotation if annotation in (int, float, bool, Path) else str), False

@@ -1,0 +1,150 @@
+"""Settings that are declared once, as a class whose fields carry their meaning, default and bounds.
+
+``assay.cli`` makes the flags, environment variables and configuration keys of a command from such a class, and
+docs/configuration.md is generated from it::
+
+    class Plan(Settings):
+        nonces: int = Field(1024, ge=2, description="Nonces per block.")        # --nonces 1024
+        blocks: Names = Field(("a", "b"), description="Block hashes.")          # --blocks a,b
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import Field, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from assay.errors import UsageError
+
+__all__ = ["Device", "Dtype", "Flag", "Names", "Settings", "Spelling", "flag_of", "usage_error"]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Metadata of a field whose flag is not simply ``--its-name``, or that has an environment variable of its own.
+
+    Args:
+        names: Names of the flag, such as ``("-o", "--output")``; empty stands for the usual one.
+        variable: Environment variable, such as ``ASSAY_MODEL``.
+    """
+
+    names: tuple[str, ...] = ()
+    variable: str | None = None
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Metadata of a field that is written as one word in flags, variables and configuration files.
+
+    Args:
+        read: Turns the text into the value; raises ValueError, saying what is wanted.
+        show: Turns the value into the text.
+    """
+
+    read: Callable[[str], Any]
+    show: Callable[[Any], str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return a schema that reads text before the field's own type is checked."""
+        return core_schema.no_info_before_validator_function(
+            lambda value: self.read(value) if isinstance(value, str) else value, handler(source)
+        )
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+Names = Annotated[tuple[str, ...], Spelling(_split, ",".join)]
+"""Words that are separated by commas where they are written as text."""
+
+Dtype = Annotated[
+    str | None,
+    Flag(variable="ASSAY_DTYPE"),
+    Field(description="Dtype of the weights: float32, float16 or bfloat16; by default the one they are stored in."),
+]
+Device = Annotated[
+    str | None,
+    Flag(variable="ASSAY_DEVICE"),
+    Field(description="Device that runs the model: cpu or cuda; by default cuda where there is one."),
+]
+
+
+class Settings(BaseSettings):
+    """Base of settings: immutable, checked when they are made, and without unknown names.
+
+    A value comes from the arguments alone; a subclass that reads the environment as well says so.
+
+    Raises:
+        UsageError: A value has the wrong type or is out of range, or a name is unknown.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise usage_error(type(self), error) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources of values."""
+        return (init_settings,)
+
+
+def flag_of(name: str, field: FieldInfo) -> tuple[str, ...]:
+    """Return the names of a field's flag, the long one last."""
+    named = [entry.names for entry in field.metadata if isinstance(entry, Flag) and entry.names]
+    return named[0] if named else (f"--{name.replace('_', '-')}",)
+
+
+def usage_error(kind: type[BaseSettings], error: ValidationError) -> UsageError:
+    """Return the first fault of a validation in three parts, naming the flag."""
+    fault: ErrorDetails = error.errors(include_url=False)[0]
+    name, field = "", None
+    for place in fault["loc"]:
+        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseSettings):
+            kind, field = field.annotation, None
+        if field is None:
+            name = str(place)
+            field = kind.model_fields.get(name)
+    if field is None:
+        known = get_close_matches(name, kind.model_fields)
+        return UsageError(
+            f"a setting {name!r}",
+            wanted=f"a field of {kind.__name__}",
+            do=f"did you mean {known[0]}?" if known else f"see help({kind.__module__}.{kind.__name__})",
+        )
+    flag = flag_of(name, field)[-1]
+    if fault["type"] == "missing":
+        return UsageError(f"no {flag}", wanted=field.description or "a value", do=f"pass {flag}")
+    wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    near = get_close_matches(str(fault["input"]).lower(), words_of(field.annotation), cutoff=0.4)
+    return UsageError(
+        f"{flag} {_shown(fault['input'])}",
+        wanted=wanted,
+        do=f"did you mean {flag} {near[0]}?" if near else "correct it, or leave it out",
+    )
+
+
+def words_of(annotation: Any) -> list[str]:
+    """Return the words of a ``Literal``, alone or beside None."""
+    if get_origin(annotation) is Literal:
+        return [str(word) for word in get_args(annotation)]
+    return [word for part in get_args(annotation) for word in words_of(part)]
+
+
+def _shown(value: Any) -> str:
+    return f"{value if isinstance(value, str) else repr(value):.60}"
