@@ -8,7 +8,7 @@ from assay.errors import DataError, ModelError, UsageError
 from assay.vhack import per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
 from assay.vhack.delta._product import Kinds
-from assay.vhack.delta._sharding import local_slice
+from assay.vhack.delta._sharding import _rows_of_part
 from tests.vhack.delta.conftest import loss_of, random_basis, randomise
 
 MODES = ["merged", "hook"]
@@ -351,6 +351,46 @@ def test_a_file_for_other_weights_or_factors_or_damaged_is_refused(module, small
         adapter.load(tmp_path / "absent.safetensors")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda delta: torch.full_like(delta, torch.nan),
+        lambda delta: torch.full_like(delta, torch.inf),
+        lambda delta: torch.full_like(delta, 1e30),
+        lambda delta: delta.to(torch.int8),
+        lambda delta: delta.double(),
+        lambda delta: delta.half(),
+        lambda delta: delta.to(torch.complex64),
+        lambda delta: delta.to(torch.float8_e4m3fn),
+    ],
+    ids=["nan", "inf", "1e30", "int8", "float64", "float16", "complex", "float8"],
+)
+@pytest.mark.parametrize("with_probe", [False, True])
+def test_numbers_that_are_not_finite_float32_are_refused(module, small_svd, tmp_path, change, with_probe):
+    """Also where its hash and its probe were made for them: all is written as `save` writes it."""
+    from safetensors.torch import load_file, save_file
+
+    from assay.vhack.delta import _file
+
+    adapter = DeltaS(module, small_svd)
+    randomise(adapter)
+    adapter.save(tmp_path / "good.safetensors")
+    tensors = load_file(tmp_path / "good.safetensors")
+    values = {name: change(t) for name, t in tensors.items() if not name.startswith("_probe/")}
+    probes = {name: t for name, t in tensors.items() if name.startswith("_probe/")}
+    if with_probe:
+        wide = {n: v.float() if not v.is_complex() else v.real.float() for n, v in values.items()}
+        probes = {f"_probe/{name}": rows for name, rows in _file._probes(adapter.groups, wide).items()}
+    digest = _file._digest(values) if next(iter(values.values())).element_size() > 1 else "0"
+    metadata = {"schema": "assay.delta_s/1", "delta_sha256": digest, "weights_sha256": _file._weights(adapter.groups)}
+    save_file({**values, **probes}, tmp_path / "bad.safetensors", metadata=metadata)
+    before = adapter.values()
+    with pytest.raises(DataError) as caught:
+        adapter.load(tmp_path / "bad.safetensors")
+    assert "wanted: " in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in adapter.values().items())
+
+
 def test_a_file_of_another_rank_is_refused(module, small_svd, tmp_path):
     other = copy.deepcopy(module)
     DeltaS(module, small_svd).save(tmp_path / "delta.safetensors")
@@ -449,7 +489,7 @@ def test_extraction_on_an_adapted_model_gives_the_gradients_of_its_deltas(
 def test_rows_are_cut_as_chunks_are():
     for length, parts in [(7, 2), (3, 4), (8, 4), (5, 3)]:
         wanted = [len(part) for part in torch.arange(length).chunk(parts)]
-        slices = [local_slice(length, parts, index) for index in range(parts)]
+        slices = [_rows_of_part(length, parts, index) for index in range(parts)]
         found = [s.stop - s.start for s in slices]
         assert found[: len(wanted)] == wanted
         assert sum(found) == length

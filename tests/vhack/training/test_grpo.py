@@ -188,3 +188,19 @@ def test_groups_are_filled_from_the_pool_as_far_as_it_goes(trainer, tasks):
     assert out["logprobs"][1] == [None] * len(out["completion_ids"][1])
     trainer.adapter.model.eval()
     assert not any(trainer.rollout([tasks[0].prompt] * 3)["teacher"])
+
+
+def test_axes_are_extracted_while_trl_has_its_own_forward_on_the_model(trainer, pairs):
+    """TRL's function would run the trained model, not the copy that gradients are computed on."""
+    from assay.vhack import pair_gradients
+
+    module = trainer.adapter.model
+    plain = pair_gradients(pairs, module, tokenizer=trainer.processing_class, svd=trainer.adapter.svd)
+    called = []
+    module.forward = lambda *_, **__: called.append(1)
+    found = pair_gradients(pairs, module, tokenizer=trainer.processing_class, svd=trainer.adapter.svd)
+    assert not called
+    assert "forward" in vars(module)
+    del module.forward
+    for name, rows in plain.hack.items():
+        assert torch.equal(rows, found.hack[name])

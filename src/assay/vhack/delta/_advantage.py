@@ -1,7 +1,7 @@
 """Advantage modification: less reward for rollouts whose activations look like those of the hack sides.
 
 The rival that holds training back without looking at a gradient (Wu and Tang, arXiv 2604.01476). Here the direction d
-is the difference of the mean activations of the hack and the clean sides of our pairs, after the layer at two thirds of
+is the difference of the mean activations of the hack and the clean sides of the pairs, after the layer at two thirds of
 the depth, each the mean over the completion tokens. With m halfway between the two means along d, and s the pooled
 standard deviation of the two sides::
 
@@ -42,10 +42,10 @@ class Shortcut:
     """The direction, and the scale on which activations along it are judged.
 
     Attributes:
-        layer: behind which decoder layer activations are taken, from 0.
-        direction: d, [H] float32, of length 1.
-        middle: m.
-        spread: s.
+        layer: Index of the decoder layer whose output is looked at, from 0.
+        direction: Direction d, [H] float32, of length 1.
+        middle: Middle m between the two sides along d.
+        spread: Pooled standard deviation s along d.
     """
 
     layer: int
@@ -60,11 +60,16 @@ class Shortcut:
         tokenizer: "PreTrainedTokenizerBase | None",
         pairs: Sequence[Pair],
     ) -> "Shortcut":
-        """The direction of these pairs.
+        """Return the direction of some pairs.
+
+        Args:
+            model: Model at the start of training.
+            tokenizer: Tokenizer of the model.
+            pairs: At least two pairs of a hack and a clean completion.
 
         Raises:
-            DataError: fewer than two pairs, or both sides have the same activations.
-            UsageError: there is no tokenizer.
+            DataError: There are fewer than two pairs, or both sides have the same activations.
+            UsageError: There is no tokenizer.
         """
         module = module_of(model)
         if len(pairs) < 2:
@@ -84,11 +89,11 @@ class Shortcut:
         return cls(layer, direction_H, float((hack_N.mean() + clean_N.mean()) / 2), max(spread, 1e-6 * length))
 
     def z(self, model: "Model | PreTrainedModel", rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-        """How far each row is on the hack's side, [N] float32 in units of ``spread``, on the device of the model.
+        """Return how far each row is on the hack's side, [N] float32 in units of ``spread``, on the model's device.
 
         Args:
-            model: as it is now.
-            rows: token ids of prompt and completion.
+            model: Model as it is now.
+            rows: Token ids of prompt and completion.
         """
         encoded = [
             Encoded(index, f"rollout {index}", [*prompt, *completion], len(prompt))
@@ -98,13 +103,13 @@ class Shortcut:
 
 
 def modified(rewards: Tensor, z: Tensor, alpha: float) -> Tensor:
-    """The rewards r', in the shape of r; see the module."""
+    """Return the rewards r' of rewards r and distances z, in the shape of r, with the strength α."""
     return rewards * (1 - alpha * torch.sigmoid(z) * (z > 0))
 
 
 @torch.no_grad()
 def _activations(module: "PreTrainedModel", encoded: Sequence[Encoded], layer: int) -> Tensor:
-    """Behind a layer, the mean over the completion tokens of each sample, [N, H] float32."""
+    """Return the output of a layer, averaged over the completion tokens of each sample, [N, H] float32."""
     found: dict[int, Tensor] = {}
     kept: list[Tensor] = []
 
@@ -116,7 +121,7 @@ def _activations(module: "PreTrainedModel", encoded: Sequence[Encoded], layer: i
         for batch in plan(encoded, _TOKENS.get(module.device.type, 2048), packed=False):
             longest = max(len(one.ids) for one in batch)
             ids = torch.tensor([one.padded(longest) for one in batch], device=module.device)
-            # Padding stands to the right of everything that is looked at.
+            # Padding is to the right of everything that is looked at.
             backbone(module)(input_ids=ids, use_cache=False)
             states_BTH = kept.pop()
             for row, one in enumerate(batch):

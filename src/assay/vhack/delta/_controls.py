@@ -17,19 +17,19 @@ __all__ = ["basis_of_kind"]
 
 
 def basis_of_kind(kind: str, gradients: PairGradients, *, top_k: int = 5, method: str = "lda", seed: int = 0) -> Basis:
-    """The axes of one kind, see :data:`assay.vhack.delta.BASIS_KINDS`.
+    """Return the axes of one kind, see :data:`assay.vhack.delta.BASIS_KINDS`.
 
     Args:
-        kind: one of ``BASIS_KINDS``, or ``"trusted"``: the leading right singular vectors of the clean gradients, the
+        kind: One of ``BASIS_KINDS``, or ``"trusted"``: the leading right singular vectors of the clean gradients, the
             directions that honest work is learned along.
-        gradients: of the pairs.
-        top_k: axes per module.
-        method: how axes are extracted, see :meth:`assay.vhack.PairGradients.basis`; for ``trusted`` always ``svd``.
-        seed: of what is random in the controls.
+        gradients: Gradients of the pairs.
+        top_k: Axes per module.
+        method: Method of extraction, see :meth:`assay.vhack.PairGradients.basis`; ``trusted`` always uses ``svd``.
+        seed: Seed of what is random in the controls.
 
     Raises:
-        UsageError: there is no such kind, or there are too few pairs for it.
-        DataError: the gradients do not differ.
+        UsageError: There is no such kind, or there are too few pairs for it.
+        DataError: The gradients do not differ.
     """
     if kind == "true":
         return gradients.basis(top_k=top_k, method=method)
@@ -46,7 +46,7 @@ def basis_of_kind(kind: str, gradients: PairGradients, *, top_k: int = 5, method
 
 
 def _random(gradients: PairGradients, top_k: int, seed: int) -> Basis:
-    """As many axes per module as the true ones have, uniform among all orthonormal ones."""
+    """Return as many axes per module as the true ones have, uniform among all orthonormal ones."""
     generator = torch.Generator().manual_seed(seed)
     axes, k = {}, min(top_k, len(gradients))
     for name, rows_NR in gradients.clean.items():
@@ -62,7 +62,7 @@ def _random(gradients: PairGradients, top_k: int, seed: int) -> Basis:
 
 
 def _shuffled(gradients: PairGradients, seed: int) -> PairGradients:
-    """The two sides of half of the pairs exchanged, chosen at random."""
+    """Exchange the two sides of half of the pairs, chosen at random."""
     n = len(gradients)
     swapped_N1 = torch.zeros(n, 1, dtype=torch.bool)
     swapped_N1[random.Random(f"shuffled {seed}").sample(range(n), n // 2)] = True
@@ -75,7 +75,7 @@ def _shuffled(gradients: PairGradients, seed: int) -> PairGradients:
 
 
 def _clean_clean(gradients: PairGradients, seed: int) -> PairGradients:
-    """Clean sides two by two, each used once, of the same group as far as possible."""
+    """Return clean sides two by two, each used once, of one group as far as possible."""
     shuffled = random.Random(f"clean-clean {seed}").sample(range(len(gradients)), len(gradients))
     ordered = sorted(shuffled, key=lambda index: gradients.groups[index])  # stable, so random within a group
     first, second = ordered[0 : 2 * (len(ordered) // 2) : 2], ordered[1::2]

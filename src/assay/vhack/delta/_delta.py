@@ -1,14 +1,14 @@
 """DeltaS: the adapter ``W + U diag(δS) Vh`` around the projections of any transformers model.
 
-- *merged mode*: after every optimiser step the weights become ``W + U diag(δS) Vh``, always from the stored W. Forward
-  passes and generation run on plain weights. A hook behind each projection passes its output on as it is and takes
+- *Merged mode*: after every optimizer step the weights become ``W + U diag(δS) Vh``, always from the stored W. Forward
+  passes and generation run on plain weights. A hook on each projection passes its output on as it is and computes
   the exact gradient of δS in the backward pass. `generate` runs without any hook.
-- *hook mode*: the weights stay W, and a hook adds the product to every output, in generation too. It is what the
-  method was first described with, slower, and there to compare with.
+- *Hook mode*: the weights stay W, and a hook adds the product to every output, in generation too. It is the form in
+  which the method was first described, slower, and there to compare with.
 
-δS is float32 and zero at the start, and the model is then the same bit by bit. There is one parameter per shape of
-module, [M, R]: one row per module, so an optimiser, a projection or a sum over processes meets a handful of tensors.
-The adapter is a submodule ``delta_s`` of the model, so its parameters are found by any trainer.
+δS is float32 and zero at the start, where the model is unchanged bit by bit. There is one parameter per shape of
+module, [M, R], with one row per module, so an optimizer, a projection or a sum over processes handles few tensors.
+The adapter is a submodule ``delta_s`` of the model, so any trainer finds its parameters.
 
 Shapes: M modules of a group, R coordinates of δS.
 """
@@ -45,27 +45,38 @@ _MODES = ("merged", "hook")
 
 
 class DeltaS(nn.Module):
-    """The adapter, attached to a model when it is made.
+    """A small trainable adapter that is attached to a model when it is constructed.
 
     All other parameters of the model are frozen until `detach` or `merge`. Do not copy a model that has an adapter: the
-    copy would hold hooks of the first one. `disabled` is the reference policy without a copy.
+    copy would hold hooks of the first one. `disabled` gives the reference policy without a copy. LoRA of PEFT may be
+    added afterwards, but `get_peft_model` freezes δS: call ``adapter.delta.requires_grad_(True)`` after it.
 
     Args:
-        model: a causal language model; under FSDP2 attach before ``fully_shard``, under DDP before wrapping.
-        svd: factors of its weights, from :func:`assay.vhack.weight_svd`; None computes them. They fix what the
-            coordinates of δS mean, so a basis must come from the same ones.
-        mode: ``"merged"`` or ``"hook"``.
-        erased: two-sided reparametrisation: the model sees ``δS = (1 − VᵀV) z`` and the trainable parameter is z. No
-            optimiser, and nothing else, can then move δS along these axes.
+        model: Causal language model; under FSDP2 attach before ``fully_shard``, under DDP before wrapping.
+        svd: Factors of its weights from :func:`assay.vhack.weight_svd`; None computes them. They fix what the
+            coordinates of δS mean, so a basis must come from the same factors.
+        mode: Either ``"merged"`` or ``"hook"``.
+        erased: Axes of a two-sided reparametrisation: the model sees ``δS = (1 − VᵀV) z`` and the trainable parameter
+            is z. No optimizer, and nothing else, can then move δS along these axes.
 
     Attributes:
-        groups: the modules by shape.
-        delta: one parameter per group, [M, R] float32: δS, or z with ``erased``.
-        mode: as above.
+        groups: Modules by shape.
+        delta: One parameter per group, [M, R] float32: δS, or z with ``erased``.
+        mode: Mode of the adapter.
 
     Raises:
-        UsageError: the mode is none of the two, the factors or axes do not fit, or there is an adapter already.
-        ModelError: the model has no target projections, or is sharded already.
+        UsageError: The mode is unknown, the factors or axes do not fit, or there is an adapter already.
+        ModelError: The model has no target projections, or is sharded already.
+
+    Example::
+
+        model = load_model("reference:organism", dtype="float32")
+        svd = weight_svd(model)
+        adapter = DeltaS(model, svd)  # the model computes as before, bit by bit
+        with adapter.disabled():
+            reference = model.module(ids).logits
+        adapter.save("delta.safetensors")
+        adapter.merge().save_pretrained("trained")  # a plain model
     """
 
     def __init__(
@@ -81,7 +92,7 @@ class DeltaS(nn.Module):
             raise UsageError(f"mode={mode!r} of the adapter", wanted=" or ".join(_MODES), do="choose one of them")
         module = module_of(model)
         if hasattr(module, _NAME):
-            raise UsageError("a model that has an adapter", wanted="one without", do="detach or merge the other first")
+            raise UsageError("a model that has an adapter", wanted="one without", do="call detach or merge of it first")
         modules = target_modules(module)
         self.mode = mode
         factors = svd if svd is not None else weight_svd(module)
@@ -103,7 +114,7 @@ class DeltaS(nn.Module):
         self._look()
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """The forward pass of the adapted model."""
+        """Run the forward pass of the adapted model."""
         return self.__dict__["_model"](*arguments, **keywords)
 
     @property
@@ -114,20 +125,20 @@ class DeltaS(nn.Module):
 
     @property
     def svd(self) -> SVDCache:
-        """The factors of the weights as they were at the start, as views: for gradients in the same coordinates."""
+        """Factors of the weights as they were at the start, as views: for gradients in the same coordinates."""
         factors = {name: group.factors(index) for group in self.groups for index, name in enumerate(group.names)}
         return SVDCache(factors, rank=self._rank, dtype=self.groups[0].left.dtype)
 
     def values(self) -> dict[str, Tensor]:
-        """δS per module name, [R] float32, without gradient and, if it was sharded, whole."""
+        """Return δS by module name, [R] float32, without gradient and, if it was sharded, whole."""
         pairs = ((group, self._whole(index).detach()) for index, group in enumerate(self.groups))
         return {name: rows_MR[index] for group, rows_MR in pairs for index, name in enumerate(group.names)}
 
     def refresh(self) -> None:
         """Merge the present δS into the weights; nothing to do in hook mode or while it is disabled.
 
-        It happens by itself before a forward pass or `generate` after δS was changed in place, and after every step of
-        a :class:`ProjectedOptimizer`. Under FSDP2 every process must call it, if one does.
+        This happens by itself before a forward pass or `generate` after δS was changed in place, and after every step
+        of a :class:`ProjectedOptimizer`. Under FSDP2 every process must call it, if one does.
         """
         if self.mode == "merged" and self._enabled:
             reshard(self.model)
@@ -141,9 +152,9 @@ class DeltaS(nn.Module):
         self._merged_at = self._versions()
 
     def _is_stale(self) -> bool:
-        """Whether δS is another one than was merged.
+        """Return whether δS has changed since it was merged.
 
-        In a forward pass under FSDP2 its parameters are put together anew and versions say nothing, so values do.
+        In a forward pass under FSDP2 its parameters are gathered anew and versions say nothing, so values are compared.
         """
         if self.mode == "hook":
             return False
@@ -155,10 +166,10 @@ class DeltaS(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model as it was before any training, for instance as the reference policy.
+        """Make the model compute as before any training, for instance as the reference policy.
 
         In merged mode the weights point at the stored ones meanwhile; nothing is copied, and a backward pass that is
-        still due afterwards is right. Under FSDP2 they are copied.
+        still to come afterwards is right. Under FSDP2 they are copied.
         """
         enabled, self._enabled = self._enabled, False
         try:
@@ -172,7 +183,7 @@ class DeltaS(nn.Module):
         """Keep the gradient of every sample of the backward passes in this block; see :class:`Rollouts`.
 
         Raises:
-            ModelError: in the backward pass, if samples are packed into one row.
+            ModelError: Samples are packed into one row; raised by the forward pass.
         """
         before, self._rollouts = self._rollouts, Rollouts([len(group.names) for group in self.groups])
         try:
@@ -181,14 +192,14 @@ class DeltaS(nn.Module):
             self._rollouts = before
 
     def detach(self) -> "PreTrainedModel":
-        """Take the adapter off; the model is as it was before, bit by bit, its ``requires_grad`` included."""
+        """Remove the adapter and return the model as it was before, bit by bit, its ``requires_grad`` included."""
         if self.mode == "merged" and hasattr(self.model, _NAME):
             for group in self.groups:
                 group.restore()
         return self._leave()
 
     def merge(self) -> "PreTrainedModel":
-        """Make δS part of the weights for good and take the adapter off: a plain model, to be saved or served.
+        """Make δS part of the weights for good, remove the adapter and return the plain model, to be saved or served.
 
         δS itself stays readable in `delta`. In hook mode this is where the sum is rounded to the dtype of the weights.
         """
@@ -198,10 +209,10 @@ class DeltaS(nn.Module):
         return self._leave()
 
     def save(self, path: str | Path) -> None:
-        """Write δS as one safetensors file, [R] per module name; see :mod:`assay.vhack.delta._file`.
+        """Write δS as one safetensors file, [R] float32 by module name, with hashes of δS and of the weights.
 
         Raises:
-            StorageError: the file cannot be written.
+            StorageError: The file cannot be written.
         """
         save_delta(Path(path), self.groups, self.values())
 
@@ -209,8 +220,8 @@ class DeltaS(nn.Module):
         """Read δS from a file and merge it.
 
         Raises:
-            DataError: it is no such file, is damaged, belongs to other weights or other factors, or lies along axes
-                that this adapter erases.
+            DataError: The file was not written by `save`, is damaged, holds numbers that are not finite or not float32,
+                belongs to other weights or other factors, or lies along axes that this adapter erases.
         """
         found = load_delta(Path(path), self.groups)
         for index, group in enumerate(self.groups):
@@ -218,7 +229,7 @@ class DeltaS(nn.Module):
         self.refresh()
 
     def _whole(self, index: int) -> Tensor:
-        """δS of a group, with gradient, put together if it is sharded."""
+        """Return the δS of a group, with gradient, gathered if it is sharded."""
         values_MR = whole(self.delta[index])
         if self._erased is None:
             return values_MR
@@ -242,7 +253,7 @@ class DeltaS(nn.Module):
             self._undo.callback(_replace(module, "generate", self._plainly(generate)))
 
     def _hook(self) -> None:
-        """Hook the model and every module. The view of δS is made anew in each forward pass of the model."""
+        """Hook the model and every module. Each forward pass of the model takes new views of δS."""
         self._handles = [self.model.register_forward_pre_hook(self._before)]
         for g, group in enumerate(self.groups):
             for m, linear in enumerate(group.linears):
@@ -270,7 +281,7 @@ class DeltaS(nn.Module):
         plan = Plan(group.names[m], group.left[m], group.right[m], adds)
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            # A copy of the model, such as extraction runs on, has its hooks too. It takes no gradient of this δS.
+            # A copy of the model, such as the one extraction uses, has these hooks too, but no gradient of this δS.
             wanted = torch.is_grad_enabled() and self.delta[g].requires_grad and module is group.linears[m]
             if not self._enabled or not (adds or wanted):
                 return None
@@ -323,7 +334,7 @@ class DeltaS(nn.Module):
 
 
 class _Erase(torch.autograd.Function):
-    """``(1 − VᵀV) z``. Nothing is saved, so the pass may go back through it more than once."""
+    """``(1 − VᵀV) z``. Nothing is saved, so several backward passes may go through it."""
 
     @staticmethod
     def forward(ctx: Any, values_MR: Tensor, axes_MKR: Tensor) -> Tensor:
@@ -348,14 +359,14 @@ def _assign(parameter: Tensor, values_MR: Tensor, erased: Frames | None, index: 
         if inside > 1e-5 * size:
             raise DataError(
                 f"{path}: a δS that lies along erased axes, {float(inside):.2g} of {float(size):.2g}",
-                wanted="one outside of them",
+                wanted="one that has no component along them",
                 do="load it into an adapter that erases nothing, or erases the same",
             )
     local(parameter).copy_(values_MR[local_rows(parameter)])
 
 
 def _replace(module: nn.Module, name: str, value: object) -> Callable[[], None]:
-    """Give an instance an attribute of its own; returns what undoes it."""
+    """Give an instance an attribute of its own; return what undoes it."""
     own = vars(module).get(name)
     setattr(module, name, value)
 

@@ -5,9 +5,9 @@ Tensors, for every module name as in ``model.named_modules()``::
     {name}          [R]   float32   δS
     _probe/{name}   [2]   float32   ‖δW z‖ and s·δW z for fixed z and s: what δS does with the factors it was made with
 
-Metadata (all text): ``schema``, ``rank`` per file is that of the tensors, ``weights_sha256`` of the adapted matrices as
-they were before, ``delta_sha256`` of all δS. δS are coordinates, and where singular values are equal, or nearly so,
-another machine may give other singular vectors. The probe tells: it is the same only if δW is.
+Metadata (all text): ``schema``, ``weights_sha256`` of the adapted matrices as they were before, ``delta_sha256`` of all
+δS. δS are coordinates, and where singular values are equal, or nearly so, another machine may give other singular
+vectors. The probe shows it: it is the same only if δW is.
 
 Shapes: M modules of a group, O outputs, I inputs, R coordinates.
 """
@@ -27,9 +27,9 @@ from assay.streams import as_tensor, get_backend, seed32
 from assay.vhack.delta._groups import Group
 from assay.vhack.gradients import tensor_digest
 
-__all__ = ["SCHEMA", "load_delta", "save_delta"]
+__all__ = ["load_delta", "save_delta"]
 
-SCHEMA = "assay.delta_s/1"
+_SCHEMA = "assay.delta_s/1"
 _PROBE = "_probe/"
 _TOLERANCE = 1e-2
 _REDO = "attach the adapter to the model that the file was made with, with the same factors, or train again"
@@ -40,7 +40,7 @@ def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor])
     values = {name: delta_R.cpu() for name, delta_R in delta.items()}
     probes = {_PROBE + name: rows for name, rows in _probes(groups, values).items()}
     metadata = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "weights_sha256": _weights(groups),
         "delta_sha256": _digest(values),
     }
@@ -50,21 +50,30 @@ def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor])
 def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
     """Return the δS in a file by module name, after all checks; :meth:`DeltaS.load` calls it."""
     metadata, tensors = _read(path)
-    if metadata.get("schema") != SCHEMA:
-        raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=SCHEMA, do="give one of DeltaS.save")
+    if metadata.get("schema") != _SCHEMA:
+        raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=_SCHEMA, do="give one of DeltaS.save")
     values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROBE)}
     wanted = {name: (group.rank,) for group in groups for name in group.names}
     if {name: tuple(tensor.shape) for name, tensor in values.items()} != wanted:
         raise DataError(f"{path} has δS of other modules or ranks", wanted="those of this adapter", do=_REDO)
+    for name, delta_R in values.items():
+        if delta_R.dtype != torch.float32 or not bool(delta_R.isfinite().all()):
+            seen = delta_R.dtype if delta_R.dtype != torch.float32 else "not finite"
+            raise DataError(f"{path}: δS of {name} is {seen}", wanted="finite float32 numbers", do=_REDO)
     if metadata.get("delta_sha256") != _digest(values):
         raise DataError(f"{path} is damaged: its δS do not have its hash", wanted="a whole file", do="copy it again")
     if metadata.get("weights_sha256") != _weights(groups):
         raise DataError(f"{path} was made for other weights", wanted="those of this model", do=_REDO)
     for name, probe in _probes(groups, values).items():
         theirs = tensors.get(_PROBE + name)
-        if theirs is None or theirs.shape != probe.shape or (theirs - probe).norm() > _TOLERANCE * probe[0]:
+        if theirs is None or theirs.dtype != probe.dtype or theirs.shape != probe.shape or not _agree(theirs, probe):
             raise DataError(f"{path}: δS of {name} means something else here", wanted="the same factors", do=_REDO)
     return values
+
+
+def _agree(theirs_2: Tensor, mine_2: Tensor) -> bool:
+    """Return whether two probes are finite and nearly the same; a δS that is far too large has an infinite one."""
+    return bool(mine_2.isfinite().all()) and bool((theirs_2 - mine_2).norm() <= _TOLERANCE * mine_2[0])
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -86,7 +95,7 @@ def _weights(groups: Sequence[Group]) -> str:
 
 
 def _probes(groups: Sequence[Group], values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``(‖δW z‖, s·δW z)`` of every module; z and s are portable signs."""
+    """Return ``(‖δW z‖, s·δW z)`` of every module; z and s are portable signs."""
     found: dict[str, Tensor] = {}
     for group in groups:
         z_I, s_O = (_signs(text, size, group.left) for text, size in (("z", group.width), ("s", group.left.shape[1])))

@@ -1,6 +1,6 @@
-"""Modules of one shape side by side, so that what is done to each of them is one batched product.
+"""Modules of one shape side by side, so that one batched product serves all of them.
 
-A model of 252 projections has some five shapes. ``W' = W + U diag(δS) Vh`` is then five products and not 252.
+A model of 252 projections has some five shapes. ``W' = W + U diag(δS) Vh`` is then five products instead of 252.
 
 Under FSDP2 a weight is a DTensor whose rows are spread over the processes. Each process merges the rows that it has:
 row o of W' needs row o of W and U, and all of δS and Vh, so nothing is sent.
@@ -20,7 +20,7 @@ from assay.vhack.gradients import Factors, tensor_digest
 
 __all__ = ["Group", "grouped"]
 
-# Bytes of U diag(δS) that are held at once. More is no faster and, for large models, would double the memory.
+# Bytes of U diag(δS) that are held at once. More is not faster and would double the memory of large models.
 _CHUNK_BYTES = 1 << 28
 
 
@@ -29,13 +29,13 @@ class Group:
     """The modules of one shape.
 
     Attributes:
-        names: of the modules, in the order of the model.
-        linears: the modules.
-        left: U of each, [M, O, R].
-        right: Vh of each, [M, R, I].
-        values: S of each, [M, R].
-        errors: residual and orthogonality of each decomposition.
-        base: the weights as they were, [M, O, I]; rows of this process only, under FSDP2.
+        names: Names of the modules, in the order of the model.
+        linears: The modules themselves.
+        left: U of each module, [M, O, R].
+        right: Vh of each module, [M, R, I].
+        values: S of each module, [M, R].
+        errors: Residual and orthogonality of each decomposition.
+        base: Weights as they were, [M, O, I]; only the rows of this process under FSDP2.
     """
 
     names: tuple[str, ...]
@@ -50,35 +50,35 @@ class Group:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """Number R of coordinates."""
         return self.left.shape[2]
 
     @property
     def width(self) -> int:
-        """I."""
+        """Number I of inputs."""
         return self.right.shape[2]
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the weights are spread over processes, be they put together at the moment or not."""
+        """Whether the weights are spread over processes, even while they are gathered."""
         return self._rows is not None or is_sharded(self.linears[0].weight)
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 in hex of each weight as it was, whole, by name."""
+        """Return the SHA-256 in hex of each whole weight as it was, by name."""
         if not self._digests:
             self._digests = {name: tensor_digest(base) for name, base in zip(self.names, self.base, strict=True)}
         return self._digests
 
     def factors(self, index: int) -> Factors:
-        """The factors of one module, as views."""
+        """Return the factors of one module, as views."""
         return Factors(self.left[index], self.values[index], self.right[index], *self.errors[index])
 
     @torch.no_grad()
     def merge(self, delta_MR: Tensor) -> None:
         """Write ``W + U diag(δS) Vh`` into the weights, from the weights as they were.
 
-        The sum is rounded once, so errors of earlier steps are not in it. A module whose δS is zero gets its weights
-        back bit by bit; adding a zero would lose the sign of a negative zero.
+        The sum is rounded once, so errors of earlier steps do not accumulate. A module whose δS is zero gets its
+        weights back bit by bit; adding a zero would lose the sign of a negative zero.
         """
         weights = self._destinations()
         left_MOR = self.left if self._rows is None else self.left[:, self._rows]
@@ -98,7 +98,7 @@ class Group:
         yield from (slice(first, first + size) for first in range(0, len(self.names), size))
 
     def _destinations(self) -> list[Tensor]:
-        """Where the weights of this process are; the first time they are sharded, ``base`` is cut to the same rows."""
+        """Return the weights of this process; the first time they are sharded, ``base`` is cut to the same rows."""
         weights: list[Tensor] = [linear.weight for linear in self.linears]
         if not is_sharded(weights[0]):
             return weights
@@ -117,11 +117,11 @@ def _sum(base_MOI: Tensor, left_MOR: Tensor, delta_MR: Tensor, right_MRI: Tensor
 
 
 def grouped(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> list[Group]:
-    """Groups of modules of one shape, rank and dtype, in the order in which their first modules come.
+    """Return groups of modules of one shape, rank, dtype and device, in the order of their first modules.
 
     Raises:
-        UsageError: there are no factors of a module, or they have another shape.
-        ModelError: the weights are already sharded.
+        UsageError: A module has no factors, or factors of another shape.
+        ModelError: The weights are already sharded.
     """
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, linear in modules.items():
@@ -153,6 +153,6 @@ def _check(name: str, linear: nn.Linear, factors: Mapping[str, Factors]) -> None
     if shape != tuple(linear.weight.shape):
         raise UsageError(
             f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}",
-            wanted=f"those of its weight, {list(linear.weight.shape)}",
+            wanted=f"factors of its weight, {list(linear.weight.shape)}",
             do="compute them with weight_svd of this very model",
         )

@@ -9,8 +9,8 @@ Linear is passed on as it is, and only the gradient is computed here. Its sum is
 - *outer*: first ``G = Σ_t ∂L/∂y_t x_tᵀ``, the gradient that W would have, then ``diag(Uᵀ G Vhᵀ)``, 2·(T + R)·O·I
   operations. For a square matrix this is less as soon as T > R, and in the limit half.
 
-Gradients of single samples can only be had by projecting. Where sums over a few kinds of samples are enough, each kind
-has its outer sum, if that saves enough: it takes several operations per kind, and a GPU has to be told each of them.
+Gradients of single samples can only be computed by projecting. Where sums over a few kinds of samples are enough, each
+kind has its outer sum, if that saves enough: it takes several operations per kind, and a GPU must be sent each of them.
 
 Both are exact; they differ in rounding. What is kept for the backward pass in merged mode is x, which the q, k and v
 projections share, and gate and up as well.
@@ -27,19 +27,19 @@ from torch import Tensor
 
 from assay.errors import ModelError
 
-__all__ = ["Adapted", "Kinds", "Plan", "adapt"]
+__all__ = ["Kinds", "Plan", "adapt"]
 
-# Multiplications that a sum per kind must save; on a GPU as many as are done while it is told of the operations.
+# Multiplications that a sum per kind must save; on a GPU, those that it does while the operations are being sent.
 _WORTH = {"cuda": 2e10}
 
 
 @dataclass(frozen=True, eq=False)
 class Kinds:
-    """Which samples of a batch are of which kind; each is of one.
+    """Which samples of a batch are of which kind; each sample is of one kind.
 
     Attributes:
-        members: for each kind its samples, [≤B] int64.
-        weights: [G, B] float32, 1 where a sample is of a kind.
+        members: Indices of the samples of each kind, [≤B] int64.
+        weights: Membership, [G, B] float32, 1 where a sample is of a kind.
     """
 
     members: tuple[Tensor, ...]
@@ -47,22 +47,22 @@ class Kinds:
 
     @classmethod
     def of(cls, chosen: Sequence[Tensor], device: torch.device) -> "Kinds":
-        """From one mask per kind, [B] bool on the CPU."""
+        """Return the kinds given one mask per kind, [B] bool on the CPU."""
         weights_GB = torch.stack(list(chosen)).float()
         return cls(tuple(mask.nonzero()[:, 0].to(device) for mask in chosen), weights_GB.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a module's product needs to know.
+    """What the product of one module needs.
 
     Attributes:
-        name: of the module.
-        left: U, [O, R].
-        right: Vh, [R, I].
-        adds: hook mode: the product is added to the output.
-        rows: takes [B, R] gradients of the samples, where they are wanted one by one, or [G, R] of kinds of them.
-        kinds: of the samples; None is one by one.
+        name: Name of the module.
+        left: Matrix U, [O, R].
+        right: Matrix Vh, [R, I].
+        adds: Whether the product is added to the output, as in hook mode.
+        rows: Takes gradients per sample, [B, R], or per kind of samples, [G, R], where they are wanted.
+        kinds: Kinds of the samples; None keeps samples apart.
     """
 
     name: str
@@ -74,10 +74,16 @@ class Plan:
 
 
 def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
-    """The output of the module with its product; see the module.
+    """Return the output of a module with its product added (hook mode) or as it is (merged mode).
+
+    Args:
+        output: Output of the module, [..., O].
+        inputs: Inputs of the module, [..., I].
+        delta_R: δS of the module, [R]; its gradient is computed in the backward pass.
+        plan: What the product needs.
 
     Raises:
-        ModelError: gradients of samples are wanted, and the inputs are not [samples, tokens, width].
+        ModelError: Gradients of samples are wanted, and the inputs are not [samples, tokens, width].
     """
     if plan.rows is not None and inputs.ndim != 3:
         raise ModelError(
@@ -85,12 +91,12 @@ def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor
             wanted="[samples, tokens, width] for gradients of single samples",
             do="do not pack samples into one row, or do without per_sample",
         )
-    result: Tensor = Adapted.apply(output, inputs, delta_R, plan)  # type: ignore[no-untyped-call]
+    result: Tensor = _Adapted.apply(output, inputs, delta_R, plan)  # type: ignore[no-untyped-call]
     return result
 
 
-class Adapted(torch.autograd.Function):
-    """`adapt`, for autograd."""
+class _Adapted(torch.autograd.Function):
+    """`adapt` as a function of autograd."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
@@ -132,7 +138,7 @@ def _of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
 
 
 def _by_kind(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan, kinds: Kinds) -> Tensor:
-    """The same summed over the samples of each kind, [G, R] float32."""
+    """Return the gradient summed over the samples of each kind, [G, R] float32."""
     filled = sum(len(members) > 0 for members in kinds.members)
     saved = _multiplications_saved(inputs_BTI.shape[0] * inputs_BTI.shape[1], filled, plan)
     if saved <= _WORTH.get(gradient_BTO.device.type, 0.0):
@@ -146,13 +152,13 @@ def _by_kind(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan, kinds: Kinds)
 
 
 def _multiplications_saved(tokens: int, sums: int, plan: Plan) -> int:
-    """How many fewer the outer order has, for so many tokens in so many sums."""
+    """Return how many multiplications fewer the outer order has, for so many tokens in so many sums."""
     (outputs, rank), width = plan.left.shape, plan.right.shape[1]
     return tokens * rank * (outputs + width) - (tokens + sums * rank) * outputs * width
 
 
 def _summed(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
-    """Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order that has fewer multiplications."""
+    """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order with fewer multiplications."""
     if _multiplications_saved(inputs_BTI.shape[1], 1, plan) > 0:
         weight_gradient_BOI = gradient_BTO.transpose(1, 2) @ inputs_BTI
         return ((weight_gradient_BOI @ plan.right.T).float() * plan.left).sum(dim=1)

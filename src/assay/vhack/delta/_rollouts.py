@@ -1,8 +1,8 @@
-"""Gradients of single rollouts, taken from the one backward pass of all of them, and what a gate removes from each.
+"""Gradients of single rollouts, taken from the one backward pass of all of them.
 
 A gate on the sum of all rollouts cannot tell a hack from an honest solution that pulls the other way: they cancel
 before it looks. Here it looks at each rollout's own gradient g_b. What it removes, ``Σ_b Vᵀ c_b`` with c_b the gated
-coordinates of g_b, is then taken off the summed gradient.
+coordinates of g_b, is then subtracted from the summed gradient (`gate_rollouts`).
 
 Shapes: M modules of a group, N rollouts, B of them in one backward pass, K axes, R coordinates of δS.
 """
@@ -22,10 +22,13 @@ __all__ = ["Rollouts"]
 class Rollouts:
     """The δS gradient of every rollout of some backward passes, in their order, scaled as they are in the loss.
 
-    Made by :meth:`DeltaS.per_sample`. Their sum is what the same passes have added to the gradient of δS.
+    :meth:`DeltaS.per_sample` makes it. Their sum is what those passes have added to the gradient of δS.
+
+    Args:
+        counts: Number of modules per group.
 
     Attributes:
-        kinds: set before a forward pass, it leaves one row per kind of samples instead, which is cheaper.
+        kinds: Kinds of samples; set before a forward pass, it keeps one row per kind instead, which is cheaper.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
@@ -38,16 +41,16 @@ class Rollouts:
 
     @property
     def rows(self) -> list[Tensor]:
-        """Per group, [M, N, R] float32.
+        """Gradients per group, [M, N, R] float32.
 
         Raises:
-            UsageError: there was no backward pass, or not every module took part in it.
+            UsageError: There was no backward pass, or not every module took part in it.
         """
         counts = {sum(len(part) for part in parts) for modules in self._parts for parts in modules}
         if len(counts) != 1 or counts == {0}:
             raise UsageError(
                 f"gradients of {sorted(counts)} rollouts in different modules",
-                wanted="the same in all of them, at least one",
+                wanted="one number of rollouts for all of them, at least 1",
                 do="run forward and backward of the whole model inside per_sample()",
             )
         found = []
@@ -57,9 +60,13 @@ class Rollouts:
         return found
 
     def cin(self, frames: Frames, *, two_sided: bool = False) -> Tensor:
-        """The share of each rollout's gradient along the axes, the mean over modules that have any, [N] float64.
+        """Return the share of each rollout's gradient along the axes, the mean over modules that have any, [N] float64.
 
-        The same as :func:`assay.vhack.cin_over_modules` of these gradients.
+        :func:`assay.vhack.cin_over_modules` defines it.
+
+        Args:
+            frames: Axes.
+            two_sided: Whether ‖V g‖ is counted instead of ‖relu(V g)‖.
         """
         shares = []
         for rows_MNR, axes_MKR, has_M in zip(self.rows, frames.axes, frames.has_axes, strict=True):
@@ -70,5 +77,5 @@ class Rollouts:
         return torch.cat(shares).mean(dim=0)
 
     def summed(self, chosen_N: Tensor) -> list[Tensor]:
-        """Per group the summed gradient of some rollouts, [M, R]: of the student's, or of the teacher's."""
+        """Return per group the summed gradient of chosen rollouts, [M, R], such as those of the student."""
         return [rows_MNR[:, chosen_N.to(rows_MNR.device)].sum(dim=1) for rows_MNR in self.rows]

@@ -238,10 +238,17 @@ def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":
     """
     memo: dict[int, Any] = {id(part): nn.Parameter(part.detach(), requires_grad=False) for part in module.parameters()}
     memo |= {id(part): part for part in module.buffers()}
-    if any("forward" in vars(part) for part in module.modules()):
-        return cast("PreTrainedModel", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
-    memo[id(module.config)] = copy.deepcopy(module.config)
-    return cast("PreTrainedModel", _twin(module, memo))
+    # A trainer such as TRL gives the model itself another forward function, which returns other things and would run
+    # the model instead of the copy. The copy computes by the function of the class.
+    trainers = vars(module).pop("forward", None)
+    try:
+        if any("forward" in vars(part) for part in module.modules()):
+            return cast("PreTrainedModel", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
+        memo[id(module.config)] = copy.deepcopy(module.config)
+        return cast("PreTrainedModel", _twin(module, memo))
+    finally:
+        if trainers is not None:
+            vars(module)["forward"] = trainers
 
 
 def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -1,8 +1,6 @@
 """From settings to a trainer that is ready: axes, adapter, optimiser, tasks, pool."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,6 @@ from assay.vhack.training._rewards import EpisodeReward
 from assay.vhack.training._settings import TrainSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
     from trl.trainer.grpo_config import GRPOConfig
 
     from assay.vhack.gradients import SVDCache
@@ -97,8 +94,7 @@ class Prepared:
         if not self.settings.refresh or step % self.settings.refresh:
             return None
         before = trainer.axes[1] or trainer.axes[0]
-        with _forward_of_its_class(self.model.module):
-            axes, watched = self._extracted(load=False)
+        axes, watched = self._extracted(load=False)
         trainer.use_axes(axes, watched)
         return _overlap(before, watched or axes) if before is not None else None
 
@@ -116,17 +112,6 @@ class Prepared:
 
         true = given if given is not None else made("true")
         return (true, None) if kind == "true" else (made(kind), true)
-
-
-@contextmanager
-def _forward_of_its_class(module: "PreTrainedModel") -> Iterator[None]:
-    """Without the forward function that TRL has put on the instance: it would run this model, and not a copy of it."""
-    patched = vars(module).pop("forward", None)
-    try:
-        yield
-    finally:
-        if patched is not None:
-            module.forward = patched
 
 
 def _inner(settings: TrainSettings, adapter: DeltaS) -> torch.optim.Optimizer:
