@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from assay.errors import UsageError
 
-__all__ = ["Device", "Dtype", "Flag", "Names", "Settings", "Spelling", "flag_of", "usage_error"]
+__all__ = ["Device", "Dtype", "Flag", "Names", "Settings", "Spelling"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,12 @@ class Flag:
     Args:
         names: Names of the flag, such as ``("-o", "--output")``; empty stands for the usual one.
         variable: Environment variable, such as ``ASSAY_MODEL``.
+        secret: Whether errors must not show the value.
     """
 
     names: tuple[str, ...] = ()
     variable: str | None = None
+    secret: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Settings(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise usage_error(type(self), error) from None
+            raise _usage_error(type(self), error) from None
 
     @classmethod
     def settings_customise_sources(
@@ -103,19 +105,30 @@ class Settings(BaseSettings):
         """Return the sources of values."""
         return (init_settings,)
 
+    @classmethod
+    def flags(cls, field: str) -> tuple[str, ...]:
+        """Return the names of a field's flag, the long one last."""
+        named = [about.names for about in _abouts(cls.model_fields[field]) if about.names]
+        return named[0] if named else (f"--{field.replace('_', '-')}",)
 
-def flag_of(name: str, field: FieldInfo) -> tuple[str, ...]:
-    """Return the names of a field's flag, the long one last."""
-    named = [entry.names for entry in field.metadata if isinstance(entry, Flag) and entry.names]
-    return named[0] if named else (f"--{name.replace('_', '-')}",)
+    @classmethod
+    def environment_name(cls, field: str) -> str | None:
+        """Return the variable that sets a field, or None where it has only the one that every flag has."""
+        named = [about.variable for about in _abouts(cls.model_fields[field]) if about.variable]
+        prefix, flag = cls.model_config.get("env_prefix"), cls.flags(field)[-1]
+        return named[0] if named else prefix and f"{prefix}{flag.lstrip('-').replace('-', '_').upper()}"
 
 
-def usage_error(kind: type[BaseSettings], error: ValidationError) -> UsageError:
+def _abouts(field: FieldInfo) -> list[Flag]:
+    return [entry for entry in field.metadata if isinstance(entry, Flag)]
+
+
+def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
     """Return the first fault of a validation in three parts, naming the flag."""
     fault: ErrorDetails = error.errors(include_url=False)[0]
     name, field = "", None
     for place in fault["loc"]:
-        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseSettings):
+        if field and isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             kind, field = field.annotation, None
         if field is None:
             name = str(place)
@@ -127,23 +140,25 @@ def usage_error(kind: type[BaseSettings], error: ValidationError) -> UsageError:
             wanted=f"a field of {kind.__name__}",
             do=f"did you mean {known[0]}?" if known else f"see help({kind.__module__}.{kind.__name__})",
         )
-    flag = flag_of(name, field)[-1]
+    flag, variable = kind.flags(name)[-1], kind.environment_name(name)
     if fault["type"] == "missing":
         return UsageError(f"no {flag}", wanted=field.description or "a value", do=f"pass {flag}")
     wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    near = get_close_matches(str(fault["input"]).lower(), words_of(field.annotation), cutoff=0.4)
+    near = get_close_matches(str(fault["input"]).lower(), _words_of(field.annotation), cutoff=0.4)
+    secret = any(about.secret for about in _abouts(field))
+    correct = f"correct it{f' or {variable}' if variable else ''}, or leave it out"
     return UsageError(
-        f"{flag} {_shown(fault['input'])}",
+        flag if secret else f"{flag} {_shown(fault['input'])}",
         wanted=wanted,
-        do=f"did you mean {flag} {near[0]}?" if near else "correct it, or leave it out",
+        do=f"did you mean {flag} {near[0]}?" if near else correct,
     )
 
 
-def words_of(annotation: Any) -> list[str]:
+def _words_of(annotation: Any) -> list[str]:
     """Return the words of a ``Literal``, alone or beside None."""
     if get_origin(annotation) is Literal:
         return [str(word) for word in get_args(annotation)]
-    return [word for part in get_args(annotation) for word in words_of(part)]
+    return [word for part in get_args(annotation) for word in _words_of(part)]
 
 
 def _shown(value: Any) -> str:

@@ -78,7 +78,7 @@ FROZEN = {
     "vhack extract": {
         "--model", "--output", "--pairs", "--n-heldout", "--heldout-group", "--top-k", "--tau-axis", "--method",
         "--rank", "--factors", "--cache", "--no-cache", "--max-tokens", "--checkpointing", "--dtype",
-        "--device", "--overwrite", "--json",
+        "--device", "--overwrite", "--allow-partial", "--json",
     },
     "vhack pairs list": {"--json"},
     "vhack pairs generate": {"--output", "--count", "--seed", "--mechanism", "--family", "--overwrite", "--json"},

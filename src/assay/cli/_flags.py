@@ -8,6 +8,7 @@ __all__ = [
     "DeviceFlag",
     "DtypeFlag",
     "GradientDtypeFlag",
+    "KernelsFlag",
     "ModelFlag",
     "NumberFormatFlag",
     "PairsArgument",
@@ -24,6 +25,7 @@ NumberFormatFlag = Annotated[
 ]
 GradientDtypeFlag = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16.", envvar="ASSAY_DTYPE")]
 DeviceFlag = Annotated[str | None, typer.Option("--device", help="cpu or cuda.", envvar="ASSAY_DEVICE")]
+KernelsFlag = Annotated[str, typer.Option(help="Kernels: compiled, eager, or auto (compiled on CUDA).")]
 
 _PAIRS = "authored, generated:N, environment:N, exploits:N, or a pair file."
 PairsFlag = Annotated[str, typer.Option("--pairs", help=_PAIRS)]

@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 
 if TYPE_CHECKING:
-    from pydantic_settings import BaseSettings
+    from assay.settings import Settings
 
 __all__ = ["complete", "settings"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def settings(where: str, *, without: Collection[str] = ()) -> Callable[[F], F]:
+def settings(where: str, *, only: Collection[str] = (), without: Collection[str] = ()) -> Callable[[F], F]:
     """Return a decorator for a command whose first parameter is an object of a settings class.
 
     The fields of the class, and those of settings inside it, become flags. The other parameters of the function stay.
 
     Args:
         where: Module and name of the class, such as ``assay.vhack.training:TrainSettings``.
-        without: Names of the fields that have no flag.
+        only: Names of the fields that become flags; by default all.
+        without: Names of the fields that do not.
     """
 
     def decorate(command: F) -> F:
@@ -34,7 +35,7 @@ def settings(where: str, *, without: Collection[str] = ()) -> Callable[[F], F]:
         reduced.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]
         reduced.__annotations__ = {parameter.name: parameter.annotation for parameter in others}
         reduced.__name__, reduced.__doc__, reduced.__module__ = command.__name__, command.__doc__, command.__module__
-        reduced.settings = (command, where, without)  # type: ignore[attr-defined]
+        reduced.settings = (command, where, only, without)  # type: ignore[attr-defined]
         return reduced  # type: ignore[return-value]
 
     return decorate
@@ -42,12 +43,13 @@ def settings(where: str, *, without: Collection[str] = ()) -> Callable[[F], F]:
 
 def complete(reduced: Callable[..., Any]) -> Callable[..., Any] | None:
     """Return the function of a command with the flags of its settings class; None where it has no such class."""
-    command, where, without = getattr(reduced, "settings", (None, "", ()))
+    command, where, only, without = getattr(reduced, "settings", (None, "", (), ()))
     if command is None:
         return None
     module, _, name = where.partition(":")
-    kind: type[BaseSettings] = getattr(import_module(module), name)
-    made = {p.name: (path, p) for path, p in _parameters(kind, ()) if path[-1] not in without}
+    kind: type[Settings] = getattr(import_module(module), name)
+    every = [(path, p) for path, p in _parameters(kind, ()) if path[-1] in (only or path) and path[-1] not in without]
+    made = {p.name: (path, p) for path, p in every}
 
     def call(**values: Any) -> Any:
         given: dict[str, Any] = {}
@@ -65,24 +67,21 @@ def complete(reduced: Callable[..., Any]) -> Callable[..., Any] | None:
     return call
 
 
-def _parameters(
-    kind: "type[BaseSettings]", path: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], inspect.Parameter]]:
+def _parameters(kind: "type[Settings]", path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], inspect.Parameter]]:
     """Yield the place of every field, those of inner settings included, and the parameter that sets it."""
-    from pydantic_settings import BaseSettings
+    from assay.settings import Settings
 
     for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseSettings):
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             yield from _parameters(field.annotation, (*path, name))
         else:
             yield (*path, name), _parameter(kind, name)
 
 
-def _parameter(kind: "type[BaseSettings]", name: str) -> inspect.Parameter:
-    from assay.settings import Flag, Spelling, flag_of
+def _parameter(kind: "type[Settings]", name: str) -> inspect.Parameter:
+    from assay.settings import Spelling
 
-    field = kind.model_fields[name]
-    flags = flag_of(name, field)
+    field, flags = kind.model_fields[name], kind.flags(name)
     parameter = flags[-1].lstrip("-").replace("-", "_")
     default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
     annotation, repeated = _plain(field.annotation)
@@ -92,10 +91,7 @@ def _parameter(kind: "type[BaseSettings]", name: str) -> inspect.Parameter:
             default = default if default in (None, inspect.Parameter.empty) else entry.show(default)
     if repeated:
         annotation, default = list[annotation], None  # type: ignore[valid-type]
-    prefix = kind.model_config.get("env_prefix")
-    variables = [entry.variable for entry in field.metadata if isinstance(entry, Flag) and entry.variable]
-    variables = variables or ([f"{prefix}{parameter.upper()}"] if prefix else [])
-    option = typer.Option(*flags, help=field.description, envvar=variables or None)
+    option = typer.Option(*flags, help=field.description, envvar=kind.environment_name(name))
     return inspect.Parameter(
         parameter,
         inspect.Parameter.KEYWORD_ONLY,

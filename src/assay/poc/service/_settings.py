@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BeforeValidator, Field, InstanceOf, ValidationError, ValidationInfo, field_validator
+from pydantic import AliasChoices, BeforeValidator, Field, InstanceOf, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+import assay.settings
 from assay.errors import UsageError
 from assay.poc.verdict import Calibration
+from assay.settings import Flag
 
 __all__ = ["Settings", "check_secrets"]
 
@@ -30,9 +32,13 @@ def _calibration(value: Any) -> Any:
     return Calibration.load(value) if isinstance(value, (str, Path)) else value
 
 
-def _list(name: str, description: str) -> Any:
-    """Return a list's field, which the environment names in the singular."""
-    names = [f"{prefix}{name.upper()}" for prefix in (PREFIX, SECOND_PREFIX)]
+def _secret(flag: str) -> Flag:
+    return Flag((flag,), secret=True)
+
+
+def _list(flag: str, description: str) -> Any:
+    """Return a list's field, which the environment names as the flag does: in the singular."""
+    names = [prefix + flag.lstrip("-").replace("-", "_").upper() for prefix in (PREFIX, SECOND_PREFIX)]
     return Field((), validate_default=True, validation_alias=AliasChoices(*names), description=description)
 
 
@@ -42,7 +48,7 @@ Chance = Annotated[float, Field(gt=0, lt=1)]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 
 
-class Settings(BaseSettings):
+class Settings(assay.settings.Settings):
     """How the service runs. Times are in seconds, sizes in bytes.
 
     Raises:
@@ -50,18 +56,20 @@ class Settings(BaseSettings):
         CalibrationError: ``calibration`` names a file that is not a calibration.
     """
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True, populate_by_name=True
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True)
 
     data_dir: Path = Field(Path("assay-data"), description="Directory of the database. One service runs per directory.")
     seq_len: Count = Field(
         256, description="Positions per nonce of artifact rounds and jobs. Requests for another length are refused."
     )
     api_key_file: Path | None = Field(None, description="File with keys that may do everything, one per line.")
-    api_keys: Words = _list("api_key", "Keys that may do everything. Those of the file are added to them.")
-    validate_keys: Words = _list("validate_key", "Keys that may validate, submit artifact jobs and read.")
-    read_keys: Words = _list("read_key", "Keys that may only read.")
+    api_keys: Annotated[Words, _secret("--api-key")] = _list(
+        "--api-key", "Keys that may do everything. Those of the file are added to them."
+    )
+    validate_keys: Annotated[Words, _secret("--validate-key")] = _list(
+        "--validate-key", "Keys that may validate, submit artifact jobs and read."
+    )
+    read_keys: Annotated[Words, _secret("--read-key")] = _list("--read-key", "Keys that may only read.")
     max_body: Count = Field(2**20, description="Largest body of a request.")
     max_bodies: Count = Field(2**26, description="Memory for all bodies that are being received at the same time.")
     max_connections: Count = Field(4096, description="Connections that are open at the same time.")
@@ -73,8 +81,8 @@ class Settings(BaseSettings):
     max_queued_nonces: Count = Field(100_000, description="Nonces of all artifact jobs that wait.")
     max_streams: Count = Field(32, description="Event streams that are open at the same time.")
     max_client_streams: Count = Field(6, description="Event streams that one client address has open at the same time.")
-    callback_secrets: Words = _list(
-        "callback_secret", "Standard Webhooks secrets (whsec_…), the newest first. Each of them signs every callback."
+    callback_secrets: Annotated[Words, _secret("--callback-secret")] = _list(
+        "--callback-secret", "Standard Webhooks secrets (whsec_…), the newest first. Each of them signs every callback."
     )
     callback_interval: Seconds = Field(5.0, description="Time for which valid nonces are collected into one callback.")
     callback_nonces: Count = Field(1000, description="Nonces at which a callback is sent before that time has passed.")
@@ -102,10 +110,7 @@ class Settings(BaseSettings):
     )
 
     def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise self._usage_error(error) from None
+        super().__init__(**values)
         check_secrets(self.callback_secrets)
         if any(not key.isascii() or len(key) < 16 for key in self.api_keys + self.validate_keys + self.read_keys):
             raise UsageError(
@@ -131,37 +136,10 @@ class Settings(BaseSettings):
         """Return where values come from, the strongest first."""
         return init_settings, env_settings, EnvSettingsSource(settings_cls, env_prefix=SECOND_PREFIX)
 
-    @classmethod
-    def environment_name(cls, field: str) -> str:
-        """Return the name under which the environment sets a field."""
-        alias = cls.model_fields[field].validation_alias
-        return str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"{PREFIX}{field.upper()}"
-
     @property
     def has_keys(self) -> bool:
         """Whether requests must carry a key."""
         return bool(self.api_keys or self.validate_keys or self.read_keys)
-
-    @classmethod
-    def _usage_error(cls, error: ValidationError) -> UsageError:
-        """Put the first fault of a validation into three parts. Keys and secrets are never shown."""
-        first = error.errors(include_url=False, include_context=False)[0]
-        name = str(first["loc"][0])
-        if name not in cls.model_fields:
-            by_alias = {cls.environment_name(field): field for field in cls.model_fields}
-            if name not in by_alias:
-                return UsageError(
-                    f"a setting {name!r}", wanted="a setting of the service", do="see help(assay.poc.service.Settings)"
-                )
-            name = by_alias[name]
-        field = cls.model_fields[name]
-        secret = isinstance(field.validation_alias, AliasChoices)
-        variable = cls.environment_name(name)
-        return UsageError(
-            name if secret else f"{name} {first['input']!r:.60}",
-            wanted=f"{first['msg'][:1].lower()}{first['msg'][1:]} ({field.description})",
-            do=f"correct {variable}, or the flag or argument of that name; the default is {field.default}",
-        )
 
 
 def check_secrets(secrets: Sequence[str]) -> None:

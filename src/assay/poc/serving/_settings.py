@@ -43,7 +43,7 @@ class PluginSettings:
         """
         from assay.poc.service import Settings
 
-        names = {name: Settings.environment_name(name) for name in Settings.model_fields}
+        names = {name: Settings.environment_name(name) or "" for name in Settings.model_fields}
         values = {name: environment[key] for name, key in names.items() if key in environment}
         inputs = environment.get("ASSAY_VLLM_INPUTS", "local")
         if inputs not in get_args(Inputs):

@@ -78,7 +78,8 @@ def run_app(
     )
     server = _Server(config, closing)
     started(lambda: server.handle_exit(signal.SIGTERM, None))
-    log.info("serving", host=host, port=listener.getsockname()[1])
+    bound = listener.getsockname()[1]
+    log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{bound}", host=host, port=bound)
     with listener:
         server.run(sockets=[listener])
     if not server.started:
