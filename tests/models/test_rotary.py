@@ -3,7 +3,7 @@
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from assay.models import rotate
+from assay.models.decoder import rotate
 
 
 def angles(positions: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,8 +13,8 @@ from assay.models import load_model
 from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import _per_sample as _gradients
 from assay.vhack.gradients import _taps
-from assay.vhack.gradients._attention import attend
 from assay.vhack.gradients._fused import Norm, plain_norm, segment_products
+from assay.vhack.gradients._packed import attend
 from assay.vhack.gradients._recipe import Recipe, recipe_for
 from assay.vhack.gradients._replica import Replica
 from assay.vhack.gradients._segments import Segments
@@ -160,6 +160,27 @@ def test_which_models_are_packed(small_checkpoint):
     assert recipe_for(model.module) == replace(EVERYTHING, factored=False)
 
 
+def _other_attention(layer):
+    layer.self_attn.__class__ = type("OtherAttention", (type(layer.self_attn),), {})
+
+
+def _own_forward(layer):
+    layer.mlp.forward = layer.mlp.forward
+
+
+def _hook(layer):
+    layer.self_attn.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [_other_attention, _own_forward, _hook])
+def test_a_layer_that_may_compute_something_else_is_not_packed(small_model, change):
+    module = copy.deepcopy(small_model.module)
+    module.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    assert recipe_for(module) == EVERYTHING, "projections are called as modules, with their hooks"
+    change(module.model.layers[1])
+    assert recipe_for(module) == replace(PLAIN, factored=True)
+
+
 @pytest.fixture
 def two_threads():
     threads = torch.get_num_threads()
@@ -231,23 +252,24 @@ def test_forward_functions_of_their_own_are_kept(small_model, byte_tokenizer, sa
 def test_attention_stays_within_a_sample(heads, together, dtype):
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 63, 64, 65, 130]
-    shapes = [(1, sum(lengths), count, 8) for count in (heads[0], heads[1], heads[1])]
-    parts = [torch.randn(shape, generator=generator, dtype=dtype).transpose(1, 2) for shape in shapes]
-    weight = torch.randn(1, sum(lengths), heads[0], 8, generator=generator, dtype=dtype)
+    shapes = [(sum(lengths), count, 8) for count in (heads[0], heads[1], heads[1])]
+    parts = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    weight = torch.randn(sum(lengths), heads[0], 8, generator=generator, dtype=dtype)
     segments = Segments.of(lengths, torch.device("cpu"))
     results = []
     for ours in (True, False):
         leaves = [part.detach().requires_grad_() for part in parts]
         if ours:
-            out, _ = attend(None, *leaves, None, segments=segments, together=together, scaling=0.3)
+            out = attend(*leaves, segments, scale=0.3, together=together)
         else:
             each = [
                 functional.scaled_dot_product_attention(
-                    *(leaf[:, :, start:end] for leaf in leaves), is_causal=True, scale=0.3, enable_gqa=True
-                )
+                    *(leaf[start:end].transpose(0, 1)[None] for leaf in leaves),
+                    is_causal=True, scale=0.3, enable_gqa=True,
+                )[0]
                 for start, end in segments.bounds
-            ]
-            out = torch.cat(each, dim=2).transpose(1, 2)
+            ]  # fmt: skip
+            out = torch.cat(each, dim=1).transpose(0, 1)
         results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -6,10 +6,9 @@ from assay.models._load import load_model
 from assay.models._memory import free_bytes
 from assay.models._quantise import NUMBER_FORMATS
 from assay.models._quiet import quiet
-from assay.models._rotary import rotate
 from assay.models._save import save_random
-from assay.models._structure import backbone, decoder_layers
 from assay.models._types import Model, ModelInfo
+from assay.models.decoder import backbone, decoder_layers
 
 __all__ = [
     "NUMBER_FORMATS",
@@ -24,6 +23,5 @@ __all__ = [
     "load_model",
     "model_info",
     "quiet",
-    "rotate",
     "save_random",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.models._structure import backbone
+from assay.models.decoder import backbone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.errors import UsageError
-from assay.models import Model, backbone, decoder_layers, rotate
+from assay.models import Model, backbone, decoder_layers
+from assay.models.decoder import rotate
 from assay.models.families import ATTENTION_TARGETS, MLP_TARGETS
 from assay.poc.protocol import unit
 from assay.research.redteam._guess import Guesses

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from assay.errors import ModelError
-from assay.models import rotate
+from assay.models.decoder import rotate
 from assay.models.families import TARGETS
 from assay.vhack.delta import grouped
 from assay.vhack.gradients import SVDCache, module_of, target_modules, weight_svd

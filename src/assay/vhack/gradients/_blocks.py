@@ -8,22 +8,19 @@ Shapes: N tokens of all samples, H heads of queries, J heads of keys and values,
 a block. Query heads that share a key head are rows of one product: [J, X·G, D].
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from assay.models.families import FAMILIES
 from assay.vhack.gradients._segments import Segments
 
-__all__ = ["Attention"]
+__all__ = ["Turns", "attend_in_blocks", "fits_in_blocks"]
 
 Bounds = Sequence[tuple[int, int]]
 
-
-_KNOWN = {f"{family.prefix}Attention" for family in FAMILIES.values()}
 _BLOCK = 64
 # Heads times tokens of a sample, above which the weights are not kept.
 _KEPT_WEIGHTS = 16384
@@ -38,51 +35,21 @@ class Turn:
 
     @classmethod
     def of(cls, cos_ND: Tensor, sin_ND: Tensor, heads: int, scale: float) -> "Turn":
-        """For so many heads, times a scale."""
+        """Return the turn of so many heads, times a scale."""
         sign_D = torch.full_like(cos_ND[0], scale)
         sign_D[: len(sign_D) // 2].neg_()
         return cls(*(part[:, None].repeat(1, heads, 1) for part in (cos_ND * scale, sin_ND * sign_D)))
 
 
-class Attention:
-    """Makes the forward functions of one model's attention modules, which share what is the same in all layers."""
+class Turns:
+    """The turns of queries and of keys, which all layers of a forward pass share."""
 
     def __init__(self) -> None:
         self._positions: Tensor | None = None
         self._turns: tuple[Turn, Turn] | None = None
 
-    def forward(self, module: nn.Module, asking: Callable[[], Bounds | None]) -> Callable[..., Any]:
-        """A forward function for an attention module of transformers; its own if it is of another kind.
-
-        Args:
-            module: the module.
-            asking: per sample from which row to which the queries matter, the others are zero; None is all of them.
-        """
-        part: Any = module
-        plain: Callable[..., Any] = part.forward
-        if type(part).__name__ not in _KNOWN or "forward" in vars(part):
-            return plain
-        named = dict(part.named_children())
-        same = nn.Identity()
-
-        def forward(
-            hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *, segments: Segments, **extra: Any
-        ) -> Any:
-            longest = max(end - start for start, end in segments.bounds)
-            if part.config.num_attention_heads * longest > _KEPT_WEIGHTS:
-                return plain(hidden_states, position_embeddings=position_embeddings, segments=segments, **extra)
-            shape = (hidden_states.shape[1], -1, part.head_dim)
-            q_NHD, k_NJD, v_NJD = (named[f"{name}_proj"](hidden_states).view(shape) for name in "qkv")
-            q_NHD, k_NJD = named.get("q_norm", same)(q_NHD), named.get("k_norm", same)(k_NJD)
-            turns = self._shared(*position_embeddings, part.num_key_value_groups, part.scaling)
-            spans = asking() or segments.bounds
-            out_NHD = _InBlocks.apply(q_NHD, k_NJD, v_NJD, turns, segments.bounds, spans)  # type: ignore[no-untyped-call]
-            return named["o_proj"](out_NHD.reshape(*hidden_states.shape[:2], -1)), None
-
-        return forward
-
-    def _shared(self, cos_1ND: Tensor, sin_1ND: Tensor, heads: int, scale: float) -> tuple[Turn, Turn]:
-        """The turns of queries, scaled as their products with keys should be, and of keys."""
+    def of(self, cos_1ND: Tensor, sin_1ND: Tensor, heads: int, scale: float) -> tuple[Turn, Turn]:
+        """Return the turn of the queries of so many heads per key head, scaled as the scores, and that of the keys."""
         if self._turns is None or self._positions is not cos_1ND:
             self._positions = cos_1ND
             self._turns = (
@@ -90,6 +57,28 @@ class Attention:
                 Turn.of(cos_1ND[0], sin_1ND[0], 1, 1.0),
             )
         return self._turns
+
+
+def fits_in_blocks(heads: int, segments: Segments) -> bool:
+    """Return whether the weights of the longest sample may be kept for the backward pass."""
+    return heads * max(end - start for start, end in segments.bounds) <= _KEPT_WEIGHTS
+
+
+def attend_in_blocks(
+    q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, turns: tuple[Turn, Turn], bounds: Bounds, spans: Bounds
+) -> Tensor:
+    """Return causal attention within each sample, [N, H, D].
+
+    Args:
+        q_NHD: Queries before rotation.
+        k_NJD: Keys before rotation.
+        v_NJD: Values.
+        turns: Turns of queries and keys.
+        bounds: Bounds of the samples.
+        spans: Per sample, the rows whose queries matter; the others are zero.
+    """
+    out: Tensor = _InBlocks.apply(q_NHD, k_NJD, v_NJD, turns, bounds, spans)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _InBlocks(torch.autograd.Function):

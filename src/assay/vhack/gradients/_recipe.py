@@ -1,10 +1,11 @@
 """Which of several exact ways the gradient pass takes."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from assay.models import decoder_layers
 from assay.models.families import attention_window, family_of
 
 if TYPE_CHECKING:
@@ -34,13 +35,8 @@ class Recipe:
 
 
 def recipe_for(module: "PreTrainedModel") -> Recipe:
-    """The fastest recipe that is known to be exact for this kind of model."""
-    config = module.config.get_text_config()
-    known = (
-        family_of(config) is not None
-        and config._attn_implementation in ("sdpa", "eager")
-        and attention_window(config) is None
-    )
+    """Return the fastest recipe that is known to be exact for this kind of model."""
+    known = _is_listed(module)
     return Recipe(
         packed=known,
         fused=known,
@@ -48,3 +44,20 @@ def recipe_for(module: "PreTrainedModel") -> Recipe:
         late=known,
         together=module.device.type != "cpu",
     )
+
+
+def _is_listed(module: "PreTrainedModel") -> bool:
+    """Return whether every layer computes what a listed family computes, with the whole sample in sight.
+
+    Projections and norms are called as modules, so they may have hooks and forward functions of their own.
+    """
+    config = module.config.get_text_config()
+    family = family_of(config)
+    if family is None or config._attn_implementation not in ("sdpa", "eager") or attention_window(config) is not None:
+        return False
+    layers: Any = decoder_layers(module)
+    if any(type(layer.self_attn).__name__ != f"{family.prefix}Attention" for layer in layers):
+        return False
+    replaced = [part for layer in layers for part in (layer.self_attn, layer.mlp)]
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in replaced)
+    return not hooked and not any("forward" in vars(part) for part in (*layers, *replaced))

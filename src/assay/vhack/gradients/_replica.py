@@ -18,10 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from assay.errors import DataError, ModelError
 from assay.models import decoder_layers
-from assay.vhack.gradients._attention import PACKED, register
 from assay.vhack.gradients._batches import Batch, Encoded
-from assay.vhack.gradients._blocks import Attention
-from assay.vhack.gradients._fused import Gate, Norm, Surprise, kernels, plain_norm
+from assay.vhack.gradients._fused import Norm, Surprise, kernels, plain_norm
+from assay.vhack.gradients._packed import PACKED, PackedLayers, register
 from assay.vhack.gradients._recipe import Recipe
 from assay.vhack.gradients._segments import Segments
 from assay.vhack.gradients._svd import Factors
@@ -109,16 +108,11 @@ class Replica:
         self._found: dict[str, Tensor] = {}
         self._batch: Batch | None = None
         self._head_sees_completions_only()
-        if recipe.fused:
-            self._fuse()
+        if recipe.fused and (self.use is not None or self._on_cpu):
+            self._fuse_norms()
         self._tap(factors, factored, checkpointing)
         if recipe.packed:
-            register()
-            self.module.config._attn_implementation = PACKED
-            if self._on_cpu and not recipe.together:
-                self._attend_in_blocks(recipe.late)
-        if recipe.late:
-            self._compute_late_only()
+            self._pack_layers()
         if checkpointing:
             for layer in decoder_layers(self.module):
                 vars(layer)["forward"] = _recomputed(layer.forward)
@@ -134,10 +128,7 @@ class Replica:
         batch = Batch.build(encoded, self.module.device, packed=self.recipe.packed)
         self._batch = batch
         self._found.clear()
-        extra: dict[str, Any] = {}
-        if self.recipe.packed:
-            extra = {"position_ids": batch.positions, "segments": batch.segments, "together": self.recipe.together}
-        logits_MV = self.module(input_ids=batch.ids, use_cache=False, **extra).logits.flatten(0, 1)
+        logits_MV = self.module(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits.flatten(0, 1)
         losses_M = Surprise.apply(logits_MV, batch.target)  # type: ignore[no-untyped-call]
         del logits_MV
         losses_M.backward(batch.weight)
@@ -168,22 +159,24 @@ class Replica:
             lambda _, arguments: (arguments[0].flatten(0, 1).index_select(0, self.current.spot)[None],)
         )
 
-    def _fuse(self) -> None:
-        if self.use is None and not self._on_cpu:
-            return
+    def _fuse_norms(self) -> None:
         for part in self.module.modules():
             if plain_norm(part):
                 vars(part)["forward"] = _norm_forward(part, self.use)
-        if self.use is not None:
-            for layer in decoder_layers(self.module):
-                _fuse_gate(layer.get_submodule("mlp"), self.use)
 
-    def _attend_in_blocks(self, late: bool) -> None:
-        *layers, last = (layer.get_submodule("self_attn") for layer in decoder_layers(self.module))
-        attention = Attention()
-        for part in layers:
-            vars(part)["forward"] = attention.forward(part, lambda: None)
-        vars(last)["forward"] = attention.forward(last, lambda: self.current.asking if late else None)
+    def _pack_layers(self) -> None:
+        register()
+        self.module.config._attn_implementation = PACKED
+        *_, last = layers = decoder_layers(self.module)
+        together = self.recipe.together
+        packed = PackedLayers(
+            lambda: self.current,
+            self.use if self.recipe.fused else None,
+            together=together,
+            in_blocks=self._on_cpu and not together,
+        )
+        for layer in layers:
+            vars(layer)["forward"] = packed.forward(layer, late=self.recipe.late and layer is last)
 
     def _tap(self, factors: Mapping[str, Factors], factored: Collection[str], checkpointing: bool) -> None:
         modules = target_modules(self.module)
@@ -207,21 +200,6 @@ class Replica:
 
     def _late_segments(self) -> Segments:
         return self.current.late
-
-    def _compute_late_only(self) -> None:
-        for name in _late_prefixes(self.module):
-            part = self.module.get_submodule(name)
-            vars(part)["forward"] = self._late_forward(part.forward)
-
-    def _late_forward(self, plain: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
-        """Compute the rows that predict a completion token only; the others are zero, and nothing looks at them."""
-
-        def forward(inputs: Tensor) -> Tensor:
-            spot = self.current.spot
-            rows_MO: Tensor = plain(inputs[0].index_select(0, spot)[None])[0]
-            return rows_MO.new_zeros(inputs.shape[1], rows_MO.shape[1]).index_copy_(0, spot, rows_MO)[None]
-
-        return forward
 
 
 def _late_prefixes(module: "PreTrainedModel") -> tuple[str, ...]:
@@ -278,20 +256,6 @@ def _norm_forward(part: nn.Module, use: Any) -> Callable[[Tensor], Tensor]:
         return result
 
     return forward
-
-
-def _fuse_gate(mlp: nn.Module, use: Any) -> None:
-    """Compute ``silu(gate x) · up x`` at once, where that is what the layer does."""
-    parts = dict(mlp.named_children())
-    if type(parts["act_fn"]).__name__ not in ("SiLU", "SiLUActivation"):
-        return
-
-    def forward(x: Tensor) -> Tensor:
-        gated = Gate.apply(parts["gate_proj"](x), parts["up_proj"](x), use)  # type: ignore[no-untyped-call]
-        result: Tensor = parts["down_proj"](gated)
-        return result
-
-    vars(mlp)["forward"] = forward
 
 
 def not_finite(what: str) -> DataError:

@@ -1,0 +1,195 @@
+"""Decoder layers of the listed families over samples that stand end to end in one row: each sample sees itself only.
+
+:class:`PackedLayers` makes forward functions that take the place of those of transformers in a copy of the model.
+Embeddings, rotary tables, the final norm and the head stay with transformers. The projections are called as modules, so
+that what replaces their forward functions, and hooks on them, take part.
+
+On a GPU the samples are spread out to one length for attention, and gathered afterwards. On a CPU each sample has its
+own product, in float32 the one that :mod:`assay.vhack.gradients._blocks` writes out.
+
+Shapes: N tokens of all samples, M of them that predict a completion token, B samples, T tokens of a sample, H heads of
+queries, J heads of keys and values, E their width, D hidden size.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from assay.models.decoder import Rotation, as_heads
+from assay.vhack.gradients._batches import Batch
+from assay.vhack.gradients._blocks import Turns, attend_in_blocks, fits_in_blocks
+from assay.vhack.gradients._fused import Gate
+from assay.vhack.gradients._segments import Segments
+
+__all__ = ["PACKED", "PackedLayers", "attend", "register"]
+
+PACKED = "assay_packed"
+"""Name of the attention of these layers, under which transformers makes no mask."""
+
+
+def register() -> None:
+    """Make the name known to transformers, which makes masks only for attention that has a mask function."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, attend)
+
+
+class PackedLayers:
+    """Makes the forward functions of the layers of one copy of a model, which share the batch and the rotations.
+
+    Args:
+        current: Called in every forward pass for the batch.
+        use: Kernels of a GPU for the gated activation, or None.
+        together: Whether attention is one product for all samples.
+        in_blocks: Whether attention is written out in blocks, for a CPU in float32.
+    """
+
+    def __init__(
+        self, current: Callable[[], Batch], use: ModuleType | None, *, together: bool, in_blocks: bool
+    ) -> None:
+        self._current, self._use, self._together, self._in_blocks = current, use, together, in_blocks
+        self._turns = Turns()
+
+    def forward(self, layer: Any, *, late: bool) -> Callable[..., Tensor]:
+        """Return the forward function of a layer.
+
+        Args:
+            layer: Decoder layer of transformers, of a listed family.
+            late: Whether only the M tokens that predict a completion token matter after this layer. Only keys and
+                values are then computed for the others, which leave the layer as zeros.
+        """
+        multiplier: float | None = getattr(layer, "residual_multiplier", None)
+
+        def added(x: Tensor, update: Tensor) -> Tensor:
+            return x + (update if multiplier is None else update * multiplier)
+
+        def forward(hidden_states: Tensor, *, position_embeddings: Rotation, **_: Any) -> Tensor:
+            batch, x_1ND = self._current(), hidden_states
+            spot = batch.spot if late else None
+            mixed = self._attention(layer.self_attn, layer.input_layernorm(x_1ND), position_embeddings, batch, spot)
+            x_1MD = added(_rows(x_1ND, spot), layer.self_attn.o_proj(_rows(mixed, spot)))
+            x_1MD = added(x_1MD, self._mlp(layer.mlp, layer.post_attention_layernorm(x_1MD)))
+            return _among_zeros(x_1MD, spot, x_1ND.shape[1])
+
+        return forward
+
+    def _attention(
+        self, attention: Any, x_1ND: Tensor, rotation: Rotation, batch: Batch, spot: Tensor | None
+    ) -> Tensor:
+        """Return what the heads of every token gather, [1, N, H·E]; of tokens that are not asked for, anything."""
+        segments = batch.segments
+        in_blocks = self._in_blocks and fits_in_blocks(attention.config.num_attention_heads, segments)
+        angles = None if in_blocks else (rotation[0][0, :, None], rotation[1][0, :, None])
+        q_1NO = _among_zeros(attention.q_proj(_rows(x_1ND, spot)), spot, x_1ND.shape[1])
+        k_1NO, v_1NO = attention.k_proj(x_1ND), attention.v_proj(x_1ND)
+        q_NHE = as_heads(q_1NO[0], attention.head_dim, getattr(attention, "q_norm", None), angles)
+        k_NJE = as_heads(k_1NO[0], attention.head_dim, getattr(attention, "k_norm", None), angles)
+        v_NJE = as_heads(v_1NO[0], attention.head_dim)
+        if in_blocks:
+            turns = self._turns.of(*rotation, q_NHE.shape[1] // k_NJE.shape[1], attention.scaling)
+            spans = segments.bounds if spot is None else batch.asking
+            out_NHE = attend_in_blocks(q_NHE, k_NJE, v_NJE, turns, segments.bounds, spans)
+        else:
+            out_NHE = attend(q_NHE, k_NJE, v_NJE, segments, scale=attention.scaling, together=self._together)
+        return out_NHE.reshape(1, len(out_NHE), -1)
+
+    def _mlp(self, mlp: Any, x_1MD: Tensor) -> Tensor:
+        gate, up = mlp.gate_proj(x_1MD), mlp.up_proj(x_1MD)
+        if self._use is not None and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"):
+            gated: Tensor = Gate.apply(gate, up, self._use)  # type: ignore[no-untyped-call]
+        else:
+            gated = mlp.act_fn(gate) * up
+        down: Tensor = mlp.down_proj(gated)
+        return down
+
+
+def _rows(x_1ND: Tensor, spot: Tensor | None) -> Tensor:
+    """Return some of the rows, [1, M, D]; None stands for all of them."""
+    return x_1ND if spot is None else x_1ND[0].index_select(0, spot)[None]
+
+
+def _among_zeros(x_1MD: Tensor, spot: Tensor | None, count: int) -> Tensor:
+    """Return rows at their places among N rows, [1, N, D]; the others are zero."""
+    if spot is None:
+        return x_1MD
+    return x_1MD.new_zeros(count, x_1MD.shape[2]).index_copy_(0, spot, x_1MD[0])[None]
+
+
+def attend(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, *, scale: float, together: bool) -> Tensor:
+    """Return causal attention within each sample, [N, H, E].
+
+    Args:
+        q_NHE: Queries, rotated.
+        k_NJE: Keys, rotated.
+        v_NJE: Values.
+        segments: Bounds of the samples.
+        scale: Scale of the scores.
+        together: Whether there is one product for all samples.
+    """
+    if together:
+        return _spread_out(q_NHE, k_NJE, v_NJE, segments, scale)
+
+    def one(start: int, end: int) -> Tensor:
+        q_HTE, k_JTE, v_JTE = (part[start:end].transpose(0, 1) for part in (q_NHE, k_NJE, v_NJE))
+        return _product(q_HTE[None], k_JTE[None], v_JTE[None], scale)[0].transpose(0, 1)
+
+    return torch.cat([one(start, end) for start, end in segments.bounds])
+
+
+def _product(q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, scale: float) -> Tensor:
+    grouped = q_BHTE.shape[1] != k_BJTE.shape[1]
+    return functional.scaled_dot_product_attention(
+        q_BHTE, k_BJTE, v_BJTE, is_causal=True, scale=scale, enable_gqa=grouped
+    )
+
+
+def _spread_out(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, scale: float) -> Tensor:
+    padded, real = segments.padding()
+    shape = (len(segments.bounds), -1)
+
+    def spread(part: Tensor) -> Tensor:
+        out: Tensor = _Spread.apply(part, padded, real)  # type: ignore[no-untyped-call]
+        return out.view(*shape, *part.shape[1:]).transpose(1, 2)
+
+    out_BHTE = _product(spread(q_NHE), spread(k_NJE), spread(v_NJE), scale)
+    gathered: Tensor = _Gather.apply(out_BHTE.transpose(1, 2).flatten(0, 1), real)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _Spread(torch.autograd.Function):
+    """Rows spread out, some of them to several places.
+
+    No row sees what stands to its right, so the gradient of all places after the end of a sample is zero, and it is
+    enough to gather the others: no sum over places is needed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, padded: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(real)
+        return rows.index_select(0, padded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        (real,) = ctx.saved_tensors
+        return gradient.index_select(0, real), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The rows at the real places; the gradient of the others is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(real)
+        ctx.count = len(rows)
+        return rows.index_select(0, real)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        (real,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, real, gradient), None
