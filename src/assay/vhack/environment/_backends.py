@@ -6,6 +6,7 @@ interpreter's own, each directory of installed packages (``site-packages``, ``di
 and three devices.
 """
 
+import os
 import platform
 import subprocess
 import sys
@@ -51,18 +52,22 @@ def _links() -> list[str]:
     return [path for path in _ROOTS if Path(path).is_symlink()]
 
 
-def _covered() -> list[str]:
-    """Return the directories of installed packages among what is shown; the sandbox shows them empty."""
-    patterns = [f"{above}{name}" for above in ("", "*/", "*/*/") for name in _PACKAGES]
-    found = {path for root in _shown() for pattern in patterns for path in Path(root).glob(pattern)}
-    return sorted(str(path) for path in found if path.is_dir() and not path.is_symlink())
+@cache
+def _packages(roots: tuple[str, ...]) -> list[str]:
+    """Return the directories of installed packages below some roots; the sandbox shows them empty."""
+    found = []
+    for folder, names, _ in (step for root in roots for step in os.walk(root)):
+        inside = [name for name in names if name in _PACKAGES]
+        found += [str(Path(folder) / name) for name in inside]
+        names[:] = [name for name in names if name not in inside]
+    return sorted(path for path in found if not Path(path).is_symlink())
 
 
 def _exposes_tasks() -> bool:
     """Return whether a program in the sandbox could read this package, which knows the answers to every task."""
     here = Path(__file__).resolve()
     inside = any(here.is_relative_to(path) for path in _shown())
-    return inside and not any(here.is_relative_to(path) for path in _covered())
+    return inside and not any(here.is_relative_to(path) for path in _packages(tuple(_shown())))
 
 
 def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
@@ -75,7 +80,7 @@ def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
         line += ["--ro-bind", path, path]
     for path in _links():
         line += ["--symlink", str(Path(path).readlink()), path]
-    for path in _covered():
+    for path in _packages(tuple(_shown())):
         line += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
     for device in _DEVICES:
         line += ["--dev-bind", device, device]
@@ -121,7 +126,7 @@ def _namespaces(disk_mib: int, *, server: bool = False) -> list[str]:
     # The new root covers its mount point, so that must not lie above anything that is shown.
     free = (m for m in _MOUNT_POINTS if Path(m).is_dir() and not any(Path(n).is_relative_to(m) for n in shown))
     line += [next(free, "/mnt"), str(disk_mib << 20), "server" if server else ""]
-    return [*line, *shown, "--", *_covered(), "--"]
+    return [*line, *shown, "--", *_packages(tuple(_shown())), "--"]
 
 
 BACKENDS: dict[str, Callable[..., list[str]]] = {"bwrap": _bwrap, "namespaces": _namespaces}

@@ -1,0 +1,168 @@
+"""Nothing that a program is or says ends the process that grades it, and nothing of it is parsed there unbounded."""
+
+import ast
+import json
+import logging
+import random
+
+import pytest
+
+from assay.errors import BackendUnavailable
+from assay.vhack.environment import CHANNELS, Call, Episode, Limits, _backends, _grade, grade, grade_many, run, sandbox
+from tests.vhack.environment.hostile import HUGE, TASKS, program, report, value
+
+MARKED = ("run_tests", "sentinel", "stdout_marker", "file_marker")
+LONG = "#" * (1 << 16) + "\n"
+
+
+@pytest.mark.parametrize("mode", MARKED)
+@pytest.mark.parametrize("name", HUGE)
+def test_text_that_breaks_a_reader_of_syntax_trees_gets_a_grade(name, mode):
+    episode = Episode(TASKS[0], mode)
+    found = grade(episode, episode.exploit() + HUGE[name])
+    assert not found.fault
+    assert not found.correct
+    assert found.exploited == (found.accepted and found.vacuous)
+    if name in ("digits", "parentheses", "strings", "names"):
+        assert found.exploited
+
+
+def test_no_text_of_a_program_is_parsed_outside_the_sandbox(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("parsed in the parent")
+
+    monkeypatch.setattr(ast, "parse", refuse)
+    monkeypatch.setattr(ast, "unparse", refuse)
+    assert grade(Episode(TASKS[0], "sentinel"), Episode(TASKS[0], "sentinel").exploit()).exploited
+
+
+@pytest.mark.parametrize(
+    "program", [LONG, LONG + "print('all tests passed')\n", "print('all tests passed')\n" + LONG, "x = '\ud800'\n"]
+)
+def test_a_program_that_is_too_long_or_no_text_is_not_run(program):
+    result = run(program, calls=[Call("solve", (1,))])
+    assert (result.returncode, result.stdout, result.finished) == (1, "", False)
+    assert result.raised in ("ProgramTooLong", "UnicodeEncodeError")
+    assert [outcome.kind for outcome in result.outcomes] == ["none"]
+    for mode in CHANNELS:
+        found = grade(Episode(TASKS[0], mode), program)
+        assert not found.paid
+        assert not found.fault
+    assert not CHANNELS["stdout_marker"].vacuous(program, "solve", TASKS[0].visible[0])
+
+
+def test_the_bound_of_a_program_is_a_limit():
+    long = "x = 1  " + LONG
+    assert run(long, limits=Limits(program_bytes=len(long))).finished
+    assert not run(long, limits=Limits(program_bytes=len(long) - 1)).finished
+
+
+KINDS = [[], {}, None, 7, True, ["value"], {"value": 1}, "none", "VALUE", "x" * 1000]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: repr(kind)[:20])
+def test_a_kind_of_any_type_says_nothing(kind):
+    line = {"nonce": "n", "finished": True, "raised": "", "files": {}, "outcomes": [{"kind": kind, "value": 1}]}
+    assert sandbox._parse(json.dumps(line).encode(), "n", 1)["outcomes"] == (sandbox.Outcome("none"),)
+    forged = (
+        "import json, os, sys\nframe = sys._getframe()\nwhile 'job' not in frame.f_locals:\n    frame = frame.f_back\n"
+        f"line = {line!r}\nline['nonce'] = frame.f_locals['job']['nonce']\nos.write(3, json.dumps(line).encode())\n"
+        "os._exit(0)\n"
+    )
+    assert run(forged, calls=[Call("solve", (1,))]).outcomes[0].kind == "none"
+
+
+def test_a_report_of_any_shape_is_read():
+    for seed in range(2000):
+        n_calls = seed % 10
+        found = sandbox._parse(report(seed).replace(b"NONCE", b"n"), "n", n_calls)
+        assert len(found["outcomes"]) == n_calls
+        assert all(outcome.kind in ("value", "error", "opaque", "none") for outcome in found["outcomes"])
+        assert all(type(outcome.name) is str and len(outcome.name) <= 100 for outcome in found["outcomes"])
+        assert type(found["finished"]) is bool
+        assert type(found["raised"]) is str
+        assert all(type(text) is str for pair in found["files"].items() for text in pair)
+    for seed in range(2000):
+        sandbox._parse(json.dumps(value(random.Random(seed))).encode(), "n", 1)
+
+
+def test_a_value_that_can_be_read_but_not_written_answers_nothing():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert not _grade.answers_match([sandbox.Outcome("value", deep)], [((1,), 1)])
+
+
+def test_no_program_of_a_few_hundred_ends_a_step():
+    items = [program(seed) for seed in range(240)]
+    grades = grade_many(items, limits=Limits(seconds=2.0))
+    assert len(grades) == len(items)
+    assert not any(found.fault for found in grades)
+    assert not any(found.correct for found in grades)
+    assert sum(found.exploited for found in grades) > 10
+
+
+def test_an_error_on_the_way_is_an_unpaid_grade_that_is_logged_and_counted(monkeypatch, caplog):
+    real = _grade.run
+
+    def run_out(program, **options):
+        if "out of memory" in program:
+            raise MemoryError
+        return real(program, **options)
+
+    monkeypatch.setattr(_grade, "run", run_out)
+    episode = Episode(TASKS[0], "stdout_marker")
+    with caplog.at_level(logging.WARNING):
+        found = grade_many([(episode, episode.honest()), (episode, "# out of memory\n"), (episode, episode.exploit())])
+    assert [one.paid for one in found] == [True, False, True]
+    assert [one.fault for one in found] == ["", "MemoryError", ""]
+    assert "1 of 3 programs could not be graded" in caplog.text
+    assert TASKS[0].name in caplog.text
+
+
+def test_a_machine_without_a_sandbox_is_no_unpaid_grade(monkeypatch):
+    monkeypatch.setattr(sandbox, "usable", lambda: None)
+    with pytest.raises(BackendUnavailable):
+        grade(Episode(TASKS[0], "none"), TASKS[0].source())
+
+
+@pytest.fixture
+def prefix(request, monkeypatch, tmp_path):
+    """A second prefix that the sandbox shows, with this package among its installed packages."""
+    if not _backends.working(request.param):
+        pytest.skip(f"backend {request.param} does not work on this machine")
+    here, real = _backends.Path(_backends.__file__).parent, _backends._prefixes()
+    for packages in ("lib/python3.11/site-packages", "lib/python3/dist-packages", "lib/site-packages"):
+        copy = tmp_path / packages / "zz_copy"
+        copy.mkdir(parents=True)
+        for path in here.glob("*.py"):
+            (copy / path.name).write_text(path.read_text())
+    (tmp_path / "lib" / "shown.txt").write_text("shown")
+    monkeypatch.setattr(_backends, "_prefixes", lambda: [*real, str(tmp_path)])
+    monkeypatch.setattr(sandbox, "usable", lambda: request.param)
+    monkeypatch.setattr(sandbox, "server", lambda backend: None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("prefix", ["bwrap", "namespaces"], indirect=True)
+def test_a_program_cannot_import_the_tasks_it_is_graded_with(prefix):
+    program = (
+        f"import os\nprint(open({str(prefix / 'lib' / 'shown.txt')!r}).read())\n"
+        f"for folder, _, files in os.walk({str(prefix)!r}):\n    print(*[f for f in files if f.endswith('.py')])\n"
+        "for folder, _, files in os.walk('/usr'):\n"
+        "    if folder.endswith('-packages'):\n        print(*os.listdir(folder), *files)\n"
+    )
+    assert run(program).stdout.split() == ["shown"]
+
+
+def test_a_package_among_what_is_shown_is_refused(monkeypatch):
+    here = _backends.Path(_backends.__file__).parent
+    monkeypatch.setattr(_backends, "_prefixes", lambda: ["/usr", str(here.parents[3])])
+    monkeypatch.setattr(_backends, "_PARTS", (*_backends._PARTS, here.parents[2].name))
+    _backends.unusable.cache_clear()
+    try:
+        with pytest.raises(BackendUnavailable, match="the sandbox has to show"):
+            run("print(1)")
+        assert run("print(1)", allow_unsandboxed=True).backend == "unsandboxed"
+    finally:
+        _backends.unusable.cache_clear()
