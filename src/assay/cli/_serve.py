@@ -57,7 +57,7 @@ def serve(
         loaded = load_model(model, dtype=dtype, device=device)
         return service.Deployment.of(loaded, compiled=compiles(loaded, kernels))
 
-    service.serve(service.Controller(load, settings), host=host, port=port)
+    service.serve(load, settings, host=host, port=port)
 
 
 def receive(

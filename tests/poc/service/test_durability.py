@@ -11,7 +11,7 @@ from assay.poc.service import Settings
 from assay.poc.service.runtime import Controller, Deployment
 from assay.poc.service.store._database import Database
 from assay.poc.service.store._outbox import Outbox
-from assay.poc.service.store._rounds import Batch, Rounds
+from assay.poc.service.store._rounds import Batch, Rounds, RoundValues
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND
 from tests.waiting import until
 
@@ -178,7 +178,7 @@ def test_a_nonce_is_never_written_twice(tmp_path):
     values = {name: ROUND[name] for name in ("block_hash", "block_height", "public_key", "node_id", "node_count")}
     values |= {"group_id": 0, "n_groups": 1, "preset": "poc-2.0", "seq_len": 4, "batch_size": 4, "r_target": 1.416}
     values |= {"strength": 32, "reference": "m", "digest": "0", "weights": "trained", "fraud_threshold": 0.01}
-    stored = rounds.enter("GENERATING", values | {"callback_url": "http://127.0.0.1:9"})
+    stored = rounds.enter("GENERATING", RoundValues(**values, callback_url="http://127.0.0.1:9"))
     batch = Batch(
         epoch=1,
         round_id=stored.id,

@@ -27,6 +27,19 @@ PRIVATE = [
     "http://[fe80::1%25eth0]/",
     "http://[fd00::1]/",
     "http://224.0.0.1/",
+    # What Python 3.11 takes for global, or what carries an address of IPv4.
+    "http://[fec0::1]/",
+    "http://[64:ff9b:1::7f00:1]/",
+    "http://[64:ff9b::808:808]/",
+    "http://[::127.0.0.1]/",
+    "http://[::ffff:0:7f00:1]/",
+    "http://[3fff::1]/",
+    "http://[5f00::1]/",
+    "http://[2001:db8::1]/",
+    "http://[2001:0:4136:e378:8000:63bf:3fff:fdd2]/",
+    "http://192.0.0.8/",
+    "http://192.88.99.1/",
+    "http://240.0.0.1/",
 ]
 MALFORMED = [
     "ftp://8.8.8.8/",
@@ -72,10 +85,10 @@ def test_the_resolved_address_is_what_counts(url):
 def test_one_private_address_among_several_blocks_the_name(monkeypatch):
     answers = [("93.184.215.14", 80), ("10.0.0.5", 80)]
 
-    async def found(self, host, port, **kwargs):
+    def found(host, port, **kwargs):
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", answer) for answer in answers]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", found)
+    monkeypatch.setattr(socket, "getaddrinfo", found)
     with pytest.raises(Blocked, match=r"10\.0\.0\.5"):
         asyncio.run(resolve("http://rebinding.example/", allow_private=False))
     answers.pop()

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import tempfile
 import threading
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def address(tmp_path_factory):
 
 def operations() -> list[schemathesis.APIOperation]:
     """Every operation of the document but the stream of events, which has no end."""
-    app = create_app(Controller(Rig().deployment, Settings(data_dir=Path("never-opened"))))
+    with tempfile.TemporaryDirectory() as directory:
+        controller = Controller(Rig().deployment, Settings(data_dir=Path(directory)))
+        app = create_app(controller)
+        controller.close()
     schema = schemathesis.openapi.from_dict(app.openapi()).exclude(path_regex="/events$")
     return [found.ok() for found in schema.get_all_operations()]
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from assay.errors import AssayError, ModelError, OutOfMemory, ResourceError, UsageError
+from assay.errors import AssayError, ModelError, OutOfMemory, ResourceError
 
 __all__ = ["Refusal", "refusal_of"]
 
 
-class Refusal(UsageError):
+class Refusal(AssayError):
     """A request that is not done, with the HTTP status that says so.
 
     Args:

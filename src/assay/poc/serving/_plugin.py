@@ -74,7 +74,6 @@ class AssayPlugin:
         settings = self._settings = PluginSettings.of()
         _check_host(app.state.args, settings.service.has_keys)
         self.controller = Controller(self._deploy, settings.service)
-        self.controller.open()
         attach(app, self.controller, operations=True, under=PREFIX)
         app.include_router(engine_router(self.controller, self._client))
         app.include_router(dashboard_router())

@@ -45,9 +45,9 @@ class Feed:
             started = time.monotonic()
             try:
                 await self.refresh()
-                await asyncio.to_thread(self._controller.save_if_needed)
+                await self._controller.call(self._controller.save_if_needed)
                 if started - pruned > PRUNE_EVERY:
-                    await asyncio.to_thread(self._prune)
+                    await self._controller.call(self._prune)
                     pruned = started
             except AssayError as error:
                 log.warning("snapshot", reason=error.seen)
@@ -55,7 +55,7 @@ class Feed:
 
     async def refresh(self) -> None:
         """Make a snapshot now."""
-        values = await asyncio.to_thread(snapshot, self._controller)
+        values = await self._controller.call(snapshot, self._controller)
         async with self._changed:
             self._latest = dumps(values).encode()
             self._changed.notify_all()

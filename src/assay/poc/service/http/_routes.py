@@ -74,7 +74,7 @@ def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
     )
     async def validate(body: ValidateRequest) -> Response:
         """Recompute distances and judge them."""
-        future = await asyncio.to_thread(controller.validate, body)
+        future = await controller.call(controller.validate, body)
         return JSONResponse(await asyncio.wrap_future(future))
 
     @router.get("/status", response_model=Status, responses=_problems(422), openapi_extra=READ)
@@ -85,7 +85,7 @@ def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
         """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
         if after is None:
             return Response(feed.status(), media_type="application/json")
-        return JSONResponse(await asyncio.to_thread(status_after, controller, after, limit))
+        return JSONResponse(await controller.call(status_after, controller, after, limit))
 
     @router.post("/stop", response_model=InitReply, responses=_problems(503), openapi_extra=CONTROL)
     def stop() -> Response:
@@ -101,7 +101,7 @@ def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
     )
     async def generate(body: GenerateRequest) -> Response:
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
-        queued = await asyncio.to_thread(controller.submit, body)
+        queued = await controller.call(controller.submit, body)
         if not body.wait:
             return JSONResponse(queued)
         return await _wait_for_job(controller, queued)
@@ -136,12 +136,12 @@ def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
 
 async def _wait_for_job(controller: Controller, queued: dict[str, Any]) -> Response:
     job_id = queued["request_id"]
-    future = await asyncio.to_thread(controller.jobs.watch, job_id)
+    future = await controller.call(controller.jobs.watch, job_id)
     try:
         async with asyncio.timeout(controller.settings.wait):
             return JSONResponse(await asyncio.wrap_future(future))
     except TimeoutError:
-        return JSONResponse(await asyncio.to_thread(controller.jobs.state, job_id), status_code=202)
+        return JSONResponse(await controller.call(controller.jobs.state, job_id), status_code=202)
     finally:
         controller.jobs.forget(job_id, future)
 

@@ -14,9 +14,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from assay.errors import UsageError
+from assay.poc.service._settings import Settings
 from assay.poc.service.http._app import create_app
 from assay.poc.service.http._auth import is_loopback
-from assay.poc.service.runtime import Controller
+from assay.poc.service.runtime import Controller, Deployment
 
 __all__ = ["run_app", "serve"]
 
@@ -87,29 +88,35 @@ def run_app(
     log.info("stopped")
 
 
-def serve(controller: Controller, *, host: str, port: int) -> None:
+def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT.
 
+    Args:
+        load: Loads the model and returns its deployment.
+        settings: Settings of the service.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one, which the log names.
+
     Raises:
-        UsageError: a host that others reach, without a key, or an address that cannot be bound.
-        StorageError: the data directory is in use or cannot be written.
-        ModelError: the model cannot be loaded.
+        UsageError: A host that others reach without a key, or an address that cannot be bound.
+        StorageError: The data directory is in use or cannot be written.
+        ModelError: The model cannot be loaded.
     """
-    if not is_loopback(host) and not controller.settings.has_keys:
+    if not is_loopback(host) and not settings.has_keys:
         raise UsageError(
             f"--host {host} without a key",
             wanted="an API key where others reach the port",
             do="pass --api-key-file, set ASSAY_API_KEY, or leave --host out",
         )
+    controller = Controller(load, settings)
 
     def end_on_failure(stop: Callable[[], None]) -> None:
-        controller.on_load_failure = stop
+        controller.loaded.add_done_callback(lambda loaded: stop() if loaded.exception() else None)
 
-    controller.open()
     app = create_app(controller)
     run_app(app, host=host, port=port, closing=controller.closing.set, started=end_on_failure)
-    if controller.load_error is not None:
-        raise controller.load_error
+    if controller.loaded.done():
+        controller.loaded.result()
     sys.stderr.flush()
     if not controller.ended:
         # A batch is still inside a kernel. It is not on disk and will be computed again.

@@ -7,7 +7,9 @@ that was checked. Redirects are never followed.
 import asyncio
 import ipaddress
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 
@@ -16,7 +18,22 @@ from assay.poc.service._refusals import Refusal
 __all__ = ["Blocked", "Target", "check_url", "resolve"]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+PRIVATE_V4 = (
+    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
+    *("192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+    "224.0.0.0/3",
+)
+"""Addresses that are not public: the special-purpose registry of IANA (RFC 6890), multicast and class E."""
+
+GLOBAL_V6 = ipaddress.ip_network("2000::/3")
+PRIVATE_V6 = ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
+"""What is not public in 2000::/3: protocol assignments and Teredo, documentation, and tunnels to IPv4 (6to4)."""
+
+_PRIVATE = tuple(map(ipaddress.ip_network, (*PRIVATE_V4, *PRIVATE_V6)))
+
+_DNS = ThreadPoolExecutor(4, "assay-dns")
+"""Threads of their own: a name server that does not answer holds each for many seconds."""
 
 
 class Blocked(Exception):
@@ -74,21 +91,22 @@ async def resolve(url: str, *, allow_private: bool) -> Target:
     """Resolve a URL's host and check every address it has.
 
     Raises:
-        Blocked: one of them is not public.
-        OSError: the name cannot be resolved.
+        Blocked: One of them is not public.
+        OSError: The name cannot be resolved.
     """
     parsed = httpx.URL(url)
     port = parsed.port or (443 if parsed.scheme == "https" else 80)
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(parsed.host, port, type=socket.SOCK_STREAM)
+        look_up = partial(socket.getaddrinfo, parsed.host, port, type=socket.SOCK_STREAM)
+        found = await loop.run_in_executor(_DNS, look_up)
     except UnicodeError as error:
         raise OSError(f"host name: {error}") from None
     addresses = [str(entry[4][0]) for entry in found]
     if not allow_private:
         for address in addresses:
             if not _is_public(_address(address)):
-                raise Blocked(f"{parsed.host} is the private address {address}")
+                raise Blocked(f"{parsed.host} has the private address {address}, which needs --allow-private-callbacks")
     return Target(parsed, addresses[0].partition("%")[0])
 
 
@@ -97,14 +115,10 @@ def _address(text: str) -> Address:
 
 
 def _is_public(address: Address) -> bool:
-    """Say whether an address is reachable by everyone, looking through IPv6 forms that hold an IPv4 address."""
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
-        if address in _NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:
-            return _is_public(inner)
-    return address.is_global and not address.is_multicast
+    """Return whether every network can reach an address. IPv6 forms that hold an IPv4 address are not public."""
+    if isinstance(address, ipaddress.IPv6Address) and address not in GLOBAL_V6:
+        return False
+    return not any(address in network for network in _PRIVATE)
 
 
 def _refusal(seen: str) -> Refusal:

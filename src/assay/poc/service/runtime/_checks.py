@@ -1,17 +1,18 @@
-"""What a request must be before anything is done: limits, parameters, and the round that it asks for."""
+"""Checks of a request before any work is done: limits, parameters, and the round that it asks for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from assay.errors import UsageError
-from assay.poc.protocol import get_pipeline
+from assay.poc.protocol import check_distinct_seeds, get_pipeline
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, Params, ValidateRequest
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
 from assay.poc.service.runtime._callback_guard import check_url
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._jobs import job_round
-from assay.poc.service.store import StoredRound, make_round
+from assay.poc.service.store import RoundValues, StoredRound
 
 __all__ = ["check_job", "check_validation", "round_values"]
 
@@ -32,14 +33,14 @@ _SHARED = (
 
 def round_values(
     request: InitRequest | ArtifactInit, deployment: Deployment, settings: Settings, *, needs_share: bool
-) -> dict[str, Any]:
-    """Return the columns of ``rounds`` that a request asks for.
+) -> RoundValues:
+    """Return the round that a request asks for.
 
     Raises:
-        UsageError: a field is out of range.
+        UsageError: A field is out of range.
         Refusal: 400 without a share where one is needed, 409 for other parameters than deployed.
     """
-    values = {name: getattr(request, name) for name in _SHARED}
+    values: dict[str, Any] = {name: getattr(request, name) for name in _SHARED}
     if isinstance(request, ArtifactInit):
         _check_params(request.params, deployment, settings)
         url, seq_len, preset = request.url, request.params.seq_len, str(request.params.preset)
@@ -48,20 +49,28 @@ def round_values(
         url, seq_len, preset = request.callback_url, request.seq_len, _preset(request)
         values |= {"r_target": request.r_target, "fraud_threshold": request.fraud_threshold}
         values |= _share(request, needed=needs_share)
-    values |= {"callback_url": url, "seq_len": seq_len, "preset": preset}
-    values |= {"strength": 256 if request.poc_stronger_rng else 32}
-    values |= {name: getattr(deployment, name) for name in ("reference", "digest", "weights")}
     _check_url(url, settings)
     _check_shape(request.batch_size, seq_len, deployment, settings)
-    make_round(values)
-    return values
+    asked = RoundValues(
+        **values,
+        callback_url=url,
+        seq_len=seq_len,
+        preset=preset,
+        strength=256 if request.poc_stronger_rng else 32,
+        reference=deployment.reference,
+        digest=deployment.digest,
+        weights=deployment.weights,
+    )
+    _ = asked.round  # an error says which field is out of range
+    return asked
 
 
 def check_validation(request: ValidateRequest, stored: StoredRound, settings: Settings) -> None:
     """Refuse distances that cannot be of this round.
 
     Raises:
-        Refusal: 409 for another block or a round of vectors, 422 for lists that do not fit.
+        Refusal: 409 for another block or a round of vectors, 422 for lists that do not fit or nonces of another node.
+        ProofMismatch: One forward pass would serve several of the nonces.
     """
     other = [name for name in ("block_hash", "block_height") if getattr(request, name) != getattr(stored, name)]
     if other:
@@ -88,24 +97,38 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
             wanted="one distance per nonce, every nonce once",
             do="send both lists in the same order",
         )
+    foreign = [n for n in request.nonces if request.node_id >= 0 and n % stored.node_count != request.node_id]
+    if foreign and stored.node_count > 1:
+        raise Refusal(
+            422,
+            f"nonce {foreign[0]} of node {request.node_id}",
+            wanted=f"nonces of its share: every one leaves {request.node_id} when divided by {stored.node_count}",
+            do="send the node_id that proved, to a round with the network's node_count",
+        )
+    check_distinct_seeds(replace(stored.round, public_key=request.public_key), request.nonces)
 
 
 def check_job(request: GenerateRequest, deployment: Deployment, settings: Settings) -> None:
     """Refuse an artifact job that cannot be done.
 
     Raises:
-        UsageError: a field is out of range, or a nonce is repeated or of another node.
+        UsageError: A field is out of range, or a nonce is repeated or belongs to another node.
         Refusal: 400 for artifacts of other nonces, 409 for other parameters than deployed.
+        ProofMismatch: One forward pass would serve several of the nonces whose artifacts are to be checked.
     """
     _check_params(request.params, deployment, settings)
     _check_url(request.url, settings)
     _check_shape(request.batch_size, request.params.seq_len, deployment, settings)
     job_round(request, deployment.reference).check_nonces(sorted(_limited(request.nonces, settings)))
     if request.validation is not None:
+        check_distinct_seeds(job_round(request, deployment.reference), request.nonces)
         sent = [artifact.nonce for artifact in request.validation.artifacts]
         if sorted(sent) != sorted(request.nonces):
             raise Refusal(
-                400, "artifacts of other nonces than asked", wanted="one artifact per nonce", do="send both lists alike"
+                400,
+                "artifacts of other nonces than asked",
+                wanted="one artifact per nonce",
+                do="send both lists alike",
             )
 
 
@@ -119,7 +142,7 @@ def _check_params(params: Params, deployment: Deployment, settings: Settings) ->
             409,
             "params mismatch: " + ", ".join(other),
             wanted=", ".join(f"{name} {deployed[name]}" for name in other),
-            do="ask for what is deployed",
+            do="ask for the parameters that are deployed",
             fields={"error": "params mismatch", "requested": requested, "deployed": deployed, "fields": other},
         )
 
@@ -146,7 +169,7 @@ def _limited(nonces: Sequence[int], settings: Settings) -> Sequence[int]:
 
 
 def _share(request: InitRequest, *, needed: bool) -> dict[str, int]:
-    """Return node_id and node_count; left out, the only node of the round."""
+    """Return node_id and node_count; a request that leaves them out means the only node of the round."""
     unset = request.node_id == -1 or request.node_count == -1
     if unset and needed:
         raise Refusal(

@@ -1,22 +1,24 @@
 """The controller: the state of the service, and everything that changes it.
 
-Knows the engine only through :class:`assay.poc.Engine`, and nothing of HTTP beyond the statuses of refusals.
-Calls block for as long as a transaction takes, so an event loop makes them in threads; :attr:`Controller.status`
-and the numbers behind it are read without waiting for anything.
+It knows the engine only through :class:`assay.poc.Engine`, and nothing of HTTP beyond the statuses of refusals.
+Its calls block for as long as a transaction takes, so an event loop makes them through :meth:`Controller.call`;
+the attributes that a reader needs (``state``, ``progress``, ``error``) are read without waiting.
 """
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import structlog
 
 from assay.errors import AssayError, StorageError
 from assay.poc._prover import compute
-from assay.poc.engines import Engine, check_supported
+from assay.poc.engines import check_supported
 from assay.poc.protocol import get_pipeline, is_distance
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
 from assay.poc.service._refusals import Refusal
@@ -28,7 +30,7 @@ from assay.poc.service.runtime._jobs import Jobs
 from assay.poc.service.runtime._metrics import Metrics
 from assay.poc.service.runtime._progress import Progress
 from assay.poc.service.runtime._validation import Judge
-from assay.poc.service.runtime._worker import Worker
+from assay.poc.service.runtime._worker import ShareDone, Worker
 from assay.poc.service.runtime._writer import Writer
 from assay.poc.service.store import Batch, Database, Outbox, Rounds, StoredRound
 
@@ -37,14 +39,24 @@ __all__ = ["Controller"]
 log = structlog.get_logger("assay.controller")
 
 Result = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+THREADS = 8  # calls that wait for the database at the same time
 
 
 class Controller:
     """Runs rounds, validations and artifact jobs on one engine, and keeps them on disk.
 
+    The constructor opens the database and takes the state in which the service was left; :meth:`start`, or a ``with``
+    block, loads the model and begins to work.
+
     Args:
-        load: loads the model and returns its :class:`Deployment`; runs in the engine's thread.
-        settings: bounds, keys, directories.
+        load: Loads the model and returns its :class:`Deployment`. It is called in the engine's thread.
+        settings: Bounds, keys and directories.
+
+    Raises:
+        StorageError: The data directory is in use, cannot be written, or holds a damaged database.
     """
 
     def __init__(self, load: Callable[[], Deployment], settings: Settings) -> None:
@@ -52,48 +64,29 @@ class Controller:
         self.metrics = Metrics()
         self.started_at = time.time()
         self.closing = threading.Event()
-        self.on_commit: Callable[[], None] = lambda: None
-        """Called from the writer's thread when callbacks may be due."""
-        self.on_load_failure: Callable[[], None] = lambda: None
-        """Called from the engine's thread when the model cannot be loaded; :attr:`load_error` says why."""
+        self.loaded: Future[Deployment] = Future()
+        """The deployment, or the error that ended loading."""
         self.deployment: Deployment | None = None
-        self.load_error: Exception | None = None
         self.error: str | None = None
         self.ended = True
-        self._opened = False
-        self._load = load
         self._lock = threading.RLock()
         self._epoch = 0
-        self._engines: dict[tuple[int, int], Engine] = {}
         self._unsaved = False
-
-    def open(self) -> None:
-        """Open the database and return to the state in which the service was left. A second call does nothing.
-
-        Raises:
-            StorageError: the data directory is in use or cannot be written.
-        """
-        if self._opened:
-            return
-        self._opened = True
-        self.database = Database(self.settings.data_dir)
+        self._listeners: list[Callable[[], object]] = []
+        self._threads = ThreadPoolExecutor(THREADS, "assay-database")
+        self.database = Database(settings.data_dir)
         self.outbox = Outbox(self.database)
         self.rounds = Rounds(self.database, self.outbox)
-        self.judge = Judge(self.database, self.outbox, self.settings)
-        self.jobs = Jobs(self.database, self.outbox, self.settings)
+        self.judge = Judge(self.database, self.outbox, settings)
+        self.jobs = Jobs(self.database, self.outbox, settings)
         self.outbox.retry_now()
         self.state, stored = self.rounds.current()
         self.progress = Progress(stored, self.rounds) if stored else None
         self.writer = Writer(
-            self.rounds,
-            self.outbox,
-            self.settings,
-            committed=self._committed,
-            changed=self._paused,
-            failed=self._engine_failed,
+            self.rounds, settings, committed=self._committed, changed=self._paused, failed=self._engine_failed
         )
         self._worker = Worker(
-            self._load,
+            load,
             put=self.writer.put,
             background=self.jobs.step,
             ready=self._ready,
@@ -101,32 +94,44 @@ class Controller:
             failed=self._engine_failed,
         )
 
-    def start(self) -> None:
-        """Open what is not open, and load the model in the engine's thread.
+    def __enter__(self) -> "Controller":
+        self.start()
+        return self
 
-        Raises:
-            StorageError: the data directory is in use or cannot be written.
-        """
-        self.open()
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Load the model in the engine's thread, then continue what was interrupted."""
         self.writer.start()
         self._worker.start()
 
     def close(self) -> None:
         """Finish the running batch, write what is computed, and close.
 
-        :attr:`ended` is False afterwards where the batch did not end in time.
+        :attr:`ended` is False afterwards if the batch did not end in time.
         """
         self.closing.set()
         with self._lock:
             self._worker.generate(None, self._epoch)
         self.ended = self._worker.close(self.settings.drain)
         self.writer.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self.database.close()
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call that blocks, in a thread kept for that, and wait for its result."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+    def subscribe(self, listener: Callable[[], object]) -> Callable[[], None]:
+        """Call a function, in the thread that wrote, whenever callbacks may be due; return what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     # Calls
 
     def init(self, request: InitRequest | ArtifactInit, then: State) -> None:
-        """Begin or continue a round; ``then`` is the state of the call: IDLE, GENERATING or VALIDATING.
+        """Begin or continue a round; ``then`` is the state that the call leads to: IDLE, GENERATING or VALIDATING.
 
         Raises:
             Refusal: 409, 422 or 503.
@@ -136,10 +141,10 @@ class Controller:
         after(call, self.state, has_round=self.progress is not None)
         deployment = self.ready()
         values = round_values(request, deployment, self.settings, needs_share=then is State.GENERATING)
-        formats = get_pipeline(values["preset"]).number_formats
-        if formats and deployment.dtype not in formats:
-            log.warning("validators refuse this number format", preset=values["preset"], dtype=deployment.dtype)
-        check_supported(self._engine(values["seq_len"], values["batch_size"]), get_pipeline(values["preset"]))
+        pipeline = get_pipeline(values.preset)
+        if pipeline.number_formats and deployment.dtype not in pipeline.number_formats:
+            log.warning("validators refuse this number format", preset=values.preset, dtype=deployment.dtype)
+        check_supported(deployment.engine(values.seq_len, values.batch_size), pipeline)
         with self._lock:
             state = after(call, self.state, has_round=self.progress is not None)
             stored = self.rounds.enter(state, values)
@@ -173,6 +178,7 @@ class Controller:
 
         Raises:
             Refusal: 409 another state or block, 422 malformed, 429 too many wait, 503 not ready.
+            ProofMismatch: Two nonces have the same input seed.
         """
         with self._lock:
             after("validate", self.state, has_round=self.progress is not None)
@@ -189,7 +195,7 @@ class Controller:
                 future.set_result(self._validate(request, stored, deployment, epoch))
             except AssayError as error:
                 future.set_exception(error)
-            except Exception as error:  # an engine may raise anything, and the request must be answered
+            except Exception as error:  # an engine may raise any error, and the request must be answered
                 log.exception("validation failed")
                 reason = Refusal(503, _reason(error), wanted="a working engine", do="see the log of the service")
                 future.set_exception(reason)
@@ -225,7 +231,7 @@ class Controller:
             Refusal: 503, the model is not loaded.
         """
         if self.deployment is None:
-            failed = self.load_error is not None
+            failed = self.loaded.done()
             raise Refusal(
                 503,
                 f"the model could not be loaded: {self.error}" if failed else "the model is being loaded",
@@ -259,7 +265,9 @@ class Controller:
             self._generate()
         elif self.deployment is not None and self.jobs.has_open():
             self._worker.wake()
-        log.info("state", state=str(state), round=self.progress.stored.id if self.progress else None)
+        now = self.progress.stored if self.progress else None
+        about = {"round": now.id, "block": now.block_hash, "key": now.public_key} if now else {"round": None}
+        log.info("state", state=str(state), **about)
 
     def _generate(self) -> None:
         """Generate from the first nonce that is not on disk."""
@@ -270,16 +278,8 @@ class Controller:
     def _progress(self, stored: StoredRound) -> Progress:
         if self.deployment is None:
             return Progress(stored, self.rounds)
-        engine = self._engine(stored.seq_len, stored.batch_size)
+        engine = self.deployment.engine(stored.seq_len, stored.batch_size)
         return Progress(stored, self.rounds, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
-
-    def _engine(self, seq_len: int, batch_size: int) -> Engine:
-        """Return the engine of a shape; an error of assay says why there is none."""
-        deployment = self.ready()
-        key = (seq_len, batch_size)
-        if key not in self._engines:
-            self._engines = {key: deployment.engine(*key)}
-        return self._engines[key]
 
     def _ready(self, deployment: Deployment) -> None:
         with self._lock:
@@ -295,6 +295,7 @@ class Controller:
                 self._generate()
             elif self.jobs.has_open():
                 self._worker.wake()
+        self.loaded.set_result(deployment)
 
     def _check_same_model(self) -> None:
         assert self.progress is not None
@@ -312,9 +313,9 @@ class Controller:
     def _load_failed(self, error: Exception) -> None:
         # The state stays: a service that is started again with the right model continues its round.
         self.metrics.failures.inc()
-        self.load_error, self.error = error, _reason(error)
+        self.error = _reason(error)
         log.error("model not loaded", error=self.error)
-        self.on_load_failure()
+        self.loaded.set_exception(error)
 
     def _engine_failed(self, error: Exception) -> None:
         with self._lock:
@@ -323,13 +324,18 @@ class Controller:
                 self._worker.wake()
 
     def _fail(self, error: Exception) -> None:
+        if self.closing.is_set():
+            # An engine that is torn down beneath its batch fails. The round must continue after the next start.
+            log.info("a batch ended with the service and will be computed again", error=_reason(error))
+            return
         state = after("engine failure", self.state, has_round=self.progress is not None)
-        self.metrics.failures.inc()
+        if not isinstance(error, ShareDone):
+            self.metrics.failures.inc()
         self._epoch += 1
         self._worker.generate(None, self._epoch)
         self.state = state
         self.error = _reason(error)
-        log.error("engine failure", error=self.error, state=str(state))
+        log.error("the round ended", error=self.error, state=str(state))
         self._persist(state)
 
     def _persist(self, state: State) -> None:
@@ -341,7 +347,7 @@ class Controller:
             log.warning("state not written", reason=error.seen)
 
     def save_if_needed(self) -> None:
-        """Write a state that could not be written before. Called from time to time."""
+        """Write a state that could not be written before."""
         with self._lock:
             if self._unsaved:
                 self._persist(self.state)
@@ -355,14 +361,18 @@ class Controller:
             self.metrics.valid.inc(sum(batch.valid))
             if progress is not None and progress.stored.id == batch.round_id:
                 progress.add(batch)
-        self.on_commit()
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in list(self._listeners):
+            listener()
 
     def _paused(self) -> None:
         log.warning("generation waits", reason=self.writer.paused) if self.writer.paused else log.info("continues")
 
     def _validate(self, request: ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int) -> Result:
         started = time.perf_counter()
-        engine = self._engine(stored.seq_len, stored.batch_size)
+        engine = deployment.engine(stored.seq_len, stored.batch_size)
         computed: list[float] = []
         header = stored.header(engine.fingerprint, request.public_key)  # the key that is paid, not the validator's
         for batch in compute(header, engine, request.nonces):
@@ -376,11 +386,16 @@ class Controller:
                 )
             computed.extend(record.distance for record in batch if record.vector is None)
         if not all(map(is_distance, computed)):
-            raise Refusal(503, "the engine returned no finite distance", wanted="distances", do="check the device")
+            raise Refusal(
+                503, "the engine returned NaN or an out-of-range distance", wanted="distances", do="check the device"
+            )
         verdict = self.judge.judge(stored, deployment.dtype, request.public_key, request.nonces, request.dist, computed)
         self.metrics.validation_seconds.observe(time.perf_counter() - started)
-        self.metrics.verdicts.labels(verdict["residual_test"]["verdict"]).inc()
-        self.on_commit()
+        word = verdict["residual_test"]["verdict"]
+        self.metrics.verdicts.labels(word).inc()
+        about = {"key": request.public_key, "nonces": len(request.nonces), "mismatches": verdict["n_invalid"]}
+        log.info("validated", block=stored.block_hash, **about, verdict=word)
+        self._tell()
         return {"status": "OK", **verdict}
 
 

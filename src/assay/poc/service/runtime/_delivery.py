@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -19,15 +20,16 @@ __all__ = ["Delivery", "backoff", "retry_after"]
 
 log = structlog.get_logger("assay.callbacks")
 
-TICK = 0.5  # seconds between two looks into the outbox when nothing wakes us
+TICK = 0.5  # seconds between two looks into the outbox when no commit wakes the sender
 MAX_RETRY_AFTER = 86_400.0
+SET_BACK = 5.0  # seconds by which the clock may fall behind before pauses are forgotten
 
 
 class Delivery:
-    """Sends what the outbox owes.
+    """Sends the callbacks that the outbox owes.
 
     Args:
-        controller: its outbox is served, under its settings.
+        controller: Controller whose outbox is served, under its settings.
     """
 
     def __init__(self, controller: Controller) -> None:
@@ -36,15 +38,12 @@ class Delivery:
         self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
         self._sending: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
+        self._started_at = _since_start()
 
     async def run(self) -> None:
-        """Deliver until cancelled; deliveries that run are finished then."""
+        """Deliver until cancelled, then wait for the deliveries that run."""
         loop = asyncio.get_running_loop()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(self._wake.set)
-
-        self._controller.on_commit = wake
+        unsubscribe = self._controller.subscribe(lambda: loop.call_soon_threadsafe(self._wake.set))
         limits = httpx.Limits(max_connections=self._settings.callback_concurrency)
         timeout = httpx.Timeout(self._settings.callback_timeout)
         try:
@@ -58,7 +57,7 @@ class Delivery:
                 finally:
                     await asyncio.gather(*self._sending.values(), return_exceptions=True)
         finally:
-            self._controller.on_commit = lambda: None
+            unsubscribe()
 
     async def _serve(self, client: httpx.AsyncClient) -> None:
         self._wake.clear()
@@ -67,19 +66,22 @@ class Delivery:
         except StorageError as error:
             log.warning("outbox not readable", reason=error.seen)
             await asyncio.sleep(1.0)
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(TICK):
                 await self._wake.wait()
-        except TimeoutError:
-            pass
 
     async def _start_due(self, client: httpx.AsyncClient) -> None:
-        outbox = self._controller.outbox
-        await asyncio.to_thread(outbox.close_open, self._settings.callback_interval)
+        outbox, call = self._controller.outbox, self._controller.call
+        started_at = _since_start()
+        if started_at < self._started_at - SET_BACK:
+            log.warning("the clock was set back, so every pending callback is due now")
+            await call(outbox.retry_now)
+        self._started_at = started_at
+        await call(outbox.close_open, self._settings.callback_interval)
         room = self._settings.callback_concurrency - len(self._sending)
         if room <= 0:
             return
-        for callback in await asyncio.to_thread(outbox.due, room, besides=list(self._sending)):
+        for callback in await call(outbox.due, room, besides=list(self._sending)):
             task = asyncio.create_task(self._deliver(client, callback))
             self._sending[callback.id] = task
 
@@ -94,7 +96,7 @@ class Delivery:
             self._wake.set()
 
     async def _send(self, client: httpx.AsyncClient, callback: Callback) -> tuple[str | None, float]:
-        """Send once; return what went wrong, and the pause the receiver asks for (infinite where there is no hope)."""
+        """Send once; return the fault, and the pause that the receiver asks for: infinite if no attempt can succeed."""
         try:
             async with asyncio.timeout(self._settings.callback_timeout):
                 target = await resolve(callback.url, allow_private=self._settings.allow_private_callbacks)
@@ -132,20 +134,20 @@ class Delivery:
         return headers
 
     async def _note(self, callback: Callback, error: str | None, wait: float) -> None:
-        """Write the outcome, however long the disk is full: otherwise the callback would be sent again and again."""
+        """Write the outcome, however long the disk is full: otherwise the callback would be sent again at once."""
         settings, outbox = self._settings, self._controller.outbox
         last = callback.attempts + 1 >= settings.callback_attempts or wait == float("inf")
         pause = max(backoff(callback.attempts, settings.callback_backoff, settings.callback_backoff_max), wait)
         outcome = "delivered" if error is None else "dead" if last else "failed"
         self._controller.metrics.deliveries.labels(outcome).inc()
-        if error is not None:
-            log.warning("callback", outcome=outcome, id=callback.id, attempt=callback.attempts + 1, error=error)
+        about = {"outcome": outcome, "kind": callback.kind, "id": callback.id, "attempt": callback.attempts + 1}
+        log.info("callback", **about) if error is None else log.warning("callback", **about, error=error)
         while True:
             try:
                 if error is None:
-                    await asyncio.to_thread(outbox.delivered, callback.id)
+                    await self._controller.call(outbox.delivered, callback.id)
                 else:
-                    await asyncio.to_thread(outbox.failed, callback.id, error, retry_in=None if last else pause)
+                    await self._controller.call(outbox.failed, callback.id, error, retry_in=None if last else pause)
                 return
             except StorageError:
                 if self._controller.closing.is_set():
@@ -153,13 +155,18 @@ class Delivery:
                 await asyncio.sleep(1.0)
 
 
+def _since_start() -> float:
+    """Return the time of the clock when the machine started. It changes only when the clock is set."""
+    return time.time() - time.monotonic()
+
+
 def backoff(attempts: int, base: float, longest: float) -> float:
-    """Return the pause before the next attempt: doubling, bounded, and between half and all of it by chance."""
+    """Return the pause before the next attempt: it doubles up to a bound, and is cut by up to half at random."""
     return min(longest, base * 2.0 ** min(attempts, 60)) * random.uniform(0.5, 1.0)
 
 
 def retry_after(value: str | None, now: datetime | None = None) -> float:
-    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 where it says nothing usable."""
+    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 if it cannot be read."""
     if not value:
         return 0.0
     try:

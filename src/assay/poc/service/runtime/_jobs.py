@@ -35,9 +35,9 @@ class Jobs:
     """The queue of artifact jobs, on disk, and the one that runs.
 
     Args:
-        database: holds the queue.
-        outbox: takes the callbacks of finished jobs.
-        settings: bounds and the time results are kept.
+        database: Database that holds the queue.
+        outbox: Outbox that takes the callbacks of finished jobs.
+        settings: Bounds, and the time for which results are kept.
     """
 
     def __init__(self, database: Database, outbox: Outbox, settings: Settings) -> None:
@@ -53,7 +53,7 @@ class Jobs:
         """Queue a job; it is on disk when this returns.
 
         Raises:
-            Refusal: 429, too many nonces wait already.
+            Refusal: 429, too many nonces wait already, or too many callbacks of jobs are undelivered.
         """
         jobs, job_id = self._db["jobs"], uuid.uuid4().hex
         open_jobs = jobs.c.status.in_(["queued", "running"])
@@ -69,6 +69,14 @@ class Jobs:
                     do="send it again later",
                     retry_after=10,
                 )
+            if request.url is not None and self._announced(connection) >= self._settings.max_pending_jobs:
+                raise Refusal(
+                    429,
+                    "too many callbacks of artifact jobs are undelivered",
+                    wanted=f"fewer than {self._settings.max_pending_jobs}",
+                    do="repair their receivers, or send the job without a url and ask for its result",
+                    retry_after=10,
+                )
             seq = connection.execute(sa.select(sa.func.coalesce(sa.func.max(jobs.c.seq), 0) + 1)).scalar_one()
             row = {
                 "id": job_id,
@@ -80,6 +88,13 @@ class Jobs:
             }
             connection.execute(jobs.insert().values(row))
         return {"status": "queued", "request_id": job_id, "queued_count": int(waiting) + len(request.nonces)}
+
+    def _announced(self, connection: sa.Connection) -> int:
+        """Return how many callbacks of jobs are undelivered, with those of the jobs that are not finished."""
+        jobs = self._db["jobs"]
+        has_url = sa.func.json_extract(jobs.c.request, "$.url").is_not(None)
+        query = sa.select(sa.func.count()).where(jobs.c.status.in_(["queued", "running"]), has_url)
+        return int(connection.execute(query).scalar_one()) + self._outbox.owed(connection, None)
 
     def watch(self, job_id: str) -> "Future[dict[str, Any]]":
         """Return a future of the job's state once it is finished."""
@@ -149,7 +164,7 @@ class Jobs:
             connection.execute(jobs.delete().where(jobs.c.finished_at < time.time() - self._settings.job_ttl))
 
     def step(self, deployment: Deployment) -> bool:
-        """Do one batch of the oldest job; False when there is none. Runs in the engine's thread."""
+        """Do one batch of the oldest job, in the engine's thread; return False if no job waits."""
         try:
             return self._step(deployment)
         except StorageError as error:
@@ -170,7 +185,7 @@ class Jobs:
                 records.extend(batch)
                 return True
             result = self._result(request, records, deployment.dtype)
-        except Exception as error:  # an engine may raise anything, and its job must still end
+        except Exception as error:  # an engine may raise any error, and its job must still end
             log.exception("job failed")
             self._finish(job_id, "failed", error=str(error))
         else:
@@ -182,7 +197,9 @@ class Jobs:
     def _result(self, request: GenerateRequest, records: list[Record], dtype: str) -> dict[str, Any]:
         if len(records) != len(request.nonces):
             raise ProofFormatError(
-                f"{len(records)} vectors of {len(request.nonces)}", wanted="all of them", do="send the request again"
+                f"{len(records)} vectors for {len(request.nonces)} nonces",
+                wanted="one each",
+                do="send the request again",
             )
         size = _pipeline(request).vector_size
         if request.validation is None:
@@ -239,7 +256,7 @@ def job_round(request: GenerateRequest, reference: str) -> Round:
     """Return the round of a job.
 
     Raises:
-        UsageError: a field is out of range, or a nonce belongs to another node.
+        UsageError: A field is out of range, or a nonce belongs to another node.
     """
     return Round(
         block_hash=request.block_hash,
@@ -256,7 +273,7 @@ def job_round(request: GenerateRequest, reference: str) -> Round:
 
 
 def _compute(deployment: Deployment, request: GenerateRequest) -> Iterator[list[Record]]:
-    """Compute the vectors of a job; begins with the first batch that is asked for, and so do its errors."""
+    """Compute the vectors of a job. Nothing is computed, or fails, before the first batch is asked for."""
     engine = deployment.engine(request.params.seq_len, request.batch_size)
     header = Header(
         round=job_round(request, deployment.reference),

@@ -1,5 +1,7 @@
 """Prometheus metrics, in base units. Each service has a registry of its own."""
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
@@ -9,6 +11,8 @@ from assay.poc.service._states import State
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+VERDICTS = ("honest", "fraud", "undecided")
+OUTCOMES = ("delivered", "failed", "dead")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -19,8 +23,12 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"assay_poc_{name}", text, labels, registry=registry)
+        def counter(name: str, text: str, *labels: str, values: Sequence[str] = ()) -> Counter:
+            """Make a counter whose series begin at 0: Prometheus sees no increase in a series that appears."""
+            made = Counter(f"assay_poc_{name}", text, labels, registry=registry)
+            for value in values:
+                made.labels(value)
+            return made
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"assay_poc_{name}", text, labels, registry=registry)
@@ -31,8 +39,8 @@ class Metrics:
         self.nonces = counter("nonces", "Nonces computed and written.")
         self.valid = counter("valid_nonces", "Of these, the valid ones.")
         self.failures = counter("engine_failures", "Rounds or loads ended by an error of the engine.")
-        self.verdicts = counter("verdicts", "Validation requests by the verdict of the residual test.", "verdict")
-        self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", "outcome")
+        self.verdicts = counter("verdicts", "Validation requests by residual verdict.", "verdict", values=VERDICTS)
+        self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", "outcome", values=OUTCOMES)
         self.requests = counter("http_requests", "Requests by route and status.", "route", "status")
         self.batch_seconds = histogram("batch_seconds", "Time of one batch in the engine.")
         self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the writer.")

@@ -15,21 +15,25 @@ from assay.poc.protocol import MAX_NONCE, Record, is_distance, is_valid
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.store import Batch, StoredRound
 
-__all__ = ["Worker"]
+__all__ = ["ShareDone", "Worker"]
 
 Records = Iterator[list[Record]]
+
+
+class ShareDone(AssayError):
+    """Every nonce of a node's share is computed, so that its round has ended."""
 
 
 class Worker:
     """Runs everything that touches the engine.
 
     Args:
-        load: loads the model; runs in the thread, so that the service answers meanwhile.
-        put: takes a batch of the round; False when it is not wanted any more.
-        background: does one batch of less urgent work; False when there is none.
-        ready: called with what ``load`` returned.
-        unloadable: called with the error that ended loading; the thread ends.
-        failed: called with the error that ended the round.
+        load: Loads the model. It is called in the thread, so that the service answers meanwhile.
+        put: Takes a batch of the round, and returns False when the batch is no longer wanted.
+        background: Does one batch of less urgent work, and returns False when there was no such work.
+        ready: Receives what ``load`` returned.
+        unloadable: Receives the error that ended loading; the thread ends.
+        failed: Receives the error that ended the round.
     """
 
     def __init__(
@@ -59,13 +63,13 @@ class Worker:
         self._thread.start()
 
     def generate(self, stored: StoredRound | None, epoch: int) -> None:
-        """Generate from ``stored.next_nonce`` on, or stop generating where it is None. Takes effect between batches."""
+        """Generate from ``stored.next_nonce`` on, or stop generating if ``stored`` is None, after the running batch."""
         with self._state:
             self._round, self._epoch = stored, epoch
             self._state.notify_all()
 
     def submit(self, task: Callable[[Deployment], None], limit: int) -> bool:
-        """Queue a task; False where ``limit`` tasks are waiting already."""
+        """Queue a task; return False if ``limit`` tasks are waiting already."""
         with self._state:
             if len(self._tasks) >= limit:
                 return False
@@ -80,7 +84,7 @@ class Worker:
             self._state.notify_all()
 
     def close(self, timeout: float) -> bool:
-        """End the thread after the batch that runs; False where it did not end in time."""
+        """End the thread after the running batch; return False if it did not end in time."""
         with self._state:
             self._closed = True
             self._state.notify_all()
@@ -100,7 +104,7 @@ class Worker:
         self._drop_stream()
 
     def _survives(self, deployment: Deployment) -> bool:
-        """Do one piece of work; whatever goes wrong, this thread is there for the next one."""
+        """Do one piece of work. An error of any kind must not end this thread."""
         try:
             return self._turn(deployment)
         except Exception as error:
@@ -134,7 +138,13 @@ class Worker:
                 self._open_stream(deployment, stored, epoch)
             assert self._stream is not None
             started = time.perf_counter()
-            records = next(self._stream)
+            records = next(self._stream, None)
+            if records is None:
+                raise ShareDone(
+                    f"the share is done: node {stored.round.node_id} of {stored.round.node_count} has no further nonce",
+                    wanted="a round that has nonces left",
+                    do="begin another round",
+                )
             wanted = self._put(_batch(stored, epoch, records, time.perf_counter() - started))
         except Exception as error:
             self._drop_stream()
@@ -167,7 +177,7 @@ def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: floa
     broken = [r.nonce for r in records if r.vector is None and not is_distance(r.distance)]
     if broken:
         raise BadWeights(
-            f"the engine returned a distance that is none for nonce {broken[0]}",
+            f"the engine returned NaN or an out-of-range distance for nonce {broken[0]}",
             wanted="finite distances in [0, 2]",
             do="check the checkpoint and the device, then start the phase again",
         )

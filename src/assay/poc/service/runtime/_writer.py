@@ -1,7 +1,7 @@
 """The writer: takes batches from the engine through a short queue and puts them on disk.
 
-The queue is what connects the speed of the engine to the disk and to the receivers of callbacks: while the disk is
-full, or too many callbacks are undelivered, it stays full and the engine waits. Nothing is dropped.
+The queue connects the speed of the engine to that of the disk and of the receiver of callbacks: while the disk is full,
+or too many callbacks of the round are undelivered, it stays full and the engine waits. Nothing is dropped.
 """
 
 import threading
@@ -12,7 +12,7 @@ from typing import Literal
 
 from assay.errors import StorageError
 from assay.poc.service._settings import Settings
-from assay.poc.service.store import Batch, Outbox, Rounds
+from assay.poc.service.store import Batch, Rounds
 
 __all__ = ["Paused", "Writer"]
 
@@ -27,25 +27,23 @@ class Writer:
     """A thread that commits batches in order, several in one transaction where they have piled up.
 
     Args:
-        rounds: where batches go.
-        outbox: is asked how much is undelivered.
-        settings: bounds and intervals.
-        committed: called with the batches of every transaction, and its seconds.
-        changed: called when ``paused`` changes.
-        failed: called with an error that no waiting will cure.
+        rounds: Rounds that take the batches, and know how many callbacks of a round are undelivered.
+        settings: Bounds and intervals.
+        committed: Receives the batches of every transaction, and its seconds.
+        changed: Is called when ``paused`` changes.
+        failed: Receives an error that waiting does not cure.
     """
 
     def __init__(
         self,
         rounds: Rounds,
-        outbox: Outbox,
         settings: Settings,
         *,
         committed: Callable[[list[Batch], float], None],
         changed: Callable[[], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        self._rounds, self._outbox, self._settings = rounds, outbox, settings
+        self._rounds, self._settings = rounds, settings
         self._committed, self._changed, self._failed = committed, changed, failed
         self._state = threading.Condition()
         self._queue: deque[Batch] = deque()
@@ -60,7 +58,7 @@ class Writer:
         self._thread.start()
 
     def put(self, batch: Batch) -> bool:
-        """Queue a batch, waiting for room; False where its epoch has ended and it is not wanted any more."""
+        """Queue a batch, waiting for room; return False if its epoch has ended and it is no longer wanted."""
         with self._state:
             self._state.wait_for(lambda: len(self._queue) < QUEUE or batch.epoch != self._epoch or self._closed)
             if batch.epoch != self._epoch or self._closed:
@@ -72,8 +70,8 @@ class Writer:
     def begin(self, epoch: int, timeout: float = 5.0) -> None:
         """End the current epoch and begin another.
 
-        What is queued is still written, whatever is undelivered; what cannot be written within ``timeout`` seconds
-        is dropped: it was never acknowledged, and the round continues before it.
+        Queued batches are still written, however many callbacks are undelivered. Those that cannot be written within
+        ``timeout`` seconds are dropped: they were never acknowledged, and the round continues before them.
         """
         with self._state:
             self._epoch = epoch
@@ -107,19 +105,19 @@ class Writer:
                 self._busy = False
                 self._state.notify_all()
             if error is not None:
-                # Only now: whoever is told may wait for this thread to be idle.
+                # Only now: the receiver of the error may wait for this thread to be idle.
                 self._failed(error)
 
     def _write(self) -> Exception | None:
-        """Commit what is queued, or wait a moment for the reason why that is not possible.
+        """Commit what is queued, or wait a moment if that is not possible now.
 
-        Returns an error that no waiting will cure.
+        Returns an error that waiting does not cure.
         """
         with self._state:
             batches = list(self._queue)
             wanted = batches[0].epoch == self._epoch
         try:
-            if wanted and self._outbox.counts()["pending"] >= self._settings.max_pending:
+            if wanted and self._rounds.owed(batches[0].round_id) >= self._settings.max_pending:
                 self._pause("callbacks", CALLBACK_PAUSE)
                 return None
             started = time.perf_counter()
@@ -128,7 +126,7 @@ class Writer:
             self._pause("storage", STORAGE_PAUSE)
             return None
         except Exception as error:
-            # Two results for one nonce, or a round that was deleted: nothing that would pass.
+            # Two results for one nonce, or a round that was deleted: waiting does not help.
             self._take(len(batches))
             return error
         self._take(len(batches))

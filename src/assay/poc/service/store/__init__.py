@@ -2,7 +2,7 @@
 
 from assay.poc.service.store._database import Database
 from assay.poc.service.store._outbox import Callback, Outbox, open_outbox
-from assay.poc.service.store._rounds import RECENT, Batch, Histogram, Rounds, StoredRound, make_round
+from assay.poc.service.store._rounds import RECENT, Batch, Histogram, Rounds, RoundValues, StoredRound
 
 __all__ = [
     "RECENT",
@@ -11,8 +11,8 @@ __all__ = [
     "Database",
     "Histogram",
     "Outbox",
+    "RoundValues",
     "Rounds",
     "StoredRound",
-    "make_round",
     "open_outbox",
 ]

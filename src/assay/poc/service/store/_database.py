@@ -5,8 +5,8 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from assay.errors import StorageError
 from assay.poc.service.store._schema import MIGRATIONS
 
-__all__ = ["Database"]
+__all__ = ["Database", "damaged"]
 
 BUSY_TIMEOUT_MS = 5000
 
@@ -24,39 +24,57 @@ BUSY_TIMEOUT_MS = 5000
 class Database:
     """Opens the file, brings its schema up to date, and hands out transactions.
 
+    The file is readable by its owner only, in whatever directory it lies.
+
     Args:
-        data_dir: made if it is not there; readable by its owner only.
-        exclusive: whether this process is the service of that directory. The command line opens it beside a
-            running service.
+        data_dir: Directory of the file. It is created if it does not exist.
+        exclusive: Whether this process is the only one that may open the file in this way. A service does; the command
+            line opens the file beside a running service.
+        name: Name of the file.
+        migrations: Steps that lead to the schema, the oldest first.
 
     Raises:
-        StorageError: another service has the directory, it cannot be written, or a newer version wrote it.
+        StorageError: Another service has the file, it cannot be written, or a newer version wrote it.
     """
 
-    def __init__(self, data_dir: Path, *, exclusive: bool = True) -> None:
-        self.path = data_dir / "service.sqlite3"
-        self._lock_file: int | None = None
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        exclusive: bool = True,
+        name: str = "service.sqlite3",
+        migrations: Sequence[Sequence[str]] = MIGRATIONS,
+    ) -> None:
+        self.path = data_dir / name
         self._writing = threading.Lock()
         try:
             data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if exclusive:
-                self._lock_file = _lock(data_dir / "lock")
+            self._file = _open_private(self.path, exclusive=exclusive)
         except OSError as error:
             raise StorageError(
-                f"{data_dir}: {error.strerror}", wanted="a directory that can be written", do="pass another --data-dir"
+                f"{self.path}: {error.strerror}",
+                wanted="a directory that can be written",
+                do="pass another --data-dir",
             ) from None
         self._engine = sa.create_engine(f"sqlite:///{self.path}", pool_size=8, max_overflow=32)
         sa.event.listen(self._engine, "connect", _on_connect)
         sa.event.listen(self._engine, "begin", _on_begin)
         self._writer = self._engine.execution_options(assay_write=True)
-        with _storing(self.path):
-            self._set_journal()
-        with self.write() as connection:
-            _migrate(connection)
         self._tables = sa.MetaData()
-        self._tables.reflect(self._engine)
+        try:
+            with _storing(self.path):
+                self._set_journal()
+            with self.write() as connection:
+                _migrate(connection, migrations)
+            with _storing(self.path):
+                self._tables.reflect(self._engine)
+        except BaseException:
+            self.close()
+            raise
 
     def __getitem__(self, table: str) -> sa.Table:
+        if table not in self._tables.tables:
+            raise damaged(self.path, f"the table {table} is missing")
         return self._tables.tables[table]
 
     @contextmanager
@@ -72,7 +90,7 @@ class Database:
         Raises:
             StorageError: there is no room, or the file cannot be written.
         """
-        # SQLite lets waiting writers poll; a lock of our own is fair among the threads of this process.
+        # SQLite lets waiting writers poll; this lock is fair among the threads of this process.
         with _storing(self.path), self._writing, self._writer.begin() as connection:
             yield connection
 
@@ -86,22 +104,40 @@ class Database:
     def close(self) -> None:
         """Close every connection and give up the directory."""
         self._engine.dispose()
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+        if self._file is not None:
+            # Only now: closing any descriptor of the file gives up the locks that SQLite holds on it.
+            os.close(self._file)
+            self._file = None
 
 
-def _lock(path: Path) -> int:
+def damaged(path: Path, reason: str) -> StorageError:
+    """Return the error of a file that holds something other than what this version writes."""
+    return StorageError(
+        f"{path}: {reason}",
+        wanted="a database that assay wrote",
+        do="restore it from a backup, or pass another --data-dir",
+    )
+
+
+def _open_private(path: Path, *, exclusive: bool) -> int | None:
+    """Open the database file, take its lock where it is wanted, and withdraw it from other users.
+
+    SQLite gives its journal the permissions of the database.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if exclusive:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(descriptor)
         raise StorageError(
             f"another service runs in {path.parent}",
             wanted="a data directory of its own for every service",
-            do="stop the other one, or pass another --data-dir",
+            do="stop the other service, or pass another --data-dir",
         ) from None
+    for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        with suppress(PermissionError, FileNotFoundError):  # of another user, or not there yet
+            file.chmod(0o600)
     return descriptor
 
 
@@ -130,6 +166,8 @@ def _storing(path: Path) -> Iterator[None]:
     except (sa.exc.OperationalError, sa.exc.TimeoutError, sqlite3.OperationalError) as error:
         # The last kind comes from the pragmas of a new connection, where nothing wraps it.
         reason = getattr(error, "orig", None) or error
+        if getattr(reason, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # a table or column is missing
+            raise damaged(path, str(reason)) from error
         raise StorageError(
             f"{path}: {reason}",
             wanted="a database that can be written",
@@ -138,21 +176,19 @@ def _storing(path: Path) -> Iterator[None]:
     except sa.exc.DatabaseError as error:
         if isinstance(error, sa.exc.IntegrityError):
             raise
-        raise StorageError(
-            f"{path}: {error.orig}", wanted="a database of this service", do="restore it, or pass another --data-dir"
-        ) from error
+        raise damaged(path, str(error.orig)) from error
 
 
-def _migrate(connection: sa.Connection) -> None:
+def _migrate(connection: sa.Connection, migrations: Sequence[Sequence[str]]) -> None:
     connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, applied_at REAL)")
     current = connection.exec_driver_sql("SELECT coalesce(max(version), 0) FROM migrations").scalar_one()
-    if current > len(MIGRATIONS):
+    if current > len(migrations):
         raise StorageError(
             f"a database of schema {current}",
-            wanted=f"schema {len(MIGRATIONS)} or older",
+            wanted=f"schema {len(migrations)} or older",
             do="run the version of assay that wrote it, or pass another --data-dir",
         )
-    for version, statements in enumerate(MIGRATIONS[current:], start=current + 1):
+    for version, statements in enumerate(migrations[current:], start=current + 1):
         for statement in statements:
             connection.exec_driver_sql(statement)
         connection.exec_driver_sql("INSERT INTO migrations VALUES (?, ?)", (version, time.time()))

@@ -45,7 +45,16 @@ class Outbox:
     def announce(
         self, connection: sa.Connection, round_id: int, url: str, nonces: Sequence[int], *, interval: float, most: int
     ) -> None:
-        """Owe a ``/generated`` callback for valid nonces of a round: extend the open one, or open another."""
+        """Owe ``/generated`` callbacks for valid nonces of a round: extend the open one, or open others.
+
+        No callback announces more than twice ``most`` nonces.
+        """
+        for start in range(0, len(nonces), most):
+            self._announce(connection, round_id, url, nonces[start : start + most], interval=interval, most=most)
+
+    def _announce(
+        self, connection: sa.Connection, round_id: int, url: str, nonces: Sequence[int], *, interval: float, most: int
+    ) -> None:
         outbox, now = self._db["outbox"], time.time()
         open_row = (outbox.c.round_id == round_id) & (outbox.c.kind == "generated") & (outbox.c.status == "open")
         row = connection.execute(sa.select(outbox).where(open_row)).mappings().first()
@@ -83,7 +92,7 @@ class Outbox:
                 connection.execute(outbox.update().where(ripe).values(status="pending"))
 
     def retry_now(self) -> None:
-        """Forget the pauses of pending callbacks, for a service that starts: the clock may have been set back."""
+        """Forget the pauses of pending callbacks: the clock may have been set back since they were written."""
         outbox = self._db["outbox"]
         with self._db.write() as connection:
             connection.execute(outbox.update().where(outbox.c.status == "pending").values(next_attempt_at=0.0))
@@ -145,6 +154,12 @@ class Outbox:
             owed = connection.execute(count.where(outbox.c.status.in_(OWED))).scalar_one()
             dead = connection.execute(count.where(outbox.c.status == "dead")).scalar_one()
         return {"pending": owed, "dead": dead}
+
+    def owed(self, connection: sa.Connection, round_id: int | None) -> int:
+        """Return how many callbacks of a round are undelivered; None asks for those of artifact jobs."""
+        outbox = self._db["outbox"]
+        query = sa.select(sa.func.count()).where(outbox.c.status.in_(OWED), outbox.c.round_id == round_id)
+        return int(connection.execute(query).scalar_one())
 
     def rows(self, statuses: Sequence[str], limit: int) -> list[dict[str, Any]]:
         """Return the newest callbacks of some statuses, without their bodies."""

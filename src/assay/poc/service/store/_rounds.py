@@ -10,23 +10,25 @@ import sqlalchemy as sa
 from assay.poc.protocol import Fingerprint, Header, Record, Round, get_pipeline
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._states import State
-from assay.poc.service.store._database import Database
+from assay.poc.service.store._database import Database, damaged
 from assay.poc.service.store._outbox import Outbox
 
-__all__ = ["Batch", "Histogram", "Rounds", "StoredRound"]
+__all__ = ["RECENT", "Batch", "Histogram", "RoundValues", "Rounds", "StoredRound"]
 
 RECENT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredRound:
-    """A round as the service keeps it: a row of the table ``rounds``.
+class RoundValues:
+    """What a request asks a round to be: columns of the table ``rounds``.
 
     ``node_id``, ``node_count``, ``group_id`` and ``n_groups`` are as requested; :attr:`round` folds them into
     one share, whose nonces are ``node_id + group_id · node_count`` and every ``n_groups · node_count`` after it.
+
+    Raises:
+        Refusal: 422, the share does not exist.
     """
 
-    id: int
     block_hash: str
     public_key: str
     block_height: int
@@ -44,17 +46,50 @@ class StoredRound:
     weights: str
     fraud_threshold: float
     callback_url: str | None
+
+    def __post_init__(self) -> None:
+        shares = {"node_id": (self.node_id, "node_count", self.node_count)}
+        shares |= {"group_id": (self.group_id, "n_groups", self.n_groups)}
+        for name, (value, high, count) in shares.items():
+            if not 0 <= value < count:
+                raise Refusal(
+                    422,
+                    f"{name} {value} with {high} {count}",
+                    wanted=f"0 <= {name} < {high}",
+                    do=f"set both {name} and {high}",
+                )
+
+    @property
+    def round(self) -> Round:
+        """The round as the engine knows it.
+
+        Raises:
+            UsageError: A field is out of range.
+        """
+        shared = ("block_hash", "public_key", "block_height", "preset", "seq_len", "r_target", "strength")
+        return Round(
+            node_id=self.node_id + self.group_id * self.node_count,
+            node_count=self.node_count * self.n_groups,
+            model=self.reference,
+            **{name: getattr(self, name) for name in shared},
+        )
+
+
+FREE = frozenset({"callback_url", "fraud_threshold"})
+"""The columns that may change when a round is begun again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRound(RoundValues):
+    """A round as the service keeps it: a row of the table ``rounds``."""
+
+    id: int
     created_at: float
     touched_at: float
     next_nonce: int
     checked: int
     valid: int
     seconds: float
-
-    @property
-    def round(self) -> Round:
-        """The same round for the engine."""
-        return make_round(self.__dict__)
 
     def header(self, fingerprint: Fingerprint, public_key: str | None = None) -> Header:
         """Return the header under which nonces of this round are computed, or those of another key in it."""
@@ -100,50 +135,32 @@ class Histogram:
         return min(int((distance - self.low) / (self.high - self.low) * self.size), self.size)
 
 
-def make_round(values: dict[str, Any]) -> Round:
-    """Return the :class:`Round` of requested fields.
-
-    Raises:
-        UsageError: a field is out of range.
-    """
-    for name, low, high in (("node_id", 0, "node_count"), ("group_id", 0, "n_groups")):
-        if not low <= values[name] < values[high]:
-            raise Refusal(
-                422,
-                f"{name} {values[name]} with {high} {values[high]}",
-                wanted=f"0 <= {name} < {high}",
-                do=f"set both {name} and {high}",
-            )
-    return Round(
-        block_hash=values["block_hash"],
-        public_key=values["public_key"],
-        block_height=values["block_height"],
-        node_id=values["node_id"] + values["group_id"] * values["node_count"],
-        node_count=values["node_count"] * values["n_groups"],
-        model=values["reference"],
-        preset=values["preset"],
-        seq_len=values["seq_len"],
-        r_target=values["r_target"],
-        strength=values["strength"],
-    )
-
-
 class Rounds:
     """Reads and writes rounds, records and the state of the service."""
 
     def __init__(self, database: Database, outbox: Outbox) -> None:
         self._db = database
         self._outbox = outbox
+        self._opened = time.monotonic()
+        with database.read() as connection:
+            rounds = database["rounds"]
+            self._newest: float | None = connection.execute(sa.select(sa.func.max(rounds.c.touched_at))).scalar_one()
 
     def current(self) -> tuple[State, StoredRound | None]:
-        """Return the state and round in which the service was left."""
+        """Return the state and round in which the service was left.
+
+        Raises:
+            StorageError: There is no such state, because something else has changed the database.
+        """
         service, rounds = self._db["service"], self._db["rounds"]
         with self._db.read() as connection:
-            state, round_id = connection.execute(sa.select(service.c.state, service.c.round_id)).one()
-            row = connection.execute(sa.select(rounds).where(rounds.c.id == round_id)).mappings().first()
-        return State(state), StoredRound(**row) if row else None
+            left = connection.execute(sa.select(service.c.state, service.c.round_id)).one_or_none()
+            if left is None or left.state not in State.__members__:
+                raise damaged(self._db.path, f"the state {left.state!r}" if left else "the state is missing")
+            row = connection.execute(sa.select(rounds).where(rounds.c.id == left.round_id)).mappings().first()
+        return State(left.state), StoredRound(**row) if row else None
 
-    def enter(self, state: State, values: dict[str, Any] | None = None) -> StoredRound | None:
+    def enter(self, state: State, values: RoundValues | None = None) -> StoredRound | None:
         """Write a state, with the round of ``values`` where they are given; return that round.
 
         The round of the same block and key continues where it was.
@@ -151,25 +168,28 @@ class Rounds:
         Raises:
             Refusal: 409, that round was begun with other values: one nonce would have two results.
         """
-        service, rounds = self._db["service"], self._db["rounds"]
+        service, rounds, now = self._db["service"], self._db["rounds"], time.time()
         with self._db.write() as connection:
             if values is None:
+                current = sa.select(service.c.round_id).scalar_subquery()
+                connection.execute(rounds.update().where(rounds.c.id == current).values(touched_at=now))
                 connection.execute(service.update().values(state=str(state)))
                 return None
-            row = self._find(connection, values) or self._insert(connection, values)
-            change = {name: values[name] for name in ("callback_url", "fraud_threshold")} | {"touched_at": time.time()}
-            connection.execute(rounds.update().where(rounds.c.id == row["id"]).values(change))
-            connection.execute(service.update().values(state=str(state), round_id=row["id"]))
-            return StoredRound(**{**row, **change})
+            stored = self._find(connection, values) or self._insert(connection, values, now)
+            stored = replace(stored, touched_at=now, **{name: getattr(values, name) for name in FREE})
+            change = {name: getattr(stored, name) for name in ("touched_at", *FREE)}
+            connection.execute(rounds.update().where(rounds.c.id == stored.id).values(change))
+            connection.execute(service.update().values(state=str(state), round_id=stored.id))
+            return stored
 
-    def _find(self, connection: sa.Connection, values: dict[str, Any]) -> dict[str, Any] | None:
+    def _find(self, connection: sa.Connection, values: RoundValues) -> StoredRound | None:
         rounds = self._db["rounds"]
-        same = (rounds.c.block_hash == values["block_hash"]) & (rounds.c.public_key == values["public_key"])
+        same = (rounds.c.block_hash == values.block_hash) & (rounds.c.public_key == values.public_key)
         row = connection.execute(sa.select(rounds).where(same)).mappings().first()
         if row is None:
             return None
-        free = {"callback_url", "fraud_threshold"}
-        other = sorted(name for name, value in values.items() if name not in free and row[name] != value)
+        asked = vars(values).items()
+        other = sorted(name for name, value in asked if name not in FREE and row[name] != value)
         if other:
             raise Refusal(
                 409,
@@ -178,13 +198,13 @@ class Rounds:
                 do="repeat the values of the first request, or use a new block or key",
                 fields={"fields": other},
             )
-        return dict(row)
+        return StoredRound(**row)
 
-    def _insert(self, connection: sa.Connection, values: dict[str, Any]) -> dict[str, Any]:
-        rounds, now = self._db["rounds"], time.time()
-        row = {**values, "created_at": now, "touched_at": now, "next_nonce": make_round(values).node_id}
-        row["id"] = connection.execute(rounds.insert().values(row).returning(rounds.c.id)).scalar_one()
-        return {**row, "checked": 0, "valid": 0, "seconds": 0.0}
+    def _insert(self, connection: sa.Connection, values: RoundValues, now: float) -> StoredRound:
+        rounds = self._db["rounds"]
+        row = {**vars(values), "created_at": now, "touched_at": now, "next_nonce": values.round.node_id}
+        row_id = connection.execute(rounds.insert().values(row).returning(rounds.c.id)).scalar_one()
+        return StoredRound(**row, id=row_id, checked=0, valid=0, seconds=0.0)
 
     def commit(self, batches: Sequence[Batch], *, interval: float, most: int) -> None:
         """Write batches of one round, their counts, and the callback that announces them, in one transaction."""
@@ -198,6 +218,7 @@ class Rounds:
                 rounds.update()
                 .where(rounds.c.id == round_id)
                 .values(
+                    touched_at=time.time(),
                     next_nonce=batches[-1].next_nonce,
                     checked=rounds.c.checked + len(pairs),
                     valid=rounds.c.valid + len(valid),
@@ -207,6 +228,11 @@ class Rounds:
             url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
             if url and valid:
                 self._outbox.announce(connection, round_id, url, valid, interval=interval, most=most)
+
+    def owed(self, round_id: int) -> int:
+        """Return how many callbacks of a round are undelivered."""
+        with self._db.read() as connection:
+            return self._outbox.owed(connection, round_id)
 
     def recent_valid(self, round_id: int, *, after: int | None = None, limit: int = RECENT) -> list[tuple[int, float]]:
         """Return the latest valid nonces with their distances, ascending; with ``after``, the next ones after it."""
@@ -231,13 +257,20 @@ class Rounds:
         return counts
 
     def prune(self, keep: float) -> int:
-        """Delete rounds that were last used more than ``keep`` seconds ago and owe no callback; return how many."""
+        """Delete rounds that were last used more than ``keep`` seconds ago and owe no callback; return how many.
+
+        Time is counted from the newest use of any round that was on disk when this object was made: a clock that
+        is far ahead would make every round look unused.
+        """
+        now = time.time()
+        if self._newest is not None:
+            now = min(now, self._newest + time.monotonic() - self._opened)
         rounds, service, outbox = self._db["rounds"], self._db["service"], self._db["outbox"]
         owed = sa.select(outbox.c.round_id).where(
             outbox.c.round_id.is_not(None), outbox.c.status.in_(["open", "pending", "dead"])
         )
         current = sa.select(service.c.round_id).where(service.c.round_id.is_not(None))
-        old = rounds.c.touched_at < time.time() - keep
+        old = rounds.c.touched_at < now - keep
         with self._db.write() as connection:
             query = rounds.delete().where(old, rounds.c.id.not_in(current), rounds.c.id.not_in(owed))
             return int(connection.execute(query).rowcount)

@@ -1,0 +1,283 @@
+"""Faults that were found by attacking the service: each test fails where the fault is back."""
+
+import asyncio
+import fcntl
+import os
+import socket
+import sqlite3
+import stat
+import threading
+import time
+
+import pytest
+import sqlalchemy as sa
+
+from assay.errors import ProofMismatch, StorageError
+from assay.poc.service import Settings
+from assay.poc.service._refusals import Refusal
+from assay.poc.service.runtime import Controller, _callback_guard, _checks, _delivery
+from assay.poc.service.store import Database, _rounds, open_outbox
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
+from tests.poc.service.test_durability import nonces_on_disk
+from tests.waiting import until
+
+DAY = 86_400.0
+DEAD_END = "http://127.0.0.1:9/"
+
+
+# Restarts
+
+
+def test_an_engine_that_dies_with_the_service_does_not_end_the_round(service):
+    """SIGTERM tears some engines down beneath their batch, and its error is not a failure of the round."""
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() >= 8)
+    service.rig.open.clear()
+    service.rig.entered.clear()
+    assert service.rig.entered.wait(10)
+    service.controller.closing.set()
+    service.rig.fail = RuntimeError("the engine is gone")
+    service.rig.open.set()
+    service.close()
+    service.rig.fail = None
+    service._start()
+    service.wait_ready()
+    assert service.status()["state"] == "GENERATING"
+    before = service.checked()
+    until(lambda: service.checked() > before)
+    service.post("/stop")
+    assert nonces_on_disk(service) == list(range(service.checked()))
+
+
+def test_the_controller_is_whole_when_it_is_made(rig, tmp_path):
+    controller = Controller(rig.deployment, Settings(data_dir=tmp_path))
+    assert controller.state == "IDLE"
+    assert controller.outbox.counts() == {"pending": 0, "dead": 0}
+    with controller:
+        assert controller.loaded.result(30) is controller.deployment
+    assert controller.ended
+
+
+# Time
+
+
+def test_a_round_is_used_by_every_commit_and_phase(service):
+    def touched() -> float:
+        with service.controller.database.read() as connection:
+            return connection.exec_driver_sql("SELECT touched_at FROM rounds").scalar_one()
+
+    def forget() -> None:
+        with service.controller.database.write() as connection:
+            connection.exec_driver_sql("UPDATE rounds SET touched_at = 0")
+
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() > 0)
+    forget()
+    until(lambda: touched() > time.time() - 60)
+    service.post("/stop")
+    forget()
+    service.post("/phase/validate")
+    assert touched() > time.time() - 60
+
+
+def test_a_clock_that_is_far_ahead_deletes_nothing(service, monkeypatch):
+    for block in ("first", "second"):
+        service.post("/init/generate", ROUND | {"block_hash": block})
+        until(lambda: service.checked() > 0)
+        service.post("/stop")
+    service.restart()
+    real = time.time
+    monkeypatch.setattr(_rounds.time, "time", lambda: real() + 31 * DAY)
+    assert service.controller.rounds.prune(30 * DAY) == 0
+    monkeypatch.undo()
+    with service.controller.database.write() as connection:
+        connection.exec_driver_sql(f"UPDATE rounds SET touched_at = touched_at - {31 * DAY} WHERE block_hash = 'first'")
+    assert service.controller.rounds.prune(30 * DAY) == 1
+
+
+def test_a_clock_that_is_set_back_delays_no_callback(serving, monkeypatch):
+    with serving(callback_backoff=3600.0, callback_backoff_max=3600.0) as service:
+        service.post("/init/validate", ROUND | {"callback_url": DEAD_END})
+        service.post("/validate", BLOCK | {"nonces": [0], "dist": [1.4], "node_id": 0})
+        failed = service.controller.metrics.deliveries.labels("failed")._value
+        until(lambda: failed.get() == 1)
+        monkeypatch.setattr(_delivery, "_since_start", lambda: 0.0)
+        until(lambda: failed.get() == 2)
+
+
+# The database
+
+
+def test_files_are_the_owners_alone_in_an_open_directory(service):
+    service.close()
+    directory = service.settings.data_dir
+    directory.chmod(0o755)
+    for file in directory.iterdir():
+        file.chmod(0o644)
+    service._start()
+    service.wait_ready()
+    service.post("/init", ROUND)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in directory.glob("service.sqlite3*")}
+    assert len(modes) == 3
+    assert set(modes.values()) == {0o600}
+
+
+def test_the_lock_is_on_the_database_itself(tmp_path):
+    database = Database(tmp_path)
+    for file in tmp_path.iterdir():
+        if file.name == "lock":
+            file.unlink()
+    with pytest.raises(StorageError, match="another service runs"):
+        Database(tmp_path)
+    with open_outbox(tmp_path) as beside:
+        assert beside.counts()["pending"] == 0
+    database.close()
+    Database(tmp_path).close()
+
+
+def test_a_database_that_is_refused_is_not_locked(tmp_path):
+    Database(tmp_path).close()
+    with sqlite3.connect(tmp_path / "service.sqlite3") as database:
+        database.execute("INSERT INTO migrations VALUES (99, 0)")
+    database.close()
+    with pytest.raises(StorageError):
+        Database(tmp_path)
+    descriptor = os.open(tmp_path / "service.sqlite3", os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["UPDATE service SET state = 'DREAMING'", "DELETE FROM service", "DROP TABLE outbox", "DROP TABLE jobs"],
+)
+def test_a_damaged_database_is_an_error_in_three_parts(rig, tmp_path, damage):
+    Database(tmp_path).close()
+    with sqlite3.connect(tmp_path / "service.sqlite3") as database:
+        database.execute(damage)
+    database.close()
+    with pytest.raises(StorageError, match=r"service\.sqlite3") as error:
+        Controller(rig.deployment, Settings(data_dir=tmp_path))
+    assert "restore" in error.value.do
+
+
+# Rounds, jobs and validations
+
+
+def test_the_end_of_a_share_is_said_in_words(service):
+    last = 2**53 - 2
+    service.post("/init/generate", ROUND | {"node_id": last - 1, "node_count": last})
+    until(lambda: service.status()["state"] == "STOPPED")
+    status = service.status()
+    assert "the share is done" in status["error"]
+    until(lambda: service.checked() == 1)
+    assert nonces_on_disk(service) == [last - 1]
+    service.post("/phase/generate")
+    until(lambda: service.status()["state"] == "STOPPED")
+    assert service.controller.metrics.failures._value.get() == 0
+
+
+def test_callbacks_of_jobs_do_not_stop_a_round_and_have_a_bound(serving):
+    with serving(max_pending=3, max_pending_jobs=4, callback_backoff=600, callback_backoff_max=600) as service:
+        job = ARTIFACTS | {"nonces": [0], "url": DEAD_END}
+        for _ in range(4):
+            service.post("/generate", job)
+        refused = service.client.post(f"{PREFIX}/generate", json=job)
+        assert (refused.status_code, "callbacks of artifact jobs" in refused.json()["detail"]) == (429, True)
+        service.post("/generate", job | {"url": None})
+        until(lambda: service.controller.outbox.counts()["pending"] == 4)
+        service.post("/init/generate", ROUND)
+        until(lambda: service.checked() > 20)
+        assert service.status()["paused"] is None
+
+
+def test_a_validation_of_another_nodes_nonces_is_refused(service):
+    service.post("/init/validate", ROUND | {"node_id": 1, "node_count": 3})
+    claim = BLOCK | {"nonces": [1, 4], "dist": [1.4, 1.4]}
+    service.post("/validate", claim | {"node_id": 1})
+    service.post("/validate", claim | {"node_id": -1})
+    answer = service.post("/validate", claim | {"node_id": 2}, status=422)
+    assert "nonce 1 of node 2" in answer["detail"]
+
+
+def test_nonces_with_equal_input_seeds_are_refused(service, monkeypatch):
+    asked = []
+
+    def refuse(round, nonces):
+        asked.append((round.public_key, list(nonces)))
+        raise ProofMismatch("two nonces have one seed", wanted="different seeds", do="prove other nonces")
+
+    monkeypatch.setattr(_checks, "check_distinct_seeds", refuse)
+    service.post("/init/validate", ROUND)
+    claim = BLOCK | {"public_key": "other", "nonces": [3, 5], "dist": [1.4, 1.4], "node_id": 0}
+    assert "one seed" in service.post("/validate", claim, status=422)["detail"]
+    artifacts = [{"nonce": nonce, "vector_b64": ""} for nonce in (0, 1)]
+    job = ARTIFACTS | {"nonces": [0, 1], "validation": {"artifacts": artifacts}}
+    assert "one seed" in service.post("/generate", job, status=422)["detail"]
+    assert asked == [("other", [3, 5]), (BLOCK["public_key"], [0, 1])]
+
+
+def test_no_callback_announces_more_than_twice_its_bound(service):
+    stored = begun(service)
+    with service.controller.database.write() as connection:
+        service.controller.outbox.announce(connection, stored, DEAD_END, list(range(2500)), interval=1000.0, most=1000)
+    with service.controller.database.read() as connection:
+        counts = connection.execute(sa.text("SELECT nonces FROM outbox ORDER BY seq")).scalars().all()
+    assert counts == [1000, 1000, 500]
+
+
+def begun(service) -> int:
+    service.post("/init", ROUND)
+    return service.controller.progress.stored.id
+
+
+# Callbacks
+
+
+def test_a_silent_name_server_holds_up_no_database_call(serving, monkeypatch):
+    """Look-ups have threads of their own: with four of them waiting, a call to the database is answered."""
+    silent = threading.Event()
+
+    def wait(*args, **kwargs):
+        silent.wait(30)
+        raise socket.gaierror("no answer")
+
+    monkeypatch.setattr(_callback_guard.socket, "getaddrinfo", wait)
+    with serving() as service:
+
+        async def look_up_and_read() -> dict:
+            lookups = [
+                asyncio.ensure_future(_callback_guard.resolve(f"http://silent-{i}.example/", allow_private=False))
+                for i in range(64)  # more than any default executor has threads
+            ]
+            await asyncio.sleep(0)
+            try:
+                async with asyncio.timeout(10):
+                    await asyncio.to_thread(lambda: None)
+                    return await service.controller.call(service.controller.outbox.counts)
+            finally:
+                silent.set()
+                await asyncio.gather(*lookups, return_exceptions=True)
+
+        assert asyncio.run(look_up_and_read()) == {"pending": 0, "dead": 0}
+
+
+def test_an_error_of_a_blocked_address_names_the_flag(serving):
+    with pytest.raises(_callback_guard.Blocked, match="--allow-private-callbacks"):
+        asyncio.run(_callback_guard.resolve("http://2130706433/", allow_private=False))
+
+
+def test_a_refusal_is_not_an_error_of_usage():
+    from assay.errors import AssayError, UsageError
+
+    assert issubclass(Refusal, AssayError)
+    assert not issubclass(Refusal, UsageError)
+
+
+def test_counters_of_alerts_exist_before_their_first_event(service):
+    """Prometheus sees no increase in a series that begins at 1: the first fraud would raise no alert."""
+    text = service.client.get("/metrics").text
+    for word in ("honest", "fraud", "undecided"):
+        assert f'assay_poc_verdicts_total{{verdict="{word}"}} 0.0' in text
+    for word in ("delivered", "failed", "dead"):
+        assert f'assay_poc_callback_attempts_total{{outcome="{word}"}} 0.0' in text
