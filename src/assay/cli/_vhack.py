@@ -64,12 +64,20 @@ def extract(
     """Extract a basis of hack directions and write it to a file."""
     from assay import vhack
     from assay.models import load_model
+    from assay.vhack import checks
     from assay.vhack.pairs import find_pairs
 
-    _check_output(output, overwrite)
+    _vhack_check.check_place(output, overwrite=overwrite)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens}", wanted="at least 1", do="leave it out")
     chosen = find_pairs(pairs)
+    groups, least = len({pair.group for pair in chosen}), checks.fewest_groups(checks.CheckSettings(method="svd"))
+    if groups < least:
+        typer.echo(
+            f"warning: {len(chosen)} pairs in {groups} groups are too few to show that directions are real; "
+            f"assay vhack check needs {least} groups, and 20 are better (--pairs generated:48 has 30)",
+            err=True,
+        )
     loaded = load_model(model, dtype=dtype, device=device)
     with progress_bar("gradients", "samples") as progress:
         basis = vhack.extract(
@@ -90,13 +98,6 @@ def extract(
         )
     basis.save(output)
     _print(basis, chosen, output, as_json)
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output} exists", wanted="a new file name", do="choose another, or pass --overwrite")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent} is no directory", wanted="a place for the basis", do="create it first")
 
 
 def _cache(asked: Path | None, model: "Model") -> Path | None:

@@ -7,27 +7,28 @@ import typer
 
 from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag, PairsFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.errors import UsageError
 
 if TYPE_CHECKING:
     from assay.vhack.checks import CheckReport
 
-__all__ = ["check", "report"]
+__all__ = ["check", "check_place", "report"]
 
 
 def check(
     context: typer.Context,
     model: ModelFlag,
     pairs: PairsFlag = "authored",
-    basis: Annotated[Path | None, typer.Option(help="Check this basis; without it, bases are fitted.")] = None,
-    log: Annotated[Path | None, typer.Option(help="A training log, for the check of cin by source.")] = None,
-    method: Annotated[str, typer.Option(help="How bases are fitted: svd, mean-diff or lda.")] = "svd",
+    basis: Annotated[Path | None, typer.Option(help="File of the basis to check; bases are fitted without.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Log of a training run, for check 4.")] = None,
+    method: Annotated[str, typer.Option(help="How bases are fitted without --basis: lda, mean-diff or svd.")] = "lda",
     k_use: Annotated[int, typer.Option(help="Axes per module.")] = 5,
-    alpha: Annotated[float, typer.Option(help="Bound on the chance that noise passes a check.")] = 0.05,
-    seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
+    alpha: Annotated[float, typer.Option(help="Highest probability that noise passes a check.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of all random draws.", min=0)] = 0,
     dtype: GradientDtypeFlag = None,
     device: DeviceFlag = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result there as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the report page there.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the result as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="File for the report page.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Test hack directions on held-out pairs. Exit code 0 all pass, 1 a check fails, 2 undecided or bad input."""
@@ -38,10 +39,16 @@ def check(
     from assay.vhack.pairs import find_pairs
 
     settings = vhack_checks.CheckSettings(k_use=k_use, alpha=alpha, seed=seed, method=method)
+    for path in (output, html):
+        check_place(path)
     found = find_pairs(pairs)
     entries = vhack_checks.read_source_log(log) if log else None
+    read = Basis.load(basis) if basis else None
+    if few := vhack_checks.too_few_groups(found, settings, read):
+        typer.echo(f"warning: {few}", err=True)
     loaded = load_model(model, dtype=dtype, device=device)
-    read = Basis.load(basis, loaded) if basis else None
+    if basis:
+        Basis.load(basis, loaded)  # of these weights
     with progress_bar("gradients", "samples") as progress:
         result = vhack_checks.check(found, loaded, basis=read, settings=settings, log=entries, progress=progress)
     if output:
@@ -54,6 +61,21 @@ def check(
     else:
         _print(result)
     context.exit(result.exit_code)
+
+
+def check_place(path: Path | None, *, overwrite: bool = True) -> None:
+    """Refuse a file that cannot be written, before any work.
+
+    Raises:
+        UsageError: The directory is not there, the path is a directory, or it exists and may not be replaced.
+    """
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        seen = f"{path} is a directory" if path.is_dir() else f"{path.parent} is no directory"
+        raise UsageError(seen, wanted="a file in a directory that exists", do="create the directory, or name a file")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists", wanted="a new file name", do="choose another, or pass --overwrite")
 
 
 def report(

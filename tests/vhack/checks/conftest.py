@@ -47,4 +47,4 @@ def gradients() -> Callable[..., PairGradients]:
 @pytest.fixture(scope="session")
 def quick() -> CheckSettings:
     """Few draws, enough for alpha 0.05."""
-    return CheckSettings(k_use=3, n_folds=3, n_flips=39, n_null=19, n_splits=4, n_resamples=60)
+    return CheckSettings(method="svd", k_use=3, n_folds=3, n_flips=39, n_null=19, n_splits=4, n_resamples=60)

@@ -1,12 +1,17 @@
+import inspect
 import json
+from dataclasses import replace
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
-from assay.cli import _vhack_check, _vhack_pairs
-from assay.errors import UsageError
-from assay.vhack.checks import check_gradients
+from assay.cli import _vhack, _vhack_check, _vhack_pairs
+from assay.errors import DataError, UsageError
+from assay.vhack import Origin
+from assay.vhack.checks import CheckSettings, check_gradients, fewest_groups
 from assay.vhack.pairs import generate_pairs, read_pairs
+from assay.vhack.training import TrainSettings
 
 app = typer.Typer()
 app.add_typer(_vhack_pairs.app, name="pairs")
@@ -70,6 +75,60 @@ def test_check_writes_json_and_page_and_report_draws_it_again(tmp_path):
     drawn = called("report", tmp_path / "check.json", "-o", tmp_path / "again.html", "--json")
     assert json.loads(drawn.stdout)["verdict"] == values["verdict"]
     assert (tmp_path / "again.html").stat().st_size > 50_000
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """A command that gets as far as loading a model fails."""
+    monkeypatch.setattr("assay.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "pca"), "method='pca'"),
+        (("-o", "missing/check.json"), "missing is no directory"),
+        (("--html", "."), "is a directory"),
+        (("--basis", "missing.safetensors"), "cannot be read"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_model_is_loaded(no_model, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    error = called("check", "--model", "reference:llama", *arguments).exception
+    assert isinstance(error, UsageError | DataError)
+    assert message in error.seen
+
+
+def test_the_default_method_is_that_of_extraction_and_training():
+    defaults = [CheckSettings().method, Origin().method, TrainSettings(model="m").method]
+    flags = [
+        inspect.signature(command).parameters["method"].default for command in (_vhack_check.check, _vhack.extract)
+    ]
+    assert {*defaults, *flags} == {"lda"}
+
+
+def test_too_few_groups_are_told_before_the_work(monkeypatch):
+    def stop(*_, **__):
+        raise UsageError("stopped", wanted="", do="")
+
+    monkeypatch.setattr("assay.models.load_model", stop)
+    result = called("check", "--model", "m", "--pairs", "authored")
+    assert "warning: 8 groups are too few for a verdict by lda: it needs 13" in result.stderr
+    assert "or check with --method svd, which needs 6" in result.stderr
+    assert "warning" not in called("check", "--model", "m", "--pairs", "authored", "--method", "svd").stderr
+    assert "warning" not in called("check", "--model", "m", "--pairs", "generated:48").stderr
+
+
+def test_the_fewest_groups_are_those_that_give_a_verdict(gradients, quick):
+    for method in ("svd", "lda"):
+        settings = replace(quick, method=method)
+        least = fewest_groups(settings)
+        verdicts = {
+            n: {made.verdict for made in check_gradients(gradients(0, n_groups=n), settings=settings).checks}
+            for n in (least - 1, least)
+        }
+        assert "undecided" in verdicts[least - 1]
+        assert "undecided" not in verdicts[least]
 
 
 def test_the_table_of_a_report_gives_every_verdict_with_its_reason(gradients, quick, capsys):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from assay.vhack import PairGradients, cin_over_modules
+from assay.vhack.basis import METHODS
 from assay.vhack.checks._geometry import Geometry, shares
 
 
@@ -10,18 +11,20 @@ def pairs(gradients):
     return gradients(3, strength=2.0)
 
 
-def test_the_axes_are_those_of_the_extraction(pairs):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_axes_are_those_of_the_extraction(pairs, method):
     keep = [0, 1, 4, 7, 8, 9, 15, 20]
-    basis = pairs.basis(method="svd", top_k=4, keep=keep)
-    frame = Geometry(pairs).fit_pairs(torch.tensor(keep), 4)
+    basis = pairs.basis(method=method, top_k=4, keep=keep)
+    frame = Geometry(pairs).fit_pairs(torch.tensor(keep), 4, method=method)
     assert torch.allclose(frame.along, Geometry(pairs).given(basis.axes), atol=1e-4)
     values = torch.stack(list(basis.singular_values.values()))
     assert torch.allclose(frame.values.float(), values, rtol=1e-5)
 
 
-def test_weak_axes_are_dropped_as_in_the_extraction(pairs):
-    basis = pairs.basis(method="svd", top_k=4, tau_axis=0.9)
-    along = Geometry(pairs).fit_pairs(torch.arange(len(pairs)), 4, tau_axis=0.9).along
+@pytest.mark.parametrize("method", ["lda", "svd"])
+def test_weak_axes_are_dropped_as_in_the_extraction(pairs, method):
+    basis = pairs.basis(method=method, top_k=4, tau_axis=0.9)
+    along = Geometry(pairs).fit_pairs(torch.arange(len(pairs)), 4, tau_axis=0.9, method=method).along
     assert torch.allclose(along, Geometry(pairs).given(basis.axes), atol=1e-4)
     assert (along.abs().sum(dim=2) == 0).any()
 
@@ -48,11 +51,12 @@ def test_turned_axes_are_those_of_a_refit_with_swapped_labels(pairs):
         assert torch.allclose(found[row], expected, atol=1e-4)
 
 
-def test_overlaps_are_scalar_products_of_axes(pairs):
+@pytest.mark.parametrize("method", METHODS)
+def test_overlaps_are_scalar_products_of_axes(pairs, method):
     halves = [list(range(12)), list(range(12, 24))]
-    one, other = (pairs.basis(method="svd", top_k=3, keep=half) for half in halves)
+    one, other = (pairs.basis(method=method, top_k=3, keep=half) for half in halves)
     geometry = Geometry(pairs)
-    frames = [geometry.fit_pairs(torch.tensor(half), 3) for half in halves]
+    frames = [geometry.fit_pairs(torch.tensor(half), 3, method=method) for half in halves]
     expected = torch.stack([one.axes[name] @ other.axes[name].T for name in one.axes])
     assert torch.allclose(geometry.overlaps(*frames).float(), expected, atol=1e-4)
 
@@ -67,6 +71,14 @@ def test_a_batch_is_the_summed_gradient(pairs):
         total = pairs.hack[name][[2, 5, 11]].sum(dim=0)
         assert torch.allclose(along[index, :, 0].float(), basis.axes[name] @ total, atol=1e-4)
         assert lengths[index, 0] == pytest.approx(float(total.norm()), rel=1e-5)
+
+
+def test_a_module_whose_clean_sides_do_not_vary_is_fitted_as_in_the_extraction(pairs):
+    clean = {name: rows.clone() for name, rows in pairs.clean.items()}
+    clean["layers.1.up_proj"][:] = 0
+    still = PairGradients(pairs.hack, clean)
+    frame = Geometry(still).fit_pairs(torch.arange(24), 3, method="lda")
+    assert torch.allclose(frame.along, Geometry(still).given(still.basis(method="lda", top_k=3).axes), atol=1e-4)
 
 
 def test_a_zero_gradient_has_share_zero(pairs):

@@ -1,11 +1,15 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from assay.errors import DataError, UsageError
-from assay.vhack import Pair, extract
+from assay.vhack import Pair, extract, principal_angles
+from assay.vhack.basis import METHODS
 from assay.vhack.checks import CHECKS, CheckReport, CheckSettings, check, check_gradients, page
+from assay.vhack.checks._folds import cross_fit
+from assay.vhack.checks._stability import _halves, check_stability
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,38 @@ def test_a_given_basis_is_scored_on_what_it_has_not_seen(gradients, quick):
     assert report.verdict == "pass"
 
 
+def test_a_given_basis_is_checked_by_its_own_method_and_size(gradients, quick):
+    """Whatever the settings say: the nulls and the halves have to be fitted as the basis was."""
+    pairs = gradients(0, strength=2.0, n_groups=16)
+    reports = {
+        method: check_gradients(pairs, basis=pairs.basis(method=method, top_k=2, keep=list(range(24))), settings=quick)
+        for method in METHODS
+    }
+    assert {report.settings.method for report in reports.values()} == set(METHODS)
+    assert {report.settings.k_use for method, report in reports.items() if method != "mean-diff"} == {2}
+    stability = {report["stability"].measured.value for report in reports.values()}
+    clean = {report["random_null"].nulls["clean-clean"] for report in reports.values()}
+    assert len(stability) == len(clean) == 3
+    # One axis overlaps with a random one by 1 / R on average, and not by 5 / R.
+    haar = np.mean(reports["mean-diff"]["stability"].nulls["Haar"])
+    assert haar == pytest.approx(np.mean([1 / r for r in (64, 64, 48)]), rel=0.6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stability_is_the_overlap_of_bases_of_the_same_method(gradients, quick, method):
+    pairs = gradients(0, strength=2.0)
+    settings = replace(quick, method=method)
+    found = check_stability(cross_fit(pairs, settings), settings)
+    overlaps = []
+    for half in _halves(list(dict.fromkeys(pairs.groups)), settings):
+        rows = [index for index, group in enumerate(pairs.groups) if group in half]
+        others = sorted(set(range(len(pairs))) - set(rows))
+        one, other = (pairs.basis(method=method, top_k=3, keep=keep) for keep in (rows, others))
+        angles = [principal_angles(axes, other.axes[name]) for name, axes in one.axes.items()]
+        overlaps.append(np.mean([float(each.cos().square().mean()) for each in angles]))
+    assert found.check.measured.value == pytest.approx(np.mean(overlaps), abs=1e-5)
+
+
 def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, quick):
     report = check(pairs, small_model, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
     assert len(report.modules) == 21
@@ -106,7 +142,16 @@ def test_a_prompt_in_two_groups_is_refused(small_model, byte_tokenizer, pairs):
 
 @pytest.mark.parametrize(
     "options",
-    [{"k_use": 0}, {"alpha": 0.0}, {"confidence": 1.0}, {"n_folds": 1}, {"tau_axis": 2.0}, {"n_null": 9}, {"seed": -1}],
+    [
+        {"k_use": 0},
+        {"alpha": 0.0},
+        {"confidence": 1.0},
+        {"n_folds": 1},
+        {"tau_axis": 2.0},
+        {"n_null": 9},
+        {"seed": -1},
+        {"method": "pca"},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(options):
     with pytest.raises(UsageError):

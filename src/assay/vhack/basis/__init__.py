@@ -1,6 +1,7 @@
 """Bases of hack directions: from the gradients of pairs to axes per module, and their files."""
 
 from assay.vhack.basis._angles import principal_angles
+from assay.vhack.basis._axes import METHODS, shrinkage
 from assay.vhack.basis._basis import Basis, cin, cin_over_modules
 from assay.vhack.basis._extract import extract, pair_gradients
 from assay.vhack.basis._origin import Origin
@@ -8,6 +9,7 @@ from assay.vhack.basis._paired import PairGradients
 from assay.vhack.basis._split import split_pairs
 
 __all__ = [
+    "METHODS",
     "Basis",
     "Origin",
     "PairGradients",
@@ -16,5 +18,6 @@ __all__ = [
     "extract",
     "pair_gradients",
     "principal_angles",
+    "shrinkage",
     "split_pairs",
 ]

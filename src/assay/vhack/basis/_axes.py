@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["METHODS", "ModuleAxes", "energy_along", "find_axes", "gram"]
+__all__ = ["METHODS", "ModuleAxes", "energy_along", "find_axes", "gram", "shrinkage"]
 
 METHODS = ("lda", "mean-diff", "svd")
 

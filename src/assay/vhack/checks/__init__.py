@@ -1,8 +1,9 @@
 """Five checks whether hack directions are real: held-out data, groups kept together, exact or matched nulls."""
 
+from assay.vhack.checks._folds import fewest_groups
 from assay.vhack.checks._page import page
 from assay.vhack.checks._ranking import check_unpaired
-from assay.vhack.checks._run import check, check_gradients
+from assay.vhack.checks._run import check, check_gradients, too_few_groups
 from assay.vhack.checks._sources import SourceCin, check_source_log, read_source_log
 from assay.vhack.checks._types import CHECKS, Check, CheckReport, CheckSettings, Interval, ModuleResult
 
@@ -18,6 +19,8 @@ __all__ = [
     "check_gradients",
     "check_source_log",
     "check_unpaired",
+    "fewest_groups",
     "page",
     "read_source_log",
+    "too_few_groups",
 ]

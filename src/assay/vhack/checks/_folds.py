@@ -9,6 +9,7 @@ changes nothing in law. The p-values come from doing that, with the basis turned
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, log2
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from assay.vhack.basis import Basis, PairGradients
 from assay.vhack.checks._geometry import Frame, Geometry, shares
 from assay.vhack.checks._types import CheckSettings
 
-__all__ = ["Design", "Fold", "cross_fit", "held_out_of", "swaps"]
+__all__ = ["Design", "Fold", "cross_fit", "fewest_groups", "held_out_of", "swaps"]
 
 # Share of the first axis that differences of the pairs at hand explain, and share of the weights on scored pairs, above
 # which the basis was made from scored pairs. Gradients of another run in bfloat16 differ by about 1 %.
@@ -53,12 +54,14 @@ class Design:
         folds: with disjoint test pairs.
         groups: group of every pair.
         text: the design in words.
+        sources: Indices of the pairs that bases are made from, as far as they are at hand: check 5 halves these.
     """
 
     geometry: Geometry
     folds: tuple[Fold, ...]
     groups: tuple[str, ...]
     text: str
+    sources: Tensor
 
     @property
     def tested(self) -> Tensor:
@@ -113,6 +116,19 @@ def swaps(groups: Sequence[str], n: int, generator: np.random.Generator) -> Tens
     return torch.from_numpy(np.concatenate([np.ones((1, len(names))), signs_BG])[:, index_N])
 
 
+def fewest_groups(settings: CheckSettings, *, given: bool = False) -> int:
+    """Return how many groups the checks need at least for a p-value that alpha allows.
+
+    Args:
+        settings: Method and alpha.
+        given: Whether the basis is given, so that all these groups are scored and none serves a fit.
+    """
+    free = ceil(log2(1 / settings.alpha))
+    if given:
+        return free
+    return free + 1 if settings.method == "svd" else _HELD_OUT_PART * (free - 1) + 1
+
+
 def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
     """Folds of whole groups, each scored by a basis of the others.
 
@@ -123,9 +139,12 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
         UsageError: there are fewer than two groups.
     """
     names = list(dict.fromkeys(gradients.groups))
-    if len(names) < 2:
+    fewest = 2 if settings.method == "svd" else _HELD_OUT_PART + 1
+    if len(names) < fewest:
         raise UsageError(
-            f"{len(names)} group", wanted="at least two", do="give the pairs their groups, or more of them"
+            f"{len(names)} group{'s' * (len(names) != 1)} of pairs to check {settings.method} with",
+            wanted=f"at least {fewest}, and {fewest_groups(settings)} for a verdict",
+            do="add pairs of other groups (--pairs generated:48 has 30), or check with --method svd",
         )
     order = np.random.default_rng(settings.seed).permutation(len(names))
     n_parts = min(settings.n_folds if settings.method == "svd" else _HELD_OUT_PART, len(names))
@@ -135,14 +154,14 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
         fold = _refitted_once(gradients, geometry, parts[0], settings)
         held_out = len(parts[0])
         text = f"a {settings.method} basis of {len(names) - held_out} groups, scored on {held_out} other groups"
-        return Design(geometry, (fold,), gradients.groups, text)
+        return Design(geometry, (fold,), gradients.groups, text, torch.arange(geometry.n))
     folds = []
     for part in parts:
         test, train = _rows(gradients.groups, part)
         frame = geometry.fit_pairs(train, settings.k_use, settings.tau_axis)
         folds.append(Fold(frame.along, train, test, frame))
     text = f"{len(names)} groups in {n_parts} folds; each fold is scored by a basis of the others"
-    return Design(geometry, tuple(folds), gradients.groups, text)
+    return Design(geometry, tuple(folds), gradients.groups, text, torch.arange(geometry.n))
 
 
 def _refitted_once(gradients: PairGradients, geometry: Geometry, part: set[str], settings: CheckSettings) -> Fold:
@@ -184,7 +203,7 @@ def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings)
         f"a basis of {len(basis.origin.pairs)} pairs in {len(set(basis.origin.groups))} groups, scored on "
         f"{len(test)} pairs of other groups"
     )
-    return Design(geometry, (Fold(geometry.given(used.axes), train, test, None),), gradients.groups, text)
+    return Design(geometry, (Fold(geometry.given(used.axes), train, test, None),), gradients.groups, text, train)
 
 
 def _refuse_seen(geometry: Geometry, basis: Basis, test: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 A basis fitted to differences of gradients lies in the span of those gradients. So with the Gram matrix of all samples
 of a module, its axes, what they say of any sample, and its angles to another basis follow without touching a vector of
-length R again. Hundreds of bases then cost as much as a few extractions. `Geometry.fit` finds the same axes as
-:func:`assay.vhack.basis_from_gradients`, for all modules at once.
+length R again. Hundreds of bases then cost as much as a few extractions. `Geometry.fit` finds the axes that
+:meth:`assay.vhack.PairGradients.basis` finds, by any method and for all modules at once.
 
 Shapes: M modules, N pairs, S = 2N samples (hack sides first, then clean sides in the same order), T differences that a
 basis is fitted to, K axes, R coordinates of δS, B draws.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from assay.vhack.basis import PairGradients
+from assay.vhack.basis import PairGradients, shrinkage
 
 __all__ = ["Frame", "Geometry", "shares"]
 
@@ -29,23 +29,19 @@ class Frame:
     Attributes:
         along: component of each sample along each axis, [M, K, S]; axes point to where most differences point.
         fitted: the same of the differences it was fitted to, [M, K, T].
-        mix: the axes as combinations of these differences, [M, K, T].
-        first: the differences are sample ``first`` minus sample ``second``, [T].
-        second: see ``first``, [T].
-        values: singular values, [M, K].
+        mix: Axes as sums of samples, [M, K, S].
+        values: Singular values, [M, K].
     """
 
     along: Tensor
     fitted: Tensor
     mix: Tensor
-    first: Tensor
-    second: Tensor
     values: Tensor
 
     def turned(self, signs_BT: Tensor) -> Tensor:
-        """How the axes would turn if the differences had these signs, [B, M, K] of ±1.
+        """Return how the axes would turn if the differences had these signs, [B, M, K] of ±1.
 
-        Signs leave ``DᵀD`` and with it the axes as they are; only the vote on which way they point changes.
+        Signs leave ``DᵀD`` and with it the axes of an SVD as they are; only the vote on which way they point changes.
         """
         votes_BMK = torch.einsum("bt,mkt->bmk", signs_BT, self.fitted.sign())
         sums_BMK = torch.einsum("bt,mkt->bmk", signs_BT, self.fitted)
@@ -72,23 +68,55 @@ class Geometry:
         """Gradients of one module, [S, R]."""
         return torch.cat([self.gradients.hack[name], self.gradients.clean[name]])
 
-    def fit_pairs(self, pairs_T: Tensor, k: int, tau_axis: float = 0.0) -> Frame:
-        """The basis of hack minus clean of these pairs."""
-        return self.fit(pairs_T, pairs_T + self.n, k, tau_axis)
+    def fit_pairs(self, pairs_T: Tensor, k: int, tau_axis: float = 0.0, *, method: str = "svd") -> Frame:
+        """Return the basis of hack minus clean of these pairs; the other arguments are those of :meth:`fit`."""
+        return self.fit(pairs_T, pairs_T + self.n, k, tau_axis, method=method)
 
-    def fit(self, first_T: Tensor, second_T: Tensor, k: int, tau_axis: float = 0.0) -> Frame:
-        """The SVD basis of these differences, each axis turned to where most of them point."""
+    def fit(self, first_T: Tensor, second_T: Tensor, k: int, tau_axis: float = 0.0, *, method: str = "svd") -> Frame:
+        """Return the basis of these differences, each axis turned to where most of them point.
+
+        Args:
+            first_T: Samples in the place of the hack sides.
+            second_T: Samples in the place of the clean sides, which ``lda`` whitens with.
+            k: Number of axes; ``mean-diff`` has one.
+            tau_axis: Share of the first singular value below which an axis becomes zero.
+            method: Name of the method, as in :meth:`assay.vhack.PairGradients.basis`.
+        """
         products_MTS = self.gram_MSS[:, first_T] - self.gram_MSS[:, second_T]
         gram_MTT = products_MTS[:, :, first_T] - products_MTS[:, :, second_T]
-        squares_MT, vectors_MTT = torch.linalg.eigh(gram_MTT)
-        values_MK = squares_MT.flip(1)[:, :k].clamp_min(0).sqrt()
-        least = max(len(first_T) * _ROUNDING, tau_axis)
-        kept_MK = (values_MK > 0) & (values_MK >= least * values_MK[:, :1])
-        mix_MKT = vectors_MTT.flip(2)[:, :, :k].transpose(1, 2) / torch.where(kept_MK, values_MK, torch.inf)[..., None]
-        fitted_MKT = mix_MKT @ gram_MTT
-        frame = Frame(mix_MKT @ products_MTS, fitted_MKT, mix_MKT, first_T, second_T, values_MK)
+        select_TS = self._selecting(first_T) - self._selecting(second_T)
+        if method == "mean-diff":
+            mix_MKT = torch.full((len(self.names), 1, len(first_T)), 1 / len(first_T), dtype=torch.float64)
+            mix_MKS = self._orthonormal(mix_MKT @ select_TS)
+            values_MK = (mix_MKS @ products_MTS.transpose(1, 2)).norm(dim=2)
+        elif method == "lda":
+            clean = _Clean.fit(self, second_T)
+            inside_MTN = products_MTS @ clean.directions.transpose(1, 2)
+            # D Σ⁻¹ Dᵀ has the singular values of the whitened differences, and Σ⁻¹ Dᵀ takes their vectors back.
+            whitened_MTT = clean.elsewhere * gram_MTT + (inside_MTN * clean.along) @ inside_MTN.transpose(1, 2)
+            mix_MKT, values_MK = _singular(whitened_MTT, k, tau_axis)
+            along_MKS = ((mix_MKT @ inside_MTN) * clean.along) @ clean.directions
+            mix_MKS = self._orthonormal(clean.elsewhere * (mix_MKT @ select_TS) + along_MKS)
+        else:
+            mix_MKT, values_MK = _singular(gram_MTT, k, tau_axis)
+            mix_MKS = mix_MKT @ select_TS
+        along_MKS = mix_MKS @ self.gram_MSS
+        fitted_MKT = along_MKS[:, :, first_T] - along_MKS[:, :, second_T]
+        frame = Frame(along_MKS, fitted_MKT, mix_MKS, values_MK)
         sign_MK1 = frame.turned(torch.ones(1, len(first_T), dtype=torch.float64))[0][..., None]
-        return Frame(sign_MK1 * frame.along, sign_MK1 * fitted_MKT, sign_MK1 * mix_MKT, first_T, second_T, values_MK)
+        return Frame(sign_MK1 * along_MKS, sign_MK1 * fitted_MKT, sign_MK1 * mix_MKS, values_MK)
+
+    def _selecting(self, samples_T: Tensor) -> Tensor:
+        """Return the matrix that takes these samples out of all of them, [T, S]."""
+        return torch.nn.functional.one_hot(samples_T, 2 * self.n).double()
+
+    def _orthonormal(self, mix_MKS: Tensor) -> Tensor:
+        """Return axes made orthonormal in their order; rows that have no length stay as they are."""
+        gram_MKK = mix_MKS @ self.gram_MSS @ mix_MKS.transpose(1, 2)
+        empty_MK = (gram_MKK.diagonal(dim1=1, dim2=2) <= 0).double()
+        lower_MKK = torch.linalg.cholesky(gram_MKK + torch.diag_embed(empty_MK))
+        axes_MKS: Tensor = torch.linalg.solve_triangular(lower_MKK, mix_MKS, upper=False)
+        return axes_MKS
 
     def given(self, axes: dict[str, Tensor]) -> Tensor:
         """Components along axes from elsewhere, [M, K, S]; modules with fewer axes are filled with zeros."""
@@ -100,15 +128,56 @@ class Geometry:
 
     def overlaps(self, one: Frame, other: Frame) -> Tensor:
         """Scalar products of the axes of two frames, [M, K, K]; their singular values are cosines of angles."""
-        products_MTS = self.gram_MSS[:, one.first] - self.gram_MSS[:, one.second]
-        products_MTT = products_MTS[:, :, other.first] - products_MTS[:, :, other.second]
-        return one.mix @ products_MTT @ other.mix.transpose(1, 2)
+        return one.mix @ self.gram_MSS @ other.mix.transpose(1, 2)
 
     def batch(self, along_MKS: Tensor, weights_SQ: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sums of samples: their components along axes [M, K, Q] and lengths [M, Q]."""
         squares_MQ = torch.einsum("sq,mst,tq->mq", weights_SQ, self.gram_MSS, weights_SQ)
         lengths_MQ = squares_MQ.clamp_min(0).sqrt()
         return along_MKS @ weights_SQ, torch.where(lengths_MQ > 0, lengths_MQ, torch.inf)
+
+
+def _singular(gram_MTT: Tensor, k: int, tau_axis: float) -> tuple[Tensor, Tensor]:
+    """Return singular vectors as sums of the rows with this Gram matrix, [M, K, T], and singular values, [M, K]."""
+    squares_MT, vectors_MTT = torch.linalg.eigh(gram_MTT)
+    values_MK = squares_MT.flip(1)[:, :k].clamp_min(0).sqrt()
+    least = max(gram_MTT.shape[1] * _ROUNDING, tau_axis)
+    kept_MK = (values_MK > 0) & (values_MK >= least * values_MK[:, :1])
+    mix_MKT = vectors_MTT.flip(2)[:, :, :k].transpose(1, 2) / torch.where(kept_MK, values_MK, torch.inf)[..., None]
+    return mix_MKT, values_MK
+
+
+@dataclass(frozen=True, eq=False)
+class _Clean:
+    """The inverse Σ⁻¹ of the covariance that ``lda`` whitens with, by the directions in which clean samples vary.
+
+    Attributes:
+        directions: Orthonormal directions as sums of samples, [M, N, S].
+        elsewhere: Factor of Σ⁻¹ outside their span, [M, 1, 1].
+        along: Factor along each direction, less the factor elsewhere, [M, 1, N].
+    """
+
+    directions: Tensor
+    elsewhere: Tensor
+    along: Tensor
+
+    @classmethod
+    def fit(cls, geometry: Geometry, samples_N: Tensor) -> "_Clean":
+        """Return Σ⁻¹ of these samples, or the identity in a module where they do not vary."""
+        n = len(samples_N)
+        gram_MNN = geometry.gram_MSS[:, samples_N][:, :, samples_N]
+        centre_NN = torch.eye(n, dtype=torch.float64) - 1 / n
+        gram_MNN = centre_NN @ gram_MNN @ centre_NN
+        ranks_M = torch.tensor([geometry.gradients.hack[name].shape[1] for name in geometry.names])
+        share_M = torch.tensor([shrinkage(g, r) for g, r in zip(gram_MNN, ranks_M.tolist(), strict=True)]).double()
+        floor_M = share_M * gram_MNN.diagonal(dim1=1, dim2=2).sum(dim=1) / (n * ranks_M)
+        mix_MNN, values_MN = _singular(gram_MNN, n, 0.0)
+        across_MN = floor_M[:, None] + (1 - share_M)[:, None] * values_MN**2 / n
+        still_M1 = floor_M[:, None] <= 0
+        elsewhere_M1 = floor_M[:, None].reciprocal().masked_fill(still_M1, 1.0)
+        along_MN = across_MN.reciprocal().masked_fill(still_M1, 1.0)
+        directions_MNS = mix_MNN @ (centre_NN @ geometry._selecting(samples_N))
+        return cls(directions_MNS, elsewhere_M1[..., None], (along_MN - elsewhere_M1)[:, None])
 
 
 def shares(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """From a value, its interval and its nulls to a verdict: what all five checks have in common."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil, log2
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,11 @@ def judge(
     verdict: Verdict
     if smallest_p > settings.alpha:
         verdict = "undecided"
-        reason = f"so few groups cannot give a p-value below {smallest_p:.3g}, and {settings.alpha:g} is needed"
+        more = ceil(log2(smallest_p / settings.alpha))
+        reason = (
+            f"so few groups cannot give a p-value below {smallest_p:.3g}, and {settings.alpha:g} is needed: add pairs "
+            f"until at least {more} more group{'s are' if more > 1 else ' is'} scored"
+        )
     else:
         faults = [f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha]
         if measured.low <= above:

@@ -4,7 +4,7 @@ Four nulls, from the weakest to the strongest:
 
 - *Haar*: axes uniform among all orthonormal ones;
 - *covariance-matched*: random sums of clean gradients, so axes prefer the directions in which gradients vary anyway;
-- *clean-clean*: the extraction itself, on differences between clean sides of different pairs;
+- *clean-clean*: the extraction itself, by the same method, on differences between clean sides of different pairs;
 - *labels swapped*: the extraction itself, on the same pairs with the labels of whole groups swapped.
 
 Shapes as in :mod:`assay.vhack.checks._geometry`; N' scored pairs.
@@ -80,7 +80,7 @@ def _haar(design: Design, settings: CheckSettings, generator: torch.Generator) -
     total_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
     for module, name in enumerate(geometry.names):
         samples_SR = geometry.samples(name)
-        k, r = min(settings.k_use, samples_SR.shape[1]), samples_SR.shape[1]
+        k, r = min(settings.axes, samples_SR.shape[1]), samples_SR.shape[1]
         for start in range(0, settings.n_null, _DRAWS):
             count = min(_DRAWS, settings.n_null - start)
             frames_BRK = torch.linalg.qr(torch.randn(count, r, k, generator=generator))[0]
@@ -93,7 +93,7 @@ def _haar(design: Design, settings: CheckSettings, generator: torch.Generator) -
 def _matched(design: Design, settings: CheckSettings, generator: torch.Generator) -> Tensor:
     """The same for random sums of clean training gradients."""
     geometry = design.geometry
-    draws_BKN = torch.randn(settings.n_null, settings.k_use, geometry.n, generator=generator, dtype=torch.float64)
+    draws_BKN = torch.randn(settings.n_null, settings.axes, geometry.n, generator=generator, dtype=torch.float64)
     scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
     for fold in design.folds:
         rows = _clean_rows(design, fold)
@@ -129,7 +129,8 @@ def _clean_clean(design: Design, settings: CheckSettings) -> Tensor:
         samples = torch.cat([fold.test, fold.test + geometry.n])
         for draw in range(settings.n_null):
             first, second = clean_differences(geometry, design.groups, rows, generator)
-            along_MKS = geometry.fit(first, second, settings.k_use, settings.tau_axis).along[:, :, samples]
+            frame = geometry.fit(first, second, settings.axes, settings.tau_axis, method=settings.method)
+            along_MKS = frame.along[:, :, samples]
             scores_BS[draw, samples] = shares(along_MKS, geometry.lengths_MS[:, samples]).mean(dim=0)
     return scores_BS
 

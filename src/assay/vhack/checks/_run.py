@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from assay.errors import DataError
 from assay.stats import auroc
 from assay.vhack.basis import Basis, PairGradients, pair_gradients
-from assay.vhack.checks._folds import Design, cross_fit, held_out_of
+from assay.vhack.checks._folds import Design, cross_fit, fewest_groups, held_out_of
 from assay.vhack.checks._geometry import shares
 from assay.vhack.checks._nulls import check_random_null
 from assay.vhack.checks._ranking import HeldOut, check_heldout, check_pools, score
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["check", "check_gradients"]
+__all__ = ["check", "check_gradients", "too_few_groups"]
 
 _SPECTRUM = 12  # singular values that are kept
 _SPECTRUM_DRAWS = 3
@@ -113,6 +114,26 @@ def _refuse_shared_prompts(pairs: Sequence[Pair]) -> None:
             )
 
 
+def too_few_groups(pairs: Sequence[Pair], settings: CheckSettings, basis: Basis | None = None) -> str | None:
+    """Return why these pairs cannot give a verdict and what to do, before any work; None where they can.
+
+    Args:
+        pairs: Pairs to check with.
+        settings: Method and alpha.
+        basis: Basis to check, of whose groups no pair is scored.
+    """
+    groups = {pair.group for pair in pairs} - set(() if basis is None else basis.origin.groups)
+    least = fewest_groups(settings, given=basis is not None)
+    if len(groups) >= least:
+        return None
+    what = "that the basis was not made from " if basis is not None else ""
+    other = f", or check with --method svd, which needs {fewest_groups(replace(settings, method='svd'))}"
+    return (
+        f"{len(groups)} groups {what}are too few for a verdict by {settings.method}: it needs {least}. Add pairs of "
+        f"other groups (--pairs generated:48 has 30){'' if basis is not None or settings.method == 'svd' else other}"
+    )
+
+
 def check_gradients(
     gradients: PairGradients,
     *,
@@ -121,7 +142,7 @@ def check_gradients(
     log: Sequence[SourceCin] | None = None,
 ) -> CheckReport:
     """The five checks on gradients at hand; arguments and errors as for `check`."""
-    settings = settings or CheckSettings()
+    settings = _settings_for(basis, settings or CheckSettings())
     with _one_thread():
         design = cross_fit(gradients, settings) if basis is None else held_out_of(basis, gradients, settings)
         scored = score(design, settings)
@@ -147,6 +168,14 @@ def check_gradients(
         settings=settings,
         origin=_origin(gradients, basis, stability),
     )
+
+
+def _settings_for(basis: Basis | None, settings: CheckSettings) -> CheckSettings:
+    """Return the settings by which a given basis is checked: its own method, and no more axes than it has."""
+    if basis is None:
+        return settings
+    most = max((len(axes_KR) for axes_KR in basis.axes.values()), default=1)
+    return replace(settings, method=basis.origin.method, k_use=min(settings.k_use, most))
 
 
 @contextmanager

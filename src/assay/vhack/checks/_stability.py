@@ -7,8 +7,10 @@ samples are the form of the bootstrap that keeps them apart (McCarthy 1969).
 Two things are asked. *Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is
 compared with that of random frames, and with that between a basis of one half and a clean-clean basis of the other:
 directions in which any two gradients differ are stable too, but they are not hack directions. *Do they agree on which
-way is hack-ward?* The mean difference of each half, within its own basis, is a direction; the cosine between the two is
-symmetric around zero if labels mean nothing, and swapping the labels of whole groups gives an exact test.
+way is hack-ward?* The mean difference of each half, within the SVD basis of that half, is a direction; the cosine
+between the two is symmetric around zero if labels mean nothing, and swapping the labels of whole groups gives an exact
+test. The spaces are those of the method that is checked. The direction is asked in SVD bases, because only these stay
+as they are when labels are swapped.
 """
 
 from dataclasses import dataclass
@@ -53,7 +55,7 @@ def check_stability(design: Design, settings: CheckSettings) -> Stability:
     Without a given basis these are all pairs; otherwise those of the groups it was made from.
     """
     geometry = design.geometry
-    pairs = torch.arange(geometry.n) if len(design.folds) > 1 else design.folds[0].train
+    pairs = design.sources
     groups = [design.groups[index] for index in pairs.tolist()]
     names = list(dict.fromkeys(groups))
     smallest_p = 0.5 ** (len(names) - 1)  # swapping every label at once changes nothing
@@ -102,11 +104,13 @@ def _split(
     index: int,
 ) -> _Split:
     inside = torch.tensor([group in half for group in groups])
-    one, other = (geometry.fit_pairs(pairs[rows], settings.k_use, settings.tau_axis) for rows in (inside, ~inside))
+    halves = [pairs[inside], pairs[~inside]]
+    one, other = (geometry.fit_pairs(half, settings.axes, settings.tau_axis, method=settings.method) for half in halves)
+    first, second = (geometry.fit_pairs(half, settings.k_use, settings.tau_axis) for half in halves)
     generator = np.random.default_rng([settings.seed, 8, index])
     plain = [
-        geometry.fit(*clean_differences(geometry, all_groups, pairs[rows], generator), settings.k_use)
-        for rows in (inside, ~inside)
+        geometry.fit(*clean_differences(geometry, all_groups, half, generator), settings.axes, method=settings.method)
+        for half in halves
     ]
     between_MKK = geometry.overlaps(one, other)
     generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
@@ -115,7 +119,7 @@ def _split(
         generic_overlap=torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
         cosines=_mean_cosines([between_MKK]),
         generic_cosines=_mean_cosines(generic),
-        agreement=_agreement(one, other, between_MKK, signs_BN[:, inside], signs_BN[:, ~inside]),
+        agreement=_agreement(geometry, first, second, signs_BN[:, inside], signs_BN[:, ~inside]),
     )
 
 
@@ -135,8 +139,12 @@ def _mean_square(overlap_MKJ: Tensor) -> Tensor:
     return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
 
 
-def _agreement(one: Frame, other: Frame, between_MKK: Tensor, signs_BT: Tensor, others_BT: Tensor) -> Tensor:
-    """Cosine between the mean differences of two halves, each within its own basis; mean over modules, [B]."""
+def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, others_BT: Tensor) -> Tensor:
+    """Return the cosine between the mean differences of two halves, each within its own SVD basis, [B].
+
+    The SVD basis, whatever the method: swapped labels leave it as it is, and only then is the test exact.
+    """
+    between_MKK = geometry.overlaps(one, other)
     first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, one.fitted)
     second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other.fitted)
     product_BM = torch.einsum("bmk,mkj,bmj->bm", first_BMK, between_MKK, second_BMK)
@@ -187,7 +195,7 @@ def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]
     """
     generator = np.random.default_rng([settings.seed, 9])
     ranks = [geometry.gradients.hack[name].shape[1] for name in geometry.names]
-    sizes = [min(settings.k_use, r) for r in ranks]
+    sizes = [min(settings.axes, r) for r in ranks]
     mean = float(np.mean([k / r for k, r in zip(sizes, ranks, strict=True)]))
     variances = [2 * (r - k) ** 2 / (r**2 * (r - 1) * (r + 2)) for k, r in zip(sizes, ranks, strict=True) if r > 1]
     draws: list[float] = generator.normal(mean, sqrt(sum(variances)) / len(ranks), settings.n_null).tolist()

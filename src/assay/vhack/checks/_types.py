@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from assay.errors import DataError, UsageError
+from assay.vhack.basis import METHODS, Origin
 
 __all__ = ["CHECKS", "SCHEMA", "Check", "CheckReport", "CheckSettings", "Interval", "ModuleResult", "Verdict"]
 
@@ -21,7 +22,7 @@ class CheckSettings:
     Attributes:
         k_use: axes per module.
         tau_axis: axes with ``S_i / S_0`` below this are not used.
-        method: how bases are fitted when none is given: ``svd``, ``mean-diff`` or ``lda``.
+        method: Name of the method that bases are fitted with; a given basis is checked by its own.
         n_folds: parts into which the groups are divided when no basis is given.
         alpha: every check passes pure noise with at most this probability.
         confidence: of every interval.
@@ -34,7 +35,7 @@ class CheckSettings:
 
     k_use: int = 5
     tau_axis: float = 0.0
-    method: str = "svd"
+    method: str = Origin.method
     n_folds: int = 5
     alpha: float = 0.05
     confidence: float = 0.95
@@ -45,6 +46,8 @@ class CheckSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"method={self.method!r}", wanted=" or ".join(METHODS), do="choose one of them")
         counts = (self.k_use, self.n_flips, self.n_null, self.n_splits, self.n_resamples)
         good = min(counts) >= 1 and self.n_folds >= 2 and 0 < self.alpha < 1 and 0 < self.confidence < 1
         if not (good and 0 <= self.tau_axis <= 1 and self.seed >= 0):
@@ -57,6 +60,11 @@ class CheckSettings:
                 wanted="enough of both for a p-value below alpha",
                 do=f"draw at least {round(1 / self.alpha)} of each",
             )
+
+    @property
+    def axes(self) -> int:
+        """Number of axes per module that a fitted basis has."""
+        return 1 if self.method == "mean-diff" else self.k_use
 
 
 @dataclass(frozen=True, slots=True)
