@@ -144,8 +144,8 @@ def measure(name, arguments, folder):
         row["nonces_per_second"] = rate(engine, engine.model, arguments.seq_len, arguments.rate)
         hf = HFEngine(models["same dtype"], batch_size=128, seq_len=arguments.seq_len)
         row["nonces_per_second_transformers"] = rate(hf, models["same dtype"], arguments.seq_len, arguments.rate)
-        own = [prefill(engine, arguments.seq_len, arguments.rate, engine._client.flow._capacity) for _ in range(2)]
-        row["own_prefill_per_second"], row["nonces_at_once"] = own[-1], engine._client.flow._capacity
+        own = [prefill(engine, arguments.seq_len, arguments.rate, engine._client.throttle._capacity) for _ in range(2)]
+        row["own_prefill_per_second"], row["nonces_at_once"] = own[-1], engine._client.throttle._capacity
         row["ratio_to_own_prefill"] = row["nonces_per_second"] / own[-1]
         row["held"] = engine.counts()
     note(str(row))

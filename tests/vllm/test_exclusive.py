@@ -1,4 +1,4 @@
-"""A round that has the engine to itself, SIGKILL in its middle, and what is on disk after the restart."""
+"""A round that has the engine to itself, behind a root path; SIGKILL and SIGTERM in its middle, and then a restart."""
 
 import asyncio
 import sqlite3
@@ -7,7 +7,7 @@ from contextlib import closing
 
 import httpx
 import pytest
-from _vllm import Server, chat_once
+from _vllm import POW, Server, chat_once
 
 from tests.vllm.receiver import Receiver
 from tests.waiting import until
@@ -23,7 +23,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
         "ASSAY_CALLBACK_BACKOFF_MAX": "1",
     }
     speculation = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
-    options = {"--speculative-config": speculation, "--scheduling-policy": False}
+    options = {"--speculative-config": speculation, "--scheduling-policy": False, "--root-path": "/proxy"}
     with Server(tmp_path_factory.mktemp("exclusive"), options=options, environment=environment) as running:
         yield running
 
@@ -50,7 +50,9 @@ def test_a_round_refuses_new_chat_and_lets_running_chat_end(server):
     thread.join()
     assert running == [alone | {"first": running[0]["first"]}]
     server.wait_for(16)
-    server.post("/stop").raise_for_status()
+    assert server.client.post("/proxy/v1/completions", json={"model": "qwen3", "prompt": "x"}).status_code == 503
+    assert server.client.post("/proxy/tokenize", json={"model": "qwen3", "prompt": "x"}).status_code == 200
+    server.client.post(f"/proxy{POW}/stop").raise_for_status()
     assert ask(server)["status"] == 200
 
 
@@ -77,8 +79,18 @@ def stored(server: Server, block: str) -> list[int]:
         return [nonce for (nonce,) in database.execute(query, (block,))]
 
 
-def test_sigterm_ends_the_server_in_order(server):
+def test_sigterm_ends_the_server_in_order_and_the_round_continues_after_the_next_start(server):
     server.begin("ended")
-    server.wait_for(8)
-    code = server.stop(grace=240.0)
-    assert code == 0, server.tail()
+    before = server.wait_for(8)
+    said = len(server.log.read_text(errors="replace"))
+    assert server.stop(grace=240.0) == 0, server.tail()
+    log = server.log.read_text(errors="replace")[said:]
+    assert "never retrieved" not in log, log
+    assert "the round ended" not in log, log
+    server.start()
+    assert server.get("/status").json()["state"] == "GENERATING"
+    server.wait_for(before + 40)
+    assert server.stop(grace=240.0) == 0, server.tail()
+    done = stored(server, "ended")
+    assert done == list(range(len(done)))
+    assert len(done) >= before + 40

@@ -14,7 +14,7 @@ from assay import poc
 from assay.errors import ModelError, ProofMismatch, UsageError
 from assay.models import checkpoint_directory, load_model
 from assay.poc.engines.hf import HFEngine
-from assay.poc.engines.vllm._request_stream import Stream
+from assay.poc.engines.vllm._request_stream import RequestStream
 from assay.poc.engines.vllm._wire import Spec, new_key, request_id
 from assay.research.cheats import rounded
 from tests.vllm.conftest import ON_GPU, RUNNER, SEQ_LEN, make_round
@@ -125,7 +125,6 @@ def test_the_command_line_judges_on_vllm(engine, honest, tmp_path, monkeypatch, 
         path = tmp_path / f"{name}.jsonl"
         poc.prove(model, make_round("hardened"), range(64), batch_size=8, output=path)
         words = ["poc", "verify", str(path), "--model", "reference:qwen3", "--engine", "vllm", "--seed", "1", "--json"]
-        words += ["--block-hash", "block", "--public-key", "node", "--preset", "hardened", "--seq-len", str(SEQ_LEN)]
         assert run(words) == code
         assert json.loads(capsys.readouterr().out)["verdict"] == verdict
 
@@ -187,12 +186,12 @@ def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):
         next(outputs)
         outputs.close()
     assert nothing_is_held(engine)
-    assert engine._client.flow.in_flight == 0
+    assert engine._client.throttle.in_flight == 0
 
 
 def test_requests_that_are_aborted_run_again(engine):
     async def scenario():
-        stream = Stream(engine._client, Spec(make_round(key="abort"), "poc-2.0"), range(16), 16, SEQ_LEN)
+        stream = RequestStream(engine._client, Spec(make_round(key="abort"), "poc-2.0"), range(16), 16, SEQ_LEN)
         await stream.open()
         waiting = asyncio.ensure_future(stream.next())
         for _ in range(2):  # a nonce is tried three times

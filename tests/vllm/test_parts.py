@@ -1,6 +1,9 @@
-"""The parts that need no vLLM: names, rows, flow, doors, settings, the gate."""
+"""The parts that need no vLLM: names, rows, throttle, middleware, settings."""
 
 import asyncio
+import dataclasses
+import gc
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,20 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay import streams
-from assay.errors import UsageError
+from assay.errors import ModelError, UsageError
 from assay.poc import Round
 from assay.poc.engines._inputs import noise_inputs
-from assay.poc.engines.vllm import FlowSettings, WorkerExtension, _extension, _rows
+from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, WorkerExtension, _client, _extension, _rows
 from assay.poc.engines.vllm._client import _decode
+from assay.poc.engines.vllm._compatibility import runner_kind
 from assay.poc.engines.vllm._extension import Hooks
 from assay.poc.engines.vllm._rows import Rows
-from assay.poc.engines.vllm._runners import Chunk, chunks, runner_kind
-from assay.poc.engines.vllm._throttle import Flow
+from assay.poc.engines.vllm._throttle import Throttle
 from assay.poc.engines.vllm._wire import Spec, new_key, request_id, split_id
+from assay.poc.engines.vllm._worker import Chunk, chunks
 from assay.poc.protocol._transforms import weighted_sum
 from assay.poc.serving import plugin
-from assay.poc.serving._middleware import Barrier, Under
+from assay.poc.serving._middleware import ChatBarrier, UnderPrefix
 from assay.poc.serving._settings import PluginSettings
+from tests.waiting import until
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), "poc-2.0")
 
@@ -163,9 +168,9 @@ def test_names_of_the_extension_cannot_clash_with_those_of_a_worker():
     "wrong",
     [{"mode": "both"}, {"share": 0.0}, {"share": 1.5}, {"share": float("nan")}, {"chat_in_flight": 0}, {"drain": -1.0}],
 )
-def test_settings_of_the_flow_are_bounded(wrong):
+def test_settings_of_the_throttle_are_bounded(wrong):
     with pytest.raises(UsageError):
-        FlowSettings(**wrong)
+        ThrottleSettings(**wrong)
 
 
 class Engine:
@@ -173,17 +178,17 @@ class Engine:
 
     def __init__(self, **settings) -> None:
         self.chat = 0
-        self.flow = Flow(FlowSettings(**settings), lambda: self.chat + self.flow.in_flight, 16)
+        self.throttle = Throttle(ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16)
 
 
 def test_chat_lowers_the_limit_and_an_idle_engine_raises_it():
     engine = Engine(chat_in_flight=2, quiet=0.0, in_flight=9)
-    assert engine.flow.limit == 9
+    assert engine.throttle.limit == 9
     engine.chat = 1
-    engine.flow.settings = FlowSettings(chat_in_flight=2, in_flight=9)
-    assert engine.flow.limit == 2
-    engine.flow.settings = FlowSettings(mode="exclusive", in_flight=9)
-    assert engine.flow.limit == 9
+    engine.throttle.settings = ThrottleSettings(chat_in_flight=2, in_flight=9)
+    assert engine.throttle.limit == 2
+    engine.throttle.settings = ThrottleSettings(mode="exclusive", in_flight=9)
+    assert engine.throttle.limit == 9
 
 
 def test_nonces_over_the_limit_wait_until_one_leaves():
@@ -191,13 +196,13 @@ def test_nonces_over_the_limit_wait_until_one_leaves():
         engine = Engine(chat_in_flight=1, share=1.0)
         engine.chat = 1
         seen = []
-        await engine.flow.admit()
-        waiting = asyncio.ensure_future(engine.flow.admit())
+        await engine.throttle.admit()
+        waiting = asyncio.ensure_future(engine.throttle.admit())
         await asyncio.sleep(0.02)
-        seen.append(engine.flow.in_flight)
-        engine.flow.leave()
+        seen.append(engine.throttle.in_flight)
+        engine.throttle.leave()
         await asyncio.wait_for(waiting, 5)
-        seen.append(engine.flow.in_flight)
+        seen.append(engine.throttle.in_flight)
         return seen
 
     assert asyncio.run(scenario()) == [1, 1]
@@ -207,13 +212,13 @@ def test_beside_chat_a_burst_leaves_before_the_next_and_rests_in_between():
     async def scenario() -> tuple[bool, bool]:
         engine = Engine(chat_in_flight=2, share=1e-6)
         engine.chat = 3
-        await engine.flow.admit()
-        await engine.flow.admit()
-        engine.flow.leave()
-        full = not engine.flow._may_start()  # one of two has left, and the burst is not over
+        await engine.throttle.admit()
+        await engine.throttle.admit()
+        engine.throttle.leave()
+        full = not engine.throttle._may_start()  # one of two has left, and the burst is not over
         await asyncio.sleep(0.002)
-        engine.flow.leave()
-        return full, not engine.flow._may_start()
+        engine.throttle.leave()
+        return full, not engine.throttle._may_start()
 
     assert asyncio.run(scenario()) == (True, True)
 
@@ -222,15 +227,15 @@ def test_exclusive_mode_waits_for_chat_and_no_longer_than_its_deadline():
     async def scenario() -> tuple[bool, bool]:
         engine = Engine(mode="exclusive", drain=0.05)
         engine.chat = 1
-        late = await engine.flow.drained()
-        waiting = asyncio.ensure_future(engine.flow.drained())
+        late = await engine.throttle.drained()
+        waiting = asyncio.ensure_future(engine.throttle.drained())
         engine.chat = 0
         return late, await waiting
 
     assert asyncio.run(scenario()) == (False, True)
 
 
-def answers(app, path: str, method: str = "POST") -> int:
+def answers(app, path: str, method: str = "POST", root_path: str = "") -> int:
     """Return the status that an application answers with."""
     sent: list[dict] = []
 
@@ -240,7 +245,8 @@ def answers(app, path: str, method: str = "POST") -> int:
     async def receive():
         return {"type": "http.request", "body": b""}
 
-    scope = {"type": "http", "path": path, "method": method, "headers": [(b"host", b"evil.example")]}
+    scope = {"type": "http", "path": path, "method": method, "root_path": root_path}
+    scope["headers"] = [(b"host", b"evil.example")]
     asyncio.run(app(scope, receive, send))
     return sent[0]["status"]
 
@@ -251,7 +257,7 @@ async def served(scope, receive, send) -> None:
 
 def test_the_barrier_stops_new_work_and_nothing_else():
     closed = [True]
-    app = Barrier(served, prefix="/api/v1/pow", closed=lambda: closed[0])
+    app = ChatBarrier(served, prefix="/api/v1/pow", closed=lambda: closed[0])
     assert answers(app, "/v1/chat/completions") == 503
     assert answers(app, "/v1/completions") == 503
     assert answers(app, "/v1/models", "GET") == answers(app, "/tokenize") == answers(app, "/api/v1/pow/stop") == 200
@@ -262,32 +268,64 @@ def test_the_barrier_stops_new_work_and_nothing_else():
 def test_a_middleware_under_a_prefix_leaves_other_routes_alone():
     from assay.poc.service.http._local_only import LocalOnly
 
-    app = Under(served, prefix="/api/v1/pow", middleware=LocalOnly)
+    app = UnderPrefix(served, prefix="/api/v1/pow", middleware=LocalOnly)
     assert answers(app, "/api/v1/pow/status", "GET") == 403
     assert answers(app, "/v1/models", "GET") == 200
 
 
-def test_settings_come_from_the_environment(tmp_path: Path):
+@pytest.mark.parametrize("root", ["", "/proxy"])
+def test_a_root_path_opens_no_guard_and_closes_no_route(root: str):
+    """A client may send the root path or leave it out: the router takes both."""
+    from fastapi import FastAPI
+
+    from assay.poc.service.http import LocalOnly
+    from tests.poc.service.conftest import TestClient
+
+    app = FastAPI()
+    app.root_path = root  # as vLLM sets it from --root-path
+    for path in ("/api/v1/pow/status", "/api/v1/pow/stop", "/tokenize", "/v1/completions"):
+        app.add_api_route(path, lambda: "served", methods=["GET", "POST"])
+    app.add_middleware(ChatBarrier, prefix="/api/v1/pow", closed=lambda: True)
+    app.add_middleware(UnderPrefix, prefix="/api/v1/pow", middleware=LocalOnly)
+    here, evil = (TestClient(app, base_url=f"http://{host}") for host in ("127.0.0.1", "evil.example"))
+    for before in {"", root}:
+        assert evil.get(f"{before}/api/v1/pow/status").status_code == 403
+        assert evil.post(f"{before}/api/v1/pow/stop").status_code == 403
+        assert here.post(f"{before}/api/v1/pow/stop").status_code == 200
+        assert here.post(f"{before}/tokenize").status_code == 200
+        assert here.post(f"{before}/v1/completions").status_code == 503
+        assert evil.get(f"{before}/v1/completions").status_code == 200
+
+
+def test_settings_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     keys = tmp_path / "keys"
     keys.write_text("second-key-of-16-chars\n")
-    read = PluginSettings.of(
-        {
-            "ASSAY_API_KEY": "first-key-of-16-chars",
-            "ASSAY_API_KEY_FILE": str(keys),
-            "ASSAY_DATA_DIR": str(tmp_path),
-            "ASSAY_CALLBACK_INTERVAL": "0.5",
-            "ASSAY_MAX_NONCES": "7",
-            "ASSAY_ALLOW_PRIVATE_CALLBACKS": "1",
-            "ASSAY_VLLM_SHARE": "0.5",
-            "ASSAY_VLLM_MODE": "exclusive",
-            "ASSAY_VLLM_INPUTS": "sent",
-        }
-    )
-    assert read.service.api_keys == ("first-key-of-16-chars", "second-key-of-16-chars")
-    assert (read.service.callback_interval, read.service.max_nonces, read.service.drain) == (0.5, 7, 2.0)
-    assert PluginSettings.of({"ASSAY_DRAIN": "9"}).service.drain == 9.0
-    assert read.service.allow_private_callbacks is True
-    assert (read.flow.share, read.flow.mode, read.inputs) == (0.5, "exclusive", "sent")
+    environment = {
+        "ASSAY_API_KEY": "first-key-of-16-chars",
+        "ASSAY_API_KEY_FILE": str(keys),
+        "ASSAY_DATA_DIR": str(tmp_path),
+        "ASSAY_CALLBACK_INTERVAL": "0.5",
+        "ASSAY_MAX_NONCES": "7",
+        "ASSAY_ALLOW_PRIVATE_CALLBACKS": "1",
+        "ASSAY_VLLM_SHARE": "0.5",
+        "ASSAY_VLLM_MODE": "exclusive",
+        "ASSAY_VLLM_INPUTS": "sent",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    read = PluginSettings()
+    assert read.api_keys == ("first-key-of-16-chars", "second-key-of-16-chars")
+    assert (read.callback_interval, read.max_nonces, read.drain) == (0.5, 7, 2.0)
+    assert read.allow_private_callbacks is True
+    assert read.throttle == ThrottleSettings(share=0.5, mode="exclusive")
+    assert read.vllm_inputs == "sent"
+    monkeypatch.setenv("ASSAY_DRAIN", "9")
+    assert PluginSettings().drain == 9.0
+
+
+def test_every_setting_of_the_throttle_has_a_name_in_the_environment():
+    for field in dataclasses.fields(ThrottleSettings):
+        assert PluginSettings.environment_name(f"vllm_{field.name}") == f"ASSAY_VLLM_{field.name.upper()}"
 
 
 @pytest.mark.parametrize(
@@ -302,9 +340,11 @@ def test_settings_come_from_the_environment(tmp_path: Path):
         {"ASSAY_API_KEY_FILE": "/no/such/file"},
     ],
 )
-def test_settings_that_are_wrong_are_refused_in_words(wrong):
-    with pytest.raises(UsageError):
-        PluginSettings.of(wrong)
+def test_settings_that_are_wrong_are_refused_in_words(wrong, monkeypatch: pytest.MonkeyPatch):
+    ((name, value),) = wrong.items()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="an API key of fewer" if value == "short" else name):
+        PluginSettings()
 
 
 def test_a_port_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -381,3 +421,103 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(mo
     assert nonces == list(range(5))
     torch.testing.assert_close(torch.stack(rows), weighted_sum(states_BTD, weights_BT), atol=1e-6, rtol=0)
     assert not hooks.rows.get(key).sums
+
+
+class DyingLLM:
+    """An ``AsyncLLM`` whose workers answer, and whose requests fail, or never end."""
+
+    vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+        self.called: list[str] = []
+        self.asked = 0
+        self.given_up = 0
+
+    async def collective_rpc(self, method: str, args=()) -> list:
+        self.called.append(method)
+        return [None]
+
+    async def generate(self, prompt, sampling, name: str, priority: int):
+        self.asked += 1
+        try:
+            await asyncio.sleep(0 if self.error else 3600)
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+        raise self.error
+        yield
+
+
+@pytest.fixture
+def loop():
+    """An event loop in a thread of its own, and the errors that it logged."""
+    made, logged = asyncio.new_event_loop(), []
+    made.set_exception_handler(lambda _, context: logged.append(context["message"]))
+    thread = threading.Thread(target=made.run_forever, daemon=True)
+    thread.start()
+    yield made, logged
+    made.call_soon_threadsafe(made.stop)
+    thread.join()
+    made.close()
+
+
+def engine_on(llm: DyingLLM, loop, monkeypatch: pytest.MonkeyPatch) -> RequestEngine:
+    monkeypatch.setattr(_client, "_sampling", lambda: None)
+    client = _client.Client(llm, Throttle(ThrottleSettings(in_flight=4), lambda: 0, 4))
+    client.description = {"dtype": "float32", "hidden_size": 16, "vocab_size": 32}
+    return RequestEngine(client, loop, version="0", batch_size=4, seq_len=8, most_positions=64)
+
+
+def test_an_engine_that_dies_fails_its_nonces_in_words_and_logs_no_trace(loop, monkeypatch: pytest.MonkeyPatch):
+    made, logged = loop
+    engine = engine_on(DyingLLM(RuntimeError("EngineCore died")), made, monkeypatch)
+    with pytest.raises(ModelError, match="EngineCore died"):
+        next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
+    gc.collect()  # asyncio logs errors that were not looked at when their tasks are freed
+    assert logged == []
+    assert engine._client.throttle.in_flight == 0
+
+
+def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(loop, monkeypatch: pytest.MonkeyPatch):
+    made, logged = loop
+    llm = DyingLLM(None)
+    engine = engine_on(llm, made, monkeypatch)
+    outputs, raised = engine.outputs(SPEC.round, SPEC.pipeline, range(64)), []
+
+    def work() -> None:
+        try:
+            next(outputs)
+        except ModelError as error:
+            raised.append(error)
+
+    waiting = threading.Thread(target=work)
+    waiting.start()
+    until(lambda: llm.asked == 4)
+    asyncio.run_coroutine_threadsafe(engine._client.end(), made).result(10)
+    waiting.join(10)
+    assert [error.seen for error in raised] == ["the engine of vLLM has ended"]
+    assert (llm.given_up, llm.called) == (4, ["assay_open", "assay_close"])
+    assert engine._client.throttle.in_flight == 0
+    with pytest.raises(ModelError, match="has ended"):
+        next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
+    gc.collect()
+    assert logged == []
+
+
+def test_the_controller_is_closing_before_vllm_ends_its_engine(loop):
+    """As ``serve_http`` does it on SIGTERM: in a thread, before the application hears of it."""
+    made, _ = loop
+    mounted, seen = plugin(), []
+    mounted.controller = SimpleNamespace(closing=threading.Event())
+    client = _client.Client(DyingLLM(None), Throttle(ThrottleSettings(), lambda: 0, 4))
+
+    def end(timeout: float) -> None:
+        seen.append((mounted.controller.closing.is_set(), client.ended.done(), timeout))
+
+    engine_client = SimpleNamespace(shutdown=end)
+    made.call_soon_threadsafe(mounted._end_before, engine_client, SimpleNamespace(client=client, loop=made))
+    until(lambda: engine_client.shutdown is not end)
+    engine_client.shutdown(timeout=3)
+    engine_client.shutdown(timeout=0)
+    assert seen == [(True, True, 3), (True, True, 0)]

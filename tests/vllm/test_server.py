@@ -173,7 +173,7 @@ def test_rounds_that_stop_and_start_again_leave_nothing_behind(server):
     assert held["nonces"] == 0
 
 
-def test_the_flow_can_be_changed_while_it_runs_and_nonsense_is_refused(server):
+def test_the_throttle_can_be_changed_while_it_runs_and_nonsense_is_refused(server):
     assert server.post("/engine", {"share": 0.5, "chat_in_flight": 1}).json()["share"] == 0.5
     for wrong in ({"share": 0}, {"share": "all"}, {"mode": "greedy"}, {"speed": 3}):
         assert server.post("/engine", wrong).status_code == 422

@@ -79,8 +79,8 @@ def judging_engine(
         name: ``hf`` or ``vllm``.
         model: a reference.
         prover: the prover's engine. Its dtype is the likeliest to agree with it, and is used where ``dtype`` is None.
-        dtype: of the weights, or a number format of eight bits.
-        device: for ``hf``.
+        dtype: Dtype of the weights, or a number format of eight bits.
+        device: Device of the ``hf`` engine.
 
     Raises:
         UsageError: there is no such engine, or it has no use for an option.

@@ -1,6 +1,6 @@
-"""The vLLM engine, as ``--engine vllm`` starts it.
+"""The vLLM engine that ``--engine vllm`` starts.
 
-vLLM's own options come from ``ASSAY_VLLM_ARGS``, as they would stand on its command line.
+``ASSAY_VLLM_ARGS`` holds options of vLLM, written as on its command line.
 """
 
 import os
@@ -34,7 +34,9 @@ def vllm_engine(
     """
     if device is not None:
         raise UsageError(
-            f"--device {device} with vllm", wanted="no --device: vLLM runs where it was built for", do="leave it out"
+            f"--device {device} with vllm",
+            wanted="no --device: a build of vLLM is for one kind of device",
+            do="leave it out",
         )
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
     from assay.poc.engines.vllm import VLLMEngine, check_installed
@@ -46,7 +48,7 @@ def vllm_engine(
 
 
 def _options(text: str) -> dict[str, Any]:
-    """Read engine arguments with vLLM's own parser; return those that are not its defaults."""
+    """Read engine arguments with vLLM's own parser; return those that differ from its defaults."""
     if not text.strip():
         return {}
     from vllm.engine.arg_utils import AsyncEngineArgs  # type: ignore[import-not-found]

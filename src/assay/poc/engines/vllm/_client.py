@@ -4,7 +4,9 @@ Everything here runs in the event loop of the engine.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,53 +14,58 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
-from assay.poc.engines.vllm._throttle import Flow
+from assay.poc.engines.vllm._throttle import Throttle
 from assay.poc.engines.vllm._wire import Spec, new_key, request_id
 
 __all__ = ["NONCE_PRIORITY", "Client"]
 
 NONCE_PRIORITY = 1_000_000
-"""vLLM takes lower values first; what clients send is 0 unless they choose."""
+"""vLLM takes lower values first; requests of clients have 0 unless they choose."""
 
 TIMEOUT = 120.0  # seconds for a call into the workers
-ATTEMPTS = 3
 
 
 class Client:
     """Runs nonces on one engine.
 
     Args:
-        llm: vLLM's ``AsyncLLM``.
-        flow: lets nonces in.
+        llm: Engine client of vLLM, an ``AsyncLLM``.
+        throttle: Throttle that admits nonces.
     """
 
-    def __init__(self, llm: Any, flow: Flow) -> None:
-        self.flow = flow
+    def __init__(self, llm: Any, throttle: Throttle) -> None:
+        self.throttle = throttle
         self.description: dict[str, Any] = {}
+        self.ended: Future[None] = Future()
+        """Done once the engine ends; what waits for a nonce must not wait any longer."""
+        self.closers: set[Callable[[], Awaitable[None]]] = set()
+        """The ``close`` of every open stream of nonces."""
         self._llm = llm
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
 
     async def install(self) -> dict[str, Any]:
-        """Prepare the workers; return the description of the first.
+        """Prepare the workers; return the description of the last one, which has the hidden states.
 
         Raises:
-            BackendUnavailable: they lack something that is used.
+            BackendUnavailable: The workers lack a name that is used.
         """
         replies = await self._call("assay_install")
         problems = sorted({problem for reply in replies for problem in reply["problems"]})
         if problems:
             raise BackendUnavailable(
-                f"workers of vLLM without {', '.join(problems)}", wanted="what is used", do="use a tested version"
+                f"workers of vLLM without {', '.join(problems)}",
+                wanted="every name of vLLM that is used",
+                do="use a tested version",
             )
         self.description = replies[-1]
         return self.description
 
     async def open(self, spec: Spec) -> str:
-        """Begin a stream on every worker; return its key.
+        """Begin a stream of nonces on every worker; return its key.
 
         Raises:
-            UsageError: the workers refuse it.
+            UsageError: The workers refuse the round.
         """
         key = new_key()
         for reason in await self._call("assay_open", key, spec.dumps()):
@@ -67,7 +74,7 @@ class Client:
         return key
 
     async def close(self, key: str) -> None:
-        """End a stream; what the workers hold of it is dropped."""
+        """End a stream of nonces; the workers drop what they hold for it."""
         await self._call("assay_close", key)
 
     async def counts(self) -> list[dict[str, int]]:
@@ -81,10 +88,11 @@ class Client:
             pass
 
     async def collect(self, key: str, nonces: Sequence[int]) -> dict[int, NDArray[np.floating[Any]]]:
-        """Return the values of nonces that have run, by nonce. Some may be missing: their request was aborted.
+        """Return the values of nonces that have run, by nonce. A nonce whose request was aborted is missing.
 
         Raises:
-            ModelError: a worker could not run a nonce, or could not take a step of the pipeline.
+            ModelError: A worker could not run a nonce.
+            BadWeights: A worker could not take a step of the pipeline.
         """
         values: dict[int, NDArray[np.floating[Any]]] = {}
         for reply in await self._call("assay_collect", key, list(nonces)):
@@ -95,8 +103,14 @@ class Client:
             values |= _decode(reply)
         return values
 
+    async def end(self) -> None:
+        """Give up every nonce while the engine still runs; called before it ends."""
+        if not self.ended.done():
+            self.ended.set_result(None)
+        await asyncio.gather(*(close() for close in list(self.closers)), return_exceptions=True)
+
     def release(self) -> None:
-        """Let go of the engine, which has ended: it cleans up when nobody holds it, and not as the process ends."""
+        """Drop the reference to an engine that has ended: it cleans up when it is freed, before the process ends."""
         self._llm = None
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
@@ -106,19 +120,24 @@ class Client:
                 return list(await self._llm.collective_rpc(method, args=args))
         except TimeoutError:
             raise ModelError(
-                f"vLLM's workers did not answer {method} in {TIMEOUT:g} s", wanted="workers that run", do="see its log"
+                f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",
+                wanted="workers that run",
+                do="see the log of vLLM",
             ) from None
 
 
 def _prompt(prompt: Tensor | int, salt: str) -> dict[str, Any]:
-    # The salt keeps a nonce's blocks from being found by anyone, in particular under the same placeholders.
+    # The salt keeps other requests from finding the blocks of a nonce in the prefix cache, where all nonces have the
+    # same placeholder tokens.
     if isinstance(prompt, int):
         return {"type": "token", "prompt_token_ids": [0] * prompt, "cache_salt": salt}
-    # A copy: pickling a view would send all that it is a view of.
+    # A copy: pickling a view would send the whole tensor that it shows a part of.
     return {"type": "embeds", "prompt_embeds": prompt.detach().cpu().clone(), "cache_salt": salt}
 
 
+@cache
 def _sampling() -> Any:
+    """Return the parameters of every nonce; vLLM's ``InputProcessor`` clones them for each request."""
     from vllm import SamplingParams  # type: ignore[import-not-found]
     from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 

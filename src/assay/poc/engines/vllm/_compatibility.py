@@ -1,22 +1,35 @@
-"""The version gate: which vLLM this was written against, and every attribute of it that is used.
+"""Which vLLM this was written for: its versions, every name of it that is used, and the settings that are refused.
 
-vLLM's internals change with every release. What is missing is refused here in words, at the start, instead of being
-found by a request at night.
+vLLM's internals change with every release. What is missing is refused here in words when an engine starts, instead of
+failing in a request at night.
 """
 
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.poc.engines.vllm._runners import runner_kind
 
-__all__ = ["NEWEST", "OLDEST", "check_config", "check_engines", "check_installed", "missing_in_runner"]
+__all__ = [
+    "EXTENSION",
+    "NEWEST",
+    "OLDEST",
+    "check_config",
+    "check_engines",
+    "check_installed",
+    "missing_in_runner",
+    "multiply_exactly",
+    "other_cache",
+    "runner_kind",
+]
 
 OLDEST, NEWEST = (0, 28), (0, 32)
-"""The first and last minor versions that the tests have run on."""
+"""First and last minor version on which the tests have run."""
+
+EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": ("generate", "collective_rpc", "from_vllm_config", "shutdown"),
@@ -55,27 +68,38 @@ STATE_FIELDS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     ),
 }
 
+Refusal = tuple[Any, str, str, str]
+"""Whether a setting is refused; then the setting as the operator wrote it, what is wanted, and what to do."""
+
 
 def check_installed() -> str:
     """Return the version of vLLM.
 
     Raises:
-        BackendUnavailable: it is not installed, of another version than was tested, or lacks something that is used.
+        BackendUnavailable: vLLM is not installed, was not tested in this version, or lacks a name that is used.
     """
     version = _version()
     if not OLDEST <= _minor(version) <= NEWEST:
         tested = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
         raise BackendUnavailable(f"vLLM {version}", wanted=f"a version that was tested: {tested}", do="install one")
-    missing = [*_missing(CLASSES, _has_attribute), *_missing(FIELDS, _has_field)]
+    missing = [*_missing(CLASSES, hasattr), *_missing(FIELDS, _has_field)]
     if missing:
         raise BackendUnavailable(
-            f"vLLM {version} without {', '.join(missing)}", wanted="what is used of it", do="install a released version"
+            f"vLLM {version} without {', '.join(missing)}",
+            wanted="every name of vLLM that is used",
+            do="install a released version",
         )
     return version
 
 
+def runner_kind(runner: Any) -> str:
+    """Return ``v2`` for the model runner of ``vllm/v1/worker/gpu``, ``v1`` for the older one."""
+    modules = {base.__module__ for base in type(runner).__mro__}
+    return "v2" if any(module.startswith("vllm.v1.worker.gpu.") for module in modules) else "v1"
+
+
 def missing_in_runner(runner: Any) -> list[str]:
-    """Return what a worker's model runner lacks; asked inside the worker, before anything is wrapped."""
+    """Return the names that a worker's model runner lacks; called inside the worker, before anything is wrapped."""
     kind = runner_kind(runner)
     lacking = [f"{type(runner).__name__}.{path}" for path in RUNNER[kind] if not _reaches(runner, path)]
     for target, names in STATE_FIELDS[kind]:
@@ -86,64 +110,101 @@ def missing_in_runner(runner: Any) -> list[str]:
 def check_config(config: Any) -> None:
     """Refuse settings of a vLLM engine under which nonces could not run, or would prove another computation.
 
+    Args:
+        config: vLLM's ``VllmConfig``.
+
     Raises:
-        UsageError: names the first one.
+        UsageError: Names the first such setting.
     """
-    model, parallel = config.model_config, config.parallel_config
-    refused = (
+    check_engines(config.parallel_config.data_parallel_size)
+    for refused, seen, wanted, do in (*_of_model(config), *_of_engine(config), *_of_cache(config)):
+        if refused:
+            raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
+
+
+def _of_model(config: Any) -> tuple[Refusal, ...]:
+    model = config.model_config
+    checkpoint = "the checkpoint, which the proof names"
+    return (
         (not model.enable_prompt_embeds, "no --enable-prompt-embeds", "input embeddings", "add --enable-prompt-embeds"),
+        (model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", "leave it out"),
+        (model.quantization is not None, f"quantisation {model.quantization}", checkpoint, "serve it as it is"),
+        (str(config.load_config.load_format).endswith("dummy"), "--load-format dummy", checkpoint, "leave it out"),
+        (getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, "serve it as it is"),
+        (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
+        (model.is_multimodal_model, "a multimodal model", "a text model", "use another model"),
+    )
+
+
+def _of_engine(config: Any) -> tuple[Refusal, ...]:
+    parallel, on_cpu = config.parallel_config, config.device_config.device_type == "cpu"
+    contexts = ("prefill_context_parallel_size", "decode_context_parallel_size")
+    return (
         (
             not parallel.worker_extension_cls,
             "no --worker-extension-cls",
             "the extension in the workers",
-            "add --worker-extension-cls assay.poc.engines.vllm.WorkerExtension",
-        ),
-        (model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", "leave it out"),
-        (
-            model.quantization is not None,
-            f"quantisation {model.quantization}",
-            "the weights of the checkpoint, which the proof names",
-            "serve the checkpoint as it is",
+            f"add --worker-extension-cls {EXTENSION}",
         ),
         (
-            str(config.load_config.load_format).endswith("dummy"),
-            "--load-format dummy",
-            "the weights of the checkpoint",
-            "leave it out",
-        ),
-        (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1
-            or getattr(parallel, "decode_context_parallel_size", 1) > 1,
+            any(getattr(parallel, name, 1) > 1 for name in contexts),
             "context parallelism",
             "every position of a nonce on one worker",
             "use tensor or pipeline parallelism",
         ),
         (
-            getattr(config.cache_config, "kv_sharing_fast_prefill", False),
+            parallel.pipeline_parallel_size > 1 and on_cpu,
+            "pipeline stages on the CPU, where its second stage fails at the first step",
+            "one stage",
+            "use tensor parallelism",
+        ),
+        # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one: beside a request
+        # with an adapter the nonces, and the chat without one, are computed with that adapter.
+        (
+            getattr(config, "lora_config", None) is not None and on_cpu,
+            "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it",
+            "an engine without adapters",
+            "leave it out, or serve on a GPU",
+        ),
+    )
+
+
+def _of_cache(config: Any) -> tuple[Refusal, ...]:
+    cache = config.cache_config
+    return (
+        (
+            getattr(cache, "kv_sharing_fast_prefill", False),
             "--kv-sharing-fast-prefill",
             "every layer at every position",
             "leave it out",
         ),
         (
-            parallel.pipeline_parallel_size > 1 and config.device_config.device_type == "cpu",
-            "pipeline stages on the CPU, where its second stage fails at the first step",
-            "one stage",
-            "use tensor parallelism",
+            other_cache(config),
+            f"a cache of another number format ({', '.join(other_cache(config))})",
+            "a cache of the model's own format: values rounded in the cache move an honest node's results too far",
+            "leave --kv-cache-dtype, --calculate-kv-scales and --mamba-cache-dtype out",
         ),
-        (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
-        (model.is_multimodal_model, "a multimodal model", "a text model", "use another model"),
     )
-    check_engines(parallel.data_parallel_size)
-    for wrong, seen, wanted, do in refused:
-        if wrong:
-            raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
+
+
+def other_cache(config: Any) -> list[str]:
+    """Return how the cache of an engine departs from the model's own number format: nothing where it does not.
+
+    The state of a Mamba layer may be float32, the format that vLLM itself chooses for some models.
+    """
+    cache, own = config.cache_config, str(getattr(config.model_config, "dtype", "")).removeprefix("torch.")
+    formats = {"kv": ("cache_dtype", {own}), "mamba": ("mamba_cache_dtype", {own})}
+    formats["mamba state"] = ("mamba_ssm_cache_dtype", {own, "float32"})
+    found = [(name, str(getattr(cache, field, "auto")), plain) for name, (field, plain) in formats.items()]
+    scaled = ["kv scales"] if getattr(cache, "calculate_kv_scales", False) else []
+    return [f"{name} {dtype}" for name, dtype, plain in found if dtype not in {"auto", *plain}] + scaled
 
 
 def check_engines(count: int) -> None:
     """Refuse more than one data-parallel engine.
 
     Raises:
-        UsageError: says how to run several nodes instead.
+        UsageError: Says how to run several nodes instead.
     """
     if count > 1:
         raise UsageError(
@@ -151,6 +212,21 @@ def check_engines(count: int) -> None:
             wanted="one engine, whose workers hold every nonce",
             do="start one server per engine, each with its own node_id and data directory",
         )
+
+
+def multiply_exactly(dtype: str | None) -> None:
+    """Have triton multiply float32 as float32, for this process and its children, unless told otherwise.
+
+    By default triton rounds the factors of a float32 product to the ten bits of TF32. On a GPU vLLM's attention in
+    float32 is such a kernel: distances were up to 3e-5 from those of other engines, where honest noise is 3e-7, and an
+    honest node was found to be a fraud. Models in other formats are left alone: they do not need it, and some of their
+    kernels would be slower.
+
+    Args:
+        dtype: Dtype that vLLM is told to use; None for the checkpoint's.
+    """
+    if dtype in ("float32", "float"):
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def _version() -> str:
@@ -170,7 +246,7 @@ def _minor(version: str) -> tuple[int, int]:
         return (0, 0)
 
 
-def _missing(wanted: Mapping[str, tuple[str, ...]], has: Any) -> list[str]:
+def _missing(wanted: Mapping[str, tuple[str, ...]], has: Callable[[Any, str], bool]) -> list[str]:
     found: list[str] = []
     for target, names in wanted.items():
         module, _, name = target.partition(":")
@@ -181,10 +257,6 @@ def _missing(wanted: Mapping[str, tuple[str, ...]], has: Any) -> list[str]:
             continue
         found += [f"{name}.{attribute}" for attribute in names if not has(owner, attribute)]
     return found
-
-
-def _has_attribute(owner: Any, name: str) -> bool:
-    return hasattr(owner, name)
 
 
 def _has_field(owner: Any, name: str) -> bool:

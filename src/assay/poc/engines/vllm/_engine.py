@@ -1,10 +1,11 @@
-"""The engine that the prover, the verifier and the service see, in front of an ``AsyncLLM`` of any origin.
+"""The engine that the prover, the verifier and the service use, in front of any ``AsyncLLM``.
 
 Legend of shapes: B nonces of a batch, T positions, D hidden size.
 """
 
 import asyncio
 from collections.abc import Coroutine, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -16,14 +17,14 @@ from assay import streams
 from assay.errors import ModelError, UsageError
 from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines.vllm._client import Client
-from assay.poc.engines.vllm._request_stream import Prompt, Stream
+from assay.poc.engines.vllm._request_stream import Prompt, RequestStream
 from assay.poc.engines.vllm._wire import Spec
 from assay.poc.protocol import Fingerprint, Pipeline, Round
 
 __all__ = ["Inputs", "RequestEngine", "capacity", "most_positions"]
 
 Inputs = Literal["local", "sent"]
-"""Where the inputs of a nonce are made: in the workers, or here, and sent."""
+"""Where the inputs of a nonce are made: in the workers; or in this process, from which they are sent."""
 
 T = TypeVar("T")
 
@@ -32,16 +33,16 @@ class RequestEngine:
     """Runs nonces as requests of a vLLM engine, from a thread that is not the engine's.
 
     Args:
-        client: runs single nonces, in ``loop``.
-        loop: the event loop of the engine.
-        version: of vLLM.
-        batch_size: B, nonces handed out at a time; how many really run at once is the flow's.
-        seq_len: T.
-        most_positions: the longest prompt that the engine takes.
-        inputs: ``local``, or ``sent``, the fallback: bit for bit the same.
+        client: Client that runs single nonces in ``loop``.
+        loop: Event loop of the engine.
+        version: Version of vLLM.
+        batch_size: B, the number of nonces handed out at a time. The throttle decides how many run at once.
+        seq_len: T, the number of positions of every nonce.
+        most_positions: Length of the longest prompt that the engine takes.
+        inputs: Where inputs are made: ``local`` in the workers, or ``sent`` from here, bit for bit the same.
 
     Raises:
-        UsageError: the sequence is longer than the engine takes, or the batch is out of range.
+        UsageError: The sequence is longer than the engine takes, or the batch is out of range.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class RequestEngine:
 
     @property
     def vocab_size(self) -> int:
-        """V, the rows of the trained head."""
+        """V, the number of rows of the trained head."""
         return int(self._worker["vocab_size"])
 
     @property
@@ -99,7 +100,7 @@ class RequestEngine:
             threads=worker["threads"],
             torch=torch.__version__,
             library=f"vllm {self._version}",
-            kernels=(*kernels, "eager" if worker["eager"] else "compiled"),
+            kernels=(*kernels, "eager" if worker["eager"] else "compiled", *worker["cache"]),
         )
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
@@ -118,30 +119,42 @@ class RequestEngine:
         """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
 
         Raises:
-            UsageError: the workers refuse the round.
-            ModelError: vLLM did not run a nonce.
+            UsageError: The workers refuse the round.
+            ModelError: vLLM did not run a nonce, or has ended.
         """
         prompt: Prompt = self.seq_len if self._inputs == "local" else lambda nonce: self.inputs(round, [nonce])[0]
-        stream = Stream(self._client, Spec(round, pipeline.name), nonces, self.batch_size, prompt)
+        stream = RequestStream(self._client, Spec(round, pipeline.name), nonces, self.batch_size, prompt)
         yield from self._drain(stream)
 
-    def _drain(self, stream: Stream) -> Generator[NDArray[Any]]:
+    def _drain(self, stream: RequestStream) -> Generator[NDArray[Any]]:
         self._wait(stream.open())
         try:
             while (values := self._wait(stream.next())) is not None:
                 yield values
         finally:
-            self._wait(stream.close())
+            if not self._client.ended.done():  # Client.end closes every stream
+                self._wait(stream.close())
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._loop.is_closed():
+        """Run a coroutine in the engine's loop and wait for it in this thread.
+
+        Raises:
+            ModelError: The engine has ended, or ends meanwhile.
+        """
+        if self._client.ended.done() or self._loop.is_closed():
             work.close()
-            raise ModelError("the engine of vLLM has ended", wanted="a running engine", do="start it again")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        else:
+            running = asyncio.run_coroutine_threadsafe(work, self._loop)
+            either: set[Future[Any]] = {running, self._client.ended}
+            wait(either, return_when=FIRST_COMPLETED)
+            if running.done() and not running.cancelled():
+                return running.result()
+            running.cancel()
+        raise ModelError("the engine of vLLM has ended", wanted="a running engine", do="start it again")
 
 
 def most_positions(config: Any) -> int:
-    """Return the longest prompt that an engine takes: it always generates one token, which must fit behind it."""
+    """Return the length of the longest prompt that an engine takes: one generated token must fit as well."""
     longest = int(config.model_config.max_model_len) - 1
     scheduler = config.scheduler_config
     chunked = bool(getattr(scheduler, "enable_chunked_prefill", True))

@@ -1,11 +1,13 @@
-"""The part that lives in vLLM's workers: makes the inputs of nonces, keeps their hidden states, takes the transform.
+"""The part inside vLLM's workers: it makes the inputs of nonces, keeps what is read of them, takes the transform.
 
 vLLM mixes :class:`WorkerExtension` into its worker class (``--worker-extension-cls``) and calls its methods by name
-through ``collective_rpc``. Arguments and results are plain types. Every attribute is called ``assay_…``, because vLLM
-refuses names that its worker has.
+through ``collective_rpc``. Arguments and results are plain types. Every attribute is called ``assay_…``, because vLLM's
+``WorkerWrapperBase.init_worker`` refuses an extension with a name that the worker already has.
 
-Two functions of the model runner are wrapped on the instance. An exception in either would end the engine, and with it
-every chat, so both catch everything: a nonce that fails is reported as failed when it is collected, chat goes on.
+Two methods of the model runner are wrapped on the instance: ``execute_model``, which both runners call with the
+``SchedulerOutput`` of a step before they read the embeddings of its new requests, and ``sample_tokens``, which both
+call while ``execute_model_state`` still holds the hidden states of the step. An exception in either would end the
+engine, and with it every chat, so both catch everything: a nonce that fails is reported when it is collected.
 """
 
 from collections import OrderedDict
@@ -20,35 +22,42 @@ from assay.errors import AssayError, UsageError
 from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines.vllm._compatibility import missing_in_runner
 from assay.poc.engines.vllm._rows import Rows
-from assay.poc.engines.vllm._runners import Chunk, chunks
 from assay.poc.engines.vllm._wire import Spec, split_id
-from assay.poc.engines.vllm._worker import describe, hidden_size, is_first_of_group, is_first_stage, is_last_stage
+from assay.poc.engines.vllm._worker import (
+    Chunk,
+    chunks,
+    describe,
+    hidden_size,
+    is_first_of_group,
+    is_first_stage,
+    is_last_stage,
+)
 from assay.poc.protocol import Transform, weighted_sum
 
 __all__ = ["WorkerExtension"]
 
 MAX_TRANSFORMS = 4
 MAX_VALUES = 2**24
-"""Values of inputs that are made at once: vLLM leaves little of a GPU's memory to others."""
+"""Number of input values that are made at once: vLLM leaves little of a GPU's memory free."""
 
 MAX_SUMMED = 2**22
-"""Values of states that are summed at once, for which float32 is held three times."""
+"""Number of state values that are summed at once; they are held three times in float32."""
 
 Piece = tuple[Chunk, int]
-"""The chunk of a nonce, and the nonce."""
+"""A chunk of a nonce's prompt, and the nonce."""
 
 
 class WorkerExtension:
     """Methods that vLLM adds to its workers."""
 
-    # What vLLM's worker has; named so that the checker of types knows.
+    # Attributes of vLLM's worker.
     model_runner: Any
     vllm_config: Any
 
     def assay_install(self) -> dict[str, Any]:
-        """Wrap the model runner, once, and describe this worker.
+        """Wrap the model runner once, and describe this worker.
 
-        ``problems`` lists what stands against Proof of Compute here; where it is not empty nothing was wrapped.
+        ``problems`` lists the names that the runner lacks; if there are any, nothing was wrapped.
         """
         problems = missing_in_runner(self.model_runner)
         if not problems and not hasattr(self, "assay_hooks"):
@@ -56,11 +65,11 @@ class WorkerExtension:
         return {"problems": problems, **describe(self.model_runner, self.vllm_config)}
 
     def assay_open(self, key: str, spec: str) -> str | None:
-        """Begin a stream of nonces; return what is wrong with it, or None."""
+        """Begin a stream of nonces; return the reason if it is refused."""
         return _guarded(lambda: self.assay_hooks.open(key, Spec.loads(spec)))
 
     def assay_close(self, key: str) -> None:
-        """End a stream, and drop what it holds."""
+        """End a stream, and drop its rows."""
         self.assay_hooks.close(key)
 
     def assay_collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
@@ -73,13 +82,13 @@ class WorkerExtension:
         return self.assay_hooks.collect(key, nonces)
 
     def assay_counts(self) -> dict[str, int]:
-        """Return how much is held, and how often a hook failed."""
+        """Return the number of streams, rows and failures that are held, and how often a hook failed."""
         hooks = self.assay_hooks
         return {**hooks.rows.counts(), "failed": len(hooks.failed), "errors": hooks.errors}
 
 
 class Hooks:
-    """The wrapped functions of one model runner, and the rows that they keep."""
+    """The wrapped methods of one model runner, and the rows that they keep."""
 
     def __init__(self, runner: Any, config: Any) -> None:
         self.rows = Rows()
@@ -94,7 +103,7 @@ class Hooks:
         self._wrap("sample_tokens", self._capture)
 
     def open(self, key: str, spec: Spec) -> None:
-        """Begin a stream; makes what depends on the block, so that no step waits for it."""
+        """Begin a stream, and make what depends on the block now, so that no step waits for it."""
         if spec.pipeline.layers != "none":
             raise UsageError(
                 f"preset {spec.preset}", wanted="one that leaves the layers as they are", do="use --engine hf for it"
@@ -106,11 +115,11 @@ class Hooks:
     def close(self, key: str) -> None:
         """End a stream, and forget what failed in it."""
         self.rows.close(key)
-        for ticket in [ticket for ticket in self.failed if ticket[0] == key]:
-            del self.failed[ticket]
+        for owned in [owned for owned in self.failed if owned[0] == key]:
+            del self.failed[owned]
 
     def collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
-        """See :meth:`WorkerExtension.assay_collect`."""
+        """Take the values of nonces that have run; :meth:`WorkerExtension.assay_collect` describes the reply."""
         failed = {str(nonce): self.failed.pop((key, nonce)) for nonce in nonces if (key, nonce) in self.failed}
         stream = self.rows.get(key)
         if stream is None or not is_last_stage():
@@ -122,7 +131,7 @@ class Hooks:
         try:
             with torch.inference_mode():
                 values = self._transform(stream.spec)(torch.stack(states).float(), found).cpu()
-        except Exception as error:  # whatever it is, it is the answer, and the engine lives
+        except Exception as error:  # reported, so that the engine lives
             return reply | {"error": _words(error)}
         return reply | {"values": values.numpy().tobytes(), "width": values.shape[1] if values.ndim > 1 else 0}
 
@@ -141,28 +150,28 @@ class Hooks:
     # Before a step: inputs
 
     def _fill(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Give new requests of ours the inputs of their nonce in the place of their placeholder tokens."""
+        """Give the new requests of nonces their inputs, in place of the placeholder tokens."""
         empty: dict[tuple[str, Spec], list[tuple[int, Any]]] = {}
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
-            ticket = split_id(request.req_id)
-            stream = self.rows.get(ticket[0]) if ticket else None
+            owner = split_id(request.req_id)
+            stream = self.rows.get(owner[0]) if owner else None
             try:
                 if request.prompt_embeds is not None:
                     _disarm(request, hidden_size(self._config))
-                if ticket and stream:
+                if owner and stream:
                     _check_length(request, stream.spec.round.seq_len)
                     if request.prompt_embeds is None and is_first_stage():
-                        empty.setdefault((ticket[0], stream.spec), []).append((ticket[1], request))
+                        empty.setdefault((owner[0], stream.spec), []).append((owner[1], request))
                     else:
-                        self.rows.mark_filled(*ticket)
+                        self.rows.mark_filled(*owner)
             except Exception as error:
-                if ticket and stream:
-                    self._fail(ticket, _words(error))
+                if owner and stream:
+                    self._fail(owner, _words(error))
         for (key, spec), requests in empty.items():
             self._fill_all(key, spec, requests)
 
     def _fill_all(self, key: str, spec: Spec, requests: list[tuple[int, Any]]) -> None:
-        """Make the inputs of all new nonces of a stream together: on a GPU one copy costs as much as many."""
+        """Make the inputs of all new nonces of a stream together: on a GPU every copy to the host costs a wait."""
         at_once = max(1, MAX_VALUES // (spec.round.seq_len * hidden_size(self._config)))
         for start in range(0, len(requests), at_once):
             group = requests[start : start + at_once]
@@ -178,12 +187,12 @@ class Hooks:
                 self.rows.mark_filled(key, nonce)
 
     def _inputs(self, spec: Spec, nonces: list[int]) -> Tensor:
-        """Return the inputs [B, T, D] of B nonces, on the CPU, from where vLLM takes them."""
+        """Return the inputs [B, T, D] of B nonces on the CPU, where vLLM expects them."""
         dtype = streams.dtype_name(self._config.model_config.dtype)
         shape = {"seq_len": spec.round.seq_len, "hidden_size": hidden_size(self._config)}
         if self._side is None:
             return noise_inputs(self._streams, spec.round, nonces, dtype=dtype, **shape)
-        # A stream of its own: copying to the CPU then waits for the noise only, not for the step that runs.
+        # On its own CUDA stream the copy to the CPU waits for the noise only, not for the running step.
         with torch.cuda.stream(self._side):
             return noise_inputs(self._streams, spec.round, nonces, dtype=dtype, **shape).cpu()
 
@@ -191,39 +200,39 @@ class Hooks:
 
     @torch.inference_mode()
     def _capture(self, *args: Any, **kwargs: Any) -> None:
-        """Keep what is read of the hidden states of the nonces of this step."""
+        """Keep what the pipelines read of the hidden states of this step."""
         states_ND, found = chunks(self._runner)
         if states_ND is None:
             return
         sums: dict[tuple[str, int], list[Piece]] = {}
         for chunk in found:
-            ticket = split_id(chunk.request_id)
-            if ticket is None or not self.rows.wants(*ticket) or not chunk.in_prompt:
+            owner = split_id(chunk.request_id)
+            if owner is None or not self.rows.wants(*owner) or not chunk.in_prompt:
                 continue
             try:
-                if self._spec(chunk, ticket[0]).pipeline.read != "last":
-                    sums.setdefault((ticket[0], chunk.in_prompt), []).append((chunk, ticket[1]))
+                if self._spec(chunk, owner[0]).pipeline.read != "last":
+                    sums.setdefault((owner[0], chunk.in_prompt), []).append((chunk, owner[1]))
                 elif chunk.ends_prompt:
-                    self.rows.put(*ticket, states_ND[chunk.start + chunk.in_prompt - 1].clone())
+                    self.rows.put(*owner, states_ND[chunk.start + chunk.in_prompt - 1].clone())
             except Exception as error:
-                self._fail(ticket, _words(error))
+                self._fail(owner, _words(error))
         for (key, length), pieces in sums.items():
             self._add_all(states_ND, key, length, pieces)
 
     def _spec(self, chunk: Chunk, key: str) -> Spec:
-        """Return what a chunk's stream wants.
+        """Return the round and pipeline of a chunk.
 
         Raises:
-            ValueError: the prompt has another length than the round.
+            ValueError: The prompt has another length than the round.
         """
         stream = self.rows.get(key)
-        assert stream is not None  # it wants the nonce
+        assert stream is not None  # Rows.wants has said so
         if chunk.prompt != stream.spec.round.seq_len:
             raise ValueError(f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} positions")
         return stream.spec
 
     def _add_all(self, states_ND: Tensor, key: str, length: int, pieces: list[Piece]) -> None:
-        """Add chunks of one length to the sums over positions, many at once: the host pays for every kernel."""
+        """Add chunks of one length to the sums over positions, many in one kernel: the host pays for every launch."""
         at_once = max(1, MAX_SUMMED // (length * states_ND.shape[1]))
         for start in range(0, len(pieces), at_once):
             part = pieces[start : start + at_once]
@@ -234,7 +243,7 @@ class Hooks:
                     self._fail((key, nonce), _words(error))
 
     def _add(self, states_ND: Tensor, key: str, pieces: list[Piece]) -> None:
-        """Add the signed unit states of chunks of one length to those of the earlier steps."""
+        """Add the signed unit states of chunks of one length to the sums of earlier steps."""
         stream = self.rows.get(key)
         assert stream is not None
         drawn_BT = self._transform(stream.spec).weights([nonce for _, nonce in pieces], stream.spec.round.seq_len)
@@ -250,9 +259,9 @@ class Hooks:
             else:
                 stream.sums[nonce] = sum_D
 
-    def _fail(self, ticket: tuple[str, int], reason: str) -> None:
+    def _fail(self, owner: tuple[str, int], reason: str) -> None:
         self.errors += 1
-        self.failed[ticket] = reason
+        self.failed[owner] = reason
         while len(self.failed) > 1024:
             self.failed.popitem(last=False)
 
@@ -281,13 +290,13 @@ class Hooks:
 
 
 def _disarm(request: Any, width: int) -> None:
-    """Replace inputs that would do harm by zeros, and say so.
+    """Replace harmful inputs by zeros.
 
-    Those of another width would end the engine. NaN and infinity would stay in the blocks of the cache, and spoil
-    requests that get these blocks later: whoever may send embeddings to the server could stop every round on it.
+    Inputs of another width would end the engine. NaN and infinity would stay in the blocks of the cache and spoil
+    requests that get these blocks later: any client that may send embeddings could stop every round on the server.
 
     Raises:
-        ValueError: they were such.
+        ValueError: The inputs were of another width, or not finite.
     """
     sent = request.prompt_embeds
     fits = sent.ndim == 2 and sent.shape[1] == width
@@ -299,10 +308,10 @@ def _disarm(request: Any, width: int) -> None:
 
 
 def _check_length(request: Any, seq_len: int) -> None:
-    """Refuse a request of another length than the round has.
+    """Refuse a request whose length differs from the round's.
 
     Raises:
-        ValueError: says which.
+        ValueError: Names both lengths.
     """
     sent, tokens = request.prompt_embeds, request.prompt_token_ids
     length, what = (len(tokens), "placeholders") if sent is None else (len(sent), "inputs")

@@ -1,4 +1,4 @@
-"""An engine of our own in this process's care: what ``--engine vllm`` runs."""
+"""An engine that this process starts and ends: what ``--engine vllm`` runs."""
 
 import asyncio
 import os
@@ -9,14 +9,12 @@ from typing import Any
 from assay.errors import ModelError, UsageError
 from assay.models import checkpoint_directory, identify
 from assay.poc.engines.vllm._client import Client
-from assay.poc.engines.vllm._compatibility import check_config, check_installed
+from assay.poc.engines.vllm._compatibility import EXTENSION, check_config, check_installed, multiply_exactly
 from assay.poc.engines.vllm._engine import Inputs, RequestEngine, capacity, most_positions
-from assay.poc.engines.vllm._preflight import multiply_exactly
-from assay.poc.engines.vllm._throttle import Flow, FlowSettings
+from assay.poc.engines.vllm._throttle import Throttle, ThrottleSettings
 
-__all__ = ["EXTENSION", "VLLMEngine"]
+__all__ = ["VLLMEngine"]
 
-EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
 CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory; nonces need a little
 
 
@@ -24,17 +22,17 @@ class VLLMEngine(RequestEngine):
     """A vLLM engine that runs nonces only, with tensor and pipeline parallelism through vLLM's own options.
 
     Args:
-        reference: a checkpoint directory, a hub id or ``reference:NAME``.
-        batch_size: B, nonces per batch of the proof.
-        seq_len: T, positions of every nonce.
-        dtype: of the weights; the checkpoint's when None.
-        inputs: ``local`` makes the inputs in the workers, ``sent`` makes them here.
-        in_flight: nonces inside the engine at once; 0 lets assay choose.
-        options: vLLM's own engine arguments, for instance ``tensor_parallel_size=2``.
+        reference: Checkpoint directory, hub id or ``reference:NAME``.
+        batch_size: B, the number of nonces per batch of the proof.
+        seq_len: T, the number of positions of every nonce.
+        dtype: Dtype of the weights; None for the checkpoint's.
+        inputs: Where inputs are made: ``local`` in the workers, or ``sent`` from here.
+        in_flight: Number of nonces inside the engine at once; 0 lets assay choose.
+        options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
 
     Raises:
-        BackendUnavailable: vLLM is not installed, or not of a version that was tested.
-        UsageError: an option is none of vLLM's, or one under which nonces cannot run.
+        BackendUnavailable: vLLM is not installed, or was not tested in this version.
+        UsageError: vLLM has no such option, or nonces cannot run under it.
         ModelError: vLLM does not start.
     """
 
@@ -55,11 +53,10 @@ class VLLMEngine(RequestEngine):
         try:
             self._llm = self._thread.run(_start(directory, dtype, options))
             config = self._llm.vllm_config
-            # Nobody chats with this engine: it is always full.
-            flow = FlowSettings(in_flight=in_flight or capacity(config, seq_len))
-            client = self._client = Client(
-                self._llm, Flow(flow, self._llm.output_processor.get_num_unfinished_requests, 1)
-            )
+            # This engine serves no chat, so it is always full.
+            settings = ThrottleSettings(in_flight=in_flight or capacity(config, seq_len))
+            throttle = Throttle(settings, self._llm.output_processor.get_num_unfinished_requests, 1)
+            client = self._client = Client(self._llm, throttle)
             self._thread.run(client.install())
             super().__init__(
                 client,
@@ -76,17 +73,19 @@ class VLLMEngine(RequestEngine):
             raise
 
     def counts(self) -> list[dict[str, int]]:
-        """Return what every worker holds; all zero but ``dropped`` between two streams."""
+        """Return what every worker holds; between two streams everything but ``dropped`` is zero."""
         counts: list[dict[str, int]] = self._thread.run(self._client.counts())
         return counts
 
     def close(self) -> None:
         """End the engine and its processes."""
         llm, self._llm = getattr(self, "_llm", None), None
+        client = getattr(self, "_client", None)
         if llm is not None:
+            if client is not None:
+                self._thread.run(client.end())
+                client.release()
             self._thread.run(_shutdown(llm))
-            if hasattr(self, "_client"):
-                self._client.release()
         del llm
         self._thread.close()
 
@@ -128,7 +127,7 @@ async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> 
     if current_platform.is_cpu() and "gpu_memory_utilization" not in options:
         own["kv_cache_memory_bytes"] = CPU_KV_BYTES
     chosen = own | options | fixed
-    if not current_platform.is_cpu():  # vLLM forks, and a fork of a process that has asked for a GPU cannot use it
+    if not current_platform.is_cpu():  # vLLM forks, and a forked process cannot use a GPU that its parent has used
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         multiply_exactly(chosen["dtype"])
     try:

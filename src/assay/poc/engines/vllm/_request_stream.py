@@ -1,4 +1,4 @@
-"""One stream of nonces through an engine: let in one by one, collected a batch at a time, returned in order."""
+"""One stream of nonces through an engine: admitted one by one, collected a batch at a time, returned in order."""
 
 import asyncio
 import logging
@@ -11,33 +11,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.errors import ModelError
-from assay.poc.engines.vllm._client import ATTEMPTS, Client
+from assay.poc.engines.vllm._client import Client
 from assay.poc.engines.vllm._wire import Spec
 
-__all__ = ["Prompt", "Stream"]
+__all__ = ["Prompt", "RequestStream"]
 
 log = logging.getLogger("assay.vllm")
 
 AHEAD = 2  # batches that may be finished before they are asked for
+ATTEMPTS = 3  # for a nonce whose request was aborted or turned away
 COLLECTED = 256  # nonces whose rows are collected in one call
 
 Values = NDArray[np.floating[Any]]
 Prompt = Callable[[int], Tensor] | int
-"""Gives the inputs of a nonce; or the number of placeholders that the workers fill."""
+"""A function that returns the inputs of a nonce; or the number of placeholders that the workers fill."""
 
-# vLLM's admission control, where the operator has set it: the nonce is tried again, as a client would.
 FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
+"""Errors of vLLM's admission control, after which the nonce is tried again as a client would."""
 
 
-class Stream:
-    """Runs nonces and hands out the values of each batch in order. Lives in the engine's event loop.
+class RequestStream:
+    """Runs nonces and hands out the values of each batch in order. It belongs to the engine's event loop.
 
     Args:
-        client: runs single nonces.
-        spec: the round and what is published of it.
-        nonces: all of them, perhaps more than will ever be run.
-        batch_size: how many are handed out at a time.
-        prompt: their inputs.
+        client: Client that runs single nonces.
+        spec: Round, and the pipeline that names what is published.
+        nonces: Nonces in the order of the results, perhaps more than will ever be run.
+        batch_size: Number of nonces that are handed out at a time.
+        prompt: Inputs of the nonces.
     """
 
     def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int, prompt: Prompt) -> None:
@@ -49,47 +50,55 @@ class Stream:
         self._key = ""
 
     async def open(self) -> None:
-        """Tell the workers, and begin.
+        """Announce the stream to the workers, and begin.
 
         Raises:
-            UsageError: the workers refuse the round.
+            UsageError: The workers refuse the round.
         """
         self._key = await self._client.open(self._spec)
+        self._client.closers.add(self.close)
         self._producer = self._start(self._produce())
 
     async def next(self) -> Values | None:
         """Return the values of the next batch, or None after the last.
 
         Raises:
-            ModelError: the engine did not run a nonce.
+            ModelError: The engine did not run a nonce.
         """
         assert self._producer is not None
         getting = asyncio.ensure_future(self._batches.get())
         await asyncio.wait({getting, self._producer}, return_when=asyncio.FIRST_COMPLETED)
-        if not getting.done() and not self._producer.cancelled() and self._producer.exception() is not None:
+        if not getting.done() and (self._producer.cancelled() or self._producer.exception() is not None):
             getting.cancel()
-            raise self._producer.exception()  # type: ignore[misc]  # it is not None
+            self._producer.result()  # raises
         batch = await getting
         return None if batch is None else await batch
 
     async def close(self) -> None:
         """Abort what runs, and drop what the workers hold."""
+        self._client.closers.discard(self.close)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._key:
-            with suppress(Exception):  # the engine may be gone, and then so are the rows
-                await self._client.close(self._key)
+        key, self._key = self._key, ""
+        if key:
+            with suppress(Exception):  # the engine may have ended, and its workers with it
+                await self._client.close(key)
 
     def _start(self, work: Any) -> "asyncio.Task[Any]":
         task: asyncio.Task[Any] = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finished)
         return task
 
+    def _finished(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # read, because asyncio logs every error that is never read
+
     async def _produce(self) -> None:
-        if not await self._client.flow.drained():
-            log.warning("chat did not end in time: it goes on beside the nonces")
+        if not await self._client.throttle.drained():
+            log.warning("chat did not end in time and goes on beside the nonces")
         for start in range(0, len(self._nonces), self._batch_size):
             wanted = list(self._nonces[start : start + self._batch_size])
             running = [await self._launch(nonce) for nonce in wanted]
@@ -98,19 +107,19 @@ class Stream:
 
     async def _launch(self, nonce: int) -> "asyncio.Task[None]":
         prompt = self._prompt if isinstance(self._prompt, int) else await asyncio.to_thread(self._prompt, nonce)
-        await self._client.flow.admit()
+        await self._client.throttle.admit()
         task = self._start(self._client.run(self._key, nonce, prompt))
-        task.add_done_callback(lambda _: self._client.flow.leave())
+        task.add_done_callback(lambda _: self._client.throttle.leave())
         return task
 
     async def _finish(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
-        """Wait for a batch and collect it, in parts, so that the workers never hold many rows."""
+        """Wait for a batch and collect it in parts, so that the workers never hold many rows."""
         starts = range(0, len(wanted), COLLECTED)
         parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
         return np.concatenate([await self._collect(*part) for part in parts])
 
     async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
-        """Wait for nonces and collect them; what was aborted in between, by a sleeping engine or so, runs again."""
+        """Wait for nonces and collect them; those that were aborted, for instance by a sleeping engine, run again."""
         values: dict[int, Values] = {}
         missing = list(wanted)
         for attempt in range(ATTEMPTS):
@@ -123,14 +132,18 @@ class Stream:
             if not missing:
                 return np.stack([values[nonce] for nonce in wanted])
         raise ModelError(
-            f"vLLM did not run nonce {missing[0]}, nor {len(missing) - 1} others, in {ATTEMPTS} attempts",
+            f"vLLM did not run nonce {missing[0]} and {len(missing) - 1} others in {ATTEMPTS} attempts",
             wanted="requests that are not aborted",
             do="see the log of vLLM",
         )
 
 
 async def _all(running: "Sequence[asyncio.Task[None]]") -> None:
-    """Wait for all; raise the first error in words of ours."""
+    """Wait for all nonces, then raise the first error.
+
+    Raises:
+        ModelError: vLLM refused a nonce.
+    """
     for outcome in await asyncio.gather(*running, return_exceptions=True):
         if isinstance(outcome, asyncio.CancelledError):
             raise outcome

@@ -1,4 +1,4 @@
-"""The rows that a worker holds: hidden states of nonces between their forward pass and their collection.
+"""The rows that a worker holds: what is read of the hidden states, between forward pass and collection.
 
 Legend of shapes: T positions of a nonce, D hidden size.
 """
@@ -12,24 +12,24 @@ from torch import Tensor
 
 from assay.poc.engines.vllm._wire import Spec
 
-__all__ = ["MAX_ROWS", "MAX_STREAMS", "Rows", "Stream"]
+__all__ = ["MAX_ROWS", "MAX_STREAMS", "RowStream", "Rows"]
 
 MAX_STREAMS = 16
 MAX_ROWS = 4096
-"""Bound on the rows of a stream: what is over it is the oldest, of requests that nobody collected."""
+"""Bound on the rows of a stream; above it the oldest are dropped, whose requests were given up."""
 
-EXPIRY = 600.0  # seconds after which a stream that nobody asks for is dropped
+EXPIRY = 600.0  # seconds without use after which a stream is dropped
 
 
 @dataclass
-class Stream:
+class RowStream:
     """The nonces of one caller: a round, or a validation in it."""
 
     spec: Spec
     touched: float
     rows: "OrderedDict[int, Tensor]" = field(default_factory=OrderedDict)
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
-    """Nonces whose inputs are known to be those of the round, and not placeholders."""
+    """Nonces whose inputs are known to be those of the round, not placeholders."""
 
     sums: dict[int, Tensor] = field(default_factory=dict)
     """Weighted sums over the positions so far, of nonces whose prompt came in several steps."""
@@ -39,27 +39,27 @@ class Rows:
     """Bounded store of streams and their rows."""
 
     def __init__(self) -> None:
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, RowStream] = {}
         self.dropped = 0
-        """Rows that nobody collected."""
+        """Number of rows that were never collected."""
 
     def open(self, key: str, spec: Spec) -> None:
-        """Begin a stream. Those that nobody asked for in ten minutes end, and the oldest of too many."""
+        """Begin a stream. Streams that were not used for ten minutes end, and the oldest if there are too many."""
         now = time.monotonic()
-        self._streams[key] = Stream(spec, now)
+        self._streams[key] = RowStream(spec, now)
         by_age = sorted(self._streams, key=lambda name: self._streams[name].touched)
         expired = [name for name in by_age if self._streams[name].touched < now - EXPIRY]
         for name in {*expired, *by_age[: max(0, len(by_age) - MAX_STREAMS)]}:
             self.close(name)
 
     def close(self, key: str) -> None:
-        """End a stream, and drop what it holds."""
+        """End a stream, and drop its rows."""
         stream = self._streams.pop(key, None)
         if stream is not None:
             self.dropped += len(stream.rows)
 
-    def get(self, key: str) -> Stream | None:
-        """Return a stream, or None where there is none of this key."""
+    def get(self, key: str) -> RowStream | None:
+        """Return the stream of a key, or None."""
         return self._streams.get(key)
 
     def mark_filled(self, key: str, nonce: int) -> None:
@@ -71,12 +71,12 @@ class Rows:
                 stream.sums.pop(stream.filled.popitem(last=False)[0], None)
 
     def wants(self, key: str, nonce: int) -> bool:
-        """Say whether the row of a nonce is to be kept."""
+        """Return whether to keep the row of a nonce."""
         stream = self._streams.get(key)
         return stream is not None and nonce in stream.filled
 
     def put(self, key: str, nonce: int, row_D: Tensor) -> None:
-        """Keep the row of a nonce. It must not be a view of a step's states: these would be kept with it."""
+        """Keep the row of a nonce. It must not be a view, which would keep all states of a step alive."""
         stream = self._streams.get(key)
         if stream is None:
             return

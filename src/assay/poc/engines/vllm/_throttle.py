@@ -1,7 +1,7 @@
-"""How many nonces run at once: as many as fill an idle engine, few and in turns while people chat.
+"""The throttle: it fills an idle engine with nonces, and beside chat lets in a few at a time, with rests between them.
 
-A nonce that runs beside chat makes each step longer by its own tokens. What is bounded is therefore how many nonces
-are inside the engine, and, while there is chat, which part of the time any is: the ``share``.
+A nonce that runs beside chat makes each step longer by its own tokens. The throttle therefore bounds how many nonces
+are inside the engine and, while there is chat, the part of the time in which any is: the ``share``.
 """
 
 import asyncio
@@ -12,29 +12,29 @@ from typing import Literal, get_args
 
 from assay.errors import UsageError
 
-__all__ = ["Flow", "FlowSettings", "Mode"]
+__all__ = ["Mode", "Throttle", "ThrottleSettings"]
 
 Mode = Literal["chat-first", "exclusive"]
 
-TICK = 0.005  # seconds between two looks at the engine's chat while nonces wait
+TICK = 0.02  # seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end
 WINDOW = 0.25  # seconds over which the speed of an engine without chat is measured
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowSettings:
-    """What Proof of Compute may take of an engine that also serves. Times are in seconds.
+class ThrottleSettings:
+    """What Proof of Compute may take of an engine that also serves chat. Times are in seconds.
 
     Args:
-        mode: ``chat-first``; or ``exclusive``: a round refuses new chat, and waits for what runs to end.
-        share: part of the time that nonces may run while there is chat, in (0, 1].
-        in_flight: nonces at once on an engine without chat; 0 fills one step of the engine and has the next ready.
-        chat_in_flight: nonces at once while there is chat.
-        wait: an idle engine takes so few nonces that the first chat request waits about this long at most.
-        quiet: how long after the last chat request the engine counts as idle.
-        drain: how long exclusive mode waits for running chat. What is not finished then goes on beside the nonces.
+        mode: Either ``chat-first``; or ``exclusive``, in which a round refuses new chat and waits for running chat.
+        share: Part of the time in which nonces may run while there is chat, in (0, 1].
+        in_flight: Nonces at once on an engine without chat; 0 fills one step of the engine and has the next ready.
+        chat_in_flight: Nonces at once while there is chat.
+        wait: Time that the first chat request on an idle engine may wait for the nonces inside; it bounds their number.
+        quiet: Time after the last chat request until the engine counts as idle.
+        drain: Time that exclusive mode waits for running chat. What is unfinished then goes on beside the nonces.
 
     Raises:
-        UsageError: a value is out of range.
+        UsageError: A value is out of range.
     """
 
     mode: Mode = "chat-first"
@@ -58,45 +58,42 @@ class FlowSettings:
                 raise UsageError(f"{field.name} {value!r}", wanted=f"a number from {least}", do=f"correct {name}")
 
 
-class Flow:
-    """Lets nonces into one engine. Lives in one event loop.
+class Throttle:
+    """Admits nonces to one engine. It belongs to one event loop.
 
     Args:
-        settings: see there.
-        unfinished: returns the requests that are in the engine, nonces included.
-        capacity: nonces that fill the engine.
+        settings: Bounds, which may be replaced at any time.
+        unfinished: Function that returns the number of requests in the engine, nonces included.
+        capacity: Number of nonces that fill the engine.
     """
 
-    def __init__(self, settings: FlowSettings, unfinished: Callable[[], int], capacity: int) -> None:
+    def __init__(self, settings: ThrottleSettings, unfinished: Callable[[], int], capacity: int) -> None:
         self.settings = settings
         self.in_flight = 0
         self._unfinished = unfinished
         self._capacity = settings.in_flight or max(1, capacity)
-        self._done = asyncio.Event()
+        self._left = asyncio.Event()
         self._last_chat = -1e9
         self._burst = 0
         self._burst_began = 0.0
         self._rest_until = 0.0
-        self._seconds = 0.0  # of one nonce on an engine without chat
+        self._seconds = 0.0  # per nonce, on an engine without chat
         self._window_began = 0.0
         self._window_count = 0
 
     @property
     def chat(self) -> int:
-        """Requests in the engine that are not nonces."""
+        """Number of requests in the engine that are not nonces."""
         return max(0, self._unfinished() - self.in_flight)
 
     @property
     def busy(self) -> bool:
-        """Whether there is chat, or was a moment ago."""
-        now = time.monotonic()
-        if self.chat:
-            self._last_chat = now
-        return now - self._last_chat < self.settings.quiet
+        """Whether there is chat, or was at a look less than ``quiet`` seconds ago."""
+        return self.chat > 0 or time.monotonic() - self._last_chat < self.settings.quiet
 
     @property
     def limit(self) -> int:
-        """Nonces that may be in the engine now."""
+        """Number of nonces that may be in the engine now."""
         if self.settings.mode == "exclusive":
             return self._capacity
         if self.busy:
@@ -105,15 +102,21 @@ class Flow:
             return self._capacity if self.settings.in_flight else min(self._capacity, 2 * self.settings.chat_in_flight)
         return max(self.settings.chat_in_flight, min(self._capacity, int(self.settings.wait / self._seconds)))
 
+    def look(self) -> None:
+        """Remember when there was chat; called whenever a nonce waits, enters or leaves."""
+        if self.chat:
+            self._last_chat = time.monotonic()
+
     async def admit(self) -> None:
         """Wait until one more nonce may run, and count it."""
+        self.look()
         while not self._may_start():
-            self._done.clear()
-            try:
-                async with asyncio.timeout(TICK):
-                    await self._done.wait()
-            except TimeoutError:
-                pass
+            if self.in_flight:  # one of them will leave, and nothing else can make room
+                self._left.clear()
+                await self._left.wait()
+            else:
+                await asyncio.sleep(max(0.0, min(TICK, self._rest_until - time.monotonic())))
+            self.look()
         if self.in_flight == 0:
             self._burst, self._burst_began = 0, time.monotonic()
             self._window_began, self._window_count = self._burst_began, 0
@@ -123,18 +126,17 @@ class Flow:
     def leave(self) -> None:
         """Count a nonce that has run, or was given up."""
         self.in_flight -= 1
+        self.look()
         now = time.monotonic()
         if self.in_flight == 0 and self._paces:
             self._rest_until = now + (now - self._burst_began) * (1 / self.settings.share - 1)
         self._measure(now)
-        self._done.set()
+        self._left.set()
 
     async def drained(self) -> bool:
-        """In exclusive mode, wait until running chat has ended; False where that took too long."""
-        if self.settings.mode != "exclusive":
-            return True
+        """In exclusive mode, wait until running chat has ended; return False if that took too long."""
         deadline = time.monotonic() + self.settings.drain
-        while self.chat:
+        while self.settings.mode == "exclusive" and self.chat:
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(TICK)
@@ -149,12 +151,12 @@ class Flow:
             return False
         if not self._paces:
             return True
-        if self.in_flight:  # a burst is let in whole and leaves whole: between two of them the engine is chat's
+        if self.in_flight:  # a burst enters whole and leaves whole: between two of them the engine belongs to chat
             return self._burst < self.settings.chat_in_flight
         return time.monotonic() >= self._rest_until
 
     def _measure(self, now: float) -> None:
-        """Take the time of a nonce from windows in which the engine was never empty and nobody chatted."""
+        """Take the time per nonce from windows in which the engine was never empty and there was no chat."""
         self._window_count += 1
         if self.busy:
             self._window_began, self._window_count = now, 0

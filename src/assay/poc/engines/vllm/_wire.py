@@ -1,4 +1,4 @@
-"""What the serving process and its workers say to each other: keys of streams, request ids, and the round itself.
+"""What the serving process and its workers exchange: keys of streams, request ids, and the round itself.
 
 Everything that crosses a process is a plain type, so that vLLM needs no insecure serialisation.
 """
@@ -16,7 +16,7 @@ __all__ = ["Spec", "new_key", "request_id", "split_id"]
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker must know of a stream of nonces."""
+    """The round of a stream of nonces, and its preset."""
 
     round: Round
     preset: str
@@ -35,7 +35,7 @@ class Spec:
         """Read the text back.
 
         Raises:
-            UsageError: it is none.
+            UsageError: The text does not describe a round.
         """
         try:
             values: dict[str, Any] = json.loads(text)

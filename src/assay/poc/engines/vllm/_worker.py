@@ -1,63 +1,130 @@
-"""What a worker of vLLM is: its place among the workers, its model, and how it computes."""
+"""What is read of vLLM inside a worker: its place among the workers, its model, and the requests of a step.
+
+Everything here is internal to vLLM; :mod:`._compatibility` refuses a version in which a name that is read is missing.
+"""
 
 import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from assay.poc.engines.vllm._runners import runner_kind
-from assay.streams import dtype_name
+from assay.poc.engines.vllm._compatibility import other_cache, runner_kind
 
-__all__ = ["describe", "hidden_size", "is_first_of_group", "is_first_stage", "is_last_stage"]
+__all__ = ["Chunk", "chunks", "describe", "hidden_size", "is_first_of_group", "is_first_stage", "is_last_stage"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of one request in one step.
+
+    Args:
+        request_id: Id of the request, as the worker knows it.
+        start: Row of the first token in the hidden states of the step.
+        length: Number of tokens.
+        computed: Number of tokens of the request that were computed in earlier steps.
+        prompt: Number of tokens of its prompt.
+    """
+
+    request_id: str
+    start: int
+    length: int
+    computed: int
+    prompt: int
+
+    @property
+    def in_prompt(self) -> int:
+        """Number of the tokens that belong to the prompt; the others were generated."""
+        return max(0, min(self.length, self.prompt - self.computed))
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Whether the last token of the prompt is in this step."""
+        return self.computed < self.prompt <= self.computed + self.length
+
+
+def chunks(runner: Any) -> tuple[Tensor | None, Iterator[Chunk]]:
+    """Return the hidden states [tokens, D] of the step and its requests; None where this rank has no states.
+
+    Both model runners keep them in ``execute_model_state`` between ``execute_model`` and ``sample_tokens``.
+    """
+    state = runner.execute_model_state
+    if state is None or not hasattr(state.hidden_states, "shape"):
+        return None, iter(())
+    read = _chunks_v2 if runner_kind(runner) == "v2" else _chunks_v1
+    return state.hidden_states, read(runner, state)
+
+
+def _chunks_v1(runner: Any, state: Any) -> Iterator[Chunk]:
+    """Read the runner of ``vllm/v1/worker/gpu_model_runner.py``, whose rows are in the order of ``req_ids``."""
+    batch, lengths = runner.input_batch, state.scheduler_output.num_scheduled_tokens
+    start = 0
+    for index, name in enumerate(batch.req_ids):
+        length = int(lengths[name])
+        yield Chunk(name, start, length, int(batch.num_computed_tokens_cpu[index]), int(batch.num_prompt_tokens[index]))
+        start += length
+
+
+def _chunks_v2(runner: Any, state: Any) -> Iterator[Chunk]:
+    """Read the runner of ``vllm/v1/worker/gpu/model_runner.py``, whose batch may be padded behind ``num_reqs``."""
+    batch = state.input_batch
+    for index, name in enumerate(batch.req_ids[: batch.num_reqs]):
+        start, end = int(batch.query_start_loc_np[index]), int(batch.query_start_loc_np[index + 1])
+        computed, prompt = int(batch.num_computed_tokens_np[index]), int(batch.prefill_len_np[index])
+        yield Chunk(name, start, end - start, computed, prompt)
 
 
 def hidden_size(config: Any) -> int:
-    """D of the model that vLLM serves."""
+    """Return D of the model that vLLM serves."""
     return int(config.model_config.get_hidden_size())
 
 
 def is_first_stage() -> bool:
-    """Whether this worker has the first layers."""
+    """Return whether this worker has the first layers."""
     from vllm.distributed import get_pp_group  # type: ignore[import-not-found]
 
     return bool(get_pp_group().is_first_rank)
 
 
 def is_last_stage() -> bool:
-    """Whether this worker has the last layers, and so hidden states to read."""
+    """Return whether this worker has the last layers, and so hidden states to read."""
     from vllm.distributed import get_pp_group
 
     return bool(get_pp_group().is_last_rank)
 
 
 def is_first_of_group() -> bool:
-    """Whether this worker speaks for those that share its layers."""
+    """Return whether this worker answers for those that share its layers."""
     from vllm.distributed import get_tp_group
 
     return bool(get_tp_group().is_first_rank)
 
 
 def describe(runner: Any, config: Any) -> dict[str, Any]:
-    """Return what the fingerprint and the engine need to know of a worker, as plain values."""
+    """Return what the fingerprint and the engine need to know about a worker, as plain values."""
     parallel, model = config.parallel_config, config.model_config
     on_cuda = runner.device.type == "cuda"
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "runner": runner_kind(runner),
-        "device": torch.cuda.get_device_name(runner.device)
-        if on_cuda
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "dtype": dtype_name(model.dtype),
+        "device": torch.cuda.get_device_name(runner.device) if on_cuda else cpu,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "threads": 0 if on_cuda else torch.get_num_threads(),
         "attention": _attention(runner),
         "hidden_size": hidden_size(config),
         "vocab_size": int(model.get_vocab_size()),
+        "num_layers": int(model.hf_text_config.num_hidden_layers),
         "tensor_parallel": int(parallel.tensor_parallel_size),
         "pipeline_parallel": int(parallel.pipeline_parallel_size),
         "eager": bool(model.enforce_eager),
+        "cache": other_cache(config),
     }
 
 
 def _attention(runner: Any) -> str:
+    """Return the names of the attention backends that the runner has chosen for its layers."""
     groups = [group for outer in getattr(runner, "attn_groups", []) for group in outer]
     names = sorted({str(group.backend.get_name()) for group in groups})
     return "+".join(names) or "unknown"

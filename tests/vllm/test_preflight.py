@@ -1,0 +1,123 @@
+"""What a server refuses in its first seconds, with the command line read by the parser of the installed vLLM."""
+
+import os
+from pathlib import Path
+
+import pytest
+from _vllm import KEY, OPTIONS, REFERENCE
+
+from assay.poc.serving import before_start
+from tests.vllm.conftest import ON_GPU
+
+NEEDED = ["--enable-prompt-embeds", "--worker-extension-cls", OPTIONS["--worker-extension-cls"], "--dtype", "float32"]
+SERVE = ["/bin/vllm", "serve", str(REFERENCE)]
+MODULE = ["/x/vllm/entrypoints/openai/api_server.py", "--model", str(REFERENCE)]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Run the check as vLLM does; return the refusal, or None."""
+    for name, value in {"VLLM_PLUGINS": "assay", "ASSAY_API_KEY": KEY, "ASSAY_DATA_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "")  # set first, so that what is set during the test is taken back as well
+    monkeypatch.delenv("TRITON_F32_DEFAULT")
+
+    def run(*argv: str) -> str | None:
+        monkeypatch.setattr("sys.argv", list(argv))
+        try:
+            before_start()
+        except SystemExit as end:
+            return str(end.code)
+        return None
+
+    return run
+
+
+@pytest.mark.parametrize("command", [SERVE, MODULE])
+def test_a_server_as_docs_recommend_it_starts(start, command):
+    assert start(*command, *NEEDED, "--max-model-len", "256") is None
+    assert os.environ["TRITON_F32_DEFAULT"] == "ieee"
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        ("--data-parallel-size 2", "2 data-parallel engines"),
+        ("--data_parallel_size=4", "4 data-parallel engines"),
+        ("-dp 2", "2 data-parallel engines"),
+        ("--api-server-count 3", "3 API servers"),
+        ("-asc=2", "2 API servers"),
+        ("--revision main", "--revision main"),
+        ("--kv-cache-dtype fp8", "kv fp8"),
+        ("--quantization fp8 --dtype bfloat16", "quantisation fp8"),
+        ("--load-format dummy", "--load-format dummy"),
+        ('--hf-overrides {"rope_theta":5000.0}', "--hf-overrides"),
+        ("-dpn 1 --data-parallel-size 1 -asc 1", None),
+        ("--enable-prefix-caching --max-num-batched-tokens 48 --max-num-seqs 8", None),
+    ],
+)
+def test_a_command_line_is_refused_before_the_engine_is_loaded(start, words: str, refusal: str | None):
+    said = start(*SERVE, *NEEDED, *words.split())
+    assert (refusal in said and "\n  wanted: " in said and "\n  to do:  " in said) if refusal else said is None
+
+
+@pytest.mark.skipif(ON_GPU, reason="refused on the CPU only")
+@pytest.mark.parametrize(
+    ("words", "refusal"), [("--enable-lora", "--enable-lora on the CPU"), ("-pp 2", "pipeline stages on the CPU")]
+)
+def test_what_goes_wrong_on_the_cpu_is_refused_there(start, words: str, refusal: str):
+    assert refusal in start(*SERVE, *NEEDED, *words.split())
+
+
+def test_what_is_missing_is_named_with_the_flag_to_add(start):
+    assert "add --enable-prompt-embeds" in start(*SERVE, *NEEDED[1:])
+    assert f"add {' '.join(NEEDED[1:3])}" in start(*SERVE, NEEDED[0])
+
+
+@pytest.mark.parametrize("command", [SERVE, MODULE])
+def test_a_configuration_file_counts_as_the_command_line(start, command, tmp_path: Path):
+    path = tmp_path / "server.yaml"
+    path.write_text("data-parallel-size: 2\n")
+    assert "2 data-parallel engines" in start(*command, *NEEDED, "--config", str(path))
+    path.write_text("enable-prompt-embeds: true\nkv-cache-dtype: fp8\n")
+    assert "kv fp8" in start(*command, *NEEDED[1:], "--config", str(path))
+    path.write_text("dtype: float32\nenable-prompt-embeds: true\n")
+    assert start(*command, *NEEDED[1:3], "--config", str(path)) is None
+    assert os.environ["TRITON_F32_DEFAULT"] == "ieee"
+
+
+def test_a_port_that_others_reach_needs_a_key(start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("ASSAY_API_KEY")
+    assert "without a key of assay" in start(*SERVE, *NEEDED)
+    assert "without a key of assay" in start(*SERVE, *NEEDED, "--host", "0.0.0.0")
+    assert start(*SERVE, *NEEDED, "--host", "127.0.0.1") is None
+    monkeypatch.setenv("ASSAY_API_KEY", "short")
+    assert "an API key of fewer than 16" in start(*SERVE, *NEEDED)
+
+
+@pytest.mark.parametrize(("value", "refusal"), [("1", "VLLM_USE_RUST_FRONTEND"), ("0", None)])
+def test_the_front_end_without_plugins_is_refused(start, value: str, refusal, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", value)
+    said = start(*SERVE, *NEEDED)
+    assert refusal in said if refusal else said is None
+
+
+@pytest.mark.parametrize(
+    ("words", "before", "after"),
+    [
+        ("--dtype=float", None, "ieee"),
+        ("--dtype float32", "tf32x3", "tf32x3"),  # somebody has chosen
+        ("--dtype bfloat16", None, None),
+        ("", None, None),
+    ],
+)
+def test_triton_multiplies_float32_as_float32(start, words: str, before, after, monkeypatch: pytest.MonkeyPatch):
+    if before:
+        monkeypatch.setenv("TRITON_F32_DEFAULT", before)
+    assert start(*SERVE, *NEEDED[:3], *words.split()) is None
+    assert os.environ.get("TRITON_F32_DEFAULT") == after
+
+
+def test_arguments_that_vllm_refuses_are_left_to_it(start):
+    assert start(*SERVE, *NEEDED, "--data-parallel-size", "many") == "2"
+    assert start(*SERVE, *NEEDED, "--max-model-len", "1000000000") is None
