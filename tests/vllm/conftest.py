@@ -47,7 +47,7 @@ def honest():
 
 @pytest.fixture(scope="session")
 def int4_checkpoint(honest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model rounded to four bits, as a checkpoint."""
+    """A checkpoint of that model, rounded to four bits."""
     from assay.research.cheats import rounded
 
     path = tmp_path_factory.mktemp("int4") / "qwen3"

@@ -21,7 +21,7 @@ class Receiver:
                 outer.asked += 1
                 status = outer.status
                 if outer.delay and outer._mended.wait(outer.delay):
-                    status = 503  # it was asked before it was mended, and nobody waits for the answer
+                    status = 503  # it was asked before it was mended, and the sender has given up
                 if status == 200:
                     outer.bodies[self.headers["webhook-id"]] = json.loads(body)
                 self.send_response(status)

@@ -106,7 +106,7 @@ def test_the_front_end_without_plugins_is_refused(start, value: str, refusal, mo
     ("words", "before", "after"),
     [
         ("--dtype=float", None, "ieee"),
-        ("--dtype float32", "tf32x3", "tf32x3"),  # somebody has chosen
+        ("--dtype float32", "tf32x3", "tf32x3"),  # chosen by the operator
         ("--dtype bfloat16", None, None),
         ("", None, None),
     ],

@@ -20,7 +20,7 @@ KERNELS = ("auto", "compiled", "eager")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What the flags say about the engine."""
+    """The flags that describe the engine."""
 
     engine: str
     dtype: str | None
@@ -34,12 +34,12 @@ class EngineOptions:
 
 @contextmanager
 def proving_engine(model: str, options: EngineOptions) -> "Iterator[tuple[Model, Engine] | None]":
-    """Load a model for an engine; give both, or None in a process that has done its part for another one.
+    """Load a model and its engine; yield both, or None in a process that works for another one.
 
     Raises:
-        UsageError: there is no such engine, or it has no use for an option.
-        BackendUnavailable: what the engine needs is not installed.
-        ModelError: the model cannot be loaded.
+        UsageError: There is no such engine, or it has no use for an option.
+        BackendUnavailable: What the engine needs is not installed.
+        ModelError: The model cannot be loaded.
     """
     from assay.poc.engines.hf import HFEngine, ParallelEngine, be_deterministic, joined, processes
 
@@ -73,19 +73,19 @@ def proving_engine(model: str, options: EngineOptions) -> "Iterator[tuple[Model,
 def judging_engine(
     name: str, model: str, prover: "Fingerprint", *, dtype: str | None, device: str | None
 ) -> "Iterator[tuple[Model, Engine | None]]":
-    """Give the model and the engine that recompute a proof; None stands for the transformers engine.
+    """Yield the model and the engine that recompute a proof; None stands for the transformers engine.
 
     Args:
-        name: ``hf`` or ``vllm``.
-        model: a reference.
-        prover: the prover's engine. Its dtype is the likeliest to agree with it, and is used where ``dtype`` is None.
+        name: Name of the engine, ``hf`` or ``vllm``.
+        model: Reference of the model.
+        prover: Fingerprint of the prover's engine. If ``dtype`` is None, its dtype is used: it agrees best.
         dtype: Dtype of the weights, or a number format of eight bits.
         device: Device of the ``hf`` engine.
 
     Raises:
-        UsageError: there is no such engine, or it has no use for an option.
-        BackendUnavailable: vLLM is not installed, or not of a version that was tested.
-        ModelError: the model cannot be loaded.
+        UsageError: There is no such engine, or it has no use for an option.
+        BackendUnavailable: vLLM is not installed, or was not tested in this version.
+        ModelError: The model cannot be loaded.
     """
     dtype = dtype or prover.dtype
     if name == "hf":
@@ -101,7 +101,7 @@ def judging_engine(
 
 
 def load(model: str, dtype: str | None, device: str | None, world: "World | None" = None) -> "Model":
-    """Load a model in what ``--dtype`` names: a dtype, or a number format of eight bits."""
+    """Load a model in the dtype or the eight-bit number format that ``--dtype`` names."""
     from assay.models import load_model
 
     dtype, quantise = (None, dtype) if _eight_bits(dtype) else (dtype, None)
@@ -123,17 +123,17 @@ def _shape(model: "Model", options: EngineOptions) -> dict[str, Any]:
 
 
 def check_kernels(kernels: str) -> None:
-    """Refuse what ``--kernels`` does not know.
+    """Refuse a value that ``--kernels`` does not take.
 
     Raises:
-        UsageError: see above.
+        UsageError: The value is unknown.
     """
     if kernels not in KERNELS:
         raise UsageError(f"--kernels {kernels}", wanted=" or ".join(KERNELS), do="leave it out for auto")
 
 
 def compiles(model: "Model", kernels: str) -> bool:
-    """Say whether ``--kernels`` asks for compiled kernels of a model."""
+    """Return whether ``--kernels`` asks for compiled kernels of a model."""
     from assay.poc.engines.hf import worth_compiling
 
     return worth_compiling(model) if kernels == "auto" else kernels == "compiled"
@@ -160,5 +160,5 @@ def _refuse_for_vllm(options: EngineOptions) -> None:
         raise UsageError(
             "an option of the hf engine with vllm",
             wanted="no --kernels, --deterministic or --tensor-parallel, a batch size in numbers, and a dtype",
-            do="say it in ASSAY_VLLM_ARGS, as vLLM says it",
+            do="set vLLM's own options in ASSAY_VLLM_ARGS",
         )

@@ -25,12 +25,12 @@ ARGUMENTS = "ASSAY_VLLM_ARGS"
 def vllm_engine(
     model: str, *, dtype: str | None, device: str | None, batch_size: int, seq_len: int
 ) -> "Iterator[tuple[Model, Engine]]":
-    """Start vLLM with a model; give the model's identity and the engine.
+    """Start vLLM with a model; yield the model's identity and the engine.
 
     Raises:
-        UsageError: a device was named.
-        BackendUnavailable: vLLM is not installed, or not of a version that was tested.
-        ModelError: the model cannot be loaded.
+        UsageError: A device was named.
+        BackendUnavailable: vLLM is not installed, or was not tested in this version.
+        ModelError: The model cannot be loaded.
     """
     if device is not None:
         raise UsageError(
