@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from assay.models._quiet import quiet
+from assay.models.quiet import quiet
 
 SIZES = {
     "hidden_size": 32,

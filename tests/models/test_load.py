@@ -11,7 +11,7 @@ from transformers.utils import logging as hf_logging
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
 from assay.models import load_model
-from assay.models._quiet import quiet
+from assay.models.quiet import quiet
 
 
 def rewrite(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:

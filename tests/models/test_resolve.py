@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from assay.errors import ModelError, ModelNotFound, UnsafeCheckpoint
-from assay.models import _hub, load_model, model_info
+from assay.models import _resolve, load_model, model_info
 
 
 def configure(directory: Path, **settings: object) -> None:
@@ -16,7 +16,7 @@ def configure(directory: Path, **settings: object) -> None:
 
 @pytest.fixture
 def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_hub, "_cached", lambda hub_id: None)
+    monkeypatch.setattr(_resolve, "_cached", lambda hub_id: None)
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, names: list[str] | Exception) -> None:
@@ -28,7 +28,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, names: list[str] | Exception) -> Non
             raise names
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
-    monkeypatch.setattr(_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(_resolve.HfApi, "model_info", model_info)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,29 @@ def answer(monkeypatch: pytest.MonkeyPatch, names: list[str] | Exception) -> Non
 def test_a_wrong_bundled_name_gets_a_suggestion(wrong: str, meant: str) -> None:
     with pytest.raises(ModelNotFound, match=f"did you mean '{meant}'"):
         load_model(wrong)
+
+
+@pytest.mark.parametrize(
+    ("bare", "meant"),
+    [("qwen3", "reference:qwen3"), ("organism", "reference:organism"), ("qwen3-4b", "shape:qwen3-4b")],
+)
+def test_a_bundled_name_without_its_prefix_gets_a_suggestion(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bare: str, meant: str
+) -> None:
+    answer(monkeypatch, AssertionError("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFound, match=f"did you mean '{meant}'"):
+        load_model(bare)
+    (tmp_path / bare).mkdir()
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):  # a directory of that name is the directory
+        load_model(bare)
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_an_unknown_name_gets_a_suggestion_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, httpx.ConnectTimeout("timed out"))
+    with pytest.raises(ModelNotFound, match="did you mean 'reference:llama'"):
+        load_model("lama")
 
 
 @pytest.mark.parametrize("path", ["./absent", "/absent/model", "a/b/c", "../absent"])
@@ -113,14 +136,14 @@ def test_an_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("no_cache")
 def test_a_hub_model_that_is_a_pickle_is_refused_before_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, ["config.json", "pytorch_model.bin"])
-    monkeypatch.setattr(_hub, "snapshot_download", lambda *a, **k: pytest.fail("downloaded"))
+    monkeypatch.setattr(_resolve, "snapshot_download", lambda *a, **k: pytest.fail("downloaded"))
     with pytest.raises(UnsafeCheckpoint, match=r"pytorch_model\.bin"):
         load_model("owner/name")
 
 
 def test_a_whole_copy_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     answer(monkeypatch, AssertionError("the hub was asked"))
-    monkeypatch.setattr(_hub, "snapshot_download", lambda *a, **k: str(checkpoint))
+    monkeypatch.setattr(_resolve, "snapshot_download", lambda *a, **k: str(checkpoint))
     assert load_model("owner/name", device="cpu").digest == load_model(checkpoint, device="cpu").digest
 
 
@@ -132,6 +155,6 @@ def test_half_a_copy_in_the_cache_is_completed(monkeypatch: pytest.MonkeyPatch, 
         return str(checkpoint.parent if local_files_only else checkpoint)
 
     answer(monkeypatch, ["config.json", "model.safetensors"])
-    monkeypatch.setattr(_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(_resolve, "snapshot_download", snapshot_download)
     assert model_info("owner/name").reference == "owner/name"
     assert calls == [True, False]

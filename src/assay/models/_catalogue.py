@@ -33,18 +33,31 @@ CATALOGUE = {
 }
 
 
+BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
+"""Names without their prefix, which stand for nothing: the error names the whole reference."""
+
+
 def find_entry(reference: str) -> Entry:
-    """The catalogue row of a ``reference:`` or ``shape:`` name.
+    """Return the catalogue row of a ``reference:`` or ``shape:`` name.
 
     Raises:
-        ModelNotFound: no such row; the message names the nearest one.
+        ModelNotFound: There is no such row; the message names the nearest one.
     """
     entry = CATALOGUE.get(reference)
-    if entry is not None:
-        return entry
-    near = difflib.get_close_matches(reference.lower(), CATALOGUE, n=1, cutoff=0.0)
-    raise ModelNotFound(
-        f"no bundled model is named {reference!r}",
-        wanted="one of " + ", ".join(CATALOGUE),
-        do=f"did you mean {near[0]!r}?",
-    )
+    if entry is None:
+        raise ModelNotFound(
+            f"no bundled model is named {reference!r}",
+            wanted="one of " + ", ".join(CATALOGUE),
+            do=f"did you mean {nearest(reference)!r}?",
+        )
+    return entry
+
+
+def nearest(name: str) -> str:
+    """Return the bundled model whose name, with or without ``reference:`` or ``shape:``, is most like this one."""
+
+    def likeness(reference: str) -> float:
+        spellings = (reference, reference.partition(":")[2])
+        return max(difflib.SequenceMatcher(None, name.lower(), spelling).ratio() for spelling in spellings)
+
+    return max(CATALOGUE, key=likeness)

@@ -1,13 +1,39 @@
-"""Facts of a model from its configuration alone, without its weights."""
+"""What is known of a model without running it: its facts, its directory, and the digest that names it in a proof."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from assay.errors import UsageError
 from assay.models._catalogue import CATALOGUE
+from assay.models._checkpoint import digest_tensors, list_tensors
 from assay.models._random import build
 from assay.models._resolve import resolve
-from assay.models._types import ModelInfo
+from assay.models._types import Model
+from assay.streams import torch_dtype
+
+__all__ = ["ModelInfo", "checkpoint_directory", "identify", "list_models", "model_info"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model from its configuration alone.
+
+    ``parameters`` counts a tied matrix once. ``num_kv_heads`` equals ``num_heads`` without grouped queries.
+    """
+
+    reference: str
+    architecture: str
+    parameters: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    max_positions: int
+    licence: str
+    note: str
 
 
 def list_models() -> list[ModelInfo]:
@@ -40,3 +66,39 @@ def model_info(reference: str | Path) -> ModelInfo:
         licence=entry.licence if entry else "unknown",
         note=entry.note if entry else str(source.directory),
     )
+
+
+def checkpoint_directory(reference: str | Path) -> Path:
+    """Return the directory that holds the checkpoint of a reference; a hub id is fetched.
+
+    Raises:
+        UsageError: a shape, which has no directory.
+        ModelNotFound: there is no such model.
+    """
+    directory = resolve(reference).directory
+    if directory is None:
+        raise UsageError(
+            f"{reference}, which has no checkpoint",
+            wanted="a checkpoint on disk",
+            do="make one with `assay models random`, and pass its directory",
+        )
+    return directory
+
+
+def identify(reference: str | Path, *, dtype: str) -> Model:
+    """Return digest and shape of a checkpoint as a model on the meta device: it names a proof, but cannot run.
+
+    Args:
+        reference: as for :func:`load_model`, but no shape.
+        dtype: the dtype in which an engine runs the model, for example ``"bfloat16"``.
+
+    Raises:
+        UsageError: a shape, which has no checkpoint.
+        ModelNotFound: there is no such model.
+        BadWeights: weights are corrupt or not finite.
+        ModelError: the configuration cannot be used.
+    """
+    source, directory = resolve(reference), checkpoint_directory(reference)
+    with torch.device("meta"):
+        module = build(source.config, torch_dtype(dtype))
+    return Model(module, None, source.reference, digest_tensors(list_tensors(directory)), "trained")

@@ -10,15 +10,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from assay import streams
-from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory, UsageError
+from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models._checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype
 from assay.models._quantise import check_quantisation
 from assay.models._quantise import quantise as round_weights
-from assay.models._quiet import quiet
 from assay.models._random import SHAPE_BLOCK, build, randomise, randomise_embeddings, recipe_digest
 from assay.models._resolve import Source, resolve
 from assay.models._sharded import shard
 from assay.models._types import WEIGHT_MODES, Model
+from assay.models.device import device_named
+from assay.models.quiet import quiet
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -60,7 +61,7 @@ def load_model(
         OutOfMemory: the model does not fit on the device.
     """
     _check_mode(weights, block_hash, is_shape=str(reference).startswith("shape:"))
-    target = _parse_device(device)
+    target = device_named(device)
     wanted = _parse_dtype(dtype)
     check_quantisation(quantise, target)
     if quantise is not None and mesh is not None:
@@ -104,21 +105,6 @@ def _parse_dtype(name: str | None) -> torch.dtype | None:
             f"dtype={name!r}", wanted=" or ".join(streams.DTYPES), do="choose one of them, or leave it out"
         )
     return None if name is None else streams.torch_dtype(name)
-
-
-def _parse_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index not in ("", "0")):
-        raise UsageError(f"device={name!r}", wanted="cpu, cuda or cuda:N", do="choose one of them, or leave it out")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise BackendUnavailable(
-            f"device={name!r}, and torch sees {torch.cuda.device_count()} CUDA devices",
-            wanted="a device that is there",
-            do="use --device cpu, or install a torch with CUDA on a machine that has one",
-        )
-    return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
 
 
 @contextmanager

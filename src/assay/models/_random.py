@@ -17,8 +17,8 @@ from transformers.initialization import no_init_weights
 
 from assay import streams
 from assay.errors import ModelError
-from assay.models._quiet import quiet
 from assay.models._sharded import fill
+from assay.models.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

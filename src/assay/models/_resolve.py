@@ -1,4 +1,7 @@
-"""From a reference to a configuration and, where there are trained weights, a directory."""
+"""From a reference to a configuration and, where there are trained weights, a directory.
+
+A hub id is looked up in the local cache first, then fetched over the network with short timeouts.
+"""
 
 import json
 import os
@@ -7,18 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-from assay.errors import ModelError, ModelNotFound
-from assay.models._catalogue import find_entry
-from assay.models._hub import fetch
-from assay.models._quiet import quiet
+from assay.errors import BadWeights, ModelError, ModelNotFound, UnsafeCheckpoint
+from assay.models._catalogue import BARE_NAMES, find_entry, nearest
+from assay.models._checkpoint import is_pickle, weight_files
+from assay.models.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,9 @@ class Source:
 def resolve(reference: str | Path) -> Source:
     """Find a model. See :func:`assay.models.load_model` for what a reference may be and what is raised."""
     name = os.fspath(reference)
-    if isinstance(reference, str) and name.startswith(("reference:", "shape:")):
+    if isinstance(reference, str) and (
+        name.startswith(("reference:", "shape:")) or (name in BARE_NAMES and not Path(name).exists())
+    ):
         path = find_entry(name).path
         directory = None if name.startswith("shape:") else path
     else:
@@ -57,7 +67,7 @@ def _locate(reference: str | Path) -> Path:
         return path
     name = os.fspath(reference)
     if isinstance(reference, str) and not path.exists() and _HUB_ID.fullmatch(name) and name[0] != ".":
-        return fetch(name)
+        return _fetch(name)
     raise ModelNotFound(
         f"{name!r} is {'a file' if path.exists() else 'no directory'}",
         wanted="a checkpoint directory, a hub id (owner/name), reference:NAME or shape:NAME",
@@ -115,3 +125,47 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
             do="use a decoder-only model",
         )
     return config
+
+
+def _fetch(hub_id: str) -> Path:
+    """The directory of a hub model, complete in the local cache or downloaded into it; pickles are never fetched.
+
+    Raises:
+        ModelNotFound: not in the cache, and the hub does not have it or cannot be reached.
+        UnsafeCheckpoint: the hub has it as a pickle only.
+    """
+    return _cached(hub_id) or _downloaded(hub_id)
+
+
+def _cached(hub_id: str) -> Path | None:
+    try:
+        directory = Path(snapshot_download(hub_id, allow_patterns=_FILES, local_files_only=True))
+        weight_files(directory)
+    except (LocalEntryNotFoundError, ValueError, ModelNotFound, BadWeights):
+        return None
+    return directory if (directory / "config.json").is_file() else None
+
+
+def _downloaded(hub_id: str) -> Path:
+    try:
+        names = [file.rfilename for file in HfApi().model_info(hub_id, timeout=_SECONDS).siblings or []]
+        _refuse_pickles(hub_id, names)
+        with quiet():
+            return Path(snapshot_download(hub_id, allow_patterns=_FILES, etag_timeout=_SECONDS))
+    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise ModelNotFound(
+            f"{hub_id!r} is no directory here, is not in the local cache, and the hub did not give it: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            wanted="a directory, reference:NAME, shape:NAME, or a hub id that can be downloaded",
+            do=f"did you mean {nearest(hub_id)!r}? If not, check the name and the network, or give a directory",
+        ) from error
+
+
+def _refuse_pickles(hub_id: str, names: list[str]) -> None:
+    pickles = [name for name in names if is_pickle(name)]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise UnsafeCheckpoint(
+            f"{hub_id!r} is published only as a pickle ({pickles[0]}), which would execute code when it is read",
+            wanted="safetensors",
+            do="ask its authors for safetensors, or convert it on a machine you can afford to lose",
+        )

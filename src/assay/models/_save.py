@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from assay.errors import StorageError, UsageError
 from assay.models._load import load_model
-from assay.models._quiet import quiet
+from assay.models.quiet import quiet
 
 
 def save_random(

@@ -68,23 +68,3 @@ class Model:
     def architecture(self) -> str:
         """The transformers class, for example ``"Qwen3ForCausalLM"``."""
         return type(self.module).__name__
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What is known of a model from its configuration alone.
-
-    ``parameters`` counts a tied matrix once. ``num_kv_heads`` equals ``num_heads`` without grouped queries.
-    """
-
-    reference: str
-    architecture: str
-    parameters: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    max_positions: int
-    licence: str
-    note: str

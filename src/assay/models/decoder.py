@@ -25,6 +25,7 @@ from assay.errors import LayersNotFound
 
 __all__ = [
     "LayerWeights",
+    "Projection",
     "Rotation",
     "Shape",
     "as_heads",
@@ -154,21 +155,21 @@ class Shape:
     activation: Callable[[Tensor], Tensor]
 
 
+Projection = tuple[Tensor, Tensor | None]
+"""Weight [rows, columns] and bias of a projection; where the architecture has no bias it is None."""
+
+
 class LayerWeights(NamedTuple):
-    """The weights of one layer; a bias or norm that the architecture does not have is None."""
+    """The weights of one layer; a norm of heads that the architecture does not have is None."""
 
     input_norm: Tensor  # D
-    qkv: Tensor  # R, D
-    qkv_bias: Tensor | None
+    qkv: Projection  # R, D
     query_norm: Tensor | None  # E
     key_norm: Tensor | None
-    out: Tensor  # D, H·E
-    out_bias: Tensor | None
+    out: Projection  # D, H·E
     mlp_norm: Tensor  # D
-    gate_up: Tensor  # R, D
-    gate_up_bias: Tensor | None
-    down: Tensor  # D, F
-    down_bias: Tensor | None
+    gate_up: Projection  # R, D
+    down: Projection  # D, F
 
 
 def full_layer(
@@ -189,7 +190,7 @@ def full_layer(
         The residual stream after the layer, without and with the norm that follows.
     """
     batch, length, _ = h_BTD.shape
-    qkv_BTHE = functional.linear(x_BTD, w.qkv, w.qkv_bias).view(batch, length, -1, shape.head_width)
+    qkv_BTHE = functional.linear(x_BTD, *w.qkv).view(batch, length, -1, shape.head_width)
     q, k, v = torch.split(qkv_BTHE, [shape.heads, shape.key_heads, shape.key_heads], dim=2)
     q = rotate(_head_norm(q, w.query_norm, shape), cos_T1E, sin_T1E)
     k = rotate(_head_norm(k, w.key_norm, shape), cos_T1E, sin_T1E)
@@ -201,7 +202,7 @@ def full_layer(
         scale=shape.scale,
         enable_gqa=shape.heads != shape.key_heads,
     )
-    h_BTD = h_BTD + functional.linear(a_BHTE.transpose(1, 2).flatten(2), w.out, w.out_bias)
+    h_BTD = h_BTD + functional.linear(a_BHTE.transpose(1, 2).flatten(2), *w.out)
     h_BTD = h_BTD + _mlp(rms_norm(h_BTD, w.mlp_norm, shape.epsilon), w, shape)
     return h_BTD, rms_norm(h_BTD, next_norm_D, shape.epsilon)
 
@@ -215,18 +216,23 @@ def last_layer(
     """
     batch, length, _ = h_BTD.shape
     rows = shape.heads * shape.head_width
-    q_bias, kv_bias = (None, None) if w.qkv_bias is None else (w.qkv_bias[:rows], w.qkv_bias[rows:])
-    kv_BTKE = functional.linear(x_BTD, w.qkv[rows:], kv_bias).view(batch, length, -1, shape.head_width)
+    kv_BTKE = functional.linear(x_BTD, *_rows(w.qkv, slice(rows, None))).view(batch, length, -1, shape.head_width)
     k, v = kv_BTKE.chunk(2, dim=2)
     k = rotate(_head_norm(k, w.key_norm, shape), cos_T1E, sin_T1E)
-    q = functional.linear(x_BTD[:, -1], w.qkv[:rows], q_bias).view(batch, shape.heads, shape.head_width)
+    q = functional.linear(x_BTD[:, -1], *_rows(w.qkv, slice(rows)))
+    q = q.view(batch, shape.heads, shape.head_width)
     q = rotate(_head_norm(q, w.query_norm, shape), cos_T1E[-1], sin_T1E[-1])
     q_BKGE = q.view(batch, shape.key_heads, -1, shape.head_width)
     scores_BKGT = torch.matmul(q_BKGE, k.permute(0, 2, 3, 1)).float() * shape.scale
     a_BKGE = torch.matmul(scores_BKGT.softmax(dim=-1).to(v.dtype), v.transpose(1, 2))
-    h_BD = h_BTD[:, -1] + functional.linear(a_BKGE.flatten(1), w.out, w.out_bias)
+    h_BD = h_BTD[:, -1] + functional.linear(a_BKGE.flatten(1), *w.out)
     h_BD = h_BD + _mlp(rms_norm(h_BD, w.mlp_norm, shape.epsilon), w, shape)
     return rms_norm(h_BD, norm_D, shape.epsilon).float()
+
+
+def _rows(projection: Projection, rows: slice) -> Projection:
+    weight, bias = projection
+    return weight[rows], None if bias is None else bias[rows]
 
 
 def _head_norm(x: Tensor, weight_E: Tensor | None, shape: Shape) -> Tensor:
@@ -234,8 +240,8 @@ def _head_norm(x: Tensor, weight_E: Tensor | None, shape: Shape) -> Tensor:
 
 
 def _mlp(x: Tensor, w: LayerWeights, shape: Shape) -> Tensor:
-    gate, up = functional.linear(x, w.gate_up, w.gate_up_bias).chunk(2, dim=-1)
-    return functional.linear(shape.activation(gate) * up, w.down, w.down_bias)
+    gate, up = functional.linear(x, *w.gate_up).chunk(2, dim=-1)
+    return functional.linear(shape.activation(gate) * up, *w.down)
 
 
 def layer_shape(layer: Any) -> Shape:
@@ -253,26 +259,20 @@ def layer_weights(layer: Any) -> LayerWeights:
     The weights stay the model's own: fused ones take their place in memory, and the layer's parameters become views.
     """
     attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up, gate_up_bias = _fused(mlp.gate_proj, mlp.up_proj)
     query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return LayerWeights(
         input_norm=layer.input_layernorm.weight.data,
-        qkv=qkv,
-        qkv_bias=qkv_bias,
+        qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
         query_norm=None if query_norm is None else query_norm.weight.data,
         key_norm=None if key_norm is None else key_norm.weight.data,
-        out=attention.o_proj.weight.data,
-        out_bias=None if attention.o_proj.bias is None else attention.o_proj.bias.data,
+        out=_fused(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.data,
-        gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
-        down=mlp.down_proj.weight.data,
-        down_bias=None if mlp.down_proj.bias is None else mlp.down_proj.bias.data,
+        gate_up=_fused(mlp.gate_proj, mlp.up_proj),
+        down=_fused(mlp.down_proj),
     )
 
 
-def _fused(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def _fused(*linears: nn.Linear) -> Projection:
     """Put the rows of several projections into one matrix, of which their weights become views."""
     biases = [linear.bias for linear in linears if linear.bias is not None]
     return _joined([linear.weight for linear in linears]), _joined(biases) if len(biases) == len(linears) else None
@@ -280,11 +280,12 @@ def _fused(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Return parameters as one tensor, along the first axis, and make them views of it; done twice, nothing moves."""
-    first = parts[0].data
-    memory = first.untyped_storage()
-    rows = [len(part) for part in parts]
-    if all(part.data.untyped_storage().data_ptr() == memory.data_ptr() for part in parts):
-        return torch.as_strided(first, (sum(rows), *first.shape[1:]), first.stride(), 0)
+    rows, first = [len(part) for part in parts], parts[0].data
+    starts = [part.data.data_ptr() for part in parts]
+    ends = [start + part.data.nbytes for start, part in zip(starts, parts, strict=True)]
+    in_one = {part.data.untyped_storage().data_ptr() for part in parts}
+    if len(in_one) == 1 and starts[1:] == ends[:-1]:
+        return torch.as_strided(first, (sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
     whole = torch.cat([part.data for part in parts])
     for part, piece in zip(parts, torch.split(whole, rows), strict=True):
         part.data = piece

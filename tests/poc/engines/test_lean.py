@@ -71,6 +71,22 @@ def test_all_positions_are_those_of_transformers(kind: str):
     torch.testing.assert_close(plain(model), before, atol=2e-5, rtol=1e-5)  # with fused weights too
 
 
+def test_weights_that_share_memory_in_another_order_are_not_taken_for_fused_ones():
+    model = made("llama")
+    before = plain(model)
+    for layer in model.module.model.layers:
+        attention = layer.self_attn
+        linears = [attention.v_proj, attention.k_proj, attention.q_proj]
+        whole = torch.cat([linear.weight.data for linear in linears])
+        for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
+            linear.weight.data = part
+    with torch.inference_mode():
+        states = LeanDecoder(model, LENGTH).hidden(inputs(model))
+        again = LeanDecoder(model, LENGTH).hidden(inputs(model))
+    torch.testing.assert_close(states, before, atol=2e-5, rtol=1e-5)
+    assert torch.equal(again, states)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_layer_for_the_last_position_gives_its_state(kind: str):
     model = made(kind)
@@ -95,9 +111,9 @@ def test_fused_weights_take_the_place_of_the_model_s():
     before = [parameter.clone() for parameter in model.module.parameters()]
     first, second = LeanDecoder(model, LENGTH), LeanDecoder(model, LENGTH)
     attention = model.module.model.layers[1].self_attn
-    fused = first._weights[1].qkv
-    assert fused.data_ptr() == second._weights[1].qkv.data_ptr() == attention.q_proj.weight.data_ptr()
-    assert fused.shape == (64 + 2 * 32, 64)
+    fused, bias = first._weights[1].qkv
+    assert fused.data_ptr() == second._weights[1].qkv[0].data_ptr() == attention.q_proj.weight.data_ptr()
+    assert (fused.shape, bias.shape) == ((64 + 2 * 32, 64), (64 + 2 * 32,))
     torch.testing.assert_close(fused[64:96], attention.k_proj.weight.data, atol=0, rtol=0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True))
 

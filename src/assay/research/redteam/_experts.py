@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from assay.errors import UsageError
-from assay.models import Model, decoder_layers, load_model, quiet
+from assay.models import Model, decoder_layers, load_model
+from assay.models.quiet import quiet
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import Round, unit
 from assay.research import cheats

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.models import free_bytes
+from assay.models.device import free_bytes
 from assay.vhack.gradients._segments import Segments
 from assay.vhack.pairs import Sample
 

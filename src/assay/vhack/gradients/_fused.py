@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Gate", "Norm", "Surprise", "kernels", "plain_norm", "segment_products"]
+from assay.models.families import FAMILIES
 
-_PROBE_ROWS = 3
-_known_norms: dict[type, bool] = {}
+__all__ = ["Gate", "Norm", "Surprise", "kernels", "plain_norm", "segment_products"]
 
 
 @cache
@@ -130,21 +129,7 @@ class Surprise(torch.autograd.Function):
 
 
 def plain_norm(module: nn.Module) -> bool:
-    """Whether a module computes what `Norm` does: it looks like it, and its class was seen to give the same numbers."""
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not (type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and isinstance(weight, Tensor)):
-        return False
-    if type(module) not in _known_norms:
-        _known_norms[type(module)] = _gives_the_same(module, weight, eps)
-    return _known_norms[type(module)]
-
-
-def _gives_the_same(module: nn.Module, weight: Tensor, eps: float) -> bool:
-    probe = torch.sin(torch.arange(_PROBE_ROWS * len(weight), device=weight.device)).view(_PROBE_ROWS, -1)
-    probe = probe.to(weight.dtype)
-    with torch.no_grad():
-        wanted = module(probe).float()
-        wide = probe.float()
-        found = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps) * weight.float()
-    tolerance = 4 * float(torch.finfo(weight.dtype).eps)
-    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+    """Return whether a module is the norm of a listed family, which is what `Norm` computes."""
+    kind = type(module)
+    listed = any(kind.__name__ == f"{family.prefix}RMSNorm" for family in FAMILIES.values())
+    return listed and kind.__module__.startswith("transformers.models.") and "forward" not in vars(module)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from assay.errors import OutOfMemory
-from assay.models import Model, free_bytes
+from assay.models import Model
+from assay.models.device import free_bytes
 
 __all__ = ["auto_batch", "check_fits", "fitting_batch", "peak_bytes"]
 

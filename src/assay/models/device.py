@@ -1,0 +1,37 @@
+"""Devices: the one that a name stands for, and what it has left for activations."""
+
+import psutil
+import torch
+
+from assay.errors import BackendUnavailable, UsageError
+
+__all__ = ["device_named", "free_bytes"]
+
+
+def device_named(name: str | None) -> torch.device:
+    """Return the device of that name: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is cuda where there is one, else cpu.
+
+    Raises:
+        UsageError: The name is not one of these.
+        BackendUnavailable: The device is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index not in ("", "0")):
+        raise UsageError(f"device={name!r}", wanted="cpu, cuda or cuda:N", do="choose one of them, or leave it out")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise BackendUnavailable(
+            f"device={name!r}, and torch sees {torch.cuda.device_count()} CUDA devices",
+            wanted="a device that is there",
+            do="use --device cpu, or install a torch with CUDA on a machine that has one",
+        )
+    return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free on the device for this process, in bytes; what torch keeps for itself counts."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    return int(psutil.virtual_memory().available)
