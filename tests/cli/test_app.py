@@ -37,7 +37,8 @@ FROZEN = {
     },
     "poc verify": {
         "--model", "--sample", "--calibration", "--block-hash", "--public-key", "--prover-dtype", "--dtype", "--device",
-        "--engine", "--alpha", "--seed", "--json",
+        "--engine", "--alpha", "--seed", "--json", "--preset", "--seq-len", "--strength", "--r-target", "--node-id",
+        "--node-count", "--nonces",
     },
     "poc calibrate": {"--valid-rate", "--dimension", "--output", "--json"},
     "poc callbacks list": {"--data-dir", "--all", "--limit", "--json"},

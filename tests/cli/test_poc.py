@@ -11,6 +11,8 @@ import pytest
 from assay.poc import Proof
 from assay.research import cheats
 
+PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:24")  # what `prove` proves
+
 
 @pytest.fixture
 def prove(assay, small_checkpoint: Path, tmp_path: Path):
@@ -38,14 +40,16 @@ def test_prove_and_verify(prove, assay, small_checkpoint: Path, tmp_path: Path):
     summary = json.loads(made.out)
     assert summary["schema"] == "assay.poc.prove/1"
     assert summary["records"] == 24
-    verified = assay(
-        "poc", "verify", tmp_path / "proof.jsonl", "--model", small_checkpoint, "--device", "cpu", "--json"
-    )
+    options = ("--model", small_checkpoint, "--device", "cpu", *PINS)
+    verified = assay("poc", "verify", tmp_path / "proof.jsonl", *options, "--json")
     assert verified.code == 0, verified.err
     verdict = json.loads(verified.out)
     assert verdict["schema"] == "assay.poc.verdict/1"
     assert (verdict["verdict"], verdict["checked"]) == ("honest", 24)
-    text = assay("poc", "verify", tmp_path / "proof.jsonl", "--model", small_checkpoint, "--device", "cpu")
+    stated = {name: verdict[name] for name in ("block_hash", "public_key", "model", "dtype", "preset")}
+    assert list(stated.values()) == ["b", "k", str(small_checkpoint), "float32", "poc-2.0"]
+    assert (verdict["pinned"], verdict["unpinned"]) == (["block_hash", "public_key", "seq_len", "nonces"], [])
+    text = assay("poc", "verify", tmp_path / "proof.jsonl", *options)
     assert text.code == 0
     assert "honest" in text.out
 
@@ -56,6 +60,7 @@ def test_fraud_is_code_1_and_too_little_is_code_2(prove, assay, small_checkpoint
     cheats.invented(Proof.load(path)).save(tmp_path / "fake.jsonl")
     options = ("--model", small_checkpoint, "--device", "cpu")
     assert assay("poc", "verify", tmp_path / "fake.jsonl", *options).code == 1
+    assert assay("poc", "verify", tmp_path / "fake.jsonl", *options, *PINS).code == 1
     few = assay("poc", "verify", path, *options, "--sample", 1)
     assert few.code == 2
     assert "undecided" in few.out
@@ -72,7 +77,7 @@ def test_a_proof_of_another_round_is_refused(prove, assay, small_checkpoint: Pat
 
 def test_hardened_is_proved_in_float16(prove, assay, small_checkpoint: Path, tmp_path: Path):
     assert prove(preset="hardened").code == 0
-    options = ("--model", small_checkpoint, "--device", "cpu")
+    options = ("--model", small_checkpoint, "--device", "cpu", "--preset", "hardened", *PINS)
     assert Proof.load(tmp_path / "proof.jsonl").header.fingerprint.dtype == "float16"
     assert assay("poc", "verify", tmp_path / "proof.jsonl", *options).code == 0
     assert prove("wider.jsonl", preset="hardened", dtype="bfloat16").code == 0
@@ -84,7 +89,7 @@ def test_hardened_is_proved_in_float16(prove, assay, small_checkpoint: Path, tmp
 
 def test_a_proof_in_another_number_format_is_refused(prove, assay, small_checkpoint: Path, tmp_path: Path):
     prove(dtype="bfloat16")
-    options = ("--model", small_checkpoint, "--dtype", "float32", "--device", "cpu", "--prover-dtype")
+    options = ("--model", small_checkpoint, "--dtype", "float32", "--device", "cpu", *PINS, "--prover-dtype")
     result = assay("poc", "verify", tmp_path / "proof.jsonl", *options, "float16")
     assert result.code == 2
     assert "made in bfloat16" in result.err
@@ -232,7 +237,7 @@ def test_calibrate_from_two_proofs_and_use_it(prove, assay, small_checkpoint: Pa
     assert said["typical_residual"] > 0
     result = assay(
         "poc", "verify", tmp_path / "b.jsonl", "--model", small_checkpoint, "--dtype", "float32", "--device", "cpu",
-        "--calibration", path, "--json",
+        "--calibration", path, "--json", *PINS[:6],
     )  # fmt: skip
     assert result.code == 0, result.err
     assert json.loads(result.out)["noise"]["source"] == "calibration on 32 nonces"

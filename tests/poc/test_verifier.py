@@ -16,8 +16,8 @@ from assay.research import cheats
 from assay.stats import LogNoise, ScaleNoise
 
 
-def test_the_same_engine_finds_no_residual(proof: Proof, small_model):
-    verdict = verify(proof, small_model)
+def test_the_same_engine_finds_no_residual(proof: Proof, small_model, round_: Round):
+    verdict = verify(proof, small_model, expect=round_)
     assert verdict.honest
     assert verdict.exit_code == 0
     assert verdict.residuals == (0.0,) * 40

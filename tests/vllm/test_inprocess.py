@@ -125,6 +125,7 @@ def test_the_command_line_judges_on_vllm(engine, honest, tmp_path, monkeypatch, 
         path = tmp_path / f"{name}.jsonl"
         poc.prove(model, make_round("hardened"), range(64), batch_size=8, output=path)
         words = ["poc", "verify", str(path), "--model", "reference:qwen3", "--engine", "vllm", "--seed", "1", "--json"]
+        words += ["--block-hash", "block", "--public-key", "node", "--preset", "hardened", "--seq-len", str(SEQ_LEN)]
         assert run(words) == code
         assert json.loads(capsys.readouterr().out)["verdict"] == verdict
 

@@ -8,6 +8,7 @@ import typer
 
 from assay.cli import _demo_poc, _demo_vhack
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.cli._vhack_check import check_table
 
 __all__ = ["demo"]
 
@@ -39,7 +40,7 @@ def demo(
     seconds = time.perf_counter() - started
     honest[0].proof.save(output / "proof.jsonl", overwrite=True)
     page = output / "report.html"
-    report = Report("assay on a bundled model", f"both instruments in {seconds:.0f} s", command="assay demo")
+    report = Report("assay on a bundled model", f"Proof of Compute and v_hack in {seconds:.0f} s", command="assay demo")
     _demo_poc.draw(report, loaded, honest, cheaters)
     _demo_vhack.draw(report, loaded, checked)
     report.write(page)
@@ -55,8 +56,13 @@ def demo(
         emit_json("assay.demo/1", {**values, "seconds": round(seconds, 1), "report": str(page)})
         return
     table(_demo_poc.COLUMNS, _demo_poc.rows([*honest, *cheaters]), title="Proof of Compute")
-    table(_demo_vhack.COLUMNS, _demo_vhack.rows(checked), title="v_hack")
+    table(*check_table(checked), title="v_hack")
+    for check in checked.checks:
+        if check.verdict != "pass":
+            typer.echo(f"{check.title}: {check.reason}")
+    held = sum(check.verdict == "pass" for check in checked.checks)
     typer.echo(
-        f"{passed} of {len(honest)} honest nodes passed, {caught} of {len(cheaters)} cheaters caught, {seconds:.0f} s"
+        f"{passed} of {len(honest)} honest nodes passed, {caught} of {len(cheaters)} cheaters caught\n"
+        f"v_hack: {held} of {len(checked.checks)} checks passed    both in {seconds:.0f} s"
     )
     typer.echo(f"report: {page}    a proof to verify yourself: {output / 'proof.jsonl'}")

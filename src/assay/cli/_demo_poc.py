@@ -117,7 +117,7 @@ def draw(report: "Report", model: "Model", honest: Sequence[Case], cheaters: Seq
         "every proof."
     )
     _draw_histogram(report, honest)
-    report.section("Who was believed")
+    report.section("Verdicts")
     _draw_tables(report, honest, cheaters)
     report.section("How far off the cheaters were")
     _draw_residuals(report, honest[0], cheaters)
@@ -175,5 +175,7 @@ def _draw_residuals(report: "Report", honest: Case, cheaters: Sequence[Case]) ->
     ax.set_ylabel("|received − recomputed|")
     legend(ax)
     report.figure(
-        fig, "Residuals of one honest node and of every cheater. Honest noise exceeds the dotted line once in 10 000."
+        fig,
+        "Residuals of one honest node and of every cheater. Honest noise exceeds the dotted line once in 10 000. "
+        f"A residual of 0 is drawn at {stats.RESOLUTION:.1e}, the resolution of float32.",
     )

@@ -64,7 +64,9 @@ def _missing() -> list[dict[str, str]]:
 def _print(provenance: dict[str, Any], backends: list[dict[str, Any]], missing: list[dict[str, str]]) -> None:
     from assay import streams
 
-    table(("", "here"), list(provenance.items()), title="Versions and devices")
+    versions = dict(provenance.pop("versions"))
+    here = {**versions, **{name: "none" if value is None else value for name, value in provenance.items()}}
+    table(("", "here"), list(here.items()), title="Versions and devices")
     rows = []
     for row in backends:
         state = ("exact" if row["exact"] else "DIFFERENT BITS") if row["available"] else row["why"]

@@ -3,11 +3,13 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TextIO
 
 import typer
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,6 +18,10 @@ from rich.text import Text
 from assay.errors import AssayError
 
 __all__ = ["JsonFlag", "emit_json", "errors", "progress_bar", "table"]
+
+NARROW = 60  # columns of a terminal below which a box takes too much of them
+WIDEST = 1000  # columns of a file or a pipe, which have no width of their own
+PAUSE = 5.0  # seconds between two lines of progress where there is no terminal
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -40,14 +46,18 @@ class _Console(Console):
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
-    """Print a table on stdout. Columns after the first are right-aligned, unless there are only two."""
-    shown = Table(title=title or None, title_justify="left", header_style="bold")
+    """Print a table on stdout: with a box on a terminal, and without one and without line breaks into a file or pipe.
+
+    Columns after the first are right-aligned, unless there are only two.
+    """
+    console = _Console(width=None if _is_terminal(sys.stdout) else WIDEST)
+    boxed = _is_terminal(sys.stdout) and console.width >= NARROW
+    shown = Table(title=title or None, title_justify="left", header_style="bold", box=HEAVY_HEAD if boxed else None)
     for index, column in enumerate(columns):
         shown.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(str(cell)) for cell in row))
-    # A pipe has no width of its own; 80 columns would fold names that a file has room for.
-    _Console(width=None if _is_terminal(sys.stdout) else 110).print(shown)
+    console.print(shown)
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
@@ -63,11 +73,24 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.1f} {self._unit}/s" if task.speed else "")
 
 
+def _lines(label: str, unit: str) -> Callable[[int, int], None]:
+    begun = last = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PAUSE:
+            last = now
+            typer.echo(f"{label}: {done} of {total} {unit}, {done / (now - begun):.1f} {unit}/s", err=True)
+
+    return update
+
+
 @contextmanager
 def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, int], None] | None]:
-    """Show a progress bar with rate and time left on stderr, if that is a terminal."""
+    """Show a progress bar with rate and time left on stderr; where that is no terminal, a line every few seconds."""
     if not _is_terminal(sys.stderr):
-        yield None
+        yield _lines(label, unit) if sys.stderr is not None else None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

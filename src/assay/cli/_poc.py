@@ -29,39 +29,49 @@ app.add_typer(_experiment.app, name="experiment")
 @app.command(cls=Resumable)
 def prove(
     model: ModelFlag,
-    block_hash: Annotated[str, typer.Option(help="The block that seeds the round.", envvar="ASSAY_BLOCK_HASH")],
-    public_key: Annotated[str, typer.Option(help="The key of the node.", envvar="ASSAY_PUBLIC_KEY")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The proof file to write.")],
+    block_hash: Annotated[str, typer.Option(help="Block that seeds the round.", envvar="ASSAY_BLOCK_HASH")],
+    public_key: Annotated[str, typer.Option(help="Key of the node.", envvar="ASSAY_PUBLIC_KEY")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Proof file to write.")],
     nonces: Annotated[str, typer.Option(help="Positions A:B in this node's sequence of nonces.")] = "0:256",
-    preset: Annotated[str, typer.Option(help="A row of the pipeline table.")] = "poc-2.0",
-    seq_len: Annotated[int, typer.Option(help="Input positions per nonce.")] = 256,
+    preset: Annotated[
+        str, typer.Option(help="How a proof follows from the model: poc-2.0, artifact, hardened, or another pipeline.")
+    ] = "poc-2.0",
+    seq_len: Annotated[int, typer.Option(help="Number of input positions of a nonce.")] = 256,
     batch_size: Annotated[
         str, typer.Option(help="Nonces per forward pass, part of the fingerprint; auto takes what fits.")
     ] = "32",
     dtype: NumberFormatFlag = None,
     device: DeviceFlag = None,
-    engine: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
-    kernels: Annotated[str, typer.Option(help="compiled, eager, or auto: compiled on CUDA.")] = "auto",
+    engine: Annotated[str, typer.Option(help="Engine that runs the model: hf or vllm.")] = "hf",
+    kernels: Annotated[
+        str, typer.Option(help="Kernels of the hf engine: compiled, eager, or auto, which compiles on CUDA.")
+    ] = "auto",
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Refuse every operation that may give other bits the next time.")
     ] = False,
     tensor_parallel: Annotated[
         int, typer.Option(help="Processes of torchrun that hold one model together.", min=1)
     ] = 1,
-    r_target: Annotated[float, typer.Option(help="A nonce is valid below this distance.")] = 1.416,
-    node_id: Annotated[int, typer.Option(help="This node's share of the nonces.")] = 0,
-    node_count: Annotated[int, typer.Option(help="How many nodes share the nonces.")] = 1,
-    block_height: Annotated[int, typer.Option(help="Recorded in the proof.")] = 0,
-    strength: Annotated[int, typer.Option(help="Bits of seed of the inputs, 32 or 256.")] = 32,
+    r_target: Annotated[float, typer.Option(help="Distance below which a nonce is valid.")] = 1.416,
+    node_id: Annotated[int, typer.Option(help="Share of this node, from 0.")] = 0,
+    node_count: Annotated[int, typer.Option(help="Number of nodes that share the nonces of the key.")] = 1,
+    block_height: Annotated[int, typer.Option(help="Height of the block, recorded in the proof.")] = 0,
+    strength: Annotated[
+        int, typer.Option(help="Bits of the seed of each input: 32, as published, or 256, which cannot collide.")
+    ] = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing proof file.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Prove a range of nonces. An interrupted run continues when the command is repeated.
 
     Under torchrun all processes work on one proof, and the first one writes it.
+
+    Example: assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY -o proof.jsonl
     """
     from assay import poc
+    from assay.reports import check_new_file
 
+    check_new_file(output, overwrite=overwrite)
     pipeline = poc.get_pipeline(preset)
     round = poc.Round(
         block_hash=block_hash,
@@ -99,35 +109,66 @@ def prove(
 @app.command()
 def verify(
     context: typer.Context,
-    proof: Annotated[Path, typer.Argument(help="A proof file.")],
+    proof: Annotated[Path, typer.Argument(help="Proof file.")],
     model: ModelFlag,
-    sample: Annotated[int | None, typer.Option(help="Nonces to recompute; 64, or all of a smaller proof.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Measured noise for this pair of engines.")] = None,
-    block_hash: Annotated[str | None, typer.Option(help="Refuse a proof of another block.")] = None,
-    public_key: Annotated[str | None, typer.Option(help="Refuse a proof of another key.")] = None,
-    prover_dtype: Annotated[str | None, typer.Option(help="Refuse a proof in another number format.")] = None,
+    block_hash: Annotated[str | None, typer.Option(help="Block of the round; needed for exit code 0.")] = None,
+    public_key: Annotated[str | None, typer.Option(help="Key of the node; needed for exit code 0.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset that the network agreed on; else poc-2.0.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Number of positions agreed on; else 256.")] = None,
+    strength: Annotated[int | None, typer.Option(help="Bits of the input seeds agreed on; else 32.")] = None,
+    r_target: Annotated[float | None, typer.Option(help="Target distance agreed on; else 1.416.")] = None,
+    node_id: Annotated[int | None, typer.Option(help="Share of the node; else 0.")] = None,
+    node_count: Annotated[int | None, typer.Option(help="Number of nodes that share the nonces; else 1.")] = None,
+    nonces: Annotated[
+        str | None, typer.Option(help="Positions A:B that the proof must hold; else any 32 or more in a row.")
+    ] = None,
+    prover_dtype: Annotated[
+        str | None, typer.Option(help="Number format agreed on; else one of the preset, or any dtype.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(help="Number of nonces to recompute; 64, or all of a smaller proof.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File with the noise measured for this model, preset and pair of engines.")
+    ] = None,
     dtype: NumberFormatFlag = None,
     device: DeviceFlag = None,
-    engine: Annotated[str, typer.Option(help="hf or vllm: what recomputes.")] = "hf",
-    alpha: Annotated[float, typer.Option(help="Bound on accusing an honest node.")] = 1e-3,
-    seed: Annotated[int | None, typer.Option(help="Draw this sample; unpredictable when left out.", min=0)] = None,
+    engine: Annotated[str, typer.Option(help="Engine that recomputes: hf or vllm.")] = "hf",
+    alpha: Annotated[float, typer.Option(help="Bound on the chance of accusing an honest node.")] = 1e-3,
+    seed: Annotated[
+        int | None, typer.Option(help="Number that draws the sample; unpredictable when left out.", min=0)
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Recompute a sample of a proof and judge it. Exit code 0 honest, 1 fraud, 2 undecided or bad input."""
+    """Recompute a sample of a proof and judge it. Exit code 0 honest, 1 fraud, 2 undecided or bad input.
+
+    The prover wrote the header of the proof. Exit code 0 needs the block and the key from you, and every other value
+    that the prover could choose from you or at its published default. What is neither is shown, with exit code 2.
+
+    Example: assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key KEY
+    """
     from dataclasses import replace
 
     from assay import poc
 
     read = poc.Proof.load(proof)
     measured = poc.Calibration.load(calibration) if calibration else None
-    # An empty one is refused by the round: a variable that is not set must not switch the check off.
-    expect = replace(
-        read.round,
-        block_hash=read.round.block_hash if block_hash is None else block_hash,
-        public_key=read.round.public_key if public_key is None else public_key,
+    pins = poc.Pins(
+        block_hash=block_hash,
+        public_key=public_key,
+        preset=preset,
+        seq_len=seq_len,
+        strength=strength,  # type: ignore[arg-type]  # refused if it is neither 32 nor 256
+        r_target=r_target,
+        node_id=node_id,
+        node_count=node_count,
+        nonces=None if nonces is None else _share(nonces, node_id, node_count),
+        prover_dtype=prover_dtype,
     )
+    poc.check_proof(read, expect=pins, sample=sample, calibration=measured)  # before a model is loaded
+    prover = replace(read.header.fingerprint, batch_size=poc.judging_batch(read.header))
     with (
-        judging_engine(engine, model, read.header.fingerprint, dtype=dtype, device=device) as (loaded, made),
+        judging_engine(engine, model, prover, dtype=dtype, device=device) as (loaded, made),
         progress_bar("verifying") as progress,
     ):
         verdict = poc.verify(
@@ -136,8 +177,7 @@ def verify(
             engine=made,
             sample=sample,
             seed=seed,
-            expect=expect,
-            prover_dtype=prover_dtype,
+            expect=pins,
             calibration=measured,
             alpha=alpha,
             progress=progress,
@@ -151,14 +191,24 @@ def calibrate(
     proofs: Annotated[
         list[Path] | None, typer.Argument(help="Two proofs of one round from two engines; or one, with --valid-rate.")
     ] = None,
-    valid_rate: Annotated[float | None, typer.Option(help="Wanted share of valid nonces, in (0, 1).")] = None,
+    valid_rate: Annotated[float | None, typer.Option(help="Share of valid nonces that is wanted, in (0, 1).")] = None,
     dimension: Annotated[
         int | None, typer.Option(help="Dimension of the output; that of the random head, or what a proof says.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Calibration file to write.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Give the r_target of a wanted valid rate, or measure the honest noise between two engines."""
+    """Measure the honest noise between two engines, or give the r_target of a wanted valid rate.
+
+    The first use takes two proofs of one round and writes a file for `verify --calibration`. It holds for that model,
+    preset and pair of engines.
+
+    Example: assay poc calibrate mine.jsonl theirs.jsonl -o calibration.json
+
+    The second use needs no proof; with one it also measures the rate on the proof.
+
+    Example: assay poc calibrate --valid-rate 0.1
+    """
     from assay import poc, stats
 
     given = len(proofs or ())
@@ -188,6 +238,13 @@ def _positions(text: str) -> tuple[int, int]:
             f"--nonces {text!r:.60}", wanted="two numbers A:B with A < B", do="for instance --nonces 0:256"
         )
     return int(first), int(end)
+
+
+def _share(text: str, node_id: int | None, node_count: int | None) -> range:
+    from assay.poc import Round
+
+    node_id, node_count = node_id or Round.node_id, Round.node_count if node_count is None else node_count
+    return Round(block_hash="any", public_key="any", node_id=node_id, node_count=node_count).nonces(*_positions(text))
 
 
 class _Pace:
@@ -240,10 +297,20 @@ def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
         values = verdict.as_dict()
         emit_json(values.pop("schema"), values)
         return
-    sequential, count = verdict.sequential, verdict.count
+    sequential, count, header = verdict.sequential, verdict.count, verdict.header
+    claims = header.claims() | {"nonces": f"{header.count} in {len(header.nonces)} run(s) from {header.nonces[0][0]}"}
+    believed = [f"{name} {claims[name]} (pin it with --{name.replace('_', '-')})" for name in verdict.unpinned]
+    condition = ", if the prover's word is taken: exit code 2" if verdict.honest and believed else ""
     rows = [
-        ("verdict", verdict.verdict),
+        ("verdict", f"{verdict.verdict}{condition}"),
         ("why", verdict.reason),
+        ("block hash", header.round.block_hash),
+        ("public key", header.round.public_key),
+        ("model", f"{header.round.model} ({header.digest[:12]})"),
+        ("number format", header.fingerprint.dtype),
+        ("preset", f"{header.round.preset}, {header.round.seq_len} positions"),
+        ("pinned", ", ".join(verdict.pins.given) or "nothing"),
+        ("on the prover's word", "\n".join(believed) or "nothing"),
         ("checked", f"{verdict.checked} of {verdict.proved} nonces"),
         ("honest noise", f"{verdict.noise.size:.2g} ({verdict.noise.source})"),
         ("gross residuals", f"{sequential.gross} above {sequential.gross_threshold:.2g}"),
@@ -253,15 +320,15 @@ def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
 
 
 def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> None:
-    from assay.poc import Noise
-
     ours, theirs = measured.prover.as_dict(), measured.validator.as_dict()
     other = [f"{name} {ours[name]} / {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     values = {
         "path": str(path),
+        "preset": measured.preset,
+        "checkpoint": measured.digest,
         "output": measured.output,
         "law": str(measured.law),
-        "typical_residual": Noise(measured.law, "").size,
+        "typical_residual": measured.noise.size,
         "n": measured.n,
         "confidence": measured.confidence,
         "engines_differ_in": ", ".join(other) or "nothing",

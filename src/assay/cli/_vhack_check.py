@@ -12,7 +12,7 @@ from assay.errors import UsageError
 if TYPE_CHECKING:
     from assay.vhack.checks import CheckReport
 
-__all__ = ["check", "check_place", "report"]
+__all__ = ["check", "check_place", "check_table", "report"]
 
 
 def check(
@@ -96,15 +96,19 @@ def report(
         table(("", "value"), list(values.items()))
 
 
-def _print(result: "CheckReport") -> None:
-    rows = []
+def check_table(result: "CheckReport") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the columns and the rows of a table of all checks. The p-value is the largest against any null."""
+    rows: list[tuple[str, ...]] = []
     for made in result.checks:
         value = made.measured
         shown = ("", "") if value is None else (f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
         p = f"{max(made.p_values.values()):.2g}" if made.p_values else ""
         rows.append((made.title, *shown, p, made.verdict))
-    title = f"{result.verdict}: {result.design}"
-    table(("check", "value", f"{result.settings.confidence:.0%} interval", "largest p", "verdict"), rows, title=title)
+    return ("check", "value", f"{result.settings.confidence:.0%} interval", "largest p", "verdict"), rows
+
+
+def _print(result: "CheckReport") -> None:
+    table(*check_table(result), title=f"{result.verdict}: {result.design}")
     for made in result.checks:
         if made.verdict != "pass":
             typer.echo(f"{made.title}: {made.reason}")

@@ -1,12 +1,15 @@
 """Proof of Compute: prove that a model ran, and check such proofs.
 
-model = assay.load_model("reference:qwen3")
-proof = assay.poc.prove(model, Round(block_hash="…", public_key="…"), nonces=range(256))
-verdict = assay.poc.verify(proof, model)
+A node proves a range of nonces, and a validator that knows block and key recomputes a sample of them::
+
+    model = assay.load_model("reference:qwen3")
+    agreed = Round(block_hash="…", public_key="…")
+    proof = assay.poc.prove(model, agreed, nonces=range(256))
+    verdict = assay.poc.verify(proof, model, expect=agreed)
 """
 
 from assay.poc._prover import prove
-from assay.poc._verifier import verify
+from assay.poc._verifier import check_proof, judging_batch, verify
 from assay.poc.engines import Engine, HFEngine
 from assay.poc.protocol import (
     PIPELINES,
@@ -14,6 +17,7 @@ from assay.poc.protocol import (
     Fingerprint,
     Footer,
     Header,
+    Pins,
     Pipeline,
     Proof,
     Record,
@@ -42,6 +46,7 @@ __all__ = [
     "Header",
     "MeasuredTarget",
     "Noise",
+    "Pins",
     "Pipeline",
     "Proof",
     "Record",
@@ -49,8 +54,10 @@ __all__ = [
     "VectorRecord",
     "Verdict",
     "calibrate",
+    "check_proof",
     "default_noise",
     "get_pipeline",
+    "judging_batch",
     "measure_r_target",
     "prove",
     "verify",

@@ -29,6 +29,8 @@ from assay.reports import PartialFile, dumps
 
 __all__ = ["Progress", "compute", "make_header", "prove"]
 
+DEFAULT_BATCH = 32
+
 Progress = Callable[[int, int], None]
 """Called with (records done, records in all) after every batch."""
 
@@ -38,7 +40,7 @@ def prove(
     round: Round,
     nonces: Iterable[int],
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     output: str | Path | None = None,
     engine: Engine | None = None,
     progress: Progress | None = None,
@@ -47,26 +49,47 @@ def prove(
     """Prove that a model ran on the noise of every nonce.
 
     Args:
-        model: the model that is proved.
-        round: the round; its ``model`` is filled in when empty.
-        nonces: ascending nonces of this node's share, for instance ``round.nonces(0, 256)``.
-        batch_size: rows of the fixed batch shape; recorded, and used again by the verifier.
-        output: a proof file, written as it goes to ``<output>.partial``. If that file is there
-            already, left by an interrupted run of the same round, the proof continues after it.
-        engine: runs the model; when None, the transformers engine, compiled on CUDA.
-        progress: called after every batch.
-        overwrite: replace an existing proof file.
+        model: Model that is proved.
+        round: Round of this node; its ``model`` is filled in when empty.
+        nonces: Ascending nonces of this node's share, for instance ``round.nonces(0, 256)``.
+        batch_size: Rows of the fixed batch shape, recorded in the proof; 32, or that of ``engine``, when None.
+        output: Proof file, written as it grows to ``<output>.partial``. If an interrupted run of the same round left
+            that file, the proof continues after its last whole line.
+        engine: Engine that runs the model; when None, the transformers engine, compiled on CUDA.
+        progress: Function that is called with (nonces done, nonces in all) after every batch.
+        overwrite: Whether an existing proof file may be replaced.
 
     Returns:
         The complete proof.
 
     Raises:
-        UsageError: a nonce, shape or preset is out of range.
-        BadWeights: the model or its head gives NaN or infinity.
-        StorageError: the file cannot be written. What was proved so far stays in the partial file.
+        UsageError: A nonce, shape or preset is out of range, ``batch_size`` is not that of ``engine``, the file exists
+            and may not be replaced, or its partial file belongs to another proof.
+        ProofFormatError: A line of the partial file was edited.
+        ModelError: The model cannot be run: no decoder layers were found, or (BadWeights) it gives NaN or infinity.
+        OutOfMemory: The device has no room for a batch.
+        StorageError: The file cannot be written. What was proved so far stays in the partial file.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc import Round
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
+        >>> proof = assay.poc.prove(model, round, round.nonces(0, 8))
+        >>> [record.nonce for record in proof.records]
+        [0, 1, 2, 3, 4, 5, 6, 7]
+        >>> all(0 < record.distance < 2 for record in proof.records)
+        True
     """
     if engine is None:
-        engine = HFEngine(model, batch_size=batch_size, seq_len=round.seq_len, compiled=worth_compiling(model))
+        shape = {"batch_size": DEFAULT_BATCH if batch_size is None else batch_size, "seq_len": round.seq_len}
+        engine = HFEngine(model, **shape, compiled=worth_compiling(model))
+    elif batch_size not in (None, engine.batch_size):
+        raise UsageError(
+            f"batch_size {batch_size} with an engine of {engine.batch_size} rows",
+            wanted="one of the two: the batch shape belongs to the engine",
+            do="leave batch_size out, or make the engine with it",
+        )
     header = make_header(model, round, nonces, engine)
     started = time.perf_counter()
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:

@@ -1,37 +1,35 @@
 """The verifier: recompute a sample of a proof, and judge the residuals."""
 
 import secrets
-from dataclasses import fields
+from dataclasses import replace
 
 import numpy as np
 
-from assay import streams
 from assay.errors import ProofMismatch, UsageError
-from assay.models import NUMBER_FORMATS, Model
+from assay.models import Model
 from assay.poc._prover import Progress, compute
 from assay.poc.engines import Engine
 from assay.poc.engines.hf import HFEngine, is_compiled, worth_compiling
-from assay.poc.protocol import Header, Proof, Record, Round
+from assay.poc.protocol import Header, Pins, Proof, Record, Round, check_distinct_seeds
 from assay.poc.verdict import Calibration, Verdict, judge, noise_for, sequential_test
 
-__all__ = ["DEFAULT_SAMPLE", "verify"]
+__all__ = ["DEFAULT_SAMPLE", "check_proof", "judging_batch", "verify"]
 
 DEFAULT_SAMPLE = 64
 
 # A header may claim any batch shape; a validator follows it so far, for equal bits, and no further.
 LARGEST_BATCH = 1024
-
-STATED_FORMATS = (*streams.DTYPES, *NUMBER_FORMATS)
+LARGEST_SHAPE = 2**18  # positions of a batch, for the same reason
 
 
 def verify(
     proof: Proof,
     model: Model,
     *,
+    expect: Pins | Round | None = None,
+    prover_dtype: str | None = None,
     sample: int | None = None,
     seed: int | None = None,
-    expect: Round | None = None,
-    prover_dtype: str | None = None,
     calibration: Calibration | None = None,
     engine: Engine | None = None,
     alpha: float = 1e-3,
@@ -40,36 +38,63 @@ def verify(
 ) -> Verdict:
     """Recompute a sample of a proof's nonces and judge the whole.
 
+    The header of a proof is written by the prover. A proof that contradicts ``expect`` is refused. Whatever ``expect``
+    leaves open and is not at its published default is listed in :attr:`Verdict.unpinned`, and the exit code of an
+    honest verdict is then 2 instead of 0.
+
     Args:
-        proof: a complete proof.
-        model: the same checkpoint, on this machine; its dtype and device may differ from the prover's.
-        sample: how many nonces to recompute; 64, or all of a smaller proof, when None.
-        seed: draws the sample; from the system's randomness when None, so that no prover can guess it.
-        expect: refuse the proof if it was made for another round than this one.
-        prover_dtype: refuse the proof if it says that it was made in another number format than this one. The honest
-            noise is that of the format that the header states: without this, a node chooses how wide it is. None takes
-            those of the preset, or any with a calibration, which is of one format.
-        calibration: measured honest noise for this pair of engines; the stated default when None.
-        engine: recomputes; when None, the transformers engine with the prover's batch shape, of at most 1024 rows.
-        alpha: bound on the chance to ever accuse an honest node.
-        beta: chance to pass a node whose residuals are :data:`EFFECT` times the honest noise.
-        progress: called after every batch.
+        proof: Complete proof.
+        model: Same checkpoint on this machine; its dtype and device may differ from the prover's.
+        expect: Values that the validator knows: :class:`Pins`, or a :class:`Round` to pin all that it says. A round
+            does not pin the set of nonces and the number format.
+        prover_dtype: Number format that the proof must state; the one in ``expect`` when None. The honest noise is that
+            of the stated format, so a node that may choose it chooses how wide the law is. With a calibration it is
+            that of the calibrated engine.
+        sample: Number of nonces to recompute; 64, or all of a smaller proof, when None.
+        seed: Number that draws the sample; from the randomness of the system when None, so that no prover can guess it.
+        calibration: Measured honest noise for this model, preset and pair of engines; the stated default when None.
+        engine: Engine that recomputes; when None, the transformers engine with the prover's batch shape, of at most
+            1024 rows and 2**18 positions.
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that a node passes whose residuals are 4 times the honest noise (vectors: 2 times).
+        progress: Function that is called with (nonces done, nonces in all) after every batch.
+
+    Returns:
+        The verdict, with the numbers that it follows from.
 
     Raises:
-        ProofMismatch: the proof is for another checkpoint or round, or in another number format.
-        UsageError: the sample is out of range, or there is no such number format.
-        CalibrationError: the calibration is for other fingerprints.
+        ProofMismatch: The proof is of another checkpoint, contradicts ``expect``, is in another number format than
+            its preset has, or has nonces whose input seeds collide.
+        UsageError: The sample, the seed, an error rate or an expected value is out of range.
+        CalibrationError: The calibration is of another model, preset or pair of engines, or there is no default.
+        BadWeights: The model gives NaN or infinity.
+        OutOfMemory: The device has no room for a batch.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc import Pins, Round
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
+        >>> proof = assay.poc.prove(model, round, range(32))
+        >>> verdict = assay.poc.verify(proof, model, expect=round)
+        >>> verdict.verdict, verdict.unpinned, verdict.exit_code
+        ('honest', (), 0)
+        >>> known = Pins(block_hash="block_alpha", public_key="node_A")
+        >>> verdict = assay.poc.verify(proof, model, expect=known)
+        >>> verdict.verdict, verdict.unpinned, verdict.exit_code
+        ('honest', ('seq_len',), 2)
     """
     header = proof.header
-    check_match(header, model, expect)
-    if prover_dtype is not None:
-        check_format(header, prover_dtype)
-    elif calibration is None and header.pipeline.number_formats:
-        check_format(header, *header.pipeline.number_formats)
-    batch_size = min(header.fingerprint.batch_size, LARGEST_BATCH)
+    pins = check_proof(proof, expect=expect, prover_dtype=prover_dtype, sample=sample, calibration=calibration)
+    if (header.digest, header.weights) != (model.digest, model.weights):
+        raise ProofMismatch(
+            f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})",
+            wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
+            do="verify with the checkpoint that the network agreed on",
+        )
     # The prover's kernels, where this device is of that kind: equal fingerprints give equal bits.
     compiled = is_compiled(header.fingerprint) and worth_compiling(model)
-    shape = {"batch_size": batch_size, "seq_len": header.round.seq_len}
+    shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
     engine = engine or HFEngine(model, **shape, compiled=compiled)
     noise = noise_for(header, engine.fingerprint, calibration)
     test = sequential_test(noise.law, alpha=alpha, beta=beta)
@@ -80,58 +105,62 @@ def verify(
         recomputed.extend(batch)
         if progress:
             progress(len(recomputed), len(chosen))
-    return judge(proof, chosen, recomputed, noise, test=test, seed=seed)
+    return judge(proof, chosen, recomputed, noise, pins=pins, test=test, seed=seed)
 
 
-def check_match(header: Header, model: Model, expect: Round | None = None) -> None:
-    """Refuse a proof of another checkpoint, or of another round than expected.
+def check_proof(
+    proof: Proof,
+    *,
+    expect: Pins | Round | None = None,
+    prover_dtype: str | None = None,
+    sample: int | None = None,
+    calibration: Calibration | None = None,
+) -> Pins:
+    """Refuse a proof as far as that needs no model, and return what is pinned.
 
-    Raises:
-        ProofMismatch: names what differs.
-    """
-    if (header.digest, header.weights) != (model.digest, model.weights):
-        raise ProofMismatch(
-            f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})",
-            wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
-            do="verify with the checkpoint that the network agreed on",
-        )
-    if expect is None:
-        return
-    expect = expect.with_model(header.round.model)
-    for field in fields(Round):
-        ours, theirs = getattr(expect, field.name), getattr(header.round, field.name)
-        if ours != theirs:
-            raise ProofMismatch(
-                f"a proof with {field.name} {theirs!r}",
-                wanted=f"{field.name} {ours!r}",
-                do="ask the node for its proof of this round",
-            )
+    :func:`verify` begins with this. To call it before a model is loaded saves the time for proofs that are refused.
 
-
-def check_format(header: Header, *wanted: str) -> None:
-    """Refuse a proof that says it was made in another number format than the wanted ones.
+    Args:
+        proof: Complete proof.
+        expect: Values that the validator knows.
+        prover_dtype: Number format that the proof must state; the one in ``expect`` when None.
+        sample: Number of nonces that will be recomputed; 64, or all of a smaller proof, when None.
+        calibration: Measured honest noise that will be used.
 
     Raises:
-        UsageError: there is no such number format.
-        ProofMismatch: names both.
+        ProofMismatch: The header contradicts ``expect``, or nonces have colliding input seeds.
+        UsageError: The sample is larger than the proof, or an expected value is out of range.
+        CalibrationError: The calibration is of another model, preset or engine than the prover's.
     """
-    for unknown in set(wanted) - set(STATED_FORMATS):
-        raise UsageError(f"number format {unknown!r:.40}", wanted=" or ".join(STATED_FORMATS), do="choose one of them")
-    stated = header.fingerprint.dtype
-    if stated not in wanted:
-        raise ProofMismatch(
-            f"a proof of {header.pipeline.name} made in {stated}",
-            wanted=f"one made in {' or '.join(wanted)}",
-            do=f"ask the node to prove in {wanted[0]}; only if the network agreed on {stated}: --prover-dtype {stated}",
-        )
+    header = proof.header
+    pins = Pins.of(expect) if isinstance(expect, Round) else expect or Pins()
+    if prover_dtype is not None:
+        pins = replace(pins, prover_dtype=prover_dtype)
+    elif calibration is not None and pins.prover_dtype is None:
+        calibration.check(header)  # it is of one engine on either side, and so of one format
+        pins = replace(pins, prover_dtype=header.fingerprint.dtype)
+    pins.check(header)
+    _sample_size(proof, sample)
+    check_distinct_seeds(header.round, header.all_nonces())
+    return pins
 
 
-def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
+def judging_batch(header: Header) -> int:
+    """Return the batch size that a validator takes over from a header, which may claim any."""
+    return max(1, min(header.fingerprint.batch_size, LARGEST_BATCH, LARGEST_SHAPE // header.round.seq_len))
+
+
+def _sample_size(proof: Proof, sample: int | None) -> int:
     total = len(proof.records)
     size = min(DEFAULT_SAMPLE, total) if sample is None else sample
     if type(size) is not int or not 1 <= size <= total:
         raise UsageError(f"a sample of {size}", wanted=f"1 to {total}, the nonces of this proof", do="lower --sample")
+    return size
+
+
+def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
     if type(seed) is not int or seed < 0:
         raise UsageError(f"seed {seed!r}", wanted="a whole number from 0 upwards", do="leave it out")
-    chosen = np.random.default_rng(seed).choice(total, size=size, replace=False)
+    size = _sample_size(proof, sample)
+    chosen = np.random.default_rng(seed).choice(len(proof.records), size=size, replace=False)
     return [proof.records[i] for i in sorted(chosen.tolist())]

@@ -15,7 +15,7 @@ from assay.reports._figures import (
 from assay.reports._html import Badge, BadgeKind, Cell, Report
 from assay.reports._jsonl import JsonObject, dumps, loads, read_json, read_jsonl, read_lines
 from assay.reports._provenance import provenance
-from assay.reports._storage import PartialFile, storage_error, write_atomic, write_jsonl
+from assay.reports._storage import PartialFile, check_new_file, storage_error, write_atomic, write_jsonl
 
 __all__ = [
     "INK",
@@ -29,6 +29,7 @@ __all__ = [
     "PartialFile",
     "Report",
     "bands",
+    "check_new_file",
     "dumps",
     "figure",
     "heatmap",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BadgeKind = Literal["pass", "fail", "undecided"]
 _MARKS: Mapping[str, str] = {"pass": "✓", "fail": "✕", "undecided": "?"}
 _NUMBER = re.compile(r"[−+-]?[\d.,]+(e[+-]?\d+)?(\s?[%×a-zA-Zµ/]{0,9})?(\s?±\s?[\d.,]+\s?[%a-zA-Z]{0,9})?")
+_CODE = re.compile("`([^`]+)`")
 _CONTENTS_FROM = 4  # sections from which a list of contents helps
 
 
@@ -70,7 +71,7 @@ class Report:
         self._parts.append(f'<h2 id="s{len(self._sections)}">{escape(heading)}</h2>')
 
     def paragraph(self, *pieces: str | Badge) -> None:
-        """A paragraph of text, with badges where wanted."""
+        """Add a paragraph of text and badges. Words between backticks are set as code, here and in tables."""
         self._parts.append(f"<p>{''.join(_inline(piece) for piece in pieces)}</p>")
 
     def code(self, text: str) -> None:
@@ -173,7 +174,7 @@ def _inline(value: Cell) -> str:
         return "yes" if value else "no"
     if isinstance(value, float | np.floating):
         return f"{value:.4g}".replace("-", "−")
-    return escape(str(value))
+    return _CODE.sub(r"<code>\1</code>", escape(str(value)))
 
 
 def _row(tag: Literal["th", "td"], cells: Sequence[Cell], numeric: Sequence[bool]) -> str:

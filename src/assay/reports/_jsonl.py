@@ -4,11 +4,14 @@ Reading refuses what Python's parser forgives: NaN and infinities, numbers too l
 unpaired surrogates. Writing has one form, so the same record is always the same bytes.
 """
 
+import errno
 import json
 import math
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -109,7 +112,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with _regular(path) as file:
             number = 0
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
@@ -124,14 +127,29 @@ def read_json(path: str | Path) -> JsonObject:
     """The one object of a JSON file, read strictly.
 
     Raises:
-        DataError: the file cannot be read or is not a strict JSON object.
+        DataError: the file cannot be read, is larger than 64 MiB or is not a strict JSON object.
     """
     path = Path(path)
     try:
-        text = path.read_bytes()
+        with _regular(path) as file:
+            text = file.read(LONGEST_LINE + 1)
     except OSError as error:
         raise _unreadable(path, error) from error
+    if len(text) > LONGEST_LINE:
+        raise _bad(str(path), f"longer than {LONGEST_LINE} bytes")
     return loads(text, str(path))
+
+
+def _regular(path: Path) -> BinaryIO:
+    """Open a regular file. A pipe would be waited for without end, and a device may have no end."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISREG(mode):
+        return file
+    file.close()
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise DataError(f"{path} is a pipe or a device", wanted="a regular file", do="copy its content to a file first")
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import io
 import os
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     """
     reason = os.strerror(error.errno) if error.errno else str(error)
     advice = _ADVICE.get(error.errno or 0, "choose another path, or repair this one")
+    if error.errno == errno.ENOENT and path.parent.is_dir():
+        advice = "choose another directory: this one takes no new files"
     return StorageError(f"{path}: {reason}", wanted="a file that can be written", do=advice)
 
 
@@ -68,6 +71,35 @@ def _refuse_directory(path: Path) -> None:
     with _storing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "")
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    _refuse_directory(path)
+    with _storing(path):
+        exists = path.exists()
+    if exists and not overwrite:
+        do = "choose another one, or pass --overwrite (in Python overwrite=True)"
+        raise UsageError(f"{path} exists", wanted="a new file name", do=do)
+
+
+def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
+    """Refuse a path at which no new file can be written, before the work whose result it is for; writes nothing.
+
+    Args:
+        path: Name of the file that is to be written.
+        overwrite: Whether a file of that name may be replaced.
+
+    Raises:
+        UsageError: The file exists and ``overwrite`` is not set.
+        StorageError: The path is a directory, or its directory does not exist or may not be written to.
+    """
+    path = Path(path)
+    _refuse_existing(path, overwrite)
+    with _storing(path):
+        if not stat.S_ISDIR(path.parent.stat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "")
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -123,7 +155,7 @@ class PartialFile:
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path = Path(path)
         self._overwrite = overwrite
-        self._check_final()
+        _refuse_existing(self.path, overwrite)
         self.partial = self.path.with_name(self.path.name + ".partial")
         with _storing(self.partial):
             self._file = io.FileIO(os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+")
@@ -133,13 +165,6 @@ class PartialFile:
             self._file.close()
             raise
         self._recovered = not os.fstat(self._file.fileno()).st_size
-
-    def _check_final(self) -> None:
-        _refuse_directory(self.path)
-        with _storing(self.path):
-            exists = self.path.exists()
-        if exists and not self._overwrite:
-            raise UsageError(f"{self.path} exists", wanted="a new file name", do="choose another, or allow overwriting")
 
     def _lock(self) -> None:
         busy = StorageError(
@@ -222,7 +247,7 @@ class PartialFile:
             UsageError: a file of the final name has appeared meanwhile and ``overwrite`` is not set.
             StorageError: the file cannot be stored under its name; the partial file stays.
         """
-        self._check_final()
+        _refuse_existing(self.path, self._overwrite)
         with _storing(self.path):
             os.fsync(self._file.fileno())
             self.partial.replace(self.path)

@@ -41,11 +41,44 @@ def test_equal_engines_give_the_resolution(proof: Proof):
 
 
 def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, small_model):
-    with pytest.raises(CalibrationError, match="between engines"):
+    with pytest.raises(CalibrationError, match="another dtype than the prover's: float32") as refused:
         verify(narrow, small_model, calibration=calibrate(proof, proof))
+    assert refused.value.wanted == "dtype bfloat16"
+    with pytest.raises(CalibrationError, match="another dtype than this validator's: bfloat16"):
+        verify(proof, small_model, calibration=calibrate(proof, narrow))
     vectors = replace(calibrate(proof, proof), output="vector")
-    with pytest.raises(CalibrationError, match="vectors"):
+    with pytest.raises(CalibrationError, match="another output than the proof's: vector"):
         verify(proof, small_model, calibration=vectors)
+
+
+def test_a_calibration_of_another_model_or_preset_is_refused(proof: Proof, small_model, round_):
+    """The noise of one model gives cheaters on a quieter one room: the two are told apart by their digests."""
+    measured = calibrate(proof, proof)
+    assert (measured.digest, measured.preset) == (small_model.digest, "poc-2.0")
+    with pytest.raises(CalibrationError, match="another checkpoint than the proof's"):
+        verify(proof, small_model, calibration=replace(measured, digest="0" * 64))
+    artifact = prove(small_model, replace(round_, preset="permutation"), range(40), batch_size=8)
+    with pytest.raises(CalibrationError, match=r"another preset than the proof's: poc-2\.0") as refused:
+        verify(artifact, small_model, calibration=measured)
+    assert refused.value.wanted == "preset permutation"
+
+
+def test_a_calibration_of_the_first_version_opens_but_judges_nothing(proof: Proof, small_model, tmp_path: Path):
+    path = tmp_path / "calibration.json"
+    calibrate(proof, proof).save(path)
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("digest", "preset")}
+    path.write_text(json.dumps(old))
+    read = Calibration.load(path)
+    assert (read.digest, read.preset, read.n) == (None, None, 40)
+    with pytest.raises(CalibrationError, match="does not say of which model and preset") as refused:
+        verify(proof, small_model, calibration=read)
+    assert "assay poc calibrate" in refused.value.do
+
+
+def test_a_calibration_is_of_one_mode_of_weights(proof: Proof):
+    other = Proof.build(replace(proof.header, weights="random-all"), proof.records, 1.0)
+    with pytest.raises(ProofMismatch, match="different rounds"):
+        calibrate(proof, other)
 
 
 def test_proofs_that_do_not_belong_together_are_refused(proof: Proof, narrow: Proof, small_model, round_):
@@ -76,6 +109,8 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
         good | {"n": 3},
         good | {"n": "40"},
         good | {"surplus": 1},
+        good | {"digest": 5},
+        good | {"preset": ["poc-2.0"]},
         {k: v for k, v in good.items() if k != "prover"},
         good | {"prover": {"engine": "hf"}},
     ]

@@ -1,6 +1,7 @@
 """The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
 
 from assay.poc.protocol._fingerprint import Fingerprint
+from assay.poc.protocol._pins import FEWEST_NONCES, Pins
 from assay.poc.protocol._pipelines import (
     PIPELINES,
     RANDOM_HEAD_ROWS,
@@ -27,6 +28,7 @@ from assay.poc.protocol._validity import MAX_DISTANCE, check_distinct_seeds, is_
 from assay.poc.protocol._vectors import decode_vector, encode_vector
 
 __all__ = [
+    "FEWEST_NONCES",
     "MAX_COUNT",
     "MAX_DISTANCE",
     "MAX_NONCE",
@@ -38,6 +40,7 @@ __all__ = [
     "Footer",
     "Header",
     "LayerStep",
+    "Pins",
     "Pipeline",
     "Positions",
     "Proof",

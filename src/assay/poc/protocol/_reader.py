@@ -15,7 +15,7 @@ from assay.errors import AssayError, DataError, ProofFormatError
 from assay.poc.protocol._fingerprint import Fingerprint
 from assay.poc.protocol._pipelines import get_pipeline
 from assay.poc.protocol._record import KIND, SCHEMA, DistanceRecord, Footer, Header, Record, VectorRecord
-from assay.poc.protocol._round import MAX_NONCE, Round
+from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
 from assay.poc.protocol._validity import is_distance, is_valid
 from assay.poc.protocol._vectors import decode_vector
 from assay.reports import dumps, loads, read_lines
@@ -33,6 +33,8 @@ def read_proof(path: str | Path) -> tuple[Header, tuple[Record, ...], Footer]:
     """
     lines = _lines(path)
     number, line = next(lines, (1, b""))
+    if not line:
+        raise _error(path, number, "the file is empty", "a proof", "check the path, or fetch the file again")
     header = _parse_line(path, number, line, parse_header, lambda header: dumps(header.as_dict()))
     records: list[Record] = []
     digest = hashlib.sha256()
@@ -140,6 +142,9 @@ def _parse_runs(runs: Any, round: Round) -> tuple[tuple[int, int, int], ...]:
         last = range(first, end, step)[-1]
         if first % round.node_count != round.node_id or (last > first and step % round.node_count):
             raise _bad(f"run {[first, end, step]}", f"nonces of node {round.node_id} of {round.node_count}")
+    count = sum(len(range(*run)) for run in runs)
+    if count > MAX_COUNT:
+        raise _bad(f"{count} nonces", f"at most {MAX_COUNT} in one proof")
     return tuple((first, end, step) for first, end, step in runs)
 
 
@@ -186,6 +191,14 @@ def _parse_line(path: str | Path, number: int, line: bytes, parse: Callable[[Any
     except ProofFormatError as error:
         raise _error(path, number, error.seen, error.wanted, error.do) from None
     written = write(value)
+    if line.endswith(b"\r\n"):
+        raise _error(
+            path,
+            number,
+            "the line ends of Windows (CRLF)",
+            "LF alone",
+            "fetch the file again as binary",
+        )
     if line != written.encode() + b"\n":
         raise _error(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
     return value

@@ -69,6 +69,10 @@ class Header:
         """Number of records that a complete proof has."""
         return sum(len(range(*run)) for run in self.nonces)
 
+    def claims(self) -> dict[str, Any]:
+        """Return everything that the prover chose and a validator can pin, by the names of :class:`Pins`."""
+        return {**self.round.as_dict(), "nonces": self.nonces, "prover_dtype": self.fingerprint.dtype}
+
     def line(self, record: "Record") -> str:
         """Return the line of a record, without its newline."""
         if isinstance(record, VectorRecord):

@@ -66,12 +66,12 @@ class Transform:
     """The randomisation of one round, ready to be applied to batches.
 
     Args:
-        round: gives the seed texts.
-        pipeline: which steps are taken.
-        hidden_size: D, the size of the engine's output.
-        vocab_size: V of the trained head.
-        device: where the engine's output lives.
-        trained_head: maps [B, D] to logits [B, V]; only called by pipelines with that head.
+        round: Round that gives the seed texts.
+        pipeline: Pipeline whose steps are taken.
+        hidden_size: Size D of the engine's output.
+        vocab_size: Size V of the trained head's output.
+        device: Device that holds the engine's output.
+        trained_head: Function that maps [B, D] to logits [B, V]; only called by pipelines with that head.
     """
 
     def __init__(

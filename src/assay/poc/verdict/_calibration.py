@@ -1,5 +1,6 @@
 """Calibration: the noise between two engines, measured from two proofs of one round."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,17 @@ LAWS: dict[str, type[Law]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Honest noise between two engines.
+    """Honest noise of one model and preset between two engines.
 
     Args:
-        output: what was compared: :attr:`assay.poc.Pipeline.noise`.
-        prover: fingerprint of the first engine.
-        validator: fingerprint of the second; the order does not matter.
-        law: the fitted law, at the upper bound of its scale.
-        n: nonces measured.
-        confidence: of the upper bound.
+        output: Family of noise that was compared: :attr:`assay.poc.Pipeline.noise`.
+        prover: Fingerprint of the first engine.
+        validator: Fingerprint of the second engine; the order does not matter.
+        law: Fitted law, at the upper bound of its scale.
+        n: Number of nonces measured.
+        confidence: Confidence of the upper bound.
+        digest: SHA-256 of the tensors of the checkpoint; None in files of the first version, which did not record it.
+        preset: Preset of the two proofs; None in files of the first version.
     """
 
     output: str
@@ -46,6 +49,31 @@ class Calibration:
     law: Law
     n: int
     confidence: float
+    digest: str | None = None
+    preset: str | None = None
+
+    @property
+    def noise(self) -> Noise:
+        """The law with its source in words."""
+        return Noise(self.law, f"calibration on {self.n} nonces")
+
+    def check(self, header: Header) -> None:
+        """Refuse a proof of another model or preset, or by another engine, than this was measured with.
+
+        Raises:
+            CalibrationError: Names what differs.
+        """
+        if self.digest is None or self.preset is None:
+            raise CalibrationError(
+                "a calibration that does not say of which model and preset it is",
+                wanted="one made by this version: the noise of one model gives cheaters on a quieter one room",
+                do="measure it again with `assay poc calibrate A.jsonl B.jsonl`",
+            )
+        stated = {"preset": header.pipeline.name, "checkpoint": header.digest[:12], "output": header.pipeline.noise}
+        measured = {"preset": self.preset, "checkpoint": self.digest[:12], "output": self.output}
+        _refuse(measured, stated, "than the proof's")
+        if header.fingerprint not in (self.prover, self.validator):
+            _refuse_engine((self.prover, self.validator), header.fingerprint, "than the prover's")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the one line of a calibration file."""
@@ -58,6 +86,8 @@ class Calibration:
             "law": law_as_dict(self.law),
             "n": self.n,
             "confidence": self.confidence,
+            "digest": self.digest,
+            "preset": self.preset,
         }
 
     def save(self, path: str | Path) -> None:
@@ -83,6 +113,8 @@ class Calibration:
             values["validator"] = Fingerprint.from_dict(values["validator"])
             values["law"] = law_from_dict(values["law"])
             read = cls(**values)
+            if any(not isinstance(value, str | None) for value in (read.digest, read.preset)):
+                raise ValueError(f"digest {read.digest!r:.60}, preset {read.preset!r:.60}")
             if type(read.law) is not LAWS.get(read.output):
                 raise ValueError(f"a {type(read.law).__name__} for output {read.output!r:.60}")
             if type(read.n) is not int or read.n < MIN_NONCES:
@@ -101,19 +133,15 @@ def noise_for(header: Header, validator: Fingerprint, calibration: Calibration |
     """Return the honest noise between the engine of a proof and the engine of its validator.
 
     Raises:
-        CalibrationError: the calibration is for another pair of engines or kind of output.
+        CalibrationError: The calibration is of another model, preset or pair of engines; names what differs.
     """
     if calibration is None:
         return default_noise(header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
-    pair = {header.fingerprint.id, validator.id}
-    measured = {calibration.prover.id, calibration.validator.id}
-    if pair != measured or calibration.output != header.pipeline.noise:
-        raise CalibrationError(
-            f"a calibration of {calibration.output}s between engines {' and '.join(sorted(measured))}",
-            wanted=f"one of {header.pipeline.noise}s between {' and '.join(sorted(pair))}",
-            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
-        )
-    return Noise(calibration.law, f"calibration on {calibration.n} nonces")
+    calibration.check(header)
+    other = calibration.validator if header.fingerprint == calibration.prover else calibration.prover
+    if validator != other:
+        _refuse_engine((other,), validator, "than this validator's")
+    return calibration.noise
 
 
 def calibrate(first: Proof, second: Proof) -> Calibration:
@@ -122,12 +150,31 @@ def calibrate(first: Proof, second: Proof) -> Calibration:
     Residuals are taken over the nonces that both contain. The law is the robust fit of
     :func:`assay.stats.fit_scale_noise` or :func:`assay.stats.fit_log_noise`, at its upper bound.
 
+    Args:
+        first: Proof of one engine.
+        second: Proof of the other engine, or of the same one again.
+
+    Returns:
+        The calibration, which holds for this model, preset and pair of engines.
+
     Raises:
-        ProofMismatch: other rounds or checkpoints, or fewer than 30 nonces in common.
+        ProofMismatch: The proofs are of other rounds or checkpoints, or have fewer than 30 nonces in common.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc import Round
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
+        >>> first = assay.poc.prove(model, round, range(32), batch_size=32)
+        >>> second = assay.poc.prove(model, round, range(32), batch_size=16)
+        >>> calibration = assay.poc.calibrate(first, second)
+        >>> calibration.n, calibration.preset, calibration.prover.batch_size, calibration.validator.batch_size
+        (32, 'poc-2.0', 32, 16)
     """
     ours = {record.nonce: record for record in second.records}
     common = [record for record in first.records if record.nonce in ours]
-    same = first.round == second.round and first.header.digest == second.header.digest
+    one, other = first.header, second.header
+    same = (one.round, one.digest, one.weights) == (other.round, other.digest, other.weights)
     if not same or len(common) < MIN_NONCES:
         raise ProofMismatch(
             f"proofs with {len(common)} nonces in common" if same else "proofs of different rounds or checkpoints",
@@ -143,7 +190,27 @@ def calibrate(first: Proof, second: Proof) -> Calibration:
         law=law,
         n=len(common),
         confidence=confidence,
+        digest=one.digest,
+        preset=one.pipeline.name,
     )
+
+
+def _refuse_engine(measured: Sequence[Fingerprint], present: Fingerprint, than: str) -> None:
+    """Refuse the measured engine that is nearest to the present one, by the fields in which they differ."""
+    wanted = present.as_dict()
+    differing = [{name: value for name, value in one.as_dict().items() if value != wanted[name]} for one in measured]
+    nearest = min(differing, key=len)
+    _refuse(nearest, {name: wanted[name] for name in nearest}, than)
+
+
+def _refuse(measured: Mapping[str, Any], stated: Mapping[str, Any], than: str) -> None:
+    other = [name for name in measured if measured[name] != stated[name]]
+    if other:
+        raise CalibrationError(
+            f"a calibration with another {' and '.join(other)} {than}: " + ", ".join(str(measured[n]) for n in other),
+            wanted=", ".join(f"{name} {stated[name]}" for name in other),
+            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
+        )
 
 
 def fit_noise(pipeline: Pipeline, errors: npt.NDArray[np.float64]) -> tuple[Law, float]:

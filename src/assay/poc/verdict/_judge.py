@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from assay import stats
-from assay.poc.protocol import DistanceRecord, Proof, Record, VectorRecord
+from assay.poc.protocol import DistanceRecord, Pins, Proof, Record, VectorRecord
 from assay.poc.verdict._noise import Law, Noise
 from assay.poc.verdict._verdict import Verdict, count_mismatches, published_rule
 
@@ -48,6 +48,7 @@ def judge(
     recomputed: Sequence[Record],
     noise: Noise,
     *,
+    pins: Pins | None = None,
     test: stats.SequentialTest | None = None,
     seed: int = 0,
 ) -> Verdict:
@@ -58,6 +59,7 @@ def judge(
         received: Records of the sample.
         recomputed: Records of the same nonces in the same order.
         noise: Honest noise between the two engines.
+        pins: Values that the validator gave, with which the header agrees; nothing when None.
         test: Fresh test that takes the residuals; one of the honest law at the usual error rates when None.
         seed: Number that drew the sample.
     """
@@ -84,6 +86,8 @@ def judge(
         residuals=tuple(float(value) for value in errors),
         nonces=tuple(record.nonce for record in received),
         sample_seed=seed,
+        header=header,
+        pins=pins or Pins(),
     )
 
 

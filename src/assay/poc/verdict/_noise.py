@@ -1,4 +1,4 @@
-"""How far honest engines differ: the law that the sequential test holds residuals against."""
+"""How far honest engines differ: the law against which the sequential test holds residuals."""
 
 import json
 import math
@@ -15,7 +15,7 @@ __all__ = ["MARGIN", "Law", "Noise", "default_noise", "law_as_dict", "law_from_d
 Law = stats.ScaleNoise | stats.LogNoise
 
 MARGIN = 2.0
-"""Of the stated defaults over what was measured: they have to hold for models and machines that were not."""
+"""Factor of the stated defaults over the measured noise, so that they hold for models and machines not measured."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,13 @@ class Noise:
 def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise:
     """Return the stated default for a pair of dtypes, as measured by benchmarks/default_noise.py.
 
+    Args:
+        output: Family of noise: :attr:`assay.poc.Pipeline.noise`.
+        prover_dtype: Dtype of one engine.
+        validator_dtype: Dtype of the other engine; the order does not matter.
+
     Raises:
-        CalibrationError: there is none for this pair.
+        CalibrationError: No default was measured for this pair.
     """
     pair = "/".join(sorted((prover_dtype, validator_dtype)))
     laws = _defaults()["laws"].get(output, {})
@@ -62,7 +67,7 @@ def law_from_dict(values: Any) -> Law:
     """Read a law back.
 
     Raises:
-        CalibrationError: it is not one, or a parameter is not a positive finite number.
+        CalibrationError: The values are not a law, or a parameter is not a finite number.
     """
     try:
         parameters = dict(values)

@@ -25,15 +25,15 @@ class MeasuredTarget:
     """A measured r_target beside the closed form.
 
     Args:
-        valid_rate: the wanted share of valid nonces.
-        dimension: of the space in which the distance is measured.
-        r_target: closed form, by the chord law.
-        measured: the quantile of the measured distances.
-        low: lower end of its interval, from order statistics.
-        high: upper end.
-        confidence: of the interval; no law is assumed for it.
-        n: nonces measured.
-        off_in_standard_errors: measured minus closed form, over the standard error of the quantile under the law.
+        valid_rate: Wanted share of valid nonces.
+        dimension: Dimension of the space in which the distance is measured.
+        r_target: Closed form, by the chord law.
+        measured: Quantile of the measured distances.
+        low: Lower end of its interval, from order statistics.
+        high: Upper end of its interval.
+        confidence: Confidence of the interval, for which no law is assumed.
+        n: Number of nonces measured.
+        off_in_standard_errors: Measured minus closed form, over the standard error of the quantile under the law.
     """
 
     valid_rate: float
@@ -60,12 +60,24 @@ def measure_r_target(proof: Proof, valid_rate: float, *, dimension: int | None =
     """Measure the r_target of a valid rate from the nonces of a proof.
 
     Args:
-        proof: of any preset; of vectors, the distance of each to the target of the block in R^K counts.
-        valid_rate: the wanted share, in (0, 1).
-        dimension: of the output; needed where the preset has no random head and publishes distances.
+        proof: Proof of any preset; of a vector, its distance to the target of the block in R^K counts.
+        valid_rate: Wanted share of valid nonces, in (0, 1).
+        dimension: Dimension of the output; needed where the preset has no random head and publishes distances.
+
+    Returns:
+        The measured target with its interval, beside the closed form.
 
     Raises:
-        UsageError: a rate or dimension is out of range or missing, or there are too few nonces.
+        UsageError: A rate or dimension is out of range or missing, or there are fewer than 30 nonces.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc import Round
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
+        >>> found = assay.poc.measure_r_target(assay.poc.prove(model, round, range(64)), 0.5)
+        >>> found.n, found.dimension, round.r_target - 0.05 < found.r_target < round.r_target
+        (64, 8192, True)
     """
     pipeline = proof.header.pipeline
     if pipeline.output == "vector":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from assay import stats
+from assay.poc.protocol import Header, Pins
 from assay.poc.verdict._noise import Noise
 
 __all__ = ["COUNT_ALPHA", "P_FLIP", "Verdict", "count_mismatches", "published_rule"]
@@ -25,16 +26,18 @@ class Verdict:
     """The result of a verification.
 
     Args:
-        verdict: honest, fraud, or undecided. It is the sequential test's.
-        reason: the numbers that decided, in one sentence.
-        checked: nonces recomputed.
-        proved: nonces in the proof.
-        sequential: the sequential test on the residuals (distances) or on their logarithms (vectors).
-        count: the published rule: flips across r_target, or vectors further off than the threshold.
-        noise: the honest noise that was assumed, and where it comes from.
-        residuals: received minus recomputed distance, or L2 distance of the vectors, per checked nonce.
-        nonces: the nonces that were checked.
-        sample_seed: draws the same sample again.
+        verdict: Outcome of the sequential test: honest, fraud, or undecided.
+        reason: Numbers that decided, in one sentence.
+        checked: Number of recomputed nonces.
+        proved: Number of nonces in the proof.
+        sequential: Sequential test on the residuals (distances) or on their logarithms (vectors).
+        count: Published rule: flips across r_target, or vectors further off than the threshold.
+        noise: Honest noise that was assumed, and where it comes from.
+        residuals: Received minus recomputed distance, or L2 distance of the vectors, per checked nonce.
+        nonces: Nonces that were checked.
+        sample_seed: Number that draws the same sample again.
+        header: Header of the proof, every value of which agrees with the pins.
+        pins: Values that the validator gave.
     """
 
     verdict: stats.Verdict
@@ -47,6 +50,8 @@ class Verdict:
     residuals: tuple[float, ...]
     nonces: tuple[int, ...]
     sample_seed: int
+    header: Header
+    pins: Pins
 
     @property
     def honest(self) -> bool:
@@ -59,15 +64,25 @@ class Verdict:
         return self.verdict == "fraud"
 
     @property
+    def unpinned(self) -> tuple[str, ...]:
+        """Names of the values that were taken on the prover's word, by the names of :class:`Pins`."""
+        return self.pins.unpinned(self.header)
+
+    @property
     def exit_code(self) -> int:
-        """0 honest, 1 fraud, 2 undecided."""
-        return EXIT_CODES[self.verdict]
+        """0 for an honest proof of which nothing was taken on the prover's word, 1 for fraud, 2 for anything else."""
+        return 2 if self.honest and self.unpinned else EXIT_CODES[self.verdict]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON-ready values; a residual that is not a number is null."""
+        header = self.header
         values = asdict(self) | {"noise": self.noise.as_dict()}
         values["residuals"] = [value if math.isfinite(value) else None for value in self.residuals]
-        return {"schema": "assay.poc.verdict/1", **values}
+        del values["header"], values["pins"]
+        stated = {name: getattr(header.round, name) for name in ("block_hash", "public_key", "model", "preset")}
+        stated |= {"digest": header.digest, "dtype": header.fingerprint.dtype}
+        believed = {"pinned": self.pins.given, "unpinned": self.unpinned}
+        return {"schema": "assay.poc.verdict/1", **values, **stated, **believed}
 
 
 def published_rule(received: Sequence[float], recomputed: Sequence[float], r_target: float) -> stats.CountTest:

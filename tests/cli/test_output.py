@@ -1,0 +1,43 @@
+"""Tables and progress on terminals and in pipes."""
+
+import io
+
+import pytest
+
+from assay.cli import _output
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_pipe_gets_tables_without_boxes_or_folds(capsys):
+    identity = "msg_" + "0" * 200
+    _output.table(("id", "status", "nonces"), [(identity, "dead", 7)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].split() == [identity, "dead", "7"]
+
+
+@pytest.mark.parametrize(("columns", "boxed"), [("100", True), ("40", False)])
+def test_a_narrow_terminal_gets_no_box(columns: str, boxed: bool, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setenv("COLUMNS", columns)
+    _output.table(("id", "status"), [("a", "b")])
+    assert ("┃" in terminal.getvalue()) == boxed
+
+
+def test_progress_in_a_pipe_is_a_line_every_few_seconds(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 6.0, 7.0, 12.0])
+    monkeypatch.setattr(_output.time, "monotonic", lambda: next(clock))
+    with _output.progress_bar("proving") as update:
+        for done in (10, 60, 70, 120):
+            update(done, 120)
+    assert capsys.readouterr().err.splitlines() == [
+        "proving: 60 of 120 nonces, 10.0 nonces/s",
+        "proving: 120 of 120 nonces, 10.0 nonces/s",
+    ]
