@@ -57,7 +57,8 @@ check: $(READY)  ## lint, format, types and import rules
 	$(BIN)/mypy
 	PYTHONPATH=src $(BIN)/lint-imports
 
-docs: $(READY)  ## write the generated tables of the documentation
+docs: $(READY)  ## write the generated pages and tables of the documentation
+	$(BIN)/python scripts/reference.py
 	$(BIN)/python -m cogapp -P -I scripts -r $$(grep -rl "\[\[\[cog" docs)
 
 format: $(READY)  ## rewrite the code in the house format

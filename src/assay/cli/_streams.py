@@ -1,5 +1,6 @@
 """``assay streams``: print portable random numbers."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -27,39 +28,42 @@ class BackendName(StrEnum):
     triton = "triton"
 
 
-SeedText = Annotated[str, typer.Option("--seed-text", help="The text whose SHA-256 gives the seed.")]
-Count = Annotated[int, typer.Option("-n", help="How many values.", min=1)]
-BackendFlag = Annotated[BackendName, typer.Option("--backend", help="Which implementation computes them.")]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
-Strength = Annotated[int, typer.Option("--strength", help="Bits of seed: 32 (published) or 256.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+SeedText = Annotated[str, typer.Option("--seed-text", help="Text whose SHA-256 gives the seed.")]
+Count = Annotated[
+    int, typer.Option("-n", help="Number of values. Normal values of another number begin differently.", min=1)
+]
+BackendFlag = Annotated[BackendName, typer.Option("--backend", help="Implementation that computes the values.")]
+Device = Annotated[str, typer.Option("--device", help="Device that computes the values: cpu or cuda.")]
+Strength = Annotated[int, typer.Option("--strength", help="Bits of the seed: 32, as published, or 256.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of the values: float32, float16 or bfloat16.")]
+
+KINDS = {
+    "hash": ("hashes", "Print 32-bit hashes."),
+    "uniform": ("uniforms", "Print uniform float32 values in [0, 1]."),
+    "signs": ("signs", "Print signs, +1 or -1."),
+    "permutation": ("permutations", "Print a permutation of 0..n-1."),
+}
+"""Kind of number → method of a backend, and help of its command."""
 
 
-@app.command("hash")
-def hash_(
-    seed_text: SeedText,
-    n: Count,
-    backend: BackendFlag = BackendName.auto,
-    device: Device = "cpu",
-    as_json: JsonFlag = False,
-) -> None:
-    """Print 32-bit hashes."""
-    _print("hash", seed_text, n, backend, device, as_json)
+def _command(kind: str) -> Callable[..., None]:
+    def command(
+        seed_text: SeedText,
+        n: Count,
+        backend: BackendFlag = BackendName.auto,
+        device: Device = "cpu",
+        as_json: JsonFlag = False,
+    ) -> None:
+        _print(kind, seed_text, n, backend, device, as_json)
+
+    return command
 
 
-@app.command()
-def uniform(
-    seed_text: SeedText,
-    n: Count,
-    backend: BackendFlag = BackendName.auto,
-    device: Device = "cpu",
-    as_json: JsonFlag = False,
-) -> None:
-    """Print uniform float32 values in [0, 1]."""
-    _print("uniform", seed_text, n, backend, device, as_json)
+for _kind, (_, _text) in KINDS.items():
+    app.command(_kind, help=_text, epilog=f"Example: assay streams {_kind} --seed-text block -n 4")(_command(_kind))
 
 
-@app.command()
+@app.command(epilog="Example: assay streams normal --seed-text block -n 4 --dtype bfloat16")
 def normal(
     seed_text: SeedText,
     n: Count,
@@ -71,30 +75,6 @@ def normal(
 ) -> None:
     """Print standard normal values."""
     _print("normal", seed_text, n, backend, device, as_json, strength=strength, dtype=dtype)
-
-
-@app.command()
-def signs(
-    seed_text: SeedText,
-    n: Count,
-    backend: BackendFlag = BackendName.auto,
-    device: Device = "cpu",
-    as_json: JsonFlag = False,
-) -> None:
-    """Print signs, +1 or -1."""
-    _print("signs", seed_text, n, backend, device, as_json)
-
-
-@app.command()
-def permutation(
-    seed_text: SeedText,
-    n: Count,
-    backend: BackendFlag = BackendName.auto,
-    device: Device = "cpu",
-    as_json: JsonFlag = False,
-) -> None:
-    """Print a permutation of 0..n-1."""
-    _print("permutation", seed_text, n, backend, device, as_json)
 
 
 def _print(
@@ -113,11 +93,7 @@ def _print(
         raise UsageError(f"-n {n}", wanted=f"at most {PRINTABLE} values to print", do="use assay.streams from Python")
     source = streams.get_backend(backend.value, device)
     seeds = streams.seeds([seed_text], strength)
-    if kind == "normal":
-        values = source.normals(seeds, n, dtype)
-    else:
-        method = {"hash": "hashes", "uniform": "uniforms", "signs": "signs", "permutation": "permutations"}[kind]
-        values = getattr(source, method)(seeds, n)
+    values = source.normals(seeds, n, dtype) if kind == "normal" else getattr(source, KINDS[kind][0])(seeds, n)
     printed = _numbers(streams.as_tensor(values)[0].cpu())
     if as_json:
         described = {"kind": kind, "seed_text": seed_text, "n": n, "backend": source.name, "device": source.device}

@@ -5,8 +5,10 @@
 
 from assay.poc.serving._plugin import plugin
 from assay.poc.serving._preflight import before_start
+from assay.poc.serving._settings import PluginSettings
 
 __all__ = [
+    "PluginSettings",
     "before_start",
     "plugin",
 ]

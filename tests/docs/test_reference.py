@@ -1,0 +1,31 @@
+"""docs/configuration.md and docs/api.md are what ``make docs`` writes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from assay.poc.service import Settings
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import reference  # noqa: E402
+
+
+@pytest.mark.parametrize("page", reference.PAGES)
+def test_a_generated_page_is_up_to_date(page: str):
+    """``make docs`` writes it."""
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == reference.PAGES[page]()
+
+
+def test_every_setting_and_every_name_is_on_its_page():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for name in Settings.model_fields:
+        assert f"`{Settings.environment_name(name)}`" in text, name
+    for variable in ("ASSAY_POC_PROVE_SEQ_LEN", "ASSAY_VHACK_TRAIN_LR", "ASSAY_VLLM_SHARE", "ASSAY_REFERENCE"):
+        assert f"`{variable}`" in text, variable
+    names = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert " at 0x" not in names
+    for name in ("## assay.poc\n", "## assay.vhack\n", "`prove(", "`extract(", "`UsageError("):
+        assert name in names, name
