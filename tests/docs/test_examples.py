@@ -4,15 +4,19 @@ import doctest
 
 import pytest
 
-from assay import poc
+from assay import poc, vhack
+from assay.vhack import checks
 
 FUNCTIONS = ("prove", "verify", "calibrate", "measure_r_target")
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_examples_of_poc(name: str):
-    function = getattr(poc, name)
+VHACK = ((vhack, "extract"), (vhack, "per_sample_gradients"), (checks, "check"))
+
+
+@pytest.mark.parametrize(("package", "name"), [*((poc, name) for name in FUNCTIONS), *VHACK])
+def test_examples(package, name: str):
+    function = getattr(package, name)
     examples = [found for found in doctest.DocTestFinder(recurse=False).find(function, name) if found.examples]
-    assert examples, f"help(assay.poc.{name}) has no example"
+    assert examples, f"help({package.__name__}.{name}) has no example"
     for found in examples:
         assert doctest.DocTestRunner(verbose=False).run(found).failed == 0

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from assay.vhack import principal_angles
+from tests.vhack.angles import principal_angles
 
 
 def rotated(angles, dimension=12):

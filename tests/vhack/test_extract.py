@@ -14,11 +14,11 @@ from assay.vhack import (
     extract,
     pair_gradients,
     per_sample_gradients,
-    principal_angles,
     split_pairs,
     weights_digest,
 )
 from assay.vhack.basis import _extract
+from tests.vhack.angles import principal_angles
 
 
 @pytest.fixture
@@ -141,6 +141,18 @@ def test_wrong_settings_are_refused_before_any_work(monkeypatch, small_model, by
     monkeypatch.setattr(_extract, "weight_svd", never)
     with pytest.raises(UsageError):
         extract(small_pairs, small_model, tokenizer=byte_tokenizer, **wrong)
+
+
+def test_progress_counts_decompositions_and_samples(small_model, byte_tokenizer, small_pairs, small_svd):
+    for svd, steps in ((None, 21 + 12), (small_svd, 12)):
+        seen = []
+        asked = {"n_heldout": 2, "svd": svd, "progress": lambda *at, seen=seen: seen.append(at)}
+        extract(small_pairs, small_model, tokenizer=byte_tokenizer, **asked)
+        assert {total for _, total in seen} == {steps}
+        done = [at for at, _ in seen]
+        assert done == sorted(done)
+        assert done[-1] == steps
+        assert done[0] == 1 or svd is not None
 
 
 def test_truncation_reports_what_it_keeps(small_model, byte_tokenizer, small_pairs, small_svd):

@@ -79,7 +79,7 @@ def extract(
             err=True,
         )
     loaded = load_model(model, dtype=dtype, device=device)
-    with progress_bar("gradients", "samples") as progress:
+    with progress_bar("decompositions and gradients", "steps") as progress:
         basis = vhack.extract(
             chosen,
             loaded,

@@ -49,7 +49,7 @@ def check(
     loaded = load_model(model, dtype=dtype, device=device)
     if basis:
         Basis.load(basis, loaded)  # of these weights
-    with progress_bar("gradients", "samples") as progress:
+    with progress_bar("decompositions and gradients", "steps") as progress:
         result = vhack_checks.check(found, loaded, basis=read, settings=settings, log=entries, progress=progress)
     if output:
         write_atomic(output, dumps(result.as_dict()) + "\n")

@@ -8,7 +8,6 @@ from assay.vhack.basis import (
     cin_over_modules,
     extract,
     pair_gradients,
-    principal_angles,
     split_pairs,
 )
 from assay.vhack.gradients import (
@@ -38,7 +37,6 @@ __all__ = [
     "extract",
     "pair_gradients",
     "per_sample_gradients",
-    "principal_angles",
     "split_pairs",
     "target_modules",
     "weight_svd",

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from assay.errors import DataError, UsageError
-from assay.vhack import Pair, extract, principal_angles
+from assay.vhack import Pair, extract
 from assay.vhack.basis import METHODS
 from assay.vhack.checks import CHECKS, CheckReport, CheckSettings, check, check_gradients, page
 from assay.vhack.checks._folds import cross_fit
 from assay.vhack.checks._stability import _halves, check_stability
+from tests.vhack.angles import principal_angles
 
 
 @pytest.fixture(scope="module")

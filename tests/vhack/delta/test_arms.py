@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from assay.errors import UsageError
-from assay.vhack import Basis, PairGradients, pair_gradients, principal_angles
+from assay.vhack import Basis, PairGradients, pair_gradients
 from assay.vhack.delta import (
     ARMS,
     BASIS_KINDS,
@@ -19,6 +19,7 @@ from assay.vhack.delta import (
     arm_named,
     basis_of_kind,
 )
+from tests.vhack.angles import principal_angles
 from tests.vhack.delta.conftest import loss_of
 
 ROOT = Path(__file__).parents[3]

@@ -1,6 +1,5 @@
 """Bases of hack directions: from the gradients of pairs to axes per module, and their files."""
 
-from assay.vhack.basis._angles import principal_angles
 from assay.vhack.basis._axes import METHODS, shrinkage
 from assay.vhack.basis._basis import Basis, cin, cin_over_modules
 from assay.vhack.basis._extract import extract, pair_gradients
@@ -17,7 +16,6 @@ __all__ = [
     "cin_over_modules",
     "extract",
     "pair_gradients",
-    "principal_angles",
     "shrinkage",
     "split_pairs",
 ]

@@ -16,18 +16,18 @@ __all__ = ["METHODS", "ModuleAxes", "energy_along", "find_axes", "gram", "shrink
 
 METHODS = ("lda", "mean-diff", "svd")
 
-# Singular values below this share of the first, times N, are rounding of float32 gradients and no axis.
+# Singular values below this share of the first, times N, are rounding of float32 gradients, not axes.
 _ROUNDING = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class ModuleAxes:
-    """The axes of one module.
+    """Axes of one module.
 
     Attributes:
-        axes: [K, R] float32, orthonormal rows pointing hack-ward; a row that the data cannot fill is zero.
-        values: [K] float32, singular values, falling.
-        votes: [K, 2] int64, how many pairs have a positive and how many a negative component along the axis.
+        axes: Orthonormal rows that point hack-ward, [K, R] float32; a row that the data cannot fill is zero.
+        values: Singular values in falling order, [K] float32.
+        votes: Numbers of pairs with a positive and with a negative component along the axis, [K, 2] int64.
     """
 
     axes: Tensor
@@ -56,7 +56,7 @@ def find_axes(
     clean_NR: Tensor | None = None,
     clean_gram_NN: Tensor | None = None,
 ) -> ModuleAxes:
-    """The axes of one module by one of three methods.
+    """Return the axes of one module by one of three methods.
 
     - ``svd``: right singular vectors of the differences, not centred, strongest first.
     - ``mean-diff``: one axis, the mean difference; its value is ‖D v‖, which is what a singular value is.
@@ -65,12 +65,12 @@ def find_axes(
       :func:`shrinkage`. Values are those of the whitened differences: units of one clean standard deviation.
 
     Args:
-        difference_NR: hack minus clean, one row per pair.
-        gram_NN: its Gram matrix from :func:`gram`.
-        top_k: how many axes at most; no more than N come back.
-        method: one of ``METHODS``.
-        clean_NR: the clean gradients, for ``lda``.
-        clean_gram_NN: their Gram matrix, for ``lda``.
+        difference_NR: Differences, hack minus clean, one row per pair.
+        gram_NN: Gram matrix of the differences from :func:`gram`.
+        top_k: Largest number of axes; no more than N come back.
+        method: Name of the method, one of ``METHODS``.
+        clean_NR: Clean gradients, for ``lda``.
+        clean_gram_NN: Gram matrix of the clean gradients, for ``lda``.
     """
     rows_NR = difference_NR.double()
     if method == "mean-diff":
@@ -93,7 +93,7 @@ def _singular_rows(rows_NR: Tensor, gram_NN: Tensor, top_k: int) -> tuple[Tensor
 
 
 def _orthonormal(raw_KR: Tensor, kept_K: Tensor) -> Tensor:
-    """Rows made exactly orthonormal in their order, without turning any; rows not kept are zero."""
+    """Return the rows made exactly orthonormal in their order, without turning any; rows not kept become zero."""
     axes_KR = torch.zeros_like(raw_KR)
     if kept_K.any():
         basis_RJ, upper_JJ = torch.linalg.qr(raw_KR[kept_K].T)
@@ -134,7 +134,7 @@ class _Whitening:
 
     @classmethod
     def fit(cls, centred_NR: Tensor, gram_NN: Tensor) -> "_Whitening | None":
-        """From centred rows and their Gram matrix; None where they do not vary at all."""
+        """Return the whitening of centred rows with this Gram matrix; None where they do not vary at all."""
         n, r = centred_NR.shape
         mean_variance = float(gram_NN.trace()) / (n * r)
         if mean_variance <= 0:
@@ -152,10 +152,11 @@ class _Whitening:
 
 
 def shrinkage(gram_NN: Tensor, r: int) -> float:
-    """How far to shrink a covariance towards a multiple of the identity: Ledoit and Wolf (2004), from the Gram matrix.
+    """Return how far to shrink a covariance towards a multiple of the identity (Ledoit and Wolf 2004).
 
-    With S = XᵀX/n and μ = tr S/r: ``min(1, b²/d²)``, ``d² = ‖S − μI‖²``, ``b² = Σ‖x xᵀ − S‖²/n²``, Frobenius norms.
-    Never below 0.001, so that the result is invertible when there are fewer rows than columns.
+    With S = XᵀX/n for the centred rows X and μ = tr S/r it is ``min(1, b²/d²)``, where ``d² = ‖S − μI‖²`` and
+    ``b² = Σ‖x xᵀ − S‖²/n²`` in Frobenius norms. Never below 0.001, so that the result is invertible when there are
+    fewer rows than columns.
     """
     n = len(gram_NN)
     squared = float((gram_NN**2).sum()) / n**2
@@ -165,7 +166,7 @@ def shrinkage(gram_NN: Tensor, r: int) -> float:
 
 
 def _oriented(rows_NR: Tensor, axes_KR: Tensor, values_K: Tensor) -> ModuleAxes:
-    """Turn each axis so that most pairs have a positive component; a tie is turned by the mean, and shows as a tie."""
+    """Turn each axis so that most pairs have a positive component; the mean decides a tie, which its votes show."""
     along_NK = rows_NR @ axes_KR.T
     for_K, against_K = (along_NK > 0).sum(dim=0), (along_NK < 0).sum(dim=0)
     flip_K = (for_K < against_K) | ((for_K == against_K) & (along_NK.sum(dim=0) < 0))

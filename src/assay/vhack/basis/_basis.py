@@ -25,15 +25,16 @@ __all__ = ["Basis", "cin", "cin_over_modules"]
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """The hack directions of a model.
+    """Hack directions of a model.
 
     Attributes:
-        axes: per module name, [K, R] float32, orthonormal rows that point hack-ward; unused rows are zero.
-        singular_values: per module name, [K] float32, falling.
-        votes: per module name, [K, 2] int64: pairs with a positive and with a negative component along the axis.
+        axes: Orthonormal rows that point hack-ward, [K, R] float32 per module name; unused rows are zero.
+        singular_values: Singular values in falling order, [K] float32 per module name.
+        votes: Numbers of pairs with a positive and with a negative component along the axis, [K, 2] int64 per module
+            name.
         origin: Model, pairs and settings it was made from.
-        energy: Per module name, [K] float32: share of ‖D‖² that lies along each axis, D being the differences it was
-            extracted from. The file does not hold it, so it is empty in a basis that was read from one.
+        energy: Share of ‖D‖² along each axis, [K] float32 per module name; D are the differences it was extracted
+            from. The file does not hold it, so it is empty in a basis that was read from one.
     """
 
     axes: dict[str, Tensor]
@@ -43,13 +44,8 @@ class Basis:
     energy: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def confidence(self) -> dict[str, Tensor]:
-        """Per module name, [K] float32: the share of the pairs on the majority's side, 0.5 for a tie or no vote."""
-        return {name: _majority(votes_K2) for name, votes_K2 in self.votes.items()}
-
-    @property
     def undecided(self) -> list[tuple[str, int]]:
-        """Module and index of every axis whose vote is a tie: which way it points is an accident."""
+        """Module and index of every axis whose vote is a tie, so that its orientation is arbitrary."""
         return [
             (name, index)
             for name, votes_K2 in self.votes.items()
@@ -57,24 +53,21 @@ class Basis:
             if self.axes[name][index].any() and votes_K2[index, 0] == votes_K2[index, 1]
         ]
 
-    def slice(self, k_use: int = 5, tau_axis: float = 0.0, *, decided_only: bool = False) -> "Basis":
-        """The first ``k_use`` axes of every module.
+    def slice(self, k_use: int = 5, tau_axis: float = 0.0) -> "Basis":
+        """Return the basis with the first ``k_use`` axes of every module.
 
         Args:
-            k_use: how many axes; a module that has fewer keeps what it has.
-            tau_axis: axes with ``S_i / S_0`` below this become zero.
-            decided_only: axes whose vote is a tie become zero.
+            k_use: Number of axes; a module that has fewer keeps them all.
+            tau_axis: Share of the first singular value below which an axis becomes zero.
 
         Raises:
             UsageError: ``k_use`` is below 1, or ``tau_axis`` is outside [0, 1].
         """
         check_axis_settings(k_use, tau_axis)
-        drop = set(self.undecided) if decided_only else set()
-        axes = {}
-        for name, axes_KR in self.axes.items():
-            kept_KR = zero_weak_axes(axes_KR, self.singular_values[name], tau_axis)[:k_use]
-            keep_K = torch.tensor([(name, index) not in drop for index in range(len(kept_KR))])
-            axes[name] = kept_KR * keep_K[:, None]
+        axes = {
+            name: zero_weak_axes(axes_KR, self.singular_values[name], tau_axis)[:k_use]
+            for name, axes_KR in self.axes.items()
+        }
         values = {name: values_K[:k_use] for name, values_K in self.singular_values.items()}
         votes = {name: votes_K2[:k_use] for name, votes_K2 in self.votes.items()}
         energy = {name: shares_K[:k_use] * axes[name].any(dim=1) for name, shares_K in self.energy.items()}
@@ -83,10 +76,8 @@ class Basis:
     def save(self, path: str | Path) -> None:
         """Write the basis as one safetensors file, replacing an older one in one step.
 
-        The format is described in :mod:`assay.vhack.basis._file`.
-
         Raises:
-            StorageError: the file cannot be written.
+            StorageError: The file cannot be written.
         """
         write_basis(Path(path), self.axes, self.singular_values, self.votes, self.origin)
 
@@ -122,25 +113,20 @@ def check_axis_settings(top_k: int, tau_axis: float) -> None:
 
 
 def zero_weak_axes(axes_KR: Tensor, values_K: Tensor, tau_axis: float) -> Tensor:
-    """The axes, with zeros in the rows where ``S_i / S_0 < tau_axis``."""
+    """Return the axes with zeros in the rows where ``S_i / S_0 < tau_axis``."""
     return axes_KR * (values_K >= tau_axis * values_K[:1])[:, None]
 
 
-def _majority(votes_K2: Tensor) -> Tensor:
-    total_K = votes_K2.sum(dim=1)
-    return torch.where(total_K > 0, votes_K2.amax(dim=1) / total_K.clamp_min(1), 0.5)
-
-
 def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tensor:
-    """The share of each gradient that lies along the axes of its module, [N], from 0 to 1.
+    """Return the share of each gradient that lies along the axes of its module, [N], from 0 to 1.
 
     ``‖relu(V g)‖ / ‖g‖``: only what points hack-ward counts, which is what the one-sided gate removes. Two-sided it is
     ``‖V g‖ / ‖g‖``. A zero gradient has share 0.
 
     Args:
-        gradients_NR: one gradient per row.
-        axes_KR: orthonormal rows; zero rows add nothing.
-        two_sided: count both ways.
+        gradients_NR: Gradients, one per row.
+        axes_KR: Orthonormal rows; zero rows add nothing.
+        two_sided: Whether both signs count.
     """
     share_N: Tensor = _along(gradients_NR, axes_KR, two_sided) / _lengths(gradients_NR)
     return share_N
@@ -160,17 +146,17 @@ def _lengths(gradients_NR: Tensor) -> Tensor:
 def cin_over_modules(
     gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False, weighting: str = "equal"
 ) -> Tensor:
-    """One number per sample over all modules of the basis, [N].
+    """Return one number per sample over all modules of the basis, [N].
 
     Args:
-        gradients: per module name, [N, R]; modules that the basis does not have are left out.
-        basis: the axes.
-        two_sided: as in :func:`cin`.
-        weighting: ``"equal"`` is the mean of cin over the modules. ``"energy"`` is
+        gradients: Gradients, [N, R] per module name; modules that the basis does not have are left out.
+        basis: Basis with the axes.
+        two_sided: Whether both signs count, as in :func:`cin`.
+        weighting: Way of taking the mean. ``"equal"`` is the mean of cin over the modules. ``"energy"`` is
             ``√(Σ‖relu(V g)‖² / Σ‖g‖²)``, in which small modules do not count as much as large ones.
 
     Raises:
-        UsageError: a module of the basis has no gradients, or the weighting is neither of the two.
+        UsageError: A module of the basis has no gradients, or the weighting is neither of the two.
     """
     missing = [name for name in basis.axes if name not in gradients]
     if missing or not basis.axes:

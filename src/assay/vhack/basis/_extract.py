@@ -68,7 +68,7 @@ def pair_gradients(
         min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
         max_tokens: Most tokens per batch, as in :func:`per_sample_gradients`.
         checkpointing: Whether to recompute layers in the backward pass to save memory.
-        progress: Function called with the number of samples done and of all samples.
+        progress: Function called with the number of steps done and of all: matrices decomposed, then samples.
 
     Raises:
         DataError: A pair occurs twice, cannot be used (:func:`per_sample_gradients` says why), or no pair is left; the
@@ -82,7 +82,9 @@ def pair_gradients(
     kept = [index for index, pair in enumerate(pairs) if pair.hack != pair.clean]
     if not kept:
         raise _nothing_left(len(pairs))
-    full = svd or weight_svd(model, dtype=factors, cache=cache, min_coverage=min_coverage)
+    matrices = 0 if svd is not None else len(target_modules(model))
+    told = [_told(progress, before, matrices + 2 * len(kept)) for before in (0, matrices)]
+    full = svd or weight_svd(model, dtype=factors, cache=cache, min_coverage=min_coverage, progress=told[0])
     captured = 1.0
     if rank is not None:
         sides_of_first = [f"{labels[kept[0]]}, {side} side" for side in ("hack", "clean")]
@@ -99,7 +101,7 @@ def pair_gradients(
         names=[f"{labels[index]}, {side} side" for side in ("hack", "clean") for index in kept],
         max_tokens=max_tokens,
         checkpointing=checkpointing,
-        progress=progress,
+        progress=told[1],
     )
     hack, clean = ({name: part.chunk(2)[side] for name, part in found.items()} for side in (0, 1))
     rows = [row for row in range(len(kept)) if any(not torch.equal(hack[name][row], clean[name][row]) for name in hack)]
@@ -153,19 +155,28 @@ def extract(
         top_k: Number of axes per module, as in :meth:`PairGradients.basis`.
         tau_axis: Share of the first singular value below which an axis becomes zero.
         method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
-        svd: Factors of all weights, as in :func:`pair_gradients`.
+        svd: Factors of all weights; None computes them.
         rank: Number of singular directions to keep per matrix, as in :func:`pair_gradients`.
         factors: Dtype of the factors, as in :func:`weight_svd`.
         cache: Directory of factors on disk; None keeps nothing there.
-        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
-        max_tokens: Most tokens per batch, as in :func:`per_sample_gradients`.
+        min_coverage: Share of the model's weights that targets must be, as in :func:`weight_svd`.
+        max_tokens: Largest number of tokens per batch, as in :func:`per_sample_gradients`.
         checkpointing: Whether to recompute layers in the backward pass to save memory.
-        progress: Function called with the number of samples done and of all samples.
+        progress: Function called with the number of steps done and of all, as in :func:`pair_gradients`.
 
     Raises:
         DataError: The file at ``path`` was made for other weights, pairs or settings; the message names which.
         AssayError: As :func:`split_pairs`, :func:`pair_gradients`, :meth:`PairGradients.basis` and :meth:`Basis.save`
             raise them.
+
+    Example:
+        >>> from assay.models import load_model
+        >>> from assay.vhack import extract
+        >>> from assay.vhack.pairs import generate_pairs
+        >>> model = load_model("reference:llama", device="cpu")
+        >>> basis = extract(generate_pairs(6), model, n_heldout=2, top_k=3)
+        >>> len(basis.origin.pairs), basis.axes["model.layers.0.self_attn.q_proj"].shape
+        (4, torch.Size([3, 256]))
     """
     labels = pair_names(pairs)
     check_duplicates(pairs, labels)
@@ -203,6 +214,11 @@ def extract(
     if path is not None:
         basis.save(path)
     return basis
+
+
+def _told(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return the progress of one stage among all, for a stage that comes after this many steps."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def _nothing_left(count: int) -> DataError:

@@ -49,7 +49,7 @@ def write_basis(path: Path, axes: Tensors, values: Tensors, votes: Tensors, orig
     """Write the parts of a basis to a file, in the format that this module describes.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: The file cannot be written.
     """
     tensors = {name: axes_KR.contiguous() for name, axes_KR in axes.items()}
     tensors |= {_VALUES + name: values_K.contiguous() for name, values_K in values.items()}

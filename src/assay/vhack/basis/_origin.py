@@ -16,17 +16,17 @@ class Origin:
     """Model, pairs and settings of a basis.
 
     Attributes:
-        model: the reference the model was loaded from, for people to read.
+        model: Reference that the model was loaded from, for people to read.
         weights: SHA-256 in hex of the weights, from :func:`assay.vhack.weights_digest`; empty without a model.
-        dtype: dtype of the model, for example ``"bfloat16"``.
-        rank: singular directions kept per weight matrix; None is all of them.
-        factors: dtype of the factors U and Vh that the gradients were projected with.
-        top_k: how many axes were asked for per module.
-        tau_axis: axes with ``S_i / S_0`` below this were set to zero.
-        method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
-        pairs: the keys of the pairs that were used, in order.
-        groups: their groups, in the same order.
-        skipped: the keys of pairs that were left out because their sides do not differ.
+        dtype: Dtype of the model, for example ``"bfloat16"``.
+        rank: Number of singular directions kept per weight matrix; None stands for all of them.
+        factors: Dtype of the factors U and Vh that the gradients were projected with.
+        top_k: Number of axes per module that was asked for.
+        tau_axis: Share of the first singular value below which axes were set to zero.
+        method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
+        pairs: Keys of the pairs that were used, in order.
+        groups: Groups of these pairs, in the same order.
+        skipped: Keys of the pairs that were left out because their sides do not differ.
         captured: Share of the gradient's energy ‖g‖² that ``rank`` directions hold, 1 for all.
         coverage: Share of the model's weights that the modules of the basis are, and the matrices left out.
     """
@@ -47,7 +47,7 @@ class Origin:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The keys of all pairs it was to be made from, used or skipped, sorted."""
+        """Keys of all pairs it was to be made from, used or skipped, sorted."""
         return tuple(sorted(self.pairs + self.skipped))
 
     @property

@@ -23,15 +23,15 @@ class PairGradients:
     """Gradients of the hack and the clean side of N pairs, per module.
 
     Args:
-        hack: per module name, [N, R].
-        clean: the same for the clean side.
-        groups: the group of each pair; None puts every pair into a group of its own.
-        keys: what names each pair; None numbers them.
-        origin: the model and settings they come from; its pairs and groups are replaced by these.
+        hack: Gradients of the hack sides, [N, R] per module name.
+        clean: Gradients of the clean sides, likewise.
+        groups: Group of each pair; None puts every pair into a group of its own.
+        keys: Name of each pair; None numbers them.
+        origin: Model and settings they come from; its pairs and groups are replaced by these.
 
     Raises:
-        UsageError: the sides or the lists do not fit together.
-        DataError: a gradient is not finite; the message names module and pair.
+        UsageError: The two sides differ in modules or shapes, or a list has another length.
+        DataError: A gradient is not finite; the message names module and pair.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class PairGradients:
         return len(self.keys)
 
     def differences(self, module: str) -> Tensor:
-        """Hack minus clean of one module, [N, R]."""
+        """Return hack minus clean of one module, [N, R]."""
         return self.hack[module] - self.clean[module]
 
     def grams(self, *, clean: bool = False) -> Grams:
-        """Per module, the Gram matrix of the differences (or of the clean gradients), [N, N] in float64; kept."""
+        """Return the Gram matrix of the differences or of the clean gradients, [N, N] in float64 per module."""
         if clean and not self._clean_grams:
             self._clean_grams = {name: gram(rows) for name, rows in self.clean.items()}
         if not clean and not self._grams:
@@ -78,17 +78,18 @@ class PairGradients:
     def basis(
         self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "lda", keep: Sequence[int] | None = None
     ) -> Basis:
-        """The basis of these pairs, or of some of them.
+        """Return the basis of these pairs, or of some of them.
 
         Args:
-            top_k: axes per module; fewer where there are fewer pairs, and one for ``"mean-diff"``.
-            tau_axis: axes with ``S_i / S_0`` below this become zero.
-            method: ``"lda"``, ``"mean-diff"`` or ``"svd"``: see :func:`assay.vhack.basis._axes.find_axes`.
-            keep: indices of the pairs to use, repeats allowed; None uses all.
+            top_k: Number of axes per module; fewer where there are fewer pairs, and one for ``"mean-diff"``.
+            tau_axis: Share of the first singular value below which an axis becomes zero.
+            method: Name of the method. ``"svd"`` takes the right singular vectors of the differences, ``"mean-diff"``
+                their mean, ``"lda"`` the singular vectors after whitening by the covariance of the clean gradients.
+            keep: Indices of the pairs to use; None uses all.
 
         Raises:
-            UsageError: a setting is outside what it may be, or there are too few pairs.
-            DataError: the two sides do not differ in any module.
+            UsageError: A setting is out of range, or there are too few pairs.
+            DataError: The two sides do not differ in any module.
         """
         check_axis_settings(top_k, tau_axis)
         rows = list(range(len(self))) if keep is None else list(keep)
@@ -157,7 +158,7 @@ def _check_finite(gradients: Mapping[str, Tensor], side: str, keys: Sequence[str
 
 
 def check_method(method: str, n: int) -> None:
-    """Raise UsageError unless ``method`` is one of ours and ``n`` pairs are enough for it."""
+    """Raise UsageError unless ``method`` exists and ``n`` pairs are enough for it."""
     if method not in METHODS:
         raise UsageError(f"method={method!r}", wanted=" or ".join(METHODS), do="choose one of them")
     least = 3 if method == "lda" else 1

@@ -7,7 +7,7 @@ from assay.vhack.pairs import Pair
 
 __all__ = ["check_duplicates", "pair_names", "split_pairs"]
 
-# The seed holds out 2 of 12 pairs. With ten held-out groups or more the checks have power; with five they have little.
+# The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
 _HELD_OUT_SHARE = 6
 _SHARE_OF_MANY, _MANY_GROUPS = 3, 30
 
@@ -15,20 +15,17 @@ _SHARE_OF_MANY, _MANY_GROUPS = 3, 30
 def split_pairs(
     pairs: Sequence[Pair], *, n_heldout: int | None = None, heldout_groups: Sequence[str] | None = None
 ) -> tuple[list[Pair], list[Pair]]:
-    """Split pairs into those to extract from and those to test with.
+    """Return the pairs to extract from and the pairs to test with, each in order.
 
     Args:
-        pairs: the pairs.
-        n_heldout: hold out this many from the end, which is how the method was first described; 0 holds out none.
-        heldout_groups: hold out these groups whole. With neither, the last groups are held out: as many as it takes for
-            a sixth of the pairs, or with thirty groups or more for a third, but never all; pairs of a single group are
+        pairs: Pairs in order, with their groups.
+        n_heldout: Number of pairs to hold out from the end, as the original proposal does; 0 holds out none.
+        heldout_groups: Groups to hold out whole. With neither, the last groups are held out: as many as it takes for a
+            sixth of the pairs, or with thirty groups or more for a third, but never all; pairs of a single group are
             all used.
 
-    Returns:
-        The pairs to extract from and the held-out ones, each in order.
-
     Raises:
-        UsageError: both are given, a group is unknown, or nothing would be left.
+        UsageError: Both are given, a group is unknown, or no pair would be left.
     """
     if n_heldout is not None and heldout_groups is not None:
         raise UsageError("both a number and groups to hold out", wanted="one of the two", do="drop one of them")
@@ -61,7 +58,7 @@ def _last_groups(pairs: Sequence[Pair]) -> set[str]:
 
 
 def pair_names(pairs: Sequence[Pair]) -> list[str]:
-    """What errors call each pair."""
+    """Return the name of each pair in error messages."""
     return [f"pair {index} (group {pair.group!r})" for index, pair in enumerate(pairs)]
 
 

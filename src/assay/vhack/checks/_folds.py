@@ -30,13 +30,13 @@ _HELD_OUT_PART = 3
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """One basis and the pairs it is scored on.
+    """Basis and the pairs it is scored on.
 
     Attributes:
-        along: component of every sample along its axes, [M, K, S].
-        train: indices of the pairs it was fitted to, as far as they are among the pairs at hand.
-        test: indices of the pairs it may be scored on.
-        frame: the fit, where swapping training labels only turns its axes; None where the basis stays as it is.
+        along: Component of every sample along its axes, [M, K, S].
+        train: Indices of the pairs that the basis was fitted to, as far as they are at hand.
+        test: Indices of the pairs it may be scored on.
+        frame: Fit of the basis, where swapping training labels only turns its axes; None where the basis is fixed.
     """
 
     along: Tensor
@@ -50,11 +50,11 @@ class Design:
     """All folds over the same pairs.
 
     Attributes:
-        geometry: scalar products of the gradients.
-        folds: with disjoint test pairs.
-        groups: group of every pair.
-        text: the design in words.
-        sources: Indices of the pairs that bases are made from, as far as they are at hand: check 5 halves these.
+        geometry: Scalar products of the gradients.
+        folds: Folds with disjoint test pairs.
+        groups: Group of every pair.
+        text: Description of the design.
+        sources: Indices of the pairs that bases are made from, as far as they are at hand; check 5 halves these.
     """
 
     geometry: Geometry
@@ -70,12 +70,12 @@ class Design:
 
     @property
     def tested_groups(self) -> list[str]:
-        """Their groups, in that order."""
+        """Group of each pair that is scored, in that order."""
         return [self.groups[index] for index in self.tested.tolist()]
 
     @property
     def smallest_p(self) -> float:
-        """The smallest p-value that swapping whole groups can give.
+        """Smallest p-value that swapping whole groups can give.
 
         With refitted axes, swapping all groups at once changes nothing, so one observation counts twice.
         """
@@ -83,7 +83,7 @@ class Design:
         return float(0.5**free)
 
     def scores(self, signs_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cin over modules of the two sides of every scored pair, [B, N'] each, under swapped labels.
+        """Return mean cin over modules of both sides of every scored pair under swapped labels, [B, N'] each.
 
         A row of signs swaps the sides of the pairs where it is −1, in training and in scoring.
         """
@@ -109,7 +109,7 @@ class Design:
 
 
 def swaps(groups: Sequence[str], n: int, generator: np.random.Generator) -> Tensor:
-    """Signs per pair, [1 + n, N]: the first row swaps nothing, the others swap each group with probability one half."""
+    """Return signs per pair, [1 + n, N]: the first row swaps nothing, the others each group with probability 1/2."""
     names = list(dict.fromkeys(groups))
     index_N = np.array([names.index(group) for group in groups])
     signs_BG = generator.choice([-1.0, 1.0], size=(n, len(names)))
@@ -130,13 +130,13 @@ def fewest_groups(settings: CheckSettings, *, given: bool = False) -> int:
 
 
 def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
-    """Folds of whole groups, each scored by a basis of the others.
+    """Return folds of whole groups, each scored by a basis of the others.
 
     Swapped labels only turn the axes of an SVD basis, so it is refitted under every swap. With another method one
     split is made, and a third of the groups is held out.
 
     Raises:
-        UsageError: there are fewer than two groups.
+        UsageError: There are too few groups to fit a basis and score another group.
     """
     names = list(dict.fromkeys(gradients.groups))
     fewest = 2 if settings.method == "svd" else _HELD_OUT_PART + 1
@@ -173,11 +173,11 @@ def _refitted_once(gradients: PairGradients, geometry: Geometry, part: set[str],
 
 
 def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings) -> Design:
-    """The pairs of groups that a basis was not made from, scored by it.
+    """Return the design that scores a basis on the pairs of groups it was not made from.
 
     Raises:
-        DataError: a pair the basis was made from has another group here, or the modules are not the same.
-        UsageError: no pair of another group is left.
+        DataError: A pair the basis was made from has another group here, or the modules are not the same.
+        UsageError: No pair of another group is left.
     """
     known = dict(zip(basis.origin.pairs, basis.origin.groups, strict=True))
     for index, (key, group) in enumerate(zip(gradients.keys, gradients.groups, strict=True)):

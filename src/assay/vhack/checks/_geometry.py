@@ -18,17 +18,17 @@ from assay.vhack.basis import PairGradients, shrinkage
 
 __all__ = ["Frame", "Geometry", "shares"]
 
-# As in assay.vhack: singular values below this share of the first, times T, are rounding of float32 gradients.
+# As in assay.vhack.basis: singular values below this share of the first, times T, are rounding of float32 gradients.
 _ROUNDING = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """A fitted basis of every module, by what it says of the samples.
+    """Fitted basis of every module, by its components of the samples.
 
     Attributes:
-        along: component of each sample along each axis, [M, K, S]; axes point to where most differences point.
-        fitted: the same of the differences it was fitted to, [M, K, T].
+        along: Component of each sample along each axis, [M, K, S]; axes point to where most differences point.
+        fitted: Component of each difference that the basis was fitted to, [M, K, T].
         mix: Axes as sums of samples, [M, K, S].
         values: Singular values, [M, K].
     """
@@ -53,7 +53,7 @@ class Geometry:
     """Scalar products of all gradients of N pairs.
 
     Args:
-        gradients: both sides of every pair.
+        gradients: Gradients of both sides of every pair.
     """
 
     def __init__(self, gradients: PairGradients) -> None:
@@ -65,7 +65,7 @@ class Geometry:
         self.lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
 
     def samples(self, name: str) -> Tensor:
-        """Gradients of one module, [S, R]."""
+        """Return the gradients of one module, [S, R]."""
         return torch.cat([self.gradients.hack[name], self.gradients.clean[name]])
 
     def fit_pairs(self, pairs_T: Tensor, k: int, tau_axis: float = 0.0, *, method: str = "svd") -> Frame:
@@ -119,7 +119,7 @@ class Geometry:
         return axes_MKS
 
     def given(self, axes: dict[str, Tensor]) -> Tensor:
-        """Components along axes from elsewhere, [M, K, S]; modules with fewer axes are filled with zeros."""
+        """Return the components along given axes, [M, K, S]; modules with fewer axes are filled with zeros."""
         k = max(len(axes[name]) for name in self.names)
         along_MKS = torch.zeros(len(self.names), k, 2 * self.n, dtype=torch.float64)
         for index, name in enumerate(self.names):
@@ -127,11 +127,11 @@ class Geometry:
         return along_MKS
 
     def overlaps(self, one: Frame, other: Frame) -> Tensor:
-        """Scalar products of the axes of two frames, [M, K, K]; their singular values are cosines of angles."""
+        """Return the scalar products of the axes of two frames, [M, K, K]; the cosines are its singular values."""
         return one.mix @ self.gram_MSS @ other.mix.transpose(1, 2)
 
     def batch(self, along_MKS: Tensor, weights_SQ: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted sums of samples: their components along axes [M, K, Q] and lengths [M, Q]."""
+        """Return the components along axes, [M, K, Q], and the lengths, [M, Q], of weighted sums of samples."""
         squares_MQ = torch.einsum("sq,mst,tq->mq", weights_SQ, self.gram_MSS, weights_SQ)
         lengths_MQ = squares_MQ.clamp_min(0).sqrt()
         return along_MKS @ weights_SQ, torch.where(lengths_MQ > 0, lengths_MQ, torch.inf)
@@ -181,7 +181,7 @@ class _Clean:
 
 
 def shares(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | None = None) -> Tensor:
-    """Cin per module, ``‖relu(V g)‖ / ‖g‖``: [M, S], or [B, M, S] for axes turned in B ways."""
+    """Return cin per module, ``‖relu(V g)‖ / ‖g‖``: [M, S], or [B, M, S] for axes turned in B ways."""
     ahead_MKS, back_MKS = along_MKS.clamp_min(0).square(), along_MKS.clamp_max(0).square()
     if turn_BMK is None:
         return ahead_MKS.sum(dim=1).sqrt() / lengths_MS

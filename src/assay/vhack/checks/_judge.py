@@ -1,4 +1,4 @@
-"""From a value, its interval and its nulls to a verdict: what all five checks have in common."""
+"""From a value, its interval and its nulls to a verdict, as all five checks do it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil, log2
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from assay.stats import group_bootstrap
-from assay.vhack.checks._types import Check, CheckSettings, Interval, Verdict
+from assay.vhack.checks._types import Check, CheckSettings, CheckVerdict, Interval
 
 __all__ = ["SWAPPED", "FloatArray", "judge", "measure", "p_value", "undecided"]
 
@@ -20,7 +20,7 @@ _TIE = 1e-12
 
 
 def p_value(observed: float, draws: Sequence[float]) -> float:
-    """Share of draws that reach the observed value, which counts as one of them (Phipson and Smyth 2010)."""
+    """Return the share of draws that reach the observed value, which counts as a draw (Phipson and Smyth 2010)."""
     reached = sum(draw >= observed - _TIE for draw in draws)
     return (1 + reached) / (1 + len(draws))
 
@@ -31,7 +31,7 @@ def measure(
     groups: Sequence[Sequence[str]],
     settings: CheckSettings,
 ) -> Interval:
-    """A statistic with its group-bootstrap interval."""
+    """Return a statistic with its group-bootstrap interval."""
     found = group_bootstrap(
         statistic,
         samples,
@@ -56,7 +56,7 @@ def judge(
     smallest_p: float = 0.0,
     details: Mapping[str, Any] | None = None,
 ) -> Check:
-    """Apply the rule that all checks share.
+    """Return the check after applying the rule that all checks share.
 
     It passes if the value is reached by at most a share alpha of every null, and the lower end of its interval lies
     above ``above`` and above the 1 − alpha quantile of every null. The first part alone bounds the probability that
@@ -64,7 +64,7 @@ def judge(
     """
     p_values = {null: p_value(measured.value, draws) for null, draws in nulls.items()}
     quantiles = {null: float(np.quantile(draws, 1 - settings.alpha)) for null, draws in nulls.items()}
-    verdict: Verdict
+    verdict: CheckVerdict
     if smallest_p > settings.alpha:
         verdict = "undecided"
         more = ceil(log2(smallest_p / settings.alpha))
@@ -87,5 +87,5 @@ def judge(
 
 
 def undecided(name: str, title: str, statistic: str, rule: str, reason: str) -> Check:
-    """A check that could not be made."""
+    """Return a check that could not be made."""
     return Check(name, title, statistic, rule, None, {}, {}, "undecided", reason)

@@ -29,13 +29,13 @@ _DRAWS = 25  # random frames of one module that are held at a time
 
 
 def check_random_null(design: Design, scored: HeldOut, measured: Interval, settings: CheckSettings) -> Check:
-    """Check 3.
+    """Return check 3: do random bases of this size rank the same samples as well?
 
     Args:
-        design: the folds.
-        scored: scores as labelled and with swapped labels.
+        design: Folds and the pairs they score.
+        scored: Scores as labelled and with swapped labels.
         measured: AUROC of the basis with its interval, from check 1.
-        settings: how many draws, and alpha.
+        settings: Number of draws, and alpha.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     swapped = list(zip(scored.hack[1:], scored.clean[1:], strict=True))[: settings.n_null]
@@ -75,7 +75,7 @@ def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
 
 
 def _haar(design: Design, settings: CheckSettings, generator: torch.Generator) -> Tensor:
-    """Mean cin of every sample under random frames, [B, S]; a frame is the same in all folds."""
+    """Return mean cin of every sample under random frames, [B, S]; all folds share the frames."""
     geometry = design.geometry
     total_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
     for module, name in enumerate(geometry.names):
@@ -91,7 +91,7 @@ def _haar(design: Design, settings: CheckSettings, generator: torch.Generator) -
 
 
 def _matched(design: Design, settings: CheckSettings, generator: torch.Generator) -> Tensor:
-    """The same for random sums of clean training gradients."""
+    """Return mean cin of every sample under bases of random sums of clean training gradients, [B, S]."""
     geometry = design.geometry
     draws_BKN = torch.randn(settings.n_null, settings.axes, geometry.n, generator=generator, dtype=torch.float64)
     scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
@@ -120,7 +120,7 @@ def _inverse_root(gram_BKK: Tensor) -> Tensor:
 
 
 def _clean_clean(design: Design, settings: CheckSettings) -> Tensor:
-    """The same for bases of differences between clean sides."""
+    """Return mean cin of every sample under bases of differences between clean sides, [B, S]."""
     geometry = design.geometry
     generator = np.random.default_rng([settings.seed, 3])
     scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
@@ -136,9 +136,9 @@ def _clean_clean(design: Design, settings: CheckSettings) -> Tensor:
 
 
 def _clean_rows(design: Design, fold: Fold) -> Tensor:
-    """Pairs whose clean sides may make a null basis: the training pairs, or where these are not at hand, all others.
+    """Return the pairs whose clean sides make a null basis: training pairs, or the scored ones if those are missing.
 
-    A basis from a file may come without its pairs. Then the clean sides of the scored pairs have to do; they make the
+    A basis from a file may come without its pairs. Then the clean sides of the scored pairs are used; they make the
     null harder to beat, because it has seen the samples.
     """
     return fold.train if len(fold.train) > 1 else fold.test
@@ -147,13 +147,13 @@ def _clean_rows(design: Design, fold: Fold) -> Tensor:
 def clean_differences(
     geometry: Geometry, groups: Sequence[str], pairs: Tensor, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Clean sides two by two, each used once, of the same group as far as possible; samples to subtract.
+    """Return clean sides two by two, each used once, of the same group as far as possible.
 
     Args:
-        geometry: scalar products.
-        groups: group of every pair.
-        pairs: indices of the pairs whose clean sides are used.
-        generator: decides who goes with whom, and in which direction.
+        geometry: Scalar products.
+        groups: Group of every pair.
+        pairs: Indices of the pairs whose clean sides are used.
+        generator: Random generator that decides which sides form a pair, and in which order.
     """
     # Sorted by group after shuffling: neighbours share a group, but for the odd one out.
     shuffled = generator.permutation(pairs.numpy())

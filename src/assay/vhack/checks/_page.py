@@ -8,7 +8,7 @@ import numpy as np
 
 from assay.reports import INK, MUTED, SERIES, Badge, Cell, Report, figure, heatmap, legend
 from assay.vhack.checks._judge import FloatArray
-from assay.vhack.checks._types import Check, CheckReport, Verdict
+from assay.vhack.checks._types import Check, CheckReport, CheckVerdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,11 +21,11 @@ _HACK, _CLEAN = SERIES[1], SERIES[0]
 
 
 def page(report: CheckReport, *, command: str = "assay vhack check") -> Report:
-    """The five verdicts with the evidence for each.
+    """Return the page of the five verdicts with the evidence for each.
 
     Args:
-        report: the checks.
-        command: what made them, for the footer.
+        report: Checks to show.
+        command: Command that made them, for the footer.
     """
     made = Report("Are these hack directions real?", _subtitle(report), command=command)
     _verdicts(made, report)
@@ -49,7 +49,7 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _badge(verdict: Verdict) -> Badge:
+def _badge(verdict: CheckVerdict) -> Badge:
     return Badge(verdict, verdict)
 
 
@@ -124,7 +124,7 @@ def _random_bases(made: Report, check: Check) -> None:
     ax.set_xlabel("AUROC on the same held-out samples")
     ax.grid(axis="y", visible=False)
     legend(ax, loc="lower left", bbox_to_anchor=(0, 1.0))
-    made.figure(fig, "Every dot is a basis of the same size that knows nothing of cheating.")
+    made.figure(fig, "Every dot is a basis of the same size that was made without hack labels.")
     scores = cast("Mapping[str, float]", check.details.get("z_scores", {}))
     made.definitions({f"z against {name}": f"{value:.1f}" for name, value in scores.items()})
 
@@ -151,7 +151,7 @@ def _where(made: Report, report: CheckReport) -> None:
 
 
 def _grid(names: Sequence[str]) -> tuple[list[str], list[str], list[tuple[int, int]]]:
-    """Layers, projections, and the place of each module among them."""
+    """Return layers, projections, and the place of each module among them."""
     keys = [(found[1] if (found := _LAYER.search(name)) else "-", name.rsplit(".", 1)[-1]) for name in names]
     layers, kinds = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
     return layers, [k.removesuffix("_proj") for k in kinds], [(layers.index(a), kinds.index(b)) for a, b in keys]

@@ -23,9 +23,9 @@ class HeldOut:
     """Scores of the N' held-out pairs: as labelled in row 0, with swapped labels in the B others.
 
     Attributes:
-        hack: of the hack sides, [1 + B, N'].
-        clean: of the clean sides, [1 + B, N'].
-        groups: of the pairs.
+        hack: Scores of the hack sides, [1 + B, N'].
+        clean: Scores of the clean sides, [1 + B, N'].
+        groups: Group of each pair.
     """
 
     hack: FloatArray
@@ -34,19 +34,19 @@ class HeldOut:
 
     @property
     def sides(self) -> tuple[FloatArray, FloatArray]:
-        """Scores as labelled, hack and clean, [N'] each."""
+        """Scores of hack and clean sides as labelled, [N'] each."""
         return self.hack[0], self.clean[0]
 
 
 def score(design: Design, settings: CheckSettings) -> HeldOut:
-    """Score every held-out pair, as labelled and with swapped labels."""
+    """Return the scores of every held-out pair, as labelled and with swapped labels."""
     signs_BN = swaps(design.groups, settings.n_flips, np.random.default_rng([settings.seed, 1]))
     hack_BN, clean_BN = design.scores(signs_BN)
     return HeldOut(hack_BN.numpy(), clean_BN.numpy(), design.tested_groups)
 
 
 def check_pools(design: Design, scored: HeldOut, settings: CheckSettings) -> Check:
-    """Check 1, from the two sides of held-out pairs taken as two pools."""
+    """Return check 1, from the two sides of held-out pairs taken as two pools."""
     measured = measure(auroc, scored.sides, [scored.groups] * 2, settings)
     swapped = [auroc(h, c) for h, c in zip(scored.hack[1:], scored.clean[1:], strict=True)]
     return judge(
@@ -75,7 +75,7 @@ _RULE = (
 
 
 def _alternatives(design: Design) -> dict[str, float]:
-    """AUROC of other scores of the same samples: what the verdict does not depend on, but a reader should see."""
+    """Return the AUROC of other scores of the same samples, which the verdict does not depend on."""
     geometry = design.geometry
     found: dict[str, tuple[list[float], list[float]]] = {"two_sided": ([], []), "energy": ([], []), "length": ([], [])}
     for fold in design.folds:
@@ -92,7 +92,7 @@ def _alternatives(design: Design) -> dict[str, float]:
 
 
 def check_heldout(design: Design, scored: HeldOut, settings: CheckSettings) -> Check:
-    """Check 2: within a held-out pair the hack side scores higher."""
+    """Return check 2: within a held-out pair the hack side scores higher."""
     hack_N, clean_N = scored.sides
     measured = measure(paired_accuracy, (hack_N, clean_N), [scored.groups] * 2, settings)
     swapped = [paired_accuracy(h, c) for h, c in zip(scored.hack[1:], scored.clean[1:], strict=True)]
@@ -130,16 +130,16 @@ def check_unpaired(
     clean_groups: Sequence[str],
     settings: CheckSettings,
 ) -> Check:
-    """Check 1 for two pools of samples that are not paired.
+    """Return check 1 for two pools of samples that are not paired.
 
     Labels are swapped in whole groups that have both kinds, and exchanged among groups that have one kind.
 
     Args:
-        hack: held-out scores of hack samples.
-        clean: of clean samples.
-        hack_groups: group of each hack sample, such as its prompt.
-        clean_groups: group of each clean sample.
-        settings: how many draws, and alpha.
+        hack: Held-out scores of hack samples.
+        clean: Held-out scores of clean samples.
+        hack_groups: Group of each hack sample, such as its prompt.
+        clean_groups: Group of each clean sample.
+        settings: Number of draws, and alpha.
     """
     scores_N = np.concatenate([hack, clean])
     groups = [*hack_groups, *clean_groups]
@@ -163,7 +163,7 @@ def check_unpaired(
 
 
 def _smallest_p(hack: set[str], clean: set[str]) -> float:
-    """One over the number of ways to relabel: groups with both kinds swap, those with one kind trade places."""
+    """Return one over the number of relabellings: groups of both kinds swap, groups of one kind trade places."""
     return 0.5 ** len(hack & clean) / comb(len(hack ^ clean), len(hack - clean))
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from assay.vhack.checks._ranking import HeldOut, check_heldout, check_pools, sco
 from assay.vhack.checks._sources import SourceCin, check_source_log, check_sources
 from assay.vhack.checks._stability import Stability, check_stability
 from assay.vhack.checks._types import CheckReport, CheckSettings, ModuleResult
-from assay.vhack.gradients import MIN_COVERAGE, SVDCache
+from assay.vhack.gradients import SVDCache
 from assay.vhack.pairs import Pair
 
 if TYPE_CHECKING:
@@ -43,19 +42,15 @@ def check(
     log: Sequence[SourceCin] | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     svd: SVDCache | None = None,
-    rank: int | None = None,
-    factors: str | None = None,
-    cache: Path | None = None,
-    min_coverage: float = MIN_COVERAGE,
     max_tokens: int | None = None,
     checkpointing: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Are these hack directions real? Five tests on held-out data, each against its nulls.
+    """Return five checks whether hack directions are real, on held-out data and each against its nulls.
 
-    With a basis, only pairs of groups it was not made from are scored; give it all pairs, and its own serve the check
-    of stability. Without one, every group is scored by a basis of other groups: this uses all data, and tells whether
-    such pairs give hack directions with this model.
+    With a basis, only pairs of groups that it was not made from are scored; pass all pairs, and check 5 uses those it
+    was made from. Without one, groups are scored by bases of other groups, which tells whether such pairs give hack
+    directions with this model at all.
 
     Args:
         pairs: Pairs to score and, without a basis, to fit bases to.
@@ -64,20 +59,26 @@ def check(
         settings: Amount of evidence and strictness of the rules.
         log: Measurements of a training run from `read_source_log`, for check 4.
         tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
-        svd: Factors of all weights; None computes them.
-        rank: Number of singular directions to keep per matrix; None keeps all.
-        factors: Dtype of the factors, as in :func:`assay.vhack.weight_svd`.
-        cache: Directory of factors on disk; None keeps nothing there.
-        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
-        max_tokens: Most tokens per batch; None chooses from the free memory.
+        svd: Factors of all weights from :func:`assay.vhack.weight_svd`, perhaps truncated; None computes them.
+        max_tokens: Largest number of tokens per batch; None chooses from the free memory.
         checkpointing: Whether to recompute layers in the backward pass to save memory.
-        progress: Function called with the number of samples done and of all samples.
+        progress: Function called with the number of steps done and of all, as in :func:`assay.vhack.pair_gradients`.
 
     Raises:
-        DataError: a prompt occurs in two groups, the basis was made from pairs that would be scored or for another
+        DataError: A prompt occurs in two groups, the basis was made from pairs that would be scored or for another
             model, or a pair cannot be used.
-        UsageError: too few groups, or no pair of a group that the basis has not seen.
-        AssayError: as :func:`assay.vhack.pair_gradients` raises.
+        UsageError: Too few groups, or no pair of a group that the basis has not seen.
+        AssayError: A gradient cannot be computed; :func:`assay.vhack.pair_gradients` lists the cases.
+
+    Example:
+        >>> from assay.models import load_model
+        >>> from assay.vhack.checks import CheckSettings, check
+        >>> from assay.vhack.pairs import generate_pairs
+        >>> model = load_model("reference:llama", device="cpu")
+        >>> settings = CheckSettings(method="svd", n_flips=39, n_null=19, n_splits=4)
+        >>> report = check(generate_pairs(6), model, settings=settings)
+        >>> [made.name for made in report.checks]
+        ['pools', 'heldout', 'random_null', 'sources', 'stability']
     """
     _refuse_shared_prompts(pairs)
     gradients = pair_gradients(
@@ -85,10 +86,6 @@ def check(
         model,
         tokenizer=tokenizer,
         svd=svd,
-        rank=rank,
-        factors=factors,
-        cache=cache,
-        min_coverage=min_coverage,
         max_tokens=max_tokens,
         checkpointing=checkpointing,
         progress=progress,
@@ -141,7 +138,7 @@ def check_gradients(
     settings: CheckSettings | None = None,
     log: Sequence[SourceCin] | None = None,
 ) -> CheckReport:
-    """The five checks on gradients at hand; arguments and errors as for `check`."""
+    """Return the five checks of gradients that are at hand; :func:`check` describes the arguments and errors."""
     settings = _settings_for(basis, settings or CheckSettings())
     with _one_thread():
         design = cross_fit(gradients, settings) if basis is None else held_out_of(basis, gradients, settings)
@@ -180,7 +177,7 @@ def _settings_for(basis: Basis | None, settings: CheckSettings) -> CheckSettings
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of small decompositions: sharing one of them among threads costs more than it gives."""
+    """Use one thread: the checks are thousands of small decompositions, and sharing one among threads costs time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -234,7 +231,7 @@ def _per_module(design: Design, offset: int) -> np.ndarray[Any, np.dtype[np.floa
 
 
 def _spectrum(difference_NR: Tensor, generator: torch.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Singular values as shares of their root sum of squares, and their noise level.
+    """Return singular values as shares of their root sum of squares, and their noise level.
 
     The level is the mean over draws of the same matrix with random signs on all entries: their sizes stay, what rows
     have in common goes (Hong, Sheng and Dobriban 2020).

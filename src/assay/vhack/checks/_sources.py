@@ -35,13 +35,13 @@ _FEWEST_BLOCKS = 6
 
 @dataclass(frozen=True, slots=True)
 class SourceCin:
-    """cin of the gradient of one source in one step.
+    """Share along the axes of the gradient of one source in one step.
 
     Attributes:
-        step: counted from 0.
-        source: such as ``student`` or ``teacher``.
-        cin: mean over modules, 0 to 1.
-        modules: per module.
+        step: Number of the step, counted from 0.
+        source: Name of the source, such as ``student`` or ``teacher``.
+        cin: Mean of cin over modules, 0 to 1.
+        modules: Values of cin by module name.
     """
 
     step: int
@@ -50,15 +50,15 @@ class SourceCin:
     modules: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The line of a log."""
+        """Return the line of a log."""
         return {"step": self.step, "source": self.source, "cin": self.cin, "modules": self.modules}
 
 
 def read_source_log(path: str | Path) -> list[SourceCin]:
-    """The measurements in a training log; lines without ``source`` are passed over.
+    """Return the measurements in a training log; lines without ``source`` are passed over.
 
     Raises:
-        DataError: the file cannot be read, or a measurement is malformed or given twice; names the line.
+        DataError: The file cannot be read, or a measurement is malformed or given twice; the message names the line.
     """
     found: dict[tuple[int, str], SourceCin] = {}
     for number, record in read_jsonl(path):
@@ -89,7 +89,7 @@ def _well_formed(entry: SourceCin) -> bool:
 
 
 def check_sources(design: Design, settings: CheckSettings) -> Check:
-    """Check 4 with the sides of every held-out group as two batches."""
+    """Return check 4 with the sides of every held-out group as two batches."""
     names = list(dict.fromkeys(design.tested_groups))
     signs_BN = swaps(design.groups, settings.n_flips, np.random.default_rng([settings.seed, 4]))
     hack_BG, clean_BG = (np.zeros((len(signs_BN), len(names))) for _ in range(2))
@@ -140,7 +140,7 @@ def _rule(settings: CheckSettings, what: str) -> str:
 def _batch_cin(
     design: Design, fold_index: int, pairs: torch.Tensor, signs_BN: torch.Tensor
 ) -> tuple[FloatArray, FloatArray]:
-    """Cin of the summed hack gradient and of the summed clean gradient of these pairs, [B] each."""
+    """Return cin of the summed hack gradient and of the summed clean gradient of these pairs, [B] each."""
     geometry, fold = design.geometry, design.folds[fold_index]
     weights_S2 = torch.zeros(2 * geometry.n, 2, dtype=torch.float64)
     weights_S2[pairs, 0] = 1.0
@@ -161,20 +161,20 @@ def check_source_log(
     clean: str = "student",
     steps: tuple[int, int] | None = None,
 ) -> Check:
-    """Check 4 on a training log: cin of ``hack`` minus cin of ``clean``, step by step.
+    """Return check 4 of a training log: cin of ``hack`` minus cin of ``clean``, step by step.
 
     Neighbouring steps resemble each other, so blocks of steps take the place of groups: as many blocks as the square
     root of the number of steps, at least 6.
 
     Args:
-        entries: from `read_source_log`.
-        settings: how many draws, and alpha.
-        hack: the source that cheats.
-        clean: the source that does not (yet).
-        steps: first and last step to use, by default all; the difference is expected early in training.
+        entries: Measurements from `read_source_log`.
+        settings: Number of draws, and alpha.
+        hack: Name of the source that cheats.
+        clean: Name of the source that does not cheat (yet).
+        steps: First and last step to use, by default all; the difference is expected early in training.
 
     Raises:
-        UsageError: no step has both sources.
+        UsageError: No step has both sources.
     """
     settings = settings or CheckSettings()
     cin = {(entry.step, entry.source): entry.cin for entry in entries}

@@ -24,7 +24,7 @@ from assay.vhack.checks._folds import Design, swaps
 from assay.vhack.checks._geometry import Frame, Geometry
 from assay.vhack.checks._judge import SWAPPED, p_value, undecided
 from assay.vhack.checks._nulls import clean_differences
-from assay.vhack.checks._types import Check, CheckSettings, Interval, Verdict
+from assay.vhack.checks._types import Check, CheckSettings, CheckVerdict, Interval
 
 __all__ = ["Stability", "check_stability"]
 
@@ -34,13 +34,13 @@ _STATISTIC = "mean squared cosine of the principal angles between bases of two h
 
 @dataclass(frozen=True, eq=False)
 class Stability:
-    """Check 5 with what a report draws.
+    """Result of check 5 with the series that a report draws.
 
     Attributes:
-        check: the check.
-        overlap: mean squared cosine per module; empty where it was not measured.
-        cosines: mean cosine of each principal angle, largest first.
-        generic: the same between a hack basis and a clean-clean basis.
+        check: Value, nulls and verdict.
+        overlap: Mean squared cosine per module; empty where it was not measured.
+        cosines: Mean cosine of each principal angle, largest first.
+        generic_cosines: Mean cosine of each principal angle between a hack basis and a clean-clean basis.
     """
 
     check: Check
@@ -50,7 +50,7 @@ class Stability:
 
 
 def check_stability(design: Design, settings: CheckSettings) -> Stability:
-    """Check 5 on the pairs that bases are fitted to.
+    """Return check 5 of the pairs that bases are fitted to.
 
     Without a given basis these are all pairs; otherwise those of the groups it was made from.
     """
@@ -124,25 +124,25 @@ def _split(
 
 
 def _mean_cosines(overlaps: list[Tensor]) -> Tensor:
-    """Cosine of each principal angle, mean over modules and over these."""
+    """Return the cosine of each principal angle, mean over modules and over these overlaps."""
     return _common_mean([torch.linalg.svdvals(overlap_MKJ).mean(dim=0) for overlap_MKJ in overlaps])
 
 
 def _common_mean(rows: list[Tensor]) -> Tensor:
-    """Mean of rows, over the places that all of them have: a small half gives fewer axes than ``k_use``."""
+    """Return the mean of rows over the places that all of them have; a small half gives fewer axes than others."""
     shortest = min(map(len, rows))
     return torch.stack([row_K[:shortest] for row_K in rows]).mean(dim=0)
 
 
 def _mean_square(overlap_MKJ: Tensor) -> Tensor:
-    """Mean squared cosine: the squared Frobenius norm over the number of angles."""
+    """Return the mean squared cosine: the squared Frobenius norm over the number of angles."""
     return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
 
 
 def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, others_BT: Tensor) -> Tensor:
     """Return the cosine between the mean differences of two halves, each within its own SVD basis, [B].
 
-    The SVD basis, whatever the method: swapped labels leave it as it is, and only then is the test exact.
+    SVD bases, whatever method is checked: swapped labels leave them as they are, and only then is the test exact.
     """
     between_MKK = geometry.overlaps(one, other)
     first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, one.fitted)
@@ -167,7 +167,7 @@ def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -
     p = p_value(agreement_B[0], agreement_B[1:])
     faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
     faults += [f"the range reaches down to {low:.3g}, not above {v:.3g} of {n}" for n, v in levels.items() if low <= v]
-    verdict: Verdict = "fail" if faults else "pass"
+    verdict: CheckVerdict = "fail" if faults else "pass"
     check = Check(
         name="stability",
         title=_TITLE,
@@ -188,7 +188,7 @@ def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -
 
 
 def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]:
-    """Mean over modules of the overlap of two random frames, drawn by its first two moments.
+    """Return draws of the mean over modules of the overlap of two random frames, by its first two moments.
 
     The mean squared cosine between independent uniform K-frames of R coordinates has mean K/R and variance
     ``2 (R − K)² / (R² (R − 1) (R + 2))`` (moments of the matrix beta law); a mean over modules is close to normal.

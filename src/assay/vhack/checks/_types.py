@@ -1,4 +1,4 @@
-"""What the checks are asked for and what they answer."""
+"""Settings and results of the checks."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,9 +7,9 @@ from typing import Any, Literal
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import METHODS, Origin
 
-__all__ = ["CHECKS", "SCHEMA", "Check", "CheckReport", "CheckSettings", "Interval", "ModuleResult", "Verdict"]
+__all__ = ["CHECKS", "SCHEMA", "Check", "CheckReport", "CheckSettings", "CheckVerdict", "Interval", "ModuleResult"]
 
-Verdict = Literal["pass", "fail", "undecided"]
+CheckVerdict = Literal["pass", "fail", "undecided"]
 SCHEMA = "assay.vhack.check/1"
 CHECKS = ("pools", "heldout", "random_null", "sources", "stability")
 """Names of the five checks, in the order of the design."""
@@ -17,20 +17,20 @@ CHECKS = ("pools", "heldout", "random_null", "sources", "stability")
 
 @dataclass(frozen=True, slots=True)
 class CheckSettings:
-    """How much evidence is gathered and how strict the rules are.
+    """Amount of evidence and strictness of the rules.
 
     Attributes:
-        k_use: axes per module.
-        tau_axis: axes with ``S_i / S_0`` below this are not used.
+        k_use: Number of axes per module.
+        tau_axis: Share of the first singular value below which an axis is not used.
         method: Name of the method that bases are fitted with; a given basis is checked by its own.
-        n_folds: parts into which the groups are divided when no basis is given.
-        alpha: every check passes pure noise with at most this probability.
-        confidence: of every interval.
-        n_flips: random swaps of the labels, whole groups at a time.
-        n_null: bases drawn from each null.
-        n_splits: random divisions of the groups into two halves.
-        n_resamples: draws of the group bootstrap.
-        seed: of every random choice.
+        n_folds: Number of parts into which the groups are divided for ``svd`` without a given basis.
+        alpha: Largest probability with which a check passes pure noise.
+        confidence: Probability that an interval covers the true value.
+        n_flips: Number of random swaps of the labels, whole groups at a time.
+        n_null: Number of bases drawn from each null.
+        n_splits: Number of random divisions of the groups into two halves.
+        n_resamples: Number of draws of the group bootstrap.
+        seed: Seed of every random choice.
     """
 
     k_use: int = 5
@@ -63,7 +63,7 @@ class CheckSettings:
 
     @property
     def axes(self) -> int:
-        """Number of axes per module that a fitted basis has."""
+        """Number of axes per module of a fitted basis."""
         return 1 if self.method == "mean-diff" else self.k_use
 
 
@@ -81,16 +81,16 @@ class Check:
     """One of the five checks.
 
     Attributes:
-        name: one of ``CHECKS``.
-        title: what it asks, in words.
-        statistic: what the value is.
-        rule: when it passes, fixed before the value was known.
-        measured: the value and its interval; None where it could not be measured.
-        nulls: per null its draws of the statistic.
-        p_values: per null the probability of at least this value.
-        verdict: ``pass``, ``fail`` or ``undecided``.
-        reason: what decided.
-        details: further numbers, not part of the rule.
+        name: Name, one of ``CHECKS``.
+        title: Question that it answers, in words.
+        statistic: Description of the value.
+        rule: Condition to pass, fixed before the value was known.
+        measured: Value and its interval; None where it could not be measured.
+        nulls: Draws of the statistic by name of the null.
+        p_values: Probability of at least this value by name of the null.
+        verdict: Verdict: ``pass``, ``fail`` or ``undecided``.
+        reason: Part of the rule that decided.
+        details: Numbers that are not part of the rule.
     """
 
     name: str
@@ -100,23 +100,23 @@ class Check:
     measured: Interval | None
     nulls: Mapping[str, tuple[float, ...]]
     p_values: Mapping[str, float]
-    verdict: Verdict
+    verdict: CheckVerdict
     reason: str
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleResult:
-    """What one module contributes, held out.
+    """Contribution of one module, held out.
 
     Attributes:
-        name: as in ``model.named_modules()``.
-        auroc: of its own cin, hack against clean.
-        cin_hack: mean over hack samples.
-        cin_clean: mean over clean samples.
-        overlap: mean squared cosine of the principal angles between bases of two halves; None where not measured.
-        spectrum: singular values of all differences as shares of their root sum of squares, strongest first.
-        noise: the same after random signs on every entry, which destroy whatever the pairs have in common.
+        name: Module name as in ``model.named_modules()``.
+        auroc: AUROC of its own cin, hack against clean.
+        cin_hack: Mean cin of hack samples.
+        cin_clean: Mean cin of clean samples.
+        overlap: Mean squared cosine of the principal angles between bases of two halves; None where not measured.
+        spectrum: Singular values of all differences as shares of their root sum of squares, strongest first.
+        noise: Shares after random signs on every entry, which destroy what the pairs have in common.
     """
 
     name: str
@@ -130,17 +130,17 @@ class ModuleResult:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All five checks with what a report draws.
+    """All five checks with the numbers that a report draws.
 
     Attributes:
-        checks: in the order of ``CHECKS``.
-        modules: per module.
-        hack: held-out scores of the hack sides.
-        clean: of the clean sides, in the same order.
-        groups: the group of each pair, in that order.
-        design: which pairs fitted and which were scored, in words.
-        settings: as asked for.
-        origin: the model and the pairs.
+        checks: Checks in the order of ``CHECKS``.
+        modules: Results per module.
+        hack: Held-out scores of the hack sides.
+        clean: Held-out scores of the clean sides, in the same order.
+        groups: Group of each pair, in that order.
+        design: Description of which pairs were fitted to and which were scored.
+        settings: Settings of the checks.
+        origin: Model and pairs.
     """
 
     checks: tuple[Check, ...]
@@ -153,11 +153,11 @@ class CheckReport:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Check:
-        """The check with this name."""
+        """Return the check with this name."""
         return next(check for check in self.checks if check.name == name)
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> CheckVerdict:
         """``fail`` if any check fails, else ``undecided`` if any is, else ``pass``."""
         verdicts = {check.verdict for check in self.checks}
         return "fail" if "fail" in verdicts else "undecided" if "undecided" in verdicts else "pass"
@@ -168,15 +168,15 @@ class CheckReport:
         return {"pass": 0, "fail": 1, "undecided": 2}[self.verdict]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON object with a schema field; `from_dict` reads it back."""
+        """Return the report as a JSON object with a schema field; `from_dict` reads it back."""
         return {"schema": SCHEMA, "verdict": self.verdict, **asdict(self)}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "CheckReport":
-        """The report that `as_dict` wrote.
+        """Return the report that `as_dict` wrote.
 
         Raises:
-            DataError: it is of another schema or incomplete.
+            DataError: The record has another schema or is incomplete.
         """
         try:
             if record["schema"] != SCHEMA:

@@ -32,13 +32,13 @@ _LOGIT_BYTES = 16
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added or merged.
+    """Sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added or merged.
 
     Attributes:
-        index: position in the list of samples.
-        name: what errors call it.
-        ids: all token ids.
-        n_prompt: how many of them are the prompt's.
+        index: Position in the list of samples.
+        name: Name of the sample in errors.
+        ids: Token ids of prompt and completion.
+        n_prompt: Number of token ids of the prompt.
     """
 
     index: int
@@ -48,11 +48,11 @@ class Encoded:
 
     @property
     def completion(self) -> tuple[int, int]:
-        """Where the completion starts and ends."""
+        """Start and end of the completion."""
         return self.n_prompt, len(self.ids)
 
     def padded(self, size: int) -> list[int]:
-        """The ids, with zeros behind them."""
+        """Return the ids, followed by zeros up to this size."""
         return self.ids + [0] * (size - len(self.ids))
 
 
@@ -61,19 +61,19 @@ class Batch:
     """Samples in one forward pass. Shapes: N rows in all, B samples, T tokens, M completion tokens of all samples.
 
     Packed, they stand end to end in one row, each with its own positions. Otherwise they are padded on the right to one
-    length. With causal attention no token sees what stands to its right, so padding needs no mask: it is never looked
-    at, and its gradient is exactly zero.
+    length. With causal attention no token sees what stands to its right, so padding needs no mask, and its gradient is
+    exactly zero.
 
     Attributes:
-        encoded: the samples.
-        ids: [1, N] packed, [B, T] padded.
-        positions: [1, N] packed; None padded.
-        segments: the samples among the N rows of all tokens.
-        late: the samples among the M rows that predict a completion token.
-        asking: of each sample, from where to where those stand among the N rows.
-        spot: [M], which of the N rows those are.
-        target: [M], the token that each should predict.
-        weight: [M] float32, one over the number of completion tokens of the sample.
+        encoded: Samples of the batch.
+        ids: Token ids, [1, N] packed or [B, T] padded.
+        positions: Position of each token in its sample, [1, N]; None if padded.
+        segments: Boundaries of the samples among the N rows of all tokens.
+        late: Boundaries of the samples among the M rows that predict a completion token.
+        asking: Half-open row range of each sample, among the N rows, that predicts its completion tokens.
+        spot: Row numbers that predict a completion token, [M].
+        target: Token that each of these rows should predict, [M].
+        weight: One over the number of completion tokens of the sample, [M] float32.
     """
 
     encoded: list[Encoded]
@@ -88,7 +88,7 @@ class Batch:
 
     @classmethod
     def build(cls, encoded: list[Encoded], device: torch.device, *, packed: bool) -> "Batch":
-        """Lay the samples out and place them on the device."""
+        """Return the batch of these samples on a device."""
         longest = max(len(one.ids) for one in encoded)
         sizes = [len(one.ids) if packed else longest for one in encoded]
         counts = [len(one.ids) - one.n_prompt for one in encoded]
@@ -112,7 +112,7 @@ class Batch:
         )
 
     def sample_of(self, at: int) -> Encoded:
-        """The sample of a completion token, counted over all of them."""
+        """Return the sample of a completion token, counted over all completion tokens."""
         return next(one for one, (_, end) in zip(self.encoded, self.late.bounds, strict=True) if at < end)
 
 
@@ -122,14 +122,14 @@ def encode(
     """Tokenise every sample, and refuse by name what cannot be used.
 
     Args:
-        tokenizer: of the model.
-        samples: the samples.
-        names: what to call each in an error.
-        longest: most tokens that the model is made for.
+        tokenizer: Tokenizer of the model.
+        samples: Prompts and completions.
+        names: Name of each sample in errors.
+        longest: Largest number of tokens that the model is made for.
 
     Raises:
-        UsageError: there is no tokenizer, or no sample.
-        DataError: a prompt or completion has no tokens, or both together are too long.
+        UsageError: There is no tokenizer, or no sample.
+        DataError: A prompt or completion has no tokens, or both together are too long.
     """
     if tokenizer is None:
         raise UsageError("a model without a tokenizer", wanted="text needs one", do="pass the tokenizer of the model")
@@ -160,11 +160,11 @@ def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int) ->
 
 
 def plan(encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, at_once: int = 1) -> list[list[Encoded]]:
-    """Split samples into batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
+    """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
 
     Padding counts as tokens, unless the samples will be packed. One batch after the other has samples of similar
     lengths, the longest first. Packed samples for several batches at once are dealt out so that all batches are about
-    as large, and everyone has the same number of them.
+    as large, and every worker has the same number of them.
     """
     ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
     if packed and at_once > 1:
@@ -183,7 +183,7 @@ def plan(encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, at_once: 
 
 
 def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> list[list[Encoded]]:
-    """Each sample, the longest first, goes where the fewest tokens are so far."""
+    """Return batches to which each sample is added, the longest first, where the fewest tokens are so far."""
     count = at_once * math.ceil(sum(len(one.ids) for one in ordered) / max_tokens / at_once)
     while True:
         batches: list[list[Encoded]] = [[] for _ in range(min(count, len(ordered)))]
@@ -200,7 +200,7 @@ def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> lis
 def token_budget(
     module: "PreTrainedModel", encoded: Sequence[Encoded], *, checkpointing: bool, at_once: int = 1
 ) -> int:
-    """How many tokens, padding included, a batch may have so that all at once take at most half of the free memory."""
+    """Return how many tokens a batch may have, padding included, so that all fit into half of the free memory."""
     config = module.config.get_text_config()
     parameter = next(module.parameters())
     wide = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)

@@ -1,4 +1,4 @@
-"""SHA-256 of weights in memory: what a basis and a cached factorisation are keyed by."""
+"""SHA-256 of weights in memory: the key of a basis and of a cached factorisation."""
 
 import hashlib
 import os
@@ -19,12 +19,12 @@ _CHUNK = 1 << 25
 
 
 def module_of(model: "Model | PreTrainedModel") -> "PreTrainedModel":
-    """The transformers model inside, or the model itself."""
+    """Return the transformers model inside, or the model itself."""
     return model.module if isinstance(model, Model) else model
 
 
 def weights_digest(model: "Model | PreTrainedModel") -> str:
-    """SHA-256 in hex over every parameter as it is in memory: names, dtypes, shapes and bytes; a tied one once.
+    """Return the SHA-256 in hex over every parameter in memory: names, dtypes, shapes and bytes, a tied one once.
 
     Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded in.
     """
@@ -35,7 +35,7 @@ def weights_digest(model: "Model | PreTrainedModel") -> str:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 in hex of a tensor's dtype, shape and bytes."""
+    """Return the SHA-256 in hex of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}\n{list(tensor.shape)}\n".encode())
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     if not flat.is_cuda:

@@ -1,4 +1,4 @@
-"""per_sample_gradients: the gradient of every sample with respect to δS, at δS = 0, of every target module."""
+"""The gradient of every sample with respect to δS, at δS = 0, of every target module."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -40,10 +40,10 @@ def per_sample_gradients(
     names: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """The δS gradient of each sample's loss, exact, from one backward pass per batch of the unmodified model.
+    """Return the exact δS gradient of the loss of each sample, from one backward pass per batch.
 
-    The loss of a sample is the mean negative log-likelihood of its completion tokens. What runs is a copy of the model
-    that shares its weights, in evaluation mode; the model itself is not touched. On a CPU, batches run side by side,
+    The loss of a sample is the mean negative log-likelihood of its completion tokens. A copy of the model that
+    shares its weights runs in evaluation mode; the model itself is not touched. On a CPU, batches run side by side,
     one per core.
 
     Args:
@@ -51,21 +51,29 @@ def per_sample_gradients(
         model: Model in float32 or bfloat16.
         tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`. It
             adds no special tokens: a model that needs ``<bos>`` must have it in the text of the prompt.
-        svd: factors of the weights from :func:`weight_svd`; None computes them.
-        max_tokens: most tokens in a batch, padding included; None chooses from the free memory. A batch that still
-            runs out of memory on a GPU is split.
-        checkpointing: recompute each layer in the backward pass: a third more time for far less memory.
-        names: what to call each sample in an error; None numbers them.
-        progress: called with samples done and all.
+        svd: Factors of the weights from :func:`weight_svd`; None computes them.
+        max_tokens: Largest number of tokens in a batch, padding included; None chooses from the free memory. A batch
+            that still runs out of memory on a GPU is split.
+        checkpointing: Whether to recompute each layer in the backward pass: a third more time for far less memory.
+        names: Name of each sample in errors; None numbers them.
+        progress: Function called with the number of samples done and of all.
 
     Returns:
         Per module name, [N, R] float32 on the CPU, rows in the order of the samples.
 
     Raises:
-        UsageError: there are no samples or no tokenizer, or the factors belong to other modules.
-        DataError: a prompt or completion is empty, a sample is too long, or its loss or gradient is not finite.
-        ModelError: the model has no target projections, has fused experts, or is float16.
-        OutOfMemory: not even one sample fits.
+        UsageError: There are no samples or no tokenizer, or the factors belong to other modules.
+        DataError: A prompt or completion is empty, a sample is too long, or its loss or gradient is not finite.
+        ModelError: The model has no target projections, has fused experts, or is float16.
+        OutOfMemory: Not even one sample fits.
+
+    Example:
+        >>> from assay.models import load_model
+        >>> from assay.vhack import Sample, per_sample_gradients
+        >>> model = load_model("reference:llama", device="cpu")
+        >>> found = per_sample_gradients([Sample("2 + 2 =", " 4")], model)
+        >>> found["model.layers.0.self_attn.q_proj"].shape
+        torch.Size([1, 256])
     """
     module = module_of(model)
     modules = target_modules(module)
@@ -97,14 +105,14 @@ def per_sample_gradients(
 
 
 def _at_once(module: "PreTrainedModel") -> int:
-    """How many batches run side by side. Hooks of others may keep something between calls: they get one at a time."""
+    """Return how many batches run side by side: one where a user's hooks may keep something between calls."""
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     return torch.get_num_threads() if module.device.type == "cpu" and not hooked else 1
 
 
 @contextmanager
 def _computed(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator[Iterator[Computed]]:
-    """The gradients of every batch, in any order.
+    """Yield the gradients of every batch, in any order.
 
     Several replicas run at once, each in one thread: two batches side by side take less time than one after the other
     with every small operation shared between two threads. One replica, on a GPU, is always one batch ahead.
@@ -135,7 +143,7 @@ def _computed(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator
 
 
 def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
-    """The same, each only after the next has been started."""
+    """Yield item n after item n + 1 has been launched, so that the GPU is always one batch ahead."""
     before = next(items)
     for item in items:
         yield before
@@ -144,12 +152,12 @@ def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
 
 
 def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
-    """The gradients of a batch, in parts if it does not fit into memory."""
+    """Return the gradients of a batch, in parts if it does not fit into memory."""
     try:
         return [replica.gradients(batch)]
     except torch.OutOfMemoryError as error:
         halves = _halves(batch, str(error))
-    # Only here, where nothing holds on to the memory of the attempt that failed.
+    # Outside the except block: inside, the exception keeps the memory of the failed attempt.
     return [done for half in halves for done in _attempt(replica, half)]
 
 

@@ -1,6 +1,6 @@
-"""The singular value decomposition of one weight matrix, in float64, by two roads that give the same factors.
+"""The singular value decomposition of one weight matrix, in float64, by two algorithms that give the same factors.
 
-``exact`` is LAPACK's. ``gram`` takes the eigenvectors of the smaller of ``WᵀW`` and ``W Wᵀ``, which on a GPU is some
+``exact`` calls LAPACK. ``gram`` takes the eigenvectors of the smaller of ``WᵀW`` and ``W Wᵀ``, which on a GPU is some
 ten times faster; squaring costs digits where singular values are small, so the result is measured, repaired by a QR
 decomposition if it is not orthonormal enough, and given up for ``exact`` if it still is not.
 
@@ -17,7 +17,7 @@ from assay.errors import BadWeights
 __all__ = ["TOLERANCE", "Factors", "factorise"]
 
 TOLERANCE = 1e-6
-"""Largest residual and orthogonality that the ``gram`` road may have; rounding to float32 adds about as much again."""
+"""Largest residual and orthogonality that ``gram`` may have; rounding to float32 adds about as much again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +25,12 @@ class Factors:
     """``W = left · diag(values) · right``.
 
     Attributes:
-        left: U, [O, R], orthonormal columns.
-        values: S, [R] float32, falling.
-        right: Vh, [R, I], orthonormal rows.
-        residual: ‖U S Vh − W‖ / ‖W‖ in the Frobenius norm, measured in float64 before rounding to the dtype that is
-            kept and before any truncation.
-        orthogonality: the larger of ‖UᵀU − 1‖ and ‖Vh Vhᵀ − 1‖ in the Frobenius norm, measured alike.
+        left: Orthonormal columns U, [O, R].
+        values: Singular values S in falling order, [R] float32.
+        right: Orthonormal rows Vh, [R, I].
+        residual: Error ‖U S Vh − W‖ / ‖W‖ in the Frobenius norm, measured in float64 before rounding to the dtype that
+            is kept and before any truncation.
+        orthogonality: Larger of ‖UᵀU − 1‖ and ‖Vh Vhᵀ − 1‖ in the Frobenius norm, measured likewise.
     """
 
     left: Tensor
@@ -41,11 +41,11 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """How many singular directions are kept."""
+        """Number of singular directions that are kept."""
         return len(self.values)
 
     def truncated(self, rank: int) -> "Factors":
-        """The ``rank`` strongest directions, in memory of their own."""
+        """Return the ``rank`` strongest directions, in memory of their own."""
         if rank >= self.rank:
             return self
         return Factors(
@@ -61,12 +61,12 @@ def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: 
     """Decompose a weight matrix on the device it is on.
 
     Args:
-        weight_OI: the matrix, of any floating dtype.
-        dtype: of the factors that are kept; the work is done in float64.
-        method: ``"exact"``, ``"gram"``, or ``"auto"``: gram on a GPU, exact on a CPU.
+        weight_OI: Weight matrix of any floating dtype.
+        dtype: Dtype of the factors that are kept; the work is done in float64.
+        method: Algorithm: ``"exact"``, ``"gram"``, or ``"auto"``, which is gram on a GPU and exact on a CPU.
 
     Raises:
-        BadWeights: the matrix holds NaN or infinity.
+        BadWeights: The matrix holds NaN or infinity.
     """
     wide_OI = weight_OI.detach().double()
     if not torch.isfinite(wide_OI).all():
@@ -94,7 +94,7 @@ def _exactly(tall: Tensor) -> Factors:
 
 
 def _by_gram(tall: Tensor) -> Factors | None:
-    """Factors of a tall matrix from its Gram matrix, or None if they are not accurate enough."""
+    """Return the factors of a tall matrix from its Gram matrix, or None if they are not accurate enough."""
     vectors = torch.linalg.eigh(tall.T @ tall).eigenvectors.flip(1)
     scaled = tall @ vectors
     values = scaled.norm(dim=0)

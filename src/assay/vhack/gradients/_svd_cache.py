@@ -40,11 +40,11 @@ _STREAMS = 4
 
 
 class SVDCache(Mapping[str, Factors]):
-    """The factors of every target matrix of a model, by module name.
+    """Factors of every target matrix of a model, by module name.
 
     Attributes:
-        rank: how many singular directions were kept, or None for all.
-        dtype: of the factors U and Vh.
+        rank: Number of singular directions that were kept, or None for all.
+        dtype: Dtype of the factors U and Vh.
     """
 
     def __init__(self, factors: Mapping[str, Factors], *, rank: int | None, dtype: torch.dtype) -> None:
@@ -62,10 +62,10 @@ class SVDCache(Mapping[str, Factors]):
         return len(self._factors)
 
     def truncated(self, rank: int) -> "SVDCache":
-        """The ``rank`` strongest singular directions of every matrix.
+        """Return the ``rank`` strongest singular directions of every matrix.
 
         Raises:
-            UsageError: the rank is below 1.
+            UsageError: The rank is below 1.
         """
         check_rank(rank)
         kept = {name: factors.truncated(rank) for name, factors in self.items()}
@@ -150,7 +150,7 @@ def _side_by_side(
 
 
 def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:
-    """The dtype of the factors of a weight: the one that is named, or the default that :func:`weight_svd` describes."""
+    """Return the dtype of the factors of a weight: the one that is named, or the default of :func:`weight_svd`."""
     if name is None:
         return torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else torch.float32
     if name not in _DTYPES:
@@ -188,7 +188,7 @@ def _load_or_make(name: str, weight: Tensor, dtype: torch.dtype, method: str, ca
 
 
 def _read(path: Path, weight: Tensor, dtype: torch.dtype) -> Factors | None:
-    """The factors in a file; None where there is no whole file of this matrix, which is then written again."""
+    """Return the factors in a file, or None where there is no whole file of this matrix; it is then written again."""
     try:
         with safe_open(path, framework="pt") as reader:
             metadata = reader.metadata() or {}

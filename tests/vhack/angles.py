@@ -7,14 +7,14 @@ __all__ = ["principal_angles"]
 
 
 def principal_angles(axes_KR: Tensor, others_JR: Tensor) -> Tensor:
-    """The angles between two row spaces in radians, smallest first, min(K, J) of them.
+    """Return the angles between two row spaces in radians, smallest first, min(K, J) of them.
 
     Björck and Golub (1973): cosines are the singular values of ``A Bᵀ`` for orthonormal rows; where a cosine is near
     one the sine is used, which keeps its digits. Zero rows span nothing and are left out.
 
     Args:
-        axes_KR: rows that span the first space; they need not be orthonormal.
-        others_JR: rows that span the second.
+        axes_KR: Rows that span the first space. They need not be orthonormal.
+        others_JR: Rows that span the second space.
     """
     first_KR, second_JR = (_orthonormal_rows(rows) for rows in (axes_KR, others_JR))
     if len(first_KR) > len(second_JR):
