@@ -126,6 +126,22 @@ def test_a_job_that_runs_is_done_again_after_a_restart(service):
     assert len(finished(service, queued["request_id"])["artifacts"]) == 5
 
 
+def test_a_job_whose_engine_ends_with_the_service_is_done_again_after_the_next_start(service):
+    service.rig.open.clear()
+    queued = service.post("/generate", JOB)
+    assert service.rig.entered.wait(10)
+    service.controller.closing.set()  # as inside vLLM, whose engine ends before the application
+    service.rig.fail = RuntimeError("the engine has ended")
+    service.rig.open.set()
+    until(lambda: service.rig.batches == 1)
+    service.close()
+    service.rig.fail = None
+    service._start()
+    service.wait_ready()
+    until(lambda: finished(service, queued["request_id"]))
+    assert len(finished(service, queued["request_id"])["artifacts"]) == 5
+
+
 def test_waiting_too_long_is_answered_with_202(serving):
     with serving(wait=0.05) as service:
         service.rig.open.clear()

@@ -78,7 +78,7 @@ class Controller:
         self.outbox = Outbox(self.database)
         self.rounds = Rounds(self.database, self.outbox)
         self.judge = Judge(self.database, self.outbox, settings)
-        self.jobs = Jobs(self.database, self.outbox, settings)
+        self.jobs = Jobs(self.database, self.outbox, settings, self.closing)
         self.outbox.retry_now()
         self.state, stored = self.rounds.current()
         self.progress = Progress(stored, self.rounds) if stored else None

@@ -38,10 +38,11 @@ class Jobs:
         database: Database that holds the queue.
         outbox: Outbox that takes the callbacks of finished jobs.
         settings: Bounds, and the time for which results are kept.
+        closing: Event that is set when the service begins to end.
     """
 
-    def __init__(self, database: Database, outbox: Outbox, settings: Settings) -> None:
-        self._db, self._outbox, self._settings = database, outbox, settings
+    def __init__(self, database: Database, outbox: Outbox, settings: Settings, closing: threading.Event) -> None:
+        self._db, self._outbox, self._settings, self._closing = database, outbox, settings, closing
         self._lock = threading.Lock()
         self._waiting: dict[str, list[Future[dict[str, Any]]]] = {}
         self._running: tuple[str, GenerateRequest, Iterator[list[Record]], list[Record]] | None = None
@@ -186,6 +187,8 @@ class Jobs:
                 return True
             result = self._result(request, records, deployment.dtype)
         except Exception as error:  # an engine may raise any error, and its job must still end
+            if self._closing.is_set():  # the engine ended with the service, and the job runs again after the next start
+                raise
             log.exception("job failed")
             self._finish(job_id, "failed", error=str(error))
         else:
