@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -10,33 +10,7 @@ if TYPE_CHECKING:
     from assay.poc.engines.vllm import Client
     from assay.poc.service.runtime import Controller
 
-__all__ = ["change_throttle", "engine_router", "engine_status"]
-
-
-async def engine_status(client: "Client", version: str) -> dict[str, Any]:
-    """Return settings and state of the throttle, and what every worker holds."""
-    throttle = client.throttle
-    throttle.look()
-    return {
-        "vllm": version,
-        "worker": client.description,
-        "mode": throttle.settings.mode,
-        "share": throttle.settings.share,
-        "chat_in_flight": throttle.settings.chat_in_flight,
-        "nonces": throttle.in_flight,
-        "nonces_limit": throttle.limit,
-        "chat": throttle.chat,
-        "workers": await client.counts(),
-    }
-
-
-def change_throttle(client: "Client", changes: dict[str, Any]) -> None:
-    """Change settings of the throttle until the server ends.
-
-    Raises:
-        UsageError: A value is out of range.
-    """
-    client.throttle.settings = replace(client.throttle.settings, **changes)
+__all__ = ["engine_router"]
 
 
 def engine_router(controller: "Controller", client: Callable[[], tuple["Client", str]]) -> "APIRouter":
@@ -57,10 +31,26 @@ def engine_router(controller: "Controller", client: Callable[[], tuple["Client",
         chat_in_flight: int | None = None
 
     async def now() -> JSONResponse:
-        return JSONResponse(await engine_status(*client()))
+        engine, version = client()
+        throttle = engine.throttle
+        throttle.look()
+        return JSONResponse(
+            {
+                "vllm": version,
+                "worker": engine.description,
+                "mode": throttle.settings.mode,
+                "share": throttle.settings.share,
+                "chat_in_flight": throttle.settings.chat_in_flight,
+                "nonces": throttle.in_flight,
+                "nonces_limit": throttle.limit,
+                "chat": throttle.chat,
+                "workers": await engine.counts(),
+            }
+        )
 
     async def change(body: Changes) -> JSONResponse:
-        change_throttle(client()[0], body.model_dump(exclude_none=True))
+        throttle = client()[0].throttle
+        throttle.settings = replace(throttle.settings, **body.model_dump(exclude_none=True))
         return await now()
 
     kind = route_class(controller, Keys(controller.settings))

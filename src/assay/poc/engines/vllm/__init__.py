@@ -11,9 +11,8 @@ from assay.poc.engines.vllm._compatibility import (
     check_installed,
     multiply_exactly,
 )
-from assay.poc.engines.vllm._engine import Inputs, RequestEngine, capacity, most_positions
+from assay.poc.engines.vllm._engine import Inputs, RequestEngine, VLLMEngine, capacity, most_positions
 from assay.poc.engines.vllm._extension import WorkerExtension
-from assay.poc.engines.vllm._inprocess import VLLMEngine
 from assay.poc.engines.vllm._throttle import Mode, Throttle, ThrottleSettings
 
 __all__ = [
