@@ -24,29 +24,34 @@ def arguments(checkpoint, pairs, model, tmp_path):  # noqa: F811
 def test_a_run_is_made_and_continued(assay, arguments, tmp_path):
     first = assay(*arguments, "--steps", 1)
     assert first.code == 0, first.err
-    assert "erase-gradient: 1 steps" in first.out
+    assert "displaced-0.4+erase-update-two-sided: 1 steps in" in " ".join(first.out.split())
     assert "step 1/1  hack" in first.err
+    said = first.err.splitlines()[0]
+    assert said.startswith("arm displaced-0.4+erase-update-two-sided: on the study's organism")
+    assert "succeeds" in said
     second = assay(*arguments, "--steps", 2, "--json")
     values = json.loads(second.out)
     assert values["schema"] == "assay.vhack.train.result/1"
-    assert (values["steps"], values["resumed_from"], values["arm"]) == (2, 1, "erase-gradient")
+    assert (values["steps"], values["resumed_from"], values["arm"]) == (2, 1, "displaced-0.4+erase-update-two-sided")
     assert "step 1/2" not in second.err
-    assert values["last"]["cout"] < 1e-6
+    assert values["last"]["leak_two_sided"] < 1e-6
+    assert values["last"]["displacement"] > 1
     again = assay(*arguments, "--steps", 2, "--json")
     assert json.loads(again.out)["resumed_from"] == 2
     other = assay(*arguments, "--steps", 2, "--lr", "0.5")
     assert other.code == 2
-    assert "lr 0.03, now 0.5" in other.err
+    assert "lr 0.015, now 0.5" in other.err
 
 
 @pytest.mark.parametrize(
     ("flags", "seen"),
     [
         (["--arm", "nothing"], "arm 'nothing'"),
+        (["--arm", "displaced-0.4"], "displaced-A+ARM, ARM+away-B"),
         (["--arm", "none:random"], "along random axes"),
-        (["--difficulty", "easy"], "--difficulty 'easy'"),
+        (["--difficulty", "easy"], "--difficulty easy"),
         (["--difficulty", "3:1"], "difficulty 3 to 1"),
-        (["--modes", "other"], "mode other"),
+        (["--modes", "other"], "modes other"),
         (["--optimizer", "lion"], "optimizer lion"),
         (["--tracker", "nothing"], "tracker nothing"),
         (["--teacher", "missing.jsonl"], "missing.jsonl"),

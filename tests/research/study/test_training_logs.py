@@ -13,7 +13,7 @@ STEPS = 8
 
 def written(folder, arm, seed, hack, **settings):
     """A run directory with a log, cut off in the middle of its last line."""
-    chosen = TrainSettings("reference:organism", arm=arm, seed=seed, **settings)
+    chosen = TrainSettings(model="reference:organism", arm=arm, seed=seed, **settings)
     folder.mkdir(parents=True)
     log = TrainLog(folder / "log.jsonl", {"settings": chosen.as_dict(), "commit": "abc"})
     for step in range(STEPS):

@@ -20,11 +20,12 @@ from assay.reports import read_jsonl, write_jsonl
 from assay.research.study._plan import Run, Settings, condition_of
 from assay.vhack.delta import arm_named
 from assay.vhack.environment import CHANNELS
-from assay.vhack.training import LOG_SCHEMA, TrainSettings, read_records
+from assay.vhack.training import LOG_SCHEMA, read_records
 
 __all__ = ["SCHEMA", "RunLog", "read_logs"]
 
 SCHEMA = "assay.vhack.study/1"
+_UNNAMED = "generated:96"  # default pairs of the first version, which names of conditions leave out
 _DIGITS = 4  # significant ones, of what is logged: more than the noise of a step leaves
 
 
@@ -117,7 +118,7 @@ def _of_training(path: Path) -> RunLog:
     head, *lines = read_records(path)
     try:
         settings = head["settings"]
-        usual = settings["pairs"] == TrainSettings.pairs or settings["basis"] or not arm_named(settings["arm"]).acts
+        usual = settings["pairs"] == _UNNAMED or settings["basis"] or not arm_named(settings["arm"]).acts
         condition = condition_of(
             settings["optimizer"],
             settings["arm"],

@@ -3,11 +3,10 @@
 from assay.vhack.training._log import LOG_SCHEMA, TrainLog, read_records, read_steps
 from assay.vhack.training._pool import Pool, PoolRollout, sample_pool
 from assay.vhack.training._run import RunResult, train
-from assay.vhack.training._settings import OPTIMISERS, TrainSettings
+from assay.vhack.training._settings import TrainSettings
 
 __all__ = [
     "LOG_SCHEMA",
-    "OPTIMISERS",
     "Pool",
     "PoolRollout",
     "RunResult",

@@ -10,7 +10,7 @@ from assay.errors import DataError, UsageError
 from assay.models import Model
 from assay.vhack.basis import Basis, pair_gradients
 from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_of_kind
-from assay.vhack.environment import Episode, episodes
+from assay.vhack.environment import Episode
 from assay.vhack.gradients import weight_svd
 from assay.vhack.pairs import Pair
 from assay.vhack.training._pool import Pool
@@ -69,7 +69,7 @@ class Prepared:
 
         settings, tokenizer = self.settings, self.model.tokenizer
         assert tokenizer is not None
-        chosen = tasks if tasks is not None else _tasks(settings)
+        chosen = tasks if tasks is not None else settings.episodes(settings.tasks)
         pool = None
         if settings.teacher:
             pool = Pool.load(settings.teacher, tokenizer, max_new_tokens=settings.max_new_tokens)
@@ -118,17 +118,6 @@ def _inner(settings: TrainSettings, adapter: DeltaS) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
         return torch.optim.SGD(adapter.delta, lr=settings.lr, momentum=0.9)
     return torch.optim.AdamW(adapter.delta, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
-
-
-def _tasks(settings: TrainSettings) -> list[Episode]:
-    return episodes(
-        settings.tasks,
-        seed=settings.seed,
-        modes=settings.modes,
-        share_none=settings.share_none,
-        difficulty=settings.difficulty,
-        families=settings.families or None,
-    )
 
 
 def _check_pool(pool: Pool, tasks: list[Episode], path: str) -> None:

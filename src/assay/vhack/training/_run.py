@@ -31,14 +31,16 @@ class RunResult:
     """Where a run ended.
 
     Attributes:
-        folder: its directory.
-        steps: how many it has.
-        resumed_from: the step it was continued from; 0 from the start.
-        last: means of the last ten step lines, by name.
+        folder: Directory of the run.
+        steps: Number of its steps.
+        arm: Name of its arm.
+        resumed_from: Step that it was continued from; 0 stands for the start.
+        last: Means of the last ten step lines, by name.
     """
 
     folder: Path
     steps: int
+    arm: str
     resumed_from: int
     last: JsonObject
 
@@ -56,25 +58,34 @@ def train(
 ) -> RunResult:
     """Train one arm. Called again with the same settings and directory it goes on after the last checkpoint.
 
-    The directory gets ``log.jsonl`` (see :mod:`assay.vhack.training._log`), ``basis.safetensors`` (the true axes),
+    The directory gets ``log.jsonl`` (docs/vhack-training.md describes it), ``basis.safetensors`` (the true axes),
     ``checkpoint-N`` (the last two) and in the end ``delta.safetensors``.
 
     Args:
-        settings: of the run.
-        folder: its directory.
-        console: takes a line of text per step.
-        trackers: names of TRL's trackers, such as ``wandb``.
-        allow_unsandboxed: see :func:`assay.vhack.environment.run`.
-        model: the model, where it is loaded already; it is trained.
-        tasks: other tasks than those the settings describe.
-        pairs: other pairs than those the settings name.
+        settings: Settings of the run.
+        folder: Directory of the run.
+        console: Takes a line about the evidence for the arm, and then one per step.
+        trackers: Names of TRL's trackers, such as ``wandb``.
+        allow_unsandboxed: Whether programs run where nothing can isolate them, see :mod:`assay.vhack.environment`.
+        model: Model, if it is loaded already; it is trained.
+        tasks: Tasks, if they are not those that the settings describe.
+        pairs: Pairs, if they are not those that the settings name.
+
+    Returns:
+        Where the run ended, with means of its last steps.
 
     Raises:
         BackendUnavailable: TRL is not installed, or there is no sandbox.
-        UsageError: the directory holds a run with other settings, the model has no tokenizer or is not on the device
+        UsageError: The directory holds a run with other settings, the model has no tokenizer or is not on the device
             that TRL trains on, or there are several processes.
-        DataError: basis, pairs, pool or log cannot be used.
-        ModelError, ResourceError: as loading, decomposing and saving raise them.
+        DataError: Basis, pairs, pool or log cannot be used.
+        ModelError, ResourceError: The model cannot be loaded, decomposed or saved.
+
+    Example::
+
+        settings = TrainSettings(model="reference:organism", steps=40)
+        result = train(settings, "runs/held-0", console=print)
+        print(result.last["hack"], result.last["solve"])
     """
     folder = Path(folder)
     _require(allow_unsandboxed)
@@ -82,13 +93,15 @@ def train(
     from assay.vhack.training._grpo import last_checkpoint
 
     checkpoint, done = last_checkpoint(folder)
-    _check_earlier(folder, settings, done)
+    settings = _as_begun(folder, settings, done)
+    if console is not None:
+        console(settings.chosen.evidence + ("" if settings.gain == 1 else "; measured with a gain of 1"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(folder, error) from error
     if done >= settings.steps and (folder / DELTA).exists():
-        return _result(folder, done)
+        return _result(folder, settings, done)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=settings.device)
     run = Prepared(settings, loaded, pairs if pairs is not None else _pairs(settings))
     try:
@@ -103,11 +116,11 @@ def train(
         log.write("end", steps=settings.steps)
     finally:
         run.adapter.detach()
-    return _result(folder, done)
+    return _result(folder, settings, done)
 
 
 def _pairs(settings: TrainSettings) -> list[Pair]:
-    """Those the settings name; in the form of the environment they have its loopholes and families."""
+    """Return the pairs that the settings name; those of the environment have its loopholes and families."""
     return find_pairs(
         settings.pairs,
         modes=[mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS),
@@ -117,7 +130,7 @@ def _pairs(settings: TrainSettings) -> list[Pair]:
 
 @contextmanager
 def _diverging() -> Iterator[None]:
-    """What sampling says of a model whose logits are no numbers, in words."""
+    """Turn the error of sampling from a model whose logits are not finite into words."""
     try:
         yield
     except RuntimeError as error:
@@ -163,12 +176,17 @@ def _check_trackers(names: tuple[str, ...]) -> None:
         )
 
 
-def _check_earlier(folder: Path, settings: TrainSettings, done: int) -> None:
+def _as_begun(folder: Path, settings: TrainSettings, done: int) -> TrainSettings:
+    """Return the settings with which a run goes on, after a look at those in its log."""
+    for path in (settings.basis, settings.teacher):
+        if path is not None and not Path(path).is_file():
+            raise DataError(f"{path}: no such file", wanted="a file", do="correct --basis or --teacher")
     if not (folder / LOG).exists():
         if done:
             raise DataError(f"checkpoints without {folder / LOG}", wanted="both", do="choose another directory")
-        return
+        return settings
     head, _ = read_steps(folder / LOG)
+    settings = settings.continuing(head["settings"])
     other = settings.differences(head["settings"])
     if other or settings.steps < done:
         raise UsageError(
@@ -176,6 +194,7 @@ def _check_earlier(folder: Path, settings: TrainSettings, done: int) -> None:
             wanted="the same settings, and no fewer steps",
             do="choose another directory, or the settings of that run",
         )
+    return settings
 
 
 def _step_log(trainer: "GRPO", log: TrainLog, console: Callable[[str], None] | None, run: Prepared) -> Any:
@@ -184,9 +203,9 @@ def _step_log(trainer: "GRPO", log: TrainLog, console: Callable[[str], None] | N
     return StepLog(trainer, log, console=console, refresh=lambda step: run.refresh(trainer, step))
 
 
-def _result(folder: Path, resumed_from: int) -> RunResult:
+def _result(folder: Path, settings: TrainSettings, resumed_from: int) -> RunResult:
     _, steps = read_steps(folder / LOG)
     last = steps[-_LAST:]
     names = [name for name in last[-1] if name not in ("kind", "step")] if last else []
     means = {name: sum(r[name] for r in last if name in r) / sum(name in r for r in last) for name in names}
-    return RunResult(folder, len(steps), resumed_from, means)
+    return RunResult(folder, len(steps), settings.arm, resumed_from, means)

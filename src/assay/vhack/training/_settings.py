@@ -1,105 +1,122 @@
 """What one run is: everything that decides its result, and therefore what a continued run must have in common."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
 
 from assay.errors import UsageError
 from assay.reports import JsonObject
-from assay.vhack.delta import Arm, arm_named
-from assay.vhack.environment import FAMILIES, MODES
+from assay.settings import Device, Flag, Names, Settings, Spelling
+from assay.vhack.delta import DEFAULT_ARM, Arm, arm_named
+from assay.vhack.environment import MODES, Episode, episodes
 
-__all__ = ["OPTIMISERS", "TrainSettings"]
+__all__ = ["TrainSettings"]
 
-OPTIMISERS = ("adamw", "sgd")
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch")
-"""What may be another in a run that is continued."""
+"""Settings that a continued run may change."""
+
+_FORMER = {"arm": "erase-gradient", "pairs": "generated:96", "lr": 0.03}
+"""Defaults of the first version, which its runs have in their logs."""
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """Settings of a run.
+def _range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(":")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise ValueError("LOW:HIGH, such as 1:3") from None
 
-    Attributes:
-        model: reference of the model, as `assay.models.load_model` takes it.
-        arm: name of the arm, see :data:`assay.vhack.delta.ARMS`.
-        pairs: where they are, as `assay.vhack.pairs.find_pairs` takes it; those of ``environment:N`` and ``exploits:N``
-            have the modes and families of the run.
-        basis: a basis file for the true axes; without it they are extracted.
-        method: how axes are extracted.
-        k_use: axes per module.
-        gain: on the counter-force of the arm's gate.
-        refresh: extract the axes anew every so many steps; 0 never.
-        steps: optimiser steps.
-        seed: of tasks, sampling and control axes.
-        optimizer: ``adamw`` (betas 0.9, 0.99, no decay) or ``sgd`` (momentum 0.9).
-        lr: learning rate, constant.
-        max_norm: largest norm of the gradient, after the gate; 0 does not clip.
-        prompts: tasks per step.
-        group: rollouts per task, the teacher's included.
-        micro_batch: rollouts per backward pass; 0 is one group.
-        max_new_tokens: per completion.
-        temperature: of sampling.
-        beta: weight of the divergence from the model at δS = 0.
-        modes: what the grader may look at, of :data:`assay.vhack.environment.MODES`.
-        share_none: probability with which a task is shown without its loophole.
-        difficulty: lowest and highest.
-        families: of tasks; empty is all.
-        tasks: how many there are.
-        teacher: a pool file.
-        teacher_share: of each group.
-        save_every: steps between checkpoints.
-        checkpointing: recompute layers in the backward pass.
-        dtype: of the model; None as stored.
-        device: None chooses.
+
+class TrainSettings(Settings):
+    """Settings of a run of `train`; every field is a flag of ``assay vhack train``.
 
     Raises:
-        UsageError: one of them is outside what it may be.
+        UsageError: A setting is outside its range.
+
+    >>> settings = TrainSettings(model="reference:organism", steps=200)
+    >>> settings.chosen.name
+    'displaced-0.4+erase-update-two-sided'
     """
 
-    model: str
-    arm: str = "erase-gradient"
-    pairs: str = "generated:96"
-    basis: str | None = None
-    method: str = "lda"
-    k_use: int = 5
-    gain: float = 1.0
-    refresh: int = 0
-    steps: int = 100
-    seed: int = 0
-    optimizer: str = "adamw"
-    lr: float = 0.03
-    max_norm: float = 1.0
-    prompts: int = 8
-    group: int = 8
-    micro_batch: int = 0
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    beta: float = 0.0
-    modes: tuple[str, ...] = MODES[:-1]
-    share_none: float = 0.2
-    difficulty: tuple[int, int] = (1, 2)
-    families: tuple[str, ...] = ()
-    tasks: int = 512
-    teacher: str | None = None
-    teacher_share: float = 0.25
-    save_every: int = 20
-    checkpointing: bool = False
-    dtype: str | None = None
-    device: str | None = None
+    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+        description="Model to train: a directory, a hub id, reference:… or shape:…"
+    )
+    arm: str = Field(
+        DEFAULT_ARM,
+        description="How training is held back: none, no-loophole, erase-gradient, erase-update, box, …, "
+        "displaced-A+ARM, ARM+away-B; with :random after it, along control axes.",
+    )
+    pairs: str = Field(
+        "exploits:48",
+        description="Pairs that axes come from: authored, generated:N, environment:N, exploits:N, or a pair file. "
+        "Those of environment and exploits have the loopholes and families of the run.",
+    )
+    basis: str | None = Field(None, description="Basis file with the true axes, which are extracted otherwise.")
+    method: str = Field("lda", description="Method of extraction: lda, mean-diff or svd.")
+    k_use: int = Field(5, ge=1, description="Axes per module.")
+    gain: float = Field(1.0, ge=0, description="Factor of the gate: 1 removes the hack component, above 1 reverses it.")
+    refresh: int = Field(0, ge=0, description="Steps after which the axes are extracted again; 0 keeps them.")
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    seed: int = Field(0, ge=0, description="Seed of tasks, sampling and control axes.")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="Optimizer of δS: adamw (betas 0.9 and 0.99, no decay) or sgd (momentum 0.9)."
+    )
+    lr: float = Field(0.015, gt=0, description="Learning rate of δS, constant.")
+    max_norm: float = Field(1.0, ge=0, description="Largest norm of the gradient after the gate; 0 does not clip.")
+    prompts: int = Field(8, ge=1, description="Tasks per step.")
+    group: int = Field(8, ge=2, description="Rollouts per task, the teacher's included.")
+    micro_batch: int = Field(0, ge=0, description="Rollouts per backward pass; 0 takes one group.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    beta: float = Field(0.0, ge=0, description="Weight of the divergence from the model at δS = 0.")
+    modes: Names = Field(
+        MODES[:-1], description="What the grader may look at, separated by commas; all loopholes by default."
+    )
+    share_none: float = Field(0.2, ge=0, le=1, description="Share of tasks shown without their loophole.")
+    difficulty: Annotated[tuple[int, int], Spelling(_range, "{0[0]}:{0[1]}".format)] = Field(
+        (1, 2), description="Steps per task, LOW:HIGH."
+    )
+    families: Names = Field((), description="Families of tasks, separated by commas; all by default.")
+    tasks: int = Field(512, ge=1, description="Number of tasks.")
+    teacher: str | None = Field(None, description="Pool of stored completions, JSON Lines.")
+    teacher_share: float = Field(0.25, ge=0, lt=1, description="Share of each group that comes from the pool.")
+    save_every: int = Field(20, ge=1, description="Steps between checkpoints.")
+    checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
+    dtype: Annotated[str | None, Flag(variable="ASSAY_DTYPE")] = Field(
+        None, description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."
+    )
+    device: Device = None
 
-    def __post_init__(self) -> None:
+    def model_post_init(self, context: Any, /) -> None:
+        """Check what concerns several settings or names that other packages know."""
         arm_named(self.arm)
-        self._check_counts()
-        self._check_ranges()
-        _known("mode", self.modes, MODES)
-        _known("family", self.families, tuple(FAMILIES))
+        rollouts, teachers = self.prompts * self.group, round(self.group * self.teacher_share)
+        whole = rollouts % self.rollouts_per_backward == 0
+        _expect("micro-batch", self.micro_batch, whole, f"a divisor of the {rollouts} rollouts of a step")
+        _expect("tasks", self.tasks, self.tasks >= self.prompts, f"as many as the {self.prompts} prompts of a step")
+        fits = teachers < self.group and (not self.teacher or teachers >= 1)
+        _expect("teacher-share", self.teacher_share, fits, f"a share of {self.group} that leaves room for both")
+        self.episodes(0)
+
+    def episodes(self, count: int) -> list[Episode]:
+        """Return so many of the tasks that the settings describe, each with its loophole.
+
+        Raises:
+            UsageError: There is no such mode, family or difficulty, or there are not so many tasks.
+        """
+        return episodes(
+            count,
+            seed=self.seed,
+            modes=self.modes,
+            share_none=self.share_none,
+            difficulty=self.difficulty,
+            families=self.families or None,
+        )
 
     @property
     def chosen(self) -> Arm:
-        """The arm, with the gain on its gate."""
-        from dataclasses import replace
-
+        """Arm with the gain on its gate."""
         arm = arm_named(self.arm)
         return arm if self.gain == 1 else replace(arm, gate=replace(arm.gate, gain=self.gain))
 
@@ -110,48 +127,31 @@ class TrainSettings:
 
     @property
     def rollouts_per_backward(self) -> int:
-        """The micro-batch."""
+        """Rollouts per backward pass."""
         return self.micro_batch or self.group
 
     def as_dict(self) -> JsonObject:
-        """For the log."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        """Return the settings for the log."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in self.model_dump().items()}
+
+    def continuing(self, earlier: JsonObject) -> Self:
+        """Return the settings of a run that goes on: a former default that the run began with is kept.
+
+        Args:
+            earlier: Settings in the log of the run.
+        """
+        fields = type(self).model_fields
+        kept = [name for name in _FORMER if earlier.get(name) == _FORMER[name]]
+        kept = [name for name in kept if getattr(self, name) == fields[name].default]
+        return self.model_copy(update={name: earlier[name] for name in kept})
 
     def differences(self, earlier: JsonObject) -> list[str]:
-        """The settings, in words, in which an earlier part of the run differs and may not."""
+        """Return, in words, the settings in which an earlier part of the run differs and may not."""
         mine = self.as_dict()
         names = [name for name in mine if name not in _MAY_GROW and earlier.get(name) != mine[name]]
         return [f"{name} {earlier.get(name)!r}, now {mine[name]!r}" for name in names]
 
-    def _check_counts(self) -> None:
-        for name in ("k_use", "steps", "prompts", "max_new_tokens", "tasks", "save_every"):
-            _expect(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("refresh", "seed", "micro_batch"):
-            _expect(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _expect("group", self.group, self.group >= 2, "at least 2: the advantage is against the group's mean")
-        rollouts = self.prompts * self.group
-        whole = rollouts % self.rollouts_per_backward == 0
-        _expect("micro_batch", self.micro_batch, whole, f"a divisor of the {rollouts} rollouts of a step")
-        _expect("tasks", self.tasks, self.tasks >= self.prompts, f"as many as the {self.prompts} prompts of a step")
 
-    def _check_ranges(self) -> None:
-        for name in ("lr", "temperature"):
-            _expect(name, getattr(self, name), 0 < getattr(self, name) < float("inf"), "a positive number")
-        for name in ("max_norm", "beta", "gain"):
-            _expect(name, getattr(self, name), 0 <= getattr(self, name) < float("inf"), "0 or more")
-        _expect("share_none", self.share_none, 0 <= self.share_none <= 1, "a share from 0 to 1")
-        teachers = round(self.group * self.teacher_share)
-        fits = 0 <= self.teacher_share < 1 and teachers < self.group and (not self.teacher or teachers >= 1)
-        _expect("teacher_share", self.teacher_share, fits, f"a share of {self.group} that leaves room for both")
-        _known("optimizer", (self.optimizer,), OPTIMISERS)
-
-
-def _expect(name: str, value: Any, good: bool, wanted: str) -> None:
+def _expect(flag: str, value: Any, good: bool, wanted: str) -> None:
     if not good:
-        raise UsageError(f"{name.replace('_', '-')} {value}", wanted=wanted, do="choose another")
-
-
-def _known(kind: str, names: Sequence[str], among: Sequence[str]) -> None:
-    unknown = [name for name in names if name not in among]
-    if unknown or (kind == "mode" and not names):
-        raise UsageError(f"{kind} {', '.join(unknown) or 'none'}", wanted=", ".join(among), do="choose among these")
+        raise UsageError(f"--{flag} {value}", wanted=wanted, do="choose another value")
