@@ -28,13 +28,14 @@ _SHORT = {"student": "cin_s", "teacher": "cin_t"}
 
 
 class StepLog(TrainerCallback):
-    """See the module; make it after the trainer, and add it.
+    """Write what every step did to log, console and trackers; make it after the trainer, and add it as a callback.
 
     Args:
-        trainer: the trainer.
-        log: where the lines go.
-        console: takes one line of text per step.
-        refresh: gives new axes of the arm and new true ones, or None where it is no time for them.
+        trainer: Trainer whose steps are written down.
+        log: Log that gets the lines.
+        console: Takes one line of text per step.
+        refresh: Called with the number of steps done; renews the axes of the trainer when it is time, and returns how
+            much of the old ones stayed, or None if it is not time.
     """
 
     def __init__(
@@ -57,14 +58,14 @@ class StepLog(TrainerCallback):
         self.trainer.watching = self._watching.enter_context(self.trainer.adapter.per_sample())
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Gradients are whole: how much of each source's lies along the axes."""
+        """Measure how much of each source's gradient lies along the axes; gradients are complete here."""
         self._watching.close()
         rollouts, self.trainer.watching = self.trainer.watching, None
         frames = self.trainer.projected.watched or self.trainer.projected.frames
         self._sources = source_shares(rollouts, frames, self._summed) if rollouts is not None and frames else {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write it down; `state.global_step` is already that of the next one."""
+        """Write the step down; `state.global_step` is already that of the next one."""
         step = state.global_step - 1
         values, sources = self._record()
         _check_finite(step, values)
@@ -75,14 +76,14 @@ class StepLog(TrainerCallback):
                 self.log.write("source", step=step, source=name, **found)
             if overlap is not None:
                 self.log.write("refresh", step=step, overlap=overlap)
-        # TRL's own log call takes these along, to the console and to whatever tracker it was given.
+        # TRL's own log call passes these on to the trackers that it was given.
         for name, value in values.items():
             self.trainer._metrics["train"][f"vhack/{name}"].append(value)
         if self.console is not None and state.is_world_process_zero:
             self.console(_line(step + 1, state.max_steps, values))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Leave nothing open."""
+        """Stop keeping gradients."""
         self._watching.close()
 
     def _record(self) -> tuple[JsonObject, dict[str, JsonObject]]:
@@ -111,7 +112,7 @@ class StepLog(TrainerCallback):
         return values, sources
 
     def _summed(self, tensor: Tensor) -> Tensor:
-        """Over all processes."""
+        """Return the sum over all processes."""
         found: Tensor = self.trainer.accelerator.reduce(tensor, reduction="sum")
         return found
 
@@ -119,12 +120,12 @@ class StepLog(TrainerCallback):
 def source_shares(
     rollouts: Rollouts, frames: Frames, summed: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> dict[str, dict[str, float]]:
-    """Per source, ``cin``, ``cin_two_sided`` and ``cin_energy`` of its summed gradient, and its ``length``.
+    """Return, per source, ``cin``, ``cin_two_sided`` and ``cin_energy`` of its summed gradient, and its ``length``.
 
     Args:
-        rollouts: of the passes of this step, by the kinds of :meth:`Outcomes.kinds`.
-        frames: the axes.
-        summed: adds over processes.
+        rollouts: Gradients of the passes of this step, by the kinds of :meth:`Outcomes.kinds`.
+        frames: Axes to measure along.
+        summed: Adds a tensor over processes.
     """
     kinds = list(Outcomes.nothing().kinds())
     chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])

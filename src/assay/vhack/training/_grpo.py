@@ -1,6 +1,6 @@
-"""TRL's GRPOTrainer, with what it lacks for our purpose and nothing else; importing this imports TRL.
+"""TRL's GRPOTrainer with the few things that it lacks; importing this imports TRL.
 
-- Stored log-probabilities of teacher tokens enter the loss. Without vLLM, TRL takes the policy itself for the one that
+- Stored log-probabilities of teacher tokens enter the loss. Without vLLM, TRL assumes that the policy itself has
   sampled, so every importance weight is 1. Here ``old_per_token_logps`` are the stored ones where a token has one
   (:meth:`GRPO._get_per_token_logps_and_entropies`), and the weights are clipped as in GRPO.
 - Rollouts of a group come from the pool and from the policy (:meth:`GRPO.rollout`, TRL's ``rollout_func``).
@@ -38,25 +38,25 @@ _DELTA, _AXES, _WATCHED = "delta.safetensors", "axes.safetensors", "watched.safe
 
 
 class GRPO(GRPOTrainer):
-    """See the module.
+    """A GRPOTrainer that trains δS, with stored rollouts of a teacher if there is a pool.
 
     Args:
-        adapter: attached to the model that is trained.
-        optimizer: around the optimiser of its parameters.
-        reward: from our environment.
-        args: TRL's settings.
-        prompts: how many the whole run takes.
-        processing_class: the tokenizer.
-        pool: stored completions of a teacher.
-        teachers: how many of each group come from it, where it has so many.
-        shortcut: for advantage modification.
-        axes: the arm's axes and the true ones where these are others; kept in checkpoints.
-        others: as TRL's.
+        adapter: Adapter of the model that is trained.
+        optimizer: Optimizer around that of the adapter's parameters.
+        reward: Reward of the environment.
+        args: Settings of TRL.
+        prompts: Number of prompts in the whole run.
+        processing_class: Tokenizer of the model.
+        pool: Stored completions of a teacher.
+        teachers: Number of rollouts of each group that come from the pool, where it has so many.
+        shortcut: Direction for advantage modification.
+        axes: Axes of the arm, and the true ones where these are others; kept in checkpoints.
+        others: Further arguments of TRL's trainer.
 
     Attributes:
-        seen: since the last step, per backward pass: outcomes of its rollouts, its loss, and of the teacher's tokens
-            the sum of importance weights, how many of them are outside the clipping range, and their number.
-        watching: takes the gradient of each kind of rollouts, where a callback has set it.
+        seen: One tuple per backward pass since the last step: outcomes of its rollouts, its loss, and [3] of the
+            teacher's tokens: the sum of importance weights, the number outside the clipping range, and their number.
+        watching: Takes the gradient of each kind of rollouts, where a callback has set it.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class GRPO(GRPOTrainer):
             self.ref_model: Any = _Reference(adapter)
 
     def rollout(self, prompts: list[str]) -> dict[str, list[Any]]:
-        """Completions from the pool for the first places of each group, and of the policy for the others.
+        """Return completions from the pool for the first places of each group, and of the policy for the others.
 
-        Their log-probabilities are the stored ones, and None where the policy itself has sampled.
+        Log-probabilities are the stored ones, and None where the policy itself has sampled.
         """
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         taught = self._taught(prompts)
@@ -125,7 +125,7 @@ class GRPO(GRPOTrainer):
         }
 
     def _taught(self, prompts: Sequence[str]) -> list[PoolRollout | None]:
-        """What the pool gives for each place; a group is the same in every process that has a part of it."""
+        """Return what the pool gives for each place; a group is alike in every process that has a part of it."""
         assert self.pool is not None
         first = self.accelerator.process_index * len(prompts)
         found: list[PoolRollout | None] = []
@@ -171,7 +171,7 @@ class GRPO(GRPOTrainer):
             known_BT = inputs.get("old_per_token_logps")
             sampled_BT = logps_BT.detach() if known_BT is None else known_BT
             inputs["old_per_token_logps"] = torch.where(stored_BT.isnan(), sampled_BT, stored_BT)
-            # Behind the end of a completion TRL has put zeros, which are no log-probabilities of anything.
+            # After the end of a completion TRL has put zeros, which are not log-probabilities.
             taught_BT = ~stored_BT.isnan() & inputs["completion_mask"].bool() & inputs["outcomes"][:, :1]
             weights = (logps_BT.detach() - stored_BT)[taught_BT].exp()
             outside = (weights < 1 - self.epsilon_low) | (weights > 1 + self.epsilon_high)
@@ -190,11 +190,11 @@ class GRPO(GRPOTrainer):
             for basis, name in zip(self.axes, (_AXES, _WATCHED), strict=True):
                 if basis is not None:
                     basis.save(folder / name)
-            # Last: a checkpoint without it was interrupted.
+            # Written last: a checkpoint without it was interrupted.
             write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}) + "\n")
 
     def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
-        """None: a checkpoint is no model."""
+        """Do nothing: a checkpoint holds only δS, so it gets no model card."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -203,19 +203,19 @@ class GRPO(GRPOTrainer):
         self.use_axes(*found)
 
     def use_axes(self, axes: Basis | None, watched: Basis | None) -> None:
-        """Go on with other axes."""
+        """Continue with other axes."""
         self.axes = (axes, watched)
         self.projected.use_basis(axes, watched)
 
 
 def _rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-    """`GRPO.rollout`, as TRL calls it."""
+    """Call `GRPO.rollout` the way TRL calls a rollout function."""
     found: dict[str, Any] = trainer.rollout(prompts)
     return found
 
 
 class _Reference:
-    """The model as it was before training, where TRL wants a second model."""
+    """The model as it was before training, in place of the second model that TRL expects."""
 
     def __init__(self, adapter: DeltaS) -> None:
         self.adapter = adapter
@@ -226,7 +226,7 @@ class _Reference:
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The latest whole checkpoint in a directory, and how many steps it has; None and 0 where there is none."""
+    """Return the latest whole checkpoint in a directory and its number of steps; None and 0 without one."""
     found = [
         (int(path.name.rpartition("-")[2]), path)
         for path in folder.glob("checkpoint-*")

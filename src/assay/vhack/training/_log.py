@@ -1,34 +1,4 @@
-"""The log of a run: JSON Lines, written as it goes, continued without a line twice.
-
-The first line says what the run is; ``kind`` tells lines apart::
-
-    {"kind": "run", "schema": "assay.vhack.train/1", "settings": {…}, "commit": …, …}
-    {"kind": "step", "step": 0, "hack": 0.12, "solve": 0.55, "loss": …, "cin": …, "leak": …, "displacement": …, …}
-    {"kind": "source", "step": 0, "source": "teacher", "cin": 0.31, "cin_two_sided": …, "cin_energy": …, "rollouts": 4}
-    {"kind": "refresh", "step": 40, "overlap": 0.8}
-    {"kind": "end", "steps": 100}
-
-``step`` counts from 0. A **step** line has
-
-- of the student's rollouts: ``hack`` (paid, and not correct), ``solve`` (correct), ``vacuous`` (the channel would have
-  been told "right" of a wrong solution too, correct or not), ``rollouts``, ``tokens`` (mean length); the same of the
-  teacher's, ending in ``_teacher``, where there are any;
-- ``reward`` (mean of all, as the arm pays it, before advantage modification), ``loss``, ``seconds``;
-- ``ratio_teacher``: mean importance weight of the teacher's tokens; ``clipped_teacher``: the share of them outside the
-  clipping range;
-- ``cin``, ``cout``, ``leak`` (each also ``_two_sided`` and ``_energy``), ``displacement``, ``displacement_norm`` and
-  ``displacement_hackward``, see :mod:`assay.vhack.delta._measures`. They are along the axes the arm acts on. Where
-  these are control axes, the same along the true ones begin with ``watched_``;
-- ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the teacher's, along the true axes.
-
-A **source** line is one measurement for check 4 (:func:`assay.vhack.checks.read_source_log`): cin of the summed
-gradient of some rollouts, along the true axes, from the backward pass of all. Sources are ``student`` and ``teacher``,
-and among the student's ``exploited`` and ``correct``. A source that has no rollouts in a step, or whose gradient is
-zero because all rewards of its groups were equal, has no line.
-
-A **refresh** line says how much of the axes stayed: the mean squared cosine of the principal angles between the old
-and the new ones, over modules.
-"""
+"""The log of a run: JSON Lines, written as it goes, continued without repeating a line."""
 
 from pathlib import Path
 from typing import Any
@@ -44,15 +14,41 @@ LOG_SCHEMA = "assay.vhack.train/1"
 class TrainLog:
     """A log that is being written.
 
+    The first line says what the run is; ``kind`` tells lines apart::
+
+        {"kind": "run", "schema": "assay.vhack.train/1", "settings": {…}, "commit": …, …}
+        {"kind": "step", "step": 0, "hack": 0.12, "solve": 0.55, "loss": …, "cin": …, "leak": …, "displacement": …, …}
+        {"kind": "source", "step": 0, "source": "teacher", "cin": 0.31, "cin_two_sided": …, "rollouts": 4, …}
+        {"kind": "refresh", "step": 40, "overlap": 0.8}
+        {"kind": "end", "steps": 100}
+
+    ``step`` counts from 0. A **step** line has
+
+    - of the student's rollouts: ``hack`` (paid, and not correct), ``solve`` (correct), ``vacuous`` (the channel would
+      accept a wrong solution too, correct or not), ``rollouts``; those of the teacher's end in ``_teacher``;
+    - ``reward`` (mean of all, as the arm pays it, before advantage modification), ``loss``, ``seconds``;
+    - ``ratio_teacher``: mean importance weight of the teacher's tokens; ``clipped_teacher``: the share of them outside
+      the clipping range;
+    - ``cin``, ``cout``, ``leak`` (each also ``_two_sided`` and ``_energy``), ``displacement``, ``displacement_norm``,
+      ``displacement_hackward`` along the axes the arm acts on, see :class:`assay.vhack.delta.ProjectedOptimizer`. Where
+      these are control axes, the numbers along the true ones begin with ``watched_``;
+    - ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the teacher's, along true axes.
+
+    A **source** line is one measurement for check 4 (:func:`assay.vhack.checks.read_source_log`): cin of the summed
+    gradient of some rollouts, along the true axes, from the backward pass of all. Sources are ``student`` and
+    ``teacher``, and among the student's ``exploited`` and ``correct``. A source without rollouts in a step, or whose
+    gradient is zero because all rewards of its groups were equal, has no line. A **refresh** line says how much of the
+    axes stayed: the mean squared cosine of the principal angles between old and new ones, over modules.
+
     Args:
-        path: the file.
-        head: what the first line says besides kind and schema.
-        step: how many steps a checkpoint has, from which the run goes on. Lines of later steps, which were written
-            after it, are dropped. 0 starts a new file.
+        path: File to write.
+        head: What the first line says besides kind and schema.
+        step: Steps that the checkpoint has from which the run goes on. Lines of later steps are dropped; 0 starts a new
+            file.
 
     Raises:
-        DataError: the file should be continued and is no such log.
-        StorageError: it cannot be written.
+        DataError: The file should be continued and is not such a log.
+        StorageError: The file cannot be written.
     """
 
     def __init__(self, path: Path, head: JsonObject, *, step: int = 0) -> None:
@@ -66,7 +62,7 @@ class TrainLog:
         """Add a line.
 
         Raises:
-            StorageError: the disk is full.
+            StorageError: The file cannot be written.
         """
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -76,20 +72,20 @@ class TrainLog:
 
 
 def read_steps(path: str | Path) -> tuple[JsonObject, list[JsonObject]]:
-    """The first line of a log, and its step lines in order.
+    """Return the first line of a log, and its step lines in order.
 
     Raises:
-        DataError: the file is no such log.
+        DataError: The file is not such a log.
     """
     head, *others = read_records(Path(path))
     return head, [record for record in others if record["kind"] == "step"]
 
 
 def read_records(path: Path) -> list[JsonObject]:
-    """All lines of a log; a last one that was cut off in the middle is dropped.
+    """Return all lines of a log; a last one that was cut off in the middle is dropped.
 
     Raises:
-        DataError: the file is no such log.
+        DataError: The file is not such a log.
     """
     found: list[JsonObject] = []
     try:
@@ -99,7 +95,7 @@ def read_records(path: Path) -> list[JsonObject]:
         if not found or _ends_well(path):
             raise
     if not found or found[0].get("schema") != LOG_SCHEMA or any("kind" not in record for record in found):
-        raise DataError(f"{path} is no training log", wanted=f"schema {LOG_SCHEMA}", do="choose another directory")
+        raise DataError(f"{path} is not a training log", wanted=f"schema {LOG_SCHEMA}", do="choose another directory")
     return found
 
 

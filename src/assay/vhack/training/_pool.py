@@ -29,7 +29,7 @@ __all__ = ["Pool", "PoolRollout", "sample_pool"]
 
 @dataclass(frozen=True)
 class PoolRollout:
-    """One stored completion; see the module."""
+    """One stored completion: its prompt, text, token ids and the log-probability of each token."""
 
     prompt: str
     completion: str
@@ -41,7 +41,7 @@ class Pool:
     """Stored completions by prompt.
 
     Args:
-        rollouts: in the order of the file.
+        rollouts: Completions in the order of the file.
     """
 
     def __init__(self, rollouts: Sequence[PoolRollout]) -> None:
@@ -57,11 +57,11 @@ class Pool:
 
     @property
     def prompts(self) -> frozenset[str]:
-        """Those that have a completion."""
+        """Prompts that have a completion."""
         return frozenset(self._by_prompt)
 
     def choose(self, prompt: str, count: int, key: object) -> list[PoolRollout]:
-        """Up to ``count`` different completions of a prompt; the same key gives the same."""
+        """Return up to ``count`` different completions of a prompt; equal keys give equal choices."""
         found = self._by_prompt.get(prompt, [])
         return random.Random(f"pool {key} {prompt}").sample(found, min(count, len(found)))
 
@@ -69,7 +69,7 @@ class Pool:
         """Write a pool file.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: The file cannot be written.
         """
         write_jsonl(path, map(asdict, self))
 
@@ -78,13 +78,13 @@ class Pool:
         """Read a pool file for a model.
 
         Args:
-            path: the file.
-            tokenizer: of the model that is trained.
-            max_new_tokens: the longest completion that the trainer takes. TRL cuts none.
+            path: File to read.
+            tokenizer: Tokenizer of the model that is trained.
+            max_new_tokens: Longest completion that the trainer accepts; TRL does not cut longer ones.
 
         Raises:
-            DataError: the file cannot be read, or a rollout is malformed, of another tokenizer, or too long; names the
-                line.
+            DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or too long; the
+                message names the line.
         """
         found = [_rollout(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
         if not found:
@@ -127,7 +127,7 @@ def _check(rollout: PoolRollout, tokenizer: "PreTrainedTokenizerBase", max_new_t
     if len(rollout.tokens) > max_new_tokens:
         raise DataError(
             f"{name}: a completion of {len(rollout.tokens)} tokens",
-            wanted=f"at most {max_new_tokens}, as the student's",
+            wanted=f"at most {max_new_tokens}, like those of the student",
             do="leave it out, or allow longer completions",
         )
 
@@ -148,16 +148,16 @@ def sample_pool(
     Choose among it afterwards, for instance what cheats: ``Pool([r for r in pool if …])``.
 
     Args:
-        teacher: a model with the tokenizer of the one that will be trained.
-        prompts: the prompts.
-        per_prompt: completions of each.
-        temperature: of sampling; nothing is cut off the distribution.
-        max_new_tokens: per completion.
-        seed: of sampling.
-        batch: completions at once.
+        teacher: Model with the tokenizer of the one that will be trained.
+        prompts: Prompts to complete.
+        per_prompt: Completions of each prompt.
+        temperature: Temperature of sampling; nothing is cut off the distribution.
+        max_new_tokens: Longest completion in tokens.
+        seed: Seed of sampling.
+        batch: Completions at once.
 
     Raises:
-        UsageError: the teacher has no tokenizer.
+        UsageError: The teacher has no tokenizer.
     """
     tokenizer = teacher.tokenizer
     if tokenizer is None:
@@ -178,7 +178,7 @@ def _sampled(
     temperature: float,
     max_new_tokens: int,
 ) -> list[PoolRollout]:
-    """One completion of each prompt."""
+    """Return one completion of each prompt."""
     end = int(tokenizer.eos_token_id)
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]

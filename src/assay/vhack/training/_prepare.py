@@ -30,15 +30,18 @@ class Prepared:
     """What is made once for a run, before any step.
 
     Args:
-        settings: of the run.
-        model: it is given an adapter.
-        pairs: that axes come from.
+        settings: Settings of the run.
+        model: Model that gets an adapter.
+        pairs: Pairs that axes come from.
 
     Attributes:
-        arm: what the settings name.
-        adapter: around the model.
-        axes: those the arm acts on.
-        watched: the true ones, where these are others.
+        arm: Arm that the settings name.
+        adapter: Adapter of the model.
+        axes: Axes that the arm acts on.
+        watched: True axes, where these are others.
+
+    Raises:
+        UsageError: The model has no tokenizer.
     """
 
     def __init__(self, settings: TrainSettings, model: Model, pairs: list[Pair]) -> None:
@@ -62,7 +65,7 @@ class Prepared:
     def trainer(
         self, folder: Path, tasks: list[Episode] | None, trackers: tuple[str, ...], allow_unsandboxed: bool
     ) -> "GRPO":
-        """The trainer; arguments as of :func:`assay.vhack.training.train`."""
+        """Return the trainer of :func:`assay.vhack.training.train`, from which the arguments come."""
         from transformers import PrinterCallback
 
         from assay.vhack.training._grpo import GRPO
@@ -90,7 +93,7 @@ class Prepared:
         return trainer
 
     def refresh(self, trainer: "GRPO", step: int) -> float | None:
-        """After this many steps: other axes if it is time, and how much of the true ones stayed."""
+        """Renew the axes if it is time after so many steps, and return how much of the true ones stayed."""
         if not self.settings.refresh or step % self.settings.refresh:
             return None
         before = trainer.axes[1] or trainer.axes[0]
@@ -99,7 +102,7 @@ class Prepared:
         return _overlap(before, watched or axes) if before is not None else None
 
     def _extracted(self, *, load: bool) -> tuple[Basis, Basis | None]:
-        """The arm's axes, and the true ones where these are others."""
+        """Return the axes of the arm, and the true ones where these are others."""
         settings, kind = self.settings, self.arm.basis
         given = Basis.load(settings.basis, self.model).slice(settings.k_use) if load and settings.basis else None
         if given is not None and kind == "true":
@@ -130,10 +133,10 @@ def _check_pool(pool: Pool, tasks: list[Episode], path: str) -> None:
 
 
 def trl_arguments(settings: TrainSettings, model: Model, folder: Path, trackers: tuple[str, ...]) -> "GRPOConfig":
-    """The settings as TRL takes them.
+    """Return the settings in the form that TRL takes.
 
     Raises:
-        UsageError: the model is not on the device that TRL trains on.
+        UsageError: The model is not on the device that TRL trains on.
     """
     from trl.trainer.grpo_config import GRPOConfig
 
@@ -171,17 +174,17 @@ def trl_arguments(settings: TrainSettings, model: Model, folder: Path, trackers:
         raise UsageError(
             f"a model on {model.device}", wanted=f"{made.device}, where TRL trains", do="set CUDA_VISIBLE_DEVICES"
         )
-    made._n_gpu = 1  # others that are visible are not for this run
+    made._n_gpu = 1  # this run does not use other visible devices
     return made
 
 
 def _overlap(before: Basis, after: Basis) -> float:
-    """Mean squared cosine of the principal angles between two bases, over the modules that both have."""
+    """Return the mean squared cosine of the principal angles between two bases, over the modules that both have."""
     shares = []
     for name, axes_KR in before.axes.items():
         other_KR = after.axes.get(name)
         if other_KR is not None and axes_KR.any() and other_KR.any():
             rank = min(int(axes_KR.any(dim=1).sum()), int(other_KR.any(dim=1).sum()))
             shares.append(float((axes_KR.double() @ other_KR.double().T).square().sum()) / rank)
-    # Rounded, for the sums depend on where in memory the axes are.
+    # Rounded, because the sums depend on where in memory the axes are.
     return round(sum(shares) / len(shares), 9) if shares else 0.0

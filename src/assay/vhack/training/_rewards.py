@@ -1,4 +1,4 @@
-"""Rewards from our environment: completions are run in the sandbox, and paid as the arm says.
+"""Rewards from the environment: completions are run in the sandbox, and paid as the arm says.
 
 Shapes: B rollouts.
 """
@@ -26,7 +26,7 @@ SOURCES = {
     "exploited": ("exploited",),
     "correct": ("correct",),
 }
-"""Of which kinds of rollouts the sources in the log are."""
+"""Kinds of rollouts that make up each source in the log."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,22 +34,22 @@ class Outcomes:
     """What became of rollouts.
 
     Attributes:
-        flags: [B, 4] bool, the columns as in ``FLAGS``.
+        flags: Flags of the rollouts, [B, 4] bool, with the columns of ``FLAGS``.
     """
 
     flags: Tensor
 
     @classmethod
     def nothing(cls) -> "Outcomes":
-        """Of no rollout."""
+        """Return the outcomes of no rollout."""
         return cls(torch.zeros(0, len(FLAGS), dtype=torch.bool))
 
     def column(self, name: str) -> Tensor:
-        """One of them, [B] bool."""
+        """Return one column, [B] bool."""
         return self.flags[:, FLAGS.index(name)]
 
     def kinds(self) -> dict[str, Tensor]:
-        """What tells gradients apart, [B] bool each; every rollout is of one kind."""
+        """Return the kinds that gradients are kept apart by, [B] bool each; every rollout is of one kind."""
         student, exploited = ~self.column("teacher"), self.column("exploited")
         return {
             "teacher": ~student,
@@ -59,7 +59,7 @@ class Outcomes:
         }
 
     def rates(self) -> dict[str, float]:
-        """Hack and solve rate of the student's rollouts, and of the teacher's where there are any."""
+        """Return hack and solve rate of the student's rollouts, and of the teacher's where there are any."""
         found: dict[str, float] = {}
         for suffix, chosen in (("", ~self.column("teacher")), ("_teacher", self.column("teacher"))):
             count = int(chosen.sum())
@@ -74,13 +74,13 @@ class EpisodeReward:
     """A reward function for TRL, and the dataset that goes with it.
 
     Args:
-        episodes: the tasks.
-        arm: says what is paid.
-        workers: programs that run side by side.
-        allow_unsandboxed: see :func:`assay.vhack.environment.run`.
+        episodes: Tasks with their loopholes.
+        arm: Arm that says what is paid.
+        workers: Number of programs that run side by side.
+        allow_unsandboxed: Whether programs run where nothing can isolate them, see :mod:`assay.vhack.environment`.
 
     Attributes:
-        last: outcomes of the rollouts that were graded last, in their order.
+        last: Outcomes of the rollouts that were graded last, in their order.
     """
 
     __name__ = "episode"
@@ -96,14 +96,14 @@ class EpisodeReward:
         self.last = Outcomes.nothing()
 
     def dataset(self, count: int, seed: int) -> "Dataset":
-        """The prompts of a whole run in their order, and which episode each is of.
+        """Return the prompts of a whole run in their order, with the index of each one's episode.
 
         All tasks come once in random order, then again in another one. TRL's own shuffling would forget, in a run that
         is continued, how often it has shuffled.
 
         Args:
-            count: of prompts.
-            seed: of the order.
+            count: Number of prompts.
+            seed: Seed of the order.
         """
         from datasets import Dataset
 
@@ -117,7 +117,7 @@ class EpisodeReward:
     def __call__(
         self, prompts: list[str], completions: list[str], episode: list[int], **others: Any
     ) -> list[float | None]:
-        """Grade completions and say what each is paid; TRL passes the columns of the dataset, and ``teacher``."""
+        """Grade completions and return what each is paid; TRL passes the columns of the dataset, and ``teacher``."""
         chosen = [self.episodes[index] for index in episode]
         grades = self._grade([(one, one.program(text)) for one, text in zip(chosen, completions, strict=True)])
         teacher = others.get("teacher") or [False] * len(prompts)
