@@ -51,11 +51,12 @@ def test_kernels_are_chosen_by_a_flag(prove, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--engine", "vlm"), "engine 'vlm'"),
+        (("--engine", "VLLM"), "did you mean --engine vllm?"),
         (("--tensor-parallel", 2), "torchrun --nproc-per-node 2"),
         (("--engine", "vllm", "--deterministic"), "option of the hf engine with vllm"),
         (("--engine", "vllm", "--dtype", "int8"), "option of the hf engine with vllm"),
-        (("--dtype", "int4"), "dtype='int4'"),
+        (("--dtype", "int4"), "--dtype int4"),
+        (("--dtype", "fp16"), "did you mean --dtype float16?"),
     ],
 )
 def test_what_makes_no_sense_is_refused(flags: tuple[object, ...], words: str, prove):

@@ -2,65 +2,50 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from assay.cli._vllm import vllm_engine
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
+    from assay.cli._poc_settings import ProveSettings, VerifySettings
     from assay.models import Model
     from assay.poc import Engine, Fingerprint
     from assay.poc.engines.hf import World
 
-__all__ = ["EngineOptions", "check_kernels", "compiles", "judging_engine", "load", "proving_engine"]
-
-KERNELS = ("auto", "compiled", "eager")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """The flags that describe the engine."""
-
-    engine: str
-    dtype: str | None
-    device: str | None
-    batch_size: str
-    seq_len: int
-    kernels: str
-    deterministic: bool
-    tensor_parallel: int
+__all__ = ["check_kernels", "compiles", "judging_engine", "load", "proving_engine"]
 
 
 @contextmanager
-def proving_engine(model: str, options: EngineOptions) -> "Iterator[tuple[Model, Engine] | None]":
+def proving_engine(options: "ProveSettings", dtype: str | None) -> "Iterator[tuple[Model, Engine] | None]":
     """Load a model and its engine; yield both, or None in a process that works for another one.
 
+    Args:
+        options: Settings that name the model and the engine.
+        dtype: Number format of the weights; None keeps the stored dtype.
+
     Raises:
-        UsageError: There is no such engine, or it has no use for an option.
+        UsageError: The engine has no use for an option.
         BackendUnavailable: What the engine needs is not installed.
         ModelError: The model cannot be loaded.
     """
     from assay.poc.engines.hf import HFEngine, ParallelEngine, be_deterministic, joined, processes
 
-    check_kernels(options.kernels)
     if options.engine == "vllm":
-        _refuse_for_vllm(options)
+        _refuse_for_vllm(options, dtype)
         shape = {"batch_size": _number(options.batch_size), "seq_len": options.seq_len}
-        with vllm_engine(model, dtype=options.dtype, device=options.device, **shape) as made:
+        with vllm_engine(options.model, dtype=dtype, device=options.device, **shape) as made:
             yield made
         return
-    if options.engine != "hf":
-        raise UsageError(f"engine {options.engine!r}", wanted="hf or vllm", do="leave --engine out for hf")
     if options.deterministic:
         be_deterministic()
     if processes() == 1:
         _refuse_tensor_parallel(options)
-        loaded = load(model, options.dtype, options.device)
+        loaded = load(options.model, dtype, options.device)
         yield loaded, HFEngine(loaded, **_shape(loaded, options))
         return
     with joined(tensor_parallel=options.tensor_parallel, device=options.device) as world:
-        loaded = load(model, options.dtype, world.device, world)
+        loaded = load(options.model, dtype, world.device, world)
         with ParallelEngine(loaded, world, **_shape(loaded, options)) as engine:
             if world.leads:
                 yield loaded, engine
@@ -70,34 +55,27 @@ def proving_engine(model: str, options: EngineOptions) -> "Iterator[tuple[Model,
 
 
 @contextmanager
-def judging_engine(
-    name: str, model: str, prover: "Fingerprint", *, dtype: str | None, device: str | None
-) -> "Iterator[tuple[Model, Engine | None]]":
+def judging_engine(options: "VerifySettings", prover: "Fingerprint") -> "Iterator[tuple[Model, Engine | None]]":
     """Yield the model and the engine that recompute a proof; None stands for the transformers engine.
 
     Args:
-        name: Name of the engine, ``hf`` or ``vllm``.
-        model: Reference of the model.
-        prover: Fingerprint of the prover's engine. If ``dtype`` is None, its dtype is used: it agrees best.
-        dtype: Dtype of the weights, or a number format of eight bits.
-        device: Device of the ``hf`` engine.
+        options: Settings that name the model and the engine.
+        prover: Fingerprint of the prover's engine. Its dtype agrees best, and is used where the settings have none.
 
     Raises:
-        UsageError: There is no such engine, or it has no use for an option.
-        BackendUnavailable: vLLM is not installed, or was not tested in this version.
+        UsageError: The engine has no use for an option.
+        BackendUnavailable: vLLM is not installed, or not in a version that was tested.
         ModelError: The model cannot be loaded.
     """
-    dtype = dtype or prover.dtype
-    if name == "hf":
-        yield load(model, dtype, device), None
-    elif name == "vllm":
-        if _eight_bits(dtype):
-            raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
-        shape = {"batch_size": prover.batch_size, "seq_len": prover.seq_len}
-        with vllm_engine(model, dtype=dtype, device=device, **shape) as made:
-            yield made
-    else:
-        raise UsageError(f"engine {name!r}", wanted="hf or vllm", do="leave --engine out for hf")
+    dtype = options.dtype or prover.dtype
+    if options.engine == "hf":
+        yield load(options.model, dtype, options.device), None
+        return
+    if _eight_bits(dtype):
+        raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
+    shape = {"batch_size": prover.batch_size, "seq_len": prover.seq_len}
+    with vllm_engine(options.model, dtype=dtype, device=options.device, **shape) as made:
+        yield made
 
 
 def load(model: str, dtype: str | None, device: str | None, world: "World | None" = None) -> "Model":
@@ -114,7 +92,7 @@ def _eight_bits(dtype: str | None) -> bool:
     return dtype in NUMBER_FORMATS
 
 
-def _shape(model: "Model", options: EngineOptions) -> dict[str, Any]:
+def _shape(model: "Model", options: "ProveSettings") -> dict[str, Any]:
     from assay.poc.engines.hf import auto_batch
 
     automatic = options.batch_size == "auto"
@@ -123,13 +101,13 @@ def _shape(model: "Model", options: EngineOptions) -> dict[str, Any]:
 
 
 def check_kernels(kernels: str) -> None:
-    """Refuse a value that ``--kernels`` does not take.
+    """Refuse an unknown value of ``--kernels``, before a model is loaded.
 
     Raises:
         UsageError: The value is unknown.
     """
-    if kernels not in KERNELS:
-        raise UsageError(f"--kernels {kernels}", wanted=" or ".join(KERNELS), do="leave it out for auto")
+    if kernels not in ("auto", "compiled", "eager"):
+        raise UsageError(f"--kernels {kernels}", wanted="auto, compiled or eager", do="leave it out for auto")
 
 
 def compiles(model: "Model", kernels: str) -> bool:
@@ -145,7 +123,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _refuse_tensor_parallel(options: EngineOptions) -> None:
+def _refuse_tensor_parallel(options: "ProveSettings") -> None:
     if options.tensor_parallel != 1:
         raise UsageError(
             f"--tensor-parallel {options.tensor_parallel} in one process",
@@ -154,9 +132,9 @@ def _refuse_tensor_parallel(options: EngineOptions) -> None:
         )
 
 
-def _refuse_for_vllm(options: EngineOptions) -> None:
+def _refuse_for_vllm(options: "ProveSettings", dtype: str | None) -> None:
     plain = options.kernels == "auto" and options.tensor_parallel == 1 and not options.deterministic
-    if not plain or options.batch_size == "auto" or _eight_bits(options.dtype):
+    if not plain or options.batch_size == "auto" or _eight_bits(dtype):
         raise UsageError(
             "an option of the hf engine with vllm",
             wanted="no --kernels, --deterministic or --tensor-parallel, a batch size in numbers, and a dtype",

@@ -9,12 +9,13 @@ import typer
 
 from assay.cli import _experiment, _serve
 from assay.cli._commands import App, Resumable
-from assay.cli._engines import EngineOptions, judging_engine, proving_engine
-from assay.cli._flags import DeviceFlag, ModelFlag, NumberFormatFlag
+from assay.cli._engines import judging_engine, proving_engine
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.cli._settings import settings
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
+    from assay.cli._poc_settings import ProveSettings, VerifySettings
     from assay.poc import Calibration, Proof, Verdict
 
 __all__ = ["app"]
@@ -25,161 +26,86 @@ app.command("receive")(_serve.receive)
 app.add_typer(_serve.callbacks, name="callbacks")
 app.add_typer(_experiment.app, name="experiment")
 
+PINNED = {
+    "block_hash",
+    "public_key",
+    "preset",
+    "seq_len",
+    "strength",
+    "r_target",
+    "node_id",
+    "node_count",
+    "prover_dtype",
+}
 
-@app.command(cls=Resumable)
-def prove(
-    model: ModelFlag,
-    block_hash: Annotated[str, typer.Option(help="Block that seeds the round.", envvar="ASSAY_BLOCK_HASH")],
-    public_key: Annotated[str, typer.Option(help="Key of the node.", envvar="ASSAY_PUBLIC_KEY")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Proof file to write.")],
-    nonces: Annotated[str, typer.Option(help="Positions A:B in this node's sequence of nonces.")] = "0:256",
-    preset: Annotated[
-        str, typer.Option(help="How a proof follows from the model: poc-2.0, artifact, hardened, or another pipeline.")
-    ] = "poc-2.0",
-    seq_len: Annotated[int, typer.Option(help="Number of input positions of a nonce.")] = 256,
-    batch_size: Annotated[
-        str, typer.Option(help="Nonces per forward pass, part of the fingerprint; auto takes what fits.")
-    ] = "32",
-    dtype: NumberFormatFlag = None,
-    device: DeviceFlag = None,
-    engine: Annotated[str, typer.Option(help="Engine that runs the model: hf or vllm.")] = "hf",
-    kernels: Annotated[
-        str, typer.Option(help="Kernels of the hf engine: compiled, eager, or auto, which compiles on CUDA.")
-    ] = "auto",
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Refuse every operation that may give other bits the next time.")
-    ] = False,
-    tensor_parallel: Annotated[
-        int, typer.Option(help="Processes of torchrun that hold one model together.", min=1)
-    ] = 1,
-    r_target: Annotated[float, typer.Option(help="Distance below which a nonce is valid.")] = 1.416,
-    node_id: Annotated[int, typer.Option(help="Share of this node, from 0.")] = 0,
-    node_count: Annotated[int, typer.Option(help="Number of nodes that share the nonces of the key.")] = 1,
-    block_height: Annotated[int, typer.Option(help="Height of the block, recorded in the proof.")] = 0,
-    strength: Annotated[
-        int, typer.Option(help="Bits of the seed of each input: 32, as published, or 256, which cannot collide.")
-    ] = 32,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing proof file.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
+
+@app.command(
+    cls=Resumable,
+    epilog="Example: assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY -o proof.jsonl",
+)
+@settings("assay.cli._poc_settings:ProveSettings")
+def prove(chosen: "ProveSettings", as_json: JsonFlag = False) -> None:
     """Prove a range of nonces. An interrupted run continues when the command is repeated.
 
     Under torchrun all processes work on one proof, and the first one writes it.
-
-    Example: assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY -o proof.jsonl
     """
     from assay import poc
     from assay.reports import check_new_file
 
-    check_new_file(output, overwrite=overwrite)
-    pipeline = poc.get_pipeline(preset)
-    round = poc.Round(
-        block_hash=block_hash,
-        public_key=public_key,
-        block_height=block_height,
-        node_id=node_id,
-        node_count=node_count,
-        model=model,
-        preset=pipeline.name,
-        seq_len=seq_len,
-        r_target=r_target,
-        strength=strength,  # type: ignore[arg-type]  # Round refuses what is not 32 or 256
-    )
-    chosen = round.nonces(*_positions(nonces))
-    options = EngineOptions(
-        engine=engine,
-        dtype=dtype or next(iter(pipeline.number_formats), None),
-        device=device,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        kernels=kernels,
-        deterministic=deterministic,
-        tensor_parallel=tensor_parallel,
-    )
-    with proving_engine(model, options) as made, progress_bar("proving") as progress:
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    pipeline = poc.get_pipeline(chosen.preset)
+    values = {name: getattr(chosen, name) for name in poc.Round.__dataclass_fields__}
+    round = poc.Round(**values | {"preset": pipeline.name})
+    nonces = round.nonces(*chosen.nonces)
+    dtype: str | None = chosen.dtype or next(iter(pipeline.number_formats), None)
+    with proving_engine(chosen, dtype) as made, progress_bar("proving") as progress:
         if made is None:
             return
         pace = _Pace(progress)
         proof = poc.prove(
-            made[0], round, chosen, output=output, engine=made[1], progress=pace.update, overwrite=overwrite
+            made[0],
+            round,
+            nonces,
+            engine=made[1],
+            output=chosen.output,
+            overwrite=chosen.overwrite,
+            progress=pace.update,
         )
-    _print_proof(proof, output, pace, as_json)
+    _print_proof(proof, chosen.output, pace, as_json)
 
 
-@app.command()
+@app.command(epilog="Example: assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key KEY")
+@settings("assay.cli._poc_settings:VerifySettings")
 def verify(
+    chosen: "VerifySettings",
     context: typer.Context,
     proof: Annotated[Path, typer.Argument(help="Proof file.")],
-    model: ModelFlag,
-    block_hash: Annotated[str | None, typer.Option(help="Block of the round; needed for exit code 0.")] = None,
-    public_key: Annotated[str | None, typer.Option(help="Key of the node; needed for exit code 0.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Preset that the network agreed on; else poc-2.0.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Number of positions agreed on; else 256.")] = None,
-    strength: Annotated[int | None, typer.Option(help="Bits of the input seeds agreed on; else 32.")] = None,
-    r_target: Annotated[float | None, typer.Option(help="Target distance agreed on; else 1.416.")] = None,
-    node_id: Annotated[int | None, typer.Option(help="Share of the node; else 0.")] = None,
-    node_count: Annotated[int | None, typer.Option(help="Number of nodes that share the nonces; else 1.")] = None,
-    nonces: Annotated[
-        str | None, typer.Option(help="Positions A:B that the proof must hold; else any 32 or more in a row.")
-    ] = None,
-    prover_dtype: Annotated[
-        str | None, typer.Option(help="Number format agreed on; else one of the preset, or any dtype.")
-    ] = None,
-    sample: Annotated[
-        int | None, typer.Option(help="Number of nonces to recompute; 64, or all of a smaller proof.")
-    ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="File with the noise measured for this model, preset and pair of engines.")
-    ] = None,
-    dtype: NumberFormatFlag = None,
-    device: DeviceFlag = None,
-    engine: Annotated[str, typer.Option(help="Engine that recomputes: hf or vllm.")] = "hf",
-    alpha: Annotated[float, typer.Option(help="Bound on the chance of accusing an honest node.")] = 1e-3,
-    seed: Annotated[
-        int | None, typer.Option(help="Number that draws the sample; unpredictable when left out.", min=0)
-    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Recompute a sample of a proof and judge it. Exit code 0 honest, 1 fraud, 2 undecided or bad input.
 
     The prover wrote the header of the proof. Exit code 0 needs the block and the key from you, and every other value
     that the prover could choose from you or at its published default. What is neither is shown, with exit code 2.
-
-    Example: assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key KEY
     """
     from dataclasses import replace
 
     from assay import poc
 
     read = poc.Proof.load(proof)
-    measured = poc.Calibration.load(calibration) if calibration else None
-    pins = poc.Pins(
-        block_hash=block_hash,
-        public_key=public_key,
-        preset=preset,
-        seq_len=seq_len,
-        strength=strength,  # type: ignore[arg-type]  # refused if it is neither 32 nor 256
-        r_target=r_target,
-        node_id=node_id,
-        node_count=node_count,
-        nonces=None if nonces is None else _share(nonces, node_id, node_count),
-        prover_dtype=prover_dtype,
-    )
-    poc.check_proof(read, expect=pins, sample=sample, calibration=measured)  # before a model is loaded
+    measured = poc.Calibration.load(chosen.calibration) if chosen.calibration else None
+    pins = poc.Pins(**chosen.model_dump(include=PINNED), nonces=_share(chosen))
+    poc.check_proof(read, expect=pins, sample=chosen.sample, calibration=measured)  # before a model is loaded
     prover = replace(read.header.fingerprint, batch_size=poc.judging_batch(read.header))
-    with (
-        judging_engine(engine, model, prover, dtype=dtype, device=device) as (loaded, made),
-        progress_bar("verifying") as progress,
-    ):
+    with judging_engine(chosen, prover) as (loaded, made), progress_bar("verifying") as progress:
         verdict = poc.verify(
             read,
             loaded,
             engine=made,
-            sample=sample,
-            seed=seed,
+            sample=chosen.sample,
+            seed=chosen.seed,
             expect=pins,
             calibration=measured,
-            alpha=alpha,
+            alpha=chosen.alpha,
             progress=progress,
         )
     _print_verdict(verdict, as_json)
@@ -231,20 +157,14 @@ def calibrate(
         )
 
 
-def _positions(text: str) -> tuple[int, int]:
-    first, _, end = text.partition(":")
-    if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit() and len(text) <= 40):
-        raise UsageError(
-            f"--nonces {text!r:.60}", wanted="two numbers A:B with A < B", do="for instance --nonces 0:256"
-        )
-    return int(first), int(end)
-
-
-def _share(text: str, node_id: int | None, node_count: int | None) -> range:
+def _share(chosen: "VerifySettings") -> range | None:
+    """Return the nonces at the positions that a proof must hold."""
     from assay.poc import Round
 
-    node_id, node_count = node_id or Round.node_id, Round.node_count if node_count is None else node_count
-    return Round(block_hash="any", public_key="any", node_id=node_id, node_count=node_count).nonces(*_positions(text))
+    if chosen.nonces is None:
+        return None
+    given = {name: value for name in ("node_id", "node_count") if (value := getattr(chosen, name)) is not None}
+    return Round(block_hash="any", public_key="any", **given).nonces(*chosen.nonces)
 
 
 class _Pace:

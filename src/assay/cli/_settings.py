@@ -104,7 +104,7 @@ def _plain(annotation: Any) -> tuple[Any, bool]:
     """Return the type that a command line reads for an annotation, and whether its flag may be repeated."""
     origin, inner = get_origin(annotation), [part for part in get_args(annotation) if part is not type(None)]
     if origin is Literal:
-        return str, False  # pydantic names the words, and the nearest one
+        return type(inner[0]), False  # pydantic names the words, and the error the nearest one
     if origin is tuple:
         return inner[0], True
     if origin is not None:

@@ -1,0 +1,97 @@
+"""Settings of ``assay poc prove`` and ``verify``; values of a round that have a default take it from the round."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from assay.poc import Round
+from assay.settings import Device, Flag, Settings, Spelling
+
+__all__ = ["ProveSettings", "VerifySettings"]
+
+
+def _positions(text: str) -> tuple[int, int]:
+    first, _, end = text.partition(":")
+    if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit() and len(text) <= 40):
+        raise ValueError("two numbers A:B with A < B, for instance 0:256")
+    return int(first), int(end)
+
+
+_POSITIONS = Spelling(_positions, "{0[0]}:{0[1]}".format)
+EngineName = Literal["hf", "vllm"]
+NumberFormat = Literal["float32", "float16", "bfloat16", "int8", "float8"]
+_DTYPE = Flag(variable="ASSAY_DTYPE")
+
+
+class ProveSettings(Settings):
+    """Settings of ``assay poc prove``."""
+
+    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+        description="Model: a directory, a hub id, reference:… or shape:…"
+    )
+    block_hash: Annotated[str, Flag(variable="ASSAY_BLOCK_HASH")] = Field(description="Block that seeds the round.")
+    public_key: Annotated[str, Flag(variable="ASSAY_PUBLIC_KEY")] = Field(description="Key of the node.")
+    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="Proof file to write.")
+    nonces: Annotated[tuple[int, int], _POSITIONS] = Field(
+        (0, 256), description="Positions A:B in this node's sequence of nonces."
+    )
+    preset: str = Field(
+        Round.preset,
+        description="How a proof follows from the model: poc-2.0, artifact, hardened, or another pipeline.",
+    )
+    seq_len: int = Field(Round.seq_len, description="Number of input positions of a nonce.")
+    batch_size: str = Field(
+        "32", description="Nonces per forward pass, part of the fingerprint; auto takes what fits into memory."
+    )
+    dtype: Annotated[NumberFormat | None, _DTYPE] = Field(
+        None, description="Number format of the weights: float32, float16, bfloat16, int8 or float8."
+    )
+    device: Device = None
+    engine: EngineName = Field("hf", description="Engine that runs the model: hf or vllm.")
+    kernels: Literal["auto", "compiled", "eager"] = Field(
+        "auto", description="Kernels of the hf engine: compiled, eager, or auto, which compiles on CUDA."
+    )
+    deterministic: bool = Field(False, description="Refuse every operation that may give other bits the next time.")
+    tensor_parallel: int = Field(1, ge=1, description="Processes of torchrun that hold one model together.")
+    r_target: float = Field(Round.r_target, description="Distance below which a nonce is valid.")
+    node_id: int = Field(Round.node_id, description="Share of this node, from 0.")
+    node_count: int = Field(Round.node_count, description="Number of nodes that share the nonces of the key.")
+    block_height: int = Field(Round.block_height, description="Height of the block, recorded in the proof.")
+    strength: Literal[32, 256] = Field(
+        Round.strength, description="Bits of the seed of each input: 32, as published, or 256, which cannot collide."
+    )
+    overwrite: bool = Field(False, description="Replace an existing proof file.")
+
+
+class VerifySettings(Settings):
+    """Settings of ``assay poc verify``: what the validator knows, and how it recomputes."""
+
+    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+        description="Model that the round asked for: a directory, a hub id, reference:… or shape:…"
+    )
+    block_hash: str | None = Field(None, description="Block of the round; needed for exit code 0.")
+    public_key: str | None = Field(None, description="Key of the node; needed for exit code 0.")
+    preset: str | None = Field(None, description=f"Preset that the network agreed on; else {Round.preset}.")
+    seq_len: int | None = Field(None, description=f"Number of positions agreed on; else {Round.seq_len}.")
+    strength: Literal[32, 256] | None = Field(
+        None, description=f"Bits of the input seeds agreed on; else {Round.strength}."
+    )
+    r_target: float | None = Field(None, description=f"Target distance agreed on; else {Round.r_target}.")
+    node_id: int | None = Field(None, description=f"Share of the node; else {Round.node_id}.")
+    node_count: int | None = Field(None, description=f"Number of nodes that share the nonces; else {Round.node_count}.")
+    nonces: Annotated[tuple[int, int] | None, _POSITIONS] = Field(
+        None, description="Positions A:B that the proof must hold; else any 32 or more in a row."
+    )
+    prover_dtype: str | None = Field(None, description="Number format agreed on; else one of the preset, or any dtype.")
+    sample: int | None = Field(None, description="Number of nonces to recompute; 64, or all of a smaller proof.")
+    calibration: Path | None = Field(
+        None, description="File with the noise measured for this model, preset and pair of engines."
+    )
+    dtype: Annotated[NumberFormat | None, _DTYPE] = Field(
+        None, description="Number format that recomputes; by default the prover's."
+    )
+    device: Device = None
+    engine: EngineName = Field("hf", description="Engine that recomputes: hf or vllm.")
+    alpha: float = Field(1e-3, description="Bound on the chance of accusing an honest node.")
+    seed: int | None = Field(None, ge=0, description="Number that draws the sample; unpredictable when left out.")
