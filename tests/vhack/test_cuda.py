@@ -1,4 +1,4 @@
-"""The same on a GPU: factors, gradients, kernels and digests."""
+"""On a GPU as on a CPU: factors, gradients, kernels and digests."""
 
 from dataclasses import replace
 
