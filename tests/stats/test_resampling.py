@@ -1,18 +1,12 @@
-import math
-
 import numpy as np
 import pytest
 
 from assay.errors import UsageError
-from assay.stats import auroc, group_bootstrap, permutation_p
+from assay.stats import auroc, group_bootstrap
 
 
 def mean(values):
     return float(np.mean(values))
-
-
-def difference(positive, negative):
-    return float(np.mean(positive) - np.mean(negative))
 
 
 def test_same_seed_same_interval():
@@ -82,41 +76,3 @@ def test_a_draw_that_leaves_a_sample_empty_is_drawn_again():
 def test_bootstrap_refuses_bad_arguments(samples, groups, options):
     with pytest.raises(UsageError):
         group_bootstrap(lambda *_: 0.0, samples, groups, **options)
-
-
-def test_permutation_of_clear_pairs_counts_every_swap():
-    positive, negative = np.arange(5.0) + 1, np.zeros(5)
-    p = permutation_p(difference, positive, negative, paired=True, n_permutations=4000)
-    assert p == pytest.approx(1 / 32, abs=0.01)
-
-
-def test_permutation_of_rows_matches_the_exact_count():
-    # Only 1 of the C(6, 3) = 20 labellings reaches the observed difference.
-    p = permutation_p(difference, [4, 5, 6], [1, 2, 3], n_permutations=4000)
-    assert p == pytest.approx(1 / 20, abs=0.012)
-
-
-def test_permutation_is_deterministic_and_never_zero():
-    arguments = (difference, np.arange(50) + 100.0, np.arange(50.0))
-    p = permutation_p(*arguments, n_permutations=99, seed=1)
-    assert p == permutation_p(*arguments, n_permutations=99, seed=1) == 1 / 100
-
-
-def test_permutation_p_is_uniform_when_labels_mean_nothing():
-    rng = np.random.default_rng(2)
-    found = [permutation_p(difference, *rng.normal(size=(2, 10)), n_permutations=99, seed=i) for i in range(300)]
-    rejected = np.mean(np.array(found) <= 0.1)
-    assert abs(rejected - 0.1) < 4 * math.sqrt(0.09 / 300)
-
-
-def test_ties_count_as_reaching_the_observed_value():
-    assert permutation_p(difference, [1.0, 1.0], [1.0, 1.0], n_permutations=50) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("positive", "negative", "options"),
-    [([], [1], {}), ([1], [], {}), ([1], [1], {"n_permutations": 0}), ([1, 2], [1], {"paired": True})],
-)
-def test_permutation_refuses_bad_arguments(positive, negative, options):
-    with pytest.raises(UsageError):
-        permutation_p(difference, positive, negative, **options)

@@ -18,7 +18,7 @@ from assay.stats._chord import (
 from assay.stats._fitting import NoiseFit, fit_log_noise, fit_scale_noise
 from assay.stats._noise import GROSS_PROBABILITY, JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, ScaleNoise
 from assay.stats._ranking import auroc, paired_accuracy
-from assay.stats._resampling import BootstrapInterval, group_bootstrap, permutation_p
+from assay.stats._resampling import BootstrapInterval, group_bootstrap
 from assay.stats._sequential import JUNK_SHARES, SequentialResult, SequentialTest, Verdict
 
 __all__ = [
@@ -47,7 +47,6 @@ __all__ = [
     "group_bootstrap",
     "noise_band",
     "paired_accuracy",
-    "permutation_p",
     "proportion_interval",
     "r_target_for",
     "rate_standard_error",

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from assay.errors import UsageError
 
 _REDRAWS = 100
-_TIE = 1e-12  # a relabelling that gives the observed statistic up to rounding counts as one that reaches it
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,52 +112,3 @@ def _resample(
         wanted="samples that share most groups",
         do="check the group labels of every sample",
     )
-
-
-def permutation_p(
-    statistic: Callable[..., float],
-    positive: npt.ArrayLike,
-    negative: npt.ArrayLike,
-    *,
-    paired: bool = False,
-    n_permutations: int = 2000,
-    seed: int = 0,
-) -> float:
-    """One-sided p-value of ``statistic(positive, negative)`` when the two labels mean nothing.
-
-    Labels are shuffled over all rows, or with ``paired`` swapped within each pair. The observed labelling counts as one
-    of the shuffles, so the p-value is never 0 and is valid for any number of permutations (Phipson and Smyth 2010).
-
-    Args:
-        statistic: larger means a clearer difference.
-        positive: rows of the positive class, first axis [P].
-        negative: rows of the negative class, first axis [N]; with ``paired`` in the same order, N = P.
-        paired: swap sides within pairs instead of shuffling rows.
-        n_permutations: number of shuffles.
-        seed: Seed of numpy's default generator.
-
-    Raises:
-        UsageError: ``paired`` with sides of different length, an empty side, or no permutations.
-    """
-    positive_P, negative_N = np.asarray(positive), np.asarray(negative)
-    p, n = len(positive_P), len(negative_N)
-    if not p or not n or n_permutations < 1 or (paired and p != n):
-        raise UsageError(
-            f"{p} positive and {n} negative rows, {n_permutations} permutations",
-            wanted="two non-empty sides (of equal length when paired) and at least 1 permutation",
-            do="check how the rows were chosen",
-        )
-    generator = np.random.default_rng(seed)
-    both = np.concatenate([positive_P, negative_N])
-    observed = statistic(positive_P, negative_N)
-    reached = 1
-    for _ in range(n_permutations):
-        order = _swap_within_pairs(p, generator) if paired else generator.permutation(p + n)
-        reached += statistic(both[order[:p]], both[order[p:]]) >= observed - _TIE * (1 + abs(observed))
-    return reached / (n_permutations + 1)
-
-
-def _swap_within_pairs(p: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    swapped = generator.random(p) < 0.5
-    first = np.where(swapped, np.arange(p) + p, np.arange(p))
-    return np.concatenate([first, (first + p) % (2 * p)])
