@@ -37,25 +37,13 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.worker.worker_base:WorkerBase": ("execute_model",),
 }
 FIELDS: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.core.sched.output:NewRequestData": (
-        "req_id",
-        "prompt_token_ids",
-        "prompt_embeds",
-        "prompt_is_token_ids",
-    ),
+    "vllm.v1.core.sched.output:NewRequestData": ("req_id", "prompt_token_ids", "prompt_embeds", "prompt_is_token_ids"),
     "vllm:SamplingParams": ("max_tokens", "temperature", "detokenize", "output_kind", "skip_reading_prefix_cache"),
 }
+BOTH = ("device", "execute_model", "execute_model_state", "sample_tokens")
 RUNNER: Mapping[str, tuple[str, ...]] = {
-    "v1": (
-        "device",
-        "execute_model",
-        "execute_model_state",
-        "input_batch.num_computed_tokens_cpu",
-        "input_batch.num_prompt_tokens",
-        "input_batch.req_ids",
-        "sample_tokens",
-    ),
-    "v2": ("device", "execute_model", "execute_model_state", "sample_tokens"),
+    "v1": (*BOTH, "input_batch.num_computed_tokens_cpu", "input_batch.num_prompt_tokens", "input_batch.req_ids"),
+    "v2": BOTH,
 }
 STATE_FIELDS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "v1": (("vllm.v1.worker.gpu_model_runner:ExecuteModelState", ("scheduler_output", "hidden_states")),),

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Coroutine, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cached_property
-from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -144,11 +143,7 @@ class RequestEngine:
                 self._wait(stream.close())
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the engine's loop and wait for it in this thread.
-
-        Raises:
-            ModelError: The engine has ended, or ends meanwhile.
-        """
+        """Run a coroutine in the engine's loop; an engine that ends meanwhile is a ModelError."""
         if self._client.ended.done() or self._loop.is_closed():
             work.close()
         else:
@@ -250,9 +245,7 @@ class VLLMEngine(RequestEngine):
     def __enter__(self) -> "VLLMEngine":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

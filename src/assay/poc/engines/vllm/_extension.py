@@ -220,11 +220,7 @@ class Hooks:
             self._add_all(states_ND, key, length, pieces)
 
     def _spec(self, chunk: Chunk, key: str) -> Spec:
-        """Return the round and pipeline of a chunk.
-
-        Raises:
-            ValueError: The prompt has another length than the round.
-        """
+        """Return the round and pipeline of a chunk; a prompt of another length is a ValueError."""
         stream = self.rows.get(key)
         assert stream is not None  # Rows.wants has said so
         if chunk.prompt != stream.spec.round.seq_len:
@@ -294,9 +290,6 @@ def _disarm(request: Any, width: int) -> None:
 
     Inputs of another width would end the engine. NaN and infinity would stay in the blocks of the cache and spoil
     requests that get these blocks later: any client that may send embeddings could stop every round on the server.
-
-    Raises:
-        ValueError: The inputs were of another width, or not finite.
     """
     sent = request.prompt_embeds
     fits = sent.ndim == 2 and sent.shape[1] == width
@@ -308,11 +301,7 @@ def _disarm(request: Any, width: int) -> None:
 
 
 def _check_length(request: Any, seq_len: int) -> None:
-    """Refuse a request whose length differs from the round's.
-
-    Raises:
-        ValueError: Names both lengths.
-    """
+    """Refuse a request whose length differs from the round's."""
     sent, tokens = request.prompt_embeds, request.prompt_token_ids
     length, what = (len(tokens), "placeholders") if sent is None else (len(sent), "inputs")
     if length != seq_len:

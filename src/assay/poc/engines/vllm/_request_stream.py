@@ -139,11 +139,7 @@ class RequestStream:
 
 
 async def _all(running: "Sequence[asyncio.Task[None]]") -> None:
-    """Wait for all nonces, then raise the first error.
-
-    Raises:
-        ModelError: vLLM refused a nonce.
-    """
+    """Wait for all nonces, then raise the first error in words."""
     for outcome in await asyncio.gather(*running, return_exceptions=True):
         if isinstance(outcome, asyncio.CancelledError):
             raise outcome
