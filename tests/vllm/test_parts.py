@@ -521,3 +521,15 @@ def test_the_controller_is_closing_before_vllm_ends_its_engine(loop):
     engine_client.shutdown(timeout=3)
     engine_client.shutdown(timeout=0)
     assert seen == [(True, True, 3), (True, True, 0)]
+
+
+def test_the_fingerprint_names_the_kernels_and_a_cache_of_another_format(loop, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_on(DyingLLM(None), loop[0], monkeypatch)
+    worker = {"runner": "v2", "device": "H200", "attention": "FLASH_ATTN", "threads": 0, "eager": False}
+    engine._client.description |= worker | {"tensor_parallel": 2, "pipeline_parallel": 1, "cache": ["kv fp8"]}
+    fingerprint = engine.fingerprint
+    assert fingerprint.kernels == ("runner v2", "tp 2", "pp 1", "compiled", "kv fp8")
+    assert fingerprint.as_dict()["library"] == "vllm 0, runner v2, tp 2, pp 1, compiled, kv fp8"
+    del engine.fingerprint
+    engine._client.description["cache"] = []
+    assert engine.fingerprint.as_dict()["library"] == "vllm 0, runner v2, tp 2, pp 1, compiled"  # as the first version
