@@ -172,6 +172,16 @@ def test_a_killed_command_leaves_a_file_to_resume(number, small_checkpoint: Path
     assert Proof.load(path).footer.sha256 == Proof.load(uninterrupted).footer.sha256
 
 
+def test_an_engine_and_another_batch_size_are_refused(small_model, round_: Round):
+    """Which of the two counted was not said: the engine's did."""
+    engine = HFEngine(small_model, batch_size=4, seq_len=16)
+    with pytest.raises(UsageError, match="batch_size 8 with an engine of 4 rows"):
+        prove(small_model, round_, range(8), batch_size=8, engine=engine)
+    assert prove(small_model, round_, range(8), batch_size=4, engine=engine).header.fingerprint.batch_size == 4
+    assert prove(small_model, round_, range(8), engine=engine).header.fingerprint.batch_size == 4
+    assert prove(small_model, round_, range(8)).header.fingerprint.batch_size == 32
+
+
 def test_what_cannot_run_is_refused(small_model, round_: Round):
     with pytest.raises(UsageError, match="seq_len 129"):
         HFEngine(small_model, seq_len=129)

@@ -226,7 +226,7 @@ def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
         ("why", verdict.reason),
         ("block hash", header.round.block_hash),
         ("public key", header.round.public_key),
-        ("model", f"{header.round.model} ({header.digest[:12]})"),
+        ("model", f"{header.round.model:.80} ({header.digest[:12]})"),
         ("number format", header.fingerprint.dtype),
         ("preset", f"{header.round.preset}, {header.round.seq_len} positions"),
         ("pinned", ", ".join(verdict.pins.given) or "nothing"),

@@ -1,7 +1,7 @@
-"""Cheaters, as real programs: each returns a model or a proof that claims to be the honest one.
+"""Cheaters as real programs: each returns a model or a proof that claims to be the honest one.
 
-Used by the demonstration, the tests and the red-team experiment. A cheating model keeps the digest
-of the checkpoint that it was made from: that is the lie.
+The demonstration, the tests and the red-team experiment use them. A cheating model keeps the digest of the checkpoint
+from which it was made, and that is the lie.
 """
 
 import copy
@@ -39,7 +39,7 @@ def rounded_fp8(model: Model) -> Model:
 
 
 def adapted(model: Model, *, rank: int = 8, size: float = 0.02, seed: int = 0) -> Model:
-    """Return the model as a fine-tuning of low rank would leave it.
+    """Return the model as fine-tuning of low rank would leave it.
 
     Every linear layer gets a random update of rank ``rank``, ``size`` times as large as its weight in Frobenius norm.
     """
@@ -59,7 +59,7 @@ def with_fewer_experts(model: Model, count: int) -> Model:
     """Return a mixture of experts that asks only the ``count`` likeliest experts of every token.
 
     Raises:
-        UsageError: the model asks no more than ``count`` experts anyway, or has none.
+        UsageError: The model has no experts, or asks at most ``count`` of them anyway.
     """
     module = copy.deepcopy(model.module)
     parts: list[Any] = [part for layer in decoder_layers(module) for part in layer.modules()]

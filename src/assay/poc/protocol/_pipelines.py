@@ -36,7 +36,7 @@ class Step:
 class Positions:
     """Read ``count`` positions, drawn for every nonce, or all of them where it is 0.
 
-    What is read is the sum of their unit states, each with a sign that is drawn for the nonce.
+    The result is the sum of their unit states, each with a sign that is drawn for the nonce.
     """
 
     count: int = 0
@@ -47,17 +47,17 @@ class Pipeline:
     """A frozen description of how a proof follows from the model's hidden states.
 
     Args:
-        name: what ``--preset`` takes.
-        summary: one line for tables.
-        read: which positions are read: the ``last`` token, or a signed sum over :class:`Positions`.
-        layers: what happens to the hidden state after every decoder layer.
-        hidden: steps on the state that was read.
-        head: what maps the state to logits.
-        logits: steps on the logits.
+        name: Value of ``--preset``.
+        summary: One line for tables.
+        read: Positions that are read: the ``last`` one, or a signed sum over :class:`Positions`.
+        layers: Step on the hidden state after every decoder layer.
+        hidden: Steps on the state that was read.
+        head: Matrix that maps the state to logits.
+        logits: Steps on the logits.
         output: ``distance`` to the target of the block, or the ``vector`` itself in fp16.
-        texts: form of the seed texts (:meth:`assay.poc.Round.text`); versioned ones come with 256-bit input seeds.
-        number_formats: in what a proof is made unless a network agrees on another format, the first one by default; any
-            where empty. A rule of judging and not of computing, so it does not stand in the proof header.
+        texts: Form of the seed texts (:meth:`assay.poc.Round.text`); versioned ones come with 256-bit input seeds.
+        number_formats: Formats in which a proof is made unless a network agrees on another one, the default first; any
+            format where empty. This is a rule of judging and not of computing, so it is not in the proof header.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Pipeline:
 
     @property
     def noise(self) -> str:
-        """Family of honest noise: a law measured in one does not hold in another."""
+        """Family of honest noise: a law that was measured in one family does not hold in another."""
         return self.output if self.read == "last" else f"position {self.output}"
 
     @property
@@ -93,9 +93,9 @@ class Pipeline:
         return {"none": hidden_size, "trained": vocab_size, "random": RANDOM_HEAD_ROWS}[self.head]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the description as it stands in a proof header.
+        """Return the description for a proof header.
 
-        ``texts`` came after the first proofs: it stands there only where it is not what they have.
+        ``texts`` is younger than the first proofs, so it is written only where it differs from theirs.
         """
         described = asdict(self)
         del described["number_formats"]
@@ -174,7 +174,7 @@ def get_pipeline(name: str) -> Pipeline:
     """Return the row of the table with this name; ``sign-flips`` is another name of ``poc-2.0``.
 
     Raises:
-        UsageError: there is no such row.
+        UsageError: The table has no such row.
     """
     found = PIPELINES.get(_ALIASES.get(name, name)) if isinstance(name, str) else None
     if found is None:

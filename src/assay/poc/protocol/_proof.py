@@ -1,4 +1,4 @@
-"""A complete proof: what a node hands in, and what a validator reads."""
+"""A complete proof: what a node hands in and a validator reads."""
 
 import hashlib
 import math
@@ -26,7 +26,7 @@ class Proof:
 
     @property
     def round(self) -> Round:
-        """The round it was made for."""
+        """The round for which it was made."""
         return self.header.round
 
     @property
@@ -43,7 +43,7 @@ class Proof:
         """Write the proof; the final name appears when the file is whole.
 
         Raises:
-            StorageError: the file cannot be written.
+            StorageError: The file cannot be written.
         """
         with PartialFile(path, overwrite=overwrite) as out:
             out.restart()
@@ -57,15 +57,19 @@ class Proof:
         """Read and check a proof file.
 
         Raises:
-            ProofFormatError: it is not a complete, consistent proof; the message names the line.
+            ProofFormatError: The file is not a complete, consistent proof; the message names the line.
         """
         return cls(*read_proof(path))
 
     @classmethod
     def build(cls, header: Header, records: Sequence[Record], seconds: float, *, sha256: str | None = None) -> "Proof":
-        """Put a proof together from its records, with the footer that follows from them.
+        """Return the proof of these records, with the footer that follows from them.
 
-        ``sha256`` is that of the record lines, for a caller who has hashed them already.
+        Args:
+            header: Header of the proof.
+            records: Records of all its nonces, in order.
+            seconds: Time that the proof took.
+            sha256: Hash of the record lines, if the caller has it already.
         """
         if sha256 is None:
             sha256 = hashlib.sha256("".join(f"{header.line(record)}\n" for record in records).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""The strict reader of proof files: whatever is not exactly a proof is an error with its line.
+"""The strict reader of proof files: anything that is not exactly a proof is an error that names its line.
 
-That includes the form. A line must be the very bytes that the writer gives for its values, so the SHA-256 of the
+That includes the form. A line must have exactly the bytes that the writer gives for its values, so the SHA-256 of the
 footer is that of the file, and one proof has one file.
 """
 
@@ -29,7 +29,7 @@ def read_proof(path: str | Path) -> tuple[Header, tuple[Record, ...], Footer]:
     """Read a proof file and return its header, its records and its footer.
 
     Raises:
-        ProofFormatError: names the line that is wrong.
+        ProofFormatError: A line is wrong; names it.
     """
     lines = _lines(path)
     number, line = next(lines, (1, b""))
@@ -63,7 +63,7 @@ def parse_record_line(path: str | Path, number: int, line: bytes, header: Header
     """Read the line of a nonce, line end included.
 
     Raises:
-        ProofFormatError: names the file and the line.
+        ProofFormatError: The line is wrong; names the file and the line.
     """
     return _parse_line(path, number, line, partial(parse_record, header=header, nonce=nonce), header.line)
 
@@ -72,7 +72,7 @@ def parse_header(line: Any) -> Header:
     """Read the header object.
 
     Raises:
-        ProofFormatError: a field is missing, unknown or out of range.
+        ProofFormatError: A field is missing, unknown or out of range.
     """
     _fields(line, {"kind", "schema", "round", "pipeline", "model", "fingerprint", "nonces"}, "the header")
     if line["kind"] != KIND or line["schema"] != SCHEMA:
@@ -113,7 +113,7 @@ def parse_record(line: Any, header: Header, nonce: int) -> Record:
     """Read the record of a nonce.
 
     Raises:
-        ProofFormatError: it is missing, of another nonce, or its values are not what they must be.
+        ProofFormatError: The record is missing, belongs to another nonce, or has a value that is out of range.
     """
     size = header.pipeline.vector_size if header.pipeline.output == "vector" else 0
     if line is None or (isinstance(line, dict) and "footer" in line):
@@ -183,7 +183,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse_line(path: str | Path, number: int, line: bytes, parse: Callable[[Any], T], write: Callable[[T], str]) -> T:
-    """Parse a line, empty where the file ends, and refuse it if ``write`` gives other bytes for what it says."""
+    """Parse a line, empty where the file ends, and refuse it if ``write`` gives other bytes for its value."""
     try:
         value = parse(loads(line, f"{path}, line {number}") if line else None)
     except DataError as error:

@@ -4,8 +4,8 @@
     {"nonce":0,"distance":1.4131,"valid":true}        or  {"nonce":0,"vector":"base64"}
     {"footer":{"records":256,"valid":151,"seconds":8.1,"sha256":"…"}}
 
-The SHA-256 is over the bytes of the record lines, newlines included. Reading is strict: whatever
-is not exactly a proof, spaces and the order of keys included, is an error that names the line.
+The SHA-256 covers the bytes of the record lines, newlines included. Reading is strict: anything that is not exactly a
+proof, spaces and the order of keys included, is an error that names the line.
 """
 
 from collections.abc import Iterator
@@ -29,15 +29,15 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a proof says about itself before the first record.
+    """First line of a proof: everything about it that the records do not say.
 
     Args:
-        round: the round, with its model named.
-        pipeline: the description of the preset.
+        round: Round, with its model named.
+        pipeline: Description of the preset.
         digest: SHA-256 of the tensors of the checkpoint.
-        weights: weight mode of the model: trained, random-all or random-embed.
-        fingerprint: how the prover's engine computes.
-        nonces: which nonces follow, in order, as runs ``[first, end, step]``.
+        weights: Weight mode of the model: trained, random-all or random-embed.
+        fingerprint: Description of the prover's engine.
+        nonces: Nonces of the records, in order, as runs ``[first, end, step]``.
     """
 
     round: Round
@@ -106,7 +106,7 @@ Record = DistanceRecord | VectorRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Footer:
-    """What a proof says when it is complete."""
+    """Last line of a complete proof."""
 
     records: int
     valid: int

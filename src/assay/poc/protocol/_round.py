@@ -1,8 +1,8 @@
 """A round: who proves what, and the seed text of every stream that follows from it.
 
-The published texts are consensus. They have no length prefix and no version tag, because that is what
-the network runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset with versioned
-texts writes every field after its length, behind a version tag, so that no two streams share a text.
+The published texts are consensus. They have no length prefix and no version tag, because that is what the network
+runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset with versioned texts writes a version tag
+and then every field after its length, so that no two streams share a text.
 """
 
 from collections.abc import Iterable
@@ -46,19 +46,19 @@ class Round:
     """One round of one node.
 
     Args:
-        block_hash: the block that seeds everything.
-        public_key: the key of the node that is paid.
-        block_height: recorded in the proof, not part of any seed.
-        node_id: which share of the nonces this node has, in ``[0, node_count)``.
-        node_count: among how many machines of one key the nonces are dealt out.
-        model: reference of the model; filled in by :func:`assay.poc.prove` when empty.
-        preset: name of a row of :data:`assay.poc.PIPELINES`.
-        seq_len: number of input positions per nonce.
-        r_target: a nonce is valid if its distance is strictly below; in ``(0, 2]``.
-        strength: bits of seed for the inputs, 32 (published) or 256. A preset with versioned texts always has 256.
+        block_hash: Block that seeds everything.
+        public_key: Key of the node that is paid.
+        block_height: Height of the block; recorded in the proof, not part of any seed.
+        node_id: Share of the nonces that this node has, in ``[0, node_count)``.
+        node_count: Number of machines of one key among which the nonces are dealt out.
+        model: Reference of the model; filled in by :func:`assay.poc.prove` when empty.
+        preset: Name of a row of :data:`assay.poc.PIPELINES`.
+        seq_len: Number of input positions of a nonce.
+        r_target: Distance strictly below which a nonce is valid, in ``(0, 2]``.
+        strength: Bits of the seed of each input, 32 (published) or 256. A preset with versioned texts always has 256.
 
     Raises:
-        UsageError: a value is outside its range.
+        UsageError: A value is out of range.
     """
 
     block_hash: str
@@ -97,7 +97,7 @@ class Round:
 
     @property
     def versioned(self) -> bool:
-        """Whether the preset has versioned seed texts; one that is not known has published ones."""
+        """Whether the preset has versioned seed texts; an unknown preset has published ones."""
         pipeline = PIPELINES.get(self.preset) if isinstance(self.preset, str) else None
         return pipeline is not None and pipeline.texts == "versioned"
 
@@ -112,7 +112,7 @@ class Round:
     def texts(self, stream: str, nonces: Iterable[int], *, count: int = 1, k: int = 0) -> list[str]:
         """Return the seed texts of a stream of many nonces: of each nonce those of index 0 to ``count - 1``.
 
-        What a batch has in common is written once, which takes a tenth of the time of :meth:`text` for each.
+        The common part of a batch is written once, which takes a tenth of the time of :meth:`text` for each nonce.
         """
         return self._texts(stream, nonces, range(count), k)
 
@@ -149,14 +149,14 @@ class Round:
         return chosen
 
     def owns(self, nonce: int) -> bool:
-        """Say whether a nonce belongs to this node's share."""
+        """Return whether a nonce belongs to this node's share."""
         return 0 <= nonce <= MAX_NONCE and nonce % self.node_count == self.node_id
 
     def check_nonces(self, nonces: range | Iterable[int]) -> None:
         """Refuse nonces that do not ascend, are out of range, or belong to another node.
 
         Raises:
-            UsageError: names the first nonce that is wrong.
+            UsageError: A nonce is wrong; names the first one.
         """
         if isinstance(nonces, range) and nonces and nonces.step > 0 and nonces.step % self.node_count == 0:
             nonces = sorted({nonces[0], nonces[-1]})  # the ends decide for all

@@ -99,7 +99,7 @@ class Transform:
             self._target_V = block_target(round, size, device)
 
     def weights(self, nonces: Sequence[int], seq_len: int) -> Float32[Tensor, "B T"] | None:
-        """Return the weight of every position in what is read, ±1 or 0; None where the last position is read."""
+        """Return the weight of every position in the sum, ±1 or 0; None where only the last position is read."""
         read = self.pipeline.read
         if not isinstance(read, Positions):
             return None
@@ -116,8 +116,8 @@ class Transform:
         """Return what the pipeline publishes: distances [B] in float32, or vectors [B, K] in float16.
 
         Args:
-            x_BD: what was read of the hidden states, in float32, one row per nonce.
-            nonces: the B nonces in the order of the rows.
+            x_BD: State that was read for each nonce, in float32.
+            nonces: Nonces of the B rows, in order.
         """
         x_BD = self._steps(self.pipeline.hidden, x_BD, nonces)
         if self._target_V is None:

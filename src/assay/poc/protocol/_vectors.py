@@ -19,7 +19,7 @@ def decode_vector(text: object, size: int) -> np.ndarray:
     """Return the float16 vector [K] that a base64 string stands for.
 
     Raises:
-        ProofFormatError: not a string, not base64, of another length, or not finite.
+        ProofFormatError: The value is not a string, not base64, of another length, or not finite.
     """
     try:
         if not isinstance(text, str):

@@ -94,7 +94,7 @@ class Calibration:
         """Write the calibration file in one piece, replacing an older one.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: The file cannot be written.
         """
         write_atomic(path, dumps(self.as_dict()) + "\n")
 
@@ -103,7 +103,7 @@ class Calibration:
         """Read a calibration file.
 
         Raises:
-            CalibrationError: it is not one.
+            CalibrationError: The file is not a calibration.
         """
         try:
             values = read_json(path)

@@ -108,7 +108,7 @@ def r_target_from(distances_N: npt.NDArray[np.float64], valid_rate: float, dimen
     confidence. The standard error of the quantile is √(p(1 − p)/N) over the density of the law there.
 
     Raises:
-        UsageError: fewer than 30 distances, or a rate outside (0, 1).
+        UsageError: There are fewer than 30 distances, or the rate is not in (0, 1).
     """
     n = len(distances_N)
     if n < MIN_NONCES or not 0.0 < valid_rate < 1.0:

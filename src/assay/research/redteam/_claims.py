@@ -92,10 +92,10 @@ def screened(residuals_N: FloatArray, cost: float, r_target: float, *, seed: int
     """Simulate screening: a cheap distance decides whether the exact one is computed at all.
 
     Args:
-        residuals_N: cheap minus exact distance.
-        cost: of the cheap pass over the honest one.
-        r_target: below it a nonce counts.
-        seed: of the simulation.
+        residuals_N: Cheap minus exact distance.
+        cost: Cost of the cheap pass over that of the honest one.
+        r_target: Distance below which a nonce counts.
+        seed: Seed of the simulation.
 
     Returns:
         The share of the valid nonces that are found, and the work per found nonce over that of an honest node.

@@ -1,8 +1,8 @@
-"""Who is caught, and after how many checked nonces: three rules held to one rate of false accusations.
+"""Which cheaters are caught after how many checked nonces, by three rules at one rate of false accusations.
 
 The published rules count mismatches. Their constants accuse honest nodes on other hardware far more often than they
-say, so for the comparison each is calibrated: the smallest count that honest noise reaches with probability 1e-3.
-The sequential test is used as it is, with the law fitted to the calibration half of the honest residuals.
+state, so each is calibrated for the comparison: it takes the smallest count that honest noise reaches with probability
+1e-3. The sequential test is used unchanged, with the law fitted to the calibration half of the honest residuals.
 
 Legend of shapes: N residuals, R trials, C checked nonces.
 """
@@ -61,10 +61,10 @@ class Judge:
     """The three rules for one pipeline, calibrated on honest residuals.
 
     Args:
-        pipeline: what is published.
-        honest_N: honest residuals to calibrate with.
-        r_target: of the seed rule.
-        seed: of the simulated audits.
+        pipeline: Pipeline that says what is published.
+        honest_N: Honest residuals to calibrate with.
+        r_target: Target distance of the published rule.
+        seed: Seed of the simulated audits.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A year of a network: who is accused wrongly, who is caught when, and how much junk is paid for, under each rule.
+"""A year of a network under each rule: wrong accusations, time to catch a cheater, and invented nonces paid for.
 
 The nodes with the largest stakes are validators. Every round, every node is checked by a few of them, drawn by
 stake. Each recomputes a sample of nonces and votes; a node is convicted when more than half of the stake that checked
@@ -52,9 +52,9 @@ class Kind:
     """A kind of node.
 
     Args:
-        name: in tables.
-        multiple: size of its residuals over the honest ones.
-        junk: share of its nonces that are invented.
+        name: Name in tables.
+        multiple: Size of its residuals over that of honest ones.
+        junk: Share of its nonces that are invented.
     """
 
     name: str
@@ -93,7 +93,7 @@ def simulate_network(network: Network, law: Law, kinds: tuple[Kind, ...]) -> lis
     """Simulate all rules on one network; return one row per rule and kind, the honest one first.
 
     Raises:
-        UsageError: the kinds of cheaters are more than half of the nodes.
+        UsageError: The cheaters would be more than half of the nodes.
     """
     everyone = (Kind("honest"), *kinds)
     if network.cheating * len(kinds) > 0.5:

@@ -70,8 +70,8 @@ def run_simulation(plan: SimulationPlan, folder: Path, *, progress: Progress | N
     """Simulate the presets and dtypes that a run's folder does not hold yet.
 
     Raises:
-        UsageError: the folder holds a run of another network.
-        StorageError: the file cannot be written.
+        UsageError: The folder holds a run of another network.
+        StorageError: The file cannot be written.
     """
     with open_run(folder, "simulate", plan.network.model_dump()) as run:
         wanted = [(f"{preset}/{dtype}", preset, dtype) for dtype in plan.dtypes for preset in plan.presets]

@@ -1,0 +1,118 @@
+"""What a validator pins, what it accepts at its default, and what it would take on the prover's word."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from assay.errors import ProofFormatError, ProofMismatch, UsageError
+from assay.poc import Header, Pins, Proof, Round, judging_batch, verify
+from assay.poc.protocol._reader import parse_header
+from assay.poc.verdict import Noise, judge
+from assay.reports import dumps
+from assay.stats import ScaleNoise
+
+
+@pytest.fixture
+def header(proof: Proof) -> Header:
+    """Header of a proof of the published round but for its 16 positions."""
+    return proof.header
+
+
+def test_a_round_pins_what_it_says(header: Header, round_: Round):
+    pins = Pins.of(round_)
+    assert set(pins.given) == set(Round.__dataclass_fields__)
+    pins.check(header)
+    assert pins.unpinned(header) == ()
+    assert "model" not in Pins.of(replace(round_, model="")).given
+    assert Pins().unpinned(header) == ("block_hash", "public_key", "seq_len")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"block_hash": ""},
+        {"public_key": ""},
+        {"preset": "poc-3"},
+        {"seq_len": 0},
+        {"strength": 64},
+        {"r_target": 2.5},
+        {"node_id": -1},
+        {"node_id": 2, "node_count": 2},
+        {"prover_dtype": "half"},
+        {"prover_dtype": ""},
+    ],
+    ids=str,
+)
+def test_impossible_pins_are_refused(wrong):
+    """An empty shell variable must not switch a check off."""
+    with pytest.raises(UsageError):
+        Pins(**wrong)
+
+
+def test_pins_take_what_a_round_takes():
+    assert Pins(preset="sign-flips").preset == "poc-2.0"
+    assert Pins(preset="hardened", strength=32).strength == 256
+    assert Pins(node_id=7).node_count is None
+
+
+@pytest.mark.parametrize("nonces", [range(40), list(range(40)), np.arange(40)], ids=["range", "list", "array"])
+def test_the_set_of_nonces_is_pinned_as_a_whole(nonces, header: Header):
+    Pins(nonces=nonces).check(header)
+    for other in (nonces[:39], [*range(39), 40]):
+        with pytest.raises(ProofMismatch, match="nonces"):
+            Pins(nonces=other).check(header)
+
+
+def test_nonces_of_the_default_are_consecutive_and_enough(header: Header):
+    for runs, believed in (
+        (((0, 32, 1),), False),
+        (((5, 37, 1),), False),
+        (((0, 31, 1),), True),
+        (((0, 64, 2),), True),
+        (((0, 31, 1), (40, 41, 1)), True),
+    ):
+        assert ("nonces" in Pins().unpinned(replace(header, nonces=runs))) == believed
+
+
+def test_number_formats_of_the_default(header: Header):
+    for dtype in ("float32", "float16", "bfloat16"):
+        stated = replace(header, fingerprint=replace(header.fingerprint, dtype=dtype))
+        assert "prover_dtype" not in Pins().unpinned(stated)
+    stated = replace(header, fingerprint=replace(header.fingerprint, dtype="int8"))
+    assert "prover_dtype" in Pins().unpinned(stated)
+    assert "prover_dtype" not in Pins(prover_dtype="int8").unpinned(stated)
+
+
+def test_a_header_chooses_neither_memory_nor_time(header: Header):
+    huge = replace(header, fingerprint=replace(header.fingerprint, batch_size=10**12))
+    assert judging_batch(huge) == 1024
+    assert judging_batch(replace(huge, round=replace(header.round, seq_len=2**20))) == 1
+    long = replace(header, round=replace(header.round, seq_len=8192))
+    with pytest.raises(ProofMismatch, match="which nothing pins"):
+        Pins().check(long)
+    Pins(seq_len=8192).check(long)
+    with pytest.raises(ProofFormatError, match=r"at most 16777216 in one proof"):
+        parse_header(json.loads(dumps(header.as_dict())) | {"nonces": [[0, 2**53 - 1, 1]]})
+
+
+def test_a_judge_without_pins_takes_everything_on_trust(proof: Proof):
+    records = list(proof.records)
+    verdict = judge(proof, records, records, Noise(ScaleNoise(1e-4), "test"))
+    assert verdict.honest
+    assert verdict.unpinned == ("block_hash", "public_key", "seq_len")
+    assert verdict.exit_code == 2
+
+
+def test_verify_takes_pins_or_a_round(proof: Proof, small_model, round_: Round):
+    known = Pins(block_hash="block_alpha", public_key="node_A", seq_len=16)
+    for expect in (known, round_):
+        verdict = verify(proof, small_model, expect=expect)
+        assert (verdict.unpinned, verdict.exit_code) == ((), 0)
+    said = verify(proof, small_model, expect=known).as_dict()
+    assert said["pinned"] == ("block_hash", "public_key", "seq_len")
+    assert (said["block_hash"], said["model"], said["dtype"]) == ("block_alpha", "small", "float32")
+    assert "header" not in said
+    with pytest.raises(ProofMismatch, match="public_key"):
+        verify(proof, small_model, expect=replace(known, public_key="node_B"))
