@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import urllib.request
 from contextlib import suppress
@@ -52,6 +53,28 @@ def test_sigterm_drains_and_a_restart_continues(launch):
         until(lambda: sorted(receiver.nonces()) == owed, 30)
     finally:
         receiver.close()
+
+
+@pytest.mark.parametrize("drain", ["30", "0"])
+def test_sigterm_in_a_round_leaves_it_to_the_next_start(launch, drain):
+    """With no time to drain, the running batch is abandoned and computed again."""
+    server = launch("--drain", drain)
+    server.post("/init/generate", ROUND)
+    reached = 0
+    for _ in range(3):
+        until(lambda reached=reached: server.status()["total_checked"] > reached, 30)
+        assert server.terminate() == 0
+        server.start()
+        server.wait_for()
+        found = server.status()
+        assert (found["state"], found["error"]) == ("GENERATING", None)
+        reached = found["total_checked"]
+    until(lambda: server.status()["total_checked"] > reached, 30)
+    server.post("/stop")
+    with sqlite3.connect(server.data_dir / "service.sqlite3") as database:
+        nonces = [row[0] for row in database.execute("SELECT nonce FROM records ORDER BY nonce")]
+    database.close()
+    assert nonces == list(range(server.status()["total_checked"]))
 
 
 def test_a_thousand_readers_at_once_get_an_answer(launch):

@@ -13,8 +13,7 @@ from assay.cli._settings import settings
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
-    from assay.poc.service import Settings
-    from assay.poc.service.runtime import Deployment
+    from assay.poc.service import Deployment, Settings
 
 __all__ = ["callbacks", "receive", "serve"]
 
@@ -60,31 +59,21 @@ def serve(
     service.serve(load, settings, host=host, port=port)
 
 
+@settings("assay.poc.service:Settings", only=("callback_secrets", "api_keys", "api_key_file", "read_keys"))
 def receive(
+    settings: "Settings",
     host: Annotated[str, typer.Option(help=_HOST)] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help=_PORT)] = 8081,
-    output: Annotated[Path, typer.Option("-o", "--output", help="SQLite file that keeps what arrives.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", help="SQLite file that keeps the callbacks.")] = Path(
         "received.sqlite3"
     ),
-    callback_secret: Annotated[
-        list[str] | None,
-        typer.Option(help="Secret (whsec_…) that must have signed callbacks.", envvar="ASSAY_CALLBACK_SECRET"),
-    ] = None,
     log_format: LogFormat = "console",
 ) -> None:
-    """Receive callbacks until SIGTERM: check signatures, keep each callback once."""
+    """Receive callbacks until SIGTERM: check signatures, and keep each callback once."""
     from assay.poc import service
 
     service.configure_logs(_log_format(log_format))
-    secrets = tuple(callback_secret or ())
-    service.check_secrets(secrets)
-    if not (secrets or service.is_loopback(host)):
-        raise UsageError(
-            f"--host {host} without a secret",
-            wanted="a secret where others reach the port",
-            do="pass --callback-secret, the same as to the service",
-        )
-    service.run_app(service.create_receiver(service.Received(output), secrets), host=host, port=port)
+    service.receive(settings, output, host=host, port=port)
 
 
 callbacks = App(help="Look at undelivered callbacks, and send dead ones again.")
@@ -99,7 +88,7 @@ def list_callbacks(
 ) -> None:
     """List pending and dead callbacks."""
     statuses = ["open", "pending", "dead"] + (["delivered"] if every else [])
-    from assay.poc.service.store import open_outbox
+    from assay.poc.service import open_outbox
 
     with open_outbox(data_dir) as outbox:
         rows, counts = outbox.rows(statuses, limit), outbox.counts()
@@ -117,7 +106,7 @@ def replay(
     as_json: JsonFlag = False,
 ) -> None:
     """Make dead callbacks pending again. A running service delivers them, and so does the next start."""
-    from assay.poc.service.store import open_outbox
+    from assay.poc.service import open_outbox
 
     with open_outbox(data_dir) as outbox:
         count = outbox.replay(ids or None)

@@ -3,7 +3,7 @@
 import pytest
 
 from assay.errors import UsageError
-from assay.poc.service import Settings, check_secrets
+from assay.poc.service import Settings
 from tests.poc.service.conftest import PREFIX, ROUND
 
 ALL, VALIDATE, READ = "all-" + "x" * 20, "validate-" + "x" * 20, "read-" + "x" * 20
@@ -44,7 +44,14 @@ def test_everything_needs_a_key_but_the_probes(keyed, key):
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Host": "evil.example"}, {"Host": "10.0.0.1"}, {"Origin": "https://evil.example"}]
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "10.0.0.1"},
+        {"Origin": "https://evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
 )
 def test_without_keys_other_hosts_and_sites_are_refused(service, headers):
     assert service.client.post(f"{PREFIX}/stop", headers=headers).status_code == 403
@@ -71,7 +78,7 @@ def test_weak_keys_are_refused(tmp_path, key):
 @pytest.mark.parametrize("secret", ["whsec_", "whsec_c2hvcnQ=", "whsec_!!!!", "x"])
 def test_weak_secrets_are_refused(secret):
     with pytest.raises(UsageError, match="a callback secret that cannot be used"):
-        check_secrets((secret,))
+        Settings(callback_secrets=(secret,))
 
 
 @pytest.mark.parametrize("change", [{"max_body": 0}, {"callback_interval": -1.0}, {"drain": float("nan")}])

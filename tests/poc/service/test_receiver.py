@@ -1,17 +1,25 @@
 """The receiver of the package: signatures, repeated callbacks, and what it answers."""
 
+import asyncio
 import base64
+import sqlite3
+import stat
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from standardwebhooks import Webhook
+from starlette.requests import Request
 
+from assay.poc.service._refusals import Refusal
 from assay.poc.service.http import Received, create_receiver
+from assay.poc.service.http._route import Bodies
 from tests.poc.service.conftest import BLOCK, ROUND, TestClient
 from tests.poc.service.test_delivery import SECRET
 from tests.waiting import until
 
+KEY, READ = "all-" + "x" * 20, "read-" + "x" * 20
 OTHER = "whsec_" + base64.b64encode(b"x" * 32).decode()
+HERE = "http://127.0.0.1"
 BODY = '{"nonces":[1,2,3],"dist":[1.4,1.4,1.4]}'
 
 
@@ -31,7 +39,9 @@ def store(tmp_path):
 
 @pytest.fixture
 def client(store):
-    return TestClient(create_receiver(store, (OTHER, SECRET), max_body=10_000))
+    """A client that has the key; posts need a signature, whoever sends them."""
+    receiver = create_receiver(store, (OTHER, SECRET), keys=(KEY,), read_keys=(READ,), max_body=10_000)
+    return TestClient(receiver, headers={"Authorization": f"Bearer {KEY}"})
 
 
 def test_a_callback_is_kept_once(client, tmp_path):
@@ -67,7 +77,7 @@ def test_what_nobody_signed_is_refused(client, headers):
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"\xff", b"{"])
 def test_what_is_no_object_is_refused(store, body):
-    open_client = TestClient(create_receiver(store))
+    open_client = TestClient(create_receiver(store), base_url=HERE)
     assert open_client.post("/validated", content=body, headers={"webhook-id": "msg_1"}).status_code == 400
     assert open_client.post("/validated", content=b"{}").status_code == 400
 
@@ -80,7 +90,7 @@ def test_service_and_receiver_agree(serving, store):
     from tests.end_to_end.receiver import FlakyReceiver
 
     relay = FlakyReceiver(trouble=0.4, patience=0.1, seed=5)
-    checked = TestClient(create_receiver(store, (SECRET,)))
+    checked = TestClient(create_receiver(store, (SECRET,), keys=(KEY,)), headers={"Authorization": f"Bearer {KEY}"})
     try:
         with serving(callback_secrets=(SECRET,)) as service:
             service.post("/init/validate", ROUND | {"callback_url": relay.url})
@@ -93,3 +103,135 @@ def test_service_and_receiver_agree(serving, store):
         names = ("webhook-id", "webhook-timestamp", "webhook-signature")
         assert checked.post(path, content=body, headers={name: headers[name] for name in names}).status_code == 200
     assert checked.get("/stats").json()["callbacks"] == 5
+
+
+@pytest.mark.parametrize("keys", [(), (KEY,)])
+@pytest.mark.parametrize(("method", "path"), [("GET", "/batches"), ("GET", "/stats"), ("DELETE", "/clear")])
+def test_everything_but_signed_posts_needs_a_key(store, keys, method, path):
+    """Anyone who reaches the port could erase, or read, what a node was told."""
+    stranger = TestClient(create_receiver(store, (SECRET,), keys=keys), base_url=HERE)
+    assert stranger.post("/generated", content=BODY, headers=_signed(SECRET)).status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        assert stranger.request(method, path, headers=headers).status_code == 401
+    assert stranger.get("/health").status_code == 200
+    assert store.stats()["callbacks"] == 1
+
+
+def test_a_read_key_does_not_clear(client):
+    headers = {"Authorization": f"Bearer {READ}"}
+    assert (
+        client.get("/stats", headers=headers).status_code == client.get("/batches", headers=headers).status_code == 200
+    )
+    assert client.delete("/clear", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}]
+)
+def test_without_a_secret_only_this_machine_is_answered(store, headers):
+    receiver = TestClient(create_receiver(store), base_url=HERE)
+    assert receiver.get("/stats").status_code == 200
+    for method, path in (("GET", "/batches"), ("GET", "/stats"), ("DELETE", "/clear"), ("POST", "/generated")):
+        assert receiver.request(method, path, headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"nonces":[1],"dist":[NaN]}',
+        '{"nonces":[1],"dist":[1e400]}',
+        '{"nonces":[1],"nonces":[2]}',
+        r'{"nonces":[1],"public_key":"\ud800"}',
+        '{"nonces":' + "[" * 17 + "]" * 17 + "}",
+        '{"nonces":' + "[" * 4000 + "]" * 4000 + "}",
+    ],
+)
+def test_poisoned_bodies_are_refused(client, body):
+    answer = client.post("/generated", content=body, headers=_signed(SECRET, body=body))
+    assert answer.status_code == 400
+    assert {"detail", "wanted", "do"} <= answer.json().keys()
+    assert client.get("/batches").json() == {"batches": []}
+
+
+def test_a_body_whose_nonces_are_no_list_is_counted_as_none(client):
+    body = '{"nonces":5,"artifacts":"x"}'
+    assert client.post("/generated", content=body, headers=_signed(SECRET, body=body)).status_code == 200
+    assert client.get("/stats").json() == {"callbacks": 1, "nonces": 0, "repeated": 0}
+
+
+@pytest.mark.parametrize("stored", ['{"dist":[NaN]}', r'{"key":"\ud800"}', '{"a":' + "[" * 900 + "]" * 900 + "}", "{"])
+def test_a_poisoned_body_of_an_older_version_breaks_nothing(tmp_path, stored):
+    path = tmp_path / "received.sqlite3"
+    with sqlite3.connect(path) as database:  # as the first version made it: no migrations
+        database.execute(
+            "CREATE TABLE received (seq INTEGER NOT NULL, id TEXT NOT NULL, kind TEXT NOT NULL, at FLOAT NOT NULL, "
+            "nonces INTEGER NOT NULL, copies INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (seq), UNIQUE (id))"
+        )
+        for number, body in enumerate((stored, BODY)):
+            database.execute("INSERT INTO received VALUES (NULL, ?, 'generated', 0, 3, 1, ?)", (f"msg_{number}", body))
+    database.close()
+    receiver = TestClient(create_receiver(Received(path)), base_url=HERE)
+    poisoned, sound = receiver.get("/batches").json()["batches"]
+    assert poisoned["body"] is None
+    assert sound["body"]["nonces"] == [1, 2, 3]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("query", ["after=-1", f"after={10**22}", f"limit={10**22}", "limit=0", "after=x"])
+def test_queries_out_of_range_are_refused(client, query):
+    answer = client.get(f"/batches?{query}")
+    assert (answer.status_code, "wanted" in answer.json()) == (422, True)
+
+
+def test_the_body_says_which_kind_a_callback_is(client):
+    """The path is not signed: a captured verdict must not take the place of nonces, nor its own."""
+    verdict = '{"nonces":[1],"fraud_detected":false}'
+    headers = _signed(SECRET, body=verdict)
+    assert client.post("/generated", content=verdict, headers=headers).status_code == 400
+    assert client.post("/validated", content=verdict, headers=headers).json()["new"] is True
+    assert client.post("/validated", content=BODY, headers=_signed(SECRET, message_id="msg_2")).status_code == 400
+
+
+def test_bodies_have_one_bound_together(store):
+    """Bodies wait in memory before their signature can be checked."""
+
+    async def send() -> list[int]:
+        bodies = Bodies(100, 150)
+        gate = asyncio.Event()
+
+        def request(size: int) -> Request:
+            async def receive() -> dict:
+                return {"type": "http.request", "body": b"x" * size, "more_body": False}
+
+            return Request({"type": "http", "method": "POST", "headers": []}, receive)
+
+        async def take(size: int) -> int:
+            try:
+                async with bodies.read(request(size)) as body:
+                    await gate.wait()
+                    return len(body)
+            except Refusal as refusal:
+                return -refusal.status
+
+        tasks = [asyncio.create_task(take(size)) for size in (90, 101, 70, 60)]
+        await asyncio.sleep(0.01)
+        gate.set()
+        return [*await asyncio.gather(*tasks), await take(100)]
+
+    assert asyncio.run(send()) == [90, -413, -503, 60, 100]
+
+
+def test_the_command_passes_secret_and_keys_on(monkeypatch, tmp_path):
+    from assay.cli import run
+    from assay.poc.service.http import _receiver
+
+    started = []
+    monkeypatch.setattr(_receiver, "run_app", lambda app, **how: started.append((app, how)))
+    command = ["poc", "receive", "-o", str(tmp_path / "r.sqlite3"), "--host", "0.0.0.0"]
+    assert run(command) == 2
+    assert run([*command, "--callback-secret", SECRET, "--api-key", KEY]) == 0
+    ((app, how),) = started
+    assert how["host"] == "0.0.0.0"
+    asked = TestClient(app)
+    assert asked.get("/stats").status_code == 401
+    assert asked.get("/stats", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200

@@ -93,8 +93,7 @@ def test_the_command_leaves_the_environment_to_the_settings(monkeypatch, tmp_pat
     from assay.poc import service
 
     seen = []
-    monkeypatch.setattr(service, "Controller", lambda load, settings: seen.append(settings))
-    monkeypatch.setattr(service, "serve", lambda *args, **kwargs: None)
+    monkeypatch.setattr(service, "serve", lambda load, settings, **kwargs: seen.append(settings))
     monkeypatch.setenv("ASSAY_DRAIN", "3")
     monkeypatch.setenv("ASSAY_POC_SERVE_MAX_PENDING", "5")
     monkeypatch.setenv("ASSAY_POC_SERVE_MAX_STREAMS", "6")

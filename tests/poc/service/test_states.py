@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from assay.poc.service import TRANSITIONS, State
+from assay.poc.service import State
+from assay.poc.service._states import TRANSITIONS
 from tests.poc.service.conftest import BLOCK, ROUND
 
 DOCS = Path(__file__).parents[3] / "docs" / "service.md"

@@ -7,11 +7,11 @@ from assay.errors import BackendUnavailable
 
 try:
     from assay.poc.service._logs import configure_logs
-    from assay.poc.service._settings import Settings, check_secrets
-    from assay.poc.service._states import TRANSITIONS, State
-    from assay.poc.service.http import Received, attach, create_app, create_receiver, is_loopback, run_app, serve
+    from assay.poc.service._settings import Settings
+    from assay.poc.service._states import State
+    from assay.poc.service.http import Received, attach, create_app, create_receiver, receive, serve
     from assay.poc.service.runtime import Controller, Deployment
-    from assay.poc.service.store import Outbox, open_outbox
+    from assay.poc.service.store import open_outbox
 except ModuleNotFoundError as error:
     if (error.name or "assay").partition(".")[0] == "assay":
         raise
@@ -22,20 +22,16 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = [
-    "TRANSITIONS",
     "Controller",
     "Deployment",
-    "Outbox",
     "Received",
     "Settings",
     "State",
     "attach",
-    "check_secrets",
     "configure_logs",
     "create_app",
     "create_receiver",
-    "is_loopback",
     "open_outbox",
-    "run_app",
+    "receive",
     "serve",
 ]

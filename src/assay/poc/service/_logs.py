@@ -1,13 +1,14 @@
-"""Structured logs on stderr, for people or for machines. Nothing that is logged comes from a header or a URL."""
+"""Structured logs on stderr, for people or for machines. They hold nothing from a header or a callback URL."""
 
 import logging
 import sys
+import time
 from contextlib import suppress
 from typing import Literal
 
 import structlog
 
-__all__ = ["Format", "configure_logs"]
+__all__ = ["Budget", "Format", "configure_logs"]
 
 Format = Literal["console", "json"]
 
@@ -32,10 +33,36 @@ def configure_logs(form: Format, level: str = "info") -> None:
     )
     # Libraries only speak up when something is wrong; httpx would log every callback URL at level info.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
+    # It would warn of every malformed request, and so let any client fill the disk.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
+
+class Budget:
+    """Lets a client cause only so many lines of the log per minute."""
+
+    def __init__(self, lines: int = 60) -> None:
+        self._lines = lines
+        self._left = float(lines)
+        self._last = time.monotonic()
+        self._dropped = 0
+        self.skipped = 0
+        """Lines that were left out before the one that was allowed last."""
+
+    def take(self) -> bool:
+        """Return whether one more line may be written."""
+        now = time.monotonic()
+        self._left = min(self._lines, self._left + (now - self._last) * self._lines / 60)
+        self._last = now
+        if self._left < 1:
+            self._dropped += 1
+            return False
+        self._left -= 1
+        self.skipped, self._dropped = self._dropped, 0
+        return True
 
 
 class _Stderr:
-    """Writes lines to whatever stderr is now. A reader that has gone must not stop the service."""
+    """Writes lines to the present stderr. A reader that has gone must not stop the service."""
 
     def msg(self, line: str) -> None:
         """Write one line."""

@@ -8,7 +8,7 @@ gives to its flags, is read as well.
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AliasChoices, BeforeValidator, Field, InstanceOf, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -18,7 +18,7 @@ from assay.errors import UsageError
 from assay.poc.verdict import Calibration
 from assay.settings import Flag
 
-__all__ = ["Settings", "check_secrets"]
+__all__ = ["Limits", "Settings"]
 
 PREFIX, SECOND_PREFIX = "ASSAY_", "ASSAY_POC_SERVE_"
 
@@ -40,6 +40,14 @@ def _list(flag: str, description: str) -> Any:
     """Return a list's field, which the environment names as the flag does: in the singular."""
     names = [prefix + flag.lstrip("-").replace("-", "_").upper() for prefix in (PREFIX, SECOND_PREFIX)]
     return Field((), validate_default=True, validation_alias=AliasChoices(*names), description=description)
+
+
+class Limits(NamedTuple):
+    """Bounds on connections, which hold before any key is checked; :class:`Settings` describes them."""
+
+    max_connections: int = 4096
+    max_header: int = 2**16
+    header_timeout: float = 10.0
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -72,15 +80,17 @@ class Settings(assay.settings.Settings):
     read_keys: Annotated[Words, _secret("--read-key")] = _list("--read-key", "Keys that may only read.")
     max_body: Count = Field(2**20, description="Largest body of a request.")
     max_bodies: Count = Field(2**26, description="Memory for all bodies that are being received at the same time.")
-    max_connections: Count = Field(4096, description="Connections that are open at the same time.")
-    max_header: Count = Field(2**16, description="Largest head of a request: its request line and all its headers.")
-    header_timeout: Seconds = Field(10.0, description="Time in which the head of a request must have arrived.")
+    max_connections: Count = Field(Limits().max_connections, description="Connections that are open at the same time.")
+    max_header: Count = Field(Limits().max_header, description="Largest head of a request, all its headers included.")
+    header_timeout: Seconds = Field(
+        Limits().header_timeout, description="Time in which the head of a request must arrive."
+    )
     max_nonces: Count = Field(10_000, description="Nonces of one request.")
     max_positions: Count = Field(2**18, description="Largest product of batch_size and seq_len.")
     max_waiting: Count = Field(64, description="Validations that wait for the engine.")
     max_queued_nonces: Count = Field(100_000, description="Nonces of all artifact jobs that wait.")
     max_streams: Count = Field(32, description="Event streams that are open at the same time.")
-    max_client_streams: Count = Field(6, description="Event streams that one client address has open at the same time.")
+    max_client_streams: Count = Field(16, description="Event streams that one client has open at the same time.")
     callback_secrets: Annotated[Words, _secret("--callback-secret")] = _list(
         "--callback-secret", "Standard Webhooks secrets (whsec_…), the newest first. Each of them signs every callback."
     )
@@ -111,7 +121,7 @@ class Settings(assay.settings.Settings):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
-        check_secrets(self.callback_secrets)
+        _check_secrets(self.callback_secrets)
         if any(not key.isascii() or len(key) < 16 for key in self.api_keys + self.validate_keys + self.read_keys):
             raise UsageError(
                 "an API key of fewer than 16 ASCII characters",
@@ -137,12 +147,17 @@ class Settings(assay.settings.Settings):
         return init_settings, env_settings, EnvSettingsSource(settings_cls, env_prefix=SECOND_PREFIX)
 
     @property
+    def limits(self) -> Limits:
+        """The bounds on connections."""
+        return Limits(self.max_connections, self.max_header, self.header_timeout)
+
+    @property
     def has_keys(self) -> bool:
         """Whether requests must carry a key."""
         return bool(self.api_keys or self.validate_keys or self.read_keys)
 
 
-def check_secrets(secrets: Sequence[str]) -> None:
+def _check_secrets(secrets: Sequence[str]) -> None:
     """Refuse webhook secrets that cannot sign.
 
     Raises:

@@ -13,7 +13,8 @@ import pytest
 import typer
 import yaml
 
-from assay.cli import _serve
+from assay.cli import app
+from assay.poc.service import Settings
 from assay.poc.service.runtime._metrics import Metrics
 from tests.poc.service.conftest import ROUND
 from tests.waiting import until
@@ -80,13 +81,9 @@ def test_every_alert_is_explained_and_every_explanation_has_its_alert():
 
 
 def test_the_document_names_flags_and_variables_that_there_are():
-    app = typer.Typer()
-    for command in (_serve.serve, _serve.receive):
-        app.command()(command)
-    app.add_typer(_serve.callbacks, name="callbacks")
-    top = typer.main.get_command(app)
-    commands = [*top.commands.values(), *top.commands["callbacks"].commands.values()]
-    options = [option for command in commands if not hasattr(command, "commands") for option in command.params]
+    poc = typer.main.get_command(app).commands["poc"].commands
+    commands = [poc["serve"], poc["receive"], *poc["callbacks"].commands.values()]
+    options = [option for command in commands for option in command.params]
     flags = {flag for option in options for flag in option.opts} | {"--help"}
     ours = " ".join(
         line for line in PAGE.splitlines() if not line.startswith(("useradd", "install", "/opt", "systemctl"))
@@ -94,7 +91,8 @@ def test_the_document_names_flags_and_variables_that_there_are():
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= flags
     deployed = "".join(path.read_text() for path in _deployed())
     variables = set(re.findall(r"\bASSAY_[A-Z_]+", PAGE + deployed))
-    assert variables <= {name for option in options for name in _variables(option)}
+    settings = {Settings.environment_name(field) for field in Settings.model_fields}
+    assert variables <= settings | {name for option in options for name in _variables(option)}
 
 
 def _variables(option) -> list[str]:
@@ -108,17 +106,15 @@ def _deployed() -> list[Path]:
 
 def test_defaults_in_the_document_are_those_of_the_command():
     rows = dict(re.findall(r"^\| `--([\w-]+)` \| ([\w.]+) \|", PAGE, flags=re.MULTILINE))
-    command = typer.main.get_command(_single(_serve.serve))
+    command = _serve()
     defaults = {option.name.replace("_", "-"): option.default for option in command.params}
     assert {"max-pending", "drain", "callback-attempts"} <= set(rows)
     for name, said in rows.items():
         assert {"off": False}.get(said, said) == defaults[name] or float(said) == defaults[name]
 
 
-def _single(command) -> typer.Typer:
-    app = typer.Typer()
-    app.command()(command)
-    return app
+def _serve() -> typer.core.TyperCommand:
+    return typer.main.get_command(app).commands["poc"].commands["serve"]
 
 
 def test_panels_do_not_overlap():
@@ -157,7 +153,7 @@ def test_compose_mounts_files_that_there_are_and_waits_longer_than_the_service()
     example = set(re.findall(r"^(\w+)=", (DEPLOY / "example.env").read_text(), flags=re.MULTILINE))
     asked = set(re.findall(r"\$\{(\w+)", (DEPLOY / "compose.yaml").read_text()))
     assert asked | {secret["environment"] for secret in compose["secrets"].values()} == example
-    drain = typer.main.get_command(_single(_serve.serve)).params
+    drain = _serve().params
     seconds = next(option.default for option in drain if option.name == "drain")
     assert int(compose["services"]["assay"]["stop_grace_period"].removesuffix("s")) > seconds
     unit = (DEPLOY / "assay.service").read_text()

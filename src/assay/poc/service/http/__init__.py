@@ -1,12 +1,11 @@
 """The HTTP surface of the service: routes, keys, the bodies of responses, and the receiver of callbacks."""
 
 from assay.poc.service.http._app import attach, create_app
-from assay.poc.service.http._auth import Keys, Scope, is_loopback
-from assay.poc.service.http._guarded_route import needs, route_class
-from assay.poc.service.http._local_only import LocalOnly
-from assay.poc.service.http._receiver import Received, create_receiver
+from assay.poc.service.http._auth import Keys, LocalOnly, Scope, is_loopback
+from assay.poc.service.http._receiver import Received, create_receiver, receive
+from assay.poc.service.http._route import needs, route_class
 from assay.poc.service.http._routes import PREFIX
-from assay.poc.service.http._server import run_app, serve
+from assay.poc.service.http._server import serve
 
 __all__ = [
     "PREFIX",
@@ -19,7 +18,7 @@ __all__ = [
     "create_receiver",
     "is_loopback",
     "needs",
+    "receive",
     "route_class",
-    "run_app",
     "serve",
 ]

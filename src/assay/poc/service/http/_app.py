@@ -7,24 +7,24 @@ from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
 
 from assay._version import __version__
 from assay.poc.service.dashboard import dashboard_router
-from assay.poc.service.http._auth import Keys
+from assay.poc.service.http._auth import SAFE_HEADERS, Keys, LocalOnly
 from assay.poc.service.http._feed import Feed
-from assay.poc.service.http._local_only import LocalOnly
 from assay.poc.service.http._quick_status import QuickStatus
+from assay.poc.service.http._route import not_found
 from assay.poc.service.http._routes import PREFIX, operations_router, pow_router
 from assay.poc.service.runtime import Controller, Delivery
 
 __all__ = ["attach", "create_app"]
 
-# Pages of ours need nothing from elsewhere and may not be framed.
-PAGE_HEADERS = {
+# The pages of the service need nothing from elsewhere and may not be framed.
+PAGE_HEADERS = SAFE_HEADERS | {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
 
@@ -40,9 +40,11 @@ def create_app(controller: Controller) -> FastAPI:
         summary="The published API under /api/v1/pow, durable and bounded.",
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
     )
+    app.add_exception_handler(HTTPException, not_found)
     attach(app, controller, operations=True)
-    app.include_router(_pages())
+    app.include_router(_pages(app))
     app.include_router(dashboard_router())
     if not controller.settings.has_keys:
         app.add_middleware(LocalOnly)
@@ -87,8 +89,12 @@ async def _running(controller: Controller, feed: Feed) -> AsyncIterator[None]:
         await asyncio.to_thread(controller.close)
 
 
-def _pages() -> APIRouter:
+def _pages(app: FastAPI) -> APIRouter:
     router = APIRouter(include_in_schema=False)
+
+    @router.get("/openapi.json")
+    async def openapi() -> JSONResponse:
+        return JSONResponse(app.openapi(), headers=SAFE_HEADERS)
 
     @router.get("/docs")
     async def docs() -> HTMLResponse:

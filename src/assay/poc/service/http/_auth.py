@@ -1,18 +1,27 @@
-"""Bearer keys and what they may do."""
+"""Who may ask: bearer keys with what they may do, and the guard of a service without keys."""
 
 import hashlib
 import hmac
 import ipaddress
 from enum import StrEnum
+from functools import lru_cache
+from urllib.parse import urlsplit
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as Connection
 
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
 
-__all__ = ["Keys", "Scope", "is_loopback"]
+__all__ = ["SAFE_HEADERS", "Keys", "LocalOnly", "Scope", "is_loopback"]
+
+SAFE_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+"""Headers of every answer: no cache keeps it, and no browser takes it for another type than it says."""
 
 
 class Scope(StrEnum):
-    """What a request needs. ``control`` may do everything, ``validate`` also reads."""
+    """The permission that a request needs. ``control`` includes the others, and ``validate`` includes ``read``."""
 
     CONTROL = "control"
     VALIDATE = "validate"
@@ -30,10 +39,12 @@ class Keys:
     """The keys of a service, kept as digests.
 
     Args:
-        settings: holds the keys. Without any, everyone who reaches the port may do everything.
+        settings: Settings with the keys. Without any key, every client that reaches the port may do everything.
+        needed: Whether requests need a key even where there is none, so that they are all refused.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, needed: bool = False) -> None:
+        self._needed = needed
         by_scope = (
             (Scope.CONTROL, settings.api_keys),
             (Scope.VALIDATE, settings.validate_keys),
@@ -47,7 +58,7 @@ class Keys:
         Raises:
             Refusal: 401 without a known key, 403 with one that may do less.
         """
-        if not self._digests:
+        if not (self._digests or self._needed):
             return
         kind, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip()) if kind.lower() == "bearer" else b""
@@ -60,7 +71,7 @@ class Keys:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether an address or name is this machine only."""
+    """Return whether an address or name is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -69,3 +80,42 @@ def is_loopback(host: str) -> bool:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+class LocalOnly:
+    """Refuses requests that name another host than this machine, or that a page of another site has caused.
+
+    Host names can be made to resolve to 127.0.0.1, and a page can send forms, images and scripts across sites; either
+    would let a page in the operator's browser use a service that has no keys.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 403."""
+        if scope["type"] == "http" and not _is_local(dict(scope["headers"])):
+            refusal = Refusal(
+                403,
+                "a request for another host, or from another site's page",
+                wanted="Host: 127.0.0.1 and no other origin",
+                do="open the service under 127.0.0.1, or start it with an API key",
+            )
+            await JSONResponse(refusal.body, status_code=403, headers=SAFE_HEADERS)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_local(headers: dict[bytes, bytes]) -> bool:
+    host, origin = headers.get(b"host", b""), headers.get(b"origin")
+    foreign = origin is not None and origin.partition(b"//")[2] != host
+    site = headers.get(b"sec-fetch-site", b"none")  # only browsers send it, and no page can change it
+    return not foreign and site in (b"none", b"same-origin") and _is_here(host)
+
+
+@lru_cache(maxsize=64)
+def _is_here(host: bytes) -> bool:
+    try:
+        return is_loopback(urlsplit(f"//{host.decode('latin-1')}").hostname or "")
+    except ValueError:
+        return False

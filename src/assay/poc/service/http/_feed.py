@@ -2,14 +2,14 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import structlog
 
 from assay.errors import AssayError
 from assay.poc.service._refusals import Refusal
-from assay.poc.service.http._snapshot import snapshot
-from assay.poc.service.http._status import status
+from assay.poc.service.http._views import snapshot, status
 from assay.poc.service.runtime import Controller
 from assay.reports import dumps
 
@@ -26,14 +26,14 @@ class Feed:
     """Keeps the latest snapshot and hands it to event streams, metrics and the dashboard.
 
     Args:
-        controller: what is shown.
+        controller: Controller that is shown.
     """
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
         self._latest = b""
         self._changed = asyncio.Condition()
-        self._streams = 0
+        self._streams: Counter[object] = Counter()
         self._status = b""
         self._status_key: object = None
         self._status_until = 0.0
@@ -74,21 +74,27 @@ class Feed:
             self._status_key, self._status_until = key, now + STATUS_AGE
         return self._status
 
-    def stream(self) -> AsyncIterator[bytes]:
+    def stream(self, client: object = None) -> AsyncIterator[bytes]:
         """Return server-sent events until the reader leaves or the service closes.
+
+        Args:
+            client: Identity of the reader, of whose streams only so many may be open.
 
         Raises:
             Refusal: 429, too many streams are open.
         """
-        most = self._controller.settings.max_streams
-        if self._streams >= most:
-            raise Refusal(
-                429, f"{most} event streams are open", wanted="fewer", do="close one, or poll /status", retry_after=10
-            )
-        return self._events()
+        settings = self._controller.settings
+        for are_open, most in (
+            (self._streams.total(), settings.max_streams),
+            (self._streams[client], settings.max_client_streams),
+        ):
+            if are_open >= most:
+                seen, do = f"{most} event streams are open", "close one, or poll /status"
+                raise Refusal(429, seen, wanted="fewer", do=do, retry_after=10)
+        return self._events(client)
 
-    async def _events(self) -> AsyncIterator[bytes]:
-        self._streams += 1
+    async def _events(self, client: object) -> AsyncIterator[bytes]:
+        self._streams[client] += 1
         try:
             yield b"retry: 2000\n\n"
             while not self._controller.closing.is_set():
@@ -96,7 +102,8 @@ class Feed:
                 async with self._changed:
                     await self._changed.wait()
         finally:
-            self._streams -= 1
+            self._streams[client] -= 1
+            self._streams += Counter()  # forget clients without a stream
 
     def _prune(self) -> None:
         keep = self._controller.settings.keep_rounds

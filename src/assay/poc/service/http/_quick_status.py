@@ -1,7 +1,8 @@
 """The plain ``GET /status``, answered before routing.
 
-A thousand readers at once take processor time from the engine beside them. Routing and the parsing of parameters
-are two thirds of what such an answer costs, and this one has no parameters.
+A thousand readers at once take processor time from the engine beside them. Inside the application such an answer costs
+9 µs of it instead of 113, twelve times less, because the rest is routing and the parsing of parameters that it does not
+have (``python benchmarks/service_status.py``, one core of a CPU machine).
 """
 
 import time
@@ -9,23 +10,25 @@ import time
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from assay.poc.service._refusals import Refusal
-from assay.poc.service.http._auth import Keys
+from assay.poc.service.http._auth import SAFE_HEADERS, Keys
 from assay.poc.service.http._auth import Scope as Permission
 from assay.poc.service.http._feed import Feed
 from assay.poc.service.runtime import Controller
 
 __all__ = ["QuickStatus"]
 
+_SAFE = [(name.encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
+
 
 class QuickStatus:
-    """Answers ``GET path`` without a query to whoever may read; everything else goes on to the application.
+    """Answers ``GET path`` without a query to clients that may read; passes everything else on to the application.
 
     Args:
-        app: the application, whose own route answers the same to everyone else, refusals included.
-        path: of the route, prefix included.
-        controller: whose metrics count the answers.
-        keys: who may read.
-        feed: encodes the body.
+        app: Application whose own route answers the same, refusals included.
+        path: Path of the route, prefix included.
+        controller: Controller whose metrics count the answers.
+        keys: Keys of the service.
+        feed: Feed that encodes the body.
     """
 
     def __init__(self, app: ASGIApp, *, path: str, controller: Controller, keys: Keys, feed: Feed) -> None:
@@ -40,7 +43,7 @@ class QuickStatus:
             return
         started = time.perf_counter()
         body = self._feed.status()
-        headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+        headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json"), *_SAFE]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
         self._answered.inc()

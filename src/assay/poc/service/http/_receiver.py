@@ -1,159 +1,203 @@
 """A receiver of callbacks: checks signatures, keeps every callback once, and can be asked what it has.
 
-The routes are those of the published receiver script; what it keeps is in one SQLite file.
+The routes are those of the published receiver script; the callbacks are in one SQLite file. Only posts that a known
+secret has signed need no key.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import FastAPI, Request
+import structlog
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from standardwebhooks import Webhook, WebhookVerificationError
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
+from assay.errors import DataError, UsageError
+from assay.poc.service._logs import Budget
 from assay.poc.service._refusals import Refusal
+from assay.poc.service._settings import Settings
+from assay.poc.service.http._auth import Keys, LocalOnly, Scope, is_loopback
+from assay.poc.service.http._route import Bodies, guarded, needs, not_found
+from assay.poc.service.http._server import run_app
+from assay.poc.service.store import RECEIVED, Database
+from assay.reports import JsonObject, loads
 
-__all__ = ["Received", "create_receiver"]
+__all__ = ["Received", "create_receiver", "receive"]
 
-_TABLES = sa.MetaData()
-_RECEIVED = sa.Table(
-    "received",
-    _TABLES,
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("id", sa.Text, nullable=False, unique=True),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("at", sa.Float, nullable=False),
-    sa.Column("nonces", sa.Integer, nullable=False),
-    sa.Column("copies", sa.Integer, nullable=False),
-    sa.Column("body", sa.Text, nullable=False),
-)
+log = structlog.get_logger("assay.receiver")
+
+MAX_BODY, MAX_BODIES = 2**21, 2**26
+DEEPEST = 16  # levels of nesting; a callback of assay has four
 
 
 class Received:
     """The callbacks that arrived, each once.
 
     Args:
-        path: SQLite file; made if it is not there.
+        path: SQLite file. It is created if it does not exist, and readable by its owner only.
+
+    Raises:
+        StorageError: The file cannot be written, or is not one of a receiver.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._engine = sa.create_engine(f"sqlite:///{path}")
-        with self._engine.begin() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            _TABLES.create_all(connection)
+        self._db = Database(path.parent, exclusive=False, name=path.name, migrations=RECEIVED)
 
     def add(self, message_id: str, kind: str, body: str) -> bool:
-        """Keep a callback; False where its id was here before. It is on disk when this returns."""
-        values = json.loads(body)
-        count = len(values.get("nonces") or values.get("artifacts") or ())
-        with self._engine.begin() as connection:
-            known = connection.execute(
-                _RECEIVED.update().where(_RECEIVED.c.id == message_id).values(copies=_RECEIVED.c.copies + 1)
-            ).rowcount
-            if not known:
-                row = {"id": message_id, "kind": kind, "at": time.time(), "nonces": count, "copies": 1, "body": body}
-                connection.execute(_RECEIVED.insert().values(row))
-            return not known
+        """Keep a callback; return False if its id was known. It is on disk when this returns."""
+        received, values = self._db["received"], loads(body, "callback")
+        lists = [values[name] for name in ("nonces", "artifacts") if isinstance(values.get(name), list)]
+        row = {"id": message_id, "kind": kind, "at": time.time(), "nonces": max(map(len, lists), default=0)}
+        with self._db.write() as connection:
+            again = received.update().where(received.c.id == message_id).values(copies=received.c.copies + 1)
+            if connection.execute(again).rowcount:
+                return False
+            connection.execute(received.insert().values(**row, copies=1, body=body))
+            return True
 
     def batches(self, after: int, limit: int) -> list[dict[str, Any]]:
-        """Return callbacks after a sequence number, oldest first."""
-        query = sa.select(_RECEIVED).where(_RECEIVED.c.seq > after).order_by(_RECEIVED.c.seq).limit(limit)
-        with self._engine.connect() as connection:
+        """Return callbacks after a sequence number, oldest first. A body that is not JSON is None."""
+        received = self._db["received"]
+        query = sa.select(received).where(received.c.seq > after).order_by(received.c.seq).limit(limit)
+        with self._db.read() as connection:
             rows = connection.execute(query).mappings().all()
-        return [{**row, "body": json.loads(row["body"])} for row in rows]
+        return [{**row, "body": _read(row["body"])} for row in rows]
 
     def stats(self) -> dict[str, int]:
         """Return how many callbacks and nonces there are, and how many copies came more than once."""
+        received = self._db["received"]
         total = sa.select(
             sa.func.count(),
-            sa.func.coalesce(sa.func.sum(_RECEIVED.c.nonces), 0),
-            sa.func.coalesce(sa.func.sum(_RECEIVED.c.copies - 1), 0),
+            sa.func.coalesce(sa.func.sum(received.c.nonces), 0),
+            sa.func.coalesce(sa.func.sum(received.c.copies - 1), 0),
         )
-        with self._engine.connect() as connection:
+        with self._db.read() as connection:
             callbacks, nonces, copies = connection.execute(total).one()
         return {"callbacks": callbacks, "nonces": nonces, "repeated": copies}
 
     def clear(self) -> None:
         """Forget everything."""
-        with self._engine.begin() as connection:
-            connection.execute(_RECEIVED.delete())
+        with self._db.write() as connection:
+            connection.execute(self._db["received"].delete())
 
 
-def create_receiver(store: Received, secrets: Sequence[str] = (), *, max_body: int = 2**26) -> FastAPI:
-    """Return the receiver as an application.
+def receive(settings: Settings, output: Path, *, host: str, port: int) -> None:
+    """Receive callbacks until SIGTERM or SIGINT.
 
     Args:
-        store: keeps what arrives.
-        secrets: Standard Webhooks secrets; with any, a callback that none of them signed is refused with 401.
-        max_body: bytes of the largest callback.
-    """
-    app = FastAPI(title="assay: receiver of callbacks", docs_url=None, redoc_url=None)
-    verifiers = [Webhook(secret) for secret in secrets]
+        settings: Settings of which the keys and the callback secrets are used.
+        output: SQLite file that keeps the callbacks.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one, which the log names.
 
-    async def receive(kind: str, request: Request) -> JSONResponse:
-        raw = b""
-        async for chunk in request.stream():
-            raw += chunk
-            if len(raw) > max_body:
-                return JSONResponse({"detail": f"a callback over {max_body} bytes"}, status_code=413)
-        try:
-            message_id, body = _verified(raw, dict(request.headers), verifiers)
-        except Refusal as refusal:
-            return JSONResponse(refusal.body, status_code=refusal.status)
+    Raises:
+        UsageError: A host that others reach without a secret, or an address that cannot be bound.
+        StorageError: The file cannot be written.
+    """
+    if not (settings.callback_secrets or is_loopback(host)):
+        raise UsageError(
+            f"--host {host} without a secret",
+            wanted="a secret where others reach the port",
+            do="pass --callback-secret, the same as to the service",
+        )
+    app = create_receiver(
+        Received(output), settings.callback_secrets, keys=settings.api_keys, read_keys=settings.read_keys
+    )
+    run_app(app, host=host, port=port, limits=settings.limits)
+
+
+def create_receiver(
+    store: Received,
+    secrets: Sequence[str] = (),
+    *,
+    keys: Sequence[str] = (),
+    read_keys: Sequence[str] = (),
+    max_body: int = MAX_BODY,
+) -> FastAPI:
+    """Return the receiver as an application.
+
+    Without a secret it answers this machine only. With one, callbacks need a signature, and everything else a key.
+
+    Args:
+        store: Store that keeps the callbacks.
+        secrets: Standard Webhooks secrets; with any, a callback that none of them signed is refused with 401.
+        keys: Keys that may read and clear.
+        read_keys: Keys that may only read.
+        max_body: Bytes of the largest callback.
+
+    Raises:
+        UsageError: A key or a secret that is too weak.
+    """
+    settings = Settings(
+        api_keys=keys, api_key_file=None, validate_keys=(), read_keys=read_keys, callback_secrets=secrets
+    )
+    kind_of_route = guarded(Keys(settings, needed=bool(secrets)), Bodies(max_body, MAX_BODIES))
+    verifiers, budget = [Webhook(secret) for secret in secrets], Budget()
+    app = FastAPI(title="assay: receiver of callbacks", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(HTTPException, not_found)
+    app.router.route_class = kind_of_route
+    if not secrets:
+        app.add_middleware(LocalOnly)
+
+    @app.post("/{kind}")
+    async def take(kind: Literal["generated", "validated"], request: Request) -> Response:
+        """Take valid nonces of a round or the vectors of a job (generated), or a verdict (validated)."""
+        message_id, body = _verified(await request.body(), kind, dict(request.headers), verifiers)
         new = await run_in_threadpool(store.add, message_id, kind, body)
+        if budget.take():
+            log.info("callback", kind=kind, id=message_id, new=new, skipped=budget.skipped)
         return JSONResponse({"status": "OK", "new": new})
 
-    @app.post("/generated")
-    async def generated(request: Request) -> JSONResponse:
-        """Take valid nonces of a round, or the vectors of a job."""
-        return await receive("generated", request)
-
-    @app.post("/validated")
-    async def validated(request: Request) -> JSONResponse:
-        """Take a verdict."""
-        return await receive("validated", request)
-
-    @app.get("/batches")
-    def batches(after: int = 0, limit: int = 100) -> JSONResponse:
+    @app.get("/batches", openapi_extra=needs(Scope.READ))
+    def batches(
+        after: Annotated[int, Query(ge=0, le=2**53 - 1)] = 0, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
+    ) -> Response:
         """Return what arrived, oldest first."""
-        return JSONResponse({"batches": store.batches(after, min(max(limit, 1), 10_000))})
+        return JSONResponse({"batches": store.batches(after, limit)})
 
-    @app.get("/stats")
-    def stats() -> JSONResponse:
+    @app.get("/stats", openapi_extra=needs(Scope.READ))
+    def stats() -> Response:
         """Return counts."""
         return JSONResponse(store.stats())
 
-    @app.delete("/clear")
-    def clear() -> JSONResponse:
+    @app.delete("/clear", openapi_extra=needs(Scope.CONTROL))
+    def clear() -> Response:
         """Forget everything."""
         store.clear()
+        log.info("cleared")
         return JSONResponse({"status": "OK"})
 
     @app.get("/health")
-    async def health() -> JSONResponse:
-        """Answer."""
+    async def health() -> Response:
+        """Answer while the process lives."""
         return JSONResponse({"status": "ok"})
 
     return app
 
 
-def _verified(raw: bytes, headers: dict[str, str], verifiers: Sequence[Webhook]) -> tuple[str, str]:
+def _verified(raw: bytes, kind: str, headers: dict[str, str], verifiers: Sequence[Webhook]) -> tuple[str, str]:
     """Return id and body of a callback whose signature and form are right."""
     try:
         body = raw.decode()
         if verifiers:
             _check_signature(body, headers, verifiers)
-        if not isinstance(json.loads(body), dict):
-            raise ValueError("not an object")
+        values = loads(body, "body")
     except WebhookVerificationError as error:
         raise _refusal(401, f"signature: {error}") from None
     except ValueError as error:
         raise _refusal(400, f"body: {error}") from None
+    except DataError as error:
+        raise _refusal(400, error.seen) from None
+    if _is_deep(values):
+        raise _refusal(400, f"a body of more than {DEEPEST} levels")
+    # The path is not signed. The body is, and tells the two kinds apart.
+    if ("fraud_detected" in values) != (kind == "validated") and values:
+        raise _refusal(400, f"the body of another callback under /{kind}")
     message_id = headers.get("webhook-id", "")
     if not 0 < len(message_id) <= 128:
         raise _refusal(400, "no webhook-id")
@@ -168,6 +212,26 @@ def _check_signature(body: str, headers: dict[str, str], verifiers: Sequence[Web
         except (WebhookVerificationError, ValueError):
             continue
     verifiers[-1].verify(body, headers, json_parse=False)
+
+
+def _is_deep(value: Any) -> bool:
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
+def _read(text: str) -> JsonObject | None:
+    try:
+        values = loads(text, "callback")
+    except DataError:  # an older version kept bodies that it had not read strictly
+        return None
+    return None if _is_deep(values) else values
 
 
 def _refusal(status: int, seen: str) -> Refusal:

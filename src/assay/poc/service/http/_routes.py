@@ -12,10 +12,10 @@ from assay.poc.service._refusals import Refusal
 from assay.poc.service._states import State
 from assay.poc.service.http._auth import Keys, Scope
 from assay.poc.service.http._feed import Feed
-from assay.poc.service.http._guarded_route import needs, route_class
 from assay.poc.service.http._replies import Health, InitReply, JobReply, Problem, Ready, Status, ValidateReply
-from assay.poc.service.http._status import status as current_status
-from assay.poc.service.http._status import status_after
+from assay.poc.service.http._route import needs, route_class
+from assay.poc.service.http._views import status as current_status
+from assay.poc.service.http._views import status_after
 from assay.poc.service.runtime import CONTENT_TYPE, Controller
 
 __all__ = ["PREFIX", "operations_router", "pow_router"]
@@ -30,108 +30,110 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
     """Return the routes of the published API."""
+    calls = _Calls(controller, feed)
     router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=route_class(controller, keys))
-    changes = _problems(400, 409, 413, 422, 503)
+    changes, works = _problems(400, 409, 413, 422, 503), _problems(400, 409, 413, 422, 429, 503)
+    for path, call in (
+        ("/init", calls.init),
+        ("/init/generate", calls.init_generate),
+        ("/init/validate", calls.init_validate),
+        ("/phase/generate", calls.phase_generate),
+        ("/phase/validate", calls.phase_validate),
+        ("/stop", calls.stop),
+    ):
+        problems = _problems(503) if path == "/stop" else changes
+        router.post(path, response_model=InitReply, responses=problems, openapi_extra=CONTROL)(call)
+    router.post("/validate", response_model=ValidateReply, responses=works, openapi_extra=VALIDATE)(calls.validate)
+    router.get("/status", response_model=Status, responses=_problems(422), openapi_extra=READ)(calls.status)
+    router.get("/snapshot", responses=_problems(), openapi_extra=READ)(calls.snapshot)
+    events = router.get("/events", responses=_problems(429), response_class=StreamingResponse, openapi_extra=READ)
+    events(calls.events)
+    job: dict[str, Any] = {"response_model": JobReply, "openapi_extra": VALIDATE}
+    router.post("/generate", responses=works | {202: {"model": JobReply}}, **job)(calls.generate)
+    router.get("/generate/{request_id}", responses=_problems(404, 422), **job)(calls.job)
+    router.delete("/generate/{request_id}", responses=_problems(404, 422, 503), **job)(calls.cancel)
+    return router
 
-    def moved() -> Response:
-        return JSONResponse({"status": "OK", "pow_status": current_status(controller)})
 
-    @router.post("/init", response_model=InitReply, responses=changes, openapi_extra=CONTROL)
-    def init(body: InitRequest) -> Response:
+class _Calls:
+    """The handlers of the published API. Those that block are plain functions, which FastAPI calls in threads."""
+
+    def __init__(self, controller: Controller, feed: Feed) -> None:
+        self._controller, self._feed = controller, feed
+
+    def init(self, body: InitRequest) -> Response:
         """Begin a round, and stay idle."""
-        controller.init(body, State.IDLE)
-        return moved()
+        self._controller.init(body, State.IDLE)
+        return self._moved()
 
-    @router.post("/init/generate", response_model=InitReply, responses=changes, openapi_extra=CONTROL)
-    def init_generate(body: AnyInit) -> Response:
+    def init_generate(self, body: AnyInit) -> Response:
         """Begin a round and generate: distances with ``r_target``, vectors with ``params``."""
-        controller.init(body, State.GENERATING)
-        return moved()
+        self._controller.init(body, State.GENERATING)
+        return self._moved()
 
-    @router.post("/init/validate", response_model=InitReply, responses=changes, openapi_extra=CONTROL)
-    def init_validate(body: InitRequest) -> Response:
+    def init_validate(self, body: InitRequest) -> Response:
         """Begin a round and accept validations of its block."""
-        controller.init(body, State.VALIDATING)
-        return moved()
+        self._controller.init(body, State.VALIDATING)
+        return self._moved()
 
-    @router.post("/phase/generate", response_model=InitReply, responses=changes, openapi_extra=CONTROL)
-    def phase_generate() -> Response:
+    def phase_generate(self) -> Response:
         """Generate; the round continues at its next nonce."""
-        controller.phase("phase/generate")
-        return moved()
+        self._controller.phase("phase/generate")
+        return self._moved()
 
-    @router.post("/phase/validate", response_model=InitReply, responses=changes, openapi_extra=CONTROL)
-    def phase_validate() -> Response:
+    def phase_validate(self) -> Response:
         """Stop generating and accept validations."""
-        controller.phase("phase/validate")
-        return moved()
+        self._controller.phase("phase/validate")
+        return self._moved()
 
-    @router.post(
-        "/validate",
-        response_model=ValidateReply,
-        responses=_problems(400, 409, 413, 422, 429, 503),
-        openapi_extra=VALIDATE,
-    )
-    async def validate(body: ValidateRequest) -> Response:
+    def stop(self) -> Response:
+        """Stop generating and validating. Callbacks that are owed are still delivered."""
+        self._controller.stop()
+        return self._moved()
+
+    def _moved(self) -> Response:
+        return JSONResponse({"status": "OK", "pow_status": current_status(self._controller)})
+
+    async def validate(self, body: ValidateRequest) -> Response:
         """Recompute distances and judge them."""
-        future = await controller.call(controller.validate, body)
+        future = await self._controller.call(self._controller.validate, body)
         return JSONResponse(await asyncio.wrap_future(future))
 
-    @router.get("/status", response_model=Status, responses=_problems(422), openapi_extra=READ)
     async def status(
+        self,
         after: Annotated[int | None, Query(ge=-1, le=2**53 - 1)] = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
     ) -> Response:
         """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
         if after is None:
-            return Response(feed.status(), media_type="application/json")
-        return JSONResponse(await controller.call(status_after, controller, after, limit))
+            return Response(self._feed.status(), media_type="application/json")
+        return JSONResponse(await self._controller.call(status_after, self._controller, after, limit))
 
-    @router.post("/stop", response_model=InitReply, responses=_problems(503), openapi_extra=CONTROL)
-    def stop() -> Response:
-        """Stop generating and validating. Callbacks that are owed are still delivered."""
-        controller.stop()
-        return moved()
+    async def snapshot(self) -> Response:
+        """Return the latest snapshot, the same object as an event."""
+        return Response(self._feed.latest(), media_type="application/json")
 
-    @router.post(
-        "/generate",
-        response_model=JobReply,
-        responses=_problems(400, 409, 413, 422, 429, 503) | {202: {"model": JobReply}},
-        openapi_extra=VALIDATE,
-    )
-    async def generate(body: GenerateRequest) -> Response:
+    async def events(self, request: Request) -> Response:
+        """Stream a snapshot per second as server-sent events."""
+        client = request.client.host if request.client else ""
+        # Behind a proxy all clients have one address, and those with keys are told apart by them.
+        stream = self._feed.stream((client, request.headers.get("authorization")))
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+    async def generate(self, body: GenerateRequest) -> Response:
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
-        queued = await controller.call(controller.submit, body)
+        queued = await self._controller.call(self._controller.submit, body)
         if not body.wait:
             return JSONResponse(queued)
-        return await _wait_for_job(controller, queued)
+        return await _wait_for_job(self._controller, queued)
 
-    @router.get(
-        "/generate/{request_id}", response_model=JobReply, responses=_problems(404, 422), openapi_extra=VALIDATE
-    )
-    def job(request_id: str) -> Response:
+    def job(self, request_id: str) -> Response:
         """Return the state of an artifact job."""
-        return JSONResponse(controller.jobs.state(request_id))
+        return JSONResponse(self._controller.jobs.state(request_id))
 
-    @router.delete(
-        "/generate/{request_id}", response_model=JobReply, responses=_problems(404, 422, 503), openapi_extra=VALIDATE
-    )
-    def cancel(request_id: str) -> Response:
+    def cancel(self, request_id: str) -> Response:
         """Cancel an artifact job that is not finished."""
-        return JSONResponse(controller.jobs.cancel(request_id))
-
-    @router.get("/events", responses=_problems(429), response_class=StreamingResponse, openapi_extra=READ)
-    async def events(request: Request) -> Response:
-        """Stream a snapshot per second as server-sent events."""
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(feed.stream(), media_type="text/event-stream", headers=headers)
-
-    @router.get("/snapshot", responses=_problems(), openapi_extra=READ)
-    async def snapshot() -> Response:
-        """Return the latest snapshot, the same object as an event."""
-        return Response(feed.latest(), media_type="application/json")
-
-    return router
+        return JSONResponse(self._controller.jobs.cancel(request_id))
 
 
 async def _wait_for_job(controller: Controller, queued: dict[str, Any]) -> Response:
@@ -152,7 +154,7 @@ def operations_router(controller: Controller, keys: Keys, feed: Feed) -> APIRout
 
     @router.get("/health", response_model=Health)
     async def health() -> Response:
-        """Answer: the process lives."""
+        """Answer while the process lives."""
         return JSONResponse({"status": "ok"})
 
     @router.get("/ready", response_model=Ready, responses={503: {"model": Problem}})

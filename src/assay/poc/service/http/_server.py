@@ -14,9 +14,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from assay.errors import UsageError
-from assay.poc.service._settings import Settings
+from assay.poc.service._settings import Limits, Settings
 from assay.poc.service.http._app import create_app
 from assay.poc.service.http._auth import is_loopback
+from assay.poc.service.http._connections import bounded
 from assay.poc.service.runtime import Controller, Deployment
 
 __all__ = ["run_app", "serve"]
@@ -55,18 +56,20 @@ def run_app(
     port: int,
     closing: Callable[[], None] = lambda: None,
     started: Callable[[Callable[[], None]], None] = lambda stop: None,
+    limits: Limits = Limits(),  # noqa: B008  # immutable
 ) -> None:
     """Run an application until SIGTERM or SIGINT.
 
     Args:
-        app: the application.
-        host: address to listen on.
-        port: port to listen on; 0 takes a free one, which the log names.
-        closing: called when the end begins, while connections are still open.
-        started: called before the start with a function that ends the server.
+        app: Application to run.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one, which the log names.
+        closing: Is called when the end begins, while connections are still open.
+        started: Receives, before the start, a function that ends the server.
+        limits: Bounds on connections and on the heads of requests.
 
     Raises:
-        UsageError: it did not start; the log says why.
+        UsageError: The server did not start; the log says why.
     """
     try:
         listener = _listen(host, port)
@@ -75,7 +78,14 @@ def run_app(
             f"{host}:{port}: {error.strerror}", wanted="a free port of this machine", do="pass another --port"
         ) from None
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=5, server_header=False, lifespan="on"
+        app,
+        http=bounded(limits),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+        lifespan="on",
     )
     server = _Server(config, closing)
     started(lambda: server.handle_exit(signal.SIGTERM, None))
@@ -114,7 +124,7 @@ def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port
         controller.loaded.add_done_callback(lambda loaded: stop() if loaded.exception() else None)
 
     app = create_app(controller)
-    run_app(app, host=host, port=port, closing=controller.closing.set, started=end_on_failure)
+    run_app(app, host=host, port=port, closing=controller.closing.set, started=end_on_failure, limits=settings.limits)
     if controller.loaded.done():
         controller.loaded.result()
     sys.stderr.flush()

@@ -3,11 +3,12 @@
 from assay.poc.service.runtime._controller import Controller
 from assay.poc.service.runtime._delivery import Delivery
 from assay.poc.service.runtime._deployment import Deployment
-from assay.poc.service.runtime._metrics import CONTENT_TYPE
+from assay.poc.service.runtime._metrics import CONTENT_TYPE, Metrics
 
 __all__ = [
     "CONTENT_TYPE",
     "Controller",
     "Delivery",
     "Deployment",
+    "Metrics",
 ]

@@ -142,7 +142,7 @@ def _check_params(params: Params, deployment: Deployment, settings: Settings) ->
             409,
             "params mismatch: " + ", ".join(other),
             wanted=", ".join(f"{name} {deployed[name]}" for name in other),
-            do="ask for the parameters that are deployed",
+            do="ask for what is deployed",
             fields={"error": "params mismatch", "requested": requested, "deployed": deployed, "fields": other},
         )
 

@@ -3,8 +3,10 @@
 from assay.poc.service.store._database import Database
 from assay.poc.service.store._outbox import Callback, Outbox, open_outbox
 from assay.poc.service.store._rounds import RECENT, Batch, Histogram, Rounds, RoundValues, StoredRound
+from assay.poc.service.store._schema import RECEIVED
 
 __all__ = [
+    "RECEIVED",
     "RECENT",
     "Batch",
     "Callback",

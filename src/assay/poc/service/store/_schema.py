@@ -4,7 +4,7 @@ A record belongs to its round, and a round is unique by block and key, so the pr
 makes every (block, key, nonce) unique.
 """
 
-__all__ = ["MIGRATIONS"]
+__all__ = ["MIGRATIONS", "RECEIVED"]
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -69,3 +69,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX jobs_open ON jobs (status) WHERE status IN ('queued', 'running')",
     ),
 )
+
+RECEIVED: tuple[tuple[str, ...], ...] = (
+    (
+        # A file of the first version has this table and no migrations.
+        """CREATE TABLE IF NOT EXISTS received (
+            seq INTEGER PRIMARY KEY,
+            id TEXT NOT NULL UNIQUE,
+            kind TEXT NOT NULL, at REAL NOT NULL,
+            nonces INTEGER NOT NULL, copies INTEGER NOT NULL,
+            body TEXT NOT NULL
+        )""",
+    ),
+)
+"""The steps that lead to the file of a receiver."""

@@ -1,16 +1,50 @@
-"""The body of ``/status``: the fields of both published forms, and ours. Waits for nothing."""
+"""What readers see: the body of ``/status``, and the snapshot of every second. docs/service.md describes both."""
 
+import time
 from typing import Any
 
+from assay._version import __version__
 from assay.poc.protocol import get_pipeline
 from assay.poc.service.runtime import Controller
 from assay.poc.service.store import StoredRound
 
-__all__ = ["status", "status_after"]
+__all__ = ["SCHEMA", "snapshot", "status", "status_after"]
+
+SCHEMA = "assay.poc.snapshot/1"
+
+_NOTHING = {"valid_rate": None, "valid_rate_error": None, "expected_rate": None, "expected_rate_error": None}
+
+
+def snapshot(controller: Controller) -> dict[str, Any]:
+    """Collect a snapshot. Reads the database, so it runs in a thread, once a second for all readers together."""
+    progress, deployment = controller.progress, controller.deployment
+    return {
+        "schema": SCHEMA,
+        "time": time.time(),
+        "version": __version__,
+        "uptime_seconds": time.time() - controller.started_at,
+        "state": str(controller.state),
+        "ready": deployment is not None,
+        "paused": controller.paused,
+        "error": controller.error,
+        "model": deployment
+        and {"reference": deployment.reference, "digest": deployment.digest, "dtype": deployment.dtype},
+        "round": progress and progress.stored.public(),
+        "checked": progress.checked if progress else 0,
+        "valid": progress.valid if progress else 0,
+        "next_nonce": progress.next_nonce if progress else None,
+        "seconds": progress.seconds if progress else 0.0,
+        "nonces_per_second": progress.current_rate if progress and str(controller.state) == "GENERATING" else 0.0,
+        **(progress.expectation() if progress else _NOTHING),
+        "histogram": progress.histogram() if progress else None,
+        "callbacks": controller.outbox.counts(),
+        "jobs": controller.jobs.counts(),
+        "verdicts": controller.judge.last(),
+    }
 
 
 def status(controller: Controller) -> dict[str, Any]:
-    """Return state and counts, with the latest valid nonces."""
+    """Return state and counts, with the latest valid nonces, in the fields of both published forms."""
     progress, state = controller.progress, str(controller.state)
     recent = progress.latest() if progress else []
     return {

@@ -1,0 +1,307 @@
+"""The HTTP surface under attack: connections, heads, bodies, headers, and what the log says of it."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from structlog.testing import capture_logs
+
+from assay.poc.service._logs import Budget
+from assay.poc.service._refusals import Refusal
+from assay.poc.service._settings import Limits
+from assay.poc.service.http import create_receiver
+from assay.poc.service.http._connections import bounded
+from assay.poc.service.http._feed import Feed
+from assay.poc.service.http._receiver import Received
+from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
+from tests.waiting import until
+
+LIMITS = Limits(max_connections=4, max_header=2000, header_timeout=1.0)
+JSON = {"content-type": "application/json"}
+
+
+# Connections and heads
+
+
+@contextmanager
+def listening(limits: Limits = LIMITS) -> Iterator[tuple[str, int]]:
+    """A server with bounds, whose one route answers with the size of the body."""
+    app = FastAPI()
+
+    @app.post("/size")
+    async def size(request: Request) -> int:
+        return len(await request.body())
+
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=bounded(limits), ws="none", log_config=None, lifespan="off", timeout_keep_alive=1)
+    )
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            until(lambda: server.started)
+            yield listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def exchange(address: tuple[str, int], *parts: bytes) -> bytes:
+    """Send the parts, then read until the server closes the connection or says nothing more."""
+    with socket.create_connection(address, timeout=20) as connection:
+        try:
+            for part in parts:
+                connection.sendall(part)
+        except OSError:
+            pass  # the server has closed it already
+        return read(connection)
+
+
+def read(connection: socket.socket) -> bytes:
+    found = b""
+    while chunk := _received(connection):
+        found += chunk
+    return found
+
+
+def _received(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(65_536)
+    except ConnectionResetError:
+        return b""
+
+
+def post(body: bytes, *headers: bytes) -> bytes:
+    lines = [b"POST /size HTTP/1.1", b"host: x", b"connection: close", b"content-length: %d" % len(body), *headers]
+    return b"\r\n".join([*lines, b"", b""]) + body
+
+
+def test_ordinary_requests_pass_whatever_the_size_of_their_parts():
+    whole = post(b"x" * 100_000, b"a: " + b"b" * 1500)
+    with listening() as address:
+        assert exchange(address, whole).startswith(b"HTTP/1.1 200")
+        assert exchange(address, *(whole[i : i + 700] for i in range(0, len(whole), 700))).endswith(b"100000")
+
+
+def test_a_connection_serves_several_requests():
+    keep = post(b"abc").replace(b"connection: close\r\n", b"")
+    with listening() as address, socket.create_connection(address, timeout=20) as connection:
+        for _ in range(3):
+            connection.sendall(keep)
+            assert connection.recv(65_536).endswith(b"3")
+        assert read(connection) == b""  # the server ends an idle connection
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /size HTTP/1.1\r\nhost: x\r\na: " + b"b" * 1_000_000,  # one header that never ends
+        b"POST /" + b"x" * 1_000_000,  # a line that never ends
+        b"POST /size HTTP/1.1\r\nhost: x\r\na: " + b"b" * 3000 + b"\r\n\r\n",
+        b"POST /size HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+        b"POST /size HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 20_000,
+        b"POST /size HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\na: " + b"b" * 1_000_000,  # a trailer
+    ],
+)
+def test_heads_are_bounded_before_any_key_is_read(head):
+    with listening() as address:
+        pieces = [head[i : i + 1000] for i in range(0, len(head), 1000)]
+        answer = exchange(address, *pieces)
+        # A reset while the client still sends may take the answer away.
+        assert answer.startswith(b"HTTP/1.1 431") or not answer, answer[:100]
+        assert exchange(address, post(b"x")).startswith(b"HTTP/1.1 200")
+
+
+def test_a_head_must_arrive_in_time():
+    with listening() as address:
+        for begun in (b"", b"POST /size HTTP/1.1\r\nhost: x\r\n", b"\r\n"):
+            with socket.create_connection(address, timeout=20) as connection:
+                connection.sendall(begun)
+                assert read(connection).startswith(b"HTTP/1.1 408")
+
+
+def test_an_answer_that_takes_long_is_not_cut_off():
+    """The deadline is that of the head: a body may take longer."""
+    with listening(LIMITS._replace(header_timeout=0.3)) as address:
+        head, body = post(b"x" * 10)[:-10], b"x" * 10
+        with socket.create_connection(address, timeout=20) as connection:
+            connection.sendall(head)
+            time.sleep(0.8)
+            connection.sendall(body)
+            assert read(connection).endswith(b"10")
+
+
+def test_connections_are_bounded():
+    with listening(LIMITS._replace(header_timeout=30.0)) as address:
+        held = [socket.create_connection(address, timeout=20) for _ in range(4)]
+        try:
+            until(lambda: exchange(address, post(b"x")).startswith(b"HTTP/1.1 503"))
+        finally:
+            for connection in held:
+                connection.close()
+        until(lambda: exchange(address, post(b"x")).startswith(b"HTTP/1.1 200"))
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        (b'{"public_key":"a","public_key":"b","block_hash":"x","block_height":1,"r_target":1.4}', "twice"),
+        (str(ROUND).replace("'", '"').encode("utf-16"), "utf-8"),
+        (str(ROUND).replace("'", '"').encode("utf-16-le"), "JSON"),
+        (b"{" * 10, "JSON"),
+        (b"[" * 200_000, "deeply"),
+    ],
+)
+def test_bodies_are_read_strictly(service, body, word):
+    answer = service.client.post(f"{PREFIX}/init", content=body, headers=JSON)
+    assert (answer.status_code, word in answer.text) == (422, True)
+    assert {"detail", "wanted", "do", "errors"} <= answer.json().keys()
+    assert service.status()["config"] is None
+
+
+def test_a_call_without_a_body_takes_whatever_comes_with_it(service):
+    assert service.client.post(f"{PREFIX}/stop", content=b"not JSON", headers=JSON).status_code == 200
+
+
+def test_a_missing_content_type_is_said(service):
+    answer = service.client.post(f"{PREFIX}/init", content=str(ROUND).replace("'", '"').encode())
+    assert answer.status_code == 422
+    assert "Content-Type: application/json" in answer.json()["do"]
+
+
+def test_a_client_that_leaves_causes_no_traceback(service):
+    app = service.client.app
+    sent, messages = [], [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> dict:
+        return messages.pop(0)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "query_string": b"",
+        "path": f"{PREFIX}/init",
+        "raw_path": b"",
+        "root_path": "",
+        "scheme": "http",
+        "server": ("x", 1),
+        "client": ("x", 1),
+        "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")],
+    }
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 400
+
+
+# Answers
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/docs", "/openapi.json", "/nope", f"{PREFIX}/nope"])
+def test_every_answer_has_the_safe_headers(service, path):
+    headers = service.client.get(path).headers
+    assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-store", "nosniff")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/status", None, 200),
+        ("GET", "/status?after=0", None, 200),
+        ("GET", "/snapshot", None, 200),
+        ("POST", "/stop", None, 200),
+        ("POST", "/init", {}, 422),
+        ("POST", "/phase/generate", None, 409),
+        ("GET", "/generate/none", None, 404),
+        ("PUT", "/status", None, 405),
+    ],
+)
+def test_answers_of_the_api_have_them_too(service, method, path, body, status):
+    answer = service.client.request(method, PREFIX + path, json=body)
+    assert answer.status_code == status
+    assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
+    if status >= 400:
+        assert {"detail", "wanted", "do"} <= answer.json().keys()
+
+
+def test_the_receiver_has_them_and_answers_in_three_parts(tmp_path):
+    from tests.poc.service.conftest import TestClient
+
+    client = TestClient(create_receiver(Received(tmp_path / "r.sqlite3")), base_url="http://127.0.0.1")
+    for method, path in (("GET", "/stats"), ("GET", "/nope"), ("PUT", "/stats"), ("POST", "/generated")):
+        answer = client.request(method, path)
+        assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
+        assert (path == "/stats" and method == "GET") or {"detail", "wanted", "do"} <= answer.json().keys()
+
+
+# Streams and the log
+
+
+def test_one_client_does_not_take_every_stream(serving):
+    with serving(max_client_streams=2) as service:
+
+        async def open_three() -> None:
+            feed = Feed(service.controller)
+            streams = [feed.stream("one") for _ in range(2)]
+            for stream in streams:
+                await anext(stream)
+            with pytest.raises(Refusal) as refused:
+                feed.stream("one")
+            assert refused.value.status == 429
+            await anext(other := feed.stream("another"))
+            for stream in (*streams, other):
+                await stream.aclose()
+            assert feed.stream("one") is not None
+
+        asyncio.run(open_three())
+
+
+def test_the_log_names_rounds_verdicts_callbacks_and_refusals(service):
+    with capture_logs() as said:
+        service.post("/init/validate", ROUND | {"callback_url": "http://127.0.0.1:9/"})
+        service.post("/validate", BLOCK | {"nonces": [0], "dist": [1.4], "node_id": 0})
+        service.post("/init", {}, status=422)
+        until(lambda: any(line["event"] == "callback" for line in said))
+    lines = {line["event"]: line for line in said}
+    assert (lines["state"]["block"], lines["state"]["key"]) == (BLOCK["block_hash"], BLOCK["public_key"])
+    assert lines["validated"]["key"] == BLOCK["public_key"]
+    assert (lines["refused"]["route"], lines["refused"]["status"]) == (f"{PREFIX}/init", 422)
+    assert lines["callback"]["kind"] == "validated"
+
+
+def test_a_client_cannot_make_the_log_grow_at_will(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("assay.poc.service._logs.time.monotonic", lambda: now[0])
+    budget = Budget(60)
+    assert sum(budget.take() for _ in range(1000)) == 60
+    now[0] = 1.5
+    assert [budget.take(), budget.skipped] == [True, 940]
+
+
+def test_malformed_requests_are_not_logged_one_by_one():
+    import logging
+
+    import structlog
+
+    from assay.poc.service import configure_logs
+
+    before = structlog.get_config()
+    try:
+        configure_logs("json")
+        assert not logging.getLogger("uvicorn.error").isEnabledFor(logging.WARNING)
+    finally:
+        structlog.configure(**before)
