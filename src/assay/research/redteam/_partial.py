@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from assay.errors import UsageError
 from assay.models import Model, backbone, decoder_layers
-from assay.models.decoder import rotate
+from assay.models.decoder import as_heads
 from assay.models.families import ATTENTION_TARGETS, MLP_TARGETS
 from assay.poc.protocol import unit
 from assay.research.redteam._guess import Guesses
@@ -149,16 +149,22 @@ class PartialForward:
     ) -> Tensor:
         attention = layer.self_attn
         size = attention.head_dim
-        q_BHAE = _heads(attention.q_proj(x_BAD), size, getattr(attention, "q_norm", None))
-        k_BHVE = _heads(attention.k_proj(seen_BVD), size, getattr(attention, "k_norm", None))
-        v_BHVE = _heads(attention.v_proj(seen_BVD), size, None)
-        q_BHAE, k_BHVE = _rotate(q_BHAE, rotary, active_A), _rotate(k_BHVE, rotary, visible_V)
+        q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        at_active, at_visible = ((rotary[0][0, at, None], rotary[1][0, at, None]) for at in (active_A, visible_V))
+        q_BAHE = as_heads(attention.q_proj(x_BAD), size, q_norm, at_active)
+        k_BVHE = as_heads(attention.k_proj(seen_BVD), size, k_norm, at_visible)
+        v_BVHE = as_heads(attention.v_proj(seen_BVD), size)
         back_AV = active_A[:, None] - visible_V[None]
         mask_AV = back_AV >= 0
         if self.shortcut.window:
             mask_AV &= back_AV < self.shortcut.window
         y_BHAE = functional.scaled_dot_product_attention(
-            q_BHAE, k_BHVE, v_BHVE, attn_mask=mask_AV, scale=attention.scaling, enable_gqa=True
+            q_BAHE.transpose(1, 2),
+            k_BVHE.transpose(1, 2),
+            v_BVHE.transpose(1, 2),
+            attn_mask=mask_AV,
+            scale=attention.scaling,
+            enable_gqa=True,
         )
         output: Tensor = attention.o_proj(y_BHAE.transpose(1, 2).flatten(2))
         return output
@@ -207,17 +213,6 @@ class PartialForward:
             elif mlp[index] == "linear":
                 total += len(active) * linear
         return total + guessing * (self._guesses.cost if self._guesses else 0)
-
-
-def _heads(x_BAF: Tensor, size: int, norm: Any) -> Tensor:
-    x_BAHE = x_BAF.view(*x_BAF.shape[:-1], -1, size)
-    normed_BAHE: Tensor = norm(x_BAHE) if norm is not None else x_BAHE
-    return normed_BAHE.transpose(1, 2)
-
-
-def _rotate(x_BHAE: Tensor, rotary: Any, positions_A: Tensor) -> Tensor:
-    cos_AE, sin_AE = (part[0, positions_A] for part in rotary)
-    return rotate(x_BHAE, cos_AE, sin_AE)
 
 
 def _size(layer: Any) -> int:

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from assay.errors import ModelError
-from assay.models.decoder import rotate
+from assay.models.decoder import Rotation, as_heads
 from assay.models.families import TARGETS
 from assay.vhack.delta import grouped
-from assay.vhack.gradients import SVDCache, module_of, target_modules, weight_svd
+from assay.vhack.gradients import SVDCache, delta_gradient, module_of, target_modules, weight_svd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,11 +73,7 @@ class StackedModel:
             name: linear.weight.detach().to(self.dtype).expand(runs, -1, -1).clone().requires_grad_()
             for name, linear in modules.items()
         }
-        self.heads, self.key_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.key_heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.eps, self.n_layers = config.rms_norm_eps, config.num_hidden_layers
         state = {name: value.detach().to(self.dtype) for name, value in module.named_parameters()}
         self.embedding = state["model.embed_tokens.weight"]
@@ -126,7 +122,7 @@ class StackedModel:
         return [
             torch.stack(
                 [
-                    (torch.matmul(by_name[name].float(), group.right[m].T) * group.left[m]).sum(dim=1)
+                    delta_gradient(by_name[name].float(), group.left[m], group.right[m])
                     for m, name in enumerate(group.names)
                 ],
                 dim=1,
@@ -206,14 +202,13 @@ class StackedModel:
     def _layers(
         self, x_RNH: Tensor, positions_RN: Tensor, attend: Attend, *, keys_only: bool = False, until: int | None = None
     ) -> Tensor:
-        cos, sin = self._rotation(positions_RN)
-        runs, n, hidden = x_RNH.shape
+        rotation, hidden = self._rotation(positions_RN), x_RNH.shape[-1]
         for i, (names, norms) in enumerate(zip(self._names, self._norms, strict=True)):
             q, k, v, o, gate, up, down = (self.weights[name].transpose(1, 2) for name in names)
             h_RNH = functional.rms_norm(x_RNH, (hidden,), norms[0], self.eps)
-            k_RNKD = rotate(torch.bmm(h_RNH, k).view(runs, n, self.key_heads, self.head_dim), cos, sin)
-            v_RNKD = torch.bmm(h_RNH, v).view(runs, n, self.key_heads, self.head_dim)
-            q_RNQD = rotate(torch.bmm(h_RNH, q).view(runs, n, self.heads, self.head_dim), cos, sin)
+            k_RNKD = as_heads(torch.bmm(h_RNH, k), self.head_dim, rotation=rotation)
+            v_RNKD = as_heads(torch.bmm(h_RNH, v), self.head_dim)
+            q_RNQD = as_heads(torch.bmm(h_RNH, q), self.head_dim, rotation=rotation)
             mixed_RNI = attend(i, q_RNQD, k_RNKD, v_RNKD)
             if keys_only and i == self.n_layers - 1:
                 return x_RNH
@@ -224,7 +219,7 @@ class StackedModel:
                 return x_RNH
         return functional.rms_norm(x_RNH, (hidden,), self._last_norm, self.eps)
 
-    def _rotation(self, positions_RN: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, positions_RN: Tensor) -> Rotation:
         angles_RND = (positions_RN[..., None].float() * self._frequencies).repeat(1, 1, 2)
         return angles_RND.cos().to(self.dtype)[:, :, None], angles_RND.sin().to(self.dtype)[:, :, None]
 

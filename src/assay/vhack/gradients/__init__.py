@@ -5,6 +5,7 @@ from assay.vhack.gradients._digest import module_of, tensor_digest, weights_dige
 from assay.vhack.gradients._per_sample import per_sample_gradients
 from assay.vhack.gradients._svd import Factors
 from assay.vhack.gradients._svd_cache import SVDCache, check_rank, factor_dtype, weight_svd
+from assay.vhack.gradients._taps import delta_gradient
 from assay.vhack.gradients._targets import MIN_COVERAGE, Coverage, coverage, target_modules
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "SVDCache",
     "check_rank",
     "coverage",
+    "delta_gradient",
     "encode",
     "factor_dtype",
     "module_of",

@@ -42,12 +42,27 @@ from assay.vhack.gradients._fused import segment_products
 from assay.vhack.gradients._segments import Segments
 from assay.vhack.gradients._svd import Factors
 
-__all__ = ["Tap", "Way", "fitting"]
+__all__ = ["Tap", "Way", "delta_gradient", "fitting"]
 
 _FITS = 1e-5
 # Largest ratio of singular values that results are divided by. Measured against float64, with singular values spread
 # evenly on a logarithmic scale, it adds a relative error of 2.5e-8 times the ratio: 8e-7 of the 1e-5 that is promised.
 _CONDITION = 32.0
+
+
+def delta_gradient(weight_gradient: Tensor, left_OR: Tensor, right_RI: Tensor) -> Tensor:
+    """Return the gradient of δS from that of the weight, ``diag(Uᵀ G Vhᵀ)``, [..., R] float32.
+
+    The longer side is projected first, which leaves less to multiply.
+
+    Args:
+        weight_gradient: G, [..., O, I].
+        left_OR: U.
+        right_RI: Vh.
+    """
+    if left_OR.shape[0] < right_RI.shape[1]:
+        return ((weight_gradient @ right_RI.T).float() * left_OR).sum(dim=-2)
+    return ((left_OR.T @ weight_gradient).float() * right_RI).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -69,18 +84,18 @@ class Way:
 class Tap:
     """What replaces the forward function of a Linear.
 
-    Args:
-        name: of the module.
-        linear: its weight and bias are used and stay as they are.
-        factors: of the weight.
-        found: filled by every backward pass with [B, R] float32 under the name.
-        segments: called in the forward pass for the bounds of the samples among the rows.
-        factored: use the factors for products with W.
-        together: no operations per sample.
-        checkpointing: the forward pass runs twice, so nothing should be computed in it that the first run throws away.
-        use: kernels for the sum over tokens, or None.
+    A Linear with a forward function of its own keeps it, and the tap stands after it.
 
-    A Linear with a forward function of its own keeps it, and the tap stands behind it.
+    Args:
+        name: Name of the module.
+        linear: Module whose weight and bias are used and stay as they are.
+        factors: Factors of the weight.
+        found: Dictionary in which every backward pass leaves [B, R] float32 under the name.
+        segments: Function that returns the bounds of the samples among the rows, called in every forward pass.
+        factored: Whether products with W may use the factors.
+        together: Whether to do without operations per sample.
+        checkpointing: Whether the forward pass runs twice, so that the first run should compute nothing to keep.
+        use: Kernels for the sum over tokens, or None.
     """
 
     def __init__(
@@ -99,18 +114,19 @@ class Tap:
         self.name, self.linear, self.factors, self.found = name, linear, factors, found
         self.segments, self.checkpointing, self.use = segments, checkpointing, use
         self.values = factors.values.to(factors.left.dtype)
-        self.plain = linear.forward if _has_own_forward(linear) else None
-        self.factored, self.together = factored and self.plain is None, together
+        own = "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
+        self.plain = linear.forward if own else None
+        self.factored, self.together = factored and not own, together
         self.narrow = linear.weight.shape[0] < linear.weight.shape[1]
         self.even = self.factored and not together and float(factors.values[0] / factors.values[-1]) <= _CONDITION
         # Requires a gradient and never gets one: it makes the backward pass come here although all weights are frozen.
         self.trigger = torch.zeros((), requires_grad=True)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The output of the Linear.
+        """Return the output of the Linear.
 
         Raises:
-            ModelError: the rows are not all tokens in their order.
+            ModelError: The rows are not all tokens in their order.
         """
         segments = self.segments()
         if inputs.ndim != 3 or inputs.shape[0] * inputs.shape[1] != segments.bounds[-1][1]:
@@ -128,7 +144,7 @@ class Tap:
         return output
 
     def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
-        """The cheapest way for these rows."""
+        """Return the cheapest way for these rows."""
         outputs, inputs = self.linear.weight.shape
         rank, tokens = self.factors.rank, len(inputs_NI) / len(segments.bounds)
         to_output, to_input = self.factored and outputs < inputs, self.factored and outputs > inputs
@@ -145,6 +161,47 @@ class Tap:
             return Way("outer", early=False, output=False, input=False)
         return Way("left" if outputs < inputs else "right", outputs < inputs, to_output, to_input)
 
+    def along(self, inputs_NI: Tensor) -> Tensor:
+        """Return the coordinates ``Vh x`` of inputs, [N, R]."""
+        right_RI = self.factors.right
+        return inputs_NI.to(right_RI.dtype) @ right_RI.T
+
+    def projected(self, gradient_NO: Tensor) -> Tensor:
+        """Return the coordinates ``Uᵀ ∂L/∂y`` of gradients, [N, R]."""
+        return gradient_NO.to(self.factors.left.dtype) @ self.factors.left
+
+    def leave(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> None:
+        """Leave the gradient of every sample, [B, R] float32.
+
+        Args:
+            kept: What the forward pass kept: inputs, their coordinates, or outputs.
+            second: Gradients of the outputs; in the way *inner* of a weight with more rows, those of the inputs.
+            projected_NR: Coordinates of the gradients of the outputs, where the way has them.
+            segments: Bounds of the samples.
+            way: Way to sum.
+        """
+        left_OR, right_RI = self.factors.left, self.factors.right
+        if way.how == "project":
+            assert projected_NR is not None
+            along_NR = kept if way.early else self.along(kept)
+            self.found[self.name] = segment_products(projected_NR, along_NR, segments.offsets, self.use)
+            return
+        first = projected_NR if way.how == "right" else kept if way.how == "inner" else second
+        last = second if way.how == "inner" else kept
+        assert first is not None
+        sums = [first[start:end].T @ last[start:end] for start, end in segments.bounds]
+        if way.how == "inner":
+            turn_XR = left_OR if self.narrow else right_RI.T
+            turned_BXR = (torch.cat(sums) @ turn_XR).view(len(sums), *turn_XR.shape)
+            rows_BR = turned_BXR.mul_(turn_XR).sum(1).div_(self.values)
+        elif way.how == "outer":
+            rows_BR = torch.stack([delta_gradient(each, left_OR, right_RI) for each in sums])
+        elif way.how == "left":
+            rows_BR = torch.stack([torch.linalg.vecdot(each, left_OR, dim=0) for each in sums])
+        else:
+            rows_BR = torch.stack([torch.linalg.vecdot(each, right_RI) for each in sums])
+        self.found[self.name] = rows_BR
+
 
 class _Tapped(torch.autograd.Function):
     """A Linear with frozen weights whose backward pass leaves the gradient of δS with its tap.
@@ -156,7 +213,7 @@ class _Tapped(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, trigger: Tensor, tap: Tap, segments: Segments) -> Tensor:
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
         way = tap.way(inputs_NI, segments)
-        kept, bias = _coordinates(inputs_NI, tap) if way.early else inputs_NI, tap.linear.bias
+        kept, bias = tap.along(inputs_NI) if way.early else inputs_NI, tap.linear.bias
         if way.output:
             output_NO = (kept * tap.values) @ tap.factors.left.T
             if bias is not None:
@@ -172,25 +229,20 @@ class _Tapped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
-        (gradient,) = gradients
-        (kept,) = ctx.saved_tensors
+        (gradient,), (kept,) = gradients, ctx.saved_tensors
         tap, way = ctx.tap, ctx.way
         gradient_NO = gradient.reshape(-1, gradient.shape[-1])
-        if way.how == "inner" and not tap.narrow:
-            result_NI = gradient_NO @ tap.linear.weight
-            tap.found[tap.name] = _inner(kept, result_NI, ctx.segments, tap)
-            return result_NI.view(*gradient.shape[:-1], -1), None, None, None
-        projected_NR = None
-        if way.how in ("project", "right") or way.input:
-            projected_NR = gradient_NO.to(tap.factors.left.dtype) @ tap.factors.left
-        tap.found[tap.name] = _reduce(kept, gradient_NO, projected_NR, ctx.segments, tap, way)
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        if way.input:
-            assert projected_NR is not None
-            result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
-        else:
-            result_NI = gradient_NO @ tap.linear.weight
+        from_inputs = way.how == "inner" and not tap.narrow
+        projected_NR = tap.projected(gradient_NO) if way.how in ("project", "right") or way.input else None
+        result_NI = gradient_NO @ tap.linear.weight if from_inputs else None
+        tap.leave(kept, gradient_NO if result_NI is None else result_NI, projected_NR, ctx.segments, way)
+        if result_NI is None:
+            if not ctx.needs_input_grad[0]:
+                return None, None, None, None
+            if way.input:
+                result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
+            else:
+                result_NI = gradient_NO @ tap.linear.weight
         return result_NI.view(*gradient.shape[:-1], -1), None, None, None
 
 
@@ -201,59 +253,16 @@ class _Behind(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, trigger: Tensor, inputs: Tensor, tap: Tap, segments: Segments) -> Tensor:
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
         way = tap.way(inputs_NI, segments)
-        ctx.save_for_backward(_coordinates(inputs_NI, tap) if way.early else inputs_NI)
+        ctx.save_for_backward(tap.along(inputs_NI) if way.early else inputs_NI)
         ctx.tap, ctx.segments, ctx.way = tap, segments, way
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = gradients
-        (kept,) = ctx.saved_tensors
+        (gradient,), (kept,) = gradients, ctx.saved_tensors
         gradient_NO = gradient.reshape(-1, gradient.shape[-1])
-        projected_NR = gradient_NO.to(ctx.tap.factors.left.dtype) @ ctx.tap.factors.left
-        ctx.tap.found[ctx.tap.name] = _reduce(kept, gradient_NO, projected_NR, ctx.segments, ctx.tap, ctx.way)
+        ctx.tap.leave(kept, gradient_NO, ctx.tap.projected(gradient_NO), ctx.segments, ctx.way)
         return gradient, None, None, None, None
-
-
-def _has_own_forward(linear: nn.Linear) -> bool:
-    return "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
-
-
-def _reduce(
-    kept: Tensor, gradient_NO: Tensor, projected_NR: Tensor | None, segments: Segments, tap: Tap, way: Way
-) -> Tensor:
-    """The gradient of every sample, [B, R] float32."""
-    left_OR, right_RI = tap.factors.left, tap.factors.right
-    if way.how == "project":
-        assert projected_NR is not None
-        coordinates_NR = kept if way.early else _coordinates(kept, tap)
-        return segment_products(projected_NR, coordinates_NR, segments.offsets, tap.use)
-    if way.how == "inner":
-        return _inner(kept, gradient_NO, segments, tap)
-    behind = projected_NR if way.how == "right" else gradient_NO
-    assert behind is not None
-    to_left = way.how == "left" or (way.how == "outer" and left_OR.shape[0] < right_RI.shape[1])
-    rows = []
-    for start, end in segments.bounds:
-        total = behind[start:end].T @ kept[start:end]
-        if way.how == "outer":
-            total = total @ right_RI.T if to_left else left_OR.T @ total
-        rows.append(torch.linalg.vecdot(total, left_OR, dim=0) if to_left else torch.linalg.vecdot(total, right_RI))
-    return torch.stack(rows)
-
-
-def _inner(first_NX: Tensor, second_NX: Tensor, segments: Segments, tap: Tap) -> Tensor:
-    """The same from both sides of the smaller width X = R, [B, R]: x and ∂L/∂x, or y and ∂L/∂y."""
-    turn_XR = tap.factors.left if tap.narrow else tap.factors.right.T
-    squares = [first_NX[start:end].T @ second_NX[start:end] for start, end in segments.bounds]
-    turned_BXR = (torch.cat(squares) @ turn_XR).view(len(squares), *turn_XR.shape)
-    return turned_BXR.mul_(turn_XR).sum(1).div_(tap.values)
-
-
-def _coordinates(inputs_NI: Tensor, tap: Tap) -> Tensor:
-    right_RI = tap.factors.right
-    coordinates_NR: Tensor = inputs_NI.to(right_RI.dtype) @ right_RI.T
-    return coordinates_NR
 
 
 def fitting(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> set[str]:

@@ -1,8 +1,7 @@
 """The engine on transformers: the definition, and the default on CPU and CUDA."""
 
 from assay.poc.engines.hf._compiled import worth_compiling
-from assay.poc.engines.hf._deterministic import be_deterministic
-from assay.poc.engines.hf._engine import HFEngine, is_compiled
+from assay.poc.engines.hf._engine import HFEngine, be_deterministic, is_compiled
 from assay.poc.engines.hf._memory import auto_batch
 from assay.poc.engines.hf._parallel import ParallelEngine, World, joined, processes
 

@@ -1,5 +1,6 @@
 """The engine on transformers: the definition, and the default on CPU and CUDA."""
 
+import os
 import platform
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,10 @@ from assay.models import Model, backbone, decoder_layers
 from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines._outputs import overlapped_outputs, plain_outputs
 from assay.poc.engines.hf._compiled import CompiledForward
-from assay.poc.engines.hf._deterministic import is_deterministic
 from assay.poc.engines.hf._memory import check_fits, fitting_batch
 from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round, project, reflect, unit, weighted_sum
 
-__all__ = ["HFEngine", "is_compiled"]
+__all__ = ["HFEngine", "be_deterministic", "is_compiled"]
 
 MAX_BATCH = 65_536
 
@@ -63,41 +63,23 @@ class HFEngine:
             batch_size = max(batch_size, -(-MIN_POSITIONS // seq_len))
         check_fits(model, batch_size, seq_len)
         self.model = model
-        self.batch_size = batch_size
-        self.seq_len = seq_len
+        self.batch_size, self.seq_len = batch_size, seq_len
+        self.hidden_size, self.vocab_size = model.hidden_size, model.vocab_size
+        self.dtype, self.device = streams.dtype_name(model.dtype), model.device
         self._backbone = backbone(model.module)
         self._streams = streams.get_backend("auto", str(model.device))
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
         self._compiled = CompiledForward(model, batch_size, seq_len) if compiled and model.devices == 1 else None
         self._hooked = False
 
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return self.model.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the rows of the trained head."""
-        return self.model.vocab_size
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype of the weights and inputs."""
-        return streams.dtype_name(self.model.dtype)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.device
-
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
         on_cuda = self.device.type == "cuda"
+        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return Fingerprint(
             engine="hf",
-            device=torch.cuda.get_device_name(self.device) if on_cuda else f"{platform.machine()} {_cpu_capability()}",
+            device=torch.cuda.get_device_name(self.device) if on_cuda else processor,
             dtype=self.model.quantised or self.dtype,
             attention=self._compiled.attention if self._compiled else self.model.module.config._attn_implementation,
             batch_size=self.batch_size,
@@ -118,7 +100,7 @@ class HFEngine:
             yield f"torchao {version('torchao')}"
         if self.model.devices > 1:
             yield f"tp {self.model.devices}"
-        if is_deterministic():
+        if torch.are_deterministic_algorithms_enabled():
             yield "deterministic"
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Float[Tensor, "B T D"]:
@@ -279,5 +261,15 @@ def is_compiled(fingerprint: Fingerprint) -> bool:
     return fingerprint.engine == "hf" and not {COMPILED, COMPILED_WHOLE}.isdisjoint(fingerprint.kernels)
 
 
-def _cpu_capability() -> str:
-    return torch.backends.cpu.get_cpu_capability()
+def be_deterministic() -> None:
+    """Switch the mode on for this process; call it before the device is used.
+
+    No TensorFloat-32, no sums in less than float32 inside a product, and a workspace of its own for every stream of
+    cuBLAS, without which streams that run side by side may choose other kernels.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory that it has not written
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
