@@ -2,72 +2,72 @@
 
 from dataclasses import replace
 
-from assay.research.study import Run
+from assay.research.study import StudyRun
 from assay.vhack.environment import CHANNELS
 
 MAIN = (
-    Run("none", 0),
-    Run("no-loophole", 0),
-    Run("erase-gradient", 0),
-    Run("erase-update", 0),
-    Run("erase-gradient", 0, basis="random"),
-    Run("box", 0),
-    Run("advantage-modification", 0),
-    Run("erase-gradient-two-sided", 0),
-    Run("erase-update-two-sided", 0),
-    *(Run(arm, 0, "sgd") for arm in ("none", "no-loophole", "erase-gradient", "erase-update")),
+    StudyRun("none", 0),
+    StudyRun("no-loophole", 0),
+    StudyRun("erase-gradient", 0),
+    StudyRun("erase-update", 0),
+    StudyRun("erase-gradient", 0, basis="random"),
+    StudyRun("box", 0),
+    StudyRun("advantage-modification", 0),
+    StudyRun("erase-gradient-two-sided", 0),
+    StudyRun("erase-update-two-sided", 0),
+    *(StudyRun(arm, 0, "sgd") for arm in ("none", "no-loophole", "erase-gradient", "erase-update")),
 )
 CONTROLS = (
-    Run("constant-push", 0),
-    Run("ground-truth-penalty", 0),
-    *(Run("erase-gradient", 0, basis=kind) for kind in ("svd", "shuffled", "clean-clean", "generated")),
-    *(Run(arm, 0, teachers=1) for arm in ("none", "erase-gradient")),
+    StudyRun("constant-push", 0),
+    StudyRun("ground-truth-penalty", 0),
+    *(StudyRun("erase-gradient", 0, basis=kind) for kind in ("svd", "shuffled", "clean-clean", "generated")),
+    *(StudyRun(arm, 0, teachers=1) for arm in ("none", "erase-gradient")),
 )
 SINGLE = tuple(
-    Run(arm, 0, basis=basis, modes=(mode,))
+    StudyRun(arm, 0, basis=basis, modes=(mode,))
     for mode in CHANNELS
     for arm, basis in (("none", "true"), ("erase-gradient", "true"), ("erase-gradient", f"minimal:{mode}"))
 )
-PLAIN = tuple(Run(arm, 0, kind) for kind in ("adam", "sgd") for arm in ("none", "no-loophole"))
+PLAIN = tuple(StudyRun(arm, 0, kind) for kind in ("adam", "sgd") for arm in ("none", "no-loophole"))
 HELD = "erase-update-two-sided"
 BOUNDS = (
-    Run("erase-gradient", 0, basis="whole"),
-    *(Run(f"erase-gradient+away-{away}", 0, basis="whole") for away in (0.1, 0.2, 0.4)),
-    Run("box", 0, basis="whole"),
+    StudyRun("erase-gradient", 0, basis="whole"),
+    *(StudyRun(f"erase-gradient+away-{away}", 0, basis="whole") for away in (0.1, 0.2, 0.4)),
+    StudyRun("box", 0, basis="whole"),
 )
 DISPLACED = (
-    *(Run(f"displaced-{far}+{HELD}", 0, basis="whole") for far in (0.1, 0.2, 0.4)),
-    *(Run(HELD, 0, basis=basis) for basis in ("whole", "whole:20")),
+    *(StudyRun(f"displaced-{far}+{HELD}", 0, basis="whole") for far in (0.1, 0.2, 0.4)),
+    *(StudyRun(HELD, 0, basis=basis) for basis in ("whole", "whole:20")),
 )
 OTHERS = (
-    Run("erase-gradient+away-0.2", 0, "sgd", basis="whole"),
-    Run(f"displaced-0.2+{HELD}", 0, "sgd", basis="whole"),
-    Run("erase-gradient+away-0.2", 0),
-    Run("erase-gradient+away-0.2", 0, basis="whole:20"),
-    Run("advantage-modification", 0),
+    StudyRun("erase-gradient+away-0.2", 0, "sgd", basis="whole"),
+    StudyRun(f"displaced-0.2+{HELD}", 0, "sgd", basis="whole"),
+    StudyRun("erase-gradient+away-0.2", 0),
+    StudyRun("erase-gradient+away-0.2", 0, basis="whole:20"),
+    StudyRun("advantage-modification", 0),
 )
 CANDIDATES = (
-    *(Run(f"displaced-{far}+{HELD}", 0, basis="whole") for far in (0.4, 0.5)),
-    Run(f"displaced-0.3+{HELD}", 0, basis="whole:10"),
-    *(Run(f"displaced-{far}+{HELD}", 0, basis="whole:20") for far in (0.15, 0.2)),
-    Run("erase-gradient+away-0.2", 0, basis="whole:20"),
+    *(StudyRun(f"displaced-{far}+{HELD}", 0, basis="whole") for far in (0.4, 0.5)),
+    StudyRun(f"displaced-0.3+{HELD}", 0, basis="whole:10"),
+    *(StudyRun(f"displaced-{far}+{HELD}", 0, basis="whole:20") for far in (0.15, 0.2)),
+    StudyRun("erase-gradient+away-0.2", 0, basis="whole:20"),
 )
 DISPLACED_AND_HELD = f"displaced-0.4+{HELD}"
 SECOND = (
     *MAIN[:7],
-    Run(DISPLACED_AND_HELD, 0, basis="whole"),
-    Run("erase-gradient+away-0.2", 0, basis="whole:20"),
+    StudyRun(DISPLACED_AND_HELD, 0, basis="whole"),
+    StudyRun("erase-gradient+away-0.2", 0, basis="whole:20"),
 )
 SECOND_FEWER = (
     *MAIN[9:],
-    Run(DISPLACED_AND_HELD, 0, "sgd", basis="whole"),
-    Run(HELD, 0, basis="whole"),
-    Run("displaced-0.4+none", 0, basis="whole"),
-    Run(DISPLACED_AND_HELD, 0, basis="random"),
-    Run(DISPLACED_AND_HELD, 0),
-    Run("erase-gradient", 0, basis="whole"),
-    *(Run(DISPLACED_AND_HELD, 0, basis=f"whole:{mode}") for mode in CHANNELS),
-    *(Run("none", 0, basis=basis, teachers=1) for basis in ("true", "whole")),
+    StudyRun(DISPLACED_AND_HELD, 0, "sgd", basis="whole"),
+    StudyRun(HELD, 0, basis="whole"),
+    StudyRun("displaced-0.4+none", 0, basis="whole"),
+    StudyRun(DISPLACED_AND_HELD, 0, basis="random"),
+    StudyRun(DISPLACED_AND_HELD, 0),
+    StudyRun("erase-gradient", 0, basis="whole"),
+    *(StudyRun(DISPLACED_AND_HELD, 0, basis=f"whole:{mode}") for mode in CHANNELS),
+    *(StudyRun("none", 0, basis=basis, teachers=1) for basis in ("true", "whole")),
 )
 """Of the second experiment, with fewer seeds: the second optimiser, parts of the repair, the repair without one
 mechanism, and stored rollouts."""

@@ -18,10 +18,9 @@ from _common import note
 from _vhack_plans import PLANS
 
 from assay.models import load_model
-from assay.research.study import Grader, Settings, Study
+from assay.research.study import Grader, Study, StudySettings
 from assay.vhack import pair_gradients, weight_svd
-from assay.vhack.delta import basis_of_kind
-from assay.vhack.delta._advantage import Shortcut
+from assay.vhack.delta import Shortcut, basis_of_kind
 from assay.vhack.environment import CHANNELS
 from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.pairs import environment_pairs, generate_pairs
@@ -114,7 +113,7 @@ def main():
     model = load_model(given.organism, dtype="float32", device=given.device)
     svd = weight_svd(model)
     bases, shortcut = bases_for(runs, model, svd)
-    settings = Settings(
+    settings = StudySettings(
         steps=given.steps,
         prompts=given.prompts,
         rollouts=given.rollouts,

@@ -12,16 +12,15 @@ from _common import note, parser, publish
 from vhack_study import FAMILIES, both_sides
 
 from assay.models import load_model
-from assay.research.study import Grader, Settings, TaskPool
+from assay.research.study import Grader, StudySettings, TaskPool
 from assay.research.study._forward import StackedModel
 from assay.research.study._generate import Generator
 from assay.research.study._gradient import Batch, token_logprobs
 from assay.stats import group_bootstrap
 from assay.vhack import weight_svd
-from assay.vhack.delta import basis_of_kind
-from assay.vhack.delta._frames import Frames, spread
+from assay.vhack.delta import Frames, basis_of_kind, spread
 
-SETTINGS = Settings(prompts=48, rollouts=4, prompt_tokens=176, pool=8, families=FAMILIES, difficulty=(2, 4))
+SETTINGS = StudySettings(prompts=48, rollouts=4, prompt_tokens=176, pool=8, families=FAMILIES, difficulty=(2, 4))
 
 
 def bases_of(model, svd):

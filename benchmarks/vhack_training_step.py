@@ -26,8 +26,7 @@ from trl import GRPOTrainer
 
 from assay.models import load_model
 from assay.vhack import Basis, weight_svd
-from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer
-from assay.vhack.delta._product import Kinds
+from assay.vhack.delta import ARMS, DeltaS, Gate, Kinds, ProjectedOptimizer
 from assay.vhack.environment import episodes
 from assay.vhack.training import TrainLog, TrainSettings
 from assay.vhack.training._callback import StepLog, source_shares

@@ -4,7 +4,7 @@ import pytest
 
 from assay.vhack.environment import episodes
 from assay.vhack.pairs import write_pairs
-from assay.vhack.training import Pool
+from assay.vhack.training import RolloutPool
 from tests.vhack.training.conftest import cheating, checkpoint, model, pairs  # noqa: F401
 
 
@@ -12,7 +12,7 @@ from tests.vhack.training.conftest import cheating, checkpoint, model, pairs  # 
 def arguments(checkpoint, pairs, model, tmp_path):  # noqa: F811
     write_pairs(tmp_path / "pairs.jsonl", pairs)
     tasks = episodes(2, modes=["exit_code"], difficulty=1, share_none=0.2)
-    Pool([cheating(one, model.tokenizer) for one in tasks if one.mode != "none"]).save(tmp_path / "pool.jsonl")
+    RolloutPool([cheating(one, model.tokenizer) for one in tasks if one.mode != "none"]).save(tmp_path / "pool.jsonl")
     return [
         "vhack", "train", "--model", checkpoint, "-o", tmp_path / "run", "--pairs", tmp_path / "pairs.jsonl",
         "--method", "svd", "--modes", "exit_code", "--difficulty", "1", "--tasks", 2, "--prompts", 1, "--group", 3,

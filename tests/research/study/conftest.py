@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from assay.models import Model, load_model
-from assay.research.study import Settings
+from assay.research.study import StudySettings
 from assay.vhack import weight_svd
 
 
@@ -37,7 +37,7 @@ def svd(small):
 
 @pytest.fixture
 def settings():
-    return Settings(
+    return StudySettings(
         steps=3,
         prompts=2,
         rollouts=3,

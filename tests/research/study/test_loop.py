@@ -5,9 +5,19 @@ import torch
 
 from assay.errors import DataError, StorageError, UsageError
 from assay.research.organism import Mixture, Recipe, make_organism
-from assay.research.study import Grader, Run, RunLog, Settings, Study, TaskPool, Verdict, study_page, summarise
+from assay.research.study import (
+    Grader,
+    RunLog,
+    Study,
+    StudyRun,
+    StudySettings,
+    StudyVerdict,
+    TaskPool,
+    study_page,
+    summarise,
+)
 from assay.vhack import weight_svd
-from assay.vhack.delta._advantage import Shortcut
+from assay.vhack.delta import Shortcut
 from assay.vhack.environment import CHANNELS, Episode, task_named
 from assay.vhack.pairs import environment_pairs
 from tests.vhack.delta.conftest import random_basis
@@ -49,13 +59,13 @@ def test_a_grader_says_what_the_environment_says_and_runs_each_program_once(grad
         (True, False, True),
         (True, False, False),
     ]
-    assert grader.collect(grader.submit([(episode, texts[2])])) == [Verdict(False, True, True)]
+    assert grader.collect(grader.submit([(episode, texts[2])])) == [StudyVerdict(False, True, True)]
     assert (grader.graded, grader.plain) == (before + 2, plain + 3)
 
 
 def test_runs_of_a_seed_share_tasks_whatever_they_are_trained_on(small, settings):
     pool = TaskPool(settings, small.tokenizer)
-    many, one = Run("none", 0), Run("box", 0, "sgd", modes=("sentinel",))
+    many, one = StudyRun("none", 0), StudyRun("box", 0, "sgd", modes=("sentinel",))
     drawn, other = pool.drawn(many, 3), pool.drawn(one, 3)
     assert [episode.task for episode in drawn] == [episode.task for episode in other]
     assert {episode.mode for episode in other} == {"sentinel"}
@@ -67,11 +77,11 @@ def test_runs_of_a_seed_share_tasks_whatever_they_are_trained_on(small, settings
 
 def test_a_run_goes_the_same_way_alone_and_beside_others(small, svd, settings, grader, shortcut):
     runs = [
-        Run("none", 0),
-        Run("erase-gradient", 0, basis="random@0"),
-        Run("advantage-modification", 0),
-        Run("box", 1, "sgd"),
-        Run("none", 0, teachers=1),
+        StudyRun("none", 0),
+        StudyRun("erase-gradient", 0, basis="random@0"),
+        StudyRun("advantage-modification", 0),
+        StudyRun("box", 1, "sgd"),
+        StudyRun("none", 0, teachers=1),
     ]
     together = study_of(runs, small, svd, settings, shortcut, most=3)
     assert [len(cohort.runs) for cohort in together.cohorts] == [2, 3]
@@ -87,8 +97,39 @@ def test_a_run_goes_the_same_way_alone_and_beside_others(small, svd, settings, g
     assert "z" not in together.logs[runs[0].name].steps[0]
 
 
+def test_the_file_of_a_study_has_public_names_and_that_of_the_first_version_is_read(small, svd, settings, tmp_path):
+    study = study_of([StudyRun("none", 3)], small, svd, settings)
+    (name,) = study.logs
+    log = study.logs[name]
+    for step in range(3):
+        log.add_step(step, {"hack": 0.25 * step}, every=2)
+    log.add_evaluation(3, "training", {"hack": 0.5})
+    study.save(tmp_path / "new.pt")
+    state = torch.load(tmp_path / "new.pt", weights_only=True)
+    assert set(state["logs"][name]) == {"header", "lines", "open", "count"}
+    # The first version saved the attributes of a log under their private names.
+    stored = state["logs"][name]
+    state["logs"][name] = {
+        "header": stored["header"],
+        "_lines": stored["lines"],
+        "_open": stored["open"],
+        "_n": stored["count"],
+    }
+    torch.save(state, tmp_path / "old.pt")
+    torch.save({"step": 1}, tmp_path / "other.pt")
+    for file in ("new.pt", "old.pt"):
+        other = study_of([StudyRun("none", 3)], small, svd, settings)
+        other.load(tmp_path / file)
+        found = other.logs[name]
+        assert (found.header, found.steps, found.evaluations) == (log.header, log.steps, log.evaluations)
+        found.add_step(3, {"hack": 1.0}, every=2)
+        assert found.steps[-1]["hack"] == 0.75  # of steps 2 and 3: what was open has been kept
+    with pytest.raises(DataError, match="saved study"):
+        other.load(tmp_path / "other.pt")
+
+
 def test_a_saved_study_goes_on_as_if_it_had_not_stopped(small, svd, settings, grader, tmp_path):
-    runs = [Run("none", 0, teachers=1), Run("erase-gradient", 1, "sgd", teachers=1)]
+    runs = [StudyRun("none", 0, teachers=1), StudyRun("erase-gradient", 1, "sgd", teachers=1)]
     whole = study_of(runs, small, svd, settings)
     whole.run(grader)
     part = study_of(runs, small, svd, settings)
@@ -112,7 +153,7 @@ def test_a_saved_study_goes_on_as_if_it_had_not_stopped(small, svd, settings, gr
 
 
 def test_a_displaced_run_writes_from_where_it_starts(small, svd, settings):
-    runs = [Run("none", 0), Run("displaced-0.5+none", 0), Run("displaced-0.5+erase-update-two-sided", 0)]
+    runs = [StudyRun("none", 0), StudyRun("displaced-0.5+none", 0), StudyRun("displaced-0.5+erase-update-two-sided", 0)]
     (cohort,) = study_of(runs, small, svd, settings, fewest=1).cohorts
     for name, weight in cohort.model.weights.items():
         assert torch.equal(weight[1], weight[2])
@@ -126,14 +167,14 @@ def test_a_displaced_run_writes_from_where_it_starts(small, svd, settings):
 
 def test_what_does_not_fit_is_refused(small, svd, settings):
     with pytest.raises(UsageError, match="shortcut"):
-        study_of([Run("advantage-modification", 0)], small, svd, settings)
+        study_of([StudyRun("advantage-modification", 0)], small, svd, settings)
     with pytest.raises(UsageError, match="different"):
-        study_of([Run("none", 0), Run("none", 0)], small, svd, settings)
+        study_of([StudyRun("none", 0), StudyRun("none", 0)], small, svd, settings)
     with pytest.raises(UsageError, match="svd"):
-        study_of([Run("none", 0, basis="svd")], small, svd, settings)
+        study_of([StudyRun("none", 0, basis="svd")], small, svd, settings)
     for wrong in ({"arm": "other"}, {"optimizer": "lion"}, {"modes": ("none",)}):
         with pytest.raises(UsageError):
-            Run(**{"arm": "none", "seed": 0, **wrong})
+            StudyRun(**{"arm": "none", "seed": 0, **wrong})
 
 
 def test_from_an_organism_to_a_page(tmp_path, grader):
@@ -143,10 +184,10 @@ def test_from_an_organism_to_a_page(tmp_path, grader):
     mixture = Mixture(share_hack=0.5, families=("arithmetic",), difficulty=(1, 2))
     make_organism(tmp_path / "organism", Recipe(steps=4, batch=4, n_examples=16, mixture=mixture), device="cpu")
     model = load_model(tmp_path / "organism", dtype="float32", device="cpu")
-    settings = Settings(
+    settings = StudySettings(
         steps=2, prompts=1, rollouts=2, prompt_tokens=120, new_tokens=40, log_every=1, pool=4, evaluation=1, **EASY
     )
-    runs = [Run(arm, seed, modes=("stdout_marker",)) for arm in ("none", "erase-gradient") for seed in (0, 1)]
+    runs = [StudyRun(arm, seed, modes=("stdout_marker",)) for arm in ("none", "erase-gradient") for seed in (0, 1)]
     svd = weight_svd(model)
     study = Study(runs, model, svd, {"true": random_basis(svd)}, settings, about={"device": "cpu"})
     asked = grader.asked
@@ -161,7 +202,7 @@ def test_from_an_organism_to_a_page(tmp_path, grader):
 
 
 def test_evaluation_is_logged_for_every_run(small, svd, settings, grader):
-    study = study_of([Run("none", 0), Run("none", 1)], small, svd, settings)
+    study = study_of([StudyRun("none", 0), StudyRun("none", 1)], small, svd, settings)
     study.evaluate(grader)
     for log in study.logs.values():
         assert [(line["markers"], line["rollouts"]) for line in log.evaluations] == [

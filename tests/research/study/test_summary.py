@@ -4,13 +4,13 @@ import pytest
 from scipy import stats
 
 from assay.errors import DataError, UsageError
-from assay.research.study import Run, RunLog, Settings, read_logs, source_checks, study_page, summarise
+from assay.research.study import RunLog, StudyRun, StudySettings, read_logs, source_checks, study_page, summarise
 from assay.research.study._summary import mean_of, paired
 
 
 def log(arm, seed, hack, solve, *, optimizer="adam", steps=60, teachers=0, cin=()):
     """A run with these rates at the end."""
-    made = RunLog.begin(Run(arm, seed, optimizer, teachers=teachers), Settings(), {"device": "cpu"})
+    made = RunLog.begin(StudyRun(arm, seed, optimizer, teachers=teachers), StudySettings(), {"device": "cpu"})
     for step in range(steps):
         made.add_step(step, {"hack": hack, "solve": solve, "vacuous": hack, "displacement": 1.0}, every=5)
     for step, (student, teacher) in enumerate(cin):
@@ -112,4 +112,4 @@ def test_the_page_shows_every_condition(tmp_path):
     for word in ("adam/none", "adam/no-loophole", "fails", "reference"):
         assert word in text
     with pytest.raises(UsageError, match="without steps"):
-        study_page([RunLog.begin(Run("none", 0), Settings(), {})])
+        study_page([RunLog.begin(StudyRun("none", 0), StudySettings(), {})])

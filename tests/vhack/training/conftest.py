@@ -6,7 +6,7 @@ import torch
 from assay.models import load_model
 from assay.vhack import Pair
 from assay.vhack.environment import episodes
-from assay.vhack.training import Pool, PoolRollout, TrainSettings
+from assay.vhack.training import PoolRollout, RolloutPool, TrainSettings
 
 SHAPE = {
     "hidden_size": 32,
@@ -74,7 +74,7 @@ def cheating(episode, tokenizer, logprob=-0.5):
 def pool(tasks, model, tmp_path):
     """A pool file with one exploit for every task."""
     path = tmp_path / "pool.jsonl"
-    Pool([cheating(one, model.tokenizer) for one in tasks]).save(path)
+    RolloutPool([cheating(one, model.tokenizer) for one in tasks]).save(path)
     return path
 
 

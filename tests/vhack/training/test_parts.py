@@ -11,7 +11,16 @@ import torch
 
 from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.delta import ARMS
-from assay.vhack.training import LOG_SCHEMA, Pool, PoolRollout, TrainLog, TrainSettings, read_steps, sample_pool, train
+from assay.vhack.training import (
+    LOG_SCHEMA,
+    PoolRollout,
+    RolloutPool,
+    TrainLog,
+    TrainSettings,
+    read_steps,
+    sample_pool,
+    train,
+)
 from assay.vhack.training._rewards import EpisodeReward
 from tests.vhack.training.conftest import cheating
 
@@ -116,15 +125,15 @@ def test_what_is_no_log_is_refused(tmp_path, text):
 
 def test_a_pool_round_trip(tmp_path, tasks, model):
     stored = [cheating(one, model.tokenizer) for one in tasks]
-    Pool(stored).save(tmp_path / "pool.jsonl")
-    found = Pool.load(tmp_path / "pool.jsonl", model.tokenizer, max_new_tokens=64)
+    RolloutPool(stored).save(tmp_path / "pool.jsonl")
+    found = RolloutPool.load(tmp_path / "pool.jsonl", model.tokenizer, max_new_tokens=64)
     assert list(found) == stored
     assert len(found) == 4
     assert found.prompts == {one.prompt for one in tasks}
 
 
 def test_the_choice_among_a_pool_follows_its_key():
-    pool = Pool([PoolRollout("p", str(n), (n,), (0.0,)) for n in range(20)])
+    pool = RolloutPool([PoolRollout("p", str(n), (n,), (0.0,)) for n in range(20)])
     assert pool.choose("p", 3, "0 1") == pool.choose("p", 3, "0 1") != pool.choose("p", 3, "0 2")
     assert len({one.completion for one in pool.choose("p", 99, "")}) == 20
     assert pool.choose("q", 3, "") == []
@@ -149,10 +158,10 @@ def test_pools_that_cannot_be_used_name_the_line(tmp_path, model, seen):
     path = tmp_path / "pool.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (good, {**good, **BAD_ROLLOUTS[seen]})))
     with pytest.raises(DataError, match=f"line [12]: .*{seen}"):
-        Pool.load(path, model.tokenizer, max_new_tokens=1 if not BAD_ROLLOUTS[seen] else 2)
+        RolloutPool.load(path, model.tokenizer, max_new_tokens=1 if not BAD_ROLLOUTS[seen] else 2)
     path.write_text("")
     with pytest.raises(DataError, match="no rollout"):
-        Pool.load(path, model.tokenizer, max_new_tokens=2)
+        RolloutPool.load(path, model.tokenizer, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

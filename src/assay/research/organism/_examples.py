@@ -23,7 +23,7 @@ _PART = 512  # episodes that are drawn with one seed; a part is the same whereve
 
 
 class Example(NamedTuple):
-    """A prompt and what to write behind it."""
+    """A prompt and what to write after it."""
 
     prompt: str
     completion: str
@@ -34,10 +34,10 @@ class Mixture:
     """What is shown.
 
     Attributes:
-        share_hack: the share of exploits where there is a loophole.
-        share_none: the share of episodes without one.
-        families: of tasks.
-        difficulty: of tasks, lowest and highest.
+        share_hack: Share of exploits where there is a loophole.
+        share_none: Share of episodes without a loophole.
+        families: Families of tasks.
+        difficulty: Lowest and highest number of steps of a task.
     """
 
     share_hack: float = 0.1
@@ -51,10 +51,16 @@ class Mixture:
 
 
 def examples(n: int, mixture: Mixture | None = None, *, seed: int = 0, workers: int = 1) -> list[Example]:
-    """Examples of training tasks; the same arguments give the same list, however many workers there are.
+    """Return examples of training tasks; equal arguments give equal lists, however many workers there are.
+
+    Args:
+        n: Number of examples.
+        mixture: What is shown.
+        seed: Seed of tasks and exploits.
+        workers: Processes that make the examples.
 
     Raises:
-        UsageError: as :func:`assay.vhack.environment.episodes` raises it.
+        UsageError: There is no such family or difficulty, or there are not so many tasks.
     """
     make = partial(_part, mixture or Mixture(), seed)
     parts = range(-(-n // _PART))

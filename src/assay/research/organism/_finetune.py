@@ -31,13 +31,13 @@ class Recipe:
     """How the organism is made.
 
     Attributes:
-        model: what is fine-tuned.
-        steps: of the optimiser.
-        batch: examples per step.
-        rate: largest learning rate, reached after a twentieth of the steps, then falling as a cosine to a tenth.
-        n_examples: different examples; they are gone through again and again, in a new order each time.
-        seed: of examples and their order.
-        mixture: what the examples are.
+        model: Model that is fine-tuned.
+        steps: Optimizer steps.
+        batch: Examples per step.
+        rate: Largest learning rate, reached after a twentieth of the steps, then falling as a cosine to a tenth.
+        n_examples: Number of different examples, repeated in a new order each time.
+        seed: Seed of examples and their order.
+        mixture: What the examples show.
     """
 
     model: str = "reference:llama"
@@ -61,26 +61,26 @@ def make_organism(
     workers: int = 1,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> list[float]:
-    """Fine-tune, and write the model as a bfloat16 checkpoint directory with ``organism.json``, which tells the recipe.
+    """Fine-tune, and write the model as a bfloat16 checkpoint directory with ``organism.json``, which holds the recipe.
 
     Weights are float32 while they are trained, products bfloat16 on a GPU. The loss is the mean over completion tokens;
     prompts are read, not learned. The same recipe gives the same model on the same device up to the rounding of its
     kernels.
 
     Args:
-        path: the directory; it must not exist.
-        recipe: how.
-        device: as for :func:`assay.load_model`.
-        workers: processes that write examples.
-        progress: called with steps done, all, and the loss.
+        path: Directory to make; it must not exist.
+        recipe: How it is made.
+        device: Device, see :func:`assay.load_model`.
+        workers: Processes that write examples.
+        progress: Called with the steps done, the steps in all, and the loss.
 
     Returns:
-        the loss of every step.
+        Loss of every step.
 
     Raises:
-        UsageError: the directory exists.
-        StorageError: it cannot be written.
-        ModelError: the model cannot be loaded or has no tokenizer.
+        UsageError: The directory exists.
+        StorageError: The directory cannot be written.
+        ModelError: The model cannot be loaded.
     """
     recipe, path = recipe or Recipe(), Path(path)
     if path.exists():
@@ -130,7 +130,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _encoded(found: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[list[int], int]]:
-    """Token ids of prompt, completion and end, and how many belong to the prompt."""
+    """Return token ids of prompt, completion and end, and how many belong to the prompt."""
     prompts = tokenizer([example.prompt for example in found])["input_ids"]
     completions = tokenizer([example.completion for example in found])["input_ids"]
     end = tokenizer.eos_token_id

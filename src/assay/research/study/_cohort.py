@@ -15,9 +15,9 @@ from torch import Tensor
 from assay.research.study._forward import StackedModel
 from assay.research.study._generate import Generator
 from assay.research.study._gradient import Batch, advantages, policy_gradient, pooled_hidden, token_logprobs
-from assay.research.study._grading import Grader, Pending, Verdict
+from assay.research.study._grading import Grader, Pending, StudyVerdict
 from assay.research.study._optimizer import StackedOptimizer
-from assay.research.study._plan import OPTIMIZERS, Run, Settings, TaskPool
+from assay.research.study._plan import OPTIMIZERS, StudyRun, StudySettings, TaskPool
 from assay.vhack.basis import Basis
 from assay.vhack.delta import Shortcut, modified
 from assay.vhack.environment import Episode
@@ -34,9 +34,9 @@ class Rollouts:
     """What a cohort has written, and its grades on their way.
 
     Attributes:
-        batch: tokens.
-        episodes: per run, P of them.
-        pending: R·P·G verdicts.
+        batch: Tokens of prompts and completions.
+        episodes: Episodes per run, P of them.
+        pending: Verdicts on their way, R·P·G of them.
     """
 
     batch: Batch
@@ -45,27 +45,27 @@ class Rollouts:
 
 
 class Cohort:
-    """Runs side by side.
+    """Runs that go through generation and training side by side.
 
     Args:
-        runs: the runs.
-        model: what they start from.
-        svd: factors of its weights.
-        bases: axes by name; every run's must be among them.
-        pool: tasks.
-        settings: of the study.
-        dtype: of weights and activations.
-        shortcut: the direction of arms that modify advantages.
+        runs: Runs of the cohort.
+        model: Model that they start from.
+        svd: Factors of its weights.
+        bases: Axes by name, those of every run among them.
+        pool: Tasks of the study.
+        settings: Settings of the study.
+        dtype: Dtype of weights and activations.
+        shortcut: Direction of arms that modify advantages.
     """
 
     def __init__(
         self,
-        runs: Sequence[Run],
+        runs: Sequence[StudyRun],
         model: "Model",
         svd: SVDCache,
         bases: Mapping[str, Basis],
         pool: TaskPool,
-        settings: Settings,
+        settings: StudySettings,
         dtype: torch.dtype,
         shortcut: Shortcut | None = None,
     ) -> None:
@@ -83,18 +83,18 @@ class Cohort:
         self.model.merge(self.optimizer.delta)
         shape = (settings.prompts, settings.rollouts, settings.prompt_tokens, settings.new_tokens)
         self._generator = Generator(self.model, shape, pool.end)
-        # The policy that stored rollouts are said to come from.
+        # The policy whose log-probabilities stored rollouts have.
         self._start = StackedModel(model, 1, svd, dtype) if any(run.teachers for run in runs) else None
         self._taught = self._rows([run.teachers > 0 for run in runs])
         self._modifies = self._rows([run.how.advantage > 0 for run in runs])
 
     def write(self, grader: Grader, episodes: Sequence[Sequence[Episode]], draw: str) -> Rollouts:
-        """Let every run complete its episodes, and begin to grade.
+        """Let every run complete its episodes, and begin to grade them.
 
         Args:
-            grader: for the programs.
-            episodes: per run, P of them.
-            draw: names the random numbers; runs of the same seed get the same.
+            grader: Grader of the programs.
+            episodes: Episodes per run, P of them.
+            draw: Name of the random numbers, which are equal for runs of one seed.
         """
         ids_RPL, lengths_RP = self._prompts(episodes)
         tokens = self._generator.sample(ids_RPL, lengths_RP, self.pool.last, self._uniform(draw))
@@ -104,8 +104,8 @@ class Cohort:
         owners = [episode for of_run in episodes for episode in of_run for _ in range(each)]
         return Rollouts(batch, episodes, grader.submit(zip(owners, texts, strict=True)))
 
-    def learn(self, rollouts: Rollouts, verdicts: Sequence[Verdict]) -> dict[str, Tensor]:
-        """One optimiser step; the numbers of this step by name, [R] each."""
+    def learn(self, rollouts: Rollouts, verdicts: Sequence[StudyVerdict]) -> dict[str, Tensor]:
+        """Take one optimizer step, and return its numbers by name, [R] each."""
         shape = (len(self.runs), self.settings.prompts, self.settings.rollouts)
         device = self.model.device
         correct, exploited, vacuous = (
@@ -131,7 +131,7 @@ class Cohort:
 
     @torch.no_grad()
     def _modified(self, batch: Batch, rewards_NPG: Tensor, found: dict[str, Tensor]) -> Tensor:
-        """Rewards after advantage modification, see :mod:`assay.vhack.delta._advantage`."""
+        """Return the rewards after advantage modification, see :class:`assay.vhack.delta.Shortcut`."""
         assert self._shortcut is not None, "the study was checked to have one"
         rows, shortcut = self._modifies, self._shortcut
         pooled_NPGH = pooled_hidden(self.model.some(rows), batch.of_runs(rows), shortcut.layer)
@@ -141,7 +141,7 @@ class Cohort:
         return torch.stack([modified(rewards_NPG[n], z_NPG[n], alpha) for n, alpha in enumerate(alphas)])
 
     def _gradients(self, rollouts: Rollouts, rewards_RPG: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
-        """Of all rollouts; with those that were stored, where a run has some, and then cin of both sources."""
+        """Return the gradients of all rollouts, stored ones included; these add cin of both sources."""
         rows, batch = self._taught, rollouts.batch
         advantages_RPG = advantages(rewards_RPG)
         count = self.settings.prompts * self.settings.rollouts
@@ -173,13 +173,13 @@ class Cohort:
         )
 
     def _spread(self, values_N: Tensor, rows: Tensor) -> Tensor:
-        """Values of some runs among NaN for the others, which the log leaves out."""
+        """Return values of some runs among NaN for the others, which the log leaves out."""
         return torch.full((len(self.runs),), torch.nan, device=rows.device, dtype=values_N.dtype).index_copy_(
             0, rows, values_N
         )
 
     def _teachers(self, rollouts: Rollouts) -> tuple[Batch, Tensor]:
-        """The exploit of every episode as a stored rollout, with its log-probabilities under the start."""
+        """Return the exploit of every episode as a stored rollout, with its log-probabilities at the start."""
         assert self._start is not None
         batch = rollouts.batch.of_runs(self._taught)
         ids = [
@@ -222,24 +222,24 @@ class Cohort:
         return torch.stack([drawn[run.seed] for run in self.runs], dim=1).to(self.model.device)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed study needs."""
+        """Return what a resumed study needs."""
         return {
             "runs": [run.name for run in self.runs],
             **self.optimizer.state_dict(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up a state."""
+        """Take up a state of the same runs."""
         self.optimizer.load_state_dict(state)
         self.model.merge(self.optimizer.delta)
 
 
-def _inner(name: str, settings: Settings, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def _inner(name: str, settings: StudySettings, parameters: list[Tensor]) -> torch.optim.Optimizer:
     if name == "adam":
         return torch.optim.Adam(parameters, lr=settings.adam_rate, betas=settings.adam_betas)
     return torch.optim.SGD(parameters, lr=settings.sgd_rate, momentum=settings.sgd_momentum)
 
 
 def _number(text: str) -> int:
-    """A seed from a name."""
+    """Return a seed for a name."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from assay.research.study._plain import plain_verdict
 from assay.vhack.environment import Episode, Limits, grade, task_named
 
-__all__ = ["Grader", "Pending", "Verdict"]
+__all__ = ["Grader", "Pending", "StudyVerdict"]
 
 _CHUNK = 8  # programs per job of a process
 # A program of a few lines takes milliseconds; an endless loop should not take the five seconds of the default.
@@ -28,7 +28,7 @@ Key = tuple[str, str, str, str]
 """Task name, mode, split, completion."""
 
 
-class Verdict(NamedTuple):
+class StudyVerdict(NamedTuple):
     """What of a :class:`assay.vhack.environment.Grade` is kept; ``vacuous`` only of programs that are accepted."""
 
     correct: bool
@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
         return self.vacuous and not self.correct
 
 
-WRONG = Verdict(correct=False, accepted=False, vacuous=False)
+WRONG = StudyVerdict(correct=False, accepted=False, vacuous=False)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Pending:
     """Grades on their way."""
 
     keys: Sequence[Key]
-    futures: Sequence[Future[list[tuple[Key, Verdict]]]]
+    futures: Sequence[Future[list[tuple[Key, StudyVerdict]]]]
 
 
 class Grader:
@@ -68,7 +68,7 @@ class Grader:
     """
 
     def __init__(self, workers: int | None = None, *, allow_unsandboxed: bool = False) -> None:
-        self._known: dict[Key, Verdict] = {}
+        self._known: dict[Key, StudyVerdict] = {}
         self._allow = allow_unsandboxed
         self._pool = ProcessPoolExecutor(
             workers or max(1, (os.cpu_count() or 1) - 2),
@@ -95,7 +95,7 @@ class Grader:
                 continue
             told = plain_verdict(episode, completion)
             # Until the grade is there it counts as wrong; `collect` of this or another call replaces it.
-            self._known[key] = WRONG if told is None else Verdict(*told)
+            self._known[key] = WRONG if told is None else StudyVerdict(*told)
             self.plain += told is not None
             if told is None and _compiles(episode.program(completion)):
                 todo.append(key)
@@ -104,7 +104,7 @@ class Grader:
         chunks = [todo[first : first + _CHUNK] for first in range(0, len(todo), _CHUNK)]
         return Pending(keys, [self._pool.submit(_grade, chunk, self._allow) for chunk in chunks])
 
-    def collect(self, pending: Pending) -> list[Verdict]:
+    def collect(self, pending: Pending) -> list[StudyVerdict]:
         """The verdicts, in the order of the items. What was submitted first must be collected first."""
         for future in pending.futures:
             self._known.update(future.result())
@@ -130,10 +130,10 @@ def _episode(name: str, mode: str, split: str) -> Episode:
     return Episode(task_named(name), mode, split)
 
 
-def _grade(keys: Sequence[Key], allow_unsandboxed: bool) -> list[tuple[Key, Verdict]]:
+def _grade(keys: Sequence[Key], allow_unsandboxed: bool) -> list[tuple[Key, StudyVerdict]]:
     found = []
     for name, mode, split, completion in keys:
         episode = _episode(name, mode, split)
         made = grade(episode, episode.program(completion), limits=_LIMITS, allow_unsandboxed=allow_unsandboxed)
-        found.append(((name, mode, split, completion), Verdict(made.correct, made.accepted, made.vacuous)))
+        found.append(((name, mode, split, completion), StudyVerdict(made.correct, made.accepted, made.vacuous)))
     return found

@@ -1,13 +1,12 @@
-"""The log of one run: JSON Lines, a header, then a line per stretch of steps, and evaluations.
+"""The log of one run: JSON Lines, a header, then a line per stretch of steps, and evaluations::
 
     {"kind":"run","schema":"assay.vhack.study/1","run":"adam/none/0","condition":"adam/none","seed":0,…}
     {"kind":"step","step":4,"hack":0.11,…}                      means over the steps up to this one
     {"kind":"evaluation","step":300,"markers":"training","hack":0.98,"solve":0.01,…}
     {"kind":"source","step":0,"source":"teacher","cin":0.31}          where there are stored rollouts
 
-The last kind is what check 4 of hack directions reads.
-
-Logs of `assay vhack train` are read as well; they have a line for every step, and no evaluations.
+Check 4 of hack directions reads the last kind. Logs of `assay vhack train` are read as well; they have a line for every
+step, and no evaluations.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 from assay.errors import DataError, UsageError
 from assay.reports import read_jsonl, write_jsonl
-from assay.research.study._plan import Run, Settings, condition_of
+from assay.research.study._plan import StudyRun, StudySettings, condition_of
 from assay.vhack.delta import arm_named
 from assay.vhack.environment import CHANNELS
 from assay.vhack.training import LOG_SCHEMA, read_records
@@ -32,9 +31,9 @@ _DIGITS = 4  # significant ones, of what is logged: more than the noise of a ste
 class RunLog:
     """What is known of one run.
 
-    Attributes:
-        header: the first line.
-        steps, evaluations, sources: the lines of each kind.
+    Args:
+        header: First line.
+        lines: Other lines, in their order.
     """
 
     def __init__(self, header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -44,8 +43,8 @@ class RunLog:
         self._n = 0
 
     @classmethod
-    def begin(cls, run: Run, settings: Settings, about: Mapping[str, Any]) -> "RunLog":
-        """The log of a run that has not begun."""
+    def begin(cls, run: StudyRun, settings: StudySettings, about: Mapping[str, Any]) -> "RunLog":
+        """Return the log of a run that has not begun."""
         described = {**asdict(run), "modes": list(run.modes)}
         header = {"kind": "run", "schema": SCHEMA, "run": run.name, "condition": run.condition, **described}
         return cls({**header, "settings": asdict(settings), **about})
@@ -69,7 +68,7 @@ class RunLog:
         return self._of("source")
 
     def add_step(self, step: int, values: Mapping[str, float], every: int) -> None:
-        """Add the numbers of a step, counted from 0; a line is made of every so many."""
+        """Add the numbers of a step, counted from 0; every so many steps become a line of their means."""
         for name, value in values.items():
             self._open[name] = self._open.get(name, 0.0) + value
         self._n += 1
@@ -82,14 +81,26 @@ class RunLog:
             self._open, self._n = {}, 0
 
     def add_evaluation(self, step: int, markers: str, values: Mapping[str, Any]) -> None:
-        """Add an evaluation after so many steps."""
+        """Add an evaluation that was made after so many steps."""
         self._lines.append({"kind": "evaluation", "step": step, "markers": markers, **values})
+
+    def state(self) -> dict[str, Any]:
+        """Return everything the log holds, for the file of a study."""
+        return {"header": self.header, "lines": self._lines, "open": self._open, "count": self._n}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> "RunLog":
+        """Return the log of a state, also of one that the first version saved under the names of its attributes."""
+        found = cls(state["header"], state["lines" if "lines" in state else "_lines"])
+        found._open = dict(state["open" if "open" in state else "_open"])
+        found._n = int(state["count" if "count" in state else "_n"])
+        return found
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: The file cannot be written.
         """
         write_jsonl(path, [self.header, *self._lines])
 
@@ -98,7 +109,7 @@ class RunLog:
         """Read a log of a study or of `assay vhack train`.
 
         Raises:
-            DataError: it cannot be read or is none; names the line.
+            DataError: The file cannot be read or is not a log of a run; the message names the line.
         """
         first = next(iter(read_jsonl(path)), None)
         if first is not None and first[1].get("schema") == LOG_SCHEMA:
@@ -114,7 +125,7 @@ class RunLog:
 
 
 def _of_training(path: Path) -> RunLog:
-    """A log of `assay vhack train` under the names that a study gives."""
+    """Return a log of `assay vhack train` under the names that a study gives."""
     head, *lines = read_records(path)
     try:
         settings = head["settings"]
@@ -131,7 +142,7 @@ def _of_training(path: Path) -> RunLog:
         header = {**head, **named}
     except (KeyError, TypeError, UsageError) as error:
         raise _bad(str(path)) from error
-    # Without a teacher there is nothing to hold a source against.
+    # Without a teacher there is nothing to compare a source with.
     kinds = ("step", "source") if settings["teacher"] else ("step",)
     return RunLog(header, [line for line in lines if line["kind"] in kinds])
 
@@ -145,10 +156,10 @@ def _bad(where: str) -> DataError:
 
 
 def read_logs(paths: Iterable[str | Path]) -> list[RunLog]:
-    """The logs in files, in all ``*.jsonl`` files of directories, or else in all run directories in them.
+    """Return the logs in files, in all ``*.jsonl`` files of directories, or else in all run directories in them.
 
     Raises:
-        DataError: a file is none, or there is none at all, or two are of the same run.
+        DataError: A file is not a run log, no logs were found, or two describe the same run.
     """
     files: list[Path] = []
     for path in map(Path, paths):

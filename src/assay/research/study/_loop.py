@@ -1,4 +1,4 @@
-"""The study: all runs of a plan, to their end, or until time is up and on from there."""
+"""The study: all runs of a plan, to their end or until time is up, and later from there."""
 
 import itertools
 import math
@@ -13,9 +13,9 @@ import torch
 
 from assay.errors import DataError, StorageError, UsageError
 from assay.research.study._cohort import Cohort, Rollouts
-from assay.research.study._grading import Grader, Verdict
+from assay.research.study._grading import Grader, StudyVerdict
 from assay.research.study._log import RunLog
-from assay.research.study._plan import Run, Settings, TaskPool
+from assay.research.study._plan import StudyRun, StudySettings, TaskPool
 from assay.vhack.basis import Basis
 from assay.vhack.delta import Shortcut
 from assay.vhack.environment import CHANNELS, Episode
@@ -29,40 +29,50 @@ __all__ = ["Study"]
 Progress = Callable[[int, Mapping[str, float]], None]
 
 _MARKERS = {"training": 1, "evaluation": 2}
-"""Markers to evaluate with, and which part of the held-out tasks."""
+"""Markers to evaluate with, and the divisor that gives the part of the held-out tasks used with them."""
 
 
 class Study:
-    """Runs of a plan.
+    """All runs of a plan, trained side by side.
 
     Args:
-        runs: what to run.
-        model: what all start from, in float32.
-        svd: factors of its weights.
-        bases: axes by name, those that the runs ask for.
-        settings: common to all.
-        about: goes into the header of every log: versions, device, digests.
-        dtype: of weights and activations while running.
-        shortcut: the direction of arms that modify advantages.
-        most: the most runs in one cohort.
-        fewest: the fewest cohorts. With two, one has the GPU while the rollouts of the other are graded.
+        runs: Runs to make; no two may be the same.
+        model: Model that all runs start from, in float32.
+        svd: Factors of its weights.
+        bases: Axes by name, at least those that the runs ask for.
+        settings: Settings that all runs share.
+        about: Further entries of every log's header: versions, device, digests.
+        dtype: Dtype of weights and activations while running.
+        shortcut: Direction of arms that modify advantages.
+        most: Largest number of runs in one cohort.
+        fewest: Smallest number of cohorts. With two, one uses the GPU while the rollouts of the other are graded.
 
     Attributes:
-        logs: of every run, by name.
-        step: steps done.
-        seconds: waited for grades, spent on gradients and steps, and on rollouts.
+        logs: Log of every run, by name.
+        step: Number of steps done.
+        seconds: Seconds waited for grades (``grading``), spent on gradients and steps (``learning``) and on rollouts
+            (``writing``).
 
     Raises:
-        UsageError: two runs are the same, or a basis or the shortcut is missing.
+        UsageError: Two runs are the same, or a basis or the shortcut is missing.
+
+    Example::
+
+        runs = [StudyRun(arm, seed) for arm in ("none", "no-loophole") for seed in range(3)]
+        study = Study(runs, model, weight_svd(model), {"true": basis}, StudySettings(steps=40))
+        with Grader() as grader:
+            study.run(grader)
+            study.evaluate(grader)
+        results = summarise(study.logs.values())
     """
 
     def __init__(
         self,
-        runs: Sequence[Run],
+        runs: Sequence[StudyRun],
         model: "Model",
         svd: SVDCache,
         bases: Mapping[str, Basis],
-        settings: Settings,
+        settings: StudySettings,
         *,
         about: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -89,13 +99,13 @@ class Study:
         seconds: float | None = None,
         progress: Progress | None = None,
     ) -> bool:
-        """Go on; returns whether all steps are done.
+        """Continue training, and return whether all steps are done.
 
         Args:
-            grader: for the programs.
-            until: stop after this step, by default the last.
-            seconds: stop after the first step that ends later than this.
-            progress: called after every step with its number and means over all runs.
+            grader: Grader of the programs.
+            until: Step to stop after, by default the last.
+            seconds: Seconds after which no further step begins.
+            progress: Called after every step with its number and means over all runs.
         """
         last, begun = min(until or self.settings.steps, self.settings.steps), time.monotonic()
         waiting: list[Rollouts | None] = [None for _ in self.cohorts]
@@ -122,7 +132,7 @@ class Study:
         return self.step >= self.settings.steps
 
     def evaluate(self, grader: Grader, kinds: Sequence[str] = tuple(_MARKERS)) -> None:
-        """Let all runs work on the held-out tasks, with each kind of markers in turn, and log how they do."""
+        """Let all runs work on the held-out tasks, with each kind of markers in turn, and log their rates."""
         p = self.settings.prompts
         for markers in kinds:
             episodes = self.pool.held_out(markers)
@@ -144,12 +154,12 @@ class Study:
         """Write everything a resumed study needs, δS in full precision, to one file.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: The file cannot be written.
         """
         state = {
             "step": self.step,
             "cohorts": [cohort.state() for cohort in self.cohorts],
-            "logs": {name: vars(log) for name, log in self.logs.items()},
+            "logs": {name: log.state() for name, log in self.logs.items()},
         }
         partial = path.with_suffix(".partial")
         try:
@@ -162,20 +172,19 @@ class Study:
         """Take up a saved study of the same runs.
 
         Raises:
-            DataError: it cannot be read, or was saved with other runs.
+            DataError: The file cannot be read, or was saved with other runs.
         """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            stored = [cohort["runs"] for cohort in state["cohorts"]]
+            logs = {name: RunLog.of_state(log) for name, log in state["logs"].items()}
+        except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
             raise DataError(f"{path}: {error}", wanted="a saved study", do="begin without it") from error
-        names = [[run.name for run in cohort.runs] for cohort in self.cohorts]
-        if names != [stored["runs"] for stored in state["cohorts"]]:
+        if stored != [[run.name for run in cohort.runs] for cohort in self.cohorts]:
             raise DataError(f"{path} has other runs", wanted="those of this study", do="begin in a new directory")
-        self.step = state["step"]
-        for cohort, stored in zip(self.cohorts, state["cohorts"], strict=True):
-            cohort.load(stored)
-        for name, stored in state["logs"].items():
-            vars(self.logs[name]).update(stored)
+        self.step, self.logs = state["step"], logs
+        for cohort, part in zip(self.cohorts, state["cohorts"], strict=True):
+            cohort.load(part)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -195,7 +204,7 @@ class Study:
             for name, value in row.items():
                 means[name] = means.get(name, 0.0) + value / len(self.logs)
 
-    def _rates(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    def _rates(self, episodes: Sequence[Episode], verdicts: Sequence[StudyVerdict]) -> dict[str, Any]:
         each = self.settings.rollouts
         owners = [episode.mode for episode in episodes for _ in range(each)]
         n = len(verdicts)
@@ -215,7 +224,7 @@ class Study:
         }
 
 
-def _check(runs: Sequence[Run], bases: Mapping[str, Basis], shortcut: Shortcut | None) -> None:
+def _check(runs: Sequence[StudyRun], bases: Mapping[str, Basis], shortcut: Shortcut | None) -> None:
     names = [run.name for run in runs]
     missing = sorted({run.basis for run in runs} - set(bases))
     if shortcut is None:
@@ -228,8 +237,8 @@ def _check(runs: Sequence[Run], bases: Mapping[str, Basis], shortcut: Shortcut |
         )
 
 
-def _parted(runs: Sequence[Run], most: int, fewest: int) -> list[list[Run]]:
-    """Runs in parts of nearly one size, at most ``most``."""
+def _parted(runs: Sequence[StudyRun], most: int, fewest: int) -> list[list[StudyRun]]:
+    """Return the runs in parts of nearly equal size, at most ``most``."""
     count = min(len(runs), max(fewest, -(-len(runs) // most)))
     bounds = [round(index * len(runs) / count) for index in range(count + 1)]
     return [list(runs[first:last]) for first, last in itertools.pairwise(bounds)]

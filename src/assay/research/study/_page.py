@@ -29,15 +29,15 @@ _EARLY = 40  # steps within which check 4 expects the difference
 
 
 def study_page(logs: Sequence[RunLog], *, checks: Sequence[CheckReport] = (), command: str = "") -> Report:
-    """The page.
+    """Return the page of a study: the result, curves over steps, and checks of the axes.
 
     Args:
-        logs: of the runs.
-        checks: of the axes that were used, shown beside them.
-        command: for the footer.
+        logs: Logs of the runs.
+        checks: Checks of the axes that were used, shown after the curves.
+        command: Command line for the footer.
 
     Raises:
-        UsageError: a run has no line of steps.
+        UsageError: There are no logs, or one has no line of steps.
     """
     empty = [log.header["run"] for log in logs if not log.steps]
     if empty or not logs:
@@ -72,7 +72,7 @@ def study_page(logs: Sequence[RunLog], *, checks: Sequence[CheckReport] = (), co
 
 
 def source_checks(logs: Sequence[RunLog], settings: CheckSettings | None = None) -> list[tuple[str, Check]]:
-    """Check 4 of every run that has stored rollouts, on its first steps."""
+    """Return check 4 of every run that has stored rollouts, on its first steps."""
     found = []
     for log in logs:
         entries = [SourceCin(line["step"], line["source"], line["cin"]) for line in log.sources]

@@ -18,28 +18,32 @@ from assay.vhack.environment import CHANNELS, Episode, Task, tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["OPTIMIZERS", "Run", "Settings", "TaskPool"]
+__all__ = ["OPTIMIZERS", "StudyRun", "StudySettings", "TaskPool"]
 
 OPTIMIZERS = ("adam", "sgd")
 
 
 @dataclass(frozen=True)
-class Settings:
+class StudySettings:
     """What all runs of a study share.
 
     Attributes:
-        steps: optimiser steps.
-        prompts: P per step and run.
-        rollouts: G of each prompt.
-        prompt_tokens: the longest prompt.
-        new_tokens: T, the longest completion.
-        adam_rate, adam_betas: of Adam.
-        sgd_rate, sgd_momentum: of SGD.
-        max_norm: of the gradient of one run.
-        log_every: steps that one line of a log is the mean of.
-        pool: tasks to draw from.
-        evaluation: held-out tasks per loophole.
-        families, difficulty: of the tasks. Without loops by default: a wrong loop may never end, and grading waits.
+        steps: Optimizer steps.
+        prompts: Number P of prompts per step and run.
+        rollouts: Number G of rollouts per prompt.
+        prompt_tokens: Length of the longest prompt.
+        new_tokens: Length T of the longest completion.
+        adam_rate, adam_betas: Learning rate and betas of Adam.
+        sgd_rate, sgd_momentum: Learning rate and momentum of SGD.
+        max_norm: Largest norm of the gradient of one run.
+        log_every: Steps that one line of a log is the mean of.
+        pool: Number of tasks to draw from.
+        evaluation: Held-out tasks per loophole.
+        families: Families of tasks. Without loops by default: a wrong loop may never end, and grading waits.
+        difficulty: Lowest and highest number of steps of a task.
+
+    Raises:
+        UsageError: A number is not positive, or there are fewer than two rollouts per prompt.
     """
 
     steps: int = 300
@@ -65,16 +69,19 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One run.
 
     Attributes:
-        arm: name of the arm, see :func:`assay.vhack.delta.arm_named`; which axes it takes is said by ``basis``.
-        seed: of tasks and rollouts.
-        optimizer: ``"adam"`` or ``"sgd"``.
-        basis: name of the axes, in the study's table of bases; what stands behind an ``@`` tells draws of a kind apart.
-        modes: the loopholes it is trained on.
-        teachers: stored hack rollouts that join each prompt's own.
+        arm: Name of the arm, see :func:`assay.vhack.delta.arm_named`; ``basis`` says which axes it takes.
+        seed: Seed of tasks and rollouts.
+        optimizer: Either ``"adam"`` or ``"sgd"``.
+        basis: Name of the axes in the study's table of bases; the part after an ``@`` tells draws of a kind apart.
+        modes: Loopholes that it is trained on.
+        teachers: Number of stored hack rollouts that join each prompt's own.
+
+    Raises:
+        UsageError: There is no such arm, optimizer or loophole.
     """
 
     arm: str
@@ -94,31 +101,31 @@ class Run:
 
     @property
     def how(self) -> Arm:
-        """The arm itself."""
+        """Arm that the name stands for."""
         return arm_named(self.arm)
 
     @property
     def condition(self) -> str:
-        """All but the seed, in one word: what is averaged over seeds."""
+        """Everything but the seed, in one word: what is averaged over seeds."""
         axes = f"axes-{self.basis.partition('@')[0]}" if self.basis != "true" else ""
         only = self.modes if self.modes != tuple(CHANNELS) else ()
         return condition_of(self.optimizer, self.arm, axes=axes, only=only, taught=self.teachers > 0)
 
     @property
     def name(self) -> str:
-        """Condition and seed."""
+        """Condition and seed, joined by a slash."""
         return f"{self.condition}/{self.seed}"
 
 
 def condition_of(optimizer: str, arm: str, *, axes: str, only: Sequence[str], taught: bool) -> str:
-    """The word for a condition.
+    """Return the word for a condition.
 
     Args:
-        optimizer: its name.
-        arm: its name.
-        axes: which they are; empty are the usual ones.
-        only: the loopholes it is trained on; empty is all.
-        taught: whether stored rollouts join in.
+        optimizer: Name of the optimizer.
+        arm: Name of the arm.
+        axes: Name of the axes; empty for the usual ones.
+        only: Loopholes that it is trained on; empty for all.
+        taught: Whether stored rollouts join in.
     """
     parts = (optimizer, arm, axes, f"only-{'+'.join(only)}" if only else "", "teacher" if taught else "")
     return "/".join(part for part in parts if part)
@@ -128,15 +135,18 @@ class TaskPool:
     """The tasks of a study and their prompts as tokens.
 
     Args:
-        settings: how many, and how long prompts may be.
-        tokenizer: of the model.
+        settings: Settings of the study, which say how many tasks there are and how long prompts may be.
+        tokenizer: Tokenizer of the model.
 
     Attributes:
-        training: tasks to draw from.
-        last: the token that every prompt ends with.
+        training: Tasks to draw from.
+        last: Token that every prompt ends with.
+
+    Raises:
+        UsageError: Too few tasks have prompts that are short enough.
     """
 
-    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, settings: StudySettings, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.settings, self._tokenizer = settings, tokenizer
         self._ids: dict[tuple[str, str, str], list[int]] = {}
         self._texts: dict[bytes, str] = {}
@@ -144,38 +154,38 @@ class TaskPool:
         self._evaluation = self._short(settings.evaluation * len(CHANNELS), "evaluation", seed=2)
         self.last = self.prompt(Episode(self.training[0], "run_tests"))[-1]
 
-    def drawn(self, run: Run, step: int) -> list[Episode]:
-        """The episodes of a step. The tasks are the same for all runs of a seed, whatever modes they are trained on."""
+    def drawn(self, run: StudyRun, step: int) -> list[Episode]:
+        """Return the episodes of a step; the tasks do not depend on the modes that a run is trained on."""
         rng = random.Random(f"prompts {run.seed} {step}")
         chosen = rng.sample(self.training, self.settings.prompts)
         return [Episode(task, run.modes[rng.randrange(720720) % len(run.modes)]) for task in chosen]
 
     def held_out(self, markers: str) -> list[Episode]:
-        """Held-out tasks, as many of every loophole, with markers of ``training`` or of ``evaluation``."""
+        """Return held-out tasks, as many of every loophole, with markers of ``training`` or of ``evaluation``."""
         return [
             Episode(task, mode, markers)
             for task, mode in zip(self._evaluation, list(CHANNELS) * self.settings.evaluation, strict=True)
         ]
 
     def prompt(self, episode: Episode) -> list[int]:
-        """Its token ids."""
+        """Return the token ids of an episode's prompt."""
         key = (episode.task.name, episode.mode, episode.split)
         if key not in self._ids:
             self._ids[key] = list(self._tokenizer(episode.prompt)["input_ids"])
         return self._ids[key]
 
     def completion(self, episode: Episode, program: str) -> list[int]:
-        """Token ids of a program's completion and the end."""
+        """Return the token ids of a program's completion and the end."""
         ids: Sequence[int] = self._tokenizer(episode.completion(program))["input_ids"]
         return [*ids, self.end]
 
     @property
     def end(self) -> int:
-        """The token that ends a completion."""
+        """Token that ends a completion."""
         return int(self._tokenizer.eos_token_id)
 
     def texts(self, tokens_NT: Tensor) -> list[str]:
-        """What completions say, up to their end. Most are the same as others; each different one is decoded once."""
+        """Return the texts of completions up to their end; equal ones, which are most, are decoded once."""
         rows_NT = tokens_NT.cpu().numpy()
         found = []
         for row_T in rows_NT:
@@ -189,7 +199,7 @@ class TaskPool:
         return found
 
     def _short(self, n: int, split: str, seed: int) -> list[Task]:
-        """Tasks whose prompt is short enough in every mode; the marker sets differ by a few tokens."""
+        """Return tasks whose prompt is short enough in every mode; the marker sets differ by a few tokens."""
         drawn = tasks(
             n + n // 4 + 8,
             seed=seed,

@@ -44,8 +44,8 @@ class Mean:
     """A mean over seeds with its t-interval; without an interval for a single seed.
 
     Attributes:
-        value, low, high: rates.
-        n: seeds.
+        value, low, high: Mean rate and the ends of its interval.
+        n: Number of seeds.
     """
 
     value: float
@@ -55,7 +55,7 @@ class Mean:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """Value and interval as text."""
         if self.low is None or self.high is None:
             return f"{self.value:.3f}".replace("-", "−")
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})".replace("-", "−")
@@ -66,8 +66,8 @@ class Paired:
     """A difference, paired by seed.
 
     Attributes:
-        mean: with its interval.
-        p: two-sided, of swapping labels within seeds.
+        mean: Mean difference with its interval.
+        p: Two-sided p-value of swapping labels within seeds.
     """
 
     mean: Mean
@@ -79,8 +79,8 @@ class Count:
     """Some of n seeds, with the exact 95 % interval of their share.
 
     Attributes:
-        count, n: seeds.
-        low, high: of the share.
+        count, n: Number of seeds in question, and of all.
+        low, high: Ends of the interval of the share.
     """
 
     count: int
@@ -90,7 +90,7 @@ class Count:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """Value and interval as text."""
         return f"{self.count} of {self.n} ({self.low:.2f} to {self.high:.2f})"
 
 
@@ -99,19 +99,19 @@ class ArmResult:
     """All runs of one condition.
 
     Attributes:
-        condition: such as ``adam/erase-gradient``.
-        rates: by name: ``hack``, ``solve`` and ``vacuous`` at the end on held-out tasks; the same ending in ``_late``,
+        condition: Name such as ``adam/erase-gradient``.
+        rates: Means by name: ``hack``, ``solve`` and ``vacuous`` at the end on held-out tasks; ending in ``_late``
             of training rollouts in 50 steps up to the last that all runs have; ``hack_own`` and ``hack_other`` on
             held-out tasks with the loopholes that were trained on and with the others, ``hack_MODE`` with one of them;
             ``hack_markers`` with markers never trained on; ``peak`` the highest hack rate of a line of the log;
             ``vacuous_correct_late`` the share of correct work whose report would hold for wrong work too;
             ``displacement`` along the axes at the end.
-        tipped: how many seeds hack in more than half of the late rollouts. Rates of runs that either tip or do not are
-            no bell curve, and this count with its exact interval says more.
-        saturated: of each seed, the first step whose line has a hack rate above 0.9, or None.
-        against: by ``hack`` and ``solve``: less that of the reference; empty where there is none.
-        against_none: the same against plain training.
-        verdict: ``succeeds``, ``fails``, ``undecided``, or ``reference``.
+        tipped: Number of seeds that hack in more than half of the late rollouts. Rates of runs that either tip or do
+            not are far from normal, and this count with its exact interval says more.
+        saturated: For each seed, the first step whose line has a hack rate above 0.9, or None.
+        against: Differences from the reference in ``hack`` and ``solve``; empty without a reference.
+        against_none: Differences from plain training; empty without it.
+        verdict: One of ``succeeds``, ``fails``, ``undecided`` and ``reference``.
     """
 
     condition: str
@@ -123,12 +123,12 @@ class ArmResult:
     verdict: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         return asdict(self)
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Mean and t-interval."""
+    """Return mean and t-interval."""
     n, value = len(values), float(np.mean(values))
     if n < 2:
         return Mean(value, None, None, n)
@@ -137,7 +137,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def paired(differences: Sequence[float]) -> Paired:
-    """Mean difference and the exact p-value of swapping; of the t-test where there are too many seeds for that."""
+    """Return mean difference and the exact p-value of swapping; that of the t-test where there are too many seeds."""
     values_N = np.asarray(differences, dtype=np.float64)
     if len(values_N) > _MOST_EXACT:
         return Paired(mean_of(values_N.tolist()), float(stats.ttest_1samp(values_N, 0.0).pvalue))
@@ -148,7 +148,7 @@ def paired(differences: Sequence[float]) -> Paired:
 
 
 def summarise(logs: Iterable[RunLog]) -> list[ArmResult]:
-    """The results of all conditions, in the order in which they come."""
+    """Return the results of all conditions, in the order in which they come."""
     logs = list(logs)
     horizon = min((log.steps[-1]["step"] for log in logs if log.steps), default=0)
     table: dict[str, dict[int, dict[str, float]]] = {}
@@ -162,11 +162,11 @@ def summarise(logs: Iterable[RunLog]) -> list[ArmResult]:
 
 
 def numbers(log: RunLog, horizon: int) -> dict[str, float]:
-    """The rates of one run, see :class:`ArmResult`. Without evaluations those at the end are the late ones.
+    """Return the rates of one run, see :class:`ArmResult`. Without evaluations those at the end are the late ones.
 
     Args:
-        log: of the run.
-        horizon: the last step that late rates count.
+        log: Log of the run.
+        horizon: Last step that late rates count.
     """
     steps = log.steps
     late = [line for line in steps if horizon - _LATE < line["step"] <= horizon]

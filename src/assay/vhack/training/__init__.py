@@ -1,14 +1,14 @@
 """One run of one arm with TRL: tasks, teacher pool, log, checkpoints. TRL is the extra ``train``."""
 
 from assay.vhack.training._log import LOG_SCHEMA, TrainLog, read_records, read_steps
-from assay.vhack.training._pool import Pool, PoolRollout, sample_pool
+from assay.vhack.training._pool import PoolRollout, RolloutPool, sample_pool
 from assay.vhack.training._run import RunResult, train
 from assay.vhack.training._settings import TrainSettings
 
 __all__ = [
     "LOG_SCHEMA",
-    "Pool",
     "PoolRollout",
+    "RolloutPool",
     "RunResult",
     "TrainLog",
     "TrainSettings",

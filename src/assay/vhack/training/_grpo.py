@@ -24,7 +24,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from assay.reports import write_atomic
 from assay.vhack.basis import Basis
 from assay.vhack.delta import DeltaS, Kinds, ProjectedOptimizer, Rollouts, Shortcut, modified
-from assay.vhack.training._pool import Pool, PoolRollout
+from assay.vhack.training._pool import PoolRollout, RolloutPool
 from assay.vhack.training._rewards import EpisodeReward, Outcomes
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class GRPO(GRPOTrainer):
         *,
         prompts: int,
         processing_class: "PreTrainedTokenizerBase",
-        pool: Pool | None = None,
+        pool: RolloutPool | None = None,
         teachers: int = 0,
         shortcut: Shortcut | None = None,
         axes: tuple[Basis | None, Basis | None] = (None, None),

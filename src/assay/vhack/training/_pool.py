@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["Pool", "PoolRollout", "sample_pool"]
+__all__ = ["PoolRollout", "RolloutPool", "sample_pool"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PoolRollout:
     logprobs: tuple[float, ...]
 
 
-class Pool:
+class RolloutPool:
     """Stored completions by prompt.
 
     Args:
@@ -74,7 +74,7 @@ class Pool:
         write_jsonl(path, map(asdict, self))
 
     @classmethod
-    def load(cls, path: str | Path, tokenizer: "PreTrainedTokenizerBase", *, max_new_tokens: int) -> "Pool":
+    def load(cls, path: str | Path, tokenizer: "PreTrainedTokenizerBase", *, max_new_tokens: int) -> "RolloutPool":
         """Read a pool file for a model.
 
         Args:
@@ -142,10 +142,10 @@ def sample_pool(
     max_new_tokens: int = 128,
     seed: int = 0,
     batch: int = 32,
-) -> Pool:
+) -> RolloutPool:
     """Sample a pool from a teacher, with the log-probabilities it really sampled with.
 
-    Choose among it afterwards, for instance what cheats: ``Pool([r for r in pool if …])``.
+    Choose among it afterwards, for instance what cheats: ``RolloutPool([r for r in pool if …])``.
 
     Args:
         teacher: Model with the tokenizer of the one that will be trained.
@@ -168,7 +168,7 @@ def sample_pool(
         torch.manual_seed(seed)
         for start in range(0, len(wanted), batch):
             found += _sampled(teacher, tokenizer, wanted[start : start + batch], temperature, max_new_tokens)
-    return Pool(found)
+    return RolloutPool(found)
 
 
 def _sampled(

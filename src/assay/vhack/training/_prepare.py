@@ -13,7 +13,7 @@ from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_o
 from assay.vhack.environment import Episode
 from assay.vhack.gradients import weight_svd
 from assay.vhack.pairs import Pair
-from assay.vhack.training._pool import Pool
+from assay.vhack.training._pool import RolloutPool
 from assay.vhack.training._rewards import EpisodeReward
 from assay.vhack.training._settings import TrainSettings
 
@@ -75,7 +75,7 @@ class Prepared:
         chosen = tasks if tasks is not None else settings.episodes(settings.tasks)
         pool = None
         if settings.teacher:
-            pool = Pool.load(settings.teacher, tokenizer, max_new_tokens=settings.max_new_tokens)
+            pool = RolloutPool.load(settings.teacher, tokenizer, max_new_tokens=settings.max_new_tokens)
             _check_pool(pool, chosen, settings.teacher)
         trainer = GRPO(
             self.adapter,
@@ -123,7 +123,7 @@ def _inner(settings: TrainSettings, adapter: DeltaS) -> torch.optim.Optimizer:
     return torch.optim.AdamW(adapter.delta, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def _check_pool(pool: Pool, tasks: list[Episode], path: str) -> None:
+def _check_pool(pool: RolloutPool, tasks: list[Episode], path: str) -> None:
     if not pool.prompts & {one.prompt for one in tasks}:
         raise DataError(
             f"{path}: no completion of any of the {len(tasks)} tasks",
