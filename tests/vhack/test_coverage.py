@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from assay.errors import ModelError
 from assay.vhack import Basis, extract, per_sample_gradients, target_modules, weight_svd
+from assay.vhack.delta import DeltaS
 from assay.vhack.gradients import Coverage, coverage
 from tests.vhack.adapter import sequential_gradients, worst_error
 
@@ -63,6 +64,13 @@ def test_linears_that_an_adapter_has_wrapped_are_covered_like_all_others(samples
         plain, byte_tokenizer, samples, {name: svd[_wrapped(name, svd)] for name in target_modules(plain)}
     )
     assert worst_error({name: found[_wrapped(name, svd)] for name in wanted}, wanted) < 2e-5
+
+
+def test_the_parameters_of_an_adapter_are_not_counted():
+    model = made("Llama")
+    adapter = DeltaS(model)
+    assert coverage(model) == Coverage(1.0, ())
+    adapter.detach()
 
 
 def _wrapped(name, svd):

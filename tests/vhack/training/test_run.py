@@ -6,9 +6,10 @@ from safetensors.torch import load_file
 
 from assay.errors import DataError, ModelError, UsageError
 from assay.models import load_model
+from assay.vhack.basis import _extract
 from assay.vhack.checks import read_source_log
 from assay.vhack.delta import ARMS, DEFAULT_ARM
-from assay.vhack.training import read_steps, train
+from assay.vhack.training import _prepare, read_steps, train
 
 
 def lines(folder):
@@ -48,6 +49,14 @@ def test_going_on_from_a_checkpoint_is_the_same_run_bit_by_bit(run, tmp_path):
     (_, *wanted), (_, *found) = lines(tmp_path / "straight"), lines(tmp_path / "stopped")
     assert found == wanted
     assert [record["step"] for record in found if record["kind"] == "step"] == [0, 1, 2, 3]
+
+
+def test_a_run_that_goes_on_reads_its_axes_instead_of_extracting_them(run, tmp_path, monkeypatch):
+    common = {"arm": "erase-gradient", "save_every": 1}
+    run("run", steps=1, **common)
+    for module in (_extract, _prepare):
+        monkeypatch.setattr(module, "pair_gradients", lambda *_, **__: pytest.fail("gradients were computed again"))
+    assert run("run", steps=2, **common).resumed_from == 1
 
 
 def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):

@@ -21,7 +21,8 @@ __all__ = ["MIN_COVERAGE", "Coverage", "check_coverage", "coverage", "target_mod
 MIN_COVERAGE = 0.9
 """Share of the weights that targets must cover unless a caller accepts less."""
 
-_ADAPTER = "lora_"  # matrices of PEFT beside the weights: they are an update, not a part of the model
+# Matrices of PEFT beside the weights, and δS in its parameter lists: an update, not a part of the model.
+_ADAPTER = "lora_"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def coverage(model: "Model | PreTrainedModel") -> Coverage:
     sizes = {
         name if own == "weight" else f"{name}.{own}": parameter.numel()
         for name, part in module.named_modules()
-        if not isinstance(part, nn.Embedding) and part is not head and _ADAPTER not in name
+        if not isinstance(part, nn.Embedding | nn.ParameterList) and part is not head and _ADAPTER not in name
         for own, parameter in part.named_parameters(recurse=False)
         if parameter.ndim > 1
     }

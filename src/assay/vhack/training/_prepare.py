@@ -8,7 +8,7 @@ import torch
 
 from assay.errors import DataError, UsageError
 from assay.models import Model
-from assay.vhack.basis import Basis, pair_gradients
+from assay.vhack.basis import Basis, extract, pair_gradients
 from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_of_kind
 from assay.vhack.environment import Episode
 from assay.vhack.gradients import weight_svd
@@ -33,6 +33,7 @@ class Prepared:
         settings: Settings of the run.
         model: Model that gets an adapter.
         pairs: Pairs that axes come from.
+        earlier: Basis file of the run that is continued: where it is there, its axes are not extracted again.
 
     Attributes:
         arm: Arm that the settings name.
@@ -44,10 +45,10 @@ class Prepared:
         UsageError: The model has no tokenizer.
     """
 
-    def __init__(self, settings: TrainSettings, model: Model, pairs: list[Pair]) -> None:
+    def __init__(self, settings: TrainSettings, model: Model, pairs: list[Pair], earlier: Path | None = None) -> None:
         if model.tokenizer is None:
             raise UsageError(f"{settings.model} has no tokenizer", wanted="a model with one", do="choose another")
-        self.settings, self.model, self.pairs = settings, model, pairs
+        self.settings, self.model, self.pairs, self.earlier = settings, model, pairs, earlier
         self.arm: Arm = settings.chosen
         self.shortcut = Shortcut.fit(model, model.tokenizer, pairs) if self.arm.advantage else None
         self.svd: SVDCache = weight_svd(model)
@@ -105,16 +106,24 @@ class Prepared:
         """Return the axes of the arm, and the true ones where these are others."""
         settings, kind = self.settings, self.arm.basis
         given = Basis.load(settings.basis, self.model).slice(settings.k_use) if load and settings.basis else None
-        if given is not None and kind == "true":
-            return given, None
+        if kind == "true":
+            true = given or extract(
+                self.pairs,
+                self.model,
+                path=self.earlier if load else None,
+                n_heldout=0,
+                top_k=settings.k_use,
+                method=settings.method,
+                svd=self.svd,
+            )
+            return true, None
         gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
 
         def made(kind: str) -> Basis:
             found = basis_of_kind(kind, gradients, top_k=settings.k_use, method=settings.method, seed=settings.seed)
             return found.slice(settings.k_use)
 
-        true = given if given is not None else made("true")
-        return (true, None) if kind == "true" else (made(kind), true)
+        return made(kind), given or made("true")
 
 
 def _inner(settings: TrainSettings, adapter: DeltaS) -> torch.optim.Optimizer:

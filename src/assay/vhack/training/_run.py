@@ -103,7 +103,7 @@ def train(
     if done >= settings.steps and (folder / DELTA).exists():
         return _result(folder, settings, done)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=settings.device)
-    run = Prepared(settings, loaded, pairs if pairs is not None else _pairs(settings))
+    run = Prepared(settings, loaded, pairs if pairs is not None else _pairs(settings), folder / BASIS if done else None)
     try:
         trainer = run.trainer(folder, tasks, trackers, allow_unsandboxed)
         (run.watched or run.axes).save(folder / BASIS)
