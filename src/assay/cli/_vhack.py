@@ -2,17 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from assay.cli import _vhack_check, _vhack_pairs, _vhack_study, _vhack_train
+from assay.cli import _vhack_check, _vhack_pairs, _vhack_report, _vhack_train
 from assay.cli._commands import App, Resumable
-from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag, PairsFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
-from assay.errors import UsageError
+from assay.cli._settings import settings
 
 if TYPE_CHECKING:
+    from assay.cli._vhack_settings import ExtractCommand
     from assay.models import Model
     from assay.vhack import Basis, Pair
 
@@ -20,84 +20,56 @@ __all__ = ["app"]
 
 app = App(help="Directions along which training would learn to cheat.")
 app.add_typer(_vhack_pairs.app, name="pairs")
-app.command("check")(_vhack_check.check)
-app.command("report")(_vhack_study.report)
-app.command("train", cls=Resumable)(_vhack_train.train)
+app.command(epilog="Example: assay vhack check --model reference:qwen3 --pairs generated:48 --html check.html")(
+    _vhack_check.check
+)
+app.command(epilog="Example: assay vhack report runs/*.jsonl -o page.html")(_vhack_report.report)
+app.command(cls=Resumable, epilog="Example: assay vhack train --model reference:organism -o run")(_vhack_train.train)
+
+PASSED = {
+    "n_heldout",
+    "heldout_groups",
+    "top_k",
+    "tau_axis",
+    "method",
+    "rank",
+    "factors",
+    "max_tokens",
+    "checkpointing",
+}
+"""Settings that :func:`assay.vhack.extract` takes as they are."""
 
 
-@app.command()
-def extract(
-    model: ModelFlag,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The basis file to write.")],
-    pairs: PairsFlag = "authored",
-    n_heldout: Annotated[int | None, typer.Option(help="Hold out this many pairs from the end.")] = None,
-    heldout_group: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Hold out this group; may be repeated. Default: the last sixth of the pairs, a third of 30 groups."
-        ),
-    ] = None,
-    top_k: Annotated[int, typer.Option(help="Axes per module.")] = 12,
-    tau_axis: Annotated[float, typer.Option(help="Zero axes whose S_i/S_0 is below this.")] = 0.0,
-    method: Annotated[str, typer.Option(help="lda, mean-diff or svd.")] = "lda",
-    rank: Annotated[int | None, typer.Option(help="Singular directions per matrix; all when left out.")] = None,
-    factors: Annotated[str | None, typer.Option(help="Dtype of U and Vh: float32 or bfloat16.")] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Keep weight decompositions in this directory. On a CPU they are kept in the user's cache directory; "
-            "a GPU computes them faster than it reads them.",
-            envvar="ASSAY_CACHE",
-        ),
-    ] = None,
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Accept a model of whose weights less than 90 % carry δS.")
-    ] = False,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no weight decompositions on disk.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens per batch; chosen from memory when left out.")] = None,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers to save memory.")] = False,
-    dtype: GradientDtypeFlag = None,
-    device: DeviceFlag = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing basis file.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
+@app.command(epilog="Example: assay vhack extract --model reference:qwen3 --pairs generated:48 -o basis.safetensors")
+@settings("assay.cli._vhack_settings:ExtractCommand")
+def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
     """Extract a basis of hack directions and write it to a file."""
     from assay import vhack
     from assay.models import load_model
     from assay.vhack import checks
     from assay.vhack.pairs import find_pairs
 
-    _vhack_check.check_place(output, overwrite=overwrite)
-    if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"--max-tokens {max_tokens}", wanted="at least 1", do="leave it out")
-    chosen = find_pairs(pairs)
-    groups, least = len({pair.group for pair in chosen}), checks.fewest_groups(checks.CheckSettings(method="svd"))
+    _vhack_check.check_place(chosen.output, overwrite=chosen.overwrite)
+    pairs = find_pairs(chosen.pairs)
+    groups, least = len({pair.group for pair in pairs}), checks.fewest_groups(checks.CheckSettings(method="svd"))
     if groups < least:
         typer.echo(
-            f"warning: {len(chosen)} pairs in {groups} groups are too few to show that directions are real; "
+            f"warning: {len(pairs)} pairs in {groups} groups are too few to show that directions are real; "
             f"assay vhack check needs {least} groups, and 20 are better (--pairs generated:48 has 30)",
             err=True,
         )
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
     with progress_bar("decompositions and gradients", "steps") as progress:
         basis = vhack.extract(
-            chosen,
+            pairs,
             loaded,
-            n_heldout=n_heldout,
-            heldout_groups=heldout_group or None,
-            top_k=top_k,
-            tau_axis=tau_axis,
-            method=method,
-            rank=rank,
-            factors=factors,
-            cache=None if no_cache else _cache(cache, loaded),
-            min_coverage=0.0 if allow_partial else vhack.MIN_COVERAGE,
-            max_tokens=max_tokens,
-            checkpointing=checkpointing,
+            **chosen.model_dump(include=PASSED),
+            cache=None if chosen.no_cache else _cache(chosen.cache, loaded),
+            min_coverage=0.0 if chosen.allow_partial else vhack.MIN_COVERAGE,
             progress=progress,
         )
-    basis.save(output)
-    _print(basis, chosen, output, as_json)
+    basis.save(chosen.output)
+    _print(basis, pairs, chosen.output, as_json)
 
 
 def _cache(asked: Path | None, model: "Model") -> Path | None:

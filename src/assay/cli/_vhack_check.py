@@ -1,36 +1,23 @@
-"""``assay vhack check`` and ``assay vhack report``: are hack directions real, and the page that shows it."""
+"""``assay vhack check``: whether hack directions are real."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from assay.cli._flags import DeviceFlag, GradientDtypeFlag, ModelFlag, PairsFlag
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.cli._settings import settings
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
+    from assay.cli._vhack_settings import CheckCommand
     from assay.vhack.checks import CheckReport
 
-__all__ = ["check", "check_place", "check_table", "report"]
+__all__ = ["check", "check_place", "check_table"]
 
 
-def check(
-    context: typer.Context,
-    model: ModelFlag,
-    pairs: PairsFlag = "authored",
-    basis: Annotated[Path | None, typer.Option(help="File of the basis to check; bases are fitted without.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Log of a training run, for check 4.")] = None,
-    method: Annotated[str, typer.Option(help="How bases are fitted without --basis: lda, mean-diff or svd.")] = "lda",
-    k_use: Annotated[int, typer.Option(help="Axes per module.")] = 5,
-    alpha: Annotated[float, typer.Option(help="Highest probability that noise passes a check.")] = 0.05,
-    seed: Annotated[int, typer.Option(help="Seed of all random draws.", min=0)] = 0,
-    dtype: GradientDtypeFlag = None,
-    device: DeviceFlag = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the result as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(help="File for the report page.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
+@settings("assay.cli._vhack_settings:CheckCommand")
+def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = False) -> None:
     """Test hack directions on held-out pairs. Exit code 0 all pass, 1 a check fails, 2 undecided or bad input."""
     from assay.models import load_model
     from assay.reports import dumps, write_atomic
@@ -38,23 +25,25 @@ def check(
     from assay.vhack import checks as vhack_checks
     from assay.vhack.pairs import find_pairs
 
-    settings = vhack_checks.CheckSettings(k_use=k_use, alpha=alpha, seed=seed, method=method)
-    for path in (output, html):
+    rules = vhack_checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
+    for path in (chosen.output, chosen.html):
         check_place(path)
-    found = find_pairs(pairs)
-    entries = vhack_checks.read_source_log(log) if log else None
-    read = Basis.load(basis) if basis else None
-    if few := vhack_checks.too_few_groups(found, settings, read):
+    found = find_pairs(chosen.pairs)
+    entries = vhack_checks.read_source_log(chosen.log) if chosen.log else None
+    read = Basis.load(chosen.basis) if chosen.basis else None
+    if few := vhack_checks.too_few_groups(found, rules, read):
         typer.echo(f"warning: {few}", err=True)
-    loaded = load_model(model, dtype=dtype, device=device)
-    if basis:
-        Basis.load(basis, loaded)  # of these weights
+    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    if chosen.basis:
+        Basis.load(chosen.basis, loaded)  # of these weights
     with progress_bar("decompositions and gradients", "steps") as progress:
-        result = vhack_checks.check(found, loaded, basis=read, settings=settings, log=entries, progress=progress)
-    if output:
-        write_atomic(output, dumps(result.as_dict()) + "\n")
-    if html:
-        vhack_checks.page(result, command=f"assay vhack check --model {model} --pairs {pairs}").write(html)
+        result = vhack_checks.check(found, loaded, basis=read, settings=rules, log=entries, progress=progress)
+    if chosen.output:
+        write_atomic(chosen.output, dumps(result.as_dict()) + "\n")
+    if chosen.html:
+        vhack_checks.page(result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}").write(
+            chosen.html
+        )
     if as_json:
         values = result.as_dict()
         emit_json(values.pop("schema"), values)
@@ -76,24 +65,6 @@ def check_place(path: Path | None, *, overwrite: bool = True) -> None:
         raise UsageError(seen, wanted="a file in a directory that exists", do="create the directory, or name a file")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists", wanted="a new file name", do="choose another, or pass --overwrite")
-
-
-def report(
-    result: Annotated[Path, typer.Argument(help="What `assay vhack check -o` wrote.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")],
-    as_json: JsonFlag = False,
-) -> None:
-    """Draw the page of a check that was made earlier."""
-    from assay.reports import read_json
-    from assay.vhack.checks import CheckReport, page
-
-    read = CheckReport.from_dict(read_json(result))
-    page(read, command=f"assay vhack report {result}").write(output)
-    values = {"path": str(output), "verdict": read.verdict}
-    if as_json:
-        emit_json("assay.vhack.report/1", values)
-    else:
-        table(("", "value"), list(values.items()))
 
 
 def check_table(result: "CheckReport") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -1,22 +1,22 @@
-import inspect
 import json
 from dataclasses import replace
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from assay.cli import _vhack, _vhack_check, _vhack_pairs
+from assay.cli import _vhack_check, _vhack_pairs, _vhack_report
+from assay.cli._commands import App
+from assay.cli._vhack_settings import CheckCommand, ExtractCommand
 from assay.errors import DataError, UsageError
 from assay.vhack import Origin
 from assay.vhack.checks import CheckSettings, check_gradients, fewest_groups
 from assay.vhack.pairs import generate_pairs, read_pairs
 from assay.vhack.training import TrainSettings
 
-app = typer.Typer()
+app = App()
 app.add_typer(_vhack_pairs.app, name="pairs")
 app.command()(_vhack_check.check)
-app.command()(_vhack_check.report)
+app.command()(_vhack_report.report)
 
 
 def called(*arguments):
@@ -101,9 +101,7 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(no_model, monkey
 
 def test_the_default_method_is_that_of_extraction_and_training():
     defaults = [CheckSettings().method, Origin().method, TrainSettings(model="m").method]
-    flags = [
-        inspect.signature(command).parameters["method"].default for command in (_vhack_check.check, _vhack.extract)
-    ]
+    flags = [command.model_fields["method"].default for command in (CheckCommand, ExtractCommand)]
     assert {*defaults, *flags} == {"lda"}
 
 

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli import _vhack_check
 from assay.cli._output import JsonFlag, emit_json, table
 
 if TYPE_CHECKING:
@@ -17,22 +16,30 @@ __all__ = ["report"]
 def report(
     results: Annotated[
         list[Path],
-        typer.Argument(help="What `assay vhack check -o` wrote; or logs of training runs, files or directories."),
+        typer.Argument(
+            help="Result that `assay vhack check -o` wrote; or logs of training runs, as files or directories."
+        ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Page to write.")],
     checks: Annotated[
-        list[Path] | None, typer.Option("--check", help="With logs: show this check, too; may be repeated.")
+        list[Path] | None, typer.Option("--check", help="Check to show beside logs; may be repeated.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Draw the page of a check that was made earlier, or of training runs: rates over steps and the final table."""
-    if len(results) == 1 and results[0].suffix == ".json":
-        _vhack_check.report(results[0], output, as_json)
-        return
+    """Draw the page of an earlier check, or of training runs with their rates over steps and a final table."""
     from assay.reports import read_json
     from assay.research.study import read_logs, study_page, summarise
-    from assay.vhack.checks import CheckReport
+    from assay.vhack.checks import CheckReport, page
 
+    if len(results) == 1 and results[0].suffix == ".json":
+        read = CheckReport.from_dict(read_json(results[0]))
+        page(read, command=f"assay vhack report {results[0]}").write(output)
+        values = {"path": str(output), "verdict": read.verdict}
+        if as_json:
+            emit_json("assay.vhack.report/1", values)
+        else:
+            table(("", "value"), list(values.items()))
+        return
     logs = read_logs(results)
     shown = [CheckReport.from_dict(read_json(path)) for path in checks or ()]
     command = " ".join(["assay vhack report", *(path.name for path in results)])

@@ -1,0 +1,67 @@
+"""Settings of ``assay vhack extract`` and ``check``; what extraction and checks have as defaults comes from them."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from assay.settings import Device, Flag, Settings
+from assay.vhack import Origin
+from assay.vhack.checks import CheckSettings
+
+__all__ = ["CheckCommand", "ExtractCommand"]
+
+_CHECK = CheckSettings()
+
+
+class _Gradients(Settings):
+    """Settings of a command that takes gradients of pairs."""
+
+    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+        description="Model: a directory, a hub id, reference:… or shape:…"
+    )
+    pairs: str = Field(
+        "authored", description="Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
+    )
+    dtype: Annotated[str | None, Flag(variable="ASSAY_DTYPE")] = Field(
+        None, description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."
+    )
+    device: Device = None
+
+
+class ExtractCommand(_Gradients):
+    """Settings of ``assay vhack extract``."""
+
+    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="Basis file to write.")
+    n_heldout: int | None = Field(None, description="Number of pairs at the end to hold out.")
+    heldout_groups: Annotated[tuple[str, ...], Flag(("--heldout-group",))] = Field(
+        (), description="Group to hold out; may be repeated. By default the last sixth, a third of 30 groups or more."
+    )
+    top_k: int = Field(Origin.top_k, description="Axes per module.")
+    tau_axis: float = Field(Origin.tau_axis, description="Share S_i/S_0 below which an axis is set to zero.")
+    method: str = Field(Origin.method, description="Method of extraction: lda, mean-diff or svd.")
+    rank: int | None = Field(None, description="Singular directions per matrix; all by default.")
+    factors: str | None = Field(None, description="Dtype of U and Vh: float32 or bfloat16.")
+    cache: Annotated[Path | None, Flag(variable="ASSAY_CACHE")] = Field(
+        None,
+        description="Directory that keeps decompositions of the weights. On a CPU it is by default the user's cache "
+        "directory; a GPU computes them faster than it reads them.",
+    )
+    no_cache: bool = Field(False, description="Keep no decompositions on disk.")
+    allow_partial: bool = Field(False, description="Accept a model of whose weights less than 90 % carry δS.")
+    max_tokens: int | None = Field(None, ge=1, description="Tokens per batch; by default what fits into memory.")
+    checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
+    overwrite: bool = Field(False, description="Replace an existing basis file.")
+
+
+class CheckCommand(_Gradients):
+    """Settings of ``assay vhack check``."""
+
+    basis: Path | None = Field(None, description="File of the basis to check; without it, bases are fitted.")
+    log: Path | None = Field(None, description="Log of a training run, for check 4.")
+    method: str = Field(_CHECK.method, description="How bases are fitted without --basis: lda, mean-diff or svd.")
+    k_use: int = Field(_CHECK.k_use, ge=1, description="Axes per module.")
+    alpha: float = Field(_CHECK.alpha, description="Highest probability that noise passes a check.")
+    seed: int = Field(_CHECK.seed, ge=0, description="Seed of all random draws.")
+    output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="File for the result as JSON.")
+    html: Path | None = Field(None, description="File for the report page.")
