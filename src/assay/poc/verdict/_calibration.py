@@ -72,7 +72,7 @@ class Calibration:
         stated = {"preset": header.pipeline.name, "checkpoint": header.digest[:12], "output": header.pipeline.noise}
         measured = {"preset": self.preset, "checkpoint": self.digest[:12], "output": self.output}
         _refuse(measured, stated, "than the proof's")
-        if header.fingerprint not in (self.prover, self.validator):
+        if header.fingerprint.id not in (self.prover.id, self.validator.id):
             _refuse_engine((self.prover, self.validator), header.fingerprint, "than the prover's")
 
     def as_dict(self) -> dict[str, Any]:
@@ -138,8 +138,8 @@ def noise_for(header: Header, validator: Fingerprint, calibration: Calibration |
     if calibration is None:
         return default_noise(header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
     calibration.check(header)
-    other = calibration.validator if header.fingerprint == calibration.prover else calibration.prover
-    if validator != other:
+    other = calibration.validator if header.fingerprint.id == calibration.prover.id else calibration.prover
+    if validator.id != other.id:
         _refuse_engine((other,), validator, "than this validator's")
     return calibration.noise
 
