@@ -34,8 +34,8 @@ class ExtractCommand(_Gradients):
 
     output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="Basis file to write.")
     n_heldout: int | None = Field(None, description="Number of pairs at the end to hold out.")
-    heldout_groups: Annotated[tuple[str, ...], Flag(("--heldout-group",))] = Field(
-        (), description="Group to hold out; may be repeated. By default the last sixth, a third of 30 groups or more."
+    heldout_groups: Annotated[tuple[str, ...] | None, Flag(("--heldout-group",))] = Field(
+        None, description="Group to hold out; may be repeated. By default the last sixth, a third of 30 groups or more."
     )
     top_k: int = Field(Origin.top_k, description="Axes per module.")
     tau_axis: float = Field(Origin.tau_axis, description="Share S_i/S_0 below which an axis is set to zero.")
