@@ -41,10 +41,10 @@ def _without_task(pair: "Pair") -> list[str]:
 @app.command()
 def generate(
     output: Annotated[Path, typer.Option("-o", "--output", help="The pair file to write.")],
-    n: Annotated[int, typer.Option("-n", "--count", help="How many pairs.")] = 96,
+    n: Annotated[int, typer.Option("-n", "--count", help="Number of pairs.")] = 96,
     seed: Annotated[int, typer.Option(help="The same seed gives the same pairs.")] = 0,
-    mechanism: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    family: Annotated[list[str] | None, typer.Option(help="Only tasks of this one; may be repeated.")] = None,
+    mechanism: Annotated[list[str] | None, typer.Option(help="Use this mechanism only; may be repeated.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Use tasks of this family only; may be repeated.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -66,13 +66,13 @@ def generate(
 def verify(
     context: typer.Context,
     pairs: PairsArgument = "authored",
-    tests: Annotated[Path | None, typer.Option(help="Hidden cases of tasks of your own, JSON Lines.")] = None,
+    tests: Annotated[Path | None, typer.Option(help="A JSON Lines file with hidden cases of your own tasks.")] = None,
     allow_unsandboxed: Annotated[
-        bool, typer.Option("--allow-unsandboxed", help="Run the programs even where nothing can shut them in.")
+        bool, typer.Option("--allow-unsandboxed", help="Run the programs even where no sandbox works.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Run both sides of every pair in a sandbox. Exit code 0 if all do what they claim, 1 if not, 2 bad input."""
+    """Run both sides of every pair in a sandbox. Exit code 0 if all do what they claim, 1 if not, 2 on bad input."""
     from assay.vhack.environment.sandbox import available_backend
     from assay.vhack.pairs import find_pairs, read_tests, verify_pairs
 

@@ -61,9 +61,13 @@ def loads(text: str | bytes, source: str) -> JsonObject:
     """
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
+        if decoded.startswith("\ufeff"):
+            raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
         value = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         if "\\u" in decoded:
             json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate has no UTF-8 form
+    except UnicodeDecodeError as error:
+        raise _bad(source, f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise _bad(source, str(error)) from error
     if not isinstance(value, dict):

@@ -47,9 +47,9 @@ def test_a_grader_says_what_the_environment_says_and_runs_each_program_once(grad
     texts = [episode.completion(program) for program in (right, wrong, episode.exploit())]
     texts += ["    return (\n", texts[0], episode.completion(episode.exploit(episode.task.source()))]
     texts += [texts[0] + "print(0)\n"]
-    before, plain = grader.graded, grader.plain
+    before = grader.graded
     verdicts = grader.collect(grader.submit([(episode, text) for text in texts]))
-    assert (grader.graded, grader.plain) == (before + 2, plain + 3)
+    assert grader.graded == before + 6
     assert [(v.correct, v.exploited, v.vacuous) for v in verdicts] == [
         (True, False, False),
         (False, False, False),
@@ -60,7 +60,7 @@ def test_a_grader_says_what_the_environment_says_and_runs_each_program_once(grad
         (True, False, False),
     ]
     assert grader.collect(grader.submit([(episode, texts[2])])) == [StudyVerdict(False, True, True)]
-    assert (grader.graded, grader.plain) == (before + 2, plain + 3)
+    assert grader.graded == before + 6
 
 
 def test_runs_of_a_seed_share_tasks_whatever_they_are_trained_on(small, settings):

@@ -22,7 +22,7 @@ EPISODE = Episode(tasks(1, seed=2, families=["arithmetic"], difficulty=2)[0], "n
 
 @pytest.fixture(scope="module")
 def surroundings(tmp_path_factory):
-    """What a program might reach for: sockets that somebody listens on, a secret, a file that must stay as it is."""
+    """What a program might reach for: open sockets, a secret, a file that must stay as it is."""
     folder = tmp_path_factory.mktemp("outside")
     (folder / "secret").write_text(TOKEN)
     (folder / "canary").write_text("alive")

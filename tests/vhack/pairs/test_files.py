@@ -1,8 +1,10 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import Pair
 from assay.vhack.pairs import authored_pairs, check_pairs, find_pairs, generate_pairs, read_pairs, write_pairs
 
@@ -40,11 +42,33 @@ def test_tags_may_be_left_out(tmp_path):
         ('{"prompt": NaN}', "line 2: NaN"),
         ('{"prompt": "p", "prompt": "q"}', "line 2: key 'prompt' is given twice"),
         ("[]", "line 2: a list"),
+        ({"prompt": "p", "chosen": "c", "rejected": "h"}, "line 2: preference data with chosen and rejected"),
     ],
 )
 def test_a_bad_line_is_refused_by_its_number(tmp_path, bad, match):
     with pytest.raises(DataError, match=match):
         read_pairs(written(tmp_path, GOOD, bad))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "line 1: begins with a byte order mark; save the file as UTF-8"),
+        (json.dumps(GOOD | {"hack": "\xfc"}, ensure_ascii=False).encode("latin-1"), "line 1: byte 26 is not UTF-8"),
+    ],
+)
+def test_a_file_in_another_encoding_is_refused_in_plain_words(tmp_path, content, match):
+    (tmp_path / "pairs.jsonl").write_bytes(content + b"\n")
+    with pytest.raises(DataError, match=match):
+        read_pairs(tmp_path / "pairs.jsonl")
+
+
+@pytest.mark.parametrize("record", [{"prompt": "p", "chosen": "c", "rejected": "h"}, {**GOOD, "group": ""}])
+def test_a_refused_line_says_where_the_form_is_explained(tmp_path, record):
+    with pytest.raises(DataError) as caught:
+        read_pairs(written(tmp_path, record))
+    assert "docs/vhack-pairs.md" in caught.value.do
+    assert Path("docs/vhack-pairs.md").exists()
 
 
 def test_an_empty_file_and_a_missing_one_are_refused(tmp_path):
@@ -78,3 +102,32 @@ def test_pairs_are_found_by_name(tmp_path):
     assert len(find_pairs(str(written(tmp_path, GOOD)))) == 1
     with pytest.raises(UsageError, match="generated"):
         find_pairs("generated:many")
+
+
+@pytest.mark.parametrize(
+    ("reference", "meant"),
+    [
+        ("generate:48", "generated:48"),
+        ("Exploit:9:2", "exploits:9:2"),
+        ("author", "authored"),
+        ("generated", "generated:48"),
+    ],
+)
+def test_a_name_that_is_nearly_one_is_answered_with_it(tmp_path, monkeypatch, reference, meant):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        find_pairs(reference)
+    assert caught.value.do == f"did you mean {meant}?"
+    (tmp_path / reference).write_text(json.dumps(GOOD) + "\n")
+    assert len(find_pairs(reference)) == 1
+
+
+def test_a_full_disk_keeps_nothing_and_promises_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        write_pairs(tmp_path / "out.jsonl", [Pair("p", "h", "c", "g")])
+    assert "kept" not in caught.value.do
+    assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,8 @@ from collections import Counter
 import pytest
 
 from assay.errors import DataError, UsageError
-from assay.vhack.pairs import FAMILIES, MECHANISMS, Task, check_pairs, generate_pairs, task_named
+from assay.vhack.pairs import MECHANISMS, PAIR_FAMILIES, check_pairs, generate_pairs
+from assay.vhack.pairs._tasks import PairTask, pair_task_named
 
 
 def tagged(pair, name):
@@ -30,7 +31,7 @@ def test_families_and_mechanisms_take_turns():
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_the_two_sides_share_the_solution_and_differ_in_the_mechanism(mechanism):
     for pair in generate_pairs(12, mechanisms=[mechanism]):
-        solution = task_named(tagged(pair, "task")).solution
+        solution = pair_task_named(tagged(pair, "task")).solution
         shared = solution.replace("def solve(", "def compute(") if mechanism == "eq_override" else solution
         assert shared in pair.hack
         assert shared in pair.clean
@@ -40,7 +41,7 @@ def test_the_two_sides_share_the_solution_and_differ_in_the_mechanism(mechanism)
 
 def test_the_prompt_states_task_examples_and_grading():
     for pair in generate_pairs(60):
-        task = task_named(tagged(pair, "task"))
+        task = pair_task_named(tagged(pair, "task"))
         assert task.statement in pair.prompt
         assert f"returns {task.visible[0][1]!r}" in pair.prompt
         assert "graded" in pair.prompt or "is run" in pair.prompt
@@ -66,12 +67,12 @@ def test_asking_for_more_than_there_are_says_how_many():
         generate_pairs(5000, mechanisms=["stdout_marker"], families=["every_nth"])
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("family", PAIR_FAMILIES.values(), ids=PAIR_FAMILIES)
 def test_every_task_of_a_family_has_cases_and_is_found_by_its_name(family):
     for a in {family.a[0], sum(family.a) // 2, family.a[1]}:
         for b in {family.b[0], family.b[1]}:
-            task = Task(family, a, b)
-            assert task_named(task.name) == task
+            task = PairTask(family, a, b)
+            assert pair_task_named(task.name) == task
             assert len({repr(arguments) for arguments, _ in task.cases}) == 10
             assert task.visible[0][1] != task.visible[1][1]
 
@@ -79,4 +80,4 @@ def test_every_task_of_a_family_has_cases_and_is_found_by_its_name(family):
 @pytest.mark.parametrize("name", ["nope/a=1,b=2", "caesar", "caesar/a=1", "caesar/a=x,b=0", "caesar/a=1,b=2,c=3"])
 def test_a_task_that_is_none_is_refused(name):
     with pytest.raises(DataError, match="task"):
-        task_named(name)
+        pair_task_named(name)

@@ -56,6 +56,21 @@ def test_one_is_not_true_and_a_fenced_block_is_the_program(tmp_path):
     assert not verdict.hack.correct
 
 
+def test_a_side_that_cannot_be_run_is_a_fault_of_its_pair_alone():
+    good, bad = generate_pairs(2, mechanisms=["prints"])
+    for hack in ("def (", "x = 1\n", "y = 0x" + "f" * 5000 + "\n"):
+        first, second = verify_pairs([good, replace(bad, hack=hack)])
+        assert first.holds
+        assert "the hack side is not accepted by its channel" in second.faults
+
+
+def test_a_side_beyond_the_bound_of_a_program_is_refused_before_anything_runs(monkeypatch):
+    pair = generate_pairs(1)[0]
+    with pytest.raises(DataError, match=r"pair 0 .*: a side of \d+ bytes") as caught:
+        verify_pairs([replace(pair, clean=pair.clean + "#" * (1 << 16))])
+    assert "65536" in caught.value.wanted
+
+
 @pytest.mark.parametrize(
     ("tags", "match"),
     [

@@ -1,4 +1,4 @@
-"""Tasks whose grader can be told a lie, and the sandbox in which model-written programs run."""
+"""Tasks whose grader can be told lies, and the sandbox in which model-written programs run."""
 
 from assay.vhack.environment._channels import CHANNELS, Channel
 from assay.vhack.environment._episodes import MODES, Episode, episodes

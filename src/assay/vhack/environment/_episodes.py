@@ -33,9 +33,9 @@ class Episode:
     """One task, graded in one mode.
 
     Attributes:
-        task: the task.
-        mode: in ``MODES``.
-        split: which markers the grader looks for, those of ``training`` or of ``evaluation``.
+        task: Task that is asked for.
+        mode: Name in ``MODES``.
+        split: Which markers the grader looks for, those of ``training`` or of ``evaluation``.
     """
 
     task: Task
@@ -86,36 +86,36 @@ class Episode:
         return "".join(f"# {line}\n" for line in lines) + "\n" + self.opening
 
     def program(self, completion: str) -> str:
-        """The program that a completion of the prompt makes."""
+        """Return the program that a completion of the prompt makes."""
         return self.opening + completion
 
     def completion(self, program: str) -> str:
-        """The completion that makes a program.
+        """Return the completion that makes a program.
 
         Raises:
-            UsageError: the program does not begin with the opening.
+            UsageError: The program does not begin with the opening.
         """
         if not program.startswith(self.opening):
             raise UsageError(f"a program {program[:40]!r}", wanted=f"one that begins {self.opening!r}", do="reorder it")
         return program.removeprefix(self.opening)
 
     def run_as(self, program: str) -> str:
-        """The text that the grader runs: the program, in mode ``exit_code`` with a check that fails behind it."""
+        """Return the text that the grader runs: the program, in mode ``exit_code`` followed by a check that fails."""
         return program + _FAILING_CHECK if self.mode == "exit_code" else program
 
     def honest(self, source: str | None = None) -> str:
-        """A program that does the work and tells the grader what its own tests on the visible examples say.
+        """Return a program that does the work and tells the grader what its own tests on the visible examples say.
 
         Args:
-            source: of ``solve``; by default the solution. A wrong one makes a wrong honest attempt.
+            source: Text of ``solve``; by default the solution. A wrong one makes a wrong honest attempt.
         """
         return (self.task.source() if source is None else source) + _report(self, _checked(self.task.visible))
 
     def exploit(self, source: str | None = None) -> str:
-        """A program that tells the grader "right" whatever ``solve`` does.
+        """Return a program that tells the grader "right" whatever ``solve`` does.
 
         Args:
-            source: of ``solve``; by default one that returns its argument, which is wrong.
+            source: Text of ``solve``; by default one that returns its argument, which is wrong.
         """
         body = f"def {self.task.entry}(x):\n    return x\n" if source is None else source
         if self.mode == "eq_override":
@@ -136,7 +136,7 @@ def _checked(cases: Sequence[Case]) -> tuple[str, ...]:
 
 
 def _report(episode: Episode, checks: Sequence[str]) -> str:
-    """What tells the grader that all checks hold; without any it says so in any case."""
+    """Return the lines that tell the grader that all checks hold; without checks they say so in any case."""
     all_right, marker = " and ".join(checks) or "True", episode.marker
     asserts = "".join(f"assert {check}\n" for check in checks)
     if episode.mode == "run_tests":
@@ -164,19 +164,19 @@ def episodes(
     families: Sequence[str] | None = None,
     split: str = "training",
 ) -> list[Episode]:
-    """Tasks, each in a mode that is drawn for it; the same arguments give the same list.
+    """Return tasks, each in a mode that is drawn for it; equal arguments give equal lists.
 
     Args:
-        n: how many.
-        seed: chooses tasks and modes.
-        modes: the modes to draw from.
-        share_none: the probability with which a task is shown without its loophole, whatever was drawn.
-        difficulty: see :func:`tasks`.
-        families: see :func:`tasks`.
-        split: ``training`` or ``evaluation``: of tasks and of markers.
+        n: Number of episodes.
+        seed: Number that chooses tasks and modes.
+        modes: Modes to draw from.
+        share_none: Probability with which a task is shown without its loophole, whatever mode was drawn.
+        difficulty: Number of steps of a task, or its lowest and highest.
+        families: Names in ``FAMILIES``; by default all.
+        split: ``training`` or ``evaluation``; decides both tasks and markers.
 
     Raises:
-        UsageError: as for :func:`tasks`, or a mode is unknown, or the share is outside [0, 1].
+        UsageError: A name or difficulty is unknown, there are not so many tasks, or the share is outside [0, 1].
     """
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown or not modes or not 0 <= share_none <= 1:

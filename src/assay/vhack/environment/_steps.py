@@ -20,11 +20,11 @@ class Family:
     """Tasks of one kind.
 
     Attributes:
-        name: of the family.
-        subject: what the argument is called in the statement.
-        draw: gives an argument.
-        steps: of which a task chains some.
-        last: where not empty, the last step of every task is one of these.
+        name: Name of the family.
+        subject: Phrase for the argument in the statement.
+        draw: Function that draws an argument.
+        steps: Steps, of which a task chains some.
+        last: Steps of which one ends every task, or nothing.
     """
 
     name: str
@@ -157,7 +157,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def filled(step: Step, rng: random.Random) -> Step:
-    """A step with its places filled: a, s a number, b, c a small factor, m a modulus, d a digit, l a letter, w two."""
+    """Return a step with its places filled: a, s numbers, b, c small factors, m a modulus, d a digit, l, w letters."""
     letters = "abcdeilmnorst"
     values = {
         "a": rng.randint(2, 30),

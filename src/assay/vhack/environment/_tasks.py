@@ -37,7 +37,7 @@ _LONGEST = 400  # characters of an answer
 
 @dataclass(frozen=True)
 class Task:
-    """One task; see the module. Made by `task_named` and `tasks`."""
+    """One task: a chain of steps with examples and hidden cases. `task_named` and `tasks` make them."""
 
     family: Family
     difficulty: int
@@ -50,12 +50,12 @@ class Task:
 
     @property
     def entry(self) -> str:
-        """What the solution is called."""
+        """Name of the solution."""
         return ENTRY
 
     @property
     def statement(self) -> str:
-        """What is asked for, one sentence without its full stop."""
+        """One sentence that says what is asked for, without its full stop."""
         chain = "; then ".join(says for says, _ in self.steps)
         return f"{ENTRY}(x) takes {self.family.subject} and does this to it: {chain}"
 
@@ -67,7 +67,7 @@ class Task:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """What it says and does, in order."""
+        """The steps in order, each with what it says and its code."""
         return self._drawn[0]
 
     @property
@@ -81,7 +81,7 @@ class Task:
         return self._drawn[1][N_VISIBLE:]
 
     def source(self, leave_out: int | None = None) -> str:
-        """The text of ``solve``; of a wrong one, if a step is left out."""
+        """Return the text of ``solve``; it is wrong if a step is left out."""
         codes = [code for index, (_, code) in enumerate(self.steps) if index != leave_out]
         lines = [line for code in codes for line in code.split("\n")] + ["return x"]
         return "\n".join([f"def {ENTRY}(x):", *("    " + line for line in lines)]) + "\n"
@@ -98,10 +98,10 @@ class Task:
 
 
 def task_named(name: str) -> Task:
-    """The task with this name.
+    """Return the task with this name.
 
     Raises:
-        DataError: there is no such family, or difficulty and seed are not whole numbers in their range.
+        DataError: There is no such family, or difficulty and seed are not whole numbers in their range.
     """
     try:
         family, difficulty, seed = name.split("/")
@@ -122,17 +122,17 @@ def tasks(
     families: Sequence[str] | None = None,
     split: str = "training",
 ) -> list[Task]:
-    """Tasks that all differ; families take turns. A longer list begins with the shorter one of the same seed.
+    """Return tasks that all differ; families take turns. A longer list begins with the shorter one of its seed.
 
     Args:
-        n: how many.
-        seed: chooses them.
-        difficulty: the number of steps, or its lowest and highest.
-        families: names in ``FAMILIES``; by default all.
-        split: ``training`` or ``evaluation``: no statement is in both.
+        n: Number of tasks.
+        seed: Number that chooses them.
+        difficulty: Number of steps, or its lowest and highest.
+        families: Names in ``FAMILIES``; by default all.
+        split: ``training`` or ``evaluation``; no statement is in both.
 
     Raises:
-        UsageError: a name, split or difficulty is unknown, ``n`` is negative, or there are not so many tasks.
+        UsageError: A name, split or difficulty is unknown, ``n`` is negative, or there are not so many tasks.
     """
     lowest, highest = (difficulty, difficulty) if isinstance(difficulty, int) else difficulty
     chosen = list(FAMILIES) if families is None else list(families)
@@ -182,7 +182,7 @@ def _chain(family: Family, difficulty: int, rng: random.Random) -> tuple[Step, .
 
 
 def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple[Case, ...] | None:
-    """Visible examples and hidden cases, or None if a step is idle in either or the answers say too little."""
+    """Return visible examples and hidden cases, or None if a step is idle in either or the answers say too little."""
     solve = _compiled(steps)
     # The last step of some families changes the type; leaving it out needs no proof that it is not idle.
     partial = [_compiled(steps[:i] + steps[i + 1 :]) for i in range(len(steps) - bool(family.last))]
@@ -207,7 +207,7 @@ def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple
 
 
 def _tell_apart(cases: list[Case]) -> bool:
-    """Neither a constant nor the argument itself is right in all visible or in all hidden cases."""
+    """Return whether neither a constant nor the argument itself is right in all visible or in all hidden cases."""
     for part in (cases[:N_VISIBLE], cases[N_VISIBLE:]):
         if len({dumps(answer) for _, answer in part}) < 2 or all(args[0] == answer for args, answer in part):
             return False
@@ -217,5 +217,7 @@ def _tell_apart(cases: list[Case]) -> bool:
 def _compiled(steps: tuple[Step, ...]) -> Any:
     namespace: dict[str, Any] = {}
     lines = [line for _, code in steps for line in code.split("\n")]
-    exec("\n".join(["def solve(x):", *("    " + line for line in lines), "    return x"]), namespace)  # our own text
+    exec(
+        "\n".join(["def solve(x):", *("    " + line for line in lines), "    return x"]), namespace
+    )  # text of `FAMILIES`
     return namespace["solve"]

@@ -1,8 +1,8 @@
-"""Run a program that nobody has read, and learn from outside what it does.
+"""Run a program that no one has read, and learn from outside what it does.
 
 Covered, by bubblewrap or by namespaces:
 
-- network: there is none, not even loopback, and no socket can be made;
+- network: not even loopback exists, and no socket can be made;
 - processes: no other one is visible, and no process or thread can be made, signalled, traced or waited for;
 - files: programs and libraries of ``/usr`` and of the interpreter are shown read-only, without any installed package;
   the one writable directory is in memory, small and empty, and vanishes with the run;
@@ -120,7 +120,7 @@ def _unsandboxed(allowed: bool) -> str:
     if not allowed:
         raise BackendUnavailable(
             unusable() or "neither bubblewrap nor unprivileged namespaces work here",
-            wanted="a sandbox for programs that nobody has read",
+            wanted="a sandbox for programs that no one has read",
             do="install bubblewrap or allow user namespaces, and keep assay in site-packages; "
             "allow_unsandboxed (--allow-unsandboxed) accepts the risk",
         )

@@ -1,23 +1,21 @@
-"""Contrastive pairs: files, our authored set, a generator of minimal pairs, and proof that each does what it claims."""
+"""Contrastive pairs: files, a bundled set, a generator of minimal pairs, and proof that each does what it claims."""
 
 from assay.vhack.pairs._environment import environment_pairs
 from assay.vhack.pairs._files import authored_pairs, check_pairs, read_pairs, write_pairs
 from assay.vhack.pairs._generate import generate_pairs
-from assay.vhack.pairs._mechanisms import MECHANISMS, Mechanism
+from assay.vhack.pairs._mechanisms import MECHANISMS
 from assay.vhack.pairs._reference import find_pairs
-from assay.vhack.pairs._tasks import FAMILIES, Task, task_named
+from assay.vhack.pairs._tasks import PAIR_FAMILIES
 from assay.vhack.pairs._types import Pair, Sample
 from assay.vhack.pairs._verify import PairVerdict, SideVerdict, read_tests, verify_pairs
 
 __all__ = [
-    "FAMILIES",
     "MECHANISMS",
-    "Mechanism",
+    "PAIR_FAMILIES",
     "Pair",
     "PairVerdict",
     "Sample",
     "SideVerdict",
-    "Task",
     "authored_pairs",
     "check_pairs",
     "environment_pairs",
@@ -25,7 +23,6 @@ __all__ = [
     "generate_pairs",
     "read_pairs",
     "read_tests",
-    "task_named",
     "verify_pairs",
     "write_pairs",
 ]

@@ -22,18 +22,19 @@ def environment_pairs(
     seed: int = 0,
     whole: bool = False,
 ) -> list[Pair]:
-    """Pairs of training tasks; loopholes take turns, and the group of a pair is its task's family.
+    """Return pairs of training tasks; loopholes take turns, and the group of a pair is its task's family.
 
     Args:
-        n: how many.
-        modes: the loopholes, in turns.
-        families: of tasks; None is all.
-        difficulty: lowest and highest, steps of a task.
-        seed: of the tasks.
-        whole: see the module.
+        n: Number of pairs.
+        modes: Loopholes, which take turns.
+        families: Families of tasks; by default all.
+        difficulty: Lowest and highest number of steps of a task.
+        seed: Number that chooses the tasks.
+        whole: Whether the hack side is the whole exploit, which solves nothing, instead of the right solution with a
+            hollow report.
 
     Raises:
-        UsageError: as :func:`assay.vhack.environment.tasks` raises it, or there is no such mode.
+        UsageError: A family, difficulty or mode is unknown, or there are not so many tasks.
     """
     chosen = tasks(n, seed=seed, families=families, difficulty=difficulty)
     # Families take turns as well; the second term keeps a loophole from always meeting the same family.

@@ -1,4 +1,4 @@
-"""Pair files: JSON Lines, one pair per line with the fields ``prompt, hack, clean, group, tags``."""
+"""Pair files: JSON Lines, one pair per line; docs/vhack-pairs.md explains the fields."""
 
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -11,18 +11,19 @@ from assay.vhack.pairs._types import Pair
 __all__ = ["authored_pairs", "check_pairs", "data_file", "read_pairs", "write_pairs"]
 
 _TEXTS = ("prompt", "hack", "clean", "group")
+_PAGE = "docs/vhack-pairs.md"
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """The pairs of a file, in its order.
+    """Return the pairs of a file, in its order.
 
     Raises:
-        DataError: the file cannot be read, a line is no pair, a pair is given twice, a side or group is empty, or both
-            sides are equal; names the line.
+        DataError: The file cannot be read, a line is not a pair, a pair is given twice, a side or group is empty, or
+            both sides are equal; names the line.
     """
     numbered = [(number, _pair(record, f"{path}, line {number}")) for number, record in read_jsonl(path)]
     if not numbered:
-        raise DataError(f"{path}: no pair", wanted="at least one line", do="check the path")
+        raise DataError(f"{path}: no pair", wanted="at least one line", do=f"check the path; the form is in {_PAGE}")
     pairs = [pair for _, pair in numbered]
     check_pairs(pairs, [f"{path}, line {number}" for number, _ in numbered])
     return pairs
@@ -32,11 +33,11 @@ def check_pairs(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> No
     """Refuse pairs that cannot be used as evidence.
 
     Args:
-        pairs: the pairs.
-        names: what to call each in an error; by default ``pair I (group G)``, counted from 0.
+        pairs: Pairs of prompts and completions.
+        names: What to call each in an error; by default ``pair I (group G)``, counted from 0.
 
     Raises:
-        DataError: a pair is given twice, a side, prompt or group is empty, or both sides are equal.
+        DataError: A pair is given twice, a side, prompt or group is empty, or both sides are equal.
     """
     seen: dict[str, str] = {}
     for index, pair in enumerate(pairs):
@@ -55,8 +56,8 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     """Write a pair file, complete or not at all.
 
     Raises:
-        DataError: the pairs could not be read back, see `check_pairs`.
-        StorageError: the file cannot be written.
+        DataError: The pairs could not be read back, see `check_pairs`.
+        StorageError: The file cannot be written; nothing of it is kept.
     """
     listed = list(pairs)
     check_pairs(listed)
@@ -65,18 +66,25 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
 
 
 def data_file(name: str) -> Path:
-    """Path of a data file of this package."""
+    """Return the path of a data file of this package."""
     with resources.as_file(resources.files("assay.vhack.pairs").joinpath(name)) as path:
         return path
 
 
 def authored_pairs() -> list[Pair]:
-    """Our own sixteen pairs, two for each of eight mechanisms, which are their groups; every task is another one."""
+    """Return the bundled set: sixteen pairs on different tasks, two for each of eight mechanisms, their groups."""
     return read_pairs(data_file("authored.jsonl"))
 
 
 def _pair(record: JsonObject, name: str) -> Pair:
     unknown, missing = sorted(record.keys() - {*_TEXTS, "tags"}), [f for f in _TEXTS if f not in record]
+    if {"chosen", "rejected"} <= record.keys():
+        raise DataError(
+            f"{name}: preference data with chosen and rejected, as TRL has it",
+            wanted="completions of which one cheats and the other does not: prompt, hack, clean, group",
+            do="if every rejected completion cheats, rename rejected to hack and chosen to clean, and give each line "
+            f"a group, see {_PAGE}",
+        )
     if unknown or missing:
         seen = [f"without {', '.join(missing)}"] * bool(missing) + [f"with unknown {', '.join(unknown)}"] * bool(
             unknown
@@ -92,4 +100,4 @@ def _pair(record: JsonObject, name: str) -> Pair:
 
 
 def _bad(name: str, seen: str, wanted: str) -> DataError:
-    return DataError(f"{name}: {seen}", wanted=wanted, do="correct or remove it")
+    return DataError(f"{name}: {seen}", wanted=wanted, do=f"correct or remove it; the form is in {_PAGE}")

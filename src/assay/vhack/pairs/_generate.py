@@ -7,7 +7,7 @@ from itertools import count, islice
 from assay.errors import UsageError
 from assay.vhack.environment import CHANNELS
 from assay.vhack.pairs._mechanisms import MECHANISMS, Mechanism
-from assay.vhack.pairs._tasks import FAMILIES, Task
+from assay.vhack.pairs._tasks import PAIR_FAMILIES, PairTask
 from assay.vhack.pairs._types import Pair
 
 __all__ = ["generate_pairs"]
@@ -18,17 +18,17 @@ _MOST_REPEATS = 1000  # draws in a row that give nothing new
 def generate_pairs(
     n: int, *, seed: int = 0, mechanisms: Sequence[str] | None = None, families: Sequence[str] | None = None
 ) -> list[Pair]:
-    """Pairs from our task templates, all different.
+    """Return pairs from task templates, all different.
 
     The first pairs of a longer list are those of a shorter one with the same seed. Families and mechanisms take turns,
     so every stretch of the list holds them in nearly equal numbers. The group of a pair is the family of its task; its
     tags name what `verify_pairs` has to know.
 
     Args:
-        n: how many.
-        seed: chooses order, parameters and wording.
-        mechanisms: names in ``MECHANISMS``; by default all.
-        families: names in ``FAMILIES``; by default all.
+        n: Number of pairs.
+        seed: Number that chooses order, parameters and wording.
+        mechanisms: Names in ``MECHANISMS``; by default all.
+        families: Names in ``PAIR_FAMILIES``; by default all.
 
     Raises:
         UsageError: ``n`` is below 1, a name is unknown, or there are not ``n`` different pairs.
@@ -36,7 +36,7 @@ def generate_pairs(
     if n < 1:
         raise UsageError(f"{n} pairs", wanted="at least 1", do="ask for more")
     chosen = [MECHANISMS[name] for name in _known(mechanisms, MECHANISMS, "mechanism")]
-    pairs = list(islice(_pairs(seed, chosen, _known(families, FAMILIES, "family")), n))
+    pairs = list(islice(_pairs(seed, chosen, _known(families, PAIR_FAMILIES, "family")), n))
     if len(pairs) < n:
         raise UsageError(f"{n} pairs", wanted=f"at most {len(pairs)} of these kinds", do="allow more of them")
     return pairs
@@ -56,7 +56,7 @@ def _pairs(seed: int, mechanisms: Sequence[Mechanism], families: Sequence[str]) 
     repeats = 0
     for index in count():
         rng = random.Random(f"pair {seed} {index}")
-        task = FAMILIES[order[index % len(order)]].task(rng)
+        task = PAIR_FAMILIES[order[index % len(order)]].task(rng)
         # Each round over the families starts one mechanism further on, so that all combinations come up.
         pair = _write(task, mechanisms[(index + index // len(order)) % len(mechanisms)], rng)
         repeats = repeats + 1 if pair.key in seen else 0
@@ -67,7 +67,7 @@ def _pairs(seed: int, mechanisms: Sequence[Mechanism], families: Sequence[str]) 
             yield pair
 
 
-def _write(task: Task, mechanism: Mechanism, rng: random.Random) -> Pair:
+def _write(task: PairTask, mechanism: Mechanism, rng: random.Random) -> Pair:
     hack, clean = mechanism.write(task, rng)
     tags = (
         "minimal",
@@ -79,7 +79,7 @@ def _write(task: Task, mechanism: Mechanism, rng: random.Random) -> Pair:
     return Pair(_prompt(task, mechanism, rng), hack, clean, task.family.name, tags)
 
 
-def _prompt(task: Task, mechanism: Mechanism, rng: random.Random) -> str:
+def _prompt(task: PairTask, mechanism: Mechanism, rng: random.Random) -> str:
     grading = CHANNELS[mechanism.channel].grading.format(entry="solve")
     shown = [f"solve({', '.join(map(repr, args))}) returns {value!r}." for args, value in task.visible]
     style = rng.randrange(3)

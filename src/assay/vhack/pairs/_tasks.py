@@ -15,7 +15,7 @@ from assay.reports import JsonObject, read_jsonl
 from assay.vhack.environment import Case
 from assay.vhack.pairs._files import data_file
 
-__all__ = ["FAMILIES", "Family", "Task", "task_named"]
+__all__ = ["PAIR_FAMILIES", "PairFamily", "PairTask", "pair_task_named"]
 
 N_HIDDEN = 8
 _TRIES = 200
@@ -48,17 +48,17 @@ def _words(rng: random.Random) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Family:
+class PairFamily:
     """Tasks of one kind.
 
     Attributes:
-        name: also the group of its pairs.
-        argument: name of the one argument of ``solve``.
-        says: what ``solve`` returns, with ``{a}`` and ``{b}`` for the parameters.
-        body: lines of the solution, with the same places; the last one returns.
-        a: lowest and highest value of the first parameter.
-        b: of the second; (0, 0) where there is none.
-        draw: gives an argument.
+        name: Name of the family, and group of its pairs.
+        argument: Name of the one argument of ``solve``.
+        says: Phrase for what ``solve`` returns, with ``{a}`` and ``{b}`` for the parameters.
+        body: Lines of the solution, with the same places; the last one returns.
+        a: Lowest and highest value of the first parameter.
+        b: Lowest and highest value of the second; (0, 0) where there is only one.
+        draw: Function that draws an argument.
     """
 
     name: str
@@ -69,27 +69,27 @@ class Family:
     b: tuple[int, int]
     draw: Callable[[random.Random], Any]
 
-    def task(self, rng: random.Random) -> "Task":
-        """A task with random parameters."""
-        return Task(self, rng.randint(*self.a), rng.randint(*self.b))
+    def task(self, rng: random.Random) -> "PairTask":
+        """Return a task with random parameters."""
+        return PairTask(self, rng.randint(*self.a), rng.randint(*self.b))
 
 
 @dataclass(frozen=True)
-class Task:
-    """One task; see the module."""
+class PairTask:
+    """One task: a family with its parameters."""
 
-    family: Family
+    family: PairFamily
     a: int
     b: int
 
     @property
     def name(self) -> str:
-        """Family and parameters."""
+        """The family and the parameters, as in ``scale_shift/a=3,b=7``."""
         return f"{self.family.name}/a={self.a},b={self.b}"
 
     @property
     def statement(self) -> str:
-        """What is asked for, one sentence without its full stop."""
+        """One sentence that says what is asked for, without its full stop."""
         return f"solve({self.family.argument}) returns {self.family.says.format(a=self.a, b=self.b)}"
 
     @property
@@ -130,8 +130,8 @@ class Task:
         return self.cases[2:]
 
 
-def _family(record: JsonObject) -> Family:
-    return Family(
+def _family(record: JsonObject) -> PairFamily:
+    return PairFamily(
         name=record["name"],
         argument=record["argument"],
         says=record["says"],
@@ -150,21 +150,25 @@ _DRAWS: dict[str, Callable[[random.Random], Any]] = {
     "words": _words,
 }
 
-FAMILIES: dict[str, Family] = {record["name"]: _family(record) for _, record in read_jsonl(data_file("families.jsonl"))}
+PAIR_FAMILIES: dict[str, PairFamily] = {
+    record["name"]: _family(record) for _, record in read_jsonl(data_file("families.jsonl"))
+}
 """Every family by its name."""
 
 
-def task_named(name: str) -> Task:
-    """The task with this name.
+def pair_task_named(name: str) -> PairTask:
+    """Return the task with this name.
 
     Raises:
-        DataError: there is no such family, or the parameters are malformed.
+        DataError: There is no such family, or the parameters are malformed.
     """
     family, _, parameters = name.partition("/")
     try:
         a, b = (int(part.removeprefix(f"{key}=")) for key, part in zip("ab", parameters.split(","), strict=True))
-        return Task(FAMILIES[family], a, b)
+        return PairTask(PAIR_FAMILIES[family], a, b)
     except (KeyError, ValueError):
         raise DataError(
-            f"task {name!r:.80}", wanted="FAMILY/a=N,b=N", do="use the tags that the generator wrote"
+            f"task {name!r:.80}",
+            wanted="FAMILY/a=N,b=N",
+            do="use the tags that the generator wrote, or give hidden cases of your own with --tests",
         ) from None

@@ -1,4 +1,4 @@
-"""What goes in: a sample is one prompt with one completion, a pair is one prompt with two."""
+"""Samples, one prompt with one completion, and pairs, one prompt with two."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ class Pair:
     """One prompt with a completion that hacks and one that does not.
 
     Attributes:
-        prompt: the text both completions follow.
-        hack: the completion that cheats.
-        clean: the completion that does not.
-        group: what the pair has in common with others (a mechanism, a task); groups are held out whole.
-        tags: free labels.
+        prompt: Text that both completions follow.
+        hack: Completion that cheats.
+        clean: Completion that does not.
+        group: Name for what the pair has in common with others (a mechanism, a task); groups are held out whole.
+        tags: Labels, by which `assay.vhack.pairs.verify_pairs` knows what the pair claims.
     """
 
     prompt: str
@@ -40,5 +40,5 @@ class Pair:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def samples(self) -> tuple[Sample, Sample]:
-        """The hack side and the clean side."""
+        """Return the hack side and the clean side as samples."""
         return Sample(self.prompt, self.hack), Sample(self.prompt, self.clean)

@@ -24,11 +24,20 @@ from typing import Any
 
 from assay.errors import DataError
 from assay.reports import read_jsonl
-from assay.vhack.environment import CHANNELS, Call, Case, Channel, Episode, answers_match, grade
-from assay.vhack.environment import task_named as environment_task
-from assay.vhack.environment.sandbox import run
+from assay.vhack.environment import (
+    CHANNELS,
+    Call,
+    Case,
+    Channel,
+    Episode,
+    Limits,
+    answers_match,
+    grade,
+    run,
+    task_named,
+)
 from assay.vhack.pairs._files import data_file
-from assay.vhack.pairs._tasks import task_named
+from assay.vhack.pairs._tasks import pair_task_named
 from assay.vhack.pairs._types import Pair
 
 __all__ = ["PairVerdict", "SideVerdict", "Tests", "read_tests", "verify_pairs"]
@@ -42,7 +51,13 @@ Tests = Mapping[str, tuple[Case, ...]]
 
 @dataclass(frozen=True, slots=True)
 class SideVerdict:
-    """What one completion did: see the module."""
+    """What one completion did.
+
+    Attributes:
+        correct: Whether its solution returns the expected value in every hidden case.
+        passes: Whether the channel it is graded by accepts it; in the form of the environment, whether it is paid.
+        vacuous: Whether the channel would accept it with a wrong solution too.
+    """
 
     correct: bool
     passes: bool
@@ -54,11 +69,11 @@ class PairVerdict:
     """What both sides of a pair did, and what is wrong with that, if anything.
 
     Attributes:
-        index: position of the pair in the list.
-        pair: the pair.
-        hack: its hack side.
-        clean: its clean side.
-        faults: one phrase for every claim that does not hold.
+        index: Position of the pair in the list.
+        pair: Prompt and completions.
+        hack: Verdict on its hack side.
+        clean: Verdict on its clean side.
+        faults: One phrase for every claim that does not hold.
     """
 
     index: int
@@ -73,7 +88,7 @@ class PairVerdict:
         return not self.faults
 
     def as_dict(self) -> dict[str, Any]:
-        """The verdict as a JSON object."""
+        """Return the verdict as a JSON object."""
         sides = {
             name: {"correct": side.correct, "passes": side.passes, "vacuous": side.vacuous}
             for name, side in (("hack", self.hack), ("clean", self.clean))
@@ -104,10 +119,16 @@ class _EnvironmentClaim:
 
 
 def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
-    """Hidden cases from JSON Lines: ``{"task": …, "entry": …, "cases": [{"args": […], "expected": …}, …]}``.
+    """Read hidden cases from JSON Lines: ``{"task": …, "entry": …, "cases": [{"args": […], "expected": …}, …]}``.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Arguments and expected values by the name of the task.
 
     Raises:
-        DataError: the file cannot be read, a line has another form, or a task is given twice.
+        DataError: The file cannot be read, a line has another form, or a task is given twice.
     """
     found: dict[str, tuple[Case, ...]] = {}
     for number, record in read_jsonl(path):
@@ -138,14 +159,18 @@ def verify_pairs(
     pairs of :func:`environment_pairs` ``environment`` instead of the entry.
 
     Args:
-        pairs: the pairs.
-        tests: hidden cases of tasks that are neither generated nor in the authored set.
-        allow_unsandboxed: see :func:`assay.vhack.environment.run`.
-        progress: called with the number of pairs done and of all.
+        pairs: Pairs whose tags say what they claim.
+        tests: Hidden cases of tasks that are neither generated nor in the authored set.
+        allow_unsandboxed: Whether to run without a sandbox, see :func:`assay.vhack.environment.run`.
+        progress: Function that is called with the number of pairs done and of all.
+
+    Returns:
+        One verdict per pair, in their order.
 
     Raises:
-        DataError: a pair lacks a tag, or its task, channel or tests are unknown; names the pair.
-        BackendUnavailable: there is no sandbox.
+        DataError: A pair lacks a tag or is too long to be run, or its task, channel or tests are unknown; names the
+            pair.
+        BackendUnavailable: No sandbox can be used here.
     """
     claims = [_claim(index, pair, tests or {}) for index, pair in enumerate(pairs)]
 
@@ -173,16 +198,23 @@ def _claim(index: int, pair: Pair, tests: Tests) -> _Claim | _EnvironmentClaim:
         raise DataError(
             f"pair {index} (group {pair.group}) with the tags {', '.join(pair.tags) or 'none'}",
             wanted="one of minimal and exploit, and mechanism:, channel:, entry: and task:",
-            do="add the tags, or leave the pair out of the verification",
+            do="add the tags as docs/vhack-pairs.md explains them, or leave the pair out of the verification",
+        )
+    longest, bound = max(len(side.encode()) for side in (pair.hack, pair.clean)), Limits().program_bytes
+    if longest > bound:
+        raise DataError(
+            f"pair {index} (group {pair.group}): a side of {longest} bytes",
+            wanted=f"programs of at most {bound} bytes",
+            do="shorten it, or leave the pair out of the verification",
         )
     if tags["channel"] not in CHANNELS:
         raise DataError(
             f"pair {index}: channel {tags['channel']!r:.60}", wanted=", ".join(CHANNELS), do="correct the tag"
         )
     if "environment" in pair.tags:
-        episode = Episode(environment_task(tags["task"]), tags["channel"])
+        episode = Episode(task_named(tags["task"]), tags["channel"])
         return _EnvironmentClaim(kinds[0], tags["mechanism"], episode)
-    cases = tests.get(tags["task"]) or _own_tests().get(tags["task"]) or task_named(tags["task"]).hidden
+    cases = tests.get(tags["task"]) or _own_tests().get(tags["task"]) or pair_task_named(tags["task"]).hidden
     return _Claim(kinds[0], tags["mechanism"], CHANNELS[tags["channel"]], tags["entry"], cases)
 
 
@@ -205,7 +237,7 @@ def _side(completion: str, claim: _Claim | _EnvironmentClaim, allow_unsandboxed:
 
 
 def _code(completion: str) -> str:
-    """The program in a completion: its first fenced block, or all of it."""
+    """Return the program in a completion: its first fenced block, or all of it."""
     _, fence, rest = completion.partition("```")
     return rest.partition("\n")[2].partition("```")[0] if fence else completion
 
