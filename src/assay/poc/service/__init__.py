@@ -1,6 +1,6 @@
-"""The service: the published HTTP API on one engine, durable, bounded and observable.
+"""The service: the published HTTP API for one model, durable, bounded and observable.
 
-Needs the extra ``serve``. docs/service.md describes it; ``assay poc serve`` runs it.
+It needs the extra ``serve``. docs/service.md describes it; ``assay poc serve`` runs it.
 """
 
 from assay.errors import BackendUnavailable

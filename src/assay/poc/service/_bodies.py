@@ -1,6 +1,6 @@
 """The bodies of requests, field for field as published, with bounds.
 
-Defaults are the library's: sign flips on, hooks between the layers off.
+The defaults are those of the library: sign flips on, hooks between the layers off.
 """
 
 import math
@@ -20,7 +20,7 @@ Probability = Annotated[float, Field(gt=0, lt=1)]
 
 
 def _distance(value: Any) -> Any:
-    """Read what is no finite number as NaN: a mismatch, not a way to avoid being judged."""
+    """Read anything but a finite number as NaN: it counts as a mismatch, and no request escapes its verdict by it."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             return float(value)
@@ -57,7 +57,7 @@ class InitRequest(_Body):
 
 
 class Params(_Body):
-    """What the network agreed to run; another model or length is refused. ``preset`` is ours."""
+    """Parameters that the network agreed on; another model or length is refused. ``preset`` is an addition of assay."""
 
     model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
 
@@ -84,7 +84,7 @@ class ArtifactInit(_Body):
 
 
 def _form(body: Any) -> str:
-    """Tell the two published forms of ``/init/generate`` apart, so that an error speaks of the one that was meant."""
+    """Tell the two published forms of ``/init/generate`` apart, so that errors refer to the form that was meant."""
     return "vectors" if isinstance(body, dict) and "params" in body else "distances"
 
 
@@ -94,7 +94,7 @@ AnyInit = Annotated[
 
 
 class ValidateRequest(_Body):
-    """Distances that a prover published, to be recomputed. ``dist`` may hold null for what is no number."""
+    """Distances that a prover published, to be recomputed. ``dist`` may hold null in place of a number."""
 
     model_config = ConfigDict(allow_inf_nan=True, strict=True)
 
@@ -107,14 +107,14 @@ class ValidateRequest(_Body):
 
 
 class Artifact(_Body):
-    """A published vector. Whatever is not one counts as a mismatch."""
+    """A published vector. Text that does not decode to one counts as a mismatch."""
 
     nonce: Nonce
     vector_b64: Annotated[str, StringConstraints(max_length=65_536)]
 
 
 class Validation(_Body):
-    """The vectors to hold against recomputed ones."""
+    """The vectors to compare with recomputed ones."""
 
     artifacts: list[Artifact]
 

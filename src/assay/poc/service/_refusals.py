@@ -1,4 +1,4 @@
-"""The one error of the HTTP surface: what an HTTP status and its body are made of."""
+"""The error of the HTTP surface, which holds what an HTTP status and its body are made of."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +9,15 @@ __all__ = ["Refusal", "refusal_of"]
 
 
 class Refusal(AssayError):
-    """A request that is not done, with the HTTP status that says so.
+    """A request that the service does not do, with the HTTP status that says so.
 
     Args:
-        status: HTTP status, 4xx, or 503 where the service cannot work yet.
-        seen: as in every error of assay; likewise ``wanted`` and ``do``.
-        retry_after: seconds after which the same request may succeed.
-        fields: further members of the response body.
+        status: HTTP status, 4xx, or 503 while the service cannot work.
+        seen: Fault that was found; it becomes ``detail`` of the response body.
+        wanted: Description of what would have been right.
+        do: Action that the client can take.
+        retry_after: Seconds after which the same request may succeed.
+        fields: Further members of the response body.
     """
 
     def __init__(
@@ -35,19 +37,20 @@ class Refusal(AssayError):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON body: ``detail`` as other servers have it, then our three parts."""
+        """The JSON body: ``detail``, which other servers have too, ``wanted`` and ``do``."""
         return {"detail": self.seen, "wanted": self.wanted, "do": self.do, **self.fields}
 
     @property
     def headers(self) -> dict[str, str]:
-        """``Retry-After`` where there is one."""
+        """The header ``Retry-After``, if there is one."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
 def refusal_of(error: AssayError) -> Refusal:
-    """Return the refusal that stands for any error of assay.
+    """Return the refusal that stands for an error.
 
-    422 for values that cannot be, among them a batch that does not fit; 503 for a disk or an engine that fails.
+    Its status is 422 for impossible values, among them a batch that does not fit, and 503 for a disk or an engine that
+    fails.
     """
     if isinstance(error, Refusal):
         return error

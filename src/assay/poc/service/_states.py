@@ -1,6 +1,6 @@
-"""The states of the service, and every transition between them as one table.
+"""The states of the service, and every transition between them in one table.
 
-The controller asks this table and nothing else; docs/service.md draws it.
+The controller consults this table alone; docs/service.md shows it.
 """
 
 from enum import StrEnum
@@ -11,7 +11,7 @@ __all__ = ["NEEDS_ROUND", "TRANSITIONS", "State", "after", "allowed"]
 
 
 class State(StrEnum):
-    """What the service is doing."""
+    """The present work of the service."""
 
     IDLE = "IDLE"
     GENERATING = "GENERATING"
@@ -31,10 +31,10 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     "stop": {_I: _S, _G: _S, _V: _S, _S: _S},
     "engine failure": {_G: _S, _I: _I, _V: _V, _S: _S},
 }
-"""Call → state before → state after. A state that is missing refuses the call with 409."""
+"""Call → state before → state after. In a state that is missing, the call is refused with 409."""
 
 NEEDS_ROUND = frozenset({"phase/generate", "phase/validate"})
-"""Calls that are refused while no round was ever initialised."""
+"""Calls that are refused before the first round."""
 
 
 def allowed(state: State, *, has_round: bool) -> list[str]:
@@ -50,7 +50,7 @@ def after(call: str, state: State, *, has_round: bool) -> State:
     """Return the state that a call leads to.
 
     Raises:
-        Refusal: 409, the call is not allowed now; the body names the state and what is allowed.
+        Refusal: 409, the call is not allowed now; the body names the state and the calls that are.
     """
     if call in TRANSITIONS and call in [*allowed(state, has_round=has_round), "engine failure"]:
         return TRANSITIONS[call][state]

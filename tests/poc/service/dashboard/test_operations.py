@@ -197,3 +197,11 @@ def test_a_backup_of_a_generating_service_is_where_a_restored_one_continues(serv
         time.sleep(0.05)
         nonces = service.client.get("/api/v1/pow/status?after=-1&limit=10000").json()["valid_nonces"]
         assert len(nonces) == len(set(nonces)) == service.status()["total_valid"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt install prometheus")
+def test_alerts_fire_for_the_first_event():
+    done = subprocess.run(
+        ["promtool", "test", "rules", "alerts.test.yml"], cwd=DEPLOY, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()

@@ -1,4 +1,4 @@
-"""Puts the page together from its parts, with a content security policy that allows exactly these parts."""
+"""Assembles the page from its parts, with a content security policy that allows exactly these parts."""
 
 import base64
 import hashlib
@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse
 __all__ = ["dashboard_router", "render_page"]
 
 SCRIPTS = ("stream.js", "words.js", "charts.js", "page.js")
-"""In the order in which one needs the other; the page holds them as one script."""
+"""The scripts in the order of their dependence; the page contains them as one."""
 
 
 def dashboard_router() -> APIRouter:

@@ -40,7 +40,7 @@ class Keys:
 
     Args:
         settings: Settings with the keys. Without any key, every client that reaches the port may do everything.
-        needed: Whether requests need a key even where there is none, so that they are all refused.
+        needed: Whether requests need a key even without any in the settings, so that all are refused.
     """
 
     def __init__(self, settings: Settings, *, needed: bool = False) -> None:

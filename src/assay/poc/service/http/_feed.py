@@ -1,4 +1,4 @@
-"""One snapshot per second, made once and read by everyone."""
+"""One snapshot per second, made once for all readers."""
 
 import asyncio
 import time
@@ -39,7 +39,7 @@ class Feed:
         self._status_until = 0.0
 
     async def run(self) -> None:
-        """Refresh the snapshot every second until cancelled, and do the housekeeping of the database."""
+        """Refresh the snapshot every second until cancelled, and delete what is old from the database."""
         pruned = 0.0
         while True:
             started = time.monotonic()

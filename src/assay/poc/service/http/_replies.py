@@ -71,7 +71,7 @@ class Ready(_Reply):
 
 
 class Problem(_Reply):
-    """Why a request was refused, what was wanted, and what to do."""
+    """The reason of a refusal, what was wanted, and what to do."""
 
     detail: str
     wanted: str

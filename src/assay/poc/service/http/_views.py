@@ -1,4 +1,4 @@
-"""What readers see: the body of ``/status``, and the snapshot of every second. docs/service.md describes both."""
+"""The body of ``/status``, and the snapshot of every second. docs/service.md describes both."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the service does: states, the engine thread, artifact jobs, delivery of callbacks."""
+"""The work of the service: states, the engine thread, artifact jobs, delivery of callbacks."""
 
 from assay.poc.service.runtime._controller import Controller
 from assay.poc.service.runtime._delivery import Delivery

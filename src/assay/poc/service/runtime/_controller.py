@@ -201,13 +201,8 @@ class Controller:
                 future.set_exception(reason)
 
         if not self._worker.submit(task, self.settings.max_waiting):
-            raise Refusal(
-                429,
-                f"{self.settings.max_waiting} validations wait for the engine",
-                wanted="fewer at once",
-                do="send it again later",
-                retry_after=5,
-            )
+            seen = f"{self.settings.max_waiting} validations wait for the engine"
+            raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
         return future
 
     def submit(self, request: GenerateRequest) -> Result:
@@ -386,9 +381,8 @@ class Controller:
                 )
             computed.extend(record.distance for record in batch if record.vector is None)
         if not all(map(is_distance, computed)):
-            raise Refusal(
-                503, "the engine returned NaN or an out-of-range distance", wanted="distances", do="check the device"
-            )
+            seen = "the engine returned NaN or an out-of-range distance"
+            raise Refusal(503, seen, wanted="finite distances", do="check the device")
         verdict = self.judge.judge(stored, deployment.dtype, request.public_key, request.nonces, request.dist, computed)
         self.metrics.validation_seconds.observe(time.perf_counter() - started)
         word = verdict["residual_test"]["verdict"]

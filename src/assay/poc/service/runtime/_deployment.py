@@ -1,4 +1,4 @@
-"""What the service runs: one model, and how to make an engine of a given shape for it."""
+"""The model that the service runs, and the engines of it."""
 
 import threading
 from collections import OrderedDict

@@ -19,13 +19,13 @@ BINS = 48
 
 
 class Progress:
-    """What has been committed of a round.
+    """The committed part of a round.
 
     Args:
-        stored: the round as it is on disk.
-        rounds: gives the records of an older run of the same round.
-        hidden_size: D of the model; 0 while it is not loaded.
-        vocab_size: V of the model; 0 while it is not loaded.
+        stored: Round as it is on disk.
+        rounds: Rounds that give the records of an earlier run.
+        hidden_size: Hidden size D of the model; 0 while it is not loaded.
+        vocab_size: Vocabulary size V of the model; 0 while it is not loaded.
     """
 
     def __init__(self, stored: StoredRound, rounds: Rounds, *, hidden_size: int = 0, vocab_size: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What a validator says about received values: the published rules, and the residual test of a node's whole round."""
+"""Verdicts on received values: the published rules, and the residual test of a node's whole round."""
 
 import math
 import time
@@ -85,7 +85,7 @@ class Judge:
         try:
             self._save(stored, public_key, rows, summary, body)
         except BaseException:
-            # The test in memory has seen values that are not on disk: rebuild it next time.
+            # The test in memory has values that are not on disk: it is rebuilt next time.
             self._tests.pop((stored.id, public_key), None)
             raise
         return result

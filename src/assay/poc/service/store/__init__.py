@@ -1,4 +1,4 @@
-"""What the service keeps on disk: rounds, records and callbacks, in one SQLite file."""
+"""The database of the service: rounds, records and callbacks, in one SQLite file."""
 
 from assay.poc.service.store._database import Database
 from assay.poc.service.store._outbox import Callback, Outbox, open_outbox

@@ -1,4 +1,4 @@
-"""The outbox: callbacks that are owed, written in the transaction of what they announce.
+"""The outbox: callbacks that are owed, written in the transaction of the results that they announce.
 
 A row of kind ``generated`` does not hold a body. It names a run of nonces of its round, and the body is made from
 the records when it is sent; records never change, so a row always gives the same body under the same id.
@@ -130,11 +130,11 @@ class Outbox:
         return body | {"nonces": nonces, "dist": distances, "r_target": round["r_target"]}
 
     def delivered(self, callback_id: str) -> None:
-        """Note that a callback was accepted."""
+        """Record that a callback was accepted."""
         self._finish(callback_id, status="delivered", finished_at=time.time(), last_error=None)
 
     def failed(self, callback_id: str, error: str, *, retry_in: float | None) -> None:
-        """Note a failure: another attempt after ``retry_in`` seconds, or a dead letter where that is None."""
+        """Record a failure: another attempt after ``retry_in`` seconds, or a dead letter if that is None."""
         if retry_in is None:
             self._finish(callback_id, status="dead", finished_at=time.time(), last_error=error)
         else:
@@ -193,8 +193,8 @@ def open_outbox(data_dir: Path) -> Iterator[Outbox]:
     """Open the outbox of a service, which may be running.
 
     Raises:
-        UsageError: there is no service's database.
-        StorageError: it cannot be read.
+        UsageError: There is no database of a service.
+        StorageError: The database cannot be read.
     """
     if not (data_dir / "service.sqlite3").is_file():
         raise UsageError(

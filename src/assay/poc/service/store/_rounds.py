@@ -103,7 +103,7 @@ class StoredRound(RoundValues):
         )
 
     def public(self) -> dict[str, Any]:
-        """Return what a reader may know of it: all but the callback URL, which may carry a token."""
+        """Return what a reader may know: all but the callback URL, which may contain a token, and the counts."""
         hidden = {"callback_url", "next_nonce", "checked", "valid", "seconds", "touched_at"}
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
@@ -122,7 +122,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bins of distances: ``size`` of them between ``low`` and ``high``, and what lies outside."""
+    """Bins of distances: ``size`` of them between ``low`` and ``high``, and one on either side."""
 
     low: float
     high: float
