@@ -5,9 +5,10 @@ import json
 import pytest
 
 from assay.cli import run
+from assay.errors import UsageError
 from assay.models import load_model
 from assay.vhack import Basis
-from assay.vhack.pairs import authored_pairs, write_pairs
+from assay.vhack.pairs import authored_pairs, generate_pairs, write_pairs
 
 
 @pytest.fixture
@@ -75,15 +76,38 @@ def test_a_table_without_json_and_no_cache(extract, tmp_path):
         (("--max-tokens", 0), "--max-tokens 0"),
         (("--pairs", "missing.jsonl"), "missing.jsonl"),
         (("--rank", 0), "rank=0"),
+        (("-o", "missing/basis"), "missing is no directory"),
     ],
 )
-def test_bad_input_is_an_error_in_three_parts(extract, tmp_path, arguments, message):
-    code, out, err = extract(*arguments, "-o", tmp_path / "basis")
+def test_bad_input_is_an_error_in_three_parts_before_the_model_is_loaded(
+    extract, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setattr("assay.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    code, out, err = extract("-o", tmp_path / "basis", *arguments)
     assert code == 2
     assert message in err
     assert "wanted:" in err
     assert out == ""
     assert not (tmp_path / "basis").exists()
+
+
+def test_the_last_groups_are_held_out_where_nothing_is_said(extract, tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", generate_pairs(6))
+    _, out, _ = extract("--pairs", tmp_path / "pairs.jsonl", "--json", "-o", tmp_path / "basis")
+    assert json.loads(out)["groups_held_out"] == [generate_pairs(6)[-1].group]
+
+
+def test_few_groups_are_told_with_what_to_do(extract, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise UsageError("stopped", wanted="", do="")
+
+    monkeypatch.setattr("assay.models.load_model", stop)
+    write_pairs(tmp_path / "pairs.jsonl", generate_pairs(4))
+    _, _, err = extract("--pairs", tmp_path / "pairs.jsonl", "-o", tmp_path / "basis")
+    assert "warning: 4 pairs in 4 groups are too few" in err
+    assert "check needs 6 groups" in err
+    assert "generated:48" in err
+    assert "warning" not in extract("--pairs", "generated:20", "-o", tmp_path / "basis")[2]
 
 
 def test_a_place_that_is_not_there_is_refused_before_the_work(extract, tmp_path):

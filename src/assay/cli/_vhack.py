@@ -47,6 +47,8 @@ def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
     from assay import vhack
     from assay.models import load_model
     from assay.vhack import checks
+    from assay.vhack.basis import select_pairs
+    from assay.vhack.gradients import check_rank
     from assay.vhack.pairs import find_pairs
 
     _vhack_check.check_place(chosen.output, overwrite=chosen.overwrite)
@@ -58,6 +60,8 @@ def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
             f"assay vhack check needs {least} groups, and 20 are better (--pairs generated:48 has 30)",
             err=True,
         )
+    select_pairs(pairs, **chosen.model_dump(include=PASSED - {"rank", "factors", "max_tokens", "checkpointing"}))
+    check_rank(chosen.rank)
     loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
     with progress_bar("decompositions and gradients", "steps") as progress:
         basis = vhack.extract(

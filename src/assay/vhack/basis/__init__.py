@@ -2,7 +2,7 @@
 
 from assay.vhack.basis._axes import METHODS, shrinkage
 from assay.vhack.basis._basis import Basis, cin, cin_over_modules
-from assay.vhack.basis._extract import extract, pair_gradients
+from assay.vhack.basis._extract import extract, pair_gradients, select_pairs
 from assay.vhack.basis._origin import Origin
 from assay.vhack.basis._paired import PairGradients
 from assay.vhack.basis._split import split_pairs
@@ -16,6 +16,7 @@ __all__ = [
     "cin_over_modules",
     "extract",
     "pair_gradients",
+    "select_pairs",
     "shrinkage",
     "split_pairs",
 ]

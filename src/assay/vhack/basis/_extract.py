@@ -30,7 +30,7 @@ from assay.vhack.pairs import Pair
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["extract", "pair_gradients"]
+__all__ = ["extract", "pair_gradients", "select_pairs"]
 
 Progress = Callable[[int, int], None]
 
@@ -122,6 +122,27 @@ def pair_gradients(
     )
 
 
+def select_pairs(
+    pairs: Sequence[Pair],
+    *,
+    n_heldout: int | None,
+    heldout_groups: Sequence[str] | None,
+    top_k: int,
+    tau_axis: float,
+    method: str,
+) -> list[Pair]:
+    """Return the pairs to extract from, after checking what :func:`extract` is asked for; it needs no model.
+
+    Raises:
+        UsageError, DataError: A setting is out of range, a pair occurs twice, or too few pairs are left.
+    """
+    check_duplicates(pairs, pair_names(pairs))
+    check_axis_settings(top_k, tau_axis)
+    used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
+    check_method(method, len(used))
+    return used
+
+
 def extract(
     pairs: Sequence[Pair],
     model: "Model | PreTrainedModel",
@@ -178,11 +199,10 @@ def extract(
         >>> len(basis.origin.pairs), basis.axes["model.layers.0.self_attn.q_proj"].shape
         (4, torch.Size([3, 256]))
     """
-    labels = pair_names(pairs)
-    check_duplicates(pairs, labels)
-    used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
-    check_axis_settings(top_k, tau_axis)
-    check_method(method, len(used))
+    used = select_pairs(
+        pairs, n_heldout=n_heldout, heldout_groups=heldout_groups, top_k=top_k, tau_axis=tau_axis, method=method
+    )
+    check_rank(rank)
     if path is not None and Path(path).exists():
         weight = next(iter(target_modules(model).values())).weight
         expected: dict[str, object] = {
@@ -195,7 +215,7 @@ def extract(
             "given": tuple(sorted(pair.key for pair in used)),
         }
         return Basis.load(path, model, expect=expected)
-    by_key = {pair.key: label for pair, label in zip(pairs, labels, strict=True)}
+    by_key = {pair.key: label for pair, label in zip(pairs, pair_names(pairs), strict=True)}
     gradients = pair_gradients(
         used,
         model,

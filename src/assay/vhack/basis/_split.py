@@ -27,14 +27,14 @@ def split_pairs(
     Raises:
         UsageError: Both are given, a group is unknown, or no pair would be left.
     """
-    if n_heldout is not None and heldout_groups is not None:
+    if n_heldout is not None and heldout_groups:
         raise UsageError("both a number and groups to hold out", wanted="one of the two", do="drop one of them")
     if n_heldout is not None:
         if not 0 <= n_heldout < len(pairs):
             raise UsageError(f"{n_heldout} of {len(pairs)} pairs to hold out", wanted="fewer", do="hold out fewer")
         cut = len(pairs) - n_heldout
         return list(pairs[:cut]), list(pairs[cut:])
-    chosen = _last_groups(pairs) if heldout_groups is None else set(heldout_groups)
+    chosen = set(heldout_groups) if heldout_groups else _last_groups(pairs)
     unknown = chosen - {pair.group for pair in pairs}
     kept = [pair for pair in pairs if pair.group not in chosen]
     if unknown or not kept:
