@@ -1,4 +1,4 @@
-"""What lies in a checkpoint directory: its weight files, their tensors, their digest. Only safetensors is read.
+"""A checkpoint directory: its weight files, their tensors, their digest. Only safetensors is read.
 
 The digest is SHA-256 over the sorted names of ``SHA-256(name, dtype, shape, bytes)`` of each tensor, so it depends
 neither on how the tensors are spread over files nor on how they are loaded.
@@ -28,7 +28,7 @@ _DO = "download or save the checkpoint again"
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a checkpoint, as its file's header describes it."""
+    """One tensor of a checkpoint, as the header of its file describes it."""
 
     file: Path
     name: str
@@ -37,17 +37,17 @@ class Stored:
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a file of this name would execute code when it is read."""
+    """Return whether a file of this name would execute code when it is read."""
     return name.endswith(_PICKLES)
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files of a checkpoint, sorted.
+    """Return the safetensors files of a checkpoint, sorted.
 
     Raises:
-        UnsafeCheckpoint: there are only pickles.
-        ModelNotFound: there are no weights at all.
-        BadWeights: the index is unreadable or names a file that is not there.
+        UnsafeCheckpoint: The directory holds only pickles.
+        ModelNotFound: The directory holds no weights.
+        BadWeights: The index is unreadable or names a file that is missing.
     """
     if (directory / _SINGLE).is_file():
         return (directory / _SINGLE,)
@@ -81,10 +81,10 @@ def _indexed_files(directory: Path) -> tuple[Path, ...]:
 
 
 def list_tensors(directory: Path) -> list[Stored]:
-    """Every tensor of a checkpoint, sorted by name; reads headers only.
+    """Return every tensor of a checkpoint, sorted by name; only headers are read.
 
     Raises:
-        BadWeights: a file is corrupt or cut short, a name occurs twice, or a dtype is none of ours.
+        BadWeights: A file is corrupt or cut short, a name occurs twice, or a dtype is not supported.
     """
     tensors = sorted((t for file in weight_files(directory) for t in _headers(file)), key=lambda t: t.name)
     twice = [name for name, count in Counter(t.name for t in tensors).items() if count > 1]
@@ -117,7 +117,7 @@ def _known(tensor: Stored) -> Stored:
 
 
 def stored_dtype(tensors: list[Stored]) -> torch.dtype:
-    """The floating dtype that most of the values are stored in."""
+    """Return the floating dtype in which most of the values are stored."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype] += torch.Size(tensor.shape).numel() * (tensor.dtype in STORED_DTYPES)
@@ -125,10 +125,10 @@ def stored_dtype(tensors: list[Stored]) -> torch.dtype:
 
 
 def digest_tensors(tensors: list[Stored]) -> str:
-    """SHA-256 in hex over all tensors, checking on the way that every value is finite.
+    """Return the SHA-256 of all tensors in hex, and check on the way that every value is finite.
 
     Raises:
-        BadWeights: a tensor holds NaN or infinity.
+        BadWeights: A tensor holds NaN or infinity.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = pool.map(_digest_tensor, tensors)

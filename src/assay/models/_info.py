@@ -37,16 +37,16 @@ class ModelInfo:
 
 
 def list_models() -> list[ModelInfo]:
-    """The bundled reference models, then the bundled shapes."""
+    """Return the facts of the bundled reference models, then those of the bundled shapes."""
     return [model_info(reference) for reference in CATALOGUE]
 
 
 def model_info(reference: str | Path) -> ModelInfo:
-    """What is known of a model without reading its weights; parameters are counted on the meta device.
+    """Return what is known of a model without reading its weights; parameters are counted on the meta device.
 
     Raises:
-        ModelNotFound: there is no such model.
-        ModelError: its configuration cannot be used.
+        ModelNotFound: There is no such model.
+        ModelError: The configuration cannot be used.
     """
     source = resolve(reference)
     config = source.config
@@ -72,13 +72,13 @@ def checkpoint_directory(reference: str | Path) -> Path:
     """Return the directory that holds the checkpoint of a reference; a hub id is fetched.
 
     Raises:
-        UsageError: a shape, which has no directory.
-        ModelNotFound: there is no such model.
+        UsageError: The reference is a shape, which has no directory.
+        ModelNotFound: There is no such model.
     """
     directory = resolve(reference).directory
     if directory is None:
         raise UsageError(
-            f"{reference}, which has no checkpoint",
+            f"{reference} has no checkpoint",
             wanted="a checkpoint on disk",
             do="make one with `assay models random`, and pass its directory",
         )
@@ -89,14 +89,14 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
     """Return digest and shape of a checkpoint as a model on the meta device: it names a proof, but cannot run.
 
     Args:
-        reference: as for :func:`load_model`, but no shape.
-        dtype: the dtype in which an engine runs the model, for example ``"bfloat16"``.
+        reference: Reference of :func:`load_model` that is not a shape.
+        dtype: Dtype in which an engine runs the model, for example ``"bfloat16"``.
 
     Raises:
-        UsageError: a shape, which has no checkpoint.
-        ModelNotFound: there is no such model.
-        BadWeights: weights are corrupt or not finite.
-        ModelError: the configuration cannot be used.
+        UsageError: The reference is a shape, which has no checkpoint.
+        ModelNotFound: There is no such model.
+        BadWeights: The weights are corrupt or not finite.
+        ModelError: The configuration cannot be used.
     """
     source, directory = resolve(reference), checkpoint_directory(reference)
     with torch.device("meta"):

@@ -39,26 +39,25 @@ def load_model(
     """Load a causal language model, checked and ready to run (evaluation mode, ``sdpa`` attention).
 
     Args:
-        reference: a directory, a hub id, ``reference:NAME`` (bundled, trained) or ``shape:NAME`` (bundled shape, random
-            weights).
-        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; None is the dtype the weights are stored in, and bfloat16
-            for a shape.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` and so on; None is cuda where there is one, else cpu.
-        weights: ``"trained"``; ``"random-all"``, every parameter drawn from its stream for ``block_hash``; or
+        reference: Directory, hub id, ``reference:NAME`` (bundled, trained) or ``shape:NAME`` (bundled, random weights).
+        dtype: Name ``"float32"``, ``"float16"`` or ``"bfloat16"``; None is the dtype the weights are stored in, and
+            bfloat16 for a shape.
+        device: Name ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` and so on; None is cuda where there is one, else cpu.
+        weights: Mode: ``"trained"``; ``"random-all"``, every parameter drawn from its stream for ``block_hash``; or
             ``"random-embed"``, only the input embeddings (and a head tied to them). A shape has no trained weights:
             ``"trained"`` gives it ``"random-all"`` for a fixed block, and its norms keep the weight one in every mode.
-        block_hash: the block of a random mode.
-        quantise: ``"int8"`` or ``"float8"`` weights in the decoder's linear layers; the rest keeps its dtype.
-        mesh: the devices over which the weights are spread, one process for each; all of them call this.
+        block_hash: Block of a random mode.
+        quantise: Format ``"int8"`` or ``"float8"`` weights in the decoder's linear layers; the rest keeps its dtype.
+        mesh: Devices over which the weights are spread, one process for each; all processes call this.
 
     Raises:
-        UsageError: an argument is none of the above, or a block hash is missing or has no use.
-        ModelNotFound: there is no such model, or the hub does not give it.
-        UnsafeCheckpoint: the checkpoint is a pickle.
-        BadWeights: weights are corrupt, missing, surplus, of another shape, or not finite.
-        ModelError: the configuration or tokenizer cannot be used (unknown architecture, quantised).
-        BackendUnavailable: the device is not there, or what eight-bit weights need is missing.
-        OutOfMemory: the model does not fit on the device.
+        UsageError: An argument is not one of the above, or a block hash is missing or has no use.
+        ModelNotFound: There is no such model, or the hub does not return it.
+        UnsafeCheckpoint: The checkpoint is a pickle.
+        BadWeights: Weights are corrupt, missing, surplus, of another shape, or not finite.
+        ModelError: The configuration or tokenizer cannot be used (unknown architecture, quantised).
+        BackendUnavailable: The device is not there, or torchao, which eight-bit weights need, is missing.
+        OutOfMemory: The model does not fit on the device.
     """
     _check_mode(weights, block_hash, is_shape=str(reference).startswith("shape:"))
     target = device_named(device)
@@ -76,7 +75,7 @@ def load_model(
 
 
 class _Place(NamedTuple):
-    """In what dtype and where the weights end."""
+    """Target dtype, device and mesh of the weights."""
 
     dtype: torch.dtype | None
     device: torch.device
@@ -122,7 +121,7 @@ def _room_on(device: torch.device) -> Iterator[None]:
 def _materialise(
     source: Source, place: _Place, weights: str, block_hash: str | None
 ) -> "tuple[PreTrainedModel, str, str]":
-    """The module on its device, its digest, and the weight mode it really has."""
+    """Return the module on its device, its digest, and the weight mode that it really has."""
     if source.directory is None:
         weights = "random-all" if weights == "trained" else weights
         block = block_hash or SHAPE_BLOCK

@@ -1,4 +1,4 @@
-"""Random weights from our own streams: the same bits on every machine, made one parameter at a time.
+"""Random weights from the streams of assay: the same bits on every machine, made one parameter at a time.
 
 Every parameter ``p`` is ``0.02 · normal(seed32("{block}_{p}"), numel)`` in row-major order, multiplied in float32 and
 cast last. The name of a parameter is the one ``named_parameters()`` gives, so a tied head has no stream of its own: it
@@ -34,12 +34,12 @@ _VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transfor
 
 
 def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
-    """A model with its buffers computed and its parameters allocated but never written.
+    """Return a model with its buffers computed and its parameters allocated but never written.
 
     Untouched memory costs nothing, so the largest shapes are built on the CPU in milliseconds.
 
     Raises:
-        ModelError: the configuration describes no possible model.
+        ModelError: No model can be built from the configuration.
     """
     factory: Any = AutoModelForCausalLM
     module: PreTrainedModel
@@ -60,10 +60,10 @@ def randomise(module: nn.Module, block: str, device: torch.device, *, unit_norms
     """Replace every parameter by its stream and put it on ``device``.
 
     Args:
-        module: the model; its parameters keep their dtype.
-        block: the block hash, the first part of every seed text.
-        device: where the parameters end.
-        unit_norms: set the weights of norms to one instead of drawing them.
+        module: Model whose parameters are replaced; they keep their dtype.
+        block: Block hash, the first part of every seed text.
+        device: Device on which the parameters end.
+        unit_norms: Whether the weights of norms are one instead of drawn.
     """
     for name, parameter in module.named_parameters():
         if unit_norms and _is_norm(name):
@@ -94,19 +94,19 @@ def _draw(name: str, parameter: nn.Parameter, block: str, device: torch.device) 
 
 
 def _normals(seed_text: str, n: int, device: torch.device) -> torch.Tensor:
-    """Standard normals [n], float32."""
+    """Return standard normals [n], float32."""
     backend = streams.get_backend("auto", device.type)
     return streams.as_tensor(backend.normals(streams.seeds([seed_text]), n, "float32"))[0]
 
 
 def recipe_digest(source: "Source", weights: str, block: str, kept: str | None = None) -> str:
-    """SHA-256 in hex of what random weights were made from: configuration, mode, block, and the digest of what is kept.
+    """Return the SHA-256 in hex of what random weights were made from: configuration, mode, block, digest of the rest.
 
     Args:
-        source: the model; its configuration enters without the keys that describe a file.
-        weights: the weight mode.
-        block: the block hash.
-        kept: what identifies the weights that were not drawn for this block, where there are any.
+        source: Model whose configuration enters, without the keys that describe a file.
+        weights: Weight mode.
+        block: Block hash.
+        kept: Digest or block that identifies the weights that were not drawn for this block, if there are any.
     """
     recipe = {
         "block": block,

@@ -34,10 +34,10 @@ class Source:
     """Where a model comes from.
 
     Attributes:
-        reference: as given.
-        config: the transformers configuration.
-        published: the same as the raw JSON object, which does not change with the version of transformers.
-        directory: the checkpoint, or None for a shape.
+        reference: Reference as it was given.
+        config: Configuration of transformers.
+        published: Configuration as the raw JSON object, which does not change with the version of transformers.
+        directory: Directory of the checkpoint, or None for a shape.
     """
 
     reference: str
@@ -128,11 +128,11 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
 
 
 def _fetch(hub_id: str) -> Path:
-    """The directory of a hub model, complete in the local cache or downloaded into it; pickles are never fetched.
+    """Return the directory of a hub model, complete in the local cache or downloaded; pickles are never fetched.
 
     Raises:
-        ModelNotFound: not in the cache, and the hub does not have it or cannot be reached.
-        UnsafeCheckpoint: the hub has it as a pickle only.
+        ModelNotFound: The model is not in the cache, and the hub does not have it or cannot be reached.
+        UnsafeCheckpoint: The hub has only a pickle.
     """
     return _cached(hub_id) or _downloaded(hub_id)
 
@@ -154,7 +154,7 @@ def _downloaded(hub_id: str) -> Path:
             return Path(snapshot_download(hub_id, allow_patterns=_FILES, etag_timeout=_SECONDS))
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ModelNotFound(
-            f"{hub_id!r} is no directory here, is not in the local cache, and the hub did not give it: "
+            f"{hub_id!r} is no directory here, is not in the local cache, and the hub did not return it: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
             wanted="a directory, reference:NAME, shape:NAME, or a hub id that can be downloaded",
             do=f"did you mean {nearest(hub_id)!r}? If not, check the name and the network, or give a directory",

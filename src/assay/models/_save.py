@@ -14,23 +14,22 @@ from assay.models.quiet import quiet
 def save_random(
     reference: str | Path, path: str | Path, *, weights: str, block_hash: str | None = None, dtype: str | None = None
 ) -> Path:
-    """Make the random-weight variant of a model and write it as a checkpoint directory; returns its path.
+    """Make the random-weight variant of a model, write it as a checkpoint directory and return its path.
 
-    Written under a temporary name beside it and renamed at the end, so ``path`` is whole or absent. The tokenizer, if
-    there is one, goes with it. Loaded again, the weights are the same bits; the digest is then that
-    of the stored tensors.
+    The directory is written under a temporary name and renamed at the end, so ``path`` is whole or absent. It includes
+    the tokenizer, if there is one. Loaded again, the weights are the same bits and the digest is that of the tensors.
 
     Args:
-        reference: as for :func:`load_model`.
-        path: the directory to make; it must not exist.
-        weights: ``"random-all"`` or ``"random-embed"``.
-        block_hash: the block; a shape has a default.
-        dtype: the dtype to store; None as for :func:`load_model`.
+        reference: Reference of :func:`load_model`.
+        path: Directory to make; it must not exist.
+        weights: Mode, ``"random-all"`` or ``"random-embed"``.
+        block_hash: Block hash; a shape has a default.
+        dtype: Dtype to store; None as for :func:`load_model`.
 
     Raises:
-        UsageError: ``weights`` is no random mode, or ``path`` exists.
-        StorageError: the directory cannot be written.
-        ModelError: as for :func:`load_model`.
+        UsageError: ``weights`` is not a random mode, or ``path`` exists.
+        StorageError: The directory cannot be written.
+        ModelError: The model cannot be loaded; :func:`load_model` lists the kinds.
     """
     target = Path(path)
     if weights == "trained":

@@ -16,14 +16,14 @@ class Model:
     """A causal language model, ready to run, with the facts that identify it.
 
     Attributes:
-        module: the transformers model, in evaluation mode, on ``device``, in ``dtype``.
-        tokenizer: its tokenizer, or None where there is none (``shape:`` models).
-        reference: the reference as it was given.
+        module: Model of transformers, in evaluation mode, on ``device``, in ``dtype``.
+        tokenizer: Tokenizer of the model; a ``shape:`` model has None.
+        reference: Reference as it was given.
         digest: SHA-256 in hex. For trained weights: of the stored tensors (names, dtypes, shapes, bytes),
             whatever the sharding, the dtype of loading and the device. For random weights: of the recipe.
-        weights: ``"trained"``, ``"random-all"`` or ``"random-embed"``.
-        quantised: ``"int8"`` or ``"float8"`` where the decoder's weights were rounded to eight bits, else empty.
-        devices: over how many devices the weights are spread.
+        weights: Mode, ``"trained"``, ``"random-all"`` or ``"random-embed"``.
+        quantised: Format ``"int8"`` or ``"float8"`` where the decoder's weights were rounded to eight bits, else empty.
+        devices: Number of devices over which the weights are spread.
     """
 
     module: "PreTrainedModel"
@@ -56,7 +56,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters, of those beside the quantised ones."""
+        """Dtype of the parameters that are not quantised."""
         return next(self.module.parameters()).dtype
 
     @property

@@ -10,7 +10,7 @@ from transformers.utils import logging as hf_logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log line, warning or progress bar of transformers inside the block; its settings are put back after."""
+    """Hide the log lines, warnings and progress bars of transformers inside the block."""
     verbosity = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(logging.CRITICAL)

@@ -22,11 +22,11 @@ RIDGE = 1e-4  # of the mean square of an input coordinate
 
 
 class Guesses:
-    """Maps fitted on inputs of the attacker's own.
+    """Maps fitted on inputs that the attacker drew.
 
     Args:
-        model: the honest model.
-        inputs_BTD: noise of the law of the rounds, of another block.
+        model: Honest model.
+        inputs_BTD: Noise of the law of the rounds, of another block.
     """
 
     def __init__(self, model: Model, inputs_BTD: Tensor) -> None:

@@ -34,12 +34,12 @@ class Shortcut:
     """What is left out.
 
     Args:
-        depth: layers that each position goes through, [T]; 0 for one that is never looked at.
-        stale: positions that left early stay visible to the others, with the state in which they left.
-        attention: for every layer.
-        mlp: for every layer.
-        window: how many positions attention looks back; 0 for all.
-        neurons: share of the neurons of every layer's MLP that are left out where they count least; () for none.
+        depth: Number of layers that each position goes through, [T]; 0 for one that is never looked at.
+        stale: Whether positions that left early stay visible to the others, with the state in which they left.
+        attention: What happens to the attention of every layer; () runs all.
+        mlp: What happens to the MLP of every layer; () runs all.
+        window: Number of positions that attention looks back; 0 for all.
+        neurons: Share of the neurons of every layer's MLP that are left out where they count least; () for none.
     """
 
     depth: tuple[int, ...]
@@ -54,12 +54,12 @@ class PartialForward:
     """Runs a shortcut on a model of the Llama family.
 
     Args:
-        model: the honest model.
-        shortcut: what is left out.
-        guesses: linear maps in place of what is left out; without them a state stays as it is.
+        model: Honest model.
+        shortcut: Parts that are left out.
+        guesses: Linear maps in place of what is left out; without them a state stays as it is.
 
     Raises:
-        UsageError: the layers do not have the parts of a Llama or Qwen3 layer.
+        UsageError: The layers do not have the parts of a Llama or Qwen3 layer.
     """
 
     def __init__(self, model: Model, shortcut: Shortcut, guesses: Guesses | None = None) -> None:

@@ -70,7 +70,7 @@ def _weights(field: Field, count: int, nonce: int) -> torch.Tensor:
 def strategies(read: list[int], T: int, layers: int) -> Iterator[tuple[str, Shortcut]]:
     """Give the ways to save a quarter of the work when the positions in ``read`` are read.
 
-    Positions are ranked by use: those that nobody reads and nobody after them that is read comes near go first.
+    Positions are ranked by use: unread ones that are farthest from the next read one go first.
     """
     ranked = _by_use(read, T)
     dropped = -(-26 * T // 100)  # a quarter, and what the guesses cost

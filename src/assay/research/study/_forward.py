@@ -46,17 +46,17 @@ class StackedModel:
     """The weights of R runs and their forward pass.
 
     Args:
-        model: what all runs start from; float32 for exact factors.
-        runs: R.
-        svd: factors of its weights; None computes them.
-        dtype: of the weights of the runs and of all activations; None is that of the model.
+        model: Model from which all runs start; float32 for exact factors.
+        runs: Number of runs, R.
+        svd: Factors of its weights; None computes them.
+        dtype: Dtype of the weights of the runs and of all activations; None is that of the model.
 
     Attributes:
-        groups: the modules by shape, as in :class:`assay.vhack.delta.DeltaS`.
-        weights: per module name, [R, O, I], leaves of the graph; `merge` writes them.
+        groups: Modules by shape, as in :class:`assay.vhack.delta.DeltaS`.
+        weights: Weights per module name, [R, O, I], leaves of the graph; `merge` writes them.
 
     Raises:
-        ModelError: the model is no Llama.
+        ModelError: The model is not a Llama.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ class StackedModel:
         module = module_of(model)
         config = module.config
         if config.model_type != "llama":
-            raise ModelError(f"a {config.model_type} model", wanted="a llama", do="use reference:llama or its organism")
+            raise ModelError(
+                f"a {config.model_type} model", wanted="a model of type llama", do="use reference:llama or its organism"
+            )
         self.runs, self.dtype = runs, dtype or module.dtype
         modules = target_modules(module)
         self.groups = grouped(modules, svd if svd is not None else weight_svd(module))
@@ -89,11 +91,11 @@ class StackedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.embedding.device
 
     def some(self, rows: Tensor) -> "StackedModel":
-        """Only some of the runs, with copies of their weights as they are now."""
+        """Return some of the runs, with copies of their weights as they are now."""
         part = copy.copy(self)
         part.runs = len(rows)
         part.weights = {name: weight.detach()[rows].requires_grad_() for name, weight in self.weights.items()}
@@ -104,7 +106,7 @@ class StackedModel:
         """Write ``W + U diag(δS) Vh`` of every run into its weights.
 
         Args:
-            delta: per group, [R, M, C] float32.
+            delta: Values of δS per group, [R, M, C] float32.
         """
         for group, delta_RMC in zip(self.groups, delta, strict=True):
             for m, name in enumerate(group.names):
@@ -113,10 +115,10 @@ class StackedModel:
 
     @torch.no_grad()
     def delta_gradient(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradient of δS from that of the weights, ``diag(Uᵀ G Vhᵀ)``, per group [R, M, C] float32.
+        """Return the gradient of δS from that of the weights, ``diag(Uᵀ G Vhᵀ)``, per group [R, M, C] float32.
 
         Args:
-            gradients: of `weights`, in its order, [R, O, I].
+            gradients: Gradients of `weights`, in its order, [R, O, I].
         """
         by_name = dict(zip(self.weights, gradients, strict=True))
         return [
@@ -131,7 +133,7 @@ class StackedModel:
         ]
 
     def read(self, ids_RPL: Tensor) -> Keys:
-        """Keys and values of the prompts. Padding is on the right, where causal attention does not look."""
+        """Return keys and values of the prompts. Padding is on the right, where causal attention does not look."""
         runs, prompts, length = ids_RPL.shape
         positions_N = torch.arange(length, device=self.device).repeat(prompts)
         found: Keys = []
@@ -148,13 +150,13 @@ class StackedModel:
         return found
 
     def complete(self, ids_RPGT: Tensor, keys: Keys, lengths_RP: Tensor, *, layer: int | None = None) -> Tensor:
-        """Hidden states of the completion part after the last norm, [R, P, G, T, H].
+        """Return hidden states of the completion part after the last norm, [R, P, G, T, H].
 
         Args:
-            ids_RPGT: the last prompt token, then completion tokens.
-            keys: of the prompts, from `read`.
-            lengths_RP: prompt tokens without the last.
-            layer: give what leaves this layer instead, counted from 0, without the norm.
+            ids_RPGT: Last prompt token, then completion tokens.
+            keys: Keys and values of the prompts, from `read`.
+            lengths_RP: Number of prompt tokens without the last.
+            layer: Layer, counted from 0, whose output to return instead, without the norm.
         """
         runs, prompts, rollouts, length = ids_RPGT.shape
         steps_T = torch.arange(length, device=self.device)
@@ -173,14 +175,14 @@ class StackedModel:
         return x_RNH.view(runs, prompts, rollouts, length, -1)
 
     def next_hidden(self, ids_RPG: Tensor, keys: Keys, own: Keys, lengths_RP: Tensor, step: Tensor) -> Tensor:
-        """Hidden states of one more token of every rollout, [R, P, G, H], for generation.
+        """Return hidden states of one more token of every rollout, [R, P, G, H], for generation.
 
         Args:
-            ids_RPG: the token.
-            keys: of the prompts.
-            own: per layer, keys and values of the completions, [R·P, K, G, T, D]; position ``step`` is written.
-            lengths_RP: prompt tokens without the last.
-            step: which token it is, int64 [1], on the device: a captured graph reads it anew.
+            ids_RPG: Token of every rollout.
+            keys: Keys and values of the prompts.
+            own: Per layer, keys and values of the completions, [R·P, K, G, T, D]; position ``step`` is written.
+            lengths_RP: Number of prompt tokens without the last.
+            step: Number of the token, int64 [1], on the device: a captured graph reads it anew.
         """
         runs, prompts, rollouts = ids_RPG.shape
         positions_RN = (lengths_RP[:, :, None] + step).expand(-1, -1, rollouts).flatten(1)
@@ -237,14 +239,14 @@ def _padding(lengths_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 def _attention(
     q: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], before_BL: Tensor, after_ST: Tensor
 ) -> Tensor:
-    """Softmax over the prompt's keys, which all rollouts share, and a rollout's own ones.
+    """Return attention over the prompt's keys, which all rollouts share, and a rollout's own keys.
 
     Args:
-        q: [B, K, G, S, Q/K, D], B = R·P, S query tokens.
-        shared: [B, K, L, D] keys and values.
-        own: [B, K, G, T, D] keys and values.
-        before_BL: added to the scores of the prompt.
-        after_ST: added to the scores of the completion.
+        q: Queries [B, K, G, S, Q/K, D], B = R·P, S query tokens.
+        shared: Keys and values of the prompt, [B, K, L, D].
+        own: Keys and values of the rollouts, [B, K, G, T, D].
+        before_BL: Mask added to the scores of the prompt.
+        after_ST: Mask added to the scores of the completion.
     """
     batch, heads, rollouts, queries, many, width = q.shape
     q = q * width**-0.5

@@ -21,9 +21,9 @@ class Generator:
     """Samples [R, P, G] completions of at most T tokens, at temperature 1.
 
     Args:
-        model: whose weights are read as they are at the time.
-        shape: P prompts, G rollouts, L prompt tokens without the last, T completion tokens.
-        end: token that ends a completion, and fills what follows.
+        model: Model whose weights are read as they are at the time.
+        shape: Sizes: P prompts, G rollouts, L prompt tokens without the last, T completion tokens.
+        end: Token that ends a completion and fills the rest.
     """
 
     def __init__(self, model: StackedModel, shape: tuple[int, int, int, int], end: int) -> None:
@@ -52,13 +52,13 @@ class Generator:
 
     @torch.no_grad()
     def sample(self, ids_RPL: Tensor, lengths_RP: Tensor, last: int, uniform_TRPG: Tensor) -> Tensor:
-        """Completions, [R, P, G, T] int64, filled with the end token.
+        """Return completions, [R, P, G, T] int64, filled with the end token.
 
         Args:
-            ids_RPL: prompts without their last token, padded on the right.
-            lengths_RP: how long they are.
-            last: the last prompt token, the same for all.
-            uniform_TRPG: in [0, 1), one number per token to draw.
+            ids_RPL: Prompts without their last token, padded on the right.
+            lengths_RP: Lengths of the prompts.
+            last: Last prompt token, the same for all.
+            uniform_TRPG: Uniform numbers in [0, 1), one per token to draw.
         """
         for (k, v), (new_k, new_v) in zip(self._keys, self.model.read(ids_RPL), strict=True):
             k.copy_(new_k)

@@ -26,11 +26,11 @@ class Batch:
     """Rollouts of all runs.
 
     Attributes:
-        ids: prompts without the last token, padded on the right, [R, P, L].
-        lengths: how long they are, [R, P].
-        last: the last prompt token.
-        tokens: completions, filled with ``end``, [R, P, G, T].
-        end: the end token; the first one of a completion belongs to it.
+        ids: Prompts without the last token, padded on the right, [R, P, L].
+        lengths: Lengths of the prompts, [R, P].
+        last: Last prompt token.
+        tokens: Completions, filled with ``end``, [R, P, G, T].
+        end: End token; the first one of a completion belongs to it.
     """
 
     ids: Tensor
@@ -46,7 +46,7 @@ class Batch:
         return is_end.cumsum(dim=-1) - is_end == 0
 
     def trimmed(self, multiple: int = 8) -> "Batch":
-        """Without columns that no completion reaches."""
+        """Return the batch without columns that no completion reaches."""
         longest = int(self.mask.sum(dim=-1).max())
         width = min(-(-longest // multiple) * multiple, self.tokens.shape[-1])
         longest = -(-int(self.lengths.max()) // multiple) * multiple
@@ -59,21 +59,21 @@ class Batch:
         )
 
     def of_runs(self, rows_N: Tensor) -> "Batch":
-        """Some of the runs."""
+        """Return some of the runs."""
         return Batch(self.ids[rows_N], self.lengths[rows_N], self.last, self.tokens[rows_N], self.end)
 
     def prompts(self, part: slice) -> "Batch":
-        """Some of the prompts of every run."""
+        """Return some of the prompts of every run."""
         return Batch(self.ids[:, part], self.lengths[:, part], self.last, self.tokens[:, part], self.end)
 
 
 def advantages(rewards_RPG: Tensor) -> Tensor:
-    """Reward less the mean of the prompt's rollouts."""
+    """Return the rewards less the mean of the rollouts of the prompt."""
     return rewards_RPG - rewards_RPG.mean(dim=-1, keepdim=True)
 
 
 def token_logprobs(model: StackedModel, batch: Batch) -> Tensor:
-    """``log π`` of every completion token, [R, P, G, T] float32, zero after the end."""
+    """Return ``log π`` of every completion token, [R, P, G, T] float32, zero after the end."""
     mask_RPGT = batch.mask
     before = torch.full_like(batch.tokens[..., :1], batch.last)
     inputs_RPGT = torch.cat((before, batch.tokens[..., :-1]), dim=-1)
@@ -84,7 +84,7 @@ def token_logprobs(model: StackedModel, batch: Batch) -> Tensor:
 
 
 def pooled_hidden(model: StackedModel, batch: Batch, layer: int) -> Tensor:
-    """The mean over the tokens of each completion, its end left out, of what leaves a layer, [R, P, G, H] float32."""
+    """Return the mean output of a layer over the tokens of each completion without its end, [R, P, G, H] float32."""
     batch = batch.trimmed()
     found = []
     for part in _parts(model, batch):
@@ -107,16 +107,16 @@ def policy_gradient(
     most_weight: float = 2.0,
     divisor: int | None = None,
 ) -> list[Tensor]:
-    """The gradient of the loss with respect to δS, per group [R, M, C] float32.
+    """Return the gradient of the loss with respect to δS, per group [R, M, C] float32.
 
     Args:
-        model: at the policy to improve.
-        batch: its rollouts, or stored ones.
-        advantages_RPG: of the rollouts.
-        behaviour_RPGT: log-probabilities under the policy that wrote the stored ones; a token then has the weight
+        model: Model at the policy to improve.
+        batch: Rollouts of that policy, or stored ones.
+        advantages_RPG: Advantages of the rollouts.
+        behaviour_RPGT: Log-probabilities under the policy that wrote the stored ones; a token then has the weight
             ``min(π / π_b, most_weight)``, through which no gradient flows.
-        most_weight: the largest importance weight.
-        divisor: N; by default the rollouts of this batch.
+        most_weight: Largest importance weight.
+        divisor: Divisor N of the loss; by default the rollouts of this batch.
     """
     batch = batch.trimmed()
     _, prompts, rollouts, length = batch.tokens.shape
@@ -137,7 +137,7 @@ def policy_gradient(
 
 
 def _parts(model: StackedModel, batch: Batch) -> list[slice]:
-    """The prompts in parts whose activations fit into memory."""
+    """Return the prompts in parts whose activations fit into memory."""
     runs, prompts, rollouts, length = batch.tokens.shape
     tokens = runs * (rollouts * length + batch.ids.shape[2])
     chunk = max(1, min(prompts, _TOKENS_AT_ONCE[model.device.type] // tokens))

@@ -4,6 +4,10 @@ A block meets only the keys of its own sample that stand before it. The weights 
 torch's kernel would compute them again; what is kept is bounded. Positions are turned on the way into the layout of the
 products, and not in passes of their own.
 
+Without it the gradients of the bundled model Qwen3 take 1.10 times as long (12 samples of 490 tokens, one thread):
+
+    OMP_NUM_THREADS=1 python benchmarks/vhack_ways.py -o benchmarks/results/vhack_ways_cpu.json
+
 Shapes: N tokens of all samples, H heads of queries, J heads of keys and values, G = H / J, D their width, X queries of
 a block. Query heads that share a key head are rows of one product: [J, X·G, D].
 """

@@ -7,6 +7,12 @@ that what replaces their forward functions, and hooks on them, take part.
 On a GPU the samples are spread out to one length for attention, and gathered afterwards. On a CPU each sample has its
 own product, in float32 the one that :mod:`assay.vhack.gradients._blocks` writes out.
 
+Padded, as transformers has it, the gradients of the bundled Qwen3 take 1.23 times as long on one CPU thread, and with
+the last layer for every token 1.08 times; frozen bases have the bits of that layer. On an H200 packing alone takes
+Qwen3-4B from 0.93 to 0.80 s (benchmarks/results/vhack_gradients_h200_bfloat16.json, "packed only"):
+
+    OMP_NUM_THREADS=1 python benchmarks/vhack_ways.py -o benchmarks/results/vhack_ways_cpu.json
+
 Shapes: N tokens of all samples, M of them that predict a completion token, B samples, T tokens of a sample, H heads of
 queries, J heads of keys and values, E their width, D hidden size.
 """

@@ -19,11 +19,11 @@ class Recipe:
     """Switches between ways that differ in time, memory and rounding only.
 
     Attributes:
-        packed: samples end to end in one row; otherwise padded to one length.
-        fused: norms, gated activations and sums over samples by kernels of our own, where there are any.
-        factored: multiply by U, S and Vh where that gives a product for free that is needed anyway.
-        late: in the last layer compute what only completion tokens need for these only; needs ``packed``.
-        together: few large operations over all samples of a batch, for a GPU; otherwise several per sample, whose
+        packed: Whether samples stand end to end in one row; otherwise they are padded to one length.
+        fused: Whether norms, gated activations and sums over samples run in fused kernels, where there are any.
+        factored: Whether U, S and Vh stand for the weight where that saves a product that is needed anyway.
+        late: Whether the last layer computes only completion tokens where only they matter; needs ``packed``.
+        together: Whether a batch takes few large operations, for a GPU; otherwise each sample takes several, whose
             numbers stay in the caches of a CPU.
     """
 

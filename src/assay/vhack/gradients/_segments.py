@@ -16,8 +16,8 @@ class Segments:
     """Samples end to end: sample b has the rows ``bounds[b][0]`` to ``bounds[b][1]``, and there are no others.
 
     Attributes:
-        bounds: of each of B samples.
-        offsets: [B + 1] int64 on the device, the same.
+        bounds: First and last row (exclusive) of each of B samples.
+        offsets: Bounds as one tensor on the device, [B + 1] int64.
     """
 
     bounds: tuple[tuple[int, int], ...]
@@ -25,16 +25,16 @@ class Segments:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
-        """Samples of so many rows each."""
+        """Return the segments of samples with so many rows each."""
         ends = [0, *accumulate(lengths)]
         return cls(tuple(pairwise(ends)), torch.tensor(ends).to(device))
 
     def padding(self) -> tuple[Tensor, Tensor]:
-        """How to spread the rows out to one length T, and where they are then.
+        """Return how to spread the rows out to one length T, and where they are then.
 
         Returns:
-            ``padded``, [B·T], the row that stands at each place; behind the end of a sample its first row stands, for
-            something must. And ``real``, [N], the place of each row.
+            ``padded``, [B·T], the row at each place, where positions past the end of a sample repeat its first row (any
+            valid row would do); and ``real``, [N], the place of each row.
         """
         return self._padding
 

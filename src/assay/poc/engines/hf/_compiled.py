@@ -66,13 +66,13 @@ def keep_kernels() -> None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a home of somebody else, or none
+    except (OSError, RuntimeError):  # no home directory, or one of another user
         return
     os.environ[CACHE] = str(folder)
 
 
 def worth_compiling(model: Model) -> bool:
-    """Say whether prove compiles a model that it is not told about: on one CUDA device, where triton is."""
+    """Return whether ``prove`` compiles a model by default: on one CUDA device, where triton is installed."""
     return model.device.type == "cuda" and model.devices == 1 and find_spec("triton") is not None
 
 
@@ -81,13 +81,13 @@ class CompiledForward:
 
     A model of a listed family is compiled layer by layer (:mod:`assay.models.decoder`); any other one as a whole, as
     transformers has it. The last layer serves the last position alone where B rows are enough for products in which
-    the place of a row is of no account: on CUDA, from :data:`ROWS_OF_A_PRODUCT` on.
+    the place of a row does not matter: on CUDA, from :data:`ROWS_OF_A_PRODUCT` on.
 
     Args:
-        model: the model.
-        batch_size: B.
-        seq_len: T.
-        graphs: replay the kernels as one CUDA graph; of no effect on the bits, and not on the CPU.
+        model: Model whose decoder is compiled.
+        batch_size: Number of nonces of a batch, B.
+        seq_len: Number of positions, T.
+        graphs: Whether to replay the kernels as one CUDA graph, which does not change the bits. A CPU has none.
     """
 
     def __init__(self, model: Model, batch_size: int, seq_len: int, *, graphs: bool = True) -> None:

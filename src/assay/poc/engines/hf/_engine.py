@@ -38,16 +38,16 @@ class HFEngine:
     """Runs a :class:`assay.models.Model` on noise, in batches of one fixed shape.
 
     Args:
-        model: as returned by :func:`assay.load_model`.
-        batch_size: B, rows of every batch. Raised where B · T would be under 16 positions, so that a
-            row's bits never depend on its place.
+        model: Model that :func:`assay.load_model` returned.
+        batch_size: B, rows of every batch. It is raised where B · T would be under 16 positions, so that the bits of a
+            row never depend on its place.
         seq_len: T, positions of every row.
-        compiled: run compiled kernels instead of those of eager torch. The first batch takes seconds longer. A model
-            that is spread over several devices is never compiled.
+        compiled: Whether to run compiled kernels instead of those of eager torch. The first batch takes seconds
+            longer. A model that is spread over several devices is never compiled.
 
     Raises:
-        UsageError: the sequence is longer than the model's positions, or the batch is out of range.
-        OutOfMemory: a batch of this shape does not fit; the message names one that would.
+        UsageError: The sequence is longer than the model's positions, or the batch is out of range.
+        OutOfMemory: A batch of this shape does not fit; the message names one that would.
     """
 
     def __init__(self, model: Model, *, batch_size: int = 32, seq_len: int = 256, compiled: bool = False) -> None:
@@ -113,10 +113,10 @@ class HFEngine:
         """Return the last token's hidden state after the final norm, [B, D] in float32.
 
         Raises:
-            UsageError: the inputs are not of the engine's fixed shape.
-            BadWeights: the model returned NaN or infinity.
-            OutOfMemory: the device ran out of memory.
-            ModelError: this architecture cannot be run on input embeddings.
+            UsageError: The inputs are not of the engine's fixed shape.
+            BadWeights: The model returned NaN or infinity.
+            OutOfMemory: The device ran out of memory.
+            ModelError: This architecture cannot be run on input embeddings.
         """
         return self._finite(self._read(inputs_BTD, None))
 
@@ -127,7 +127,7 @@ class HFEngine:
         """Return the weighted sum of the unit hidden states after the final norm, [B, D] in float32.
 
         Raises:
-            Error: as :meth:`last_hidden`.
+            AssayError: One of those that :meth:`last_hidden` raises.
         """
         return self._finite(self._read(inputs_BTD, weights_BT))
 
@@ -141,9 +141,9 @@ class HFEngine:
         On CUDA a state that is not finite gives NaN.
 
         Raises:
-            BadWeights: on the CPU, the model returned NaN or infinity.
-            OutOfMemory: the device ran out of memory.
-            ModelError: this architecture cannot be run on input embeddings.
+            BadWeights: The model returned NaN or infinity on a CPU.
+            OutOfMemory: The device ran out of memory.
+            ModelError: This architecture cannot be run on input embeddings.
         """
         on_cuda = self.device.type == "cuda"
         made = overlapped_outputs(self, self._read, round, pipeline, nonces) if on_cuda else None
@@ -193,7 +193,7 @@ class HFEngine:
         )
 
     def _failed(self, error: Exception) -> ModelError | OutOfMemory:
-        """Put the failure of a forward pass into words."""
+        """Return the error that explains the failure of a forward pass."""
         if is_out_of_memory(error):
             return self._too_large()
         another = "use another architecture, such as Llama, Qwen3 or Mistral"
@@ -214,7 +214,7 @@ class HFEngine:
         """Apply a transform after every decoder layer while the context is open.
 
         Raises:
-            LayersNotFound: the decoder layers of this architecture are not known.
+            LayersNotFound: The decoder layers of this architecture are not known.
         """
         if step == "none":
             yield

@@ -31,12 +31,12 @@ class World:
     """The processes of one proof, as torchrun starts them, and which of them this is.
 
     Args:
-        rank: number of this process.
-        size: how many there are.
-        device: of this process.
-        tensor_parallel: how many processes hold one model together.
-        control: the group over which they talk.
-        mesh: the devices that hold the model with this one; None where a process holds it alone.
+        rank: Number of this process.
+        size: Number of processes.
+        device: Device of this process.
+        tensor_parallel: Number of processes that hold one model together.
+        control: Group over which the processes talk.
+        mesh: Devices that hold the model together with this one; None where a process holds it alone.
     """
 
     rank: int
@@ -72,11 +72,12 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
     """Meet the other processes of torchrun.
 
     Args:
-        tensor_parallel: how many of them hold one model together.
-        device: ``"cpu"`` or ``"cuda"``; None is cuda where there is one. A process takes the device of its local rank.
+        tensor_parallel: Number of processes that hold one model together.
+        device: Name ``"cpu"`` or ``"cuda"``; None is cuda where there is one. A process takes the device of its local
+            rank.
 
     Raises:
-        UsageError: the processes cannot be divided so, or a device is numbered.
+        UsageError: The processes cannot be divided that way, or a device has a number.
     """
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if tensor_parallel < 1 or size % tensor_parallel:
@@ -109,9 +110,9 @@ class ParallelEngine(HFEngine):
     the others call :meth:`work`.
 
     Args:
-        model: this process's, on this process's device.
-        world: the processes.
-        shape: what :class:`HFEngine` takes.
+        model: Model of this process, on its device.
+        world: Processes of the proof.
+        shape: Keywords of :class:`HFEngine`.
     """
 
     def __init__(self, model: Model, world: World, **shape: Any) -> None:
@@ -129,8 +130,8 @@ class ParallelEngine(HFEngine):
         """Yield what the pipeline publishes of the nonces in their order; in the first process only.
 
         Raises:
-            Error: as :meth:`HFEngine.outputs`, from whichever process.
-            ResourceError: a process has gone.
+            AssayError: An error of :meth:`HFEngine.outputs`, from any of the processes.
+            ResourceError: A process has ended.
         """
         self._tell((round, pipeline, nonces))
         return self._share(round, pipeline, nonces)
@@ -152,7 +153,7 @@ class ParallelEngine(HFEngine):
         try:
             while left > 0 and self._tell(True):
                 said = self._gather(own.next())[:: world.tensor_parallel][:left]
-                left -= world.replicas  # before the caller has the word: it may not come back for more
+                left -= world.replicas  # before yielding: the caller may never resume this generator
                 yield from said
         finally:
             own.close()
@@ -183,7 +184,7 @@ class ParallelEngine(HFEngine):
 
 
 class _Guarded:
-    """An iterator whose error is a value, given again and again: who fails must not leave the others waiting."""
+    """An iterator that returns its error as a value, repeatedly: a failed process must not leave others waiting."""
 
     def __init__(self, outputs: Generator[NDArray[Any]]) -> None:
         self._outputs = outputs
