@@ -19,6 +19,7 @@ PATTERNS = (
     (CODE, r"^\s*\w+: (of|for|to|in|at|on|from|by|with|as|where) .{0,60}$", "begin with a head noun"),
     (CODE, r'^\s*"""(The same|As said|See the module)\b[^"]*"""$', "say what the function does"),
     (CODE, r'^\s*(\w+): the (?P<name>\w+)\.$', "say the shape, the unit or the default"),
+    (CODE, r"^\s*(Raises: )?Error: ", "name the class of the error"),
     (ANYWHERE, r"\b(is|are|was|were|be) none\b(?! of)", 'write "is not a ..." or "there is no ..."'),
     (ANYWHERE, r"\bSee the module\b", "say it here"),
     (ANYWHERE, r"\b(nobody|somebody|anybody|whoever|everybody)('s)?\b", "name the process, the value or the reader"),

@@ -156,7 +156,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], seconds: float) -> tuple[Tensor, int]:
-    """Tokens [N] int16, each text closed by EOS, and the characters behind them; stops when the time is over."""
+    """Tokens [N] int16, each text closed by EOS, and their number of characters; stops when the time is over."""
     tokenizer.encode_special_tokens = True  # inside a source file "<|eos|>" is seven characters of text
     end, parts, characters = [tokenizer.token_to_id(EOS)], [], 0
     deadline = time.monotonic() + seconds

@@ -43,8 +43,8 @@ app = App(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "ASSAY"},
 )
-app.command("demo")(_demo.demo)
-app.command("doctor")(_doctor.doctor)
+app.command("demo", epilog="Example: assay demo -o demo")(_demo.demo)
+app.command("doctor", epilog="Example: assay doctor --json")(_doctor.doctor)
 app.add_typer(_streams.app, name="streams")
 app.add_typer(_poc.app, name="poc")
 app.add_typer(_vhack.app, name="vhack")
@@ -150,7 +150,7 @@ def _user_config() -> Path | None:
         folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
         found = folder / "assay" / "config.toml"
         return found if found.is_file() else None
-    except (OSError, RuntimeError):  # a home of somebody else, or none
+    except (OSError, RuntimeError):  # there is no home directory, or it cannot be read
         return None
 
 

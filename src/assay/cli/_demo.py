@@ -14,10 +14,8 @@ __all__ = ["demo"]
 
 
 def demo(
-    model: Annotated[
-        str, typer.Option("--model", help="Which model proves.", envvar="ASSAY_MODEL")
-    ] = "reference:qwen3",
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the report and one proof.")] = Path("demo"),
+    model: Annotated[str, typer.Option("--model", help="Model that proves.", envvar="ASSAY_MODEL")] = "reference:qwen3",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report.")] = Path("demo"),
     as_json: JsonFlag = False,
 ) -> None:
     """Prove and verify real compute, catch four cheaters, test hack directions, and write an HTML report."""

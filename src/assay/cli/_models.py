@@ -13,10 +13,10 @@ __all__ = ["app"]
 
 app = App(help="Bundled models, shape presets and random-weight checkpoints.")
 
-Reference = Annotated[str, typer.Argument(help="A directory, a hub id, reference:… or shape:…")]
+Reference = Annotated[str, typer.Argument(help="Model: a directory, a hub id, reference:… or shape:…")]
 
 
-@app.command("list")
+@app.command("list", epilog="Example: assay models list")
 def list_(as_json: JsonFlag = False) -> None:
     """List the bundled models and the shape presets."""
     from assay import models
@@ -32,7 +32,7 @@ def list_(as_json: JsonFlag = False) -> None:
     table(("model", "parameters", "layers", "hidden", "vocabulary"), rows)
 
 
-@app.command()
+@app.command(epilog="Example: assay models info shape:qwen3-0.6b")
 def info(reference: Reference, as_json: JsonFlag = False) -> None:
     """Describe one model without loading its weights."""
     from assay import models
@@ -44,13 +44,13 @@ def info(reference: Reference, as_json: JsonFlag = False) -> None:
         table(("", "value"), [(name.replace("_", " "), value) for name, value in values.items()])
 
 
-@app.command("random")
+@app.command("random", epilog="Example: assay models random shape:qwen3-0.6b -o checkpoint")
 def random_(
     reference: Reference,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
-    block_hash: Annotated[str, typer.Option(help="Seeds the weights.")] = "block",
-    weights: Annotated[str, typer.Option(help="random-all or random-embed.")] = "random-all",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the checkpoint.")],
+    block_hash: Annotated[str, typer.Option(help="Block that seeds the weights.")] = "block",
+    weights: Annotated[str, typer.Option(help="What is random: random-all or random-embed.")] = "random-all",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, float16 or bfloat16.")] = "bfloat16",
     as_json: JsonFlag = False,
 ) -> None:
     """Write a checkpoint with random weights."""

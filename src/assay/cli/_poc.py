@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = App(help="Prove that a model ran, and check such proofs.")
-app.command("serve")(_serve.serve)
-app.command("receive")(_serve.receive)
+app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)
+app.command("receive", epilog="Example: assay poc receive --port 8081")(_serve.receive)
 app.add_typer(_serve.callbacks, name="callbacks")
 app.add_typer(_experiment.app, name="experiment")
 

@@ -7,7 +7,6 @@ import typer
 
 from assay.cli._commands import App
 from assay.cli._engines import check_kernels, compiles
-from assay.cli._flags import DeviceFlag, DtypeFlag, KernelsFlag, ModelFlag
 from assay.cli._output import JsonFlag, emit_json, table
 from assay.cli._settings import settings
 from assay.errors import UsageError
@@ -33,12 +32,14 @@ FLAGS = (
 @settings("assay.poc.service:Settings", only=FLAGS)
 def serve(
     settings: "Settings",
-    model: ModelFlag,
+    model: Annotated[str, typer.Option(help="Model: a directory, a hub id, or reference:…", envvar="ASSAY_MODEL")],
     host: Annotated[str, typer.Option(help=_HOST, envvar="ASSAY_HOST")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help=_PORT, envvar="ASSAY_PORT")] = 8000,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = None,
-    kernels: KernelsFlag = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the weights: float32, float16 or bfloat16.", envvar="ASSAY_DTYPE")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Device: cpu or cuda.", envvar="ASSAY_DEVICE")] = None,
+    kernels: Annotated[str, typer.Option(help="Kernels: compiled, eager, or auto (compiled on CUDA).")] = "auto",
     log_format: LogFormat = "console",
 ) -> None:
     """Serve the published API until SIGTERM. A restart continues where the service was stopped.

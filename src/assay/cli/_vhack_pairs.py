@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli._commands import App
-from assay.cli._flags import PairsArgument
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.errors import UsageError
 
@@ -16,6 +15,10 @@ if TYPE_CHECKING:
     from assay.vhack.pairs import PairVerdict
 
 __all__ = ["app"]
+
+PairsArgument = Annotated[
+    str, typer.Argument(help="Pairs: authored, generated:N, environment:N, exploits:N, or a pair file.")
+]
 
 app = App(help="Pairs of a completion that cheats and one that does not.")
 

@@ -3,7 +3,6 @@
 from assay.reports._figures import (
     INK,
     MUTED,
-    RULE,
     SERIES,
     bands,
     figure,
@@ -20,7 +19,6 @@ from assay.reports._storage import PartialFile, check_new_file, storage_error, w
 __all__ = [
     "INK",
     "MUTED",
-    "RULE",
     "SERIES",
     "Badge",
     "BadgeKind",

@@ -31,7 +31,7 @@ _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAP
 
 
 def figure(width: float = 6.8, height: float = 3.2) -> "tuple[Figure, Axes]":
-    """An empty figure of the given size in inches, and its axes, in the style of the house."""
+    """Return an empty figure of the given size in inches, and its axes, in the style of the house."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height), layout="constrained", facecolor="none")
@@ -55,7 +55,7 @@ def style_axes(ax: "Axes") -> None:
 
 
 def legend(ax: "Axes", **options: Any) -> None:
-    """A legend without a box, in the ink of the page; options go to ``Axes.legend``."""
+    """Add a legend without a box, in the ink of the page; options go to ``Axes.legend``."""
     ax.legend(frameon=False, labelcolor=INK, fontsize=9, **options)
 
 
@@ -69,15 +69,15 @@ def histogram_over_density(
     density_label: str = "expected",
     colour: str = SERIES[0],
 ) -> None:
-    """Measured values as bars of unit area, over the density they should follow as a line.
+    """Draw measured values as bars of unit area, over the density they should follow as a line.
 
     Args:
-        ax: axes to draw on.
-        samples: finite values, [N].
-        pdf: density of a value, per unit of the x axis.
-        bins: number of bars over the range of the samples, by default 2·N^(1/3) (Rice's rule).
-        label: name of the bars.
-        density_label: name of the line.
+        ax: Axes to draw on.
+        samples: Finite values, [N].
+        pdf: Density of a value, per unit of the x axis.
+        bins: Number of bars over the range of the samples, by default 2·N^(1/3) (Rice's rule).
+        label: Name of the bars.
+        density_label: Name of the line.
         colour: Colour of the bars, one of :data:`SERIES`.
 
     Raises:
@@ -106,7 +106,7 @@ def bands(
     label: str | None = None,
     colour: str = SERIES[0],
 ) -> None:
-    """A line with the band of its uncertainty; all four of shape [N], in the units of the axes."""
+    """Draw a line with the band of its uncertainty; all four of shape [N], in the units of the axes."""
     ax.fill_between(np.asarray(x), np.asarray(lower), np.asarray(upper), color=colour, alpha=0.18, linewidth=0)
     ax.plot(np.asarray(x), np.asarray(mid), color=colour, linewidth=1.6, label=label)
 
@@ -120,17 +120,19 @@ def heatmap(
     limit: float | None = None,
     label: str = "",
 ) -> None:
-    """A matrix as tinted cells with a scale beside it: the first colour for positive, the second for negative values.
+    """Draw a matrix as tinted cells with a scale beside it.
+
+    Positive values have the first colour, negative ones the second.
 
     Strength is opacity, so zero is the colour of the page in light and in dark. A missing value (NaN) is left empty.
 
     Args:
-        ax: axes to draw on.
-        matrix: values, [R, C].
-        rows: labels, R of them.
-        columns: labels, C of them.
-        limit: magnitude drawn at full strength; by default the largest one.
-        label: name of the scale.
+        ax: Axes to draw on.
+        matrix: Values, [R, C].
+        rows: Labels, R of them.
+        columns: Labels, C of them.
+        limit: Magnitude drawn at full strength; by default the largest one.
+        label: Name of the scale.
 
     Raises:
         UsageError: labels and matrix do not fit together.
@@ -189,12 +191,12 @@ def _scale(ax: "Axes", low: float, high: float, label: str) -> None:
 
 
 def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
-    """A figure as an ``<svg>`` element for a page: deterministic, scalable, coloured by CSS variables.
+    """Return a figure as an ``<svg>`` element for a page: deterministic, scalable, coloured by CSS variables.
 
     Args:
-        fig: figure drawn with the colours of this module.
-        prefix: put before every id, so that figures on one page do not collide.
-        description: what a screen reader says.
+        fig: Figure drawn with the colours of this module.
+        prefix: Text put before every id, so that figures on one page do not collide.
+        description: Text that a screen reader says.
     """
     import matplotlib as mpl
 

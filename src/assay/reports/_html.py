@@ -75,16 +75,16 @@ class Report:
         self._parts.append(f"<p>{''.join(_inline(piece) for piece in pieces)}</p>")
 
     def code(self, text: str) -> None:
-        """Preformatted text, such as a command."""
+        """Add preformatted text, such as a command."""
         self._parts.append(f"<pre><code>{escape(text)}</code></pre>")
 
     def definitions(self, items: Mapping[str, Cell]) -> None:
-        """Names with their values, one per row."""
+        """Add names with their values, one per row."""
         rows = "".join(f"<dt>{escape(name)}</dt><dd>{_inline(value)}</dd>" for name, value in items.items())
         self._parts.append(f"<dl>{rows}</dl>")
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str = "") -> None:
-        """A table. Columns of numbers are set to the right; None is an empty cell.
+        """Add a table. Columns of numbers are set to the right; None is an empty cell.
 
         Raises:
             UsageError: a row has not as many cells as there are headers.
@@ -101,14 +101,14 @@ class Report:
         )
 
     def figure(self, fig: "Figure", caption: str) -> None:
-        """A figure drawn with the helpers of this package, with its caption."""
+        """Add a figure drawn with the helpers of this package, with its caption."""
         self._figures += 1
         svg = to_svg(fig, prefix=f"f{self._figures}", description=caption)
         self._parts.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
 
     @contextmanager
     def details(self, summary: str) -> Iterator[None]:
-        """What is added inside the ``with`` block is folded away behind its summary."""
+        """Fold what is added inside the ``with`` block under a summary."""
         self._parts.append(f"<details><summary>{escape(summary)}</summary>")
         try:
             yield
@@ -116,7 +116,7 @@ class Report:
             self._parts.append("</details>")
 
     def render(self) -> str:
-        """The whole page."""
+        """Return the whole page."""
         subtitle = f'<p class="subtitle">{escape(self.subtitle)}</p>' if self.subtitle else ""
         style = resources.files("assay.reports").joinpath("report.css").read_text(encoding="utf-8")
         return (

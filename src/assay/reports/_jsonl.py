@@ -24,7 +24,9 @@ JsonObject = dict[str, Any]
 
 
 def dumps(value: object) -> str:
-    """One line of JSON: keys in the order given, no spaces, shortest floats that read back to the same bits.
+    """Return one line of JSON: keys in the order given, no spaces, shortest floats that read back to the same bits.
+
+    It is not json.dumps with other options: there is one form, and what strict JSON cannot hold is refused.
 
     Numpy scalars are written as the Python number of the same value.
 
@@ -50,7 +52,7 @@ def _python_number(value: object) -> object:
 
 
 def loads(text: str | bytes, source: str) -> JsonObject:
-    """The object that strict JSON text holds.
+    """Return the object that strict JSON text holds. Unlike json.loads it needs the source of the text, for errors.
 
     Args:
         text: the JSON, UTF-8 when given as bytes.
@@ -99,7 +101,7 @@ def _finite(digits: str) -> float:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, JsonObject]]:
-    """The objects of a JSON Lines file with their line numbers, counted from 1, read one line at a time.
+    """Yield the objects of a JSON Lines file with their line numbers, counted from 1, read one line at a time.
 
     Raises:
         DataError: the file cannot be read, or a line is empty, too long or not a strict JSON object; names the line.
@@ -109,7 +111,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, JsonObject]]:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file as they are, line ends included, with their numbers, counted from 1.
+    """Yield the lines of a file as they are, line ends included, with their numbers, counted from 1.
 
     Raises:
         DataError: the file cannot be read, or a line is too long.
@@ -128,7 +130,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_json(path: str | Path) -> JsonObject:
-    """The one object of a JSON file, read strictly.
+    """Return the one object of a JSON file, read strictly.
 
     Raises:
         DataError: the file cannot be read, is larger than 64 MiB or is not a strict JSON object.

@@ -13,7 +13,7 @@ _GIT_SECONDS = 5
 
 
 def provenance() -> dict[str, object]:
-    """What a reader needs to repeat a measurement.
+    """Return what a reader needs to repeat a measurement.
 
     Returns:
         ``versions`` of Python and the packages that are installed, ``commit`` and ``dirty`` (None outside a

@@ -183,7 +183,7 @@ class PartialFile:
             raise busy
 
     def recover(self) -> list[str]:
-        """The intact lines an earlier writer left, without line ends; whatever follows them is cut off.
+        """Return the intact lines that an earlier writer left, without line ends; whatever follows them is cut off.
 
         A line is intact when it ends with a newline and is a strict JSON object. The first one that is not, and all
         after it, are lost: a crash tears the end of a file.
