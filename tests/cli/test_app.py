@@ -29,7 +29,9 @@ FROZEN = {
         "--kernels",
         "--log-format",
     },
-    "poc receive": {"--host", "--port", "--output", "--callback-secret", "--log-format"},
+    "poc receive": {
+        "--host", "--port", "--output", "--callback-secret", "--api-key", "--api-key-file", "--read-key", "--log-format",
+    },
     "poc prove": {
         "--model", "--block-hash", "--public-key", "--output", "--nonces", "--preset", "--seq-len",
         "--batch-size", "--dtype", "--device", "--engine", "--kernels", "--deterministic", "--tensor-parallel",
