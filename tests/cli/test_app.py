@@ -30,7 +30,8 @@ FROZEN = {
         "--log-format",
     },
     "poc receive": {
-        "--host", "--port", "--output", "--callback-secret", "--api-key", "--api-key-file", "--read-key", "--log-format",
+        "--host", "--port", "--output", "--callback-secret", "--api-key", "--api-key-file", "--read-key",
+        "--log-format",
     },
     "poc prove": {
         "--model", "--block-hash", "--public-key", "--output", "--nonces", "--preset", "--seq-len",
