@@ -67,19 +67,19 @@ def rows_with(count: int) -> Rows:
     rows = Rows()
     rows.open("a", SPEC)
     for nonce in range(count):
-        rows.mark_filled("a", nonce)
-        rows.put("a", nonce, torch.tensor([float(nonce)]))
+        rows.get("a").fill(nonce)
+        rows.get("a").put(nonce, torch.tensor([float(nonce)]))
     return rows
 
 
 def test_rows_come_back_once_and_leave_nothing():
     rows = rows_with(3)
-    found, states = rows.take("a", [2, 0, 9])
+    found, states = rows.get("a").take([2, 0, 9])
     assert found == [2, 0]
     assert [state.item() for state in states] == [2.0, 0.0]
-    assert rows.take("a", [2])[0] == []
+    assert rows.get("a").take([2])[0] == []
     rows.close("a")
-    assert rows.counts() == {"streams": 0, "rows": 0, "filled": 0, "dropped": 1}
+    assert rows.counts() == {"streams": 0, "rows": 0, "filled": 0, "dropped": 1, "failed": 0}
 
 
 def test_rows_that_nobody_collects_are_bounded():
@@ -105,15 +105,13 @@ def test_streams_expire(monkeypatch: pytest.MonkeyPatch):
     assert rows.get("a") is None
 
 
-def test_a_row_is_wanted_only_where_the_inputs_are_those_of_the_round():
-    rows = rows_with(0)
-    assert not rows.wants("a", 5)
-    rows.mark_filled("a", 5)
-    assert rows.wants("a", 5)
-    assert not rows.wants("unknown", 5)
-    rows.put("unknown", 5, torch.zeros(1))
-    rows.mark_filled("unknown", 5)
-    assert rows.counts()["rows"] == 0
+def test_a_request_is_found_by_the_key_of_an_open_stream_only():
+    rows = Rows()
+    key = new_key()
+    rows.open(key, SPEC)
+    assert rows.find(f"{request_id(key, 5)}-0123abcd") == (rows.get(key), 5)
+    for other in (request_id(new_key(), 5), "chatcmpl-1", ".0", ""):
+        assert rows.find(other) is None
 
 
 @given(st.integers(0, 20), st.integers(1, 20), st.integers(1, 20))
@@ -266,7 +264,7 @@ def test_the_barrier_stops_new_work_and_nothing_else():
 
 
 def test_a_middleware_under_a_prefix_leaves_other_routes_alone():
-    from assay.poc.service.http._local_only import LocalOnly
+    from assay.poc.service.http import LocalOnly
 
     app = UnderPrefix(served, prefix="/api/v1/pow", middleware=LocalOnly)
     assert answers(app, "/api/v1/pow/status", "GET") == 403
@@ -384,10 +382,10 @@ def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monk
     ]
     runner.execute_model(SimpleNamespace(scheduled_new_reqs=requests))
     assert len(steps) == 1
-    assert sorted(hooks.failed) == sorted((key, 3) for key in keys)
+    assert all(list(hooks.rows.get(key).failed) == [3] for key in keys)
     backend = streams.get_backend("auto", "cpu")
     for (key, nonce), request in zip(wanted, requests, strict=True):
-        assert hooks.rows.wants(key, nonce) == (nonce != 3)
+        assert (nonce in hooks.rows.get(key).filled) == (nonce != 3)
         if nonce != 3:
             alone = noise_inputs(backend, keys[key].round, [nonce], seq_len=8, hidden_size=16, dtype="float32")[0]
             assert torch.equal(request.prompt_embeds, alone)
@@ -406,9 +404,10 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(mo
     weights_BT = hooks._transform(spec).weights(range(5), 8)
     steps = [[(0, 0, 8), (3, 0, 5), (1, 0, 8)], [(4, 0, 5), (2, 0, 8)], [(3, 5, 8), (4, 5, 8)]]
     for nonce in range(5):
-        hooks.rows.mark_filled(key, nonce)
+        hooks.rows.get(key).fill(nonce)
     for step in steps:
-        parts, found, start = [torch.full((3, 16), float("nan"))], [Chunk("stranger", 0, 3, 0, 3)], 3
+        parts, start = [torch.full((3, 16), float("nan"))], 3
+        found = [Chunk("stranger", 0, 3, 0, 3), Chunk(request_id(key, 77), 0, 3, 0, 8)]  # and one that was not filled
         for nonce, begin, end in step:
             parts.append(states_BTD[nonce, begin:end])
             found.append(Chunk(request_id(key, nonce), start, end - begin, begin, 8))
@@ -416,11 +415,12 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(mo
         left = torch.cat(parts), iter(found)
         monkeypatch.setattr(_extension, "chunks", lambda _, left=left: left)
         runner.sample_tokens()
-    assert (hooks.errors, hooks.failed) == (0, {})
-    nonces, rows = hooks.rows.take(key, range(5))
+    assert (hooks.errors, hooks.rows.counts()["failed"]) == (0, 0)
+    nonces, rows = hooks.rows.get(key).take(range(5))
     assert nonces == list(range(5))
     torch.testing.assert_close(torch.stack(rows), weighted_sum(states_BTD, weights_BT), atol=1e-6, rtol=0)
     assert not hooks.rows.get(key).sums
+    assert not hooks.rows.get(key).rows
 
 
 class DyingLLM:

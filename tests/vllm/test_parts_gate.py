@@ -174,12 +174,14 @@ def test_only_the_first_process_of_a_server_with_the_plugin_is_checked(
         before_start()
 
 
-@pytest.mark.parametrize(("name", "dtype", "words"), [("vlm", None, "hf or vllm"), ("vllm", "int8", "int8 on vLLM")])
+@pytest.mark.parametrize(("name", "dtype", "words"), [("vlm", None, "vlm"), ("vllm", "int8", "int8 on vLLM")])
 def test_what_cannot_recompute_a_proof_is_refused(name: str, dtype, words: str):
     from assay.cli._engines import judging_engine
+    from assay.cli._poc_settings import VerifySettings
 
     prover = SimpleNamespace(dtype="float32", batch_size=8, seq_len=16)
-    with pytest.raises(UsageError, match=words), judging_engine(name, "m", prover, dtype=dtype, device=None):
+    wanted = {"model": "m", "engine": name, "dtype": dtype}
+    with pytest.raises(UsageError, match=words), judging_engine(VerifySettings(**wanted), prover):
         pass
 
 

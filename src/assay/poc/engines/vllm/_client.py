@@ -127,8 +127,8 @@ class Client:
 
 
 def _prompt(prompt: Tensor | int, salt: str) -> dict[str, Any]:
-    # The salt keeps other requests from finding the blocks of a nonce in the prefix cache, where all nonces have the
-    # same placeholder tokens.
+    # cache_salt enters the hash of a prompt's first block (v1/core/kv_cache_utils.py): without it other requests would
+    # find the blocks of a nonce in the prefix cache, where all nonces have the same placeholder tokens.
     if isinstance(prompt, int):
         return {"type": "token", "prompt_token_ids": [0] * prompt, "cache_salt": salt}
     # A copy: pickling a view would send the whole tensor that it shows a part of.
@@ -137,7 +137,10 @@ def _prompt(prompt: Tensor | int, salt: str) -> dict[str, Any]:
 
 @cache
 def _sampling() -> Any:
-    """Return the parameters of every nonce; vLLM's ``InputProcessor`` clones them for each request."""
+    """Return the parameters of every nonce; vLLM's ``InputProcessor`` clones them for each request.
+
+    One token is generated: vLLM requires ``max_tokens`` of at least 1.
+    """
     from vllm import SamplingParams  # type: ignore[import-not-found]
     from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 

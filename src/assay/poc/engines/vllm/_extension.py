@@ -21,8 +21,8 @@ from assay import streams
 from assay.errors import AssayError, UsageError
 from assay.poc.engines._inputs import noise_inputs
 from assay.poc.engines.vllm._compatibility import missing_in_runner
-from assay.poc.engines.vllm._rows import Rows
-from assay.poc.engines.vllm._wire import Spec, split_id
+from assay.poc.engines.vllm._rows import Rows, RowStream
+from assay.poc.engines.vllm._wire import Spec
 from assay.poc.engines.vllm._worker import (
     Chunk,
     chunks,
@@ -70,7 +70,7 @@ class WorkerExtension:
 
     def assay_close(self, key: str) -> None:
         """End a stream, and drop its rows."""
-        self.assay_hooks.close(key)
+        self.assay_hooks.rows.close(key)
 
     def assay_collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
         """Take the values that the pipeline publishes for nonces that have run.
@@ -84,7 +84,7 @@ class WorkerExtension:
     def assay_counts(self) -> dict[str, int]:
         """Return the number of streams, rows and failures that are held, and how often a hook failed."""
         hooks = self.assay_hooks
-        return {**hooks.rows.counts(), "failed": len(hooks.failed), "errors": hooks.errors}
+        return {**hooks.rows.counts(), "errors": hooks.errors}
 
 
 class Hooks:
@@ -92,7 +92,6 @@ class Hooks:
 
     def __init__(self, runner: Any, config: Any) -> None:
         self.rows = Rows()
-        self.failed: OrderedDict[tuple[str, int], str] = OrderedDict()
         self.errors = 0
         self._runner, self._config = runner, config
         self._transforms: OrderedDict[Spec, Transform] = OrderedDict()
@@ -112,19 +111,15 @@ class Hooks:
             self._transform(spec)
         self.rows.open(key, spec)
 
-    def close(self, key: str) -> None:
-        """End a stream, and forget what failed in it."""
-        self.rows.close(key)
-        for owned in [owned for owned in self.failed if owned[0] == key]:
-            del self.failed[owned]
-
     def collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
         """Take the values of nonces that have run; :meth:`WorkerExtension.assay_collect` describes the reply."""
-        failed = {str(nonce): self.failed.pop((key, nonce)) for nonce in nonces if (key, nonce) in self.failed}
         stream = self.rows.get(key)
-        if stream is None or not is_last_stage():
+        if stream is None:
+            return {"failed": {}}
+        failed = {str(nonce): stream.failed.pop(nonce) for nonce in nonces if nonce in stream.failed}
+        if not is_last_stage():
             return {"failed": failed}
-        found, states = self.rows.take(key, nonces)
+        found, states = stream.take(nonces)
         reply: dict[str, Any] = {"failed": failed, "nonces": found, "values": b"", "width": 0, "error": None}
         if not found or not is_first_of_group():
             return reply
@@ -151,40 +146,43 @@ class Hooks:
 
     def _fill(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
         """Give the new requests of nonces their inputs, in place of the placeholder tokens."""
-        empty: dict[tuple[str, Spec], list[tuple[int, Any]]] = {}
+        empty: dict[RowStream, list[tuple[int, Any]]] = {}
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
-            owner = split_id(request.req_id)
-            stream = self.rows.get(owner[0]) if owner else None
+            found = self.rows.find(request.req_id)
             try:
                 if request.prompt_embeds is not None:
                     _disarm(request, hidden_size(self._config))
-                if owner and stream:
+                if found:
+                    stream, nonce = found
                     _check_length(request, stream.spec.round.seq_len)
                     if request.prompt_embeds is None and is_first_stage():
-                        empty.setdefault((owner[0], stream.spec), []).append((owner[1], request))
+                        empty.setdefault(stream, []).append((nonce, request))
                     else:
-                        self.rows.mark_filled(*owner)
+                        stream.fill(nonce)
             except Exception as error:
-                if owner and stream:
-                    self._fail(owner, _words(error))
-        for (key, spec), requests in empty.items():
-            self._fill_all(key, spec, requests)
+                if found:
+                    self._fail(*found, error)
+        for stream, requests in empty.items():
+            self._fill_all(stream, requests)
 
-    def _fill_all(self, key: str, spec: Spec, requests: list[tuple[int, Any]]) -> None:
+    def _fill_all(self, stream: RowStream, requests: list[tuple[int, Any]]) -> None:
         """Make the inputs of all new nonces of a stream together: on a GPU every copy to the host costs a wait."""
-        at_once = max(1, MAX_VALUES // (spec.round.seq_len * hidden_size(self._config)))
+        seq_len = stream.spec.round.seq_len
+        at_once = max(1, MAX_VALUES // (seq_len * hidden_size(self._config)))
         for start in range(0, len(requests), at_once):
             group = requests[start : start + at_once]
             try:
-                inputs_BTD = self._inputs(spec, [nonce for nonce, _ in group])
+                inputs_BTD = self._inputs(stream.spec, [nonce for nonce, _ in group])
             except Exception as error:
                 for nonce, _ in group:
-                    self._fail((key, nonce), _words(error))
+                    self._fail(stream, nonce, error)
                 continue
             for (nonce, request), inputs_TD in zip(group, inputs_BTD, strict=True):
+                # V1 copies both into its InputBatch (add_request), V2 into model_states/prompt_embeds.py: positions
+                # whose prompt_is_token_ids is False take their embedding from prompt_embeds, not from the token.
                 request.prompt_embeds = inputs_TD
-                request.prompt_is_token_ids = [False] * spec.round.seq_len
-                self.rows.mark_filled(key, nonce)
+                request.prompt_is_token_ids = [False] * seq_len
+                stream.fill(nonce)
 
     def _inputs(self, spec: Spec, nonces: list[int]) -> Tensor:
         """Return the inputs [B, T, D] of B nonces on the CPU, where vLLM expects them."""
@@ -201,47 +199,40 @@ class Hooks:
     @torch.inference_mode()
     def _capture(self, *args: Any, **kwargs: Any) -> None:
         """Keep what the pipelines read of the hidden states of this step."""
-        states_ND, found = chunks(self._runner)
+        states_ND, of_step = chunks(self._runner)
         if states_ND is None:
             return
-        sums: dict[tuple[str, int], list[Piece]] = {}
-        for chunk in found:
-            owner = split_id(chunk.request_id)
-            if owner is None or not self.rows.wants(*owner) or not chunk.in_prompt:
+        sums: dict[tuple[RowStream, int], list[Piece]] = {}
+        for chunk in of_step:
+            found = self.rows.find(chunk.request_id)
+            if found is None or found[1] not in found[0].filled or not chunk.in_prompt:
                 continue
+            stream, nonce = found
             try:
-                if self._spec(chunk, owner[0]).pipeline.read != "last":
-                    sums.setdefault((owner[0], chunk.in_prompt), []).append((chunk, owner[1]))
+                if chunk.prompt != stream.spec.round.seq_len:
+                    raise ValueError(f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} positions")
+                if stream.spec.pipeline.read != "last":
+                    sums.setdefault((stream, chunk.in_prompt), []).append((chunk, nonce))
                 elif chunk.ends_prompt:
-                    self.rows.put(*owner, states_ND[chunk.start + chunk.in_prompt - 1].clone())
+                    stream.put(nonce, states_ND[chunk.start + chunk.in_prompt - 1].clone())
             except Exception as error:
-                self._fail(owner, _words(error))
-        for (key, length), pieces in sums.items():
-            self._add_all(states_ND, key, length, pieces)
+                self._fail(stream, nonce, error)
+        for (stream, length), pieces in sums.items():
+            self._add_all(states_ND, stream, length, pieces)
 
-    def _spec(self, chunk: Chunk, key: str) -> Spec:
-        """Return the round and pipeline of a chunk; a prompt of another length is a ValueError."""
-        stream = self.rows.get(key)
-        assert stream is not None  # Rows.wants has said so
-        if chunk.prompt != stream.spec.round.seq_len:
-            raise ValueError(f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} positions")
-        return stream.spec
-
-    def _add_all(self, states_ND: Tensor, key: str, length: int, pieces: list[Piece]) -> None:
+    def _add_all(self, states_ND: Tensor, stream: RowStream, length: int, pieces: list[Piece]) -> None:
         """Add chunks of one length to the sums over positions, many in one kernel: the host pays for every launch."""
         at_once = max(1, MAX_SUMMED // (length * states_ND.shape[1]))
         for start in range(0, len(pieces), at_once):
             part = pieces[start : start + at_once]
             try:
-                self._add(states_ND, key, part)
+                self._add(states_ND, stream, part)
             except Exception as error:
                 for _, nonce in part:
-                    self._fail((key, nonce), _words(error))
+                    self._fail(stream, nonce, error)
 
-    def _add(self, states_ND: Tensor, key: str, pieces: list[Piece]) -> None:
+    def _add(self, states_ND: Tensor, stream: RowStream, pieces: list[Piece]) -> None:
         """Add the signed unit states of chunks of one length to the sums of earlier steps."""
-        stream = self.rows.get(key)
-        assert stream is not None
         drawn_BT = self._transform(stream.spec).weights([nonce for _, nonce in pieces], stream.spec.round.seq_len)
         assert drawn_BT is not None
         spans = [(row, chunk, chunk.in_prompt) for row, (chunk, _) in enumerate(pieces)]
@@ -251,15 +242,13 @@ class Hooks:
         for (chunk, nonce), sum_D in zip(pieces, sums_BD, strict=True):
             sum_D = sum_D if chunk.computed == 0 else stream.sums.pop(nonce) + sum_D
             if chunk.ends_prompt:
-                self.rows.put(key, nonce, sum_D)
+                stream.put(nonce, sum_D)
             else:
                 stream.sums[nonce] = sum_D
 
-    def _fail(self, owner: tuple[str, int], reason: str) -> None:
+    def _fail(self, stream: RowStream, nonce: int, error: Exception) -> None:
         self.errors += 1
-        self.failed[owner] = reason
-        while len(self.failed) > 1024:
-            self.failed.popitem(last=False)
+        stream.fail(nonce, _words(error))
 
     def _transform(self, spec: Spec) -> Transform:
         if spec not in self._transforms:

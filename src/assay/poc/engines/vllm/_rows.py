@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from assay.poc.engines.vllm._wire import Spec
+from assay.poc.engines.vllm._wire import Spec, split_id
 
 __all__ = ["MAX_ROWS", "MAX_STREAMS", "RowStream", "Rows"]
 
@@ -21,7 +21,7 @@ MAX_ROWS = 4096
 EXPIRY = 600.0  # seconds without use after which a stream is dropped
 
 
-@dataclass
+@dataclass(eq=False)
 class RowStream:
     """The nonces of one caller: a round, or a validation in it."""
 
@@ -29,10 +29,46 @@ class RowStream:
     touched: float
     rows: "OrderedDict[int, Tensor]" = field(default_factory=OrderedDict)
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
-    """Nonces whose inputs are known to be those of the round, not placeholders."""
+    """Nonces whose inputs are known to be those of the round, not placeholders: only their rows are kept."""
 
     sums: dict[int, Tensor] = field(default_factory=dict)
     """Weighted sums over the positions so far, of nonces whose prompt came in several steps."""
+
+    failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)
+    """Reasons of nonces that could not run."""
+
+    dropped: int = 0
+    """Number of rows that were never collected."""
+
+    def fill(self, nonce: int) -> None:
+        """Note that the inputs of a nonce are those of its round."""
+        self.filled[nonce] = None
+        while len(self.filled) > MAX_ROWS:
+            self.sums.pop(self.filled.popitem(last=False)[0], None)
+
+    def fail(self, nonce: int, reason: str) -> None:
+        """Keep the reason for which a nonce could not run."""
+        self.failed[nonce] = reason
+        while len(self.failed) > MAX_ROWS:
+            self.failed.popitem(last=False)
+
+    def put(self, nonce: int, row_D: Tensor) -> None:
+        """Keep the row of a nonce. It must not be a view, which would keep all states of a step alive."""
+        self.rows[nonce] = row_D
+        while len(self.rows) > MAX_ROWS:
+            self.rows.popitem(last=False)
+            self.dropped += 1
+
+    def take(self, nonces: Iterable[int]) -> tuple[list[int], list[Tensor]]:
+        """Remove and return the rows of those nonces that are there."""
+        self.touched = time.monotonic()
+        found: list[int] = []
+        for nonce in nonces:
+            self.filled.pop(nonce, None)
+            self.sums.pop(nonce, None)
+            if nonce in self.rows:
+                found.append(nonce)
+        return found, [self.rows.pop(nonce) for nonce in found]
 
 
 class Rows:
@@ -40,8 +76,7 @@ class Rows:
 
     def __init__(self) -> None:
         self._streams: dict[str, RowStream] = {}
-        self.dropped = 0
-        """Number of rows that were never collected."""
+        self._dropped = 0
 
     def open(self, key: str, spec: Spec) -> None:
         """Begin a stream. Streams that were not used for ten minutes end, and the oldest if there are too many."""
@@ -56,58 +91,25 @@ class Rows:
         """End a stream, and drop its rows."""
         stream = self._streams.pop(key, None)
         if stream is not None:
-            self.dropped += len(stream.rows)
+            self._dropped += len(stream.rows) + stream.dropped
 
     def get(self, key: str) -> RowStream | None:
         """Return the stream of a key, or None."""
         return self._streams.get(key)
 
-    def mark_filled(self, key: str, nonce: int) -> None:
-        """Note that the inputs of a nonce are those of its round."""
+    def find(self, request: str) -> tuple[RowStream, int] | None:
+        """Return the stream and the nonce of a request id, or None for requests of clients."""
+        key, nonce = split_id(request) or ("", 0)
         stream = self._streams.get(key)
-        if stream is not None:
-            stream.filled[nonce] = None
-            while len(stream.filled) > MAX_ROWS:
-                stream.sums.pop(stream.filled.popitem(last=False)[0], None)
-
-    def wants(self, key: str, nonce: int) -> bool:
-        """Return whether to keep the row of a nonce."""
-        stream = self._streams.get(key)
-        return stream is not None and nonce in stream.filled
-
-    def put(self, key: str, nonce: int, row_D: Tensor) -> None:
-        """Keep the row of a nonce. It must not be a view, which would keep all states of a step alive."""
-        stream = self._streams.get(key)
-        if stream is None:
-            return
-        stream.rows[nonce] = row_D
-        while len(stream.rows) > MAX_ROWS:
-            stream.rows.popitem(last=False)
-            self.dropped += 1
-
-    def take(self, key: str, nonces: Iterable[int]) -> tuple[list[int], list[Tensor]]:
-        """Remove and return the rows of those nonces that are there."""
-        stream = self._streams.get(key)
-        if stream is None:
-            return [], []
-        stream.touched = time.monotonic()
-        found: list[int] = []
-        rows: list[Tensor] = []
-        for nonce in nonces:
-            stream.filled.pop(nonce, None)
-            stream.sums.pop(nonce, None)
-            row = stream.rows.pop(nonce, None)
-            if row is not None:
-                found.append(nonce)
-                rows.append(row)
-        return found, rows
+        return None if stream is None else (stream, nonce)
 
     def counts(self) -> dict[str, int]:
-        """Return how many streams, rows and marks are held, and how many rows were dropped."""
+        """Return how many streams, rows, marks and failures are held, and how many rows were dropped."""
         streams = list(self._streams.values())
         return {
             "streams": len(streams),
             "rows": sum(len(stream.rows) for stream in streams),
             "filled": sum(len(stream.filled) for stream in streams),
-            "dropped": self.dropped,
+            "dropped": self._dropped + sum(stream.dropped for stream in streams),
+            "failed": sum(len(stream.failed) for stream in streams),
         }
