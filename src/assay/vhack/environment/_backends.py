@@ -134,14 +134,7 @@ BACKENDS: dict[str, Callable[..., list[str]]] = {"bwrap": _bwrap, "namespaces": 
 
 
 def command(backend: str, disk_mib: int, arguments: Sequence[str], *, server: bool = False) -> list[str]:
-    """Return the whole command line that runs the interpreter inside a backend, or in no sandbox.
-
-    Args:
-        backend: Name in `BACKENDS`, or another for no sandbox.
-        disk_mib: Size of the working directory in MiB.
-        arguments: Arguments of the interpreter.
-        server: Whether this is a fork server, which keeps what it needs to shut its jobs in.
-    """
+    """Return the command line that runs the interpreter inside a backend, or, for another name, in no sandbox."""
     python = [_interpreter(), "-I", "-S", "-B", *arguments]
     return [*BACKENDS[backend](disk_mib, server=server), *python] if backend in BACKENDS else python
 

@@ -58,20 +58,7 @@ def job_text(
     files: Sequence[str] = (),
     stub: tuple[str, object] | None = None,
 ) -> bytes:
-    """Return a job as it is sent into the sandbox.
-
-    Args:
-        program: Source text.
-        limits: Bounds of the job.
-        nonce: Text that the report has to repeat.
-        stdin: Text that the program can read.
-        calls: Questions.
-        files: Names of files whose content is wanted.
-        stub: Name and value of the function to replace.
-
-    Raises:
-        UsageError: A text has no UTF-8 form, or arguments are not JSON.
-    """
+    """Return a job as JSON; the report has to repeat the nonce, and the rest is what `sandbox.run` takes."""
     return dumps(
         {
             "nonce": nonce,
@@ -317,16 +304,7 @@ def _close_all() -> None:
 
 
 def perform_once(backend: str, job: bytes, limits: Limits) -> tuple[Pumped, int | None]:
-    """Run a job in a sandbox of its own, or in no sandbox.
-
-    Args:
-        backend: Name in ``BACKENDS``, or another for no sandbox.
-        job: The job as `job_text` writes it.
-        limits: Bounds of the job.
-
-    Returns:
-        What came out, and the exit code, None if the job was killed from here.
-    """
+    """Run a job in a sandbox of its own, or in no sandbox; returns what `Server.perform` returns."""
     reader, writer = os.pipe()
     deadline = time.monotonic() + limits.seconds
     try:
