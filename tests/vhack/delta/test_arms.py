@@ -1,3 +1,4 @@
+import doctest
 import math
 import re
 from pathlib import Path
@@ -145,6 +146,15 @@ def test_the_error_for_a_wrong_arm_names_every_form_and_the_nearest(name, neares
     said = str(caught.value)
     assert all(form in said for form in ("displaced-A+ARM", "ARM+away-B", ":random", *ARMS))
     assert said.rstrip().endswith(f"--arm {nearest}")
+
+
+def test_the_examples_in_the_docstrings_are_right():
+    from assay.vhack.delta import _arms
+    from assay.vhack.training import _settings
+
+    for module, examples in ((_arms, 2), (_settings, 2)):
+        found = doctest.testmod(module)
+        assert (found.failed, found.attempted) == (0, examples)
 
 
 def test_the_first_word_for_a_two_sided_gate_is_still_read():

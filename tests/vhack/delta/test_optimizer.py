@@ -459,8 +459,8 @@ def test_gates_on_single_rollouts(module, ids, small_svd, basis):
     parts = [zip(adapter.groups, rollouts.rows, strict=True)]
     named = {n: rows_NR for part in parts for g, r in part for n, rows_NR in zip(g.names, r, strict=True)}
     torch.testing.assert_close(shares.float(), cin_over_modules(named, basis), rtol=1e-5, atol=1e-6)
-    summed = rollouts.summed(chosen)
-    torch.testing.assert_close(summed[0], rows[0][0] + rows[2][0], rtol=1e-3, atol=1e-6)
+    summed = rollouts.rows[0][:, chosen].sum(dim=1)
+    torch.testing.assert_close(summed, rows[0][0] + rows[2][0], rtol=1e-3, atol=1e-6)
 
 
 def test_rollouts_that_cannot_be_gated_are_refused(module, ids, small_svd, basis):

@@ -75,7 +75,3 @@ class Rollouts:
             size_MN = rows_MNR.double().norm(dim=2)
             shares.append((kept_MN / torch.where(size_MN > 0, size_MN, 1.0))[has_M])
         return torch.cat(shares).mean(dim=0)
-
-    def summed(self, chosen_N: Tensor) -> list[Tensor]:
-        """Return per group the summed gradient of chosen rollouts, [M, R], such as those of the student."""
-        return [rows_MNR[:, chosen_N.to(rows_MNR.device)].sum(dim=1) for rows_MNR in self.rows]
