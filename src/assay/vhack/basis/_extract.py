@@ -9,6 +9,7 @@ import torch
 
 from assay.errors import DataError
 from assay.models import Model
+from assay.streams import dtype_name
 from assay.vhack.basis._basis import Basis, check_axis_settings
 from assay.vhack.basis._origin import Origin
 from assay.vhack.basis._paired import PairGradients, check_method
@@ -206,9 +207,9 @@ def extract(
     if path is not None and Path(path).exists():
         weight = next(iter(target_modules(model).values())).weight
         expected: dict[str, object] = {
-            "dtype": _dtype_name(weight.dtype),
+            "dtype": dtype_name(weight.dtype),
             "rank": rank or (svd.rank if svd is not None else None),
-            "factors": _dtype_name(svd.dtype if svd is not None else factor_dtype(factors, weight)),
+            "factors": dtype_name(svd.dtype if svd is not None else factor_dtype(factors, weight)),
             "top_k": top_k,
             "tau_axis": tau_axis,
             "method": method,
@@ -261,12 +262,8 @@ def _source_of(model: "Model | PreTrainedModel", svd: SVDCache) -> Origin:
     return Origin(
         model=model.reference if isinstance(model, Model) else type(module).__name__,
         weights=weights_digest(module),
-        dtype=_dtype_name(module.dtype),
+        dtype=dtype_name(module.dtype),
         rank=svd.rank,
-        factors=_dtype_name(svd.dtype),
+        factors=dtype_name(svd.dtype),
         coverage=coverage(module),
     )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

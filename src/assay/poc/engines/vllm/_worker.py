@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from assay.poc.engines.vllm._compatibility import other_cache, runner_kind
+from assay.streams import dtype_name
 
 __all__ = ["Chunk", "chunks", "describe", "hidden_size", "is_first_of_group", "is_first_stage", "is_last_stage"]
 
@@ -110,7 +111,7 @@ def describe(runner: Any, config: Any) -> dict[str, Any]:
     return {
         "runner": runner_kind(runner),
         "device": torch.cuda.get_device_name(runner.device) if on_cuda else cpu,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "threads": 0 if on_cuda else torch.get_num_threads(),
         "attention": _attention(runner),
         "hidden_size": hidden_size(config),
