@@ -70,7 +70,7 @@ def train(call, module, adapter, optimiser, ids, *, rollouts=None):
 
 
 def single(path, backend, level, per_rollout=False, plain=False):
-    """The same in one process, with all rows."""
+    """Take the steps in one process, with all rows."""
     module, svd, basis = prepare(path, device_of(backend))
     adapter = DeltaS(module, svd)
     optimiser = optimise(adapter, basis, level)

@@ -20,7 +20,7 @@ def logits(module, ids):
 
 
 def written_out(module, ids, svd, delta):
-    """The loss with W + U diag(δS) Vh in place of every W, by functional_call: plain autograd, nothing of ours."""
+    """The loss with W + U diag(δS) Vh in place of every W, by functional_call: plain autograd, without the adapter."""
     weights = {
         name + ".weight": linear.weight.detach() + (svd[name].left * delta[name]) @ svd[name].right
         for name, linear in target_modules(module).items()
