@@ -119,6 +119,11 @@ def test_every_command_explains_itself(name: str, assay):
     assert "Usage:" in result.out
 
 
+@pytest.mark.parametrize("name", FROZEN)
+def test_every_command_has_an_example(name: str, assay):
+    assert f"Example: assay {name}" in " ".join(assay(*name.split(), "--help").out.split())
+
+
 def test_version(assay):
     assert assay("--version").out == f"assay {package.__version__}\n"
 

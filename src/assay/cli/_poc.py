@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = App(help="Prove that a model ran, and check such proofs.")
-app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)
-app.command("receive", epilog="Example: assay poc receive --port 8081")(_serve.receive)
-app.add_typer(_serve.callbacks, name="callbacks")
-app.add_typer(_experiment.app, name="experiment")
 
 PINNED = {
     "block_hash",
@@ -261,3 +257,9 @@ def _show(schema: str, values: Mapping[str, object], as_json: bool) -> None:
         emit_json(schema, dict(values))
     else:
         table(("", "value"), [(name.replace("_", " "), value) for name, value in values.items()])
+
+
+app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)
+app.command("receive", epilog="Example: assay poc receive --port 8081")(_serve.receive)
+app.add_typer(_serve.callbacks, name="callbacks")
+app.add_typer(_experiment.app, name="experiment")

@@ -80,7 +80,7 @@ def receive(
 callbacks = App(help="Look at undelivered callbacks, and send dead ones again.")
 
 
-@callbacks.command("list")
+@callbacks.command("list", epilog="Example: assay poc callbacks list --all")
 def list_callbacks(
     data_dir: DataDir = Path("assay-data"),
     every: Annotated[bool, typer.Option("--all", help="Delivered ones too.")] = False,
@@ -100,7 +100,7 @@ def list_callbacks(
     table(columns, [[row[name] if row[name] is not None else "" for name in columns] for row in rows])
 
 
-@callbacks.command("replay")
+@callbacks.command("replay", epilog="Example: assay poc callbacks replay msg_1a2b")
 def replay(
     ids: Annotated[list[str] | None, typer.Argument(help="Ids of dead callbacks; all of them when left out.")] = None,
     data_dir: DataDir = Path("assay-data"),

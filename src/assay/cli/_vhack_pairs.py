@@ -23,7 +23,7 @@ PairsArgument = Annotated[
 app = App(help="Pairs of a completion that cheats and one that does not.")
 
 
-@app.command("list")
+@app.command("list", epilog="Example: assay vhack pairs list generated:12")
 def list_pairs(pairs: PairsArgument = "authored", as_json: JsonFlag = False) -> None:
     """List the pairs of a file or of a built-in set, with their groups and tags."""
     from assay.vhack.pairs import find_pairs
@@ -41,7 +41,7 @@ def _without_task(pair: "Pair") -> list[str]:
     return [tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))]
 
 
-@app.command()
+@app.command(epilog="Example: assay vhack pairs generate -n 48 -o pairs.jsonl")
 def generate(
     output: Annotated[Path, typer.Option("-o", "--output", help="The pair file to write.")],
     n: Annotated[int, typer.Option("-n", "--count", help="Number of pairs.")] = 96,
@@ -65,7 +65,7 @@ def generate(
         table(("", "value"), list(values.items()))
 
 
-@app.command()
+@app.command(epilog="Example: assay vhack pairs verify pairs.jsonl")
 def verify(
     context: typer.Context,
     pairs: PairsArgument = "authored",
