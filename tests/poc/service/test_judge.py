@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from assay import stats
+from assay.errors import CalibrationError
 from assay.poc import Calibration
 from assay.poc._prover import compute
+from assay.poc.service.runtime._validation import load_with
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
 
@@ -74,12 +76,27 @@ def test_a_measured_calibration_is_used(serving, rig):
         law=stats.ScaleNoise(sigma=5e-4),
         n=100,
         confidence=0.99,
+        digest=rig.deployment().digest,
+        preset="poc-2.0",
     )
     with serving(calibration=measured) as service:
         service.post("/init/validate", ROUND)
         right = truth(service, 30)
         noisy = [d + (4e-4 if i % 2 else -4e-4) for i, d in enumerate(right)]
         assert ask(service, list(range(30)), noisy)["verdict"] == "honest"
+
+
+@pytest.mark.parametrize("digest", ["1" * 64, None])
+def test_a_calibration_of_another_model_is_refused(rig, digest):
+    fingerprint = rig.deployment().engine(4, 4).fingerprint
+    law = stats.ScaleNoise(sigma=5e-4)
+    measured = Calibration(
+        output="distance", prover=fingerprint, validator=fingerprint, law=law, n=100, confidence=0.99,
+        digest=digest, preset="poc-2.0",
+    )  # fmt: skip
+    with pytest.raises(CalibrationError, match="a calibration of a checkpoint"):
+        load_with(measured, rig.deployment)
+    assert load_with(replace(measured, digest="0" * 64), rig.deployment).reference == "fake"
 
 
 def test_an_empty_request_is_no_fraud(judging):

@@ -29,7 +29,7 @@ from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._jobs import Jobs
 from assay.poc.service.runtime._metrics import Metrics
 from assay.poc.service.runtime._progress import Progress
-from assay.poc.service.runtime._validation import Judge
+from assay.poc.service.runtime._validation import Judge, load_with
 from assay.poc.service.runtime._worker import ShareDone, Worker
 from assay.poc.service.runtime._writer import Writer
 from assay.poc.service.store import Batch, Database, Outbox, Rounds, StoredRound
@@ -86,7 +86,7 @@ class Controller:
             self.rounds, settings, committed=self._committed, changed=self._paused, failed=self._engine_failed
         )
         self._worker = Worker(
-            load,
+            partial(load_with, settings.calibration, load),
             put=self.writer.put,
             background=self.jobs.step,
             ready=self._ready,

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ from assay.errors import CalibrationError
 from assay.poc.protocol import Pipeline, get_pipeline, is_valid
 from assay.poc.service._bodies import GenerateRequest, StatTest
 from assay.poc.service._settings import Settings
+from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.store import Database, Outbox, StoredRound
-from assay.poc.verdict import Noise, count_mismatches, default_noise, published_rule, sequential_test
+from assay.poc.verdict import Calibration, Noise, count_mismatches, default_noise, published_rule, sequential_test
 from assay.reports import dumps, loads
 
-__all__ = ["Judge", "judge_vectors"]
+__all__ = ["Judge", "judge_vectors", "load_with"]
 
 MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
 
@@ -176,11 +177,30 @@ def judge_vectors(
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
 
 
+def load_with(calibration: Calibration | None, load: Callable[[], Deployment]) -> Deployment:
+    """Load the model, and refuse a calibration that was measured on another one.
+
+    Raises:
+        CalibrationError: The noise of another model would be too wide or too narrow for this one.
+    """
+    deployment = load()
+    if calibration is not None and calibration.digest != deployment.digest:
+        measured = (
+            f"checkpoint {calibration.digest[:12]}" if calibration.digest else "a checkpoint that it does not name"
+        )
+        raise CalibrationError(
+            f"a calibration of {measured}",
+            wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
+            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
+        )
+    return deployment
+
+
 def _honest_noise(settings: Settings, pipeline: Pipeline, dtype: str) -> Noise | None:
     """Return the honest noise of a pipeline: the calibration of the service, else the default; None without either."""
     measured = settings.calibration
-    if measured is not None and measured.output == pipeline.noise:
-        return Noise(measured.law, f"calibration on {measured.n} nonces")
+    if measured is not None and measured.preset == pipeline.name:
+        return measured.noise
     try:
         return default_noise(pipeline.noise, dtype, dtype)
     except CalibrationError:
