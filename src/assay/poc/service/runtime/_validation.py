@@ -185,11 +185,9 @@ def load_with(calibration: Calibration | None, load: Callable[[], Deployment]) -
     """
     deployment = load()
     if calibration is not None and calibration.digest != deployment.digest:
-        measured = (
-            f"checkpoint {calibration.digest[:12]}" if calibration.digest else "a checkpoint that it does not name"
-        )
+        measured = calibration.digest[:12] if calibration.digest else "that it does not name"
         raise CalibrationError(
-            f"a calibration of {measured}",
+            f"a calibration of a checkpoint {measured}",
             wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
             do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
         )
