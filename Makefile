@@ -56,7 +56,7 @@ check: $(READY)  ## lint, format, types, import rules and language
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=src $(BIN)/lint-imports
-	-$(BIN)/python scripts/check_language.py
+	$(BIN)/python scripts/check_language.py
 
 docs: $(READY)  ## write the generated pages and tables of the documentation
 	$(BIN)/python scripts/reference.py

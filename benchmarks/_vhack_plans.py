@@ -76,7 +76,7 @@ DRAWN = ("random", "shuffled", "clean-clean")
 
 
 def seeded(runs, seeds):
-    """The same runs for every seed, those of a seed in a row."""
+    """Repeat the runs for every seed, those of one seed in a row."""
     return [
         replace(run, seed=s, basis=f"{run.basis}@{s}" if run.basis in DRAWN else run.basis)
         for s in seeds

@@ -44,7 +44,7 @@ OPTIONS = {
 
 
 def free_port():
-    """Return a port that nobody listens on, below those that the system gives to others while a server starts."""
+    """Return a port without a listener, below those that the system gives to others while a server starts."""
     while True:
         port = random.randrange(20000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -113,7 +113,7 @@ def plain(model, round, count):
 
 
 def verdict(proof, model, **options):
-    """Return the verdict, or why there is none."""
+    """Return the verdict, or the reason why it cannot be given."""
     try:
         return poc.verify(proof, model, prover_dtype=proof.header.fingerprint.dtype, **options).verdict
     except AssayError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Workers share the cores: torch threads that wait busily for each other would only slow everybody down.
+# Workers share the cores: torch threads that wait busily for each other would slow all of them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL = {

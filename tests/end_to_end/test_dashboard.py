@@ -85,7 +85,7 @@ def test_a_round_is_followed_from_its_start_through_a_crash_to_its_end(launch, b
         server.post("/phase/validate")
         _shows(watched, "Validating")
 
-        # What Chromium itself reports of the attempts while nobody listened is the only noise.
+        # What Chromium itself reports of the attempts while no server listened is the only noise.
         assert watched.errors_besides("net::ERR_") == []
         assert watched.origins == {server.base}
     finally:

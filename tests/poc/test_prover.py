@@ -205,7 +205,7 @@ def test_what_cannot_run_is_refused(small_model, round_: Round):
 
 
 def _with_wide_config(model):
-    """The same weights under a configuration that claims a wide model: only the estimate is asked."""
+    """A configuration that claims a wide model over small weights: only the estimate is asked."""
     import copy
 
     module = copy.deepcopy(model.module)

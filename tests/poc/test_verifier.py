@@ -137,7 +137,7 @@ def test_another_checkpoint_or_round_is_refused(proof: Proof, small_model, round
 
 
 def stating(proof: Proof, dtype: str) -> Proof:
-    """The same records under a header that says they were made in another number format."""
+    """Records under a header that says they were made in another number format."""
     header = replace(proof.header, fingerprint=replace(proof.header.fingerprint, dtype=dtype))
     return Proof.build(header, proof.records, proof.footer.seconds)
 

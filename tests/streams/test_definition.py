@@ -15,7 +15,7 @@ UINT32 = st.integers(0, 2**32 - 1)
 
 
 def murmur_without_length(seed, index):
-    """The same round in Python integers, written from the published description."""
+    """One round of the hash in Python integers, written from the published description."""
 
     def rotate(x, bits):
         return (x << bits | x >> (32 - bits)) % 2**32

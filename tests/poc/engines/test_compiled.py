@@ -24,7 +24,7 @@ from assay.poc.engines.hf._engine import is_compiled
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled engine's way through the code, without the minutes that the compiler takes."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setenv(_compiled.CACHE, "unused")  # no folder in the home of whoever runs the tests
+    monkeypatch.setenv(_compiled.CACHE, "unused")  # no folder in the home directory of the user
 
 
 @pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened", "layer-reflections", "random-head"])

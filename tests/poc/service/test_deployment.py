@@ -19,7 +19,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Compile by doing nothing, which takes no minutes; what was compiled is in the list."""
     seen: list[object] = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: seen.append(function) or function)
-    monkeypatch.setenv(_compiled.CACHE, "unused")  # no folder in the home of whoever runs the tests
+    monkeypatch.setenv(_compiled.CACHE, "unused")  # no folder in the home directory of the user
     return seen
 
 

@@ -39,7 +39,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def client(store):
-    """A client that has the key; posts need a signature, whoever sends them."""
+    """A client that has the key; posts need a signature from every sender."""
     receiver = create_receiver(store, (OTHER, SECRET), keys=(KEY,), read_keys=(READ,), max_body=10_000)
     return TestClient(receiver, headers={"Authorization": f"Bearer {KEY}"})
 
