@@ -3,8 +3,8 @@
 Shapes are batches of model inputs in float16. The published way makes one nonce at a time with eager operations in
 int64 (benchmarks/streams_cpu.py has it). Times are medians of CUDA events over repeated calls, each queued behind a
 pause: they are what the device is busy for, as in a proof, where the model is queued in front. The copy of the seeds
-is part of the times of assay. The published loop is bound by the host, which launches forty operations a nonce. What the host takes
-until a call returns stands beside.
+is part of the times of assay. The published loop is bound by the host, which launches forty operations a nonce. The
+time that a call takes on the host stands beside.
 
 There are two floors. One is a plain fill of the same tensor: bytes written over memory bandwidth. The other is the
 issue floor: instructions of the kernel's loop over what the device can issue, one for each of the four schedulers of
