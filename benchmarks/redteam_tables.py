@@ -13,6 +13,11 @@ from assay.research.runs import read_run
 SECTIONS = ("paying", "attacks", "claims", "audits", "search", "experts")
 
 
+def markdown(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
 def paying(cells):
     columns = ("model", "dtype", "preset", "attack of the least error", "cost", "ε", "over honest", "checked")
     best = [tables.paying(cells, model, dtype, preset) for model, dtype in tables.fields(cells) for preset in PRESETS]
@@ -21,7 +26,7 @@ def paying(cells):
          f"{b['over_honest']:.1f}", b["checked_99"] or "never")
         for b in best
     ]  # fmt: skip
-    print(tables.markdown(columns, rows), "\n")
+    print(markdown(columns, rows), "\n")
 
 
 def show(cells, section):
@@ -31,19 +36,19 @@ def show(cells, section):
         if section == "attacks":
             for preset in PRESETS:
                 rows = tables.attack_rows(cells, model, dtype, preset)
-                print(f"{model}, {dtype}, {preset}\n\n{tables.markdown(tables.ATTACK_COLUMNS, rows)}\n")
+                print(f"{model}, {dtype}, {preset}\n\n{markdown(tables.ATTACK_COLUMNS, rows)}\n")
         elif section == "claims":
-            print(f"{model}\n\n{tables.markdown(tables.CLAIM_COLUMNS, tables.claim_rows(cells, model, dtype))}\n")
+            print(f"{model}\n\n{markdown(tables.CLAIM_COLUMNS, tables.claim_rows(cells, model, dtype))}\n")
         elif section == "audits":
-            print(f"{model}\n\n{tables.markdown(tables.AUDIT_COLUMNS, tables.audit_rows(cells, model, dtype))}\n")
+            print(f"{model}\n\n{markdown(tables.AUDIT_COLUMNS, tables.audit_rows(cells, model, dtype))}\n")
         elif section == "search":
             honest = tables.honest_errors(cells, model, dtype)["hardened"]
             rows = tables.search_rows(cells, model, honest)
-            print(f"{model}\n\n{tables.markdown(tables.SEARCH_COLUMNS, rows)}\n")
+            print(f"{model}\n\n{markdown(tables.SEARCH_COLUMNS, rows)}\n")
     if section == "experts":
         found = [row for cell in cells if cell["kind"] == "experts" for row in cell["rows"]]
         rows = [(r["name"], f"{r['cost']:.2f}", f"{r['artifact']:.3f}", f"{r['hardened']:.3f}") for r in found]
-        print(tables.markdown(("prover", "cost", "ε, last state", "ε, hardened"), rows))
+        print(markdown(("prover", "cost", "ε, last state", "ε, hardened"), rows))
 
 
 def main():

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from assay.reports import read_json
+from assay.research.approaches import weight_rows
 from assay.research.matrix import configurations
 from assay.research.redteam import ATTACK_COLUMNS, PRESETS, attack_rows, fields, honest_errors, paying
 from assay.research.runs import read_run
-from assay.research.weights import weight_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 RUNS = RESULTS / "experiments"

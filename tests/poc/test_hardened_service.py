@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from assay.poc import HFEngine, Round, prove
-from assay.poc.protocol._vectors import encode_vector
+from assay.poc.protocol._record import encode_vector
 from assay.poc.service import Settings
 from assay.poc.service.runtime import Deployment
 from tests.poc.service.conftest import ARTIFACTS, PARAMS, Rig, Service

@@ -9,9 +9,8 @@ import pytest
 
 from assay.errors import ProofMismatch, UsageError
 from assay.poc import DistanceRecord, Proof, Round, VectorRecord, calibrate, prove, verify
-from assay.poc.verdict._judge import judge, residuals
+from assay.poc.verdict._judge import count_mismatches, judge, published_rule, residuals
 from assay.poc.verdict._noise import Noise, default_noise
-from assay.poc.verdict._verdict import count_mismatches, published_rule
 from assay.research import cheats
 from assay.stats import LogNoise, ScaleNoise
 

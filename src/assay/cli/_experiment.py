@@ -12,11 +12,10 @@ from assay.cli._settings import settings
 
 if TYPE_CHECKING:
     from assay.reports import JsonObject
-    from assay.research.approaches import ApproachPlan
+    from assay.research.approaches import ApproachPlan, WeightPlan, WeightRow
     from assay.research.matrix import Configuration, Plan
     from assay.research.redteam import RedteamPlan
     from assay.research.simulation import SimulationPlan
-    from assay.research.weights import WeightPlan, WeightRow
 
 __all__ = ["app"]
 
@@ -66,15 +65,15 @@ def _approach(cell: "JsonObject") -> tuple[str, ...]:
 
 
 @app.command(cls=Resumable, epilog="Example: assay poc experiment weights --models reference:llama --nonces 256")
-@settings("assay.research.weights:WeightPlan")
+@settings("assay.research.approaches:WeightPlan")
 def weights(
     plan: "WeightPlan", run_name: RunNameFlag = "weights", output: OutputFlag = EXPERIMENTS, as_json: JsonFlag = False
 ) -> None:
     """Compare trained weights with weights that are drawn per block: all of them, or the embeddings alone."""
     from dataclasses import asdict
 
+    from assay.research.approaches import run_weights, weight_rows
     from assay.research.runs import read_run
-    from assay.research.weights import run_weights, weight_rows
 
     page = _measure(run_weights, plan, run_name, output, "measuring", "blocks")
     rows = weight_rows(read_run(page.parent, "weights").cells)

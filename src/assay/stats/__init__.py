@@ -3,7 +3,6 @@
 The formulas and what they assume are derived in docs/statistics.md.
 """
 
-from assay.stats._binomial import CountTest, count_test, proportion_interval
 from assay.stats._chord import (
     RANDOM_HEAD_ROWS,
     chord_cdf,
@@ -17,7 +16,7 @@ from assay.stats._chord import (
 )
 from assay.stats._fitting import NoiseFit, fit_log_noise, fit_scale_noise
 from assay.stats._noise import GROSS_PROBABILITY, JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, ScaleNoise
-from assay.stats._ranking import auroc, paired_accuracy
+from assay.stats._rates import CountTest, auroc, count_test, paired_accuracy, proportion_interval
 from assay.stats._resampling import BootstrapInterval, group_bootstrap
 from assay.stats._sequential import JUNK_SHARES, SequentialResult, SequentialTest, Verdict
 

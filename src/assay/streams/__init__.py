@@ -5,12 +5,10 @@ written in torch for CPU and CUDA, and fused for CUDA; :func:`get_backend` finds
 explains the format and how two machines compare their streams in one line.
 """
 
-from assay.streams._arrays import as_tensor, digest
+from assay.streams._arrays import DTYPES, STORED_DTYPES, as_tensor, digest, dtype_name, torch_dtype
 from assay.streams._backend import Backend
-from assay.streams._dtypes import DTYPES, STORED_DTYPES, dtype_name, torch_dtype
-from assay.streams._registry import BACKENDS, get_backend
+from assay.streams._registry import BACKENDS, SELFTEST_EXPECTED, get_backend, selftest
 from assay.streams._seeds import seed32, seeds
-from assay.streams._selftest import SELFTEST_EXPECTED, selftest
 
 __all__ = [
     "BACKENDS",

@@ -1,9 +1,9 @@
-"""Numpy arrays and torch tensors as one: results of any backend to tensors, and to SHA-256."""
+"""Number formats and arrays, whichever library they come from: numpy and torch as one."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +12,33 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-    from assay.streams._backend import Array
+__all__ = ["DTYPES", "STORED_DTYPES", "Array", "as_tensor", "digest", "dtype_name", "numpy_dtype", "torch_dtype"]
+
+Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
+
+DTYPES = ("float32", "float16", "bfloat16")
+"""Formats of normals and of weights. The two short ones are the float32 values rounded once, to nearest even."""
+
+STORED_DTYPES = dict(zip(("F32", "F16", "BF16"), DTYPES, strict=True))
+"""Each of :data:`DTYPES` by the name that the header of a safetensors file has for it."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of that name."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return the numpy dtype of that name; bfloat16 is that of ml_dtypes."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a torch dtype, for example ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def as_tensor(array: Array) -> torch.Tensor:

@@ -15,12 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from assay.errors import OutOfMemory, UsageError, is_out_of_memory
-from assay.streams._dtypes import DTYPES
+from assay.streams._arrays import DTYPES, Array
 
 if TYPE_CHECKING:
     import torch
-
-Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
 Seeds: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any]
 """32-bit seeds: ``[B]``, or ``[B, S]`` with S sub-seeds for each stream, as :func:`assay.streams.seeds` makes them."""

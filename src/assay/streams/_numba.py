@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from assay.errors import UsageError
 from assay.streams import _definition as definition
-from assay.streams._backend import Array, Backend, tiles
-from assay.streams._dtypes import DTYPES, numpy_dtype
+from assay.streams._arrays import DTYPES, Array, numpy_dtype
+from assay.streams._backend import Backend, tiles
 
 _TILE = 1 << 17
 """Cells of one task: large against the cost of handing it to a thread, small enough to share out evenly."""

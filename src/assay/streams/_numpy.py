@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from assay.errors import UsageError
 from assay.streams import _definition
-from assay.streams._backend import Array, Backend
-from assay.streams._dtypes import numpy_dtype
+from assay.streams._arrays import Array, numpy_dtype
+from assay.streams._backend import Backend
 
 
 class NumpyBackend(Backend):

@@ -18,8 +18,8 @@ import torch
 
 from assay.errors import BackendUnavailable
 from assay.streams import _definition as definition
+from assay.streams._arrays import torch_dtype
 from assay.streams._backend import Backend, tiles
-from assay.streams._dtypes import torch_dtype
 
 _TILE = {"cpu": 1 << 17, "cuda": 1 << 22}
 """Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB, more is not faster."""

@@ -21,7 +21,7 @@ import triton
 from assay.errors import BackendUnavailable
 from assay.streams import _definition as definition
 from assay.streams import _triton_kernels as kernels
-from assay.streams._dtypes import torch_dtype
+from assay.streams._arrays import torch_dtype
 from assay.streams._torch import TorchBackend, on_device
 from assay.streams._torch import create as create_torch
 

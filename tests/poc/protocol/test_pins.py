@@ -8,7 +8,7 @@ import pytest
 
 from assay.errors import ProofFormatError, ProofMismatch, UsageError
 from assay.poc import Header, Pins, Proof, Round, judging_batch, verify
-from assay.poc.protocol._reader import parse_header
+from assay.poc.protocol._proof import parse_header
 from assay.poc.verdict import Noise, judge
 from assay.reports import dumps
 from assay.stats import ScaleNoise

@@ -61,7 +61,7 @@ def test_36_tests_grouped_by_service():
     tests = list(plan.tests())
     assert [test.number for test in tests] == list(range(1, 37))
     assert len({test.key for test in tests}) == len({test.log_name for test in tests}) == 36
-    assert len(plan.configurations) == 4
+    assert len({(test.model, test.mode) for test in plan.tests()}) == 4
     assert tests[0].log_name == "test_01_reference-qwen3_sign-flips_block_alpha_node_A"
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from assay.errors import UsageError
+from assay.research.approaches import WeightPlan, run_weights, weight_rows
 from assay.research.runs import build_report, read_run
-from assay.research.weights import WeightPlan, run_weights, weight_rows
 
 
 def plan(checkpoint, **changes) -> WeightPlan:

@@ -5,7 +5,7 @@ import torch
 
 from assay.poc import HFEngine, Round
 from assay.research.redteam._attacks import Scene
-from assay.research.redteam._guess import Guesses
+from assay.research.redteam._partial import Guesses
 
 T = 32
 

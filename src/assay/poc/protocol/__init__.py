@@ -1,6 +1,5 @@
 """The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
 
-from assay.poc.protocol._fingerprint import Fingerprint
 from assay.poc.protocol._pins import FEWEST_NONCES, Pins
 from assay.poc.protocol._pipelines import (
     PIPELINES,
@@ -11,9 +10,21 @@ from assay.poc.protocol._pipelines import (
     Step,
     get_pipeline,
 )
-from assay.poc.protocol._proof import Proof
-from assay.poc.protocol._reader import parse_record_line
-from assay.poc.protocol._record import DistanceRecord, Footer, Header, Record, VectorRecord
+from assay.poc.protocol._proof import Proof, parse_record_line
+from assay.poc.protocol._record import (
+    MAX_DISTANCE,
+    DistanceRecord,
+    Fingerprint,
+    Footer,
+    Header,
+    Record,
+    VectorRecord,
+    check_distinct_seeds,
+    decode_vector,
+    encode_vector,
+    is_distance,
+    is_valid,
+)
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
 from assay.poc.protocol._transforms import (
     ROWS_OF_A_PRODUCT,
@@ -24,8 +35,6 @@ from assay.poc.protocol._transforms import (
     unit,
     weighted_sum,
 )
-from assay.poc.protocol._validity import MAX_DISTANCE, check_distinct_seeds, is_distance, is_valid
-from assay.poc.protocol._vectors import decode_vector, encode_vector
 
 __all__ = [
     "FEWEST_NONCES",

@@ -8,23 +8,114 @@ The SHA-256 covers the bytes of the record lines, newlines included. Reading is 
 proof, spaces and the order of keys included, is an error that names the line.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
+from scipy import stats as distributions
 
-from assay.poc.protocol._fingerprint import Fingerprint
+from assay import streams
+from assay.errors import ProofFormatError, ProofMismatch
 from assay.poc.protocol._pipelines import Pipeline
 from assay.poc.protocol._round import Round
-from assay.poc.protocol._validity import is_valid
-from assay.poc.protocol._vectors import encode_vector
 from assay.reports import dumps
 
-__all__ = ["KIND", "SCHEMA", "DistanceRecord", "Footer", "Header", "Record", "VectorRecord"]
+__all__ = [
+    "KIND",
+    "MAX_DISTANCE",
+    "SCHEMA",
+    "DistanceRecord",
+    "Fingerprint",
+    "Footer",
+    "Header",
+    "Record",
+    "VectorRecord",
+    "check_distinct_seeds",
+    "decode_vector",
+    "encode_vector",
+    "is_distance",
+    "is_valid",
+]
 
 KIND = "assay.poc.proof"
 SCHEMA = 1
+SEPARATOR = ", "  # between the library and its kernels
+
+MAX_DISTANCE = 2 + 1e-6
+"""Largest distance that is accepted.
+
+Points of the unit sphere are at most 2 apart. Both vectors are scaled to length one in float32, so each may be a few
+units in the last place too long (1.2e-7 each), and the norm of their difference may round up once more.
+"""
+
+CHANCE = 1e-4  # that honest nonces are refused because their seeds happen to collide
+CHUNK = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """Everything about an engine that can move the last bits of a hidden state.
+
+    Two engines with equal fingerprints return equal bits. Noise between two different ones is what a calibration
+    measures.
+
+    Args:
+        engine: Name of the engine, for instance ``hf`` or ``vllm``.
+        device: Name of the processor or GPU.
+        dtype: Number format of the weights.
+        attention: Name of the attention implementation.
+        batch_size: Number of nonces of a batch.
+        seq_len: Number of positions of a nonce.
+        threads: Number of CPU threads; 0 on a GPU.
+        torch: Version of torch.
+        library: Library that runs the model, and its version.
+        kernels: Choices beside the defaults of that library, for instance ``compiled`` or ``tp 2``. In a file they
+            follow the library in one text, joined by commas.
+    """
+
+    engine: str
+    device: str
+    dtype: str
+    attention: str
+    batch_size: int
+    seq_len: int
+    threads: int
+    torch: str
+    library: str
+    kernels: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields in the order of the proof header, with the kernels joined to the library."""
+        values = asdict(self)
+        values["library"] = SEPARATOR.join([self.library, *values.pop("kernels")])
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Fingerprint":
+        """Return the fingerprint that :meth:`as_dict` wrote.
+
+        Raises:
+            KeyError: the library is missing.
+            TypeError: another field is missing or unknown.
+        """
+        library, *kernels = values["library"].split(SEPARATOR)
+        return cls(**{**values, "library": library}, kernels=tuple(kernels))
+
+    @classmethod
+    def written_fields(cls) -> set[str]:
+        """Return the names of the fields of :meth:`as_dict`."""
+        return {field.name for field in fields(cls)} - {"kernels"}
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that stand for the whole."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,3 +207,77 @@ class Footer:
     def as_dict(self) -> dict[str, Any]:
         """Return the footer line."""
         return {"footer": {field.name: getattr(self, field.name) for field in fields(self)}}
+
+
+def is_valid(distance: float, r_target: float) -> bool:
+    """Return whether a nonce counts: its distance is strictly below the target."""
+    return distance < r_target
+
+
+def is_distance(value: float) -> bool:
+    """Return whether a number can be a distance: finite and between 0 and :data:`MAX_DISTANCE`."""
+    return 0 <= value <= MAX_DISTANCE
+
+
+def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
+    """Refuse nonces of which one forward pass would serve several, because their 32-bit input seeds collide.
+
+    A node that may choose its nonces finds such groups by hashing alone. Among n nonces that were not chosen for it,
+    n(n − 1)/2³³ pairs collide by chance. More repeated seeds than chance gives once in ten thousand are refused: any
+    at all in up to 927 nonces. Seeds of 256 bits do not collide.
+
+    Args:
+        round: Round that the nonces belong to, with the key of the node that proves.
+        nonces: Nonces of one proof or of one request, each once.
+
+    Raises:
+        ProofMismatch: Too many of the seeds are equal; names two nonces that share one.
+    """
+    if round.strength != 32:
+        return
+    given = iter(nonces)
+    chunks = iter(lambda: list(islice(given, CHUNK)), [])
+    parts = [(chunk, streams.seeds(round.texts("inputs", chunk))[:, 0]) for chunk in chunks]
+    if not parts:
+        return
+    nonces_N = np.concatenate([np.array(chunk, dtype=np.int64) for chunk, _ in parts])
+    seeds_N = np.concatenate([seeds for _, seeds in parts])
+    order_N = np.argsort(seeds_N, kind="stable")
+    equal = np.flatnonzero(np.diff(seeds_N[order_N]) == 0)
+    pairs = nonces_N.size * (nonces_N.size - 1) / 2
+    if equal.size > distributions.poisson.isf(CHANCE, pairs / 2**32):
+        one, other = nonces_N[order_N[equal[0] : equal[0] + 2]]
+        raise ProofMismatch(
+            f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}",
+            wanted="an input seed of its own for every nonce: one forward pass must not serve two of them",
+            do="ask the node for consecutive nonces of its share, or agree on --strength 256",
+        )
+
+
+def encode_vector(vector_K: np.ndarray) -> str:
+    """Return a float16 vector [K] as base64 of its little-endian bytes."""
+    return base64.b64encode(np.asarray(vector_K).astype("<f2").tobytes()).decode("ascii")
+
+
+def decode_vector(text: object, size: int) -> np.ndarray:
+    """Return the float16 vector [K] that a base64 string stands for.
+
+    Raises:
+        ProofFormatError: The value is not a string, not base64, of another length, or not finite.
+    """
+    try:
+        if not isinstance(text, str):
+            raise ValueError(f"a {type(text).__name__}")
+        raw = base64.b64decode(text, validate=True)
+        if len(raw) != 2 * size:
+            raise ValueError(f"{len(raw)} bytes")
+        vector = np.frombuffer(raw, dtype="<f2").astype(np.float16)
+        if not np.isfinite(vector).all():
+            raise ValueError("NaN or infinity")
+    except (ValueError, binascii.Error) as error:
+        raise ProofFormatError(
+            f"a vector that is {error}",
+            wanted=f"base64 of {size} finite little-endian float16 values",
+            do="ask the prover for a new proof",
+        ) from None
+    return vector

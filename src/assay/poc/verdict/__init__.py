@@ -1,18 +1,21 @@
 """Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds residuals against it."""
 
 from assay.poc.verdict._calibration import Calibration, calibrate, fit_noise, noise_for
-from assay.poc.verdict._judge import EFFECT, judge, residuals, sequential_test
-from assay.poc.verdict._noise import MARGIN, Law, Noise, default_noise, law_as_dict
-from assay.poc.verdict._target import MeasuredTarget, distances_from, measure_r_target
-from assay.poc.verdict._verdict import (
+from assay.poc.verdict._judge import (
     COUNT_ALPHA,
     DIST_THRESHOLD,
+    EFFECT,
     P_FLIP,
     P_MISMATCH,
     Verdict,
     count_mismatches,
+    judge,
     published_rule,
+    residuals,
+    sequential_test,
 )
+from assay.poc.verdict._noise import MARGIN, Law, Noise, default_noise, law_as_dict
+from assay.poc.verdict._target import MeasuredTarget, distances_from, measure_r_target
 
 __all__ = [
     "COUNT_ALPHA",

@@ -13,9 +13,10 @@ The model runs once for all approaches that agree on what happens between its la
 Legend of shapes: N nonces, B blocks, K published numbers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
@@ -25,14 +26,20 @@ from assay.poc.protocol import PIPELINES, Pipeline, Round, get_pipeline
 from assay.poc.verdict import distances_from
 from assay.reports import JsonObject
 from assay.research import cheats
-from assay.research.approaches._cost import PIPELINE_PARALLEL, memory, tensor_parallel
-from assay.research.approaches._measures import distribution, overheads, residual_sizes, told_apart
+from assay.research.approaches._measures import (
+    PIPELINE_PARALLEL,
+    distribution,
+    memory,
+    overheads,
+    residual_sizes,
+    tensor_parallel,
+    told_apart,
+)
 from assay.research.runs import (
     BLOCKS,
     Blocks,
     ExperimentPlan,
-    Run,
-    check_lists,
+    Progress,
     effective_dimension,
     open_run,
     published,
@@ -46,8 +53,6 @@ APPROACHES = tuple(PIPELINES)
 
 KEY = "node_A"
 STATE_NONCES = 256  # from which the effective dimension is measured
-
-Progress = Callable[[int, int], None]
 
 
 def _own_names(approaches: tuple[str, ...]) -> tuple[str, ...]:
@@ -73,16 +78,8 @@ class ApproachPlan(ExperimentPlan):
     timed: int = Field(5, ge=0, description="Batches for which every approach is timed; 0 skips the timing.")
     dtype: Dtype = None
 
-    def model_post_init(self, context: Any, /) -> None:
-        """Check the lists."""
-        check_lists(self, models=1, approaches=1, blocks=2)
-
-    @property
-    def settings(self) -> JsonObject:
-        """What must be the same for all cells of a run."""
-        names = ("blocks", "nonces", "valid_rate", "checked", "seq_len", "batch_size", "timed")
-        chosen = {name: getattr(self, name) for name in names}
-        return chosen | {name: getattr(self, name) or "default" for name in ("dtype", "device")}
+    least: ClassVar[Mapping[str, int]] = {"models": 1, "approaches": 1, "blocks": 2}
+    choosing: ClassVar[frozenset[str]] = frozenset({"models", "approaches"})
 
     def groups(self) -> list[list[Pipeline]]:
         """Return the approaches, those together for which the model does the same."""
@@ -92,49 +89,35 @@ class ApproachPlan(ExperimentPlan):
             groups.setdefault((pipeline.layers, pipeline.read, pipeline.texts), []).append(pipeline)
         return list(groups.values())
 
-    def rounds(self, preset: str) -> list[Round]:
-        """Return one round per block."""
-        return [Round(block_hash=b, public_key=KEY, seq_len=self.seq_len, preset=preset) for b in self.blocks]
-
 
 def run_approaches(plan: ApproachPlan, folder: Path, *, progress: Progress | None = None) -> None:
     """Measure the cells that the run's folder does not have yet, and append them to ``approaches.jsonl``.
 
     Args:
-        plan: what is measured.
+        plan: Plan that says what is measured.
         folder: Folder of the run.
-        progress: called with cells done and cells in all.
+        progress: Function that is called with (cells done, cells in all).
 
     Raises:
-        UsageError: the run was begun with other settings.
-        ModelError: a model cannot be loaded.
+        UsageError: The run was begun with other settings.
+        ModelError: A model cannot be loaded.
     """
     with open_run(folder, "approaches", plan.settings) as run:
         total = len(plan.models) * len(plan.approaches)
-        for reference in plan.models:
-            for group in _missing(run, plan, reference):
-                for values in _measure_group(plan, reference, group):
-                    run.append(_key(reference, values["approach"]), values)
-                    if progress:
-                        progress(len(run.done), total)
-
-
-def _key(reference: str, approach: str) -> str:
-    return f"{reference} {approach}"
-
-
-def _missing(run: Run, plan: ApproachPlan, reference: str) -> Iterator[list[Pipeline]]:
-    for group in plan.groups():
-        todo = [pipeline for pipeline in group if _key(reference, pipeline.name) not in run.done]
-        if todo:
-            yield todo
+        for reference, group in product(plan.models, plan.groups()):
+            todo = [pipeline for pipeline in group if f"{reference} {pipeline.name}" not in run.done]
+            for values in _measure_group(plan, reference, todo) if todo else ():
+                run.append(f"{reference} {values['approach']}", values)
+                if progress:
+                    progress(len(run.done), total)
 
 
 def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]) -> Iterator[JsonObject]:
     """Give the values of every approach of a group."""
     model = load_model(reference, dtype=plan.dtype, device=plan.device)
     engine = _engine(plan, model)
-    rounds = plan.rounds(group[0].name)
+    shape: dict[str, Any] = {"public_key": KEY, "seq_len": plan.seq_len, "preset": group[0].name}
+    rounds = [Round(block_hash=block, **shape) for block in plan.blocks]
     found = [published(engine, round, group, range(plan.nonces)) for round in rounds]
     heads = [state_pipeline(pipeline) for pipeline in group if pipeline.head == "random"]
     count = min(STATE_NONCES, plan.nonces)
@@ -142,6 +125,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
     effective = {name: effective_dimension(states_ND) for name, states_ND in reduced.items()}
     slower = overheads(engine, rounds[0], group, plan.timed) if plan.timed else {}
     apart = _separability(plan, reference, rounds[0], group)
+    sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_layers": model.num_layers}
     for pipeline in group:
         distances = {r.block_hash: distances_from(f[pipeline.name], r) for f, r in zip(found, rounds, strict=True)}
         size = pipeline.output_size(model.hidden_size, model.vocab_size)
@@ -154,7 +138,8 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
             "per_nonce": pipeline.per_nonce,
             "tensor_parallel": tensor_parallel(pipeline),
             "pipeline_parallel": PIPELINE_PARALLEL,
-            **_costs(plan, pipeline, model),
+            **sizes,
+            **memory(pipeline, seq_len=plan.seq_len, **sizes),
             "overhead": slower.get(pipeline.name),
             "effective_dimension": effective.get(pipeline.name),
             **distribution(distances, size, plan.valid_rate, width, effective.get(pipeline.name)),
@@ -164,12 +149,6 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
 
 def _engine(plan: ApproachPlan, model: Model) -> HFEngine:
     return HFEngine(model, batch_size=plan.batch_size, seq_len=plan.seq_len)
-
-
-def _costs(plan: ApproachPlan, pipeline: Pipeline, model: Model) -> JsonObject:
-    sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_layers": model.num_layers}
-    held = memory(pipeline, seq_len=plan.seq_len, **sizes)
-    return {**sizes, "bytes_per_nonce": held.per_nonce, "bytes_per_block": held.per_block}
 
 
 def _separability(plan: ApproachPlan, reference: str, round: Round, group: Sequence[Pipeline]) -> dict[str, JsonObject]:

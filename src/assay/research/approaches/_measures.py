@@ -1,4 +1,4 @@
-"""What is measured of an approach: its distances, its residuals, and its time.
+"""What is measured of an approach: its distances, its residuals, its time, and the random numbers that it holds.
 
 Legend of shapes: N nonces, B blocks, K published numbers.
 """
@@ -14,12 +14,10 @@ from scipy.stats import chi2
 
 from assay import stats
 from assay.poc.engines import HFEngine, make_transform
-from assay.poc.protocol import Pipeline, Round
+from assay.poc.protocol import RANDOM_HEAD_ROWS, Pipeline, Round, Step
 from assay.reports import JsonObject
 from assay.research.matrix import PUBLISHED_LIMIT
 from assay.research.runs import spread_of, states
-
-__all__ = ["distribution", "overheads", "residual_sizes", "told_apart"]
 
 ALPHA = 0.01  # at which a deviation from the law, or between blocks, counts as structure
 TAIL_RATE = 0.1  # the published valid rate; there the width of the distances counts, at one half it does not
@@ -31,14 +29,10 @@ FloatArray = npt.NDArray[np.float64]
 def distribution(
     distances: Mapping[str, FloatArray], size: int, valid_rate: float, width: int | None, effective: float | None
 ) -> JsonObject:
-    """Hold distances against the chord law and against each other.
+    """Hold the distances of every block [N], in a space of ``size`` dimensions, against the chord law and each other.
 
-    Args:
-        distances: [N] for every block hash.
-        size: dimension of the space in which they are measured.
-        valid_rate: share of all nonces that the calibrated r_target makes valid.
-        width: hidden size where a random head is drawn per block, else None.
-        effective: effective dimension of the states in front of that head, where it is known.
+    ``width`` is the hidden size where a random head is drawn per block, and ``effective`` the effective dimension of
+    the states in front of that head, where it is known.
     """
     blocks = list(distances.values())
     pooled = np.concatenate(blocks)
@@ -48,23 +42,29 @@ def distribution(
     return {
         "dimension": size,
         "nonces": pooled.size,
-        **_summary(pooled),
-        "law": {"mean": stats.chord_mean(size), "std": stats.chord_std(size), "p10": stats.r_target_for(0.1, size)},
+        **summary(pooled),
+        "law": law_of(size),
         "mean_off_in_standard_errors": off,
         "p_law": p_law,
-        "blocks": [{"block_hash": name, **_summary(block)} for name, block in distances.items()],
+        "blocks": [{"block_hash": name, **summary(block)} for name, block in distances.items()],
         "spreads": spreads,
         "breaks_structure": _verdict(spreads[0]["spread"], spreads[0]["p_value"], p_law),
         "histogram": {"counts": counts.tolist(), "low": float(edges[0]), "high": float(edges[-1])},
     }
 
 
-def _summary(distances_N: FloatArray) -> JsonObject:
+def summary(distances_N: FloatArray) -> JsonObject:
+    """Return mean, standard deviation and tenth percentile of distances [N]."""
     return {
         "mean": float(distances_N.mean()),
         "std": float(distances_N.std(ddof=1)),
         "p10": float(np.quantile(distances_N, 0.1)),
     }
+
+
+def law_of(size: int) -> JsonObject:
+    """Return the same three numbers by the chord law in ``size`` dimensions."""
+    return {"mean": stats.chord_mean(size), "std": stats.chord_std(size), "p10": stats.r_target_for(0.1, size)}
 
 
 def _spread_at(
@@ -131,16 +131,8 @@ def told_apart(honest_N: FloatArray, cheat_N: FloatArray) -> JsonObject:
 
 
 def overheads(engine: HFEngine, round: Round, group: Sequence[Pipeline], batches: int) -> dict[str, float]:
-    """Return the time of a batch with an approach over the plain forward pass, less one: the median of neighbours.
-
-    Args:
-        engine: runs the model.
-        round: gives the seed texts.
-        group: approaches for which the model does the same.
-        batches: how many of each are timed.
-    """
+    """Return the time of a batch with an approach over the plain forward pass, less one: the median of neighbours."""
     transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in group}
-
     nonces = range(engine.batch_size)
 
     def plain() -> float:
@@ -159,3 +151,53 @@ def overheads(engine: HFEngine, round: Round, group: Sequence[Pipeline], batches
         randomised(name)  # compiles what the first call compiles
     ratios = {name: [randomised(name) / plain() for _ in range(batches)] for name in transforms}
     return {name: statistics.median(values) - 1 for name, values in ratios.items()}
+
+
+PIPELINE_PARALLEL = True
+"""Every approach of the table can run on the stages of pipeline parallelism, each stage alone.
+
+What follows the last layer is on the last stage, and what acts between the layers is drawn from the block, so every
+stage makes its own. An approach that read states of several stages would be the first that cannot.
+"""
+
+
+def memory(pipeline: Pipeline, *, hidden_size: int, vocab_size: int, num_layers: int, seq_len: int) -> JsonObject:
+    """Return the bytes of random numbers that an approach holds for a model of these sizes.
+
+    Bytes are counted as random numbers are drawn: a normal takes 4, an index 8, a sign 1. What acts between the layers
+    is counted as it is held there, 4 bytes a number. The inputs, which all approaches share, are not counted.
+    """
+    size = hidden_size
+    per_nonce = 0 if pipeline.read == "last" else seq_len  # the signs of the positions
+    for step in pipeline.hidden:
+        per_nonce += _bytes(step, size)
+        size = step.count if step.name in ("pick", "project") else size
+    output = pipeline.output_size(hidden_size, vocab_size)
+    per_nonce += sum(_bytes(step, output) for step in pipeline.logits)
+    between = 0 if pipeline.layers == "none" else num_layers * hidden_size * 4
+    head = RANDOM_HEAD_ROWS * hidden_size * 4 if pipeline.head == "random" else 0
+    target = output * 4 if pipeline.output == "distance" else 0
+    return {"bytes_per_nonce": per_nonce, "bytes_per_block": between + head + target}
+
+
+def _bytes(step: Step, size: int) -> int:
+    match step.name:
+        case "unit":
+            return 0
+        case "signs":
+            return size
+        case "permute":
+            return 8 * size
+        case "pick":
+            return 8 * step.count
+        case "reflect" | "rotate" | "project":
+            return 4 * step.count * size
+
+
+def tensor_parallel(pipeline: Pipeline) -> bool:
+    """Whether every rank of tensor parallelism can do its part alone.
+
+    Hidden states are whole on every rank. The logits of the trained head are not: each rank has a slice of the
+    vocabulary, and a permutation, a reflection or the norm needs all of it.
+    """
+    return pipeline.head != "trained"

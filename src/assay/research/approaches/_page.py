@@ -1,23 +1,17 @@
-"""The approaches on the page of a run."""
+"""The approaches, and trained against random weights, on the page of a run."""
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import cycle
 
 import numpy as np
 
 from assay import stats
-from assay.reports import INK, SERIES, Badge, Cell, JsonObject, Report, figure, legend, style_axes
+from assay.reports import INK, MUTED, SERIES, Badge, BadgeKind, Cell, JsonObject, Report, figure, legend, style_axes
+from assay.research.approaches._weights import WeightRow, weight_rows
 from assay.research.runs import RunRecords, section
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from assay.reports import BadgeKind
-
-__all__ = ["draw"]
-
-_KINDS: "dict[str, BadgeKind]" = {"yes": "pass", "partly": "undecided", "no": "fail"}
+_KINDS: dict[str, BadgeKind] = {"yes": "pass", "partly": "undecided", "no": "fail"}
 _SHOWN = ("poc-2.0", "permutation", "hidden-reflections", "layer-normalize")
 
 
@@ -32,7 +26,7 @@ def draw(report: Report, run: RunRecords) -> None:
     )
     for model in dict.fromkeys(cell["model"] for cell in run.cells):
         cells = [cell for cell in run.cells if cell["model"] == model]
-        report.figure(_histograms(cells), f"{model}: distances of four approaches over the chord law (lines).")
+        _histograms(report, model, cells)
         _distances(report, model, cells)
         _separability(report, model, cells)
         _costs(report, model, cells)
@@ -78,7 +72,7 @@ def _separability(report: Report, model: str, cells: Sequence[JsonObject]) -> No
             f"{cell['separation']:.1f}",
             f"{cell['auc']:.3f}",
             "{:.3f} to {:.3f}".format(*cell["auc_interval"]),
-            _rounded(cell["effective_dimension"]),
+            None if cell["effective_dimension"] is None else f"{cell['effective_dimension']:.0f}",
         ]
         for cell in cells
     ]
@@ -104,29 +98,77 @@ def _costs(report: Report, model: str, cells: Sequence[JsonObject]) -> None:
         report.table(headers, rows, caption=f"{model}: random numbers, and time over the plain forward pass")
 
 
-def _rounded(value: float | None) -> str | None:
-    return None if value is None else f"{value:.0f}"
-
-
-def _histograms(cells: Sequence[JsonObject]) -> "Figure":
+def _histograms(report: Report, model: str, cells: Sequence[JsonObject]) -> None:
     chosen = [cell for cell in cells if cell["approach"] in _SHOWN] or list(cells)[:4]
     fig, first = figure(6.8, 1.5 + 1.2 * len(chosen))
     first.remove()
     axes = fig.subplots(len(chosen), 1, sharex=True, squeeze=False)[:, 0]
-    for index, (ax, cell) in enumerate(zip(axes, chosen, strict=True)):
+    for ax, cell, colour in zip(axes, chosen, cycle(SERIES), strict=False):
         ax.set_facecolor("none")
         style_axes(ax)
-        _histogram(ax, cell, SERIES[index % len(SERIES)])
+        counts = np.array(cell["histogram"]["counts"], dtype=float)
+        edges = np.linspace(cell["histogram"]["low"], cell["histogram"]["high"], len(counts) + 1)
+        density = counts / counts.sum() / np.diff(edges)
+        ax.stairs(density, edges, fill=True, alpha=0.45, color=colour, label=cell["approach"])
+        mean, width = cell["law"]["mean"], 4 * cell["law"]["std"]
+        x = np.linspace(mean - width, mean + width, 200)
+        ax.plot(x, stats.chord_pdf(x, cell["dimension"]), color=INK, linewidth=1.1)
+        legend(ax, loc="upper right")
     axes[-1].set_xlabel("distance to the target")
-    return fig
+    report.figure(fig, f"{model}: distances of four approaches over the chord law (lines).")
 
 
-def _histogram(ax: "Axes", cell: JsonObject, colour: str) -> None:
-    counts = np.array(cell["histogram"]["counts"], dtype=float)
-    edges = np.linspace(cell["histogram"]["low"], cell["histogram"]["high"], len(counts) + 1)
-    density = counts / counts.sum() / np.diff(edges)
-    ax.stairs(density, edges, fill=True, alpha=0.45, color=colour, label=cell["approach"])
-    width = cell["law"]["std"]
-    x = np.linspace(cell["law"]["mean"] - 4 * width, cell["law"]["mean"] + 4 * width, 200)
-    ax.plot(x, stats.chord_pdf(x, cell["dimension"]), color=INK, linewidth=1.1)
-    legend(ax, loc="upper right")
+@section("weights")
+def draw_weights(report: Report, run: RunRecords) -> None:
+    """Add block means per weight mode, their spread with its noise band, and a plot."""
+    rows = weight_rows(run.cells)
+    report.section("Does training give distances their structure?")
+    report.paragraph(
+        f"Block means of the distance ({run.settings['preset']}) with trained weights, with all weights drawn anew for "
+        "every block, and with the input embeddings alone drawn anew. A head that is tied to the embeddings changes "
+        "with them."
+    )
+    _plot(report, run.cells)
+    _table(report, rows)
+
+
+def _table(report: Report, rows: Sequence[WeightRow]) -> None:
+    cells: list[list[Cell]] = [
+        [
+            row.model,
+            row.weights,
+            ", ".join(f"{mean:.4f}" for mean in row.means),
+            f"{row.std:.4f}",
+            f"{row.spread:.4f}",
+            f"{row.low:.4f} to {row.high:.4f}",
+            f"{row.p_value:.2g}",
+            f"{row.context_effect:.2g}",
+            Badge("inside noise", "pass") if row.inside else Badge("beyond noise", "fail"),
+        ]
+        for row in rows
+    ]
+    headers = ("model", "weights", "block means", "sd", "spread", "noise band, 95 %", "p", "context", "verdict")
+    report.table(headers, cells, caption="Largest minus smallest block mean of the distance")
+    report.paragraph(
+        "Context: how far the unit state moves when the positions before the last are reversed; unrelated states are "
+        "√2 apart. Near zero, the model passes its last input through, and distances say nothing about its layers."
+    )
+
+
+def _plot(report: Report, cells: Sequence[JsonObject]) -> None:
+    fig, ax = figure(6.8, 3.2)
+    modes = list(dict.fromkeys(cell["weights"] for cell in cells))
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    for index, mode in enumerate(modes):
+        for place, model in enumerate(models):
+            chosen = [cell for cell in cells if (cell["model"], cell["weights"]) == (model, mode)]
+            x = [place + 0.25 * (index - 1) + 0.05 * i for i in range(len(chosen))]
+            error = [2 * cell["std"] / math.sqrt(cell["nonces"]) for cell in chosen]
+            label = mode if place == 0 else None
+            means = [cell["mean"] for cell in chosen]
+            ax.errorbar(x, means, error, fmt="o", color=SERIES[index], markersize=5, capsize=3, label=label)
+    ax.axhline(cells[0]["law"]["mean"], color=MUTED, linewidth=1, linestyle=":")
+    ax.set_xticks(range(len(models)), models)
+    ax.set_ylabel("mean distance of a block")
+    legend(ax)
+    report.figure(fig, "Mean distance per block, with two standard errors, against the chord law.")

@@ -11,8 +11,6 @@ from typing import Any, Self
 
 from assay.errors import ResourceError
 
-__all__ = ["Live", "wait_until"]
-
 _START_SECONDS = 300.0
 _STOP_SECONDS = 60.0
 _POLL = 0.02
@@ -55,19 +53,11 @@ class Live:
         wait_until(lambda: self._answers(ready), _START_SECONDS, self.failure)
 
     def get(self, path: str, **query: Any) -> Any:
-        """Return what a page answers.
-
-        Raises:
-            ResourceError: the service did not answer with 200.
-        """
+        """Return what a page answers."""
         return self._call("GET", path, params=query)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Post an object and return the answer.
-
-        Raises:
-            ResourceError: the service refused the request or did not answer.
-        """
+        """Post an object and return the answer."""
         return self._call("POST", path, json=body or {})
 
     def log_size(self) -> int:
@@ -103,6 +93,7 @@ class Live:
             self._process.wait()
 
     def _call(self, method: str, path: str, **options: Any) -> Any:
+        """Return what the service answers; anything but 200 is a ResourceError."""
         import httpx
 
         try:
@@ -136,13 +127,7 @@ class Live:
 
 
 def wait_until(true: Callable[[], Any], seconds: float, failed: Callable[[str], Exception]) -> None:
-    """Ask again and again until something is true.
-
-    Args:
-        true: asked every few milliseconds.
-        seconds: how long at most.
-        failed: turns a sentence into the error to raise.
-    """
+    """Ask again and again until something is true; raise what ``failed`` makes of a sentence after so many seconds."""
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:

@@ -6,12 +6,12 @@ round: it is begun over HTTP, generates for a while, is stopped, and is over whe
 
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -20,10 +20,8 @@ from assay.models import model_info
 from assay.poc.protocol import Round
 from assay.reports import JsonObject, write_atomic, write_jsonl
 from assay.research.matrix._live import Live, wait_until
-from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, check_lists, open_run
+from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, Progress, open_run
 from assay.settings import Dtype, Names
-
-__all__ = ["MODES", "Plan", "Test", "run_matrix"]
 
 MODES = {"sign-flips": "poc-2.0", "layer-hooks": "layer-normalize"}
 """Mode, as the published tables call it → preset."""
@@ -32,7 +30,6 @@ WARM_UP = "warm-up"  # block and key of the round that compiles kernels before a
 _FIRST_BATCH_SECONDS = 600.0
 _DELIVERY_SECONDS = 60.0
 
-Progress = Callable[[int, int], None]
 Note = Callable[[str], None]
 
 
@@ -73,25 +70,17 @@ class Plan(ExperimentPlan):
     r_target: float = Field(1.416, description="Distance below which a nonce is valid.")
     dtype: Dtype = None
 
+    least: ClassVar[Mapping[str, int]] = {"models": 1, "modes": 1, "blocks": 1, "public_keys": 1}
+    choosing: ClassVar[frozenset[str]] = frozenset({"models", "modes", "blocks", "public_keys", "duration"})
+
     def model_post_init(self, context: Any, /) -> None:
         """Check the lists and every round."""
-        check_lists(self, models=1, modes=1, blocks=1, public_keys=1)
+        super().model_post_init(context)
         unknown = [mode for mode in self.modes if mode not in MODES]
         if unknown:
             raise UsageError(f"mode {unknown[0]!r:.40}", wanted="one of " + ", ".join(MODES), do="correct --modes")
         for block, key in product(self.blocks, self.public_keys):
             Round(block_hash=block, public_key=key, r_target=self.r_target, seq_len=self.seq_len)
-
-    @property
-    def settings(self) -> JsonObject:
-        """What must be the same for all tests of a run."""
-        names = ("r_target", "seq_len", "batch_size", "dtype", "device")
-        return {name: getattr(self, name) or "default" for name in names}
-
-    @property
-    def configurations(self) -> list[tuple[str, str]]:
-        """Model and mode of every service that is started."""
-        return list(product(self.models, self.modes))
 
     def tests(self) -> Iterator[Test]:
         """Give the tests in the order of their numbers."""
@@ -105,14 +94,14 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
     Logs go to ``logs/``: per test what the service wrote and which callbacks arrived.
 
     Args:
-        plan: the tests.
+        plan: Plan that says which tests are wanted.
         folder: Folder of the run.
-        progress: called with tests done and tests in all.
-        note: called with a sentence before every start of a service, and after every test.
+        progress: Function that is called with (tests done, tests in all).
+        note: Function that is called with a sentence before every start of a service, and after every test.
 
     Raises:
-        UsageError: the run was begun with other settings.
-        ResourceError: a service did not start, or did not answer.
+        UsageError: The run was begun with other settings.
+        ResourceError: A service did not start, or did not answer.
     """
     with open_run(folder, "matrix", plan.settings) as run, ExitStack() as stack:
         todo = [test for test in plan.tests() if test.key not in run.done]
@@ -127,7 +116,7 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
         receiver = stack.enter_context(Live(receive, logs / "receiver.log"))
         total = len(list(plan.tests()))
         done = total - len(todo)
-        for index, (model, mode) in enumerate(plan.configurations):
+        for index, (model, mode) in enumerate(product(plan.models, plan.modes)):
             chosen = [test for test in todo if (test.model, test.mode) == (model, mode)]
             with closing(_run_configuration(plan, chosen, receiver, temporary / str(index), logs, note)) as results:
                 for test, values in results:
@@ -149,7 +138,8 @@ def _run_configuration(
     with _service(plan, model, data, logs / "server.log") as server:
         receiver.connect()
         server.connect("/ready")
-        _warm_up(server, plan, mode)
+        _begin(server, plan, mode, WARM_UP, WARM_UP, None)
+        server.post("/api/v1/pow/phase/validate")
         for test in tests:
             values = _run_test(test, plan, server, receiver, logs)
             say(
@@ -189,11 +179,6 @@ def _status(server: Live) -> Any:
     if found["error"]:
         raise server.failure(f"the round ended: {found['error']}")
     return found
-
-
-def _warm_up(server: Live, plan: Plan, mode: str) -> None:
-    _begin(server, plan, mode, WARM_UP, WARM_UP, None)
-    server.post("/api/v1/pow/phase/validate")
 
 
 def _run_test(test: Test, plan: Plan, server: Live, receiver: Live, logs: Path) -> JsonObject:

@@ -3,9 +3,8 @@
 from assay.research.redteam._attacks import ATTACKS, Attack
 from assay.research.redteam._detect import CHECKED, Judge, Pool
 from assay.research.redteam._field import PRESETS
-from assay.research.redteam._page import draw
 from assay.research.redteam._run import RedteamPlan, run_redteam
-from assay.research.redteam._tables import ATTACK_COLUMNS, attack_rows, fields, honest_errors, paying
+from assay.research.redteam._tables import ATTACK_COLUMNS, attack_rows, draw, fields, honest_errors, paying
 
 __all__ = [
     "ATTACKS",

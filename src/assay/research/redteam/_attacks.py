@@ -17,8 +17,7 @@ from assay import streams
 from assay.models import Model, load_model
 from assay.poc.engines.hf import HFEngine
 from assay.research import cheats
-from assay.research.redteam._guess import Guesses
-from assay.research.redteam._partial import Part, PartialForward, Shortcut
+from assay.research.redteam._partial import Guesses, Part, PartialForward, Shortcut
 
 __all__ = ["ATTACKS", "Attack", "Invented", "OnEngine", "Program", "Scene"]
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from assay.models import Model, load_model
 from assay.poc.engines import make_transform
 from assay.poc.engines.hf import HFEngine
-from assay.poc.protocol import Pipeline, Round, Transform, get_pipeline, unit
+from assay.poc.protocol import Pipeline, Round, get_pipeline, unit
 from assay.research.redteam._attacks import OnEngine, Program, Scene
 from assay.research.redteam._detect import Judge
-from assay.research.redteam._guess import Guesses
+from assay.research.redteam._partial import Guesses
 
 __all__ = ["PRESETS", "Field", "Reading"]
 
@@ -29,22 +29,12 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class Reading:
-    """One way to read the states, with the presets that share it: the same inputs, the same rows.
-
-    Args:
-        validator: recomputes.
-        round: gives the seed texts; its preset reads the states.
-        presets: what is published of them.
-    """
+    """One way to read the states, that of the round's preset, and the presets that share it: equal inputs and rows."""
 
     def __init__(self, validator: HFEngine, round: Round, presets: Sequence[str]) -> None:
         self.round, self.presets, self._validator = round, tuple(presets), validator
         self._transforms = {name: make_transform(validator, round, get_pipeline(name)) for name in presets}
         self._states: list[Tensor] = []
-
-    @property
-    def _first(self) -> Transform:
-        return self._transforms[self.presets[0]]
 
     def states(self, program: Program, engine: HFEngine, nonces: int) -> Tensor:
         """Return what a program reads of the first nonces, [N, D], on the CPU in float32."""
@@ -54,7 +44,7 @@ class Reading:
         for start in range(0, nonces, engine.batch_size):
             batch = range(start, start + engine.batch_size)
             inputs_BTD = engine.inputs(self.round, batch)
-            yield start, program.read(inputs_BTD, self._first.weights(batch, engine.seq_len))
+            yield start, program.read(inputs_BTD, self._transforms[self.presets[0]].weights(batch, engine.seq_len))
 
     def recomputed(self, nonces: int) -> Tensor:
         """Return the validator's states of the first nonces, [N, D]; computed once."""
@@ -62,7 +52,7 @@ class Reading:
             start = sum(map(len, self._states))
             batch = range(start, start + self._validator.batch_size)
             inputs_BTD = self._validator.inputs(self.round, batch)
-            weights_BT = self._first.weights(batch, self._validator.seq_len)
+            weights_BT = self._transforms[self.presets[0]].weights(batch, self._validator.seq_len)
             self._states.append(OnEngine(self._validator).read(inputs_BTD, weights_BT).cpu())
         return torch.cat(self._states)[:nonces]
 
@@ -86,16 +76,9 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """One model and one dtype of provers, against a validator in float32.
+    """One model and one dtype of provers and attackers, against a validator in float32.
 
-    Args:
-        reference: the model.
-        dtype: Dtype of honest provers and of attackers.
-        device: Device they all run on; None takes CUDA where it is available.
-        block_hash: Block hash of the attacked round.
-        seq_len: positions.
-        batch_size: nonces per forward pass.
-        honest: honest nonces; one half calibrates the rules, the other one tests them.
+    One half of the ``honest`` nonces calibrates the rules, the other one tests them.
     """
 
     reference: str

@@ -6,11 +6,11 @@ position hardly uses. What is left out is not counted; all of it is never comput
 zero here and would be skipped by a kernel made for it.
 
 Legend of shapes: B nonces, T positions, A positions that a layer updates, V positions that it sees, D hidden size,
-F neurons of an MLP, H heads, E head size.
+N rows, F neurons of an MLP, H heads, E head size; in the regressions E = D + 1.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,11 +22,38 @@ from assay.models import Model, backbone, decoder_layers
 from assay.models.decoder import as_heads
 from assay.models.families import ATTENTION_TARGETS, MLP_TARGETS
 from assay.poc.protocol import unit
-from assay.research.redteam._guess import Guesses
 
-__all__ = ["Part", "PartialForward", "Shortcut"]
+__all__ = ["Guesses", "Part", "PartialForward", "Shortcut"]
+
+RIDGE = 1e-4  # of the mean square of an input coordinate
 
 Part = Literal["run", "drop", "linear"]
+
+
+class Guesses:
+    """What an attacker can know in advance: inputs are noise of a known law, so maps can be fitted before any round.
+
+    For every layer, a linear map gives the update of the attention and of the MLP from their normed input; for every
+    depth, one gives the final unit state from the state at that depth. All are ridge regressions on rounds of the
+    attacker's own, so a guess shrinks towards the mean where it knows little.
+    """
+
+    def __init__(self, model: Model, inputs_BTD: Tensor) -> None:
+        self.cost = model.hidden_size**2
+        updates, states = _observe(model, inputs_BTD)
+        with torch.inference_mode():
+            body: Any = backbone(model.module)
+            final_ND = unit(body.norm(states[-1])).float().flatten(0, 1)
+            self._updates = {name: _fit(_with_one(x), y) for name, (x, y) in updates.items()}
+            self._ends = [_fit(_with_one(unit(x)), final_ND) for x in states[:-1]]
+
+    def update(self, part: str, index: int, x_BAD: Tensor) -> Tensor:
+        """Return the update that attention or mlp of a layer would make, from its normed input [B, A, D]."""
+        return _with_one(x_BAD) @ self._updates[part, index]
+
+    def end(self, depth: int, x_BAD: Tensor) -> Tensor:
+        """Return the final unit state of positions from their state before layer ``depth``."""
+        return _with_one(unit(x_BAD)) @ self._ends[depth]
 
 
 @dataclass(frozen=True)
@@ -44,22 +71,16 @@ class Shortcut:
 
     depth: tuple[int, ...]
     stale: bool = False
-    attention: tuple[Part, ...] = field(default=())
-    mlp: tuple[Part, ...] = field(default=())
+    attention: tuple[Part, ...] = ()
+    mlp: tuple[Part, ...] = ()
     window: int = 0
-    neurons: tuple[float, ...] = field(default=())
+    neurons: tuple[float, ...] = ()
 
 
 class PartialForward:
-    """Runs a shortcut on a model of the Llama family.
+    """Runs a shortcut on a model of the Llama family; a UsageError where its layers have other parts.
 
-    Args:
-        model: Honest model.
-        shortcut: Parts that are left out.
-        guesses: Linear maps in place of what is left out; without them a state stays as it is.
-
-    Raises:
-        UsageError: The layers do not have the parts of a Llama or Qwen3 layer.
+    Guesses stand in for what is left out; without them a state stays as it is.
     """
 
     def __init__(self, model: Model, shortcut: Shortcut, guesses: Guesses | None = None) -> None:
@@ -224,3 +245,47 @@ def _pairs(active: Sequence[int], visible: Sequence[int], window: int) -> int:
         return 0
     back_AV = torch.tensor(active)[:, None] - torch.tensor(visible)[None]
     return int(((back_AV >= 0) & (back_AV < (window or 1 << 30))).sum())
+
+
+def _observe(model: Model, inputs_BTD: Tensor) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor]], list[Tensor]]:
+    """Run the honest model; return inputs and outputs of its parts, and the state before every layer and after all."""
+    updates: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+    states: list[Tensor] = []
+    handles = []
+    layers: Any = decoder_layers(model.module)
+
+    def keep(part: str, index: int) -> Callable[..., None]:
+        def hook(module: Any, arguments: Any, keywords: Any, output: Any) -> None:
+            x = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+            updates[part, index] = (x, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    for index, layer in enumerate(layers):
+        handles.append(layer.self_attn.register_forward_hook(keep("attention", index), with_kwargs=True))
+        handles.append(layer.mlp.register_forward_hook(keep("mlp", index), with_kwargs=True))
+        handles.append(layer.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0])))
+    body: Any = backbone(model.module)
+    handles.append(body.norm.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0])))
+    try:
+        with torch.inference_mode():
+            body(inputs_embeds=inputs_BTD, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return updates, states
+
+
+def _fit(x: Tensor, y: Tensor) -> Tensor:
+    """Ridge regression of y on x, rows over all leading dimensions."""
+    x_NE, y_ND = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+    gram_EE = x_NE.T @ x_NE
+    ridge = RIDGE * gram_EE.diagonal().mean()
+    solved: Tensor = torch.linalg.solve(
+        gram_EE + ridge * torch.eye(len(gram_EE), dtype=torch.float64, device=gram_EE.device), x_NE.T @ y_ND
+    )
+    return solved.float()
+
+
+def _with_one(x: Tensor) -> Tensor:
+    return torch.cat([x.float(), torch.ones_like(x[..., :1], dtype=torch.float32)], dim=-1)

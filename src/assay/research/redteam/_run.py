@@ -3,10 +3,11 @@
 Legend of shapes: N nonces, C checked nonces.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,25 +16,28 @@ from pydantic import Field as Setting
 from assay import stats
 from assay.models import load_model
 from assay.poc.engines.hf import HFEngine
-from assay.poc.protocol import get_pipeline
+from assay.poc.protocol import RANDOM_HEAD_ROWS, get_pipeline
 from assay.poc.verdict import law_as_dict
-from assay.research.redteam._attacks import ATTACKS, Attack, OnEngine
-from assay.research.redteam._claims import claims
-from assay.research.redteam._detect import Judge, detection, mixed, spread
+from assay.research.redteam._attacks import ATTACKS, Attack, Invented, OnEngine
+from assay.research.redteam._detect import Judge, Pool, detection, mixed, spread
 from assay.research.redteam._experts import experts
-from assay.research.redteam._field import Field
+from assay.research.redteam._field import Field, Reading
 from assay.research.redteam._search import search
-from assay.research.runs import ExperimentPlan, check_lists, open_run
+from assay.research.runs import ExperimentPlan, Progress, measure_missing
 from assay.settings import Names
 
-__all__ = ["RedteamPlan", "run_redteam"]
+__all__ = ["RedteamPlan", "claims", "run_redteam", "screened"]
 
 AUDITS = 2000
 AUDITED = 64  # nonces of a simulated audit, as `verify` checks by default
 OTHER_SHAPE = 5
+JUNK_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
+MULTIPLES = (1.0, 1.5, 2.0, 3.0)
+SCREENS = ("first 50.0% dropped", "first 75.0% dropped", "first 87.5% dropped")
+R_TARGETS = (1.416, 1.404)
+DRAWN = 200_000  # distances of a simulated screening
 
 FloatArray = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]
 
 
 class RedteamPlan(ExperimentPlan):
@@ -53,33 +57,18 @@ class RedteamPlan(ExperimentPlan):
     seq_len: int = Setting(256, ge=16, description="Input positions per nonce.")
     batch_size: int = Setting(16, ge=4, description="Nonces per forward pass.")
 
-    def model_post_init(self, context: Any, /) -> None:
-        """Check the lists."""
-        check_lists(self, models=1, dtypes=1)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What makes two cells comparable."""
-        return {name: value for name, value in self.model_dump().items() if name not in ("models", "dtypes", "device")}
+    least: ClassVar[Mapping[str, int]] = {"models": 1, "dtypes": 1}
+    choosing: ClassVar[frozenset[str]] = frozenset({"models", "dtypes", "device"})
 
 
-def run_redteam(
-    plan: RedteamPlan, folder: Path, *, progress: Progress | None = None, note: Callable[[str], None] | None = None
-) -> None:
+def run_redteam(plan: RedteamPlan, folder: Path, *, progress: Progress | None = None) -> None:
     """Measure what is missing in a run's folder.
 
     Raises:
-        UsageError: the folder holds a run with other settings, or a model cannot be attacked.
-        StorageError: the file cannot be written.
+        UsageError: The folder holds a run with other settings, or a model cannot be attacked.
+        StorageError: The file cannot be written.
     """
-    with open_run(folder, "redteam", plan.settings) as run:
-        todo = [cell for cell in _cells(plan) if cell[0] not in run.done]
-        for done, (key, measure) in enumerate(todo):
-            if note:
-                note(key)
-            run.append(key, measure())
-            if progress:
-                progress(done + 1, len(todo))
+    measure_missing(folder, "redteam", plan.settings, _cells(plan), progress)
 
 
 Cell = tuple[str, Callable[[], dict[str, Any]]]
@@ -176,3 +165,81 @@ def _audited(field: Field, engine: HFEngine) -> dict[str, Any]:
                 "published_rule": judge.published(drawn_RC),
             }
     return rows
+
+
+def claims(field: Field, nonces: int) -> list[dict[str, Any]]:
+    """Measure every claim against every preset it applies to; one row each."""
+    return [*_junk(field, nonces), *_hugging(field), *_replays(field, nonces), *_selective(field, nonces)]
+
+
+def _junk(field: Field, nonces: int) -> Iterator[dict[str, Any]]:
+    """A share of the nonces is invented: the best constant for distances, a random vector else."""
+    for reading in field.readings:
+        x_ND = reading.states(Invented(field.scene), field.engine, nonces)
+        for preset in reading.presets:
+            invented_N = reading.residuals(preset, x_ND)
+            if preset == "poc-2.0":
+                invented_N = stats.chord_mean(RANDOM_HEAD_ROWS) - reading.published(preset, reading.recomputed(nonces))
+            for share in JUNK_SHARES:
+                pool = mixed(share, invented_N, field.honest_residuals[preset][1])
+                yield {"claim": f"{share:.0%} invented", "preset": preset, **_row(field, preset, pool, 1 - share)}
+
+
+def _hugging(field: Field) -> Iterator[dict[str, Any]]:
+    """Honest results with the noise made larger, as far as it goes."""
+    for preset, (_, testing_N) in field.honest_residuals.items():
+        for multiple in MULTIPLES:
+            pool = Pool(((1.0, multiple * testing_N),))
+            name = f"{multiple:g} times the honest noise"
+            yield {"claim": name, "preset": preset, **_row(field, preset, pool, 1.0)}
+
+
+def _replays(field: Field, nonces: int) -> Iterator[dict[str, Any]]:
+    """The honest results of another node, or of the same node in another block."""
+    for name, change in (("another key", {"public_key": "node_B"}), ("another block", {"block_hash": "block_beta"})):
+        for reading in field.readings:
+            theirs = Reading(field.validator, replace(reading.round, **change), reading.presets)  # type: ignore[arg-type]
+            x_ND = theirs.states(OnEngine(field.engine), field.engine, nonces)
+            for preset in reading.presets:
+                received = theirs.published(preset, x_ND)
+                difference = received - reading.published(preset, reading.recomputed(nonces))
+                residuals_N = difference if difference.ndim == 1 else np.linalg.norm(difference, axis=1)
+                pool = Pool(((1.0, residuals_N),))
+                yield {"claim": f"replay of {name}", "preset": preset, **_row(field, preset, pool, 0.0)}
+
+
+def _selective(field: Field, nonces: int) -> Iterator[dict[str, Any]]:
+    """Only nonces that a cheap look says are valid get the honest pass; whatever is handed in is exact."""
+    reading = field.readings[0]
+    for attack in ATTACKS:
+        if attack.name not in SCREENS:
+            continue
+        program = attack.make(field.scene)
+        residuals_N = reading.residuals("poc-2.0", reading.states(program, field.engine, nonces))
+        for r_target in R_TARGETS:
+            kept, cost = screened(residuals_N, program.cost, r_target)
+            yield {
+                "claim": f"screening, {attack.name}, {stats.valid_rate(r_target, RANDOM_HEAD_ROWS):.0%} valid",
+                "preset": "poc-2.0",
+                "cost": cost,
+                "kept": kept,
+                "sequential_99": None,
+                "counting_99": None,
+            }
+
+
+def screened(residuals_N: FloatArray, cost: float, r_target: float) -> tuple[float, float]:
+    """Simulate screening: a cheap distance, off by ``residuals_N``, decides whether the exact one is computed at all.
+
+    Returns the share of the valid nonces that are found, and the work per found nonce over that of an honest node.
+    """
+    rng = np.random.default_rng(0)
+    exact_R = rng.normal(stats.chord_mean(RANDOM_HEAD_ROWS), stats.chord_std(RANDOM_HEAD_ROWS), DRAWN)
+    looked_R = exact_R + rng.choice(residuals_N, DRAWN) < r_target
+    valid_R = exact_R < r_target
+    kept = float((looked_R & valid_R).sum() / valid_R.sum())
+    return kept, float((cost + looked_R.mean()) / kept) if kept else float("inf")
+
+
+def _row(field: Field, preset: str, pool: Pool, cost: float) -> dict[str, Any]:
+    return {"cost": cost, **detection(field.judges[preset], pool)}

@@ -1,9 +1,12 @@
-"""The rows of the experiment's tables, for the terminal, the page and the documentation."""
+"""The rows of the experiment's tables, for the terminal and the documentation, and the page of a run."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from assay.reports import Cell, JsonObject
+from assay.reports import MUTED, SERIES, Badge, Cell, JsonObject, Report, figure, legend
+from assay.research.redteam._detect import CHECKED
+from assay.research.redteam._field import PRESETS
+from assay.research.runs import RunRecords, section
 
 __all__ = [
     "ATTACK_COLUMNS",
@@ -11,8 +14,8 @@ __all__ = [
     "attack_rows",
     "audit_rows",
     "claim_rows",
+    "draw",
     "honest_errors",
-    "markdown",
     "paying",
     "search_rows",
 ]
@@ -23,7 +26,6 @@ AUDIT_COLUMNS = ("prover", "preset", "audits", "accused by the sequential test",
 SEARCH_COLUMNS = ("positions read", "cheapest strategy", "cost", "ε", "over honest")
 
 SAVED = 0.25
-HONEST_MULTIPLE = 20.0  # the hardened preset aims at an error this much above the honest noise
 
 Cells = Iterable[JsonObject]
 
@@ -92,13 +94,7 @@ def audit_rows(cells: Cells, model: str, dtype: str) -> list[list[Cell]]:
 
 
 def search_rows(cells: Cells, model: str, honest: float) -> list[list[Cell]]:
-    """Return the rows of :data:`SEARCH_COLUMNS`: for each number of positions read, the strategy of the least error.
-
-    Args:
-        cells: Cells of the run.
-        model: Reference of the model whose rows are wanted.
-        honest: mean ε of an honest prover.
-    """
+    """Return the rows of :data:`SEARCH_COLUMNS`: for each number of positions read, the strategy of the least error."""
     rows: list[list[Cell]] = []
     for cell in _of(cells, "search", model=model):
         for count in sorted({row["positions"] for row in cell["rows"]}):
@@ -136,7 +132,97 @@ def _saves(row: JsonObject) -> bool:
     return bool(round(row["cost"], 2) <= 1 - SAVED)
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Return a table for the documentation."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+CURVES = ("int8 weights", "int4 weights", "first 25.0% dropped", "first 50.0% dropped", "last 25.0% dropped")
+REFERENCE = "bfloat16"
+
+
+@section("redteam")
+def draw(report: Report, run: RunRecords) -> None:
+    """Add which attack pays, error against cost, curves of detection, and all"""
+    measured = fields(run.cells)
+    if not measured:
+        return
+    report.section("Red team: which attack pays?")
+    report.paragraph(
+        "Among attacks that save a quarter of the work by skipping, the one with the smallest error ε of the unit "
+        "state that is read. 'Caught' is after how many checked nonces the sequential test accuses the hardest of them "
+        "with 99 %, at one false accusation in a thousand."
+    )
+    report.table(
+        ("model", "dtype", "preset", "cheapest error", "cost", "ε", "over honest", "caught"),
+        [row for model, dtype in measured for row in _paying(run.cells, model, dtype)],
+    )
+    for model, dtype in measured:
+        _field(report, run.cells, model, dtype)
+    _experts(report, run.cells)
+
+
+def _paying(cells: Cells, model: str, dtype: str) -> list[list[Cell]]:
+    rows: list[list[Cell]] = []
+    for preset in PRESETS:
+        best = paying(cells, model, dtype, preset)
+        caught = best["checked_99"]
+        badge = Badge(f"{caught} nonces" if caught else "never", "pass" if caught and caught <= 20 else "fail")
+        size = [f"{best['cost']:.2f}", f"{best['error']:.3f}", f"{best['over_honest']:.1f}"]
+        rows.append([model, dtype, preset, best["attack"], *size, badge])
+    return rows
+
+
+def _field(report: Report, cells: Cells, model: str, dtype: str) -> None:
+    report.section(f"Attacks on {model}, {dtype}")
+    _errors(report, cells, model, dtype)
+    _curves(report, cells, model, dtype)
+    for preset in PRESETS:
+        with report.details(f"All attacks against {preset}"):
+            rows = attack_rows(cells, model, dtype, preset)
+            report.table(ATTACK_COLUMNS, rows, caption="Checked nonces until 99 % are caught, by rule")
+    report.table(CLAIM_COLUMNS, claim_rows(cells, model, dtype), caption="Claims without a model")
+    report.table(AUDIT_COLUMNS, audit_rows(cells, model, dtype), caption="Simulated audits of honest nodes")
+    honest = honest_errors(cells, model, dtype)["hardened"]
+    searched = search_rows(cells, model, honest)
+    if searched:
+        report.table(SEARCH_COLUMNS, searched, caption="How many positions must be read: the attacker's best")
+
+
+def _experts(report: Report, cells: Cells) -> None:
+    for cell in _of(cells, "experts"):
+        report.section("Skipping experts")
+        rows = [[r["name"], f"{r['cost']:.2f}", f"{r['artifact']:.3f}", f"{r['hardened']:.3f}"] for r in cell["rows"]]
+        report.table(("prover", "cost", "ε, last state", "ε, hardened"), rows)
+
+
+def _errors(report: Report, cells: Cells, model: str, dtype: str) -> None:
+    fig, ax = figure(height=3.8)
+    for color, preset in zip(SERIES, ("artifact", "hardened"), strict=False):
+        points = [
+            (cell["cost"], cell["presets"][preset]["error_mean"])
+            for cell in _of(cells, "attack", model=model, dtype=dtype)
+            if preset in cell["presets"] and cell["presets"][preset]["error_mean"] > 0
+        ]
+        label = "all positions (hardened)" if preset == "hardened" else "last position (published)"
+        costs, errors = zip(*points, strict=True)
+        ax.scatter(costs, errors, s=18, color=color, label=label)
+    honest = honest_errors(cells, model, dtype)["hardened"]
+    for multiple in (1, 20):
+        ax.axhline(multiple * honest, color=MUTED, linewidth=0.8, linestyle=":")
+        ax.annotate(f"{multiple} × honest", (0.0, multiple * honest), color=MUTED, fontsize=8, va="bottom")
+    ax.set_yscale("log")
+    ax.set_xlabel("work, honest = 1")
+    ax.set_ylabel("ε")
+    legend(ax)
+    report.figure(fig, "Error of the state that is read against the work done.")
+
+
+def _curves(report: Report, cells: Cells, model: str, dtype: str) -> None:
+    fig, ax = figure(height=3.6)
+    shown = [cell for cell in _of(cells, "attack", model=model, dtype=dtype) if cell["name"] in CURVES]
+    for color, cell in zip(SERIES, shown, strict=False):
+        preset = "poc-2.0" if "poc-2.0" in cell["presets"] else "hardened"
+        values: dict[str, Any] = cell["presets"][preset]
+        ax.plot(CHECKED, values["sequential"], color=color, label=f"{cell['name']}, {preset}")
+        ax.plot(CHECKED, values["counting"], color=color, linestyle="--", linewidth=0.9)
+    ax.set_xscale("log")
+    ax.set_xlabel("checked nonces")
+    ax.set_ylabel("caught")
+    legend(ax, loc="lower right")
+    report.figure(fig, "Share of attackers caught; dashed: the calibrated count rule.")

@@ -24,8 +24,8 @@ PAGE = "report.html"
 
 MODULES = {
     "approaches": "assay.research.approaches._page",
-    "weights": "assay.research.weights._page",
-    "matrix": "assay.research.matrix._page",
+    "weights": "assay.research.approaches._page",
+    "matrix": "assay.research.matrix._table",
     "redteam": "assay.research.redteam",
     "simulate": "assay.research.simulation",
 }

@@ -14,20 +14,78 @@ may be continued with another.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import Field
 
 from assay.errors import DataError, UsageError
 from assay.reports import JsonObject, PartialFile, dumps, loads, provenance, read_lines, storage_error
+from assay.settings import Device, Names, Settings
 
-__all__ = ["Run", "RunRecords", "open_run", "read_run", "run_folder"]
+__all__ = [
+    "BLOCKS",
+    "Blocks",
+    "ExperimentPlan",
+    "Progress",
+    "Run",
+    "RunRecords",
+    "measure_missing",
+    "open_run",
+    "read_run",
+    "run_folder",
+]
 
 KIND = "assay.poc.experiment"
 SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+BLOCKS = ("block_alpha", "block_beta", "block_gamma")
+"""Blocks of the published tests."""
+
+Blocks = Annotated[Names, Field(description="Block hashes, separated by commas.")]
+
+Progress = Callable[[int, int], None]
+"""Called with (cells done, cells in all)."""
+
+
+class ExperimentPlan(Settings):
+    """Settings of every experiment that runs models.
+
+    Raises:
+        UsageError: A list is too short or repeats an entry; the message names the flag.
+    """
+
+    least: ClassVar[Mapping[str, int]] = {"models": 1}
+    """Every list of the plan → the least number of its entries."""
+
+    choosing: ClassVar[frozenset[str]] = frozenset({"models"})
+    """Settings that say which cells are wanted, and not how they are measured."""
+
+    models: Names = Field(("reference:qwen3", "reference:llama"), description="Models, separated by commas.")
+    seq_len: int = Field(256, ge=1, description="Input positions per nonce.")
+    batch_size: int = Field(32, ge=1, description="Nonces per forward pass.")
+    device: Device = None
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the lists."""
+        for name, count in self.least.items():
+            values = getattr(self, name)
+            if len(values) < count or len(set(values)) < len(values):
+                raise UsageError(
+                    f"{name} {values!r:.80}",
+                    wanted=f"{count} or more, each once",
+                    do=f"correct --{name.replace('_', '-')}",
+                )
+
+    @property
+    def settings(self) -> JsonObject:
+        """What must be the same for all cells of a run."""
+        chosen = self.model_dump(exclude=set(self.choosing))
+        return {name: "default" if value is None else value for name, value in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -141,18 +199,41 @@ def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Run:
         raise
 
 
+def measure_missing(
+    folder: Path,
+    experiment: str,
+    settings: Mapping[str, Any],
+    cells: Iterable[tuple[str, Callable[[], Mapping[str, Any]]]],
+    progress: Progress | None = None,
+) -> None:
+    """Measure the cells that a run's folder does not have yet, and append them to the file of the experiment.
+
+    Args:
+        folder: Folder of the run.
+        experiment: Name of the experiment.
+        settings: Settings that make two cells comparable.
+        cells: Key of every wanted cell, with the function that measures it.
+        progress: Function that is called with (cells done, missing cells in all) after every cell.
+
+    Raises:
+        UsageError: The run was begun with other settings.
+        StorageError: The file cannot be written.
+    """
+    with open_run(folder, experiment, settings) as run:
+        todo = [cell for cell in cells if cell[0] not in run.done]
+        for done, (key, measure) in enumerate(todo, 1):
+            run.append(key, measure())
+            if progress:
+                progress(done, len(todo))
+
+
 def _recovered(file: PartialFile, experiment: str, settings: JsonObject) -> Run:
     """Read what is there, and write the header or the origin that is missing."""
     lines = file.recover()
     origin = provenance()
     if not lines:
-        header: JsonObject = {
-            "kind": KIND,
-            "schema": SCHEMA,
-            "experiment": experiment,
-            "settings": settings,
-            "origin": origin,
-        }
+        header: JsonObject = {"kind": KIND, "schema": SCHEMA, "experiment": experiment}
+        header |= {"settings": settings, "origin": origin}
         file.append(header)
         return Run(file, header, ())
     header, origins, cells = _parsed([line.encode() for line in lines], file.partial, experiment)

@@ -1,8 +1,8 @@
 """The experiment: a year of the network for each preset, with the laws and the attackers of a measured red team."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ from pydantic import Field
 from assay.errors import UsageError
 from assay.poc.protocol import get_pipeline
 from assay.poc.verdict import MARGIN, Law, default_noise
-from assay.research.runs import open_run
+from assay.reports import SERIES, Cell, JsonObject, Report, figure, legend
+from assay.research.runs import Progress, RunRecords, measure_missing, section
 from assay.research.simulation._network import Kind, Network, simulate_network
 from assay.settings import Names, Settings
-
-__all__ = ["KINDS", "PRESETS", "SimulationPlan", "run_simulation"]
 
 PRESETS = ("poc-2.0", "artifact", "hardened")
 JUNK = tuple(Kind(f"{share:.1%} junk", junk=share) for share in (0.001, 0.005, 0.01, 0.02, 0.05, 0.1))
@@ -33,8 +32,6 @@ KINDS: dict[str, dict[str, tuple[Kind, ...]]] = {
     },
 }
 """Attackers by number format and preset: residuals over the honest ones, of the bundled models (docs/redteam.md)."""
-
-Progress = Callable[[int, int], None]
 
 
 class SimulationPlan(Settings):
@@ -73,13 +70,65 @@ def run_simulation(plan: SimulationPlan, folder: Path, *, progress: Progress | N
         UsageError: The folder holds a run of another network.
         StorageError: The file cannot be written.
     """
-    with open_run(folder, "simulate", plan.network.model_dump()) as run:
-        wanted = [(f"{preset}/{dtype}", preset, dtype) for dtype in plan.dtypes for preset in plan.presets]
-        todo = [cell for cell in wanted if cell[0] not in run.done]
-        for done, (key, preset, dtype) in enumerate(todo):
-            started = time.perf_counter()
-            rows = simulate_network(plan.network, plan.law(preset, dtype), plan.kinds(preset, dtype))
-            seconds = round(time.perf_counter() - started, 1)
-            run.append(key, {"preset": preset, "dtype": dtype, "seconds": seconds, "rows": rows})
-            if progress:
-                progress(done + 1, len(todo))
+    cells = [
+        (f"{preset}/{dtype}", partial(_simulate, plan, preset, dtype))
+        for dtype in plan.dtypes
+        for preset in plan.presets
+    ]
+    measure_missing(folder, "simulate", plan.network.model_dump(), cells, progress)
+
+
+def _simulate(plan: SimulationPlan, preset: str, dtype: str) -> JsonObject:
+    started = time.perf_counter()
+    rows = simulate_network(plan.network, plan.law(preset, dtype), plan.kinds(preset, dtype))
+    return {"preset": preset, "dtype": dtype, "seconds": round(time.perf_counter() - started, 1), "rows": rows}
+
+
+COLUMNS = ("rule", "node", "convicted", "rounds, median", "rounds, 99 %", "paid")
+_SHOWN = 1e-4  # least share on the logarithmic axis
+
+
+@section("simulate")
+def draw(report: Report, run: RunRecords) -> None:
+    """Add what every rule does to every kind of node, and the junk that is paid for."""
+    settings = run.settings
+    report.section(f"A network of {settings['nodes']} nodes over {settings['rounds']} rounds")
+    report.paragraph(
+        f"Every round {settings['checkers']} of {settings['validators']} validators, drawn by stake, recompute "
+        f"{settings['checked']} nonces of every node. 'Paid' is the share of the year's reward that nodes of a kind "
+        "drew before they were convicted. An honest node should be paid 1."
+    )
+    for cell in run.cells:
+        name = f"{cell['preset']}, {cell['dtype']}"
+        _plot(report, name, cell)
+        report.table(COLUMNS, table_rows(cell), caption=name)
+
+
+def table_rows(cell: JsonObject) -> list[list[Cell]]:
+    """Return the rows of :data:`COLUMNS` for one preset."""
+    return [
+        [
+            row["rule"],
+            row["kind"],
+            f"{row['convicted']} of {row['nodes']}",
+            row["rounds_median"] if row["rounds_median"] is not None else "never",
+            row["rounds_99"] if row["rounds_99"] is not None else "never",
+            f"{row['paid']:.2%}",
+        ]
+        for row in cell["rows"]
+    ]
+
+
+def _plot(report: Report, name: str, cell: JsonObject) -> None:
+    fig, ax = figure()
+    rules = list(dict.fromkeys(row["rule"] for row in cell["rows"]))
+    for color, rule in zip(SERIES, rules, strict=False):
+        rows = [row for row in cell["rows"] if row["rule"] == rule and row["junk"]]
+        shares = [100 * row["junk"] for row in rows]
+        ax.plot(shares, [100 * max(row["paid"], _SHOWN) for row in rows], "o-", color=color, label=rule)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("invented share of a node's nonces, %")
+    ax.set_ylabel("reward drawn in the year, %")
+    legend(ax)
+    report.figure(fig, f"{name}: share of invented nonces that is paid for, by verdict rule.")

@@ -5,10 +5,12 @@ with only the input embeddings drawn anew (a head that is tied to them changes w
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,15 +23,14 @@ from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import Round, get_pipeline, unit
 from assay.poc.verdict import distances_from
 from assay.reports import JsonObject
-from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, check_lists, open_run, published
+from assay.research.approaches._measures import law_of, summary
+from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, Progress, measure_missing, published
 from assay.settings import Dtype
 
 __all__ = ["MODES", "WeightPlan", "WeightRow", "run_weights", "weight_rows"]
 
 MODES = ("trained", "random-all", "random-embed")
 KEY = "node_A"
-
-Progress = Callable[[int, int], None]
 
 
 class WeightPlan(ExperimentPlan):
@@ -44,16 +45,13 @@ class WeightPlan(ExperimentPlan):
     nonces: int = Field(1024, ge=2, description="Nonces per block.")
     dtype: Dtype = None
 
+    least: ClassVar[Mapping[str, int]] = {"models": 1, "blocks": 2}
+    choosing: ClassVar[frozenset[str]] = frozenset({"models", "blocks"})
+
     def model_post_init(self, context: Any, /) -> None:
         """Check the preset and the lists."""
         get_pipeline(self.preset)
-        check_lists(self, models=1, blocks=2)
-
-    @property
-    def settings(self) -> JsonObject:
-        """What must be the same for all cells of a run."""
-        names = ("preset", "nonces", "seq_len", "batch_size", "dtype", "device")
-        return {name: getattr(self, name) or "default" for name in names}
+        super().model_post_init(context)
 
 
 def run_weights(plan: WeightPlan, folder: Path, *, progress: Progress | None = None) -> None:
@@ -62,21 +60,16 @@ def run_weights(plan: WeightPlan, folder: Path, *, progress: Progress | None = N
     A cell is a model, a weight mode and a block.
 
     Args:
-        plan: what is measured.
+        plan: Plan that says what is measured.
         folder: Folder of the run.
-        progress: called with cells done and cells in all.
+        progress: Function that is called with (cells done, cells in all).
 
     Raises:
-        UsageError: the run was begun with other settings.
-        ModelError: a model cannot be loaded.
+        UsageError: The run was begun with other settings.
+        ModelError: A model cannot be loaded.
     """
-    cells = [(model, mode, block) for model in plan.models for mode in MODES for block in plan.blocks]
-    with open_run(folder, "weights", plan.settings) as run:
-        for done, cell in enumerate(cells, 1):
-            if " ".join(cell) not in run.done:
-                run.append(" ".join(cell), _measure(plan, *cell))
-            if progress:
-                progress(done, len(cells))
+    cells = [(" ".join(cell), partial(_measure, plan, *cell)) for cell in product(plan.models, MODES, plan.blocks)]
+    measure_missing(folder, "weights", plan.settings, cells, progress)
 
 
 def _measure(plan: WeightPlan, reference: str, mode: str, block: str) -> JsonObject:
@@ -94,13 +87,11 @@ def _measure(plan: WeightPlan, reference: str, mode: str, block: str) -> JsonObj
         "block_hash": block,
         "dtype": engine.dtype,
         "nonces": distances.size,
-        "mean": float(distances.mean()),
-        "std": float(distances.std(ddof=1)),
-        "p10": float(np.quantile(distances, 0.1)),
+        **summary(distances),
         "valid_rate": float((distances < stats.chord_mean(size)).mean()),
         "context_effect": _context_effect(engine, round),
         "dimension": size,
-        "law": {"mean": stats.chord_mean(size), "std": stats.chord_std(size), "p10": stats.r_target_for(0.1, size)},
+        "law": law_of(size),
     }
 
 
