@@ -21,8 +21,7 @@ from assay import stats
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc.verdict._calibration import fit_noise
-from assay.poc.verdict._judge import EFFECT
-from assay.poc.verdict._noise import MARGIN, law_as_dict
+from assay.poc.verdict._judge import EFFECT, MARGIN, law_as_dict
 from assay.reports import dumps, read_json, write_atomic
 
 MODELS = ("reference:qwen3", "reference:llama")

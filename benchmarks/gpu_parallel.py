@@ -19,8 +19,7 @@ from assay.models import load_model
 from assay.poc import HFEngine, Round, calibrate, default_noise, prove
 from assay.poc.engines.hf import ParallelEngine, auto_batch, joined
 from assay.poc.protocol._proof import Proof
-from assay.poc.verdict._judge import judge
-from assay.poc.verdict._noise import Noise
+from assay.poc.verdict._judge import Noise, judge
 
 
 def seconds(function):

@@ -29,12 +29,10 @@ from assay import stats
 from assay.models import backbone, decoder_layers, load_model
 from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.protocol._transforms import unit
-from assay.poc.verdict._judge import EFFECT
-from assay.poc.verdict._noise import default_noise
+from assay.poc.verdict._judge import EFFECT, default_noise
 from assay.research import cheats
 from assay.research.redteam import Judge, Pool
 from assay.research.redteam._attacks import OnEngine
-from assay.research.redteam._detect import ALPHA, smallest
 from assay.research.redteam._experts import (
     ASKED,
     EXPERTS_SAVED,
@@ -44,7 +42,7 @@ from assay.research.redteam._experts import (
     make_experts,
     without_light_experts,
 )
-from assay.research.redteam._field import Reading
+from assay.research.redteam._field import ALPHA, Reading, smallest
 from assay.vhack.environment import tasks
 
 STEPS, BATCH, LENGTH, RATE, BALANCE = 400, 16, 128, 3e-3, 0.01

@@ -19,8 +19,7 @@ from scipy import stats as distributions
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc.verdict._calibration import fit_noise
-from assay.poc.verdict._judge import EFFECT, residuals
-from assay.poc.verdict._noise import default_noise
+from assay.poc.verdict._judge import EFFECT, default_noise, residuals
 from assay.stats import SequentialTest
 
 ALPHA, AUDITED, JUDGED, SHARE = 1e-3, 64, 300, 0.02

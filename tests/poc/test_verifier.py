@@ -9,8 +9,7 @@ import pytest
 
 from assay.errors import ProofMismatch, UsageError
 from assay.poc import DistanceRecord, Proof, Round, VectorRecord, calibrate, prove, verify
-from assay.poc.verdict._judge import count_mismatches, judge, published_rule, residuals
-from assay.poc.verdict._noise import Noise, default_noise
+from assay.poc.verdict._judge import Noise, count_mismatches, default_noise, judge, published_rule, residuals
 from assay.research import cheats
 from assay.stats import LogNoise, ScaleNoise
 

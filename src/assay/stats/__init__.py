@@ -14,10 +14,26 @@ from assay.stats._chord import (
     rate_standard_error,
     valid_rate,
 )
-from assay.stats._fitting import NoiseFit, fit_log_noise, fit_scale_noise
-from assay.stats._noise import GROSS_PROBABILITY, JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, ScaleNoise
-from assay.stats._rates import CountTest, auroc, count_test, paired_accuracy, proportion_interval
-from assay.stats._resampling import BootstrapInterval, group_bootstrap
+from assay.stats._noise import (
+    GROSS_PROBABILITY,
+    JUNK_SIGMA,
+    RESOLUTION,
+    LogNoise,
+    NoiseFit,
+    NoiseLaw,
+    ScaleNoise,
+    fit_log_noise,
+    fit_scale_noise,
+)
+from assay.stats._rates import (
+    BootstrapInterval,
+    CountTest,
+    auroc,
+    count_test,
+    group_bootstrap,
+    paired_accuracy,
+    proportion_interval,
+)
 from assay.stats._sequential import JUNK_SHARES, SequentialResult, SequentialTest, Verdict
 
 __all__ = [

@@ -20,7 +20,6 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from assay.errors import UsageError
 from assay.streams import _definition as definition
 from assay.streams._arrays import DTYPES, Array, numpy_dtype
 from assay.streams._backend import Backend, tiles
@@ -269,13 +268,5 @@ def _indices(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 
 
 def create(device: str) -> NumbaBackend:
-    """The compiled CPU backend.
-
-    Raises:
-        UsageError: the device is not the CPU.
-    """
-    if device != "cpu":
-        raise UsageError(
-            f"backend numba on device {device!r}", wanted="device cpu", do="use backend torch or auto there"
-        )
+    """Return the backend; :func:`assay.streams.get_backend` refuses any other device than the CPU."""
     return NumbaBackend()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from assay.errors import UsageError
 from assay.streams import _definition
 from assay.streams._arrays import Array, numpy_dtype
 from assay.streams._backend import Backend
@@ -37,13 +36,5 @@ class NumpyBackend(Backend):
 
 
 def create(device: str) -> NumpyBackend:
-    """The numpy backend.
-
-    Raises:
-        UsageError: the device is not the CPU.
-    """
-    if device != "cpu":
-        raise UsageError(
-            f"backend numpy on device {device!r}", wanted="device cpu", do="use backend torch or auto there"
-        )
+    """Return the backend; :func:`assay.streams.get_backend` refuses any other device than the CPU."""
     return NumpyBackend()

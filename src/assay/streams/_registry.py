@@ -32,6 +32,10 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     device = str(device)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"device {device!r}", wanted="cpu, cuda or cuda:<number>", do="choose one of these")
+    if name in ("numpy", "numba") and device != "cpu":
+        raise UsageError(
+            f"backend {name} on device {device!r}", wanted="device cpu", do="use backend torch or auto there"
+        )
     if name != "auto":
         return _create(name, device)
     if device == "cpu":

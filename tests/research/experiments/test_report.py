@@ -3,16 +3,17 @@
 import pytest
 
 from assay.errors import DataError
-from assay.research.runs import _report, build_report, open_run, section
+from assay.research.runs import _report, build_report, open_run
 
 
 @pytest.fixture
 def registered(monkeypatch):
     """Two experiments whose sections are drawn by functions of this test."""
-    monkeypatch.setattr(_report, "MODULES", {"second": __name__, "first": __name__})
-    monkeypatch.setattr(_report, "_SECTIONS", {})
-    for name in ("first", "second"):
-        section(name)(lambda report, run: report.section(f"{run.experiment}: {len(run.cells)} cells"))
+    monkeypatch.setattr(_report, "SECTIONS", dict.fromkeys(("second", "first"), f"{__name__}:draw"))
+
+
+def draw(report, run) -> None:
+    report.section(f"{run.experiment}: {len(run.cells)} cells")
 
 
 def measure(folder, experiment: str, count: int) -> None:
@@ -46,7 +47,7 @@ def test_a_folder_without_experiments(tmp_path):
 
 
 def test_an_experiment_that_is_not_installed_is_left_out(registered, monkeypatch, tmp_path):
-    monkeypatch.setitem(_report.MODULES, "third", "assay.research.nothing_like_it")
+    monkeypatch.setitem(_report.SECTIONS, "third", "assay.research.nothing_like_it:draw")
     measure(tmp_path, "first", 1)
     measure(tmp_path, "third", 1)
     assert "third" not in build_report(tmp_path).read_text()

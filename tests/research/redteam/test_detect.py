@@ -4,7 +4,7 @@ import pytest
 from assay import stats
 from assay.poc import get_pipeline
 from assay.research.redteam import CHECKED, Judge, Pool
-from assay.research.redteam._detect import ALPHA, mixed, smallest
+from assay.research.redteam._field import ALPHA, mixed, smallest
 
 RNG = np.random.default_rng(0)
 SIGMA = 1e-4

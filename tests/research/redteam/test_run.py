@@ -6,7 +6,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.research.redteam import ATTACKS, RedteamPlan, attack_rows, paying, run_redteam
-from assay.research.redteam import _detect as detect
+from assay.research.redteam import _field as field_module
 from assay.research.redteam import _run as run_module
 from assay.research.redteam import _tables as tables
 from assay.research.runs import build_report, read_run
@@ -19,7 +19,7 @@ SOME = ("int8 weights", "last quarter of the layers dropped", "last 25.0% droppe
 def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("redteam")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detect, "TRIALS", 60)
+        patch.setattr(field_module, "TRIALS", 60)
         patch.setattr(run_module, "ATTACKS", tuple(attack for attack in ATTACKS if attack.name in SOME))
         plan = RedteamPlan(
             models=(str(small_checkpoint),), nonces=16, honest=64, searched=2, seq_len=32, batch_size=8, device="cpu"

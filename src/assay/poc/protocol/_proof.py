@@ -28,7 +28,10 @@ from assay.poc.protocol._record import (
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
 from assay.reports import PartialFile, dumps, loads, read_lines
 
-__all__ = ["Proof", "parse_header", "parse_record", "parse_record_line", "read_proof"]
+__all__ = ["Proof", "parse_header", "parse_record", "parse_record_line"]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,32 @@ class Proof:
         Raises:
             ProofFormatError: The file is not a complete, consistent proof; the message names the line.
         """
-        return cls(*read_proof(path))
+        lines = _lines(path)
+        number, line = next(lines, (1, b""))
+        if not line:
+            raise _error(path, number, "the file is empty", "a proof", "check the path, or fetch the file again")
+        header = _parse_line(path, number, line, parse_header, lambda header: dumps(header.as_dict()))
+        records: list[Record] = []
+        digest = hashlib.sha256()
+        for nonce in header.all_nonces():
+            number, line = next(lines, (number + 1, b""))
+            records.append(parse_record_line(path, number, line, header, nonce))
+            digest.update(line)
+        number, line = next(lines, (number + 1, b""))
+        footer = _parse_line(path, number, line, _parse_footer, lambda footer: dumps(footer.as_dict()))
+        expected = Footer(
+            records=len(records),
+            valid=sum(header.is_valid(record) for record in records),
+            seconds=footer.seconds,
+            sha256=digest.hexdigest(),
+        )
+        if footer != expected:
+            raise _error(
+                path, number, f"a footer that does not fit the records: {footer.as_dict()}", str(expected.as_dict())
+            )
+        for number, _ in lines:
+            raise _error(path, number, "a line after the footer", "the end of the file")
+        return cls(header, tuple(records), footer)
 
     @classmethod
     def build(cls, header: Header, records: Sequence[Record], seconds: float, *, sha256: str | None = None) -> "Proof":
@@ -93,43 +121,6 @@ class Proof:
         return cls(header, tuple(records), footer)
 
 
-T = TypeVar("T")
-
-
-def read_proof(path: str | Path) -> tuple[Header, tuple[Record, ...], Footer]:
-    """Read a proof file and return its header, its records and its footer.
-
-    Raises:
-        ProofFormatError: A line is wrong; names it.
-    """
-    lines = _lines(path)
-    number, line = next(lines, (1, b""))
-    if not line:
-        raise _error(path, number, "the file is empty", "a proof", "check the path, or fetch the file again")
-    header = _parse_line(path, number, line, parse_header, lambda header: dumps(header.as_dict()))
-    records: list[Record] = []
-    digest = hashlib.sha256()
-    for nonce in header.all_nonces():
-        number, line = next(lines, (number + 1, b""))
-        records.append(parse_record_line(path, number, line, header, nonce))
-        digest.update(line)
-    number, line = next(lines, (number + 1, b""))
-    footer = _parse_line(path, number, line, _parse_footer, lambda footer: dumps(footer.as_dict()))
-    expected = Footer(
-        records=len(records),
-        valid=sum(header.is_valid(record) for record in records),
-        seconds=footer.seconds,
-        sha256=digest.hexdigest(),
-    )
-    if footer != expected:
-        raise _error(
-            path, number, f"a footer that does not fit the records: {footer.as_dict()}", str(expected.as_dict())
-        )
-    for number, _ in lines:
-        raise _error(path, number, "a line after the footer", "the end of the file")
-    return header, tuple(records), footer
-
-
 def parse_record_line(path: str | Path, number: int, line: bytes, header: Header, nonce: int) -> Record:
     """Read the line of a nonce, line end included.
 
@@ -140,11 +131,7 @@ def parse_record_line(path: str | Path, number: int, line: bytes, header: Header
 
 
 def parse_header(line: Any) -> Header:
-    """Read the header object.
-
-    Raises:
-        ProofFormatError: A field is missing, unknown or out of range.
-    """
+    """Read the header object."""
     _fields(line, {"kind", "schema", "round", "pipeline", "model", "fingerprint", "nonces"}, "the header")
     if line["kind"] != KIND or line["schema"] != SCHEMA:
         raise _bad(f"kind {line['kind']!r}, schema {line['schema']!r}", f"kind {KIND!r}, schema {SCHEMA}")
@@ -181,11 +168,7 @@ def parse_header(line: Any) -> Header:
 
 
 def parse_record(line: Any, header: Header, nonce: int) -> Record:
-    """Read the record of a nonce.
-
-    Raises:
-        ProofFormatError: The record is missing, belongs to another nonce, or has a value that is out of range.
-    """
+    """Read the record of a nonce."""
     size = header.pipeline.vector_size if header.pipeline.output == "vector" else 0
     if line is None or (isinstance(line, dict) and "footer" in line):
         raise _bad("the end of the records", f"the record of nonce {nonce}: the file is truncated")

@@ -107,24 +107,21 @@ class Round:
         Published: a key of :data:`NONCE_TEXTS`. Versioned: tag, stream, block, key, nonce, index and k, each as
         its length in bytes, a colon, and itself.
         """
-        return self._texts(stream, [nonce], [index], k)[0]
+        return self.texts(stream, [nonce], count=index + 1, k=k)[-1]
 
     def texts(self, stream: str, nonces: Iterable[int], *, count: int = 1, k: int = 0) -> list[str]:
         """Return the seed texts of a stream of many nonces: of each nonce those of index 0 to ``count - 1``.
 
         The common part of a batch is written once, which takes a tenth of the time of :meth:`text` for each nonce.
         """
-        return self._texts(stream, nonces, range(count), k)
-
-    def _texts(self, stream: str, nonces: Iterable[int], indices: Iterable[int], k: int) -> list[str]:
         if self.versioned:
             head = _prefixed(VERSION, stream, self.block_hash, self.public_key)
             numbers: Iterable[object] = map(_prefixed, nonces)
-            tails = [_prefixed(index, k) for index in indices]
+            tails = [_prefixed(index, k) for index in range(count)]
         else:
             before, _, after = NONCE_TEXTS[stream].partition("{nonce}")
             head, numbers = before.format(block=self.block_hash, key=self.public_key), nonces
-            tails = [after.format(index=index, k=k) for index in indices]
+            tails = [after.format(index=index, k=k) for index in range(count)]
         return [f"{head}{number}{tail}" for number in numbers for tail in tails]
 
     def block_text(self, stream: str, index: int = 0) -> str:

@@ -5,16 +5,20 @@ from assay.poc.verdict._judge import (
     COUNT_ALPHA,
     DIST_THRESHOLD,
     EFFECT,
+    MARGIN,
     P_FLIP,
     P_MISMATCH,
+    Law,
+    Noise,
     Verdict,
     count_mismatches,
+    default_noise,
     judge,
+    law_as_dict,
     published_rule,
     residuals,
     sequential_test,
 )
-from assay.poc.verdict._noise import MARGIN, Law, Noise, default_noise, law_as_dict
 from assay.poc.verdict._target import MeasuredTarget, distances_from, measure_r_target
 
 __all__ = [

@@ -11,8 +11,7 @@ import numpy.typing as npt
 from assay import stats
 from assay.errors import AssayError, CalibrationError, DataError, ProofMismatch
 from assay.poc.protocol import Fingerprint, Header, Pipeline, Proof
-from assay.poc.verdict._judge import residuals
-from assay.poc.verdict._noise import Law, Noise, default_noise, law_as_dict, law_from_dict
+from assay.poc.verdict._judge import Law, Noise, default_noise, law_as_dict, law_from_dict, residuals
 from assay.reports import dumps, read_json, write_atomic
 
 __all__ = ["Calibration", "calibrate", "fit_noise", "noise_for"]

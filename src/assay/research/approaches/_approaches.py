@@ -27,7 +27,6 @@ from assay.poc.verdict import distances_from
 from assay.reports import JsonObject
 from assay.research import cheats
 from assay.research.approaches._measures import (
-    PIPELINE_PARALLEL,
     distribution,
     memory,
     overheads,
@@ -137,7 +136,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
             "dtype": engine.dtype,
             "per_nonce": pipeline.per_nonce,
             "tensor_parallel": tensor_parallel(pipeline),
-            "pipeline_parallel": PIPELINE_PARALLEL,
+            "pipeline_parallel": True,  # whatever acts between the layers is drawn from the block, on every stage
             **sizes,
             **memory(pipeline, seq_len=plan.seq_len, **sizes),
             "overhead": slower.get(pipeline.name),

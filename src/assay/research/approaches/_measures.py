@@ -19,6 +19,17 @@ from assay.reports import JsonObject
 from assay.research.matrix import PUBLISHED_LIMIT
 from assay.research.runs import spread_of, states
 
+__all__ = [
+    "distribution",
+    "law_of",
+    "memory",
+    "overheads",
+    "residual_sizes",
+    "summary",
+    "tensor_parallel",
+    "told_apart",
+]
+
 ALPHA = 0.01  # at which a deviation from the law, or between blocks, counts as structure
 TAIL_RATE = 0.1  # the published valid rate; there the width of the distances counts, at one half it does not
 HISTOGRAM_BINS = 40
@@ -151,14 +162,6 @@ def overheads(engine: HFEngine, round: Round, group: Sequence[Pipeline], batches
         randomised(name)  # compiles what the first call compiles
     ratios = {name: [randomised(name) / plain() for _ in range(batches)] for name in transforms}
     return {name: statistics.median(values) - 1 for name, values in ratios.items()}
-
-
-PIPELINE_PARALLEL = True
-"""Every approach of the table can run on the stages of pipeline parallelism, each stage alone.
-
-What follows the last layer is on the last stage, and what acts between the layers is drawn from the block, so every
-stage makes its own. An approach that read states of several stages would be the first that cannot.
-"""
 
 
 def memory(pipeline: Pipeline, *, hidden_size: int, vocab_size: int, num_layers: int, seq_len: int) -> JsonObject:

@@ -9,13 +9,14 @@ import numpy as np
 from assay import stats
 from assay.reports import INK, MUTED, SERIES, Badge, BadgeKind, Cell, JsonObject, Report, figure, legend, style_axes
 from assay.research.approaches._weights import WeightRow, weight_rows
-from assay.research.runs import RunRecords, section
+from assay.research.runs import RunRecords
+
+__all__ = ["draw", "draw_weights"]
 
 _KINDS: dict[str, BadgeKind] = {"yes": "pass", "partly": "undecided", "no": "fail"}
 _SHOWN = ("poc-2.0", "permutation", "hidden-reflections", "layer-normalize")
 
 
-@section("approaches")
 def draw(report: Report, run: RunRecords) -> None:
     """Add, per model, the distances against the law, the spread of the blocks, separability, cost and a plot."""
     report.section("Which approach breaks the structure of a trained model?")
@@ -118,7 +119,6 @@ def _histograms(report: Report, model: str, cells: Sequence[JsonObject]) -> None
     report.figure(fig, f"{model}: distances of four approaches over the chord law (lines).")
 
 
-@section("weights")
 def draw_weights(report: Report, run: RunRecords) -> None:
     """Add block means per weight mode, their spread with its noise band, and a plot."""
     rows = weight_rows(run.cells)

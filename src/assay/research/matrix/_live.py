@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from assay.errors import ResourceError
 
+__all__ = ["Live", "wait_until"]
+
 _START_SECONDS = 300.0
 _STOP_SECONDS = 60.0
 _POLL = 0.02

@@ -23,6 +23,8 @@ from assay.research.matrix._live import Live, wait_until
 from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, Progress, open_run
 from assay.settings import Dtype, Names
 
+__all__ = ["MODES", "Plan", "Test", "run_matrix"]
+
 MODES = {"sign-flips": "poc-2.0", "layer-hooks": "layer-normalize"}
 """Mode, as the published tables call it → preset."""
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from assay import stats
 from assay.poc.protocol import RANDOM_HEAD_ROWS
 from assay.reports import MUTED, SERIES, Badge, Cell, JsonObject, Report, figure, legend
-from assay.research.runs import RunRecords, Spread, section, spread_of
+from assay.research.runs import RunRecords, Spread, spread_of
+
+__all__ = ["PUBLISHED", "PUBLISHED_LIMIT", "BlockRow", "Configuration", "configurations"]
 
 PUBLISHED_LIMIT = 0.05
 """The published tests call a spread below this a success."""
@@ -101,39 +102,29 @@ def configurations(cells: Sequence[JsonObject]) -> list[Configuration]:
 
 
 def _configuration(cells: Sequence[JsonObject]) -> Configuration:
-    blocks = tuple(
-        _block(block, [cell for cell in cells if cell["block_hash"] == block])
-        for block in sorted({cell["block_hash"] for cell in cells})
-    )
+    blocks = []
+    for block in sorted({cell["block_hash"] for cell in cells}):
+        chosen = sorted((c for c in cells if c["block_hash"] == block), key=lambda cell: str(cell["public_key"]))
+        rates = {cell["public_key"]: cell["valid_rate"] for cell in chosen}
+        blocks.append(BlockRow(block, rates, sum(c["valid"] for c in chosen), sum(c["checked"] for c in chosen)))
     spread = None
     if len(blocks) > 1:
         spread = spread_of(
             [row.valid for row in blocks], [row.checked for row in blocks], width=cells[0]["hidden_size"]
         )
-    rates = np.array([cell["nonces_per_second"] for cell in cells])
+    speeds = np.array([cell["nonces_per_second"] for cell in cells])
     return Configuration(
         model=cells[0]["model"],
         mode=cells[0]["mode"],
-        blocks=blocks,
+        blocks=tuple(blocks),
         spread=spread,
         expected=stats.valid_rate(cells[0]["r_target"], RANDOM_HEAD_ROWS),
-        nonces_per_second=float(rates.mean()),
-        nonces_per_second_error=float(rates.std(ddof=1)) if len(rates) > 1 else 0.0,
+        nonces_per_second=float(speeds.mean()),
+        nonces_per_second_error=float(speeds.std(ddof=1)) if len(speeds) > 1 else 0.0,
         undelivered=sum(cell["valid"] - cell["callback_nonces"] for cell in cells),
     )
 
 
-def _block(block: str, cells: Sequence[dict[str, Any]]) -> BlockRow:
-    ordered = sorted(cells, key=lambda cell: str(cell["public_key"]))
-    return BlockRow(
-        block,
-        {cell["public_key"]: cell["valid_rate"] for cell in ordered},
-        sum(cell["valid"] for cell in cells),
-        sum(cell["checked"] for cell in cells),
-    )
-
-
-@section("matrix")
 def draw(report: Report, run: RunRecords) -> None:
     """Add the table of valid rates, the spreads with their noise bands, a plot, and the throughput."""
     found = configurations(run.cells)

@@ -1,10 +1,9 @@
 """Attackers as real programs against the published rules, the sequential test, and the hardened preset."""
 
 from assay.research.redteam._attacks import ATTACKS, Attack
-from assay.research.redteam._detect import CHECKED, Judge, Pool
-from assay.research.redteam._field import PRESETS
+from assay.research.redteam._field import CHECKED, PRESETS, Judge, Pool
 from assay.research.redteam._run import RedteamPlan, run_redteam
-from assay.research.redteam._tables import ATTACK_COLUMNS, attack_rows, draw, fields, honest_errors, paying
+from assay.research.redteam._tables import ATTACK_COLUMNS, attack_rows, fields, honest_errors, paying
 
 __all__ = [
     "ATTACKS",
@@ -16,7 +15,6 @@ __all__ = [
     "Pool",
     "RedteamPlan",
     "attack_rows",
-    "draw",
     "fields",
     "honest_errors",
     "paying",

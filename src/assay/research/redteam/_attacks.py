@@ -132,11 +132,11 @@ def _other(change: Callable[[Model], Model], cost: float = 1.0) -> Callable[[Sce
 def _positions(
     keep: Callable[[int, int], bool], *, depth: int = 0, stale: bool = False, guess: bool = True
 ) -> Callable[[Scene], Program]:
-    """Positions t of T for which ``keep(t, T)`` is false go through ``depth`` layers only."""
+    """Positions t of T for which ``keep(t, T)`` is false go through ``depth`` of 8 layers only, or as large a share."""
 
     def make(scene: Scene) -> Program:
         T, layers = scene.seq_len, scene.model.num_layers
-        depths = tuple(layers if keep(t, T) else _scaled(depth, layers) for t in range(T))
+        depths = tuple(layers if keep(t, T) else round(depth * layers / 8) for t in range(T))
         return PartialForward(scene.model, Shortcut(depths, stale=stale), scene.guesses if guess else None)
 
     return make
@@ -168,19 +168,6 @@ def _neurons(first: float, last: float, *, before: float = 1.0) -> Callable[[Sce
     return make
 
 
-def _early_exit(depth: int) -> Callable[[Scene], Program]:
-    return _positions(lambda t, T: False, depth=depth)
-
-
-def _window(positions: int) -> Callable[[Scene], Program]:
-    return lambda scene: PartialForward(scene.model, Shortcut(scene.full(), window=positions))
-
-
-def _scaled(depth: int, layers: int) -> int:
-    """A depth given for eight layers, for a model of another number."""
-    return round(depth * layers / 8)
-
-
 def _quarter(layers: int) -> int:
     return max(1, round(layers / 4))
 
@@ -209,7 +196,7 @@ def _layers() -> Iterator[Attack]:
         if "quarter" in name:
             yield Attack(f"{name} linear", "layers", _parts(which, "linear"))
     for depth in (6, 4, 2):
-        yield Attack(f"early exit at {depth}/8", "layers", _early_exit(depth))
+        yield Attack(f"early exit at {depth}/8", "layers", _positions(lambda t, T: False, depth=depth))
 
 
 def _skipped_positions() -> Iterator[Attack]:
@@ -232,11 +219,19 @@ def _skipped_positions() -> Iterator[Attack]:
         name = f"before {end:.0%}, exit at {depth}/8, stale"
         yield Attack(name, "positions", _positions(partial(_after, end), depth=depth, stale=True))
     yield Attack("only the last position in the last layer", "positions", _lazy_last_layer)
-    yield Attack("sliding window of 64", "positions", _window(64))
+    yield Attack(
+        "sliding window of 64",
+        "positions",
+        lambda scene: PartialForward(scene.model, Shortcut(scene.full(), window=64)),
+    )
 
 
 def _after(share: float, t: int, T: int) -> bool:
     return t >= share * T
+
+
+def _window(scene: Scene) -> Program:
+    return PartialForward(scene.model, Shortcut(scene.full(), window=64))
 
 
 def _before(share: float, t: int, T: int) -> bool:

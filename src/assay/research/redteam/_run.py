@@ -19,9 +19,8 @@ from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import RANDOM_HEAD_ROWS, get_pipeline
 from assay.poc.verdict import law_as_dict
 from assay.research.redteam._attacks import ATTACKS, Attack, Invented, OnEngine
-from assay.research.redteam._detect import Judge, Pool, detection, mixed, spread
 from assay.research.redteam._experts import experts
-from assay.research.redteam._field import Field, Reading
+from assay.research.redteam._field import Field, Judge, Pool, Reading, detection, mixed, spread
 from assay.research.redteam._search import search
 from assay.research.runs import ExperimentPlan, Progress, measure_missing
 from assay.settings import Names
@@ -168,7 +167,10 @@ def _audited(field: Field, engine: HFEngine) -> dict[str, Any]:
 
 
 def claims(field: Field, nonces: int) -> list[dict[str, Any]]:
-    """Measure every claim against every preset it applies to; one row each."""
+    """Measure what a node can do with results instead of with the model: invent, hug the tolerance, replay, select.
+
+    Every claim is held against every preset that it applies to; one row each.
+    """
     return [*_junk(field, nonces), *_hugging(field), *_replays(field, nonces), *_selective(field, nonces)]
 
 

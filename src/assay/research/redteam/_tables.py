@@ -4,9 +4,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from assay.reports import MUTED, SERIES, Badge, Cell, JsonObject, Report, figure, legend
-from assay.research.redteam._detect import CHECKED
-from assay.research.redteam._field import PRESETS
-from assay.research.runs import RunRecords, section
+from assay.research.redteam._field import CHECKED, PRESETS
+from assay.research.runs import RunRecords
 
 __all__ = [
     "ATTACK_COLUMNS",
@@ -136,7 +135,6 @@ CURVES = ("int8 weights", "int4 weights", "first 25.0% dropped", "first 50.0% dr
 REFERENCE = "bfloat16"
 
 
-@section("redteam")
 def draw(report: Report, run: RunRecords) -> None:
     """Add which attack pays, error against cost, curves of detection, and all"""
     measured = fields(run.cells)

@@ -1,6 +1,6 @@
 """The run store of experiments, and what all of them share."""
 
-from assay.research.runs._report import Section, build_report, section
+from assay.research.runs._report import build_report
 from assay.research.runs._runs import (
     BLOCKS,
     Blocks,
@@ -23,7 +23,6 @@ __all__ = [
     "Progress",
     "Run",
     "RunRecords",
-    "Section",
     "Spread",
     "build_report",
     "effective_dimension",
@@ -32,7 +31,6 @@ __all__ = [
     "published",
     "read_run",
     "run_folder",
-    "section",
     "spread_of",
     "state_pipeline",
     "states",

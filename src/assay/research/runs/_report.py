@@ -1,14 +1,9 @@
 """One page for a whole run: whatever experiments its folder holds, each in its own sections.
 
-An experiment adds its part by registering a function that draws it::
-
-    @section("weights")
-    def draw(report: Report, run: RunRecords) -> None: ...
-
-The module that does so is named in :data:`MODULES` and imported when the page is built.
+An experiment adds its part by a function ``draw(report, run)`` that is named in :data:`SECTIONS`; its module is
+imported when the page is built.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,32 +13,18 @@ from assay.errors import DataError
 from assay.reports import Report
 from assay.research.runs._runs import RunRecords, read_run
 
-__all__ = ["PAGE", "Section", "build_report", "section"]
+__all__ = ["build_report"]
 
 PAGE = "report.html"
 
-MODULES = {
-    "approaches": "assay.research.approaches._page",
-    "weights": "assay.research.approaches._page",
-    "matrix": "assay.research.matrix._table",
-    "redteam": "assay.research.redteam",
-    "simulate": "assay.research.simulation",
+SECTIONS = {
+    "approaches": "assay.research.approaches._page:draw",
+    "weights": "assay.research.approaches._page:draw_weights",
+    "matrix": "assay.research.matrix._table:draw",
+    "redteam": "assay.research.redteam._tables:draw",
+    "simulate": "assay.research.simulation._run:draw",
 }
-"""Experiment → module that registers its section, in the order of the page."""
-
-Section = Callable[[Report, RunRecords], None]
-
-_SECTIONS: dict[str, Section] = {}
-
-
-def section(experiment: str) -> Callable[[Section], Section]:
-    """Register the function that draws an experiment, a key of :data:`MODULES`; for use as a decorator."""
-
-    def register(draw: Section) -> Section:
-        _SECTIONS[experiment] = draw
-        return draw
-
-    return register
+"""Experiment → module and function that draw its section, in the order of the page."""
 
 
 def build_report(folder: Path) -> Path:
@@ -55,7 +36,7 @@ def build_report(folder: Path) -> Path:
         DataError: the folder holds no experiment, or a file of it is malformed.
         StorageError: the page cannot be written.
     """
-    runs = [read_run(folder, experiment) for experiment in MODULES if _has(folder, experiment)]
+    runs = [read_run(folder, experiment) for experiment in SECTIONS if _has(folder, experiment)]
     if not runs:
         raise DataError(
             f"{folder} holds no experiment",
@@ -82,13 +63,13 @@ def build_report(folder: Path) -> Path:
 
 
 def _has(folder: Path, experiment: str) -> bool:
-    known = find_spec(MODULES[experiment]) is not None
+    known = find_spec(SECTIONS[experiment].partition(":")[0]) is not None
     return known and any((folder / f"{experiment}.jsonl{suffix}").exists() for suffix in ("", ".partial"))
 
 
 def _draw(report: Report, run: RunRecords) -> None:
-    import_module(MODULES[run.experiment])
-    _SECTIONS[run.experiment](report, run)
+    module, _, function = SECTIONS[run.experiment].partition(":")
+    getattr(import_module(module), function)(report, run)
     with report.details(f"How {run.experiment} was run"):
         if not run.complete:
             report.paragraph("This experiment has not reached its end: cells are missing.")

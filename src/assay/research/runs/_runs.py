@@ -127,11 +127,6 @@ class Run:
         """Keys of the cells that are measured."""
         return frozenset(self._cells)
 
-    @property
-    def cells(self) -> list[JsonObject]:
-        """The measured cells in their order."""
-        return list(self._cells.values())
-
     def append(self, key: str, values: Mapping[str, Any]) -> None:
         """Write the values of a cell; they are with the system when this returns.
 

@@ -12,9 +12,11 @@ from assay.errors import UsageError
 from assay.poc.protocol import get_pipeline
 from assay.poc.verdict import MARGIN, Law, default_noise
 from assay.reports import SERIES, Cell, JsonObject, Report, figure, legend
-from assay.research.runs import Progress, RunRecords, measure_missing, section
+from assay.research.runs import Progress, RunRecords, measure_missing
 from assay.research.simulation._network import Kind, Network, simulate_network
 from assay.settings import Names, Settings
+
+__all__ = ["COLUMNS", "KINDS", "PRESETS", "SimulationPlan", "draw", "run_simulation", "table_rows"]
 
 PRESETS = ("poc-2.0", "artifact", "hardened")
 JUNK = tuple(Kind(f"{share:.1%} junk", junk=share) for share in (0.001, 0.005, 0.01, 0.02, 0.05, 0.1))
@@ -88,7 +90,6 @@ COLUMNS = ("rule", "node", "convicted", "rounds, median", "rounds, 99 %", "paid"
 _SHOWN = 1e-4  # least share on the logarithmic axis
 
 
-@section("simulate")
 def draw(report: Report, run: RunRecords) -> None:
     """Add what every rule does to every kind of node, and the junk that is paid for."""
     settings = run.settings
