@@ -32,7 +32,7 @@ FIGURES = {
 
 
 def leaves(values: Any, path: list[str], name: str = "") -> Iterator[tuple[str, float]]:
-    """Yield (name, figure) of everything that a path leads to; of a list of repetitions the shortest, as the benchmarks."""
+    """Yield (name, figure) of everything that a path leads to; of repeated times the shortest."""
     if path and path[0] == "*":
         for key, value in enumerate(values) if isinstance(values, list) else values.items():
             yield from leaves(value, path[1:], f"{name}.{key}")
