@@ -35,7 +35,13 @@ def rounded(model: Model, bits: int = 4) -> Model:
 
 def rounded_fp8(model: Model) -> Model:
     """Return the model with the weights of its linear layers rounded to float8 (e4m3), one scale per output."""
-    return _changed(model, _round_fp8)
+
+    def round_rows(weight_OI: torch.Tensor) -> torch.Tensor:
+        weights = weight_OI.float()
+        scale_O1 = weights.abs().amax(-1, keepdim=True).clamp_min(1e-30) / torch.finfo(torch.float8_e4m3fn).max
+        return (weights / scale_O1).to(torch.float8_e4m3fn).float() * scale_O1
+
+    return _changed(model, round_rows)
 
 
 def adapted(model: Model, *, rank: int = 8, size: float = 0.02, seed: int = 0) -> Model:
@@ -109,12 +115,6 @@ def _changed(model: Model, change: Callable[[torch.Tensor], torch.Tensor]) -> Mo
                 elif isinstance(part, Conv1D):  # the same product with the weight turned, in GPT-2
                     part.weight.copy_(change(part.weight.T).T)
     return replace(model, module=module)
-
-
-def _round_fp8(weight_OI: torch.Tensor) -> torch.Tensor:
-    weights = weight_OI.float()
-    scale_O1 = weights.abs().amax(-1, keepdim=True).clamp_min(1e-30) / torch.finfo(torch.float8_e4m3fn).max
-    return (weights / scale_O1).to(torch.float8_e4m3fn).float() * scale_O1
 
 
 def _round_groups(weight_OI: torch.Tensor, bits: int) -> torch.Tensor:

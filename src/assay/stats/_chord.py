@@ -30,12 +30,6 @@ def _half_dimension(d: int) -> float:
     return (d - 1) / 2
 
 
-def _probability(value: float, name: str) -> float:
-    if not 0.0 < value < 1.0:
-        raise UsageError(f"{name} {value}", wanted="a number strictly between 0 and 1", do=f"choose another {name}")
-    return value
-
-
 def _log_mean_over_sqrt2(d: int) -> float:
     """ln(E[x] / √2), from E[x] = 2·Γ(a + ½)Γ(2a) / (Γ(a)Γ(2a + ½)).
 
@@ -142,7 +136,9 @@ def noise_band(rate: float, n: int, groups: int, confidence: float = 0.95) -> tu
     """
     if groups < 2:
         raise UsageError(f"{groups} group", wanted="at least 2 block means", do="measure more blocks")
-    tail = (1 - _probability(confidence, "confidence")) / 2
+    if not 0.0 < confidence < 1.0:
+        raise UsageError(f"confidence {confidence}", wanted="a number strictly between 0 and 1", do="use 0.95")
+    tail = (1 - confidence) / 2
     error = rate_standard_error(rate, n)
     low, high = (float(optimize.brentq(lambda w, q=q: _range_cdf(w, groups) - q, 0.0, 18.0)) for q in (tail, 1 - tail))
     return error * low, error * high

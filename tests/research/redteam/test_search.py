@@ -1,7 +1,8 @@
 import pytest
 
 from assay.research.redteam._partial import PartialForward
-from assay.research.redteam._search import SAVED, strategies
+from assay.research.redteam._run import strategies
+from assay.research.redteam._tables import SAVED
 
 
 @pytest.mark.parametrize("read", [[31], [3, 9, 20, 28], list(range(32))])

@@ -107,11 +107,6 @@ class Fingerprint:
         library, *kernels = values["library"].split(SEPARATOR)
         return cls(**{**values, "library": library}, kernels=tuple(kernels))
 
-    @classmethod
-    def written_fields(cls) -> set[str]:
-        """Return the names of the fields of :meth:`as_dict`."""
-        return {field.name for field in fields(cls)} - {"kernels"}
-
     @property
     def id(self) -> str:
         """Twelve hexadecimal digits that stand for the whole."""

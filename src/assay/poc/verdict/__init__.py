@@ -1,6 +1,14 @@
 """Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds residuals against it."""
 
-from assay.poc.verdict._calibration import Calibration, calibrate, fit_noise, noise_for
+from assay.poc.verdict._calibration import (
+    Calibration,
+    MeasuredTarget,
+    calibrate,
+    distances_from,
+    fit_noise,
+    measure_r_target,
+    noise_for,
+)
 from assay.poc.verdict._judge import (
     COUNT_ALPHA,
     DIST_THRESHOLD,
@@ -19,7 +27,6 @@ from assay.poc.verdict._judge import (
     residuals,
     sequential_test,
 )
-from assay.poc.verdict._target import MeasuredTarget, distances_from, measure_r_target
 
 __all__ = [
     "COUNT_ALPHA",

@@ -19,11 +19,9 @@ _POLL = 0.02
 
 
 class Live:
-    """A command of assay that serves HTTP on a free port of this machine until the ``with`` block ends.
+    """A command of assay, such as ``poc serve``, on a free port of this machine until the ``with`` block ends.
 
-    Args:
-        arguments: of the command, such as ``["poc", "serve", "--model", …]``; host, port and log form are added.
-        log: takes what the command writes; a process started later appends to it.
+    What it writes is appended to the log.
     """
 
     def __init__(self, arguments: list[str], log: Path) -> None:
@@ -40,11 +38,7 @@ class Live:
         self.url = ""
 
     def connect(self, ready: str = "/health") -> None:
-        """Wait until the process serves and the page ``ready`` answers 200; again at once when it did before.
-
-        Raises:
-            ResourceError: it ended, or takes longer than five minutes; the message has the end of its log.
-        """
+        """Wait until the process serves and the page ``ready`` answers 200; the error has the end of its log."""
         if self._client is not None:
             return
         import httpx

@@ -219,11 +219,7 @@ def _skipped_positions() -> Iterator[Attack]:
         name = f"before {end:.0%}, exit at {depth}/8, stale"
         yield Attack(name, "positions", _positions(partial(_after, end), depth=depth, stale=True))
     yield Attack("only the last position in the last layer", "positions", _lazy_last_layer)
-    yield Attack(
-        "sliding window of 64",
-        "positions",
-        lambda scene: PartialForward(scene.model, Shortcut(scene.full(), window=64)),
-    )
+    yield Attack("sliding window of 64", "positions", _window)
 
 
 def _after(share: float, t: int, T: int) -> bool:
