@@ -22,7 +22,7 @@ from assay.models import load_model
 from assay.poc import PIPELINES, HFEngine, Round, prove
 from assay.poc.engines.hf import worth_compiling
 from assay.poc.protocol._round import NONCE_TEXTS
-from assay.research.approaches._measures import overheads
+from assay.research.approaches._approaches import overheads
 from assay.streams import seeds
 
 MODELS = ("reference:qwen3", "reference:llama")

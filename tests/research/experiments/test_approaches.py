@@ -9,7 +9,7 @@ from assay.models import load_model
 from assay.poc import get_pipeline
 from assay.research.approaches import ApproachPlan, run_approaches
 from assay.research.approaches import _approaches as module
-from assay.research.approaches._measures import distribution, residual_sizes, told_apart
+from assay.research.approaches._approaches import distribution, residual_sizes, told_apart
 from assay.research.runs import build_report, read_run
 
 CHOSEN = ("poc-2.0", "permutation", "artifact", "layer-normalize", "hardened")

@@ -6,7 +6,7 @@ import torch
 
 from assay.poc import PIPELINES, Round
 from assay.poc.protocol._transforms import Transform
-from assay.research.approaches._measures import memory, tensor_parallel
+from assay.research.approaches._approaches import memory, tensor_parallel
 
 HIDDEN, VOCAB, LAYERS, POSITIONS = 32, 50, 3, 20
 SIZES = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_layers": LAYERS, "seq_len": POSITIONS}

@@ -6,8 +6,7 @@ import pytest
 
 from assay.errors import ResourceError, UsageError
 from assay.research.matrix import Plan, configurations, run_matrix
-from assay.research.matrix._live import Live
-from assay.research.matrix._matrix import MODES
+from assay.research.matrix._matrix import MODES, Live
 from assay.research.matrix._table import PUBLISHED
 from assay.research.runs import build_report, open_run, read_run
 

@@ -13,27 +13,27 @@ The model runs once for all approaches that agree on what happens between its la
 Legend of shapes: N nonces, B blocks, K published numbers.
 """
 
+import math
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import AfterValidator, Field
+from scipy.stats import chi2
 
+from assay import stats
 from assay.models import Model, load_model
-from assay.poc.engines.hf import HFEngine
-from assay.poc.protocol import PIPELINES, Pipeline, Round, get_pipeline
+from assay.poc.engines import HFEngine, make_transform
+from assay.poc.protocol import PIPELINES, RANDOM_HEAD_ROWS, Pipeline, Round, Step, get_pipeline
 from assay.poc.verdict import distances_from
 from assay.reports import JsonObject
 from assay.research import cheats
-from assay.research.approaches._measures import (
-    distribution,
-    memory,
-    overheads,
-    residual_sizes,
-    tensor_parallel,
-    told_apart,
-)
+from assay.research.matrix import PUBLISHED_LIMIT
 from assay.research.runs import (
     BLOCKS,
     Blocks,
@@ -42,16 +42,35 @@ from assay.research.runs import (
     effective_dimension,
     open_run,
     published,
+    spread_of,
     state_pipeline,
+    states,
 )
 from assay.settings import Dtype, Names
 
-__all__ = ["APPROACHES", "ApproachPlan", "run_approaches"]
+__all__ = [
+    "APPROACHES",
+    "ApproachPlan",
+    "distribution",
+    "law_of",
+    "memory",
+    "overheads",
+    "residual_sizes",
+    "run_approaches",
+    "summary",
+    "tensor_parallel",
+    "told_apart",
+]
 
 APPROACHES = tuple(PIPELINES)
 
 KEY = "node_A"
 STATE_NONCES = 256  # from which the effective dimension is measured
+ALPHA = 0.01  # at which a deviation from the law, or between blocks, counts as structure
+TAIL_RATE = 0.1  # the published valid rate; there the width of the distances counts, at one half it does not
+HISTOGRAM_BINS = 40
+
+FloatArray = npt.NDArray[np.float64]
 
 
 def _own_names(approaches: tuple[str, ...]) -> tuple[str, ...]:
@@ -164,3 +183,172 @@ def _separability(plan: ApproachPlan, reference: str, round: Round, group: Seque
         )
         for pipeline in group
     }
+
+
+def distribution(
+    distances: Mapping[str, FloatArray], size: int, valid_rate: float, width: int | None, effective: float | None
+) -> JsonObject:
+    """Hold the distances of every block [N], in a space of ``size`` dimensions, against the chord law and each other.
+
+    ``width`` is the hidden size where a random head is drawn per block, and ``effective`` the effective dimension of
+    the states in front of that head, where it is known.
+    """
+    blocks = list(distances.values())
+    pooled = np.concatenate(blocks)
+    off, p_law = _off_the_law([block.mean() for block in blocks], blocks[0].size, size)
+    spreads = [_spread_at(rate, blocks, pooled, width, effective) for rate in (valid_rate, TAIL_RATE)]
+    counts, edges = np.histogram(pooled, HISTOGRAM_BINS)
+    return {
+        "dimension": size,
+        "nonces": pooled.size,
+        **summary(pooled),
+        "law": law_of(size),
+        "mean_off_in_standard_errors": off,
+        "p_law": p_law,
+        "blocks": [{"block_hash": name, **summary(block)} for name, block in distances.items()],
+        "spreads": spreads,
+        "breaks_structure": _verdict(spreads[0]["spread"], spreads[0]["p_value"], p_law),
+        "histogram": {"counts": counts.tolist(), "low": float(edges[0]), "high": float(edges[-1])},
+    }
+
+
+def summary(distances_N: FloatArray) -> JsonObject:
+    """Return mean, standard deviation and tenth percentile of distances [N]."""
+    return {
+        "mean": float(distances_N.mean()),
+        "std": float(distances_N.std(ddof=1)),
+        "p10": float(np.quantile(distances_N, 0.1)),
+    }
+
+
+def law_of(size: int) -> JsonObject:
+    """Return the same three numbers by the chord law in ``size`` dimensions."""
+    return {"mean": stats.chord_mean(size), "std": stats.chord_std(size), "p10": stats.r_target_for(0.1, size)}
+
+
+def _spread_at(
+    rate: float, distances: Sequence[FloatArray], pooled: FloatArray, width: int | None, effective: float | None
+) -> JsonObject:
+    """Return the spread of the blocks at the r_target that makes a share ``rate`` of all nonces valid.
+
+    ``noise_band`` is that of random directions, ``band_of_states`` that of states with their effective dimension.
+    """
+    r_target = float(np.quantile(pooled, rate))
+    valid = [int(np.count_nonzero(block < r_target)) for block in distances]
+    checked = [block.size for block in distances]
+    found = spread_of(valid, checked, width=width)
+    wider = spread_of(valid, checked, width=effective) if effective else None
+    return {
+        "rate": rate,
+        "r_target": r_target,
+        "valid_rates": list(found.rates),
+        "spread": found.value,
+        "noise_band": [found.low, found.high],
+        "p_value": found.p_value,
+        "band_of_states": wider and [wider.low, wider.high],
+    }
+
+
+def _off_the_law(means: Sequence[float], n: int, size: int) -> tuple[float, float]:
+    """Test block means [B] of n distances against the chord law: the largest offset in standard errors, and χ²'s p."""
+    error = stats.chord_std(size) / math.sqrt(n)
+    z_B = (np.asarray(means) - stats.chord_mean(size)) / error
+    return float(np.abs(z_B).max()), float(chi2.sf(np.sum(z_B**2), len(z_B)))
+
+
+def _verdict(spread: float, p_spread: float, p_law: float) -> str:
+    """Say whether structure is left: yes it is broken, partly, or no.
+
+    *yes*: neither the means nor the spread of the blocks can be told from chance, at 1 % each. *partly*: they can, but
+    the spread is below the published limit of 5 %. *no*: it is not.
+    """
+    if min(p_spread, p_law) >= ALPHA:
+        return "yes"
+    return "partly" if spread < PUBLISHED_LIMIT else "no"
+
+
+def residual_sizes(claimed: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]) -> FloatArray:
+    """|received − recomputed| of distances, or the L2 distance of vectors, [N]."""
+    difference = claimed.astype(np.float64) - truth
+    return np.abs(difference) if difference.ndim == 1 else np.asarray(np.linalg.norm(difference, axis=1))
+
+
+def told_apart(honest_N: FloatArray, cheat_N: FloatArray) -> JsonObject:
+    """Return medians of both sides' residuals [N], their ratio, and how often a cheater's exceeds an honest one.
+
+    The interval of 95 % of the last draws nonces, with both sides of each: they share a validator's value.
+    """
+    nonces = range(len(honest_N))
+    auc = stats.group_bootstrap(stats.auroc, (cheat_N, honest_N), (nonces, nonces))
+    return {
+        "honest_residual": float(np.median(honest_N)),
+        "int4_residual": float(np.median(cheat_N)),
+        "separation": float(np.median(cheat_N) / max(np.median(honest_N), stats.RESOLUTION)),
+        "auc": auc.value,
+        "auc_interval": [auc.low, auc.high],
+    }
+
+
+def overheads(engine: HFEngine, round: Round, group: Sequence[Pipeline], batches: int) -> dict[str, float]:
+    """Return the time of a batch with an approach over the plain forward pass, less one: the median of neighbours."""
+    transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in group}
+    nonces = range(engine.batch_size)
+
+    def plain() -> float:
+        started = time.perf_counter()
+        engine.last_hidden(engine.inputs(round, nonces)).cpu()  # waits for the device
+        return time.perf_counter() - started
+
+    def randomised(name: str) -> float:
+        with engine.between_layers(group[0].layers, round):
+            started = time.perf_counter()
+            padded, x_BD = next(states(engine, transforms[name], nonces))
+            transforms[name](x_BD, padded).cpu()
+            return time.perf_counter() - started
+
+    for name in transforms:
+        randomised(name)  # compiles what the first call compiles
+    ratios = {name: [randomised(name) / plain() for _ in range(batches)] for name in transforms}
+    return {name: statistics.median(values) - 1 for name, values in ratios.items()}
+
+
+def memory(pipeline: Pipeline, *, hidden_size: int, vocab_size: int, num_layers: int, seq_len: int) -> JsonObject:
+    """Return the bytes of random numbers that an approach holds for a model of these sizes.
+
+    Bytes are counted as random numbers are drawn: a normal takes 4, an index 8, a sign 1. What acts between the layers
+    is counted as it is held there, 4 bytes a number. The inputs, which all approaches share, are not counted.
+    """
+    size = hidden_size
+    per_nonce = 0 if pipeline.read == "last" else seq_len  # the signs of the positions
+    for step in pipeline.hidden:
+        per_nonce += _bytes(step, size)
+        size = step.count if step.name in ("pick", "project") else size
+    output = pipeline.output_size(hidden_size, vocab_size)
+    per_nonce += sum(_bytes(step, output) for step in pipeline.logits)
+    between = 0 if pipeline.layers == "none" else num_layers * hidden_size * 4
+    head = RANDOM_HEAD_ROWS * hidden_size * 4 if pipeline.head == "random" else 0
+    target = output * 4 if pipeline.output == "distance" else 0
+    return {"bytes_per_nonce": per_nonce, "bytes_per_block": between + head + target}
+
+
+def _bytes(step: Step, size: int) -> int:
+    match step.name:
+        case "unit":
+            return 0
+        case "signs":
+            return size
+        case "permute":
+            return 8 * size
+        case "pick":
+            return 8 * step.count
+        case "reflect" | "rotate" | "project":
+            return 4 * step.count * size
+
+
+def tensor_parallel(pipeline: Pipeline) -> bool:
+    """Whether every rank of tensor parallelism can do its part alone.
+
+    Hidden states are whole on every rank. The logits of the trained head are not: each rank has a slice of the
+    vocabulary, and a permutation, a reflection or the norm needs all of it.
+    """
+    return pipeline.head != "trained"

@@ -23,7 +23,7 @@ from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import Round, get_pipeline, unit
 from assay.poc.verdict import distances_from
 from assay.reports import JsonObject
-from assay.research.approaches._measures import law_of, summary
+from assay.research.approaches._approaches import law_of, summary
 from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, Progress, measure_missing, published
 from assay.settings import Dtype
 

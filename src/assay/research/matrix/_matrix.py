@@ -4,6 +4,9 @@ Every configuration (a model in a mode) has a service of its own, started for it
 round: it is begun over HTTP, generates for a while, is stopped, and is over when the receiver has every valid nonce.
 """
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -11,19 +14,19 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from types import TracebackType
+from typing import Any, ClassVar, Self
 
 from pydantic import Field
 
-from assay.errors import UsageError
+from assay.errors import ResourceError, UsageError
 from assay.models import model_info
 from assay.poc.protocol import Round
 from assay.reports import JsonObject, write_atomic, write_jsonl
-from assay.research.matrix._live import Live, wait_until
 from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, Progress, open_run
 from assay.settings import Dtype, Names
 
-__all__ = ["MODES", "Plan", "Test", "run_matrix"]
+__all__ = ["MODES", "Live", "Plan", "Test", "run_matrix", "wait_until"]
 
 MODES = {"sign-flips": "poc-2.0", "layer-hooks": "layer-normalize"}
 """Mode, as the published tables call it → preset."""
@@ -31,8 +34,124 @@ MODES = {"sign-flips": "poc-2.0", "layer-hooks": "layer-normalize"}
 WARM_UP = "warm-up"  # block and key of the round that compiles kernels before anything is timed
 _FIRST_BATCH_SECONDS = 600.0
 _DELIVERY_SECONDS = 60.0
+_START_SECONDS = 300.0
+_STOP_SECONDS = 60.0
+_POLL = 0.02
 
 Note = Callable[[str], None]
+
+
+class Live:
+    """A command of assay, such as ``poc serve``, on a free port of this machine until the ``with`` block ends.
+
+    What it writes is appended to the log.
+    """
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.log = log
+        self._start = self.log_size()
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "assay", *arguments, "--port", "0", "--log-format", "json"],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+            )
+        self._client: Any = None
+        self.url = ""
+
+    def connect(self, ready: str = "/health") -> None:
+        """Wait until the process serves and the page ``ready`` answers 200; the error has the end of its log."""
+        if self._client is not None:
+            return
+        import httpx
+
+        wait_until(lambda: self._port() is not None, _START_SECONDS, self.failure)
+        self.url = f"http://127.0.0.1:{self._port()}"
+        self._client = httpx.Client(base_url=self.url, timeout=60.0)
+        wait_until(lambda: self._answers(ready), _START_SECONDS, self.failure)
+
+    def get(self, path: str, **query: Any) -> Any:
+        """Return what a page answers."""
+        return self._call("GET", path, params=query)
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Post an object and return the answer."""
+        return self._call("POST", path, json=body or {})
+
+    def log_size(self) -> int:
+        """Return the bytes of the log so far."""
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    def log_since(self, offset: int) -> bytes:
+        """Return what was logged after so many bytes."""
+        with self.log.open("rb") as file:
+            file.seek(offset)
+            return file.read()
+
+    def failure(self, seen: str) -> ResourceError:
+        """Return the error for something that was seen, with the end of the log."""
+        tail = self.log_since(self._start).decode(errors="replace").strip()[-1500:]
+        return ResourceError(
+            f"{self.log.name}: {seen}", wanted="a live service", do=f"see the log, which ends with:\n{tail}"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._client is not None:
+            self._client.close()
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        """Return what the service answers; anything but 200 is a ResourceError."""
+        import httpx
+
+        try:
+            answer = self._client.request(method, path, **options)
+        except httpx.HTTPError as error:
+            raise self.failure(f"{method} {path}: {type(error).__name__}") from error
+        if answer.status_code != httpx.codes.OK:
+            raise self.failure(f"{method} {path} answered {answer.status_code}: {answer.text[:500]}")
+        return answer.json()
+
+    def _answers(self, path: str) -> bool:
+        import httpx
+
+        self._check_alive()
+        try:
+            return bool(self._client.get(path).status_code == httpx.codes.OK)
+        except httpx.TransportError:
+            return False
+
+    def _port(self) -> int | None:
+        """Return the port that the log names."""
+        self._check_alive()
+        for line in self.log_since(self._start).splitlines():
+            if b'"serving"' in line:
+                return int(json.loads(line)["port"])
+        return None
+
+    def _check_alive(self) -> None:
+        if self._process.poll() is not None:
+            raise self.failure(f"the process ended with code {self._process.returncode}")
+
+
+def wait_until(true: Callable[[], Any], seconds: float, failed: Callable[[str], Exception]) -> None:
+    """Ask again and again until something is true; raise what ``failed`` makes of a sentence after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise failed(f"not done after {seconds:.0f} seconds")
+        time.sleep(_POLL)
 
 
 @dataclass(frozen=True)
