@@ -90,12 +90,7 @@ def spread_of(valid: Sequence[int], checked: Sequence[int], *, width: float | No
 
 
 def head_error(rate: float, width: float) -> float:
-    """Standard deviation of a block's valid rate that comes from its random head, φ(z)·|z|/√(2D).
-
-    Args:
-        rate: the common valid rate, in (0, 1).
-        width: D, or the effective dimension of states that are not random directions.
-    """
+    """Standard deviation of a block's valid rate that comes from its random head: φ(z)·|z|/√(2D), D the width."""
     z = float(distributions.norm.ppf(rate))
     return float(distributions.norm.pdf(z)) * abs(z) / math.sqrt(2 * width)
 
