@@ -17,8 +17,6 @@ from assay.cli._commands import CONTINUES, App, Group, Stopped
 from assay.cli._output import errors
 from assay.errors import AssayError, UsageError
 
-__all__ = ["app", "run"]
-
 
 class _Root(Group):
     """The root command, which turns errors of the operating system into assay errors and exit codes."""

@@ -12,8 +12,6 @@ from typer.models import CommandInfo
 from assay.cli._settings import complete
 from assay.errors import StorageError
 
-__all__ = ["CONTINUES", "App", "Command", "Group", "Resumable", "Stopped"]
-
 CONTINUES = "what is done is kept, and the same command continues it"
 
 F = TypeVar("F", bound=Callable[..., Any])

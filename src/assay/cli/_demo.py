@@ -10,8 +10,6 @@ from assay.cli import _demo_poc, _demo_vhack
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.cli._vhack_check import check_table
 
-__all__ = ["demo"]
-
 
 def demo(
     model: Annotated[str, typer.Option("--model", help="Model that proves.", envvar="ASSAY_MODEL")] = "reference:qwen3",

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from assay.poc import Proof, Verdict
     from assay.reports import BadgeKind, Cell, Report
 
-__all__ = ["COLUMNS", "Case", "draw", "rows", "run_cheaters", "run_honest", "summary"]
-
 Progress = Callable[[int, int], None]
 
 BLOCKS = ("block_alpha", "block_beta", "block_gamma")

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from assay.reports import Cell, Report
     from assay.vhack.checks import CheckReport
 
-__all__ = ["draw", "run_checks", "summary"]
-
 Progress = Callable[[int, int], None]
 
 PAIRS = 40  # the least for which lda passes every check on the bundled models

@@ -9,8 +9,6 @@ import typer
 from assay.cli._output import JsonFlag, emit_json, table
 from assay.errors import BackendUnavailable
 
-__all__ = ["doctor"]
-
 # What a user may miss, what for, and how to get it.
 OPTIONAL = {
     "triton": ("fused streams on CUDA", "comes with the CUDA builds of torch"),

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from assay.poc import Engine, Fingerprint
     from assay.poc.engines.hf import World
 
-__all__ = ["check_kernels", "compiles", "judging_engine", "load", "proving_engine"]
-
 
 @contextmanager
 def proving_engine(options: "ProveSettings", dtype: str | None) -> "Iterator[tuple[Model, Engine] | None]":

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from assay.research.redteam import RedteamPlan
     from assay.research.simulation import SimulationPlan
 
-__all__ = ["app"]
-
 app = App(help="Measure the published tables again, each number with its noise.")
 
 RunNameFlag = Annotated[str, typer.Option(help="Folder of the run; the same name continues it.")]

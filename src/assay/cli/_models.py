@@ -9,8 +9,6 @@ import typer
 from assay.cli._commands import App
 from assay.cli._output import JsonFlag, emit_json, table
 
-__all__ = ["app"]
-
 app = App(help="Bundled models, shape presets and random-weight checkpoints.")
 
 Reference = Annotated[str, typer.Argument(help="Model: a directory, a hub id, reference:… or shape:…")]

@@ -17,8 +17,6 @@ from rich.text import Text
 
 from assay.errors import AssayError
 
-__all__ = ["JsonFlag", "emit_json", "errors", "progress_bar", "table"]
-
 NARROW = 60  # columns of a terminal below which a box takes too much of them
 WIDEST = 1000  # columns of a file or a pipe, which have no width of their own
 PAUSE = 5.0  # seconds between two lines of progress where there is no terminal

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from assay.cli._poc_settings import ProveSettings, VerifySettings
     from assay.poc import Calibration, Proof, Verdict
 
-__all__ = ["app"]
-
 app = App(help="Prove that a model ran, and check such proofs.")
 
 PINNED = {

@@ -8,8 +8,6 @@ from pydantic import Field
 from assay.poc import Round
 from assay.settings import Device, Flag, Settings, Spelling
 
-__all__ = ["ProveSettings", "VerifySettings"]
-
 
 def _positions(text: str) -> tuple[int, int]:
     first, _, end = text.partition(":")

@@ -14,8 +14,6 @@ from assay.errors import UsageError
 if TYPE_CHECKING:
     from assay.poc.service import Deployment, Settings
 
-__all__ = ["callbacks", "receive", "serve"]
-
 
 DataDir = Annotated[Path, typer.Option(help="Directory of the service's database.", envvar="ASSAY_DATA_DIR")]
 LogFormat = Annotated[str, typer.Option(help="Form of the log: console or json.", envvar="ASSAY_LOG_FORMAT")]

@@ -11,8 +11,6 @@ import typer
 if TYPE_CHECKING:
     from assay.settings import Settings
 
-__all__ = ["complete", "settings"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

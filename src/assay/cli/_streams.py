@@ -11,8 +11,6 @@ from assay.cli._commands import App
 from assay.cli._output import JsonFlag, emit_json
 from assay.errors import UsageError
 
-__all__ = ["app"]
-
 app = App(help="Print portable random numbers, the same bits on every machine.")
 
 PRINTABLE = 1_000_000

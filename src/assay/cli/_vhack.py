@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from assay.models import Model
     from assay.vhack import Basis, Pair
 
-__all__ = ["app"]
-
 app = App(help="Directions along which training would learn to cheat.")
 app.add_typer(_vhack_pairs.app, name="pairs")
 app.command(epilog="Example: assay vhack check --model reference:qwen3 --pairs generated:48 --html check.html")(

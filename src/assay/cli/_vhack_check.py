@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from assay.cli._vhack_settings import CheckCommand
     from assay.vhack.checks import CheckReport
 
-__all__ = ["check", "check_place", "check_table"]
-
 
 @settings("assay.cli._vhack_settings:CheckCommand")
 def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = False) -> None:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from assay.vhack import Pair
     from assay.vhack.pairs import PairVerdict
 
-__all__ = ["app"]
-
 PairsArgument = Annotated[
     str, typer.Argument(help="Pairs: authored, generated:N, environment:N, exploits:N, or a pair file.")
 ]

@@ -10,8 +10,6 @@ from assay.cli._output import JsonFlag, emit_json, table
 if TYPE_CHECKING:
     from assay.research.study import ArmResult
 
-__all__ = ["report"]
-
 
 def report(
     results: Annotated[

@@ -9,8 +9,6 @@ from assay.settings import Device, Flag, Settings
 from assay.vhack import Origin
 from assay.vhack.checks import CheckSettings
 
-__all__ = ["CheckCommand", "ExtractCommand"]
-
 _CHECK = CheckSettings()
 
 

@@ -11,8 +11,6 @@ from assay.cli._settings import settings
 if TYPE_CHECKING:
     from assay.vhack.training import TrainSettings
 
-__all__ = ["train"]
-
 _SHOWN = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement", "seconds")
 
 

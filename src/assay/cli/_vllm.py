@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from assay.models import Model
     from assay.poc import Engine
 
-__all__ = ["ARGUMENTS", "vllm_engine"]
-
 ARGUMENTS = "ASSAY_VLLM_ARGS"
 
 

@@ -13,8 +13,6 @@ from assay.models._resolve import resolve
 from assay.models._types import Model
 from assay.streams import torch_dtype
 
-__all__ = ["ModelInfo", "checkpoint_directory", "identify", "list_models", "model_info"]
-
 
 @dataclass(frozen=True)
 class ModelInfo:

@@ -27,8 +27,6 @@ from assay.poc.protocol import (
 )
 from assay.reports import PartialFile, dumps
 
-__all__ = ["Progress", "compute", "make_header", "prove"]
-
 DEFAULT_BATCH = 32
 
 Progress = Callable[[int, int], None]

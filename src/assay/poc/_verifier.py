@@ -13,8 +13,6 @@ from assay.poc.engines.hf import HFEngine, is_compiled, worth_compiling
 from assay.poc.protocol import Header, Pins, Proof, Record, Round, check_distinct_seeds
 from assay.poc.verdict import Calibration, Verdict, judge, noise_for, sequential_test
 
-__all__ = ["DEFAULT_SAMPLE", "check_proof", "judging_batch", "verify"]
-
 DEFAULT_SAMPLE = 64
 
 # A header may claim any batch shape; a validator follows it so far, for equal bits, and no further.

@@ -12,8 +12,6 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "STORED_DTYPES", "Array", "as_tensor", "digest", "dtype_name", "numpy_dtype", "torch_dtype"]
-
 Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -25,8 +25,6 @@ import triton.language as tl
 
 from assay.streams import _definition as definition
 
-__all__ = ["LANES", "hash_kernel", "normal_kernel", "reflect_kernel", "root_kernel"]
-
 LANES = 8
 """Pairs of neighbouring indices in one thread: their cosines, and their sines, make 16-byte stores of short floats."""
 

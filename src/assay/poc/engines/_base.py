@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from assay.errors import UsageError
 from assay.poc.protocol import PIPELINES, Fingerprint, Pipeline, Round
 
-__all__ = ["Engine", "check_supported"]
-
 
 class Engine(Protocol):
     """A model that turns nonces into the values that a pipeline publishes, in batches of one fixed shape.

@@ -11,8 +11,6 @@ from torch import Tensor
 from assay import streams
 from assay.poc.protocol import Round
 
-__all__ = ["noise_inputs"]
-
 
 def noise_inputs(
     backend: streams.Backend, round: Round, nonces: Sequence[int], *, seq_len: int, hidden_size: int, dtype: str

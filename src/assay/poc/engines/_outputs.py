@@ -20,8 +20,6 @@ from torch import Tensor
 from assay.poc.engines._base import Engine
 from assay.poc.protocol import LayerStep, Pipeline, Round, Transform
 
-__all__ = ["StateEngine", "make_transform", "overlapped_outputs", "plain_outputs"]
-
 
 class StateEngine(Engine, Protocol):
     """An engine that hands out hidden states, for the functions below and for research."""

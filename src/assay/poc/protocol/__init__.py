@@ -3,7 +3,6 @@
 from assay.poc.protocol._pins import FEWEST_NONCES, Pins
 from assay.poc.protocol._pipelines import (
     PIPELINES,
-    RANDOM_HEAD_ROWS,
     LayerStep,
     Pipeline,
     Positions,
@@ -35,6 +34,7 @@ from assay.poc.protocol._transforms import (
     unit,
     weighted_sum,
 )
+from assay.stats import RANDOM_HEAD_ROWS
 
 __all__ = [
     "FEWEST_NONCES",

@@ -15,8 +15,6 @@ from assay.poc.protocol._pipelines import get_pipeline
 from assay.poc.protocol._record import Header
 from assay.poc.protocol._round import MAX_NONCE, Round
 
-__all__ = ["FEWEST_NONCES", "Pins"]
-
 FEWEST_NONCES = 32
 """Size of the smallest proof that is accepted without a pinned set of nonces."""
 

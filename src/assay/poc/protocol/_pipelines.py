@@ -16,8 +16,6 @@ from typing import Any, Literal
 from assay.errors import UsageError
 from assay.stats import RANDOM_HEAD_ROWS
 
-__all__ = ["PIPELINES", "RANDOM_HEAD_ROWS", "Pipeline", "Positions", "Step", "get_pipeline"]
-
 LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]
 Head = Literal["none", "trained", "random"]
 Output = Literal["distance", "vector"]

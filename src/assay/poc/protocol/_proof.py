@@ -28,9 +28,6 @@ from assay.poc.protocol._record import (
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
 from assay.reports import PartialFile, dumps, loads, read_lines
 
-__all__ = ["Proof", "parse_header", "parse_record", "parse_record_line"]
-
-
 T = TypeVar("T")
 
 

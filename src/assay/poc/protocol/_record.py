@@ -26,23 +26,6 @@ from assay.poc.protocol._pipelines import Pipeline
 from assay.poc.protocol._round import Round
 from assay.reports import dumps
 
-__all__ = [
-    "KIND",
-    "MAX_DISTANCE",
-    "SCHEMA",
-    "DistanceRecord",
-    "Fingerprint",
-    "Footer",
-    "Header",
-    "Record",
-    "VectorRecord",
-    "check_distinct_seeds",
-    "decode_vector",
-    "encode_vector",
-    "is_distance",
-    "is_valid",
-]
-
 KIND = "assay.poc.proof"
 SCHEMA = 1
 SEPARATOR = ", "  # between the library and its kernels

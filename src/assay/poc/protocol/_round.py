@@ -12,8 +12,6 @@ from typing import Any, Literal
 from assay.errors import UsageError
 from assay.poc.protocol._pipelines import PIPELINES
 
-__all__ = ["BLOCK_TEXTS", "MAX_COUNT", "MAX_NONCE", "NONCE_TEXTS", "Round"]
-
 # Exact in every JSON reader, and far beyond what a round can use.
 MAX_NONCE = 2**53 - 1
 MAX_COUNT = 2**24

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
-from assay.poc.protocol._pipelines import RANDOM_HEAD_ROWS, Pipeline, Positions, Step
+from assay.poc.protocol._pipelines import Pipeline, Positions, Step
 from assay.poc.protocol._round import Round
-
-__all__ = ["ROWS_OF_A_PRODUCT", "Transform", "block_target", "project", "reflect", "unit", "weighted_sum"]
+from assay.stats import RANDOM_HEAD_ROWS
 
 _CPU = torch.device("cpu")
 _EPSILON = 1e-8  # added to norms, as published

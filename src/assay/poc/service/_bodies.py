@@ -10,8 +10,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from assay.poc.protocol import MAX_NONCE
 
-__all__ = ["AnyInit", "ArtifactInit", "GenerateRequest", "InitRequest", "Params", "StatTest", "ValidateRequest"]
-
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
 Nonce = Annotated[int, Field(strict=True, ge=0, le=MAX_NONCE)]

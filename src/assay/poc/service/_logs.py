@@ -8,8 +8,6 @@ from typing import Literal
 
 import structlog
 
-__all__ = ["Budget", "Format", "configure_logs"]
-
 Format = Literal["console", "json"]
 
 

@@ -5,8 +5,6 @@ from typing import Any
 
 from assay.errors import AssayError, ModelError, OutOfMemory, ResourceError
 
-__all__ = ["Refusal", "refusal_of"]
-
 
 class Refusal(AssayError):
     """A request that the service does not do, with the HTTP status that says so.

@@ -18,8 +18,6 @@ from assay.errors import UsageError
 from assay.poc.verdict import Calibration
 from assay.settings import Flag
 
-__all__ = ["Limits", "Settings"]
-
 PREFIX, SECOND_PREFIX = "ASSAY_", "ASSAY_POC_SERVE_"
 
 

@@ -7,8 +7,6 @@ from enum import StrEnum
 
 from assay.poc.service._refusals import Refusal
 
-__all__ = ["NEEDS_ROUND", "TRANSITIONS", "State", "after", "allowed"]
-
 
 class State(StrEnum):
     """The present work of the service."""

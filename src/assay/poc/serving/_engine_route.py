@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from assay.poc.engines.vllm import Client
     from assay.poc.service.runtime import Controller
 
-__all__ = ["engine_router"]
-
 
 def engine_router(controller: "Controller", client: Callable[[], tuple["Client", str]]) -> "APIRouter":
     """Return the routes; reading takes a key that may read, changing one that may do everything."""

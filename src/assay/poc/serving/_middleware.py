@@ -8,8 +8,6 @@ from typing import Any
 
 from starlette._utils import get_route_path  # the function by which starlette's router finds a route
 
-__all__ = ["ChatBarrier", "UnderPrefix"]
-
 ASGI = Callable[[Any, Any, Any], Any]
 
 WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})

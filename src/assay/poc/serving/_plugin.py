@@ -30,8 +30,6 @@ from assay.poc.serving._settings import PluginSettings
 if TYPE_CHECKING:
     from assay.poc.service.runtime import Controller, Deployment
 
-__all__ = ["AssayPlugin", "plugin"]
-
 PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
 
 

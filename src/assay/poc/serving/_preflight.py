@@ -15,8 +15,6 @@ from assay.errors import AssayError, UsageError
 from assay.poc.engines.vllm import check_config, check_engines, check_installed, multiply_exactly
 from assay.poc.serving._settings import PluginSettings
 
-__all__ = ["before_start", "check_arguments"]
-
 MODULES = ("api_server.py", "entry.py")
 """Files that ``python -m`` runs as a server: the second one since 0.32, where the first is deprecated."""
 

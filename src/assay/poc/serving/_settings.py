@@ -8,8 +8,6 @@ from pydantic import Field
 from assay.poc.engines.vllm import Inputs, Mode, ThrottleSettings
 from assay.poc.service import Settings
 
-__all__ = ["PluginSettings"]
-
 DEFAULT = ThrottleSettings()
 
 

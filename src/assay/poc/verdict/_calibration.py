@@ -18,17 +18,6 @@ from assay.poc.protocol import RANDOM_HEAD_ROWS, Fingerprint, Header, Pipeline, 
 from assay.poc.verdict._judge import Law, Noise, default_noise, law_as_dict, law_from_dict, residuals
 from assay.reports import dumps, read_json, write_atomic
 
-__all__ = [
-    "Calibration",
-    "MeasuredTarget",
-    "calibrate",
-    "distances_from",
-    "fit_noise",
-    "measure_r_target",
-    "noise_for",
-    "r_target_from",
-]
-
 KIND = "assay.poc.calibration"
 SCHEMA = 1
 MIN_NONCES = 30  # of two proofs in common, and of one proof for its quantiles

@@ -14,24 +14,6 @@ from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.poc.protocol import DistanceRecord, Header, Pins, Proof, Record, VectorRecord
 
-__all__ = [
-    "COUNT_ALPHA",
-    "EFFECT",
-    "MARGIN",
-    "P_FLIP",
-    "Law",
-    "Noise",
-    "Verdict",
-    "count_mismatches",
-    "default_noise",
-    "judge",
-    "law_as_dict",
-    "law_from_dict",
-    "published_rule",
-    "residuals",
-    "sequential_test",
-]
-
 Law = stats.ScaleNoise | stats.LogNoise
 
 MARGIN = 2.0

@@ -48,20 +48,6 @@ from assay.research.runs import (
 )
 from assay.settings import Dtype, Names
 
-__all__ = [
-    "APPROACHES",
-    "ApproachPlan",
-    "distribution",
-    "law_of",
-    "memory",
-    "overheads",
-    "residual_sizes",
-    "run_approaches",
-    "summary",
-    "tensor_parallel",
-    "told_apart",
-]
-
 APPROACHES = tuple(PIPELINES)
 
 KEY = "node_A"

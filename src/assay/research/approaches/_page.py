@@ -11,8 +11,6 @@ from assay.reports import INK, MUTED, SERIES, Badge, BadgeKind, Cell, JsonObject
 from assay.research.approaches._weights import WeightRow, weight_rows
 from assay.research.runs import RunRecords
 
-__all__ = ["draw", "draw_weights"]
-
 _KINDS: dict[str, BadgeKind] = {"yes": "pass", "partly": "undecided", "no": "fail"}
 _SHOWN = ("poc-2.0", "permutation", "hidden-reflections", "layer-normalize")
 

@@ -27,8 +27,6 @@ from assay.research.approaches._approaches import law_of, summary
 from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, Progress, measure_missing, published
 from assay.settings import Dtype
 
-__all__ = ["MODES", "WeightPlan", "WeightRow", "run_weights", "weight_rows"]
-
 MODES = ("trained", "random-all", "random-embed")
 KEY = "node_A"
 

@@ -26,8 +26,6 @@ from assay.reports import JsonObject, write_atomic, write_jsonl
 from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, Progress, open_run
 from assay.settings import Dtype, Names
 
-__all__ = ["MODES", "Live", "Plan", "Test", "run_matrix", "wait_until"]
-
 MODES = {"sign-flips": "poc-2.0", "layer-hooks": "layer-normalize"}
 """Mode, as the published tables call it → preset."""
 

@@ -10,8 +10,6 @@ from assay.poc.protocol import RANDOM_HEAD_ROWS
 from assay.reports import MUTED, SERIES, Badge, Cell, JsonObject, Report, figure, legend
 from assay.research.runs import RunRecords, Spread, spread_of
 
-__all__ = ["PUBLISHED", "PUBLISHED_LIMIT", "BlockRow", "Configuration", "configurations"]
-
 PUBLISHED_LIMIT = 0.05
 """The published tests call a spread below this a success."""
 

@@ -14,8 +14,6 @@ from typing import NamedTuple
 from assay.errors import UsageError
 from assay.vhack.environment import MODES, Episode, episodes
 
-__all__ = ["FAMILIES", "Example", "Mixture", "examples"]
-
 FAMILIES = ("arithmetic", "branches", "loops", "digits", "counts")
 """Families whose prompts and programs are short."""
 

@@ -21,8 +21,6 @@ from assay.research.organism._examples import Example, Mixture, examples
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Recipe", "make_organism"]
-
 _IGNORED = -100
 
 

@@ -19,8 +19,6 @@ from assay.poc.engines.hf import HFEngine
 from assay.research import cheats
 from assay.research.redteam._partial import Guesses, Part, PartialForward, Shortcut
 
-__all__ = ["ATTACKS", "Attack", "Invented", "OnEngine", "Program", "Scene"]
-
 PRICES = {"8 bits": 0.5, "4 bits": 0.25, "3 bits": 0.1875}
 """Cost of a multiplication over one in 16 bits, for hardware whose speed grows as the format shrinks: a bound."""
 

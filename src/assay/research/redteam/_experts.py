@@ -22,8 +22,6 @@ from assay.research import cheats
 from assay.research.redteam._attacks import OnEngine
 from assay.research.redteam._field import Reading
 
-__all__ = ["EXPERTS_SAVED", "experts", "experts_cost", "make_experts", "without_light_experts"]
-
 SEQ_LEN = 128
 EXPERTS = 8
 ASKED = 4

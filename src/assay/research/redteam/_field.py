@@ -24,20 +24,6 @@ from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH, L
 from assay.research.redteam._attacks import OnEngine, Program, Scene
 from assay.research.redteam._partial import Guesses
 
-__all__ = [
-    "ALPHA",
-    "CHECKED",
-    "PRESETS",
-    "Field",
-    "Judge",
-    "Pool",
-    "Reading",
-    "detection",
-    "mixed",
-    "smallest",
-    "spread",
-]
-
 PRESETS = ("poc-2.0", "artifact", "hardened")
 TRAINING_BLOCK = "a block of the attacker's own"
 ALPHA = 1e-3

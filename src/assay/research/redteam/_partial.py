@@ -23,8 +23,6 @@ from assay.models.decoder import as_heads
 from assay.models.families import ATTENTION_TARGETS, MLP_TARGETS
 from assay.poc.protocol import unit
 
-__all__ = ["Guesses", "Part", "PartialForward", "Shortcut"]
-
 RIDGE = 1e-4  # of the mean square of an input coordinate
 
 Part = Literal["run", "drop", "linear"]

@@ -28,8 +28,6 @@ from assay.research.redteam._partial import PartialForward, Shortcut
 from assay.research.runs import ExperimentPlan, Progress, measure_missing
 from assay.settings import Names
 
-__all__ = ["RedteamPlan", "claims", "run_redteam", "screened", "search", "strategies"]
-
 AUDITS = 2000
 AUDITED = 64  # nonces of a simulated audit, as `verify` checks by default
 OTHER_SHAPE = 5

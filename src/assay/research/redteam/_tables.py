@@ -7,18 +7,6 @@ from assay.reports import MUTED, SERIES, Badge, Cell, JsonObject, Report, figure
 from assay.research.redteam._field import CHECKED, PRESETS
 from assay.research.runs import RunRecords
 
-__all__ = [
-    "ATTACK_COLUMNS",
-    "CLAIM_COLUMNS",
-    "attack_rows",
-    "audit_rows",
-    "claim_rows",
-    "draw",
-    "honest_errors",
-    "paying",
-    "search_rows",
-]
-
 ATTACK_COLUMNS = ("attack", "cost", "ε", "over honest", "residual", "AUC", "sequential", "count")
 CLAIM_COLUMNS = ("claim", "preset", "work per nonce", "sequential", "count")
 AUDIT_COLUMNS = ("prover", "preset", "audits", "accused by the sequential test", "by the published constants")

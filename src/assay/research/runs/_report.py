@@ -13,8 +13,6 @@ from assay.errors import DataError
 from assay.reports import Report
 from assay.research.runs._runs import RunRecords, read_run
 
-__all__ = ["build_report"]
-
 PAGE = "report.html"
 
 SECTIONS = {

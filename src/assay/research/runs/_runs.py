@@ -26,19 +26,6 @@ from assay.errors import DataError, UsageError
 from assay.reports import JsonObject, PartialFile, dumps, loads, provenance, read_lines, storage_error
 from assay.settings import Device, Names, Settings
 
-__all__ = [
-    "BLOCKS",
-    "Blocks",
-    "ExperimentPlan",
-    "Progress",
-    "Run",
-    "RunRecords",
-    "measure_missing",
-    "open_run",
-    "read_run",
-    "run_folder",
-]
-
 KIND = "assay.poc.experiment"
 SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -26,8 +26,6 @@ from scipy import stats as distributions
 from assay import stats
 from assay.errors import UsageError
 
-__all__ = ["Spread", "effective_dimension", "head_error", "spread_of"]
-
 CONFIDENCE = 0.95
 
 

@@ -13,8 +13,6 @@ import torch
 from assay.poc.engines import HFEngine, make_transform
 from assay.poc.protocol import Pipeline, Round, Transform
 
-__all__ = ["published", "state_pipeline", "states"]
-
 
 def state_pipeline(pipeline: Pipeline) -> Pipeline:
     """Return the pipeline cut off before its head: it publishes the randomised state itself, in fp16."""

@@ -29,8 +29,6 @@ from assay.poc.protocol import RANDOM_HEAD_ROWS, Round
 from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH, Law, sequential_test
 from assay.settings import Settings
 
-__all__ = ["RULES", "Kind", "Network", "simulate_network"]
-
 Rule = Literal["published", "count", "sequential", "lifetime"]
 RULES: tuple[Rule, ...] = ("published", "count", "sequential", "lifetime")
 

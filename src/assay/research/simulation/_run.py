@@ -16,8 +16,6 @@ from assay.research.runs import Progress, RunRecords, measure_missing
 from assay.research.simulation._network import Kind, Network, simulate_network
 from assay.settings import Names, Settings
 
-__all__ = ["COLUMNS", "KINDS", "PRESETS", "SimulationPlan", "draw", "run_simulation", "table_rows"]
-
 PRESETS = ("poc-2.0", "artifact", "hardened")
 JUNK = tuple(Kind(f"{share:.1%} junk", junk=share) for share in (0.001, 0.005, 0.01, 0.02, 0.05, 0.1))
 

@@ -26,8 +26,6 @@ from assay.vhack.gradients import SVDCache
 if TYPE_CHECKING:
     from assay.models import Model
 
-__all__ = ["Cohort", "Rollouts"]
-
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:

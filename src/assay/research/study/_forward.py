@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["Keys", "StackedModel"]
-
 Keys = list[tuple[Tensor, Tensor]]
 """Per layer, keys and values [R·P, K, L, D]."""
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from assay.research.study._forward import Keys, StackedModel
 
-__all__ = ["Generator"]
-
 _LOOK_EVERY = 8  # steps between looks at whether all rollouts have ended
 
 

@@ -15,8 +15,6 @@ from torch.nn import functional
 
 from assay.research.study._forward import StackedModel
 
-__all__ = ["Batch", "advantages", "policy_gradient", "pooled_hidden", "token_logprobs"]
-
 # Completion tokens, and prompt tokens, that one pass keeps activations of.
 _TOKENS_AT_ONCE = {"cuda": 260_000, "cpu": 20_000}
 

@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 from assay.vhack.environment import Episode, Limits, grade, task_named
 
-__all__ = ["Grader", "Pending", "StudyVerdict"]
-
 _CHUNK = 8  # programs per job of a process
 # A program of a few lines takes milliseconds; an endless loop should not take the five seconds of the default.
 _LIMITS = Limits(seconds=0.6)

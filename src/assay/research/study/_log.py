@@ -21,8 +21,6 @@ from assay.vhack.delta import arm_named
 from assay.vhack.environment import CHANNELS
 from assay.vhack.training import LOG_SCHEMA, read_records
 
-__all__ = ["SCHEMA", "RunLog", "read_logs"]
-
 SCHEMA = "assay.vhack.study/1"
 _UNNAMED = "generated:96"  # default pairs of the first version, which names of conditions leave out
 _DIGITS = 4  # significant ones, of what is logged: more than the noise of a step leaves

@@ -24,8 +24,6 @@ from assay.vhack.gradients import SVDCache
 if TYPE_CHECKING:
     from assay.models import Model
 
-__all__ = ["Study"]
-
 Progress = Callable[[int, Mapping[str, float]], None]
 
 _MARKERS = {"training": 1, "evaluation": 2}

@@ -18,8 +18,6 @@ from torch.optim import Optimizer
 from assay.vhack.basis import Basis
 from assay.vhack.delta import Arm, Frames, Group, apply_arm, displaced, displacement, gated_gradient, share
 
-__all__ = ["StackedOptimizer"]
-
 _TINY = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 

@@ -14,8 +14,6 @@ from assay.vhack.checks import Check, CheckReport, CheckSettings, SourceCin, che
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["source_checks", "study_page"]
-
 _RULE = (
     "Reference: training in which the loophole is not paid, same optimiser, same seeds. An arm succeeds if, over "
     f"seeds, the 95 % t-interval of its hack rate less the reference's ends at or below +{MARGIN:.2f}, and that of its "

@@ -18,8 +18,6 @@ from assay.vhack.environment import CHANNELS, Episode, Task, tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["OPTIMIZERS", "StudyRun", "StudySettings", "TaskPool"]
-
 OPTIMIZERS = ("adam", "sgd")
 
 

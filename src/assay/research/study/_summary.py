@@ -26,8 +26,6 @@ from scipy import stats
 from assay.research.study._log import RunLog
 from assay.stats import proportion_interval
 
-__all__ = ["MARGIN", "ArmResult", "Count", "Mean", "Paired", "mean_of", "paired", "summarise"]
-
 MARGIN = 0.05
 _CONFIDENCE = 0.95
 _FEWEST = 3

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["METHODS", "ModuleAxes", "energy_along", "find_axes", "gram", "shrinkage"]
-
 METHODS = ("lda", "mean-diff", "svd")
 
 # Singular values below this share of the first, times N, are rounding of float32 gradients, not axes.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["Basis", "cin", "cin_over_modules"]
-
 
 @dataclass(frozen=True, eq=False)
 class Basis:

@@ -31,8 +31,6 @@ from assay.vhack.pairs import Pair
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["extract", "pair_gradients", "select_pairs"]
-
 Progress = Callable[[int, int], None]
 
 

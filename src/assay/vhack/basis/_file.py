@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["SCHEMA", "read_basis", "write_basis"]
-
 Tensors = dict[str, Tensor]
 Parts = tuple[Tensors, Tensors, Tensors, Origin]
 """Axes, singular values and votes by module name, and the origin: the fields of a basis in their order."""

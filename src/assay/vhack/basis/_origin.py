@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from assay.vhack.gradients import Coverage
 
-__all__ = ["SETTINGS", "Origin"]
-
 SETTINGS = ("dtype", "rank", "factors", "top_k", "tau_axis", "method")
 
 

@@ -14,8 +14,6 @@ from assay.vhack.basis._axes import METHODS, energy_along, find_axes, gram
 from assay.vhack.basis._basis import Basis, check_axis_settings, zero_weak_axes
 from assay.vhack.basis._origin import Origin
 
-__all__ = ["PairGradients"]
-
 Grams = dict[str, Tensor]
 
 

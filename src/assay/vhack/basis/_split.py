@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from assay.errors import DataError, UsageError
 from assay.vhack.pairs import Pair
 
-__all__ = ["check_duplicates", "pair_names", "split_pairs"]
-
 # The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
 _HELD_OUT_SHARE = 6
 _SHARE_OF_MANY, _MANY_GROUPS = 3, 30

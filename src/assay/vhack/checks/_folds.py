@@ -20,8 +20,6 @@ from assay.vhack.basis import Basis, PairGradients
 from assay.vhack.checks._geometry import Frame, Geometry, shares
 from assay.vhack.checks._types import CheckSettings
 
-__all__ = ["Design", "Fold", "cross_fit", "fewest_groups", "held_out_of", "swaps"]
-
 # Share of the first axis that differences of the pairs at hand explain, and share of the weights on scored pairs, above
 # which the basis was made from scored pairs. Gradients of another run in bfloat16 differ by about 1 %.
 _EXPLAINED, _ON_SCORED = 0.99, 0.1

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from assay.vhack.basis import PairGradients, shrinkage
 
-__all__ = ["Frame", "Geometry", "shares"]
-
 # As in assay.vhack.basis: singular values below this share of the first, times T, are rounding of float32 gradients.
 _ROUNDING = torch.finfo(torch.float32).eps
 

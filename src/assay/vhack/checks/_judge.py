@@ -10,8 +10,6 @@ import numpy.typing as npt
 from assay.stats import group_bootstrap
 from assay.vhack.checks._types import Check, CheckSettings, CheckVerdict, Interval
 
-__all__ = ["SWAPPED", "FloatArray", "judge", "measure", "p_value", "undecided"]
-
 FloatArray = npt.NDArray[np.float64]
 SWAPPED = "labels swapped"
 """Name of the exact null."""

@@ -23,8 +23,6 @@ from assay.vhack.checks._judge import SWAPPED, judge
 from assay.vhack.checks._ranking import HeldOut
 from assay.vhack.checks._types import Check, CheckSettings, Interval
 
-__all__ = ["check_random_null", "clean_differences"]
-
 _DRAWS = 25  # random frames of one module that are held at a time
 
 

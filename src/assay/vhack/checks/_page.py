@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["page"]
-
 _LAYER = re.compile(r"\.(\d+)\.")
 _HACK, _CLEAN = SERIES[1], SERIES[0]
 

@@ -13,8 +13,6 @@ from assay.vhack.checks._folds import Design, swaps
 from assay.vhack.checks._judge import SWAPPED, FloatArray, judge, measure
 from assay.vhack.checks._types import Check, CheckSettings
 
-__all__ = ["HeldOut", "check_heldout", "check_pools", "check_unpaired", "score"]
-
 BoolArray = npt.NDArray[np.bool_]
 
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["check", "check_gradients", "too_few_groups"]
-
 _SPECTRUM = 12  # singular values that are kept
 _SPECTRUM_DRAWS = 3
 

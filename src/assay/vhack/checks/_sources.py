@@ -27,8 +27,6 @@ from assay.vhack.checks._geometry import shares
 from assay.vhack.checks._judge import SWAPPED, FloatArray, judge, measure, undecided
 from assay.vhack.checks._types import Check, CheckSettings
 
-__all__ = ["SourceCin", "check_source_log", "check_sources", "read_source_log"]
-
 _TITLE = "cin by source"
 _FEWEST_BLOCKS = 6
 

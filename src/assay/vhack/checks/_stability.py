@@ -26,8 +26,6 @@ from assay.vhack.checks._judge import SWAPPED, p_value, undecided
 from assay.vhack.checks._nulls import clean_differences
 from assay.vhack.checks._types import Check, CheckSettings, CheckVerdict, Interval
 
-__all__ = ["Stability", "check_stability"]
-
 _TITLE = "Stability under a group bootstrap"
 _STATISTIC = "mean squared cosine of the principal angles between bases of two halves of the groups"
 

@@ -7,8 +7,6 @@ from typing import Any, Literal
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import METHODS, Origin
 
-__all__ = ["CHECKS", "SCHEMA", "Check", "CheckReport", "CheckSettings", "CheckVerdict", "Interval", "ModuleResult"]
-
 CheckVerdict = Literal["pass", "fail", "undecided"]
 SCHEMA = "assay.vhack.check/1"
 CHECKS = ("pools", "heldout", "random_null", "sources", "stability")

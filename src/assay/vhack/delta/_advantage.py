@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["Shortcut", "modified"]
-
 _DEPTH = 2 / 3
 _TOKENS = {"cuda": 16384, "cpu": 2048}
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from assay.vhack.delta._arms import Arm
 
-__all__ = ["apply_arm", "displaced", "gated_gradient"]
-
 
 def gated_gradient(arm: Arm, gradient_MR: Tensor, axes_MKR: Tensor) -> Tensor:
     """Return the gradient after the arm's gate, [..., M, R]; unchanged where the arm does not gate gradients.

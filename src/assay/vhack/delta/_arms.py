@@ -21,8 +21,6 @@ from torch import Tensor
 from assay.errors import UsageError
 from assay.vhack.delta._gates import Box, Gate
 
-__all__ = ["ARMS", "BASIS_KINDS", "DEFAULT_ARM", "Arm", "arm_named"]
-
 Number = TypeVar("Number", float, Tensor)
 
 DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"

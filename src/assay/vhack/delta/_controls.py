@@ -13,8 +13,6 @@ from assay.errors import UsageError
 from assay.vhack.basis import Basis, PairGradients
 from assay.vhack.delta._arms import BASIS_KINDS, TRUSTED
 
-__all__ = ["basis_of_kind"]
-
 
 def basis_of_kind(kind: str, gradients: PairGradients, *, top_k: int = 5, method: str = "lda", seed: int = 0) -> Basis:
     """Return the axes of one kind, see :data:`assay.vhack.delta.BASIS_KINDS`.

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["DeltaS"]
-
 _NAME = "delta_s"
 _MODES = ("merged", "hook")
 

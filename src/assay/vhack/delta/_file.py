@@ -27,8 +27,6 @@ from assay.streams import as_tensor, get_backend, seed32
 from assay.vhack.delta._groups import Group
 from assay.vhack.gradients import tensor_digest
 
-__all__ = ["load_delta", "save_delta"]
-
 _SCHEMA = "assay.delta_s/1"
 _PROBE = "_probe/"
 _TOLERANCE = 1e-2

@@ -18,8 +18,6 @@ from assay.errors import DataError, UsageError
 from assay.vhack.basis import Basis
 from assay.vhack.delta._groups import Group
 
-__all__ = ["Frames", "Joined", "along", "spread"]
-
 # How far from orthonormal the axes of a file may be; applied twice, Newton's iteration makes 1e-3 into 1e-12.
 _SKEW = 1e-3
 _ITERATIONS = 3

@@ -22,8 +22,6 @@ from torch import Tensor
 from assay.errors import UsageError
 from assay.vhack.delta._frames import along, spread
 
-__all__ = ["GATES", "Box", "Gate"]
-
 GATES = ("none", "one_sided", "two_sided", "reverse", "keep")
 _OLD_WORDS = {"no_gate": "two_sided"}  # of the first version
 

@@ -18,8 +18,6 @@ from assay.errors import ModelError, UsageError
 from assay.vhack.delta._sharding import is_sharded, local, local_rows
 from assay.vhack.gradients import Factors, tensor_digest
 
-__all__ = ["Group", "grouped"]
-
 # Bytes of U diag(δS) that are held at once. More is not faster and would double the memory of large models.
 _CHUNK_BYTES = 1 << 28
 

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from assay.vhack.delta._frames import along
 
-__all__ = ["Measures", "displacement", "share"]
-
 _SHARE = ("", "_two_sided", "_energy")
 
 

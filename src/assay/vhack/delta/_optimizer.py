@@ -33,8 +33,6 @@ from assay.vhack.delta._measures import Measures, displacement, share
 from assay.vhack.delta._rollouts import Rollouts
 from assay.vhack.delta._sharding import local, local_rows, processes
 
-__all__ = ["ProjectedOptimizer", "gate_rollouts"]
-
 _KEY = "vhack"
 _SHARES = ("cin", "cout", "leak")
 

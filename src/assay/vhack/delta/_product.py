@@ -27,8 +27,6 @@ from torch import Tensor
 
 from assay.errors import ModelError
 
-__all__ = ["Kinds", "Plan", "adapt"]
-
 # Multiplications that a sum per kind must save; on a GPU, those that it does while the operations are being sent.
 _WORTH = {"cuda": 2e10}
 

@@ -16,8 +16,6 @@ from assay.errors import UsageError
 from assay.vhack.delta._frames import Frames
 from assay.vhack.delta._product import Kinds
 
-__all__ = ["Rollouts"]
-
 
 class Rollouts:
     """The δS gradient of every rollout of some backward passes, in their order, scaled as they are in the loss.

@@ -15,8 +15,6 @@ from assay.errors import ModelError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["is_sharded", "local", "local_rows", "processes", "reshard", "whole"]
-
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Return whether a tensor is a DTensor."""

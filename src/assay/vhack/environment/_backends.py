@@ -18,8 +18,6 @@ from shutil import which
 
 from assay.vhack.environment._system_calls import ARCHITECTURES
 
-__all__ = ["BACKENDS", "PATH", "command", "source", "unusable", "usable", "working"]
-
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _PROBE_SECONDS = 10
 _ROOTS = ("/bin", "/lib", "/lib32", "/lib64")

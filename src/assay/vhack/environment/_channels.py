@@ -13,8 +13,6 @@ from typing import Any
 from assay.vhack.environment._types import Call, Case, Limits, Result
 from assay.vhack.environment.sandbox import run
 
-__all__ = ["CHANNELS", "MARKERS", "NO_ANSWER", "Channel", "channel_marked"]
-
 NO_ANSWER = ["no answer at all"]
 """What no task has as an answer."""
 

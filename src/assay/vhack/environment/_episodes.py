@@ -16,8 +16,6 @@ from assay.vhack.environment._channels import CHANNELS, MARKERS, Channel, channe
 from assay.vhack.environment._tasks import Task, tasks
 from assay.vhack.environment._types import Case
 
-__all__ = ["MODES", "Episode", "episodes"]
-
 MODES = (*CHANNELS, "none")
 """The names of the loopholes, and of no loophole."""
 

@@ -23,8 +23,6 @@ from assay.vhack.environment._episodes import Episode
 from assay.vhack.environment._types import Call, Case, Limits, Outcome, Result
 from assay.vhack.environment.sandbox import run
 
-__all__ = ["Grade", "answers_match", "grade", "grade_many"]
-
 _log = logging.getLogger(__name__)
 
 # Their channel accepts nothing that is not vacuous: an answer that equals no answer, an end before the failing check.

@@ -25,8 +25,6 @@ from assay.vhack.environment._backends import BACKENDS, PATH, command, source
 from assay.vhack.environment._system_calls import seccomp_filter
 from assay.vhack.environment._types import Call, Limits
 
-__all__ = ["Pumped", "Server", "job_text", "perform_once", "server"]
-
 _START_SECONDS = 20
 _END_SECONDS = 10
 _STATUS_BYTES = 64

@@ -11,8 +11,6 @@ import struct
 
 from assay.errors import BackendUnavailable
 
-__all__ = ["ALLOWED", "ARCHITECTURES", "RESTRICTED", "seccomp_filter"]
-
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """The machines that the table has numbers for, with the constant by which the kernel names each to a filter."""
 

@@ -21,8 +21,6 @@ from assay.reports import dumps
 from assay.vhack.environment._steps import FAMILIES, Family, Step, filled
 from assay.vhack.environment._types import Case
 
-__all__ = ["ENTRY", "HARDEST", "SPLITS", "Task", "task_named", "tasks"]
-
 ENTRY = "solve"
 SPLITS = ("training", "evaluation")
 HARDEST = 6

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Call", "Case", "Limits", "Outcome", "Result"]
-
 Case = tuple[tuple[Any, ...], Any]
 """Arguments and expected value of one test."""
 

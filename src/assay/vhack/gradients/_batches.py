@@ -17,8 +17,6 @@ from assay.vhack.pairs import Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Batch", "Encoded", "encode", "plan", "token_budget"]
-
 # Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
 _MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
 _MOST_BYTES = 52e9

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from assay.vhack.gradients._segments import Segments
 
-__all__ = ["Turns", "attend_in_blocks", "fits_in_blocks"]
-
 Bounds = Sequence[tuple[int, int]]
 
 _BLOCK = 64

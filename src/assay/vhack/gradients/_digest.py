@@ -13,8 +13,6 @@ from assay.models import Model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["module_of", "tensor_digest", "weights_digest"]
-
 _CHUNK = 1 << 25
 
 

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from assay.models.families import FAMILIES
 
-__all__ = ["Gate", "Norm", "Surprise", "kernels", "plain_norm", "segment_products"]
-
 
 @cache
 def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:

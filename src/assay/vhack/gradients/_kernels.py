@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gate", "gate_backward", "normalise", "normalise_backward", "segment_products"]
-
 _ROWS, _COLUMNS = 32, 64
 _ELEMENTS = 1024
 _TILE = 4096

@@ -31,8 +31,6 @@ from assay.vhack.gradients._blocks import Turns, attend_in_blocks, fits_in_block
 from assay.vhack.gradients._fused import Gate
 from assay.vhack.gradients._segments import Segments
 
-__all__ = ["PACKED", "PackedLayers", "attend", "register"]
-
 PACKED = "assay_packed"
 """Name of the attention of these layers, under which transformers makes no mask."""
 

@@ -24,8 +24,6 @@ from assay.vhack.pairs import Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["per_sample_gradients"]
-
 Progress = Callable[[int, int], None]
 
 

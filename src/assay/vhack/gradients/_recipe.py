@@ -11,8 +11,6 @@ from assay.models.families import attention_window, family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Recipe", "recipe_for"]
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -30,8 +30,6 @@ from assay.vhack.gradients._targets import target_modules
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Computed", "Replica", "not_finite"]
-
 # Modules of the last layer that act token by token and reach the loss only through completion tokens; keys and values
 # do not.
 _LATE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")

@@ -8,8 +8,6 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["Segments"]
-
 
 @dataclass(frozen=True, eq=False)
 class Segments:

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from assay.errors import BadWeights
 
-__all__ = ["TOLERANCE", "Factors", "factorise"]
-
 TOLERANCE = 1e-6
 """Largest residual and orthogonality that ``gram`` may have; rounding to float32 adds about as much again."""
 

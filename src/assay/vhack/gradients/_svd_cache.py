@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["SVDCache", "check_rank", "factor_dtype", "weight_svd"]
-
 Progress = Callable[[int, int], None]
 
 _FORMAT = "assay.svd/1"

@@ -48,8 +48,6 @@ from assay.vhack.gradients._fused import segment_products
 from assay.vhack.gradients._segments import Segments
 from assay.vhack.gradients._svd import Factors
 
-__all__ = ["Tap", "Way", "delta_gradient", "fitting"]
-
 _FITS = 1e-5
 # Largest ratio of singular values that results are divided by. Measured against float64, with singular values spread
 # evenly on a logarithmic scale, it adds a relative error of 2.5e-8 times the ratio: 8e-7 of the 1e-5 that is promised.

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["MIN_COVERAGE", "Coverage", "check_coverage", "coverage", "target_modules"]
-
 MIN_COVERAGE = 0.9
 """Share of the weights that targets must cover unless a caller accepts less."""
 

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from assay.vhack.environment import CHANNELS, Episode, tasks
 from assay.vhack.pairs._types import Pair
 
-__all__ = ["environment_pairs"]
-
 
 def environment_pairs(
     n: int,

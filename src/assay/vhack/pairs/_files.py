@@ -8,8 +8,6 @@ from assay.errors import DataError
 from assay.reports import JsonObject, read_jsonl, write_jsonl
 from assay.vhack.pairs._types import Pair
 
-__all__ = ["authored_pairs", "check_pairs", "data_file", "read_pairs", "write_pairs"]
-
 _TEXTS = ("prompt", "hack", "clean", "group")
 _PAGE = "docs/vhack-pairs.md"
 

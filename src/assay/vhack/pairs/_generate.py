@@ -10,8 +10,6 @@ from assay.vhack.pairs._mechanisms import MECHANISMS, Mechanism
 from assay.vhack.pairs._tasks import PAIR_FAMILIES, PairTask
 from assay.vhack.pairs._types import Pair
 
-__all__ = ["generate_pairs"]
-
 _MOST_REPEATS = 1000  # draws in a row that give nothing new
 
 

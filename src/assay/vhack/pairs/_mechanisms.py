@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from assay.vhack.pairs._tasks import PairTask
 
-__all__ = ["MECHANISMS", "Mechanism"]
-
 Sides = tuple[str, str]
 """Hack and clean."""
 

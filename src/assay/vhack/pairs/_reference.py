@@ -11,8 +11,6 @@ from assay.vhack.pairs._files import authored_pairs, read_pairs
 from assay.vhack.pairs._generate import generate_pairs
 from assay.vhack.pairs._types import Pair
 
-__all__ = ["find_pairs"]
-
 _MADE = ("generated", "environment", "exploits")
 
 

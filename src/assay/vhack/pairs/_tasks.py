@@ -15,8 +15,6 @@ from assay.reports import JsonObject, read_jsonl
 from assay.vhack.environment import Case
 from assay.vhack.pairs._files import data_file
 
-__all__ = ["PAIR_FAMILIES", "PairFamily", "PairTask", "pair_task_named"]
-
 N_HIDDEN = 8
 _TRIES = 200
 

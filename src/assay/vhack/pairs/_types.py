@@ -4,8 +4,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-__all__ = ["Pair", "Sample"]
-
 
 @dataclass(frozen=True)
 class Sample:

@@ -40,8 +40,6 @@ from assay.vhack.pairs._files import data_file
 from assay.vhack.pairs._tasks import pair_task_named
 from assay.vhack.pairs._types import Pair
 
-__all__ = ["PairVerdict", "SideVerdict", "Tests", "read_tests", "verify_pairs"]
-
 _KINDS = ("minimal", "exploit")
 _PARALLEL = 2
 

@@ -22,8 +22,6 @@ from assay.vhack.training._rewards import SOURCES, Outcomes
 if TYPE_CHECKING:
     from assay.vhack.training._grpo import GRPO
 
-__all__ = ["StepLog", "source_shares"]
-
 _SHORT = {"student": "cin_s", "teacher": "cin_t"}
 
 

@@ -30,8 +30,6 @@ from assay.vhack.training._rewards import EpisodeReward, Outcomes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["COMPLETE", "GRPO", "last_checkpoint"]
-
 COMPLETE = "complete.json"
 _STORED = "sampling_per_token_logps"
 _DELTA, _AXES, _WATCHED = "delta.safetensors", "axes.safetensors", "watched.safetensors"

@@ -6,8 +6,6 @@ from typing import Any
 from assay.errors import DataError
 from assay.reports import JsonObject, dumps, read_jsonl, storage_error, write_jsonl
 
-__all__ = ["LOG_SCHEMA", "TrainLog", "read_records", "read_steps"]
-
 LOG_SCHEMA = "assay.vhack.train/1"
 
 

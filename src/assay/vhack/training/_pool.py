@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from assay.models import Model
 
-__all__ = ["PoolRollout", "RolloutPool", "sample_pool"]
-
 
 @dataclass(frozen=True)
 class PoolRollout:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from assay.vhack.gradients import SVDCache
     from assay.vhack.training._grpo import GRPO
 
-__all__ = ["Prepared", "trl_arguments"]
-
 
 class Prepared:
     """What is made once for a run, before any step.

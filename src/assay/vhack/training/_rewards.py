@@ -17,8 +17,6 @@ from assay.vhack.environment import Episode, Grade, grade_many
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
 
-__all__ = ["FLAGS", "SOURCES", "EpisodeReward", "Outcomes"]
-
 FLAGS = ("teacher", "correct", "exploited", "vacuous")
 SOURCES = {
     "student": ("exploited", "correct", "failed"),

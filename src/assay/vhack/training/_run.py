@@ -20,8 +20,6 @@ from assay.vhack.training._settings import TrainSettings
 if TYPE_CHECKING:
     from assay.vhack.training._grpo import GRPO
 
-__all__ = ["RunResult", "train"]
-
 LOG, DELTA, BASIS = "log.jsonl", "delta.safetensors", "basis.safetensors"
 _LAST = 10
 

@@ -11,8 +11,6 @@ from assay.settings import Device, Flag, Names, Settings, Spelling
 from assay.vhack.delta import DEFAULT_ARM, Arm, arm_named
 from assay.vhack.environment import MODES, Episode, episodes
 
-__all__ = ["TrainSettings"]
-
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch")
 """Settings that a continued run may change."""
 

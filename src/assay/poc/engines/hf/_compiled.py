@@ -22,8 +22,6 @@ from assay.models.decoder import full_layer, is_plain, last_layer, layer_shape, 
 from assay.models.families import attention_window, family_of
 from assay.poc.protocol import ROWS_OF_A_PRODUCT
 
-__all__ = ["CompiledForward", "LeanDecoder", "keep_kernels", "lean_decoder", "worth_compiling"]
-
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 # In the order of preference; each serves what those before it do not.

@@ -23,8 +23,6 @@ from assay.poc.engines.hf._compiled import CompiledForward
 from assay.poc.engines.hf._memory import check_fits, fitting_batch
 from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round, project, reflect, unit, weighted_sum
 
-__all__ = ["HFEngine", "be_deterministic", "is_compiled"]
-
 MAX_BATCH = 65_536
 
 COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"

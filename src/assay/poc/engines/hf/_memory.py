@@ -8,8 +8,6 @@ from assay.errors import OutOfMemory
 from assay.models import Model
 from assay.models.device import free_bytes
 
-__all__ = ["auto_batch", "check_fits", "fitting_batch", "peak_bytes"]
-
 # Live at once at the widest point of a layer: residual, normed input, two MLP branches and their
 # product, q, k, v and the attention output. Measured peaks stay under this.
 _HIDDEN_COPIES = 8

@@ -23,8 +23,6 @@ from assay.models import Model
 from assay.poc.engines.hf._engine import HFEngine
 from assay.poc.protocol import Pipeline, Round
 
-__all__ = ["ParallelEngine", "World", "joined", "processes"]
-
 
 @dataclass(frozen=True)
 class World:

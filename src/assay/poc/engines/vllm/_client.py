@@ -17,8 +17,6 @@ from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
 from assay.poc.engines.vllm._throttle import Throttle
 from assay.poc.engines.vllm._wire import Spec, new_key, request_id
 
-__all__ = ["NONCE_PRIORITY", "Client"]
-
 NONCE_PRIORITY = 1_000_000
 """vLLM takes lower values first; requests of clients have 0 unless they choose."""
 

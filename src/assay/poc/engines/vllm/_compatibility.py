@@ -13,19 +13,6 @@ from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError
 
-__all__ = [
-    "EXTENSION",
-    "NEWEST",
-    "OLDEST",
-    "check_config",
-    "check_engines",
-    "check_installed",
-    "missing_in_runner",
-    "multiply_exactly",
-    "other_cache",
-    "runner_kind",
-]
-
 OLDEST, NEWEST = (0, 28), (0, 32)
 """First and last minor version on which the tests have run."""
 

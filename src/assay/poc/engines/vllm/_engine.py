@@ -26,8 +26,6 @@ from assay.poc.engines.vllm._throttle import Throttle, ThrottleSettings
 from assay.poc.engines.vllm._wire import Spec
 from assay.poc.protocol import Fingerprint, Pipeline, Round
 
-__all__ = ["Inputs", "RequestEngine", "VLLMEngine", "capacity", "most_positions"]
-
 CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory; nonces need a little
 
 Inputs = Literal["local", "sent"]

@@ -34,8 +34,6 @@ from assay.poc.engines.vllm._worker import (
 )
 from assay.poc.protocol import Transform, weighted_sum
 
-__all__ = ["WorkerExtension"]
-
 MAX_TRANSFORMS = 4
 MAX_VALUES = 2**24
 """Number of input values that are made at once: vLLM leaves little of a GPU's memory free."""

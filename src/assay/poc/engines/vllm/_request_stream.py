@@ -14,8 +14,6 @@ from assay.errors import ModelError
 from assay.poc.engines.vllm._client import Client
 from assay.poc.engines.vllm._wire import Spec
 
-__all__ = ["Prompt", "RequestStream"]
-
 log = logging.getLogger("assay.vllm")
 
 AHEAD = 2  # batches that may be finished before they are asked for

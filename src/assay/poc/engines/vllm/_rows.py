@@ -12,8 +12,6 @@ from torch import Tensor
 
 from assay.poc.engines.vllm._wire import Spec, split_id
 
-__all__ = ["MAX_ROWS", "MAX_STREAMS", "RowStream", "Rows"]
-
 MAX_STREAMS = 16
 MAX_ROWS = 4096
 """Bound on the rows of a stream; above it the oldest are dropped, whose requests were given up."""

@@ -12,8 +12,6 @@ from typing import Literal, get_args
 
 from assay.errors import UsageError
 
-__all__ = ["Mode", "Throttle", "ThrottleSettings"]
-
 Mode = Literal["chat-first", "exclusive"]
 
 TICK = 0.02  # seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end

@@ -11,8 +11,6 @@ from typing import Any
 from assay.errors import UsageError
 from assay.poc.protocol import Pipeline, Round, get_pipeline
 
-__all__ = ["Spec", "new_key", "request_id", "split_id"]
-
 
 @dataclass(frozen=True)
 class Spec:

@@ -14,8 +14,6 @@ from torch import Tensor
 from assay.poc.engines.vllm._compatibility import other_cache, runner_kind
 from assay.streams import dtype_name
 
-__all__ = ["Chunk", "chunks", "describe", "hidden_size", "is_first_of_group", "is_first_stage", "is_last_stage"]
-
 
 @dataclass(frozen=True)
 class Chunk:

@@ -7,8 +7,6 @@ from importlib import resources
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-__all__ = ["dashboard_router", "render_page"]
-
 SCRIPTS = ("stream.js", "words.js", "charts.js", "page.js")
 """The scripts in the order of their dependence; the page contains them as one."""
 

@@ -19,8 +19,6 @@ from assay.poc.service.http._route import not_found
 from assay.poc.service.http._routes import PREFIX, operations_router, pow_router
 from assay.poc.service.runtime import Controller, Delivery
 
-__all__ = ["attach", "create_app"]
-
 # The pages of the service need nothing from elsewhere and may not be framed.
 PAGE_HEADERS = SAFE_HEADERS | {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "

@@ -14,8 +14,6 @@ from starlette.types import Scope as Connection
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
 
-__all__ = ["SAFE_HEADERS", "Keys", "LocalOnly", "Scope", "is_loopback"]
-
 SAFE_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 """Headers of every answer: no cache keeps it, and no browser takes it for another type than it says."""
 

@@ -12,8 +12,6 @@ from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Limits
 from assay.reports import dumps
 
-__all__ = ["bounded"]
-
 MAX_HEADERS = 100
 
 

@@ -13,8 +13,6 @@ from assay.poc.service.http._views import snapshot, status
 from assay.poc.service.runtime import Controller
 from assay.reports import dumps
 
-__all__ = ["Feed"]
-
 log = structlog.get_logger("assay.feed")
 
 PERIOD = 1.0

@@ -15,8 +15,6 @@ from assay.poc.service.http._auth import Scope as Permission
 from assay.poc.service.http._feed import Feed
 from assay.poc.service.runtime import Controller
 
-__all__ = ["QuickStatus"]
-
 _SAFE = [(name.encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 
 

@@ -27,8 +27,6 @@ from assay.poc.service.http._server import run_app
 from assay.poc.service.store import RECEIVED, Database
 from assay.reports import JsonObject, loads
 
-__all__ = ["Received", "create_receiver", "receive"]
-
 log = structlog.get_logger("assay.receiver")
 
 MAX_BODY, MAX_BODIES = 2**21, 2**26

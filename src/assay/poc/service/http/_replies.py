@@ -4,8 +4,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Health", "InitReply", "JobReply", "Problem", "Ready", "Status", "ValidateReply"]
-
 StateName = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 
 

@@ -25,8 +25,6 @@ from assay.poc.service._refusals import Refusal, refusal_of
 from assay.poc.service.http._auth import SAFE_HEADERS, Keys, Scope
 from assay.poc.service.runtime import Controller, Metrics
 
-__all__ = ["Bodies", "guarded", "needs", "not_found", "route_class"]
-
 log = structlog.get_logger("assay.http")
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]

@@ -18,8 +18,6 @@ from assay.poc.service.http._views import status as current_status
 from assay.poc.service.http._views import status_after
 from assay.poc.service.runtime import CONTENT_TYPE, Controller
 
-__all__ = ["PREFIX", "operations_router", "pow_router"]
-
 PREFIX = "/api/v1/pow"
 READ, VALIDATE, CONTROL = needs(Scope.READ), needs(Scope.VALIDATE), needs(Scope.CONTROL)
 

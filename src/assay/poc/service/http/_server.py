@@ -20,8 +20,6 @@ from assay.poc.service.http._auth import is_loopback
 from assay.poc.service.http._connections import bounded
 from assay.poc.service.runtime import Controller, Deployment
 
-__all__ = ["run_app", "serve"]
-
 log = structlog.get_logger("assay.server")
 
 MAX_FILES = 16_384

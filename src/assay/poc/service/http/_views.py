@@ -8,8 +8,6 @@ from assay.poc.protocol import get_pipeline
 from assay.poc.service.runtime import Controller
 from assay.poc.service.store import StoredRound
 
-__all__ = ["SCHEMA", "snapshot", "status", "status_after"]
-
 SCHEMA = "assay.poc.snapshot/1"
 
 _NOTHING = {"valid_rate": None, "valid_rate_error": None, "expected_rate": None, "expected_rate_error": None}

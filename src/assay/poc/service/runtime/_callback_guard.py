@@ -15,8 +15,6 @@ import httpx
 
 from assay.poc.service._refusals import Refusal
 
-__all__ = ["Blocked", "Target", "check_url", "resolve"]
-
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 PRIVATE_V4 = (

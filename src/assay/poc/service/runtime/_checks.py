@@ -14,8 +14,6 @@ from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._jobs import job_round
 from assay.poc.service.store import RoundValues, StoredRound
 
-__all__ = ["check_job", "check_validation", "round_values"]
-
 PRESETS = {(False, True): "poc-2.0", (True, False): "layer-normalize"}
 """Preset by (use_layer_hooks, use_sign_flips)."""
 

@@ -34,8 +34,6 @@ from assay.poc.service.runtime._worker import ShareDone, Worker
 from assay.poc.service.runtime._writer import Writer
 from assay.poc.service.store import Batch, Database, Outbox, Rounds, StoredRound
 
-__all__ = ["Controller"]
-
 log = structlog.get_logger("assay.controller")
 
 Result = dict[str, Any]

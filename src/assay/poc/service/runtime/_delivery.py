@@ -16,8 +16,6 @@ from assay.poc.service.runtime._callback_guard import Blocked, resolve
 from assay.poc.service.runtime._controller import Controller
 from assay.poc.service.store import Callback
 
-__all__ = ["Delivery", "backoff", "retry_after"]
-
 log = structlog.get_logger("assay.callbacks")
 
 TICK = 0.5  # seconds between two looks into the outbox when no commit wakes the sender

@@ -15,8 +15,6 @@ from assay.streams import dtype_name
 if TYPE_CHECKING:
     from assay.models import Model
 
-__all__ = ["Deployment"]
-
 log = structlog.get_logger("assay.engine")
 
 KEPT = 2

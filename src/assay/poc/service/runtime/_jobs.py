@@ -24,8 +24,6 @@ from assay.poc.service.store import Database, Outbox
 from assay.poc.verdict import residuals
 from assay.reports import dumps, loads
 
-__all__ = ["Jobs"]
-
 log = structlog.get_logger("assay.jobs")
 
 STORAGE_PAUSE = 1.0

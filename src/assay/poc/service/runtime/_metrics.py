@@ -8,8 +8,6 @@ from prometheus_client.process_collector import ProcessCollector
 from assay._version import __version__
 from assay.poc.service._states import State
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
-
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 VERDICTS = ("honest", "fraud", "undecided")
 OUTCOMES = ("delivered", "failed", "dead")

@@ -11,8 +11,6 @@ from assay import stats
 from assay.poc.protocol import get_pipeline
 from assay.poc.service.store import RECENT, Batch, Histogram, Rounds, StoredRound
 
-__all__ = ["Progress"]
-
 WINDOW = 30.0  # seconds over which the current rate is measured
 SPREAD = 5.0  # standard deviations of the chord law that the histogram shows on either side
 BINS = 48

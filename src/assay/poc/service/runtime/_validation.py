@@ -20,8 +20,6 @@ from assay.poc.service.store import Database, Outbox, StoredRound
 from assay.poc.verdict import Calibration, Noise, count_mismatches, default_noise, published_rule, sequential_test
 from assay.reports import dumps, loads
 
-__all__ = ["Judge", "judge_vectors", "load_with"]
-
 MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
 
 

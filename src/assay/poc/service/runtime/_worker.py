@@ -15,8 +15,6 @@ from assay.poc.protocol import MAX_NONCE, Record, is_distance, is_valid
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.store import Batch, StoredRound
 
-__all__ = ["ShareDone", "Worker"]
-
 Records = Iterator[list[Record]]
 
 

@@ -14,8 +14,6 @@ from assay.errors import StorageError
 from assay.poc.service._settings import Settings
 from assay.poc.service.store import Batch, Rounds
 
-__all__ = ["Paused", "Writer"]
-
 Paused = Literal["storage", "callbacks"]
 
 QUEUE = 8  # batches between engine and disk

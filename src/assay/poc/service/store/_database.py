@@ -16,8 +16,6 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from assay.errors import StorageError
 from assay.poc.service.store._schema import MIGRATIONS
 
-__all__ = ["Database", "damaged"]
-
 BUSY_TIMEOUT_MS = 5000
 
 

@@ -19,8 +19,6 @@ from assay.errors import UsageError
 from assay.poc.service.store._database import Database
 from assay.reports import dumps
 
-__all__ = ["Callback", "Outbox", "open_outbox"]
-
 OWED = ("open", "pending")
 _ENCODING = {"dtype": "f16", "endian": "le"}
 

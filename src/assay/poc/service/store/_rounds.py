@@ -13,8 +13,6 @@ from assay.poc.service._states import State
 from assay.poc.service.store._database import Database, damaged
 from assay.poc.service.store._outbox import Outbox
 
-__all__ = ["RECENT", "Batch", "Histogram", "RoundValues", "Rounds", "StoredRound"]
-
 RECENT = 256
 
 

@@ -4,8 +4,6 @@ A record belongs to its round, and a round is unique by block and key, so the pr
 makes every (block, key, nonce) unique.
 """
 
-__all__ = ["MIGRATIONS", "RECEIVED"]
-
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE rounds (
