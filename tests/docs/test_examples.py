@@ -4,16 +4,20 @@ import doctest
 
 import pytest
 
-from assay import poc, vhack
-from assay.vhack import checks
+from assay import models, poc, vhack
+from assay.vhack import checks, pairs
 
-FUNCTIONS = ("prove", "verify", "calibrate", "measure_r_target")
+FUNCTIONS = ("Round", "prove", "verify", "calibrate", "measure_r_target")
+VHACK = (
+    (vhack, "Basis"),
+    (vhack, "extract"),
+    (vhack, "per_sample_gradients"),
+    (checks, "check"),
+    (pairs, "generate_pairs"),
+)
 
 
-VHACK = ((vhack, "extract"), (vhack, "per_sample_gradients"), (checks, "check"))
-
-
-@pytest.mark.parametrize(("package", "name"), [*((poc, name) for name in FUNCTIONS), *VHACK])
+@pytest.mark.parametrize(("package", "name"), [(models, "load_model"), *((poc, name) for name in FUNCTIONS), *VHACK])
 def test_examples(package, name: str):
     function = getattr(package, name)
     examples = [found for found in doctest.DocTestFinder(recurse=False).find(function, name) if found.examples]

@@ -58,6 +58,11 @@ def load_model(
         ModelError: The configuration or tokenizer cannot be used (unknown architecture, quantised).
         BackendUnavailable: The device is not there, or torchao, which eight-bit weights need, is missing.
         OutOfMemory: The model does not fit on the device.
+
+    Example:
+        >>> model = load_model("reference:qwen3", device="cpu")
+        >>> model.hidden_size, model.num_layers, model.vocab_size
+        (256, 8, 4096)
     """
     _check_mode(weights, block_hash, is_shape=str(reference).startswith("shape:"))
     target = device_named(device)

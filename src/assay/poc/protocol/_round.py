@@ -57,6 +57,13 @@ class Round:
 
     Raises:
         UsageError: A value is out of range.
+
+    Example:
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", node_id=1, node_count=4)
+        >>> list(round.nonces(0, 3))
+        [1, 5, 9]
+        >>> round.text("inputs", 5)
+        'block_alpha_node_A_nonce5'
     """
 
     block_hash: str

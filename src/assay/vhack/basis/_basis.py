@@ -33,6 +33,13 @@ class Basis:
         origin: Model, pairs and settings it was made from.
         energy: Share of ‖D‖² along each axis, [K] float32 per module name; D are the differences it was extracted
             from. The file does not hold it, so it is empty in a basis that was read from one.
+
+    Example:
+        >>> import torch
+        >>> axes = {"q_proj": torch.eye(3, 8)}
+        >>> basis = Basis(axes, {"q_proj": torch.ones(3)}, {"q_proj": torch.tensor([[5, 1]] * 3)})
+        >>> basis.slice(2).axes["q_proj"].shape
+        torch.Size([2, 8])
     """
 
     axes: dict[str, Tensor]

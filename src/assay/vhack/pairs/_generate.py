@@ -30,6 +30,11 @@ def generate_pairs(
 
     Raises:
         UsageError: ``n`` is below 1, a name is unknown, or there are not ``n`` different pairs.
+
+    Example:
+        >>> pairs = generate_pairs(12)
+        >>> len(pairs), pairs == generate_pairs(24)[:12]
+        (12, True)
     """
     if n < 1:
         raise UsageError(f"{n} pairs", wanted="at least 1", do="ask for more")
