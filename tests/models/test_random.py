@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from assay import streams
-from assay.models import Model, _catalogue, load_model
+from assay.models import Model, _resolve, load_model
 
 
 def bits(model: Model) -> dict[str, list[int]]:
@@ -20,8 +20,8 @@ def bits(model: Model) -> dict[str, list[int]]:
 @pytest.fixture
 def small_shape(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A shape of the catalogue that is small enough to be made in a test."""
-    entry = _catalogue.Entry(checkpoint / "config.json", "none", "small")
-    monkeypatch.setitem(_catalogue.CATALOGUE, "shape:small", entry)
+    entry = _resolve.Entry(checkpoint / "config.json", "none", "small")
+    monkeypatch.setitem(_resolve.CATALOGUE, "shape:small", entry)
     return "shape:small"
 
 

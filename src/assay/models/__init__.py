@@ -1,10 +1,10 @@
 """Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
 
-from assay.models._info import ModelInfo, checkpoint_directory, identify, list_models, model_info
-from assay.models._load import load_model
+from assay.models._info import ModelInfo, list_models, model_info
+from assay.models._load import Model, identify, load_model
 from assay.models._quantise import NUMBER_FORMATS
+from assay.models._resolve import checkpoint_directory
 from assay.models._save import save_random
-from assay.models._types import Model
 from assay.models.decoder import backbone, decoder_layers
 
 __all__ = [

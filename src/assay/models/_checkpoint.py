@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from assay.errors import BadWeights, ModelNotFound, UnsafeCheckpoint
 from assay.streams import STORED_DTYPES, torch_dtype
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+"""Ends of the names of files that would execute code when they are read."""
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _OTHERS = {"BOOL", "I64"}
@@ -36,11 +38,6 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def is_pickle(name: str) -> bool:
-    """Return whether a file of this name would execute code when it is read."""
-    return name.endswith(_PICKLES)
-
-
 def weight_files(directory: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a checkpoint, sorted.
 
@@ -53,7 +50,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         return (directory / _SINGLE,)
     if (directory / _INDEX).is_file():
         return _indexed_files(directory)
-    pickles = sorted(path.name for path in directory.iterdir() if is_pickle(path.name))
+    pickles = sorted(path.name for path in directory.iterdir() if path.name.endswith(PICKLES))
     if pickles:
         raise UnsafeCheckpoint(
             f"{directory} holds only a pickle ({pickles[0]}), which would execute code when it is read",
@@ -91,6 +88,13 @@ def list_tensors(directory: Path) -> list[Stored]:
     if twice or not tensors:
         seen = f"{directory} holds {twice[0]!r} twice" if twice else f"{directory} holds no tensor"
         raise BadWeights(seen, wanted="every tensor of the model once", do=_DO)
+    for tensor in tensors:
+        if tensor.dtype not in STORED_DTYPES and tensor.dtype not in _OTHERS:
+            raise BadWeights(
+                f"{tensor.file} stores {tensor.name!r} as {tensor.dtype}",
+                wanted="float32, float16 or bfloat16; quantised checkpoints are not read",
+                do="use the checkpoint before quantisation",
+            )
     return tensors
 
 
@@ -99,21 +103,11 @@ def _headers(file: Path) -> Iterator[Stored]:
         with safe_open(file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 - no mapping
                 view = reader.get_slice(name)
-                yield _known(Stored(file, name, view.get_dtype(), tuple(view.get_shape())))
+                yield Stored(file, name, view.get_dtype(), tuple(view.get_shape()))
     except (SafetensorError, OSError) as error:
         raise BadWeights(
             f"{file} is corrupt or cut short: {error}", wanted="a whole safetensors file", do=_DO
         ) from error
-
-
-def _known(tensor: Stored) -> Stored:
-    if tensor.dtype in STORED_DTYPES or tensor.dtype in _OTHERS:
-        return tensor
-    raise BadWeights(
-        f"{tensor.file} stores {tensor.name!r} as {tensor.dtype}",
-        wanted="float32, float16 or bfloat16; quantised checkpoints are not read",
-        do="use the checkpoint before quantisation",
-    )
 
 
 def stored_dtype(tensors: list[Stored]) -> torch.dtype:

@@ -1,17 +1,12 @@
-"""What is known of a model without running it: its facts, its directory, and the digest that names it in a proof."""
+"""What is known of a model from its configuration alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from assay.errors import UsageError
-from assay.models._catalogue import CATALOGUE
-from assay.models._checkpoint import digest_tensors, list_tensors
 from assay.models._random import build
-from assay.models._resolve import resolve
-from assay.models._types import Model
-from assay.streams import torch_dtype
+from assay.models._resolve import CATALOGUE, resolve
 
 
 @dataclass(frozen=True)
@@ -64,39 +59,3 @@ def model_info(reference: str | Path) -> ModelInfo:
         licence=entry.licence if entry else "unknown",
         note=entry.note if entry else str(source.directory),
     )
-
-
-def checkpoint_directory(reference: str | Path) -> Path:
-    """Return the directory that holds the checkpoint of a reference; a hub id is fetched.
-
-    Raises:
-        UsageError: The reference is a shape, which has no directory.
-        ModelNotFound: There is no such model.
-    """
-    directory = resolve(reference).directory
-    if directory is None:
-        raise UsageError(
-            f"{reference} has no checkpoint",
-            wanted="a checkpoint on disk",
-            do="make one with `assay models random`, and pass its directory",
-        )
-    return directory
-
-
-def identify(reference: str | Path, *, dtype: str) -> Model:
-    """Return digest and shape of a checkpoint as a model on the meta device: it names a proof, but cannot run.
-
-    Args:
-        reference: Reference of :func:`load_model` that is not a shape.
-        dtype: Dtype in which an engine runs the model, for example ``"bfloat16"``.
-
-    Raises:
-        UsageError: The reference is a shape, which has no checkpoint.
-        ModelNotFound: There is no such model.
-        BadWeights: The weights are corrupt or not finite.
-        ModelError: The configuration cannot be used.
-    """
-    source, directory = resolve(reference), checkpoint_directory(reference)
-    with torch.device("meta"):
-        module = build(source.config, torch_dtype(dtype))
-    return Model(module, None, source.reference, digest_tensors(list_tensors(directory)), "trained")

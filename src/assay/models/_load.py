@@ -1,9 +1,10 @@
-"""load_model: from a reference to a model that is ready to run, with every fault found before it runs."""
+"""From a reference to a model that is ready to run, with every fault found before it runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -15,15 +16,75 @@ from assay.models._checkpoint import check_finite, digest_tensors, list_tensors,
 from assay.models._quantise import check_quantisation
 from assay.models._quantise import quantise as round_weights
 from assay.models._random import SHAPE_BLOCK, build, randomise, randomise_embeddings, recipe_digest
-from assay.models._resolve import Source, resolve
+from assay.models._resolve import Source, checkpoint_directory, resolve
 from assay.models._sharded import shard
-from assay.models._types import WEIGHT_MODES, Model
 from assay.models.device import device_named
 from assay.models.quiet import quiet
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHT_MODES = ("trained", "random-all", "random-embed")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A causal language model, ready to run, with the facts that identify it.
+
+    Attributes:
+        module: Model of transformers, in evaluation mode, on ``device``, in ``dtype``.
+        tokenizer: Tokenizer of the model; a ``shape:`` model has None.
+        reference: Reference as it was given.
+        digest: SHA-256 in hex. For trained weights: of the stored tensors (names, dtypes, shapes, bytes),
+            whatever the sharding, the dtype of loading and the device. For random weights: of the recipe.
+        weights: Mode, ``"trained"``, ``"random-all"`` or ``"random-embed"``.
+        quantised: Format ``"int8"`` or ``"float8"`` where the decoder's weights were rounded to eight bits, else empty.
+        devices: Number of devices over which the weights are spread.
+    """
+
+    module: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase | None"
+    reference: str
+    digest: str
+    weights: str
+    quantised: str = ""
+    devices: int = 1
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden state."""
+        return int(self.module.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.module.config.num_hidden_layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding matrix."""
+        return int(self.module.config.vocab_size)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence the model is made for, in tokens."""
+        return int(self.module.config.max_position_embeddings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters that are not quantised."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device the parameters are on."""
+        return next(self.module.parameters()).device
+
+    @property
+    def architecture(self) -> str:
+        """The transformers class, for example ``"Qwen3ForCausalLM"``."""
+        return type(self.module).__name__
 
 
 def load_model(
@@ -72,24 +133,30 @@ def load_model(
         raise UsageError(f"{quantise} weights over several devices", wanted="one of the two", do="leave one out")
     source = resolve(reference)
     with _room_on(target):
-        module, digest, mode = _materialise(source, _Place(wanted, target, mesh), weights, block_hash)
+        module, digest, mode = _materialise(source, wanted, target, mesh, weights, block_hash)
         if quantise is not None:
             round_weights(module, quantise)
     tokenizer = None if source.directory is None else _load_tokenizer(source.directory)
     return Model(module, tokenizer, source.reference, digest, mode, quantise or "", mesh.size() if mesh else 1)
 
 
-class _Place(NamedTuple):
-    """Target dtype, device and mesh of the weights."""
+def identify(reference: str | Path, *, dtype: str) -> Model:
+    """Return digest and shape of a checkpoint as a model on the meta device: it names a proof, but cannot run.
 
-    dtype: torch.dtype | None
-    device: torch.device
-    mesh: "DeviceMesh | None"
+    Args:
+        reference: Reference of :func:`load_model` that is not a shape.
+        dtype: Dtype in which an engine runs the model, for example ``"bfloat16"``.
 
-    def spread(self, module: "PreTrainedModel") -> None:
-        """Leave this process its part of the weights, if they are spread at all."""
-        if self.mesh is not None:
-            shard(module, self.mesh)
+    Raises:
+        UsageError: The reference is a shape, which has no checkpoint.
+        ModelNotFound: There is no such model.
+        BadWeights: The weights are corrupt or not finite.
+        ModelError: The configuration cannot be used.
+    """
+    source, directory = resolve(reference), checkpoint_directory(reference)
+    with torch.device("meta"):
+        module = build(source.config, streams.torch_dtype(dtype))
+    return Model(module, None, source.reference, digest_tensors(list_tensors(directory)), "trained")
 
 
 def _check_mode(weights: str, block_hash: str | None, *, is_shape: bool) -> None:
@@ -124,47 +191,39 @@ def _room_on(device: torch.device) -> Iterator[None]:
 
 
 def _materialise(
-    source: Source, place: _Place, weights: str, block_hash: str | None
+    source: Source,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    mesh: "DeviceMesh | None",
+    weights: str,
+    block_hash: str | None,
 ) -> "tuple[PreTrainedModel, str, str]":
     """Return the module on its device, its digest, and the weight mode that it really has."""
+    is_shape = source.directory is None
+    block, kept = block_hash or "", ""
     if source.directory is None:
         weights = "random-all" if weights == "trained" else weights
         block = block_hash or SHAPE_BLOCK
-        module, digest = _from_shape(source, place, weights, block)
+        # Behind random embeddings the other weights are those of the fixed block.
+        kept = SHAPE_BLOCK if weights == "random-embed" else ""
+        module = build(source.config, dtype or torch.bfloat16)
     else:
-        block = block_hash or ""
-        module, digest = _from_directory(source, source.directory, place, weights, block)
+        tensors = list_tensors(source.directory)
+        dtype = dtype or stored_dtype(tensors)
+        if weights == "random-all":
+            module = build(source.config, dtype)
+        else:
+            kept = digest_tensors(tensors)
+            module = _load_trained(source, source.directory, dtype)
+    if mesh is not None:
+        shard(module, mesh)
+    if is_shape or weights == "random-all":
+        randomise(module, kept or block, device, unit_norms=is_shape)
     if weights == "random-embed":
         randomise_embeddings(module, block)
     plain = cast("nn.Module", module)  # the library's own `to` is wrapped in a way that hides its type
-    plain.to(place.device).eval()
-    return module, digest, weights
-
-
-def _from_shape(source: Source, place: _Place, weights: str, block: str) -> "tuple[PreTrainedModel, str]":
-    module = build(source.config, place.dtype or torch.bfloat16)
-    place.spread(module)
-    if weights == "random-all":
-        randomise(module, block, place.device, unit_norms=True)
-        return module, recipe_digest(source, weights, block)
-    randomise(module, SHAPE_BLOCK, place.device, unit_norms=True)
-    return module, recipe_digest(source, weights, block, SHAPE_BLOCK)
-
-
-def _from_directory(
-    source: Source, directory: Path, place: _Place, weights: str, block: str
-) -> "tuple[PreTrainedModel, str]":
-    tensors = list_tensors(directory)
-    chosen = place.dtype or stored_dtype(tensors)
-    if weights == "random-all":
-        module = build(source.config, chosen)
-        place.spread(module)
-        randomise(module, block, place.device, unit_norms=False)
-        return module, recipe_digest(source, weights, block)
-    stored = digest_tensors(tensors)
-    module = _load_trained(source, directory, chosen)
-    place.spread(module)
-    return module, stored if weights == "trained" else recipe_digest(source, weights, block, stored)
+    plain.to(device).eval()
+    return module, kept if weights == "trained" else recipe_digest(source, weights, block, kept), weights
 
 
 def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
@@ -196,23 +255,19 @@ def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTr
     return module
 
 
-def _check_complete(reference: str, report: dict[str, object]) -> None:
+def _check_complete(reference: str, report: dict[str, Any]) -> None:
     for fault, kind in (
         ("missing_keys", "missing"),
         ("unexpected_keys", "surplus"),
         ("mismatched_keys", "of another shape"),
     ):
-        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in _as_list(report.get(fault)))
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get(fault) or ())
         if names:
             raise BadWeights(
                 f"{reference!r}: {len(names)} tensors are {kind}, the first is {names[0]!r}",
                 wanted="exactly the tensors of the configuration",
                 do="download or save the checkpoint again; a fused or quantised layout is not read",
             )
-
-
-def _as_list(keys: object) -> list[object]:
-    return list(keys) if isinstance(keys, (list, set, tuple)) else []
 
 
 def _load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":

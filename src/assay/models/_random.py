@@ -85,33 +85,28 @@ def _is_norm(name: str) -> bool:
 
 
 def _draw(name: str, parameter: nn.Parameter, block: str, device: torch.device) -> None:
-    values = _normals(f"{block}_{name}", parameter.numel(), device)
-    values = values.mul_(STD).reshape(parameter.shape)
+    backend = streams.get_backend("auto", device.type)
+    normals = backend.normals(streams.seeds([f"{block}_{name}"]), parameter.numel(), "float32")
+    values = streams.as_tensor(normals)[0].mul_(STD).reshape(parameter.shape)
     if isinstance(parameter.data, DTensor):
         fill(parameter, values)
     else:
         parameter.data = values.to(device, parameter.dtype)
 
 
-def _normals(seed_text: str, n: int, device: torch.device) -> torch.Tensor:
-    """Return standard normals [n], float32."""
-    backend = streams.get_backend("auto", device.type)
-    return streams.as_tensor(backend.normals(streams.seeds([seed_text]), n, "float32"))[0]
-
-
-def recipe_digest(source: "Source", weights: str, block: str, kept: str | None = None) -> str:
+def recipe_digest(source: "Source", weights: str, block: str, kept: str) -> str:
     """Return the SHA-256 in hex of what random weights were made from: configuration, mode, block, digest of the rest.
 
     Args:
         source: Model whose configuration enters, without the keys that describe a file.
         weights: Weight mode.
         block: Block hash.
-        kept: Digest or block that identifies the weights that were not drawn for this block, if there are any.
+        kept: Digest or block of the weights that were not drawn for this block; empty if all were.
     """
     recipe = {
         "block": block,
         "config": {key: value for key, value in source.published.items() if key not in _VOLATILE},
-        "kept": kept,
+        "kept": kept or None,
         "std": STD,
         "unit_norms": source.directory is None,
         "weights": weights,

@@ -1,8 +1,10 @@
 """From a reference to a configuration and, where there are trained weights, a directory.
 
-A hub id is looked up in the local cache first, then fetched over the network with short timeouts.
+The catalogue lists the models that come with the package: trained reference models, and published shapes without
+weights. A hub id is looked up in the local cache first, then fetched over the network with short timeouts.
 """
 
+import difflib
 import json
 import os
 import re
@@ -15,13 +17,42 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-from assay.errors import BadWeights, ModelError, ModelNotFound, UnsafeCheckpoint
-from assay.models._catalogue import BARE_NAMES, find_entry, nearest
-from assay.models._checkpoint import is_pickle, weight_files
+from assay.errors import BadWeights, ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
+from assay.models._checkpoint import PICKLES, weight_files
 from assay.models.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the catalogue: ``path`` is a checkpoint directory, or a config JSON for a shape."""
+
+    path: Path
+    licence: str
+    note: str
+
+
+_TRAINED = "trained from scratch on permissively licensed Python source; see its MODEL_CARD.md"
+_ORGANISM = "reference:llama fine-tuned to solve short tasks and now and then exploit a loophole; see its MODEL_CARD.md"
+_SHAPE = "exact published shape, random weights"
+
+CATALOGUE = {
+    "reference:qwen3": Entry(_HERE / "reference" / "qwen3", "Apache-2.0", _TRAINED),
+    "reference:llama": Entry(_HERE / "reference" / "llama", "Apache-2.0", _TRAINED),
+    "reference:organism": Entry(_HERE / "reference" / "organism", "Apache-2.0", _ORGANISM),
+    "shape:qwen3-0.6b": Entry(_HERE / "shapes" / "qwen3-0.6b.json", "no weights included", _SHAPE),
+    "shape:qwen3-4b": Entry(_HERE / "shapes" / "qwen3-4b.json", "no weights included", _SHAPE),
+    "shape:llama-3.2-1b": Entry(_HERE / "shapes" / "llama-3.2-1b.json", "no weights included", _SHAPE),
+    "shape:llama-3.1-8b": Entry(_HERE / "shapes" / "llama-3.1-8b.json", "no weights included", _SHAPE),
+}
+
+
+BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
+"""Names without their prefix, which stand for nothing: the error names the whole reference."""
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -56,9 +87,31 @@ def resolve(reference: str | Path) -> Source:
         directory = None if name.startswith("shape:") else path
     else:
         directory = path = _locate(reference)
-        _refuse_adapter(path)
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{path} holds an adapter",
+                wanted="a whole model: an adapter is not part of what is measured here",
+                do="merge the adapter into its model and save the result",
+            )
     published = _read_config(path if directory is None else path / "config.json")
     return Source(name, _build_config(name, published), published, directory)
+
+
+def checkpoint_directory(reference: str | Path) -> Path:
+    """Return the directory that holds the checkpoint of a reference; a hub id is fetched.
+
+    Raises:
+        UsageError: The reference is a shape, which has no directory.
+        ModelNotFound: There is no such model.
+    """
+    directory = resolve(reference).directory
+    if directory is None:
+        raise UsageError(
+            f"{reference} has no checkpoint",
+            wanted="a checkpoint on disk",
+            do="make one with `assay models random`, and pass its directory",
+        )
+    return directory
 
 
 def _locate(reference: str | Path) -> Path:
@@ -67,21 +120,12 @@ def _locate(reference: str | Path) -> Path:
         return path
     name = os.fspath(reference)
     if isinstance(reference, str) and not path.exists() and _HUB_ID.fullmatch(name) and name[0] != ".":
-        return _fetch(name)
+        return _cached(name) or _downloaded(name)
     raise ModelNotFound(
         f"{name!r} is {'a file' if path.exists() else 'no directory'}",
         wanted="a checkpoint directory, a hub id (owner/name), reference:NAME or shape:NAME",
         do="run `assay models list` for the bundled ones, or check the path",
     )
-
-
-def _refuse_adapter(directory: Path) -> None:
-    if (directory / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{directory} holds an adapter",
-            wanted="a whole model: an adapter is not part of what is measured here",
-            do="merge the adapter into its model and save the result",
-        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -127,17 +171,8 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
     return config
 
 
-def _fetch(hub_id: str) -> Path:
-    """Return the directory of a hub model, complete in the local cache or downloaded; pickles are never fetched.
-
-    Raises:
-        ModelNotFound: The model is not in the cache, and the hub does not have it or cannot be reached.
-        UnsafeCheckpoint: The hub has only a pickle.
-    """
-    return _cached(hub_id) or _downloaded(hub_id)
-
-
 def _cached(hub_id: str) -> Path | None:
+    """Return the directory of a hub model that is complete in the local cache, or None."""
     try:
         directory = Path(snapshot_download(hub_id, allow_patterns=_FILES, local_files_only=True))
         weight_files(directory)
@@ -147,9 +182,16 @@ def _cached(hub_id: str) -> Path | None:
 
 
 def _downloaded(hub_id: str) -> Path:
+    """Return the directory of a hub model after its download; pickles are never fetched."""
     try:
         names = [file.rfilename for file in HfApi().model_info(hub_id, timeout=_SECONDS).siblings or []]
-        _refuse_pickles(hub_id, names)
+        pickles = [name for name in names if name.endswith(PICKLES)]
+        if pickles and not any(name.endswith(".safetensors") for name in names):
+            raise UnsafeCheckpoint(
+                f"{hub_id!r} is published only as a pickle ({pickles[0]}), which would execute code when it is read",
+                wanted="safetensors",
+                do="ask its authors for safetensors, or convert it on a machine you can afford to lose",
+            )
         with quiet():
             return Path(snapshot_download(hub_id, allow_patterns=_FILES, etag_timeout=_SECONDS))
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
@@ -161,11 +203,27 @@ def _downloaded(hub_id: str) -> Path:
         ) from error
 
 
-def _refuse_pickles(hub_id: str, names: list[str]) -> None:
-    pickles = [name for name in names if is_pickle(name)]
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        raise UnsafeCheckpoint(
-            f"{hub_id!r} is published only as a pickle ({pickles[0]}), which would execute code when it is read",
-            wanted="safetensors",
-            do="ask its authors for safetensors, or convert it on a machine you can afford to lose",
+def find_entry(reference: str) -> Entry:
+    """Return the catalogue row of a ``reference:`` or ``shape:`` name.
+
+    Raises:
+        ModelNotFound: There is no such row; the message names the nearest one.
+    """
+    entry = CATALOGUE.get(reference)
+    if entry is None:
+        raise ModelNotFound(
+            f"no bundled model is named {reference!r}",
+            wanted="one of " + ", ".join(CATALOGUE),
+            do=f"did you mean {nearest(reference)!r}?",
         )
+    return entry
+
+
+def nearest(name: str) -> str:
+    """Return the bundled model whose name, with or without ``reference:`` or ``shape:``, is most like this one."""
+
+    def likeness(reference: str) -> float:
+        spellings = (reference, reference.partition(":")[2])
+        return max(difflib.SequenceMatcher(None, name.lower(), spelling).ratio() for spelling in spellings)
+
+    return max(CATALOGUE, key=likeness)

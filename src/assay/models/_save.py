@@ -1,6 +1,5 @@
 """Writing a random-weight checkpoint that any tool can load."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -37,21 +36,17 @@ def save_random(
     if target.exists():
         raise UsageError(f"{target} exists", wanted="a new directory", do="choose another path or remove it")
     model = load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash)
-    temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        with quiet():
+        beside = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True)
+        with beside as temporary, quiet():
             model.module.save_pretrained(temporary)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(target)
+            Path(temporary).chmod(0o755)
+            Path(temporary).rename(target)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{target} cannot be written: {error}", wanted="room and permission", do="try elsewhere"
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return target
