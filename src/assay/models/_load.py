@@ -1,7 +1,5 @@
 """From a reference to a model that is ready to run, with every fault found before it runs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -132,10 +130,16 @@ def load_model(
     if quantise is not None and mesh is not None:
         raise UsageError(f"{quantise} weights over several devices", wanted="one of the two", do="leave one out")
     source = resolve(reference)
-    with _room_on(target):
+    try:
         module, digest, mode = _materialise(source, wanted, target, mesh, weights, block_hash)
         if quantise is not None:
             round_weights(module, quantise)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(
+            f"the weights do not fit on {target}: {error}",
+            wanted="room for all parameters",
+            do="use a smaller model or dtype, or --device cpu",
+        ) from error
     tokenizer = None if source.directory is None else _load_tokenizer(source.directory)
     return Model(module, tokenizer, source.reference, digest, mode, quantise or "", mesh.size() if mesh else 1)
 
@@ -176,18 +180,6 @@ def _parse_dtype(name: str | None) -> torch.dtype | None:
             f"dtype={name!r}", wanted=" or ".join(streams.DTYPES), do="choose one of them, or leave it out"
         )
     return None if name is None else streams.torch_dtype(name)
-
-
-@contextmanager
-def _room_on(device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(
-            f"the weights do not fit on {device}: {error}",
-            wanted="room for all parameters",
-            do="use a smaller model or dtype, or --device cpu",
-        ) from error
 
 
 def _materialise(
