@@ -65,7 +65,7 @@ FROZEN = {
     },
     "poc experiment simulate": {
         "--presets", "--dtypes", "--nodes", "--cheating", "--rounds", "--validators", "--checkers", "--checked",
-        "--seed", "--run-name", "--output", "--json",
+        "--seed", "--stake-spread", "--run-name", "--output", "--json",
     },
     "vhack check": {
         "--model", "--pairs", "--basis", "--log", "--method", "--k-use", "--alpha", "--seed", "--dtype",

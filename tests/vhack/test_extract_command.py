@@ -76,7 +76,7 @@ def test_a_table_without_json_and_no_cache(extract, tmp_path):
         (("--max-tokens", 0), "--max-tokens 0"),
         (("--pairs", "missing.jsonl"), "missing.jsonl"),
         (("--rank", 0), "rank=0"),
-        (("-o", "missing/basis"), "missing is no directory"),
+        (("-o", "missing/basis"), "missing/basis: No such file or directory"),
     ],
 )
 def test_bad_input_is_an_error_in_three_parts_before_the_model_is_loaded(
@@ -113,4 +113,4 @@ def test_few_groups_are_told_with_what_to_do(extract, tmp_path, monkeypatch):
 def test_a_place_that_is_not_there_is_refused_before_the_work(extract, tmp_path):
     code, _, err = extract("-o", tmp_path / "nowhere" / "basis")
     assert code == 2
-    assert "is no directory" in err
+    assert "create the directory first" in err

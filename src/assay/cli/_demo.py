@@ -1,32 +1,28 @@
 """``assay demo``: both instruments on a bundled model, in under a minute on two cores."""
 
 import time
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from assay.cli import _demo_poc, _demo_vhack
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.cli._settings import settings
 from assay.cli._vhack_check import check_table
 
+if TYPE_CHECKING:
+    from assay.cli._plain_settings import DemoSettings
 
-def demo(
-    model: Annotated[str, typer.Option("--model", help="Model that proves.", envvar="ASSAY_MODEL")] = "reference:qwen3",
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report.")] = Path("demo"),
-    as_json: JsonFlag = False,
-) -> None:
+
+@settings("assay.cli._plain_settings:DemoSettings")
+def demo(chosen: "DemoSettings", as_json: JsonFlag = False) -> None:
     """Prove and verify real compute, catch four cheaters, test hack directions, and write an HTML report."""
-    from assay.errors import StorageError
     from assay.models import load_model
     from assay.reports import Report
 
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{output}: {error.strerror}", wanted="a folder to write to", do="pass another -o") from None
+    chosen.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    loaded = load_model(model)
+    loaded = load_model(chosen.model)
     with progress_bar("honest nodes") as progress:
         honest = _demo_poc.run_honest(loaded, progress)
     with progress_bar("cheaters") as progress:
@@ -34,8 +30,8 @@ def demo(
     with progress_bar("hack directions", "samples") as progress:
         checked = _demo_vhack.run_checks(loaded, progress)
     seconds = time.perf_counter() - started
-    honest[0].proof.save(output / "proof.jsonl", overwrite=True)
-    page = output / "report.html"
+    honest[0].proof.save(chosen.output / "proof.jsonl", overwrite=True)
+    page = chosen.output / "report.html"
     report = Report("assay on a bundled model", f"Proof of Compute and v_hack in {seconds:.0f} s", command="assay demo")
     _demo_poc.draw(report, loaded, honest, cheaters)
     _demo_vhack.draw(report, loaded, checked)
@@ -61,4 +57,4 @@ def demo(
         f"{passed} of {len(honest)} honest nodes passed, {caught} of {len(cheaters)} cheaters caught\n"
         f"v_hack: {held} of {len(checked.checks)} checks passed    both in {seconds:.0f} s"
     )
-    typer.echo(f"report: {page}    a proof to verify yourself: {output / 'proof.jsonl'}")
+    typer.echo(f"report: {page}    a proof to verify yourself: {chosen.output / 'proof.jsonl'}")

@@ -98,16 +98,6 @@ def _shape(model: "Model", options: "ProveSettings") -> dict[str, Any]:
     return {"batch_size": size, "seq_len": options.seq_len, "compiled": compiles(model, options.kernels)}
 
 
-def check_kernels(kernels: str) -> None:
-    """Refuse an unknown value of ``--kernels``, before a model is loaded.
-
-    Raises:
-        UsageError: The value is unknown.
-    """
-    if kernels not in ("auto", "compiled", "eager"):
-        raise UsageError(f"--kernels {kernels}", wanted="auto, compiled or eager", do="leave it out for auto")
-
-
 def compiles(model: "Model", kernels: str) -> bool:
     """Return whether ``--kernels`` asks for compiled kernels of a model."""
     from assay.poc.engines.hf import worth_compiling

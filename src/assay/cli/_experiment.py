@@ -157,7 +157,7 @@ def redteam(
 
 
 @app.command(cls=Resumable, epilog="Example: assay poc experiment simulate --presets hardened --nodes 2000")
-@settings("assay.research.simulation:SimulationPlan", without=("stake_spread",))
+@settings("assay.research.simulation:SimulationPlan")
 def simulate(
     plan: "SimulationPlan",
     run_name: RunNameFlag = "simulate",

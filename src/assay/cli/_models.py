@@ -1,13 +1,16 @@
 """``assay models``: what can be loaded, and random-weight checkpoints."""
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from assay.cli._commands import App
 from assay.cli._output import JsonFlag, emit_json, table
+from assay.cli._settings import settings
+
+if TYPE_CHECKING:
+    from assay.cli._plain_settings import RandomModelSettings
 
 app = App(help="Bundled models, shape presets and random-weight checkpoints.")
 
@@ -43,19 +46,14 @@ def info(reference: Reference, as_json: JsonFlag = False) -> None:
 
 
 @app.command("random", epilog="Example: assay models random shape:qwen3-0.6b -o checkpoint")
-def random_(
-    reference: Reference,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the checkpoint.")],
-    block_hash: Annotated[str, typer.Option(help="Block that seeds the weights.")] = "block",
-    weights: Annotated[str, typer.Option(help="What is random: random-all or random-embed.")] = "random-all",
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, float16 or bfloat16.")] = "bfloat16",
-    as_json: JsonFlag = False,
-) -> None:
+@settings("assay.cli._plain_settings:RandomModelSettings")
+def random_(chosen: "RandomModelSettings", reference: Reference, as_json: JsonFlag = False) -> None:
     """Write a checkpoint with random weights."""
     from assay import models
 
-    models.save_random(reference, output, weights=weights, block_hash=block_hash, dtype=dtype)
+    models.save_random(reference, chosen.output, **chosen.model_dump(exclude={"output"}))
     if as_json:
-        emit_json("assay.models.random/1", {"path": str(output), "weights": weights, "block_hash": block_hash})
+        values = {"path": str(chosen.output), "weights": chosen.weights, "block_hash": chosen.block_hash}
+        emit_json("assay.models.random/1", values)
     else:
-        typer.echo(str(output))
+        typer.echo(str(chosen.output))

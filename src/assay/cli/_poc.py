@@ -15,7 +15,7 @@ from assay.cli._settings import settings
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
-    from assay.cli._poc_settings import ProveSettings, VerifySettings
+    from assay.cli._poc_settings import CalibrateSettings, ProveSettings, VerifySettings
     from assay.poc import Calibration, Proof, Verdict
 
 app = App(help="Prove that a model ran, and check such proofs.")
@@ -107,15 +107,12 @@ def verify(
 
 
 @app.command()
+@settings("assay.cli._poc_settings:CalibrateSettings")
 def calibrate(
+    chosen: "CalibrateSettings",
     proofs: Annotated[
         list[Path] | None, typer.Argument(help="Two proofs of one round from two engines; or one, with --valid-rate.")
     ] = None,
-    valid_rate: Annotated[float | None, typer.Option(help="Share of valid nonces that is wanted, in (0, 1).")] = None,
-    dimension: Annotated[
-        int | None, typer.Option(help="Dimension of the output; that of the random head, or what a proof says.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Calibration file to write.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure the honest noise between two engines, or give the r_target of a wanted valid rate.
@@ -131,18 +128,19 @@ def calibrate(
     """
     from assay import poc, stats
 
-    given = len(proofs or ())
-    if valid_rate is not None and proofs is not None and given == 1 and output is None:
-        found = poc.measure_r_target(poc.Proof.load(proofs[0]), valid_rate, dimension=dimension)
+    read = [poc.Proof.load(path) for path in proofs or ()]
+    rate, given = chosen.valid_rate, len(read)
+    if rate is not None and given == 1 and chosen.output is None:
+        found = poc.measure_r_target(read[0], rate, dimension=chosen.dimension)
         _show("assay.poc.calibrate/1", found.as_dict(), as_json)
-    elif valid_rate is not None and not given:
-        size = stats.RANDOM_HEAD_ROWS if dimension is None else dimension
-        values = {"valid_rate": valid_rate, "dimension": size, "r_target": stats.r_target_for(valid_rate, size)}
+    elif rate is not None and not given:
+        size = stats.RANDOM_HEAD_ROWS if chosen.dimension is None else chosen.dimension
+        values = {"valid_rate": rate, "dimension": size, "r_target": stats.r_target_for(rate, size)}
         _show("assay.poc.calibrate/1", values, as_json)
-    elif valid_rate is None and proofs is not None and given == 2 and output is not None:
-        measured = poc.calibrate(*(poc.Proof.load(path) for path in proofs))
-        measured.save(output)
-        _show_calibration(measured, output, as_json)
+    elif rate is None and given == 2 and chosen.output is not None:
+        measured = poc.calibrate(*read)
+        measured.save(chosen.output)
+        _show_calibration(measured, chosen.output, as_json)
     else:
         raise UsageError(
             "neither --valid-rate with at most one proof, nor two proofs with -o",

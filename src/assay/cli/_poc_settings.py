@@ -1,4 +1,4 @@
-"""Settings of ``assay poc prove`` and ``verify``; values of a round that have a default take it from the round."""
+"""Settings of ``assay poc prove``, ``verify`` and ``calibrate``; the defaults of a round are those of ``Round``."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -93,3 +93,13 @@ class VerifySettings(Settings):
     engine: EngineName = Field("hf", description="Engine that recomputes: hf or vllm.")
     alpha: float = Field(1e-3, description="Bound on the chance of accusing an honest node.")
     seed: int | None = Field(None, ge=0, description="Number that draws the sample; unpredictable when left out.")
+
+
+class CalibrateSettings(Settings):
+    """Settings of ``assay poc calibrate``."""
+
+    valid_rate: float | None = Field(None, description="Share of valid nonces that is wanted, in (0, 1).")
+    dimension: int | None = Field(
+        None, description="Dimension of the output; that of the random head, or what a proof says."
+    )
+    output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="Calibration file to write.")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def settings(where: str, *, only: Collection[str] = (), without: Collection[str] = ()) -> Callable[[F], F]:
+def settings(where: str, *, only: Collection[str] = ()) -> Callable[[F], F]:
     """Return a decorator for a command whose first parameter is an object of a settings class.
 
     The fields of the class, and those of settings inside it, become flags. The other parameters of the function stay.
@@ -22,7 +22,6 @@ def settings(where: str, *, only: Collection[str] = (), without: Collection[str]
     Args:
         where: Module and name of the class, such as ``assay.vhack.training:TrainSettings``.
         only: Names of the fields that become flags; by default all.
-        without: Names of the fields that do not.
     """
 
     def decorate(command: F) -> F:
@@ -33,7 +32,7 @@ def settings(where: str, *, only: Collection[str] = (), without: Collection[str]
         reduced.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]
         reduced.__annotations__ = {parameter.name: parameter.annotation for parameter in others}
         reduced.__name__, reduced.__doc__, reduced.__module__ = command.__name__, command.__doc__, command.__module__
-        reduced.settings = (command, where, only, without)  # type: ignore[attr-defined]
+        reduced.settings = (command, where, only)  # type: ignore[attr-defined]
         return reduced  # type: ignore[return-value]
 
     return decorate
@@ -41,13 +40,12 @@ def settings(where: str, *, only: Collection[str] = (), without: Collection[str]
 
 def complete(reduced: Callable[..., Any]) -> Callable[..., Any] | None:
     """Return the function of a command with the flags of its settings class; None where it has no such class."""
-    command, where, only, without = getattr(reduced, "settings", (None, "", (), ()))
+    command, where, only = getattr(reduced, "settings", (None, "", ()))
     if command is None:
         return None
     module, _, name = where.partition(":")
     kind: type[Settings] = getattr(import_module(module), name)
-    every = [(path, p) for path, p in _parameters(kind, ()) if path[-1] in (only or path) and path[-1] not in without]
-    made = {p.name: (path, p) for path, p in every}
+    made = {p.name: (path, p) for path, p in _parameters(kind, ()) if path[-1] in (only or path)}
 
     def call(**values: Any) -> Any:
         given: dict[str, Any] = {}

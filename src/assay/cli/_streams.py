@@ -1,39 +1,19 @@
 """``assay streams``: print portable random numbers."""
 
 from collections.abc import Callable
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import typer
 
 from assay.cli._commands import App
 from assay.cli._output import JsonFlag, emit_json
-from assay.errors import UsageError
+from assay.cli._settings import settings
+
+if TYPE_CHECKING:
+    from assay.cli._plain_settings import NormalSettings, NumberSettings
 
 app = App(help="Print portable random numbers, the same bits on every machine.")
-
-PRINTABLE = 1_000_000
-
-
-class BackendName(StrEnum):
-    """Backends by name."""
-
-    auto = "auto"
-    numpy = "numpy"
-    numba = "numba"
-    torch = "torch"
-    triton = "triton"
-
-
-SeedText = Annotated[str, typer.Option("--seed-text", help="Text whose SHA-256 gives the seed.")]
-Count = Annotated[
-    int, typer.Option("-n", help="Number of values. Normal values of another number begin differently.", min=1)
-]
-BackendFlag = Annotated[BackendName, typer.Option("--backend", help="Implementation that computes the values.")]
-Device = Annotated[str, typer.Option("--device", help="Device that computes the values: cpu or cuda.")]
-Strength = Annotated[int, typer.Option("--strength", help="Bits of the seed: 32, as published, or 256.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of the values: float32, float16 or bfloat16.")]
 
 KINDS = {
     "hash": ("hashes", "Print 32-bit hashes."),
@@ -45,14 +25,9 @@ KINDS = {
 
 
 def _command(kind: str) -> Callable[..., None]:
-    def command(
-        seed_text: SeedText,
-        n: Count,
-        backend: BackendFlag = BackendName.auto,
-        device: Device = "cpu",
-        as_json: JsonFlag = False,
-    ) -> None:
-        _print(kind, seed_text, n, backend, device, as_json)
+    @settings("assay.cli._plain_settings:NumberSettings")
+    def command(chosen: "NumberSettings", as_json: JsonFlag = False) -> None:
+        _print(kind, KINDS[kind][0], chosen, as_json)
 
     return command
 
@@ -62,44 +37,26 @@ for _kind, (_, _text) in KINDS.items():
 
 
 @app.command(epilog="Example: assay streams normal --seed-text block -n 4 --dtype bfloat16")
-def normal(
-    seed_text: SeedText,
-    n: Count,
-    backend: BackendFlag = BackendName.auto,
-    device: Device = "cpu",
-    strength: Strength = 32,
-    dtype: Dtype = "float32",
-    as_json: JsonFlag = False,
-) -> None:
+@settings("assay.cli._plain_settings:NormalSettings")
+def normal(chosen: "NormalSettings", as_json: JsonFlag = False) -> None:
     """Print standard normal values."""
-    _print("normal", seed_text, n, backend, device, as_json, strength=strength, dtype=dtype)
+    _print("normal", "normals", chosen, as_json, strength=chosen.strength, dtype=chosen.dtype)
 
 
 def _print(
-    kind: str,
-    seed_text: str,
-    n: int,
-    backend: BackendName,
-    device: str,
-    as_json: bool,
-    strength: int = 32,
-    dtype: str = "float32",
+    kind: str, method: str, chosen: "NumberSettings", as_json: bool, *, strength: int = 32, **options: str
 ) -> None:
     from assay import streams
 
-    if n > PRINTABLE:
-        raise UsageError(f"-n {n}", wanted=f"at most {PRINTABLE} values to print", do="use assay.streams from Python")
-    source = streams.get_backend(backend.value, device)
-    seeds = streams.seeds([seed_text], strength)
-    values = source.normals(seeds, n, dtype) if kind == "normal" else getattr(source, KINDS[kind][0])(seeds, n)
+    source = streams.get_backend(chosen.backend, chosen.device)
+    seeds = streams.seeds([chosen.seed_text], strength)
+    values = getattr(source, method)(seeds, chosen.n, **options)
     printed = _numbers(streams.as_tensor(values)[0].cpu())
-    if as_json:
-        described = {"kind": kind, "seed_text": seed_text, "n": n, "backend": source.name, "device": source.device}
-        if kind == "normal":
-            described |= {"strength": strength, "dtype": dtype}
-        emit_json("assay.streams/1", {**described, "sha256": streams.digest(values), "values": printed})
-    else:
+    if not as_json:
         typer.echo("\n".join(str(value) for value in printed))
+        return
+    described = {"kind": kind} | chosen.model_dump() | {"backend": source.name, "device": source.device}
+    emit_json("assay.streams/1", {**described, "sha256": streams.digest(values), "values": printed})
 
 
 def _numbers(row: Any) -> list[int] | list[float]:

@@ -44,12 +44,13 @@ def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
     """Extract a basis of hack directions and write it to a file."""
     from assay import vhack
     from assay.models import load_model
+    from assay.reports import check_new_file
     from assay.vhack import checks
     from assay.vhack.basis import select_pairs
     from assay.vhack.gradients import check_rank
     from assay.vhack.pairs import find_pairs
 
-    _vhack_check.check_place(chosen.output, overwrite=chosen.overwrite)
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
     pairs = find_pairs(chosen.pairs)
     groups, least = len({pair.group for pair in pairs}), checks.fewest_groups(checks.CheckSettings(method="svd"))
     if groups < least:

@@ -1,13 +1,11 @@
 """``assay vhack check``: whether hack directions are real."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
 from assay.cli._settings import settings
-from assay.errors import UsageError
 
 if TYPE_CHECKING:
     from assay.cli._vhack_settings import CheckCommand
@@ -18,14 +16,14 @@ if TYPE_CHECKING:
 def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = False) -> None:
     """Test hack directions on held-out pairs. Exit code 0 all pass, 1 a check fails, 2 undecided or bad input."""
     from assay.models import load_model
-    from assay.reports import dumps, write_atomic
+    from assay.reports import check_new_file, dumps, write_atomic
     from assay.vhack import Basis
     from assay.vhack import checks as vhack_checks
     from assay.vhack.pairs import find_pairs
 
     rules = vhack_checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
-    for path in (chosen.output, chosen.html):
-        check_place(path)
+    for path in filter(None, (chosen.output, chosen.html)):
+        check_new_file(path, overwrite=True)
     found = find_pairs(chosen.pairs)
     entries = vhack_checks.read_source_log(chosen.log) if chosen.log else None
     read = Basis.load(chosen.basis) if chosen.basis else None
@@ -48,21 +46,6 @@ def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = Fa
     else:
         _print(result)
     context.exit(result.exit_code)
-
-
-def check_place(path: Path | None, *, overwrite: bool = True) -> None:
-    """Refuse a file that cannot be written, before any work.
-
-    Raises:
-        UsageError: The directory is not there, the path is a directory, or it exists and may not be replaced.
-    """
-    if path is None:
-        return
-    if path.is_dir() or not path.parent.is_dir():
-        seen = f"{path} is a directory" if path.is_dir() else f"{path.parent} is no directory"
-        raise UsageError(seen, wanted="a file in a directory that exists", do="create the directory, or name a file")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists", wanted="a new file name", do="choose another, or pass --overwrite")
 
 
 def check_table(result: "CheckReport") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

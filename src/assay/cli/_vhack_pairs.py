@@ -1,16 +1,16 @@
 """``assay vhack pairs``: list, generate and verify contrastive pairs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from assay.cli._commands import App
 from assay.cli._output import JsonFlag, emit_json, progress_bar, table
-from assay.errors import UsageError
+from assay.cli._settings import settings
 
 if TYPE_CHECKING:
+    from assay.cli._plain_settings import GenerateSettings, VerifyPairsSettings
     from assay.vhack import Pair
     from assay.vhack.pairs import PairVerdict
 
@@ -40,23 +40,17 @@ def _without_task(pair: "Pair") -> list[str]:
 
 
 @app.command(epilog="Example: assay vhack pairs generate -n 48 -o pairs.jsonl")
-def generate(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The pair file to write.")],
-    n: Annotated[int, typer.Option("-n", "--count", help="Number of pairs.")] = 96,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same pairs.")] = 0,
-    mechanism: Annotated[list[str] | None, typer.Option(help="Use this mechanism only; may be repeated.")] = None,
-    family: Annotated[list[str] | None, typer.Option(help="Use tasks of this family only; may be repeated.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
+@settings("assay.cli._plain_settings:GenerateSettings")
+def generate(chosen: "GenerateSettings", as_json: JsonFlag = False) -> None:
     """Write minimal pairs: the same correct solution on both sides, only the mechanism differs."""
+    from assay.reports import check_new_file
     from assay.vhack.pairs import generate_pairs, write_pairs
 
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output} exists", wanted="a new file name", do="choose another, or --overwrite")
-    pairs = generate_pairs(n, seed=seed, mechanisms=mechanism or None, families=family or None)
-    write_pairs(output, pairs)
-    values = {"path": str(output), "pairs": len(pairs), "groups": len({pair.group for pair in pairs}), "seed": seed}
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    pairs = generate_pairs(chosen.n, **chosen.model_dump(include={"seed", "mechanisms", "families"}))
+    write_pairs(chosen.output, pairs)
+    groups = len({pair.group for pair in pairs})
+    values = {"path": str(chosen.output), "pairs": len(pairs), "groups": groups, "seed": chosen.seed}
     if as_json:
         emit_json("assay.vhack.pairs.generate/1", values)
     else:
@@ -64,13 +58,11 @@ def generate(
 
 
 @app.command(epilog="Example: assay vhack pairs verify pairs.jsonl")
+@settings("assay.cli._plain_settings:VerifyPairsSettings")
 def verify(
+    chosen: "VerifyPairsSettings",
     context: typer.Context,
     pairs: PairsArgument = "authored",
-    tests: Annotated[Path | None, typer.Option(help="A JSON Lines file with hidden cases of your own tasks.")] = None,
-    allow_unsandboxed: Annotated[
-        bool, typer.Option("--allow-unsandboxed", help="Run the programs even where no sandbox works.")
-    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run both sides of every pair in a sandbox. Exit code 0 if all do what they claim, 1 if not, 2 on bad input."""
@@ -78,9 +70,9 @@ def verify(
     from assay.vhack.pairs import find_pairs, read_tests, verify_pairs
 
     found = find_pairs(pairs)
-    cases = read_tests(tests) if tests else None
+    cases = read_tests(chosen.tests) if chosen.tests else None
     with progress_bar("verifying", "pairs") as progress:
-        verdicts = verify_pairs(found, cases, allow_unsandboxed=allow_unsandboxed, progress=progress)
+        verdicts = verify_pairs(found, cases, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress)
     bad = [verdict for verdict in verdicts if not verdict.holds]
     if as_json:
         values = {"verified": len(verdicts) - len(bad), "pairs": [verdict.as_dict() for verdict in verdicts]}

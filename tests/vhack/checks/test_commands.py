@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from assay.cli import _vhack_check, _vhack_pairs, _vhack_report
 from assay.cli._commands import App
 from assay.cli._vhack_settings import CheckCommand, ExtractCommand
-from assay.errors import DataError, UsageError
+from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import Origin
 from assay.vhack.checks import CheckSettings, check_gradients, fewest_groups
 from assay.vhack.pairs import generate_pairs, read_pairs
@@ -87,15 +87,15 @@ def no_model(monkeypatch):
     ("arguments", "message"),
     [
         (("--method", "pca"), "method='pca'"),
-        (("-o", "missing/check.json"), "missing is no directory"),
-        (("--html", "."), "is a directory"),
+        (("-o", "missing/check.json"), "missing/check.json: No such file or directory"),
+        (("--html", "."), "Is a directory"),
         (("--basis", "missing.safetensors"), "cannot be read"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_model_is_loaded(no_model, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
     error = called("check", "--model", "reference:llama", *arguments).exception
-    assert isinstance(error, UsageError | DataError)
+    assert isinstance(error, UsageError | DataError | StorageError)
     assert message in error.seen
 
 
