@@ -9,7 +9,7 @@ from assay.vhack import per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
 from assay.vhack.delta._product import Kinds
 from assay.vhack.delta._sharding import _rows_of_part
-from tests.vhack.delta.conftest import loss_of, random_basis, randomise
+from tests.vhack.delta.conftest import loss_of, randomise
 
 MODES = ["merged", "hook"]
 
@@ -398,50 +398,10 @@ def test_a_file_of_another_rank_is_refused(module, small_svd, tmp_path):
         DeltaS(other, small_svd.truncated(8)).load(tmp_path / "delta.safetensors")
 
 
-def test_the_reparametrised_model_cannot_move_along_the_axes(module, ids, small_svd, basis, tmp_path):
-    adapter = DeltaS(module, small_svd, erased=basis)
-    optimiser = torch.optim.AdamW(adapter.delta, lr=0.03, weight_decay=0.1)
-    losses = []
-    for _ in range(5):
-        loss = loss_of(module, ids)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    values = adapter.values()
-    for name, axes in basis.axes.items():
-        assert (axes.double() @ values[name].double()).norm() < 1e-6 * values[name].norm()
-    free = "model.layers.1.mlp.up_proj"
-    assert values[free].norm() > 0
-    adapter.save(tmp_path / "delta.safetensors")
-    adapter.load(tmp_path / "delta.safetensors")
-    assert all(torch.allclose(adapter.values()[name], values[name], atol=1e-7) for name in values)
-
-
-def test_a_delta_along_erased_axes_is_not_loaded(module, small_svd, basis, tmp_path):
-    other = copy.deepcopy(module)
-    plain = DeltaS(module, small_svd)
-    randomise(plain)
-    plain.save(tmp_path / "delta.safetensors")
-    with pytest.raises(DataError, match="erased axes"):
-        DeltaS(other, small_svd, erased=basis).load(tmp_path / "delta.safetensors")
-
-
 def test_what_does_not_fit_is_refused(module, small_svd):
     with pytest.raises(UsageError, match="mode='both'"):
         DeltaS(module, small_svd, mode="both")
-    wrong = random_basis(small_svd)
-    wrong.axes["other"] = torch.eye(3)
-    with pytest.raises(UsageError, match="axes of other"):
-        DeltaS(module, small_svd, erased=wrong)
-    with pytest.raises(UsageError, match="coordinates"):
-        DeltaS(module, small_svd.truncated(8), erased=random_basis(small_svd))
-    bent = random_basis(small_svd)
-    bent.axes["model.layers.0.mlp.up_proj"] *= 2
-    with pytest.raises(DataError, match="orthonormal"):
-        DeltaS(module, small_svd, erased=bent)
-    adapter = DeltaS(module)  # the failures have left the model alone
+    adapter = DeltaS(module)  # the failure has left the model alone
     with pytest.raises(UsageError, match="has an adapter"):
         DeltaS(module)
     adapter.detach()

@@ -317,6 +317,8 @@ def test_state_round_trip_continues_identically(module, ids, small_svd, basis, t
         resumed.step()
     assert all(torch.equal(a, b) for a, b in zip(adapter.delta, again.delta, strict=True))
     assert resumed.measures.as_dict() == optimiser.measures.as_dict()
+    assert resumed.param_groups is resumed.inner.param_groups
+    assert resumed.state is resumed.inner.state
 
 
 def test_a_state_that_does_not_fit_is_refused(module, small_svd, basis):
@@ -393,6 +395,11 @@ def test_other_parameters_are_stepped_and_not_projected(module, ids, small_svd, 
     late = torch.nn.Parameter(torch.ones(2))
     optimiser.add_param_group({"params": [late]})
     assert len(inner.param_groups) == 3
+    late.grad = torch.ones(2)
+    optimiser.step()
+    assert torch.equal(late.detach(), torch.full((2,), 0.9))
+    optimiser.zero_grad()
+    assert late.grad is None
 
 
 def test_step_hooks_run_after_the_projection(module, ids, small_svd, basis):
@@ -431,6 +438,21 @@ def test_what_cannot_be_is_refused(module, small_svd, basis):
         Gate("one_sided", -1.0)
     with pytest.raises(UsageError, match="box"):
         Box(-1.0)
+
+
+def test_a_basis_that_does_not_fit_is_refused(module, small_svd):
+    adapter = DeltaS(module, small_svd.truncated(8))
+    inner = torch.optim.SGD(adapter.delta, lr=0.1)
+    wrong = random_basis(small_svd.truncated(8))
+    wrong.axes["other"] = torch.eye(3)
+    with pytest.raises(UsageError, match="axes of other"):
+        ProjectedOptimizer(inner, adapter, wrong)
+    with pytest.raises(UsageError, match="coordinates"):
+        ProjectedOptimizer(inner, adapter, random_basis(small_svd))
+    bent = random_basis(small_svd.truncated(8))
+    bent.axes["model.layers.0.mlp.up_proj"] *= 2
+    with pytest.raises(DataError, match="orthonormal"):
+        ProjectedOptimizer(inner, adapter, bent)
 
 
 def test_gates_on_single_rollouts(module, ids, small_svd, basis):

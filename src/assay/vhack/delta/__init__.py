@@ -1,8 +1,16 @@
 """The adapter δS, the arms that hold its training back, and what they measure."""
 
 from assay.vhack.delta._advantage import Shortcut, modified
-from assay.vhack.delta._apply import apply_arm, displaced, gated_gradient
-from assay.vhack.delta._arms import ARMS, BASIS_KINDS, DEFAULT_ARM, Arm, arm_named
+from assay.vhack.delta._arms import (
+    ARMS,
+    BASIS_KINDS,
+    DEFAULT_ARM,
+    Arm,
+    apply_arm,
+    arm_named,
+    displaced,
+    gated_gradient,
+)
 from assay.vhack.delta._controls import basis_of_kind
 from assay.vhack.delta._delta import DeltaS
 from assay.vhack.delta._frames import Frames, spread

@@ -14,7 +14,7 @@ Shapes: M modules of a group, R coordinates of δS.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -23,10 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from assay.errors import DataError, UsageError
-from assay.vhack.basis import Basis
+from assay.errors import UsageError
 from assay.vhack.delta._file import load_delta, save_delta
-from assay.vhack.delta._frames import Frames, along, spread
 from assay.vhack.delta._groups import Group, grouped
 from assay.vhack.delta._product import Plan, adapt
 from assay.vhack.delta._rollouts import Rollouts
@@ -40,30 +38,30 @@ if TYPE_CHECKING:
 
 _NAME = "delta_s"
 _MODES = ("merged", "hook")
+_LORA = "lora_"  # in the names of PEFT's parameters
 
 
 class DeltaS(nn.Module):
     """A small trainable adapter that is attached to a model when it is constructed.
 
-    All other parameters of the model are frozen until `detach` or `merge`. Do not copy a model that has an adapter: the
-    copy would hold hooks of the first one. `disabled` gives the reference policy without a copy. LoRA of PEFT may be
-    added afterwards, but `get_peft_model` freezes δS: call ``adapter.delta.requires_grad_(True)`` after it.
+    All other parameters of the model, except LoRA of PEFT, are frozen until `detach` or `merge`. LoRA may also be added
+    afterwards, but `get_peft_model` freezes δS: call ``adapter.delta.requires_grad_(True)`` after it. Do not copy a
+    model that has an adapter: the copy would hold hooks of the first one. `disabled` gives the reference policy without
+    a copy.
 
     Args:
         model: Causal language model; under FSDP2 attach before ``fully_shard``, under DDP before wrapping.
         svd: Factors of its weights from :func:`assay.vhack.weight_svd`; None computes them. They fix what the
             coordinates of δS mean, so a basis must come from the same factors.
         mode: Either ``"merged"`` or ``"hook"``.
-        erased: Axes of a two-sided reparametrisation: the model sees ``δS = (1 − VᵀV) z`` and the trainable parameter
-            is z. No optimizer, and nothing else, can then move δS along these axes.
 
     Attributes:
         groups: Modules by shape.
-        delta: One parameter per group, [M, R] float32: δS, or z with ``erased``.
+        delta: δS, one parameter per group, [M, R] float32.
         mode: Mode of the adapter.
 
     Raises:
-        UsageError: The mode is unknown, the factors or axes do not fit, or there is an adapter already.
+        UsageError: The mode is unknown, the factors do not fit, or there is an adapter already.
         ModelError: The model has no target projections, or is sharded already.
 
     Example::
@@ -83,7 +81,6 @@ class DeltaS(nn.Module):
         svd: SVDCache | None = None,
         *,
         mode: str = "merged",
-        erased: Basis | None = None,
     ) -> None:
         super().__init__()
         if mode not in _MODES:
@@ -96,13 +93,11 @@ class DeltaS(nn.Module):
         factors = svd if svd is not None else weight_svd(module)
         self._rank = factors.rank
         self.groups: list[Group] = grouped(modules, factors)
-        self._erased = None if erased is None else Frames(self.groups, erased)
         self.delta = nn.ParameterList(
             nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32)) for group in self.groups
         )
         self._enabled = True
         self._rollouts: Rollouts | None = None
-        self._views: list[tuple[Tensor, ...]] = []
         self._undo = ExitStack()
         # Not as an attribute: the model would become a submodule of its own submodule.
         self.__dict__["_model"] = module
@@ -113,7 +108,7 @@ class DeltaS(nn.Module):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Run the forward pass of the adapted model."""
-        return self.__dict__["_model"](*arguments, **keywords)
+        return self.model(*arguments, **keywords)
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -129,8 +124,8 @@ class DeltaS(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """Return δS by module name, [R] float32, without gradient and, if it was sharded, whole."""
-        pairs = ((group, self._whole(index).detach()) for index, group in enumerate(self.groups))
-        return {name: rows_MR[index] for group, rows_MR in pairs for index, name in enumerate(group.names)}
+        pairs = zip(self.groups, self._whole(), strict=True)
+        return {name: delta_R for group, delta_MR in pairs for name, delta_R in zip(group.names, delta_MR, strict=True)}
 
     def refresh(self) -> None:
         """Merge the present δS into the weights; nothing to do in hook mode or while it is disabled.
@@ -143,7 +138,7 @@ class DeltaS(nn.Module):
             self._merge()
 
     def _merge(self) -> None:
-        values = [self._whole(index).detach() for index in range(len(self.groups))]
+        values = self._whole()
         for group, values_MR in zip(self.groups, values, strict=True):
             group.merge(values_MR)
         self._merged = [values_MR.clone() for values_MR in values] if self.groups[0].is_sharded else []
@@ -158,9 +153,8 @@ class DeltaS(nn.Module):
             return False
         if not self.groups[0].is_sharded:
             return self._merged_at != self._versions()
-        return not self._merged or not all(
-            torch.equal(self._whole(index), merged_MR) for index, merged_MR in enumerate(self._merged)
-        )
+        pairs = zip(self._whole(), self._merged, strict=True)
+        return not self._merged or any(not torch.equal(now_MR, merged_MR) for now_MR, merged_MR in pairs)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -171,7 +165,7 @@ class DeltaS(nn.Module):
         """
         enabled, self._enabled = self._enabled, False
         try:
-            with self._originals() if enabled and self.mode == "merged" else ExitStack():
+            with self._originals() if enabled and self.mode == "merged" else nullcontext():
                 yield
         finally:
             self._enabled = enabled
@@ -219,28 +213,26 @@ class DeltaS(nn.Module):
 
         Raises:
             DataError: The file was not written by `save`, is damaged, holds numbers that are not finite or not float32,
-                belongs to other weights or other factors, or lies along axes that this adapter erases.
+                or belongs to other weights or other factors.
         """
         found = load_delta(Path(path), self.groups)
-        for index, group in enumerate(self.groups):
-            _assign(self.delta[index], torch.stack([found[name] for name in group.names]), self._erased, index, path)
+        for parameter, group in zip(self.delta, self.groups, strict=True):
+            delta_MR = torch.stack([found[name] for name in group.names])
+            local(parameter).copy_(delta_MR[local_rows(parameter)])
         self.refresh()
 
-    def _whole(self, index: int) -> Tensor:
-        """Return the δS of a group, with gradient, gathered if it is sharded."""
-        values_MR = whole(self.delta[index])
-        if self._erased is None:
-            return values_MR
-        result: Tensor = _Erase.apply(values_MR, self._erased.axes[index])  # type: ignore[no-untyped-call]
-        return result
+    def _whole(self) -> list[Tensor]:
+        """Return δS per group, [M, R] without gradient, gathered if it is sharded."""
+        return [whole(parameter).detach() for parameter in self.delta]
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(parameter), parameter._version) for parameter in self.delta)
 
     def _attach(self, module: "PreTrainedModel") -> None:
-        required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        others = [parameter for name, parameter in module.named_parameters() if _LORA not in name]
+        required = [(parameter, parameter.requires_grad) for parameter in others]
         self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
-        for parameter, _ in required:
+        for parameter in others:
             parameter.requires_grad_(False)
         module.add_module(_NAME, self)
         self._undo.callback(delattr, module, _NAME)
@@ -248,7 +240,10 @@ class DeltaS(nn.Module):
         self._undo.callback(self._unhook)
         generate: Any = getattr(module, "generate", None)
         if self.mode == "merged" and generate is not None:
-            self._undo.callback(_replace(module, "generate", self._plainly(generate)))
+            if "generate" in vars(module):
+                self._undo.callback(setattr, module, "generate", generate)
+            self._undo.callback(vars(module).pop, "generate")
+            vars(module)["generate"] = self._plainly(generate)
 
     def _hook(self) -> None:
         """Hook the model and every module. Each forward pass of the model takes new views of δS."""
@@ -271,7 +266,7 @@ class DeltaS(nn.Module):
 
     def _look(self) -> None:
         """Take views of δS, one per module, that lead back to the parameters."""
-        self._views = [self._whole(index).unbind() for index in range(len(self.groups))]
+        self._views = [whole(parameter).unbind() for parameter in self.delta]
 
     def _behind(self, g: int, m: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         group = self.groups[g]
@@ -306,7 +301,6 @@ class DeltaS(nn.Module):
 
     @contextmanager
     def _originals(self) -> Iterator[None]:
-        weights = [linear.weight for group in self.groups for linear in group.linears]
         if self.groups[0].is_sharded:
             reshard(self.model)
             for group in self.groups:
@@ -317,6 +311,7 @@ class DeltaS(nn.Module):
                 reshard(self.model)
                 self._merge()
             return
+        weights = [linear.weight for group in self.groups for linear in group.linears]
         merged = [weight.data for weight in weights]
         for weight, base in zip(weights, (base for group in self.groups for base in group.base), strict=True):
             weight.data = base
@@ -329,49 +324,3 @@ class DeltaS(nn.Module):
     def _leave(self) -> "PreTrainedModel":
         self._undo.close()
         return self.model
-
-
-class _Erase(torch.autograd.Function):
-    """``(1 − VᵀV) z``. Nothing is saved, so several backward passes may go through it."""
-
-    @staticmethod
-    def forward(ctx: Any, values_MR: Tensor, axes_MKR: Tensor) -> Tensor:
-        ctx.axes = axes_MKR
-        return _outside(values_MR, axes_MKR)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        return _outside(gradients[0], ctx.axes), None
-
-
-def _outside(values_MR: Tensor, axes_MKR: Tensor) -> Tensor:
-    if not axes_MKR.shape[1]:
-        return values_MR.clone()
-    return (values_MR - spread(axes_MKR, along(axes_MKR, values_MR))).to(values_MR.dtype)
-
-
-@torch.no_grad()
-def _assign(parameter: Tensor, values_MR: Tensor, erased: Frames | None, index: int, path: str | Path) -> None:
-    if erased is not None and erased.axes[index].shape[1]:
-        inside, size = along(erased.axes[index], values_MR.to(parameter.device)).norm(), values_MR.norm()
-        if inside > 1e-5 * size:
-            raise DataError(
-                f"{path}: a δS that lies along erased axes, {float(inside):.2g} of {float(size):.2g}",
-                wanted="one that has no component along them",
-                do="load it into an adapter that erases nothing, or erases the same",
-            )
-    local(parameter).copy_(values_MR[local_rows(parameter)])
-
-
-def _replace(module: nn.Module, name: str, value: object) -> Callable[[], None]:
-    """Give an instance an attribute of its own; return what undoes it."""
-    own = vars(module).get(name)
-    setattr(module, name, value)
-
-    def undo() -> None:
-        if own is None:
-            delattr(module, name)
-        else:
-            setattr(module, name, own)
-
-    return undo

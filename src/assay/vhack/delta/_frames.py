@@ -8,11 +8,10 @@ the rows of modules that the basis does not have, and of axes that it has droppe
 Shapes: M modules of a group, K axes, R coordinates of δS; dimensions before M, one per run for instance, are kept.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import Basis
@@ -59,49 +58,9 @@ class Frames:
             )
         self.axes = tuple(_stack(group, axes) for group in groups)
         self.has_axes = tuple(axes_MKR.any(dim=2).any(dim=1) for axes_MKR in self.axes)
-        self._joined: dict[tuple[tuple[int, int, int], ...], list[Joined]] = {}
 
     def __bool__(self) -> bool:
         return any(axes_MKR.shape[1] for axes_MKR in self.axes)
-
-    def joined(self, rows: Mapping[int, slice]) -> "list[Joined]":
-        """Return groups of one rank side by side, so that measuring takes few operations; kept from call to call.
-
-        Args:
-            rows: Range of modules to take from each group, by the group's index.
-        """
-        key = tuple((index, part.start, part.stop) for index, part in rows.items())
-        if key not in self._joined:
-            ranks = dict.fromkeys(self.axes[index].shape[2] for index in rows)
-            self._joined[key] = [self._side_by_side(rows, rank) for rank in ranks]
-        return self._joined[key]
-
-    def _side_by_side(self, rows: Mapping[int, slice], rank: int) -> "Joined":
-        indices = [index for index in rows if self.axes[index].shape[2] == rank]
-        most = max(self.axes[index].shape[1] for index in indices)
-        axes = [nn.functional.pad(a, (0, 0, 0, most - a.shape[1])) for a in (self.axes[i][rows[i]] for i in indices)]
-        has = torch.cat([self.has_axes[index][rows[index]] for index in indices])
-        return Joined(tuple(indices), torch.cat(axes), has)
-
-
-@dataclass(frozen=True, eq=False)
-class Joined:
-    """Axes of several groups in one tensor.
-
-    Attributes:
-        indices: Indices of the groups.
-        axes: Axes of all modules, [ΣM, K, R].
-        has_axes: Whether each module has an axis, [ΣM].
-    """
-
-    indices: tuple[int, ...]
-    axes: Tensor
-    has_axes: Tensor
-
-    def take(self, vectors: Mapping[int, Tensor]) -> Tensor:
-        """Return the vectors of these groups, [..., M, R] each, in one tensor [..., ΣM, R]."""
-        parts = [vectors[index] for index in self.indices]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:

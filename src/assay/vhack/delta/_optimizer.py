@@ -9,12 +9,12 @@ An arm acts in one of two places.
   With ``two_sided`` the update is exactly outside the axes, whatever the optimizer.
 
 A box bounds the displacement from the start and works with either. A push is a constant step away from the hack: an
-open loop, there to compare the gates with. :mod:`assay.vhack.delta._apply` holds the order.
+open loop, there to compare the gates with.
 
 Shapes: M modules of a group, N rollouts, K axes, R coordinates of δS.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ from torch.optim import Optimizer
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import Basis
-from assay.vhack.delta._apply import apply_arm, displaced, gated_gradient
-from assay.vhack.delta._arms import Arm
+from assay.vhack.delta._arms import Arm, apply_arm, displaced, gated_gradient
 from assay.vhack.delta._delta import DeltaS
 from assay.vhack.delta._frames import Frames, spread
 from assay.vhack.delta._gates import Box, Gate
@@ -100,10 +99,9 @@ class ProjectedOptimizer(Optimizer):
     ) -> None:
         self.arm = arm or Arm("own", "gate, box and push of the caller", gate or Gate(), level, box=box, push=push)
         _check(inner, adapter, max_norm)
-        # The constructor sets up what schedulers and hooks need, on lists of its own; the properties are the inner's.
-        self.inner: Optimizer | None = None
-        super().__init__([{"params": list(group["params"])} for group in inner.param_groups], dict(inner.defaults))
+        super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
+        self._share_with_inner()
         self.adapter, self.max_norm, self.process_group = adapter, max_norm, process_group
         self.measures = Measures({})
         self.use_basis(basis, watched)
@@ -135,30 +133,12 @@ class ProjectedOptimizer(Optimizer):
             delta_MR.copy_(displaced(delta_MR, distance, self._axes(index)))
         self.adapter.refresh()
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of the inner optimizer."""
-        return self.inner.param_groups if self.inner is not None else self._own_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        if self.inner is not None:
-            self.inner.param_groups = value
-        self._own_groups = value
-
-    @property
-    def state(self) -> Any:
-        """State of the inner optimizer."""
-        return self.inner.state if self.inner is not None else {}
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if self.inner is not None:
-            self.inner.state = value
+    def _share_with_inner(self) -> None:
+        """Have the lists of the inner optimizer for one's own, so that what schedulers and trainers change is its."""
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are counted from."""
-        assert self.inner is not None
         return {**self.inner.state_dict(), _KEY: {"start": [start_MR.clone() for start_MR in self._start]}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -167,30 +147,18 @@ class ProjectedOptimizer(Optimizer):
         Raises:
             DataError: The state was saved by another optimizer, or for another adapter.
         """
-        assert self.inner is not None
         try:
             start = state_dict[_KEY]["start"]
             for mine_MR, theirs_MR in zip(self._start, start, strict=True):
                 mine_MR.copy_(theirs_MR)
             self.inner.load_state_dict({name: value for name, value in state_dict.items() if name != _KEY})
+            self._share_with_inner()
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"the state of an optimizer that does not fit: {error}",
                 wanted="one of the same kind around the same adapter, from state_dict",
                 do="build optimizer and adapter as they were when it was saved",
             ) from error
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters, as any torch optimizer does."""
-        assert self.inner is not None
-        self.inner.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, as any torch optimizer does; they are stepped but not projected."""
-        if self.inner is None:
-            super().add_param_group(param_group)
-        else:
-            self.inner.add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -205,13 +173,12 @@ class ProjectedOptimizer(Optimizer):
         Raises:
             UsageError: The δS of the adapter is frozen, as `peft.get_peft_model` leaves it.
         """
-        assert self.inner is not None
         _check_trainable(self.adapter)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._average()
+        _average(self._gradients().values(), self.process_group)
         raw = self._cloned_gradients()
         for index, gradient_MR in self._gradients().items():
             gradient_MR.copy_(gated_gradient(self.arm, gradient_MR, self._axes(index)))
@@ -223,16 +190,9 @@ class ProjectedOptimizer(Optimizer):
             now_MR, rate = local(parameter), self._rate(parameter) if self.arm.push else 0.0
             held_MR = apply_arm(self.arm, now_MR, before[index], self._start[index], self._axes(index), rate)
             now_MR.copy_(held_MR)
-        self.measures = Measures(self._shares(raw, kept, before) | self._displacement())
+        self.measures = self._measured(raw, kept, before)
         self.adapter.refresh()
         return loss
-
-    def _average(self) -> None:
-        if self.process_group is not None:
-            size = dist.get_world_size(self.process_group)
-            for gradient_MR in self._gradients().values():
-                dist.all_reduce(gradient_MR, group=self.process_group)
-                gradient_MR /= size
 
     def _gradients(self) -> dict[int, Tensor]:
         """Return the gradients of the groups that have one."""
@@ -256,35 +216,33 @@ class ProjectedOptimizer(Optimizer):
         """Return the axes of the modules of a group that this process has."""
         return self.frames.axes[index][local_rows(self.adapter.delta[index])]
 
-    def _measured(self) -> Iterator[tuple[str, Frames]]:
-        """Yield the axes to measure along, and how the names of their measures begin."""
-        yield "", self.frames
-        if self.watched is not None:
-            yield "watched_", self.watched
-
-    def _shares(self, raw: dict[int, Tensor], kept: dict[int, Tensor], before: list[Tensor]) -> dict[str, Tensor]:
-        """Return the shares of the gradients, of what the gate left of them, and of the updates, in one go."""
-        parameters = self.adapter.delta
+    def _measured(self, raw: Mapping[int, Tensor], kept: Mapping[int, Tensor], before: list[Tensor]) -> Measures:
+        """Return the shares of the gradients, of what the gate left of them and of the updates, and where δS is."""
+        deltas = [local(parameter) for parameter in self.adapter.delta]
+        rows, spread_over = [local_rows(one) for one in self.adapter.delta], processes(self.adapter.delta[0])
         # The hack is along −v for an update, so its sign is turned.
-        vectors = {i: torch.stack([raw[i], kept[i], before[i] - local(parameters[i])]) for i in kept}
-        rows = {index: local_rows(parameters[index]) for index in kept}
+        vectors = {index: torch.stack([raw[index], kept[index], before[index] - deltas[index]]) for index in kept}
         found: dict[str, Tensor] = {}
-        for prefix, frames in self._measured():
-            parts = ((group.take(vectors), group.axes, group.has_axes) for group in frames.joined(rows))
-            shares = share("", parts, 1, processes(parameters[0]))
-            for place, name in enumerate(_SHARES):
-                found |= {prefix + name + of: values.expand(len(_SHARES))[place] for of, values in shares.items()}
-        return found
+        for prefix, frames in (("", self.frames), ("watched_", self.watched)):
+            if frames is None:
+                continue
+            axes = [axes_MKR[part] for axes_MKR, part in zip(frames.axes, rows, strict=True)]
+            parts = ((vectors[index], axes[index], frames.has_axes[index][rows[index]]) for index in kept)
+            for suffix, values in share("", parts, 1, spread_over).items():
+                shares = zip(_SHARES, values.expand(len(_SHARES)), strict=True)
+                found |= {prefix + name + suffix: value for name, value in shares}
+            moved = (now_MR - start_MR for now_MR, start_MR in zip(deltas, self._start, strict=True))
+            where = displacement(zip(moved, axes, strict=True), spread_over)
+            found |= {prefix + name: value for name, value in where.items()}
+        return Measures(found)
 
-    def _displacement(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        moved = {index: local(p) - self._start[index] for index, p in enumerate(self.adapter.delta)}
-        rows = {index: local_rows(p) for index, p in enumerate(self.adapter.delta)}
-        for prefix, frames in self._measured():
-            parts = ((group.take(moved), group.axes) for group in frames.joined(rows) if group.axes.shape[1])
-            values = displacement(parts, processes(self.adapter.delta[0]))
-            found |= {prefix + name: value for name, value in values.items()}
-        return found
+
+def _average(tensors: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> None:
+    """Replace tensors by their means over processes, if there are several."""
+    if process_group is not None:
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=process_group)
+            tensor /= dist.get_world_size(process_group)
 
 
 def _check(inner: Optimizer, adapter: DeltaS, max_norm: float | None) -> None:
@@ -340,24 +298,21 @@ def gate_rollouts(
         UsageError: The gate preserves magnitudes or is ``keep``, or ``chosen_N`` has another length.
     """
     rows = rollouts.rows
-    count = rows[0].shape[1]
     if gate.preserve_magnitude or gate.kind == "keep":
         raise UsageError(f"{gate} for single rollouts", wanted="a gate that removes a part", do="gate the sum instead")
-    if chosen_N is not None and len(chosen_N) != count:
+    if chosen_N is not None and len(chosen_N) != rows[0].shape[1]:
         raise UsageError(
             f"a choice among {len(chosen_N)} rollouts",
-            wanted=f"one among {count}",
+            wanted=f"one among {rows[0].shape[1]}",
             do="choose among those of this step",
         )
     for parameter, rows_MNR, axes_MKR in zip(adapter.delta, rows, frames.axes, strict=True):
         coordinates_MNK = gate.coefficients(rows_MNR.double() @ axes_MKR.transpose(1, 2))
         if chosen_N is not None:
-            coordinates_MNK = coordinates_MNK * chosen_N.to(rows_MNR.device)[None, :, None]
+            coordinates_MNK = coordinates_MNK * chosen_N.to(rows_MNR.device)[:, None]
         coordinates_MK = coordinates_MNK.sum(dim=1)
-        if process_group is not None:
-            dist.all_reduce(coordinates_MK, group=process_group)
-            coordinates_MK /= dist.get_world_size(process_group)
-        if axes_MKR.shape[1] and parameter.grad is not None:
+        _average([coordinates_MK], process_group)
+        if parameter.grad is not None:
             removed_MR = spread(axes_MKR, coordinates_MK)[local_rows(parameter.grad)]
             gradient_MR = local(parameter.grad)
             gradient_MR.copy_(gradient_MR.double() - removed_MR)

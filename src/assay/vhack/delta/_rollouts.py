@@ -14,6 +14,7 @@ from torch import Tensor
 
 from assay.errors import UsageError
 from assay.vhack.delta._frames import Frames
+from assay.vhack.delta._measures import share
 from assay.vhack.delta._product import Kinds
 
 
@@ -66,10 +67,6 @@ class Rollouts:
             frames: Axes.
             two_sided: Whether ‖V g‖ is counted instead of ‖relu(V g)‖.
         """
-        shares = []
-        for rows_MNR, axes_MKR, has_M in zip(self.rows, frames.axes, frames.has_axes, strict=True):
-            coordinates_MNK = rows_MNR.double() @ axes_MKR.transpose(1, 2)
-            kept_MN = (coordinates_MNK if two_sided else coordinates_MNK.relu()).norm(dim=2)
-            size_MN = rows_MNR.double().norm(dim=2)
-            shares.append((kept_MN / torch.where(size_MN > 0, size_MN, 1.0))[has_M])
-        return torch.cat(shares).mean(dim=0)
+        vectors = (rows_MNR.transpose(0, 1) for rows_MNR in self.rows)
+        shares = share("cin", zip(vectors, frames.axes, frames.has_axes, strict=True), 1)
+        return shares["cin_two_sided" if two_sided else "cin"]

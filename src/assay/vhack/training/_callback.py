@@ -127,15 +127,14 @@ def source_shares(
     """
     kinds = list(Outcomes.nothing().kinds())
     chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])
-    sums: dict[int, Tensor] = {}
-    for index, rows_MNR in enumerate(rollouts.rows):
+    sums = []
+    for rows_MNR in rollouts.rows:
         modules, rows, rank = rows_MNR.shape
         kinds_MKR = rows_MNR.view(modules, rows // len(kinds), len(kinds), rank).sum(dim=1)
-        sums[index] = summed(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR))
-    joined = frames.joined({index: slice(0, sum_GMR.shape[1]) for index, sum_GMR in sums.items()})
-    parts = [(group.take(sums), group.axes, group.has_axes) for group in joined]
-    length_G = torch.stack([vectors_GMR.double().square().sum(dim=(1, 2)) for vectors_GMR, _, _ in parts]).sum(0).sqrt()
-    found = Measures({**share("cin", parts, 1), "length": length_G}).as_rows()
+        sums.append(summed(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR)))
+    shares = share("cin", zip(sums, frames.axes, frames.has_axes, strict=True), 1)
+    length_G = torch.stack([sum_GMR.double().square().sum(dim=(1, 2)) for sum_GMR in sums]).sum(dim=0).sqrt()
+    found = Measures({**shares, "length": length_G}).as_rows()
     return dict(zip(SOURCES, found, strict=True))
 
 
