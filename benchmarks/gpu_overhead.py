@@ -63,7 +63,7 @@ def measure(model, size, compiled, options):
 
     def plain():
         for start in range(0, len(nonces), size):
-            engine._read(engine.inputs(rounds["poc-2.0"], nonces[start : start + size]), None)
+            engine._run(engine.inputs(rounds["poc-2.0"], nonces[start : start + size]), None)
 
     def slowly():
         usual, Round.texts = Round.texts, one_by_one

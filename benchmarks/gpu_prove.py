@@ -124,12 +124,12 @@ def profile(model, engine, round, nonces):
     sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size}
     transform = Transform(round, _pipeline(round), device=model.device, trained_head=engine.trained_head, **sizes)
     inputs = engine.inputs(round, batch)
-    states = engine._read(inputs, None)
+    states = engine._run(inputs, None)
     values = transform(states, batch)
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     parts = {
         "inputs": lambda: engine.inputs(round, batch),
-        "forward": lambda: engine._read(inputs, None),
+        "forward": lambda: engine._run(inputs, None),
         "transform": lambda: transform(states, batch),
         "copy": lambda: host.copy_(values, non_blocking=True),
     }
@@ -220,7 +220,7 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
             first(name, function)
             function()
     first("prove_first_batch", lambda: prove(model, round, range(batch), engine=engine))
-    one = event_seconds(lambda: engine._read(inputs, None))
+    one = event_seconds(lambda: engine._run(inputs, None))
     batches = max(4, int(seconds / one))
     nonces = range(batches * batch)
     repeats = max(2, int(seconds / 2 / one))

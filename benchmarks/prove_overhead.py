@@ -31,7 +31,7 @@ def measure(reference, dtype, batch_size, batches, rounds):
     engine = HFEngine(model, batch_size=batch_size, seq_len=round.seq_len)
     nonces = range(batch_size * batches)
     inputs = engine.inputs(round, range(batch_size))
-    states = engine.last_hidden(inputs)
+    states = engine.read(inputs)
     body = backbone(model.module)
     sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size}
     arguments = {**sizes, "device": model.device, "trained_head": engine.trained_head}

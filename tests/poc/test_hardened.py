@@ -107,11 +107,11 @@ def test_every_position_counts(small_model, hardened: Round):
     engine = HFEngine(small_model, batch_size=4, seq_len=16)
     inputs = engine.inputs(hardened, range(4))
     weights = torch.ones(4, 16)
-    base = engine.weighted_hidden(inputs, weights)
+    base = engine.read(inputs, weights)
     for position in (0, 8, 15):
         changed = inputs.clone()
         changed[:, position] += 1
-        moved = (engine.weighted_hidden(changed, weights) - base).norm(dim=1)
+        moved = (engine.read(changed, weights) - base).norm(dim=1)
         assert (moved > 1e-2).all()
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from assay import streams
 from assay.errors import ModelError, UsageError
 from assay.poc import Round
-from assay.poc.engines._inputs import noise_inputs
+from assay.poc.engines._base import noise_inputs
 from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, WorkerExtension, _client, _extension, _rows
 from assay.poc.engines.vllm._client import _decode
 from assay.poc.engines.vllm._compatibility import runner_kind

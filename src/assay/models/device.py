@@ -1,11 +1,13 @@
-"""Devices: the one that a name stands for, and what it has left for activations."""
+"""Devices: the one that a name stands for, what it is, and what it has left for activations."""
+
+import platform
 
 import psutil
 import torch
 
 from assay.errors import BackendUnavailable, UsageError
 
-__all__ = ["device_named", "free_bytes"]
+__all__ = ["device_named", "free_bytes", "processor"]
 
 
 def device_named(name: str | None) -> torch.device:
@@ -35,3 +37,10 @@ def free_bytes(device: torch.device) -> int:
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     return int(psutil.virtual_memory().available)
+
+
+def processor(device: torch.device) -> str:
+    """Return the name of a CUDA device, or the architecture of this machine's CPU and its vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

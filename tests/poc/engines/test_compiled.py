@@ -90,7 +90,7 @@ def test_another_architecture_is_compiled_as_a_whole(small_model, round_: Round,
     assert is_compiled(engine.fingerprint)
     inputs = engine.inputs(round_, range(8))
     plain = HFEngine(small_model, batch_size=8, seq_len=16)
-    assert torch.equal(engine.last_hidden(inputs), plain.last_hidden(inputs))
+    assert torch.equal(engine.read(inputs), plain.read(inputs))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's, of its own compiler

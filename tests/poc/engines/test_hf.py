@@ -30,11 +30,11 @@ def test_inputs_are_the_stream_in_row_major_order(engine: HFEngine, round_: Roun
     np.testing.assert_array_equal(strong[0].numpy(), expected)
 
 
-def test_last_hidden_is_the_last_token_after_the_final_norm(engine: HFEngine, round_: Round):
+def test_without_weights_the_last_token_is_read_after_the_final_norm(engine: HFEngine, round_: Round):
     inputs = engine.inputs(round_, range(4))
     with torch.inference_mode():
         plain = engine.model.module.model(inputs_embeds=inputs).last_hidden_state[:, -1].float()
-    torch.testing.assert_close(engine.last_hidden(inputs), plain, atol=1e-6, rtol=0)
+    torch.testing.assert_close(engine.read(inputs), plain, atol=1e-6, rtol=0)
 
 
 def test_attention_is_causal_and_positions_matter(engine: HFEngine, round_: Round):
@@ -43,14 +43,14 @@ def test_attention_is_causal_and_positions_matter(engine: HFEngine, round_: Roun
     changed[:, 0] += 1
     swapped = inputs.clone()
     swapped[:, [3, 7]] = inputs[:, [7, 3]]
-    base = engine.last_hidden(inputs)
-    assert not torch.allclose(base, engine.last_hidden(changed), atol=1e-6)
-    assert not torch.allclose(base, engine.last_hidden(swapped), atol=1e-6)
+    base = engine.read(inputs)
+    assert not torch.allclose(base, engine.read(changed), atol=1e-6)
+    assert not torch.allclose(base, engine.read(swapped), atol=1e-6)
 
 
 def test_another_shape_is_refused(engine: HFEngine, round_: Round):
     with pytest.raises(UsageError, match="fixed shape"):
-        engine.last_hidden(engine.inputs(round_, range(3)))
+        engine.read(engine.inputs(round_, range(3)))
 
 
 def by_hand(engine: HFEngine, inputs: torch.Tensor, function) -> torch.Tensor:
@@ -84,20 +84,20 @@ def normalized(x: torch.Tensor, index: int) -> torch.Tensor:
 )
 def test_layer_transforms_are_their_formulas(step, function, engine: HFEngine, round_: Round):
     inputs = engine.inputs(round_, range(4))
-    before = engine.last_hidden(inputs)
+    before = engine.read(inputs)
     with engine.between_layers(step, round_):
-        hooked = engine.last_hidden(inputs)
+        hooked = engine.read(inputs)
     with torch.inference_mode():
         torch.testing.assert_close(hooked, by_hand(engine, inputs, function), atol=2e-4, rtol=1e-4)
     assert not torch.allclose(before, hooked, atol=1e-3)
-    assert torch.equal(engine.last_hidden(inputs), before), "hooks must be gone"
+    assert torch.equal(engine.read(inputs), before), "hooks must be gone"
 
 
 def test_hooks_are_removed_after_an_error(engine: HFEngine, round_: Round):
-    before = engine.last_hidden(engine.inputs(round_, range(4)))
+    before = engine.read(engine.inputs(round_, range(4)))
     with pytest.raises(RuntimeError), engine.between_layers("signs", round_):
         raise RuntimeError
-    assert torch.equal(engine.last_hidden(engine.inputs(round_, range(4))), before)
+    assert torch.equal(engine.read(engine.inputs(round_, range(4))), before)
 
 
 def test_an_unknown_architecture_fails_loudly(small_model, round_: Round):

@@ -7,7 +7,7 @@ import pytest
 
 from assay import streams
 from assay.poc import Round
-from assay.poc.engines._inputs import noise_inputs
+from assay.poc.engines._base import noise_inputs
 from assay.poc.protocol._round import MAX_NONCE, NONCE_TEXTS
 
 NONCES = [0, 9, 10, 123_456_789, MAX_NONCE]

@@ -26,12 +26,12 @@ class Failing(ParallelEngine):
 
     calls = 0
 
-    def _read(self, inputs_btd, weights_bt):
+    def _run(self, inputs_btd, weights_bt):
         if self._world.rank == 1:
             Failing.calls += 1
             if Failing.calls == 2:
                 self.fail()
-        return super()._read(inputs_btd, weights_bt)
+        return super()._run(inputs_btd, weights_bt)
 
     def fail(self) -> None:
         """Fail so that the others can be told."""

@@ -58,13 +58,11 @@ class FakeEngine:
     def inputs(self, round, nonces: Sequence[int]) -> torch.Tensor:
         return torch.tensor(nonces, dtype=torch.float64)
 
-    def last_hidden(self, nonces_B: torch.Tensor) -> torch.Tensor:
+    def read(self, nonces_B: torch.Tensor, weights_BT: torch.Tensor | None) -> torch.Tensor:
         self.rig.batch(len(nonces_B))
         phase = nonces_B[:, None] * 0.7310585 + torch.arange(self.hidden_size, dtype=torch.float64)
-        return (torch.sin(phase * 12.9898) * 43758.5453 % 1.0 - 0.5).float() * self.rig.scale
-
-    def weighted_hidden(self, nonces_B: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
-        return self.last_hidden(nonces_B) + weights_BT.sum(dim=1, keepdim=True)
+        states_BD = (torch.sin(phase * 12.9898) * 43758.5453 % 1.0 - 0.5).float() * self.rig.scale
+        return states_BD if weights_BT is None else states_BD + weights_BT.sum(dim=1, keepdim=True)
 
     def trained_head(self, x_BD: torch.Tensor) -> torch.Tensor:
         return x_BD.repeat(1, self.vocab_size // self.hidden_size)

@@ -148,7 +148,7 @@ def test_hooks_with_normalisation_leave_nothing_of_the_residual_stream(reference
         # Before the engine's own, which turn and shorten what a layer gives.
         handles = [layer.register_forward_hook(note) for layer in decoder_layers(model.module)]
         with engine.between_layers(layers, round):
-            engine.last_hidden(engine.inputs(round, range(4)))
+            engine.read(engine.inputs(round, range(4)))
         for handle in handles:
             handle.remove()
         return shares

@@ -12,7 +12,7 @@ def test_every_attacker_runs_and_says_what_it_costs(attack, scene, inputs_btd):
     assert read.shape == (4, 64)
     assert torch.isfinite(read).all()
     assert 0 <= program.cost <= 1
-    honest = scene.engine(scene.model).weighted_hidden(inputs_btd, weights)
+    honest = scene.engine(scene.model).read(inputs_btd, weights)
     if "window" not in attack.name:  # 64 positions are more than there are here
         assert not torch.equal(read, honest), "it is not the honest result"
     assert attack.skips or attack.family in ("weights", "none")

@@ -28,7 +28,7 @@ def inputs_btd() -> torch.Tensor:
 
 
 def last(model: Model, inputs: torch.Tensor) -> torch.Tensor:
-    return HFEngine(model, batch_size=4, seq_len=T).last_hidden(inputs)
+    return HFEngine(model, batch_size=4, seq_len=T).read(inputs)
 
 
 def weights_of(model: Model, inputs: torch.Tensor) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What every engine does for the prover, the verifier and the service.
+"""What every engine does for the prover, the verifier and the service, and the inputs that all of them make.
 
 Legend of shapes: B nonces of a batch, T positions, D hidden size, V vocabulary, K length of a vector.
 """
@@ -7,10 +7,15 @@ from collections.abc import Generator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
+from assay import streams
 from assay.errors import UsageError
 from assay.poc.protocol import PIPELINES, Fingerprint, Pipeline, Round
+
+MAX_BATCH = 65_536
 
 
 class Engine(Protocol):
@@ -67,3 +72,22 @@ def check_supported(engine: Engine, pipeline: Pipeline) -> None:
             wanted=f"one of {', '.join(supported)}",
             do="choose one of them with --preset, or use --engine hf",
         )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch size that is out of range.
+
+    Raises:
+        UsageError: The batch size is not a number from 1 to 65 536.
+    """
+    if type(batch_size) is not int or not 1 <= batch_size <= MAX_BATCH:
+        raise UsageError(f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32")
+
+
+def noise_inputs(
+    backend: streams.Backend, round: Round, nonces: Sequence[int], *, seq_len: int, hidden_size: int, dtype: str
+) -> Float[Tensor, "B T D"]:
+    """Return the input embeddings [B, T, D] of B nonces, N(0, 1) in the given dtype, on the device of the backend."""
+    seeds_BS = streams.seeds(round.texts("inputs", nonces), round.strength)
+    values = backend.normals(seeds_BS, seq_len * hidden_size, dtype)
+    return streams.as_tensor(values).view(len(nonces), seq_len, hidden_size)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from assay.poc.protocol import LayerStep, Pipeline, Round, Transform
 
 
 class StateEngine(Engine, Protocol):
-    """An engine that hands out hidden states, for the functions below and for research."""
+    """An engine whose hidden states can be read in this process."""
 
     @property
     def device(self) -> torch.device:
@@ -31,14 +31,10 @@ class StateEngine(Engine, Protocol):
     def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
         """Return the input embeddings [B, T, D] of B nonces, in the engine's dtype."""
 
-    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
-        """Return the last token's hidden state after the final norm, [B, D] in float32."""
+    def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
+        """Return what a pipeline reads of the hidden states after the final norm, [B, D] in float32.
 
-    def weighted_hidden(self, inputs_BTD: Tensor, weights_BT: Tensor) -> Tensor:
-        """Return Σ_t w_t · h_t/(‖h_t‖ + 1e-8) of the hidden states h after the final norm, [B, D] in float32.
-
-        The sum is :func:`assay.poc.protocol.weighted_sum`, taken where the states are. Weights are ±1, or 0 where a
-        position is not read, in float32 on the engine's device.
+        That is the state of the last position; or, with weights, :func:`assay.poc.protocol.weighted_sum` of all states.
         """
 
     def trained_head(self, x_BD: Tensor) -> Tensor:
@@ -56,7 +52,9 @@ def plain_outputs(
     with engine.between_layers(pipeline.layers, round):
         for start in range(0, len(nonces), engine.batch_size):
             count, padded = _batch(engine, nonces, start)
-            yield transform(_read(engine, transform, padded), padded).cpu().numpy()[:count]
+            inputs_BTD = engine.inputs(round, padded)
+            states_BD = engine.read(inputs_BTD, transform.weights(padded, engine.seq_len))
+            yield transform(states_BD, padded).cpu().numpy()[:count]
 
 
 def overlapped_outputs(
@@ -70,8 +68,7 @@ def overlapped_outputs(
 
     Args:
         engine: Engine that makes the inputs and fixes the shape of a batch.
-        run: Function of inputs [B, T, D] and position weights [B, T], or None for the last position. It returns the
-            state that the pipeline reads, [B, D] in float32, without waiting for the device.
+        run: Function that does what ``engine.read`` does, without waiting for the device.
         round: Round that gives the seed texts.
         pipeline: Pipeline that names the steps and the published values.
         nonces: Nonces in the order of the outputs.
@@ -83,7 +80,8 @@ def overlapped_outputs(
     # No stream stays current across a yield: the caller may use the device for something else.
     with engine.between_layers(pipeline.layers, round):
         # The model was loaded on this stream, and the steps between its layers were prepared on it.
-        lanes.follow(torch.cuda.current_stream(engine.device))
+        for lane in lanes:
+            lane.wait_stream(torch.cuda.current_stream(engine.device))
         for start in range(0, len(nonces), engine.batch_size):
             flight = _launch(engine, run, transform, lanes, *_batch(engine, nonces, start))
             if before is not None:
@@ -93,22 +91,18 @@ def overlapped_outputs(
             yield _land(before, transform, lanes)
 
 
-class _Lanes:
-    """The CUDA streams of one device: inputs, forward pass, transform."""
+class _Lanes(NamedTuple):
+    """The CUDA streams of one device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.inputs, self.forward, self.tail = (torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
-
-    def follow(self, stream: torch.cuda.Stream) -> None:
-        """Let every lane wait for the work that another stream has queued."""
-        for lane in (self.inputs, self.forward, self.tail):
-            lane.wait_stream(stream)
+    inputs: torch.cuda.Stream
+    forward: torch.cuda.Stream
+    tail: torch.cuda.Stream
 
 
 @cache
 def _lanes(device: torch.device) -> _Lanes:
     """Return the one set of streams of a device: torch reuses freed memory only on the stream that freed it."""
-    return _Lanes(device)
+    return _Lanes(*(torch.cuda.Stream(device) for _ in range(3)))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,12 +168,3 @@ def _batch(engine: StateEngine, nonces: Sequence[int], start: int) -> tuple[int,
     """Return the number of nonces of a batch, and the batch padded to its fixed size."""
     wanted = list(nonces[start : start + engine.batch_size])
     return len(wanted), wanted + wanted[-1:] * (engine.batch_size - len(wanted))
-
-
-def _read(engine: StateEngine, transform: Transform, nonces: Sequence[int]) -> Tensor:
-    """Return what the pipeline reads of the hidden states of a batch, [B, D]."""
-    inputs_BTD = engine.inputs(transform.round, nonces)
-    weights_BT = transform.weights(nonces, engine.seq_len)
-    if weights_BT is None:
-        return engine.last_hidden(inputs_BTD)
-    return engine.weighted_hidden(inputs_BTD, weights_BT)

@@ -100,7 +100,7 @@ def _context_effect(engine: HFEngine, round: Round) -> float:
     """
     inputs_BTD = engine.inputs(round, range(engine.batch_size))
     reversed_BTD = torch.cat([inputs_BTD[:, :-1].flip(1), inputs_BTD[:, -1:]], dim=1)
-    before_BD, after_BD = (unit(engine.last_hidden(given)) for given in (inputs_BTD, reversed_BTD))
+    before_BD, after_BD = (unit(engine.read(given)) for given in (inputs_BTD, reversed_BTD))
     return float(torch.linalg.vector_norm(before_BD - after_BD, dim=-1).mean())
 
 

@@ -87,9 +87,7 @@ class OnEngine:
 
     def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
         """Run the engine."""
-        if weights_BT is None:
-            return self._engine.last_hidden(inputs_BTD)
-        return self._engine.weighted_hidden(inputs_BTD, weights_BT)
+        return self._engine.read(inputs_BTD, weights_BT)
 
 
 class Reused(OnEngine):

@@ -29,11 +29,7 @@ def states(engine: HFEngine, transform: Transform, nonces: Sequence[int]) -> Ite
         wanted = list(nonces[start : start + engine.batch_size])
         padded = wanted + wanted[-1:] * (engine.batch_size - len(wanted))
         inputs_BTD = engine.inputs(transform.round, padded)
-        weights_BT = transform.weights(padded, engine.seq_len)
-        if weights_BT is None:
-            yield padded, engine.last_hidden(inputs_BTD)
-        else:
-            yield padded, engine.weighted_hidden(inputs_BTD, weights_BT)
+        yield padded, engine.read(inputs_BTD, transform.weights(padded, engine.seq_len))
 
 
 def published(

@@ -1,7 +1,6 @@
 """The engine on transformers: the definition, and the default on CPU and CUDA."""
 
 import os
-import platform
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,18 +11,18 @@ import torch
 import transformers
 from jaxtyping import Float, Float32
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from assay import streams
 from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError, is_out_of_memory
-from assay.models import Model, backbone, decoder_layers
-from assay.poc.engines._inputs import noise_inputs
+from assay.models import Model, backbone
+from assay.models.device import processor
+from assay.poc.engines._base import MAX_BATCH, check_batch_size, noise_inputs
 from assay.poc.engines._outputs import overlapped_outputs, plain_outputs
 from assay.poc.engines.hf._compiled import CompiledForward
+from assay.poc.engines.hf._layers import transformed_layers
 from assay.poc.engines.hf._memory import check_fits, fitting_batch
-from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round, project, reflect, unit, weighted_sum
-
-MAX_BATCH = 65_536
+from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round, project, weighted_sum
 
 COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
 """Entries of the fingerprint's kernels: the lean decoder was compiled, or the model as transformers defines it."""
@@ -49,8 +48,7 @@ class HFEngine:
     """
 
     def __init__(self, model: Model, *, batch_size: int = 32, seq_len: int = 256, compiled: bool = False) -> None:
-        if type(batch_size) is not int or not 1 <= batch_size <= MAX_BATCH:
-            raise UsageError(f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32")
+        check_batch_size(batch_size)
         if seq_len > model.max_positions:
             raise UsageError(
                 f"seq_len {seq_len} with {model.reference}",
@@ -73,16 +71,14 @@ class HFEngine:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
-        on_cuda = self.device.type == "cuda"
-        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return Fingerprint(
             engine="hf",
-            device=torch.cuda.get_device_name(self.device) if on_cuda else processor,
+            device=processor(self.device),
             dtype=self.model.quantised or self.dtype,
             attention=self._compiled.attention if self._compiled else self.model.module.config._attn_implementation,
             batch_size=self.batch_size,
             seq_len=self.seq_len,
-            threads=0 if on_cuda else torch.get_num_threads(),
+            threads=0 if self.device.type == "cuda" else torch.get_num_threads(),
             torch=torch.__version__,
             library=f"transformers {transformers.__version__}",
             kernels=tuple(self._kernels()),
@@ -107,8 +103,15 @@ class HFEngine:
         return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
 
     @torch.inference_mode()
-    def last_hidden(self, inputs_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B D"]:
-        """Return the last token's hidden state after the final norm, [B, D] in float32.
+    def read(
+        self, inputs_BTD: Float[Tensor, "B T D"], weights_BT: Float32[Tensor, "B T"] | None = None
+    ) -> Float32[Tensor, "B D"]:
+        """Return what a pipeline reads of the hidden states h after the final norm, [B, D] in float32.
+
+        Args:
+            inputs_BTD: Input embeddings of the engine's fixed shape.
+            weights_BT: Weights of the sum Σ_t w_t · h_t/(‖h_t‖ + 1e-8), ±1, or 0 where a position is not read; None
+                reads the state of the last position as it is.
 
         Raises:
             UsageError: The inputs are not of the engine's fixed shape.
@@ -116,18 +119,14 @@ class HFEngine:
             OutOfMemory: The device ran out of memory.
             ModelError: This architecture cannot be run on input embeddings.
         """
-        return self._finite(self._read(inputs_BTD, None))
-
-    @torch.inference_mode()
-    def weighted_hidden(
-        self, inputs_BTD: Float[Tensor, "B T D"], weights_BT: Float32[Tensor, "B T"]
-    ) -> Float32[Tensor, "B D"]:
-        """Return the weighted sum of the unit hidden states after the final norm, [B, D] in float32.
-
-        Raises:
-            AssayError: One of those that :meth:`last_hidden` raises.
-        """
-        return self._finite(self._read(inputs_BTD, weights_BT))
+        states_BD = self._run(inputs_BTD, weights_BT)
+        if not bool(torch.isfinite(states_BD).all()):
+            raise BadWeights(
+                f"{self.model.reference} returned NaN or infinity in {self.dtype}",
+                wanted="finite hidden states",
+                do="check the checkpoint, or use a dtype with more range (--dtype float32)",
+            )
+        return states_BD
 
     def supports(self, pipeline: Pipeline) -> bool:
         """Return True: every step of every pipeline runs on transformers."""
@@ -143,16 +142,17 @@ class HFEngine:
             OutOfMemory: The device ran out of memory.
             ModelError: This architecture cannot be run on input embeddings.
         """
-        on_cuda = self.device.type == "cuda"
-        made = overlapped_outputs(self, self._read, round, pipeline, nonces) if on_cuda else None
         try:
-            yield from made or plain_outputs(self, round, pipeline, nonces)
+            if self.device.type == "cuda":
+                yield from overlapped_outputs(self, self._run, round, pipeline, nonces)
+            else:
+                yield from plain_outputs(self, round, pipeline, nonces)
         except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:  # of any step, the inputs among them
             raise self._too_large() from error
 
     @torch.inference_mode()
-    def _read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
-        """Run the model: the last hidden state, or the weighted sum of all, [B, D] in float32."""
+    def _run(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
+        """Run the model; the states may be NaN or infinity, because to look at them is to wait for the device."""
         wanted = (self.batch_size, self.seq_len, self.hidden_size)
         if tuple(inputs_BTD.shape) != wanted:
             raise UsageError(
@@ -171,15 +171,6 @@ class HFEngine:
             raise self._failed(error) from error
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD[:, -1].float() if weights_BT is None else weighted_sum(hidden_BTD, weights_BT)
-
-    def _finite(self, x_BD: Tensor) -> Tensor:
-        if not bool(torch.isfinite(x_BD).all()):
-            raise BadWeights(
-                f"{self.model.reference} returned NaN or infinity in {self.dtype}",
-                wanted="finite hidden states",
-                do="check the checkpoint, or use a dtype with more range (--dtype float32)",
-            )
-        return x_BD
 
     def _too_large(self) -> OutOfMemory:
         """Name a batch that would fit: by the estimate, and at most half of the one that did not."""
@@ -217,41 +208,12 @@ class HFEngine:
         if step == "none":
             yield
             return
-        handles = [
-            layer.register_forward_hook(_LayerHook(self._layer_function(step, round, index)))
-            for index, layer in enumerate(decoder_layers(self.model.module))
-        ]
-        self._hooked = True
-        try:
-            yield
-        finally:
-            self._hooked = False
-            for handle in handles:
-                handle.remove()
-
-    def _layer_function(self, step: LayerStep, round: Round, index: int) -> Any:
-        stream = "layer_signs" if step == "signs" else "layer_reflection"
-        seeds = streams.seeds([round.block_text(stream, index)])
-        if step == "signs":
-            signs_D = streams.as_tensor(self._streams.signs(seeds, self.hidden_size))[0].to(self.model.dtype)
-            return lambda x_BTD: x_BTD * signs_D
-        v_D = streams.as_tensor(self._streams.normals(seeds, self.hidden_size))[0]
-        v_D = (v_D / torch.linalg.vector_norm(v_D)).to(self.model.dtype)
-        if step == "reflect":
-            return lambda x_BTD: reflect(x_BTD, v_D)
-        return lambda x_BTD: reflect(unit(x_BTD), v_D)
-
-
-class _LayerHook:
-    """Applies a function to the hidden state that a decoder layer returns, tuple or not."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self._function(output[0]), *output[1:])
-        return self._function(output)
+        with transformed_layers(self.model, self._streams, step, round):
+            self._hooked = True
+            try:
+                yield
+            finally:
+                self._hooked = False
 
 
 def is_compiled(fingerprint: Fingerprint) -> bool:

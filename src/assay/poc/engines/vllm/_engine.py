@@ -18,7 +18,7 @@ from torch import Tensor
 from assay import streams
 from assay.errors import ModelError, UsageError
 from assay.models import checkpoint_directory, identify
-from assay.poc.engines._inputs import noise_inputs
+from assay.poc.engines._base import check_batch_size, noise_inputs
 from assay.poc.engines.vllm._client import Client
 from assay.poc.engines.vllm._compatibility import EXTENSION, check_config, check_installed, multiply_exactly
 from assay.poc.engines.vllm._request_stream import Prompt, RequestStream
@@ -61,8 +61,7 @@ class RequestEngine:
         most_positions: int,
         inputs: Inputs = "local",
     ) -> None:
-        if type(batch_size) is not int or not 1 <= batch_size <= 2**16:
-            raise UsageError(f"batch size {batch_size!r}", wanted="1 to 65536", do="try --batch-size 32")
+        check_batch_size(batch_size)
         if not 1 <= seq_len <= most_positions:
             raise UsageError(
                 f"seq_len {seq_len} on this vLLM engine",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import AssayError, UsageError
-from assay.poc.engines._inputs import noise_inputs
+from assay.poc.engines._base import noise_inputs
 from assay.poc.engines.vllm._compatibility import missing_in_runner
 from assay.poc.engines.vllm._rows import Rows, RowStream
 from assay.poc.engines.vllm._wire import Spec

@@ -3,7 +3,6 @@
 Everything here is internal to vLLM; :mod:`._compatibility` refuses a version in which a name that is read is missing.
 """
 
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from assay.models.device import processor
 from assay.poc.engines.vllm._compatibility import other_cache, runner_kind
 from assay.streams import dtype_name
 
@@ -104,13 +104,11 @@ def is_first_of_group() -> bool:
 def describe(runner: Any, config: Any) -> dict[str, Any]:
     """Return what the fingerprint and the engine need to know about a worker, as plain values."""
     parallel, model = config.parallel_config, config.model_config
-    on_cuda = runner.device.type == "cuda"
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "runner": runner_kind(runner),
-        "device": torch.cuda.get_device_name(runner.device) if on_cuda else cpu,
+        "device": processor(runner.device),
         "dtype": dtype_name(model.dtype),
-        "threads": 0 if on_cuda else torch.get_num_threads(),
+        "threads": 0 if runner.device.type == "cuda" else torch.get_num_threads(),
         "attention": _attention(runner),
         "hidden_size": hidden_size(config),
         "vocab_size": int(model.get_vocab_size()),
