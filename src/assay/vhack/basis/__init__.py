@@ -2,10 +2,9 @@
 
 from assay.vhack.basis._axes import METHODS, shrinkage
 from assay.vhack.basis._basis import Basis, cin, cin_over_modules
-from assay.vhack.basis._extract import extract, pair_gradients, select_pairs
-from assay.vhack.basis._origin import Origin
+from assay.vhack.basis._extract import extract, pair_gradients, select_pairs, split_pairs
+from assay.vhack.basis._file import Origin
 from assay.vhack.basis._paired import PairGradients
-from assay.vhack.basis._split import split_pairs
 
 __all__ = [
     "METHODS",

@@ -46,13 +46,7 @@ def energy_along(rows_NR: Tensor, axes_KR: Tensor) -> Tensor:
 
 
 def find_axes(
-    difference_NR: Tensor,
-    gram_NN: Tensor,
-    *,
-    top_k: int,
-    method: str,
-    clean_NR: Tensor | None = None,
-    clean_gram_NN: Tensor | None = None,
+    difference_NR: Tensor, gram_NN: Tensor, *, top_k: int, method: str, clean: tuple[Tensor, Tensor] | None = None
 ) -> ModuleAxes:
     """Return the axes of one module by one of three methods.
 
@@ -67,14 +61,14 @@ def find_axes(
         gram_NN: Gram matrix of the differences from :func:`gram`.
         top_k: Largest number of axes; no more than N come back.
         method: Name of the method, one of ``METHODS``.
-        clean_NR: Clean gradients, for ``lda``.
-        clean_gram_NN: Gram matrix of the clean gradients, for ``lda``.
+        clean: Clean gradients and their Gram matrix, which ``lda`` needs.
     """
     rows_NR = difference_NR.double()
     if method == "mean-diff":
         axes_KR, values_K = _mean_axis(rows_NR)
-    elif method == "lda" and clean_NR is not None and clean_gram_NN is not None:
-        axes_KR, values_K = _discriminants(rows_NR, clean_NR.double(), clean_gram_NN, top_k)
+    elif method == "lda":
+        assert clean is not None
+        axes_KR, values_K = _discriminants(rows_NR, clean[0].double(), clean[1], top_k)
     else:
         axes_KR, values_K = _singular_rows(rows_NR, gram_NN, top_k)
     return _oriented(rows_NR, axes_KR, values_K)
@@ -107,46 +101,27 @@ def _mean_axis(rows_NR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _discriminants(rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    n, r = clean_NR.shape
     centred_NR = clean_NR - clean_NR.mean(dim=0)
-    centred_gram_NN = clean_gram_NN - clean_gram_NN.mean(dim=0) - clean_gram_NN.mean(dim=1, keepdim=True)
-    centred_gram_NN = centred_gram_NN + clean_gram_NN.mean()
-    whiten = _Whitening.fit(centred_NR, centred_gram_NN)
-    if whiten is None:
+    gram_NN = clean_gram_NN - clean_gram_NN.mean(dim=0) - clean_gram_NN.mean(dim=1, keepdim=True) + clean_gram_NN.mean()
+    mean_variance = float(gram_NN.trace()) / (n * r)
+    if mean_variance <= 0:  # the clean gradients do not vary, so there is nothing to whiten with
         return _singular_rows(rows_NR, gram(rows_NR), top_k)
+    # Σ = floor·I + Q diag(s²) Qᵀ is never formed: Σ^(−1/2) is one factor along the directions Q and one elsewhere.
+    share = shrinkage(gram_NN, r)
+    floor = share * mean_variance
+    directions_MR, values_M = _singular_rows(centred_NR, gram_NN, n)
+    elsewhere = floor**-0.5
+    along_M = (floor + (1 - share) * values_M**2 / n).rsqrt()
+
+    def whiten(some_NR: Tensor) -> Tensor:
+        inside_NM = some_NR @ directions_MR.T
+        whitened_NR: Tensor = elsewhere * some_NR + (inside_NM * (along_M - elsewhere)) @ directions_MR
+        return whitened_NR
+
     whitened_NR = whiten(rows_NR)
     axes_KR, values_K = _singular_rows(whitened_NR, gram(whitened_NR), top_k)
     return _orthonormal(whiten(axes_KR), values_K > 0), values_K
-
-
-@dataclass(frozen=True)
-class _Whitening:
-    """Multiplication by Σ^(−1/2), with Σ = floor·I + Q diag(s²) Qᵀ never formed.
-
-    ``directions`` is Q, [M, R]. ``scale`` [M] is ``(floor + s²)^(−1/2)``, the factor along them; elsewhere it is
-    ``floor^(−1/2)``.
-    """
-
-    directions: Tensor
-    scale: Tensor
-    floor: float
-
-    @classmethod
-    def fit(cls, centred_NR: Tensor, gram_NN: Tensor) -> "_Whitening | None":
-        """Return the whitening of centred rows with this Gram matrix; None where they do not vary at all."""
-        n, r = centred_NR.shape
-        mean_variance = float(gram_NN.trace()) / (n * r)
-        if mean_variance <= 0:
-            return None
-        share = shrinkage(gram_NN, r)
-        directions_MR, values_M = _singular_rows(centred_NR, gram_NN, n)
-        floor = share * mean_variance
-        return cls(directions_MR, (floor + (1 - share) * values_M**2 / n).rsqrt(), floor)
-
-    def __call__(self, rows_NR: Tensor) -> Tensor:
-        inside_NM = rows_NR @ self.directions.T
-        base = self.floor**-0.5
-        whitened_NR: Tensor = base * rows_NR + (inside_NM * (self.scale - base)) @ self.directions
-        return whitened_NR
 
 
 def shrinkage(gram_NN: Tensor, r: int) -> float:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import UsageError
-from assay.vhack.basis._file import read_basis, write_basis
-from assay.vhack.basis._origin import Origin
+from assay.vhack.basis._file import Origin, read_basis, write_basis
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,7 +132,7 @@ def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tenso
         axes_KR: Orthonormal rows; zero rows add nothing.
         two_sided: Whether both signs count.
     """
-    share_N: Tensor = _along(gradients_NR, axes_KR, two_sided) / _lengths(gradients_NR)
+    share_N: Tensor = _along(gradients_NR, axes_KR, two_sided) / _positive(gradients_NR.norm(dim=1))
     return share_N
 
 
@@ -143,9 +142,9 @@ def _along(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool) -> Tensor:
     return along_N
 
 
-def _lengths(gradients_NR: Tensor) -> Tensor:
-    lengths_N = gradients_NR.norm(dim=1)
-    return torch.where(lengths_N > 0, lengths_N, 1.0)
+def _positive(lengths: Tensor) -> Tensor:
+    """Return the lengths to divide by: 1 instead of 0."""
+    return torch.where(lengths > 0, lengths, 1.0)
 
 
 def cin_over_modules(
@@ -170,11 +169,11 @@ def cin_over_modules(
             wanted="gradients of every module of the basis",
             do="compute the gradients and the basis with the same model",
         )
+    if weighting not in ("equal", "energy"):
+        raise UsageError(f"weighting={weighting!r}", wanted="equal or energy", do="choose one of them")
+    along_MN = torch.stack([_along(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()])
+    lengths_MN = torch.stack([gradients[name].norm(dim=1) for name in basis.axes])
     if weighting == "equal":
-        return torch.stack([cin(gradients[name], axes, two_sided) for name, axes in basis.axes.items()]).mean(dim=0)
-    if weighting == "energy":
-        along = torch.stack([_along(gradients[name], axes, two_sided) for name, axes in basis.axes.items()])
-        total = torch.stack([gradients[name].norm(dim=1) for name in basis.axes])
-        share_N: Tensor = along.norm(dim=0) / _lengths(total.T)
-        return share_N
-    raise UsageError(f"weighting={weighting!r}", wanted="equal or energy", do="choose one of them")
+        return (along_MN / _positive(lengths_MN)).mean(dim=0)
+    share_N: Tensor = along_MN.norm(dim=0) / _positive(lengths_MN.norm(dim=0))
+    return share_N

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from assay.errors import DataError
+from assay.errors import DataError, UsageError
 from assay.models import Model
 from assay.streams import dtype_name
 from assay.vhack.basis._basis import Basis, check_axis_settings
-from assay.vhack.basis._origin import Origin
+from assay.vhack.basis._file import Origin
 from assay.vhack.basis._paired import PairGradients, check_method
-from assay.vhack.basis._split import check_duplicates, pair_names, split_pairs
 from assay.vhack.gradients import (
     MIN_COVERAGE,
     SVDCache,
@@ -32,6 +31,90 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
+
+# The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
+_HELD_OUT_SHARE = 6
+_SHARE_OF_MANY, _MANY_GROUPS = 3, 30
+
+
+def split_pairs(
+    pairs: Sequence[Pair], *, n_heldout: int | None = None, heldout_groups: Sequence[str] | None = None
+) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs to extract from and the pairs to test with, each in order.
+
+    Args:
+        pairs: Pairs in order, with their groups.
+        n_heldout: Number of pairs to hold out from the end, as the original proposal does; 0 holds out none.
+        heldout_groups: Groups to hold out whole. With neither, the last groups are held out: as many as it takes for a
+            sixth of the pairs, or with thirty groups or more for a third, but never all; pairs of a single group are
+            all used.
+
+    Raises:
+        UsageError: Both are given, a group is unknown, or no pair would be left.
+    """
+    if n_heldout is not None and heldout_groups:
+        raise UsageError("both a number and groups to hold out", wanted="one of the two", do="drop one of them")
+    if n_heldout is not None:
+        if not 0 <= n_heldout < len(pairs):
+            raise UsageError(f"{n_heldout} of {len(pairs)} pairs to hold out", wanted="fewer", do="hold out fewer")
+        cut = len(pairs) - n_heldout
+        return list(pairs[:cut]), list(pairs[cut:])
+    chosen = set(heldout_groups) if heldout_groups else _last_groups(pairs)
+    unknown = chosen - {pair.group for pair in pairs}
+    kept = [pair for pair in pairs if pair.group not in chosen]
+    if unknown or not kept:
+        raise UsageError(
+            f"group {min(unknown)!r} is not there" if unknown else "no pair left to extract from",
+            wanted="some groups, but not all, of " + ", ".join(dict.fromkeys(pair.group for pair in pairs)),
+            do="name other groups",
+        )
+    return kept, [pair for pair in pairs if pair.group in chosen]
+
+
+def _last_groups(pairs: Sequence[Pair]) -> set[str]:
+    names = list(dict.fromkeys(pair.group for pair in pairs))
+    share = _SHARE_OF_MANY if len(names) >= _MANY_GROUPS else _HELD_OUT_SHARE
+    chosen: set[str] = set()
+    for name in reversed(names[1:]):
+        chosen.add(name)
+        if share * sum(pair.group in chosen for pair in pairs) >= len(pairs):
+            break
+    return chosen
+
+
+def _pair_names(pairs: Sequence[Pair]) -> list[str]:
+    """Return the name of each pair in error messages."""
+    return [f"pair {index} (group {pair.group!r})" for index, pair in enumerate(pairs)]
+
+
+def _check_duplicates(pairs: Sequence[Pair], names: Sequence[str]) -> None:
+    """Raise DataError, naming both, where a pair occurs twice."""
+    seen: dict[str, str] = {}
+    for pair, name in zip(pairs, names, strict=True):
+        if pair.key in seen:
+            raise DataError(f"{name} is the same as {seen[pair.key]}", wanted="each pair once", do="remove one of them")
+        seen[pair.key] = name
+
+
+def select_pairs(
+    pairs: Sequence[Pair],
+    *,
+    n_heldout: int | None,
+    heldout_groups: Sequence[str] | None,
+    top_k: int,
+    tau_axis: float,
+    method: str,
+) -> list[Pair]:
+    """Return the pairs to extract from, after checking what :func:`extract` is asked for; it needs no model.
+
+    Raises:
+        UsageError, DataError: A setting is out of range, a pair occurs twice, or too few pairs are left.
+    """
+    _check_duplicates(pairs, _pair_names(pairs))
+    check_axis_settings(top_k, tau_axis)
+    used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
+    check_method(method, len(used))
+    return used
 
 
 def pair_gradients(
@@ -76,28 +159,27 @@ def pair_gradients(
             :func:`weight_svd` raise them.
     """
     check_rank(rank)
-    labels = list(names) if names is not None else pair_names(pairs)
-    check_duplicates(pairs, labels)
+    labels = list(names) if names is not None else _pair_names(pairs)
+    _check_duplicates(pairs, labels)
     kept = [index for index, pair in enumerate(pairs) if pair.hack != pair.clean]
     if not kept:
         raise _nothing_left(len(pairs))
+    samples = [pairs[index].samples()[side] for side in (0, 1) for index in kept]
+    called = [f"{labels[index]}, {side} side" for side in ("hack", "clean") for index in kept]
     matrices = 0 if svd is not None else len(target_modules(model))
-    told = [_told(progress, before, matrices + 2 * len(kept)) for before in (0, matrices)]
+    told = [_told(progress, before, matrices + len(samples)) for before in (0, matrices)]
     full = svd or weight_svd(model, dtype=factors, cache=cache, min_coverage=min_coverage, progress=told[0])
     captured = 1.0
     if rank is not None:
-        sides_of_first = [f"{labels[kept[0]]}, {side} side" for side in ("hack", "clean")]
-        found = per_sample_gradients(
-            pairs[kept[0]].samples(), model, tokenizer=tokenizer, svd=full, names=sides_of_first
-        )
+        first = slice(None, None, len(kept))  # both sides of the first pair
+        found = per_sample_gradients(samples[first], model, tokenizer=tokenizer, svd=full, names=called[first])
         captured, full = _share_of(found, rank), full.truncated(rank)
-    sides = [[pairs[index].samples()[side] for index in kept] for side in (0, 1)]
     found = per_sample_gradients(
-        sides[0] + sides[1],
+        samples,
         model,
         tokenizer=tokenizer,
         svd=full,
-        names=[f"{labels[index]}, {side} side" for side in ("hack", "clean") for index in kept],
+        names=called,
         max_tokens=max_tokens,
         checkpointing=checkpointing,
         progress=told[1],
@@ -108,38 +190,14 @@ def pair_gradients(
         raise _nothing_left(len(pairs))
     used = [pairs[kept[row]] for row in rows]
     keys = tuple(pair.key for pair in used)
+    skipped = tuple(pair.key for pair in pairs if pair.key not in keys)
     return PairGradients(
         {name: part[rows] for name, part in hack.items()},
         {name: part[rows] for name, part in clean.items()},
         groups=[pair.group for pair in used],
         keys=keys,
-        origin=replace(
-            _source_of(model, full),
-            captured=captured,
-            skipped=tuple(pair.key for pair in pairs if pair.key not in keys),
-        ),
+        origin=replace(_source_of(model, full), captured=captured, skipped=skipped),
     )
-
-
-def select_pairs(
-    pairs: Sequence[Pair],
-    *,
-    n_heldout: int | None,
-    heldout_groups: Sequence[str] | None,
-    top_k: int,
-    tau_axis: float,
-    method: str,
-) -> list[Pair]:
-    """Return the pairs to extract from, after checking what :func:`extract` is asked for; it needs no model.
-
-    Raises:
-        UsageError, DataError: A setting is out of range, a pair occurs twice, or too few pairs are left.
-    """
-    check_duplicates(pairs, pair_names(pairs))
-    check_axis_settings(top_k, tau_axis)
-    used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
-    check_method(method, len(used))
-    return used
 
 
 def extract(
@@ -214,7 +272,7 @@ def extract(
             "given": tuple(sorted(pair.key for pair in used)),
         }
         return Basis.load(path, model, expect=expected)
-    by_key = {pair.key: label for pair, label in zip(pairs, pair_names(pairs), strict=True)}
+    by_key = {pair.key: label for pair, label in zip(pairs, _pair_names(pairs), strict=True)}
     gradients = pair_gradients(
         used,
         model,

@@ -1,4 +1,4 @@
-"""The file of a basis: safetensors, schema ``v2_with_sv``.
+"""What a basis was made from, and its file: safetensors, schema ``v2_with_sv``.
 
 Tensors, for every module name as in ``model.named_modules()``::
 
@@ -12,9 +12,10 @@ Where the modules are only a part of the model's weight matrices there is also `
 weights and the names ``left_out``).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from assay.errors import DataError
 from assay.reports import write_atomic
-from assay.vhack.basis._origin import Origin
 from assay.vhack.gradients import Coverage, module_of, weights_digest
 
 if TYPE_CHECKING:
@@ -34,29 +34,73 @@ if TYPE_CHECKING:
     from assay.models import Model
 
 Tensors = dict[str, Tensor]
-Parts = tuple[Tensors, Tensors, Tensors, Origin]
-"""Axes, singular values and votes by module name, and the origin: the fields of a basis in their order."""
 
 SCHEMA = "v2_with_sv"
 _VALUES = "_sv/"
 _SKEW = 1e-3  # largest entry of V Vᵀ − 1; what extraction writes stays below 1e-6
 _REDO = "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"
+_SETTINGS = ("dtype", "rank", "factors", "top_k", "tau_axis", "method")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Model, pairs and settings of a basis.
+
+    Attributes:
+        model: Reference that the model was loaded from, for people to read.
+        weights: SHA-256 in hex of the weights, from :func:`assay.vhack.weights_digest`; empty without a model.
+        dtype: Dtype of the model, for example ``"bfloat16"``.
+        rank: Number of singular directions kept per weight matrix; None stands for all of them.
+        factors: Dtype of the factors U and Vh that the gradients were projected with.
+        top_k: Number of axes per module that was asked for.
+        tau_axis: Share of the first singular value below which axes were set to zero.
+        method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
+        pairs: Keys of the pairs that were used, in order.
+        groups: Groups of these pairs, in the same order.
+        skipped: Keys of the pairs that were left out because their sides do not differ.
+        captured: Share of the gradient's energy ‖g‖² that ``rank`` directions hold, 1 for all.
+        coverage: Share of the model's weights that the modules of the basis are, and the matrices left out.
+    """
+
+    model: str = ""
+    weights: str = ""
+    dtype: str = ""
+    rank: int | None = None
+    factors: str = ""
+    top_k: int = 12
+    tau_axis: float = 0.0
+    method: str = "lda"
+    pairs: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    captured: float = 1.0
+    coverage: Coverage = field(default_factory=Coverage)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Keys of all pairs it was to be made from, used or skipped, sorted."""
+        return tuple(sorted(self.pairs + self.skipped))
+
+    @property
+    def pairs_digest(self) -> str:
+        """SHA-256 in hex of the pairs that were given, whatever their order."""
+        return hashlib.sha256("\n".join(self.given).encode()).hexdigest()
+
+    @property
+    def settings_digest(self) -> str:
+        """SHA-256 in hex of the settings: dtype, rank, factors, top_k, tau_axis and method."""
+        return hashlib.sha256(json.dumps({name: getattr(self, name) for name in _SETTINGS}).encode()).hexdigest()
 
 
 def write_basis(path: Path, axes: Tensors, values: Tensors, votes: Tensors, origin: Origin) -> None:
-    """Write the parts of a basis to a file, in the format that this module describes.
-
-    Raises:
-        StorageError: The file cannot be written.
-    """
+    """Write the parts of a basis to a file, in the format that this module describes."""
     tensors = {name: axes_KR.contiguous() for name, axes_KR in axes.items()}
     tensors |= {_VALUES + name: values_K.contiguous() for name, values_K in values.items()}
     write_atomic(path, save(tensors, metadata=_metadata(votes, origin)))
 
 
 def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
-    part = {"coverage": json.dumps(asdict(origin.coverage))} if origin.coverage.left_out else {}
-    return {
+    metadata = {
         "schema": SCHEMA,
         "model": origin.model,
         "dtype": origin.dtype,
@@ -73,28 +117,40 @@ def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
         "skipped": json.dumps(origin.skipped),
         "captured": repr(origin.captured),
         "votes": json.dumps({name: votes_K2.tolist() for name, votes_K2 in votes.items()}),
-        **part,
     }
+    if origin.coverage.left_out:
+        metadata["coverage"] = json.dumps(asdict(origin.coverage))
+    return metadata
 
 
-def read_basis(path: Path, model: "Model | PreTrainedModel | None", expect: Mapping[str, object]) -> Parts:
-    """Return the parts of the basis in a file, after checking what it was made for.
+def read_basis(
+    path: Path, model: "Model | PreTrainedModel | None", expect: Mapping[str, object]
+) -> tuple[Tensors, Tensors, Tensors, Origin]:
+    """Return the axes, singular values and votes by module name and the origin of the basis in a file.
 
-    Args:
-        path: Path of the file.
-        model: Model whose weights it must have been made from; None skips that check.
-        expect: Attributes of the origin that must have these values.
-
-    Raises:
-        DataError: The file is not a basis, or was made for other weights, pairs or settings.
+    Arguments and errors are those of :meth:`assay.vhack.Basis.load`.
     """
-    parts = _parse(path, *_read(path))
-    axes, _, _, origin = parts
+    metadata, tensors = _read(path)
+    try:
+        origin = _parse_origin(metadata)
+        axes = {name: rows for name, rows in tensors.items() if not name.startswith(_VALUES)}
+        values = {name: tensors[_VALUES + name] for name in axes}
+        counts = json.loads(metadata["votes"])
+        votes = {name: torch.tensor(counts[name], dtype=torch.int64).reshape(-1, 2) for name in axes}
+        for name, axes_KR in axes.items():
+            _check_module(name, axes_KR, values[name], votes[name])
+    except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:  # RecursionError is a RuntimeError
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO) from error
     if model is not None:
         _check_model(path, axes, origin, model)
     for name, wanted in expect.items():
-        _check_setting(path, name, getattr(origin, name), wanted)
-    return parts
+        seen = getattr(origin, name)
+        if seen != wanted and name == "given":
+            raise _stale(path, "pairs", "another set of them", "the pairs it is asked for")
+        if seen != wanted:
+            raise _stale(path, name, repr(seen), repr(wanted))
+    return axes, values, votes, origin
 
 
 def _read(path: Path) -> tuple[dict[str, str], Tensors]:
@@ -108,32 +164,13 @@ def _read(path: Path) -> tuple[dict[str, str], Tensors]:
         raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
 
 
-def _parse(path: Path, metadata: dict[str, str], tensors: Tensors) -> Parts:
-    try:
-        if metadata["schema"] != SCHEMA:
-            raise ValueError(f"schema {metadata['schema']!r}")
-        origin = _parse_origin(metadata)
-        axes = {name: rows for name, rows in tensors.items() if not name.startswith(_VALUES)}
-        values = {name: tensors[_VALUES + name] for name in axes}
-        counts = json.loads(metadata["votes"])
-        votes = {name: torch.tensor(counts[name], dtype=torch.int64).reshape(-1, 2) for name in axes}
-        for name, axes_KR in axes.items():
-            _check_parts(name, axes_KR, values[name], votes[name])
-    except KeyError as error:
-        raise _no_basis(path, f"it has no {error}") from error
-    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # RecursionError is a RuntimeError
-        raise _no_basis(path, str(error)) from error
-    return axes, values, votes, origin
-
-
-def _no_basis(path: Path, why: str) -> DataError:
-    return DataError(f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO)
-
-
 def _parse_origin(metadata: dict[str, str]) -> Origin:
+    if metadata["schema"] != SCHEMA:
+        raise ValueError(f"schema {metadata['schema']!r}")
     lists = {name: json.loads(metadata[name]) for name in ("pairs", "groups", "skipped")}
     if not all(isinstance(keys, list) and all(isinstance(key, str) for key in keys) for keys in lists.values()):
         raise ValueError("pairs, groups or skipped are not lists of names")
+    covered = json.loads(metadata["coverage"]) if "coverage" in metadata else asdict(Coverage())
     origin = Origin(
         model=metadata["model"],
         weights=metadata["weights_sha256"],
@@ -143,11 +180,9 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
         top_k=int(metadata["top_k"]),
         tau_axis=float(metadata["tau_axis"]),
         method=metadata["method"],
-        pairs=tuple(lists["pairs"]),
-        groups=tuple(lists["groups"]),
-        skipped=tuple(lists["skipped"]),
         captured=float(metadata["captured"]),
-        coverage=_parse_coverage(metadata.get("coverage")),
+        coverage=Coverage(float(covered["share"]), tuple(map(str, covered["left_out"]))),
+        **{name: tuple(keys) for name, keys in lists.items()},
     )
     if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
         raise ValueError("its hashes do not belong to its own pairs or settings")
@@ -158,14 +193,7 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
     return origin
 
 
-def _parse_coverage(text: str | None) -> Coverage:
-    if text is None:
-        return Coverage()
-    found = json.loads(text)
-    return Coverage(float(found["share"]), tuple(map(str, found["left_out"])))
-
-
-def _check_parts(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor) -> None:
+def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor) -> None:
     k = len(votes_K2)
     if axes_KR.ndim != 2 or len(axes_KR) != k or values_K.shape != (k,) or k == 0:
         raise ValueError(f"{name} has axes {list(axes_KR.shape)}, singular values {list(values_K.shape)} and {k} votes")
@@ -191,12 +219,6 @@ def _check_model(path: Path, axes: Tensors, origin: Origin, model: "Model | PreT
     digest = weights_digest(model)
     if origin.weights != digest:
         raise _stale(path, "weights", origin.weights[:16] or "none", f"weights {digest[:16]}")
-
-
-def _check_setting(path: Path, name: str, seen: object, wanted: object) -> None:
-    if seen != wanted:
-        shown = ("another set of them", "the pairs it is asked for") if name == "given" else (repr(seen), repr(wanted))
-        raise _stale(path, "pairs" if name == "given" else name, *shown)
 
 
 def _stale(path: Path, what: str, seen: str, wanted: str) -> DataError:

@@ -5,6 +5,7 @@ Shapes: N pairs, R coordinates of δS in a module.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,9 +13,7 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.vhack.basis._axes import METHODS, energy_along, find_axes, gram
 from assay.vhack.basis._basis import Basis, check_axis_settings, zero_weak_axes
-from assay.vhack.basis._origin import Origin
-
-Grams = dict[str, Tensor]
+from assay.vhack.basis._file import Origin
 
 
 class PairGradients:
@@ -55,8 +54,6 @@ class PairGradients:
         self.origin = replace(origin or Origin(), pairs=self.keys, groups=self.groups)
         _check_finite(self.hack, "hack", self.keys)
         _check_finite(self.clean, "clean", self.keys)
-        self._grams: Grams = {}
-        self._clean_grams: Grams = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -65,13 +62,13 @@ class PairGradients:
         """Return hack minus clean of one module, [N, R]."""
         return self.hack[module] - self.clean[module]
 
-    def grams(self, *, clean: bool = False) -> Grams:
-        """Return the Gram matrix of the differences or of the clean gradients, [N, N] in float64 per module."""
-        if clean and not self._clean_grams:
-            self._clean_grams = {name: gram(rows) for name, rows in self.clean.items()}
-        if not clean and not self._grams:
-            self._grams = {name: gram(self.differences(name)) for name in self.hack}
-        return self._clean_grams if clean else self._grams
+    @cached_property
+    def _grams(self) -> dict[str, Tensor]:
+        return {name: gram(self.differences(name)) for name in self.hack}
+
+    @cached_property
+    def _clean_grams(self) -> dict[str, Tensor]:
+        return {name: gram(rows_NR) for name, rows_NR in self.clean.items()}
 
     def basis(
         self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "lda", keep: Sequence[int] | None = None
@@ -94,41 +91,30 @@ class PairGradients:
         check_method(method, len(rows))
         index = torch.tensor(rows)
         square = (index[:, None], index[None, :])
-        lda = method == "lda"
-        grams, clean_grams = self.grams(), self.grams(clean=True) if lda else {}
-        found = {
-            name: find_axes(
-                self.differences(name)[index],
-                gram_NN[square],
-                top_k=top_k,
-                method=method,
-                clean_NR=self.clean[name][index] if lda else None,
-                clean_gram_NN=clean_grams[name][square] if lda else None,
-            )
-            for name, gram_NN in grams.items()
-        }
-        if not any(axes.values.any() for axes in found.values()):
+        found, axes, energy = {}, {}, {}
+        for name, gram_NN in self._grams.items():
+            rows_NR = self.differences(name)[index]
+            clean = (self.clean[name][index], self._clean_grams[name][square]) if method == "lda" else None
+            found[name] = find_axes(rows_NR, gram_NN[square], top_k=top_k, method=method, clean=clean)
+            axes[name] = zero_weak_axes(found[name].axes, found[name].values, tau_axis)
+            energy[name] = energy_along(rows_NR, axes[name])
+        if not any(module.values.any() for module in found.values()):
             raise DataError(
                 "hack and clean have the same gradients in every module",
                 wanted="pairs whose two sides differ",
                 do="check the pairs: the two completions must not be the same",
             )
-        axes = {name: zero_weak_axes(part.axes, part.values, tau_axis) for name, part in found.items()}
-        energy = {name: energy_along(self.differences(name)[index], axes_KR) for name, axes_KR in axes.items()}
-        return Basis(
-            axes,
-            {name: part.values for name, part in found.items()},
-            {name: part.votes for name, part in found.items()},
-            replace(
-                self.origin,
-                top_k=top_k,
-                tau_axis=tau_axis,
-                method=method,
-                pairs=tuple(self.keys[row] for row in rows),
-                groups=tuple(self.groups[row] for row in rows),
-            ),
-            energy,
+        origin = replace(
+            self.origin,
+            top_k=top_k,
+            tau_axis=tau_axis,
+            method=method,
+            pairs=tuple(self.keys[row] for row in rows),
+            groups=tuple(self.groups[row] for row in rows),
         )
+        values = {name: module.values for name, module in found.items()}
+        votes = {name: module.votes for name, module in found.items()}
+        return Basis(axes, values, votes, origin, energy)
 
 
 def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> int:
