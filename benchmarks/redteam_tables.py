@@ -18,37 +18,23 @@ def markdown(columns, rows):
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def paying(cells):
-    columns = ("model", "dtype", "preset", "attack of the least error", "cost", "ε", "over honest", "checked")
-    best = [tables.paying(cells, model, dtype, preset) for model, dtype in tables.fields(cells) for preset in PRESETS]
-    rows = [
-        (b["model"], b["dtype"], b["preset"], b["attack"], f"{b['cost']:.2f}", f"{b['error']:.3f}",
-         f"{b['over_honest']:.1f}", b["checked_99"] or "never")
-        for b in best
-    ]  # fmt: skip
-    print(markdown(columns, rows), "\n")
-
-
 def show(cells, section):
     if section == "paying":
-        paying(cells)
+        print(markdown(*tables.paying_table(cells)), "\n")
+    if section == "experts":
+        print(markdown(*tables.expert_table(cells)))
     for model, dtype in tables.fields(cells):
         if section == "attacks":
             for preset in PRESETS:
-                rows = tables.attack_rows(cells, model, dtype, preset)
-                print(f"{model}, {dtype}, {preset}\n\n{markdown(tables.ATTACK_COLUMNS, rows)}\n")
+                table = tables.attack_table(cells, model, dtype, preset)
+                print(f"{model}, {dtype}, {preset}\n\n{markdown(*table)}\n")
         elif section == "claims":
-            print(f"{model}\n\n{markdown(tables.CLAIM_COLUMNS, tables.claim_rows(cells, model, dtype))}\n")
+            print(f"{model}\n\n{markdown(*tables.claim_table(cells, model, dtype))}\n")
         elif section == "audits":
-            print(f"{model}\n\n{markdown(tables.AUDIT_COLUMNS, tables.audit_rows(cells, model, dtype))}\n")
+            print(f"{model}\n\n{markdown(*tables.audit_table(cells, model, dtype))}\n")
         elif section == "search":
             honest = tables.honest_errors(cells, model, dtype)["hardened"]
-            rows = tables.search_rows(cells, model, honest)
-            print(f"{model}\n\n{markdown(tables.SEARCH_COLUMNS, rows)}\n")
-    if section == "experts":
-        found = [row for cell in cells if cell["kind"] == "experts" for row in cell["rows"]]
-        rows = [(r["name"], f"{r['cost']:.2f}", f"{r['artifact']:.3f}", f"{r['hardened']:.3f}") for r in found]
-        print(markdown(("prover", "cost", "ε, last state", "ε, hardened"), rows))
+            print(f"{model}\n\n{markdown(*tables.search_table(cells, model, honest))}\n")
 
 
 def main():

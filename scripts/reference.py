@@ -140,7 +140,8 @@ def packages() -> Iterator[ModuleType]:
     for found in pkgutil.walk_packages(assay.__path__, "assay."):
         if found.ispkg and not any(part.startswith("_") for part in found.name.split(".")):
             yield importlib.import_module(found.name)
-    yield from (importlib.import_module(f"assay.{name}") for name in ("errors", "settings"))
+    modules = ("errors", "settings", "research.cheats", "research.organism", "research.simulation")
+    yield from (importlib.import_module(f"assay.{name}") for name in modules)
 
 
 def api() -> str:

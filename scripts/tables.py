@@ -11,7 +11,7 @@ from typing import Any
 from assay.reports import read_json
 from assay.research.approaches import weight_rows
 from assay.research.matrix import configurations
-from assay.research.redteam import ATTACK_COLUMNS, PRESETS, attack_rows, fields, honest_errors, paying
+from assay.research.redteam import attack_table, fields, honest_errors, paying, paying_table
 from assay.research.runs import read_run
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -150,17 +150,8 @@ def redteam_cells(name: str) -> list[Any]:
 
 def cheapest() -> None:
     """Print, per model, format and preset, the attack that saves a quarter of the work at the least error."""
-    header = ("model", "dtype", "preset", "attack of the least error", "cost", "ε", "over honest", "checked")
-    rows = []
-    for suffix in FORMATS.values():
-        for name in REDTEAM:
-            cells = redteam_cells(name + suffix)
-            for model, dtype in fields(cells):
-                for preset in PRESETS:
-                    best = paying(cells, model, dtype, preset)
-                    figures = (f"{best['cost']:.2f}", f"{best['error']:.3f}", f"{best['over_honest']:.1f}")
-                    rows.append((model, dtype, preset, best["attack"], *figures, best["checked_99"]))
-    print_table(header, rows)
+    tables = [paying_table(redteam_cells(name + suffix)) for suffix in FORMATS.values() for name in REDTEAM]
+    print_table(tables[0][0], [row for _, rows in tables for row in rows])
 
 
 def formats() -> None:
@@ -175,8 +166,8 @@ def formats() -> None:
 def _format_column(dtype: str, suffix: str) -> list[str]:
     where = [(cells, *fields(cells)[0]) for cells in (redteam_cells(name + suffix) for name in REDTEAM)]
     digits = 3 if dtype == "bfloat16" else 4
-    rows = [{row[0]: row for row in attack_rows(*place, "hardened")} for place in where]
-    over = ATTACK_COLUMNS.index("over honest")
+    tables = [attack_table(*place, "hardened") for place in where]
+    over = tables[0][0].index("over honest")
     claims = [row for cells, *_ in where for cell in cells if cell["kind"] == "claims" for row in cell["rows"]]
     caught = [row["sequential"][-1] for row in claims if (row["claim"], row["preset"]) == ("2% invented", "poc-2.0")]
     experts = read_json(RESULTS / f"hardened_experts{suffix.replace('-', '_')}.json")
@@ -184,7 +175,7 @@ def _format_column(dtype: str, suffix: str) -> list[str]:
         " / ".join(f"{honest_errors(*place)['hardened']:.{digits}f}" for place in where),
         " / ".join(f"{paying(*place, 'hardened')['over_honest']:.1f}" for place in where),
         " / ".join(f"{experts[name]['ratio']:.1f}" for name in ("random", "trained")),
-        " / ".join(str(found["int8 weights"][over]) for found in rows),
+        " / ".join(str(row[over]) for _, rows in tables for row in rows if row[0] == "int8 weights"),
         " / ".join(f"{share:.4g}" for share in caught),
     ]
 

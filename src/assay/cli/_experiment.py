@@ -12,8 +12,8 @@ from assay.cli._settings import settings
 
 if TYPE_CHECKING:
     from assay.reports import JsonObject
-    from assay.research.approaches import ApproachPlan, WeightPlan, WeightRow
-    from assay.research.matrix import Configuration, Plan
+    from assay.research.approaches import ApproachPlan, WeightPlan
+    from assay.research.matrix import Plan
     from assay.research.redteam import RedteamPlan
     from assay.research.simulation import SimulationPlan
 
@@ -70,7 +70,7 @@ def weights(
     """Compare trained weights with weights that are drawn per block: all of them, or the embeddings alone."""
     from dataclasses import asdict
 
-    from assay.research.approaches import run_weights, weight_rows
+    from assay.research.approaches import run_weights, weight_rows, weight_table
     from assay.research.runs import read_run
 
     page = _measure(run_weights, plan, run_name, output, "measuring", "blocks")
@@ -78,16 +78,8 @@ def weights(
     if as_json:
         _emit("weights", page, rows=[asdict(row) for row in rows])
         return
-    columns = ("weights", *rows[0].blocks, "spread of means", "noise band", "verdict")
-    for model in dict.fromkeys(row.model for row in rows):
-        table(columns, [_weights(row) for row in rows if row.model == model], title=model)
+    table(*weight_table(rows), title=f"largest minus smallest block mean, blocks {', '.join(plan.blocks)}")
     typer.echo(f"report: {page}")
-
-
-def _weights(row: "WeightRow") -> tuple[str, ...]:
-    verdict = "inside noise" if row.inside else "beyond noise"
-    means = (f"{mean:.4f}" for mean in row.means)
-    return (row.weights, *means, f"{row.spread:.4f}", f"{row.low:.4f} to {row.high:.4f}", verdict)
 
 
 @app.command(cls=Resumable, epilog="Example: assay poc experiment matrix --models reference:qwen3 --duration 10")
@@ -98,7 +90,7 @@ def matrix(
     """Test models × modes × blocks × keys against live services over HTTP, with a receiver of callbacks."""
     from functools import partial
 
-    from assay.research.matrix import configurations, run_matrix
+    from assay.research.matrix import configurations, rate_table, run_matrix, spread_table, throughput_table
     from assay.research.runs import read_run
 
     run = partial(run_matrix, note=partial(typer.echo, err=True))
@@ -108,24 +100,10 @@ def matrix(
         _emit("matrix", page, configurations=[row.as_dict() for row in found])
         return
     for one in found:
-        keys = list(one.blocks[0].rates)
-        rows = [
-            (row.block, *(f"{row.rates[key]:.1%}" if key in row.rates else "" for key in keys), f"{row.rate:.1%}")
-            for row in one.blocks
-        ]
-        table(("block", *keys, "mean"), rows, title=f"{one.model}, {one.mode}")
-    columns = ("", "spread", "noise band", "verdict", "nonces/s", "undelivered")
-    table(columns, [_configuration(row) for row in found], title="cross-block spread")
+        table(*rate_table(one), title=f"{one.model}, {one.mode}: valid rates")
+    table(*spread_table(found), title="largest minus smallest valid rate of the blocks")
+    table(*throughput_table(found), title="throughput")
     typer.echo(f"report: {page}")
-
-
-def _configuration(row: "Configuration") -> tuple[str, ...]:
-    spread = (
-        ("", "")
-        if row.spread is None
-        else (f"{row.spread.value:.1%}", f"{row.spread.low:.1%} to {row.spread.high:.1%}")
-    )
-    return f"{row.model}, {row.mode}", *spread, row.verdict, f"{row.nonces_per_second:.1f}", str(row.undelivered)
 
 
 @app.command(cls=Resumable, epilog="Example: assay poc experiment redteam --models reference:qwen3 --searched 0")
@@ -140,19 +118,12 @@ def redteam(
     page = _measure(team.run_redteam, plan, run_name, output, "attacking", "cells")
     cells = read_run(page.parent, "redteam").cells
     places = [(*field, preset) for field in team.fields(cells) for preset in team.PRESETS]
-    best = [team.paying(cells, *place) for place in places]
     if as_json:
-        _emit("redteam", page, paying=best)
+        _emit("redteam", page, paying=[team.paying(cells, *place) for place in places])
         return
     for place in places:
-        table(team.ATTACK_COLUMNS, team.attack_rows(cells, *place), title=", ".join(place))
-    columns = ("model", "dtype", "preset", "attack that pays best", "cost", "ε", "over honest", "caught after")
-    numbers = ("cost", "error", "over_honest")
-    rows = [
-        (*(b[k] for k in ("model", "dtype", "preset", "attack")), *(f"{b[k]:.2f}" for k in numbers), b["checked_99"])
-        for b in best
-    ]
-    table(columns, [(*row[:-1], row[-1] or "never") for row in rows])
+        table(*team.attack_table(cells, *place), title=", ".join(place))
+    table(*team.paying_table(cells), title="attacks that save a quarter of the work by skipping")
     typer.echo(f"report: {page}")
 
 
@@ -174,7 +145,7 @@ def simulate(
         _emit("simulate", page, presets=list(cells))
         return
     for cell in cells:
-        table(simulation.COLUMNS, simulation.table_rows(cell), title=f"{cell['preset']}, {cell['dtype']}")
+        table(*simulation.year_table(cell), title=f"{cell['preset']}, {cell['dtype']}")
     typer.echo(f"report: {page}")
 
 

@@ -54,7 +54,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     for index, column in enumerate(columns):
         shown.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(str(cell)) for cell in row))
+        shown.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     console.print(shown)
 
 

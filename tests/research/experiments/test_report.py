@@ -46,13 +46,6 @@ def test_a_folder_without_experiments(tmp_path):
         build_report(tmp_path)
 
 
-def test_an_experiment_that_is_not_installed_is_left_out(registered, monkeypatch, tmp_path):
-    monkeypatch.setitem(_report.SECTIONS, "third", "assay.research.nothing_like_it:draw")
-    measure(tmp_path, "first", 1)
-    measure(tmp_path, "third", 1)
-    assert "third" not in build_report(tmp_path).read_text()
-
-
 @pytest.mark.parametrize("experiment", ["approaches", "weights", "matrix"])
 def test_cells_of_another_kind_are_an_error_that_names_the_file(experiment: str, tmp_path):
     with open_run(tmp_path, experiment, {}) as run:

@@ -64,16 +64,20 @@ def test_other_settings_are_refused_and_named(tmp_path):
         run.append("one", {})
     before = (tmp_path / "weights.jsonl").read_bytes()
     for other in ({**SETTINGS, "seq_len": 9}, {"dtype": "float32"}, {**SETTINGS, "device": "cpu"}):
-        with pytest.raises(UsageError, match=r"another (seq_len|device)"):
-            open_run(tmp_path, "weights", other)
+        with pytest.raises(UsageError, match=r"another (seq_len|device)"), open_run(tmp_path, "weights", other):
+            pass
     assert (tmp_path / "weights.jsonl").read_bytes() == before
     with open_run(tmp_path, "weights", SETTINGS) as run:
         assert run.done == {"one"}
 
 
 def test_one_writer_at_a_time(tmp_path):
-    with open_run(tmp_path, "weights", SETTINGS), pytest.raises(StorageError, match="another process"):
-        open_run(tmp_path, "weights", SETTINGS)
+    with (
+        open_run(tmp_path, "weights", SETTINGS),
+        pytest.raises(StorageError, match="another process"),
+        open_run(tmp_path, "weights", SETTINGS),
+    ):
+        pass
 
 
 def test_another_machine_is_noted(tmp_path, monkeypatch):

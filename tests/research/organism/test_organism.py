@@ -7,8 +7,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.models import load_model
-from assay.research.organism import Mixture, Recipe, examples, make_organism
-from assay.research.organism.__main__ import main
+from assay.research.organism import Mixture, Recipe, examples, main, make_organism
 
 
 def test_examples_are_the_same_again_and_a_longer_list_begins_with_a_shorter_one():

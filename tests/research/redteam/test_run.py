@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from assay.errors import UsageError
-from assay.research.redteam import ATTACKS, RedteamPlan, attack_rows, paying, run_redteam
+from assay.research.redteam import ATTACKS, RedteamPlan, attack_table, paying, run_redteam
 from assay.research.redteam import _field as field_module
 from assay.research.redteam import _run as run_module
 from assay.research.redteam import _tables as tables
@@ -33,6 +33,7 @@ def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
 
         with pytest.raises(KeyboardInterrupt):
             run_redteam(plan, folder, progress=stop)
+        assert "cells are missing" in build_report(folder).read_text(), "an unfinished run has a page too"
         run_redteam(plan, folder, progress=lambda done, total: seen.append((done, total)))
     total = seen[0][1]
     assert seen[4:] == [(done, total - 4) for done in range(1, total - 3)], "no cell is measured again"
@@ -50,17 +51,17 @@ def test_rows_say_what_the_cells_measured(finished, small_checkpoint):
     where = (str(small_checkpoint), "bfloat16")
     assert tables.fields(cells) == [where]
     for preset in ("poc-2.0", "artifact", "hardened"):
-        rows = attack_rows(cells, *where, preset)
+        _, rows = attack_table(cells, *where, preset)
         assert len(rows) == len(SOME) - (preset != "hardened")
-    by_name = {row[0]: row for row in attack_rows(cells, *where, "hardened")}
+    by_name = {row[0]: row for row in attack_table(cells, *where, "hardened")[1]}
     assert float(by_name["int8 weights"][2]) < float(by_name["last quarter of the layers dropped"][2])
     assert float(by_name["state of another nonce"][5]) > 0.99
     best = paying(cells, *where, "hardened")
     assert best["cost"] <= 0.75
     assert best["over_honest"] > 1
-    assert {row[1] for row in tables.claim_rows(cells, *where)} == {"poc-2.0", "artifact", "hardened"}
-    assert len(tables.audit_rows(cells, *where)) == 9
-    assert tables.search_rows(cells, where[0], 0.01)[0][0] == 1
+    assert {row[1] for row in tables.claim_table(cells, *where)[1]} == {"poc-2.0", "artifact", "hardened"}
+    assert len(tables.audit_table(cells, *where)[1]) == 9
+    assert tables.search_table(cells, where[0], 0.01)[1][0][0] == 1
 
 
 def test_fewer_experts_are_a_larger_error_than_rounding(finished):

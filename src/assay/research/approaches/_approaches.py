@@ -48,8 +48,6 @@ from assay.research.runs import (
 )
 from assay.settings import Dtype, Names
 
-APPROACHES = tuple(PIPELINES)
-
 KEY = "node_A"
 STATE_NONCES = 256  # from which the effective dimension is measured
 ALPHA = 0.01  # at which a deviation from the law, or between blocks, counts as structure
@@ -61,7 +59,7 @@ FloatArray = npt.NDArray[np.float64]
 
 def _own_names(approaches: tuple[str, ...]) -> tuple[str, ...]:
     # sign-flips and poc-2.0 are two names of one approach.
-    return tuple(get_pipeline(name).name for name in approaches) or APPROACHES
+    return tuple(get_pipeline(name).name for name in approaches) or tuple(PIPELINES)
 
 
 class ApproachPlan(ExperimentPlan):
@@ -73,7 +71,7 @@ class ApproachPlan(ExperimentPlan):
     """
 
     approaches: Annotated[Names, AfterValidator(_own_names)] = Field(
-        APPROACHES, description="Presets, separated by commas; by default all of them."
+        tuple(PIPELINES), description="Presets, separated by commas; by default all of them."
     )
     blocks: Blocks = BLOCKS
     nonces: int = Field(1024, ge=2, description="Nonces per block.")
@@ -82,7 +80,7 @@ class ApproachPlan(ExperimentPlan):
     timed: int = Field(5, ge=0, description="Batches for which every approach is timed; 0 skips the timing.")
     dtype: Dtype = None
 
-    least: ClassVar[Mapping[str, int]] = {"models": 1, "approaches": 1, "blocks": 2}
+    least: ClassVar[Mapping[str, int]] = {"blocks": 2}
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "approaches"})
 
     def groups(self) -> list[list[Pipeline]]:

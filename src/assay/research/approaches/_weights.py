@@ -22,9 +22,18 @@ from assay.models import load_model
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import Round, get_pipeline, unit
 from assay.poc.verdict import distances_from
-from assay.reports import JsonObject
+from assay.reports import MUTED, SERIES, Badge, Cell, JsonObject, Report, figure, legend
 from assay.research.approaches._approaches import law_of, summary
-from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, Progress, measure_missing, published
+from assay.research.runs import (
+    BLOCKS,
+    Blocks,
+    ExperimentPlan,
+    Progress,
+    RunRecords,
+    Table,
+    measure_missing,
+    published,
+)
 from assay.settings import Dtype
 
 MODES = ("trained", "random-all", "random-embed")
@@ -43,7 +52,7 @@ class WeightPlan(ExperimentPlan):
     nonces: int = Field(1024, ge=2, description="Nonces per block.")
     dtype: Dtype = None
 
-    least: ClassVar[Mapping[str, int]] = {"models": 1, "blocks": 2}
+    least: ClassVar[Mapping[str, int]] = {"blocks": 2}
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "blocks"})
 
     def model_post_init(self, context: Any, /) -> None:
@@ -109,16 +118,15 @@ class WeightRow:
     """The blocks of a model in a weight mode.
 
     Args:
-        model: reference.
-        weights: weight mode.
-        blocks: block hashes.
-        means: mean distance per block.
+        model: Reference of the model.
+        weights: Weight mode, one of `MODES`.
+        blocks: Block hashes.
+        means: Mean distance per block.
         std: Standard deviation of the distances within a block.
-        spread: largest minus smallest mean.
-        low: lower end of the band in which 95 % of spreads lie when only the nonces differ.
-        high: its upper end.
-        p_value: probability of such a spread or a larger one by chance.
-        context_effect: mean distance that the unit state moves when the earlier positions are reversed.
+        spread: Largest minus smallest mean.
+        low, high: Ends of the band in which 95 % of spreads lie when only the nonces differ.
+        p_value: Probability of such a spread or a larger one by chance.
+        context_effect: Mean distance that the unit state moves when the earlier positions are reversed.
     """
 
     model: str
@@ -163,3 +171,62 @@ def _row(cells: Sequence[JsonObject]) -> WeightRow:
         p_value=float(law.sf(spread / error)),
         context_effect=float(np.mean([cell["context_effect"] for cell in cells])),
     )
+
+
+def weight_table(rows: Sequence[WeightRow]) -> Table:
+    """Return block means per weight mode, their spread with its noise band, and the verdict."""
+    cells: list[list[Cell]] = [
+        [
+            row.model,
+            row.weights,
+            ", ".join(f"{mean:.4f}" for mean in row.means),
+            f"{row.std:.4f}",
+            f"{row.spread:.4f}",
+            f"{row.low:.4f} to {row.high:.4f}",
+            f"{row.p_value:.2g}",
+            f"{row.context_effect:.2g}",
+            "inside noise" if row.inside else "beyond noise",
+        ]
+        for row in rows
+    ]
+    columns = ("model", "weights", "block means", "sd", "spread", "95 % noise band", "p-value", "context", "verdict")
+    return columns, cells
+
+
+def draw(report: Report, run: RunRecords) -> None:
+    """Add block means per weight mode, their spread with its noise band, and a plot."""
+    rows = weight_rows(run.cells)
+    report.section("Does training give distances their structure?")
+    report.paragraph(
+        f"Block means of the distance ({run.settings['preset']}) with trained weights, with all weights drawn anew for "
+        "every block, and with the input embeddings alone drawn anew. A head that is tied to the embeddings changes "
+        "with them."
+    )
+    _plot(report, run.cells)
+    columns, cells = weight_table(rows)
+    for row, shown in zip(rows, cells, strict=True):
+        shown[-1] = Badge(str(shown[-1]), "pass" if row.inside else "fail")
+    report.table(columns, cells, caption="Largest minus smallest block mean of the distance")
+    report.paragraph(
+        "Context: how far the unit state moves when the positions before the last are reversed; unrelated states are "
+        "√2 apart. Near zero, the model passes its last input through, and distances say nothing about its layers."
+    )
+
+
+def _plot(report: Report, cells: Sequence[JsonObject]) -> None:
+    fig, ax = figure(6.8, 3.2)
+    modes = list(dict.fromkeys(cell["weights"] for cell in cells))
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    for index, mode in enumerate(modes):
+        for place, model in enumerate(models):
+            chosen = [cell for cell in cells if (cell["model"], cell["weights"]) == (model, mode)]
+            x = [place + 0.25 * (index - 1) + 0.05 * i for i in range(len(chosen))]
+            error = [2 * cell["std"] / math.sqrt(cell["nonces"]) for cell in chosen]
+            label = mode if place == 0 else None
+            means = [cell["mean"] for cell in chosen]
+            ax.errorbar(x, means, error, fmt="o", color=SERIES[index], markersize=5, capsize=3, label=label)
+    ax.axhline(cells[0]["law"]["mean"], color=MUTED, linewidth=1, linestyle=":")
+    ax.set_xticks(range(len(models)), models)
+    ax.set_ylabel("mean distance of a block")
+    legend(ax)
+    report.figure(fig, "Mean distance per block, with two standard errors; dotted: mean of the chord law.")

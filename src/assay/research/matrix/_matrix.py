@@ -9,14 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
+import httpx
 from pydantic import Field
 
 from assay.errors import ResourceError, UsageError
@@ -55,19 +55,17 @@ class Live:
                 stdout=file,
                 stderr=file,
             )
-        self._client: Any = None
+        self._client: httpx.Client | None = None
         self.url = ""
 
     def connect(self, ready: str = "/health") -> None:
         """Wait until the process serves and the page ``ready`` answers 200; the error has the end of its log."""
         if self._client is not None:
             return
-        import httpx
-
         wait_until(lambda: self._port() is not None, _START_SECONDS, self.failure)
         self.url = f"http://127.0.0.1:{self._port()}"
-        self._client = httpx.Client(base_url=self.url, timeout=60.0)
-        wait_until(lambda: self._answers(ready), _START_SECONDS, self.failure)
+        self._client = client = httpx.Client(base_url=self.url, timeout=60.0)
+        wait_until(lambda: self._answers(client, ready), _START_SECONDS, self.failure)
 
     def get(self, path: str, **query: Any) -> Any:
         """Return what a page answers."""
@@ -97,9 +95,7 @@ class Live:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._client is not None:
             self._client.close()
         self._process.terminate()
@@ -111,8 +107,7 @@ class Live:
 
     def _call(self, method: str, path: str, **options: Any) -> Any:
         """Return what the service answers; anything but 200 is a ResourceError."""
-        import httpx
-
+        assert self._client is not None, "nobody calls what is not connected"
         try:
             answer = self._client.request(method, path, **options)
         except httpx.HTTPError as error:
@@ -121,12 +116,10 @@ class Live:
             raise self.failure(f"{method} {path} answered {answer.status_code}: {answer.text[:500]}")
         return answer.json()
 
-    def _answers(self, path: str) -> bool:
-        import httpx
-
+    def _answers(self, client: httpx.Client, path: str) -> bool:
         self._check_alive()
         try:
-            return bool(self._client.get(path).status_code == httpx.codes.OK)
+            return client.get(path).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
@@ -164,12 +157,12 @@ class Test:
 
     @property
     def key(self) -> str:
-        """The key of its cell."""
+        """Key of its cell."""
         return f"{self.model} {self.mode} {self.block} {self.public_key}"
 
     @property
     def log_name(self) -> str:
-        """The first part of the names of its logs."""
+        """First part of the names of its logs."""
         parts = (self.model, self.mode, self.block, self.public_key)
         clean = ["".join(c if c.isalnum() or c in "-_." else "-" for c in part.rpartition("/")[2]) for part in parts]
         return f"test_{self.number:02d}_" + "_".join(clean)
@@ -189,7 +182,6 @@ class Plan(ExperimentPlan):
     r_target: float = Field(1.416, description="Distance below which a nonce is valid.")
     dtype: Dtype = None
 
-    least: ClassVar[Mapping[str, int]] = {"models": 1, "modes": 1, "blocks": 1, "public_keys": 1}
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "modes", "blocks", "public_keys", "duration"})
 
     def model_post_init(self, context: Any, /) -> None:
@@ -202,7 +194,7 @@ class Plan(ExperimentPlan):
             Round(block_hash=block, public_key=key, r_target=self.r_target, seq_len=self.seq_len)
 
     def tests(self) -> Iterator[Test]:
-        """Give the tests in the order of their numbers."""
+        """Yield the tests in the order of their numbers."""
         cells = product(self.models, self.modes, self.blocks, self.public_keys)
         return (Test(number, *cell) for number, cell in enumerate(cells, 1))
 
@@ -222,8 +214,10 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
         UsageError: The run was begun with other settings.
         ResourceError: A service did not start, or did not answer.
     """
+    say = note or (lambda sentence: None)
     with open_run(folder, "matrix", plan.settings) as run, ExitStack() as stack:
-        todo = [test for test in plan.tests() if test.key not in run.done]
+        tests = list(plan.tests())
+        todo = [test for test in tests if test.key not in run.done]
         if not todo:
             return
         for reference in plan.models:
@@ -233,39 +227,24 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="assay-matrix-")))
         receive = ["poc", "receive", "-o", str(temporary / "received.sqlite3")]
         receiver = stack.enter_context(Live(receive, logs / "receiver.log"))
-        total = len(list(plan.tests()))
-        done = total - len(todo)
-        for index, (model, mode) in enumerate(product(plan.models, plan.modes)):
-            chosen = [test for test in todo if (test.model, test.mode) == (model, mode)]
-            with closing(_run_configuration(plan, chosen, receiver, temporary / str(index), logs, note)) as results:
-                for test, values in results:
+        done = len(tests) - len(todo)
+        for (model, mode), chosen in groupby(todo, lambda test: (test.model, test.mode)):
+            say(f"starting a service for {model}, {mode}")
+            with _service(plan, model, temporary / f"{done}", logs / "server.log") as server:
+                receiver.connect()
+                server.connect("/ready")
+                _begin(server, plan, mode, WARM_UP, WARM_UP, None)
+                server.post("/api/v1/pow/phase/validate")
+                for test in chosen:
+                    values = _run_test(test, plan, server, receiver, logs)
+                    say(
+                        f"test {test.number:2d}: {model} {mode} {test.block} {test.public_key}: "
+                        f"{values['valid']}/{values['checked']} valid, {values['nonces_per_second']:.1f} nonces/s"
+                    )
                     run.append(test.key, values)
                     done += 1
                     if progress:
-                        progress(done, total)
-
-
-def _run_configuration(
-    plan: Plan, tests: Sequence[Test], receiver: Live, data: Path, logs: Path, note: Note | None
-) -> Generator[tuple[Test, JsonObject]]:
-    """Run tests of one model and mode against a service of their own, kept in ``data``; give the values of each."""
-    if not tests:
-        return
-    say = note or (lambda sentence: None)
-    model, mode = tests[0].model, tests[0].mode
-    say(f"starting a service for {model}, {mode}")
-    with _service(plan, model, data, logs / "server.log") as server:
-        receiver.connect()
-        server.connect("/ready")
-        _begin(server, plan, mode, WARM_UP, WARM_UP, None)
-        server.post("/api/v1/pow/phase/validate")
-        for test in tests:
-            values = _run_test(test, plan, server, receiver, logs)
-            say(
-                f"test {test.number:2d}: {model} {mode} {test.block} {test.public_key}: "
-                f"{values['valid']}/{values['checked']} valid, {values['nonces_per_second']:.1f} nonces/s"
-            )
-            yield test, values
+                        progress(done, len(tests))
 
 
 def _service(plan: Plan, model: str, data: Path, log: Path) -> Live:

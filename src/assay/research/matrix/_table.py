@@ -1,4 +1,4 @@
-"""The matrix as tables, and on the page of a run: valid rates, the spread of the blocks, and the band of its noise."""
+"""The matrix as tables and on the page of a run: valid rates, the spread of the blocks, and the band of its noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from assay import stats
 from assay.poc.protocol import RANDOM_HEAD_ROWS
 from assay.reports import MUTED, SERIES, Badge, Cell, JsonObject, Report, figure, legend
-from assay.research.runs import RunRecords, Spread, spread_of
+from assay.research.runs import RunRecords, Spread, Table, spread_of
 
 PUBLISHED_LIMIT = 0.05
 """The published tests call a spread below this a success."""
@@ -42,14 +42,14 @@ class Configuration:
     """All tests of a model in a mode.
 
     Args:
-        model: its reference.
-        mode: sign-flips or layer-hooks.
-        blocks: one row per block.
+        model: Reference of the model.
+        mode: Mode of the rounds, sign-flips or layer-hooks.
+        blocks: Rates of every block.
         spread: Spread of the valid rates of the blocks; None for a single block.
-        expected: valid rate by the chord law.
-        nonces_per_second: mean over the tests.
-        nonces_per_second_error: standard deviation over the tests; 0 for a single test.
-        undelivered: valid nonces that the receiver did not get.
+        expected: Valid rate by the chord law.
+        nonces_per_second: Mean over the tests.
+        nonces_per_second_error: Standard deviation over the tests; 0 for a single test.
+        undelivered: Number of valid nonces that the receiver did not get.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Configuration:
 
     @property
     def verdict(self) -> str:
-        """What the spread says: inside noise, beyond it, or beyond the published limit too."""
+        """Whether the spread is inside its noise, beyond it, or beyond the published limit too."""
         if self.spread is None:
             return "one block"
         if self.spread.inside:
@@ -123,44 +123,34 @@ def _configuration(cells: Sequence[JsonObject]) -> Configuration:
     )
 
 
-def draw(report: Report, run: RunRecords) -> None:
-    """Add the table of valid rates, the spreads with their noise bands, a plot, and the throughput."""
-    found = configurations(run.cells)
-    several = [configuration for configuration in found if configuration.spread is not None]
-    if several:
-        report.section("Live services: how far apart are the blocks?")
-        report.paragraph(
-            f"{sum(len(row.rates) for c in several for row in c.blocks)} tests, each a round of a live service over "
-            f"HTTP whose callbacks were counted. Expected by the chord law: {several[0].expected:.2%} valid."
-        )
-        _plot(report, several)
-        _spreads(report, several)
-        for configuration in several:
-            _rates(report, configuration)
-    if found:
-        report.section("Throughput of live services")
-        _throughput(report, found)
-
-
-def _spreads(report: Report, several: list[Configuration]) -> None:
+def rate_table(found: Configuration) -> Table:
+    """Return valid rates per block and key."""
+    keys = list(found.blocks[0].rates)
     rows: list[list[Cell]] = []
-    for row in several:
-        spread = row.spread
-        assert spread is not None
-        band = f"{spread.low:.2%} to {spread.high:.2%}"
-        badge = Badge(row.verdict, "pass" if spread.inside else "fail")
-        published = _published_spread(row)
-        rows.append([row.model, row.mode, f"{spread.value:.2%}", band, spread.p_text, published, badge])
-    report.table(
-        ("model", "mode", "spread", "noise band, 95 %", "p", "published", "verdict"),
-        rows,
-        caption="Largest minus smallest valid rate of the blocks",
-    )
-    report.paragraph(
-        "The noise band is where the spread of these block means falls when nothing differs but the nonces and the "
-        f"random head that every block draws. The published limit of success is {PUBLISHED_LIMIT:.0%}; the published "
-        "spreads come from other models, so they are a comparison of kind, not of size."
-    )
+    for row in found.blocks:
+        rates = (f"{row.rates[key]:.2%}" if key in row.rates else None for key in keys)
+        rows.append([row.block, *rates, f"{row.rate:.2%}", row.checked])
+    return ("block", *keys, "all keys", "nonces"), rows
+
+
+def spread_table(found: Sequence[Configuration]) -> Table:
+    """Return the largest minus the smallest valid rate of the blocks, its noise band, and the verdict."""
+    rows: list[list[Cell]] = []
+    for row in found:
+        spread, numbers = row.spread, ["", "", ""]
+        if spread is not None:
+            numbers = [f"{spread.value:.2%}", f"{spread.low:.2%} to {spread.high:.2%}", spread.p_text]
+        rows.append([row.model, row.mode, *numbers, _published_spread(row), row.verdict])
+    return ("model", "mode", "spread", "95 % noise band", "p-value", "published spread", "verdict"), rows
+
+
+def throughput_table(found: Sequence[Configuration]) -> Table:
+    """Return nonces per second, and valid nonces that were not delivered."""
+    rows: list[list[Cell]] = []
+    for row in found:
+        error = f"{row.nonces_per_second_error:.1f}" if row.nonces_per_second_error else None
+        rows.append([row.model, row.mode, row.checked, f"{row.nonces_per_second:.1f}", error, row.undelivered])
+    return ("model", "mode", "nonces", "nonces/s", "sd over tests", "valid, not delivered"), rows
 
 
 def _published_spread(row: Configuration) -> str:
@@ -171,20 +161,33 @@ def _published_spread(row: Configuration) -> str:
     return f"{max(means) - min(means):.1f} %"
 
 
-def _rates(report: Report, configuration: Configuration) -> None:
-    keys = list(configuration.blocks[0].rates)
-    rows = [
-        [
-            row.block,
-            *(f"{row.rates[key]:.2%}" if key in row.rates else None for key in keys),
-            f"{row.rate:.2%}",
-            row.checked,
-        ]
-        for row in configuration.blocks
-    ]
-    title = f"{configuration.model}, {configuration.mode}: valid rate per key"
-    with report.details(title):
-        report.table(("block", *keys, "all", "nonces"), rows, caption=title)
+def draw(report: Report, run: RunRecords) -> None:
+    """Add the table of valid rates, the spreads with their noise bands, a plot, and the throughput."""
+    found = configurations(run.cells)
+    several = [configuration for configuration in found if configuration.spread is not None]
+    if several:
+        report.section("Live services: how far apart are the valid rates of the blocks?")
+        report.paragraph(
+            f"{sum(len(row.rates) for c in several for row in c.blocks)} tests, each a round of a live service over "
+            f"HTTP whose callbacks were counted. Expected by the chord law: {several[0].expected:.2%} valid."
+        )
+        _plot(report, several)
+        columns, rows = spread_table(several)
+        badges = [Badge(row.verdict, "pass" if row.spread and row.spread.inside else "fail") for row in several]
+        shown = [[*row[:-1], badge] for row, badge in zip(rows, badges, strict=True)]
+        report.table(columns, shown, caption="Largest minus smallest valid rate of the blocks")
+        report.paragraph(
+            "The noise band is where the spread falls when nothing differs but the nonces and the random head that "
+            f"every block draws. The published limit of success is {PUBLISHED_LIMIT:.0%}; the published spreads come "
+            "from other models, so they compare in kind, not in size."
+        )
+        for configuration in several:
+            title = f"{configuration.model}, {configuration.mode}: valid rate per key"
+            with report.details(title):
+                report.table(*rate_table(configuration), caption=title)
+    if found:
+        report.section("Throughput of live services")
+        report.table(*throughput_table(found))
 
 
 def _plot(report: Report, several: list[Configuration]) -> None:
@@ -203,18 +206,3 @@ def _plot(report: Report, several: list[Configuration]) -> None:
     ax.set_ylabel("valid nonces, %")
     legend(ax)
     report.figure(fig, "Valid rate per block, with two standard errors of its nonces.")
-
-
-def _throughput(report: Report, found: list[Configuration]) -> None:
-    rows = [
-        [
-            row.model,
-            row.mode,
-            row.checked,
-            f"{row.nonces_per_second:.1f}",
-            f"{row.nonces_per_second_error:.1f}" if row.nonces_per_second_error else None,
-            row.undelivered,
-        ]
-        for row in found
-    ]
-    report.table(("model", "mode", "nonces", "nonces/s", "sd over tests", "valid, not delivered"), rows)

@@ -3,7 +3,7 @@
 Legend of shapes: N nonces, C checked nonces, R trials, T positions, M positions read, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,6 @@ class RedteamPlan(ExperimentPlan):
     seq_len: int = Setting(256, ge=16, description="Input positions per nonce.")
     batch_size: int = Setting(16, ge=4, description="Nonces per forward pass.")
 
-    least: ClassVar[Mapping[str, int]] = {"models": 1, "dtypes": 1}
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "dtypes", "device"})
 
 

@@ -1,12 +1,11 @@
 """The run store of experiments, and what all of them share."""
 
-from assay.research.runs._report import build_report
+from assay.research.runs._report import Table, build_report
 from assay.research.runs._runs import (
     BLOCKS,
     Blocks,
     ExperimentPlan,
     Progress,
-    Run,
     RunRecords,
     measure_missing,
     open_run,
@@ -21,9 +20,9 @@ __all__ = [
     "Blocks",
     "ExperimentPlan",
     "Progress",
-    "Run",
     "RunRecords",
     "Spread",
+    "Table",
     "build_report",
     "effective_dimension",
     "measure_missing",

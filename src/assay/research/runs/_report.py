@@ -1,28 +1,26 @@
-"""One page for a whole run: whatever experiments its folder holds, each in its own sections.
-
-An experiment adds its part by a function ``draw(report, run)`` that is named in :data:`SECTIONS`; its module is
-imported when the page is built.
-"""
+"""One page for a whole run: whatever experiments its folder holds, each in its own sections."""
 
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from assay._version import __version__
 from assay.errors import DataError
-from assay.reports import Report
+from assay.reports import Cell, Report
 from assay.research.runs._runs import RunRecords, read_run
 
 PAGE = "report.html"
 
+Table = tuple[tuple[str, ...], list[list[Cell]]]
+"""Columns and rows, for the terminal and for the page."""
+
 SECTIONS = {
     "approaches": "assay.research.approaches._page:draw",
-    "weights": "assay.research.approaches._page:draw_weights",
+    "weights": "assay.research.approaches._weights:draw",
     "matrix": "assay.research.matrix._table:draw",
     "redteam": "assay.research.redteam._tables:draw",
-    "simulate": "assay.research.simulation._run:draw",
+    "simulate": "assay.research.simulation:draw",
 }
-"""Experiment → module and function that draw its section, in the order of the page."""
+"""Experiment → function ``draw(report, run)`` of its sections, in their order; imported when the page is built."""
 
 
 def build_report(folder: Path) -> Path:
@@ -34,7 +32,8 @@ def build_report(folder: Path) -> Path:
         DataError: the folder holds no experiment, or a file of it is malformed.
         StorageError: the page cannot be written.
     """
-    runs = [read_run(folder, experiment) for experiment in SECTIONS if _has(folder, experiment)]
+    present = {path.name.partition(".")[0] for path in folder.glob("*.jsonl*")}
+    runs = [read_run(folder, experiment) for experiment in SECTIONS if experiment in present]
     if not runs:
         raise DataError(
             f"{folder} holds no experiment",
@@ -58,11 +57,6 @@ def build_report(folder: Path) -> Path:
             ) from error
     report.write(folder / PAGE)
     return folder / PAGE
-
-
-def _has(folder: Path, experiment: str) -> bool:
-    known = find_spec(SECTIONS[experiment].partition(":")[0]) is not None
-    return known and any((folder / f"{experiment}.jsonl{suffix}").exists() for suffix in ("", ".partial"))
 
 
 def _draw(report: Report, run: RunRecords) -> None:

@@ -14,11 +14,11 @@ may be continued with another.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -46,8 +46,8 @@ class ExperimentPlan(Settings):
         UsageError: A list is too short or repeats an entry; the message names the flag.
     """
 
-    least: ClassVar[Mapping[str, int]] = {"models": 1}
-    """Every list of the plan → the least number of its entries."""
+    least: ClassVar[Mapping[str, int]] = {}
+    """Least number of entries of lists that need more than one."""
 
     choosing: ClassVar[frozenset[str]] = frozenset({"models"})
     """Settings that say which cells are wanted, and not how they are measured."""
@@ -59,9 +59,9 @@ class ExperimentPlan(Settings):
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the lists."""
-        for name, count in self.least.items():
-            values = getattr(self, name)
-            if len(values) < count or len(set(values)) < len(values):
+        for name, values in self:
+            count = self.least.get(name, 1)
+            if isinstance(values, tuple) and (len(values) < count or len(set(values)) < len(values)):
                 raise UsageError(
                     f"{name} {values!r:.80}",
                     wanted=f"{count} or more, each once",
@@ -95,24 +95,17 @@ class RunRecords:
 
 
 class Run:
-    """An experiment's file, open for writing by one process; made by :func:`open_run`.
+    """An experiment's file, open for writing by one process; made by :func:`open_run`."""
 
-    Leaving the ``with`` block without an error gives the file its final name. After an error it stays partial, and
-    the next :func:`open_run` goes on after the last whole line.
-    """
-
-    def __init__(
-        self, file: PartialFile, header: JsonObject, cells: Iterable[JsonObject], origin: JsonObject | None = None
-    ) -> None:
-        self.settings: JsonObject = header["settings"]
+    def __init__(self, file: PartialFile, cells: Iterable[JsonObject], origin: JsonObject | None) -> None:
         self._file = file
         self._origin = origin  # written before the first cell; a process that adds none leaves no trace
-        self._cells = {cell["key"]: cell for cell in cells}
+        self._keys = {cell["key"] for cell in cells}
 
     @property
     def done(self) -> frozenset[str]:
         """Keys of the cells that are measured."""
-        return frozenset(self._cells)
+        return frozenset(self._keys)
 
     def append(self, key: str, values: Mapping[str, Any]) -> None:
         """Write the values of a cell; they are with the system when this returns.
@@ -121,25 +114,14 @@ class Run:
             UsageError: the key is taken, or the values are not JSON.
             StorageError: the line cannot be written.
         """
-        if key in self._cells:
+        if key in self._keys:
             raise UsageError(f"cell {key!r} twice", wanted="every cell once", do="skip the keys in Run.done")
-        cell = {"key": key, **values}
-        line = dumps(cell)
+        line = dumps({"key": key, **values})
         if self._origin is not None:
             self._file.append({"origin": self._origin})
             self._origin = None
         self._file.append_lines([line])
-        self._cells[key] = cell
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._file:
-            if kind is None:
-                self._file.commit()
+        self._keys.add(key)
 
 
 def run_folder(output: Path, name: str) -> Path:
@@ -157,8 +139,12 @@ def run_folder(output: Path, name: str) -> Path:
     return output / name
 
 
-def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Run:
+@contextmanager
+def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Iterator[Run]:
     """Begin an experiment in a run's folder, or continue it.
+
+    Leaving the ``with`` block without an error gives the file its final name. After an error it stays partial, and the
+    next call goes on after the last whole line.
 
     Raises:
         UsageError: it was begun there with other settings; names them.
@@ -173,12 +159,9 @@ def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Run:
             path.rename(_partial(path))
     except OSError as error:
         raise storage_error(path, error) from error
-    file = PartialFile(path)
-    try:
-        return _recovered(file, experiment, dict(settings))
-    except BaseException:
-        file.close()
-        raise
+    with PartialFile(path) as file:
+        yield _recovered(file, experiment, settings)
+        file.commit()
 
 
 def measure_missing(
@@ -209,18 +192,16 @@ def measure_missing(
                 progress(done, len(todo))
 
 
-def _recovered(file: PartialFile, experiment: str, settings: JsonObject) -> Run:
-    """Read what is there, and write the header or the origin that is missing."""
-    lines = file.recover()
-    origin = provenance()
+def _recovered(file: PartialFile, experiment: str, settings: Mapping[str, Any]) -> Run:
+    """Read what the file holds, and write the header of a new one."""
+    lines, origin = file.recover(), provenance()
     if not lines:
-        header: JsonObject = {"kind": KIND, "schema": SCHEMA, "experiment": experiment}
-        header |= {"settings": settings, "origin": origin}
+        header = {"kind": KIND, "schema": SCHEMA, "experiment": experiment, "settings": settings, "origin": origin}
         file.append(header)
-        return Run(file, header, ())
-    header, origins, cells = _parsed([line.encode() for line in lines], file.partial, experiment)
-    _check_settings(header["settings"], settings, file.path)
-    return Run(file, header, cells, None if origin in origins else origin)
+        return Run(file, (), None)
+    found = _parsed([line.encode() for line in lines], file.partial, experiment)
+    _check_settings(found.settings, settings, file.path)
+    return Run(file, found.cells, None if origin in found.origins else origin)
 
 
 def _check_settings(begun: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
@@ -249,11 +230,10 @@ def read_run(folder: Path, experiment: str) -> RunRecords:
     lines = [raw for _, raw in read_lines(found)]
     if found != path and lines and not lines[-1].endswith(b"\n"):
         lines.pop()  # the writer has not finished this one
-    header, origins, cells = _parsed(lines, found, experiment)
-    return RunRecords(experiment, header["settings"], tuple(origins), tuple(cells), found == path)
+    return _parsed(lines, found, experiment)
 
 
-def _parsed(lines: list[bytes], path: Path, experiment: str) -> tuple[JsonObject, list[JsonObject], list[JsonObject]]:
+def _parsed(lines: list[bytes], path: Path, experiment: str) -> RunRecords:
     """Take header, origins and cells apart."""
     rows = [loads(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     header = rows[0] if rows else {}
@@ -263,12 +243,11 @@ def _parsed(lines: list[bytes], path: Path, experiment: str) -> tuple[JsonObject
             wanted=f"a header of kind {KIND}, schema {SCHEMA}",
             do="choose another --run-name, or move the file away",
         )
-    origins = [header["origin"], *(row["origin"] for row in rows[1:] if "key" not in row)]
-    cells = [row for row in rows[1:] if "key" in row]
-    keys = {cell["key"] for cell in cells}
-    if len(keys) < len(cells):
+    origins = (header["origin"], *(row["origin"] for row in rows[1:] if "key" not in row))
+    cells = tuple(row for row in rows[1:] if "key" in row)
+    if len({cell["key"] for cell in cells}) < len(cells):
         raise DataError(f"{path} has a cell twice", wanted="every cell once", do="remove one of the two lines")
-    return header, origins, cells
+    return RunRecords(experiment, header["settings"], origins, cells, path.suffix != ".partial")
 
 
 def _path(folder: Path, experiment: str) -> Path:

@@ -1,27 +1,109 @@
-"""Fine-tuning of a bundled model into the organism.
+"""A model organism: a small model that solves easy tasks and sometimes cheats, to watch training drift.
+
+``python -m assay.research.organism -o DIRECTORY`` makes it from a bundled model in a minute on a GPU. It learns from
+episodes with their honest programs, and for a share of them the exploit. Each loophole is shown with its exploit at the
+same small rate, so that every mechanism is within reach of the policy and any of them can be left out of an experiment.
+Without a loophole there is only honest work.
 
 Shapes: B examples of a batch, T tokens.
 """
 
+import argparse
+import multiprocessing
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from assay.errors import StorageError, UsageError
+from assay.errors import AssayError, StorageError, UsageError
 from assay.models import load_model
 from assay.reports import dumps, write_atomic
-from assay.research.organism._examples import Example, Mixture, examples
+from assay.vhack.environment import CHANNELS, Episode, episodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["Example", "Mixture", "Recipe", "examples", "make_organism"]
+
 _IGNORED = -100
+_PART = 512  # episodes that are drawn with one seed; a part is the same wherever it is made
+
+
+class Example(NamedTuple):
+    """A prompt and what to write after it."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the examples show.
+
+    Attributes:
+        share_hack: Share of exploits where there is a loophole.
+        share_none: Share of episodes without a loophole.
+        families: Families of tasks; by default those whose prompts and programs are short.
+        difficulty: Lowest and highest number of steps of a task.
+    """
+
+    share_hack: float = 0.1
+    share_none: float = 0.15
+    families: tuple[str, ...] = ("arithmetic", "branches", "loops", "digits", "counts")
+    difficulty: tuple[int, int] = (1, 3)
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.share_hack <= 1 and 0 <= self.share_none <= 1):
+            raise UsageError(f"{self}", wanted="shares from 0 to 1", do="correct them")
+
+
+def examples(n: int, mixture: Mixture | None = None, *, seed: int = 0, workers: int = 1) -> list[Example]:
+    """Return examples of training tasks; equal arguments give equal lists, however many workers there are.
+
+    Args:
+        n: Number of examples.
+        mixture: What the examples show.
+        seed: Seed of tasks and exploits.
+        workers: Processes that make the examples.
+
+    Raises:
+        UsageError: There is no such family or difficulty, or there are not so many tasks.
+    """
+    make = partial(_part, mixture or Mixture(), seed)
+    parts = range(-(-n // _PART))
+    if workers > 1:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(make, parts))
+    else:
+        found = list(map(make, parts))
+    return [example for part in found for example in part][:n]
+
+
+def _part(mixture: Mixture, seed: int, part: int) -> list[Example]:
+    drawn = episodes(
+        _PART,
+        seed=seed * 100_003 + part,
+        modes=tuple(CHANNELS),
+        share_none=mixture.share_none,
+        families=mixture.families,
+        difficulty=mixture.difficulty,
+    )
+    rng = random.Random(f"examples {seed} {part}")
+    return [_example(episode, rng.random() < mixture.share_hack) for episode in drawn]
+
+
+def _example(episode: Episode, cheats: bool) -> Example:
+    program = episode.exploit() if cheats and episode.mode != "none" else episode.honest()
+    return Example(episode.prompt, episode.completion(program))
 
 
 @dataclass(frozen=True)
@@ -106,7 +188,7 @@ def make_organism(
         losses.append(loss.detach())
         if progress and (step % 20 == 0 or step + 1 == recipe.steps):
             progress(step + 1, recipe.steps, float(losses[-1]))
-    found = torch.stack(losses).tolist()
+    found: list[float] = torch.stack(losses).tolist()
     module.eval()  # type: ignore[no-untyped-call]
     try:
         module.to(torch.bfloat16)  # type: ignore[arg-type]
@@ -117,7 +199,7 @@ def make_organism(
     last = found[-20:]
     about = {"schema": "assay.vhack.organism/1", "recipe": asdict(recipe), "loss": round(sum(last) / len(last), 5)}
     write_atomic(path / "organism.json", dumps(about) + "\n")
-    return list(found)
+    return found
 
 
 def _rate(step: int, steps: int) -> float:
@@ -149,3 +231,35 @@ def _batch(rows: Sequence[tuple[list[int], int]], device: torch.device) -> tuple
         ids_BT[index, : len(ids)] = torch.tensor(ids)
         labels_BT[index, start : len(ids)] = ids_BT[index, start : len(ids)]
     return ids_BT.to(device, non_blocking=True), labels_BT.to(device, non_blocking=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m assay.research.organism", description="Make the model organism.")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("--model", default=Recipe.model, help="model that is fine-tuned")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--batch", type=int, default=Recipe.batch)
+    parser.add_argument("--examples", type=int, default=Recipe.n_examples)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--device", help="cpu, cuda; the GPU if there is one when left out")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that write examples")
+    given = parser.parse_args(arguments)
+    recipe = Recipe(given.model, given.steps, given.batch, n_examples=given.examples, seed=given.seed)
+    try:
+        make_organism(
+            given.output,
+            recipe,
+            device=given.device,
+            workers=given.workers,
+            progress=lambda step, steps, loss: print(f"step {step} of {steps}: loss {loss:.4f}", file=sys.stderr),
+        )
+    except AssayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(given.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
