@@ -42,7 +42,7 @@ def backend(request, monkeypatch):
     name, _, once = request.param.partition(" ")
     if not _backends.working(name):
         pytest.skip(f"backend {name} does not work on this machine")
-    monkeypatch.setattr(sandbox, "usable", lambda: name)
+    monkeypatch.setattr(sandbox, "available_backend", lambda: name)
     if once:
         monkeypatch.setattr(sandbox, "server", lambda backend: None)
     else:

@@ -28,7 +28,7 @@ def shut_in(request, monkeypatch):
         monkeypatch.setattr(sandbox, "server", lambda backend: None)
     elif name != "unsandboxed":
         assert _server.server(name) is not None
-    monkeypatch.setattr(sandbox, "usable", lambda: None if name == "unsandboxed" else name)
+    monkeypatch.setattr(sandbox, "available_backend", lambda: None if name == "unsandboxed" else name)
     return name
 
 
@@ -228,10 +228,14 @@ def test_values_are_those_of_the_builtin_type_whatever_is_overridden():
 
 
 def test_a_run_without_a_sandbox_is_refused_unless_allowed(monkeypatch):
-    monkeypatch.setattr(sandbox, "usable", lambda: None)
-    with pytest.raises(BackendUnavailable, match="neither bubblewrap nor unprivileged namespaces"):
-        run("print(1)")
-    assert run("print(1)", allow_unsandboxed=True).backend == "unsandboxed"
+    monkeypatch.setattr(_backends, "BACKENDS", {})
+    _backends.unusable.cache_clear()
+    try:
+        with pytest.raises(BackendUnavailable, match="neither bubblewrap nor unprivileged namespaces"):
+            run("print(1)")
+        assert run("print(1)", allow_unsandboxed=True).backend == "unsandboxed"
+    finally:
+        _backends.unusable.cache_clear()
 
 
 def test_the_first_working_backend_is_used():

@@ -20,7 +20,7 @@ def started(request, monkeypatch):
     """The fork server of one backend."""
     if not _backends.working(request.param):
         pytest.skip(f"backend {request.param} does not work on this machine")
-    monkeypatch.setattr(sandbox, "usable", lambda: request.param)
+    monkeypatch.setattr(sandbox, "available_backend", lambda: request.param)
     found = _server.server(request.param)
     assert found is not None
     return found
@@ -32,7 +32,7 @@ def test_jobs_of_many_threads_go_through_one_server(started):
 
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(ask, range(48))) == [x * x for x in range(48)]
-    assert _server.server(sandbox.usable()) is started
+    assert _server.server(sandbox.available_backend()) is started
 
 
 def test_a_server_that_was_killed_is_replaced(started):
@@ -42,7 +42,7 @@ def test_a_server_that_was_killed_is_replaced(started):
     assert run("print(1)").stdout == "1\n"
     until(lambda: not started.alive, 30)
     assert run("print(2)").stdout == "2\n"
-    assert _server.server(sandbox.usable()) is not started
+    assert _server.server(sandbox.available_backend()) is not started
 
 
 def test_a_server_that_dies_under_a_job_does_not_lose_it(started):

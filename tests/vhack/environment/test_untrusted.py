@@ -121,9 +121,15 @@ def test_an_error_on_the_way_is_an_unpaid_grade_that_is_logged_and_counted(monke
 
 
 def test_a_machine_without_a_sandbox_is_no_unpaid_grade(monkeypatch):
-    monkeypatch.setattr(sandbox, "usable", lambda: None)
+    monkeypatch.setattr(sandbox, "available_backend", lambda: None)
     with pytest.raises(BackendUnavailable):
         grade(Episode(TASKS[0], "none"), TASKS[0].source())
+
+
+def forget():
+    """Look again at what the sandbox has to show."""
+    for known in (_backends._shown, _backends._hidden, _backends.unusable):
+        known.cache_clear()
 
 
 @pytest.fixture
@@ -139,9 +145,11 @@ def prefix(request, monkeypatch, tmp_path):
             (copy / path.name).write_text(path.read_text())
     (tmp_path / "lib" / "shown.txt").write_text("shown")
     monkeypatch.setattr(_backends, "_prefixes", lambda: [*real, str(tmp_path)])
-    monkeypatch.setattr(sandbox, "usable", lambda: request.param)
+    monkeypatch.setattr(sandbox, "available_backend", lambda: request.param)
     monkeypatch.setattr(sandbox, "server", lambda backend: None)
-    return tmp_path
+    forget()
+    yield tmp_path
+    forget()
 
 
 @pytest.mark.parametrize("prefix", ["bwrap", "namespaces"], indirect=True)
@@ -159,10 +167,10 @@ def test_a_package_among_what_is_shown_is_refused(monkeypatch):
     here = _backends.Path(_backends.__file__).parent
     monkeypatch.setattr(_backends, "_prefixes", lambda: ["/usr", str(here.parents[3])])
     monkeypatch.setattr(_backends, "_PARTS", (*_backends._PARTS, here.parents[2].name))
-    _backends.unusable.cache_clear()
+    forget()
     try:
         with pytest.raises(BackendUnavailable, match="the sandbox has to show"):
             run("print(1)")
         assert run("print(1)", allow_unsandboxed=True).backend == "unsandboxed"
     finally:
-        _backends.unusable.cache_clear()
+        forget()

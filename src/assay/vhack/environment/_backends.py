@@ -11,10 +11,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
-from importlib import resources
 from pathlib import Path
-from shutil import which
 
 from assay.vhack.environment._system_calls import ARCHITECTURES
 
@@ -37,6 +36,7 @@ def _prefixes() -> list[str]:
     return ["/usr", "/usr/local", str(Path(sys.base_prefix).resolve())]
 
 
+@cache
 def _shown() -> list[str]:
     """Return the directories that the sandbox shows, none of them inside another."""
     found = {str(Path(prefix) / part) for prefix in _prefixes() for part in _PARTS}
@@ -45,27 +45,22 @@ def _shown() -> list[str]:
     return [path for path in real if not any(path != other and Path(path).is_relative_to(other) for other in real)]
 
 
+@cache
+def _hidden() -> list[str]:
+    """Return the directories of installed packages among what is shown; the sandbox shows them empty."""
+    found: list[str] = []
+    pending = list(_shown())
+    while pending:
+        with suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    (found if entry.name in _PACKAGES else pending).append(entry.path)
+    return sorted(found)
+
+
 def _links() -> list[str]:
     """Return the symbolic links at the top of the root, such as ``/lib`` to ``usr/lib``."""
     return [path for path in _ROOTS if Path(path).is_symlink()]
-
-
-@cache
-def _packages(roots: tuple[str, ...]) -> list[str]:
-    """Return the directories of installed packages below some roots; the sandbox shows them empty."""
-    found = []
-    for folder, names, _ in (step for root in roots for step in os.walk(root)):
-        inside = [name for name in names if name in _PACKAGES]
-        found += [str(Path(folder) / name) for name in inside]
-        names[:] = [name for name in names if name not in inside]
-    return sorted(path for path in found if not Path(path).is_symlink())
-
-
-def _exposes_tasks() -> bool:
-    """Return whether a program in the sandbox could read this package, which knows the answers to every task."""
-    here = Path(__file__).resolve()
-    inside = any(here.is_relative_to(path) for path in _shown())
-    return inside and not any(here.is_relative_to(path) for path in _packages(tuple(_shown())))
 
 
 def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
@@ -78,7 +73,7 @@ def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
         line += ["--ro-bind", path, path]
     for path in _links():
         line += ["--symlink", str(Path(path).readlink()), path]
-    for path in _packages(tuple(_shown())):
+    for path in _hidden():
         line += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
     for device in _DEVICES:
         line += ["--dev-bind", device, device]
@@ -124,7 +119,7 @@ def _namespaces(disk_mib: int, *, server: bool = False) -> list[str]:
     # The new root covers its mount point, so that must not lie above anything that is shown.
     free = (m for m in _MOUNT_POINTS if Path(m).is_dir() and not any(Path(n).is_relative_to(m) for n in shown))
     line += [next(free, "/mnt"), str(disk_mib << 20), "server" if server else ""]
-    return [*line, *shown, "--", *_packages(tuple(_shown())), "--"]
+    return [*line, *shown, "--", *_hidden(), "--"]
 
 
 BACKENDS: dict[str, Callable[..., list[str]]] = {"bwrap": _bwrap, "namespaces": _namespaces}
@@ -138,17 +133,9 @@ def command(backend: str, disk_mib: int, arguments: Sequence[str], *, server: bo
 
 
 @cache
-def source(name: str) -> str:
-    """Return the text of a module of this package, for an interpreter that cannot import it."""
-    return resources.files("assay.vhack.environment").joinpath(name).read_text(encoding="utf-8")
-
-
-@cache
 def working(backend: str) -> bool:
     """Return whether a backend can run a trivial program on this machine; it is tried once."""
     line = command(backend, 1, ["-c", "print(1)"])
-    if which(line[0], path=PATH) is None:
-        return False
     try:
         done = subprocess.run(line, env={"PATH": PATH}, capture_output=True, timeout=_PROBE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -161,11 +148,13 @@ def unusable() -> str:
     """Return why no sandbox can be used here, or an empty text where one can be."""
     if platform.machine() not in ARCHITECTURES:
         return f"there is no filter of system calls for {platform.machine()}"
-    if _exposes_tasks():
-        return f"assay lies in {Path(__file__).resolve().parents[3]}, which the sandbox has to show"
+    here = Path(__file__).resolve()
+    if any(here.is_relative_to(path) for path in _shown()) and not any(here.is_relative_to(path) for path in _hidden()):
+        # A program in the sandbox could read this package, which knows the answers to every task.
+        return f"assay lies in {here.parents[3]}, which the sandbox has to show"
     return "" if any(working(name) for name in BACKENDS) else "neither bubblewrap nor unprivileged namespaces work here"
 
 
-def usable() -> str | None:
-    """Return the first backend that works here, or None."""
+def available_backend() -> str | None:
+    """Return ``bwrap``, ``namespaces``, or None where this machine lets nothing be shut in."""
     return None if unusable() else next(name for name in BACKENDS if working(name))

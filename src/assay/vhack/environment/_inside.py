@@ -6,13 +6,12 @@ whatever it likes about itself. The parent therefore never sends what it will co
 
 The fork server starts a process for a job in about a millisecond. It never reads a byte that an untrusted program has
 written. Per job there are two processes. The *keeper* makes a new process and mount namespace, waits for the program's
-process, and writes how it ended to the status; if the lifeline is closed at its other end it kills it. The *runner* is
-process 1 of that namespace: it mounts a directory in memory of its own, closes every other descriptor, gives up every
-capability, and performs the job. It sees neither the keeper nor another job, and when it ends the kernel ends whatever
-it left.
+process, and writes how it ended to a socket, the status; if that is shut at its other end, the keeper kills it. The
+*runner* is process 1 of that namespace: it mounts a directory in memory of its own, closes every other descriptor,
+gives up every capability, and performs the job. It sees neither the keeper nor another job, and when it ends the kernel
+ends whatever it left.
 """
 
-import array
 import ast
 import ctypes
 import gc
@@ -32,7 +31,7 @@ _FILE_CHARACTERS = 4096
 
 _NEW_MOUNTS, _NEW_PROCESSES = 0x00020000, 0x20000000
 _PRIVATE, _NO_SETUID, _NO_DEVICES = 0x44000, 2, 4  # MS_REC | MS_PRIVATE, MS_NOSUID, MS_NODEV
-_DESCRIPTORS = 6
+_DESCRIPTORS = 5
 _FILES = 1024  # in the directory of a job: files cost memory even when they are empty
 
 
@@ -47,14 +46,14 @@ def main() -> None:
 def _serve(control: socket.socket) -> None:
     """Serve jobs until the socket is closed at its other end.
 
-    Every message carries the descriptors of one job: the job, stdout, stderr, the report, the status and the lifeline.
+    Every message carries the descriptors of one job: the job, stdout, stderr, the report and the status.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers need not be waited for
     # What is there now is never collected, so a collection in a runner does not copy its memory.
     gc.collect()
     gc.freeze()
     control.send(b"ready")
-    while descriptors := _receive(control):
+    while descriptors := socket.recv_fds(control, 1, _DESCRIPTORS)[1]:
         if os.fork() == 0:
             control.close()
             _keep(*descriptors)
@@ -62,16 +61,7 @@ def _serve(control: socket.socket) -> None:
             os.close(descriptor)
 
 
-def _receive(control: socket.socket) -> list[int]:
-    """Return the descriptors of the next job, or an empty list at the end."""
-    numbers = array.array("i")
-    message, ancillary, _, _ = control.recvmsg(1, socket.CMSG_SPACE(_DESCRIPTORS * numbers.itemsize))
-    for _, _, data in ancillary:
-        numbers.frombytes(data)
-    return numbers.tolist() if message else []
-
-
-def _keep(job: int, out: int, err: int, report: int, status: int, lifeline: int) -> None:
+def _keep(job: int, out: int, err: int, report: int, status: int) -> None:
     """Start the runner, wait for it, tell how it ended, and leave."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -79,7 +69,6 @@ def _keep(job: int, out: int, err: int, report: int, status: int, lifeline: int)
     runner = os.fork()
     if runner == 0:
         os.close(status)
-        os.close(lifeline)
         try:
             _be_runner(libc, job, out, err, report)
         finally:
@@ -89,7 +78,7 @@ def _keep(job: int, out: int, err: int, report: int, status: int, lifeline: int)
     handle = os.pidfd_open(runner)
     waiting = select.poll()
     waiting.register(handle, select.POLLIN)
-    waiting.register(lifeline, 0)  # a hang-up is always reported
+    waiting.register(status, select.POLLIN)  # there is nothing to read but the end
     if handle not in dict(waiting.poll()):
         os.kill(runner, signal.SIGKILL)
     _, ended = os.waitpid(runner, 0)
@@ -169,15 +158,16 @@ def _run(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     report: dict[str, Any] = {"finished": True, "raised": "", "outcomes": [], "files": {}}
+    code = 0
     try:
         exec(_compiled(job["program"], job["stub"]), module.__dict__)
     except SystemExit as stop:
-        return module.__dict__, report, _exit_code(stop.code)
+        code = _exit_code(stop.code)
     except BaseException as error:
         report.update(finished=False, raised=type(error).__name__)
         traceback.print_exc(limit=8)
-        return module.__dict__, report, 1
-    return module.__dict__, report, 0
+        code = 1
+    return module.__dict__, report, code
 
 
 def _compiled(program: str, stub: list[Any] | None) -> types.CodeType:
@@ -239,15 +229,9 @@ def _plain(value: Any, depth: int) -> Any:
     if issubclass(kind, list | tuple):
         items = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
         return [_plain(item, depth + 1) for item in items]
-    if issubclass(kind, dict):
-        return {_key(key): _plain(item, depth + 1) for key, item in dict.items(value)}
+    if issubclass(kind, dict) and all(type(key) is str for key in dict.__iter__(value)):
+        return {key: _plain(item, depth + 1) for key, item in dict.items(value)}
     raise TypeError
-
-
-def _key(key: object) -> str:
-    if type(key) is not str:
-        raise TypeError
-    return key
 
 
 def _read(name: str) -> str | None:

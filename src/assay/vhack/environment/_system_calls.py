@@ -6,8 +6,8 @@ threads, sockets, signals (kill and its relatives), file locks, inotify, sync, m
 queues, keys, setting clocks, and everything that only an administrator may do.
 """
 
-import platform
 import struct
+from functools import cache
 
 from assay.errors import BackendUnavailable
 
@@ -68,14 +68,15 @@ _ALLOW, _EPERM, _ENOSYS, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in the kernel's struct seccomp_data
 
 
-def seccomp_filter(machine: str | None = None) -> bytes:
+@cache
+def seccomp_filter(machine: str) -> bytes:
     """Return the filter as the kernel takes it: instructions of classic BPF, eight bytes each.
 
     A call from another architecture kills the process. Calls newer than the table fail with ENOSYS, so that a newer C
     library falls back to an older call; all others that are not permitted fail with EPERM.
 
     Args:
-        machine: A name in ``ARCHITECTURES``; by default the machine this runs on.
+        machine: A name in ``ARCHITECTURES``.
 
     Returns:
         Code (u16), jump if true (u8), jump if false (u8) and operand (u32) of every instruction, little-endian.
@@ -83,7 +84,6 @@ def seccomp_filter(machine: str | None = None) -> bytes:
     Raises:
         BackendUnavailable: The table has no numbers for the machine.
     """
-    machine = machine or platform.machine()
     if machine not in ARCHITECTURES:
         raise BackendUnavailable(
             f"no filter of system calls for {machine}", wanted=" or ".join(ARCHITECTURES), do="run it on such a machine"

@@ -1,8 +1,10 @@
 """What a run in the sandbox is asked, and what comes back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from assay.errors import UsageError
 
 Case = tuple[tuple[Any, ...], Any]
 """Arguments and expected value of one test."""
@@ -19,6 +21,9 @@ class Limits:
         report_bytes: Bytes of everything it returns by value.
         disk_mib: Room in its working directory, in MiB; also the largest file.
         program_bytes: Length of its source text in UTF-8; a longer program is not run.
+
+    Raises:
+        UsageError: A limit is not positive.
     """
 
     seconds: float = 5.0
@@ -27,6 +32,10 @@ class Limits:
     report_bytes: int = 1 << 20
     disk_mib: int = 8
     program_bytes: int = 1 << 16
+
+    def __post_init__(self) -> None:
+        if not all(value > 0 for value in asdict(self).values()):
+            raise UsageError(f"{self}", wanted="positive limits", do="leave a limit out to have its default")
 
 
 _NOTHING: Any = object()

@@ -1,28 +1,14 @@
 """Run a program that no one has read, and learn from outside what it does.
 
-Covered, by bubblewrap or by namespaces:
+What is covered, and what is not, is in the table of docs/vhack-training.md. The verdict rests on one rule: the parent
+compares *values*, and what it compares them with never enters the sandbox. A program that returns the right values for
+hidden arguments has solved the task, by whatever means; one that prints, exits or writes on the report descriptor can
+only say things about itself, for it shares a process with the harness. Reports are bounded before they are read,
+programs before they are run, and no text of a program is parsed outside.
 
-- network: not even loopback exists, and no socket can be made;
-- processes: no other one is visible, and no process or thread can be made, signalled, traced or waited for;
-- files: programs and libraries of ``/usr`` and of the interpreter are shown read-only, without any installed package;
-  the one writable directory is in memory, small and empty, and vanishes with the run;
-- secrets: the environment, command line and open files of the parent do not reach it;
-- resources: time, memory, disk, output and the report are bounded by `Limits`, the number of files by the fork server;
-- the kernel: an allow list of system calls (:mod:`assay.vhack.environment._system_calls`), no capability, no /proc;
-- other jobs: each has namespaces and a directory of its own, and nothing that two of them could both lock or write;
-- the verdict: the parent compares *values*, and what it compares them with never enters the sandbox. A program that
-  returns the right values for hidden arguments has solved the task, by whatever means; one that prints, exits or writes
-  on the report descriptor can only say things about itself. Reports are bounded before they are read, programs before
-  they are run, and no text of a program is parsed outside.
-
-Not covered:
-
-- side channels, such as how busy the processor or its caches are, and bugs of the kernel;
-- what a program says about itself: it shares a process with the harness, and channels of a grader can be told lies;
-- the number of files in the directory where the fork server cannot run and bubblewrap starts a sandbox for each job;
-- everything but resource limits and the system-call filter, where a run without a sandbox is allowed
-  (``allow_unsandboxed``). The program then can make no process, thread, socket or signal, but it reads and writes this
-  machine's files with the rights of the user, among them the memory of that user's processes by way of /proc.
+Without a sandbox (``allow_unsandboxed``) there are only resource limits, an empty environment and the filter of system
+calls. The program then can make no process, thread, socket or signal, but it reads and writes this machine's files with
+the rights of the user, among them the memory of that user's processes by way of /proc.
 """
 
 import secrets
@@ -31,21 +17,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from assay.errors import BackendUnavailable, DataError, UsageError
+from assay.errors import BackendUnavailable, DataError
 from assay.reports import loads
-from assay.vhack.environment._backends import BACKENDS, unusable, usable
-from assay.vhack.environment._server import Pumped, job_text, perform_once, server
+from assay.vhack.environment._backends import BACKENDS, available_backend, unusable
+from assay.vhack.environment._server import Ended, job_text, perform_once, server
 from assay.vhack.environment._types import Call, Limits, Outcome, Result
 
-__all__ = ["Call", "Limits", "Outcome", "Result", "available_backend", "run"]
+__all__ = ["available_backend", "run"]
 
 _KINDS = ("value", "error", "opaque")
 _NAME = 100  # characters of the name of an exception or a type
-
-
-def available_backend() -> str | None:
-    """Return ``bwrap``, ``namespaces``, or None where this machine lets nothing be shut in."""
-    return usable()
 
 
 def run(
@@ -71,16 +52,15 @@ def run(
         files: Names in its working directory whose content is wanted.
         stub: Name and value: before the program runs, every function of that name is given the body ``return value``.
         limits: Bounds of the run, by default `Limits`.
-        allow_unsandboxed: Whether to run where no backend works, with resource limits, a system-call filter and an
-            empty environment only. The program can then read and write this machine's files.
+        allow_unsandboxed: Whether to run without a sandbox where no backend works. The program can then read and write
+            this machine's files.
 
     Raises:
         BackendUnavailable: No sandbox can be used here, and ``allow_unsandboxed`` is not set.
-        UsageError: A limit is not positive, or arguments are not JSON.
+        UsageError: Arguments are not JSON.
     """
     limits = limits or Limits()
-    _check(limits)
-    backend = usable() or _unsandboxed(allow_unsandboxed)
+    backend = available_backend() or _unsandboxed(allow_unsandboxed)
     refused = _refused(program, limits)
     if refused:
         nothing = (Outcome("none"),) * len(calls)
@@ -88,24 +68,18 @@ def run(
     nonce = secrets.token_hex(16)
     job = job_text(program, limits, nonce=nonce, stdin=stdin, calls=calls, files=files, stub=stub)
     started = time.monotonic()
-    pumped, returncode = _perform(backend, job, limits)
-    report = _parse(pumped.output["report"], nonce, len(calls))
+    ended = _perform(backend, job, limits)
+    report = _parse(ended.output["report"], nonce, len(calls))
     return Result(
-        returncode=returncode,
-        stdout=pumped.output["stdout"].decode(errors="replace"),
-        stderr=pumped.output["stderr"].decode(errors="replace"),
-        timed_out=pumped.timed_out,
-        overflowed=pumped.overflowed,
+        returncode=ended.returncode,
+        stdout=ended.output["stdout"].decode(errors="replace"),
+        stderr=ended.output["stderr"].decode(errors="replace"),
+        timed_out=ended.timed_out,
+        overflowed=ended.overflowed,
         seconds=time.monotonic() - started,
         backend=backend,
         **report,
     )
-
-
-def _check(limits: Limits) -> None:
-    values = (limits.seconds, limits.memory_mib, limits.output_bytes, limits.report_bytes, limits.disk_mib)
-    if not all(value > 0 for value in (*values, limits.program_bytes)):
-        raise UsageError(f"{limits}", wanted="positive limits", do="leave a limit out to have its default")
 
 
 def _refused(program: str, limits: Limits) -> str:
@@ -119,7 +93,7 @@ def _refused(program: str, limits: Limits) -> str:
 def _unsandboxed(allowed: bool) -> str:
     if not allowed:
         raise BackendUnavailable(
-            unusable() or "neither bubblewrap nor unprivileged namespaces work here",
+            unusable(),
             wanted="a sandbox for programs that no one has read",
             do="install bubblewrap or allow user namespaces, and keep assay in site-packages; "
             "allow_unsandboxed (--allow-unsandboxed) accepts the risk",
@@ -127,7 +101,7 @@ def _unsandboxed(allowed: bool) -> str:
     return "unsandboxed"
 
 
-def _perform(backend: str, job: bytes, limits: Limits) -> tuple[Pumped, int | None]:
+def _perform(backend: str, job: bytes, limits: Limits) -> Ended:
     """Run a job by the fork server where there is one; if that dies, run it once more without it."""
     found = server(backend) if backend in BACKENDS else None
     if found is not None:
@@ -154,7 +128,7 @@ def _parse(line: bytes, nonce: str, n_calls: int) -> dict[str, Any]:
 
 
 def _outcome(answer: object) -> Outcome:
-    kind, name = (answer.get("kind"), answer.get("name")) if isinstance(answer, dict) else (None, None)
-    if not (isinstance(answer, dict) and isinstance(kind, str) and kind in _KINDS):
+    if not isinstance(answer, dict) or answer.get("kind") not in _KINDS:
         return Outcome("none")
-    return Outcome(kind, answer.get("value"), name[:_NAME] if isinstance(name, str) else "")
+    name = answer.get("name")
+    return Outcome(answer["kind"], answer.get("value"), name[:_NAME] if isinstance(name, str) else "")
