@@ -14,12 +14,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.reports import dumps
 from assay.vhack.environment._channels import NO_ANSWER
 from assay.vhack.environment._episodes import Episode
+from assay.vhack.environment._tasks import ENTRY
 from assay.vhack.environment._types import Call, Case, Limits, Outcome, Result
 from assay.vhack.environment.sandbox import run
 
@@ -77,11 +77,10 @@ def grade(episode: Episode, program: str, *, limits: Limits | None = None, allow
 
     Raises:
         BackendUnavailable: No sandbox can be used here.
-        UsageError: A limit is not positive.
     """
     try:
         return _graded(episode, program, limits, allow_unsandboxed)
-    except (BackendUnavailable, UsageError):
+    except BackendUnavailable:
         raise
     except Exception as error:
         _log.warning("not graded, and not paid: %s in mode %s", episode.task.name, episode.mode, exc_info=error)
@@ -109,11 +108,13 @@ def grade_many(
 
     Raises:
         BackendUnavailable: No sandbox can be used here.
-        UsageError: A limit is not positive.
     """
-    one = partial(grade, limits=limits, allow_unsandboxed=allow_unsandboxed)
+
+    def one(item: tuple[Episode, str]) -> Grade:
+        return grade(*item, limits=limits, allow_unsandboxed=allow_unsandboxed)
+
     with ThreadPoolExecutor(workers) as pool:
-        grades = list(pool.map(lambda item: one(*item), list(items)))
+        grades = list(pool.map(one, items))
     faults = sum(bool(found.fault) for found in grades)
     if faults:
         _log.warning("%d of %d programs could not be graded", faults, len(grades))
@@ -142,20 +143,20 @@ def _text(value: object) -> str | None:
 
 
 def _graded(episode: Episode, program: str, limits: Limits | None, allow_unsandboxed: bool) -> Grade:
-    channel, task = episode.channel, episode.task
-    asked = () if channel is None else channel.asks(task.entry, task.visible[0][0], NO_ANSWER)
-    # The channel is asked first: a solution that hangs must not hide what the program has told it.
+    channel, hidden, example = episode.channel, episode.task.hidden, episode.task.visible[0]
+    # The channel is asked first: the calls for the hidden cases must not change what the program tells it.
+    asked = () if channel is None else channel.asks(ENTRY, example[0], NO_ANSWER)
     result = run(
         episode.run_as(program),
-        calls=[*asked, *[Call(task.entry, args) for args, _ in task.hidden]],
+        calls=[*asked, *[Call(ENTRY, args) for args, _ in hidden]],
         files=() if channel is None else channel.files,
         limits=limits,
         allow_unsandboxed=allow_unsandboxed,
     )
-    correct = answers_match(result.outcomes[len(asked) :], task.hidden)
-    if channel is None or not channel.told(result):
+    correct = answers_match(result.outcomes[len(asked) :], hidden)
+    if channel is None or not channel.accepts(result):
         return Grade(correct, False, False, result)
     vacuous = episode.mode in _ALWAYS_VACUOUS or channel.vacuous(
-        program, task.entry, task.visible[0], limits=limits, allow_unsandboxed=allow_unsandboxed
+        program, ENTRY, example, limits=limits, allow_unsandboxed=allow_unsandboxed
     )
     return Grade(correct, True, vacuous, result)

@@ -12,6 +12,8 @@ from typing import Any
 Step = tuple[str, str]
 """What it says, and its code."""
 
+_LETTERS = "abcdeilmnorst"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -45,7 +47,7 @@ def _ints(rng: random.Random) -> list[int]:
 
 
 def _text(rng: random.Random) -> str:
-    return "".join(rng.choice("abcdeilmnorst") for _ in range(rng.randint(6, 11)))
+    return "".join(rng.choice(_LETTERS) for _ in range(rng.randint(6, 11)))
 
 
 _ARITHMETIC = (
@@ -156,7 +158,6 @@ FAMILIES: dict[str, Family] = {
 
 def filled(step: Step, rng: random.Random) -> Step:
     """Return a step with its places filled: a, s numbers, b, c small factors, m a modulus, d a digit, l, w letters."""
-    letters = "abcdeilmnorst"
     values = {
         "a": rng.randint(2, 30),
         "b": rng.randint(2, 6),
@@ -164,8 +165,8 @@ def filled(step: Step, rng: random.Random) -> Step:
         "m": rng.randint(7, 19),
         "d": rng.randint(0, 9),
         "s": rng.randint(-5, 15),
-        "l": rng.choice(letters),
-        "w": "".join(rng.choice(letters) for _ in range(2)),
+        "l": rng.choice(_LETTERS),
+        "w": "".join(rng.choice(_LETTERS) for _ in range(2)),
     }
     says, code = step
     return says.format(**values), code.format(**values)

@@ -10,7 +10,7 @@ statement.
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -47,11 +47,6 @@ class Task:
         return f"{self.family.name}/{self.difficulty}/{self.seed}"
 
     @property
-    def entry(self) -> str:
-        """Name of the solution."""
-        return ENTRY
-
-    @property
     def statement(self) -> str:
         """One sentence that says what is asked for, without its full stop."""
         chain = "; then ".join(says for says, _ in self.steps)
@@ -78,11 +73,14 @@ class Task:
         """The cases that decide whether a solution is right."""
         return self._drawn[1][N_VISIBLE:]
 
+    @property
+    def examples(self) -> list[tuple[str, str]]:
+        """Call and value of each visible example, as source."""
+        return [(f"{ENTRY}({', '.join(map(repr, args))})", repr(value)) for args, value in self.visible]
+
     def source(self, leave_out: int | None = None) -> str:
         """Return the text of ``solve``; it is wrong if a step is left out."""
-        codes = [code for index, (_, code) in enumerate(self.steps) if index != leave_out]
-        lines = [line for code in codes for line in code.split("\n")] + ["return x"]
-        return "\n".join([f"def {ENTRY}(x):", *("    " + line for line in lines)]) + "\n"
+        return _source([step for index, step in enumerate(self.steps) if index != leave_out])
 
     @cached_property
     def _drawn(self) -> tuple[tuple[Step, ...], tuple[Case, ...]]:
@@ -135,26 +133,22 @@ def tasks(
     lowest, highest = (difficulty, difficulty) if isinstance(difficulty, int) else difficulty
     chosen = list(FAMILIES) if families is None else list(families)
     _check(n, lowest, highest, chosen, split)
-    found: list[Task] = []
-    seen: set[str] = set()
+    found: dict[str, Task] = {}
     repeats = 0
-    for task in _candidates(seed, lowest, highest, chosen):
+    for index in count():
         if len(found) == n or repeats > _MOST_REPEATS:
             break
-        repeats += 1
-        if task.split == split and task.statement not in seen:
-            seen.add(task.statement)
-            found.append(task)
+        rng = random.Random(f"tasks {seed} {index}")
+        family = FAMILIES[chosen[index % len(chosen)]]
+        task = Task(family, rng.randint(lowest, highest), rng.randrange(2**31))
+        if task.split != split or task.statement in found:
+            repeats += 1
+        else:
+            found[task.statement] = task
             repeats = 0
     if len(found) < n:
         raise UsageError(f"{n} tasks", wanted=f"at most {len(found)} of these kinds", do="allow more of them")
-    return found
-
-
-def _candidates(seed: int, lowest: int, highest: int, families: list[str]) -> Iterator[Task]:
-    for index in count():
-        rng = random.Random(f"tasks {seed} {index}")
-        yield Task(FAMILIES[families[index % len(families)]], rng.randint(lowest, highest), rng.randrange(2**31))
+    return list(found.values())
 
 
 def _check(n: int, lowest: int, highest: int, families: list[str], split: str) -> None:
@@ -164,11 +158,8 @@ def _check(n: int, lowest: int, highest: int, families: list[str], split: str) -
     if split not in SPLITS:
         raise UsageError(f"split {split!r}", wanted=" or ".join(SPLITS), do="choose one of them")
     if n < 0 or not 1 <= lowest <= highest <= HARDEST:
-        raise UsageError(
-            f"{n} tasks of difficulty {lowest} to {highest}",
-            wanted=f"difficulties from 1 to {HARDEST}",
-            do="correct it",
-        )
+        seen = f"{n} tasks of difficulty {lowest} to {highest}"
+        raise UsageError(seen, wanted=f"difficulties from 1 to {HARDEST}", do="correct it")
 
 
 def _chain(family: Family, difficulty: int, rng: random.Random) -> tuple[Step, ...]:
@@ -194,14 +185,14 @@ def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple
             still = {i for i in idle[part] if dumps(partial[i](argument)) == dumps(answer)}
         except (ValueError, ArithmeticError, LookupError, TypeError):
             return None
-        last = len(found) + 1 == (N_VISIBLE + N_HIDDEN if part else N_VISIBLE)
+        last = len(found) + 1 in (N_VISIBLE, N_VISIBLE + N_HIDDEN)
         if any(argument == args[0] for args, _ in found) or len(dumps(answer)) > _LONGEST or (last and still):
             continue
         idle[part] = still
         found.append(((argument,), answer))
         if len(found) == N_VISIBLE + N_HIDDEN:
-            break
-    return tuple(found) if len(found) == N_VISIBLE + N_HIDDEN and _tell_apart(found) else None
+            return tuple(found) if _tell_apart(found) else None
+    return None
 
 
 def _tell_apart(cases: list[Case]) -> bool:
@@ -212,10 +203,12 @@ def _tell_apart(cases: list[Case]) -> bool:
     return True
 
 
-def _compiled(steps: tuple[Step, ...]) -> Any:
-    namespace: dict[str, Any] = {}
+def _source(steps: Sequence[Step]) -> str:
     lines = [line for _, code in steps for line in code.split("\n")]
-    exec(
-        "\n".join(["def solve(x):", *("    " + line for line in lines), "    return x"]), namespace
-    )  # text of `FAMILIES`
-    return namespace["solve"]
+    return "\n".join([f"def {ENTRY}(x):", *("    " + line for line in lines), "    return x"]) + "\n"
+
+
+def _compiled(steps: Sequence[Step]) -> Any:
+    namespace: dict[str, Any] = {}
+    exec(_source(steps), namespace)  # text of `FAMILIES`
+    return namespace[ENTRY]

@@ -83,7 +83,7 @@ def _write(task: PairTask, mechanism: Mechanism, rng: random.Random) -> Pair:
 
 
 def _prompt(task: PairTask, mechanism: Mechanism, rng: random.Random) -> str:
-    grading = CHANNELS[mechanism.channel].grading.format(entry="solve")
+    grading = CHANNELS[mechanism.channel].grading("solve")
     shown = [f"solve({', '.join(map(repr, args))}) returns {value!r}." for args, value in task.visible]
     style = rng.randrange(3)
     if style == 0:
