@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli._commands import App
-from assay.cli._output import JsonFlag, emit_json, table
+from assay.cli._output import JsonFlag, emit_json, show_values, table
 from assay.cli._settings import settings
 
 if TYPE_CHECKING:
@@ -38,11 +38,7 @@ def info(reference: Reference, as_json: JsonFlag = False) -> None:
     """Describe one model without loading its weights."""
     from assay import models
 
-    values = asdict(models.model_info(reference))
-    if as_json:
-        emit_json("assay.models.info/1", values)
-    else:
-        table(("", "value"), [(name.replace("_", " "), value) for name, value in values.items()])
+    show_values("assay.models.info/1", asdict(models.model_info(reference)), as_json)
 
 
 @app.command("random", epilog="Example: assay models random shape:qwen3-0.6b -o checkpoint")

@@ -29,6 +29,14 @@ def emit_json(schema: str, values: dict[str, Any]) -> None:
     typer.echo(json.dumps({"schema": schema, **values}, allow_nan=False))
 
 
+def show_values(schema: str, values: dict[str, Any], as_json: bool) -> None:
+    """Print named values as a table of two columns, or as one JSON object."""
+    if as_json:
+        emit_json(schema, values)
+    else:
+        table(("", "value"), [(name.replace("_", " "), value) for name, value in values.items()])
+
+
 def errors(error: AssayError) -> None:
     """Print an error in its three parts on stderr, or as JSON where ``ASSAY_ERRORS=json``."""
     if os.environ.get("ASSAY_ERRORS") == "json":

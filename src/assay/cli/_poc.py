@@ -1,7 +1,7 @@
 """``assay poc``: prove, verify, calibrate."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +10,7 @@ import typer
 from assay.cli import _experiment, _serve
 from assay.cli._commands import App, Resumable
 from assay.cli._engines import judging_engine, proving_engine
-from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
 from assay.errors import UsageError
 
@@ -132,11 +132,11 @@ def calibrate(
     rate, given = chosen.valid_rate, len(read)
     if rate is not None and given == 1 and chosen.output is None:
         found = poc.measure_r_target(read[0], rate, dimension=chosen.dimension)
-        _show("assay.poc.calibrate/1", found.as_dict(), as_json)
+        show_values("assay.poc.calibrate/1", found.as_dict(), as_json)
     elif rate is not None and not given:
         size = stats.RANDOM_HEAD_ROWS if chosen.dimension is None else chosen.dimension
         values = {"valid_rate": rate, "dimension": size, "r_target": stats.r_target_for(rate, size)}
-        _show("assay.poc.calibrate/1", values, as_json)
+        show_values("assay.poc.calibrate/1", values, as_json)
     elif rate is None and given == 2 and chosen.output is not None:
         measured = poc.calibrate(*read)
         measured.save(chosen.output)
@@ -201,7 +201,7 @@ def _print_proof(proof: "Proof", path: Path, pace: _Pace, as_json: bool) -> None
         "nonces_per_second": round(pace.rate, 2),
         "sha256": footer.sha256,
     }
-    _show("assay.poc.prove/1", values, as_json)
+    show_values("assay.poc.prove/1", values, as_json)
 
 
 def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
@@ -245,14 +245,7 @@ def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> Non
         "confidence": measured.confidence,
         "engines_differ_in": ", ".join(other) or "nothing",
     }
-    _show("assay.poc.calibrate/1", values, as_json)
-
-
-def _show(schema: str, values: Mapping[str, object], as_json: bool) -> None:
-    if as_json:
-        emit_json(schema, dict(values))
-    else:
-        table(("", "value"), [(name.replace("_", " "), value) for name, value in values.items()])
+    show_values("assay.poc.calibrate/1", values, as_json)
 
 
 app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)

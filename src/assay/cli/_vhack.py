@@ -1,41 +1,31 @@
-"""``assay vhack``: extract hack directions from pairs, check them, and train away from them."""
+"""``assay vhack``: extract hack directions from pairs, check them, train away from them, and draw the pages."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli import _vhack_check, _vhack_pairs, _vhack_report, _vhack_train
+from assay.cli import _vhack_pairs
 from assay.cli._commands import App, Resumable
-from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
 
 if TYPE_CHECKING:
-    from assay.cli._vhack_settings import ExtractCommand
+    from assay.cli._vhack_settings import CheckCommand, ExtractCommand
     from assay.models import Model
+    from assay.research.study import ArmResult
     from assay.vhack import Basis, Pair
+    from assay.vhack.checks import CheckReport
+    from assay.vhack.training import TrainSettings
 
 app = App(help="Directions along which training would learn to cheat.")
 app.add_typer(_vhack_pairs.app, name="pairs")
-app.command(epilog="Example: assay vhack check --model reference:qwen3 --pairs generated:48 --html check.html")(
-    _vhack_check.check
-)
-app.command(epilog="Example: assay vhack report runs/*.jsonl -o page.html")(_vhack_report.report)
-app.command(cls=Resumable, epilog="Example: assay vhack train --model reference:organism -o run")(_vhack_train.train)
 
-PASSED = {
-    "n_heldout",
-    "heldout_groups",
-    "top_k",
-    "tau_axis",
-    "method",
-    "rank",
-    "factors",
-    "max_tokens",
-    "checkpointing",
-}
+_SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method"}
+_PASSED = _SELECTION | {"rank", "factors", "max_tokens", "checkpointing"}
 """Settings that :func:`assay.vhack.extract` takes as they are."""
+_SHOWN = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement", "seconds")
 
 
 @app.command(epilog="Example: assay vhack extract --model reference:qwen3 --pairs generated:48 -o basis.safetensors")
@@ -59,20 +49,122 @@ def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
             f"assay vhack check needs {least} groups, and 20 are better (--pairs generated:48 has 30)",
             err=True,
         )
-    select_pairs(pairs, **chosen.model_dump(include=PASSED - {"rank", "factors", "max_tokens", "checkpointing"}))
+    select_pairs(pairs, **chosen.model_dump(include=_SELECTION))
     check_rank(chosen.rank)
     loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
     with progress_bar("decompositions and gradients", "steps") as progress:
         basis = vhack.extract(
             pairs,
             loaded,
-            **chosen.model_dump(include=PASSED),
+            **chosen.model_dump(include=_PASSED),
             cache=None if chosen.no_cache else _cache(chosen.cache, loaded),
             min_coverage=0.0 if chosen.allow_partial else vhack.MIN_COVERAGE,
             progress=progress,
         )
     basis.save(chosen.output)
-    _print(basis, pairs, chosen.output, as_json)
+    _print_basis(basis, pairs, chosen.output, as_json)
+
+
+@app.command(epilog="Example: assay vhack check --model reference:qwen3 --pairs generated:48 --html check.html")
+@settings("assay.cli._vhack_settings:CheckCommand")
+def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Test hack directions on held-out pairs. Exit code 0 all pass, 1 a check fails, 2 undecided or bad input."""
+    from assay.models import load_model
+    from assay.reports import check_new_file, dumps, write_atomic
+    from assay.vhack import Basis, checks
+    from assay.vhack.pairs import find_pairs
+
+    rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
+    for path in filter(None, (chosen.output, chosen.html)):
+        check_new_file(path, overwrite=True)
+    found = find_pairs(chosen.pairs)
+    entries = checks.read_source_log(chosen.log) if chosen.log else None
+    read = Basis.load(chosen.basis) if chosen.basis else None
+    if few := checks.too_few_groups(found, rules, read):
+        typer.echo(f"warning: {few}", err=True)
+    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    if chosen.basis:
+        Basis.load(chosen.basis, loaded)  # of these weights
+    with progress_bar("decompositions and gradients", "steps") as progress:
+        result = checks.check(found, loaded, basis=read, settings=rules, log=entries, progress=progress)
+    if chosen.output:
+        write_atomic(chosen.output, dumps(result.as_dict()) + "\n")
+    if chosen.html:
+        checks.page(result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}").write(
+            chosen.html
+        )
+    if as_json:
+        values = result.as_dict()
+        emit_json(values.pop("schema"), values)
+    else:
+        print_checks(result, title=f"{result.verdict}: {result.design}")
+    context.exit(result.exit_code)
+
+
+@app.command(epilog="Example: assay vhack report runs/*.jsonl -o page.html")
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Result that `assay vhack check -o` wrote; or logs of training runs, as files or directories."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Page to write.")],
+    checks: Annotated[
+        list[Path] | None, typer.Option("--check", help="Check to show beside logs; may be repeated.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw the page of an earlier check, or of training runs with their rates over steps and a final table."""
+    from assay.reports import read_json
+    from assay.research.study import read_logs, study_page, summarise
+    from assay.vhack.checks import CheckReport, page
+
+    if len(results) == 1 and results[0].suffix == ".json":
+        read = CheckReport.from_dict(read_json(results[0]))
+        page(read, command=f"assay vhack report {results[0]}").write(output)
+        values = {"path": str(output), "verdict": read.verdict}
+        show_values("assay.vhack.report/1", values, as_json)
+        return
+    logs = read_logs(results)
+    shown = [CheckReport.from_dict(read_json(path)) for path in checks or ()]
+    command = " ".join(["assay vhack report", *(path.name for path in results)])
+    study_page(logs, checks=shown, command=command).write(output)
+    found = summarise(logs)
+    if as_json:
+        arms = [result.as_dict() for result in found]
+        emit_json("assay.vhack.report/1", {"path": str(output), "runs": len(logs), "arms": arms})
+    else:
+        _print_arms(found, output)
+
+
+@app.command(cls=Resumable, epilog="Example: assay vhack train --model reference:organism -o run")
+@settings("assay.vhack.training:TrainSettings")
+def train(
+    chosen: "TrainSettings",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the run; the same one continues it.")],
+    tracker: Annotated[list[str] | None, typer.Option(help="A tracker of TRL's, such as wandb; repeatable.")] = None,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Run the programs even where nothing can isolate them.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train one arm by reinforcement with TRL. The same command goes on after the last checkpoint."""
+    from assay.vhack import training
+
+    result = training.train(
+        chosen,
+        output,
+        console=lambda line: typer.echo(line, err=True),
+        trackers=tuple(tracker or ()),
+        allow_unsandboxed=allow_unsandboxed,
+    )
+    if as_json:
+        values = {"path": str(result.folder), "arm": result.arm, "steps": result.steps}
+        emit_json("assay.vhack.train.result/1", {**values, "resumed_from": result.resumed_from, "last": result.last})
+        return
+    rows = [(name.replace("_", " "), f"{result.last[name]:.4f}") for name in _SHOWN if name in result.last]
+    table(("", "mean of the last 10 steps"), rows, title=f"{result.arm}: {result.steps} steps in {result.folder}")
 
 
 def _cache(asked: Path | None, model: "Model") -> Path | None:
@@ -82,7 +174,7 @@ def _cache(asked: Path | None, model: "Model") -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
 
 
-def _print(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> None:
+def _print_basis(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> None:
     origin = basis.origin
     energy = [float(shares[:5].sum()) for shares in basis.energy.values()]
     left_out = len(origin.coverage.left_out)
@@ -109,3 +201,30 @@ def _print(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> No
         return
     shown = {**values, "groups_held_out": ", ".join(held_out) or "none"}
     table(("", "basis"), [(name.replace("_", " "), value) for name, value in shown.items()])
+
+
+def check_table(result: "CheckReport") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the columns and the rows of a table of all checks. The p-value is the largest against any null."""
+    rows: list[tuple[str, ...]] = []
+    for made in result.checks:
+        value = made.measured
+        shown = ("", "") if value is None else (f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+        p = f"{max(made.p_values.values()):.2g}" if made.p_values else ""
+        rows.append((made.title, *shown, p, made.verdict))
+    return ("check", "value", f"{result.settings.confidence:.0%} interval", "largest p", "verdict"), rows
+
+
+def print_checks(result: "CheckReport", *, title: str) -> None:
+    """Print the table of all checks, and why those that did not pass did not."""
+    table(*check_table(result), title=title)
+    for made in result.checks:
+        if made.verdict != "pass":
+            typer.echo(f"{made.title}: {made.reason}")
+
+
+def _print_arms(found: "list[ArmResult]", output: Path) -> None:
+    rows = []
+    for result in found:
+        rates = [result.rates[name] for name in ("hack", "solve")]
+        rows.append((result.condition, rates[0].n, *(rate.text for rate in rates), result.tipped.text, result.verdict))
+    table(("condition", "seeds", "hack rate", "solve rate", "tipped", "verdict"), rows, title=str(output))

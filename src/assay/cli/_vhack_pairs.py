@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli._commands import App
-from assay.cli._output import JsonFlag, emit_json, progress_bar, table
+from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ def generate(chosen: "GenerateSettings", as_json: JsonFlag = False) -> None:
     write_pairs(chosen.output, pairs)
     groups = len({pair.group for pair in pairs})
     values = {"path": str(chosen.output), "pairs": len(pairs), "groups": groups, "seed": chosen.seed}
-    if as_json:
-        emit_json("assay.vhack.pairs.generate/1", values)
-    else:
-        table(("", "value"), list(values.items()))
+    show_values("assay.vhack.pairs.generate/1", values, as_json)
 
 
 @app.command(epilog="Example: assay vhack pairs verify pairs.jsonl")

@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from assay.cli._vhack_report import report
+from assay.cli._vhack import report
 from assay.errors import DataError
 from tests.research.study.test_summary import REFERENCE, logs_of
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from assay.cli import _vhack_check, _vhack_pairs, _vhack_report
+from assay.cli import _vhack, _vhack_pairs
 from assay.cli._commands import App
 from assay.cli._vhack_settings import CheckCommand, ExtractCommand
 from assay.errors import DataError, StorageError, UsageError
@@ -15,8 +15,8 @@ from assay.vhack.training import TrainSettings
 
 app = App()
 app.add_typer(_vhack_pairs.app, name="pairs")
-app.command()(_vhack_check.check)
-app.command()(_vhack_report.report)
+app.command()(_vhack.check)
+app.command()(_vhack.report)
 
 
 def called(*arguments):
@@ -130,7 +130,7 @@ def test_the_fewest_groups_are_those_that_give_a_verdict(gradients, quick):
 
 
 def test_the_table_of_a_report_gives_every_verdict_with_its_reason(gradients, quick, capsys):
-    _vhack_check._print(check_gradients(gradients(0), settings=quick))
+    _vhack.print_checks(check_gradients(gradients(0), settings=quick), title="")
     shown = capsys.readouterr().out
     assert shown.count("fail") >= 5
     assert "Against random bases: p = " in shown
