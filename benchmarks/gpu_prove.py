@@ -6,8 +6,8 @@ random weights of the exact shape. The rest takes turns. Figures are medians of 
 - `published`: eager, inputs and transform of every nonce by themselves and in int64, one batch after the other.
 - `eager`, `compiled`: the bare forward of transformers over inputs that exist already, all positions, no head;
   `compiled` is `torch.compile` of the whole decoder.
-- `layers`: the decoder of `assay.models.decoder`, compiled layer by layer, all positions; `graph`: the same
-  as one CUDA graph; `last`: the graph with the last layer for the last position only.
+- `layers`: the decoder of a listed family, compiled layer by layer, all positions; `graph`: the same as one CUDA graph;
+  `last`: the graph with the last layer for the last position only.
 - `serial`: prove, one step after the other; `prove`: prove as it is. Both write a proof file.
 
 MFU is 2 x parameters without embeddings x positions of the full forward over time, over PEAK: what a matrix product of

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from assay.models import Model, backbone
-from assay.poc.engines.hf._compiled import LeanDecoder, lean_decoder
+from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
 
 SHAPE = {
     "hidden_size": 64,

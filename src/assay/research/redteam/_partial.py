@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from assay.errors import UsageError
 from assay.models import Model, backbone, decoder_layers
-from assay.models.decoder import as_heads
+from assay.models.decoder import ModuleLayer, Rotation, causal_attention
 from assay.models.families import ATTENTION_TARGETS, MLP_TARGETS
 from assay.poc.protocol import unit
 
@@ -74,6 +73,12 @@ class Shortcut:
     window: int = 0
     neurons: tuple[float, ...] = ()
 
+    def layer(self, index: int) -> tuple[Part, Part, float]:
+        """Return what happens to the attention and to the MLP of a layer, and the share of neurons left out."""
+        attention: Part = self.attention[index] if self.attention else "run"
+        mlp: Part = self.mlp[index] if self.mlp else "run"
+        return attention, mlp, self.neurons[index] if self.neurons else 0.0
+
 
 class PartialForward:
     """Runs a shortcut on a model of the Llama family; a UsageError where its layers have other parts.
@@ -101,12 +106,7 @@ class PartialForward:
                 do="attack another model, such as reference:qwen3",
             )
         self.shortcut = shortcut
-        self._guesses = guesses
-        count = len(self._layers)
-        run: Part = "run"
-        self._attention = shortcut.attention or (run,) * count
-        self._mlp = shortcut.mlp or (run,) * count
-        self._neurons = shortcut.neurons or (0.0,) * count
+        self.guesses = guesses
 
     def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
         """Return what an engine would: the last state, or the weighted sum of the unit states, [B, D] in float32."""
@@ -125,81 +125,22 @@ class PartialForward:
         depth_T = torch.tensor(self.shortcut.depth, device=inputs_BTD.device)
         x_BTD = inputs_BTD.clone()
         rotary = self._body.rotary_emb(x_BTD, torch.arange(x_BTD.shape[1], device=x_BTD.device)[None])
-        for index in range(len(self._layers)):
+        for index, layer in enumerate(self._layers):
             active_A = torch.nonzero(depth_T > index).flatten()
             visible_V = torch.nonzero(depth_T > 0).flatten() if self.shortcut.stale else active_A
             if len(active_A):
-                x_BTD[:, active_A] = self._layer(index, x_BTD, active_A, visible_V, rotary)
+                seen_BVD = x_BTD[:, visible_V]
+                partial = _PartialLayer(layer, self, index, rotary, (active_A, visible_V))
+                x_BTD[:, active_A] = partial(seen_BVD, layer.input_layernorm(seen_BVD))
         return self._ends(x_BTD, depth_T)
-
-    def _layer(self, index: int, x_BTD: Tensor, active_A: Tensor, visible_V: Tensor, rotary: Any) -> Tensor:
-        layer = self._layers[index]
-        x_BAD = x_BTD[:, active_A]
-        if self._attention[index] == "run":
-            seen_BVD = layer.input_layernorm(x_BTD[:, visible_V])
-            x_BAD = x_BAD + self._attend(layer, layer.input_layernorm(x_BAD), seen_BVD, active_A, visible_V, rotary)
-        elif self._attention[index] == "linear":
-            x_BAD = x_BAD + self._guessed("attention", index, layer.input_layernorm(x_BAD))
-        normed_BAD = layer.post_attention_layernorm(x_BAD)
-        if self._mlp[index] == "run":
-            x_BAD = x_BAD + self._mlp_of(index, layer.mlp, normed_BAD)
-        elif self._mlp[index] == "linear":
-            x_BAD = x_BAD + self._guessed("mlp", index, normed_BAD)
-        return x_BAD
-
-    def _mlp_of(self, index: int, mlp: Any, x_BAD: Tensor) -> Tensor:
-        """Run an MLP without the neurons of least |gate| · ‖what it reads‖ · ‖what it writes‖, over the whole batch.
-
-        The gate has to be computed to know them; with it, they are spared two of three products.
-        """
-        if not self._neurons[index]:
-            whole: Tensor = mlp(x_BAD)
-            return whole
-        gate_BAF = mlp.act_fn(mlp.gate_proj(x_BAD))
-        norms_F = mlp.up_proj.weight.float().norm(dim=1) * mlp.down_proj.weight.float().norm(dim=0)
-        worth_BAF = gate_BAF.float().abs() * norms_F
-        least = worth_BAF.flatten().kthvalue(max(1, round(self._neurons[index] * worth_BAF.numel()))).values
-        kept_BAF = torch.where(worth_BAF <= least, torch.zeros_like(gate_BAF), gate_BAF)
-        rest: Tensor = mlp.down_proj(kept_BAF * mlp.up_proj(x_BAD))
-        return rest
-
-    def _attend(
-        self, layer: Any, x_BAD: Tensor, seen_BVD: Tensor, active_A: Tensor, visible_V: Tensor, rotary: Any
-    ) -> Tensor:
-        attention = layer.self_attn
-        size = attention.head_dim
-        q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        at_active, at_visible = ((rotary[0][0, at, None], rotary[1][0, at, None]) for at in (active_A, visible_V))
-        q_BAHE = as_heads(attention.q_proj(x_BAD), size, q_norm, at_active)
-        k_BVHE = as_heads(attention.k_proj(seen_BVD), size, k_norm, at_visible)
-        v_BVHE = as_heads(attention.v_proj(seen_BVD), size)
-        back_AV = active_A[:, None] - visible_V[None]
-        mask_AV = back_AV >= 0
-        if self.shortcut.window:
-            mask_AV &= back_AV < self.shortcut.window
-        y_BHAE = functional.scaled_dot_product_attention(
-            q_BAHE.transpose(1, 2),
-            k_BVHE.transpose(1, 2),
-            v_BVHE.transpose(1, 2),
-            attn_mask=mask_AV,
-            scale=attention.scaling,
-            enable_gqa=True,
-        )
-        output: Tensor = attention.o_proj(y_BHAE.transpose(1, 2).flatten(2))
-        return output
-
-    def _guessed(self, part: str, index: int, x_BAD: Tensor) -> Tensor:
-        if self._guesses is None:
-            return torch.zeros_like(x_BAD)
-        return self._guesses.update(part, index, x_BAD).to(x_BAD.dtype)
 
     def _ends(self, x_BTD: Tensor, depth_T: Tensor) -> Tensor:
         """Take the final norm where all layers ran; guess the final state from the last known one elsewhere."""
         ends_BTD: Tensor = unit(self._body.norm(x_BTD).float())
         for depth in sorted(set(self.shortcut.depth) - {len(self._layers)}):
             left_A = torch.nonzero(depth_T == depth).flatten()
-            if self._guesses is not None:
-                ends_BTD[:, left_A] = self._guesses.end(depth, x_BTD[:, left_A])
+            if self.guesses is not None:
+                ends_BTD[:, left_A] = self.guesses.end(depth, x_BTD[:, left_A])
             elif depth == 0:
                 ends_BTD[:, left_A] = 0
         return ends_BTD
@@ -208,30 +149,82 @@ class PartialForward:
     def cost(self) -> float:
         """Multiplications of this forward pass over those of the honest one; both count attention and linear layers."""
         full = Shortcut(depth=(len(self._layers),) * len(self.shortcut.depth))
-        run: Part = "run"
-        parts = (run,) * len(self._layers)
-        return self._count(self.shortcut, self._attention, self._mlp) / self._count(full, parts, parts)
+        return self._count(self.shortcut) / self._count(full)
 
-    def _count(self, shortcut: Shortcut, attention: Sequence[Part], mlp: Sequence[Part]) -> float:
+    def _count(self, shortcut: Shortcut) -> float:
         total = 0.0
-        guessing = sum(depth < len(self._layers) for depth in shortcut.depth) if self._guesses else 0
+        guessing = sum(depth < len(self._layers) for depth in shortcut.depth)
         for index, layer in enumerate(self._layers):
+            attention, mlp, left_out = shortcut.layer(index)
             active = [t for t, depth in enumerate(shortcut.depth) if depth > index]
             visible = [t for t, depth in enumerate(shortcut.depth) if depth > 0] if shortcut.stale else active
             linear = layer.self_attn.q_proj.in_features**2
-            if attention[index] == "run":
+            if attention == "run":
                 total += len(active) * (_size(layer.self_attn.q_proj) + _size(layer.self_attn.o_proj))
                 total += len(visible) * (_size(layer.self_attn.k_proj) + _size(layer.self_attn.v_proj))
                 total += 2 * layer.self_attn.q_proj.out_features * _pairs(active, visible, shortcut.window)
-            elif attention[index] == "linear":
+            elif attention == "linear":
                 total += len(active) * linear
-            if mlp[index] == "run":
-                sizes = sum(_size(part) for part in layer.mlp.modules() if isinstance(part, nn.Linear))
-                left_out = shortcut.neurons[index] if shortcut.neurons else 0.0
-                total += len(active) * (sizes - left_out * (_size(layer.mlp.up_proj) + _size(layer.mlp.down_proj)))
-            elif mlp[index] == "linear":
+            if mlp == "run":
+                sizes: float = sum(_size(part) for part in layer.mlp.modules() if isinstance(part, nn.Linear))
+                if left_out:
+                    sizes -= left_out * (_size(layer.mlp.up_proj) + _size(layer.mlp.down_proj))
+                total += len(active) * sizes
+            elif mlp == "linear":
                 total += len(active) * linear
-        return total + guessing * (self._guesses.cost if self._guesses else 0)
+        return total + guessing * (self.guesses.cost if self.guesses else 0)
+
+
+class _PartialLayer(ModuleLayer):
+    """What a shortcut leaves of a layer, which updates the positions A among the positions V that it sees."""
+
+    def __init__(
+        self, layer: Any, forward: PartialForward, index: int, rotary: Rotation, positions: tuple[Tensor, Tensor]
+    ) -> None:
+        self.active_A, self.visible_V = positions
+        at_active, at_visible = ((rotary[0][0, at, None], rotary[1][0, at, None]) for at in positions)
+        super().__init__(layer, at_visible, at_active)
+        self.forward, self.index = forward, index
+        self.attention_kind, self.mlp_kind, self.neurons = forward.shortcut.layer(index)
+
+    def updated(self, x: Tensor) -> Tensor:
+        return x[:, torch.searchsorted(self.visible_V, self.active_A)]
+
+    def attention(self, x: Tensor) -> Tensor:
+        if self.attention_kind == "run":
+            return super().attention(x)
+        return self._guessed("attention", self.attention_kind, self.updated(x))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        back_AV = self.active_A[:, None] - self.visible_V[None]
+        mask_AV = back_AV >= 0
+        if window := self.forward.shortcut.window:
+            mask_AV &= back_AV < window
+        return causal_attention(q, k, v, self.layer.self_attn.scaling, mask_AV)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        if self.mlp_kind != "run":
+            return self._guessed("mlp", self.mlp_kind, x)
+        whole: Tensor = super().mlp(x) if self.neurons else self.layer.mlp(x)
+        return whole
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Leave out the neurons of least |gate| · ‖what it reads‖ · ‖what it writes‖, over the whole batch.
+
+        The gate has to be computed to know them; with it, they are spared two of three products.
+        """
+        mlp = self.layer.mlp
+        gate_BAF = mlp.act_fn(gate)
+        norms_F = mlp.up_proj.weight.float().norm(dim=1) * mlp.down_proj.weight.float().norm(dim=0)
+        worth_BAF = gate_BAF.float().abs() * norms_F
+        least = worth_BAF.flatten().kthvalue(max(1, round(self.neurons * worth_BAF.numel()))).values
+        kept: Tensor = torch.where(worth_BAF <= least, torch.zeros_like(gate_BAF), gate_BAF) * up
+        return kept
+
+    def _guessed(self, part: str, kind: Part, x_BAD: Tensor) -> Tensor:
+        if kind == "drop" or self.forward.guesses is None:
+            return torch.zeros_like(x_BAD)
+        return self.forward.guesses.update(part, self.index, x_BAD).to(x_BAD.dtype)
 
 
 def _size(layer: Any) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from assay.errors import ModelError
-from assay.models.decoder import Rotation, as_heads
+from assay.models.decoder import DecoderLayer, Rotation, causal_attention
 from assay.models.families import TARGETS
 from assay.vhack.delta import grouped
 from assay.vhack.gradients import SVDCache, delta_gradient, module_of, target_modules, weight_svd
@@ -78,12 +78,12 @@ class StackedModel:
         state = {name: value.detach().to(self.dtype) for name, value in module.named_parameters()}
         self.embedding = state["model.embed_tokens.weight"]
         self.head = state.get("lm_head.weight", self.embedding)
-        self._norms = [
-            tuple(state[f"model.layers.{i}.{which}_layernorm.weight"] for which in ("input", "post_attention"))
+        self.norms = [
+            {name: state[f"model.layers.{i}.{name}.weight"] for name in ("input_layernorm", "post_attention_layernorm")}
             for i in range(self.n_layers)
         ]
         self._last_norm = state["model.norm.weight"]
-        self._names = [_names(i, list(modules)) for i in range(self.n_layers)]
+        self.names = [_names(i, list(modules)) for i in range(self.n_layers)]
         exponent = torch.arange(0, self.head_dim, 2, device=module.device, dtype=torch.float32) / self.head_dim
         self._frequencies = config.rope_parameters["rope_theta"] ** -exponent
 
@@ -137,12 +137,9 @@ class StackedModel:
         found: Keys = []
 
         def attend(_: int, q_RNQD: Tensor, k_RNKD: Tensor, v_RNKD: Tensor) -> Tensor:
-            q, k, v = (
-                x.reshape(runs * prompts, length, -1, self.head_dim).transpose(1, 2) for x in (q_RNQD, k_RNKD, v_RNKD)
-            )
-            found.append((k, v))
-            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            return mixed.transpose(1, 2).reshape(runs, prompts * length, -1)
+            q, k, v = (x.reshape(runs * prompts, length, -1, self.head_dim) for x in (q_RNQD, k_RNKD, v_RNKD))
+            found.append((k.transpose(1, 2), v.transpose(1, 2)))
+            return causal_attention(q, k, v).view(runs, prompts * length, -1)
 
         self._layers(self.embedding[ids_RPL.flatten(1)], positions_N.expand(runs, -1), attend, keys_only=True)
         return found
@@ -202,32 +199,51 @@ class StackedModel:
     def _layers(
         self, x_RNH: Tensor, positions_RN: Tensor, attend: Attend, *, keys_only: bool = False, until: int | None = None
     ) -> Tensor:
-        rotation, hidden = self._rotation(positions_RN), x_RNH.shape[-1]
-        for i, (names, norms) in enumerate(zip(self._names, self._norms, strict=True)):
-            q, k, v, o, gate, up, down = (self.weights[name].transpose(1, 2) for name in names)
-            h_RNH = functional.rms_norm(x_RNH, (hidden,), norms[0], self.eps)
-            k_RNKD = as_heads(torch.bmm(h_RNH, k), self.head_dim, rotation=rotation)
-            v_RNKD = as_heads(torch.bmm(h_RNH, v), self.head_dim)
-            q_RNQD = as_heads(torch.bmm(h_RNH, q), self.head_dim, rotation=rotation)
-            mixed_RNI = attend(i, q_RNQD, k_RNKD, v_RNKD)
+        rotation = self._rotation(positions_RN)
+        for i, norms in enumerate(self.norms):
+            layer = _StackedLayer(self, i, rotation, attend)
+            h_RNH = self.normed(x_RNH, norms["input_layernorm"])
             if keys_only and i == self.n_layers - 1:
+                attend(i, *layer.heads(h_RNH))
                 return x_RNH
-            x_RNH = x_RNH + torch.bmm(mixed_RNI, o)
-            h_RNH = functional.rms_norm(x_RNH, (hidden,), norms[1], self.eps)
-            x_RNH = x_RNH + torch.bmm(functional.silu(torch.bmm(h_RNH, gate)) * torch.bmm(h_RNH, up), down)
+            x_RNH = layer(x_RNH, h_RNH)
             if i == until:
                 return x_RNH
-        return functional.rms_norm(x_RNH, (hidden,), self._last_norm, self.eps)
+        return self.normed(x_RNH, self._last_norm)
+
+    def normed(self, x_RNH: Tensor, weight_H: Tensor) -> Tensor:
+        """Return x after an RMS norm."""
+        return functional.rms_norm(x_RNH, weight_H.shape, weight_H, self.eps)
 
     def _rotation(self, positions_RN: Tensor) -> Rotation:
         angles_RND = (positions_RN[..., None].float() * self._frequencies).repeat(1, 1, 2)
         return angles_RND.cos().to(self.dtype)[:, :, None], angles_RND.sin().to(self.dtype)[:, :, None]
 
 
-def _names(layer: int, known: list[str]) -> list[str]:
-    prefix = f"model.layers.{layer}."
-    own = [name for name in known if name.startswith(prefix)]
-    return [next(name for name in own if name.endswith(kind)) for kind in TARGETS]
+def _names(layer: int, known: list[str]) -> dict[str, str]:
+    own = [name for name in known if name.startswith(f"model.layers.{layer}.")]
+    return {kind: next(name for name in own if name.endswith(kind)) for kind in TARGETS}
+
+
+class _StackedLayer(DecoderLayer):
+    """A layer of all runs: a projection is one batched product, and ``attend`` is that of the pass."""
+
+    def __init__(self, model: StackedModel, index: int, rotation: Rotation, attend: Attend) -> None:
+        super().__init__(model.head_dim, rotation)
+        self.model, self.index, self.gather = model, index, attend
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.model.weights[self.model.names[self.index][name]].transpose(1, 2))
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        weight = self.model.norms[self.index].get(name)
+        return x if weight is None else self.model.normed(x, weight)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.gather(self.index, q, k, v)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return functional.silu(gate) * up
 
 
 def _padding(lengths_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -17,15 +17,14 @@ Shapes: N tokens of all samples, M of them that predict a completion token, B sa
 queries, J heads of keys and values, E their width, D hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from assay.models.decoder import Rotation, as_heads
+from assay.models.decoder import ModuleLayer, Rotation, causal_attention
 from assay.vhack.gradients._batches import Batch
 from assay.vhack.gradients._blocks import Turns, attend_in_blocks, fits_in_blocks
 from assay.vhack.gradients._fused import Gate
@@ -55,8 +54,9 @@ class PackedLayers:
     def __init__(
         self, current: Callable[[], Batch], use: ModuleType | None, *, together: bool, in_blocks: bool
     ) -> None:
-        self._current, self._use, self._together, self._in_blocks = current, use, together, in_blocks
-        self._turns = Turns()
+        self._current = current
+        self.use, self.together, self.in_blocks = use, together, in_blocks
+        self.turns = Turns()
 
     def forward(self, layer: Any, *, late: bool) -> Callable[..., Tensor]:
         """Return the forward function of a layer.
@@ -66,49 +66,49 @@ class PackedLayers:
             late: Whether only the M tokens that predict a completion token matter after this layer. Only keys and
                 values are then computed for the others, which leave the layer as zeros.
         """
-        multiplier: float | None = getattr(layer, "residual_multiplier", None)
-
-        def added(x: Tensor, update: Tensor) -> Tensor:
-            return x + (update if multiplier is None else update * multiplier)
 
         def forward(hidden_states: Tensor, *, position_embeddings: Rotation, **_: Any) -> Tensor:
-            batch, x_1ND = self._current(), hidden_states
+            batch = self._current()
             spot = batch.spot if late else None
-            mixed = self._attention(layer.self_attn, layer.input_layernorm(x_1ND), position_embeddings, batch, spot)
-            x_1MD = added(_rows(x_1ND, spot), layer.self_attn.o_proj(_rows(mixed, spot)))
-            x_1MD = added(x_1MD, self._mlp(layer.mlp, layer.post_attention_layernorm(x_1MD)))
-            return _among_zeros(x_1MD, spot, x_1ND.shape[1])
+            packed = _PackedLayer(self, layer, batch, spot, position_embeddings)
+            x_1MD = packed(hidden_states, layer.input_layernorm(hidden_states))
+            return _among_zeros(x_1MD, spot, hidden_states.shape[1])
 
         return forward
 
-    def _attention(
-        self, attention: Any, x_1ND: Tensor, rotation: Rotation, batch: Batch, spot: Tensor | None
-    ) -> Tensor:
-        """Return what the heads of every token gather, [1, N, H·E]; of tokens that are not asked for, anything."""
-        segments = batch.segments
-        in_blocks = self._in_blocks and fits_in_blocks(attention.config.num_attention_heads, segments)
-        angles = None if in_blocks else (rotation[0][0, :, None], rotation[1][0, :, None])
-        q_1NO = _among_zeros(attention.q_proj(_rows(x_1ND, spot)), spot, x_1ND.shape[1])
-        k_1NO, v_1NO = attention.k_proj(x_1ND), attention.v_proj(x_1ND)
-        q_NHE = as_heads(q_1NO[0], attention.head_dim, getattr(attention, "q_norm", None), angles)
-        k_NJE = as_heads(k_1NO[0], attention.head_dim, getattr(attention, "k_norm", None), angles)
-        v_NJE = as_heads(v_1NO[0], attention.head_dim)
-        if in_blocks:
-            turns = self._turns.of(*rotation, q_NHE.shape[1] // k_NJE.shape[1], attention.scaling)
-            spans = segments.bounds if spot is None else batch.asking
+
+class _PackedLayer(ModuleLayer):
+    """A layer for one batch; after it only the rows ``spot`` matter, or all where it is None."""
+
+    def __init__(self, layers: PackedLayers, layer: Any, batch: Batch, spot: Tensor | None, rotation: Rotation) -> None:
+        self.layers, self.batch, self.spot, self.tables = layers, batch, spot, rotation
+        heads = layer.self_attn.config.num_attention_heads
+        self.in_blocks = layers.in_blocks and fits_in_blocks(heads, batch.segments)
+        super().__init__(layer, None if self.in_blocks else (rotation[0][0, :, None], rotation[1][0, :, None]))
+
+    def updated(self, x: Tensor) -> Tensor:
+        return _rows(x, self.spot)
+
+    def qkv(self, x: Tensor) -> Iterable[Tensor]:
+        q, k, v = super().qkv(x)
+        return _among_zeros(q, self.spot, x.shape[1]), k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q_NHE, k_NJE, v_NJE = q[0], k[0], v[0]
+        segments, scale = self.batch.segments, self.layer.self_attn.scaling
+        if self.in_blocks:
+            turns = self.layers.turns.of(*self.tables, q_NHE.shape[1] // k_NJE.shape[1], scale)
+            spans = segments.bounds if self.spot is None else self.batch.asking
             out_NHE = attend_in_blocks(q_NHE, k_NJE, v_NJE, turns, segments.bounds, spans)
         else:
-            out_NHE = attend(q_NHE, k_NJE, v_NJE, segments, scale=attention.scaling, together=self._together)
-        return out_NHE.reshape(1, len(out_NHE), -1)
+            out_NHE = attend(q_NHE, k_NJE, v_NJE, segments, scale=scale, together=self.layers.together)
+        return self.updated(out_NHE.reshape(1, len(out_NHE), -1))
 
-    def _mlp(self, mlp: Any, x_1MD: Tensor) -> Tensor:
-        gate, up = mlp.gate_proj(x_1MD), mlp.up_proj(x_1MD)
-        if self._use is not None and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-            gated: Tensor = Gate.apply(gate, up, self._use)  # type: ignore[no-untyped-call]
-        else:
-            gated = mlp.act_fn(gate) * up
-        down: Tensor = mlp.down_proj(gated)
-        return down
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.layers.use is None or type(self.layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+            return super().gated(gate, up)
+        neurons: Tensor = Gate.apply(gate, up, self.layers.use)  # type: ignore[no-untyped-call]
+        return neurons
 
 
 def _rows(x_1ND: Tensor, spot: Tensor | None) -> Tensor:
@@ -137,31 +137,23 @@ def attend(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, *, s
     if together:
         return _spread_out(q_NHE, k_NJE, v_NJE, segments, scale)
 
-    def one(start: int, end: int) -> Tensor:
-        q_HTE, k_JTE, v_JTE = (part[start:end].transpose(0, 1) for part in (q_NHE, k_NJE, v_NJE))
-        return _product(q_HTE[None], k_JTE[None], v_JTE[None], scale)[0].transpose(0, 1)
-
-    return torch.cat([one(start, end) for start, end in segments.bounds])
-
-
-def _product(q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, scale: float) -> Tensor:
-    grouped = q_BHTE.shape[1] != k_BJTE.shape[1]
-    return functional.scaled_dot_product_attention(
-        q_BHTE, k_BJTE, v_BJTE, is_causal=True, scale=scale, enable_gqa=grouped
-    )
+    parts = [
+        causal_attention(q_NHE[None, start:end], k_NJE[None, start:end], v_NJE[None, start:end], scale)[0]
+        for start, end in segments.bounds
+    ]
+    return torch.cat(parts).view(q_NHE.shape)
 
 
 def _spread_out(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, scale: float) -> Tensor:
     padded, real = segments.padding()
-    shape = (len(segments.bounds), -1)
 
     def spread(part: Tensor) -> Tensor:
         out: Tensor = _Spread.apply(part, padded, real)  # type: ignore[no-untyped-call]
-        return out.view(*shape, *part.shape[1:]).transpose(1, 2)
+        return out.view(len(segments.bounds), -1, *part.shape[1:])
 
-    out_BHTE = _product(spread(q_NHE), spread(k_NJE), spread(v_NJE), scale)
-    gathered: Tensor = _Gather.apply(out_BHTE.transpose(1, 2).flatten(0, 1), real)  # type: ignore[no-untyped-call]
-    return gathered
+    out_BTO = causal_attention(spread(q_NHE), spread(k_NJE), spread(v_NJE), scale)
+    gathered: Tensor = _Gather.apply(out_BTO.flatten(0, 1), real)  # type: ignore[no-untyped-call]
+    return gathered.view(q_NHE.shape)
 
 
 class _Spread(torch.autograd.Function):

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from assay.models import Model, backbone, decoder_layers
-from assay.models.decoder import full_layer, is_plain, last_layer, layer_shape, layer_weights, rms_norm
-from assay.models.families import attention_window, family_of
+from assay.models import Model, backbone
+from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
 from assay.poc.protocol import ROWS_OF_A_PRODUCT
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -49,8 +48,6 @@ _KERNELS = {
 # Every shape, dtype and model that a process proves is a variant of the same few functions.
 _VARIANTS = 512
 
-Run = Callable[..., Any]
-
 
 def keep_kernels() -> None:
     """Let compiled kernels be kept in the user's cache folder, unless the environment names another one.
@@ -77,7 +74,7 @@ def worth_compiling(model: Model) -> bool:
 class CompiledForward:
     """Runs the decoder of a model on inputs of one fixed shape.
 
-    A model of a listed family is compiled layer by layer (:mod:`assay.models.decoder`); any other one as a whole, as
+    A model of a listed family is compiled layer by layer (:class:`LeanDecoder`); any other one as a whole, as
     transformers has it. The last layer serves the last position alone where B rows are enough for products in which
     the place of a row does not matter: on CUDA, from :data:`ROWS_OF_A_PRODUCT` on.
 
@@ -130,63 +127,6 @@ class CompiledForward:
         """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
         with _settings():
             return self._hidden(inputs_BTD)
-
-
-class LeanDecoder:
-    """The layers of a model as functions of tensors, ready to run on inputs of one length.
-
-    The weights are the model's own: fused ones take their place in memory, and the model's parameters become views.
-
-    Args:
-        model: Model for which :func:`lean_decoder` is true.
-        seq_len: Number of positions, T.
-        wrap: Transform of a function of a layer before it is first called, such as ``torch.compile``.
-    """
-
-    def __init__(self, model: Model, seq_len: int, wrap: Callable[[Run], Run] = lambda run: run) -> None:
-        body: Any = backbone(model.module)
-        layers: list[Any] = list(decoder_layers(model.module))
-        self._shape = layer_shape(layers[0])
-        self._weights = [layer_weights(layer) for layer in layers]
-        self._norms = [*(weights.input_norm for weights in self._weights), body.norm.weight]
-        positions = torch.arange(seq_len, device=model.device)[None]
-        like = torch.empty(0, dtype=model.dtype, device=model.device)
-        self._angles = tuple(table[0][:, None] for table in body.rotary_emb(like, positions))
-        shape = self._shape  # the wrapped functions must not hold the decoder
-        self._norm = wrap(lambda x, weight: rms_norm(x, weight, shape.epsilon))
-        self._full = wrap(lambda *given: full_layer(shape, *given))
-        self._last = wrap(lambda *given: last_layer(shape, *given))
-
-    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
-        """Return the last position's state after the final norm, [B, D] in float32."""
-        h, x = self._layers(inputs_BTD, len(self._weights) - 1)
-        state_BD: Tensor = self._last(h, x, self._weights[-1], *self._angles, self._norms[-1])
-        return state_BD
-
-    def hidden(self, inputs_BTD: Tensor) -> Tensor:
-        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
-        return self._layers(inputs_BTD, len(self._weights))[1]
-
-    def _layers(self, h: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        x = self._norm(h, self._norms[0])
-        for weights, next_norm in zip(self._weights[:count], self._norms[1:], strict=False):
-            h, x = self._full(h, x, weights, *self._angles, next_norm)
-        return h, x
-
-
-def lean_decoder(model: Model, seq_len: int) -> bool:
-    """Return whether a model's layers are those of :mod:`assay.models.decoder`, for sequences of this length.
-
-    They are not after a change from outside: hooks, adapters, another attention, split or quantised weights.
-    """
-    body = backbone(model.module)
-    config = model.module.config
-    family, window = family_of(config), attention_window(config)
-    known = family is not None and family.plain and type(body).__name__ == f"{family.prefix}Model"
-    if not known or not type(body).__module__.startswith("transformers.models."):
-        return False
-    whole = config._attn_implementation == "sdpa" and (window is None or window >= seq_len)
-    return whole and is_plain(body)
 
 
 class _Graph:

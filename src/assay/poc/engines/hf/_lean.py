@@ -1,0 +1,244 @@
+"""The layers that the engine compiles: a listed family as functions of tensors, so that one compilation serves all.
+
+Queries, keys and values are one product, and gate and up another. Where only the last position is read, the last layer
+computes keys and values for every position and all else for the last one.
+
+Legend of shapes: B nonces, T positions, D hidden size, H query heads, K key heads, G = H / K, E head width, F width of
+the MLP; R is the rows of a fused projection.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from assay.models import Model, backbone, decoder_layers
+from assay.models.decoder import DecoderLayer, Rotation, causal_attention
+from assay.models.families import attention_window, family_of
+
+Run = Callable[..., Any]
+
+
+class LeanDecoder:
+    """The layers of a model as functions of tensors, ready to run on inputs of one length.
+
+    The weights are the model's own: fused ones take their place in memory, and the model's parameters become views.
+
+    Args:
+        model: Model for which :func:`lean_decoder` is true.
+        seq_len: Number of positions, T.
+        wrap: Transform of a function of a layer before it is first called, such as ``torch.compile``.
+    """
+
+    def __init__(self, model: Model, seq_len: int, wrap: Callable[[Run], Run] = lambda run: run) -> None:
+        body: Any = backbone(model.module)
+        layers: list[Any] = list(decoder_layers(model.module))
+        self._weights = [layer_weights(layer) for layer in layers]
+        self._norms = [*(weights.input_layernorm for weights in self._weights), body.norm.weight]
+        positions = torch.arange(seq_len, device=model.device)[None]
+        like = torch.empty(0, dtype=model.dtype, device=model.device)
+        self._rotation = tuple(table[0][:, None] for table in body.rotary_emb(like, positions))
+        shape = layer_shape(layers[0])
+
+        # The wrapped functions must not hold the decoder. The norm that follows a layer is compiled with it.
+        def norm(h: Tensor, weight: Tensor) -> Tensor:
+            return rms_norm(h, weight, shape.epsilon)
+
+        def full(
+            h: Tensor, x: Tensor, weights: LayerWeights, rotation: Rotation, next_norm: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            h = FusedLayer(shape, weights, rotation)(h, x)
+            return h, norm(h, next_norm)
+
+        def last(h: Tensor, x: Tensor, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
+            return norm(LastLayer(shape, weights, rotation)(h, x), final_norm).float()
+
+        self._norm, self._full, self._last = wrap(norm), wrap(full), wrap(last)
+
+    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the last position's state after the final norm, [B, D] in float32."""
+        h, x = self._layers(inputs_BTD, len(self._weights) - 1)
+        state_BD: Tensor = self._last(h, x, self._weights[-1], self._rotation, self._norms[-1])
+        return state_BD
+
+    def hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
+        return self._layers(inputs_BTD, len(self._weights))[1]
+
+    def _layers(self, h: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        x = self._norm(h, self._norms[0])
+        for weights, next_norm in zip(self._weights[:count], self._norms[1:], strict=False):
+            h, x = self._full(h, x, weights, self._rotation, next_norm)
+        return h, x
+
+
+def lean_decoder(model: Model, seq_len: int) -> bool:
+    """Return whether a model's layers are those that are compiled here, for sequences of this length.
+
+    They are not after a change from outside: hooks, adapters, another attention, split or quantised weights.
+    """
+    body = backbone(model.module)
+    config = model.module.config
+    family, window = family_of(config), attention_window(config)
+    known = family is not None and family.plain and type(body).__name__ == f"{family.prefix}Model"
+    if not known or not type(body).__module__.startswith("transformers.models."):
+        return False
+    whole = config._attn_implementation == "sdpa" and (window is None or window >= seq_len)
+    return whole and is_plain(body)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether a module and all inside it compute what their classes say, on whole tensors.
+
+    Hooks, forward functions of their own, subclasses of Linear and split or quantised weights all say otherwise.
+    """
+    for part in module.modules():
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            return False
+        if isinstance(part, nn.Linear) and type(part) is not nn.Linear:
+            return False
+        if any(type(tensor.data) is not Tensor for tensor in part.parameters(recurse=False)):
+            return False
+    return True
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return x / sqrt(mean(x²) + ε) · w over the last axis, in float32 up to the product with the weight."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is the same in every layer of a model."""
+
+    heads: int  # H
+    key_heads: int  # K
+    head_width: int  # E
+    scale: float  # of the attention scores
+    epsilon: float  # of the norms
+    activation: Callable[[Tensor], Tensor]  # of the gate of the MLP
+
+
+Projection = tuple[Tensor, Tensor | None]
+"""Weight [rows, columns] and bias of a projection; where the architecture has no bias it is None."""
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one layer; a norm of heads that the architecture does not have is None."""
+
+    input_layernorm: Tensor  # D
+    qkv: Projection  # R, D
+    q_norm: Tensor | None  # E
+    k_norm: Tensor | None
+    o_proj: Projection  # D, H·E
+    post_attention_layernorm: Tensor  # D
+    gate_up: Projection  # R, D
+    down_proj: Projection  # D, F
+
+
+class FusedLayer(DecoderLayer):
+    """A layer for every position; cosines and sines of the positions are [T, 1, E]."""
+
+    def __init__(
+        self, shape: Shape, weights: LayerWeights, rotation: Rotation, query_rotation: Rotation | None = None
+    ) -> None:
+        super().__init__(shape.head_width, rotation, query_rotation)
+        self.shape = shape
+        self.weights = weights
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        return functional.linear(x, *getattr(self.weights, name))
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        weight: Tensor | None = getattr(self.weights, name)
+        return x if weight is None else rms_norm(x, weight, self.shape.epsilon)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(q, k, v, self.shape.scale)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.shape.activation(gate) * up
+
+    def qkv(self, x: Tensor) -> Iterable[Tensor]:
+        widths = [heads * self.head_width for heads in (self.shape.heads, self.shape.key_heads, self.shape.key_heads)]
+        return torch.split(self.project("qkv", x), widths, dim=-1)
+
+    def gate_up(self, x: Tensor) -> Iterable[Tensor]:
+        return self.project("gate_up", x).chunk(2, dim=-1)
+
+
+class LastLayer(FusedLayer):
+    """The last layer for the last position; only keys and values are computed for every one."""
+
+    def __init__(self, shape: Shape, weights: LayerWeights, rotation: Rotation) -> None:
+        cos_T1E, sin_T1E = rotation
+        super().__init__(shape, weights, rotation, (cos_T1E[-1], sin_T1E[-1]))
+
+    def updated(self, x: Tensor) -> Tensor:
+        return x[:, -1]
+
+    def qkv(self, x: Tensor) -> Iterable[Tensor]:
+        rows = self.shape.heads * self.head_width
+        kv_BTR = functional.linear(x, *_rows(self.weights.qkv, slice(rows, None)))
+        q_BR = functional.linear(self.updated(x), *_rows(self.weights.qkv, slice(rows)))
+        return q_BR, *kv_BTR.chunk(2, dim=-1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q_BKGE = q.view(len(q), self.shape.key_heads, -1, self.head_width)
+        scores_BKGT = torch.matmul(q_BKGE, k.permute(0, 2, 3, 1)).float() * self.shape.scale
+        return torch.matmul(scores_BKGT.softmax(dim=-1).to(v.dtype), v.transpose(1, 2)).flatten(1)
+
+
+def _rows(projection: Projection, rows: slice) -> Projection:
+    weight, bias = projection
+    return weight[rows], None if bias is None else bias[rows]
+
+
+def layer_shape(layer: Any) -> Shape:
+    """Return the shape of a transformers layer."""
+    attention = layer.self_attn
+    heads = attention.q_proj.out_features // attention.head_dim
+    key_heads = attention.k_proj.out_features // attention.head_dim
+    epsilon = float(layer.input_layernorm.variance_epsilon)
+    return Shape(heads, key_heads, attention.head_dim, float(attention.scaling), epsilon, layer.mlp.act_fn)
+
+
+def layer_weights(layer: Any) -> LayerWeights:
+    """Return the weights of a transformers layer; fused ones take their place, and its parameters become views."""
+    attention, mlp = layer.self_attn, layer.mlp
+    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return LayerWeights(
+        input_layernorm=layer.input_layernorm.weight.data,
+        qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        q_norm=None if q_norm is None else q_norm.weight.data,
+        k_norm=None if k_norm is None else k_norm.weight.data,
+        o_proj=_fused(attention.o_proj),
+        post_attention_layernorm=layer.post_attention_layernorm.weight.data,
+        gate_up=_fused(mlp.gate_proj, mlp.up_proj),
+        down_proj=_fused(mlp.down_proj),
+    )
+
+
+def _fused(*linears: nn.Linear) -> Projection:
+    """Put the rows of several projections into one matrix, of which their weights become views."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return _joined([linear.weight for linear in linears]), _joined(biases) if len(biases) == len(linears) else None
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return parameters as one tensor, along the first axis, and make them views of it; done twice, nothing moves."""
+    rows, first = [len(part) for part in parts], parts[0].data
+    starts = [part.data.data_ptr() for part in parts]
+    ends = [start + part.data.nbytes for start, part in zip(starts, parts, strict=True)]
+    in_one = {part.data.untyped_storage().data_ptr() for part in parts}
+    if len(in_one) == 1 and starts[1:] == ends[:-1]:
+        return torch.as_strided(first, (sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
+    whole = torch.cat([part.data for part in parts])
+    for part, piece in zip(parts, torch.split(whole, rows), strict=True):
+        part.data = piece
+    return whole
