@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import ModelError
+from assay.vhack.gradients import delta_gradient
 
 # Multiplications that a sum per kind must save; on a GPU, those that it does while the operations are being sent.
 _WORTH = {"cuda": 2e10}
@@ -158,8 +159,7 @@ def _multiplications_saved(tokens: int, sums: int, plan: Plan) -> int:
 def _summed(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
     """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order with fewer multiplications."""
     if _multiplications_saved(inputs_BTI.shape[1], 1, plan) > 0:
-        weight_gradient_BOI = gradient_BTO.transpose(1, 2) @ inputs_BTI
-        return ((weight_gradient_BOI @ plan.right.T).float() * plan.left).sum(dim=1)
+        return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)
     return ((gradient_BTO @ plan.left).float() * (inputs_BTI @ plan.right.T)).sum(dim=1)
 
 
