@@ -112,7 +112,7 @@ def test_a_given_basis_is_checked_by_its_own_method_and_size(gradients, quick):
 def test_stability_is_the_overlap_of_bases_of_the_same_method(gradients, quick, method):
     pairs = gradients(0, strength=2.0)
     settings = replace(quick, method=method)
-    found = check_stability(cross_fit(pairs, settings), settings)
+    found = check_stability(cross_fit(pairs, settings))
     overlaps = []
     for half in _halves(list(dict.fromkeys(pairs.groups)), settings):
         rows = [index for index, group in enumerate(pairs.groups) if group in half]

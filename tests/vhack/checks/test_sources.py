@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def log(n_steps, gap, seed=0):
 
 def test_a_log_is_read_and_other_lines_are_passed_over(tmp_path):
     entry = SourceCin(3, "student", 0.25, {"layers.0.up_proj": 0.5})
-    assert read_source_log(written(tmp_path, {"step": 3, "loss": 1.0}, entry.as_dict(), LINE)) == [
+    assert read_source_log(written(tmp_path, {"step": 3, "loss": 1.0}, asdict(entry), LINE)) == [
         entry,
         SourceCin(0, "teacher", 0.2),
     ]

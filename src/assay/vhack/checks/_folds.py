@@ -9,6 +9,7 @@ changes nothing in law. The p-values come from doing that, with the basis turned
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, log2
 
 import numpy as np
@@ -18,12 +19,13 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import Basis, PairGradients
 from assay.vhack.checks._geometry import Frame, Geometry, shares
-from assay.vhack.checks._types import CheckSettings
+from assay.vhack.checks._types import CheckSettings, FloatArray
 
 # Share of the first axis that differences of the pairs at hand explain, and share of the weights on scored pairs, above
 # which the basis was made from scored pairs. Gradients of another run in bfloat16 differ by about 1 %.
 _EXPLAINED, _ON_SCORED = 0.99, 0.1
 _HELD_OUT_PART = 3
+_AT_ONCE = 100  # rows of swapped labels, to bound the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,16 @@ class Fold:
     along: Tensor
     train: Tensor
     test: Tensor
-    frame: Frame | None
+    frame: Frame | None = None
+
+    def cin(self, along_MKS: Tensor, lengths_MS: Tensor, signs_BN: Tensor) -> Tensor:
+        """Return mean cin over modules of gradients with these components and lengths, [B, S].
+
+        A row of signs swaps the sides of the training pairs where it is −1.
+        """
+        if self.frame is None:
+            return shares(along_MKS, lengths_MS).mean(dim=0).expand(len(signs_BN), -1)
+        return shares(along_MKS, lengths_MS, self.frame.turned(signs_BN[:, self.train])).mean(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,18 +59,23 @@ class Design:
     """All folds over the same pairs.
 
     Attributes:
+        settings: Settings of the checks.
         geometry: Scalar products of the gradients.
         folds: Folds with disjoint test pairs.
-        groups: Group of every pair.
         text: Description of the design.
         sources: Indices of the pairs that bases are made from, as far as they are at hand; check 5 halves these.
     """
 
+    settings: CheckSettings
     geometry: Geometry
     folds: tuple[Fold, ...]
-    groups: tuple[str, ...]
     text: str
     sources: Tensor
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Group of every pair."""
+        return self.geometry.gradients.groups
 
     @property
     def tested(self) -> Tensor:
@@ -80,6 +96,13 @@ class Design:
         free = len(set(self.tested_groups)) - (self.folds[0].frame is not None)
         return float(0.5**free)
 
+    @cached_property
+    def held_out(self) -> tuple[FloatArray, FloatArray]:
+        """Scores of both sides of every scored pair, [1 + B, N'] each: as labelled, then with swapped labels."""
+        signs_BN = swaps(self.groups, self.settings.n_flips, np.random.default_rng([self.settings.seed, 1]))
+        hack_BN, clean_BN = self.scores(signs_BN)
+        return hack_BN.numpy(), clean_BN.numpy()
+
     def scores(self, signs_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean cin over modules of both sides of every scored pair under swapped labels, [B, N'] each.
 
@@ -87,23 +110,14 @@ class Design:
         """
         hacks, cleans = [], []
         for fold in self.folds:
-            sides_BS = self._fold_scores(fold, signs_BN)
-            first_BN, second_BN = sides_BS.chunk(2, dim=1)
+            samples = torch.cat([fold.test, fold.test + self.geometry.n])
+            along_MKS, lengths_MS = fold.along[:, :, samples], self.geometry.lengths_MS[:, samples]
+            parts = [fold.cin(along_MKS, lengths_MS, part_BN) for part_BN in torch.split(signs_BN, _AT_ONCE)]
+            first_BN, second_BN = torch.cat(parts).chunk(2, dim=1)
             swapped_BN = signs_BN[:, fold.test] < 0
             hacks.append(torch.where(swapped_BN, second_BN, first_BN))
             cleans.append(torch.where(swapped_BN, first_BN, second_BN))
         return torch.cat(hacks, dim=1), torch.cat(cleans, dim=1)
-
-    def _fold_scores(self, fold: Fold, signs_BN: Tensor) -> Tensor:
-        samples = torch.cat([fold.test, fold.test + self.geometry.n])
-        along_MKS, lengths_MS = fold.along[:, :, samples], self.geometry.lengths_MS[:, samples]
-        if fold.frame is None:
-            return shares(along_MKS, lengths_MS).mean(dim=0).expand(len(signs_BN), -1)
-        parts = [
-            shares(along_MKS, lengths_MS, fold.frame.turned(part_BN[:, fold.train])).mean(dim=1)
-            for part_BN in torch.split(signs_BN, 100)
-        ]
-        return torch.cat(parts)
 
 
 def swaps(groups: Sequence[str], n: int, generator: np.random.Generator) -> Tensor:
@@ -148,26 +162,22 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
     n_parts = min(settings.n_folds if settings.method == "svd" else _HELD_OUT_PART, len(names))
     parts = [{names[i] for i in order[start::n_parts]} for start in range(n_parts)]
     geometry = Geometry(gradients)
-    if settings.method != "svd":
-        fold = _refitted_once(gradients, geometry, parts[0], settings)
+    if settings.method == "svd":
+        text = f"{len(names)} groups in {n_parts} folds; each fold is scored by a basis of the others"
+        folds = []
+        for part in parts:
+            test, train = _rows(gradients.groups, part)
+            frame = geometry.fit_pairs(train, settings)
+            folds.append(Fold(frame.along, train, test, frame))
+    else:
         held_out = len(parts[0])
         text = f"a {settings.method} basis of {len(names) - held_out} groups, scored on {held_out} other groups"
-        return Design(geometry, (fold,), gradients.groups, text, torch.arange(geometry.n))
-    folds = []
-    for part in parts:
-        test, train = _rows(gradients.groups, part)
-        frame = geometry.fit_pairs(train, settings.k_use, settings.tau_axis)
-        folds.append(Fold(frame.along, train, test, frame))
-    text = f"{len(names)} groups in {n_parts} folds; each fold is scored by a basis of the others"
-    return Design(geometry, tuple(folds), gradients.groups, text, torch.arange(geometry.n))
-
-
-def _refitted_once(gradients: PairGradients, geometry: Geometry, part: set[str], settings: CheckSettings) -> Fold:
-    test, train = _rows(gradients.groups, part)
-    basis = gradients.basis(
-        top_k=settings.k_use, tau_axis=settings.tau_axis, method=settings.method, keep=train.tolist()
-    )
-    return Fold(geometry.given(basis.axes), train, test, None)
+        test, train = _rows(gradients.groups, parts[0])
+        basis = gradients.basis(
+            top_k=settings.k_use, tau_axis=settings.tau_axis, method=settings.method, keep=train.tolist()
+        )
+        folds = [Fold(geometry.given(basis.axes), train, test)]
+    return Design(settings, geometry, tuple(folds), text, torch.arange(geometry.n))
 
 
 def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings) -> Design:
@@ -194,32 +204,30 @@ def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings)
             wanted="pairs of groups it has not seen: numbers from its own pairs show nothing",
             do="add pairs of other groups, hold groups out at extraction, or check without a basis",
         )
+    _refuse_seen(gradients, basis, test)
     geometry = Geometry(gradients)
-    _refuse_seen(geometry, basis, test)
     used = basis.slice(settings.k_use, settings.tau_axis)
     text = (
         f"a basis of {len(basis.origin.pairs)} pairs in {len(set(basis.origin.groups))} groups, scored on "
         f"{len(test)} pairs of other groups"
     )
-    return Design(geometry, (Fold(geometry.given(used.axes), train, test, None),), gradients.groups, text, train)
+    return Design(settings, geometry, (Fold(geometry.given(used.axes), train, test),), text, train)
 
 
-def _refuse_seen(geometry: Geometry, basis: Basis, test: Tensor) -> None:
+def _refuse_seen(gradients: PairGradients, basis: Basis, test: Tensor) -> None:
     """Refuse a basis that was made from scored pairs, whatever its file says.
 
     An axis is a sum of differences of the pairs it was made from. Where these are at hand, solving for the weights
     gives the axis back without a remainder, and the pairs with a weight are those it was made from.
     """
-    n = geometry.n
-    difference_MNN = geometry.gram_MSS[:, :n, :n] - geometry.gram_MSS[:, :n, n:]
-    gram_MNN = difference_MNN - geometry.gram_MSS[:, n:, :n] + geometry.gram_MSS[:, n:, n:]
     explained, on_scored = [], []
-    for gram_NN, name in zip(gram_MNN, geometry.names, strict=True):
-        axis_R = basis.axes[name][0].double()
-        if 2 * n > len(axis_R) or not axis_R.any():
+    for name, axes_KR in basis.axes.items():
+        axis_R = axes_KR[0].double()
+        if 2 * len(gradients) > len(axis_R) or not axis_R.any():
             continue  # in a space this small every axis is a sum of the differences
-        along_N = geometry.gradients.differences(name).double() @ axis_R
-        weights_N = torch.linalg.pinv(gram_NN, hermitian=True) @ along_N
+        rows_NR = gradients.differences(name).double()
+        along_N = rows_NR @ axis_R
+        weights_N = torch.linalg.pinv(rows_NR @ rows_NR.T, hermitian=True) @ along_N
         explained.append(float(weights_N @ along_N))
         on_scored.append(float(weights_N[test].norm() / weights_N.norm()))
     if explained and np.median(explained) > _EXPLAINED and np.median(on_scored) > _ON_SCORED:

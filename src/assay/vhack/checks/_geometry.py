@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from assay.vhack.basis import PairGradients, shrinkage
+from assay.vhack.checks._types import CheckSettings
 
 # As in assay.vhack.basis: singular values below this share of the first, times T, are rounding of float32 gradients.
 _ROUNDING = torch.finfo(torch.float32).eps
@@ -28,13 +29,11 @@ class Frame:
         along: Component of each sample along each axis, [M, K, S]; axes point to where most differences point.
         fitted: Component of each difference that the basis was fitted to, [M, K, T].
         mix: Axes as sums of samples, [M, K, S].
-        values: Singular values, [M, K].
     """
 
     along: Tensor
     fitted: Tensor
     mix: Tensor
-    values: Tensor
 
     def turned(self, signs_BT: Tensor) -> Tensor:
         """Return how the axes would turn if the differences had these signs, [B, M, K] of ±1.
@@ -66,43 +65,59 @@ class Geometry:
         """Return the gradients of one module, [S, R]."""
         return torch.cat([self.gradients.hack[name], self.gradients.clean[name]])
 
-    def fit_pairs(self, pairs_T: Tensor, k: int, tau_axis: float = 0.0, *, method: str = "svd") -> Frame:
-        """Return the basis of hack minus clean of these pairs; the other arguments are those of :meth:`fit`."""
-        return self.fit(pairs_T, pairs_T + self.n, k, tau_axis, method=method)
+    def fit_pairs(self, pairs_T: Tensor, settings: CheckSettings) -> Frame:
+        """Return the basis of hack minus clean of these pairs."""
+        return self.fit(pairs_T, pairs_T + self.n, settings)
 
-    def fit(self, first_T: Tensor, second_T: Tensor, k: int, tau_axis: float = 0.0, *, method: str = "svd") -> Frame:
+    def fit(self, first_T: Tensor, second_T: Tensor, settings: CheckSettings) -> Frame:
         """Return the basis of these differences, each axis turned to where most of them point.
 
         Args:
             first_T: Samples in the place of the hack sides.
             second_T: Samples in the place of the clean sides, which ``lda`` whitens with.
-            k: Number of axes; ``mean-diff`` has one.
-            tau_axis: Share of the first singular value below which an axis becomes zero.
-            method: Name of the method, as in :meth:`assay.vhack.PairGradients.basis`.
+            settings: Method, number of axes and ``tau_axis``, as in :meth:`assay.vhack.PairGradients.basis`.
         """
         products_MTS = self.gram_MSS[:, first_T] - self.gram_MSS[:, second_T]
         gram_MTT = products_MTS[:, :, first_T] - products_MTS[:, :, second_T]
         select_TS = self._selecting(first_T) - self._selecting(second_T)
-        if method == "mean-diff":
+        if settings.method == "mean-diff":
             mix_MKT = torch.full((len(self.names), 1, len(first_T)), 1 / len(first_T), dtype=torch.float64)
             mix_MKS = self._orthonormal(mix_MKT @ select_TS)
-            values_MK = (mix_MKS @ products_MTS.transpose(1, 2)).norm(dim=2)
-        elif method == "lda":
-            clean = _Clean.fit(self, second_T)
-            inside_MTN = products_MTS @ clean.directions.transpose(1, 2)
+        elif settings.method == "lda":
+            directions_MNS, elsewhere_M11, along_M1N = self._inverse_covariance(second_T)
+            inside_MTN = products_MTS @ directions_MNS.transpose(1, 2)
             # D Σ⁻¹ Dᵀ has the singular values of the whitened differences, and Σ⁻¹ Dᵀ takes their vectors back.
-            whitened_MTT = clean.elsewhere * gram_MTT + (inside_MTN * clean.along) @ inside_MTN.transpose(1, 2)
-            mix_MKT, values_MK = _singular(whitened_MTT, k, tau_axis)
-            along_MKS = ((mix_MKT @ inside_MTN) * clean.along) @ clean.directions
-            mix_MKS = self._orthonormal(clean.elsewhere * (mix_MKT @ select_TS) + along_MKS)
+            whitened_MTT = elsewhere_M11 * gram_MTT + (inside_MTN * along_M1N) @ inside_MTN.transpose(1, 2)
+            mix_MKT, _ = _singular(whitened_MTT, settings.k_use, settings.tau_axis)
+            inside_MKS = ((mix_MKT @ inside_MTN) * along_M1N) @ directions_MNS
+            mix_MKS = self._orthonormal(elsewhere_M11 * (mix_MKT @ select_TS) + inside_MKS)
         else:
-            mix_MKT, values_MK = _singular(gram_MTT, k, tau_axis)
+            mix_MKT, _ = _singular(gram_MTT, settings.k_use, settings.tau_axis)
             mix_MKS = mix_MKT @ select_TS
         along_MKS = mix_MKS @ self.gram_MSS
         fitted_MKT = along_MKS[:, :, first_T] - along_MKS[:, :, second_T]
-        frame = Frame(along_MKS, fitted_MKT, mix_MKS, values_MK)
-        sign_MK1 = frame.turned(torch.ones(1, len(first_T), dtype=torch.float64))[0][..., None]
-        return Frame(sign_MK1 * along_MKS, sign_MK1 * fitted_MKT, sign_MK1 * mix_MKS, values_MK)
+        unturned = Frame(along_MKS, fitted_MKT, mix_MKS)
+        sign_MK1 = unturned.turned(torch.ones(1, len(first_T), dtype=torch.float64))[0][..., None]
+        return Frame(sign_MK1 * along_MKS, sign_MK1 * fitted_MKT, sign_MK1 * mix_MKS)
+
+    def _inverse_covariance(self, samples_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the Σ⁻¹ that ``lda`` whitens with, or the identity in a module where these samples do not vary.
+
+        It has three parts: the orthonormal directions in which the samples vary, as sums of samples, [M, N, S]; the
+        factor outside their span, [M, 1, 1]; and the factor along each direction less the one outside, [M, 1, N].
+        """
+        n = len(samples_N)
+        centre_NN = torch.eye(n, dtype=torch.float64) - 1 / n
+        gram_MNN = centre_NN @ self.gram_MSS[:, samples_N][:, :, samples_N] @ centre_NN
+        ranks_M = torch.tensor([self.gradients.hack[name].shape[1] for name in self.names])
+        share_M = torch.tensor([shrinkage(g, r) for g, r in zip(gram_MNN, ranks_M.tolist(), strict=True)]).double()
+        floor_M1 = (share_M * gram_MNN.diagonal(dim1=1, dim2=2).sum(dim=1) / (n * ranks_M))[:, None]
+        mix_MNN, values_MN = _singular(gram_MNN, n, 0.0)
+        across_MN = floor_M1 + (1 - share_M)[:, None] * values_MN**2 / n
+        elsewhere_M1 = floor_M1.reciprocal().masked_fill(floor_M1 <= 0, 1.0)
+        along_MN = across_MN.reciprocal().masked_fill(floor_M1 <= 0, 1.0)
+        directions_MNS = mix_MNN @ (centre_NN @ self._selecting(samples_N))
+        return directions_MNS, elsewhere_M1[..., None], (along_MN - elsewhere_M1)[:, None]
 
     def _selecting(self, samples_T: Tensor) -> Tensor:
         """Return the matrix that takes these samples out of all of them, [T, S]."""
@@ -143,39 +158,6 @@ def _singular(gram_MTT: Tensor, k: int, tau_axis: float) -> tuple[Tensor, Tensor
     kept_MK = (values_MK > 0) & (values_MK >= least * values_MK[:, :1])
     mix_MKT = vectors_MTT.flip(2)[:, :, :k].transpose(1, 2) / torch.where(kept_MK, values_MK, torch.inf)[..., None]
     return mix_MKT, values_MK
-
-
-@dataclass(frozen=True, eq=False)
-class _Clean:
-    """The inverse Σ⁻¹ of the covariance that ``lda`` whitens with, by the directions in which clean samples vary.
-
-    Attributes:
-        directions: Orthonormal directions as sums of samples, [M, N, S].
-        elsewhere: Factor of Σ⁻¹ outside their span, [M, 1, 1].
-        along: Factor along each direction, less the factor elsewhere, [M, 1, N].
-    """
-
-    directions: Tensor
-    elsewhere: Tensor
-    along: Tensor
-
-    @classmethod
-    def fit(cls, geometry: Geometry, samples_N: Tensor) -> "_Clean":
-        """Return Σ⁻¹ of these samples, or the identity in a module where they do not vary."""
-        n = len(samples_N)
-        gram_MNN = geometry.gram_MSS[:, samples_N][:, :, samples_N]
-        centre_NN = torch.eye(n, dtype=torch.float64) - 1 / n
-        gram_MNN = centre_NN @ gram_MNN @ centre_NN
-        ranks_M = torch.tensor([geometry.gradients.hack[name].shape[1] for name in geometry.names])
-        share_M = torch.tensor([shrinkage(g, r) for g, r in zip(gram_MNN, ranks_M.tolist(), strict=True)]).double()
-        floor_M = share_M * gram_MNN.diagonal(dim1=1, dim2=2).sum(dim=1) / (n * ranks_M)
-        mix_MNN, values_MN = _singular(gram_MNN, n, 0.0)
-        across_MN = floor_M[:, None] + (1 - share_M)[:, None] * values_MN**2 / n
-        still_M1 = floor_M[:, None] <= 0
-        elsewhere_M1 = floor_M[:, None].reciprocal().masked_fill(still_M1, 1.0)
-        along_MN = across_MN.reciprocal().masked_fill(still_M1, 1.0)
-        directions_MNS = mix_MNN @ (centre_NN @ geometry._selecting(samples_N))
-        return cls(directions_MNS, elsewhere_M1[..., None], (along_MN - elsewhere_M1)[:, None])
 
 
 def shares(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | None = None) -> Tensor:

@@ -5,12 +5,10 @@ from math import ceil, log2
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from assay.stats import group_bootstrap
-from assay.vhack.checks._types import Check, CheckSettings, CheckVerdict, Interval
+from assay.vhack.checks._types import Check, CheckSettings, CheckVerdict, FloatArray, Interval
 
-FloatArray = npt.NDArray[np.float64]
 SWAPPED = "labels swapped"
 """Name of the exact null."""
 
@@ -25,7 +23,7 @@ def p_value(observed: float, draws: Sequence[float]) -> float:
 
 def measure(
     statistic: Callable[..., float],
-    samples: Sequence[npt.ArrayLike],
+    samples: Sequence[FloatArray],
     groups: Sequence[Sequence[str]],
     settings: CheckSettings,
 ) -> Interval:
@@ -39,6 +37,15 @@ def measure(
         confidence=settings.confidence,
     )
     return Interval(found.value, found.low, found.high)
+
+
+def swap_rule(settings: CheckSettings, what: str, above: float, swapped: str = "whole groups") -> str:
+    """Return the rule of a check whose only null is that labels mean nothing."""
+    return (
+        f"Passes if, with the labels of {swapped} swapped at random, at most a share {settings.alpha:g} reaches "
+        f"{what}, and the lower end of its {settings.confidence:.0%} group-bootstrap interval is above {above:g} and "
+        f"above the null's 1 − {settings.alpha:g} quantile."
+    )
 
 
 def judge(

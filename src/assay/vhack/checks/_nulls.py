@@ -10,8 +10,6 @@ Four nulls, from the weakest to the strongest:
 Shapes as in :mod:`assay.vhack.checks._geometry`; N' scored pairs.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,27 +18,25 @@ from assay.stats import auroc
 from assay.vhack.checks._folds import Design, Fold
 from assay.vhack.checks._geometry import Geometry, shares
 from assay.vhack.checks._judge import SWAPPED, judge
-from assay.vhack.checks._ranking import HeldOut
-from assay.vhack.checks._types import Check, CheckSettings, Interval
+from assay.vhack.checks._types import Check, Interval
 
 _DRAWS = 25  # random frames of one module that are held at a time
 
 
-def check_random_null(design: Design, scored: HeldOut, measured: Interval, settings: CheckSettings) -> Check:
+def check_random_null(design: Design, measured: Interval) -> Check:
     """Return check 3: do random bases of this size rank the same samples as well?
 
     Args:
         design: Folds and the pairs they score.
-        scored: Scores as labelled and with swapped labels.
         measured: AUROC of the basis with its interval, from check 1.
-        settings: Number of draws, and alpha.
     """
+    settings = design.settings
     generator = torch.Generator().manual_seed(settings.seed)
-    swapped = list(zip(scored.hack[1:], scored.clean[1:], strict=True))[: settings.n_null]
+    swapped = list(zip(*(side_BN[1:] for side_BN in design.held_out), strict=True))[: settings.n_null]
     nulls = {
-        "Haar": _aurocs(design, _haar(design, settings, generator)),
-        "covariance-matched": _aurocs(design, _matched(design, settings, generator)),
-        "clean-clean": _aurocs(design, _clean_clean(design, settings)),
+        "Haar": _aurocs(design, _haar(design, generator)),
+        "covariance-matched": _aurocs(design, _matched(design, generator)),
+        "clean-clean": _aurocs(design, _clean_clean(design)),
         SWAPPED: [auroc(hack_N, clean_N) for hack_N, clean_N in swapped],
     }
     return judge(
@@ -72,39 +68,36 @@ def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
     return [auroc(hack_N, clean_N) for hack_N, clean_N in zip(hack_BN, clean_BN, strict=True)]
 
 
-def _haar(design: Design, settings: CheckSettings, generator: torch.Generator) -> Tensor:
+def _haar(design: Design, generator: torch.Generator) -> Tensor:
     """Return mean cin of every sample under random frames, [B, S]; all folds share the frames."""
-    geometry = design.geometry
-    total_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
+    geometry, count = design.geometry, design.settings.n_null
+    total_BS = torch.zeros(count, 2 * geometry.n, dtype=torch.float64)
     for module, name in enumerate(geometry.names):
         samples_SR = geometry.samples(name)
-        k, r = min(settings.axes, samples_SR.shape[1]), samples_SR.shape[1]
-        for start in range(0, settings.n_null, _DRAWS):
-            count = min(_DRAWS, settings.n_null - start)
-            frames_BRK = torch.linalg.qr(torch.randn(count, r, k, generator=generator))[0]
-            along_BSK = samples_SR.float() @ frames_BRK
+        r = samples_SR.shape[1]
+        for draws in torch.split(torch.arange(count), _DRAWS):
+            gaussian_BRK = torch.randn(len(draws), r, min(design.settings.axes, r), generator=generator)
+            along_BSK = samples_SR.float() @ torch.linalg.qr(gaussian_BRK)[0]
             ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
-            total_BS[start : start + count] += ahead_BS / geometry.lengths_MS[module]
+            total_BS[draws] += ahead_BS / geometry.lengths_MS[module]
     return total_BS / len(geometry.names)
 
 
-def _matched(design: Design, settings: CheckSettings, generator: torch.Generator) -> Tensor:
+def _matched(design: Design, generator: torch.Generator) -> Tensor:
     """Return mean cin of every sample under bases of random sums of clean training gradients, [B, S]."""
-    geometry = design.geometry
+    geometry, settings = design.geometry, design.settings
     draws_BKN = torch.randn(settings.n_null, settings.axes, geometry.n, generator=generator, dtype=torch.float64)
     scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
     for fold in design.folds:
-        rows = _clean_rows(design, fold)
+        rows = _clean_rows(fold)
+        clean, samples = rows + geometry.n, torch.cat([fold.test, fold.test + geometry.n])
         weights_BKT = draws_BKN[:, :, rows]
         weights_BKT = weights_BKT - weights_BKT.mean(dim=2, keepdim=True)
-        samples = torch.cat([fold.test, fold.test + geometry.n])
         total_BS = torch.zeros(settings.n_null, len(samples), dtype=torch.float64)
-        for module in range(len(geometry.names)):
-            gram_SS = geometry.gram_MSS[module]
-            clean = rows + geometry.n
+        for gram_SS, lengths_S in zip(geometry.gram_MSS, geometry.lengths_MS, strict=True):
             gram_BKK = weights_BKT @ gram_SS[clean][:, clean] @ weights_BKT.transpose(1, 2)
             along_BKS = _inverse_root(gram_BKK) @ weights_BKT @ gram_SS[clean][:, samples]
-            total_BS += along_BKS.clamp_min(0).norm(dim=1) / geometry.lengths_MS[module, samples]
+            total_BS += along_BKS.clamp_min(0).norm(dim=1) / lengths_S[samples]
         scores_BS[:, samples] = total_BS / len(geometry.names)
     return scores_BS
 
@@ -117,23 +110,21 @@ def _inverse_root(gram_BKK: Tensor) -> Tensor:
     return root_BKK
 
 
-def _clean_clean(design: Design, settings: CheckSettings) -> Tensor:
+def _clean_clean(design: Design) -> Tensor:
     """Return mean cin of every sample under bases of differences between clean sides, [B, S]."""
-    geometry = design.geometry
+    geometry, settings = design.geometry, design.settings
     generator = np.random.default_rng([settings.seed, 3])
     scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
     for fold in design.folds:
-        rows = _clean_rows(design, fold)
+        rows = _clean_rows(fold)
         samples = torch.cat([fold.test, fold.test + geometry.n])
         for draw in range(settings.n_null):
-            first, second = clean_differences(geometry, design.groups, rows, generator)
-            frame = geometry.fit(first, second, settings.axes, settings.tau_axis, method=settings.method)
-            along_MKS = frame.along[:, :, samples]
-            scores_BS[draw, samples] = shares(along_MKS, geometry.lengths_MS[:, samples]).mean(dim=0)
+            frame = geometry.fit(*clean_differences(geometry, rows, generator), settings)
+            scores_BS[draw, samples] = shares(frame.along[:, :, samples], geometry.lengths_MS[:, samples]).mean(dim=0)
     return scores_BS
 
 
-def _clean_rows(design: Design, fold: Fold) -> Tensor:
+def _clean_rows(fold: Fold) -> Tensor:
     """Return the pairs whose clean sides make a null basis: training pairs, or the scored ones if those are missing.
 
     A basis from a file may come without its pairs. Then the clean sides of the scored pairs are used; they make the
@@ -142,19 +133,16 @@ def _clean_rows(design: Design, fold: Fold) -> Tensor:
     return fold.train if len(fold.train) > 1 else fold.test
 
 
-def clean_differences(
-    geometry: Geometry, groups: Sequence[str], pairs: Tensor, generator: np.random.Generator
-) -> tuple[Tensor, Tensor]:
+def clean_differences(geometry: Geometry, pairs: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Return clean sides two by two, each used once, of the same group as far as possible.
 
     Args:
         geometry: Scalar products.
-        groups: Group of every pair.
         pairs: Indices of the pairs whose clean sides are used.
         generator: Random generator that decides which sides form a pair, and in which order.
     """
     # Sorted by group after shuffling: neighbours share a group, but for the odd one out.
     shuffled = generator.permutation(pairs.numpy())
-    ordered = sorted(shuffled.tolist(), key=lambda index: groups[index])
+    ordered = sorted(shuffled.tolist(), key=lambda index: geometry.gradients.groups[index])
     first, second = ordered[0 : 2 * (len(ordered) // 2) : 2], ordered[1::2]
     return torch.tensor(first) + geometry.n, torch.tensor(second) + geometry.n

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from assay.reports import INK, MUTED, SERIES, Badge, Cell, Report, figure, heatmap, legend
-from assay.vhack.checks._judge import FloatArray
-from assay.vhack.checks._types import Check, CheckReport, CheckVerdict
+from assay.vhack.checks._types import Check, CheckReport, CheckVerdict, FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,7 +1,6 @@
 """Checks 1 and 2: does cin rank held-out hack samples above clean ones, over all of them and within each pair?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import comb
 
 import numpy as np
@@ -9,114 +8,76 @@ import numpy.typing as npt
 import torch
 
 from assay.stats import auroc, paired_accuracy, proportion_interval
-from assay.vhack.checks._folds import Design, swaps
-from assay.vhack.checks._judge import SWAPPED, FloatArray, judge, measure
-from assay.vhack.checks._types import Check, CheckSettings
+from assay.vhack.checks._folds import Design
+from assay.vhack.checks._judge import SWAPPED, judge, measure, swap_rule
+from assay.vhack.checks._types import Check, CheckSettings, FloatArray
 
 BoolArray = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, eq=False)
-class HeldOut:
-    """Scores of the N' held-out pairs: as labelled in row 0, with swapped labels in the B others.
-
-    Attributes:
-        hack: Scores of the hack sides, [1 + B, N'].
-        clean: Scores of the clean sides, [1 + B, N'].
-        groups: Group of each pair.
-    """
-
-    hack: FloatArray
-    clean: FloatArray
-    groups: list[str]
-
-    @property
-    def sides(self) -> tuple[FloatArray, FloatArray]:
-        """Scores of hack and clean sides as labelled, [N'] each."""
-        return self.hack[0], self.clean[0]
-
-
-def score(design: Design, settings: CheckSettings) -> HeldOut:
-    """Return the scores of every held-out pair, as labelled and with swapped labels."""
-    signs_BN = swaps(design.groups, settings.n_flips, np.random.default_rng([settings.seed, 1]))
-    hack_BN, clean_BN = design.scores(signs_BN)
-    return HeldOut(hack_BN.numpy(), clean_BN.numpy(), design.tested_groups)
-
-
-def check_pools(design: Design, scored: HeldOut, settings: CheckSettings) -> Check:
+def check_pools(design: Design) -> Check:
     """Return check 1, from the two sides of held-out pairs taken as two pools."""
-    measured = measure(auroc, scored.sides, [scored.groups] * 2, settings)
-    swapped = [auroc(h, c) for h, c in zip(scored.hack[1:], scored.clean[1:], strict=True)]
+    hack_BN, clean_BN = design.held_out
+    settings = design.settings
     return judge(
         name="pools",
         title="cin of hack against clean samples",
         statistic="AUROC of mean cin over modules",
-        rule=_RULE.format(alpha=settings.alpha, confidence=settings.confidence, what="the AUROC", above=0.5),
-        measured=measured,
-        nulls={SWAPPED: swapped},
+        rule=swap_rule(settings, "the AUROC", 0.5),
+        measured=measure(auroc, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, settings),
+        nulls={SWAPPED: [auroc(hack_N, clean_N) for hack_N, clean_N in zip(hack_BN[1:], clean_BN[1:], strict=True)]},
         above=0.5,
         settings=settings,
         smallest_p=design.smallest_p,
         details={
-            "mean_cin_hack": float(scored.sides[0].mean()),
-            "mean_cin_clean": float(scored.sides[1].mean()),
+            "mean_cin_hack": float(hack_BN[0].mean()),
+            "mean_cin_clean": float(clean_BN[0].mean()),
             **_alternatives(design),
         },
     )
 
 
-_RULE = (
-    "Passes if, with the labels of whole groups swapped at random, at most a share {alpha:g} reaches {what}, and the "
-    "lower end of its {confidence:.0%} group-bootstrap interval is above {above:g} and above the null's "
-    "1 − {alpha:g} quantile."
-)
-
-
 def _alternatives(design: Design) -> dict[str, float]:
     """Return the AUROC of other scores of the same samples, which the verdict does not depend on."""
-    geometry = design.geometry
-    found: dict[str, tuple[list[float], list[float]]] = {"two_sided": ([], []), "energy": ([], []), "length": ([], [])}
+    names = ("auroc_two_sided", "auroc_energy_weighted", "auroc_gradient_norm_alone")
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     for fold in design.folds:
-        for side, offset in enumerate((0, geometry.n)):
+        for side, offset in enumerate((0, design.geometry.n)):
             along_MKS = fold.along[:, :, fold.test + offset]
-            lengths_MS = geometry.lengths_MS[:, fold.test + offset]
+            lengths_MS = design.geometry.lengths_MS[:, fold.test + offset]
             squares_MS = torch.where(lengths_MS.isinf(), 0.0, lengths_MS).square()
             both = (along_MKS.square().sum(dim=1).sqrt() / lengths_MS).mean(dim=0)
             energy = (along_MKS.clamp_min(0).square().sum(dim=(0, 1)) / squares_MS.sum(dim=0)).sqrt()
-            for name, values in (("two_sided", both), ("energy", energy), ("length", squares_MS.sum(dim=0))):
+            for name, values in zip(names, (both, energy, squares_MS.sum(dim=0)), strict=True):
                 found[name][side].extend(values.tolist())
-    names = {"two_sided": "auroc_two_sided", "energy": "auroc_energy_weighted", "length": "auroc_gradient_norm_alone"}
-    return {names[name]: auroc(*sides) for name, sides in found.items()}
+    return {name: auroc(*sides) for name, sides in found.items()}
 
 
-def check_heldout(design: Design, scored: HeldOut, settings: CheckSettings) -> Check:
+def check_heldout(design: Design) -> Check:
     """Return check 2: within a held-out pair the hack side scores higher."""
-    hack_N, clean_N = scored.sides
-    measured = measure(paired_accuracy, (hack_N, clean_N), [scored.groups] * 2, settings)
-    swapped = [paired_accuracy(h, c) for h, c in zip(scored.hack[1:], scored.clean[1:], strict=True)]
-    names = list(dict.fromkeys(scored.groups))
-    member = np.array([names.index(group) for group in scored.groups])
-    won = sum(float((hack_N - clean_N)[member == g].mean()) > 0 for g in range(len(names)))
-    low, high = proportion_interval(won, len(names), settings.confidence)
+    hack_BN, clean_BN = design.held_out
+    hack_N, clean_N, settings = hack_BN[0], clean_BN[0], design.settings
+    groups = design.tested_groups
+    rows = {name: np.array([group == name for group in groups]) for name in dict.fromkeys(groups)}
+    won = sum(float((hack_N - clean_N)[chosen].mean()) > 0 for chosen in rows.values())
+    low, high = proportion_interval(won, len(rows), settings.confidence)
     return judge(
         name="heldout",
         title="Held-out pairs of held-out groups",
         statistic="share of pairs whose hack side has the larger cin",
-        rule=_RULE.format(alpha=settings.alpha, confidence=settings.confidence, what="the share", above=0.5),
-        measured=measured,
-        nulls={SWAPPED: swapped},
+        rule=swap_rule(settings, "the share", 0.5),
+        measured=measure(paired_accuracy, (hack_N, clean_N), [groups] * 2, settings),
+        nulls={SWAPPED: [paired_accuracy(one, other) for one, other in zip(hack_BN[1:], clean_BN[1:], strict=True)]},
         above=0.5,
         settings=settings,
         smallest_p=design.smallest_p,
         details={
             "pairs": len(hack_N),
-            "groups": len(names),
+            "groups": len(rows),
             "groups_won": won,
             "groups_won_low": low,
             "groups_won_high": high,
-            "per_group": {
-                name: paired_accuracy(hack_N[member == g], clean_N[member == g]) for g, name in enumerate(names)
-            },
+            "per_group": {name: paired_accuracy(hack_N[chosen], clean_N[chosen]) for name, chosen in rows.items()},
         },
     )
 
@@ -150,7 +111,7 @@ def check_unpaired(
         name="pools",
         title="cin of hack against clean samples",
         statistic="AUROC of mean cin over modules, two pools",
-        rule=_RULE.format(alpha=settings.alpha, confidence=settings.confidence, what="the AUROC", above=0.5),
+        rule=swap_rule(settings, "the AUROC", 0.5),
         measured=measured,
         nulls={SWAPPED: swapped},
         above=0.5,

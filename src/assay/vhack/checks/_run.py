@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +14,10 @@ from assay.vhack.basis import Basis, PairGradients, pair_gradients
 from assay.vhack.checks._folds import Design, cross_fit, fewest_groups, held_out_of
 from assay.vhack.checks._geometry import shares
 from assay.vhack.checks._nulls import check_random_null
-from assay.vhack.checks._ranking import HeldOut, check_heldout, check_pools, score
+from assay.vhack.checks._ranking import check_heldout, check_pools
 from assay.vhack.checks._sources import SourceCin, check_source_log, check_sources
 from assay.vhack.checks._stability import Stability, check_stability
-from assay.vhack.checks._types import CheckReport, CheckSettings, ModuleResult
+from assay.vhack.checks._types import CheckReport, CheckSettings, FloatArray, ModuleResult
 from assay.vhack.gradients import SVDCache
 from assay.vhack.pairs import Pair
 
@@ -121,11 +120,13 @@ def too_few_groups(pairs: Sequence[Pair], settings: CheckSettings, basis: Basis 
     least = fewest_groups(settings, given=basis is not None)
     if len(groups) >= least:
         return None
-    what = "that the basis was not made from " if basis is not None else ""
-    other = f", or check with --method svd, which needs {fewest_groups(replace(settings, method='svd'))}"
+    what = "" if basis is None else "that the basis was not made from "
+    other = ""
+    if basis is None and settings.method != "svd":
+        other = f", or check with --method svd, which needs {fewest_groups(replace(settings, method='svd'))}"
     return (
         f"{len(groups)} groups {what}are too few for a verdict by {settings.method}: it needs {least}. Add pairs of "
-        f"other groups (--pairs generated:48 has 30){'' if basis is not None or settings.method == 'svd' else other}"
+        f"other groups (--pairs generated:48 has 30){other}"
     )
 
 
@@ -137,40 +138,46 @@ def check_gradients(
     log: Sequence[SourceCin] | None = None,
 ) -> CheckReport:
     """Return the five checks of gradients that are at hand; :func:`check` describes the arguments and errors."""
-    settings = _settings_for(basis, settings or CheckSettings())
+    settings = settings or CheckSettings()
+    if basis is not None:  # checked by its own method, and with no more axes than it has
+        most = max((len(axes_KR) for axes_KR in basis.axes.values()), default=1)
+        settings = replace(settings, method=basis.origin.method, k_use=min(settings.k_use, most))
     with _one_thread():
         design = cross_fit(gradients, settings) if basis is None else held_out_of(basis, gradients, settings)
-        scored = score(design, settings)
-        pools = check_pools(design, scored, settings)
+        pools = check_pools(design)
         assert pools.measured is not None
-        stability = check_stability(design, settings)
+        stability = check_stability(design)
         checks = (
             pools,
-            check_heldout(design, scored, settings),
-            check_random_null(design, scored, pools.measured, settings),
-            check_sources(design, settings) if log is None else check_source_log(log, settings),
+            check_heldout(design),
+            check_random_null(design, pools.measured),
+            check_sources(design) if log is None else check_source_log(log, settings),
             stability.check,
         )
-        modules = _modules(design, scored, stability)
-    hack_N, clean_N = scored.sides
+        modules = _modules(design, stability)
+    hack_BN, clean_BN = design.held_out
+    source = gradients.origin
     return CheckReport(
         checks=checks,
         modules=modules,
-        hack=tuple(hack_N.tolist()),
-        clean=tuple(clean_N.tolist()),
-        groups=tuple(scored.groups),
+        hack=tuple(hack_BN[0].tolist()),
+        clean=tuple(clean_BN[0].tolist()),
+        groups=tuple(design.tested_groups),
         design=design.text,
         settings=settings,
-        origin=_origin(gradients, basis, stability),
+        origin={
+            "model": source.model,
+            "weights": source.weights,
+            "dtype": source.dtype,
+            "pairs": len(gradients),
+            "groups": len(set(gradients.groups)),
+            "pairs_sha256": source.pairs_digest,
+            "basis_pairs_sha256": None if basis is None else basis.origin.pairs_digest,
+            "skipped": len(source.skipped),
+            "cosines": list(stability.cosines),
+            "generic_cosines": list(stability.generic_cosines),
+        },
     )
-
-
-def _settings_for(basis: Basis | None, settings: CheckSettings) -> CheckSettings:
-    """Return the settings by which a given basis is checked: its own method, and no more axes than it has."""
-    if basis is None:
-        return settings
-    most = max((len(axes_KR) for axes_KR in basis.axes.values()), default=1)
-    return replace(settings, method=basis.origin.method, k_use=min(settings.k_use, most))
 
 
 @contextmanager
@@ -184,24 +191,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _origin(gradients: PairGradients, basis: Basis | None, stability: Stability) -> dict[str, Any]:
-    source = gradients.origin
-    return {
-        "model": source.model,
-        "weights": source.weights,
-        "dtype": source.dtype,
-        "pairs": len(gradients),
-        "groups": len(set(gradients.groups)),
-        "pairs_sha256": source.pairs_digest,
-        "basis_pairs_sha256": None if basis is None else basis.origin.pairs_digest,
-        "skipped": len(source.skipped),
-        "cosines": list(stability.cosines),
-        "generic_cosines": list(stability.generic_cosines),
-    }
-
-
-def _modules(design: Design, scored: HeldOut, stability: Stability) -> tuple[ModuleResult, ...]:
-    hack_MN, clean_MN = (_per_module(design, offset) for offset in (0, design.geometry.n))
+def _modules(design: Design, stability: Stability) -> tuple[ModuleResult, ...]:
+    hack_MN, clean_MN = (_cin_per_module(design, offset) for offset in (0, design.geometry.n))
     generator = torch.Generator().manual_seed(0)
     found = []
     for index, name in enumerate(design.geometry.names):
@@ -220,11 +211,9 @@ def _modules(design: Design, scored: HeldOut, stability: Stability) -> tuple[Mod
     return tuple(found)
 
 
-def _per_module(design: Design, offset: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    parts = [
-        shares(fold.along[:, :, fold.test + offset], design.geometry.lengths_MS[:, fold.test + offset])
-        for fold in design.folds
-    ]
+def _cin_per_module(design: Design, offset: int) -> FloatArray:
+    lengths_MS = design.geometry.lengths_MS
+    parts = [shares(f.along[:, :, f.test + offset], lengths_MS[:, f.test + offset]) for f in design.folds]
     return torch.cat(parts, dim=1).numpy()
 
 
@@ -236,11 +225,11 @@ def _spectrum(difference_NR: Tensor, generator: torch.Generator) -> tuple[tuple[
     """
     rows_NR = difference_NR.double()
     total = float(rows_NR.norm()) or 1.0
-    signs = [
-        torch.randint(0, 2, rows_NR.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        for _ in range(_SPECTRUM_DRAWS)
-    ]
-    level = torch.stack([_leading(rows_NR * sign) for sign in signs]).mean(dim=0) / total
+    noise = []
+    for _ in range(_SPECTRUM_DRAWS):
+        signs_NR = torch.randint(0, 2, rows_NR.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        noise.append(_leading(rows_NR * signs_NR))
+    level = torch.stack(noise).mean(dim=0) / total
     return tuple((_leading(rows_NR) / total).tolist()), tuple(level.tolist())
 
 

@@ -15,7 +15,6 @@ out.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +22,8 @@ import torch
 from assay.errors import DataError, UsageError
 from assay.reports import read_jsonl
 from assay.vhack.checks._folds import Design, swaps
-from assay.vhack.checks._geometry import shares
-from assay.vhack.checks._judge import SWAPPED, FloatArray, judge, measure, undecided
-from assay.vhack.checks._types import Check, CheckSettings
+from assay.vhack.checks._judge import SWAPPED, judge, measure, swap_rule, undecided
+from assay.vhack.checks._types import Check, CheckSettings, FloatArray
 
 _TITLE = "cin by source"
 _FEWEST_BLOCKS = 6
@@ -46,10 +44,6 @@ class SourceCin:
     source: str
     cin: float
     modules: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the line of a log."""
-        return {"step": self.step, "source": self.source, "cin": self.cin, "modules": self.modules}
 
 
 def read_source_log(path: str | Path) -> list[SourceCin]:
@@ -86,28 +80,29 @@ def _well_formed(entry: SourceCin) -> bool:
     return counted and isinstance(entry.source, str) and bool(entry.source) and numbers
 
 
-def check_sources(design: Design, settings: CheckSettings) -> Check:
+def check_sources(design: Design) -> Check:
     """Return check 4 with the sides of every held-out group as two batches."""
-    names = list(dict.fromkeys(design.tested_groups))
+    geometry, settings = design.geometry, design.settings
     signs_BN = swaps(design.groups, settings.n_flips, np.random.default_rng([settings.seed, 4]))
-    hack_BG, clean_BG = (np.zeros((len(signs_BN), len(names))) for _ in range(2))
-    for fold_index, fold in enumerate(design.folds):
-        groups = [design.groups[index] for index in fold.test.tolist()]
-        for group in dict.fromkeys(groups):
-            pairs = torch.tensor([i for i, g in zip(fold.test.tolist(), groups, strict=True) if g == group])
-            first_B, second_B = _batch_cin(design, fold_index, pairs, signs_BN)
-            swapped_B = (signs_BN[:, pairs[0]] < 0).numpy()
-            column = names.index(group)
-            hack_BG[:, column] = np.where(swapped_B, second_B, first_B)
-            clean_BG[:, column] = np.where(swapped_B, first_B, second_B)
+    hack, clean = {}, {}
+    for fold in design.folds:
+        for group in dict.fromkeys(design.groups[index] for index in fold.test.tolist()):
+            pairs = torch.tensor([index for index in fold.test.tolist() if design.groups[index] == group])
+            weights_S2 = torch.zeros(2 * geometry.n, 2, dtype=torch.float64)
+            weights_S2[pairs, 0] = 1.0
+            weights_S2[pairs + geometry.n, 1] = 1.0
+            first_B, second_B = fold.cin(*geometry.batch(fold.along, weights_S2), signs_BN).unbind(dim=1)
+            swapped_B = signs_BN[:, pairs[0]] < 0
+            hack[group] = torch.where(swapped_B, second_B, first_B).numpy()
+            clean[group] = torch.where(swapped_B, first_B, second_B).numpy()
+    hack_BG, clean_BG = (np.column_stack(list(side.values())) for side in (hack, clean))
     differences_BG = hack_BG - clean_BG
-    measured = measure(_mean, [differences_BG[0]], [names], settings)
     return judge(
         name="sources",
         title=_TITLE,
         statistic="cin of the summed hack gradient of a group minus that of its clean gradient, mean over groups",
-        rule=_rule(settings, "whole groups"),
-        measured=measured,
+        rule=swap_rule(settings, "the difference", 0.0),
+        measured=measure(_mean, [differences_BG[0]], [list(hack)], settings),
         nulls={SWAPPED: differences_BG[1:].mean(axis=1).tolist()},
         above=0.0,
         settings=settings,
@@ -116,7 +111,7 @@ def check_sources(design: Design, settings: CheckSettings) -> Check:
             "mean_cin_hack": float(hack_BG[0].mean()),
             "mean_cin_clean": float(clean_BG[0].mean()),
             "ratio": float(hack_BG[0].mean() / clean_BG[0].mean()) if clean_BG[0].any() else None,
-            "groups": names,
+            "groups": list(hack),
             "cin_hack": hack_BG[0].tolist(),
             "cin_clean": clean_BG[0].tolist(),
         },
@@ -125,30 +120,6 @@ def check_sources(design: Design, settings: CheckSettings) -> Check:
 
 def _mean(values: FloatArray) -> float:
     return float(np.mean(values))
-
-
-def _rule(settings: CheckSettings, what: str) -> str:
-    return (
-        f"Passes if, with the labels of {what} swapped at random, at most a share {settings.alpha:g} reaches the "
-        f"difference, and the lower end of its {settings.confidence:.0%} interval is above 0 and above the null's "
-        f"1 − {settings.alpha:g} quantile."
-    )
-
-
-def _batch_cin(
-    design: Design, fold_index: int, pairs: torch.Tensor, signs_BN: torch.Tensor
-) -> tuple[FloatArray, FloatArray]:
-    """Return cin of the summed hack gradient and of the summed clean gradient of these pairs, [B] each."""
-    geometry, fold = design.geometry, design.folds[fold_index]
-    weights_S2 = torch.zeros(2 * geometry.n, 2, dtype=torch.float64)
-    weights_S2[pairs, 0] = 1.0
-    weights_S2[pairs + geometry.n, 1] = 1.0
-    along_MK2, lengths_M2 = geometry.batch(fold.along, weights_S2)
-    if fold.frame is None:
-        cin_B2 = shares(along_MK2, lengths_M2).mean(dim=0).expand(len(signs_BN), -1)
-    else:
-        cin_B2 = shares(along_MK2, lengths_M2, fold.frame.turned(signs_BN[:, fold.train])).mean(dim=1)
-    return cin_B2[:, 0].numpy(), cin_B2[:, 1].numpy()
 
 
 def check_source_log(
@@ -183,26 +154,23 @@ def check_source_log(
             f"no step with both {hack} and {clean}", wanted="both sources in a step", do="name the sources"
         )
     statistic = f"cin of {hack} minus cin of {clean}, mean over {len(both)} steps"
+    rule = swap_rule(settings, "the difference", 0.0, "blocks of steps")
     if len(both) < _FEWEST_BLOCKS:
         reason = f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed"
-        return undecided("sources", _TITLE, statistic, _rule(settings, "blocks of steps"), reason)
-    blocks = _blocks(len(both))
+        return undecided("sources", _TITLE, statistic, rule, reason)
+    count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
+    blocks = [str(index * count // len(both)) for index in range(len(both))]
     differences_T = np.array([cin[step, hack] - cin[step, clean] for step in both])
     signs_BT = swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
     return judge(
         name="sources",
         title=_TITLE,
         statistic=statistic,
-        rule=_rule(settings, "blocks of steps"),
+        rule=rule,
         measured=measure(_mean, [differences_T], [blocks], settings),
         nulls={SWAPPED: (signs_BT[1:] * differences_T).mean(axis=1).tolist()},
         above=0.0,
         settings=settings,
-        smallest_p=0.5 ** len(set(blocks)),
+        smallest_p=0.5**count,
         details={"steps": both, "cin_hack": [cin[s, hack] for s in both], "cin_clean": [cin[s, clean] for s in both]},
     )
-
-
-def _blocks(n_steps: int) -> list[str]:
-    count = max(_FEWEST_BLOCKS, round(n_steps**0.5))
-    return [str(index * count // n_steps) for index in range(n_steps)]

@@ -9,11 +9,12 @@ compared with that of random frames, and with that between a basis of one half a
 directions in which any two gradients differ are stable too, but they are not hack directions. *Do they agree on which
 way is hack-ward?* The mean difference of each half, within the SVD basis of that half, is a direction; the cosine
 between the two is symmetric around zero if labels mean nothing, and swapping the labels of whole groups gives an exact
-test. The spaces are those of the method that is checked. The direction is asked in SVD bases, because only these stay
-as they are when labels are swapped.
+test. The spaces are those of the method that is checked. The direction is always asked in SVD bases, because only these
+stay as they are when labels are swapped.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import numpy as np
@@ -42,30 +43,30 @@ class Stability:
     """
 
     check: Check
-    overlap: tuple[float, ...] = ()
-    cosines: tuple[float, ...] = ()
-    generic_cosines: tuple[float, ...] = ()
+    overlap: Sequence[float] = ()
+    cosines: Sequence[float] = ()
+    generic_cosines: Sequence[float] = ()
 
 
-def check_stability(design: Design, settings: CheckSettings) -> Stability:
+def check_stability(design: Design) -> Stability:
     """Return check 5 of the pairs that bases are fitted to.
 
     Without a given basis these are all pairs; otherwise those of the groups it was made from.
     """
-    geometry = design.geometry
-    pairs = design.sources
-    groups = [design.groups[index] for index in pairs.tolist()]
+    settings = design.settings
+    groups = [design.groups[index] for index in design.sources.tolist()]
     names = list(dict.fromkeys(groups))
     smallest_p = 0.5 ** (len(names) - 1)  # swapping every label at once changes nothing
     if smallest_p > settings.alpha:
         reason = f"{len(names)} groups to fit to, which is too few for a p-value below {settings.alpha:g}"
         return Stability(undecided("stability", _TITLE, _STATISTIC, _rule(settings), reason))
     signs_BN = swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
-    halves = _halves(names, settings)
-    splits = [
-        _split(geometry, design.groups, pairs, groups, half, signs_BN, settings, i) for i, half in enumerate(halves)
-    ]
-    return _judged(geometry, splits, settings)
+    splits = []
+    for index, half in enumerate(_halves(names, settings)):
+        inside = torch.tensor([group in half for group in groups])
+        generator = np.random.default_rng([settings.seed, 8, index])
+        splits.append(_split(design, inside, signs_BN, generator))
+    return _judged(design.geometry, splits, settings)
 
 
 def _rule(settings: CheckSettings) -> str:
@@ -91,39 +92,35 @@ class _Split:
     agreement: Tensor
 
 
-def _split(
-    geometry: Geometry,
-    all_groups: tuple[str, ...],
-    pairs: Tensor,
-    groups: list[str],
-    half: set[str],
-    signs_BN: Tensor,
-    settings: CheckSettings,
-    index: int,
-) -> _Split:
-    inside = torch.tensor([group in half for group in groups])
-    halves = [pairs[inside], pairs[~inside]]
-    one, other = (geometry.fit_pairs(half, settings.axes, settings.tau_axis, method=settings.method) for half in halves)
-    first, second = (geometry.fit_pairs(half, settings.k_use, settings.tau_axis) for half in halves)
-    generator = np.random.default_rng([settings.seed, 8, index])
+def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.random.Generator) -> _Split:
+    """Return what the sources inside and those outside say of each other."""
+    geometry, settings = design.geometry, design.settings
+    halves = [design.sources[inside], design.sources[~inside]]
+    one, other = (geometry.fit_pairs(half, settings) for half in halves)
+    first, second = (geometry.fit_pairs(half, replace(settings, method="svd")) for half in halves)
     plain = [
-        geometry.fit(*clean_differences(geometry, all_groups, half, generator), settings.axes, method=settings.method)
-        for half in halves
+        geometry.fit(*clean_differences(geometry, half, generator), replace(settings, tau_axis=0.0)) for half in halves
     ]
     between_MKK = geometry.overlaps(one, other)
     generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
     return _Split(
         overlap=_mean_square(between_MKK),
         generic_overlap=torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
-        cosines=_mean_cosines([between_MKK]),
-        generic_cosines=_mean_cosines(generic),
+        cosines=_mean_cosines(between_MKK),
+        generic_cosines=_common_mean([_mean_cosines(g) for g in generic]),
         agreement=_agreement(geometry, first, second, signs_BN[:, inside], signs_BN[:, ~inside]),
     )
 
 
-def _mean_cosines(overlaps: list[Tensor]) -> Tensor:
-    """Return the cosine of each principal angle, mean over modules and over these overlaps."""
-    return _common_mean([torch.linalg.svdvals(overlap_MKJ).mean(dim=0) for overlap_MKJ in overlaps])
+def _mean_square(overlap_MKJ: Tensor) -> Tensor:
+    """Return the mean squared cosine: the squared Frobenius norm over the number of angles."""
+    return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
+
+
+def _mean_cosines(overlap_MKJ: Tensor) -> Tensor:
+    """Return the cosine of each principal angle, mean over modules."""
+    cosines_K: Tensor = torch.linalg.svdvals(overlap_MKJ).mean(dim=0)
+    return cosines_K
 
 
 def _common_mean(rows: list[Tensor]) -> Tensor:
@@ -132,16 +129,8 @@ def _common_mean(rows: list[Tensor]) -> Tensor:
     return torch.stack([row_K[:shortest] for row_K in rows]).mean(dim=0)
 
 
-def _mean_square(overlap_MKJ: Tensor) -> Tensor:
-    """Return the mean squared cosine: the squared Frobenius norm over the number of angles."""
-    return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
-
-
 def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, others_BT: Tensor) -> Tensor:
-    """Return the cosine between the mean differences of two halves, each within its own SVD basis, [B].
-
-    SVD bases, whatever method is checked: swapped labels leave them as they are, and only then is the test exact.
-    """
+    """Return the cosine between the mean differences of two halves, each within its own SVD basis, [B]."""
     between_MKK = geometry.overlaps(one, other)
     first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, one.fitted)
     second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other.fitted)
@@ -151,38 +140,39 @@ def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, o
 
 
 def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -> Stability:
-    overlaps = np.array([float(split.overlap.mean()) for split in splits])
-    generic = [float(split.generic_overlap.mean()) for split in splits]
-    agreement_B = torch.stack([split.agreement for split in splits]).mean(dim=0).tolist()
+    overlaps = [float(split.overlap.mean()) for split in splits]
+    agreement, *swapped = torch.stack([split.agreement for split in splits]).mean(dim=0).tolist()
     tail = (1 - settings.confidence) / 2
     low, high = (float(q) for q in np.quantile(overlaps, [tail, 1 - tail]))
-    measured = Interval(float(overlaps.mean()), low, high)
-    random = _random_overlaps(geometry, settings)
-    levels = {
-        name: float(np.quantile(draws, 1 - settings.alpha))
-        for name, draws in (("Haar", random), ("clean-clean", generic))
+    spaces = {
+        "Haar": tuple(_random_overlaps(geometry, settings)),
+        "clean-clean": tuple(float(split.generic_overlap.mean()) for split in splits),
     }
-    p = p_value(agreement_B[0], agreement_B[1:])
+    p = p_value(agreement, swapped)
     faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
-    faults += [f"the range reaches down to {low:.3g}, not above {v:.3g} of {n}" for n, v in levels.items() if low <= v]
+    for name, draws in spaces.items():
+        level = float(np.quantile(draws, 1 - settings.alpha))
+        if low <= level:
+            faults.append(f"the range reaches down to {low:.3g}, not above {level:.3g} of {name}")
     verdict: CheckVerdict = "fail" if faults else "pass"
     check = Check(
         name="stability",
         title=_TITLE,
         statistic=_STATISTIC,
         rule=_rule(settings),
-        measured=measured,
-        nulls={"Haar": tuple(random), "clean-clean": tuple(generic), f"agreement, {SWAPPED}": tuple(agreement_B[1:])},
+        measured=Interval(float(np.mean(overlaps)), low, high),
+        nulls={**spaces, f"agreement, {SWAPPED}": tuple(swapped)},
         p_values={f"agreement, {SWAPPED}": p},
         verdict=verdict,
         reason="; ".join(faults) or "every part of the rule holds",
-        details={"agreement": agreement_B[0], "splits": len(splits)},
+        details={"agreement": agreement, "splits": len(splits)},
     )
-    mean_M = torch.stack([split.overlap for split in splits]).mean(dim=0)
-    cosines_K, generic_K = (
-        _common_mean([getattr(split, name) for split in splits]) for name in ("cosines", "generic_cosines")
+    return Stability(
+        check,
+        overlap=_common_mean([split.overlap for split in splits]).tolist(),
+        cosines=_common_mean([split.cosines for split in splits]).tolist(),
+        generic_cosines=_common_mean([split.generic_cosines for split in splits]).tolist(),
     )
-    return Stability(check, *(tuple(values.tolist()) for values in (mean_M, cosines_K, generic_K)))
 
 
 def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]:

@@ -4,9 +4,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
+
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import METHODS, Origin
 
+FloatArray = npt.NDArray[np.float64]
 CheckVerdict = Literal["pass", "fail", "undecided"]
 SCHEMA = "assay.vhack.check/1"
 CHECKS = ("pools", "heldout", "random_null", "sources", "stability")
@@ -174,33 +179,20 @@ class CheckReport:
         """Return the report that `as_dict` wrote.
 
         Raises:
-            DataError: The record has another schema or is incomplete.
+            DataError: The record has another schema, or a value is missing or has another type.
         """
+        if record.get("schema") != SCHEMA:
+            raise _unusable(f"schema {record.get('schema')!r}")
         try:
-            if record["schema"] != SCHEMA:
-                raise ValueError(f"schema {record['schema']!r}")
-            return cls(
-                checks=tuple(_read_check(check) for check in record["checks"]),
-                modules=tuple(
-                    ModuleResult(**{**m, "spectrum": tuple(m["spectrum"]), "noise": tuple(m["noise"])})
-                    for m in record["modules"]
-                ),
-                hack=tuple(record["hack"]),
-                clean=tuple(record["clean"]),
-                groups=tuple(record["groups"]),
-                design=record["design"],
-                settings=CheckSettings(**record["settings"]),
-                origin=record["origin"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"a check report that cannot be used: {error}",
-                wanted=f"what `assay vhack check --json` prints, schema {SCHEMA}",
-                do="run the checks again",
-            ) from error
+            return TypeAdapter(cls).validate_python(record)
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            raise _unusable(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
 
 
-def _read_check(record: Mapping[str, Any]) -> Check:
-    measured = record["measured"]
-    nulls = {name: tuple(draws) for name, draws in record["nulls"].items()}
-    return Check(**{**record, "nulls": nulls, "measured": None if measured is None else Interval(**measured)})
+def _unusable(why: str) -> DataError:
+    return DataError(
+        f"a check report that cannot be used: {why}",
+        wanted=f"what `assay vhack check --json` prints, schema {SCHEMA}",
+        do="run the checks again",
+    )
