@@ -49,7 +49,7 @@ def test_a_backend_whose_packages_are_absent(monkeypatch):
         raise ImportError("No module named 'triton'")
 
     monkeypatch.setattr(_registry.importlib, "import_module", absent)
-    for name in BACKENDS:
+    for name in set(BACKENDS) - {"numpy"}:
         with pytest.raises(BackendUnavailable) as caught:
             get_backend(name)
         assert caught.value.seen == f"backend {name}: No module named 'triton'"
@@ -60,7 +60,7 @@ def test_a_backend_whose_packages_are_absent(monkeypatch):
 def test_auto_on_cuda_takes_triton_where_it_runs(monkeypatch):
     made = object()
     stand_in = types.ModuleType("assay.streams._triton")
-    stand_in.create = lambda device: made
+    stand_in.TritonBackend = lambda device: made
     monkeypatch.setitem(sys.modules, "assay.streams._triton", stand_in)
     assert get_backend("auto", "cuda") is made
     assert get_backend("triton", "cuda:1") is made

@@ -12,7 +12,7 @@ def test_a_wrong_backend_is_found(definition):
             normals.view("u2")[-1, -1] ^= 1
             return normals
 
-    found = selftest(OneBitOff())
+    found = selftest(OneBitOff("cpu"))
     assert {name for name in found if found[name] != SELFTEST_EXPECTED[name]} == {
         name for name in SELFTEST_EXPECTED if name.startswith("normal")
     }

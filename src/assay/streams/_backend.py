@@ -1,12 +1,13 @@
 """What every backend is: checked arguments in front, one generator per kind of stream behind.
 
+The generators here are the definition itself. Every other backend replaces them by faster ones.
+
 Shapes: ``B`` streams of a batch, ``n`` or ``N`` elements of each, ``S`` sub-seeds of a stream.
 """
 
 from __future__ import annotations
 
 import operator
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from assay.errors import OutOfMemory, UsageError, is_out_of_memory
-from assay.streams._arrays import DTYPES, Array
+from assay.streams import _definition as definition
+from assay.streams._arrays import DTYPES, Array, numpy_dtype
+from assay.streams._definition import UInts
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +29,8 @@ Seeds: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any]
 MAX_N = 2**32 - 1
 
 
-class Backend(ABC):
-    """A way to make the streams on one device. All backends return the same bits.
+class Backend:
+    """A way to make the streams on one device: this one with numpy, slow and plain. All backends return the same bits.
 
     ``numpy`` and ``numba`` return numpy arrays (bfloat16 as :data:`ml_dtypes.bfloat16`); ``torch`` and ``triton``
     return tensors on their device, of the dtypes of the same names. All streams of a batch are made in one call.
@@ -36,8 +39,10 @@ class Backend(ABC):
     names, and for ``n`` outside [0, 2**32); and :class:`~assay.errors.OutOfMemory` when the result does not fit.
     """
 
-    name: str
-    device: str
+    name = "numpy"
+
+    def __init__(self, device: str) -> None:
+        self.device = device
 
     def hashes(self, seeds_B: Seeds, n: int) -> Array:
         """The first n hashes of each stream, uint32 ``[B, n]``."""
@@ -124,26 +129,26 @@ class Backend(ABC):
                 do="make fewer streams in one call",
             ) from error
 
-    def _reflected(self, x_BD: torch.Tensor, seeds_BR: npt.NDArray[np.uint32]) -> torch.Tensor | None:
+    def _hashes(self, seeds_B: UInts, n: int) -> Array:
+        return definition.hashes(seeds_B, 0, n)
+
+    def _uniforms(self, seeds_B: UInts, n: int) -> Array:
+        return definition.uniforms(seeds_B, 0, n)
+
+    def _signs(self, seeds_B: UInts, n: int) -> Array:
+        return definition.signs(seeds_B, n)
+
+    def _permutations(self, seeds_B: UInts, n: int) -> Array:
+        return definition.permutations(seeds_B, n)
+
+    def _picks(self, seeds_B: UInts, n: int, k: int) -> Array:
+        return definition.picks(seeds_B, n, k)
+
+    def _normals(self, seeds_BS: UInts, n: int, dtype: str) -> Array:
+        return definition.normals(seeds_BS, n).astype(numpy_dtype(dtype), copy=False)
+
+    def _reflected(self, x_BD: torch.Tensor, seeds_BR: UInts) -> torch.Tensor | None:
         return None
-
-    @abstractmethod
-    def _hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array: ...
-
-    @abstractmethod
-    def _uniforms(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array: ...
-
-    @abstractmethod
-    def _signs(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array: ...
-
-    @abstractmethod
-    def _permutations(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array: ...
-
-    @abstractmethod
-    def _picks(self, seeds_B: npt.NDArray[np.uint32], n: int, k: int) -> Array: ...
-
-    @abstractmethod
-    def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> Array: ...
 
 
 def tiles(rows: int, columns: int, size: int) -> list[tuple[int, int, int, int]]:
@@ -157,7 +162,7 @@ def tiles(rows: int, columns: int, size: int) -> list[tuple[int, int, int, int]]
     ]
 
 
-def _single(seeds: Seeds) -> npt.NDArray[np.uint32]:
+def _single(seeds: Seeds) -> UInts:
     seeds_BS = _checked(seeds)
     if seeds_BS.shape[1] != 1:
         raise UsageError(
@@ -168,25 +173,25 @@ def _single(seeds: Seeds) -> npt.NDArray[np.uint32]:
     return np.ascontiguousarray(seeds_BS[:, 0])
 
 
-def _checked(seeds: Seeds) -> npt.NDArray[np.uint32]:
-    """Any accepted form of seeds as a contiguous ``seeds_BS``."""
+def _checked(seeds: Seeds) -> UInts:
+    """Return seeds in any accepted form as a contiguous ``seeds_BS``."""
     try:
         array = np.asarray(seeds)
     except (ValueError, TypeError, OverflowError) as error:
         raise _bad_seeds(seeds) from error
     if array.size == 0 and array.ndim == 1:
         array = array.astype(np.uint32)
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] == 0):
+    if array.ndim == 1:
+        array = array[:, None]
+    well_formed = array.dtype.kind in "iu" and array.ndim == 2 and array.shape[1] > 0
+    if not well_formed or (array.size and not 0 <= int(array.min()) <= int(array.max()) <= 0xFFFFFFFF):
         raise _bad_seeds(seeds)
-    if array.size and (int(array.min()) < 0 or int(array.max()) > 0xFFFFFFFF):
-        raise _bad_seeds(seeds)
-    return np.ascontiguousarray(array if array.ndim == 2 else array[:, None], dtype=np.uint32)
+    return np.ascontiguousarray(array, dtype=np.uint32)
 
 
 def _bad_seeds(seeds: object) -> UsageError:
-    shown = repr(seeds)
     return UsageError(
-        f"seeds {shown if len(shown) <= 80 else shown[:77] + '...'}",
+        f"seeds {seeds!r:.80}",
         wanted="integers from 0 to 4294967295, of shape [B] or [B, S]",
         do="make them with assay.streams.seeds(texts)",
     )

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numba
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from assay.streams import _definition as definition
 from assay.streams._arrays import DTYPES, Array, numpy_dtype
 from assay.streams._backend import Backend, tiles
+from assay.streams._definition import UInts
 
 _TILE = 1 << 17
 """Cells of one task: large against the cost of handing it to a thread, small enough to share out evenly."""
@@ -34,7 +36,7 @@ _LN, _SIN, _COS = definition.LN_POLY, definition.SIN_POLY, definition.COS_POLY
 _LN2_HIGH, _LN2_LOW = definition.LN2_HIGH, definition.LN2_LOW
 _MIN_U1, _SQRT_HALF_BITS = definition.MIN_U1, definition.SQRT_HALF_BITS
 _ROUND_MAGIC, _SIGN_THRESHOLD = definition.ROUND_MAGIC, definition.SIGN_THRESHOLD
-_ZERO, _HALF, _ONE, _TWO, _FOUR = (np.float32(x) for x in (0, 0.5, 1, 2, 4))
+_HALF, _ONE, _TWO, _FOUR = (np.float32(x) for x in (0.5, 1, 2, 4))
 _SCALE = np.float32(2.0**-32)
 
 
@@ -58,8 +60,7 @@ def _forgiving(save: Callable[..., None]) -> Callable[..., None]:
     return attempt
 
 
-def _inline(function: Callable[..., Any]) -> Any:
-    return _compiled(function, forceinline=True)
+_inline = partial(_compiled, forceinline=True)
 
 
 @_inline
@@ -199,57 +200,44 @@ class NumbaBackend(Backend):
     """Compiled for this CPU on first use (a few seconds, once) and run on all its cores."""
 
     name = "numba"
-    device = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
         self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def _hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.uint32]:
+    def _hashes(self, seeds_B: UInts, n: int) -> npt.NDArray[Any]:
         return self._filled(_fill_hashes, seeds_B, n, np.uint32)
 
-    def _uniforms(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
+    def _uniforms(self, seeds_B: UInts, n: int) -> Array:
         return self._filled(_fill_uniforms, seeds_B, n, np.float32)
 
-    def _signs(self, seeds_B: npt.NDArray[np.uint32], n: int) -> Array:
+    def _signs(self, seeds_B: UInts, n: int) -> Array:
         return self._filled(_fill_signs, seeds_B, n, np.int8)
 
-    def _permutations(self, seeds_B: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.int64]:
-        keys_BN = self._keys(seeds_B, n)
-        keys_BN.sort(axis=1)
-        return _indices(keys_BN)
+    def _permutations(self, seeds_B: UInts, n: int) -> Array:
+        return self._picks(seeds_B, n, n)
 
-    def _picks(self, seeds_B: npt.NDArray[np.uint32], n: int, k: int) -> Array:
-        keys_BN = self._keys(seeds_B, n)
-        if k < n:
-            keys_BN = np.partition(keys_BN, k, axis=1)[:, :k]
-        return _indices(np.sort(keys_BN, axis=1))
-
-    def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> Array:
-        out_BN = np.empty((len(seeds_BS), n), np.uint32 if dtype == "float32" else np.uint16)
-        length = definition.segment_length(n, seeds_BS.shape[1])
-
-        def fill(*tile: int) -> None:
-            _fill_normals(seeds_BS, out_BN, length, DTYPES.index(dtype), *tile)
-
-        # A tile covers its pairs in the segments of all sub-seeds.
-        self._spread(fill, tiles(len(seeds_BS), -(-length // 2), max(1, _TILE // (2 * seeds_BS.shape[1]))))
-        formatted_BN: Array = out_BN.view(numpy_dtype(dtype))
-        return formatted_BN
-
-    def _keys(self, seeds_B: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.uint64]:
-        """Hash above index in one integer: sorting these is the stable argsort of the hashes, and much faster."""
+    def _picks(self, seeds_B: UInts, n: int, k: int) -> Array:
+        # Hash above index in one integer: sorting these is the stable argsort of the hashes, and much faster.
         keys_BN = self._hashes(seeds_B, n).astype(np.uint64)
         keys_BN <<= np.uint64(32)
         keys_BN |= np.arange(n, dtype=np.uint64)
-        return keys_BN
+        if k < n:
+            keys_BN = np.partition(keys_BN, k, axis=1)[:, :k]
+        keys_BN.sort(axis=1)
+        return (keys_BN & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
-    def _filled(self, kernel: Any, seeds_B: npt.NDArray[np.uint32], n: int, dtype: Any) -> npt.NDArray[Any]:
+    def _normals(self, seeds_BS: UInts, n: int, dtype: str) -> Array:
+        out_BN = np.empty((len(seeds_BS), n), np.uint32 if dtype == "float32" else np.uint16)
+        length = definition.segment_length(n, seeds_BS.shape[1])
+        # A tile covers its pairs in the segments of all sub-seeds.
+        work = tiles(len(seeds_BS), -(-length // 2), max(1, _TILE // (2 * seeds_BS.shape[1])))
+        self._spread(partial(_fill_normals, seeds_BS, out_BN, length, DTYPES.index(dtype)), work)
+        return out_BN.view(numpy_dtype(dtype))
+
+    def _filled(self, kernel: Any, seeds_B: UInts, n: int, dtype: Any) -> npt.NDArray[Any]:
         out_BN = np.empty((len(seeds_B), n), dtype)
-
-        def fill(*tile: int) -> None:
-            kernel(seeds_B, out_BN, *tile)
-
-        self._spread(fill, tiles(len(seeds_B), n, _TILE))
+        self._spread(partial(kernel, seeds_B, out_BN), tiles(len(seeds_B), n, _TILE))
         return out_BN
 
     def _spread(self, fill: Callable[..., None], work: list[tuple[int, int, int, int]]) -> None:
@@ -261,12 +249,3 @@ class NumbaBackend(Backend):
         with ThreadPoolExecutor(min(self._threads, len(work))) as pool:
             for done in [pool.submit(fill, *tile) for tile in work]:
                 done.result()
-
-
-def _indices(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
-def create(device: str) -> NumbaBackend:
-    """Return the backend; :func:`assay.streams.get_backend` refuses any other device than the CPU."""
-    return NumbaBackend()

@@ -1,4 +1,4 @@
-"""Backends by name. Each lives in the module ``_<name>.py`` beside this one and is made by its ``create(device)``."""
+"""Backends by name: ``<Name>Backend`` in the module ``_<name>.py`` beside this one, and the definition in numpy."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
 
 
 def _create(name: str, device: str) -> Backend:
+    if name == "numpy":
+        return Backend(device)
     try:
         module = importlib.import_module(f"assay.streams._{name}")
     except ImportError as error:
@@ -55,7 +57,7 @@ def _create(name: str, device: str) -> Backend:
             wanted=f"the packages of backend {name}; triton comes with the CUDA builds of torch",
             do="use backend auto, which takes the fastest one that is there",
         ) from error
-    backend: Backend = module.create(device)
+    backend: Backend = getattr(module, f"{name.capitalize()}Backend")(device)
     return backend
 
 

@@ -10,16 +10,14 @@ Shapes: ``B`` streams of a batch, ``N`` elements of each, ``S`` sub-seeds of a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from assay.errors import BackendUnavailable
 from assay.streams import _definition as definition
 from assay.streams._arrays import torch_dtype
 from assay.streams._backend import Backend, tiles
+from assay.streams._definition import UInts
 
 _TILE = {"cpu": 1 << 17, "cuda": 1 << 22}
 """Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB, more is not faster."""
@@ -31,33 +29,43 @@ class TorchBackend(Backend):
     name = "torch"
 
     def __init__(self, device: str) -> None:
-        self.device = device
+        super().__init__(device)
         self._tile = _TILE[torch.device(device).type]
+        count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+        if device != "cpu" and (torch.device(device).index or 0) >= count:
+            raise BackendUnavailable(
+                f"device {device}, with {count} CUDA devices on this machine",
+                wanted="a CUDA device of that number that torch can use",
+                do="use device cpu, or run assay doctor to see what torch finds",
+            )
 
-    def _hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        return self._signed_hashes(seeds_B, n).view(torch.uint32)
+    def _hashes(self, seeds_B: UInts, n: int) -> torch.Tensor:
+        return self._from_hashes("hash", torch.int32, seeds_B, n).view(torch.uint32)
 
-    def _uniforms(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        out_BN = torch.empty((len(seeds_B), n), dtype=torch.float32, device=self.device)
-        for part, h in self._hash_tiles(seeds_B, n):
-            out_BN[part] = _uniform(h)
-        return out_BN
+    def _uniforms(self, seeds_B: UInts, n: int) -> torch.Tensor:
+        return self._from_hashes("uniform", torch.float32, seeds_B, n)
 
-    def _signs(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        out_BN = torch.empty((len(seeds_B), n), dtype=torch.int8, device=self.device)
-        for part, h in self._hash_tiles(seeds_B, n):
-            above = _unsigned(h) >= int(definition.SIGN_THRESHOLD)
-            out_BN[part] = above.to(torch.int8) * 2 - 1
-        return out_BN
+    def _signs(self, seeds_B: UInts, n: int) -> torch.Tensor:
+        return self._from_hashes("sign", torch.int8, seeds_B, n)
 
-    def _permutations(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        return torch.argsort(self._ordered_hashes(seeds_B, n), dim=1, stable=True)
+    def _permutations(self, seeds_B: UInts, n: int) -> torch.Tensor:
+        return torch.argsort(self._from_hashes("order", torch.int32, seeds_B, n), dim=1, stable=True)
 
-    def _picks(self, seeds_B: npt.NDArray[np.uint32], n: int, k: int) -> torch.Tensor:
+    def _picks(self, seeds_B: UInts, n: int, k: int) -> torch.Tensor:
         # The hashes of a stream never tie, so "the k smallest in ascending order" is one answer only.
-        return torch.topk(self._ordered_hashes(seeds_B, n), k, dim=1, largest=False, sorted=True).indices
+        order_BN = self._from_hashes("order", torch.int32, seeds_B, n)
+        return torch.topk(order_BN, k, dim=1, largest=False, sorted=True).indices
 
-    def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> torch.Tensor:
+    def _from_hashes(self, kind: str, dtype: torch.dtype, seeds_B: UInts, n: int) -> torch.Tensor:
+        """Return what follows from every hash, ``[B, n]``: one of the kinds of :func:`_from_hash`."""
+        out_BN = torch.empty((len(seeds_B), n), dtype=dtype, device=self.device)
+        signed_B = on_device(seeds_B, self.device)
+        for row, row_stop, column, column_stop in tiles(len(seeds_B), n, self._tile):
+            h = _hash(signed_B[row:row_stop], column, column_stop)
+            out_BN[row:row_stop, column:column_stop] = _from_hash(kind, h)
+        return out_BN
+
+    def _normals(self, seeds_BS: UInts, n: int, dtype: str) -> torch.Tensor:
         out_BN = torch.empty((len(seeds_BS), n), dtype=torch_dtype(dtype), device=self.device)
         length = definition.segment_length(n, seeds_BS.shape[1])
         for sub_seed, start in enumerate(range(0, n, length)):
@@ -76,25 +84,8 @@ class TorchBackend(Backend):
             sines_stop = min(pairs + pair_stop, n)  # an odd n: the last cosine has no sine
             out_BN[row:row_stop, pairs + pair : sines_stop] = sines[:, : sines_stop - pairs - pair]
 
-    def _signed_hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        out_BN = torch.empty((len(seeds_B), n), dtype=torch.int32, device=self.device)
-        for part, h in self._hash_tiles(seeds_B, n):
-            out_BN[part] = h
-        return out_BN
 
-    def _ordered_hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        """int32 in the order of the unsigned hashes: flipping the top bit moves 0..2**32-1 onto the signed range."""
-        return self._signed_hashes(seeds_B, n) ^ _int32(0x80000000)
-
-    def _hash_tiles(
-        self, seeds_B: npt.NDArray[np.uint32], n: int
-    ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
-        signed_B = on_device(seeds_B, self.device)
-        for row, row_stop, column, column_stop in tiles(len(seeds_B), n, self._tile):
-            yield (slice(row, row_stop), slice(column, column_stop)), _hash(signed_B[row:row_stop], column, column_stop)
-
-
-def on_device(seeds: npt.NDArray[np.uint32], device: str) -> torch.Tensor:
+def on_device(seeds: UInts, device: str) -> torch.Tensor:
     """Seeds as int32 with the same bits; to a GPU on the current stream, without waiting for what is queued there.
 
     From pageable memory CUDA has taken its own copy when the call returns; pinned memory would have to be kept.
@@ -139,6 +130,19 @@ def _unsigned(h: torch.Tensor) -> torch.Tensor:
 
 def _uniform(h: torch.Tensor) -> torch.Tensor:
     return _unsigned(h).to(torch.float32).mul_(2.0**-32)
+
+
+def _from_hash(kind: str, h: torch.Tensor) -> torch.Tensor:
+    """Return the hash itself, its uniform, its sign, or the int32 that has its place in the order of all hashes."""
+    match kind:
+        case "uniform":
+            return _uniform(h)
+        case "sign":
+            return (_unsigned(h) >= int(definition.SIGN_THRESHOLD)).to(torch.int8) * 2 - 1
+        case "order":
+            return h ^ _int32(0x80000000)
+        case _:
+            return h
 
 
 def _box_muller(u1: torch.Tensor, u2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,20 +193,3 @@ def _polynomial(coefficients: tuple[np.float32, ...], x: torch.Tensor) -> torch.
     for coefficient in coefficients[1:]:
         value.mul_(x).add_(float(coefficient))
     return value
-
-
-def create(device: str) -> TorchBackend:
-    """The torch backend.
-
-    Raises:
-        BackendUnavailable: the device is a CUDA one that is not there.
-    """
-    if device != "cpu":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (torch.device(device).index or 0) >= count:
-            raise BackendUnavailable(
-                f"device {device}, with {count} CUDA devices on this machine",
-                wanted="a CUDA device of that number that torch can use",
-                do="use device cpu, or run assay doctor to see what torch finds",
-            )
-    return TorchBackend(device)

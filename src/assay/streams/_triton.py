@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 
@@ -22,8 +20,8 @@ from assay.errors import BackendUnavailable
 from assay.streams import _definition as definition
 from assay.streams import _triton_kernels as kernels
 from assay.streams._arrays import torch_dtype
+from assay.streams._definition import UInts
 from assay.streams._torch import TorchBackend, on_device
-from assay.streams._torch import create as create_torch
 
 BLOCK, WARPS = 4096, 16
 """Pairs of a program, and its warps."""
@@ -46,10 +44,14 @@ class TritonBackend(TorchBackend):
     name = "triton"
 
     def __init__(self, device: str) -> None:
+        if device == "cpu":
+            raise BackendUnavailable(
+                "backend triton on the cpu", wanted="a CUDA device", do="use backend numba, the fast one on the CPU"
+            )
         super().__init__(device)
         self._numbered = torch.device(device).index is not None
 
-    def _reflected(self, x_BD: torch.Tensor, seeds_BR: npt.NDArray[np.uint32]) -> torch.Tensor | None:
+    def _reflected(self, x_BD: torch.Tensor, seeds_BR: UInts) -> torch.Tensor | None:
         rows, d = x_BD.shape
         if not (x_BD.is_cuda and x_BD.dtype == torch.float32 and rows and 0 < d <= _MAX_REFLECTED):
             return None
@@ -61,19 +63,7 @@ class TritonBackend(TorchBackend):
         self._launch(kernels.reflect_kernel, (rows,), *arguments, BLOCK=block, num_warps=warps)
         return out_BD
 
-    def _uniforms(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        return self._from_hashes("uniform", torch.float32, seeds_B, n)
-
-    def _signs(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        return self._from_hashes("sign", torch.int8, seeds_B, n)
-
-    def _signed_hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        return self._from_hashes("hash", torch.int32, seeds_B, n)
-
-    def _ordered_hashes(self, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
-        return self._from_hashes("order", torch.int32, seeds_B, n)
-
-    def _from_hashes(self, kind: str, dtype: torch.dtype, seeds_B: npt.NDArray[np.uint32], n: int) -> torch.Tensor:
+    def _from_hashes(self, kind: str, dtype: torch.dtype, seeds_B: UInts, n: int) -> torch.Tensor:
         out_BN = torch.empty((len(seeds_B), n), dtype=dtype, device=self.device)
         if out_BN.numel():
             for seeds, out in _grids(on_device(seeds_B, self.device), out_BN, _GRID):
@@ -81,7 +71,7 @@ class TritonBackend(TorchBackend):
                 self._launch(kernels.hash_kernel, grid, seeds, out, n, KIND=kind, BLOCK=_HASH_BLOCK)
         return out_BN
 
-    def _normals(self, seeds_BS: npt.NDArray[np.uint32], n: int, dtype: str) -> torch.Tensor:
+    def _normals(self, seeds_BS: UInts, n: int, dtype: str) -> torch.Tensor:
         rows, sub_seeds = seeds_BS.shape
         out_BN = torch.empty((rows, n), dtype=torch_dtype(dtype), device=self.device)
         if rows and n:
@@ -126,17 +116,3 @@ def _grids(seeds: torch.Tensor, out_BN: torch.Tensor, rows: int) -> Iterable[tup
     if len(out_BN) <= rows:
         return ((seeds, out_BN),)
     return zip(seeds.split(rows), out_BN.split(rows), strict=True)
-
-
-def create(device: str) -> TritonBackend:
-    """The triton backend.
-
-    Raises:
-        BackendUnavailable: the device is not a CUDA one that is there.
-    """
-    if device == "cpu":
-        raise BackendUnavailable(
-            "backend triton on the cpu", wanted="a CUDA device", do="use backend numba, the fast one on the CPU"
-        )
-    create_torch(device)  # refuses devices that are not there
-    return TritonBackend(device)
