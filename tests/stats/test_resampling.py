@@ -14,7 +14,7 @@ def test_same_seed_same_interval():
     first = group_bootstrap(mean, [values], [groups], n_resamples=200, seed=4)
     assert first == group_bootstrap(mean, [values], [groups], n_resamples=200, seed=4)
     assert first != group_bootstrap(mean, [values], [groups], n_resamples=200, seed=5)
-    assert (first.value, first.n_groups, first.n_resamples) == (5.5, 6, 200)
+    assert first.value == 5.5
 
 
 def test_groups_are_drawn_whole():

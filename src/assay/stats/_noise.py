@@ -10,7 +10,7 @@ Suffixes: N values.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,31 +50,6 @@ _FURTHEST_SCALE, _FURTHEST_LOG = 0.985, 0.95
 _ITERATIONS = 200
 
 
-class NoiseLaw(Protocol):
-    """What `SequentialTest` needs to know about a kind of residual."""
-
-    @property
-    def junk_multiple(self) -> float:
-        """How many times larger than honest noise the residual of an invented value is."""
-
-    @property
-    def gross_threshold(self) -> float:
-        """Magnitude that honest noise exceeds with probability `GROSS_PROBABILITY`."""
-
-    @property
-    def junk_detection(self) -> float:
-        """Probability that an invented value lands above `gross_threshold`."""
-
-    def magnitudes(self, values: npt.ArrayLike) -> FloatArray:
-        """Sizes of the residuals, [N]; a non-finite one becomes the largest there can be."""
-
-    def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
-        """Logarithm of f_m at the given magnitudes, [N], for noise ``multiple`` times the honest one."""
-
-    def survival(self, magnitudes_N: FloatArray) -> FloatArray:
-        """Probability that honest noise is at least so large, [N]."""
-
-
 def _require(condition: bool, seen: str, wanted: str) -> None:
     if not condition:
         raise UsageError(seen, wanted=wanted, do="check the calibration that this noise law comes from")
@@ -90,7 +65,7 @@ def _clipped_size(values: npt.ArrayLike) -> FloatArray:
 class ScaleNoise:
     """Residuals e = received − recomputed of a distance: e ~ sigma · t with ``dof`` degrees of freedom.
 
-    Attributes:
+    Args:
         sigma: scale of honest noise, in units of the distance; at least `RESOLUTION`.
         dof: degrees of freedom of Student's t; smaller means heavier tails.
         junk_sigma: standard deviation of the residual of an invented value, by default `JUNK_SIGMA`.
@@ -147,7 +122,7 @@ class LogNoise:
     Its tail is a power law in L2, as measured noise has it (routing flips, ties). Noise m times larger is the same
     density shifted by ln m.
 
-    Attributes:
+    Args:
         mu: location of x for honest noise, in ln L2.
         sd: scale of x.
         dimension: Length of the vectors; an invented unit vector lies a chord-law distance away.
@@ -227,6 +202,9 @@ class LogNoise:
         upper_N = 0.5 + (core_N - tail_N) / self.standard_mass
         return np.asarray(np.where(z_N >= 0, upper_N, 1 - upper_N), dtype=np.float64)
 
+
+NoiseLaw = ScaleNoise | LogNoise
+"""The kinds of residual that `SequentialTest` can judge."""
 
 LawT = TypeVar("LawT", bound=NoiseLaw)
 

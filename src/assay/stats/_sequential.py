@@ -113,12 +113,11 @@ class SequentialTest:
         size_RC = self.law.magnitudes(values_RC).reshape(np.shape(values_RC))
         if not size_RC.size:
             return np.zeros(size_RC.shape, dtype=np.bool_)
-        parts = np.array_split(size_RC, -(-size_RC.size // _SIMULATED))
-        return np.concatenate([self._accused(part_RC) for part_RC in parts])
-
-    def _accused(self, size_RC: FloatArray) -> npt.NDArray[np.bool_]:
-        path_RCK = self._steps(size_RC.ravel()).reshape(*size_RC.shape, -1).cumsum(axis=1)
-        return np.maximum.accumulate(_log_mean(path_RCK), axis=1) >= -math.log(self.alpha)
+        accused = []
+        for part_RC in np.array_split(size_RC, -(-size_RC.size // _SIMULATED)):
+            path_RCK = self._steps(part_RC.ravel()).reshape(*part_RC.shape, -1).cumsum(axis=1)
+            accused.append(np.maximum.accumulate(_log_mean(path_RCK), axis=1) >= -math.log(self.alpha))
+        return np.concatenate(accused)
 
     def _steps(self, size_N: FloatArray) -> FloatArray:
         honest_N = self.law.log_density(size_N, 1.0)

@@ -14,7 +14,7 @@ from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.poc.protocol import DistanceRecord, Header, Pins, Proof, Record, VectorRecord
 
-Law = stats.ScaleNoise | stats.LogNoise
+Law = stats.NoiseLaw
 
 MARGIN = 2.0
 """Factor of the stated defaults over the measured noise, so that they hold for models and machines not measured."""
