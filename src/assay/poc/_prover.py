@@ -103,7 +103,8 @@ def prove(
                 out.append_lines(lines)
             if progress:
                 progress(len(records), header.count)
-        proof = Proof.build(header, records, time.perf_counter() - started, sha256=digest.hexdigest())
+        seconds = float(f"{time.perf_counter() - started:.3f}")
+        proof = Proof.build(header, records, seconds, sha256=digest.hexdigest())
         if out:
             out.append(proof.footer.as_dict())
             out.commit()

@@ -40,7 +40,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def as_tensor(array: Array) -> torch.Tensor:
-    """A torch tensor over the same memory as a numpy array (bfloat16 included), or the tensor that was given."""
+    """Return a tensor over the memory of a numpy array (bfloat16 included), or the tensor that was given."""
     import torch
 
     if isinstance(array, torch.Tensor):
@@ -51,16 +51,9 @@ def as_tensor(array: Array) -> torch.Tensor:
 
 
 def digest(array: Array) -> str:
-    """SHA-256 (hex) of the elements as little-endian bytes in row-major order: the same for every backend."""
-    flat: npt.NDArray[Any] = array if isinstance(array, np.ndarray) else _to_numpy(array)
-    little = np.ascontiguousarray(flat, dtype=flat.dtype.newbyteorder("<"))
+    """Return the SHA-256 (hex) of the elements as little-endian bytes in row-major order, equal for every backend."""
+    if not isinstance(array, np.ndarray):
+        tensor = array.detach().cpu()
+        array = tensor.view(torch_dtype("int16")).numpy() if dtype_name(tensor.dtype) == "bfloat16" else tensor.numpy()
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     return hashlib.sha256(little.reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    import torch
-
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy()
-    return tensor.numpy()

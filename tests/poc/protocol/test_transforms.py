@@ -142,7 +142,7 @@ class Fusing(type(NUMPY)):
 def test_fused_reflections_give_the_same(preset, stream, k, count, round_, monkeypatch):
     x_BD = torch.randn(5, 48, generator=torch.Generator().manual_seed(6))
     expected = make(round_, preset, 48)(x_BD, range(5))
-    fusing = Fusing()
+    fusing = Fusing("cpu")
     monkeypatch.setattr(streams, "get_backend", lambda name, device: fusing)
     made = make(round_, preset, 48)(x_BD, range(5))
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-6 if made.dtype == torch.float32 else 1e-3)

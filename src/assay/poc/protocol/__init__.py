@@ -1,6 +1,6 @@
 """The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
 
-from assay.poc.protocol._pins import FEWEST_NONCES, Pins
+from assay.poc.protocol._pins import Pins
 from assay.poc.protocol._pipelines import (
     PIPELINES,
     LayerStep,
@@ -11,7 +11,6 @@ from assay.poc.protocol._pipelines import (
 )
 from assay.poc.protocol._proof import Proof, parse_record_line
 from assay.poc.protocol._record import (
-    MAX_DISTANCE,
     DistanceRecord,
     Fingerprint,
     Footer,
@@ -37,9 +36,7 @@ from assay.poc.protocol._transforms import (
 from assay.stats import RANDOM_HEAD_ROWS
 
 __all__ = [
-    "FEWEST_NONCES",
     "MAX_COUNT",
-    "MAX_DISTANCE",
     "MAX_NONCE",
     "PIPELINES",
     "RANDOM_HEAD_ROWS",

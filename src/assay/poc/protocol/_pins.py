@@ -91,19 +91,23 @@ class Pins:
         Raises:
             ProofMismatch: Names the value, stated and wanted.
         """
-        claims = header.claims()
+        claims, dtype = header.claims(), header.fingerprint.dtype
+        formats = header.pipeline.number_formats if self.prover_dtype is None else (self.prover_dtype,)
+        if formats and dtype not in formats:
+            raise ProofMismatch(
+                f"a proof of {header.pipeline.name} made in {dtype}",
+                wanted=f"one made in {' or '.join(formats)}",
+                do=f"ask the node to prove in {formats[0]}; only if the network agreed on {dtype}: "
+                f"--prover-dtype {dtype}",
+            )
         for name in self.given:
             stated, wanted = claims[name], getattr(self, name)
-            if name == "prover_dtype":
-                self._check_format(header, (wanted,))
-            elif not (_are(header, wanted) if name == "nonces" else stated == wanted):
+            if not (_are(header, wanted) if name == "nonces" else stated == wanted):
                 raise ProofMismatch(
                     f"a proof with {name} {stated!r:.60}",
                     wanted=f"{name} {wanted!r:.60}",
                     do="ask the node for its proof of this round",
                 )
-        if self.prover_dtype is None and header.pipeline.number_formats:
-            self._check_format(header, header.pipeline.number_formats)
         if self.seq_len is None and header.round.seq_len > LONGEST_UNPINNED:
             raise ProofMismatch(
                 f"a proof with seq_len {header.round.seq_len}, which nothing pins",
@@ -128,17 +132,6 @@ class Pins:
             "prover_dtype": header.fingerprint.dtype in formats,
         }
         return tuple(name for name, default in at_default.items() if not default and getattr(self, name) is None)
-
-    @staticmethod
-    def _check_format(header: Header, wanted: Sequence[str]) -> None:
-        stated = header.fingerprint.dtype
-        if stated not in wanted:
-            raise ProofMismatch(
-                f"a proof of {header.pipeline.name} made in {stated}",
-                wanted=f"one made in {' or '.join(wanted)}",
-                do=f"ask the node to prove in {wanted[0]}; "
-                f"only if the network agreed on {stated}: --prover-dtype {stated}",
-            )
 
 
 def _are(header: Header, nonces: Sequence[int]) -> bool:

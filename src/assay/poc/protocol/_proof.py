@@ -1,6 +1,7 @@
 """A complete proof: what a node hands in and a validator reads."""
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,19 +88,13 @@ class Proof:
             digest.update(line)
         number, line = next(lines, (number + 1, b""))
         footer = _parse_line(path, number, line, _parse_footer, lambda footer: dumps(footer.as_dict()))
-        expected = Footer(
-            records=len(records),
-            valid=sum(header.is_valid(record) for record in records),
-            seconds=footer.seconds,
-            sha256=digest.hexdigest(),
-        )
-        if footer != expected:
-            raise _error(
-                path, number, f"a footer that does not fit the records: {footer.as_dict()}", str(expected.as_dict())
-            )
+        proof = cls.build(header, records, footer.seconds, sha256=digest.hexdigest())
+        if footer != proof.footer:
+            seen = f"a footer that does not fit the records: {footer.as_dict()}"
+            raise _error(path, number, seen, str(proof.footer.as_dict()))
         for number, _ in lines:
             raise _error(path, number, "a line after the footer", "the end of the file")
-        return cls(header, tuple(records), footer)
+        return proof
 
     @classmethod
     def build(cls, header: Header, records: Sequence[Record], seconds: float, *, sha256: str | None = None) -> "Proof":
@@ -108,13 +103,13 @@ class Proof:
         Args:
             header: Header of the proof.
             records: Records of all its nonces, in order.
-            seconds: Time that the proof took.
+            seconds: Time that the proof took, as it is written.
             sha256: Hash of the record lines, if the caller has it already.
         """
         if sha256 is None:
             sha256 = hashlib.sha256("".join(f"{header.line(record)}\n" for record in records).encode()).hexdigest()
         valid = sum(header.is_valid(record) for record in records)
-        footer = Footer(records=len(records), valid=valid, seconds=round(seconds, 3), sha256=sha256)
+        footer = Footer(records=len(records), valid=valid, seconds=seconds, sha256=sha256)
         return cls(header, tuple(records), footer)
 
 
@@ -140,9 +135,9 @@ def parse_header(line: Any) -> Header:
         pipeline = get_pipeline(round.preset)
     except AssayError as error:
         raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
-    if line["pipeline"] != _plain(pipeline.as_dict()):
+    if line["pipeline"] != json.loads(dumps(pipeline.as_dict())):  # tuples become lists
         raise _bad(f"another pipeline than this version's {pipeline.name}", "the same description")
-    if line["model"]["reference"] != round.model or not isinstance(round.model, str):
+    if line["model"]["reference"] != round.model:
         raise _bad("two different model references", "one")
     for name, value in {**line["model"], **line["fingerprint"]}.items():
         wanted = int if name in ("batch_size", "seq_len", "threads") else str
@@ -219,13 +214,6 @@ def _fields(value: Any, names: set[str], what: str) -> None:
         raise _bad(f"{what} with {', '.join(odd)} missing or unknown", "exactly " + ", ".join(sorted(names)))
 
 
-def _plain(value: Any) -> Any:
-    """Return a description as JSON gives it back: tuples are lists."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     try:
         yield from read_lines(path)
@@ -243,13 +231,7 @@ def _parse_line(path: str | Path, number: int, line: bytes, parse: Callable[[Any
         raise _error(path, number, error.seen, error.wanted, error.do) from None
     written = write(value)
     if line.endswith(b"\r\n"):
-        raise _error(
-            path,
-            number,
-            "the line ends of Windows (CRLF)",
-            "LF alone",
-            "fetch the file again as binary",
-        )
+        raise _error(path, number, "the line ends of Windows (CRLF)", "LF alone", "fetch the file again as binary")
     if line != written.encode() + b"\n":
         raise _error(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
     return value

@@ -79,7 +79,13 @@ class Round:
 
     def __post_init__(self) -> None:
         for name in ("block_hash", "public_key"):
-            _check_name(name, getattr(self, name))
+            value = getattr(self, name)
+            if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
+                raise UsageError(
+                    f"{name} is {value!r:.80}",
+                    wanted=f"1 to {MAX_NAME} printable characters",
+                    do=f"pass the {name.replace('_', ' ')} as the chain prints it",
+                )
         if not isinstance(self.model, str) or not self.model.isprintable():
             raise UsageError(
                 f"model is {self.model!r:.80}", wanted="a reference of printable characters", do="pass it as text"
@@ -150,10 +156,6 @@ class Round:
         self.check_nonces(chosen)
         return chosen
 
-    def owns(self, nonce: int) -> bool:
-        """Return whether a nonce belongs to this node's share."""
-        return 0 <= nonce <= MAX_NONCE and nonce % self.node_count == self.node_id
-
     def check_nonces(self, nonces: range | Iterable[int]) -> None:
         """Refuse nonces that do not ascend, are out of range, or belong to another node.
 
@@ -168,7 +170,7 @@ class Round:
                 raise UsageError(
                     f"nonce {nonce!r}", wanted=f"a whole number in [0, {MAX_NONCE}]", do="choose nonces from 0 upwards"
                 )
-            if not self.owns(nonce):
+            if nonce % self.node_count != self.node_id:
                 raise UsageError(
                     f"nonce {nonce} on node {self.node_id} of {self.node_count}",
                     wanted=f"nonces that are {self.node_id} modulo {self.node_count}",
@@ -190,16 +192,6 @@ class Round:
 def _prefixed(*parts: object) -> str:
     """Join texts so that no other list of texts gives the same: each after its length in UTF-8 bytes."""
     return "".join(f"{len(str(part).encode())}:{part}" for part in parts)
-
-
-def _check_name(name: str, value: object) -> None:
-    fits = isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
-    if not fits:
-        raise UsageError(
-            f"{name} is {value!r:.80}",
-            wanted=f"1 to {MAX_NAME} printable characters",
-            do=f"pass the {name.replace('_', ' ')} as the chain prints it",
-        )
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -169,8 +169,8 @@ class Transform:
         return x_BD
 
     def _projections(self, count: int, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
-        texts = self.round.texts("projection", nonces, k=count)
-        p_BKD = self._normals(streams.seeds(texts), count * x_BD.shape[-1]).view(len(nonces), count, -1)
+        seeds_N1 = self._seeds("projection", nonces, k=count)
+        p_BKD = self._normals(seeds_N1, count * x_BD.shape[-1]).view(len(nonces), count, -1)
         return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
 
     def _seeds(self, stream: str, nonces: Sequence[int], k: int = 0) -> NDArray[np.uint32]:

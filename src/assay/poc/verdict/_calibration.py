@@ -184,11 +184,11 @@ def calibrate(first: Proof, second: Proof) -> Calibration:
             do="prove the same round on both engines, for instance --nonces 0:256",
         )
     errors = residuals(common, [ours[record.nonce] for record in common])
-    law, confidence = fit_noise(first.header.pipeline, errors)
+    law, confidence = fit_noise(one.pipeline, errors)
     return Calibration(
-        output=first.header.pipeline.noise,
-        prover=first.header.fingerprint,
-        validator=second.header.fingerprint,
+        output=one.pipeline.noise,
+        prover=one.fingerprint,
+        validator=other.fingerprint,
         law=law,
         n=len(common),
         confidence=confidence,
@@ -286,17 +286,12 @@ def measure_r_target(proof: Proof, valid_rate: float, *, dimension: int | None =
         (64, 8192, True)
     """
     pipeline = proof.header.pipeline
-    if pipeline.output == "vector":
-        known: int | None = pipeline.vector_size
-        vectors = [record.vector for record in proof.records if isinstance(record, VectorRecord)]
-        values = np.array(vectors, dtype=np.float64)
-    else:
-        known = RANDOM_HEAD_ROWS if pipeline.head == "random" else None
-        values = proof.distances
+    known = pipeline.vector_size or (RANDOM_HEAD_ROWS if pipeline.head == "random" else None)
+    vectors = [record.vector for record in proof.records if isinstance(record, VectorRecord)]
+    values = np.array(vectors) if vectors else proof.distances
     if known is not None and dimension not in (None, known):
-        raise UsageError(
-            f"--dimension {dimension} with preset {pipeline.name}", wanted=f"its {known}", do="leave --dimension out"
-        )
+        seen = f"--dimension {dimension} with preset {pipeline.name}"
+        raise UsageError(seen, wanted=f"its {known}", do="leave --dimension out")
     size = known or dimension
     if size is None:
         raise UsageError(

@@ -1,11 +1,10 @@
 """The judge: received values against recomputed ones of the same nonces, and how far honest engines differ."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.poc.protocol import DistanceRecord, Header, Pins, Proof, Record, VectorRecord
+from assay.reports import JsonObject, read_json
 
 Law = stats.NoiseLaw
 
@@ -98,10 +98,8 @@ def law_from_dict(values: Any) -> Law:
 
 
 @cache
-def _defaults() -> dict[str, Any]:
-    text = resources.files("assay.poc.verdict").joinpath("default_noise.json").read_text(encoding="utf-8")
-    loaded: dict[str, Any] = json.loads(text)
-    return loaded
+def _defaults() -> JsonObject:
+    return read_json(Path(__file__).with_name("default_noise.json"))
 
 
 @dataclass(frozen=True, kw_only=True)
