@@ -25,15 +25,7 @@ from assay.poc.protocol import (
     VectorRecord,
     get_pipeline,
 )
-from assay.poc.verdict import (
-    Calibration,
-    MeasuredTarget,
-    Noise,
-    Verdict,
-    calibrate,
-    default_noise,
-    measure_r_target,
-)
+from assay.poc.verdict import Calibration, MeasuredTarget, Noise, Verdict, calibrate, default_noise, measure_r_target
 
 __all__ = [
     "PIPELINES",

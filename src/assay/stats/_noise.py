@@ -17,9 +17,7 @@ import numpy.typing as npt
 from scipy import special, stats
 
 from assay.errors import UsageError
-from assay.stats._chord import RANDOM_HEAD_ROWS, chord_cdf, chord_mean, chord_std
-
-FloatArray = npt.NDArray[np.float64]
+from assay.stats._chord import RANDOM_HEAD_ROWS, FloatArray, chord_cdf, chord_mean, chord_std
 
 RESOLUTION = 2.0**-23
 """Spacing of fp32 numbers around √2: two distances cannot agree better than this, unless they are equal."""

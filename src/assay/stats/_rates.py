@@ -9,8 +9,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from assay.errors import UsageError
-
-FloatArray = npt.NDArray[np.float64]
+from assay.stats._chord import FloatArray
 
 _REDRAWS = 100
 

@@ -22,9 +22,9 @@ import numpy.typing as npt
 from scipy import special
 
 from assay.errors import UsageError
+from assay.stats._chord import FloatArray
 from assay.stats._noise import NoiseLaw
 
-FloatArray = npt.NDArray[np.float64]
 Verdict = Literal["honest", "fraud", "undecided"]
 
 JUNK_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)

@@ -1,14 +1,7 @@
 """The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
 
 from assay.poc.protocol._pins import Pins
-from assay.poc.protocol._pipelines import (
-    PIPELINES,
-    LayerStep,
-    Pipeline,
-    Positions,
-    Step,
-    get_pipeline,
-)
+from assay.poc.protocol._pipelines import PIPELINES, LayerStep, Pipeline, Positions, Step, get_pipeline
 from assay.poc.protocol._proof import Proof, parse_record_line
 from assay.poc.protocol._record import (
     DistanceRecord,

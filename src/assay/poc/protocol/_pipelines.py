@@ -17,9 +17,6 @@ from assay.errors import UsageError
 from assay.stats import RANDOM_HEAD_ROWS
 
 LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]
-Head = Literal["none", "trained", "random"]
-Output = Literal["distance", "vector"]
-Texts = Literal["published", "versioned"]
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,10 @@ class Pipeline:
     read: Literal["last"] | Positions = "last"
     layers: LayerStep = "none"
     hidden: tuple[Step, ...] = ()
-    head: Head = "none"
+    head: Literal["none", "trained", "random"] = "none"
     logits: tuple[Step, ...] = ()
-    output: Output = "distance"
-    texts: Texts = "published"
+    output: Literal["distance", "vector"] = "distance"
+    texts: Literal["published", "versioned"] = "published"
     number_formats: tuple[str, ...] = ()
 
     @property

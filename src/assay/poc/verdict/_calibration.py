@@ -79,18 +79,8 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the one line of a calibration file."""
-        return {
-            "kind": KIND,
-            "schema": SCHEMA,
-            "output": self.output,
-            "prover": self.prover.as_dict(),
-            "validator": self.validator.as_dict(),
-            "law": law_as_dict(self.law),
-            "n": self.n,
-            "confidence": self.confidence,
-            "digest": self.digest,
-            "preset": self.preset,
-        }
+        parts = {"prover": self.prover.as_dict(), "validator": self.validator.as_dict(), "law": law_as_dict(self.law)}
+        return {"kind": KIND, "schema": SCHEMA, **self.__dict__, **parts}
 
     def save(self, path: str | Path) -> None:
         """Write the calibration file in one piece, replacing an older one.
