@@ -133,5 +133,5 @@ def noise_band(rate: float, n: int, groups: int, confidence: float = 0.95) -> tu
     tail = (1 - confidence) / 2
     error = rate_standard_error(rate, n)
     # A studentized range whose standard deviation is known has infinitely many degrees of freedom.
-    low, high = stats.studentized_range.ppf([tail, 1 - tail], groups, math.inf)
-    return error * float(low), error * float(high)
+    low, high = (float(stats.studentized_range.ppf(q, groups, math.inf)) for q in (tail, 1 - tail))
+    return error * low, error * high
