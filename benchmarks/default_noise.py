@@ -28,7 +28,7 @@ MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = (32, 5)
 PRESETS = ("poc-2.0", "artifact")
-INSTALLED = Path(__file__).parents[1] / "src" / "assay" / "poc" / "default_noise.json"
+INSTALLED = Path(__file__).parents[1] / "src" / "assay" / "poc" / "verdict" / "default_noise.json"
 AUDITS, AUDITED = 4000, 64
 
 

@@ -32,13 +32,8 @@ A distance drawn from the chord law misses by √2 times as much (0.011) and is 
 """
 
 _LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
-
-SMALLEST_SAMPLE = 16
-"""Fewest honest residuals that a law is fitted to."""
-
-SMALLEST_LOG_SD = 0.1
-"""Least spread of ln L2 that is believed: 10 % of the distance."""
-
+SMALLEST_SAMPLE = 16  # fewest honest residuals that a law is fitted to
+SMALLEST_LOG_SD = 0.1  # least spread of ln L2 that is believed: 10 % of the distance
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98)
 # Measured tails are heavier than those of the laws, and only far quantiles tell, so three values beyond one must do.
 # But a law that reached the largest of thousands would see little, so there is a furthest one. Both were chosen by

@@ -13,12 +13,9 @@ import numpy.typing as npt
 
 from assay.errors import UsageError
 
-SUB_SEEDS = {32: 1, 256: 8}
-"""Strength in bits of a stream's seed, and how many 32-bit sub-seeds carry it."""
-
 
 def seed32(text: str) -> int:
-    """The 32-bit seed of a stream: the first 4 bytes of SHA-256 of the UTF-8 text, big endian.
+    """Return the 32-bit seed of a stream: the first 4 bytes of SHA-256 of the UTF-8 text, big endian.
 
     Raises:
         UsageError: ``text`` is not a string.
@@ -27,7 +24,7 @@ def seed32(text: str) -> int:
 
 
 def seeds(texts: Sequence[str], strength: int = 32) -> npt.NDArray[np.uint32]:
-    """The seeds of many streams, as ``seeds_BS`` (uint32).
+    """Return the seeds of many streams, uint32 ``[B, S]``.
 
     ``S`` is 1 at strength 32 and 8 at strength 256: the big-endian words of the digest. Word 0 is :func:`seed32`.
 
@@ -36,11 +33,11 @@ def seeds(texts: Sequence[str], strength: int = 32) -> npt.NDArray[np.uint32]:
     """
     if isinstance(texts, str):
         raise UsageError(f"one seed text {texts!r}", wanted="a sequence of seed texts", do="write seeds([text])")
-    if strength not in SUB_SEEDS:
+    if strength not in (32, 256):
         raise UsageError(f"strength {strength!r}", wanted="32 or 256", do="use 32, the published format, or 256")
     digests = b"".join(_sha256(text) for text in texts)
     words_BW = np.frombuffer(digests, dtype=">u4").reshape(-1, 8)
-    return words_BW[:, : SUB_SEEDS[strength]].astype(np.uint32)
+    return words_BW[:, : strength // 32].astype(np.uint32)
 
 
 def _sha256(text: str) -> bytes:

@@ -115,4 +115,4 @@ def _grids(seeds: torch.Tensor, out_BN: torch.Tensor, rows: int) -> Iterable[tup
     """Cut a batch into pieces of so many rows, mostly one."""
     if len(out_BN) <= rows:
         return ((seeds, out_BN),)
-    return zip(seeds.split(rows), out_BN.split(rows), strict=True)
+    return zip(torch.split(seeds, rows), torch.split(out_BN, rows), strict=True)

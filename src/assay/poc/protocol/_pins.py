@@ -1,8 +1,4 @@
-"""What a validator pins of a proof, and what it would otherwise take on the prover's word.
-
-The header of a proof is written by the prover. Whoever verifies must therefore bring the values that the network agreed
-on, or accept nothing but the published defaults.
-"""
+"""What a validator pins of a proof, whose header the prover wrote, and what it takes on the prover's word."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -15,9 +11,7 @@ from assay.poc.protocol._pipelines import get_pipeline
 from assay.poc.protocol._record import Header
 from assay.poc.protocol._round import MAX_NONCE, Round
 
-FEWEST_NONCES = 32
-"""Size of the smallest proof that is accepted without a pinned set of nonces."""
-
+FEWEST_NONCES = 32  # of the smallest proof that is accepted without a pinned set of nonces
 LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
 FORMATS = (*streams.DTYPES, *NUMBER_FORMATS)
 

@@ -28,13 +28,9 @@ KIND = "assay.poc.proof"
 SCHEMA = 1
 SEPARATOR = ", "  # between the library and its kernels
 
+# Points of the unit sphere are at most 2 apart. Both vectors are scaled to length one in float32, so each may be a few
+# units in the last place too long (1.2e-7 each), and the norm of their difference may round up once more.
 MAX_DISTANCE = 2 + 1e-6
-"""Largest distance that is accepted.
-
-Points of the unit sphere are at most 2 apart. Both vectors are scaled to length one in float32, so each may be a few
-units in the last place too long (1.2e-7 each), and the norm of their difference may round up once more.
-"""
-
 CHANCE = 1e-4  # that honest nonces are refused because their seeds happen to collide
 CHUNK = 2**16
 
@@ -191,7 +187,7 @@ def is_valid(distance: float, r_target: float) -> bool:
 
 
 def is_distance(value: float) -> bool:
-    """Return whether a number can be a distance: finite, from 0 to 2 and what float32 may round up."""
+    """Return whether a number can be a distance: from 0 to 2, with room for the rounding of float32."""
     return 0 <= value <= MAX_DISTANCE
 
 
