@@ -44,42 +44,42 @@ def _log_mean_over_sqrt2(d: int) -> float:
 
 
 def chord_mean(d: int) -> float:
-    """Mean distance of a random direction in R^d, closed form; tends to √2.
+    """Return the mean distance of a random direction in R^d, in closed form; it tends to √2.
 
     Raises:
-        UsageError: d is below 2.
+        UsageError: The dimension is below 2.
     """
     return math.sqrt(2) * math.exp(_log_mean_over_sqrt2(d))
 
 
 def chord_std(d: int) -> float:
-    """Standard deviation of the distance in R^d, from E[x²] = 2 exactly; tends to 1/√(2d).
+    """Return the standard deviation of the distance in R^d, from E[x²] = 2 exactly; it tends to 1/√(2d).
 
     Raises:
-        UsageError: d is below 2.
+        UsageError: The dimension is below 2.
     """
     return math.sqrt(-2 * math.expm1(2 * _log_mean_over_sqrt2(d)))
 
 
 def chord_cdf(x: npt.ArrayLike, d: int) -> FloatArray:
-    """P(distance ≤ x) in R^d, elementwise; 0 below x = 0 and 1 above x = 2."""
+    """Return P(distance ≤ x) in R^d, elementwise; 0 below x = 0 and 1 above x = 2."""
     inside = np.clip(np.asarray(x, dtype=np.float64), 0.0, 2.0)
     a = _half_dimension(d)
     return np.asarray(special.betainc(a, a, (inside / 2) ** 2), dtype=np.float64)
 
 
 def chord_pdf(x: npt.ArrayLike, d: int) -> FloatArray:
-    """Density of the distance in R^d, elementwise, per unit of distance; 0 outside [0, 2]."""
+    """Return the density of the distance in R^d, elementwise, per unit of distance; 0 outside [0, 2]."""
     x_N = np.asarray(x, dtype=np.float64)
     a = _half_dimension(d)
     return np.asarray(stats.beta.pdf((x_N / 2) ** 2, a, a) * np.maximum(x_N, 0.0) / 2, dtype=np.float64)
 
 
 def valid_rate(r_target: float, d: int) -> float:
-    """Share of nonces with distance below ``r_target`` when outputs are random directions of R^d.
+    """Return the share of nonces with a distance below ``r_target`` when outputs are random directions of R^d.
 
     Raises:
-        UsageError: ``r_target`` is outside (0, 2], or d is below 2.
+        UsageError: ``r_target`` is outside (0, 2], or the dimension is below 2.
     """
     if not 0.0 < r_target <= 2.0:
         raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
@@ -87,12 +87,12 @@ def valid_rate(r_target: float, d: int) -> float:
 
 
 def r_target_for(rate: float, d: int) -> float:
-    """The ``r_target`` at which a share ``rate`` of random directions is valid: exact inverse of `valid_rate`.
+    """Return the ``r_target`` at which a share ``rate`` of random directions is valid: exact inverse of `valid_rate`.
 
     For large d it is close to √(2 − 2·z/√d), z the standard normal quantile of 1 − rate.
 
     Raises:
-        UsageError: ``rate`` is outside (0, 1], or d is below 2.
+        UsageError: ``rate`` is outside (0, 1], or the dimension is below 2.
     """
     if not 0.0 < rate <= 1.0:
         raise UsageError(f"valid rate {rate}", wanted="a share in (0, 1]", do="give 0.1 for 10 %")
@@ -101,7 +101,7 @@ def r_target_for(rate: float, d: int) -> float:
 
 
 def rate_standard_error(rate: float, n: int) -> float:
-    """Standard error of a measured rate from n independent nonces, √(p(1 − p)/n).
+    """Return the standard error of a measured rate from n independent nonces, √(p(1 − p)/n).
 
     Raises:
         UsageError: ``rate`` is outside [0, 1] or n is below 1.
@@ -112,19 +112,19 @@ def rate_standard_error(rate: float, n: int) -> float:
 
 
 def noise_band(rate: float, n: int, groups: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Where the spread (largest − smallest) of block means falls when nothing but sampling differs.
+    """Return where the spread (largest − smallest) of block means falls when nothing but sampling differs.
 
     Args:
-        rate: the common valid rate.
-        n: nonces behind each block mean.
-        groups: number of block means compared.
-        confidence: probability that the spread lies in the band, half of the rest on either side.
+        rate: Common valid rate.
+        n: Number of nonces behind each block mean.
+        groups: Number of block means compared.
+        confidence: Probability that the spread lies in the band, half of the rest on either side.
 
     Returns:
         (low, high) in units of the rate: quantiles of the range of ``groups`` normals, times the standard error.
 
     Raises:
-        UsageError: fewer than 2 groups, or a rate, n or confidence out of range.
+        UsageError: There are fewer than 2 groups, or a rate, n or confidence is out of range.
     """
     if groups < 2:
         raise UsageError(f"{groups} group", wanted="at least 2 block means", do="measure more blocks")

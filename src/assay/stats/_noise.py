@@ -59,12 +59,12 @@ class ScaleNoise:
     """Residuals e = received − recomputed of a distance: e ~ sigma · t with ``dof`` degrees of freedom.
 
     Args:
-        sigma: scale of honest noise, in units of the distance; at least `RESOLUTION`.
-        dof: degrees of freedom of Student's t; smaller means heavier tails.
-        junk_sigma: standard deviation of the residual of an invented value, by default `JUNK_SIGMA`.
+        sigma: Scale of honest noise, in units of the distance; at least `RESOLUTION`.
+        dof: Degrees of freedom of Student's t; smaller means heavier tails.
+        junk_sigma: Standard deviation of the residual of an invented value, by default `JUNK_SIGMA`.
 
     Raises:
-        UsageError: a parameter is not finite or out of range.
+        UsageError: A parameter is not finite or out of range.
     """
 
     sigma: float
@@ -83,7 +83,7 @@ class ScaleNoise:
 
     @property
     def gross_threshold(self) -> float:
-        """Absolute residual that honest noise exceeds with probability `GROSS_PROBABILITY`."""
+        """The absolute residual that honest noise exceeds with probability `GROSS_PROBABILITY`."""
         return self.sigma * float(stats.t.isf(GROSS_PROBABILITY / 2, self.dof))
 
     @property
@@ -92,18 +92,18 @@ class ScaleNoise:
         return float(special.erfc(self.gross_threshold / self.junk_sigma / math.sqrt(2)))
 
     def magnitudes(self, values: npt.ArrayLike) -> FloatArray:
-        """|e|, at most 2, [N]; non-finite residuals become 2."""
+        """Return |e|, at most 2, [N]; non-finite residuals become 2."""
         return _clipped_size(values)
 
     def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
-        """Logarithm of the density of multiple · sigma · t at the given |e|, [N]."""
+        """Return the logarithm of the density of multiple · sigma · t at the given |e|, [N]."""
         scale, half = multiple * self.sigma, (self.dof + 1) / 2
         constant = special.gammaln(half) - special.gammaln(self.dof / 2) - math.log(self.dof * math.pi) / 2
         z_N = magnitudes_N / scale
         return np.asarray(constant - math.log(scale) - half * np.log1p(z_N * z_N / self.dof), dtype=np.float64)
 
     def survival(self, magnitudes_N: FloatArray) -> FloatArray:
-        """P(|sigma · t| ≥ |e|), [N]."""
+        """Return P(|sigma · t| ≥ |e|), [N]."""
         return np.asarray(2 * stats.t.sf(magnitudes_N / self.sigma, self.dof), dtype=np.float64)
 
 
@@ -116,14 +116,14 @@ class LogNoise:
     density shifted by ln m.
 
     Args:
-        mu: location of x for honest noise, in ln L2.
-        sd: scale of x.
+        mu: Location of x for honest noise, in ln L2.
+        sd: Scale of x.
         dimension: Length of the vectors; an invented unit vector lies a chord-law distance away.
         tail: Start of the exponential tail, in units of sd.
         floor: Distance below which values are not told apart (the rounding of fp16 vectors).
 
     Raises:
-        UsageError: a parameter is not finite or out of range.
+        UsageError: A parameter is not finite or out of range.
     """
 
     mu: float
@@ -141,17 +141,17 @@ class LogNoise:
 
     @property
     def junk_multiple(self) -> float:
-        """Mean distance of an invented vector over the typical honest distance."""
+        """The mean distance of an invented vector over the typical honest distance."""
         return chord_mean(self.dimension) / math.exp(self.mu)
 
     @property
     def gross_threshold(self) -> float:
-        """L2 distance that honest noise exceeds with probability `GROSS_PROBABILITY`."""
+        """The L2 distance that honest noise exceeds with probability `GROSS_PROBABILITY`."""
         return math.exp(self.mu + self.sd * self.standard_quantile(GROSS_PROBABILITY))
 
     @property
     def junk_detection(self) -> float:
-        """Probability under the chord law of a distance above the gross threshold."""
+        """The probability under the chord law of a distance above the gross threshold."""
         return 1 - float(chord_cdf(self.gross_threshold, self.dimension))
 
     @property
@@ -161,17 +161,17 @@ class LogNoise:
         return core + 2 * math.exp(-(self.tail**2) / 2) / self.tail
 
     def standard_quantile(self, probability: float) -> float:
-        """The z that the standardised law exceeds with ``probability`` (at most one half)."""
+        """Return the z that the standardised law exceeds with ``probability`` (at most one half)."""
         beyond = math.exp(-(self.tail**2) / 2) / self.tail / self.standard_mass
         if probability < beyond:
             return self.tail + math.log(beyond / probability) / self.tail
         return float(special.ndtri(0.5 + (0.5 - probability) * self.standard_mass / math.sqrt(2 * math.pi)))
 
     def magnitudes(self, values: npt.ArrayLike) -> FloatArray:
-        """The distances between floor and 2, [N]; non-finite ones become 2.
+        """Return the distances between floor and 2, [N]; non-finite ones become 2.
 
         Raises:
-            UsageError: a distance is negative.
+            UsageError: A distance is negative.
         """
         values_N = np.asarray(values, dtype=np.float64)
         negative = values_N[np.isfinite(values_N) & (values_N < 0)]
@@ -182,12 +182,12 @@ class LogNoise:
         return np.maximum(_clipped_size(values_N), self.floor)
 
     def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
-        """Logarithm of the density of x = ln L2 for distances ``multiple`` times larger, [N]."""
+        """Return the logarithm of the density of x = ln L2 for distances ``multiple`` times larger, [N]."""
         z_N = np.abs(np.log(magnitudes_N) - self.mu - math.log(multiple)) / self.sd
         return -np.asarray(special.huber(self.tail, z_N), dtype=np.float64) - math.log(self.sd * self.standard_mass)
 
     def survival(self, magnitudes_N: FloatArray) -> FloatArray:
-        """P(honest distance ≥ L2), [N]."""
+        """Return P(honest distance ≥ L2), [N]."""
         z_N = (np.log(magnitudes_N) - self.mu) / self.sd
         size_N = np.abs(z_N)
         core_N = math.sqrt(2 * math.pi) * (0.5 - special.ndtr(np.minimum(size_N, self.tail)))
@@ -209,12 +209,12 @@ class NoiseFit(Generic[LawT]):
     The law that a test uses must be at least as large as the true noise. So a fit returns two laws: the best estimate,
     and an upper one, which reaches every trusted upper quantile of the sample and adds a confidence margin.
 
-    Attributes:
-        law: the upper law, to test with.
-        estimate: the best estimate, to report.
-        n: honest residuals it rests on.
-        confidence: one-sided confidence that the law is not smaller than the noise.
-        tail_p: probability, under ``law``, of a maximum as large as the one seen. Below 1 % the tail is
+    Args:
+        law: Upper law, to test with.
+        estimate: Best estimate, to report.
+        n: Number of honest residuals that it rests on.
+        confidence: One-sided confidence that the law is not smaller than the noise.
+        tail_p: Probability, under ``law``, of a maximum as large as the one seen. Below 1 % the tail is
             heavier than the law says: refit with fewer degrees of freedom, or an earlier tail.
     """
 
@@ -228,14 +228,14 @@ class NoiseFit(Generic[LawT]):
 def fit_scale_noise(
     residuals: npt.ArrayLike, *, dof: float = 6.0, confidence: float = 0.99, junk_sigma: float = JUNK_SIGMA
 ) -> NoiseFit[ScaleNoise]:
-    """Scale of honest residuals of a distance, by maximum likelihood under Student's t, [N] finite values.
+    """Fit the scale of honest residuals of a distance, [N] finite values, by maximum likelihood under Student's t.
 
     The upper law also reaches the quantiles of the sample, up to 0.985 or to that which three values lie beyond.
     The margin uses the Fisher information of ln sigma, 2·dof/(dof + 3) per residual (Lange, Little and Taylor 1989).
     Residuals that are all zero, as on identical hardware, give sigma = `RESOLUTION`.
 
     Raises:
-        UsageError: fewer than `SMALLEST_SAMPLE` residuals, a non-finite one, or a parameter out of range.
+        UsageError: There are too few residuals, one of them is not finite, or a parameter is out of range.
     """
     size_N = np.abs(_honest(residuals, confidence))
     ScaleNoise(1.0, dof, junk_sigma)  # refuses bad parameters before they reach the formulas
@@ -255,13 +255,13 @@ def fit_log_noise(
     floor: float = 1e-4,
     confidence: float = 0.99,
 ) -> NoiseFit[LogNoise]:
-    """Location and scale of the logarithms of honest L2 distances, [N] finite values, from median and upper quantiles.
+    """Fit location and scale of the logarithms of honest L2 distances, [N] finite values, to median and quantiles.
 
     Only the upper half matters for accusations, so only it is fitted: to its quantiles up to 0.95 or to that which
     three values lie beyond. Distances that are all below ``floor`` give mu = ln floor and the least spread believed.
 
     Raises:
-        UsageError: fewer than `SMALLEST_SAMPLE` distances, a non-finite or negative one, or a parameter out of range.
+        UsageError: There are too few distances, one is negative or not finite, or a parameter is out of range.
     """
     values_N = _honest(distances, confidence)
     unit = LogNoise(0.0, 1.0, dimension, tail, floor)
@@ -290,7 +290,7 @@ def _honest(values: npt.ArrayLike, confidence: float) -> FloatArray:
 
 
 def _student_scale(size_N: FloatArray, dof: float) -> float:
-    """Maximum-likelihood scale of a centred t, by its EM fixed point: σ² = mean((ν + 1)·e²/(ν + e²/σ²))."""
+    """Return the likeliest scale of a centred t, by its EM fixed point: σ² = mean((ν + 1)·e²/(ν + e²/σ²))."""
     square_N = size_N**2
     variance = float(square_N.mean())
     for _ in range(_ITERATIONS):
@@ -303,7 +303,7 @@ def _student_scale(size_N: FloatArray, dof: float) -> float:
 
 
 def _largest_quantile_ratio(sample_N: FloatArray, law_quantile: Callable[[float], float], furthest: float) -> float:
-    """Least scale at which the law reaches the upper quantiles of the sample, to the furthest that is trusted."""
+    """Return the least scale at which the law reaches the upper quantiles of the sample that are trusted."""
     furthest = min(1 - _BEYOND / sample_N.size, furthest)
     trusted = [q for q in _QUANTILES if q < furthest] + [furthest]
     reached = [(float(np.quantile(sample_N, q)), law_quantile(q)) for q in trusted]

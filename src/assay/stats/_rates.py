@@ -16,13 +16,13 @@ _REDRAWS = 100
 
 @dataclass(frozen=True, slots=True)
 class CountTest:
-    """Outcome of `count_test`.
+    """The outcome of `count_test`.
 
-    Attributes:
-        n: nonces checked.
-        mismatches: how many of them did not match.
-        p_value: probability of at least so many mismatches from an honest node.
-        fraud: whether ``p_value`` is below alpha.
+    Args:
+        n: Number of nonces checked.
+        mismatches: Number of them that did not match.
+        p_value: Probability of at least so many mismatches from an honest node.
+        fraud: Whether ``p_value`` is below alpha.
     """
 
     n: int
@@ -42,16 +42,16 @@ def _check_share(value: float, name: str) -> None:
 
 
 def count_test(mismatches: int, n: int, p_mismatch: float, alpha: float) -> CountTest:
-    """One-sided binomial test: are there more mismatches than an honest node makes?
+    """Test whether there are more mismatches than an honest node makes, by the one-sided binomial test.
 
     Args:
-        mismatches: nonces that did not match.
-        n: nonces checked; with none there is no evidence, so the p-value is 1.
-        p_mismatch: probability that an honest nonce mismatches.
-        alpha: fraud is declared when the p-value is strictly below it.
+        mismatches: Number of nonces that did not match.
+        n: Number of nonces checked; with none there is no evidence, so the p-value is 1.
+        p_mismatch: Probability that an honest nonce mismatches.
+        alpha: Bound strictly below which a p-value means fraud.
 
     Raises:
-        UsageError: a count or probability is out of range.
+        UsageError: A count or probability is out of range.
     """
     _check_counts(mismatches, n)
     _check_share(p_mismatch, "p_mismatch")
@@ -63,12 +63,12 @@ def count_test(mismatches: int, n: int, p_mismatch: float, alpha: float) -> Coun
 def proportion_interval(
     count: int, n: int, confidence: float = 0.95, method: Literal["exact", "wilson"] = "exact"
 ) -> tuple[float, float]:
-    """Confidence interval of a share: ``exact`` is Clopper-Pearson, ``wilson`` the shorter score interval.
+    """Return the confidence interval of a share: ``exact`` is Clopper-Pearson, ``wilson`` the shorter score interval.
 
     With n = 0 nothing is known and the interval is (0, 1).
 
     Raises:
-        UsageError: a count or the confidence is out of range.
+        UsageError: A count or the confidence is out of range.
     """
     _check_counts(count, n)
     _check_share(confidence, "confidence")
@@ -90,16 +90,16 @@ def _finite(values: npt.ArrayLike, name: str) -> FloatArray:
 
 
 def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
-    """Probability that a positive scores above a negative, a tie counting one half.
+    """Return the probability that a positive scores above a negative, a tie counting one half.
 
     Equals the area under the ROC curve, computed from mid-ranks (Mann and Whitney 1947).
 
     Args:
-        positive: scores of the positive class, [P].
-        negative: scores of the negative class, [N].
+        positive: Scores of the positive class, [P].
+        negative: Scores of the negative class, [N].
 
     Raises:
-        UsageError: a side is empty or holds a non-finite score.
+        UsageError: A side is empty or holds a non-finite score.
     """
     positive_P, negative_N = _finite(positive, "positive scores"), _finite(negative, "negative scores")
     ranks = stats.rankdata(np.concatenate([positive_P, negative_N]))
@@ -108,14 +108,14 @@ def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
 
 
 def paired_accuracy(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
-    """Share of pairs whose positive side scores above its negative side, a tie counting one half.
+    """Return the share of pairs whose positive side scores above its negative side, a tie counting one half.
 
     Args:
-        positive: scores of the positive sides, [N].
-        negative: scores of the negative sides in the same order, [N].
+        positive: Scores of the positive sides, [N].
+        negative: Scores of the negative sides in the same order, [N].
 
     Raises:
-        UsageError: sides of different length, empty, or with a non-finite score.
+        UsageError: The sides differ in length, are empty, or hold a non-finite score.
     """
     positive_N, negative_N = _finite(positive, "positive scores"), _finite(negative, "negative scores")
     if positive_N.size != negative_N.size:

@@ -38,19 +38,19 @@ _SIMULATED = 200_000  # values simulated at a time, to bound memory
 class SequentialResult:
     """All numbers behind a verdict.
 
-    Attributes:
+    Args:
         verdict: ``fraud`` when ``log_e_max`` ≥ ln 1/alpha; else ``honest`` when ``log_evidence_honest`` ≥ ln 1/beta;
             else ``undecided``.
-        n: residuals seen, non-finite ones included.
-        log_e_value: natural log of the e-value after the last residual; does not depend on their order.
-        log_e_max: its running maximum, which decides fraud; depends on the order.
-        log_evidence_honest: Σ ln f₁/f_effect; does not depend on the order.
-        gross: residuals above ``gross_threshold``.
-        gross_threshold: residual that honest noise exceeds once in ten thousand.
-        junk_share_excluded: a larger share of invented values is excluded at confidence 1 − beta by the gross count.
-        alpha: bound on the chance that an honest node is ever accused.
-        beta: bound on the chance that noise ``effect`` times the honest one, or more, is called honest.
-        effect: the smallest factor that counts as another computation.
+        n: Number of residuals seen, non-finite ones included.
+        log_e_value: Natural logarithm of the e-value after the last residual; it does not depend on their order.
+        log_e_max: Running maximum of that, which decides fraud; it depends on the order.
+        log_evidence_honest: Sum of ln f₁/f_effect; it does not depend on the order.
+        gross: Number of residuals above ``gross_threshold``.
+        gross_threshold: Residual that honest noise exceeds once in ten thousand.
+        junk_share_excluded: Share of invented values; the gross count excludes a larger one at confidence 1 − beta.
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that noise ``effect`` times the honest one, or more, is called honest.
+        effect: Smallest factor that counts as another computation.
     """
 
     verdict: Verdict
@@ -73,13 +73,13 @@ class SequentialTest:
     divide alpha among several. An object holds no more than a few numbers per alternative and can be pickled.
 
     Args:
-        law: honest noise and its larger versions.
-        alpha: lifetime bound on accusing an honest node.
-        beta: bound on calling noise of at least ``effect`` times the honest one honest.
-        effect: smallest factor of noise that counts as another computation.
+        law: Law of honest noise, and of its larger versions.
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that noise of at least ``effect`` times the honest one is called honest.
+        effect: Smallest factor of noise that counts as another computation.
 
     Raises:
-        UsageError: a rate is out of range, or invented values are within ``effect`` of honest noise.
+        UsageError: A rate is out of range, or invented values are within ``effect`` of honest noise.
     """
 
     def __init__(self, law: NoiseLaw, *, alpha: float = 1e-3, beta: float = 1e-2, effect: float) -> None:
@@ -106,7 +106,7 @@ class SequentialTest:
         return self
 
     def accusations(self, values_RC: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Whether each of R new nodes with C residuals would have been accused after each of them, [R, C].
+        """Return whether each of R new nodes with C residuals would have been accused after each of them, [R, C].
 
         For simulation: every row starts from nothing, and this object keeps its state.
         """
@@ -159,7 +159,7 @@ class SequentialTest:
         )
 
     def _junk_share_excluded(self) -> float:
-        """Clopper-Pearson bound of the gross share, over the chance that an invented value is gross.
+        """Return the Clopper-Pearson bound of the gross share, over the chance that an invented value is gross.
 
         With no gross residual and certain detection this is 1 − beta^(1/n).
         """
@@ -185,11 +185,11 @@ def _check_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> Non
 
 
 def _junk_mixtures(junk_ratio_N: FloatArray) -> FloatArray:
-    """Logarithms of (1 − π) + π·f_junk/f₁ for every share of `JUNK_SHARES`, [N, shares]."""
+    """Return the logarithms of (1 − π) + π·f_junk/f₁ for every share of `JUNK_SHARES`, [N, shares]."""
     return np.stack([np.logaddexp(math.log1p(-s), math.log(s) + junk_ratio_N) for s in JUNK_SHARES], axis=1)
 
 
 def _log_mean(log_K: FloatArray) -> FloatArray:
-    """Logarithm of the mean of exp over the last axis."""
+    """Return the logarithm of the mean of exp over the last axis."""
     top = log_K.max(axis=-1, keepdims=True)
     return np.asarray(top[..., 0] + np.log(np.exp(log_K - top).mean(axis=-1)), dtype=np.float64)

@@ -45,22 +45,22 @@ class Backend:
         self.device = device
 
     def hashes(self, seeds_B: Seeds, n: int) -> Array:
-        """The first n hashes of each stream, uint32 ``[B, n]``."""
+        """Return the first n hashes of each stream, uint32 ``[B, n]``."""
         with self._room_for(n):
             return self._hashes(_single(seeds_B), _count(n))
 
     def uniforms(self, seeds_B: Seeds, n: int) -> Array:
-        """The first n uniforms of each stream, float32 ``[B, n]``, in [0, 1] with both ends possible."""
+        """Return the first n uniforms of each stream, float32 ``[B, n]``, in [0, 1] with both ends possible."""
         with self._room_for(n):
             return self._uniforms(_single(seeds_B), _count(n))
 
     def signs(self, seeds_B: Seeds, n: int) -> Array:
-        """The first n signs of each stream, int8 ``[B, n]``: +1 where uniform > 0.5 (hash >= 0x80000081), else -1."""
+        """Return the first n signs of each stream, int8 ``[B, n]``: +1 where the uniform is above 0.5, else -1."""
         with self._room_for(n):
             return self._signs(_single(seeds_B), _count(n))
 
     def permutations(self, seeds_B: Seeds, n: int) -> Array:
-        """One permutation of 0..n-1 for each stream, int64 ``[B, n]``: the stable argsort of its hashes."""
+        """Return a permutation of 0..n-1 for each stream, int64 ``[B, n]``: the stable argsort of its hashes."""
         with self._room_for(n):
             return self._permutations(_single(seeds_B), _count(n))
 
@@ -68,7 +68,7 @@ class Backend:
         """Choose k indices below n for each stream, int64 ``[B, k]``: those of the k smallest hashes, smallest first.
 
         Raises:
-            UsageError: also when k is negative or above n.
+            UsageError: Also when k is negative or above n.
         """
         n, k = _count(n), _index(k, "k")
         if not 0 <= k <= n:
@@ -83,7 +83,7 @@ class Backend:
         after the other. Plain seeds ``[B]`` are the case S = 1.
 
         Raises:
-            UsageError: also when the dtype is not one of :data:`assay.streams.DTYPES`.
+            UsageError: Also when the dtype is not one of :data:`assay.streams.DTYPES`.
         """
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r}", wanted=f"one of {', '.join(DTYPES)}", do="name the dtype as a string")
@@ -104,7 +104,7 @@ class Backend:
             The reflected rows, float32 ``[B, D]``; None if this backend has no fused kernel for them.
 
         Raises:
-            UsageError: also when there are not as many rows as rows of seeds.
+            UsageError: Also when there are not as many rows as rows of seeds.
         """
         checked_BR = _checked(seeds_BR)
         if x_BD.ndim != 2 or len(x_BD) != len(checked_BR):

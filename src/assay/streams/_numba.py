@@ -51,7 +51,7 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def _forgiving(save: Callable[..., None]) -> Callable[..., None]:
-    """A full disk costs the next process the time to compile, and nothing else."""
+    """Save as before, but let a full disk cost the next process the time to compile, and nothing else."""
 
     def attempt(*args: Any) -> None:
         with suppress(OSError):

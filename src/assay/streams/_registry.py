@@ -16,15 +16,15 @@ BACKENDS = ("numpy", "numba", "torch", "triton")
 
 
 def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
-    """The backend of that name on a device.
+    """Return the backend of that name on a device.
 
     Args:
-        name: one of :data:`BACKENDS`, or ``auto``: ``numba`` on the CPU; on CUDA ``triton`` if it runs, else ``torch``.
+        name: One of :data:`BACKENDS`, or ``auto``: ``numba`` on the CPU; on CUDA ``triton`` if it runs, else ``torch``.
         device: ``cpu``, ``cuda`` or ``cuda:<number>``.
 
     Raises:
-        UsageError: an unknown name or device, or a device that the backend is not made for.
-        BackendUnavailable: the backend, or its device, is not on this machine.
+        UsageError: An unknown name or device, or a device that the backend is not made for.
+        BackendUnavailable: The backend, or its device, is not on this machine.
     """
     if name not in (*BACKENDS, "auto"):
         raise UsageError(f"backend {name!r}", wanted=f"auto or one of {', '.join(BACKENDS)}", do="choose one of these")
@@ -80,10 +80,10 @@ SELFTEST_EXPECTED: Mapping[str, str] = {
 
 
 def selftest(backend: Backend) -> dict[str, str]:
-    """SHA-256 of three streams of every kind and dtype, by name; equal to :data:`SELFTEST_EXPECTED` if all is right.
+    """Return SHA-256 of three streams of every kind and dtype, by name: :data:`SELFTEST_EXPECTED` if all is right.
 
     Raises:
-        OutOfMemory: there is no room for a megabyte.
+        OutOfMemory: There is no room for a megabyte.
     """
     plain, strong = seeds(_TEXTS), seeds(_TEXTS, strength=256)
     streams = {

@@ -73,7 +73,7 @@ class TorchBackend(Backend):
         return out_BN
 
     def _fill_normals(self, seeds_B: torch.Tensor, out_BN: torch.Tensor) -> None:
-        """One Box-Muller over the whole width of ``out_BN``, a tile of pairs at a time."""
+        """Make one Box-Muller over the whole width of ``out_BN``, a tile of pairs at a time."""
         rows, n = out_BN.shape
         pairs = -(-n // 2)
         for row, row_stop, pair, pair_stop in tiles(rows, pairs, self._tile):
@@ -86,7 +86,7 @@ class TorchBackend(Backend):
 
 
 def on_device(seeds: UInts, device: str) -> torch.Tensor:
-    """Seeds as int32 with the same bits; to a GPU on the current stream, without waiting for what is queued there.
+    """Return seeds as int32 with the same bits; to a GPU on the current stream, without waiting for what is queued.
 
     From pageable memory CUDA has taken its own copy when the call returns; pinned memory would have to be kept.
     """
@@ -94,7 +94,7 @@ def on_device(seeds: UInts, device: str) -> torch.Tensor:
 
 
 def _int32(value: int) -> int:
-    """The int32 with the bits of a uint32."""
+    """Return the int32 with the bits of a uint32."""
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
@@ -107,7 +107,7 @@ def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _hash(seeds_B: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Hashes of elements ``start`` to ``stop`` of each stream, as the int32 with the same bits."""
+    """Return the hashes of elements ``start`` to ``stop`` of each stream, as the int32 with the same bits."""
     k_N = torch.arange(start, stop, device=seeds_B.device).to(torch.int32)
     k_N = k_N * _int32(0xCC9E2D51)
     k_N = _rotate_left(k_N, 15)
@@ -124,7 +124,7 @@ def _hash(seeds_B: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 
 def _unsigned(h: torch.Tensor) -> torch.Tensor:
-    """The value of an unsigned hash, as int64."""
+    """Return the value of an unsigned hash, as int64."""
     return h.to(torch.int64).bitwise_and_(0xFFFFFFFF)
 
 
@@ -152,7 +152,7 @@ def _box_muller(u1: torch.Tensor, u2: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def _square_root(x: torch.Tensor) -> torch.Tensor:
-    """The correctly rounded float32 square root, even where the float64 one is an ulp off.
+    """Return the correctly rounded float32 square root, even where the float64 one is an ulp off.
 
     Let m be a midpoint between two float32 values: an odd integer M of 25 bits, times 2**k. Then m**2 needs 49 bits or
     more, so x (24 bits) differs from it, by at least 2**(2k); and sqrt(x) differs from m by at least
