@@ -74,7 +74,7 @@ def prefill(engine, seq_len, count, concurrency):
         async def one(index):
             async with gate:
                 prompt = {"type": "token", "prompt_token_ids": tokens[index]}
-                async for _ in engine._llm.generate(prompt, sampling, f"prefill-{index}-{time.time_ns()}"):
+                async for _ in engine._client._llm.generate(prompt, sampling, f"prefill-{index}-{time.time_ns()}"):
                     pass
 
         started = time.perf_counter()

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,8 @@ from assay import poc
 from assay.errors import ModelError, ProofMismatch, UsageError
 from assay.models import checkpoint_directory, load_model
 from assay.poc.engines.hf import HFEngine
-from assay.poc.engines.vllm._request_stream import RequestStream
-from assay.poc.engines.vllm._wire import Spec, new_key, request_id
+from assay.poc.engines.vllm._client import RequestStream, _sampling
+from assay.poc.engines.vllm._rows import Spec, new_key, request_id
 from assay.research.cheats import rounded
 from tests.vllm.conftest import ON_GPU, RUNNER, SEQ_LEN, make_round
 
@@ -58,10 +58,7 @@ def test_both_model_runners_have_what_is_read_of_them(engine, kind: str):
     from assay.poc.engines.vllm import _compatibility as _gate
 
     assert _gate.check_installed() == engine._version
-    assert [_gate._missing({target: names}, _gate._has_field) for target, names in _gate.STATE_FIELDS[kind]] in (
-        [[]],
-        [[], []],
-    )
+    assert _gate._missing(_gate.OF_RUNNER[kind]) == []
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -147,15 +144,13 @@ def on_loop(engine, work):
 
 async def hostile(engine, key: str, prompts: dict[str, dict]) -> None:
     """Send requests past the client's own checks."""
-    from assay.poc.engines.vllm._client import _sampling
-
     for name, prompt in prompts.items():
-        async for _ in engine._llm.generate(prompt, _sampling(), name):
+        async for _ in engine._client._llm.generate(prompt, _sampling(), name):
             pass
 
 
 def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
-    key = on_loop(engine, engine._client.open(Spec(make_round(), "poc-2.0")))
+    key = on_loop(engine, engine._client.open(Spec(make_round(), poc.get_pipeline("poc-2.0"))))
     tokens = {"type": "token", "prompt_token_ids": [0] * SEQ_LEN}
     wrong = {
         f"{key}.": tokens,
@@ -173,7 +168,13 @@ def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
         with pytest.raises(ModelError, match=f"nonce {nonce}"):
             on_loop(engine, engine._client.collect(key, [nonce]))
     call = engine._client._call
-    assert all("round" in reason for reason in on_loop(engine, call("assay_open", new_key(), "no round")))
+    wrong = (
+        ({"block": "b"}, "poc-2.0"),
+        (asdict(make_round()), "no-preset"),
+        ({"block_hash": "b", "public_key": ""}, "poc-2.0"),
+    )
+    for given, word in zip(wrong, ("block", "no-preset", "public_key"), strict=True):
+        assert all(word in reason for reason in on_loop(engine, call("assay_open", new_key(), *given)))
     assert all(reply["failed"] == {} for reply in on_loop(engine, call("assay_collect", "unknown", [1, 2])))
     on_loop(engine, call("assay_close", "unknown"))
     on_loop(engine, call("assay_close", key))
@@ -192,12 +193,13 @@ def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):
 
 def test_requests_that_are_aborted_run_again(engine):
     async def scenario():
-        stream = RequestStream(engine._client, Spec(make_round(key="abort"), "poc-2.0"), range(16), 16, SEQ_LEN)
+        spec = Spec(make_round(key="abort"), poc.get_pipeline("poc-2.0"))
+        stream = RequestStream(engine._client, spec, range(16), 16, SEQ_LEN)
         await stream.open()
         waiting = asyncio.ensure_future(stream.next())
         for _ in range(2):  # a nonce is tried three times
             await asyncio.sleep(0.01)
-            await engine._llm.abort([request_id(stream._key, nonce) for nonce in range(16)])
+            await engine._client._llm.abort([request_id(stream._key, nonce) for nonce in range(16)])
         values = await waiting
         await stream.close()
         return values

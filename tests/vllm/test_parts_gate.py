@@ -15,7 +15,7 @@ from tests.vllm.conftest import ROOT
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_a_runner_that_lacks_something_is_described_not_wrapped(kind: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_compatibility, "STATE_FIELDS", {kind: ()})
+    monkeypatch.setattr(_compatibility, "OF_RUNNER", {kind: {}})
     monkeypatch.setattr(_compatibility, "runner_kind", lambda runner: kind)
     missing = _compatibility.missing_in_runner(SimpleNamespace(device="cpu", execute_model=None))
     assert any(name.endswith("sample_tokens") for name in missing)
@@ -31,10 +31,9 @@ def test_versions_that_were_not_tested_are_refused(version: str, monkeypatch: py
 
 def test_a_version_without_something_that_is_used_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
-    monkeypatch.setattr(_compatibility, "CLASSES", {"json:JSONDecoder": ("decode", "sing"), "json:Nothing": ()})
-    monkeypatch.setattr(
-        _compatibility, "FIELDS", {"assay.poc:Round": ("block_hash", "colour"), "no.such.module:X": ("y",)}
-    )
+    used = {"json:JSONDecoder": ("decode", "sing"), "json:Nothing": ()}
+    used |= {"assay.poc:Round": ("block_hash", "colour"), "no.such.module:X": ("y",)}
+    monkeypatch.setattr(_compatibility, "USED", used)
     with pytest.raises(BackendUnavailable) as refusal:
         _compatibility.check_installed()
     seen = refusal.value.seen

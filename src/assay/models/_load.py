@@ -15,7 +15,6 @@ from assay.models._quantise import check_quantisation
 from assay.models._quantise import quantise as round_weights
 from assay.models._random import SHAPE_BLOCK, build, randomise, randomise_embeddings, recipe_digest
 from assay.models._resolve import Source, checkpoint_directory, resolve
-from assay.models._sharded import shard
 from assay.models.device import device_named
 from assay.models.quiet import quiet
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 WEIGHT_MODES = ("trained", "random-all", "random-embed")
 
 
@@ -208,7 +208,7 @@ def _materialise(
             kept = digest_tensors(tensors)
             module = _load_trained(source, source.directory, dtype)
     if mesh is not None:
-        shard(module, mesh)
+        _shard(module, mesh)
     if is_shape or weights == "random-all":
         randomise(module, kept or block, device, unit_norms=is_shape)
     if weights == "random-embed":
@@ -216,6 +216,37 @@ def _materialise(
     plain = cast("nn.Module", module)  # the library's own `to` is wrapped in a way that hides its type
     plain.to(device).eval()
     return module, kept if weights == "trained" else recipe_digest(source, weights, block, kept), weights
+
+
+def _shard(module: "PreTrainedModel", mesh: "DeviceMesh") -> None:
+    """Cut the decoder's weights by the plan that transformers has for the architecture, and install its collectives.
+
+    The head stays whole: it may be tied to the embeddings.
+
+    Raises:
+        UsageError: The heads or the width of the MLP cannot be divided by the number of processes.
+        ModelError: There is no plan for this architecture.
+    """
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    plan = {name: style for name, style in (module.tp_plan or {}).items() if name.startswith(module.base_model_prefix)}
+    if not plan:
+        raise ModelError(
+            f"{type(module).__name__} over {mesh.size()} devices",
+            wanted="an architecture with a tensor parallel plan in transformers, such as Llama or Qwen3",
+            do="leave --tensor-parallel out",
+        )
+    for name in _DIVIDED:
+        number = getattr(module.config, name, None) or mesh.size()
+        if number % mesh.size():
+            raise UsageError(
+                f"{name} {number} over {mesh.size()} devices",
+                wanted=f"a number of devices that divides {', '.join(_DIVIDED)}",
+                do="choose another --tensor-parallel",
+            )
+    owner: Any = module
+    owner._tp_plan = plan
+    apply_tensor_parallelism(module, mesh)  # type: ignore[no-untyped-call]
 
 
 def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTrainedModel":

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from assay import streams
 from assay.errors import ModelError
-from assay.models._sharded import fill
 from assay.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -88,8 +87,10 @@ def _draw(name: str, parameter: nn.Parameter, block: str, device: torch.device) 
     backend = streams.get_backend("auto", device.type)
     normals = backend.normals(streams.seeds([f"{block}_{name}"]), parameter.numel(), "float32")
     values = streams.as_tensor(normals)[0].mul_(STD).reshape(parameter.shape)
-    if isinstance(parameter.data, DTensor):
-        fill(parameter, values)
+    held = parameter.data
+    if isinstance(held, DTensor):  # this process holds a part
+        part = distribute_tensor(values.to(held.dtype), held.device_mesh, held.placements, src_data_rank=None)
+        held.to_local().copy_(part.to_local())
     else:
         parameter.data = values.to(device, parameter.dtype)
 

@@ -16,7 +16,7 @@ import pytest
 
 from assay.errors import ModelError, UsageError
 from assay.models import Model, load_model
-from assay.models._sharded import shard
+from assay.models._load import _shard
 from assay.poc import Proof, Round, prove
 from assay.poc.engines.hf import joined, processes
 
@@ -125,7 +125,7 @@ def test_processes_that_cannot_be_divided_are_refused(monkeypatch: pytest.Monkey
 
 def test_models_that_cannot_be_cut_are_refused(small_model: Model):
     with pytest.raises(UsageError, match="num_key_value_heads 2 over 4 devices"):
-        shard(small_model.module, SimpleNamespace(size=lambda: 4))
+        _shard(small_model.module, SimpleNamespace(size=lambda: 4))
     planless = SimpleNamespace(tp_plan={"lm_head": "colwise"}, base_model_prefix="model", config=None)
     with pytest.raises(ModelError, match="over 2 devices"):
-        shard(planless, SimpleNamespace(size=lambda: 2))
+        _shard(planless, SimpleNamespace(size=lambda: 2))

@@ -205,11 +205,8 @@ class HFEngine:
         Raises:
             LayersNotFound: The decoder layers of this architecture are not known.
         """
-        if step == "none":
-            yield
-            return
         with transformed_layers(self.model, self._streams, step, round):
-            self._hooked = True
+            self._hooked = step != "none"
             try:
                 yield
             finally:

@@ -22,8 +22,9 @@ def transformed_layers(model: Model, backend: streams.Backend, step: LayerStep, 
     Raises:
         LayersNotFound: The decoder layers of this architecture are not known.
     """
+    layers = [] if step == "none" else list(decoder_layers(model.module))
     with ExitStack() as hooks:
-        for index, layer in enumerate(decoder_layers(model.module)):
+        for index, layer in enumerate(layers):
             function = _layer_function(model, backend, step, round, index)
             hooks.enter_context(layer.register_forward_hook(partial(_apply, function)))
         yield

@@ -146,11 +146,11 @@ class ParallelEngine(HFEngine):
         starts = range(0, len(nonces), self.batch_size)
         dealt = starts[world.replica :: world.replicas]
         mine = [nonce for start in dealt for nonce in nonces[start : start + self.batch_size]]
-        own = _Guarded(super().outputs(round, pipeline, mine))
+        own = _guarded(super().outputs(round, pipeline, mine))
         left = len(starts)
         try:
             while left > 0 and self._tell(True):
-                said = self._gather(own.next())[:: world.tensor_parallel][:left]
+                said = self._gather(next(own))[:: world.tensor_parallel][:left]
                 left -= world.replicas  # before yielding: the caller may never resume this generator
                 yield from said
         finally:
@@ -181,23 +181,15 @@ class ParallelEngine(HFEngine):
         return said if world.leads else []
 
 
-class _Guarded:
-    """An iterator that returns its error as a value, repeatedly: a failed process must not leave others waiting."""
-
-    def __init__(self, outputs: Generator[NDArray[Any]]) -> None:
-        self._outputs = outputs
-        self._error: AssayError | None = None
-
-    def next(self) -> "NDArray[Any] | AssayError | None":
-        if self._error is None:
-            try:
-                return next(self._outputs, None)
-            except AssayError as error:
-                self._error = error
-        return self._error
-
-    def close(self) -> None:
-        self._outputs.close()
+def _guarded(outputs: Generator[NDArray[Any]]) -> "Generator[NDArray[Any] | AssayError | None]":
+    """Yield the batches and then None, or the error, for ever: a failed process must not leave others waiting."""
+    last = None
+    try:
+        yield from outputs
+    except AssayError as error:
+        last = error
+    while True:
+        yield last
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """The serving side: nonces as requests of an ``AsyncLLM``, and their results from its workers.
 
-Everything here runs in the event loop of the engine.
+A stream of nonces is admitted one by one, collected a batch at a time, and returned in order. Everything here runs in
+the event loop of the engine.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -13,14 +17,27 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
+from assay.errors import BadWeights, ModelError, UsageError
+from assay.poc.engines.vllm._compatibility import refuse_missing
+from assay.poc.engines.vllm._rows import Spec, new_key, request_id
 from assay.poc.engines.vllm._throttle import Throttle
-from assay.poc.engines.vllm._wire import Spec, new_key, request_id
+
+log = logging.getLogger("assay.vllm")
 
 NONCE_PRIORITY = 1_000_000
 """vLLM takes lower values first; requests of clients have 0 unless they choose."""
 
 TIMEOUT = 120.0  # seconds for a call into the workers
+AHEAD = 2  # batches that may be finished before they are asked for
+ATTEMPTS = 3  # for a nonce whose request was aborted or turned away
+COLLECTED = 256  # nonces whose rows are collected in one call
+
+Values = NDArray[np.floating[Any]]
+Prompt = Callable[[int], Tensor] | int
+"""A function that returns the inputs of a nonce; or the number of placeholders that the workers fill."""
+
+FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
+"""Errors of vLLM's admission control, after which the nonce is tried again as a client would."""
 
 
 class Client:
@@ -42,22 +59,15 @@ class Client:
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
 
-    async def install(self) -> dict[str, Any]:
-        """Prepare the workers; return the description of the last one, which has the hidden states.
+    async def install(self) -> None:
+        """Prepare the workers, and keep the description of the last one, which has the hidden states.
 
         Raises:
             BackendUnavailable: The workers lack a name that is used.
         """
         replies = await self._call("assay_install")
-        problems = sorted({problem for reply in replies for problem in reply["problems"]})
-        if problems:
-            raise BackendUnavailable(
-                f"workers of vLLM without {', '.join(problems)}",
-                wanted="every name of vLLM that is used",
-                do="use a tested version",
-            )
+        refuse_missing("workers of vLLM", sorted({name for reply in replies for name in reply["problems"]}))
         self.description = replies[-1]
-        return self.description
 
     async def open(self, spec: Spec) -> str:
         """Begin a stream of nonces on every worker; return its key.
@@ -66,7 +76,7 @@ class Client:
             UsageError: The workers refuse the round.
         """
         key = new_key()
-        for reason in await self._call("assay_open", key, spec.dumps()):
+        for reason in await self._call("assay_open", key, asdict(spec.round), spec.pipeline.name):
             if reason is not None:
                 raise UsageError(reason, wanted="a round that vLLM can run", do="use --engine hf for it")
         return key
@@ -85,18 +95,18 @@ class Client:
         async for _ in self._llm.generate(_prompt(prompt, name), _sampling(), name, priority=self._priority):
             pass
 
-    async def collect(self, key: str, nonces: Sequence[int]) -> dict[int, NDArray[np.floating[Any]]]:
+    async def collect(self, key: str, nonces: Sequence[int]) -> dict[int, Values]:
         """Return the values of nonces that have run, by nonce. A nonce whose request was aborted is missing.
 
         Raises:
             ModelError: A worker could not run a nonce.
             BadWeights: A worker could not take a step of the pipeline.
         """
-        values: dict[int, NDArray[np.floating[Any]]] = {}
+        values: dict[int, Values] = {}
         for reply in await self._call("assay_collect", key, list(nonces)):
             for nonce, reason in reply["failed"].items():
                 raise ModelError(f"nonce {nonce}: {reason}", wanted="inputs that the engine takes", do="see the log")
-            if reply.get("error"):
+            if "error" in reply:
                 raise BadWeights(f"the transform failed: {reply['error']}", wanted="values", do="see the log")
             values |= _decode(reply)
         return values
@@ -122,6 +132,122 @@ class Client:
                 wanted="workers that run",
                 do="see the log of vLLM",
             ) from None
+
+
+class RequestStream:
+    """Runs nonces and hands out the values of each batch in order. It belongs to the engine's event loop.
+
+    Args:
+        client: Client that runs single nonces.
+        spec: Round, and the pipeline that names what is published.
+        nonces: Nonces in the order of the results, perhaps more than will ever be run.
+        batch_size: Number of nonces that are handed out at a time.
+        prompt: Inputs of the nonces.
+    """
+
+    def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int, prompt: Prompt) -> None:
+        self._client, self._spec, self._nonces = client, spec, nonces
+        self._batch_size, self._prompt = batch_size, prompt
+        self._batches: asyncio.Queue[asyncio.Task[Values] | None] = asyncio.Queue(AHEAD)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._producer: asyncio.Task[None] | None = None
+        self._key = ""
+
+    async def open(self) -> None:
+        """Announce the stream to the workers, and begin.
+
+        Raises:
+            UsageError: The workers refuse the round.
+        """
+        self._key = await self._client.open(self._spec)
+        self._client.closers.add(self.close)
+        self._producer = self._start(self._produce())
+
+    async def next(self) -> Values | None:
+        """Return the values of the next batch, or None after the last.
+
+        Raises:
+            ModelError: The engine did not run a nonce.
+        """
+        assert self._producer is not None
+        getting = asyncio.ensure_future(self._batches.get())
+        await asyncio.wait({getting, self._producer}, return_when=asyncio.FIRST_COMPLETED)
+        if not getting.done() and (self._producer.cancelled() or self._producer.exception() is not None):
+            getting.cancel()
+            self._producer.result()  # raises
+        batch = await getting
+        return None if batch is None else await batch
+
+    async def close(self) -> None:
+        """Abort what runs, and drop what the workers hold."""
+        self._client.closers.discard(self.close)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        key, self._key = self._key, ""
+        if key:
+            with suppress(Exception):  # the engine may have ended, and its workers with it
+                await self._client.close(key)
+
+    def _start(self, work: Any) -> "asyncio.Task[Any]":
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # read, because asyncio logs every error that is never read
+
+    async def _produce(self) -> None:
+        if not await self._client.throttle.drained():
+            log.warning("chat did not end in time and goes on beside the nonces")
+        for start in range(0, len(self._nonces), self._batch_size):
+            wanted = list(self._nonces[start : start + self._batch_size])
+            running = [await self._launch(nonce) for nonce in wanted]
+            await self._batches.put(self._start(self._finish(wanted, running)))
+        await self._batches.put(None)
+
+    async def _launch(self, nonce: int) -> "asyncio.Task[None]":
+        prompt = self._prompt if isinstance(self._prompt, int) else await asyncio.to_thread(self._prompt, nonce)
+        await self._client.throttle.admit()
+        task = self._start(self._client.run(self._key, nonce, prompt))
+        task.add_done_callback(lambda _: self._client.throttle.leave())
+        return task
+
+    async def _finish(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
+        """Wait for a batch and collect it in parts, so that the workers never hold many rows."""
+        starts = range(0, len(wanted), COLLECTED)
+        parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
+        return np.concatenate([await self._collect(*part) for part in parts])
+
+    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
+        """Wait for nonces and collect them; those that were aborted, for instance by a sleeping engine, run again."""
+        values: dict[int, Values] = {}
+        missing = list(wanted)
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(10.0 ** (attempt - 2))
+                running = [await self._launch(nonce) for nonce in missing]
+            for outcome in await asyncio.gather(*running, return_exceptions=True):
+                if isinstance(outcome, asyncio.CancelledError):
+                    raise outcome
+                if isinstance(outcome, Exception) and type(outcome).__name__ not in FULL:
+                    raise ModelError(
+                        f"vLLM refused a nonce: {type(outcome).__name__}: {outcome}"[:400],
+                        wanted="an engine that takes requests of this length",
+                        do="see the log of vLLM",
+                    ) from outcome
+            values |= await self._client.collect(self._key, missing)
+            missing = [nonce for nonce in wanted if nonce not in values]
+            if not missing:
+                return np.stack([values[nonce] for nonce in wanted])
+        raise ModelError(
+            f"vLLM did not run nonce {missing[0]} and {len(missing) - 1} others in {ATTEMPTS} attempts",
+            wanted="requests that are not aborted",
+            do="see the log of vLLM",
+        )
 
 
 def _prompt(prompt: Tensor | int, salt: str) -> dict[str, Any]:
@@ -151,8 +277,8 @@ def _sampling() -> Any:
     )
 
 
-def _decode(reply: dict[str, Any]) -> dict[int, NDArray[np.floating[Any]]]:
-    if not reply.get("values"):
+def _decode(reply: dict[str, Any]) -> dict[int, Values]:
+    if "values" not in reply:
         return {}
     width = reply["width"]
     values = np.frombuffer(reply["values"], dtype=np.float16 if width else np.float32)

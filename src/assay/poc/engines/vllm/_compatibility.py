@@ -6,9 +6,9 @@ failing in a request at night.
 
 import importlib
 import importlib.metadata
-import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError
@@ -18,12 +18,10 @@ OLDEST, NEWEST = (0, 28), (0, 32)
 
 EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
 
-CLASSES: Mapping[str, tuple[str, ...]] = {
+USED: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": ("generate", "collective_rpc", "from_vllm_config", "shutdown"),
     "vllm.v1.engine.output_processor:OutputProcessor": ("get_num_unfinished_requests",),
     "vllm.v1.worker.worker_base:WorkerBase": ("execute_model",),
-}
-FIELDS: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output:NewRequestData": ("req_id", "prompt_token_ids", "prompt_embeds", "prompt_is_token_ids"),
     "vllm:SamplingParams": ("max_tokens", "temperature", "detokenize", "output_kind", "skip_reading_prefix_cache"),
 }
@@ -32,15 +30,18 @@ RUNNER: Mapping[str, tuple[str, ...]] = {
     "v1": (*BOTH, "input_batch.num_computed_tokens_cpu", "input_batch.num_prompt_tokens", "input_batch.req_ids"),
     "v2": BOTH,
 }
-STATE_FIELDS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "v1": (("vllm.v1.worker.gpu_model_runner:ExecuteModelState", ("scheduler_output", "hidden_states")),),
-    "v2": (
-        ("vllm.v1.worker.gpu.model_runner:ExecuteModelState", ("input_batch", "hidden_states")),
-        (
-            "vllm.v1.worker.gpu.input_batch:InputBatch",
-            ("req_ids", "num_reqs", "query_start_loc_np", "num_computed_tokens_np", "prefill_len_np"),
+OF_RUNNER: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "v1": {"vllm.v1.worker.gpu_model_runner:ExecuteModelState": ("scheduler_output", "hidden_states")},
+    "v2": {
+        "vllm.v1.worker.gpu.model_runner:ExecuteModelState": ("input_batch", "hidden_states"),
+        "vllm.v1.worker.gpu.input_batch:InputBatch": (
+            "req_ids",
+            "num_reqs",
+            "query_start_loc_np",
+            "num_computed_tokens_np",
+            "prefill_len_np",
         ),
-    ),
+    },
 }
 
 Refusal = tuple[Any, str, str, str]
@@ -57,14 +58,22 @@ def check_installed() -> str:
     if not OLDEST <= _minor(version) <= NEWEST:
         tested = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
         raise BackendUnavailable(f"vLLM {version}", wanted=f"a version that was tested: {tested}", do="install one")
-    missing = [*_missing(CLASSES, hasattr), *_missing(FIELDS, _has_field)]
-    if missing:
-        raise BackendUnavailable(
-            f"vLLM {version} without {', '.join(missing)}",
-            wanted="every name of vLLM that is used",
-            do="install a released version",
-        )
+    refuse_missing(f"vLLM {version}", _missing(USED))
     return version
+
+
+def refuse_missing(owner: str, names: Sequence[str]) -> None:
+    """Refuse a vLLM that lacks names that are used.
+
+    Raises:
+        BackendUnavailable: There is such a name; all of them are listed.
+    """
+    if names:
+        raise BackendUnavailable(
+            f"{owner} without {', '.join(names)}",
+            wanted="every name of vLLM that is used",
+            do="install a released version that was tested",
+        )
 
 
 def runner_kind(runner: Any) -> str:
@@ -77,9 +86,7 @@ def missing_in_runner(runner: Any) -> list[str]:
     """Return the names that a worker's model runner lacks; called inside the worker, before anything is wrapped."""
     kind = runner_kind(runner)
     lacking = [f"{type(runner).__name__}.{path}" for path in RUNNER[kind] if not _reaches(runner, path)]
-    for target, names in STATE_FIELDS[kind]:
-        lacking += _missing({target: names}, _has_field)
-    return lacking
+    return lacking + _missing(OF_RUNNER[kind])
 
 
 def check_config(config: Any) -> None:
@@ -92,14 +99,17 @@ def check_config(config: Any) -> None:
         UsageError: Names the first such setting.
     """
     check_engines(config.parallel_config.data_parallel_size)
-    for refused, seen, wanted, do in (*_of_model(config), *_of_engine(config), *_of_cache(config)):
+    for refused, seen, wanted, do in _refusals(config):
         if refused:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
 
 
-def _of_model(config: Any) -> tuple[Refusal, ...]:
-    model = config.model_config
+def _refusals(config: Any) -> tuple[Refusal, ...]:
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    on_cpu = config.device_config.device_type == "cpu"
+    contexts = ("prefill_context_parallel_size", "decode_context_parallel_size")
     checkpoint = "the checkpoint, which the proof names"
+    formats = ", ".join(other_cache(config))
     return (
         (not model.enable_prompt_embeds, "no --enable-prompt-embeds", "input embeddings", "add --enable-prompt-embeds"),
         (model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", "leave it out"),
@@ -108,13 +118,6 @@ def _of_model(config: Any) -> tuple[Refusal, ...]:
         (getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, "serve it as it is"),
         (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
         (model.is_multimodal_model, "a multimodal model", "a text model", "use another model"),
-    )
-
-
-def _of_engine(config: Any) -> tuple[Refusal, ...]:
-    parallel, on_cpu = config.parallel_config, config.device_config.device_type == "cpu"
-    contexts = ("prefill_context_parallel_size", "decode_context_parallel_size")
-    return (
         (
             not parallel.worker_extension_cls,
             "no --worker-extension-cls",
@@ -141,12 +144,6 @@ def _of_engine(config: Any) -> tuple[Refusal, ...]:
             "an engine without adapters",
             "leave it out, or serve on a GPU",
         ),
-    )
-
-
-def _of_cache(config: Any) -> tuple[Refusal, ...]:
-    cache = config.cache_config
-    return (
         (
             getattr(cache, "kv_sharing_fast_prefill", False),
             "--kv-sharing-fast-prefill",
@@ -154,8 +151,8 @@ def _of_cache(config: Any) -> tuple[Refusal, ...]:
             "leave it out",
         ),
         (
-            other_cache(config),
-            f"a cache of another number format ({', '.join(other_cache(config))})",
+            formats,
+            f"a cache of another number format ({formats})",
             "a cache of the model's own format: values rounded in the cache move an honest node's results too far",
             "leave --kv-cache-dtype, --calculate-kv-scales and --mamba-cache-dtype out",
         ),
@@ -213,15 +210,14 @@ def _version() -> str:
     raise BackendUnavailable("vLLM is not installed", wanted="the package vllm", do="pip install 'assay[vllm]'")
 
 
-def _minor(version: str) -> tuple[int, int]:
-    parts = version.split(".")
+def _minor(version: str) -> tuple[int, ...]:
     try:
-        return int(parts[0]), int(parts[1])
-    except (IndexError, ValueError):
-        return (0, 0)
+        return tuple(int(part) for part in version.split(".")[:2])
+    except ValueError:
+        return ()
 
 
-def _missing(wanted: Mapping[str, tuple[str, ...]], has: Callable[[Any, str], bool]) -> list[str]:
+def _missing(wanted: Mapping[str, tuple[str, ...]]) -> list[str]:
     found: list[str] = []
     for target, names in wanted.items():
         module, _, name = target.partition(":")
@@ -230,22 +226,14 @@ def _missing(wanted: Mapping[str, tuple[str, ...]], has: Callable[[Any, str], bo
         except (ImportError, AttributeError):
             found.append(target.replace(":", "."))
             continue
-        found += [f"{name}.{attribute}" for attribute in names if not has(owner, attribute)]
+        fields = getattr(owner, "__annotations__", {})
+        found += [f"{name}.{field}" for field in names if field not in fields and not hasattr(owner, field)]
     return found
 
 
-def _has_field(owner: Any, name: str) -> bool:
-    fields = getattr(owner, "__annotations__", {})
-    try:
-        parameters = inspect.signature(owner).parameters
-    except (TypeError, ValueError):
-        parameters = {}  # type: ignore[assignment]
-    return name in fields or name in parameters or hasattr(owner, name)
-
-
 def _reaches(owner: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not hasattr(owner, name):
-            return False
-        owner = getattr(owner, name)
+    try:
+        attrgetter(path)(owner)
+    except AttributeError:
+        return False
     return True

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Coroutine, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, closing
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -18,12 +19,11 @@ from torch import Tensor
 from assay import streams
 from assay.errors import ModelError, UsageError
 from assay.models import checkpoint_directory, identify
-from assay.poc.engines._base import check_batch_size, noise_inputs
-from assay.poc.engines.vllm._client import Client
+from assay.poc.engines._base import check_batch_size, check_supported, noise_inputs
+from assay.poc.engines.vllm._client import Client, Prompt, RequestStream
 from assay.poc.engines.vllm._compatibility import EXTENSION, check_config, check_installed, multiply_exactly
-from assay.poc.engines.vllm._request_stream import Prompt, RequestStream
+from assay.poc.engines.vllm._rows import Spec
 from assay.poc.engines.vllm._throttle import Throttle, ThrottleSettings
-from assay.poc.engines.vllm._wire import Spec
 from assay.poc.protocol import Fingerprint, Pipeline, Round
 
 CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory; nonces need a little
@@ -68,26 +68,11 @@ class RequestEngine:
                 wanted=f"at most {most_positions}: its --max-model-len, less the token that it generates",
                 do=f"pass --seq-len {min(256, most_positions)}, or raise --max-model-len",
             )
-        self.batch_size = batch_size
-        self.seq_len = seq_len
+        self.batch_size, self.seq_len = batch_size, seq_len
         self._client, self._loop, self._version, self._inputs = client, loop, version, inputs
-        self._worker = client.description
+        worker = self._worker = client.description
+        self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
         self._streams = streams.get_backend("auto", "cpu")
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return int(self._worker["hidden_size"])
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of rows of the trained head."""
-        return int(self._worker["vocab_size"])
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype of the weights and inputs."""
-        return str(self._worker["dtype"])
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -123,14 +108,12 @@ class RequestEngine:
         """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
 
         Raises:
-            UsageError: The workers refuse the round.
+            UsageError: The engine cannot take a step of the pipeline, or the workers refuse the round.
             ModelError: vLLM did not run a nonce, or has ended.
         """
+        check_supported(self, pipeline)
         prompt: Prompt = self.seq_len if self._inputs == "local" else lambda nonce: self.inputs(round, [nonce])[0]
-        stream = RequestStream(self._client, Spec(round, pipeline.name), nonces, self.batch_size, prompt)
-        yield from self._drain(stream)
-
-    def _drain(self, stream: RequestStream) -> Generator[NDArray[Any]]:
+        stream = RequestStream(self._client, Spec(round, pipeline), nonces, self.batch_size, prompt)
         self._wait(stream.open())
         try:
             while (values := self._wait(stream.next())) is not None:
@@ -176,7 +159,6 @@ class VLLMEngine(RequestEngine):
         batch_size: B, the number of nonces per batch of the proof.
         seq_len: T, the number of positions of every nonce.
         dtype: Dtype of the weights; None for the checkpoint's.
-        inputs: Where inputs are made: ``local`` in the workers, or ``sent`` from here.
         in_flight: Number of nonces inside the engine at once; 0 lets assay choose.
         options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
 
@@ -193,34 +175,28 @@ class VLLMEngine(RequestEngine):
         batch_size: int = 32,
         seq_len: int = 256,
         dtype: str | None = None,
-        inputs: Inputs = "local",
         in_flight: int = 0,
         **options: Any,
     ) -> None:
         version = check_installed()
         directory = str(checkpoint_directory(reference))
-        self._thread = _Loop()
-        try:
-            self._llm = self._thread.run(_start(directory, dtype, options))
-            config = self._llm.vllm_config
+        with ExitStack() as ends:
+            thread = self._thread = ends.enter_context(closing(_Loop()))
+            llm = thread.run(_start(directory, dtype, options))
+            ends.callback(lambda: thread.run(_shutdown(llm)))
+            config = llm.vllm_config
             # This engine serves no chat, so it is always full.
             settings = ThrottleSettings(in_flight=in_flight or capacity(config, seq_len))
-            throttle = Throttle(settings, self._llm.output_processor.get_num_unfinished_requests, 1)
-            client = self._client = Client(self._llm, throttle)
-            self._thread.run(client.install())
+            client = Client(llm, Throttle(settings, llm.output_processor.get_num_unfinished_requests, 1))
+            ends.callback(client.release)
+            ends.callback(lambda: thread.run(client.end()))
+            thread.run(client.install())
+            positions = most_positions(config)
             super().__init__(
-                client,
-                self._thread.loop,
-                version=version,
-                batch_size=batch_size,
-                seq_len=seq_len,
-                most_positions=most_positions(config),
-                inputs=inputs,
+                client, thread.loop, version=version, batch_size=batch_size, seq_len=seq_len, most_positions=positions
             )
-            self.model = identify(reference, dtype=client.description["dtype"])
-        except BaseException:
-            self.close()
-            raise
+            self.model = identify(reference, dtype=self.dtype)
+            self._ends = ends.pop_all()
 
     def counts(self) -> list[dict[str, int]]:
         """Return what every worker holds; between two streams everything but ``dropped`` is zero."""
@@ -229,15 +205,7 @@ class VLLMEngine(RequestEngine):
 
     def close(self) -> None:
         """End the engine and its processes."""
-        llm, self._llm = getattr(self, "_llm", None), None
-        client = getattr(self, "_client", None)
-        if llm is not None:
-            if client is not None:
-                self._thread.run(client.end())
-                client.release()
-            self._thread.run(_shutdown(llm))
-        del llm
-        self._thread.close()
+        self._ends.close()
 
     def __enter__(self) -> "VLLMEngine":
         return self
@@ -258,10 +226,9 @@ class _Loop:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def close(self) -> None:
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self._thread.join()
-            self.loop.close()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
 
 
 async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> Any:

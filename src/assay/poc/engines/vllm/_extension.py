@@ -10,29 +10,20 @@ call while ``execute_model_state`` still holds the hidden states of the step. An
 engine, and with it every chat, so both catch everything: a nonce that fails is reported when it is collected.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from assay import streams
-from assay.errors import AssayError, UsageError
+from assay.errors import AssayError
 from assay.poc.engines._base import noise_inputs
 from assay.poc.engines.vllm._compatibility import missing_in_runner
-from assay.poc.engines.vllm._rows import Rows, RowStream
-from assay.poc.engines.vllm._wire import Spec
-from assay.poc.engines.vllm._worker import (
-    Chunk,
-    chunks,
-    describe,
-    hidden_size,
-    is_first_of_group,
-    is_first_stage,
-    is_last_stage,
-)
-from assay.poc.protocol import Transform, weighted_sum
+from assay.poc.engines.vllm._rows import Rows, RowStream, Spec
+from assay.poc.engines.vllm._worker import Chunk, chunks, describe, is_first_of_group, is_first_stage
+from assay.poc.protocol import Round, Transform, get_pipeline, weighted_sum
 
 MAX_TRANSFORMS = 4
 MAX_VALUES = 2**24
@@ -40,9 +31,6 @@ MAX_VALUES = 2**24
 
 MAX_SUMMED = 2**22
 """Number of state values that are summed at once; they are held three times in float32."""
-
-Piece = tuple[Chunk, int]
-"""A chunk of a nonce's prompt, and the nonce."""
 
 
 class WorkerExtension:
@@ -62,9 +50,13 @@ class WorkerExtension:
             self.assay_hooks = Hooks(self.model_runner, self.vllm_config)
         return {"problems": problems, **describe(self.model_runner, self.vllm_config)}
 
-    def assay_open(self, key: str, spec: str) -> str | None:
-        """Begin a stream of nonces; return the reason if it is refused."""
-        return _guarded(lambda: self.assay_hooks.open(key, Spec.loads(spec)))
+    def assay_open(self, key: str, round: dict[str, Any], preset: str) -> str | None:
+        """Begin a stream of nonces of a round, whose fields are given; return the reason if it is refused."""
+        try:
+            self.assay_hooks.open(key, Spec(Round(**round), get_pipeline(preset)))
+        except Exception as error:
+            return _words(error)
+        return None
 
     def assay_close(self, key: str) -> None:
         """End a stream, and drop its rows."""
@@ -73,9 +65,9 @@ class WorkerExtension:
     def assay_collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
         """Take the values that the pipeline publishes for nonces that have run.
 
-        Returns ``nonces``, those that were found; ``values``, the bytes of [B] float32 or [B, K] float16; ``width``
-        (K, or 0 for distances); ``failed``, the reasons by nonce; and ``error``, or None. Ranks that hold no hidden
-        states return only ``failed``.
+        Returns ``failed``, the reasons by nonce. One worker that has hidden states adds ``nonces``, those that were
+        found; ``values``, the bytes of [B] float32 or [B, K] float16; and ``width``, K, or 0 for distances. If the
+        transform fails it adds ``error`` instead.
         """
         return self.assay_hooks.collect(key, nonces)
 
@@ -91,8 +83,9 @@ class Hooks:
     def __init__(self, runner: Any, config: Any) -> None:
         self.rows = Rows()
         self.errors = 0
-        self._runner, self._config = runner, config
-        self._transforms: OrderedDict[Spec, Transform] = OrderedDict()
+        self._runner, self._model = runner, config.model_config
+        self._width = int(self._model.get_hidden_size())
+        self._transform = lru_cache(MAX_TRANSFORMS)(self._make_transform)
         self._streams = streams.get_backend("auto", runner.device.type)
         on_cuda = runner.device.type == "cuda"
         self._side = torch.cuda.Stream(runner.device) if on_cuda else None  # type: ignore[no-untyped-call]
@@ -101,10 +94,6 @@ class Hooks:
 
     def open(self, key: str, spec: Spec) -> None:
         """Begin a stream, and make what depends on the block now, so that no step waits for it."""
-        if spec.pipeline.layers != "none":
-            raise UsageError(
-                f"preset {spec.preset}", wanted="one that leaves the layers as they are", do="use --engine hf for it"
-            )
         with torch.inference_mode():
             self._transform(spec)
         self.rows.open(key, spec)
@@ -115,18 +104,16 @@ class Hooks:
         if stream is None:
             return {"failed": {}}
         failed = {str(nonce): stream.failed.pop(nonce) for nonce in nonces if nonce in stream.failed}
-        if not is_last_stage():
-            return {"failed": failed}
         found, states = stream.take(nonces)
-        reply: dict[str, Any] = {"failed": failed, "nonces": found, "values": b"", "width": 0, "error": None}
         if not found or not is_first_of_group():
-            return reply
+            return {"failed": failed}
         try:
             with torch.inference_mode():
                 values = self._transform(stream.spec)(torch.stack(states).float(), found).cpu()
         except Exception as error:  # reported, so that the engine lives
-            return reply | {"error": _words(error)}
-        return reply | {"values": values.numpy().tobytes(), "width": values.shape[1] if values.ndim > 1 else 0}
+            return {"failed": failed, "error": _words(error)}
+        width = values.shape[1] if values.ndim > 1 else 0
+        return {"failed": failed, "nonces": found, "values": values.numpy().tobytes(), "width": width}
 
     def _wrap(self, name: str, before: Callable[..., None]) -> None:
         original = getattr(self._runner, name)
@@ -149,7 +136,7 @@ class Hooks:
             found = self.rows.find(request.req_id)
             try:
                 if request.prompt_embeds is not None:
-                    _disarm(request, hidden_size(self._config))
+                    _disarm(request, self._width)
                 if found:
                     stream, nonce = found
                     _check_length(request, stream.spec.round.seq_len)
@@ -161,36 +148,26 @@ class Hooks:
                 if found:
                     self._fail(*found, error)
         for stream, requests in empty.items():
-            self._fill_all(stream, requests)
+            # On a GPU every copy to the host costs a wait, so inputs are made for many nonces at a time.
+            at_once = MAX_VALUES // (stream.spec.round.seq_len * self._width)
+            self._in_parts(stream, requests, at_once, self._fill_part)
 
-    def _fill_all(self, stream: RowStream, requests: list[tuple[int, Any]]) -> None:
-        """Make the inputs of all new nonces of a stream together: on a GPU every copy to the host costs a wait."""
-        seq_len = stream.spec.round.seq_len
-        at_once = max(1, MAX_VALUES // (seq_len * hidden_size(self._config)))
-        for start in range(0, len(requests), at_once):
-            group = requests[start : start + at_once]
-            try:
-                inputs_BTD = self._inputs(stream.spec, [nonce for nonce, _ in group])
-            except Exception as error:
-                for nonce, _ in group:
-                    self._fail(stream, nonce, error)
-                continue
-            for (nonce, request), inputs_TD in zip(group, inputs_BTD, strict=True):
-                # V1 copies both into its InputBatch (add_request), V2 into model_states/prompt_embeds.py: positions
-                # whose prompt_is_token_ids is False take their embedding from prompt_embeds, not from the token.
-                request.prompt_embeds = inputs_TD
-                request.prompt_is_token_ids = [False] * seq_len
-                stream.fill(nonce)
-
-    def _inputs(self, spec: Spec, nonces: list[int]) -> Tensor:
-        """Return the inputs [B, T, D] of B nonces on the CPU, where vLLM expects them."""
-        dtype = streams.dtype_name(self._config.model_config.dtype)
-        shape = {"seq_len": spec.round.seq_len, "hidden_size": hidden_size(self._config)}
-        if self._side is None:
-            return noise_inputs(self._streams, spec.round, nonces, dtype=dtype, **shape)
+    def _fill_part(self, stream: RowStream, requests: list[tuple[int, Any]]) -> None:
+        """Make the inputs [B, T, D] of new nonces on the CPU, where vLLM expects them."""
+        round = stream.spec.round
+        shape = {"seq_len": round.seq_len, "hidden_size": self._width}
+        dtype = streams.dtype_name(self._model.dtype)
         # On its own CUDA stream the copy to the CPU waits for the noise only, not for the running step.
         with torch.cuda.stream(self._side):
-            return noise_inputs(self._streams, spec.round, nonces, dtype=dtype, **shape).cpu()
+            inputs_BTD = noise_inputs(
+                self._streams, round, [nonce for nonce, _ in requests], dtype=dtype, **shape
+            ).cpu()
+        for (nonce, request), inputs_TD in zip(requests, inputs_BTD, strict=True):
+            # V1 copies both into its InputBatch (add_request), V2 into model_states/prompt_embeds.py: positions
+            # whose prompt_is_token_ids is False take their embedding from prompt_embeds, not from the token.
+            request.prompt_embeds = inputs_TD
+            request.prompt_is_token_ids = [False] * round.seq_len
+            stream.fill(nonce)
 
     # After a step: hidden states
 
@@ -200,7 +177,7 @@ class Hooks:
         states_ND, of_step = chunks(self._runner)
         if states_ND is None:
             return
-        sums: dict[tuple[RowStream, int], list[Piece]] = {}
+        sums: dict[tuple[RowStream, int], list[tuple[int, Chunk]]] = {}
         for chunk in of_step:
             found = self.rows.find(chunk.request_id)
             if found is None or found[1] not in found[0].filled or not chunk.in_prompt:
@@ -210,66 +187,59 @@ class Hooks:
                 if chunk.prompt != stream.spec.round.seq_len:
                     raise ValueError(f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} positions")
                 if stream.spec.pipeline.read != "last":
-                    sums.setdefault((stream, chunk.in_prompt), []).append((chunk, nonce))
+                    sums.setdefault((stream, chunk.in_prompt), []).append((nonce, chunk))
                 elif chunk.ends_prompt:
                     stream.put(nonce, states_ND[chunk.start + chunk.in_prompt - 1].clone())
             except Exception as error:
                 self._fail(stream, nonce, error)
         for (stream, length), pieces in sums.items():
-            self._add_all(states_ND, stream, length, pieces)
+            # The host pays for every launch, so chunks of one length are summed in one kernel.
+            self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), partial(self._add_part, states_ND))
 
-    def _add_all(self, states_ND: Tensor, stream: RowStream, length: int, pieces: list[Piece]) -> None:
-        """Add chunks of one length to the sums over positions, many in one kernel: the host pays for every launch."""
-        at_once = max(1, MAX_SUMMED // (length * states_ND.shape[1]))
-        for start in range(0, len(pieces), at_once):
-            part = pieces[start : start + at_once]
-            try:
-                self._add(states_ND, stream, part)
-            except Exception as error:
-                for _, nonce in part:
-                    self._fail(stream, nonce, error)
-
-    def _add(self, states_ND: Tensor, stream: RowStream, pieces: list[Piece]) -> None:
+    def _add_part(self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]) -> None:
         """Add the signed unit states of chunks of one length to the sums of earlier steps."""
-        drawn_BT = self._transform(stream.spec).weights([nonce for _, nonce in pieces], stream.spec.round.seq_len)
+        drawn_BT = self._transform(stream.spec).weights([nonce for nonce, _ in pieces], stream.spec.round.seq_len)
         assert drawn_BT is not None
-        spans = [(row, chunk, chunk.in_prompt) for row, (chunk, _) in enumerate(pieces)]
+        spans = [(row, chunk, chunk.in_prompt) for row, (_, chunk) in enumerate(pieces)]
         weights_BN = torch.stack([drawn_BT[row, at.computed : at.computed + length] for row, at, length in spans])
         states_BND = torch.stack([states_ND[at.start : at.start + length] for _, at, length in spans])
         sums_BD = weighted_sum(states_BND, weights_BN.to(states_ND.device))
-        for (chunk, nonce), sum_D in zip(pieces, sums_BD, strict=True):
+        for (nonce, chunk), sum_D in zip(pieces, sums_BD, strict=True):
             sum_D = sum_D if chunk.computed == 0 else stream.sums.pop(nonce) + sum_D
             if chunk.ends_prompt:
                 stream.put(nonce, sum_D)
             else:
                 stream.sums[nonce] = sum_D
 
+    def _in_parts(
+        self, stream: RowStream, found: list[tuple[int, Any]], at_once: int, work: Callable[[RowStream, Any], None]
+    ) -> None:
+        """Do work for some nonces of a stream at a time, for one at least; a part that fails fails its nonces."""
+        at_once = max(1, at_once)
+        for start in range(0, len(found), at_once):
+            part = found[start : start + at_once]
+            try:
+                work(stream, part)
+            except Exception as error:
+                for nonce, _ in part:
+                    self._fail(stream, nonce, error)
+
     def _fail(self, stream: RowStream, nonce: int, error: Exception) -> None:
         self.errors += 1
         stream.fail(nonce, _words(error))
 
-    def _transform(self, spec: Spec) -> Transform:
-        if spec not in self._transforms:
-            config = self._config.model_config
-            self._transforms[spec] = Transform(
-                spec.round,
-                spec.pipeline,
-                hidden_size=hidden_size(self._config),
-                vocab_size=int(config.get_vocab_size()),
-                device=self._runner.device,
-                trained_head=self._trained_head,
-            )
-        self._transforms.move_to_end(spec)
-        while len(self._transforms) > MAX_TRANSFORMS:
-            self._transforms.popitem(last=False)
-        return self._transforms[spec]
-
-    def _trained_head(self, x_BD: Tensor) -> Tensor:
-        raise UsageError(
-            "a pipeline with the trained head",
-            wanted="one with the random head or none: vLLM spreads the trained one over its workers",
-            do="use --engine hf for it",
+    def _make_transform(self, spec: Spec) -> Transform:
+        return Transform(
+            *spec,
+            hidden_size=self._width,
+            vocab_size=int(self._model.get_vocab_size()),
+            device=self._runner.device,
+            trained_head=_trained_head,
         )
+
+
+def _trained_head(x_BD: Tensor) -> Tensor:
+    raise NotImplementedError("RequestEngine supports no pipeline with the trained head")
 
 
 def _disarm(request: Any, width: int) -> None:
@@ -293,14 +263,6 @@ def _check_length(request: Any, seq_len: int) -> None:
     length, what = (len(tokens), "placeholders") if sent is None else (len(sent), "inputs")
     if length != seq_len:
         raise ValueError(f"{length} {what} for {seq_len} positions")
-
-
-def _guarded(action: Callable[[], None]) -> str | None:
-    try:
-        action()
-    except Exception as error:
-        return _words(error)
-    return None
 
 
 def _words(error: Exception) -> str:

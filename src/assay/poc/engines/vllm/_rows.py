@@ -1,22 +1,52 @@
-"""The rows that a worker holds: what is read of the hidden states, between forward pass and collection.
+"""The rows that a worker holds between forward pass and collection, and the request ids that lead to them.
+
+A row is what is read of the hidden states of a nonce.
 
 Legend of shapes: T positions of a nonce, D hidden size.
 """
 
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
-from assay.poc.engines.vllm._wire import Spec, split_id
+from assay.poc.protocol import Pipeline, Round
 
 MAX_STREAMS = 16
 MAX_ROWS = 4096
 """Bound on the rows of a stream; above it the oldest are dropped, whose requests were given up."""
 
 EXPIRY = 600.0  # seconds without use after which a stream is dropped
+
+
+def new_key() -> str:
+    """Return the key of a new stream. It cannot be guessed: clients may choose request ids on some routes."""
+    return f"assay-{secrets.token_hex(16)}"
+
+
+def request_id(key: str, nonce: int) -> str:
+    """Return the id of the request of a nonce."""
+    return f"{key}.{nonce}"
+
+
+def split_id(text: str) -> tuple[str, int] | None:
+    """Return key and nonce of a request id as a worker sees it, with the suffix that vLLM appends; None for others."""
+    key, _, rest = text.rpartition(".")
+    digits = rest.partition("-")[0]
+    if not key.startswith("assay-") or not (digits.isascii() and digits.isdigit() and len(digits) <= 16):
+        return None
+    return key, int(digits)
+
+
+class Spec(NamedTuple):
+    """What the nonces of a stream are computed for."""
+
+    round: Round
+    pipeline: Pipeline
 
 
 @dataclass(eq=False)

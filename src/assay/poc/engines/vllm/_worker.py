@@ -75,23 +75,11 @@ def _chunks_v2(runner: Any, state: Any) -> Iterator[Chunk]:
         yield Chunk(name, start, end - start, computed, prompt)
 
 
-def hidden_size(config: Any) -> int:
-    """Return D of the model that vLLM serves."""
-    return int(config.model_config.get_hidden_size())
-
-
 def is_first_stage() -> bool:
     """Return whether this worker has the first layers."""
     from vllm.distributed import get_pp_group  # type: ignore[import-not-found]
 
     return bool(get_pp_group().is_first_rank)
-
-
-def is_last_stage() -> bool:
-    """Return whether this worker has the last layers, and so hidden states to read."""
-    from vllm.distributed import get_pp_group
-
-    return bool(get_pp_group().is_last_rank)
 
 
 def is_first_of_group() -> bool:
@@ -104,13 +92,15 @@ def is_first_of_group() -> bool:
 def describe(runner: Any, config: Any) -> dict[str, Any]:
     """Return what the fingerprint and the engine need to know about a worker, as plain values."""
     parallel, model = config.parallel_config, config.model_config
+    groups = [group for outer in getattr(runner, "attn_groups", []) for group in outer]
+    attention = sorted({str(group.backend.get_name()) for group in groups})
     return {
         "runner": runner_kind(runner),
         "device": processor(runner.device),
         "dtype": dtype_name(model.dtype),
         "threads": 0 if runner.device.type == "cuda" else torch.get_num_threads(),
-        "attention": _attention(runner),
-        "hidden_size": hidden_size(config),
+        "attention": "+".join(attention) or "unknown",
+        "hidden_size": int(model.get_hidden_size()),
         "vocab_size": int(model.get_vocab_size()),
         "num_layers": int(model.hf_text_config.num_hidden_layers),
         "tensor_parallel": int(parallel.tensor_parallel_size),
@@ -118,10 +108,3 @@ def describe(runner: Any, config: Any) -> dict[str, Any]:
         "eager": bool(model.enforce_eager),
         "cache": other_cache(config),
     }
-
-
-def _attention(runner: Any) -> str:
-    """Return the names of the attention backends that the runner has chosen for its layers."""
-    groups = [group for outer in getattr(runner, "attn_groups", []) for group in outer]
-    names = sorted({str(group.backend.get_name()) for group in groups})
-    return "+".join(names) or "unknown"
