@@ -12,7 +12,7 @@ from _common import note, parser, publish
 from _vhack import load, pairs, timed
 
 from assay.vhack import extract, pair_gradients, target_modules, weight_svd, weights_digest
-from assay.vhack.gradients import _svd_cache
+from assay.vhack.gradients import _svd
 
 
 def accuracy(model, svd):
@@ -33,9 +33,9 @@ def accuracy(model, svd):
 
 def with_streams(model, device, count):
     """The SVD of the whole model with so many matrices at once, and its seconds."""
-    usual, _svd_cache._STREAMS = _svd_cache._STREAMS, count
+    usual, _svd._STREAMS = _svd._STREAMS, count
     svd, seconds, _ = timed(device, lambda: weight_svd(model))
-    _svd_cache._STREAMS = usual
+    _svd._STREAMS = usual
     return svd, seconds
 
 
@@ -99,7 +99,7 @@ def main():
     if options.streams:
         note("streams")
         at_once[8] = with_streams(model, options.device, 8)[1]
-    figures["svd_seconds_by_matrices_at_once"] = at_once | {_svd_cache._STREAMS: figures["svd"]["seconds"]}
+    figures["svd_seconds_by_matrices_at_once"] = at_once | {_svd._STREAMS: figures["svd"]["seconds"]}
     publish("vhack_extract", figures, options.output)
 
 

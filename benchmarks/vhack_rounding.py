@@ -18,7 +18,7 @@ from torch.nn import functional
 from assay.vhack import per_sample_gradients, weight_svd
 from assay.vhack.gradients import _per_sample as _gradients
 from assay.vhack.gradients import _replica
-from assay.vhack.gradients._recipe import Recipe
+from assay.vhack.gradients._replica import Recipe
 from assay.vhack.gradients._svd import Factors
 
 LENGTHS = (100, 250)

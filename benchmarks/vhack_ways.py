@@ -18,7 +18,7 @@ from _vhack import load, samples, timed
 
 from assay.vhack import per_sample_gradients, weight_svd
 from assay.vhack.gradients import _packed, _per_sample, _replica, _taps
-from assay.vhack.gradients._recipe import recipe_for
+from assay.vhack.gradients._replica import recipe_for
 from assay.vhack.gradients._taps import Tap, Way
 
 

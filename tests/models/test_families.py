@@ -30,8 +30,6 @@ def test_a_family_is_what_transformers_builds(model_type):
     assert type(layer.self_attn).__name__ == f"{family.prefix}Attention"
     linears = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, torch.nn.Linear)}
     assert linears == set(TARGETS) == {*ATTENTION_TARGETS, *MLP_TARGETS}
-    assert (layer.self_attn.q_proj.bias is not None) == family.biases
-    assert hasattr(layer.self_attn, "q_norm") == family.head_norms
     assert hasattr(layer, "residual_multiplier") != family.plain
 
 

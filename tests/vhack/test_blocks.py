@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from assay.vhack.gradients import _blocks
+from assay.vhack.gradients._batches import Segments
 from assay.vhack.gradients._packed import PackedLayers
-from assay.vhack.gradients._segments import Segments
 
 LENGTHS = [1, 63, 64, 65, 130]
 

@@ -8,11 +8,11 @@ from torch.nn import functional
 
 from assay.models import load_model
 from assay.vhack import extract, per_sample_gradients, weight_svd, weights_digest
-from assay.vhack.gradients import _digest
 from assay.vhack.gradients import _per_sample as _gradients
+from assay.vhack.gradients import _targets
+from assay.vhack.gradients._batches import Segments
 from assay.vhack.gradients._fused import Gate, Norm, kernels, segment_products
-from assay.vhack.gradients._recipe import recipe_for
-from assay.vhack.gradients._segments import Segments
+from assay.vhack.gradients._replica import recipe_for
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 pytestmark = [
@@ -128,7 +128,7 @@ def test_factors_on_the_gpu_are_accurate(models):
 def test_the_digest_does_not_depend_on_the_device(models, monkeypatch):
     on_cpu, on_gpu = models
     assert weights_digest(on_cpu) == weights_digest(on_gpu)
-    monkeypatch.setattr(_digest, "_CHUNK", 1000)
+    monkeypatch.setattr(_targets, "_CHUNK", 1000)
     assert weights_digest(on_cpu) == weights_digest(on_gpu)
 
 

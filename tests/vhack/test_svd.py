@@ -7,7 +7,7 @@ from torch import nn
 
 from assay.errors import BadWeights, StorageError, UsageError
 from assay.vhack import target_modules, weight_svd
-from assay.vhack.gradients import _svd, _svd_cache
+from assay.vhack.gradients import _svd
 from assay.vhack.gradients._svd import factorise
 
 
@@ -145,7 +145,7 @@ def test_files_are_used_again(monkeypatch, tmp_path, linear):
     first = weight_svd(linear, cache=tmp_path)["up_proj"]
     (file,) = (tmp_path / "svd").iterdir()
     assert file.suffix == ".safetensors"
-    monkeypatch.setattr(_svd_cache, "factorise", never)
+    monkeypatch.setattr(_svd, "factorise", never)
     again = weight_svd(linear, cache=tmp_path)["up_proj"]
     for name in ("left", "values", "right"):
         assert torch.equal(getattr(first, name), getattr(again, name))

@@ -13,11 +13,10 @@ from assay.models import load_model
 from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import _per_sample as _gradients
 from assay.vhack.gradients import _taps
+from assay.vhack.gradients._batches import Segments
 from assay.vhack.gradients._fused import Norm, plain_norm, segment_products
 from assay.vhack.gradients._packed import attend
-from assay.vhack.gradients._recipe import Recipe, recipe_for
-from assay.vhack.gradients._replica import Replica
-from assay.vhack.gradients._segments import Segments
+from assay.vhack.gradients._replica import Recipe, Replica, recipe_for
 from assay.vhack.gradients._taps import Tap, Way, fitting
 from tests.vhack.adapter import sequential_gradients, worst_error
 

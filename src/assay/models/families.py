@@ -39,15 +39,11 @@ class Family:
     Attributes:
         model_type: Name in ``config.json``.
         prefix: Prefix of its classes in transformers, for example ``"Llama"`` of ``LlamaAttention``.
-        biases: Whether queries, keys and values always have biases; in the others the configuration says.
-        head_norms: Whether queries and keys are normalised head by head.
         plain: Whether a layer adds what attention and MLP return as it is. Granite multiplies it first.
     """
 
     model_type: str
     prefix: str
-    biases: bool = False
-    head_norms: bool = False
     plain: bool = True
 
 
@@ -56,8 +52,8 @@ FAMILIES = {
     for family in (
         Family("llama", "Llama"),
         Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2", biases=True),
-        Family("qwen3", "Qwen3", head_norms=True),
+        Family("qwen2", "Qwen2"),
+        Family("qwen3", "Qwen3"),
         Family("granite", "Granite", plain=False),
     )
 }

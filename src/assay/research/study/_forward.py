@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from assay.errors import ModelError
 from assay.models.decoder import DecoderLayer, Rotation, causal_attention
-from assay.models.families import TARGETS
+from assay.models.families import ATTENTION_TARGETS
 from assay.vhack.delta import grouped
 from assay.vhack.gradients import SVDCache, delta_gradient, module_of, target_modules, weight_svd
 
@@ -78,12 +78,7 @@ class StackedModel:
         state = {name: value.detach().to(self.dtype) for name, value in module.named_parameters()}
         self.embedding = state["model.embed_tokens.weight"]
         self.head = state.get("lm_head.weight", self.embedding)
-        self.norms = [
-            {name: state[f"model.layers.{i}.{name}.weight"] for name in ("input_layernorm", "post_attention_layernorm")}
-            for i in range(self.n_layers)
-        ]
-        self._last_norm = state["model.norm.weight"]
-        self.names = [_names(i, list(modules)) for i in range(self.n_layers)]
+        self.norms = {name.removesuffix(".weight"): value for name, value in state.items() if "norm" in name}
         exponent = torch.arange(0, self.head_dim, 2, device=module.device, dtype=torch.float32) / self.head_dim
         self._frequencies = config.rope_parameters["rope_theta"] ** -exponent
 
@@ -119,16 +114,12 @@ class StackedModel:
             gradients: Gradients of `weights`, in its order, [R, O, I].
         """
         by_name = dict(zip(self.weights, gradients, strict=True))
-        return [
-            torch.stack(
-                [
-                    delta_gradient(by_name[name].float(), group.left[m], group.right[m])
-                    for m, name in enumerate(group.names)
-                ],
-                dim=1,
-            )
-            for group in self.groups
-        ]
+        found = []
+        for group in self.groups:
+            matrices = zip(group.names, group.left, group.right, strict=True)
+            rows = [delta_gradient(by_name[name].float(), left, right) for name, left, right in matrices]
+            found.append(torch.stack(rows, dim=1))
+        return found
 
     def read(self, ids_RPL: Tensor) -> Keys:
         """Return keys and values of the prompts. Padding is on the right, where causal attention does not look."""
@@ -160,11 +151,8 @@ class StackedModel:
         causal_TT = torch.where(steps_T <= steps_T[:, None], 0.0, _NEVER).to(self.dtype)
 
         def attend(i: int, q_RNQD: Tensor, k_RNKD: Tensor, v_RNKD: Tensor) -> Tensor:
-            shape = (runs * prompts, rollouts, length, self.key_heads, -1, self.head_dim)
-            q = q_RNQD.reshape(shape).permute(0, 3, 1, 2, 4, 5)
-            k, v = (x.reshape(*shape[:4], self.head_dim).permute(0, 3, 1, 2, 4) for x in (k_RNKD, v_RNKD))
-            mixed = _attention(q, keys[i], (k, v), before_BL, causal_TT)
-            return mixed.permute(0, 2, 3, 1, 4, 5).reshape(runs, prompts * rollouts * length, -1)
+            own = tuple(_by_rollout(x, runs * prompts, rollouts) for x in (k_RNKD, v_RNKD))
+            return _attention(q_RNQD, keys[i], own, before_BL, causal_TT)
 
         x_RNH = self._layers(self.embedding[ids_RPGT.flatten(1)], positions_RN, attend, until=layer)
         return x_RNH.view(runs, prompts, rollouts, length, -1)
@@ -186,12 +174,9 @@ class StackedModel:
         seen_1T = torch.where(steps_T <= step, 0.0, _NEVER).to(self.dtype)[None]
 
         def attend(i: int, q_RNQD: Tensor, k_RNKD: Tensor, v_RNKD: Tensor) -> Tensor:
-            shape = (runs * prompts, rollouts, 1, self.key_heads, -1, self.head_dim)
-            q = q_RNQD.reshape(shape).permute(0, 3, 1, 2, 4, 5)
             for stored, new in zip(own[i], (k_RNKD, v_RNKD), strict=True):
-                stored.index_copy_(3, step, new.reshape(*shape[:4], self.head_dim).permute(0, 3, 1, 2, 4))
-            mixed = _attention(q, keys[i], own[i], before_BL, seen_1T)
-            return mixed.permute(0, 2, 3, 1, 4, 5).reshape(runs, prompts * rollouts, -1)
+                stored.index_copy_(3, step, _by_rollout(new, runs * prompts, rollouts))
+            return _attention(q_RNQD, keys[i], own[i], before_BL, seen_1T)
 
         x_RNH = self._layers(self.embedding[ids_RPG.flatten(1)], positions_RN, attend)
         return x_RNH.view(runs, prompts, rollouts, -1)
@@ -200,29 +185,24 @@ class StackedModel:
         self, x_RNH: Tensor, positions_RN: Tensor, attend: Attend, *, keys_only: bool = False, until: int | None = None
     ) -> Tensor:
         rotation = self._rotation(positions_RN)
-        for i, norms in enumerate(self.norms):
+        for i in range(self.n_layers):
             layer = _StackedLayer(self, i, rotation, attend)
-            h_RNH = self.normed(x_RNH, norms["input_layernorm"])
+            h_RNH = layer.norm("input_layernorm", x_RNH)
             if keys_only and i == self.n_layers - 1:
                 attend(i, *layer.heads(h_RNH))
                 return x_RNH
             x_RNH = layer(x_RNH, h_RNH)
             if i == until:
                 return x_RNH
-        return self.normed(x_RNH, self._last_norm)
+        return self.normed(x_RNH, "model.norm")
 
-    def normed(self, x_RNH: Tensor, weight_H: Tensor) -> Tensor:
-        """Return x after an RMS norm."""
-        return functional.rms_norm(x_RNH, weight_H.shape, weight_H, self.eps)
+    def normed(self, x_RNH: Tensor, name: str) -> Tensor:
+        """Return x after a norm of the model."""
+        return functional.rms_norm(x_RNH, x_RNH.shape[-1:], self.norms[name], self.eps)
 
     def _rotation(self, positions_RN: Tensor) -> Rotation:
         angles_RND = (positions_RN[..., None].float() * self._frequencies).repeat(1, 1, 2)
         return angles_RND.cos().to(self.dtype)[:, :, None], angles_RND.sin().to(self.dtype)[:, :, None]
-
-
-def _names(layer: int, known: list[str]) -> dict[str, str]:
-    own = [name for name in known if name.startswith(f"model.layers.{layer}.")]
-    return {kind: next(name for name in own if name.endswith(kind)) for kind in TARGETS}
 
 
 class _StackedLayer(DecoderLayer):
@@ -230,14 +210,14 @@ class _StackedLayer(DecoderLayer):
 
     def __init__(self, model: StackedModel, index: int, rotation: Rotation, attend: Attend) -> None:
         super().__init__(model.head_dim, rotation)
-        self.model, self.index, self.gather = model, index, attend
+        self.model, self.index, self.gather, self.prefix = model, index, attend, f"model.layers.{index}"
 
     def project(self, name: str, x: Tensor) -> Tensor:
-        return torch.bmm(x, self.model.weights[self.model.names[self.index][name]].transpose(1, 2))
+        part = "self_attn" if name in ATTENTION_TARGETS else "mlp"
+        return torch.bmm(x, self.model.weights[f"{self.prefix}.{part}.{name}"].transpose(1, 2))
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        weight = self.model.norms[self.index].get(name)
-        return x if weight is None else self.model.normed(x, weight)
+        return x if name in ("q_norm", "k_norm") else self.model.normed(x, f"{self.prefix}.{name}")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.gather(self.index, q, k, v)
@@ -250,19 +230,26 @@ def _padding(lengths_B: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.arange(width, device=lengths_B.device) < lengths_B[:, None], 0.0, _NEVER).to(dtype)
 
 
+def _by_rollout(x_RNKD: Tensor, batch: int, rollouts: int) -> Tensor:
+    """Return keys or values as [B, K, G, T, D]."""
+    return x_RNKD.reshape(batch, rollouts, -1, *x_RNKD.shape[2:]).permute(0, 3, 1, 2, 4)
+
+
 def _attention(
-    q: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], before_BL: Tensor, after_ST: Tensor
+    q_RNQD: Tensor, shared: tuple[Tensor, ...], own: tuple[Tensor, ...], before_BL: Tensor, after_ST: Tensor
 ) -> Tensor:
-    """Return attention over the prompt's keys, which all rollouts share, and a rollout's own keys.
+    """Return attention over the prompt's keys, which all rollouts share, and a rollout's own keys, [R, N, Q·D].
 
     Args:
-        q: Queries [B, K, G, S, Q/K, D], B = R·P, S query tokens.
-        shared: Keys and values of the prompt, [B, K, L, D].
+        q_RNQD: Queries; N = P·G·S for S query tokens of a rollout.
+        shared: Keys and values of the prompt, [B, K, L, D], B = R·P.
         own: Keys and values of the rollouts, [B, K, G, T, D].
         before_BL: Mask added to the scores of the prompt.
         after_ST: Mask added to the scores of the completion.
     """
-    batch, heads, rollouts, queries, many, width = q.shape
+    batch, heads, rollouts, _, width = own[0].shape
+    q = q_RNQD.reshape(batch, rollouts, -1, heads, q_RNQD.shape[2] // heads, width).permute(0, 3, 1, 2, 4, 5)
+    queries, many = q.shape[3:5]
     q = q * width**-0.5
     flat = q.reshape(batch, heads, rollouts * queries * many, width)
     first = torch.matmul(flat, shared[0].transpose(-1, -2)).view(batch, heads, rollouts, queries, many, -1)
@@ -274,4 +261,4 @@ def _attention(
     of_first, of_second = weights[..., : first.shape[-1]], weights[..., first.shape[-1] :]
     mixed = torch.matmul(of_first.reshape(batch, heads, rollouts * queries * many, -1), shared[1])
     other = torch.matmul(of_second.reshape(batch, heads, rollouts, queries * many, -1), own[1])
-    return mixed.view(q.shape) + other.view(q.shape)
+    return (mixed.view(q.shape) + other.view(q.shape)).permute(0, 2, 3, 1, 4, 5).reshape(*q_RNQD.shape[:2], -1)

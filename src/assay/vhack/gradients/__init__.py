@@ -1,12 +1,18 @@
 """Gradients of single samples with respect to δS, of every weight matrix at once."""
 
 from assay.vhack.gradients._batches import Encoded, encode, plan
-from assay.vhack.gradients._digest import module_of, tensor_digest, weights_digest
 from assay.vhack.gradients._per_sample import per_sample_gradients
-from assay.vhack.gradients._svd import Factors
-from assay.vhack.gradients._svd_cache import SVDCache, check_rank, factor_dtype, weight_svd
+from assay.vhack.gradients._svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
 from assay.vhack.gradients._taps import delta_gradient
-from assay.vhack.gradients._targets import MIN_COVERAGE, Coverage, coverage, target_modules
+from assay.vhack.gradients._targets import (
+    MIN_COVERAGE,
+    Coverage,
+    coverage,
+    module_of,
+    target_modules,
+    tensor_digest,
+    weights_digest,
+)
 
 __all__ = [
     "MIN_COVERAGE",

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.models.device import free_bytes
-from assay.vhack.gradients._segments import Segments
 from assay.vhack.pairs import Sample
 
 if TYPE_CHECKING:
@@ -52,6 +52,40 @@ class Encoded:
     def padded(self, size: int) -> list[int]:
         """Return the ids, followed by zeros up to this size."""
         return self.ids + [0] * (size - len(self.ids))
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Samples end to end: sample b has the rows ``bounds[b][0]`` to ``bounds[b][1]``, and there are no others.
+
+    Attributes:
+        bounds: First and last row (exclusive) of each of B samples.
+        offsets: Bounds as one tensor on the device, [B + 1] int64.
+    """
+
+    bounds: tuple[tuple[int, int], ...]
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
+        """Return the segments of samples with so many rows each."""
+        ends = [0, *accumulate(lengths)]
+        return cls(tuple(pairwise(ends)), torch.tensor(ends).to(device))
+
+    @cached_property
+    def padding(self) -> tuple[Tensor, Tensor]:
+        """How to spread the rows out to one length T, and where they are then.
+
+        ``padded``, [B·T], is the row at each place, where positions past the end of a sample repeat its first row (any
+        valid row would do); ``real``, [N], is the place of each row.
+        """
+        starts_B1 = self.offsets[:-1, None]
+        lengths_B1 = self.offsets[1:, None] - starts_B1
+        longest = max(end - start for start, end in self.bounds)
+        at_BT = torch.arange(longest, device=self.offsets.device).expand(len(self.bounds), -1)
+        inside_BT = at_BT < lengths_B1
+        padded_BT = starts_B1 + torch.where(inside_BT, at_BT, 0)
+        return padded_BT.flatten(), inside_BT.flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,9 +194,8 @@ def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int) ->
 def plan(encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, at_once: int = 1) -> list[list[Encoded]]:
     """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
 
-    Padding counts as tokens, unless the samples will be packed. One batch after the other has samples of similar
-    lengths, the longest first. Packed samples for several batches at once are dealt out so that all batches are about
-    as large, and every worker has the same number of them.
+    Padding counts as tokens, unless the samples will be packed. The longest samples come first. Packed samples for
+    several workers are dealt out, so that all batches are about as large and every worker has as many.
     """
     ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
     if packed and at_once > 1:

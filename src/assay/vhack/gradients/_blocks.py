@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assay.vhack.gradients._segments import Segments
+from assay.vhack.gradients._batches import Segments
 
 Bounds = Sequence[tuple[int, int]]
 
@@ -43,24 +43,6 @@ class Turn:
         return cls(*(part[:, None].repeat(1, heads, 1) for part in (cos_ND * scale, sin_ND * sign_D)))
 
 
-class Turns:
-    """The turns of queries and of keys, which all layers of a forward pass share."""
-
-    def __init__(self) -> None:
-        self._positions: Tensor | None = None
-        self._turns: tuple[Turn, Turn] | None = None
-
-    def of(self, cos_1ND: Tensor, sin_1ND: Tensor, heads: int, scale: float) -> tuple[Turn, Turn]:
-        """Return the turn of the queries of so many heads per key head, scaled as the scores, and that of the keys."""
-        if self._turns is None or self._positions is not cos_1ND:
-            self._positions = cos_1ND
-            self._turns = (
-                Turn.of(cos_1ND[0], sin_1ND[0], heads, scale),
-                Turn.of(cos_1ND[0], sin_1ND[0], 1, 1.0),
-            )
-        return self._turns
-
-
 def fits_in_blocks(heads: int, segments: Segments) -> bool:
     """Return whether the weights of the longest sample may be kept for the backward pass."""
     return heads * max(end - start for start, end in segments.bounds) <= _KEPT_WEIGHTS
@@ -75,7 +57,7 @@ def attend_in_blocks(
         q_NHD: Queries before rotation.
         k_NJD: Keys before rotation.
         v_NJD: Values.
-        turns: Turns of queries and keys.
+        turns: Turns of queries, scaled as the scores, and of keys.
         bounds: Bounds of the samples.
         spans: Per sample, the rows whose queries matter; the others are zero.
     """
@@ -125,31 +107,31 @@ class _InBlocks(torch.autograd.Function):
 
 
 def _blocks(bounds: Bounds, spans: Bounds) -> Iterator[tuple[int, int, int]]:
-    """Where the sample starts, and from where to where the queries of the block go."""
+    """Yield where the sample starts, and from where to where the queries of the block go."""
     for (start, _), (begin, end) in zip(bounds, spans, strict=True):
         for first in range(begin, end, _BLOCK):
             yield start, first, min(first + _BLOCK, end)
 
 
 def _by_key_head(part_NHD: Tensor, groups: int) -> Tensor:
-    """[J, N, G, D], in memory of its own."""
+    """Return heads as [J, N, G, D], in memory of their own."""
     rows, heads, width = part_NHD.shape
     split_NJGD = part_NHD.reshape(rows, groups, heads // groups, width)
     return split_NJGD.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _by_token(part_JNGD: Tensor) -> Tensor:
-    """Back to [N, H, D]."""
+    """Return heads as [N, H, D] again."""
     return part_JNGD.transpose(0, 1).flatten(1, 2)
 
 
 def _turned(part_JNGD: Tensor, turn: Turn) -> Tensor:
-    """``x cos + (−x₂, x₁) sin`` for the halves x₁ and x₂ of x."""
+    """Return ``x cos + (−x₂, x₁) sin`` for the halves x₁ and x₂ of x."""
     swapped_JNGD = part_JNGD.roll(part_JNGD.shape[-1] // 2, -1)
     return (part_JNGD * turn.cos).addcmul_(swapped_JNGD, turn.sin)
 
 
 def _turned_back(gradient_JNGD: Tensor, turn: Turn) -> Tensor:
-    """The gradient of what `_turned` was given."""
+    """Return the gradient of what `_turned` was given."""
     swapped_JNGD = (gradient_JNGD * turn.sin).roll(gradient_JNGD.shape[-1] // 2, -1)
     return swapped_JNGD.addcmul_(gradient_JNGD, turn.cos)

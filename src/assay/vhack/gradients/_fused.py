@@ -24,7 +24,7 @@ from assay.models.families import FAMILIES
 
 @cache
 def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """The triton kernels, if they can be built on this device and give what torch gives, or None."""
+    """Return the triton kernels, or None unless they can be built on this device and give what torch gives."""
     if device.type != "cuda":
         return None
     try:
@@ -50,19 +50,18 @@ def _works(use: ModuleType, ones: Tensor) -> bool:
 
 
 def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor, use: ModuleType | None) -> Tensor:
-    """Per sample, the sum over its rows of the elementwise product, [B, R] float32.
+    """Return the sum of the elementwise product over the rows of every sample, [B, R] float32.
 
     Args:
-        left_NR: one side, of any floating dtype.
-        right_NR: the other.
+        left_NR: One side, of any floating dtype.
+        right_NR: The other side.
         offsets: [B + 1] int64 on the device; sample b has the rows from ``offsets[b]`` to ``offsets[b + 1]``.
-        use: the kernels, or None.
+        use: Kernels, or None.
     """
     if use is not None:
         found: Tensor = use.segment_products(left_NR.contiguous(), right_NR.contiguous(), offsets)
         return found
-    product_NR = left_NR.float() * right_NR
-    summed: Tensor = torch.segment_reduce(product_NR, "sum", offsets=offsets, axis=0, unsafe=True)
+    summed: Tensor = torch.segment_reduce(left_NR.float() * right_NR, "sum", offsets=offsets, axis=0, unsafe=True)
     return summed
 
 

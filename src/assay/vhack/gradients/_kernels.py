@@ -94,13 +94,7 @@ def _gate_backward(dy, a, b, da, db, count, ELEMENTS: tl.constexpr):
 
 
 def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor) -> Tensor:
-    """Per sample, the sum over its rows of the elementwise product, [B, R] float32.
-
-    Args:
-        left_NR: one side, contiguous, of any floating dtype.
-        right_NR: the other.
-        offsets: [B + 1] int64 on the device; sample b has the rows from ``offsets[b]`` to ``offsets[b + 1]``.
-    """
+    """Return what the function of this name in `_fused` returns, of contiguous tensors."""
     columns = left_NR.shape[1]
     out_BR = torch.empty(len(offsets) - 1, columns, dtype=torch.float32, device=left_NR.device)
     grid = (len(out_BR), triton.cdiv(columns, _COLUMNS))
@@ -109,7 +103,7 @@ def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor) -> Tens
 
 
 def normalise(x_MH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x / √(mean x² + eps) · weight`` and the factor ``1 / √…`` of every row, [M] float32."""
+    """Return ``x / √(mean x² + eps) · weight``, and the factor ``1 / √…`` of every row, [M] float32."""
     rows, width = x_MH.shape
     y_MH = torch.empty_like(x_MH)
     scale_M = torch.empty(rows, dtype=torch.float32, device=x_MH.device)
@@ -119,7 +113,7 @@ def normalise(x_MH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 
 def normalise_backward(dy_MH: Tensor, x_MH: Tensor, weight_H: Tensor, scale_M: Tensor) -> Tensor:
-    """The gradient of `normalise` with respect to x."""
+    """Return the gradient of `normalise` with respect to x."""
     rows, width = x_MH.shape
     dx_MH = torch.empty_like(x_MH)
     grid, sizes = _rows(rows, width)
@@ -128,21 +122,21 @@ def normalise_backward(dy_MH: Tensor, x_MH: Tensor, weight_H: Tensor, scale_M: T
 
 
 def gate(a: Tensor, b: Tensor) -> Tensor:
-    """``silu(a) · b``; both contiguous."""
+    """Return ``silu(a) · b``; both are contiguous."""
     out = torch.empty_like(b)
     _gate[(triton.cdiv(b.numel(), _ELEMENTS),)](a, b, out, b.numel(), ELEMENTS=_ELEMENTS)
     return out
 
 
 def gate_backward(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `gate` with respect to a and b."""
+    """Return the gradients of `gate` with respect to a and b."""
     da, db = torch.empty_like(a), torch.empty_like(b)
     _gate_backward[(triton.cdiv(b.numel(), _ELEMENTS),)](dy, a, b, da, db, b.numel(), ELEMENTS=_ELEMENTS)
     return da, db
 
 
 def _rows(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
-    """Several short rows, or one long one, per program."""
+    """Return the grid and sizes of programs that each take several short rows, or one long one."""
     padded = triton.next_power_of_2(width)
     together = max(1, _TILE // padded)
     return (triton.cdiv(rows, together),), {"ROWS": together, "WIDTH": padded, "num_warps": 8 if padded > 1024 else 4}

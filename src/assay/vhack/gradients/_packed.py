@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from assay.models.decoder import ModuleLayer, Rotation, causal_attention
-from assay.vhack.gradients._batches import Batch
-from assay.vhack.gradients._blocks import Turns, attend_in_blocks, fits_in_blocks
+from assay.vhack.gradients._batches import Batch, Segments
+from assay.vhack.gradients._blocks import Turn, attend_in_blocks, fits_in_blocks
 from assay.vhack.gradients._fused import Gate
-from assay.vhack.gradients._segments import Segments
 
 PACKED = "assay_packed"
 """Name of the attention of these layers, under which transformers makes no mask."""
@@ -56,7 +55,7 @@ class PackedLayers:
     ) -> None:
         self._current = current
         self.use, self.together, self.in_blocks = use, together, in_blocks
-        self.turns = Turns()
+        self._turned: Rotation | None = None
 
     def forward(self, layer: Any, *, late: bool) -> Callable[..., Tensor]:
         """Return the forward function of a layer.
@@ -75,6 +74,20 @@ class PackedLayers:
             return _among_zeros(x_1MD, spot, hidden_states.shape[1])
 
         return forward
+
+    def turns(self, rotation: Rotation, heads: int, scale: float) -> tuple[Turn, Turn]:
+        """Return the turns of queries and keys, which all layers of a forward pass share.
+
+        Args:
+            rotation: Cosines and sines of the positions, [1, N, E] each, the same objects in all layers.
+            heads: Number of query heads of a key head.
+            scale: Scale of the scores.
+        """
+        if self._turned is not rotation:
+            cos_NE, sin_NE = rotation[0][0], rotation[1][0]
+            self._turned = rotation
+            self._turns = Turn.of(cos_NE, sin_NE, heads, scale), Turn.of(cos_NE, sin_NE, 1, 1.0)
+        return self._turns
 
 
 class _PackedLayer(ModuleLayer):
@@ -97,7 +110,7 @@ class _PackedLayer(ModuleLayer):
         q_NHE, k_NJE, v_NJE = q[0], k[0], v[0]
         segments, scale = self.batch.segments, self.layer.self_attn.scaling
         if self.in_blocks:
-            turns = self.layers.turns.of(*self.tables, q_NHE.shape[1] // k_NJE.shape[1], scale)
+            turns = self.layers.turns(self.tables, q_NHE.shape[1] // k_NJE.shape[1], scale)
             spans = segments.bounds if self.spot is None else self.batch.asking
             out_NHE = attend_in_blocks(q_NHE, k_NJE, v_NJE, turns, segments.bounds, spans)
         else:
@@ -145,7 +158,7 @@ def attend(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, *, s
 
 
 def _spread_out(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, scale: float) -> Tensor:
-    padded, real = segments.padding()
+    padded, real = segments.padding
 
     def spread(part: Tensor) -> Tensor:
         out: Tensor = _Spread.apply(part, padded, real)  # type: ignore[no-untyped-call]

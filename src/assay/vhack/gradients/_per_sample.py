@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from assay.errors import ModelError, OutOfMemory, UsageError
 from assay.models import Model
 from assay.vhack.gradients._batches import Encoded, encode, plan, token_budget
-from assay.vhack.gradients._digest import module_of
-from assay.vhack.gradients._recipe import recipe_for
-from assay.vhack.gradients._replica import Computed, Replica, not_finite
-from assay.vhack.gradients._svd import Factors
-from assay.vhack.gradients._svd_cache import SVDCache, weight_svd
+from assay.vhack.gradients._replica import Computed, Replica, not_finite, recipe_for
+from assay.vhack.gradients._svd import Factors, SVDCache, weight_svd
 from assay.vhack.gradients._taps import fitting
-from assay.vhack.gradients._targets import target_modules
+from assay.vhack.gradients._targets import module_of, target_modules
 from assay.vhack.pairs import Sample
 
 if TYPE_CHECKING:

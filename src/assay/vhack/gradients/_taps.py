@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.errors import ModelError
+from assay.vhack.gradients._batches import Segments
 from assay.vhack.gradients._fused import segment_products
-from assay.vhack.gradients._segments import Segments
 from assay.vhack.gradients._svd import Factors
 
 _FITS = 1e-5
@@ -269,7 +269,7 @@ class _Behind(torch.autograd.Function):
 
 
 def fitting(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> set[str]:
-    """The modules whose factors are all there and give their very weight back, to the precision of its dtype.
+    """Return the modules whose factors are all there and give their very weight back, to the precision of its dtype.
 
     They are tried on one vector: factors of other weights, or of a shorter dtype, give another result.
     """
@@ -284,7 +284,7 @@ def _may_fit(linear: nn.Linear, factors: Factors) -> bool:
 
 
 def _misfit(linear: nn.Linear, factors: Factors) -> Tensor:
-    """The error of ``U S Vh v`` as a share of what it may be."""
+    """Return the error of ``U S Vh v`` as a share of what it may be."""
     weight_OI = linear.weight.detach()
     probe_I = torch.cos(torch.arange(weight_OI.shape[1], device=weight_OI.device)).to(weight_OI.dtype)
     wanted_O = (weight_OI @ probe_I).float()

@@ -1,26 +1,29 @@
-"""Which weight matrices carry δS: the attention and MLP projections, never embeddings or the head."""
+"""Which weight matrices carry δS (attention and MLP projections, never embeddings or the head), and their digests."""
 
+import hashlib
+import os
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from assay.errors import ModelError
+from assay.models import Model
 from assay.models.families import FUSED_TARGETS, MLP_TARGETS, TARGETS
-from assay.vhack.gradients._digest import module_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from assay.models import Model
 
 MIN_COVERAGE = 0.9
 """Share of the weights that targets must cover unless a caller accepts less."""
 
 # Matrices of PEFT beside the weights, and δS in its parameter lists: an update, not a part of the model.
 _ADAPTER = "lora_"
+_CHUNK = 1 << 25  # bytes of a copy from a GPU
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Coverage:
 
     share: float = 1.0
     left_out: tuple[str, ...] = ()
+
+
+def module_of(model: "Model | PreTrainedModel") -> "PreTrainedModel":
+    """Return the transformers model inside, or the model itself."""
+    return model.module if isinstance(model, Model) else model
 
 
 def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
@@ -102,3 +110,28 @@ def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
             wanted=f"at least {least:.0%}, so that directions and training are those of the model, not of a part",
             do="use a model whose projections are all found, or accept a part with --allow-partial (min_coverage=0)",
         )
+
+
+def weights_digest(model: "Model | PreTrainedModel") -> str:
+    """Return the SHA-256 in hex over every parameter in memory: names, dtypes, shapes and bytes, a tied one once.
+
+    Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded in.
+    """
+    parameters = sorted(module_of(model).named_parameters())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(lambda item: f"{item[0]}\n{tensor_digest(item[1])}\n", parameters)
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the SHA-256 in hex of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}\n{list(tensor.shape)}\n".encode())
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    if not flat.is_cuda:
+        digest.update(flat.numpy().data)
+        return digest.hexdigest()
+    # Through one page-locked buffer: a copy of a whole tensor to fresh memory takes several times as long.
+    buffer = torch.empty(min(_CHUNK, len(flat)), dtype=torch.uint8, pin_memory=True)
+    for part in torch.split(flat, _CHUNK):
+        digest.update(buffer[: len(part)].copy_(part).numpy().data)
+    return digest.hexdigest()
