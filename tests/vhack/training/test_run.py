@@ -10,6 +10,7 @@ from assay.vhack.basis import _extract
 from assay.vhack.checks import read_source_log
 from assay.vhack.delta import ARMS, DEFAULT_ARM
 from assay.vhack.training import _prepare, read_steps, train
+from assay.vhack.training._prepare import Prepared
 
 
 def lines(folder):
@@ -181,6 +182,15 @@ def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path
     with pytest.raises(ModelError, match="not finite"):
         train(settings(lr=1e30, max_norm=0.0, arm="none"), tmp_path / "run", tasks=tasks, pairs=pairs, model=model)
     assert not hasattr(model.module, "delta_s")
+
+
+def test_a_model_of_which_a_part_carries_deltas_is_refused_unless_allowed(settings, pairs, model):
+    """Nothing is attached to it before that is known."""
+    model.module.other = torch.nn.Linear(256, 256)
+    with pytest.raises(ModelError, match=r"(?s)targets cover .*--allow-partial"):
+        Prepared(settings(), model, pairs)
+    assert not hasattr(model.module, "delta_s")
+    assert Prepared(settings(allow_partial=True), model, pairs).adapter.model is model.module
 
 
 def test_several_processes_are_refused(settings, tasks, pairs, tmp_path, monkeypatch):

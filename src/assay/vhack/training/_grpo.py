@@ -88,33 +88,31 @@ class GRPO(GRPOTrainer):
                 train_dataset=reward.dataset(prompts, args.seed),
                 processing_class=processing_class,
                 optimizers=(optimizer, None),
-                rollout_func=_rollout if pool is not None else None,
+                rollout_func=self.rollout if pool is not None else None,
                 **others,
             )
         self.beta = args.beta = beta
         if beta:
-            self.ref_model: Any = _Reference(adapter)
+            self.ref_model: Any = self._reference
 
-    def rollout(self, prompts: list[str]) -> dict[str, list[Any]]:
+    def _reference(self, **keywords: Any) -> Any:
+        """Run the model as it was before training, in place of the second model that TRL expects."""
+        with self.adapter.disabled():
+            return self.adapter.model(**keywords)
+
+    def rollout(self, prompts: list[str], _: object = None) -> dict[str, list[Any]]:
         """Return completions from the pool for the first places of each group, and of the policy for the others.
 
-        Log-probabilities are the stored ones, and None where the policy itself has sampled.
+        Log-probabilities are the stored ones, and None where the policy itself has sampled. TRL also passes the
+        trainer itself.
         """
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         taught = self._taught(prompts)
-        asked = [index for index, teacher in enumerate(taught) if teacher is None]
-        sampled: list[list[int]] = []
-        logprobs = None
-        if asked:
-            generate: Any = self._generate_single_turn
-            sampled, logprobs = generate([prompt_ids[index] for index in asked], None, {}, 1)
-        mine = dict(
-            zip(asked, zip(sampled, logprobs or [[None] * len(ids) for ids in sampled], strict=True), strict=True)
-        )
-        rows = [
-            mine[index] if teacher is None else (list(teacher.tokens), list(teacher.logprobs))
-            for index, teacher in enumerate(taught)
-        ]
+        asked = [ids for ids, teacher in zip(prompt_ids, taught, strict=True) if teacher is None]
+        generate: Any = self._generate_single_turn
+        sampled, logprobs = generate(asked, None, {}, 1) if asked else ([], None)
+        mine = zip(sampled, logprobs or [[None] * len(ids) for ids in sampled], strict=True)
+        rows = [next(mine) if teacher is None else (list(teacher.tokens), list(teacher.logprobs)) for teacher in taught]
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": [tokens for tokens, _ in rows],
@@ -204,23 +202,6 @@ class GRPO(GRPOTrainer):
         """Continue with other axes."""
         self.axes = (axes, watched)
         self.projected.use_basis(axes, watched)
-
-
-def _rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-    """Call `GRPO.rollout` the way TRL calls a rollout function."""
-    found: dict[str, Any] = trainer.rollout(prompts)
-    return found
-
-
-class _Reference:
-    """The model as it was before training, in place of the second model that TRL expects."""
-
-    def __init__(self, adapter: DeltaS) -> None:
-        self.adapter = adapter
-
-    def __call__(self, **keywords: Any) -> Any:
-        with self.adapter.disabled():
-            return self.adapter.model(**keywords)
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:

@@ -11,10 +11,12 @@ log-probabilities under the distribution that the completion was sampled from, t
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError, UsageError
 from assay.reports import read_jsonl, write_jsonl
@@ -84,11 +86,12 @@ class RolloutPool:
             DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or too long; the
                 message names the line.
         """
-        found = [_rollout(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+        found = []
+        for number, record in read_jsonl(path):
+            found.append(_rollout(record, f"{path}, line {number}"))
+            _check(found[-1], tokenizer, max_new_tokens, f"{path}, line {number}")
         if not found:
             raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
-        for number, rollout in enumerate(found, 1):
-            _check(rollout, tokenizer, max_new_tokens, f"{path}, line {number}")
         return cls(found)
 
 
@@ -160,31 +163,11 @@ def sample_pool(
     tokenizer = teacher.tokenizer
     if tokenizer is None:
         raise UsageError(f"{teacher.reference} without a tokenizer", wanted="one", do="choose another teacher")
-    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
-    found: list[PoolRollout] = []
-    with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in range(0, len(wanted), batch):
-            found += _sampled(teacher, tokenizer, wanted[start : start + batch], temperature, max_new_tokens)
-    return RolloutPool(found)
-
-
-def _sampled(
-    teacher: "Model",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
-    temperature: float,
-    max_new_tokens: int,
-) -> list[PoolRollout]:
-    """Return one completion of each prompt."""
     end = int(tokenizer.eos_token_id)
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    width = max(map(len, rows))
-    generate: Any = teacher.module.generate
-    made = generate(
-        torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=teacher.device),
-        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=teacher.device),
+    module: Any = teacher.module
+    generate = partial(
+        module.generate,
         max_new_tokens=max_new_tokens,
         do_sample=True,
         temperature=temperature,
@@ -195,12 +178,20 @@ def _sampled(
         pad_token_id=padding,
         eos_token_id=end,
     )
-    tokens_BT = made.sequences[:, width:]
-    scores_BTV = torch.stack(made.scores, dim=1).float().log_softmax(dim=2)
-    logprobs_BT = scores_BTV.gather(2, tokens_BT[..., None])[..., 0]
-    found = []
-    for prompt, tokens, logprobs in zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
-        length = tokens.index(end) + 1 if end in tokens else len(tokens)
-        completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
-        found.append(PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
-    return found
+    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
+    found: list[PoolRollout] = []
+    with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(wanted), batch):
+            part = wanted[start : start + batch]
+            rows = [torch.tensor(tokenizer(prompt)["input_ids"], device=teacher.device) for prompt in part]
+            ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+            mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+            made = generate(ids_BT, attention_mask=mask_BT)
+            logprobs_BT = module.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
+            tokens_BT = made.sequences[:, ids_BT.shape[1] :]
+            for prompt, tokens, logprobs in zip(part, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
+                length = tokens.index(end) + 1 if end in tokens else len(tokens)
+                completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+                found.append(PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
+    return RolloutPool(found)

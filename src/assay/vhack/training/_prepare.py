@@ -11,7 +11,7 @@ from assay.models import Model
 from assay.vhack.basis import Basis, extract, pair_gradients
 from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_of_kind
 from assay.vhack.environment import Episode
-from assay.vhack.gradients import weight_svd
+from assay.vhack.gradients import MIN_COVERAGE, SVDCache, weight_svd
 from assay.vhack.pairs import Pair
 from assay.vhack.training._pool import RolloutPool
 from assay.vhack.training._rewards import EpisodeReward
@@ -20,7 +20,6 @@ from assay.vhack.training._settings import TrainSettings
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-    from assay.vhack.gradients import SVDCache
     from assay.vhack.training._grpo import GRPO
 
 
@@ -49,7 +48,7 @@ class Prepared:
         self.settings, self.model, self.pairs, self.earlier = settings, model, pairs, earlier
         self.arm: Arm = settings.chosen
         self.shortcut = Shortcut.fit(model, model.tokenizer, pairs) if self.arm.advantage else None
-        self.svd: SVDCache = weight_svd(model)
+        self.svd: SVDCache = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
         self.axes, self.watched = self._extracted(load=True)
         self.adapter = DeltaS(model, self.svd)
         self.optimizer = ProjectedOptimizer(
@@ -75,7 +74,12 @@ class Prepared:
         pool = None
         if settings.teacher:
             pool = RolloutPool.load(settings.teacher, tokenizer, max_new_tokens=settings.max_new_tokens)
-            _check_pool(pool, chosen, settings.teacher)
+            if not pool.prompts & {one.prompt for one in chosen}:
+                raise DataError(
+                    f"{settings.teacher}: no completion of any of the {len(chosen)} tasks",
+                    wanted="completions of the prompts of this run",
+                    do="sample the pool from the prompts of the same tasks, modes and seed",
+                )
         trainer = GRPO(
             self.adapter,
             self.optimizer,
@@ -128,15 +132,6 @@ def _inner(settings: TrainSettings, adapter: DeltaS) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
         return torch.optim.SGD(adapter.delta, lr=settings.lr, momentum=0.9)
     return torch.optim.AdamW(adapter.delta, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
-
-
-def _check_pool(pool: RolloutPool, tasks: list[Episode], path: str) -> None:
-    if not pool.prompts & {one.prompt for one in tasks}:
-        raise DataError(
-            f"{path}: no completion of any of the {len(tasks)} tasks",
-            wanted="completions of the prompts of this run",
-            do="sample the pool from the prompts of the same tasks, modes and seed",
-        )
 
 
 def trl_arguments(settings: TrainSettings, model: Model, folder: Path, trackers: tuple[str, ...]) -> "GRPOConfig":

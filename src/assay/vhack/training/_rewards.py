@@ -4,15 +4,16 @@ Shapes: B rollouts.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from assay.vhack.delta import Arm
-from assay.vhack.environment import Episode, Grade, grade_many
+from assay.vhack.environment import Episode, grade_many
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -88,9 +89,7 @@ class EpisodeReward:
     ) -> None:
         self.episodes = list(episodes)
         self.arm = arm
-        self._grade: Callable[[list[tuple[Episode, str]]], list[Grade]] = lambda items: grade_many(
-            items, workers=workers, allow_unsandboxed=allow_unsandboxed
-        )
+        self._grade = partial(grade_many, workers=workers, allow_unsandboxed=allow_unsandboxed)
         self.last = Outcomes.nothing()
 
     def dataset(self, count: int, seed: int) -> "Dataset":
@@ -119,12 +118,9 @@ class EpisodeReward:
         chosen = [self.episodes[index] for index in episode]
         grades = self._grade([(one, one.program(text)) for one, text in zip(chosen, completions, strict=True)])
         teacher = others.get("teacher") or [False] * len(prompts)
-        self.last = Outcomes(
-            torch.tensor(
-                [
-                    [bool(taught), one.correct, one.exploited, one.accepted and one.vacuous]
-                    for taught, one in zip(teacher, grades, strict=True)
-                ]
-            )
-        )
+        rows = [
+            [bool(taught), one.correct, one.exploited, one.accepted and one.vacuous]
+            for taught, one in zip(teacher, grades, strict=True)
+        ]
+        self.last = Outcomes(torch.tensor(rows))
         return [self.arm.reward(float(one.correct), float(one.exploited)) for one in grades]

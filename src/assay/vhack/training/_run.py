@@ -4,8 +4,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
 from assay.errors import BackendUnavailable, DataError, ModelError, UsageError
 from assay.models import Model, load_model
@@ -16,9 +18,6 @@ from assay.vhack.pairs import Pair, find_pairs
 from assay.vhack.training._log import TrainLog, read_steps
 from assay.vhack.training._prepare import Prepared
 from assay.vhack.training._settings import TrainSettings
-
-if TYPE_CHECKING:
-    from assay.vhack.training._grpo import GRPO
 
 LOG, DELTA, BASIS = "log.jsonl", "delta.safetensors", "basis.safetensors"
 _LAST = 10
@@ -88,6 +87,7 @@ def train(
     folder = Path(folder)
     _require(allow_unsandboxed)
     _check_trackers(trackers)
+    from assay.vhack.training._callback import StepLog
     from assay.vhack.training._grpo import last_checkpoint
 
     checkpoint, done = last_checkpoint(folder)
@@ -107,7 +107,7 @@ def train(
         (run.watched or run.axes).save(folder / BASIS)
         head = {"settings": settings.as_dict(), "arm": run.arm.says, "weights": loaded.digest, **provenance()}
         log = TrainLog(folder / LOG, head, step=done)
-        trainer.add_callback(_step_log(trainer, log, console, run))
+        trainer.add_callback(StepLog(trainer, log, console=console, refresh=partial(run.refresh, trainer)))
         with _diverging():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         run.adapter.save(folder / DELTA)
@@ -195,15 +195,9 @@ def _as_begun(folder: Path, settings: TrainSettings, done: int) -> TrainSettings
     return settings
 
 
-def _step_log(trainer: "GRPO", log: TrainLog, console: Callable[[str], None] | None, run: Prepared) -> Any:
-    from assay.vhack.training._callback import StepLog
-
-    return StepLog(trainer, log, console=console, refresh=lambda step: run.refresh(trainer, step))
-
-
 def _result(folder: Path, settings: TrainSettings, resumed_from: int) -> RunResult:
     _, steps = read_steps(folder / LOG)
     last = steps[-_LAST:]
     names = [name for name in last[-1] if name not in ("kind", "step")] if last else []
-    means = {name: sum(r[name] for r in last if name in r) / sum(name in r for r in last) for name in names}
+    means = {name: fmean(record[name] for record in last if name in record) for name in names}
     return RunResult(folder, len(steps), settings.arm, resumed_from, means)

@@ -11,11 +11,10 @@ from assay.settings import Device, Flag, Names, Settings, Spelling
 from assay.vhack.delta import DEFAULT_ARM, Arm, arm_named
 from assay.vhack.environment import MODES, Episode, episodes
 
-_MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch")
-"""Settings that a continued run may change."""
-
+# Settings that a continued run may change.
+_MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
+# Defaults of the first version, which its runs have in their logs.
 _FORMER = {"arm": "erase-gradient", "pairs": "generated:96", "lr": 0.03}
-"""Defaults of the first version, which its runs have in their logs."""
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -85,6 +84,7 @@ class TrainSettings(Settings):
         None, description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."
     )
     device: Device = None
+    allow_partial: bool = Field(False, description="Accept a model of whose weights less than 90 % carry δS.")
 
     def model_post_init(self, context: Any, /) -> None:
         """Check what concerns several settings or names that other packages know."""
@@ -138,10 +138,8 @@ class TrainSettings(Settings):
         Args:
             earlier: Settings in the log of the run.
         """
-        fields = type(self).model_fields
-        kept = [name for name in _FORMER if earlier.get(name) == _FORMER[name]]
-        kept = [name for name in kept if getattr(self, name) == fields[name].default]
-        return self.model_copy(update={name: earlier[name] for name in kept})
+        unset = {name for name in _FORMER if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_copy(update={name: _FORMER[name] for name in unset if earlier.get(name) == _FORMER[name]})
 
     def differences(self, earlier: JsonObject) -> list[str]:
         """Return, in words, the settings in which an earlier part of the run differs and may not."""
