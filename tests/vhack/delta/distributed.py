@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from assay.models import load_model
 from assay.vhack import weight_svd
-from assay.vhack.delta import ARMS, Box, DeltaS, Gate, ProjectedOptimizer, gate_rollouts
-from tests.vhack.delta.conftest import loss_of, random_basis
+from assay.vhack.delta import ARMS, Box, DeltaS, Gate, ProjectedOptimizer
+from tests.vhack.delta.conftest import gate_each, loss_of, random_basis
 
 STEPS = 3
 GATE = Gate("one_sided", 1.2)
@@ -58,14 +58,14 @@ def result(adapter, optimiser, module, sharded=False):
     }
 
 
-def train(call, module, adapter, optimiser, ids, *, rollouts=None):
-    """Some steps; with ``rollouts`` the gate acts on each rollout of the process's share."""
+def train(call, adapter, optimiser, ids, *, per_rollout=False):
+    """Some steps; with ``per_rollout`` the gate acts on each rollout of the process's share."""
     for _ in range(STEPS):
         optimiser.zero_grad()
         with adapter.per_sample() as found:
             loss_of(call, ids).backward()
-        if rollouts is not None:
-            gate_rollouts(adapter, found, optimiser.frames, GATE, process_group=rollouts or None)
+        if per_rollout:
+            gate_each(adapter, found, optimiser.frames, GATE, torch.ones(len(ids), dtype=torch.bool))
         optimiser.step()
 
 
@@ -77,7 +77,7 @@ def single(path, backend, level, per_rollout=False, plain=False):
     if per_rollout:
         optimiser.arm = ARMS["none"]
     inner = optimiser.inner if plain else optimiser
-    train(module, module, adapter, inner, IDS.to(device_of(backend)), rollouts=False if per_rollout else None)
+    train(module, adapter, inner, IDS.to(device_of(backend)), per_rollout=per_rollout)
     return result(adapter, optimiser, module)
 
 
@@ -106,10 +106,10 @@ def _ddp(path, share, level, per_rollout=False):
     module, svd, basis = prepare(path, share.device)
     adapter = DeltaS(module, svd)
     wrapped = DistributedDataParallel(module)
-    optimiser = optimise(adapter, basis, level)
+    optimiser = optimise(adapter, basis, level, process_group=dist.group.WORLD if per_rollout else None)
     if per_rollout:
         optimiser.arm = ARMS["none"]
-    train(wrapped, module, adapter, optimiser, share, rollouts=dist.group.WORLD if per_rollout else None)
+    train(wrapped, adapter, optimiser, share, per_rollout=per_rollout)
     return result(adapter, optimiser, module)
 
 
@@ -122,5 +122,5 @@ def _fsdp(path, share, replicated, plain=False):
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh, ignored_params=ignored)
     optimiser = optimise(adapter, basis, "update", process_group=dist.group.WORLD if replicated else None)
-    train(module, module, adapter, optimiser.inner if plain else optimiser, share)
+    train(module, adapter, optimiser.inner if plain else optimiser, share)
     return result(adapter, optimiser, module, sharded=True)

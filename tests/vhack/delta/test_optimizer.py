@@ -5,9 +5,9 @@ import torch
 
 from assay.errors import DataError, UsageError
 from assay.vhack import Basis, cin_over_modules
-from assay.vhack.delta import GATES, Box, DeltaS, Gate, ProjectedOptimizer, gate_rollouts
+from assay.vhack.delta import GATES, Box, DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.delta._frames import along
-from tests.vhack.delta.conftest import loss_of, random_basis, randomise
+from tests.vhack.delta.conftest import gate_each, loss_of, random_basis, randomise
 
 OPTIMISERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
@@ -463,8 +463,8 @@ def test_gates_on_single_rollouts(module, ids, small_svd, basis):
         optimiser.zero_grad()
         (loss_of(module, row[None]) / len(ids)).backward()
         rows.append([p.grad.clone() for p in adapter.delta])
-    chosen = torch.tensor([True, False, True])
-    for gate, choice in ((Gate("one_sided"), None), (Gate("two_sided"), None), (Gate("one_sided", 1.5), chosen)):
+    chosen, every = torch.tensor([True, False, True]), torch.ones(3, dtype=torch.bool)
+    for gate, kept in ((Gate("one_sided"), every), (Gate("two_sided"), every), (Gate("one_sided", 1.5), chosen)):
         optimiser.zero_grad()
         with adapter.per_sample() as rollouts:
             for part in (ids[:2], ids[2:]):
@@ -472,9 +472,8 @@ def test_gates_on_single_rollouts(module, ids, small_svd, basis):
         for index, found in enumerate(rollouts.rows):
             for n in range(3):
                 torch.testing.assert_close(found[:, n], rows[n][index], rtol=1e-3, atol=1e-6)
-        gate_rollouts(adapter, rollouts, optimiser.frames, gate, chosen_N=choice)
+        gate_each(adapter, rollouts, optimiser.frames, gate, kept)
         for index, (p, axes) in enumerate(zip(adapter.delta, optimiser.frames.axes, strict=True)):
-            kept = torch.ones(3, dtype=torch.bool) if choice is None else choice
             wanted = sum(gate.apply(rows[n][index], axes, 1) if kept[n] else rows[n][index].double() for n in range(3))
             torch.testing.assert_close(p.grad.double(), wanted, rtol=1e-3, atol=2e-6)
     shares = rollouts.cin(optimiser.frames)
@@ -485,18 +484,12 @@ def test_gates_on_single_rollouts(module, ids, small_svd, basis):
     torch.testing.assert_close(summed, rows[0][0] + rows[2][0], rtol=1e-3, atol=1e-6)
 
 
-def test_rollouts_that_cannot_be_gated_are_refused(module, ids, small_svd, basis):
+def test_rollouts_of_no_backward_pass_are_refused(module, small_svd, basis):
     adapter, optimiser = build(module, small_svd, basis)
     with adapter.per_sample() as rollouts:
         pass
     with pytest.raises(UsageError, match="inside per_sample"):
         rollouts.cin(optimiser.frames)
-    with adapter.per_sample() as rollouts:
-        loss_of(module, ids).backward()
-    with pytest.raises(UsageError, match="preserve_magnitude=True"):
-        gate_rollouts(adapter, rollouts, optimiser.frames, Gate("two_sided", preserve_magnitude=True))
-    with pytest.raises(UsageError, match="among 2 rollouts"):
-        gate_rollouts(adapter, rollouts, optimiser.frames, Gate(), chosen_N=torch.ones(2, dtype=torch.bool))
 
 
 def test_an_empty_basis_is_no_basis(module, small_svd):

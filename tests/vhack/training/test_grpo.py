@@ -7,8 +7,7 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from assay.vhack.delta import Frames
-from assay.vhack.delta._measures import share
+from assay.vhack.delta import Frames, share
 from assay.vhack.training import TrainLog, read_steps
 from assay.vhack.training._callback import StepLog, source_shares
 from assay.vhack.training._prepare import Prepared

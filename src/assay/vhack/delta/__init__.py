@@ -13,11 +13,10 @@ from assay.vhack.delta._arms import (
 )
 from assay.vhack.delta._controls import basis_of_kind
 from assay.vhack.delta._delta import DeltaS
-from assay.vhack.delta._frames import Frames, spread
+from assay.vhack.delta._frames import Frames, Measures, displacement, share, spread
 from assay.vhack.delta._gates import GATES, Box, Gate
 from assay.vhack.delta._groups import Group, grouped
-from assay.vhack.delta._measures import Measures, displacement, share
-from assay.vhack.delta._optimizer import ProjectedOptimizer, gate_rollouts
+from assay.vhack.delta._optimizer import ProjectedOptimizer
 from assay.vhack.delta._product import Kinds
 from assay.vhack.delta._rollouts import Rollouts
 
@@ -42,7 +41,6 @@ __all__ = [
     "basis_of_kind",
     "displaced",
     "displacement",
-    "gate_rollouts",
     "gated_gradient",
     "grouped",
     "modified",

@@ -4,7 +4,6 @@ Shapes: N pairs, R coordinates of δS, K axes.
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,7 +32,8 @@ def basis_of_kind(kind: str, gradients: PairGradients, *, top_k: int = 5, method
         return gradients.basis(top_k=top_k, method=method)
     if kind == TRUSTED:
         nothing = {name: torch.zeros_like(rows_NR) for name, rows_NR in gradients.clean.items()}
-        return _pairs(gradients, gradients.clean, nothing, gradients.groups).basis(top_k=top_k, method="svd")
+        made = PairGradients(gradients.clean, nothing, groups=gradients.groups, origin=gradients.origin)
+        return made.basis(top_k=top_k, method="svd")
     if kind == "random":
         return _random(gradients, top_k, seed)
     if kind == "shuffled":
@@ -69,7 +69,7 @@ def _shuffled(gradients: PairGradients, seed: int) -> PairGradients:
         return {name: torch.where(swapped_N1.to(first[name].device), second[name], first[name]) for name in first}
 
     hack, clean = gradients.hack, gradients.clean
-    return _pairs(gradients, chosen(hack, clean), chosen(clean, hack), gradients.groups)
+    return PairGradients(chosen(hack, clean), chosen(clean, hack), groups=gradients.groups, origin=gradients.origin)
 
 
 def _clean_clean(gradients: PairGradients, seed: int) -> PairGradients:
@@ -80,15 +80,9 @@ def _clean_clean(gradients: PairGradients, seed: int) -> PairGradients:
     if not second:
         raise UsageError("1 pair for clean-clean axes", wanted="at least two", do="use more pairs")
     clean = gradients.clean
-    return _pairs(
-        gradients,
+    return PairGradients(
         {name: rows_NR[first] for name, rows_NR in clean.items()},
         {name: rows_NR[second] for name, rows_NR in clean.items()},
-        [gradients.groups[index] for index in first],
+        groups=[gradients.groups[index] for index in first],
+        origin=gradients.origin,
     )
-
-
-def _pairs(
-    source: PairGradients, hack: dict[str, torch.Tensor], clean: dict[str, torch.Tensor], groups: Sequence[str]
-) -> PairGradients:
-    return PairGradients(hack, clean, groups=groups, origin=source.origin)

@@ -75,13 +75,7 @@ class DeltaS(nn.Module):
         adapter.merge().save_pretrained("trained")  # a plain model
     """
 
-    def __init__(
-        self,
-        model: "Model | PreTrainedModel",
-        svd: SVDCache | None = None,
-        *,
-        mode: str = "merged",
-    ) -> None:
+    def __init__(self, model: "Model | PreTrainedModel", svd: SVDCache | None = None, *, mode: str = "merged") -> None:
         super().__init__()
         if mode not in _MODES:
             raise UsageError(f"mode={mode!r} of the adapter", wanted=" or ".join(_MODES), do="choose one of them")
@@ -301,25 +295,25 @@ class DeltaS(nn.Module):
 
     @contextmanager
     def _originals(self) -> Iterator[None]:
-        if self.groups[0].is_sharded:
+        sharded = self.groups[0].is_sharded
+        if sharded:
             reshard(self.model)
             for group in self.groups:
                 group.restore()
-            try:
-                yield
-            finally:
-                reshard(self.model)
-                self._merge()
-            return
-        weights = [linear.weight for group in self.groups for linear in group.linears]
-        merged = [weight.data for weight in weights]
-        for weight, base in zip(weights, (base for group in self.groups for base in group.base), strict=True):
-            weight.data = base
+        else:
+            weights = [linear.weight for group in self.groups for linear in group.linears]
+            merged = [weight.data for weight in weights]
+            for weight, base in zip(weights, (base for group in self.groups for base in group.base), strict=True):
+                weight.data = base
         try:
             yield
         finally:
-            for weight, data in zip(weights, merged, strict=True):
-                weight.data = data
+            if sharded:
+                reshard(self.model)
+                self._merge()
+            else:
+                for weight, data in zip(weights, merged, strict=True):
+                    weight.data = data
 
     def _leave(self) -> "PreTrainedModel":
         self._undo.close()

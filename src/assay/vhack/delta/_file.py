@@ -35,14 +35,10 @@ _REDO = "attach the adapter to the model that the file was made with, with the s
 
 def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor]) -> None:
     """Write δS by module name; :meth:`DeltaS.save` calls it."""
-    values = {name: delta_R.cpu() for name, delta_R in delta.items()}
+    values = {name: delta_R.cpu().contiguous() for name, delta_R in delta.items()}
     probes = {_PROBE + name: rows for name, rows in _probes(groups, values).items()}
-    metadata = {
-        "schema": _SCHEMA,
-        "weights_sha256": _weights(groups),
-        "delta_sha256": _digest(values),
-    }
-    write_atomic(path, save({**{n: v.contiguous() for n, v in values.items()}, **probes}, metadata=metadata))
+    metadata = {"schema": _SCHEMA, "weights_sha256": _weights(groups), "delta_sha256": _digest(values)}
+    write_atomic(path, save({**values, **probes}, metadata=metadata))
 
 
 def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
@@ -96,7 +92,7 @@ def _probes(groups: Sequence[Group], values: dict[str, Tensor]) -> dict[str, Ten
     """Return ``(‖δW z‖, s·δW z)`` of every module; z and s are portable signs."""
     found: dict[str, Tensor] = {}
     for group in groups:
-        z_I, s_O = (_signs(text, size, group.left) for text, size in (("z", group.width), ("s", group.left.shape[1])))
+        z_I, s_O = _signs("z", group.right.shape[2], group.left), _signs("s", group.left.shape[1], group.left)
         delta_MR = torch.stack([values[name] for name in group.names]).to(group.left.device)
         along_MR = (group.right.float() @ z_I) * delta_MR
         change_MO = (group.left.float() @ along_MR.unsqueeze(2)).squeeze(2)

@@ -8,7 +8,7 @@ row o of W' needs row o of W and U, and all of δS and Vh, so nothing is sent.
 Shapes: M modules of a group, O outputs, I inputs, R coordinates of δS.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -52,11 +52,6 @@ class Group:
         return self.left.shape[2]
 
     @property
-    def width(self) -> int:
-        """Number I of inputs."""
-        return self.right.shape[2]
-
-    @property
     def is_sharded(self) -> bool:
         """Whether the weights are spread over processes, even while they are gathered."""
         return self._rows is not None or is_sharded(self.linears[0].weight)
@@ -81,7 +76,9 @@ class Group:
         weights = self._destinations()
         left_MOR = self.left if self._rows is None else self.left[:, self._rows]
         active_M = delta_MR.any(dim=1)
-        for part in self._chunks():
+        size = max(1, _CHUNK_BYTES // (self.left[0].numel() * self.left.element_size()))
+        for first in range(0, len(self.names), size):
+            part = slice(first, first + size)
             merged = _sum(self.base[part], left_MOR[part], delta_MR[part], self.right[part])
             merged = torch.where(active_M[part, None, None], merged, self.base[part])
             torch._foreach_copy_(weights[part], list(merged.unbind()))
@@ -90,10 +87,6 @@ class Group:
     def restore(self) -> None:
         """Write the weights as they were."""
         torch._foreach_copy_(self._destinations(), list(self.base.unbind()))
-
-    def _chunks(self) -> Iterator[slice]:
-        size = max(1, _CHUNK_BYTES // (self.left[0].numel() * self.left.element_size()))
-        yield from (slice(first, first + size) for first in range(0, len(self.names), size))
 
     def _destinations(self) -> list[Tensor]:
         """Return the weights of this process; the first time they are sharded, ``base`` is cut to the same rows."""
@@ -130,14 +123,14 @@ def grouped(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) ->
 
 
 def _group(names: list[str], modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> Group:
-    linears = tuple(modules[name] for name in names)
+    linears, each = tuple(modules[name] for name in names), [factors[name] for name in names]
     return Group(
         tuple(names),
         linears,
-        torch.stack([factors[name].left for name in names]),
-        torch.stack([factors[name].right for name in names]),
-        torch.stack([factors[name].values for name in names]),
-        tuple((factors[name].residual, factors[name].orthogonality) for name in names),
+        torch.stack([one.left for one in each]),
+        torch.stack([one.right for one in each]),
+        torch.stack([one.values for one in each]),
+        tuple((one.residual, one.orthogonality) for one in each),
         torch.stack([linear.weight.detach() for linear in linears]),
     )
 

@@ -8,13 +8,10 @@ An arm acts in one of two places.
 - Level ``"update"``: the gate acts on what the optimizer did, Δ = δS_new − δS_old, weight decay and momentum included.
   With ``two_sided`` the update is exactly outside the axes, whatever the optimizer.
 
-A box bounds the displacement from the start and works with either. A push is a constant step away from the hack: an
-open loop, there to compare the gates with.
-
-Shapes: M modules of a group, N rollouts, K axes, R coordinates of δS.
+Shapes: M modules of a group, K axes, R coordinates of δS.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +23,8 @@ from assay.errors import DataError, UsageError
 from assay.vhack.basis import Basis
 from assay.vhack.delta._arms import Arm, apply_arm, displaced, gated_gradient
 from assay.vhack.delta._delta import DeltaS
-from assay.vhack.delta._frames import Frames, spread
+from assay.vhack.delta._frames import Frames, Measures, displacement, share
 from assay.vhack.delta._gates import Box, Gate
-from assay.vhack.delta._measures import Measures, displacement, share
-from assay.vhack.delta._rollouts import Rollouts
 from assay.vhack.delta._sharding import local, local_rows, processes
 
 _KEY = "vhack"
@@ -178,7 +173,10 @@ class ProjectedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _average(self._gradients().values(), self.process_group)
+        if self.process_group is not None:
+            for gradient_MR in self._gradients().values():
+                dist.all_reduce(gradient_MR, group=self.process_group)
+                gradient_MR /= dist.get_world_size(self.process_group)
         raw = self._cloned_gradients()
         for index, gradient_MR in self._gradients().items():
             gradient_MR.copy_(gated_gradient(self.arm, gradient_MR, self._axes(index)))
@@ -237,14 +235,6 @@ class ProjectedOptimizer(Optimizer):
         return Measures(found)
 
 
-def _average(tensors: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> None:
-    """Replace tensors by their means over processes, if there are several."""
-    if process_group is not None:
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=process_group)
-            tensor /= dist.get_world_size(process_group)
-
-
 def _check(inner: Optimizer, adapter: DeltaS, max_norm: float | None) -> None:
     if max_norm is not None and not max_norm > 0:
         raise UsageError(f"max_norm={max_norm}", wanted="a positive number", do="leave it out for no clipping")
@@ -268,51 +258,3 @@ def _check_trainable(adapter: DeltaS) -> None:
             do="call adapter.delta.requires_grad_(True) after get_peft_model, and give the optimizer the parameters of "
             "LoRA too if they shall be trained",
         )
-
-
-@torch.no_grad()
-def gate_rollouts(
-    adapter: DeltaS,
-    rollouts: Rollouts,
-    frames: Frames,
-    gate: Gate,
-    *,
-    chosen_N: Tensor | None = None,
-    process_group: dist.ProcessGroup | None = None,
-) -> None:
-    """Remove from the summed gradient of the adapter, in place, what the gate removes from each rollout.
-
-    Call it after the backward pass, before a GradScaler has unscaled and before clipping, with an optimizer that does
-    not gate the gradient itself.
-
-    Args:
-        adapter: Adapter whose gradients are changed.
-        rollouts: Gradients per rollout, of the passes that made the summed gradient.
-        frames: Axes.
-        gate: What is removed along the axes; it may not preserve magnitudes, which are those of the sum, nor be
-            ``keep``.
-        chosen_N: Which rollouts are gated, [N] bool, for instance those whose `cin` is above a threshold; all if None.
-        process_group: Processes that the gradients were averaged over, if they were.
-
-    Raises:
-        UsageError: The gate preserves magnitudes or is ``keep``, or ``chosen_N`` has another length.
-    """
-    rows = rollouts.rows
-    if gate.preserve_magnitude or gate.kind == "keep":
-        raise UsageError(f"{gate} for single rollouts", wanted="a gate that removes a part", do="gate the sum instead")
-    if chosen_N is not None and len(chosen_N) != rows[0].shape[1]:
-        raise UsageError(
-            f"a choice among {len(chosen_N)} rollouts",
-            wanted=f"one among {rows[0].shape[1]}",
-            do="choose among those of this step",
-        )
-    for parameter, rows_MNR, axes_MKR in zip(adapter.delta, rows, frames.axes, strict=True):
-        coordinates_MNK = gate.coefficients(rows_MNR.double() @ axes_MKR.transpose(1, 2))
-        if chosen_N is not None:
-            coordinates_MNK = coordinates_MNK * chosen_N.to(rows_MNR.device)[:, None]
-        coordinates_MK = coordinates_MNK.sum(dim=1)
-        _average([coordinates_MK], process_group)
-        if parameter.grad is not None:
-            removed_MR = spread(axes_MKR, coordinates_MK)[local_rows(parameter.grad)]
-            gradient_MR = local(parameter.grad)
-            gradient_MR.copy_(gradient_MR.double() - removed_MR)

@@ -1,8 +1,7 @@
 """Gradients of single rollouts, taken from the one backward pass of all of them.
 
 A gate on the sum of all rollouts cannot tell a hack from an honest solution that pulls the other way: they cancel
-before it looks. Here it looks at each rollout's own gradient g_b. What it removes, ``Σ_b Vᵀ c_b`` with c_b the gated
-coordinates of g_b, is then subtracted from the summed gradient (`gate_rollouts`).
+before it looks. With the gradients of single rollouts it can look at each.
 
 Shapes: M modules of a group, N rollouts, B of them in one backward pass, K axes, R coordinates of δS.
 """
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import UsageError
-from assay.vhack.delta._frames import Frames
-from assay.vhack.delta._measures import share
+from assay.vhack.delta._frames import Frames, share
 from assay.vhack.delta._product import Kinds
 
 
