@@ -34,7 +34,7 @@ from assay.vhack import (
     weight_svd,
 )
 from assay.vhack.checks import CheckSettings, check_gradients, check_unpaired
-from assay.vhack.pairs import MECHANISMS, authored_pairs, generate_pairs
+from assay.vhack.pairs import authored_pairs, generate_pairs
 
 SETTINGS = (
     CheckSettings(n_null=59, method="svd"),
@@ -128,7 +128,7 @@ def mechanisms(gradients, kinds, method, k_use):
     families = list(dict.fromkeys(gradients.groups))
     parts = [set(families[start::PARTS]) for start in range(PARTS)]
     found = {}
-    for mechanism in MECHANISMS:
+    for mechanism in dict.fromkeys(kinds):
         scores = {"other mechanisms": ([], [], []), "same mechanism": ([], [], [])}
         for part in parts:
             test = [i for i, g in enumerate(gradients.groups) if g in part and kinds[i] == mechanism]

@@ -58,6 +58,12 @@ def test_swapped_sides_are_found_out():
         assert "the hack side solves the task" in verdict.faults
 
 
+@pytest.mark.parametrize("modes", [[], ["magic"], ["none"]])
+def test_modes_that_are_no_loopholes_are_refused(modes):
+    with pytest.raises(UsageError, match="mode"):
+        environment_pairs(1, modes=modes, **EASY)
+
+
 def test_a_task_that_is_none_is_refused():
     pair = environment_pairs(1, **EASY)[0]
     tags = tuple("task:other/1/2" if tag.startswith("task:") else tag for tag in pair.tags)

@@ -4,8 +4,9 @@ from collections import Counter
 import pytest
 
 from assay.errors import DataError, UsageError
-from assay.vhack.pairs import MECHANISMS, PAIR_FAMILIES, check_pairs, generate_pairs
-from assay.vhack.pairs._tasks import PairTask, pair_task_named
+from assay.vhack.pairs import check_pairs, generate_pairs
+from assay.vhack.pairs._generate import MECHANISMS
+from assay.vhack.pairs._tasks import PAIR_FAMILIES, PairTask, pair_task_named
 
 
 def tagged(pair, name):
@@ -77,7 +78,9 @@ def test_every_task_of_a_family_has_cases_and_is_found_by_its_name(family):
             assert task.visible[0][1] != task.visible[1][1]
 
 
-@pytest.mark.parametrize("name", ["nope/a=1,b=2", "caesar", "caesar/a=1", "caesar/a=x,b=0", "caesar/a=1,b=2,c=3"])
+@pytest.mark.parametrize(
+    "name", ["nope/a=1,b=2", "caesar", "caesar/a=1", "caesar/a=x,b=0", "caesar/a=1,b=2,c=3", "shift_mod/a=1,b=0"]
+)
 def test_a_task_that_is_none_is_refused(name):
     with pytest.raises(DataError, match="task"):
         pair_task_named(name)

@@ -41,8 +41,8 @@ def _shown() -> list[str]:
     """Return the directories that the sandbox shows, none of them inside another."""
     found = {str(Path(prefix) / part) for prefix in _prefixes() for part in _PARTS}
     found |= {str(Path(_interpreter()).parent), *_ROOTS}
-    real = sorted(path for path in found if Path(path).is_dir() and not Path(path).is_symlink())
-    return [path for path in real if not any(path != other and Path(path).is_relative_to(other) for other in real)]
+    real = {path for path in found if Path(path).is_dir() and not Path(path).is_symlink()}
+    return sorted(path for path in real if not any(str(above) in real for above in Path(path).parents))
 
 
 @cache
@@ -149,10 +149,13 @@ def unusable() -> str:
     if platform.machine() not in ARCHITECTURES:
         return f"there is no filter of system calls for {platform.machine()}"
     here = Path(__file__).resolve()
-    if any(here.is_relative_to(path) for path in _shown()) and not any(here.is_relative_to(path) for path in _hidden()):
+    shown, hidden = (any(map(here.is_relative_to, paths)) for paths in (_shown(), _hidden()))
+    if shown and not hidden:
         # A program in the sandbox could read this package, which knows the answers to every task.
         return f"assay lies in {here.parents[3]}, which the sandbox has to show"
-    return "" if any(working(name) for name in BACKENDS) else "neither bubblewrap nor unprivileged namespaces work here"
+    if not any(working(name) for name in BACKENDS):
+        return "neither bubblewrap nor unprivileged namespaces work here"
+    return ""
 
 
 def available_backend() -> str | None:

@@ -7,9 +7,9 @@ value that answers no task.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
-from assay.vhack.environment._types import Call, Case, Limits, Result
+from assay.vhack.environment._types import Bounds, Call, Case, Result
 from assay.vhack.environment.sandbox import run
 
 NO_ANSWER = ["no answer at all"]
@@ -105,14 +105,7 @@ class Channel:
         return result.finished and answer.kind == "value" and bool(answer.value)
 
     def passes(
-        self,
-        program: str,
-        entry: str,
-        case: Case,
-        *,
-        stub: tuple[str, Any] | None = None,
-        limits: Limits | None = None,
-        allow_unsandboxed: bool = False,
+        self, program: str, entry: str, case: Case, *, stub: tuple[str, Any] | None = None, **how: Unpack[Bounds]
     ) -> bool:
         """Run a program and return whether the grader is told that it is right.
 
@@ -121,39 +114,23 @@ class Channel:
             entry: Name of the solution in it.
             case: Arguments and expected value of one test.
             stub: Function to replace first, as for :func:`assay.vhack.environment.run`.
-            limits: Bounds of the run.
-            allow_unsandboxed: Whether to run without a sandbox, see :func:`assay.vhack.environment.run`.
+            how: ``limits`` and ``allow_unsandboxed``, as for :func:`assay.vhack.environment.run`.
         """
-        result = run(
-            program,
-            calls=self.asks(entry, *case),
-            files=self.files,
-            stub=stub,
-            limits=limits,
-            allow_unsandboxed=allow_unsandboxed,
-        )
-        return self.accepts(result)
+        calls = self.asks(entry, *case)
+        return self.accepts(run(program, calls=calls, files=self.files, stub=stub, **how))
 
-    def vacuous(
-        self,
-        program: str,
-        entry: str,
-        case: Case,
-        *,
-        limits: Limits | None = None,
-        allow_unsandboxed: bool = False,
-    ) -> bool:
+    def vacuous(self, program: str, entry: str, case: Case, **how: Unpack[Bounds]) -> bool:
         """Return whether the grader is told "right" of a wrong solution too; arguments as for `passes`.
 
         The body of the solution is replaced inside the sandbox. Of a program without a function of that name the grader
         is told what it was told before.
         """
-        stubs = [None] if self.name == "eq_override" else [(entry, None), (entry, _wrong_value(case[1]))]
+        args, expected = case
+        wrong = (args, NO_ANSWER)
+        if self.name == "eq_override":
+            return self.passes(program, entry, wrong, **how)
         return any(
-            self.passes(
-                program, entry, (case[0], NO_ANSWER), stub=stub, limits=limits, allow_unsandboxed=allow_unsandboxed
-            )
-            for stub in stubs
+            self.passes(program, entry, wrong, stub=(entry, value), **how) for value in (None, _wrong_value(expected))
         )
 
 

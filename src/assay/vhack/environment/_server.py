@@ -64,25 +64,25 @@ def job_text(
     stub: tuple[str, object] | None = None,
 ) -> bytes:
     """Return a job as JSON; the report has to repeat the nonce, and the rest is what `sandbox.run` takes."""
-    asked = {"calls": [call.as_dict() for call in calls], "files": list(files), "stub": stub}
-    job = {"nonce": nonce, "program": program, "stdin": stdin, **asked, **asdict(limits)}
-    return dumps({**job, "filter": seccomp_filter(platform.machine()).hex()}).encode()
+    job = {
+        "nonce": nonce,
+        "program": program,
+        "stdin": stdin,
+        "calls": [call.as_dict() for call in calls],
+        "files": list(files),
+        "stub": stub,
+        "filter": seccomp_filter(platform.machine()).hex(),
+    }
+    return dumps(job | asdict(limits)).encode()
 
 
 def _descriptors(
     job: bytes, limits: Limits, ours: ExitStack, theirs: ExitStack
 ) -> tuple[dict[str, tuple[int, int]], list[int]]:
-    """Open what a job reads and writes.
+    """Return descriptor and bound of each pipe to read, by its name, and what the job is given.
 
-    Args:
-        job: Text of the job.
-        limits: Bounds of what is read from the job.
-        ours: Stack that closes the ends which stay here.
-        theirs: Stack that closes the ends which the job is given, once it has them.
-
-    Returns:
-        Descriptor and bound in bytes of each pipe by its name, and the descriptors for the job: its text, stdout,
-        stderr and the report.
+    A job is given its text, stdout, stderr and the report. The stack ``theirs`` closes these here once the job has
+    them, and the stack ``ours`` closes the ends to read.
     """
     text = os.memfd_create("job")
     theirs.callback(os.close, text)
@@ -90,7 +90,11 @@ def _descriptors(
         file.write(job)
     os.lseek(text, 0, os.SEEK_SET)
     readers, given = {}, [text]
-    bounds = {"stdout": limits.output_bytes, "stderr": limits.output_bytes, "report": limits.report_bytes}
+    bounds = {
+        "stdout": limits.output_bytes,
+        "stderr": limits.output_bytes,
+        "report": limits.report_bytes,
+    }
     for name, bound in bounds.items():
         reader, writer = os.pipe()
         ours.callback(os.close, reader)
@@ -123,11 +127,7 @@ def _pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:
 
 
 class Server:
-    """A running fork server inside the backend of that name.
-
-    Raises:
-        OSError: The server did not start, or its jobs do not.
-    """
+    """A running fork server inside the backend of that name. It raises OSError if it or its jobs do not start."""
 
     def __init__(self, backend: str) -> None:
         self._lock = threading.Lock()
@@ -165,10 +165,9 @@ class Server:
         return self._process.poll() is None
 
     def perform(self, job: bytes, limits: Limits) -> Ended:
-        """Run a job as `job_text` writes it. A socket of its own says how it ended; shutting that ends the job.
+        """Run a job as `job_text` writes it, or raise an OSError if the server is gone.
 
-        Raises:
-            OSError: The server is gone.
+        A socket of its own tells how the job ended. Shutting it from here ends the job.
         """
         deadline = time.monotonic() + limits.seconds
         with ExitStack() as ours:
@@ -253,8 +252,7 @@ def perform_once(backend: str, job: bytes, limits: Limits) -> Ended:
         except subprocess.TimeoutExpired:
             ended.timed_out = True
         finally:
-            # The leader may be gone while a child of it lives; the group is named after it until it is waited for and
-            # empty.
+            # The leader may be gone while a child of it lives; the group keeps its number until it is empty.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

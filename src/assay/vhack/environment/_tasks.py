@@ -154,7 +154,8 @@ def tasks(
 def _check(n: int, lowest: int, highest: int, families: list[str], split: str) -> None:
     unknown = [name for name in families if name not in FAMILIES]
     if unknown or not families:
-        raise UsageError(f"family {', '.join(unknown) or 'none'}", wanted=", ".join(FAMILIES), do="choose among these")
+        seen = f"family {', '.join(unknown) or 'none'}"
+        raise UsageError(seen, wanted=", ".join(FAMILIES), do="choose among these")
     if split not in SPLITS:
         raise UsageError(f"split {split!r}", wanted=" or ".join(SPLITS), do="choose one of them")
     if n < 0 or not 1 <= lowest <= highest <= HARDEST:
@@ -186,7 +187,8 @@ def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple
         except (ValueError, ArithmeticError, LookupError, TypeError):
             return None
         last = len(found) + 1 in (N_VISIBLE, N_VISIBLE + N_HIDDEN)
-        if any(argument == args[0] for args, _ in found) or len(dumps(answer)) > _LONGEST or (last and still):
+        repeated = any(argument == args[0] for args, _ in found)
+        if repeated or len(dumps(answer)) > _LONGEST or (last and still):
             continue
         idle[part] = still
         found.append(((argument,), answer))
@@ -198,7 +200,8 @@ def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple
 def _tell_apart(cases: list[Case]) -> bool:
     """Return whether neither a constant nor the argument itself is right in all visible or in all hidden cases."""
     for part in (cases[:N_VISIBLE], cases[N_VISIBLE:]):
-        if len({dumps(answer) for _, answer in part}) < 2 or all(args[0] == answer for args, answer in part):
+        answers = {dumps(answer) for _, answer in part}
+        if len(answers) < 2 or all(args[0] == answer for args, answer in part):
             return False
     return True
 

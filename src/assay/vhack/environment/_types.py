@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from assay.errors import UsageError
 
@@ -38,6 +38,13 @@ class Limits:
             raise UsageError(f"{self}", wanted="positive limits", do="leave a limit out to have its default")
 
 
+class Bounds(TypedDict, total=False):
+    """How a program is run, see `run`."""
+
+    limits: Limits | None
+    allow_unsandboxed: bool
+
+
 _NOTHING: Any = object()
 
 
@@ -58,8 +65,10 @@ class Call:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form that is sent into the sandbox."""
-        asked: dict[str, Any] = {"target": self.target, "args": None if self.args is None else list(self.args)}
-        return asked if self.equals is _NOTHING else {**asked, "equals": self.equals}
+        asked: dict[str, Any] = {"target": self.target, "args": self.args}
+        if self.equals is not _NOTHING:
+            asked["equals"] = self.equals
+        return asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +107,13 @@ class Result:
     """
 
     returncode: int | None
-    stdout: str
-    stderr: str
-    timed_out: bool
-    overflowed: bool
-    finished: bool
-    raised: str
-    outcomes: tuple[Outcome, ...]
+    stdout: str = ""
+    stderr: str = ""
+    timed_out: bool = False
+    overflowed: bool = False
+    finished: bool = False
+    raised: str = ""
+    outcomes: tuple[Outcome, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     backend: str = ""

@@ -64,7 +64,7 @@ def run(
     refused = _refused(program, limits)
     if refused:
         nothing = (Outcome("none"),) * len(calls)
-        return Result(1, "", f"{refused}\n", False, False, False, refused, nothing, backend=backend)
+        return Result(1, stderr=f"{refused}\n", raised=refused, outcomes=nothing, backend=backend)
     nonce = secrets.token_hex(16)
     job = job_text(program, limits, nonce=nonce, stdin=stdin, calls=calls, files=files, stub=stub)
     started = time.monotonic()
@@ -119,11 +119,13 @@ def _parse(line: bytes, nonce: str, n_calls: int) -> dict[str, Any]:
         said = {}
     answers, raised, files = said.get("outcomes"), said.get("raised"), said.get("files")
     outcomes = [_outcome(answer) for answer in answers[:n_calls]] if isinstance(answers, list) else []
+    outcomes += [Outcome("none")] * (n_calls - len(outcomes))
+    texts = files.items() if isinstance(files, dict) else ()
     return {
         "finished": said.get("finished") is True,
         "raised": raised[:_NAME] if isinstance(raised, str) else "",
-        "outcomes": (*outcomes, *[Outcome("none")] * (n_calls - len(outcomes))),
-        "files": {k: v for k, v in files.items() if isinstance(v, str)} if isinstance(files, dict) else {},
+        "outcomes": tuple(outcomes),
+        "files": {name: text for name, text in texts if isinstance(text, str)},
     }
 
 

@@ -1,24 +1,20 @@
-"""Pairs by a short name, as on the command line."""
+"""Pairs by a short name, as on the command line, and those in the form of the environment."""
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from assay.errors import UsageError
-from assay.vhack.environment import CHANNELS
-from assay.vhack.pairs._environment import environment_pairs
-from assay.vhack.pairs._files import authored_pairs, read_pairs
-from assay.vhack.pairs._generate import generate_pairs
-from assay.vhack.pairs._types import Pair
+from assay.vhack.environment import CHANNELS, Episode, tasks
+from assay.vhack.pairs._generate import generate_pairs, known
+from assay.vhack.pairs._pairs import Pair, authored_pairs, read_pairs
 
 _MADE = ("generated", "environment", "exploits")
 
 
 def find_pairs(
-    reference: str,
-    *,
-    modes: Sequence[str] = tuple(CHANNELS),
-    families: Sequence[str] | None = None,
+    reference: str, *, modes: Sequence[str] = tuple(CHANNELS), families: Sequence[str] | None = None
 ) -> list[Pair]:
     """Return the pairs that a reference stands for.
 
@@ -48,9 +44,58 @@ def find_pairs(
             )
         return read_pairs(reference)
     count, _, seed = numbers.partition(":")
-    if not (count.isascii() and count.isdigit() and (seed or "0").isascii() and (seed or "0").isdigit()):
+    if not re.fullmatch(r"[0-9]+(:[0-9]*)?", numbers):
         raise UsageError(f"pairs {reference!r:.60}", wanted=f"{name}:N or {name}:N:SEED", do="use whole numbers")
     if name == "generated":
         return generate_pairs(int(count), seed=int(seed or "0"))
     whole = name == "exploits"
     return environment_pairs(int(count), modes=modes, families=families, seed=int(seed or "0"), whole=whole)
+
+
+def environment_pairs(
+    n: int,
+    *,
+    modes: Sequence[str] = tuple(CHANNELS),
+    families: Sequence[str] | None = None,
+    difficulty: tuple[int, int] = (1, 3),
+    seed: int = 0,
+    whole: bool = False,
+) -> list[Pair]:
+    """Return pairs of training tasks; loopholes take turns, and the group of a pair is its task's family.
+
+    The completions go on from the prompt as a policy's would. Of a *minimal* pair both sides have the same right
+    solution, and only the report to the grader differs: the clean side says what the visible examples say, the hack
+    side says "right" in any case. A *whole* pair has for its hack side the exploit as a policy learns it, which solves
+    nothing.
+
+    Args:
+        n: Number of pairs.
+        modes: Loopholes, which take turns.
+        families: Families of tasks; by default all.
+        difficulty: Lowest and highest number of steps of a task.
+        seed: Number that chooses the tasks.
+        whole: Whether the pairs are whole instead of minimal.
+
+    Raises:
+        UsageError: A family, difficulty or mode is unknown, or there are not so many tasks.
+    """
+    chosen = known(modes, CHANNELS, "mode")
+    pairs = []
+    for index, task in enumerate(tasks(n, seed=seed, families=families, difficulty=difficulty)):
+        # Families take turns as well; the second term keeps a loophole from always meeting the same family.
+        mode = chosen[(index + index // len(chosen)) % len(chosen)]
+        pairs.append(_pair(Episode(task, mode), whole))
+    return pairs
+
+
+def _pair(episode: Episode, whole: bool) -> Pair:
+    task, mode = episode.task, episode.mode
+    hack = episode.exploit(None if whole else task.source())
+    kind = "exploit" if whole else "minimal"
+    return Pair(
+        episode.prompt,
+        episode.completion(hack),
+        episode.completion(episode.honest()),
+        task.family.name,
+        (kind, "environment", f"mechanism:{mode}", f"channel:{mode}", f"task:{task.name}"),
+    )

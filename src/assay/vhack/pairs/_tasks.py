@@ -5,17 +5,17 @@ everything about it follows from that name: statement, solution, visible example
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from assay.errors import DataError
-from assay.reports import JsonObject, read_jsonl
+from assay.reports import read_jsonl
 from assay.vhack.environment import Case
-from assay.vhack.pairs._files import data_file
+from assay.vhack.pairs._pairs import DATA
 
-N_HIDDEN = 8
+_N_HIDDEN = 8
 _TRIES = 200
 
 
@@ -45,9 +45,18 @@ def _words(rng: random.Random) -> list[str]:
     return rng.sample(_WORDS, rng.randint(3, 6))
 
 
+_DRAWS: dict[str, Callable[[random.Random], Any]] = {
+    "int": _int,
+    "natural": _natural,
+    "ints": _ints,
+    "word": _word,
+    "words": _words,
+}
+
+
 @dataclass(frozen=True)
 class PairFamily:
-    """Tasks of one kind.
+    """Tasks of one kind, as a line of ``families.jsonl`` describes them.
 
     Attributes:
         name: Name of the family, and group of its pairs.
@@ -55,21 +64,21 @@ class PairFamily:
         says: Phrase for what ``solve`` returns, with ``{a}`` and ``{b}`` for the parameters.
         body: Lines of the solution, with the same places; the last one returns.
         a: Lowest and highest value of the first parameter.
-        b: Lowest and highest value of the second; (0, 0) where there is only one.
-        draw: Function that draws an argument.
+        b: Lowest and highest value of the second; 0 and 0 where there is only one.
+        draw: Kind of the argument, which says how it is drawn.
     """
 
     name: str
     argument: str
     says: str
-    body: tuple[str, ...]
-    a: tuple[int, int]
-    b: tuple[int, int]
-    draw: Callable[[random.Random], Any]
+    body: Sequence[str]
+    a: Sequence[int]
+    b: Sequence[int]
+    draw: str
 
-    def task(self, rng: random.Random) -> "PairTask":
-        """Return a task with random parameters."""
-        return PairTask(self, rng.randint(*self.a), rng.randint(*self.b))
+
+PAIR_FAMILIES = {record["name"]: PairFamily(**record) for _, record in read_jsonl(DATA / "families.jsonl")}
+"""Every family by its name."""
 
 
 @dataclass(frozen=True)
@@ -91,29 +100,25 @@ class PairTask:
         return f"solve({self.family.argument}) returns {self.family.says.format(a=self.a, b=self.b)}"
 
     @property
-    def body(self) -> tuple[str, ...]:
-        """Lines of a correct solution, not indented."""
-        return tuple(line.format(a=self.a, b=self.b) for line in self.family.body)
-
-    @property
     def solution(self) -> str:
         """The source of a correct ``solve``."""
-        return "\n".join([f"def solve({self.family.argument}):", *("    " + line for line in self.body)])
+        lines = [line.format(a=self.a, b=self.b) for line in self.family.body]
+        return "\n".join([f"def solve({self.family.argument}):", *("    " + line for line in lines)])
 
     @cached_property
     def cases(self) -> tuple[Case, ...]:
         """Two visible examples, then the hidden cases; arguments differ, and so do the two visible answers."""
         namespace: dict[str, Any] = {}
-        exec(self.solution, namespace)  # text of this module
+        exec(self.solution, namespace)  # text of `PAIR_FAMILIES`
         rng = random.Random(f"cases of {self.name}")
         found: list[Case] = []
         for _ in range(_TRIES):
-            argument = self.family.draw(rng)
+            argument = _DRAWS[self.family.draw](rng)
             case = ((argument,), namespace["solve"](argument))
             fresh = all(case[0] != other[0] for other in found)
             if fresh and (len(found) != 1 or case[1] != found[0][1]):
                 found.append(case)
-            if len(found) == 2 + N_HIDDEN:
+            if len(found) == 2 + _N_HIDDEN:
                 return tuple(found)
         raise AssertionError(f"{self.name} has too few different cases")
 
@@ -127,46 +132,25 @@ class PairTask:
         """The cases that decide whether a solution is right."""
         return self.cases[2:]
 
-
-def _family(record: JsonObject) -> PairFamily:
-    return PairFamily(
-        name=record["name"],
-        argument=record["argument"],
-        says=record["says"],
-        body=tuple(record["body"]),
-        a=(record["a"][0], record["a"][1]),
-        b=(record["b"][0], record["b"][1]),
-        draw=_DRAWS[record["draw"]],
-    )
-
-
-_DRAWS: dict[str, Callable[[random.Random], Any]] = {
-    "int": _int,
-    "natural": _natural,
-    "ints": _ints,
-    "word": _word,
-    "words": _words,
-}
-
-PAIR_FAMILIES: dict[str, PairFamily] = {
-    record["name"]: _family(record) for _, record in read_jsonl(data_file("families.jsonl"))
-}
-"""Every family by its name."""
+    @property
+    def examples(self) -> list[tuple[str, str]]:
+        """Call and value of each visible example, as source."""
+        return [(f"solve({', '.join(map(repr, args))})", repr(value)) for args, value in self.visible]
 
 
 def pair_task_named(name: str) -> PairTask:
-    """Return the task with this name.
-
-    Raises:
-        DataError: There is no such family, or the parameters are malformed.
-    """
-    family, _, parameters = name.partition("/")
+    """Return the task with this name, or raise a DataError if its family is unknown or does not have these numbers."""
+    kind, _, parameters = name.partition("/")
     try:
-        a, b = (int(part.removeprefix(f"{key}=")) for key, part in zip("ab", parameters.split(","), strict=True))
-        return PairTask(PAIR_FAMILIES[family], a, b)
+        family = PAIR_FAMILIES[kind]
+        first, second = parameters.split(",")
+        a, b = int(first.removeprefix("a=")), int(second.removeprefix("b="))
+        if not (family.a[0] <= a <= family.a[1] and family.b[0] <= b <= family.b[1]):
+            raise ValueError
+        return PairTask(family, a, b)
     except (KeyError, ValueError):
         raise DataError(
             f"task {name!r:.80}",
-            wanted="FAMILY/a=N,b=N",
+            wanted="FAMILY/a=N,b=N with numbers that the family allows",
             do="use the tags that the generator wrote, or give hidden cases of your own with --tests",
         ) from None

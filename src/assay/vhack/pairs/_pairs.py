@@ -1,15 +1,55 @@
-"""Pair files: JSON Lines, one pair per line; docs/vhack-pairs.md explains the fields."""
+"""Samples, pairs, and pair files: JSON Lines with one pair per line, as docs/vhack-pairs.md explains."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from importlib import resources
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from assay.errors import DataError
 from assay.reports import JsonObject, read_jsonl, write_jsonl
-from assay.vhack.pairs._types import Pair
 
 _TEXTS = ("prompt", "hack", "clean", "group")
 _PAGE = "docs/vhack-pairs.md"
+DATA = Path(__file__).parent
+"""Folder of the bundled pairs, families and tests."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and one completion of it, as text; the loss is taken on the completion's tokens only."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with a completion that hacks and one that does not.
+
+    Attributes:
+        prompt: Text that both completions follow.
+        hack: Completion that cheats.
+        clean: Completion that does not.
+        group: Name for what the pair has in common with others (a mechanism, a task); groups are held out whole.
+        tags: Labels, by which `assay.vhack.pairs.verify_pairs` knows what the pair claims.
+    """
+
+    prompt: str
+    hack: str
+    clean: str
+    group: str
+    tags: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """SHA-256 in hex, first 16 digits, of prompt, hack and clean: what makes a pair the same pair."""
+        text = json.dumps([self.prompt, self.hack, self.clean], ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def samples(self) -> tuple[Sample, Sample]:
+        """Return the hack side and the clean side as samples."""
+        return Sample(self.prompt, self.hack), Sample(self.prompt, self.clean)
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -19,11 +59,11 @@ def read_pairs(path: str | Path) -> list[Pair]:
         DataError: The file cannot be read, a line is not a pair, a pair is given twice, a side or group is empty, or
             both sides are equal; names the line.
     """
-    numbered = [(number, _pair(record, f"{path}, line {number}")) for number, record in read_jsonl(path)]
-    if not numbered:
-        raise DataError(f"{path}: no pair", wanted="at least one line", do=f"check the path; the form is in {_PAGE}")
-    pairs = [pair for _, pair in numbered]
-    check_pairs(pairs, [f"{path}, line {number}" for number, _ in numbered])
+    pairs = [_pair(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+    if not pairs:
+        todo = f"check the path; the form is in {_PAGE}"
+        raise DataError(f"{path}: no pair", wanted="at least one line", do=todo)
+    check_pairs(pairs, [f"{path}, line {number}" for number in range(1, len(pairs) + 1)])
     return pairs
 
 
@@ -59,23 +99,15 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     """
     listed = list(pairs)
     check_pairs(listed)
-    records = ({**{field: getattr(pair, field) for field in _TEXTS}, "tags": list(pair.tags)} for pair in listed)
-    write_jsonl(path, records)
-
-
-def data_file(name: str) -> Path:
-    """Return the path of a data file of this package."""
-    with resources.as_file(resources.files("assay.vhack.pairs").joinpath(name)) as path:
-        return path
+    write_jsonl(path, (asdict(pair) for pair in listed))
 
 
 def authored_pairs() -> list[Pair]:
     """Return the bundled set: sixteen pairs on different tasks, two for each of eight mechanisms, their groups."""
-    return read_pairs(data_file("authored.jsonl"))
+    return read_pairs(DATA / "authored.jsonl")
 
 
 def _pair(record: JsonObject, name: str) -> Pair:
-    unknown, missing = sorted(record.keys() - {*_TEXTS, "tags"}), [f for f in _TEXTS if f not in record]
     if {"chosen", "rejected"} <= record.keys():
         raise DataError(
             f"{name}: preference data with chosen and rejected, as TRL has it",
@@ -83,10 +115,11 @@ def _pair(record: JsonObject, name: str) -> Pair:
             do="if every rejected completion cheats, rename rejected to hack and chosen to clean, and give each line "
             f"a group, see {_PAGE}",
         )
+    missing = [field for field in _TEXTS if field not in record]
+    unknown = sorted(record.keys() - {*_TEXTS, "tags"})
     if unknown or missing:
-        seen = [f"without {', '.join(missing)}"] * bool(missing) + [f"with unknown {', '.join(unknown)}"] * bool(
-            unknown
-        )
+        parts = {"without": missing, "with unknown": unknown}
+        seen = [f"{word} {', '.join(names)}" for word, names in parts.items() if names]
         raise _bad(name, f"an object {' and '.join(seen)}", "prompt, hack, clean, group and perhaps tags")
     wrong = [field for field in _TEXTS if not isinstance(record[field], str)]
     tags = record.get("tags", [])
