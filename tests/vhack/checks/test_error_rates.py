@@ -12,7 +12,7 @@ from assay.stats import auroc
 from assay.vhack import cin
 from assay.vhack.checks import CHECKS, check_gradients
 from assay.vhack.checks._folds import cross_fit
-from assay.vhack.checks._types import CheckSettings
+from assay.vhack.checks._judge import CheckSettings
 
 SEEDS = 200
 

@@ -1,9 +1,8 @@
 """Bases of hack directions: from the gradients of pairs to axes per module, and their files."""
 
-from assay.vhack.basis._axes import METHODS, shrinkage
-from assay.vhack.basis._basis import Basis, cin, cin_over_modules
+from assay.vhack.basis._axes import METHODS, cin, cin_over_modules, shrinkage
+from assay.vhack.basis._basis import Basis, Origin
 from assay.vhack.basis._extract import extract, pair_gradients, select_pairs, split_pairs
-from assay.vhack.basis._file import Origin
 from assay.vhack.basis._paired import PairGradients
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""From the differences of one module to its axes: the linear algebra, and which way each axis points.
+"""From the differences of one module to its axes, and from axes to the share of a gradient along them.
 
 ``D = G_hack − G_clean`` has few rows and many columns, so everything goes through its Gram matrix ``K = D Dᵀ``, in
 float64: with ``K = P Λ Pᵀ`` the singular values are ``√Λ`` and the right singular vectors ``Λ^(−1/2) Pᵀ D``. Rows of
@@ -7,10 +7,14 @@ float64: with ``K = P Λ Pᵀ`` the singular values are ``√Λ`` and the right 
 Shapes: N pairs, R coordinates of δS in the module (its rank), K axes, M directions with clean variance.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from assay.errors import UsageError
+from assay.vhack.basis._basis import Basis
 
 METHODS = ("lda", "mean-diff", "svd")
 
@@ -146,3 +150,61 @@ def _oriented(rows_NR: Tensor, axes_KR: Tensor, values_K: Tensor) -> ModuleAxes:
     votes_K2 = torch.where(flip_K[:, None], torch.stack([against_K, for_K], 1), torch.stack([for_K, against_K], 1))
     turned_KR = torch.where(flip_K[:, None], -axes_KR, axes_KR)
     return ModuleAxes(turned_KR.float(), values_K.float(), votes_K2)
+
+
+def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tensor:
+    """Return the share of each gradient that lies along the axes of its module, [N], from 0 to 1.
+
+    ``‖relu(V g)‖ / ‖g‖``: only what points hack-ward counts, which is what the one-sided gate removes. Two-sided it is
+    ``‖V g‖ / ‖g‖``. A zero gradient has share 0.
+
+    Args:
+        gradients_NR: Gradients, one per row.
+        axes_KR: Orthonormal rows; zero rows add nothing.
+        two_sided: Whether both signs count.
+    """
+    share_N: Tensor = _along(gradients_NR, axes_KR, two_sided) / _positive(gradients_NR.norm(dim=1))
+    return share_N
+
+
+def _along(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool) -> Tensor:
+    along_NK: Tensor = gradients_NR @ axes_KR.to(gradients_NR).T
+    along_N: Tensor = (along_NK if two_sided else along_NK.relu()).norm(dim=1)
+    return along_N
+
+
+def _positive(lengths: Tensor) -> Tensor:
+    """Return the lengths to divide by: 1 instead of 0."""
+    return torch.where(lengths > 0, lengths, 1.0)
+
+
+def cin_over_modules(
+    gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False, weighting: str = "equal"
+) -> Tensor:
+    """Return one number per sample over all modules of the basis, [N].
+
+    Args:
+        gradients: Gradients, [N, R] per module name; modules that the basis does not have are left out.
+        basis: Basis with the axes.
+        two_sided: Whether both signs count, as in :func:`cin`.
+        weighting: Way of taking the mean. ``"equal"`` is the mean of cin over the modules. ``"energy"`` is
+            ``√(Σ‖relu(V g)‖² / Σ‖g‖²)``, in which small modules do not count as much as large ones.
+
+    Raises:
+        UsageError: A module of the basis has no gradients, or the weighting is neither of the two.
+    """
+    missing = [name for name in basis.axes if name not in gradients]
+    if missing or not basis.axes:
+        raise UsageError(
+            f"no gradients of {missing[0]}" if missing else "a basis without modules",
+            wanted="gradients of every module of the basis",
+            do="compute the gradients and the basis with the same model",
+        )
+    if weighting not in ("equal", "energy"):
+        raise UsageError(f"weighting={weighting!r}", wanted="equal or energy", do="choose one of them")
+    along_MN = torch.stack([_along(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()])
+    lengths_MN = torch.stack([gradients[name].norm(dim=1) for name in basis.axes])
+    if weighting == "equal":
+        return (along_MN / _positive(lengths_MN)).mean(dim=0)
+    share_N: Tensor = along_MN.norm(dim=0) / _positive(lengths_MN.norm(dim=0))
+    return share_N

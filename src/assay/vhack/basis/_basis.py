@@ -1,23 +1,97 @@
-"""A basis of hack directions, one small set of axes per module, and the share of a gradient that lies along them.
+"""A basis of hack directions, one small set of axes per module, and its file: safetensors, schema ``v2_with_sv``.
 
-Shapes: N samples or pairs, R coordinates of δS in a module (its rank), K axes.
+Tensors, for every module name as in ``model.named_modules()``::
+
+    {name}        [K, R]   float32   the axes, orthonormal rows that point hack-ward
+    _sv/{name}    [K]      float32   their singular values
+
+Metadata (all text): ``model``, ``dtype``, ``top_k``, ``tau_axis`` and ``schema``, and what makes a stale file known:
+``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``, ``settings_sha256``; further
+``pairs``, ``groups`` and ``skipped`` (JSON lists), ``captured``, and ``votes`` (JSON: name to lists of [for, against]).
+Where the modules are only a part of the model's weight matrices there is also ``coverage`` (JSON: ``share`` of the
+weights and the names ``left_out``).
+
+Shapes: N pairs, R coordinates of δS in a module (its rank), K axes.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from assay.errors import UsageError
-from assay.vhack.basis._file import Origin, read_basis, write_basis
+from assay.errors import DataError, UsageError
+from assay.reports import write_atomic
+from assay.vhack.gradients import Coverage, module_of, weights_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from assay.models import Model
+
+Tensors = dict[str, Tensor]
+
+SCHEMA = "v2_with_sv"
+_VALUES = "_sv/"
+_SKEW = 1e-3  # largest entry of V Vᵀ − 1; what extraction writes stays below 1e-6
+_REDO = "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"
+_SETTINGS = ("dtype", "rank", "factors", "top_k", "tau_axis", "method")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Model, pairs and settings of a basis.
+
+    Attributes:
+        model: Reference that the model was loaded from, for people to read.
+        weights: SHA-256 in hex of the weights, from :func:`assay.vhack.weights_digest`; empty without a model.
+        dtype: Dtype of the model, for example ``"bfloat16"``.
+        rank: Number of singular directions kept per weight matrix; None stands for all of them.
+        factors: Dtype of the factors U and Vh that the gradients were projected with.
+        top_k: Number of axes per module that was asked for.
+        tau_axis: Share of the first singular value below which axes were set to zero.
+        method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
+        pairs: Keys of the pairs that were used, in order.
+        groups: Groups of these pairs, in the same order.
+        skipped: Keys of the pairs that were left out because their sides do not differ.
+        captured: Share of the gradient's energy ‖g‖² that ``rank`` directions hold, 1 for all.
+        coverage: Share of the model's weights that the modules of the basis are, and the matrices left out.
+    """
+
+    model: str = ""
+    weights: str = ""
+    dtype: str = ""
+    rank: int | None = None
+    factors: str = ""
+    top_k: int = 12
+    tau_axis: float = 0.0
+    method: str = "lda"
+    pairs: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    captured: float = 1.0
+    coverage: Coverage = field(default_factory=Coverage)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Keys of all pairs it was to be made from, used or skipped, sorted."""
+        return tuple(sorted(self.pairs + self.skipped))
+
+    @property
+    def pairs_digest(self) -> str:
+        """SHA-256 in hex of the pairs that were given, whatever their order."""
+        return hashlib.sha256("\n".join(self.given).encode()).hexdigest()
+
+    @property
+    def settings_digest(self) -> str:
+        """SHA-256 in hex of the settings: dtype, rank, factors, top_k, tau_axis and method."""
+        return hashlib.sha256(json.dumps({name: getattr(self, name) for name in _SETTINGS}).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +157,9 @@ class Basis:
         Raises:
             StorageError: The file cannot be written.
         """
-        write_basis(Path(path), self.axes, self.singular_values, self.votes, self.origin)
+        tensors = {name: axes_KR.contiguous() for name, axes_KR in self.axes.items()}
+        tensors |= {_VALUES + name: values_K.contiguous() for name, values_K in self.singular_values.items()}
+        write_atomic(path, save(tensors, metadata=_metadata(self.votes, self.origin)))
 
     @classmethod
     def load(
@@ -105,7 +181,16 @@ class Basis:
             DataError: The file is not a basis, or was made for other weights, pairs or settings; the message names
                 which.
         """
-        return cls(*read_basis(Path(path), model, expect or {}))
+        basis = cls(*_parse(path, *_read(Path(path))))
+        if model is not None:
+            _check_model(path, basis, model)
+        for name, wanted in (expect or {}).items():
+            seen = getattr(basis.origin, name)
+            if seen != wanted and name == "given":
+                raise _stale(path, "pairs", "another set of them", "the pairs it is asked for")
+            if seen != wanted:
+                raise _stale(path, name, repr(seen), repr(wanted))
+        return basis
 
 
 def check_axis_settings(top_k: int, tau_axis: float) -> None:
@@ -121,59 +206,113 @@ def zero_weak_axes(axes_KR: Tensor, values_K: Tensor, tau_axis: float) -> Tensor
     return axes_KR * (values_K >= tau_axis * values_K[:1])[:, None]
 
 
-def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tensor:
-    """Return the share of each gradient that lies along the axes of its module, [N], from 0 to 1.
-
-    ``‖relu(V g)‖ / ‖g‖``: only what points hack-ward counts, which is what the one-sided gate removes. Two-sided it is
-    ``‖V g‖ / ‖g‖``. A zero gradient has share 0.
-
-    Args:
-        gradients_NR: Gradients, one per row.
-        axes_KR: Orthonormal rows; zero rows add nothing.
-        two_sided: Whether both signs count.
-    """
-    share_N: Tensor = _along(gradients_NR, axes_KR, two_sided) / _positive(gradients_NR.norm(dim=1))
-    return share_N
-
-
-def _along(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool) -> Tensor:
-    along_NK: Tensor = gradients_NR @ axes_KR.to(gradients_NR).T
-    along_N: Tensor = (along_NK if two_sided else along_NK.relu()).norm(dim=1)
-    return along_N
-
-
-def _positive(lengths: Tensor) -> Tensor:
-    """Return the lengths to divide by: 1 instead of 0."""
-    return torch.where(lengths > 0, lengths, 1.0)
+def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
+    metadata = {
+        "schema": SCHEMA,
+        "model": origin.model,
+        "dtype": origin.dtype,
+        "top_k": str(origin.top_k),
+        "tau_axis": repr(origin.tau_axis),
+        "method": origin.method,
+        "rank": "full" if origin.rank is None else str(origin.rank),
+        "factors": origin.factors,
+        "weights_sha256": origin.weights,
+        "pairs_sha256": origin.pairs_digest,
+        "settings_sha256": origin.settings_digest,
+        "pairs": json.dumps(origin.pairs),
+        "groups": json.dumps(origin.groups),
+        "skipped": json.dumps(origin.skipped),
+        "captured": repr(origin.captured),
+        "votes": json.dumps({name: votes_K2.tolist() for name, votes_K2 in votes.items()}),
+    }
+    if origin.coverage.left_out:
+        metadata["coverage"] = json.dumps(asdict(origin.coverage))
+    return metadata
 
 
-def cin_over_modules(
-    gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False, weighting: str = "equal"
-) -> Tensor:
-    """Return one number per sample over all modules of the basis, [N].
+def _read(path: Path) -> tuple[dict[str, str], Tensors]:
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("not a file")
+        with safe_open(path, framework="pt") as reader:
+            names = list(reader.keys())
+            return reader.metadata() or {}, {name: reader.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
 
-    Args:
-        gradients: Gradients, [N, R] per module name; modules that the basis does not have are left out.
-        basis: Basis with the axes.
-        two_sided: Whether both signs count, as in :func:`cin`.
-        weighting: Way of taking the mean. ``"equal"`` is the mean of cin over the modules. ``"energy"`` is
-            ``√(Σ‖relu(V g)‖² / Σ‖g‖²)``, in which small modules do not count as much as large ones.
 
-    Raises:
-        UsageError: A module of the basis has no gradients, or the weighting is neither of the two.
-    """
-    missing = [name for name in basis.axes if name not in gradients]
-    if missing or not basis.axes:
-        raise UsageError(
-            f"no gradients of {missing[0]}" if missing else "a basis without modules",
-            wanted="gradients of every module of the basis",
-            do="compute the gradients and the basis with the same model",
-        )
-    if weighting not in ("equal", "energy"):
-        raise UsageError(f"weighting={weighting!r}", wanted="equal or energy", do="choose one of them")
-    along_MN = torch.stack([_along(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()])
-    lengths_MN = torch.stack([gradients[name].norm(dim=1) for name in basis.axes])
-    if weighting == "equal":
-        return (along_MN / _positive(lengths_MN)).mean(dim=0)
-    share_N: Tensor = along_MN.norm(dim=0) / _positive(lengths_MN.norm(dim=0))
-    return share_N
+def _parse(path: str | Path, metadata: dict[str, str], tensors: Tensors) -> tuple[Tensors, Tensors, Tensors, Origin]:
+    """Return the axes, singular values, votes and origin of a file."""
+    try:
+        origin = _parse_origin(metadata)
+        axes = {name: rows for name, rows in tensors.items() if not name.startswith(_VALUES)}
+        values = {name: tensors[_VALUES + name] for name in axes}
+        counts = json.loads(metadata["votes"])
+        votes = {name: torch.tensor(counts[name], dtype=torch.int64).reshape(-1, 2) for name in axes}
+        for name, axes_KR in axes.items():
+            _check_module(name, axes_KR, values[name], votes[name])
+    except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:  # RecursionError is a RuntimeError
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO) from error
+    return axes, values, votes, origin
+
+
+def _parse_origin(metadata: dict[str, str]) -> Origin:
+    if metadata["schema"] != SCHEMA:
+        raise ValueError(f"schema {metadata['schema']!r}")
+    lists = {name: json.loads(metadata[name]) for name in ("pairs", "groups", "skipped")}
+    if not all(isinstance(keys, list) and all(isinstance(key, str) for key in keys) for keys in lists.values()):
+        raise ValueError("pairs, groups or skipped are not lists of names")
+    covered = json.loads(metadata["coverage"]) if "coverage" in metadata else asdict(Coverage())
+    origin = Origin(
+        model=metadata["model"],
+        weights=metadata["weights_sha256"],
+        dtype=metadata["dtype"],
+        rank=None if metadata["rank"] == "full" else int(metadata["rank"]),
+        factors=metadata["factors"],
+        top_k=int(metadata["top_k"]),
+        tau_axis=float(metadata["tau_axis"]),
+        method=metadata["method"],
+        captured=float(metadata["captured"]),
+        coverage=Coverage(float(covered["share"]), tuple(map(str, covered["left_out"]))),
+        **{name: tuple(keys) for name, keys in lists.items()},
+    )
+    if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
+        raise ValueError("its hashes do not belong to its own pairs or settings")
+    if len(origin.pairs) != len(origin.groups):
+        raise ValueError(f"{len(origin.pairs)} pairs and {len(origin.groups)} groups")
+    if not 0 <= origin.captured <= 1.000001:
+        raise ValueError(f"captured {origin.captured}, which is not a share")
+    return origin
+
+
+def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor) -> None:
+    k = len(votes_K2)
+    if axes_KR.ndim != 2 or len(axes_KR) != k or values_K.shape != (k,) or k == 0:
+        raise ValueError(f"{name} has axes {list(axes_KR.shape)}, singular values {list(values_K.shape)} and {k} votes")
+    if axes_KR.dtype != torch.float32 or values_K.dtype != torch.float32:
+        raise ValueError(f"{name} has axes in {axes_KR.dtype} and singular values in {values_K.dtype}, not float32")
+    if not (torch.isfinite(axes_KR).all() and torch.isfinite(values_K).all()):
+        raise ValueError(f"{name} holds NaN or infinity")
+    if (values_K < 0).any() or (votes_K2 < 0).any():
+        raise ValueError(f"{name} has negative singular values or votes")
+    wide_KR = axes_KR.double()
+    used_K = wide_KR.any(dim=1)
+    error = float((wide_KR @ wide_KR.T - torch.diag(used_K.double())).abs().max())
+    if error > _SKEW:
+        raise ValueError(f"the axes of {name} are off from orthonormal by {error:.2g}, more than {_SKEW:g}")
+
+
+def _check_model(path: str | Path, basis: Basis, model: "Model | PreTrainedModel") -> None:
+    modules = dict(module_of(model).named_modules())
+    for name, axes_KR in basis.axes.items():
+        weight: Any = getattr(modules.get(name), "weight", None)
+        if weight is None or axes_KR.shape[1] > min(weight.shape):
+            raise _stale(path, "model", f"axes of {name} with {axes_KR.shape[1]} coordinates", "the model's modules")
+    digest = weights_digest(model)
+    if basis.origin.weights != digest:
+        raise _stale(path, "weights", basis.origin.weights[:16] or "none", f"weights {digest[:16]}")
+
+
+def _stale(path: str | Path, what: str, seen: str, wanted: str) -> DataError:
+    return DataError(f"{path} was made for other {what}: {seen}", wanted=wanted, do=_REDO)

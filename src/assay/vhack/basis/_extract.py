@@ -10,8 +10,7 @@ import torch
 from assay.errors import DataError, UsageError
 from assay.models import Model
 from assay.streams import dtype_name
-from assay.vhack.basis._basis import Basis, check_axis_settings
-from assay.vhack.basis._file import Origin
+from assay.vhack.basis._basis import Basis, Origin, check_axis_settings
 from assay.vhack.basis._paired import PairGradients, check_method
 from assay.vhack.gradients import (
     MIN_COVERAGE,

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis._axes import METHODS, energy_along, find_axes, gram
-from assay.vhack.basis._basis import Basis, check_axis_settings, zero_weak_axes
-from assay.vhack.basis._file import Origin
+from assay.vhack.basis._basis import Basis, Origin, check_axis_settings, zero_weak_axes
 
 
 class PairGradients:

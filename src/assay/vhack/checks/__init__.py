@@ -1,11 +1,11 @@
 """Five checks whether hack directions are real: held-out data, groups kept together, exact or matched nulls."""
 
 from assay.vhack.checks._folds import fewest_groups
+from assay.vhack.checks._judge import CHECKS, Check, CheckReport, CheckSettings, Interval, ModuleResult
 from assay.vhack.checks._page import page
 from assay.vhack.checks._ranking import check_unpaired
 from assay.vhack.checks._run import check, check_gradients, too_few_groups
 from assay.vhack.checks._sources import SourceCin, check_source_log, read_source_log
-from assay.vhack.checks._types import CHECKS, Check, CheckReport, CheckSettings, Interval, ModuleResult
 
 __all__ = [
     "CHECKS",

@@ -19,7 +19,7 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import Basis, PairGradients
 from assay.vhack.checks._geometry import Frame, Geometry, shares
-from assay.vhack.checks._types import CheckSettings, FloatArray
+from assay.vhack.checks._judge import CheckSettings, FloatArray
 
 # Share of the first axis that differences of the pairs at hand explain, and share of the weights on scored pairs, above
 # which the basis was made from scored pairs. Gradients of another run in bfloat16 differ by about 1 %.

@@ -11,11 +11,12 @@ basis is fitted to, K axes, R coordinates of δS, B draws.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from assay.vhack.basis import PairGradients, shrinkage
-from assay.vhack.checks._types import CheckSettings
+from assay.vhack.checks._judge import CheckSettings
 
 # As in assay.vhack.basis: singular values below this share of the first, times T, are rounding of float32 gradients.
 _ROUNDING = torch.finfo(torch.float32).eps
@@ -130,6 +131,14 @@ class Geometry:
         lower_MKK = torch.linalg.cholesky(gram_MKK + torch.diag_embed(empty_MK))
         axes_MKS: Tensor = torch.linalg.solve_triangular(lower_MKK, mix_MKS, upper=False)
         return axes_MKS
+
+    def clean_differences(self, pairs: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Return the clean sides of these pairs two by two, drawn at random, of the same group as far as possible."""
+        # Sorted by group after shuffling: neighbours share a group, but for the odd one out.
+        shuffled = generator.permutation(pairs.numpy())
+        ordered = sorted(shuffled.tolist(), key=lambda index: self.gradients.groups[index])
+        first, second = ordered[0 : 2 * (len(ordered) // 2) : 2], ordered[1::2]
+        return torch.tensor(first) + self.n, torch.tensor(second) + self.n
 
     def given(self, axes: dict[str, Tensor]) -> Tensor:
         """Return the components along given axes, [M, K, S]; modules with fewer axes are filled with zeros."""

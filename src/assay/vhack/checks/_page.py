@@ -1,13 +1,14 @@
 """The report of the checks as one page."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from assay.reports import INK, MUTED, SERIES, Badge, Cell, Report, figure, heatmap, legend
-from assay.vhack.checks._types import Check, CheckReport, CheckVerdict, FloatArray
+from assay.vhack.checks._judge import Check, CheckReport, FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,36 +25,39 @@ def page(report: CheckReport, *, command: str = "assay vhack check") -> Report:
         report: Checks to show.
         command: Command that made them, for the footer.
     """
-    made = Report("Are these hack directions real?", _subtitle(report), command=command)
+    source = report.origin
+    subtitle = f"{source.get('model') or 'Gradients at hand'}: {source.get('pairs')} pairs. {_sentence(report.design)}"
+    made = Report("Are these hack directions real?", subtitle, command=command)
     _verdicts(made, report)
     _distributions(made, report)
-    _random_bases(made, report["random_null"])
+    _evidence(made, "Against random bases", report, "random_null", _random_bases)
     _where(made, report)
-    _sources(made, report["sources"])
-    _angles(made, report)
+    _evidence(made, "cin by source", report, "sources", _sources)
+    _evidence(made, "Angles between bases of two halves", report, "stability", _angles)
     _spectrum(made, report)
     _settings(made, report)
     return made
-
-
-def _subtitle(report: CheckReport) -> str:
-    origin = report.origin
-    name = origin.get("model") or "Gradients at hand"
-    return f"{name}: {origin.get('pairs')} pairs. {_sentence(report.design)}"
 
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _badge(verdict: CheckVerdict) -> Badge:
-    return Badge(verdict, verdict)
+def _evidence(
+    made: Report, heading: str, report: CheckReport, name: str, draw: Callable[[Report, CheckReport], None]
+) -> None:
+    """Add the section of a check: its evidence, or the reason why there is none."""
+    made.section(heading)
+    if report[name].measured is None:
+        made.paragraph(_sentence(report[name].reason))
+    else:
+        draw(made, report)
 
 
 def _verdicts(made: Report, report: CheckReport) -> None:
     passed = sum(check.verdict == "pass" for check in report.checks)
     made.section("Verdict")
-    made.paragraph(_badge(report.verdict), f"  {passed} of {len(report.checks)} checks pass.")
+    made.paragraph(Badge(report.verdict, report.verdict), f"  {passed} of {len(report.checks)} checks pass.")
     rows: list[list[Cell]] = [
         [
             check.title,
@@ -61,7 +65,7 @@ def _verdicts(made: Report, report: CheckReport) -> None:
             None if check.measured is None else f"{check.measured.low:.3f} to {check.measured.high:.3f}",
             _level(check, report.settings.alpha),
             f"{max(check.p_values.values()):.2g}" if check.p_values else None,
-            _badge(check.verdict),
+            Badge(check.verdict, check.verdict),
         ]
         for check in report.checks
     ]
@@ -72,7 +76,8 @@ def _verdicts(made: Report, report: CheckReport) -> None:
     )
     with made.details("What each check asks, and what decided"):
         for check in report.checks:
-            made.paragraph(_badge(check.verdict), f"  {check.title}. Value: {check.statistic}. {check.rule}")
+            badge = Badge(check.verdict, check.verdict)
+            made.paragraph(badge, f"  {check.title}. Value: {check.statistic}. {check.rule}")
             made.paragraph(_sentence(check.reason))
 
 
@@ -102,19 +107,18 @@ def _distributions(made: Report, report: CheckReport) -> None:
     made.definitions({name: value for name, value in other.items() if value is not None})
 
 
-def _random_bases(made: Report, check: Check) -> None:
-    made.section("Against random bases")
-    if check.measured is None:
-        made.paragraph(_sentence(check.reason))
-        return
+def _random_bases(made: Report, report: CheckReport) -> None:
+    check = report["random_null"]
+    measured = check.measured
+    assert measured is not None
     fig, ax = figure(height=2.6)
     generator = np.random.default_rng(0)
     names = list(check.nulls)
     for row, name in enumerate(names):
         draws = check.nulls[name]
         ax.scatter(draws, row + generator.uniform(-0.2, 0.2, len(draws)), s=7, color=MUTED, alpha=0.55, linewidths=0)
-    ax.axvspan(check.measured.low, check.measured.high, color=_HACK, alpha=0.18, linewidth=0)
-    ax.axvline(check.measured.value, color=_HACK, linewidth=1.6, label="this basis, with its interval")
+    ax.axvspan(measured.low, measured.high, color=_HACK, alpha=0.18, linewidth=0)
+    ax.axvline(measured.value, color=_HACK, linewidth=1.6, label="this basis, with its interval")
     ax.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
@@ -122,8 +126,7 @@ def _random_bases(made: Report, check: Check) -> None:
     ax.grid(axis="y", visible=False)
     legend(ax, loc="lower left", bbox_to_anchor=(0, 1.0))
     made.figure(fig, "Every dot is a basis of the same size that was made without hack labels.")
-    scores = cast("Mapping[str, float]", check.details.get("z_scores", {}))
-    made.definitions({f"z against {name}": f"{value:.1f}" for name, value in scores.items()})
+    made.definitions({f"z against {name}": f"{value:.1f}" for name, value in check.details.get("z_scores", {}).items()})
 
 
 def _where(made: Report, report: CheckReport) -> None:
@@ -154,29 +157,21 @@ def _grid(names: Sequence[str]) -> tuple[list[str], list[str], list[tuple[int, i
     return layers, [k.removesuffix("_proj") for k in kinds], [(layers.index(a), kinds.index(b)) for a, b in keys]
 
 
-def _sources(made: Report, check: Check) -> None:
-    made.section("cin by source")
-    if check.measured is None:
-        made.paragraph(_sentence(check.reason))
-        return
-    hack, clean = (np.array(check.details[name]) for name in ("cin_hack", "cin_clean"))
-    if "steps" in check.details:
-        fig, ax = _over_steps(check.details["steps"], hack, clean)
+def _sources(made: Report, report: CheckReport) -> None:
+    details = report["sources"].details
+    hack, clean = (np.array(details[name]) for name in ("cin_hack", "cin_clean"))
+    if "steps" in details:
+        fig, ax = figure(height=2.8)
+        ax.plot(details["steps"], hack, color=_HACK, linewidth=1.4, label="hack source")
+        ax.plot(details["steps"], clean, color=_CLEAN, linewidth=1.4, label="clean source")
+        ax.set_xlabel("step")
+        ax.set_ylabel("cin")
         caption = "cin of the gradient of each source, step by step."
     else:
-        fig, ax = _by_group(check.details["groups"], hack, clean)
+        fig, ax = _by_group(details["groups"], hack, clean)
         caption = "cin of the summed gradient of all hack sides, and of all clean sides, of each held-out group."
     legend(ax, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
     made.figure(fig, caption)
-
-
-def _over_steps(steps: Sequence[int], hack: FloatArray, clean: FloatArray) -> "tuple[Figure, Axes]":
-    fig, ax = figure(height=2.8)
-    ax.plot(steps, hack, color=_HACK, linewidth=1.4, label="hack source")
-    ax.plot(steps, clean, color=_CLEAN, linewidth=1.4, label="clean source")
-    ax.set_xlabel("step")
-    ax.set_ylabel("cin")
-    return fig, ax
 
 
 def _by_group(groups: Sequence[str], hack: FloatArray, clean: FloatArray) -> "tuple[Figure, Axes]":
@@ -194,23 +189,12 @@ def _by_group(groups: Sequence[str], hack: FloatArray, clean: FloatArray) -> "tu
 
 
 def _angles(made: Report, report: CheckReport) -> None:
-    made.section("Angles between bases of two halves")
-    check = report["stability"]
-    if check.measured is None:
-        made.paragraph(_sentence(check.reason))
-        return
+    check, origin = report["stability"], report.origin
     fig, ax = figure(height=2.6)
-    places = np.arange(1, len(report.origin["cosines"]) + 1)
+    places = np.arange(1, len(origin["cosines"]) + 1)
     random = float(np.mean(check.nulls["Haar"])) ** 0.5
-    ax.plot(places, report.origin["cosines"], "o-", color=_HACK, linewidth=1.4, label="hack basis, other half")
-    ax.plot(
-        places,
-        report.origin["generic_cosines"],
-        "o-",
-        color=_CLEAN,
-        linewidth=1.4,
-        label="clean-clean basis, other half",
-    )
+    _line(ax, places, origin["cosines"], _HACK, "hack basis, other half")
+    _line(ax, places, origin["generic_cosines"], _CLEAN, "clean-clean basis, other half")
     ax.axhline(random, color=INK, linewidth=0.8, linestyle=":", label="random bases")
     ax.set_xticks(places)
     ax.set_ylim(0, 1.02)
@@ -221,6 +205,10 @@ def _angles(made: Report, report: CheckReport) -> None:
     made.definitions({"agreement on which way is hack-ward (cosine)": f"{check.details['agreement']:.3f}"})
 
 
+def _line(ax: "Axes", places: NDArray[np.int64], values: ArrayLike, colour: str, label: str) -> None:
+    ax.plot(places, values, "o-", color=colour, linewidth=1.4, label=label)
+
+
 def _spectrum(made: Report, report: CheckReport) -> None:
     made.section("Singular values against their noise level")
     count = min(len(module.spectrum) for module in report.modules)
@@ -229,8 +217,8 @@ def _spectrum(made: Report, report: CheckReport) -> None:
     places = np.arange(1, count + 1)
     low, high = np.quantile(spectrum, [0.1, 0.9], axis=0)
     ax.fill_between(places, low, high, color=_HACK, alpha=0.18, linewidth=0)
-    ax.plot(places, spectrum.mean(axis=0), "o-", color=_HACK, linewidth=1.4, label="hack minus clean")
-    ax.plot(places, noise.mean(axis=0), "o-", color=MUTED, linewidth=1.4, label="the same with random signs")
+    _line(ax, places, spectrum.mean(axis=0), _HACK, "hack minus clean")
+    _line(ax, places, noise.mean(axis=0), MUTED, "the same with random signs")
     ax.axvline(report.settings.k_use + 0.5, color=INK, linewidth=0.8, linestyle=":")
     ax.set_xticks(places)
     ax.set_ylim(bottom=0)

@@ -13,11 +13,10 @@ from assay.stats import auroc
 from assay.vhack.basis import Basis, PairGradients, pair_gradients
 from assay.vhack.checks._folds import Design, cross_fit, fewest_groups, held_out_of
 from assay.vhack.checks._geometry import shares
-from assay.vhack.checks._nulls import check_random_null
-from assay.vhack.checks._ranking import check_heldout, check_pools
+from assay.vhack.checks._judge import CheckReport, CheckSettings, FloatArray, ModuleResult
+from assay.vhack.checks._ranking import check_heldout, check_pools, check_random_null
 from assay.vhack.checks._sources import SourceCin, check_source_log, check_sources
 from assay.vhack.checks._stability import Stability, check_stability
-from assay.vhack.checks._types import CheckReport, CheckSettings, FloatArray, ModuleResult
 from assay.vhack.gradients import SVDCache
 from assay.vhack.pairs import Pair
 

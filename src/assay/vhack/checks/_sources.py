@@ -22,8 +22,7 @@ import torch
 from assay.errors import DataError, UsageError
 from assay.reports import read_jsonl
 from assay.vhack.checks._folds import Design, swaps
-from assay.vhack.checks._judge import SWAPPED, judge, measure, swap_rule, undecided
-from assay.vhack.checks._types import Check, CheckSettings, FloatArray
+from assay.vhack.checks._judge import SWAPPED, Check, CheckSettings, FloatArray, judge, measure, swap_rule, undecided
 
 _TITLE = "cin by source"
 _FEWEST_BLOCKS = 6

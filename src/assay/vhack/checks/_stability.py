@@ -23,9 +23,7 @@ from torch import Tensor
 
 from assay.vhack.checks._folds import Design, swaps
 from assay.vhack.checks._geometry import Frame, Geometry
-from assay.vhack.checks._judge import SWAPPED, p_value, undecided
-from assay.vhack.checks._nulls import clean_differences
-from assay.vhack.checks._types import Check, CheckSettings, CheckVerdict, Interval
+from assay.vhack.checks._judge import SWAPPED, Check, CheckSettings, CheckVerdict, Interval, p_value, undecided
 
 _TITLE = "Stability under a group bootstrap"
 _STATISTIC = "mean squared cosine of the principal angles between bases of two halves of the groups"
@@ -99,7 +97,7 @@ def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.rando
     one, other = (geometry.fit_pairs(half, settings) for half in halves)
     first, second = (geometry.fit_pairs(half, replace(settings, method="svd")) for half in halves)
     plain = [
-        geometry.fit(*clean_differences(geometry, half, generator), replace(settings, tau_axis=0.0)) for half in halves
+        geometry.fit(*geometry.clean_differences(half, generator), replace(settings, tau_axis=0.0)) for half in halves
     ]
     between_MKK = geometry.overlaps(one, other)
     generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
