@@ -1,7 +1,6 @@
 """Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
 
-from assay.models._info import ModelInfo, list_models, model_info
-from assay.models._load import Model, identify, load_model
+from assay.models._load import Model, ModelInfo, identify, list_models, load_model, model_info
 from assay.models._quantise import NUMBER_FORMATS
 from assay.models._resolve import checkpoint_directory
 from assay.models._save import save_random

@@ -1,4 +1,4 @@
-"""From a reference to a model that is ready to run, with every fault found before it runs."""
+"""From a reference to a model that is ready to run, with every fault found before it runs; or to its facts alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from assay.models._checkpoint import check_finite, digest_tensors, list_tensors,
 from assay.models._quantise import check_quantisation
 from assay.models._quantise import quantise as round_weights
 from assay.models._random import SHAPE_BLOCK, build, randomise, randomise_embeddings, recipe_digest
-from assay.models._resolve import Source, checkpoint_directory, resolve
+from assay.models._resolve import CATALOGUE, Source, checkpoint_directory, resolve
 from assay.models.device import device_named
 from assay.models.quiet import quiet
 
@@ -125,7 +125,10 @@ def load_model(
     """
     _check_mode(weights, block_hash, is_shape=str(reference).startswith("shape:"))
     target = device_named(device)
-    wanted = _parse_dtype(dtype)
+    if dtype is not None and dtype not in streams.DTYPES:
+        names = " or ".join(streams.DTYPES)
+        raise UsageError(f"dtype={dtype!r}", wanted=names, do="choose one of them, or leave it out")
+    wanted = None if dtype is None else streams.torch_dtype(dtype)
     check_quantisation(quantise, target)
     if quantise is not None and mesh is not None:
         raise UsageError(f"{quantise} weights over several devices", wanted="one of the two", do="leave one out")
@@ -163,6 +166,58 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
     return Model(module, None, source.reference, digest_tensors(list_tensors(directory)), "trained")
 
 
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model from its configuration alone.
+
+    ``parameters`` counts a tied matrix once. ``num_kv_heads`` equals ``num_heads`` without grouped queries.
+    """
+
+    reference: str
+    architecture: str
+    parameters: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    max_positions: int
+    licence: str
+    note: str
+
+
+def list_models() -> list[ModelInfo]:
+    """Return the facts of the bundled reference models, then those of the bundled shapes."""
+    return [model_info(reference) for reference in CATALOGUE]
+
+
+def model_info(reference: str | Path) -> ModelInfo:
+    """Return what is known of a model without reading its weights; parameters are counted on the meta device.
+
+    Raises:
+        ModelNotFound: There is no such model.
+        ModelError: The configuration cannot be used.
+    """
+    source = resolve(reference)
+    config = source.config
+    with torch.device("meta"):
+        module = build(config, torch.float32)
+    entry = CATALOGUE.get(source.reference)
+    return ModelInfo(
+        reference=source.reference,
+        architecture=type(module).__name__,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        licence=entry.licence if entry else "unknown",
+        note=entry.note if entry else str(source.directory),
+    )
+
+
 def _check_mode(weights: str, block_hash: str | None, *, is_shape: bool) -> None:
     if weights not in WEIGHT_MODES:
         raise UsageError(f"weights={weights!r}", wanted=" or ".join(WEIGHT_MODES), do="choose one of them")
@@ -172,14 +227,6 @@ def _check_mode(weights: str, block_hash: str | None, *, is_shape: bool) -> None
         )
     if weights != "trained" and not block_hash and not is_shape:
         raise UsageError(f"weights={weights!r} without a block", wanted="block_hash", do="give the block hash")
-
-
-def _parse_dtype(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in streams.DTYPES:
-        raise UsageError(
-            f"dtype={name!r}", wanted=" or ".join(streams.DTYPES), do="choose one of them, or leave it out"
-        )
-    return None if name is None else streams.torch_dtype(name)
 
 
 def _materialise(

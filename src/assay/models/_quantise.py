@@ -27,12 +27,7 @@ _FLOAT8_CAPABILITY = (8, 9)
 
 
 def check_quantisation(name: str | None, device: torch.device) -> None:
-    """Refuse a number format that is unknown or that this machine cannot run.
-
-    Raises:
-        UsageError: there is no such format.
-        BackendUnavailable: torchao is not installed, or the device has no products of float8.
-    """
+    """Refuse a number format that is unknown, or that needs torchao or a device that is not there."""
     if name is None:
         return
     if name not in NUMBER_FORMATS:

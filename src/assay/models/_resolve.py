@@ -50,7 +50,6 @@ CATALOGUE = {
     "shape:llama-3.1-8b": Entry(_HERE / "shapes" / "llama-3.1-8b.json", "no weights included", _SHAPE),
 }
 
-
 BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
 """Names without their prefix, which stand for nothing: the error names the whole reference."""
 
@@ -204,11 +203,7 @@ def _downloaded(hub_id: str) -> Path:
 
 
 def find_entry(reference: str) -> Entry:
-    """Return the catalogue row of a ``reference:`` or ``shape:`` name.
-
-    Raises:
-        ModelNotFound: There is no such row; the message names the nearest one.
-    """
+    """Return the catalogue row of a ``reference:`` or ``shape:`` name; for another name the error says the nearest."""
     entry = CATALOGUE.get(reference)
     if entry is None:
         raise ModelNotFound(

@@ -24,25 +24,16 @@ class Engine(Protocol):
     A nonce's result must not depend on the other nonces of its batch or on its place among them.
     """
 
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of rows of the trained head."""
-
-    @property
-    def batch_size(self) -> int:
-        """B, the number of nonces that are handed out at a time."""
-
-    @property
-    def seq_len(self) -> int:
-        """T, the fixed number of positions of every nonce."""
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype of the inputs: float32, float16 or bfloat16."""
+    hidden_size: int
+    """D."""
+    vocab_size: int
+    """V, the number of rows of the trained head."""
+    batch_size: int
+    """B, the number of nonces that are handed out at a time."""
+    seq_len: int
+    """T, the fixed number of positions of every nonce."""
+    dtype: str
+    """Name of the dtype of the inputs: float32, float16 or bfloat16."""
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -75,11 +66,7 @@ def check_supported(engine: Engine, pipeline: Pipeline) -> None:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch size that is out of range.
-
-    Raises:
-        UsageError: The batch size is not a number from 1 to 65 536.
-    """
+    """Refuse a batch size that is not a number from 1 to 65 536."""
     if type(batch_size) is not int or not 1 <= batch_size <= MAX_BATCH:
         raise UsageError(f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32")
 

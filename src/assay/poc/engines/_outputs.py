@@ -24,9 +24,8 @@ from assay.poc.protocol import LayerStep, Pipeline, Round, Transform
 class StateEngine(Engine, Protocol):
     """An engine whose hidden states can be read in this process."""
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the hidden states."""
+    device: torch.device
+    """Device of the hidden states."""
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
         """Return the input embeddings [B, T, D] of B nonces, in the engine's dtype."""

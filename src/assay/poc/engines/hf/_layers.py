@@ -17,11 +17,7 @@ LayerFunction = Callable[[Tensor], Tensor]
 
 @contextmanager
 def transformed_layers(model: Model, backend: streams.Backend, step: LayerStep, round: Round) -> Iterator[None]:
-    """Apply a transform to what every decoder layer returns while the context is open.
-
-    Raises:
-        LayersNotFound: The decoder layers of this architecture are not known.
-    """
+    """Apply a transform to what every decoder layer returns while the context is open; nothing for the step "none"."""
     layers = [] if step == "none" else list(decoder_layers(model.module))
     with ExitStack() as hooks:
         for index, layer in enumerate(layers):

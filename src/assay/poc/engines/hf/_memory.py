@@ -53,11 +53,7 @@ def auto_batch(model: Model, seq_len: int) -> int:
 
 
 def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
-    """Refuse a batch that would not fit.
-
-    Raises:
-        OutOfMemory: names the largest batch that would fit.
-    """
+    """Refuse a batch that would not fit, and name the largest one that would."""
     free = _free(model.device)
     need = peak_bytes(model, batch_size, seq_len)
     if need <= free:

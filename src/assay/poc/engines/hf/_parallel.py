@@ -166,11 +166,7 @@ class ParallelEngine(HFEngine):
         return box[0]
 
     def _gather(self, value: Any) -> list[Any]:
-        """Return what every process gave, in the first one; nothing in the others.
-
-        Raises:
-            AssayError: a process gave an error.
-        """
+        """Return what every process gave, in the first one, or raise the error that one gave; nothing in the others."""
         world = self._world
         said: list[Any] = [None] * world.size
         with _connected():

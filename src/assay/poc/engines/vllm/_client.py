@@ -154,21 +154,13 @@ class RequestStream:
         self._key = ""
 
     async def open(self) -> None:
-        """Announce the stream to the workers, and begin.
-
-        Raises:
-            UsageError: The workers refuse the round.
-        """
+        """Announce the stream to the workers, which may refuse the round, and begin."""
         self._key = await self._client.open(self._spec)
         self._client.closers.add(self.close)
         self._producer = self._start(self._produce())
 
     async def next(self) -> Values | None:
-        """Return the values of the next batch, or None after the last.
-
-        Raises:
-            ModelError: The engine did not run a nonce.
-        """
+        """Return the values of the next batch, or None after the last; raise if the engine did not run a nonce."""
         assert self._producer is not None
         getting = asyncio.ensure_future(self._batches.get())
         await asyncio.wait({getting, self._producer}, return_when=asyncio.FIRST_COMPLETED)

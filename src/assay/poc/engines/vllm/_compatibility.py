@@ -63,11 +63,7 @@ def check_installed() -> str:
 
 
 def refuse_missing(owner: str, names: Sequence[str]) -> None:
-    """Refuse a vLLM that lacks names that are used.
-
-    Raises:
-        BackendUnavailable: There is such a name; all of them are listed.
-    """
+    """Refuse a vLLM that lacks names that are used; the refusal lists them."""
     if names:
         raise BackendUnavailable(
             f"{owner} without {', '.join(names)}",
@@ -85,8 +81,13 @@ def runner_kind(runner: Any) -> str:
 def missing_in_runner(runner: Any) -> list[str]:
     """Return the names that a worker's model runner lacks; called inside the worker, before anything is wrapped."""
     kind = runner_kind(runner)
-    lacking = [f"{type(runner).__name__}.{path}" for path in RUNNER[kind] if not _reaches(runner, path)]
-    return lacking + _missing(OF_RUNNER[kind])
+    lacking = _missing(OF_RUNNER[kind])
+    for path in RUNNER[kind]:
+        try:
+            attrgetter(path)(runner)
+        except AttributeError:
+            lacking.append(f"{type(runner).__name__}.{path}")
+    return lacking
 
 
 def check_config(config: Any) -> None:
@@ -229,11 +230,3 @@ def _missing(wanted: Mapping[str, tuple[str, ...]]) -> list[str]:
         fields = getattr(owner, "__annotations__", {})
         found += [f"{name}.{field}" for field in names if field not in fields and not hasattr(owner, field)]
     return found
-
-
-def _reaches(owner: Any, path: str) -> bool:
-    try:
-        attrgetter(path)(owner)
-    except AttributeError:
-        return False
-    return True

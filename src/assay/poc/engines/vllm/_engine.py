@@ -200,8 +200,7 @@ class VLLMEngine(RequestEngine):
 
     def counts(self) -> list[dict[str, int]]:
         """Return what every worker holds; between two streams everything but ``dropped`` is zero."""
-        counts: list[dict[str, int]] = self._thread.run(self._client.counts())
-        return counts
+        return self._thread.run(self._client.counts())
 
     def close(self) -> None:
         """End the engine and its processes."""
@@ -211,7 +210,7 @@ class VLLMEngine(RequestEngine):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._ends.close()
 
 
 class _Loop:
@@ -222,7 +221,7 @@ class _Loop:
         self._thread = threading.Thread(target=self.loop.run_forever, name="assay-vllm", daemon=True)
         self._thread.start()
 
-    def run(self, work: Any) -> Any:
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def close(self) -> None:
