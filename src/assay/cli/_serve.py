@@ -65,10 +65,11 @@ def list_callbacks(chosen: "ListSettings", as_json: JsonFlag = False) -> None:
     with open_outbox(chosen.data_dir) as outbox:
         rows, counts = outbox.rows(statuses, chosen.limit), outbox.counts()
     if as_json:
-        emit_json("assay.poc.callbacks/1", {**counts, "callbacks": rows})
+        emit_json("assay.poc.callbacks/1", {**counts, "callbacks": [vars(row) for row in rows]})
         return
     columns = ("id", "kind", "status", "attempts", "nonces", "last_error")
-    table(columns, [[row[name] if row[name] is not None else "" for name in columns] for row in rows])
+    cells = [[getattr(row, name) for name in columns] for row in rows]
+    table(columns, [["" if cell is None else cell for cell in row] for row in cells])
 
 
 @callbacks.command("replay", epilog="Example: assay poc callbacks replay msg_1a2b")

@@ -125,11 +125,11 @@ def test_dead_letters_are_kept_and_replayed_while_the_service_runs(serving, rece
         healthy.append(True)
         with open_outbox(service.settings.data_dir) as outbox:
             (row,) = outbox.rows(["dead"], 10)
-            assert (row["attempts"], row["last_error"]) == (3, "HTTP 500")
+            assert (row.attempts, row.last_error) == (3, "HTTP 500")
             assert outbox.replay(["msg_other"]) == 0
-            assert outbox.replay([row["id"]]) == 1
+            assert outbox.replay([row.id]) == 1
         until(lambda: service.controller.outbox.counts() == {"pending": 0, "dead": 0})
-    assert receiver.seen[-1][2]["webhook-id"] == row["id"]
+    assert receiver.seen[-1][2]["webhook-id"] == row.id
 
 
 def test_a_blocked_address_is_a_dead_letter_at_once(serving):
@@ -137,8 +137,8 @@ def test_a_blocked_address_is_a_dead_letter_at_once(serving):
         owe_one(service, "http://2130706433:9/")  # 127.0.0.1, in a form that only the resolver understands
         until(lambda: service.controller.outbox.counts()["dead"] == 1)
         (row,) = service.controller.outbox.rows(["dead"], 1)
-    assert row["attempts"] == 1
-    assert "private address" in row["last_error"]
+    assert row.attempts == 1
+    assert "private address" in row.last_error
 
 
 def test_too_many_undelivered_callbacks_slow_generation_and_drop_nothing(serving, receive):

@@ -257,3 +257,18 @@ def test_a_round_of_another_model_does_not_continue(service):
     assert "a round of fake" in service.status()["error"]
     service.post("/phase/generate", status=409)
     service.post("/init/generate", ROUND | {"block_hash": "next"})
+
+
+def test_a_round_of_another_model_is_not_validated(service):
+    """Honest distances of that model are others than this model has: they would be taken for fraud."""
+    service.post("/init/validate", ROUND)
+    service.close()
+    with sqlite3.connect(service.settings.data_dir / "service.sqlite3") as database:
+        database.execute("UPDATE rounds SET digest = 'another'")
+    database.close()
+    service._start()
+    until(lambda: service.controller.loaded.done())
+    claim = {name: ROUND[name] for name in ("block_hash", "block_height", "public_key", "node_id")}
+    refused = service.post("/validate", claim | {"nonces": [0], "dist": [1.4]}, status=409)
+    assert "a round of fake" in refused["detail"]
+    service.post("/init/validate", ROUND | {"block_hash": "next"})

@@ -179,6 +179,8 @@ def test_a_job_that_fails_says_so_and_the_next_one_runs(service):
     failed = run(service, JOB)
     assert failed["status"] == "failed"
     assert "device is gone" in failed["error"]
+    waited = service.post("/generate", JOB | {"wait": True})
+    assert waited | {"request_id": failed["request_id"]} == failed
     service.rig.fail = None
     assert run(service, JOB)["status"] == "completed"
 

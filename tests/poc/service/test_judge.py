@@ -7,7 +7,6 @@ import pytest
 from assay import stats
 from assay.errors import CalibrationError
 from assay.poc import Calibration
-from assay.poc._prover import compute
 from assay.poc.service.runtime._validation import load_with
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
@@ -17,9 +16,8 @@ CLAIM = BLOCK | {"node_id": 0}
 
 def truth(service, count: int, key: str = "node_A") -> list[float]:
     """The distances that an honest node of this key has, computed beside the service."""
-    engine = service.rig.deployment().engine(4, 4)
-    stored = replace(service.controller.progress.stored, public_key=key)
-    batches = compute(stored.header(engine.fingerprint), engine, range(count))
+    round = replace(service.controller.progress.stored.round, public_key=key)
+    batches = service.rig.deployment().compute(round, 4, range(count))
     return [record.distance for batch in batches for record in batch]
 
 

@@ -142,8 +142,6 @@ async def _wait_for_job(controller: Controller, queued: dict[str, Any]) -> Respo
             return JSONResponse(await asyncio.wrap_future(future))
     except TimeoutError:
         return JSONResponse(await controller.call(controller.jobs.state, job_id), status_code=202)
-    finally:
-        controller.jobs.forget(job_id, future)
 
 
 def operations_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import structlog
 
 from assay.errors import AssayError, StorageError
-from assay.poc._prover import compute
 from assay.poc.engines import check_supported
 from assay.poc.protocol import get_pipeline, is_distance
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
@@ -33,10 +32,10 @@ from assay.poc.service.runtime._validation import Judge, load_with
 from assay.poc.service.runtime._worker import ShareDone, Worker
 from assay.poc.service.runtime._writer import Writer
 from assay.poc.service.store import Batch, Database, Outbox, Rounds, StoredRound
+from assay.reports import JsonObject
 
 log = structlog.get_logger("assay.controller")
 
-Result = dict[str, Any]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -70,7 +69,8 @@ class Controller:
         self._lock = threading.RLock()
         self._epoch = 0
         self._unsaved = False
-        self._listeners: list[Callable[[], object]] = []
+        self.notify: Callable[[], object] = lambda: None
+        """Is called, in the thread that wrote, whenever callbacks may be due."""
         self._threads = ThreadPoolExecutor(THREADS, "assay-database")
         self.database = Database(settings.data_dir)
         self.outbox = Outbox(self.database)
@@ -84,12 +84,7 @@ class Controller:
             self.rounds, settings, committed=self._committed, changed=self._paused, failed=self._engine_failed
         )
         self._worker = Worker(
-            partial(load_with, settings.calibration, load),
-            put=self.writer.put,
-            background=self.jobs.step,
-            ready=self._ready,
-            unloadable=self._load_failed,
-            failed=self._engine_failed,
+            partial(self._load, load), put=self.writer.put, background=self.jobs.step, failed=self._engine_failed
         )
 
     def __enter__(self) -> "Controller":
@@ -120,11 +115,6 @@ class Controller:
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a call that blocks, in a thread kept for that, and wait for its result."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
-
-    def subscribe(self, listener: Callable[[], object]) -> Callable[[], None]:
-        """Call a function, in the thread that wrote, whenever callbacks may be due; return what ends that."""
-        self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
 
     # Calls
 
@@ -171,7 +161,7 @@ class Controller:
             self._persist(state)
             self._move(state)
 
-    def validate(self, request: ValidateRequest) -> "Future[Result]":
+    def validate(self, request: ValidateRequest) -> "Future[JsonObject]":
         """Recompute and judge distances of the round's block; the future has the response.
 
         Raises:
@@ -180,11 +170,9 @@ class Controller:
         """
         with self._lock:
             after("validate", self.state, has_round=self.progress is not None)
-            self.ready()
-            assert self.progress is not None
-            stored, epoch = self.progress.stored, self._epoch
+            stored, epoch = self._check_same_model(), self._epoch
         check_validation(request, stored, self.settings)
-        future: Future[Result] = Future()
+        future: Future[JsonObject] = Future()
 
         def task(deployment: Deployment) -> None:
             if not future.set_running_or_notify_cancel():
@@ -203,7 +191,7 @@ class Controller:
             raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
         return future
 
-    def submit(self, request: GenerateRequest) -> Result:
+    def submit(self, request: GenerateRequest) -> JsonObject:
         """Queue an artifact job.
 
         Raises:
@@ -274,7 +262,17 @@ class Controller:
         engine = self.deployment.engine(stored.seq_len, stored.batch_size)
         return Progress(stored, self.rounds, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
 
-    def _ready(self, deployment: Deployment) -> None:
+    def _load(self, load: Callable[[], Deployment]) -> Deployment | None:
+        """Load the model and continue what was interrupted; return None where that fails."""
+        try:
+            deployment = load_with(self.settings.calibration, load)
+        except Exception as error:
+            # The state stays: a service that is started again with the right model continues its round.
+            self.metrics.failures.inc()
+            self.error = _reason(error)
+            log.error("model not loaded", error=self.error)
+            self.loaded.set_exception(error)
+            return None
         with self._lock:
             self.deployment = deployment
             log.info("model loaded", model=deployment.reference, dtype=deployment.dtype)
@@ -289,8 +287,10 @@ class Controller:
             elif self.jobs.has_open():
                 self._worker.wake()
         self.loaded.set_result(deployment)
+        return deployment
 
-    def _check_same_model(self) -> None:
+    def _check_same_model(self) -> StoredRound:
+        """Return the round, or refuse to work on it with another model than the one it was begun with."""
         assert self.progress is not None
         deployment, stored = self.ready(), self.progress.stored
         ours, theirs = (deployment.digest, deployment.weights), (stored.digest, stored.weights)
@@ -302,13 +302,7 @@ class Controller:
                 do="start the service with that model, or begin another round",
                 fields={"state": str(self.state)},
             )
-
-    def _load_failed(self, error: Exception) -> None:
-        # The state stays: a service that is started again with the right model continues its round.
-        self.metrics.failures.inc()
-        self.error = _reason(error)
-        log.error("model not loaded", error=self.error)
-        self.loaded.set_exception(error)
+        return stored
 
     def _engine_failed(self, error: Exception) -> None:
         with self._lock:
@@ -354,21 +348,18 @@ class Controller:
             self.metrics.valid.inc(sum(batch.valid))
             if progress is not None and progress.stored.id == batch.round_id:
                 progress.add(batch)
-        self._tell()
-
-    def _tell(self) -> None:
-        for listener in list(self._listeners):
-            listener()
+        self.notify()
 
     def _paused(self) -> None:
         log.warning("generation waits", reason=self.writer.paused) if self.writer.paused else log.info("continues")
 
-    def _validate(self, request: ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int) -> Result:
+    def _validate(
+        self, request: ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int
+    ) -> JsonObject:
         started = time.perf_counter()
-        engine = deployment.engine(stored.seq_len, stored.batch_size)
         computed: list[float] = []
-        header = stored.header(engine.fingerprint, request.public_key)  # the key that is paid, not the validator's
-        for batch in compute(header, engine, request.nonces):
+        round = replace(stored.round, public_key=request.public_key)  # the key that is paid, not the validator's
+        for batch in deployment.compute(round, stored.batch_size, request.nonces):
             if epoch != self._epoch or self.closing.is_set():
                 raise Refusal(
                     409,
@@ -381,13 +372,13 @@ class Controller:
         if not all(map(is_distance, computed)):
             seen = "the engine returned NaN or an out-of-range distance"
             raise Refusal(503, seen, wanted="finite distances", do="check the device")
-        verdict = self.judge.judge(stored, deployment.dtype, request.public_key, request.nonces, request.dist, computed)
+        verdict = self.judge.judge(stored, deployment.dtype, request, computed)
         self.metrics.validation_seconds.observe(time.perf_counter() - started)
         word = verdict["residual_test"]["verdict"]
         self.metrics.verdicts.labels(word).inc()
         about = {"key": request.public_key, "nonces": len(request.nonces), "mismatches": verdict["n_invalid"]}
         log.info("validated", block=stored.block_hash, **about, verdict=word)
-        self._tell()
+        self.notify()
         return {"status": "OK", **verdict}
 
 

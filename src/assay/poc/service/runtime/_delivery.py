@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 
 import httpx
 import structlog
@@ -41,7 +42,7 @@ class Delivery:
     async def run(self) -> None:
         """Deliver until cancelled, then wait for the deliveries that run."""
         loop = asyncio.get_running_loop()
-        unsubscribe = self._controller.subscribe(lambda: loop.call_soon_threadsafe(self._wake.set))
+        self._controller.notify = partial(loop.call_soon_threadsafe, self._wake.set)
         limits = httpx.Limits(max_connections=self._settings.callback_concurrency)
         timeout = httpx.Timeout(self._settings.callback_timeout)
         try:
@@ -55,7 +56,7 @@ class Delivery:
                 finally:
                     await asyncio.gather(*self._sending.values(), return_exceptions=True)
         finally:
-            unsubscribe()
+            self._controller.notify = lambda: None
 
     async def _serve(self, client: httpx.AsyncClient) -> None:
         self._wake.clear()
@@ -79,21 +80,21 @@ class Delivery:
         room = self._settings.callback_concurrency - len(self._sending)
         if room <= 0:
             return
-        for callback in await call(outbox.due, room, besides=list(self._sending)):
-            task = asyncio.create_task(self._deliver(client, callback))
+        for callback, body in await call(outbox.due, room, besides=list(self._sending)):
+            task = asyncio.create_task(self._deliver(client, callback, body))
             self._sending[callback.id] = task
 
-    async def _deliver(self, client: httpx.AsyncClient, callback: Callback) -> None:
+    async def _deliver(self, client: httpx.AsyncClient, callback: Callback, body: str) -> None:
         started = time.perf_counter()
         try:
-            error, wait = await self._send(client, callback)
+            error, wait = await self._send(client, callback, body)
             self._controller.metrics.delivery_seconds.observe(time.perf_counter() - started)
             await self._note(callback, error, wait)
         finally:
             self._sending.pop(callback.id, None)
             self._wake.set()
 
-    async def _send(self, client: httpx.AsyncClient, callback: Callback) -> tuple[str | None, float]:
+    async def _send(self, client: httpx.AsyncClient, callback: Callback, body: str) -> tuple[str | None, float]:
         """Send once; return the fault, and the pause that the receiver asks for: infinite if no attempt can succeed."""
         try:
             async with asyncio.timeout(self._settings.callback_timeout):
@@ -102,8 +103,8 @@ class Delivery:
                 request = client.build_request(
                     "POST",
                     url,
-                    content=callback.body.encode(),
-                    headers=self._headers(callback) | {"Host": target.host_header},
+                    content=body.encode(),
+                    headers=self._headers(callback.id, body) | {"Host": target.host_header},
                     extensions={"sni_hostname": target.url.host},
                 )
                 response = await client.send(request, stream=True)
@@ -118,16 +119,16 @@ class Delivery:
             return None, 0.0
         return f"HTTP {response.status_code}", retry_after(response.headers.get("retry-after"))
 
-    def _headers(self, callback: Callback) -> dict[str, str]:
+    def _headers(self, callback_id: str, body: str) -> dict[str, str]:
         now = datetime.now(UTC)
         headers = {
             "Content-Type": "application/json",
             "User-Agent": "assay",
-            "webhook-id": callback.id,
+            "webhook-id": callback_id,
             "webhook-timestamp": str(int(now.timestamp())),
         }
         if self._signers:
-            signatures = (signer.sign(callback.id, now, callback.body) for signer in self._signers)
+            signatures = (signer.sign(callback_id, now, body) for signer in self._signers)
             headers["webhook-signature"] = " ".join(signatures)
         return headers
 
@@ -142,10 +143,8 @@ class Delivery:
         log.info("callback", **about) if error is None else log.warning("callback", **about, error=error)
         while True:
             try:
-                if error is None:
-                    await self._controller.call(outbox.delivered, callback.id)
-                else:
-                    await self._controller.call(outbox.failed, callback.id, error, retry_in=None if last else pause)
+                retry_in = None if last else pause
+                await self._controller.call(outbox.attempted, callback.id, error, retry_in=retry_in)
                 return
             except StorageError:
                 if self._controller.closing.is_set():

@@ -1,15 +1,17 @@
 """The model that the service runs, and the engines of it."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import structlog
 
+from assay.poc._prover import compute
 from assay.poc.engines import Engine
 from assay.poc.engines.hf import HFEngine, worth_compiling
+from assay.poc.protocol import Header, Record, Round, get_pipeline
 from assay.streams import dtype_name
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Deployment:
     engine: MakeEngine
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "engine", self.engine if isinstance(self.engine, _Latest) else _Latest(self.engine))
+        object.__setattr__(self, "engine", _keep_latest(self.engine))
 
     @classmethod
     def of(cls, model: "Model", *, compiled: bool | None = None) -> "Deployment":
@@ -67,25 +69,38 @@ class Deployment:
             engine=_hf_engines(model, compiled=worth_compiling(model) if compiled is None else compiled),
         )
 
+    def compute(self, round: Round, batch_size: int, nonces: Sequence[int]) -> Iterator[list[Record]]:
+        """Compute the records of nonces, one list per batch. Nothing is made, or fails, before the first is asked for.
 
-class _Latest:
-    """Keeps the latest engines, with the kernels and graphs that were made for them.
+        Args:
+            round: Round of this model, or of another key in it.
+            batch_size: Rows of a batch.
+            nonces: Nonces in the order in which they are computed.
+        """
+        engine = self.engine(round.seq_len, batch_size)
+        header = Header(
+            round=round,
+            pipeline=get_pipeline(round.preset),
+            digest=self.digest,
+            weights=self.weights,
+            fingerprint=engine.fingerprint,
+            nonces=(),
+        )
+        yield from compute(header, engine, nonces)
+
+
+def _keep_latest(make: MakeEngine) -> MakeEngine:
+    """Keep the latest engines, with the kernels and graphs that were made for them.
 
     Every stream of batches asks for its engine, and requests ask whether a shape fits, in threads of their own.
     """
+    kept, lock = lru_cache(KEPT)(make), threading.Lock()
 
-    def __init__(self, make: MakeEngine) -> None:
-        self._make = make
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[int, int], Engine] = OrderedDict()
+    def engine(seq_len: int, batch_size: int) -> Engine:
+        with lock:
+            return kept(seq_len, batch_size)
 
-    def __call__(self, seq_len: int, batch_size: int) -> Engine:
-        with self._lock:
-            engine = self._kept.pop((seq_len, batch_size), None) or self._make(seq_len, batch_size)
-            self._kept[seq_len, batch_size] = engine
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-            return engine
+    return engine
 
 
 def _hf_engines(model: "Model", *, compiled: bool) -> MakeEngine:

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,7 @@ import sqlalchemy as sa
 import structlog
 
 from assay.errors import ProofFormatError, StorageError
-from assay.poc._prover import compute
-from assay.poc.protocol import Header, Pipeline, Record, Round, VectorRecord, decode_vector, encode_vector, get_pipeline
+from assay.poc.protocol import Record, Round, VectorRecord, decode_vector, encode_vector, get_pipeline
 from assay.poc.service._bodies import GenerateRequest
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
@@ -22,11 +22,21 @@ from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._validation import judge_vectors
 from assay.poc.service.store import Database, Outbox
 from assay.poc.verdict import residuals
-from assay.reports import dumps, loads
+from assay.reports import JsonObject, dumps, loads
 
 log = structlog.get_logger("assay.jobs")
 
 STORAGE_PAUSE = 1.0
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The job that runs, and its records so far."""
+
+    id: str
+    request: GenerateRequest
+    batches: Iterator[list[Record]]
+    records: list[Record]
 
 
 class Jobs:
@@ -41,126 +51,98 @@ class Jobs:
 
     def __init__(self, database: Database, outbox: Outbox, settings: Settings, closing: threading.Event) -> None:
         self._db, self._outbox, self._settings, self._closing = database, outbox, settings, closing
-        self._lock = threading.Lock()
-        self._waiting: dict[str, list[Future[dict[str, Any]]]] = {}
-        self._running: tuple[str, GenerateRequest, Iterator[list[Record]], list[Record]] | None = None
-        jobs = database["jobs"]
-        with database.write() as connection:
-            connection.execute(jobs.update().where(jobs.c.status == "running").values(status="queued"))
+        self._table = database["jobs"]
+        self._is_open = self._table.c.status.in_(["queued", "running"])
+        self._waiting: dict[str, Future[JsonObject]] = {}
+        self._running: _Running | None = None
+        database.change(self._table.update().where(self._table.c.status == "running").values(status="queued"))
 
-    def submit(self, request: GenerateRequest) -> dict[str, Any]:
+    def submit(self, request: GenerateRequest) -> JsonObject:
         """Queue a job; it is on disk when this returns.
 
         Raises:
             Refusal: 429, too many nonces wait already, or too many callbacks of jobs are undelivered.
         """
-        jobs, job_id = self._db["jobs"], uuid.uuid4().hex
-        open_jobs = jobs.c.status.in_(["queued", "running"])
+        table, settings, job_id = self._table, self._settings, uuid.uuid4().hex
         with self._db.write() as connection:
-            waiting = connection.execute(
-                sa.select(sa.func.coalesce(sa.func.sum(jobs.c.nonces), 0)).where(open_jobs)
-            ).scalar_one()
-            if waiting + len(request.nonces) > self._settings.max_queued_nonces:
+            queued = sa.select(sa.func.coalesce(sa.func.sum(table.c.nonces), 0)).where(self._is_open)
+            waiting = connection.execute(queued).scalar_one()
+            if waiting + len(request.nonces) > settings.max_queued_nonces:
                 raise Refusal(
                     429,
                     f"{waiting} nonces are queued",
-                    wanted=f"at most {self._settings.max_queued_nonces} with these {len(request.nonces)}",
+                    wanted=f"at most {settings.max_queued_nonces} with these {len(request.nonces)}",
                     do="send it again later",
                     retry_after=10,
                 )
-            if request.url is not None and self._announced(connection) >= self._settings.max_pending_jobs:
+            if request.url is not None and self._announced(connection) >= settings.max_pending_jobs:
                 raise Refusal(
                     429,
                     "too many callbacks of artifact jobs are undelivered",
-                    wanted=f"fewer than {self._settings.max_pending_jobs}",
+                    wanted=f"fewer than {settings.max_pending_jobs}",
                     do="repair their receivers, or send the job without a url and ask for its result",
                     retry_after=10,
                 )
-            seq = connection.execute(sa.select(sa.func.coalesce(sa.func.max(jobs.c.seq), 0) + 1)).scalar_one()
             row = {
                 "id": job_id,
-                "seq": seq,
+                "seq": sa.select(sa.func.coalesce(sa.func.max(table.c.seq), 0) + 1).scalar_subquery(),
                 "status": "queued",
                 "nonces": len(request.nonces),
                 "request": request.model_dump_json(),
                 "created_at": time.time(),
             }
-            connection.execute(jobs.insert().values(row))
+            connection.execute(table.insert().values(row))
         return {"status": "queued", "request_id": job_id, "queued_count": int(waiting) + len(request.nonces)}
 
     def _announced(self, connection: sa.Connection) -> int:
         """Return how many callbacks of jobs are undelivered, with those of the jobs that are not finished."""
-        jobs = self._db["jobs"]
-        has_url = sa.func.json_extract(jobs.c.request, "$.url").is_not(None)
-        query = sa.select(sa.func.count()).where(jobs.c.status.in_(["queued", "running"]), has_url)
+        has_url = sa.func.json_extract(self._table.c.request, "$.url").is_not(None)
+        query = sa.select(sa.func.count()).where(self._is_open, has_url)
         return int(connection.execute(query).scalar_one()) + self._outbox.owed(connection, None)
 
-    def watch(self, job_id: str) -> "Future[dict[str, Any]]":
-        """Return a future of the job's state once it is finished."""
-        future: Future[dict[str, Any]] = Future()
-        with self._lock:
-            self._waiting.setdefault(job_id, []).append(future)
+    def watch(self, job_id: str) -> "Future[JsonObject]":
+        """Return a future of the state, once it is finished, of a job that nobody else watches."""
+        future = self._waiting[job_id] = Future[JsonObject]()
         state = self.state(job_id)
         if state["status"] not in ("queued", "running"):
             self._tell(job_id, state)
         return future
 
-    def forget(self, job_id: str, future: "Future[dict[str, Any]]") -> None:
-        """Give up waiting."""
-        with self._lock:
-            waiting = self._waiting.get(job_id, [])
-            if future in waiting:
-                waiting.remove(future)
-            if not waiting:
-                self._waiting.pop(job_id, None)
-
-    def state(self, job_id: str) -> dict[str, Any]:
+    def state(self, job_id: str) -> JsonObject:
         """Return status and result of a job.
 
         Raises:
             Refusal: 404, unknown, or finished longer ago than results are kept.
         """
-        jobs = self._db["jobs"]
-        with self._db.read() as connection:
-            row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).mappings().first()
-        if row is None or (row["finished_at"] and time.time() - row["finished_at"] > self._settings.job_ttl):
+        rows = self._db.rows(sa.select(self._table).where(self._table.c.id == job_id))
+        if not rows or (rows[0].finished_at and time.time() - rows[0].finished_at > self._settings.job_ttl):
             raise Refusal(
                 404,
                 "no such request",
                 wanted=f"the id of a request that finished less than {self._settings.job_ttl:g} s ago",
                 do="send the request again",
             )
-        state = {"status": row["status"], "request_id": job_id}
-        if row["error"]:
-            state["error"] = row["error"]
-        return state | (loads(row["result"], "job result") if row["result"] else {})
+        return _state(rows[0])
 
-    def cancel(self, job_id: str) -> dict[str, Any]:
+    def cancel(self, job_id: str) -> JsonObject:
         """Cancel a job that is not finished; return its state."""
         self.state(job_id)
         self._finish(job_id, "cancelled")
         return self.state(job_id)
 
     def has_open(self) -> bool:
-        """Say whether any job waits or runs."""
-        jobs = self._db["jobs"]
-        query = sa.select(sa.exists().where(jobs.c.status.in_(["queued", "running"])))
-        with self._db.read() as connection:
-            return bool(connection.execute(query).scalar_one())
+        """Return whether any job waits or runs."""
+        return bool(self._db.scalar(sa.select(sa.exists().where(self._is_open))))
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs wait and run."""
-        jobs = self._db["jobs"]
-        query = sa.select(jobs.c.status, sa.func.count()).where(jobs.c.status.in_(["queued", "running"]))
-        with self._db.read() as connection:
-            found: dict[str, int] = {row[0]: row[1] for row in connection.execute(query.group_by(jobs.c.status))}
-        return {"queued": found.get("queued", 0), "running": found.get("running", 0)}
+        status = self._table.c.status
+        query = sa.select(status, sa.func.count().label("jobs")).where(self._is_open).group_by(status)
+        return {"queued": 0, "running": 0} | {row.status: row.jobs for row in self._db.rows(query)}
 
     def prune(self) -> None:
         """Delete results that are older than they are kept."""
-        jobs = self._db["jobs"]
-        with self._db.write() as connection:
-            connection.execute(jobs.delete().where(jobs.c.finished_at < time.time() - self._settings.job_ttl))
+        self._db.change(self._table.delete().where(self._table.c.finished_at < time.time() - self._settings.job_ttl))
 
     def step(self, deployment: Deployment) -> bool:
         """Do one batch of the oldest job, in the engine's thread; return False if no job waits."""
@@ -172,37 +154,37 @@ class Jobs:
             return True
 
     def _step(self, deployment: Deployment) -> bool:
-        if self._running is None or self._is_finished(self._running[0]):
+        if self._running is None or not self._still_runs(self._running):
             self._running = None
             self._running = self._next(deployment)
         if self._running is None:
             return False
-        job_id, request, batches, records = self._running
+        job = self._running
         try:
-            batch = next(batches, None)
+            batch = next(job.batches, None)
             if batch is not None:
-                records.extend(batch)
+                job.records.extend(batch)
                 return True
-            result = self._result(request, records, deployment.dtype)
+            result = self._result(job.request, job.records, deployment.dtype)
         except Exception as error:  # an engine may raise any error, and its job must still end
             if self._closing.is_set():  # the engine ended with the service, and the job runs again after the next start
                 raise
             log.exception("job failed")
-            self._finish(job_id, "failed", error=str(error))
+            self._finish(job.id, "failed", error=str(error))
         else:
-            self._finish(job_id, "completed", result, request)
+            self._finish(job.id, "completed", result, job.request)
         # Only now: where the disk is full, finishing is tried again.
         self._running = None
         return True
 
-    def _result(self, request: GenerateRequest, records: list[Record], dtype: str) -> dict[str, Any]:
+    def _result(self, request: GenerateRequest, records: list[Record], dtype: str) -> JsonObject:
         if len(records) != len(request.nonces):
             raise ProofFormatError(
                 f"{len(records)} vectors for {len(request.nonces)} nonces",
                 wanted="one each",
                 do="send the request again",
             )
-        size = _pipeline(request).vector_size
+        size = get_pipeline(request.params.preset).vector_size
         if request.validation is None:
             artifacts = [{"nonce": r.nonce, "vector_b64": encode_vector(_vector(r))} for r in records]
             return {"artifacts": artifacts, "encoding": {"dtype": "f16", "k_dim": size, "endian": "le"}}
@@ -210,47 +192,53 @@ class Jobs:
         errors = residuals([VectorRecord(r.nonce, received[r.nonce]) for r in records], records)
         return judge_vectors(request, [r.nonce for r in records], errors, dtype, self._settings)
 
-    def _is_finished(self, job_id: str) -> bool:
-        jobs = self._db["jobs"]
-        with self._db.read() as connection:
-            status = connection.execute(sa.select(jobs.c.status).where(jobs.c.id == job_id)).scalar()
-        return status != "running"
+    def _still_runs(self, job: _Running) -> bool:
+        """Return whether a job was not cancelled."""
+        return bool(self._db.scalar(sa.select(self._table.c.status == "running").where(self._table.c.id == job.id)))
 
-    def _next(self, deployment: Deployment) -> Any:
-        jobs = self._db["jobs"]
+    def _next(self, deployment: Deployment) -> _Running | None:
+        table = self._table
+        oldest = sa.select(table.c.id).where(table.c.status == "queued").order_by(table.c.seq).limit(1)
+        begun = table.update().where(table.c.id == oldest.scalar_subquery()).values(status="running")
         with self._db.write() as connection:
-            queued = sa.select(jobs).where(jobs.c.status == "queued").order_by(jobs.c.seq).limit(1)
-            row = connection.execute(queued).mappings().first()
-            if row is None:
-                return None
-            connection.execute(jobs.update().where(jobs.c.id == row["id"]).values(status="running"))
-        request = GenerateRequest.model_validate_json(row["request"])
-        return (row["id"], request, _compute(deployment, request), [])
+            row = connection.execute(begun.returning(table.c.id, table.c.request)).first()
+        if row is None:
+            return None
+        request = GenerateRequest.model_validate_json(row.request)
+        round = job_round(request, deployment.reference)
+        return _Running(row.id, request, deployment.compute(round, request.batch_size, request.nonces), [])
 
     def _finish(
         self,
         job_id: str,
         status: str,
-        result: dict[str, Any] | None = None,
+        result: JsonObject | None = None,
         request: GenerateRequest | None = None,
         error: str | None = None,
     ) -> None:
-        jobs = self._db["jobs"]
-        unfinished = (jobs.c.id == job_id) & jobs.c.status.in_(["queued", "running"])
+        """End a job that has not ended, owe its callback, and tell who waits for it."""
         values = {"status": status, "result": dumps(result) if result else None, "error": error}
+        change = self._table.update().where(self._table.c.id == job_id, self._is_open)
         with self._db.write() as connection:
-            done = connection.execute(jobs.update().where(unfinished).values(finished_at=time.time(), **values))
-            if done.rowcount and request is not None and request.url and result is not None:
+            ended = change.values(finished_at=time.time(), **values).returning(self._table)
+            row = connection.execute(ended).first()
+            if row is not None and request is not None and request.url and result is not None:
                 kind, body = _callback(request, result)
                 self._outbox.add(connection, None, kind, request.url, {"request_id": job_id} | body)
-        self._tell(job_id, {"status": status, "request_id": job_id, **(result or {})})
+        if row is not None:
+            self._tell(job_id, _state(row))
 
-    def _tell(self, job_id: str, state: dict[str, Any]) -> None:
-        with self._lock:
-            waiting = self._waiting.pop(job_id, [])
-        for future in waiting:
-            if future.set_running_or_notify_cancel():
-                future.set_result(state)
+    def _tell(self, job_id: str, state: JsonObject) -> None:
+        future = self._waiting.pop(job_id, None)
+        if future is not None and future.set_running_or_notify_cancel():
+            future.set_result(state)
+
+
+def _state(row: sa.Row[Any]) -> JsonObject:
+    """Return what a client is told of a row of the table ``jobs``."""
+    error = {"error": row.error} if row.error else {}
+    result = loads(row.result, "job result") if row.result else {}
+    return {"status": row.status, "request_id": row.id} | error | result
 
 
 def job_round(request: GenerateRequest, reference: str) -> Round:
@@ -273,24 +261,6 @@ def job_round(request: GenerateRequest, reference: str) -> Round:
     )
 
 
-def _compute(deployment: Deployment, request: GenerateRequest) -> Iterator[list[Record]]:
-    """Compute the vectors of a job. Nothing is computed, or fails, before the first batch is asked for."""
-    engine = deployment.engine(request.params.seq_len, request.batch_size)
-    header = Header(
-        round=job_round(request, deployment.reference),
-        pipeline=_pipeline(request),
-        digest=deployment.digest,
-        weights=deployment.weights,
-        fingerprint=engine.fingerprint,
-        nonces=(),
-    )
-    yield from compute(header, engine, request.nonces)
-
-
-def _pipeline(request: GenerateRequest) -> Pipeline:
-    return get_pipeline(request.params.preset)
-
-
 def _decode(text: str, size: int) -> np.ndarray:
     try:
         return decode_vector(text, size)
@@ -308,6 +278,6 @@ def _vector(record: Record) -> np.ndarray:
     return record.vector
 
 
-def _callback(request: GenerateRequest, result: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _callback(request: GenerateRequest, result: JsonObject) -> tuple[str, JsonObject]:
     body = {name: getattr(request, name) for name in ("block_hash", "block_height", "public_key", "node_id")}
     return ("generated" if request.validation is None else "validated"), body | result

@@ -1,12 +1,14 @@
 """Prometheus metrics, in base units. Each service has a registry of its own."""
 
-from collections.abc import Sequence
+import math
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from assay._version import __version__
 from assay.poc.service._states import State
+from assay.reports import JsonObject
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 VERDICTS = ("honest", "fraud", "undecided")
@@ -21,55 +23,47 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
 
-        def counter(name: str, text: str, *labels: str, values: Sequence[str] = ()) -> Counter:
-            """Make a counter whose series begin at 0: Prometheus sees no increase in a series that appears."""
-            made = Counter(f"assay_poc_{name}", text, labels, registry=registry)
-            for value in values:
-                made.labels(value)
-            return made
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"assay_poc_{name}", text, labels, registry=registry)
-
-        def histogram(name: str, text: str, *labels: str) -> Histogram:
-            return Histogram(f"assay_poc_{name}", text, labels, registry=registry, buckets=_SECONDS)
-
+        counter = partial(Counter, namespace="assay_poc", registry=registry)
+        gauge = partial(Gauge, namespace="assay_poc", registry=registry)
+        histogram = partial(Histogram, namespace="assay_poc", registry=registry, buckets=_SECONDS)
         self.nonces = counter("nonces", "Nonces computed and written.")
         self.valid = counter("valid_nonces", "Of these, the valid ones.")
         self.failures = counter("engine_failures", "Rounds or loads ended by an error of the engine.")
-        self.verdicts = counter("verdicts", "Validation requests by residual verdict.", "verdict", values=VERDICTS)
-        self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", "outcome", values=OUTCOMES)
-        self.requests = counter("http_requests", "Requests by route and status.", "route", "status")
+        self.verdicts = counter("verdicts", "Validation requests by residual verdict.", ["verdict"])
+        self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", ["outcome"])
+        # These series begin at 0: Prometheus sees no increase in a series that appears.
+        for verdict in VERDICTS:
+            self.verdicts.labels(verdict)
+        for outcome in OUTCOMES:
+            self.deliveries.labels(outcome)
+        self.requests = counter("http_requests", "Requests by route and status.", ["route", "status"])
         self.batch_seconds = histogram("batch_seconds", "Time of one batch in the engine.")
         self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the writer.")
         self.validation_seconds = histogram("validation_seconds", "Time of one validation in the engine.")
         self.delivery_seconds = histogram("callback_seconds", "Time of one callback delivery.")
-        self.request_seconds = histogram("http_request_seconds", "Time of one request.", "route")
-        self.state = gauge("state", "1 for the state the service is in.", "state")
+        self.request_seconds = histogram("http_request_seconds", "Time of one request.", ["route"])
+        self.state = gauge("state", "1 for the state the service is in.", ["state"])
         self.ready = gauge("ready", "1 when the model is loaded.")
-        self.paused = gauge("paused", "1 while generation waits, by reason.", "reason")
+        self.paused = gauge("paused", "1 while generation waits, by reason.", ["reason"])
         self.pending = gauge("callbacks_pending", "Callbacks not delivered yet.")
         self.dead = gauge("callbacks_dead", "Dead letters.")
         self.rate = gauge("nonces_per_second", "Rate over the last half minute.")
         self.valid_share = gauge("valid_ratio", "Valid share of the current round.")
         self.expected_share = gauge("valid_expected_ratio", "Valid share that the chord law expects.")
         self.expected_error = gauge("valid_expected_error_ratio", "Standard error of that share at the nonces checked.")
-        self.jobs = gauge("jobs", "Artifact jobs by status.", "status")
-        gauge("build_info", "Version.", "version").labels(__version__).set(1)
+        self.jobs = gauge("jobs", "Artifact jobs by status.", ["status"])
+        gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
 
-    def show(self, snapshot: dict[str, object]) -> None:
+    def show(self, snapshot: JsonObject) -> None:
         """Set the gauges from a snapshot."""
         for state in State:
             self.state.labels(str(state)).set(snapshot["state"] == str(state))
         for reason in ("storage", "callbacks"):
             self.paused.labels(reason).set(snapshot["paused"] == reason)
-        self.ready.set(bool(snapshot["ready"]))
-        callbacks, jobs = snapshot["callbacks"], snapshot["jobs"]
-        assert isinstance(callbacks, dict)
-        assert isinstance(jobs, dict)
-        self.pending.set(callbacks["pending"])
-        self.dead.set(callbacks["dead"])
-        for status, count in jobs.items():
+        self.ready.set(snapshot["ready"])
+        self.pending.set(snapshot["callbacks"]["pending"])
+        self.dead.set(snapshot["callbacks"]["dead"])
+        for status, count in snapshot["jobs"].items():
             self.jobs.labels(status).set(count)
         for metric, name in (
             (self.rate, "nonces_per_second"),
@@ -77,8 +71,7 @@ class Metrics:
             (self.expected_share, "expected_rate"),
             (self.expected_error, "expected_rate_error"),
         ):
-            value = snapshot[name]
-            metric.set(float(value) if isinstance(value, (int, float)) else float("nan"))
+            metric.set(math.nan if snapshot[name] is None else snapshot[name])
 
     def text(self) -> bytes:
         """Return the exposition format."""

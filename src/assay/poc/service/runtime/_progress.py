@@ -45,26 +45,23 @@ class Progress:
     def add(self, batch: Batch) -> None:
         """Count a batch that is on disk."""
         with self._lock:
-            self._add(batch)
+            self.next_nonce = batch.next_nonce
+            self.checked += len(batch.records)
+            self.valid += sum(batch.valid)
+            self.seconds += batch.seconds
+            self._steps.append((time.monotonic(), len(batch.records)))
+            for record, valid in zip(batch.records, batch.valid, strict=True):
+                distance = record.distance if record.vector is None else math.nan
+                if valid:
+                    self._recent.append((record.nonce, distance))
+                if self._bins and self._counts is not None:
+                    index = self._bins.bin(distance)
+                    self._counts[index] = self._counts.get(index, 0) + 1
 
     def latest(self) -> list[tuple[int, float]]:
         """Return the latest valid nonces with their distances, ascending."""
         with self._lock:
             return list(self._recent)
-
-    def _add(self, batch: Batch) -> None:
-        self.next_nonce = batch.next_nonce
-        self.checked += len(batch.records)
-        self.valid += sum(batch.valid)
-        self.seconds += batch.seconds
-        self._steps.append((time.monotonic(), len(batch.records)))
-        for record, valid in zip(batch.records, batch.valid, strict=True):
-            distance = record.distance if record.vector is None else math.nan
-            if valid:
-                self._recent.append((record.nonce, distance))
-            if self._bins and self._counts is not None:
-                index = self._bins.bin(distance)
-                self._counts[index] = self._counts.get(index, 0) + 1
 
     @property
     def rate(self) -> float:

@@ -4,7 +4,6 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
@@ -13,12 +12,12 @@ from numpy.typing import NDArray
 from assay import stats
 from assay.errors import CalibrationError
 from assay.poc.protocol import Pipeline, get_pipeline, is_valid
-from assay.poc.service._bodies import GenerateRequest, StatTest
+from assay.poc.service._bodies import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service._settings import Settings
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.store import Database, Outbox, StoredRound
 from assay.poc.verdict import Calibration, Noise, count_mismatches, default_noise, published_rule, sequential_test
-from assay.reports import dumps, loads
+from assay.reports import JsonObject, dumps, loads
 
 MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
 
@@ -32,21 +31,24 @@ class Judge:
 
     def __init__(self, database: Database, outbox: Outbox, settings: Settings) -> None:
         self._db, self._outbox, self._settings = database, outbox, settings
+        self._checks, self._verdicts = database["checks"], database["verdicts"]
         self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
 
     def judge(
         self,
         stored: StoredRound,
         dtype: str,
-        public_key: str,
-        nonces: Sequence[int],
-        received: Sequence[float],
+        request: ValidateRequest,
         computed: Sequence[float],
-    ) -> dict[str, Any]:
-        """Judge received distances [N] against computed ones, write the verdict and its callback, and return both.
+    ) -> JsonObject:
+        """Judge received distances [N] against computed ones, and write the verdict and its callback.
 
         A received value that is not finite is a mismatch.
+
+        Returns:
+            The verdict as the client gets it.
         """
+        public_key, nonces, received = request.public_key, request.nonces, request.dist
         count = published_rule(received, computed, stored.r_target)
         test = self._test(stored, dtype, public_key)
         fresh = self._unseen(stored.id, public_key, nonces)
@@ -54,13 +56,14 @@ class Judge:
         if test is not None:
             test.update([received[i] - computed[i] for i in new])
         fraud = count.n > 0 and count.p_value < stored.fraud_threshold
+        residual = _residual(test)
         result = {
             "fraud_detected": fraud,
             "computed_distances": list(computed),
             "valid": [is_valid(value, stored.r_target) for value in computed],
             "n_invalid": count.mismatches,
             "probability_honest": count.p_value if count.n else -1.0,
-            "residual_test": _residual(test),
+            "residual_test": residual,
         }
         summary = {
             "time": time.time(),
@@ -70,7 +73,7 @@ class Judge:
             "n_invalid": count.mismatches,
             "probability_honest": result["probability_honest"],
             "fraud_detected": fraud,
-            "verdict": _residual(test)["verdict"],
+            "verdict": residual["verdict"],
         }
         body = {
             "nonces": list(nonces),
@@ -80,21 +83,19 @@ class Judge:
             "block_height": stored.block_height,
             **result,
         }
-        rows = [(nonces[i], _finite(received[i]), computed[i]) for i in new]
+        checks = [{"nonce": nonces[i], "received": _finite(received[i]), "computed": computed[i]} for i in new]
         try:
-            self._save(stored, public_key, rows, summary, body)
+            self._save(stored.id, public_key, checks, summary, body)
         except BaseException:
             # The test in memory has values that are not on disk: it is rebuilt next time.
             self._tests.pop((stored.id, public_key), None)
             raise
         return result
 
-    def last(self, limit: int = 10) -> list[dict[str, Any]]:
+    def last(self, limit: int = 10) -> list[JsonObject]:
         """Return summaries of the last verdicts, the newest first."""
-        verdicts = self._db["verdicts"]
-        query = sa.select(verdicts.c.summary).order_by(verdicts.c.id.desc()).limit(limit)
-        with self._db.read() as connection:
-            return [loads(text, "verdict") for (text,) in connection.execute(query)]
+        query = sa.select(self._verdicts.c.summary).order_by(self._verdicts.c.id.desc()).limit(limit)
+        return [loads(text, "verdict") for (text,) in self._db.rows(query)]
 
     def _test(self, stored: StoredRound, dtype: str, public_key: str) -> stats.SequentialTest | None:
         key = (stored.id, public_key)
@@ -110,46 +111,41 @@ class Judge:
         return self._tests[key]
 
     def _old_residuals(self, round_id: int, public_key: str) -> list[float]:
-        checks = self._db["checks"]
+        checks = self._checks
         query = sa.select(checks.c.received, checks.c.computed).order_by(checks.c.id)
-        query = query.where(checks.c.round_id == round_id, checks.c.public_key == public_key)
-        with self._db.read() as connection:
-            rows = connection.execute(query).all()
+        rows = self._db.rows(query.where(checks.c.round_id == round_id, checks.c.public_key == public_key))
         return [math.nan if row.received is None else row.received - row.computed for row in rows]
 
     def _unseen(self, round_id: int, public_key: str, nonces: Sequence[int]) -> set[int]:
         if not nonces:
             return set()
-        checks = self._db["checks"]
+        checks = self._checks
         same = (checks.c.round_id == round_id) & (checks.c.public_key == public_key)
         query = sa.select(checks.c.nonce).where(same, checks.c.nonce.between(min(nonces), max(nonces)))
-        with self._db.read() as connection:
-            return set(nonces).difference(nonce for (nonce,) in connection.execute(query))
+        return set(nonces).difference(nonce for (nonce,) in self._db.rows(query))
 
     def _save(
         self,
-        stored: StoredRound,
+        round_id: int,
         public_key: str,
-        rows: Sequence[tuple[int, float | None, float]],
-        summary: dict[str, Any],
-        body: dict[str, Any],
+        checks: Sequence[JsonObject],
+        summary: JsonObject,
+        body: JsonObject,
     ) -> None:
-        checks, verdicts, rounds = self._db["checks"], self._db["verdicts"], self._db["rounds"]
-        shared = {"round_id": stored.id, "public_key": public_key}
+        rounds, shared = self._db["rounds"], {"round_id": round_id, "public_key": public_key}
         with self._db.write() as connection:
-            if rows:
-                values = [shared | {"nonce": n, "received": a, "computed": b} for n, a, b in rows]
-                connection.execute(checks.insert(), values)
+            if checks:
+                connection.execute(self._checks.insert(), [shared | check for check in checks])
             row = shared | {"created_at": summary["time"], "summary": dumps(summary)}
-            connection.execute(verdicts.insert().values(row))
-            url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == stored.id)).scalar_one()
+            connection.execute(self._verdicts.insert().values(row))
+            url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
             if url:
-                self._outbox.add(connection, stored.id, "validated", url, body)
+                self._outbox.add(connection, round_id, "validated", url, body)
 
 
 def judge_vectors(
     request: GenerateRequest, nonces: Sequence[int], errors: NDArray[np.float64], dtype: str, settings: Settings
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return the verdict on the residuals [N] of an artifact job.
 
     ``artifact`` has the published count and the published reply. ``hardened`` is judged by the residual test, which its
@@ -203,7 +199,7 @@ def _honest_noise(settings: Settings, pipeline: Pipeline, dtype: str) -> Noise |
         return None
 
 
-def _residual(test: stats.SequentialTest | None) -> dict[str, Any]:
+def _residual(test: stats.SequentialTest | None) -> JsonObject:
     if test is None:
         return {"verdict": "undecided", "reason": "no honest noise is known for this dtype: pass --calibration"}
     result = test.result

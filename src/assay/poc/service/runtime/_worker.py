@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from assay.errors import AssayError, BadWeights
-from assay.poc._prover import compute
 from assay.poc.protocol import MAX_NONCE, Record, is_distance, is_valid
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.store import Batch, StoredRound
@@ -26,26 +25,22 @@ class Worker:
     """Runs everything that touches the engine.
 
     Args:
-        load: Loads the model. It is called in the thread, so that the service answers meanwhile.
+        load: Loads the model, or returns None, which ends the thread. It is called in the thread, so that the service
+            answers meanwhile.
         put: Takes a batch of the round, and returns False when the batch is no longer wanted.
         background: Does one batch of less urgent work, and returns False when there was no such work.
-        ready: Receives what ``load`` returned.
-        unloadable: Receives the error that ended loading; the thread ends.
         failed: Receives the error that ended the round.
     """
 
     def __init__(
         self,
-        load: Callable[[], Deployment],
+        load: Callable[[], Deployment | None],
         *,
         put: Callable[[Batch], bool],
         background: Callable[[Deployment], bool],
-        ready: Callable[[Deployment], None],
-        unloadable: Callable[[Exception], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        self._load, self._put, self._background = load, put, background
-        self._ready, self._unloadable, self._failed = ready, unloadable, failed
+        self._load, self._put, self._background, self._failed = load, put, background, failed
         self._state = threading.Condition()
         self._tasks: deque[Callable[[Deployment], None]] = deque()
         self._round: StoredRound | None = None
@@ -91,13 +86,8 @@ class Worker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        try:
-            deployment = self._load()
-        except Exception as error:
-            self._unloadable(error)
-            return
-        self._ready(deployment)
-        while self._survives(deployment):
+        deployment = self._load()
+        while deployment is not None and self._survives(deployment):
             pass
         self._drop_stream()
 
@@ -158,9 +148,8 @@ class Worker:
 
     def _open_stream(self, deployment: Deployment, stored: StoredRound, epoch: int) -> None:
         self._drop_stream()
-        engine = deployment.engine(stored.seq_len, stored.batch_size)
         share = range(stored.next_nonce, MAX_NONCE + 1, stored.round.node_count)
-        self._stream = compute(stored.header(engine.fingerprint), engine, share)
+        self._stream = deployment.compute(stored.round, stored.batch_size, share)
         self._stream_epoch = epoch
 
     def _drop_stream(self) -> None:

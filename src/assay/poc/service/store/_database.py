@@ -60,8 +60,6 @@ class Database:
         self._writer = self._engine.execution_options(assay_write=True)
         self._tables = sa.MetaData()
         try:
-            with _storing(self.path):
-                self._set_journal()
             with self.write() as connection:
                 _migrate(connection, migrations)
             with _storing(self.path):
@@ -92,12 +90,20 @@ class Database:
         with _storing(self.path), self._writing, self._writer.begin() as connection:
             yield connection
 
-    def _set_journal(self) -> None:
-        # Kept in the file, so once is enough; it cannot be set within a transaction.
-        with self._engine.connect() as connection:
-            raw = connection.connection.dbapi_connection
-            assert raw is not None
-            raw.execute("PRAGMA journal_mode=WAL")
+    def rows(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+        """Return the rows of a query."""
+        with self.read() as connection:
+            return connection.execute(query).all()
+
+    def scalar(self, query: sa.Select[Any]) -> Any:
+        """Return the only value of a query, or None if it has no row."""
+        with self.read() as connection:
+            return connection.execute(query).scalar()
+
+    def change(self, statement: sa.UpdateBase) -> int:
+        """Run a statement in a transaction of its own; return how many rows it changed."""
+        with self.write() as connection:
+            return connection.execute(statement).rowcount
 
     def close(self) -> None:
         """Close every connection and give up the directory."""
@@ -144,6 +150,7 @@ def _on_connect(connection: Any, record: ConnectionPoolEntry) -> None:
     connection.isolation_level = None
     for pragma in (
         f"busy_timeout={BUSY_TIMEOUT_MS}",
+        "journal_mode=WAL",  # the file keeps it; a transaction could not set it
         "synchronous=FULL",
         "foreign_keys=ON",
         "journal_size_limit=8388608",

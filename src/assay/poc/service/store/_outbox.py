@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,37 @@ import sqlalchemy as sa
 
 from assay.errors import UsageError
 from assay.poc.service.store._database import Database
-from assay.reports import dumps
+from assay.reports import JsonObject, dumps
 
 OWED = ("open", "pending")
 _ENCODING = {"dtype": "f16", "endian": "le"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Callback:
-    """One callback, ready to be sent."""
+    """A row of the table ``outbox``, without the body."""
 
     id: str
+    round_id: int | None
     kind: str
     url: str
+    first_nonce: int | None
+    last_nonce: int | None
+    nonces: int
+    status: str
+    created_at: float
     attempts: int
-    body: str
+    next_attempt_at: float
+    last_error: str | None
+    finished_at: float | None
 
 
 class Outbox:
     """Reads and writes the table of callbacks."""
 
     def __init__(self, database: Database) -> None:
-        self._db = database
+        self._db, self._table = database, database["outbox"]
+        self._columns = [self._table.c[field.name] for field in fields(Callback)]
 
     def announce(
         self, connection: sa.Connection, round_id: int, url: str, nonces: Sequence[int], *, interval: float, most: int
@@ -47,143 +56,112 @@ class Outbox:
 
         No callback announces more than twice ``most`` nonces.
         """
+        table = self._table
+        is_open = (table.c.round_id == round_id) & (table.c.kind == "generated") & (table.c.status == "open")
         for start in range(0, len(nonces), most):
-            self._announce(connection, round_id, url, nonces[start : start + most], interval=interval, most=most)
+            part = nonces[start : start + most]
+            row = connection.execute(sa.select(*self._columns).where(is_open)).first()
+            if row is None or row.url != url:
+                connection.execute(table.update().where(is_open).values(status="pending"))
+                row = self._insert(connection, round_id, "generated", url, status="open", first_nonce=part[0])
+            count = row.nonces + len(part)
+            due = count >= most or abs(time.time() - row.created_at) >= interval
+            values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
+            connection.execute(table.update().where(table.c.id == row.id).values(values))
 
-    def _announce(
-        self, connection: sa.Connection, round_id: int, url: str, nonces: Sequence[int], *, interval: float, most: int
-    ) -> None:
-        outbox, now = self._db["outbox"], time.time()
-        open_row = (outbox.c.round_id == round_id) & (outbox.c.kind == "generated") & (outbox.c.status == "open")
-        row = connection.execute(sa.select(outbox).where(open_row)).mappings().first()
-        if row is None or row["url"] != url:
-            connection.execute(outbox.update().where(open_row).values(status="pending"))
-            row = self._add(
-                connection, round_id, "generated", url, status="open", first_nonce=nonces[0], nonces=0, created_at=now
-            )
-        count = row["nonces"] + len(nonces)
-        due = count >= most or abs(now - row["created_at"]) >= interval
-        connection.execute(
-            outbox.update()
-            .where(outbox.c.id == row["id"])
-            .values(last_nonce=nonces[-1], nonces=count, status="pending" if due else "open")
-        )
-
-    def add(self, connection: sa.Connection, round_id: int | None, kind: str, url: str, body: dict[str, Any]) -> None:
+    def add(self, connection: sa.Connection, round_id: int | None, kind: str, url: str, body: JsonObject) -> None:
         """Owe a callback with a body of its own."""
-        self._add(connection, round_id, kind, url, status="pending", body=dumps(body), created_at=time.time())
+        self._insert(connection, round_id, kind, url, status="pending", body=dumps(body))
 
-    def _add(self, connection: sa.Connection, round_id: int | None, kind: str, url: str, **values: Any) -> Any:
-        row = {"id": f"msg_{uuid.uuid4().hex}", "round_id": round_id, "kind": kind, "url": url, "next_attempt_at": 0.0}
-        row |= values
-        connection.execute(self._db["outbox"].insert().values(row))
-        return row
+    def _insert(
+        self, connection: sa.Connection, round_id: int | None, kind: str, url: str, **values: object
+    ) -> sa.Row[Any]:
+        values |= {"id": f"msg_{uuid.uuid4().hex}", "round_id": round_id, "kind": kind, "url": url}
+        values |= {"created_at": time.time(), "next_attempt_at": 0.0}
+        return connection.execute(self._table.insert().values(values).returning(*self._columns)).one()
 
     def close_open(self, interval: float) -> None:
         """Release callbacks that have collected nonces for ``interval`` seconds."""
-        outbox, now = self._db["outbox"], time.time()
-        ripe = (outbox.c.status == "open") & (sa.func.abs(now - outbox.c.created_at) >= interval)
-        with self._db.read() as connection:
-            found = connection.execute(sa.select(sa.func.count()).where(ripe)).scalar_one()
-        if found:
-            with self._db.write() as connection:
-                connection.execute(outbox.update().where(ripe).values(status="pending"))
+        table = self._table
+        ripe = (table.c.status == "open") & (sa.func.abs(time.time() - table.c.created_at) >= interval)
+        if self._db.scalar(sa.select(sa.exists().where(ripe))):
+            self._db.change(table.update().where(ripe).values(status="pending"))
 
     def retry_now(self) -> None:
         """Forget the pauses of pending callbacks: the clock may have been set back since they were written."""
-        outbox = self._db["outbox"]
-        with self._db.write() as connection:
-            connection.execute(outbox.update().where(outbox.c.status == "pending").values(next_attempt_at=0.0))
+        self._db.change(self._table.update().where(self._table.c.status == "pending").values(next_attempt_at=0.0))
 
-    def due(self, limit: int, *, besides: Iterable[str] = ()) -> list[Callback]:
-        """Return up to ``limit`` callbacks whose time has come, the oldest first."""
-        outbox = self._db["outbox"]
-        ready = (outbox.c.status == "pending") & (outbox.c.next_attempt_at <= time.time())
-        query = sa.select(outbox).where(ready, outbox.c.id.not_in(list(besides)))
-        query = query.order_by(outbox.c.next_attempt_at, outbox.c.seq).limit(limit)
+    def due(self, limit: int, *, besides: Iterable[str] = ()) -> list[tuple[Callback, str]]:
+        """Return up to ``limit`` callbacks whose time has come, the oldest first, with their bodies."""
+        table = self._table
+        ready = (table.c.status == "pending") & (table.c.next_attempt_at <= time.time())
+        query = sa.select(*self._columns, table.c.body).where(ready, table.c.id.not_in(list(besides)))
+        found = []
         with self._db.read() as connection:
-            rows = connection.execute(query).mappings().all()
-            return [
-                Callback(
-                    id=row["id"],
-                    kind=row["kind"],
-                    url=row["url"],
-                    attempts=row["attempts"],
-                    body=row["body"] or dumps(self._generated(connection, row)),
-                )
-                for row in rows
-            ]
+            for *values, body in connection.execute(query.order_by(table.c.next_attempt_at, table.c.seq).limit(limit)):
+                callback = Callback(*values)
+                found.append((callback, body or dumps(self._generated(connection, callback))))
+        return found
 
-    def _generated(self, connection: sa.Connection, row: Any) -> dict[str, Any]:
+    def _generated(self, connection: sa.Connection, callback: Callback) -> JsonObject:
         records, rounds = self._db["records"], self._db["rounds"]
-        round = connection.execute(sa.select(rounds).where(rounds.c.id == row["round_id"])).mappings().one()
-        run = records.c.nonce.between(row["first_nonce"], row["last_nonce"])
-        query = sa.select(records).where(records.c.round_id == row["round_id"], run, records.c.valid == 1)
+        round = connection.execute(sa.select(rounds).where(rounds.c.id == callback.round_id)).one()
+        run = records.c.nonce.between(callback.first_nonce, callback.last_nonce)
+        query = sa.select(records).where(records.c.round_id == callback.round_id, run, records.c.valid == 1)
         found = connection.execute(query.order_by(records.c.nonce)).all()
-        body = {name: round[name] for name in ("public_key", "block_hash", "block_height", "node_id")}
+        body = {name: getattr(round, name) for name in ("public_key", "block_hash", "block_height", "node_id")}
         if found and found[0].vector is not None:
             artifacts = [{"nonce": r.nonce, "vector_b64": base64.b64encode(r.vector).decode()} for r in found]
             return body | {"artifacts": artifacts, "encoding": _ENCODING | {"k_dim": len(found[0].vector) // 2}}
         nonces, distances = [r.nonce for r in found], [r.distance for r in found]
-        return body | {"nonces": nonces, "dist": distances, "r_target": round["r_target"]}
+        return body | {"nonces": nonces, "dist": distances, "r_target": round.r_target}
 
-    def delivered(self, callback_id: str) -> None:
-        """Record that a callback was accepted."""
-        self._finish(callback_id, status="delivered", finished_at=time.time(), last_error=None)
+    def attempted(self, callback_id: str, error: str | None, *, retry_in: float | None) -> None:
+        """Record an attempt: a delivery where ``error`` is None, otherwise a failure.
 
-    def failed(self, callback_id: str, error: str, *, retry_in: float | None) -> None:
-        """Record a failure: another attempt after ``retry_in`` seconds, or a dead letter if that is None."""
-        if retry_in is None:
-            self._finish(callback_id, status="dead", finished_at=time.time(), last_error=error)
+        Another attempt follows a failure after ``retry_in`` seconds; if that is None, the callback is a dead letter.
+        """
+        now, table = time.time(), self._table
+        if error is None or retry_in is None:
+            values: dict[str, object] = {"status": "delivered" if error is None else "dead", "finished_at": now}
         else:
-            self._finish(callback_id, next_attempt_at=time.time() + retry_in, last_error=error)
-
-    def _finish(self, callback_id: str, **values: Any) -> None:
-        outbox = self._db["outbox"]
-        with self._db.write() as connection:
-            query = outbox.update().where(outbox.c.id == callback_id)
-            connection.execute(query.values(attempts=outbox.c.attempts + 1, **values))
+            values = {"next_attempt_at": now + retry_in}
+        values |= {"attempts": table.c.attempts + 1, "last_error": error}
+        self._db.change(table.update().where(table.c.id == callback_id).values(values))
 
     def counts(self) -> dict[str, int]:
         """Return how many callbacks are pending (open ones included) and dead."""
-        outbox = self._db["outbox"]
-        count = sa.select(sa.func.count()).select_from(outbox)
+        count, status = sa.select(sa.func.count()).select_from(self._table), self._table.c.status
         with self._db.read() as connection:
-            owed = connection.execute(count.where(outbox.c.status.in_(OWED))).scalar_one()
-            dead = connection.execute(count.where(outbox.c.status == "dead")).scalar_one()
+            owed = connection.execute(count.where(status.in_(OWED))).scalar_one()
+            dead = connection.execute(count.where(status == "dead")).scalar_one()
         return {"pending": owed, "dead": dead}
 
     def owed(self, connection: sa.Connection, round_id: int | None) -> int:
         """Return how many callbacks of a round are undelivered; None asks for those of artifact jobs."""
-        outbox = self._db["outbox"]
-        query = sa.select(sa.func.count()).where(outbox.c.status.in_(OWED), outbox.c.round_id == round_id)
+        table = self._table
+        query = sa.select(sa.func.count()).where(table.c.status.in_(OWED), table.c.round_id == round_id)
         return int(connection.execute(query).scalar_one())
 
-    def rows(self, statuses: Sequence[str], limit: int) -> list[dict[str, Any]]:
-        """Return the newest callbacks of some statuses, without their bodies."""
-        outbox = self._db["outbox"]
-        columns = [column for column in outbox.c if column.name not in ("body", "seq")]
-        query = sa.select(*columns).where(outbox.c.status.in_(statuses)).order_by(outbox.c.seq.desc()).limit(limit)
-        with self._db.read() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
+    def rows(self, statuses: Sequence[str], limit: int) -> list[Callback]:
+        """Return the newest callbacks of some statuses."""
+        query = sa.select(*self._columns).where(self._table.c.status.in_(statuses))
+        return [
+            Callback(**row._mapping) for row in self._db.rows(query.order_by(self._table.c.seq.desc()).limit(limit))
+        ]
 
     def replay(self, ids: Sequence[str] | None = None) -> int:
         """Make dead letters pending again, all or some; return how many."""
-        outbox = self._db["outbox"]
-        dead = outbox.c.status == "dead"
+        dead = self._table.c.status == "dead"
         if ids is not None:
-            dead &= outbox.c.id.in_(list(ids))
-        with self._db.write() as connection:
-            query = outbox.update().where(dead)
-            fresh = {"status": "pending", "attempts": 0, "next_attempt_at": 0.0, "finished_at": None}
-            return int(connection.execute(query.values(fresh)).rowcount)
+            dead &= self._table.c.id.in_(list(ids))
+        fresh = {"status": "pending", "attempts": 0, "next_attempt_at": 0.0, "finished_at": None}
+        return self._db.change(self._table.update().where(dead).values(fresh))
 
     def prune(self, keep: float) -> None:
         """Delete callbacks that were delivered more than ``keep`` seconds ago."""
-        outbox = self._db["outbox"]
-        old = (outbox.c.status == "delivered") & (outbox.c.finished_at < time.time() - keep)
-        with self._db.write() as connection:
-            connection.execute(outbox.delete().where(old))
+        old = (self._table.c.status == "delivered") & (self._table.c.finished_at < time.time() - keep)
+        self._db.change(self._table.delete().where(old))
 
 
 @contextmanager

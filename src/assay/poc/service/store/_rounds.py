@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
 
-from assay.poc.protocol import Fingerprint, Header, Record, Round, get_pipeline
+from assay.poc.protocol import Record, Round
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._states import State
 from assay.poc.service.store._database import Database, damaged
@@ -89,17 +90,6 @@ class StoredRound(RoundValues):
     valid: int
     seconds: float
 
-    def header(self, fingerprint: Fingerprint, public_key: str | None = None) -> Header:
-        """Return the header under which nonces of this round are computed, or those of another key in it."""
-        return Header(
-            round=replace(self.round, public_key=public_key or self.public_key),
-            pipeline=get_pipeline(self.preset),
-            digest=self.digest,
-            weights=self.weights,
-            fingerprint=fingerprint,
-            nonces=(),
-        )
-
     def public(self) -> dict[str, Any]:
         """Return what a reader may know: all but the callback URL, which may contain a token, and the counts."""
         hidden = {"callback_url", "next_nonce", "checked", "valid", "seconds", "touched_at"}
@@ -137,12 +127,10 @@ class Rounds:
     """Reads and writes rounds, records and the state of the service."""
 
     def __init__(self, database: Database, outbox: Outbox) -> None:
-        self._db = database
-        self._outbox = outbox
+        self._db, self._outbox = database, outbox
+        self._rounds, self._records, self._service = database["rounds"], database["records"], database["service"]
         self._opened = time.monotonic()
-        with database.read() as connection:
-            rounds = database["rounds"]
-            self._newest: float | None = connection.execute(sa.select(sa.func.max(rounds.c.touched_at))).scalar_one()
+        self._newest: float | None = database.scalar(sa.select(sa.func.max(self._rounds.c.touched_at)))
 
     def current(self) -> tuple[State, StoredRound | None]:
         """Return the state and round in which the service was left.
@@ -150,12 +138,12 @@ class Rounds:
         Raises:
             StorageError: There is no such state, because something else has changed the database.
         """
-        service, rounds = self._db["service"], self._db["rounds"]
         with self._db.read() as connection:
-            left = connection.execute(sa.select(service.c.state, service.c.round_id)).one_or_none()
+            left = connection.execute(sa.select(self._service)).one_or_none()
             if left is None or left.state not in State.__members__:
                 raise damaged(self._db.path, f"the state {left.state!r}" if left else "the state is missing")
-            row = connection.execute(sa.select(rounds).where(rounds.c.id == left.round_id)).mappings().first()
+            query = sa.select(self._rounds).where(self._rounds.c.id == left.round_id)
+            row = connection.execute(query).mappings().first()
         return State(left.state), StoredRound(**row) if row else None
 
     def enter(self, state: State, values: RoundValues | None = None) -> StoredRound | None:
@@ -166,52 +154,28 @@ class Rounds:
         Raises:
             Refusal: 409, that round was begun with other values: one nonce would have two results.
         """
-        service, rounds, now = self._db["service"], self._db["rounds"], time.time()
+        rounds, service, now = self._rounds, self._service, time.time()
         with self._db.write() as connection:
             if values is None:
                 current = sa.select(service.c.round_id).scalar_subquery()
                 connection.execute(rounds.update().where(rounds.c.id == current).values(touched_at=now))
                 connection.execute(service.update().values(state=str(state)))
                 return None
-            stored = self._find(connection, values) or self._insert(connection, values, now)
-            stored = replace(stored, touched_at=now, **{name: getattr(values, name) for name in FREE})
-            change = {name: getattr(stored, name) for name in ("touched_at", *FREE)}
-            connection.execute(rounds.update().where(rounds.c.id == stored.id).values(change))
+            fresh = {**vars(values), "created_at": now, "touched_at": now, "next_nonce": values.round.node_id}
+            change = {name: fresh[name] for name in ("touched_at", *FREE)}
+            begun = insert(rounds).values(fresh).on_conflict_do_update(["block_hash", "public_key"], set_=change)
+            stored = StoredRound(**connection.execute(begun.returning(rounds)).mappings().one())
+            _check_same(values, stored)
             connection.execute(service.update().values(state=str(state), round_id=stored.id))
             return stored
 
-    def _find(self, connection: sa.Connection, values: RoundValues) -> StoredRound | None:
-        rounds = self._db["rounds"]
-        same = (rounds.c.block_hash == values.block_hash) & (rounds.c.public_key == values.public_key)
-        row = connection.execute(sa.select(rounds).where(same)).mappings().first()
-        if row is None:
-            return None
-        asked = vars(values).items()
-        other = sorted(name for name, value in asked if name not in FREE and row[name] != value)
-        if other:
-            raise Refusal(
-                409,
-                "this block and key have a round with another " + ", ".join(other),
-                wanted=", ".join(f"{name} {row[name]!r}" for name in other),
-                do="repeat the values of the first request, or use a new block or key",
-                fields={"fields": other},
-            )
-        return StoredRound(**row)
-
-    def _insert(self, connection: sa.Connection, values: RoundValues, now: float) -> StoredRound:
-        rounds = self._db["rounds"]
-        row = {**vars(values), "created_at": now, "touched_at": now, "next_nonce": values.round.node_id}
-        row_id = connection.execute(rounds.insert().values(row).returning(rounds.c.id)).scalar_one()
-        return StoredRound(**row, id=row_id, checked=0, valid=0, seconds=0.0)
-
     def commit(self, batches: Sequence[Batch], *, interval: float, most: int) -> None:
         """Write batches of one round, their counts, and the callback that announces them, in one transaction."""
-        records, rounds = self._db["records"], self._db["rounds"]
-        round_id = batches[0].round_id
+        rounds, round_id = self._rounds, batches[0].round_id
         pairs = [pair for batch in batches for pair in zip(batch.records, batch.valid, strict=True)]
         valid = [record.nonce for record, is_valid in pairs if is_valid]
         with self._db.write() as connection:
-            connection.execute(records.insert(), [_row(round_id, record, is_valid) for record, is_valid in pairs])
+            connection.execute(self._records.insert(), [_row(round_id, record, is_valid) for record, is_valid in pairs])
             connection.execute(
                 rounds.update()
                 .where(rounds.c.id == round_id)
@@ -234,18 +198,17 @@ class Rounds:
 
     def recent_valid(self, round_id: int, *, after: int | None = None, limit: int = RECENT) -> list[tuple[int, float]]:
         """Return the latest valid nonces with their distances, ascending; with ``after``, the next ones after it."""
-        records = self._db["records"]
+        records = self._records
         wanted = (records.c.round_id == round_id) & (records.c.valid == 1)
         order = records.c.nonce.desc() if after is None else records.c.nonce
         if after is not None:
             wanted &= records.c.nonce > after
         query = sa.select(records.c.nonce, records.c.distance).where(wanted).order_by(order).limit(limit)
-        with self._db.read() as connection:
-            return sorted((row.nonce, row.distance) for row in connection.execute(query))
+        return sorted((row.nonce, row.distance) for row in self._db.rows(query))
 
     def histogram(self, round_id: int, bins: Histogram) -> dict[int, int]:
         """Count the distances of a round per bin."""
-        records = self._db["records"]
+        records = self._records
         query = sa.select(records.c.distance).where(records.c.round_id == round_id, records.c.distance.is_not(None))
         counts: dict[int, int] = {}
         with self._db.read() as connection:
@@ -263,15 +226,25 @@ class Rounds:
         now = time.time()
         if self._newest is not None:
             now = min(now, self._newest + time.monotonic() - self._opened)
-        rounds, service, outbox = self._db["rounds"], self._db["service"], self._db["outbox"]
-        owed = sa.select(outbox.c.round_id).where(
-            outbox.c.round_id.is_not(None), outbox.c.status.in_(["open", "pending", "dead"])
-        )
+        rounds, service, outbox = self._rounds, self._service, self._db["outbox"]
+        owed = sa.select(outbox.c.round_id).where(outbox.c.round_id.is_not(None), outbox.c.status != "delivered")
         current = sa.select(service.c.round_id).where(service.c.round_id.is_not(None))
-        old = rounds.c.touched_at < now - keep
-        with self._db.write() as connection:
-            query = rounds.delete().where(old, rounds.c.id.not_in(current), rounds.c.id.not_in(owed))
-            return int(connection.execute(query).rowcount)
+        old = (rounds.c.touched_at < now - keep) & rounds.c.id.not_in(owed.union_all(current))
+        return self._db.change(rounds.delete().where(old))
+
+
+def _check_same(values: RoundValues, stored: StoredRound) -> None:
+    """Refuse values other than those with which a round was begun."""
+    names = (field.name for field in fields(values))
+    other = sorted(name for name in names if getattr(values, name) != getattr(stored, name))
+    if other:
+        raise Refusal(
+            409,
+            "this block and key have a round with another " + ", ".join(other),
+            wanted=", ".join(f"{name} {getattr(stored, name)!r}" for name in other),
+            do="repeat the values of the first request, or use a new block or key",
+            fields={"fields": other},
+        )
 
 
 def _row(round_id: int, record: Record, valid: bool) -> dict[str, Any]:
