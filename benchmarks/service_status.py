@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assay.poc.service import Controller, Settings, create_app
-from assay.poc.service.http._quick_status import QuickStatus
+from assay.poc.service.http._feed import QuickStatus
 from tests.poc.service.conftest import PREFIX, Rig
 
 TURNS, CALLS = 7, 2000

@@ -11,12 +11,12 @@ docs/configuration.md is generated from it::
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import Field, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from assay.errors import UsageError
 
@@ -79,13 +79,15 @@ Device = Annotated[
 class Settings(BaseSettings):
     """Base of settings: immutable, checked when they are made, and without unknown names.
 
-    A value comes from the arguments alone; a subclass that reads the environment as well says so.
+    A value comes from the arguments alone; a subclass that reads the environment as well names its prefixes.
 
     Raises:
         UsageError: A value has the wrong type or is out of range, or a name is unknown.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+    prefixes: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the environment variables that are read, the strongest first."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -103,7 +105,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the sources of values."""
-        return (init_settings,)
+        return init_settings, *(EnvSettingsSource(settings_cls, env_prefix=prefix) for prefix in cls.prefixes)
 
     @classmethod
     def flags(cls, field: str) -> tuple[str, ...]:

@@ -10,8 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from assay import stats
 from assay.poc.service._refusals import Refusal
-from assay.poc.service.http._feed import Feed
-from assay.poc.service.http._views import snapshot
+from assay.poc.service.http._feed import Feed, snapshot
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
 

@@ -12,17 +12,17 @@ import uvicorn
 from fastapi import FastAPI, Request
 from structlog.testing import capture_logs
 
+from assay.poc.service import Settings
 from assay.poc.service._logs import Budget
 from assay.poc.service._refusals import Refusal
-from assay.poc.service._settings import Limits
 from assay.poc.service.http import create_receiver
-from assay.poc.service.http._connections import bounded
 from assay.poc.service.http._feed import Feed
 from assay.poc.service.http._receiver import Received
+from assay.poc.service.http._server import bounded
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
 
-LIMITS = Limits(max_connections=4, max_header=2000, header_timeout=1.0)
+LIMITS = {"max_connections": 4, "max_header": 2000, "header_timeout": 1.0}
 JSON = {"content-type": "application/json"}
 
 
@@ -30,7 +30,7 @@ JSON = {"content-type": "application/json"}
 
 
 @contextmanager
-def listening(limits: Limits = LIMITS) -> Iterator[tuple[str, int]]:
+def listening(**changes: float) -> Iterator[tuple[str, int]]:
     """A server with bounds, whose one route answers with the size of the body."""
     app = FastAPI()
 
@@ -38,8 +38,9 @@ def listening(limits: Limits = LIMITS) -> Iterator[tuple[str, int]]:
     async def size(request: Request) -> int:
         return len(await request.body())
 
+    protocol = bounded(Settings(**(LIMITS | changes)))
     server = uvicorn.Server(
-        uvicorn.Config(app, http=bounded(limits), ws="none", log_config=None, lifespan="off", timeout_keep_alive=1)
+        uvicorn.Config(app, http=protocol, ws="none", log_config=None, lifespan="off", timeout_keep_alive=1)
     )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -130,7 +131,7 @@ def test_a_head_must_arrive_in_time():
 
 def test_an_answer_that_takes_long_is_not_cut_off():
     """The deadline is that of the head: a body may take longer."""
-    with listening(LIMITS._replace(header_timeout=0.3)) as address:
+    with listening(header_timeout=0.3) as address:
         head, body = post(b"x" * 10)[:-10], b"x" * 10
         with socket.create_connection(address, timeout=20) as connection:
             connection.sendall(head)
@@ -140,7 +141,7 @@ def test_an_answer_that_takes_long_is_not_cut_off():
 
 
 def test_connections_are_bounded():
-    with listening(LIMITS._replace(header_timeout=30.0)) as address:
+    with listening(header_timeout=30.0) as address:
         held = [socket.create_connection(address, timeout=20) for _ in range(4)]
         try:
             until(lambda: exchange(address, post(b"x")).startswith(b"HTTP/1.1 503"))

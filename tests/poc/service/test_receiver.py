@@ -226,7 +226,7 @@ def test_the_command_passes_secret_and_keys_on(monkeypatch, tmp_path):
     from assay.poc.service.http import _receiver
 
     started = []
-    monkeypatch.setattr(_receiver, "run_app", lambda app, **how: started.append((app, how)))
+    monkeypatch.setattr(_receiver, "run_app", lambda app, settings, **how: started.append((app, how)))
     command = ["poc", "receive", "-o", str(tmp_path / "r.sqlite3"), "--host", "0.0.0.0"]
     assert run(command) == 2
     assert run([*command, "--callback-secret", SECRET, "--api-key", KEY]) == 0

@@ -52,8 +52,6 @@ def refusal_of(error: AssayError) -> Refusal:
     """
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, ResourceError) and not isinstance(error, OutOfMemory):
-        return Refusal(503, error.seen, wanted=error.wanted, do=error.do, retry_after=5)
-    if isinstance(error, ModelError):
-        return Refusal(503, error.seen, wanted=error.wanted, do=error.do)
-    return Refusal(422, error.seen, wanted=error.wanted, do=error.do)
+    may_recover = isinstance(error, ResourceError) and not isinstance(error, OutOfMemory)
+    status = 503 if may_recover or isinstance(error, ModelError) else 422
+    return Refusal(status, error.seen, wanted=error.wanted, do=error.do, retry_after=5 if may_recover else None)

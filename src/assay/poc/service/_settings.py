@@ -8,10 +8,10 @@ gives to its flags, is read as well.
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import AliasChoices, BeforeValidator, Field, InstanceOf, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 import assay.settings
 from assay.errors import UsageError
@@ -40,14 +40,6 @@ def _list(flag: str, description: str) -> Any:
     return Field((), validate_default=True, validation_alias=AliasChoices(*names), description=description)
 
 
-class Limits(NamedTuple):
-    """Bounds on connections, which hold before any key is checked; :class:`Settings` describes them."""
-
-    max_connections: int = 4096
-    max_header: int = 2**16
-    header_timeout: float = 10.0
-
-
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Chance = Annotated[float, Field(gt=0, lt=1)]
@@ -63,6 +55,7 @@ class Settings(assay.settings.Settings):
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True)
+    prefixes = (PREFIX, SECOND_PREFIX)
 
     data_dir: Path = Field(Path("assay-data"), description="Directory of the database. One service runs per directory.")
     seq_len: Count = Field(
@@ -78,11 +71,9 @@ class Settings(assay.settings.Settings):
     read_keys: Annotated[Words, _secret("--read-key")] = _list("--read-key", "Keys that may only read.")
     max_body: Count = Field(2**20, description="Largest body of a request.")
     max_bodies: Count = Field(2**26, description="Memory for all bodies that are being received at the same time.")
-    max_connections: Count = Field(Limits().max_connections, description="Connections that are open at the same time.")
-    max_header: Count = Field(Limits().max_header, description="Largest head of a request, all its headers included.")
-    header_timeout: Seconds = Field(
-        Limits().header_timeout, description="Time in which the head of a request must arrive."
-    )
+    max_connections: Count = Field(4096, description="Connections that are open at the same time.")
+    max_header: Count = Field(2**16, description="Largest head of a request, all its headers included.")
+    header_timeout: Seconds = Field(10.0, description="Time in which the head of a request must arrive.")
     max_nonces: Count = Field(10_000, description="Nonces of one request.")
     max_positions: Count = Field(2**18, description="Largest product of batch_size and seq_len.")
     max_waiting: Count = Field(64, description="Validations that wait for the engine.")
@@ -132,23 +123,6 @@ class Settings(assay.settings.Settings):
     def _with_file(cls, keys: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         return keys + _keys_of(info.data.get("api_key_file"))
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return where values come from, the strongest first."""
-        return init_settings, env_settings, EnvSettingsSource(settings_cls, env_prefix=SECOND_PREFIX)
-
-    @property
-    def limits(self) -> Limits:
-        """The bounds on connections."""
-        return Limits(self.max_connections, self.max_header, self.header_timeout)
-
     @property
     def has_keys(self) -> bool:
         """Whether requests must carry a key."""
@@ -156,12 +130,7 @@ class Settings(assay.settings.Settings):
 
 
 def _check_secrets(secrets: Sequence[str]) -> None:
-    """Refuse webhook secrets that cannot sign.
-
-    Raises:
-        UsageError: A secret is not base64, or has fewer than 24 bytes, the least that Standard Webhooks allows. The
-            message does not show it.
-    """
+    """Refuse webhook secrets outside 24 to 64 bytes, as Standard Webhooks does. The message does not show them."""
     for secret in secrets:
         try:
             size = len(base64.b64decode(secret.removeprefix("whsec_") + "==", validate=False))

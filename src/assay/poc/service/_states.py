@@ -1,7 +1,4 @@
-"""The states of the service, and every transition between them in one table.
-
-The controller consults this table alone; docs/service.md shows it.
-"""
+"""The states of the service, and every transition between them in one table, which docs/service.md shows."""
 
 from enum import StrEnum
 
@@ -50,9 +47,9 @@ def after(call: str, state: State, *, has_round: bool) -> State:
     Raises:
         Refusal: 409, the call is not allowed now; the body names the state and the calls that are.
     """
-    if call in TRANSITIONS and call in [*allowed(state, has_round=has_round), "engine failure"]:
-        return TRANSITIONS[call][state]
     choices = allowed(state, has_round=has_round)
+    if call in choices or call == "engine failure":
+        return TRANSITIONS[call][state]
     seen = f"{call} while {state}" if has_round or call not in NEEDS_ROUND else f"{call} before any init"
     raise Refusal(
         409,

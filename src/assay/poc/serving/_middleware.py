@@ -7,25 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 from starlette._utils import get_route_path  # the function by which starlette's router finds a route
+from starlette.responses import JSONResponse
 
 ASGI = Callable[[Any, Any, Any], Any]
 
 WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})
 """POST routes that need no engine."""
 
-BODY = (
-    b'{"error": {"message": "Proof of Compute has this engine to itself for a while", '
-    b'"type": "service_unavailable", "param": null, "code": 503}}'
-)
+MESSAGE = "Proof of Compute has this engine to itself for a while"
+BODY = {"error": {"message": MESSAGE, "type": "service_unavailable", "param": None, "code": 503}}
 
 
 class ChatBarrier:
-    """Answers new work for the engine with 503 and ``Retry-After`` while ``closed``; running requests go on.
+    """Answers new work for the engine with 503 and ``Retry-After`` while ``closed()``; running requests go on.
 
-    Args:
-        app: Application behind the barrier.
-        prefix: Path of the service's own routes, which stay open.
-        closed: Function that is called for every request.
+    The service's own routes, under ``prefix``, stay open.
     """
 
     def __init__(self, app: ASGI, *, prefix: str, closed: Callable[[], bool]) -> None:
@@ -37,19 +33,11 @@ class ChatBarrier:
         if not works or get_route_path(scope).startswith(self._prefix) or not self._closed():
             await self._app(scope, receive, send)
             return
-        headers = [(b"content-type", b"application/json"), (b"retry-after", b"10")]
-        await send({"type": "http.response.start", "status": 503, "headers": headers})
-        await send({"type": "http.response.body", "body": BODY})
+        await JSONResponse(BODY, status_code=503, headers={"retry-after": "10"})(scope, receive, send)
 
 
 class UnderPrefix:
-    """Applies a middleware to the routes under a prefix only.
-
-    Args:
-        app: Application behind the middleware.
-        prefix: Path of the routes.
-        middleware: Function that makes the middleware from the application.
-    """
+    """Applies a middleware, made by ``middleware(app)``, to the routes under a prefix only."""
 
     def __init__(self, app: ASGI, *, prefix: str, middleware: Callable[[ASGI], ASGI]) -> None:
         self._app, self._prefix, self._inner = app, prefix, middleware(app)

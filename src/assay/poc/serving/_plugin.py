@@ -7,10 +7,15 @@ the service has keys of its own.
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
 
 from assay.models import identify
 from assay.poc.engines.vllm import (
@@ -22,13 +27,12 @@ from assay.poc.engines.vllm import (
     check_installed,
     most_positions,
 )
-from assay.poc.serving._engine_route import engine_router
+from assay.poc.service import Controller, Deployment, attach, configure_logs
+from assay.poc.service.dashboard import dashboard_router
+from assay.poc.service.http import PREFIX, Keys, LocalOnly, Scope, needs, route_class
 from assay.poc.serving._middleware import ChatBarrier, UnderPrefix
 from assay.poc.serving._preflight import check_arguments
 from assay.poc.serving._settings import PluginSettings
-
-if TYPE_CHECKING:
-    from assay.poc.service.runtime import Controller, Deployment
 
 PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
 
@@ -64,17 +68,12 @@ class AssayPlugin:
                 aborts the start of the server.
             StorageError: The data directory is in use or cannot be written.
         """
-        from assay.poc.service import configure_logs
-        from assay.poc.service.dashboard import dashboard_router
-        from assay.poc.service.http import PREFIX, LocalOnly, attach
-        from assay.poc.service.runtime import Controller
-
         configure_logs("console")
         settings = self._settings = PluginSettings()
         check_arguments(app.state.args, settings)
         self.controller = Controller(self._deploy, settings)
         attach(app, self.controller, operations=True, under=PREFIX)
-        app.include_router(engine_router(self.controller, self._client))
+        app.include_router(_engine_router(self.controller, self._client))
         app.include_router(dashboard_router())
         app.add_middleware(ChatBarrier, prefix=PREFIX, closed=self._closed)
         if not settings.has_keys:
@@ -133,10 +132,8 @@ class AssayPlugin:
         exclusive = self._running.result().client.throttle.settings.mode == "exclusive"
         return exclusive and str(self.controller.state) == "GENERATING"
 
-    def _deploy(self) -> "Deployment":
+    def _deploy(self) -> Deployment:
         """Describe the engine to the service; called in the service's own thread, which waits for it."""
-        from assay.poc.service.runtime import Deployment
-
         running = self._running.result()
         model = identify(running.model, dtype=running.client.description["dtype"])
         return Deployment(
@@ -159,6 +156,53 @@ class AssayPlugin:
             most_positions=running.positions,
             inputs=self._settings.vllm_inputs,
         )
+
+
+class Changes(BaseModel):
+    """Settings of the throttle; those that are left out stay."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    mode: str | None = None
+    share: float | None = None
+    chat_in_flight: int | None = None
+
+
+def _engine_router(controller: Controller, client: Callable[[], tuple[Client, str]]) -> APIRouter:
+    """Return ``/api/v1/pow/engine``: what nonces take of the vLLM engine now, and what they may take.
+
+    Reading takes a key that may read, changing one that may do everything.
+    """
+    router = APIRouter(prefix=PREFIX, tags=["vLLM"], route_class=route_class(controller, Keys(controller.settings)))
+
+    @router.get("/engine", openapi_extra=needs(Scope.READ))
+    async def now() -> JSONResponse:
+        """Nonces and chat in the vLLM engine, the settings of the throttle, and what the workers hold."""
+        engine, version = client()
+        throttle = engine.throttle
+        throttle.look()
+        return JSONResponse(
+            {
+                "vllm": version,
+                "worker": engine.description,
+                "mode": throttle.settings.mode,
+                "share": throttle.settings.share,
+                "chat_in_flight": throttle.settings.chat_in_flight,
+                "nonces": throttle.in_flight,
+                "nonces_limit": throttle.limit,
+                "chat": throttle.chat,
+                "workers": await engine.counts(),
+            }
+        )
+
+    @router.post("/engine", openapi_extra=needs(Scope.CONTROL))
+    async def change(body: Changes) -> JSONResponse:
+        """Change mode, share or chat_in_flight until the server ends."""
+        throttle = client()[0].throttle
+        throttle.settings = replace(throttle.settings, **body.model_dump(exclude_none=True))
+        return await now()
+
+    return router
 
 
 def plugin() -> AssayPlugin:

@@ -13,6 +13,7 @@ from typing import Any
 
 from assay.errors import AssayError, UsageError
 from assay.poc.engines.vllm import check_config, check_engines, check_installed, multiply_exactly
+from assay.poc.service.http import is_loopback
 from assay.poc.serving._settings import PluginSettings
 
 MODULES = ("api_server.py", "entry.py")
@@ -69,8 +70,6 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
             wanted="a checkpoint whose digest the proof can name",
             do="download it, and serve the directory",
         )
-    from assay.poc.service.http import is_loopback
-
     host = getattr(arguments, "host", None)
     if not (settings.has_keys or getattr(arguments, "uds", None) or (host and is_loopback(host))):
         raise UsageError(

@@ -13,8 +13,7 @@ from starlette.exceptions import HTTPException
 from assay._version import __version__
 from assay.poc.service.dashboard import dashboard_router
 from assay.poc.service.http._auth import SAFE_HEADERS, Keys, LocalOnly
-from assay.poc.service.http._feed import Feed
-from assay.poc.service.http._quick_status import QuickStatus
+from assay.poc.service.http._feed import Feed, QuickStatus
 from assay.poc.service.http._route import not_found
 from assay.poc.service.http._routes import PREFIX, operations_router, pow_router
 from assay.poc.service.runtime import Controller, Delivery

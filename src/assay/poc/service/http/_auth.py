@@ -26,13 +26,6 @@ class Scope(StrEnum):
     READ = "read"
 
 
-_INCLUDES = {
-    Scope.CONTROL: {Scope.CONTROL, Scope.VALIDATE, Scope.READ},
-    Scope.VALIDATE: {Scope.VALIDATE, Scope.READ},
-    Scope.READ: {Scope.READ},
-}
-
-
 class Keys:
     """The keys of a service, kept as digests.
 
@@ -43,12 +36,9 @@ class Keys:
 
     def __init__(self, settings: Settings, *, needed: bool = False) -> None:
         self._needed = needed
-        by_scope = (
-            (Scope.CONTROL, settings.api_keys),
-            (Scope.VALIDATE, settings.validate_keys),
-            (Scope.READ, settings.read_keys),
-        )
-        self._digests = [(_digest(key), _INCLUDES[scope]) for scope, keys in by_scope for key in keys]
+        scopes = list(Scope)  # the widest first
+        by_scope = (settings.api_keys, settings.validate_keys, settings.read_keys)
+        self._digests = [(_digest(key), scopes[i:]) for i, keys in enumerate(by_scope) for key in keys]
 
     def check(self, authorization: str | None, scope: Scope) -> None:
         """Refuse a request whose ``Authorization`` header does not allow ``scope``.

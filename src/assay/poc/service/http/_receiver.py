@@ -6,6 +6,7 @@ secret has signed need no key.
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,10 +46,11 @@ class Received:
 
     def __init__(self, path: Path) -> None:
         self._db = Database(path.parent, exclusive=False, name=path.name, migrations=RECEIVED)
+        self._received = self._db["received"]
 
     def add(self, message_id: str, kind: str, body: str) -> bool:
         """Keep a callback; return False if its id was known. It is on disk when this returns."""
-        received, values = self._db["received"], loads(body, "callback")
+        received, values = self._received, loads(body, "callback")
         lists = [values[name] for name in ("nonces", "artifacts") if isinstance(values.get(name), list)]
         row = {"id": message_id, "kind": kind, "at": time.time(), "nonces": max(map(len, lists), default=0)}
         with self._db.write() as connection:
@@ -58,30 +60,25 @@ class Received:
             connection.execute(received.insert().values(**row, copies=1, body=body))
             return True
 
-    def batches(self, after: int, limit: int) -> list[dict[str, Any]]:
+    def batches(self, after: int, limit: int) -> list[JsonObject]:
         """Return callbacks after a sequence number, oldest first. A body that is not JSON is None."""
-        received = self._db["received"]
+        received = self._received
         query = sa.select(received).where(received.c.seq > after).order_by(received.c.seq).limit(limit)
-        with self._db.read() as connection:
-            rows = connection.execute(query).mappings().all()
-        return [{**row, "body": _read(row["body"])} for row in rows]
+        return [{**row._mapping, "body": _read(row.body)} for row in self._db.rows(query)]
 
     def stats(self) -> dict[str, int]:
         """Return how many callbacks and nonces there are, and how many copies came more than once."""
-        received = self._db["received"]
+        received = self._received
         total = sa.select(
-            sa.func.count(),
-            sa.func.coalesce(sa.func.sum(received.c.nonces), 0),
-            sa.func.coalesce(sa.func.sum(received.c.copies - 1), 0),
+            sa.func.count().label("callbacks"),
+            sa.func.coalesce(sa.func.sum(received.c.nonces), 0).label("nonces"),
+            sa.func.coalesce(sa.func.sum(received.c.copies - 1), 0).label("repeated"),
         )
-        with self._db.read() as connection:
-            callbacks, nonces, copies = connection.execute(total).one()
-        return {"callbacks": callbacks, "nonces": nonces, "repeated": copies}
+        return self._db.rows(total)[0]._asdict()
 
     def clear(self) -> None:
         """Forget everything."""
-        with self._db.write() as connection:
-            connection.execute(self._db["received"].delete())
+        self._db.change(self._received.delete())
 
 
 def receive(settings: Settings, output: Path, *, host: str, port: int) -> None:
@@ -106,7 +103,7 @@ def receive(settings: Settings, output: Path, *, host: str, port: int) -> None:
     app = create_receiver(
         Received(output), settings.callback_secrets, keys=settings.api_keys, read_keys=settings.read_keys
     )
-    run_app(app, host=host, port=port, limits=settings.limits)
+    run_app(app, settings, host=host, port=port)
 
 
 def create_receiver(
@@ -204,11 +201,9 @@ def _verified(raw: bytes, kind: str, headers: dict[str, str], verifiers: Sequenc
 
 def _check_signature(body: str, headers: dict[str, str], verifiers: Sequence[Webhook]) -> None:
     for verifier in verifiers[:-1]:
-        try:
+        with suppress(WebhookVerificationError, ValueError):
             verifier.verify(body, headers, json_parse=False)
             return
-        except (WebhookVerificationError, ValueError):
-            continue
     verifiers[-1].verify(body, headers, json_parse=False)
 
 

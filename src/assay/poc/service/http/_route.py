@@ -97,12 +97,7 @@ async def _or_refusal(respond: Handler, request: Request) -> Response:
 
 
 class Bodies:
-    """Reads the bodies of requests within bounds.
-
-    Args:
-        most: Bytes of one body.
-        together: Bytes of all bodies that are in memory at the same time.
-    """
+    """Reads the bodies of requests: ``most`` bytes each, and ``together`` bytes in memory at the same time."""
 
     def __init__(self, most: int, together: int) -> None:
         self._most, self._room = most, together

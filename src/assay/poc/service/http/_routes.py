@@ -7,15 +7,25 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from assay.poc.service._bodies import AnyInit, GenerateRequest, InitRequest, ValidateRequest
+from assay.poc.service._bodies import (
+    AnyInit,
+    GenerateRequest,
+    Health,
+    InitReply,
+    InitRequest,
+    JobReply,
+    Problem,
+    Ready,
+    Status,
+    ValidateReply,
+    ValidateRequest,
+)
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._states import State
 from assay.poc.service.http._auth import Keys, Scope
-from assay.poc.service.http._feed import Feed
-from assay.poc.service.http._replies import Health, InitReply, JobReply, Problem, Ready, Status, ValidateReply
+from assay.poc.service.http._feed import Feed, status_after
+from assay.poc.service.http._feed import status as current_status
 from assay.poc.service.http._route import needs, route_class
-from assay.poc.service.http._views import status as current_status
-from assay.poc.service.http._views import status_after
 from assay.poc.service.runtime import CONTENT_TYPE, Controller
 
 PREFIX = "/api/v1/pow"

@@ -1,5 +1,6 @@
-"""The server process: uvicorn, signals, and an orderly end."""
+"""The server process: uvicorn with bounds, signals, and an orderly end."""
 
+import asyncio
 import os
 import resource
 import signal
@@ -7,22 +8,112 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from types import FrameType
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from assay.errors import UsageError
-from assay.poc.service._settings import Limits, Settings
+from assay.poc.service._refusals import Refusal
+from assay.poc.service._settings import Settings
 from assay.poc.service.http._app import create_app
 from assay.poc.service.http._auth import is_loopback
-from assay.poc.service.http._connections import bounded
 from assay.poc.service.runtime import Controller, Deployment
+from assay.reports import dumps
 
 log = structlog.get_logger("assay.server")
 
 MAX_FILES = 16_384
+MAX_HEADERS = 100
+
+
+class Bounded(HttpToolsProtocol):
+    """uvicorn's HTTP protocol with bounds on connections and heads, which hold before any key is checked.
+
+    uvicorn bounds neither: a client without a key could hold every connection, or send one header that never ends. Too
+    many connections are answered with 503, a head that is too large with 431, and one that is too slow with 408; then
+    the connection is closed.
+    """
+
+    settings: Settings  # set by the subclass that bounded() makes
+    _unparsed = 0  # bytes since the last part of a message was whole; the parser keeps them in memory
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        if len(self.connections) > self.settings.max_connections:
+            self._refuse(503, f"{self.settings.max_connections} connections are open", "fewer", "try again later")
+        else:
+            self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self._start_timer()  # the first bytes of the next head, or a body that the last answer did not wait for
+        self._unparsed += len(data)
+        super().data_received(data)
+        if self._unparsed > self.settings.max_header and not self.transport.is_closing():
+            self._refuse_head()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._unparsed = 0
+        if self.transport.is_closing():
+            return
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > self.settings.max_header or len(self.headers) > MAX_HEADERS:
+            self._refuse_head()
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unparsed = 0
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unparsed = 0
+        if not self.transport.is_closing():
+            super().on_message_complete()
+
+    def _start_timer(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.settings.header_timeout, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        if not self.transport.is_closing():
+            wanted = f"its head within {self.settings.header_timeout:g} s"
+            self._refuse(408, "a request that does not come to its end", wanted, "send it at once")
+
+    def _refuse_head(self) -> None:
+        wanted = f"at most {self.settings.max_header} bytes and {MAX_HEADERS} headers"
+        self._refuse(431, "the head of the request is too large", wanted, "send less")
+
+    def _refuse(self, status: int, seen: str, wanted: str, do: str) -> None:
+        body = dumps(Refusal(status, seen, wanted=wanted, do=do).body).encode()
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self._stop_timer()
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+def bounded(settings: Settings) -> type[asyncio.Protocol]:
+    """Return the protocol with the bounds of some settings."""
+    return type("Bounded", (Bounded,), {"settings": settings})
 
 
 class _Server(uvicorn.Server):
@@ -49,22 +140,17 @@ class _Server(uvicorn.Server):
 
 def run_app(
     app: FastAPI,
+    settings: Settings,
     *,
     host: str,
     port: int,
     closing: Callable[[], None] = lambda: None,
     started: Callable[[Callable[[], None]], None] = lambda stop: None,
-    limits: Limits = Limits(),  # noqa: B008  # immutable
 ) -> None:
-    """Run an application until SIGTERM or SIGINT.
+    """Run an application until SIGTERM or SIGINT, under the bounds of ``settings``.
 
-    Args:
-        app: Application to run.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one, which the log names.
-        closing: Is called when the end begins, while connections are still open.
-        started: Receives, before the start, a function that ends the server.
-        limits: Bounds on connections and on the heads of requests.
+    ``closing`` is called when the end begins, while connections are still open; ``started`` receives, before the start,
+    a function that ends the server.
 
     Raises:
         UsageError: The server did not start; the log says why.
@@ -77,7 +163,7 @@ def run_app(
         ) from None
     config = uvicorn.Config(
         app,
-        http=bounded(limits),
+        http=bounded(settings),
         ws="none",
         log_config=None,
         access_log=False,
@@ -122,7 +208,7 @@ def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port
         controller.loaded.add_done_callback(lambda loaded: stop() if loaded.exception() else None)
 
     app = create_app(controller)
-    run_app(app, host=host, port=port, closing=controller.closing.set, started=end_on_failure, limits=settings.limits)
+    run_app(app, settings, host=host, port=port, closing=controller.closing.set, started=end_on_failure)
     if controller.loaded.done():
         controller.loaded.result()
     sys.stderr.flush()

@@ -8,8 +8,8 @@ import asyncio
 import ipaddress
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import httpx
 
@@ -38,22 +38,12 @@ class Blocked(Exception):
     """A host whose addresses are not allowed."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A URL with the address that its host was checked to have."""
+class Target(NamedTuple):
+    """Where a callback goes: its URL with the checked address in the place of the host, and what named the host."""
 
-    url: httpx.URL
-    address: str
-
-    @property
-    def pinned(self) -> httpx.URL:
-        """The URL with the address in the place of the host."""
-        return self.url.copy_with(host=self.address)
-
-    @property
-    def host_header(self) -> str:
-        """The ``Host`` that the receiver expects."""
-        return self.url.netloc.decode("ascii")
+    pinned: httpx.URL
+    host: str
+    host_header: str
 
 
 def check_url(url: str, *, allow_private: bool) -> None:
@@ -78,7 +68,7 @@ def check_url(url: str, *, allow_private: bool) -> None:
     try:
         address = _address(host)
     except ValueError:
-        if host.rstrip(".").lower() == "localhost" or host.lower().rstrip(".").endswith(".localhost"):
+        if f".{host.lower().rstrip('.')}".endswith(".localhost"):
             raise _refusal("callback URL to this machine") from None
         return
     if not _is_public(address):
@@ -94,10 +84,9 @@ async def resolve(url: str, *, allow_private: bool) -> Target:
     """
     parsed = httpx.URL(url)
     port = parsed.port or (443 if parsed.scheme == "https" else 80)
-    loop = asyncio.get_running_loop()
+    look_up = partial(socket.getaddrinfo, parsed.host, port, type=socket.SOCK_STREAM)
     try:
-        look_up = partial(socket.getaddrinfo, parsed.host, port, type=socket.SOCK_STREAM)
-        found = await loop.run_in_executor(_DNS, look_up)
+        found = await asyncio.get_running_loop().run_in_executor(_DNS, look_up)
     except UnicodeError as error:
         raise OSError(f"host name: {error}") from None
     addresses = [str(entry[4][0]) for entry in found]
@@ -105,7 +94,8 @@ async def resolve(url: str, *, allow_private: bool) -> Target:
         for address in addresses:
             if not _is_public(_address(address)):
                 raise Blocked(f"{parsed.host} has the private address {address}, which needs --allow-private-callbacks")
-    return Target(parsed, addresses[0].partition("%")[0])
+    pinned = parsed.copy_with(host=addresses[0].partition("%")[0])
+    return Target(pinned, parsed.host, parsed.netloc.decode("ascii"))
 
 
 def _address(text: str) -> Address:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from assay.errors import UsageError
 from assay.poc.protocol import check_distinct_seeds, get_pipeline
@@ -17,17 +16,6 @@ from assay.poc.service.store import RoundValues, StoredRound
 PRESETS = {(False, True): "poc-2.0", (True, False): "layer-normalize"}
 """Preset by (use_layer_hooks, use_sign_flips)."""
 
-_SHARED = (
-    "block_hash",
-    "block_height",
-    "public_key",
-    "node_id",
-    "node_count",
-    "group_id",
-    "n_groups",
-    "batch_size",
-)
-
 
 def round_values(
     request: InitRequest | ArtifactInit, deployment: Deployment, settings: Settings, *, needs_share: bool
@@ -38,26 +26,39 @@ def round_values(
         UsageError: A field is out of range.
         Refusal: 400 without a share where one is needed, 409 for other parameters than deployed.
     """
-    values: dict[str, Any] = {name: getattr(request, name) for name in _SHARED}
+    node_id, node_count = request.node_id, request.node_count
     if isinstance(request, ArtifactInit):
         _check_params(request.params, deployment, settings)
         url, seq_len, preset = request.url, request.params.seq_len, str(request.params.preset)
-        values |= {"r_target": 2.0, "fraud_threshold": 0.01}
+        r_target, fraud_threshold = 2.0, 0.01
     else:
         url, seq_len, preset = request.callback_url, request.seq_len, _preset(request)
-        values |= {"r_target": request.r_target, "fraud_threshold": request.fraud_threshold}
-        values |= _share(request, needed=needs_share)
+        r_target, fraud_threshold = request.r_target, request.fraud_threshold
+        if -1 in (node_id, node_count):
+            if needs_share:
+                seen, wanted = "Node ID and node count must be set", "node_id and node_count"
+                raise Refusal(400, seen, wanted=wanted, do="send 0 and 1 for one node")
+            node_id, node_count = 0, 1
     _check_url(url, settings)
     _check_shape(request.batch_size, seq_len, deployment, settings)
     asked = RoundValues(
-        **values,
-        callback_url=url,
-        seq_len=seq_len,
+        block_hash=request.block_hash,
+        public_key=request.public_key,
+        block_height=request.block_height,
+        node_id=node_id,
+        node_count=node_count,
+        group_id=request.group_id,
+        n_groups=request.n_groups,
         preset=preset,
+        seq_len=seq_len,
+        batch_size=request.batch_size,
+        r_target=r_target,
         strength=256 if request.poc_stronger_rng else 32,
         reference=deployment.reference,
         digest=deployment.digest,
         weights=deployment.weights,
+        fraud_threshold=fraud_threshold,
+        callback_url=url,
     )
     _ = asked.round  # an error says which field is out of range
     return asked
@@ -164,16 +165,6 @@ def _limited(nonces: Sequence[int], settings: Settings) -> Sequence[int]:
     if len(nonces) > settings.max_nonces:
         raise Refusal(422, f"{len(nonces)} nonces", wanted=f"at most {settings.max_nonces} a request", do="split it")
     return nonces
-
-
-def _share(request: InitRequest, *, needed: bool) -> dict[str, int]:
-    """Return node_id and node_count; a request that leaves them out means the only node of the round."""
-    unset = request.node_id == -1 or request.node_count == -1
-    if unset and needed:
-        raise Refusal(
-            400, "Node ID and node count must be set", wanted="node_id and node_count", do="send 0 and 1 for one node"
-        )
-    return {"node_id": 0, "node_count": 1} if unset else {"node_id": request.node_id, "node_count": request.node_count}
 
 
 def _preset(request: InitRequest) -> str:

@@ -28,9 +28,8 @@ from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._jobs import Jobs
 from assay.poc.service.runtime._metrics import Metrics
 from assay.poc.service.runtime._progress import Progress
+from assay.poc.service.runtime._threads import ShareDone, Worker, Writer
 from assay.poc.service.runtime._validation import Judge, load_with
-from assay.poc.service.runtime._worker import ShareDone, Worker
-from assay.poc.service.runtime._writer import Writer
 from assay.poc.service.store import Batch, Database, Outbox, Rounds, StoredRound
 from assay.reports import JsonObject
 
@@ -80,9 +79,7 @@ class Controller:
         self.outbox.retry_now()
         self.state, stored = self.rounds.current()
         self.progress = Progress(stored, self.rounds) if stored else None
-        self.writer = Writer(
-            self.rounds, settings, committed=self._committed, changed=self._paused, failed=self._engine_failed
-        )
+        self.writer = Writer(self.rounds, settings, committed=self._committed, failed=self._engine_failed)
         self._worker = Worker(
             partial(self._load, load), put=self.writer.put, background=self.jobs.step, failed=self._engine_failed
         )
@@ -125,8 +122,8 @@ class Controller:
             Refusal: 409, 422 or 503.
             StorageError: the database cannot be written.
         """
-        call = "init" if then is State.IDLE else f"init/{'generate' if then is State.GENERATING else 'validate'}"
-        after(call, self.state, has_round=self.progress is not None)
+        call = {State.IDLE: "init", State.GENERATING: "init/generate", State.VALIDATING: "init/validate"}[then]
+        self._after(call)
         deployment = self.ready()
         values = round_values(request, deployment, self.settings, needs_share=then is State.GENERATING)
         pipeline = get_pipeline(values.preset)
@@ -134,9 +131,8 @@ class Controller:
             log.warning("validators refuse this number format", preset=values.preset, dtype=deployment.dtype)
         check_supported(deployment.engine(values.seq_len, values.batch_size), pipeline)
         with self._lock:
-            state = after(call, self.state, has_round=self.progress is not None)
-            stored = self.rounds.enter(state, values)
-            self._move(state, stored)
+            state = self._after(call)
+            self._move(state, self.rounds.enter(state, values))
 
     def phase(self, call: str) -> None:
         """Change to ``phase/generate`` or ``phase/validate`` with the round that is initialised.
@@ -146,18 +142,17 @@ class Controller:
             StorageError: the database cannot be written.
         """
         with self._lock:
-            state = after(call, self.state, has_round=self.progress is not None)
+            state = self._after(call)
             self.ready()
-            if state is self.state and self.error is None:
-                return
-            self._check_same_model()
-            self.rounds.enter(state)
-            self._move(state)
+            if state is not self.state or self.error is not None:
+                self._check_same_model()
+                self.rounds.enter(state)
+                self._move(state)
 
     def stop(self) -> None:
         """Stop generating and validating. Works with a full disk too; the state is then written later."""
         with self._lock:
-            state = after("stop", self.state, has_round=self.progress is not None)
+            state = self._after("stop")
             self._persist(state)
             self._move(state)
 
@@ -169,7 +164,7 @@ class Controller:
             ProofMismatch: Two nonces have the same input seed.
         """
         with self._lock:
-            after("validate", self.state, has_round=self.progress is not None)
+            self._after("validate")
             stored, epoch = self._check_same_model(), self._epoch
         check_validation(request, stored, self.settings)
         future: Future[JsonObject] = Future()
@@ -197,8 +192,7 @@ class Controller:
         Raises:
             Refusal: 400, 409, 422, 429 or 503.
         """
-        deployment = self.ready()
-        check_job(request, deployment, self.settings)
+        check_job(request, self.ready(), self.settings)
         queued = self.jobs.submit(request)
         self._worker.wake()
         return queued
@@ -228,6 +222,9 @@ class Controller:
         return self.writer.paused if self.state is State.GENERATING else None
 
     # Inside
+
+    def _after(self, call: str) -> State:
+        return after(call, self.state, has_round=self.progress is not None)
 
     def _move(self, state: State, stored: StoredRound | None = None) -> None:
         """Take the state in memory; what runs ends between two batches."""
@@ -293,8 +290,7 @@ class Controller:
         """Return the round, or refuse to work on it with another model than the one it was begun with."""
         assert self.progress is not None
         deployment, stored = self.ready(), self.progress.stored
-        ours, theirs = (deployment.digest, deployment.weights), (stored.digest, stored.weights)
-        if ours != theirs:
+        if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
             raise Refusal(
                 409,
                 f"a round of {stored.reference} ({stored.digest[:12]})",
@@ -315,7 +311,7 @@ class Controller:
             # An engine that is torn down beneath its batch fails. The round must continue after the next start.
             log.info("a batch ended with the service and will be computed again", error=_reason(error))
             return
-        state = after("engine failure", self.state, has_round=self.progress is not None)
+        state = self._after("engine failure")
         if not isinstance(error, ShareDone):
             self.metrics.failures.inc()
         self._epoch += 1
@@ -349,9 +345,6 @@ class Controller:
             if progress is not None and progress.stored.id == batch.round_id:
                 progress.add(batch)
         self.notify()
-
-    def _paused(self) -> None:
-        log.warning("generation waits", reason=self.writer.paused) if self.writer.paused else log.info("continues")
 
     def _validate(
         self, request: ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int

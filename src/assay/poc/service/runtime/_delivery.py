@@ -25,15 +25,10 @@ SET_BACK = 5.0  # seconds by which the clock may fall behind before pauses are f
 
 
 class Delivery:
-    """Sends the callbacks that the outbox owes.
-
-    Args:
-        controller: Controller whose outbox is served, under its settings.
-    """
+    """Sends the callbacks that the outbox of a controller owes, under its settings."""
 
     def __init__(self, controller: Controller) -> None:
-        self._controller = controller
-        self._settings = controller.settings
+        self._controller, self._settings = controller, controller.settings
         self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
         self._sending: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
@@ -81,8 +76,7 @@ class Delivery:
         if room <= 0:
             return
         for callback, body in await call(outbox.due, room, besides=list(self._sending)):
-            task = asyncio.create_task(self._deliver(client, callback, body))
-            self._sending[callback.id] = task
+            self._sending[callback.id] = asyncio.create_task(self._deliver(client, callback, body))
 
     async def _deliver(self, client: httpx.AsyncClient, callback: Callback, body: str) -> None:
         started = time.perf_counter()
@@ -99,13 +93,12 @@ class Delivery:
         try:
             async with asyncio.timeout(self._settings.callback_timeout):
                 target = await resolve(callback.url, allow_private=self._settings.allow_private_callbacks)
-                url = target.pinned.copy_with(path=target.url.path.rstrip("/") + f"/{callback.kind}")
                 request = client.build_request(
                     "POST",
-                    url,
+                    target.pinned.copy_with(path=f"{target.pinned.path.rstrip('/')}/{callback.kind}"),
                     content=body.encode(),
                     headers=self._headers(callback.id, body) | {"Host": target.host_header},
-                    extensions={"sni_hostname": target.url.host},
+                    extensions={"sni_hostname": target.host},
                 )
                 response = await client.send(request, stream=True)
                 await response.aclose()
@@ -134,17 +127,17 @@ class Delivery:
 
     async def _note(self, callback: Callback, error: str | None, wait: float) -> None:
         """Write the outcome, however long the disk is full: otherwise the callback would be sent again at once."""
-        settings, outbox = self._settings, self._controller.outbox
+        settings = self._settings
         last = callback.attempts + 1 >= settings.callback_attempts or wait == float("inf")
         pause = max(backoff(callback.attempts, settings.callback_backoff, settings.callback_backoff_max), wait)
         outcome = "delivered" if error is None else "dead" if last else "failed"
         self._controller.metrics.deliveries.labels(outcome).inc()
         about = {"outcome": outcome, "kind": callback.kind, "id": callback.id, "attempt": callback.attempts + 1}
         log.info("callback", **about) if error is None else log.warning("callback", **about, error=error)
+        attempted, retry_in = self._controller.outbox.attempted, None if last else pause
         while True:
             try:
-                retry_in = None if last else pause
-                await self._controller.call(outbox.attempted, callback.id, error, retry_in=retry_in)
+                await self._controller.call(attempted, callback.id, error, retry_in=retry_in)
                 return
             except StorageError:
                 if self._controller.closing.is_set():

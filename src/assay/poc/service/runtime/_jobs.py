@@ -40,14 +40,7 @@ class _Running:
 
 
 class Jobs:
-    """The queue of artifact jobs, on disk, and the one that runs.
-
-    Args:
-        database: Database that holds the queue.
-        outbox: Outbox that takes the callbacks of finished jobs.
-        settings: Bounds, and the time for which results are kept.
-        closing: Event that is set when the service begins to end.
-    """
+    """The queue of artifact jobs, on disk, and the one that runs. ``closing`` is set when the service begins to end."""
 
     def __init__(self, database: Database, outbox: Outbox, settings: Settings, closing: threading.Event) -> None:
         self._db, self._outbox, self._settings, self._closing = database, outbox, settings, closing
@@ -179,11 +172,8 @@ class Jobs:
 
     def _result(self, request: GenerateRequest, records: list[Record], dtype: str) -> JsonObject:
         if len(records) != len(request.nonces):
-            raise ProofFormatError(
-                f"{len(records)} vectors for {len(request.nonces)} nonces",
-                wanted="one each",
-                do="send the request again",
-            )
+            seen = f"{len(records)} vectors for {len(request.nonces)} nonces"
+            raise ProofFormatError(seen, wanted="one each", do="send the request again")
         size = get_pipeline(request.params.preset).vector_size
         if request.validation is None:
             artifacts = [{"nonce": r.nonce, "vector_b64": encode_vector(_vector(r))} for r in records]

@@ -17,14 +17,7 @@ BINS = 48
 
 
 class Progress:
-    """The committed part of a round.
-
-    Args:
-        stored: Round as it is on disk.
-        rounds: Rounds that give the records of an earlier run.
-        hidden_size: Hidden size D of the model; 0 while it is not loaded.
-        vocab_size: Vocabulary size V of the model; 0 while it is not loaded.
-    """
+    """The committed part of a round. Both sizes of the model are 0 while it is not loaded."""
 
     def __init__(self, stored: StoredRound, rounds: Rounds, *, hidden_size: int = 0, vocab_size: int = 0) -> None:
         self._lock = threading.Lock()

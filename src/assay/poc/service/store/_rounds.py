@@ -163,8 +163,11 @@ class Rounds:
                 return None
             fresh = {**vars(values), "created_at": now, "touched_at": now, "next_nonce": values.round.node_id}
             change = {name: fresh[name] for name in ("touched_at", *FREE)}
-            begun = insert(rounds).values(fresh).on_conflict_do_update(["block_hash", "public_key"], set_=change)
-            stored = StoredRound(**connection.execute(begun.returning(rounds)).mappings().one())
+            connection.execute(
+                insert(rounds).values(fresh).on_conflict_do_update(["block_hash", "public_key"], set_=change)
+            )
+            same = (rounds.c.block_hash == values.block_hash) & (rounds.c.public_key == values.public_key)
+            stored = StoredRound(**connection.execute(sa.select(rounds).where(same)).mappings().one())
             _check_same(values, stored)
             connection.execute(service.update().values(state=str(state), round_id=stored.id))
             return stored
