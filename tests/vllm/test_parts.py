@@ -26,7 +26,7 @@ from assay.poc.engines.vllm._throttle import Throttle
 from assay.poc.engines.vllm._worker import Chunk, chunks
 from assay.poc.protocol._transforms import weighted_sum
 from assay.poc.serving import plugin
-from assay.poc.serving._middleware import ChatBarrier, UnderPrefix
+from assay.poc.serving._plugin import ChatBarrier
 from assay.poc.serving._settings import PluginSettings
 from tests.waiting import until
 
@@ -255,7 +255,7 @@ def test_the_barrier_stops_new_work_and_nothing_else():
 def test_a_middleware_under_a_prefix_leaves_other_routes_alone():
     from assay.poc.service.http import LocalOnly
 
-    app = UnderPrefix(served, prefix="/api/v1/pow", middleware=LocalOnly)
+    app = LocalOnly(served, prefix="/api/v1/pow")
     assert answers(app, "/api/v1/pow/status", "GET") == 403
     assert answers(app, "/v1/models", "GET") == 200
 
@@ -273,7 +273,7 @@ def test_a_root_path_opens_no_guard_and_closes_no_route(root: str):
     for path in ("/api/v1/pow/status", "/api/v1/pow/stop", "/tokenize", "/v1/completions"):
         app.add_api_route(path, lambda: "served", methods=["GET", "POST"])
     app.add_middleware(ChatBarrier, prefix="/api/v1/pow", closed=lambda: True)
-    app.add_middleware(UnderPrefix, prefix="/api/v1/pow", middleware=LocalOnly)
+    app.add_middleware(LocalOnly, prefix="/api/v1/pow")
     here, evil = (TestClient(app, base_url=f"http://{host}") for host in ("127.0.0.1", "evil.example"))
     for before in {"", root}:
         assert evil.get(f"{before}/api/v1/pow/status").status_code == 403

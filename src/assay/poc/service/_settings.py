@@ -30,10 +30,6 @@ def _calibration(value: Any) -> Any:
     return Calibration.load(value) if isinstance(value, (str, Path)) else value
 
 
-def _secret(flag: str) -> Flag:
-    return Flag((flag,), secret=True)
-
-
 def _list(flag: str, description: str) -> Any:
     """Return a list's field, which the environment names as the flag does: in the singular."""
     names = [prefix + flag.lstrip("-").replace("-", "_").upper() for prefix in (PREFIX, SECOND_PREFIX)]
@@ -62,13 +58,13 @@ class Settings(assay.settings.Settings):
         256, description="Positions per nonce of artifact rounds and jobs. Requests for another length are refused."
     )
     api_key_file: Path | None = Field(None, description="File with keys that may do everything, one per line.")
-    api_keys: Annotated[Words, _secret("--api-key")] = _list(
+    api_keys: Annotated[Words, Flag(("--api-key",), secret=True)] = _list(
         "--api-key", "Keys that may do everything. Those of the file are added to them."
     )
-    validate_keys: Annotated[Words, _secret("--validate-key")] = _list(
+    validate_keys: Annotated[Words, Flag(("--validate-key",), secret=True)] = _list(
         "--validate-key", "Keys that may validate, submit artifact jobs and read."
     )
-    read_keys: Annotated[Words, _secret("--read-key")] = _list("--read-key", "Keys that may only read.")
+    read_keys: Annotated[Words, Flag(("--read-key",), secret=True)] = _list("--read-key", "Keys that may only read.")
     max_body: Count = Field(2**20, description="Largest body of a request.")
     max_bodies: Count = Field(2**26, description="Memory for all bodies that are being received at the same time.")
     max_connections: Count = Field(4096, description="Connections that are open at the same time.")
@@ -80,7 +76,7 @@ class Settings(assay.settings.Settings):
     max_queued_nonces: Count = Field(100_000, description="Nonces of all artifact jobs that wait.")
     max_streams: Count = Field(32, description="Event streams that are open at the same time.")
     max_client_streams: Count = Field(16, description="Event streams that one client has open at the same time.")
-    callback_secrets: Annotated[Words, _secret("--callback-secret")] = _list(
+    callback_secrets: Annotated[Words, Flag(("--callback-secret",), secret=True)] = _list(
         "--callback-secret", "Standard Webhooks secrets (whsec_…), the newest first. Each of them signs every callback."
     )
     callback_interval: Seconds = Field(5.0, description="Time for which valid nonces are collected into one callback.")

@@ -10,12 +10,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
+from starlette._utils import get_route_path  # the function by which starlette's router finds a route
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as Connection
 
 from assay.models import identify
 from assay.poc.engines.vllm import (
@@ -30,11 +32,16 @@ from assay.poc.engines.vllm import (
 from assay.poc.service import Controller, Deployment, attach, configure_logs
 from assay.poc.service.dashboard import dashboard_router
 from assay.poc.service.http import PREFIX, Keys, LocalOnly, Scope, needs, route_class
-from assay.poc.serving._middleware import ChatBarrier, UnderPrefix
 from assay.poc.serving._preflight import check_arguments
 from assay.poc.serving._settings import PluginSettings
 
 PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
+
+WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})
+"""POST routes that need no engine."""
+
+MESSAGE = "Proof of Compute has this engine to itself for a while"
+BODY = {"error": {"message": MESSAGE, "type": "service_unavailable", "param": None, "code": 503}}
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,11 @@ class AssayPlugin:
         check_arguments(app.state.args, settings)
         self.controller = Controller(self._deploy, settings)
         attach(app, self.controller, operations=True, under=PREFIX)
-        app.include_router(_engine_router(self.controller, self._client))
+        app.include_router(_engine_router(self.controller, self._running.result))
         app.include_router(dashboard_router())
         app.add_middleware(ChatBarrier, prefix=PREFIX, closed=self._closed)
         if not settings.has_keys:
-            app.add_middleware(UnderPrefix, prefix=PREFIX, middleware=LocalOnly)
+            app.add_middleware(LocalOnly, prefix=PREFIX)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Prepare the engine for nonces.
@@ -121,10 +128,6 @@ class AssayPlugin:
 
         engine_client.shutdown = shutdown
 
-    def _client(self) -> tuple[Client, str]:
-        running = self._running.result()  # there is one: routes are served after init_state
-        return running.client, running.version
-
     def _closed(self) -> bool:
         """Return whether a round has the engine to itself: not while it waits for the disk or for receivers."""
         if not self._running.done() or self.controller is None or self.controller.paused is not None:
@@ -134,28 +137,49 @@ class AssayPlugin:
 
     def _deploy(self) -> Deployment:
         """Describe the engine to the service; called in the service's own thread, which waits for it."""
-        running = self._running.result()
-        model = identify(running.model, dtype=running.client.description["dtype"])
+        assert self._settings is not None
+        running, inputs = self._running.result(), self._settings.vllm_inputs
+        dtype = running.client.description["dtype"]
+        model = identify(running.model, dtype=dtype)
+
+        def engine(seq_len: int, batch_size: int) -> RequestEngine:
+            return RequestEngine(
+                running.client,
+                running.loop,
+                version=running.version,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                most_positions=running.positions,
+                inputs=inputs,
+            )
+
         return Deployment(
             reference=running.reference,
             digest=model.digest,
             weights=model.weights,
-            dtype=running.client.description["dtype"],
+            dtype=dtype,
             max_positions=running.positions,
-            engine=partial(self._engine, running),
+            engine=engine,
         )
 
-    def _engine(self, running: _Running, seq_len: int, batch_size: int) -> RequestEngine:
-        assert self._settings is not None
-        return RequestEngine(
-            running.client,
-            running.loop,
-            version=running.version,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            most_positions=running.positions,
-            inputs=self._settings.vllm_inputs,
-        )
+
+class ChatBarrier:
+    """Answers new work for the engine with 503 and ``Retry-After`` while ``closed()``; running requests go on.
+
+    The service's own routes, under ``prefix``, stay open. Paths are compared as the router does, which takes them with
+    the root path (``--root-path``) and without it.
+    """
+
+    def __init__(self, app: ASGIApp, *, prefix: str, closed: Callable[[], bool]) -> None:
+        self._app, self._prefix, self._closed = app, prefix, closed
+
+    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 503."""
+        works = scope["type"] == "http" and scope["method"] == "POST" and get_route_path(scope) not in WITHOUT_ENGINE
+        if not works or get_route_path(scope).startswith(self._prefix) or not self._closed():
+            await self._app(scope, receive, send)
+            return
+        await JSONResponse(BODY, status_code=503, headers={"retry-after": "10"})(scope, receive, send)
 
 
 class Changes(BaseModel):
@@ -168,7 +192,7 @@ class Changes(BaseModel):
     chat_in_flight: int | None = None
 
 
-def _engine_router(controller: Controller, client: Callable[[], tuple[Client, str]]) -> APIRouter:
+def _engine_router(controller: Controller, running: Callable[[], _Running]) -> APIRouter:
     """Return ``/api/v1/pow/engine``: what nonces take of the vLLM engine now, and what they may take.
 
     Reading takes a key that may read, changing one that may do everything.
@@ -178,12 +202,12 @@ def _engine_router(controller: Controller, client: Callable[[], tuple[Client, st
     @router.get("/engine", openapi_extra=needs(Scope.READ))
     async def now() -> JSONResponse:
         """Nonces and chat in the vLLM engine, the settings of the throttle, and what the workers hold."""
-        engine, version = client()
+        engine = running().client  # there is one: routes are served after init_state
         throttle = engine.throttle
         throttle.look()
         return JSONResponse(
             {
-                "vllm": version,
+                "vllm": running().version,
                 "worker": engine.description,
                 "mode": throttle.settings.mode,
                 "share": throttle.settings.share,
@@ -198,7 +222,7 @@ def _engine_router(controller: Controller, client: Callable[[], tuple[Client, st
     @router.post("/engine", openapi_extra=needs(Scope.CONTROL))
     async def change(body: Changes) -> JSONResponse:
         """Change mode, share or chat_in_flight until the server ends."""
-        throttle = client()[0].throttle
+        throttle = running().client.throttle
         throttle.settings = replace(throttle.settings, **body.model_dump(exclude_none=True))
         return await now()
 

@@ -47,15 +47,7 @@ def before_start() -> None:
 
 
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
-    """Refuse a server that would share its round with others, whose checkpoint has no digest, or that needs a key.
-
-    Args:
-        arguments: Parsed command line of vLLM.
-        settings: Settings of the plugin.
-
-    Raises:
-        UsageError: Names the first reason.
-    """
+    """Refuse a server that would share its round with others, whose checkpoint has no digest, or that needs a key."""
     check_engines(getattr(arguments, "data_parallel_size", None) or 1)
     servers = getattr(arguments, "api_server_count", None) or 1
     if servers > 1:

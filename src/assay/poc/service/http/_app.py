@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
 
@@ -80,9 +80,7 @@ async def _running(controller: Controller, feed: Feed) -> AsyncIterator[None]:
         controller.closing.set()
         for task in tasks:
             task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        await asyncio.wait(tasks)
         await asyncio.to_thread(controller.close)
 
 

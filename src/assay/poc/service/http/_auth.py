@@ -7,6 +7,7 @@ from enum import StrEnum
 from functools import lru_cache
 from urllib.parse import urlsplit
 
+from starlette._utils import get_route_path  # the function by which starlette's router finds a route
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
@@ -74,15 +75,17 @@ class LocalOnly:
     """Refuses requests that name another host than this machine, or that a page of another site has caused.
 
     Host names can be made to resolve to 127.0.0.1, and a page can send forms, images and scripts across sites; either
-    would let a page in the operator's browser use a service that has no keys.
+    would let a page in the operator's browser use a service that has no keys. Paths outside ``prefix`` are left alone;
+    they are compared as the router does, which takes them with the root path (``--root-path``) and without it.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, *, prefix: str = "") -> None:
+        self._app, self._prefix = app, prefix
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
-        if scope["type"] == "http" and not _is_local(dict(scope["headers"])):
+        guarded = scope["type"] == "http" and get_route_path(scope).startswith(self._prefix)
+        if guarded and not _is_local(dict(scope["headers"])):
             refusal = Refusal(
                 403,
                 "a request for another host, or from another site's page",

@@ -14,7 +14,6 @@ from typing import Any
 import structlog
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -140,10 +139,12 @@ class Bodies:
         return Refusal(413, "a body that is too large", wanted=f"at most {self._most} bytes", do="split the request")
 
 
-def _answer(refusal: Refusal) -> JSONResponse:
+def _answer(refusal: Refusal) -> Response:
     """Return the response that a refusal stands for."""
     headers = SAFE_HEADERS | refusal.headers | ({"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {})
-    return JSONResponse(_printable(refusal.body), status_code=refusal.status, headers=headers)
+    text = json.dumps(refusal.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    body = text.encode("utf-8", "replace")  # a request may hold unpaired surrogates, and no response can
+    return Response(body, status_code=refusal.status, headers=headers, media_type="application/json")
 
 
 async def not_found(request: Request, error: Exception) -> Response:
@@ -194,12 +195,3 @@ def _malformed(error: RequestValidationError, request: Request) -> Refusal:
     if first["loc"][:1] == ["body"] and not _says_json(request):
         wanted, do = "a JSON body that is announced as one", "send the header Content-Type: application/json"
     return Refusal(422, f"{where}: {first['msg']}", wanted=wanted, do=do, fields={"errors": found[:20]})
-
-
-def _printable(value: Any) -> Any:
-    """Replace unpaired surrogates, which a request may hold and no response can."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_printable(name): _printable(item) for name, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, ParamSpec
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -27,6 +28,8 @@ from assay.poc.service.http._feed import Feed, status_after
 from assay.poc.service.http._feed import status as current_status
 from assay.poc.service.http._route import needs, route_class
 from assay.poc.service.runtime import CONTENT_TYPE, Controller
+
+P = ParamSpec("P")
 
 PREFIX = "/api/v1/pow"
 READ, VALIDATE, CONTROL = needs(Scope.READ), needs(Scope.VALIDATE), needs(Scope.CONTROL)
@@ -71,35 +74,30 @@ class _Calls:
 
     def init(self, body: InitRequest) -> Response:
         """Begin a round, and stay idle."""
-        self._controller.init(body, State.IDLE)
-        return self._moved()
+        return self._moved(self._controller.init, body, State.IDLE)
 
     def init_generate(self, body: AnyInit) -> Response:
         """Begin a round and generate: distances with ``r_target``, vectors with ``params``."""
-        self._controller.init(body, State.GENERATING)
-        return self._moved()
+        return self._moved(self._controller.init, body, State.GENERATING)
 
     def init_validate(self, body: InitRequest) -> Response:
         """Begin a round and accept validations of its block."""
-        self._controller.init(body, State.VALIDATING)
-        return self._moved()
+        return self._moved(self._controller.init, body, State.VALIDATING)
 
     def phase_generate(self) -> Response:
         """Generate; the round continues at its next nonce."""
-        self._controller.phase("phase/generate")
-        return self._moved()
+        return self._moved(self._controller.phase, "phase/generate")
 
     def phase_validate(self) -> Response:
         """Stop generating and accept validations."""
-        self._controller.phase("phase/validate")
-        return self._moved()
+        return self._moved(self._controller.phase, "phase/validate")
 
     def stop(self) -> Response:
         """Stop generating and validating. Callbacks that are owed are still delivered."""
-        self._controller.stop()
-        return self._moved()
+        return self._moved(self._controller.stop)
 
-    def _moved(self) -> Response:
+    def _moved(self, change: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> Response:
+        change(*args, **kwargs)
         return JSONResponse({"status": "OK", "pow_status": current_status(self._controller)})
 
     async def validate(self, body: ValidateRequest) -> Response:

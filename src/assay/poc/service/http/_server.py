@@ -6,7 +6,9 @@ import resource
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import FrameType
@@ -119,7 +121,7 @@ def bounded(settings: Settings) -> type[asyncio.Protocol]:
 class _Server(uvicorn.Server):
     """Ends with exit code 0 on SIGTERM and SIGINT, and says so before connections are closed."""
 
-    def __init__(self, config: uvicorn.Config, closing: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, closing: threading.Event) -> None:
         super().__init__(config)
         self._closing = closing
 
@@ -134,23 +136,15 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._closing()
+        self._closing.set()
         super().handle_exit(sig, frame)
 
 
-def run_app(
-    app: FastAPI,
-    settings: Settings,
-    *,
-    host: str,
-    port: int,
-    closing: Callable[[], None] = lambda: None,
-    started: Callable[[Callable[[], None]], None] = lambda stop: None,
-) -> None:
+def run_app(app: FastAPI, settings: Settings, *, host: str, port: int, controller: Controller | None = None) -> None:
     """Run an application until SIGTERM or SIGINT, under the bounds of ``settings``.
 
-    ``closing`` is called when the end begins, while connections are still open; ``started`` receives, before the start,
-    a function that ends the server.
+    A ``controller`` is told when the end begins, while connections are still open; it ends the server where its model
+    cannot be loaded.
 
     Raises:
         UsageError: The server did not start; the log says why.
@@ -171,8 +165,14 @@ def run_app(
         server_header=False,
         lifespan="on",
     )
-    server = _Server(config, closing)
-    started(lambda: server.handle_exit(signal.SIGTERM, None))
+    server = _Server(config, controller.closing if controller else threading.Event())
+
+    def end_on_failure(loaded: Future[Deployment]) -> None:
+        if loaded.exception():
+            server.handle_exit(signal.SIGTERM, None)
+
+    if controller is not None:
+        controller.loaded.add_done_callback(end_on_failure)
     bound = listener.getsockname()[1]
     log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{bound}", host=host, port=bound)
     with listener:
@@ -203,12 +203,7 @@ def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port
             do="pass --api-key-file, set ASSAY_API_KEY, or leave --host out",
         )
     controller = Controller(load, settings)
-
-    def end_on_failure(stop: Callable[[], None]) -> None:
-        controller.loaded.add_done_callback(lambda loaded: stop() if loaded.exception() else None)
-
-    app = create_app(controller)
-    run_app(app, settings, host=host, port=port, closing=controller.closing.set, started=end_on_failure)
+    run_app(create_app(controller), settings, host=host, port=port, controller=controller)
     if controller.loaded.done():
         controller.loaded.result()
     sys.stderr.flush()

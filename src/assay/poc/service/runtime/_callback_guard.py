@@ -17,18 +17,20 @@ from assay.poc.service._refusals import Refusal
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-PRIVATE_V4 = (
-    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
-    *("192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
-    "224.0.0.0/3",
+PRIVATE = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        # The special-purpose registry of IANA (RFC 6890), multicast and class E.
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
+        *("192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+        "224.0.0.0/3",
+        # In 2000::/3: protocol assignments and Teredo, documentation, and tunnels to IPv4 (6to4).
+        *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
+    )
 )
-"""Addresses that are not public: the special-purpose registry of IANA (RFC 6890), multicast and class E."""
+"""Addresses that are not public."""
 
 GLOBAL_V6 = ipaddress.ip_network("2000::/3")
-PRIVATE_V6 = ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
-"""What is not public in 2000::/3: protocol assignments and Teredo, documentation, and tunnels to IPv4 (6to4)."""
-
-_PRIVATE = tuple(map(ipaddress.ip_network, (*PRIVATE_V4, *PRIVATE_V6)))
 
 _DNS = ThreadPoolExecutor(4, "assay-dns")
 """Threads of their own: a name server that does not answer holds each for many seconds."""
@@ -106,7 +108,7 @@ def _is_public(address: Address) -> bool:
     """Return whether every network can reach an address. IPv6 forms that hold an IPv4 address are not public."""
     if isinstance(address, ipaddress.IPv6Address) and address not in GLOBAL_V6:
         return False
-    return not any(address in network for network in _PRIVATE)
+    return not any(address in network for network in PRIVATE)
 
 
 def _refusal(seen: str) -> Refusal:

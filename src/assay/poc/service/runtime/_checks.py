@@ -39,8 +39,7 @@ def round_values(
                 seen, wanted = "Node ID and node count must be set", "node_id and node_count"
                 raise Refusal(400, seen, wanted=wanted, do="send 0 and 1 for one node")
             node_id, node_count = 0, 1
-    _check_url(url, settings)
-    _check_shape(request.batch_size, seq_len, deployment, settings)
+    _check_work(url, request.batch_size, seq_len, deployment, settings)
     asked = RoundValues(
         block_hash=request.block_hash,
         public_key=request.public_key,
@@ -116,19 +115,15 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
         ProofMismatch: One forward pass would serve several of the nonces whose artifacts are to be checked.
     """
     _check_params(request.params, deployment, settings)
-    _check_url(request.url, settings)
-    _check_shape(request.batch_size, request.params.seq_len, deployment, settings)
-    job_round(request, deployment.reference).check_nonces(sorted(_limited(request.nonces, settings)))
+    _check_work(request.url, request.batch_size, request.params.seq_len, deployment, settings)
+    round = job_round(request, deployment.reference)
+    round.check_nonces(sorted(_limited(request.nonces, settings)))
     if request.validation is not None:
-        check_distinct_seeds(job_round(request, deployment.reference), request.nonces)
+        check_distinct_seeds(round, request.nonces)
         sent = [artifact.nonce for artifact in request.validation.artifacts]
         if sorted(sent) != sorted(request.nonces):
-            raise Refusal(
-                400,
-                "artifacts of other nonces than asked",
-                wanted="one artifact per nonce",
-                do="send both lists alike",
-            )
+            seen = "artifacts of other nonces than asked"
+            raise Refusal(400, seen, wanted="one artifact per nonce", do="send both lists alike")
 
 
 def _check_params(params: Params, deployment: Deployment, settings: Settings) -> None:
@@ -146,12 +141,9 @@ def _check_params(params: Params, deployment: Deployment, settings: Settings) ->
         )
 
 
-def _check_url(url: str | None, settings: Settings) -> None:
+def _check_work(url: str | None, batch_size: int, seq_len: int, deployment: Deployment, settings: Settings) -> None:
     if url is not None:
         check_url(url, allow_private=settings.allow_private_callbacks)
-
-
-def _check_shape(batch_size: int, seq_len: int, deployment: Deployment, settings: Settings) -> None:
     if batch_size * seq_len > settings.max_positions or seq_len > deployment.max_positions:
         raise Refusal(
             422,

@@ -278,7 +278,7 @@ class Controller:
                     self._check_same_model()
                     self.progress = self._progress(self.progress.stored)
             except AssayError as error:
-                self._fail(error)
+                self._engine_failed(error)
             if self.state is State.GENERATING:
                 self._generate()
             elif self.jobs.has_open():
@@ -302,24 +302,20 @@ class Controller:
 
     def _engine_failed(self, error: Exception) -> None:
         with self._lock:
-            self._fail(error)
+            if self.closing.is_set():
+                # An engine that is torn down beneath its batch fails. The round must continue after the next start.
+                log.info("a batch ended with the service and will be computed again", error=_reason(error))
+                return
+            state = self._after("engine failure")
+            if not isinstance(error, ShareDone):
+                self.metrics.failures.inc()
+            self._epoch += 1
+            self._worker.generate(None, self._epoch)
+            self.state, self.error = state, _reason(error)
+            log.error("the round ended", error=self.error, state=str(state))
+            self._persist(state)
             if self.jobs.has_open():
                 self._worker.wake()
-
-    def _fail(self, error: Exception) -> None:
-        if self.closing.is_set():
-            # An engine that is torn down beneath its batch fails. The round must continue after the next start.
-            log.info("a batch ended with the service and will be computed again", error=_reason(error))
-            return
-        state = self._after("engine failure")
-        if not isinstance(error, ShareDone):
-            self.metrics.failures.inc()
-        self._epoch += 1
-        self._worker.generate(None, self._epoch)
-        self.state = state
-        self.error = _reason(error)
-        log.error("the round ended", error=self.error, state=str(state))
-        self._persist(state)
 
     def _persist(self, state: State) -> None:
         try:

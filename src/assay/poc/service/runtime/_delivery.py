@@ -37,21 +37,17 @@ class Delivery:
     async def run(self) -> None:
         """Deliver until cancelled, then wait for the deliveries that run."""
         loop = asyncio.get_running_loop()
-        self._controller.notify = partial(loop.call_soon_threadsafe, self._wake.set)
         limits = httpx.Limits(max_connections=self._settings.callback_concurrency)
         timeout = httpx.Timeout(self._settings.callback_timeout)
-        try:
-            # trust_env off: a proxy from the environment would resolve names by itself.
-            async with httpx.AsyncClient(
-                follow_redirects=False, trust_env=False, limits=limits, timeout=timeout
-            ) as client:
-                try:
-                    while True:
-                        await self._serve(client)
-                finally:
-                    await asyncio.gather(*self._sending.values(), return_exceptions=True)
-        finally:
-            self._controller.notify = lambda: None
+        # trust_env off: a proxy from the environment would resolve names by itself.
+        async with httpx.AsyncClient(follow_redirects=False, trust_env=False, limits=limits, timeout=timeout) as client:
+            self._controller.notify = partial(loop.call_soon_threadsafe, self._wake.set)
+            try:
+                while True:
+                    await self._serve(client)
+            finally:
+                self._controller.notify = lambda: None
+                await asyncio.gather(*self._sending.values(), return_exceptions=True)
 
     async def _serve(self, client: httpx.AsyncClient) -> None:
         self._wake.clear()
@@ -160,12 +156,12 @@ def retry_after(value: str | None, now: datetime | None = None) -> float:
     if not value:
         return 0.0
     try:
-        seconds = float(value) if value.strip().isdigit() else _until(value, now or datetime.now(UTC))
+        if value.strip().isdigit():
+            seconds = float(value)
+        else:
+            date = parsedate_to_datetime(value)
+            date = date if date.tzinfo else date.replace(tzinfo=UTC)
+            seconds = (date - (now or datetime.now(UTC))).total_seconds()
     except (ValueError, TypeError, OverflowError):
         return 0.0
     return min(max(seconds, 0.0), MAX_RETRY_AFTER)
-
-
-def _until(value: str, now: datetime) -> float:
-    date = parsedate_to_datetime(value)
-    return ((date if date.tzinfo else date.replace(tzinfo=UTC)) - now).total_seconds()

@@ -1,7 +1,7 @@
 """The model that the service runs, and the engines of it."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -69,7 +69,7 @@ class Deployment:
             engine=_hf_engines(model, compiled=worth_compiling(model) if compiled is None else compiled),
         )
 
-    def compute(self, round: Round, batch_size: int, nonces: Sequence[int]) -> Iterator[list[Record]]:
+    def compute(self, round: Round, batch_size: int, nonces: Sequence[int]) -> Generator[list[Record], None, None]:
         """Compute the records of nonces, one list per batch. Nothing is made, or fails, before the first is asked for.
 
         Args:

@@ -1,15 +1,16 @@
 """The numbers of the current round, kept in memory so that reading them costs nothing."""
 
-import itertools
 import math
 import threading
 import time
 from collections import deque
 from typing import Any
 
+import numpy as np
+
 from assay import stats
 from assay.poc.protocol import get_pipeline
-from assay.poc.service.store import RECENT, Batch, Histogram, Rounds, StoredRound
+from assay.poc.service.store import RECENT, Batch, Rounds, StoredRound, bin_counts
 
 WINDOW = 30.0  # seconds over which the current rate is measured
 SPREAD = 5.0  # standard deviations of the chord law that the histogram shows on either side
@@ -29,11 +30,10 @@ class Progress:
         self._recent: deque[tuple[int, float]] = deque(rounds.recent_valid(stored.id), maxlen=RECENT)
         self._steps: deque[tuple[float, int]] = deque()
         self._dimension = 0 if self.publishes_vectors else pipeline.output_size(hidden_size, vocab_size)
-        self._bins = self._counts = None
         if self._dimension:
             mean, spread = stats.chord_mean(self._dimension), SPREAD * stats.chord_std(self._dimension)
-            self._bins = Histogram(mean - spread, mean + spread, BINS)
-            self._counts = rounds.histogram(stored.id, self._bins) if stored.checked else {}
+            self._edges = np.linspace(mean - spread, mean + spread, BINS + 1)
+            self._counts = rounds.histogram(stored.id, self._edges)
 
     def add(self, batch: Batch) -> None:
         """Count a batch that is on disk."""
@@ -43,13 +43,12 @@ class Progress:
             self.valid += sum(batch.valid)
             self.seconds += batch.seconds
             self._steps.append((time.monotonic(), len(batch.records)))
-            for record, valid in zip(batch.records, batch.valid, strict=True):
-                distance = record.distance if record.vector is None else math.nan
+            distances = [record.distance if record.vector is None else math.nan for record in batch.records]
+            for record, distance, valid in zip(batch.records, distances, batch.valid, strict=True):
                 if valid:
                     self._recent.append((record.nonce, distance))
-                if self._bins and self._counts is not None:
-                    index = self._bins.bin(distance)
-                    self._counts[index] = self._counts.get(index, 0) + 1
+            if self._dimension:
+                self._counts += bin_counts(distances, self._edges)
 
     def latest(self) -> list[tuple[int, float]]:
         """Return the latest valid nonces with their distances, ascending."""
@@ -88,17 +87,16 @@ class Progress:
 
     def histogram(self) -> dict[str, Any] | None:
         """Return the bins of the distances beside what the chord law expects; None for vectors."""
-        if self._bins is None or self._counts is None:
+        if not self._dimension:
             return None
         with self._lock:
-            bins, counts = self._bins, dict(self._counts)
-        edges = [bins.low + (bins.high - bins.low) * i / bins.size for i in range(bins.size + 1)]
-        law = stats.chord_cdf(edges, self._dimension)
+            below, *counts, above = self._counts.tolist()
+        law = stats.chord_cdf(self._edges, self._dimension)
         return {
-            "low": bins.low,
-            "high": bins.high,
-            "counts": [counts.get(i, 0) for i in range(bins.size)],
-            "expected": [float(b - a) * self.checked for a, b in itertools.pairwise(law)],
-            "below": counts.get(-1, 0),
-            "above": counts.get(bins.size, 0),
+            "low": float(self._edges[0]),
+            "high": float(self._edges[-1]),
+            "counts": counts,
+            "expected": (np.diff(law) * self.checked).tolist(),
+            "below": below,
+            "above": above,
         }

@@ -9,7 +9,7 @@ dropped.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Literal
 
@@ -60,7 +60,7 @@ class Worker:
         self._tasks: deque[Callable[[Deployment], None]] = deque()
         self._round: StoredRound | None = None
         self._epoch = 0
-        self._stream: Iterator[list[Record]] | None = None
+        self._stream: Generator[list[Record], None, None] | None = None
         self._stream_epoch = -1
         self._has_background = False
         self._closed = False
@@ -102,20 +102,17 @@ class Worker:
 
     def _run(self) -> None:
         deployment = self._load()
-        while deployment is not None and self._survives(deployment):
-            pass
+        goes_on = True
+        while deployment is not None and goes_on:
+            try:
+                goes_on = self._turn(deployment)
+            except Exception as error:  # of any kind: it must not end this thread
+                self._failed(error)
+                time.sleep(1.0)
         self._drop_stream()
 
-    def _survives(self, deployment: Deployment) -> bool:
-        """Do one piece of work. An error of any kind must not end this thread."""
-        try:
-            return self._turn(deployment)
-        except Exception as error:
-            self._failed(error)
-            time.sleep(1.0)
-            return True
-
     def _turn(self, deployment: Deployment) -> bool:
+        """Do one piece of work; return False once the thread is to end."""
         with self._state:
             self._state.wait_for(lambda: self._closed or self._tasks or self._round or self._has_background)
             if self._closed:
@@ -166,7 +163,7 @@ class Worker:
     def _drop_stream(self) -> None:
         if self._stream is not None:
             with suppress(AssayError):
-                self._stream.close()  # type: ignore[attr-defined]  # compute is a generator
+                self._stream.close()
             self._stream = None
 
 
@@ -286,23 +283,20 @@ class Writer:
                 return None
             started = time.perf_counter()
             self._rounds.commit(batches, interval=self._settings.callback_interval, most=self._settings.callback_nonces)
+            failure: Exception | None = None
         except StorageError:
             self._pause("storage", STORAGE_PAUSE)
             return None
         except Exception as error:
-            # Two results for one nonce, or a round that was deleted: waiting does not help.
-            self._take(len(batches))
-            return error
-        self._take(len(batches))
-        self._pause(None)
-        self._committed(batches, time.perf_counter() - started)
-        return None
-
-    def _take(self, count: int) -> None:
+            failure = error  # two results for one nonce, or a round that was deleted: waiting does not help
         with self._state:
-            for _ in range(min(count, len(self._queue))):
+            for _ in range(min(len(batches), len(self._queue))):
                 self._queue.popleft()
             self._state.notify_all()
+        if failure is None:
+            self._pause(None)
+            self._committed(batches, time.perf_counter() - started)
+        return failure
 
     def _pause(self, reason: Paused | None, seconds: float = 0.0) -> None:
         if reason != self.paused:

@@ -34,19 +34,10 @@ class Judge:
         self._checks, self._verdicts = database["checks"], database["verdicts"]
         self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
 
-    def judge(
-        self,
-        stored: StoredRound,
-        dtype: str,
-        request: ValidateRequest,
-        computed: Sequence[float],
-    ) -> JsonObject:
-        """Judge received distances [N] against computed ones, and write the verdict and its callback.
+    def judge(self, stored: StoredRound, dtype: str, request: ValidateRequest, computed: Sequence[float]) -> JsonObject:
+        """Judge received distances [N] against computed ones, write the verdict and its callback, and return the reply.
 
         A received value that is not finite is a mismatch.
-
-        Returns:
-            The verdict as the client gets it.
         """
         public_key, nonces, received = request.public_key, request.nonces, request.dist
         count = published_rule(received, computed, stored.r_target)
@@ -125,12 +116,7 @@ class Judge:
         return set(nonces).difference(nonce for (nonce,) in self._db.rows(query))
 
     def _save(
-        self,
-        round_id: int,
-        public_key: str,
-        checks: Sequence[JsonObject],
-        summary: JsonObject,
-        body: JsonObject,
+        self, round_id: int, public_key: str, checks: Sequence[JsonObject], summary: JsonObject, body: JsonObject
     ) -> None:
         rounds, shared = self._db["rounds"], {"round_id": round_id, "public_key": public_key}
         with self._db.write() as connection:

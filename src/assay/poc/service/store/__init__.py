@@ -2,7 +2,7 @@
 
 from assay.poc.service.store._database import Database
 from assay.poc.service.store._outbox import Callback, Outbox, open_outbox
-from assay.poc.service.store._rounds import RECENT, Batch, Histogram, Rounds, RoundValues, StoredRound
+from assay.poc.service.store._rounds import RECENT, Batch, Rounds, RoundValues, StoredRound, bin_counts
 from assay.poc.service.store._schema import RECEIVED
 
 __all__ = [
@@ -11,10 +11,10 @@ __all__ = [
     "Batch",
     "Callback",
     "Database",
-    "Histogram",
     "Outbox",
     "RoundValues",
     "Rounds",
     "StoredRound",
+    "bin_counts",
     "open_outbox",
 ]

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
+from numpy.typing import NDArray
 from sqlalchemy.dialects.sqlite import insert
 
 from assay.poc.protocol import Record, Round
@@ -47,9 +49,8 @@ class RoundValues:
     callback_url: str | None
 
     def __post_init__(self) -> None:
-        shares = {"node_id": (self.node_id, "node_count", self.node_count)}
-        shares |= {"group_id": (self.group_id, "n_groups", self.n_groups)}
-        for name, (value, high, count) in shares.items():
+        for name, high in (("node_id", "node_count"), ("group_id", "n_groups")):
+            value, count = getattr(self, name), getattr(self, high)
             if not 0 <= value < count:
                 raise Refusal(
                     422,
@@ -108,19 +109,9 @@ class Batch:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """Bins of distances: ``size`` of them between ``low`` and ``high``, and one on either side."""
-
-    low: float
-    high: float
-    size: int
-
-    def bin(self, distance: float) -> int:
-        """Return the bin of a distance; -1 below the first and ``size`` above the last."""
-        if distance < self.low:
-            return -1
-        return min(int((distance - self.low) / (self.high - self.low) * self.size), self.size)
+def bin_counts(distances: Sequence[float], edges: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Count distances below, between and above ascending edges [E]; returns [E + 1]."""
+    return np.bincount(np.searchsorted(edges, distances, side="right"), minlength=len(edges) + 1)
 
 
 class Rounds:
@@ -209,15 +200,14 @@ class Rounds:
         query = sa.select(records.c.nonce, records.c.distance).where(wanted).order_by(order).limit(limit)
         return sorted((row.nonce, row.distance) for row in self._db.rows(query))
 
-    def histogram(self, round_id: int, bins: Histogram) -> dict[int, int]:
-        """Count the distances of a round per bin."""
-        records = self._records
-        query = sa.select(records.c.distance).where(records.c.round_id == round_id, records.c.distance.is_not(None))
-        counts: dict[int, int] = {}
+    def histogram(self, round_id: int, edges: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Count the distances of a round as :func:`bin_counts` does."""
+        distance = self._records.c.distance
+        query = sa.select(distance).where(self._records.c.round_id == round_id, distance.is_not(None))
+        counts = bin_counts((), edges)
         with self._db.read() as connection:
-            for (distance,) in connection.execute(query).yield_per(10_000):
-                index = bins.bin(distance)
-                counts[index] = counts.get(index, 0) + 1
+            for part in connection.execute(query).scalars().partitions(10_000):
+                counts += bin_counts(part, edges)
         return counts
 
     def prune(self, keep: float) -> int:
