@@ -1,10 +1,8 @@
 """The HTTP surface of the service: routes, keys, the bodies of responses, and the receiver of callbacks."""
 
-from assay.poc.service.http._app import attach, create_app
-from assay.poc.service.http._auth import Keys, LocalOnly, Scope, is_loopback
+from assay.poc.service.http._app import PREFIX, attach, create_app
 from assay.poc.service.http._receiver import Received, create_receiver, receive
-from assay.poc.service.http._route import needs, route_class
-from assay.poc.service.http._routes import PREFIX
+from assay.poc.service.http._route import Keys, LocalOnly, Scope, is_loopback, needs, route_class
 from assay.poc.service.http._server import serve
 
 __all__ = [

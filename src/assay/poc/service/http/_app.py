@@ -1,22 +1,42 @@
-"""The application, alone or inside another one."""
+"""The application, alone or inside another one: the published routes, and those that operators expect."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any, ParamSpec
 
-from fastapi import APIRouter, FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from assay._version import __version__
+from assay.poc.service._bodies import (
+    AnyInit,
+    GenerateRequest,
+    Health,
+    InitReply,
+    InitRequest,
+    JobReply,
+    Problem,
+    Ready,
+    Status,
+    ValidateReply,
+    ValidateRequest,
+)
+from assay.poc.service._refusals import Refusal
+from assay.poc.service._states import State
 from assay.poc.service.dashboard import dashboard_router
-from assay.poc.service.http._auth import SAFE_HEADERS, Keys, LocalOnly
-from assay.poc.service.http._feed import Feed, QuickStatus
-from assay.poc.service.http._route import not_found
-from assay.poc.service.http._routes import PREFIX, operations_router, pow_router
-from assay.poc.service.runtime import Controller, Delivery
+from assay.poc.service.http._feed import Feed, QuickStatus, status_after
+from assay.poc.service.http._feed import status as current_status
+from assay.poc.service.http._route import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, not_found, route_class
+from assay.poc.service.runtime import CONTENT_TYPE, Controller, Delivery
+
+P = ParamSpec("P")
+
+PREFIX = "/api/v1/pow"
+READ, VALIDATE, CONTROL = needs(Scope.READ), needs(Scope.VALIDATE), needs(Scope.CONTROL)
 
 # The pages of the service need nothing from elsewhere and may not be framed.
 PAGE_HEADERS = SAFE_HEADERS | {
@@ -95,5 +115,148 @@ def _pages(app: FastAPI) -> APIRouter:
     async def docs() -> HTMLResponse:
         text = resources.files("assay.poc.service.http").joinpath("docs.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers=PAGE_HEADERS)
+
+    return router
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Problem} for status in (401, 403, *statuses)}
+
+
+def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
+    """Return the routes of the published API."""
+    calls = _Calls(controller, feed)
+    router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=route_class(controller, keys))
+    changes, works = _problems(400, 409, 413, 422, 503), _problems(400, 409, 413, 422, 429, 503)
+    for path, call in (
+        ("/init", calls.init),
+        ("/init/generate", calls.init_generate),
+        ("/init/validate", calls.init_validate),
+        ("/phase/generate", calls.phase_generate),
+        ("/phase/validate", calls.phase_validate),
+        ("/stop", calls.stop),
+    ):
+        problems = _problems(503) if path == "/stop" else changes
+        router.post(path, response_model=InitReply, responses=problems, openapi_extra=CONTROL)(call)
+    router.post("/validate", response_model=ValidateReply, responses=works, openapi_extra=VALIDATE)(calls.validate)
+    router.get("/status", response_model=Status, responses=_problems(422), openapi_extra=READ)(calls.status)
+    router.get("/snapshot", responses=_problems(), openapi_extra=READ)(calls.snapshot)
+    events = router.get("/events", responses=_problems(429), response_class=StreamingResponse, openapi_extra=READ)
+    events(calls.events)
+    job: dict[str, Any] = {"response_model": JobReply, "openapi_extra": VALIDATE}
+    router.post("/generate", responses=works | {202: {"model": JobReply}}, **job)(calls.generate)
+    router.get("/generate/{request_id}", responses=_problems(404, 422), **job)(calls.job)
+    router.delete("/generate/{request_id}", responses=_problems(404, 422, 503), **job)(calls.cancel)
+    return router
+
+
+class _Calls:
+    """The handlers of the published API. Those that block are plain functions, which FastAPI calls in threads."""
+
+    def __init__(self, controller: Controller, feed: Feed) -> None:
+        self._controller, self._feed = controller, feed
+
+    def init(self, body: InitRequest) -> Response:
+        """Begin a round, and stay idle."""
+        return self._moved(self._controller.init, body, State.IDLE)
+
+    def init_generate(self, body: AnyInit) -> Response:
+        """Begin a round and generate: distances with ``r_target``, vectors with ``params``."""
+        return self._moved(self._controller.init, body, State.GENERATING)
+
+    def init_validate(self, body: InitRequest) -> Response:
+        """Begin a round and accept validations of its block."""
+        return self._moved(self._controller.init, body, State.VALIDATING)
+
+    def phase_generate(self) -> Response:
+        """Generate; the round continues at its next nonce."""
+        return self._moved(self._controller.phase, "phase/generate")
+
+    def phase_validate(self) -> Response:
+        """Stop generating and accept validations."""
+        return self._moved(self._controller.phase, "phase/validate")
+
+    def stop(self) -> Response:
+        """Stop generating and validating. Callbacks that are owed are still delivered."""
+        return self._moved(self._controller.stop)
+
+    def _moved(self, change: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> Response:
+        change(*args, **kwargs)
+        return JSONResponse({"status": "OK", "pow_status": current_status(self._controller)})
+
+    async def validate(self, body: ValidateRequest) -> Response:
+        """Recompute distances and judge them."""
+        future = await self._controller.call(self._controller.validate, body)
+        return JSONResponse(await asyncio.wrap_future(future))
+
+    async def status(
+        self,
+        after: Annotated[int | None, Query(ge=-1, le=2**53 - 1)] = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    ) -> Response:
+        """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
+        if after is None:
+            return Response(self._feed.status(), media_type="application/json")
+        return JSONResponse(await self._controller.call(status_after, self._controller, after, limit))
+
+    async def snapshot(self) -> Response:
+        """Return the latest snapshot, the same object as an event."""
+        return Response(self._feed.latest(), media_type="application/json")
+
+    async def events(self, request: Request) -> Response:
+        """Stream a snapshot per second as server-sent events."""
+        client = request.client.host if request.client else ""
+        # Behind a proxy all clients have one address, and those with keys are told apart by them.
+        stream = self._feed.stream((client, request.headers.get("authorization")))
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+    async def generate(self, body: GenerateRequest) -> Response:
+        """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
+        queued = await self._controller.call(self._controller.submit, body)
+        if not body.wait:
+            return JSONResponse(queued)
+        return await _wait_for_job(self._controller, queued)
+
+    def job(self, request_id: str) -> Response:
+        """Return the state of an artifact job."""
+        return JSONResponse(self._controller.jobs.state(request_id))
+
+    def cancel(self, request_id: str) -> Response:
+        """Cancel an artifact job that is not finished."""
+        return JSONResponse(self._controller.jobs.cancel(request_id))
+
+
+async def _wait_for_job(controller: Controller, queued: dict[str, Any]) -> Response:
+    job_id = queued["request_id"]
+    future = await controller.call(controller.jobs.watch, job_id)
+    try:
+        async with asyncio.timeout(controller.settings.wait):
+            return JSONResponse(await asyncio.wrap_future(future))
+    except TimeoutError:
+        return JSONResponse(await controller.call(controller.jobs.state, job_id), status_code=202)
+
+
+def operations_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
+    """Return ``/health``, ``/ready`` and ``/metrics``."""
+    router = APIRouter(tags=["operations"], route_class=route_class(controller, keys))
+
+    @router.get("/health", response_model=Health)
+    async def health() -> Response:
+        """Answer while the process lives."""
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/ready", response_model=Ready, responses={503: {"model": Problem}})
+    async def ready() -> Response:
+        """Answer 200 once the model is loaded and nothing has failed."""
+        controller.ready()
+        if controller.error is not None:
+            raise Refusal(503, controller.error, wanted="no failure", do="see the log, then start the phase again")
+        return JSONResponse({"ready": True})
+
+    @router.get("/metrics", responses=_problems(), openapi_extra=READ)
+    async def metrics() -> Response:
+        """Return the Prometheus metrics."""
+        controller.metrics.show(json.loads(feed.latest()))
+        return Response(controller.metrics.text(), media_type=CONTENT_TYPE)
 
     return router

@@ -17,7 +17,7 @@ from assay._version import __version__
 from assay.errors import AssayError
 from assay.poc.protocol import get_pipeline
 from assay.poc.service._refusals import Refusal
-from assay.poc.service.http._auth import SAFE_HEADERS, Keys, Scope
+from assay.poc.service.http._route import SAFE_HEADERS, Keys, Scope
 from assay.poc.service.runtime import Controller
 from assay.poc.service.store import StoredRound
 from assay.reports import dumps

@@ -22,8 +22,7 @@ from assay.errors import DataError, UsageError
 from assay.poc.service._logs import Budget
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
-from assay.poc.service.http._auth import Keys, LocalOnly, Scope, is_loopback
-from assay.poc.service.http._route import Bodies, guarded, needs, not_found
+from assay.poc.service.http._route import Bodies, Keys, LocalOnly, Scope, guarded, is_loopback, needs, not_found
 from assay.poc.service.http._server import run_app
 from assay.poc.service.store import RECEIVED, Database
 from assay.reports import JsonObject, loads

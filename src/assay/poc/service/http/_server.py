@@ -22,7 +22,7 @@ from assay.errors import UsageError
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
 from assay.poc.service.http._app import create_app
-from assay.poc.service.http._auth import is_loopback
+from assay.poc.service.http._route import is_loopback
 from assay.poc.service.runtime import Controller, Deployment
 from assay.reports import dumps
 
@@ -140,7 +140,14 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run_app(app: FastAPI, settings: Settings, *, host: str, port: int, controller: Controller | None = None) -> None:
+def run_app(
+    app: FastAPI,
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    controller: Controller | None = None,
+) -> None:
     """Run an application until SIGTERM or SIGINT, under the bounds of ``settings``.
 
     A ``controller`` is told when the end begins, while connections are still open; it ends the server where its model

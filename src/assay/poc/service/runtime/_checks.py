@@ -141,7 +141,14 @@ def _check_params(params: Params, deployment: Deployment, settings: Settings) ->
         )
 
 
-def _check_work(url: str | None, batch_size: int, seq_len: int, deployment: Deployment, settings: Settings) -> None:
+def _check_work(
+    url: str | None,
+    batch_size: int,
+    seq_len: int,
+    deployment: Deployment,
+    settings: Settings,
+) -> None:
+    """Refuse a callback URL, or a shape, that is outside the bounds of the service."""
     if url is not None:
         check_url(url, allow_private=settings.allow_private_callbacks)
     if batch_size * seq_len > settings.max_positions or seq_len > deployment.max_positions:

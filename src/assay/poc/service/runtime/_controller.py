@@ -81,7 +81,10 @@ class Controller:
         self.progress = Progress(stored, self.rounds) if stored else None
         self.writer = Writer(self.rounds, settings, committed=self._committed, failed=self._engine_failed)
         self._worker = Worker(
-            partial(self._load, load), put=self.writer.put, background=self.jobs.step, failed=self._engine_failed
+            partial(self._load, load),
+            put=self.writer.put,
+            background=self.jobs.step,
+            failed=self._engine_failed,
         )
 
     def __enter__(self) -> "Controller":

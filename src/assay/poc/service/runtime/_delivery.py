@@ -40,7 +40,12 @@ class Delivery:
         limits = httpx.Limits(max_connections=self._settings.callback_concurrency)
         timeout = httpx.Timeout(self._settings.callback_timeout)
         # trust_env off: a proxy from the environment would resolve names by itself.
-        async with httpx.AsyncClient(follow_redirects=False, trust_env=False, limits=limits, timeout=timeout) as client:
+        async with httpx.AsyncClient(
+            follow_redirects=False,
+            trust_env=False,
+            limits=limits,
+            timeout=timeout,
+        ) as client:
             self._controller.notify = partial(loop.call_soon_threadsafe, self._wake.set)
             try:
                 while True:

@@ -45,10 +45,12 @@ class Jobs:
     def __init__(self, database: Database, outbox: Outbox, settings: Settings, closing: threading.Event) -> None:
         self._db, self._outbox, self._settings, self._closing = database, outbox, settings, closing
         self._table = database["jobs"]
-        self._is_open = self._table.c.status.in_(["queued", "running"])
+        self._c = self._table.c
+        self._is_open = self._c.status.in_(["queued", "running"])
         self._waiting: dict[str, Future[JsonObject]] = {}
         self._running: _Running | None = None
-        database.change(self._table.update().where(self._table.c.status == "running").values(status="queued"))
+        interrupted = self._table.update().where(self._c.status == "running")
+        database.change(interrupted.values(status="queued"))
 
     def submit(self, request: GenerateRequest) -> JsonObject:
         """Queue a job; it is on disk when this returns.
@@ -56,9 +58,9 @@ class Jobs:
         Raises:
             Refusal: 429, too many nonces wait already, or too many callbacks of jobs are undelivered.
         """
-        table, settings, job_id = self._table, self._settings, uuid.uuid4().hex
+        settings, job_id = self._settings, uuid.uuid4().hex
         with self._db.write() as connection:
-            queued = sa.select(sa.func.coalesce(sa.func.sum(table.c.nonces), 0)).where(self._is_open)
+            queued = sa.select(sa.func.coalesce(sa.func.sum(self._c.nonces), 0)).where(self._is_open)
             waiting = connection.execute(queued).scalar_one()
             if waiting + len(request.nonces) > settings.max_queued_nonces:
                 raise Refusal(
@@ -78,23 +80,23 @@ class Jobs:
                 )
             row = {
                 "id": job_id,
-                "seq": sa.select(sa.func.coalesce(sa.func.max(table.c.seq), 0) + 1).scalar_subquery(),
+                "seq": sa.select(sa.func.coalesce(sa.func.max(self._c.seq), 0) + 1).scalar_subquery(),
                 "status": "queued",
                 "nonces": len(request.nonces),
                 "request": request.model_dump_json(),
                 "created_at": time.time(),
             }
-            connection.execute(table.insert().values(row))
+            connection.execute(self._table.insert().values(row))
         return {"status": "queued", "request_id": job_id, "queued_count": int(waiting) + len(request.nonces)}
 
     def _announced(self, connection: sa.Connection) -> int:
         """Return how many callbacks of jobs are undelivered, with those of the jobs that are not finished."""
-        has_url = sa.func.json_extract(self._table.c.request, "$.url").is_not(None)
+        has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
         query = sa.select(sa.func.count()).where(self._is_open, has_url)
         return int(connection.execute(query).scalar_one()) + self._outbox.owed(connection, None)
 
     def watch(self, job_id: str) -> "Future[JsonObject]":
-        """Return a future of the state, once it is finished, of a job that nobody else watches."""
+        """Return a future of the state that a job has once it is finished. Only the sender of a job watches it."""
         future = self._waiting[job_id] = Future[JsonObject]()
         state = self.state(job_id)
         if state["status"] not in ("queued", "running"):
@@ -107,7 +109,7 @@ class Jobs:
         Raises:
             Refusal: 404, unknown, or finished longer ago than results are kept.
         """
-        rows = self._db.rows(sa.select(self._table).where(self._table.c.id == job_id))
+        rows = self._db.rows(sa.select(self._table).where(self._c.id == job_id))
         if not rows or (rows[0].finished_at and time.time() - rows[0].finished_at > self._settings.job_ttl):
             raise Refusal(
                 404,
@@ -129,13 +131,14 @@ class Jobs:
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs wait and run."""
-        status = self._table.c.status
+        status = self._c.status
         query = sa.select(status, sa.func.count().label("jobs")).where(self._is_open).group_by(status)
         return {"queued": 0, "running": 0} | {row.status: row.jobs for row in self._db.rows(query)}
 
     def prune(self) -> None:
         """Delete results that are older than they are kept."""
-        self._db.change(self._table.delete().where(self._table.c.finished_at < time.time() - self._settings.job_ttl))
+        oldest = time.time() - self._settings.job_ttl
+        self._db.change(self._table.delete().where(self._c.finished_at < oldest))
 
     def step(self, deployment: Deployment) -> bool:
         """Do one batch of the oldest job, in the engine's thread; return False if no job waits."""
@@ -184,14 +187,15 @@ class Jobs:
 
     def _still_runs(self, job: _Running) -> bool:
         """Return whether a job was not cancelled."""
-        return bool(self._db.scalar(sa.select(self._table.c.status == "running").where(self._table.c.id == job.id)))
+        status = self._db.scalar(sa.select(self._c.status).where(self._c.id == job.id))
+        return bool(status == "running")
 
     def _next(self, deployment: Deployment) -> _Running | None:
-        table = self._table
-        oldest = sa.select(table.c.id).where(table.c.status == "queued").order_by(table.c.seq).limit(1)
-        begun = table.update().where(table.c.id == oldest.scalar_subquery()).values(status="running")
+        c = self._c
+        oldest = sa.select(c.id).where(c.status == "queued").order_by(c.seq).limit(1)
+        begun = self._table.update().where(c.id == oldest.scalar_subquery()).values(status="running")
         with self._db.write() as connection:
-            row = connection.execute(begun.returning(table.c.id, table.c.request)).first()
+            row = connection.execute(begun.returning(c.id, c.request)).first()
         if row is None:
             return None
         request = GenerateRequest.model_validate_json(row.request)
@@ -208,7 +212,7 @@ class Jobs:
     ) -> None:
         """End a job that has not ended, owe its callback, and tell who waits for it."""
         values = {"status": status, "result": dumps(result) if result else None, "error": error}
-        change = self._table.update().where(self._table.c.id == job_id, self._is_open)
+        change = self._table.update().where(self._c.id == job_id, self._is_open)
         with self._db.write() as connection:
             ended = change.values(finished_at=time.time(), **values).returning(self._table)
             row = connection.execute(ended).first()

@@ -34,7 +34,13 @@ class Judge:
         self._checks, self._verdicts = database["checks"], database["verdicts"]
         self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
 
-    def judge(self, stored: StoredRound, dtype: str, request: ValidateRequest, computed: Sequence[float]) -> JsonObject:
+    def judge(
+        self,
+        stored: StoredRound,
+        dtype: str,
+        request: ValidateRequest,
+        computed: Sequence[float],
+    ) -> JsonObject:
         """Judge received distances [N] against computed ones, write the verdict and its callback, and return the reply.
 
         A received value that is not finite is a mismatch.
@@ -116,7 +122,12 @@ class Judge:
         return set(nonces).difference(nonce for (nonce,) in self._db.rows(query))
 
     def _save(
-        self, round_id: int, public_key: str, checks: Sequence[JsonObject], summary: JsonObject, body: JsonObject
+        self,
+        round_id: int,
+        public_key: str,
+        checks: Sequence[JsonObject],
+        summary: JsonObject,
+        body: JsonObject,
     ) -> None:
         rounds, shared = self._db["rounds"], {"round_id": round_id, "public_key": public_key}
         with self._db.write() as connection:

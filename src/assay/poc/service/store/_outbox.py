@@ -47,7 +47,8 @@ class Outbox:
 
     def __init__(self, database: Database) -> None:
         self._db, self._table = database, database["outbox"]
-        self._columns = [self._table.c[field.name] for field in fields(Callback)]
+        self._c = self._table.c
+        self._columns = [self._c[field.name] for field in fields(Callback)]
 
     def announce(
         self, connection: sa.Connection, round_id: int, url: str, nonces: Sequence[int], *, interval: float, most: int
@@ -56,8 +57,8 @@ class Outbox:
 
         No callback announces more than twice ``most`` nonces.
         """
-        table = self._table
-        is_open = (table.c.round_id == round_id) & (table.c.kind == "generated") & (table.c.status == "open")
+        table, c = self._table, self._c
+        is_open = (c.round_id == round_id) & (c.kind == "generated") & (c.status == "open")
         for start in range(0, len(nonces), most):
             part = nonces[start : start + most]
             row = connection.execute(sa.select(*self._columns).where(is_open)).first()
@@ -67,7 +68,7 @@ class Outbox:
             count = row.nonces + len(part)
             due = count >= most or abs(time.time() - row.created_at) >= interval
             values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
-            connection.execute(table.update().where(table.c.id == row.id).values(values))
+            connection.execute(table.update().where(c.id == row.id).values(values))
 
     def add(self, connection: sa.Connection, round_id: int | None, kind: str, url: str, body: JsonObject) -> None:
         """Owe a callback with a body of its own."""
@@ -76,29 +77,34 @@ class Outbox:
     def _insert(
         self, connection: sa.Connection, round_id: int | None, kind: str, url: str, **values: object
     ) -> sa.Row[Any]:
-        values |= {"id": f"msg_{uuid.uuid4().hex}", "round_id": round_id, "kind": kind, "url": url}
-        values |= {"created_at": time.time(), "next_attempt_at": 0.0}
+        values |= {
+            "id": f"msg_{uuid.uuid4().hex}",
+            "round_id": round_id,
+            "kind": kind,
+            "url": url,
+            "created_at": time.time(),
+            "next_attempt_at": 0.0,
+        }
         return connection.execute(self._table.insert().values(values).returning(*self._columns)).one()
 
     def close_open(self, interval: float) -> None:
         """Release callbacks that have collected nonces for ``interval`` seconds."""
-        table = self._table
-        ripe = (table.c.status == "open") & (sa.func.abs(time.time() - table.c.created_at) >= interval)
+        age = sa.func.abs(time.time() - self._c.created_at)
+        ripe = (self._c.status == "open") & (age >= interval)
         if self._db.scalar(sa.select(sa.exists().where(ripe))):
-            self._db.change(table.update().where(ripe).values(status="pending"))
+            self._db.change(self._table.update().where(ripe).values(status="pending"))
 
     def retry_now(self) -> None:
         """Forget the pauses of pending callbacks: the clock may have been set back since they were written."""
-        self._db.change(self._table.update().where(self._table.c.status == "pending").values(next_attempt_at=0.0))
+        self._db.change(self._table.update().where(self._c.status == "pending").values(next_attempt_at=0.0))
 
     def due(self, limit: int, *, besides: Iterable[str] = ()) -> list[tuple[Callback, str]]:
         """Return up to ``limit`` callbacks whose time has come, the oldest first, with their bodies."""
-        table = self._table
-        ready = (table.c.status == "pending") & (table.c.next_attempt_at <= time.time())
-        query = sa.select(*self._columns, table.c.body).where(ready, table.c.id.not_in(list(besides)))
-        found = []
+        c, found = self._c, []
+        ready = (c.status == "pending") & (c.next_attempt_at <= time.time()) & c.id.not_in(list(besides))
+        query = sa.select(*self._columns, c.body).where(ready).order_by(c.next_attempt_at, c.seq).limit(limit)
         with self._db.read() as connection:
-            for *values, body in connection.execute(query.order_by(table.c.next_attempt_at, table.c.seq).limit(limit)):
+            for *values, body in connection.execute(query):
                 callback = Callback(*values)
                 found.append((callback, body or dumps(self._generated(connection, callback))))
         return found
@@ -121,17 +127,17 @@ class Outbox:
 
         Another attempt follows a failure after ``retry_in`` seconds; if that is None, the callback is a dead letter.
         """
-        now, table = time.time(), self._table
+        now = time.time()
         if error is None or retry_in is None:
             values: dict[str, object] = {"status": "delivered" if error is None else "dead", "finished_at": now}
         else:
             values = {"next_attempt_at": now + retry_in}
-        values |= {"attempts": table.c.attempts + 1, "last_error": error}
-        self._db.change(table.update().where(table.c.id == callback_id).values(values))
+        values |= {"attempts": self._c.attempts + 1, "last_error": error}
+        self._db.change(self._table.update().where(self._c.id == callback_id).values(values))
 
     def counts(self) -> dict[str, int]:
         """Return how many callbacks are pending (open ones included) and dead."""
-        count, status = sa.select(sa.func.count()).select_from(self._table), self._table.c.status
+        count, status = sa.select(sa.func.count()).select_from(self._table), self._c.status
         with self._db.read() as connection:
             owed = connection.execute(count.where(status.in_(OWED))).scalar_one()
             dead = connection.execute(count.where(status == "dead")).scalar_one()
@@ -139,28 +145,25 @@ class Outbox:
 
     def owed(self, connection: sa.Connection, round_id: int | None) -> int:
         """Return how many callbacks of a round are undelivered; None asks for those of artifact jobs."""
-        table = self._table
-        query = sa.select(sa.func.count()).where(table.c.status.in_(OWED), table.c.round_id == round_id)
+        query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), self._c.round_id == round_id)
         return int(connection.execute(query).scalar_one())
 
     def rows(self, statuses: Sequence[str], limit: int) -> list[Callback]:
         """Return the newest callbacks of some statuses."""
-        query = sa.select(*self._columns).where(self._table.c.status.in_(statuses))
-        return [
-            Callback(**row._mapping) for row in self._db.rows(query.order_by(self._table.c.seq.desc()).limit(limit))
-        ]
+        query = sa.select(*self._columns).where(self._c.status.in_(statuses))
+        return [Callback(**row._mapping) for row in self._db.rows(query.order_by(self._c.seq.desc()).limit(limit))]
 
     def replay(self, ids: Sequence[str] | None = None) -> int:
         """Make dead letters pending again, all or some; return how many."""
-        dead = self._table.c.status == "dead"
+        dead = self._c.status == "dead"
         if ids is not None:
-            dead &= self._table.c.id.in_(list(ids))
+            dead &= self._c.id.in_(list(ids))
         fresh = {"status": "pending", "attempts": 0, "next_attempt_at": 0.0, "finished_at": None}
         return self._db.change(self._table.update().where(dead).values(fresh))
 
     def prune(self, keep: float) -> None:
         """Delete callbacks that were delivered more than ``keep`` seconds ago."""
-        old = (self._table.c.status == "delivered") & (self._table.c.finished_at < time.time() - keep)
+        old = (self._c.status == "delivered") & (self._c.finished_at < time.time() - keep)
         self._db.change(self._table.delete().where(old))
 
 
