@@ -25,9 +25,8 @@ from assay.poc.engines.vllm._rows import Rows, Spec, new_key, request_id, split_
 from assay.poc.engines.vllm._throttle import Throttle
 from assay.poc.engines.vllm._worker import Chunk, chunks
 from assay.poc.protocol._transforms import weighted_sum
-from assay.poc.serving import plugin
+from assay.poc.serving import PluginSettings, plugin
 from assay.poc.serving._plugin import ChatBarrier
-from assay.poc.serving._settings import PluginSettings
 from tests.waiting import until
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))

@@ -8,10 +8,8 @@ from typing import Literal
 
 import structlog
 
-Format = Literal["console", "json"]
 
-
-def configure_logs(form: Format, level: str = "info") -> None:
+def configure_logs(form: Literal["console", "json"], level: str = "info") -> None:
     """Send the logs of the service and of its libraries to stderr."""
     last: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()

@@ -4,8 +4,7 @@
 """
 
 from assay.poc.serving._plugin import plugin
-from assay.poc.serving._preflight import before_start
-from assay.poc.serving._settings import PluginSettings
+from assay.poc.serving._preflight import PluginSettings, before_start
 
 __all__ = [
     "PluginSettings",

@@ -32,8 +32,7 @@ from assay.poc.engines.vllm import (
 from assay.poc.service import Controller, Deployment, attach, configure_logs
 from assay.poc.service.dashboard import dashboard_router
 from assay.poc.service.http import PREFIX, Keys, LocalOnly, Scope, needs, route_class
-from assay.poc.serving._preflight import check_arguments
-from assay.poc.serving._settings import PluginSettings
+from assay.poc.serving._preflight import PluginSettings, check_arguments
 
 PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
 

@@ -217,8 +217,10 @@ class Jobs:
             ended = change.values(finished_at=time.time(), **values).returning(self._table)
             row = connection.execute(ended).first()
             if row is not None and request is not None and request.url and result is not None:
-                kind, body = _callback(request, result)
-                self._outbox.add(connection, None, kind, request.url, {"request_id": job_id} | body)
+                names = ("block_hash", "block_height", "public_key", "node_id")
+                about = {"request_id": job_id} | {name: getattr(request, name) for name in names}
+                kind = "generated" if request.validation is None else "validated"
+                self._outbox.add(connection, None, kind, request.url, about | result)
         if row is not None:
             self._tell(job_id, _state(row))
 
@@ -270,8 +272,3 @@ def _vector(record: Record) -> np.ndarray:
             do="check the checkpoint and the device",
         )
     return record.vector
-
-
-def _callback(request: GenerateRequest, result: JsonObject) -> tuple[str, JsonObject]:
-    body = {name: getattr(request, name) for name in ("block_hash", "block_height", "public_key", "node_id")}
-    return ("generated" if request.validation is None else "validated"), body | result

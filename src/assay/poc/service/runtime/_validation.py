@@ -16,7 +16,7 @@ from assay.poc.service._bodies import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service._settings import Settings
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.store import Database, Outbox, StoredRound
-from assay.poc.verdict import Calibration, Noise, count_mismatches, default_noise, published_rule, sequential_test
+from assay.poc.verdict import Calibration, count_mismatches, default_noise, published_rule, sequential_test
 from assay.reports import JsonObject, dumps, loads
 
 MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
@@ -97,10 +97,9 @@ class Judge:
     def _test(self, stored: StoredRound, dtype: str, public_key: str) -> stats.SequentialTest | None:
         key = (stored.id, public_key)
         if key not in self._tests:
-            noise = _honest_noise(self._settings, get_pipeline(stored.preset), dtype)
-            if noise is None:
+            test = _residual_test(self._settings, get_pipeline(stored.preset), dtype)
+            if test is None:
                 return None
-            test = sequential_test(noise.law, alpha=self._settings.alpha, beta=self._settings.beta)
             self._tests[key] = test.update(self._old_residuals(*key))
         self._tests.move_to_end(key)
         if len(self._tests) > MAX_TESTS:
@@ -161,9 +160,9 @@ def judge_vectors(
     }
     if pipeline.name != "hardened":
         return reply
-    test, noise = None, _honest_noise(settings, pipeline, dtype)
-    if noise is not None:
-        test = sequential_test(noise.law, alpha=settings.alpha, beta=settings.beta).update(errors)
+    test = _residual_test(settings, pipeline, dtype)
+    if test is not None:
+        test.update(errors)
     residual = _residual(test)
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
 
@@ -185,15 +184,17 @@ def load_with(calibration: Calibration | None, load: Callable[[], Deployment]) -
     return deployment
 
 
-def _honest_noise(settings: Settings, pipeline: Pipeline, dtype: str) -> Noise | None:
-    """Return the honest noise of a pipeline: the calibration of the service, else the default; None without either."""
+def _residual_test(settings: Settings, pipeline: Pipeline, dtype: str) -> stats.SequentialTest | None:
+    """Return a test under the calibration of the service, else under the default noise; None without either."""
     measured = settings.calibration
     if measured is not None and measured.preset == pipeline.name:
-        return measured.noise
-    try:
-        return default_noise(pipeline.noise, dtype, dtype)
-    except CalibrationError:
-        return None
+        noise = measured.noise
+    else:
+        try:
+            noise = default_noise(pipeline.noise, dtype, dtype)
+        except CalibrationError:
+            return None
+    return sequential_test(noise.law, alpha=settings.alpha, beta=settings.beta)
 
 
 def _residual(test: stats.SequentialTest | None) -> JsonObject:
