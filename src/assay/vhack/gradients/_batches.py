@@ -72,20 +72,16 @@ class Segments:
         ends = [0, *accumulate(lengths)]
         return cls(tuple(pairwise(ends)), torch.tensor(ends).to(device))
 
-    @cached_property
-    def padding(self) -> tuple[Tensor, Tensor]:
-        """How to spread the rows out to one length T, and where they are then.
+    @property
+    def longest(self) -> int:
+        """Number of rows of the longest sample, T."""
+        return max(end - start for start, end in self.bounds)
 
-        ``padded``, [B·T], is the row at each place, where positions past the end of a sample repeat its first row (any
-        valid row would do); ``real``, [N], is the place of each row.
-        """
-        starts_B1 = self.offsets[:-1, None]
-        lengths_B1 = self.offsets[1:, None] - starts_B1
-        longest = max(end - start for start, end in self.bounds)
-        at_BT = torch.arange(longest, device=self.offsets.device).expand(len(self.bounds), -1)
-        inside_BT = at_BT < lengths_B1
-        padded_BT = starts_B1 + torch.where(inside_BT, at_BT, 0)
-        return padded_BT.flatten(), inside_BT.flatten().nonzero()[:, 0]
+    @cached_property
+    def padded_places(self) -> Tensor:
+        """Place of each row, [N], among B·T where every sample is padded to T rows."""
+        inside_BT = torch.arange(self.longest, device=self.offsets.device) < self.offsets.diff()[:, None]
+        return inside_BT.flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +138,6 @@ class Batch:
             torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(device),
             (1.0 / repeats).repeat_interleave(repeats).to(device),
         )
-
-    def sample_of(self, at: int) -> Encoded:
-        """Return the sample of a completion token, counted over all completion tokens."""
-        return next(one for one, (_, end) in zip(self.encoded, self.late.bounds, strict=True) if at < end)
 
 
 def encode(

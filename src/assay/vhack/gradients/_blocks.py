@@ -45,7 +45,7 @@ class Turn:
 
 def fits_in_blocks(heads: int, segments: Segments) -> bool:
     """Return whether the weights of the longest sample may be kept for the backward pass."""
-    return heads * max(end - start for start, end in segments.bounds) <= _KEPT_WEIGHTS
+    return heads * segments.longest <= _KEPT_WEIGHTS
 
 
 def attend_in_blocks(

@@ -107,7 +107,7 @@ class _PackedLayer(ModuleLayer):
         return _among_zeros(q, self.spot, x.shape[1]), k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q_NHE, k_NJE, v_NJE = q[0], k[0], v[0]
+        q_NHE, k_NJE, v_NJE = q.squeeze(0), k.squeeze(0), v.squeeze(0)
         segments, scale = self.batch.segments, self.layer.self_attn.scaling
         if self.in_blocks:
             turns = self.layers.turns(self.tables, q_NHE.shape[1] // k_NJE.shape[1], scale)
@@ -126,14 +126,14 @@ class _PackedLayer(ModuleLayer):
 
 def _rows(x_1ND: Tensor, spot: Tensor | None) -> Tensor:
     """Return some of the rows, [1, M, D]; None stands for all of them."""
-    return x_1ND if spot is None else x_1ND[0].index_select(0, spot)[None]
+    return x_1ND if spot is None else x_1ND.squeeze(0).index_select(0, spot)[None]
 
 
 def _among_zeros(x_1MD: Tensor, spot: Tensor | None, count: int) -> Tensor:
     """Return rows at their places among N rows, [1, N, D]; the others are zero."""
     if spot is None:
         return x_1MD
-    return x_1MD.new_zeros(count, x_1MD.shape[2]).index_copy_(0, spot, x_1MD[0])[None]
+    return x_1MD.new_zeros(count, *x_1MD.shape[2:]).index_copy_(0, spot, x_1MD.squeeze(0))[None]
 
 
 def attend(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, *, scale: float, together: bool) -> Tensor:
@@ -158,47 +158,28 @@ def attend(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, *, s
 
 
 def _spread_out(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, scale: float) -> Tensor:
-    padded, real = segments.padding
+    """Attend to all samples at once, padded on the right with zeros, which no row of a sample sees."""
+    count, places = len(segments.bounds), segments.padded_places
 
     def spread(part: Tensor) -> Tensor:
-        out: Tensor = _Spread.apply(part, padded, real)  # type: ignore[no-untyped-call]
-        return out.view(len(segments.bounds), -1, *part.shape[1:])
+        return _among_zeros(part[None], places, count * segments.longest).view(count, -1, *part.shape[1:])
 
     out_BTO = causal_attention(spread(q_NHE), spread(k_NJE), spread(v_NJE), scale)
-    gathered: Tensor = _Gather.apply(out_BTO.flatten(0, 1), real)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(out_BTO.flatten(0, 1), places)  # type: ignore[no-untyped-call]
     return gathered.view(q_NHE.shape)
 
 
-class _Spread(torch.autograd.Function):
-    """Rows spread out, some of them to several places.
-
-    No row sees what stands to its right, so the gradient of all places after the end of a sample is zero, and it is
-    enough to gather the others: no sum over places is needed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, padded: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(real)
-        return rows.index_select(0, padded)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        (real,) = ctx.saved_tensors
-        return gradient.index_select(0, real), None, None
-
-
 class _Gather(torch.autograd.Function):
-    """The rows at the real places; the gradient of the others is zero."""
+    """The rows at some places; the gradient of the others is zero, which needs no sum over places."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(real)
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
         ctx.count = len(rows)
-        return rows.index_select(0, real)
+        return rows.index_select(0, places)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        (real,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, real, gradient), None
+        (places,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, places, gradient), None

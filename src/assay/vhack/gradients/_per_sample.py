@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from assay.errors import ModelError, OutOfMemory, UsageError
+from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import Model
 from assay.vhack.gradients._batches import Encoded, encode, plan, token_budget
-from assay.vhack.gradients._replica import Computed, Replica, not_finite, recipe_for
+from assay.vhack.gradients._replica import Computed, Replica, recipe_for
 from assay.vhack.gradients._svd import Factors, SVDCache, weight_svd
 from assay.vhack.gradients._taps import fitting
 from assay.vhack.gradients._targets import module_of, target_modules
@@ -157,7 +157,14 @@ def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
 
 
 def _store(found: dict[str, Tensor], computed: Computed) -> None:
-    together_BR, samples = computed.wait(), computed.batch.encoded
+    batch, together_BR, losses_M, arrived = computed
+    if arrived is not None:
+        arrived.synchronize()
+    samples = batch.encoded
+    if not torch.isfinite(losses_M).all():
+        at = int((~torch.isfinite(losses_M)).nonzero()[0])
+        worst = next(one for one, (_, end) in zip(samples, batch.late.bounds, strict=True) if at < end)
+        raise _not_finite(f"the loss of {worst.name}")
     index = torch.tensor([one.index for one in samples])
     parts = torch.split(together_BR, [rows.shape[1] for rows in found.values()], dim=1)
     for rows_NR, part_BR in zip(found.values(), parts, strict=True):
@@ -166,7 +173,13 @@ def _store(found: dict[str, Tensor], computed: Computed) -> None:
     if not finite_B.all():
         at = int((~finite_B).nonzero()[0])
         where = next(name for name, part in zip(found, parts, strict=True) if not torch.isfinite(part[at]).all())
-        raise not_finite(f"the gradient of {samples[at].name} in {where}")
+        raise _not_finite(f"the gradient of {samples[at].name} in {where}")
+
+
+def _not_finite(what: str) -> DataError:
+    return DataError(
+        f"{what} is not finite", wanted="finite numbers", do="leave the sample out, or load the model in float32"
+    )
 
 
 def _halves(batch: list[Encoded], error: str) -> list[list[Encoded]]:

@@ -10,13 +10,13 @@ Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from assay.errors import DataError, ModelError
+from assay.errors import ModelError
 from assay.models import decoder_layers
 from assay.models.families import attention_window, family_of
 from assay.vhack.gradients._batches import Batch, Encoded, Segments
@@ -83,45 +83,13 @@ def _is_listed(module: "PreTrainedModel") -> bool:
     return not hooked and not any("forward" in vars(part) for part in (*layers, *replaced))
 
 
-@dataclass(frozen=True, eq=False)
-class Computed:
-    """The gradients of a batch, perhaps still on their way from the device.
-
-    Attributes:
-        batch: Samples whose gradients these are.
-        together: Gradients [B, ΣR] float32 on the CPU, all modules side by side; not to be read before `wait`.
-        losses: Losses [M] of the completion tokens on the CPU; not to be read before `wait`.
-        arrived: CUDA event recorded after the copy to the host; None on a CPU.
-    """
+class Computed(NamedTuple):
+    """The gradients of a batch, perhaps still on their way to the CPU."""
 
     batch: Batch
-    together: Tensor
-    losses: Tensor
-    arrived: torch.cuda.Event | None
-
-    @classmethod
-    def sent(cls, batch: Batch, together_BR: Tensor, losses_M: Tensor) -> "Computed":
-        """Start the copy to the CPU."""
-        parts = (together_BR.to("cpu", non_blocking=True), losses_M.to("cpu", non_blocking=True))
-        if not together_BR.is_cuda:
-            return cls(batch, *parts, None)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record(torch.cuda.current_stream(together_BR.device))
-        return cls(batch, *parts, arrived)
-
-    def wait(self) -> Tensor:
-        """Return the gradients once they have arrived.
-
-        Raises:
-            DataError: The loss of a sample is not finite; the message names it.
-        """
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        finite_M = torch.isfinite(self.losses)
-        if not finite_M.all():
-            at = int((~finite_M).nonzero()[0])
-            raise not_finite(f"the loss of {self.batch.sample_of(at).name}")
-        return self.together
+    together: Tensor  # [B, ΣR] float32, all modules side by side
+    losses: Tensor  # [M], of the completion tokens
+    arrived: torch.cuda.Event | None  # after which the tensors may be read; None if they are there
 
 
 class Replica:
@@ -165,7 +133,7 @@ class Replica:
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def gradients(self, encoded: list[Encoded]) -> "Computed":
+    def gradients(self, encoded: list[Encoded]) -> Computed:
         """Run one forward and one backward pass. On a GPU both are queued when this returns.
 
         Raises:
@@ -179,7 +147,11 @@ class Replica:
         del logits_MV
         losses_M.backward(batch.weight)
         together_BR = torch.cat([self._found[name] for name in self.names], dim=1)
-        return Computed.sent(batch, together_BR, losses_M.detach())
+        arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
+        together_BR, losses_M = (part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach()))
+        if arrived is not None:
+            arrived.record(torch.cuda.current_stream(self.module.device))
+        return Computed(batch, together_BR, losses_M, arrived)
 
     @property
     def current(self) -> Batch:
@@ -303,10 +275,3 @@ def _norm_forward(part: nn.Module, use: Any) -> Callable[[Tensor], Tensor]:
         return result
 
     return forward
-
-
-def not_finite(what: str) -> DataError:
-    """Return the error for a number that is not finite."""
-    return DataError(
-        f"{what} is not finite", wanted="finite numbers", do="leave the sample out, or load the model in float32"
-    )
