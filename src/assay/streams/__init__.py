@@ -7,8 +7,8 @@ explains the format and how two machines compare their streams in one line.
 
 from assay.streams._arrays import DTYPES, STORED_DTYPES, as_tensor, digest, dtype_name, torch_dtype
 from assay.streams._backend import Backend
+from assay.streams._definition import seed32, seeds
 from assay.streams._registry import BACKENDS, SELFTEST_EXPECTED, get_backend, selftest
-from assay.streams._seeds import seed32, seeds
 
 __all__ = [
     "BACKENDS",

@@ -2,6 +2,7 @@
 
 A stream is a function of a 32-bit seed and an element index, so any part of it can be made anywhere, in any order:
 
+- **seed**: the first 4 bytes of SHA-256 of a text, big endian; a stream of strength 256 has 8 sub-seeds, all its words.
 - **hash**: one MurmurHash3 x86_32 round over the index, *without* the final ``h ^= length`` of the standard.
 - **uniform**: ``float32(hash) / 2**32``, rounded to nearest even; in [0, 1], and 1.0 does happen.
 - **sign**: +1 where the uniform is above one half, else -1.
@@ -18,8 +19,13 @@ Shapes: ``B`` streams of a batch, ``N`` elements of each, ``P`` pairs of uniform
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
+
+from assay.errors import UsageError
 
 UInts = npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
@@ -66,6 +72,32 @@ COS_POLY = tuple(
     np.float32(c) for c in (-0.0009067399078048766, 0.02086152881383896, -0.253669410943985, 1.2337005138397217)
 )
 """(1 - cos(d * pi/2)) / x as a polynomial in x = d**2, for |d| <= 1/2."""
+
+
+def seed32(text: str) -> int:
+    """Return the 32-bit seed of a stream: the first 4 bytes of SHA-256 of the UTF-8 text, big endian.
+
+    Raises:
+        UsageError: ``text`` is not a string.
+    """
+    return int.from_bytes(_sha256(text)[:4], "big")
+
+
+def seeds(texts: Sequence[str], strength: int = 32) -> UInts:
+    """Return the seeds of many streams, uint32 ``[B, S]``.
+
+    ``S`` is 1 at strength 32 and 8 at strength 256: the big-endian words of the digest. Word 0 is :func:`seed32`.
+
+    Raises:
+        UsageError: ``texts`` is one string or holds something else than strings, or the strength is neither 32 nor 256.
+    """
+    if isinstance(texts, str):
+        raise UsageError(f"one seed text {texts!r}", wanted="a sequence of seed texts", do="write seeds([text])")
+    if strength not in (32, 256):
+        raise UsageError(f"strength {strength!r}", wanted="32 or 256", do="use 32, the published format, or 256")
+    digests = b"".join(_sha256(text) for text in texts)
+    words_BW = np.frombuffer(digests, dtype=">u4").reshape(-1, 8)
+    return words_BW[:, : strength // 32].astype(np.uint32)
 
 
 def hashes(seeds_B: UInts, start: int, stop: int) -> UInts:
@@ -156,6 +188,17 @@ def cos_sin_turn(u: Floats) -> tuple[Floats, Floats]:
         np.where(cos_negative, -turned_cosine, turned_cosine),
         np.where(sin_negative, -turned_sine, turned_sine),
     )
+
+
+def _sha256(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise UsageError(f"seed text {text!r}", wanted="a string", do="pass the seed text of the stream as str")
+    try:
+        return hashlib.sha256(text.encode()).digest()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"seed text {text!r}", wanted="text that UTF-8 can encode", do="remove lone surrogates"
+        ) from error
 
 
 def _plain_normals(seeds_B: UInts, n: int) -> Floats:

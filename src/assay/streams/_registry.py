@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from assay.errors import BackendUnavailable, UsageError
 from assay.streams._arrays import DTYPES, digest
 from assay.streams._backend import Backend
-from assay.streams._seeds import seeds
+from assay.streams._definition import seeds
 
 BACKENDS = ("numpy", "numba", "torch", "triton")
 """Names of the backends: the definition, the compiled CPU one, torch on CPU and CUDA, and fused CUDA kernels."""
