@@ -21,14 +21,13 @@ from assay import stats
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc.verdict._calibration import fit_noise
-from assay.poc.verdict._judge import EFFECT, MARGIN, law_as_dict
+from assay.poc.verdict._judge import DEFAULT_LAWS, EFFECT, MARGIN, law_as_dict
 from assay.reports import dumps, read_json, write_atomic
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = (32, 5)
 PRESETS = ("poc-2.0", "artifact")
-INSTALLED = Path(__file__).parents[1] / "src" / "assay" / "poc" / "verdict" / "default_noise.json"
 AUDITS, AUDITED = 4000, 64
 
 
@@ -109,9 +108,9 @@ def main():
     engines = sorted({name.split("|")[3] for name in found})
     publish("default_noise", {"engines": engines, "margin": MARGIN, "measured": measured, "laws": laws}, options.output)
     if options.install:
-        installed = read_json(INSTALLED)
+        installed = read_json(DEFAULT_LAWS)
         installed["laws"] |= laws
-        write_atomic(INSTALLED, dumps(installed) + "\n")
+        write_atomic(DEFAULT_LAWS, dumps(installed) + "\n")
 
 
 if __name__ == "__main__":

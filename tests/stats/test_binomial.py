@@ -47,16 +47,6 @@ def test_interval_with_no_successes_is_the_rule_of_three():
     assert high == pytest.approx(1 - 0.05 ** (1 / 300), rel=1e-6)
 
 
-def test_wilson_matches_its_formula_and_is_shorter():
-    k, n, z = 30, 100, 1.959963984540054
-    centre = (k / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
-    wilson = proportion_interval(k, n, method="wilson")
-    exact = proportion_interval(k, n)
-    assert wilson == pytest.approx((centre - half, centre + half))
-    assert wilson[1] - wilson[0] < exact[1] - exact[0]
-
-
 def test_interval_of_nothing_is_everything():
     assert proportion_interval(0, 0) == (0.0, 1.0)
     with pytest.raises(UsageError):

@@ -15,7 +15,6 @@ from assay.stats._chord import (
     valid_rate,
 )
 from assay.stats._noise import (
-    GROSS_PROBABILITY,
     JUNK_SIGMA,
     RESOLUTION,
     LogNoise,
@@ -34,11 +33,9 @@ from assay.stats._rates import (
     paired_accuracy,
     proportion_interval,
 )
-from assay.stats._sequential import JUNK_SHARES, SequentialResult, SequentialTest, Verdict
+from assay.stats._sequential import SequentialResult, SequentialTest, Verdict
 
 __all__ = [
-    "GROSS_PROBABILITY",
-    "JUNK_SHARES",
     "JUNK_SIGMA",
     "RANDOM_HEAD_ROWS",
     "RESOLUTION",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -60,12 +59,8 @@ def count_test(mismatches: int, n: int, p_mismatch: float, alpha: float) -> Coun
     return CountTest(n=n, mismatches=mismatches, p_value=p_value, fraud=p_value < alpha)
 
 
-def proportion_interval(
-    count: int, n: int, confidence: float = 0.95, method: Literal["exact", "wilson"] = "exact"
-) -> tuple[float, float]:
-    """Return the confidence interval of a share: ``exact`` is Clopper-Pearson, ``wilson`` the shorter score interval.
-
-    With n = 0 nothing is known and the interval is (0, 1).
+def proportion_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the confidence interval of a share by Clopper and Pearson; with n = 0 nothing is known, so it is (0, 1).
 
     Raises:
         UsageError: A count or the confidence is out of range.
@@ -74,7 +69,7 @@ def proportion_interval(
     _check_share(confidence, "confidence")
     if n == 0:
         return 0.0, 1.0
-    interval = stats.binomtest(count, n).proportion_ci(confidence, method)
+    interval = stats.binomtest(count, n).proportion_ci(confidence)
     return float(interval.low), float(interval.high)
 
 

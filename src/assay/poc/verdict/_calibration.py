@@ -112,8 +112,6 @@ class Calibration:
             if type(read.n) is not int or read.n < MIN_NONCES:
                 raise ValueError(f"{read.n!r:.60} nonces, fewer than {MIN_NONCES}")
             return read
-        except CalibrationError:
-            raise
         except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
             seen = error.seen if isinstance(error, AssayError) else f"{path}: {error}"
             raise CalibrationError(

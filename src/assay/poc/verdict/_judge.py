@@ -28,6 +28,7 @@ COUNT_ALPHA = 0.01
 DIST_THRESHOLD = 0.02  # published defaults of the vector count test
 P_MISMATCH = 0.001
 
+DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/default_noise.py --install
 EXIT_CODES: dict[stats.Verdict, int] = {"honest": 0, "fraud": 1, "undecided": 2}
 
 
@@ -99,7 +100,7 @@ def law_from_dict(values: Any) -> Law:
 
 @cache
 def _defaults() -> JsonObject:
-    return read_json(Path(__file__).with_name("default_noise.json"))
+    return read_json(DEFAULT_LAWS)
 
 
 @dataclass(frozen=True, kw_only=True)
