@@ -74,8 +74,7 @@ class Calibration:
         stated = {"preset": header.pipeline.name, "checkpoint": header.digest[:12], "output": header.pipeline.noise}
         measured = {"preset": self.preset, "checkpoint": self.digest[:12], "output": self.output}
         _refuse(measured, stated, "than the proof's")
-        if header.fingerprint.id not in (self.prover.id, self.validator.id):
-            _refuse_engine((self.prover, self.validator), header.fingerprint, "than the prover's")
+        _refuse_other_engine((self.prover, self.validator), header.fingerprint, "than the prover's")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the one line of a calibration file."""
@@ -129,8 +128,7 @@ def noise_for(header: Header, validator: Fingerprint, calibration: Calibration |
         return default_noise(header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
     calibration.check(header)
     other = calibration.validator if header.fingerprint.id == calibration.prover.id else calibration.prover
-    if validator.id != other.id:
-        _refuse_engine((other,), validator, "than this validator's")
+    _refuse_other_engine((other,), validator, "than this validator's")
     return calibration.noise
 
 
@@ -185,8 +183,8 @@ def calibrate(first: Proof, second: Proof) -> Calibration:
     )
 
 
-def _refuse_engine(measured: Sequence[Fingerprint], present: Fingerprint, than: str) -> None:
-    """Refuse the measured engine that is nearest to the present one, by the fields in which they differ."""
+def _refuse_other_engine(measured: Sequence[Fingerprint], present: Fingerprint, than: str) -> None:
+    """Refuse the calibration if the measured engine that is nearest to the present one differs from it in a field."""
     wanted = present.as_dict()
     differing = [{name: value for name, value in one.as_dict().items() if value != wanted[name]} for one in measured]
     nearest = min(differing, key=len)
