@@ -157,8 +157,7 @@ class Transform:
                 return self._reflections("rotation", step.count, x_BD, nonces, k=size)
 
     def _reflections(self, stream: str, count: int, x_BD: Tensor, nonces: Sequence[int], k: int = 0) -> Tensor:
-        texts = self.round.texts(stream, nonces, count=count, k=k)
-        seeds_N1 = streams.seeds(texts)
+        seeds_N1 = self._seeds(stream, nonces, count=count, k=k)
         reflected_BD = self._backend.reflected(x_BD, seeds_N1.reshape(len(nonces), count))
         if reflected_BD is not None:
             return reflected_BD
@@ -173,8 +172,8 @@ class Transform:
         p_BKD = self._normals(seeds_N1, count * x_BD.shape[-1]).view(len(nonces), count, -1)
         return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
 
-    def _seeds(self, stream: str, nonces: Sequence[int], k: int = 0) -> NDArray[np.uint32]:
-        return streams.seeds(self.round.texts(stream, nonces, k=k))
+    def _seeds(self, stream: str, nonces: Sequence[int], *, count: int = 1, k: int = 0) -> NDArray[np.uint32]:
+        return streams.seeds(self.round.texts(stream, nonces, count=count, k=k))
 
     def _normals(self, seeds_N1: NDArray[np.uint32], n: int) -> Tensor:
         return streams.as_tensor(self._backend.normals(seeds_N1, n)).to(self._device)
