@@ -123,6 +123,14 @@ def test_stability_is_the_overlap_of_bases_of_the_same_method(gradients, quick, 
     assert found.check.measured.value == pytest.approx(np.mean(overlaps), abs=1e-5)
 
 
+def test_clean_clean_bases_drop_weak_axes_as_the_bases_they_are_compared_with(gradients, quick):
+    """With one axis left of three, an overlap is a third of that of bases with one axis."""
+    pairs = gradients(0, strength=2.0)
+    cut, single = replace(quick, k_use=3, tau_axis=1.0), replace(quick, k_use=1)
+    three, one = (check_stability(cross_fit(pairs, settings)).check.nulls["clean-clean"] for settings in (cut, single))
+    assert three == pytest.approx([overlap / 3 for overlap in one])
+
+
 def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, quick):
     report = check(pairs, small_model, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
     assert len(report.modules) == 21

@@ -1,16 +1,14 @@
 """Check 5: would other pairs have given the same axes?
 
 The groups are divided into two halves at random, many times, and a basis is fitted to each half. Drawing groups with
-replacement, as a bootstrap usually does, would put the same pairs on both sides, and noise would look stable; half
-samples are the form of the bootstrap that keeps them apart (McCarthy 1969).
+replacement would put the same pairs on both sides, and noise would look stable; half samples are the form of the
+bootstrap that keeps them apart (McCarthy 1969).
 
-Two things are asked. *Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is
-compared with that of random frames, and with that between a basis of one half and a clean-clean basis of the other:
-directions in which any two gradients differ are stable too, but they are not hack directions. *Do they agree on which
-way is hack-ward?* The mean difference of each half, within the SVD basis of that half, is a direction; the cosine
-between the two is symmetric around zero if labels mean nothing, and swapping the labels of whole groups gives an exact
-test. The spaces are those of the method that is checked. The direction is always asked in SVD bases, because only these
-stay as they are when labels are swapped.
+*Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is compared with that of
+random frames, and with that between a basis of one half and a clean-clean basis of the other: directions in which any
+two gradients differ are stable too. *Do they agree on which way is hack-ward?* The mean difference of each half, within
+the SVD basis of that half, is a direction, and the cosine between the two is tested by swapping the labels of whole
+groups. That is exact only in SVD bases, whatever the method, because labels leave these as they are.
 """
 
 from collections.abc import Sequence
@@ -47,10 +45,7 @@ class Stability:
 
 
 def check_stability(design: Design) -> Stability:
-    """Return check 5 of the pairs that bases are fitted to.
-
-    Without a given basis these are all pairs; otherwise those of the groups it was made from.
-    """
+    """Return check 5 of the pairs that bases are made from."""
     settings = design.settings
     groups = [design.groups[index] for index in design.sources.tolist()]
     names = list(dict.fromkeys(groups))
@@ -96,9 +91,7 @@ def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.rando
     halves = [design.sources[inside], design.sources[~inside]]
     one, other = (geometry.fit_pairs(half, settings) for half in halves)
     first, second = (geometry.fit_pairs(half, replace(settings, method="svd")) for half in halves)
-    plain = [
-        geometry.fit(*geometry.clean_differences(half, generator), replace(settings, tau_axis=0.0)) for half in halves
-    ]
+    plain = [geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves]
     between_MKK = geometry.overlaps(one, other)
     generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
     return _Split(
