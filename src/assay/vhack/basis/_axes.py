@@ -8,7 +8,6 @@ Shapes: N pairs, R coordinates of δS in the module (its rank), K axes, M direct
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,21 +19,6 @@ METHODS = ("lda", "mean-diff", "svd")
 
 # Singular values below this share of the first, times N, are rounding of float32 gradients, not axes.
 _ROUNDING = torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True)
-class ModuleAxes:
-    """Axes of one module.
-
-    Attributes:
-        axes: Orthonormal rows that point hack-ward, [K, R] float32; a row that the data cannot fill is zero.
-        values: Singular values in falling order, [K] float32.
-        votes: Numbers of pairs with a positive and with a negative component along the axis, [K, 2] int64.
-    """
-
-    axes: Tensor
-    values: Tensor
-    votes: Tensor
 
 
 def gram(rows_NR: Tensor) -> Tensor:
@@ -51,8 +35,8 @@ def energy_along(rows_NR: Tensor, axes_KR: Tensor) -> Tensor:
 
 def find_axes(
     difference_NR: Tensor, gram_NN: Tensor, *, top_k: int, method: str, clean: tuple[Tensor, Tensor] | None = None
-) -> ModuleAxes:
-    """Return the axes of one module by one of three methods.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the axes of one module by one of three methods, with their singular values and votes.
 
     - ``svd``: right singular vectors of the differences, not centred, strongest first.
     - ``mean-diff``: one axis, the mean difference; its value is ‖D v‖, which is what a singular value is.
@@ -66,6 +50,10 @@ def find_axes(
         top_k: Largest number of axes; no more than N come back.
         method: Name of the method, one of ``METHODS``.
         clean: Clean gradients and their Gram matrix, which ``lda`` needs.
+
+    Returns:
+        Axes, singular values in falling order, and votes, as a :class:`Basis` has them. An axis that the data cannot
+        fill is zero.
     """
     rows_NR = difference_NR.double()
     if method == "mean-diff":
@@ -75,7 +63,8 @@ def find_axes(
         axes_KR, values_K = _discriminants(rows_NR, clean[0].double(), clean[1], top_k)
     else:
         axes_KR, values_K = _singular_rows(rows_NR, gram_NN, top_k)
-    return _oriented(rows_NR, axes_KR, values_K)
+    turned_KR, votes_K2 = _oriented(rows_NR, axes_KR)
+    return turned_KR.float(), values_K.float(), votes_K2
 
 
 def _singular_rows(rows_NR: Tensor, gram_NN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -142,14 +131,13 @@ def shrinkage(gram_NN: Tensor, r: int) -> float:
     return min(1.0, max(1e-3, spread / distance)) if distance > 0 else 1.0
 
 
-def _oriented(rows_NR: Tensor, axes_KR: Tensor, values_K: Tensor) -> ModuleAxes:
+def _oriented(rows_NR: Tensor, axes_KR: Tensor) -> tuple[Tensor, Tensor]:
     """Turn each axis so that most pairs have a positive component; the mean decides a tie, which its votes show."""
     along_NK = rows_NR @ axes_KR.T
     for_K, against_K = (along_NK > 0).sum(dim=0), (along_NK < 0).sum(dim=0)
     flip_K = (for_K < against_K) | ((for_K == against_K) & (along_NK.sum(dim=0) < 0))
     votes_K2 = torch.where(flip_K[:, None], torch.stack([against_K, for_K], 1), torch.stack([for_K, against_K], 1))
-    turned_KR = torch.where(flip_K[:, None], -axes_KR, axes_KR)
-    return ModuleAxes(turned_KR.float(), values_K.float(), votes_K2)
+    return torch.where(flip_K[:, None], -axes_KR, axes_KR), votes_K2
 
 
 def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tensor:

@@ -81,18 +81,17 @@ def _last_groups(pairs: Sequence[Pair]) -> set[str]:
     return chosen
 
 
-def _pair_names(pairs: Sequence[Pair]) -> list[str]:
-    """Return the name of each pair in error messages."""
-    return [f"pair {index} (group {pair.group!r})" for index, pair in enumerate(pairs)]
-
-
-def _check_duplicates(pairs: Sequence[Pair], names: Sequence[str]) -> None:
-    """Raise DataError, naming both, where a pair occurs twice."""
-    seen: dict[str, str] = {}
-    for pair, name in zip(pairs, names, strict=True):
-        if pair.key in seen:
-            raise DataError(f"{name} is the same as {seen[pair.key]}", wanted="each pair once", do="remove one of them")
-        seen[pair.key] = name
+def _named(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> dict[str, str]:
+    """Return what each pair is called in errors, by its key, and refuse a pair that occurs twice by both its names."""
+    found: dict[str, str] = {}
+    for index, pair in enumerate(pairs):
+        name = f"pair {index} (group {pair.group!r})" if names is None else names[index]
+        if pair.key in found:
+            raise DataError(
+                f"{name} is the same as {found[pair.key]}", wanted="each pair once", do="remove one of them"
+            )
+        found[pair.key] = name
+    return found
 
 
 def select_pairs(
@@ -109,7 +108,7 @@ def select_pairs(
     Raises:
         UsageError, DataError: A setting is out of range, a pair occurs twice, or too few pairs are left.
     """
-    _check_duplicates(pairs, _pair_names(pairs))
+    _named(pairs)
     check_axis_settings(top_k, tau_axis)
     used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
     check_method(method, len(used))
@@ -158,13 +157,12 @@ def pair_gradients(
             :func:`weight_svd` raise them.
     """
     check_rank(rank)
-    labels = list(names) if names is not None else _pair_names(pairs)
-    _check_duplicates(pairs, labels)
-    kept = [index for index, pair in enumerate(pairs) if pair.hack != pair.clean]
+    labels = _named(pairs, names)
+    kept = [pair for pair in pairs if pair.hack != pair.clean]
     if not kept:
         raise _nothing_left(len(pairs))
-    samples = [pairs[index].samples()[side] for side in (0, 1) for index in kept]
-    called = [f"{labels[index]}, {side} side" for side in ("hack", "clean") for index in kept]
+    samples = [pair.samples()[side] for side in (0, 1) for pair in kept]
+    called = [f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in kept]
     matrices = 0 if svd is not None else len(target_modules(model))
     told = [_told(progress, before, matrices + len(samples)) for before in (0, matrices)]
     full = svd or weight_svd(model, dtype=factors, cache=cache, min_coverage=min_coverage, progress=told[0])
@@ -187,7 +185,7 @@ def pair_gradients(
     rows = [row for row in range(len(kept)) if any(not torch.equal(hack[name][row], clean[name][row]) for name in hack)]
     if not rows:
         raise _nothing_left(len(pairs))
-    used = [pairs[kept[row]] for row in rows]
+    used = [kept[row] for row in rows]
     keys = tuple(pair.key for pair in used)
     skipped = tuple(pair.key for pair in pairs if pair.key not in keys)
     return PairGradients(
@@ -271,12 +269,12 @@ def extract(
             "given": tuple(sorted(pair.key for pair in used)),
         }
         return Basis.load(path, model, expect=expected)
-    by_key = {pair.key: label for pair, label in zip(pairs, _pair_names(pairs), strict=True)}
+    labels = _named(pairs)
     gradients = pair_gradients(
         used,
         model,
         tokenizer=tokenizer,
-        names=[by_key[pair.key] for pair in used],
+        names=[labels[pair.key] for pair in used],
         svd=svd,
         rank=rank,
         factors=factors,

@@ -90,14 +90,16 @@ class PairGradients:
         check_method(method, len(rows))
         index = torch.tensor(rows)
         square = (index[:, None], index[None, :])
-        found, axes, energy = {}, {}, {}
+        axes, values, votes, energy = {}, {}, {}, {}
         for name, gram_NN in self._grams.items():
             rows_NR = self.differences(name)[index]
             clean = (self.clean[name][index], self._clean_grams[name][square]) if method == "lda" else None
-            found[name] = find_axes(rows_NR, gram_NN[square], top_k=top_k, method=method, clean=clean)
-            axes[name] = zero_weak_axes(found[name].axes, found[name].values, tau_axis)
+            axes_KR, values[name], votes[name] = find_axes(
+                rows_NR, gram_NN[square], top_k=top_k, method=method, clean=clean
+            )
+            axes[name] = zero_weak_axes(axes_KR, values[name], tau_axis)
             energy[name] = energy_along(rows_NR, axes[name])
-        if not any(module.values.any() for module in found.values()):
+        if not any(values_K.any() for values_K in values.values()):
             raise DataError(
                 "hack and clean have the same gradients in every module",
                 wanted="pairs whose two sides differ",
@@ -111,8 +113,6 @@ class PairGradients:
             pairs=tuple(self.keys[row] for row in rows),
             groups=tuple(self.groups[row] for row in rows),
         )
-        values = {name: module.values for name, module in found.items()}
-        votes = {name: module.votes for name, module in found.items()}
         return Basis(axes, values, votes, origin, energy)
 
 

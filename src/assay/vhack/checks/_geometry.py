@@ -1,9 +1,8 @@
 """All bases that the checks need, from scalar products of gradients alone.
 
-A basis fitted to differences of gradients lies in the span of those gradients. So with the Gram matrix of all samples
-of a module, its axes, what they say of any sample, and its angles to another basis follow without touching a vector of
-length R again. Hundreds of bases then cost as much as a few extractions. `Geometry.fit` finds the axes that
-:meth:`assay.vhack.PairGradients.basis` finds, by any method and for all modules at once.
+A basis fitted to differences of gradients lies in the span of those gradients, so its axes, the components of any
+sample along them and its angles to another basis follow from the Gram matrix of all samples of a module. Hundreds of
+bases then cost as much as a few extractions. `Geometry.fit` finds the axes of :meth:`assay.vhack.PairGradients.basis`.
 
 Shapes: M modules, N pairs, S = 2N samples (hack sides first, then clean sides in the same order), T differences that a
 basis is fitted to, K axes, R coordinates of δS, B draws.

@@ -98,13 +98,13 @@ def _distributions(made: Report, report: CheckReport) -> None:
     ax.set_ylabel("samples")
     legend(ax)
     made.figure(fig, "Both sides of every held-out pair, scored by a basis that has not seen its group. Lines: means.")
-    details = report["pools"].details
-    other = {
-        "AUROC, two-sided": details.get("auroc_two_sided"),
-        "AUROC, weighted by energy": details.get("auroc_energy_weighted"),
-        "AUROC of the gradient norm alone": details.get("auroc_gradient_norm_alone"),
+    names = {
+        "auroc_two_sided": "AUROC, two-sided",
+        "auroc_energy_weighted": "AUROC, weighted by energy",
+        "auroc_gradient_norm_alone": "AUROC of the gradient norm alone",
     }
-    made.definitions({name: value for name, value in other.items() if value is not None})
+    details = report["pools"].details
+    made.definitions({title: details[name] for name, title in names.items() if name in details})
 
 
 def _random_bases(made: Report, report: CheckReport) -> None:

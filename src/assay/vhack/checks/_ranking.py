@@ -192,10 +192,9 @@ def _clean_clean(design: Design) -> Tensor:
 
 
 def _clean_rows(fold: Fold) -> Tensor:
-    """Return the pairs whose clean sides make a null basis: training pairs, or the scored ones if those are missing.
+    """Return the pairs whose clean sides make a null basis: those of training, or without them those that are scored.
 
-    A basis from a file may come without its pairs. Then the clean sides of the scored pairs are used; they make the
-    null harder to beat, because it has seen the samples.
+    A basis from a file may come without its pairs. A null that has seen the samples is harder to beat.
     """
     return fold.train if len(fold.train) > 1 else fold.test
 

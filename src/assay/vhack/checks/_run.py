@@ -44,9 +44,8 @@ def check(
 ) -> CheckReport:
     """Return five checks whether hack directions are real, on held-out data and each against its nulls.
 
-    With a basis, only pairs of groups that it was not made from are scored; pass all pairs, and check 5 uses those it
-    was made from. Without one, groups are scored by bases of other groups, which tells whether such pairs give hack
-    directions with this model at all.
+    With a basis, only pairs of groups that it was not made from are scored, and check 5 uses those it was made from.
+    Without one, groups are scored by bases of other groups.
 
     Args:
         pairs: Pairs to score and, without a basis, to fit bases to.
