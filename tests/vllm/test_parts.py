@@ -380,6 +380,17 @@ def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monk
             assert request.prompt_is_token_ids == [False] * 8
 
 
+def test_a_stage_without_hidden_states_forgets_nonces_when_they_are_collected():
+    runner = SimpleNamespace(device=torch.device("cpu"), execute_model=None, sample_tokens=None)
+    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16)
+    hooks, key = Hooks(runner, SimpleNamespace(model_config=model)), new_key()
+    hooks.rows.open(key, SPEC)
+    hooks.rows.get(key).fill(3)
+    hooks.rows.get(key).fail(4, "too long")
+    assert hooks.collect(key, [3, 4]) == {"failed": {"4": "too long"}}
+    assert hooks.rows.counts() == {"streams": 1, "rows": 0, "filled": 0, "dropped": 0, "failed": 0}
+
+
 def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
     """Three steps: whole prompts beside halves of others, in groups of two, with the states of a stranger between."""
     monkeypatch.setattr(_extension, "MAX_SUMMED", 2 * 8 * 16)
