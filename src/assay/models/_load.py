@@ -239,10 +239,10 @@ def _materialise(
 ) -> "tuple[PreTrainedModel, str, str]":
     """Return the module on its device, its digest, and the weight mode that it really has."""
     is_shape = source.directory is None
-    block, kept = block_hash or "", ""
+    block = block_hash or (SHAPE_BLOCK if is_shape else "")
+    kept = ""
     if source.directory is None:
         weights = "random-all" if weights == "trained" else weights
-        block = block_hash or SHAPE_BLOCK
         # Behind random embeddings the other weights are those of the fixed block.
         kept = SHAPE_BLOCK if weights == "random-embed" else ""
         module = build(source.config, dtype or torch.bfloat16)
@@ -262,7 +262,8 @@ def _materialise(
         randomise_embeddings(module, block)
     plain = cast("nn.Module", module)  # the library's own `to` is wrapped in a way that hides its type
     plain.to(device).eval()
-    return module, kept if weights == "trained" else recipe_digest(source, weights, block, kept), weights
+    digest = kept if weights == "trained" else recipe_digest(source, weights, block, kept)
+    return module, digest, weights
 
 
 def _shard(module: "PreTrainedModel", mesh: "DeviceMesh") -> None:
