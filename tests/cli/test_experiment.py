@@ -52,7 +52,7 @@ def test_approaches_and_weights_share_a_page(assay, small_checkpoint, tmp_path):
     )
     assert result.code == 0, result.err
     assert "poc-2.0" in result.out
-    assert "breaks it" in result.out
+    assert "breaks structure" in result.out
     result = assay("poc", "experiment", "weights", *common, "--json")
     assert json.loads(result.out)["schema"] == "assay.poc.experiment.weights/1"
     page = Path(json.loads(result.out)["report"]).read_text()

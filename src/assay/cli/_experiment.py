@@ -41,7 +41,7 @@ def approaches(
     if as_json:
         _emit("approaches", page, approaches=cells)
         return
-    columns = ("approach", "mean", "offset/SE", "spread", "noise band", "int4/honest", "AUC", "breaks it")
+    columns = ("approach", "mean", "offset in SE", "spread", "noise band", "int4/honest", "AUC", "breaks structure")
     for model in dict.fromkeys(cell["model"] for cell in cells):
         chosen = [_approach(cell) for cell in cells if cell["model"] == model]
         table(columns, chosen, title=f"{model}: spread at {plan.valid_rate:.0%} valid")

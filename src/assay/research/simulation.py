@@ -42,6 +42,7 @@ from assay.poc.verdict import (
     sequential_test,
 )
 from assay.reports import SERIES, Cell, JsonObject, Report, figure, legend
+from assay.research.redteam import PRESETS, count_power
 from assay.research.runs import Progress, RunRecords, Table, measure_missing
 from assay.settings import Names, Settings
 
@@ -49,7 +50,6 @@ __all__ = ["Kind", "Network", "SimulationPlan", "draw", "run_simulation", "simul
 
 Rule = Literal["published", "count", "sequential", "lifetime"]
 RULES: tuple[Rule, ...] = get_args(Rule)
-PRESETS = ("poc-2.0", "artifact", "hardened")
 
 ALPHA = 1e-3
 PANELS = 10_000
@@ -271,16 +271,10 @@ class _Chances:
             trials = TRIALS if kind.junk or kind.multiple > 1 else HONEST_TRIALS
             return float(self._accusations(kind, trials, checked)[:, -1].mean())
         residuals_N = self._residuals(kind, (HONEST_TRIALS,))
-        counts = np.arange(checked + 1)
         if rule == "published":
-            p = P_FLIP if self._distance else P_MISMATCH
-            accuses = distributions.binom.sf(counts - 1, checked, p) < COUNT_ALPHA
-            rate = self._mismatch_rate(residuals_N, DIST_THRESHOLD)
-        else:
-            accuses = distributions.binom.sf(counts - 1, checked, self._honest_rate) < ALPHA
-            rate = self._mismatch_rate(residuals_N, self._threshold)
-        critical = int(np.flatnonzero(accuses)[0]) if accuses.any() else checked + 1
-        return float(distributions.binom.sf(critical - 1, checked, rate))
+            granted = P_FLIP if self._distance else P_MISMATCH
+            return count_power(checked, granted, self._mismatch_rate(residuals_N, DIST_THRESHOLD), COUNT_ALPHA)
+        return count_power(checked, self._honest_rate, self._mismatch_rate(residuals_N, self._threshold))
 
     def lifetimes(self, kinds: tuple[Kind, ...], kind_N: npt.NDArray[np.int64]) -> FloatArray:
         """Return the round in which the e-value of a node's whole life crosses, [N]; infinity for never."""
@@ -354,9 +348,15 @@ def year_table(cell: JsonObject) -> Table:
     """Return what every rule does to every kind of node, for one preset and dtype."""
     rows: list[list[Cell]] = []
     for row in cell["rows"]:
-        rounds = ["never" if row[name] is None else row[name] for name in ("rounds_median", "rounds_99")]
-        convicted = f"{row['convicted']} of {row['nodes']}"
-        rows.append([row["rule"], row["kind"], convicted, *rounds, f"{row['paid']:.2%}"])
+        cells: list[Cell] = [
+            row["rule"],
+            row["kind"],
+            f"{row['convicted']} of {row['nodes']}",
+            "never" if row["rounds_median"] is None else row["rounds_median"],
+            "never" if row["rounds_99"] is None else row["rounds_99"],
+            f"{row['paid']:.2%}",
+        ]
+        rows.append(cells)
     return ("rule", "kind of node", "convicted", "median round", "99 % convicted by round", "reward paid"), rows
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from assay import stats
-from assay.poc import get_pipeline
+from assay.poc import Round, get_pipeline
 from assay.research.redteam import CHECKED, Judge, Pool
 from assay.research.redteam._field import ALPHA, mixed, smallest
 
@@ -48,8 +48,8 @@ def test_the_mismatch_rate_is_that_of_simulated_flips(judge):
     residuals = 10 * HONEST
     recomputed = RNG.normal(stats.chord_mean(8192), stats.chord_std(8192), 2_000_000)
     received = recomputed + RNG.choice(residuals, recomputed.size)
-    claimed = received < judge.r_target
-    flips = (recomputed[claimed] > judge.r_target).mean()
+    claimed = received < Round.r_target
+    flips = (recomputed[claimed] > Round.r_target).mean()
     assert judge.mismatch_rate(residuals) == pytest.approx(flips, rel=0.05)
 
 
@@ -62,4 +62,3 @@ def test_the_published_constants_accuse_honest_vectors_of_bfloat16_size(vectors)
 def test_a_mixture_holds_both_kinds_in_their_shares():
     pool = mixed(0.25, np.ones(3), np.zeros(3))
     assert pool.draw(np.random.default_rng(0), 200, 50).mean() == pytest.approx(0.25, abs=0.02)
-    assert pool.mean([1.0, 0.0]) == 0.25

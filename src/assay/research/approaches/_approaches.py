@@ -115,7 +115,7 @@ def run_approaches(plan: ApproachPlan, folder: Path, *, progress: Progress | Non
 
 
 def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]) -> Iterator[JsonObject]:
-    """Give the values of every approach of a group."""
+    """Yield the values of every approach of a group."""
     model = load_model(reference, dtype=plan.dtype, device=plan.device)
     engine = _engine(plan, model)
     shape: dict[str, Any] = {"public_key": KEY, "seq_len": plan.seq_len, "preset": group[0].name}
@@ -179,7 +179,10 @@ def distribution(
     """
     blocks = list(distances.values())
     pooled = np.concatenate(blocks)
-    off, p_law = _off_the_law([block.mean() for block in blocks], blocks[0].size, size)
+    # Block means against the chord law: offsets in standard errors, all of them together by χ².
+    error = stats.chord_std(size) / math.sqrt(blocks[0].size)
+    z_B = (np.array([block.mean() for block in blocks]) - stats.chord_mean(size)) / error
+    p_law = float(chi2.sf(np.sum(z_B**2), len(z_B)))
     spreads = [_spread_at(rate, blocks, pooled, width, effective) for rate in (valid_rate, TAIL_RATE)]
     counts, edges = np.histogram(pooled, HISTOGRAM_BINS)
     return {
@@ -187,7 +190,7 @@ def distribution(
         "nonces": pooled.size,
         **summary(pooled),
         "law": law_of(size),
-        "mean_off_in_standard_errors": off,
+        "mean_off_in_standard_errors": float(np.abs(z_B).max()),
         "p_law": p_law,
         "blocks": [{"block_hash": name, **summary(block)} for name, block in distances.items()],
         "spreads": spreads,
@@ -233,13 +236,6 @@ def _spread_at(
     }
 
 
-def _off_the_law(means: Sequence[float], n: int, size: int) -> tuple[float, float]:
-    """Test block means [B] of n distances against the chord law: the largest offset in standard errors, and χ²'s p."""
-    error = stats.chord_std(size) / math.sqrt(n)
-    z_B = (np.asarray(means) - stats.chord_mean(size)) / error
-    return float(np.abs(z_B).max()), float(chi2.sf(np.sum(z_B**2), len(z_B)))
-
-
 def _verdict(spread: float, p_spread: float, p_law: float) -> str:
     """Say whether structure is left: yes it is broken, partly, or no.
 
@@ -252,7 +248,7 @@ def _verdict(spread: float, p_spread: float, p_law: float) -> str:
 
 
 def residual_sizes(claimed: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]) -> FloatArray:
-    """|received − recomputed| of distances, or the L2 distance of vectors, [N]."""
+    """Return |received − recomputed| of distances, or the L2 distance of vectors, [N]."""
     difference = claimed.astype(np.float64) - truth
     return np.abs(difference) if difference.ndim == 1 else np.asarray(np.linalg.norm(difference, axis=1))
 
@@ -330,7 +326,7 @@ def _bytes(step: Step, size: int) -> int:
 
 
 def tensor_parallel(pipeline: Pipeline) -> bool:
-    """Whether every rank of tensor parallelism can do its part alone.
+    """Return whether every rank of tensor parallelism can do its part alone.
 
     Hidden states are whole on every rank. The logits of the trained head are not: each rank has a slice of the
     vocabulary, and a permutation, a reflection or the norm needs all of it.

@@ -51,7 +51,7 @@ def _distances(report: Report, model: str, cells: Sequence[JsonObject]) -> None:
             ]
         )
     first, second = (f"at {spread['rate']:.0%}" for spread in cells[0]["spreads"])
-    headers = ["approach", "mean", "sd", "p10", "off the law", "in SE", f"spread {first}", "noise band"]
+    headers = ["approach", "mean", "sd", "p10", "off the law", "largest offset in SE", f"spread {first}", "noise band"]
     headers += [f"spread {second}", "noise band", "band of its states", "breaks structure"]
     report.table(headers, rows, caption=f"{model}: {cells[0]['nonces']} nonces of {len(cells[0]['blocks'])} blocks")
 
@@ -112,4 +112,4 @@ def _histograms(report: Report, model: str, cells: Sequence[JsonObject]) -> None
         ax.plot(x, stats.chord_pdf(x, cell["dimension"]), color=INK, linewidth=1.1)
         legend(ax, loc="upper right")
     axes[-1].set_xlabel("distance to the target")
-    report.figure(fig, f"{model}: distances of four approaches over the chord law (lines).")
+    report.figure(fig, f"{model}: densities of the distances of {len(chosen)} approaches; lines show the chord law.")

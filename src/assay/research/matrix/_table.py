@@ -148,8 +148,15 @@ def throughput_table(found: Sequence[Configuration]) -> Table:
     """Return nonces per second, and valid nonces that were not delivered."""
     rows: list[list[Cell]] = []
     for row in found:
-        error = f"{row.nonces_per_second_error:.1f}" if row.nonces_per_second_error else None
-        rows.append([row.model, row.mode, row.checked, f"{row.nonces_per_second:.1f}", error, row.undelivered])
+        cells: list[Cell] = [
+            row.model,
+            row.mode,
+            row.checked,
+            f"{row.nonces_per_second:.1f}",
+            f"{row.nonces_per_second_error:.1f}" if row.nonces_per_second_error else None,
+            row.undelivered,
+        ]
+        rows.append(cells)
     return ("model", "mode", "nonces", "nonces/s", "sd over tests", "valid, not delivered"), rows
 
 

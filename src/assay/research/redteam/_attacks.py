@@ -60,10 +60,10 @@ class Attack:
 
     Args:
         name: Name of the attack in tables.
-        family: what is saved on: weights, layers, positions, parts of layers, or none of them (nothing is run).
-        make: builds the program.
-        share: of the node's nonces that the program answers; the others are honest.
-        last_unknown: it leaves out the last position, so it is no attack where that one is read.
+        family: Saving on weights, layers, positions, parts of layers, or none of them.
+        make: Function that builds the program.
+        share: Share of the node's nonces that the program answers; the others are honest.
+        last_unknown: Whether it leaves out the last position, so that it is no attack where that one is read.
     """
 
     name: str
@@ -128,7 +128,7 @@ def _other(change: Callable[[Model], Model], cost: float = 1.0) -> Callable[[Sce
 def _positions(
     keep: Callable[[int, int], bool], *, depth: int = 0, stale: bool = False, guess: bool = True
 ) -> Callable[[Scene], Program]:
-    """Positions t of T for which ``keep(t, T)`` is false go through ``depth`` of 8 layers only, or as large a share."""
+    """Run positions t of T for which ``keep(t, T)`` is false through a share of ``depth``/8 of the layers only."""
 
     def make(scene: Scene) -> Program:
         T, layers = scene.seq_len, scene.model.num_layers
@@ -141,7 +141,7 @@ def _positions(
 def _parts(
     which: Callable[[int, int], bool], kind: Part, *, attention: bool = True, mlp: bool = True
 ) -> Callable[[Scene], Program]:
-    """Parts of the layers i of L for which ``which(i, L)`` holds are dropped, or linear maps instead."""
+    """Drop parts of the layers i of L for which ``which(i, L)`` holds, or replace them by linear maps."""
 
     def make(scene: Scene) -> Program:
         layers = scene.model.num_layers
@@ -153,7 +153,7 @@ def _parts(
 
 
 def _neurons(first: float, last: float, *, before: float = 1.0) -> Callable[[Scene], Program]:
-    """A share of the neurons that rises with the layer is left out; positions from ``before``·T on are dropped."""
+    """Leave out a share of the neurons that rises with the layer, and drop positions from ``before``·T on."""
 
     def make(scene: Scene) -> Program:
         T, layers = scene.seq_len, scene.model.num_layers

@@ -101,7 +101,7 @@ def without_light_experts(model: Model, shares: Sequence[float]) -> Model:
     The weights of the others stay as they are. Where few experts matter to a position, more of them are left out.
 
     Raises:
-        UsageError: the model has no experts, or another number of layers than there are shares.
+        UsageError: The model has no experts, or another number of layers than there are shares.
     """
     module = copy.deepcopy(model.module)
     layers: Any = decoder_layers(module)
@@ -129,7 +129,7 @@ def _lightened(share: float) -> Callable[[Any, Any, tuple[Tensor, Tensor, Tensor
 
 
 def _rounded_router(model: Model, dtype: torch.dtype) -> Model:
-    """The model with only its routers' weights rounded: what ties between experts cost an honest node."""
+    """Return the model with only its routers' weights rounded, which shows what ties between experts cost."""
     module = copy.deepcopy(model.module)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -30,6 +30,7 @@ ALPHA = 1e-3
 CHECKED = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
 TRIALS = 2000
 SOON = 20
+POWER = 0.99
 MOST = 100_000  # checked nonces beyond which a rule counts as blind
 HONEST_QUANTILE = 0.95  # of honest L2 distances, the threshold of the calibrated count test
 
@@ -52,10 +53,6 @@ class Pool:
             drawn_RC[here_RC] = rng.choice(residuals_N, size=int(here_RC.sum()))
         return drawn_RC
 
-    def mean(self, values: Sequence[float]) -> float:
-        """Average a value of each part over the shares."""
-        return sum(share * value for (share, _), value in zip(self.parts, values, strict=True))
-
 
 def mixed(share: float, cheating_N: FloatArray, honest_N: FloatArray) -> Pool:
     """Return the residuals of a node that cheats in a share of its nonces."""
@@ -72,42 +69,34 @@ class Judge:
     Args:
         pipeline: Pipeline that says what is published.
         honest_N: Honest residuals to calibrate with.
-        r_target: Target distance of the published rule.
-        seed: Seed of the simulated audits.
     """
 
-    def __init__(
-        self, pipeline: Pipeline, honest_N: FloatArray, *, r_target: float = Round.r_target, seed: int = 0
-    ) -> None:
-        self.pipeline, self.r_target, self._seed = pipeline, r_target, seed
+    def __init__(self, pipeline: Pipeline, honest_N: FloatArray) -> None:
+        self.pipeline = pipeline
         self.law: Law = fit_noise(pipeline, honest_N)[0]
         self._test = sequential_test(self.law, alpha=ALPHA)
         self.threshold = float(np.quantile(np.abs(honest_N), HONEST_QUANTILE))
-        self.honest_rate = self._honest_rate(honest_N)
-
-    def _honest_rate(self, honest_N: FloatArray) -> float:
-        """Upper estimate of the chance that an honest nonce mismatches, for the calibrated count rule."""
-        if self.pipeline.output == "distance":
-            return self.mismatch_rate(honest_N)
-        beyond = int(np.count_nonzero(np.abs(honest_N) > self.threshold))
-        return stats.proportion_interval(beyond, honest_N.size, 0.9)[1]
+        # For the calibrated count rule; of vectors, which are counted, it is an upper estimate.
+        self.honest_rate = self.mismatch_rate(honest_N)
+        if pipeline.output == "vector":
+            beyond = int(np.count_nonzero(np.abs(honest_N) > self.threshold))
+            self.honest_rate = stats.proportion_interval(beyond, honest_N.size, 0.9)[1]
 
     def mismatch_rate(self, residuals_N: FloatArray) -> float:
-        """Chance that a nonce with such a residual is a mismatch.
+        """Return the chance that a nonce with such a residual is a mismatch.
 
         For distances: that the recomputed one is above r_target where the received one is below. Given the residual it
         follows from the chord law, so no flip has to be waited for.
         """
         if self.pipeline.output == "vector":
             return float(np.mean(np.abs(residuals_N) > self.threshold))
-        valid = stats.valid_rate(self.r_target, RANDOM_HEAD_ROWS)
-        crossed_N = stats.chord_cdf(self.r_target - np.minimum(residuals_N, 0), RANDOM_HEAD_ROWS) - valid
+        valid = stats.valid_rate(Round.r_target, RANDOM_HEAD_ROWS)
+        crossed_N = stats.chord_cdf(Round.r_target - np.minimum(residuals_N, 0), RANDOM_HEAD_ROWS) - valid
         return float(np.mean(crossed_N)) / valid
 
     def sequential(self, pool: Pool) -> FloatArray:
-        """Share of audits in which the sequential test has accused after each of :data:`CHECKED` nonces."""
-        rng = np.random.default_rng(self._seed)
-        drawn_RC = pool.draw(rng, TRIALS, CHECKED[-1])
+        """Return the share of audits in which the sequential test has accused after each of :data:`CHECKED` nonces."""
+        drawn_RC = pool.draw(np.random.default_rng(0), TRIALS, CHECKED[-1])
         crossed_RC = np.ones(drawn_RC.shape, dtype=np.bool_)
         crossed_RC[:, :SOON] = self._test.accusations(drawn_RC[:, :SOON])
         # Most are caught soon: only the others are followed to the end.
@@ -116,40 +105,37 @@ class Judge:
         return np.asarray(crossed_RC.mean(axis=0)[np.array(CHECKED) - 1], dtype=np.float64)
 
     def accused(self, drawn_RC: FloatArray) -> float:
-        """Share of audits that the sequential test accuses by their end."""
+        """Return the share of audits that the sequential test accuses by their end."""
         return float(self._test.accusations(drawn_RC)[:, -1].mean())
 
     def counting(self, pool: Pool) -> FloatArray:
-        """Chance that the calibrated count rule accuses after each of :data:`CHECKED` nonces."""
-        rate = pool.mean([self.mismatch_rate(residuals_N) for _, residuals_N in pool.parts])
-        return np.array([_power(n, self.honest_rate, rate) for n in CHECKED])
+        """Return the chance that the calibrated count rule accuses after each of :data:`CHECKED` nonces."""
+        return np.array([count_power(n, self.honest_rate, self._rate(pool)) for n in CHECKED])
 
-    def counting_needs(self, pool: Pool, power: float = 0.99) -> int | None:
-        """Return the nonces after which the calibrated count rule accuses with the wanted chance; None for never."""
-        rate = pool.mean([self.mismatch_rate(residuals_N) for _, residuals_N in pool.parts])
-        if rate <= self.honest_rate:
-            return None
-        n = 1
-        while n <= MOST:
-            if _power(n, self.honest_rate, rate) >= power:
+    def counting_needs(self, pool: Pool) -> int | None:
+        """Return the nonces after which the calibrated count rule accuses with 99 %; None for never."""
+        rate, n = self._rate(pool), 1
+        while rate > self.honest_rate and n <= MOST:
+            if count_power(n, self.honest_rate, rate) >= POWER:
                 return n
             n = max(n + 1, int(n * 1.02))
         return None
 
+    def _rate(self, pool: Pool) -> float:
+        return sum(share * self.mismatch_rate(residuals_N) for share, residuals_N in pool.parts)
+
     def published(self, drawn_RC: FloatArray) -> float:
-        """Share of audits that the rule accuses with its published constants."""
+        """Return the share of audits that the rule accuses with its published constants."""
         if self.pipeline.output == "vector":
             counts_R = (np.abs(drawn_RC) > DIST_THRESHOLD).sum(axis=1)
             p, n = P_MISMATCH, drawn_RC.shape[1]
             return float(np.mean(distributions.binom.sf(counts_R - 1, n, p) < COUNT_ALPHA))
-        rate, n = self.mismatch_rate(drawn_RC.ravel()), drawn_RC.shape[1]
-        accusing = np.flatnonzero(distributions.binom.sf(np.arange(n + 1) - 1, n, P_FLIP) < COUNT_ALPHA)[0]
-        return float(distributions.binom.sf(accusing - 1, n, rate))
+        return count_power(drawn_RC.shape[1], P_FLIP, self.mismatch_rate(drawn_RC.ravel()), COUNT_ALPHA)
 
 
-def smallest(curve_C: FloatArray, power: float = 0.99) -> int | None:
-    """Return the first of :data:`CHECKED` at which a curve reaches the wanted chance; None for never."""
-    reached = np.flatnonzero(curve_C >= power)
+def smallest(curve_C: FloatArray) -> int | None:
+    """Return the first of :data:`CHECKED` at which a curve reaches 99 %; None for never."""
+    reached = np.flatnonzero(curve_C >= POWER)
     return CHECKED[int(reached[0])] if reached.size else None
 
 
@@ -174,9 +160,16 @@ def spread(errors_N: FloatArray, residuals_N: FloatArray) -> dict[str, float]:
     }
 
 
-def _power(n: int, honest: float, cheating: float) -> float:
-    """Chance to accuse after n nonces, with the smallest count that honest nonces reach with at most `ALPHA`."""
-    critical = float(distributions.binom.isf(ALPHA, n, honest)) + 1
+def count_power(n: int, honest: float, cheating: float, alpha: float = ALPHA) -> float:
+    """Return the chance that a count of mismatches accuses after n nonces.
+
+    Args:
+        n: Number of checked nonces.
+        honest: Chance of a mismatch that the rule grants honest nodes.
+        cheating: Chance of a mismatch of the audited node.
+        alpha: Chance with which honest nodes may reach the smallest count that accuses.
+    """
+    critical = float(distributions.binom.isf(alpha, n, honest)) + 1
     return float(distributions.binom.sf(critical - 1, n, cheating))
 
 
@@ -186,27 +179,22 @@ class Reading:
     def __init__(self, validator: HFEngine, round: Round, presets: Sequence[str]) -> None:
         self.round, self.presets, self._validator = round, tuple(presets), validator
         self._transforms = {name: make_transform(validator, round, get_pipeline(name)) for name in presets}
-        self._states: list[Tensor] = []
+        self._recomputed: Tensor | None = None
 
     def states(self, program: Program, engine: HFEngine, nonces: int) -> Tensor:
         """Return what a program reads of the first nonces, [N, D], on the CPU in float32."""
-        return torch.cat([x_BD[: nonces - start].cpu() for start, x_BD in self._batches(program, engine, nonces)])
-
-    def _batches(self, program: Program, engine: HFEngine, nonces: int) -> Iterator[tuple[int, Tensor]]:
+        found = []
         for start in range(0, nonces, engine.batch_size):
             batch = range(start, start + engine.batch_size)
-            inputs_BTD = engine.inputs(self.round, batch)
-            yield start, program.read(inputs_BTD, self._transforms[self.presets[0]].weights(batch, engine.seq_len))
+            weights_BT = self._transforms[self.presets[0]].weights(batch, engine.seq_len)
+            found.append(program.read(engine.inputs(self.round, batch), weights_BT).cpu())
+        return torch.cat(found)[:nonces]
 
     def recomputed(self, nonces: int) -> Tensor:
-        """Return the validator's states of the first nonces, [N, D]; computed once."""
-        while sum(map(len, self._states)) < nonces:
-            start = sum(map(len, self._states))
-            batch = range(start, start + self._validator.batch_size)
-            inputs_BTD = self._validator.inputs(self.round, batch)
-            weights_BT = self._transforms[self.presets[0]].weights(batch, self._validator.seq_len)
-            self._states.append(OnEngine(self._validator).read(inputs_BTD, weights_BT).cpu())
-        return torch.cat(self._states)[:nonces]
+        """Return the validator's states of the first nonces, [N, D], which are kept."""
+        if self._recomputed is None or len(self._recomputed) < nonces:
+            self._recomputed = self.states(OnEngine(self._validator), self._validator, nonces)
+        return self._recomputed[:nonces]
 
     def errors(self, x_ND: Tensor) -> FloatArray:
         """Return ε of every nonce: the distance of the unit states, [N]."""
@@ -214,10 +202,12 @@ class Reading:
 
     def residuals(self, preset: str, x_ND: Tensor) -> FloatArray:
         """Return received minus recomputed distance, or the L2 distance of the vectors, [N]."""
-        received, recomputed = (self.published(preset, states) for states in (x_ND, self.recomputed(len(x_ND))))
-        if received.ndim == 1:
-            return np.asarray(received - recomputed)
-        return np.asarray(np.linalg.norm(received - recomputed, axis=1))
+        return self.residuals_of(preset, self.published(preset, x_ND))
+
+    def residuals_of(self, preset: str, received: FloatArray) -> FloatArray:
+        """Return the same for what was published of the first nonces, [N] or [N, K]."""
+        difference = received - self.published(preset, self.recomputed(len(received)))
+        return difference if difference.ndim == 1 else np.asarray(np.linalg.norm(difference, axis=1))
 
     def published(self, preset: str, x_ND: Tensor) -> FloatArray:
         """Return what a preset publishes of states: distances [N] or vectors [N, K]."""
@@ -241,15 +231,18 @@ class Field:
     batch_size: int
     honest: int
 
-    @cached_property
-    def validator(self) -> HFEngine:
-        """The validator's engine, in float32."""
-        model = load_model(self.reference, dtype="float32", device=self.device)
+    def engine_of(self, model: Model) -> HFEngine:
+        """Return an engine of the field's batch shape."""
         return HFEngine(model, batch_size=self.batch_size, seq_len=self.seq_len)
 
     @cached_property
+    def validator(self) -> HFEngine:
+        """Engine of the validator, in float32."""
+        return self.engine_of(load_model(self.reference, dtype="float32", device=self.device))
+
+    @cached_property
     def prover(self) -> Model:
-        """The model in the provers' dtype. In float32 its attention is the library's plain one: else no bit differs."""
+        """Model in the provers' dtype; in float32 with the library's plain attention, or no bit would differ."""
         model = load_model(self.reference, dtype=self.dtype, device=self.device)
         if self.dtype == "float32":
             model.module.set_attn_implementation("eager")
@@ -257,25 +250,23 @@ class Field:
 
     @cached_property
     def engine(self) -> HFEngine:
-        """The provers' engine; attackers draw their inputs from it."""
-        return HFEngine(self.prover, batch_size=self.batch_size, seq_len=self.seq_len)
+        """Engine of the provers; attackers draw their inputs from it."""
+        return self.engine_of(self.prover)
 
     @cached_property
     def scene(self) -> Scene:
         """Where the attackers work."""
         round = Round(block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=self.seq_len)
-        batches = [
-            self.validator.inputs(round, range(i * self.batch_size, (i + 1) * self.batch_size)) for i in range(2)
-        ]
+        size = self.batch_size
+        batches = [self.validator.inputs(round, range(start, start + size)) for start in (0, size)]
         guesses = Guesses(self.validator.model, torch.cat(batches))
         return Scene(model=self.prover, guesses=guesses, batch_size=self.batch_size, seq_len=self.seq_len)
 
     @cached_property
     def readings(self) -> tuple[Reading, ...]:
-        """The readings of the three presets: of the last state, and of all positions."""
-        rounds = [self.round(preset) for preset in ("poc-2.0", "hardened")]
+        """Readings of the three presets: of the last state, and of all positions."""
         presets = (("poc-2.0", "artifact"), ("hardened",))
-        return tuple(Reading(self.validator, round, names) for round, names in zip(rounds, presets, strict=True))
+        return tuple(Reading(self.validator, self.round(names[0]), names) for names in presets)
 
     def round(self, preset: str) -> Round:
         """Return the attacked round with a preset."""
@@ -289,24 +280,24 @@ class Field:
 
     @cached_property
     def honest_states(self) -> tuple[Tensor, ...]:
-        """The honest prover's states, [N, D] for each reading."""
+        """States of the honest prover, [N, D] for each reading."""
         program = OnEngine(self.engine)
         return tuple(reading.states(program, self.engine, self.honest) for reading in self.readings)
 
-    def each(self) -> Iterator[tuple[str, Pipeline, Reading, Tensor]]:
-        """Give every preset with its pipeline, its reading, and the honest states of that."""
+    def each(self) -> Iterator[tuple[str, Reading, Tensor]]:
+        """Yield every preset with its reading and the honest states of that."""
         for reading, x_ND in zip(self.readings, self.honest_states, strict=True):
             for preset in reading.presets:
-                yield preset, get_pipeline(preset), reading, x_ND
+                yield preset, reading, x_ND
 
     @cached_property
     def honest_residuals(self) -> dict[str, tuple[FloatArray, FloatArray]]:
         """Honest residuals of every preset: those that calibrate, and those that test, [N/2] each."""
         half = self.honest // 2
-        found = {preset: reading.residuals(preset, x_ND) for preset, _, reading, x_ND in self.each()}
+        found = {preset: reading.residuals(preset, x_ND) for preset, reading, x_ND in self.each()}
         return {preset: (values[:half], values[half:]) for preset, values in found.items()}
 
     @cached_property
     def judges(self) -> dict[str, Judge]:
-        """The three rules for every preset, calibrated."""
+        """Calibrated rules for every preset."""
         return {p: Judge(get_pipeline(p), calibrating) for p, (calibrating, _) in self.honest_residuals.items()}

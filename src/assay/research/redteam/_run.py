@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -71,26 +71,18 @@ def run_redteam(plan: RedteamPlan, folder: Path, *, progress: Progress | None = 
     measure_missing(folder, "redteam", plan.settings, _cells(plan), progress)
 
 
-Cell = tuple[str, Callable[[], dict[str, Any]]]
+Cell = tuple[str, Callable[[], JsonObject]]
 
 
 def _cells(plan: RedteamPlan) -> Iterator[Cell]:
+    shape = plan.model_dump(include={"device", "block_hash", "seq_len", "batch_size", "honest"})
     for reference in plan.models:
         for dtype in plan.dtypes:
-            field = Field(
-                reference=reference,
-                dtype=dtype,
-                device=plan.device,
-                block_hash=plan.block_hash,
-                seq_len=plan.seq_len,
-                batch_size=plan.batch_size,
-                honest=plan.honest,
-            )
+            field = Field(reference=reference, dtype=dtype, **shape)
             yield from _field_cells(plan, field, f"{reference}/{dtype}")
         if plan.searched:
-            rows = partial(search, field, plan.searched)
-            yield f"{reference}/search", lambda m=reference, r=rows: {"model": m, "kind": "search", "rows": r()}  # type: ignore[misc]
-    yield "experts", lambda: experts(plan.batch_size, plan.nonces, plan.dtypes)
+            yield f"{reference}/search", partial(_search, field, plan.searched)
+    yield "experts", partial(experts, plan.batch_size, plan.nonces, plan.dtypes)
 
 
 def _field_cells(plan: RedteamPlan, field: Field, prefix: str) -> Iterator[Cell]:
@@ -98,15 +90,14 @@ def _field_cells(plan: RedteamPlan, field: Field, prefix: str) -> Iterator[Cell]
     yield f"{prefix}/honest", lambda: {**who, "kind": "honest", **_honest(field)}
     yield f"{prefix}/audits", lambda: {**who, "kind": "audits", "engines": _audits(field)}
     for attack in ATTACKS:
-        values = {**who, "kind": "attack", "name": attack.name, "family": attack.family}
-        yield f"{prefix}/{attack.name}", lambda a=attack, v=values: {**v, **_attack(plan, field, a)}  # type: ignore[misc]
-    yield f"{prefix}/claims", lambda: {**who, "kind": "claims", "rows": claims(field, plan.nonces)}
+        yield f"{prefix}/{attack.name}", partial(_attack, field, attack, plan.nonces)
+    yield f"{prefix}/claims", lambda: {**who, "kind": "claims", "rows": list(_claims(field, plan.nonces))}
 
 
-def _honest(field: Field) -> dict[str, Any]:
+def _honest(field: Field) -> JsonObject:
     """Describe the honest noise and the calibrated rules."""
     rows = {}
-    for preset, _, reading, x_ND in field.each():
+    for preset, reading, x_ND in field.each():
         judge, (_, testing_N) = field.judges[preset], field.honest_residuals[preset]
         rows[preset] = {
             **spread(reading.errors(x_ND), testing_N),
@@ -117,11 +108,11 @@ def _honest(field: Field) -> dict[str, Any]:
     return {"nonces": field.honest, "presets": rows}
 
 
-def _attack(plan: RedteamPlan, field: Field, attack: Attack) -> dict[str, Any]:
+def _attack(field: Field, attack: Attack, nonces: int) -> JsonObject:
     program = attack.make(field.scene)
     rows = {}
     for reading in field.readings[attack.last_unknown :]:
-        x_ND = reading.states(program, field.engine, plan.nonces)
+        x_ND = reading.states(program, field.engine, nonces)
         errors_N = reading.errors(x_ND)
         for preset in reading.presets:
             residuals_N, honest_N = reading.residuals(preset, x_ND), field.honest_residuals[preset][1]
@@ -130,27 +121,35 @@ def _attack(plan: RedteamPlan, field: Field, attack: Attack) -> dict[str, Any]:
                 "auc": stats.auroc(np.abs(residuals_N), np.abs(honest_N)),
                 **detection(field.judges[preset], mixed(attack.share, residuals_N, honest_N)),
             }
-    return {"cost": program.cost, "skips": attack.skips, "nonces": plan.nonces, "presets": rows}
+    return {
+        "model": field.reference,
+        "dtype": field.dtype,
+        "kind": "attack",
+        "name": attack.name,
+        "family": attack.family,
+        "cost": program.cost,
+        "skips": attack.skips,
+        "nonces": nonces,
+        "presets": rows,
+    }
 
 
-def _audits(field: Field) -> dict[str, Any]:
-    """Accusations among simulated audits of honest nodes: another dtype, other kernels, another batch shape."""
+def _audits(field: Field) -> JsonObject:
+    """Simulate audits of honest nodes: another dtype, other kernels, another batch shape."""
     plain = load_model(field.reference, dtype=field.dtype, device=field.device)
     eager = load_model(field.reference, dtype=field.dtype, device=field.device)
     eager.module.set_attn_implementation("eager")
     engines = {
-        f"{field.dtype}, sdpa": HFEngine(plain, batch_size=field.batch_size, seq_len=field.seq_len),
-        f"{field.dtype}, plain attention": HFEngine(eager, batch_size=field.batch_size, seq_len=field.seq_len),
-        f"{field.dtype}, sdpa, batches of {OTHER_SHAPE}": HFEngine(
-            plain, batch_size=OTHER_SHAPE, seq_len=field.seq_len
-        ),
+        "sdpa": field.engine_of(plain),
+        "plain attention": field.engine_of(eager),
+        f"sdpa, batches of {OTHER_SHAPE}": HFEngine(plain, batch_size=OTHER_SHAPE, seq_len=field.seq_len),
     }
-    return {name: _audited(field, engine) for name, engine in engines.items()}
+    return {f"{field.dtype}, {name}": _audited(field, engine) for name, engine in engines.items()}
 
 
-def _audited(field: Field, engine: HFEngine) -> dict[str, Any]:
+def _audited(field: Field, engine: HFEngine) -> JsonObject:
     rng = np.random.default_rng(0)
-    rows: dict[str, Any] = {}
+    rows: JsonObject = {}
     for reading in field.readings:
         x_ND = reading.states(OnEngine(engine), engine, field.honest)
         for preset in reading.presets:
@@ -167,16 +166,19 @@ def _audited(field: Field, engine: HFEngine) -> dict[str, Any]:
     return rows
 
 
-def claims(field: Field, nonces: int) -> list[dict[str, Any]]:
+def _claims(field: Field, nonces: int) -> Iterator[JsonObject]:
     """Measure what a node can do with results instead of with the model: invent, hug the tolerance, replay, select.
 
     Every claim is held against every preset that it applies to; one row each.
     """
-    return [*_junk(field, nonces), *_hugging(field), *_replays(field, nonces), *_selective(field, nonces)]
+    yield from _junk(field, nonces)
+    yield from _hugging(field)
+    yield from _replays(field, nonces)
+    yield from _selective(field, nonces)
 
 
-def _junk(field: Field, nonces: int) -> Iterator[dict[str, Any]]:
-    """A share of the nonces is invented: the best constant for distances, a random vector else."""
+def _junk(field: Field, nonces: int) -> Iterator[JsonObject]:
+    """Invent a share of the nonces: the best constant for distances, random vectors otherwise."""
     for reading in field.readings:
         x_ND = reading.states(Invented(field.scene), field.engine, nonces)
         for preset in reading.presets:
@@ -188,8 +190,8 @@ def _junk(field: Field, nonces: int) -> Iterator[dict[str, Any]]:
                 yield {"claim": f"{share:.0%} invented", "preset": preset, **_row(field, preset, pool, 1 - share)}
 
 
-def _hugging(field: Field) -> Iterator[dict[str, Any]]:
-    """Honest results with the noise made larger, as far as it goes."""
+def _hugging(field: Field) -> Iterator[JsonObject]:
+    """Hand in honest results with larger noise."""
     for preset, (_, testing_N) in field.honest_residuals.items():
         for multiple in MULTIPLES:
             pool = Pool(((1.0, multiple * testing_N),))
@@ -197,22 +199,20 @@ def _hugging(field: Field) -> Iterator[dict[str, Any]]:
             yield {"claim": name, "preset": preset, **_row(field, preset, pool, 1.0)}
 
 
-def _replays(field: Field, nonces: int) -> Iterator[dict[str, Any]]:
-    """The honest results of another node, or of the same node in another block."""
+def _replays(field: Field, nonces: int) -> Iterator[JsonObject]:
+    """Replay the honest results of another node, or of the same node in another block."""
     for name, change in (("another key", {"public_key": "node_B"}), ("another block", {"block_hash": "block_beta"})):
         for reading in field.readings:
             theirs = Reading(field.validator, replace(reading.round, **change), reading.presets)  # type: ignore[arg-type]
             x_ND = theirs.states(OnEngine(field.engine), field.engine, nonces)
             for preset in reading.presets:
                 received = theirs.published(preset, x_ND)
-                difference = received - reading.published(preset, reading.recomputed(nonces))
-                residuals_N = difference if difference.ndim == 1 else np.linalg.norm(difference, axis=1)
-                pool = Pool(((1.0, residuals_N),))
+                pool = Pool(((1.0, reading.residuals_of(preset, received)),))
                 yield {"claim": f"replay of {name}", "preset": preset, **_row(field, preset, pool, 0.0)}
 
 
-def _selective(field: Field, nonces: int) -> Iterator[dict[str, Any]]:
-    """Only nonces that a cheap look says are valid get the honest pass; whatever is handed in is exact."""
+def _selective(field: Field, nonces: int) -> Iterator[JsonObject]:
+    """Run the honest pass only for nonces that a cheap look says are valid; whatever is handed in is exact."""
     reading = field.readings[0]
     for attack in ATTACKS:
         if attack.name not in SCREENS:
@@ -244,26 +244,24 @@ def screened(residuals_N: FloatArray, cost: float, r_target: float) -> tuple[flo
     return kept, float((cost + looked_R.mean()) / kept) if kept else float("inf")
 
 
-def _row(field: Field, preset: str, pool: Pool, cost: float) -> dict[str, Any]:
+def _row(field: Field, preset: str, pool: Pool, cost: float) -> JsonObject:
     return {"cost": cost, **detection(field.judges[preset], pool)}
 
 
-def search(field: Field, nonces: int) -> list[JsonObject]:
-    """Return, for each number of positions read and each strategy of skipping positions, its error and cost.
+def _search(field: Field, nonces: int) -> JsonObject:
+    """Measure, for each number of positions read and each strategy of skipping positions, its error and cost.
 
-    An attacker knows which positions are read, for they follow from the nonce. So he leaves out what matters least to
-    them. Every strategy is tuned to save at least a quarter of the work.
+    An attacker knows which positions are read, because they follow from the nonce, and leaves out what matters least
+    to them. Every strategy is tuned to save at least a quarter of the work.
     """
     rows: list[JsonObject] = []
-    for count in READ:
-        if count > field.seq_len:
-            continue
+    for count in (count for count in READ if count <= field.seq_len):
         found = [_nonce(field, count, nonce) for nonce in range(nonces)]
         for name in found[0]:
             errors, costs = zip(*(one[name] for one in found), strict=True)
             row = {"positions": count, "strategy": name, "error_mean": float(np.mean(errors))}
             rows.append(row | {"cost": float(np.mean(costs))})
-    return rows
+    return {"model": field.reference, "kind": "search", "rows": rows}
 
 
 def _nonce(field: Field, count: int, nonce: int) -> dict[str, tuple[float, float]]:
@@ -294,7 +292,7 @@ def _weights(field: Field, count: int, nonce: int) -> torch.Tensor:
 
 
 def strategies(read: list[int], T: int, layers: int) -> Iterator[tuple[str, Shortcut]]:
-    """Give the ways to save a quarter of the work when the positions in ``read`` are read.
+    """Yield the ways to save a quarter of the work when the positions in ``read`` are read.
 
     Positions are ranked by use: unread ones that are farthest from the next read one go first.
     """
@@ -321,7 +319,7 @@ def _depths(T: int, layers: int, left: list[int], depth: int) -> tuple[int, ...]
 
 
 def _by_use(read: list[int], T: int) -> list[int]:
-    """Positions from the least to the most useful: unread ones by the distance to the next read one, then read ones."""
+    """Rank positions, the least useful first: unread ones by the distance to the next read one, then read ones."""
 
     def ahead(t: int) -> int:
         return min((r - t for r in read if r >= t), default=2 * T)

@@ -64,8 +64,16 @@ def paying_table(cells: Cells) -> Table:
     for place in fields(cells):
         for preset in PRESETS:
             best = paying(cells, *place, preset)
-            figures = [f"{best['cost']:.2f}", f"{best['error']:.3f}", f"{best['over_honest']:.1f}"]
-            rows.append([*place, preset, best["attack"], *figures, _needs(best["checked_99"])])
+            row: list[Cell] = [
+                *place,
+                preset,
+                best["attack"],
+                f"{best['cost']:.2f}",
+                f"{best['error']:.3f}",
+                f"{best['over_honest']:.1f}",
+                _needs(best["checked_99"]),
+            ]
+            rows.append(row)
     return ("model", "dtype", "preset", "attack of the least error", "cost", "ε", "over honest", "checked"), rows
 
 
@@ -74,12 +82,20 @@ def attack_table(cells: Cells, model: str, dtype: str, preset: str) -> Table:
     honest = honest_errors(cells, model, dtype)[preset]
     rows: list[list[Cell]] = []
     for cell in _of(cells, "attack", model=model, dtype=dtype):
-        if preset in cell["presets"]:
-            values = cell["presets"][preset]
-            error = values["error_mean"]
-            figures = [f"{cell['cost']:.2f}", f"{error:.3f}", f"{error / honest:.1f}", f"{values['residual_rms']:.2g}"]
-            checked = [_needs(values["sequential_99"]), _needs(values["counting_99"])]
-            rows.append([cell["name"], *figures, f"{values['auc']:.3f}", *checked])
+        if preset not in cell["presets"]:
+            continue
+        values = cell["presets"][preset]
+        row: list[Cell] = [
+            cell["name"],
+            f"{cell['cost']:.2f}",
+            f"{values['error_mean']:.3f}",
+            f"{values['error_mean'] / honest:.1f}",
+            f"{values['residual_rms']:.2g}",
+            f"{values['auc']:.3f}",
+            _needs(values["sequential_99"]),
+            _needs(values["counting_99"]),
+        ]
+        rows.append(row)
     return ("attack", "cost", "ε", "over honest", "residual", "AUC", "sequential", "count"), rows
 
 

@@ -29,8 +29,8 @@ def build_report(folder: Path) -> Path:
     The same records give the same bytes.
 
     Raises:
-        DataError: the folder holds no experiment, or a file of it is malformed.
-        StorageError: the page cannot be written.
+        DataError: The folder holds no experiment, or a file of it is malformed.
+        StorageError: The page cannot be written.
     """
     present = {path.name.partition(".")[0] for path in folder.glob("*.jsonl*")}
     runs = [read_run(folder, experiment) for experiment in SECTIONS if experiment in present]

@@ -80,11 +80,11 @@ class RunRecords:
     """What one experiment of a run measured.
 
     Args:
-        experiment: its name, such as ``matrix``.
-        settings: what was the same for all cells.
-        origins: versions and machine of every process that wrote to the file, the first one first; each once.
-        cells: the measured values in the order of measurement; ``key`` names the cell.
-        complete: whether the process that wrote last reached its end.
+        experiment: Name of the experiment, such as ``matrix``.
+        settings: Settings that were the same for all cells.
+        origins: Versions and machine of every process that wrote to the file, the first one first; each once.
+        cells: Measured values in the order of measurement; ``key`` names the cell.
+        complete: Whether the process that wrote last reached its end.
     """
 
     experiment: str
@@ -111,8 +111,8 @@ class Run:
         """Write the values of a cell; they are with the system when this returns.
 
         Raises:
-            UsageError: the key is taken, or the values are not JSON.
-            StorageError: the line cannot be written.
+            UsageError: The key is taken, or the values are not JSON.
+            StorageError: The line cannot be written.
         """
         if key in self._keys:
             raise UsageError(f"cell {key!r} twice", wanted="every cell once", do="skip the keys in Run.done")
@@ -128,7 +128,7 @@ def run_folder(output: Path, name: str) -> Path:
     """Return the folder of the run with this name.
 
     Raises:
-        UsageError: the name is not a plain file name.
+        UsageError: The name is not a plain file name.
     """
     if not _NAME.fullmatch(name):
         raise UsageError(
@@ -147,9 +147,9 @@ def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Iter
     next call goes on after the last whole line.
 
     Raises:
-        UsageError: it was begun there with other settings; names them.
-        DataError: the file is not one of an experiment.
-        StorageError: it cannot be written, or another process writes it.
+        UsageError: It was begun there with other settings, which the message names.
+        DataError: The file is not that of an experiment.
+        StorageError: The file cannot be written, or another process writes it.
     """
     path = _path(folder, experiment)
     try:
@@ -223,7 +223,7 @@ def read_run(folder: Path, experiment: str) -> RunRecords:
     """Read what an experiment of a run measured so far, while it runs too.
 
     Raises:
-        DataError: there is no such file, or it is malformed; names the line.
+        DataError: There is no such file, or it is malformed; the message names the line.
     """
     path = _path(folder, experiment)
     found = path if path.exists() else _partial(path)

@@ -34,12 +34,11 @@ class Spread:
     """Valid rates of blocks and what chance makes of them.
 
     Args:
-        rates: valid rate per block, [B].
-        value: largest minus smallest rate.
-        low: lower end of the noise band.
-        high: upper end of the noise band; 95 % of spreads lie between the two when only chance differs.
-        nonces_high: upper end where only the nonces are chance, the heads being no part of it.
-        p_value: probability of such a spread or a larger one by chance.
+        rates: Valid rate per block, [B].
+        value: Largest minus smallest rate.
+        low, high: Ends of the noise band; 95 % of spreads lie between them when only chance differs.
+        nonces_high: Upper end of the band of the nonces alone, without the random heads.
+        p_value: Probability of such a spread or a larger one by chance.
     """
 
     rates: tuple[float, ...]
@@ -56,7 +55,7 @@ class Spread:
 
     @property
     def p_text(self) -> str:
-        """The p-value for a table; below 1e-6 the law of the range is not evaluated precisely enough to be told."""
+        """Text of the p-value for a table; below 1e-6 the law of the range cannot be evaluated precisely enough."""
         return f"{self.p_value:.2g}" if self.p_value >= 1e-6 else "< 1e-6"
 
 
@@ -64,13 +63,13 @@ def spread_of(valid: Sequence[int], checked: Sequence[int], *, width: float | No
     """Return the spread of block rates with its noise band.
 
     Args:
-        valid: valid nonces per block, [B].
-        checked: nonces per block, [B].
-        width: D, or the effective dimension, of states that go through a random head drawn per block;
+        valid: Number of valid nonces per block, [B].
+        checked: Number of nonces per block, [B].
+        width: Dimension D, or effective dimension, of states that go through a random head drawn per block;
             None for states that do not.
 
     Raises:
-        UsageError: fewer than 2 blocks, or a block without nonces.
+        UsageError: There are fewer than 2 blocks, or a block without nonces.
     """
     if len(valid) != len(checked) or len(checked) < 2 or min(checked) < 1:
         raise UsageError(f"blocks of {list(checked)} nonces", wanted="at least 2 blocks with nonces", do="measure more")
@@ -88,7 +87,7 @@ def spread_of(valid: Sequence[int], checked: Sequence[int], *, width: float | No
 
 
 def head_error(rate: float, width: float) -> float:
-    """Standard deviation of a block's valid rate that comes from its random head: φ(z)·|z|/√(2D), D the width."""
+    """Return the standard deviation of a block's valid rate that its random head causes, φ(z)·|z|/√(2·width)."""
     z = float(distributions.norm.ppf(rate))
     return float(distributions.norm.pdf(z)) * abs(z) / math.sqrt(2 * width)
 
@@ -97,7 +96,7 @@ def effective_dimension(states_ND: npt.NDArray[np.floating]) -> float:
     """Return D_eff = 1/‖E[x xᵀ]‖² of unit states [N, D], from the mean squared product of two different ones.
 
     Raises:
-        UsageError: fewer than 2 states.
+        UsageError: There are fewer than 2 states.
     """
     if len(states_ND) < 2:
         raise UsageError(f"{len(states_ND)} states", wanted="at least 2", do="measure more nonces")

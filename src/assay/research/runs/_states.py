@@ -20,7 +20,7 @@ def state_pipeline(pipeline: Pipeline) -> Pipeline:
 
 
 def states(engine: HFEngine, transform: Transform, nonces: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Give what a transform reads of the hidden states, [B, D] in float32, batch by batch, each with its B nonces.
+    """Yield what a transform reads of the hidden states, [B, D] in float32, batch by batch, each with its B nonces.
 
     The last batch is padded with its last nonce, as in a proof; the rows in excess are to be dropped. What happens
     between the layers is what the engine was set to before.

@@ -5,7 +5,7 @@ Shapes as in :mod:`assay.research.study._forward`.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """What a cohort has written, and its grades on their way.
-
-    Attributes:
-        batch: Tokens of prompts and completions.
-        episodes: Episodes per run, P of them.
-        pending: Verdicts on their way, R·P·G of them.
-    """
+    """What a cohort has written: tokens, episodes per run (P each), and R·P·G verdicts on their way."""
 
     batch: Batch
     episodes: Sequence[Sequence[Episode]]
@@ -43,18 +37,7 @@ class Rollouts:
 
 
 class Cohort:
-    """Runs that go through generation and training side by side.
-
-    Args:
-        runs: Runs of the cohort.
-        model: Model that they start from.
-        svd: Factors of its weights.
-        bases: Axes by name, those of every run among them.
-        pool: Tasks of the study.
-        settings: Settings of the study.
-        dtype: Dtype of weights and activations.
-        shortcut: Direction of arms that modify advantages.
-    """
+    """Some runs of a :class:`assay.research.study.Study`, from which it takes its arguments."""
 
     def __init__(
         self,
@@ -65,7 +48,7 @@ class Cohort:
         pool: TaskPool,
         settings: StudySettings,
         dtype: torch.dtype,
-        shortcut: Shortcut | None = None,
+        shortcut: Shortcut | None,
     ) -> None:
         self.runs, self.pool, self.settings, self._shortcut = list(runs), pool, settings, shortcut
         self.model = StackedModel(model, len(runs), svd, dtype)
@@ -114,12 +97,13 @@ class Cohort:
             [run.how.reward(correct[r], exploited[r]) for r, run in enumerate(self.runs)]
         )  # [R, P, G]
         found = {
-            "hack": exploited.mean(dim=(1, 2)),
-            "solve": correct.mean(dim=(1, 2)),
-            "vacuous": vacuous.mean(dim=(1, 2)),
-            "reward": rewards.mean(dim=(1, 2)),
-            "tokens": rollouts.batch.mask.sum(dim=-1).float().mean(dim=(1, 2)),
+            "hack": exploited,
+            "solve": correct,
+            "vacuous": vacuous,
+            "reward": rewards,
+            "tokens": rollouts.batch.mask.sum(dim=-1).float(),
         }
+        found = {name: values_RPG.mean(dim=(1, 2)) for name, values_RPG in found.items()}
         if len(self._modifies):
             rewards[self._modifies] = self._modified(rollouts.batch, rewards[self._modifies], found)
         gradients = self._gradients(rollouts, rewards, found)
@@ -142,17 +126,17 @@ class Cohort:
         """Return the gradients of all rollouts, stored ones included; these add cin of both sources."""
         rows, batch = self._taught, rollouts.batch
         advantages_RPG = advantages(rewards_RPG)
-        count = self.settings.prompts * self.settings.rollouts
         if len(rows):
             joined_NPG = torch.cat((rewards_RPG[rows], torch.ones_like(rewards_RPG[rows][..., :1])), dim=-1)
             # The loss is a mean over all rollouts of a run, of which there are more with the stored ones.
             share = self.settings.rollouts / (self.settings.rollouts + 1)
             joined_NPG = advantages(joined_NPG) * share
             advantages_RPG[rows] = joined_NPG[..., :-1]
-        own = policy_gradient(self.model, batch, advantages_RPG, divisor=count)
+        own = policy_gradient(self.model, batch, advantages_RPG)
         if not len(rows):
             return own
         teacher, behaviour = self._teachers(rollouts)
+        count = self.settings.prompts * self.settings.rollouts
         stored = policy_gradient(
             self.model.some(rows), teacher, joined_NPG[..., -1:], behaviour_RPGT=behaviour, divisor=count
         )
@@ -166,37 +150,24 @@ class Cohort:
         return [a + b for a, b in zip(own, whole, strict=True)]
 
     def _rows(self, chosen: Sequence[bool]) -> Tensor:
-        return torch.tensor(
-            [row for row, is_one in enumerate(chosen) if is_one], dtype=torch.int64, device=self.model.device
-        )
+        return torch.tensor(chosen, device=self.model.device).nonzero().flatten()
 
     def _spread(self, values_N: Tensor, rows: Tensor) -> Tensor:
         """Return values of some runs among NaN for the others, which the log leaves out."""
-        return torch.full((len(self.runs),), torch.nan, device=rows.device, dtype=values_N.dtype).index_copy_(
-            0, rows, values_N
-        )
+        return values_N.new_full((len(self.runs),), torch.nan).index_copy_(0, rows, values_N)
 
     def _teachers(self, rollouts: Rollouts) -> tuple[Batch, Tensor]:
         """Return the exploit of every episode as a stored rollout, with its log-probabilities at the start."""
         assert self._start is not None
         batch = rollouts.batch.of_runs(self._taught)
-        ids = [
-            [self.pool.completion(episode, episode.exploit()) for episode in rollouts.episodes[row]]
-            for row in self._taught.tolist()
-        ]
         tokens = torch.full((*batch.lengths.shape, 1, self.settings.new_tokens), self.pool.end)
-        for r, of_run in enumerate(ids):
-            for p, row in enumerate(of_run):
+        for r, run in enumerate(self._taught.tolist()):
+            for p, episode in enumerate(rollouts.episodes[run]):
+                row = self.pool.completion(episode, episode.exploit())
                 tokens[r, p, 0, : len(row)] = torch.tensor(row[: self.settings.new_tokens])
-        stored = Batch(batch.ids, batch.lengths, batch.last, tokens.to(self.model.device), batch.end).trimmed()
-        runs, prompts = batch.lengths.shape
-        flat = Batch(
-            stored.ids.reshape(1, runs * prompts, -1),
-            stored.lengths.reshape(1, -1),
-            stored.last,
-            stored.tokens.reshape(1, runs * prompts, 1, -1),
-            stored.end,
-        )
+        stored = replace(batch, tokens=tokens.to(self.model.device)).trimmed()
+        one_run = {name: getattr(stored, name).flatten(0, 1)[None] for name in ("ids", "lengths", "tokens")}
+        flat = replace(stored, **one_run)
         with torch.no_grad():
             behaviour = token_logprobs(self._start, flat)
         return stored, behaviour.view(stored.tokens.shape)
@@ -215,16 +186,14 @@ class Cohort:
         shape = (self.settings.new_tokens, self.settings.prompts, self.settings.rollouts)
         drawn = {}
         for seed in {run.seed for run in self.runs}:
-            generator = torch.Generator().manual_seed(_number(f"{draw} {seed}"))
+            digest = hashlib.sha256(f"{draw} {seed}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             drawn[seed] = torch.rand(shape, generator=generator)
         return torch.stack([drawn[run.seed] for run in self.runs], dim=1).to(self.model.device)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed study needs."""
-        return {
-            "runs": [run.name for run in self.runs],
-            **self.optimizer.state_dict(),
-        }
+        return {"runs": [run.name for run in self.runs], **self.optimizer.state_dict()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a state of the same runs."""
@@ -236,8 +205,3 @@ def _inner(name: str, settings: StudySettings, parameters: list[Tensor]) -> torc
     if name == "adam":
         return torch.optim.Adam(parameters, lr=settings.adam_rate, betas=settings.adam_betas)
     return torch.optim.SGD(parameters, lr=settings.sgd_rate, momentum=settings.sgd_momentum)
-
-
-def _number(text: str) -> int:
-    """Return a seed for a name."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

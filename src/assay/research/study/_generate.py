@@ -7,6 +7,8 @@ random numbers, which make a comparison between arms sharper.
 Shapes as in :mod:`assay.research.study._forward`; V tokens of the vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,25 +29,21 @@ class Generator:
     def __init__(self, model: StackedModel, shape: tuple[int, int, int, int], end: int) -> None:
         self.model, self.shape, self.end = model, shape, end
         prompts, rollouts, length, steps = shape
-        rows, width, device = model.runs * prompts, model.head_dim, model.device
+        rows, each = model.runs * prompts, (model.runs, prompts, rollouts)
 
         def empty(*sizes: int) -> Keys:
-            """Keys and values of every layer."""
-            return [
-                (
-                    torch.zeros(rows, model.key_heads, *sizes, width, dtype=model.dtype, device=device),
-                    torch.zeros(rows, model.key_heads, *sizes, width, dtype=model.dtype, device=device),
-                )
-                for _ in range(model.n_layers)
-            ]
+            whole = (rows, model.key_heads, *sizes, model.head_dim)
+            kept: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+            return [(torch.zeros(whole, **kept), torch.zeros(whole, **kept)) for _ in range(model.n_layers)]
 
         self._keys, self._own = empty(length), empty(rollouts, steps)
-        self._lengths_RP = torch.ones(model.runs, prompts, dtype=torch.int64, device=device)
-        self._token_RPG = torch.zeros(model.runs, prompts, rollouts, dtype=torch.int64, device=device)
-        self._uniform_TRPG = torch.zeros(steps, model.runs, prompts, rollouts, device=device)
-        self._found_TRPG = torch.zeros(steps, model.runs, prompts, rollouts, dtype=torch.int64, device=device)
-        self._ended_RPG = torch.zeros(model.runs, prompts, rollouts, dtype=torch.bool, device=device)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        with model.device:
+            self._lengths_RP = torch.ones(each[:2], dtype=torch.int64)
+            self._token_RPG = torch.zeros(each, dtype=torch.int64)
+            self._uniform_TRPG = torch.zeros(steps, *each)
+            self._found_TRPG = torch.zeros(steps, *each, dtype=torch.int64)
+            self._ended_RPG = torch.zeros(each, dtype=torch.bool)
+            self._step = torch.zeros(1, dtype=torch.int64)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()

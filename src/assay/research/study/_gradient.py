@@ -7,7 +7,7 @@ policy that wrote the student's rollouts. For stored rollouts w holds truncated 
 Shapes as in :mod:`assay.research.study._forward`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from assay.research.study._forward import StackedModel
 
 # Completion tokens, and prompt tokens, that one pass keeps activations of.
 _TOKENS_AT_ONCE = {"cuda": 260_000, "cpu": 20_000}
+_MOST_WEIGHT = 2.0  # of a token of a stored rollout
+_MULTIPLE = 8  # of lengths, as matrix products like them
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,26 +45,23 @@ class Batch:
         is_end = (self.tokens == self.end).int()
         return is_end.cumsum(dim=-1) - is_end == 0
 
-    def trimmed(self, multiple: int = 8) -> "Batch":
-        """Return the batch without columns that no completion reaches."""
-        longest = int(self.mask.sum(dim=-1).max())
-        width = min(-(-longest // multiple) * multiple, self.tokens.shape[-1])
-        longest = -(-int(self.lengths.max()) // multiple) * multiple
-        return Batch(
-            self.ids[:, :, :longest],
-            self.lengths,
-            self.last,
-            self.tokens[..., :width].contiguous(),
-            self.end,
-        )
+    def trimmed(self) -> "Batch":
+        """Return the batch without columns that no prompt or completion reaches."""
+        length = _rounded_up(self.lengths)
+        width = _rounded_up(self.mask.sum(dim=-1))
+        return replace(self, ids=self.ids[:, :, :length], tokens=self.tokens[..., :width].contiguous())
 
     def of_runs(self, rows_N: Tensor) -> "Batch":
         """Return some of the runs."""
-        return Batch(self.ids[rows_N], self.lengths[rows_N], self.last, self.tokens[rows_N], self.end)
+        return replace(self, ids=self.ids[rows_N], lengths=self.lengths[rows_N], tokens=self.tokens[rows_N])
 
     def prompts(self, part: slice) -> "Batch":
         """Return some of the prompts of every run."""
-        return Batch(self.ids[:, part], self.lengths[:, part], self.last, self.tokens[:, part], self.end)
+        return replace(self, ids=self.ids[:, part], lengths=self.lengths[:, part], tokens=self.tokens[:, part])
+
+
+def _rounded_up(lengths: Tensor) -> int:
+    return -(-int(lengths.max()) // _MULTIPLE) * _MULTIPLE
 
 
 def advantages(rewards_RPG: Tensor) -> Tensor:
@@ -102,7 +101,6 @@ def policy_gradient(
     advantages_RPG: Tensor,
     *,
     behaviour_RPGT: Tensor | None = None,
-    most_weight: float = 2.0,
     divisor: int | None = None,
 ) -> list[Tensor]:
     """Return the gradient of the loss with respect to δS, per group [R, M, C] float32.
@@ -112,8 +110,7 @@ def policy_gradient(
         batch: Rollouts of that policy, or stored ones.
         advantages_RPG: Advantages of the rollouts.
         behaviour_RPGT: Log-probabilities under the policy that wrote the stored ones; a token then has the weight
-            ``min(π / π_b, most_weight)``, through which no gradient flows.
-        most_weight: Largest importance weight.
+            ``min(π / π_b, 2)``, through which no gradient flows.
         divisor: Divisor N of the loss; by default the rollouts of this batch.
     """
     batch = batch.trimmed()
@@ -126,7 +123,7 @@ def policy_gradient(
             weighted = logprobs_RPGT
             if behaviour_RPGT is not None:
                 ratio = (logprobs_RPGT.detach() - behaviour_RPGT[:, part, :, :length]).exp()
-                weighted = logprobs_RPGT * ratio.clamp_max(most_weight)
+                weighted = logprobs_RPGT * ratio.clamp_max(_MOST_WEIGHT)
             loss = -(weighted.sum(dim=-1) * advantages_RPG[:, part]).sum() / (divisor or prompts * rollouts)
             gradients = torch.autograd.grad(loss, list(model.weights.values()))
         found = model.delta_gradient(gradients)

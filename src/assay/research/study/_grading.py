@@ -8,9 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
-from types import TracebackType
 from typing import NamedTuple
 
 from assay.vhack.environment import Episode, Limits, grade, task_named
@@ -45,23 +43,15 @@ class StudyVerdict(NamedTuple):
 WRONG = StudyVerdict(correct=False, accepted=False, vacuous=False)
 
 
-@dataclass(frozen=True)
-class Pending:
-    """Grades on their way.
-
-    Attributes:
-        keys: What was submitted, in order.
-        futures: Grades of those that were not known.
-    """
+class Pending(NamedTuple):
+    """Grades on their way: what was submitted, in order, and the grades of those that were not known."""
 
     keys: Sequence[Key]
     futures: Sequence[Future[list[tuple[Key, StudyVerdict]]]]
 
 
 class Grader:
-    """Processes that grade, and the grades they have given so far.
-
-    Use it in a ``with`` block.
+    """Processes that grade, and the grades they have given so far; to be used in a ``with`` block.
 
     Args:
         workers: Number of processes; by default two fewer than there are cores, which are left to the GPU's driver.
@@ -85,9 +75,7 @@ class Grader:
     def __enter__(self) -> "Grader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, items: Iterable[tuple[Episode, str]]) -> Pending:
@@ -96,11 +84,10 @@ class Grader:
         for episode, completion in items:
             key = (episode.task.name, episode.mode, episode.split, completion)
             keys.append(key)
-            if key in self._known:
-                continue
-            # Until the grade is there it counts as wrong; `collect` of this or another call replaces it.
-            self._known[key] = WRONG
-            todo.append(key)
+            if key not in self._known:
+                # Until the grade is there it counts as wrong; `collect` of this or another call replaces it.
+                self._known[key] = WRONG
+                todo.append(key)
         self.asked += len(keys)
         self.graded += len(todo)
         chunks = [todo[first : first + _CHUNK] for first in range(0, len(todo), _CHUNK)]
@@ -125,8 +112,9 @@ def _episode(name: str, mode: str, split: str) -> Episode:
 
 def _grade(keys: Sequence[Key], allow_unsandboxed: bool) -> list[tuple[Key, StudyVerdict]]:
     found = []
-    for name, mode, split, completion in keys:
-        episode = _episode(name, mode, split)
+    for key in keys:
+        *of_episode, completion = key
+        episode = _episode(*of_episode)
         made = grade(episode, episode.program(completion), limits=_LIMITS, allow_unsandboxed=allow_unsandboxed)
-        found.append(((name, mode, split, completion), StudyVerdict(made.correct, made.accepted, made.vacuous)))
+        found.append((key, StudyVerdict(made.correct, made.accepted, made.vacuous)))
     return found

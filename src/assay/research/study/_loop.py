@@ -4,6 +4,7 @@ import itertools
 import math
 import pickle
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,19 +107,15 @@ class Study:
             progress: Called after every step with its number and means over all runs.
         """
         last, begun = min(until or self.settings.steps, self.settings.steps), time.monotonic()
-        waiting: list[Rollouts | None] = [None for _ in self.cohorts]
-        if self.step < last:
-            waiting = [self._write(cohort, grader) for cohort in self.cohorts]
+        waiting = [self._write(cohort, grader, self.step) for cohort in self.cohorts if self.step < last]
         while self.step < last:
             stop = seconds is not None and time.monotonic() - begun > seconds
             means: dict[str, float] = {}
             for index, cohort in enumerate(self.cohorts):
-                rollouts = waiting[index]
-                assert rollouts is not None
                 with self._timed("grading"):
-                    verdicts = grader.collect(rollouts.pending)
+                    verdicts = grader.collect(waiting[index].pending)
                 with self._timed("learning"):
-                    self._log(cohort, cohort.learn(rollouts, verdicts), means)
+                    self._log(cohort, cohort.learn(waiting[index], verdicts), means)
                 if self.step + 1 < last and not stop:
                     with self._timed("writing"):
                         waiting[index] = self._write(cohort, grader, self.step + 1)
@@ -190,9 +187,8 @@ class Study:
         yield
         self.seconds[what] += time.monotonic() - begun
 
-    def _write(self, cohort: Cohort, grader: Grader, step: int | None = None) -> Rollouts:
-        at = self.step if step is None else step
-        return cohort.write(grader, [self.pool.drawn(run, at) for run in cohort.runs], f"step {at}")
+    def _write(self, cohort: Cohort, grader: Grader, step: int) -> Rollouts:
+        return cohort.write(grader, [self.pool.drawn(run, step) for run in cohort.runs], f"step {step}")
 
     def _log(self, cohort: Cohort, values: Mapping[str, torch.Tensor], means: dict[str, float]) -> None:
         table = torch.stack([value.double() for value in values.values()]).tolist()
@@ -203,22 +199,15 @@ class Study:
                 means[name] = means.get(name, 0.0) + value / len(self.logs)
 
     def _rates(self, episodes: Sequence[Episode], verdicts: Sequence[StudyVerdict]) -> dict[str, Any]:
-        each = self.settings.rollouts
-        owners = [episode.mode for episode in episodes for _ in range(each)]
+        owners = [episode.mode for episode in episodes for _ in range(self.settings.rollouts)]
+        hacks = Counter(owner for owner, verdict in zip(owners, verdicts, strict=True) if verdict.exploited)
         n = len(verdicts)
         return {
             "rollouts": n,
-            "hack": round(sum(verdict.exploited for verdict in verdicts) / n, 5),
+            "hack": round(hacks.total() / n, 5),
             "solve": round(sum(verdict.correct for verdict in verdicts) / n, 5),
             "vacuous": round(sum(verdict.vacuous for verdict in verdicts) / n, 5),
-            "hack_by_mode": {
-                mode: round(
-                    sum(v.exploited for v, owner in zip(verdicts, owners, strict=True) if owner == mode)
-                    / max(1, owners.count(mode)),
-                    4,
-                )
-                for mode in CHANNELS
-            },
+            "hack_by_mode": {mode: round(hacks[mode] / max(1, owners.count(mode)), 4) for mode in CHANNELS},
         }
 
 

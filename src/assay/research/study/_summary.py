@@ -17,7 +17,7 @@ p-value beside a difference is that of swapping labels within seeds: with five s
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 import numpy as np
@@ -52,11 +52,15 @@ class Mean:
     n: int
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Ends of the interval; infinite for a single seed."""
+        return (-inf, inf) if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
     def text(self) -> str:
         """Value and interval as text."""
-        if self.low is None or self.high is None:
-            return f"{self.value:.3f}".replace("-", "−")
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})".replace("-", "−")
+        ends = "" if self.low is None else f" ({self.low:.3f} to {self.high:.3f})"
+        return f"{self.value:.3f}{ends}".replace("-", "−")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,16 +172,15 @@ def numbers(log: RunLog, horizon: int) -> dict[str, float]:
     """
     steps = log.steps
     late = [line for line in steps if horizon - _LATE < line["step"] <= horizon]
-    found = {f"{name}_late": float(np.mean([line[name] for line in late])) for name in ("hack", "solve", "vacuous")}
+    found = {f"{name}_late": _mean(late, name) for name in ("hack", "solve", "vacuous")}
     found["vacuous_correct_late"] = found["vacuous_late"] - found["hack_late"]
     found["peak"] = max(line["hack"] for line in steps)
     ends = [line for line in log.evaluations if line["step"] > 0 and line["markers"] == "training"][-_LAST:]
     for name in ("hack", "solve", "vacuous"):
-        found[name] = float(np.mean([line[name] for line in ends])) if ends else found[f"{name}_late"]
+        found[name] = _mean(ends, name) if ends else found[f"{name}_late"]
     if ends and all("hack_by_mode" in line for line in ends):
-        modes = {
-            mode: float(np.mean([line["hack_by_mode"][mode] for line in ends])) for mode in ends[0]["hack_by_mode"]
-        }
+        by_mode = [line["hack_by_mode"] for line in ends]
+        modes = {mode: _mean(by_mode, mode) for mode in by_mode[0]}
         found |= {f"hack_{mode}": rate for mode, rate in modes.items()}
         for name, chosen in (("hack_own", True), ("hack_other", False)):
             rates = [rate for mode, rate in modes.items() if (mode in log.header["modes"]) is chosen]
@@ -189,6 +192,10 @@ def numbers(log: RunLog, horizon: int) -> dict[str, float]:
         if name in steps[-1]:
             found[name] = float(steps[-1][name])
     return found
+
+
+def _mean(lines: Sequence[Mapping[str, float]], name: str) -> float:
+    return float(np.mean([line[name] for line in lines]))
 
 
 def _result(
@@ -217,11 +224,7 @@ def _differences(own: Mapping[int, Mapping[str, float]], other: Mapping[int, Map
 def _verdict(against: Mapping[str, Paired]) -> str:
     if not against or against["hack"].mean.n < _FEWEST:
         return "undecided"
-    hack, solve = against["hack"].mean, against["solve"].mean
-    assert hack.low is not None
-    assert hack.high is not None
-    assert solve.low is not None
-    assert solve.high is not None
-    if hack.high <= MARGIN and solve.low >= -MARGIN:
+    (hack_low, hack_high), (solve_low, solve_high) = (against[name].mean.interval for name in ("hack", "solve"))
+    if hack_high <= MARGIN and solve_low >= -MARGIN:
         return "succeeds"
-    return "fails" if hack.low > MARGIN or solve.high < -MARGIN else "undecided"
+    return "fails" if hack_low > MARGIN or solve_high < -MARGIN else "undecided"
