@@ -34,7 +34,12 @@ def energy_along(rows_NR: Tensor, axes_KR: Tensor) -> Tensor:
 
 
 def find_axes(
-    difference_NR: Tensor, gram_NN: Tensor, *, top_k: int, method: str, clean: tuple[Tensor, Tensor] | None = None
+    difference_NR: Tensor,
+    gram_NN: Tensor,
+    *,
+    top_k: int,
+    method: str,
+    clean: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the axes of one module by one of three methods, with their singular values and votes.
 
@@ -96,7 +101,8 @@ def _mean_axis(rows_NR: Tensor) -> tuple[Tensor, Tensor]:
 def _discriminants(rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     n, r = clean_NR.shape
     centred_NR = clean_NR - clean_NR.mean(dim=0)
-    gram_NN = clean_gram_NN - clean_gram_NN.mean(dim=0) - clean_gram_NN.mean(dim=1, keepdim=True) + clean_gram_NN.mean()
+    gram_NN = clean_gram_NN - clean_gram_NN.mean(dim=0) - clean_gram_NN.mean(dim=1, keepdim=True)
+    gram_NN = gram_NN + clean_gram_NN.mean()
     mean_variance = float(gram_NN.trace()) / (n * r)
     if mean_variance <= 0:  # the clean gradients do not vary, so there is nothing to whiten with
         return _singular_rows(rows_NR, gram(rows_NR), top_k)

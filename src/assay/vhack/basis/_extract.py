@@ -86,10 +86,8 @@ def _named(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> dict[st
     found: dict[str, str] = {}
     for index, pair in enumerate(pairs):
         name = f"pair {index} (group {pair.group!r})" if names is None else names[index]
-        if pair.key in found:
-            raise DataError(
-                f"{name} is the same as {found[pair.key]}", wanted="each pair once", do="remove one of them"
-            )
+        if other := found.get(pair.key):
+            raise DataError(f"{name} is the same as {other}", wanted="each pair once", do="remove one of them")
         found[pair.key] = name
     return found
 

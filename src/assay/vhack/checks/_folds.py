@@ -99,8 +99,8 @@ class Design:
     @cached_property
     def held_out(self) -> tuple[FloatArray, FloatArray]:
         """Scores of both sides of every scored pair, [1 + B, N'] each: as labelled, then with swapped labels."""
-        signs_BN = swaps(self.groups, self.settings.n_flips, np.random.default_rng([self.settings.seed, 1]))
-        hack_BN, clean_BN = self.scores(signs_BN)
+        generator = np.random.default_rng([self.settings.seed, 1])
+        hack_BN, clean_BN = self.scores(swaps(self.groups, self.settings.n_flips, generator))
         return hack_BN.numpy(), clean_BN.numpy()
 
     def scores(self, signs_BN: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +211,8 @@ def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings)
         f"a basis of {len(basis.origin.pairs)} pairs in {len(set(basis.origin.groups))} groups, scored on "
         f"{len(test)} pairs of other groups"
     )
-    return Design(settings, geometry, (Fold(geometry.given(used.axes), train, test),), text, train)
+    fold = Fold(geometry.given(used.axes), train, test)
+    return Design(settings, geometry, (fold,), text, train)
 
 
 def _refuse_seen(gradients: PairGradients, basis: Basis, test: Tensor) -> None:

@@ -25,8 +25,8 @@ def page(report: CheckReport, *, command: str = "assay vhack check") -> Report:
         report: Checks to show.
         command: Command that made them, for the footer.
     """
-    source = report.origin
-    subtitle = f"{source.get('model') or 'Gradients at hand'}: {source.get('pairs')} pairs. {_sentence(report.design)}"
+    model = report.origin.get("model") or "Gradients at hand"
+    subtitle = f"{model}: {report.origin.get('pairs')} pairs. {_sentence(report.design)}"
     made = Report("Are these hack directions real?", subtitle, command=command)
     _verdicts(made, report)
     _distributions(made, report)
@@ -126,7 +126,8 @@ def _random_bases(made: Report, report: CheckReport) -> None:
     ax.grid(axis="y", visible=False)
     legend(ax, loc="lower left", bbox_to_anchor=(0, 1.0))
     made.figure(fig, "Every dot is a basis of the same size that was made without hack labels.")
-    made.definitions({f"z against {name}": f"{value:.1f}" for name, value in check.details.get("z_scores", {}).items()})
+    scores = check.details.get("z_scores", {})
+    made.definitions({f"z against {name}": f"{value:.1f}" for name, value in scores.items()})
 
 
 def _where(made: Report, report: CheckReport) -> None:

@@ -38,7 +38,7 @@ def check_pools(design: Design) -> Check:
         statistic="AUROC of mean cin over modules",
         rule=swap_rule(settings, "the AUROC", 0.5),
         measured=measure(auroc, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, settings),
-        nulls={SWAPPED: [auroc(hack_N, clean_N) for hack_N, clean_N in zip(hack_BN[1:], clean_BN[1:], strict=True)]},
+        nulls={SWAPPED: list(map(auroc, hack_BN[1:], clean_BN[1:]))},
         above=0.5,
         settings=settings,
         smallest_p=design.smallest_p,
@@ -80,7 +80,7 @@ def check_heldout(design: Design) -> Check:
         statistic="share of pairs whose hack side has the larger cin",
         rule=swap_rule(settings, "the share", 0.5),
         measured=measure(paired_accuracy, (hack_N, clean_N), [groups] * 2, settings),
-        nulls={SWAPPED: [paired_accuracy(one, other) for one, other in zip(hack_BN[1:], clean_BN[1:], strict=True)]},
+        nulls={SWAPPED: list(map(paired_accuracy, hack_BN[1:], clean_BN[1:]))},
         above=0.5,
         settings=settings,
         smallest_p=design.smallest_p,
@@ -99,12 +99,13 @@ def check_random_null(design: Design, measured: Interval) -> Check:
     """Return check 3 of the AUROC that check 1 measured."""
     settings = design.settings
     generator = torch.Generator().manual_seed(settings.seed)
-    swapped = list(zip(*(side_BN[1:] for side_BN in design.held_out), strict=True))[: settings.n_null]
+    hack_BN, clean_BN = design.held_out
+    swapped = slice(1, 1 + settings.n_null)
     nulls = {
         "Haar": _aurocs(design, _haar(design, generator)),
         "covariance-matched": _aurocs(design, _matched(design, generator)),
         "clean-clean": _aurocs(design, _clean_clean(design)),
-        SWAPPED: [auroc(hack_N, clean_N) for hack_N, clean_N in swapped],
+        SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
     }
     return judge(
         name="random_null",
@@ -131,8 +132,7 @@ def check_random_null(design: Design, measured: Interval) -> Check:
 
 def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
     tested, n = design.tested, design.geometry.n
-    hack_BN, clean_BN = scores_BS[:, tested].numpy(), scores_BS[:, tested + n].numpy()
-    return [auroc(hack_N, clean_N) for hack_N, clean_N in zip(hack_BN, clean_BN, strict=True)]
+    return list(map(auroc, scores_BS[:, tested].numpy(), scores_BS[:, tested + n].numpy()))
 
 
 def _haar(design: Design, generator: torch.Generator) -> Tensor:
@@ -142,9 +142,10 @@ def _haar(design: Design, generator: torch.Generator) -> Tensor:
     for module, name in enumerate(geometry.names):
         samples_SR = geometry.samples(name)
         r = samples_SR.shape[1]
+        k = min(design.settings.axes, r)
         for draws in torch.split(torch.arange(count), _DRAWS):
-            gaussian_BRK = torch.randn(len(draws), r, min(design.settings.axes, r), generator=generator)
-            along_BSK = samples_SR.float() @ torch.linalg.qr(gaussian_BRK)[0]
+            frames_BRK = torch.linalg.qr(torch.randn(len(draws), r, k, generator=generator))[0]
+            along_BSK = samples_SR.float() @ frames_BRK
             ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
             total_BS[draws] += ahead_BS / geometry.lengths_MS[module]
     return total_BS / len(geometry.names)
@@ -187,7 +188,8 @@ def _clean_clean(design: Design) -> Tensor:
         samples = torch.cat([fold.test, fold.test + geometry.n])
         for draw in range(settings.n_null):
             frame = geometry.fit(*geometry.clean_differences(rows, generator), settings)
-            scores_BS[draw, samples] = shares(frame.along[:, :, samples], geometry.lengths_MS[:, samples]).mean(dim=0)
+            along_MKS = frame.along[:, :, samples]
+            scores_BS[draw, samples] = shares(along_MKS, geometry.lengths_MS[:, samples]).mean(dim=0)
     return scores_BS
 
 
@@ -224,6 +226,9 @@ def check_unpaired(
     relabelled = [_relabelled(is_hack_N, groups, generator) for _ in range(settings.n_flips)]
     swapped = [auroc(scores_N[labels_N], scores_N[~labels_N]) for labels_N in relabelled]
     measured = measure(auroc, (hack, clean), (hack_groups, clean_groups), settings)
+    # One over the number of relabellings: groups of both kinds swap, groups of one kind trade places.
+    with_hack, with_clean = set(hack_groups), set(clean_groups)
+    smallest_p = 0.5 ** len(with_hack & with_clean) / comb(len(with_hack ^ with_clean), len(with_hack - with_clean))
     return judge(
         name="pools",
         title="cin of hack against clean samples",
@@ -233,14 +238,9 @@ def check_unpaired(
         nulls={SWAPPED: swapped},
         above=0.5,
         settings=settings,
-        smallest_p=_smallest_p(set(hack_groups), set(clean_groups)),
+        smallest_p=smallest_p,
         details={"mean_cin_hack": float(hack.mean()), "mean_cin_clean": float(clean.mean())},
     )
-
-
-def _smallest_p(hack: set[str], clean: set[str]) -> float:
-    """Return one over the number of relabellings: groups of both kinds swap, groups of one kind trade places."""
-    return 0.5 ** len(hack & clean) / comb(len(hack ^ clean), len(hack - clean))
 
 
 def _relabelled(is_hack_N: BoolArray, groups: Sequence[str], generator: np.random.Generator) -> BoolArray:

@@ -210,8 +210,10 @@ def _modules(design: Design, stability: Stability) -> tuple[ModuleResult, ...]:
 
 
 def _cin_per_module(design: Design, offset: int) -> FloatArray:
-    lengths_MS = design.geometry.lengths_MS
-    parts = [shares(f.along[:, :, f.test + offset], lengths_MS[:, f.test + offset]) for f in design.folds]
+    parts = []
+    for fold in design.folds:
+        samples = fold.test + offset
+        parts.append(shares(fold.along[:, :, samples], design.geometry.lengths_MS[:, samples]))
     return torch.cat(parts, dim=1).numpy()
 
 

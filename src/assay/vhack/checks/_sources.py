@@ -86,11 +86,13 @@ def check_sources(design: Design) -> Check:
     hack, clean = {}, {}
     for fold in design.folds:
         for group in dict.fromkeys(design.groups[index] for index in fold.test.tolist()):
-            pairs = torch.tensor([index for index in fold.test.tolist() if design.groups[index] == group])
+            inside = [design.groups[index] == group for index in fold.test.tolist()]
+            pairs = fold.test[torch.tensor(inside)]
             weights_S2 = torch.zeros(2 * geometry.n, 2, dtype=torch.float64)
             weights_S2[pairs, 0] = 1.0
             weights_S2[pairs + geometry.n, 1] = 1.0
-            first_B, second_B = fold.cin(*geometry.batch(fold.along, weights_S2), signs_BN).unbind(dim=1)
+            along_MK2, lengths_M2 = geometry.batch(fold.along, weights_S2)
+            first_B, second_B = fold.cin(along_MK2, lengths_M2, signs_BN).unbind(dim=1)
             swapped_B = signs_BN[:, pairs[0]] < 0
             hack[group] = torch.where(swapped_B, second_B, first_B).numpy()
             clean[group] = torch.where(swapped_B, first_B, second_B).numpy()
