@@ -1,7 +1,6 @@
 """The application, alone or inside another one: the published routes, and those that operators expect."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -201,7 +200,7 @@ class _Calls:
 
     async def snapshot(self) -> Response:
         """Return the latest snapshot, the same object as an event."""
-        return Response(self._feed.latest(), media_type="application/json")
+        return Response(self._feed.latest, media_type="application/json")
 
     async def events(self, request: Request) -> Response:
         """Stream a snapshot per second as server-sent events."""
@@ -256,7 +255,7 @@ def operations_router(controller: Controller, keys: Keys, feed: Feed) -> APIRout
     @router.get("/metrics", responses=_problems(), openapi_extra=READ)
     async def metrics() -> Response:
         """Return the Prometheus metrics."""
-        controller.metrics.show(json.loads(feed.latest()))
+        controller.metrics.show(feed.values)
         return Response(controller.metrics.text(), media_type=CONTENT_TYPE)
 
     return router

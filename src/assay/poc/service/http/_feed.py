@@ -7,7 +7,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any
 
 import structlog
 from starlette.types import ASGIApp, Receive, Send
@@ -20,7 +19,7 @@ from assay.poc.service._refusals import Refusal
 from assay.poc.service.http._route import SAFE_HEADERS, Keys, Scope
 from assay.poc.service.runtime import Controller
 from assay.poc.service.store import StoredRound
-from assay.reports import dumps
+from assay.reports import JsonObject, dumps
 
 log = structlog.get_logger("assay.feed")
 
@@ -38,7 +37,9 @@ class Feed:
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
-        self._latest = b""
+        self.values: JsonObject = {}
+        """The latest snapshot; :attr:`latest` holds it as JSON."""
+        self.latest = b""
         self._changed = asyncio.Condition()
         self._streams: Counter[object] = Counter()
         self._status = b""
@@ -62,14 +63,10 @@ class Feed:
 
     async def refresh(self) -> None:
         """Make a snapshot now."""
-        values = await self._controller.call(snapshot, self._controller)
+        self.values = await self._controller.call(snapshot, self._controller)
         async with self._changed:
-            self._latest = dumps(values).encode()
+            self.latest = dumps(self.values).encode()
             self._changed.notify_all()
-
-    def latest(self) -> bytes:
-        """Return the latest snapshot as JSON."""
-        return self._latest
 
     def status(self) -> bytes:
         """Return the body of ``/status``, encoded once for many readers."""
@@ -100,7 +97,7 @@ class Feed:
         try:
             yield b"retry: 2000\n\n"
             while not self._controller.closing.is_set():
-                yield b"event: snapshot\ndata: " + self._latest + b"\n\n"
+                yield b"event: snapshot\ndata: " + self.latest + b"\n\n"
                 async with self._changed:
                     await self._changed.wait()
         finally:
@@ -114,7 +111,7 @@ class Feed:
         self._controller.jobs.prune()
 
 
-def snapshot(controller: Controller) -> dict[str, Any]:
+def snapshot(controller: Controller) -> JsonObject:
     """Collect a snapshot. Reads the database, so it runs in a thread, once a second for all readers together."""
     progress, deployment = controller.progress, controller.deployment
     return {
@@ -142,13 +139,16 @@ def snapshot(controller: Controller) -> dict[str, Any]:
     }
 
 
-def status(controller: Controller) -> dict[str, Any]:
-    """Return state and counts, with the latest valid nonces, in the fields of both published forms."""
+def status(controller: Controller, found: list[tuple[int, float]] | None = None) -> JsonObject:
+    """Return state and counts in the fields of both published forms, with the valid nonces ``found``, or the latest."""
     progress, state = controller.progress, str(controller.state)
-    recent = progress.latest() if progress else []
+    if found is None:
+        found = progress.latest() if progress else []
+    has_distances = progress is not None and not progress.publishes_vectors
     return {
         "state": state,
-        **_valid(controller, recent),
+        "valid_nonces": [nonce for nonce, _ in found],
+        "valid_distances": [distance for _, distance in found] if has_distances else [],
         "total_checked": progress.checked if progress else 0,
         "total_valid": progress.valid if progress else 0,
         "elapsed_seconds": progress.seconds if progress else 0.0,
@@ -163,22 +163,14 @@ def status(controller: Controller) -> dict[str, Any]:
     }
 
 
-def status_after(controller: Controller, after: int, limit: int) -> dict[str, Any]:
+def status_after(controller: Controller, after: int, limit: int) -> JsonObject:
     """Return :func:`status` with the first ``limit`` valid nonces above ``after``, from the database."""
     progress = controller.progress
     found = controller.rounds.recent_valid(progress.stored.id, after=after, limit=limit) if progress else []
-    return status(controller) | _valid(controller, found)
+    return status(controller, found)
 
 
-def _valid(controller: Controller, found: list[tuple[int, float]]) -> dict[str, Any]:
-    vectors = controller.progress is not None and controller.progress.publishes_vectors
-    return {
-        "valid_nonces": [nonce for nonce, _ in found],
-        "valid_distances": [] if vectors else [distance for _, distance in found],
-    }
-
-
-def _config(stored: StoredRound) -> dict[str, Any]:
+def _config(stored: StoredRound) -> JsonObject:
     names = ("block_hash", "block_height", "public_key", "node_id", "node_count", "group_id", "n_groups", "seq_len")
     return {name: getattr(stored, name) for name in names} | {"k_dim": get_pipeline(stored.preset).vector_size}
 
