@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 import structlog
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette._utils import get_route_path  # the function by which starlette's router finds a route
 from starlette.exceptions import HTTPException
@@ -109,15 +108,15 @@ class LocalOnly:
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
-        guarded = scope["type"] == "http" and get_route_path(scope).startswith(self._prefix)
-        if guarded and not _is_local(dict(scope["headers"])):
+        covered = scope["type"] == "http" and get_route_path(scope).startswith(self._prefix)
+        if covered and not _is_local(dict(scope["headers"])):
             refusal = Refusal(
                 403,
                 "a request for another host, or from another site's page",
                 wanted="Host: 127.0.0.1 and no other origin",
                 do="open the service under 127.0.0.1, or start it with an API key",
             )
-            await JSONResponse(refusal.body, status_code=403, headers=SAFE_HEADERS)(scope, receive, send)
+            await _answer(refusal)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
