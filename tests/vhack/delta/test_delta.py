@@ -333,7 +333,7 @@ def test_a_file_for_other_weights_or_factors_or_damaged_is_refused(module, small
         DeltaS(other, weight_svd(other)).load(path)
     svd = weight_svd(turned)
     name = "model.layers.0.mlp.up_proj"
-    svd._factors[name].left.copy_(svd[name].left.flip(1))
+    svd[name].left.copy_(svd[name].left.flip(1))
     with pytest.raises(DataError, match="something else here"):
         DeltaS(turned, svd).load(path)
     tensors = load_file(path)
@@ -406,7 +406,7 @@ def test_what_does_not_fit_is_refused(module, small_svd):
         DeltaS(module)
     adapter.detach()
     svd = weight_svd(module)
-    del svd._factors["model.layers.0.mlp.up_proj"]
+    del svd["model.layers.0.mlp.up_proj"]
     with pytest.raises(UsageError, match="no factors"):
         DeltaS(module, svd)
 

@@ -130,7 +130,6 @@ def test_a_pool_round_trip(tmp_path, tasks, model):
     RolloutPool(stored).save(tmp_path / "pool.jsonl")
     found = RolloutPool.load(tmp_path / "pool.jsonl", model.tokenizer, max_new_tokens=64)
     assert list(found) == stored
-    assert len(found) == 4
     assert found.prompts == {one.prompt for one in tasks}
 
 
@@ -170,7 +169,7 @@ def test_pools_that_cannot_be_used_name_the_line(tmp_path, model, seen):
 def test_a_sampled_pool_has_the_log_probabilities_it_was_sampled_with(model, temperature):
     prompts = ["def solve(x):\n", "f"]
     pool = sample_pool(model, prompts, per_prompt=2, temperature=temperature, max_new_tokens=12, seed=3, batch=3)
-    assert len(pool) == 4
+    assert [one.prompt for one in pool] == [prompt for prompt in prompts for _ in range(2)]
     for one in pool:
         ids = torch.tensor([[*model.tokenizer(one.prompt)["input_ids"], *one.tokens]])
         with torch.no_grad():

@@ -126,22 +126,6 @@ class Arm:
         """Return what a rollout is paid; takes tensors or numbers of 0 and 1."""
         return correct + self.exploit_pays * exploited
 
-    def along(self, kind: str) -> "Arm":
-        """Return this arm along other axes, its name ending in ``:KIND``; ``"true"`` is the arm itself.
-
-        Raises:
-            UsageError: There is no such kind, or the arm does not act along axes that could be others.
-        """
-        if kind == self.basis == "true":
-            return self
-        if kind not in BASIS_KINDS or not self.acts or self.basis != "true":
-            raise UsageError(
-                f"arm {self.name} along {kind} axes",
-                wanted=f"one of {', '.join(BASIS_KINDS)}, for an arm that acts along hack directions",
-                do="choose another arm, or leave the axes out",
-            )
-        return replace(self, name=f"{self.name}:{kind}", basis=kind)
-
 
 ARMS: dict[str, Arm] = {
     arm.name: arm
@@ -190,7 +174,15 @@ def arm_named(name: str) -> Arm:
     if bounded:
         box = Box(hackward=0.0, away=_distance(name, away))
         arm = replace(arm, box=box, says=f"{arm.says}; at most {box.away:g} away from the hack")
-    return arm.along(kind) if colon else arm
+    if not colon or kind == arm.basis == "true":
+        return arm
+    if kind not in BASIS_KINDS or not arm.acts or arm.basis != "true":
+        raise UsageError(
+            f"arm {whole} along {kind} axes",
+            wanted=f"one of {', '.join(BASIS_KINDS)}, for an arm that acts along hack directions",
+            do="choose another arm, or leave the axes out",
+        )
+    return replace(arm, name=name, basis=kind)
 
 
 def _distance(name: str, text: str) -> float:

@@ -100,10 +100,6 @@ class DeltaS(nn.Module):
         self._attach(module)
         self._look()
 
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run the forward pass of the adapted model."""
-        return self.model(*arguments, **keywords)
-
     @property
     def model(self) -> "PreTrainedModel":
         """The adapted model itself."""

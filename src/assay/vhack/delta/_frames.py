@@ -107,22 +107,14 @@ def _orthonormal(axes_MKR: Tensor, names: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Measures:
-    """The numbers of one step by name, each a tensor without dimensions or with one, the same for all.
-
-    They stay on the device until `as_dict` or `as_rows` asks for them: one wait for it per step, or none.
-    """
+    """The numbers of one step by name, each a tensor without dimensions, which stays on its device until `as_dict`."""
 
     tensors: dict[str, Tensor]
 
     def as_dict(self) -> dict[str, float]:
-        """Return the numbers of tensors without dimensions."""
+        """Return the numbers, copied from the device at once: one wait for it per step, or none."""
         values = torch.stack(list(self.tensors.values())).tolist() if self.tensors else []
         return dict(zip(self.tensors, values, strict=True))
-
-    def as_rows(self) -> list[dict[str, float]]:
-        """Return the numbers of tensors with one dimension, a dictionary for each place."""
-        values = torch.stack(list(self.tensors.values()), dim=1).tolist() if self.tensors else []
-        return [dict(zip(self.tensors, row, strict=True)) for row in values]
 
 
 def share(

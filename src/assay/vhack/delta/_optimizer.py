@@ -180,7 +180,9 @@ class ProjectedOptimizer(Optimizer):
         raw = self._cloned_gradients()
         for index, gradient_MR in self._gradients().items():
             gradient_MR.copy_(gated_gradient(self.arm, gradient_MR, self._axes(index)))
-        self._clip()
+        if self.max_norm is not None:
+            every = [parameter for group in self.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(every, self.max_norm)
         kept = self._cloned_gradients()  # some optimizers write into the gradient
         before = [local(parameter).clone() for parameter in self.adapter.delta]
         self.inner.step()
@@ -199,11 +201,6 @@ class ProjectedOptimizer(Optimizer):
 
     def _cloned_gradients(self) -> dict[int, Tensor]:
         return {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
-
-    def _clip(self) -> None:
-        if self.max_norm is not None:
-            every = [parameter for group in self.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(every, self.max_norm)
 
     def _rate(self, parameter: Tensor) -> float:
         """Return the present learning rate of a parameter."""

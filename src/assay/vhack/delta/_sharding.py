@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from assay.errors import ModelError
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -40,10 +41,10 @@ def local_rows(tensor: Tensor) -> slice:
     Raises:
         ModelError: The tensor is sharded along another dimension, as under tensor parallelism, or more than once.
     """
-    dimension = _sharded_dimension(tensor)
-    if dimension is None or not is_sharded(tensor):
+    found = _row_sharding(tensor)
+    if found is None:
         return slice(0, len(tensor))
-    mesh = tensor.device_mesh
+    mesh, dimension = found
     return _rows_of_part(len(tensor), mesh.size(dimension), mesh.get_local_rank(dimension))
 
 
@@ -53,8 +54,8 @@ def processes(tensor: Tensor) -> dist.ProcessGroup | None:
     Raises:
         ModelError: The tensor is sharded along another dimension, as under tensor parallelism, or more than once.
     """
-    dimension = _sharded_dimension(tensor)
-    return tensor.device_mesh.get_group(dimension) if dimension is not None and is_sharded(tensor) else None
+    found = _row_sharding(tensor)
+    return None if found is None else found[0].get_group(found[1])
 
 
 def reshard(model: nn.Module) -> None:
@@ -66,8 +67,8 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
-def _sharded_dimension(tensor: Tensor) -> int | None:
-    """Return the dimension of the mesh that the rows of a tensor are spread along, if they are."""
+def _row_sharding(tensor: Tensor) -> "tuple[DeviceMesh, int] | None":
+    """Return the mesh of processes, and its dimension that the rows of a tensor are spread along, if they are."""
     if not is_sharded(tensor):
         return None
     sharded = [index for index, placement in enumerate(tensor.placements) if placement.is_shard()]
@@ -77,7 +78,7 @@ def _sharded_dimension(tensor: Tensor) -> int | None:
             wanted="rows spread over the processes, as fully_shard does it",
             do="leave tensor parallelism out",
         )
-    return sharded[0] if sharded else None
+    return (tensor.device_mesh, sharded[0]) if sharded else None
 
 
 def _rows_of_part(length: int, parts: int, index: int) -> slice:

@@ -10,12 +10,11 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 from assay.errors import ModelError
 from assay.reports import JsonObject
-from assay.vhack.delta import Frames, Measures, Rollouts, share
+from assay.vhack.delta import Frames, Rollouts, share
 from assay.vhack.training._log import TrainLog
 from assay.vhack.training._rewards import SOURCES, Outcomes
 
@@ -60,7 +59,7 @@ class StepLog(TrainerCallback):
         self._watching.close()
         rollouts, self.trainer.watching = self.trainer.watching, None
         frames = self.trainer.projected.watched or self.trainer.projected.frames
-        self._sources = source_shares(rollouts, frames, self._summed) if rollouts is not None and frames else {}
+        self._sources = source_shares(rollouts, frames) if rollouts is not None and frames else {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the step down; `state.global_step` is already that of the next one."""
@@ -68,16 +67,15 @@ class StepLog(TrainerCallback):
         values, sources = self._record()
         _check_finite(step, values)
         overlap = self.refresh(state.global_step)
-        if state.is_world_process_zero:
-            self.log.write("step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4))
-            for name, found in sources.items():
-                self.log.write("source", step=step, source=name, **found)
-            if overlap is not None:
-                self.log.write("refresh", step=step, overlap=overlap)
+        self.log.write("step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4))
+        for name, found in sources.items():
+            self.log.write("source", step=step, source=name, **found)
+        if overlap is not None:
+            self.log.write("refresh", step=step, overlap=overlap)
         # TRL's own log call passes these on to the trackers that it was given.
         for name, value in values.items():
             self.trainer._metrics["train"][f"vhack/{name}"].append(value)
-        if self.console is not None and state.is_world_process_zero:
+        if self.console is not None:
             self.console(_line(step + 1, state.max_steps, values))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -86,17 +84,13 @@ class StepLog(TrainerCallback):
 
     def _record(self) -> tuple[JsonObject, dict[str, JsonObject]]:
         trainer = self.trainer
-        losses = torch.stack([loss for _, loss, _ in trainer.seen]).sum()
-        flags = torch.cat([outcomes.flags for outcomes, _, _ in trainer.seen]).to(losses.device)
-        weights = self._summed(torch.stack([weights.to(losses.device) for _, _, weights in trainer.seen]).sum(dim=0))
-        outcomes = Outcomes(trainer.accelerator.gather(flags).cpu())
-        rates = outcomes.rates()
+        outcomes = Outcomes(torch.cat([outcomes.flags for outcomes, _, _ in trainer.seen]).cpu())
         rewards = trainer.reward.arm.reward(
             outcomes.column("correct").double().mean(), outcomes.column("exploited").double().mean()
         )
-        mean_loss = trainer.accelerator.reduce(losses, reduction="mean")
-        values: JsonObject = {**rates, "reward": float(rewards), "loss": float(mean_loss)}
-        total, outside, count = weights.tolist()
+        loss = torch.stack([loss for _, loss, _ in trainer.seen]).sum()
+        values: JsonObject = {**outcomes.rates(), "reward": float(rewards), "loss": float(loss)}
+        total, outside, count = torch.stack([weights for _, _, weights in trainer.seen]).sum(dim=0).tolist()
         if count:
             values |= {"ratio_teacher": total / count, "clipped_teacher": outside / count}
         sources = {}
@@ -109,21 +103,13 @@ class StepLog(TrainerCallback):
         values |= {_SHORT[name]: found["cin"] for name, found in sources.items() if name in _SHORT}
         return values, sources
 
-    def _summed(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all processes."""
-        found: Tensor = self.trainer.accelerator.reduce(tensor, reduction="sum")
-        return found
 
-
-def source_shares(
-    rollouts: Rollouts, frames: Frames, summed: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> dict[str, dict[str, float]]:
+def source_shares(rollouts: Rollouts, frames: Frames) -> dict[str, dict[str, float]]:
     """Return, per source, ``cin``, ``cin_two_sided`` and ``cin_energy`` of its summed gradient, and its ``length``.
 
     Args:
         rollouts: Gradients of the passes of this step, by the kinds of :meth:`Outcomes.kinds`.
         frames: Axes to measure along.
-        summed: Adds a tensor over processes.
     """
     kinds = list(Outcomes.nothing().kinds())
     chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])
@@ -131,11 +117,12 @@ def source_shares(
     for rows_MNR in rollouts.rows:
         modules, rows, rank = rows_MNR.shape
         kinds_MKR = rows_MNR.view(modules, rows // len(kinds), len(kinds), rank).sum(dim=1)
-        sums.append(summed(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR)))
+        sums.append(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR))
     shares = share("cin", zip(sums, frames.axes, frames.has_axes, strict=True), 1)
     length_G = torch.stack([sum_GMR.double().square().sum(dim=(1, 2)) for sum_GMR in sums]).sum(dim=0).sqrt()
-    found = Measures({**shares, "length": length_G}).as_rows()
-    return dict(zip(SOURCES, found, strict=True))
+    found = {**shares, "length": length_G}
+    rows = torch.stack(list(found.values()), dim=1).tolist()
+    return {source: dict(zip(found, row, strict=True)) for source, row in zip(SOURCES, rows, strict=True)}
 
 
 def _check_finite(step: int, values: Mapping[str, Any]) -> None:

@@ -121,12 +121,11 @@ class GRPO(GRPOTrainer):
         }
 
     def _taught(self, prompts: Sequence[str]) -> list[PoolRollout | None]:
-        """Return what the pool gives for each place; a group is alike in every process that has a part of it."""
+        """Return what the pool gives for each place."""
         assert self.pool is not None
-        first = self.accelerator.process_index * len(prompts)
         found: list[PoolRollout | None] = []
         for index, prompt in enumerate(prompts):
-            place = (first + index) % self.num_generations
+            place = index % self.num_generations
             chosen = self.pool.choose(prompt, self.teachers, f"{self.args.seed} {self.state.global_step}")
             found.append(chosen[place] if self.adapter.model.training and place < len(chosen) else None)
         return found
@@ -139,7 +138,7 @@ class GRPO(GRPOTrainer):
             return rewards
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         rows = list(zip(prompt_ids, completion_ids_list, strict=True))
-        z_B = self.accelerator.gather(self.shortcut.z(self.adapter.model, rows))
+        z_B = self.shortcut.z(self.adapter.model, rows)
         return modified(rewards, z_B[:, None].to(rewards.device), self.reward.arm.advantage)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -182,12 +181,11 @@ class GRPO(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            for basis, name in zip(self.axes, (_AXES, _WATCHED), strict=True):
-                if basis is not None:
-                    basis.save(folder / name)
-            # Written last: a checkpoint without it was interrupted.
-            write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}) + "\n")
+        for basis, name in zip(self.axes, (_AXES, _WATCHED), strict=True):
+            if basis is not None:
+                basis.save(folder / name)
+        # Written last: a checkpoint without it was interrupted.
+        write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}) + "\n")
 
     def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
         """Do nothing: a checkpoint holds only δS, so it gets no model card."""
@@ -206,10 +204,10 @@ class GRPO(GRPOTrainer):
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
     """Return the latest whole checkpoint in a directory and its number of steps; None and 0 without one."""
-    found = [
-        (int(path.name.rpartition("-")[2]), path)
-        for path in folder.glob("checkpoint-*")
-        if (path / COMPLETE).exists() and path.name.rpartition("-")[2].isdecimal()
-    ]
-    step, path = max(found, default=(0, None), key=lambda item: item[0])
-    return path, step
+    found: dict[int, Path] = {}
+    for path in folder.glob(f"checkpoint-*/{COMPLETE}"):
+        step = path.parent.name.rpartition("-")[2]
+        if step.isdecimal():
+            found[int(step)] = path.parent
+    last = max(found, default=0)
+    return found.get(last), last

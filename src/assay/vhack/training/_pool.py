@@ -52,9 +52,6 @@ class RolloutPool:
     def __iter__(self) -> Iterator[PoolRollout]:
         return (rollout for rollouts in self._by_prompt.values() for rollout in rollouts)
 
-    def __len__(self) -> int:
-        return sum(map(len, self._by_prompt.values()))
-
     @property
     def prompts(self) -> frozenset[str]:
         """Prompts that have a completion."""

@@ -116,7 +116,7 @@ class TrainSettings(Settings):
     def chosen(self) -> Arm:
         """Arm with the gain on its gate."""
         arm = arm_named(self.arm)
-        return arm if self.gain == 1 else replace(arm, gate=replace(arm.gate, gain=self.gain))
+        return replace(arm, gate=replace(arm.gate, gain=self.gain))
 
     @property
     def teachers(self) -> int:
@@ -130,7 +130,7 @@ class TrainSettings(Settings):
 
     def as_dict(self) -> JsonObject:
         """Return the settings for the log."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in self.model_dump().items()}
+        return self.model_dump(mode="json")
 
     def continuing(self, earlier: JsonObject) -> Self:
         """Return the settings of a run that goes on: a former default that the run began with is kept.
