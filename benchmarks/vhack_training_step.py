@@ -30,8 +30,7 @@ from assay.vhack.delta import ARMS, DeltaS, Gate, Kinds, ProjectedOptimizer
 from assay.vhack.environment import episodes
 from assay.vhack.training import TrainLog, TrainSettings
 from assay.vhack.training._callback import StepLog, source_shares
-from assay.vhack.training._grpo import GRPO
-from assay.vhack.training._prepare import trl_arguments
+from assay.vhack.training._grpo import GRPO, trl_arguments
 from assay.vhack.training._rewards import FLAGS, EpisodeReward, Outcomes
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

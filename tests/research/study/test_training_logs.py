@@ -15,7 +15,7 @@ def written(folder, arm, seed, hack, **settings):
     """A run directory with a log, cut off in the middle of its last line."""
     chosen = TrainSettings(model="reference:organism", arm=arm, seed=seed, **settings)
     folder.mkdir(parents=True)
-    log = TrainLog(folder / "log.jsonl", {"settings": chosen.as_dict(), "commit": "abc"})
+    log = TrainLog(folder / "log.jsonl", {"settings": chosen.model_dump(mode="json"), "commit": "abc"})
     for step in range(STEPS):
         rate = hack * (step + 1) / STEPS
         log.write("step", step=step, hack=rate, solve=1 - rate, vacuous=rate, displacement=0.5)

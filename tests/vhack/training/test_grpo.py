@@ -10,8 +10,8 @@ from trl import GRPOTrainer
 from assay.vhack.delta import Frames, share
 from assay.vhack.training import TrainLog, read_steps
 from assay.vhack.training._callback import StepLog, source_shares
-from assay.vhack.training._prepare import Prepared
 from assay.vhack.training._rewards import SOURCES, Outcomes
+from assay.vhack.training._run import Prepared
 from tests.vhack.training.conftest import cheating
 
 STORED = "sampling_per_token_logps"

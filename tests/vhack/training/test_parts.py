@@ -69,9 +69,9 @@ def test_settings_know_in_what_they_differ():
     assert one.chosen.gate.gain == 1.5
     assert one.teachers == 0
     assert TrainSettings(model="m", teacher="pool", group=8).teachers == 2
-    assert not one.differences(json.loads(json.dumps(one.as_dict())))
+    assert not one.differences(json.loads(json.dumps(one.model_dump(mode="json"))))
     other = TrainSettings(model="m", gain=1.5, steps=200, save_every=1, lr=0.1, modes=("none",))
-    assert [line.split()[0] for line in other.differences(one.as_dict())] == ["lr", "modes"]
+    assert [line.split()[0] for line in other.differences(one.model_dump(mode="json"))] == ["lr", "modes"]
 
 
 def test_the_defaults_are_an_arm_that_the_study_found_to_succeed():
@@ -88,7 +88,8 @@ def test_the_defaults_are_an_arm_that_the_study_found_to_succeed():
 
 def test_a_run_of_the_first_version_keeps_the_defaults_that_it_began_with():
     """Those that are still left out; what is given now must be what the run began with."""
-    begun = {**TrainSettings(model="m").as_dict(), "arm": "erase-gradient", "pairs": "generated:96", "lr": 0.03}
+    plain = TrainSettings(model="m").model_dump(mode="json")
+    begun = {**plain, "arm": "erase-gradient", "pairs": "generated:96", "lr": 0.03}
     kept = TrainSettings(model="m", steps=150).continuing(begun)
     assert (kept.arm, kept.pairs, kept.lr, kept.steps) == ("erase-gradient", "generated:96", 0.03, 150)
     assert not kept.differences(begun)

@@ -9,8 +9,8 @@ from assay.models import load_model
 from assay.vhack.basis import _extract
 from assay.vhack.checks import read_source_log
 from assay.vhack.delta import ARMS, DEFAULT_ARM
-from assay.vhack.training import _prepare, read_steps, train
-from assay.vhack.training._prepare import Prepared
+from assay.vhack.training import _run, read_steps, train
+from assay.vhack.training._run import Prepared
 
 
 def lines(folder):
@@ -55,7 +55,7 @@ def test_going_on_from_a_checkpoint_is_the_same_run_bit_by_bit(run, tmp_path):
 def test_a_run_that_goes_on_reads_its_axes_instead_of_extracting_them(run, tmp_path, monkeypatch):
     common = {"arm": "erase-gradient", "save_every": 1}
     run("run", steps=1, **common)
-    for module in (_extract, _prepare):
+    for module in (_extract, _run):
         monkeypatch.setattr(module, "pair_gradients", lambda *_, **__: pytest.fail("gradients were computed again"))
     assert run("run", steps=2, **common).resumed_from == 1
 

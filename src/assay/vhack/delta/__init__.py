@@ -5,7 +5,10 @@ from assay.vhack.delta._arms import (
     ARMS,
     BASIS_KINDS,
     DEFAULT_ARM,
+    GATES,
     Arm,
+    Box,
+    Gate,
     apply_arm,
     arm_named,
     displaced,
@@ -14,7 +17,6 @@ from assay.vhack.delta._arms import (
 from assay.vhack.delta._controls import basis_of_kind
 from assay.vhack.delta._delta import DeltaS
 from assay.vhack.delta._frames import Frames, Measures, displacement, share, spread
-from assay.vhack.delta._gates import GATES, Box, Gate
 from assay.vhack.delta._groups import Group, grouped
 from assay.vhack.delta._optimizer import ProjectedOptimizer
 from assay.vhack.delta._product import Kinds

@@ -97,7 +97,21 @@ class DeltaS(nn.Module):
         self.__dict__["_model"] = module
         self._merged: list[Tensor] = []
         self._merged_at = self._versions()
-        self._attach(module)
+        others = [parameter for name, parameter in module.named_parameters() if _LORA not in name]
+        required = [(parameter, parameter.requires_grad) for parameter in others]
+        self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
+        for parameter in others:
+            parameter.requires_grad_(False)
+        module.add_module(_NAME, self)
+        self._undo.callback(delattr, module, _NAME)
+        self._hook()
+        self._undo.callback(self._unhook)
+        generate: Any = getattr(module, "generate", None)
+        if self.mode == "merged" and generate is not None:
+            if "generate" in vars(module):
+                self._undo.callback(setattr, module, "generate", generate)
+            self._undo.callback(vars(module).pop, "generate")
+            vars(module)["generate"] = self._plainly(generate)
         self._look()
 
     @property
@@ -217,23 +231,6 @@ class DeltaS(nn.Module):
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(parameter), parameter._version) for parameter in self.delta)
-
-    def _attach(self, module: "PreTrainedModel") -> None:
-        others = [parameter for name, parameter in module.named_parameters() if _LORA not in name]
-        required = [(parameter, parameter.requires_grad) for parameter in others]
-        self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
-        for parameter in others:
-            parameter.requires_grad_(False)
-        module.add_module(_NAME, self)
-        self._undo.callback(delattr, module, _NAME)
-        self._hook()
-        self._undo.callback(self._unhook)
-        generate: Any = getattr(module, "generate", None)
-        if self.mode == "merged" and generate is not None:
-            if "generate" in vars(module):
-                self._undo.callback(setattr, module, "generate", generate)
-            self._undo.callback(vars(module).pop, "generate")
-            vars(module)["generate"] = self._plainly(generate)
 
     def _hook(self) -> None:
         """Hook the model and every module. Each forward pass of the model takes new views of δS."""

@@ -43,7 +43,11 @@ def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor])
 
 def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
     """Return the δS in a file by module name, after all checks; :meth:`DeltaS.load` calls it."""
-    metadata, tensors = _read(path)
+    try:
+        with safe_open(path, framework="pt") as reader:
+            metadata, tensors = reader.metadata() or {}, {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
     if metadata.get("schema") != _SCHEMA:
         raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=_SCHEMA, do="give one of DeltaS.save")
     values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROBE)}
@@ -70,21 +74,13 @@ def _agree(theirs_2: Tensor, mine_2: Tensor) -> bool:
     return bool(mine_2.isfinite().all()) and bool((theirs_2 - mine_2).norm() <= _TOLERANCE * mine_2[0])
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as reader:
-            return reader.metadata() or {}, {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
-
-
 def _digest(values: dict[str, Tensor]) -> str:
     lines = "".join(f"{name}\n{tensor_digest(values[name])}\n" for name in sorted(values))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _weights(groups: Sequence[Group]) -> str:
-    lines = sorted(f"{name}\n{digest}\n" for group in groups for name, digest in group.digests().items())
+    lines = sorted(f"{name}\n{digest}\n" for group in groups for name, digest in group.digests.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

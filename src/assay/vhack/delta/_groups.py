@@ -10,6 +10,7 @@ Shapes: M modules of a group, O outputs, I inputs, R coordinates of δS.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,7 @@ class Group:
     values: Tensor
     errors: tuple[tuple[float, float], ...]
     base: Tensor
-    _rows: slice | None = field(default=None, repr=False)
-    _digests: dict[str, str] = field(default_factory=dict, repr=False)
+    _rows: slice | None = field(default=None, init=False, repr=False)
 
     @property
     def rank(self) -> int:
@@ -56,11 +56,10 @@ class Group:
         """Whether the weights are spread over processes, even while they are gathered."""
         return self._rows is not None or is_sharded(self.linears[0].weight)
 
+    @cached_property
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 in hex of each whole weight as it was, by name."""
-        if not self._digests:
-            self._digests = {name: tensor_digest(base) for name, base in zip(self.names, self.base, strict=True)}
-        return self._digests
+        """SHA-256 in hex of each whole weight as it was, by name."""
+        return {name: tensor_digest(base) for name, base in zip(self.names, self.base, strict=True)}
 
     def factors(self, index: int) -> Factors:
         """Return the factors of one module, as views."""
@@ -94,7 +93,7 @@ class Group:
         if not is_sharded(weights[0]):
             return weights
         if self._rows is None:
-            self.digests()
+            _ = self.digests  # of the whole weights
             self._rows = local_rows(weights[0])
             self.base = self.base[:, self._rows].clone()
         return [local(weight) for weight in weights]

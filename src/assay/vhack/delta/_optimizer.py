@@ -1,12 +1,9 @@
 """ProjectedOptimizer: any torch optimizer, kept from learning along the axes.
 
-An arm acts in one of two places.
-
-- Level ``"gradient"``, that of the original proposal: the gate acts on the gradient, before clipping. An optimizer that
-  scales coordinates one by one, as Adam does, turns a gradient without component along v into an update that has one,
-  and turns a one-sided gate's noise into a steady drift away from the hack. Both are measured in every step.
-- Level ``"update"``: the gate acts on what the optimizer did, Δ = δS_new − δS_old, weight decay and momentum included.
-  With ``two_sided`` the update is exactly outside the axes, whatever the optimizer.
+At level ``"gradient"``, that of the original proposal, the gate acts on the gradient, before clipping. An optimizer
+that scales coordinates one by one, as Adam does, turns a gradient without component along v into an update that has
+one, and a one-sided gate's noise into a steady drift away from the hack. At level ``"update"`` the gate acts on what
+the optimizer did, Δ = δS_new − δS_old, momentum and weight decay included.
 
 Shapes: M modules of a group, K axes, R coordinates of δS.
 """
@@ -21,10 +18,9 @@ from torch.optim import Optimizer
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis import Basis
-from assay.vhack.delta._arms import Arm, apply_arm, displaced, gated_gradient
+from assay.vhack.delta._arms import Arm, Box, Gate, apply_arm, displaced, gated_gradient
 from assay.vhack.delta._delta import DeltaS
 from assay.vhack.delta._frames import Frames, Measures, displacement, share
-from assay.vhack.delta._gates import Box, Gate
 from assay.vhack.delta._sharding import local, local_rows, processes
 
 _KEY = "vhack"

@@ -121,8 +121,8 @@ def source_shares(rollouts: Rollouts, frames: Frames) -> dict[str, dict[str, flo
     shares = share("cin", zip(sums, frames.axes, frames.has_axes, strict=True), 1)
     length_G = torch.stack([sum_GMR.double().square().sum(dim=(1, 2)) for sum_GMR in sums]).sum(dim=0).sqrt()
     found = {**shares, "length": length_G}
-    rows = torch.stack(list(found.values()), dim=1).tolist()
-    return {source: dict(zip(found, row, strict=True)) for source, row in zip(SOURCES, rows, strict=True)}
+    numbers = torch.stack(list(found.values()), dim=1).tolist()
+    return {source: dict(zip(found, row, strict=True)) for source, row in zip(SOURCES, numbers, strict=True)}
 
 
 def _check_finite(step: int, values: Mapping[str, Any]) -> None:

@@ -21,11 +21,14 @@ from torch import Tensor
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from assay.errors import UsageError
+from assay.models import Model
 from assay.reports import write_atomic
 from assay.vhack.basis import Basis
 from assay.vhack.delta import DeltaS, Kinds, ProjectedOptimizer, Rollouts, Shortcut, modified
 from assay.vhack.training._pool import PoolRollout, RolloutPool
 from assay.vhack.training._rewards import EpisodeReward, Outcomes
+from assay.vhack.training._settings import TrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,6 +126,7 @@ class GRPO(GRPOTrainer):
     def _taught(self, prompts: Sequence[str]) -> list[PoolRollout | None]:
         """Return what the pool gives for each place."""
         assert self.pool is not None
+        assert self.num_generations is not None
         found: list[PoolRollout | None] = []
         for index, prompt in enumerate(prompts):
             place = index % self.num_generations
@@ -148,8 +152,7 @@ class GRPO(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         inputs = dict(inputs)  # what is stored for later passes stays as it was generated
         self._weights = torch.zeros(3)
-        # With vLLM, TRL corrects for what the sampler returned by itself.
-        self._filling = inputs if _STORED in inputs and not self.use_vllm else None
+        self._filling = inputs if _STORED in inputs else None
         outcomes = Outcomes(inputs["outcomes"].cpu())
         if self.watching is not None:
             self.watching.kinds = Kinds.of(list(outcomes.kinds().values()), inputs["outcomes"].device)
@@ -200,6 +203,50 @@ class GRPO(GRPOTrainer):
         """Continue with other axes."""
         self.axes = (axes, watched)
         self.projected.use_basis(axes, watched)
+
+
+def trl_arguments(settings: TrainSettings, model: Model, folder: Path, trackers: tuple[str, ...]) -> GRPOConfig:
+    """Return the settings in the form that TRL takes.
+
+    Raises:
+        UsageError: The model is not on the device that TRL trains on.
+    """
+    rollouts = settings.prompts * settings.group
+    on_gpu = model.device.type == "cuda"
+    made = GRPOConfig(
+        output_dir=str(folder),
+        seed=settings.seed,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.rollouts_per_backward,
+        gradient_accumulation_steps=rollouts // settings.rollouts_per_backward,
+        num_generations=settings.group,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+        beta=settings.beta,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,  # the optimiser clips, behind its gate
+        logging_steps=1,
+        shuffle_dataset=False,  # it has its order already
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        report_to=list(trackers) or "none",
+        disable_tqdm=True,
+        bf16=False,  # the model computes in its own dtype, and δS is float32
+        gradient_checkpointing=settings.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_pin_memory=on_gpu,
+        use_cpu=not on_gpu,
+    )
+    if (made.device.type, made.device.index or 0) != (model.device.type, model.device.index or 0):
+        raise UsageError(
+            f"a model on {model.device}", wanted=f"{made.device}, where TRL trains", do="set CUDA_VISIBLE_DEVICES"
+        )
+    made._n_gpu = 1  # this run does not use other visible devices
+    return made
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:

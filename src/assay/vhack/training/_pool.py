@@ -83,16 +83,17 @@ class RolloutPool:
             DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or too long; the
                 message names the line.
         """
-        found = []
-        for number, record in read_jsonl(path):
-            found.append(_rollout(record, f"{path}, line {number}"))
-            _check(found[-1], tokenizer, max_new_tokens, f"{path}, line {number}")
+        lines = read_jsonl(path)
+        found = [_checked(record, tokenizer, max_new_tokens, f"{path}, line {number}") for number, record in lines]
         if not found:
             raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
         return cls(found)
 
 
-def _rollout(record: dict[str, Any], name: str) -> PoolRollout:
+def _checked(
+    record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, name: str
+) -> PoolRollout:
+    """Return the rollout of a line, or refuse what a trainer could not use."""
     try:
         made = PoolRollout(
             record["prompt"], record["completion"], tuple(record["tokens"]), tuple(map(float, record["logprobs"]))
@@ -111,23 +112,20 @@ def _rollout(record: dict[str, Any], name: str) -> PoolRollout:
             wanted='{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token',
             do="correct the line",
         ) from None
-    return made
-
-
-def _check(rollout: PoolRollout, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, name: str) -> None:
-    known = min(rollout.tokens) >= 0 and max(rollout.tokens) < len(tokenizer)
-    if not known or tokenizer.decode(list(rollout.tokens), skip_special_tokens=True) != rollout.completion:
+    known = min(made.tokens) >= 0 and max(made.tokens) < len(tokenizer)
+    if not known or tokenizer.decode(list(made.tokens), skip_special_tokens=True) != made.completion:
         raise DataError(
             f"{name}: tokens that do not spell the completion",
             wanted="tokens of the model that is trained",
             do="sample the pool from a model with the same tokenizer",
         )
-    if len(rollout.tokens) > max_new_tokens:
+    if len(made.tokens) > max_new_tokens:
         raise DataError(
-            f"{name}: a completion of {len(rollout.tokens)} tokens",
+            f"{name}: a completion of {len(made.tokens)} tokens",
             wanted=f"at most {max_new_tokens}, like those of the student",
             do="leave it out, or allow longer completions",
         )
+    return made
 
 
 @torch.no_grad()

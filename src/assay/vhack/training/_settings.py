@@ -128,10 +128,6 @@ class TrainSettings(Settings):
         """Rollouts per backward pass."""
         return self.micro_batch or self.group
 
-    def as_dict(self) -> JsonObject:
-        """Return the settings for the log."""
-        return self.model_dump(mode="json")
-
     def continuing(self, earlier: JsonObject) -> Self:
         """Return the settings of a run that goes on: a former default that the run began with is kept.
 
@@ -143,7 +139,7 @@ class TrainSettings(Settings):
 
     def differences(self, earlier: JsonObject) -> list[str]:
         """Return, in words, the settings in which an earlier part of the run differs and may not."""
-        mine = self.as_dict()
+        mine = self.model_dump(mode="json")
         names = [name for name in mine if name not in _MAY_GROW and earlier.get(name) != mine[name]]
         return [f"{name} {earlier.get(name)!r}, now {mine[name]!r}" for name in names]
 
