@@ -120,9 +120,12 @@ class SequentialTest:
         return np.concatenate(accused)
 
     def _steps(self, size_N: FloatArray) -> FloatArray:
+        """Return the logarithms of g/f₁ of every value, for every alternative, [N, K]."""
         honest_N = self.law.log_density(size_N, 1.0)
         ratio_NM = np.stack([self.law.log_density(size_N, float(m)) - honest_N for m in self._multiples_M], axis=1)
-        return np.concatenate([ratio_NM, _junk_mixtures(ratio_NM[:, -1])], axis=1)
+        # (1 − π) + π·f_junk/f₁ for every share
+        mixed = [np.logaddexp(math.log1p(-share), math.log(share) + ratio_NM[:, -1]) for share in JUNK_SHARES]
+        return np.column_stack([ratio_NM, *mixed])
 
     def _take(self, size_N: FloatArray) -> None:
         step_NK = self._steps(size_N)
@@ -182,11 +185,6 @@ def _check_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> Non
             wanted=f"more than effect = {effect:g} times",
             do="calibrate on closer hardware, or lower effect",
         )
-
-
-def _junk_mixtures(junk_ratio_N: FloatArray) -> FloatArray:
-    """Return the logarithms of (1 − π) + π·f_junk/f₁ for every share of `JUNK_SHARES`, [N, shares]."""
-    return np.stack([np.logaddexp(math.log1p(-s), math.log(s) + junk_ratio_N) for s in JUNK_SHARES], axis=1)
 
 
 def _log_mean(log_K: FloatArray) -> FloatArray:
