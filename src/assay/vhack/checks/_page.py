@@ -46,7 +46,7 @@ def _sentence(text: str) -> str:
 def _evidence(
     made: Report, heading: str, report: CheckReport, name: str, draw: Callable[[Report, CheckReport], None]
 ) -> None:
-    """Add the section of a check: its evidence, or the reason why there is none."""
+    """Add the section of a check: its evidence, or the reason why it was not measured."""
     made.section(heading)
     if report[name].measured is None:
         made.paragraph(_sentence(report[name].reason))
