@@ -18,10 +18,6 @@ along each axis, counted from the weights of the model: a counter-force with an 
 An arm says which axes are acted on, how, and what is paid. It does not say which optimizer, model or tasks: those are
 the same for all arms of a comparison.
 
-Every optimizer of this project, for one run or for many side by side, takes a step in this order: gate the gradient,
-clip, step of the inner optimizer, gate the update, push, put δS into its box. A push therefore survives an update gate,
-and nothing leaves the box.
-
 ``correct`` and ``exploited`` are what :class:`assay.vhack.environment.Grade` says of a rollout: correct in every hidden
 case, and paid through the loophole although it is not correct.
 
@@ -299,6 +295,8 @@ def gated_gradient(arm: Arm, gradient_MR: Tensor, axes_MKR: Tensor) -> Tensor:
 
 def apply_arm(arm: Arm, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, axes_MKR: Tensor, rate: float) -> Tensor:
     """Return δS after the arm has acted on what the inner optimizer did: gate the update, push, box.
+
+    In this order a push survives an update gate, and nothing leaves the box.
 
     Args:
         arm: Arm to apply.

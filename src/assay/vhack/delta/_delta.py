@@ -82,11 +82,10 @@ class DeltaS(nn.Module):
         module = module_of(model)
         if hasattr(module, _NAME):
             raise UsageError("a model that has an adapter", wanted="one without", do="call detach or merge of it first")
-        modules = target_modules(module)
         self.mode = mode
         factors = svd if svd is not None else weight_svd(module)
         self._rank = factors.rank
-        self.groups: list[Group] = grouped(modules, factors)
+        self.groups: list[Group] = grouped(target_modules(module), factors)
         self.delta = nn.ParameterList(
             nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32)) for group in self.groups
         )
@@ -192,7 +191,8 @@ class DeltaS(nn.Module):
         if self.mode == "merged" and hasattr(self.model, _NAME):
             for group in self.groups:
                 group.restore()
-        return self._leave()
+        self._undo.close()
+        return self.model
 
     def merge(self) -> "PreTrainedModel":
         """Make δS part of the weights for good, remove the adapter and return the plain model, to be saved or served.
@@ -202,7 +202,8 @@ class DeltaS(nn.Module):
         self.mode = "merged"
         reshard(self.model)
         self._merge()
-        return self._leave()
+        self._undo.close()
+        return self.model
 
     def save(self, path: str | Path) -> None:
         """Write δS as one safetensors file, [R] float32 by module name, with hashes of δS and of the weights.
@@ -307,7 +308,3 @@ class DeltaS(nn.Module):
             else:
                 for weight, data in zip(weights, merged, strict=True):
                     weight.data = data
-
-    def _leave(self) -> "PreTrainedModel":
-        self._undo.close()
-        return self.model

@@ -118,20 +118,20 @@ def grouped(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) ->
         _check(name, linear, factors)
         kind = (linear.weight.shape, factors[name].rank, linear.weight.dtype, linear.weight.device)
         kinds.setdefault(kind, []).append(name)
-    return [_group(names, modules, factors) for names in kinds.values()]
-
-
-def _group(names: list[str], modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> Group:
-    linears, each = tuple(modules[name] for name in names), [factors[name] for name in names]
-    return Group(
-        tuple(names),
-        linears,
-        torch.stack([one.left for one in each]),
-        torch.stack([one.right for one in each]),
-        torch.stack([one.values for one in each]),
-        tuple((one.residual, one.orthogonality) for one in each),
-        torch.stack([linear.weight.detach() for linear in linears]),
-    )
+    groups = []
+    for names in kinds.values():
+        linears, each = [modules[name] for name in names], [factors[name] for name in names]
+        group = Group(
+            tuple(names),
+            tuple(linears),
+            torch.stack([one.left for one in each]),
+            torch.stack([one.right for one in each]),
+            torch.stack([one.values for one in each]),
+            tuple((one.residual, one.orthogonality) for one in each),
+            torch.stack([linear.weight.detach() for linear in linears]),
+        )
+        groups.append(group)
+    return groups
 
 
 def _check(name: str, linear: nn.Linear, factors: Mapping[str, Factors]) -> None:

@@ -173,13 +173,14 @@ class ProjectedOptimizer(Optimizer):
             for gradient_MR in self._gradients().values():
                 dist.all_reduce(gradient_MR, group=self.process_group)
                 gradient_MR /= dist.get_world_size(self.process_group)
-        raw = self._cloned_gradients()
+        raw = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
         for index, gradient_MR in self._gradients().items():
             gradient_MR.copy_(gated_gradient(self.arm, gradient_MR, self._axes(index)))
         if self.max_norm is not None:
             every = [parameter for group in self.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(every, self.max_norm)
-        kept = self._cloned_gradients()  # some optimizers write into the gradient
+        # Some optimizers write into the gradient.
+        kept = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
         before = [local(parameter).clone() for parameter in self.adapter.delta]
         self.inner.step()
         for index, parameter in enumerate(self.adapter.delta):
@@ -194,9 +195,6 @@ class ProjectedOptimizer(Optimizer):
         """Return the gradients of the groups that have one."""
         parameters = enumerate(self.adapter.delta)
         return {index: local(parameter.grad) for index, parameter in parameters if parameter.grad is not None}
-
-    def _cloned_gradients(self) -> dict[int, Tensor]:
-        return {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
 
     def _rate(self, parameter: Tensor) -> float:
         """Return the present learning rate of a parameter."""

@@ -5,7 +5,7 @@ Shapes: M modules of a group, N rows, one per kind and backward pass, R coordina
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ from assay.errors import ModelError
 from assay.reports import JsonObject
 from assay.vhack.delta import Frames, Rollouts, share
 from assay.vhack.training._log import TrainLog
-from assay.vhack.training._rewards import SOURCES, Outcomes
+from assay.vhack.training._rewards import NOTHING, SOURCES, Outcomes
 
 if TYPE_CHECKING:
     from assay.vhack.training._grpo import GRPO
 
 _SHORT = {"student": "cin_s", "teacher": "cin_t"}
+_SHOWN = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement")
 
 
 class StepLog(TrainerCallback):
@@ -65,7 +66,13 @@ class StepLog(TrainerCallback):
         """Write the step down; `state.global_step` is already that of the next one."""
         step = state.global_step - 1
         values, sources = self._record()
-        _check_finite(step, values)
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise ModelError(
+                f"step {step}: {', '.join(bad)} not finite",
+                wanted="finite numbers",
+                do="lower the learning rate; the last checkpoint is from before",
+            )
         overlap = self.refresh(state.global_step)
         self.log.write("step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4))
         for name, found in sources.items():
@@ -76,7 +83,8 @@ class StepLog(TrainerCallback):
         for name, value in values.items():
             self.trainer._metrics["train"][f"vhack/{name}"].append(value)
         if self.console is not None:
-            self.console(_line(step + 1, state.max_steps, values))
+            shown = "  ".join(f"{name} {values[name]:.3f}" for name in _SHOWN if name in values)
+            self.console(f"step {step + 1}/{state.max_steps}  {shown}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Stop keeping gradients."""
@@ -111,30 +119,14 @@ def source_shares(rollouts: Rollouts, frames: Frames) -> dict[str, dict[str, flo
         rollouts: Gradients of the passes of this step, by the kinds of :meth:`Outcomes.kinds`.
         frames: Axes to measure along.
     """
-    kinds = list(Outcomes.nothing().kinds())
+    kinds = list(NOTHING.kinds())
     chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])
     sums = []
     for rows_MNR in rollouts.rows:
-        modules, rows, rank = rows_MNR.shape
-        kinds_MKR = rows_MNR.view(modules, rows // len(kinds), len(kinds), rank).sum(dim=1)
+        kinds_MKR = rows_MNR.view(len(rows_MNR), -1, len(kinds), rows_MNR.shape[2]).sum(dim=1)
         sums.append(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR))
     shares = share("cin", zip(sums, frames.axes, frames.has_axes, strict=True), 1)
     length_G = torch.stack([sum_GMR.double().square().sum(dim=(1, 2)) for sum_GMR in sums]).sum(dim=0).sqrt()
     found = {**shares, "length": length_G}
     numbers = torch.stack(list(found.values()), dim=1).tolist()
     return {source: dict(zip(found, row, strict=True)) for source, row in zip(SOURCES, numbers, strict=True)}
-
-
-def _check_finite(step: int, values: Mapping[str, Any]) -> None:
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise ModelError(
-            f"step {step}: {', '.join(bad)} not finite",
-            wanted="finite numbers",
-            do="lower the learning rate; the last checkpoint is from before",
-        )
-
-
-def _line(step: int, steps: int, values: Mapping[str, Any]) -> str:
-    shown = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement")
-    return f"step {step}/{steps}  " + "  ".join(f"{name} {values[name]:.3f}" for name in shown if name in values)

@@ -80,7 +80,6 @@ class GRPO(GRPOTrainer):
         self.seen: list[tuple[Outcomes, Tensor, Tensor]] = []
         self.watching: Rollouts | None = None
         self._filling: dict[str, Any] | None = None
-        self._weights = torch.zeros(3)
         beta, args.beta = args.beta, 0.0  # TRL would load a second model for the reference
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
@@ -106,8 +105,7 @@ class GRPO(GRPOTrainer):
     def rollout(self, prompts: list[str], _: object = None) -> dict[str, list[Any]]:
         """Return completions from the pool for the first places of each group, and of the policy for the others.
 
-        Log-probabilities are the stored ones, and None where the policy itself has sampled. TRL also passes the
-        trainer itself.
+        Log-probabilities are the stored ones, and None where the policy itself has sampled. TRL passes the trainer too.
         """
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         taught = self._taught(prompts)
@@ -211,14 +209,13 @@ def trl_arguments(settings: TrainSettings, model: Model, folder: Path, trackers:
     Raises:
         UsageError: The model is not on the device that TRL trains on.
     """
-    rollouts = settings.prompts * settings.group
     on_gpu = model.device.type == "cuda"
     made = GRPOConfig(
         output_dir=str(folder),
         seed=settings.seed,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.rollouts_per_backward,
-        gradient_accumulation_steps=rollouts // settings.rollouts_per_backward,
+        gradient_accumulation_steps=settings.prompts * settings.group // settings.rollouts_per_backward,
         num_generations=settings.group,
         max_completion_length=settings.max_new_tokens,
         temperature=settings.temperature,

@@ -38,11 +38,6 @@ class Outcomes:
 
     flags: Tensor
 
-    @classmethod
-    def nothing(cls) -> "Outcomes":
-        """Return the outcomes of no rollout."""
-        return cls(torch.zeros(0, len(FLAGS), dtype=torch.bool))
-
     def column(self, name: str) -> Tensor:
         """Return one column, [B] bool."""
         return self.flags[:, FLAGS.index(name)]
@@ -69,6 +64,9 @@ class Outcomes:
         return found
 
 
+NOTHING = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool))  # of no rollout
+
+
 class EpisodeReward:
     """A reward function for TRL, and the dataset that goes with it.
 
@@ -90,7 +88,7 @@ class EpisodeReward:
         self.episodes = list(episodes)
         self.arm = arm
         self._grade = partial(grade_many, workers=workers, allow_unsandboxed=allow_unsandboxed)
-        self.last = Outcomes.nothing()
+        self.last = NOTHING
 
     def dataset(self, count: int, seed: int) -> "Dataset":
         """Return the prompts of a whole run in their order, with the index of each one's episode.

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from assay.vhack.training._grpo import GRPO
 
 LOG, DELTA, BASIS = "log.jsonl", "delta.safetensors", "basis.safetensors"
-_LAST = 10
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,10 @@ def train(
     if done >= settings.steps and (folder / DELTA).exists():
         return _result(folder, settings, done)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=settings.device)
-    run = Prepared(settings, loaded, pairs if pairs is not None else _pairs(settings), folder / BASIS if done else None)
+    if pairs is None:  # those of the environment have the loopholes and families of the run
+        modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
+        pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
+    run = Prepared(settings, loaded, pairs, folder / BASIS if done else None)
     try:
         trainer = run.trainer(folder, tasks, trackers, allow_unsandboxed)
         (run.watched or run.axes).save(folder / BASIS)
@@ -247,15 +249,6 @@ def train(
     finally:
         run.adapter.detach()
     return _result(folder, settings, done)
-
-
-def _pairs(settings: TrainSettings) -> list[Pair]:
-    """Return the pairs that the settings name; those of the environment have its loopholes and families."""
-    return find_pairs(
-        settings.pairs,
-        modes=[mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS),
-        families=settings.families or None,
-    )
 
 
 @contextmanager
@@ -329,7 +322,7 @@ def _as_begun(folder: Path, settings: TrainSettings, done: int) -> TrainSettings
 
 def _result(folder: Path, settings: TrainSettings, resumed_from: int) -> RunResult:
     _, steps = read_steps(folder / LOG)
-    last = steps[-_LAST:]
+    last = steps[-10:]
     names = [name for name in last[-1] if name not in ("kind", "step")] if last else []
     means = {name: fmean(record[name] for record in last if name in record) for name in names}
     return RunResult(folder, len(steps), settings.arm, resumed_from, means)
