@@ -1,13 +1,15 @@
 """Devices: the one that a name stands for, what it is, and what it has left for activations."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 
 from assay.errors import BackendUnavailable, UsageError
 
-__all__ = ["device_named", "free_bytes", "processor"]
+__all__ = ["device_named", "free_bytes", "one_thread", "processor"]
 
 
 def device_named(name: str | None) -> torch.device:
@@ -44,3 +46,14 @@ def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """Have torch use one thread for a product, and yield how many it had: small matrices gain nothing from sharing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)

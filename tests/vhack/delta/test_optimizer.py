@@ -5,7 +5,7 @@ import torch
 
 from assay.errors import DataError, UsageError
 from assay.vhack import Basis, cin_over_modules
-from assay.vhack.delta import GATES, Box, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.delta import ARMS, GATES, Box, DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.delta._frames import along
 from tests.vhack.delta.conftest import gate_each, loss_of, random_basis, randomise
 
@@ -428,6 +428,9 @@ def test_what_cannot_be_is_refused(module, small_svd, basis):
     inner = torch.optim.SGD(adapter.delta, lr=0.1)
     with pytest.raises(UsageError, match="level="):
         ProjectedOptimizer(inner, adapter, basis, level="both")
+    for part in ({"gate": Gate("none")}, {"level": "update"}, {"box": Box(0.02)}, {"push": 0.1}):
+        with pytest.raises(UsageError, match="the arm box and a gate, level, box or push beside it"):
+            ProjectedOptimizer(inner, adapter, basis, arm=ARMS["box"], **part)
     with pytest.raises(UsageError, match="max_norm"):
         ProjectedOptimizer(inner, adapter, basis, max_norm=0.0)
     with pytest.raises(UsageError, match="without the parameters"):

@@ -1,7 +1,6 @@
 """The five checks in one call, from a model and pairs or from gradients at hand."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError
+from assay.models.device import one_thread
 from assay.stats import auroc
 from assay.vhack.basis import Basis, PairGradients, pair_gradients
 from assay.vhack.checks._folds import Design, cross_fit, fewest_groups, held_out_of
@@ -140,7 +140,7 @@ def check_gradients(
     if basis is not None:  # checked by its own method, and with no more axes than it has
         most = max((len(axes_KR) for axes_KR in basis.axes.values()), default=1)
         settings = replace(settings, method=basis.origin.method, k_use=min(settings.k_use, most))
-    with _one_thread():
+    with one_thread():
         design = cross_fit(gradients, settings) if basis is None else held_out_of(basis, gradients, settings)
         pools = check_pools(design)
         assert pools.measured is not None
@@ -176,17 +176,6 @@ def check_gradients(
             "generic_cosines": list(stability.generic_cosines),
         },
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread: the checks are thousands of small decompositions, and sharing one among threads costs time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _modules(design: Design, stability: Stability) -> tuple[ModuleResult, ...]:

@@ -60,7 +60,7 @@ class ProjectedOptimizer(Optimizer):
 
     Raises:
         UsageError: The level is unknown, ``max_norm`` is not positive, the inner optimizer lacks the parameters of the
-            adapter, they are frozen, or the basis does not fit it.
+            adapter, they are frozen, the basis does not fit it, or both a whole arm and a part of one are given.
 
     Example::
 
@@ -88,6 +88,12 @@ class ProjectedOptimizer(Optimizer):
         max_norm: float | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if arm and (gate or box or push or level != "gradient"):
+            raise UsageError(
+                f"the arm {arm.name} and a gate, level, box or push beside it",
+                wanted="a whole arm, or its parts",
+                do="leave the parts out, or change the arm with dataclasses.replace",
+            )
         self.arm = arm or Arm("own", "gate, box and push of the caller", gate or Gate(), level, box=box, push=push)
         _check(inner, adapter, max_norm)
         super().__init__(inner.param_groups, inner.defaults)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import Model
+from assay.models.device import one_thread
 from assay.vhack.gradients._batches import Encoded, encode, plan, token_budget
 from assay.vhack.gradients._replica import Computed, Replica, recipe_for
 from assay.vhack.gradients._svd import Factors, SVDCache, weight_svd
@@ -126,15 +127,13 @@ def _computed(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator
         finally:
             free.put(replica)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(len(replicas))
-    try:
-        waiting = [pool.submit(work, batch) for batch in batches]
-        yield (computed for future in as_completed(waiting) for computed in future.result())
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+    with one_thread():
+        try:
+            waiting = [pool.submit(work, batch) for batch in batches]
+            yield (computed for future in as_completed(waiting) for computed in future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:

@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from assay.errors import BadWeights, UsageError
+from assay.models.device import one_thread
 from assay.reports import storage_error, write_atomic
 from assay.streams import torch_dtype
 from assay.vhack.gradients._targets import MIN_COVERAGE, check_coverage, target_modules, tensor_digest
@@ -225,13 +226,8 @@ def _side_by_side(
     """Decompose several matrices at once, in the order of the modules."""
     if device.type != "cuda":
         # One matrix per core: threads that share a small matrix mostly wait for each other.
-        cores = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(cores) as pool:
-                yield from pool.map(one, modules.items())
-        finally:
-            torch.set_num_threads(cores)
+        with one_thread() as cores, ThreadPoolExecutor(cores) as pool:
+            yield from pool.map(one, modules.items())
         return
 
     def on_stream(item: tuple[str, torch.nn.Linear]) -> tuple[str, Factors]:
