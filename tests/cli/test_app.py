@@ -77,7 +77,7 @@ FROZEN = {
         "--steps", "--seed", "--optimizer", "--lr", "--max-norm", "--prompts", "--group", "--micro-batch",
         "--max-new-tokens", "--temperature", "--beta", "--modes", "--share-none", "--difficulty", "--families",
         "--tasks", "--teacher", "--teacher-share", "--save-every", "--checkpointing", "--tracker",
-        "--allow-unsandboxed", "--dtype", "--device", "--json",
+        "--allow-unsandboxed", "--allow-partial", "--dtype", "--device", "--json",
     },
     "vhack extract": {
         "--model", "--output", "--pairs", "--n-heldout", "--heldout-group", "--top-k", "--tau-axis", "--method",
