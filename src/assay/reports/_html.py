@@ -87,7 +87,7 @@ class Report:
         """Add a table. Columns of numbers are set to the right; None is an empty cell.
 
         Raises:
-            UsageError: a row has not as many cells as there are headers.
+            UsageError: A row does not have as many cells as there are headers.
         """
         for row in rows:
             if len(row) != len(headers):

@@ -30,7 +30,7 @@ MAX_N = 2**32 - 1
 
 
 class Backend:
-    """A way to make the streams on one device: this one with numpy, slow and plain. All backends return the same bits.
+    """The streams on one device. This class makes them plainly, with numpy; every backend gives the same bits.
 
     ``numpy`` and ``numba`` return numpy arrays (bfloat16 as :data:`ml_dtypes.bfloat16`); ``torch`` and ``triton``
     return tensors on their device, of the dtypes of the same names. All streams of a batch are made in one call.

@@ -159,5 +159,5 @@ def unusable() -> str:
 
 
 def available_backend() -> str | None:
-    """Return ``bwrap``, ``namespaces``, or None where this machine lets nothing be shut in."""
+    """Return ``bwrap``, ``namespaces``, or None where this machine cannot isolate a program."""
     return None if unusable() else next(name for name in BACKENDS if working(name))

@@ -103,7 +103,7 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
 
 
 def authored_pairs() -> list[Pair]:
-    """Return the bundled set: sixteen pairs on different tasks, two for each of eight mechanisms, their groups."""
+    """Return the bundled set: sixteen pairs on different tasks, two for each of eight mechanisms (the groups)."""
     return read_pairs(DATA / "authored.jsonl")
 
 

@@ -44,7 +44,7 @@ def _free(device: torch.device) -> int:
 
 
 def auto_batch(model: Model, seq_len: int) -> int:
-    """Return the batch size for a device: a power of two, as large as is of use, in at most half of the free memory.
+    """Return the batch size for a device: the largest useful power of two that fits into half of the free memory.
 
     A sequence that is too long for that gets a batch of one, and :func:`check_fits` has the last word.
     """

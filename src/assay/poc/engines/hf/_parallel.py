@@ -67,7 +67,7 @@ def processes() -> int:
 
 @contextmanager
 def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[World]:
-    """Meet the other processes of torchrun.
+    """Join the other processes of torchrun.
 
     Args:
         tensor_parallel: Number of processes that hold one model together.
