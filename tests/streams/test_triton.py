@@ -83,7 +83,7 @@ def test_no_fused_multiply_add_in_the_rest(triton_backend, compiled, kind):
 
 def test_the_root_of_every_value_there_is(triton_backend):
     """All float32 from 2**-30 to 16, and 0, against the float64 root, which rounds to the right float32."""
-    from assay.streams._triton_kernels import root_kernel
+    from tests.streams.root_kernel import root_kernel
 
     first, last = (int(np.float32(value).view(np.int32)) for value in (2.0**-30, 16.0))
     step, block = 1 << 25, 1024

@@ -235,10 +235,3 @@ def reflect_kernel(seeds_BR, x_BD, out_BD, d, reflections, BLOCK: tl.constexpr):
         x_high -= factor * v_high
     tl.store(out_BD + row * d + place, x_low, mask=is_low)
     tl.store(out_BD + row * d + pairs + place, x_high, mask=is_high)
-
-
-@triton.jit
-def root_kernel(first_bits, out, BLOCK: tl.constexpr):
-    """The root of all float32 from ``first_bits`` on, for a test."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + place, _root((first_bits + place).to(tl.float32, bitcast=True)))
