@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from assay import streams
+from assay.errors import UsageError
 from assay.poc import PIPELINES, Pipeline, Round
 from assay.poc.protocol._transforms import Transform, project
 
@@ -97,6 +98,12 @@ def test_rows_do_not_mix_and_repeat_to_the_bit(preset, round_):
     assert torch.isfinite(whole.float()).all()
     if whole.ndim == 1:
         assert ((whole >= 0) & (whole <= 2)).all()
+
+
+def test_a_trained_head_that_is_not_there_is_refused_before_any_nonce(round_):
+    sizes = {"hidden_size": 16, "vocab_size": 96, "device": torch.device("cpu")}
+    with pytest.raises(UsageError, match="the pipeline permutation, which needs the trained head"):
+        Transform(round_, PIPELINES["permutation"], **sizes)
 
 
 def test_unit_before_a_linear_head_changes_nothing(round_):

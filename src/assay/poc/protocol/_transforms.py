@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
+from assay.errors import UsageError
 from assay.poc.protocol._pipelines import Pipeline, Positions, Step
 from assay.poc.protocol._round import Round
 from assay.stats import RANDOM_HEAD_ROWS
@@ -70,7 +71,10 @@ class Transform:
         hidden_size: Size D of the engine's output.
         vocab_size: Size V of the trained head's output.
         device: Device that holds the engine's output.
-        trained_head: Function that maps [B, D] to logits [B, V]; only called by pipelines with that head.
+        trained_head: Function that maps [B, D] to logits [B, V], for pipelines with that head.
+
+    Raises:
+        UsageError: The pipeline needs the trained head, and there is none.
     """
 
     def __init__(
@@ -81,13 +85,19 @@ class Transform:
         hidden_size: int,
         vocab_size: int,
         device: torch.device,
-        trained_head: Callable[[Tensor], Tensor],
+        trained_head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        if pipeline.head == "trained" and trained_head is None:
+            raise UsageError(
+                f"the pipeline {pipeline.name}, which needs the trained head",
+                wanted="a pipeline with the random head or none: vLLM spreads the trained one over its workers",
+                do="use --engine hf for it",
+            )
         self.round = round
         self.pipeline = pipeline
         self._backend = streams.get_backend("auto", str(device))
         self._device = device
-        self._trained_head = trained_head
+        self._trained_head = trained_head if pipeline.head == "trained" else None
         self._random_head_VD: Tensor | None = None
         self._target_V: Tensor | None = None
         if pipeline.head == "random":
@@ -129,7 +139,7 @@ class Transform:
     def _head(self, x_BD: Tensor) -> Tensor:
         if self._random_head_VD is not None:
             return project(x_BD, self._random_head_VD)
-        return self._trained_head(x_BD) if self.pipeline.head == "trained" else x_BD
+        return x_BD if self._trained_head is None else self._trained_head(x_BD)
 
     def _steps(self, steps: Sequence[Step], x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
         for step in steps:

@@ -234,12 +234,7 @@ class Hooks:
             hidden_size=self._width,
             vocab_size=int(self._model.get_vocab_size()),
             device=self._runner.device,
-            trained_head=_trained_head,
         )
-
-
-def _trained_head(x_BD: Tensor) -> Tensor:
-    raise NotImplementedError("RequestEngine supports no pipeline with the trained head")
 
 
 def _disarm(request: Any, width: int) -> None:
