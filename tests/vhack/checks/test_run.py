@@ -139,8 +139,9 @@ def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, qui
     scored = check(pairs, small_model, basis=basis, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
     assert set(scored.groups) == {"root", "sign"}
     other = replace(basis, origin=replace(basis.origin, weights="f" * 64))
+    early = {"progress": lambda *_: pytest.fail("gradients were taken first")}
     with pytest.raises(DataError, match="a basis of weights ffff"):
-        check(pairs, small_model, basis=other, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
+        check(pairs, small_model, basis=other, tokenizer=byte_tokenizer, settings=quick, svd=small_svd, **early)
 
 
 def test_a_prompt_in_two_groups_is_refused(small_model, byte_tokenizer, pairs):

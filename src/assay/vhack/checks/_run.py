@@ -17,7 +17,7 @@ from assay.vhack.checks._judge import CheckReport, CheckSettings, FloatArray, Mo
 from assay.vhack.checks._ranking import check_heldout, check_pools, check_random_null
 from assay.vhack.checks._sources import SourceCin, check_source_log, check_sources
 from assay.vhack.checks._stability import Stability, check_stability
-from assay.vhack.gradients import SVDCache
+from assay.vhack.gradients import SVDCache, weights_digest
 from assay.vhack.pairs import Pair
 
 if TYPE_CHECKING:
@@ -76,6 +76,12 @@ def check(
         ['pools', 'heldout', 'random_null', 'sources', 'stability']
     """
     _refuse_shared_prompts(pairs)
+    if basis is not None and basis.origin.weights and (weights := weights_digest(model)) != basis.origin.weights:
+        raise DataError(
+            f"a basis of weights {basis.origin.weights[:16]}",
+            wanted=f"one of this model, weights {weights[:16]}",
+            do="use the model it was made with, or extract again",
+        )
     gradients = pair_gradients(
         pairs,
         model,
@@ -85,12 +91,6 @@ def check(
         checkpointing=checkpointing,
         progress=progress,
     )
-    if basis is not None and basis.origin.weights not in ("", gradients.origin.weights):
-        raise DataError(
-            f"a basis of weights {basis.origin.weights[:16]}",
-            wanted=f"one of this model, weights {gradients.origin.weights[:16]}",
-            do="use the model it was made with, or extract again",
-        )
     return check_gradients(gradients, basis=basis, settings=settings, log=log)
 
 
