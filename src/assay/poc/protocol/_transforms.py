@@ -74,7 +74,7 @@ class Transform:
         trained_head: Function that maps [B, D] to logits [B, V], for pipelines with that head.
 
     Raises:
-        UsageError: The pipeline needs the trained head, and there is none.
+        UsageError: The pipeline needs the trained head, which the engine does not have.
     """
 
     def __init__(
