@@ -14,7 +14,7 @@ from _common import note, parser, publish
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.protocol._pipelines import Step
-from assay.poc.verdict._calibration import distances_from, r_target_from
+from assay.poc.verdict._targets import distances_from, r_target_from
 from assay.research.runs._states import published
 
 BLOCKS = ("block_alpha", "block_beta", "block_gamma")

@@ -9,7 +9,7 @@ from assay import stats, streams
 from assay.errors import UsageError
 from assay.poc import Round, measure_r_target, prove
 from assay.poc.protocol import block_target
-from assay.poc.verdict._calibration import distances_from, r_target_from
+from assay.poc.verdict._targets import distances_from, r_target_from
 
 
 def random_directions(n: int, size: int) -> np.ndarray:

@@ -2,11 +2,8 @@
 
 from assay.poc.verdict._calibration import (
     Calibration,
-    MeasuredTarget,
     calibrate,
-    distances_from,
     fit_noise,
-    measure_r_target,
     noise_for,
 )
 from assay.poc.verdict._judge import (
@@ -27,6 +24,7 @@ from assay.poc.verdict._judge import (
     residuals,
     sequential_test,
 )
+from assay.poc.verdict._targets import MeasuredTarget, distances_from, measure_r_target
 
 __all__ = [
     "COUNT_ALPHA",
