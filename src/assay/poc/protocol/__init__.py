@@ -1,5 +1,6 @@
 """The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
 
+from assay.poc.protocol._blocks import block_scale, folded_head
 from assay.poc.protocol._pins import Pins
 from assay.poc.protocol._pipelines import PIPELINES, LayerStep, Pipeline, Positions, Step, get_pipeline
 from assay.poc.protocol._proof import Proof, parse_record_line
@@ -48,10 +49,12 @@ __all__ = [
     "Step",
     "Transform",
     "VectorRecord",
+    "block_scale",
     "block_target",
     "check_distinct_seeds",
     "decode_vector",
     "encode_vector",
+    "folded_head",
     "get_pipeline",
     "is_distance",
     "is_valid",
