@@ -1,6 +1,7 @@
 """The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
 
 from assay.poc.protocol._blocks import block_scale, folded_head
+from assay.poc.protocol._pack import Pack, Row, packs
 from assay.poc.protocol._pins import Pins
 from assay.poc.protocol._pipelines import PIPELINES, LayerStep, Pipeline, Positions, Step, get_pipeline
 from assay.poc.protocol._proof import Proof, parse_record_line
@@ -40,12 +41,14 @@ __all__ = [
     "Footer",
     "Header",
     "LayerStep",
+    "Pack",
     "Pins",
     "Pipeline",
     "Positions",
     "Proof",
     "Record",
     "Round",
+    "Row",
     "Step",
     "Transform",
     "VectorRecord",
@@ -58,6 +61,7 @@ __all__ = [
     "get_pipeline",
     "is_distance",
     "is_valid",
+    "packs",
     "parse_record_line",
     "project",
     "reflect",
