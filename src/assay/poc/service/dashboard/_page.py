@@ -24,14 +24,23 @@ def dashboard_router() -> APIRouter:
 
 
 def render_page() -> tuple[str, dict[str, str]]:
-    """Return the page and the headers that it is served with.
+    """Return the page and the headers that it is served with."""
+    return assemble_page(part("page.html"), style=part("page.css"), script="".join(map(part, SCRIPTS)))
+
+
+def assemble_page(page: str, *, style: str, script: str) -> tuple[str, dict[str, str]]:
+    """Return a page with its style and script in it, and the headers that it is served with.
 
     Palette and type are those of the reports. Style and script are allowed by their hash, so that nothing else runs,
     whatever a block hash or a key may hold.
+
+    Args:
+        page: HTML with places for a style and a script.
+        style: Rules beside those of the reports.
+        script: Module that fills the page.
     """
-    style = _read("assay.reports", "report.css") + _read(__package__, "page.css")
-    script = "".join(_read(__package__, name) for name in SCRIPTS)
-    page = _read(__package__, "page.html").replace("/*style*/", style).replace("/*script*/", script)
+    style = part("report.css", "assay.reports") + style
+    page = page.replace("/*style*/", style).replace("/*script*/", script)
     policy = (
         f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -45,7 +54,8 @@ def render_page() -> tuple[str, dict[str, str]]:
     }
 
 
-def _read(package: str, name: str) -> str:
+def part(name: str, package: str = __package__) -> str:
+    """Return a text file of a package: a script, a style or a page."""
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 

@@ -5,7 +5,6 @@ docs/service.md describes both.
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 
 import structlog
@@ -16,6 +15,7 @@ from assay._version import __version__
 from assay.errors import AssayError
 from assay.poc.protocol import get_pipeline
 from assay.poc.service._refusals import Refusal
+from assay.poc.service.http._broadcast import Broadcast
 from assay.poc.service.http._route import SAFE_HEADERS, Keys, Scope
 from assay.poc.service.runtime import Controller
 from assay.poc.service.store import StoredRound
@@ -37,11 +37,12 @@ class Feed:
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
+        settings = controller.settings
+        self._broadcast = Broadcast(
+            controller.closing, most=settings.max_streams, most_of_client=settings.max_client_streams
+        )
         self.values: JsonObject = {}
         """The latest snapshot; :attr:`latest` holds it as JSON."""
-        self.latest = b""
-        self._changed = asyncio.Condition()
-        self._streams: Counter[object] = Counter()
         self._status = b""
         self._status_key: object = None
         self._status_until = 0.0
@@ -64,9 +65,12 @@ class Feed:
     async def refresh(self) -> None:
         """Make a snapshot now."""
         self.values = await self._controller.call(snapshot, self._controller)
-        async with self._changed:
-            self.latest = dumps(self.values).encode()
-            self._changed.notify_all()
+        await self._broadcast.publish(dumps(self.values).encode())
+
+    @property
+    def latest(self) -> bytes:
+        """The latest snapshot as JSON."""
+        return self._broadcast.latest
 
     def status(self) -> bytes:
         """Return the body of ``/status``, encoded once for many readers."""
@@ -84,25 +88,7 @@ class Feed:
         Raises:
             Refusal: 429, too many streams are open, of this reader or of all.
         """
-        settings, streams = self._controller.settings, self._streams
-        limits = ((streams.total(), settings.max_streams), (streams[client], settings.max_client_streams))
-        for are_open, most in limits:
-            if are_open >= most:
-                seen, do = f"{most} event streams are open", "close one, or poll /status"
-                raise Refusal(429, seen, wanted="fewer", do=do, retry_after=10)
-        return self._events(client)
-
-    async def _events(self, client: object) -> AsyncIterator[bytes]:
-        self._streams[client] += 1
-        try:
-            yield b"retry: 2000\n\n"
-            while not self._controller.closing.is_set():
-                yield b"event: snapshot\ndata: " + self.latest + b"\n\n"
-                async with self._changed:
-                    await self._changed.wait()
-        finally:
-            self._streams[client] -= 1
-            self._streams += Counter()  # forget clients without a stream
+        return self._broadcast.stream(client)
 
     def _prune(self) -> None:
         keep = self._controller.settings.keep_rounds

@@ -6,7 +6,6 @@ secret has signed need no key.
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,16 +13,15 @@ import sqlalchemy as sa
 import structlog
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
-from standardwebhooks import Webhook, WebhookVerificationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from assay.errors import DataError, UsageError
 from assay.poc.service._logs import Budget
-from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
 from assay.poc.service.http._route import Bodies, Keys, LocalOnly, Scope, guarded, is_loopback, needs, not_found
 from assay.poc.service.http._server import run_app
+from assay.poc.service.http._signatures import Signatures, message_id, unsigned
 from assay.poc.service.store import RECEIVED, Database
 from assay.reports import JsonObject, loads
 
@@ -131,7 +129,7 @@ def create_receiver(
         api_keys=keys, api_key_file=None, validate_keys=(), read_keys=read_keys, callback_secrets=secrets
     )
     kind_of_route = guarded(Keys(settings, needed=bool(secrets)), Bodies(max_body, MAX_BODIES))
-    verifiers, budget = [Webhook(secret) for secret in secrets], Budget()
+    signatures, budget = Signatures(secrets), Budget()
     app = FastAPI(title="assay: receiver of callbacks", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(HTTPException, not_found)
     app.router.route_class = kind_of_route
@@ -141,10 +139,10 @@ def create_receiver(
     @app.post("/{kind}")
     async def take(kind: Literal["generated", "validated"], request: Request) -> Response:
         """Take valid nonces of a round or the vectors of a job (generated), or a verdict (validated)."""
-        message_id, body = _verified(await request.body(), kind, dict(request.headers), verifiers)
-        new = await run_in_threadpool(store.add, message_id, kind, body)
+        known_as, body = _verified(await request.body(), kind, dict(request.headers), signatures)
+        new = await run_in_threadpool(store.add, known_as, kind, body)
         if budget.take():
-            log.info("callback", kind=kind, id=message_id, new=new, skipped=budget.skipped)
+            log.info("callback", kind=kind, id=known_as, new=new, skipped=budget.skipped)
         return JSONResponse({"status": "OK", "new": new})
 
     @app.get("/batches", openapi_extra=needs(Scope.READ))
@@ -174,36 +172,22 @@ def create_receiver(
     return app
 
 
-def _verified(raw: bytes, kind: str, headers: dict[str, str], verifiers: Sequence[Webhook]) -> tuple[str, str]:
+def _verified(raw: bytes, kind: str, headers: dict[str, str], signatures: Signatures) -> tuple[str, str]:
     """Return id and body of a callback whose signature and form are right."""
     try:
         body = raw.decode()
-        if verifiers:
-            _check_signature(body, headers, verifiers)
+        signatures.check(body, headers)
         values = loads(body, "body")
-    except WebhookVerificationError as error:
-        raise _refusal(401, f"signature: {error}") from None
     except ValueError as error:
-        raise _refusal(400, f"body: {error}") from None
+        raise unsigned(400, f"body: {error}") from None
     except DataError as error:
-        raise _refusal(400, error.seen) from None
+        raise unsigned(400, error.seen) from None
     if _is_deep(values):
-        raise _refusal(400, f"a body of more than {DEEPEST} levels")
+        raise unsigned(400, f"a body of more than {DEEPEST} levels")
     # The path is not signed. The body is, and tells the two kinds apart.
     if ("fraud_detected" in values) != (kind == "validated") and values:
-        raise _refusal(400, f"the body of another callback under /{kind}")
-    message_id = headers.get("webhook-id", "")
-    if not 0 < len(message_id) <= 128:
-        raise _refusal(400, "no webhook-id")
-    return message_id, body
-
-
-def _check_signature(body: str, headers: dict[str, str], verifiers: Sequence[Webhook]) -> None:
-    for verifier in verifiers[:-1]:
-        with suppress(WebhookVerificationError, ValueError):
-            verifier.verify(body, headers, json_parse=False)
-            return
-    verifiers[-1].verify(body, headers, json_parse=False)
+        raise unsigned(400, f"the body of another callback under /{kind}")
+    return message_id(headers), body
 
 
 def _is_deep(value: Any) -> bool:
@@ -224,7 +208,3 @@ def _read(text: str) -> JsonObject | None:
     except DataError:  # an older version kept bodies that it had not read strictly
         return None
     return None if _is_deep(values) else values
-
-
-def _refusal(status: int, seen: str) -> Refusal:
-    return Refusal(status, seen, wanted="a signed callback of assay", do="give both sides the same --callback-secret")

@@ -14,13 +14,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import structlog
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from prometheus_client import Counter, Histogram
 from starlette._utils import get_route_path  # the function by which starlette's router finds a route
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -31,7 +32,7 @@ from assay.errors import AssayError
 from assay.poc.service._logs import Budget
 from assay.poc.service._refusals import Refusal, refusal_of
 from assay.poc.service._settings import Settings
-from assay.poc.service.runtime import Controller, Metrics
+from assay.poc.service.runtime import Controller
 
 log = structlog.get_logger("assay.http")
 
@@ -49,6 +50,15 @@ class Scope(StrEnum):
     CONTROL = "control"
     VALIDATE = "validate"
     READ = "read"
+
+
+class RequestMetrics(Protocol):
+    """Where the figures of requests go."""
+
+    requests: Counter
+    """Requests by route and status."""
+    request_seconds: Histogram
+    """Time of one request, by route."""
 
 
 class Keys:
@@ -116,7 +126,7 @@ class LocalOnly:
                 wanted="Host: 127.0.0.1 and no other origin",
                 do="open the service under 127.0.0.1, or start it with an API key",
             )
-            await _answer(refusal)(scope, receive, send)
+            await answer(refusal)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -147,7 +157,7 @@ def route_class(controller: Controller, keys: Keys) -> type[APIRoute]:
     return guarded(keys, Bodies(settings.max_body, settings.max_bodies), controller.metrics)
 
 
-def guarded(keys: Keys, bodies: "Bodies", metrics: Metrics | None = None) -> type[APIRoute]:
+def guarded(keys: Keys, bodies: "Bodies", metrics: RequestMetrics | None = None) -> type[APIRoute]:
     """Return a class of routes that ask for keys, bound bodies, and answer in three parts."""
     budget = Budget()
 
@@ -191,13 +201,13 @@ async def _or_refusal(respond: Handler, request: Request) -> Response:
     try:
         return await respond(request)
     except RequestValidationError as error:
-        return _answer(_malformed(error, request))
+        return answer(_malformed(error, request))
     except HTTPException as error:
-        return _answer(Refusal(error.status_code, str(error.detail), wanted="a JSON body", do="see /docs"))
+        return answer(Refusal(error.status_code, str(error.detail), wanted="a JSON body", do="see /docs"))
     except ClientDisconnect:
         return Response(status_code=400)  # for the metrics: no client is there to read it
     except AssayError as error:
-        return _answer(refusal_of(error))
+        return answer(refusal_of(error))
 
 
 class Bodies:
@@ -244,7 +254,7 @@ class Bodies:
         return Refusal(413, "a body that is too large", wanted=f"at most {self._most} bytes", do="split the request")
 
 
-def _answer(refusal: Refusal) -> Response:
+def answer(refusal: Refusal) -> Response:
     """Return the response that a refusal stands for."""
     headers = SAFE_HEADERS | refusal.headers | ({"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {})
     text = json.dumps(refusal.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -257,7 +267,7 @@ async def not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     do = "see /docs for the paths of the service and their methods"
     refusal = Refusal(error.status_code, f"{request.method} {request.url.path}", wanted="a call of the API", do=do)
-    response = _answer(refusal)
+    response = answer(refusal)
     response.headers.update(error.headers or {})
     return response
 

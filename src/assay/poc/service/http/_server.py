@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import FrameType
+from typing import Any, Protocol
 
 import structlog
 import uvicorn
@@ -118,6 +119,17 @@ def bounded(settings: Settings) -> type[asyncio.Protocol]:
     return type("Bounded", (Bounded,), {"settings": settings})
 
 
+class Served(Protocol):
+    """What runs behind an application and loads its model in the background."""
+
+    closing: threading.Event
+    """Set when the end begins, while connections are still open."""
+
+    @property
+    def loaded(self) -> "Future[Any]":
+        """The loaded model, or the reason why it cannot be loaded."""
+
+
 class _Server(uvicorn.Server):
     """Ends with exit code 0 on SIGTERM and SIGINT, and says so before connections are closed."""
 
@@ -146,7 +158,7 @@ def run_app(
     *,
     host: str,
     port: int,
-    controller: Controller | None = None,
+    controller: Served | None = None,
 ) -> None:
     """Run an application until SIGTERM or SIGINT, under the bounds of ``settings``.
 
@@ -174,7 +186,7 @@ def run_app(
     )
     server = _Server(config, controller.closing if controller else threading.Event())
 
-    def end_on_failure(loaded: Future[Deployment]) -> None:
+    def end_on_failure(loaded: Future[Any]) -> None:
         if loaded.exception():
             server.handle_exit(signal.SIGTERM, None)
 

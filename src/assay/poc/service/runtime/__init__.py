@@ -1,5 +1,6 @@
 """The work of the service: states, the engine thread, artifact jobs, delivery of callbacks."""
 
+from assay.poc.service.runtime._callback_guard import Blocked, check_url, resolve
 from assay.poc.service.runtime._controller import Controller
 from assay.poc.service.runtime._delivery import Delivery
 from assay.poc.service.runtime._deployment import Deployment
@@ -7,8 +8,11 @@ from assay.poc.service.runtime._metrics import CONTENT_TYPE, Metrics
 
 __all__ = [
     "CONTENT_TYPE",
+    "Blocked",
     "Controller",
     "Delivery",
     "Deployment",
     "Metrics",
+    "check_url",
+    "resolve",
 ]
