@@ -13,10 +13,12 @@ from assay.poc._verifier import check_proof, judging_batch, verify
 from assay.poc.engines import Engine, HFEngine
 from assay.poc.protocol import (
     PIPELINES,
+    Build,
     DistanceRecord,
     Fingerprint,
     Footer,
     Header,
+    NetworkPins,
     Pins,
     Pipeline,
     Proof,
@@ -29,6 +31,7 @@ from assay.poc.verdict import Calibration, MeasuredTarget, Noise, Verdict, calib
 
 __all__ = [
     "PIPELINES",
+    "Build",
     "Calibration",
     "DistanceRecord",
     "Engine",
@@ -37,6 +40,7 @@ __all__ = [
     "HFEngine",
     "Header",
     "MeasuredTarget",
+    "NetworkPins",
     "Noise",
     "Pins",
     "Pipeline",

@@ -12,9 +12,10 @@ from assay.reports._figures import (
     style_axes,
 )
 from assay.reports._html import Badge, BadgeKind, Cell, Report
-from assay.reports._jsonl import JsonObject, dumps, loads, read_json, read_jsonl, read_lines
+from assay.reports._jsonl import JsonObject, dumps, loads, read_json, read_jsonl, read_lines, read_whole
 from assay.reports._provenance import provenance
 from assay.reports._storage import PartialFile, check_new_file, storage_error, write_atomic, write_jsonl
+from assay.reports._toml import read_toml
 
 __all__ = [
     "INK",
@@ -38,6 +39,8 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "read_lines",
+    "read_toml",
+    "read_whole",
     "storage_error",
     "style_axes",
     "write_atomic",

@@ -135,15 +135,30 @@ def read_json(path: str | Path) -> JsonObject:
     Raises:
         DataError: the file cannot be read, is larger than 64 MiB or is not a strict JSON object.
     """
+    return loads(read_whole(path, LONGEST_LINE), str(path))
+
+
+def read_whole(path: str | Path, longest: int) -> bytes:
+    """Return the bytes of a regular file.
+
+    Args:
+        path: Path of the file.
+        longest: Number of bytes of the largest file that is read.
+
+    Raises:
+        DataError: the file cannot be read, is larger, or is a pipe or a device.
+    """
     path = Path(path)
     try:
         with _regular(path) as file:
-            text = file.read(LONGEST_LINE + 1)
+            text = file.read(longest + 1)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if len(text) > LONGEST_LINE:
-        raise _bad(str(path), f"longer than {LONGEST_LINE} bytes")
-    return loads(text, str(path))
+    if len(text) > longest:
+        raise DataError(
+            f"{path}: longer than {longest} bytes", wanted="a smaller file", do="check that it is the file you meant"
+        )
+    return text
 
 
 def _regular(path: Path) -> BinaryIO:

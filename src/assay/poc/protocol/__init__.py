@@ -1,8 +1,10 @@
 """The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
 
 from assay.poc.protocol._blocks import block_scale, folded_head
+from assay.poc.protocol._build import Build
 from assay.poc.protocol._pack import Pack, Row, packs
 from assay.poc.protocol._pins import Pins
+from assay.poc.protocol._pins_file import ModelPins, NetworkPins, NodePins, PinnedFile, RoundPins
 from assay.poc.protocol._pipelines import PIPELINES, LayerStep, Pipeline, Positions, Step, get_pipeline
 from assay.poc.protocol._proof import Proof, parse_record_line
 from assay.poc.protocol._record import (
@@ -36,18 +38,24 @@ __all__ = [
     "PIPELINES",
     "RANDOM_HEAD_ROWS",
     "ROWS_OF_A_PRODUCT",
+    "Build",
     "DistanceRecord",
     "Fingerprint",
     "Footer",
     "Header",
     "LayerStep",
+    "ModelPins",
+    "NetworkPins",
+    "NodePins",
     "Pack",
+    "PinnedFile",
     "Pins",
     "Pipeline",
     "Positions",
     "Proof",
     "Record",
     "Round",
+    "RoundPins",
     "Row",
     "Step",
     "Transform",

@@ -1,19 +1,20 @@
 """What a validator pins of a proof, whose header the prover wrote, and what it takes on the prover's word."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from assay import streams
 from assay.errors import ProofMismatch, UsageError
-from assay.models import NUMBER_FORMATS
+from assay.poc.protocol._build import FORMATS, Build, described
 from assay.poc.protocol._pipelines import get_pipeline
 from assay.poc.protocol._record import Header
-from assay.poc.protocol._round import MAX_NONCE, Round
+from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
 
 FEWEST_NONCES = 32  # of the smallest proof that is accepted without a pinned set of nonces
 LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
-FORMATS = (*streams.DTYPES, *NUMBER_FORMATS)
+DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class Pins:
         strength: Bits of seed of the inputs.
         nonces: All nonces of the proof, in order.
         prover_dtype: Number format that the prover states.
+        digest: SHA-256 of the tensors of the checkpoint.
+        weights: Weight mode of the model.
+        builds: Builds of which the prover's engine must be one; they name its number format.
+        fewest_nonces: Number of nonces of the smallest proof; they are consecutive in the share, from any position on.
 
     Raises:
         UsageError: A value is out of range.
@@ -55,6 +60,10 @@ class Pins:
     strength: Literal[32, 256] | None = None
     nonces: Sequence[int] | None = None
     prover_dtype: str | None = None
+    digest: str | None = None
+    weights: str | None = None
+    builds: tuple[Build, ...] | None = None
+    fewest_nonces: int | None = None
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -68,6 +77,21 @@ class Pins:
             raise UsageError(
                 f"number format {self.prover_dtype!r:.40}", wanted=" or ".join(FORMATS), do="choose one of them"
             )
+        if self.digest is not None and not DIGEST.fullmatch(self.digest):
+            raise UsageError(
+                f"checkpoint digest {self.digest!r:.80}",
+                wanted="the SHA-256 of a checkpoint: 64 digits in small hexadecimal letters",
+                do="`assay poc pins new --model MODEL` writes that of a checkpoint",
+            )
+        fewest = self.fewest_nonces
+        if fewest is not None and (type(fewest) is not int or not 1 <= fewest <= MAX_COUNT):
+            raise UsageError(
+                f"fewest_nonces {fewest!r:.40}",
+                wanted=f"a whole number in [1, {MAX_COUNT}]",
+                do="correct fewest_nonces",
+            )
+        if self.builds is not None and not self.builds:
+            raise UsageError("no build at all", wanted="at least one", do="leave builds out to allow any")
 
     @classmethod
     def of(cls, round: Round) -> "Pins":
@@ -79,27 +103,55 @@ class Pins:
         """Names of the values that are pinned."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Number formats that the pins allow; empty where they say nothing of them."""
+        if self.prover_dtype is not None:
+            return (self.prover_dtype,)
+        return tuple(dict.fromkeys(dtype for build in self.builds or () for dtype in build.dtype))
+
+    def joined(self, other: "Pins", source: str) -> "Pins":
+        """Return the pins of both, which must agree where both have a value.
+
+        Args:
+            other: Further pins, for instance those that flags give.
+            source: Origin of these pins, for the message.
+
+        Raises:
+            UsageError: Two values differ; names the flag of the value.
+        """
+        theirs = {name: getattr(other, name) for name in other.given}
+        ours = {name: value for name in theirs if (value := getattr(self, name)) is not None}
+        odd = [name for name, value in ours.items() if not _equal(value, theirs[name])]
+        if other.prover_dtype is not None and self.formats and other.prover_dtype not in self.formats:
+            odd, ours = [*odd, "prover_dtype"], ours | {"prover_dtype": " or ".join(self.formats)}
+        if odd:
+            name = odd[0]
+            raise UsageError(
+                f"--{name.replace('_', '-')} {theirs[name]!s:.60} beside {source}",
+                wanted=f"{name} {ours[name]!s:.60}, as the network agreed there",
+                do="leave the flag out, or correct one of the two",
+            )
+        return replace(self, **theirs)
+
+    def differing(self, round: Round) -> tuple[str, ...]:
+        """Return the names of the values of a round that contradict a pin."""
+        pinned = (name for name in Round.__dataclass_fields__ if getattr(self, name) is not None)
+        return tuple(name for name in pinned if getattr(self, name) != getattr(round, name))
+
     def check(self, header: Header) -> None:
         """Refuse a header that contradicts a pin, or asks for far more work than the default while nothing pins it.
 
         Raises:
             ProofMismatch: Names the value, stated and wanted.
         """
-        claims, dtype = header.claims(), header.fingerprint.dtype
-        formats = header.pipeline.number_formats if self.prover_dtype is None else (self.prover_dtype,)
-        if formats and dtype not in formats:
-            raise ProofMismatch(
-                f"a proof of {header.pipeline.name} made in {dtype}",
-                wanted=f"one made in {' or '.join(formats)}",
-                do=f"ask the node to prove in {formats[0]}; only if the network agreed on {dtype}: "
-                f"--prover-dtype {dtype}",
-            )
+        self._check_engine(header)
+        claims = header.claims()
         for name in self.given:
-            stated, wanted = claims[name], getattr(self, name)
-            if not (_are(header, wanted) if name == "nonces" else stated == wanted):
+            if not self._holds(name, header):
                 raise ProofMismatch(
-                    f"a proof with {name} {stated!r:.60}",
-                    wanted=f"{name} {wanted!r:.60}",
+                    f"a proof with {name} {claims[name]!r:.60}",
+                    wanted=f"{name} {getattr(self, name)!r:.60}",
                     do="ask the node for its proof of this round",
                 )
         if self.seq_len is None and header.round.seq_len > LONGEST_UNPINNED:
@@ -109,10 +161,37 @@ class Pins:
                 do=f"if the network agreed on that length, pass --seq-len {header.round.seq_len}",
             )
 
+    def _check_engine(self, header: Header) -> None:
+        stated = header.fingerprint
+        formats = self.formats or header.pipeline.number_formats
+        if formats and stated.dtype not in formats:
+            raise ProofMismatch(
+                f"a proof of {header.pipeline.name} made in {stated.dtype}",
+                wanted=f"one made in {' or '.join(formats)}",
+                do=f"ask the node to prove in {formats[0]}; only if the network agreed on {stated.dtype}: "
+                f"--prover-dtype {stated.dtype}",
+            )
+        nearest = min(self.builds or (), key=lambda build: len(build.differing(stated)), default=None)
+        if nearest is not None and (odd := nearest.differing(stated)):
+            said = described(stated)
+            raise ProofMismatch(
+                "a proof made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd),
+                wanted=", ".join(f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in odd),
+                do="ask the node to prove on a build that the network agreed on; if it agreed on this one, add it",
+            )
+
+    def _holds(self, name: str, header: Header) -> bool:
+        """Return whether a header agrees with a value that is pinned; the engine is compared elsewhere."""
+        wanted = getattr(self, name)
+        if name == "nonces":
+            return _are(header, wanted)
+        if name == "fewest_nonces":  # a set of nonces that is pinned may be any
+            return self.nonces is not None or _in_a_row(header, wanted)
+        return name == "builds" or bool(header.claims()[name] == wanted)
+
     def unpinned(self, header: Header) -> tuple[str, ...]:
         """Return the names of the values that are taken on the prover's word: not pinned, and not at their default."""
         round, pipeline, formats = header.round, header.pipeline, header.pipeline.number_formats or streams.DTYPES
-        (first, end, step), *more = header.nonces
         at_default = {
             "block_hash": False,
             "public_key": False,
@@ -122,10 +201,22 @@ class Pins:
             "r_target": pipeline.output == "vector" or round.r_target == Round.r_target,  # vectors have no target
             "node_id": round.node_id == Round.node_id,
             "node_count": round.node_count == Round.node_count,
-            "nonces": not more and step == round.node_count and len(range(first, end, step)) >= FEWEST_NONCES,
-            "prover_dtype": header.fingerprint.dtype in formats,
+            "nonces": self.fewest_nonces is not None or _in_a_row(header, FEWEST_NONCES),
+            "prover_dtype": bool(self.formats) or header.fingerprint.dtype in formats,
         }
         return tuple(name for name, default in at_default.items() if not default and getattr(self, name) is None)
+
+
+def _in_a_row(header: Header, fewest: int) -> bool:
+    """Return whether the nonces follow each other in the share, and are enough."""
+    (first, end, step), *more = header.nonces
+    return not more and step == header.round.node_count and len(range(first, end, step)) >= fewest
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Sequence) and not isinstance(one, str):
+        return len(one) == len(other) and all(a == b for a, b in zip(one, other, strict=True))
+    return bool(one == other)
 
 
 def _are(header: Header, nonces: Sequence[int]) -> bool:

@@ -134,7 +134,15 @@ class Header:
 
     def claims(self) -> dict[str, Any]:
         """Return everything that the prover chose and a validator can pin, by the names of :class:`Pins`."""
-        return {**self.round.as_dict(), "nonces": self.nonces, "prover_dtype": self.fingerprint.dtype}
+        of_model = {"digest": self.digest, "weights": self.weights}
+        of_engine = {"prover_dtype": self.fingerprint.dtype, "builds": self.fingerprint}
+        return {
+            **self.round.as_dict(),
+            **of_model,
+            **of_engine,
+            "nonces": self.nonces,
+            "fewest_nonces": self.count,
+        }
 
     def line(self, record: "Record") -> str:
         """Return the line of a record, without its newline."""

@@ -1,0 +1,115 @@
+"""Builds: the engines that a network allows, as what their fingerprints may say."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from assay import streams
+from assay.errors import UsageError
+from assay.models import NUMBER_FORMATS
+from assay.poc.protocol._record import SEPARATOR, Fingerprint
+
+ANY = "*"
+FORMATS = (*streams.DTYPES, *NUMBER_FORMATS)
+
+
+def _alone(value: Any) -> Any:
+    """Take one value for a list of one."""
+    return (value,) if isinstance(value, str | int) else value
+
+
+def _known(text: str) -> str:
+    if text not in FORMATS:
+        raise ValueError(" or ".join(FORMATS))
+    return text
+
+
+Texts = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_alone)]
+Counts = Annotated[
+    tuple[Annotated[int, Field(strict=True, ge=0)] | Literal["*"], ...], Field(min_length=1), BeforeValidator(_alone)
+]
+Format = Annotated[str, BeforeValidator(_known)]
+
+
+class Build(BaseModel):
+    """One build that may prove a model: for every field of a fingerprint the values that are allowed.
+
+    A value is a text, or a list of which each will do. ``"*"`` allows any, and a text that ends with ``*`` any that
+    begins so, such as ``"2.9.*"``. The dtype has no wildcard: honest noise is that of the number format, so a prover
+    that may choose it chooses how wide the law is. Positions of a nonce belong to the round.
+
+    Args:
+        name: Name of the build, for people.
+        engine: Names of engines, ``hf`` or ``vllm``.
+        device: Names of processors or GPUs.
+        dtype: Number formats of the weights.
+        attention: Names of attention implementations.
+        batch_size: Numbers of nonces of a batch.
+        threads: Numbers of CPU threads; 0 on a GPU.
+        torch: Versions of torch.
+        library: Libraries that run the model, with their versions.
+        kernels: Choices beside the defaults of the library, each list of them as one text, joined by commas; ``""``
+            for none.
+
+    Example:
+        >>> known = {"name": "H100", "engine": "vllm", "device": "NVIDIA H100*", "dtype": "bfloat16"}
+        >>> free = dict.fromkeys(("attention", "batch_size", "threads", "torch", "library", "kernels"), "*")
+        >>> Build.model_validate(known | free).free
+        ('device', 'attention', 'batch_size', 'threads', 'torch', 'library', 'kernels')
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = ""
+    engine: Texts
+    device: Texts
+    dtype: Annotated[tuple[Format, ...], Field(min_length=1), BeforeValidator(_alone)]
+    attention: Texts
+    batch_size: Counts
+    threads: Counts
+    torch: Texts
+    library: Texts
+    kernels: Texts
+
+    @classmethod
+    def of(cls, fingerprint: Fingerprint, *, name: str = "") -> "Build":
+        """Return the build that allows this fingerprint alone, at any number of positions.
+
+        Raises:
+            UsageError: A text of the fingerprint is a wildcard, or its dtype no number format.
+        """
+        stated = described(fingerprint)
+        odd = [field for field, value in stated.items() if str(value).endswith(ANY)]
+        if odd or fingerprint.dtype not in FORMATS:
+            field = odd[0] if odd else "dtype"
+            raise UsageError(
+                f"a fingerprint with {field} {stated[field]!r:.60}",
+                wanted="the plain words of an engine",
+                do="take the build from an honest proof of this version",
+            )
+        return cls.model_validate({"name": name, **stated})
+
+    def differing(self, fingerprint: Fingerprint) -> tuple[str, ...]:
+        """Return the names of the fields in which a fingerprint is not of this build."""
+        stated = described(fingerprint)
+        return tuple(n for n in stated if not any(_matches(stated[n], wanted) for wanted in getattr(self, n)))
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """Names of the fields with a wildcard."""
+        return tuple(name for name in FIELDS if any(str(value).endswith(ANY) for value in getattr(self, name)))
+
+
+FIELDS = tuple(name for name in Build.model_fields if name != "name")
+
+
+def described(fingerprint: Fingerprint) -> dict[str, str | int]:
+    """Return the fields of a fingerprint that a build names, with the kernels as one text."""
+    values = {name: getattr(fingerprint, name) for name in FIELDS}
+    return values | {"kernels": SEPARATOR.join(fingerprint.kernels)}
+
+
+def _matches(stated: str | int, wanted: str | int) -> bool:
+    if isinstance(wanted, str) and wanted.endswith(ANY):
+        return str(stated).startswith(wanted.removesuffix(ANY))
+    return stated == wanted

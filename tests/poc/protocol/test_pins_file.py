@@ -1,0 +1,106 @@
+"""``pins.toml``: what it says of a round, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from assay.errors import DataError, ProofMismatch, UsageError
+from assay.poc import NetworkPins, Proof
+
+ANY = ("device", "attention", "batch_size", "threads", "torch", "library", "kernels")
+
+
+def text_of(proof: Proof, *, nodes: str = "", round: str = "", model: str = "", build: str = "") -> str:
+    """The pins of a proof's network, on any machine, with further lines in their tables."""
+    free = "".join(f'{name} = "*"\n' for name in ANY if f"{name} =" not in build)
+    return (
+        f'schema = 1\n[round]\npreset = "poc-2.0"\nseq_len = 16\nstrength = 32\nr_target = 1.416\nnode_count = 1\n'
+        f"fewest_nonces = 32\n{round}\n{nodes}\n"
+        f'[[models]]\nreference = "small"\ndigest = "{proof.header.digest}"\n{model}\n'
+        f'[[models.builds]]\nengine = "hf"\ndtype = "float32"\n{free}{build}\n'
+    )
+
+
+@pytest.fixture
+def written(tmp_path: Path, proof: Proof):
+    """Write and read the pins of the proof's network."""
+
+    def write(text: str | None = None, **tables: str) -> NetworkPins:
+        path = tmp_path / "pins.toml"
+        path.write_text(text_of(proof, **tables) if text is None else text)
+        return NetworkPins.load(path)
+
+    return write
+
+
+def test_a_round_takes_the_rest_from_the_file(written, proof: Proof):
+    pins = written().for_round(block_hash="block_alpha", public_key="node_A")
+    pins.check(proof.header)
+    assert pins.unpinned(proof.header) == ()
+    assert (pins.seq_len, pins.node_id, pins.node_count, pins.formats) == (16, 0, 1, ("float32",))
+    assert written().for_round().unpinned(proof.header) == ("block_hash", "public_key")
+
+
+def test_nodes_are_a_list_of_those_who_may_prove(written, proof: Proof):
+    nodes = '[[nodes]]\npublic_key = "node_A"\nnode_id = 0\n'
+    network = written(nodes=nodes)
+    assert network.for_round(block_hash="b").public_key == "node_A"
+    with pytest.raises(UsageError, match="one of the 1 nodes"):
+        network.for_round(public_key="node_B")
+    with pytest.raises(UsageError, match="--node-id 1"):
+        network.for_round(public_key="node_A", node_id=1)
+    several = written(nodes=nodes + '[[nodes]]\npublic_key = "node_B"\nnode_id = 3\nnode_count = 4\n')
+    with pytest.raises(UsageError, match="no --public-key"):
+        several.for_round()
+    pins = several.for_round(public_key="node_B")
+    assert (pins.node_id, pins.node_count) == (3, 4)
+    with pytest.raises(ProofMismatch, match="public_key"):
+        pins.check(proof.header)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "seen"),
+    [
+        ("schema = 1", "schema = 2", "schema 2"),
+        ("schema = 1\n", "", "schema None"),
+        ("preset", "prest", "did you mean preset"),
+        ("[round]", "[rounds]", "did you mean round"),
+        ('engine = "hf"', 'engine = "?"', r"models\[0\].builds\[0\].engine is still"),
+        ('engine = "hf"\n', "", r"no models\[0\].builds\[0\].engine"),
+        ('dtype = "float32"', 'dtype = "*"', r"models\[0\].builds\[0\].dtype\[0\] is '\*'"),
+        ('threads = "*"', "threads = true", r"models\[0\].builds\[0\].threads"),
+        ('threads = "*"', "threads = []", r"models\[0\].builds\[0\].threads is \[\]"),
+        ("seq_len = 16", "seq_len = 0", "round.seq_len is 0"),
+        ("seq_len = 16", "seq_len = 16.0", "round.seq_len is 16.0"),
+        ("seq_len = 16", "seq_len = 2097152", "seq_len is 2097152"),
+        ("strength = 32", "strength = 64", "round.strength is 64"),
+        ("r_target = 1.416", "r_target = 3.0", "r_target is 3.0"),
+        ("r_target = 1.416", "r_target = nan", "round.r_target is nan"),
+        ("r_target = 1.416\n", "", "round.r_target None with preset poc-2.0"),
+        ('preset = "poc-2.0"', 'preset = "artifact"', "round.r_target 1.416 with preset artifact"),
+        ('preset = "poc-2.0"', 'preset = "poc-3"', "preset 'poc-3'"),
+        ("fewest_nonces = 32", "nonces = [4, 4]\nfewest_nonces = 32", "nonce positions 4:4"),
+        ("schema = 1", "schema = 1\nschema = 1", "Cannot overwrite"),
+        ('digest = "', 'digest = "x', r"models\[0\].digest is 'x"),
+    ],
+)
+def test_what_is_not_exactly_a_pins_file_is_refused_by_its_key(old: str, new: str, seen: str, written, proof: Proof):
+    text = text_of(proof)
+    assert old in text
+    with pytest.raises(DataError, match=seen) as caught:
+        written(text.replace(old, new, 1))
+    assert "pins.toml" in caught.value.seen
+
+
+def test_a_file_that_never_ends_is_not_read(tmp_path: Path):
+    for size, seen in ((2**22 + 1, "longer than 4194304 bytes"), (0, "schema None")):
+        path = tmp_path / "pins.toml"
+        path.write_bytes(b"#" * size)
+        with pytest.raises(DataError, match=seen):
+            NetworkPins.load(path)
+    path.write_bytes(b'schema = "\xff"')
+    with pytest.raises(DataError, match="byte 11 is not UTF-8"):
+        NetworkPins.load(path)
+    path.write_text("schema = " + "[" * 200_000)
+    with pytest.raises(DataError, match=r"pins\.toml"):
+        NetworkPins.load(path)
