@@ -4,7 +4,8 @@ from assay.poc.protocol._blocks import block_scale, folded_head
 from assay.poc.protocol._build import Build
 from assay.poc.protocol._pack import Pack, Row, packs
 from assay.poc.protocol._pins import Pins
-from assay.poc.protocol._pins_file import ModelPins, NetworkPins, NodePins, PinnedFile, RoundPins
+from assay.poc.protocol._pins_file import NetworkPins
+from assay.poc.protocol._pins_tables import ModelPins, NodePins, PinnedFile, RoundPins
 from assay.poc.protocol._pipelines import PIPELINES, LayerStep, Pipeline, Positions, Step, get_pipeline
 from assay.poc.protocol._proof import Proof, parse_record_line
 from assay.poc.protocol._record import (
