@@ -24,6 +24,7 @@ from assay.poc.verdict._judge import (
     residuals,
     sequential_test,
 )
+from assay.poc.verdict._pinned import pinned_calibration
 from assay.poc.verdict._targets import MeasuredTarget, distances_from, measure_r_target
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "law_as_dict",
     "measure_r_target",
     "noise_for",
+    "pinned_calibration",
     "published_rule",
     "residuals",
     "sequential_test",
