@@ -64,7 +64,7 @@ def test_wrong_options_are_errors_in_three_parts(tmp_path, capsys, arguments):
 def test_without_the_packages_of_the_service_the_rest_works_and_the_error_says_what_to_install():
     code = """
 import sys
-for name in ("fastapi", "uvicorn", "sqlalchemy", "standardwebhooks", "structlog", "prometheus_client"):
+for name in ("fastapi", "uvicorn", "standardwebhooks", "structlog", "prometheus_client"):
     sys.modules[name] = None
 import assay.poc
 from assay.cli import run

@@ -24,6 +24,9 @@ from assay.poc.verdict._judge import (
     residuals,
     sequential_test,
 )
+from assay.poc.verdict._ledger import Ledger
+from assay.poc.verdict._ledger_entries import Account, Entry, Standing, Update, round_identity
+from assay.poc.verdict._life import Evidence, Life
 from assay.poc.verdict._pinned import pinned_calibration
 from assay.poc.verdict._targets import MeasuredTarget, distances_from, measure_r_target
 
@@ -34,10 +37,17 @@ __all__ = [
     "MARGIN",
     "P_FLIP",
     "P_MISMATCH",
+    "Account",
     "Calibration",
+    "Entry",
+    "Evidence",
     "Law",
+    "Ledger",
+    "Life",
     "MeasuredTarget",
     "Noise",
+    "Standing",
+    "Update",
     "Verdict",
     "calibrate",
     "count_mismatches",
@@ -51,5 +61,6 @@ __all__ = [
     "pinned_calibration",
     "published_rule",
     "residuals",
+    "round_identity",
     "sequential_test",
 ]

@@ -13,8 +13,9 @@ from sqlalchemy.dialects.sqlite import insert
 from assay.poc.protocol import Record, Round
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._states import State
-from assay.poc.service.store._database import Database, damaged
+from assay.poc.service.store._database import Database
 from assay.poc.service.store._outbox import Outbox
+from assay.reports.database import damaged
 
 RECENT = 256
 

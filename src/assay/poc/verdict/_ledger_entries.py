@@ -1,0 +1,329 @@
+"""The entries of a ledger: what is written of one audit, in one form whose hash the next entry holds.
+
+An entry is one line of canonical JSON. It names its place, the hash of the entry before it, the account, the evidence
+and the outcome; its own hash is the SHA-256 of the line. So nothing in it can change, and no entry can leave its place,
+without another hash in every entry that follows.
+"""
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from assay import stats
+from assay.errors import DataError, UsageError
+from assay.poc.protocol import MAX_NONCE, Round
+from assay.poc.verdict._judge import Noise
+from assay.poc.verdict._life import Evidence, Life
+from assay.reports import dumps
+
+KIND = "assay.poc.ledger"
+SCHEMA = 1
+REPEATED = "repeated"
+"""Why a nonce does not count that this account has an entry of already, in the same round."""
+
+MOST_NONCES = 2**18  # of one entry
+Text = Annotated[str, Field(max_length=1024)]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Hash = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+Count = Annotated[int, Field(ge=0, le=MAX_NONCE)]
+Chance = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Account:
+    """Whose life an e-process runs over.
+
+    Args:
+        public_key: Key of the node.
+        digest: SHA-256 of the tensors of the model.
+        build: Build of the prover: a name that the validator gave, or the id of its fingerprint.
+        preset: Preset of the proofs.
+    """
+
+    public_key: str
+    digest: str
+    build: str
+    preset: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one audit found, on its way into a ledger.
+
+    Args:
+        account: Account of the node.
+        round: Identity of the round, by :func:`round_identity`; a nonce counts once in it.
+        block_hash: Block of the round.
+        noise: Honest noise that the residuals are judged under, chosen without a look at them.
+        nonces: Nonces that were checked.
+        residuals: Residual of each; NaN or an infinity for a value that is missing.
+        proof: SHA-256 of the proof; None for evidence that is no proof.
+        sample_seed: Number that drew the nonces; None where they were not drawn by one.
+        excluded: Reasons why some of the nonces must not count, by nonce.
+        fault: Pattern of a fault that the audit found; None without one.
+        name: Name of the update: another one of that name changes nothing, so a sender may repeat it safely.
+    """
+
+    account: Account
+    round: str
+    block_hash: str
+    noise: Noise
+    nonces: Sequence[int]
+    residuals: Sequence[float]
+    proof: str | None = None
+    sample_seed: int | None = None
+    excluded: Mapping[int, str] = field(default_factory=dict)
+    fault: str | None = None
+    name: str | None = None
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> Self:
+        """Read canonical JSON.
+
+        Raises:
+            DataError: It is not JSON, not of this form, or written in another way than :meth:`line` writes.
+        """
+        try:
+            made = cls.model_validate_json(text)  # what it forgives, such as a key given twice, has another form
+        except ValidationError as error:
+            raise _malformed(source, error) from None
+        if made.line != text:
+            raise DataError(
+                f"{source}: not in the form in which it is written",
+                wanted=f"{made.line:.60}…",
+                do="ask for the file again, byte for byte",
+            )
+        return made
+
+    @property
+    def line(self) -> str:
+        """The canonical JSON."""
+        return dumps(self.model_dump())
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the line."""
+        return sha256(self.line)
+
+
+class Genesis(_Model):
+    """The beginning of a ledger, which its first entry names as the one before it.
+
+    Args:
+        kind: Kind of file.
+        version: Version of the form.
+        id: Random digits that tell ledgers apart.
+        created: Time at which the ledger was begun, in seconds.
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that a cheater is called honest.
+    """
+
+    kind: Literal["assay.poc.ledger"] = KIND
+    version: Literal[1] = SCHEMA
+    id: Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\z")]
+    created: Annotated[float, Field(ge=0)]
+    alpha: Chance
+    beta: Chance
+
+
+class Holder(_Model):
+    """An account, as an entry names it."""
+
+    public_key: Name
+    digest: Name
+    build: Name
+    preset: Name
+
+
+class Outcome(_Model):
+    """The state of the account after an entry: the fields of :class:`Evidence`, with two counts.
+
+    Args:
+        audits: Number of entries of the account, this one included.
+        recorded: Number of nonces in them, those that do not count included.
+    """
+
+    audits: Count
+    recorded: Count
+    verdict: Literal["honest", "fraud", "undecided"]
+    n: Count
+    segments: Count
+    log_e_value: float
+    log_e_max: float
+    log_evidence_honest: float
+
+
+class Entry(_Model):
+    """One row of a ledger. The fields are those of :class:`Update`, with its place before and the outcome after."""
+
+    seq: Annotated[int, Field(ge=1, le=MAX_NONCE)]
+    previous: Hash
+    time: Annotated[float, Field(ge=0)]
+    name: Name | None
+    account: Holder
+    round: Name
+    block_hash: Text
+    proof: Hash | None
+    sample_seed: Count | None
+    law: Hash
+    nonces: Annotated[list[Count], Field(min_length=1, max_length=MOST_NONCES)]
+    residuals: Annotated[list[float | None], Field(max_length=MOST_NONCES)]
+    excluded: Annotated[list[tuple[Count, Name]], Field(max_length=MOST_NONCES)]
+    fault: Text | None
+    outcome: Outcome
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        places = [place for place, _ in self.excluded]
+        if len(self.residuals) != len(self.nonces):
+            raise ValueError(f"{len(self.residuals)} residuals of {len(self.nonces)} nonces")
+        if any(place >= len(self.nonces) for place in places) or places != sorted(set(places)):
+            raise ValueError("excluded places that do not ascend or are not there")
+        return self
+
+    @property
+    def owner(self) -> Account:
+        """The account."""
+        return Account(**self.account.model_dump())
+
+    @property
+    def evidence(self) -> Evidence:
+        """The outcome."""
+        return Evidence(**self.outcome.model_dump(exclude={"audits", "recorded"}))
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """Reasons why nonces do not count, by place."""
+        return dict(self.excluded)
+
+    @property
+    def counted(self) -> list[float]:
+        """Residuals that count, NaN for missing ones, in their order."""
+        out = self.reasons
+        return [math.nan if x is None else x for place, x in enumerate(self.residuals) if place not in out]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What a ledger says of an account.
+
+    Args:
+        account: Account.
+        evidence: Evidence after its last entry.
+        audits: Number of its entries.
+        recorded: Number of nonces in them, those that do not count included.
+        begun: Time of its first entry, in seconds.
+        last: Time of its last entry, in seconds.
+        fault: Pattern of the fault that the last audit found; None without one.
+    """
+
+    account: Account
+    evidence: Evidence
+    audits: int
+    recorded: int
+    begun: float
+    last: float
+    fault: str | None
+
+    @property
+    def verdict(self) -> stats.Verdict:
+        """Verdict over the whole life."""
+        return self.evidence.verdict
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        rest = {name: value for name, value in self.__dict__.items() if name not in ("account", "evidence")}
+        return {**asdict(self.account), **asdict(self.evidence), **rest}
+
+
+class Progress:
+    """The state of one account while its entries are taken one after the other.
+
+    Args:
+        genesis: Beginning of the ledger.
+    """
+
+    def __init__(self, genesis: Genesis) -> None:
+        self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
+        self.audits = self.recorded = self.last = 0
+
+    def take(self, entry: Entry, noise: Noise) -> Outcome:
+        """Take the residuals of an entry that count, and return the outcome."""
+        counted = entry.counted
+        if counted:
+            self.life.update(noise, counted)
+        self.audits += 1
+        self.recorded += len(entry.nonces)
+        self.last = entry.seq
+        return Outcome(audits=self.audits, recorded=self.recorded, **asdict(self.life.evidence))
+
+
+NOTHING = Outcome(audits=0, recorded=0, **asdict(Evidence()))
+
+
+def round_identity(round: Round) -> str:
+    """Return what makes two nonces of one key the same computation: SHA-256 of block, preset, length and seed bits."""
+    names = ("block_hash", "preset", "seq_len", "strength")
+    return sha256(dumps({name: getattr(round, name) for name in names}))
+
+
+def sha256(text: str) -> str:
+    """Return the SHA-256 of a text in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def excluded_places(nonces: Sequence[int], seen: Collection[int], given: Mapping[int, str]) -> list[tuple[int, str]]:
+    """Return the places of nonces that do not count, with the reason: repeated ones, and those that were named.
+
+    Args:
+        nonces: Nonces of one audit.
+        seen: Nonces that the account has entries of, in the same round.
+        given: Reasons by nonce.
+    """
+    before, found = set(seen), []
+    for place, nonce in enumerate(nonces):
+        reason = REPEATED if nonce in before else given.get(nonce)
+        if reason is not None:
+            found.append((place, reason))
+        before.add(nonce)
+    return found
+
+
+def make_entry(update: Update, values: Mapping[str, Any]) -> Entry:
+    """Return the entry of an update.
+
+    Args:
+        update: What one audit found.
+        values: Fields that the ledger adds.
+
+    Raises:
+        UsageError: A value of the update is not what an entry may hold.
+    """
+    names = ("name", "round", "block_hash", "proof", "sample_seed", "fault")
+    taken: dict[str, Any] = {name: getattr(update, name) for name in names}
+    taken["account"] = asdict(update.account)
+    taken["nonces"] = [int(nonce) for nonce in update.nonces]
+    taken["residuals"] = [float(x) if math.isfinite(x) else None for x in update.residuals]
+    try:
+        return Entry.model_validate(taken | dict(values))
+    except ValidationError as error:
+        fault = _malformed("an update", error)
+        raise UsageError(fault.seen, wanted=fault.wanted, do="correct it before it is recorded") from None
+
+
+def _malformed(source: str, error: ValidationError) -> DataError:
+    fault = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in fault["loc"])
+    return DataError(
+        f"{source}: {place or 'the whole'}: {fault['msg']:.200}",
+        wanted="an entry as assay writes it",
+        do="ask for the file again, or make it anew",
+    )
