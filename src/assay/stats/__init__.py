@@ -3,6 +3,7 @@
 The formulas and what they assume are derived in docs/statistics.md.
 """
 
+from assay.stats._blocks import EFFECTIVE_DIMENSION, BlockLaw, effective_dimension
 from assay.stats._chord import (
     RANDOM_HEAD_ROWS,
     chord_cdf,
@@ -36,9 +37,11 @@ from assay.stats._rates import (
 from assay.stats._sequential import SequentialResult, SequentialTest, Verdict
 
 __all__ = [
+    "EFFECTIVE_DIMENSION",
     "JUNK_SIGMA",
     "RANDOM_HEAD_ROWS",
     "RESOLUTION",
+    "BlockLaw",
     "BootstrapInterval",
     "CountTest",
     "LogNoise",
@@ -54,6 +57,7 @@ __all__ = [
     "chord_pdf",
     "chord_std",
     "count_test",
+    "effective_dimension",
     "fit_log_noise",
     "fit_scale_noise",
     "group_bootstrap",

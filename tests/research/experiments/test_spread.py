@@ -5,8 +5,7 @@ import pytest
 
 from assay import stats
 from assay.errors import UsageError
-from assay.research.runs import effective_dimension, spread_of
-from assay.research.runs._spread import head_error
+from assay.research.runs import spread_of
 
 
 def test_equal_blocks_fall_inside_the_band_as_often_as_it_says():
@@ -30,18 +29,6 @@ def test_the_published_spreads():
     assert hooks.p_value < 1e-6
 
 
-def test_random_heads_spread_blocks_as_the_formula_says():
-    """Random directions through drawn heads: no nonce noise, only the block's own law."""
-    rng = np.random.default_rng(1)
-    width, rows, r_target = 64, 4096, 1.416
-    lengths = np.sqrt(rng.chisquare(width, size=4000) / width)
-    cosine = (1 - r_target**2 / 2) * np.sqrt(rows) / np.sqrt(width) / lengths  # in units of a direction's coordinate
-    rates = stats.chord_cdf(np.sqrt(2 - 2 * np.clip(cosine, -1, 1)), width)
-    common = stats.valid_rate(r_target, rows)
-    assert rates.std() == pytest.approx(head_error(common, width), rel=0.1)
-    assert head_error(0.5, width) == 0
-
-
 def test_a_head_widens_the_band_and_more_nonces_do_not_help():
     narrow, wide = spread_of([590, 600], [1000, 1000]), spread_of([590, 600], [1000, 1000], width=64)
     assert wide.high > narrow.high == wide.nonces_high
@@ -56,15 +43,3 @@ def test_blocks_that_are_all_valid_have_no_spread():
         spread_of([5], [5])
     with pytest.raises(UsageError):
         spread_of([5, 0], [5, 0])
-
-
-def test_the_effective_dimension():
-    rng = np.random.default_rng(2)
-    isotropic = rng.normal(size=(800, 48))
-    assert effective_dimension(isotropic) == pytest.approx(48, rel=0.05)
-    few = isotropic.copy()
-    few[:, 4:] *= 1e-3
-    assert effective_dimension(few) == pytest.approx(4, rel=0.1)
-    assert effective_dimension(np.ones((5, 7))) == pytest.approx(1)
-    with pytest.raises(UsageError):
-        effective_dimension(np.ones((1, 7)))

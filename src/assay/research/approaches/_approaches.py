@@ -39,7 +39,6 @@ from assay.research.runs import (
     Blocks,
     ExperimentPlan,
     Progress,
-    effective_dimension,
     open_run,
     published,
     spread_of,
@@ -124,7 +123,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
     heads = [state_pipeline(pipeline) for pipeline in group if pipeline.head == "random"]
     count = min(STATE_NONCES, plan.nonces)
     reduced = published(engine, rounds[0], heads, range(count)) if heads else {}
-    effective = {name: effective_dimension(states_ND) for name, states_ND in reduced.items()}
+    effective = {name: stats.effective_dimension(states_ND) for name, states_ND in reduced.items()}
     slower = overheads(engine, rounds[0], group, plan.timed) if plan.timed else {}
     apart = _separability(plan, reference, rounds[0], group)
     sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_layers": model.num_layers}

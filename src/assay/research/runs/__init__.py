@@ -12,7 +12,7 @@ from assay.research.runs._runs import (
     read_run,
     run_folder,
 )
-from assay.research.runs._spread import Spread, effective_dimension, spread_of
+from assay.research.runs._spread import Spread, spread_of
 from assay.research.runs._states import published, state_pipeline, states
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Spread",
     "Table",
     "build_report",
-    "effective_dimension",
     "measure_missing",
     "open_run",
     "published",

@@ -3,16 +3,15 @@
 The spread of B block rates is the largest minus the smallest. Two kinds of chance move it:
 
 - *nonces*: a rate p of n nonces has the standard error √(p(1 − p)/n);
-- *heads*: a block draws its random head W and its target t anew. The cosine of a random direction x of R^D with the
-  target is that with u = Wᵀt, whose length varies: ‖u‖² ~ χ² with D degrees of freedom. So the standard deviation of a
-  block's cosines varies by 1/√(2D) from block to block, and a rate p = Φ(z) moves with it by φ(z)·|z|. More nonces do
-  not reduce this part; at a rate of one half it vanishes.
+- *heads*: a block draws its random head W and its target t anew, and its distances are wider or narrower for it. The
+  rate moves with it (:class:`assay.stats.BlockLaw`), more nonces do not reduce this part, and at a rate of one half it
+  vanishes. How much depends on the *effective dimension* of the states in front of the head: the hidden size where they
+  are random directions, and less where they lie along a few axes.
 
-A spread beyond that band is structure. One cause has a measure: states that are not random directions but lie along a
-few axes. With second moments M = E[x xᵀ] the cosines of a block have the variance uᵀMu, which varies by 1/√(2·D_eff),
-D_eff = 1/‖M‖²: the *effective dimension*, D when all directions occur alike.
+A spread beyond the band of random directions is structure of the states; one beyond the band of their own effective
+dimension is structure that the randomisation left.
 
-Legend of shapes: B blocks, N nonces, D hidden size.
+Legend of shapes: B blocks.
 """
 
 import math
@@ -20,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy import stats as distributions
 
 from assay import stats
@@ -80,28 +78,8 @@ def spread_of(valid: Sequence[int], checked: Sequence[int], *, width: float | No
         return Spread(rates, max(rates) - min(rates), 0.0, 0.0, 0.0, 1.0)
     low, high = stats.noise_band(common, round(n), len(rates), CONFIDENCE)
     nonce_error = stats.rate_standard_error(common, round(n))
-    error = math.hypot(nonce_error, head_error(common, width) if width else 0.0)
+    law = stats.BlockLaw(dimension=stats.RANDOM_HEAD_ROWS, freedom=width or math.inf)
+    error = math.hypot(nonce_error, law.rate_error(stats.r_target_for(common, law.dimension)))
     value, factor = max(rates) - min(rates), error / nonce_error
     p_value = float(distributions.studentized_range.sf(value / error, len(rates), np.inf))
     return Spread(rates, value, low * factor, high * factor, high, p_value)
-
-
-def head_error(rate: float, width: float) -> float:
-    """Return the standard deviation of a block's valid rate that its random head causes, φ(z)·|z|/√(2·width)."""
-    z = float(distributions.norm.ppf(rate))
-    return float(distributions.norm.pdf(z)) * abs(z) / math.sqrt(2 * width)
-
-
-def effective_dimension(states_ND: npt.NDArray[np.floating]) -> float:
-    """Return D_eff = 1/‖E[x xᵀ]‖² of unit states [N, D], from the mean squared product of two different ones.
-
-    Raises:
-        UsageError: There are fewer than 2 states.
-    """
-    if len(states_ND) < 2:
-        raise UsageError(f"{len(states_ND)} states", wanted="at least 2", do="measure more nonces")
-    unit_ND = states_ND.astype(np.float64)
-    unit_ND /= np.linalg.norm(unit_ND, axis=1, keepdims=True)
-    squares_NN = (unit_ND @ unit_ND.T) ** 2
-    n = len(unit_ND)
-    return float(n * (n - 1) / (squares_NN.sum() - np.trace(squares_NN)))

@@ -1,0 +1,172 @@
+"""The law of a block: the chord law, narrower or wider by a factor that all nonces of a block share.
+
+All distances of a block are measured along one vector v, N(0, I) over blocks: the random head, folded onto the target.
+States x of unit length with second moments M = E[x xᵀ] have products v·x of variance γ² = vᵀMv, while the chord law is
+that of variance one. So within a block the cosines of the distances are γ times as wide as the law says. Over blocks γ²
+is Σ λᵢχ²₁ with the eigenvalues λ of M, of mean one and variance 2‖M‖², and with those two moments it is near
+
+    γ² ~ χ²_ν/ν,    ν = 1/‖M‖²
+
+(Satterthwaite 1946; Box 1954, theorem 3.1). ν is the *effective dimension* of the states: D where all directions of R^D
+occur alike, and much less where a few coordinates carry most of a trained state. γ varies by about 1/√(2ν).
+
+Signs drawn per nonce make M diagonal and leave the energy of a coordinate where it is. A reflection in a random
+hyperplane keeps 1 − 4/D + 8/(D(D + 2)) of what M has beyond I/D; eight of them keep 88 % at D = 256.
+
+Legend of shapes: N nonces, D hidden size.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+from scipy.optimize import brentq
+
+from assay.errors import UsageError
+from assay.stats._chord import FloatArray, chord_cdf, r_target_for, rate_standard_error
+
+EFFECTIVE_DIMENSION = 16.0
+"""What is assumed of states that nobody has measured; the bundled models have 20 to 37, random weights about D."""
+
+_POINTS = 512  # of the law of the factor, each of the same probability
+
+
+def effective_dimension(states_ND: npt.NDArray[np.floating]) -> float:
+    """Return 1/‖E[x xᵀ]‖² of unit states [N, D], from the mean squared product of two different ones.
+
+    Raises:
+        UsageError: There are fewer than 2 states.
+    """
+    if len(states_ND) < 2:
+        raise UsageError(f"{len(states_ND)} states", wanted="at least 2", do="measure more nonces")
+    unit_ND = states_ND.astype(np.float64)
+    unit_ND /= np.linalg.norm(unit_ND, axis=1, keepdims=True)
+    squares_NN = (unit_ND @ unit_ND.T) ** 2
+    n = len(unit_ND)
+    return float(n * (n - 1) / (squares_NN.sum() - np.trace(squares_NN)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLaw:
+    """The law of the distances of a block, as far as its factor γ is known: γ² ~ scale²·χ²_ν/ν.
+
+    Args:
+        dimension: Dimension d of the chord law.
+        freedom: Degrees of freedom ν: the effective dimension of the states where nothing is known of the block, more
+            where something is, and infinity where γ equals ``scale``.
+        scale: What is known of γ; 1.0 for any block.
+
+    Raises:
+        UsageError: A value is not positive.
+    """
+
+    dimension: int
+    freedom: float
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.freedom > 0 and 0 < self.scale < math.inf):
+            raise UsageError(
+                f"an effective dimension of {self.freedom} and a scale of {self.scale}",
+                wanted="positive numbers",
+                do=f"leave the effective dimension out: {EFFECTIVE_DIMENSION:g} is assumed",
+            )
+
+    @classmethod
+    def of_head(cls, dimension: int, effective_dimension: float, *, hidden_size: int, scale: float) -> "BlockLaw":
+        """Return the law of a block whose folded head has a known length.
+
+        The length is known and the direction is not, so of the variance 2/ν of γ² the part 2/D is gone.
+
+        Args:
+            dimension: Dimension d of the chord law.
+            effective_dimension: Effective dimension ν of the states; more than D counts as D.
+            hidden_size: Size D of the states.
+            scale: Length of the folded head over its mean.
+        """
+        left = 1 / effective_dimension - 1 / hidden_size
+        return cls(dimension=dimension, freedom=1 / left if left > 0 else math.inf, scale=scale)
+
+    def factor(self, q: float) -> float:
+        """Return the quantile of the factor γ over such blocks."""
+        if math.isinf(self.freedom):
+            return self.scale
+        return self.scale * math.sqrt(float(stats.chi2.ppf(q, self.freedom)) / self.freedom)
+
+    @property
+    def factor_error(self) -> float:
+        """Standard deviation of γ, to first order: scale/√(2ν)."""
+        return self.scale / math.sqrt(2 * self.freedom)
+
+    def cdf(self, x: npt.ArrayLike) -> FloatArray:
+        """Return P(distance ≤ x) over such blocks, elementwise."""
+        return np.asarray(self._rates(np.asarray(x, dtype=np.float64)).mean(axis=0))
+
+    def valid_rate(self, r_target: float) -> float:
+        """Return the expected share of nonces with a distance below ``r_target``.
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2].
+        """
+        if not 0.0 < r_target <= 2.0:
+            raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
+        return float(self.cdf(r_target))
+
+    def r_target_for(self, rate: float) -> float:
+        """Return the ``r_target`` at which a share ``rate`` of the nonces of such blocks is valid.
+
+        Raises:
+            UsageError: ``rate`` is outside (0, 1].
+        """
+        chord = r_target_for(rate, self.dimension)  # refuses the rate
+        if rate == 1.0:
+            return chord
+        return float(brentq(lambda x: float(self.cdf(x)) - rate, 1e-9, 2.0, xtol=1e-12))
+
+    def rate_error(self, r_target: float, n: int | None = None) -> float:
+        """Return the standard error of the valid rate of such a block: that of γ, and of n nonces if given.
+
+        That of γ is about φ(z)·|z|/√(2ν) at a rate of Φ(z), and nothing at one half.
+        """
+        nonces = rate_standard_error(self.valid_rate(r_target), n) if n else 0.0
+        return math.hypot(float(self._rates(np.asarray(r_target)).std()), nonces)
+
+    def rate_interval(self, r_target: float, n: int | None = None, confidence: float = 0.95) -> tuple[float, float]:
+        """Return where the valid rate of such a block falls with a probability of ``confidence``.
+
+        The two causes, γ and the n nonces, are joined end by end: the squares of their distances from the expected rate
+        add up (Zou and Donner 2008).
+        """
+        tail = (1 - confidence) / 2
+        rate = self.valid_rate(r_target)
+        nonces = float(stats.norm.ppf(1 - tail)) * rate_standard_error(rate, n) if n else 0.0
+        cosine = 1 - r_target**2 / 2
+        ends = sorted(float(chord_cdf(_chord(cosine / self.factor(q)), self.dimension)) for q in (tail, 1 - tail))
+        low, high = (math.hypot(end - rate, nonces) for end in ends)
+        return max(0.0, rate - low), min(1.0, rate + high)
+
+    def target_interval(self, r_target: float, confidence: float = 0.95) -> tuple[float, float]:
+        """Return where a block has its own quantile if that of an average block is ``r_target``."""
+        tail = (1 - confidence) / 2
+        cosine = 1 - r_target**2 / 2
+        ends = sorted(float(_chord(cosine * self.factor(q))) for q in (tail, 1 - tail))
+        return ends[0], ends[1]
+
+    @cached_property
+    def _factors(self) -> FloatArray:
+        """Values of γ of equal probability, [F]."""
+        if math.isinf(self.freedom):
+            return np.array([self.scale])
+        return np.array([self.factor((i + 0.5) / _POINTS) for i in range(_POINTS)])
+
+    def _rates(self, x: FloatArray) -> FloatArray:
+        """Return the share below x for every value of γ, [F, ...]."""
+        factors = self._factors.reshape(-1, *(1,) * x.ndim)
+        return chord_cdf(_chord((1 - x**2 / 2) / factors), self.dimension)
+
+
+def _chord(cosine: npt.ArrayLike) -> FloatArray:
+    return np.asarray(np.sqrt(2 - 2 * np.clip(cosine, -1.0, 1.0)))
