@@ -201,9 +201,15 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
     uri = f"file:{quote(str(path.resolve()))}?mode=ro"
     connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+    connection.text_factory = _decode
     for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "trusted_schema=OFF", "query_only=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
     return connection
+
+
+def _decode(text: bytes) -> str:
+    """Return a text whatever its bytes are: those of somebody else's file are compared by hashes, not trusted."""
+    return text.decode(errors="replace")
 
 
 @contextmanager

@@ -25,7 +25,10 @@ from assay.poc.verdict._judge import (
     sequential_test,
 )
 from assay.poc.verdict._ledger import Ledger
+from assay.poc.verdict._ledger_audit import Fault, LedgerAudit
 from assay.poc.verdict._ledger_entries import Account, Entry, Standing, Update, round_identity
+from assay.poc.verdict._ledger_files import audit_ledger
+from assay.poc.verdict._ledger_merge import LedgerShare, MergedStanding, merge_ledgers
 from assay.poc.verdict._life import Evidence, Life
 from assay.poc.verdict._pinned import pinned_calibration
 from assay.poc.verdict._targets import MeasuredTarget, distances_from, measure_r_target
@@ -41,14 +44,19 @@ __all__ = [
     "Calibration",
     "Entry",
     "Evidence",
+    "Fault",
     "Law",
     "Ledger",
+    "LedgerAudit",
+    "LedgerShare",
     "Life",
     "MeasuredTarget",
+    "MergedStanding",
     "Noise",
     "Standing",
     "Update",
     "Verdict",
+    "audit_ledger",
     "calibrate",
     "count_mismatches",
     "default_noise",
@@ -57,6 +65,7 @@ __all__ = [
     "judge",
     "law_as_dict",
     "measure_r_target",
+    "merge_ledgers",
     "noise_for",
     "pinned_calibration",
     "published_rule",

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.poc.verdict._judge import Noise, Verdict
+from assay.poc.verdict._ledger_audit import LedgerAudit, audit_database, text_of
 from assay.poc.verdict._ledger_entries import (
     NOTHING,
     Account,
@@ -25,6 +26,7 @@ from assay.poc.verdict._ledger_entries import (
     round_identity,
     sha256,
 )
+from assay.poc.verdict._ledger_files import export_ledger
 from assay.poc.verdict._ledger_schema import ACCOUNTS, LAWS, LEDGER, MIGRATIONS, UPDATES
 from assay.poc.verdict._life import noise_from
 from assay.reports import dumps, loads
@@ -113,7 +115,7 @@ class Ledger:
     def _read_genesis(self) -> Genesis:
         with self._db.read() as connection:
             text = connection.execute(sa.select(LEDGER.c.genesis)).scalar()
-        return Genesis.parse(_text(text), f"{self.path}, the beginning")
+        return Genesis.parse(text_of(text), f"{self.path}, the beginning")
 
     @property
     def head(self) -> tuple[int, str]:
@@ -254,7 +256,7 @@ class Ledger:
 
     def _noise(self, connection: sa.Connection, law: str) -> Noise:
         if law not in self._noises:
-            text = _text(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
+            text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
             self._noises[law] = noise_from(loads(text, f"{self.path}, law {law[:12]}"))
             if len(self._noises) > LIVES:
                 self._noises.popitem(last=False)
@@ -264,7 +266,7 @@ class Ledger:
         query = sa.select(UPDATES.c.seq, UPDATES.c.entry).where(chosen).order_by(UPDATES.c.seq)
         for seq, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
             try:
-                yield Entry.parse(_text(text), f"{self.path}, entry {seq!r:.20}")
+                yield Entry.parse(text_of(text), f"{self.path}, entry {seq!r:.20}")
             except AssayError as error:
                 do = f"find what was changed: assay poc ledger audit {self.path}"
                 raise DataError(error.seen, wanted=error.wanted, do=do) from None
@@ -310,6 +312,27 @@ class Ledger:
             fault=now.fault,
         )
 
+    def audit(self, *, head: str | None = None) -> LedgerAudit:
+        """Compute every hash and every verdict again, and return the first entry that is not what it should be.
+
+        Args:
+            head: Hash that was published once: entries up to it must still be there.
+        """
+        return audit_database(self._db, head=head)
+
+    def export(self, path: str | Path, *, overwrite: bool = False) -> tuple[int, str]:
+        """Write everything that an audit elsewhere needs as JSON Lines; return the head.
+
+        Args:
+            path: File to write.
+            overwrite: Whether a file of that name may be replaced.
+
+        Raises:
+            UsageError: The file exists and ``overwrite`` is not set.
+            StorageError: It cannot be written.
+        """
+        return export_ledger(self._db, Path(path), overwrite=overwrite)
+
     def close(self) -> None:
         """Close the file."""
         self._db.close()
@@ -321,10 +344,6 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def _check_kind(path: Path, *, read_only: bool) -> None:

@@ -57,6 +57,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         FROM updates""",
     ),
 )
+TABLES = tuple(tuple(text for text in step if not text.startswith("CREATE TRIGGER")) for step in MIGRATIONS)
+"""The steps without triggers, for a copy that is filled from an export."""
 
 
 def _table(name: str, *columns: str) -> sa.TableClause:
