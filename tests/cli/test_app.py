@@ -41,9 +41,14 @@ FROZEN = {
     "poc verify": {
         "--model", "--sample", "--calibration", "--block-hash", "--public-key", "--prover-dtype", "--dtype", "--device",
         "--engine", "--alpha", "--seed", "--json", "--preset", "--seq-len", "--strength", "--r-target", "--node-id",
-        "--node-count", "--nonces",
+        "--node-count", "--nonces", "--pins",
     },
     "poc calibrate": {"--valid-rate", "--dimension", "--output", "--json"},
+    "poc pins new": {
+        "--model", "--output", "--from-proof", "--calibration", "--public-key", "--preset", "--seq-len", "--strength",
+        "--r-target", "--node-count", "--fewest-nonces", "--dtype", "--overwrite", "--json",
+    },
+    "poc pins check": {"--block-hash", "--public-key", "--node-id", "--json"},
     "poc callbacks list": {"--data-dir", "--all", "--limit", "--json"},
     "poc callbacks replay": {"--data-dir", "--json"},
     "poc experiment approaches": {

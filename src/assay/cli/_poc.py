@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli import _experiment, _serve
+from assay.cli import _experiment, _pins, _serve, _validator
 from assay.cli._commands import App, Resumable
 from assay.cli._engines import judging_engine, proving_engine
 from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from assay.poc import Calibration, Proof, Verdict
 
 app = App(help="Prove that a model ran, and check such proofs.")
-
-PINNED = {
-    "block_hash",
-    "public_key",
-    "preset",
-    "seq_len",
-    "strength",
-    "r_target",
-    "node_id",
-    "node_count",
-    "prover_dtype",
-}
 
 
 @app.command(
@@ -86,8 +74,7 @@ def verify(
     from assay import poc
 
     read = poc.Proof.load(proof)
-    measured = poc.Calibration.load(chosen.calibration) if chosen.calibration else None
-    pins = poc.Pins(**chosen.model_dump(include=PINNED), nonces=_share(chosen))
+    pins, measured = _pins.expected(chosen, read.header)
     poc.check_proof(read, expect=pins, sample=chosen.sample, calibration=measured)  # before a model is loaded
     prover = replace(read.header.fingerprint, batch_size=poc.judging_batch(read.header))
     with judging_engine(chosen, prover) as (loaded, made), progress_bar("verifying") as progress:
@@ -147,16 +134,6 @@ def calibrate(
             wanted="one of the two forms",
             do="`assay poc calibrate --valid-rate 0.1`, or `assay poc calibrate A.jsonl B.jsonl -o calibration.json`",
         )
-
-
-def _share(chosen: "VerifySettings") -> range | None:
-    """Return the nonces at the positions that a proof must hold."""
-    from assay.poc import Round
-
-    if chosen.nonces is None:
-        return None
-    given = {name: value for name in ("node_id", "node_count") if (value := getattr(chosen, name)) is not None}
-    return Round(block_hash="any", public_key="any", **given).nonces(*chosen.nonces)
 
 
 class _Pace:
@@ -250,5 +227,9 @@ def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> Non
 
 app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)
 app.command("receive", epilog="Example: assay poc receive --port 8081")(_serve.receive)
+app.command("validator", epilog="Example: assay poc validator --model reference:qwen3 --pins pins.toml")(
+    _validator.validator
+)
 app.add_typer(_serve.callbacks, name="callbacks")
 app.add_typer(_experiment.app, name="experiment")
+app.add_typer(_pins.app, name="pins")

@@ -68,6 +68,9 @@ class VerifySettings(Settings):
     model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
         description="Model that the round asked for: a directory, a hub id, reference:… or shape:…"
     )
+    pins: Annotated[Path | None, Flag(variable="ASSAY_PINS")] = Field(
+        None, description="File with all that the network agreed on; flags must agree with it."
+    )
     block_hash: str | None = Field(None, description="Block of the round; needed for exit code 0.")
     public_key: str | None = Field(None, description="Key of the node; needed for exit code 0.")
     preset: str | None = Field(None, description=f"Preset that the network agreed on; else {Round.preset}.")
@@ -84,7 +87,8 @@ class VerifySettings(Settings):
     prover_dtype: str | None = Field(None, description="Number format agreed on; else one of the preset, or any dtype.")
     sample: int | None = Field(None, description="Number of nonces to recompute; 64, or all of a smaller proof.")
     calibration: Path | None = Field(
-        None, description="File with the noise measured for this model, preset and pair of engines."
+        None,
+        description="File with the noise measured for this model, preset and pair of engines; else one of the pins.",
     )
     dtype: Annotated[NumberFormat | None, _DTYPE] = Field(
         None, description="Number format that recomputes; by default the prover's."

@@ -1,11 +1,12 @@
 """The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
 
 from assay.poc.protocol._blocks import block_scale, folded_head
-from assay.poc.protocol._build import Build
+from assay.poc.protocol._build import Build, described
 from assay.poc.protocol._pack import Pack, Row, packs
-from assay.poc.protocol._pins import Pins
+from assay.poc.protocol._pins import FEWEST_NONCES, Pins
 from assay.poc.protocol._pins_file import NetworkPins
-from assay.poc.protocol._pins_tables import ModelPins, NodePins, PinnedFile, RoundPins
+from assay.poc.protocol._pins_tables import UNFILLED, ModelPins, NodePins, PinnedFile, RoundPins
+from assay.poc.protocol._pins_text import BUILD_FIELDS, pins_text
 from assay.poc.protocol._pipelines import PIPELINES, LayerStep, Pipeline, Positions, Step, get_pipeline
 from assay.poc.protocol._proof import Proof, parse_record_line
 from assay.poc.protocol._record import (
@@ -34,11 +35,14 @@ from assay.poc.protocol._transforms import (
 from assay.stats import RANDOM_HEAD_ROWS
 
 __all__ = [
+    "BUILD_FIELDS",
+    "FEWEST_NONCES",
     "MAX_COUNT",
     "MAX_NONCE",
     "PIPELINES",
     "RANDOM_HEAD_ROWS",
     "ROWS_OF_A_PRODUCT",
+    "UNFILLED",
     "Build",
     "DistanceRecord",
     "Fingerprint",
@@ -65,6 +69,7 @@ __all__ = [
     "block_target",
     "check_distinct_seeds",
     "decode_vector",
+    "described",
     "encode_vector",
     "folded_head",
     "get_pipeline",
@@ -72,6 +77,7 @@ __all__ = [
     "is_valid",
     "packs",
     "parse_record_line",
+    "pins_text",
     "project",
     "reflect",
     "unit",

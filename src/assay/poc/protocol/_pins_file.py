@@ -4,7 +4,6 @@ docs/pins.md describes every key. Reading is strict: an unknown key, a value of 
 filled in are errors that name the key.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,12 +15,10 @@ from pydantic import Field, PrivateAttr, ValidationError
 from assay.errors import AssayError, DataError, UsageError
 from assay.poc.protocol._build import Build
 from assay.poc.protocol._pins import Pins
-from assay.poc.protocol._pins_tables import ModelPins, NodePins, RoundPins, Table, check_tables, fault_of
+from assay.poc.protocol._pins_tables import ModelPins, NodePins, RoundPins, Table, check_tables, fault_of, sha256_of
 from assay.poc.protocol._pipelines import get_pipeline
 from assay.poc.protocol._round import Round
-from assay.reports import JsonObject, read_toml, read_whole
-
-LONGEST_CALIBRATION = 2**26  # bytes
+from assay.reports import JsonObject, read_toml
 
 
 class NetworkPins(Table):
@@ -236,7 +233,7 @@ class NetworkPins(Table):
         """
         for pinned in model.calibrations:
             path = self._path.parent / pinned.file
-            found = hashlib.sha256(read_whole(path, LONGEST_CALIBRATION)).hexdigest()
+            found = sha256_of(path)
             if found != pinned.sha256:
                 raise DataError(
                     f"{path} has the SHA-256 {found[:12]}…",

@@ -1,9 +1,11 @@
 """The tables of ``pins.toml``, and what is said where one of them is wrong. docs/pins.md describes every key."""
 
+import hashlib
+import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -11,9 +13,10 @@ from assay.errors import DataError
 from assay.poc.protocol._build import Build
 from assay.poc.protocol._pins import DIGEST
 from assay.poc.protocol._round import MAX_COUNT, MAX_NAME, MAX_NONCE
-from assay.reports import JsonObject
+from assay.reports import JsonObject, read_whole
 
 SCHEMA = 1
+LONGEST_CALIBRATION = 2**26  # bytes
 UNFILLED = "?"
 """Value of a key that the one who wrote the file could not know."""
 
@@ -98,6 +101,24 @@ class PinnedFile(Table):
 
     file: Annotated[str, AfterValidator(_relative)]
     sha256: Sha256
+
+    @classmethod
+    def of(cls, path: Path, folder: Path) -> Self:
+        """Return what pins a file for pins in a folder.
+
+        Raises:
+            DataError: The file cannot be read, or is longer than a calibration.
+        """
+        return cls(file=os.path.relpath(path, folder), sha256=sha256_of(path))
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a calibration file in hex.
+
+    Raises:
+        DataError: The file cannot be read, or is longer than a calibration.
+    """
+    return hashlib.sha256(read_whole(path, LONGEST_CALIBRATION)).hexdigest()
 
 
 class ModelPins(Table):
