@@ -1,6 +1,7 @@
 """A complete proof: what a node hands in and a validator reads."""
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +76,23 @@ class Proof:
         Raises:
             ProofFormatError: The file is not a complete, consistent proof; the message names the line.
         """
-        lines = _lines(path)
+        return cls._read(path, _lines(path))
+
+    @classmethod
+    def parse(cls, source: str, content: bytes) -> "Proof":
+        """Read and check a proof that is in memory.
+
+        Args:
+            source: Name of the proof, for errors.
+            content: Bytes of its file.
+
+        Raises:
+            ProofFormatError: The content is not a complete, consistent proof; the message names the line.
+        """
+        return cls._read(source, enumerate(io.BytesIO(content), start=1))
+
+    @classmethod
+    def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> "Proof":
         number, line = next(lines, (1, b""))
         if not line:
             raise _error(path, number, "the file is empty", "a proof", "check the path, or fetch the file again")

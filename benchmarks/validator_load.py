@@ -1,0 +1,145 @@
+"""Callbacks per second that a validator acknowledges durably, and where their processor time goes.
+
+A real ``assay poc validator`` on a small model takes signed callbacks of a thousand nodes over loopback while it
+recomputes. Every answer comes after the message is on disk (``synchronous=FULL``). Senders and validator share the
+machine; the processor time per callback is that of the validator's process alone.
+
+    python benchmarks/validator_load.py -o benchmarks/results/validator_load.json
+"""
+
+import asyncio
+import gc
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import psutil
+from _common import note, parser, publish
+from service_soak import save_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.poc.validator.conftest import API
+from tests.poc.validator.senders import ValidatorServer, dumps, flood, keys_of, made_up, request_of, write_network
+
+WANTED = 2000  # callbacks a second
+
+
+def sender(port, keys, first, count, nonces, connections, ready, go, results):
+    """Make signed requests, wait for the others, and send them."""
+    requests = []
+    for i in range(count):
+        place = (first + i) % len(keys)
+        body = dumps(made_up(keys[place], place, (first + i) // len(keys), nonces))
+        requests.append(request_of(body, f"msg_{first + i}", keys[place]))
+    gc.collect()
+    ready.release()
+    go.wait()
+    begun = time.process_time()
+    sent = asyncio.run(flood(port, requests, connections))
+    results.put((dict(sent.statuses), sent.seconds, sent.latencies, time.process_time() - begun))
+
+
+def measured(port, process, keys, chosen, first):
+    """Send one round of callbacks from several processes; return the figures."""
+    context = get_context("fork")
+    ready, go, results = context.Semaphore(0), context.Event(), context.Queue()
+    each = chosen.callbacks // chosen.senders
+    children = [
+        context.Process(
+            target=sender,
+            args=(port, keys, first + i * each, each, chosen.nonces, chosen.connections, ready, go, results),
+        )
+        for i in range(chosen.senders)
+    ]
+    for child in children:
+        child.start()
+    for _ in children:
+        ready.acquire()
+    before, begun = process.cpu_times(), time.perf_counter()
+    go.set()
+    found = [results.get() for _ in children]
+    seconds, after = time.perf_counter() - begun, process.cpu_times()
+    for child in children:
+        child.join()
+    statuses = {}
+    for part, *_ in found:
+        for status, count in part.items():
+            statuses[str(status)] = statuses.get(str(status), 0) + count
+    latencies = sorted(latency for _, _, part, _ in found for latency in part)
+    total = sum(statuses.values())
+    return {
+        "callbacks": total,
+        "statuses": statuses,
+        "seconds": round(seconds, 2),
+        "callbacks_per_second": round(total / seconds),
+        "validator_user_microseconds": round((after.user - before.user) / total * 1e6),
+        "validator_system_microseconds": round((after.system - before.system) / total * 1e6),
+        "senders_microseconds": round(sum(part[3] for part in found) / total * 1e6),
+        "latency_milliseconds": {
+            name: round(1e3 * latencies[int(share * (len(latencies) - 1))], 1)
+            for name, share in (("median", 0.5), ("p99", 0.99), ("most", 1.0))
+        },
+    }
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--nodes", type=int, default=1000)
+    options.add_argument("--callbacks", type=int, default=20_000)
+    options.add_argument("--nonces", type=int, default=50, help="nonces of a callback")
+    options.add_argument("--senders", type=int, default=2, help="processes that send")
+    options.add_argument("--connections", type=int, default=64, help="connections of each")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--nonces-per-hour", type=int, default=36_000)
+    chosen = options.parse_args()
+    from assay.models import load_model
+
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = Path(directory) / "small"
+        save_checkpoint(checkpoint)
+        keys = keys_of(chosen.nodes)
+        write_network(Path(directory), load_model(checkpoint, dtype="float32", device="cpu"), keys)
+        server = ValidatorServer(
+            Path(directory), "--nonces-per-hour", str(chosen.nonces_per_hour), model=checkpoint, fork=False
+        )
+        server.start()
+        try:
+            server.wait_for()
+            server.announce()
+            process, rounds = psutil.Process(server.pid), []
+            for turn in range(chosen.rounds):
+                note(f"round {turn + 1} of {chosen.rounds}")
+                rounds.append(measured(server.port, process, keys, chosen, turn * chosen.callbacks))
+                rounds[-1]["resident_mebibytes"] = round(process.memory_info().rss / 2**20)
+            time.sleep(2.0)  # figures of /status are up to a second old
+            status = server.get(f"{API}/status")
+            inbox = status["inbox"]
+            server.terminate()
+        finally:
+            server.close()
+    taken = sum(part["callbacks"] for part in rounds)
+    best = max(part["callbacks_per_second"] for part in rounds)
+    figures = {
+        "nodes": chosen.nodes,
+        "nonces_per_callback": chosen.nonces,
+        "senders": chosen.senders,
+        "connections": chosen.senders * chosen.connections,
+        "wanted_per_second": WANTED,
+        "best_per_second": best,
+        "acknowledged": taken,
+        "on_disk": inbox["messages"],
+        "lost": taken - inbox["messages"],
+        "recomputed": status["recomputed"],
+        "load_average": [round(value, 1) for value in psutil.getloadavg()],
+        "rounds": rounds,
+    }
+    publish("validator_load", figures, chosen.output)
+    refused = sum(count for part in rounds for code, count in part["statuses"].items() if code != "200")
+    return int(bool(refused or figures["lost"] or best < WANTED))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

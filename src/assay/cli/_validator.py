@@ -1,0 +1,48 @@
+"""``assay poc validator``: the other end of the service."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from assay.cli._engines import compiles, load
+from assay.cli._settings import settings
+
+if TYPE_CHECKING:
+    from assay.cli._validator_settings import ValidatorCommandSettings
+    from assay.poc.service import Deployment
+
+FLAGS = (
+    "model", "host", "port", "dtype", "device", "kernels", "log_format",
+    "data_dir", "api_keys", "api_key_file", "read_keys", "callback_secrets", "allow_private_callbacks",
+    "calibration", "alpha", "beta", "drain",
+    "pins", "nodes", "nonces_per_hour", "sample", "batch_size", "minimum_share", "epoch", "positions", "open_blocks",
+    "max_proof", "max_unwritten", "keep", "poll_interval",
+)  # fmt: skip
+"""The settings that have a flag; the others are for the environment alone."""
+
+
+@settings("assay.cli._validator_settings:ValidatorCommandSettings", only=FLAGS)
+def validator(chosen: "ValidatorCommandSettings") -> None:
+    """Take the work of many nodes, recompute a secret sample of it, and keep the ledger, until SIGTERM.
+
+    A restart continues where the validator was stopped. Messages that it has acknowledged are on disk.
+    """
+    from assay.poc import service
+    from assay.poc.validator import validate
+
+    service.configure_logs(chosen.log_format)
+
+    def deploy() -> "Deployment":
+        loaded = load(chosen.model, chosen.dtype or pinned_format(chosen.validator.pins, chosen.model), chosen.device)
+        return service.Deployment.of(loaded, compiled=compiles(loaded, chosen.kernels))
+
+    validate(deploy, chosen.validator, chosen.service, reference=chosen.model, host=chosen.host, port=chosen.port)
+
+
+def pinned_format(pins: Path, model: str) -> str | None:
+    """Return the number format that the pins name for a model; None where they name several."""
+    from assay.poc import NetworkPins
+
+    network = NetworkPins.load(pins)
+    builds = network.model(model if len(network.models) > 1 else None).builds
+    formats = {dtype for build in builds for dtype in build.dtype}
+    return formats.pop() if len(formats) == 1 else None

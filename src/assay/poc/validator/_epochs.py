@@ -1,0 +1,85 @@
+"""Secrets that draw samples: committed to before they are used, kept while they are, and published afterwards.
+
+The commitment of an epoch is SHA-256(secret ‖ epoch), with the number of the epoch in eight bytes, the highest first;
+it is published one whole epoch ahead. A message that arrives in an epoch is drawn from with
+
+    seed  = the first 53 bits of HMAC-SHA-256(secret, tag ‖ key ‖ id ‖ SHA-256(body))
+    order = its nonces, sorted by SHA-256(seed ‖ nonce), both in eight bytes,
+
+and the nonces that are recomputed are the first ones of that order. A node that does not have the secret cannot tell
+which they are. The validator could not choose them: who has the published secret draws them again.
+"""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SECRET_BYTES = 32
+SEED_BITS = 53  # exact in every reader of JSON
+TAG = b"assay.poc.validator/1"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A time in which one secret draws the samples.
+
+    Args:
+        number: Number of the epoch, from 1.
+        secret: Secret of 32 bytes.
+        begins: Time at which it began, in seconds; None before.
+        ends: Time at which it ended; None before.
+    """
+
+    number: int
+    secret: bytes
+    begins: float | None
+    ends: float | None
+
+    @property
+    def commitment(self) -> str:
+        """SHA-256 of secret and number, in hexadecimal digits."""
+        return commitment(self.secret, self.number)
+
+    def public(self) -> dict[str, Any]:
+        """Return what anyone may know: the secret only once no message can be drawn with it any more."""
+        revealed = self.secret.hex() if self.ends is not None else None
+        about = {"epoch": self.number, "begins": self.begins, "ends": self.ends}
+        return {**about, "commitment": self.commitment, "secret": revealed}
+
+
+def new_secret() -> bytes:
+    """Return a secret from the randomness of the system."""
+    return secrets.token_bytes(SECRET_BYTES)
+
+
+def commitment(secret: bytes, epoch: int) -> str:
+    """Return the commitment to the secret of an epoch."""
+    return hashlib.sha256(secret + epoch.to_bytes(8, "big")).hexdigest()
+
+
+def message_seed(secret: bytes, public_key: str, message_id: str, digest: bytes) -> int:
+    """Return the number that draws from a message.
+
+    Args:
+        secret: Secret of the epoch in which the message arrived.
+        public_key: Key of the node.
+        message_id: Identity under which the message is kept once.
+        digest: SHA-256 of its body.
+    """
+    parts = (TAG, public_key.encode(), message_id.encode(), digest)
+    # Each after its length, so that no two messages have one text.
+    text = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+    return int.from_bytes(hmac.digest(secret, text, "sha256")[:8], "big") >> (64 - SEED_BITS)
+
+
+def draw(seed: int, nonces: Sequence[int], first: int, end: int) -> list[int]:
+    """Return the places ``[first, end)`` of the drawn order of some nonces, as indices into them."""
+    head = seed.to_bytes(8, "big")
+
+    def ticket(place: int) -> bytes:
+        return hashlib.sha256(head + nonces[place].to_bytes(8, "big")).digest()
+
+    return sorted(range(len(nonces)), key=ticket)[first:end]

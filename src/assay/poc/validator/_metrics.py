@@ -1,0 +1,71 @@
+"""Prometheus metrics of a validator, in base units. Every series exists from the start."""
+
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from assay._version import __version__
+from assay.poc.validator._claims import REASONS
+from assay.reports import JsonObject
+
+KINDS = ("generated", "validated", "proof", "pulled")
+VERDICTS = ("honest", "fraud", "undecided", "faulty")
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+class Metrics:
+    """Every figure that is exported. Labels never hold keys, hashes or addresses."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        counter = partial(Counter, namespace="assay_validator", registry=registry)
+        gauge = partial(Gauge, namespace="assay_validator", registry=registry)
+        histogram = partial(Histogram, namespace="assay_validator", registry=registry, buckets=_SECONDS)
+        self.messages = counter(
+            "messages", "Messages on disk, by kind; repeated ones were there already.", ["kind", "as"]
+        )
+        self.refused = counter("refused", "Messages refused, by the value that was not as pinned.", ["value"])
+        self.nonces = counter("nonces", "Nonces recomputed, whose evidence is in the ledger.")
+        self.batches = counter("batches", "Batches of the engine.")
+        self.dropped = counter("dropped_draws", "Draws without evidence, because the pins have changed.")
+        self.failures = counter("engine_failures", "Batches that the engine failed on.")
+        self.verdicts = counter("verdict_changes", "Verdicts that changed, by the new one.", ["verdict"])
+        self.polls = counter("polls", "Questions to nodes, by outcome.", ["outcome"])
+        self.requests = counter("http_requests", "Requests by route and status.", ["route", "status"])
+        self.request_seconds = histogram("http_request_seconds", "Time of one request.", ["route"])
+        self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the inbox.")
+        self.commit_messages = histogram("commit_messages", "Messages of one transaction.", buckets=_COUNTS)
+        self.batch_seconds = histogram("batch_seconds", "Time to recompute the nonces of one pass.")
+        self.nodes = gauge("nodes", "Nodes by verdict.", ["verdict"])
+        self.known = gauge("nodes_pinned", "Nodes that may send.")
+        self.ready = gauge("ready", "1 when the model is loaded and nothing has failed.")
+        self.storage = gauge("storage_failing", "1 while the disk takes nothing.")
+        self.waiting = gauge("nodes_waiting", "Nodes of which nonces may be drawn.")
+        gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
+        # Prometheus sees no increase in a series that appears.
+        for kind in KINDS:
+            for how in ("new", "repeated"):
+                self.messages.labels(kind, how)
+        for reason in REASONS:
+            self.refused.labels(reason)
+        for verdict in VERDICTS:
+            self.verdicts.labels(verdict)
+            self.nodes.labels(verdict)
+        for outcome in ("taken", "empty", "refused", "failed"):
+            self.polls.labels(outcome)
+
+    def show(self, snapshot: JsonObject) -> None:
+        """Set the gauges from a snapshot."""
+        for verdict in VERDICTS:
+            self.nodes.labels(verdict).set(snapshot["verdicts"].get(verdict, 0))
+        self.known.set(snapshot["nodes_pinned"])
+        self.ready.set(snapshot["ready"] and snapshot["error"] is None)
+        self.storage.set(snapshot["storage_failing"])
+        self.waiting.set(snapshot["nodes_waiting"])
+
+    def text(self) -> bytes:
+        """Return the exposition format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,266 @@
+"""The thread that recomputes: draws of many nodes, in full batches, into the ledger.
+
+A pass has three steps, of which each may be the last before the process is killed: the draws are written down, their
+evidence is added to the ledger under names, and they are noted as done. A start begins with draws that were not noted;
+they are recomputed, and the ledger refuses those whose names it has.
+"""
+
+import hashlib
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import structlog
+
+from assay.errors import AssayError, StorageError
+from assay.poc.protocol import Build, Proof, Record, Round, packs
+from assay.poc.service.http import Refusal
+from assay.poc.service.runtime import Deployment
+from assay.poc.validator._budget import Budget, choose, verdict_of
+from assay.poc.validator._claims import Claim, Reader, parsed, proof_claim, sender_of
+from assay.poc.validator._epochs import draw
+from assay.poc.validator._inbox import Draw, Inbox
+from assay.poc.validator._metrics import Metrics
+from assay.poc.validator._registry import Registry, build_name
+from assay.poc.validator._settings import ValidatorSettings
+from assay.poc.verdict import Account, Ledger, Noise, Standing, Update, residuals, round_identity
+from assay.reports import JsonObject, dumps
+
+log = structlog.get_logger("assay.validator.worker")
+
+BATCHES = 4  # of one pass
+IDLE = 0.5  # seconds between two looks where no node has anything to draw from
+FAILURE_PAUSE = 5.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Nonces that are drawn from a message, with what the node published of them."""
+
+    source: Draw
+    claim: Claim
+    places: Sequence[int]
+
+    @property
+    def nonces(self) -> list[int]:
+        """The nonces, in the order in which they are drawn."""
+        return [self.claim.nonces[place] for place in self.places]
+
+
+class Worker:
+    """Spends the budget of nonces, in a thread of its own.
+
+    Args:
+        inbox: Inbox that draws come from.
+        ledger: Ledger that takes the evidence.
+        registry: Function that returns the pins and nodes of now.
+        noise: Function that returns the honest noise between a build and this validator's engine.
+        settings: Settings of the validator.
+        metrics: Metrics of the validator.
+    """
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        ledger: Ledger,
+        *,
+        registry: Callable[[], Registry],
+        noise: Callable[[Build], Noise],
+        settings: ValidatorSettings,
+        metrics: Metrics,
+    ) -> None:
+        self._inbox, self._ledger, self._registry, self._noise = inbox, ledger, registry, noise
+        self._settings, self._metrics = settings, metrics
+        self._budget = Budget(settings.nonces_per_hour)
+        self._closing = threading.Event()
+        self._first = {key: row["first_at"] for key, row in inbox.senders().items()}
+        self.standings: dict[str, Standing] = {}
+        """Evidence of every node on its present build, by key."""
+        self._last = inbox.latest_verdicts()
+        self.waiting = 0
+        """Number of nodes that had something to draw from at the last look."""
+        self.error: str | None = None
+        """What the engine failed on last; None while it works."""
+        self._thread: threading.Thread | None = None
+        self.load_standings()
+
+    def load_standings(self) -> None:
+        """Read the evidence of the nodes on their present builds from the ledger."""
+        registry = self._registry()
+        found: dict[str, Standing] = {}
+        for standing in self._ledger.standings():
+            sender = registry.sender(standing.account.public_key)
+            if sender is not None and account_of(sender.public_key, registry) == standing.account:
+                found[sender.public_key] = standing
+        self.standings = found
+
+    def start(self, loaded: "Future[Deployment]") -> None:
+        """Start the thread once the model is loaded."""
+
+        def begin(future: "Future[Deployment]") -> None:
+            if not future.exception() and not self._closing.is_set():
+                self._thread = threading.Thread(
+                    target=self._run, args=(future.result(),), name="assay-worker", daemon=True
+                )
+                self._thread.start()
+
+        loaded.add_done_callback(begin)
+
+    def close(self, timeout: float = 30.0) -> None:
+        """End the thread after its batch."""
+        self._closing.set()
+        if self._thread is not None and self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _run(self, deployment: Deployment) -> None:
+        while not self._closing.is_set():
+            try:
+                pause = self.step(deployment)
+                self.error = None
+            except StorageError as error:
+                log.warning("waits", reason=error.seen)
+                pause = FAILURE_PAUSE
+            except Exception as error:  # an engine may raise any error, and messages must still be taken
+                log.exception("a pass failed")
+                self._metrics.failures.inc()
+                self.error = error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"[:300]
+                pause = FAILURE_PAUSE
+            self._closing.wait(pause)
+
+    def step(self, deployment: Deployment) -> float:
+        """Do one pass; return the seconds until the next one."""
+        batch = self._settings.batch_size
+        draws = self._inbox.unfinished(BATCHES * batch)
+        if not draws:
+            enough = min(batch, self._settings.nonces_per_hour)
+            if (seconds := self._budget.seconds_until(enough)) > 0:
+                return min(seconds, IDLE)
+            draws = self._draw(min(self._budget.left(), BATCHES * batch))
+        if not draws:
+            return IDLE
+        self._record(deployment, draws)
+        return 0.0
+
+    def _draw(self, nonces: int) -> list[Draw]:
+        """Write down what is recomputed next."""
+        waiting, alpha, beta = self._inbox.waiting(), self._ledger.genesis.alpha, self._ledger.genesis.beta
+        self.waiting = len(waiting)
+        turns, share = math.ceil(nonces / self._settings.sample), self._settings.minimum_share
+        known = [key for key in waiting if self._registry().sender(key) is not None]
+        chosen = choose(known, self.standings, turns, minimum_share=share, alpha=alpha, beta=beta)
+        draws = self._inbox.plan(chosen, self._settings.sample, nonces) if chosen else []
+        self._budget.spend(sum(draw.planned - draw.drawn for draw in draws))
+        return draws
+
+    def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
+        registry, started = self._registry(), time.perf_counter()
+        drawn = [found for source in draws if (found := self._claimed(source, registry)) is not None]
+        recomputed = recompute(deployment, self._settings.batch_size, [(d.claim.round, d.nonces) for d in drawn])
+        updates = [self._update(d, records, registry) for d, records in zip(drawn, recomputed, strict=True)]
+        self._metrics.batch_seconds.observe(time.perf_counter() - started)
+        standings = self._ledger.append(updates)
+        now = {standing.account.public_key: standing for standing in standings}
+        changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
+        self._inbox.finish(draws, changes)
+        self.standings |= now
+        self._last |= {change["account"]: change["verdict"] for change in changes}
+        self._metrics.nonces.inc(sum(len(d.places) for d in drawn))
+        for change in changes:
+            self._metrics.verdicts.labels(change["verdict"]).inc()
+            log.info("verdict", **{name: change[name] for name in ("public_key", "account", "verdict", "nonces")})
+
+    def _claimed(self, source: Draw, registry: Registry) -> Drawn | None:
+        """Return what a message claims of its drawn nonces; None where the pins have changed since it was taken."""
+        reader = Reader(registry, lambda block, height: True, self._settings.positions)
+        try:
+            claim = read_claim(source.kind, source.body, reader)
+        except AssayError as error:
+            log.warning("a message is no longer as pinned", id=source.id, reason=error.seen)
+            self._metrics.dropped.inc()
+            return None
+        return Drawn(source, claim, draw(source.seed, claim.nonces, source.drawn, source.planned))
+
+    def _update(self, drawn: Drawn, records: Sequence[Record], registry: Registry) -> Update:
+        round, size = drawn.claim.round, registry.pipeline.vector_size
+        sender = registry.sender(round.public_key)
+        assert sender is not None  # its claim was read under this registry
+        received = [drawn.claim.record(place, size) for place in drawn.places]
+        return Update(
+            account=account_of(round.public_key, registry),
+            round=round_identity(round),
+            block_hash=round.block_hash,
+            noise=self._noise(sender.build),
+            nonces=drawn.nonces,
+            residuals=[float(value) for value in residuals(received, records)],
+            proof=drawn.source.digest.hex(),
+            sample_seed=drawn.source.seed,
+            name=drawn.source.name,
+        )
+
+    def _change(self, key: str, standing: Standing) -> JsonObject | None:
+        """Return the row of a verdict that changed, or None."""
+        verdict, account, now = verdict_of(standing), account_id(standing.account), time.time()
+        if verdict == self._last.get(account, "undecided"):
+            return None
+        if key not in self._first:
+            self._first = {name: row["first_at"] for name, row in self._inbox.senders().items()}
+        return {
+            "public_key": key,
+            "account": account,
+            "at": now,
+            "verdict": verdict,
+            "nonces": standing.evidence.n,
+            "seconds": max(0.0, now - self._first.get(key, now)),
+            "fault": standing.fault,
+        }
+
+
+def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
+    """Return what a kept message claims.
+
+    Raises:
+        Refusal: A value contradicts the pins.
+        ProofFormatError: A proof cannot be read.
+    """
+    if kind != "proof":
+        values = parsed(body)[1]
+        return reader.claim(values, sender_of(values, reader.registry))
+    proof = Proof.parse("a proof", body)
+    sender = reader.registry.sender(proof.round.public_key)
+    if sender is None:
+        raise Refusal(403, "a key that is not pinned", wanted="one of the pins", do="add the node to the pins")
+    return proof_claim(proof, sender, reader)
+
+
+def recompute(
+    deployment: Deployment, batch_size: int, wanted: Sequence[tuple[Round, Sequence[int]]]
+) -> list[list[Record]]:
+    """Return the records of nonces of several rounds, from batches that they fill together.
+
+    Args:
+        deployment: Model that recomputes.
+        batch_size: Rows of a batch.
+        wanted: Rounds with their nonces; a round may stand there several times, as several objects.
+    """
+    found: dict[tuple[int, int], Record] = {}
+    for pack, places in packs([(round, nonce) for round, nonces in wanted for nonce in nonces]):
+        batches = deployment.compute(pack, batch_size, places)
+        records = [record for batch in batches for record in batch]
+        for (round, nonce), record in zip(pack.rows, records, strict=True):
+            found[id(round), nonce] = record
+    return [[found[id(round), nonce] for nonce in nonces] for round, nonces in wanted]
+
+
+def account_of(public_key: str, registry: Registry) -> Account:
+    """Return the account of a node on its present build."""
+    sender = registry.sender(public_key)
+    build = build_name(sender.build) if sender is not None else ""
+    return Account(public_key=public_key, digest=registry.model.digest, build=build, preset=registry.pipeline.name)
+
+
+def account_id(account: Account) -> str:
+    """Return sixteen hexadecimal digits that stand for an account in addresses."""
+    return hashlib.sha256(dumps(vars(account)).encode()).hexdigest()[:16]

@@ -1,0 +1,161 @@
+"""A validator on the small model, and honest and lying nodes that send to it."""
+
+import base64
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from standardwebhooks import Webhook
+
+from assay.poc import Proof, Round, prove
+from assay.poc.protocol import encode_vector
+from assay.poc.service import Deployment, Settings
+from assay.poc.validator import Controller, ValidatorSettings, create_app
+from tests.waiting import until
+
+with warnings.catch_warnings():
+    # Newer releases of starlette ask for another client than the httpx that callbacks are sent with.
+    warnings.simplefilter("ignore")
+    from fastapi.testclient import TestClient
+
+API = "/api/v1/validator"
+BLOCK, HEIGHT = "block_alpha", 7
+SEQ_LEN, BATCH = 8, 8
+R_TARGET = 1.416
+KEYS = ("node_A", "node_B", "node_C")
+NODE_COUNT = 3
+
+
+def secret_of(name: str) -> str:
+    return "whsec_" + base64.b64encode(hashlib.sha256(name.encode()).digest()).decode()
+
+
+def pins_text(model: Any, *, preset: str = "poc-2.0", keys: Sequence[str] = KEYS, **changes: Any) -> str:
+    """The pins of a network on a model: node i of three has every third nonce."""
+    vectors = preset in ("artifact", "hardened")
+    round = {"preset": preset, "seq_len": SEQ_LEN, "strength": 256 if preset == "hardened" else 32}
+    round |= {"node_count": NODE_COUNT, "fewest_nonces": 8} | ({} if vectors else {"r_target": R_TARGET}) | changes
+    build = dict.fromkeys(("device", "attention", "batch_size", "threads", "torch", "library", "kernels"), "*")
+    lines = ["schema = 1", "[round]", *(f"{name} = {json.dumps(value)}" for name, value in round.items())]
+    for i, key in enumerate(keys):
+        lines += ["[[nodes]]", f"public_key = {json.dumps(key)}", f"node_id = {i % NODE_COUNT}"]
+    lines += ["[[models]]", f"reference = {json.dumps(str(model.reference))}", f'digest = "{model.digest}"']
+    lines += ["[[models.builds]]", 'name = "cpu"', 'engine = "hf"', 'dtype = "float32"']
+    lines += [f"{name} = {json.dumps(value)}" for name, value in build.items()]
+    return "\n".join(lines) + "\n"
+
+
+def nodes_text(keys: Sequence[str] = KEYS) -> str:
+    tables = (f"[[nodes]]\npublic_key = {json.dumps(key)}\nsecrets = [{json.dumps(secret_of(key))}]\n" for key in keys)
+    return "".join(tables)
+
+
+def proof_of(model: Any, key: str, places: range = range(40), *, block: str = BLOCK, **changes: Any) -> Proof:
+    """An honest proof of a node."""
+    node_id = KEYS.index(key) if key in KEYS else 0
+    values = {"block_hash": block, "block_height": HEIGHT, "public_key": key, "seq_len": SEQ_LEN, "r_target": R_TARGET}
+    round = Round(**(values | {"node_id": node_id, "node_count": NODE_COUNT} | changes))
+    return prove(model, round, round.nonces(places.start, places.stop), batch_size=BATCH)
+
+
+def body_of(proof: Proof, **changes: Any) -> dict[str, Any]:
+    """The callback that a service sends for a proof's valid nonces."""
+    round = proof.round
+    body: dict[str, Any] = {
+        name: getattr(round, name) for name in ("public_key", "block_hash", "block_height", "node_id")
+    }
+    if proof.header.pipeline.output == "vector":
+        body["artifacts"] = [{"nonce": r.nonce, "vector_b64": encode_vector(r.vector)} for r in proof.records]
+        body["encoding"] = {"dtype": "f16", "endian": "le", "k_dim": proof.header.pipeline.vector_size}
+    else:
+        valid = [record for record in proof.records if proof.header.is_valid(record)]
+        body |= {"nonces": [r.nonce for r in valid], "dist": [r.distance for r in valid], "r_target": round.r_target}
+    return body | changes
+
+
+class Running:
+    """A validator with a client, which can be closed and started again on the same data."""
+
+    def __init__(self, model: Any, directory: Path, settings: dict[str, Any], service: dict[str, Any]) -> None:
+        self.model, self.directory = model, directory
+        self.settings = {
+            "pins": directory / "pins.toml",
+            "nodes": directory / "nodes.toml",
+            "batch_size": BATCH,
+            **settings,
+        }
+        self.service = {"data_dir": directory / "data", **service}
+        self.ids = 0
+        self.start()
+
+    def start(self) -> None:
+        deployment = lambda: Deployment.of(self.model, compiled=False)  # noqa: E731
+        self.controller = Controller(deployment, ValidatorSettings(**self.settings), Settings(**self.service))
+        self.client = TestClient(create_app(self.controller), base_url="http://127.0.0.1")
+        self.client.__enter__()
+
+    def close(self) -> None:
+        self.client.__exit__(None, None, None)
+
+    def restart(self) -> None:
+        self.close()
+        self.start()
+
+    def wait_ready(self) -> None:
+        until(lambda: self.client.get("/ready").status_code == 200)
+
+    def announce(self, block: str = BLOCK, height: int = HEIGHT) -> None:
+        answer = self.client.post(f"{API}/blocks", json={"block_hash": block, "block_height": height})
+        assert answer.status_code == 200, answer.text
+
+    def send(
+        self, body: Any, *, key: str | None = None, id: str | None = None, path: str = "generated", status: int = 200
+    ) -> dict[str, Any]:
+        """Post a message that the node's own secret signed; the answer must have the status."""
+        text = body if isinstance(body, str) else json.dumps(body)
+        key = key or body["public_key"]
+        self.ids += 1
+        id, now = id or f"msg_{self.ids}", datetime.now(UTC)
+        headers = {"webhook-id": id, "webhook-timestamp": str(int(now.timestamp()))}
+        headers["webhook-signature"] = Webhook(secret_of(key)).sign(id, now, text)
+        headers["content-type"] = "application/json"
+        answer = self.client.post(f"{API}/{path}", content=text.encode(), headers=headers)
+        assert answer.status_code == status, (answer.status_code, answer.text)
+        return answer.json()
+
+    def get(self, path: str, **query: Any) -> dict[str, Any]:
+        answer = self.client.get(API + path, params=query)
+        assert answer.status_code == 200, (path, answer.text)
+        return answer.json()
+
+    def node(self, key: str) -> dict[str, Any]:
+        return next(node for node in self.get("/nodes", limit=1000)["nodes"] if node["public_key"] == key)
+
+    def verdict(self, key: str) -> str:
+        return self.node(key)["verdict"]
+
+
+@pytest.fixture
+def validating(small_model, tmp_path: Path) -> Callable[..., Any]:
+    """A context manager that runs a validator of some pins, with some settings."""
+
+    @contextmanager
+    def run(
+        *, preset: str = "poc-2.0", pins: str | None = None, service: dict | None = None, **settings
+    ) -> Iterator[Running]:
+        (tmp_path / "pins.toml").write_text(pins or pins_text(small_model, preset=preset))
+        (tmp_path / "nodes.toml").write_text(nodes_text())
+        running = Running(small_model, tmp_path, {"nonces_per_hour": 10_000_000, **settings}, service or {})
+        try:
+            running.announce() if "block_hash" not in (pins or "") else None
+            yield running
+        finally:
+            running.close()
+
+    return run

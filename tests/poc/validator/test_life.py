@@ -1,0 +1,126 @@
+"""Honest and lying nodes, from their first message to a verdict, over HTTP."""
+
+import random
+
+import pytest
+
+from assay.poc.protocol import encode_vector
+from tests.poc.validator.conftest import BLOCK, KEYS, body_of, proof_of
+from tests.waiting import until
+
+
+def _shifted(body: dict, by: float = 0.004) -> dict:
+    """Distances of another computation: each is off by many times the honest noise of float32."""
+    return body | {"dist": [d - by for d in body["dist"]]}
+
+
+def test_honest_nodes_are_called_honest_and_liars_are_not(validating, small_model):
+    with validating() as running:
+        for key in KEYS:
+            body = body_of(proof_of(small_model, key, range(60)))
+            running.send(_shifted(body) if key == "node_C" else body)
+        until(lambda: [running.verdict(key) for key in KEYS] == ["honest", "honest", "fraud"])
+        first = running.get("/nodes")["nodes"][0]
+        assert (first["public_key"], first["verdict"]) == ("node_C", "fraud")
+        assert first["seconds_to_decision"] >= 0
+        assert 0 < first["nonces_to_decision"] <= first["checked"]
+        found = {row["public_key"]: row["verdict"] for row in running.get("/verdicts")["verdicts"]}
+        assert found == {"node_A": "honest", "node_B": "honest", "node_C": "fraud"}
+
+
+@pytest.mark.parametrize("preset", ["artifact", "hardened"])
+def test_vectors(validating, small_model, preset):
+    with validating(preset=preset) as running:
+        strength = {"strength": 256} if preset == "hardened" else {}
+        bodies = {key: body_of(proof_of(small_model, key, range(40), preset=preset, **strength)) for key in KEYS[:2]}
+        rng = random.Random(3)
+        for artifact in bodies["node_B"]["artifacts"]:
+            import numpy as np
+
+            vector = np.array([rng.gauss(0, 1) for _ in range(12)])
+            artifact["vector_b64"] = encode_vector(vector / np.linalg.norm(vector))
+        for body in bodies.values():
+            running.send(body)
+        until(lambda: [running.verdict(key) for key in KEYS[:2]] == ["honest", "fraud"])
+
+
+def test_a_vector_that_is_not_one_is_the_strongest_evidence(validating, small_model):
+    with validating(preset="artifact") as running:
+        body = body_of(proof_of(small_model, "node_A", range(40), preset="artifact"))
+        for artifact in body["artifacts"]:
+            artifact["vector_b64"] = "/" * 32  # NaN in every place
+        running.send(body)
+        until(lambda: running.verdict("node_A") == "fraud")
+
+
+def test_whole_proofs_are_taken(validating, small_model, tmp_path):
+    proof = proof_of(small_model, "node_A", range(64))
+    proof.save(tmp_path / "proof.jsonl")
+    text = (tmp_path / "proof.jsonl").read_text()
+    with validating() as running:
+        assert running.send(text, key="node_A", path="proofs", id="p1")["new"] is True
+        assert running.send(text, key="node_A", path="proofs", id="p1")["new"] is False
+        until(lambda: running.node("node_A")["recorded"] == 64)
+        assert running.verdict("node_A") == "honest"
+        running.send(text[:-40], key="node_A", path="proofs", status=422)
+        running.send("{}\n", key="node_A", path="proofs", status=403)
+        running.send("no proof", key="node_A", path="proofs", status=400)
+
+
+def test_a_nonce_counts_once_however_often_it_is_sent(validating, small_model):
+    body = body_of(proof_of(small_model, "node_A", range(60)))
+    with validating() as running:
+        for id in ("m1", "m1", "m2"):
+            running.send(body, id=id)
+        until(lambda: running.node("node_A")["recorded"] == 2 * len(body["nonces"]))
+        node = running.node("node_A")
+        assert (node["messages"], node["checked"]) == (2, len(body["nonces"]))
+        assert running.get("/status")["inbox"]["repeated"] == 1
+
+
+def test_two_nodes_may_use_one_id(validating, small_model):
+    """An id belongs to its sender: otherwise a node could keep the messages of another one out."""
+    with validating() as running:
+        for key in KEYS[:2]:
+            assert running.send(body_of(proof_of(small_model, key)), id="same")["new"] is True
+
+
+def test_verdicts_of_others_are_kept_and_are_no_evidence(validating, small_model):
+    body = {"public_key": "node_A", "block_hash": BLOCK, "block_height": 7, "fraud_detected": False, "nonces": [0]}
+    with validating() as running:
+        assert running.send(body, path="validated")["new"] is True
+        running.send(body, path="generated", status=422)
+        running.send(body_of(proof_of(small_model, "node_A")), path="validated", status=422)
+        node = running.node("node_A")
+        assert (node["messages"], node["claimed"], node["checked"]) == (1, 0, 0)
+
+
+def test_a_restart_continues_with_every_message_and_all_evidence(validating, small_model):
+    body = body_of(proof_of(small_model, "node_A", range(60)))
+    with validating() as running:
+        running.send(body, id="m1")
+        until(lambda: running.verdict("node_A") == "honest")
+        until(lambda: running.node("node_A")["checked"] == len(body["nonces"]))
+        before = running.node("node_A")
+        running.restart()
+        assert running.send(body, id="m1")["new"] is False
+        after = running.node("node_A")
+        assert {name: after[name] for name in ("verdict", "checked", "log_e_value", "seconds_to_decision")} == {
+            name: before[name] for name in ("verdict", "checked", "log_e_value", "seconds_to_decision")
+        }
+
+
+def test_evidence_can_be_read_back(validating, small_model):
+    body = body_of(proof_of(small_model, "node_A", range(40)))
+    with validating() as running:
+        running.send(body)
+        until(lambda: running.node("node_A")["checked"] == len(body["nonces"]))
+        account = running.node("node_A")["account"]
+        found = running.get(f"/evidence/{account}")
+        assert found["account"]["public_key"] == "node_A"
+        nonces = [nonce for entry in found["entries"] for nonce in entry["nonces"]]
+        assert sorted(nonces) == body["nonces"]
+        assert found["ledger"]["entries"] == len(found["entries"])
+        rest = running.get(f"/evidence/{account}", after=1, limit=1)
+        assert rest["entries"] == found["entries"][1:2]
+        assert running.client.get("/api/v1/validator/evidence/none").status_code == 404
