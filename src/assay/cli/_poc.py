@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli import _experiment, _pins, _serve
+from assay.cli import _experiment, _pins, _serve, _validator
 from assay.cli._commands import App, Resumable
 from assay.cli._engines import judging_engine, proving_engine
 from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
@@ -227,6 +227,9 @@ def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> Non
 
 app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)
 app.command("receive", epilog="Example: assay poc receive --port 8081")(_serve.receive)
+app.command("validator", epilog="Example: assay poc validator --model reference:qwen3 --pins pins.toml")(
+    _validator.validator
+)
 app.add_typer(_serve.callbacks, name="callbacks")
 app.add_typer(_experiment.app, name="experiment")
 app.add_typer(_pins.app, name="pins")
