@@ -145,7 +145,6 @@ class Pins:
         Raises:
             ProofMismatch: Names the value, stated and wanted.
         """
-        self._check_engine(header)
         claims = header.claims()
         for name in self.given:
             if not self._holds(name, header):
@@ -154,6 +153,7 @@ class Pins:
                     wanted=f"{name} {getattr(self, name)!r:.60}",
                     do="ask the node for its proof of this round",
                 )
+        self._check_engine(header)
         if self.seq_len is None and header.round.seq_len > LONGEST_UNPINNED:
             raise ProofMismatch(
                 f"a proof with seq_len {header.round.seq_len}, which nothing pins",
@@ -187,7 +187,7 @@ class Pins:
             return _are(header, wanted)
         if name == "fewest_nonces":  # a set of nonces that is pinned may be any
             return self.nonces is not None or _in_a_row(header, wanted)
-        return name == "builds" or bool(header.claims()[name] == wanted)
+        return name in ("builds", "prover_dtype") or bool(header.claims()[name] == wanted)
 
     def unpinned(self, header: Header) -> tuple[str, ...]:
         """Return the names of the values that are taken on the prover's word: not pinned, and not at their default."""

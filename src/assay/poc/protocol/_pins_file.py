@@ -175,6 +175,12 @@ class NetworkPins(Table):
         if not self.nodes:
             if known.node_id is None and self.round.node_count > 1:
                 raise self._more("node_id", f"the share of the node, one of {self.round.node_count}")
+            if (known.node_id or 0) >= self.round.node_count:
+                raise UsageError(
+                    f"--node-id {known.node_id} beside {self._path}",
+                    wanted=f"a share below its node_count, {self.round.node_count}",
+                    do="leave the flag out, or correct one of the two",
+                )
             return None
         if known.public_key is None and len(self._of_key) > 1:
             raise self._more("public_key", f"the key of one of its {len(self._of_key)} nodes")
