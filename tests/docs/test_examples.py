@@ -7,7 +7,7 @@ import pytest
 from assay import models, poc, vhack
 from assay.vhack import checks, pairs
 
-FUNCTIONS = ("Round", "prove", "verify", "calibrate", "measure_r_target")
+FUNCTIONS = ("Round", "prove", "verify", "calibrate", "measure_r_target", "measure_block_factor")
 VHACK = (
     (vhack, "Basis"),
     (vhack, "extract"),

@@ -10,9 +10,10 @@ A node proves a range of nonces, and a validator that knows block and key recomp
 
 from assay.poc._prover import prove
 from assay.poc._verifier import check_proof, judging_batch, verify
-from assay.poc.engines import Engine, HFEngine
+from assay.poc.engines import Engine, HFEngine, measure_block_factor
 from assay.poc.protocol import (
     PIPELINES,
+    BlockFactor,
     Build,
     DistanceRecord,
     Fingerprint,
@@ -31,6 +32,7 @@ from assay.poc.verdict import Calibration, MeasuredTarget, Noise, Verdict, calib
 
 __all__ = [
     "PIPELINES",
+    "BlockFactor",
     "Build",
     "Calibration",
     "DistanceRecord",
@@ -54,6 +56,7 @@ __all__ = [
     "default_noise",
     "get_pipeline",
     "judging_batch",
+    "measure_block_factor",
     "measure_r_target",
     "prove",
     "verify",

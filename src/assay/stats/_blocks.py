@@ -29,7 +29,7 @@ from assay.errors import UsageError
 from assay.stats._chord import FloatArray, chord_cdf, r_target_for, rate_standard_error
 
 EFFECTIVE_DIMENSION = 16.0
-"""What is assumed of states that nobody has measured; the bundled models have 20 to 37, random weights about D."""
+"""Effective dimension assumed of states that were not measured; the bundled models have 20 to 37, random ones D."""
 
 _POINTS = 512  # of the law of the factor, each of the same probability
 

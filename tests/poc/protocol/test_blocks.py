@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from assay.errors import UsageError
-from assay.poc import Round, get_pipeline
-from assay.poc.protocol import Transform, block_scale, folded_head
+from assay.poc import PIPELINES, Round, get_pipeline
+from assay.poc.protocol import Transform, block_factor, block_scale, folded_head, has_block_factor
 
 WIDTH = 48
 
@@ -52,3 +52,33 @@ def test_presets_without_a_random_head_have_no_scale():
     for size in (0, 2**16 + 1):
         with pytest.raises(UsageError, match="hidden size"):
             block_scale(round_of("b"), size)
+
+
+def test_the_factor_of_a_block_is_the_width_of_its_cosines():
+    """States with most energy in two coordinates, through the transform itself, against the prediction."""
+    rng = np.random.default_rng(0)
+    x_ND = rng.normal(size=(3000, WIDTH))
+    x_ND[:, 5] *= 7
+    x_ND[:, 9] *= 4
+    shape = {"hidden_size": WIDTH, "vocab_size": 1, "device": torch.device("cpu")}
+    for block in ("a", "b", "c"):
+        round = round_of(block)
+        found = block_factor(round, x_ND[:400])
+        transform = Transform(round, get_pipeline("poc-2.0"), **shape)
+        distances_N = transform(torch.from_numpy(x_ND).float(), range(3000)).double().numpy()
+        width = np.sqrt(np.mean((1 - distances_N**2 / 2) ** 2) * 8192)
+        assert found.value == pytest.approx(width, abs=4 * found.error + 0.05)
+        assert found.law.scale == found.value
+        assert found.law.factor_error == pytest.approx(found.error)
+        assert 10 < found.effective_dimension < 30  # eight reflections of 48 coordinates keep half
+    assert found.n == 400
+
+
+def test_states_of_one_kind_have_a_factor_that_is_known():
+    found = block_factor(round_of("b"), np.eye(WIDTH)[[3, 3]])
+    assert (found.error, found.law.factor_error) == (0.0, 0.0)
+    with pytest.raises(UsageError, match="1 states"):
+        block_factor(round_of("b"), np.ones((1, WIDTH)))
+    with pytest.raises(UsageError, match="preset random-head"):
+        block_factor(round_of("b", "random-head"), np.ones((4, WIDTH)))
+    assert [name for name in PIPELINES if has_block_factor(get_pipeline(name))] == ["poc-2.0"]

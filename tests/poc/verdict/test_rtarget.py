@@ -1,38 +1,163 @@
-"""The measured r_target: against the closed form, its interval, and what is refused."""
+"""The measured r_target: against the closed form, its interval over blocks, and what is refused."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from assay import stats, streams
-from assay.errors import UsageError
-from assay.poc import Round, measure_r_target, prove
-from assay.poc.protocol import block_target
+from assay import load_model, stats, streams
+from assay.errors import ProofMismatch, UsageError
+from assay.poc import Round, get_pipeline, measure_block_factor, measure_r_target, prove
+from assay.poc.engines import HFEngine, make_transform
+from assay.poc.protocol import block_factor, block_target
 from assay.poc.verdict._targets import distances_from, r_target_from
+
+D = 8192
+BLOCKS = 24
+NONCES = 512
 
 
 def random_directions(n: int, size: int) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(n, size))
 
 
+def off_in_nonces_alone(found) -> float:
+    """Offset in standard errors of the nonces, as this was measured before blocks were known to differ."""
+    error = stats.rate_standard_error(found.valid_rate, found.n) / float(stats.chord_pdf(found.r_target, D))
+    return (found.measured - found.r_target) / error
+
+
+@pytest.fixture(scope="module", params=["reference:qwen3", "reference:llama"])
+def honest_blocks(request):
+    """Distances of honest nonces of many blocks of a bundled model, and the predicted factor of every block.
+
+    The hidden states of one block's nonces are taken for all: signs, reflections, head and target are each block's own.
+    """
+    model = load_model(request.param, dtype="bfloat16", device="cpu")
+    engine = HFEngine(model, batch_size=32, seq_len=16)
+    rounds = [Round(block_hash=f"block {i}", public_key="k", seq_len=16) for i in range(BLOCKS)]
+    batches = [range(start, start + 32) for start in range(0, NONCES, 32)]
+    h_ND = torch.cat([engine.read(engine.inputs(rounds[0], batch)).clone() for batch in batches])
+    distances, factors = [], []
+    for round in rounds:
+        transform = make_transform(engine, round, get_pipeline("poc-2.0"))
+        distances.append(transform(h_ND, range(NONCES)).double().numpy())
+        factors.append(block_factor(round, h_ND[:128].numpy()))
+    return distances, factors
+
+
+def test_the_interval_holds_the_closed_form_in_honest_blocks(honest_blocks):
+    """The fault that this mends: an interval of the nonces alone missed it in most blocks."""
+    distances, factors = honest_blocks
+    before, assumed, measured = 0, 0, 0
+    for of_block, factor in zip(distances, factors, strict=True):
+        alone = r_target_from([of_block], 0.1, D, effective_dimension=math.inf)
+        before += alone.agrees
+        assumed += r_target_from([of_block], 0.1, D).agrees
+        measured += r_target_from([of_block], 0.1, D, factors=[factor]).agrees
+        assert alone.off_in_standard_errors == pytest.approx(off_in_nonces_alone(alone))
+    assert before < 0.85 * BLOCKS
+    assert assumed >= 0.9 * BLOCKS
+    assert measured >= 0.9 * BLOCKS
+
+
+def test_the_factor_of_a_block_is_predicted_from_its_head(honest_blocks):
+    distances, factors = honest_blocks
+    widths = np.array([r_target_from([of_block], 0.1, D).widths[0] for of_block in distances])
+    predicted = np.array([factor.value for factor in factors])
+    assert np.corrcoef(widths, predicted)[0, 1] > 0.9
+    assert np.log(widths / predicted).std() < 0.05 < 0.08 < np.log(widths).std()
+    for factor, of_block in zip(factors, distances, strict=True):
+        r = stats.r_target_for(0.1, D)
+        low, high = factor.law.rate_interval(r, len(of_block), 0.999)
+        assert low - 0.01 < np.mean(of_block < r) < high + 0.01
+    assert 15 < factors[0].effective_dimension < 50
+
+
+def test_offsets_are_as_large_as_their_standard_errors_say(honest_blocks):
+    distances, factors = honest_blocks
+    alone = [r_target_from([of_block], 0.1, D, effective_dimension=math.inf) for of_block in distances]
+    known = [r_target_from([d], 0.1, D, factors=[f]) for d, f in zip(distances, factors, strict=True)]
+    assert np.std([found.off_in_standard_errors for found in alone]) > 1.5
+    assert np.std([found.off_in_standard_errors for found in known]) < 1.5
+
+
+def test_many_blocks_measure_their_own_spread(honest_blocks):
+    distances, factors = honest_blocks
+    few, many = r_target_from(distances[:4], 0.1, D), r_target_from(distances, 0.1, D)
+    assert (few.effective_dimension, few.effective_dimension_from, few.blocks) == (16.0, "assumed", 4)
+    assert (many.effective_dimension_from, many.blocks, many.n) == ("blocks", BLOCKS, BLOCKS * NONCES)
+    assert many.effective_dimension is not None
+    assert 10 < many.effective_dimension < 110
+    assert many.high - many.low < few.high - few.low < r_target_from(distances[:1], 0.1, D).high - few.r_target + 0.01
+    assert many.agrees
+    model = r_target_from(distances, 0.1, D, factors=factors)
+    assert (model.effective_dimension_from, len(model.factors)) == ("model", BLOCKS)
+    assert model.agrees
+    assert r_target_from(distances[:1], 0.1, D, effective_dimension=30).effective_dimension_from == "given"
+
+
+def test_the_interval_of_simulated_blocks_covers_as_often_as_it_says():
+    """Twelve blocks of states with 24 effective coordinates: the blocks measure their own spread."""
+    rng = np.random.default_rng(7)
+    inside = 0
+    for _ in range(200):
+        gamma_M = np.sqrt(rng.chisquare(24, 12) / 24)
+        cosines_MN = gamma_M[:, None] * rng.normal(size=(12, 100)) / math.sqrt(D)
+        inside += r_target_from(list(np.sqrt(2 - 2 * cosines_MN)), 0.1, D).agrees
+    assert inside >= 0.9 * 200
+
+
+def test_proofs_of_several_blocks(small_model):
+    round = Round(block_hash="b", public_key="k", seq_len=8)
+    proofs = [prove(small_model, replace(round, block_hash=block), range(32)) for block in ("b", "c")]
+    other_key = prove(small_model, replace(round, public_key="other"), range(16))
+    found = measure_r_target([*proofs, other_key], 0.5)
+    assert (found.n, found.blocks, len(found.widths)) == (80, 2, 2)
+    factors = [measure_block_factor(small_model, proof.round, nonces=32) for proof in proofs]
+    with_model = measure_r_target(proofs, 0.5, factors=factors)
+    assert with_model.factors == tuple(factor.value for factor in factors)
+    assert factors[0].effective_dimension == pytest.approx(64, rel=0.35)  # random weights use nearly all coordinates
+    with pytest.raises(ProofMismatch, match="a nonce of block b in two proofs"):
+        measure_r_target([proofs[0], prove(small_model, round, range(5, 40))], 0.5)
+    with pytest.raises(ProofMismatch, match="proofs of artifact, 8 positions and poc-2"):
+        measure_r_target([proofs[0], prove(small_model, replace(round, preset="artifact"), range(32))], 0.5)
+    with pytest.raises(UsageError, match="2 proofs with 1 factors"):
+        measure_r_target(proofs, 0.5, factors=factors[:1])
+    with pytest.raises(UsageError, match="0 proofs"):
+        measure_r_target([], 0.5)
+    with pytest.raises(UsageError, match="effective dimension"):
+        measure_r_target(proofs[0], 0.5, effective_dimension=-3)
+
+
+def test_presets_whose_blocks_have_a_mean_of_their_own_have_no_factor(small_model):
+    for preset in ("random-head", "artifact", "permutation"):
+        with pytest.raises(UsageError, match=f"preset {preset}"):
+            measure_block_factor(small_model, Round(block_hash="b", public_key="k", seq_len=8, preset=preset))
+
+
 @pytest.mark.parametrize("size", [12, 64])
 @pytest.mark.parametrize("rate", [0.1, 0.5905])
 def test_random_directions_have_the_closed_form(size: int, rate: float):
     round = Round(block_hash="b", public_key="k")
-    found = r_target_from(distances_from(random_directions(8000, size), round), rate, size)
+    found = r_target_from(
+        [distances_from(random_directions(8000, size), round)], rate, size, effective_dimension=math.inf
+    )
     assert abs(found.off_in_standard_errors) < 3
     assert found.low < found.measured < found.high
     error = stats.rate_standard_error(rate, 8000) / float(stats.chord_pdf(found.r_target, size))
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert (found.effective_dimension, found.effective_dimension_from) == (None, "none")
 
 
-def test_the_interval_covers_as_often_as_it_says():
+def test_the_interval_of_one_block_without_factors_covers_as_often_as_it_says():
     rng = np.random.default_rng(2)
     inside = 0
     for _ in range(400):
         cosines = 2 * rng.beta(31.5, 31.5, size=200) - 1  # of a random direction of R^64
-        inside += r_target_from(np.sqrt(2 - 2 * cosines), 0.2, 64).agrees
+        inside += r_target_from([np.sqrt(2 - 2 * cosines)], 0.2, 64, effective_dimension=math.inf).agrees
     low, high = stats.proportion_interval(inside, 400, 0.999)
     assert low <= 0.95 + 0.02
     assert high >= 0.95
@@ -54,7 +179,7 @@ def test_a_proof_knows_its_dimension(small_model):
     assert found.r_target == stats.r_target_for(0.5, 8192)
     assert found.measured == np.median(proof.distances)
     vectors = measure_r_target(prove(small_model, replace(round, preset="artifact"), range(64)), 0.5)
-    assert vectors.dimension == 12
+    assert (vectors.dimension, vectors.effective_dimension) == (12, None)
     assert vectors.low < vectors.measured < vectors.high
     with pytest.raises(UsageError, match="--dimension 5"):
         measure_r_target(proof, 0.5, dimension=5)
@@ -70,4 +195,4 @@ def test_a_trained_head_needs_its_dimension(small_model):
 @pytest.mark.parametrize(("n", "rate"), [(29, 0.5), (100, 0.0), (100, 1.0), (100, 2.0)])
 def test_too_little_is_refused(n: int, rate: float):
     with pytest.raises(UsageError, match="nonces for a valid rate"):
-        r_target_from(np.full(n, 1.4), rate, 8192)
+        r_target_from([np.full(n, 1.4)], rate, 8192)

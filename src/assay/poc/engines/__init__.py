@@ -1,6 +1,7 @@
 """Engines, which run the model. The prover, the verifier and the service rely only on :class:`Engine`."""
 
 from assay.poc.engines._base import Engine, check_supported
+from assay.poc.engines._blocks import measure_block_factor, read_block_factor
 from assay.poc.engines._outputs import StateEngine, make_transform, plain_outputs
 from assay.poc.engines.hf import (
     HFEngine,
@@ -24,7 +25,9 @@ __all__ = [
     "check_supported",
     "joined",
     "make_transform",
+    "measure_block_factor",
     "plain_outputs",
     "processes",
+    "read_block_factor",
     "worth_compiling",
 ]

@@ -1,6 +1,6 @@
 """The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
 
-from assay.poc.protocol._blocks import block_scale, folded_head
+from assay.poc.protocol._blocks import BlockFactor, block_factor, block_scale, folded_head, has_block_factor
 from assay.poc.protocol._build import Build, described
 from assay.poc.protocol._pack import Pack, Row, packs
 from assay.poc.protocol._pins import FEWEST_NONCES, Pins
@@ -43,6 +43,7 @@ __all__ = [
     "RANDOM_HEAD_ROWS",
     "ROWS_OF_A_PRODUCT",
     "UNFILLED",
+    "BlockFactor",
     "Build",
     "DistanceRecord",
     "Fingerprint",
@@ -65,6 +66,7 @@ __all__ = [
     "Step",
     "Transform",
     "VectorRecord",
+    "block_factor",
     "block_scale",
     "block_target",
     "check_distinct_seeds",
@@ -73,6 +75,7 @@ __all__ = [
     "encode_vector",
     "folded_head",
     "get_pipeline",
+    "has_block_factor",
     "is_distance",
     "is_valid",
     "packs",

@@ -3,12 +3,15 @@
 The cosine of a nonce with the target t is t·Wx/‖Wx‖ = v·x/‖Wx‖, with v = Wᵀt and W the random head. W has far more rows
 than columns, so ‖Wx‖ is all but ‖x‖·√V, and whatever moves a distance moves it along v. Head and target are drawn for
 the block, so v is the same for every nonce and every node of it. Honest noise δ of a state moves a distance by v·δ: it
-is proportional to the length of v, which differs between blocks by 1/√(2D).
+is proportional to the length of v, which differs between blocks by 1/√(2D). The states themselves have most of their
+energy in few coordinates, where signs leave it and reflections leave most of it. So the spread of a block's distances
+follows the length of v *under that energy*, and differs more (:class:`assay.stats.BlockLaw`).
 
-Legend of shapes: D hidden size, V rows of the random head.
+Legend of shapes: N nonces, D hidden size, V rows of the random head.
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -17,10 +20,10 @@ from scipy import special
 
 from assay import streams
 from assay.errors import UsageError
-from assay.poc.protocol._pipelines import get_pipeline
+from assay.poc.protocol._pipelines import Pipeline, get_pipeline
 from assay.poc.protocol._round import Round
 from assay.poc.protocol._transforms import block_target
-from assay.stats import RANDOM_HEAD_ROWS
+from assay.stats import RANDOM_HEAD_ROWS, BlockLaw
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -74,6 +77,75 @@ def block_scale(round: Round, hidden_size: int) -> float:
     length = float(np.linalg.norm(folded_head(round, hidden_size)))
     log_mean = special.gammaln((hidden_size + 1) / 2) - special.gammaln(hidden_size / 2)
     return length / (math.sqrt(2) * math.exp(float(log_mean)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFactor:
+    """How much wider the distances of a block are than the chord law, by its head and a model's hidden states.
+
+    Args:
+        value: Factor γ, the standard deviation of the block's cosines over that of the law.
+        error: Standard error of the factor, from the number of states.
+        effective_dimension: Effective dimension of the states in front of the head, which holds for every block.
+        n: Number of states measured.
+    """
+
+    value: float
+    error: float
+    effective_dimension: float
+    n: int
+
+    @property
+    def law(self) -> BlockLaw:
+        """Law of this block."""
+        freedom = (self.value / self.error) ** 2 / 2 if self.error else math.inf
+        return BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=freedom, scale=self.value)
+
+
+def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
+    """Predict how wide the distances of a block are from hidden states of the model.
+
+    Signs drawn per nonce leave the share eᵢ of a state's energy in its coordinate. Reflections in random hyperplanes
+    bring it to c·eᵢ + (1 − c)/D, with c = 1 − 4/D + 8/(D(D + 2)) for each of them. Then γ² is the mean of Σ vᵢ²eᵢ over
+    the states.
+
+    Args:
+        round: Round whose block is meant, of a preset with signs and a random head.
+        states_ND: Hidden states that the preset reads, of any nonces of any block.
+
+    Raises:
+        UsageError: The preset has no signs or no random head, or there are fewer than 2 states.
+    """
+    pipeline = get_pipeline(round.preset)
+    if not has_block_factor(pipeline):
+        raise UsageError(
+            f"preset {round.preset}",
+            wanted="one with signs and a random head: in others a block has a mean of its own",
+            do="use --preset poc-2.0, or leave --model out",
+        )
+    n, size = states_ND.shape
+    if n < 2:
+        raise UsageError(f"{n} states", wanted="at least 2", do="read more nonces")
+    energy_ND = states_ND.astype(np.float64) ** 2
+    energy_ND /= energy_ND.sum(axis=1, keepdims=True)
+    reflections = sum(step.count for step in pipeline.hidden if step.name == "reflect")
+    kept = (1 - 4 / size + 8 / (size * (size + 2))) ** reflections
+    energy_ND = kept * energy_ND + (1 - kept) / size
+    squares_N = energy_ND @ folded_head(round, size) ** 2
+    value = math.sqrt(float(squares_N.mean()))
+    total_D = energy_ND.sum(axis=0)
+    products = float(total_D @ total_D - (energy_ND**2).sum())  # of the energies of two different states
+    return BlockFactor(
+        value=value,
+        error=float(squares_N.std(ddof=1)) / math.sqrt(n) / (2 * value),
+        effective_dimension=n * (n - 1) / products,
+        n=n,
+    )
+
+
+def has_block_factor(pipeline: Pipeline) -> bool:
+    """Return whether a block changes the width of a pipeline's distances and nothing else."""
+    return pipeline.head == "random" and any(step.name == "signs" for step in pipeline.hidden)
 
 
 @lru_cache(maxsize=256)

@@ -1,8 +1,14 @@
 """The r_target of a wanted valid rate, measured from proofs beside the closed form.
 
-Legend of shapes: N nonces, K published numbers.
+The closed form holds over blocks. Within a block all distances are wider or narrower by one factor γ
+(:class:`assay.stats.BlockLaw`), so a quantile that was measured in few blocks is off by more than its nonces say. The
+interval adds both: what γ leaves open, and the order statistics of the nonces.
+
+Legend of shapes: M blocks, N nonces, K published numbers.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +17,15 @@ import numpy.typing as npt
 from scipy import stats as distributions
 
 from assay import stats
-from assay.errors import UsageError
-from assay.poc.protocol import RANDOM_HEAD_ROWS, Proof, Round, VectorRecord, block_target
+from assay.errors import ProofMismatch, UsageError
+from assay.poc.protocol import RANDOM_HEAD_ROWS, BlockFactor, Proof, Round, VectorRecord, block_target
+from assay.stats import EFFECTIVE_DIMENSION, BlockLaw
 
-MIN_NONCES = 30  # of a proof, for its quantiles
+MIN_NONCES = 30  # of all blocks together, for quantiles
+MIN_BLOCKS = 8  # from which their own spread is taken, and no longer an assumption
 CONFIDENCE = 0.95  # of the interval of a quantile
+
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +35,20 @@ class MeasuredTarget:
     Args:
         valid_rate: Wanted share of valid nonces.
         dimension: Dimension of the space in which the distance is measured.
-        r_target: Closed form, by the chord law.
-        measured: Quantile of the measured distances.
-        low: Lower end of its interval, from order statistics.
-        high: Upper end of its interval.
-        confidence: Confidence of the interval, for which no law is assumed.
+        r_target: Closed form, by the chord law: what holds over blocks.
+        measured: Quantile of the measured distances, those of each block brought to the width of an average one where
+            its factor is known.
+        low: Lower end of the interval of the quantile over blocks.
+        high: Upper end of that interval.
+        confidence: Confidence of the interval.
         n: Number of nonces measured.
-        off_in_standard_errors: Measured minus closed form, over the standard error of the quantile under the law.
+        off_in_standard_errors: Measured minus closed form, over the standard error of the nonces and the blocks.
+        blocks: Number of blocks measured.
+        effective_dimension: Effective dimension of the states, which says how far factors of blocks lie apart; None
+            where they do not.
+        effective_dimension_from: Source of it: ``assumed``, ``given``, the ``blocks`` or the ``model``; else ``none``.
+        widths: Measured standard deviation of the cosines of every block over that of the law.
+        factors: Factor of every block by its head and the model; empty where that was not measured.
     """
 
     valid_rate: float
@@ -43,6 +60,11 @@ class MeasuredTarget:
     confidence: float
     n: int
     off_in_standard_errors: float
+    blocks: int = 1
+    effective_dimension: float | None = None
+    effective_dimension_from: str = "none"
+    widths: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -51,22 +73,38 @@ class MeasuredTarget:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
-        return {**self.__dict__, "agrees": self.agrees}
+        lists = {"widths": list(self.widths), "factors": list(self.factors)}
+        return {**self.__dict__, **lists, "agrees": self.agrees}
 
 
-def measure_r_target(proof: Proof, valid_rate: float, *, dimension: int | None = None) -> MeasuredTarget:
-    """Measure the r_target of a valid rate from the nonces of a proof.
+def measure_r_target(
+    proofs: Proof | Sequence[Proof],
+    valid_rate: float,
+    *,
+    dimension: int | None = None,
+    effective_dimension: float | None = None,
+    factors: Sequence[BlockFactor] = (),
+) -> MeasuredTarget:
+    """Measure the r_target of a valid rate from the nonces of proofs.
+
+    The interval is that of the quantile over blocks. One block says little of others, unless ``factors`` tell how wide
+    its distances are; from eight blocks on, their own spread counts.
 
     Args:
-        proof: Proof of any preset; of a vector, its distance to the target of the block in R^K counts.
+        proofs: Proof of any preset, or several of one preset and checkpoint; of a vector, its distance to the target of
+            the block in R^K counts.
         valid_rate: Wanted share of valid nonces, in (0, 1).
         dimension: Dimension of the output; needed where the preset has no random head and publishes distances.
+        effective_dimension: Effective dimension of the states; 16 is assumed where neither it nor anything else says.
+        factors: What :func:`assay.poc.measure_block_factor` found for the block of each proof, in their order.
 
     Returns:
         The measured target with its interval, beside the closed form.
 
     Raises:
-        UsageError: A rate or dimension is out of range or missing, or there are fewer than 30 nonces.
+        UsageError: A rate or dimension is out of range or missing, there are fewer than 30 nonces, or there is not one
+            factor per proof.
+        ProofMismatch: The proofs are of several presets, checkpoints or lengths.
 
     Example:
         >>> import assay
@@ -76,11 +114,57 @@ def measure_r_target(proof: Proof, valid_rate: float, *, dimension: int | None =
         >>> found = assay.poc.measure_r_target(assay.poc.prove(model, round, range(64)), 0.5)
         >>> found.n, found.dimension, round.r_target - 0.05 < found.r_target < round.r_target
         (64, 8192, True)
+        >>> found.effective_dimension, found.effective_dimension_from
+        (16.0, 'assumed')
     """
+    given = (proofs,) if isinstance(proofs, Proof) else tuple(proofs)
+    _check_alike(given, factors)
+    size = _dimension(given[0], dimension)
+    per_block: dict[str, list[FloatArray]] = {}
+    for proof in given:
+        vectors = [record.vector for record in proof.records if isinstance(record, VectorRecord)]
+        values = np.array(vectors) if vectors else proof.distances
+        per_block.setdefault(proof.round.block_hash, []).append(distances_from(values, proof.round))
+    known = {proof.round.block_hash: factor for proof, factor in zip(given, factors, strict=bool(factors))}
+    return r_target_from(
+        [np.concatenate(of_block) for of_block in per_block.values()],
+        valid_rate,
+        size,
+        effective_dimension=math.inf if given[0].header.pipeline.output == "vector" else effective_dimension,
+        factors=list(known.values()),
+    )
+
+
+def _check_alike(proofs: Sequence[Proof], factors: Sequence[BlockFactor]) -> None:
+    """Refuse no proof, proofs that cannot be taken together, and another number of factors than proofs."""
+    if not proofs or (factors and len(factors) != len(proofs)):
+        raise UsageError(
+            f"{len(proofs)} proofs with {len(factors)} factors of blocks",
+            wanted="at least one proof, and one factor for each or no factor",
+            do="measure_block_factor(model, proof.round) gives one",
+        )
+    of_one = [(p.round.preset, p.round.seq_len, p.header.digest, p.header.weights) for p in proofs]
+    if len(set(of_one)) > 1:
+        raise ProofMismatch(
+            "proofs of " + " and ".join(sorted({f"{preset}, {length} positions" for preset, length, *_ in of_one})),
+            wanted="proofs of one preset, length and checkpoint",
+            do="measure them one by one",
+        )
+    inputs: dict[tuple[str, str], list[npt.NDArray[np.int64]]] = {}
+    for proof in proofs:
+        nonces_N = np.array([record.nonce for record in proof.records], dtype=np.int64)
+        inputs.setdefault((proof.round.block_hash, proof.round.public_key), []).append(nonces_N)
+    for (block, _), nonces in inputs.items():
+        if len(nonces) > 1 and len(np.unique(np.concatenate(nonces))) < sum(map(len, nonces)):
+            raise ProofMismatch(
+                f"a nonce of block {block} in two proofs", wanted="every nonce once", do="leave one out"
+            )
+
+
+def _dimension(proof: Proof, dimension: int | None) -> int:
+    """Return the dimension in which the distances of a proof are measured."""
     pipeline = proof.header.pipeline
     known = pipeline.vector_size or (RANDOM_HEAD_ROWS if pipeline.head == "random" else None)
-    vectors = [record.vector for record in proof.records if isinstance(record, VectorRecord)]
-    values = np.array(vectors) if vectors else proof.distances
     if known is not None and dimension not in (None, known):
         seen = f"--dimension {dimension} with preset {pipeline.name}"
         raise UsageError(seen, wanted=f"its {known}", do="leave --dimension out")
@@ -91,45 +175,117 @@ def measure_r_target(proof: Proof, valid_rate: float, *, dimension: int | None =
             wanted="the dimension of its output",
             do="pass --dimension: the vocabulary with the trained head, the hidden size without one",
         )
-    return r_target_from(distances_from(values, proof.round), valid_rate, size)
+    return size
 
 
-def r_target_from(distances_N: npt.NDArray[np.float64], valid_rate: float, dimension: int) -> MeasuredTarget:
-    """Compare the quantile of distances [N] with the closed form.
+def r_target_from(
+    distances: Sequence[FloatArray],
+    valid_rate: float,
+    dimension: int,
+    *,
+    effective_dimension: float | None = None,
+    factors: Sequence[BlockFactor] = (),
+) -> MeasuredTarget:
+    """Compare the quantile of the distances [N] of M blocks with the closed form.
 
-    The interval runs between the order statistics whose ranks hold a binomial count of N and the rate with the stated
-    confidence. The standard error of the quantile is √(p(1 − p)/N) over the density of the law there.
+    The nonces' part of the interval runs between the order statistics whose ranks hold a binomial count of N and the
+    rate with the stated confidence; the blocks' part, between the quantiles of the mean factor. Their lengths are added
+    by their squares, end by end (Zou and Donner 2008). The standard error of the nonces is √(p(1 − p)/N) over the
+    density of the law.
+
+    Args:
+        distances: Distances of every block, M arrays [N].
+        valid_rate: Wanted share of valid nonces.
+        dimension: Dimension of the chord law.
+        effective_dimension: Effective dimension of the states; infinity where blocks have no factor.
+        factors: Factors of the blocks, in their order, or none.
 
     Raises:
         UsageError: There are fewer than 30 distances, or the rate is not in (0, 1).
     """
-    n = len(distances_N)
+    n = sum(map(len, distances))
     if n < MIN_NONCES or not 0.0 < valid_rate < 1.0:
         raise UsageError(
             f"{n} nonces for a valid rate of {valid_rate}",
             wanted=f"at least {MIN_NONCES} nonces and a rate in (0, 1)",
             do="prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %",
         )
-    ordered_N = np.sort(distances_N)
+    scales = [factor.value for factor in factors]
+    brought = [_narrowed(*pair) for pair in zip(distances, scales, strict=True)] if scales else distances
+    ordered_N = np.sort(np.concatenate(brought))
     tail = (1 - CONFIDENCE) / 2
     ranks = np.asarray(distributions.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
-    low, high = ordered_N[np.clip(ranks, 1, n) - 1]
-    closed, measured = stats.r_target_for(valid_rate, dimension), float(np.quantile(distances_N, valid_rate))
+    low, high = (float(end) for end in ordered_N[np.clip(ranks, 1, n) - 1])
+    closed, measured = stats.r_target_for(valid_rate, dimension), float(np.quantile(ordered_N, valid_rate))
+    effective, source, mean = _mean_factor(distances, dimension, effective_dimension, factors)
+    block_low, block_high = mean.target_interval(closed, CONFIDENCE)
     error = stats.rate_standard_error(valid_rate, n) / float(stats.chord_pdf(closed, dimension))
+    of_blocks = abs(1 - closed**2 / 2) * mean.factor_error / closed  # a cosine c is at the distance √(2 − 2c)
     return MeasuredTarget(
         valid_rate=valid_rate,
         dimension=dimension,
         r_target=closed,
         measured=measured,
-        low=float(low),
-        high=float(high),
+        low=measured - math.hypot(measured - low, closed - block_low),
+        high=measured + math.hypot(high - measured, block_high - closed),
         confidence=CONFIDENCE,
         n=n,
-        off_in_standard_errors=(measured - closed) / error,
+        off_in_standard_errors=(measured - closed) / math.hypot(error, of_blocks),
+        blocks=len(distances),
+        effective_dimension=effective,
+        effective_dimension_from=source,
+        widths=tuple(_width(of_block, dimension) for of_block in distances),
+        factors=tuple(scales),
     )
 
 
-def distances_from(values: npt.NDArray[np.floating[Any]], round: Round) -> npt.NDArray[np.float64]:
+def _mean_factor(
+    distances: Sequence[FloatArray], dimension: int, given: float | None, factors: Sequence[BlockFactor]
+) -> tuple[float | None, str, BlockLaw]:
+    """Return the effective dimension, its source, and the law of what the mean factor of the blocks leaves open.
+
+    A mean of M factors with weights w has the variance Σ w²/(2ν). Where ν is the spread of M measured blocks, the
+    quantile of Student's t with M − 1 degrees of freedom stands in place of the normal one.
+    """
+    weights_M = np.array([len(of_block) for of_block in distances], dtype=np.float64)
+    weights_M /= weights_M.sum()
+    squares = float(weights_M @ weights_M)
+    if given is not None and math.isinf(given):
+        return None, "none", BlockLaw(dimension=dimension, freedom=math.inf)
+    if factors:
+        errors_M = np.array([factor.error / factor.value for factor in factors])
+        freedom = _freedom(float(weights_M**2 @ errors_M**2))
+        effective: float = float(np.mean([factor.effective_dimension for factor in factors]))
+        return effective, "model", BlockLaw(dimension=dimension, freedom=freedom)
+    if given is not None or len(distances) < MIN_BLOCKS:
+        effective, source = (EFFECTIVE_DIMENSION, "assumed") if given is None else (given, "given")
+        return effective, source, BlockLaw(dimension=dimension, freedom=effective / squares)
+    logs_M = np.log([_width(of_block, dimension) for of_block in distances])
+    sampling = float(np.mean([1 / (2 * len(of_block)) for of_block in distances]))
+    variance = max(float(logs_M.var(ddof=1)) - sampling, 0.0)
+    tail = (1 - CONFIDENCE) / 2
+    wider = float(distributions.t.isf(tail, len(distances) - 1) / distributions.norm.isf(tail))
+    effective_dimension = _freedom(variance) if variance else None
+    return effective_dimension, "blocks", BlockLaw(dimension=dimension, freedom=_freedom(variance * squares * wider**2))
+
+
+def _freedom(variance: float) -> float:
+    """Return ν of a factor with this relative variance, 1/(2ν)."""
+    return 1 / (2 * variance) if variance > 0 else math.inf
+
+
+def _narrowed(distances_N: FloatArray, factor: float) -> FloatArray:
+    """Return the distances of a block with its factor taken out."""
+    cosines_N = (1 - distances_N**2 / 2) / factor
+    return np.asarray(np.sqrt(2 - 2 * np.clip(cosines_N, -1, 1)))
+
+
+def _width(distances_N: FloatArray, dimension: int) -> float:
+    """Return the standard deviation of cosines about zero over that of the law, 1/√d."""
+    return math.sqrt(float(np.mean((1 - distances_N**2 / 2) ** 2)) * dimension)
+
+
+def distances_from(values: npt.NDArray[np.floating[Any]], round: Round) -> FloatArray:
     """Return distances [N] as they are, and of vectors [N, K] the distance of each to the round's target in R^K."""
     if values.ndim == 1:
         return values.astype(np.float64)
