@@ -66,8 +66,8 @@ class PlaceTest:
         modulus: Number of places; None if a part of the run is meant.
         places: Bad places, each below the modulus; empty for a part of the run.
         share: Share of the places that are bad; share of the residuals for a part of the run.
-        ratio: Median residual at the clearest of the bad places, over that elsewhere or the typical honest one,
-            whichever is larger; infinite if that is 0.
+        ratio: Median residual at the clearest of the bad places, over that elsewhere or the honest size, whichever is
+            larger; infinite if that is 0.
         set_aside: Whether each residual stands at a bad place, [N]; all false unless faulty or suspected, so that
             ``~set_aside`` always picks the residuals to judge.
     """
@@ -99,7 +99,7 @@ def place_test(
 
     Args:
         magnitudes: Sizes of the residuals: differences of distances, whose sign is dropped, or L2 distances of
-            vectors. A value that is not finite counts as larger than all others.
+            vectors. A value that is not finite counts as twice the largest of the others.
         positions: Index of each nonce in the sequence that the prover computed, from 0. A sample may skip any. Where
             published records leave out nonces, the index among the records is not the position.
         batch_size: Batch size that the proof states; only the usual powers of two are tried when None.
@@ -151,7 +151,7 @@ def place_test(
 
 
 def _checked(magnitudes: npt.ArrayLike, positions: npt.ArrayLike) -> tuple[FloatArray, IntArray]:
-    """Return the sizes, infinite for a value that is not finite, and the positions, both [N]."""
+    """Return the sizes, with the largest for a value that is not finite, and the positions, both [N]."""
     values_N, positions_N = np.asarray(magnitudes, dtype=np.float64), np.asarray(positions)
     if values_N.ndim != 1 or values_N.shape != positions_N.shape:
         raise UsageError(
@@ -165,7 +165,9 @@ def _checked(magnitudes: npt.ArrayLike, positions: npt.ArrayLike) -> tuple[Float
             wanted="whole numbers from 0",
             do="pass the index of each nonce in the prover's own sequence",
         )
-    return np.where(np.isfinite(values_N), np.abs(values_N), np.inf), positions_N.astype(np.int64)
+    size_N = np.abs(np.where(np.isfinite(values_N), values_N, 0.0))
+    largest = 2 * float(size_N.max(initial=0.0)) or 1.0
+    return np.where(np.isfinite(values_N), size_N, largest), positions_N.astype(np.int64)
 
 
 def _medians(size_N: FloatArray, inside_N: BoolArray, honest_size: float) -> tuple[float, float]:
@@ -177,9 +179,9 @@ def _medians(size_N: FloatArray, inside_N: BoolArray, honest_size: float) -> tup
 
 def _ratio(size_N: FloatArray, inside_N: BoolArray, honest_size: float) -> float:
     inside, base = _medians(size_N, inside_N, honest_size)
-    if inside == base:  # both may be 0 or infinite
-        return 1.0
-    return inside / base if base else math.inf
+    if base == 0.0:
+        return math.inf if inside else 1.0
+    return inside / base
 
 
 def _extended(size_N: FloatArray, positions_N: IntArray, run: Run, moduli: Sequence[int], honest_size: float) -> Run:
