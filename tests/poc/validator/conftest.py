@@ -97,6 +97,8 @@ class Running:
     def start(self) -> None:
         deployment = lambda: Deployment.of(self.model, compiled=False)  # noqa: E731
         self.controller = Controller(deployment, ValidatorSettings(**self.settings), Settings(**self.service))
+        keys = self.service.get("api_keys", ())
+        self.headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         self.client = TestClient(create_app(self.controller), base_url="http://127.0.0.1")
         self.client.__enter__()
 
@@ -111,7 +113,8 @@ class Running:
         until(lambda: self.client.get("/ready").status_code == 200)
 
     def announce(self, block: str = BLOCK, height: int = HEIGHT) -> None:
-        answer = self.client.post(f"{API}/blocks", json={"block_hash": block, "block_height": height})
+        body = {"block_hash": block, "block_height": height}
+        answer = self.client.post(f"{API}/blocks", json=body, headers=self.headers)
         assert answer.status_code == 200, answer.text
 
     def send(

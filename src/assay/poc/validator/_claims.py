@@ -227,11 +227,23 @@ def proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
     except Refusal:
         raise
     except AssayError as error:
-        name = next((name for name in REASONS if re.search(rf"\b{name}\b", error.seen)), "other")
-        raise Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields={"fields": [name]}) from None
+        fields = {"fields": [_name(error)]}
+        raise Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields=fields) from None
     for name in pins.unpinned(header):
         raise refused(name, header.claims()[name], "a value that the pins name")
     for name in sender.build.differing(header.fingerprint):
         raise refused("builds", getattr(header.fingerprint, name), f"{name} of the build of this node")
     values = [r.distance if isinstance(r, DistanceRecord) else encode_vector(r.vector) for r in proof.records]
     return Claim(stated, [record.nonce for record in proof.records], values)
+
+
+def _name(error: AssayError) -> str:
+    """Return the name of the value that a proof was refused for."""
+    words = (
+        ("made in", "prover_dtype"),
+        ("another build", "builds"),
+        ("input seed", "nonces"),
+        ("a proof of", "digest"),
+    )
+    found = (name for name in REASONS if re.search(rf"\b{name}\b", error.seen))
+    return next(found, next((name for part, name in words if part in error.seen), "other"))

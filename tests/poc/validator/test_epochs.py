@@ -1,0 +1,142 @@
+"""Secrets: committed to before they are used, hidden while they are, and enough to draw every sample again."""
+
+import hashlib
+import hmac
+import json
+import sqlite3
+
+import numpy as np
+import pytest
+from scipy import stats as distributions
+
+from assay.poc.validator import Epoch, commitment, draw, message_seed
+from assay.poc.validator._inbox import Inbox, Message
+from tests.poc.validator.conftest import body_of, proof_of
+from tests.waiting import until
+
+
+@pytest.fixture
+def inbox(tmp_path):
+    made = Inbox(tmp_path, epoch_seconds=3600.0)
+    yield made
+    made.close()
+
+
+def _end_epoch(inbox: Inbox) -> None:
+    inbox._epoch_seconds = 0.0
+    inbox.roll()
+    inbox._epoch_seconds = 3600.0
+
+
+def _message(id: str, key: str = "node_A", nonces: int = 40) -> Message:
+    return Message(key, id, "generated", nonces, json.dumps({"id": id}).encode())
+
+
+def test_a_commitment_is_public_one_epoch_before_its_secret_draws(inbox):
+    following, current = inbox.epochs(10)
+    assert (current["epoch"], following["epoch"], following["begins"]) == (1, 2, None)
+    assert current["secret"] is following["secret"] is None
+    _end_epoch(inbox)
+    newest, now, ended = inbox.epochs(10)
+    assert now["commitment"] == following["commitment"]
+    assert ended["commitment"] == current["commitment"]
+    assert (now["secret"], newest["secret"], now["ends"]) == (None, None, None)
+    assert commitment(bytes.fromhex(ended["secret"]), 1) == ended["commitment"]
+
+
+def test_a_secret_that_is_public_draws_from_nothing_any_more(inbox):
+    inbox.add([_message("early")])
+    _end_epoch(inbox)
+    secret = bytes.fromhex(inbox.epochs(10)[2]["secret"])
+    inbox.add([_message("late")])
+    early, late = inbox.plan(["node_A", "node_A"], 8, 100)
+    assert {early.id, late.id} == {"early", "late"}
+    for found in (early, late):
+        seed = message_seed(secret, "node_A", found.id, found.digest)
+        assert (seed == found.seed) == (found.id == "early")
+
+
+def test_secrets_survive_a_restart(tmp_path, inbox):
+    before = inbox.epochs(10)
+    inbox.close()
+    again = Inbox(tmp_path, epoch_seconds=3600.0)
+    assert again.epochs(10) == before
+    with sqlite3.connect(tmp_path / "validator.sqlite3") as database:
+        assert database.execute("SELECT count(*) FROM epochs").fetchone() == (2,)
+    database.close()
+    again.close()
+
+
+def test_the_commitment_is_the_hash_of_secret_and_number():
+    epoch = Epoch(7, b"s" * 32, 1.0, 2.0)
+    assert epoch.commitment == hashlib.sha256(b"s" * 32 + bytes(7) + b"\x07").hexdigest()
+    assert epoch.public()["secret"] == (b"s" * 32).hex()
+    assert Epoch(7, b"s" * 32, 1.0, None).public()["secret"] is None
+
+
+def test_every_place_is_as_likely_as_any_other():
+    """Over secrets that a node does not know, no position of a message is safer than another."""
+    nonces = list(range(0, 120, 3))
+    counts = np.zeros(len(nonces), dtype=int)
+    for i in range(2000):
+        seed = message_seed(i.to_bytes(32, "big"), "node_A", "msg_1", b"d" * 32)
+        counts[draw(seed, nonces, 0, 8)] += 1
+    assert counts.sum() == 16_000
+    assert distributions.chisquare(counts).pvalue > 1e-4
+
+
+def test_the_seed_binds_secret_key_id_and_content():
+    base = (b"s" * 32, "node_A", "msg_1", b"d" * 32)
+    others = [
+        (b"t" * 32, *base[1:]),
+        (base[0], "node_B", *base[2:]),
+        (*base[:2], "msg_2", base[3]),
+        (*base[:3], b"e" * 32),
+    ]
+    others.append((base[0], "node_Am", "sg_1", base[3]))
+    seeds = {message_seed(*values) for values in [base, *others]}
+    assert len(seeds) == len(others) + 1
+    assert all(0 <= seed < 2**53 for seed in seeds)
+
+
+def test_further_draws_continue_the_order():
+    nonces = list(range(50))
+    whole = draw(5, nonces, 0, 50)
+    assert sorted(whole) == nonces
+    assert draw(5, nonces, 0, 8) + draw(5, nonces, 8, 20) == whole[:20]
+
+
+def _drawn_again(secret: bytes, key: str, id: str, body: bytes, nonces: list[int]) -> list[int]:
+    """What docs/validator.md tells anyone to compute, with the standard library alone."""
+    parts = (b"assay.poc.validator/1", key.encode(), id.encode(), hashlib.sha256(body).digest())
+    text = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+    seed = int.from_bytes(hmac.new(secret, text, "sha256").digest()[:8], "big") >> 11
+    return sorted(nonces, key=lambda n: hashlib.sha256(seed.to_bytes(8, "big") + n.to_bytes(8, "big")).digest())
+
+
+def test_anyone_draws_the_sample_of_a_finished_epoch_again(validating, small_model):
+    """The ledger's nonces are the first ones of the order that the published secret gives: no other were possible."""
+    body = body_of(proof_of(small_model, "node_A", range(60)))
+    with validating(epoch=1.0, nonces_per_hour=60_000, sample=5) as running:
+        published = {row["epoch"]: row["commitment"] for row in running.get("/commitments")["commitments"]}
+        running.send(body, id="msg_x")
+        until(lambda: running.node("node_A")["recorded"] >= 10)
+        account = running.node("node_A")["account"]
+        until(lambda: running.get("/commitments")["commitments"][-2]["secret"] is not None)
+        entries = running.get(f"/evidence/{account}")["entries"]
+        checked = [nonce for entry in entries for nonce in entry["nonces"]]
+        revealed = [row for row in running.get("/commitments")["commitments"] if row["secret"] is not None]
+        assert {row["commitment"] for row in revealed} & set(published.values())
+        orders = [
+            _drawn_again(bytes.fromhex(row["secret"]), "node_A", "msg_x", json.dumps(body).encode(), body["nonces"])
+            for row in revealed
+            if commitment(bytes.fromhex(row["secret"]), row["epoch"]) == row["commitment"]
+        ]
+        assert checked in [order[: len(checked)] for order in orders]
+
+
+def test_commitments_need_no_key_and_show_no_secret_that_is_used(validating):
+    with validating(service={"api_keys": ("k" * 20,)}) as running:
+        assert running.client.get("/api/v1/validator/nodes").status_code == 401
+        found = running.get("/commitments")["commitments"]
+        assert [row["secret"] for row in found] == [None, None]

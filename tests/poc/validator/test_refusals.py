@@ -1,0 +1,260 @@
+"""Every value that a node may lie about, in a callback and in the header of a proof: refused, by its name."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from standardwebhooks import Webhook
+
+from assay.poc import Proof, Round
+from assay.poc.protocol import get_pipeline
+from tests.poc.validator.conftest import (
+    API,
+    BLOCK,
+    HEIGHT,
+    NODE_COUNT,
+    R_TARGET,
+    SEQ_LEN,
+    Running,
+    body_of,
+    pins_text,
+    proof_of,
+    secret_of,
+)
+
+HONEST = {"public_key": "node_A", "block_hash": BLOCK, "block_height": HEIGHT, "node_id": 0, "r_target": R_TARGET}
+HONEST |= {"nonces": [0, 3, 6], "dist": [1.41, 1.40, 1.39]}
+VECTORS = {name: HONEST[name] for name in ("public_key", "block_hash", "block_height", "node_id")}
+VECTORS |= {
+    "artifacts": [{"nonce": 0, "vector_b64": "A" * 32}],
+    "encoding": {"dtype": "f16", "endian": "le", "k_dim": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def running(small_model, tmp_path_factory):
+    """One validator for all lies: none of them leaves a trace."""
+    directory = tmp_path_factory.mktemp("lies")
+    (directory / "pins.toml").write_text(pins_text(small_model))
+    from tests.poc.validator.conftest import nodes_text
+
+    (directory / "nodes.toml").write_text(nodes_text())
+    made = Running(small_model, directory, {"positions": 1000}, {})
+    made.announce()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def honest(small_model) -> Proof:
+    return proof_of(small_model, "node_A")
+
+
+def text_of(proof: Proof, directory) -> str:
+    proof.save(directory / "proof.jsonl", overwrite=True)
+    return (directory / "proof.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"block_hash": "another"}, "block_hash"),
+        ({"block_hash": 7}, "block_hash"),
+        ({"block_height": HEIGHT + 1}, "block_hash"),
+        ({"block_height": "7"}, "block_height"),
+        ({"block_height": None}, "block_height"),
+        ({"node_id": 1}, "node_id"),
+        ({"node_id": NODE_COUNT}, "node_id"),
+        ({"node_id": "0"}, "node_id"),
+        ({"node_id": True}, "node_id"),
+        ({"r_target": 2.0}, "r_target"),
+        ({"r_target": None}, "r_target"),
+        ({"nonces": [0, 3, 5]}, "nonces"),
+        ({"nonces": [1, 4, 7]}, "nonces"),
+        ({"nonces": [3, 0, 6]}, "nonces"),
+        ({"nonces": [0, 0, 3]}, "nonces"),
+        ({"nonces": [0, 3, 6.0]}, "nonces"),
+        ({"nonces": [0, 3, True]}, "nonces"),
+        ({"nonces": [0, 3, 2**53]}, "nonces"),
+        ({"nonces": [0, 3, 3 * 1000]}, "nonces"),  # so far out that seeds could be chosen to collide
+        ({"nonces": [], "dist": []}, "nonces"),
+        ({"nonces": [3 * i for i in range(2**16 + 1)], "dist": [1.4] * (2**16 + 1)}, "nonces"),
+        ({"nonces": 5}, "dist"),
+        ({"dist": [1.41, 1.40]}, "dist"),
+        ({"dist": [1.41, 1.40, R_TARGET]}, "dist"),
+        ({"dist": [1.41, 1.40, -0.1]}, "dist"),
+        ({"dist": [1.41, 1.40, None]}, "dist"),
+        ({"dist": [1.41, 1.40, "1.39"]}, "dist"),
+    ],
+)
+def test_a_callback_that_lies_is_refused_by_name(running, change, name):
+    answer = running.send(HONEST | change, status=422)
+    assert answer["fields"] == [name]
+    assert {"detail", "wanted", "do"} <= answer.keys()
+
+
+def test_vectors_where_distances_are_pinned_are_another_preset(running):
+    assert running.send(VECTORS, status=422)["fields"] == ["preset"]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"encoding": None}, "encoding"),
+        ({"encoding": {"dtype": "f16", "endian": "le", "k_dim": 1}}, "encoding"),
+        ({"encoding": {"dtype": "f32", "endian": "le", "k_dim": 12}}, "encoding"),
+        ({"artifacts": "x"}, "artifacts"),
+        ({"artifacts": [7]}, "artifacts"),
+        ({"artifacts": [{"nonce": 0}]}, "artifacts"),
+        ({"artifacts": [{"nonce": 0, "vector_b64": "AAAA"}]}, "artifacts"),
+        ({"artifacts": [{"nonce": 0, "vector_b64": 12}]}, "artifacts"),
+        ({"artifacts": [{"nonce": 1, "vector_b64": "A" * 32}]}, "nonces"),
+    ],
+)
+def test_vectors_that_are_not_as_published_are_refused_by_name(validating, change, name):
+    with validating(preset="artifact") as running:
+        assert running.send(VECTORS | change, status=422)["fields"] == [name]
+        assert running.send(HONEST, status=422)["fields"] == ["preset"]
+        assert running.send(VECTORS)["new"] is True
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"public_key":"node_A","dist":[NaN]}',
+        '{"public_key":"node_A","dist":[1e400]}',
+        '{"public_key":"node_A","public_key":"node_B"}',
+        '{"public_key":"node_A","a":' + "[" * 40_000 + "]" * 40_000 + "}",
+        r'{"public_key":"\ud800"}',
+        "[]",
+        "",
+    ],
+)
+def test_poisoned_bodies_are_refused(running, body):
+    assert running.send(body, key="node_A", status=400)["fields"] == ["body"]
+
+
+def test_strangers_and_forgeries_are_refused(running):
+    assert running.send(HONEST | {"public_key": "stranger"}, status=403)["fields"] == ["public_key"]
+    assert running.send(HONEST | {"public_key": 7}, key="node_A", status=403)["fields"] == ["public_key"]
+    running.send(HONEST, key="node_B", status=401)  # one node's work under the key of another one
+    running.send(HONEST, key="node_A", id="x" * 200, status=400)
+    now, text = datetime.now(UTC), json.dumps(HONEST)
+    signature = Webhook(secret_of("node_A")).sign("m", now, text)
+    good = {"webhook-id": "m", "webhook-timestamp": str(int(now.timestamp())), "webhook-signature": signature}
+    old = now - timedelta(minutes=6)
+    wrong = [
+        {},
+        good | {"webhook-id": "n"},
+        good | {"webhook-signature": "v1,!!!"},
+        good | {"webhook-signature": "nonsense"},
+        good | {"webhook-timestamp": str(int(old.timestamp()))},
+    ]
+    for headers in wrong:
+        answer = running.client.post(f"{API}/generated", content=text, headers=headers)
+        assert answer.status_code in (400, 401), headers
+    assert running.client.post(f"{API}/generated", content=text + " ", headers=good).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"block_hash": "another"}, "block_hash"),
+        ({"block_height": 8}, "block_hash"),
+        ({"node_id": 1}, "node_id"),
+        ({"preset": "end-normalize"}, "preset"),
+        ({"preset": "layer-normalize"}, "preset"),
+        ({"preset": "permutation"}, "preset"),
+        ({"preset": "artifact"}, "preset"),
+        ({"seq_len": 1}, "seq_len"),
+        ({"seq_len": 4}, "seq_len"),
+        ({"strength": 256}, "strength"),
+        ({"r_target": 2.0}, "r_target"),
+        ({"node_count": 1, "node_id": 0}, "node_count"),
+    ],
+)
+def test_a_proof_of_another_round_is_refused_by_name(running, small_model, tmp_path, change, name):
+    """The work of these proofs was done, and it is less, or another node's, or was chosen."""
+    values = {"block_hash": BLOCK, "block_height": HEIGHT, "public_key": "node_A", "seq_len": SEQ_LEN}
+    round = Round(**(values | {"node_id": 0, "node_count": NODE_COUNT, "r_target": R_TARGET} | change))
+    from assay.poc import prove
+
+    proof = prove(small_model, round, round.nonces(0, 40), batch_size=8)
+    answer = running.send(text_of(proof, tmp_path), key="node_A", path="proofs", status=422)
+    assert answer["fields"] == [name], answer
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"digest": "0" * 64}, "digest"),
+        ({"weights": "random-all"}, "weights"),
+        ({"dtype": "bfloat16"}, "prover_dtype"),
+        ({"dtype": "int8"}, "prover_dtype"),
+        ({"engine": "vllm"}, "builds"),
+    ],
+)
+def test_a_header_that_states_another_engine_or_checkpoint_is_refused_by_name(running, honest, tmp_path, change, name):
+    header = honest.header
+    engine = {key: change[key] for key in ("dtype", "engine") if key in change}
+    rest = {key: change[key] for key in ("digest", "weights") if key in change}
+    lie = replace(header, fingerprint=replace(header.fingerprint, **engine), **rest)
+    text = text_of(Proof.build(lie, honest.records, 1.0), tmp_path)
+    assert running.send(text, key="node_A", path="proofs", status=422)["fields"] == [name]
+
+
+def test_few_or_chosen_nonces_are_refused_by_name(running, honest, tmp_path):
+    for runs in (((0, 12, 3),), ((0, 60, 3), (90, 150, 3)), ((0, 240, 6),)):
+        kept = [nonce for run in runs for nonce in range(*run)]
+        records = [replace(honest.records[0], nonce=nonce) for nonce in kept]
+        text = text_of(Proof.build(replace(honest.header, nonces=runs), records, 1.0), tmp_path)
+        answer = running.send(text, key="node_A", path="proofs", status=422)
+        assert answer["fields"] == ["fewest_nonces"], (runs, answer)
+
+
+def test_another_nodes_proof_is_refused(running, small_model, tmp_path):
+    text = text_of(proof_of(small_model, "node_B"), tmp_path)
+    running.send(text, key="node_A", path="proofs", status=401)
+    text = text_of(proof_of(small_model, "stranger"), tmp_path)
+    assert running.send(text, key="node_A", path="proofs", status=403)["fields"] == ["public_key"]
+
+
+@pytest.mark.parametrize("preset", ["hardened", "poc-2.0"])
+def test_far_nonces_are_taken_where_seeds_cannot_collide(validating, small_model, preset):
+    pins = pins_text(small_model, preset=preset, strength=256)
+    with validating(pins=pins, positions=10) as running:
+        pipeline = get_pipeline(preset)
+        body = VECTORS | {"artifacts": [{"nonce": 3 * 10**9, "vector_b64": "A" * 32}]}
+        running.send(body if pipeline.output == "vector" else HONEST | {"nonces": [0, 3, 3 * 10**9]})
+
+
+def test_nothing_of_the_lies_was_kept(running, small_model):
+    assert running.get("/status")["inbox"]["messages"] == 0
+    text = running.client.get("/metrics").text
+    counts = {
+        line.split("{")[1].split('"')[1]: float(line.split()[-1])
+        for line in text.splitlines()
+        if "refused_total{" in line
+    }
+    for name in ("nonces", "seq_len", "preset", "digest", "prover_dtype", "builds", "public_key", "signature", "body"):
+        assert counts[name] > 0, name
+    running.send(body_of(proof_of(small_model, "node_A")))
+
+
+def test_closed_blocks_are_refused(validating):
+    with validating(open_blocks=2) as running:
+        running.announce("b2", 8)
+        running.send(HONEST | {"block_hash": "b2", "block_height": 8})
+        running.announce("b3", 9)
+        assert running.send(HONEST, status=422)["fields"] == ["block_hash"]
+        assert [block["block_hash"] for block in running.get("/blocks")["blocks"]] == ["b3", "b2"]
+
+
+def test_a_block_of_the_pins_is_the_only_one(validating, small_model):
+    pins = pins_text(small_model, block_hash="pinned", block_height=3)
+    with validating(pins=pins) as running:
+        assert running.send(HONEST, status=422)["fields"] == ["block_hash"]
+        running.send(HONEST | {"block_hash": "pinned", "block_height": 3})
+        answer = running.client.post(f"{API}/blocks", json={"block_hash": "b", "block_height": 1})
+        assert (answer.status_code, "leave block_hash out" in answer.json()["do"]) == (422, True)
