@@ -91,6 +91,16 @@ def test_a_sparse_sample_is_enough_for_six_of_sixteen():
     assert found >= 18
 
 
+@pytest.mark.parametrize("seed", [9, 11, 13, 18, 19, 22])
+def test_a_bad_place_with_few_residuals_is_not_left_among_the_others(seed):
+    """In these samples the clearest run ends one or two places early, and one residual left would accuse."""
+    positions = np.random.default_rng(seed).permutation(4096)[:64]
+    bad = positions % 32 < 8
+    test = place_test(with_junk(bad, seed), positions, batch_size=32, honest_size=0.1)
+    assert test.faulty
+    assert test.set_aside[bad].all()
+
+
 def test_places_far_from_each_other_are_added_until_the_rest_is_even():
     bad = np.isin(WHOLE % 16, (1, 4, 9))
     test = place_test(with_junk(bad), WHOLE, batch_size=16, honest_size=0.1)
@@ -132,8 +142,10 @@ def test_at_most_half_of_the_places_are_set_aside():
     assert np.count_nonzero(bad & ~test.set_aside) >= WHOLE.size // 10
 
 
-def test_at_most_half_of_the_run_is_set_aside():
-    test = place_test(with_junk(WHOLE >= 300), WHOLE)
+@pytest.mark.parametrize("is_bad", [lambda p: p >= 300, lambda p: p < 700, lambda p: (p > 100) & (p < 900)])
+def test_at_most_half_of_the_run_is_set_aside(is_bad):
+    test = place_test(with_junk(is_bad(WHOLE)), WHOLE)
+    assert test.faulty
     assert test.set_aside.mean() <= 0.5
 
 
@@ -159,9 +171,9 @@ def test_a_cheat_without_regard_to_places_is_neither_faulty_nor_suspected():
 def test_honest_noise_is_not_faulty(draw, n):
     """The p-value of residuals that do not depend on the place is no smaller than uniform."""
     rng = np.random.default_rng(n)
-    tests = [place_test(draw(rng, n), np.sort(rng.permutation(4096)[:n]), batch_size=32) for _ in range(150)]
+    tests = [place_test(draw(rng, n), np.sort(rng.permutation(4096)[:n]), batch_size=32) for _ in range(60)]
     assert not any(test.faulty for test in tests)
-    assert sum(test.suspected for test in tests) <= stats.binom(150, SUSPICION).isf(1e-3)
+    assert sum(test.suspected for test in tests) <= stats.binom(60, SUSPICION).isf(1e-3)
     assert not any(test.set_aside.any() for test in tests if not test.suspected)
 
 
