@@ -26,7 +26,7 @@ FROZEN = {
         "--read-key", "--dtype", "--device", "--seq-len", "--calibration", "--callback-secret",
         "--callback-interval", "--callback-backoff", "--callback-backoff-max", "--callback-attempts",
         "--callback-timeout", "--allow-private-callbacks", "--max-pending", "--max-positions", "--drain",
-        "--kernels",
+        "--kernels", "--pins",
         "--log-format",
     },
     "poc validator": {

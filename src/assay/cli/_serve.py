@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FLAGS = (
     "model", "host", "port", "dtype", "device", "kernels", "log_format",
-    "data_dir", "api_keys", "api_key_file", "validate_keys", "read_keys", "seq_len", "calibration",
+    "data_dir", "api_keys", "api_key_file", "validate_keys", "read_keys", "seq_len", "calibration", "pins",
     "callback_secrets", "callback_interval", "callback_backoff", "callback_backoff_max", "callback_attempts",
     "callback_timeout", "allow_private_callbacks", "max_pending", "max_positions", "drain",
 )  # fmt: skip

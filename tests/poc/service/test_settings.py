@@ -63,6 +63,7 @@ def test_the_keys_of_a_file_are_added(tmp_path):
         {"unknown": 1},
         {"api_keys": 5},
         {"calibration": "/nowhere"},
+        {"pins": "/nowhere"},
         {"api_key_file": "/nowhere"},
     ],
 )
@@ -83,7 +84,7 @@ def test_the_flags_have_the_defaults_of_the_settings():
     made = get_command(app).commands["poc"].commands["serve"].params
     defaults = {parameter.opts[-1]: parameter.default for parameter in made}
     flags = [name for name in FLAGS if name in Settings.model_fields]
-    assert len(flags) == 17
+    assert len(flags) == 18
     for name in flags:
         wanted = Settings.model_fields[name].default
         assert defaults[Settings.flags(name)[-1]] == (None if wanted == () else wanted), name

@@ -91,8 +91,11 @@ class Build(BaseModel):
 
     def differing(self, fingerprint: Fingerprint) -> tuple[str, ...]:
         """Return the names of the fields in which a fingerprint is not of this build."""
-        stated = described(fingerprint)
-        return tuple(n for n in stated if not any(_matches(stated[n], wanted) for wanted in getattr(self, n)))
+        return tuple(name for name, value in described(fingerprint).items() if not self.allows(name, value))
+
+    def allows(self, name: str, value: str | int) -> bool:
+        """Return whether a field of a fingerprint may have a value."""
+        return any(_matches(value, wanted) for wanted in getattr(self, name))
 
     @property
     def free(self) -> tuple[str, ...]:

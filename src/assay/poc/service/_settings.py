@@ -15,6 +15,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 import assay.settings
 from assay.errors import UsageError
+from assay.poc.protocol import NetworkPins
 from assay.poc.verdict import Calibration
 from assay.settings import Flag
 
@@ -28,6 +29,10 @@ def _words(value: Any) -> Any:
 
 def _calibration(value: Any) -> Any:
     return Calibration.load(value) if isinstance(value, (str, Path)) else value
+
+
+def _pins(value: Any) -> Any:
+    return NetworkPins.load(value) if isinstance(value, (str, Path)) else value
 
 
 def _list(flag: str, description: str) -> Any:
@@ -48,6 +53,7 @@ class Settings(assay.settings.Settings):
     Raises:
         UsageError: A value is of another type or out of range, or a setting has an unknown name.
         CalibrationError: ``calibration`` names a file that is not a calibration.
+        DataError: ``pins`` names a file that is no pins file.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True)
@@ -102,6 +108,10 @@ class Settings(assay.settings.Settings):
     calibration: Annotated[InstanceOf[Calibration] | None, BeforeValidator(_calibration), NoDecode] = Field(
         None,
         description="Honest noise that was measured, or its file. Without it, the stated default holds.",
+    )
+    pins: Annotated[InstanceOf[NetworkPins] | None, BeforeValidator(_pins), NoDecode] = Field(
+        None,
+        description="What the network agreed on, or its file. Models, rounds and nodes that contradict it are refused.",
     )
 
     def __init__(self, **values: Any) -> None:

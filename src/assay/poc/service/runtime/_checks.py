@@ -8,6 +8,7 @@ from assay.poc.protocol import check_distinct_seeds, get_pipeline
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, Params, ValidateRequest
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
+from assay.poc.service.runtime._agreed import check_batch, check_prover, check_round
 from assay.poc.service.runtime._callback_guard import check_url
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._jobs import job_round
@@ -24,7 +25,7 @@ def round_values(
 
     Raises:
         UsageError: A field is out of range.
-        Refusal: 400 without a share where one is needed, 409 for other parameters than deployed.
+        Refusal: 400 without a share where one is needed, 409 for other parameters than deployed or agreed on.
     """
     node_id, node_count = request.node_id, request.node_count
     if isinstance(request, ArtifactInit):
@@ -59,7 +60,8 @@ def round_values(
         fraud_threshold=fraud_threshold,
         callback_url=url,
     )
-    _ = asked.round  # an error says which field is out of range
+    check_round(asked.round, settings, share=needs_share)  # an error says which field is out of range
+    check_batch(request.batch_size, deployment, settings)
     return asked
 
 
@@ -67,7 +69,8 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
     """Refuse distances that cannot be of this round.
 
     Raises:
-        Refusal: 409 for another block or a round of vectors, 422 for lists that do not fit or nonces of another node.
+        Refusal: 409 for another block, a round of vectors or a key that is of no node, 422 for lists that do not fit
+            or nonces of another node.
         ProofMismatch: One forward pass would serve several of the nonces.
     """
     other = [name for name in ("block_hash", "block_height") if getattr(request, name) != getattr(stored, name)]
@@ -87,6 +90,7 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
             do="check vectors with /generate and its field validation",
             fields={"state": "VALIDATING"},
         )
+    check_prover(request, stored, settings)
     different = len(set(_limited(request.nonces, settings)))
     if not len(request.nonces) == len(request.dist) == different:
         raise Refusal(
@@ -111,12 +115,14 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
 
     Raises:
         UsageError: A field is out of range, or a nonce is repeated or belongs to another node.
-        Refusal: 400 for artifacts of other nonces, 409 for other parameters than deployed.
+        Refusal: 400 for artifacts of other nonces, 409 for other parameters than deployed or agreed on.
         ProofMismatch: One forward pass would serve several of the nonces whose artifacts are to be checked.
     """
     _check_params(request.params, deployment, settings)
     _check_work(request.url, request.batch_size, request.params.seq_len, deployment, settings)
     round = job_round(request, deployment.reference)
+    check_round(round, settings, share=True)
+    check_batch(request.batch_size, deployment, settings)
     round.check_nonces(sorted(_limited(request.nonces, settings)))
     if request.validation is not None:
         check_distinct_seeds(round, request.nonces)

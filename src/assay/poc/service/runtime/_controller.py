@@ -23,6 +23,7 @@ from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
 from assay.poc.service._states import State, after
+from assay.poc.service.runtime._agreed import check_build, check_deployed, check_round
 from assay.poc.service.runtime._checks import check_job, check_validation, round_values
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._jobs import Jobs
@@ -132,7 +133,9 @@ class Controller:
         pipeline = get_pipeline(values.preset)
         if pipeline.number_formats and deployment.dtype not in pipeline.number_formats:
             log.warning("validators refuse this number format", preset=values.preset, dtype=deployment.dtype)
-        check_supported(deployment.engine(values.seq_len, values.batch_size), pipeline)
+        engine = deployment.engine(values.seq_len, values.batch_size)
+        check_build(engine.fingerprint, deployment, self.settings)
+        check_supported(engine, pipeline)
         with self._lock:
             state = self._after(call)
             self._move(state, self.rounds.enter(state, values))
@@ -148,7 +151,7 @@ class Controller:
             state = self._after(call)
             self.ready()
             if state is not self.state or self.error is not None:
-                self._check_same_model()
+                self._check_same_model(state)
                 self.rounds.enter(state)
                 self._move(state)
 
@@ -168,7 +171,7 @@ class Controller:
         """
         with self._lock:
             self._after("validate")
-            stored, epoch = self._check_same_model(), self._epoch
+            stored, epoch = self._check_same_model(self.state), self._epoch
         check_validation(request, stored, self.settings)
         future: Future[JsonObject] = Future()
 
@@ -266,6 +269,7 @@ class Controller:
         """Load the model and continue what was interrupted; return None where that fails."""
         try:
             deployment = load_with(self.settings.calibration, load)
+            check_deployed(deployment, self.settings)
         except Exception as error:
             # The state stays: a service that is started again with the right model continues its round.
             self.metrics.failures.inc()
@@ -278,7 +282,7 @@ class Controller:
             log.info("model loaded", model=deployment.reference, dtype=deployment.dtype)
             try:
                 if self.progress is not None and self.state in (State.GENERATING, State.VALIDATING):
-                    self._check_same_model()
+                    self._check_same_model(self.state)
                     self.progress = self._progress(self.progress.stored)
             except AssayError as error:
                 self._engine_failed(error)
@@ -289,8 +293,8 @@ class Controller:
         self.loaded.set_result(deployment)
         return deployment
 
-    def _check_same_model(self) -> StoredRound:
-        """Return the round, or refuse to work on it with another model than the one it was begun with."""
+    def _check_same_model(self, state: State) -> StoredRound:
+        """Return the round, or refuse to work on it with another model or under other pins than it was begun with."""
         assert self.progress is not None
         deployment, stored = self.ready(), self.progress.stored
         if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
@@ -301,6 +305,7 @@ class Controller:
                 do="start the service with that model, or begin another round",
                 fields={"state": str(self.state)},
             )
+        check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
 
     def _engine_failed(self, error: Exception) -> None:
