@@ -117,6 +117,23 @@ def summary(rows, fault):
     return found
 
 
+def batch_effects(pairs):
+    """Return quartiles and maximum, over sound pairs, of the variance of ln L2 between batches over what chance gives.
+
+    It is the F statistic of a one-way analysis of variance: 1 on average where batches share nothing.
+    """
+    found = {}
+    for size in (16, 32, 64):
+        ratios = []
+        for pair in pairs:
+            whole = pair["distances"].size // size * size
+            logs = np.log(np.maximum(pair["distances"][:whole], 1e-4)).reshape(-1, size)
+            if not pair["fault"]:
+                ratios.append(size * logs.mean(axis=1).var(ddof=1) / logs.var(axis=1, ddof=1).mean())
+        found[f"batches of {size}"] = np.quantile(ratios, (0.25, 0.5, 0.75, 1.0)).tolist()
+    return found
+
+
 # Simulated machines
 
 
@@ -236,14 +253,16 @@ def main():
     options = arguments.parse_args()
     rng = np.random.default_rng(0)
     noise = honest_noise([log_normal(rng, np.arange(PROVED))])
+    pairs = read_pairs(options.data, options.fault)
     figures = {
         "alpha": stats.PLACE_ALPHA,
         "material_ratio": stats.MATERIAL_RATIO,
-        "clusters": of_clusters(read_pairs(options.data, options.fault), options.repeats // 10, rng),
         "honest_noise": of_honest_noise(options.repeats, rng),
-        "faults": of_faults(noise, options.repeats // 5, rng),
-        "cheats": of_cheats(noise, options.repeats // 5, rng),
+        "faults": of_faults(noise, options.repeats // 10, rng),
+        "cheats": of_cheats(noise, options.repeats // 10, rng),
         "milliseconds": durations(rng),
+        "batch_effects": batch_effects(pairs),
+        "clusters": of_clusters(pairs, options.repeats // 20, rng),
     }
     publish("places", figures, options.output)
 
