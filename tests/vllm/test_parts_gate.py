@@ -8,9 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
+from assay.models import identify
+from assay.poc import NetworkPins
 from assay.poc.engines.vllm import _compatibility
 from assay.poc.serving import _preflight, before_start, plugin
 from tests.vllm.conftest import ROOT
+
+REFERENCE = ROOT / "src/assay/models/reference/qwen3"
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
@@ -144,6 +148,30 @@ def test_servers_that_cannot_own_a_round_are_refused_before_anything_is_opened(
         plugin().attach_router(app)
     assert words in str(refusal.value)
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("agreed", "changes", "seen"),
+    [
+        ({}, {}, None),
+        ({"library": "vllm 0.31.*"}, {}, "library vllm 0.32.0"),
+        ({"dtype": "float32", "engine": "hf"}, {}, "engine vllm, dtype bfloat16"),
+        ({"torch": "1.0"}, {}, "torch "),
+        ({"digest": "0" * 64}, {}, "model '"),
+        ({}, {"model_config.max_model_len": 256}, "255 positions"),
+    ],
+)
+def test_pins_are_compared_before_an_engine_is_loaded(agreed: dict, changes: dict, seen: str | None):
+    free = dict.fromkeys(("device", "attention", "batch_size", "threads", "torch", "kernels"), "*")
+    build = free | {"engine": "vllm", "dtype": "bfloat16", "library": "vllm 0.32.*"} | agreed
+    own = identify(REFERENCE, dtype="bfloat16").digest
+    model = {"reference": "m", "digest": build.pop("digest", own), "builds": [build]}
+    round = {"preset": "hardened", "seq_len": 256, "strength": 256, "node_count": 1, "fewest_nonces": 32}
+    pins = NetworkPins.of({"schema": 1, "round": round, "models": [model]}, "pins.toml")
+    config = settings_of_vllm(**{"model_config.max_model_len": 512, "scheduler_config.x": 1} | changes)
+    with pytest.raises(UsageError) if seen else nullcontext() as refusal:
+        _preflight.check_pins(pins, str(REFERENCE), config, "0.32.0")
+    assert seen is None or seen in str(refusal.value)
 
 
 def refuse(*_) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from _vllm import KEY, OPTIONS, REFERENCE
 
+from assay.models import identify
 from assay.poc.serving import before_start
 from tests.vllm.conftest import ON_GPU
 
@@ -121,3 +122,37 @@ def test_triton_multiplies_float32_as_float32(start, words: str, before, after, 
 def test_arguments_that_vllm_refuses_are_left_to_it(start):
     assert start(*SERVE, *NEEDED, "--data-parallel-size", "many") == "2"
     assert start(*SERVE, *NEEDED, "--max-model-len", "1000000000") is None
+
+
+def test_pins_are_compared_before_the_engine_is_loaded(start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    free = "".join(f'{name} = "*"\n' for name in ("device", "attention", "batch_size", "threads", "torch", "kernels"))
+    digest = identify(REFERENCE, dtype="float32").digest
+    text = f"""schema = 1
+[round]
+preset = "poc-2.0"
+seq_len = 64
+strength = 256
+r_target = 1.416
+node_count = 1
+fewest_nonces = 32
+[[models]]
+reference = "m"
+digest = "{digest}"
+[[models.builds]]
+engine = "vllm"
+dtype = "float32"
+library = "vllm 0.*"
+{free}"""
+    path = tmp_path / "pins.toml"
+    monkeypatch.setenv("ASSAY_PINS", str(path))
+    for old, new, seen in (
+        ("", "", None),
+        ("float32", "bfloat16", "dtype float32"),
+        ("vllm 0.*", "vllm 9.*", "library vllm 0."),
+        (digest, "0" * 64, "model '"),
+        ("seq_len = 64", "seq_len = 4096", "positions"),
+        ("seq_len", "seqlen", "unknown key round.seqlen"),
+    ):
+        path.write_text(text.replace(old, new))
+        said = start(*SERVE, *NEEDED, "--max-model-len", "256")
+        assert (seen in said and "\n  to do:  " in said) if seen else said is None

@@ -12,9 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from assay.errors import AssayError, UsageError
+from assay.models import identify
 from assay.poc.engines.vllm import (
     Inputs,
     Mode,
@@ -22,8 +24,10 @@ from assay.poc.engines.vllm import (
     check_config,
     check_engines,
     check_installed,
+    most_positions,
     multiply_exactly,
 )
+from assay.poc.protocol import NetworkPins
 from assay.poc.service import Settings
 from assay.poc.service.http import is_loopback
 
@@ -38,6 +42,7 @@ class PluginSettings(Settings):
     Raises:
         UsageError: A value is of another type or out of range.
         CalibrationError: ``ASSAY_CALIBRATION`` names a file that is not a calibration.
+        DataError: ``ASSAY_PINS`` names a file that is no pins file.
     """
 
     drain: float = Field(2.0, ge=0, allow_inf_nan=False, description="Time that a stopping server waits for its batch.")
@@ -79,14 +84,16 @@ def before_start() -> None:
     if not (sys.argv[1:2] == ["serve"] or Path(sys.argv[0]).name in MODULES):
         return
     try:
-        check_installed()
+        version = check_installed()
         _check_frontend()
-        arguments = _arguments()
-        check_arguments(arguments, PluginSettings())
+        arguments, settings = _arguments(), PluginSettings()
+        check_arguments(arguments, settings)
         multiply_exactly(arguments.dtype)
         config = _config(arguments)
         if config is not None:
             check_config(config)
+        if config is not None and settings.pins is not None:
+            check_pins(settings.pins, arguments.model, config, version)
     except AssayError as error:
         raise SystemExit(f"assay refuses to start: {error}") from None
 
@@ -113,6 +120,42 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
             f"--host {host or '0.0.0.0'} without a key of assay",
             wanted="a key where others reach the port: that of --api-key does not guard /api/v1/pow",
             do="set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
+        )
+
+
+def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None:
+    """Refuse a checkpoint, a build or a length that the network did not agree on, as far as no engine is needed.
+
+    What only a worker knows, such as the device and the attention, is compared when a round begins.
+
+    Args:
+        pins: Pins of the network.
+        model: Directory or hub id of the checkpoint, which is hashed.
+        config: Configuration of vLLM.
+        version: Version of vLLM.
+
+    Raises:
+        UsageError: The checkpoint, the build or the length is not pinned; names what differs.
+        ModelError: The checkpoint cannot be read.
+    """
+    longest = most_positions(config)
+    if longest < pins.round.seq_len:
+        raise UsageError(
+            f"a server that takes {longest} positions",
+            wanted=f"at least {pins.round.seq_len}, which the pins agree on, and one to generate",
+            do=f"pass --max-model-len {pins.round.seq_len + 1} or more, or no --max-num-batched-tokens below that",
+        )
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    known = {"engine": "vllm", "dtype": dtype, "torch": torch.__version__, "library": f"vllm {version}"}
+    builds = pins.model(identify(model, dtype=dtype).digest).builds
+    differing = [[name for name, value in known.items() if not build.allows(name, value)] for build in builds]
+    names = min(differing, key=len)
+    if names:
+        nearest = builds[differing.index(names)]
+        raise UsageError(
+            "a build that the pins do not allow: " + ", ".join(f"{name} {known[name]}" for name in names),
+            wanted=", ".join(f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in names),
+            do="serve with a build of the network, or with the pins that hold now (ASSAY_PINS)",
         )
 
 
