@@ -1,4 +1,4 @@
-"""`prove` end to end on one CUDA device, against the compiled bare forward and the published way, in one run.
+"""`prove` end to end on one CUDA device: against its floor, the compiled bare forward and the published way.
 
 Everything runs in one process, on one batch shape (the published way, timed first, has its own 32), in bfloat16, with
 random weights of the exact shape. The rest takes turns. Figures are medians of the rounds, in nonces per second.
@@ -6,17 +6,19 @@ random weights of the exact shape. The rest takes turns. Figures are medians of 
 - `published`: eager, inputs and transform of every nonce by themselves and in int64, one batch after the other.
 - `eager`, `compiled`: the bare forward of transformers over inputs that exist already, all positions, no head;
   `compiled` is `torch.compile` of the whole decoder.
-- `layers`: the decoder of a listed family, compiled layer by layer, all positions; `graph`: the same as one CUDA graph;
-  `last`: the graph with the last layer for the last position only.
+- `layers`: the lean decoder between its own kernels, all positions; `graph`: the same as one CUDA graph; `last`: the
+  graph with the last layer for the last position only; `inductor`: as `last`, each layer compiled by Inductor instead.
 - `serial`: prove, one step after the other; `prove`: prove as it is. Both write a proof file.
+- `float8 last`, `float8 prove`: the same in float8.
 
-MFU is 2 x parameters without embeddings x positions of the full forward over time, over PEAK: what a matrix product of
-this device reached (bfloat16, random data). The roofline is the same with the floating-point operations that are left
-where the last layer serves the last position only.
+The floor is that of gpu_floor.py, on the same device right after. MFU is 2 x parameters without embeddings x positions
+of the full forward over time, over PEAK: what a matrix product of this device reached (bfloat16, random data). The
+roofline is the same with the operations that are left where the last layer serves the last position only.
 
     python benchmarks/gpu_prove.py --model shape:qwen3-0.6b -o benchmarks/results/gpu_prove_qwen3-0.6b.json
 """
 
+import hashlib
 import statistics
 import tempfile
 import time
@@ -26,20 +28,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import note, parser, publish
+from gpu_floor import measure_floor
 from gpu_normals import published_normal
 from streams_cpu import published_hash
 
 from assay.models import backbone, decoder_layers, load_model
 from assay.poc import HFEngine, Round, default_noise, prove
 from assay.poc.engines._outputs import plain_outputs
+from assay.poc.engines.hf import _compiled, auto_batch
 from assay.poc.engines.hf import _engine as _hf
-from assay.poc.engines.hf import auto_batch
 from assay.poc.engines.hf._compiled import CompiledForward
 from assay.poc.protocol._transforms import Transform
 from assay.streams import seed32
 
 PEAK = 764e12
 PUBLISHED_BATCH = 32
+PROOFS = ("serial", "prove", "float8 prove")
 SEQ_LEN = 256
 
 
@@ -177,13 +181,23 @@ def checks(model, engine, round, nonces):
         "same_bits_again": bits(whole) == bits(again),
         "same_bits_in_any_place": bits(moved) == bits(whole)[5 : size + 5 : 3],
         "residual_against_eager_rms": round_to(np.sqrt(np.mean(errors**2))),
-        "default_noise_sigma": round_to(default_noise("distance", "bfloat16", "bfloat16").size),
+        "default_noise_sigma": round_to(default_noise("distance", "bfloat16", "bfloat16").size),  # of bfloat16
         "valid_rate": whole.valid_rate,
+        "sha256_of_distances": hashlib.sha256(np.asarray(whole.distances).tobytes()).hexdigest(),
     }
 
 
 def file_of(folder, name):
     return Path(folder) / f"{name}.jsonl"
+
+
+def inductor_forward(model, batch):
+    """The forward pass with layers that Inductor compiles."""
+    fusible, _compiled.fusible = _compiled.fusible, lambda model: False
+    try:
+        return CompiledForward(model, batch, SEQ_LEN)
+    finally:
+        _compiled.fusible = fusible
 
 
 def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
@@ -208,10 +222,15 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
         bare = {"eager": lambda: body(inputs_embeds=inputs, use_cache=False).last_hidden_state}
         layers = CompiledForward(model, batch, SEQ_LEN, graphs=False)
         graph = CompiledForward(model, batch, SEQ_LEN)
+        inductor = inductor_forward(model, batch)
+        rounded = load_model(reference, dtype="bfloat16", device="cuda", quantise="float8")
+        float8 = HFEngine(rounded, batch_size=batch, seq_len=SEQ_LEN, compiled=True)
         bare |= {
+            "inductor": lambda: inductor.last_hidden(inputs),
             "layers": lambda: layers.hidden(inputs),
             "graph": lambda: graph.hidden(inputs),
             "last": lambda: graph.last_hidden(inputs),
+            "float8 last": lambda: float8._run(inputs, None),
         }
         if not skip_whole:
             whole = torch.compile(body, dynamic=False)
@@ -232,7 +251,7 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
     with tempfile.TemporaryDirectory() as folder:
         path = file_of(folder, "proof")
 
-        def proved():
+        def proved(model=model, engine=engine):
             return wall_seconds(lambda: prove(model, round, nonces, engine=engine, output=path, overwrite=True))
 
         def serial():
@@ -243,7 +262,9 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
                 _hf.overlapped_outputs = overlapped
 
         timed = {name: lambda function=function: timed_bare(function) for name, function in bare.items()}
-        times = take_turns({**timed, "serial": serial, "prove": proved}, rounds)
+        timed |= {"serial": serial, "prove": proved, "float8 prove": lambda: proved(rounded, float8)}
+        times = take_turns(timed, rounds)
+    floors = measure_floor(model, batch, SEQ_LEN, seconds=seconds / 3, rounds=rounds)
     by_batch = {}
     for size in sizes:
         given = engine.inputs(round, range(size))
@@ -253,7 +274,8 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
         by_batch[size] = round_to(size / timed_bare(lambda graph=graph, given=given: graph.last_hidden(given)))
         note(f"{reference} batch {size}: {by_batch[size]} nonces/s")
     rates = {"published": PUBLISHED_BATCH / published_s}
-    rates |= {name: (len(nonces) if name in ("serial", "prove") else batch) / times[name] for name in times}
+    rates |= {name: (len(nonces) if name in PROOFS else batch) / times[name] for name in times}
+    best = {kind: floors[kind]["prove"]["floor_nonces_per_second"] for kind in floors}
     note(f"{reference}: {rates}")
     flops = 2 * body_parameters(model) * SEQ_LEN
     left = 1 - last_layer_share(model) * (1 - 1 / SEQ_LEN)
@@ -268,11 +290,23 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
         "mfu": {name: round_to(rate * flops / PEAK, 4) for name, rate in rates.items()},
         "roofline_nonces_per_second": round_to(PEAK / (flops * left)),
         "share_of_roofline": round_to(rates["prove"] * flops * left / PEAK, 4),
+        "floor": floors,
+        "share_of_floor": {
+            "bfloat16": round_to(rates["prove"] / best["bfloat16"], 4),
+            "float8": round_to(rates["float8 prove"] / best["float8"], 4),
+        },
+        "float8_over_bfloat16": round_to(rates["float8 prove"] / rates["prove"], 4),
+        "last_over_inductor": round_to(rates["last"] / rates["inductor"], 4),
         "prove_over_compiled": round_to(rates["prove"] / rates["compiled"], 4) if "compiled" in rates else None,
         "prove_over_published": round_to(rates["prove"] / rates["published"], 4),
         "first_calls": started,
         "profile": profile(model, engine, round, nonces[: 6 * batch]),
         "checks": checks(model, engine, replace(round, block_hash="checks"), nonces),
+        "float8": {
+            "fingerprint": float8.fingerprint.as_dict(),
+            "profile": profile(rounded, float8, round, nonces[: 6 * batch]),
+            "checks": checks(rounded, float8, replace(round, block_hash="checks"), nonces),
+        },
         "peak_gib": round_to(torch.cuda.max_memory_allocated() / 2**30, 4),
     }
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from assay.errors import BackendUnavailable, CalibrationError, UsageError
-from assay.models import load_model
+from assay.errors import BackendUnavailable, CalibrationError, ModelError, UsageError
+from assay.models import _quantise, load_model
+from assay.models._quantise import check_quantisation
+from assay.models.float8 import round_rows
 from assay.poc import HFEngine, Round, prove, verify
 
 HAS_TORCHAO = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('torchao')", reason="needs torchao")
@@ -27,10 +29,62 @@ def test_unknown_formats_are_refused(small_checkpoint: Path):
         load_model(small_checkpoint, device="cpu", quantise="int4")
 
 
-@HAS_TORCHAO
-def test_float8_needs_a_device_that_has_it(small_checkpoint: Path):
-    with pytest.raises(BackendUnavailable, match="float8 on cpu"):
-        load_model(small_checkpoint, device="cpu", quantise="float8")
+def test_float8_needs_a_device_that_has_it(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(BackendUnavailable, match="float8 on cuda"):
+        check_quantisation("float8", torch.device("cuda"))
+    check_quantisation("float8", torch.device("cpu"))
+
+
+def test_a_row_is_rounded_by_its_own_largest_magnitude():
+    x = torch.tensor([[1.0, -448.0, 0.3], [0.0, 0.0, 0.0], [-2.0, 1.0, 1e-9]])
+    rounded = round_rows(x)
+    assert rounded.values.float()[:, :2].tolist() == [[1.0, -448.0], [0.0, 0.0], [-448.0, 224.0]][: len(x)]
+    restored = rounded.values.float() * rounded.scales
+    assert ((restored - x).abs() <= x.abs() / 16 + rounded.scales * 2**-10).all()
+    alone = round_rows(x[2:])
+    assert torch.equal(alone.values.view(torch.uint8), rounded.values[2:].view(torch.uint8))
+    assert round_rows(torch.tensor([[1.0, torch.nan], [1.0, torch.inf]])).values.float().isnan().any(dim=1).all()
+
+
+def test_float8_rounds_the_decoder_s_weights_and_nothing_else(small_checkpoint: Path):
+    plain = load_model(small_checkpoint, device="cpu", dtype="bfloat16")
+    rounded = load_model(small_checkpoint, device="cpu", dtype="bfloat16", quantise="float8")
+    assert (rounded.quantised, rounded.dtype, rounded.digest) == ("float8", torch.bfloat16, plain.digest)
+    theirs = dict(rounded.module.named_parameters())
+    for name, parameter in plain.module.named_parameters():
+        if not name.endswith("_proj.weight"):
+            assert torch.equal(theirs[name], parameter), name
+            continue
+        restored = theirs[name].float() * theirs[name.replace("weight", "scales")]
+        error = (restored - parameter.float()).abs()
+        assert error.max() > 0
+        assert (error <= parameter.float().abs() / 16 + parameter.float().abs().amax(1, keepdim=True) / 2**18).all()
+
+
+def test_float8_is_a_configuration_of_its_own_on_a_cpu_too(small_checkpoint: Path):
+    round = Round(block_hash="b", public_key="k", seq_len=16)
+    plain, rounded = (
+        load_model(small_checkpoint, device="cpu", dtype="bfloat16", quantise=q) for q in (None, "float8")
+    )
+    engine = HFEngine(rounded, batch_size=8, seq_len=16)
+    proof = prove(rounded, round, range(48), engine=engine)
+    assert proof.header.fingerprint.dtype == "float8"
+    shifted = prove(rounded, round, range(5, 13), engine=engine)
+    assert shifted.distances.tolist() == proof.distances[5:13].tolist()
+    unrounded = prove(plain, round, range(48), engine=HFEngine(plain, batch_size=8, seq_len=16))
+    assert 0 < (proof.distances - unrounded.distances).std() < 0.01
+    with pytest.raises(CalibrationError, match="no default noise between float8 and bfloat16"):
+        verify(proof, plain)
+
+
+def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint: Path, monkeypatch):
+    model = load_model(small_checkpoint, device="cpu")
+    monkeypatch.setattr(_quantise, "WIDTHS", 48)
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
+    with pytest.raises(ModelError, match="q_proj has 64 rows of 64 numbers") as refused:
+        _quantise.quantise(model.module, "float8")
+    assert "multiples of 48" in refused.value.wanted
 
 
 @HAS_TORCHAO

@@ -1,21 +1,21 @@
-"""Weights in eight bits, by torchao: an honest configuration that a network may agree on, never a silent one.
+"""Weights in eight bits: an honest configuration that a network may agree on, never a silent one.
 
-Every row of a weight has a scale of its own. In ``float8`` the inputs of a product are rounded too, with a scale for
-every position: a nonce's bits do not depend on its batch mates.
+Every row of a weight has a scale of its own. In ``float8`` (:mod:`assay.models.float8`) the inputs of a product are
+rounded too, with a scale for every position: a nonce's bits do not depend on its batch mates. ``int8`` is torchao's.
 """
 
 import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from assay.errors import BackendUnavailable, UsageError
+from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.models.decoder import backbone
+from assay.models.float8 import WIDTHS, Float8Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,25 +32,44 @@ def check_quantisation(name: str | None, device: torch.device) -> None:
         return
     if name not in NUMBER_FORMATS:
         raise UsageError(f"quantise={name!r}", wanted=" or ".join(NUMBER_FORMATS), do="choose one, or leave it out")
-    _torchao()
-    if name == "float8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY):
+    if name == "int8":
+        _torchao()
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
         raise BackendUnavailable(
             f"float8 on {device}",
-            wanted="a CUDA device of compute capability 8.9 or more",
+            wanted="a CUDA device of compute capability 8.9 or more, or a CPU",
             do="use int8, or a device such as an H100",
         )
 
 
 def quantise(module: "PreTrainedModel", name: str) -> None:
-    """Round the weights of the decoder's linear layers; embeddings, norms and the head stay as they are."""
+    """Round the weights of the decoder's linear layers; embeddings, norms and the head stay as they are.
+
+    Raises:
+        ModelError: A layer has a width that the device cannot multiply in float8.
+    """
+    if name == "float8":
+        _round_to_float8(backbone(module))
+        return
     library = _torchao()
-    configs = {
-        "int8": library.Int8WeightOnlyConfig,
-        "float8": partial(library.Float8DynamicActivationFloat8WeightConfig, granularity=library.PerRow()),
-    }
-    config = configs[name](set_inductor_config=False)  # which would let Inductor choose kernels by timing, everywhere
+    # Without this, torchao would let Inductor choose kernels by timing, everywhere.
+    config = library.Int8WeightOnlyConfig(set_inductor_config=False)
     with _silent():
         library.quantize_(backbone(module), config, filter_fn=lambda part, _: isinstance(part, nn.Linear))
+
+
+def _round_to_float8(body: nn.Module) -> None:
+    for owner in list(body.modules()):
+        for name, part in list(owner.named_children()):
+            if not isinstance(part, nn.Linear):
+                continue
+            if part.weight.is_cuda and (part.in_features % WIDTHS or part.out_features % WIDTHS):
+                raise ModelError(
+                    f"{name} has {part.out_features} rows of {part.in_features} numbers, and float8 was asked for",
+                    wanted=f"multiples of {WIDTHS}, which products in float8 need on CUDA",
+                    do="use another --dtype",
+                )
+            setattr(owner, name, Float8Linear(part))
 
 
 def _torchao() -> Any:

@@ -29,8 +29,8 @@ PRESETS = ["poc-2.0", "artifact", "hardened"]
 MIB = 2**20
 
 
-def on_cuda(reference: str = "reference:qwen3") -> Model:
-    return load_model(reference, dtype="bfloat16", device="cuda")
+def on_cuda(reference: str = "reference:qwen3", quantise: str | None = None) -> Model:
+    return load_model(reference, dtype="bfloat16", device="cuda", quantise=quantise)
 
 
 def bits(proof: Proof) -> list[object]:
@@ -39,8 +39,9 @@ def bits(proof: Proof) -> list[object]:
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_nonce_has_the_same_bits_wherever_it_stands(preset: str, compiled: bool):
-    model = on_cuda()
+@pytest.mark.parametrize("quantise", [None, "float8"])
+def test_a_nonce_has_the_same_bits_wherever_it_stands(quantise: str | None, preset: str, compiled: bool):
+    model = on_cuda(quantise=quantise)
     round = Round(block_hash="b", public_key="k", preset=preset, seq_len=64)
     for batch_size in (16, 67):
         engine = HFEngine(model, batch_size=batch_size, seq_len=64, compiled=compiled)
@@ -99,6 +100,7 @@ def test_the_fingerprint_names_the_kernels_that_run(reference: str):
     before = len(plain.fingerprint.kernels)
     assert fast.fingerprint.kernels[before] == "compiled"
     assert fast.fingerprint.kernels[before + 1].startswith("triton ")
+    assert fast.fingerprint.kernels[before + 2] == "fused"
     assert (plain.fingerprint.attention, plain.fingerprint.device) == ("sdpa", torch.cuda.get_device_name())
     way, attention = fast.fingerprint.attention.split(" ")
     names = kernels_of(model, fast)
@@ -171,8 +173,8 @@ from assay.poc.engines import be_deterministic
 
 if sys.argv[1] == "deterministic":
     be_deterministic()
-model = load_model("reference:qwen3", dtype="bfloat16", device="cuda")
-for compiled in (True, False):
+models = [load_model("reference:qwen3", dtype="bfloat16", device="cuda", quantise=q) for q in (None, "float8")]
+for model, compiled in ((model, compiled) for model in models for compiled in (True, False)):
     engine = HFEngine(model, batch_size=16, seq_len=64, compiled=compiled)
     said = {"library": engine.fingerprint.as_dict()["library"]}
     for preset in ("poc-2.0", "artifact", "hardened"):
@@ -184,6 +186,9 @@ for compiled in (True, False):
 """
 
 
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
 def test_kernels_made_anew_give_the_same_bits_in_every_process(tmp_path: Path):
     modes = ("deterministic", "deterministic", "plain", "plain")
     # Side by side: each takes seconds to import torch. No process finds the kernels of another.
@@ -192,7 +197,7 @@ def test_kernels_made_anew_give_the_same_bits_in_every_process(tmp_path: Path):
             [sys.executable, "-c", EVERY_PRESET, mode],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(index))},
+            env=os.environ | {name: str(tmp_path / f"{index} {name}") for name in CACHES},
         )
         for index, mode in enumerate(modes)
     ]
@@ -210,7 +215,8 @@ def test_kernels_made_anew_give_the_same_bits_in_every_process(tmp_path: Path):
 @pytest.mark.filterwarnings("default")  # torchao's, of kernels that it has for other devices
 @pytest.mark.parametrize("kind", ["int8", "float8"])
 def test_eight_bit_weights_are_a_configuration_of_their_own(kind: str, small_checkpoint: Path):
-    pytest.importorskip("torchao")
+    if kind == "int8":
+        pytest.importorskip("torchao")
     round = Round(block_hash="b", public_key="k", seq_len=64)
     model, plain = (load_model(small_checkpoint, dtype="bfloat16", device="cuda", quantise=q) for q in (kind, None))
     expected = prove(plain, round, range(100), engine=HFEngine(plain, batch_size=32, seq_len=64))
@@ -219,8 +225,26 @@ def test_eight_bit_weights_are_a_configuration_of_their_own(kind: str, small_che
         proof = prove(model, round, range(100), engine=engine)
         fingerprint = proof.header.fingerprint
         assert (fingerprint.dtype, proof.header.digest) == (kind, expected.header.digest)
-        assert any(kernel.startswith("torchao ") for kernel in fingerprint.kernels)
+        assert any(kernel.startswith("torchao ") for kernel in fingerprint.kernels) is (kind == "int8")
         assert bits(prove(model, round, range(5, 30, 3), engine=engine)) == bits(proof)[5:30:3]
         assert 0 < np.std(proof.distances - expected.distances) < 0.003  # rounded weights, not wrong ones
         with pytest.raises(CalibrationError, match=f"no default noise between {kind}"):
             verify(proof, plain, seed=1)
+
+
+def test_float8_is_nearer_to_itself_in_other_kernels_than_to_bfloat16():
+    """Between eager kernels, kernels of its own, another batch and the CPU, and less far than its rounding."""
+    round = Round(block_hash="b", public_key="k", seq_len=64)
+    rounded, plain = on_cuda(quantise="float8"), on_cuda()
+    cpu = load_model("reference:qwen3", dtype="bfloat16", device="cpu", quantise="float8")
+    fast = HFEngine(rounded, batch_size=64, seq_len=64, compiled=True)
+    others = (
+        HFEngine(rounded, batch_size=64, seq_len=64),
+        HFEngine(rounded, batch_size=16, seq_len=64, compiled=True),
+        HFEngine(cpu, batch_size=16, seq_len=64),
+    )
+    proof = prove(rounded, round, range(128), engine=fast)
+    rounding = np.std(proof.distances - prove(plain, round, range(128), engine=HFEngine(plain, seq_len=64)).distances)
+    for engine in others:
+        other = prove(engine.model, round, range(128), engine=engine)
+        assert np.std(proof.distances - other.distances) < 0.6 * rounding, engine.fingerprint

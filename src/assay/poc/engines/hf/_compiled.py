@@ -8,7 +8,7 @@ Legend of shapes: B nonces, T positions, D hidden size.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.models import Model, backbone
-from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
+from assay.poc.engines.hf._fused import fused_steps, fusible
+from assay.poc.engines.hf._lean import LeanDecoder, Shape, Steps, lean_decoder, plain_steps
 from assay.poc.protocol import ROWS_OF_A_PRODUCT
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -74,9 +75,10 @@ def worth_compiling(model: Model) -> bool:
 class CompiledForward:
     """Runs the decoder of a model on inputs of one fixed shape.
 
-    A model of a listed family is compiled layer by layer (:class:`LeanDecoder`); any other one as a whole, as
-    transformers has it. The last layer serves the last position alone where B rows are enough for products in which
-    the place of a row does not matter: on CUDA, from :data:`ROWS_OF_A_PRODUCT` on.
+    A model of a listed family runs layer by layer (:class:`LeanDecoder`): between assay's own kernels where they serve
+    it, and else compiled. Any other one is compiled as a whole, as transformers has it. The last layer serves the last
+    position alone where B rows are enough for products in which the place of a row does not matter: on CUDA, from
+    :data:`ROWS_OF_A_PRODUCT` on.
 
     Args:
         model: Model whose decoder is compiled.
@@ -89,9 +91,11 @@ class CompiledForward:
         keep_kernels()
         on_cuda = model.device.type == "cuda"
         self.lean = lean_decoder(model, seq_len)
+        self.fused = self.lean and fusible(model)
         graphs = graphs and self.lean and on_cuda
         if self.lean:
-            decoder = LeanDecoder(model, seq_len, _compiled)
+            own_steps = partial(fused_steps, float8=model.quantised == "float8")
+            decoder = LeanDecoder(model, seq_len, own_steps if self.fused else _compiled_steps)
             hidden, last_hidden = decoder.hidden, decoder.last_hidden
         else:
             body = _compiled(backbone(model.module), fullgraph=False)
@@ -153,6 +157,10 @@ class _Graph:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._output = self._function(self._input)
         self._graph = graph
+
+
+def _compiled_steps(shape: Shape) -> Steps:
+    return plain_steps(shape, _compiled)
 
 
 def _compiled(function: Any, *, fullgraph: bool = True) -> Any:

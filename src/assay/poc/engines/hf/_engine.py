@@ -27,6 +27,9 @@ from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round, project,
 COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
 """Entries of the fingerprint's kernels: the lean decoder was compiled, or the model as transformers defines it."""
 
+FUSED = "fused"
+"""Entry of the fingerprint's kernels: what stands between the products is assay's own, not Inductor's."""
+
 # Matrix products of fewer rows take kernels in which the place of a row decides its last bits.
 MIN_POSITIONS = 16
 
@@ -90,7 +93,9 @@ class HFEngine:
             yield COMPILED if self._compiled.lean else COMPILED_WHOLE
             if self.device.type == "cuda":
                 yield f"triton {version('triton')}"
-        if self.model.quantised:
+            if self._compiled.fused:
+                yield FUSED
+        if self.model.quantised == "int8":
             yield f"torchao {version('torchao')}"
         if self.model.devices > 1:
             yield f"tp {self.model.devices}"

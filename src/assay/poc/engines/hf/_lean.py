@@ -18,8 +18,25 @@ from torch.nn import functional
 from assay.models import Model, backbone, decoder_layers
 from assay.models.decoder import DecoderLayer, Rotation, causal_attention
 from assay.models.families import attention_window, family_of
+from assay.models.float8 import Float8Linear, Rounded, product, round_rows
 
 Run = Callable[..., Any]
+
+
+class Steps(NamedTuple):
+    """The functions of which a decoder is made: the first norm, and layers with the norm that follows each of them.
+
+    Attributes:
+        norm: Of the residual stream h and a norm; gives h and x, the stream after the norm.
+        full: Of h, x, the weights of a layer, the rotation and the next norm; gives h and x.
+        final: As ``full``, for the last layer: gives the states after the final norm.
+        last: As ``final``, for the last position only, in float32.
+    """
+
+    norm: Run
+    full: Run
+    final: Run
+    last: Run
 
 
 class LeanDecoder:
@@ -30,10 +47,10 @@ class LeanDecoder:
     Args:
         model: Model for which :func:`lean_decoder` is true.
         seq_len: Number of positions, T.
-        wrap: Transform of a function of a layer before it is first called, such as ``torch.compile``.
+        steps: Maker of the steps from the shape of a layer; None is :func:`plain_steps`.
     """
 
-    def __init__(self, model: Model, seq_len: int, wrap: Callable[[Run], Run] = lambda run: run) -> None:
+    def __init__(self, model: Model, seq_len: int, steps: "Callable[[Shape], Steps] | None" = None) -> None:
         body: Any = backbone(model.module)
         layers: list[Any] = list(decoder_layers(model.module))
         self._weights = [layer_weights(layer) for layer in layers]
@@ -41,38 +58,48 @@ class LeanDecoder:
         positions = torch.arange(seq_len, device=model.device)[None]
         like = torch.empty(0, dtype=model.dtype, device=model.device)
         self._rotation = tuple(table[0][:, None] for table in body.rotary_emb(like, positions))
-        shape = layer_shape(layers[0])
-
-        # The wrapped functions must not hold the decoder. The norm that follows a layer is compiled with it.
-        def norm(h: Tensor, weight: Tensor) -> Tensor:
-            return rms_norm(h, weight, shape.epsilon)
-
-        def full(
-            h: Tensor, x: Tensor, weights: LayerWeights, rotation: Rotation, next_norm: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            h = FusedLayer(shape, weights, rotation)(h, x)
-            return h, norm(h, next_norm)
-
-        def last(h: Tensor, x: Tensor, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
-            return norm(LastLayer(shape, weights, rotation)(h, x), final_norm).float()
-
-        self._norm, self._full, self._last = wrap(norm), wrap(full), wrap(last)
+        self._steps = (steps or plain_steps)(layer_shape(layers[0]))
 
     def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the last position's state after the final norm, [B, D] in float32."""
-        h, x = self._layers(inputs_BTD, len(self._weights) - 1)
-        state_BD: Tensor = self._last(h, x, self._weights[-1], self._rotation, self._norms[-1])
+        state_BD: Tensor = self._through(inputs_BTD, self._steps.last)
         return state_BD
 
     def hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
-        return self._layers(inputs_BTD, len(self._weights))[1]
+        states_BTD: Tensor = self._through(inputs_BTD, self._steps.final)
+        return states_BTD
 
-    def _layers(self, h: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        x = self._norm(h, self._norms[0])
-        for weights, next_norm in zip(self._weights[:count], self._norms[1:], strict=False):
-            h, x = self._full(h, x, weights, self._rotation, next_norm)
-        return h, x
+    def _through(self, inputs_BTD: Tensor, last: Run) -> Any:
+        h, x = self._steps.norm(inputs_BTD, self._norms[0])
+        for weights, next_norm in zip(self._weights[:-1], self._norms[1:-1], strict=True):
+            h, x = self._steps.full(h, x, weights, self._rotation, next_norm)
+        return last(h, x, self._weights[-1], self._rotation, self._norms[-1])
+
+
+def plain_steps(shape: "Shape", wrap: Callable[[Run], Run] = lambda run: run) -> Steps:
+    """Return the steps in torch.
+
+    Args:
+        shape: Shape of the layers.
+        wrap: Transform of a function before it is first called, such as ``torch.compile``.
+    """
+
+    # The wrapped functions must not hold the decoder. The norm that follows a layer is compiled with it.
+    def norm(h: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(h, weight, shape.epsilon)
+
+    def full(
+        h: Tensor, x: Tensor, weights: LayerWeights, rotation: Rotation, next_norm: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        h = FusedLayer(shape, weights, rotation)(h, x)
+        return h, norm(h, next_norm)
+
+    def last(h: Tensor, x: Tensor, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
+        return norm(LastLayer(shape, weights, rotation)(h, x), final_norm).float()
+
+    first, layer = wrap(norm), wrap(full)
+    return Steps(lambda h, weight: (h, first(h, weight)), layer, lambda *given: layer(*given)[1], wrap(last))
 
 
 def lean_decoder(model: Model, seq_len: int) -> bool:
@@ -124,7 +151,7 @@ class Shape:
     activation: Callable[[Tensor], Tensor]  # of the gate of the MLP
 
 
-Projection = tuple[Tensor, Tensor | None]
+Projection = tuple[Tensor | Rounded, Tensor | None]
 """Weight [rows, columns] and bias of a projection; where the architecture has no bias it is None."""
 
 
@@ -152,7 +179,7 @@ class FusedLayer(DecoderLayer):
         self.weights = weights
 
     def project(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, *getattr(self.weights, name))
+        return projected(x, getattr(self.weights, name))
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         weight: Tensor | None = getattr(self.weights, name)
@@ -184,19 +211,37 @@ class LastLayer(FusedLayer):
 
     def qkv(self, x: Tensor) -> Iterable[Tensor]:
         rows = self.shape.heads * self.head_width
-        kv_BTR = functional.linear(x, *_rows(self.weights.qkv, slice(rows, None)))
-        q_BR = functional.linear(self.updated(x), *_rows(self.weights.qkv, slice(rows)))
+        kv_BTR = projected(x, rows_of(self.weights.qkv, slice(rows, None)))
+        q_BR = projected(self.updated(x), rows_of(self.weights.qkv, slice(rows)))
         return q_BR, *kv_BTR.chunk(2, dim=-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q_BKGE = q.view(len(q), self.shape.key_heads, -1, self.head_width)
-        scores_BKGT = torch.matmul(q_BKGE, k.permute(0, 2, 3, 1)).float() * self.shape.scale
-        return torch.matmul(scores_BKGT.softmax(dim=-1).to(v.dtype), v.transpose(1, 2)).flatten(1)
+        return last_attention(q, k, v, self.shape.scale)
 
 
-def _rows(projection: Projection, rows: slice) -> Projection:
+def last_attention(q_BHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, scale: float) -> Tensor:
+    """Return what the last position's queries gather from all keys, the heads side by side, [B, H·E]."""
+    q_BKGE = q_BHE.view(len(q_BHE), k_BTKE.shape[2], -1, q_BHE.shape[-1])
+    scores_BKGT = torch.matmul(q_BKGE, k_BTKE.permute(0, 2, 3, 1)).float() * scale
+    return torch.matmul(scores_BKGT.softmax(dim=-1).to(v_BTKE.dtype), v_BTKE.transpose(1, 2)).flatten(1)
+
+
+def projected(x: Tensor | Rounded, projection: Projection) -> Tensor:
+    """Return x Wᵀ + b; by a weight in eight bits an input is rounded, unless it is already."""
     weight, bias = projection
-    return weight[rows], None if bias is None else bias[rows]
+    if not isinstance(weight, Rounded):
+        assert isinstance(x, Tensor)
+        return functional.linear(x, weight, bias)
+    if isinstance(x, Rounded):
+        return product(x, weight, bias, torch.bfloat16)
+    return product(round_rows(x), weight, bias, x.dtype)
+
+
+def rows_of(projection: Projection, rows: slice) -> Projection:
+    """Return some rows of a projection's weight and bias."""
+    weight, bias = projection
+    part = Rounded(*(tensor[rows] for tensor in weight)) if isinstance(weight, Rounded) else weight[rows]
+    return part, None if bias is None else bias[rows]
 
 
 def layer_shape(layer: Any) -> Shape:
@@ -224,10 +269,13 @@ def layer_weights(layer: Any) -> LayerWeights:
     )
 
 
-def _fused(*linears: nn.Linear) -> Projection:
+def _fused(*linears: nn.Linear | Float8Linear) -> Projection:
     """Put the rows of several projections into one matrix, of which their weights become views."""
+    weight = _joined([linear.weight for linear in linears])
+    scales = [linear.scales for linear in linears if isinstance(linear, Float8Linear)]
     biases = [linear.bias for linear in linears if linear.bias is not None]
-    return _joined([linear.weight for linear in linears]), _joined(biases) if len(biases) == len(linears) else None
+    bias = _joined(biases) if len(biases) == len(linears) else None
+    return Rounded(weight, _joined(scales)) if scales else weight, bias
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,172 @@
+"""The lean decoder between kernels of its own: one pass over memory for all that stands between two products.
+
+Norms and rotation of queries and keys are one kernel. An update of the residual stream is added by the product that
+makes it; in float8, by the norm that follows, and the kernel before a product rounds its input. Attention and products
+are torch's. Nothing is compiled by Inductor, so the first batch takes a second or two.
+
+On an H200, `last` over `inductor` of
+
+    python benchmarks/gpu_prove.py --model shape:qwen3-0.6b
+
+Legend of shapes: as in `_lean`.
+"""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from assay.models import Model
+from assay.models.decoder import Rotation, causal_attention
+from assay.models.float8 import Rounded
+from assay.poc.engines.hf._lean import (
+    FusedLayer,
+    LayerWeights,
+    Shape,
+    Steps,
+    last_attention,
+    projected,
+    rows_of,
+)
+
+_ACTIVATIONS = ("silu", "swish")
+_UPDATES = ("o_proj", "down_proj")
+
+
+def fusible(model: Model) -> bool:
+    """Return whether the kernels serve a model whose decoder is lean: on CUDA, with triton and this activation."""
+    if model.device.type != "cuda" or find_spec("triton") is None:
+        return False
+    in_bfloat16 = model.quantised != "float8" or model.dtype == torch.bfloat16
+    return in_bfloat16 and model.module.config.hidden_act in _ACTIVATIONS
+
+
+@cache
+def kernels() -> ModuleType:
+    """Return the module of the kernels, which imports triton."""
+    return import_module("assay.poc.engines.hf._kernels")
+
+
+class Residual:
+    """The residual stream [B, T, D], in memory of its own, and an update that the next norm adds to it."""
+
+    def __init__(self, states: Tensor, update: Tensor | None = None) -> None:
+        self.states, self.update = states, update
+
+    def normed(self, weight_D: Tensor, epsilon: float, *, float8: bool) -> Any:
+        """Add the update and return the norm of the sum, rounded in float8."""
+        self.states, x = kernels().normalised(self.states, self.update, weight_D, epsilon, float8=float8)
+        self.update = None
+        return x
+
+    def with_product(self, update: "Update") -> "Residual":
+        """Return the sum with a product, which is added in place and rounds once."""
+        self.states.flatten(0, -2).addmm_(update.x.flatten(0, -2), update.weight.t())
+        if update.bias is not None:
+            self.states.add_(update.bias)
+        return self
+
+
+class Update(NamedTuple):
+    """A product that is still to be made."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class KernelLayer(FusedLayer):
+    """A layer for every position, over a :class:`Residual`; x is a tensor, or rounded in float8."""
+
+    def __init__(self, shape: Shape, weights: LayerWeights, rotation: Rotation) -> None:
+        super().__init__(shape, weights, rotation)
+        self.float8 = isinstance(weights.qkv[0], Rounded)
+
+    def project(self, name: str, x: Any) -> Any:
+        if self.float8 and not isinstance(x, Rounded):
+            x = kernels().rounded(x)
+        if name in _UPDATES and not self.float8:
+            return Update(x, *getattr(self.weights, name))
+        return projected(x, getattr(self.weights, name))
+
+    def norm(self, name: str, x: Any) -> Any:
+        return x.normed(getattr(self.weights, name), self.shape.epsilon, float8=self.float8)
+
+    def heads(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        shape = self.shape
+        qkv_BTR = self.project("qkv", x)
+        self.turn(qkv_BTR, queries=shape.heads, heads=shape.heads + shape.key_heads)
+        parts = qkv_BTR.view(*qkv_BTR.shape[:-1], -1, self.head_width).split(
+            [shape.heads, shape.key_heads, shape.key_heads], dim=-2
+        )
+        return parts[0], parts[1], parts[2]
+
+    def turn(self, x: Tensor, *, queries: int, heads: int, first_position: int = 0) -> None:
+        """Norm and rotate the first heads of every row in place."""
+        norms, counts = (self.weights.q_norm, self.weights.k_norm), {"queries": queries, "heads": heads}
+        kernels().turned(
+            x, norms, self.rotation, self.shape.epsilon, **counts, width=self.head_width, first_position=first_position
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(q, k, v, self.shape.scale).contiguous()
+
+    def mlp(self, x: Any) -> Any:
+        return self.project("down_proj", kernels().gated(self.project("gate_up", x), float8=self.float8))
+
+    def add(self, h: Any, update: Any) -> Any:
+        return h.with_product(update) if isinstance(update, Update) else Residual(h.states, update)
+
+
+class LastKernelLayer(KernelLayer):
+    """The last layer for the last position; only keys and values are computed for every one."""
+
+    def updated(self, x: Any) -> Any:
+        if isinstance(x, Residual):
+            return Residual(x.states[:, -1].contiguous())
+        return Rounded(*(part[:, -1].contiguous() for part in x)) if isinstance(x, Rounded) else x[:, -1].contiguous()
+
+    def heads(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        shape, rows = self.shape, self.shape.heads * self.head_width
+        kv_BTR = projected(x, rows_of(self.weights.qkv, slice(rows, None)))
+        q_BR = projected(self.updated(x), rows_of(self.weights.qkv, slice(rows)))
+        self.turn(kv_BTR, queries=0, heads=shape.key_heads)
+        self.turn(q_BR, queries=shape.heads, heads=shape.heads, first_position=kv_BTR.shape[1] - 1)
+        k_BTKE, v_BTKE = kv_BTR.view(*kv_BTR.shape[:-1], -1, self.head_width).chunk(2, dim=-2)
+        return q_BR.view(len(q_BR), -1, self.head_width), k_BTKE, v_BTKE
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return last_attention(q, k, v, self.shape.scale)
+
+
+def fused_steps(shape: Shape, *, float8: bool) -> Steps:
+    """Return the steps of a decoder over the kernels.
+
+    Args:
+        shape: Shape of the layers.
+        float8: Whether the products are in float8.
+    """
+
+    def norm(h: Tensor, weight: Tensor) -> tuple[Residual, Any]:
+        residual = Residual(h if float8 else h.clone())
+        return residual, residual.normed(weight, shape.epsilon, float8=float8)
+
+    def full(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, next_norm: Tensor) -> tuple[Any, Any]:
+        residual: Any = KernelLayer(shape, weights, rotation)(h, x)
+        return residual, residual.normed(next_norm, shape.epsilon, float8=float8)
+
+    def final(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
+        residual: Any = KernelLayer(shape, weights, rotation)(h, x)
+        states: Tensor = residual.normed(final_norm, shape.epsilon, float8=False)
+        return states
+
+    def last(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
+        residual: Any = LastKernelLayer(shape, weights, rotation)(h, x)
+        states: Tensor = residual.normed(final_norm, shape.epsilon, float8=False)
+        return states.float()
+
+    return Steps(norm, full, final, last)

@@ -1,0 +1,36 @@
+"""What the kernels between products compute, in torch: their definition, from the project's own formulas."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from assay.models.decoder import rotate
+from assay.models.float8 import Rounded, round_rows
+from assay.poc.engines.hf._lean import rms_norm
+
+__all__ = ["gated", "normalised", "rounded", "turned"]
+
+rounded = round_rows
+
+
+def normalised(
+    h: Tensor, update: Tensor | None, weight: Tensor, eps: float, *, float8: bool
+) -> tuple[Tensor, Tensor | Rounded]:
+    total = h if update is None else h + update
+    x = rms_norm(total, weight, eps)
+    return total, round_rows(x) if float8 else x
+
+
+def turned(x: Tensor, norms, rotation, eps: float, *, queries: int, heads: int, width: int, first_position: int = 0):
+    cosines, sines = (table[first_position:] if x.dim() > 2 else table[first_position] for table in rotation)
+    part = x.view(*x.shape[:-1], -1, width)[..., :heads, :]
+    q, k = part[..., :queries, :], part[..., queries:, :]
+    if norms[0] is not None:
+        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+    part.copy_(rotate(torch.cat([q, k], dim=-2), cosines, sines))
+
+
+def gated(x: Tensor, *, float8: bool) -> Tensor | Rounded:
+    gate, up = x.chunk(2, dim=-1)
+    values = functional.silu(gate) * up
+    return round_rows(values) if float8 else values
