@@ -105,6 +105,11 @@ class BlockLaw:
         """Return P(distance ≤ x) over such blocks, elementwise."""
         return np.asarray(self._rates(np.asarray(x, dtype=np.float64)).mean(axis=0))
 
+    def bins(self, edges: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Return the expected share between each two edges and its standard deviation over such blocks."""
+        shares = np.diff(self._rates(np.asarray(edges, dtype=np.float64)), axis=1)
+        return np.asarray(shares.mean(axis=0)), np.asarray(shares.std(axis=0))
+
     def valid_rate(self, r_target: float) -> float:
         """Return the expected share of nonces with a distance below ``r_target``.
 

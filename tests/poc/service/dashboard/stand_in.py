@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import queue
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,11 +60,14 @@ def snapshot(**changes: Any) -> dict[str, Any]:
             "valid_rate_error": 0.0049,
             "expected_rate": share,
             "expected_rate_error": 0.0049,
+            "block_factor": 1.0,
+            "block_factor_error": 0.0,
             "histogram": {
                 "low": low,
                 "high": high,
                 "counts": [round(mean) for mean in expected],
                 "expected": expected,
+                "expected_errors": [math.sqrt(mean * (1 - mean / 10_000)) for mean in expected],
                 "below": 0,
                 "above": 0,
             },

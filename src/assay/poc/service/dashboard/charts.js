@@ -76,14 +76,16 @@ function drawSpark(svg, history, span) {
 }
 
 /**
- * The measured share over the nonces checked, and how far chance alone may carry it from the law.
- * history: [[checked, share], ...], ascending; the last one is now.
+ * The measured share over the nonces checked, and how far chance alone may carry it from the law of the block.
+ * history: [[checked, share], ...], ascending; the last one is now. lawError: error of the law at so many nonces, a part of
+ * which, that of the block, more nonces do not reduce.
  */
-function drawFunnel(svg, history, law) {
+function drawFunnel(svg, history, law, lawError) {
   const box = frame(svg, [8, 12, 24, 54]);
   const [checked, share] = history.at(-1);
   const most = roundUp(Math.max(checked, 100));
-  const error = (n) => Math.sqrt((law * (1 - law)) / n);
+  const ofBlock = Math.max(0, lawError ** 2 - (law * (1 - law)) / checked);
+  const error = (n) => Math.sqrt(ofBlock + (law * (1 - law)) / n);
   const half = Math.max(5 * error(most), roundUp(1.2 * Math.abs(share - law) + 1e-9));
   const [low, high] = [Math.max(0, law - half), Math.min(1, law + half)];
   const x = scale(0, most, box.left, box.right);
@@ -116,10 +118,10 @@ function nonceAxis(x, most, box) {
   return found.map((tick) => label(count(tick), x(tick), box.bottom + 18, { "text-anchor": end(tick) }));
 }
 
-/** Counts per bin over what the law expects of so many nonces; `target` parts valid from not valid. */
-function drawHistogram(svg, { low, high, counts, expected }, checked, target) {
+/** Counts per bin over what the law of the block expects of so many nonces; `target` parts valid from not valid. */
+function drawHistogram(svg, { low, high, counts, expected, expected_errors: errors }, target) {
   const box = frame(svg, [20, 12, 24, 12]);
-  const spread = expected.map((mean) => 2 * Math.sqrt(mean * Math.max(0, 1 - mean / Math.max(checked, 1))));
+  const spread = errors.map((error) => 2 * error);
   const top = Math.max(1, ...counts, ...expected.map((mean, i) => mean + spread[i]));
   const x = scale(low, high, box.left, box.right);
   const y = scale(0, top, box.bottom, box.top);

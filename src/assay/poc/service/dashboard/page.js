@@ -142,7 +142,7 @@ function draw() {
   drawRate();
   const { histogram, checked, round } = shown;
   put("histogram-reading", histogramReading());
-  if (histogram && checked) drawHistogram($("histogram"), histogram, checked, round.r_target);
+  if (histogram && checked) drawHistogram($("histogram"), histogram, round.r_target);
   else drawNothing($("histogram"));
 }
 
@@ -155,10 +155,10 @@ function drawRate() {
   const { valid_rate: rate, expected_rate: law, expected_rate_error: error } = shown;
   const [kind, mark, words] = judged;
   $("rate-reading").replaceChildren(
-    `${percent(rate)} measured, ${percent(law)} ± ${(100 * error).toFixed(2)} expected. `,
+    `${percent(rate)} measured, ${percent(law)} ± ${(100 * error).toFixed(2)} expected of this block. `,
     part("badge " + kind, part("mark", mark), words),
   );
-  return drawFunnel($("funnel"), shares, law);
+  return drawFunnel($("funnel"), shares, law, error);
 }
 
 function nothingYet() {
@@ -171,7 +171,7 @@ function histogramReading() {
   const { histogram, checked } = shown;
   if (!histogram || !checked) return nothingYet();
   const outside = histogram.below + histogram.above;
-  return `${plural(checked, "distance")} over what the chord law expects, ${outside ? count(outside) : "none"} outside the picture.`;
+  return `${plural(checked, "distance")} over what the law of this block expects, ${outside ? count(outside) : "none"} outside the picture.`;
 }
 
 function showLink(now) {

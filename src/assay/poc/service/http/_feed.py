@@ -29,7 +29,9 @@ PRUNE_EVERY = 600.0
 _SAFE = [(name.encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 SCHEMA = "assay.poc.snapshot/1"
 
-_NOTHING = {"valid_rate": None, "valid_rate_error": None, "expected_rate": None, "expected_rate_error": None}
+_NOTHING = dict.fromkeys(
+    ("valid_rate", "valid_rate_error", "expected_rate", "expected_rate_error", "block_factor", "block_factor_error")
+)
 
 
 class Feed:

@@ -84,6 +84,7 @@ class Controller:
         self._worker = Worker(
             partial(self._load, load),
             put=self.writer.put,
+            begins=self._measure_block,
             background=self.jobs.step,
             failed=self._engine_failed,
         )
@@ -264,6 +265,16 @@ class Controller:
             return Progress(stored, self.rounds)
         engine = self.deployment.engine(stored.seq_len, stored.batch_size)
         return Progress(stored, self.rounds, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
+
+    def _measure_block(self, deployment: Deployment, stored: StoredRound) -> None:
+        """Measure how wide the distances of a round's block are, once, so that its valid rate can be judged."""
+        progress = self.progress
+        if progress is None or progress.stored.id != stored.id or not progress.wants_block_factor:
+            return
+        factor = deployment.block_factor(stored.round, stored.batch_size)
+        if factor is not None:
+            progress.measured(factor)
+            log.info("block", round=stored.id, factor=round(factor.value, 4), error=round(factor.error, 4))
 
     def _load(self, load: Callable[[], Deployment]) -> Deployment | None:
         """Load the model and continue what was interrupted; return None where that fails."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import structlog
 
 from assay.poc._prover import compute
-from assay.poc.engines import Engine
+from assay.poc.engines import Engine, read_block_factor
 from assay.poc.engines.hf import HFEngine, worth_compiling
-from assay.poc.protocol import Header, Record, Round, get_pipeline
+from assay.poc.protocol import BlockFactor, Header, Record, Round, get_pipeline
 from assay.streams import dtype_name
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ class Deployment:
             nonces=(),
         )
         yield from compute(header, engine, nonces)
+
+    def block_factor(self, round: Round, batch_size: int) -> BlockFactor | None:
+        """Measure how wide the distances of a round's block are; None where the engine's states cannot be read here."""
+        engine = self.engine(round.seq_len, batch_size)
+        return read_block_factor(engine, round) if type(engine) is HFEngine else None
 
 
 def _keep_latest(make: MakeEngine) -> MakeEngine:

@@ -49,8 +49,12 @@ class Metrics:
         self.dead = gauge("callbacks_dead", "Dead letters.")
         self.rate = gauge("nonces_per_second", "Rate over the last half minute.")
         self.valid_share = gauge("valid_ratio", "Valid share of the current round.")
-        self.expected_share = gauge("valid_expected_ratio", "Valid share that the chord law expects.")
-        self.expected_error = gauge("valid_expected_error_ratio", "Standard error of that share at the nonces checked.")
+        self.expected_share = gauge("valid_expected_ratio", "Valid share that the law of the block expects.")
+        self.expected_error = gauge(
+            "valid_expected_error_ratio", "Standard error of that share: of the nonces checked, and of the block's law."
+        )
+        self.block_factor = gauge("block_factor_ratio", "Width of the block's distances over that of the chord law.")
+        self.block_factor_error = gauge("block_factor_error_ratio", "Standard error of that width.")
         self.jobs = gauge("jobs", "Artifact jobs by status.", ["status"])
         gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
 
@@ -70,6 +74,8 @@ class Metrics:
             (self.valid_share, "valid_rate"),
             (self.expected_share, "expected_rate"),
             (self.expected_error, "expected_rate_error"),
+            (self.block_factor, "block_factor"),
+            (self.block_factor_error, "block_factor_error"),
         ):
             metric.set(math.nan if snapshot[name] is None else snapshot[name])
 

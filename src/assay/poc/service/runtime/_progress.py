@@ -4,12 +4,13 @@ import math
 import threading
 import time
 from collections import deque
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from assay import stats
-from assay.poc.protocol import get_pipeline
+from assay.poc.protocol import BlockFactor, block_scale, get_pipeline, has_block_factor
 from assay.poc.service.store import RECENT, Batch, Rounds, StoredRound, bin_counts
 
 WINDOW = 30.0  # seconds over which the current rate is measured
@@ -29,11 +30,36 @@ class Progress:
         self.publishes_vectors = pipeline.output == "vector"
         self._recent: deque[tuple[int, float]] = deque(rounds.recent_valid(stored.id), maxlen=RECENT)
         self._steps: deque[tuple[float, int]] = deque()
+        self._hidden_size = hidden_size
+        self._factor: BlockFactor | None = None
         self._dimension = 0 if self.publishes_vectors else pipeline.output_size(hidden_size, vocab_size)
         if self._dimension:
             mean, spread = stats.chord_mean(self._dimension), SPREAD * stats.chord_std(self._dimension)
             self._edges = np.linspace(mean - spread, mean + spread, BINS + 1)
             self._counts = rounds.histogram(stored.id, self._edges)
+
+    @property
+    def wants_block_factor(self) -> bool:
+        """Whether the model's states would say more of this block than its head does."""
+        return self._factor is None and has_block_factor(get_pipeline(self.stored.preset))
+
+    def measured(self, factor: BlockFactor) -> None:
+        """Take how wide the distances of this block are, by its head and the model's states."""
+        self._factor = factor
+
+    @property
+    def law(self) -> stats.BlockLaw:
+        """Law of this block: measured, or what its head alone says under an assumed effective dimension."""
+        return self._assumed if self._factor is None else self._factor.law
+
+    @cached_property
+    def _assumed(self) -> stats.BlockLaw:
+        """Law without a measurement, made when it is first asked for, since a wide head takes a moment to draw."""
+        effective = stats.EFFECTIVE_DIMENSION
+        if not self._hidden_size or not has_block_factor(get_pipeline(self.stored.preset)):
+            return stats.BlockLaw(dimension=self._dimension, freedom=effective)
+        scale = block_scale(self.stored.round, self._hidden_size)
+        return stats.BlockLaw.of_head(self._dimension, effective, hidden_size=self._hidden_size, scale=scale)
 
     def add(self, batch: Batch) -> None:
         """Count a batch that is on disk."""
@@ -75,28 +101,32 @@ class Progress:
         return (sum(count for _, count in steps) - skipped) / max(now - since, 1e-9)
 
     def expectation(self) -> dict[str, Any]:
-        """Return valid rate, the chord law's, and the standard errors of both."""
+        """Return valid rate, what this block's law expects, and the standard errors of both."""
         rate = self.valid / self.checked if self.checked else None
-        law = stats.valid_rate(self.stored.r_target, self._dimension) if self._dimension else None
+        checked, r_target, known = self.checked, self.stored.r_target, self._dimension > 0
         return {
             "valid_rate": rate,
             "valid_rate_error": stats.rate_standard_error(rate, self.checked) if rate is not None else None,
-            "expected_rate": law,
-            "expected_rate_error": stats.rate_standard_error(law, self.checked) if law and self.checked else None,
+            "expected_rate": self.law.valid_rate(r_target) if known else None,
+            "expected_rate_error": self.law.rate_error(r_target, checked) if known and checked else None,
+            "block_factor": self.law.scale if known else None,
+            "block_factor_error": self.law.factor_error if known else None,
         }
 
     def histogram(self) -> dict[str, Any] | None:
-        """Return the bins of the distances beside what the chord law expects; None for vectors."""
+        """Return the bins of the distances beside what this block's law expects; None for vectors."""
         if not self._dimension:
             return None
         with self._lock:
             below, *counts, above = self._counts.tolist()
-        law = stats.chord_cdf(self._edges, self._dimension)
+        expected, of_block = self.law.bins(self._edges)
+        errors = np.hypot(of_block * self.checked, np.sqrt(expected * (1 - expected) * self.checked))
         return {
             "low": float(self._edges[0]),
             "high": float(self._edges[-1]),
             "counts": counts,
-            "expected": (np.diff(law) * self.checked).tolist(),
+            "expected": (expected * self.checked).tolist(),
+            "expected_errors": errors.tolist(),
             "below": below,
             "above": above,
         }

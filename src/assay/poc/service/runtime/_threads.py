@@ -43,6 +43,7 @@ class Worker:
         load: Loads the model, or returns None, which ends the thread. It is called in the thread, so that the service
             answers meanwhile.
         put: Takes a batch of the round, and returns False when the batch is no longer wanted.
+        begins: Is called before the first batch of a round, and of what is left of one.
         background: Does one batch of less urgent work, and returns False when there was no such work.
         failed: Receives the error that ended the round.
     """
@@ -52,10 +53,12 @@ class Worker:
         load: Callable[[], Deployment | None],
         *,
         put: Callable[[Batch], bool],
+        begins: Callable[[Deployment, StoredRound], None],
         background: Callable[[Deployment], bool],
         failed: Callable[[Exception], None],
     ) -> None:
         self._load, self._put, self._background, self._failed = load, put, background, failed
+        self._begins = begins
         self._state = threading.Condition()
         self._tasks: deque[Callable[[Deployment], None]] = deque()
         self._round: StoredRound | None = None
@@ -136,6 +139,7 @@ class Worker:
         try:
             if self._stream is None or self._stream_epoch != epoch:
                 self._drop_stream()
+                self._begins(deployment, stored)
                 share = range(stored.next_nonce, MAX_NONCE + 1, stored.round.node_count)
                 self._stream = deployment.compute(stored.round, stored.batch_size, share)
                 self._stream_epoch = epoch

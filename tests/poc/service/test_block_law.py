@@ -1,0 +1,84 @@
+"""The law of a round's block: an honest node in a wide block raises no alert, and one that is off its law does."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from assay import load_model, stats
+from assay.poc.service.runtime import Deployment
+from tests.poc.service.conftest import PREFIX, ROUND
+from tests.waiting import until
+
+RULES = Path(__file__).parents[3] / "deploy" / "alerts.yml"
+TENTH = stats.r_target_for(0.1, stats.RANDOM_HEAD_ROWS)
+WIDE = "blk55"  # its head is long where the bundled models have a fifth of their energy
+SHAPE = {"block_hash": WIDE, "seq_len": 16, "batch_size": 32, "r_target": TENTH}
+
+
+def fires(text: str) -> bool:
+    """Whether the rule on the law fires on these metrics, without the time for which it waits."""
+    (rule,) = [r for r in yaml.safe_load(RULES.read_text())["groups"][0]["rules"] if r["alert"] == "AssayOffTheLaw"]
+    values = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
+    return bool(eval(re.sub(r"assay_poc_\w+", lambda found: repr(values[found[0]]), rule["expr"]), {"abs": abs}))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return load_model("reference:llama", dtype="bfloat16", device="cpu")
+
+
+def measured(service, least: int = 1500) -> tuple[dict, str]:
+    """Run a round until so many nonces are checked; return the snapshot and the metrics."""
+    service.post("/init/generate", ROUND | SHAPE)
+    until(lambda: service.checked() >= least, 60)
+    service.post("/stop")
+    until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["checked"] == service.checked())
+    return service.client.get(f"{PREFIX}/snapshot").json(), service.client.get("/metrics").text
+
+
+def test_an_honest_node_in_a_wide_block_raises_no_alert(rig, serving, llama):
+    rig.deployment = lambda: Deployment.of(llama, compiled=False)
+    with serving(seq_len=16) as service:
+        seen, text = measured(service)
+    n, rate = seen["checked"], seen["valid_rate"]
+    # Against the chord law, with the error of the nonces alone, this node was off by far more than five errors.
+    assert abs(rate - 0.1) > 8 * stats.rate_standard_error(0.1, n)
+    assert seen["block_factor"] == pytest.approx(1.59, abs=0.1)
+    assert abs(rate - seen["expected_rate"]) < 4 * seen["expected_rate_error"] < 0.08
+    assert not fires(text)
+    histogram = seen["histogram"]
+    assert sum(histogram["expected"]) + histogram["below"] + histogram["above"] == pytest.approx(n, rel=0.02)
+    assert len(histogram["expected_errors"]) == len(histogram["expected"])
+
+
+def test_without_a_measurement_the_error_is_wide_enough(rig, serving, llama, monkeypatch):
+    """As on engines whose states cannot be read: the head is known, and an effective dimension is assumed."""
+    monkeypatch.setattr(Deployment, "block_factor", lambda *_: None)
+    rig.deployment = lambda: Deployment.of(llama, compiled=False)
+    with serving(seq_len=16) as service:
+        seen, text = measured(service)
+    assert abs(seen["valid_rate"] - 0.1) > 8 * stats.rate_standard_error(0.1, seen["checked"])
+    assert seen["expected_rate"] == pytest.approx(0.1, abs=0.03)
+    assert seen["expected_rate_error"] > 0.025
+    assert not fires(text)
+
+
+def test_a_node_that_is_off_its_law_raises_the_alert(rig, serving, llama, monkeypatch):
+    """Distances of another target: the block says nothing about them."""
+    from assay.poc import _prover
+
+    compute = _prover.compute
+
+    def shifted(header, engine, nonces):
+        for batch in compute(header, engine, nonces):
+            yield [replace(record, distance=record.distance - 0.012) for record in batch]
+
+    monkeypatch.setattr("assay.poc.service.runtime._deployment.compute", shifted)
+    rig.deployment = lambda: Deployment.of(llama, compiled=False)
+    with serving(seq_len=16) as service:
+        _, text = measured(service, 600)
+    assert fires(text)
