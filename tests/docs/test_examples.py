@@ -7,7 +7,16 @@ import pytest
 from assay import models, poc, vhack
 from assay.vhack import checks, pairs
 
-FUNCTIONS = ("Round", "prove", "verify", "calibrate", "measure_r_target", "measure_block_factor")
+FUNCTIONS = (
+    "Round",
+    "prove",
+    "verify",
+    "calibrate",
+    "measure_r_target",
+    "measure_block_factor",
+    "Build",
+    "NetworkPins",
+)
 VHACK = (
     (vhack, "Basis"),
     (vhack, "extract"),

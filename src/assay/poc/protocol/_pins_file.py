@@ -219,7 +219,7 @@ class NetworkPins(Table):
         return named
 
     def differing(self, round: Round) -> tuple[str, ...]:
-        """Return the names of the values of a round that contradict the file, whoever proves."""
+        """Return the names of the values of a round that contradict the file; key and share are not looked at."""
         return self._agreed.differing(round)
 
     def foreign(self, public_key: str, node_id: int, node_count: int) -> tuple[str, ...]:
