@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from assay._version import __version__
 from assay.errors import AssayError, UsageError
 from assay.poc.service import Settings
-from assay.poc.service.dashboard import assemble_page, part
+from assay.poc.service.dashboard import SHARED, assemble_page, part
 from assay.poc.service.http import (
     Bodies,
     Broadcast,
@@ -237,7 +237,7 @@ def _operations_router(controller: Controller, feed: _Feed, kind_of_route: Any) 
 def _page_router() -> APIRouter:
     """Return the route of the page, which holds no data: it reads the event stream, which asks for a key."""
     package = "assay.poc.validator"
-    script = part("stream.js") + part("words.js") + part("page.js", package)
+    script = "".join(map(part, SHARED)) + part("page.js", package)
     page, headers = assemble_page(
         part("page.html", package), style=part("page.css") + part("page.css", package), script=script
     )

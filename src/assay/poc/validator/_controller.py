@@ -122,15 +122,16 @@ class Controller:
         Raises:
             CalibrationError: The calibration is of another model, and there is no default for the number formats.
         """
-        measured, preset = self.service.calibration, self.registry.pipeline.name
-        if measured is not None and measured.preset == preset:
+        measured = self.service.calibration
+        noise = measured.noise_of(self.registry.pipeline.name) if measured is not None else None
+        if measured is not None and noise is not None:
             if measured.digest != deployment.digest:
                 raise CalibrationError(
                     "a calibration of another checkpoint",
                     wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
                     do="measure it with `assay poc calibrate`, or leave --calibration out",
                 )
-            return measured.noise
+            return noise
         return default_noise(self.registry.pipeline.noise, build.dtype[0], deployment.dtype)
 
     def _noise(self, build: Build) -> Noise:

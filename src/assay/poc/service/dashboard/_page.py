@@ -7,7 +7,10 @@ from importlib import resources
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-SCRIPTS = ("stream.js", "words.js", "charts.js", "page.js")
+SHARED = ("stream.js", "words.js", "dom.js", "link.js")
+"""Scripts that every page of assay begins with, in the order of their dependence."""
+
+SCRIPTS = (*SHARED, "charts.js", "page.js")
 """The scripts in the order of their dependence; the page contains them as one."""
 
 

@@ -1,24 +1,20 @@
-// Shows each snapshot, and how fresh it is. Text goes in as text: nothing of a snapshot is ever read as HTML.
+// Shows each snapshot.
 
 const SCHEMA = "assay.poc.snapshot/1";
 const SPARK_SECONDS = 120;
 const MOST_POINTS = 400;
 const LEAST_WIDTH = 100; // of a chart; a hidden one has none
-const $ = (id) => document.getElementById(id);
 
 let shown = null; // the last snapshot
-let link = { state: "connecting" };
 let rates = []; // [seconds, rate] of the last two minutes
 let shares = []; // [checked, share] of this round since the page was opened
 let sharesOf = null; // the round they belong to
 
-function put(id, text) {
-  const node = $(id);
-  if (node.textContent !== text) node.textContent = text;
-}
-
 function show(snapshot) {
-  if (snapshot.schema !== SCHEMA) return showSentence("undecided", "The service was changed since this page was loaded: load it again.");
+  if (snapshot.schema !== SCHEMA) {
+    showSentence("undecided", "The service was changed since this page was loaded: load it again.");
+    return false;
+  }
   shown = snapshot;
   keepHistory(snapshot);
   put("state", STATES[snapshot.state] ?? visible(snapshot.state));
@@ -26,7 +22,8 @@ function show(snapshot) {
   showFigures(snapshot);
   showRound(snapshot);
   showVerdicts(snapshot.verdicts);
-  return draw();
+  draw();
+  return true;
 }
 
 function keepHistory(snapshot) {
@@ -39,11 +36,6 @@ function keepHistory(snapshot) {
   if (shares.at(-1)?.[0] === checked) shares.pop();
   shares.push([checked, snapshot.valid_rate]);
   if (shares.length > MOST_POINTS) shares = shares.filter((_, i) => i % 2 === 1 || i === shares.length - 1);
-}
-
-function showSentence(kind, words) {
-  $("sentence").className = `subtitle ${kind}`;
-  put("sentence", words);
 }
 
 function showFigures(snapshot) {
@@ -84,19 +76,6 @@ function shareOf({ node_id: node, node_count: nodes, group_id: group, n_groups: 
   return `${name}: ${count(node + group * nodes)}, ${count(node + group * nodes + stride)}, …`;
 }
 
-/** A stranger's text, isolated so that its writing direction stays its own; whole in the tooltip. */
-function name(text, most) {
-  const node = document.createElement("bdi");
-  node.textContent = shorten(text, most);
-  if (node.textContent !== text) node.title = visible(text);
-  return node;
-}
-
-function putName(id, text, most) {
-  const fresh = name(text, most);
-  if ($(id).firstChild?.textContent !== fresh.textContent) $(id).replaceChildren(fresh);
-}
-
 function showVerdicts(verdicts) {
   $("verdicts").hidden = !verdicts.length;
   $("no-verdicts").hidden = verdicts.length > 0;
@@ -120,20 +99,6 @@ function verdictRow(verdict) {
 function chance(probability) {
   if (probability < 0) return "";
   return `p ${probability >= 0.001 ? probability.toFixed(3) : probability.toExponential(0).replace("-", "−")}`;
-}
-
-function cell(className, ...children) {
-  const node = document.createElement("td");
-  node.className = className;
-  node.append(...children);
-  return node;
-}
-
-function part(className, ...children) {
-  const node = document.createElement("span");
-  node.className = className;
-  node.append(...children);
-  return node;
 }
 
 function draw() {
@@ -174,69 +139,7 @@ function histogramReading() {
   return `${plural(checked, "distance")} over what the law of this block expects, ${outside ? count(outside) : "none"} outside the picture.`;
 }
 
-function showLink(now) {
-  const before = link.state;
-  link = now;
-  document.body.dataset.link = now.state;
-  if (now.state === "key") $("key-reason").textContent = feed.hasKey ? `That key was refused: ${now.reason}.` : "A key that may read is enough.";
-  const asks = now.state === "key" || (now.state === "connecting" && !$("key-form").hidden && !shown);
-  $("key-form").hidden = !asks;
-  $("main").hidden = asks;
-  $("forget").hidden = !feed.hasKey || asks;
-  $("metrics").hidden = feed.hasKey || asks; // a link cannot carry a key
-  if (now.state === "key" && before !== "key") {
-    put("state", "Locked");
-    showSentence("", "Give a key to see what the service does.");
-    $("key").focus();
-  }
-  showFreshness();
-  const said = { live: "Connected.", stale: "The service is silent.", lost: "Disconnected.", key: "A key is needed." };
-  if (before !== now.state) put("spoken", said[now.state] ?? "");
-}
+const title = () => `${STATES[shown.state] ?? ""} ${shown.state === "GENERATING" ? `${rateOf(shown.nonces_per_second)}/s ` : ""}`.trimEnd();
 
-/** The corner of the page and the title; once a second, because a wait is counted down. */
-function showFreshness() {
-  const words = { connecting: "Connecting", live: "Live", stale: "Stale", lost: "Disconnected", key: "Key needed" };
-  const state = shown ? (STATES[shown.state] ?? "") : "";
-  put("link-text", words[link.state]);
-  if (link.state === "live") {
-    if (shown) document.title = `${state} ${shown.state === "GENERATING" ? `${rateOf(shown.nonces_per_second)}/s ` : ""}· assay`;
-    return;
-  }
-  document.title = `${words[link.state]} · assay`;
-  if (link.state !== "stale" && link.state !== "lost") return;
-  const since = shown ? ` What you see is ${duration(Date.now() / 1000 - seenAt)} old.` : "";
-  const next = link.retryAt ? ` Next attempt in ${Math.max(1, Math.ceil((link.retryAt - Date.now()) / 1000))}${THIN}s.` : "";
-  const reason = link.state === "stale" ? "The connection is open, but nothing comes." : `No connection: ${link.reason}.`;
-  if (!shown) put("state", "No connection");
-  showSentence("fail", reason + since + next);
-}
-
-let seenAt = 0; // by the clock of this machine, which the service's may differ from
-
-const feed = new Feed(
-  "api/v1/pow/events",
-  (snapshot) => {
-    seenAt = Date.now() / 1000;
-    show(snapshot);
-    showFreshness();
-  },
-  showLink,
-);
-
-$("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const key = $("key").value.trim();
-  $("key").value = "";
-  if (/^[\x21-\x7e]+$/.test(key)) feed.useKey(key);
-  else put("key-reason", "A key has only visible ASCII characters.");
-});
-$("forget").addEventListener("click", () => {
-  feed.useKey("");
-  location.reload();
-});
-addEventListener("online", () => feed.retryNow());
-document.addEventListener("visibilitychange", () => document.hidden || link.state !== "lost" || feed.retryNow());
-setInterval(showFreshness, 1000);
 new ResizeObserver(draw).observe($("main"));
-feed.run();
+new Link("api/v1/pow/events", { show, title, locked: "Give a key to see what the service does." }).run();
