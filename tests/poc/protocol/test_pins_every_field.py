@@ -90,11 +90,14 @@ def honest(small_model: Model) -> Proof:
     return prove(small_model, round, range(40), batch_size=8)
 
 
-def network(proof: Proof, **free: str) -> NetworkPins:
-    """The pins of the proof's network, on the very build or with wildcards."""
-    build = described(proof.header.fingerprint) | free
+def network(proof: Proof, **changed: object) -> NetworkPins:
+    """The pins of the proof's network, on the very build or with wildcards, and with other values of the round."""
+    known = described(proof.header.fingerprint)
+    build = known | {name: value for name, value in changed.items() if name in known}
+    agreed = ROUND | {"fewest_nonces": 32} | {name: value for name, value in changed.items() if name not in known}
+    round = {name: value for name, value in agreed.items() if value is not None}
     model = {"reference": "small", "digest": proof.header.digest, "builds": [build]}
-    return NetworkPins.of({"schema": 1, "round": ROUND | {"fewest_nonces": 32}, "models": [model]}, "pins.toml")
+    return NetworkPins.of({"schema": 1, "round": round, "models": [model]}, "pins.toml")
 
 
 def leaves(header: Header) -> Iterator[str]:
@@ -166,6 +169,19 @@ def test_a_wildcard_is_harmless(field: str, honest: Proof, small_model: Model, t
         return
     verdicts = [verify(proof, small_model, expect=pins, seed=1) for proof in (honest, lied)]
     one, other = ((v.verdict, v.exit_code, v.noise, v.nonces) for v in verdicts)
+    assert one == other
+    assert one[:2] == ("honest", 0)
+
+
+def test_a_target_of_vectors_is_harmless(small_model: Model):
+    """They have none, so the file has none either, and whatever a header says there moves no verdict."""
+    verdicts = []
+    for target in (1.416, 2.0):
+        round = Round(**KNOWN, seq_len=16, strength=256, preset="artifact", r_target=target)
+        proof = prove(small_model, round, range(40), batch_size=8)
+        pins = network(proof, preset="artifact", r_target=None).for_round(**KNOWN)
+        verdicts.append(verify(proof, small_model, expect=pins, seed=1))
+    one, other = ((v.verdict, v.exit_code, v.residuals, v.unpinned) for v in verdicts)
     assert one == other
     assert one[:2] == ("honest", 0)
 
