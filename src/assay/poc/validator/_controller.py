@@ -9,18 +9,19 @@ from concurrent.futures import Future
 import structlog
 
 from assay._version import __version__
-from assay.errors import AssayError, CalibrationError, UsageError
-from assay.poc.protocol import Build
+from assay.errors import AssayError, UsageError
+from assay.poc.protocol import Build, Round
 from assay.poc.service import Settings
 from assay.poc.service.runtime import Deployment
 from assay.poc.validator._budget import verdict_of
 from assay.poc.validator._inbox import Inbox
 from assay.poc.validator._metrics import Metrics
+from assay.poc.validator._noises import Noises
 from assay.poc.validator._registry import Registry, modified
 from assay.poc.validator._settings import ValidatorSettings
 from assay.poc.validator._worker import Worker, account_id
 from assay.poc.validator._writer import Writer
-from assay.poc.verdict import Ledger, Noise, Standing, default_noise
+from assay.poc.verdict import Ledger, Noise, Standing
 from assay.reports import JsonObject
 
 log = structlog.get_logger("assay.validator")
@@ -74,7 +75,7 @@ class Controller:
         except BaseException:
             self.inbox.close()
             raise
-        self._noises: dict[str, Noise] = {}
+        self._noises: Noises | None = None
 
     def start(self) -> None:
         """Begin to take messages, load the model, and recompute once it is there."""
@@ -94,8 +95,7 @@ class Controller:
         try:
             deployment = self._load()
             self._check_model(deployment)
-            for build in self.registry.model.builds:
-                self._noises[build.model_dump_json()] = self._measured(build, deployment)
+            self._noises = Noises(self.service.calibration, self.registry, deployment)
             self.loaded.set_result(deployment)
         except Exception as error:  # whatever the loading raises ends the process, with its reason
             log.error("model not loaded", error=str(error))
@@ -116,29 +116,9 @@ class Controller:
                 do="correct the pins",
             )
 
-    def _measured(self, build: Build, deployment: Deployment) -> Noise:
-        """Return the honest noise between a build and this validator's engine.
-
-        Raises:
-            CalibrationError: The calibration is of another model, and there is no default for the number formats.
-        """
-        measured = self.service.calibration
-        noise = measured.noise_of(self.registry.pipeline.name) if measured is not None else None
-        if measured is not None and noise is not None:
-            if measured.digest != deployment.digest:
-                raise CalibrationError(
-                    "a calibration of another checkpoint",
-                    wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
-                    do="measure it with `assay poc calibrate`, or leave --calibration out",
-                )
-            return noise
-        return default_noise(self.registry.pipeline.noise, build.dtype[0], deployment.dtype)
-
-    def _noise(self, build: Build) -> Noise:
-        key = build.model_dump_json()
-        if key not in self._noises:  # of a pins file that was changed since the start
-            self._noises[key] = self._measured(build, self.loaded.result())
-        return self._noises[key]
+    def _noise(self, build: Build, round: Round) -> Noise:
+        assert self._noises is not None  # made before anything is recomputed
+        return self._noises.of(build, round)
 
     # Pins, nodes and blocks
 
@@ -159,8 +139,7 @@ class Controller:
             if fresh.model.digest != self.registry.model.digest:
                 raise UsageError("pins of another model", wanted="the model of the start", do="restart the validator")
             if self.loaded.done() and not self.loaded.exception():
-                for build in fresh.model.builds:
-                    self._noise(build)
+                self._noises = Noises(self.service.calibration, fresh, self.loaded.result())
         except AssayError as error:
             log.error("the pins or the nodes are wrong, and the old ones hold", reason=error.seen, do=error.do)
             return

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,17 @@ class Inbox:
             marks = ",".join(map(str, chosen))
             return self._draws(connection, f"seq IN ({marks}) ORDER BY inbox.seq", len(chosen)) if chosen else []
 
+    def extend(self, messages: Collection[int], most: int) -> int:
+        """Draw up to ``most`` nonces from messages that are being drawn from; return how many more they are."""
+        further = 0
+        with self.database.write() as connection:
+            for seq in messages:
+                about = "SELECT planned, min(drawn + ?, nonces) FROM inbox WHERE seq = ?"
+                planned, end = connection.exec_driver_sql(about, (most, seq)).one()
+                connection.exec_driver_sql("UPDATE inbox SET planned = ? WHERE seq = ?", (end, seq))
+                further += end - planned
+        return further
+
     def _draws(self, connection: sa.Connection, where: str, limit: int) -> list[Draw]:
         columns = "seq, public_key, inbox.id, kind, seed, digest, drawn, planned, body"
         query = f"SELECT {columns} FROM inbox JOIN senders ON senders.id = sender WHERE {where} LIMIT {limit:d}"
@@ -255,7 +266,8 @@ class Inbox:
         """Note that the evidence of draws is in the ledger, with the verdicts that changed by it."""
         with self.database.write() as connection:
             rows = [(draw.planned, draw.planned, draw.seq) for draw in draws]
-            connection.exec_driver_sql("UPDATE inbox SET drawn = ?, planned = ? WHERE seq = ?", rows)
+            if rows:
+                connection.exec_driver_sql("UPDATE inbox SET drawn = ?, planned = ? WHERE seq = ?", rows)
             if verdicts:
                 connection.execute(self.database["verdicts"].insert(), list(verdicts))
 

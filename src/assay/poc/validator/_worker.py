@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 
+from assay import stats
 from assay.errors import AssayError, StorageError
 from assay.poc.protocol import Build, Proof, Record, Round, packs
 from assay.poc.service.http import Refusal
@@ -34,6 +37,12 @@ log = structlog.get_logger("assay.validator.worker")
 BATCHES = 4  # of one pass
 IDLE = 0.5  # seconds between two looks where no node has anything to draw from
 FAILURE_PAUSE = 5.0
+ODD = 4.0
+"""Multiple of a typical honest residual beyond which the place in the batch is looked at."""
+AUDIT = 64
+"""Nonces of a message that are drawn where a residual is that large: fewer cannot show a pattern of places."""
+FAULTY = "faulty place"
+"""Why a nonce does not count that stands at a place of the batch where the machine is wrong."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,43 @@ class Drawn:
         return [self.claim.nonces[place] for place in self.places]
 
 
+@dataclass(frozen=True)
+class Checked:
+    """Residuals of drawn nonces.
+
+    Args:
+        drawn: Nonces with what the node published of them.
+        errors: Residual of each.
+        noise: Honest noise that they are judged under.
+        batch_size: Batch size of the node's build; None where the pins allow several.
+    """
+
+    drawn: Drawn
+    errors: npt.NDArray[np.float64]
+    noise: Noise
+    batch_size: int | None
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether a residual is large enough that the place in the batch has to be looked at."""
+        return not bool((np.abs(self.errors) <= ODD * self.noise.size).all())
+
+    @property
+    def is_short(self) -> bool:
+        """Whether more nonces of the message are needed to tell a fault of the place from another computation."""
+        return self.is_odd and len(self.drawn.places) < min(
+            AUDIT, len(self.drawn.claim.nonces) - self.drawn.source.drawn
+        )
+
+    def places(self) -> stats.PlaceTest | None:
+        """Return the test of whether large residuals depend on the place in the batch; None without any."""
+        if not self.is_odd:
+            return None
+        round = self.drawn.claim.round
+        positions = [(nonce - round.node_id) // round.node_count for nonce in self.drawn.nonces]
+        return stats.place_test(self.errors, positions, batch_size=self.batch_size, honest_size=self.noise.size)
+
+
 class Worker:
     """Spends the budget of nonces, in a thread of its own.
 
@@ -57,7 +103,7 @@ class Worker:
         inbox: Inbox that draws come from.
         ledger: Ledger that takes the evidence.
         registry: Function that returns the pins and nodes of now.
-        noise: Function that returns the honest noise between a build and this validator's engine.
+        noise: Function that returns the honest noise between a build and this validator's engine in a round.
         settings: Settings of the validator.
         metrics: Metrics of the validator.
     """
@@ -68,7 +114,7 @@ class Worker:
         ledger: Ledger,
         *,
         registry: Callable[[], Registry],
-        noise: Callable[[Build], Noise],
+        noise: Callable[[Build, Round], Noise],
         settings: ValidatorSettings,
         metrics: Metrics,
     ) -> None:
@@ -159,15 +205,18 @@ class Worker:
         registry, started = self._registry(), time.perf_counter()
         drawn = [found for source in draws if (found := self._claimed(source, registry)) is not None]
         recomputed = recompute(deployment, self._settings.batch_size, [(d.claim.round, d.nonces) for d in drawn])
-        updates = [self._update(d, records, registry) for d, records in zip(drawn, recomputed, strict=True)]
+        checked = [self._checked(d, records, registry) for d, records in zip(drawn, recomputed, strict=True)]
+        short = {found.drawn.source.seq for found in checked if found.is_short}
         self._metrics.batch_seconds.observe(time.perf_counter() - started)
-        standings = self._ledger.append(updates)
+        if short:
+            self._budget.spend(self._inbox.extend(short, AUDIT))
+        standings = self._ledger.append(self._update(found, registry) for found in checked if not found.is_short)
         now = {standing.account.public_key: standing for standing in standings}
         changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
-        self._inbox.finish(draws, changes)
+        self._inbox.finish([source for source in draws if source.seq not in short], changes)
         self.standings |= now
         self._last |= {change["account"]: change["verdict"] for change in changes}
-        self._metrics.nonces.inc(sum(len(d.places) for d in drawn))
+        self._metrics.nonces.inc(sum(len(found.drawn.places) for found in checked if not found.is_short))
         for change in changes:
             self._metrics.verdicts.labels(change["verdict"]).inc()
             log.info("verdict", **{name: change[name] for name in ("public_key", "account", "verdict", "nonces")})
@@ -183,20 +232,34 @@ class Worker:
             return None
         return Drawn(source, claim, draw(source.seed, claim.nonces, source.drawn, source.planned))
 
-    def _update(self, drawn: Drawn, records: Sequence[Record], registry: Registry) -> Update:
+    def _checked(self, drawn: Drawn, records: Sequence[Record], registry: Registry) -> "Checked":
         round, size = drawn.claim.round, registry.pipeline.vector_size
         sender = registry.sender(round.public_key)
         assert sender is not None  # its claim was read under this registry
         received = [drawn.claim.record(place, size) for place in drawn.places]
+        batches = {size for size in sender.build.batch_size if isinstance(size, int)}
+        return Checked(
+            drawn,
+            residuals(received, records),
+            self._noise(sender.build, round),
+            batches.pop() if len(batches) == len(sender.build.batch_size) == 1 else None,
+        )
+
+    def _update(self, found: "Checked", registry: Registry) -> Update:
+        """Return the evidence of a draw. What stands at faulty places of the batch is recorded and does not count."""
+        drawn, round, places = found.drawn, found.drawn.claim.round, found.places()
+        aside = places.set_aside if places is not None else [False] * len(drawn.places)
         return Update(
             account=account_of(round.public_key, registry),
             round=round_identity(round),
             block_hash=round.block_hash,
-            noise=self._noise(sender.build),
+            noise=found.noise,
             nonces=drawn.nonces,
-            residuals=[float(value) for value in residuals(received, records)],
+            residuals=[float(value) for value in found.errors],
             proof=drawn.source.digest.hex(),
             sample_seed=drawn.source.seed,
+            excluded={nonce: FAULTY for nonce, out in zip(drawn.nonces, aside, strict=True) if out},
+            fault=places.pattern if places is not None and places.faulty else None,
             name=drawn.source.name,
         )
 
