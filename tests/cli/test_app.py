@@ -49,7 +49,9 @@ FROZEN = {
         "--engine", "--alpha", "--seed", "--json", "--preset", "--seq-len", "--strength", "--r-target", "--node-id",
         "--node-count", "--nonces", "--pins",
     },
-    "poc calibrate": {"--valid-rate", "--dimension", "--output", "--json"},
+    "poc calibrate": {
+        "--valid-rate", "--dimension", "--output", "--json", "--model", "--device", "--effective-dimension",
+    },
     "poc pins new": {
         "--model", "--output", "--from-proof", "--calibration", "--public-key", "--preset", "--seq-len", "--strength",
         "--r-target", "--node-count", "--fewest-nonces", "--dtype", "--overwrite", "--json",

@@ -12,6 +12,7 @@ from assay.cli._commands import App, Resumable
 from assay.cli._engines import judging_engine, proving_engine
 from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
+from assay.cli._targets import show_target
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def verify(
 def calibrate(
     chosen: "CalibrateSettings",
     proofs: Annotated[
-        list[Path] | None, typer.Argument(help="Two proofs of one round from two engines; or one, with --valid-rate.")
+        list[Path] | None, typer.Argument(help="Two proofs of one round from two engines; or any, with --valid-rate.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -109,28 +110,24 @@ def calibrate(
 
     Example: assay poc calibrate mine.jsonl theirs.jsonl -o calibration.json
 
-    The second use needs no proof; with one it also measures the rate on the proof.
+    The second use needs no proof; with proofs, of one block or several, it also measures the rate on them. Distances
+    of a block are all wider or narrower by one factor, which --model predicts from a few states.
 
     Example: assay poc calibrate --valid-rate 0.1
     """
-    from assay import poc, stats
+    from assay import poc
 
     read = [poc.Proof.load(path) for path in proofs or ()]
     rate, given = chosen.valid_rate, len(read)
-    if rate is not None and given == 1 and chosen.output is None:
-        found = poc.measure_r_target(read[0], rate, dimension=chosen.dimension)
-        show_values("assay.poc.calibrate/1", found.as_dict(), as_json)
-    elif rate is not None and not given:
-        size = stats.RANDOM_HEAD_ROWS if chosen.dimension is None else chosen.dimension
-        values = {"valid_rate": rate, "dimension": size, "r_target": stats.r_target_for(rate, size)}
-        show_values("assay.poc.calibrate/1", values, as_json)
-    elif rate is None and given == 2 and chosen.output is not None:
+    if rate is not None:
+        show_target(chosen, read, as_json)
+    elif given == 2 and chosen.output is not None:
         measured = poc.calibrate(*read)
         measured.save(chosen.output)
         _show_calibration(measured, chosen.output, as_json)
     else:
         raise UsageError(
-            "neither --valid-rate with at most one proof, nor two proofs with -o",
+            "neither --valid-rate, nor two proofs with -o",
             wanted="one of the two forms",
             do="`assay poc calibrate --valid-rate 0.1`, or `assay poc calibrate A.jsonl B.jsonl -o calibration.json`",
         )

@@ -106,4 +106,11 @@ class CalibrateSettings(Settings):
     dimension: int | None = Field(
         None, description="Dimension of the output; that of the random head, or what a proof says."
     )
+    model: str | None = Field(
+        None, description="Model of the proofs: its states say how wide the distances of their blocks are."
+    )
+    device: Device = None
+    effective_dimension: float | None = Field(
+        None, description="Effective dimension of the model's states; without it and without --model, 16 is assumed."
+    )
     output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="Calibration file to write.")
