@@ -92,6 +92,66 @@ def test_what_is_not_exactly_a_pins_file_is_refused_by_its_key(old: str, new: st
     assert "pins.toml" in caught.value.seen
 
 
+def test_models_are_told_apart_by_digest_or_name(written, proof: Proof):
+    digest, other = proof.header.digest, "0" * 64
+    text = text_of(proof)
+    second = text[text.index("[[models]]") :].replace(digest, other)
+    network = written(text + second)
+    assert network.for_round(model=other).digest == other
+    for name, seen in ((None, "one of 2 models"), ("small", "one of 2 models"), ("large", "which .* does not have")):
+        with pytest.raises(UsageError, match=seen):
+            network.for_round(model=name)
+    named = written(text + second.replace('"small"', '"large"'))
+    assert named.for_round(model="large").digest == other
+    with pytest.raises(DataError, match="the same digest, 2 times"):
+        written(text + second.replace(other, digest))
+
+
+def test_a_node_is_bound_to_its_build(written, proof: Proof):
+    node = '[[nodes]]\npublic_key = "node_A"\nnode_id = 0\nbuild = "{}"\n'
+    network = written(nodes=node.format("own"), build='name = "own"\ndevice = "a quiet one"')
+    with pytest.raises(ProofMismatch, match="device"):
+        network.for_round(block_hash="block_alpha", public_key="node_A").check(proof.header)
+    with pytest.raises(DataError, match="a node with build 'another'"):
+        written(nodes=node.format("another"), build='name = "own"')
+
+
+@pytest.mark.parametrize(
+    ("node", "seen"),
+    [
+        ('public_key = "a"\nnode_id = 1', "node_id is 1"),
+        ('public_key = "a"\nnode_id = 0\n[[nodes]]\npublic_key = "a"\nnode_id = 0', "node 'a' with 0, 2 times"),
+        (
+            'public_key = "a"\nnode_id = 0\n[[nodes]]\npublic_key = "a"\nnode_id = 1\nnode_count = 2',
+            "node_count 1 and 2",
+        ),
+        ('public_key = ""\nnode_id = 0', r"nodes\[0\].public_key is ''"),
+        ('public_key = "a"', r"no nodes\[0\].node_id"),
+    ],
+)
+def test_nodes_that_cannot_be_are_refused(node: str, seen: str, written):
+    with pytest.raises(DataError, match=seen):
+        written(nodes=f"[[nodes]]\n{node}\n")
+
+
+def test_shares_without_a_list_are_named_by_the_validator(written, proof: Proof):
+    network = written(text_of(proof).replace("node_count = 1", "node_count = 4"))
+    with pytest.raises(UsageError, match="no --node-id"):
+        network.for_round(public_key="node_A")
+    assert network.for_round(public_key="node_A", node_id=3).node_id == 3
+    with pytest.raises(UsageError, match="--node-id 4"):
+        network.for_round(public_key="node_A", node_id=4)
+    assert network.foreign("anyone", 2, 4) == ()
+    assert network.foreign("anyone", 0, 1) == ("node_count",)
+
+
+@pytest.mark.parametrize("file", ["/absolute.json", ""])
+def test_files_lie_beside_the_pins(file: str, written, proof: Proof):
+    model = f'[[models.calibrations]]\nfile = "{file}"\nsha256 = "{"0" * 64}"\n'
+    with pytest.raises(DataError, match=r"calibrations\[0\].file"):
+        written(text_of(proof) + model)
+
+
 def test_a_file_that_never_ends_is_not_read(tmp_path: Path):
     for size, seen in ((2**22 + 1, "longer than 4194304 bytes"), (0, "schema None")):
         path = tmp_path / "pins.toml"

@@ -94,7 +94,7 @@ class NetworkPins(Table):
             self._check_node(node)
             self._of_key.setdefault(node.public_key, []).append(node)
         _refuse_doubles("node", [(node.public_key, node.node_id) for node in self.nodes])
-        _refuse_doubles("model", [(model.digest, model.weights) for model in self.models])
+        _refuse_doubles("model", [(model.digest, "the same digest") for model in self.models])
 
     def _check_node(self, node: NodePins) -> None:
         count = node.node_count or self.round.node_count
@@ -122,10 +122,13 @@ class NetworkPins(Table):
         """
         found = [model for model in self.models if name in (None, model.digest, model.reference)]
         if len(found) != 1:
+            seen = (
+                f"model {name!r:.80}, which {self._path} does not have" if not found else f"one of {len(found)} models"
+            )
             names = ", ".join(f"{model.reference} ({model.digest[:12]})" for model in self.models)
             raise UsageError(
-                f"model {name!r:.80} beside {self._path}" if name else f"several models in {self._path}",
-                wanted=f"one of {names:.400}",
+                seen,
+                wanted=f"one of {names:.400}" if not found else f"the digest of one of {names:.400}",
                 do="use a model that the network agreed on, or add it to the pins",
             )
         return found[0]
