@@ -30,6 +30,7 @@ HONEST, SPREAD, JUNK = 0.27, 0.48, 0.9  # L2 of a large mixture of experts: hone
 
 FAULTY = ("2026-04__minimax-m27-fp8-2xh200", "2026-04__minimax-m27-fp8-4xa100", "2026-04__minimax-m27-fp8-4xh100")
 FAULTY += ("rtx", "awq")
+ALIKE = {"awq": "minimax"}  # no sound pair of four-bit weights was published: its law is that of eight bits
 
 
 def judged(noise, distances, positions, batch_size):
@@ -72,13 +73,13 @@ def read_pairs(path, words):
 
 
 def noises_of(pairs):
-    """Return the honest noise of each model: of its pairs without a fault, or of all such pairs."""
-    sound = [pair for pair in pairs if not pair["fault"]]
-    noises = {}
-    for model in {pair["model"] for pair in pairs}:
-        chosen = [pair["distances"] for pair in sound if pair["model"] == model] or [p["distances"] for p in sound]
-        noises[model] = honest_noise(chosen)
-    return noises
+    """Return the honest noise of each model, of its pairs without a fault."""
+    sound = {}
+    for pair in pairs:
+        if not pair["fault"]:
+            sound.setdefault(pair["model"], []).append(pair["distances"])
+    noises = {model: honest_noise(distances) for model, distances in sound.items()}
+    return noises | {model: noises[other] for model, other in ALIKE.items() if other in noises}
 
 
 def honest_noise(pairs):
