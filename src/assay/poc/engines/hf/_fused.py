@@ -4,9 +4,11 @@ Norms and rotation of queries and keys are one kernel. An update of the residual
 makes it; in float8, by the norm that follows, and the kernel before a product rounds its input. Attention and products
 are torch's. Nothing is compiled by Inductor, so the first batch takes a second or two.
 
-On an H200, `last` over `inductor` of
+Against layers that Inductor compiles, the forward pass in bfloat16 is 1.06, 1.02, 1.03 and 1.01 times as fast for the
+shapes of 0.6, 1, 4 and 8 billion parameters on an H200 (`last` over `inductor`), and `prove` in float8 is 1.27, 1.48,
+1.53 and 1.64 times as fast as `prove` in bfloat16:
 
-    python benchmarks/gpu_prove.py --model shape:qwen3-0.6b
+    python benchmarks/gpu_prove.py --model shape:qwen3-0.6b --seconds 2
 
 Legend of shapes: as in `_lean`.
 """
