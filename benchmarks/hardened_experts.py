@@ -29,7 +29,7 @@ from assay import stats
 from assay.models import backbone, decoder_layers, load_model
 from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.protocol._transforms import unit
-from assay.poc.verdict._judge import EFFECT, default_noise
+from assay.poc.verdict import default_noise, sequential_test
 from assay.research import cheats
 from assay.research.redteam import Judge, Pool
 from assay.research.redteam._attacks import OnEngine
@@ -176,8 +176,8 @@ def measure(path, dtype):
 def judges_of(honest_N, dtype):
     """The sequential test under the law of these honest residuals, and under the default one."""
     fitted, stated = (Judge(get_pipeline("hardened"), honest_N) for _ in range(2))
-    stated.law = default_noise(get_pipeline("hardened").noise, dtype, "float32").law
-    stated._test = stats.SequentialTest(stated.law, alpha=ALPHA, effect=EFFECT["vector"])
+    stated.noise = default_noise(get_pipeline("hardened").noise, dtype, "float32")
+    stated._test = sequential_test(stated.noise, alpha=ALPHA)
     return {"checked": fitted, "checked_default": stated}
 
 

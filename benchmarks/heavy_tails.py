@@ -18,9 +18,7 @@ from scipy import stats as distributions
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
-from assay.poc.verdict._calibration import fit_noise
-from assay.poc.verdict._judge import EFFECT, default_noise, residuals
-from assay.stats import SequentialTest
+from assay.poc.verdict import default_noise, fitted_noise, residuals, sequential_test
 
 ALPHA, AUDITED, JUDGED, SHARE = 1e-3, 64, 300, 0.02
 SIZES, AUDITS, JUNKED = (30, 64, 192, 1024, 4096), 20, 2  # audits with each law, and those of nodes with some junk
@@ -50,14 +48,14 @@ def junk(pipeline, law, honest_RC, rng):
 def judged(preset, dtype, errors_N, size, fits):
     """Shares of honest audits accused and of nodes with junk caught; laws are from ``size`` nonces, or the default."""
     rng, pipeline = np.random.default_rng(0), get_pipeline(preset)
-    law = default_noise(pipeline.noise, dtype, "float32").law
+    noise = default_noise(pipeline.noise, dtype, "float32")
     accused, caught = [], []
     for _ in range(fits):
         if size:
-            law, _ = fit_noise(pipeline, rng.choice(errors_N, size))
-        test = SequentialTest(law, alpha=ALPHA, effect=EFFECT[pipeline.output])
+            noise = fitted_noise(pipeline, rng.choice(errors_N, size), "measured here")
+        test = sequential_test(noise, alpha=ALPHA)
         accused.append(test.accusations(rng.choice(errors_N, (AUDITS, AUDITED)))[:, -1].mean())
-        nodes_RC = junk(pipeline, law, rng.choice(errors_N, (JUNKED, JUDGED)), rng)
+        nodes_RC = junk(pipeline, noise.law, rng.choice(errors_N, (JUNKED, JUDGED)), rng)
         caught.append(test.accusations(nodes_RC)[:, -1].mean())
     return {"accused": float(np.mean(accused)), "junk_caught": float(np.mean(caught))}
 

@@ -233,7 +233,7 @@ def test_calibrate_from_two_proofs_and_use_it(prove, assay, small_checkpoint: Pa
     assert made.code == 0, made.err
     said = json.loads(made.out)
     assert said["engines_differ_in"] == "dtype float32 / bfloat16"
-    assert (said["n"], said["confidence"]) == (32, 0.99)
+    assert (said["n"], said["machines"]) == (32, 2)
     assert said["typical_residual"] > 0
     result = assay(
         "poc", "verify", tmp_path / "b.jsonl", "--model", small_checkpoint, "--dtype", "float32", "--device", "cpu",

@@ -152,6 +152,6 @@ def test_a_calibration_of_artifacts_is_not_one_of_hardened(
 ):
     other = prove(small_model, hardened, range(64), batch_size=4)
     measured = calibrate(hardened_proof, other)
-    assert measured.output == "position vector"
+    assert measured.builds[0].output == "position vector"
     measured.save(tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json") == measured

@@ -9,7 +9,7 @@ import pytest
 
 from assay.errors import ProofMismatch, UsageError
 from assay.poc import DistanceRecord, Proof, Round, VectorRecord, calibrate, prove, verify
-from assay.poc.verdict._judge import Noise, count_mismatches, default_noise, judge, published_rule, residuals
+from assay.poc.verdict import Noise, count_mismatches, default_noise, judge, published_rule, residuals
 from assay.research import cheats
 from assay.stats import LogNoise, ScaleNoise
 

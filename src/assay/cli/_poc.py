@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from assay.cli import _experiment, _pins, _serve, _validator
+from assay.cli import _experiment, _ledger, _pins, _serve, _validator
 from assay.cli._commands import App, Resumable
 from assay.cli._engines import judging_engine, proving_engine
 from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
@@ -18,6 +18,7 @@ from assay.errors import UsageError
 if TYPE_CHECKING:
     from assay.cli._poc_settings import CalibrateSettings, ProveSettings, VerifySettings
     from assay.poc import Calibration, Proof, Verdict
+    from assay.poc.verdict import Standing
 
 app = App(help="Prove that a model ran, and check such proofs.")
 
@@ -69,6 +70,8 @@ def verify(
 
     The prover wrote the header of the proof. Exit code 0 needs the block and the key from you, and every other value
     that the prover could choose from you or at its published default. What is neither is shown, with exit code 2.
+
+    With --ledger the audit is added to the ledger of nodes' lives, and the exit code is that of the whole life.
     """
     from dataclasses import replace
 
@@ -78,7 +81,11 @@ def verify(
     pins, measured = _pins.expected(chosen, read.header)
     poc.check_proof(read, expect=pins, sample=chosen.sample, calibration=measured)  # before a model is loaded
     prover = replace(read.header.fingerprint, batch_size=poc.judging_batch(read.header))
-    with judging_engine(chosen, prover) as (loaded, made), progress_bar("verifying") as progress:
+    with (
+        _ledger.recording(chosen.ledger, chosen.alpha, pins, read.header) as ledger,
+        judging_engine(chosen, prover) as (loaded, made),
+        progress_bar("verifying") as progress,
+    ):
         verdict = poc.verify(
             read,
             loaded,
@@ -90,8 +97,9 @@ def verify(
             alpha=chosen.alpha,
             progress=progress,
         )
-    _print_verdict(verdict, as_json)
-    context.exit(verdict.exit_code)
+        standing = None if ledger is None else ledger.record(verdict, proof=read.footer.sha256)
+    _print_verdict(verdict, standing, as_json)
+    context.exit(_ledger.exit_code(verdict, standing))
 
 
 @app.command()
@@ -178,9 +186,9 @@ def _print_proof(proof: "Proof", path: Path, pace: _Pace, as_json: bool) -> None
     show_values("assay.poc.prove/1", values, as_json)
 
 
-def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
+def _print_verdict(verdict: "Verdict", standing: "Standing | None", as_json: bool) -> None:
     if as_json:
-        values = verdict.as_dict()
+        values = verdict.as_dict() | ({} if standing is None else {"life": standing.as_dict()})
         emit_json(values.pop("schema"), values)
         return
     sequential, count, header = verdict.sequential, verdict.count, verdict.header
@@ -201,25 +209,37 @@ def _print_verdict(verdict: "Verdict", as_json: bool) -> None:
         ("honest noise", f"{verdict.noise.size:.2g} ({verdict.noise.source})"),
         ("gross residuals", f"{sequential.gross} above {sequential.gross_threshold:.2g}"),
         ("published rule", f"{count.mismatches} of {count.n} mismatches, p = {count.p_value:.3g}"),
+        *_ledger.life_rows(standing),
     ]
     table(("", "result"), rows)
 
 
 def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> None:
-    ours, theirs = measured.prover.as_dict(), measured.validator.as_dict()
-    other = [f"{name} {ours[name]} / {theirs[name]}" for name in ours if ours[name] != theirs[name]]
-    values = {
-        "path": str(path),
-        "preset": measured.preset,
-        "checkpoint": measured.digest,
-        "output": measured.output,
-        "law": str(measured.law),
-        "typical_residual": measured.noise.size,
-        "n": measured.n,
-        "confidence": measured.confidence,
-        "engines_differ_in": ", ".join(other) or "nothing",
-    }
-    show_values("assay.poc.calibrate/1", values, as_json)
+    for build in measured.builds:
+        engines = [fingerprint.as_dict() for fingerprint in build.known]
+        stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
+        other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
+        values: dict[str, Any] = {
+            "path": str(path),
+            "preset": build.preset,
+            "checkpoint": build.digest,
+            "output": build.output,
+            "machines": len(build.machines),
+            "law": str(build.noise.law),
+            "typical_residual": build.noise.sizes.typical,
+            "between_machines": build.noise.spread.sd,
+            "n": build.n,
+            "effect": build.effect,
+            "named": ", ".join(build.named) or "nothing",
+            "engines_differ_in": ", ".join(other) or "nothing",
+        }
+        left_out = build.left_out
+        if left_out is not None:
+            values["left_out_accused"] = left_out.accused
+            values["left_out_interval"] = [left_out.low, left_out.high]
+            values["left_out_worst_pair"] = left_out.worst
+            values["left_out_audits"] = left_out.pairs * left_out.audits
+        show_values("assay.poc.calibrate/1", values, as_json)
 
 
 app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)
@@ -230,3 +250,4 @@ app.command("validator", epilog="Example: assay poc validator --model reference:
 app.add_typer(_serve.callbacks, name="callbacks")
 app.add_typer(_experiment.app, name="experiment")
 app.add_typer(_pins.app, name="pins")
+app.add_typer(_ledger.app, name="ledger")

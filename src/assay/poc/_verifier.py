@@ -95,7 +95,7 @@ def verify(
     shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
     engine = engine or HFEngine(model, **shape, compiled=compiled)
     noise = noise_for(header, engine.fingerprint, calibration)
-    test = sequential_test(noise.law, alpha=alpha, beta=beta)
+    test = sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     chosen = _draw(proof, sample, seed)
     recomputed: list[Record] = []

@@ -38,6 +38,7 @@ from assay.poc.verdict import (
     P_FLIP,
     P_MISMATCH,
     Law,
+    Noise,
     default_noise,
     sequential_test,
 )
@@ -259,7 +260,7 @@ class _Chances:
     def __init__(self, law: Law, network: Network, rng: np.random.Generator) -> None:
         self._law, self._network, self._rng = law, network, rng
         self._distance = isinstance(law, stats.ScaleNoise)
-        self._test = sequential_test(law, alpha=ALPHA)
+        self._test = sequential_test(Noise(law, "the stated default"), alpha=ALPHA)
         honest_N = self._residuals(Kind("honest"), (HONEST_TRIALS,))
         self._threshold = float(np.quantile(honest_N, 0.95))
         self._honest_rate = self._mismatch_rate(honest_N, self._threshold)

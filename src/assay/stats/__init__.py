@@ -15,16 +15,9 @@ from assay.stats._chord import (
     rate_standard_error,
     valid_rate,
 )
-from assay.stats._noise import (
-    JUNK_SIGMA,
-    RESOLUTION,
-    LogNoise,
-    NoiseFit,
-    NoiseLaw,
-    ScaleNoise,
-    fit_log_noise,
-    fit_scale_noise,
-)
+from assay.stats._fits import NoiseFit, fit_log_noise, fit_scale_noise
+from assay.stats._noise import JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, ScaleNoise, Spread
+from assay.stats._places import MATERIAL_RATIO, PLACE_ALPHA, SUSPICION, PlaceTest, place_test
 from assay.stats._rates import (
     BootstrapInterval,
     CountTest,
@@ -39,17 +32,22 @@ from assay.stats._sequential import SequentialResult, SequentialTest, Verdict
 __all__ = [
     "EFFECTIVE_DIMENSION",
     "JUNK_SIGMA",
+    "MATERIAL_RATIO",
+    "PLACE_ALPHA",
     "RANDOM_HEAD_ROWS",
     "RESOLUTION",
+    "SUSPICION",
     "BlockLaw",
     "BootstrapInterval",
     "CountTest",
     "LogNoise",
     "NoiseFit",
     "NoiseLaw",
+    "PlaceTest",
     "ScaleNoise",
     "SequentialResult",
     "SequentialTest",
+    "Spread",
     "Verdict",
     "auroc",
     "chord_cdf",
@@ -63,6 +61,7 @@ __all__ = [
     "group_bootstrap",
     "noise_band",
     "paired_accuracy",
+    "place_test",
     "proportion_interval",
     "r_target_for",
     "rate_standard_error",

@@ -1,20 +1,27 @@
 """The residual test: a mixture likelihood ratio whose false-accusation bound holds however long one looks.
 
-Residuals are independent, honest ones with density f₁. The alternatives are that all values come from noise m times
-larger (another computation), for m on a grid from ``effect`` to junk, or that a share π of them is invented:
+Residuals are independent with density f_r, honest noise r times that of the law. The scale r of a machine that was not
+measured is not known: it has the law of a `Spread`, drawn once for the whole life of a test. A cheat is
 
-    g = f_m    or    g = (1 − π)·f₁ + π·f_junk.
+    g = (1 − π)·f_r + π·f_rm,
 
-The e-value is the average over the K alternatives of the likelihood ratios, E_n = (1/K) Σ_g Π_i g(x_i)/f₁(x_i). Under
-honest noise it is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas, Grünwald,
-Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The ratio Π f₁/f_effect bounds in the
-same way the chance that noise ``effect`` times larger, or more, is taken for honest.
+a share π of the nonces whose residuals are m times larger, on a grid of both: all nonces from another computation
+(π = 1), some of them computed cheaply, or a few invented (m at the size of junk); or a named alternative, a law that
+was measured on a known cheat. With weights w over scales and v over cheats, the e-value is
 
-Suffixes: N values, K alternatives, M multiples.
+    E_n = Σ_r w_r Σ_g v_g Π_i g(x_i)  /  Σ_r w_r Π_i f_r(x_i).
+
+Under honest noise it is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas,
+Grünwald, Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The same ratio the other way
+round, for one cheat at a time, bounds the chance that this cheat, or a larger one, is taken for honest.
+
+Suffixes: N values, J scales, M multiples, P shares, K cheats, A named alternatives.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Self
 
 import numpy as np
@@ -23,15 +30,30 @@ from scipy import special
 
 from assay.errors import UsageError
 from assay.stats._chord import FloatArray
-from assay.stats._noise import NoiseLaw
+from assay.stats._noise import NoiseLaw, Spread
 
 Verdict = Literal["honest", "fraud", "undecided"]
 
-JUNK_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Shares π of invented values that the e-value averages over, beside all of them."""
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
+"""Shares π of a node's nonces that the e-value looks for."""
 
-_CHUNK = 1024
-_SIMULATED = 200_000  # values simulated at a time, to bound memory
+_SHARE_WEIGHTS = np.array([0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45])
+_NAMED_WEIGHT = 0.25  # of all named alternatives together
+
+CHEAP = 5.0
+"""Multiple of honest noise at which a share of the nonces counts as computed cheaply."""
+
+EXCLUDED = ((0.1, 1.25), (0.4, 2.5))
+"""Shares of cheaply computed nonces that an honest verdict excludes, the smallest that its nonces can exclude.
+
+A nonce at the honest size speaks against a share π with at most −ln(1 − π). Most nonces say less, so a share is to be
+excluded only where that sum is the second number times the evidence that is needed.
+"""
+
+_FAR = 16.0
+_CHUNK = 256
+_SIMULATED = 20_000  # values simulated at a time, to bound memory
+_LARGEST_RATIO = 500.0  # of logarithms of densities: beyond it only that it is large matters
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +66,16 @@ class SequentialResult:
         n: Number of residuals seen, non-finite ones included.
         log_e_value: Natural logarithm of the e-value after the last residual; it does not depend on their order.
         log_e_max: Running maximum of that, which decides fraud; it depends on the order.
-        log_evidence_honest: Sum of ln f₁/f_effect; it does not depend on the order.
+        log_evidence_honest: Least evidence against any cheat that an honest verdict excludes, as the logarithm of a
+            likelihood ratio; it does not depend on the order.
+        weakest: Name of the cheat that this evidence is weakest against.
+        share_excluded: Share of cheaply computed nonces that an honest verdict on so many excludes; None where they are
+            too few to exclude 40 %.
         gross: Number of residuals above ``gross_threshold``.
         gross_threshold: Residual that honest noise exceeds once in ten thousand.
         junk_share_excluded: Share of invented values; the gross count excludes a larger one at confidence 1 − beta.
         alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that noise ``effect`` times the honest one, or more, is called honest.
+        beta: Bound on the chance that a cheat which is to be excluded, or a larger one, is called honest.
         effect: Smallest factor that counts as another computation.
     """
 
@@ -58,6 +84,8 @@ class SequentialResult:
     log_e_value: float
     log_e_max: float
     log_evidence_honest: float
+    weakest: str
+    share_excluded: float | None
     gross: int
     gross_threshold: float
     junk_share_excluded: float
@@ -70,28 +98,44 @@ class SequentialTest:
     """The residual test for one noise law: feed it residuals as they come, read the verdict at any time.
 
     The bound alpha belongs to one object, over everything it will ever see: keep one per node and calibration, or
-    divide alpha among several. An object holds no more than a few numbers per alternative and can be pickled.
+    divide alpha among several. An object holds a few hundred numbers and can be pickled.
 
     Args:
         law: Law of honest noise, and of its larger versions.
+        spread: Law of the scale of a machine over that of ``law``; a known scale when None.
         alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that noise of at least ``effect`` times the honest one is called honest.
+        beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
         effect: Smallest factor of noise that counts as another computation.
+        named: Laws of known cheats by name, such as another revision of the checkpoint.
 
     Raises:
         UsageError: A rate is out of range, or invented values are within ``effect`` of honest noise.
     """
 
-    def __init__(self, law: NoiseLaw, *, alpha: float = 1e-3, beta: float = 1e-2, effect: float) -> None:
+    def __init__(
+        self,
+        law: NoiseLaw,
+        *,
+        spread: Spread | None = None,
+        alpha: float = 1e-3,
+        beta: float = 1e-2,
+        effect: float,
+        named: Mapping[str, NoiseLaw] = MappingProxyType({}),
+    ) -> None:
         _check_rates(law, alpha, beta, effect)
-        self.law = law
+        self.law, self.named = law, dict(named)
+        self.spread = spread or Spread()
         self.alpha, self.beta, self.effect = alpha, beta, effect
-        # One multiple per factor of two: between two of them the loss of evidence per value is small.
-        steps = math.ceil(math.log2(law.junk_multiple / effect)) + 1
-        self._multiples_M = np.geomspace(effect, law.junk_multiple, max(steps, 2))
-        self._log_ratio_K = np.zeros(self._multiples_M.size + len(JUNK_SHARES))
+        self._multiples_M = _multiples(law, effect)
+        self._scales_J, weight_J = self.spread.atoms
+        multiples, names = self._multiples_M.size, len(self.named)
+        weight_K = np.repeat(_SHARE_WEIGHTS / multiples, multiples) * (1 - _NAMED_WEIGHT if names else 1)
+        self._log_scale_J, self._log_cheat_K = np.log(weight_J), np.log(weight_K)
+        self._log_named_A = np.full(names, math.log(_NAMED_WEIGHT / max(names, 1)))
+        # All paths stand in one row: honest [J], cheats [J·K], named [A].
+        self._columns = np.cumsum([weight_J.size, weight_J.size * weight_K.size])
+        self._log_path = self._prior()
         self._log_e_max = 0.0
-        self._log_honest = 0.0
         self._n = 0
         self._gross = 0
 
@@ -113,46 +157,90 @@ class SequentialTest:
         size_RC = self.law.magnitudes(values_RC).reshape(np.shape(values_RC))
         if not size_RC.size:
             return np.zeros(size_RC.shape, dtype=np.bool_)
+        prior = self._prior()
         accused = []
         for part_RC in np.array_split(size_RC, -(-size_RC.size // _SIMULATED)):
-            path_RCK = self._steps(part_RC.ravel()).reshape(*part_RC.shape, -1).cumsum(axis=1)
-            accused.append(np.maximum.accumulate(_log_mean(path_RCK), axis=1) >= -math.log(self.alpha))
+            path = prior + self._steps(part_RC.ravel()).reshape(*part_RC.shape, -1).cumsum(axis=1)
+            accused.append(np.maximum.accumulate(self._log_e(path), axis=1) >= -math.log(self.alpha))
         return np.concatenate(accused)
 
+    def _prior(self) -> FloatArray:
+        """Return the logarithms of the weights with which all paths begin."""
+        cheats_JK = self._log_scale_J[:, None] + self._log_cheat_K
+        return np.concatenate([self._log_scale_J, cheats_JK.ravel(), self._log_named_A])
+
     def _steps(self, size_N: FloatArray) -> FloatArray:
-        """Return the logarithms of g/f₁ of every value, for every alternative, [N, K]."""
-        honest_N = self.law.log_density(size_N, 1.0)
-        ratio_NM = np.stack([self.law.log_density(size_N, float(m)) - honest_N for m in self._multiples_M], axis=1)
-        # (1 − π) + π·f_junk/f₁ for every share
-        mixed = [np.logaddexp(math.log1p(-share), math.log(share) + ratio_NM[:, -1]) for share in JUNK_SHARES]
-        return np.column_stack([ratio_NM, *mixed])
+        """Return what every value adds to every path, as logarithms over the density of the law, [N, J + J·K + A]."""
+        base_N = self.law.log_density(size_N, 1.0)
+        shares_P1 = np.array(SHARES)[:-1, None]
+        honest, cheats = [], []
+        for scale in self._scales_J:
+            own_N = self.law.log_density(size_N, float(scale))
+            ratio_NM = np.stack(
+                [self.law.log_density(size_N, float(scale * m)) - own_N for m in self._multiples_M], axis=1
+            )
+            # ln((1 − π) + π·f_rm/f_r) for every share below one, and the ratio itself where it is one
+            mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(ratio_NM, _LARGEST_RATIO))[:, None, :])
+            whole_NPM = np.concatenate([mixed_NPM, ratio_NM[:, None, :]], axis=1)
+            honest.append(own_N - base_N)
+            cheats.append((own_N - base_N)[:, None] + whole_NPM.reshape(size_N.size, -1))
+        named = [law.log_density(law.magnitudes(size_N), 1.0) - base_N for law in self.named.values()]
+        return np.column_stack([*honest, *cheats, *named])
+
+    def _log_e(self, path: FloatArray) -> FloatArray:
+        """Return the logarithm of the e-value of paths whose last axis is that of the state."""
+        first = self._columns[0]
+        return _log_sum(path[..., first:]) - _log_sum(path[..., :first])
 
     def _take(self, size_N: FloatArray) -> None:
-        step_NK = self._steps(size_N)
         # Starting the sum from the state makes the result independent of how the values were split into updates.
-        path_NK = np.cumsum(np.vstack([self._log_ratio_K, step_NK]), axis=0)[1:]
-        self._log_ratio_K = path_NK[-1]
-        self._log_e_max = max(self._log_e_max, float(_log_mean(path_NK).max()))
-        self._log_honest -= float(step_NK[:, 0].sum())
+        path = np.cumsum(np.vstack([self._log_path, self._steps(size_N)]), axis=0)[1:]
+        self._log_path = path[-1]
+        self._log_e_max = max(self._log_e_max, float(self._log_e(path).max()))
         self._n += size_N.size
         self._gross += int(np.count_nonzero(size_N > self.law.gross_threshold))
+
+    def _evidence(self) -> dict[str, float]:
+        """Return the logarithm of the likelihood ratio of honest noise to every cheat that is to be excluded."""
+        first, last = self._columns
+        honest = float(_log_sum(self._log_path[:first]))
+        grid_JPM = self._log_path[first:last].reshape(self._scales_J.size, len(SHARES), -1)
+        cheat_PM = _log_sum(np.moveaxis(grid_JPM, 0, -1)) - self._log_cheat_K.reshape(len(SHARES), -1)
+        found = {f"{self.effect:g} times the honest noise": honest - cheat_PM[-1, 0]}
+        share = self.share_excluded
+        if share is not None:
+            cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
+            name = f"{share:.0%} of the nonces at {self._multiples_M[cheap]:.3g} times the honest noise"
+            found[name] = honest - cheat_PM[SHARES.index(share), cheap]
+        named_A = self._log_path[last:] - self._log_named_A
+        return found | {name: honest - value for name, value in zip(self.named, named_A, strict=True)}
+
+    @property
+    def share_excluded(self) -> float | None:
+        """Share of cheaply computed nonces that an honest verdict excludes; None where there are too few for any."""
+        needed = -math.log(self.beta)
+        return next((share for share, times in EXCLUDED if -self._n * math.log1p(-share) >= times * needed), None)
 
     @property
     def verdict(self) -> Verdict:
         """``honest``, ``fraud`` or ``undecided``, by the rule of `SequentialResult.verdict`."""
         if self._log_e_max >= -math.log(self.alpha):
             return "fraud"
-        return "honest" if self._log_honest >= -math.log(self.beta) else "undecided"
+        return "honest" if min(self._evidence().values()) >= -math.log(self.beta) else "undecided"
 
     @property
     def result(self) -> SequentialResult:
         """The verdict with every number it rests on."""
+        evidence = self._evidence()
+        weakest = min(evidence, key=lambda name: evidence[name])
         return SequentialResult(
             verdict=self.verdict,
             n=self._n,
-            log_e_value=float(_log_mean(self._log_ratio_K)),
+            log_e_value=float(self._log_e(self._log_path)) if self._n else 0.0,
             log_e_max=self._log_e_max,
-            log_evidence_honest=self._log_honest,
+            log_evidence_honest=float(evidence[weakest]) if self._n else 0.0,
+            weakest=weakest,
+            share_excluded=self.share_excluded,
             gross=self._gross,
             gross_threshold=self.law.gross_threshold,
             junk_share_excluded=self._junk_share_excluded(),
@@ -172,6 +260,30 @@ class SequentialTest:
         return min(1.0, gross_share / self.law.junk_detection) if self.law.junk_detection > 0 else 1.0
 
 
+def _log_sum(path: FloatArray) -> FloatArray:
+    """Return the logarithm of the sum of exp over the last axis, which has finite values."""
+    top = path.max(axis=-1, keepdims=True)
+    return np.asarray(top[..., 0] + np.log(np.exp(path - top).sum(axis=-1)), dtype=np.float64)
+
+
+def _multiples(law: NoiseLaw, effect: float) -> FloatArray:
+    """Return the multiples of honest noise that are looked for, [M]: from the effect to junk, and the cheap one.
+
+    Neighbours are at most a factor of two apart, and far out four, where honest noise explains either no better:
+    between two of them the loss of evidence per value is small, and every multiple costs the others some weight.
+    """
+    junk = law.junk_multiple
+    near = max(min(_FAR, junk), effect)
+    grids = [_grid(effect, near, 2.0), _grid(near, junk, 4.0)]
+    if effect < CHEAP < junk:
+        grids.append(np.array([CHEAP]))
+    return np.unique(np.concatenate(grids))
+
+
+def _grid(low: float, high: float, factor: float) -> FloatArray:
+    return np.geomspace(low, high, math.ceil(math.log(high / low) / math.log(factor)) + 1) if low < high else np.ones(0)
+
+
 def _check_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> None:
     if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
         raise UsageError(
@@ -185,9 +297,3 @@ def _check_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> Non
             wanted=f"more than effect = {effect:g} times",
             do="calibrate on closer hardware, or lower effect",
         )
-
-
-def _log_mean(log_K: FloatArray) -> FloatArray:
-    """Return the logarithm of the mean of exp over the last axis."""
-    top = log_K.max(axis=-1, keepdims=True)
-    return np.asarray(top[..., 0] + np.log(np.exp(log_K - top).mean(axis=-1)), dtype=np.float64)

@@ -8,6 +8,9 @@ from assay import stats
 from assay.errors import CalibrationError
 from assay.poc import Calibration
 from assay.poc.service.runtime._validation import load_with
+from assay.poc.verdict import BuildNoise, MachineNoise, default_noise, sequential_test
+from assay.poc.verdict._build_noise import machines_of
+from assay.poc.verdict._machines import Sizes
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
 
@@ -58,25 +61,15 @@ def test_other_computation_is_fraud_and_one_nodes_fraud_is_not_anothers(judging)
 
 def test_evidence_survives_a_restart(judging):
     right = truth(judging, 30)
-    before = ask(judging, list(range(15)), right[:15])
+    ask(judging, list(range(15)), right[:15])
     judging.restart()
     after = ask(judging, list(range(15, 30)), right[15:])
-    assert after["checked"] == 30
-    assert after["log_evidence_honest"] > before["log_evidence_honest"]
+    whole = sequential_test(default_noise("distance", "float32", "float32")).update([0.0] * 30).result
+    assert (after["checked"], after["log_evidence_honest"]) == (30, whole.log_evidence_honest)
 
 
 def test_a_measured_calibration_is_used(serving, rig):
-    fingerprint = rig.deployment().engine(4, 4).fingerprint
-    measured = Calibration(
-        output="distance",
-        prover=fingerprint,
-        validator=fingerprint,
-        law=stats.ScaleNoise(sigma=5e-4),
-        n=100,
-        confidence=0.99,
-        digest=rig.deployment().digest,
-        preset="poc-2.0",
-    )
+    measured = calibration(rig, rig.deployment().digest)
     with serving(calibration=measured) as service:
         service.post("/init/validate", ROUND)
         right = truth(service, 30)
@@ -86,15 +79,23 @@ def test_a_measured_calibration_is_used(serving, rig):
 
 @pytest.mark.parametrize("digest", ["1" * 64, None])
 def test_a_calibration_of_another_model_is_refused(rig, digest):
-    fingerprint = rig.deployment().engine(4, 4).fingerprint
-    law = stats.ScaleNoise(sigma=5e-4)
-    measured = Calibration(
-        output="distance", prover=fingerprint, validator=fingerprint, law=law, n=100, confidence=0.99,
-        digest=digest, preset="poc-2.0",
-    )  # fmt: skip
     with pytest.raises(CalibrationError, match="a calibration of a checkpoint"):
-        load_with(measured, rig.deployment)
-    assert load_with(replace(measured, digest="0" * 64), rig.deployment).reference == "fake"
+        load_with(calibration(rig, digest), rig.deployment)
+    assert load_with(calibration(rig, "0" * 64), rig.deployment).reference == "fake"
+
+
+def calibration(rig, digest: str | None) -> Calibration:
+    fingerprint = rig.deployment().engine(4, 4).fingerprint
+    law, exact = stats.ScaleNoise(sigma=5e-4), stats.Spread()
+    build = BuildNoise(
+        output="distance",
+        preset="poc-2.0",
+        digest=digest,
+        machines=machines_of([fingerprint, fingerprint]),
+        noise=MachineNoise(law, Sizes({(0, 1): law.size}, ("", "")), exact, exact),
+        n=100,
+    )
+    return Calibration(builds=(build,))
 
 
 def test_an_empty_request_is_no_fraud(judging):

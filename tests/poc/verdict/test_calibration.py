@@ -1,4 +1,4 @@
-"""Calibrations: measured, stored, and refused where they do not belong."""
+"""Calibrations of two engines: measured, stored, and refused where they do not belong."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,8 @@ import pytest
 
 from assay.errors import CalibrationError, ProofMismatch
 from assay.models import load_model
-from assay.poc import Calibration, Proof, calibrate, prove, verify
+from assay.poc import Calibration, Noise, Proof, calibrate, prove, verify
+from assay.poc.verdict import residuals, sequential_test
 from assay.stats import RESOLUTION
 
 
@@ -24,8 +25,10 @@ def narrow(narrow_model, round_) -> Proof:
 
 def test_noise_between_two_dtypes(proof: Proof, narrow: Proof, narrow_model, small_model, tmp_path: Path):
     measured = calibrate(proof, narrow)
-    assert measured.n == 40
-    assert 1e-6 < measured.law.sigma < 1e-3
+    (build,) = measured.builds
+    assert build.n == 40
+    assert 1e-6 < build.noise.law.sigma < 1e-3
+    assert build.left_out is None, "two machines do not show how machines differ"
     path = tmp_path / "calibration.json"
     measured.save(path)
     assert Calibration.load(path) == measured
@@ -36,8 +39,8 @@ def test_noise_between_two_dtypes(proof: Proof, narrow: Proof, narrow_model, sma
 
 
 def test_equal_engines_give_the_resolution(proof: Proof):
-    """Bits that agree leave only the resolution of a distance, widened to its confidence bound."""
-    assert RESOLUTION <= calibrate(proof, proof).law.sigma < 2 * RESOLUTION
+    """Bits that agree leave only the resolution of a distance."""
+    assert calibrate(proof, proof).builds[0].noise.law.sigma == RESOLUTION
 
 
 def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, small_model):
@@ -46,7 +49,7 @@ def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, 
     assert refused.value.wanted == "dtype bfloat16"
     with pytest.raises(CalibrationError, match="another dtype than this validator's: bfloat16"):
         verify(proof, small_model, calibration=calibrate(proof, narrow))
-    vectors = replace(calibrate(proof, proof), output="vector")
+    vectors = changed(calibrate(proof, proof), output="vector")
     with pytest.raises(CalibrationError, match="another output than the proof's: vector"):
         verify(proof, small_model, calibration=vectors)
 
@@ -54,9 +57,9 @@ def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, 
 def test_a_calibration_of_another_model_or_preset_is_refused(proof: Proof, small_model, round_):
     """The noise of one model gives cheaters on a quieter one room: the two are told apart by their digests."""
     measured = calibrate(proof, proof)
-    assert (measured.digest, measured.preset) == (small_model.digest, "poc-2.0")
+    assert (measured.digest, measured.presets) == (small_model.digest, ("poc-2.0",))
     with pytest.raises(CalibrationError, match="another checkpoint than the proof's"):
-        verify(proof, small_model, calibration=replace(measured, digest="0" * 64))
+        verify(proof, small_model, calibration=changed(measured, digest="0" * 64))
     artifact = prove(small_model, replace(round_, preset="permutation"), range(40), batch_size=8)
     with pytest.raises(CalibrationError, match=r"another preset than the proof's: poc-2\.0") as refused:
         verify(artifact, small_model, calibration=measured)
@@ -65,14 +68,19 @@ def test_a_calibration_of_another_model_or_preset_is_refused(proof: Proof, small
 
 def test_a_calibration_of_the_first_version_opens_but_judges_nothing(proof: Proof, small_model, tmp_path: Path):
     path = tmp_path / "calibration.json"
-    calibrate(proof, proof).save(path)
-    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("digest", "preset")}
-    path.write_text(json.dumps(old))
-    read = Calibration.load(path)
-    assert (read.digest, read.preset, read.n) == (None, None, 40)
+    path.write_text(json.dumps(first_version(proof)))
+    (build,) = Calibration.load(path).builds
+    assert (build.digest, build.preset, build.n) == (None, None, 40)
     with pytest.raises(CalibrationError, match="does not say of which model and preset") as refused:
-        verify(proof, small_model, calibration=read)
+        verify(proof, small_model, calibration=Calibration.load(path))
     assert "assay poc calibrate" in refused.value.do
+
+
+def test_a_later_file_of_the_first_schema_judges_as_it_did(proof: Proof, small_model, tmp_path: Path):
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(first_version(proof) | {"digest": small_model.digest, "preset": "poc-2.0"}))
+    verdict = verify(proof, small_model, calibration=Calibration.load(path))
+    assert (verdict.verdict, verdict.noise.law.sigma, verdict.noise.spread.sd) == ("honest", 2e-7, 0)
 
 
 def test_a_calibration_is_of_one_mode_of_weights(proof: Proof):
@@ -90,29 +98,90 @@ def test_proofs_that_do_not_belong_together_are_refused(proof: Proof, narrow: Pr
         calibrate(few, narrow)
 
 
+def test_files_of_several_builds(proof: Proof, narrow: Proof, small_model, tmp_path: Path):
+    path = tmp_path / "calibration.json"
+    both = calibrate(proof, proof).merged(calibrate(proof, narrow)).merged(calibrate(proof, proof))
+    assert len(both.builds) == 2, "a build that was there already is not added again"
+    both.save(path)
+    read = Calibration.load(path)
+    assert read == both
+    assert verify(proof, small_model, calibration=read).noise.size < 1e-6
+    assert verify(narrow, small_model, calibration=read).noise.size > 1e-6
+
+
+def test_a_known_cheat_must_be_excluded(proof: Proof, narrow: Proof, small_model):
+    """A law that was measured for a cheat is named: nonces that fit it are fraud, and it is not excluded unseen."""
+    measured = calibrate(proof, proof, against={"another format": narrow})
+    noise = measured.builds[0].between(None, None)
+    assert set(noise.named) == {"another format"}
+    assert Noise.from_dict(noise.as_dict()) == noise
+    assert sequential_test(noise).update(residuals(proof.records, narrow.records)).verdict == "fraud"
+    other = prove(small_model, replace(proof.round, block_hash="other"), range(40), batch_size=8)
+    with pytest.raises(ProofMismatch, match="0 nonces in common"):
+        calibrate(proof, proof, against={"elsewhere": other})
+
+
+def changed(calibration: Calibration, **values) -> Calibration:
+    return Calibration(builds=tuple(replace(build, **values) for build in calibration.builds))
+
+
+def first_version(proof: Proof) -> dict[str, object]:
+    engine = proof.header.fingerprint.as_dict()
+    law = {"kind": "scale", "sigma": 2e-7, "dof": 6.0, "junk_sigma": 0.0078}
+    parts = {"output": "distance", "prover": engine, "validator": engine, "law": law, "n": 40, "confidence": 0.99}
+    return {"kind": "assay.poc.calibration", "schema": 1, **parts}
+
+
 def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
     path = tmp_path / "calibration.json"
     calibrate(proof, proof).save(path)
     good = json.loads(path.read_text())
+
+    def build(**values: object) -> dict[str, object]:
+        return good | {"builds": [good["builds"][0] | values]}
+
+    without = {name: value for name, value in good["builds"][0].items() if name != "machines"}
     broken = [
         {},
         good | {"kind": "assay.poc.proof"},
-        good | {"schema": 2},
-        good | {"law": {"kind": "scale", "sigma": -1.0}},
-        good | {"law": {"kind": "other", "sigma": 1.0}},
-        good | {"law": {"kind": "scale", "sigma": "1"}},
-        good | {"law": 7},
-        good | {"law": {"kind": "scale", "sigma": 10**400}},
-        good | {"law": {"kind": "log", "mu": -5.0, "sd": 0.5}},
-        good | {"output": "vector"},
-        good | {"output": ["distance"]},
-        good | {"n": 3},
-        good | {"n": "40"},
-        good | {"surplus": 1},
-        good | {"digest": 5},
-        good | {"preset": ["poc-2.0"]},
-        {k: v for k, v in good.items() if k != "prover"},
-        good | {"prover": {"engine": "hf"}},
+        good | {"schema": 3},
+        good | {"builds": []},
+        good | {"builds": 7},
+        good | {"builds": [without]},
+        build(law={"kind": "scale", "sigma": -1.0}),
+        build(law={"kind": "other", "sigma": 1.0}),
+        build(law={"kind": "scale", "sigma": "1"}),
+        build(law=7),
+        build(law={"kind": "scale", "sigma": 10**400}),
+        build(law={"kind": "log", "mu": -5.0, "sd": 0.5}),
+        build(output="vector"),
+        build(output=["distance"]),
+        build(n=3),
+        build(n="40"),
+        build(surplus=1),
+        build(digest=5),
+        build(preset=["poc-2.0"]),
+        build(machines=[]),
+        build(machines=[{"name": "a", "kind": "", "fingerprint": {"engine": "hf"}}] * 2),
+        build(machines=[{"name": "\u202e", "kind": "", "fingerprint": None}] * 2),
+        build(sizes=[]),
+        build(sizes=[[0, 5, 1.0]]),
+        build(sizes=[[1, 0, 1.0]]),
+        build(sizes=[[0, 1, -1.0]]),
+        build(sizes=[[0, 1, float("nan")]]),
+        build(sizes=[[0, 1]]),
+        build(spread={"sd": 2.0, "dof": 30.0}),
+        build(spread={"sd": "0", "dof": 30.0}),
+        build(known={}),
+        build(known={"sd": 0.1}),
+        build(effect=1.0),
+        build(effect="2"),
+        build(hidden_size=-1),
+        build(hidden_size=True),
+        build(named={"x": {"kind": "log", "mu": -5.0, "sd": 0.5}}),
+        build(named={"": {"kind": "scale", "sigma": 1e-3}}),
+        build(named=[1]),
+        build(left_out={"accused": 0.0}),
     ]
     for values in broken:
         path.write_text(json.dumps(values))

@@ -1,35 +1,30 @@
 """Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds residuals against it."""
 
-from assay.poc.verdict._calibration import (
-    Calibration,
-    calibrate,
-    fit_noise,
-    noise_for,
-)
+from assay.poc.verdict._build_noise import BuildNoise, Machine, fit_noise, fitted_noise
+from assay.poc.verdict._calibrate import VectorSet, calibrate, calibrate_vectors
+from assay.poc.verdict._calibration import Calibration, noise_for
 from assay.poc.verdict._judge import (
     COUNT_ALPHA,
     DIST_THRESHOLD,
-    EFFECT,
-    MARGIN,
     P_FLIP,
     P_MISMATCH,
-    Law,
-    Noise,
+    Outcome,
     Verdict,
     count_mismatches,
-    default_noise,
     judge,
-    law_as_dict,
+    judge_residuals,
+    positions_of,
     published_rule,
     residuals,
-    sequential_test,
 )
 from assay.poc.verdict._ledger import Ledger
 from assay.poc.verdict._ledger_audit import Fault, LedgerAudit
 from assay.poc.verdict._ledger_entries import Account, Entry, Standing, Update, round_identity
 from assay.poc.verdict._ledger_files import audit_ledger
 from assay.poc.verdict._ledger_merge import LedgerShare, MergedStanding, merge_ledgers
-from assay.poc.verdict._life import Evidence, Life
+from assay.poc.verdict._life import Evidence, Life, convicted_after
+from assay.poc.verdict._machines import LeftOut, MachineNoise, fit_machines, leave_out
+from assay.poc.verdict._noise import EFFECT, MARGIN, Law, Noise, default_noise, law_as_dict, sequential_test
 from assay.poc.verdict._pinned import pinned_calibration
 from assay.poc.verdict._targets import MeasuredTarget, distances_from, measure_r_target
 
@@ -41,6 +36,7 @@ __all__ = [
     "P_FLIP",
     "P_MISMATCH",
     "Account",
+    "BuildNoise",
     "Calibration",
     "Entry",
     "Evidence",
@@ -49,25 +45,37 @@ __all__ = [
     "Ledger",
     "LedgerAudit",
     "LedgerShare",
+    "LeftOut",
     "Life",
+    "Machine",
+    "MachineNoise",
     "MeasuredTarget",
     "MergedStanding",
     "Noise",
+    "Outcome",
     "Standing",
     "Update",
+    "VectorSet",
     "Verdict",
     "audit_ledger",
     "calibrate",
+    "calibrate_vectors",
+    "convicted_after",
     "count_mismatches",
     "default_noise",
     "distances_from",
+    "fit_machines",
     "fit_noise",
+    "fitted_noise",
     "judge",
+    "judge_residuals",
     "law_as_dict",
+    "leave_out",
     "measure_r_target",
     "merge_ledgers",
     "noise_for",
     "pinned_calibration",
+    "positions_of",
     "published_rule",
     "residuals",
     "round_identity",

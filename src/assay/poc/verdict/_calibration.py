@@ -1,83 +1,78 @@
-"""Calibration from proofs: the noise between two engines.
+"""Calibrations: the measured honest noise of one build or several, their file, and the noise that judges a proof.
 
-Legend of shapes: N nonces.
+Schema 2 of the file holds any number of builds with any number of machines each. Schema 1, of the first version, held
+one law between two engines; it is still read.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from assay import stats
-from assay.errors import AssayError, CalibrationError, DataError, ProofMismatch
-from assay.poc.protocol import Fingerprint, Header, Pipeline, Proof
-from assay.poc.verdict._judge import Law, Noise, default_noise, law_as_dict, law_from_dict, residuals
+from assay.errors import AssayError, CalibrationError
+from assay.poc.protocol import Fingerprint, Header
+from assay.poc.verdict._build_file import build_as_dict, build_from_dict, first_version
+from assay.poc.verdict._build_noise import BuildNoise, refuse_difference
+from assay.poc.verdict._machines import FEWEST_MACHINES
+from assay.poc.verdict._noise import Noise, default_noise
 from assay.reports import dumps, read_json, write_atomic
 
 KIND = "assay.poc.calibration"
-SCHEMA = 1
-MIN_NONCES = 30  # of two proofs in common
-VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
-LAWS: dict[str, type[Law]] = {
-    "distance": stats.ScaleNoise,
-    "vector": stats.LogNoise,
-    "position vector": stats.LogNoise,
-}
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Honest noise of one model and preset between two engines.
+    """Measured honest noise: of one build, or of several in one file.
 
     Args:
-        output: Family of noise that was compared: :attr:`assay.poc.Pipeline.noise`.
-        prover: Fingerprint of the first engine.
-        validator: Fingerprint of the second engine; the order does not matter.
-        law: Fitted law, at the upper bound of its scale.
-        n: Number of nonces measured.
-        confidence: Confidence of the upper bound.
-        digest: SHA-256 of the tensors of the checkpoint; None in files of the first version, which did not record it.
-        preset: Preset of the two proofs; None in files of the first version.
+        builds: Noise of every build, the first one first tried.
     """
 
-    output: str
-    prover: Fingerprint
-    validator: Fingerprint
-    law: Law
-    n: int
-    confidence: float
-    digest: str | None = None
-    preset: str | None = None
+    builds: tuple[BuildNoise, ...]
 
     @property
-    def noise(self) -> Noise:
-        """The law with its source in words."""
-        return Noise(self.law, f"calibration on {self.n} nonces")
+    def digest(self) -> str | None:
+        """SHA-256 of the checkpoint of the first build."""
+        return self.builds[0].digest
+
+    @property
+    def presets(self) -> tuple[str | None, ...]:
+        """Presets of the builds."""
+        return tuple(build.preset for build in self.builds)
+
+    def build_of(self, header: Header) -> BuildNoise:
+        """Return the noise of the build that a proof was made with.
+
+        Raises:
+            CalibrationError: No build is of the proof's model, preset and engine; names what differs.
+        """
+        reason: CalibrationError | None = None
+        for build in sorted(self.builds, key=lambda build: header.fingerprint not in build.known):
+            try:
+                build.check(header)
+            except CalibrationError as error:
+                reason = reason or error
+            else:
+                return build
+        assert reason is not None, "a calibration has at least one build"
+        raise reason
 
     def check(self, header: Header) -> None:
-        """Refuse a proof of another model or preset, or by another engine, than this was measured with.
+        """Refuse a proof of another model, preset or build than any that was measured.
 
         Raises:
             CalibrationError: Names what differs.
         """
-        if self.digest is None or self.preset is None:
-            raise CalibrationError(
-                "a calibration that does not say of which model and preset it is",
-                wanted="one made by this version: the noise of one model gives cheaters on a quieter one room",
-                do="measure it again with `assay poc calibrate A.jsonl B.jsonl`",
-            )
-        stated = {"preset": header.pipeline.name, "checkpoint": header.digest[:12], "output": header.pipeline.noise}
-        measured = {"preset": self.preset, "checkpoint": self.digest[:12], "output": self.output}
-        _refuse(measured, stated, "than the proof's")
-        _refuse_other_engine((self.prover, self.validator), header.fingerprint, "than the prover's")
+        self.build_of(header)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the one line of a calibration file."""
-        parts = {"prover": self.prover.as_dict(), "validator": self.validator.as_dict(), "law": law_as_dict(self.law)}
-        return {"kind": KIND, "schema": SCHEMA, **self.__dict__, **parts}
+    def noise_of(self, preset: str) -> Noise | None:
+        """Return the noise of a preset between any two machines of its build; None if it was not measured."""
+        return next((build.between(None, None) for build in self.builds if build.preset == preset), None)
+
+    def merged(self, other: "Calibration") -> "Calibration":
+        """Return a calibration with the builds of both; of a build that is in both, this one's measurement counts."""
+        mine = [_identity(build) for build in self.builds]
+        return Calibration(builds=(*self.builds, *(one for one in other.builds if _identity(one) not in mine)))
 
     def save(self, path: str | Path) -> None:
         """Write the calibration file in one piece, replacing an older one.
@@ -85,126 +80,49 @@ class Calibration:
         Raises:
             StorageError: The file cannot be written.
         """
-        write_atomic(path, dumps(self.as_dict()) + "\n")
+        builds = [build_as_dict(build) for build in self.builds]
+        write_atomic(path, dumps({"kind": KIND, "schema": SCHEMA, "builds": builds}) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
-        """Read a calibration file.
+        """Read a calibration file of either schema.
 
         Raises:
             CalibrationError: The file is not a calibration.
         """
         try:
             values = read_json(path)
-            if (values.pop("kind"), values.pop("schema")) != (KIND, SCHEMA):
+            kind, schema = values.pop("kind"), values.pop("schema")
+            if kind != KIND or schema not in (1, SCHEMA):
                 raise ValueError("another kind or schema")
-            values["prover"] = Fingerprint.from_dict(values["prover"])
-            values["validator"] = Fingerprint.from_dict(values["validator"])
-            values["law"] = law_from_dict(values["law"])
-            read = cls(**values)
-            if any(not isinstance(value, str | None) for value in (read.digest, read.preset)):
-                raise ValueError(f"digest {read.digest!r:.60}, preset {read.preset!r:.60}")
-            if type(read.law) is not LAWS.get(read.output):
-                raise ValueError(f"a {type(read.law).__name__} for output {read.output!r:.60}")
-            if type(read.n) is not int or read.n < MIN_NONCES:
-                raise ValueError(f"{read.n!r:.60} nonces, fewer than {MIN_NONCES}")
-            return read
-        except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
+            builds = [first_version(values)] if schema == 1 else [build_from_dict(one) for one in values["builds"]]
+            if not builds:
+                raise ValueError("no build")
+            return cls(builds=tuple(builds))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, AssayError) as error:
             seen = error.seen if isinstance(error, AssayError) else f"{path}: {error}"
             raise CalibrationError(
-                seen, wanted=f"a calibration file, schema {SCHEMA}", do="write one with `assay poc calibrate`"
+                seen, wanted=f"a calibration file, schema {SCHEMA} or 1", do="write one with `assay poc calibrate`"
             ) from None
+
+
+def _identity(build: BuildNoise) -> tuple[Any, ...]:
+    names = sorted(machine.fingerprint.id if machine.fingerprint else machine.name for machine in build.machines)
+    return build.preset, build.digest, tuple(names)
 
 
 def noise_for(header: Header, validator: Fingerprint, calibration: Calibration | None) -> Noise:
     """Return the honest noise between the engine of a proof and the engine of its validator.
 
     Raises:
-        CalibrationError: The calibration is of another model, preset or pair of engines; names what differs.
+        CalibrationError: The calibration is of another model, preset or build; names what differs.
     """
     if calibration is None:
         return default_noise(header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
-    calibration.check(header)
-    other = calibration.validator if header.fingerprint.id == calibration.prover.id else calibration.prover
-    _refuse_other_engine((other,), validator, "than this validator's")
-    return calibration.noise
-
-
-def calibrate(first: Proof, second: Proof) -> Calibration:
-    """Measure the noise between the engines of two proofs of the same round.
-
-    Residuals are taken over the nonces that both contain. The law is the robust fit of
-    :func:`assay.stats.fit_scale_noise` or :func:`assay.stats.fit_log_noise`, at its upper bound.
-
-    Args:
-        first: Proof of one engine.
-        second: Proof of the other engine, or of the same one again.
-
-    Returns:
-        The calibration, which holds for this model, preset and pair of engines.
-
-    Raises:
-        ProofMismatch: The proofs are of other rounds or checkpoints, or have fewer than 30 nonces in common.
-
-    Example:
-        >>> import assay
-        >>> from assay.poc import Round
-        >>> model = assay.load_model("reference:qwen3", device="cpu")
-        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
-        >>> first = assay.poc.prove(model, round, range(32), batch_size=32)
-        >>> second = assay.poc.prove(model, round, range(32), batch_size=16)
-        >>> calibration = assay.poc.calibrate(first, second)
-        >>> calibration.n, calibration.preset, calibration.prover.batch_size, calibration.validator.batch_size
-        (32, 'poc-2.0', 32, 16)
-    """
-    ours = {record.nonce: record for record in second.records}
-    common = [record for record in first.records if record.nonce in ours]
-    one, other = first.header, second.header
-    same = (one.round, one.digest, one.weights) == (other.round, other.digest, other.weights)
-    if not same or len(common) < MIN_NONCES:
-        raise ProofMismatch(
-            f"proofs with {len(common)} nonces in common" if same else "proofs of different rounds or checkpoints",
-            wanted=f"two proofs of one round and checkpoint, with at least {MIN_NONCES} nonces in common",
-            do="prove the same round on both engines, for instance --nonces 0:256",
-        )
-    errors = residuals(common, [ours[record.nonce] for record in common])
-    law, confidence = fit_noise(one.pipeline, errors)
-    return Calibration(
-        output=one.pipeline.noise,
-        prover=one.fingerprint,
-        validator=other.fingerprint,
-        law=law,
-        n=len(common),
-        confidence=confidence,
-        digest=one.digest,
-        preset=one.pipeline.name,
-    )
-
-
-def _refuse_other_engine(measured: Sequence[Fingerprint], present: Fingerprint, than: str) -> None:
-    """Refuse the calibration if the measured engine that is nearest to the present one differs from it in a field."""
-    wanted = present.as_dict()
-    differing = [{name: value for name, value in one.as_dict().items() if value != wanted[name]} for one in measured]
-    nearest = min(differing, key=len)
-    _refuse(nearest, {name: wanted[name] for name in nearest}, than)
-
-
-def _refuse(measured: Mapping[str, Any], stated: Mapping[str, Any], than: str) -> None:
-    other = [name for name in measured if measured[name] != stated[name]]
-    if other:
-        raise CalibrationError(
-            f"a calibration with another {' and '.join(other)} {than}: " + ", ".join(str(measured[n]) for n in other),
-            wanted=", ".join(f"{name} {stated[name]}" for name in other),
-            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
-        )
-
-
-def fit_noise(pipeline: Pipeline, errors: npt.NDArray[np.float64]) -> tuple[Law, float]:
-    """Fit the law of honest residuals [N] of a pipeline; return it with its confidence."""
-    if pipeline.output == "vector":
-        # Rounded to float16, equal vectors may differ by a step. The published law came before that was measured.
-        floor = 1e-4 if pipeline.read == "last" else VECTOR_STEP
-        vectors = stats.fit_log_noise(errors, dimension=pipeline.vector_size, floor=floor)
-        return vectors.law, vectors.confidence
-    distances = stats.fit_scale_noise(errors)
-    return distances.law, distances.confidence
+    build = calibration.build_of(header)
+    build.check_engine(validator, "than this validator's")
+    if 0 < len(build.known) < FEWEST_MACHINES:  # of a pair, the validator is the other one
+        one, two = build.known
+        other = (two if header.fingerprint == one else one).as_dict()
+        refuse_difference(other, validator.as_dict(), "than this validator's")
+    return build.between(header.fingerprint, validator, round=header.round)

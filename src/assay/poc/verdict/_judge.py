@@ -1,106 +1,27 @@
 """The judge: received values against recomputed ones of the same nonces, and how far honest engines differ."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from assay import stats
-from assay.errors import CalibrationError, UsageError
 from assay.poc.protocol import DistanceRecord, Header, Pins, Proof, Record, VectorRecord
-from assay.reports import JsonObject, read_json
-
-Law = stats.NoiseLaw
-
-MARGIN = 2.0
-"""Factor of the stated defaults over the measured noise, so that they hold for models and machines not measured."""
-
-# The smallest multiple of the honest noise that counts as another computation. Vectors show a
-# multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.
-EFFECT = {"distance": 4.0, "vector": 2.0}
+from assay.poc.verdict._noise import Noise, sequential_test
 
 P_FLIP = 5e-4  # honest mismatch rate that the published rule assumes
 COUNT_ALPHA = 0.01
 DIST_THRESHOLD = 0.02  # published defaults of the vector count test
 P_MISMATCH = 0.001
 
-DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/default_noise.py --install
-EXIT_CODES: dict[stats.Verdict, int] = {"honest": 0, "fraud": 1, "undecided": 2}
+Outcome = stats.Verdict | Literal["faulty"]
+"""A verdict of a proof: ``faulty`` where residuals depend on the place in the batch, and are honest elsewhere."""
 
-
-@dataclass(frozen=True)
-class Noise:
-    """The honest law and where it comes from, in words."""
-
-    law: Law
-    source: str
-
-    @property
-    def size(self) -> float:
-        """A typical honest residual: sigma of a distance, or the median L2 distance of two vectors."""
-        return self.law.sigma if isinstance(self.law, stats.ScaleNoise) else math.exp(self.law.mu)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return JSON-ready values."""
-        return {**law_as_dict(self.law), "source": self.source}
-
-
-def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise:
-    """Return the stated default for a pair of dtypes, as measured by benchmarks/default_noise.py.
-
-    Args:
-        output: Family of noise: :attr:`assay.poc.Pipeline.noise`.
-        prover_dtype: Dtype of one engine.
-        validator_dtype: Dtype of the other engine; the order does not matter.
-
-    Raises:
-        CalibrationError: No default was measured for this pair.
-    """
-    pair = "/".join(sorted((prover_dtype, validator_dtype)))
-    laws = _defaults()["laws"].get(output, {})
-    found = laws.get(pair)
-    if found is None:
-        raise CalibrationError(
-            f"no default noise between {prover_dtype} and {validator_dtype}",
-            wanted="one of " + ", ".join(laws),
-            do="measure it with `assay poc calibrate A.jsonl B.jsonl` and pass --calibration",
-        )
-    return Noise(law_from_dict(found), f"default for {pair}, of the bundled models")
-
-
-def law_as_dict(law: Law) -> dict[str, Any]:
-    """Return the parameters of a law with its kind."""
-    return {"kind": "scale" if isinstance(law, stats.ScaleNoise) else "log", **asdict(law)}
-
-
-def law_from_dict(values: Any) -> Law:
-    """Read a law back.
-
-    Raises:
-        CalibrationError: The values are not a law, or a parameter is not a finite number.
-    """
-    try:
-        parameters = dict(values)
-        kind = {"scale": stats.ScaleNoise, "log": stats.LogNoise}[parameters.pop("kind")]
-        if not all(type(value) in (int, float) and math.isfinite(value) for value in parameters.values()):
-            raise ValueError
-        law: Law = kind(**parameters)
-        return law
-    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
-        raise CalibrationError(
-            f"noise {values!r:.120}",
-            wanted="a kind, scale or log, with its finite parameters",
-            do="write the file with `assay poc calibrate`",
-        ) from None
-
-
-@cache
-def _defaults() -> JsonObject:
-    return read_json(DEFAULT_LAWS)
+EXIT_CODES: dict[Outcome, int] = {"honest": 0, "fraud": 1, "undecided": 2, "faulty": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +29,13 @@ class Verdict:
     """The result of a verification.
 
     Args:
-        verdict: Outcome of the sequential test: honest, fraud, or undecided.
+        verdict: Outcome of the sequential test, or faulty.
         reason: Numbers that decided, in one sentence.
         checked: Number of recomputed nonces.
         proved: Number of nonces in the proof.
-        sequential: Sequential test on the residuals (distances) or on their logarithms (vectors).
+        sequential: Sequential test on the residuals (distances) or on their logarithms (vectors), those at bad places
+            left out.
+        places: Test of whether residuals depend on the place in the prover's batches.
         count: Published rule: flips across r_target, or vectors further off than the threshold.
         noise: Honest noise that was assumed, and where it comes from.
         residuals: Received minus recomputed distance, or L2 distance of the vectors, per checked nonce.
@@ -122,11 +45,12 @@ class Verdict:
         pins: Values that the validator gave.
     """
 
-    verdict: stats.Verdict
+    verdict: Outcome
     reason: str
     checked: int
     proved: int
     sequential: stats.SequentialResult
+    places: stats.PlaceTest
     count: stats.CountTest
     noise: Noise
     residuals: tuple[float, ...]
@@ -158,30 +82,15 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON-ready values; a residual that is not a number is null."""
         header = self.header
-        values = asdict(self) | {"noise": self.noise.as_dict()}
+        values = self.__dict__ | {name: asdict(getattr(self, name)) for name in ("sequential", "count", "places")}
+        values |= {"noise": self.noise.as_dict()}
+        del values["places"]["set_aside"]
         values["residuals"] = [value if math.isfinite(value) else None for value in self.residuals]
         del values["header"], values["pins"]
         stated = {name: getattr(header.round, name) for name in ("block_hash", "public_key", "model", "preset")}
         stated |= {"digest": header.digest, "dtype": header.fingerprint.dtype}
         believed = {"pinned": self.pins.given, "unpinned": self.unpinned}
         return {"schema": "assay.poc.verdict/1", **values, **stated, **believed}
-
-
-def sequential_test(law: Law, *, alpha: float = 1e-3, beta: float = 1e-2) -> stats.SequentialTest:
-    """Return a fresh test of residuals against an honest law, at the effect of what the law describes.
-
-    Every verdict comes from this test: that of `verify`, of the service, and of the experiments.
-
-    Args:
-        law: Honest noise of distances, or of vectors.
-        alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that noise of :data:`EFFECT` times the honest size is called honest.
-
-    Raises:
-        UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand out.
-    """
-    effect = EFFECT["distance" if isinstance(law, stats.ScaleNoise) else "vector"]
-    return stats.SequentialTest(law, alpha=alpha, beta=beta, effect=effect)
 
 
 def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.ndarray:
@@ -215,7 +124,14 @@ def judge(
     """
     header = proof.header
     errors = residuals(received, recomputed)
-    result = (test or sequential_test(noise.law)).update(errors).result
+    nonces = tuple(record.nonce for record in received)
+    outcome, result, places = judge_residuals(
+        errors,
+        noise,
+        test=test or sequential_test(noise),
+        positions=positions_of(header, nonces),
+        batch_size=header.fingerprint.batch_size,
+    )
     if header.pipeline.output == "vector":
         count = count_mismatches(errors)
     else:
@@ -226,15 +142,16 @@ def judge(
         ]
         count = published_rule([a for a, _ in pairs], [b for _, b in pairs], header.round.r_target)
     return Verdict(
-        verdict=result.verdict,
-        reason=_reason(result),
+        verdict=outcome,
+        reason=_reason(outcome, result, places),
         checked=len(received),
         proved=proof.footer.records,
         sequential=result,
+        places=places,
         count=count,
         noise=noise,
         residuals=tuple(float(value) for value in errors),
-        nonces=tuple(record.nonce for record in received),
+        nonces=nonces,
         sample_seed=seed,
         header=header,
         pins=pins or Pins(),
@@ -249,13 +166,71 @@ def _residual(a: Record, b: Record) -> float:
     return math.nan
 
 
-def _reason(result: stats.SequentialResult) -> str:
-    if result.verdict == "fraud":
+def judge_residuals(
+    errors_N: npt.NDArray[np.float64],
+    noise: Noise,
+    *,
+    test: stats.SequentialTest,
+    positions: Sequence[int] | None = None,
+    batch_size: int | None = None,
+) -> tuple[Outcome, stats.SequentialResult, stats.PlaceTest]:
+    """Judge residuals, with those at faulty places of the batch apart from the others.
+
+    A machine that is wrong at certain places only is faulty and not a cheat. The residuals at its bad places are set
+    aside, and the others are judged as always: where they accuse, the verdict is fraud. Where a dependence on the place
+    is only suspected, large residuals that the suspicion covers are not yet called fraud.
+
+    Args:
+        errors_N: Residuals in the order in which they were checked; NaN for a missing value.
+        noise: Honest noise.
+        test: Fresh test that takes the residuals.
+        positions: Index of every nonce in the prover's own sequence; the places are not tested when None.
+        batch_size: Batch size that the prover states.
+
+    Returns:
+        The outcome, the numbers of the sequential test and those of the place test.
+    """
+    places = stats.place_test(
+        errors_N,
+        np.arange(len(errors_N)) if positions is None else np.asarray(positions),
+        batch_size=batch_size,
+        honest_size=noise.size,
+    )
+    if positions is None or not (places.faulty or places.suspected):
+        result = test.update(errors_N).result
+        return result.verdict, result, places
+    elsewhere = copy.deepcopy(test).update(errors_N[~places.set_aside]).result
+    if places.faulty:
+        return "fraud" if elsewhere.verdict == "fraud" else "faulty", elsewhere, places
+    result = test.update(errors_N).result
+    unsure = result.verdict == "fraud" and elsewhere.verdict != "fraud"
+    return "undecided" if unsure else result.verdict, result, places
+
+
+def positions_of(header: Header, nonces: Sequence[int]) -> list[int]:
+    """Return the index of every nonce in the sequence that the prover computed."""
+    places = {nonce: index for index, nonce in enumerate(header.all_nonces())} if len(header.nonces) > 1 else None
+    first, _, step = header.nonces[0]
+    return [places[nonce] if places else (nonce - first) // step for nonce in nonces]
+
+
+def _reason(outcome: Outcome, result: stats.SequentialResult, places: stats.PlaceTest) -> str:
+    where = f"{places.pattern} ({places.share:.0%} of the places), {places.ratio:.1f} times the others"
+    if outcome == "faulty":
+        return f"residuals are large at {where}, p = {places.p_value:.1g}: a faulty machine, not another computation"
+    if outcome == "fraud":
         return f"e-value e^{result.log_e_max:.1f} passes 1/{result.alpha:g}: honest noise does not give such residuals"
-    share = f"an invented share above {result.junk_share_excluded:.1%} is excluded"
-    if result.verdict == "honest":
-        return f"evidence e^{result.log_evidence_honest:.1f} against {result.effect:g} times the honest noise; {share}"
-    return f"{result.n} nonces are too few to decide at error rates {result.alpha:g} and {result.beta:g}: check more"
+    if places.suspected and result.verdict == "fraud":
+        return f"large residuals may be a fault of the place, at {where}, p = {places.p_value:.1g}: check more nonces"
+    excluded = [f"an invented share above {result.junk_share_excluded:.1%} is excluded"]
+    if result.share_excluded is not None:
+        excluded.insert(0, f"{result.share_excluded:.0%} computed cheaply")
+    if outcome == "honest":
+        return f"evidence e^{result.log_evidence_honest:.1f} against {result.weakest}; " + ", ".join(excluded)
+    return (
+        f"{result.n} nonces are too few to decide at error rates {result.alpha:g} and {result.beta:g}: "
+        f"least evidence, e^{result.log_evidence_honest:.1f}, against {result.weakest}; check more"
+    )
 
 
 def published_rule(received: Sequence[float], recomputed: Sequence[float], r_target: float) -> stats.CountTest:

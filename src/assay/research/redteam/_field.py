@@ -20,7 +20,7 @@ from assay.models import Model, load_model
 from assay.poc.engines import make_transform
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import RANDOM_HEAD_ROWS, Pipeline, Round, get_pipeline, unit
-from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH, Law, fit_noise, sequential_test
+from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH, fitted_noise, sequential_test
 from assay.research.redteam._attacks import OnEngine, Program, Scene
 from assay.research.redteam._partial import Guesses
 
@@ -73,8 +73,8 @@ class Judge:
 
     def __init__(self, pipeline: Pipeline, honest_N: FloatArray) -> None:
         self.pipeline = pipeline
-        self.law: Law = fit_noise(pipeline, honest_N)[0]
-        self._test = sequential_test(self.law, alpha=ALPHA)
+        self.noise = fitted_noise(pipeline, honest_N, "the field")
+        self._test = sequential_test(self.noise, alpha=ALPHA)
         self.threshold = float(np.quantile(np.abs(honest_N), HONEST_QUANTILE))
         # For the calibrated count rule; of vectors, which are counted, it is an upper estimate.
         self.honest_rate = self.mismatch_rate(honest_N)

@@ -101,7 +101,7 @@ def _honest(field: Field) -> JsonObject:
         judge, (_, testing_N) = field.judges[preset], field.honest_residuals[preset]
         rows[preset] = {
             **spread(reading.errors(x_ND), testing_N),
-            "law": law_as_dict(judge.law),
+            "law": judge.noise.as_dict(),
             "threshold": judge.threshold,
             "honest_mismatch_rate": judge.honest_rate,
         }

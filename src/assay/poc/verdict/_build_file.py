@@ -1,0 +1,133 @@
+"""The noise of a build as values of a calibration file, and back."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from assay import stats
+from assay.poc.protocol import Fingerprint
+from assay.poc.verdict._build_noise import LAWS, MIN_NONCES, BuildNoise, Machine, machines_of
+from assay.poc.verdict._machines import LeftOut, MachineNoise, Sizes
+from assay.poc.verdict._noise import law_as_dict, law_from_dict
+from assay.reports import JsonObject
+
+_MOST_MACHINES = 4096
+
+
+def build_as_dict(build: BuildNoise) -> JsonObject:
+    """Return JSON-ready values."""
+    noise = build.noise
+    machines = [
+        {"name": one.name, "kind": one.kind, "fingerprint": one.fingerprint.as_dict() if one.fingerprint else None}
+        for one in build.machines
+    ]
+    return {
+        "output": build.output,
+        "preset": build.preset,
+        "digest": build.digest,
+        "n": build.n,
+        "hidden_size": build.hidden_size,
+        "effect": build.effect,
+        "machines": machines,
+        "law": law_as_dict(noise.law),
+        "sizes": [[i, j, size] for (i, j), size in noise.sizes.pairs.items()],
+        "spread": asdict(noise.spread),
+        "known": asdict(noise.known),
+        "left_out": asdict(build.left_out) if build.left_out else None,
+        "named": {name: law_as_dict(law) for name, law in build.named.items()},
+    }
+
+
+def build_from_dict(values: Any) -> BuildNoise:
+    """Read what :func:`build_as_dict` wrote.
+
+    Raises:
+        ValueError: A value is none that a measurement gives; so do TypeError, KeyError and AttributeError.
+    """
+    values = dict(values)
+    machines = tuple(_machine(one) for one in values.pop("machines"))
+    law, spread, known = law_from_dict(values.pop("law")), _spread(values.pop("spread")), _spread(values.pop("known"))
+    pairs = {(i, j): _positive(size) for i, j, size in values.pop("sizes")}
+    indices = range(len(machines))
+    if not 2 <= len(machines) <= _MOST_MACHINES or not pairs or any(not (i in indices and j in indices and i < j)
+                                                                     for i, j in pairs):  # fmt: skip
+        raise ValueError("sizes of other machines than are listed")
+    sizes = Sizes(pairs, tuple(machine.kind for machine in machines))
+    left_out, named = values.pop("left_out"), values.pop("named")
+    build = BuildNoise(
+        **values,
+        machines=machines,
+        noise=MachineNoise(law, sizes, spread, known),
+        left_out=LeftOut(**{name: _number(value) for name, value in left_out.items()}) if left_out else None,
+        named={_text(name): law_from_dict(one) for name, one in named.items()},
+    )
+    _check(build)
+    return build
+
+
+def _check(build: BuildNoise) -> None:
+    """Refuse values that no measurement gives.
+
+    Raises:
+        ValueError: Says which.
+    """
+    if any(not isinstance(value, str | None) for value in (build.digest, build.preset)):
+        raise ValueError(f"digest {build.digest!r:.60}, preset {build.preset!r:.60}")
+    if any(type(law) is not LAWS.get(build.output) for law in (build.noise.law, *build.named.values())):
+        raise ValueError(f"a {type(build.noise.law).__name__} for output {build.output!r:.60}")
+    if type(build.n) is not int or build.n < MIN_NONCES:
+        raise ValueError(f"{build.n!r:.60} nonces, fewer than {MIN_NONCES}")
+    if type(build.hidden_size) is not int or not 0 <= build.hidden_size <= 2**20:
+        raise ValueError(f"hidden size {build.hidden_size!r:.60}")
+    if build.effect is not None and not 1 < _number(build.effect) < 100:
+        raise ValueError(f"effect {build.effect!r:.60}")
+
+
+def first_version(values: JsonObject) -> BuildNoise:
+    """Return the noise of a file of schema 1, whose law was an upper one."""
+    values = dict(values)
+    one, other = Fingerprint.from_dict(values["prover"]), Fingerprint.from_dict(values["validator"])
+    law = law_from_dict(values["law"])
+    machines = machines_of([one, other])
+    sizes = Sizes({(0, 1): law.size}, tuple(machine.kind for machine in machines))
+    build = BuildNoise(
+        output=values["output"],
+        preset=values.get("preset"),
+        digest=values.get("digest"),
+        machines=machines,
+        noise=MachineNoise(law, sizes, stats.Spread(), stats.Spread()),
+        n=values["n"],
+    )
+    _check(build)
+    return build
+
+
+def _machine(values: Any) -> Machine:
+    stated = values["fingerprint"]
+    return Machine(
+        name=_text(values["name"]),
+        kind=str(values["kind"]),
+        fingerprint=None if stated is None else Fingerprint.from_dict(stated),
+    )
+
+
+def _spread(values: Any) -> stats.Spread:
+    return stats.Spread(sd=_number(values["sd"]), dof=_number(values["dof"]))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= 256 or not value.isprintable():
+        raise ValueError(f"a name {value!r:.60}")
+    return value
+
+
+def _positive(value: Any) -> float:
+    if not _number(value) > 0:
+        raise ValueError(f"a size of {value!r:.60}")
+    return float(value)
+
+
+def _number(value: Any) -> Any:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.60} where a finite number belongs")
+    return value

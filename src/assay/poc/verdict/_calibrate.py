@@ -1,0 +1,260 @@
+"""The measurement of honest noise: from proofs of several machines, or from vectors that a network published.
+
+Legend of shapes: N nonces, M machines, K published numbers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from assay.errors import ProofMismatch, UsageError
+from assay.poc.protocol import Pipeline, Proof, block_scale, get_pipeline
+from assay.poc.verdict._build_noise import MIN_NONCES, BuildNoise, Machine, fit_noise, fitter, machines_of
+from assay.poc.verdict._calibration import Calibration
+from assay.poc.verdict._judge import residuals
+from assay.poc.verdict._machines import EFFECTS, PAIR_SPREAD, LeftOut, fit_machines, leave_out, pairs_of
+from assay.poc.verdict._noise import Law
+
+BLOCK_SPREAD = 0.07
+"""Spread of ln size of distances between blocks, where the law does not know the block's own scale."""
+
+SCALED_SPREAD = 0.03
+"""What is left of it where the law is relative to the length of the block's folded head (block_scale.json)."""
+
+Progress = Callable[[int, int], None]
+Residuals = dict[tuple[int, int], npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorSet:
+    """Vectors of one machine as networks publish them, without a proof around them.
+
+    Args:
+        name: Name of the set.
+        kind: Kind of machine, such as its GPU; empty where it is not known.
+        block_hash: Block that seeded them.
+        public_key: Key of the node.
+        seq_len: Number of positions of a nonce.
+        vectors: Vector [K] of every nonce.
+    """
+
+    name: str
+    kind: str
+    block_hash: str
+    public_key: str
+    seq_len: int
+    vectors: Mapping[int, npt.NDArray[np.float64]]
+
+    @property
+    def round(self) -> tuple[Any, ...]:
+        """What two sets must share to be compared."""
+        return self.block_hash, self.public_key, self.seq_len, len(next(iter(self.vectors.values())))
+
+    def distances(self, other: "VectorSet") -> npt.NDArray[np.float64]:
+        """Return the L2 distances [N] of the nonces that both have, in ascending order of the nonces."""
+        common = sorted(self.vectors.keys() & other.vectors.keys())
+        return np.array([float(np.linalg.norm(self.vectors[n] - other.vectors[n])) for n in common])
+
+
+def calibrate(
+    *proofs: Proof,
+    hidden_size: int | None = None,
+    against: Mapping[str, Proof] | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure the noise of a build between the machines of honest proofs.
+
+    Proofs of the same round are compared nonce by nonce, those of different rounds are not; every machine needs a round
+    in common with another one. Two machines give the noise between these two. Three and more give a law that also
+    predicts the noise of a machine that was not measured: see :mod:`assay.poc.verdict._machines`. Its effect is the
+    smallest at which honest machines that were left out of the measurement are not accused.
+
+    Args:
+        proofs: Honest proofs of one checkpoint and preset, one of every machine and round.
+        hidden_size: Hidden size of the model, which makes a law of distances relative to the scale of each block;
+            without it the law is wider.
+        against: Proofs of known cheats by name, of a round that an honest proof is of, such as another quantisation.
+            An honest verdict must exclude each.
+        progress: Function that is called with (machines left out, machines in all).
+
+    Returns:
+        The calibration.
+
+    Raises:
+        ProofMismatch: The proofs are of other checkpoints or presets, or have fewer than 30 nonces in common.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc import Round
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
+        >>> first = assay.poc.prove(model, round, range(32), batch_size=32)
+        >>> second = assay.poc.prove(model, round, range(32), batch_size=16)
+        >>> build = assay.poc.calibrate(first, second).builds[0]
+        >>> build.n, build.preset, [machine.fingerprint.batch_size for machine in build.machines]
+        (32, 'poc-2.0', [32, 16])
+    """
+    if len(proofs) < 2:
+        raise ProofMismatch(
+            f"{len(proofs)} proof to calibrate with", wanted="two or more", do="prove the same round on another machine"
+        )
+    first = proofs[0].header
+    if any((p.header.digest, p.header.weights, p.round.preset) != (first.digest, first.weights, first.round.preset)
+           for p in proofs):  # fmt: skip
+        raise ProofMismatch(
+            "proofs of different rounds or checkpoints",
+            wanted="honest proofs of one checkpoint and preset",
+            do="calibrate every checkpoint and preset by itself; --merge puts them into one file",
+        )
+    rows, fingerprints = _rows(proofs)
+    measured = _between(proofs, rows, hidden_size)
+    pipeline = first.pipeline
+    scaled = bool(hidden_size) and pipeline.head == "random"
+    distances = pipeline.output == "distance"
+    build = _build(
+        measured,
+        machines_of(fingerprints),
+        pipeline,
+        between_blocks=(SCALED_SPREAD if scaled else BLOCK_SPREAD) if distances else PAIR_SPREAD,
+        progress=progress,
+    )
+    named = {name: _law_of_cheat(cheat, proofs, pipeline, hidden_size) for name, cheat in (against or {}).items()}
+    return Calibration(
+        builds=(replace(build, digest=first.digest, hidden_size=hidden_size or 0 if scaled else 0, named=named),)
+    )
+
+
+def calibrate_vectors(
+    sets: Sequence[VectorSet],
+    *,
+    digest: str | None = None,
+    against: Mapping[str, VectorSet] | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure the noise of a build from sets of vectors that honest machines published.
+
+    Args:
+        sets: Vectors of the preset ``artifact``, one set of every machine.
+        digest: SHA-256 of the checkpoint, which the sets do not say; a law without one judges no proof.
+        against: Sets of known cheats by name.
+        progress: Function that is called with (machines left out, machines in all).
+
+    Raises:
+        ProofMismatch: Fewer than two sets are of one round, or they have fewer than 30 nonces in common.
+    """
+    measured: Residuals = {
+        (i, j): sets[i].distances(sets[j]) for i, j in pairs_of(len(sets)) if sets[i].round == sets[j].round
+    }
+    _check(measured, len(sets))
+    pipeline = get_pipeline("artifact")
+    machines = tuple(Machine(name=one.name, kind=one.kind) for one in sets)
+    build = _build(measured, machines, pipeline, between_blocks=PAIR_SPREAD, progress=progress)
+    named: dict[str, Law] = {}
+    for name, cheat in (against or {}).items():
+        errors = [cheat.distances(one) for one in sets if one.round == cheat.round]
+        if not errors:
+            raise ProofMismatch(
+                f"vectors of {cheat.name} of another round", wanted="the round of an honest set", do="choose another"
+            )
+        named[name] = fit_noise(pipeline, np.concatenate(errors)).reached
+    return Calibration(builds=(replace(build, digest=digest, named=named),))
+
+
+def _rows(proofs: Sequence[Proof]) -> tuple[list[int], list[Any]]:
+    """Return the machine of every proof, and the fingerprints of the machines.
+
+    A machine is an engine. Two proofs of one round are of two machines, even if their engines are described alike.
+    """
+    fingerprints: list[Any] = []
+    rows: list[int] = []
+    taken: set[tuple[int, Any]] = set()
+    for proof in proofs:
+        alike = [i for i, known in enumerate(fingerprints) if known == proof.header.fingerprint]
+        free = [i for i in alike if (i, proof.round) not in taken]
+        if not free:
+            fingerprints.append(proof.header.fingerprint)
+            free = [len(fingerprints) - 1]
+        rows.append(free[0])
+        taken.add((free[0], proof.round))
+    return rows, fingerprints
+
+
+def _between(proofs: Sequence[Proof], rows: Sequence[int], hidden_size: int | None) -> Residuals:
+    """Return the residuals of pairs of machines over all rounds that they share, over the scale of each block."""
+    found: dict[tuple[int, int], list[npt.NDArray[np.float64]]] = {}
+    for a, b in pairs_of(len(proofs)):
+        one, other = proofs[a], proofs[b]
+        if one.round == other.round:
+            first, second = (a, b) if rows[a] < rows[b] else (b, a)
+            errors = _residuals(proofs[first], proofs[second], hidden_size)
+            found.setdefault((rows[first], rows[second]), []).append(errors)
+    measured = {pair: np.concatenate(parts) for pair, parts in found.items()}
+    _check(measured, max(rows) + 1)
+    return measured
+
+
+def _residuals(one: Proof, other: Proof, hidden_size: int | None) -> npt.NDArray[np.float64]:
+    theirs = {record.nonce: record for record in other.records}
+    common = [record for record in one.records if record.nonce in theirs]
+    errors = residuals(common, [theirs[record.nonce] for record in common])
+    return errors / block_scale(one.round, hidden_size) if hidden_size else errors
+
+
+def _check(measured: Residuals, machines: int) -> None:
+    """Refuse machines that share too few nonces with any other one."""
+    fewest = min((errors.size for errors in measured.values()), default=0)
+    compared = {i for pair in measured for i in pair}
+    if fewest < MIN_NONCES or len(compared) < machines:
+        raise ProofMismatch(
+            f"proofs with {fewest} nonces in common" if measured else "proofs of different rounds or checkpoints",
+            wanted=f"proofs of one round and checkpoint, with at least {MIN_NONCES} nonces in common",
+            do="prove the same round on all engines, for instance --nonces 0:256",
+        )
+
+
+def _build(
+    measured: Residuals,
+    machines: tuple[Machine, ...],
+    pipeline: Pipeline,
+    *,
+    between_blocks: float,
+    progress: Progress | None,
+) -> BuildNoise:
+    kinds, fit = [machine.kind for machine in machines], fitter(pipeline)
+    effect: float | None = None
+    left_out: LeftOut | None = None
+    for effect in EFFECTS:
+        left_out = leave_out(measured, kinds, fit, effect=effect, between_blocks=between_blocks, progress=progress)
+        if left_out is None or left_out.holds:
+            break
+    return BuildNoise(
+        output=pipeline.noise,
+        preset=pipeline.name,
+        digest=None,
+        machines=machines,
+        noise=fit_machines(measured, kinds, fit, between_blocks=between_blocks),
+        n=min(errors.size for errors in measured.values()),
+        effect=effect if left_out is not None else None,
+        left_out=left_out,
+    )
+
+
+def _law_of_cheat(cheat: Proof, proofs: Sequence[Proof], pipeline: Pipeline, hidden_size: int | None) -> Law:
+    """Return the law of a cheat's residuals against the honest proofs of its round."""
+    if cheat.round.preset != pipeline.name:
+        raise UsageError(
+            f"a cheat's proof of {cheat.round.preset}", wanted=f"one of {pipeline.name}", do="prove it with --preset"
+        )
+    rounds = [proof for proof in proofs if proof.round.with_model("") == cheat.round.with_model("")]
+    errors = [_residuals(proof, cheat, hidden_size) for proof in rounds]
+    sizes = [part.size for part in errors]
+    if not errors or min(sizes) < MIN_NONCES:
+        raise ProofMismatch(
+            f"a cheat's proof with {min(sizes, default=0)} nonces in common with the honest ones",
+            wanted=f"at least {MIN_NONCES}, of the same round",
+            do="prove the cheat on the round of the honest proofs",
+        )
+    return fit_noise(pipeline, np.concatenate(errors)).reached

@@ -1,0 +1,176 @@
+"""Honest noise: the law that residuals are held against, how well it is known, and what must be told apart from it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from assay import stats
+from assay.errors import CalibrationError, UsageError
+from assay.reports import JsonObject, read_json
+
+Law = stats.NoiseLaw
+
+MARGIN = 2.0
+"""Factor of the stated defaults over the measured noise, so that they hold for models and machines not measured."""
+
+# The smallest multiple of the honest noise that counts as another computation, where no measurement says which.
+# Vectors show a multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.
+EFFECT = {"distance": 4.0, "vector": 2.0}
+
+DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/default_noise.py --install
+_KINDS: dict[str, type[Law]] = {"scale": stats.ScaleNoise, "log": stats.LogNoise}
+_MOST_NAMED = 32
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The honest law, where it comes from, and what an honest verdict must exclude.
+
+    Args:
+        law: Law of honest residuals.
+        source: Where it comes from, in words.
+        spread: Law of the scale of a machine over that of ``law``.
+        effect: Smallest multiple of the noise that counts as another computation; that of :data:`EFFECT` when None.
+        named: Laws of known cheats by name.
+    """
+
+    law: Law
+    source: str
+    spread: stats.Spread = field(default_factory=stats.Spread)
+    effect: float | None = None
+    named: Mapping[str, Law] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def size(self) -> float:
+        """A typical honest residual: sigma of a distance, or the median L2 distance of two vectors."""
+        return self.law.size
+
+    def scaled(self, factor: float) -> "Noise":
+        """Return the noise ``factor`` times larger, that of the known cheats included."""
+        named = {name: law.scaled(factor) for name, law in self.named.items()}
+        return Noise(self.law.scaled(factor), self.source, self.spread, self.effect, named)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values, which :meth:`from_dict` reads back."""
+        values = {**law_as_dict(self.law), "source": self.source}
+        if self.spread.sd:
+            values["spread"] = asdict(self.spread)
+        if self.effect is not None:
+            values["effect"] = self.effect
+        if self.named:
+            values["named"] = {name: law_as_dict(law) for name, law in self.named.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Noise":
+        """Read what :meth:`as_dict` wrote.
+
+        Raises:
+            CalibrationError: The values are no noise, or a parameter is not a finite number.
+        """
+        try:
+            parts = dict(values)
+            source, effect = parts.pop("source", ""), parts.pop("effect", None)
+            spread = _spread_from(parts.pop("spread", {}))
+            named = {name: law_from_dict(law) for name, law in parts.pop("named", {}).items()}
+            good = isinstance(source, str) and (effect is None or _is_number(effect)) and len(named) <= _MOST_NAMED
+            if not good or not all(isinstance(name, str) and 0 < len(name) <= 64 for name in named):
+                raise ValueError
+            return cls(law_from_dict(parts), source, spread, effect, named)
+        except (TypeError, ValueError, AttributeError, UsageError):
+            raise _no_noise(values) from None
+
+
+def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise:
+    """Return the stated default for a pair of dtypes, as measured by benchmarks/default_noise.py.
+
+    Args:
+        output: Family of noise: :attr:`assay.poc.Pipeline.noise`.
+        prover_dtype: Dtype of one engine.
+        validator_dtype: Dtype of the other engine; the order does not matter.
+
+    Raises:
+        CalibrationError: No default was measured for this pair.
+    """
+    pair = "/".join(sorted((prover_dtype, validator_dtype)))
+    laws = _defaults()["laws"].get(output, {})
+    found = laws.get(pair)
+    if found is None:
+        raise CalibrationError(
+            f"no default noise between {prover_dtype} and {validator_dtype}",
+            wanted="one of " + ", ".join(laws),
+            do="measure it with `assay poc calibrate A.jsonl B.jsonl` and pass --calibration",
+        )
+    return Noise(law_from_dict(found), f"default for {pair}, of the bundled models")
+
+
+def law_as_dict(law: Law) -> dict[str, Any]:
+    """Return the parameters of a law with its kind."""
+    return {"kind": "scale" if isinstance(law, stats.ScaleNoise) else "log", **asdict(law)}
+
+
+def law_from_dict(values: Any) -> Law:
+    """Read a law back.
+
+    Raises:
+        CalibrationError: The values are not a law, or a parameter is not a finite number.
+    """
+    try:
+        parameters = dict(values)
+        kind = _KINDS[parameters.pop("kind")]
+        if not all(_is_number(value) for value in parameters.values()):
+            raise ValueError
+        return kind(**parameters)
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
+        raise _no_noise(values) from None
+
+
+def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) -> stats.SequentialTest:
+    """Return a fresh test of residuals against honest noise.
+
+    Every verdict comes from this test: that of `verify`, of the service, of the validator, and of the experiments.
+
+    Args:
+        noise: Honest noise of distances or of vectors.
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that a cheat is called honest which such a verdict excludes.
+
+    Raises:
+        UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand out.
+    """
+    usual = EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
+    return stats.SequentialTest(
+        noise.law,
+        spread=noise.spread,
+        alpha=alpha,
+        beta=beta,
+        effect=noise.effect or usual,
+        named=noise.named,
+    )
+
+
+@cache
+def _defaults() -> JsonObject:
+    return read_json(DEFAULT_LAWS)
+
+
+def _spread_from(values: Any) -> stats.Spread:
+    if not all(_is_number(value) for value in values.values()):
+        raise ValueError
+    return stats.Spread(**values)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _no_noise(values: Any) -> CalibrationError:
+    return CalibrationError(
+        f"noise {values!r:.120}",
+        wanted="a kind, scale or log, with its finite parameters",
+        do="write the file with `assay poc calibrate`",
+    )
