@@ -1,0 +1,129 @@
+"""A pass that dies between its steps: nothing is lost, and nothing counts twice."""
+
+import pytest
+
+from assay.poc.validator._inbox import Inbox
+from assay.poc.validator._worker import Worker, recompute
+from assay.poc.verdict import Ledger
+from tests.poc.validator.conftest import KEYS, Running, body_of, proof_of
+from tests.waiting import until
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+@pytest.fixture
+def stopped(validating, small_model, monkeypatch):
+    """A validator with one message, whose worker a test runs by hand."""
+    monkeypatch.setattr(Worker, "start", lambda self, loaded: None)
+    with validating(sample=16) as running:
+        running.send(body_of(proof_of(small_model, "node_A", range(60))), id="m1")
+        until(lambda: running.controller.ready)
+        running.controller.worker._budget._left = 1000
+        yield running
+
+
+def _steps(running: Running) -> None:
+    """Run the worker until nothing is left to draw."""
+    controller = running.controller
+    for _ in range(100):
+        controller.worker._budget._left = 1000
+        controller.worker.step(controller.loaded.result())
+    assert not controller.inbox.unfinished(10)
+
+
+def _counted(running: Running) -> list[int]:
+    """All nonces that count in the ledger."""
+    ledger, found = running.controller.ledger, []
+    for account in ledger.accounts():
+        for entry in ledger.entries(account):
+            reasons = entry.reasons
+            found += [nonce for place, nonce in enumerate(entry.nonces) if place not in reasons]
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "where", ["plan", "recompute", "append before", "append after", "finish before", "finish after"]
+)
+def test_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(stopped, small_model, monkeypatch, where):
+    kind, name = {
+        "plan": (Inbox, "plan"),
+        "recompute": (None, "recompute"),
+        "append": (Ledger, "append"),
+        "finish": (Inbox, "finish"),
+    }[where.partition(" ")[0]]
+    real = recompute if kind is None else getattr(kind, name)
+    armed = [True]
+
+    def dies(*arguments, **named):
+        if armed[0] and not where.endswith("after"):
+            raise Killed
+        result = real(*arguments, **named)
+        if armed[0] and not where.endswith("before"):
+            raise Killed
+        return result
+
+    if kind is None:
+        monkeypatch.setattr("assay.poc.validator._worker.recompute", dies)
+    else:
+        monkeypatch.setattr(kind, name, dies)
+    with pytest.raises(Killed):
+        stopped.controller.worker.step(stopped.controller.loaded.result())
+    armed[0] = False
+    stopped.restart()
+    until(lambda: stopped.controller.ready)
+    _steps(stopped)
+    body = body_of(proof_of(small_model, "node_A", range(60)))
+    assert _counted(stopped) == body["nonces"]
+    (standing,) = stopped.controller.ledger.standings()
+    assert standing.evidence.n == len(body["nonces"])
+    (change,) = [row for row in stopped.get("/verdicts")["verdicts"] if row["verdict"] == "honest"][:1]
+    assert change["public_key"] == "node_A"
+
+
+def test_a_draw_that_was_extended_is_extended_after_a_restart(stopped, small_model, monkeypatch):
+    body = body_of(proof_of(small_model, "node_B", range(200)))
+    stopped.send(body | {"dist": [d - 0.004 for d in body["dist"]]}, id="lies")
+    real, armed = Ledger.append, [True]
+
+    def append(self, updates):
+        if armed[0]:
+            raise Killed
+        return real(self, updates)
+
+    monkeypatch.setattr(Ledger, "append", append)
+    stopped.controller.inbox.plan(["node_B"], 16, 16)
+    with pytest.raises(Killed):
+        stopped.controller.worker.step(stopped.controller.loaded.result())
+    drawn = {draw.id: draw.planned - draw.drawn for draw in stopped.controller.inbox.unfinished(10)}
+    assert drawn["lies"] == 64
+    armed[0] = False
+    stopped.restart()
+    until(lambda: stopped.controller.ready)
+    _steps(stopped)
+    standing = stopped.controller.worker.standings["node_B"]
+    assert (str(standing.verdict), standing.audits, standing.evidence.n) == ("fraud", 1, 64)
+
+
+def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ever(stopped, small_model, tmp_path):
+    from tests.poc.validator.conftest import nodes_text, pins_text
+
+    (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=KEYS[1:]).replace("node_id = 0", "node_id = 2", 1))
+    (tmp_path / "nodes.toml").write_text(nodes_text(KEYS[1:]))
+    stopped.controller.reread()
+    assert stopped.controller.registry.sender("node_A") is None
+    stopped.controller.inbox.plan(["node_A"], 16, 100)
+    _steps(stopped)
+    assert _counted(stopped) == []
+    assert "assay_validator_dropped_draws_total 1.0" in stopped.client.get("/metrics").text
+
+
+def test_old_messages_are_pruned_and_those_being_drawn_stay(stopped, small_model):
+    inbox = stopped.controller.inbox
+    assert inbox.prune(keep=3600) == 0
+    inbox.plan(["node_A"], 16, 100)
+    assert inbox.prune(keep=-1) == 0
+    _steps(stopped)
+    assert inbox.prune(keep=-1) == 1
+    assert stopped.node("node_A")["messages"] == 1

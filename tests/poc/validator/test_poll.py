@@ -1,0 +1,192 @@
+"""Pulling from the services of nodes: what they have found since the last time, held against the same pins."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from assay.errors import UsageError
+from assay.poc.protocol import NetworkPins
+from assay.poc.service import Settings
+from assay.poc.service.http import Refusal
+from assay.poc.validator import NodeEntry, Registry
+from tests.poc.service.conftest import PREFIX, ROUND, rig, serving  # noqa: F401  # the last two are fixtures
+from tests.poc.validator.conftest import nodes_text, pins_text, proof_of
+from tests.waiting import until
+
+READ_KEY = "read-key-of-the-node"
+
+
+class Node:
+    """The /status of a service that has found some nonces, and more of them later."""
+
+    def __init__(self, proof) -> None:
+        valid = [record for record in proof.records if proof.header.is_valid(record)]
+        self.found = [(record.nonce, record.distance) for record in valid]
+        round = proof.round
+        names = ("block_hash", "block_height", "public_key", "node_id", "node_count", "seq_len")
+        self.config = {name: getattr(round, name) for name in names} | {"group_id": 0, "n_groups": 1, "k_dim": 0}
+        self.r_target, self.most, self.asked, self.answer = round.r_target, 1000, [], None
+        node = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                parts = urlsplit(self.path)
+                node.asked.append((parts.path, parse_qs(parts.query), self.headers.get("Authorization")))
+                status, body = node.reply(parse_qs(parts.query))
+                self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", "http://127.0.0.1:1/")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def reply(self, query: dict) -> tuple[int, bytes]:
+        if self.answer is not None:
+            return self.answer
+        after = int(query.get("after", ["-1"])[0])
+        found = [pair for pair in self.found if pair[0] > after][: min(self.most, int(query.get("limit", ["256"])[0]))]
+        values = {"config": self.config, "r_target": self.r_target, "state": "GENERATING"}
+        values |= {"valid_nonces": [n for n, _ in found], "valid_distances": [d for _, d in found]}
+        return 200, json.dumps(values).encode()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def node(small_model) -> Iterator[Node]:
+    made = Node(proof_of(small_model, "node_A", range(60)))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def polling(validating, node, tmp_path) -> Callable:
+    """A validator that polls the node."""
+
+    def run(**service):
+        settings = {"allow_private_callbacks": True, "callback_timeout": 5.0} | service
+        made = validating(poll_interval=0.05, service=settings)
+
+        class Polling:
+            def __enter__(self):
+                self.running = made.__enter__()
+                text = nodes_text(("node_B", "node_C"))
+                text += f'[[nodes]]\npublic_key = "node_A"\nurl = "{node.url}"\nread_key = "{READ_KEY}"\n'
+                (tmp_path / "nodes.toml").write_text(text)
+                self.running.controller.reread()
+                return self.running
+
+            def __exit__(self, *about):
+                return made.__exit__(*about)
+
+        return Polling()
+
+    return run
+
+
+def _outcomes(running) -> dict[str, float]:
+    lines = running.client.get("/metrics").text.splitlines()
+    return {line.split('"')[1]: float(line.split()[-1]) for line in lines if "polls_total{" in line}
+
+
+def test_what_a_node_found_is_pulled_once_and_judged(polling, node):
+    node.most = 7
+    with polling() as running:
+        until(lambda: running.node("node_A")["claimed"] == len(node.found))
+        until(lambda: running.verdict("node_A") == "honest")
+        until(lambda: _outcomes(running)["empty"] > 0)
+        state = running.node("node_A")
+        assert state["claimed"] == len(node.found)
+        assert state["messages"] == -(-len(node.found) // 7)
+    path, query, key = node.asked[-1]
+    assert (path, key) == (f"{PREFIX}/status", f"Bearer {READ_KEY}")
+    assert query["after"] == [str(node.found[-1][0])]
+
+
+def test_a_restart_pulls_only_what_is_new(polling, node):
+    everything, node.found = node.found, node.found[:10]
+    with polling() as running:
+        until(lambda: running.node("node_A")["claimed"] == 10)
+        running.restart()
+        node.found = everything
+        until(lambda: running.node("node_A")["claimed"] == len(everything))
+        assert running.node("node_A")["messages"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ({"seq_len": 1}, None),
+        ({"node_count": 1}, None),
+        ({"node_id": 1}, None),
+        ({"block_hash": "another"}, None),
+        ({"block_height": 99}, None),
+        ({}, 2.0),
+    ],
+)
+def test_a_node_that_says_something_else_than_the_pins_is_refused(polling, node, change, value):
+    node.config |= change
+    node.r_target = value or node.r_target
+    with polling() as running:
+        until(lambda: _outcomes(running)["refused"] > 0)
+        assert running.node("node_A")["messages"] == 0
+
+
+def test_another_keys_round_is_no_evidence_about_this_node(polling, node):
+    node.config["public_key"] = "node_B"
+    with polling() as running:
+        until(lambda: _outcomes(running)["empty"] > 0)
+        assert running.get("/status")["inbox"]["messages"] == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(500, b""), (302, b""), (200, b"no JSON"), (200, b"x" * (2**20 + 1)), (200, b'{"config":{"node_id":[NaN]}}')],
+)
+def test_answers_that_cannot_be_used_are_bounded_and_counted(polling, node, answer):
+    node.answer = answer
+    with polling() as running:
+        until(lambda: _outcomes(running)["failed"] + _outcomes(running)["refused"] > 1)
+        assert running.get("/status")["inbox"]["messages"] == 0
+        assert all(path == f"{PREFIX}/status" for path, *_ in node.asked)
+
+
+def test_a_private_address_needs_permission(small_model, tmp_path):
+    (tmp_path / "pins.toml").write_text(pins_text(small_model))
+    network = NetworkPins.load(tmp_path / "pins.toml")
+    for url in ("http://127.0.0.1:1", "http://10.0.0.1", "file:///etc/passwd", "http://user:password@example.com"):
+        with pytest.raises(Refusal):
+            Registry(network, None, [NodeEntry(public_key="node_A", url=url)], Settings())
+
+
+def test_nodes_that_publish_vectors_are_not_polled(small_model, tmp_path):
+    """/status has no vectors, so nothing of such a node could be recomputed."""
+    (tmp_path / "pins.toml").write_text(pins_text(small_model, preset="artifact"))
+    entry = NodeEntry(public_key="node_A", url="https://example.com")
+    with pytest.raises(UsageError, match="url"):
+        Registry(NetworkPins.load(tmp_path / "pins.toml"), None, [entry], Settings())
+
+
+def test_a_service_offers_what_is_pulled(serving):  # noqa: F811
+    """The stand-in answers as the service does: every field that is read is there."""
+    with serving() as service:
+        service.post("/init/generate", ROUND)
+        until(lambda: service.status()["valid_nonces"])
+        found = service.client.get(f"{PREFIX}/status", params={"after": -1, "limit": 5}).json()
+    assert {"config", "r_target", "valid_nonces", "valid_distances"} <= found.keys()
+    names = {"block_hash", "block_height", "public_key", "node_id", "node_count", "seq_len"}
+    assert names <= found["config"].keys()
+    assert len(found["valid_nonces"]) == len(found["valid_distances"]) > 0

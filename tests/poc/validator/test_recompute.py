@@ -1,0 +1,51 @@
+"""Draws of many nodes in one batch give the records that each node's own proof has."""
+
+import pytest
+
+from assay.poc import Round
+from assay.poc.service import Deployment
+from assay.poc.validator._worker import recompute
+from tests.poc.validator.conftest import BATCH, KEYS, SEQ_LEN, proof_of
+
+
+@pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened"])
+def test_records_are_those_of_prove_bit_for_bit(small_model, preset):
+    strength = {"strength": 256} if preset == "hardened" else {}
+    blocks = ("block_alpha", "block_beta")
+    proofs = [
+        proof_of(small_model, key, range(10), block=block, preset=preset, **strength)
+        for block in blocks
+        for key in KEYS
+    ]
+    wanted = [(proof.round, [record.nonce for record in proof.records][i::2]) for i, proof in enumerate(proofs)]
+    batches = []
+    deployment = Deployment.of(small_model, compiled=False)
+    engine = deployment.engine(SEQ_LEN, BATCH)
+    real = engine.inputs
+    engine.inputs = lambda round, nonces: batches.append(len(nonces)) or real(round, nonces)
+    try:
+        found = recompute(deployment, BATCH, wanted)
+    finally:
+        del engine.inputs
+    for proof, (_, nonces), records in zip(proofs, wanted, found, strict=True):
+        own = {record.nonce: record for record in proof.records}
+        for nonce, record in zip(nonces, records, strict=True):
+            if record.vector is None:
+                assert record.distance == own[nonce].distance
+            else:
+                assert record.vector.tobytes() == own[nonce].vector.tobytes()
+    total = sum(len(nonces) for _, nonces in wanted)
+    alone = sum(-(-len(nonces) // BATCH) for _, nonces in wanted)
+    assert len(batches) < alone
+    assert len(batches) <= -(-total // BATCH) + (len(blocks) - 1) * (preset == "poc-2.0")
+
+
+def test_one_round_may_stand_there_twice(small_model):
+    proof = proof_of(small_model, "node_A", range(10))
+    again = Round(**proof.round.as_dict())
+    nonces = [record.nonce for record in proof.records]
+    one, two = recompute(
+        Deployment.of(small_model, compiled=False), BATCH, [(proof.round, nonces), (again, nonces[:3])]
+    )
+    assert [r.distance for r in one] == [r.distance for r in proof.records]
+    assert [r.distance for r in two] == [r.distance for r in proof.records][:3]

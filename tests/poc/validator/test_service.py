@@ -1,0 +1,219 @@
+"""Keys, bounds, figures and failures: what a validator has as a service has it."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import pytest
+from standardwebhooks import Webhook
+
+from assay.errors import StorageError, UsageError
+from assay.poc.service import Deployment, Settings
+from assay.poc.validator import Controller, ValidatorSettings, _worker, create_app, validate
+from assay.poc.validator._inbox import Inbox
+from tests.poc.validator.conftest import API, KEYS, TestClient, body_of, nodes_text, pins_text, proof_of, secret_of
+from tests.waiting import until
+
+KEY, READ = "all-" + "x" * 20, "read-" + "x" * 20
+
+
+def test_everything_but_signed_messages_and_commitments_needs_a_key(validating, small_model):
+    with validating(service={"api_keys": (KEY,), "read_keys": (READ,)}) as running:
+        running.send(body_of(proof_of(small_model, "node_A")))
+        paths = [f"{API}/{name}" for name in ("status", "nodes", "verdicts", "evidence/x", "events", "blocks")]
+        for path in [*paths, "/metrics"]:
+            for headers in ({}, {"Authorization": "Bearer wrong"}):
+                assert running.client.get(path, headers=headers).status_code == 401, path
+        reader = {"Authorization": f"Bearer {READ}"}
+        assert running.client.get(f"{API}/nodes", headers=reader).status_code == 200
+        body = {"block_hash": "b", "block_height": 1}
+        assert running.client.post(f"{API}/blocks", json=body, headers=reader).status_code == 403
+        for path in (f"{API}/commitments", "/health", "/"):
+            assert running.client.get(path).status_code == 200, path
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}]
+)
+def test_without_a_key_only_this_machine_is_answered(validating, headers):
+    with validating() as running:
+        for method, path in (("GET", f"{API}/nodes"), ("POST", f"{API}/generated"), ("POST", f"{API}/blocks")):
+            assert running.client.request(method, path, headers=headers).status_code == 403, path
+
+
+def test_others_reach_a_validator_only_with_keys_and_secrets(small_model, tmp_path):
+    (tmp_path / "pins.toml").write_text(pins_text(small_model))
+    settings = ValidatorSettings(pins=tmp_path / "pins.toml")
+    load = lambda: Deployment.of(small_model, compiled=False)  # noqa: E731
+    for service, seen in (({}, "without a key"), ({"api_keys": (KEY,)}, "sign nothing")):
+        made = Settings(data_dir=tmp_path / "data", **service)
+        with pytest.raises(UsageError, match=seen):
+            validate(load, settings, made, reference="m", host="0.0.0.0", port=0)
+
+
+def test_bodies_are_bounded(validating, small_model):
+    with validating(service={"max_body": 1000}, max_proof=2000) as running:
+        body = body_of(proof_of(small_model, "node_A"))
+        assert running.send(body | {"nonces": list(range(500))}, status=413)["detail"] == "a body that is too large"
+        running.send("x" * 3000, key="node_A", path="proofs", status=413)
+        assert running.client.post(f"{API}/blocks", content=b"x" * 2000).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"block_hash": "b"}, {"block_hash": "", "block_height": 1}, {"block_hash": "b\n", "block_height": 1}]
+)
+def test_a_block_that_is_not_one_is_refused_in_three_parts(validating, body):
+    with validating() as running:
+        answer = running.client.post(f"{API}/blocks", json=body)
+        assert (answer.status_code, {"detail", "wanted", "do"} <= answer.json().keys()) == (422, True)
+        for path, status in ((f"{API}/nodes?limit=0", 422), (f"{API}/nodes?after=-1", 422), ("/nothing", 404)):
+            answer = running.client.get(path)
+            assert (answer.status_code, {"detail", "wanted", "do"} <= answer.json().keys()) == (status, True)
+
+
+def test_every_series_exists_from_the_start(validating):
+    with validating() as running:
+        text = running.client.get("/metrics").text
+    for series in (
+        'assay_validator_messages_total{as="new",kind="generated"} 0.0',
+        'assay_validator_messages_total{as="repeated",kind="pulled"} 0.0',
+        'assay_validator_refused_total{value="seq_len"} 0.0',
+        'assay_validator_verdict_changes_total{verdict="fraud"} 0.0',
+        'assay_validator_nodes{verdict="faulty"} 0.0',
+        'assay_validator_polls_total{outcome="failed"} 0.0',
+        "assay_validator_nonces_total 0.0",
+        "assay_validator_engine_failures_total 0.0",
+        "assay_validator_storage_failing 0.0",
+        "process_resident_memory_bytes",
+    ):
+        assert series in text, series
+
+
+def test_messages_are_taken_while_the_model_is_loaded(small_model, tmp_path, validating):
+    gate = threading.Event()
+    with validating() as running:
+        running.close()
+
+        def load():
+            assert gate.wait(30)
+            return Deployment.of(small_model, compiled=False)
+
+        running.controller = Controller(load, ValidatorSettings(**running.settings), Settings(**running.service))
+        running.client = TestClient(create_app(running.controller), base_url="http://127.0.0.1")
+        running.client.__enter__()
+        assert running.client.get("/ready").status_code == 503
+        assert running.client.get("/health").status_code == 200
+        assert running.send(body_of(proof_of(small_model, "node_A", range(60))))["new"] is True
+        gate.set()
+        until(lambda: running.verdict("node_A") == "honest")
+        assert running.client.get("/ready").status_code == 200
+
+
+def test_another_checkpoint_than_the_pins_is_not_run(small_model, tmp_path):
+    (tmp_path / "pins.toml").write_text(pins_text(small_model).replace(small_model.digest, "0" * 64))
+    settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
+    controller = Controller(lambda: Deployment.of(small_model, compiled=False), settings, service)
+    controller.start()
+    with pytest.raises(UsageError, match=small_model.digest[:12]):
+        controller.loaded.result(30)
+    assert controller.error is not None
+    controller.close()
+
+
+def test_two_validators_do_not_share_a_directory(validating):
+    with validating() as running, pytest.raises(StorageError, match="another"):
+        Inbox(running.controller.service.data_dir, epoch_seconds=1.0)
+
+
+def test_nodes_are_read_again_when_their_file_changes(validating, small_model, tmp_path):
+    with validating() as running:
+        body = body_of(proof_of(small_model, "node_A"))
+        (tmp_path / "nodes.toml").write_text(nodes_text().replace("whsec_", "whsec_AAAA", 1))
+        until(lambda: running.controller.registry.sender("node_A").signatures)
+        until(lambda: _status_of(running, body) == 401)
+        (tmp_path / "nodes.toml").write_text("[[nodes]]\npublic_key = 7\n")
+        running.controller.reread()
+        assert _status_of(running, body) == 401  # a file that is wrong changes nothing
+        (tmp_path / "nodes.toml").write_text(nodes_text())
+        until(lambda: _status_of(running, body) == 200)
+
+
+def _status_of(running, body) -> int:
+    now, text = datetime.now(UTC), json.dumps(body)
+    headers = {"webhook-id": "probe", "webhook-timestamp": str(int(now.timestamp()))}
+    headers["webhook-signature"] = Webhook(secret_of(body["public_key"])).sign("probe", now, text)
+    return int(running.client.post(f"{API}/generated", content=text, headers=headers).status_code)
+
+
+def test_a_full_disk_refuses_messages_and_recovers(validating, small_model, monkeypatch):
+    body = body_of(proof_of(small_model, "node_A"))
+    with validating() as running:
+        full, real = [True], Inbox.add
+
+        def add(self, messages):
+            if full[0]:
+                raise StorageError("database or disk is full", wanted="room", do="free some")
+            return real(self, messages)
+
+        monkeypatch.setattr(Inbox, "add", add)
+        answer = running.send(body, id="m", status=503)
+        assert answer["fields"] == ["busy"]
+        until(lambda: running.get("/status")["storage_failing"] is True)
+        full[0] = False
+        assert running.send(body, id="m")["new"] is True
+        until(lambda: running.get("/status")["storage_failing"] is False)
+
+
+def test_many_messages_share_a_transaction_and_too_many_are_refused(validating, small_model, monkeypatch):
+    """The disk is waited for once for all messages that wait; beyond the bound a sender is told to come again."""
+    bodies = [body_of(proof_of(small_model, "node_A", range(i, i + 3))) for i in range(0, 60, 3)]
+    bodies = [body for body in bodies if body["nonces"]]
+    gate, sizes, real = threading.Event(), [], Inbox.add
+
+    def add(self, messages):
+        assert gate.wait(30)
+        sizes.append(len(messages))
+        return real(self, messages)
+
+    with validating(max_unwritten=5) as running:
+        monkeypatch.setattr(Inbox, "add", add)
+        with ThreadPoolExecutor(8) as senders:
+            first = senders.submit(running.send, bodies[0], id="first")
+            until(lambda: not running.controller.writer._queue)
+            more = [senders.submit(running.send, body, id=f"m{i}") for i, body in enumerate(bodies[1:6])]
+            until(lambda: len(running.controller.writer._queue) == 5)
+            running.send(bodies[6], id="over", status=503)
+            gate.set()
+            assert all(sent.result(30)["new"] for sent in [first, *more])
+        assert sizes == [1, 5]
+
+
+def test_an_engine_that_fails_is_said_and_messages_are_still_taken(validating, small_model, monkeypatch):
+    with validating() as running:
+        running.wait_ready()
+        monkeypatch.setattr("assay.poc.validator._worker.FAILURE_PAUSE", 0.05)
+        broken = [True]
+        real = _worker.recompute
+
+        def recompute(*arguments):
+            if broken[0]:
+                raise RuntimeError("the device has gone")
+            return real(*arguments)
+
+        monkeypatch.setattr(_worker, "recompute", recompute)
+        running.send(body_of(proof_of(small_model, "node_A", range(60))))
+        until(lambda: running.client.get("/ready").status_code == 503)
+        assert "the device has gone" in running.client.get("/ready").json()["detail"]
+        assert running.send(body_of(proof_of(small_model, "node_B")))["new"] is True
+        broken[0] = False
+        until(lambda: running.verdict("node_A") == "honest")
+        until(lambda: running.client.get("/ready").status_code == 200)
+
+
+def test_a_node_of_the_pins_that_never_sent_is_shown(validating):
+    with validating() as running:
+        found = running.get("/nodes")["nodes"]
+        assert [node["public_key"] for node in found] == list(KEYS)
+        assert {node["verdict"] for node in found} == {"undecided"}
+        assert {node["account"] for node in found} == {None}
