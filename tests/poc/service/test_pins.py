@@ -98,6 +98,9 @@ def test_jobs_are_held_against_the_pins_too(serving):
 def test_an_engine_of_no_agreed_build_runs_no_round(serving):
     with serving(pins=pins(build={"device": "NVIDIA H200", "torch": "2.*"})) as service:
         assert refused(service, "/init/generate", ROUND) == ["device", "torch"]
+        assert service.post("/init/generate", ROUND, status=409)["wanted"] == "device NVIDIA H200, torch 2.*"
+        batch = service.post("/init/generate", ROUND | {"batch_size": 16}, status=409)
+        assert batch["wanted"] == "batch_size 4 or 8"
 
 
 @pytest.mark.parametrize(

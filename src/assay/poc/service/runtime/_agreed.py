@@ -112,7 +112,9 @@ def _builds(deployment: Deployment, pins: NetworkPins | None) -> tuple[Build, ..
 
 def _refusal(names: tuple[str, ...], requested: dict[str, Any], agreed: dict[str, Any]) -> Refusal:
     listed = {"public_key", "node_id", "node_count"}.intersection(names) - agreed.keys()
-    wanted = [f"{name} {value}" for name, value in agreed.items()] + ["a node of the network"] * bool(listed)
+    lists = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in agreed.items()}
+    wanted = [f"{name} {' or '.join(map(str, values)) or 'none'}" for name, values in lists.items()]
+    wanted += ["a node of the network"] if listed else []
     return Refusal(
         409,
         f"{MISMATCH}: {', '.join(names)}",
