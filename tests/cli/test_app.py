@@ -27,7 +27,7 @@ FROZEN = {
         "--callback-interval", "--callback-backoff", "--callback-backoff-max", "--callback-attempts",
         "--callback-timeout", "--allow-private-callbacks", "--max-pending", "--max-positions", "--drain",
         "--kernels", "--pins",
-        "--log-format",
+        "--log-format", "--ledger",
     },
     "poc validator": {
         "--model", "--host", "--port", "--dtype", "--device", "--kernels", "--log-format", "--data-dir", "--api-key",
@@ -47,7 +47,7 @@ FROZEN = {
     "poc verify": {
         "--model", "--sample", "--calibration", "--block-hash", "--public-key", "--prover-dtype", "--dtype", "--device",
         "--engine", "--alpha", "--seed", "--json", "--preset", "--seq-len", "--strength", "--r-target", "--node-id",
-        "--node-count", "--nonces", "--pins",
+        "--node-count", "--nonces", "--pins", "--ledger",
     },
     "poc calibrate": {
         "--valid-rate", "--dimension", "--output", "--json", "--model", "--device", "--effective-dimension",
@@ -57,6 +57,10 @@ FROZEN = {
         "--r-target", "--node-count", "--fewest-nonces", "--dtype", "--overwrite", "--json",
     },
     "poc pins check": {"--block-hash", "--public-key", "--node-id", "--json"},
+    "poc ledger show": {"--public-key", "--limit", "--json"},
+    "poc ledger audit": {"--head", "--json"},
+    "poc ledger merge": {"--public-key", "--alpha", "--beta", "--json"},
+    "poc ledger export": {"--output", "--overwrite", "--json"},
     "poc callbacks list": {"--data-dir", "--all", "--limit", "--json"},
     "poc callbacks replay": {"--data-dir", "--json"},
     "poc experiment approaches": {

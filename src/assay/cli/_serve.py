@@ -18,7 +18,7 @@ FLAGS = (
     "model", "host", "port", "dtype", "device", "kernels", "log_format",
     "data_dir", "api_keys", "api_key_file", "validate_keys", "read_keys", "seq_len", "calibration", "pins",
     "callback_secrets", "callback_interval", "callback_backoff", "callback_backoff_max", "callback_attempts",
-    "callback_timeout", "allow_private_callbacks", "max_pending", "max_positions", "drain",
+    "callback_timeout", "allow_private_callbacks", "max_pending", "max_positions", "drain", "ledger",
 )  # fmt: skip
 """The settings of ``serve`` that have a flag; the others are for the environment alone."""
 RECEIVE_FLAGS = ("host", "port", "output", "log_format", "callback_secrets", "api_keys", "api_key_file", "read_keys")

@@ -25,7 +25,7 @@ __all__ = ["Database", "damaged", "tables"]
 
 BUSY_TIMEOUT_MS = 5000
 LONGEST_VALUE = 2**26
-"""Bytes of the longest text that is read from a file of somebody else: 64 MiB."""
+"""Bytes of the longest text that is read from a file that is only read: 64 MiB."""
 
 
 class Database:
@@ -39,7 +39,8 @@ class Database:
         migrations: Steps that lead to the schema, the oldest first.
         exclusive: Whether this process is the only one that may open the file in this way. A service does; the command
             line opens the file beside a running service.
-        read_only: Whether the file is somebody else's: it must exist, is not changed, and its tables are not looked at.
+        read_only: Whether the file belongs to another process or person: it must exist, is not changed, and its tables
+            are not looked at.
         flag: Flag that names another place, for errors.
 
     Raises:
@@ -199,6 +200,8 @@ def tables(path: Path, *, flag: str = "--data-dir") -> set[str]:
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:
     uri = f"file:{quote(str(path.resolve()))}?mode=ro"
+    if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
+        uri += "&immutable=1"  # no writer has it open, and the journal that SQLite would begin has no place
     connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
     connection.text_factory = _decode
@@ -208,7 +211,7 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
 
 
 def _decode(text: bytes) -> str:
-    """Return a text whatever its bytes are: those of somebody else's file are compared by hashes, not trusted."""
+    """Return a text whatever its bytes are: a reader that does not trust a file compares hashes."""
     return text.decode(errors="replace")
 
 

@@ -114,6 +114,10 @@ class Settings(assay.settings.Settings):
         description="What the network agreed on, or its file. Models, rounds and nodes that contradict it are refused.",
     )
 
+    ledger: Path | None = Field(
+        None, description="Ledger of nodes' lives to which the residuals of validations are added."
+    )
+
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         _check_secrets(self.callback_secrets)

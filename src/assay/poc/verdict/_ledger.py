@@ -1,9 +1,10 @@
 """The ledger of nodes' lives: one SQLite file, to which every audit adds an entry, and from which none is taken."""
 
 import secrets
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,9 +12,10 @@ from typing import Any, Self
 import sqlalchemy as sa
 
 from assay.errors import AssayError, DataError, UsageError
-from assay.poc.verdict._judge import Noise, Verdict
+from assay.poc.verdict._judge import Verdict
 from assay.poc.verdict._ledger_audit import LedgerAudit, audit_database, text_of
 from assay.poc.verdict._ledger_entries import (
+    FAULTY,
     NOTHING,
     Account,
     Entry,
@@ -28,7 +30,7 @@ from assay.poc.verdict._ledger_entries import (
 )
 from assay.poc.verdict._ledger_files import export_ledger
 from assay.poc.verdict._ledger_schema import ACCOUNTS, LAWS, LEDGER, MIGRATIONS, UPDATES
-from assay.poc.verdict._life import noise_from
+from assay.poc.verdict._noise import Noise
 from assay.reports import dumps, loads
 from assay.reports.database import Database, tables
 
@@ -83,6 +85,7 @@ class Ledger:
             read_only=read_only,
             flag="--ledger",
         )
+        self._appending = threading.Lock()
         self._states: OrderedDict[int, Progress] = OrderedDict()
         self._seen: OrderedDict[tuple[int, str], tuple[int, set[int]]] = OrderedDict()
         self._noises: OrderedDict[str, Noise] = OrderedDict()
@@ -141,19 +144,18 @@ class Ledger:
         *,
         proof: str | None = None,
         build: str | None = None,
-        excluded: Mapping[int, str] | None = None,
-        fault: str | None = None,
         name: str | None = None,
     ) -> Standing:
         """Add the evidence of a verdict, and return what the whole life of the node says now.
 
+        Nonces at places of the batch that are faulty, or suspected to be, are recorded and do not count.
+
         Args:
             verdict: Verdict on a sample of a proof.
             proof: SHA-256 of the proof: that of its footer.
-            build: Name of the prover's build, where the validator pins one; the id of the fingerprint when None, which
-                the prover wrote, so that a prover begins another account by claiming another build.
-            excluded: Reasons why some of the nonces must not count, by nonce.
-            fault: Pattern of a fault that was found.
+            build: Name of the prover's build; when None, that of the pinned build that its fingerprint is of, or the
+                number format where none is pinned. Everything else in a fingerprint is the prover's word, and a new
+                word must not begin a new life.
             name: Name of this update; another one of that name changes nothing.
 
         Raises:
@@ -161,11 +163,11 @@ class Ledger:
             DataError: The ledger was changed by something else; an audit names the place.
             StorageError: The entry is not on disk, and nothing has changed.
         """
-        header = verdict.header
+        header, places = verdict.header, verdict.places
         account = Account(
             public_key=header.round.public_key,
             digest=header.digest,
-            build=header.fingerprint.id if build is None else build,
+            build=build_of(verdict) if build is None else build,
             preset=header.pipeline.name,
         )
         update = Update(
@@ -177,8 +179,8 @@ class Ledger:
             residuals=verdict.residuals,
             proof=proof,
             sample_seed=verdict.sample_seed,
-            excluded=excluded or {},
-            fault=fault,
+            excluded={nonce: FAULTY for nonce, aside in zip(verdict.nonces, places.set_aside, strict=True) if aside},
+            fault=places.pattern if places.faulty else None,
             name=name,
         )
         return self.append([update])[0]
@@ -191,14 +193,15 @@ class Ledger:
             DataError: The ledger was changed by something else; an audit names the place.
             StorageError: The entries are not on disk, and nothing has changed.
         """
-        try:
-            with self._db.write() as connection:
-                return [self._add(connection, update) for update in updates]
-        except BaseException:
-            # What is in memory may hold values that are not on disk: it is rebuilt when it is needed.
-            self._states.clear()
-            self._seen.clear()
-            raise
+        with self._appending:
+            try:
+                with self._db.write() as connection:
+                    return [self._add(connection, update) for update in updates]
+            except BaseException:
+                # What is in memory may hold values that are not on disk: it is rebuilt when it is needed.
+                self._states.clear()
+                self._seen.clear()
+                raise
 
     def _add(self, connection: sa.Connection, update: Update) -> Standing:
         known = sa.select(UPDATES.c.account).where(UPDATES.c.name == update.name)
@@ -257,7 +260,7 @@ class Ledger:
     def _noise(self, connection: sa.Connection, law: str) -> Noise:
         if law not in self._noises:
             text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
-            self._noises[law] = noise_from(loads(text, f"{self.path}, law {law[:12]}"))
+            self._noises[law] = Noise.from_dict(loads(text, f"{self.path}, law {law[:12]}"))
             if len(self._noises) > LIVES:
                 self._noises.popitem(last=False)
         return self._noises[law]
@@ -290,12 +293,20 @@ class Ledger:
             for (account,) in connection.execute(sa.select(ACCOUNTS.c.id).order_by(ACCOUNTS.c.id)).all():
                 yield self._standing(connection, account)
 
-    def entries(self, account: Account) -> Iterator[Entry]:
-        """Iterate over the entries of an account, the oldest first."""
+    def entries(self, account: Account, *, newest: int | None = None) -> Iterator[Entry]:
+        """Iterate over the entries of an account, the oldest first.
+
+        Args:
+            account: Account.
+            newest: Number of entries at the end; all when None.
+        """
         same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
         with self._db.read() as connection:
-            chosen = sa.select(ACCOUNTS.c.id).where(same).scalar_subquery()
-            yield from self._entries(connection, UPDATES.c.account == chosen)
+            chosen = UPDATES.c.account == sa.select(ACCOUNTS.c.id).where(same).scalar_subquery()
+            if newest is not None:
+                last = sa.select(UPDATES.c.seq).where(chosen).order_by(UPDATES.c.seq.desc()).limit(newest)
+                chosen = UPDATES.c.seq.in_(last)
+            yield from self._entries(connection, chosen)
 
     def _standing(self, connection: sa.Connection, account: int) -> Standing:
         ends = sa.select(sa.func.min(UPDATES.c.seq), sa.func.max(UPDATES.c.seq)).where(UPDATES.c.account == account)
@@ -344,6 +355,13 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def build_of(verdict: Verdict) -> str:
+    """Return the name of the pinned build that a proof was made on, or its number format where none is pinned."""
+    made_on = verdict.header.fingerprint
+    names = (build.name for build in verdict.pins.builds or () if not build.differing(made_on))
+    return next(filter(None, names), made_on.dtype)
 
 
 def _check_kind(path: Path, *, read_only: bool) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import sqlalchemy as sa
 
 from assay.errors import AssayError, DataError, UsageError
-from assay.poc.verdict._judge import Noise
 from assay.poc.verdict._ledger_entries import (
     REPEATED,
     Account,
@@ -30,7 +29,8 @@ from assay.poc.verdict._ledger_entries import (
     sha256,
 )
 from assay.poc.verdict._ledger_schema import ACCOUNTS, LAWS, LEDGER, MIGRATIONS, UPDATES
-from assay.poc.verdict._life import noise_from, verdict_of
+from assay.poc.verdict._life import verdict_of
+from assay.poc.verdict._noise import Noise
 from assay.reports import loads
 from assay.reports.database import Database
 
@@ -39,7 +39,7 @@ MOST_LAWS = 1024  # laws that are kept in memory
 CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
 
 _NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest")
-_COUNTS = ("audits", "recorded", "n", "segments")
+_COUNTS = ("audits", "recorded", "n", "tests")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,7 @@ def audit_database(database: Database, *, head: str | None = None, whole: bool =
             # What stands in its place may be anything, such as a view without an end.
             return LedgerAudit(entries=0, accounts=0, head="", published=head, faults=tuple(changed))
         chain = _Chain(connection, head)
+        changed += _damaged_pages(connection)
         faults = [*chain.faults, *_wrong_outcomes(connection, chain), *changed]
         if not faults:
             faults += _unused(connection)
@@ -161,8 +162,9 @@ class _Chain:
                 return
             self.entries, self.hash = self.entries + 1, row.hash
             self.found = self.found or head == self.hash
-        if len(heads) != 1 or (heads[0].count, heads[0].hash) != (self.entries, self.hash):
-            seen = f"not there, or changed: the head names {heads[0].count!r:.20} entries and {heads[0].hash!r:.80}"
+        stated = tuple(heads[0]._mapping[name] for name in ("count", "hash"))
+        if len(heads) != 1 or stated != (self.entries, self.hash):
+            seen = f"not there, or changed: the head names {stated[0]!r:.20} entries and {stated[1]!r:.80}"
             self.faults.append(Fault(entry=self.entries + 1, reason=seen))
 
     def _odd(self, row: sa.Row[Any]) -> str | None:
@@ -199,7 +201,7 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
     """Return the first entry that does not follow from the evidence, if any; one account at a time bounds memory."""
     if chain.genesis is None:
         return []
-    noises, faults = _Noises(connection), list[Fault]()
+    noises, faults = Noises(connection), list[Fault]()
     owner, progress, seen = None, Progress(chain.genesis), defaultdict[str, set[int]](set)
     query = sa.select(UPDATES.c.account, UPDATES.c.entry).where(UPDATES.c.seq <= chain.entries)
     query = query.order_by(UPDATES.c.account, UPDATES.c.seq)
@@ -209,7 +211,7 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
         entry = Entry.parse(text, "an entry")
         try:
             reason = _difference(entry, progress.take(entry, noises[entry.law]), seen[entry.round], chain.genesis)
-        except AssayError as error:  # a law that is none, or at which no test can be made
+        except AssayError as error:  # not a law, or one that no test can be made of
             reason = error.seen
         seen[entry.round].update(entry.nonces)
         if reason:
@@ -233,7 +235,7 @@ def _difference(entry: Entry, outcome: Outcome, seen: set[int], genesis: Genesis
     return None if stated.verdict == follows else f"verdict {stated.verdict}, where the evidence gives {follows}"
 
 
-class _Noises(dict[str, Noise]):
+class Noises(dict[str, Noise]):
     """Laws by their hash, read when they are first used."""
 
     def __init__(self, connection: sa.Connection) -> None:
@@ -246,7 +248,7 @@ class _Noises(dict[str, Noise]):
             raise DataError(f"the law {law[:12]} does not have its hash", wanted="the law as it was", do="restore it")
         if len(self) >= MOST_LAWS:
             self.clear()
-        return self.setdefault(law, noise_from(loads(text, f"the law {law[:12]}")))
+        return self.setdefault(law, Noise.from_dict(loads(text, f"the law {law[:12]}")))
 
 
 def _unused(connection: sa.Connection) -> Iterator[Fault]:
@@ -255,6 +257,13 @@ def _unused(connection: sa.Connection) -> Iterator[Fault]:
         found = connection.execute(sa.select(key).where(key.not_in(sa.select(column))).limit(1)).first()
         if found:
             yield Fault(entry=None, reason=f"{table.name}: {found[0]!r:.20} belongs to no entry")
+
+
+def _damaged_pages(connection: sa.Connection) -> Iterator[Fault]:
+    """Yield what SQLite itself finds wrong: an index that leaves out a row would hide nonces that were seen."""
+    found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+    if found != "ok":
+        yield Fault(entry=None, reason=f"the file: {found!s:.200}")
 
 
 def _changed_schema(connection: sa.Connection) -> Iterator[Fault]:
@@ -267,7 +276,7 @@ def _changed_schema(connection: sa.Connection) -> Iterator[Fault]:
         wanted = dict(begun.execute(query).fetchall())
     finally:
         begun.close()
-    found = dict(connection.exec_driver_sql(query).tuples().all())
+    found = {row[0]: row[1] for row in connection.exec_driver_sql(query)}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             what = "missing" if name not in found else "changed" if name in wanted else "not of a ledger"

@@ -16,16 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from assay import stats
 from assay.errors import DataError, UsageError
 from assay.poc.protocol import MAX_NONCE, Round
-from assay.poc.verdict._judge import Noise
 from assay.poc.verdict._life import Evidence, Life
+from assay.poc.verdict._noise import Noise
 from assay.reports import dumps
 
-KIND = "assay.poc.ledger"
-SCHEMA = 1
 REPEATED = "repeated"
 """Why a nonce does not count that this account has an entry of already, in the same round."""
 
+FAULTY = "faulty place"
+"""Why a nonce does not count that stands at a place of the batch where residuals are large."""
+
 MOST_NONCES = 2**18  # of one entry
+LARGEST_SEED = 2**256
 Text = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Hash = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
@@ -126,8 +128,8 @@ class Genesis(_Model):
         beta: Bound on the chance that a cheater is called honest.
     """
 
-    kind: Literal["assay.poc.ledger"] = KIND
-    version: Literal[1] = SCHEMA
+    kind: Literal["assay.poc.ledger"] = "assay.poc.ledger"
+    version: Literal[1] = 1
     id: Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\z")]
     created: Annotated[float, Field(ge=0)]
     alpha: Chance
@@ -155,7 +157,7 @@ class Outcome(_Model):
     recorded: Count
     verdict: Literal["honest", "fraud", "undecided"]
     n: Count
-    segments: Count
+    tests: Count
     log_e_value: float
     log_e_max: float
     log_evidence_honest: float
@@ -172,7 +174,7 @@ class Entry(_Model):
     round: Name
     block_hash: Text
     proof: Hash | None
-    sample_seed: Count | None
+    sample_seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None
     law: Hash
     nonces: Annotated[list[Count], Field(min_length=1, max_length=MOST_NONCES)]
     residuals: Annotated[list[float | None], Field(max_length=MOST_NONCES)]

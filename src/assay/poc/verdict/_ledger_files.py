@@ -1,4 +1,4 @@
-"""Ledgers as files of somebody else: read without a change, exported as JSON Lines, and read back from those.
+"""Ledgers as files of other validators: read without a change, exported as JSON Lines, and read back from those.
 
 An export begins with the beginning of the ledger and ends with its head. Between them stand the entries, byte for byte,
 and before the first entry that was judged under a law, that law::
@@ -104,8 +104,8 @@ def export_ledger(database: Database, path: Path, *, overwrite: bool = False) ->
     """
     with PartialFile(path, overwrite=overwrite) as out, database.read() as connection:
         out.restart()
-        row = connection.execute(sa.select(LEDGER)).one()
-        out.append_lines([text_of(row.genesis)])
+        genesis, count, hash = connection.execute(sa.select(LEDGER.c.genesis, LEDGER.c.count, LEDGER.c.hash)).one()
+        out.append_lines([text_of(genesis)])
         known = set[str]()
         query = sa.select(UPDATES.c.law, UPDATES.c.entry).order_by(UPDATES.c.seq)
         for rows in connection.execute(query, execution_options={"yield_per": AT_ONCE}).partitions():
@@ -117,9 +117,9 @@ def export_ledger(database: Database, path: Path, *, overwrite: bool = False) ->
                     lines.append(f'{{"law":{text}}}')
                 lines.append(text_of(entry))
             out.append_lines(lines)
-        out.append({"head": {"count": row.count, "hash": row.hash}})
+        out.append({"head": {"count": count, "hash": hash}})
         out.commit()
-    return int(row.count), str(row.hash)
+    return int(count), str(hash)
 
 
 def _open(folder: Path, name: str, *, read_only: bool) -> Database:

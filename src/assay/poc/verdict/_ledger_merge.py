@@ -5,7 +5,7 @@ are not independent and must not be multiplied. But each ledger's e-value, stopp
 alone, has mean at most 1 under honest noise, and so has the average of them whatever their dependence (Vovk and Wang
 2021). By Markov's inequality the average reaches 1/alpha with chance alpha at most.
 
-A ledger's process stops after the first audit at which it would decide alone, that is at ``L``/alpha among ``L``
+Each test of a ledger stops after the first audit at which it would decide alone, that is at ``L``/alpha among ``L``
 ledgers; so evidence once found is not lost again while other ledgers catch up. The evidence for honesty is averaged in
 the same way, under the hypothesis that the node cheats.
 
@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ import sqlalchemy as sa
 
 from assay import stats
 from assay.errors import DataError, UsageError
-from assay.poc.verdict._ledger_audit import AT_ONCE
+from assay.poc.verdict._ledger_audit import AT_ONCE, Noises
 from assay.poc.verdict._ledger_entries import Account, Entry, Genesis
 from assay.poc.verdict._ledger_files import Source, open_source
 from assay.poc.verdict._ledger_schema import LEDGER, UPDATES
-from assay.poc.verdict._life import verdict_of
+from assay.poc.verdict._life import Life, verdict_of
 
 MOST_LEDGERS = 1000
+MOST_ACCOUNTS = 100_000  # of one ledger, of which every account is held in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,8 @@ class LedgerShare:
 
     Args:
         ledger: Id of the ledger.
-        n: Number of residuals that count, up to where it stopped or ends.
-        log_e_value: Logarithm of its e-value there.
+        n: Number of residuals that count.
+        log_e_value: Logarithm of its e-value, of which each test stopped where it would decide alone.
         log_evidence_honest: Logarithm of its evidence for honesty, stopped likewise.
     """
 
@@ -108,10 +110,9 @@ def merge_ledgers(
             "alpha": _rate("alpha", alpha, [genesis.alpha for genesis in begun]),
             "beta": _rate("beta", beta, [genesis.beta for genesis in begun]),
         }
-        levels = tuple(math.log(len(paths) / rate) for rate in rates.values())
         shares: dict[Account, dict[str, LedgerShare]] = {}
         for source, genesis in zip(sources, begun, strict=True):
-            for account, share in _stopped(source, genesis.id, *levels):
+            for account, share in _stopped(source, genesis, rates, len(paths)):
                 shares.setdefault(account, {})[genesis.id] = share
     ids = [genesis.id for genesis in begun]
     return [_decide(account, ids, shares[account], rates) for account in sorted(shares)]
@@ -125,6 +126,10 @@ def _checked(source: Source) -> Genesis:
             f"{source.path}: {found.faults[0]}",
             wanted="a ledger that nobody has changed",
             do="leave it out, or ask its validator for it again",
+        )
+    if found.accounts > MOST_ACCOUNTS:
+        raise DataError(
+            f"{source.path}: {found.accounts} accounts", wanted=f"at most {MOST_ACCOUNTS}", do="leave it out"
         )
     with source.database.read() as connection:
         text = connection.execute(sa.select(LEDGER.c.genesis)).scalar_one()
@@ -155,23 +160,26 @@ def _rate(name: str, given: float | None, rates: Sequence[float]) -> float:
     return rate
 
 
-def _stopped(source: Source, ledger: str, level_e: float, level_honest: float) -> Iterator[tuple[Account, LedgerShare]]:
-    """Yield every account of a ledger with its e-values at the audits after which they stop."""
+def _stopped(
+    source: Source, genesis: Genesis, rates: dict[str, float], ledgers: int
+) -> Iterator[tuple[Account, LedgerShare]]:
+    """Yield every account of a ledger with what it adds, from its evidence."""
     query = sa.select(UPDATES.c.entry).order_by(UPDATES.c.account, UPDATES.c.seq)
-    owner, n, log_e, log_honest = None, 0, 0.0, 0.0
     with source.database.read() as connection:
-        for (text,) in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
-            entry = Entry.parse(text, str(source.path))
-            if entry.owner != owner:
-                if owner is not None:
-                    yield owner, LedgerShare(ledger=ledger, n=n, log_e_value=log_e, log_evidence_honest=log_honest)
-                owner, log_e, log_honest = entry.owner, 0.0, 0.0
-            if log_e < level_e:
-                n, log_e = entry.outcome.n, entry.outcome.log_e_value
-            if log_honest < level_honest:
-                log_honest = entry.outcome.log_evidence_honest
-    if owner is not None:
-        yield owner, LedgerShare(ledger=ledger, n=n, log_e_value=log_e, log_evidence_honest=log_honest)
+        noises = Noises(connection)
+        rows = connection.execute(query, execution_options={"yield_per": AT_ONCE}).scalars()
+        for account, entries in groupby((Entry.parse(text, str(source.path)) for text in rows), _owner):
+            life = Life(**rates, ledgers=ledgers)
+            for entry in entries:
+                if counted := entry.counted:
+                    life.update(noises[entry.law], counted)
+            log_e, log_honest = life.stopped
+            share = LedgerShare(ledger=genesis.id, n=life.evidence.n, log_e_value=log_e, log_evidence_honest=log_honest)
+            yield account, share
+
+
+def _owner(entry: Entry) -> Account:
+    return entry.owner
 
 
 def _decide(

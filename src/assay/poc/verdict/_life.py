@@ -1,10 +1,15 @@
-"""The evidence of a node's whole life: one e-process, however many laws its residuals were judged under.
+"""The evidence of a node's whole life, under however many laws its residuals were judged.
 
-Under each law the residuals that were judged under it have a test of their own, a *segment*. A law that was replaced by
-a new calibration ends its segment, and one that comes back continues it. The e-value of the life is the product of
-those of its segments: each residual multiplies one factor by something whose mean, given all that came before, is at
-most 1 for an honest node. So the product is again a non-negative supermartingale that begins at 1, and its running
-maximum reaches 1/alpha with chance alpha at most, over the whole life (Ville 1939).
+A life is a sequence of tests. The first sees everything that is judged under the first law. A new calibration begins a
+test of its own, because what a test multiplies up holds under one law only: the scale of a machine is drawn once for
+each, but it is the scale of the same machine, so that the e-values of two laws are not independent and must not be
+multiplied. And after every `EPOCH` nonces another test begins beside the first, from nothing: a node that was honest
+for long and then cheats is caught by it, while the first test would have to make up for all that spoke for the node.
+
+The k-th test has the weight w_k, and these sum to 1. It convicts when its e-value reaches 1/(alpha · w_k), which has
+chance alpha · w_k at most for an honest node (Ville 1939), so that the whole life convicts with chance alpha at most,
+however its tests depend on each other. Evidence for honesty is bounded by beta in the same way; it is that of the last
+two tests, because what a node did long ago does not say that it is honest now.
 
 This is the arithmetic alone; `Ledger` keeps it on disk, and the simulated year runs it for many nodes.
 """
@@ -12,13 +17,22 @@ This is the arithmetic alone; `Ledger` keeps it on disk, and the simulated year 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Self
 
+import numpy as np
 import numpy.typing as npt
 
 from assay import stats
-from assay.poc.verdict._judge import Noise, law_from_dict, sequential_test
-from assay.reports import JsonObject, dumps
+from assay.poc.verdict._noise import Noise, sequential_test
+from assay.reports import dumps
+
+EPOCH = 1024
+"""Nonces that count, after which the next audit begins another test beside the first."""
+
+_LARGEST = 1e9  # logarithm of an e-value that is written: where it is infinite, JSON has no number for it
+FIRST_WEIGHT = 0.9
+"""Share of the error rates that the first test has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,26 +43,29 @@ class Evidence:
         verdict: ``fraud`` when ``log_e_max`` ≥ ln 1/alpha; else ``honest`` when ``log_evidence_honest`` ≥ ln 1/beta;
             else ``undecided``.
         n: Number of residuals that count.
-        segments: Number of laws that they were judged under.
-        log_e_value: Natural logarithm of the e-value: the sum over the segments.
-        log_e_max: Largest value that this had, which decides fraud.
-        log_evidence_honest: Sum over the segments of the evidence against every alternative that a law names.
+        tests: Number of tests that have begun.
+        log_e_value: Natural logarithm of the e-value: the weighted average over the tests.
+        log_e_max: Logarithm of the largest value that one test had, times its weight; it decides fraud.
+        log_evidence_honest: Logarithm of the evidence for honesty in the last two tests, times their weights: the
+            larger one.
     """
 
     verdict: stats.Verdict = "undecided"
     n: int = 0
-    segments: int = 0
+    tests: int = 0
     log_e_value: float = 0.0
     log_e_max: float = 0.0
     log_evidence_honest: float = 0.0
 
 
 class Life:
-    """The e-process of one account: feed it the residuals of audits as they come, read the evidence at any time.
+    """The evidence of one account: feed it the residuals of audits as they come, read it at any time.
 
     Args:
         alpha: Bound on the chance that an honest node is ever accused, in its whole life.
-        beta: Bound on the chance that a node that never computes honestly is called honest.
+        beta: Bound on the chance that a node that cheats is ever called honest while it does.
+        ledgers: Number of ledgers that a decision is made from. Each test then stops, for `stopped`, after the first
+            audit at which it would decide alone among them.
 
     Raises:
         UsageError: A rate is not in (0, 1), when the first residuals come.
@@ -57,17 +74,18 @@ class Life:
         >>> from assay.poc.verdict import Life, default_noise
         >>> noise = default_noise("vector", "bfloat16", "bfloat16")
         >>> life = Life(alpha=1e-3, beta=1e-2)
-        >>> life.update(noise, [noise.size] * 40).evidence.verdict
+        >>> life.update(noise, [noise.size] * 60).evidence.verdict
         'honest'
-        >>> life.update(noise, [1.0] * 40).evidence.verdict
+        >>> life.update(noise, [1.0] * 60).evidence.verdict
         'fraud'
     """
 
-    def __init__(self, *, alpha: float, beta: float) -> None:
-        self.alpha, self.beta = alpha, beta
-        self._tests: dict[str, stats.SequentialTest] = {}
-        self._results: dict[str, stats.SequentialResult] = {}
-        self._log_e_max = 0.0
+    def __init__(self, *, alpha: float, beta: float, ledgers: int = 1) -> None:
+        self.alpha, self.beta, self.ledgers = alpha, beta, ledgers
+        self._numbers: list[_Numbers] = []
+        self._first: dict[str, _Test] = {}
+        self._epochs: dict[str, _Test] = {}
+        self._n = 0
 
     def update(self, noise: Noise, residuals: npt.ArrayLike | Sequence[float]) -> Self:
         """Take the residuals of one audit, in the order in which they were checked; NaN for a missing value.
@@ -77,30 +95,109 @@ class Life:
             residuals: Residuals that count: of nonces that did not count before.
         """
         law = dumps(noise.as_dict())
-        if law not in self._tests:
-            self._tests[law] = sequential_test(noise.law, alpha=self.alpha, beta=self.beta)
-        before = self._results.get(law)
-        others = math.fsum(result.log_e_value for name, result in self._results.items() if name != law)
-        after = self._results[law] = self._tests[law].update(residuals).result
-        # The maximum of a test that had its own earlier, beside other segments, says nothing of today: then the end
-        # of this audit counts, which can only miss a maximum, never invent one.
-        peak = after.log_e_max if after.log_e_max > (before.log_e_max if before else 0.0) else after.log_e_value
-        self._log_e_max = max(self._log_e_max, others + peak)
+        newest = self._epochs.get(law) or self._first.get(law)
+        if newest is None:
+            self._first[law] = self._begin(noise)
+        elif newest.n >= EPOCH:
+            self._epochs[law] = self._begin(noise)
+        for test in (self._first[law], self._epochs.get(law)):
+            if test is not None:
+                test.update(residuals)
+        self._n += np.size(residuals)
         return self
+
+    def _begin(self, noise: Noise) -> "_Test":
+        share = weight(len(self._numbers) + 1)
+        test = sequential_test(noise, alpha=self.alpha * share, beta=self.beta * share)
+        levels = (math.log(self.ledgers / self.alpha), math.log(self.ledgers / self.beta))
+        self._numbers.append(_Numbers(math.log(share), *levels))
+        return _Test(test, self._numbers[-1])
 
     @property
     def evidence(self) -> Evidence:
         """The evidence, and the verdict that follows from it."""
-        results = self._results.values()
-        honest = math.fsum(result.log_evidence_honest for result in results)
+        log_e_max = max([0.0, *(one.log_weight + one.log_e_max for one in self._numbers)])
+        honest = max([one.log_weight + one.log_honest for one in self._numbers[-2:]], default=0.0)
         return Evidence(
-            verdict=verdict_of(self._log_e_max, honest, alpha=self.alpha, beta=self.beta),
-            n=sum(result.n for result in results),
-            segments=len(results),
-            log_e_value=math.fsum(result.log_e_value for result in results),
-            log_e_max=self._log_e_max,
+            verdict=verdict_of(log_e_max, honest, alpha=self.alpha, beta=self.beta),
+            n=self._n,
+            tests=len(self._numbers),
+            log_e_value=_log_average([(one.log_weight, one.log_e) for one in self._numbers]),
+            log_e_max=log_e_max,
             log_evidence_honest=honest,
         )
+
+    @property
+    def stopped(self) -> tuple[float, float]:
+        """Logarithms of the e-value and of the evidence for honesty, each test stopped where it would decide alone.
+
+        Both have mean 1 at most, the one under honest noise and the other under a cheat, because each test stops by a
+        rule that looks at this test alone. So they can be averaged over ledgers.
+        """
+        return (
+            _log_average([(one.log_weight, one.stopped_e) for one in self._numbers]),
+            _log_average([(one.log_weight, one.stopped_honest) for one in self._numbers[-2:]]),
+        )
+
+
+@dataclass
+class _Numbers:
+    """What is left of a test when it has ended; all are logarithms."""
+
+    log_weight: float
+    level_e: float
+    level_honest: float
+    log_e: float = 0.0
+    log_e_max: float = 0.0
+    log_honest: float = 0.0
+    stopped_e: float = 0.0
+    stopped_honest: float = 0.0
+
+    def take(self, result: stats.SequentialResult) -> None:
+        numbers = (result.log_e_value, result.log_e_max, result.log_evidence_honest)
+        self.log_e, self.log_e_max, self.log_honest = (max(-_LARGEST, min(_LARGEST, number)) for number in numbers)
+        if self.log_weight + self.stopped_e < self.level_e:
+            self.stopped_e = self.log_e
+        if self.log_weight + self.stopped_honest < self.level_honest:
+            self.stopped_honest = self.log_honest
+
+
+class _Test:
+    """A test that runs, and where its numbers go."""
+
+    def __init__(self, test: stats.SequentialTest, numbers: _Numbers) -> None:
+        self._test, self._numbers = test, numbers
+        self.n = 0
+
+    def update(self, residuals: npt.ArrayLike) -> None:
+        result = self._test.update(residuals).result
+        self.n = result.n
+        self._numbers.take(result)
+
+
+def weight(number: int) -> float:
+    """Return the share of the error rates that a test has; the shares of all tests, from number 1 on, sum to 1."""
+    return FIRST_WEIGHT if number == 1 else (1 - FIRST_WEIGHT) / (number * (number - 1))
+
+
+def convicted_after(noise: Noise, residuals_RC: npt.ArrayLike, *, alpha: float, audit: int) -> npt.NDArray[np.bool_]:
+    """Return whether each of R lives of C residuals has been convicted after each of them, [R, C].
+
+    The rule is that of :class:`Life` under one law, for many lives at a time.
+
+    Args:
+        noise: Honest noise that all are judged under.
+        residuals_RC: Residuals that count, in the order in which they were checked.
+        alpha: Bound on the chance that an honest node is ever accused, in its whole life.
+        audit: Number of nonces of each audit.
+    """
+    values_RC = np.asarray(residuals_RC, dtype=np.float64)
+    length = audit * math.ceil(EPOCH / audit)
+    convicted_RC = sequential_test(noise, alpha=alpha * weight(1)).accusations(values_RC)
+    for number, start in zip(count(2), range(length, values_RC.shape[1], length), strict=False):
+        test = sequential_test(noise, alpha=alpha * weight(number))
+        convicted_RC[:, start : start + length] |= test.accusations(values_RC[:, start : start + length])
+    return np.maximum.accumulate(convicted_RC, axis=1)
 
 
 def verdict_of(log_e: float, log_evidence_honest: float, *, alpha: float, beta: float) -> stats.Verdict:
@@ -110,12 +207,8 @@ def verdict_of(log_e: float, log_evidence_honest: float, *, alpha: float, beta: 
     return "honest" if log_evidence_honest >= -math.log(beta) else "undecided"
 
 
-def noise_from(values: JsonObject) -> Noise:
-    """Return the noise that ``Noise.as_dict`` gave.
-
-    Raises:
-        CalibrationError: The values are not a law.
-    """
-    parameters = dict(values)
-    source = parameters.pop("source", "")
-    return Noise(law_from_dict(parameters), str(source))
+def _log_average(tests: Sequence[tuple[float, float]]) -> float:
+    """Return the logarithm of an average, of which the weight that no test has yet stands at 1; all are logarithms."""
+    logs = [log_weight + log_e for log_weight, log_e in tests]
+    rest = 1 - math.fsum(math.exp(log_weight) for log_weight, _ in tests)
+    return float(np.logaddexp.reduce([*logs, math.log(rest)]))

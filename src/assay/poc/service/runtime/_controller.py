@@ -75,7 +75,7 @@ class Controller:
         self.database = Database(settings.data_dir)
         self.outbox = Outbox(self.database)
         self.rounds = Rounds(self.database, self.outbox)
-        self.judge = Judge(self.database, self.outbox, settings)
+        self.judge = Judge(self.database, self.outbox, settings, recorded=self.metrics.recorded)
         self.jobs = Jobs(self.database, self.outbox, settings, self.closing)
         self.outbox.retry_now()
         self.state, stored = self.rounds.current()
@@ -112,6 +112,7 @@ class Controller:
         self.ended = self._worker.close(self.settings.drain)
         self.writer.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.judge.close()
         self.database.close()
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -30,10 +30,12 @@ class Metrics:
         self.valid = counter("valid_nonces", "Of these, the valid ones.")
         self.failures = counter("engine_failures", "Rounds or loads ended by an error of the engine.")
         self.verdicts = counter("verdicts", "Validation requests by residual verdict.", ["verdict"])
+        self.lives = counter("life_verdicts", "Recorded validations by the verdict on the node's life.", ["verdict"])
         self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", ["outcome"])
         # These series begin at 0: Prometheus sees no increase in a series that appears.
         for verdict in VERDICTS:
             self.verdicts.labels(verdict)
+            self.lives.labels(verdict)
         for outcome in OUTCOMES:
             self.deliveries.labels(outcome)
         self.requests = counter("http_requests", "Requests by route and status.", ["route", "status"])
@@ -57,6 +59,10 @@ class Metrics:
         self.block_factor_error = gauge("block_factor_error_ratio", "Standard error of that width.")
         self.jobs = gauge("jobs", "Artifact jobs by status.", ["status"])
         gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
+
+    def recorded(self, verdict: str) -> None:
+        """Count a validation that was written to the ledger, by the verdict on the node's life."""
+        self.lives.labels(verdict).inc()
 
     def show(self, snapshot: JsonObject) -> None:
         """Set the gauges from a snapshot."""

@@ -16,7 +16,18 @@ from assay.poc.service._bodies import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service._settings import Settings
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.store import Database, Outbox, StoredRound
-from assay.poc.verdict import Calibration, count_mismatches, default_noise, published_rule, sequential_test
+from assay.poc.verdict import (
+    Account,
+    Calibration,
+    Ledger,
+    Noise,
+    Update,
+    count_mismatches,
+    default_noise,
+    published_rule,
+    round_identity,
+    sequential_test,
+)
 from assay.reports import JsonObject, dumps, loads
 
 MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
@@ -26,11 +37,32 @@ class Judge:
     """Judges validation requests and keeps what it found.
 
     The residual test runs over all nonces of one key that were checked in a round, each counted once, so that
-    many small requests decide like one large one and asking twice proves nothing.
+    many small requests decide like one large one and asking twice proves nothing. With a ledger, the same residuals
+    enter the life of the node as well, of which replies say nothing.
+
+    Args:
+        database: Database of the service.
+        outbox: Outbox for callbacks.
+        settings: Settings of the service, which may name a ledger.
+        recorded: Function that is called with the verdict on a node's life after each request that was recorded.
+
+    Raises:
+        UsageError: The ledger was begun at other error rates, or the file is not a ledger.
+        StorageError: The ledger cannot be written.
     """
 
-    def __init__(self, database: Database, outbox: Outbox, settings: Settings) -> None:
-        self._db, self._outbox, self._settings = database, outbox, settings
+    def __init__(
+        self,
+        database: Database,
+        outbox: Outbox,
+        settings: Settings,
+        *,
+        recorded: Callable[[stats.Verdict], None] = lambda _: None,
+    ) -> None:
+        self._db, self._outbox, self._settings, self._recorded = database, outbox, settings, recorded
+        self._ledger: Ledger | None = None
+        if settings.ledger is not None:
+            self._ledger = Ledger(settings.ledger, alpha=settings.alpha, beta=settings.beta)
         self._checks, self._verdicts = database["checks"], database["verdicts"]
         self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
 
@@ -82,12 +114,37 @@ class Judge:
         }
         checks = [{"nonce": nonces[i], "received": _finite(received[i]), "computed": computed[i]} for i in new]
         try:
+            # First: the ledger knows what it has counted, so a request that is repeated after a crash adds nothing.
+            self._record(stored, dtype, request, computed)
             self._save(stored.id, public_key, checks, summary, body)
         except BaseException:
             # The test in memory has values that are not on disk: it is rebuilt next time.
             self._tests.pop((stored.id, public_key), None)
             raise
         return result
+
+    def close(self) -> None:
+        """Close the ledger."""
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def _record(self, stored: StoredRound, dtype: str, request: ValidateRequest, computed: Sequence[float]) -> None:
+        """Write the residuals of a request to the ledger, if there is one and the honest noise is known."""
+        pipeline = get_pipeline(stored.preset)
+        noise = _noise(self._settings, pipeline, dtype)
+        if self._ledger is None or noise is None or not request.nonces:
+            return
+        # A request does not say what the node computes with; the number format is the one that the network agreed on.
+        account = Account(public_key=request.public_key, digest=stored.digest, build=dtype, preset=pipeline.name)
+        update = Update(
+            account=account,
+            round=round_identity(stored.round),
+            block_hash=stored.block_hash,
+            noise=noise,
+            nonces=request.nonces,
+            residuals=[a - b for a, b in zip(request.dist, computed, strict=True)],
+        )
+        self._recorded(self._ledger.append([update])[0].verdict)
 
     def last(self, limit: int = 10) -> list[JsonObject]:
         """Return summaries of the last verdicts, the newest first."""
@@ -184,17 +241,21 @@ def load_with(calibration: Calibration | None, load: Callable[[], Deployment]) -
     return deployment
 
 
+def _noise(settings: Settings, pipeline: Pipeline, dtype: str) -> Noise | None:
+    """Return the calibration of the service, else the default noise; None without either."""
+    measured = settings.calibration.noise_of(pipeline.name) if settings.calibration is not None else None
+    if measured is not None:
+        return measured
+    try:
+        return default_noise(pipeline.noise, dtype, dtype)
+    except CalibrationError:
+        return None
+
+
 def _residual_test(settings: Settings, pipeline: Pipeline, dtype: str) -> stats.SequentialTest | None:
-    """Return a test under the calibration of the service, else under the default noise; None without either."""
-    measured = settings.calibration
-    if measured is not None and measured.preset == pipeline.name:
-        noise = measured.noise
-    else:
-        try:
-            noise = default_noise(pipeline.noise, dtype, dtype)
-        except CalibrationError:
-            return None
-    return sequential_test(noise.law, alpha=settings.alpha, beta=settings.beta)
+    """Return a test under the honest noise; None where that is not known."""
+    noise = _noise(settings, pipeline, dtype)
+    return None if noise is None else sequential_test(noise, alpha=settings.alpha, beta=settings.beta)
 
 
 def _residual(test: stats.SequentialTest | None) -> JsonObject:

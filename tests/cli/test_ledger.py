@@ -1,0 +1,161 @@
+"""``assay poc ledger`` and ``verify --ledger``: the life of a node on the command line, and its exit codes."""
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from assay.poc import Proof
+from assay.poc.verdict import Ledger
+from assay.research import cheats
+from tests.poc.verdict.ledgers import filled, honest, update
+
+PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:48")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    return filled(tmp_path / "ledger.sqlite3")
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """A ledger of one honest node."""
+    with Ledger(tmp_path / "good.sqlite3") as opened:
+        opened.append([update(seed, residuals=honest(8, seed)) for seed in range(10)])
+    return tmp_path / "good.sqlite3"
+
+
+def test_show(assay, ledger: Path):
+    shown = assay("poc", "ledger", "show", ledger)
+    assert shown.code == 0, shown.err
+    assert "node_2" in shown.out
+    assert "fraud" in shown.out
+    assert "9 entries, head " in shown.out
+    told = json.loads(assay("poc", "ledger", "show", ledger, "--json").out)
+    assert (told["schema"], told["count"]) == ("assay.poc.ledger/1", 9)
+    assert [one["public_key"] for one in told["accounts"]] == ["node_0", "node_1", "node_2"]
+    assert (told["accounts"][2]["verdict"], told["accounts"][2]["audits"]) == ("fraud", 3)
+    one = json.loads(assay("poc", "ledger", "show", ledger, "--public-key", "node_1", "--limit", 2, "--json").out)
+    (account,) = one["accounts"]
+    assert [entry["seq"] for entry in account["entries"]] == [5, 8]
+    assert len(account["entries"][0]["residuals"]) == 8
+    text = assay("poc", "ledger", "show", ledger, "--public-key", "node_1").out
+    assert "audits of build H100, preset artifact" in text
+
+
+def test_audit_says_which_entry_was_changed(assay, ledger: Path, tmp_path: Path):
+    clean = assay("poc", "ledger", "audit", ledger)
+    assert clean.code == 0, clean.err
+    assert "clean" in clean.out
+    head = json.loads(assay("poc", "ledger", "audit", ledger, "--json").out)["head"]
+    assert assay("poc", "ledger", "audit", ledger, "--head", head).code == 0
+    assert assay("poc", "ledger", "audit", ledger, "--head", "0" * 64).code == 1
+    assert assay("poc", "ledger", "audit", ledger, "--head", "latest").code == 2
+    with closing(sqlite3.connect(ledger)) as database:
+        database.execute("DROP TRIGGER updates_never_update")
+        database.execute('UPDATE updates SET entry = replace(entry, \'"fault":null\', \'"fault":""\') WHERE seq = 5')
+        database.commit()
+    found = assay("poc", "ledger", "audit", ledger)
+    assert found.code == 1
+    assert "entry 5: its text does not have its hash" in found.out
+    told = json.loads(assay("poc", "ledger", "audit", ledger, "--json").out)
+    assert (told["clean"], told["faults"][0]["entry"]) == (False, 5)
+    for wrong in (tmp_path / "none.sqlite3", tmp_path):
+        refused = assay("poc", "ledger", "audit", wrong)
+        assert refused.code == 2
+        assert "to do:" in refused.err
+
+
+def test_export_is_audited_and_merged_elsewhere(assay, ledger: Path, good: Path, tmp_path: Path):
+    out = tmp_path / "ledger.jsonl"
+    made = assay("poc", "ledger", "export", ledger, "-o", out, "--json")
+    assert made.code == 0, made.err
+    assert json.loads(made.out)["entries"] == 9
+    assert assay("poc", "ledger", "export", ledger, "-o", out).code == 2
+    assert assay("poc", "ledger", "export", ledger, "-o", out, "--overwrite").code == 0
+    assert assay("poc", "ledger", "audit", out).code == 0
+    merged = assay("poc", "ledger", "merge", out, good)
+    assert merged.code == 1, merged.err
+    assert "1 of 2" in merged.out
+    told = json.loads(assay("poc", "ledger", "merge", out, good, "--public-key", "node_2", "--json").out)
+    (account,) = told["accounts"]
+    assert (account["verdict"], len(account["shares"])) == ("fraud", 2)
+
+
+def test_the_code_of_a_merge_is_that_of_its_verdicts(assay, good: Path, ledger: Path):
+    assert assay("poc", "ledger", "merge", good).code == 0
+    assert assay("poc", "ledger", "merge", ledger, "--public-key", "node_0").code == 2  # too few nonces to decide
+    assert assay("poc", "ledger", "merge", ledger, "--public-key", "nobody").code == 2
+    assert assay("poc", "ledger", "merge", good, good).code == 2
+    assert assay("poc", "ledger", "merge", good, "--alpha", 2).code == 2
+
+
+def test_names_of_others_do_not_write_to_the_terminal(assay, tmp_path: Path):
+    with Ledger(tmp_path / "l.sqlite3") as opened:
+        opened.append([update(0, key="\x1b[2Jkey", block_hash="\x1b]0;title\x07", fault="\x1b[31mred")])
+    for arguments in ((), ("--public-key", "\x1b[2Jkey")):
+        shown = assay("poc", "ledger", "show", tmp_path / "l.sqlite3", *arguments)
+        assert shown.code == 0
+        assert "\x1b" not in shown.out
+        assert "\x07" not in shown.out
+
+
+@pytest.fixture(scope="module")
+def proofs(small_model, tmp_path_factory) -> dict[str, Path]:
+    """An honest proof, and one that is invented."""
+    from assay.poc import Round, prove
+
+    round = Round(block_hash="b", public_key="k", seq_len=16, model="small")
+    folder = tmp_path_factory.mktemp("proofs")
+    made = prove(small_model, round, range(48), batch_size=8)
+    made.save(folder / "honest.jsonl")
+    cheats.invented(Proof.load(folder / "honest.jsonl")).save(folder / "invented.jsonl")
+    return {name: folder / f"{name}.jsonl" for name in ("honest", "invented")}
+
+
+def test_verify_adds_to_the_life_and_follows_it(assay, proofs, small_checkpoint: Path, tmp_path: Path):
+    path = tmp_path / "life.sqlite3"
+    flags = ("--model", small_checkpoint, "--device", "cpu", *PINS, "--ledger", path)
+    first = assay("poc", "verify", proofs["honest"], *flags, "--json")
+    assert first.code == 0, first.err
+    life = json.loads(first.out)["life"]
+    assert (life["verdict"], life["audits"], life["n"]) == ("honest", 1, 48)
+    again = assay("poc", "verify", proofs["honest"], *flags)
+    assert again.code == 0
+    assert "honest, after 2 audit(s) with 48 nonces that count" in again.out
+    # Another block: the round is another one, and so the invented values count.
+    assert "life" not in json.loads(assay("poc", "verify", proofs["honest"], *flags[:-2], "--json").out)
+    assert assay("poc", "ledger", "audit", path).code == 0
+
+
+def test_a_life_of_fraud_is_not_washed_by_a_good_proof(assay, proofs, small_checkpoint: Path, tmp_path: Path):
+    path = tmp_path / "life.sqlite3"
+    flags = ("--model", small_checkpoint, "--device", "cpu", *PINS, "--ledger", path)
+    assert assay("poc", "verify", proofs["invented"], *flags).code == 1
+    after = assay("poc", "verify", proofs["honest"], *flags)
+    assert after.code == 1
+    assert "verdict" in after.out
+    assert "fraud, after 2 audit(s) with 48 nonces that count" in after.out
+
+
+def test_what_cannot_be_recorded_is_refused_before_the_model_is_loaded(assay, proofs, tmp_path: Path):
+    known = ("--block-hash", "b", "--seq-len", 16)
+    model = ("--model", "reference:none")
+    refused = assay("poc", "verify", proofs["honest"], *model, *known, "--ledger", tmp_path / "l.sqlite3")
+    assert refused.code == 2
+    assert "--ledger with public_key taken on the prover's word" in refused.err
+    assert "pass --public-key" in refused.err
+    assert not (tmp_path / "l.sqlite3").exists()
+    known += ("--public-key", "k")
+    Ledger(tmp_path / "strict.sqlite3", alpha=1e-6).close()
+    strict = assay("poc", "verify", proofs["honest"], *model, *known, "--ledger", tmp_path / "strict.sqlite3")
+    assert strict.code == 2
+    assert "pass --alpha 1e-06" in strict.err
+    text = tmp_path / "notes.txt"
+    text.write_text("no ledger")
+    wrong = assay("poc", "verify", proofs["honest"], *model, *known, "--ledger", text)
+    assert wrong.code == 2
+    assert text.read_text() == "no ledger"

@@ -1,0 +1,289 @@
+"""The ledger of nodes' lives: what is written, what counts, and that nothing is lost or counted twice."""
+
+import math
+import os
+import random
+import signal
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from assay.errors import DataError, StorageError, UsageError
+from assay.poc import Build, verify
+from assay.poc.service.store import Database
+from assay.poc.verdict import Ledger, Life, audit_ledger
+from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
+
+
+def test_an_audit_is_written_with_its_evidence(tmp_path, proof, small_model, round_):
+    verdict = verify(proof, small_model, expect=round_, sample=24, seed=7)
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        standing = ledger.record(verdict, proof=proof.footer.sha256)
+        (entry,) = ledger.entries(standing.account)
+        assert ledger.head == (1, entry.hash)
+    assert (standing.verdict, standing.audits, standing.recorded, standing.evidence.n) == ("honest", 1, 24, 24)
+    assert standing.account.public_key == round_.public_key
+    assert standing.account.digest == proof.header.digest
+    assert (standing.account.preset, standing.account.build) == ("poc-2.0", "float32")
+    assert tuple(entry.residuals) == verdict.residuals  # to the last bit
+    assert tuple(entry.nonces) == verdict.nonces
+    assert (entry.proof, entry.sample_seed, entry.block_hash) == (proof.footer.sha256, 7, round_.block_hash)
+    assert audit_ledger(tmp_path / "l.sqlite3").clean
+
+
+def test_numbers_keep_every_bit_and_missing_ones_stay_missing(tmp_path):
+    odd = [0.1, 5e-324, -0.0, 1 / 3, 2.0 - 2**-52, math.nan, math.inf, -math.inf]
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        ledger.append([update(0, residuals=odd)])
+        (entry,) = ledger.entries(account())
+    assert [x.hex() for x in entry.residuals[:5]] == [x.hex() for x in odd[:5]]
+    assert entry.residuals[5:] == [None] * 3
+    assert math.copysign(1, entry.residuals[2]) == -1
+
+
+def test_a_nonce_counts_once_in_a_round(tmp_path):
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        first = ledger.append([update(0, nonces=range(8))])[0]
+        again = ledger.append([update(0, nonces=range(8))])[0]
+        part = ledger.append([update(0, nonces=range(4, 12))])[0]
+        twice = ledger.append([update(1, nonces=[5, 5, 6, 6, 5, 7, 8, 9])])[0]
+        other = ledger.append([update(0, key="node_B", nonces=range(8))])[0]
+        entries = list(ledger.entries(account()))
+    assert first.evidence == again.evidence
+    assert [one.evidence.n for one in (first, again, part, twice, other)] == [8, 8, 12, 17, 8]
+    assert [one.recorded for one in (first, again, part, twice)] == [8, 16, 24, 32]
+    assert [len(entry.excluded) for entry in entries] == [0, 8, 4, 3]
+    assert entries[3].reasons == {1: "repeated", 3: "repeated", 4: "repeated"}
+
+
+def test_nonces_can_be_kept_out_with_a_reason(tmp_path):
+    reason = "first of its batch"
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        values = [1.0, *honest(7)]
+        standing = ledger.append([update(0, residuals=values, excluded={0: reason, 4: reason}, fault="batch of 4")])[0]
+        (entry,) = ledger.entries(account())
+    assert (standing.evidence.n, standing.fault, entry.reasons) == (6, "batch of 4", {0: reason, 4: reason})
+    assert standing.evidence.log_e_max < 1
+    assert audit_ledger(tmp_path / "l.sqlite3").clean
+
+
+def test_a_faulty_place_is_written_and_does_not_count(tmp_path, proof, small_model, round_):
+    verdict = verify(proof, small_model, expect=round_, sample=24)
+    aside = np.arange(24) % 4 == 0
+    places = replace(verdict.places, faulty=True, pattern="position mod 4 in 0 to 0", set_aside=aside)
+    faulty = replace(verdict, verdict="faulty", places=places, residuals=tuple(np.where(aside, 1.0, verdict.residuals)))
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        standing = ledger.record(faulty)
+        (entry,) = ledger.entries(standing.account)
+        assert ledger.record(verdict).evidence == standing.evidence  # what was left out does not come back
+    assert (standing.fault, standing.evidence.n, standing.recorded) == ("position mod 4 in 0 to 0", 18, 24)
+    assert entry.reasons == dict.fromkeys(range(0, 24, 4), "faulty place")
+    assert standing.evidence.log_e_max < 1
+
+
+def test_a_life_is_that_of_the_pinned_build(tmp_path, proof, small_model, round_):
+    """Another version of torch in the header does not begin another life."""
+    verdict = verify(proof, small_model, expect=round_)
+    made_on = verdict.header.fingerprint
+    other = replace(verdict, header=replace(verdict.header, fingerprint=replace(made_on, torch="9.9")))
+    pinned = replace(verdict, pins=replace(verdict.pins, builds=(Build.of(made_on, name="H100"),)))
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        found = [ledger.record(one).account.build for one in (verdict, other, pinned)]
+        assert found == ["float32", "float32", "H100"]
+        assert ledger.record(verdict, build="ours").account.build == "ours"
+
+
+def test_an_update_of_one_name_is_written_once(tmp_path):
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        one = ledger.append([update(0, name="inbox 1")])[0]
+        assert ledger.append([update(0, name="inbox 1")])[0] == one
+        assert ledger.head[0] == 1
+        with pytest.raises(UsageError, match="a second update 'inbox 1'"):
+            ledger.append([update(0, key="node_B", name="inbox 1")])
+        assert ledger.accounts() == [account()]
+
+
+def test_all_updates_of_a_call_are_written_or_none(tmp_path):
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        with pytest.raises(UsageError, match="nonces"):
+            ledger.append([update(0), update(1, nonces=[-1] * 8)])
+        assert ledger.head[0] == 0
+        good = ledger.append([update(0), update(1)])
+        assert [one.audits for one in good] == [1, 2]
+    with Ledger(tmp_path / "m.sqlite3") as other:
+        assert other.append([update(0), update(1)])[1].evidence == good[1].evidence
+
+
+@pytest.mark.parametrize("wrong", [{"round": ""}, {"nonces": [1]}, {"nonces": [2**53] * 8}, {"proof": "abc"}])
+def test_what_is_no_evidence_is_refused(tmp_path, wrong):
+    with Ledger(tmp_path / "l.sqlite3") as ledger, pytest.raises(UsageError, match="an update"):
+        ledger.append([update(0, **wrong)])
+
+
+def test_a_ledger_that_was_closed_goes_on(tmp_path):
+    """State that is rebuilt from the entries equals state that was kept, under two laws."""
+    with Ledger(tmp_path / "kept.sqlite3") as kept:
+        for seed in range(12):
+            given = update(seed, noise=OTHER if seed % 5 == 4 else NOISE)
+            standing = kept.append([given])[0]
+            with Ledger(tmp_path / "again.sqlite3") as again:
+                rebuilt = again.append([given])[0]
+            assert rebuilt.evidence == standing.evidence
+    assert standing.evidence.tests == 2
+    assert standing.audits == 12
+
+
+def test_memory_is_bounded_by_rebuilding(tmp_path, monkeypatch):
+    for name in ("LIVES", "ROUNDS"):
+        monkeypatch.setattr(f"assay.poc.verdict._ledger.{name}", 1)
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        for seed in range(8):
+            standing = ledger.append([update(seed // 2, key=f"node_{seed % 2}")])[0]
+        assert len(ledger._states) == len(ledger._seen) == 1
+    assert (standing.audits, standing.evidence.n) == (4, 32)
+    assert audit_ledger(tmp_path / "l.sqlite3").clean
+
+
+def test_a_life_has_one_error_rate(tmp_path):
+    Ledger(tmp_path / "l.sqlite3", alpha=1e-4).close()
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        assert (ledger.genesis.alpha, ledger.genesis.beta) == (1e-4, 1e-2)
+    with pytest.raises(UsageError, match=r"alpha 0\.001 for the ledger") as refused:
+        Ledger(tmp_path / "l.sqlite3", alpha=1e-3)
+    assert "--alpha 0.0001" in refused.value.do
+    with pytest.raises(UsageError, match="alpha 2"):
+        Ledger(tmp_path / "m.sqlite3", alpha=2.0)
+
+
+def test_what_is_no_ledger_stays_as_it_is(tmp_path):
+    Database(tmp_path).close()
+    service = tmp_path / "service.sqlite3"
+    before = service.read_bytes()
+    text = tmp_path / "notes.txt"
+    text.write_text("nothing of the kind " * 100)
+    for path, error in ((service, UsageError), (text, StorageError), (tmp_path, StorageError)):
+        for read_only in (False, True):
+            with pytest.raises(error):
+                Ledger(path, read_only=read_only)
+    with pytest.raises(UsageError, match="no ledger at"):
+        Ledger(tmp_path / "none.sqlite3", read_only=True)
+    assert not (tmp_path / "none.sqlite3").exists()
+    assert service.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE updates SET entry = '{}'",
+        "DELETE FROM updates",
+        "REPLACE INTO updates SELECT * FROM updates WHERE seq = 2",
+        "INSERT INTO updates SELECT seq + 7, account, round, NULL, law, entry, hash FROM updates WHERE seq = 2",
+        "UPDATE laws SET law = '{}'",
+        "DELETE FROM laws",
+        "UPDATE accounts SET public_key = 'node_B'",
+        "DELETE FROM accounts",
+        "UPDATE ledger SET hash = ''",
+        "UPDATE ledger SET count = 1",
+        "DELETE FROM ledger",
+    ],
+)
+def test_the_file_itself_refuses_to_forget(tmp_path, statement):
+    path = filled(tmp_path / "l.sqlite3", 3)
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA foreign_keys=ON")
+        with pytest.raises(sqlite3.Error):
+            database.execute(statement)
+    assert audit_ledger(path).clean
+
+
+def test_a_ledger_that_was_cut_takes_no_more(tmp_path):
+    path = filled(tmp_path / "l.sqlite3", 3)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TRIGGER updates_never_delete")
+        database.execute("DELETE FROM updates WHERE seq = 3")
+        database.commit()
+    with Ledger(path) as ledger, pytest.raises(DataError, match="its head says 3 entries, and the last one is 2"):
+        ledger.append([update(9)])
+
+
+def test_the_life_convicts_where_single_audits_do_not(tmp_path):
+    """Evidence of many small audits adds up, and an honest node stays honest."""
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        for seed in range(12):
+            slight = [1.9 * x for x in honest(8, seed)]
+            cheat = ledger.append([update(seed, key="cheat", residuals=slight)])[0]
+            node = ledger.append([update(seed, key="node")])[0]
+    assert (cheat.verdict, node.verdict) == ("fraud", "honest")
+    alone = Life(alpha=1e-3, beta=1e-2).update(NOISE, slight).evidence
+    assert alone.verdict == "undecided"
+
+
+def _work(path, name, start, count, acknowledged=None) -> None:
+    with Ledger(path) as ledger:
+        for number in range(start, start + count):
+            given = update(number, key=f"node_{number % 2}", name=f"{name} {number}")
+            ledger.append([given])
+            if acknowledged is not None:
+                os.write(acknowledged, f"{number}\n".encode())
+
+
+def test_two_processes_write_to_one_ledger(tmp_path):
+    path = tmp_path / "l.sqlite3"
+    Ledger(path).close()
+    children = [forked(lambda name=name: _work(path, name, 0, 15)) for name in ("one", "other")]
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    found = audit_ledger(path)
+    assert (found.clean, found.entries, found.accounts) == (True, 30, 2)
+    with Ledger(path, read_only=True) as ledger:
+        # Both have the same nonces of the same rounds, which count once.
+        assert [(one.recorded, one.evidence.n) for one in ledger.standings()] == [(128, 64), (112, 56)]
+
+
+def test_killed_again_and_again_it_loses_and_doubles_nothing(tmp_path):
+    path, draw, acknowledged = tmp_path / "l.sqlite3", random.Random(0), []
+    for _ in range(12):
+        reading, writing = os.pipe()
+        start = acknowledged[-1] + 1 if acknowledged else 0
+        # After a kill the sender does not know whether its last update was taken, and sends it again.
+        child = forked(lambda start=start, out=writing: _work(path, "audit", start, 10_000, out))
+        os.close(writing)
+        with os.fdopen(reading, "rb", buffering=0) as answers:
+            wanted, lines = draw.randint(1, 12), b""
+            while lines.count(b"\n") < wanted:
+                lines += answers.read(1)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            lines += answers.read(65536)
+        acknowledged += [int(line) for line in lines.split()]
+    assert acknowledged == list(range(len(acknowledged)))
+    found = audit_ledger(path)
+    assert found.clean, found.faults
+    assert found.entries - len(acknowledged) in (0, 1)  # written, and killed before it was said
+    with Ledger(path, read_only=True) as ledger:
+        names = [entry.name for key in ("node_0", "node_1") for entry in ledger.entries(account(key))]
+        assert sorted(names) == sorted(f"audit {number}" for number in range(found.entries))
+        assert all(one.recorded == one.evidence.n for one in ledger.standings())
+
+
+def test_threads_share_a_ledger(tmp_path):
+    """One of them fails again and again, and what it left in memory is not used by the other."""
+    path = tmp_path / "l.sqlite3"
+    with Ledger(path) as ledger:
+
+        def fail() -> None:
+            for _ in range(10):
+                with pytest.raises(UsageError):
+                    ledger.append([update(99), update(98, nonces=[-1] * 8)])
+
+        with ThreadPoolExecutor(2) as pool:
+            failing = pool.submit(fail)
+            for seed in range(10):
+                ledger.append([update(seed)])
+            failing.result()
+    found = audit_ledger(path)
+    assert (found.clean, found.entries) == (True, 10)

@@ -1,0 +1,113 @@
+"""The arithmetic of a node's whole life: tests that begin again, laws that change, and the bound over all of them."""
+
+import math
+
+import numpy as np
+import pytest
+
+from assay.poc.verdict import Life, Noise, convicted_after, sequential_test
+from assay.poc.verdict._life import EPOCH, weight
+from assay.stats import LogNoise, ScaleNoise, Spread
+from tests.poc.verdict.ledgers import NOISE, OTHER, honest
+
+SCALE = Noise(ScaleNoise(1e-4), "distances")
+PLAIN = Noise(LogNoise(-3.0, 0.5, 12), "vectors")
+
+
+def test_the_shares_of_all_tests_sum_to_one():
+    assert math.fsum(weight(number) for number in range(1, 100_000)) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_young_life_is_one_test_at_its_share():
+    values = [2 * x for x in honest(200)]
+    life = Life(alpha=1e-3, beta=1e-2).update(NOISE, values[:150]).update(NOISE, values[150:])
+    alone = sequential_test(NOISE).update(values).result
+    found = life.evidence
+    assert (found.n, found.tests) == (200, 1)
+    assert found.log_e_max == pytest.approx(math.log(weight(1)) + alone.log_e_max)
+    assert found.log_evidence_honest == pytest.approx(math.log(weight(1)) + alone.log_evidence_honest)
+
+
+def test_an_honest_past_does_not_protect_a_cheat():
+    """The first test alone would need thousands of nonces; one that began again needs a few."""
+    life, first = Life(alpha=1e-3, beta=1e-2), sequential_test(NOISE)
+    for seed in range(2 * EPOCH // 64):
+        values = honest(64, seed)
+        life.update(NOISE, values)
+        first.update(values)
+    assert life.evidence.verdict == "honest"
+    for seed in range(100):
+        values = [1.8 * x for x in honest(64, seed)]
+        life.update(NOISE, values)
+        first.update(values)
+        if life.evidence.verdict == "fraud":
+            break
+    assert seed < 16
+    assert first.verdict != "fraud"
+    assert life.evidence.log_e_value > math.log(1e3)
+
+
+def test_what_was_honest_long_ago_does_not_make_it_honest_now():
+    life = Life(alpha=1e-3, beta=1e-2)
+    for seed in range(2 * EPOCH // 64):
+        life.update(NOISE, honest(64, seed))
+    before = life.evidence
+    for seed in range(3 * EPOCH // 64):
+        life.update(NOISE, [1.5 * x for x in honest(64, seed)])
+    assert before.verdict == "honest"
+    assert before.log_evidence_honest > 10 > 0 > life.evidence.log_evidence_honest
+
+
+def test_a_law_that_comes_back_continues_its_test():
+    life = Life(alpha=1e-3, beta=1e-2)
+    for seed in range(6):
+        life.update(OTHER if seed % 2 else NOISE, honest(8, seed, OTHER if seed % 2 else NOISE))
+    assert (life.evidence.tests, life.evidence.n) == (2, 48)
+
+
+def test_a_missing_value_counts_as_the_worst_one():
+    life = Life(alpha=1e-3, beta=1e-2).update(NOISE, [math.nan] * 12)
+    assert life.evidence.verdict == "fraud"
+
+
+@pytest.mark.parametrize("noise", [PLAIN, SCALE], ids=["vectors", "distances"])
+def test_many_lives_at_once_are_the_same_lives(noise):
+    rng = np.random.default_rng(1)
+    shape = (12, 2 * EPOCH + 320)
+    factor_R1 = np.geomspace(0.5, 1.3, shape[0])[:, None]
+    values_RC = noise.size * factor_R1 * np.exp(0.4 * rng.standard_normal(shape))
+    values_RC[:, EPOCH + 64 :] *= 1.2
+    audit = 160
+    at_once_RC = convicted_after(noise, values_RC, alpha=0.01, audit=audit)
+    for row, values_C in enumerate(values_RC):
+        life = Life(alpha=0.01, beta=0.01)
+        audits = [values_C[start : start + audit] for start in range(0, shape[1], audit)]
+        convicted = [life.update(noise, part).evidence.verdict == "fraud" for part in audits]
+        ends = np.minimum(np.arange(1, len(convicted) + 1) * audit, shape[1]) - 1
+        assert at_once_RC[row, ends].tolist() == convicted
+    assert 0 < at_once_RC[:, -1].sum() < shape[0]
+
+
+def drawn(law: LogNoise, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Draws from a law by its survival function."""
+    grid = np.exp(np.linspace(law.mu - 9 * law.sd, math.log(2.0), 20_000))
+    return np.interp(-rng.uniform(size=shape), -law.survival(grid), grid)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_an_honest_life_is_accused_with_chance_alpha_at_most(spread):
+    """With a spread, each life has a scale of its own, the same under both of its laws: their tests agree in error."""
+    rng, lives, audits = np.random.default_rng(5), 200, 6
+    alpha, noise = 0.2, Noise(PLAIN.law, "one", Spread(spread))
+    later = Noise(PLAIN.law, "another calibration", Spread(spread))
+    scale_R = np.exp(spread * rng.standard_t(30, lives))
+    values_RC = drawn(PLAIN.law, (lives, audits * 64), rng) * scale_R[:, None]
+    verdicts = []
+    for values_C in values_RC:
+        life = Life(alpha=alpha, beta=0.01)
+        for number, part in enumerate(np.split(values_C, audits)):
+            life.update(later if number >= audits // 2 else noise, part)
+        verdicts.append(life.evidence.verdict)
+    accused = verdicts.count("fraud") / lives
+    assert accused <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / lives)
+    assert verdicts.count("honest") > lives / 2
