@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from assay.reports import read_json
 from assay.research.approaches import weight_rows
-from assay.research.matrix import configurations
+from assay.research.matrix import Configuration, configurations
 from assay.research.redteam import attack_table, fields, honest_errors, paying, paying_table
 from assay.research.runs import read_run
 
@@ -95,11 +97,18 @@ def weights(run: str) -> None:
     print_table(header, rows)
 
 
+def matrix_configurations(run: str) -> list[Configuration]:
+    """Return the configurations of a matrix, with the effective dimensions that the approaches of its run measured."""
+    measured = [cell for cell in read_run(RUNS / run, "approaches").cells if cell["approach"] == "poc-2.0"]
+    widths = {(cell["model"], "sign-flips"): cell["effective_dimension"] for cell in measured}
+    return configurations(read_run(RUNS / run, "matrix").cells, widths)
+
+
 def matrix(run: str) -> None:
     """Print the valid rate of every block in the live tests, in per cent."""
     header = ("model, mode", "alpha", "beta", "gamma", "spread", "noise band", "p", "nonces/s")
     rows = []
-    for found in configurations(read_run(RUNS / run, "matrix").cells):
+    for found in matrix_configurations(run):
         spread = found.spread
         if spread is not None:
             rows.append((
@@ -115,7 +124,7 @@ def matrix(run: str) -> None:
 
 def nonce_bands(run: str) -> None:
     """Print where a band of the nonces alone would end, per model, in points."""
-    found = configurations(read_run(RUNS / run, "matrix").cells)
+    found = matrix_configurations(run)
     rows = [(f.model.partition(":")[2], f"{100 * f.spread.nonces_high:.2f}") for f in found
             if f.spread is not None and f.mode == "sign-flips"]  # fmt: skip
     print_table(("model", "band of the nonces alone ends at"), rows)
@@ -141,6 +150,45 @@ def targets() -> None:
         off = " / ".join(f"{row['off_in_standard_errors']:+.1f}".replace("-", "−") for row in both)
         printed.append((pipeline, f"{100 * rate:.4g}", f"{both[0]['r_target']:.4f}", measured, off))
     print_table(("pipeline", "valid, %", "closed form", "measured", "offset"), printed)
+
+
+def targets_of_blocks() -> None:
+    """Print how many single blocks have an interval that holds the closed form, in three ways."""
+    figures = read_json(RESULTS / "r_target.json")
+    rows = []
+    for row in figures["rows"]:
+        if "blocks_inside" in row:
+            inside, rates = row["blocks_inside"], row["valid_rates"]
+            rows.append((
+                row["model"].partition(":")[2],
+                f"{100 * row['valid_rate']:.4g}",
+                f"{100 * min(rates):.1f} to {100 * max(rates):.1f}",
+                *(f"{inside[way]} of {figures['blocks']}" for way in ("nonces_alone", "assumed", "with_factors")),
+            ))  # fmt: skip
+    header = ("model", "valid over blocks, %", "valid in a block, %", "interval of the nonces alone",
+              "assumed effective dimension", "factor by the model")  # fmt: skip
+    print_table(header, rows)
+
+
+def block_law() -> None:
+    """Print how the widths of blocks vary, and how far they are from the chord law and from their own."""
+    figures = read_json(RESULTS / "chord_law_blocks.json")
+    rows = []
+    for model, found in figures["over_blocks"].items():
+        mine = [row for row in figures["poc-2.0"] if row["model"] == model]
+        offsets = {name: np.std([row[name] for row in mine]) for name in (
+            "width_off_in_standard_errors", "width_off_the_block_in_standard_errors")}  # fmt: skip
+        rows.append((
+            model.partition(":")[2],
+            found["blocks"],
+            f"{found['effective_dimension']:.0f}",
+            f"{found['widths'][0]:.2f} to {found['widths'][1]:.2f}",
+            f"{100 * found['sd_of_width']:.1f} % ({100 * found['sd_of_width_expected']:.1f} %)",
+            *(f"{offset:.1f}" for offset in offsets.values()),
+        ))  # fmt: skip
+    header = ("model", "blocks", "effective dimension", "width over the chord law's", "its sd (expected)",
+              "off the chord law", "off the law of the block")  # fmt: skip
+    print_table(header, rows)
 
 
 def redteam_cells(name: str) -> list[Any]:
@@ -255,3 +303,31 @@ def unseen_junk() -> None:
                       if (row["preset"], row["dtype"]) == (preset, dtype)]  # fmt: skip
             rows.append((f"`{preset}`, {dtype}", f"{min(caught):.3f}", f"{max(caught):.3f}"))
     print_table(("preset, format", "caught at least", "caught at most"), rows)
+
+
+def faulty_clusters() -> None:
+    """Print what pairs of real clusters come out as, by the pattern of their fault, in full and in samples."""
+    clusters = read_json(RESULTS / "places.json")["clusters"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in clusters["rows"]:
+        found = row["pattern"] if row["verdict"] == "faulty" else "no fault found"
+        groups.setdefault(found if row["fault"] else "sound machines", []).append(row)
+    rows = []
+    for name, pairs in sorted(groups.items(), key=lambda item: -len(item[1])):
+        outcomes = sorted({pair["verdict"] for pair in pairs})
+        samples = [
+            [f"{np.mean([pair[size].get(outcome, 0) for pair in pairs]):.1%}" for outcome in ("faulty", "fraud")]
+            for size in ("300 nonces", "64 nonces")
+        ]
+        rows.append((name, len(pairs), ", ".join(outcomes), *(f"{faulty} ({fraud})" for faulty, fraud in samples)))
+    print_table(("fault", "pairs", "all 1000 nonces", "300: faulty (fraud)", "64: faulty (fraud)"), rows)
+
+
+def faulty_simulated() -> None:
+    """Print how often simulated faults are found, and called fraud instead."""
+    cases = read_json(RESULTS / "places.json")["faults"]["cases"]
+    rows = []
+    for name in dict.fromkeys(case.rsplit(", ", 1)[0] for case in cases):
+        found = [cases[f"{name}, {size} nonces"] for size in (64, 300, 1000)]
+        rows.append((name, *(f"{case.get('faulty', 0):.0%} ({case.get('fraud', 0):.0%})" for case in found)))
+    print_table(("fault", "64 nonces", "300 nonces", "1000 nonces"), rows)
