@@ -191,6 +191,9 @@ def test_the_calibration_is_that_of_the_build(assay, verify, honest: Proof, pins
     found = verify(honest, *KNOWN, model=here)
     assert found.code == 0, found.err
     assert "calibration" in json.loads(found.out)["noise"]["source"]
+    held = assay("poc", "pins", "check", pins, tmp_path / "honest.jsonl", *KNOWN, "--json")
+    assert "default" not in json.loads(held.out)["noise"]
+    assert "calibration: calibration.json" in json.loads(held.out)["pinned"]
     # A build that was not calibrated must not fall back to the wider default.
     pins.write_text(pins.read_text().replace("threads = 1", 'threads = "*"'))
     other = replace(honest.header.fingerprint, threads=7)

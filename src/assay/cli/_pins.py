@@ -134,7 +134,9 @@ def check(
         held.check(header)
         measured = pinned_calibration(network, header)
         believed = held.unpinned(header)
-        noise = measured.build_of(header).source if measured else "the stated default: no calibration is pinned for this model"
+        noise = "the stated default: no calibration is pinned for this model"
+        if measured is not None:
+            noise = measured.build_of(header).source
         values |= {"proof": str(proof), "unpinned": believed, "noise": noise}
     if as_json:
         emit_json("assay.poc.pins.check/1", values)
