@@ -105,9 +105,10 @@ class Senders:
     def _start(self, number: int) -> subprocess.Popen:
         self._started += 1
         paths = (self._directory / f"messages_{number}.jsonl", self._directory / f"acknowledged_{number}")
-        log = (self._directory / "senders.log").open("ab")
         arguments = (self._port, *paths, self._started, self._pause)
-        return subprocess.Popen([sys.executable, "-S", str(SENDER), *map(str, arguments)], stdout=log, stderr=log)
+        command = [sys.executable, "-S", str(SENDER), *map(str, arguments)]
+        with (self._directory / "senders.log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
 
     def kill(self, number: int) -> None:
         process = self.processes[number]

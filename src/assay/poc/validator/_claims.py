@@ -193,7 +193,7 @@ class Reader:
         """Refuse nonces of another share, those that do not ascend, and far ones where seeds may collide.
 
         A node that may choose among n positions finds n²/2³³ pairs of equal 32-bit seeds, so that one forward pass
-        serves two nonces: with the bound of 2²² positions that saves one pass in 4096.
+        serves two nonces: with the bound of 2²² positions that saves one pass in 2048.
         """
         if not 0 < len(nonces) <= MOST_NONCES:
             raise refused("nonces", f"{len(nonces)} of them", f"1 to {MOST_NONCES} in one message")

@@ -24,7 +24,7 @@ class NodeEntry(BaseModel):
     Args:
         public_key: Key of the node.
         secrets: Standard Webhooks secrets of its callbacks; those of ``--callback-secret`` when None.
-        build: Name of its build in the pins; needed where the pins have several.
+        build: Name of its build in the pins; needed where the model has several and the pins do not say which.
         url: Address of its service, for a node that is polled.
         read_key: Key that may read there.
     """
@@ -94,10 +94,12 @@ class Registry:
         self.model = network.model(model if len(network.models) > 1 else None)
         self.pipeline: Pipeline = get_pipeline(network.round.preset)
         self.blocks = (network.round.block_hash,) if network.round.block_hash is not None else ()
-        """Blocks that the pins name; where there are none, blocks are announced."""
+        """Blocks that the pins name; blocks are announced where this is empty."""
         self._senders = {}
         listed = dict.fromkeys([*(node.public_key for node in network.nodes), *(entry.public_key for entry in entries)])
         by_key = {entry.public_key: entry for entry in entries}
+        # Settings know which secrets are strong enough, and refuse others without showing them.
+        Settings(callback_secrets=tuple(secret for entry in entries for secret in entry.secrets or ()))
         shared = Signatures(settings.callback_secrets)
         for public_key in listed:
             entry = by_key.get(public_key) or NodeEntry(public_key=public_key)
@@ -106,7 +108,7 @@ class Registry:
             self._senders[public_key] = Sender(
                 public_key=public_key,
                 signatures=shared if entry.secrets is None else Signatures(entry.secrets),
-                build=self.build(entry.build, public_key),
+                build=self._build(entry.build, public_key),
                 **self._share(public_key),
                 url=entry.url,
                 read_key=entry.read_key,
@@ -150,18 +152,20 @@ class Registry:
         """Whether any node may send without a signature."""
         return any(not sender.signatures for sender in self._senders.values())
 
-    def build(self, name: str | None, public_key: str) -> Build:
-        """Return a build of the model by its name, or the only one.
+    def _build(self, name: str | None, public_key: str) -> Build:
+        """Return the build of a node: the one that either file names, or the only one of the model.
 
         Raises:
-            UsageError: There is no such build, or the name does not tell which one is meant.
+            UsageError: There is no such build, it is not clear which one is meant, or the machines of a key differ.
         """
-        found = [build for build in self.model.builds if name in (None, build.name)]
-        if len(found) != 1:
+        own = {node.build for node in self.network.nodes if node.public_key == public_key} | {name}
+        names = sorted(own - {None}, key=str)
+        found = [build for build in self.model.builds if not names or build.name == names[0]]
+        if len(names) > 1 or len(found) != 1:
             raise UsageError(
-                f"build {name!r:.60} of the node {public_key!r:.60}",
-                wanted="one of " + ", ".join(repr(build.name) for build in self.model.builds),
-                do="name the node's build in the file of --nodes",
+                f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}",
+                wanted="one of " + ", ".join(repr(build.name) for build in self.model.builds) + " for all its machines",
+                do="name the node's build in the pins, and give machines of another build a key of their own",
             )
         return found[0]
 

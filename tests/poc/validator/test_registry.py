@@ -1,0 +1,114 @@
+"""The pins and the nodes file together: who may send, with which secret and on which build."""
+
+import pytest
+
+from assay.errors import AssayError, UsageError
+from assay.poc.service import Settings
+from assay.poc.validator import Registry
+from tests.poc.validator.conftest import KEYS, nodes_text, pins_text, secret_of
+
+SECOND = """[[models.builds]]
+name = "other"
+engine = "vllm"
+dtype = "bfloat16"
+device = "*"
+attention = "*"
+batch_size = 32
+threads = 0
+torch = "*"
+library = "*"
+kernels = "*"
+"""
+
+
+@pytest.fixture
+def files(small_model, tmp_path):
+    """Write pins and nodes, and read them."""
+
+    def run(pins: str | None = None, nodes: str | None = None, **service) -> Registry:
+        (tmp_path / "pins.toml").write_text(pins or pins_text(small_model))
+        (tmp_path / "nodes.toml").write_text(nodes or nodes_text())
+        return Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", Settings(**service))
+
+    return run
+
+
+def test_nodes_have_their_share_their_build_and_their_secret(files):
+    registry = files()
+    sender = registry.sender("node_B")
+    assert (sender.node_count, sender.machines, sender.build.name) == (3, frozenset({1}), "cpu")
+    assert [sender.has(value) for value in (0, 1, 2, True, "1", None)] == [False, True, False, False, False, False]
+    assert registry.sender("stranger") is None
+    assert (len(registry), registry.keys, registry.is_open) == (3, list(KEYS), False)
+
+
+def test_a_node_without_a_secret_of_its_own_has_the_shared_one(files):
+    nodes = '[[nodes]]\npublic_key = "node_A"\n'
+    assert files(nodes=nodes).is_open
+    assert not files(nodes=nodes, callback_secrets=(secret_of("shared"),)).is_open
+
+
+def test_the_nodes_file_may_list_nodes_that_the_pins_do_not(files, small_model):
+    pins = pins_text(small_model, keys=())
+    registry = files(pins=pins, nodes=nodes_text(("node_X",)))
+    assert registry.keys == ["node_X"]
+    assert registry.sender("node_X").has(2)
+
+
+def test_with_several_builds_a_node_says_which_is_its_own(files, small_model):
+    pins = pins_text(small_model) + SECOND
+    with pytest.raises(UsageError, match="build"):
+        files(pins=pins)
+    named = "".join(
+        f"{table}build = {name!r}\n" for table, name in zip(_tables(), ("cpu", "other", "cpu"), strict=True)
+    )
+    registry = files(pins=pins, nodes=named)
+    assert [registry.sender(key).build.name for key in KEYS] == ["cpu", "other", "cpu"]
+    assert registry.sender("node_B").build.dtype == ("bfloat16",)
+
+
+def test_the_pins_may_name_the_build_too_and_must_agree(files, small_model):
+    pins = pins_text(small_model).replace("node_id = 1", 'node_id = 1\nbuild = "other"') + SECOND
+    nodes = "".join(
+        f"{table}build = {name!r}\n" if name else table
+        for table, name in zip(_tables(), ("cpu", "", "cpu"), strict=True)
+    )
+    assert files(pins=pins, nodes=nodes).sender("node_B").build.name == "other"
+    with pytest.raises(UsageError, match="cpu, other"):
+        files(pins=pins, nodes="".join(f"{table}build = 'cpu'\n" for table in _tables()))
+
+
+def _tables() -> list[str]:
+    return [f'[[nodes]]\npublic_key = "{key}"\nsecrets = ["{secret_of(key)}"]\n' for key in KEYS]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "seen"),
+    [
+        ("[[nodes]]\n", "public_key"),
+        ('[[nodes]]\npublic_key = "a"\nbuilt = "x"\n', "built"),
+        ('[[nodes]]\npublic_key = "a"\nsecrets = []\n', "secrets"),
+        ('[[nodes]]\npublic_key = "a"\n[[nodes]]\npublic_key = "a"\n', "twice"),
+        ("nodes = 7", "nodes"),
+        ("nonsense", "nodes.toml"),
+        ('[[nodes]]\npublic_key = "a"\nbuild = "none"\n', "build"),
+    ],
+)
+def test_a_nodes_file_that_is_wrong_is_refused_and_its_secrets_are_not_shown(files, nodes, seen):
+    with pytest.raises(AssayError) as error:
+        files(nodes=nodes)
+    assert seen in str(error.value)
+    assert "whsec" not in str(error.value)
+    assert error.value.do
+
+
+def test_a_secret_that_cannot_be_used_is_refused_without_showing_it(files):
+    with pytest.raises(UsageError) as error:
+        files(nodes='[[nodes]]\npublic_key = "node_A"\nsecrets = ["whsec_short"]\n')
+    assert "whsec_short" not in str(error.value)
+
+
+def test_without_any_node_nothing_could_be_accepted(files, small_model, tmp_path):
+    (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=()))
+    with pytest.raises(UsageError, match="list no node"):
+        Registry.load(tmp_path / "pins.toml", None, Settings())
