@@ -251,8 +251,11 @@ def test_proofs_that_do_not_agree_make_no_pins(assay, honest, small_model, small
 
 
 def test_a_prover_who_names_a_wildcard_does_not_write_one(assay, honest: Proof, small_checkpoint, tmp_path: Path):
-    fingerprint = replace(honest.header.fingerprint, device="*")
-    lied = Proof.build(replace(honest.header, fingerprint=fingerprint), honest.records, 1.0)
-    lied.save(tmp_path / "a.jsonl")
     new = ("poc", "pins", "new", "--model", small_checkpoint, "-o", tmp_path / "pins.toml")
-    assert "a fingerprint with device '*'" in assay(*new, "--from-proof", tmp_path / "a.jsonl").err
+    for name, value in (("device", "*"), ("torch", "2.*"), ("attention", "\a"), ("dtype", "fp3"), ("kernels", ("*",))):
+        fingerprint = replace(honest.header.fingerprint, **{name: value})
+        lied = Proof.build(replace(honest.header, fingerprint=fingerprint), honest.records, 1.0)
+        lied.save(tmp_path / "a.jsonl", overwrite=True)
+        found = assay(*new, "--from-proof", tmp_path / "a.jsonl")
+        assert f"a fingerprint with {name} " in found.err, found.err
+        assert not (tmp_path / "pins.toml").exists()

@@ -68,6 +68,8 @@ def test_nodes_are_a_list_of_those_who_may_prove(written, proof: Proof):
         ('engine = "hf"', 'engine = "?"', r"models\[0\].builds\[0\].engine is still"),
         ('engine = "hf"\n', "", r"no models\[0\].builds\[0\].engine"),
         ('dtype = "float32"', 'dtype = "*"', r"models\[0\].builds\[0\].dtype\[0\] is '\*'"),
+        ('engine = "hf"', 'engine = ""', r"models\[0\].builds\[0\].engine\[0\] is ''"),
+        ('engine = "hf"', 'engine = "\\u0007"', r"models\[0\].builds\[0\].engine\[0\] is '.x07'"),
         ('threads = "*"', "threads = true", r"models\[0\].builds\[0\].threads"),
         ('threads = "*"', "threads = []", r"models\[0\].builds\[0\].threads is \[\]"),
         ("seq_len = 16", "seq_len = 0", "round.seq_len is 0"),
@@ -126,6 +128,7 @@ def test_a_node_is_bound_to_its_build(written, proof: Proof):
             "node_count 1 and 2",
         ),
         ('public_key = ""\nnode_id = 0', r"nodes\[0\].public_key is ''"),
+        ('public_key = "*"\nnode_id = 0', r"nodes\[0\].public_key is '\*'"),
         ('public_key = "a"', r"no nodes\[0\].node_id"),
     ],
 )

@@ -2,12 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from assay import streams
 from assay.errors import UsageError
 from assay.models import NUMBER_FORMATS
 from assay.poc.protocol._record import SEPARATOR, Fingerprint
+from assay.poc.protocol._round import MAX_NAME
 
 ANY = "*"
 FORMATS = (*streams.DTYPES, *NUMBER_FORMATS)
@@ -18,13 +19,26 @@ def _alone(value: Any) -> Any:
     return (value,) if isinstance(value, str | int) else value
 
 
+def _plain(text: str) -> str:
+    if len(text) > MAX_NAME or not text.isprintable():
+        raise ValueError(f"at most {MAX_NAME} printable characters")
+    return text
+
+
+def _word(text: str) -> str:
+    if not text:
+        raise ValueError('the words of a fingerprint, or "*"')
+    return _plain(text)
+
+
 def _known(text: str) -> str:
     if text not in FORMATS:
         raise ValueError(" or ".join(FORMATS))
     return text
 
 
-Texts = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_alone)]
+Words = Annotated[tuple[Annotated[str, AfterValidator(_word)], ...], Field(min_length=1), BeforeValidator(_alone)]
+Kernels = Annotated[tuple[Annotated[str, AfterValidator(_plain)], ...], Field(min_length=1), BeforeValidator(_alone)]
 Counts = Annotated[
     tuple[Annotated[int, Field(strict=True, ge=0)] | Literal["*"], ...], Field(min_length=1), BeforeValidator(_alone)
 ]
@@ -60,34 +74,37 @@ class Build(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = ""
-    engine: Texts
-    device: Texts
+    name: Annotated[str, AfterValidator(_plain)] = ""
+    engine: Words
+    device: Words
     dtype: Annotated[tuple[Format, ...], Field(min_length=1), BeforeValidator(_alone)]
-    attention: Texts
+    attention: Words
     batch_size: Counts
     threads: Counts
-    torch: Texts
-    library: Texts
-    kernels: Texts
+    torch: Words
+    library: Words
+    kernels: Kernels
 
     @classmethod
     def of(cls, fingerprint: Fingerprint, *, name: str = "") -> "Build":
         """Return the build that allows this fingerprint alone, at any number of positions.
 
         Raises:
-            UsageError: A text of the fingerprint is a wildcard, or its dtype no number format.
+            UsageError: A text of the fingerprint is a wildcard or cannot be printed, or its dtype is no number format.
         """
         stated = described(fingerprint)
         odd = [field for field, value in stated.items() if str(value).endswith(ANY)]
-        if odd or fingerprint.dtype not in FORMATS:
-            field = odd[0] if odd else "dtype"
+        try:
+            build = cls.model_validate({"name": name, **stated})
+        except ValidationError as error:
+            odd = [str(error.errors()[0]["loc"][0]), *odd]
+        if odd:
             raise UsageError(
-                f"a fingerprint with {field} {stated[field]!r:.60}",
+                f"a fingerprint with {odd[0]} {stated[odd[0]]!r:.60}",
                 wanted="the plain words of an engine",
                 do="take the build from an honest proof of this version",
             )
-        return cls.model_validate({"name": name, **stated})
+        return build
 
     def differing(self, fingerprint: Fingerprint) -> tuple[str, ...]:
         """Return the names of the fields in which a fingerprint is not of this build."""

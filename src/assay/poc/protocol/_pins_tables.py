@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from assay.errors import DataError
-from assay.poc.protocol._build import Build
+from assay.poc.protocol._build import ANY, Build
 from assay.poc.protocol._pins import DIGEST
 from assay.poc.protocol._round import MAX_COUNT, MAX_NAME, MAX_NONCE
 from assay.reports import JsonObject, read_whole
@@ -24,6 +24,8 @@ UNFILLED = "?"
 def _printable(text: str) -> str:
     if not 0 < len(text) <= MAX_NAME or not text.isprintable():
         raise ValueError(f"1 to {MAX_NAME} printable characters")
+    if text == ANY:
+        raise ValueError("the one value: only the fields of a build have wildcards")
     return text
 
 
