@@ -7,7 +7,7 @@ All are those of the shapes of a model, by torch's own kernels on random data:
 - *attention*: causal, through the kernel that the engine takes, in bfloat16 in both formats;
 - *traffic*: copies of as many bytes as the steps between the products must read and write if each passes once over
   memory: queries and keys turned, two sums with their norms, the activated gate, and in float8 the output of attention
-  rounded. What the next product reads in float8 counts one byte.
+  rounded. What the next product reads in float8 counts one byte. In a mixture, rows also go to their experts and back.
 
 Each part is timed alone and all of them in the order of a layer, in turns; the device slows down under products alone,
 which draw the most power. The floor is the time of all in order. `whole` has every layer for every position; `prove` is
@@ -26,13 +26,14 @@ from torch.nn.attention import sdpa_kernel
 
 from assay.models import decoder_layers, load_model
 from assay.models.decoder import causal_attention
-from assay.models.float8 import Rounded, product, round_rows
+from assay.models.float8 import Rounded, grouped_product, product, round_rows
 from assay.poc.engines.hf import auto_batch
 from assay.poc.engines.hf._compiled import _ATTENTION
 from assay.poc.engines.hf._lean import layer_shape, layer_weights, rows_of
 
 FORMATS = ("bfloat16", "float8")
 PROJECTIONS = ("qkv", "o_proj", "gate_up", "down_proj")
+MLP = PROJECTIONS[2:]
 
 
 def seconds_of(function, seconds):
@@ -52,40 +53,60 @@ def _timed(function, repeats):
     return start.elapsed_time(end) / 1e3 / repeats
 
 
+def weights_of(model):
+    """The projections of every layer."""
+    layers = [layer_weights(layer) for layer in decoder_layers(model.module)]
+    return [{name: getattr(layer, name) for name in PROJECTIONS} for layer in layers]
+
+
 class Floor:
     """The parts of a batch's work on a model's shapes."""
 
     def __init__(self, model, batch_size, seq_len):
-        layers = list(decoder_layers(model.module))
-        self.shape = layer_shape(layers[0])
-        self.layers = [{name: getattr(layer_weights(layer), name) for name in PROJECTIONS} for layer in layers]
+        self.shape = layer_shape(decoder_layers(model.module)[0])
+        self.layers = weights_of(model)
         self.batch_size, self.seq_len, self.rows = batch_size, seq_len, batch_size * seq_len
         self.width, self.hidden = self.shape.head_width, model.hidden_size
-        self.mlp = model.module.config.intermediate_size
-        columns = {weight.shape[1] for weight, _ in self.layers[0].values()}
-        self.inputs = {count: self._random(count) for count in columns}
+        self.chosen = self.shape.chosen  # experts of a position; 0 without a mixture
+        self.mlp = self.layers[0]["down_proj"][0].shape[-1]
+        # Positions of the experts are as many as all choices, and each expert has as many as any other.
+        copies = {name: self.chosen or 1 if name in MLP else 1 for name in PROJECTIONS}
+        shapes = {(weight.shape[-1], copies[name]) for name, (weight, _) in self.layers[0].items()}
+        self.inputs = {shape: self._random(shape[0], self.rows * shape[1]) for shape in shapes}
+        self.copies = copies
         heads = self.shape.heads + 2 * self.shape.key_heads
         self.qkv = self._random(heads * self.width).view(batch_size, seq_len, heads, self.width)
-        self.copied = torch.empty(
-            self.rows * 2 * max(self.mlp, model.hidden_size), dtype=torch.bfloat16, device="cuda"
-        ).normal_()
+        numbers = self.rows * max(self.bytes_of_a_layer("bfloat16").values()) // 4
+        self.copied = torch.empty(numbers, dtype=torch.bfloat16, device="cuda").normal_()
         self.copy = torch.empty_like(self.copied)
 
-    def _random(self, columns):
-        return torch.randn(self.rows, columns, dtype=torch.bfloat16, device="cuda")
+    def _random(self, columns, rows=None):
+        return torch.randn(rows or self.rows, columns, dtype=torch.bfloat16, device="cuda")
 
-    def in_float8(self):
-        """Round the weights and the inputs."""
-        self.layers = [{name: (round_rows(w), bias) for name, (w, bias) in layer.items()} for layer in self.layers]
-        self.inputs = {count: round_rows(x) for count, x in self.inputs.items()}
+    def in_float8(self, rounded):
+        """Take the weights of a rounded model, and round the inputs."""
+        self.layers = weights_of(rounded)
+        self.inputs = {shape: round_rows(x) for shape, x in self.inputs.items()}
 
-    def _product(self, layer, name, rows=slice(None), inputs=slice(None)):
+    def _product(self, layer, name, rows=slice(None), positions=None):
         weight, bias = layer[name]
+        columns = (weight.values if isinstance(weight, Rounded) else weight).shape[-1]
+        inputs = slice((positions or self.rows) * self.copies[name])
+        x = self.inputs[columns, self.copies[name]]
+        x = Rounded(*(part[inputs] for part in x)) if isinstance(x, Rounded) else x[inputs]
+        if self.chosen and name in MLP:
+            return self._grouped(x, weight)
         weight, bias = rows_of((weight, bias), rows)
         if isinstance(weight, Rounded):
-            x = Rounded(*(part[inputs] for part in self.inputs[weight.values.shape[1]]))
             return product(x, weight, bias, torch.bfloat16)
-        return functional.linear(self.inputs[weight.shape[1]][inputs], weight, bias)
+        return functional.linear(x, weight, bias)
+
+    def _grouped(self, x, weights):
+        tensor, count = (x.values, len(weights.values)) if isinstance(weights, Rounded) else (x, len(weights))
+        ends = torch.arange(1, count + 1, device="cuda", dtype=torch.int32) * (len(tensor) // count)
+        if isinstance(weights, Rounded):
+            return grouped_product(x, weights, ends, torch.bfloat16)
+        return torch._grouped_mm(x, weights.transpose(-2, -1), offs=ends)
 
     def products(self):
         """All products of a layer, for each layer but the last."""
@@ -99,7 +120,7 @@ class Floor:
         self._product(layer, "qkv", rows=slice(queries, None))
         for name in PROJECTIONS:
             rows = slice(queries) if name == "qkv" else slice(None)
-            self._product(layer, name, rows=rows, inputs=slice(self.batch_size))
+            self._product(layer, name, rows=rows, positions=self.batch_size)
 
     def attention(self):
         """Attention, for each layer but the last."""
@@ -115,12 +136,22 @@ class Floor:
         to_product = 1 if name == "float8" else 2
         heads = (self.shape.heads + self.shape.key_heads) * self.width
         rounded = (2 + to_product) * self.shape.heads * self.width if name == "float8" else 0
+        sum_and_norm = (6 + to_product) * self.hidden
+        if not self.chosen:
+            return {
+                "qkv": 4 * heads,
+                "attention": rounded,
+                "o_proj": sum_and_norm,
+                "gate_up": (4 + to_product) * self.mlp,
+                "down_proj": sum_and_norm,
+            }
+        to_experts = (2 + self.chosen * to_product) * self.hidden
         return {
             "qkv": 4 * heads,
             "attention": rounded,
-            "o_proj": (6 + to_product) * self.hidden,
-            "gate_up": (4 + to_product) * self.mlp,
-            "down_proj": (6 + to_product) * self.hidden,
+            "o_proj": 8 * self.hidden + to_experts,  # the router reads the norm unrounded
+            "gate_up": self.chosen * (4 + to_product) * self.mlp,
+            "down_proj": (2 + 2 * self.chosen) * self.hidden + sum_and_norm,
         }
 
     def _copy(self, count):
@@ -148,13 +179,13 @@ class Floor:
 
 
 @torch.inference_mode()
-def measure_floor(model, batch_size, seq_len, *, seconds=0.5, rounds=3, formats=FORMATS):
+def measure_floor(model, rounded, batch_size, seq_len, *, seconds=0.5, rounds=3):
     """Milliseconds of the parts of a batch, and the nonces per second that they allow, in each number format."""
     parts = Floor(model, batch_size, seq_len)
     result = {}
-    for name in formats:
+    for name in FORMATS:
         if name == "float8":
-            parts.in_float8()
+            parts.in_float8(rounded)
         timed = {
             "products": parts.products,
             "last_products": parts.last_products,
@@ -200,9 +231,11 @@ def main():
     arguments.add_argument("--seconds", type=float, default=0.5, help="of every timing")
     arguments.add_argument("--rounds", type=int, default=3)
     options = arguments.parse_args()
-    model = load_model(options.model, dtype="bfloat16", device="cuda")
+    model, rounded = (
+        load_model(options.model, dtype="bfloat16", device="cuda", quantise=quantise) for quantise in (None, "float8")
+    )
     batch = options.batch_size or auto_batch(model, options.seq_len)
-    figures = measure_floor(model, batch, options.seq_len, seconds=options.seconds, rounds=options.rounds)
+    figures = measure_floor(model, rounded, batch, options.seq_len, seconds=options.seconds, rounds=options.rounds)
     shape = {"model": options.model, "batch_size": batch, "seq_len": options.seq_len}
     publish("gpu_floor", {**shape, "formats": figures}, options.output)
 

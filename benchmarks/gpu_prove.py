@@ -7,7 +7,8 @@ random weights of the exact shape. The rest takes turns. Figures are medians of 
 - `eager`, `compiled`: the bare forward of transformers over inputs that exist already, all positions, no head;
   `compiled` is `torch.compile` of the whole decoder.
 - `layers`: the lean decoder between its own kernels, all positions; `graph`: the same as one CUDA graph; `last`: the
-  graph with the last layer for the last position only; `inductor`: as `last`, each layer compiled by Inductor instead.
+  graph with the last layer for the last position only; `inductor`: as `last`, each layer compiled by Inductor instead,
+  which no mixture is.
 - `serial`: prove, one step after the other; `prove`: prove as it is. Both write a proof file.
 - `float8 last`, `float8 prove`: the same in float8.
 
@@ -38,6 +39,7 @@ from assay.poc.engines._outputs import plain_outputs
 from assay.poc.engines.hf import _compiled, auto_batch
 from assay.poc.engines.hf import _engine as _hf
 from assay.poc.engines.hf._compiled import CompiledForward
+from assay.poc.engines.hf._lean import mixture_of
 from assay.poc.protocol._transforms import Transform
 from assay.streams import seed32
 
@@ -101,16 +103,24 @@ class Published:
         return x
 
 
+def used(model, name, parameter):
+    """How many numbers of a parameter a position multiplies: of a mixture, those of the experts that it chooses."""
+    config = model.module.config
+    if "experts." not in name:
+        return parameter.numel()
+    return parameter.numel() * config.num_experts_per_tok // config.num_experts
+
+
 def body_parameters(model):
-    """Parameters without embeddings and head."""
-    return sum(p.numel() for name, p in backbone(model.module).named_parameters() if "embed" not in name)
+    """Parameters that a position multiplies, without embeddings and head."""
+    return sum(used(model, name, p) for name, p in backbone(model.module).named_parameters() if "embed" not in name)
 
 
 def last_layer_share(model):
     """Share of the parameters whose products the last position alone needs."""
     layer = decoder_layers(model.module)[-1]
     kept = sum(part.weight.numel() for part in (layer.self_attn.k_proj, layer.self_attn.v_proj))
-    return (sum(p.numel() for p in layer.parameters()) - kept) / body_parameters(model)
+    return (sum(used(model, name, p) for name, p in layer.named_parameters()) - kept) / body_parameters(model)
 
 
 def take_turns(timed, rounds):
@@ -222,11 +232,12 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
         bare = {"eager": lambda: body(inputs_embeds=inputs, use_cache=False).last_hidden_state}
         layers = CompiledForward(model, batch, SEQ_LEN, graphs=False)
         graph = CompiledForward(model, batch, SEQ_LEN)
-        inductor = inductor_forward(model, batch)
         rounded = load_model(reference, dtype="bfloat16", device="cuda", quantise="float8")
         float8 = HFEngine(rounded, batch_size=batch, seq_len=SEQ_LEN, compiled=True)
+        if mixture_of(model) is None:
+            inductor = inductor_forward(model, batch)
+            bare["inductor"] = lambda: inductor.last_hidden(inputs)
         bare |= {
-            "inductor": lambda: inductor.last_hidden(inputs),
             "layers": lambda: layers.hidden(inputs),
             "graph": lambda: graph.hidden(inputs),
             "last": lambda: graph.last_hidden(inputs),
@@ -264,7 +275,7 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
         timed = {name: lambda function=function: timed_bare(function) for name, function in bare.items()}
         timed |= {"serial": serial, "prove": proved, "float8 prove": lambda: proved(rounded, float8)}
         times = take_turns(timed, rounds)
-    floors = measure_floor(model, batch, SEQ_LEN, seconds=seconds / 3, rounds=rounds)
+    floors = measure_floor(model, rounded, batch, SEQ_LEN, seconds=seconds / 3, rounds=rounds)
     by_batch = {}
     for size in sizes:
         given = engine.inputs(round, range(size))
@@ -296,7 +307,7 @@ def measure(reference, batch_size, seconds, rounds, skip_whole, sizes):
             "float8": round_to(rates["float8 prove"] / best["float8"], 4),
         },
         "float8_over_bfloat16": round_to(rates["float8 prove"] / rates["prove"], 4),
-        "last_over_inductor": round_to(rates["last"] / rates["inductor"], 4),
+        "last_over_inductor": round_to(rates["last"] / rates["inductor"], 4) if "inductor" in rates else None,
         "prove_over_compiled": round_to(rates["prove"] / rates["compiled"], 4) if "compiled" in rates else None,
         "prove_over_published": round_to(rates["prove"] / rates["published"], 4),
         "first_calls": started,

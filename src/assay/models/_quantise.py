@@ -15,7 +15,7 @@ from torch import nn
 
 from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.models.decoder import backbone
-from assay.models.float8 import WIDTHS, Float8Linear
+from assay.models.float8 import WIDTHS, Float8Experts, Float8Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,18 +58,42 @@ def quantise(module: "PreTrainedModel", name: str) -> None:
         library.quantize_(backbone(module), config, filter_fn=lambda part, _: isinstance(part, nn.Linear))
 
 
-def _round_to_float8(body: nn.Module) -> None:
-    for owner in list(body.modules()):
-        for name, part in list(owner.named_children()):
-            if not isinstance(part, nn.Linear):
-                continue
-            if part.weight.is_cuda and (part.in_features % WIDTHS or part.out_features % WIDTHS):
-                raise ModelError(
-                    f"{name} has {part.out_features} rows of {part.in_features} numbers, and float8 was asked for",
-                    wanted=f"multiples of {WIDTHS}, which products in float8 need on CUDA",
-                    do="use another --dtype",
-                )
+def _round_to_float8(owner: nn.Module) -> None:
+    for name in [name for name, _ in owner.named_children()]:  # names alone, so that what is rounded is freed at once
+        part = getattr(owner, name)
+        if isinstance(part, nn.Linear):
+            _check_widths(name, part.weight)
             setattr(owner, name, Float8Linear(part))
+        elif stacks := {key: weight for key, weight in part.named_parameters(recurse=False) if weight.dim() > 2}:
+            _check_experts(name, part, stacks)
+            setattr(owner, name, Float8Experts(part))
+        else:
+            _round_to_float8(part)
+
+
+def _check_widths(name: str, weight: torch.Tensor) -> None:
+    rows, columns = weight.shape[-2:]
+    if weight.is_cuda and (rows % WIDTHS or columns % WIDTHS):
+        raise ModelError(
+            f"{name} has {rows} rows of {columns} numbers, and float8 was asked for",
+            wanted=f"multiples of {WIDTHS}, which products in float8 need on CUDA",
+            do="use another --dtype",
+        )
+
+
+def _check_experts(name: str, part: Any, stacks: dict[str, Any]) -> None:
+    """Refuse experts that are stored or gated in another way than most: they would stay as they are."""
+    plain = getattr(part, "has_gate", False) and getattr(part, "is_concatenated", False)
+    other = getattr(part, "has_bias", True) or getattr(part, "is_transposed", True)
+    gate = getattr(getattr(part, "_apply_gate", None), "__name__", "")
+    if set(stacks) != {"gate_up_proj", "down_proj"} or not plain or other or gate != "_default_apply_gate":
+        raise ModelError(
+            f"{name} is a {type(part).__name__}, and float8 was asked for",
+            wanted="experts with one gate and no bias, as those of Qwen3",
+            do="use another --dtype",
+        )
+    for key, weight in stacks.items():
+        _check_widths(f"{name}.{key}", weight)
 
 
 def _torchao() -> Any:

@@ -12,6 +12,7 @@ __all__ = [
     "ATTENTION_TARGETS",
     "FAMILIES",
     "FUSED_TARGETS",
+    "MIXTURES",
     "MLP_TARGETS",
     "TARGETS",
     "Family",
@@ -58,6 +59,10 @@ FAMILIES = {
     )
 }
 """The families by model type."""
+
+
+MIXTURES = {family.model_type: family for family in (Family("qwen3_moe", "Qwen3Moe"),)}
+"""Architectures whose layers have a mixture of experts in place of the MLP, by model type. Only the engine asks."""
 
 
 def family_of(config: Any) -> Family | None:

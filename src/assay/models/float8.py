@@ -8,12 +8,24 @@ On CUDA the product is torch's product with scales by row, which needs widths in
 a CPU it is a product of the same numbers in float32, in which they and their products are exact.
 """
 
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SMALLEST", "STEP", "WIDTHS", "Float8Linear", "Rounded", "product", "round_rows"]
+__all__ = [
+    "SMALLEST",
+    "STEP",
+    "WIDTHS",
+    "Float8Experts",
+    "Float8Linear",
+    "Rounded",
+    "by_expert",
+    "grouped_product",
+    "product",
+    "round_rows",
+]
 
 STEP = 1 / torch.finfo(torch.float8_e4m3fn).max
 """The scale of a row is this times its largest magnitude, which becomes the largest number of the format.
@@ -65,8 +77,37 @@ def product(x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype
         )
     else:
         y = (rows.float() @ weight.values.float().t() * scales * weight.scales.t()).to(torch.bfloat16)
-    y = y.to(dtype).view(*x.values.shape[:-1], -1)
+    y = y.to(dtype).view(*x.values.shape[:-1], len(weight.values))
     return y if bias is None else y + bias
+
+
+def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x Wᵀ for rows that stand together where they have one weight.
+
+    Args:
+        x: Input, [S, C].
+        weights: Weights, [E, R, C].
+        ends: Where the rows of each weight end, [E] int32.
+        dtype: Dtype of the result.
+    """
+    if x.values.is_cuda:
+        y = torch._scaled_grouped_mm(
+            x.values,
+            weights.values.transpose(-2, -1),
+            x.scales.squeeze(-1),
+            weights.scales.squeeze(-1),
+            offs=ends,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=False,
+        )
+        return y.to(dtype)
+    starts = [0, *ends.tolist()]
+    spans = [slice(*span) for span in pairwise(starts)]
+    parts = [
+        product(Rounded(*(t[span] for t in x)), Rounded(*(t[expert] for t in weights)), None, dtype)
+        for expert, span in enumerate(spans)
+    ]
+    return torch.cat(parts)
 
 
 class Float8Linear(nn.Module):
@@ -87,3 +128,43 @@ class Float8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output in the dtype of its input."""
         return product(round_rows(x), Rounded(self.weight, self.scales), self.bias, x.dtype)
+
+
+class Float8Experts(nn.Module):
+    """The experts of a mixture, over weights in eight bits; called as those of transformers.
+
+    Args:
+        experts: Module with the weights of gate and up, [E, 2 F, D], and of down, [E, D, F], and an activation.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
+        for name in ("gate_up_proj", "down_proj"):
+            values, scales = round_rows(getattr(experts, name).detach())
+            setattr(self, name, nn.Parameter(values, requires_grad=False))
+            setattr(self, f"{name}_scales", nn.Parameter(scales, requires_grad=False))
+
+    def rounded(self, name: str) -> Rounded:
+        """Return the weights ``gate_up_proj`` or ``down_proj`` of all experts."""
+        return Rounded(getattr(self, name), getattr(self, f"{name}_scales"))
+
+    def forward(self, x_ND: Tensor, chosen_NK: Tensor, shares_NK: Tensor) -> Tensor:
+        """Return the sum of what the chosen experts return of each row, each by its share."""
+        order, ends = by_expert(chosen_NK, self.num_experts)
+        x = round_rows(x_ND)
+        rows = order // chosen_NK.shape[1]
+        spread = Rounded(x.values.view(torch.uint8)[rows].view(x.values.dtype), x.scales[rows])
+        gate, up = grouped_product(spread, self.rounded("gate_up_proj"), ends, x_ND.dtype).chunk(2, dim=-1)
+        y_SD = grouped_product(round_rows(self.act_fn(gate) * up), self.rounded("down_proj"), ends, x_ND.dtype)
+        shared_SD = torch.empty_like(y_SD)
+        shared_SD[order] = y_SD * shares_NK.flatten()[order, None]
+        return shared_SD.view(*chosen_NK.shape, -1).sum(dim=1)
+
+
+def by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return the order of all choices by their expert, and where the choices of each expert end, [E] int32."""
+    keys = chosen.flatten().to(torch.uint8 if experts <= 256 else torch.int32)
+    keys, order = torch.sort(keys, stable=True)
+    numbers = torch.arange(experts, dtype=torch.int32, device=keys.device)
+    return order, torch.searchsorted(keys.int(), numbers, right=True, out_int32=True)

@@ -8,7 +8,7 @@ from assay.models.decoder import rotate
 from assay.models.float8 import Rounded, round_rows
 from assay.poc.engines.hf._lean import rms_norm
 
-__all__ = ["gated", "normalised", "rounded", "turned"]
+__all__ = ["combined", "gated", "normalised", "rounded", "spread", "turned"]
 
 rounded = round_rows
 
@@ -34,3 +34,13 @@ def gated(x: Tensor, *, float8: bool) -> Tensor | Rounded:
     gate, up = x.chunk(2, dim=-1)
     values = functional.silu(gate) * up
     return round_rows(values) if float8 else values
+
+
+def spread(x: Tensor, places: Tensor, *, float8: bool) -> Tensor | Rounded:
+    sources = torch.empty_like(places)
+    sources[places] = torch.arange(len(places), device=x.device) // (len(places) // len(x))
+    return round_rows(x[sources]) if float8 else x[sources]
+
+
+def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:
+    return (x[places].view(*shares.shape, -1) * shares[..., None]).sum(dim=1)

@@ -6,11 +6,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from assay.errors import ModelError
 from assay.models import Model
 from assay.models._quantise import quantise
-from assay.poc.engines.hf import _fused
+from assay.poc.engines.hf import _compiled, _fused
 from assay.poc.engines.hf._fused import fused_steps, fusible
-from assay.poc.engines.hf._lean import LeanDecoder
+from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
 from tests.poc.engines import plain_kernels
 from tests.poc.engines.test_lean import KINDS, LENGTH, inputs, made, plain
 
@@ -33,7 +34,7 @@ def states(model: Model, *, float8: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return result
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "mixture"])
 def test_its_states_are_those_of_transformers(kind: str, without_triton):
     model = made(kind)
     every, last = states(model, float8=False)
@@ -41,7 +42,7 @@ def test_its_states_are_those_of_transformers(kind: str, without_triton):
     torch.testing.assert_close(last, plain(model)[:, -1], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "mixture"])
 def test_in_float8_every_input_of_a_product_is_rounded_where_the_layers_round_it(kind: str, without_triton):
     model = made(kind, torch.bfloat16)
     unrounded = plain(model)
@@ -51,6 +52,24 @@ def test_in_float8_every_input_of_a_product_is_rounded_where_the_layers_round_it
     error, rounding = ((a - b).norm() / b.norm() for a, b in ((last, every[:, -1].float()), (every, unrounded)))
     assert error < 0.03  # the order of sums in the last layer, which moves some numbers to the next of the format
     assert 0.01 < rounding < 0.3
+
+
+def test_a_mixture_without_kernels_is_compiled_as_transformers_has_it(without_triton, monkeypatch):
+    model = made("mixture")
+    assert lean_decoder(model, LENGTH)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setenv(_compiled.CACHE, "unused")
+    forward = _compiled.CompiledForward(model, 3, LENGTH)
+    assert (forward.lean, forward.fused) == (False, False)
+    with torch.inference_mode():
+        assert torch.equal(forward.hidden(inputs(model)), plain(model))
+
+
+def test_experts_of_another_layout_are_refused_in_float8():
+    model = made("mixture")
+    model.module.model.layers[1].mlp.experts.has_bias = True
+    with pytest.raises(ModelError, match="experts is a Qwen3MoeExperts, and float8"):
+        quantise(model.module, "float8")
 
 
 def test_it_is_chosen_where_its_kernels_run(small_model, monkeypatch: pytest.MonkeyPatch):
@@ -117,6 +136,23 @@ class TestKernels:
         assert values[5].isnan().any()
         assert values[6].isnan().any()
         assert values[:5].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [64, 2048])
+class TestMixture:
+    """Rows to experts and back."""
+
+    pytestmark = gpu
+
+    def test_spread_and_combined(self, width: int):
+        x, y = on_cuda(300, width, seed=10), on_cuda(2400, width, seed=11)
+        places = torch.randperm(2400, generator=torch.Generator().manual_seed(12)).cuda()
+        shares = on_cuda(300, 8, seed=13)
+        assert torch.equal(kernels().spread(x, places, float8=False), plain_kernels.spread(x, places, float8=False))
+        ours, theirs = (use.spread(x, places, float8=True) for use in (kernels(), plain_kernels))
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs, strict=True))
+        sums = kernels().combined(y, places, shares), plain_kernels.combined(y, places, shares)
+        assert share_that_differs(*sums) < 1e-2  # the order of a sum of eight
 
 
 @pytest.mark.parametrize("normed", [True, False])

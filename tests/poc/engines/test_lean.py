@@ -13,6 +13,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from assay.models import Model, backbone
@@ -39,8 +41,15 @@ KINDS = {
 LENGTH = 24
 
 
+MIXTURE = (
+    Qwen3MoeForCausalLM,
+    Qwen3MoeConfig,
+    {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True},
+)
+
+
 def made(kind: str, dtype: torch.dtype = torch.float32) -> Model:
-    factory, config, more = KINDS[kind]
+    factory, config, more = MIXTURE if kind == "mixture" else KINDS[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = factory(config(**{**SHAPE, **more})).to(dtype).eval()

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.models import Model, backbone
 from assay.poc.engines.hf._fused import fused_steps, fusible
-from assay.poc.engines.hf._lean import LeanDecoder, Shape, Steps, lean_decoder, plain_steps
+from assay.poc.engines.hf._lean import LeanDecoder, Shape, Steps, lean_decoder, mixture_of, plain_steps
 from assay.poc.protocol import ROWS_OF_A_PRODUCT
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -90,8 +90,9 @@ class CompiledForward:
     def __init__(self, model: Model, batch_size: int, seq_len: int, *, graphs: bool = True) -> None:
         keep_kernels()
         on_cuda = model.device.type == "cuda"
-        self.lean = lean_decoder(model, seq_len)
-        self.fused = self.lean and fusible(model)
+        known = lean_decoder(model, seq_len)
+        self.fused = known and fusible(model)
+        self.lean = known and (self.fused or mixture_of(model) is None)
         graphs = graphs and self.lean and on_cuda
         if self.lean:
             own_steps = partial(fused_steps, float8=model.quantised == "float8")

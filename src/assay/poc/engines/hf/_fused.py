@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from assay.models import Model
 from assay.models.decoder import Rotation, causal_attention
-from assay.models.float8 import Rounded
+from assay.models.float8 import Rounded, by_expert, grouped_product
 from assay.poc.engines.hf._lean import (
     FusedLayer,
     LayerWeights,
@@ -145,6 +146,44 @@ class LastKernelLayer(KernelLayer):
         return last_attention(q, k, v, self.shape.scale)
 
 
+class MixtureLayer(KernelLayer):
+    """A layer with a mixture of experts, whose router reads its input unrounded."""
+
+    def norm(self, name: str, x: Any) -> Any:
+        return x.normed(getattr(self.weights, name), self.shape.epsilon, float8=False)
+
+    def mlp(self, x: Any) -> Tensor:
+        use, weights = kernels(), self.weights
+        rows_ND = x.flatten(0, -2)
+        assert weights.router is not None
+        shares_NK, chosen_NK = self.routed(rows_ND, weights.router)
+        order_S, ends_E = by_expert(chosen_NK, len(weights.router))
+        places_S = torch.empty_like(order_S)
+        places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+        spread = use.spread(rows_ND, places_S, float8=self.float8)
+        hidden = use.gated(_grouped(spread, weights.gate_up[0], ends_E), float8=self.float8)
+        sums_ND: Tensor = use.combined(_grouped(hidden, weights.down_proj[0], ends_E), places_S, shares_NK)
+        return sums_ND.view_as(x)
+
+    def routed(self, x_ND: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts of every row and their shares, as the router of transformers chooses them."""
+        shares_NE = functional.linear(x_ND, router_ED).softmax(dim=-1, dtype=torch.float)
+        shares_NK, chosen_NK = shares_NE.topk(self.shape.chosen, dim=-1)
+        if self.shape.shares_of_chosen:
+            shares_NK = shares_NK / shares_NK.sum(dim=-1, keepdim=True)
+        return shares_NK.to(x_ND.dtype), chosen_NK
+
+
+def _grouped(x: Any, weights: Tensor | Rounded, ends: Tensor) -> Tensor:
+    if isinstance(weights, Rounded):
+        return grouped_product(x, weights, ends, torch.bfloat16)
+    return torch._grouped_mm(x, weights.transpose(-2, -1), offs=ends)
+
+
+class LastMixtureLayer(MixtureLayer, LastKernelLayer):
+    """The last layer of a mixture for the last position."""
+
+
 def fused_steps(shape: Shape, *, float8: bool) -> Steps:
     """Return the steps of a decoder over the kernels.
 
@@ -152,22 +191,23 @@ def fused_steps(shape: Shape, *, float8: bool) -> Steps:
         shape: Shape of the layers.
         float8: Whether the products are in float8.
     """
+    layer, last_layer = (MixtureLayer, LastMixtureLayer) if shape.chosen else (KernelLayer, LastKernelLayer)
 
     def norm(h: Tensor, weight: Tensor) -> tuple[Residual, Any]:
         residual = Residual(h if float8 else h.clone())
         return residual, residual.normed(weight, shape.epsilon, float8=float8)
 
     def full(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, next_norm: Tensor) -> tuple[Any, Any]:
-        residual: Any = KernelLayer(shape, weights, rotation)(h, x)
+        residual: Any = layer(shape, weights, rotation)(h, x)
         return residual, residual.normed(next_norm, shape.epsilon, float8=float8)
 
     def final(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
-        residual: Any = KernelLayer(shape, weights, rotation)(h, x)
+        residual: Any = layer(shape, weights, rotation)(h, x)
         states: Tensor = residual.normed(final_norm, shape.epsilon, float8=False)
         return states
 
     def last(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
-        residual: Any = LastKernelLayer(shape, weights, rotation)(h, x)
+        residual: Any = last_layer(shape, weights, rotation)(h, x)
         states: Tensor = residual.normed(final_norm, shape.epsilon, float8=False)
         return states.float()
 

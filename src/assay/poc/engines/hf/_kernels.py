@@ -7,6 +7,7 @@
 - `turned`: queries and keys after their norms and the rotation, written over what they were.
 - `gated`: the activated gate times the other projection; in float8 rounded, too.
 - `rounded`: what attention returns, in float8.
+- `spread` and `combined`: rows to the experts of a mixture, in float8 rounded, and back as a sum by shares.
 
 Arithmetic is in float32 and rounds to the dtype of the tensors wherever the modules of transformers do, so only the
 order of the sums in a norm, and exponentials, may differ from them in the last bits. A row has one program, or a fixed
@@ -167,6 +168,46 @@ def _round(x, y, scales, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
     _store(y, at, valid, tl.load(x + at, mask=valid, other=0.0).to(tl.float32), scales, row, rows, True)
 
 
+@triton.jit
+def _spread(
+    x, places, y, scales, rows, TOP: tl.constexpr, FLOAT8: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = row < rows
+    valid = inside[:, None] & (column < WIDTH)
+    values = tl.load(x + row[:, None] * WIDTH + column, mask=valid, other=0.0)
+    if FLOAT8:
+        wide = values.to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(wide), axis=1), _SMALLEST) * _STEP
+        values = wide * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
+    values = values.to(y.dtype.element_ty)
+    for number in tl.static_range(TOP):
+        place = tl.load(places + row * TOP + number, mask=inside, other=0)
+        tl.store(y + place[:, None] * WIDTH + column, values, mask=valid)
+        if FLOAT8:
+            tl.store(scales + place, scale, mask=inside)
+
+
+@triton.jit
+def _combine(
+    x, places, shares, y, rows, TOP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = row < rows
+    valid = inside[:, None] & (column < WIDTH)
+    kept = y.dtype.element_ty
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for number in tl.static_range(TOP):
+        place = tl.load(places + row * TOP + number, mask=inside, other=0)
+        share = tl.load(shares + row * TOP + number, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + place[:, None] * WIDTH + column, mask=valid, other=0.0).to(tl.float32)
+        total += (values * share[:, None]).to(kept).to(tl.float32)
+    tl.store(y + row[:, None] * WIDTH + column, total.to(kept), mask=valid)
+
+
 def normalised(
     h: Tensor, update: Tensor | None, weight_D: Tensor, eps: float, *, float8: bool
 ) -> tuple[Tensor, Tensor | Rounded]:
@@ -244,6 +285,31 @@ def rounded(x: Tensor) -> Rounded:
     grid, sizes = _tiles(rows, width)
     _round[grid](x, y, scales, rows, WIDTH=width, **sizes)
     return Rounded(y, scales)
+
+
+def spread(x: Tensor, places: Tensor, *, float8: bool) -> Tensor | Rounded:
+    """Return each row in all of its places, in float8 rounded.
+
+    Args:
+        x: Rows, [N, D] contiguous.
+        places: Places of the rows in the result, those of one row together, [S].
+        float8: Whether to round.
+    """
+    rows, width = x.shape
+    y, scales = _outputs(x.new_empty(0).expand(len(places), 0), width, float8)
+    grid, sizes = _tiles(rows, width)
+    _spread[grid](x, places, y, scales, rows, TOP=len(places) // rows, FLOAT8=float8, WIDTH=width, **sizes)
+    return y if scales is None else Rounded(y, scales)
+
+
+def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:
+    """Return the sum of the rows that :func:`spread` made of each row, by their shares [N, K], [N, D]."""
+    rows, top = shares.shape
+    width = x.shape[-1]
+    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    grid, sizes = _tiles(rows, width)
+    _combine[grid](x, places, shares, y, rows, TOP=top, WIDTH=width, **sizes)
+    return y
 
 
 def _outputs(x: Tensor, width: int, float8: bool) -> tuple[Tensor, Tensor | None]:

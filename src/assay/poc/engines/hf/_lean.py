@@ -8,7 +8,7 @@ the MLP; R is the rows of a fused projection.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from assay.models import Model, backbone, decoder_layers
 from assay.models.decoder import DecoderLayer, Rotation, causal_attention
-from assay.models.families import attention_window, family_of
-from assay.models.float8 import Float8Linear, Rounded, product, round_rows
+from assay.models.families import MIXTURES, Family, attention_window, family_of
+from assay.models.float8 import Float8Experts, Float8Linear, Rounded, product, round_rows
 
 Run = Callable[..., Any]
 
@@ -109,12 +109,18 @@ def lean_decoder(model: Model, seq_len: int) -> bool:
     """
     body = backbone(model.module)
     config = model.module.config
-    family, window = family_of(config), attention_window(config)
+    family, window = family_of(config) or mixture_of(model), attention_window(config)
     known = family is not None and family.plain and type(body).__name__ == f"{family.prefix}Model"
     if not known or not type(body).__module__.startswith("transformers.models."):
         return False
     whole = config._attn_implementation == "sdpa" and (window is None or window >= seq_len)
     return whole and is_plain(body)
+
+
+def mixture_of(model: Model) -> Family | None:
+    """Return the family of a model whose every layer has a mixture of experts, or None."""
+    family = MIXTURES.get(model.module.config.model_type)
+    return family if all(hasattr(layer.mlp, "experts") for layer in decoder_layers(model.module)) else None
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -149,6 +155,8 @@ class Shape:
     scale: float  # of the attention scores
     epsilon: float  # of the norms
     activation: Callable[[Tensor], Tensor]  # of the gate of the MLP
+    chosen: int = 0  # experts of a position; 0 without a mixture
+    shares_of_chosen: bool = False  # whether the shares of the chosen experts add up to one
 
 
 Projection = tuple[Tensor | Rounded, Tensor | None]
@@ -164,8 +172,9 @@ class LayerWeights(NamedTuple):
     k_norm: Tensor | None
     o_proj: Projection  # D, H·E
     post_attention_layernorm: Tensor  # D
-    gate_up: Projection  # R, D
-    down_proj: Projection  # D, F
+    gate_up: Projection  # R, D; of a mixture E, R, D
+    down_proj: Projection  # D, F; of a mixture E, D, F
+    router: Tensor | None = None  # E, D
 
 
 class FusedLayer(DecoderLayer):
@@ -250,13 +259,19 @@ def layer_shape(layer: Any) -> Shape:
     heads = attention.q_proj.out_features // attention.head_dim
     key_heads = attention.k_proj.out_features // attention.head_dim
     epsilon = float(layer.input_layernorm.variance_epsilon)
-    return Shape(heads, key_heads, attention.head_dim, float(attention.scaling), epsilon, layer.mlp.act_fn)
+    scale, activation = float(attention.scaling), getattr(layer.mlp, "experts", layer.mlp).act_fn
+    shape = Shape(heads, key_heads, attention.head_dim, scale, epsilon, activation)
+    router = getattr(layer.mlp, "gate", None)
+    if router is None:
+        return shape
+    return replace(shape, chosen=int(router.top_k), shares_of_chosen=bool(router.norm_topk_prob))
 
 
 def layer_weights(layer: Any) -> LayerWeights:
     """Return the weights of a transformers layer; fused ones take their place, and its parameters become views."""
     attention, mlp = layer.self_attn, layer.mlp
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    mixture = hasattr(mlp, "experts")
     return LayerWeights(
         input_layernorm=layer.input_layernorm.weight.data,
         qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
@@ -264,9 +279,15 @@ def layer_weights(layer: Any) -> LayerWeights:
         k_norm=None if k_norm is None else k_norm.weight.data,
         o_proj=_fused(attention.o_proj),
         post_attention_layernorm=layer.post_attention_layernorm.weight.data,
-        gate_up=_fused(mlp.gate_proj, mlp.up_proj),
-        down_proj=_fused(mlp.down_proj),
+        gate_up=_stacked(mlp.experts, "gate_up_proj") if mixture else _fused(mlp.gate_proj, mlp.up_proj),
+        down_proj=_stacked(mlp.experts, "down_proj") if mixture else _fused(mlp.down_proj),
+        router=mlp.gate.weight.data if mixture else None,
     )
+
+
+def _stacked(experts: Any, name: str) -> Projection:
+    """Return the weights of all experts."""
+    return experts.rounded(name) if isinstance(experts, Float8Experts) else getattr(experts, name).data, None
 
 
 def _fused(*linears: nn.Linear | Float8Linear) -> Projection:
