@@ -24,6 +24,13 @@ from assay.errors import StorageError
 __all__ = ["Database", "damaged", "tables"]
 
 BUSY_TIMEOUT_MS = 5000
+_ADVICE = {
+    sqlite3.SQLITE_BUSY: ("a moment in which no other process writes to it", "try again"),
+    sqlite3.SQLITE_CANTOPEN: ("a file that can be opened, in a directory that can be written", "pass another {flag}"),
+    sqlite3.SQLITE_READONLY: ("a file and a directory that can be written", "pass another {flag}"),
+}
+_NO_ROOM = ("a database that can be written", "free some space on that disk; a service continues by itself")
+
 LONGEST_VALUE = 2**26
 """Bytes of the longest text that is read from a file that is only read: 64 MiB."""
 
@@ -224,11 +231,8 @@ def _three_parts(path: Path, flag: str) -> Iterator[None]:
         reason = getattr(error, "orig", None) or error
         if getattr(reason, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # a table or column is missing
             raise damaged(path, str(reason), flag=flag) from error
-        raise StorageError(
-            f"{path}: {reason}",
-            wanted="a database that can be written",
-            do="free some space on that disk; the service continues by itself",
-        ) from error
+        wanted, do = _ADVICE.get(getattr(reason, "sqlite_errorcode", 0) & 0xFF, _NO_ROOM)
+        raise StorageError(f"{path}: {reason}", wanted=wanted, do=do.format(flag=flag)) from error
     except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
         if isinstance(error, sa.exc.IntegrityError):
             raise

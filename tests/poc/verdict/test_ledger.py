@@ -175,6 +175,17 @@ def test_what_is_no_ledger_stays_as_it_is(tmp_path):
     assert service.read_bytes() == before
 
 
+def test_a_ledger_that_is_being_written_can_be_read_and_says_when_it_is_busy(tmp_path, monkeypatch):
+    monkeypatch.setattr("assay.reports.database.BUSY_TIMEOUT_MS", 10)
+    path = filled(tmp_path / "l.sqlite3", 3)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert audit_ledger(path).clean
+        with pytest.raises(StorageError, match="locked") as busy:
+            Ledger(path)
+        assert (busy.value.wanted, busy.value.do) == ("a moment in which no other process writes to it", "try again")
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -113,6 +113,31 @@ def test_a_deleted_row_is_found(copy: Path, seq: int):
     assert first_bad(copy) == seq
 
 
+@pytest.mark.parametrize("table", ["accounts", "laws", "ledger"])
+def test_a_deleted_row_beside_the_entries_is_found(clean: Path, tmp_path: Path, table: str):
+    for row in range(rows(clean, table)):
+        path = Path(shutil.copy(clean, tmp_path / f"{row}.sqlite3"))
+        with by_hand(path) as database:
+            key = COLUMNS[table][0]
+            database.execute(f"DELETE FROM {table} WHERE {key} = (SELECT {key} FROM {table} LIMIT 1 OFFSET {row})")
+        first_bad(path)
+
+
+def test_swapped_accounts_are_found(copy: Path):
+    with by_hand(copy) as database:
+        for before, after in ((1, 99), (2, 1), (99, 2)):
+            database.execute("UPDATE accounts SET id = ? WHERE id = ?", (after, before))
+    assert first_bad(copy) == 1
+
+
+def test_an_entry_that_was_put_in_is_found(copy: Path):
+    with by_hand(copy) as database:
+        database.execute(
+            "INSERT INTO updates SELECT 10, account, round, NULL, law, entry, hash FROM updates WHERE seq = 9"
+        )
+    assert first_bad(copy) == 10
+
+
 @pytest.mark.parametrize(("one", "other"), [(1, 2), (2, 9), (4, 7), (8, 9)])
 @pytest.mark.parametrize("moved", ["seq", "content"])
 def test_reordered_rows_are_found(copy: Path, one: int, other: int, moved: str):

@@ -22,8 +22,8 @@ from assay.poc.verdict._ledger_entries import (
     REPEATED,
     Account,
     Entry,
+    EntryOutcome,
     Genesis,
-    Outcome,
     Progress,
     excluded_places,
     sha256,
@@ -219,7 +219,7 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
     return sorted(faults, key=lambda fault: fault.entry or 0)[:1]
 
 
-def _difference(entry: Entry, outcome: Outcome, seen: set[int], genesis: Genesis) -> str | None:
+def _difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesis: Genesis) -> str | None:
     """Return how an entry differs from what follows from its evidence."""
     repeated = [place for place, _ in excluded_places(entry.nonces, seen, {})]
     if repeated != [place for place, reason in entry.excluded if reason == REPEATED]:

@@ -145,7 +145,7 @@ class Holder(_Model):
     preset: Name
 
 
-class Outcome(_Model):
+class EntryOutcome(_Model):
     """The state of the account after an entry: the fields of :class:`Evidence`, with two counts.
 
     Args:
@@ -180,7 +180,7 @@ class Entry(_Model):
     residuals: Annotated[list[float | None], Field(max_length=MOST_NONCES)]
     excluded: Annotated[list[tuple[Count, Name]], Field(max_length=MOST_NONCES)]
     fault: Text | None
-    outcome: Outcome
+    outcome: EntryOutcome
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -257,7 +257,7 @@ class Progress:
         self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
         self.audits = self.recorded = self.last = 0
 
-    def take(self, entry: Entry, noise: Noise) -> Outcome:
+    def take(self, entry: Entry, noise: Noise) -> EntryOutcome:
         """Take the residuals of an entry that count, and return the outcome."""
         counted = entry.counted
         if counted:
@@ -265,10 +265,10 @@ class Progress:
         self.audits += 1
         self.recorded += len(entry.nonces)
         self.last = entry.seq
-        return Outcome(audits=self.audits, recorded=self.recorded, **asdict(self.life.evidence))
+        return EntryOutcome(audits=self.audits, recorded=self.recorded, **asdict(self.life.evidence))
 
 
-NOTHING = Outcome(audits=0, recorded=0, **asdict(Evidence()))
+NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence()))
 
 
 def round_identity(round: Round) -> str:
