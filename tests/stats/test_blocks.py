@@ -7,7 +7,7 @@ import pytest
 
 from assay import stats
 from assay.errors import UsageError
-from assay.stats import BlockLaw, chord_cdf, effective_dimension, r_target_for, valid_rate
+from assay.stats import BlockLaw, MeasuredBlockLaw, chord_cdf, effective_dimension, r_target_for, valid_rate
 
 D = 8192
 
@@ -119,3 +119,39 @@ def test_laws_that_cannot_be_are_refused(wrong):
     with pytest.raises(UsageError, match="valid rate"):
         BlockLaw(dimension=D, freedom=5).r_target_for(0.0)
     assert stats.EFFECTIVE_DIMENSION > 1
+
+
+def test_a_coordinate_that_outweighs_the_others_makes_two_values():
+    """The widest blocks: a normal law of the same width is off by points there, and most blocks need nothing else."""
+    rng = np.random.default_rng(4)
+    jumps, widths = rng.uniform(1.0, 1.6, 300), rng.uniform(0.8, 1.0, 300)
+    law = MeasuredBlockLaw(dimension=D, jumps=jumps, widths=widths)
+    which = rng.integers(0, 300, 400_000)
+    cosines = (rng.choice([-1, 1], which.size) * jumps[which] + rng.normal(size=which.size) * widths[which]) / D**0.5
+    distances = np.sqrt(2 - 2 * cosines)
+    assert law.scale == pytest.approx(cosines.std() * D**0.5, rel=0.01)
+    normal = BlockLaw(dimension=D, freedom=math.inf, scale=law.scale)
+    for rate in (0.1, 0.5905):
+        r = r_target_for(rate, D)
+        measured = float(np.mean(distances < r))
+        assert law.valid_rate(r) == pytest.approx(measured, abs=0.004)
+        assert abs(normal.valid_rate(r) - measured) > 0.015
+        assert law.rate_error(r) > 0.4 * abs(normal.valid_rate(r) - measured)
+        assert law.rate_error(r, 100) == pytest.approx(math.hypot(law.rate_error(r), 0.05), abs=0.01)
+    edges = np.linspace(1.375, 1.453, 9)
+    shares, errors = law.bins(edges)
+    found = np.histogram(distances, edges)[0] / distances.size
+    assert shares == pytest.approx(found, abs=0.003)
+    assert (errors > 0).all()
+    plain = MeasuredBlockLaw(dimension=D, jumps=np.full(2, 0.1), widths=np.full(2, 0.99))
+    assert plain.rate_error(1.416) < 0.001
+    assert plain.factor_error == 0.0
+
+
+def test_bins_of_an_unknown_block():
+    law = BlockLaw(dimension=D, freedom=20)
+    edges = np.linspace(1.375, 1.453, 9)
+    shares, errors = law.bins(edges)
+    assert shares == pytest.approx(np.diff(law.cdf(edges)))
+    assert errors[:4] == pytest.approx(errors[:3:-1], abs=0.02)
+    assert (errors > 0).all()

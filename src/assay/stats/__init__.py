@@ -3,7 +3,7 @@
 The formulas and what they assume are derived in docs/statistics.md.
 """
 
-from assay.stats._blocks import EFFECTIVE_DIMENSION, BlockLaw, effective_dimension
+from assay.stats._blocks import EFFECTIVE_DIMENSION, BlockLaw, MeasuredBlockLaw, effective_dimension
 from assay.stats._chord import (
     RANDOM_HEAD_ROWS,
     chord_cdf,
@@ -41,6 +41,7 @@ __all__ = [
     "BootstrapInterval",
     "CountTest",
     "LogNoise",
+    "MeasuredBlockLaw",
     "NoiseFit",
     "NoiseLaw",
     "PlaceTest",

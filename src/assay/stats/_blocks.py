@@ -22,7 +22,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special, stats
 from scipy.optimize import brentq
 
 from assay.errors import UsageError
@@ -171,6 +171,74 @@ class BlockLaw:
         """Return the share below x for every value of γ, [F, ...]."""
         factors = self._factors.reshape(-1, *(1,) * x.ndim)
         return chord_cdf(_chord((1 - x**2 / 2) / factors), self.dimension)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MeasuredBlockLaw:
+    """The law of the distances of a block by its head and states of the model.
+
+    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head. Where one coordinate outweighs
+    the others, as in the widest blocks, that is not normal but one of two values, blurred by the rest. So the cosine of
+    a state is taken as a normal variable about ±jump.
+
+    Args:
+        dimension: Dimension d of the chord law.
+        jumps: Size of the part of every state along the coordinate that counts most in this block, in standard
+            deviations 1/√d of a cosine.
+        widths: Standard deviation of all other parts, in the same unit.
+    """
+
+    dimension: int
+    jumps: FloatArray
+    widths: FloatArray
+
+    @property
+    def scale(self) -> float:
+        """Factor γ: the standard deviation of the block's cosines over 1/√d."""
+        return math.sqrt(float(np.mean(self.jumps**2 + self.widths**2)))
+
+    @property
+    def factor_error(self) -> float:
+        """Standard error of γ, from the number of states."""
+        squares_N = self.jumps**2 + self.widths**2
+        return float(squares_N.std(ddof=1)) / math.sqrt(len(squares_N)) / (2 * self.scale)
+
+    def valid_rate(self, r_target: float) -> float:
+        """Return the expected share of nonces with a distance below ``r_target``."""
+        return float(self._rates(np.asarray(r_target)).mean())
+
+    def rate_error(self, r_target: float, n: int | None = None) -> float:
+        """Return the standard error of the valid rate: that of the law, and of n nonces if given."""
+        nonces = rate_standard_error(self.valid_rate(r_target), n) if n else 0.0
+        rates_N, normal = self._rates(np.asarray(r_target)), self._normal(np.asarray(r_target))
+        return math.hypot(float(_law_error(rates_N, normal)), nonces)
+
+    def bins(self, edges: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Return the expected share between each two edges and its standard error."""
+        edges_E = np.asarray(edges, dtype=np.float64)
+        shares = np.diff(self._rates(edges_E), axis=1)
+        return np.asarray(shares.mean(axis=0)), _law_error(shares, np.diff(self._normal(edges_E)))
+
+    def _normal(self, x: FloatArray) -> FloatArray:
+        """Return the share below x of normal cosines of the same standard deviation."""
+        return np.asarray(special.ndtr(-(1 - x**2 / 2) * math.sqrt(self.dimension) / self.scale))
+
+    def _rates(self, x: FloatArray) -> FloatArray:
+        """Return the share below x for every state, [N, ...]."""
+        cosine = (1 - x**2 / 2) * math.sqrt(self.dimension)
+        jumps, widths = (values_N.reshape(-1, *(1,) * x.ndim) for values_N in (self.jumps, self.widths))
+        below = [special.ndtr((jump - cosine) / widths) for jump in (jumps, -jumps)]
+        return np.asarray((below[0] + below[1]) / 2)
+
+
+def _law_error(shares: FloatArray, normal: FloatArray) -> FloatArray:
+    """Return the standard error of shares expected from N states [N, ...].
+
+    The states give one part. One coordinate apart and all others normal is an approximation, so half of what it
+    corrects of the ``normal`` shares is the other: nothing in most blocks, and half a point in the widest ones.
+    """
+    states = shares.std(axis=0, ddof=1) / math.sqrt(len(shares))
+    return np.asarray(np.hypot(states, np.abs(shares.mean(axis=0) - normal) / 2))
 
 
 def _chord(cosine: npt.ArrayLike) -> FloatArray:

@@ -71,8 +71,7 @@ def test_the_factor_of_a_block_is_predicted_from_its_head(honest_blocks):
     assert np.log(widths / predicted).std() < 0.05 < 0.08 < np.log(widths).std()
     for factor, of_block in zip(factors, distances, strict=True):
         r = stats.r_target_for(0.1, D)
-        low, high = factor.law.rate_interval(r, len(of_block), 0.999)
-        assert low - 0.01 < np.mean(of_block < r) < high + 0.01
+        assert abs(np.mean(of_block < r) - factor.law.valid_rate(r)) < 4 * factor.law.rate_error(r, len(of_block))
     assert 15 < factors[0].effective_dimension < 50
 
 

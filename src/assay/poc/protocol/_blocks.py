@@ -11,7 +11,7 @@ Legend of shapes: N nonces, D hidden size, V rows of the random head.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -23,7 +23,7 @@ from assay.errors import UsageError
 from assay.poc.protocol._pipelines import Pipeline, get_pipeline
 from assay.poc.protocol._round import Round
 from assay.poc.protocol._transforms import block_target
-from assay.stats import RANDOM_HEAD_ROWS, BlockLaw
+from assay.stats import RANDOM_HEAD_ROWS, MeasuredBlockLaw
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -88,18 +88,14 @@ class BlockFactor:
         error: Standard error of the factor, from the number of states.
         effective_dimension: Effective dimension of the states in front of the head, which holds for every block.
         n: Number of states measured.
+        law: Law of the block's distances.
     """
 
     value: float
     error: float
     effective_dimension: float
     n: int
-
-    @property
-    def law(self) -> BlockLaw:
-        """Law of this block."""
-        freedom = (self.value / self.error) ** 2 / 2 if self.error else math.inf
-        return BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=freedom, scale=self.value)
+    law: MeasuredBlockLaw = field(repr=False, compare=False)
 
 
 def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
@@ -107,7 +103,7 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
 
     Signs drawn per nonce leave the share eᵢ of a state's energy in its coordinate. Reflections in random hyperplanes
     bring it to c·eᵢ + (1 − c)/D, with c = 1 − 4/D + 8/(D(D + 2)) for each of them. Then γ² is the mean of Σ vᵢ²eᵢ over
-    the states.
+    the states. What a state has along the heaviest coordinate keeps its sign through the share c of its energy.
 
     Args:
         round: Round whose block is meant, of a preset with signs and a random head.
@@ -131,15 +127,18 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
     reflections = sum(step.count for step in pipeline.hidden if step.name == "reflect")
     kept = (1 - 4 / size + 8 / (size * (size + 2))) ** reflections
     energy_ND = kept * energy_ND + (1 - kept) / size
-    squares_N = energy_ND @ folded_head(round, size) ** 2
-    value = math.sqrt(float(squares_N.mean()))
+    parts_ND = energy_ND * folded_head(round, size) ** 2
+    heaviest_N = kept * parts_ND[:, int(parts_ND.sum(axis=0).argmax())]
+    widths_N = np.sqrt(parts_ND.sum(axis=1) - heaviest_N)
+    law = MeasuredBlockLaw(dimension=RANDOM_HEAD_ROWS, jumps=np.sqrt(heaviest_N), widths=widths_N)
     total_D = energy_ND.sum(axis=0)
     products = float(total_D @ total_D - (energy_ND**2).sum())  # of the energies of two different states
     return BlockFactor(
-        value=value,
-        error=float(squares_N.std(ddof=1)) / math.sqrt(n) / (2 * value),
+        value=law.scale,
+        error=law.factor_error,
         effective_dimension=n * (n - 1) / products,
         n=n,
+        law=law,
     )
 
 

@@ -48,7 +48,7 @@ class Progress:
         self._factor = factor
 
     @property
-    def law(self) -> stats.BlockLaw:
+    def law(self) -> stats.BlockLaw | stats.MeasuredBlockLaw:
         """Law of this block: measured, or what its head alone says under an assumed effective dimension."""
         return self._assumed if self._factor is None else self._factor.law
 
