@@ -6,7 +6,7 @@ import pytest
 
 from assay.errors import ResourceError, UsageError
 from assay.research.matrix import Plan, configurations, run_matrix
-from assay.research.matrix._matrix import MODES, Live
+from assay.research.matrix._matrix import MODES, Live, measure_effective_dimension
 from assay.research.matrix._table import PUBLISHED
 from assay.research.runs import build_report, open_run, read_run
 
@@ -45,6 +45,25 @@ def test_the_published_table_is_read_as_its_authors_did_and_with_its_noise():
     assert found["qwen", "sign-flips"].expected == pytest.approx(0.5905, abs=1e-4)
     assert found["qwen", "sign-flips"].undelivered == 0
     assert json.dumps(found["llama", "layer-hooks"].as_dict())
+
+
+def test_blocks_are_held_against_what_the_states_of_a_model_do():
+    """Honest blocks of states in few coordinates lie apart: 4 points at 59 % are no finding with 20 of them."""
+    cells = [cell for cell in published_cells() if (cell["model"], cell["mode"]) == ("qwen", "layer-hooks")]
+    (narrow,) = configurations(cells)
+    (wide,) = configurations([cell | {"effective_dimension": 20.0} for cell in cells])
+    (given,) = configurations(cells, {("qwen", "layer-hooks"): 20.0})
+    (unknown,) = configurations([cell | {"effective_dimension": None} for cell in cells])
+    assert (narrow.width, wide.width, given.width, unknown.width) == (1024, 20, 20, 1024)
+    assert wide.spread.high == given.spread.high > 2 * narrow.spread.high
+    assert (narrow.verdict, wide.verdict) == ("beyond noise", "inside noise")
+
+
+def test_the_effective_dimension_is_measured_where_signs_are_drawn(small_checkpoint):
+    plan = Plan(models=(str(small_checkpoint),), seq_len=8, batch_size=32, device="cpu", dtype="float32")
+    found = measure_effective_dimension(plan, str(small_checkpoint), "sign-flips")
+    assert found == pytest.approx(64, rel=0.3)  # random weights use nearly all coordinates
+    assert measure_effective_dimension(plan, str(small_checkpoint), "layer-hooks") is None
 
 
 def test_an_unfinished_matrix_has_a_table_too():
@@ -97,7 +116,7 @@ def test_two_tests_against_a_live_service(small_checkpoint, tmp_path):
         assert cell["checked"] > 0
         assert cell["checked"] % 8 == 0
         assert cell["callback_nonces"] == cell["valid"]
-        assert cell["hidden_size"] == 64
+        assert (cell["hidden_size"], cell["effective_dimension"]) == (64, None)
     for name, cell in zip(("two", "three"), cells, strict=True):
         (callbacks,) = (tmp_path / "logs").glob(f"test_0{cell['test']}_*_{name}_k_callback.log")
         assert sum(json.loads(line)["nonces"] for line in callbacks.read_text().splitlines()) == cell["valid"]

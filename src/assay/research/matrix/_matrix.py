@@ -17,19 +17,23 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import httpx
+import torch
 from pydantic import Field
 
+from assay import stats
 from assay.errors import ResourceError, UsageError
-from assay.models import model_info
-from assay.poc.protocol import Round
+from assay.models import load_model, model_info
+from assay.poc.engines import HFEngine
+from assay.poc.protocol import Round, get_pipeline, has_block_factor
 from assay.reports import JsonObject, write_atomic, write_jsonl
-from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, Progress, open_run
+from assay.research.runs import BLOCKS, Blocks, ExperimentPlan, Progress, open_run, published, state_pipeline
 from assay.settings import Dtype, Names
 
 MODES = {"sign-flips": "poc-2.0", "layer-hooks": "layer-normalize"}
 """Mode, as the published tables call it → preset."""
 
 WARM_UP = "warm-up"  # block and key of the round that compiles kernels before anything is timed
+_STATES = 256  # nonces from which the effective dimension is measured
 _FIRST_BATCH_SECONDS = 600.0
 _DELIVERY_SECONDS = 60.0
 _START_SECONDS = 300.0
@@ -229,6 +233,8 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
         receiver = stack.enter_context(Live(receive, logs / "receiver.log"))
         done = len(tests) - len(todo)
         for (model, mode), chosen in groupby(todo, lambda test: (test.model, test.mode)):
+            effective = measure_effective_dimension(plan, model, mode)
+            torch.cuda.empty_cache()  # the service needs the room
             say(f"starting a service for {model}, {mode}")
             with _service(plan, model, temporary / f"{done}", logs / "server.log") as server:
                 receiver.connect()
@@ -236,7 +242,7 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
                 _begin(server, plan, mode, WARM_UP, WARM_UP, None)
                 server.post("/api/v1/pow/phase/validate")
                 for test in chosen:
-                    values = _run_test(test, plan, server, receiver, logs)
+                    values = _run_test(test, plan, server, receiver, logs) | {"effective_dimension": effective}
                     say(
                         f"test {test.number:2d}: {model} {mode} {test.block} {test.public_key}: "
                         f"{values['valid']}/{values['checked']} valid, {values['nonces_per_second']:.1f} nonces/s"
@@ -245,6 +251,22 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
                     done += 1
                     if progress:
                         progress(done, len(tests))
+
+
+def measure_effective_dimension(plan: Plan, model: str, mode: str) -> float | None:
+    """Measure how many coordinates the states in front of the random head use, with a model that is dropped again.
+
+    Returns None for a mode without signs: there a block moves the mean of its distances too, which is what the matrix
+    shows, so blocks are held against what random directions would do.
+    """
+    pipeline = get_pipeline(MODES[mode])
+    if not has_block_factor(pipeline):
+        return None
+    loaded = load_model(model, dtype=plan.dtype, device=plan.device)
+    engine = HFEngine(loaded, batch_size=min(plan.batch_size, _STATES), seq_len=plan.seq_len)
+    round = Round(block_hash=plan.blocks[0], public_key="states", seq_len=plan.seq_len, preset=pipeline.name)
+    (states_ND,) = published(engine, round, [state_pipeline(pipeline)], range(_STATES)).values()
+    return stats.effective_dimension(states_ND)
 
 
 def _service(plan: Plan, model: str, data: Path, log: Path) -> Live:

@@ -1,6 +1,6 @@
 """The matrix as tables and on the page of a run: valid rates, the spread of the blocks, and the band of its noise."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,20 +46,25 @@ class Configuration:
         mode: Mode of the rounds, sign-flips or layer-hooks.
         blocks: Rates of every block.
         spread: Spread of the valid rates of the blocks; None for a single block.
+        r_target: Distance below which a nonce is valid.
         expected: Valid rate by the chord law.
         nonces_per_second: Mean over the tests.
         nonces_per_second_error: Standard deviation over the tests; 0 for a single test.
         undelivered: Number of valid nonces that the receiver did not get.
+        width: Effective dimension of the states, which widens the band of the spread; the hidden size where it was not
+            measured, for random directions.
     """
 
     model: str
     mode: str
     blocks: tuple[BlockRow, ...]
     spread: Spread | None
+    r_target: float
     expected: float
     nonces_per_second: float
     nonces_per_second_error: float
     undelivered: int
+    width: float
 
     @property
     def checked(self) -> int:
@@ -90,36 +95,46 @@ class Configuration:
             "verdict": self.verdict,
             "nonces_per_second": self.nonces_per_second,
             "undelivered": self.undelivered,
+            "width": self.width,
         }
 
 
-def configurations(cells: Sequence[JsonObject]) -> list[Configuration]:
-    """Group the cells of a matrix by model and mode, in the order of measurement."""
+def configurations(
+    cells: Sequence[JsonObject], widths: Mapping[tuple[str, str], float] | None = None
+) -> list[Configuration]:
+    """Group the cells of a matrix by model and mode, in the order of measurement.
+
+    Args:
+        cells: Cells of a run.
+        widths: Effective dimensions by model and mode, for runs that did not measure them.
+    """
     names = list(dict.fromkeys((cell["model"], cell["mode"]) for cell in cells))
-    return [_configuration([c for c in cells if (c["model"], c["mode"]) == name]) for name in names]
+    known = widths or {}
+    return [_configuration([c for c in cells if (c["model"], c["mode"]) == name], known.get(name)) for name in names]
 
 
-def _configuration(cells: Sequence[JsonObject]) -> Configuration:
+def _configuration(cells: Sequence[JsonObject], known: float | None) -> Configuration:
     blocks = []
     for block in sorted({cell["block_hash"] for cell in cells}):
         chosen = sorted((c for c in cells if c["block_hash"] == block), key=lambda cell: str(cell["public_key"]))
         rates = {cell["public_key"]: cell["valid_rate"] for cell in chosen}
         blocks.append(BlockRow(block, rates, sum(c["valid"] for c in chosen), sum(c["checked"] for c in chosen)))
     spread = None
+    width = cells[0].get("effective_dimension") or known or cells[0]["hidden_size"]
     if len(blocks) > 1:
-        spread = spread_of(
-            [row.valid for row in blocks], [row.checked for row in blocks], width=cells[0]["hidden_size"]
-        )
+        spread = spread_of([row.valid for row in blocks], [row.checked for row in blocks], width=width)
     speeds = np.array([cell["nonces_per_second"] for cell in cells])
     return Configuration(
         model=cells[0]["model"],
         mode=cells[0]["mode"],
         blocks=tuple(blocks),
         spread=spread,
+        r_target=cells[0]["r_target"],
         expected=stats.valid_rate(cells[0]["r_target"], RANDOM_HEAD_ROWS),
         nonces_per_second=float(speeds.mean()),
         nonces_per_second_error=float(speeds.std(ddof=1)) if len(speeds) > 1 else 0.0,
         undelivered=sum(cell["valid"] - cell["callback_nonces"] for cell in cells),
+        width=float(width),
     )
 
 
@@ -176,7 +191,7 @@ def draw(report: Report, run: RunRecords) -> None:
         report.section("Live services: how far apart are the valid rates of the blocks?")
         report.paragraph(
             f"{sum(len(row.rates) for c in several for row in c.blocks)} tests, each a round of a live service over "
-            f"HTTP whose callbacks were counted. Expected by the chord law: {several[0].expected:.2%} valid."
+            f"HTTP whose callbacks were counted. Over blocks, the chord law expects {several[0].expected:.2%} valid."
         )
         _plot(report, several)
         columns, rows = spread_table(several)
@@ -185,7 +200,8 @@ def draw(report: Report, run: RunRecords) -> None:
         report.table(columns, shown, caption="Largest minus smallest valid rate of the blocks")
         report.paragraph(
             "The noise band is where the spread falls when nothing differs but the nonces and the random head that "
-            f"every block draws. The published limit of success is {PUBLISHED_LIMIT:.0%}; the published spreads come "
+            "every block draws, which widens or narrows all distances of the block, the more the fewer coordinates the "
+            f"states use. The published limit of success is {PUBLISHED_LIMIT:.0%}; the published spreads come "
             "from other models, so they compare in kind, not in size."
         )
         for configuration in several:
@@ -208,8 +224,11 @@ def _plot(report: Report, several: list[Configuration]) -> None:
             x = place + (index - (len(row.blocks) - 1) / 2) * 0.18
             ax.errorbar(x, 100 * block.rate, 100 * error, fmt="o", color=colour, label=label, capsize=3, markersize=5)
         labels.append(f"{row.model}\n{row.mode}")
+        law = stats.BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=row.width)
+        low, high = (100 * end for end in law.rate_interval(row.r_target))
+        ax.fill_between([place - 0.4, place + 0.4], [low, low], [high, high], color=MUTED, alpha=0.15, linewidth=0)
     ax.axhline(100 * several[0].expected, color=MUTED, linewidth=1, linestyle=":")
     ax.set_xticks(range(len(labels)), labels)
     ax.set_ylabel("valid nonces, %")
     legend(ax)
-    report.figure(fig, "Valid rate per block, with two standard errors of its nonces.")
+    report.figure(fig, "Valid rate per block, with two standard errors of its nonces, and where 95 % of blocks lie.")
