@@ -47,11 +47,11 @@ def show(chosen: "ShowSettings", ledger: _LEDGER, as_json: JsonFlag = False) -> 
         emit_json("assay.poc.ledger/1", {"path": str(ledger), "count": count, "head": head, "accounts": accounts})
         return
     table(
-        ("key", "model", "build", "preset", "audits", "nonces", "since", "fault", "log e", "verdict"),
+        ("key", "model", "build", "preset", "audits", "nonces", "since", "fault", "max log e", "verdict"),
         [(*_names(one.account), *_numbers(one)) for one in found],
     )
     for account, entries in audits.items():
-        table(("audit", "time", "block", "nonces", "fault", "log e", "verdict"), [_row(entry) for entry in entries])
+        table(("audit", "time", "block", "nonces", "fault", "max log e", "verdict"), [_row(entry) for entry in entries])
         typer.echo(f"audits of build {_shown(account.build)}, preset {_shown(account.preset)}\n")
     typer.echo(f"{count} entries, head {head}")
 
