@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from assay.reports import read_json
@@ -28,13 +29,14 @@ def test_generated_tables_are_those_of_the_results():
 
 
 def test_sign_flips_are_inside_their_band_and_hooks_are_not():
-    cells = tables.read_run(tables.RUNS / "h200", "matrix").cells
-    found = {(c.model.partition(":")[2], c.mode): c for c in tables.configurations(cells)}
+    found = {(c.model.partition(":")[2], c.mode): c for c in tables.matrix_configurations("h200")}
     for model in ("qwen3", "llama"):
         spread = found[model, "sign-flips"].spread
         assert spread.inside
         assert spread.value < 0.02
         assert found[model, "layer-hooks"].spread.value > 0.05
+        assert found[model, "layer-hooks"].spread.p_value < 1e-6
+        assert found[model, "sign-flips"].width < 30  # of 256: the effective dimension that the same run measured
     assert sum(c.undelivered for c in found.values()) == 0
     assert sum(len(block.rates) for c in found.values() for block in c.blocks) == 38
 
@@ -53,8 +55,32 @@ def test_hooks_hurt_separability_on_wide_models_only():
     assert low < 0.5 < high
 
 
-def test_r_targets_are_within_sampling_error():
+def test_r_targets_hold_over_blocks_and_not_by_the_nonces_of_one():
     assert read_json(tables.RESULTS / "r_target_h200.json")["largest_offset_in_standard_errors"] < 2.5
+    figures = read_json(tables.RESULTS / "r_target.json")
+    assert figures["largest_offset_in_standard_errors"] < 2.5
+    assert figures["inside_the_interval"] == 1.0
+    blocks = figures["blocks"]
+    inside = [row["blocks_inside"] for row in figures["rows"] if "blocks_inside" in row]
+    assert all(min(counts["assumed"], counts["with_factors"]) >= 0.9 * blocks for counts in inside)
+    assert sum(counts["nonces_alone"] for counts in inside) < 0.85 * blocks * len(inside)
+
+
+def test_widths_follow_the_law_of_their_block_and_not_the_chord_law():
+    rows = read_json(tables.RESULTS / "chord_law_blocks.json")["poc-2.0"]
+    assert len({row["block"] for row in rows}) == 24
+    of_block = [row["width_off_the_block_in_standard_errors"] for row in rows]
+    assert np.std([row["width_off_in_standard_errors"] for row in rows]) > 3 > 1.2 > np.std(of_block)
+
+
+def test_noise_of_distances_follows_the_length_of_the_head():
+    """What divides noise by blocks: its length, and not the width of the distances."""
+    for figures in read_json(tables.RESULTS / "block_scale.json")["models"].values():
+        for dtype in ("bfloat16", "float16"):
+            found = figures[dtype]["common"]
+            left = {name: row["sd_left"] for name, row in found["predictors"].items()}
+            assert left["length"] < 1.2 * found["sd_of_sampling"] < 0.7 * found["sd_between_blocks"]
+            assert left["states"] > found["sd_between_blocks"]
 
 
 @pytest.mark.parametrize("rows", [tables.heavy_tails(), tables.unseen_tails()], ids=["bundled", "unseen"])
