@@ -36,15 +36,16 @@ def test_an_honest_past_does_not_protect_a_cheat():
         life.update(NOISE, values)
         first.update(values)
     assert life.evidence.verdict == "honest"
-    for seed in range(100):
-        values = [1.8 * x for x in honest(64, seed)]
+    for seed in range(100, 108):
+        values = [1.4 * x for x in honest(64, seed)]
         life.update(NOISE, values)
         first.update(values)
-        if life.evidence.verdict == "fraud":
-            break
-    assert seed < 16
-    assert first.verdict != "fraud"
+    assert life.evidence.verdict == "fraud"
     assert life.evidence.log_e_value > math.log(1e3)
+    assert first.verdict != "fraud"
+    for seed in range(108, 124):
+        first.update([1.4 * x for x in honest(64, seed)])
+    assert first.verdict != "fraud"
 
 
 def test_what_was_honest_long_ago_does_not_make_it_honest_now():
