@@ -85,6 +85,42 @@ def measured(port, process, keys, chosen, first):
     }
 
 
+def stages(directory, model, keys, nonces):
+    """Return the processor time in microseconds of what is done for one callback, each step by itself."""
+    from assay.poc.service import Settings
+    from assay.poc.validator import Registry
+    from assay.poc.validator._claims import Reader, parsed, sender_of
+    from assay.poc.validator._inbox import Inbox, Message
+
+    count, together = 2048, 64
+    registry = Registry.load(directory / "pins.toml", directory / "nodes.toml", Settings())
+    reader = Reader(registry, lambda block, height: True, 2**40)
+    bodies = [dumps(made_up(keys[i % len(keys)], i % len(keys), i // len(keys), nonces)) for i in range(count)]
+    heads = [
+        dict(line.split(": ", 1) for line in request_of(body, f"m{i}", keys[i % len(keys)]).decode().split("\r\n")[1:8])
+        for i, body in enumerate(bodies)
+    ]
+    headers = [{name.lower(): value for name, value in head.items()} for head in heads]
+    found, inbox = {}, Inbox(directory / "stages", epoch_seconds=3600.0)
+
+    def timed(name, step, values):
+        begun = time.process_time()
+        made = [step(value) for value in values]
+        found[name] = round((time.process_time() - begun) / count * 1e6, 1)
+        return made
+
+    values = timed("json", lambda body: parsed(body.encode())[1], bodies)
+    senders = [sender_of(value, registry) for value in values]
+    timed("signature", lambda i: senders[i].signatures.check(bodies[i], headers[i]), range(count))
+    timed("pins", lambda i: reader.checked(values[i], senders[i]), range(count))
+    make = lambda i: Message(keys[i % len(keys)], f"m{i}", "generated", nonces, bodies[i].encode())  # noqa: E731
+    messages = timed("hash", make, range(count))
+    parts = [messages[start : start + together] for start in range(0, count, together)]
+    timed(f"disk_{together}_at_once", inbox.add, parts)
+    inbox.close()
+    return found
+
+
 def main():
     options = parser(__doc__)
     options.add_argument("--nodes", type=int, default=1000)
@@ -101,7 +137,9 @@ def main():
         checkpoint = Path(directory) / "small"
         save_checkpoint(checkpoint)
         keys = keys_of(chosen.nodes)
-        write_network(Path(directory), load_model(checkpoint, dtype="float32", device="cpu"), keys)
+        model = load_model(checkpoint, dtype="float32", device="cpu")
+        write_network(Path(directory), model, keys)
+        steps = stages(Path(directory), model, keys, chosen.nonces)
         server = ValidatorServer(
             Path(directory), "--nonces-per-hour", str(chosen.nonces_per_hour), model=checkpoint, fork=False
         )
@@ -134,6 +172,7 @@ def main():
         "lost": taken - inbox["messages"],
         "recomputed": status["recomputed"],
         "load_average": [round(value, 1) for value in psutil.getloadavg()],
+        "steps_microseconds": steps,
         "rounds": rounds,
     }
     publish("validator_load", figures, chosen.output)

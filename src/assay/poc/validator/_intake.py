@@ -109,7 +109,7 @@ class Intake:
             raise refused("body", "that of another callback", f"one of /{kind}")
         nonces = 0
         if kind == "generated":
-            nonces = len(self._reader(registry).claim(values, sender).nonces)
+            nonces = len(self._reader(registry).checked(values, sender)[0])
         return Message(sender.public_key, known_as, kind, nonces, body)
 
     async def _proof(self, body: bytes, headers: dict[str, str]) -> Message:

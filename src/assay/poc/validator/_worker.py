@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -324,6 +325,7 @@ def account_of(public_key: str, registry: Registry) -> Account:
     return Account(public_key=public_key, digest=registry.model.digest, build=build, preset=registry.pipeline.name)
 
 
+@lru_cache(maxsize=2**16)
 def account_id(account: Account) -> str:
     """Return sixteen hexadecimal digits that stand for an account in addresses."""
     return hashlib.sha256(dumps(vars(account)).encode()).hexdigest()[:16]
