@@ -128,8 +128,8 @@ def _draw_histogram(report: "Report", honest: Sequence[Case]) -> None:
 
     r_target = honest[0].proof.round.r_target
     distances = np.concatenate([case.proof.distances for case in honest])
-    expected = stats.valid_rate(r_target, RANDOM_HEAD_ROWS)
-    error = stats.rate_standard_error(expected, len(distances))
+    law = stats.BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=stats.EFFECTIVE_DIMENSION)
+    expected, error = law.valid_rate(r_target), law.rate_error(r_target, len(distances))
     fig, ax = figure()
     histogram_over_density(
         ax,
@@ -144,7 +144,7 @@ def _draw_histogram(report: "Report", honest: Sequence[Case]) -> None:
     report.definitions(
         {
             "valid, measured": f"{(distances < r_target).mean():.2%}",
-            "valid, chord law": f"{expected:.2%} ± {error:.2%} (one standard error at this sample size)",
+            "valid, expected over blocks": f"{expected:.2%} ± {error:.2%} (one standard error of nonces and block)",
             "mean, measured": f"{distances.mean():.5f}",
             "mean, chord law": f"{stats.chord_mean(RANDOM_HEAD_ROWS):.5f}",
         }
