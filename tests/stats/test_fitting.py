@@ -15,11 +15,13 @@ def test_scale_is_the_maximum_likelihood_one():
     found = optimize.minimize_scalar(
         lambda s: -stats.t.logpdf(sample, 6, scale=math.exp(s)).sum(), bounds=(-13, -8), options={"xatol": 1e-9}
     )
-    assert fit_scale_noise(sample).estimate.sigma == pytest.approx(math.exp(found.x), rel=1e-5)
+    assert fit_scale_noise(sample, dof=6).estimate.sigma == pytest.approx(math.exp(found.x), rel=1e-5)
 
 
 def test_upper_scale_covers_the_truth_as_often_as_stated():
-    covered = [fit_scale_noise(RNG.standard_t(6, 100) * 2e-5, confidence=0.9).law.sigma >= 2e-5 for _ in range(600)]
+    covered = [
+        fit_scale_noise(RNG.standard_t(6, 100) * 2e-5, dof=6, confidence=0.9).law.sigma >= 2e-5 for _ in range(600)
+    ]
     assert np.mean(covered) >= 0.9 - 3 * math.sqrt(0.09 / 600)
 
 
@@ -27,16 +29,32 @@ def test_upper_scale_reaches_the_quantiles_of_noise_of_another_shape():
     mixed = RNG.normal(0, 1, 4000) * np.where(RNG.random(4000) < 0.1, 4e-5, 1e-5)
     fit = fit_scale_noise(mixed)
     for q in (0.5, 0.9, 0.98):
-        assert fit.law.sigma * stats.t.isf((1 - q) / 2, 6) >= np.quantile(np.abs(mixed), q)
+        assert fit.law.survival(np.array([np.quantile(np.abs(mixed), q)]))[0] >= 1 - q
 
 
 @pytest.mark.parametrize(("size", "quantile"), [(48, 0.9), (192, 0.98), (1024, 0.98)])
 def test_upper_scale_follows_the_tail_of_a_small_sample(size: int, quantile: float):
-    """Residuals with 3 degrees of freedom under a law with 6, as distances in half precision have them."""
-    for _ in range(50):
-        sample = RNG.standard_t(3, size) * 1.2e-5
-        reached = fit_scale_noise(sample).law.sigma * stats.t.isf((1 - quantile) / 2, 6)
-        assert reached >= np.quantile(np.abs(sample), quantile)
+    """Residuals with 3 degrees of freedom, as distances in half precision have them, whatever tail is chosen."""
+    for dof in (None, 6.0):
+        for _ in range(25):
+            sample = RNG.standard_t(3, size) * 1.2e-5
+            law = fit_scale_noise(sample, dof=dof).law
+            assert law.survival(np.array([np.quantile(np.abs(sample), quantile)]))[0] >= 1 - quantile
+
+
+def test_the_tail_is_chosen_by_the_data():
+    heavy, light = RNG.standard_t(2.5, 4000), RNG.standard_t(30, 4000)
+    assert fit_scale_noise(heavy * 1e-5).law.dof <= 3
+    assert fit_scale_noise(light * 1e-5).law.dof == 6, "a tail lighter than the lightest is not offered"
+    flips = np.where(RNG.random(4000) < 0.1, RNG.exponential(1.0, 4000), 0.0)
+    assert fit_log_noise(np.exp(RNG.normal(-3, 0.3, 4000) + flips)).law.tail <= 1.0
+    assert fit_log_noise(np.exp(RNG.normal(-3, 0.3, 4000))).law.tail >= 2.0
+
+
+def test_a_small_sample_is_not_taken_for_one_without_a_tail():
+    """Of a few nonces two neighbouring tails are equally likely: the heavier one is taken."""
+    chosen = [fit_scale_noise(RNG.standard_t(6, 48)).law.dof for _ in range(60)]
+    assert np.median(chosen) <= 4
 
 
 @pytest.mark.parametrize(("size", "quantile"), [(48, 0.9), (192, 0.95), (1024, 0.95)])

@@ -19,14 +19,15 @@ from assay.stats._noise import JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, Scale
 SMALLEST_SAMPLE = 16  # fewest honest residuals that a law is fitted to
 SMALLEST_LOG_SD = 0.1  # least spread of ln L2 that is believed: 10 % of the distance
 
-DOFS = (2.0, 2.5, 3.0, 4.0, 6.0, 10.0, 30.0)
+DOFS = (2.0, 2.5, 3.0, 4.0, 6.0)
 """Degrees of freedom among which the residuals of distances choose, the heaviest tail first."""
 
 TAILS = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """Starts of the exponential tail of ln L2 among which vectors choose, the heaviest first; 3 is nearly log-normal."""
 
 # A sample seldom tells two neighbouring tails apart. The heaviest is taken that is not this much less likely than the
-# best (a natural logarithm), so that what a sample does not show is not taken for absent.
+# best (a natural logarithm), so that what a sample does not show is not taken for absent. Tails of distances lighter
+# than with 6 degrees of freedom are not offered: single nonces far out, such as routing flips, are in no small sample.
 _INDIFFERENT = 0.5
 
 # A fitted law also reaches the quantiles of its sample up to that which three values lie beyond, or to the furthest:

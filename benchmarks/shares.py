@@ -1,0 +1,174 @@
+"""Is a node caught that computes a share of its nonces cheaply, and is an honest one accused in blocks not calibrated?
+
+Residuals of half precision against float32 are measured under every preset over many blocks. A law is fitted to nonces
+of one block, as `assay poc calibrate` does, and judges audits of *other* blocks: of honest nodes, and of nodes whose
+residuals are ``multiple`` times larger in a share of the nonces. Beside ours: an oracle, the sequential likelihood
+ratio that knows share and multiple, and the law of honest residuals as smoothed from all nonces of all blocks.
+
+    python benchmarks/shares.py --device cuda -o benchmarks/results/shares.json
+"""
+
+import itertools
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from _common import note, parser, publish
+from scipy import stats as distributions
+
+from assay.models import load_model
+from assay.poc import HFEngine, Round, get_pipeline, prove
+from assay.poc.protocol import block_scale
+from assay.poc.verdict import fit_machines, residuals, sequential_test
+from assay.poc.verdict._build_noise import fitter
+from assay.poc.verdict._calibrate import SCALED_SPREAD
+from assay.poc.verdict._machines import PAIR_SPREAD
+from assay.poc.verdict._noise import Noise
+
+MODELS = ("reference:qwen3", "reference:llama", "reference:qwen3 random-all", "reference:llama random-all")
+PRESETS, DTYPES = ("poc-2.0", "artifact", "hardened"), ("bfloat16", "float16")
+ALPHA, AUDITED, WITHIN = 1e-3, 64, 150
+LAW_SIZES = (256, 1024)
+CHEATS = ((0.1, 5.0), (0.1, 10.0), (0.1, 22.0), (0.2, 5.0), (0.5, 5.0), (1.0, 5.0))
+BATCH = 128
+
+
+def measured(name, options):
+    """Residuals by preset, dtype and block, over the scale of the block, [N] each."""
+    reference, weights = [*name.split(), "trained"][:2]
+    found = {}
+    for preset in PRESETS:
+        proofs = {}
+        for dtype in ("float32", *DTYPES):
+            made = {"weights": weights, "block_hash": None if weights == "trained" else "made on the spot"}
+            model = load_model(reference, dtype=dtype, device=options.device, **made)
+            engine = HFEngine(model, batch_size=BATCH, seq_len=options.seq_len)
+            for block in range(options.blocks):
+                round = Round(block_hash=f"shares {block}", public_key="k", preset=preset, seq_len=options.seq_len)
+                nonces = range(max(LAW_SIZES) if block < options.laws else options.nonces)
+                proofs[dtype, block] = prove(model, round, nonces, engine=engine)
+        for dtype, block in itertools.product(DTYPES, range(options.blocks)):
+            mine, exact = proofs[dtype, block], proofs["float32", block]
+            scale = block_scale(mine.round, model.hidden_size)
+            found[preset, dtype, block] = residuals(mine.records, exact.records) / scale
+        note(f"{name} {preset} measured")
+    return found
+
+
+def noise_of(preset, errors_N):
+    """The honest noise as a calibration of two engines has it."""
+    pipeline = get_pipeline(preset)
+    between = SCALED_SPREAD if pipeline.output == "distance" else PAIR_SPREAD
+    fitted = fit_machines({(0, 1): errors_N}, ("", ""), fitter(pipeline), between_blocks=between)
+    return Noise(fitted.law, "one block", fitted.known)
+
+
+def drawn(errors_N, audits, length, rng):
+    return np.stack([rng.permutation(errors_N)[:length] for _ in range(audits)])
+
+
+def cheating(errors_N, share, multiple, audits, length, rng):
+    honest_RC, larger_RC = drawn(errors_N, audits, length, rng), multiple * drawn(errors_N, audits, length, rng)
+    return np.where(rng.random(honest_RC.shape) < share, larger_RC, honest_RC)
+
+
+class Oracle:
+    """The likelihood ratio that knows the cheat and the honest law, smoothed over ln |residual|."""
+
+    def __init__(self, errors_N, share, multiple):
+        log_N = np.log(np.maximum(np.abs(errors_N), 1e-9))
+        self.grid = np.linspace(log_N.min() - 0.5, log_N.max() + np.log(multiple) + 0.5, 2048)
+        density = distributions.gaussian_kde(log_N, bw_method=0.15)(self.grid) + 1e-9
+        shifted = np.interp(self.grid - np.log(multiple), self.grid, density)
+        self.ratio = np.log1p(share * (shifted / density - 1)) if share < 1 else np.log(shifted / density)
+
+    def caught(self, values_RC):
+        """Share of the nodes [R, C] that it accuses."""
+        log_RC = np.log(np.maximum(np.abs(values_RC), 1e-9))
+        path_RC = np.interp(log_RC, self.grid, self.ratio).cumsum(axis=1)
+        return (path_RC.max(axis=1) >= -np.log(ALPHA)).mean()
+
+
+def judged(found, options, task):
+    """One row of the table: a model, preset, format and size of the law."""
+    name, preset, dtype, size = task
+    rng = np.random.default_rng(0)
+    blocks = [found[preset, dtype, block] for block in range(options.blocks)]
+    accused = np.full((options.laws, options.blocks), np.nan)
+    caught = {cheat: [] for cheat in CHEATS}
+    passed, cleared = {cheat: [] for cheat in CHEATS}, []
+    for law in range(options.laws):
+        noise = noise_of(preset, blocks[law][:size])
+        test = sequential_test(noise, alpha=ALPHA)
+        for block in range(options.blocks):
+            if block == law:
+                continue
+            honest_RC = drawn(blocks[block], options.audits, AUDITED, rng)
+            accused[law, block] = test.accusations(honest_RC)[:, -1].mean()
+        for block in rng.permutation([b for b in range(options.blocks) if b != law])[:4]:
+            cleared += [
+                sequential_test(noise).update(row).verdict == "honest" for row in drawn(blocks[block], 5, 64, rng)
+            ]
+            for share, multiple in CHEATS:
+                nodes_RC = cheating(blocks[block], share, multiple, options.audits, WITHIN, rng)
+                caught[share, multiple].append(test.accusations(nodes_RC)[:, -1].mean())
+                verdicts = [sequential_test(noise, alpha=ALPHA).update(row[:AUDITED]).verdict for row in nodes_RC[:20]]
+                passed[share, multiple].append(verdicts.count("honest") / len(verdicts))
+    everything_N = np.concatenate(blocks)
+    row = {"model": name, "preset": preset, "dtype": dtype, "law_from": size, "accused": float(np.nanmean(accused))}
+    row |= {"accused_worst_pair": float(np.nanmax(accused)), "honest_at_64": float(np.mean(cleared)), "cheats": []}
+    for share, multiple in CHEATS:
+        nodes_RC = cheating(everything_N, share, multiple, 2000, WITHIN, rng)
+        row["cheats"].append(
+            {
+                "share": share,
+                "multiple": multiple,
+                "caught": float(np.mean(caught[share, multiple])),
+                "oracle": float(Oracle(everything_N, share, multiple).caught(nodes_RC)),
+                "honest_at_64": float(np.mean(passed[share, multiple])),
+            }
+        )
+    return row
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="+", default=list(MODELS))
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--seq-len", type=int, default=256)
+    arguments.add_argument("--blocks", type=int, default=40)
+    arguments.add_argument("--laws", type=int, default=8, help="blocks that a law is fitted to")
+    arguments.add_argument("--nonces", type=int, default=256, help="nonces of a block that no law is fitted to")
+    arguments.add_argument("--audits", type=int, default=100, help="audits of every pair of blocks")
+    arguments.add_argument("--workers", type=int, default=2)
+    arguments.add_argument("--residuals", type=Path, help="file of residuals: written, or read where it is there")
+    options = arguments.parse_args()
+    kept = {}
+    if options.residuals and options.residuals.exists():
+        with np.load(options.residuals) as read:
+            kept = {name: read[name].astype(np.float64) for name in read.files}
+    rows, everything = [], {}
+    for name in options.models:
+        keys = {
+            key: "|".join(map(str, (name, *key))) for key in itertools.product(PRESETS, DTYPES, range(options.blocks))
+        }
+        found = {key: kept[text] for key, text in keys.items()} if kept else measured(name, options)
+        everything |= {keys[key]: errors_N.astype(np.float32) for key, errors_N in found.items()}
+        tasks = list(itertools.product([name], PRESETS, DTYPES, LAW_SIZES))
+        with ProcessPoolExecutor(options.workers, mp_context=get_context("forkserver")) as pool:
+            rows += pool.map(partial(judged, found, options), tasks)
+        for row in rows[-len(tasks) :]:
+            first = row["cheats"][0]
+            honest = f"accused {row['accused']:.5f}, worst {row['accused_worst_pair']:.3f}"
+            cheat = f"10 % at 5: {first['caught']:.3f}, oracle {first['oracle']:.3f}"
+            note(f"{row['model']} {row['preset']} {row['dtype']} law from {row['law_from']}: {honest}; {cheat}")
+    if options.residuals and not kept:
+        np.savez_compressed(options.residuals, **everything)
+    settings = {"seq_len": options.seq_len, "blocks": options.blocks, "laws": options.laws, "audits": options.audits}
+    publish("shares", settings | {"rows": rows}, options.output)
+
+
+if __name__ == "__main__":
+    main()
