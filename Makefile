@@ -77,12 +77,14 @@ gpu-test:  ## run the tests that need a CUDA device, with the python that has on
 	$(GPU_PYTHON) -m pytest -o addopts=-q -m gpu -p no:benchmark -p no:logging -rs --ignore tests/vhack/training \
 	  tests/streams tests/models tests/poc/protocol tests/poc/engines tests/vhack
 
-GPU_SHAPES := qwen3-0.6b llama-3.2-1b llama-3.1-8b
+GPU_SHAPES := qwen3-0.6b llama-3.2-1b qwen3-4b llama-3.1-8b
 
 gpu-bench:  ## measure on a CUDA device, and on two where there are two; result files go to OUT
 	$(GPU_PYTHON) benchmarks/gpu_normals.py -o $(OUT)/gpu_normals.json
 	for shape in $(GPU_SHAPES); do \
 	  $(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:$$shape -o $(OUT)/gpu_prove_$$shape.json || exit; done
+	$(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:qwen3-30b-a3b --skip-whole -o $(OUT)/gpu_prove_qwen3-30b-a3b.json
+	$(GPU_PYTHON) benchmarks/gpu_float8.py -o $(OUT)/gpu_float8.json
 	$(GPU_PYTHON) benchmarks/gpu_overhead.py -o $(OUT)/gpu_overhead.json
 	$(GPU_PYTHON) benchmarks/gpu_deterministic.py -o $(OUT)/gpu_deterministic.json
 	$(GPU_PYTHON) benchmarks/gpu_service.py -o $(OUT)/gpu_service.json
