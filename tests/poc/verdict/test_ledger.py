@@ -266,7 +266,9 @@ def test_killed_again_and_again_it_loses_and_doubles_nothing(tmp_path):
         with os.fdopen(reading, "rb", buffering=0) as answers:
             wanted, lines = draw.randint(1, 12), b""
             while lines.count(b"\n") < wanted:
-                lines += answers.read(1)
+                answer = answers.read(1)
+                assert answer, "the writing process ended by itself"
+                lines += answer
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             lines += answers.read(65536)
