@@ -20,7 +20,6 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 RUNS = RESULTS / "experiments"
 REDTEAM = ("qwen3", "llama")
 FORMATS = {"bfloat16": "", "float16": "-float16"}
-LAWS = ("30", "64", "192", "1024", "4096")
 SHAPES = {"qwen3-0.6b": 28, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
 
 
@@ -257,52 +256,26 @@ def simulated_year() -> None:
     print_table(header, printed)
 
 
-def heavy_tails() -> list[dict[str, Any]]:
-    """Return the rows of the models that the laws' fit was made with."""
-    rows: list[dict[str, Any]] = read_json(RESULTS / "heavy_tails.json")["rows"]
-    return rows
-
-
-def unseen_tails() -> list[dict[str, Any]]:
-    """Return the rows of two models that the laws' fit was not made with."""
-    return [row for shape in SHAPES if shape != "llama-3.1-8b"
-            for row in read_json(RESULTS / f"heavy_tails_{shape}.json")["rows"]]  # fmt: skip
-
-
-def false_accusations() -> None:
-    """Print the largest share of honest audits accused, in per cent, under fitted and under stated laws."""
+def cheap_shares() -> None:
+    """Print honest audits accused, and shares of nonces that are computed cheaply and caught, beside an oracle."""
+    measured: list[dict[str, Any]] = read_json(RESULTS / "shares.json")["rows"]
+    cheats = [(cheat["share"], cheat["multiple"]) for cheat in measured[0]["cheats"][:4]]
     rows = []
-    for models, measured in (("bundled", heavy_tails()), ("not used for the fit", unseen_tails())):
-        fitted = [max(row[law]["accused"] for row in measured) for law in LAWS]
-        stated = max(row["default"]["accused"] for row in measured)
-        rows.append((models, *(f"{100 * share:.2f}" for share in (*fitted, stated))))
-    print_table(("models", *(f"law of {law} nonces" for law in LAWS), "stated default"), rows)
-
-
-def junk_caught() -> None:
-    """Print the share of audits of 300 nonces that catch 2 % of junk: laws of 192 and 1024 nonces, stated default."""
-    presets = ("poc-2.0", "artifact", "hardened")
-    rows = []
-    for dtype in FORMATS:
-        for model in ("Qwen3", "Llama"):
-            found = {
-                row["preset"]: "; ".join(f"{row[law]['junk_caught'] + 1e-9:.3f}" for law in ("192", "1024", "default"))
-                for row in heavy_tails()
-                if (row["model"], row["dtype"]) == (f"reference:{model.lower()}", dtype)
-            }
-            rows.append((f"{model}, {dtype}", *(found[preset] for preset in presets)))
-    print_table(("", *(f"`{preset}`" for preset in presets)), rows)
-
-
-def unseen_junk() -> None:
-    """Print the smallest and largest share of junk caught on models that the fit was not made with."""
-    rows = []
-    for dtype in FORMATS:
+    for name, model in (("Qwen3", "reference:qwen3"), ("Llama", "reference:llama")):
         for preset in ("poc-2.0", "artifact", "hardened"):
-            caught = [row[law]["junk_caught"] for row in unseen_tails() for law in ("192", "1024", "4096")
-                      if (row["preset"], row["dtype"]) == (preset, dtype)]  # fmt: skip
-            rows.append((f"`{preset}`, {dtype}", f"{min(caught):.3f}", f"{max(caught):.3f}"))
-    print_table(("preset, format", "caught at least", "caught at most"), rows)
+            for dtype in FORMATS:
+                found = [
+                    row for row in measured if (row["model"], row["preset"], row["dtype"]) == (model, preset, dtype)
+                ]
+                accused = 100 * max(row["accused"] for row in found)
+                worst = 100 * max(row["accused_worst_pair"] for row in found)
+                caught = [
+                    f"{min(row['cheats'][i]['caught'] for row in found):.3f} / {found[0]['cheats'][i]['oracle']:.3f}"
+                    for i in range(len(cheats))
+                ]
+                rows.append((f"{name}, `{preset}`, {dtype}", f"{accused:.2f}", f"{worst:.1f}", *caught))
+    header = [f"{share:.0%} at {multiple:g} ×" for share, multiple in cheats]
+    print_table(("model, preset, format", "accused", "worst pair of blocks", *header), rows)
 
 
 def faulty_clusters() -> None:

@@ -83,10 +83,19 @@ def test_noise_of_distances_follows_the_length_of_the_head():
             assert left["states"] > found["sd_between_blocks"]
 
 
-@pytest.mark.parametrize("rows", [tables.heavy_tails(), tables.unseen_tails()], ids=["bundled", "unseen"])
-def test_honest_nodes_are_accused_at_most_once_in_a_thousand_audits(rows: list[dict]):
-    assert max(row[law]["accused"] for row in rows for law in tables.LAWS) <= 1e-3
-    assert all(row["default"]["accused"] == 0 for row in rows)
+def test_laws_of_one_block_accuse_at_most_one_honest_audit_in_a_thousand_in_other_blocks():
+    rows = read_json(tables.RESULTS / "shares.json")["rows"]
+    assert len(rows) == 4 * 3 * 2 * 2, "four models, three presets, two formats, two sizes of the law"
+    assert max(row["accused"] for row in rows) <= 1e-3
+    assert max(cheat["honest_at_64"] for row in rows for cheat in row["cheats"]) <= 0.01
+
+
+def test_hardened_catches_a_tenth_that_is_computed_cheaply():
+    rows = [row for row in read_json(tables.RESULTS / "shares.json")["rows"] if row["preset"] == "hardened"]
+    (tenth,) = {row["cheats"][0]["share"] for row in rows}
+    assert tenth == 0.1
+    assert min(row["cheats"][0]["caught"] for row in rows if row["law_from"] == 1024) >= 0.99
+    assert min(row["cheats"][0]["caught"] for row in rows if row["law_from"] == 256) >= 0.975
 
 
 def test_attacks_on_hardened_in_float16_stay_twenty_times_the_honest_noise_away():

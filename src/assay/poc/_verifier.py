@@ -13,7 +13,7 @@ from assay.poc.engines.hf import HFEngine, is_compiled, worth_compiling
 from assay.poc.protocol import Header, Pins, Proof, Record, Round, check_distinct_seeds
 from assay.poc.verdict import Calibration, Verdict, judge, noise_for, sequential_test
 
-DEFAULT_SAMPLE = 64
+DEFAULT_SAMPLE = 128
 
 # A header may claim any batch shape; a validator follows it so far, for equal bits, and no further.
 LARGEST_BATCH = 1024
@@ -48,7 +48,7 @@ def verify(
         prover_dtype: Number format that the proof must state; the one in ``expect`` when None. The honest noise is that
             of the stated format, so a node that may choose it chooses how wide the law is. With a calibration it is
             that of the calibrated engine.
-        sample: Number of nonces to recompute; 64, or all of a smaller proof, when None.
+        sample: Number of nonces to recompute; 128, or all of a smaller proof, when None.
         seed: Number that draws the sample; from the randomness of the system when None, so that no prover can guess it.
         calibration: Measured honest noise for this model, preset and pair of engines; the stated default when None.
         engine: Engine that recomputes; when None, the transformers engine with the prover's batch shape, of at most
@@ -122,7 +122,7 @@ def check_proof(
         proof: Complete proof.
         expect: Values that the validator knows.
         prover_dtype: Number format that the proof must state; the one in ``expect`` when None.
-        sample: Number of nonces that will be recomputed; 64, or all of a smaller proof, when None.
+        sample: Number of nonces that will be recomputed; 128, or all of a smaller proof, when None.
         calibration: Measured honest noise that will be used.
 
     Raises:

@@ -222,11 +222,11 @@ def _reason(outcome: Outcome, result: stats.SequentialResult, places: stats.Plac
         return f"e-value e^{result.log_e_max:.1f} passes 1/{result.alpha:g}: honest noise does not give such residuals"
     if places.suspected and result.verdict == "fraud":
         return f"large residuals may be a fault of the place, at {where}, p = {places.p_value:.1g}: check more nonces"
-    excluded = [f"an invented share above {result.junk_share_excluded:.1%} is excluded"]
+    excluded = f"an invented share above {result.junk_share_excluded:.1%}"
     if result.share_excluded is not None:
-        excluded.insert(0, f"{result.share_excluded:.0%} computed cheaply")
+        excluded = f"{result.share_excluded:.0%} computed cheaply and {excluded}"
     if outcome == "honest":
-        return f"evidence e^{result.log_evidence_honest:.1f} against {result.weakest}; " + ", ".join(excluded)
+        return f"evidence e^{result.log_evidence_honest:.1f} against {result.weakest}; it excludes {excluded}"
     return (
         f"{result.n} nonces are too few to decide at error rates {result.alpha:g} and {result.beta:g}: "
         f"least evidence, e^{result.log_evidence_honest:.1f}, against {result.weakest}; check more"
