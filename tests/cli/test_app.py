@@ -51,6 +51,7 @@ FROZEN = {
     },
     "poc calibrate": {
         "--valid-rate", "--dimension", "--output", "--json", "--model", "--device", "--effective-dimension",
+        "--vectors", "--sets", "--digest", "--against", "--name", "--merge",
     },
     "poc pins new": {
         "--model", "--output", "--from-proof", "--calibration", "--public-key", "--preset", "--seq-len", "--strength",
@@ -84,6 +85,7 @@ FROZEN = {
         "--presets", "--dtypes", "--nodes", "--cheating", "--rounds", "--validators", "--checkers", "--checked",
         "--seed", "--stake-spread", "--run-name", "--output", "--json",
     },
+    "research clusters": {"--audits", "--seed", "--run-name", "--output", "--json"},
     "vhack check": {
         "--model", "--pairs", "--basis", "--log", "--method", "--k-use", "--alpha", "--seed", "--dtype",
         "--device", "--output", "--html", "--json",

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from assay._version import __version__
-from assay.cli import _demo, _doctor, _models, _poc, _streams, _vhack
+from assay.cli import _demo, _doctor, _models, _poc, _research, _streams, _vhack
 from assay.cli._commands import CONTINUES, App, Group, Stopped
 from assay.cli._output import errors
 from assay.errors import AssayError, UsageError
@@ -47,6 +47,7 @@ app.add_typer(_streams.app, name="streams")
 app.add_typer(_poc.app, name="poc")
 app.add_typer(_vhack.app, name="vhack")
 app.add_typer(_models.app, name="models")
+app.add_typer(_research.app, name="research")
 
 
 def _show_version(wanted: bool) -> None:

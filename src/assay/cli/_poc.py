@@ -3,21 +3,20 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from assay.cli import _experiment, _ledger, _pins, _serve, _validator
+from assay.cli._calibrate import run_calibrate
 from assay.cli._commands import App, Resumable
 from assay.cli._engines import judging_engine, proving_engine
 from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
-from assay.cli._targets import show_target
-from assay.errors import UsageError
 
 if TYPE_CHECKING:
     from assay.cli._poc_settings import CalibrateSettings, ProveSettings, VerifySettings
-    from assay.poc import Calibration, Proof, Verdict
+    from assay.poc import Proof, Verdict
     from assay.poc.verdict import Standing
 
 app = App(help="Prove that a model ran, and check such proofs.")
@@ -107,38 +106,27 @@ def verify(
 def calibrate(
     chosen: "CalibrateSettings",
     proofs: Annotated[
-        list[Path] | None, typer.Argument(help="Two proofs of one round from two engines; or any, with --valid-rate.")
+        list[Path] | None, typer.Argument(help="Honest proofs, two or more; or any number, with --valid-rate.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure the honest noise between two engines, or give the r_target of a wanted valid rate.
+    """Measure the honest noise of a build between its machines, or give the r_target of a wanted valid rate.
 
-    The first use takes two proofs of one round and writes a file for `verify --calibration`. It holds for that model,
-    preset and pair of engines.
+    The first use takes honest proofs of one checkpoint and preset, two or more of every round, and writes a file for
+    `verify --calibration`. Three machines and more also judge a machine that was not measured, and the file says how
+    often honest machines that are left out of the measurement are accused. --vectors takes the sets that a network
+    published instead of proofs. --merge adds the builds of other files.
 
-    Example: assay poc calibrate mine.jsonl theirs.jsonl -o calibration.json
+    Example: assay poc calibrate mine.jsonl theirs.jsonl others.jsonl -o calibration.json
+
+    Example: assay poc calibrate --vectors nonces.jsonl.gz --sets 2026-05,minimax --digest SHA256 -o calibration.json
 
     The second use needs no proof; with proofs, of one block or several, it also measures the rate on them. Distances
     of a block are all wider or narrower by one factor, which --model predicts from a few states.
 
     Example: assay poc calibrate --valid-rate 0.1
     """
-    from assay import poc
-
-    read = [poc.Proof.load(path) for path in proofs or ()]
-    rate, given = chosen.valid_rate, len(read)
-    if rate is not None:
-        show_target(chosen, read, as_json)
-    elif given == 2 and chosen.output is not None:
-        measured = poc.calibrate(*read)
-        measured.save(chosen.output)
-        _show_calibration(measured, chosen.output, as_json)
-    else:
-        raise UsageError(
-            "neither --valid-rate, nor two proofs with -o",
-            wanted="one of the two forms",
-            do="`assay poc calibrate --valid-rate 0.1`, or `assay poc calibrate A.jsonl B.jsonl -o calibration.json`",
-        )
+    run_calibrate(chosen, proofs or (), as_json)
 
 
 class _Pace:
@@ -212,34 +200,6 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None", as_json: boo
         *_ledger.life_rows(standing),
     ]
     table(("", "result"), rows)
-
-
-def _show_calibration(measured: "Calibration", path: Path, as_json: bool) -> None:
-    for build in measured.builds:
-        engines = [fingerprint.as_dict() for fingerprint in build.known]
-        stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
-        other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
-        values: dict[str, Any] = {
-            "path": str(path),
-            "preset": build.preset,
-            "checkpoint": build.digest,
-            "output": build.output,
-            "machines": len(build.machines),
-            "law": str(build.noise.law),
-            "typical_residual": build.noise.sizes.typical,
-            "between_machines": build.noise.spread.sd,
-            "n": build.n,
-            "effect": build.effect,
-            "named": ", ".join(build.named) or "nothing",
-            "engines_differ_in": ", ".join(other) or "nothing",
-        }
-        left_out = build.left_out
-        if left_out is not None:
-            values["left_out_accused"] = left_out.accused
-            values["left_out_interval"] = [left_out.low, left_out.high]
-            values["left_out_worst_pair"] = left_out.worst
-            values["left_out_audits"] = left_out.pairs * left_out.audits
-        show_values("assay.poc.calibrate/1", values, as_json)
 
 
 app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from assay.poc import Round
-from assay.settings import Device, Flag, Settings, Spelling
+from assay.settings import Device, Flag, Names, Settings, Spelling
 
 
 def _positions(text: str) -> tuple[int, int]:
@@ -85,7 +85,7 @@ class VerifySettings(Settings):
         None, description="Positions A:B that the proof must hold; else any 32 or more in a row."
     )
     prover_dtype: str | None = Field(None, description="Number format agreed on; else one of the preset, or any dtype.")
-    sample: int | None = Field(None, description="Number of nonces to recompute; 64, or all of a smaller proof.")
+    sample: int | None = Field(None, description="Number of nonces to recompute; 128, or all of a smaller proof.")
     calibration: Path | None = Field(
         None,
         description="File with the noise measured for this model, preset and pair of engines; else one of the pins.",
@@ -110,10 +110,30 @@ class CalibrateSettings(Settings):
         None, description="Dimension of the output; that of the random head, or what a proof says."
     )
     model: str | None = Field(
-        None, description="Model of the proofs: its states say how wide the distances of their blocks are."
+        None,
+        description="Model of the proofs. With --valid-rate its states say how wide the distances of their blocks are; "
+        "else its hidden size makes a law of distances relative to the scale of each block.",
     )
     device: Device = None
     effective_dimension: float | None = Field(
         None, description="Effective dimension of the model's states; without it and without --model, 16 is assumed."
     )
     output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="Calibration file to write.")
+    vectors: Path | None = Field(
+        None, description="File of sets of vectors as networks publish them, in place of proofs; JSON Lines, or gzip."
+    )
+    sets: Names = Field(
+        (), description="Words, separated by commas, that the name of a set must have; with a dash before: must not."
+    )
+    digest: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the checkpoint of --vectors, which they do not say; without it they judge no proof.",
+    )
+    against: tuple[Path, ...] = Field(
+        (), description="Proof or set of vectors of a known cheat, which an honest verdict must exclude; repeatable."
+    )
+    name: tuple[str, ...] = Field((), description="Name of each --against, in the same order, such as int4.")
+    merge: tuple[Path, ...] = Field(
+        (), description="Calibration file whose builds are added; the newly measured ones come first. Repeatable."
+    )

@@ -19,7 +19,7 @@ Suffixes: N values, J scales, M multiples, P shares, K cheats, A named alternati
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, Self
@@ -154,15 +154,37 @@ class SequentialTest:
 
         For simulation: every row starts from nothing, and this object keeps its state.
         """
+        return self.simulated(values_RC)[0]
+
+    def simulated(
+        self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Return what would become of R new nodes with C residuals each; this object keeps its state.
+
+        Args:
+            values_RC: Residuals in the order in which they are checked.
+            at: Numbers of residuals, A of them, after which the verdict is asked for.
+
+        Returns:
+            Whether each would have been accused after each of its residuals, [R, C], and whether it would be called
+            honest after the numbers asked for, [R, A].
+        """
         size_RC = self.law.magnitudes(values_RC).reshape(np.shape(values_RC))
-        if not size_RC.size:
-            return np.zeros(size_RC.shape, dtype=np.bool_)
+        accused_RC = np.zeros(size_RC.shape, dtype=np.bool_)
+        honest_RA = np.zeros((len(size_RC), len(at)), dtype=np.bool_)
         prior = self._prior()
-        accused = []
-        for part_RC in np.array_split(size_RC, -(-size_RC.size // _SIMULATED)):
-            path = prior + self._steps(part_RC.ravel()).reshape(*part_RC.shape, -1).cumsum(axis=1)
-            accused.append(np.maximum.accumulate(self._log_e(path), axis=1) >= -math.log(self.alpha))
-        return np.concatenate(accused)
+        rows = max(1, _SIMULATED // max(1, size_RC.shape[1]))
+        for start in range(0, len(size_RC) if size_RC.size else 0, rows):
+            # Audits drawn from the same residuals share their steps, which cost more than the sums of them.
+            value_U, where = np.unique(size_RC[start : start + rows], return_inverse=True)
+            steps_U = self._steps(value_U)
+            for row, chosen_C in enumerate(where.reshape(-1, size_RC.shape[1]), start):
+                path = prior + steps_U[chosen_C].cumsum(axis=0)
+                accused_RC[row] = np.maximum.accumulate(self._log_e(path)) >= -math.log(self.alpha)
+                for column, count in enumerate(at):
+                    clear = min(self._evidence(path[count - 1], count).values()) >= -math.log(self.beta)
+                    honest_RA[row, column] = clear and not accused_RC[row, count - 1]
+        return accused_RC, honest_RA
 
     def _prior(self) -> FloatArray:
         """Return the logarithms of the weights with which all paths begin."""
@@ -200,38 +222,43 @@ class SequentialTest:
         self._n += size_N.size
         self._gross += int(np.count_nonzero(size_N > self.law.gross_threshold))
 
-    def _evidence(self) -> dict[str, float]:
-        """Return the logarithm of the likelihood ratio of honest noise to every cheat that is to be excluded."""
+    def _evidence(self, path: FloatArray, n: int) -> dict[str, float]:
+        """Return the logarithm of the likelihood ratio of honest noise to every cheat that n residuals can exclude."""
         first, last = self._columns
-        honest = float(_log_sum(self._log_path[:first]))
-        grid_JPM = self._log_path[first:last].reshape(self._scales_J.size, len(SHARES), -1)
+        honest = float(_log_sum(path[:first]))
+        grid_JPM = path[first:last].reshape(self._scales_J.size, len(SHARES), -1)
         cheat_PM = _log_sum(np.moveaxis(grid_JPM, 0, -1)) - self._log_cheat_K.reshape(len(SHARES), -1)
         found = {f"{self.effect:g} times the honest noise": honest - cheat_PM[-1, 0]}
-        share = self.share_excluded
+        share = self._share_excluded(n)
         if share is not None:
             cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
             name = f"{share:.0%} of the nonces at {self._multiples_M[cheap]:.3g} times the honest noise"
             found[name] = honest - cheat_PM[SHARES.index(share), cheap]
-        named_A = self._log_path[last:] - self._log_named_A
+        named_A = path[last:] - self._log_named_A
         return found | {name: honest - value for name, value in zip(self.named, named_A, strict=True)}
 
     @property
     def share_excluded(self) -> float | None:
         """Share of cheaply computed nonces that an honest verdict excludes; None where there are too few for any."""
+        return self._share_excluded(self._n)
+
+    def _share_excluded(self, n: int) -> float | None:
         needed = -math.log(self.beta)
-        return next((share for share, times in EXCLUDED if -self._n * math.log1p(-share) >= times * needed), None)
+        return next((share for share, times in EXCLUDED if -n * math.log1p(-share) >= times * needed), None)
 
     @property
     def verdict(self) -> Verdict:
         """``honest``, ``fraud`` or ``undecided``, by the rule of `SequentialResult.verdict`."""
         if self._log_e_max >= -math.log(self.alpha):
             return "fraud"
-        return "honest" if min(self._evidence().values()) >= -math.log(self.beta) else "undecided"
+        return (
+            "honest" if min(self._evidence(self._log_path, self._n).values()) >= -math.log(self.beta) else "undecided"
+        )
 
     @property
     def result(self) -> SequentialResult:
         """The verdict with every number it rests on."""
-        evidence = self._evidence()
+        evidence = self._evidence(self._log_path, self._n)
         weakest = min(evidence, key=lambda name: evidence[name])
         return SequentialResult(
             verdict=self.verdict,

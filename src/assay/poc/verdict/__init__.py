@@ -1,7 +1,7 @@
 """Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds residuals against it."""
 
 from assay.poc.verdict._build_noise import BuildNoise, Machine, fit_noise, fitted_noise
-from assay.poc.verdict._calibrate import VectorSet, calibrate, calibrate_vectors
+from assay.poc.verdict._calibrate import SCALED_SPREAD, calibrate, calibrate_vectors
 from assay.poc.verdict._calibration import Calibration, noise_for
 from assay.poc.verdict._judge import (
     COUNT_ALPHA,
@@ -22,19 +22,33 @@ from assay.poc.verdict._ledger_audit import Fault, LedgerAudit
 from assay.poc.verdict._ledger_entries import Account, Entry, Standing, Update, round_identity
 from assay.poc.verdict._ledger_files import audit_ledger
 from assay.poc.verdict._ledger_merge import LedgerShare, MergedStanding, merge_ledgers
-from assay.poc.verdict._life import Evidence, Life, convicted_after
-from assay.poc.verdict._machines import LeftOut, MachineNoise, fit_machines, leave_out
+from assay.poc.verdict._life import EPOCH, Evidence, Life, convicted_after
+from assay.poc.verdict._life import weight as share_of_test
+from assay.poc.verdict._machines import (
+    PAIR_SPREAD,
+    PRIOR,
+    LeftOut,
+    MachineNoise,
+    effect_from_power,
+    fit_machines,
+    leave_out,
+)
 from assay.poc.verdict._noise import EFFECT, MARGIN, Law, Noise, default_noise, law_as_dict, sequential_test
 from assay.poc.verdict._pinned import pinned_calibration
 from assay.poc.verdict._targets import MeasuredTarget, distances_from, measure_r_target
+from assay.poc.verdict._vector_sets import VectorSet, machine_kind, read_vector_sets
 
 __all__ = [
     "COUNT_ALPHA",
     "DIST_THRESHOLD",
     "EFFECT",
+    "EPOCH",
     "MARGIN",
+    "PAIR_SPREAD",
+    "PRIOR",
     "P_FLIP",
     "P_MISMATCH",
+    "SCALED_SPREAD",
     "Account",
     "BuildNoise",
     "Calibration",
@@ -64,6 +78,7 @@ __all__ = [
     "count_mismatches",
     "default_noise",
     "distances_from",
+    "effect_from_power",
     "fit_machines",
     "fit_noise",
     "fitted_noise",
@@ -71,13 +86,16 @@ __all__ = [
     "judge_residuals",
     "law_as_dict",
     "leave_out",
+    "machine_kind",
     "measure_r_target",
     "merge_ledgers",
     "noise_for",
     "pinned_calibration",
     "positions_of",
     "published_rule",
+    "read_vector_sets",
     "residuals",
     "round_identity",
     "sequential_test",
+    "share_of_test",
 ]

@@ -4,7 +4,7 @@ Legend of shapes: N nonces, M machines, K published numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from assay.poc.protocol import Pipeline, Proof, block_scale, get_pipeline
 from assay.poc.verdict._build_noise import MIN_NONCES, BuildNoise, Machine, fit_noise, fitter, machines_of
 from assay.poc.verdict._calibration import Calibration
 from assay.poc.verdict._judge import residuals
-from assay.poc.verdict._machines import EFFECTS, PAIR_SPREAD, LeftOut, fit_machines, leave_out, pairs_of
+from assay.poc.verdict._machines import PAIR_SPREAD, effect_from_power, fit_machines, pairs_of
 from assay.poc.verdict._noise import Law
+from assay.poc.verdict._vector_sets import VectorSet
 
 BLOCK_SPREAD = 0.07
 """Spread of ln size of distances between blocks, where the law does not know the block's own scale."""
@@ -26,37 +27,6 @@ SCALED_SPREAD = 0.03
 
 Progress = Callable[[int, int], None]
 Residuals = dict[tuple[int, int], npt.NDArray[np.float64]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VectorSet:
-    """Vectors of one machine as networks publish them, without a proof around them.
-
-    Args:
-        name: Name of the set.
-        kind: Kind of machine, such as its GPU; empty where it is not known.
-        block_hash: Block that seeded them.
-        public_key: Key of the node.
-        seq_len: Number of positions of a nonce.
-        vectors: Vector [K] of every nonce.
-    """
-
-    name: str
-    kind: str
-    block_hash: str
-    public_key: str
-    seq_len: int
-    vectors: Mapping[int, npt.NDArray[np.float64]]
-
-    @property
-    def round(self) -> tuple[Any, ...]:
-        """What two sets must share to be compared."""
-        return self.block_hash, self.public_key, self.seq_len, len(next(iter(self.vectors.values())))
-
-    def distances(self, other: "VectorSet") -> npt.NDArray[np.float64]:
-        """Return the L2 distances [N] of the nonces that both have, in ascending order of the nonces."""
-        common = sorted(self.vectors.keys() & other.vectors.keys())
-        return np.array([float(np.linalg.norm(self.vectors[n] - other.vectors[n])) for n in common])
 
 
 def calibrate(
@@ -131,7 +101,7 @@ def calibrate_vectors(
     sets: Sequence[VectorSet],
     *,
     digest: str | None = None,
-    against: Mapping[str, VectorSet] | None = None,
+    against: Mapping[str, Sequence[VectorSet]] | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure the noise of a build from sets of vectors that honest machines published.
@@ -153,11 +123,11 @@ def calibrate_vectors(
     machines = tuple(Machine(name=one.name, kind=one.kind) for one in sets)
     build = _build(measured, machines, pipeline, between_blocks=PAIR_SPREAD, progress=progress)
     named: dict[str, Law] = {}
-    for name, cheat in (against or {}).items():
-        errors = [cheat.distances(one) for one in sets if one.round == cheat.round]
-        if not errors:
+    for name, cheats in (against or {}).items():
+        errors = [cheat.distances(one) for cheat in cheats for one in sets if one.round == cheat.round]
+        if sum(part.size for part in errors) < MIN_NONCES:
             raise ProofMismatch(
-                f"vectors of {cheat.name} of another round", wanted="the round of an honest set", do="choose another"
+                f"vectors of the cheat {name} of another round", wanted="the round of an honest set", do="choose others"
             )
         named[name] = fit_noise(pipeline, np.concatenate(errors)).reached
     return Calibration(builds=(replace(build, digest=digest, named=named),))
@@ -224,12 +194,7 @@ def _build(
     progress: Progress | None,
 ) -> BuildNoise:
     kinds, fit = [machine.kind for machine in machines], fitter(pipeline)
-    effect: float | None = None
-    left_out: LeftOut | None = None
-    for effect in EFFECTS:
-        left_out = leave_out(measured, kinds, fit, effect=effect, between_blocks=between_blocks, progress=progress)
-        if left_out is None or left_out.holds:
-            break
+    effect, left_out = effect_from_power(measured, kinds, fit, between_blocks=between_blocks, progress=progress)
     return BuildNoise(
         output=pipeline.noise,
         preset=pipeline.name,
@@ -237,7 +202,7 @@ def _build(
         machines=machines,
         noise=fit_machines(measured, kinds, fit, between_blocks=between_blocks),
         n=min(errors.size for errors in measured.values()),
-        effect=effect if left_out is not None else None,
+        effect=effect,
         left_out=left_out,
     )
 

@@ -2,8 +2,10 @@
 
 Between two machines i and j of one build the residuals of many nonces have a common shape and a size s_ij, their
 median. The shape is fitted to all pairs together. The size of a new machine i against a validator's machine j is
-predicted by the validator's typical size, the median of its s_kj. If machines of i's kind were measured and differ
-more from j, theirs is taken: a kind of GPU may be noisier, but that it once was quieter is no promise. What is left is
+predicted by the validator's usual size: the median over kinds of machines of the median of its s_kj, without the
+validator's own kind where another was measured, because machines of one kind may agree far more closely than others. If
+machines of i's kind were measured and differ more from j, theirs is taken: a kind of GPU may be noisier, but that it
+once was quieter is no promise. What is left is
 the spread: how far the sizes of machines left out of the measurement lay above their prediction. Few machines say
 little about it, so it is combined with a prior of :data:`PRIOR`, as twelve machines would say.
 
@@ -26,7 +28,7 @@ from assay.poc.verdict._noise import Law, Noise, sequential_test
 FloatArray = npt.NDArray[np.float64]
 Pair = tuple[int, int]
 
-PRIOR = stats.Spread(sd=0.04, dof=30.0)
+PRIOR = stats.Spread(sd=0.03, dof=30.0)
 """Spread of ln size between machines of one build that is assumed before any was measured.
 
 Fixed on the May sets of two quantised mixtures (docs/networks.md), where sizes against one validator lie within 15 %.
@@ -35,7 +37,7 @@ Fixed on the May sets of two quantised mixtures (docs/networks.md), where sizes 
 PAIR_SPREAD = 0.02
 """Spread of ln size of one pair of machines between blocks, beside the error of its measurement."""
 
-AUDITS = 100  # of every left-out machine against every other one
+AUDITS = 200  # of every left-out machine against every other one
 AUDITED = 300  # nonces of such an audit, or all where fewer were measured
 EFFECTS = (1.25, 1.5, 2.0, 3.0, 4.0)
 MOST_ACCUSED, WORST_ACCUSED = 1e-3, 5e-3  # share of honest audits of left-out machines: on average, of one pair
@@ -75,9 +77,19 @@ class Sizes:
         against = {(i, j): size for j in judges for i in machines if i != j and (size := self.of(i, j)) is not None}
         if not against:  # the validator's machine was measured with nobody here
             return self.typical
-        alike = [size for (i, _), size in against.items() if kind and self.kinds[i] == kind]
-        usual = float(np.median(list(against.values())))
-        return max([usual, float(np.median(alike))] if alike else [usual])
+        foreign = {
+            (i, j): size for (i, j), size in against.items() if not self.kinds[i] or self.kinds[i] != self.kinds[j]
+        }
+        usual = float(np.median(list(self._by_kind(foreign or against).values())))
+        alike = self._by_kind(against).get(kind) if kind else None
+        return usual if alike is None else max(usual, alike)
+
+    def _by_kind(self, sizes: Mapping[Pair, float]) -> dict[str | int, float]:
+        """Return the median size of every kind of the first machine; one that is not known is a kind of its own."""
+        found: dict[str | int, list[float]] = {}
+        for (i, _), size in sizes.items():
+            found.setdefault(self.kinds[i] or i, []).append(size)
+        return {kind: float(np.median(values)) for kind, values in found.items()}
 
     def deviations(self) -> FloatArray:
         """Return ln(size / predicted) of every machine as if it were new, against every other one as the validator."""
@@ -219,6 +231,38 @@ def leave_out(
         if progress:
             progress(machine + 1, len(kinds))
     return _summary(shares, audits, min(checked, fewest)) if shares else None
+
+
+def effect_from_power(
+    residuals: Mapping[Pair, FloatArray],
+    kinds: Sequence[str],
+    fit: Fit,
+    *,
+    audits: int = AUDITS,
+    between_blocks: float = PAIR_SPREAD,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[float | None, LeftOut | None]:
+    """Return the smallest effect at which machines left out are not accused, and how often they are then.
+
+    Both are None with fewer than three machines. Where no effect is large enough, the largest one is returned.
+
+    Args:
+        residuals: Residuals [N] of pairs (i, j) with i < j.
+        kinds: Kind of every machine.
+        fit: Function that fits a law to residuals.
+        audits: Number of audits of every ordered pair.
+        between_blocks: Spread of ln size of one pair between blocks.
+        progress: Function that is called with (machines done, machines in all) for every effect.
+    """
+    for effect in EFFECTS:
+        left_out = leave_out(
+            residuals, kinds, fit, effect=effect, audits=audits, between_blocks=between_blocks, progress=progress
+        )
+        if left_out is None:
+            return None, None
+        if left_out.holds:
+            break
+    return effect, left_out
 
 
 def _summary(shares: list[list[float]], audits: int, checked: int) -> LeftOut:

@@ -19,6 +19,7 @@ SECTIONS = {
     "matrix": "assay.research.matrix._table:draw",
     "redteam": "assay.research.redteam._tables:draw",
     "simulate": "assay.research.simulation:draw",
+    "clusters": "assay.research.clusters._page:draw",
 }
 """Experiment → function ``draw(report, run)`` of its sections, in their order; imported when the page is built."""
 

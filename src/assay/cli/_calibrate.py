@@ -1,0 +1,148 @@
+"""``assay poc calibrate``: honest noise from proofs of machines, or from vectors that networks published."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from assay.cli._output import progress_bar, show_values
+from assay.cli._targets import show_target
+from assay.errors import UsageError
+
+if TYPE_CHECKING:
+    from assay.cli._poc_settings import CalibrateSettings
+    from assay.poc import Calibration, Proof
+    from assay.poc.verdict import VectorSet
+
+_OF_TARGETS = ("dimension", "device", "effective_dimension")
+_OF_VECTORS = ("sets", "digest")
+_OF_NOISE = ("vectors", *_OF_VECTORS, "against", "name", "merge")
+
+
+def run_calibrate(chosen: "CalibrateSettings", paths: Sequence[Path], as_json: bool) -> None:
+    """Give the r_target of a valid rate, or measure noise and write it to a file.
+
+    Raises:
+        UsageError: Flags do not belong together; the message names one.
+        DataError: A file cannot be read, or is none of its kind.
+        ProofMismatch: Proofs or sets do not belong together.
+    """
+    from assay import poc
+
+    if chosen.valid_rate is not None:
+        _refuse(chosen, _OF_NOISE, "--valid-rate", "it measures no noise")
+        show_target(chosen, [poc.Proof.load(path) for path in paths], as_json)
+        return
+    _refuse(chosen, _OF_TARGETS, "no --valid-rate", "it belongs to --valid-rate")
+    merging = bool(chosen.merge) and not paths and chosen.vectors is None
+    _check_sources(chosen, len(paths), merging)
+    assert chosen.output is not None
+    if chosen.vectors is not None:
+        measured = _of_vectors(chosen, chosen.vectors)
+    elif merging:
+        measured = poc.Calibration.load(chosen.merge[0])
+    else:
+        measured = _of_proofs(chosen, [poc.Proof.load(path) for path in paths])
+    for path in chosen.merge[1:] if merging else chosen.merge:
+        measured = measured.merged(poc.Calibration.load(path))
+    measured.save(chosen.output)
+    _show(measured, chosen.output, as_json)
+
+
+def _check_sources(chosen: "CalibrateSettings", proofs: int, merging: bool) -> None:
+    """Refuse what is no form of the command, before anything is read."""
+    if chosen.vectors is None:
+        _refuse(chosen, _OF_VECTORS, "no --vectors", "it belongs to --vectors")
+    else:
+        if proofs:
+            raise UsageError("--vectors with proofs", wanted="one of the two", do="leave --vectors or the proofs out")
+        _refuse(chosen, ("model",), "--vectors", "vectors have no block scale")
+    if merging:
+        _refuse(chosen, ("against", "name", "model"), "--merge alone", "nothing is measured")
+        if len(chosen.merge) < 2:
+            raise UsageError(
+                "one file to merge", wanted="two or more, or proofs to measure", do="repeat --merge with another file"
+            )
+    elif chosen.vectors is None and proofs < 2:
+        raise UsageError(
+            f"neither --valid-rate, --vectors nor --merge, and {proofs} proof(s)",
+            wanted="two honest proofs or more with -o, or another form of the command",
+            do="`assay poc calibrate A.jsonl B.jsonl -o calibration.json`, or see `assay poc calibrate --help`",
+        )
+    if chosen.output is None:
+        raise UsageError("a measurement without -o", wanted="a file to write it to", do="add -o calibration.json")
+    names = chosen.name
+    if len(names) != len(chosen.against) or len(set(names)) < len(names):
+        raise UsageError(
+            f"{len(chosen.against)} --against and {len(set(names))} different --name",
+            wanted="a name of its own for every cheat",
+            do="pass them in pairs: --against CHEAT.jsonl --name int4",
+        )
+
+
+def _refuse(chosen: "CalibrateSettings", names: Sequence[str], beside: str, reason: str) -> None:
+    """Refuse flags that were given and do not belong to this form."""
+    given = [name for name in names if getattr(chosen, name) not in (None, ())]
+    if given:
+        flag = chosen.flags(given[0])[-1]
+        raise UsageError(f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out")
+
+
+def _of_proofs(chosen: "CalibrateSettings", proofs: "Sequence[Proof]") -> "Calibration":
+    from assay import poc
+    from assay.models import model_info
+
+    against = {name: poc.Proof.load(path) for name, path in zip(chosen.name, chosen.against, strict=True)}
+    size = None if chosen.model is None else model_info(chosen.model).hidden_size
+    with progress_bar("leaving out", "machines") as progress:
+        return poc.calibrate(*proofs, hidden_size=size, against=against, progress=progress)
+
+
+def _of_vectors(chosen: "CalibrateSettings", path: Path) -> "Calibration":
+    from assay.poc.verdict import calibrate_vectors, read_vector_sets
+
+    sets = read_vector_sets(path)
+    found = [one for one in sets if _is_chosen(one, chosen.sets)]
+    if len(found) < 2:
+        names = ", ".join(one.name for one in sets)
+        raise UsageError(
+            f"{len(found)} of the {len(sets)} sets of --vectors chosen",
+            wanted="two or more of one build",
+            do=f"choose with --sets among {names:.300}",
+        )
+    against = {name: read_vector_sets(other) for name, other in zip(chosen.name, chosen.against, strict=True)}
+    with progress_bar("leaving out", "machines") as progress:
+        return calibrate_vectors(found, digest=chosen.digest, against=against, progress=progress)
+
+
+def _is_chosen(one: "VectorSet", words: Sequence[str]) -> bool:
+    """Return whether a set's name has all of the words, and none of those that begin with a dash."""
+    return all(word[1:] not in one.name if word.startswith("-") else word in one.name for word in words)
+
+
+def _show(measured: "Calibration", path: Path, as_json: bool) -> None:
+    for build in measured.builds:
+        engines = [fingerprint.as_dict() for fingerprint in build.known]
+        stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
+        other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
+        values: dict[str, Any] = {
+            "path": str(path),
+            "preset": build.preset,
+            "checkpoint": build.digest,
+            "output": build.output,
+            "machines": len(build.machines),
+            "law": str(build.noise.law),
+            "typical_residual": build.noise.sizes.typical,
+            "between_machines": build.noise.spread.sd,
+            "n": build.n,
+            "hidden_size": build.hidden_size or None,
+            "effect": build.effect,
+            "named": ", ".join(build.named) or "nothing",
+            "engines_differ_in": ", ".join(other) or "nothing",
+        }
+        left_out = build.left_out
+        if left_out is not None:
+            values["left_out_accused"] = left_out.accused
+            values["left_out_interval"] = [left_out.low, left_out.high]
+            values["left_out_worst_pair"] = left_out.worst
+            values["left_out_audits"] = left_out.pairs * left_out.audits
+        show_values("assay.poc.calibrate/1", values, as_json)

@@ -1,0 +1,183 @@
+"""Laws of machines: fitted to pairs, predicted for a machine left out, and never an accusation of an honest one."""
+
+import math
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from assay.errors import ProofMismatch
+from assay.models import load_model
+from assay.poc import calibrate, prove
+from assay.poc.verdict import (
+    PRIOR,
+    Calibration,
+    Noise,
+    calibrate_vectors,
+    effect_from_power,
+    fit_machines,
+    leave_out,
+    read_vector_sets,
+    sequential_test,
+)
+from assay.poc.verdict._machines import LeftOut, Sizes
+from assay.stats import LogNoise, Spread, fit_log_noise
+from tests.poc.verdict import published
+
+
+def pairs(machines: int, nonces: int = 400, *, sd: float = 0.0, noisy: float = 1.0, seed: int = 0):
+    """Distances between machines; the last one is ``noisy`` times as far off."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for i, j in combinations(range(machines), 2):
+        scale = 0.2 * math.exp(sd * rng.normal()) * (noisy if j == machines - 1 else 1.0)
+        found[i, j] = np.minimum(scale * np.exp(0.4 * rng.normal(size=nonces)), 2.0)
+    return found
+
+
+def test_machines_alike_have_the_spread_of_the_prior():
+    noise = fit_machines(pairs(5, 2000), ["a"] * 5, fit_log_noise)
+    assert noise.sizes.typical == pytest.approx(0.2, rel=0.05)
+    assert noise.law.size == pytest.approx(noise.sizes.typical, rel=1e-6)
+    assert noise.known.sd < noise.spread.sd < 1.7 * PRIOR.sd
+    assert noise.spread.dof == PRIOR.dof + 4
+
+
+def test_machines_that_differ_widen_the_law():
+    spreads = [fit_machines(pairs(5, sd=sd), ["a"] * 5, fit_log_noise).spread.sd for sd in (0.0, 0.1, 0.3)]
+    assert spreads[0] < spreads[1] < spreads[2]
+    assert spreads[2] > 2 * PRIOR.sd
+
+
+def test_machines_that_agree_to_the_bit():
+    noise = fit_machines({(0, 1): np.zeros(64), (0, 2): np.zeros(64), (1, 2): np.zeros(64)}, ["a"] * 3, fit_log_noise)
+    assert noise.law.size == pytest.approx(1e-4)
+    assert noise.sizes.predicted("a", 1) == noise.law.size
+
+
+def test_a_size_is_predicted_by_the_validator_and_by_noisier_machines_of_the_kind():
+    sizes = Sizes({(0, 1): 1.0, (0, 2): 2.0, (1, 2): 3.0, (0, 3): 8.0, (1, 3): 9.0, (2, 3): 9.5}, ("a", "a", "b", "c"))
+    assert sizes.predicted("new", 0) == 5.0, "the median of 2 and 8: the other machine of its kind agrees more closely"
+    assert sizes.predicted("c", 0) == 8.0, "its kind is noisier"
+    assert sizes.predicted("b", 0) == 5.0, "that its kind was quieter is no promise"
+    assert sizes.predicted("a", 0) == 5.0
+    assert sizes.predicted("") == pytest.approx(np.median([np.median([2, 3, 8, 9]), 3, 9]))
+    assert sizes.without(3).pairs == {(0, 1): 1.0, (0, 2): 2.0, (1, 2): 3.0}
+    lonely = Sizes({(0, 1): 1.0}, ("a", "a", "b"))
+    assert lonely.predicted("b", 2) == lonely.typical, "a validator that was measured with nobody"
+    assert lonely.predicted("b", 0) == 1.0, "nothing but its own kind was measured"
+
+
+def test_many_machines_of_one_kind_are_one_voice():
+    """Three machines agree closely with each other: that says nothing of the two others, nor widens their law."""
+    sizes = {(i, j): 0.16 if j < 3 else 0.3 for i, j in combinations(range(5), 2)}
+    kinds = ("a", "a", "a", "b", "c")
+    assert Sizes(sizes, kinds).predicted("b", 0) == 0.3
+    assert Sizes(sizes, kinds).deviations().max() == 0
+    unknown = Sizes(sizes, ("",) * 5)
+    assert unknown.deviations().max() > 0.2, "without kinds it cannot be known"
+
+
+def test_leaving_out_needs_three_machines():
+    assert leave_out(pairs(2), ["a"] * 2, fit_log_noise, effect=1.5) is None
+    assert effect_from_power(pairs(2), ["a"] * 2, fit_log_noise) == (None, None)
+
+
+def test_honest_machines_left_out_are_not_accused():
+    seen = []
+    found = leave_out(
+        pairs(4, sd=0.03), ["a"] * 4, fit_log_noise, effect=1.25, audits=20, progress=lambda *at: seen.append(at)
+    )
+    assert isinstance(found, LeftOut)
+    assert (found.accused, found.worst, found.pairs, found.audits, found.checked) == (0.0, 0.0, 12, 20, 300)
+    assert found.low == 0 < found.high < 0.03
+    assert found.holds
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_machine_unlike_all_others_raises_the_effect():
+    far = pairs(4, noisy=1.7)
+    at_least = leave_out(far, ["a"] * 4, fit_log_noise, effect=1.25, audits=20)
+    assert at_least is not None
+    assert not at_least.holds
+    assert at_least.worst == 1.0
+    effect, left_out = effect_from_power(far, ["a"] * 4, fit_log_noise, audits=20)
+    assert effect is not None
+    assert effect > 1.25
+    assert left_out is not None
+    assert left_out.accused < at_least.accused
+    assert effect_from_power(pairs(4), ["a"] * 4, fit_log_noise, audits=20)[0] == 1.25
+
+
+def test_machines_drawn_from_the_predicted_spread_are_accused_at_most_at_the_stated_rate():
+    """The promise of a predictive law: over machines, not for the machine that happens to be as predicted."""
+    rng = np.random.default_rng(0)
+    law, alpha, machines = LogNoise(math.log(0.2), 0.4), 0.05, 600
+    test = sequential_test(Noise(law, "predicted", Spread(0.06, PRIOR.dof), 1.25), alpha=alpha)
+    z = np.array([law.standard_quantile(p) for p in rng.uniform(1e-9, 0.5, machines * 200)])
+    shapes = (law.sd * z * rng.choice([-1.0, 1.0], z.size)).reshape(machines, 200)
+    scales = 0.06 * rng.standard_t(PRIOR.dof, (machines, 1))
+    accused = test.accusations(0.2 * np.exp(shapes + scales))[:, -1].mean()
+    assert accused <= alpha
+    known = sequential_test(Noise(law, "as if known", effect=1.25), alpha=alpha)
+    assert known.accusations(0.2 * np.exp(shapes + scales))[:, -1].mean() > accused
+
+
+def test_what_becomes_of_simulated_nodes_is_what_becomes_of_real_ones():
+    test = sequential_test(Noise(LogNoise(math.log(0.2), 0.4), "", Spread(0.05), 1.5))
+    rng = np.random.default_rng(1)
+    for scale in (0.2, 0.3, 0.5):
+        values = scale * np.exp(0.4 * rng.normal(size=(3, 120)))
+        accused, honest = test.simulated(values, at=(40, 120))
+        for row in range(3):
+            for column, count in enumerate((40, 120)):
+                fresh = sequential_test(Noise(LogNoise(math.log(0.2), 0.4), "", Spread(0.05), 1.5))
+                verdict = fresh.update(values[row, :count]).verdict
+                assert accused[row, count - 1] == (verdict == "fraud")
+                assert honest[row, column] == (verdict == "honest")
+
+
+def test_three_engines_judge_a_fourth(small_checkpoint: Path, round_, tmp_path: Path):
+    models = [load_model(small_checkpoint, dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16", "float16")]
+    proofs = [prove(model, round_, range(40), batch_size=4 * (i + 1)) for i, model in enumerate(models)]
+    seen = []
+    measured = calibrate(*proofs, hidden_size=models[0].hidden_size, progress=lambda *at: seen.append(at))
+    (build,) = measured.builds
+    assert len(build.machines) == 3
+    assert build.hidden_size == models[0].hidden_size
+    assert build.left_out is not None
+    assert (build.left_out.pairs, build.left_out.checked) == (6, 40)
+    assert seen[-1] == (3, 3)
+    fourth = prove(models[1], round_, range(40), batch_size=10)
+    measured.check(fourth.header)
+    measured.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == measured
+
+
+def test_a_law_of_vectors(tmp_path: Path):
+    rows = [*published.network(4, nonces=120), published.machine("cheat-1", noise=0.5, nonces=120)]
+    *honest, cheat = read_vector_sets(published.write(tmp_path / "sets.jsonl", rows))
+    measured = calibrate_vectors(honest, digest="a" * 64, against={"int4": [cheat]})
+    (build,) = measured.builds
+    assert (build.preset, build.output, build.digest, build.n) == ("artifact", "vector", "a" * 64, 120)
+    assert [one.kind for one in build.machines] == ["b200", "h100", "h200", "a100"]
+    assert build.effect == 1.25
+    assert build.left_out is not None
+    assert build.left_out.holds
+    noise = build.between(None, None)
+    assert set(noise.named) == {"int4"}
+    assert sequential_test(noise).update(honest[0].distances(cheat)).verdict == "fraud"
+    assert sequential_test(noise).update(honest[0].distances(honest[1])).verdict != "fraud"
+    measured.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == measured
+
+
+def test_vectors_of_different_rounds_are_refused(tmp_path: Path):
+    rows = [published.machine("a"), published.machine("b", block="other")]
+    sets = read_vector_sets(published.write(tmp_path / "sets.jsonl", rows))
+    with pytest.raises(ProofMismatch, match="different rounds"):
+        calibrate_vectors(sets)
+    same = [sets[0], *read_vector_sets(published.write(tmp_path / "c.jsonl", [published.machine("c")]))]
+    with pytest.raises(ProofMismatch, match="cheat int4 of another round"):
+        calibrate_vectors(same, against={"int4": [sets[1]]})
