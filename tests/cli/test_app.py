@@ -82,8 +82,8 @@ FROZEN = {
         "--batch-size", "--device", "--run-name", "--output", "--json",
     },
     "poc experiment simulate": {
-        "--presets", "--dtypes", "--nodes", "--cheating", "--rounds", "--validators", "--checkers", "--checked",
-        "--seed", "--stake-spread", "--run-name", "--output", "--json",
+        "--presets", "--dtypes", "--laws", "--nodes", "--cheating", "--rounds", "--machine-spread", "--validators",
+        "--checkers", "--checked", "--seed", "--stake-spread", "--run-name", "--output", "--json",
     },
     "research clusters": {"--audits", "--seed", "--run-name", "--output", "--json"},
     "vhack check": {

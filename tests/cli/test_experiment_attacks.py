@@ -9,10 +9,10 @@ FEW = ("--nodes", "200", "--rounds", "3", "--validators", "8", "--checkers", "3"
 
 
 def test_a_simulation_prints_what_it_wrote(assay, tmp_path: Path, monkeypatch):
-    from assay.research import simulation
+    from assay.research.simulation import _network
 
-    for name, value in {"HONEST_TRIALS": 1000, "TRIALS": 100, "LIFETIME": 50, "LIFETIMES": 10}.items():
-        monkeypatch.setattr(simulation, name, value)
+    for name, value in {"HONEST_TRIALS": 1000, "TRIALS": 100}.items():
+        monkeypatch.setattr(_network, name, value)
     arguments = ("poc", "experiment", "simulate", "--presets", "hardened", *FEW, "-o", tmp_path)
     result = assay(*arguments, "--json")
     assert result.code == 0, result.err

@@ -144,8 +144,9 @@ def simulate(
     if as_json:
         _emit("simulate", page, presets=list(cells))
         return
+    table(*simulation.honest_table(cells), title="honest nodes convicted in their whole life")
     for cell in cells:
-        table(*simulation.year_table(cell), title=f"{cell['preset']}, {cell['dtype']}")
+        table(*simulation.year_table(cell), title=simulation.cell_name(cell))
     typer.echo(f"report: {page}")
 
 

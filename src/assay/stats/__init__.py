@@ -27,7 +27,7 @@ from assay.stats._rates import (
     paired_accuracy,
     proportion_interval,
 )
-from assay.stats._sequential import SequentialResult, SequentialTest, Verdict
+from assay.stats._sequential import Paths, SequentialResult, SequentialTest, Verdict
 
 __all__ = [
     "EFFECTIVE_DIMENSION",
@@ -44,6 +44,7 @@ __all__ = [
     "MeasuredBlockLaw",
     "NoiseFit",
     "NoiseLaw",
+    "Paths",
     "PlaceTest",
     "ScaleNoise",
     "SequentialResult",

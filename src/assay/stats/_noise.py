@@ -232,11 +232,28 @@ class Spread:
 
     @property
     def atoms(self) -> tuple[FloatArray, FloatArray]:
-        """Multiples of the scale and their probabilities, [J] each, which stand for the whole law of the scale."""
+        """A few multiples of the scale and their probabilities, [J] each, for what may lose evidence between two."""
+        return self._grid(_ATOMS)
+
+    @property
+    def fine(self) -> tuple[FloatArray, FloatArray]:
+        """Multiples of the scale and their probabilities, [H] each, so close that no life tells them apart.
+
+        Between scales that lie too far apart, a cheat in a small share explains an honest machine better than either:
+        with :attr:`atoms`, a sixth of all honest nodes were accused over 58 400 nonces, with these none.
+        """
+        points = 2 * math.ceil(_REACH * max(4, self.sd / _CLOSE)) + 1
+        return self._grid(np.linspace(-_REACH, _REACH, points))
+
+    def _grid(self, deviations_J: FloatArray) -> tuple[FloatArray, FloatArray]:
         if self.sd == 0:
             return np.ones(1), np.ones(1)
-        weight_J = stats.t.pdf(_ATOMS, self.dof)
-        return np.exp(self.sd * _ATOMS), np.asarray(weight_J / weight_J.sum(), dtype=np.float64)
+        weight_J = stats.t.pdf(deviations_J, self.dof)
+        return np.exp(self.sd * deviations_J), np.asarray(weight_J / weight_J.sum(), dtype=np.float64)
 
 
-_ATOMS = np.linspace(-3.0, 3.0, 7)  # in units of the spread
+# In units of the spread:
+_ATOMS = np.linspace(-3.0, 3.0, 7)
+_REACH = 4.5
+
+_CLOSE = 0.0125  # distance of ln scale

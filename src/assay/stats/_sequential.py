@@ -15,7 +15,8 @@ Under honest noise it is a non-negative martingale that starts at 1, so P(sup_n 
 Grünwald, Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The same ratio the other way
 round, for one cheat at a time, bounds the chance that this cheat, or a larger one, is taken for honest.
 
-Suffixes: N values, J scales, M multiples, P shares, K cheats, A named alternatives.
+Suffixes: N values, H scales of honest machines, J scales of cheats, M multiples, P shares, K cheats, A named
+alternatives.
 """
 
 import math
@@ -94,6 +95,21 @@ class SequentialResult:
     effect: float
 
 
+@dataclass(frozen=True)
+class Paths:
+    """The sums that an e-value is made of: E is Σ exp over the cheats' paths, over Σ exp over the honest ones.
+
+    Args:
+        prior: Value at which every path begins, [P].
+        steps: What every residual adds to every path, [N, P].
+        honest: Number of paths of honest noise; they are the first ones.
+    """
+
+    prior: FloatArray
+    steps: FloatArray
+    honest: int
+
+
 class SequentialTest:
     """The residual test for one noise law: feed it residuals as they come, read the verdict at any time.
 
@@ -128,12 +144,13 @@ class SequentialTest:
         self.alpha, self.beta, self.effect = alpha, beta, effect
         self._multiples_M = _multiples(law, effect)
         self._scales_J, weight_J = self.spread.atoms
+        self._honest_H, honest_H = self.spread.fine
         multiples, names = self._multiples_M.size, len(self.named)
         weight_K = np.repeat(_SHARE_WEIGHTS / multiples, multiples) * (1 - _NAMED_WEIGHT if names else 1)
-        self._log_scale_J, self._log_cheat_K = np.log(weight_J), np.log(weight_K)
+        self._log_honest_H, self._log_scale_J, self._log_cheat_K = map(np.log, (honest_H, weight_J, weight_K))
         self._log_named_A = np.full(names, math.log(_NAMED_WEIGHT / max(names, 1)))
-        # All paths stand in one row: honest [J], cheats [J·K], named [A].
-        self._columns = np.cumsum([weight_J.size, weight_J.size * weight_K.size])
+        # All paths stand in one row: honest [H], cheats [J·K], named [A].
+        self._columns = np.cumsum([honest_H.size, weight_J.size * weight_K.size])
         self._log_path = self._prior()
         self._log_e_max = 0.0
         self._n = 0
@@ -186,16 +203,21 @@ class SequentialTest:
                     honest_RA[row, column] = clear and not accused_RC[row, count - 1]
         return accused_RC, honest_RA
 
+    def paths(self, values: npt.ArrayLike) -> Paths:
+        """Return the sums that the e-value is made of, for whoever adds them up for many nodes at a time."""
+        return Paths(self._prior(), self._steps(self.law.magnitudes(values)), int(self._columns[0]))
+
     def _prior(self) -> FloatArray:
         """Return the logarithms of the weights with which all paths begin."""
         cheats_JK = self._log_scale_J[:, None] + self._log_cheat_K
-        return np.concatenate([self._log_scale_J, cheats_JK.ravel(), self._log_named_A])
+        return np.concatenate([self._log_honest_H, cheats_JK.ravel(), self._log_named_A])
 
     def _steps(self, size_N: FloatArray) -> FloatArray:
-        """Return what every value adds to every path, as logarithms over the density of the law, [N, J + J·K + A]."""
+        """Return what every value adds to every path, as logarithms over the density of the law, [N, H + J·K + A]."""
         base_N = self.law.log_density(size_N, 1.0)
         shares_P1 = np.array(SHARES)[:-1, None]
-        honest, cheats = [], []
+        honest = [self.law.log_density(size_N, float(scale)) - base_N for scale in self._honest_H]
+        cheats = []
         for scale in self._scales_J:
             own_N = self.law.log_density(size_N, float(scale))
             ratio_NM = np.stack(
@@ -204,7 +226,6 @@ class SequentialTest:
             # ln((1 − π) + π·f_rm/f_r) for every share below one, and the ratio itself where it is one
             mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(ratio_NM, _LARGEST_RATIO))[:, None, :])
             whole_NPM = np.concatenate([mixed_NPM, ratio_NM[:, None, :]], axis=1)
-            honest.append(own_N - base_N)
             cheats.append((own_N - base_N)[:, None] + whole_NPM.reshape(size_N.size, -1))
         named = [law.log_density(law.magnitudes(size_N), 1.0) - base_N for law in self.named.values()]
         return np.column_stack([*honest, *cheats, *named])

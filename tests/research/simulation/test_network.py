@@ -5,19 +5,21 @@ import pytest
 
 from assay import stats
 from assay.errors import UsageError
-from assay.research import simulation as module
+from assay.poc.verdict import Noise
 from assay.research.runs import build_report, read_run
 from assay.research.simulation import Kind, Network, SimulationPlan, run_simulation, simulate_network
+from assay.research.simulation import _network as module
 
 SMALL = Network(nodes=600, cheating=0.05, rounds=30, validators=20, checkers=3, checked=16)
 KINDS = (Kind("other weights", multiple=20.0), Kind("junk", junk=0.2), Kind("a little junk", junk=0.002))
-LAWS = (stats.ScaleNoise(1e-4), stats.LogNoise(-4.0, 0.4))
+LAWS = (Noise(stats.ScaleNoise(1e-4), "distances"), Noise(stats.LogNoise(-4.0, 0.4), "vectors"))
+FEW = {"HONEST_TRIALS": 2000, "TRIALS": 200}
 
 
 @pytest.fixture(scope="module", params=LAWS, ids=["distance", "vector"])
 def rows(request):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"HONEST_TRIALS": 4000, "TRIALS": 500, "LIFETIME": 400, "LIFETIMES": 40}.items():
+        for name, value in {"HONEST_TRIALS": 4000, "TRIALS": 500}.items():
             patch.setattr(module, name, value)
         found = simulate_network(SMALL, request.param, KINDS)
         again = simulate_network(SMALL, request.param, KINDS)
@@ -49,8 +51,9 @@ def test_the_published_constants_convict_honest_nodes(rows):
 
 
 def test_draws_follow_the_law():
-    for law in LAWS:
-        chances = module._Chances(law, SMALL, np.random.default_rng(0))
+    for noise in LAWS:
+        law = noise.law
+        chances = module._Chances(noise, SMALL, np.random.default_rng(0))
         drawn = chances._residuals(Kind("honest"), (40_000,))
         for q in (0.5, 0.9, 0.99):
             beyond = float(np.mean(law.survival(np.array([np.quantile(drawn, q)]))))
@@ -68,30 +71,61 @@ def test_a_panel_has_nobody_twice_and_prefers_stake():
 
 
 def test_a_run_is_continued_and_drawn(tmp_path: Path, monkeypatch):
-    for name, value in {"HONEST_TRIALS": 2000, "TRIALS": 200, "LIFETIME": 100, "LIFETIMES": 20}.items():
+    for name, value in FEW.items():
         monkeypatch.setattr(module, name, value)
     network = Network(nodes=300, cheating=0.02, rounds=5, validators=10, checkers=3, checked=8)
-    run_simulation(SimulationPlan(presets=("hardened",), dtypes=("float16",), network=network), tmp_path)
+    few = SimulationPlan(presets=("hardened",), dtypes=("float16",), laws=("default",), network=network)
+    run_simulation(few, tmp_path)
     calls: list[int] = []
-    run_simulation(
-        SimulationPlan(dtypes=("float16",), network=network), tmp_path, progress=lambda done, of: calls.append(of)
-    )
-    assert calls == [2, 2]
+    more = SimulationPlan(presets=("hardened", "artifact"), dtypes=("float16",), network=network)
+    run_simulation(more, tmp_path, progress=lambda done, of: calls.append(of))
+    assert calls == [3, 3, 3]
     run = read_run(tmp_path, "simulate")
-    assert [cell["preset"] for cell in run.cells] == ["hardened", "poc-2.0", "artifact"]
+    assert [(cell["preset"], cell["law"]) for cell in run.cells] == [
+        ("hardened", "default"),
+        ("artifact", "default"),
+        ("hardened", "predictive"),
+        ("artifact", "predictive"),
+    ]
+    assert [{row["rule"] for row in cell["rows"]} for cell in run.cells[2:]] == [{"lifetime"}] * 2
     page = build_report(tmp_path).read_text()
     assert "A network of 300 nodes over 5 rounds" in page
-    assert "hardened, float16" in page
+    assert "hardened, float16, predictive law" in page
+
+
+def test_a_late_cheat_is_honest_until_its_round():
+    late = Kind("late", multiple=20.0, honest_for=0.5)
+    found = {row["rule"]: row for row in simulate_network(SMALL, LAWS[0], (late,), rules=("sequential", "lifetime"))
+             if row["kind"] == "late"}  # fmt: skip
+    for row in found.values():
+        assert 16 <= row["rounds_median"] <= row["rounds_99"] <= 17
+        assert 0.45 < row["paid"] < 0.6
+
+
+def test_predictive_laws_know_of_the_machines_that_they_judge():
+    plan = SimulationPlan(network=Network(machine_spread=0.03))
+    for preset, block in (("poc-2.0", 0.03), ("artifact", 0.02)):
+        noise, machines = plan.noise(preset, "bfloat16", "predictive"), plan.machines(preset, "predictive")
+        assert (machines.spread.sd, machines.block) == (0.03, block)
+        assert noise.spread.sd == pytest.approx((0.03**2 + block**2) ** 0.5)
+        assert noise.size == pytest.approx(plan.noise(preset, "bfloat16", "default").size / 2)
+        multiples = [kind.multiple for kind in plan.kinds(preset, "bfloat16", "predictive")]
+        assert multiples == [1 if one == 1 else 2 * one for one in half(plan, preset)]
+
+
+def half(plan: SimulationPlan, preset: str) -> list[float]:
+    return [kind.multiple for kind in plan.kinds(preset, "bfloat16", "default")]
 
 
 def test_weights_of_eight_bits_are_seen_in_float16_only(monkeypatch):
-    for name, value in {"HONEST_TRIALS": 2000, "TRIALS": 200, "LIFETIME": 100, "LIFETIMES": 20}.items():
+    for name, value in FEW.items():
         monkeypatch.setattr(module, name, value)
     network = Network(nodes=1000, cheating=0.02, rounds=20, validators=20, checkers=3, checked=16)
     paid = {}
     plan = SimulationPlan()
     for dtype in plan.dtypes:
-        rows = simulate_network(network, plan.law("poc-2.0", dtype), plan.kinds("poc-2.0", dtype)[:3])
+        noise, kinds = plan.noise("poc-2.0", dtype, "default"), plan.kinds("poc-2.0", dtype, "default")
+        rows = simulate_network(network, noise, kinds[:3], rules=("sequential",))
         found = {row["kind"]: row for row in rows if row["rule"] == "sequential"}
         assert found["honest"]["convicted"] == 0
         paid[dtype] = found["int8 weights"]["paid"]
@@ -111,3 +145,5 @@ def test_too_many_cheaters_and_odd_presets_are_refused():
         SimulationPlan(presets=("odd",))
     with pytest.raises(UsageError, match="dtypes float8"):
         SimulationPlan(dtypes=("float16", "float8"))
+    with pytest.raises(UsageError, match="laws guessed"):
+        SimulationPlan(laws=("guessed",))

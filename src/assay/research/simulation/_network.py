@@ -1,4 +1,4 @@
-"""A year of a network under each verdict rule: false accusations, time to catch a cheater, and junk that is paid for.
+"""The network, what is simulated of it, and the rules that vote in every check.
 
 The nodes with the largest stakes are validators. Every round, every node is checked by a few of them, drawn by
 stake. Each recomputes a sample of nonces and votes; a node is convicted when more than half of the stake that checked
@@ -7,16 +7,19 @@ it says fraud, and is gone from then on. The rules:
 - *published*: the count test of the preset with its published constants;
 - *count*: the same count, with the threshold at which honest noise accuses once in a thousand checks;
 - *sequential*: the e-value test, begun anew in every check;
-- *lifetime*: one e-value for each node, which the residuals of all validators enter; it convicts alone.
+- *lifetime*: one account for each node, which the residuals of all validators enter; it convicts alone.
 
-Residuals are drawn from the stated law of the preset and dtype, multiplied by what the red team measured for an attack
-or replaced by junk in a share of a node's nonces.
+Nodes are judged by one of two kinds of laws. Under the *default* law of the preset and dtype, honest nodes have that
+law itself, which is wider than what was measured. Under a *predictive* law, which is what was measured with the spread
+of machines that were not, every honest node has a scale of its own for its life, and every block another one. Cheaters
+have what the red team measured for an attack, or junk in a share of their nonces.
 
 Legend of shapes: N nodes, P panels, V validators of a panel, R trials, C checked nonces.
 """
 
+import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,48 +40,39 @@ from assay.poc.verdict import (
     MARGIN,
     P_FLIP,
     P_MISMATCH,
-    Law,
+    PAIR_SPREAD,
+    PRIOR,
+    SCALED_SPREAD,
     Noise,
     default_noise,
     sequential_test,
 )
-from assay.reports import SERIES, Cell, JsonObject, Report, figure, legend
+from assay.reports import JsonObject
 from assay.research.redteam import PRESETS, count_power
-from assay.research.runs import Progress, RunRecords, Table, measure_missing
+from assay.research.runs import Progress, measure_missing
+from assay.research.simulation._lives import Kind, Machines, convicted_in
 from assay.settings import Names, Settings
-
-__all__ = ["Kind", "Network", "SimulationPlan", "draw", "run_simulation", "simulate_network", "year_table"]
 
 Rule = Literal["published", "count", "sequential", "lifetime"]
 RULES: tuple[Rule, ...] = get_args(Rule)
+LawKind = Literal["default", "predictive"]
+LAWS: tuple[LawKind, ...] = get_args(LawKind)
 
 ALPHA = 1e-3
 PANELS = 10_000
 TRIALS = 4000
 HONEST_TRIALS = 20_000
-LIFETIME = 5000  # nonces for which lifetimes are simulated
-LIFETIMES = 100
-HONEST_LIFETIMES = 20  # times as many of honest nodes, of which one in a thousand may be accused
 
 FloatArray = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of node.
-
-    Args:
-        name: Name in tables.
-        multiple: Size of its residuals over that of honest ones.
-        junk: Share of its nonces that are invented.
-    """
-
-    name: str
-    multiple: float = 1.0
-    junk: float = 0.0
-
-
 JUNK = tuple(Kind(f"{share:.1%} junk", junk=share) for share in (0.001, 0.005, 0.01, 0.02, 0.05, 0.1))
+PARTIAL = (
+    Kind("10% of the nonces cheap", multiple=22.0, share=0.1),
+    Kind("20% of the nonces cheap", multiple=10.0, share=0.2),
+)
+LATE = 0.5
+"""Share of the rounds for which a node is honest that then computes with weights of four bits."""
 
 KINDS: dict[str, dict[str, tuple[Kind, ...]]] = {
     "bfloat16": {
@@ -105,6 +99,9 @@ class Network(Settings):
     nodes: int = Field(10_000, ge=1, le=10**6, description="Nodes of the network, honest and cheating.")
     cheating: float = Field(0.01, gt=0, lt=0.5, description="Share of the nodes that each kind of cheater has.")
     rounds: int = Field(365, ge=1, le=10**5, description="Rounds in the simulated time.")
+    machine_spread: float = Field(
+        PRIOR.sd, ge=0, le=0.5, description="Spread of ln scale of honest machines, under predictive laws."
+    )
     validators: int = Field(100, ge=1, description="Nodes with the largest stakes, who check the others.")
     checkers: int = Field(5, ge=1, description="Different validators that check a node in a round.")
     checked: int = Field(32, ge=1, le=1000, description="Nonces that a validator recomputes.")
@@ -123,19 +120,25 @@ class Network(Settings):
 
 
 class SimulationPlan(Settings):
-    """What is simulated. The honest law is the stated default of a prover's dtype against float32.
+    """What is simulated: provers of some dtypes against validators that compute in float32.
 
     Raises:
-        UsageError: A preset or dtype is unknown or named twice, or a list is empty.
+        UsageError: A preset, dtype or law is unknown or named twice, or a list is empty.
     """
 
     presets: Names = Field(PRESETS, description="Presets of the rounds, separated by commas.")
     dtypes: Names = Field(tuple(KINDS), description="Dtypes of provers, separated by commas; validators have float32.")
+    laws: Names = Field(LAWS, description="Laws that nodes are judged by, separated by commas: default, predictive.")
     network: Network = Field(Network(), description="Nodes, validators and rounds.")
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the names."""
-        for name, given, known in (("presets", self.presets, PRESETS), ("dtypes", self.dtypes, tuple(KINDS))):
+        lists = (
+            ("presets", self.presets, PRESETS),
+            ("dtypes", self.dtypes, tuple(KINDS)),
+            ("laws", self.laws, LAWS),
+        )
+        for name, given, known in lists:
             odd = [value for value in given if value not in known or given.count(value) > 1]
             if odd or not given:
                 raise UsageError(
@@ -144,35 +147,70 @@ class SimulationPlan(Settings):
                     do=f"correct --{name}",
                 )
 
-    def law(self, preset: str, dtype: str) -> Law:
-        """Return the honest law that nodes follow and validators assume."""
-        return default_noise(get_pipeline(preset).noise, dtype, "float32").law
+    def noise(self, preset: str, dtype: str, law: str) -> Noise:
+        """Return the noise that validators judge by."""
+        default = default_noise(get_pipeline(preset).noise, dtype, "float32")
+        if law == "default":
+            return default
+        measured = default.scaled(1 / MARGIN)
+        machines = self.machines(preset, law)
+        spread = stats.Spread(math.hypot(machines.spread.sd, machines.block), machines.spread.dof)
+        return Noise(measured.law, "what was measured, for machines that were not", spread)
 
-    def kinds(self, preset: str, dtype: str) -> tuple[Kind, ...]:
-        """Return the attackers. Theirs are multiples of measured noise, and the law has its margin over that."""
-        return *(replace(kind, multiple=kind.multiple / MARGIN) for kind in KINDS[dtype][preset]), *JUNK
+    def machines(self, preset: str, law: str) -> Machines:
+        """Return how the noise of honest machines differs from the law."""
+        if law == "default":
+            return Machines()
+        block = SCALED_SPREAD if get_pipeline(preset).output == "distance" else PAIR_SPREAD
+        return Machines(stats.Spread(self.network.machine_spread, PRIOR.dof), block)
+
+    def kinds(self, preset: str, dtype: str, law: str) -> tuple[Kind, ...]:
+        """Return the attackers. Theirs are multiples of measured noise, over which a default law has a margin."""
+        margin = MARGIN if law == "default" else 1.0
+        found = KINDS[dtype][preset]
+        late = replace(found[0], name=f"{found[0].name}, late", honest_for=LATE)
+        cheap = [replace(kind, multiple=kind.multiple / margin) for kind in (*found, *PARTIAL, late)]
+        return *cheap, *JUNK
 
 
 def run_simulation(plan: SimulationPlan, folder: Path, *, progress: Progress | None = None) -> None:
-    """Simulate the presets and dtypes that a run's folder does not hold yet.
+    """Simulate the presets, dtypes and laws that a run's folder does not hold yet.
 
     Raises:
         UsageError: The folder holds a run of another network.
         StorageError: The file cannot be written.
     """
-    pairs = product(plan.dtypes, plan.presets)
-    cells = [(f"{preset}/{dtype}", partial(_simulate, plan, preset, dtype)) for dtype, preset in pairs]
+    chosen = product(plan.laws, plan.dtypes, plan.presets)
+    cells = [(f"{preset}/{dtype}/{law}", partial(_simulate, plan, preset, dtype, law)) for law, dtype, preset in chosen]
     measure_missing(folder, "simulate", plan.network.model_dump(), cells, progress)
 
 
-def _simulate(plan: SimulationPlan, preset: str, dtype: str) -> JsonObject:
+def _simulate(plan: SimulationPlan, preset: str, dtype: str, law: str) -> JsonObject:
     started = time.perf_counter()
-    rows = simulate_network(plan.network, plan.law(preset, dtype), plan.kinds(preset, dtype))
-    return {"preset": preset, "dtype": dtype, "seconds": round(time.perf_counter() - started, 1), "rows": rows}
+    noise, kinds = plan.noise(preset, dtype, law), plan.kinds(preset, dtype, law)
+    rules: tuple[Rule, ...] = RULES if law == "default" else ("lifetime",)
+    rows = simulate_network(plan.network, noise, kinds, machines=plan.machines(preset, law), rules=rules)
+    seconds = round(time.perf_counter() - started, 1)
+    return {"preset": preset, "dtype": dtype, "law": law, "seconds": seconds, "rows": rows}
 
 
-def simulate_network(network: Network, law: Law, kinds: tuple[Kind, ...]) -> list[dict[str, Any]]:
-    """Simulate all rules on one network; return one row per rule and kind, the honest one first.
+def simulate_network(
+    network: Network,
+    noise: Noise,
+    kinds: tuple[Kind, ...],
+    *,
+    machines: Machines | None = None,
+    rules: tuple[Rule, ...] = RULES,
+) -> list[dict[str, Any]]:
+    """Simulate rules on one network; return one row per rule and kind, the honest one first.
+
+    Args:
+        network: Network and how it checks.
+        noise: Honest noise that validators judge by.
+        kinds: Kinds of cheaters.
+        machines: How the noise of honest machines differs from the law; not at all when None. Rules other than
+            *lifetime* are simulated without it.
+        rules: Rules to simulate.
 
     Raises:
         UsageError: The cheaters would be more than half of the nodes.
@@ -190,15 +228,38 @@ def simulate_network(network: Network, law: Law, kinds: tuple[Kind, ...]) -> lis
     each = max(1, int(network.cheating * network.nodes))
     kind_N[: each * len(kinds)] = np.repeat(np.arange(1, len(everyone)), each)
     rng.shuffle(kind_N)
-    chances = _Chances(law, network, rng)
     rows = []
-    for rule in RULES:
-        caught_N = _caught(rule, network, chances, everyone, kind_N, stake_N, rng)
+    for rule in rules:
+        if rule == "lifetime":
+            caught_N = _lifetimes(network, noise, machines or Machines(), everyone, kind_N)
+        else:
+            chances = _Chances(noise, network, rng)
+            caught_N = _caught(rule, network, chances, everyone, kind_N, stake_N, rng)
         rows += [
             {"rule": rule, **_row(network, kind, caught_N[kind_N == index], stake_N[kind_N == index])}
             for index, kind in enumerate(everyone)
         ]
     return rows
+
+
+def _lifetimes(
+    network: Network, noise: Noise, machines: Machines, kinds: tuple[Kind, ...], kind_N: npt.NDArray[np.int64]
+) -> FloatArray:
+    """Return the round in which the account of every node convicts it, [N]; infinity for never."""
+    caught_N = np.full(network.nodes, np.inf)
+    for index, kind in enumerate(kinds):
+        here_N = kind_N == index
+        caught_N[here_N] = convicted_in(
+            kind,
+            noise,
+            machines,
+            nodes=int(here_N.sum()),
+            rounds=network.rounds,
+            nonces=network.checkers * network.checked,
+            alpha=ALPHA,
+            seed=(network.seed, index),
+        )
+    return caught_N
 
 
 def _caught(
@@ -211,15 +272,13 @@ def _caught(
     rng: np.random.Generator,
 ) -> FloatArray:
     """Return the round in which every node is convicted, [N]; infinity for never."""
-    if rule == "lifetime":
-        return chances.lifetimes(kinds, kind_N)
-    chance_N = np.array([chances.accused(rule, kind) for kind in kinds])[kind_N]
+    chance_K = np.array([chances.accused(rule, kind) for kind in kinds])
+    begins_K = np.array([kind.honest_for for kind in kinds]) * network.rounds
     caught_N = np.full(network.nodes, np.inf)
     panels_PV = _panels(network, stake_N, rng)
     for round in range(1, network.rounds + 1):
+        chance_N = np.where(round > begins_K, chance_K, chance_K[0])[kind_N]
         here = np.flatnonzero(np.isinf(caught_N) & (chance_N > 0))
-        if not here.size:
-            break
         weight_NV = panels_PV[rng.integers(len(panels_PV), size=here.size)]
         votes_NV = rng.random(weight_NV.shape) < chance_N[here, None]
         against_N = (weight_NV * votes_NV).sum(axis=1) > weight_NV.sum(axis=1) / 2
@@ -245,8 +304,11 @@ def _row(network: Network, kind: Kind, caught_N: FloatArray, stake_N: FloatArray
         "kind": kind.name,
         "multiple": kind.multiple,
         "junk": kind.junk,
+        "share": kind.share,
+        "honest_for": kind.honest_for,
         "nodes": int(caught_N.size),
         "convicted": int(np.isfinite(caught_N).sum()),
+        "convicted_interval": list(stats.proportion_interval(int(np.isfinite(caught_N).sum()), caught_N.size)),
         "convicted_stake": float(stake_N[np.isfinite(caught_N)].sum() / stake_N.sum()),
         "rounds_median": int(median) if np.isfinite(median) else None,
         "rounds_99": int(most) if np.isfinite(most) else None,
@@ -257,10 +319,10 @@ def _row(network: Network, kind: Kind, caught_N: FloatArray, stake_N: FloatArray
 class _Chances:
     """How likely each rule accuses a kind of node, by simulation of its residuals."""
 
-    def __init__(self, law: Law, network: Network, rng: np.random.Generator) -> None:
-        self._law, self._network, self._rng = law, network, rng
-        self._distance = isinstance(law, stats.ScaleNoise)
-        self._test = sequential_test(Noise(law, "the stated default"), alpha=ALPHA)
+    def __init__(self, noise: Noise, network: Network, rng: np.random.Generator) -> None:
+        self._law, self._network, self._rng = noise.law, network, rng
+        self._distance = isinstance(noise.law, stats.ScaleNoise)
+        self._test = sequential_test(noise, alpha=ALPHA)
         honest_N = self._residuals(Kind("honest"), (HONEST_TRIALS,))
         self._threshold = float(np.quantile(honest_N, 0.95))
         self._honest_rate = self._mismatch_rate(honest_N, self._threshold)
@@ -269,7 +331,7 @@ class _Chances:
         """Return the chance that one check of a node of this kind votes fraud."""
         checked = self._network.checked
         if rule == "sequential":
-            trials = TRIALS if kind.junk or kind.multiple > 1 else HONEST_TRIALS
+            trials = HONEST_TRIALS if kind.honest else TRIALS
             return float(self._accusations(kind, trials, checked)[:, -1].mean())
         residuals_N = self._residuals(kind, (HONEST_TRIALS,))
         if rule == "published":
@@ -277,26 +339,14 @@ class _Chances:
             return count_power(checked, granted, self._mismatch_rate(residuals_N, DIST_THRESHOLD), COUNT_ALPHA)
         return count_power(checked, self._honest_rate, self._mismatch_rate(residuals_N, self._threshold))
 
-    def lifetimes(self, kinds: tuple[Kind, ...], kind_N: npt.NDArray[np.int64]) -> FloatArray:
-        """Return the round in which the e-value of a node's whole life crosses, [N]; infinity for never."""
-        caught_N = np.full(kind_N.size, np.inf)
-        nonces = self._network.checkers * self._network.checked
-        most = min(LIFETIME, nonces * self._network.rounds)
-        for index, kind in enumerate(kinds):
-            here = np.flatnonzero(kind_N == index)
-            drawn = [self._accusations(kind, LIFETIMES, most) for _ in range(1 if index else HONEST_LIFETIMES)]
-            crossed_RC = np.concatenate(drawn)
-            first_R = np.where(crossed_RC[:, -1], crossed_RC.argmax(axis=1) + 1.0, np.inf)
-            caught_N[here] = np.ceil(self._rng.choice(first_R, here.size) / nonces)
-        return caught_N
-
     def _accusations(self, kind: Kind, trials: int, checked: int) -> npt.NDArray[np.bool_]:
         """Return whether nodes of a kind have been accused after each of their nonces, [R, C]."""
         return self._test.accusations(self._residuals(kind, (trials, checked)))
 
     def _residuals(self, kind: Kind, shape: tuple[int, ...]) -> FloatArray:
-        """Return sizes of residuals of a kind of node: noise, or junk in a share of the nonces."""
-        noise = kind.multiple * self._noise(shape)
+        """Return sizes of residuals of a kind of node that cheats: noise, or junk in a share of the nonces."""
+        noise = self._noise(shape)
+        noise *= np.where(self._rng.random(shape) < kind.share, kind.multiple, 1.0)
         if not kind.junk:
             return noise
         return np.where(self._rng.random(shape) < kind.junk, self._invented(shape), noise)
@@ -325,52 +375,3 @@ class _Chances:
         valid = stats.valid_rate(Round.r_target, RANDOM_HEAD_ROWS)
         crossed_N = stats.chord_cdf(Round.r_target + sizes_N, RANDOM_HEAD_ROWS) - valid
         return float(np.mean(crossed_N)) / valid / 2  # half of the residuals have the sign that flips
-
-
-_SHOWN = 1e-4  # least share on the logarithmic axis
-
-
-def draw(report: Report, run: RunRecords) -> None:
-    """Add a table and a plot of what every rule does to every kind of node."""
-    settings = run.settings
-    report.section(f"A network of {settings['nodes']} nodes over {settings['rounds']} rounds")
-    report.paragraph(
-        f"Every round {settings['checkers']} of {settings['validators']} validators, drawn by stake, recompute "
-        f"{settings['checked']} nonces of every node. 'Reward paid' is the share of the year's reward that nodes of a "
-        "kind drew before they were convicted. Honest nodes should be paid all of it."
-    )
-    for cell in run.cells:
-        name = f"{cell['preset']}, {cell['dtype']}"
-        _plot(report, name, cell)
-        report.table(*year_table(cell), caption=name)
-
-
-def year_table(cell: JsonObject) -> Table:
-    """Return what every rule does to every kind of node, for one preset and dtype."""
-    rows: list[list[Cell]] = []
-    for row in cell["rows"]:
-        cells: list[Cell] = [
-            row["rule"],
-            row["kind"],
-            f"{row['convicted']} of {row['nodes']}",
-            "never" if row["rounds_median"] is None else row["rounds_median"],
-            "never" if row["rounds_99"] is None else row["rounds_99"],
-            f"{row['paid']:.2%}",
-        ]
-        rows.append(cells)
-    return ("rule", "kind of node", "convicted", "median round", "99 % convicted by round", "reward paid"), rows
-
-
-def _plot(report: Report, name: str, cell: JsonObject) -> None:
-    fig, ax = figure()
-    rules = list(dict.fromkeys(row["rule"] for row in cell["rows"]))
-    for color, rule in zip(SERIES, rules, strict=False):
-        rows = [row for row in cell["rows"] if row["rule"] == rule and row["junk"]]
-        shares = [100 * row["junk"] for row in rows]
-        ax.plot(shares, [100 * max(row["paid"], _SHOWN) for row in rows], "o-", color=color, label=rule)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("share of a node's nonces that is invented, %")
-    ax.set_ylabel("share of the year's reward paid, %")
-    legend(ax)
-    report.figure(fig, f"{name}: reward paid to nodes that invent a share of their nonces, by verdict rule.")

@@ -1,0 +1,94 @@
+"""Many lives at once are the lives that the ledger keeps, and what is drawn for them follows the laws."""
+
+import math
+
+import numpy as np
+import pytest
+
+from assay.poc.verdict import EPOCH, Life, Noise
+from assay.research.simulation import Grid, Kind, Machines, ManyLives, SizeEvidence, convicted_in, draw_round
+from assay.stats import LogNoise, ScaleNoise, Spread, chord_cdf
+
+SPREAD = Spread(0.05)
+VECTORS = Noise(LogNoise(-3.5, 0.6, 12), "vectors", SPREAD)
+DISTANCES = Noise(ScaleNoise(2e-4), "distances", SPREAD)
+PLAIN = Noise(LogNoise(-3.5, 0.6, 12), "vectors")
+KINDS = (
+    Kind("honest"),
+    Kind("a little noisier", multiple=1.25),
+    Kind("late", multiple=1.6, honest_for=0.4),
+    Kind("partly", multiple=10.0, share=0.02),
+    Kind("junk", junk=0.004),
+)
+
+
+@pytest.mark.parametrize("noise", [VECTORS, DISTANCES, PLAIN], ids=["vectors", "distances", "known scale"])
+def test_many_lives_are_the_lives_of_the_ledger(noise):
+    """Every node, after every round: the same residuals convict it there and here."""
+    nodes, rounds, nonces, alpha = 10, 24, 100, 0.05
+    grid, rng = Grid(noise.law), np.random.default_rng(3)
+    convicted = 0
+    for kind in KINDS:
+        many = ManyLives(SizeEvidence(noise, grid.sizes_A), nodes=nodes, alpha=alpha)
+        lives = [Life(alpha=alpha, beta=0.01) for _ in range(nodes)]
+        log_scale_N = 0.05 * rng.standard_normal(nodes)
+        for round in range(rounds):
+            now = kind if round >= kind.honest_for * rounds else Kind("honest")
+            places_NC = draw_round(grid, now, log_scale_N, nonces, rng)
+            many.update(places_NC)
+            for life, places_C in zip(lives, places_NC, strict=True):
+                life.update(noise, grid.sizes_A[places_C])
+            found = [life.evidence.verdict == "fraud" for life in lives]
+            assert many.convicted_N.tolist() == found, (kind.name, round)
+        convicted += int(many.convicted_N.sum())
+    assert rounds * nonces > 2 * EPOCH
+    assert nodes < convicted < len(KINDS) * nodes
+    assert {life.evidence.tests for life in lives} == {3}
+
+
+@pytest.mark.parametrize("noise", [VECTORS, DISTANCES], ids=["vectors", "distances"])
+def test_draws_follow_the_law_at_the_scale_of_the_node(noise):
+    grid, rng = Grid(noise.law), np.random.default_rng(0)
+    log_scale_N = np.repeat([0.0, 0.3], 200)
+    for kind, multiple in ((Kind("honest"), 1.0), (Kind("cheap", multiple=3.0), 3.0)):
+        sizes = grid.sizes_A[draw_round(grid, kind, log_scale_N, 1000, rng)]
+        for scale, drawn in ((1.0, sizes[:200]), (math.exp(0.3), sizes[200:])):
+            for chance in (0.5, 0.1, 1e-2, 1e-3):
+                size = float(np.quantile(drawn, 1 - chance)) / scale / multiple
+                assert float(noise.law.survival(np.array([size]))[0]) == pytest.approx(chance, rel=0.25)
+
+
+def test_shares_are_drawn_as_stated():
+    grid, rng = Grid(PLAIN.law), np.random.default_rng(1)
+    kind = Kind("both", multiple=50.0, share=0.25, junk=0.2)
+    sizes = grid.sizes_A[draw_round(grid, kind, np.zeros(500), 400, rng)]
+    assert np.mean(sizes > 1.0) == pytest.approx(0.2 * (1 - chord_cdf(1.0, 12)) + 0.8 * 0.25 * beyond(1 / 50), abs=0.01)
+    assert np.mean(sizes < 0.1) == pytest.approx(0.8 * 0.75 * (1 - beyond(0.1)), abs=0.01)
+
+
+def beyond(size: float) -> float:
+    return float(PLAIN.law.survival(np.array([size]))[0])
+
+
+def test_a_machine_between_two_scales_is_not_accused_however_long_it_serves():
+    """A grid of scales that is too coarse accuses it: some cheat in a small share explains it better than any scale."""
+    nodes, grid = 60, Grid(VECTORS.law)
+    many = ManyLives(SizeEvidence(VECTORS, grid.sizes_A), nodes=nodes, alpha=1e-3)
+    log_scale_N, rng = SPREAD.sd * np.linspace(0.2, 0.8, nodes), np.random.default_rng(2)
+    for _ in range(30):
+        many.update(draw_round(grid, Kind("honest"), log_scale_N, 1000, rng))
+    assert not many.convicted_N.any()
+
+
+def test_late_cheats_are_caught_when_they_begin_and_draws_do_not_depend_on_the_number_of_cores(monkeypatch):
+    kind = Kind("late", multiple=17.0, honest_for=0.5)
+
+    def caught() -> np.ndarray:
+        machines = Machines(SPREAD, 0.02)
+        return convicted_in(kind, VECTORS, machines, nodes=700, rounds=20, nonces=16, alpha=1e-3, seed=(1, 2))
+
+    first = caught()
+    assert np.median(first) == 11
+    assert first.max() <= 13
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert np.array_equal(caught(), first)
