@@ -204,7 +204,7 @@ class SequentialTest:
         return accused_RC, honest_RA
 
     def paths(self, values: npt.ArrayLike) -> Paths:
-        """Return the sums that the e-value is made of, for whoever adds them up for many nodes at a time."""
+        """Return what residuals add to the sums of the e-value, for simulations of many nodes at a time."""
         return Paths(self._prior(), self._steps(self.law.magnitudes(values)), int(self._columns[0]))
 
     def _prior(self) -> FloatArray:
