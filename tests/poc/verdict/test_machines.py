@@ -65,7 +65,7 @@ def test_a_size_is_predicted_by_the_validator_and_by_noisier_machines_of_the_kin
     assert sizes.predicted("") == pytest.approx(np.median([np.median([2, 3, 8, 9]), 3, 9]))
     assert sizes.without(3).pairs == {(0, 1): 1.0, (0, 2): 2.0, (1, 2): 3.0}
     lonely = Sizes({(0, 1): 1.0}, ("a", "a", "b"))
-    assert lonely.predicted("b", 2) == lonely.typical, "a validator that was measured with nobody"
+    assert lonely.predicted("b", 2) == lonely.typical, "a validator that was not measured"
     assert lonely.predicted("b", 0) == 1.0, "nothing but its own kind was measured"
 
 

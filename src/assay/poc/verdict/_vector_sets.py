@@ -2,7 +2,7 @@
 
 A line has ``set``, ``block_hash``, ``public_key``, ``seq_len``, ``k_dim``, ``nonces`` and ``vectors`` (base64 of
 little-endian float16, K numbers each), and may have ``config`` with ``model``, ``gpu`` and ``batch_size``. Files may be
-compressed with gzip. Whoever wrote one may be anybody, so every size is bounded before anything is read or made.
+compressed with gzip. A file may be hostile, so every size is bounded before anything is read or made.
 
 Legend of shapes: N nonces, K published numbers.
 """

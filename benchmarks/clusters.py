@@ -1,0 +1,28 @@
+"""The figures of a run of `assay research clusters`, without its curves, for the documentation.
+
+assay research clusters DATA -o experiments --run-name clusters
+python benchmarks/clusters.py experiments/clusters -o benchmarks/results/clusters.json
+"""
+
+from pathlib import Path
+
+from _common import parser, publish
+
+from assay.research.clusters import summarise
+from assay.research.runs import read_run
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("run", type=Path, help="folder of the run")
+    options = arguments.parse_args()
+    run = read_run(options.run, "clusters")
+    found = summarise(run.cells)
+    for build in found["builds"]:
+        for row in build["rows"]:
+            del row["curve"]
+    publish("clusters", {"settings": run.settings, **found}, options.output)
+
+
+if __name__ == "__main__":
+    main()
