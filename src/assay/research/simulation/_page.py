@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from assay import stats
 from assay.reports import SERIES, Cell, JsonObject, Report, figure, legend
 from assay.research.runs import RunRecords, Table
 
@@ -27,7 +28,11 @@ def draw(report: Report, run: RunRecords) -> None:
 
 def cell_name(cell: JsonObject) -> str:
     """Return what a cell is called in captions."""
-    return f"{cell['preset']}, {cell['dtype']}, {cell['law']} law"
+    return f"{cell['preset']}, {cell['dtype']}, {_law(cell)} law"
+
+
+def _law(cell: JsonObject) -> str:
+    return str(cell.get("law", "default"))  # runs of the first version knew no other
 
 
 def honest_table(cells: Sequence[JsonObject]) -> Table:
@@ -35,9 +40,9 @@ def honest_table(cells: Sequence[JsonObject]) -> Table:
     rows: list[list[Cell]] = []
     for cell in cells:
         honest = next(row for row in cell["rows"] if row["rule"] == "lifetime" and row["kind"] == "honest")
-        low, high = honest["convicted_interval"]
+        low, high = stats.proportion_interval(honest["convicted"], honest["nodes"])
         share = f"{low:.2e} to {high:.2e}"
-        rows.append([cell["law"], cell["dtype"], cell["preset"], f"{honest['convicted']} of {honest['nodes']}", share])
+        rows.append([_law(cell), cell["dtype"], cell["preset"], f"{honest['convicted']} of {honest['nodes']}", share])
     return ("law", "format", "preset", "honest nodes convicted", "share, 95 % interval"), rows
 
 
