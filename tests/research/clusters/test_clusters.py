@@ -53,7 +53,11 @@ def test_every_rule_is_held_against_every_cheat(run):
     cells = read_run(folder, "clusters").cells
     assert seen[-1] == (7, 7), "three models and four machines left out"
     (build,) = summarise(cells)["builds"]
-    assert (build["build"], build["machines"], build["kinds"]) == ("2026-05 model-a", 4, ["b200", "h100", "h200", "a100"])
+    assert (build["build"], build["machines"], build["kinds"]) == (
+        "2026-05 model-a",
+        4,
+        ["b200", "h100", "h200", "a100"],
+    )
     rows = {(row["sort"], row["cheat"], row["rule"]): row for row in build["rows"]}
     honest = rows[HONEST, "", "ours"]
     assert (honest["accused"], honest["worst"], honest["audits"], honest["pairs"]) == (0.0, 0.0, 120, 12)

@@ -70,7 +70,8 @@ class CountRule:
 class Oracle:
     """The likelihood ratio of a cheat's law over the honest one of that very pair, both known.
 
-    The laws are histograms over common bins. No rule that does not know them can do better in every audit.
+    The laws are histograms over common bins, which bound what a single nonce can say: of a cheat that is far off, a
+    rule with tails may need a nonce less.
 
     Args:
         honest: Honest distances [N] of the pair.
