@@ -31,7 +31,8 @@ def draw(report: Report, run: RunRecords) -> None:
     report.table(*model_table(summary))
     columns, rows = fault_table(summary)
     if rows:
-        report.table(columns, rows, caption="Pairs with a fault of the place, in full and in audits of 300 nonces.")
+        with report.details(f"{len(rows)} pairs with a fault of the place, in full and in audits of {CHECKED} nonces"):
+            report.table(columns, rows)
     if not summary["builds"]:
         report.paragraph("No build has three sound machines, so no law of a machine left out can be made.")
         return
