@@ -25,7 +25,6 @@ from _common import note, parser, publish
 from hardened_frame import covariance, eigen_rows, epsilon
 from torch.nn import functional
 
-from assay import stats
 from assay.models import backbone, decoder_layers, load_model
 from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.protocol._transforms import unit

@@ -260,8 +260,9 @@ def test_doctor_says_when_bits_differ(assay, monkeypatch):
 
 def test_models(assay, tmp_path: Path):
     listed = json.loads(assay("models", "list", "--json").out)["models"]
-    assert {"reference:qwen3", "reference:llama", "reference:organism", "shape:qwen3-0.6b", "shape:qwen3-4b",
-            "shape:qwen3-30b-a3b", "shape:llama-3.2-1b", "shape:llama-3.1-8b"} == {model["reference"] for model in listed}  # fmt: skip
+    shapes = ("qwen3-0.6b", "qwen3-4b", "qwen3-30b-a3b", "llama-3.2-1b", "llama-3.1-8b")
+    bundled = {"reference:qwen3", "reference:llama", "reference:organism", *(f"shape:{name}" for name in shapes)}
+    assert {model["reference"] for model in listed} == bundled
     info = json.loads(assay("models", "info", "shape:qwen3-0.6b", "--json").out)
     assert (info["parameters"], info["hidden_size"], info["num_layers"]) == (596_049_920, 1024, 28)
     assert "7.3 M" in assay("models", "list").out

@@ -186,16 +186,17 @@ class SequentialTest:
             Whether each would have been accused after each of its residuals, [R, C], and whether it would be called
             honest after the numbers asked for, [R, A].
         """
-        size_RC = self.law.magnitudes(values_RC).reshape(np.shape(values_RC))
-        accused_RC = np.zeros(size_RC.shape, dtype=np.bool_)
-        honest_RA = np.zeros((len(size_RC), len(at)), dtype=np.bool_)
+        nodes, checked = np.shape(values_RC)
+        size_RC: FloatArray = self.law.magnitudes(values_RC).reshape(nodes, checked)
+        accused_RC = np.zeros((nodes, checked), dtype=np.bool_)
+        honest_RA = np.zeros((nodes, len(at)), dtype=np.bool_)
         prior = self._prior()
-        rows = max(1, _SIMULATED // max(1, size_RC.shape[1]))
-        for start in range(0, len(size_RC) if size_RC.size else 0, rows):
+        rows = max(1, _SIMULATED // max(1, checked))
+        for start in range(0, nodes if checked else 0, rows):
             # Audits drawn from the same residuals share their steps, which cost more than the sums of them.
             value_U, where = np.unique(size_RC[start : start + rows], return_inverse=True)
             steps_U = self._steps(value_U)
-            for row, chosen_C in enumerate(where.reshape(-1, size_RC.shape[1]), start):
+            for row, chosen_C in enumerate(where.reshape(-1, checked), start):
                 path = prior + steps_U[chosen_C].cumsum(axis=0)
                 accused_RC[row] = np.maximum.accumulate(self._log_e(path)) >= -math.log(self.alpha)
                 for column, count in enumerate(at):

@@ -84,7 +84,7 @@ def test_the_flags_have_the_defaults_of_the_settings():
     made = get_command(app).commands["poc"].commands["serve"].params
     defaults = {parameter.opts[-1]: parameter.default for parameter in made}
     flags = [name for name in FLAGS if name in Settings.model_fields]
-    assert len(flags) == 18
+    assert len(flags) == 19
     for name in flags:
         wanted = Settings.model_fields[name].default
         assert defaults[Settings.flags(name)[-1]] == (None if wanted == () else wanted), name

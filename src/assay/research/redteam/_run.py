@@ -19,7 +19,6 @@ from assay.models import load_model
 from assay.poc.engines import make_transform
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import PIPELINES, RANDOM_HEAD_ROWS, Positions, get_pipeline, unit, weighted_sum
-from assay.poc.verdict import law_as_dict
 from assay.reports import JsonObject
 from assay.research.redteam._attacks import ATTACKS, Attack, Invented, OnEngine
 from assay.research.redteam._experts import experts
