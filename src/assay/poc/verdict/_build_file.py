@@ -42,7 +42,7 @@ def build_from_dict(values: Any) -> BuildNoise:
     """Read what :func:`build_as_dict` wrote.
 
     Raises:
-        ValueError: A value is none that a measurement gives; so do TypeError, KeyError and AttributeError.
+        ValueError: A value cannot come from a measurement. TypeError, KeyError and AttributeError mean the same.
     """
     values = dict(values)
     machines = tuple(_machine(one) for one in values.pop("machines"))
