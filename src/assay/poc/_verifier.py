@@ -54,7 +54,7 @@ def verify(
         engine: Engine that recomputes; when None, the transformers engine with the prover's batch shape, of at most
             1024 rows and 2**18 positions.
         alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a node passes whose residuals are 4 times the honest noise (vectors: 2 times).
+        beta: Bound on the chance that a cheat is called honest which an honest verdict excludes.
         progress: Function that is called with (nonces done, nonces in all) after every batch.
 
     Returns:

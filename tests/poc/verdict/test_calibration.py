@@ -115,6 +115,8 @@ def test_a_known_cheat_must_be_excluded(proof: Proof, narrow: Proof, small_model
     noise = measured.builds[0].between(None, None)
     assert set(noise.named) == {"another format"}
     assert Noise.from_dict(noise.as_dict()) == noise
+    with pytest.raises(CalibrationError, match="version 1 of the residual test"):
+        Noise.from_dict(noise.as_dict() | {"test": 1})
     assert sequential_test(noise).update(residuals(proof.records, narrow.records)).verdict == "fraud"
     other = prove(small_model, replace(proof.round, block_hash="other"), range(40), batch_size=8)
     with pytest.raises(ProofMismatch, match="0 nonces in common"):

@@ -22,6 +22,9 @@ MARGIN = 2.0
 EFFECT = {"distance": 4.0, "vector": 2.0}
 
 DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/default_noise.py --install
+TEST = 2
+"""Version of the residual test: its cheats, their weights and its scales. Another one gives other numbers of evidence."""
+
 _KINDS: dict[str, type[Law]] = {"scale": stats.ScaleNoise, "log": stats.LogNoise}
 _MOST_NAMED = 32
 
@@ -56,7 +59,7 @@ class Noise:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
-        values = {**law_as_dict(self.law), "source": self.source}
+        values = {**law_as_dict(self.law), "source": self.source, "test": TEST}
         if self.spread.sd:
             values["spread"] = asdict(self.spread)
         if self.effect is not None:
@@ -75,6 +78,12 @@ class Noise:
         try:
             parts = dict(values)
             source, effect = parts.pop("source", ""), parts.pop("effect", None)
+            if parts.pop("test", TEST) != TEST:
+                raise CalibrationError(
+                    f"noise for version {dict(values)['test']!r:.20} of the residual test",
+                    wanted=f"version {TEST}, whose evidence this release can compute again",
+                    do="read it with the release of assay that wrote it",
+                )
             spread = _spread_from(parts.pop("spread", {}))
             named = {name: law_from_dict(law) for name, law in parts.pop("named", {}).items()}
             good = isinstance(source, str) and (effect is None or _is_number(effect)) and len(named) <= _MOST_NAMED
