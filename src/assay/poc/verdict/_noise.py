@@ -23,7 +23,7 @@ EFFECT = {"distance": 4.0, "vector": 2.0}
 
 DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/default_noise.py --install
 TEST = 2
-"""Version of the residual test: its cheats, their weights and its scales. Another one gives other numbers of evidence."""
+"""Version of the residual test: its cheats, their weights and its scales. Another one computes other evidence."""
 
 _KINDS: dict[str, type[Law]] = {"scale": stats.ScaleNoise, "log": stats.LogNoise}
 _MOST_NAMED = 32
