@@ -193,7 +193,7 @@ def base_name(model: str) -> str:
     """Return the name of a model without owner and path, in lower case.
 
     Example:
-        >>> base_name("/root/.cache/hub/models--moonshotai--Kimi-K2.6/snapshots/4f7a"), base_name("owner/M-2.7/")
+        >>> base_name("/models/hub/models--moonshotai--Kimi-K2.6/snapshots/4f7a"), base_name("owner/M-2.7/")
         ('kimi-k2.6', 'm-2.7')
     """
     if stored := _STORED.search(model):
