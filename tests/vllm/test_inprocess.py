@@ -96,15 +96,19 @@ def test_a_nonce_in_company_is_the_nonce_alone(engine):
     assert np.abs(together - np.array(alone)).max() <= COMPANY
 
 
-def test_verdicts_across_engines(engine, honest):
-    """Prover vLLM and validator transformers, and the reverse, with the measured calibration: honest; int4: fraud."""
-    round = make_round(key="verdict")
+@pytest.mark.parametrize(("preset", "verdicts"), [("poc-2.0", {"honest", "undecided"}), ("hardened", {"honest"})])
+def test_verdicts_across_engines(engine, honest, preset, verdicts):
+    """Prover vLLM and validator transformers, and the reverse, with the measured calibration: honest; int4: fraud.
+
+    Of distances, 64 may be too few to exclude that a tenth of the nonces was computed cheaply.
+    """
+    round = make_round(preset, key="verdict")
     ours = poc.prove(engine.model, round, range(96), engine=engine)
     theirs = poc.prove(honest, round, range(96), batch_size=8)
     calibration = poc.calibrate(ours, theirs)
-    assert poc.verify(ours, honest, sample=64, seed=1, calibration=calibration).verdict == "honest"
+    assert poc.verify(ours, honest, sample=64, seed=1, calibration=calibration).verdict in verdicts
     back = poc.verify(theirs, engine.model, sample=64, seed=1, calibration=calibration, engine=engine)
-    assert back.verdict == "honest"
+    assert back.verdict in verdicts
     cheat = poc.prove(rounded(honest, 4), round, range(64), batch_size=8)
     assert poc.verify(cheat, engine.model, sample=64, seed=1, calibration=calibration, engine=engine).verdict == "fraud"
 
