@@ -1,5 +1,6 @@
 """The verifier: who is believed, and what is refused."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from assay.errors import ProofMismatch, UsageError
 from assay.poc import DistanceRecord, Proof, Round, VectorRecord, calibrate, prove, verify
 from assay.poc.verdict import Noise, count_mismatches, default_noise, judge, published_rule, residuals
+from assay.reports import dumps
 from assay.research import cheats
 from assay.stats import LogNoise, ScaleNoise
 
@@ -225,3 +227,24 @@ def test_defaults_exist_for_every_pair_of_dtypes():
             assert isinstance(default_noise("distance", one, two).law, ScaleNoise)
             assert isinstance(default_noise("vector", one, two).law, LogNoise)
             assert default_noise("distance", one, two) == default_noise("distance", two, one)
+
+
+def test_a_machine_that_is_wrong_at_fixed_places_is_faulty_and_not_a_fraud(small_model, round_):
+    honest = prove(small_model, round_, range(128), batch_size=8)
+
+    def shifted(places: set[int]) -> Proof:
+        """The proof of a node whose distances are off at these places of every batch of eight."""
+        records = [
+            DistanceRecord(r.nonce, float(np.float32(r.distance + 2e-3))) if i % 8 in places else r
+            for i, r in enumerate(honest.records)
+        ]
+        return Proof.build(honest.header, records, 1.0)
+
+    verdict = verify(shifted({0, 1}), small_model, expect=round_, seed=1)
+    assert (verdict.verdict, verdict.exit_code) == ("faulty", 2)
+    assert (verdict.places.modulus, verdict.places.places) == (8, (0, 1))
+    assert "position mod 8 in 0 to 1 (25% of the places)" in verdict.reason
+    assert json.loads(dumps(verdict.as_dict()))["places"]["share"] == 0.25
+    # A cheat does not become a fault by being worse at some places.
+    everywhere = verify(shifted(set(range(8))), small_model, expect=round_, seed=1)
+    assert (everywhere.verdict, everywhere.exit_code) == ("fraud", 1)
