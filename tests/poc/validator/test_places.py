@@ -26,9 +26,10 @@ def test_wrong_places_are_a_fault_and_no_fraud(validating, small_model, pins):
         assert node["verdict"] == "faulty"
         assert node["fault"].startswith("position mod 8 in 0")
         assert node["checked"] < node["recorded"]
-        (entry, *_) = running.get(f"/evidence/{node['account']}")["entries"]
-        assert {reason for _, reason in entry["excluded"]} == {"faulty place"}
-        (change, *_) = running.get("/verdicts")["verdicts"]
+        # A pass takes what the budget allows: which entry holds the nonces at bad places depends on the secret sample.
+        entries = running.get(f"/evidence/{node['account']}")["entries"]
+        assert {reason for entry in entries for _, reason in entry["excluded"]} == {"faulty place"}
+        *_, change = running.get("/verdicts")["verdicts"]  # a first draw that meets no bad place may have been honest
         assert (change["verdict"], change["fault"]) == ("faulty", node["fault"])
         assert 'assay_validator_nodes{verdict="faulty"}' in running.client.get("/metrics").text
 

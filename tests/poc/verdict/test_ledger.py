@@ -300,3 +300,12 @@ def test_threads_share_a_ledger(tmp_path):
             failing.result()
     found = audit_ledger(path)
     assert (found.clean, found.entries) == (True, 10)
+
+
+def test_a_fault_stays_until_as_many_nonces_show_none(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite3") as ledger:
+        assert ledger.append([update(0, residuals=honest(64), fault="position mod 8 in 0")])[0].fault is not None
+        assert ledger.append([update(1)])[0].fault == "position mod 8 in 0", "eight nonces may have missed the places"
+        assert ledger.append([update(2, residuals=honest(64, 2))])[0].fault is None
+        ledger.append([update(3, residuals=honest(64, 3), fault="position mod 8 in 0")])
+        assert ledger.append([update(seed) for seed in range(4, 20)])[-1].fault is None, "nor did sixteen audits"

@@ -49,7 +49,7 @@ class Budget:
 
 
 def verdict_of(standing: Standing | None) -> str:
-    """Return the verdict on a node: that of its life, or ``faulty`` where its last audit showed a fault."""
+    """Return the verdict on a node: that of its life, or ``faulty`` where an audit showed a fault that is open."""
     if standing is None:
         return UNDECIDED
     if standing.fault is not None and standing.verdict != CONVICTED:

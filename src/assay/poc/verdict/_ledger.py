@@ -17,6 +17,7 @@ from assay.poc.verdict._ledger_audit import LedgerAudit, audit_database, text_of
 from assay.poc.verdict._ledger_entries import (
     FAULTY,
     NOTHING,
+    REMEMBERED,
     Account,
     Entry,
     Genesis,
@@ -24,6 +25,7 @@ from assay.poc.verdict._ledger_entries import (
     Standing,
     Update,
     excluded_places,
+    lasting_fault,
     make_entry,
     round_identity,
     sha256,
@@ -309,9 +311,10 @@ class Ledger:
             yield from self._entries(connection, chosen)
 
     def _standing(self, connection: sa.Connection, account: int) -> Standing:
-        ends = sa.select(sa.func.min(UPDATES.c.seq), sa.func.max(UPDATES.c.seq)).where(UPDATES.c.account == account)
-        first, last = connection.execute(ends).one()
-        entries = list(self._entries(connection, UPDATES.c.seq.in_([first, last])))
+        own = UPDATES.c.account == account
+        first = sa.select(sa.func.min(UPDATES.c.seq)).where(own).scalar_subquery()
+        last = sa.select(UPDATES.c.seq).where(own).order_by(UPDATES.c.seq.desc()).limit(REMEMBERED)
+        entries = list(self._entries(connection, (UPDATES.c.seq == first) | UPDATES.c.seq.in_(last)))
         begun, now = entries[0], entries[-1]
         return Standing(
             account=now.owner,
@@ -320,7 +323,7 @@ class Ledger:
             recorded=now.outcome.recorded,
             begun=begun.time,
             last=now.time,
-            fault=now.fault,
+            fault=lasting_fault(entries[-REMEMBERED:]),
         )
 
     def audit(self, *, head: str | None = None) -> LedgerAudit:

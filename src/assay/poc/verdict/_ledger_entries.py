@@ -224,7 +224,8 @@ class Standing:
         recorded: Number of nonces in them, those that do not count included.
         begun: Time of its first entry, in seconds.
         last: Time of its last entry, in seconds.
-        fault: Pattern of the fault that the last audit found; None without one.
+        fault: Pattern of a fault of the place that one of the last audits found; None without one, or once a later
+            audit of as many nonces found none.
     """
 
     account: Account
@@ -244,6 +245,23 @@ class Standing:
         """Return JSON-ready values."""
         rest = {name: value for name, value in self.__dict__.items() if name not in ("account", "evidence")}
         return {**asdict(self.account), **asdict(self.evidence), **rest}
+
+
+REMEMBERED = 16
+"""Last audits of an account in which a fault of the place is looked for."""
+
+
+def lasting_fault(entries: Sequence[Entry]) -> str | None:
+    """Return the fault that entries of an account, the oldest first, leave open.
+
+    A later audit of fewer nonces that finds none refutes nothing: it may have missed the bad places.
+    """
+    most = 0
+    for entry in reversed(entries):
+        if entry.fault is not None and len(entry.nonces) > most:
+            return entry.fault
+        most = max(most, len(entry.nonces))
+    return None
 
 
 class Progress:

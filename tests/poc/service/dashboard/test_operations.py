@@ -16,6 +16,7 @@ import yaml
 from assay.cli import app
 from assay.poc.service import Settings
 from assay.poc.service.runtime._metrics import Metrics
+from assay.poc.validator._settings import ValidatorSettings
 from tests.poc.service.conftest import ROUND
 from tests.waiting import until
 
@@ -92,7 +93,8 @@ def test_the_document_names_flags_and_variables_that_there_are():
     deployed = "".join(path.read_text() for path in _deployed())
     variables = set(re.findall(r"\bASSAY_[A-Z_]+", PAGE + deployed))
     settings = {Settings.environment_name(field) for field in Settings.model_fields}
-    assert variables <= settings | {name for option in options for name in _variables(option)}
+    validator = {f"ASSAY_POC_VALIDATOR_{name.upper()}" for name in ValidatorSettings.model_fields}
+    assert variables <= settings | validator | {name for option in options for name in _variables(option)}
 
 
 def _variables(option) -> list[str]:
