@@ -30,7 +30,7 @@ from assay.poc.validator._inbox import Draw, Inbox
 from assay.poc.validator._metrics import Metrics
 from assay.poc.validator._registry import Registry, build_name
 from assay.poc.validator._settings import ValidatorSettings
-from assay.poc.verdict import Account, Ledger, Noise, Standing, Update, residuals, round_identity
+from assay.poc.verdict import FAULTY, Account, Ledger, Noise, Standing, Update, residuals, round_identity
 from assay.reports import JsonObject, dumps
 
 log = structlog.get_logger("assay.validator.worker")
@@ -42,8 +42,6 @@ ODD = 4.0
 """Multiple of a typical honest residual beyond which the place in the batch is looked at."""
 AUDIT = 64
 """Nonces of a message that are drawn where a residual is that large: fewer cannot show a pattern of places."""
-FAULTY = "faulty place"
-"""Why a nonce does not count that stands at a place of the batch where the machine is wrong."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from assay.poc.verdict._judge import (
 )
 from assay.poc.verdict._ledger import Ledger
 from assay.poc.verdict._ledger_audit import Fault, LedgerAudit
-from assay.poc.verdict._ledger_entries import Account, Entry, Standing, Update, round_identity
+from assay.poc.verdict._ledger_entries import FAULTY, Account, Entry, Standing, Update, round_identity
 from assay.poc.verdict._ledger_files import audit_ledger
 from assay.poc.verdict._ledger_merge import LedgerShare, MergedStanding, merge_ledgers
 from assay.poc.verdict._life import EPOCH, Evidence, Life, convicted_after
@@ -43,6 +43,7 @@ __all__ = [
     "DIST_THRESHOLD",
     "EFFECT",
     "EPOCH",
+    "FAULTY",
     "MARGIN",
     "PAIR_SPREAD",
     "PRIOR",
