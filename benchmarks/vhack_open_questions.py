@@ -20,9 +20,9 @@ pairs; the interval of the difference is a bootstrap over task families.
 
 Rule, fixed before the first run. Confidence is 1 − 0.05 / 8 for each of the eight comparisons of a question.
 
-1. Scaled coordinates with exponent a are *better* than plain ones for a method (``svd``, ``lda``) if the interval of the
-   difference lies above 0 on both models, *worse* if it lies below 0 on both, and otherwise nothing is shown. They would
-   become an option if they were better for ``lda``, the default.
+1. Scaled coordinates with exponent a are *better* than plain ones for a method (``svd``, ``lda``) if the interval of
+   the difference lies above 0 on both models, *worse* if it lies below 0 on both, and otherwise nothing is shown. They
+   would become an option if they were better for ``lda``, the default.
 2. LDA on labels *beats* a method (``svd``, ``lda``) in one of its two forms, at one of two sizes, if the interval lies
    above 0 on both models, and is *beaten* if it lies below. The sizes are all pairs of the other families, and twelve:
    three each of four mechanisms, five draws, the AUROC being their mean. The proposal's "would beat unsupervised PCA at
@@ -68,6 +68,7 @@ class Material:
 
     @property
     def families(self):
+        """Task family of every pair."""
         return self.gradients.groups
 
 
