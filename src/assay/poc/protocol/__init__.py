@@ -8,7 +8,7 @@ from assay.poc.protocol._pins_file import NetworkPins
 from assay.poc.protocol._pins_tables import UNFILLED, ModelPins, NodePins, PinnedFile, RoundPins
 from assay.poc.protocol._pins_text import BUILD_FIELDS, pins_text
 from assay.poc.protocol._pipelines import PIPELINES, LayerStep, Pipeline, Positions, Step, get_pipeline
-from assay.poc.protocol._proof import Proof, parse_record_line
+from assay.poc.protocol._proof import Proof, parse_model, parse_record_line
 from assay.poc.protocol._record import (
     DistanceRecord,
     Fingerprint,
@@ -22,7 +22,8 @@ from assay.poc.protocol._record import (
     is_distance,
     is_valid,
 )
-from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
+from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round, check_name, check_number, prefixed
+from assay.poc.protocol._strict import check_fields, malformed, malformed_line, numbered_lines, parse_line
 from assay.poc.protocol._transforms import (
     ROWS_OF_A_PRODUCT,
     Transform,
@@ -70,6 +71,9 @@ __all__ = [
     "block_scale",
     "block_target",
     "check_distinct_seeds",
+    "check_fields",
+    "check_name",
+    "check_number",
     "decode_vector",
     "described",
     "encode_vector",
@@ -78,9 +82,15 @@ __all__ = [
     "has_block_factor",
     "is_distance",
     "is_valid",
+    "malformed",
+    "malformed_line",
+    "numbered_lines",
     "packs",
+    "parse_line",
+    "parse_model",
     "parse_record_line",
     "pins_text",
+    "prefixed",
     "project",
     "reflect",
     "unit",

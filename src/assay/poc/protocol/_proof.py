@@ -4,15 +4,15 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from assay.errors import AssayError, DataError, ProofFormatError
+from assay.errors import AssayError, ProofFormatError
 from assay.poc.protocol._pipelines import get_pipeline
 from assay.poc.protocol._record import (
     KIND,
@@ -28,9 +28,8 @@ from assay.poc.protocol._record import (
     is_valid,
 )
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
-from assay.reports import PartialFile, dumps, loads, read_lines
-
-T = TypeVar("T")
+from assay.poc.protocol._strict import check_fields, malformed, malformed_line, numbered_lines, parse_line
+from assay.reports import PartialFile, dumps
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,7 @@ class Proof:
         Raises:
             ProofFormatError: The file is not a complete, consistent proof; the message names the line.
         """
-        return cls._read(path, _lines(path))
+        return cls._read(path, numbered_lines(path))
 
     @classmethod
     def parse(cls, source: str, content: bytes) -> "Proof":
@@ -95,8 +94,10 @@ class Proof:
     def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> "Proof":
         number, line = next(lines, (1, b""))
         if not line:
-            raise _error(path, number, "the file is empty", "a proof", "check the path, or fetch the file again")
-        header = _parse_line(path, number, line, parse_header, lambda header: dumps(header.as_dict()))
+            raise malformed_line(
+                path, number, "the file is empty", "a proof", "check the path, or fetch the file again"
+            )
+        header = parse_line(path, number, line, parse_header, lambda header: dumps(header.as_dict()))
         records: list[Record] = []
         digest = hashlib.sha256()
         for nonce in header.all_nonces():
@@ -104,13 +105,13 @@ class Proof:
             records.append(parse_record_line(path, number, line, header, nonce))
             digest.update(line)
         number, line = next(lines, (number + 1, b""))
-        footer = _parse_line(path, number, line, _parse_footer, lambda footer: dumps(footer.as_dict()))
+        footer = parse_line(path, number, line, _parse_footer, lambda footer: dumps(footer.as_dict()))
         proof = cls.build(header, records, footer.seconds, sha256=digest.hexdigest())
         if footer != proof.footer:
             seen = f"a footer that does not fit the records: {footer.as_dict()}"
-            raise _error(path, number, seen, str(proof.footer.as_dict()))
+            raise malformed_line(path, number, seen, str(proof.footer.as_dict()))
         for number, _ in lines:
-            raise _error(path, number, "a line after the footer", "the end of the file")
+            raise malformed_line(path, number, "a line after the footer", "the end of the file")
         return proof
 
     @classmethod
@@ -136,33 +137,27 @@ def parse_record_line(path: str | Path, number: int, line: bytes, header: Header
     Raises:
         ProofFormatError: The line is wrong; names the file and the line.
     """
-    return _parse_line(path, number, line, partial(parse_record, header=header, nonce=nonce), header.line)
+    return parse_line(path, number, line, partial(parse_record, header=header, nonce=nonce), header.line)
 
 
 def parse_header(line: Any) -> Header:
     """Read the header object."""
-    _fields(line, {"kind", "schema", "round", "pipeline", "model", "fingerprint", "nonces"}, "the header")
+    check_fields(line, {"kind", "schema", "round", "pipeline", "model", "fingerprint", "nonces"}, "the header")
     if line["kind"] != KIND or line["schema"] != SCHEMA:
-        raise _bad(f"kind {line['kind']!r}, schema {line['schema']!r}", f"kind {KIND!r}, schema {SCHEMA}")
-    _fields(line["round"], set(Round.__dataclass_fields__), "the round")
-    _fields(line["model"], {"reference", "digest", "weights"}, "the model")
-    _fields(line["fingerprint"], set(Fingerprint.__dataclass_fields__) - {"kernels"}, "the fingerprint")
+        raise malformed(f"kind {line['kind']!r}, schema {line['schema']!r}", f"kind {KIND!r}, schema {SCHEMA}")
+    check_fields(line["round"], set(Round.__dataclass_fields__), "the round")
+    fingerprint = parse_model(line["model"], line["fingerprint"])
     try:
         round = Round(**line["round"])
         pipeline = get_pipeline(round.preset)
     except AssayError as error:
         raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
     if line["pipeline"] != json.loads(dumps(pipeline.as_dict())):  # tuples become lists
-        raise _bad(f"another pipeline than this version's {pipeline.name}", "the same description")
+        raise malformed(f"another pipeline than this version's {pipeline.name}", "the same description")
     if line["model"]["reference"] != round.model:
-        raise _bad("two different model references", "one")
-    for name, value in {**line["model"], **line["fingerprint"]}.items():
-        wanted = int if name in ("batch_size", "seq_len", "threads") else str
-        if type(value) is not wanted:
-            raise _bad(f"{name} is {value!r:.60}", f"a value of type {wanted.__name__}")
-    fingerprint = Fingerprint.from_dict(line["fingerprint"])
+        raise malformed("two different model references", "one")
     if fingerprint.seq_len != round.seq_len or fingerprint.batch_size < 1 or fingerprint.threads < 0:
-        raise _bad(
+        raise malformed(
             f"an engine of {fingerprint.batch_size} × {fingerprint.seq_len} positions, {fingerprint.threads} threads",
             f"one for seq_len {round.seq_len}, of at least one row",
         )
@@ -176,87 +171,59 @@ def parse_header(line: Any) -> Header:
     )
 
 
+def parse_model(model: Any, fingerprint: Any) -> Fingerprint:
+    """Check the description of a model in a header, and read that of the engine."""
+    check_fields(model, {"reference", "digest", "weights"}, "the model")
+    check_fields(fingerprint, set(Fingerprint.__dataclass_fields__) - {"kernels"}, "the fingerprint")
+    for name, value in {**model, **fingerprint}.items():
+        wanted = int if name in ("batch_size", "seq_len", "threads") else str
+        if type(value) is not wanted:
+            raise malformed(f"{name} is {value!r:.60}", f"a value of type {wanted.__name__}")
+    return Fingerprint.from_dict(fingerprint)
+
+
 def parse_record(line: Any, header: Header, nonce: int) -> Record:
     """Read the record of a nonce."""
     size = header.pipeline.vector_size if header.pipeline.output == "vector" else 0
     if line is None or (isinstance(line, dict) and "footer" in line):
-        raise _bad("the end of the records", f"the record of nonce {nonce}: the file is truncated")
-    _fields(line, {"nonce", "vector"} if size else {"nonce", "distance", "valid"}, "a record")
+        raise malformed("the end of the records", f"the record of nonce {nonce}: the file is truncated")
+    check_fields(line, {"nonce", "vector"} if size else {"nonce", "distance", "valid"}, "a record")
     if line["nonce"] != nonce or type(line["nonce"]) is not int:
-        raise _bad(f"nonce {line['nonce']!r}", f"nonce {nonce}, the next one that the header announces")
+        raise malformed(f"nonce {line['nonce']!r}", f"nonce {nonce}, the next one that the header announces")
     if size:
         return VectorRecord(nonce, decode_vector(line["vector"], size))
     distance = line["distance"]
     if type(distance) not in (int, float) or not is_distance(distance):
-        raise _bad(f"distance {distance!r}", "a number in [0, 2]")
+        raise malformed(f"distance {distance!r}", "a number in [0, 2]")
     if line["valid"] is not is_valid(distance, header.round.r_target):
-        raise _bad(f"valid: {line['valid']!r} for distance {distance}", f"distance < {header.round.r_target}")
+        raise malformed(f"valid: {line['valid']!r} for distance {distance}", f"distance < {header.round.r_target}")
     return DistanceRecord(nonce, float(distance))
 
 
 def _parse_runs(runs: Any, round: Round) -> tuple[tuple[int, int, int], ...]:
     well_formed = isinstance(runs, list) and runs and all(isinstance(run, list) and len(run) == 3 for run in runs)
     if not well_formed or any(type(value) is not int for run in runs for value in run):
-        raise _bad("nonces that are not runs", "a list of [first, end, step] in whole numbers")
+        raise malformed("nonces that are not runs", "a list of [first, end, step] in whole numbers")
     last = -1
     for first, end, step in runs:
         if not (last < first < end and step >= 1 and end - step <= MAX_NONCE):
-            raise _bad(f"run {[first, end, step]}", "runs that ascend without doubles")
+            raise malformed(f"run {[first, end, step]}", "runs that ascend without doubles")
         last = range(first, end, step)[-1]
         if first % round.node_count != round.node_id or (last > first and step % round.node_count):
-            raise _bad(f"run {[first, end, step]}", f"nonces of node {round.node_id} of {round.node_count}")
+            raise malformed(f"run {[first, end, step]}", f"nonces of node {round.node_id} of {round.node_count}")
     count = sum(len(range(*run)) for run in runs)
     if count > MAX_COUNT:
-        raise _bad(f"{count} nonces", f"at most {MAX_COUNT} in one proof")
+        raise malformed(f"{count} nonces", f"at most {MAX_COUNT} in one proof")
     return tuple((first, end, step) for first, end, step in runs)
 
 
 def _parse_footer(line: Any) -> Footer:
     if line is None:
-        raise _bad("the end of the file", "a footer: the proof is not complete")
-    _fields(line, {"footer"}, "the footer")
-    _fields(line["footer"], set(Footer.__dataclass_fields__), "the footer")
+        raise malformed("the end of the file", "a footer: the proof is not complete")
+    check_fields(line, {"footer"}, "the footer")
+    check_fields(line["footer"], set(Footer.__dataclass_fields__), "the footer")
     values = line["footer"]
     numbers = type(values["records"]) is int and type(values["valid"]) is int and type(values["sha256"]) is str
     if not numbers or type(values["seconds"]) not in (int, float) or not 0 <= values["seconds"] < math.inf:
-        raise _bad(f"footer {values}", "counts, seconds and a SHA-256")
+        raise malformed(f"footer {values}", "counts, seconds and a SHA-256")
     return Footer(**values)
-
-
-def _fields(value: Any, names: set[str], what: str) -> None:
-    if not isinstance(value, dict):
-        raise _bad(f"{what} is {value!r:.60}", "an object with " + ", ".join(sorted(names)))
-    if value.keys() != names:
-        odd = sorted(value.keys() ^ names)
-        raise _bad(f"{what} with {', '.join(odd)} missing or unknown", "exactly " + ", ".join(sorted(names)))
-
-
-def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        yield from read_lines(path)
-    except DataError as error:
-        raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
-
-
-def _parse_line(path: str | Path, number: int, line: bytes, parse: Callable[[Any], T], write: Callable[[T], str]) -> T:
-    """Parse a line, empty where the file ends, and refuse it if ``write`` gives other bytes for its value."""
-    try:
-        value = parse(loads(line, f"{path}, line {number}") if line else None)
-    except DataError as error:
-        raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
-    except ProofFormatError as error:
-        raise _error(path, number, error.seen, error.wanted, error.do) from None
-    written = write(value)
-    if line.endswith(b"\r\n"):
-        raise _error(path, number, "the line ends of Windows (CRLF)", "LF alone", "fetch the file again as binary")
-    if line != written.encode() + b"\n":
-        raise _error(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
-    return value
-
-
-def _bad(seen: str, wanted: str) -> ProofFormatError:
-    return ProofFormatError(seen, wanted=wanted, do="ask the prover for a new proof")
-
-
-def _error(path: str | Path, number: int, seen: str, wanted: str, do: str = "") -> ProofFormatError:
-    return ProofFormatError(f"{path}, line {number}: {seen}", wanted=wanted, do=do or "ask the prover for a new proof")

@@ -79,21 +79,15 @@ class Round:
 
     def __post_init__(self) -> None:
         for name in ("block_hash", "public_key"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
-                raise UsageError(
-                    f"{name} is {value!r:.80}",
-                    wanted=f"1 to {MAX_NAME} printable characters",
-                    do=f"pass the {name.replace('_', ' ')} as the chain prints it",
-                )
+            check_name(name, getattr(self, name), do=f"pass the {name.replace('_', ' ')} as the chain prints it")
         if not isinstance(self.model, str) or not self.model.isprintable():
             raise UsageError(
                 f"model is {self.model!r:.80}", wanted="a reference of printable characters", do="pass it as text"
             )
-        _check_int("block_height", self.block_height, 0, MAX_NONCE)
-        _check_int("node_count", self.node_count, 1, MAX_NONCE)
-        _check_int("node_id", self.node_id, 0, self.node_count - 1)
-        _check_int("seq_len", self.seq_len, 1, MAX_SEQ_LEN)
+        check_number("block_height", self.block_height, 0, MAX_NONCE)
+        check_number("node_count", self.node_count, 1, MAX_NONCE)
+        check_number("node_id", self.node_id, 0, self.node_count - 1)
+        check_number("seq_len", self.seq_len, 1, MAX_SEQ_LEN)
         number = isinstance(self.r_target, (int, float)) and not isinstance(self.r_target, bool)
         if not number or not 0 < self.r_target <= 2:
             raise UsageError(
@@ -126,9 +120,9 @@ class Round:
         The common part of a batch is written once, which takes a tenth of the time of :meth:`text` for each nonce.
         """
         if self.versioned:
-            head = _prefixed(VERSION, stream, self.block_hash, self.public_key)
-            numbers: Iterable[object] = map(_prefixed, nonces)
-            tails = [_prefixed(index, k) for index in range(count)]
+            head = prefixed(VERSION, stream, self.block_hash, self.public_key)
+            numbers: Iterable[object] = map(prefixed, nonces)
+            tails = [prefixed(index, k) for index in range(count)]
         else:
             before, _, after = NONCE_TEXTS[stream].partition("{nonce}")
             head, numbers = before.format(block=self.block_hash, key=self.public_key), nonces
@@ -138,7 +132,7 @@ class Round:
     def block_text(self, stream: str, index: int = 0) -> str:
         """Return the seed text of a stream of the block: a key of :data:`BLOCK_TEXTS`, or versioned as in `text`."""
         if self.versioned:
-            return _prefixed(VERSION, stream, self.block_hash, index)
+            return prefixed(VERSION, stream, self.block_hash, index)
         return BLOCK_TEXTS[stream].format(block=self.block_hash, index=index)
 
     def nonces(self, start: int, stop: int) -> range:
@@ -189,11 +183,32 @@ class Round:
         return asdict(self)
 
 
-def _prefixed(*parts: object) -> str:
+def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
+    """Refuse a part of a seed text that is not printable, or too long.
+
+    Args:
+        name: Name of the value, for the error.
+        value: Value that should be a text of at most 1024 characters.
+        do: Advice of the error.
+        fewest: Number of characters that it must have; 0 permits an empty text.
+
+    Raises:
+        UsageError: The value is not such a text.
+    """
+    if not isinstance(value, str) or not fewest <= len(value) <= MAX_NAME or not value.isprintable():
+        raise UsageError(f"{name} is {value!r:.80}", wanted=f"{fewest} to {MAX_NAME} printable characters", do=do)
+
+
+def check_number(name: str, value: object, low: int, high: int) -> None:
+    """Refuse what is not a whole number from ``low`` to ``high``.
+
+    Raises:
+        UsageError: Names the value and the range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r:.60}", wanted=f"a whole number in [{low}, {high}]", do=f"correct {name}")
+
+
+def prefixed(*parts: object) -> str:
     """Join texts so that no other list of texts gives the same: each after its length in UTF-8 bytes."""
     return "".join(f"{len(str(part).encode())}:{part}" for part in parts)
-
-
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name} is {value!r}", wanted=f"a whole number in [{low}, {high}]", do=f"correct {name}")
