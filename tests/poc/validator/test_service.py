@@ -165,13 +165,35 @@ def test_a_full_disk_refuses_messages_and_recovers(validating, small_model, monk
         until(lambda: running.get("/status")["storage_failing"] is False)
 
 
+def test_a_fault_of_the_code_refuses_messages_and_is_said(validating, small_model, monkeypatch):
+    """The thread that writes lives on: a sender is never left waiting, and the operator sees the reason."""
+    body = body_of(proof_of(small_model, "node_A"))
+    with validating() as running:
+        running.wait_ready()
+        broken, real = [True], Inbox.add
+
+        def add(self, messages):
+            if broken[0]:
+                raise AssertionError("a fault of the code")
+            return real(self, messages)
+
+        monkeypatch.setattr(Inbox, "add", add)
+        assert running.send(body, id="m", status=503)["fields"] == ["busy"]
+        assert running.controller.error == "AssertionError: a fault of the code"
+        assert running.client.get("/ready").status_code == 503
+        broken[0] = False
+        assert running.send(body, id="m")["new"] is True
+        running.wait_ready()
+
+
 def test_many_messages_share_a_transaction_and_too_many_are_refused(validating, small_model, monkeypatch):
     """The disk is waited for once for all messages that wait; beyond the bound a sender is told to come again."""
     bodies = [body_of(proof_of(small_model, "node_A", range(i, i + 3))) for i in range(0, 60, 3)]
     bodies = [body for body in bodies if body["nonces"]]
-    gate, sizes, real = threading.Event(), [], Inbox.add
+    begun, gate, sizes, real = threading.Event(), threading.Event(), [], Inbox.add
 
     def add(self, messages):
+        begun.set()
         assert gate.wait(30)
         sizes.append(len(messages))
         return real(self, messages)
@@ -180,7 +202,7 @@ def test_many_messages_share_a_transaction_and_too_many_are_refused(validating, 
         monkeypatch.setattr(Inbox, "add", add)
         with ThreadPoolExecutor(8) as senders:
             first = senders.submit(running.send, bodies[0], id="first")
-            until(lambda: not running.controller.writer._queue)
+            assert begun.wait(30)
             more = [senders.submit(running.send, body, id=f"m{i}") for i, body in enumerate(bodies[1:6])]
             until(lambda: len(running.controller.writer._queue) == 5)
             running.send(bodies[6], id="over", status=503)

@@ -181,10 +181,10 @@ class Controller:
 
     @property
     def error(self) -> str | None:
-        """What keeps the validator from recomputing; None while nothing does."""
+        """What keeps the validator from taking messages or recomputing; None while nothing does."""
         if self.loaded.done() and (error := self.loaded.exception()):
             return error.seen if isinstance(error, AssayError) else str(error)
-        return self.worker.error
+        return self.writer.error or self.worker.error
 
     @property
     def ready(self) -> bool:

@@ -39,6 +39,8 @@ class Writer:
         self._pruned = time.monotonic()
         self.failing = False
         """Whether the disk takes nothing now."""
+        self.error: str | None = None
+        """Fault of the code that kept the last messages from being written; None where there was none."""
         self._thread = threading.Thread(target=self._run, name="assay-inbox", daemon=True)
 
     def start(self) -> None:
@@ -87,9 +89,14 @@ class Writer:
                 fresh = []
                 self._inbox.roll()
             self._prune()
-            self.failing = False
+            self.failing, self.error = False, None
         except StorageError as error:
-            self._fail(taken, error)
+            self._fail(taken, error.seen)
+            return
+        except Exception as error:  # without this thread every sender would wait for ever
+            log.exception("messages were not written")
+            self.error = f"{type(error).__name__}: {error}"[:300]
+            self._fail(taken, "the messages could not be written")
             return
         for (message, _), new in zip(taken, fresh, strict=True):
             self._metrics.messages.labels(message.kind, "new" if new else "repeated").inc()
@@ -100,11 +107,11 @@ class Writer:
             self._inbox.prune(self._keep)
             self._pruned = time.monotonic()
 
-    def _fail(self, taken: list[tuple[Message, "asyncio.Future[bool]"]], error: StorageError) -> None:
+    def _fail(self, taken: list[tuple[Message, "asyncio.Future[bool]"]], seen: str) -> None:
         if not self.failing:
-            log.warning("messages are refused", reason=error.seen)
+            log.warning("messages are refused", reason=seen)
         self.failing = True
-        _tell([future for _, future in taken], [busy(error.seen)] * len(taken))
+        _tell([future for _, future in taken], [busy(seen)] * len(taken))
         if not taken:
             time.sleep(STORAGE_PAUSE)
 
