@@ -23,6 +23,7 @@ from assay.poc.protocol._record import (
     is_valid,
 )
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round, check_name, check_number, prefixed
+from assay.poc.protocol._sketches import SKETCH_EVERY, SKETCH_SIZE, sketch_steps, sketches
 from assay.poc.protocol._strict import check_fields, malformed, malformed_line, numbered_lines, parse_line
 from assay.poc.protocol._transforms import (
     ROWS_OF_A_PRODUCT,
@@ -43,6 +44,8 @@ __all__ = [
     "PIPELINES",
     "RANDOM_HEAD_ROWS",
     "ROWS_OF_A_PRODUCT",
+    "SKETCH_EVERY",
+    "SKETCH_SIZE",
     "UNFILLED",
     "BlockFactor",
     "Build",
@@ -93,6 +96,8 @@ __all__ = [
     "prefixed",
     "project",
     "reflect",
+    "sketch_steps",
+    "sketches",
     "unit",
     "weighted_sum",
 ]
