@@ -6,7 +6,7 @@ explains the format and how two machines compare their streams in one line.
 """
 
 from assay.streams._arrays import DTYPES, STORED_DTYPES, as_tensor, digest, dtype_name, torch_dtype
-from assay.streams._backend import Backend
+from assay.streams._backend import Backend, step_seeds
 from assay.streams._definition import seed32, seeds
 from assay.streams._registry import BACKENDS, SELFTEST_EXPECTED, get_backend, selftest
 
@@ -23,5 +23,6 @@ __all__ = [
     "seed32",
     "seeds",
     "selftest",
+    "step_seeds",
     "torch_dtype",
 ]

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from assay.errors import OutOfMemory, UsageError, is_out_of_memory
 from assay.streams import _definition as definition
-from assay.streams._arrays import DTYPES, Array, numpy_dtype
+from assay.streams._arrays import DTYPES, Array, as_tensor, numpy_dtype, torch_dtype
 from assay.streams._definition import UInts
+from assay.streams._rows import WORDS, check_rows, check_steps
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,54 @@ class Backend:
         with self._room_for(n):
             return self._normals(_checked(seeds_BS), _count(n), dtype)
 
+    def gumbels(self, seeds_B: Seeds, n: int) -> Array:
+        """Return the first n standard Gumbel numbers of each stream, float32 ``[B, n]``, from -3.13 to 22.87.
+
+        The token with the largest sum of logit and number is a sample of the softmax of the logits.
+        """
+        with self._room_for(n):
+            return self._gumbels(_single(seeds_B), _count(n))
+
+    def add_gumbels(self, scores_NV: Array, seeds_N: Array, rows_N: Array | None = None) -> None:
+        """Add the Gumbel numbers of a stream to every row in place: what a sampler does in every step of decoding.
+
+        Element v of a row gets element v of its stream, by one float32 addition, so a token that is forbidden by minus
+        infinity stays so. On a GPU the call returns without waiting for the device, and reads nothing back.
+
+            backend.add_gumbels(logits, backend.row_seeds(words, steps))
+
+        Args:
+            scores_NV: float32, on the backend's device, contiguous within a row.
+            seeds_N: One seed for each row, uint32 or int32 with the same bits, on the same device.
+            rows_N: Different rows of the scores, int64, on the same device: seed i is for row ``rows_N[i]``, and the
+                other rows stay as they are. None if every row has its seed.
+
+        Raises:
+            UsageError: A shape, dtype or device is another one, or a row does not exist (not checked on a GPU).
+        """
+        scores, seeds = as_tensor(scores_NV).detach(), as_tensor(seeds_N)
+        rows = None if rows_N is None else as_tensor(rows_N)
+        check_rows(self.device, scores, seeds, rows)
+        if len(seeds) and scores.shape[1]:
+            with self._room_for(scores.shape[1]):
+                self._add_gumbels(scores, seeds.contiguous().view(torch_dtype("int32")), rows)
+
+    def row_seeds(self, words_N8: Array, steps_N: Array) -> torch.Tensor:
+        """Return the seed of one step for each row, uint32 ``[N]``, on the device and without waiting for it.
+
+        Seed i is ``step_seeds(words_N8[i : i + 1], steps_N[i : i + 1])`` of :func:`assay.streams.step_seeds`.
+
+        Args:
+            words_N8: The 8 words of each row's stream, uint32 or int32 with the same bits, on the backend's device.
+            steps_N: A step of each, from 0 to 2**32 - 1, of any integer dtype, on the same device.
+
+        Raises:
+            UsageError: A shape, dtype or device is another one.
+        """
+        words, steps = as_tensor(words_N8), as_tensor(steps_N)
+        check_steps(self.device, words, steps)
+        return self._row_seeds(words.view(torch_dtype("int32")), steps).view(torch_dtype("uint32"))
+
     def reflected(self, x_BD: torch.Tensor, seeds_BR: Seeds) -> torch.Tensor | None:
         """Reflect every row in R hyperplanes drawn for it, one after the other: ``x - 2 (x v) / (v v) v``, v normal.
 
@@ -147,6 +196,17 @@ class Backend:
     def _normals(self, seeds_BS: UInts, n: int, dtype: str) -> Array:
         return definition.normals(seeds_BS, n).astype(numpy_dtype(dtype), copy=False)
 
+    def _gumbels(self, seeds_B: UInts, n: int) -> Array:
+        return definition.gumbels(seeds_B, 0, n)
+
+    def _add_gumbels(self, scores_NV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
+        rows = slice(None) if rows_N is None else rows_N.numpy()
+        scores_NV.numpy()[rows] += definition.gumbels(seeds_N.numpy().view(np.uint32), 0, scores_NV.shape[1])
+
+    def _row_seeds(self, words_N8: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
+        words, steps = words_N8.numpy().view(np.uint32), steps_N.numpy().astype(np.uint32)
+        return as_tensor(definition.step_seeds(words, steps[:, None])[:, 0])
+
     def _reflected(self, x_BD: torch.Tensor, seeds_BR: UInts) -> torch.Tensor | None:
         return None
 
@@ -160,6 +220,33 @@ def tiles(rows: int, columns: int, size: int) -> list[tuple[int, int, int, int]]
         for row in range(0, rows, height)
         for column in range(0, columns, width)
     ]
+
+
+def step_seeds(words_B8: Seeds, steps_N: Seeds) -> UInts:
+    """Return the 32-bit seed of every step of every stream of strength 256, uint32 ``[B, N]``.
+
+    A response takes its noise from one stream of 8 words and has a seed of its own for every token: prefix-stable,
+    different for every step, and equal on every machine.
+
+    Args:
+        words_B8: The words of each stream, as ``seeds(texts, strength=256)`` makes them.
+        steps_N: Steps, integers in [0, 2**32).
+
+    Raises:
+        UsageError: Other shapes or values.
+
+    Example:
+        >>> step_seeds(seeds(["a response"], strength=256), [0, 1]).shape
+        (1, 2)
+    """
+    words, steps = _checked(words_B8), _checked(steps_N)
+    if words.shape[1] != WORDS or steps.shape[1] != 1:
+        raise UsageError(
+            f"words of shape {words.shape} and steps of shape {np.shape(steps_N)}",
+            wanted=f"{WORDS} words for each stream [B, {WORDS}], and steps [N]",
+            do="make the words with assay.streams.seeds(texts, strength=256)",
+        )
+    return definition.step_seeds(words, steps.T)
 
 
 def _single(seeds: Seeds) -> UInts:

@@ -8,13 +8,16 @@ A stream is a function of a 32-bit seed and an element index, so any part of it 
 - **sign**: +1 where the uniform is above one half, else -1.
 - **permutation**: the stable argsort of the hashes. Picking k of n takes the k smallest hashes in ascending hash order.
 - **normal**: Box-Muller over the two halves of an even number of uniforms: first all cosines, then all sines.
+- **gumbel**: ``-ln E`` of an exponential number ``E = -ln(1 - (hash + 1/2) / 2**32)``; both logarithms are those below.
 
-Normals are portable because their arithmetic is: float32 add, subtract and multiply, bit casts, and one square root,
-each rounded once to nearest even (IEEE 754), in the order written here. No fused multiply-add, no library ``log``,
-``cos`` or ``sin`` (they differ between machines), and no value on the way is subnormal, so flush-to-zero modes
-change nothing. Polynomials are evaluated by Horner's rule with a rounding after each multiply and after each add.
+Normals and Gumbel numbers are portable because their arithmetic is: float32 add, subtract and multiply, bit casts, and
+one square root, each rounded once to nearest even (IEEE 754), in the order written here. No fused multiply-add, no
+library ``log``, ``cos`` or ``sin`` (they differ between machines), and no value on the way is subnormal, so
+flush-to-zero modes change nothing. Polynomials are evaluated by Horner's rule with a rounding after each multiply and
+after each add.
 
-Shapes: ``B`` streams of a batch, ``N`` elements of each, ``P`` pairs of uniforms, ``S`` sub-seeds of a stream.
+Shapes: ``B`` streams of a batch, ``N`` elements of each, ``P`` pairs of uniforms, ``S`` sub-seeds of a stream, ``W``
+words of its seed.
 """
 
 from __future__ import annotations
@@ -39,8 +42,14 @@ MIN_U1 = np.float32(1e-10)
 SQRT_HALF_BITS = np.int32(0x3F3504F3)
 """Bits of float32 sqrt(1/2): splitting u = 2**-k * (1 + f) here keeps 1 + f in [sqrt(1/2), sqrt(2)), around 1."""
 
+MIDDLE = np.uint32(1 << 31)
+"""Hashes below it make the upper half of the Gumbel numbers, whose probability to be exceeded is the small number."""
+
+LOG1P_SPLIT = np.float32(0.29289323)
+"""1 - sqrt(1/2): above it 1 - x is split as 1/2 * (1 + f), so that 1 + f is in [sqrt(1/2), sqrt(2)) here too."""
+
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-"""ln 2 in two parts. The high one has 9 significant bits, so k * LN2_HIGH is exact for every k that occurs, 0 to 33."""
+"""ln 2 in two parts. The high one has 9 significant bits, so k * LN2_HIGH is exact for every k there is, -5 to 33."""
 
 ROUND_MAGIC = np.float32(12582912.0)
 """1.5 * 2**23: adding it to a small float32 rounds that to an integer, which is then in the low bits of the sum."""
@@ -102,19 +111,19 @@ def seeds(texts: Sequence[str], strength: int = 32) -> UInts:
 
 def hashes(seeds_B: UInts, start: int, stop: int) -> UInts:
     """Hashes of elements ``start`` to ``stop`` (exclusive) of each stream, uint32 ``[B, stop - start]``."""
-    k_N = np.arange(start, stop, dtype=np.int64).astype(np.uint32)
-    k_N = k_N * np.uint32(0xCC9E2D51)
-    k_N = _rotate_left(k_N, 15)
-    k_N = k_N * np.uint32(0x1B873593)
-    h_BN = seeds_B[:, None] ^ k_N
-    h_BN = _rotate_left(h_BN, 13)
-    h_BN = h_BN * np.uint32(5) + np.uint32(0xE6546B64)
-    h_BN ^= h_BN >> np.uint32(16)
-    h_BN *= np.uint32(0x85EBCA6B)
-    h_BN ^= h_BN >> np.uint32(13)
-    h_BN *= np.uint32(0xC2B2AE35)
-    h_BN ^= h_BN >> np.uint32(16)
-    return h_BN
+    return _hash(seeds_B[:, None], np.arange(start, stop, dtype=np.int64).astype(np.uint32))
+
+
+def step_seeds(words_BW: UInts, steps_BN: UInts) -> UInts:
+    """Seeds of steps, uint32 ``[B, N]``: the step, hashed with the first word as the seed, that with the next, and so on.
+
+    Every hash is a bijection of the index, so different steps of a stream have different seeds. The steps are broadcast
+    to the streams.
+    """
+    seeds_BN = steps_BN
+    for word in range(words_BW.shape[1]):
+        seeds_BN = _hash(words_BW[:, word, None], seeds_BN)
+    return seeds_BN
 
 
 def uniforms(seeds_B: UInts, start: int, stop: int) -> Floats:
@@ -147,6 +156,19 @@ def normals(seeds_BS: UInts, n: int) -> Floats:
     return normals_BN
 
 
+def gumbels(seeds_B: UInts, start: int, stop: int) -> Floats:
+    """Standard Gumbel numbers ``-ln E``, with E exponential; the smaller the hash, the larger the number.
+
+    ``E = -ln(1 - (h + 1/2) / 2**32)`` is never 0 and never infinite. Its x is the smaller of the two probabilities,
+    (h + 1/2) / 2**32 and what is left of 1, so neither tail loses digits: -3.13 to 22.87, to the last of 2**32 values.
+    """
+    h_BN = hashes(seeds_B, start, stop)
+    doubled = np.uint32(2) * np.minimum(h_BN, ~h_BN) + np.uint32(1)
+    x = doubled.astype(np.float32) * np.float32(2.0**-33)
+    exponential = np.where(h_BN < MIDDLE, negative_log1p_minus(x), negative_log(x))
+    return negative_log(exponential)
+
+
 def segment_length(n: int, sub_seeds: int) -> int:
     """How many of n normals each sub-seed makes, the last ones fewer or none. At least 1, so that it can be a step."""
     return max(1, -(-n // sub_seeds))
@@ -160,15 +182,18 @@ def box_muller(u1: Floats, u2: Floats) -> tuple[Floats, Floats]:
 
 
 def negative_log(u: Floats) -> Floats:
-    """``-ln u`` for u in (0, 1]: for u = 2**-k (1 + f) it is ``k ln 2 - f + f**2/2 - f**3 LN_POLY(f)``; +0 at u = 1."""
+    """``-ln u`` for positive u that are not subnormal: split as u = 2**-k (1 + f). +0 at u = 1."""
     bits = u.view(np.int32)
     exponent = (bits - SQRT_HALF_BITS) >> np.int32(23)
     k = (-exponent).astype(np.float32)
     f = (bits - (exponent << np.int32(23))).view(np.float32) - np.float32(1)
-    square = f * f
-    curve = np.float32(0.5) * square - f * square * _polynomial(LN_POLY, f)
-    result: Floats = ((k * LN2_LOW + curve) - f) + k * LN2_HIGH
-    return result
+    return _negative_log_of_parts(k, f)
+
+
+def negative_log1p_minus(x: Floats) -> Floats:
+    """``-ln(1 - x)`` for x from 2**-33 to 1/2: 1 - x is 1 + f with f = -x, or (1 + f) / 2 with f = 1 - 2x, exactly."""
+    halved = x > LOG1P_SPLIT
+    return _negative_log_of_parts(halved.astype(np.float32), np.where(halved, np.float32(1) - np.float32(2) * x, -x))
 
 
 def cos_sin_turn(u: Floats) -> tuple[Floats, Floats]:
@@ -199,6 +224,30 @@ def _sha256(text: str) -> bytes:
         raise UsageError(
             f"seed text {text!r}", wanted="text that UTF-8 can encode", do="remove lone surrogates"
         ) from error
+
+
+def _negative_log_of_parts(k: Floats, f: Floats) -> Floats:
+    """``-ln(2**-k (1 + f)) = k ln 2 - f + f**2/2 - f**3 LN_POLY(f)`` for 1 + f in [sqrt(1/2), sqrt(2))."""
+    square = f * f
+    curve = np.float32(0.5) * square - f * square * _polynomial(LN_POLY, f)
+    result: Floats = ((k * LN2_LOW + curve) - f) + k * LN2_HIGH
+    return result
+
+
+def _hash(seeds: UInts, indices: UInts) -> UInts:
+    """Hash of each index with its seed as the seed; the two arrays are broadcast."""
+    k = indices * np.uint32(0xCC9E2D51)
+    k = _rotate_left(k, 15)
+    k = k * np.uint32(0x1B873593)
+    h = seeds ^ k
+    h = _rotate_left(h, 13)
+    h = h * np.uint32(5) + np.uint32(0xE6546B64)
+    h ^= h >> np.uint32(16)
+    h *= np.uint32(0x85EBCA6B)
+    h ^= h >> np.uint32(13)
+    h *= np.uint32(0xC2B2AE35)
+    h ^= h >> np.uint32(16)
+    return h
 
 
 def _plain_normals(seeds_B: UInts, n: int) -> Floats:

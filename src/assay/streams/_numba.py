@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
@@ -25,6 +25,9 @@ from assay.streams import _definition as definition
 from assay.streams._arrays import DTYPES, Array, numpy_dtype
 from assay.streams._backend import Backend, tiles
 from assay.streams._definition import UInts
+
+if TYPE_CHECKING:
+    import torch
 
 _TILE = 1 << 17
 """Cells of one task: large against the cost of handing it to a thread, small enough to share out evenly."""
@@ -36,8 +39,9 @@ _LN, _SIN, _COS = definition.LN_POLY, definition.SIN_POLY, definition.COS_POLY
 _LN2_HIGH, _LN2_LOW = definition.LN2_HIGH, definition.LN2_LOW
 _MIN_U1, _SQRT_HALF_BITS = definition.MIN_U1, definition.SQRT_HALF_BITS
 _ROUND_MAGIC, _SIGN_THRESHOLD = definition.ROUND_MAGIC, definition.SIGN_THRESHOLD
-_HALF, _ONE, _TWO, _FOUR = (np.float32(x) for x in (0.5, 1, 2, 4))
-_SCALE = np.float32(2.0**-32)
+_LOG1P_SPLIT, _MIDDLE = definition.LOG1P_SPLIT, definition.MIDDLE
+_ZERO, _HALF, _ONE, _TWO, _FOUR = (np.float32(x) for x in (0, 0.5, 1, 2, 4))
+_SCALE, _HALF_SCALE = np.float32(2.0**-32), np.float32(2.0**-33)
 
 
 def _compiled(function: Callable[..., Any], **options: Any) -> Any:
@@ -89,11 +93,17 @@ def _uniform(seed: Any, index: int) -> Any:
 
 
 @_inline
-def _negative_log(u: Any) -> Any:
+def _split(u: Any) -> Any:
+    """The k and f of ``u = 2**-k (1 + f)``."""
     bits = np.float32(u).view(np.int32)
     exponent = np.int32(np.int32(bits - _SQRT_HALF_BITS) >> np.int32(23))
     k = np.float32(np.int32(-exponent))
     f = np.int32(bits - np.int32(exponent << np.int32(23))).view(np.float32) - _ONE
+    return k, f
+
+
+@_inline
+def _negative_log_of_parts(k: Any, f: Any) -> Any:
     square = f * f
     p = _LN[0] * f + _LN[1]
     p = p * f + _LN[2]
@@ -105,6 +115,26 @@ def _negative_log(u: Any) -> Any:
     p = p * f + _LN[8]
     curve = _HALF * square - f * square * p
     return ((k * _LN2_LOW + curve) - f) + k * _LN2_HIGH
+
+
+@_inline
+def _negative_log(u: Any) -> Any:
+    k, f = _split(u)
+    return _negative_log_of_parts(k, f)
+
+
+@_inline
+def _gumbel(seed: Any, index: int) -> Any:
+    h = _hash(seed, index)
+    small = np.uint32(min(h, np.uint32(~h)))
+    x = np.float32(np.uint32(np.uint32(small << np.uint32(1)) | np.uint32(1))) * _HALF_SCALE
+    # Both logarithms of the definition are one: what differs is where k and f come from.
+    k, f = _split(x)
+    halved = x > _LOG1P_SPLIT
+    upper_k = _ONE if halved else _ZERO
+    upper_f = _ONE - _TWO * x if halved else -x
+    is_upper = h < _MIDDLE
+    return _negative_log(_negative_log_of_parts(upper_k if is_upper else k, upper_f if is_upper else f))
 
 
 @_inline
@@ -196,6 +226,25 @@ def _fill_signs(seeds_B: Any, out_BN: Any, row: int, row_stop: int, column: int,
             out[i] = np.int8(1) if _hash(seed, column + i) >= _SIGN_THRESHOLD else np.int8(-1)
 
 
+@_compiled
+def _fill_gumbels(seeds_B: Any, out_BN: Any, row: int, row_stop: int, column: int, column_stop: int) -> None:
+    for b in range(row, row_stop):
+        seed, out = seeds_B[b], out_BN[b][column:column_stop]
+        for i in range(len(out)):
+            out[i] = _gumbel(seed, column + i)
+
+
+@_compiled
+def _add_gumbels(
+    seeds_N: Any, starts_N: Any, scores: Any, row: int, row_stop: int, column: int, column_stop: int
+) -> None:
+    """Add to the rows that begin at ``starts_N`` of the flat ``scores``."""
+    for b in range(row, row_stop):
+        seed, out = seeds_N[b], scores[starts_N[b] + column : starts_N[b] + column_stop]
+        for i in range(len(out)):
+            out[i] += _gumbel(seed, column + i)
+
+
 class NumbaBackend(Backend):
     """Compiled for this CPU on first use (a few seconds, once) and run on all its cores."""
 
@@ -234,6 +283,18 @@ class NumbaBackend(Backend):
         work = tiles(len(seeds_BS), -(-length // 2), max(1, _TILE // (2 * seeds_BS.shape[1])))
         self._spread(partial(_fill_normals, seeds_BS, out_BN, length, DTYPES.index(dtype)), work)
         return out_BN.view(numpy_dtype(dtype))
+
+    def _gumbels(self, seeds_B: UInts, n: int) -> Array:
+        return self._filled(_fill_gumbels, seeds_B, n, np.float32)
+
+    def _add_gumbels(self, scores_NV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
+        rows, columns = scores_NV.shape
+        stride = scores_NV.stride(0)
+        # One axis, so that a row of a wider array (logits of a padded vocabulary) is contiguous to the compiler.
+        flat = scores_NV.as_strided(((rows - 1) * stride + columns,), (1,)).numpy()
+        starts_N = (np.arange(rows) if rows_N is None else rows_N.numpy().astype(np.int64)) * stride
+        add = partial(_add_gumbels, seeds_N.numpy().view(np.uint32), starts_N, flat)
+        self._spread(add, tiles(len(starts_N), columns, _TILE))
 
     def _filled(self, kernel: Any, seeds_B: UInts, n: int, dtype: Any) -> npt.NDArray[Any]:
         out_BN = np.empty((len(seeds_B), n), dtype)

@@ -56,6 +56,23 @@ class TorchBackend(Backend):
         order_BN = self._from_hashes("order", torch.int32, seeds_B, n)
         return torch.topk(order_BN, k, dim=1, largest=False, sorted=True).indices
 
+    def _gumbels(self, seeds_B: UInts, n: int) -> torch.Tensor:
+        return self._from_hashes("gumbel", torch.float32, seeds_B, n)
+
+    def _add_gumbels(self, scores_NV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
+        for row, row_stop, column, column_stop in tiles(len(seeds_N), scores_NV.shape[1], self._tile):
+            gumbels = _gumbel(_hash(seeds_N[row:row_stop], column, column_stop))
+            if rows_N is None:
+                scores_NV[row:row_stop, column:column_stop] += gumbels
+            else:
+                scores_NV[:, column:column_stop].index_add_(0, rows_N[row:row_stop], gumbels)
+
+    def _row_seeds(self, words_NW: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
+        seeds_N = steps_N.to(torch.int32)  # wraps: the low 32 bits
+        for words_N in words_NW.unbind(1):
+            seeds_N = _hash_of(words_N, seeds_N)
+        return seeds_N
+
     def _from_hashes(self, kind: str, dtype: torch.dtype, seeds_B: UInts, n: int) -> torch.Tensor:
         """Return what follows from every hash, ``[B, n]``: one of the kinds of :func:`_from_hash`."""
         out_BN = torch.empty((len(seeds_B), n), dtype=dtype, device=self.device)
@@ -108,19 +125,23 @@ def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _hash(seeds_B: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Return the hashes of elements ``start`` to ``stop`` of each stream, as the int32 with the same bits."""
-    k_N = torch.arange(start, stop, device=seeds_B.device).to(torch.int32)
-    k_N = k_N * _int32(0xCC9E2D51)
-    k_N = _rotate_left(k_N, 15)
-    k_N = k_N * 0x1B873593
-    h_BN = seeds_B[:, None] ^ k_N
-    h_BN = _rotate_left(h_BN, 13)
-    h_BN = h_BN.mul_(5).add_(_int32(0xE6546B64))
-    h_BN ^= _shift_right(h_BN, 16)
-    h_BN *= _int32(0x85EBCA6B)
-    h_BN ^= _shift_right(h_BN, 13)
-    h_BN *= _int32(0xC2B2AE35)
-    h_BN ^= _shift_right(h_BN, 16)
-    return h_BN
+    return _hash_of(seeds_B[:, None], torch.arange(start, stop, device=seeds_B.device).to(torch.int32))
+
+
+def _hash_of(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the hash of each index with its seed as the seed; all int32, and broadcast."""
+    k = indices * _int32(0xCC9E2D51)
+    k = _rotate_left(k, 15)
+    k = k * 0x1B873593
+    h = seeds ^ k
+    h = _rotate_left(h, 13)
+    h = h.mul_(5).add_(_int32(0xE6546B64))
+    h ^= _shift_right(h, 16)
+    h *= _int32(0x85EBCA6B)
+    h ^= _shift_right(h, 13)
+    h *= _int32(0xC2B2AE35)
+    h ^= _shift_right(h, 16)
+    return h
 
 
 def _unsigned(h: torch.Tensor) -> torch.Tensor:
@@ -133,8 +154,10 @@ def _uniform(h: torch.Tensor) -> torch.Tensor:
 
 
 def _from_hash(kind: str, h: torch.Tensor) -> torch.Tensor:
-    """Return the hash itself, its uniform, its sign, or the int32 that has its place in the order of all hashes."""
+    """Return the hash, its uniform, its sign, its Gumbel number, or the int32 with its place in the order of all."""
     match kind:
+        case "gumbel":
+            return _gumbel(h)
         case "uniform":
             return _uniform(h)
         case "sign":
@@ -162,11 +185,30 @@ def _square_root(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float64).sqrt_().to(torch.float32)
 
 
+def _gumbel(h: torch.Tensor) -> torch.Tensor:
+    """Return the Gumbel numbers of hashes. Both logarithms of the definition are one, of a k and f chosen before."""
+    smaller = h ^ (h >> 31)  # of h and ~h, as unsigned numbers
+    x = smaller.to(torch.int64).mul_(2).add_(1).to(torch.float32).mul_(2.0**-33)
+    k, f = _split(x)
+    halved = x > float(definition.LOG1P_SPLIT)
+    is_upper = h >= 0  # below the middle, as an unsigned number
+    k = torch.where(is_upper, halved.to(torch.float32), k)
+    f = torch.where(is_upper, torch.where(halved, 1 - 2 * x, -x), f)
+    return _negative_log(_negative_log_of_parts(k, f))
+
+
 def _negative_log(u: torch.Tensor) -> torch.Tensor:
+    return _negative_log_of_parts(*_split(u))
+
+
+def _split(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k and f of ``u = 2**-k (1 + f)``."""
     bits = u.view(torch.int32)
     exponent = (bits - int(definition.SQRT_HALF_BITS)) >> 23
-    k = (-exponent).to(torch.float32)
-    f = (bits - (exponent << 23)).view(torch.float32) - 1
+    return (-exponent).to(torch.float32), (bits - (exponent << 23)).view(torch.float32) - 1
+
+
+def _negative_log_of_parts(k: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     square = f * f
     curve = (0.5 * square).sub_((f * square).mul_(_polynomial(definition.LN_POLY, f)))
     return (k * float(definition.LN2_LOW)).add_(curve).sub_(f).add_(k * float(definition.LN2_HIGH))
