@@ -1,6 +1,8 @@
 """From pairs to a basis: what is used, what is held out, what is refused, and when a file is used again."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,9 +17,11 @@ from assay.vhack import (
     pair_gradients,
     per_sample_gradients,
     split_pairs,
+    weight_svd,
     weights_digest,
 )
 from assay.vhack.basis import _extract
+from assay.vhack.gradients import _svd
 from tests.vhack.angles import principal_angles
 
 
@@ -166,6 +170,30 @@ def test_truncation_reports_what_it_keeps(small_model, byte_tokenizer, small_pai
     kept = sum(float(rows[:, :4].square().sum()) for rows in full.values())
     assert shares[4] == pytest.approx(kept / sum(float(rows.square().sum()) for rows in full.values()), rel=1e-4)
     assert shares[4] < shares[16] < shares[64] == 1.0
+
+
+def test_truncated_factors_are_made_without_all_full_ones(monkeypatch, small_model, byte_tokenizer, small_pairs):
+    """Of 21 matrices at most three, an eighth, have full factors at any time, and the basis is the same."""
+    asked = {"tokenizer": byte_tokenizer, "rank": 16, "n_heldout": 2}
+    wanted = extract(small_pairs, small_model, svd=weight_svd(small_model), **asked)
+    made, most, real, steps = weakref.WeakSet(), [], _svd.factorise, []
+
+    def watched(*arguments, **options):
+        factors = real(*arguments, **options)
+        made.add(factors)
+        gc.collect()
+        most.append(len(made))
+        return factors
+
+    monkeypatch.setattr(_svd, "factorise", watched)
+    found = extract(small_pairs, small_model, progress=lambda *at: steps.append(at), **asked)
+    assert len(most) == 21
+    assert max(most) <= 3
+    assert found.origin.captured == pytest.approx(wanted.origin.captured, rel=1e-6)
+    assert found.origin == replace(wanted.origin, captured=found.origin.captured)
+    assert all(torch.equal(axes, wanted.axes[name]) for name, axes in found.axes.items())
+    assert list(found.axes) == list(wanted.axes)
+    assert [done for done, _ in steps if done <= 21] == list(range(1, 22))
 
 
 def test_gradients_of_pairs_serve_many_bases(small_model, byte_tokenizer, small_pairs, small_svd, basis):

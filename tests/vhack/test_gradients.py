@@ -299,6 +299,20 @@ def test_no_samples_and_no_tokenizer_are_refused(small_model, byte_tokenizer, sa
         per_sample_gradients(samples, small_model, tokenizer=None, svd=small_svd)
 
 
+def test_some_modules_can_be_had_alone(small_model, byte_tokenizer, samples, small_svd, wanted):
+    names = ["model.layers.2.mlp.down_proj", "model.layers.0.self_attn.v_proj"]
+    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, modules=names)
+    assert list(found) == names[::-1]
+    assert worst_error(found, {name: wanted[name] for name in found}) < 1e-5
+    assert list(weight_svd(small_model, modules=names)) == names[::-1]
+
+
+@pytest.mark.parametrize(("names", "seen"), [(["lm_head"], "'lm_head', which carries no δS"), ([], "no module at all")])
+def test_modules_that_carry_no_delta_are_refused(small_model, byte_tokenizer, samples, small_svd, names, seen):
+    with pytest.raises(UsageError, match=seen):
+        per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, modules=names)
+
+
 def test_factors_of_another_model_are_refused(small_model, byte_tokenizer, samples):
     other = weight_svd(load_model("reference:qwen3", dtype="float32", device="cpu"), method="gram")
     with pytest.raises(UsageError, match=r"no factors of model\.layers\.0\.self_attn\.q_proj, \[64, 64\]"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from assay.vhack.basis._basis import Basis, Origin, check_axis_settings
 from assay.vhack.basis._paired import PairGradients, check_method
 from assay.vhack.gradients import (
     MIN_COVERAGE,
+    Factors,
     SVDCache,
     check_rank,
     coverage,
@@ -34,6 +36,8 @@ Progress = Callable[[int, int], None]
 # The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
 _HELD_OUT_SHARE = 6
 _SHARE_OF_MANY, _MANY_GROUPS = 3, 30
+# Parts of the model whose full factors exist one after the other where truncated ones are wanted.
+_PARTS = 8
 
 
 def split_pairs(
@@ -141,6 +145,7 @@ def pair_gradients(
         svd: Factors of all weights; None computes them.
         rank: Number of singular directions to keep per matrix, the strongest first; None keeps all. The share of the
             gradient that they hold is measured on the first pair, over all modules, and kept as ``origin.captured``.
+            Unless factors are given, full ones never exist of more than an eighth of the modules.
         factors: Dtype of the factors, as in :func:`weight_svd`.
         cache: Directory of factors on disk; None keeps nothing there.
         min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
@@ -163,17 +168,25 @@ def pair_gradients(
     called = [f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in kept]
     matrices = 0 if svd is not None else len(target_modules(model))
     told = [_told(progress, before, matrices + len(samples)) for before in (0, matrices)]
-    full = svd or weight_svd(model, dtype=factors, cache=cache, min_coverage=min_coverage, progress=told[0])
+
+    def factors_of(modules: Sequence[str] | None, progress: Progress | None) -> SVDCache:
+        return svd or weight_svd(
+            model, modules=modules, dtype=factors, cache=cache, min_coverage=min_coverage, progress=progress
+        )
+
     captured = 1.0
-    if rank is not None:
+    if rank is None:
+        used = factors_of(None, told[0])
+    else:
         first = slice(None, None, len(kept))  # both sides of the first pair
-        found = per_sample_gradients(samples[first], model, tokenizer=tokenizer, svd=full, names=called[first])
-        captured, full = _share_of(found, rank), full.truncated(rank)
+        take = partial(per_sample_gradients, samples[first], model, tokenizer=tokenizer, names=called[first])
+        parts = _parts(list(target_modules(model)), _PARTS if svd is None else 1)
+        used, captured = _truncated(parts, rank, factors_of, take, told[0])
     found = per_sample_gradients(
         samples,
         model,
         tokenizer=tokenizer,
-        svd=full,
+        svd=used,
         names=called,
         max_tokens=max_tokens,
         checkpointing=checkpointing,
@@ -183,15 +196,15 @@ def pair_gradients(
     rows = [row for row in range(len(kept)) if any(not torch.equal(hack[name][row], clean[name][row]) for name in hack)]
     if not rows:
         raise _nothing_left(len(pairs))
-    used = [kept[row] for row in rows]
-    keys = tuple(pair.key for pair in used)
+    left = [kept[row] for row in rows]
+    keys = tuple(pair.key for pair in left)
     skipped = tuple(pair.key for pair in pairs if pair.key not in keys)
     return PairGradients(
         {name: part[rows] for name, part in hack.items()},
         {name: part[rows] for name, part in clean.items()},
-        groups=[pair.group for pair in used],
+        groups=[pair.group for pair in left],
         keys=keys,
-        origin=replace(_source_of(model, full), captured=captured, skipped=skipped),
+        origin=replace(_source_of(model, used), captured=captured, skipped=skipped),
     )
 
 
@@ -301,11 +314,33 @@ def _nothing_left(count: int) -> DataError:
     )
 
 
-def _share_of(gradients: dict[str, torch.Tensor], rank: int) -> float:
-    """Return the share of the energy that the first ``rank`` coordinates hold, over all modules."""
-    total = sum(float(rows.square().sum()) for rows in gradients.values())
-    kept = sum(float(rows[:, :rank].square().sum()) for rows in gradients.values())
-    return kept / total if total else 1.0
+def _parts(names: Sequence[str], count: int) -> list[Sequence[str]]:
+    size = -(-len(names) // count)
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
+def _truncated(
+    parts: Sequence[Sequence[str]],
+    rank: int,
+    factors_of: Callable[[Sequence[str], Progress | None], SVDCache],
+    gradients_of: Callable[..., dict[str, torch.Tensor]],
+    progress: Progress | None,
+) -> tuple[SVDCache, float]:
+    """Return the factors of all modules cut to ``rank``, and the share of some gradients' energy that they hold.
+
+    The share needs the full factors, so those of one part of the modules exist at a time, and each part takes a pass.
+    """
+    found: dict[str, Factors] = {}
+    total = held = 0.0
+    for part in parts:
+        full = factors_of(part, _told(progress, len(found), 0))
+        for rows in gradients_of(svd=full, modules=part).values():
+            total += float(rows.square().sum())
+            held += float(rows[:, :rank].square().sum())
+        found |= {name: full[name].truncated(rank) for name in part}
+        dtype = full.dtype
+        del full  # before those of the next part are made
+    return SVDCache(found, rank=rank, dtype=dtype), held / total if total else 1.0
 
 
 def _source_of(model: "Model | PreTrainedModel", svd: SVDCache) -> Origin:

@@ -1,6 +1,6 @@
 """The gradient of every sample with respect to δS, at δS = 0, of every target module."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -16,7 +16,7 @@ from assay.vhack.gradients._batches import Encoded, encode, plan, token_budget
 from assay.vhack.gradients._replica import Computed, Replica, recipe_for
 from assay.vhack.gradients._svd import Factors, SVDCache, weight_svd
 from assay.vhack.gradients._taps import fitting
-from assay.vhack.gradients._targets import module_of, target_modules
+from assay.vhack.gradients._targets import chosen_modules, module_of
 from assay.vhack.pairs import Sample
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def per_sample_gradients(
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     svd: SVDCache | None = None,
+    modules: Collection[str] | None = None,
     max_tokens: int | None = None,
     checkpointing: bool = False,
     names: Sequence[str] | None = None,
@@ -48,6 +49,7 @@ def per_sample_gradients(
         tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`. It
             adds no special tokens: a model that needs ``<bos>`` must have it in the text of the prompt.
         svd: Factors of the weights from :func:`weight_svd`; None computes them.
+        modules: Names of the target modules whose gradients are wanted; None stands for all.
         max_tokens: Largest number of tokens in a batch, padding included; None chooses from the free memory. A batch
             that still runs out of memory on a GPU is split.
         checkpointing: Whether to recompute each layer in the backward pass: a third more time for far less memory.
@@ -58,7 +60,7 @@ def per_sample_gradients(
         Per module name, [N, R] float32 on the CPU, rows in the order of the samples.
 
     Raises:
-        UsageError: There are no samples or no tokenizer, or the factors belong to other modules.
+        UsageError: There are no samples or no tokenizer, the factors belong to other modules, or a module is no target.
         DataError: A prompt or completion is empty, a sample is too long, or its loss or gradient is not finite.
         ModelError: The model has no target projections, has fused experts, or is float16.
         OutOfMemory: Not even one sample fits.
@@ -72,20 +74,21 @@ def per_sample_gradients(
         torch.Size([1, 256])
     """
     module = module_of(model)
-    modules = target_modules(module)
+    wanted = chosen_modules(module, modules)
     _check_dtype(module)
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
     encoded = encode(tokenizer, samples, labels, int(module.config.get_text_config().max_position_embeddings))
-    factors = svd if svd is not None else weight_svd(module)
-    _check_factors(modules, factors)
+    given = svd if svd is not None else weight_svd(module, modules=modules)
+    _check_factors(wanted, given)
+    factors = {name: given[name] for name in wanted}
     recipe = recipe_for(module)
     cores = _at_once(module)
     budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing, at_once=cores)
     batches = plan(encoded, budget, packed=recipe.packed, at_once=cores)
-    found = {name: torch.empty(len(samples), factors[name].rank) for name in modules}
-    factored = fitting(modules, factors) if recipe.factored else set()
+    found = {name: torch.empty(len(samples), factors[name].rank) for name in factors}
+    factored = fitting(wanted, factors) if recipe.factored else set()
     replicas = [
         Replica(module, factors, recipe, factored=factored, checkpointing=checkpointing)
         for _ in range(min(cores, len(batches)))

@@ -97,7 +97,7 @@ class Replica:
 
     Args:
         module: Model to copy.
-        factors: Factors U, S and Vh of every target module.
+        factors: Factors U, S and Vh of every target module whose gradients are wanted.
         recipe: Choice among the exact ways.
         factored: Modules whose factors may stand for the weight in products, from `fitting`.
         checkpointing: Whether to recompute each layer in the backward pass.
@@ -197,7 +197,7 @@ class Replica:
             vars(layer)["forward"] = packed.forward(layer, late=self.recipe.late and layer is last)
 
     def _tap(self, factors: Mapping[str, Factors], factored: Collection[str], checkpointing: bool) -> None:
-        modules = target_modules(self.module)
+        modules = {name: linear for name, linear in target_modules(self.module).items() if name in factors}
         self.names = list(modules)
         late = _late_prefixes(self.module) if self.recipe.late else ()
         for name, linear in modules.items():

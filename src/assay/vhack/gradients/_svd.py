@@ -13,7 +13,7 @@ Shapes: O outputs, I inputs, R = min(O, I).
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from assay.errors import BadWeights, UsageError
 from assay.models.device import one_thread
 from assay.reports import storage_error, write_atomic
 from assay.streams import torch_dtype
-from assay.vhack.gradients._targets import MIN_COVERAGE, check_coverage, target_modules, tensor_digest
+from assay.vhack.gradients._targets import MIN_COVERAGE, check_coverage, chosen_modules, tensor_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,6 +173,7 @@ class SVDCache(dict[str, Factors]):
 def weight_svd(
     model: "Model | PreTrainedModel",
     *,
+    modules: Collection[str] | None = None,
     rank: int | None = None,
     dtype: str | None = None,
     method: str = "auto",
@@ -184,6 +185,7 @@ def weight_svd(
 
     Args:
         model: Model whose target matrices are decomposed; the factors stay on the device of their matrix.
+        modules: Names of the target matrices to decompose; None stands for all.
         rank: Number of singular directions to keep per matrix, the strongest first; None keeps all.
         dtype: Dtype of the factors, ``"float32"`` or ``"bfloat16"``; None is bfloat16 for a bfloat16 model on a GPU,
             where it halves memory and time, and float32 otherwise.
@@ -193,13 +195,13 @@ def weight_svd(
         progress: Function called with the number of matrices done and of all.
 
     Raises:
-        UsageError: The dtype or the method has another name, or the rank is below 1.
+        UsageError: The dtype or the method has another name, the rank is below 1, or a module is no target.
         ModelError: The model has no target projection, fused experts, or too many weights that are no targets.
         BadWeights: A matrix is not finite; the message names it.
         StorageError: A file cannot be written.
     """
-    modules = target_modules(model)
-    chosen = factor_dtype(dtype, next(iter(modules.values())).weight)
+    wanted = chosen_modules(model, modules)
+    chosen = factor_dtype(dtype, next(iter(wanted.values())).weight)
     if method not in ("auto", "exact", "gram"):
         raise UsageError(f"method={method!r} of the SVD", wanted="auto, exact or gram", do="choose one of them")
     check_rank(rank)
@@ -211,10 +213,10 @@ def weight_svd(
         return name, factors if rank is None else factors.truncated(rank)
 
     found: dict[str, Factors] = {}
-    for name, factors in _side_by_side(one, modules, next(iter(modules.values())).weight.device):
+    for name, factors in _side_by_side(one, wanted, next(iter(wanted.values())).weight.device):
         found[name] = factors
         if progress:
-            progress(len(found), len(modules))
+            progress(len(found), len(wanted))
     return SVDCache(found, rank=rank, dtype=chosen)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from assay.errors import ModelError
+from assay.errors import ModelError, UsageError
 from assay.models import Model
 from assay.models.families import FUSED_TARGETS, MLP_TARGETS, TARGETS
 
@@ -73,6 +74,26 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
             do="use a model of the Llama or Qwen family",
         )
     return found
+
+
+def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | None) -> dict[str, nn.Linear]:
+    """Return the target Linears of these names, in the order of the model; None stands for all of them.
+
+    Raises:
+        UsageError: A name is that of no target, or there is none.
+        ModelError: As :func:`target_modules` raises it.
+    """
+    found = target_modules(model)
+    if names is None:
+        return found
+    unknown = sorted(set(names) - set(found))
+    if unknown or not names:
+        raise UsageError(
+            f"{unknown[0]!r}, which carries no δS" if unknown else "no module at all",
+            wanted="names of target_modules, such as " + next(iter(found)),
+            do="name some of these, or leave the names out for all",
+        )
+    return {name: module for name, module in found.items() if name in names}
 
 
 def coverage(model: "Model | PreTrainedModel") -> Coverage:
