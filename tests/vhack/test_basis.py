@@ -374,6 +374,13 @@ def test_damaged_files_are_refused(saved, tmp_path, change, message):
     assert raised.value.do.startswith("extract it again")
 
 
+def test_a_file_without_axes_is_refused(saved, tmp_path):
+    with safe_open(saved[1], "pt") as reader:
+        save_file({}, tmp_path / "none.safetensors", {**reader.metadata(), "votes": "{}"})
+    with pytest.raises(DataError, match="it has no axes of any module"):
+        Basis.load(tmp_path / "none.safetensors")
+
+
 def test_what_is_not_a_safetensors_file_is_refused(saved, tmp_path):
     (tmp_path / "bad").write_bytes(saved[1].read_bytes()[:100])
     os.mkfifo(tmp_path / "pipe")

@@ -1,4 +1,5 @@
 import copy
+import os
 
 import pytest
 import torch
@@ -347,8 +348,10 @@ def test_a_file_for_other_weights_or_factors_or_damaged_is_refused(module, small
     save_file(tensors, tmp_path / "none.safetensors")
     with pytest.raises(DataError, match="schema"):
         adapter.load(tmp_path / "none.safetensors")
-    with pytest.raises(DataError, match="cannot be read"):
-        adapter.load(tmp_path / "absent.safetensors")
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+    for name in ("absent.safetensors", "pipe", "."):
+        with pytest.raises(DataError, match="cannot be read"):
+            adapter.load(tmp_path / name)
 
 
 @pytest.mark.parametrize(

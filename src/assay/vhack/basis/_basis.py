@@ -249,6 +249,8 @@ def _parse(path: str | Path, metadata: dict[str, str], tensors: Tensors) -> tupl
         values = {name: tensors[_VALUES + name] for name in axes}
         counts = json.loads(metadata["votes"])
         votes = {name: torch.tensor(counts[name], dtype=torch.int64).reshape(-1, 2) for name in axes}
+        if not axes:
+            raise ValueError("it has no axes of any module")
         for name, axes_KR in axes.items():
             _check_module(name, axes_KR, values[name], votes[name])
     except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:  # RecursionError is a RuntimeError

@@ -44,6 +44,8 @@ def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor])
 def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
     """Return the δS in a file by module name, after all checks; :meth:`DeltaS.load` calls it."""
     try:
+        if not path.is_file():
+            raise FileNotFoundError("not a file")
         with safe_open(path, framework="pt") as reader:
             metadata, tensors = reader.metadata() or {}, {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
