@@ -1,0 +1,76 @@
+"""Responses that can be checked: seeded sampling, sketches, and receipts of what was served.
+
+The noise that chooses a token follows from a seed that no server can choose alone, and is the same bits everywhere.
+So one prefill of prompt and output shows, token by token, whether model and parameters are those that were agreed::
+
+    model = assay.load_model("reference:qwen3")
+    made = respond(model, ["def add(a, b):"], block_hash="…", public_key="…", sampling=Sampling(temperature=0.7))
+    made.save("receipts.jsonl")
+
+docs/responses.md has the formulas and the format.
+"""
+
+from assay.poc.responses._files import (
+    LONGEST_LINE,
+    Receipts,
+    Tally,
+    parse_header,
+    parse_receipt,
+    parse_sampling,
+)
+from assay.poc.responses._forward import Sequences
+from assay.poc.responses._receipts import (
+    MOST_TOKENS,
+    Prompt,
+    Receipt,
+    ReceiptFooter,
+    ReceiptHeader,
+)
+from assay.poc.responses._requests import Request, encoded, read_requests
+from assay.poc.responses._respond import respond, stop_tokens
+from assay.poc.responses._sampler import Sampler
+from assay.poc.responses._sampling import (
+    HIGHEST_TOKEN,
+    NUMBERS,
+    Sampling,
+    counts_before,
+    kept,
+    penalised,
+    scores,
+    tokens_of,
+)
+from assay.poc.responses._seeds import HIGHEST_INDEX, ResponseSeed, step_seeds
+from assay.poc.responses._sketches import sketches
+
+__all__ = [
+    "HIGHEST_INDEX",
+    "HIGHEST_TOKEN",
+    "LONGEST_LINE",
+    "MOST_TOKENS",
+    "NUMBERS",
+    "Prompt",
+    "Receipt",
+    "ReceiptFooter",
+    "ReceiptHeader",
+    "Receipts",
+    "Request",
+    "ResponseSeed",
+    "Sampler",
+    "Sampling",
+    "Sequences",
+    "Tally",
+    "counts_before",
+    "encoded",
+    "kept",
+    "parse_header",
+    "parse_receipt",
+    "parse_sampling",
+    "penalised",
+    "read_requests",
+    "respond",
+    "scores",
+    "sketches",
+    "step_seeds",
+    "stop_tokens",
+    "tokens_of",
+]

@@ -1,0 +1,42 @@
+"""Sketches of a response: of the state that gave its first token, and of every 32nd after it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay.errors import BadWeights
+from assay.poc import protocol
+from assay.poc.responses._seeds import step_seeds
+
+_ROWS = 64  # projections made at a time: 12 · D normals each
+
+
+def sketches(
+    hidden_SD: Float[Tensor, "S D"], words: NDArray[np.uint32], steps: Sequence[int]
+) -> Float16[Tensor, "S K"]:
+    """Return the sketches of states, on their device.
+
+    Args:
+        hidden_SD: Hidden states after the final norm that gave the tokens of the steps.
+        words: Words of the response's seed for the stream ``sketch``, uint32 [8].
+        steps: Steps of the states.
+
+    Raises:
+        BadWeights: A state is NaN or infinite.
+    """
+    if not bool(torch.isfinite(hidden_SD).all()):
+        raise BadWeights(
+            "a hidden state that is NaN or infinite",
+            wanted="finite hidden states",
+            do="check the checkpoint, or use a dtype with more range (--dtype float32)",
+        )
+    seeds_S = step_seeds(words, steps)
+    parts = [
+        protocol.sketches(hidden_SD[start : start + _ROWS], seeds_S[start : start + _ROWS])
+        for start in range(0, len(seeds_S), _ROWS)
+    ]
+    return torch.cat(parts) if parts else torch.empty((0, protocol.SKETCH_SIZE), dtype=torch.float16)
