@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from assay.cli import run
 from assay.poc.validator import draw, message_seed
@@ -46,6 +47,24 @@ def test_every_metric_and_name_that_the_page_mentions_exists():
     ]
     assert len(names) > 15
     assert set(names) <= set(REASONS)
+
+
+def test_every_alert_is_explained_and_asks_for_metrics_that_there_are():
+    rules = yaml.safe_load((ROOT / "deploy" / "validator-alerts.yml").read_text())["groups"][0]["rules"]
+    assert {rule["alert"] for rule in rules} == set(re.findall(r"^\| (Validator\w+) ", TEXT, flags=re.MULTILINE))
+    exported = Metrics().text().decode()
+    for rule in rules:
+        row = next(line for line in TEXT.splitlines() if line.startswith(f"| {rule['alert']} "))
+        asked = set(re.findall(r"assay_validator_\w+", rule["expr"]))
+        assert asked == set(re.findall(r"assay_validator_\w+", row))
+        assert all(re.search(rf"^{name}(?:{{| )", exported, flags=re.MULTILINE) for name in asked), rule["alert"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt install prometheus")
+def test_alerts_fire_when_they_should():
+    rules = ["promtool", "test", "rules", "validator-alerts.test.yml"]
+    done = subprocess.run(rules, cwd=ROOT / "deploy", capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_the_numbers_of_the_page_are_those_of_the_code():
