@@ -19,7 +19,7 @@ from assay.errors import OutOfMemory, UsageError, is_out_of_memory
 from assay.streams import _definition as definition
 from assay.streams._arrays import DTYPES, Array, as_tensor, numpy_dtype, torch_dtype
 from assay.streams._definition import UInts
-from assay.streams._rows import WORDS, check_rows, check_steps
+from assay.streams._rows import WORDS, as_int32, check_rows, check_steps
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ class Backend:
         check_rows(self.device, scores, seeds, rows)
         if len(seeds) and scores.shape[1]:
             with self._room_for(scores.shape[1]):
-                self._add_gumbels(scores, seeds.contiguous().view(torch_dtype("int32")), rows)
+                self._add_gumbels(scores, as_int32(seeds), None if rows is None else rows.contiguous())
 
     def row_seeds(self, words_N8: Array, steps_N: Array) -> torch.Tensor:
         """Return the seed of one step for each row, uint32 ``[N]``, on the device and without waiting for it.
@@ -137,7 +137,7 @@ class Backend:
         """
         words, steps = as_tensor(words_N8), as_tensor(steps_N)
         check_steps(self.device, words, steps)
-        return self._row_seeds(words.view(torch_dtype("int32")), steps).view(torch_dtype("uint32"))
+        return self._row_seeds(as_int32(words), as_int32(steps)).view(torch_dtype("uint32"))
 
     def reflected(self, x_BD: torch.Tensor, seeds_BR: Seeds) -> torch.Tensor | None:
         """Reflect every row in R hyperplanes drawn for it, one after the other: ``x - 2 (x v) / (v v) v``, v normal.
@@ -204,8 +204,8 @@ class Backend:
         scores_NV.numpy()[rows] += definition.gumbels(seeds_N.numpy().view(np.uint32), 0, scores_NV.shape[1])
 
     def _row_seeds(self, words_N8: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
-        words, steps = words_N8.numpy().view(np.uint32), steps_N.numpy().astype(np.uint32)
-        return as_tensor(definition.step_seeds(words, steps[:, None])[:, 0])
+        words, steps = words_N8.numpy().view(np.uint32), steps_N.numpy().view(np.uint32)
+        return as_tensor(definition.step_seeds(words, steps[:, None])[:, 0].view(np.int32))
 
     def _reflected(self, x_BD: torch.Tensor, seeds_BR: UInts) -> torch.Tensor | None:
         return None

@@ -115,7 +115,7 @@ def hashes(seeds_B: UInts, start: int, stop: int) -> UInts:
 
 
 def step_seeds(words_BW: UInts, steps_BN: UInts) -> UInts:
-    """Seeds of steps, uint32 ``[B, N]``: the step, hashed with the first word as the seed, that with the next, and so on.
+    """Seeds of steps, uint32 ``[B, N]``: the hash of the step with the first word as seed, its hash with the next, ...
 
     Every hash is a bijection of the index, so different steps of a stream have different seeds. The steps are broadcast
     to the streams.

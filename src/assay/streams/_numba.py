@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from assay.streams import _definition as definition
-from assay.streams._arrays import DTYPES, Array, numpy_dtype
+from assay.streams._arrays import DTYPES, Array, as_tensor, numpy_dtype
 from assay.streams._backend import Backend, tiles
 from assay.streams._definition import UInts
 
@@ -245,6 +245,15 @@ def _add_gumbels(
             out[i] += _gumbel(seed, column + i)
 
 
+@_compiled
+def _fill_row_seeds(words_N8: Any, steps_N: Any, out_N: Any) -> None:
+    for n in range(len(steps_N)):
+        seed = steps_N[n]
+        for word in words_N8[n]:
+            seed = _hash(word, seed)
+        out_N[n] = seed
+
+
 class NumbaBackend(Backend):
     """Compiled for this CPU on first use (a few seconds, once) and run on all its cores."""
 
@@ -292,9 +301,14 @@ class NumbaBackend(Backend):
         stride = scores_NV.stride(0)
         # One axis, so that a row of a wider array (logits of a padded vocabulary) is contiguous to the compiler.
         flat = scores_NV.as_strided(((rows - 1) * stride + columns,), (1,)).numpy()
-        starts_N = (np.arange(rows) if rows_N is None else rows_N.numpy().astype(np.int64)) * stride
+        starts_N = (np.arange(rows) if rows_N is None else rows_N.numpy()) * stride
         add = partial(_add_gumbels, seeds_N.numpy().view(np.uint32), starts_N, flat)
         self._spread(add, tiles(len(starts_N), columns, _TILE))
+
+    def _row_seeds(self, words_N8: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
+        seeds_N = np.empty(len(steps_N), np.uint32)
+        _fill_row_seeds(words_N8.numpy().view(np.uint32), steps_N.numpy().view(np.uint32), seeds_N)
+        return as_tensor(seeds_N.view(np.int32))
 
     def _filled(self, kernel: Any, seeds_B: UInts, n: int, dtype: Any) -> npt.NDArray[Any]:
         out_BN = np.empty((len(seeds_B), n), dtype)

@@ -63,6 +63,15 @@ def check_steps(device: str, words: torch.Tensor, steps: torch.Tensor) -> None:
         )
 
 
+def as_int32(integers: torch.Tensor) -> torch.Tensor:
+    """Return integers as contiguous int32 with the same low 32 bits."""
+    import torch
+
+    if integers.dtype == torch.uint32:
+        integers = integers.view(torch.int32)
+    return integers.to(torch.int32).contiguous()
+
+
 def _check(name: str, tensor: torch.Tensor, device: str, dtypes: tuple[str, ...], axes: int) -> None:
     dtype = dtype_name(tensor.dtype)
     if dtype not in dtypes or tensor.ndim != axes or not _is_on(tensor, device):

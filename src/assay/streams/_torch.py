@@ -67,9 +67,9 @@ class TorchBackend(Backend):
             else:
                 scores_NV[:, column:column_stop].index_add_(0, rows_N[row:row_stop], gumbels)
 
-    def _row_seeds(self, words_NW: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
-        seeds_N = steps_N.to(torch.int32)  # wraps: the low 32 bits
-        for words_N in words_NW.unbind(1):
+    def _row_seeds(self, words_N8: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
+        seeds_N = steps_N
+        for words_N in words_N8.unbind(1):
             seeds_N = _hash_of(words_N, seeds_N)
         return seeds_N
 

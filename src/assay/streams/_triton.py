@@ -21,6 +21,7 @@ from assay.streams import _definition as definition
 from assay.streams import _triton_kernels as kernels
 from assay.streams._arrays import torch_dtype
 from assay.streams._definition import UInts
+from assay.streams._rows import WORDS
 from assay.streams._torch import TorchBackend, on_device
 
 BLOCK, WARPS = 4096, 16
@@ -35,11 +36,11 @@ _GRID = 65_535
 _MAX_REFLECTED = 16_384
 """Coordinates of a row that one program can hold in its registers."""
 
-_HASH_BLOCK = 1024
+_HASH_BLOCK, _SEED_BLOCK = 1024, 128
 
 
 class TritonBackend(TorchBackend):
-    """Fused kernels for hashes, uniforms, signs, normals and reflections; torch sorts for permutations and picks."""
+    """Fused kernels for everything but permutations and picks, for which torch sorts the hashes."""
 
     name = "triton"
 
@@ -62,6 +63,21 @@ class TritonBackend(TorchBackend):
         warps = min(16, max(1, block // 128))
         self._launch(kernels.reflect_kernel, (rows,), *arguments, BLOCK=block, num_warps=warps)
         return out_BD
+
+    def _add_gumbels(self, scores_NV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
+        rows, columns = scores_NV.shape
+        grid = (len(seeds_N) * -(-columns // _HASH_BLOCK),)
+        numbers = seeds_N if rows_N is None else rows_N
+        arguments = (seeds_N, numbers, scores_NV, rows, columns, scores_NV.stride(0))
+        self._launch(kernels.add_gumbels_kernel, grid, *arguments, HAS_ROWS=rows_N is not None, BLOCK=_HASH_BLOCK)
+
+    def _row_seeds(self, words_N8: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
+        seeds_N = torch.empty(len(steps_N), dtype=torch.int32, device=steps_N.device)
+        if len(steps_N):
+            grid = (-(-len(steps_N) // _SEED_BLOCK),)
+            arguments = (words_N8, steps_N, seeds_N, len(steps_N))
+            self._launch(kernels.row_seeds_kernel, grid, *arguments, WORDS=WORDS, BLOCK=_SEED_BLOCK)
+        return seeds_N
 
     def _from_hashes(self, kind: str, dtype: torch.dtype, seeds_B: UInts, n: int) -> torch.Tensor:
         out_BN = torch.empty((len(seeds_B), n), dtype=dtype, device=self.device)

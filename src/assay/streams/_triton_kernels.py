@@ -15,7 +15,8 @@ The bits are those of :mod:`assay.streams._definition`. Four rewritings, all exa
 The kernels must be launched with ``enable_fp_fusion=False``. By default the compiler contracts a multiply and an add
 into one operation that rounds once.
 
-Legend of shapes: B rows of a batch, N elements of each, S sub-seeds of a row, D coordinates, R reflections.
+Legend of shapes: B rows of a batch, N elements of each, S sub-seeds of a row, D coordinates, R reflections. Where noise
+is added: N rows that get it, R rows of scores, V columns, W words.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from assay.streams import _definition as definition
 LANES = 8
 """Pairs of neighbouring indices in one thread: their cosines, and their sines, make 16-byte stores of short floats."""
 
-# Uniforms are in units of 2**-32: their least, and the bits at which they are split.
+# Uniforms are in units of 2**-32, their doubles of Gumbel numbers in units of 2**-33.
 _MIN_U1 = tl.constexpr(float(definition.MIN_U1) * 2.0**32)
-_SQRT_HALF_BITS = tl.constexpr(int(definition.SQRT_HALF_BITS) + (32 << 23))
+_LOG1P_SPLIT = tl.constexpr(float(definition.LOG1P_SPLIT) * 2.0**33)
+_SQRT_HALF_BITS = tl.constexpr(int(definition.SQRT_HALF_BITS))
 # Half the logarithm as a function of f / 2; k comes negative and in units of 2**23, where exponents stand.
 _LN2_HIGH, _LN2_LOW = (tl.constexpr(float(c) * 2.0**-24) for c in (definition.LN2_HIGH, definition.LN2_LOW))
 _LN = tl.constexpr(tuple(float(c) * 2.0 ** (10 - i) for i, c in enumerate(definition.LN_POLY)))
@@ -104,21 +106,45 @@ def _polynomial(x, coefficients: tl.constexpr):
 
 
 @triton.jit
-def _half_negative_log(u):
-    """``-ln(u / 2**32) / 2`` for u in (0, 2**32]."""
+def _split(u, unit: tl.constexpr):
+    """Half the f, and minus k in units of 2**23, of ``u / 2**unit = 2**-k (1 + f)``."""
     bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - _SQRT_HALF_BITS) & (-1 << 23)
-    minus_k = exponent.to(tl.float32)
-    f = (bits - exponent - (33 << 23)).to(tl.float32, bitcast=True) - 0.5
+    exponent = (bits - (_SQRT_HALF_BITS + (unit << 23))) & (-1 << 23)
+    return (bits - exponent - ((unit + 1) << 23)).to(tl.float32, bitcast=True) - 0.5, exponent.to(tl.float32)
+
+
+@triton.jit
+def _half_negative_log_of_parts(f, minus_k):
     square = f * f
     curve = square - f * square * _polynomial(f, _LN)
     return ((curve - minus_k * _LN2_LOW) - f) - minus_k * _LN2_HIGH
 
 
 @triton.jit
+def _half_negative_log(u, unit: tl.constexpr):
+    """``-ln(u / 2**unit) / 2``."""
+    f, minus_k = _split(u, unit)
+    return _half_negative_log_of_parts(f, minus_k)
+
+
+@triton.jit
+def _gumbel(h):
+    """The Gumbel number of a hash. Both logarithms of the definition are one, of an f and k chosen before."""
+    x = (tl.minimum(h, ~h) * 2 + 1).to(tl.float32)  # in units of 2**-33
+    f, minus_k = _split(x, 33)
+    halved = x > _LOG1P_SPLIT
+    scaled = x * -(2.0**-33)
+    upper_f = tl.where(halved, 0.5 + scaled, 0.5 * scaled)
+    upper_minus_k = tl.where(halved, -(2.0**23), 0.0)
+    is_upper = h.to(tl.int32, bitcast=True) >= 0
+    half = _half_negative_log_of_parts(tl.where(is_upper, upper_f, f), tl.where(is_upper, upper_minus_k, minus_k))
+    return 2.0 * _half_negative_log(half, -1)  # E is twice its half
+
+
+@triton.jit
 def _box_muller(h1, h2):
     """Two normals from two hashes."""
-    radius = _root(_half_negative_log(tl.maximum(h1.to(tl.float32), _MIN_U1)))
+    radius = _root(_half_negative_log(tl.maximum(h1.to(tl.float32), _MIN_U1), 32))
     quarters = h2.to(tl.float32) * 2.0**-28
     shifted = quarters + _ROUND_MAGIC
     d = quarters - (shifted - _ROUND_MAGIC)
@@ -192,7 +218,7 @@ def normal_kernel(
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["seeds_B", "out_BN"])
 def hash_kernel(seeds_B, out_BN, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """What follows from one hash: the hash itself, its order among int32, its sign, or its uniform."""
+    """What follows from one hash: the hash itself, its order among int32, its sign, its uniform, or Gumbel number."""
     row = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     h = _hash(_rotated_seed(tl.load(seeds_B + row)), place.to(tl.uint32))
@@ -202,9 +228,36 @@ def hash_kernel(seeds_B, out_BN, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
         values = tl.where(h >= _SIGN_THRESHOLD, 1, -1)
     elif KIND == "uniform":
         values = h.to(tl.float32) * 2.3283064365386963e-10  # 2**-32
+    elif KIND == "gumbel":
+        values = _gumbel(h)
     else:
         values = h.to(tl.int32, bitcast=True)
     tl.store(out_BN + row * n + place, values.to(out_BN.dtype.element_ty), mask=place < n)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["seeds_N", "rows_N"])
+def add_gumbels_kernel(seeds_N, rows_N, scores_RV, rows, columns, stride, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add Gumbel numbers to rows of scores that are ``stride`` apart; a program does BLOCK columns of one row."""
+    blocks = tl.cdiv(columns, BLOCK)
+    n = tl.program_id(0) // blocks
+    row = n.to(tl.int64)
+    if HAS_ROWS:
+        row = tl.load(rows_N + n)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    gumbels = _gumbel(_hash(_rotated_seed(tl.load(seeds_N + n)), place.to(tl.uint32)))
+    scores = scores_RV + row * stride + place
+    if (row >= 0) & (row < rows):  # a row that does not exist, which nobody checked, must not write anywhere
+        tl.store(scores, tl.load(scores, mask=place < columns) + gumbels, mask=place < columns)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["words_NW", "steps_N", "seeds_N"])
+def row_seeds_kernel(words_NW, steps_N, seeds_N, rows, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """The seed of one step for each of BLOCK rows: the step hashed with one word after the other."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    seed = tl.load(steps_N + row, mask=row < rows, other=0).to(tl.uint32)
+    for word in tl.static_range(WORDS):
+        seed = _hash(_rotated_seed(tl.load(words_NW + row * WORDS + word, mask=row < rows, other=0)), seed)
+    tl.store(seeds_N + row, seed.to(tl.int32, bitcast=True), mask=row < rows)
 
 
 @triton.jit
