@@ -18,6 +18,7 @@ FROZEN = {
     "doctor": {"--json"},
     "streams hash": {"--seed-text", "-n", "--backend", "--device", "--json"},
     "streams uniform": {"--seed-text", "-n", "--backend", "--device", "--json"},
+    "streams gumbel": {"--seed-text", "-n", "--backend", "--device", "--json"},
     "streams normal": {"--seed-text", "-n", "--backend", "--device", "--strength", "--dtype", "--json"},
     "streams signs": {"--seed-text", "-n", "--backend", "--device", "--json"},
     "streams permutation": {"--seed-text", "-n", "--backend", "--device", "--json"},
@@ -52,6 +53,11 @@ FROZEN = {
     "poc calibrate": {
         "--valid-rate", "--dimension", "--output", "--json", "--model", "--device", "--effective-dimension",
         "--vectors", "--sets", "--digest", "--against", "--name", "--merge",
+    },
+    "poc respond": {
+        "--model", "--prompts", "--block-hash", "--public-key", "--output", "--user-seed", "--temperature", "--top-k",
+        "--top-p", "--min-p", "--repetition-penalty", "--frequency-penalty", "--presence-penalty", "--max-tokens",
+        "--hash-prompts", "--dtype", "--device", "--overwrite", "--json",
     },
     "poc pins new": {
         "--model", "--output", "--from-proof", "--calibration", "--public-key", "--preset", "--seq-len", "--strength",

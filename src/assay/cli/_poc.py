@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli import _experiment, _ledger, _pins, _serve, _validator
+from assay.cli import _experiment, _ledger, _pins, _respond, _serve, _validator
 from assay.cli._calibrate import run_calibrate
 from assay.cli._commands import App, Resumable
 from assay.cli._engines import judging_engine, proving_engine
@@ -202,6 +202,12 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None", as_json: boo
     table(("", "result"), rows)
 
 
+app.command(
+    "respond",
+    cls=Resumable,
+    epilog="Example: assay poc respond --model reference:qwen3 --prompts prompts.jsonl --block-hash BLOCK "
+    "--public-key KEY -o receipts.jsonl",
+)(_respond.respond)
 app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)
 app.command("receive", epilog="Example: assay poc receive --port 8081")(_serve.receive)
 app.command("validator", epilog="Example: assay poc validator --model reference:qwen3 --pins pins.toml")(

@@ -1,6 +1,6 @@
 """Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
 
-from assay.models._load import Model, ModelInfo, identify, list_models, load_model, model_info
+from assay.models._load import Model, ModelInfo, identify, list_models, load_model, load_tokenizer, model_info
 from assay.models._quantise import NUMBER_FORMATS
 from assay.models._resolve import checkpoint_directory
 from assay.models._save import save_random
@@ -16,6 +16,7 @@ __all__ = [
     "identify",
     "list_models",
     "load_model",
+    "load_tokenizer",
     "model_info",
     "save_random",
 ]

@@ -143,7 +143,7 @@ def load_model(
             wanted="room for all parameters",
             do="use a smaller model or dtype, or --device cpu",
         ) from error
-    tokenizer = None if source.directory is None else _load_tokenizer(source.directory)
+    tokenizer = None if source.directory is None else _tokenizer_in(source.directory)
     return Model(module, tokenizer, source.reference, digest, mode, quantise or "", mesh.size() if mesh else 1)
 
 
@@ -164,6 +164,17 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
     with torch.device("meta"):
         module = build(source.config, streams.torch_dtype(dtype))
     return Model(module, None, source.reference, digest_tensors(list_tensors(directory)), "trained")
+
+
+def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":
+    """Return the tokenizer of a model without its weights; None where it has none, as a shape.
+
+    Raises:
+        ModelNotFound: There is no such model.
+        ModelError: The tokenizer cannot be read.
+    """
+    directory = resolve(reference).directory
+    return None if directory is None else _tokenizer_in(directory)
 
 
 @dataclass(frozen=True)
@@ -341,7 +352,7 @@ def _check_complete(reference: str, report: dict[str, Any]) -> None:
             )
 
 
-def _load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
+def _tokenizer_in(directory: Path) -> "PreTrainedTokenizerBase | None":
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((directory / name).is_file() for name in names):
         return None

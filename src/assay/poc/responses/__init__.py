@@ -26,7 +26,7 @@ from assay.poc.responses._receipts import (
     ReceiptFooter,
     ReceiptHeader,
 )
-from assay.poc.responses._requests import Request, encoded, read_requests
+from assay.poc.responses._requests import DEFAULT_MAX_TOKENS, Request, encoded, read_requests
 from assay.poc.responses._respond import respond, stop_tokens
 from assay.poc.responses._sampler import Sampler
 from assay.poc.responses._sampling import (
@@ -43,6 +43,7 @@ from assay.poc.responses._seeds import HIGHEST_INDEX, ResponseSeed, step_seeds
 from assay.poc.responses._sketches import sketches
 
 __all__ = [
+    "DEFAULT_MAX_TOKENS",
     "HIGHEST_INDEX",
     "HIGHEST_TOKEN",
     "LONGEST_LINE",

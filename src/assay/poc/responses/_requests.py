@@ -189,11 +189,12 @@ def encoded(
                 wanted=f"tokens below {vocab_size}",
                 do="leave it out of logit_bias",
             )
-        if len(made.ids) + made.max_tokens > max_positions:
+        room = max_positions - len(made.ids)
+        if made.max_tokens > room:
             raise UsageError(
                 f"{name} has {len(made.ids)} tokens and asks for {made.max_tokens}",
                 wanted=f"at most {max_positions} together, the positions of {reference}",
-                do=f"pass --max-tokens {max(1, max_positions - len(made.ids))}, or a shorter prompt",
+                do=f"pass --max-tokens {room}, or a shorter prompt" if room > 0 else "give it a shorter prompt",
             )
         found.append(made)
     return found

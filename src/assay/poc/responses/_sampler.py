@@ -23,7 +23,7 @@ class Sampler:
     """Makes scores for rows of logits on one device.
 
     Args:
-        samplings: Parameters of every row.
+        samplings: Parameters of every row, or one set for all rows.
         vocab_size: Number V of logits of a row.
         device: Device that holds the logits.
 
@@ -39,6 +39,7 @@ class Sampler:
         self._biases = self._bias_entries()
         self._penalises = any(sampling.penalises for sampling in self._samplings)
         self._greedy_N1 = self._column([sampling.greedy for sampling in self._samplings], torch.bool)
+        self._some_greedy = any(sampling.greedy for sampling in self._samplings)
         self._all_greedy = all(sampling.greedy for sampling in self._samplings)
         self._temperature_N1 = self._floats([sampling.temperature or 1.0 for sampling in self._samplings])
         self._repetition_N1 = self._floats([sampling.repetition_penalty for sampling in self._samplings])
@@ -57,7 +58,7 @@ class Sampler:
     def scores(
         self,
         logits_NV: Float[Tensor, "N V"],
-        seeds_N: NDArray[np.uint32],
+        seeds_N: NDArray[np.uint32] | Tensor,
         *,
         prompt_NV: Bool[Tensor, "*#N V"] | None = None,
         counts_NV: Int[Tensor, "N V"] | None = None,
@@ -66,7 +67,7 @@ class Sampler:
 
         Args:
             logits_NV: Raw logits.
-            seeds_N: Seeds of the steps.
+            seeds_N: Seeds of the steps, in numpy or on the device.
             prompt_NV: Tokens that are in the prompt, [V] or [N, V]; None for no token.
             counts_NV: Times that a token is in the output before the step; None for 0.
 
@@ -83,12 +84,13 @@ class Sampler:
         counts_NV: Int[Tensor, "N V"] | None = None,
     ) -> Float32[Tensor, "N V"]:
         """Return l of step 2: the logits with bias and penalties."""
-        check_rows(tuple(logits_NV.shape), len(self._samplings))
+        if len(self._samplings) != 1:
+            check_rows(tuple(logits_NV.shape), len(self._samplings))
         l_NV = logits_NV.float()
         if self._biases is not None:
             rows, tokens, biases = self._biases
             l_NV = l_NV.clone()
-            l_NV[rows, tokens] += biases
+            l_NV[slice(None) if len(self._samplings) == 1 else rows, tokens] += biases
         if not self._penalises:
             return l_NV
         counts = torch.zeros((1, 1), device=self.device) if counts_NV is None else counts_NV.to(torch.float32)
@@ -100,15 +102,15 @@ class Sampler:
         l_NV = l_NV - self._frequency_N1 * counts
         return l_NV - self._presence_N1 * used.to(torch.float32)
 
-    def noisy(self, l_NV: Float32[Tensor, "N V"], seeds_N: NDArray[np.uint32]) -> Float32[Tensor, "N V"]:
+    def noisy(self, l_NV: Float32[Tensor, "N V"], seeds_N: NDArray[np.uint32] | Tensor) -> Float32[Tensor, "N V"]:
         """Return the scores that follow from l of step 2: steps 3 to 7; a greedy row stays as it is."""
         check_rows(tuple(l_NV.shape), len(seeds_N))
         if self._all_greedy:
             return l_NV
         z_NV = l_NV / self._temperature_N1
-        noise_NV = streams.as_tensor(self._streams.gumbels(seeds_N, self.vocab_size)).to(self.device)
-        s_NV = z_NV.masked_fill(~self._kept(z_NV), -math.inf) + noise_NV
-        return torch.where(self._greedy_N1, l_NV, s_NV)
+        s_NV = z_NV.masked_fill(~self._kept(z_NV), -math.inf)
+        self._streams.add_gumbels(s_NV, streams.as_tensor(seeds_N).to(self.device))
+        return torch.where(self._greedy_N1, l_NV, s_NV) if self._some_greedy else s_NV
 
     def _kept(self, z_NV: Tensor) -> Tensor:
         kept_NV = z_NV > -math.inf
@@ -117,7 +119,8 @@ class Sampler:
         if self._most_kept:
             left_NV = z_NV.masked_fill(~kept_NV, -math.inf)
             largest_NK = left_NV.topk(self._most_kept, dim=1).values
-            last_N1 = largest_NK.gather(1, (self._top_k_N1 - 1).clamp(max=self._most_kept - 1))
+            place_N1 = (self._top_k_N1 - 1).clamp(max=self._most_kept - 1).expand(len(z_NV), 1)
+            last_N1 = largest_NK.gather(1, place_N1)
             kept_NV &= (z_NV >= last_N1) | (self._top_k_N1 == self.vocab_size)
         if self._uses_top_p:
             left_NV = z_NV.masked_fill(~kept_NV, -math.inf)

@@ -220,9 +220,10 @@ def check_biased(sampling: Sampling, vocab_size: int) -> None:
         )
 
 
-def _number(name: str, value: object, low: float, high: float, *, zero: bool = False) -> float:
+def _number(name: str, value: Any, low: float, high: float, *, zero: bool = False) -> float:
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if plain and (low <= float(value) <= high or (zero and value == 0)):  # type: ignore[arg-type]
-        return float(value) + 0.0  # type: ignore[arg-type]  # no negative zero
+    if plain and (low <= value <= high or (zero and value == 0)):
+        return float(value) + 0.0  # no negative zero
     wanted = f"{'0, or ' if zero else ''}a number in [{low:g}, {high:g}]"
-    raise UsageError(f"{name} is {value!r:.60}", wanted=wanted, do=f"correct {name}")
+    do = f"correct {name}, which is --{name.replace('_', '-')} on the command line"
+    raise UsageError(f"{name} is {value!r:.60}", wanted=wanted, do=f"correct {name}" if " " in name else do)

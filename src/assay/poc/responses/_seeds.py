@@ -37,8 +37,6 @@ class ResponseSeed:
         >>> seed = ResponseSeed(user_seed="", request_id="r1", public_key="K", digest="0" * 64, block_hash="B")
         >>> seed.text[:38]
         '17:assay.responses/16:tokens0:2:r11:K6'
-        >>> seed.step_seeds([0, 1]).tolist()
-        [1, 2]
     """
 
     user_seed: str

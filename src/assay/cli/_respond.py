@@ -1,0 +1,63 @@
+"""``assay poc respond``: answer prompts with seeded sampling."""
+
+from typing import TYPE_CHECKING
+
+from assay.cli._engines import load
+from assay.cli._output import JsonFlag, progress_bar, show_values
+from assay.cli._settings import settings
+
+if TYPE_CHECKING:
+    from assay.cli._respond_settings import RespondSettings
+
+
+@settings("assay.cli._respond_settings:RespondSettings")
+def respond(chosen: "RespondSettings", as_json: JsonFlag = False) -> None:
+    """Answer prompts with seeded sampling, and write receipts. An interrupted run continues when it is repeated.
+
+    A prompt is a line such as {"prompt": "def add(a, b):", "request_id": "r1", "temperature": 0.7}. The prompt may be
+    token ids. Any of user_seed, n, max_tokens and the parameters of sampling may follow; the flags are for the rest.
+    """
+    from assay.models import load_tokenizer, model_info
+    from assay.poc import responses
+    from assay.poc.protocol import check_name
+    from assay.reports import check_new_file
+
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    for name in ("block_hash", "public_key"):
+        check_name(name, getattr(chosen, name), do=f"pass --{name.replace('_', '-')} as the chain prints it")
+    names = set(responses.Sampling.__dataclass_fields__) - {"logit_bias"}
+    sampling = responses.Sampling(**{name: getattr(chosen, name) for name in names})
+    requests = responses.read_requests(
+        chosen.prompts, sampling=sampling, user_seed=chosen.user_seed, max_tokens=chosen.max_tokens
+    )
+    info = model_info(chosen.model)  # a prompt that does not fit is refused before the weights are read
+    requests = responses.encoded(
+        requests,
+        load_tokenizer(chosen.model) if any(isinstance(request.prompt, str) for request in requests) else None,
+        reference=chosen.model,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
+    )
+    loaded = load(chosen.model, chosen.dtype, chosen.device)
+    with progress_bar("answering", "tokens") as progress:
+        made = responses.respond(
+            loaded,
+            requests,
+            block_hash=chosen.block_hash,
+            public_key=chosen.public_key,
+            hash_prompts=chosen.hash_prompts,
+            output=chosen.output,
+            overwrite=chosen.overwrite,
+            progress=progress,
+        )
+    footer = made.footer
+    values = {
+        "path": str(chosen.output),
+        "model": made.header.reference,
+        "receipts": footer.receipts,
+        "tokens": footer.tokens,
+        "seconds": footer.seconds,
+        "tokens_per_second": round(footer.tokens / footer.seconds, 2) if footer.seconds else 0.0,
+        "sha256": footer.sha256,
+    }
+    show_values("assay.poc.respond/1", values, as_json)

@@ -1,0 +1,106 @@
+"""Seeds of responses: no two share a text, and every field counts."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from assay.errors import UsageError
+from assay.poc.responses import ResponseSeed, step_seeds
+
+FIELDS = {"user_seed": "u", "request_id": "r1", "public_key": "K", "digest": "0" * 64, "block_hash": "B", "index": 0}
+SEED = ResponseSeed(**FIELDS)
+
+
+def test_the_text_is_that_of_the_format():
+    assert SEED.text == "17:assay.responses/16:tokens1:u2:r11:K64:" + "0" * 64 + "1:B1:0"
+    assert SEED.text_of("sketch") == SEED.text.replace("6:tokens", "6:sketch")
+
+
+def test_lengths_are_those_of_utf_8():
+    assert "4:ñé" in ResponseSeed(**FIELDS | {"user_seed": "ñé"}).text
+
+
+def test_words_are_those_of_sha_256():
+    digest = hashlib.sha256(SEED.text.encode()).digest()
+    assert SEED.words().tolist() == [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)]
+    assert SEED.words().dtype == np.uint32
+
+
+def murmur(seed: int, index: int) -> int:
+    """The hash of the streams, of one element, in whole numbers."""
+
+    def turned(x: int, bits: int) -> int:
+        return (x << bits | x >> (32 - bits)) & 0xFFFFFFFF
+
+    k = turned(index * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
+    h = turned(seed ^ k, 13) * 5 + 0xE6546B64 & 0xFFFFFFFF
+    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ h >> 16
+
+
+def test_seeds_of_steps_are_hashes_through_all_words():
+    wanted = []
+    for step in (0, 31, 2**32 - 1):
+        value = step
+        for word in SEED.words().tolist():
+            value = murmur(word, value)
+        wanted.append(value)
+    assert (
+        SEED.step_seeds([0, 31, 2**32 - 1]).tolist() == wanted == step_seeds(SEED.words(), [0, 31, 2**32 - 1]).tolist()
+    )
+    assert len(set(SEED.step_seeds(range(1000)).tolist())) == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("user_seed", "v"),
+        ("request_id", "r2"),
+        ("public_key", "L"),
+        ("digest", "1" * 64),
+        ("block_hash", "C"),
+        ("index", 1),
+    ],
+)
+def test_every_field_changes_every_seed(name: str, other: object):
+    changed = ResponseSeed(**FIELDS | {name: other})
+    for stream in ("tokens", "sketch"):
+        assert not set(SEED.step_seeds(range(64), stream)) & set(changed.step_seeds(range(64), stream))
+
+
+def test_fields_cannot_be_shifted_into_each_other():
+    one = ResponseSeed(**FIELDS | {"user_seed": "ab", "request_id": "c"})
+    other = ResponseSeed(**FIELDS | {"user_seed": "a", "request_id": "bc"})
+    spoofed = ResponseSeed(**FIELDS | {"user_seed": "", "request_id": "0:2:ab1:c"})
+    assert len({one.text, other.text, spoofed.text}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("request_id", ""),
+        ("request_id", "x" * 1025),
+        ("request_id", "a\nb"),
+        ("request_id", None),
+        ("user_seed", None),
+        ("user_seed", "\x00"),
+        ("public_key", ""),
+        ("block_hash", ""),
+        ("digest", "A" * 64),
+        ("digest", "0" * 63),
+        ("digest", 7),
+        ("index", -1),
+        ("index", 2**16),
+        ("index", True),
+        ("index", 1.0),
+    ],
+)
+def test_what_cannot_be_part_of_a_text_is_refused(name: str, value: object):
+    with pytest.raises(UsageError, match=name):
+        ResponseSeed(**FIELDS | {name: value})
+
+
+def test_a_client_may_give_no_seed():
+    assert "0:2:r1" in ResponseSeed(**FIELDS | {"user_seed": ""}).text
