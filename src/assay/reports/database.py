@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from assay.errors import StorageError
 __all__ = ["Database", "damaged", "tables"]
 
 BUSY_TIMEOUT_MS = 5000
+JOURNAL_TIMEOUT_MS = 250  # for which writers wait while the journal is emptied
 _ADVICE = {
     sqlite3.SQLITE_BUSY: ("a moment in which no other process writes to it", "try again"),
     sqlite3.SQLITE_CANTOPEN: ("a file that can be opened, in a directory that can be written", "pass another {flag}"),
@@ -48,6 +49,7 @@ class Database:
             line opens the file beside a running service.
         read_only: Whether the file belongs to another process or person: it must exist, is not changed, and its tables
             are not looked at.
+        secure_delete: Whether what is deleted is overwritten in the file.
         flag: Flag that names another place, for errors.
 
     Raises:
@@ -62,6 +64,7 @@ class Database:
         migrations: Sequence[Sequence[str]],
         exclusive: bool = True,
         read_only: bool = False,
+        secure_delete: bool = False,
         flag: str = "--data-dir",
     ) -> None:
         self.path, self._flag = data_dir / name, flag
@@ -72,7 +75,7 @@ class Database:
             self._engine = sa.create_engine("sqlite://", creator=connect, poolclass=QueuePool)
         else:
             self._engine = sa.create_engine(f"sqlite:///{self.path}", pool_size=8, max_overflow=32)
-            sa.event.listen(self._engine, "connect", _on_connect)
+            sa.event.listen(self._engine, "connect", partial(_on_connect, secure_delete=secure_delete))
         sa.event.listen(self._engine, "begin", _on_begin)
         self._writer = self._engine.execution_options(assay_write=True)
         self._tables = sa.MetaData()
@@ -125,6 +128,21 @@ class Database:
         """Run a statement in a transaction of its own; return how many rows it changed."""
         with self.write() as connection:
             return connection.execute(statement).rowcount
+
+    def empty_journal(self) -> bool:
+        """Move what the journal holds into the file and cut the journal to nothing; return False if a reader needs it.
+
+        The journal keeps what was deleted until it is written over.
+        """
+        with self._storing(), self._writing, closing(self._engine.raw_connection()) as connection:
+            cursor = connection.cursor()
+            try:
+                cursor.execute(f"PRAGMA busy_timeout={JOURNAL_TIMEOUT_MS}")
+                cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                return bool(cursor.fetchall()[0][0] == 0)
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+                cursor.close()
 
     def close(self) -> None:
         """Close every connection and give up the directory."""
@@ -261,7 +279,7 @@ def _open_private(path: Path, *, exclusive: bool, flag: str) -> int:
     return descriptor
 
 
-def _on_connect(connection: Any, record: ConnectionPoolEntry) -> None:
+def _on_connect(connection: Any, record: ConnectionPoolEntry, *, secure_delete: bool) -> None:
     # The driver must not open transactions by itself: see _on_begin.
     connection.isolation_level = None
     for pragma in (
@@ -270,6 +288,7 @@ def _on_connect(connection: Any, record: ConnectionPoolEntry) -> None:
         "synchronous=FULL",
         "foreign_keys=ON",
         "journal_size_limit=8388608",
+        f"secure_delete={int(secure_delete)}",
     ):
         connection.execute(f"PRAGMA {pragma}").close()
 

@@ -70,7 +70,7 @@ class Params(BaseModel):
     model: Name
     seq_len: Length
     k_dim: Length = 12
-    preset: Literal["artifact", "hardened"] = "artifact"
+    preset: Annotated[str, StringConstraints(pattern="^(artifact|hardened|decode(-[1-9][0-9]{1,3})?)$")] = "artifact"
 
 
 class ArtifactInit(_Block):
@@ -194,6 +194,49 @@ class JobReply(_Reply):
 
     status: Literal["queued", "running", "completed", "failed", "cancelled"]
     request_id: str
+
+
+class ReceiptEntry(_Reply):
+    """What there is to know of a stored receipt without reading it. ``sha256`` is that of its line."""
+
+    seq: int
+    request_id: str
+    index: int
+    block_hash: str
+    tokens: int
+    finish: str
+    size: int
+    stored_at: float
+    sha256: str
+
+
+class ReceiptList(_Reply):
+    """Stored receipts, oldest first. ``next`` is the ``after`` of the following page, null after the last."""
+
+    receipts: list[ReceiptEntry]
+    next: int | None
+
+
+class StoredReceipt(_Reply):
+    """A receipt, and the header under which it stands in a file."""
+
+    seq: int
+    stored_at: float
+    sha256: str
+    header: dict[str, Any]
+    receipt: dict[str, Any]
+
+
+class RequestReceipts(_Reply):
+    """The receipts of a request, by index."""
+
+    receipts: list[StoredReceipt]
+
+
+class DeletedReceipts(_Reply):
+    """How many receipts were deleted."""
+
+    deleted: int
 
 
 class Health(_Reply):

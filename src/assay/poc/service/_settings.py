@@ -102,6 +102,16 @@ class Settings(assay.settings.Settings):
     job_ttl: Seconds = Field(300.0, description="Time for which the results of artifact jobs are kept.")
     wait: Seconds = Field(60.0, description='Time that a request with "wait": true waits for its job.')
     keep_rounds: Seconds = Field(30 * 86400.0, description="Time for which unused rounds stay in the database.")
+    receipt_days: float = Field(
+        30.0, gt=0, le=36_500, description="Days for which receipts of responses are kept; then they are deleted."
+    )
+    receipt_prompts: bool = Field(
+        False, description="Whether receipts keep the token ids of prompts. Without it they keep a hash of them."
+    )
+    receipt_callback_url: str | None = Field(
+        None, description="URL to which stored receipts are announced, by callbacks of kind receipts."
+    )
+    max_receipts: Count = Field(4096, description="Receipts that wait for the disk; further responses are refused.")
     drain: Seconds = Field(30.0, description="Time that a stopping service waits for the running batch.")
     alpha: Chance = Field(1e-3, description="Bound on the chance of ever accusing an honest node.")
     beta: Chance = Field(1e-2, description="Chance of passing a node with four times the honest noise.")

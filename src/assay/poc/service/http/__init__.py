@@ -2,7 +2,7 @@
 
 from assay.poc.service._logs import Budget
 from assay.poc.service._refusals import Refusal, refusal_of
-from assay.poc.service.http._app import PREFIX, attach, create_app
+from assay.poc.service.http._app import PREFIX, PREFIXES, attach, create_app
 from assay.poc.service.http._broadcast import Broadcast
 from assay.poc.service.http._receiver import Received, create_receiver, receive
 from assay.poc.service.http._route import (
@@ -23,6 +23,7 @@ from assay.poc.service.http._signatures import Signatures, message_id
 
 __all__ = [
     "PREFIX",
+    "PREFIXES",
     "SAFE_HEADERS",
     "Bodies",
     "Broadcast",

@@ -29,12 +29,16 @@ from assay.poc.service._states import State
 from assay.poc.service.dashboard import dashboard_router
 from assay.poc.service.http._feed import Feed, QuickStatus, status_after
 from assay.poc.service.http._feed import status as current_status
-from assay.poc.service.http._route import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, not_found, route_class
+from assay.poc.service.http._receipts import RECEIPTS_PREFIX, receipts_router
+from assay.poc.service.http._route import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, not_found, problems, route_class
 from assay.poc.service.runtime import CONTENT_TYPE, Controller, Delivery
 
 P = ParamSpec("P")
 
 PREFIX = "/api/v1/pow"
+PREFIXES = (PREFIX, RECEIPTS_PREFIX)
+"""Where the paths of the service begin, the pages and the probes aside."""
+
 READ, VALIDATE, CONTROL = needs(Scope.READ), needs(Scope.VALIDATE), needs(Scope.CONTROL)
 
 # The pages of the service need nothing from elsewhere and may not be framed.
@@ -53,7 +57,7 @@ def create_app(controller: Controller) -> FastAPI:
     app = FastAPI(
         title="assay: Proof of Compute",
         version=__version__,
-        summary="The published API under /api/v1/pow, durable and bounded.",
+        summary="The published API under /api/v1/pow, durable and bounded, and receipts of responses.",
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
@@ -75,6 +79,7 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     """
     keys, feed = Keys(controller.settings), Feed(controller)
     app.include_router(pow_router(controller, keys, feed))
+    app.include_router(receipts_router(controller, keys))
     if operations:
         app.include_router(operations_router(controller, keys, feed), prefix=under)
     app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, feed=feed)
@@ -118,15 +123,11 @@ def _pages(app: FastAPI) -> APIRouter:
     return router
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Problem} for status in (401, 403, *statuses)}
-
-
 def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
     """Return the routes of the published API."""
     calls = _Calls(controller, feed)
     router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=route_class(controller, keys))
-    changes, works = _problems(400, 409, 413, 422, 503), _problems(400, 409, 413, 422, 429, 503)
+    changes, works = problems(400, 409, 413, 422, 503), problems(400, 409, 413, 422, 429, 503)
     for path, call in (
         ("/init", calls.init),
         ("/init/generate", calls.init_generate),
@@ -135,17 +136,17 @@ def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
         ("/phase/validate", calls.phase_validate),
         ("/stop", calls.stop),
     ):
-        problems = _problems(503) if path == "/stop" else changes
-        router.post(path, response_model=InitReply, responses=problems, openapi_extra=CONTROL)(call)
+        refusals = problems(503) if path == "/stop" else changes
+        router.post(path, response_model=InitReply, responses=refusals, openapi_extra=CONTROL)(call)
     router.post("/validate", response_model=ValidateReply, responses=works, openapi_extra=VALIDATE)(calls.validate)
-    router.get("/status", response_model=Status, responses=_problems(422), openapi_extra=READ)(calls.status)
-    router.get("/snapshot", responses=_problems(), openapi_extra=READ)(calls.snapshot)
-    events = router.get("/events", responses=_problems(429), response_class=StreamingResponse, openapi_extra=READ)
+    router.get("/status", response_model=Status, responses=problems(422), openapi_extra=READ)(calls.status)
+    router.get("/snapshot", responses=problems(), openapi_extra=READ)(calls.snapshot)
+    events = router.get("/events", responses=problems(429), response_class=StreamingResponse, openapi_extra=READ)
     events(calls.events)
     job: dict[str, Any] = {"response_model": JobReply, "openapi_extra": VALIDATE}
     router.post("/generate", responses=works | {202: {"model": JobReply}}, **job)(calls.generate)
-    router.get("/generate/{request_id}", responses=_problems(404, 422), **job)(calls.job)
-    router.delete("/generate/{request_id}", responses=_problems(404, 422, 503), **job)(calls.cancel)
+    router.get("/generate/{request_id}", responses=problems(404, 422), **job)(calls.job)
+    router.delete("/generate/{request_id}", responses=problems(404, 422, 503), **job)(calls.cancel)
     return router
 
 
@@ -252,7 +253,7 @@ def operations_router(controller: Controller, keys: Keys, feed: Feed) -> APIRout
             raise Refusal(503, controller.error, wanted="no failure", do="see the log, then start the phase again")
         return JSONResponse({"ready": True})
 
-    @router.get("/metrics", responses=_problems(), openapi_extra=READ)
+    @router.get("/metrics", responses=problems(), openapi_extra=READ)
     async def metrics() -> Response:
         """Return the Prometheus metrics."""
         controller.metrics.show(feed.values)

@@ -28,6 +28,7 @@ from assay.reports import JsonObject, loads
 log = structlog.get_logger("assay.receiver")
 
 MAX_BODY, MAX_BODIES = 2**21, 2**26
+_TOLD_BY = {"fraud_detected": "validated", "receipts": "receipts"}
 DEEPEST = 16  # levels of nesting; a callback of assay has four
 
 
@@ -137,8 +138,8 @@ def create_receiver(
         app.add_middleware(LocalOnly)
 
     @app.post("/{kind}")
-    async def take(kind: Literal["generated", "validated"], request: Request) -> Response:
-        """Take valid nonces of a round or the vectors of a job (generated), or a verdict (validated)."""
+    async def take(kind: Literal["generated", "validated", "receipts"], request: Request) -> Response:
+        """Take valid nonces of a round or vectors of a job (generated), a verdict (validated), or receipts' names."""
         known_as, body = _verified(await request.body(), kind, dict(request.headers), signatures)
         new = await run_in_threadpool(store.add, known_as, kind, body)
         if budget.take():
@@ -184,8 +185,9 @@ def _verified(raw: bytes, kind: str, headers: dict[str, str], signatures: Signat
         raise unsigned(400, error.seen) from None
     if _is_deep(values):
         raise unsigned(400, f"a body of more than {DEEPEST} levels")
-    # The path is not signed. The body is, and tells the two kinds apart.
-    if ("fraud_detected" in values) != (kind == "validated") and values:
+    # The path is not signed. The body is, and tells the kinds apart.
+    said = next((told for name, told in _TOLD_BY.items() if name in values), "generated")
+    if values and kind != said:
         raise unsigned(400, f"the body of another callback under /{kind}")
     return message_id(headers), body
 

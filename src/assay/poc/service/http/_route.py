@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from assay.errors import AssayError
+from assay.poc.service._bodies import Problem
 from assay.poc.service._logs import Budget
 from assay.poc.service._refusals import Refusal, refusal_of
 from assay.poc.service._settings import Settings
@@ -109,11 +110,12 @@ class LocalOnly:
     """Refuses requests that name another host than this machine, or that a page of another site has caused.
 
     Host names can be made to resolve to 127.0.0.1, and a page can send forms, images and scripts across sites; either
-    would let a page in the operator's browser use a service that has no keys. Paths outside ``prefix`` are left alone;
-    they are compared as the router does, which takes them with the root path (``--root-path``) and without it.
+    would let a page in the operator's browser use a service that has no keys. Paths outside ``prefix``, or outside each
+    of several, are left alone; they are compared as the router does, which takes them with the root path
+    (``--root-path``) and without it.
     """
 
-    def __init__(self, app: ASGIApp, *, prefix: str = "") -> None:
+    def __init__(self, app: ASGIApp, *, prefix: str | tuple[str, ...] = "") -> None:
         self._app, self._prefix = app, prefix
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
@@ -149,6 +151,11 @@ def _is_here(host: bytes) -> bool:
 def needs(scope: Scope) -> dict[str, Any]:
     """Return the ``openapi_extra`` of a route that needs a scope; :func:`route_class` reads it."""
     return {"security": [{"bearer": []}], "x-scope": str(scope)}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the ``responses`` of a route: the refusals that it may answer with, those of keys among them."""
+    return {status: {"model": Problem} for status in (401, 403, *statuses)}
 
 
 def route_class(controller: Controller, keys: Keys) -> type[APIRoute]:

@@ -5,6 +5,7 @@ from assay.poc.service.runtime._controller import Controller
 from assay.poc.service.runtime._delivery import Delivery
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._metrics import CONTENT_TYPE, Metrics
+from assay.poc.service.runtime._receipts import ReceiptKeeper, ReceiptSink
 
 __all__ = [
     "CONTENT_TYPE",
@@ -13,6 +14,8 @@ __all__ = [
     "Delivery",
     "Deployment",
     "Metrics",
+    "ReceiptKeeper",
+    "ReceiptSink",
     "check_url",
     "resolve",
 ]

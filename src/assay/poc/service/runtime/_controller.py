@@ -20,7 +20,7 @@ from assay.errors import AssayError, StorageError
 from assay.poc.engines import check_supported
 from assay.poc.protocol import get_pipeline, is_distance
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
-from assay.poc.service._refusals import Refusal
+from assay.poc.service._refusals import Refusal, reason_of
 from assay.poc.service._settings import Settings
 from assay.poc.service._states import State, after
 from assay.poc.service.runtime._agreed import check_build, check_deployed, check_round
@@ -29,6 +29,7 @@ from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._jobs import Jobs
 from assay.poc.service.runtime._metrics import Metrics
 from assay.poc.service.runtime._progress import Progress
+from assay.poc.service.runtime._receipts import ReceiptKeeper
 from assay.poc.service.runtime._threads import ShareDone, Worker, Writer
 from assay.poc.service.runtime._validation import Judge, load_with
 from assay.poc.service.store import Batch, Database, Outbox, Rounds, StoredRound
@@ -77,6 +78,7 @@ class Controller:
         self.rounds = Rounds(self.database, self.outbox)
         self.judge = Judge(self.database, self.outbox, settings, recorded=self.metrics.recorded)
         self.jobs = Jobs(self.database, self.outbox, settings, self.closing)
+        self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)
         self.outbox.retry_now()
         self.state, stored = self.rounds.current()
         self.progress = Progress(stored, self.rounds) if stored else None
@@ -99,6 +101,7 @@ class Controller:
     def start(self) -> None:
         """Load the model in the engine's thread, then continue what was interrupted."""
         self.writer.start()
+        self.receipts.start()
         self._worker.start()
 
     def close(self) -> None:
@@ -111,6 +114,7 @@ class Controller:
             self._worker.generate(None, self._epoch)
         self.ended = self._worker.close(self.settings.drain)
         self.writer.close()
+        self.receipts.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.judge.close()
         self.database.close()
@@ -186,7 +190,7 @@ class Controller:
                 future.set_exception(error)
             except Exception as error:  # an engine may raise any error, and the request must be answered
                 log.exception("validation failed")
-                reason = Refusal(503, _reason(error), wanted="a working engine", do="see the log of the service")
+                reason = Refusal(503, reason_of(error), wanted="a working engine", do="see the log of the service")
                 future.set_exception(reason)
 
         if not self._worker.submit(task, self.settings.max_waiting):
@@ -285,7 +289,7 @@ class Controller:
         except Exception as error:
             # The state stays: a service that is started again with the right model continues its round.
             self.metrics.failures.inc()
-            self.error = _reason(error)
+            self.error = reason_of(error)
             log.error("model not loaded", error=self.error)
             self.loaded.set_exception(error)
             return None
@@ -324,14 +328,14 @@ class Controller:
         with self._lock:
             if self.closing.is_set():
                 # An engine that is torn down beneath its batch fails. The round must continue after the next start.
-                log.info("a batch ended with the service and will be computed again", error=_reason(error))
+                log.info("a batch ended with the service and will be computed again", error=reason_of(error))
                 return
             state = self._after("engine failure")
             if not isinstance(error, ShareDone):
                 self.metrics.failures.inc()
             self._epoch += 1
             self._worker.generate(None, self._epoch)
-            self.state, self.error = state, _reason(error)
+            self.state, self.error = state, reason_of(error)
             log.error("the round ended", error=self.error, state=str(state))
             self._persist(state)
             if self.jobs.has_open():
@@ -389,7 +393,3 @@ class Controller:
         log.info("validated", block=stored.block_hash, **about, verdict=word)
         self.notify()
         return {"status": "OK", **verdict}
-
-
-def _reason(error: Exception) -> str:
-    return error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"

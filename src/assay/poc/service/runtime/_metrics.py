@@ -57,6 +57,15 @@ class Metrics:
         )
         self.block_factor = gauge("block_factor_ratio", "Width of the block's distances over that of the chord law.")
         self.block_factor_error = gauge("block_factor_error_ratio", "Standard error of that width.")
+        self.receipts = counter("receipts", "Receipts of responses on disk; repeated ones were there already.", ["as"])
+        self.receipts_refused = counter("receipts_refused", "Receipts that could not be stored, and their responses.")
+        self.receipts_deleted = counter("receipts_deleted", "Receipts deleted, by reason.", ["reason"])
+        self.receipt_seconds = histogram("receipt_commit_seconds", "Time of one transaction that stores receipts.")
+        self.receipts_failing = gauge("receipts_failing", "1 while no receipt can be stored.")
+        for stored in ("new", "repeated"):
+            self.receipts.labels(stored)
+        for reason in ("age", "request"):
+            self.receipts_deleted.labels(reason)
         self.jobs = gauge("jobs", "Artifact jobs by status.", ["status"])
         gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
 

@@ -28,4 +28,4 @@ class Database(assay.reports.database.Database):
         name: str = "service.sqlite3",
         migrations: Sequence[Sequence[str]] = MIGRATIONS,
     ) -> None:
-        super().__init__(data_dir, name=name, migrations=migrations, exclusive=exclusive)
+        super().__init__(data_dir, name=name, migrations=migrations, exclusive=exclusive, secure_delete=True)

@@ -1,10 +1,12 @@
 """The outbox: callbacks that are owed, written in the transaction of the results that they announce.
 
 A row of kind ``generated`` does not hold a body. It names a run of nonces of its round, and the body is made from
-the records when it is sent; records never change, so a row always gives the same body under the same id.
+the records when it is sent; records never change, so a row always gives the same body under the same id. A row of kind
+``receipts`` names a run of sequence numbers in the same way; receipts that were deleted are missing from its body.
 """
 
 import base64
+import itertools
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +19,12 @@ import sqlalchemy as sa
 
 from assay.errors import UsageError
 from assay.poc.service.store._database import Database
-from assay.reports import JsonObject, dumps
+from assay.reports import JsonObject, dumps, loads
 
 OWED = ("open", "pending")
-_ENCODING = {"dtype": "f16", "endian": "le"}
+RECEIPTS = "receipts"
+"""The kind of callbacks that announce receipts, and the last part of the path to which they are posted."""
+
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,47 @@ class Outbox:
             values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
             connection.execute(table.update().where(c.id == row.id).values(values))
 
+    def announce_receipts(
+        self, connection: sa.Connection, url: str, stored: Sequence[tuple[int, int]], *, interval: float, most: int
+    ) -> None:
+        """Owe callbacks for receipts that were stored: extend the open one, or open others.
+
+        Args:
+            connection: Transaction that stores them.
+            url: URL of the receiver.
+            stored: Sequence number and header of each, in order. One callback has receipts of one header.
+            interval: Time for which receipts are collected.
+            most: Receipts of one callback.
+        """
+        for header, group in itertools.groupby(stored, key=lambda each: each[1]):
+            numbers = [seq for seq, _ in group]
+            while numbers:
+                row = self._collecting(connection, url, header, numbers[0])
+                part = numbers[: max(1, most - row.nonces)]
+                count = row.nonces + len(part)
+                due = count >= most or abs(time.time() - row.created_at) >= interval
+                values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
+                connection.execute(self._table.update().where(self._c.id == row.id).values(values))
+                del numbers[: len(part)]
+
+    def _collecting(self, connection: sa.Connection, url: str, header: int, first: int) -> sa.Row[Any]:
+        """Return the open callback for receipts of a header, or a new one that begins with ``first``."""
+        table, c, receipts = self._table, self._c, self._db["receipts"].c
+        is_open = (c.kind == RECEIPTS) & (c.status == "open")
+        row = connection.execute(sa.select(*self._columns).where(is_open)).first()
+        if row is not None and row.url == url:
+            last = sa.select(receipts.header_id).where(receipts.seq == row.last_nonce)
+            if connection.execute(last).scalar() == header:
+                return row
+        connection.execute(table.update().where(is_open).values(status="pending"))
+        return self._insert(connection, None, RECEIPTS, url, status="open", first_nonce=first)
+
+    def forget_receipts(self, connection: sa.Connection) -> None:
+        """Owe no callback for receipts that were all deleted."""
+        receipts, c = self._db["receipts"].c, self._c
+        left = sa.exists().where(receipts.seq.between(c.first_nonce, c.last_nonce))
+        connection.execute(self._table.delete().where(c.kind == RECEIPTS, ~left))
+
     def add(self, connection: sa.Connection, round_id: int | None, kind: str, url: str, body: JsonObject) -> None:
         """Owe a callback with a body of its own."""
         self._insert(connection, round_id, kind, url, status="pending", body=dumps(body))
@@ -106,8 +151,29 @@ class Outbox:
         with self._db.read() as connection:
             for *values, body in connection.execute(query):
                 callback = Callback(*values)
-                found.append((callback, body or dumps(self._generated(connection, callback))))
+                make = self._receipts if callback.kind == RECEIPTS else self._generated
+                found.append((callback, body or dumps(make(connection, callback))))
         return found
+
+    def _receipts(self, connection: sa.Connection, callback: Callback) -> JsonObject:
+        """Return what a receiver has to know of receipts in order to fetch them, and to see that they stay the same."""
+        c, headers = self._db["receipts"].c, self._db["receipt_headers"].c
+        query = sa.select(c.seq, c.request_id, c.choice, c.block_hash, c.tokens, c.sha256, headers.text)
+        run = c.seq.between(callback.first_nonce, callback.last_nonce) & (headers.id == c.header_id)
+        rows = connection.execute(query.where(run).order_by(c.seq)).all()
+        header = loads(rows[0].text, "header of receipts") if rows else {}
+        receipts = [
+            {
+                "seq": row.seq,
+                "request_id": row.request_id,
+                "index": row.choice,
+                "block_hash": row.block_hash,
+                "tokens": row.tokens,
+                "sha256": row.sha256.hex(),
+            }
+            for row in rows
+        ]
+        return {"public_key": header.get("public_key"), "model": header.get("model"), "receipts": receipts}
 
     def _generated(self, connection: sa.Connection, callback: Callback) -> JsonObject:
         records, rounds = self._db["records"], self._db["rounds"]
@@ -118,7 +184,7 @@ class Outbox:
         body = {name: getattr(round, name) for name in ("public_key", "block_hash", "block_height", "node_id")}
         if found and found[0].vector is not None:
             artifacts = [{"nonce": r.nonce, "vector_b64": base64.b64encode(r.vector).decode()} for r in found]
-            return body | {"artifacts": artifacts, "encoding": _ENCODING | {"k_dim": len(found[0].vector) // 2}}
+            return body | {"artifacts": artifacts, "encoding": encoding(get_pipeline(round.preset))}
         nonces, distances = [r.nonce for r in found], [r.distance for r in found]
         return body | {"nonces": nonces, "dist": distances, "r_target": round.r_target}
 
@@ -145,7 +211,8 @@ class Outbox:
 
     def owed(self, connection: sa.Connection, round_id: int | None) -> int:
         """Return how many callbacks of a round are undelivered; None asks for those of artifact jobs."""
-        query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), self._c.round_id == round_id)
+        of_round = (self._c.round_id == round_id) & (self._c.kind != RECEIPTS)
+        query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), of_round)
         return int(connection.execute(query).scalar_one())
 
     def rows(self, statuses: Sequence[str], limit: int) -> list[Callback]:

@@ -2,6 +2,10 @@
 
 A record belongs to its round, and a round is unique by block and key, so the primary key of ``records``
 makes every (block, key, nonce) unique.
+
+A receipt is found by ``name``, a hash of its request id. There is no index on ids: where SQLite moves the entries of an
+index it leaves copies behind, which a deletion does not find. ``line`` is last, so that what precedes it is read
+without it.
 """
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -65,6 +69,24 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_at REAL NOT NULL, finished_at REAL
         )""",
         "CREATE INDEX jobs_open ON jobs (status) WHERE status IN ('queued', 'running')",
+    ),
+    (
+        """CREATE TABLE receipt_headers (
+            id INTEGER PRIMARY KEY,
+            text TEXT NOT NULL UNIQUE
+        )""",
+        """CREATE TABLE receipts (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            header_id INTEGER NOT NULL REFERENCES receipt_headers (id),
+            at REAL NOT NULL,
+            name BLOB NOT NULL, choice INTEGER NOT NULL,
+            tokens INTEGER NOT NULL, size INTEGER NOT NULL, finish TEXT NOT NULL,
+            request_id TEXT NOT NULL, block_hash TEXT NOT NULL,
+            sha256 BLOB NOT NULL, line TEXT NOT NULL
+        )""",
+        "CREATE INDEX receipts_name ON receipts (name)",
+        "CREATE INDEX receipts_at ON receipts (at)",
+        "CREATE TABLE receipt_room (id INTEGER PRIMARY KEY CHECK (id = 1), filler BLOB NOT NULL)",
     ),
 )
 

@@ -1,0 +1,554 @@
+"""Receipts of responses: stored, found, listed, sent as a file, announced, deleted; full disks and old databases."""
+
+import asyncio
+import hashlib
+import json
+import shutil
+import sqlite3
+import threading
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import sqlalchemy as sa
+
+from assay.errors import StorageError, UsageError
+from assay.poc.responses import Prompt, Receipts
+from assay.poc.service import Settings
+from assay.poc.service._refusals import Refusal
+from assay.poc.service.runtime import Controller, Metrics, ReceiptKeeper
+from assay.poc.service.store import Callback, Database, Outbox, _receipts
+from assay.poc.service.store._schema import MIGRATIONS
+from tests.end_to_end.receiver import FlakyReceiver
+from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND
+from tests.poc.service.receipts import RECEIPTS, header, receipt, stored_together
+from tests.waiting import until
+
+FIRST = Path(__file__).parents[2] / "vectors" / "first" / "service" / "service.sqlite3"
+
+
+def store(service, *receipts, under=None) -> None:
+    sink = service.controller.receipts.sink(under or header())
+    asyncio.run(stored_together(sink, receipts))
+
+
+def get(service, path: str, status: int = 200, **params):
+    answer = service.client.get(RECEIPTS + path, params=params)
+    assert answer.status_code == status, (path, answer.status_code, answer.text[:500])
+    return answer.json() if answer.content and "jsonl" not in answer.headers["content-type"] else answer
+
+
+def on_disk(service) -> bytes:
+    """Every byte of the database and of its journal."""
+    path = service.controller.database.path
+    return b"".join(file.read_bytes() for file in sorted(path.parent.glob(f"{path.name}*")))
+
+
+def test_a_receipt_is_found_after_a_restart(service):
+    store(service, receipt("chat-1"))
+    service.restart()
+    (found,) = get(service, "/chat-1")["receipts"]
+    assert found["header"] == header().as_dict()
+    wanted = receipt("chat-1").without_prompt()
+    assert found["receipt"] == json.loads(wanted.line())
+    assert found["sha256"] == hashlib.sha256(wanted.line().encode()).hexdigest()
+    assert "no such receipt" in get(service, "/chat-2", 404)["detail"]
+
+
+def test_each_choice_of_a_request_has_a_receipt(service):
+    store(service, *(receipt("chat", index=index) for index in (2, 0, 1)))
+    assert [found["receipt"]["index"] for found in get(service, "/chat")["receipts"]] == [0, 1, 2]
+    assert [found["receipt"]["index"] for found in get(service, "/chat", index=1)["receipts"]] == [1]
+    get(service, "/chat", 404, index=3)
+    get(service, "/chat", 422, index=-1)
+
+
+def test_a_receipt_is_kept_once_and_another_of_the_same_request_beside_it(service):
+    other = receipt("chat", output=(5, 6, 7))
+    store(service, receipt("chat"), receipt("chat"), other)
+    store(service, receipt("chat"))
+    assert [len(found["receipt"]["output"]) for found in get(service, "/chat")["receipts"]] == [40, 3]
+    text = service.client.get("/metrics").text
+    assert 'assay_poc_receipts_total{as="new"} 2.0' in text
+    assert 'assay_poc_receipts_total{as="repeated"} 2.0' in text
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_prompts_are_hashes_unless_the_setting_says_so(serving, kept):
+    prompt = [70_001, 70_002, 70_003]
+    with serving(receipt_prompts=kept) as service:
+        store(service, receipt("chat", prompt=Prompt.of(prompt)))
+        found = get(service, "/chat")["receipts"][0]["receipt"]["prompt"]
+        assert found == ({"ids": prompt} if kept else {"sha256": Prompt.of(prompt).sha256, "tokens": 3})
+        assert (b"70001,70002" in on_disk(service)) is kept
+
+
+def test_a_receipt_that_the_header_does_not_fit_is_refused(service):
+    with pytest.raises(UsageError, match="sketches"):
+        store(service, receipt("chat"), under=header(sketched=False))
+    get(service, "/chat", 404)
+
+
+# Paging and files
+
+
+def test_the_list_is_paged(service):
+    store(service, *(receipt(f"chat-{i}") for i in range(25)))
+    names, after = [], 0
+    while after is not None:
+        page = get(service, "", after=after, limit=10)
+        names += [entry["request_id"] for entry in page["receipts"]]
+        after = page["next"]
+    assert names == [f"chat-{i}" for i in range(25)]
+    for params in ({"limit": 0}, {"limit": 1001}, {"after": -1}, {"after": 2**63}, {"after": "x"}):
+        get(service, "", 422, **params)
+
+
+def files(service, **params) -> list[Receipts]:
+    """Fetch file after file, each of which must be complete."""
+    found, after = [], 0
+    while True:
+        answer = service.client.get(f"{RECEIPTS}.jsonl", params={"after": after} | params)
+        assert int(answer.headers["receipts-last"]) >= after
+        if answer.status_code == 204:
+            return found
+        assert answer.headers["content-type"].startswith("application/jsonl")
+        found.append(Receipts.parse("export", answer.content))
+        after = int(answer.headers["receipts-last"])
+        if answer.headers["receipts-more"] == "false":
+            return found
+
+
+def test_a_file_of_receipts_is_complete_and_pages_follow_each_other(service):
+    assert files(service) == []
+    made = [receipt(f"chat-{i}") for i in range(25)]
+    store(service, *made)
+    found = files(service, limit=10)
+    assert [len(file.receipts) for file in found] == [10, 10, 5]
+    assert [each.line() for file in found for each in file.receipts] == [each.without_prompt().line() for each in made]
+    assert found[0].header == header()
+    (whole,) = files(service)
+    assert (whole.footer.receipts, whole.footer.tokens) == (25, 1000)
+
+
+def test_a_file_has_one_header_and_no_response_twice(service):
+    store(service, receipt("a"), receipt("b"))
+    store(service, receipt("c"), under=header(public_key="node_B"))
+    store(service, receipt("a"), receipt("a", output=(1, 2)), receipt("d"))
+    found = [(file.header.public_key, [each.request_id for each in file.receipts]) for file in files(service)]
+    assert found == [("node_A", ["a", "b"]), ("node_B", ["c"]), ("node_A", ["a", "d"])]
+
+
+def test_a_file_of_one_request(service):
+    store(service, receipt("a"), receipt("b", index=1), receipt("b"), receipt("c"))
+    (found,) = files(service, request_id="b")
+    assert [(each.request_id, each.index) for each in found.receipts] == [("b", 1), ("b", 0)]
+    assert files(service, request_id="x") == []
+
+
+def test_a_file_is_bounded_and_read_in_parts(service, monkeypatch):
+    made = [receipt(f"chat-{i:02}") for i in range(20)]
+    size = len(made[0].without_prompt().line())
+    monkeypatch.setattr(_receipts, "MOST_BYTES", size * 8)
+    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", size * 3)
+    store(service, *made)
+    assert sorted(len(file.receipts) for file in files(service)) == [4, 8, 8]
+    get(service, "/chat-01")
+    monkeypatch.setattr(_receipts, "MOST_BYTES", size // 2)
+    assert "index" in get(service, "/chat-01", 413)["do"]
+    assert len(files(service)) == 20  # a receipt that is larger than a file may be stands alone
+
+
+def test_what_is_deleted_while_a_file_is_sent_is_missing_from_it(service, monkeypatch):
+    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
+    store(service, *(receipt(f"chat-{i}") for i in range(6)))
+    real = service.controller.receipts.store.lines
+
+    def lines(low, high, **more):
+        if low == 2:
+            service.controller.receipts.delete("chat-4")
+        return real(low, high, **more)
+
+    monkeypatch.setattr(service.controller.receipts.store, "lines", lines)
+    (found,) = files(service)
+    assert [each.request_id for each in found.receipts] == [f"chat-{i}" for i in (0, 1, 2, 3, 5)]
+
+
+def test_a_file_whose_reading_fails_has_no_footer(service, monkeypatch):
+    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
+    store(service, receipt("a"), receipt("b"))
+    real = service.controller.receipts.store.lines
+
+    def lines(low, high, **more):
+        if low:
+            raise StorageError("gone", wanted="a file", do="wait")
+        return real(low, high, **more)
+
+    monkeypatch.setattr(service.controller.receipts.store, "lines", lines)
+    answer = service.client.get(f"{RECEIPTS}.jsonl")
+    with pytest.raises(Exception, match="truncated"):
+        Receipts.parse("export", answer.content)
+
+
+# Hostile requests and keys
+
+
+@pytest.mark.parametrize(
+    "request_id",
+    [
+        "a/b",
+        "../../etc/passwd",
+        "a%b",
+        "a?b=c#d",
+        "a b",
+        "x' OR 1=1 --",
+        "é🂡",
+        "receipts.jsonl",
+        ".jsonl",
+        "x" * 1024,
+        "{a}",
+    ],
+)
+def test_ids_of_any_form_are_found_and_deleted(service, request_id):
+    store(service, receipt(request_id), receipt("another"))
+    path = f"{RECEIPTS}/{quote(request_id, safe='')}"
+    found = service.client.get(path).json()["receipts"]
+    assert [each["receipt"]["request_id"] for each in found] == [request_id]
+    assert service.client.delete(path).json() == {"deleted": 1}
+    assert service.client.get(path).status_code == 404
+    assert get(service, "/another")
+
+
+@pytest.mark.parametrize("path", ["/", "/%00", "/%ff%fe", "/%ED%A0%80", "/" + "x" * 20_000, "/%2e%2e%2f", "//"])
+def test_ids_that_cannot_be_are_unknown(service, path):
+    store(service, receipt("chat"))
+    for method in ("GET", "DELETE"):
+        answer = service.client.request(method, RECEIPTS + path)
+        assert answer.status_code == 404
+        assert len(answer.content) < 500
+    assert get(service, "/chat")
+
+
+def test_keys_read_and_only_some_delete(serving):
+    keys = {"api": "all-" + "x" * 20, "validate": "validate-" + "x" * 20, "read": "read-" + "x" * 20}
+    with serving(**{f"{name}_keys": (key,) for name, key in keys.items()}) as service:
+        store(service, receipt("chat"))
+
+        def status(method: str, path: str, key: str | None) -> int:
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            return service.client.request(method, RECEIPTS + path, headers=headers).status_code
+
+        for path in ("", ".jsonl", "/chat"):
+            assert {status("GET", path, key) for key in keys.values()} == {200}
+            assert status("GET", path, None) == status("GET", path, "wrong" * 8) == 401
+        assert [status("DELETE", "/chat", key) for key in (None, keys["read"], keys["validate"])] == [401, 403, 403]
+        assert status("DELETE", "/chat", keys["api"]) == 200
+
+
+def test_only_so_many_files_are_sent_at_once(service, monkeypatch):
+    monkeypatch.setattr("assay.poc.service.http._receipts.MOST_FILES", 0)
+    assert get(service, ".jsonl", 429)["wanted"] == "fewer at once"
+
+
+# Deletion and age
+
+
+def secret(number: int) -> str:
+    return f"secret-{hashlib.sha256(str(number).encode()).hexdigest()}"
+
+
+def test_a_deletion_leaves_nothing_behind_and_others_stay(serving):
+    receiver = FlakyReceiver(trouble=1.0)
+    receiver.close()  # callbacks stay undelivered
+    with serving(receipt_callback_url=receiver.url, callback_attempts=1000) as service:
+        made = [receipt(secret(i), user_seed=secret(1000 + i), output=tuple(range(1 + i % 90))) for i in range(300)]
+        for start in range(0, 300, 50):
+            store(service, *made[start : start + 50])
+        gone = {i for i in range(300) if i % 3 != 1}
+        assert all(secret(i).encode() in on_disk(service) for i in gone)
+        for i in sorted(gone, key=secret):
+            assert service.client.delete(f"{RECEIPTS}/{secret(i)}").json() == {"deleted": 1}
+        left = on_disk(service)
+        assert not [i for i in gone if secret(i).encode() in left or secret(1000 + i).encode() in left]
+        (file,) = files(service)
+        assert [each.request_id for each in file.receipts] == [secret(i) for i in range(300) if i not in gone]
+        assert 'receipts_deleted_total{reason="request"} 200.0' in service.client.get("/metrics").text
+
+
+def test_a_reader_delays_the_emptying_of_the_journal_only(service):
+    store(service, receipt(secret(1)))
+    with sqlite3.connect(service.controller.database.path) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM receipts").fetchall()
+        assert service.client.delete(f"{RECEIPTS}/{secret(1)}").status_code == 200
+        assert secret(1).encode() in on_disk(service)
+    reader.close()
+    until(lambda: secret(1).encode() not in on_disk(service))
+
+
+def test_one_choice_is_deleted_and_callbacks_lose_it(serving):
+    with serving(receipt_callback_url="http://127.0.0.1:9/", callback_interval=1000.0) as service:
+        store(service, *(receipt("chat", index=index) for index in range(3)))
+        outbox, c = service.controller.outbox, service.controller.outbox._c
+        service.controller.database.change(outbox._table.update().values(status="pending"))
+        assert service.client.delete(f"{RECEIPTS}/chat", params={"index": 1}).json() == {"deleted": 1}
+        assert [each["receipt"]["index"] for each in get(service, "/chat")["receipts"]] == [0, 2]
+        query = sa.select(*outbox._columns).where(c.kind == "receipts")
+        with service.controller.database.read() as connection:
+            body = outbox._receipts(connection, Callback(*connection.execute(query).one()))
+        assert [each["index"] for each in body["receipts"]] == [0, 2]
+        service.client.delete(f"{RECEIPTS}/chat")
+        assert outbox.counts() == {"pending": 0, "dead": 0}
+
+
+def test_old_receipts_are_deleted_and_a_clock_that_jumps_deletes_nothing(service, monkeypatch):
+    store(service, *(receipt(f"chat-{i}") for i in range(7)))
+    keeper, day = service.controller.receipts, 86_400.0
+    with service.controller.database.write() as connection:
+        connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq <= 5", (29 * day,))
+    monkeypatch.setattr(_receipts, "_PRUNED", 3)
+    assert keeper.store.prune(30 * day) == 0
+    real = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + 400 * day)
+        assert keeper.store.prune(30 * day) == 0
+    assert [keeper.store.prune(28 * day) for _ in range(3)] == [3, 2, 0]
+    assert [entry["request_id"] for entry in get(service, "")["receipts"]] == ["chat-5", "chat-6"]
+
+
+def test_a_service_deletes_what_is_old_by_itself(serving):
+    with serving() as service:
+        store(service, receipt(secret(1)), receipt("young"))
+        until(lambda: service.controller.receipts._pruned_at > 0)
+        with service.controller.database.write() as connection:
+            connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq = 1", (31 * 86_400.0,))
+        service.restart()
+        until(lambda: len(get(service, "")["receipts"]) == 1)
+        until(lambda: secret(1).encode() not in on_disk(service))
+        assert 'receipts_deleted_total{reason="age"} 1.0' in service.client.get("/metrics").text
+
+
+# Callbacks
+
+
+def test_stored_receipts_are_announced(serving):
+    receiver = FlakyReceiver(trouble=0.4, patience=0.1, seed=1)
+    try:
+        with serving(receipt_callback_url=f"{receiver.url}/hook", callback_nonces=10) as service:
+            made = [receipt(f"chat-{i}") for i in range(25)]
+            store(service, *made)
+            store(service, receipt("other"), under=header(public_key="node_B"))
+            until(lambda: service.controller.outbox.counts()["pending"] == 0)
+        bodies = list(receiver.taken.values())
+        assert all(len(body["receipts"]) <= 10 for body in bodies)
+        named = {
+            (body["public_key"], each["seq"]): (each["request_id"], each["sha256"])
+            for body in bodies
+            for each in body["receipts"]
+        }
+        digest = [hashlib.sha256(each.without_prompt().line().encode()).hexdigest() for each in made]
+        wanted = {("node_A", i + 1): (f"chat-{i}", digest[i]) for i in range(25)}
+        assert {place: named[place] for place in wanted} == wanted
+        assert set(named) - set(wanted) == {("node_B", 26)}
+        assert {path for path, _, _ in receiver.requests} == {"/hook/receipts"}
+        assert not receiver.changed
+    finally:
+        receiver.close()
+
+
+def test_a_callback_url_that_cannot_be_called_is_refused_at_the_start(rig, tmp_path):
+    with pytest.raises(Refusal, match=r"169\.254"):
+        Controller(rig.deployment, Settings(data_dir=tmp_path, receipt_callback_url="http://169.254.169.254/"))
+
+
+def test_callbacks_of_receipts_do_not_hold_up_artifact_jobs(serving):
+    with serving(receipt_callback_url="http://127.0.0.1:9/", max_pending_jobs=1, callback_interval=1000.0) as service:
+        store(service, receipt("chat"))
+        assert service.controller.outbox.counts()["pending"] == 1
+        job = ARTIFACTS | {"nonces": [0], "url": "http://127.0.0.1:9/"}
+        service.post("/generate", job)
+
+
+# Bounds and full disks
+
+
+def cap(database: Database) -> list[int]:
+    """Let the file grow no further until the returned limit is raised: SQLite gives the error of a full disk."""
+    with database.write() as connection:
+        limit = [connection.exec_driver_sql("PRAGMA page_count").scalar_one()]
+
+    def checkout(connection, record, proxy) -> None:
+        connection.execute(f"PRAGMA max_page_count = {limit[0]}").close()
+
+    sa.event.listen(database._engine, "checkout", checkout)
+    return limit
+
+
+def test_a_full_disk_refuses_responses_until_there_is_room(service):
+    sink = service.controller.receipts.sink(header())
+    store(service, receipt("before"))
+    limit = cap(service.controller.database)
+    kept, refused = [], None
+    for i in range(1000):
+        try:
+            store(service, receipt(f"chat-{i}", output=tuple(range(1000))))
+            kept.append(f"chat-{i}")
+        except Refusal as error:
+            refused = error
+            break
+    assert (refused.status, refused.retry_after) == (503, 1)
+    until(lambda: "assay_poc_receipts_failing 1.0" in service.client.get("/metrics").text)
+    with pytest.raises(Refusal, match="disk"):
+        sink.check()
+    found = [entry["request_id"] for entry in get(service, "", limit=1000)["receipts"]]
+    assert found == ["before", *kept]  # none of the refused transaction
+    assert service.client.get("/health").status_code == 200
+    limit[0] = 2**30
+    until(lambda: not service.controller.receipts._group.failing)
+    sink.check()
+    store(service, receipt("after"))
+    assert get(service, "/after")
+    assert "assay_poc_receipts_failing 0.0" in service.client.get("/metrics").text
+    assert "assay_poc_receipts_refused_total 1.0" in service.client.get("/metrics").text
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """A keeper whose disk is slow until the event is set."""
+    settings = Settings(data_dir=tmp_path, max_receipts=3)
+    database = Database(tmp_path)
+    keeper = ReceiptKeeper(database, Outbox(database), settings, Metrics())
+    go, real = threading.Event(), keeper.store.add
+
+    def add(receipts):
+        assert go.wait(20)
+        return real(receipts)
+
+    monkeypatch.setattr(keeper.store, "add", add)
+    yield keeper, go
+    go.set()
+    keeper.close()
+    database.close()
+
+
+def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
+    keeper, go = held
+    sink = keeper.sink(header())
+
+    async def scenario() -> list[object]:
+        first = asyncio.create_task(sink.store(receipt("first")))
+        await asyncio.sleep(0)
+        keeper.start()
+        while keeper._group._queue:
+            await asyncio.sleep(0.01)
+        more = [asyncio.create_task(sink.store(receipt(f"chat-{i}"))) for i in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match="3 messages wait"):
+            sink.check()
+        go.set()
+        return await asyncio.gather(first, *more, return_exceptions=True)
+
+    outcome = asyncio.run(scenario())
+    assert [isinstance(each, Refusal) for each in outcome] == [False, False, False, False, True]
+    times = [entry["stored_at"] for entry in keeper.store.listed(0, 10)]
+    assert len(times) == 4
+    assert times[1] == times[2] == times[3]
+
+
+def test_bytes_that_wait_are_bounded(held):
+    keeper, go = held
+    keeper._group._most_bytes = 2000
+
+    async def scenario() -> list[object]:
+        sink = keeper.sink(header())
+        large = [receipt(f"chat-{i}", output=tuple(range(1000))) for i in range(2)]
+        tasks = [asyncio.create_task(sink.store(each)) for each in large]
+        await asyncio.sleep(0)
+        go.set()
+        keeper.start()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [isinstance(each, Refusal) for each in asyncio.run(scenario())] == [False, True]
+
+
+def test_a_client_that_leaves_still_has_its_receipt(held):
+    keeper, go = held
+    sink = keeper.sink(header())
+
+    async def scenario() -> None:
+        task = asyncio.create_task(sink.store(receipt("chat")))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scenario())
+    keeper.start()
+    go.set()
+    until(lambda: keeper.store.listed(0, 10))
+
+
+def test_the_end_stores_what_waits_and_takes_nothing_more(held):
+    keeper, go = held
+    sink = keeper.sink(header())
+
+    async def scenario() -> None:
+        task = asyncio.create_task(sink.store(receipt("chat")))
+        await asyncio.sleep(0)
+        keeper.start()
+        go.set()
+        await asyncio.to_thread(keeper.close)
+        await task
+        with pytest.raises(Refusal, match="ending"):
+            await sink.store(receipt("late"))
+
+    asyncio.run(scenario())
+    assert [entry["request_id"] for entry in keeper.store.listed(0, 10)] == ["chat"]
+
+
+def test_the_thread_survives_what_it_does_not_expect(service, monkeypatch):
+    real, calls = service.controller.receipts.store.add, []
+
+    def add(receipts):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("something else")
+        return real(receipts)
+
+    monkeypatch.setattr(service.controller.receipts.store, "add", add)
+    with pytest.raises(Refusal, match="something else"):
+        store(service, receipt("chat"))
+    store(service, receipt("chat"))
+    assert get(service, "/chat")
+
+
+# Databases of earlier versions
+
+
+def test_a_database_of_the_first_version_takes_receipts(serving, tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(FIRST, tmp_path / "data")
+    with sqlite3.connect(FIRST) as first:
+        before = first.execute("SELECT count(*), sum(nonce) FROM records").fetchone()
+    first.close()
+    with serving() as service:
+        store(service, receipt("chat"))
+        assert get(service, "/chat")
+        with service.controller.database.read() as connection:
+            now = connection.exec_driver_sql("SELECT count(*), sum(nonce) FROM records").one()
+            assert connection.exec_driver_sql("SELECT count(*) FROM migrations").scalar_one() == len(MIGRATIONS)
+    assert tuple(now) == tuple(before)
+
+
+def test_a_database_without_receipts_keeps_its_rounds(serving, tmp_path, monkeypatch):
+    """The schema as it was before receipts: its first step alone."""
+    Database(tmp_path / "data", migrations=MIGRATIONS[:1]).close()
+    with serving() as service:
+        service.post("/init/generate", ROUND)
+        until(lambda: service.checked() >= 8)
+        service.post("/stop")
+        store(service, receipt("chat"))
+        service.restart()
+        assert get(service, "/chat")
+        assert service.client.get(f"{PREFIX}/status").json()["total_checked"] >= 8
