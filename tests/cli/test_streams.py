@@ -15,6 +15,7 @@ TEXT = "block_alpha_node_A_nonce0"
     [
         ("hash", "hashes"),
         ("uniform", "uniforms"),
+        ("gumbel", "gumbels"),
         ("normal", "normals"),
         ("signs", "signs"),
         ("permutation", "permutations"),

@@ -29,6 +29,18 @@ def special_hashes():
     return np.unique(np.clip(around, 0, 2**32 - 1)).astype(np.uint32)
 
 
+def gumbel_hashes():
+    """Hashes at and around every value where a Gumbel number changes branch or exponent, and where it is 0."""
+    halves = [0.5**0.5 * 2.0**e for e in range(-33, 6)]
+    exponentials = np.array([*halves, 1.0])  # where E itself has a new exponent; at 1 the number is 0
+    shares = np.concatenate([-np.expm1(-exponentials), halves[:33], 1 - np.array(halves[:33]), [0.5**0.5, 0.5]])
+    shares = shares[shares < 1]
+    around = np.rint(shares * 2**32).astype(np.int64)[:, None] + np.arange(-300, 301)
+    middle = 2**31 + np.arange(-300, 301)
+    every = np.concatenate([around.reshape(-1), middle, special_hashes().astype(np.int64)])
+    return np.unique(np.clip(every, 0, 2**32 - 1)).astype(np.uint32)
+
+
 def dense_hashes(count):
     """``count`` hashes spread evenly over all of them, by an odd stride, so that every exponent is well covered."""
     even = (np.arange(count, dtype=np.uint64) * np.uint64(2**32 // count | 1)).astype(np.uint32)

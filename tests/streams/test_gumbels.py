@@ -1,19 +1,168 @@
-"""Gumbel numbers: the same bits everywhere."""
+"""Gumbel numbers: the mathematics they stand for, the same bits everywhere, and samples of a softmax."""
 
+import json
+
+import mpmath
 import numpy as np
+import pytest
+from scipy import stats
 
-from assay.streams import digest, seeds
+from assay.streams import _definition, as_tensor, digest, get_backend, seeds, step_seeds
 
-from .inverse import dense_hashes, seed_for, special_hashes
+from .gumbel_vectors import PATH
+from .inverse import dense_hashes, distinct_uniforms, gumbel_hashes, seed_for
 
+KNOWN = json.loads(PATH.read_text())
 TEXTS = [f"stream_{i}" for i in range(5)]
+DRAWS = 1_000_000
+LEAST_P = 1e-3
 
 
-def test_every_branch_has_the_same_bits(backend, definition):
-    crafted = seed_for(np.concatenate([special_hashes(), dense_hashes(1 << 20)]), 0)
-    assert digest(backend.gumbels(crafted, 2)) == digest(definition.gumbels(crafted, 2))
+def gumbels_of(hashes):
+    return _definition.gumbels(seed_for(hashes, 0), 0, 1)[:, 0]
 
 
-def test_same_bits(backend, definition):
-    for n in (0, 1, 7, 4096, 70_001):
-        assert digest(backend.gumbels(seeds(TEXTS), n)) == digest(definition.gumbels(seeds(TEXTS), n))
+def exponentials_of(hashes):
+    """``-ln(1 - (h + 1/2) / 2**32)`` in float64, from the smaller of the two probabilities."""
+    h = hashes.astype(np.float64)
+    return np.where(h < 2**31, -np.log1p(-(h + 0.5) / 2**32), -np.log((2**32 - h - 0.5) / 2**32))
+
+
+def ulps(values, truth):
+    return np.abs(values.astype(np.float64) - truth) / np.spacing(np.abs(values)).astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """Hashes of every branch, exponent and edge, in ascending order."""
+    return np.unique(np.concatenate([gumbel_hashes(), dense_hashes(1 << 20)]))
+
+
+def test_every_branch_has_the_same_bits(backend, definition, sample):
+    crafted = seed_for(sample, 0)
+    assert digest(backend.gumbels(crafted, 1)) == digest(definition.gumbels(crafted, 1))
+
+
+def test_many_streams_have_the_same_bits(backend, definition):
+    for n in (0, 1, 2, 7, 1023, 1024, 1025, 4096, 70_001):
+        made = backend.gumbels(seeds(TEXTS), n)
+        assert tuple(made.shape) == (5, n)
+        assert str(made.dtype).removeprefix("torch.") == "float32"
+        assert digest(made) == digest(definition.gumbels(seeds(TEXTS), n))
+    many = seeds([f"seed_{i}" for i in range(2000)])
+    assert digest(backend.gumbels(many, 300)) == digest(definition.gumbels(many, 300))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_upper", [True, False], ids=["upper half", "lower half"])
+def test_every_gumbel_there_is(definition, is_upper):
+    """One hash for every float32 under the first logarithm, on either side of the middle."""
+    others = [get_backend("numba"), get_backend("torch")]
+    for hashes in distinct_uniforms():
+        smaller = hashes[hashes < 2**31]
+        crafted = seed_for(smaller if is_upper else ~smaller, 0)
+        expected = digest(definition.gumbels(crafted, 1))
+        assert [digest(other.gumbels(crafted, 1)) for other in others] == [expected, expected]
+
+
+def test_prefixes_and_batch_mates_do_not_matter(backend):
+    together = as_tensor(backend.gumbels(seeds(TEXTS), 777))
+    for row, text in enumerate(TEXTS):
+        assert as_tensor(backend.gumbels(seeds([text]), 500))[0].equal(together[row, :500])
+
+
+def test_known_answers(backend):
+    hashes = np.array([int(row["hash"], 16) for row in KNOWN["hashes"]], np.uint32)
+    made = as_tensor(backend.gumbels(seed_for(hashes, 0), 1)).cpu().numpy()[:, 0]
+    assert [f"{bits:08x}" for bits in made.view(np.uint32).tolist()] == [row["bits"] for row in KNOWN["hashes"]]
+    np.testing.assert_array_equal(made, np.float32([row["gumbel"] for row in KNOWN["hashes"]]))
+    for row in KNOWN["streams"]:
+        made = backend.gumbels(seeds([row["text"]]), row["n"])
+        assert digest(made) == row["sha256_le_f32"]
+        first = as_tensor(made)[0, :8].cpu().numpy().view(np.uint32)
+        assert [f"{bits:08x}" for bits in first.tolist()] == row["first_bits"]
+
+
+def test_both_logarithms_are_within_an_ulp(sample):
+    x = (2.0 * np.minimum(sample, ~sample) + 1).astype(np.float32) * np.float32(2.0**-33)
+    exact = x.astype(np.float64)
+    assert ulps(_definition.negative_log(x), -np.log(exact)).max() < 1
+    assert ulps(_definition.negative_log1p_minus(x), -np.log1p(-exact)).max() < 1
+    exponentials = exponentials_of(sample).astype(np.float32)
+    second, truth = _definition.negative_log(exponentials), -np.log(exponentials.astype(np.float64))
+    assert ulps(second[truth != 0], truth[truth != 0]).max() < 1
+    assert _definition.negative_log(np.float32([1])).view(np.uint32).tolist() == [0]
+
+
+def test_the_numbers_are_right_in_both_tails(sample):
+    made, truth = gumbels_of(sample), -np.log(exponentials_of(sample))
+    near = np.abs(truth) < 1
+    assert near.any()
+    assert np.abs(made - truth)[near].max() < 1.5e-7
+    assert ulps(made, truth)[~near].max() < 2
+
+
+def test_against_sixty_digits():
+    hashes = np.concatenate([[0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1], dense_hashes(200)]).astype(np.uint32)
+    with mpmath.workdps(60):
+        truth = [-mpmath.log(-mpmath.log1p(-(mpmath.mpf(2 * int(h) + 1) / 2**33))) for h in hashes]
+        errors = [abs(mpmath.mpf(float(g)) - t) for g, t in zip(gumbels_of(hashes), truth, strict=True)]
+    assert all(error < max(1.5e-7, abs(t) * 2.0**-22) for error, t in zip(errors, truth, strict=True))
+
+
+def test_the_ends_are_those_of_two_to_the_32_values():
+    largest, smallest = gumbels_of(np.array([0, 2**32 - 1], np.uint32))
+    assert largest == np.float32(33 * np.log(2))
+    assert smallest == np.float32(-np.log(33 * np.log(2)))
+    below, above = gumbels_of(np.array([2**31 - 1, 2**31], np.uint32))
+    assert below == above == np.float32(-np.log(np.log(2)))
+
+
+def test_a_smaller_hash_never_has_the_smaller_number(sample):
+    assert (np.diff(gumbels_of(sample)) <= 0).all()
+
+
+def test_no_value_on_the_way_is_subnormal(sample):
+    """Nor is one 0 that should not be: flush-to-zero modes change nothing."""
+    tiny = np.finfo(np.float32).tiny
+    x = np.float32(2.0**-33)  # the least, with the smallest powers of f; next comes the last bit of E near 1
+    assert x**3 * np.abs(_definition.LN_POLY).min() > tiny
+    assert np.float32(2.0**-24) ** 3 * np.abs(_definition.LN_POLY).min() > tiny
+    made = gumbels_of(sample)
+    assert not ((made != 0) & (np.abs(made) < tiny)).any()
+
+
+def test_a_million_numbers_are_gumbel_distributed():
+    draws = np.asarray(get_backend().gumbels(seeds([f"draws_{i}" for i in range(1000)]), DRAWS // 1000)).reshape(-1)
+    assert stats.kstest(draws.astype(np.float64), stats.gumbel_r.cdf).pvalue > LEAST_P
+    bins = np.floor(stats.gumbel_r.cdf(draws.astype(np.float64)) * 1000).astype(int)
+    assert stats.chisquare(np.bincount(bins, minlength=1000)).pvalue > LEAST_P
+    for share in (1e-3, 1e-4, 1e-5):
+        beyond = int((draws > stats.gumbel_r.isf(share)).sum())
+        assert stats.binomtest(beyond, DRAWS, share).pvalue > LEAST_P
+
+
+def seeds_of_one_response():
+    return step_seeds(seeds(["one response"], strength=256), range(DRAWS))[0]
+
+
+def seeds_of_many_responses():
+    words = seeds([f"response {i}" for i in range(DRAWS // 10)], strength=256)
+    return step_seeds(words, range(10)).reshape(-1)
+
+
+@pytest.mark.parametrize("make_seeds", [seeds_of_one_response, seeds_of_many_responses])
+def test_a_million_tokens_are_those_of_the_softmax(make_seeds):
+    """The argmax of logits and noise, on a vocabulary with probabilities from .5 down to 1e-4."""
+    logits = np.log(np.array([0.5, 0.2, 0.1, 0.08, 0.06, 0.03, 0.02, 0.0075, 0.0018, 0.0005, 1e-4]))
+    logits = (logits + 7).astype(np.float32)
+    softmax = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    tokens = (logits + np.asarray(get_backend().gumbels(make_seeds(), len(logits)))).argmax(axis=1)
+    counts = np.bincount(tokens, minlength=len(logits))
+    assert stats.chisquare(counts, DRAWS * softmax).pvalue > LEAST_P
+    pairs = tokens.reshape(-1, 2)[:, 0] * len(logits) + tokens.reshape(-1, 2)[:, 1]
+    expected = DRAWS / 2 * np.outer(softmax, softmax).reshape(-1)
+    often = expected > 5
+    seen = np.bincount(pairs, minlength=len(expected))
+    table = [[*seen[often], seen[~often].sum()], [*expected[often], expected[~often].sum()]]
+    assert stats.chisquare(*table).pvalue > LEAST_P

@@ -74,11 +74,36 @@ def test_no_fused_multiply_add_in_the_reflections(triton_backend, compiled, d):
     check_no_fused_operation(kernel.asm["ptx"])
 
 
-@pytest.mark.parametrize("kind", ["hashes", "uniforms", "signs", "permutations"])
+@pytest.mark.parametrize("kind", ["hashes", "uniforms", "signs", "permutations", "gumbels"])
 def test_no_fused_multiply_add_in_the_rest(triton_backend, compiled, kind):
     getattr(triton_backend, kind)(seeds(TEXTS), 1000)
     (kernel,) = compiled
     assert FUSED.findall(kernel.asm["ptx"]) == []
+
+
+@pytest.mark.parametrize("columns", [151_936, 999], ids=["wide", "narrow"])
+@pytest.mark.parametrize("rows", [None, [4, 0]], ids=["every row", "some rows"])
+def test_no_fused_multiply_add_in_the_noise_of_a_step(triton_backend, compiled, rows, columns):
+    scores, numbers = noise_arguments(columns, rows)
+    triton_backend.add_gumbels(scores, *numbers)
+    (kernel,) = compiled
+    assert FUSED.findall(kernel.asm["ptx"]) == []
+    assert kernel.asm["sass"].count("FFMA") == 0
+
+
+def noise_arguments(columns, rows=None):
+    """Scores, and on the device the seeds of some rows and their numbers."""
+    scores = states(ROWS, columns).cuda()
+    count = ROWS if rows is None else len(rows)
+    on_device = torch.from_numpy(seeds(TEXTS)[:count, 0]).cuda()
+    return scores, (on_device, None if rows is None else torch.tensor(rows).cuda())
+
+
+def test_a_row_that_does_not_exist_gets_nothing(triton_backend):
+    scores, numbers = noise_arguments(5000, [ROWS, -1])
+    whole = torch.cat([scores, scores])  # what a write to the row after the last would change
+    triton_backend.add_gumbels(whole[:ROWS], *numbers)
+    assert whole.equal(torch.cat([scores, scores]))
 
 
 def test_the_root_of_every_value_there_is(triton_backend):
@@ -141,7 +166,13 @@ def test_what_has_no_fused_kernel(triton_backend):
 def test_nothing_waits_for_the_device(triton_backend, name):
     backend = get_backend(name, "cuda")
     calls = [lambda: backend.normals(seeds(TEXTS, 256), 4099, "float16"), lambda: backend.picks(seeds(TEXTS), 256, 12)]
-    calls += [lambda kind=kind: getattr(backend, kind)(seeds(TEXTS), 256) for kind in ("signs", "permutations")]
+    kinds = ("signs", "permutations", "gumbels")
+    calls += [lambda kind=kind: getattr(backend, kind)(seeds(TEXTS), 256) for kind in kinds]
+    for rows in (None, [4, 0]):
+        scores, numbers = noise_arguments(5000, rows)
+        calls.append(lambda scores=scores, numbers=numbers: backend.add_gumbels(scores, *numbers))
+    words, steps = torch.from_numpy(seeds(TEXTS, 256)).cuda(), torch.arange(ROWS, device="cuda")
+    calls.append(lambda: backend.row_seeds(words, steps))
     if name == "triton":
         x_BD = states(ROWS, 256).cuda()
         calls.append(lambda: backend.reflected(x_BD, reflection_seeds()))

@@ -12,7 +12,7 @@ _OUTPUT = Flag(("-o", "--output"))
 
 
 class NumberSettings(Settings):
-    """Settings of ``assay streams hash``, ``uniform``, ``signs`` and ``permutation``."""
+    """Settings of ``assay streams hash``, ``uniform``, ``gumbel``, ``signs`` and ``permutation``."""
 
     seed_text: str = Field(description="Text whose SHA-256 gives the seed.")
     n: Annotated[int, Flag(("-n",))] = Field(

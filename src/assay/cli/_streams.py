@@ -18,6 +18,7 @@ app = App(help="Print portable random numbers, the same bits on every machine.")
 KINDS = {
     "hash": ("hashes", "Print 32-bit hashes."),
     "uniform": ("uniforms", "Print uniform float32 values in [0, 1]."),
+    "gumbel": ("gumbels", "Print standard Gumbel values."),
     "signs": ("signs", "Print signs, +1 or -1."),
     "permutation": ("permutations", "Print a permutation of 0..n-1."),
 }

@@ -69,6 +69,7 @@ SELFTEST_EXPECTED: Mapping[str, str] = {
     "signs": "831ed7e5b7a2474d677b999b72a02eb05a523c92e1661d92a19e5db073470a4c",
     "permutation": "dd69ead6e84da1ffa6d70af372d4d913869e50c3a2568bd6c4c6b20da7ad3108",
     "pick 12": "f30de919f7b75f693d23aa734440224d260b94fb5631fac27c5c54dfdcccb86c",
+    "gumbel": "261f9128b224efefbc9211d091d99ab64d0633f022131ea6f8219c8adaf0bd76",
     "normal float32": "188011b514762ed49cc6159ff404f1bfb20c4979d161c8ee4c90a4ad55c6ee8f",
     "normal float32 strength 256": "0b04710f9c4a0553053268fe6a9635d4538458340e30400aaa3902aef7472757",
     "normal float16": "ff7a53c089f10b5545f4c17618f5a944943febb7c755b5b8ea5fdf714c93571a",
@@ -92,6 +93,7 @@ def selftest(backend: Backend) -> dict[str, str]:
         "signs": backend.signs(plain, _N),
         "permutation": backend.permutations(plain, _N),
         "pick 12": backend.picks(plain, _N, 12),
+        "gumbel": backend.gumbels(plain, _LARGE_N),
     }
     for dtype in DTYPES:
         streams[f"normal {dtype}"] = backend.normals(plain, _LARGE_N, dtype)

@@ -27,24 +27,29 @@ def check_rows(device: str, scores: torch.Tensor, seeds: torch.Tensor, rows: tor
         UsageError: They are not as its documentation says.
     """
     _check("scores", scores, device, ("float32",), 2)
-    if scores.shape[1] > 1 and scores.stride(1) != 1:
+    count, columns = scores.shape
+    if (columns > 1 and scores.stride(1) != 1) or (count > 1 and scores.stride(0) < columns):
         raise UsageError(
-            f"scores of strides {scores.stride()}",
-            wanted="rows that are contiguous, a stride of 1 between columns",
+            f"scores of shape {tuple(scores.shape)} and strides {scores.stride()}",
+            wanted="rows that are contiguous and do not overlap",
             do="call .contiguous() on the scores and add the noise to that",
         )
     _check("seeds", seeds, device, _SEEDS, 1)
     if rows is not None:
         _check("rows", rows, device, ("int64",), 1)
-        if rows.device.type == "cpu" and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(scores):
+        if rows.device.type == "cpu" and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < count:
             raise UsageError(
-                f"rows from {int(rows.min())} to {int(rows.max())} of {len(scores)}",
-                wanted=f"rows from 0 to {len(scores) - 1}",
+                f"rows from {int(rows.min())} to {int(rows.max())} of {count}",
+                wanted=f"rows from 0 to {count - 1}",
                 do="number the rows of the scores from 0",
             )
-    wanted = len(scores) if rows is None else len(rows)
+    wanted = count if rows is None else len(rows)
     if len(seeds) != wanted:
-        raise UsageError(f"{len(seeds)} seeds for {wanted} rows", wanted="one seed for each row", do="name the rows")
+        raise UsageError(
+            f"{len(seeds)} seeds for {wanted} rows",
+            wanted="one seed for each row",
+            do="name the rows that get noise in rows_N",
+        )
 
 
 def check_steps(device: str, words: torch.Tensor, steps: torch.Tensor) -> None:

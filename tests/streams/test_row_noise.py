@@ -1,0 +1,224 @@
+"""What a sampler does in a step of decoding: the seed of each row's step, and its Gumbel numbers added in place."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assay.errors import OutOfMemory, UsageError
+from assay.streams import Backend, as_tensor, digest, get_backend, seeds, step_seeds
+from assay.streams import _numba as compiled
+
+from .gumbel_vectors import PATH
+from .test_definition import murmur_without_length
+
+KNOWN = json.loads(PATH.read_text())["step_seeds"]
+TEXTS = [f"response_{i}" for i in range(6)]
+WORDS = seeds(TEXTS, strength=256)
+STEPS = [0, 1, 31, 2**31 - 1, 2**31, 2**32 - 1]
+SEEDS = seeds(TEXTS)[:, 0]
+
+
+def on(backend, array):
+    return as_tensor(array).to(backend.device)
+
+
+def scores(rows=6, columns=3000):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 5
+
+
+def expected_sum(before, seeds_N, rows=None):
+    """The scores plus the noise of the definition, one float32 addition each."""
+    after = before.clone().numpy()
+    noise = np.asarray(get_backend("numpy").gumbels(seeds_N, before.shape[1]))
+    after[range(len(after)) if rows is None else rows] += noise
+    return torch.from_numpy(after)
+
+
+def test_noise_is_added_in_place(backend):
+    before = scores()
+    made = on(backend, before.clone())
+    assert backend.add_gumbels(made, on(backend, SEEDS)) is None
+    assert made.cpu().equal(expected_sum(before, SEEDS))
+
+
+@pytest.mark.parametrize("columns", [0, 1, 2, 1023, 1024, 1025, 150_001])
+def test_rows_of_every_length(backend, columns):
+    before = scores(columns=columns)
+    made = on(backend, before.clone())
+    backend.add_gumbels(made, on(backend, SEEDS))
+    assert made.cpu().equal(expected_sum(before, SEEDS))
+
+
+def test_rows_by_number_leave_the_others_alone(backend):
+    before, rows = scores(rows=9), np.array([7, 0, 4])
+    made = on(backend, before.clone())
+    backend.add_gumbels(made, on(backend, SEEDS[:3]), on(backend, rows))
+    assert made.cpu().equal(expected_sum(before, SEEDS[:3], rows))
+    backend.add_gumbels(made, on(backend, SEEDS[:0]), on(backend, rows[:0]))
+    assert made.cpu().equal(expected_sum(before, SEEDS[:3], rows))
+
+
+def test_a_slice_of_a_padded_vocabulary(backend):
+    wide = scores(columns=3072)
+    made = on(backend, wide.clone())
+    backend.add_gumbels(made[:, 5:3005], on(backend, SEEDS))
+    expected = wide.clone()
+    expected[:, 5:3005] = expected_sum(wide[:, 5:3005], SEEDS)
+    assert made.cpu().equal(expected)
+    backend.add_gumbels(made[2:3, :100], on(backend, SEEDS[:1]))
+    expected[2:3, :100] = expected_sum(expected[2:3, :100], SEEDS[:1])
+    assert made.cpu().equal(expected)
+
+
+def test_a_forbidden_token_stays_forbidden(backend):
+    made = on(backend, torch.full((6, 500), -torch.inf))
+    backend.add_gumbels(made, on(backend, SEEDS))
+    assert (made == -torch.inf).all()
+
+
+def test_seeds_may_be_int32_with_the_same_bits(backend):
+    made = [on(backend, scores()) for _ in range(2)]
+    backend.add_gumbels(made[0], on(backend, SEEDS))
+    backend.add_gumbels(made[1], on(backend, SEEDS.view(np.int32)))
+    assert made[0].equal(made[1])
+
+
+def test_scores_of_a_model_that_learns(backend):
+    made = on(backend, scores()).requires_grad_()
+    backend.add_gumbels(made, on(backend, SEEDS))
+    assert made.detach().cpu().equal(expected_sum(scores(), SEEDS))
+
+
+def test_numpy_scores_change_too():
+    made = scores().numpy()
+    get_backend().add_gumbels(made, SEEDS)
+    assert torch.from_numpy(made).equal(expected_sum(scores(), SEEDS))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_change_the_bits(monkeypatch, threads):
+    monkeypatch.setattr(compiled, "_TILE", 1000)
+    backend = get_backend("numba")
+    monkeypatch.setattr(backend, "_threads", threads)
+    made = scores()
+    backend.add_gumbels(made, SEEDS)
+    assert made.equal(expected_sum(scores(), SEEDS))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scores_NV": scores().double()}, "scores of dtype float64"),
+        ({"scores_NV": scores().half()}, "scores of dtype float16"),
+        ({"scores_NV": scores()[0]}, r"shape \(3000,\)"),
+        ({"scores_NV": scores().T}, "strides"),
+        ({"scores_NV": scores()[:1].expand(6, -1)}, "do not overlap"),
+        ({"scores_NV": scores().to("meta")}, "on meta"),
+        ({"seeds_N": SEEDS.astype(np.int64)}, "seeds of dtype int64"),
+        ({"seeds_N": SEEDS[:, None]}, "seeds of dtype uint32 and shape"),
+        ({"seeds_N": SEEDS[:5]}, "5 seeds for 6 rows"),
+        ({"rows_N": np.array([0, 1])}, "6 seeds for 2 rows"),
+        ({"rows_N": np.arange(6).astype(np.int32)}, "rows of dtype int32"),
+        ({"rows_N": np.arange(1, 7)}, "rows from 1 to 6 of 6"),
+        ({"rows_N": np.arange(-1, 5)}, "rows from -1 to 4 of 6"),
+    ],
+)
+@pytest.mark.parametrize("name", ["numpy", "numba", "torch"])
+def test_arguments_that_are_refused(name, wrong, message):
+    arguments = {"scores_NV": scores(), "seeds_N": SEEDS} | wrong
+    with pytest.raises(UsageError, match=message):
+        get_backend(name).add_gumbels(**arguments)
+
+
+def test_no_room_is_one_clear_error():
+    class Full(Backend):
+        def _add_gumbels(self, scores_NV, seeds_N, rows_N):
+            raise MemoryError
+
+    with pytest.raises(OutOfMemory, match="3000 elements"):
+        Full("cpu").add_gumbels(scores(), SEEDS)
+
+
+def test_known_seeds_of_steps(backend):
+    for row in KNOWN:
+        words, made = seeds([row["text"]], strength=256), step_seeds(seeds([row["text"]], strength=256), row["steps"])
+        assert [f"{word:08x}" for word in words[0].tolist()] == row["words"]
+        assert made.dtype == np.uint32
+        assert [f"{seed:08x}" for seed in made[0].tolist()] == row["seeds"]
+        rows = on(backend, np.repeat(words, len(row["steps"]), axis=0))
+        assert digest(backend.row_seeds(rows, on(backend, np.array(row["steps"])))) == digest(made[0])
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=8, max_size=8), st.integers(0, 2**32 - 1))
+def test_a_step_is_hashed_with_every_word(words, step):
+    seed = step
+    for word in words:
+        seed = murmur_without_length(word, seed)
+    assert step_seeds([words], [step]).tolist() == [[seed]]
+
+
+def test_steps_of_a_response_have_different_seeds():
+    made = step_seeds(WORDS, np.arange(20_000))
+    assert made.shape == (len(TEXTS), 20_000)
+    assert all(len(np.unique(row)) == 20_000 for row in made)
+    assert len(np.unique(made)) > made.size - 20  # of all these pairs, 1.4 are expected to meet
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.int32])
+def test_each_row_has_the_seed_of_its_own_step(backend, dtype):
+    steps = np.array(STEPS).astype(np.uint32)
+    steps = steps.view(dtype) if dtype == np.int32 else steps.astype(dtype)
+    made = backend.row_seeds(on(backend, WORDS.view(np.int32)), on(backend, steps))
+    assert str(made.device).startswith(backend.device)
+    assert digest(made) == digest(step_seeds(WORDS, STEPS).diagonal())
+
+
+def test_many_rows_and_none(backend):
+    many = np.resize(WORDS, (1000, 8))
+    expected = step_seeds(WORDS, range(1000))[np.arange(1000) % len(WORDS), range(1000)]
+    assert digest(backend.row_seeds(on(backend, many), on(backend, np.arange(1000)))) == digest(expected)
+    assert tuple(backend.row_seeds(on(backend, many[:0]), on(backend, np.arange(0))).shape) == (0,)
+
+
+def test_the_noise_of_a_step(backend):
+    """The two calls of a sampler, and the noise that a verifier finds for the same step."""
+    logits = on(backend, scores())
+    backend.add_gumbels(logits, backend.row_seeds(on(backend, WORDS), on(backend, np.array(STEPS))))
+    noise = [step_seeds(WORDS[i : i + 1], [step])[0, 0] for i, step in enumerate(STEPS)]
+    assert logits.cpu().equal(expected_sum(scores(), np.array(noise)))
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "message"),
+    [
+        (WORDS[:, :7], STEPS, "8 words for each stream"),
+        (seeds(TEXTS), STEPS, "8 words for each stream"),
+        (WORDS, [STEPS], "8 words for each stream"),
+        (WORDS, [2**32], "integers from 0"),
+        (WORDS, [-1], "integers from 0"),
+        (WORDS.astype(float), [0], "integers from 0"),
+    ],
+)
+def test_bad_words_and_steps(words, steps, message):
+    with pytest.raises(UsageError, match=message):
+        step_seeds(words, steps)
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "message"),
+    [
+        (WORDS[:, :7], np.arange(6), "8 words for each step"),
+        (WORDS[:5], np.arange(6), "words of shape"),
+        (WORDS.astype(np.int64), np.arange(6), "words of dtype int64"),
+        (WORDS, np.arange(6.0), "steps of dtype float64"),
+        (WORDS, np.arange(6)[:, None], "steps of dtype int64 and shape"),
+        (as_tensor(WORDS).to("meta"), np.arange(6), "on meta"),
+    ],
+)
+def test_bad_rows_of_words(words, steps, message):
+    with pytest.raises(UsageError, match=message):
+        get_backend().row_seeds(words, steps)
