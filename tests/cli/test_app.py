@@ -94,7 +94,11 @@ FROZEN = {
     "research clusters": {"--audits", "--seed", "--run-name", "--output", "--json"},
     "vhack check": {
         "--model", "--pairs", "--basis", "--log", "--method", "--k-use", "--alpha", "--seed", "--dtype",
-        "--device", "--output", "--html", "--json",
+        "--device", "--output", "--html", "--allow-partial", "--json",
+    },
+    "vhack pools": {
+        "--model", "--basis", "--hack", "--clean", "--limit", "--k-use", "--alpha", "--seed", "--max-tokens",
+        "--dtype", "--device", "--output", "--json",
     },
     "vhack report": {"--output", "--check", "--json"},
     "vhack train": {

@@ -12,11 +12,11 @@ from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, ta
 from assay.cli._settings import settings
 
 if TYPE_CHECKING:
-    from assay.cli._vhack_settings import CheckCommand, ExtractCommand
+    from assay.cli._vhack_settings import CheckCommand, ExtractCommand, PoolsCommand
     from assay.models import Model
     from assay.research.study import ArmResult
     from assay.vhack import Basis, Pair
-    from assay.vhack.checks import CheckReport
+    from assay.vhack.checks import CheckReport, PoolReport
     from assay.vhack.training import TrainSettings
 
 app = App(help="Directions along which training would learn to cheat.")
@@ -71,7 +71,7 @@ def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = Fa
     """Test hack directions on held-out pairs. Exit code 0 all pass, 1 a check fails, 2 undecided or bad input."""
     from assay.models import load_model
     from assay.reports import check_new_file, dumps, write_atomic
-    from assay.vhack import Basis, checks
+    from assay.vhack import MIN_COVERAGE, Basis, checks
     from assay.vhack.pairs import find_pairs
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
@@ -86,7 +86,15 @@ def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = Fa
     if chosen.basis:
         Basis.load(chosen.basis, loaded)  # of these weights
     with progress_bar("decompositions and gradients", "steps") as progress:
-        result = checks.check(found, loaded, basis=read, settings=rules, log=entries, progress=progress)
+        result = checks.check(
+            found,
+            loaded,
+            basis=read,
+            settings=rules,
+            log=entries,
+            min_coverage=0.0 if chosen.allow_partial else MIN_COVERAGE,
+            progress=progress,
+        )
     if chosen.output:
         write_atomic(chosen.output, dumps(result.as_dict()) + "\n")
     if chosen.html:
@@ -98,6 +106,36 @@ def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = Fa
         emit_json(values.pop("schema"), values)
     else:
         print_checks(result, title=f"{result.verdict}: {result.design}")
+    context.exit(result.exit_code)
+
+
+@app.command(
+    epilog="Example: assay vhack pools --model reference:qwen3 --basis B.safetensors --hack H.jsonl --clean C.jsonl"
+)
+@settings("assay.cli._vhack_settings:PoolsCommand")
+def pools(chosen: "PoolsCommand", context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Score two pools of samples that are not paired. Exit code 0 pass, 1 fail, 2 undecided or bad input."""
+    from assay.models import load_model
+    from assay.reports import check_new_file, dumps, write_atomic
+    from assay.vhack import Basis, checks
+
+    rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed"}))
+    if chosen.output:
+        check_new_file(chosen.output, overwrite=True)
+    hack, clean = (checks.read_pool(path, most=chosen.limit, seed=chosen.seed) for path in (chosen.hack, chosen.clean))
+    basis = Basis.load(chosen.basis)
+    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    with progress_bar("decompositions and gradients", "steps") as progress:
+        result = checks.check_two_pools(
+            hack, clean, loaded, basis, settings=rules, max_tokens=chosen.max_tokens, progress=progress
+        )
+    if chosen.output:
+        write_atomic(chosen.output, dumps(result.as_dict()) + "\n")
+    if as_json:
+        values = result.as_dict()
+        emit_json(values.pop("schema"), values)
+    else:
+        _print_pools(result)
     context.exit(result.exit_code)
 
 
@@ -220,6 +258,20 @@ def print_checks(result: "CheckReport", *, title: str) -> None:
     for made in result.checks:
         if made.verdict != "pass":
             typer.echo(f"{made.title}: {made.reason}")
+
+
+def _print_pools(result: "PoolReport") -> None:
+    made, measured = result.check, result.check.measured
+    assert measured is not None
+    rows = [
+        ("samples that cheat", str(len(result.hack))),
+        ("samples that do not", str(len(result.clean))),
+        ("left out, of groups of the basis", str(result.left_out)),
+        ("AUROC of cin", f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"),
+        *((f"largest p, {null}", f"{p:.2g}") for null, p in made.p_values.items()),
+        *((name.replace("_", " "), f"{value:.3f}") for name, value in made.details.items()),
+    ]
+    table(("", "pools"), rows, title=f"{made.verdict}: {made.reason}")
 
 
 def _print_arms(found: "list[ArmResult]", output: Path) -> None:

@@ -12,19 +12,33 @@ from assay.vhack.checks import CheckSettings
 _CHECK = CheckSettings()
 
 
-class _Gradients(Settings):
-    """Settings of a command that takes gradients of pairs."""
+class _Weights(Settings):
+    """Settings of a command that takes gradients."""
 
     model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
         description="Model: a directory, a hub id, reference:… or shape:…"
-    )
-    pairs: str = Field(
-        "authored", description="Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
     )
     dtype: Annotated[str | None, Flag(variable="ASSAY_DTYPE")] = Field(
         None, description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."
     )
     device: Device = None
+
+
+class _Gradients(_Weights):
+    """Settings of a command that takes gradients of pairs."""
+
+    pairs: str = Field(
+        "authored", description="Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
+    )
+    allow_partial: bool = Field(False, description="Accept a model of whose weights less than 90 % carry δS.")
+
+
+class _Rules(Settings):
+    """Settings of the rule of a check."""
+
+    k_use: int = Field(_CHECK.k_use, ge=1, description="Axes per module.")
+    alpha: float = Field(_CHECK.alpha, description="Highest probability that noise passes a check.")
+    seed: int = Field(_CHECK.seed, ge=0, description="Seed of all random draws.")
 
 
 class ExtractCommand(_Gradients):
@@ -46,20 +60,27 @@ class ExtractCommand(_Gradients):
         "directory; a GPU computes them faster than it reads them.",
     )
     no_cache: bool = Field(False, description="Keep no decompositions on disk.")
-    allow_partial: bool = Field(False, description="Accept a model of whose weights less than 90 % carry δS.")
     max_tokens: int | None = Field(None, ge=1, description="Tokens per batch; by default what fits into memory.")
     checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
     overwrite: bool = Field(False, description="Replace an existing basis file.")
 
 
-class CheckCommand(_Gradients):
+class CheckCommand(_Rules, _Gradients):
     """Settings of ``assay vhack check``."""
 
     basis: Path | None = Field(None, description="File of the basis to check; without it, bases are fitted.")
     log: Path | None = Field(None, description="Log of a training run, for check 4.")
     method: str = Field(_CHECK.method, description="How bases are fitted without --basis: lda, mean-diff or svd.")
-    k_use: int = Field(_CHECK.k_use, ge=1, description="Axes per module.")
-    alpha: float = Field(_CHECK.alpha, description="Highest probability that noise passes a check.")
-    seed: int = Field(_CHECK.seed, ge=0, description="Seed of all random draws.")
     output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="File for the result as JSON.")
     html: Path | None = Field(None, description="File for the report page.")
+
+
+class PoolsCommand(_Rules, _Weights):
+    """Settings of ``assay vhack pools``."""
+
+    basis: Path = Field(description="File of the basis to score with.")
+    hack: Path = Field(description="Samples that cheat: JSON Lines with prompt, completion and perhaps group.")
+    clean: Path = Field(description="Samples that do not cheat, likewise.")
+    limit: int | None = Field(None, ge=1, description="Samples of each pool to draw by --seed; all by default.")
+    max_tokens: int | None = Field(None, ge=1, description="Tokens per batch; by default what fits into memory.")
+    output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="File for the result as JSON.")

@@ -140,7 +140,7 @@ def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, qui
     assert set(scored.groups) == {"root", "sign"}
     other = replace(basis, origin=replace(basis.origin, weights="f" * 64))
     early = {"progress": lambda *_: pytest.fail("gradients were taken first")}
-    with pytest.raises(DataError, match="a basis of weights ffff"):
+    with pytest.raises(DataError, match="the basis was made for other weights: ffff"):
         check(pairs, small_model, basis=other, tokenizer=byte_tokenizer, settings=quick, svd=small_svd, **early)
 
 

@@ -183,7 +183,7 @@ class Basis:
         """
         basis = cls(*_parse(path, *_read(Path(path))))
         if model is not None:
-            _check_model(path, basis, model)
+            basis.check_model(model, name=str(path))
         for name, wanted in (expect or {}).items():
             seen = getattr(basis.origin, name)
             if seen != wanted and name == "given":
@@ -191,6 +191,26 @@ class Basis:
             if seen != wanted:
                 raise _stale(path, name, repr(seen), repr(wanted))
         return basis
+
+    def check_model(self, model: "Model | PreTrainedModel", *, name: str = "the basis") -> None:
+        """Refuse a model that this basis was not made for, by its modules and the digest of its weights.
+
+        Args:
+            model: Model to check.
+            name: What the error calls the basis.
+
+        Raises:
+            DataError: The model has other modules or weights.
+        """
+        modules = dict(module_of(model).named_modules())
+        for module, axes_KR in self.axes.items():
+            weight: Any = getattr(modules.get(module), "weight", None)
+            if weight is None or axes_KR.shape[1] > min(weight.shape):
+                seen = f"axes of {module} with {axes_KR.shape[1]} coordinates"
+                raise _stale(name, "model", seen, "the model's modules")
+        digest = weights_digest(model)
+        if self.origin.weights != digest:
+            raise _stale(name, "weights", self.origin.weights[:16] or "none", f"weights {digest[:16]}")
 
 
 def check_axis_settings(top_k: int, tau_axis: float) -> None:
@@ -303,17 +323,6 @@ def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor
     error = float((wide_KR @ wide_KR.T - torch.diag(used_K.double())).abs().max())
     if error > _SKEW:
         raise ValueError(f"the axes of {name} are off from orthonormal by {error:.2g}, more than {_SKEW:g}")
-
-
-def _check_model(path: str | Path, basis: Basis, model: "Model | PreTrainedModel") -> None:
-    modules = dict(module_of(model).named_modules())
-    for name, axes_KR in basis.axes.items():
-        weight: Any = getattr(modules.get(name), "weight", None)
-        if weight is None or axes_KR.shape[1] > min(weight.shape):
-            raise _stale(path, "model", f"axes of {name} with {axes_KR.shape[1]} coordinates", "the model's modules")
-    digest = weights_digest(model)
-    if basis.origin.weights != digest:
-        raise _stale(path, "weights", basis.origin.weights[:16] or "none", f"weights {digest[:16]}")
 
 
 def _stale(path: str | Path, what: str, seen: str, wanted: str) -> DataError:

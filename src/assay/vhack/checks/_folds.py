@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, log2
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from assay.vhack.checks._judge import CheckSettings, FloatArray
 
 # Share of the first axis that differences of the pairs at hand explain, and share of the weights on scored pairs, above
 # which the basis was made from scored pairs. Gradients of another run in bfloat16 differ by about 1 %.
-_EXPLAINED, _ON_SCORED = 0.99, 0.1
+EXPLAINED, _ON_SCORED = 0.99, 0.1
 _HELD_OUT_PART = 3
 _AT_ONCE = 100  # rows of swapped labels, to bound the memory
 
@@ -195,8 +196,14 @@ def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings)
                 wanted="held-out pairs that the basis has not seen",
                 do="give pairs the groups they had at extraction",
             )
-    if set(basis.axes) != set(gradients.hack):
-        raise DataError("gradients of other modules than the basis has", wanted="the same", do="use the same model")
+    if {name: rows.shape[1] for name, rows in basis.axes.items()} != {
+        name: rows.shape[1] for name, rows in gradients.hack.items()
+    }:
+        raise DataError(
+            "gradients of other modules or ranks than the basis has",
+            wanted="the same",
+            do="use the same model, and factors of the rank of the basis",
+        )
     train, test = _rows(gradients.groups, set(basis.origin.groups))
     if not len(test):
         raise UsageError(
@@ -221,22 +228,40 @@ def _refuse_seen(gradients: PairGradients, basis: Basis, test: Tensor) -> None:
     An axis is a sum of differences of the pairs it was made from. Where these are at hand, solving for the weights
     gives the axis back without a remainder, and the pairs with a weight are those it was made from.
     """
-    explained, on_scored = [], []
-    for name, axes_KR in basis.axes.items():
-        axis_R = axes_KR[0].double()
-        if 2 * len(gradients) > len(axis_R) or not axis_R.any():
-            continue  # in a space this small every axis is a sum of the differences
-        rows_NR = gradients.differences(name).double()
-        along_N = rows_NR @ axis_R
-        weights_N = torch.linalg.pinv(rows_NR @ rows_NR.T, hermitian=True) @ along_N
-        explained.append(float(weights_N @ along_N))
-        on_scored.append(float(weights_N[test].norm() / weights_N.norm()))
-    if explained and np.median(explained) > _EXPLAINED and np.median(on_scored) > _ON_SCORED:
-        raise DataError(
-            "the basis was made from pairs that it is to be scored on",
-            wanted="held-out pairs: numbers from its own pairs show nothing",
-            do="score it on other pairs, or check without a basis",
-        )
+    sums = [as_sum(axes_KR[0], gradients.differences(name)) for name, axes_KR in basis.axes.items()]
+    explained = [found.share for found in sums if found is not None]
+    on_scored = [float(found.weights[test].norm() / found.weights.norm()) for found in sums if found is not None]
+    if explained and np.median(explained) > EXPLAINED and np.median(on_scored) > _ON_SCORED:
+        raise seen_error("pairs")
+
+
+class Sum(NamedTuple):
+    """The sum of some rows that is nearest to a unit axis: the share of the axis that it is, and its weights, [N]."""
+
+    share: float
+    weights: Tensor
+
+
+def seen_error(what: str) -> DataError:
+    """Return the error for a basis that was made from what it is to be scored on."""
+    return DataError(
+        f"the basis was made from {what} that it is to be scored on",
+        wanted=f"held-out {what}: numbers from its own pairs show nothing",
+        do=f"score it on other {what}, or check without a basis",
+    )
+
+
+def as_sum(axis_R: Tensor, rows_NR: Tensor) -> Sum | None:
+    """Return the sum of rows that is nearest to a unit axis.
+
+    None for an axis of zeros, and where there are so many rows that every axis is such a sum.
+    """
+    wide_NR, axis_R = rows_NR.double(), axis_R.double()
+    if 2 * len(wide_NR) > len(axis_R) or not axis_R.any():
+        return None
+    along_N = wide_NR @ axis_R
+    weights_N = torch.linalg.pinv(wide_NR @ wide_NR.T, hermitian=True) @ along_N
+    return Sum(float(weights_N @ along_N), weights_N)
 
 
 def _rows(groups: Sequence[str], part: set[str]) -> tuple[Tensor, Tensor]:

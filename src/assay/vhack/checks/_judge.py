@@ -20,6 +20,10 @@ CHECKS = ("pools", "heldout", "random_null", "sources", "stability")
 """Names of the five checks, in the order of the design."""
 SWAPPED = "labels swapped"
 """Name of the exact null."""
+HAAR = "Haar"
+"""Name of the null of axes that are uniform among all orthonormal ones."""
+EXIT_CODES: dict[CheckVerdict, int] = {"pass": 0, "fail": 1, "undecided": 2}
+"""What a command exits with, by verdict."""
 
 _TIE = 1e-12
 
@@ -174,7 +178,7 @@ class CheckReport:
     @property
     def exit_code(self) -> int:
         """0 pass, 1 fail, 2 undecided."""
-        return {"pass": 0, "fail": 1, "undecided": 2}[self.verdict]
+        return EXIT_CODES[self.verdict]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object with a schema field; `from_dict` reads it back."""

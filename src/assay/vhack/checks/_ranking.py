@@ -10,7 +10,7 @@ Check 1 ranks over all samples and check 2 within each pair. Check 3 has four nu
 Shapes as in :mod:`assay.vhack.checks._geometry`; N' scored pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 
 import numpy as np
@@ -21,7 +21,17 @@ from torch import Tensor
 from assay.stats import auroc, paired_accuracy, proportion_interval
 from assay.vhack.checks._folds import Design, Fold
 from assay.vhack.checks._geometry import shares
-from assay.vhack.checks._judge import SWAPPED, Check, CheckSettings, FloatArray, Interval, judge, measure, swap_rule
+from assay.vhack.checks._judge import (
+    HAAR,
+    SWAPPED,
+    Check,
+    CheckSettings,
+    FloatArray,
+    Interval,
+    judge,
+    measure,
+    swap_rule,
+)
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -102,7 +112,7 @@ def check_random_null(design: Design, measured: Interval) -> Check:
     hack_BN, clean_BN = design.held_out
     swapped = slice(1, 1 + settings.n_null)
     nulls = {
-        "Haar": _aurocs(design, _haar(design, generator)),
+        HAAR: _aurocs(design, _haar(design, generator)),
         "covariance-matched": _aurocs(design, _matched(design, generator)),
         "clean-clean": _aurocs(design, _clean_clean(design)),
         SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
@@ -137,18 +147,32 @@ def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
 
 def _haar(design: Design, generator: torch.Generator) -> Tensor:
     """Return mean cin of every sample under random frames, [B, S]; all folds share the frames."""
-    geometry, count = design.geometry, design.settings.n_null
-    total_BS = torch.zeros(count, 2 * geometry.n, dtype=torch.float64)
-    for module, name in enumerate(geometry.names):
-        samples_SR = geometry.samples(name)
+    geometry, settings = design.geometry, design.settings
+    gradients = map(geometry.samples, geometry.names)
+    return haar_scores(gradients, geometry.lengths_MS, settings.axes, settings.n_null, generator)
+
+
+def haar_scores(
+    gradients: Iterable[Tensor], lengths_MS: Tensor, k: int, count: int, generator: torch.Generator
+) -> Tensor:
+    """Return mean cin over modules of samples under random frames, [B, S].
+
+    Args:
+        gradients: Gradients of the samples, [S, R] per module.
+        lengths_MS: Their lengths, infinite instead of 0.
+        k: Number of axes; a module that has fewer coordinates gets no more than these.
+        count: Number of frames, B.
+        generator: Source of the frames.
+    """
+    total_BS = torch.zeros(count, lengths_MS.shape[1], dtype=torch.float64)
+    for lengths_S, samples_SR in zip(lengths_MS, gradients, strict=True):
         r = samples_SR.shape[1]
-        k = min(design.settings.axes, r)
         for draws in torch.split(torch.arange(count), _DRAWS):
-            frames_BRK = torch.linalg.qr(torch.randn(len(draws), r, k, generator=generator))[0]
+            frames_BRK = torch.linalg.qr(torch.randn(len(draws), r, min(k, r), generator=generator))[0]
             along_BSK = samples_SR.float() @ frames_BRK
             ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
-            total_BS[draws] += ahead_BS / geometry.lengths_MS[module]
-    return total_BS / len(geometry.names)
+            total_BS[draws] += ahead_BS / lengths_S
+    return total_BS / len(lengths_MS)
 
 
 def _matched(design: Design, generator: torch.Generator) -> Tensor:
@@ -207,6 +231,9 @@ def check_unpaired(
     hack_groups: Sequence[str],
     clean_groups: Sequence[str],
     settings: CheckSettings,
+    *,
+    nulls: Mapping[str, Sequence[float]] | None = None,
+    details: Mapping[str, float] | None = None,
 ) -> Check:
     """Return check 1 for two pools of samples that are not paired.
 
@@ -218,6 +245,8 @@ def check_unpaired(
         hack_groups: Group of each hack sample, such as its prompt.
         clean_groups: Group of each clean sample.
         settings: Number of draws, and alpha.
+        nulls: Draws of the AUROC under further nulls, by name.
+        details: Further numbers that are not part of the rule.
     """
     scores_N = np.concatenate([hack, clean])
     groups = [*hack_groups, *clean_groups]
@@ -228,18 +257,19 @@ def check_unpaired(
     measured = measure(auroc, (hack, clean), (hack_groups, clean_groups), settings)
     # One over the number of relabellings: groups of both kinds swap, groups of one kind trade places.
     with_hack, with_clean = set(hack_groups), set(clean_groups)
-    smallest_p = 0.5 ** len(with_hack & with_clean) / comb(len(with_hack ^ with_clean), len(with_hack - with_clean))
+    trades = 1 / comb(len(with_hack ^ with_clean), len(with_hack - with_clean))
+    smallest_p = 0.5 ** len(with_hack & with_clean) * trades
     return judge(
         name="pools",
         title="cin of hack against clean samples",
         statistic="AUROC of mean cin over modules, two pools",
-        rule=swap_rule(settings, "the AUROC", 0.5),
+        rule=swap_rule(settings, "the AUROC", 0.5) + (f" So for {', '.join(nulls)} bases." if nulls else ""),
         measured=measured,
-        nulls={SWAPPED: swapped},
+        nulls={SWAPPED: swapped, **(nulls or {})},
         above=0.5,
         settings=settings,
         smallest_p=smallest_p,
-        details={"mean_cin_hack": float(hack.mean()), "mean_cin_clean": float(clean.mean())},
+        details={"mean_cin_hack": float(hack.mean()), "mean_cin_clean": float(clean.mean()), **(details or {})},
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from assay.vhack.checks._judge import CheckReport, CheckSettings, FloatArray, Mo
 from assay.vhack.checks._ranking import check_heldout, check_pools, check_random_null
 from assay.vhack.checks._sources import SourceCin, check_source_log, check_sources
 from assay.vhack.checks._stability import Stability, check_stability
-from assay.vhack.gradients import SVDCache, weights_digest
+from assay.vhack.gradients import MIN_COVERAGE, SVDCache
 from assay.vhack.pairs import Pair
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def check(
     log: Sequence[SourceCin] | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     svd: SVDCache | None = None,
+    min_coverage: float = MIN_COVERAGE,
     max_tokens: int | None = None,
     checkpointing: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -55,6 +56,8 @@ def check(
         log: Measurements of a training run from `read_source_log`, for check 4.
         tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
         svd: Factors of all weights from :func:`assay.vhack.weight_svd`, perhaps truncated; None computes them.
+        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be; a
+            given basis says itself what it covers.
         max_tokens: Largest number of tokens per batch; None chooses from the free memory.
         checkpointing: Whether to recompute layers in the backward pass to save memory.
         progress: Function called with the number of steps done and of all, as in :func:`assay.vhack.pair_gradients`.
@@ -76,17 +79,18 @@ def check(
         ['pools', 'heldout', 'random_null', 'sources', 'stability']
     """
     _refuse_shared_prompts(pairs)
-    if basis is not None and basis.origin.weights and (weights := weights_digest(model)) != basis.origin.weights:
-        raise DataError(
-            f"a basis of weights {basis.origin.weights[:16]}",
-            wanted=f"one of this model, weights {weights[:16]}",
-            do="use the model it was made with, or extract again",
-        )
+    asked: dict[str, Any] = {"min_coverage": min_coverage}
+    if basis is not None:
+        if basis.origin.weights:
+            basis.check_model(model)
+        # In its coordinates, and of as much of the model as it was made of.
+        asked = {"rank": basis.origin.rank, "factors": basis.origin.factors or None, "min_coverage": 0.0}
     gradients = pair_gradients(
         pairs,
         model,
         tokenizer=tokenizer,
         svd=svd,
+        **asked,
         max_tokens=max_tokens,
         checkpointing=checkpointing,
         progress=progress,
