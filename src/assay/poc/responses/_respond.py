@@ -92,8 +92,12 @@ def respond(
     )
     header = make_header(model, requests, public_key)
     loop = _Loop(model, header, block_hash, stop_tokens(model) if stop is None else frozenset(stop), hash_prompts)
-    for request in requests:
-        loop.seed(request)  # a bad text is refused before the first token is made
+    if len({loop.seed(request).text for request in requests}) < len(requests):
+        raise UsageError(
+            "two requests of one id, seed and index",
+            wanted="a seed of its own for every response",
+            do="give one of them another request_id",
+        )
     started = time.perf_counter()
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
         receipts = _recover(out, header, loop, requests) if out else []

@@ -6,6 +6,7 @@ its sums are taken in another order, so a token whose sum is equal to top_p up t
 Shapes: N rows, V tokens of the vocabulary.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -36,8 +37,9 @@ class Sampler:
         self.vocab_size = vocab_size
         self._streams = streams.get_backend("auto", str(self.device))
         self._samplings = tuple(samplings)
-        self._biases = self._bias_entries()
-        self._penalises = any(sampling.penalises for sampling in self._samplings)
+        self._biases = self._bias_columns()
+        self.penalises = any(sampling.penalises for sampling in self._samplings)
+        """Whether the scores of a row depend on the tokens before."""
         self._greedy_N1 = self._column([sampling.greedy for sampling in self._samplings], torch.bool)
         self._some_greedy = any(sampling.greedy for sampling in self._samplings)
         self._all_greedy = all(sampling.greedy for sampling in self._samplings)
@@ -88,10 +90,9 @@ class Sampler:
             check_rows(tuple(logits_NV.shape), len(self._samplings))
         l_NV = logits_NV.float()
         if self._biases is not None:
-            rows, tokens, biases = self._biases
-            l_NV = l_NV.clone()
-            l_NV[slice(None) if len(self._samplings) == 1 else rows, tokens] += biases
-        if not self._penalises:
+            tokens_NK, biases_NK = (values.expand(len(l_NV), -1) for values in self._biases)
+            l_NV = l_NV.scatter_add(1, tokens_NK, biases_NK)
+        if not self.penalises:
             return l_NV
         counts = torch.zeros((1, 1), device=self.device) if counts_NV is None else counts_NV.to(torch.float32)
         used = counts > 0
@@ -108,7 +109,8 @@ class Sampler:
         if self._all_greedy:
             return l_NV
         z_NV = l_NV / self._temperature_N1
-        s_NV = z_NV.masked_fill(~self._kept(z_NV), -math.inf)
+        drops = self._uses_min_p or self._uses_top_p or self._most_kept
+        s_NV = z_NV.masked_fill(~self._kept(z_NV), -math.inf) if drops else z_NV
         self._streams.add_gumbels(s_NV, streams.as_tensor(seeds_N).to(self.device))
         return torch.where(self._greedy_N1, l_NV, s_NV) if self._some_greedy else s_NV
 
@@ -132,19 +134,40 @@ class Sampler:
             kept_NV &= torch.empty_like(kept_NV).scatter_(1, order_NV, stays_NV)
         return kept_NV
 
-    def _bias_entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        entries = []
-        for row, sampling in enumerate(self._samplings):
+    def rows(self, index_R: Int[Tensor, " R"]) -> "Sampler":
+        """Return the sampler of other rows: row i of it has the parameters of row ``index_R[i]`` here.
+
+        The indices may be known on the device only, as those of an engine with drafts are: nothing waits for them.
+        """
+        other = copy.copy(self)
+        other._samplings = self._samplings[:1] * len(index_R)  # their number counts; which is which the columns say
+        for name, column in vars(self).items():
+            if name.endswith("_N1"):
+                setattr(other, name, column.index_select(0, index_R))
+        if self._biases is not None:
+            tokens_NK, biases_NK = self._biases
+            other._biases = tokens_NK.index_select(0, index_R), biases_NK.index_select(0, index_R)
+        return other
+
+    def _bias_columns(self) -> tuple[Tensor, Tensor] | None:
+        """Return biased tokens [N, K] and their biases; a row with fewer than K adds 0 to the first token."""
+        for sampling in self._samplings:
             check_biased(sampling, self.vocab_size)
-            entries += [(row, token, bias) for token, bias in sampling.logit_bias.items()]
-        if not entries:
+        most = max((len(sampling.logit_bias) for sampling in self._samplings), default=0)
+        if not most:
             return None
-        rows, tokens, biases = zip(*entries, strict=True)
-        rows_E, tokens_E = (torch.tensor(values, device=self.device) for values in (rows, tokens))
-        return rows_E, tokens_E, torch.tensor(biases, dtype=torch.float32, device=self.device)
+        padded = [[*sampling.logit_bias.items(), *[(0, 0.0)] * most][:most] for sampling in self._samplings]
+        tokens = [[token for token, _ in row] for row in padded]
+        biases = [[bias for _, bias in row] for row in padded]
+        return self._put(torch.tensor(tokens)), self._put(torch.tensor(biases, dtype=torch.float32))
 
     def _floats(self, values: Sequence[float]) -> Tensor:
         return self._column(values, torch.float32)
 
     def _column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device).unsqueeze(1)
+        return self._put(torch.tensor(values, dtype=dtype).unsqueeze(1))
+
+    def _put(self, values: Tensor) -> Tensor:
+        """Copy values to the device without waiting for it."""
+        pinned = values.pin_memory() if self.device.type == "cuda" else values
+        return pinned.to(self.device, non_blocking=True)

@@ -1,0 +1,95 @@
+"""``assay poc respond``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from assay.poc.responses import Receipts
+
+ROUND = ["--block-hash", "block_alpha", "--public-key", "node_A"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt":[1,2,3],"request_id":"r1"}\n{"prompt":[4],"temperature":0,"max_tokens":3}\n')
+    return path
+
+
+def test_receipts_are_written(assay, small_checkpoint, prompts: Path, tmp_path: Path):
+    out = tmp_path / "receipts.jsonl"
+    command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]
+    sampling = ["--temperature", "0.7", "--top-k", "50", "--max-tokens", "6", "--user-seed", "u", "--hash-prompts"]
+    result = assay(*command, *sampling, "--json")
+    assert result.code == 0, result.err
+    shown = json.loads(result.out)
+    made = Receipts.load(out)
+    assert shown["schema"] == "assay.poc.respond/1"
+    assert (shown["receipts"], shown["tokens"], shown["sha256"]) == (2, made.footer.tokens, made.footer.sha256)
+    first, second = made.receipts
+    assert (first.request_id, first.chosen_by, first.user_seed) == ("r1", "client", "u")
+    assert (first.sampling.temperature, first.sampling.top_k, len(first.output)) == (0.7, 50, 6)
+    assert (second.request_id, second.chosen_by) == ("line-2", "server")
+    assert (second.sampling.temperature, second.sampling.top_k, len(second.output)) == (0, 50, 3)
+    assert first.prompt.ids is None
+    again = assay(*command)
+    assert again.code == 2
+    assert "--overwrite" in again.err
+
+
+def test_an_example_runs_as_text(assay, tmp_path: Path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "receipts.jsonl"
+    prompts.write_text('{"prompt":"def add(a, b):"}\n')
+    result = assay("poc", "respond", "--model", "reference:qwen3", "--prompts", prompts, *ROUND, "-o", out,
+                   "--max-tokens", "2", "--device", "cpu")  # fmt: skip
+    assert result.code == 0, result.err
+    assert "receipts" in result.out
+    assert Receipts.load(out).receipts[0].prompt.tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "seen"),
+    [
+        ("", [], "is empty"),
+        ("{", [], "line 1"),
+        ('{"prompt":[]}\n', [], "line 1"),
+        ('{"prompt":[9999]}\n', [], "token 9999"),
+        ('{"prompt":[1]}\n', ["--max-tokens", "128"], "asks for 128"),
+        ('{"prompt":[1]}\n', ["--max-tokens", "0"], "max_tokens is 0"),
+        ('{"prompt":[1]}\n', ["--temperature", "-1"], "temperature is -1"),
+        ('{"prompt":[1]}\n', ["--temperature", "nan"], "--temperature"),
+        ('{"prompt":[1]}\n', ["--top-p", "0"], "top_p is 0"),
+        ('{"prompt":[1]}\n', ["--top-k", "-1"], "top_k is -1"),
+        ('{"prompt":[1]}\n', ["--public-key", ""], "public_key is ''"),
+        ('{"prompt":[1]}\n', ["--block-hash", "a\nb"], "block_hash is"),
+        ('{"prompt":[1]}\n', ["--user-seed", "a\nb"], "user_seed is"),
+        ('{"prompt":"text"}\n', [], "no tokenizer"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_before_the_model_is_loaded(
+    content: str, flags: list, seen: str, assay, small_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def never(*values, **more):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("assay.models.load_model", never)
+    (tmp_path / "prompts.jsonl").write_text(content)
+    out = tmp_path / "receipts.jsonl"
+    result = assay("poc", "respond", "--model", small_checkpoint, "--prompts", tmp_path / "prompts.jsonl", *ROUND,
+                   "-o", out, *flags)  # fmt: skip
+    assert result.code == 2
+    assert seen in result.err
+    assert "wanted:" in result.err
+    assert "to do:" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_a_missing_file_or_directory_is_named(assay, small_checkpoint, prompts: Path, tmp_path: Path):
+    command = ["poc", "respond", "--model", small_checkpoint, *ROUND]
+    missing = assay(*command, "--prompts", tmp_path / "none.jsonl", "-o", tmp_path / "receipts.jsonl")
+    assert missing.code == 2
+    assert "none.jsonl" in missing.err
+    nowhere = assay(*command, "--prompts", prompts, "-o", tmp_path / "none" / "receipts.jsonl")
+    assert nowhere.code == 2
+    assert "create the directory" in nowhere.err

@@ -1,0 +1,342 @@
+"""Files of receipts: a round trip, and every way in which a file can be wrong."""
+
+import base64
+import hashlib
+import json
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from assay.errors import ProofFormatError, UsageError
+from assay.poc.responses import (
+    LONGEST_LINE,
+    Prompt,
+    Receipt,
+    ReceiptHeader,
+    Receipts,
+    Sampling,
+    Tally,
+    parse_header,
+    parse_receipt,
+)
+from assay.reports import dumps
+
+
+def test_receipts_read_back_as_they_were(responses: Receipts, tmp_path: Path):
+    path = tmp_path / "receipts.jsonl"
+    responses.save(path)
+    read = Receipts.load(path)
+    assert read.header == responses.header
+    assert read.footer == responses.footer
+    assert [receipt.line() for receipt in read.receipts] == [receipt.line() for receipt in responses.receipts]
+    for one, other in zip(read.receipts, responses.receipts, strict=True):
+        assert one.sampling == other.sampling
+        assert one.prompt.ids == other.prompt.ids
+        np.testing.assert_array_equal(one.sketches, other.sketches)
+    again = Receipts.parse("memory", path.read_bytes())
+    assert again.footer == responses.footer
+
+
+def test_the_footer_s_hash_and_counts_are_those_of_the_file(lines: list[str], responses: Receipts):
+    footer = json.loads(lines[-1])["footer"]
+    assert footer["sha256"] == hashlib.sha256("".join(f"{line}\n" for line in lines[1:-1]).encode()).hexdigest()
+    assert footer["receipts"] == 4
+    assert footer["tokens"] == sum(len(receipt.output) for receipt in responses.receipts) == 40 + 33 + 3 + 5
+
+
+def test_an_export_can_be_written_line_by_line(responses: Receipts):
+    tally = Tally(responses.header)
+    for receipt in responses.receipts:
+        tally.add(receipt, receipt.line())
+    assert tally.footer(responses.footer.seconds).line() == responses.footer.line()
+
+
+def test_wire_form_of_sketches(lines: list[str], responses: Receipts):
+    written = json.loads(lines[1])["sketches"]
+    assert len(written) == 2  # of tokens 0 and 32
+    raw = base64.b64decode(written[1])
+    assert raw == responses.receipts[0].sketches[1].astype("<f2").tobytes()
+    assert len(raw) == 24
+
+
+def test_one_line_can_be_read_alone(lines: list[str], responses: Receipts):
+    assert parse_receipt(f"{lines[2]}\n".encode()).line() == lines[2]
+    assert parse_header(f"{lines[0]}\n".encode()) == responses.header
+
+
+def test_a_hash_stands_for_a_prompt(lines: list[str], responses: Receipts):
+    receipt = responses.receipts[0]
+    hashed = receipt.without_prompt()
+    assert receipt.prompt.sha256 == hashlib.sha256(np.array([3, 1, 4, 1, 5], "<u4").tobytes()).hexdigest()
+    assert '"prompt":{"sha256":"' in hashed.line()
+    assert "3,1,4,1,5" not in hashed.line()
+    read = parse_receipt(f"{hashed.line()}\n".encode())
+    assert read.prompt.ids is None
+    assert read.prompt == receipt.prompt == Prompt.of([3, 1, 4, 1, 5])
+    assert read.prompt != Prompt.of([3, 1, 4, 1, 6])
+    assert hashed.without_prompt() is hashed
+
+
+def test_receipts_without_sampling_or_without_sketches(responses: Receipts, tmp_path: Path):
+    plain = [replace(receipt, sampling=None, mask=True) for receipt in responses.receipts]
+    bare = [replace(receipt, sketches=np.empty((0, 12), np.float16)) for receipt in responses.receipts]
+    aborted = replace(responses.receipts[0], output=(), sketches=np.empty((0, 12), np.float16), finish="abort")
+    for header, receipts in (
+        (responses.header, [*plain[1:], aborted]),
+        (replace(responses.header, sketched=False), [*bare[1:], aborted]),
+    ):
+        Receipts.build(header, receipts, 1.5).save(tmp_path / "made.jsonl", overwrite=True)
+        read = Receipts.load(tmp_path / "made.jsonl")
+        assert [receipt.line() for receipt in read.receipts] == [receipt.line() for receipt in receipts]
+        assert read.header.sketched is header.sketched
+    with pytest.raises(UsageError, match="0 sketches for 40 tokens"):
+        Receipts.build(responses.header, bare, 1.5)
+
+
+def edited(number: int, **changes) -> Callable[[list[str]], list[str]]:
+    """Change fields of one line, addressed with two underscores."""
+
+    def change(lines: list[str]) -> list[str]:
+        value = json.loads(lines[number])
+        for path, new in changes.items():
+            *parents, last = path.split("__")
+            target = value
+            for parent in parents:
+                target = target[parent]
+            target[last] = new
+        return put(number, dumps(value))(lines)
+
+    return change
+
+
+def put(number: int, *texts: str) -> Callable[[list[str]], list[str]]:
+    """Put other lines in the place of one."""
+
+    def change(lines: list[str]) -> list[str]:
+        at = number % len(lines)
+        return [*lines[:at], *texts, *lines[at + 1 :]]
+
+    return change
+
+
+def replaced(number: int, old: str, new: str) -> Callable[[list[str]], list[str]]:
+    """Replace text in one line."""
+
+    def change(lines: list[str]) -> list[str]:
+        assert old in lines[number]
+        return put(number, lines[number].replace(old, new, 1))(lines)
+
+    return change
+
+
+def half(bits: int) -> str:
+    return base64.b64encode(np.full(12, bits, "<u2").tobytes()).decode()
+
+
+GOOD, LAST = 1, 5
+BREAKS = {
+    "empty file": (lambda lines: [], 1),
+    "no header": (lambda lines: lines[1:], 1),
+    "a proof's kind": (edited(0, kind="assay.poc.proof"), 1),
+    "unknown schema": (edited(0, schema=2), 1),
+    "boolean schema": (edited(0, schema=True), 1),
+    "digest of text": (edited(0, model__digest="abc"), 1),
+    "digest of null": (edited(0, model__digest=None), 1),
+    "model is a list": (edited(0, model=[]), 1),
+    "no key": (edited(0, public_key=""), 1),
+    "key of a number": (edited(0, public_key=7), 1),
+    "another size of sketches": (edited(0, sketch={"every": 32, "size": 11}), 1),
+    "sketches with a point": (replaced(0, '"every":32', '"every":32.0'), 1),
+    "sketches announced as missing": (edited(0, sketch=None), 2),
+    "batch of no rows": (edited(0, fingerprint__batch_size=0), 1),
+    "fingerprint with a note": (edited(0, fingerprint__note="x"), 1),
+    "spaces in the header": (replaced(0, ":", ": "), 1),
+    "byte order mark": (replaced(0, "{", "\ufeff{"), 1),
+    "not JSON": (put(GOOD, "{"), 2),
+    "not an object": (put(GOOD, "[1]"), 2),
+    "empty line": (put(GOOD, ""), 2),
+    "extra field": (edited(GOOD, note="x"), 2),
+    "field missing": (replaced(GOOD, '"mask":false,', ""), 2),
+    "field twice": (replaced(GOOD, '"mask":false,', '"mask":false,"mask":false,'), 2),
+    "other order of fields": (replaced(GOOD, '"finish":"length","mask":false', '"mask":false,"finish":"length"'), 2),
+    "a space": (replaced(GOOD, '"mask":false', '"mask": false'), 2),
+    "an escape": (replaced(GOOD, "plain", "pl\\u0061in"), 2),
+    "a lone surrogate": (replaced(GOOD, "plain", "\\ud800"), 2),
+    "carriage return": (lambda lines: [*lines[:GOOD], lines[GOOD] + "\r", *lines[GOOD + 1 :]], 2),
+    "NaN": (replaced(GOOD, '"temperature":1.0', '"temperature":NaN'), 2),
+    "infinity": (replaced(GOOD, '"temperature":1.0', '"temperature":1e999'), 2),
+    "whole temperature": (replaced(GOOD, '"temperature":1.0', '"temperature":1'), 2),
+    "long temperature": (replaced(GOOD, '"temperature":1.0', '"temperature":1.00'), 2),
+    "negative zero": (replaced(GOOD, '"min_p":0.0', '"min_p":-0.0'), 2),
+    "temperature of text": (edited(GOOD, sampling__temperature="1"), 2),
+    "temperature of 4000 digits": (replaced(GOOD, '"temperature":1.0', f'"temperature":1{"0" * 4000}'), 2),
+    "temperature of 5000 digits": (replaced(GOOD, '"temperature":1.0', f'"temperature":1{"0" * 5000}'), 2),
+    "temperature out of range": (edited(GOOD, sampling__temperature=-1.0), 2),
+    "top_k with a point": (edited(GOOD, sampling__top_k=5.0), 2),
+    "top_k of true": (edited(GOOD, sampling__top_k=True), 2),
+    "sampling of text": (edited(GOOD, sampling="greedy"), 2),
+    "sampling with a seed": (edited(GOOD, sampling__seed=1), 2),
+    "sampling without top_p": (replaced(GOOD, '"top_p":1.0,', ""), 2),
+    "bias in a list": (edited(GOOD, sampling__logit_bias=[[1, 2.0]]), 2),
+    "bias of a word": (edited(GOOD, sampling__logit_bias={"a": 1.0}), 2),
+    "bias of a negative token": (edited(GOOD, sampling__logit_bias={"-1": 1.0}), 2),
+    "bias with a leading zero": (edited(GOOD, sampling__logit_bias={"07": 1.0}), 2),
+    "bias of another script's digit": (edited(GOOD, sampling__logit_bias={"٣": 1.0}), 2),
+    "biases out of order": (edited(GOOD, sampling__logit_bias={"9": 1.0, "8": 1.0}), 2),
+    "too many biases": (edited(GOOD, sampling__logit_bias={str(i): 1.0 for i in range(1025)}), 2),
+    "request id of a number": (edited(GOOD, request_id=7), 2),
+    "empty request id": (edited(GOOD, request_id=""), 2),
+    "long request id": (edited(GOOD, request_id="x" * 1025), 2),
+    "line break in the request id": (edited(GOOD, request_id="a\nb"), 2),
+    "unknown chooser": (edited(GOOD, chosen_by="node"), 2),
+    "chooser is a list": (edited(GOOD, chosen_by=["client"]), 2),
+    "negative index": (edited(GOOD, index=-1), 2),
+    "index with a point": (replaced(GOOD, '"index":0', '"index":0.0'), 2),
+    "huge index": (edited(GOOD, index=10**400), 2),
+    "user seed of null": (edited(GOOD, user_seed=None), 2),
+    "no block": (edited(GOOD, block_hash=""), 2),
+    "prompt of text": (edited(GOOD, prompt="Hello"), 2),
+    "prompt in a list": (edited(GOOD, prompt=[1, 2]), 2),
+    "no prompt": (edited(GOOD, prompt={"ids": []}), 2),
+    "prompt of floats": (edited(GOOD, prompt={"ids": [1.0]}), 2),
+    "prompt of truths": (edited(GOOD, prompt={"ids": [True]}), 2),
+    "prompt of an object": (edited(GOOD, prompt={"ids": {"0": 1}}), 2),
+    "prompt in both forms": (edited(GOOD, prompt={"ids": [1], "sha256": "0" * 64, "tokens": 1}), 2),
+    "prompt hash in capitals": (edited(GOOD, prompt={"sha256": "A" * 64, "tokens": 1}), 2),
+    "prompt of no tokens": (edited(GOOD, prompt={"sha256": "0" * 64, "tokens": 0}), 2),
+    "negative token": (edited(GOOD, output=[-1] * 40), 2),
+    "token beyond all vocabularies": (edited(GOOD, output=[2**24] * 40), 2),
+    "huge token": (edited(GOOD, output=[10**400] * 40), 2),
+    "token of text": (edited(GOOD, output=["1"] * 40), 2),
+    "token of null": (edited(GOOD, output=[None] * 40), 2),
+    "nested tokens": (edited(GOOD, output=[[1]] * 40), 2),
+    "output of null": (edited(GOOD, output=None), 2),
+    "fewer tokens than sketches": (edited(GOOD, output=[1] * 32), 2),
+    "more tokens than sketches": (edited(GOOD, output=[1] * 65), 2),
+    "unknown end": (edited(GOOD, finish="done"), 2),
+    "end of null": (edited(GOOD, finish=None), 2),
+    "mask of a number": (edited(GOOD, mask=0), 2),
+    "sketches of null": (edited(GOOD, sketches=None), 2),
+    "no sketches": (edited(GOOD, sketches=[]), 2),
+    "one sketch too few": (edited(GOOD, sketches=[half(0x3C00)]), 2),
+    "sketch of numbers": (edited(GOOD, sketches=[[0.0] * 12] * 2), 2),
+    "short sketch": (edited(GOOD, sketches=["AAAA", "AAAA"]), 2),
+    "sketch that is not base64": (edited(GOOD, sketches=["!" * 32] * 2), 2),
+    "sketch of NaN": (edited(GOOD, sketches=[half(0x7E00)] * 2), 2),
+    "sketch of infinity": (edited(GOOD, sketches=[half(0xFC00)] * 2), 2),
+    "token edited": (lambda lines: edited(GOOD, output=[0] * 40)(lines), 6),
+    "receipt left out": (lambda lines: [*lines[:2], *lines[3:]], 5),
+    "receipts swapped": (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], 6),
+    "receipt doubled": (lambda lines: [*lines[:2], lines[1], *lines[2:]], 3),
+    "truncated": (lambda lines: lines[:3], 4),
+    "no footer": (lambda lines: lines[:-1], 6),
+    "line after the end": (lambda lines: [*lines, lines[1]], 7),
+    "second footer": (lambda lines: [*lines, lines[-1]], 7),
+    "footer counts": (edited(LAST, footer__receipts=3), 6),
+    "footer tokens": (edited(LAST, footer__tokens=3), 6),
+    "footer hash": (edited(LAST, footer__sha256="0" * 64), 6),
+    "footer seconds": (edited(LAST, footer__seconds=-1), 6),
+    "footer of a list": (put(LAST, '{"footer":[]}'), 6),
+    "footer of truths": (edited(LAST, footer__receipts=True), 6),
+    "nested bomb": (put(GOOD, '{"output":' + "[" * 100_000), 2),
+    "nested bomb below the count": (put(GOOD, '{"output":' + "[" * 8000), 2),
+    "bomb of objects": (put(GOOD, '{"a":' * 8000), 2),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_file_is_refused_with_its_line(name: str, lines: list[str], tmp_path: Path):
+    change, line = BREAKS[name]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(text + "\n" for text in change(lines)), encoding="utf-8", newline="")
+    with pytest.raises(ProofFormatError, match=f"line {line}:") as caught:
+        Receipts.load(bad)
+    error = caught.value
+    assert error.wanted
+    assert error.do
+    assert len(str(error)) < 1500
+
+
+@pytest.mark.parametrize("cut", [1, 100, 700, 2000])
+def test_a_torn_file_is_refused(cut: int, lines: list[str], tmp_path: Path):
+    torn = tmp_path / "torn.jsonl"
+    torn.write_bytes("".join(f"{line}\n" for line in lines).encode()[:-cut])
+    with pytest.raises(ProofFormatError):
+        Receipts.load(torn)
+
+
+@pytest.mark.parametrize("content", [b"\x00" * 100, b"\xff\xfe\n", b"\n", b"{}\n", b"null\n", b'{"footer":{}}\n'])
+def test_what_is_no_file_of_receipts_is_refused(content: bytes):
+    with pytest.raises(ProofFormatError):
+        Receipts.parse("garbage", content)
+
+
+@pytest.mark.parametrize("fill", [b"[],", b"{},", b"0,", b'"a",', b"0.5,", b"[[[[", b'{"a":'])
+def test_hostile_lines_take_little_memory(fill: bytes):
+    """Values of JSON take up to 40 times the room of their text, so a line is refused before they are made."""
+    line = b'{"output":[' + fill * (2**24 // len(fill)) + b"0]}\n"
+    tracemalloc.start()
+    with pytest.raises(ProofFormatError):
+        parse_receipt(line)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 2**20
+
+
+def test_a_line_that_is_too_long_is_not_parsed():
+    with pytest.raises(ProofFormatError, match="at most"):
+        parse_receipt(b" " * (LONGEST_LINE + 1))
+
+
+def test_the_largest_receipt_fits_its_bounds(responses: Receipts):
+    ids = tuple(range(2**20))
+    largest = replace(
+        responses.receipts[0],
+        prompt=Prompt.of(ids),
+        output=ids,
+        sketches=np.zeros((2**15, 12), np.float16),
+        request_id=",[{" * 341,
+        user_seed=",[{" * 341,
+        block_hash=",[{" * 341,
+        sampling=Sampling(logit_bias=dict.fromkeys(range(2**24 - 1024, 2**24), 0.1)),
+    )
+    assert parse_receipt(f"{largest.line()}\n".encode()).prompt == largest.prompt
+    with pytest.raises(UsageError, match="1048577 tokens"):
+        replace(largest, output=(*ids, 1))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sketches": np.zeros((2, 11), np.float16)},
+        {"sketches": np.zeros((3, 12), np.float16)},
+        {"sketches": np.full((2, 12), np.nan, np.float16)},
+        {"output": (1.5,) * 40},
+        {"finish": "eos"},
+        {"chosen_by": None},
+        {"mask": None},
+        {"request_id": "\n"},
+    ],
+)
+def test_a_receipt_that_could_not_be_read_cannot_be_made(values: dict, responses: Receipts):
+    with pytest.raises(UsageError):
+        replace(responses.receipts[0], **values)
+
+
+def test_numbers_of_numpy_are_written_as_numbers(responses: Receipts):
+    made = replace(responses.receipts[0], output=np.arange(40))
+    assert made.output == tuple(range(40))
+    assert parse_receipt(f"{made.line()}\n".encode()).output == made.output
+
+
+def test_the_seed_of_a_receipt_has_its_fields(responses: Receipts):
+    header: ReceiptHeader = responses.header
+    receipt: Receipt = responses.receipts[2]
+    seed = header.seed(receipt)
+    assert (seed.public_key, seed.digest) == (header.public_key, header.digest)
+    assert (seed.user_seed, seed.request_id, seed.index) == ("client é", "all", 1)
+    assert seed.block_hash == "block_alpha"
