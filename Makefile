@@ -67,8 +67,9 @@ format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-soak: $(READY)  ## the long kill loop: 200 SIGKILLs of a generating service under a flaky receiver
+soak: $(READY)  ## the long kill loops: 200 SIGKILLs of a generating service, and of one that stores receipts
 	$(BIN)/python benchmarks/service_soak.py -o benchmarks/results/service_soak.json
+	$(BIN)/python benchmarks/receipts_soak.py -o benchmarks/results/receipts_soak.json
 
 # On the GPU machine there is no virtual environment: its own python has torch with CUDA.
 GPU_PYTHON ?= PYTHONPATH=src python3
