@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -81,9 +81,10 @@ def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | No
 
     Raises:
         UsageError: A name is that of no target, or there is none.
-        ModelError: As :func:`target_modules` raises it.
+        ModelError: The weights are not all whole and on one device, or as :func:`target_modules` raises it.
     """
     found = target_modules(model)
+    _check_whole(found)
     if names is None:
         return found
     unknown = sorted(set(names) - set(found))
@@ -94,6 +95,21 @@ def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | No
             do="name some of these, or leave the names out for all",
         )
     return {name: module for name, module in found.items() if name in names}
+
+
+def _check_whole(modules: Mapping[str, nn.Linear]) -> None:
+    """Raise ModelError unless all weights are whole and on one device that has memory."""
+    first = next(iter(modules.values())).weight.device
+    for name, linear in modules.items():
+        device = linear.weight.device
+        is_sharded = hasattr(linear.weight, "placements")  # a DTensor, without the import, which takes seconds
+        if device == first and device.type != "meta" and not is_sharded:
+            continue
+        raise ModelError(
+            f"a model in parts: {name} is {'sharded' if is_sharded else f'on {device}, others on {first}'}",
+            wanted="whole weights on one device; factors and gradients of parts are not computed",
+            do="load it without device_map, offloading and sharding; --rank leaves room for the factors",
+        )
 
 
 def coverage(model: "Model | PreTrainedModel") -> Coverage:
