@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from assay.research.approaches import ApproachPlan, WeightPlan
     from assay.research.matrix import Plan
     from assay.research.redteam import RedteamPlan
+    from assay.research.responses import ResponsesPlan
     from assay.research.simulation import SimulationPlan
 
 app = App(help="Measure the published tables again, each number with its noise.")
@@ -124,6 +125,30 @@ def redteam(
     for place in places:
         table(*team.attack_table(cells, *place), title=", ".join(place))
     table(*team.paying_table(cells), title="attacks that save a quarter of the work by skipping")
+    typer.echo(f"report: {page}")
+
+
+@app.command(cls=Resumable, epilog="Example: assay poc experiment responses --models reference:qwen3")
+@settings("assay.research.responses:ResponsesPlan")
+def responses(
+    plan: "ResponsesPlan",
+    run_name: RunNameFlag = "responses",
+    output: OutputFlag = EXPERIMENTS,
+    as_json: JsonFlag = False,
+) -> None:
+    """Serve responses by every cheat, and score them by margins, by sketches, and as the rivals do."""
+    from assay.research import responses as team
+    from assay.research.runs import read_run
+
+    page = _measure(team.run_responses, plan, run_name, output, "serving", "cells")
+    cells = read_run(page.parent, team.EXPERIMENT).cells
+    if as_json:
+        _emit("responses", page, cells=list(cells))
+        return
+    for place in team.places(cells):
+        table(*team.caught_table(cells, place), title=", ".join(place))
+    table(*team.honest_table(cells), title="honest provers")
+    table(*team.standing_table(cells), title="int4 weights: tokens until 99 % are caught")
     typer.echo(f"report: {page}")
 
 

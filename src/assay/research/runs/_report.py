@@ -18,6 +18,7 @@ SECTIONS = {
     "weights": "assay.research.approaches._weights:draw",
     "matrix": "assay.research.matrix._table:draw",
     "redteam": "assay.research.redteam._tables:draw",
+    "responses": "assay.research.responses._tables:draw",
     "simulate": "assay.research.simulation:draw",
     "clusters": "assay.research.clusters._page:draw",
 }
