@@ -29,15 +29,14 @@ from assay.poc.engines.vllm import (
     check_installed,
     most_positions,
 )
+from assay.poc.responses.vllm import check_responses
 from assay.poc.service import Controller, Deployment, attach, configure_logs
 from assay.poc.service.dashboard import dashboard_router
-from assay.poc.service.http import PREFIX, Keys, LocalOnly, Scope, needs, route_class
+from assay.poc.service.http import PREFIX, PREFIXES, Keys, LocalOnly, Scope, needs, route_class
 from assay.poc.serving._preflight import PluginSettings, check_arguments
+from assay.poc.serving._responses import WITHOUT_ENGINE, ReceiptMiddleware, Responses, responses_router
 
 PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
-
-WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})
-"""POST routes that need no engine."""
 
 MESSAGE = "Proof of Compute has this engine to itself for a while"
 BODY = {"error": {"message": MESSAGE, "type": "service_unavailable", "param": None, "code": 503}}
@@ -64,6 +63,7 @@ class AssayPlugin:
     def __init__(self) -> None:
         self._running: Future[_Running] = Future()
         self._settings: PluginSettings | None = None
+        self._responses: Responses | None = None
         self.controller: Controller | None = None
 
     def attach_router(self, app: Any) -> None:
@@ -81,9 +81,13 @@ class AssayPlugin:
         attach(app, self.controller, operations=True, under=PREFIX)
         app.include_router(_engine_router(self.controller, self._running.result))
         app.include_router(dashboard_router())
-        app.add_middleware(ChatBarrier, prefix=PREFIX, closed=self._closed)
+        if settings.responses != "off":
+            self._responses = Responses(settings)
+            app.include_router(responses_router(self.controller, self._responses))
+            app.add_middleware(ReceiptMiddleware, responses=self._responses)
+        app.add_middleware(ChatBarrier, prefix=PREFIXES, closed=self._closed)
         if not settings.has_keys:
-            app.add_middleware(LocalOnly, prefix=PREFIX)
+            app.add_middleware(LocalOnly, prefix=PREFIXES)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Prepare the engine for nonces.
@@ -96,12 +100,17 @@ class AssayPlugin:
         version = check_installed()
         config = engine_client.vllm_config
         check_config(config)
+        check_responses(config, self._settings.responses, version)
         count = engine_client.output_processor.get_num_unfinished_requests
         client = Client(engine_client, Throttle(self._settings.throttle, count, capacity(config)))
         await client.install()
         names = getattr(args, "served_model_name", None) or [args.model]
         reference = self._settings.reference or (names if isinstance(names, str) else names[0])
         running = _Running(client, asyncio.get_running_loop(), version, most_positions(config), args.model, reference)
+        if self._responses is not None:
+            assert self.controller is not None
+            names = {"model": args.model, "reference": reference, "version": version}
+            await self._responses.start(client, engine_client, **names, sinks=self.controller.receipts)
         self._end_before(engine_client, running)
         self._running.set_result(running)
 
@@ -169,7 +178,7 @@ class ChatBarrier:
     the root path (``--root-path``) and without it.
     """
 
-    def __init__(self, app: ASGIApp, *, prefix: str, closed: Callable[[], bool]) -> None:
+    def __init__(self, app: ASGIApp, *, prefix: str | tuple[str, ...], closed: Callable[[], bool]) -> None:
         self._app, self._prefix, self._closed = app, prefix, closed
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:

@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from pydantic import Field
 from assay.errors import AssayError, UsageError
 from assay.models import identify
 from assay.poc.engines.vllm import (
+    EXTENSION,
     Inputs,
     Mode,
     ThrottleSettings,
@@ -27,7 +28,10 @@ from assay.poc.engines.vllm import (
     most_positions,
     multiply_exactly,
 )
-from assay.poc.protocol import NetworkPins
+from assay.poc.protocol import NetworkPins, check_name
+from assay.poc.responses.vllm import EXTENSION as RESPONSE_EXTENSION
+from assay.poc.responses.vllm import Mode as ResponseMode
+from assay.poc.responses.vllm import check_responses, processor_for
 from assay.poc.service import Settings
 from assay.poc.service.http import is_loopback
 
@@ -60,9 +64,24 @@ class PluginSettings(Settings):
     )
     vllm_drain: float = Field(DEFAULT.drain, description="Time that an exclusive round waits for running chat.")
 
+    responses: ResponseMode = Field(
+        "off", description="Receipts of answers: none, with sketches of what the engine sampled, or of seeded sampling."
+    )
+    responses_public_key: str = Field("", description="Key of the node in the seeds and the receipts of answers.")
+    responses_block: Literal["newest", "next"] = Field(
+        "newest", description="Block that seeds an answer: the last one posted, or the first after the request came."
+    )
+    responses_wait: float = Field(
+        10.0, ge=0, allow_inf_nan=False, description="Time that a request waits for the next block."
+    )
+
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         _ = self.throttle  # refuses what is out of range
+        if self.responses != "off":
+            check_name(
+                "ASSAY_RESPONSES_PUBLIC_KEY", self.responses_public_key, do="set it to the key that the network knows"
+            )
 
     @property
     def throttle(self) -> ThrottleSettings:
@@ -71,7 +90,7 @@ class PluginSettings(Settings):
 
 
 def before_start() -> None:
-    """Refuse a server that could not prove, in the first seconds, and set what float32 needs.
+    """Refuse a server that could not prove, in the first seconds, and set what float32 and responses need.
 
     It reads the command line and a ``--config`` file with vLLM's own parser, and the settings of the model with vLLM's
     own configuration. Only the first process of a server with the plugin is checked; all others are left alone.
@@ -92,8 +111,11 @@ def before_start() -> None:
         config = _config(arguments)
         if config is not None:
             check_config(config)
+            check_responses(config, settings.responses, version)
         if config is not None and settings.pins is not None:
             check_pins(settings.pins, arguments.model, config, version)
+        if config is not None and settings.responses != "off":
+            sys.argv += response_arguments(arguments, config, settings.responses)
     except AssayError as error:
         raise SystemExit(f"assay refuses to start: {error}") from None
 
@@ -121,6 +143,31 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
             wanted="a key where others reach the port: that of --api-key does not guard /api/v1/pow",
             do="set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
         )
+
+
+def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[str]:
+    """Return the arguments that responses need, to be read after those of the operator: vLLM takes the last ones.
+
+    The processor is named there, which is public, and never in the entry points of the package: an installed entry
+    point moves vLLM 0.28 to 0.30 to another model runner, whether or not assay runs.
+
+    Args:
+        arguments: Arguments of the operator.
+        config: Configuration of vLLM that follows from them.
+        mode: What is to be done for responses.
+
+    Raises:
+        UsageError: The operator has a worker extension of another kind.
+    """
+    if arguments.worker_extension_cls not in (EXTENSION, RESPONSE_EXTENSION):
+        raise UsageError(
+            f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}",
+            wanted=EXTENSION,
+            do="leave the other extension out, or ASSAY_RESPONSES=off",
+        )
+    processors = [] if mode != "seeded" else [*(arguments.logits_processors or ()), processor_for(config)]
+    words = ["--worker-extension-cls", RESPONSE_EXTENSION]
+    return words + (["--logits-processors", *processors] if processors else [])
 
 
 def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None:

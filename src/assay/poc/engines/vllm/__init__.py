@@ -3,20 +3,32 @@
 ``VLLMEngine`` starts an engine of its own, :mod:`assay.poc.serving` puts the service into a vLLM server, and both need
 ``WorkerExtension`` inside the workers. Nothing here imports vLLM before it is used. docs/vllm.md describes it."""
 
-from assay.poc.engines.vllm._client import Client
+from assay.poc.engines.vllm._client import Client, call_workers
 from assay.poc.engines.vllm._compatibility import (
     EXTENSION,
     check_config,
     check_engines,
     check_installed,
+    missing_in_runner,
     multiply_exactly,
+    refuse_missing,
+    runner_kind,
 )
-from assay.poc.engines.vllm._engine import Inputs, RequestEngine, VLLMEngine, capacity, most_positions
+from assay.poc.engines.vllm._engine import (
+    Inputs,
+    RequestEngine,
+    VLLMEngine,
+    capacity,
+    fingerprint_of,
+    most_positions,
+)
 from assay.poc.engines.vllm._extension import WorkerExtension
 from assay.poc.engines.vllm._throttle import Mode, Throttle, ThrottleSettings
+from assay.poc.engines.vllm._worker import Chunk, call_before, chunks, is_first_of_group
 
 __all__ = [
     "EXTENSION",
+    "Chunk",
     "Client",
     "Inputs",
     "Mode",
@@ -25,10 +37,18 @@ __all__ = [
     "ThrottleSettings",
     "VLLMEngine",
     "WorkerExtension",
+    "call_before",
+    "call_workers",
     "capacity",
     "check_config",
     "check_engines",
     "check_installed",
+    "chunks",
+    "fingerprint_of",
+    "is_first_of_group",
+    "missing_in_runner",
     "most_positions",
     "multiply_exactly",
+    "refuse_missing",
+    "runner_kind",
 ]

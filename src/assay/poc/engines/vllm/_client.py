@@ -123,15 +123,24 @@ class Client:
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker."""
-        try:
-            async with asyncio.timeout(TIMEOUT):
-                return list(await self._llm.collective_rpc(method, args=args))
-        except TimeoutError:
-            raise ModelError(
-                f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",
-                wanted="workers that run",
-                do="see the log of vLLM",
-            ) from None
+        return await call_workers(self._llm, method, *args)
+
+
+async def call_workers(llm: Any, method: str, *args: Any) -> list[Any]:
+    """Call a method of every worker of an ``AsyncLLM``, and return their replies.
+
+    Raises:
+        ModelError: They did not answer in time.
+    """
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            return list(await llm.collective_rpc(method, args=args))
+    except TimeoutError:
+        raise ModelError(
+            f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",
+            wanted="workers that run",
+            do="see the log of vLLM",
+        ) from None
 
 
 class RequestStream:

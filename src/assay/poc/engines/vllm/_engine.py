@@ -77,20 +77,7 @@ class RequestEngine:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
-        worker = self._worker
-        kernels = [f"runner {worker['runner']}", f"tp {worker['tensor_parallel']}", f"pp {worker['pipeline_parallel']}"]
-        return Fingerprint(
-            engine="vllm",
-            device=worker["device"],
-            dtype=self.dtype,
-            attention=worker["attention"],
-            batch_size=self.batch_size,
-            seq_len=self.seq_len,
-            threads=worker["threads"],
-            torch=torch.__version__,
-            library=f"vllm {self._version}",
-            kernels=(*kernels, "eager" if worker["eager"] else "compiled", *worker["cache"]),
-        )
+        return fingerprint_of(self._worker, self._version, batch_size=self.batch_size, seq_len=self.seq_len)
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
         """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
@@ -134,6 +121,30 @@ class RequestEngine:
                 return running.result()
             running.cancel()
         raise ModelError("the engine of vLLM has ended", wanted="a running engine", do="start it again")
+
+
+def fingerprint_of(worker: dict[str, Any], version: str, *, batch_size: int, seq_len: int) -> Fingerprint:
+    """Return how an engine computes.
+
+    Args:
+        worker: Description of a worker, as it returns it.
+        version: Version of vLLM.
+        batch_size: Number of sequences that are handed out at a time.
+        seq_len: Number of positions of a sequence.
+    """
+    kernels = [f"runner {worker['runner']}", f"tp {worker['tensor_parallel']}", f"pp {worker['pipeline_parallel']}"]
+    return Fingerprint(
+        engine="vllm",
+        device=worker["device"],
+        dtype=worker["dtype"],
+        attention=worker["attention"],
+        batch_size=batch_size,
+        seq_len=seq_len,
+        threads=worker["threads"],
+        torch=torch.__version__,
+        library=f"vllm {version}",
+        kernels=(*kernels, "eager" if worker["eager"] else "compiled", *worker["cache"]),
+    )
 
 
 def most_positions(config: Any) -> int:

@@ -22,7 +22,14 @@ from assay.errors import AssayError
 from assay.poc.engines._base import noise_inputs
 from assay.poc.engines.vllm._compatibility import missing_in_runner
 from assay.poc.engines.vllm._rows import Rows, RowStream, Spec
-from assay.poc.engines.vllm._worker import Chunk, chunks, describe, is_first_of_group, is_first_stage
+from assay.poc.engines.vllm._worker import (
+    Chunk,
+    call_before,
+    chunks,
+    describe,
+    is_first_of_group,
+    is_first_stage,
+)
 from assay.poc.protocol import Round, Transform, get_pipeline, weighted_sum
 
 MAX_TRANSFORMS = 4
@@ -89,8 +96,8 @@ class Hooks:
         self._streams = streams.get_backend("auto", runner.device.type)
         on_cuda = runner.device.type == "cuda"
         self._side = torch.cuda.Stream(runner.device) if on_cuda else None  # type: ignore[no-untyped-call]
-        self._wrap("execute_model", self._fill)
-        self._wrap("sample_tokens", self._capture)
+        call_before(runner, "execute_model", self._fill, self._note)
+        call_before(runner, "sample_tokens", self._capture, self._note)
 
     def open(self, key: str, spec: Spec) -> None:
         """Begin a stream, and make what depends on the block now, so that no step waits for it."""
@@ -115,17 +122,8 @@ class Hooks:
         width = values.shape[1] if values.ndim > 1 else 0
         return {"failed": failed, "nonces": found, "values": values.numpy().tobytes(), "width": width}
 
-    def _wrap(self, name: str, before: Callable[..., None]) -> None:
-        original = getattr(self._runner, name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            try:
-                before(*args, **kwargs)
-            except Exception:  # a hook that raises would end the engine
-                self.errors += 1
-            return original(*args, **kwargs)
-
-        setattr(self._runner, name, wrapped)
+    def _note(self, error: Exception) -> None:
+        self.errors += 1
 
     # Before a step: inputs
 

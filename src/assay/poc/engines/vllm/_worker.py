@@ -3,7 +3,7 @@
 Everything here is internal to vLLM; :mod:`._compatibility` refuses a version in which a name that is read is missing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,23 @@ def _chunks_v2(runner: Any, state: Any) -> Iterator[Chunk]:
         start, end = int(batch.query_start_loc_np[index]), int(batch.query_start_loc_np[index + 1])
         computed, prompt = int(batch.num_computed_tokens_np[index]), int(batch.prefill_len_np[index])
         yield Chunk(name, start, end - start, computed, prompt)
+
+
+def call_before(runner: Any, name: str, before: Callable[..., None], failed: Callable[[Exception], None]) -> None:
+    """Wrap a method of a model runner, on the instance, so that ``before`` gets its arguments first.
+
+    An exception that escaped would end the engine, and with it every chat: ``failed`` gets it instead.
+    """
+    original = getattr(runner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            before(*args, **kwargs)
+        except Exception as error:
+            failed(error)
+        return original(*args, **kwargs)
+
+    setattr(runner, name, wrapped)
 
 
 def is_first_stage() -> bool:

@@ -1,0 +1,181 @@
+"""The part inside vLLM's workers: it keeps a sketch of the hidden state behind every 32nd token of a response.
+
+Two methods of the model runner are wrapped as :class:`assay.poc.engines.vllm.WorkerExtension` does it, and for its
+reasons: ``execute_model`` names the new requests, and while ``sample_tokens`` begins the hidden states of a step are
+there. The state at position ``prompt - 1 + t`` of a request gives token t. States are copied once a step, all together,
+and become sketches a few dozen at a time: a step that has none of them costs a loop over its requests.
+
+Legend of shapes: N positions of a step, D hidden size, S sketches.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay import streams
+from assay.poc.engines.vllm import (
+    Chunk,
+    WorkerExtension,
+    call_before,
+    chunks,
+    is_first_of_group,
+    missing_in_runner,
+    runner_kind,
+)
+from assay.poc.protocol import SKETCH_EVERY, SKETCH_SIZE, sketches
+from assay.poc.responses.vllm._carried import carried_by
+
+MOST_NORMALS = 2**22
+"""Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free."""
+
+MOST_RESPONSES = 8192
+"""Responses whose sketches a worker keeps. Those that nobody takes are the oldest, and are dropped first."""
+
+STEPS_AHEAD = 4
+"""Steps of drafts by which a runner's positions on the host may be wrong: two are in flight."""
+
+
+class ResponseExtension(WorkerExtension):
+    """Methods that vLLM adds to its workers."""
+
+    def assay_sketch(self) -> list[str]:
+        """Begin to keep sketches; return the names that the runner lacks, with which nothing was begun."""
+        problems = missing_in_runner(self.model_runner)
+        if not problems and not hasattr(self, "assay_capture"):
+            self.assay_capture = Capture(self.model_runner, self.vllm_config)
+        return problems
+
+    def assay_sketches(self, ended: list[str], forgotten: list[str]) -> dict[str, bytes]:
+        """Hand out the sketches of requests that have ended, and drop those of others.
+
+        One worker of those that share layers returns, by request, the bytes of float16 [S, 12] from token 0 on.
+        """
+        found = self.assay_capture.take(ended)
+        self.assay_capture.drop(forgotten)
+        return found if is_first_of_group() else {}
+
+
+@dataclass
+class Kept:
+    """What is kept of one response: its sketches by token."""
+
+    prompt: int
+    words: np.ndarray[Any, np.dtype[np.uint32]]
+    sketches: dict[int, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """A hidden state that is not sketched yet; ``there`` is a tensor where only the device knows whether it is."""
+
+    kept: Kept
+    token: int
+    there: Tensor | None = None
+
+
+class Capture:
+    """The wrapped methods of one model runner, and the sketches that they keep."""
+
+    def __init__(self, runner: Any, config: Any) -> None:
+        self.errors = 0
+        self._runner = runner
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._states: list[State] = []
+        self._rows: list[Tensor] = []
+        speculative = getattr(config, "speculative_config", None)
+        drafts = int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
+        self._slack = STEPS_AHEAD * drafts if runner_kind(runner) == "v2" else 0
+        self._at_once = max(1, MOST_NORMALS // (SKETCH_SIZE * int(config.model_config.get_hidden_size())))
+        call_before(runner, "execute_model", self._open, self._note)
+        call_before(runner, "sample_tokens", self._capture, self._note)
+
+    def take(self, names: list[str]) -> dict[str, bytes]:
+        """Remove and return the sketches of requests, without those behind the first that is missing."""
+        self._flush()
+        found = {}
+        for name in names:
+            kept = self._kept.pop(name, None)
+            if kept is not None:
+                steps = range(0, SKETCH_EVERY * len(kept.sketches), SKETCH_EVERY)
+                found[name] = b"".join(kept.sketches.get(step, b"") for step in steps)
+        return found
+
+    def drop(self, names: list[str]) -> None:
+        """Remove the sketches of requests that nobody waits for."""
+        for name in names:
+            self._kept.pop(name, None)
+
+    def _note(self, error: Exception) -> None:
+        self.errors += 1
+
+    def _open(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Note the new requests that are recorded. One that was preempted may come again, and is known."""
+        for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
+            carried = carried_by(request.sampling_params)
+            if carried is not None and request.req_id not in self._kept:
+                self._kept[request.req_id] = Kept(carried.prompt, np.array(carried.sketch, np.uint32))
+        while len(self._kept) > MOST_RESPONSES:
+            self._kept.popitem(last=False)
+
+    @torch.inference_mode()
+    def _capture(self, *args: Any, **kwargs: Any) -> None:
+        """Copy the states of this step that are sketched."""
+        if not self._kept:
+            return
+        states_ND, of_step = chunks(self._runner)
+        if states_ND is None:
+            return
+        places, found = [], []
+        for chunk in of_step:
+            kept = self._kept.get(chunk.request_id)
+            if kept is None:
+                continue
+            first = chunk.computed + 1 - kept.prompt  # the token that the first position of the chunk gives
+            for token in _sketched(first - self._slack, first + self._slack + chunk.length):
+                if self._slack:
+                    self._choose(states_ND, chunk, kept, token)
+                else:
+                    places.append(chunk.start + token - first)
+                    found.append(State(kept, token))
+        if places:
+            self._rows.append(states_ND[places])
+            self._states += found
+        if len(self._states) >= self._at_once:
+            self._flush()
+
+    def _choose(self, states_ND: Tensor, chunk: Chunk, kept: Kept, token: int) -> None:
+        """Copy the state at a position that only the device can find: with drafts the host's count is a bound.
+
+        A draft that is not accepted leaves a wrong state at its position, which is computed again and replaces it.
+        """
+        positions_N = self._runner.execute_model_state.input_batch.positions
+        span = slice(chunk.start, chunk.start + chunk.length)
+        hits = positions_N[span] == kept.prompt - 1 + token
+        self._rows.append(states_ND[span].index_select(0, hits.to(torch.uint8).argmax().reshape(1)))
+        self._states.append(State(kept, token, hits.any()))
+
+    @torch.inference_mode()
+    def _flush(self) -> None:
+        """Make sketches of the states that wait."""
+        waiting, self._states = self._states, []
+        rows, self._rows = self._rows, []
+        if not waiting:
+            return
+        states_SD = torch.cat(rows)
+        words_S8 = torch.from_numpy(np.stack([state.kept.words for state in waiting]))
+        tokens_S = torch.tensor([state.token for state in waiting], dtype=torch.int64)
+        seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
+        spans = [slice(start, start + self._at_once) for start in range(0, len(waiting), self._at_once)]
+        made_S = torch.cat([sketches(states_SD[span], seeds_S[span]) for span in spans]).cpu().numpy()
+        for state, sketch in zip(waiting, made_S, strict=True):
+            if state.there is None or bool(state.there):
+                state.kept.sketches[state.token] = sketch.tobytes()
+
+
+def _sketched(first: int, stop: int) -> range:
+    """Return the tokens from ``first`` to before ``stop`` that are sketched."""
+    return range(-(-max(0, first) // SKETCH_EVERY) * SKETCH_EVERY, stop, SKETCH_EVERY)
