@@ -80,7 +80,7 @@ def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | No
     """Return the target Linears of these names, in the order of the model; None stands for all of them.
 
     Raises:
-        UsageError: A name is that of no target, or there is none.
+        UsageError: A name is not the name of a target, or the list is empty.
         ModelError: The weights are not all whole and on one device, or as :func:`target_modules` raises it.
     """
     found = target_modules(model)
