@@ -12,6 +12,7 @@ from assay.poc.verdict import BuildNoise, MachineNoise, default_noise, sequentia
 from assay.poc.verdict._build_noise import machines_of
 from assay.poc.verdict._machines import Sizes
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
+from tests.poc.service.test_pins import pins
 from tests.waiting import until
 
 CLAIM = BLOCK | {"node_id": 0}
@@ -75,6 +76,18 @@ def test_a_measured_calibration_is_used(serving, rig):
         right = truth(service, 30)
         noisy = [d + (4e-4 if i % 2 else -4e-4) for i, d in enumerate(right)]
         assert ask(service, list(range(30)), noisy)["verdict"] == "honest"
+
+
+@pytest.mark.parametrize(("preset", "verdict"), [("poc-2.0", "honest"), ("permutation", "undecided")])
+def test_the_calibration_that_the_pins_name_is_used(serving, rig, tmp_path, preset, verdict):
+    """Measured noise of another preset is not replaced by the stated default, under which this node is a fraud."""
+    digest = rig.deployment().digest
+    build = replace(calibration(rig, digest).builds[0], preset=preset)
+    Calibration(builds=(build,)).save(tmp_path / "noise.json")
+    with serving(pins=pins(digest=digest, measured=tmp_path / "noise.json")) as service:
+        service.post("/init/validate", ROUND)
+        noisy = [d + (4e-4 if i % 2 else -4e-4) for i, d in enumerate(truth(service, 30))]
+        assert ask(service, list(range(30)), noisy)["verdict"] == verdict
 
 
 @pytest.mark.parametrize("digest", ["1" * 64, None])

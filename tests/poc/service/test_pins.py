@@ -1,5 +1,6 @@
 """``assay poc serve --pins``: what contradicts the network's agreement is refused with 409 and its names."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,13 @@ AGREED = {"preset": "poc-2.0", "seq_len": 4, "strength": 32, "r_target": 1.416, 
 NODES = [{"public_key": "node_A", "node_id": 0}, {"public_key": "node_B", "node_id": 1, "node_count": 2}]
 
 
-def pins(*, nodes=(), build=(), digest="0" * 64, **round: object) -> NetworkPins:
+def pins(*, nodes=(), build=(), digest="0" * 64, measured: Path | None = None, **round: object) -> NetworkPins:
     values = {name: value for name, value in (AGREED | round).items() if value is not None}
-    model = {"reference": "fake", "digest": digest, "builds": [BUILD | dict(build)]}
-    return NetworkPins.of({"schema": 1, "round": values, "nodes": list(nodes), "models": [model]}, "pins.toml")
+    model: dict[str, object] = {"reference": "fake", "digest": digest, "builds": [BUILD | dict(build)]}
+    path = Path("pins.toml") if measured is None else measured.with_name("pins.toml")
+    if measured is not None:
+        model["calibrations"] = [{"file": measured.name, "sha256": hashlib.sha256(measured.read_bytes()).hexdigest()}]
+    return NetworkPins.of({"schema": 1, "round": values, "nodes": list(nodes), "models": [model]}, path)
 
 
 def refused(service: Service, path: str, body: object) -> list[str]:

@@ -7,7 +7,7 @@ from assay.errors import CalibrationError
 from assay.poc.protocol import Build, Round
 from assay.poc.service.runtime import Deployment
 from assay.poc.validator._registry import Registry
-from assay.poc.verdict import Calibration, Noise, default_noise
+from assay.poc.verdict import Calibration, Noise, default_noise, noise_of_build
 
 KEPT = 256  # noises of builds and blocks
 
@@ -49,13 +49,10 @@ class Noises:
         registry = self._registry
         if not self._measured:
             return default_noise(registry.pipeline.noise, build.dtype[0], self._deployment.dtype)
-        for calibration in self._measured:
-            for measured in calibration.builds:
-                if (measured.digest, measured.preset) != (registry.model.digest, registry.pipeline.name):
-                    continue
-                allowed = [known for known in measured.known if not build.differing(known)]
-                if allowed or not measured.known:
-                    return measured.between(allowed[0] if len(allowed) == 1 else None, None, round=round)
+        wanted = {"digest": registry.model.digest, "preset": registry.pipeline.name}
+        noise = noise_of_build(self._measured, build, **wanted, round=round)
+        if noise is not None:
+            return noise
         raise CalibrationError(
             f"no calibration of the build {build.name!r} with preset {registry.pipeline.name}",
             wanted="one of this model, preset and build",

@@ -65,9 +65,10 @@ class Calibration:
         """
         self.build_of(header)
 
-    def noise_of(self, preset: str) -> Noise | None:
-        """Return the noise of a preset between any two machines of its build; None if it was not measured."""
-        return next((build.between(None, None) for build in self.builds if build.preset == preset), None)
+    @property
+    def digests(self) -> tuple[str | None, ...]:
+        """SHA-256 of the checkpoints of the builds."""
+        return tuple(build.digest for build in self.builds)
 
     def merged(self, other: "Calibration") -> "Calibration":
         """Return a calibration with the builds of both; of a build that is in both, this one's measurement counts."""

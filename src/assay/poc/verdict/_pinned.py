@@ -1,8 +1,31 @@
-"""Which of the calibrations that a network pinned is that of a proof."""
+"""Which of several calibrations is that of a proof, or of a build where there is no proof."""
+
+from collections.abc import Iterable
 
 from assay.errors import CalibrationError
-from assay.poc.protocol import Header, NetworkPins
+from assay.poc.protocol import Build, Header, NetworkPins, Round
 from assay.poc.verdict._calibration import Calibration
+from assay.poc.verdict._noise import Noise
+
+
+def noise_of_build(
+    calibrations: Iterable[Calibration], build: Build | None, *, digest: str, preset: str, round: Round | None
+) -> Noise | None:
+    """Return the noise of a build with any validator, for messages that name no engine; None where none was measured.
+
+    Args:
+        calibrations: Calibrations, the first one first tried.
+        build: Build that the network allows; any when None.
+        digest: SHA-256 of the checkpoint.
+        preset: Preset of the rounds.
+        round: Round whose block scales distances; None for the law at the usual scale.
+    """
+    for measured in (one for calibration in calibrations for one in calibration.builds):
+        if (measured.digest, measured.preset) == (digest, preset):
+            allowed = [known for known in measured.known if build is None or not build.differing(known)]
+            if allowed or not measured.known:
+                return measured.between(allowed[0] if len(allowed) == 1 else None, None, round=round)
+    return None
 
 
 def pinned_calibration(network: NetworkPins, header: Header) -> Calibration | None:
