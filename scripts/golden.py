@@ -91,7 +91,7 @@ def main() -> None:
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from assay.cli import run as command
-    from assay.poc import PIPELINES
+    from assay.poc.protocol import FORWARD
     from tests.end_to_end.server import Server
 
     def run(*arguments: object) -> None:
@@ -99,7 +99,7 @@ def main() -> None:
         if code:
             raise SystemExit(f"{arguments} ended with {code}")
 
-    run.presets = list(PIPELINES)
+    run.presets = list(FORWARD)
 
     @contextmanager
     def server(folder: Path, model: str, dtype: str):

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from assay.errors import BadWeights, ModelError, OutOfMemory, ProofFormatError, StorageError, UsageError
-from assay.poc import PIPELINES, HFEngine, Proof, Round, prove
+from assay.poc import HFEngine, Proof, Round, prove
+from assay.poc.protocol import FORWARD
 
 
 def distances(proof: Proof) -> dict[int, object]:
     return {r.nonce: r.distance if r.vector is None else r.vector.tobytes() for r in proof.records}
 
 
-@pytest.mark.parametrize("preset", PIPELINES)
+@pytest.mark.parametrize("preset", FORWARD)
 def test_a_nonce_has_the_same_bits_wherever_it_stands(preset: str, small_model, round_: Round):
     round = replace(round_, preset=preset)
     engine = HFEngine(small_model, batch_size=8, seq_len=16)

@@ -25,6 +25,7 @@ from assay.poc.protocol import (
     Proof,
     Record,
     Round,
+    TokenRecord,
     VectorRecord,
     get_pipeline,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Proof",
     "Record",
     "Round",
+    "TokenRecord",
     "VectorRecord",
     "Verdict",
     "calibrate",

@@ -12,7 +12,7 @@ import numpy as np
 
 from assay.errors import BadWeights, UsageError
 from assay.models import Model
-from assay.poc.engines import Engine, check_supported
+from assay.poc.engines import DecodingEngine, Engine, check_supported, decodes
 from assay.poc.engines.hf import HFEngine, worth_compiling
 from assay.poc.protocol import (
     MAX_COUNT,
@@ -21,6 +21,7 @@ from assay.poc.protocol import (
     Proof,
     Record,
     Round,
+    TokenRecord,
     VectorRecord,
     get_pipeline,
     parse_record_line,
@@ -151,6 +152,9 @@ def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[l
     """Compute the records of nonces, one list per batch."""
     round = header.round
     check_supported(engine, header.pipeline)
+    if decodes(engine) and header.pipeline.steps:
+        yield from _decode(header, engine, nonces)
+        return
     with closing(engine.outputs(round, header.pipeline, nonces)) as outputs:
         for start, values in zip(range(0, len(nonces), engine.batch_size), outputs, strict=False):
             if not np.isfinite(values).all():
@@ -161,6 +165,30 @@ def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[l
                 )
             wanted = nonces[start : start + engine.batch_size]
             yield [_record(nonce, value) for nonce, value in zip(wanted, values, strict=True)]
+
+
+def recompute(header: Header, engine: Engine, received: Sequence[Record]) -> Iterator[list[Record]]:
+    """Recompute the nonces of received records, one list per batch; tokens are replayed and not decoded again.
+
+    Tokens that follow a wrong one are judged as what the model says after it, so one forward pass judges them all.
+    """
+    nonces = [record.nonce for record in received]
+    check_supported(engine, header.pipeline)
+    if not (decodes(engine) and header.pipeline.steps):
+        yield from compute(header, engine, nonces)
+        return
+    tokens_MN = np.stack([record.tokens for record in received if isinstance(record, TokenRecord)])
+    with closing(engine.replayed(header.round, header.pipeline, nonces, tokens_MN)) as batches:
+        for start, batch in zip(range(0, len(nonces), engine.batch_size), batches, strict=False):
+            rows = zip(nonces[start:], tokens_MN[start:], batch.sketches, batch.margins, strict=False)
+            yield [TokenRecord(*row) for row in rows]
+
+
+def _decode(header: Header, engine: DecodingEngine, nonces: Sequence[int]) -> Iterator[list[Record]]:
+    with closing(engine.decoded(header.round, header.pipeline, nonces)) as batches:
+        for start, batch in zip(range(0, len(nonces), engine.batch_size), batches, strict=False):
+            rows = zip(nonces[start:], batch.tokens, batch.sketches, strict=False)
+            yield [TokenRecord(*row) for row in rows]
 
 
 def _encoded(lines: Iterable[str]) -> bytes:

@@ -7,7 +7,7 @@ import numpy as np
 
 from assay.errors import ProofMismatch, UsageError
 from assay.models import Model
-from assay.poc._prover import Progress, compute
+from assay.poc._prover import Progress, recompute
 from assay.poc.engines import Engine
 from assay.poc.engines.hf import HFEngine, is_compiled, worth_compiling
 from assay.poc.protocol import Header, Pins, Proof, Record, Round, check_distinct_seeds
@@ -99,7 +99,7 @@ def verify(
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     chosen = _draw(proof, sample, seed)
     recomputed: list[Record] = []
-    for batch in compute(header, engine, [record.nonce for record in chosen]):
+    for batch in recompute(header, engine, chosen):
         recomputed.extend(batch)
         if progress:
             progress(len(recomputed), len(chosen))
@@ -145,7 +145,7 @@ def check_proof(
 
 def judging_batch(header: Header) -> int:
     """Return the batch size that a validator takes over from a header, which may claim any."""
-    return max(1, min(header.fingerprint.batch_size, LARGEST_BATCH, LARGEST_SHAPE // header.round.seq_len))
+    return max(1, min(header.fingerprint.batch_size, LARGEST_BATCH, LARGEST_SHAPE // header.positions))
 
 
 def _sample_size(proof: Proof, sample: int | None) -> int:

@@ -9,6 +9,7 @@ def test_every_approach_of_the_published_tables_is_a_row():
         "poc-2.0",
         "artifact",
         "hardened",
+        "decode",
         "permutation",
         "logit-reflections",
         "logit-signs",

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from assay.poc import PIPELINES, Round
+from assay.poc.protocol import FORWARD
 from assay.poc.protocol._transforms import Transform
 from assay.research.approaches._approaches import memory, tensor_parallel
 
@@ -46,7 +47,7 @@ def drawn(pipeline) -> int:
     return counting.bytes // 2
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=lambda pipeline: pipeline.name)
+@pytest.mark.parametrize("pipeline", [PIPELINES[name] for name in FORWARD], ids=lambda pipeline: pipeline.name)
 def test_bytes_per_nonce_are_those_that_are_drawn(pipeline):
     assert memory(pipeline, **SIZES)["bytes_per_nonce"] == drawn(pipeline)
 
@@ -54,7 +55,7 @@ def test_bytes_per_nonce_are_those_that_are_drawn(pipeline):
 def test_the_published_figures():
     """Seed table, for 1024 wide states, 28 layers and a vocabulary of 151 936."""
     sizes = {"hidden_size": 1024, "vocab_size": 151_936, "num_layers": 28, "seq_len": 256}
-    mega = {name: memory(pipeline, **sizes) for name, pipeline in PIPELINES.items()}
+    mega = {name: memory(pipeline, **sizes) for name, pipeline in PIPELINES.items() if name in FORWARD}
     assert mega["permutation"]["bytes_per_nonce"] / 1e6 == pytest.approx(1.2, abs=0.02)
     assert mega["logit-reflections"]["bytes_per_nonce"] / 1e6 == pytest.approx(4.86, abs=0.01)
     assert mega["hidden-reflections"]["bytes_per_nonce"] == 32 * 1024

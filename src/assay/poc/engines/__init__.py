@@ -2,6 +2,7 @@
 
 from assay.poc.engines._base import Engine, check_supported
 from assay.poc.engines._blocks import measure_block_factor, read_block_factor
+from assay.poc.engines._decoding import Decoded, DecodingEngine, Replayed, decodes
 from assay.poc.engines._outputs import StateEngine, make_transform, plain_outputs
 from assay.poc.engines.hf import (
     HFEngine,
@@ -15,14 +16,18 @@ from assay.poc.engines.hf import (
 )
 
 __all__ = [
+    "Decoded",
+    "DecodingEngine",
     "Engine",
     "HFEngine",
     "ParallelEngine",
+    "Replayed",
     "StateEngine",
     "World",
     "auto_batch",
     "be_deterministic",
     "check_supported",
+    "decodes",
     "joined",
     "make_transform",
     "measure_block_factor",

@@ -61,7 +61,7 @@ def check_supported(engine: Engine, pipeline: Pipeline) -> None:
         raise UsageError(
             f"preset {pipeline.name} on the {engine.fingerprint.engine} engine",
             wanted=f"one of {', '.join(supported)}",
-            do="choose one of them with --preset, or use --engine hf",
+            do="choose one of them with --preset, or use --engine hf in one process",
         )
 
 

@@ -7,7 +7,18 @@ from assay.poc.protocol._pins import FEWEST_NONCES, Pins
 from assay.poc.protocol._pins_file import NetworkPins
 from assay.poc.protocol._pins_tables import UNFILLED, ModelPins, NodePins, PinnedFile, RoundPins
 from assay.poc.protocol._pins_text import BUILD_FIELDS, pins_text
-from assay.poc.protocol._pipelines import PIPELINES, LayerStep, Pipeline, Positions, Step, get_pipeline
+from assay.poc.protocol._pipelines import (
+    FORWARD,
+    PIPELINES,
+    SKETCH_EVERY,
+    SKETCH_SIZE,
+    LayerStep,
+    Pipeline,
+    Positions,
+    Step,
+    get_pipeline,
+    sketch_steps,
+)
 from assay.poc.protocol._proof import Proof, parse_model, parse_record_line
 from assay.poc.protocol._record import (
     DistanceRecord,
@@ -15,15 +26,23 @@ from assay.poc.protocol._record import (
     Footer,
     Header,
     Record,
+    TokenRecord,
     VectorRecord,
     check_distinct_seeds,
+    decode_tokens,
     decode_vector,
+    encode_tokens,
     encode_vector,
+    encoding,
     is_distance,
     is_valid,
+    pack,
+    packed_size,
+    received,
+    unpack,
 )
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round, check_name, check_number, prefixed
-from assay.poc.protocol._sketches import SKETCH_EVERY, SKETCH_SIZE, sketch_steps, sketches
+from assay.poc.protocol._sketches import sketches
 from assay.poc.protocol._strict import check_fields, malformed, malformed_line, numbered_lines, parse_line
 from assay.poc.protocol._transforms import (
     ROWS_OF_A_PRODUCT,
@@ -39,6 +58,7 @@ from assay.stats import RANDOM_HEAD_ROWS
 __all__ = [
     "BUILD_FIELDS",
     "FEWEST_NONCES",
+    "FORWARD",
     "MAX_COUNT",
     "MAX_NONCE",
     "PIPELINES",
@@ -68,6 +88,7 @@ __all__ = [
     "RoundPins",
     "Row",
     "Step",
+    "TokenRecord",
     "Transform",
     "VectorRecord",
     "block_factor",
@@ -77,9 +98,12 @@ __all__ = [
     "check_fields",
     "check_name",
     "check_number",
+    "decode_tokens",
     "decode_vector",
     "described",
+    "encode_tokens",
     "encode_vector",
+    "encoding",
     "folded_head",
     "get_pipeline",
     "has_block_factor",
@@ -88,6 +112,8 @@ __all__ = [
     "malformed",
     "malformed_line",
     "numbered_lines",
+    "pack",
+    "packed_size",
     "packs",
     "parse_line",
     "parse_model",
@@ -95,9 +121,11 @@ __all__ = [
     "pins_text",
     "prefixed",
     "project",
+    "received",
     "reflect",
     "sketch_steps",
     "sketches",
     "unit",
+    "unpack",
     "weighted_sum",
 ]

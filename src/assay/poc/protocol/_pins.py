@@ -154,7 +154,7 @@ class Pins:
                     do="ask the node for its proof of this round",
                 )
         self._check_engine(header)
-        if self.seq_len is None and header.round.seq_len > LONGEST_UNPINNED:
+        if self.seq_len is None and header.positions > LONGEST_UNPINNED:
             raise ProofMismatch(
                 f"a proof with seq_len {header.round.seq_len}, which nothing pins",
                 wanted=f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its validator",
@@ -198,7 +198,7 @@ class Pins:
             "preset": round.preset == Round.preset,
             "seq_len": round.seq_len == Round.seq_len,
             "strength": round.versioned or round.strength == Round.strength,
-            "r_target": pipeline.output == "vector" or round.r_target == Round.r_target,  # vectors have no target
+            "r_target": pipeline.output != "distance" or round.r_target == Round.r_target,  # others have none
             "node_id": round.node_id == Round.node_id,
             "node_count": round.node_count == Round.node_count,
             "nonces": self.fewest_nonces is not None or _in_a_row(header, FEWEST_NONCES),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from assay.errors import AssayError, ProofFormatError
-from assay.poc.protocol._pipelines import get_pipeline
+from assay.poc.protocol._pipelines import get_pipeline, sketch_steps
 from assay.poc.protocol._record import (
     KIND,
     SCHEMA,
@@ -22,7 +22,9 @@ from assay.poc.protocol._record import (
     Footer,
     Header,
     Record,
+    TokenRecord,
     VectorRecord,
+    decode_tokens,
     decode_vector,
     is_distance,
     is_valid,
@@ -30,6 +32,13 @@ from assay.poc.protocol._record import (
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
 from assay.poc.protocol._strict import check_fields, malformed, malformed_line, numbered_lines, parse_line
 from assay.reports import PartialFile, dumps
+
+_FIELDS = {
+    "distance": {"nonce", "distance", "valid"},
+    "vector": {"nonce", "vector"},
+    "tokens": {"nonce", "tokens", "sketches"},
+}
+"""Keys of a record line, by what the pipeline publishes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +56,10 @@ class Proof:
 
     @property
     def distances(self) -> np.ndarray:
-        """Distances [N] in float64; NaN where vectors are published."""
-        return np.array([math.nan if isinstance(record, VectorRecord) else record.distance for record in self.records])
+        """Distances [N] in float64; NaN where something else is published."""
+        return np.array(
+            [record.distance if isinstance(record, DistanceRecord) else math.nan for record in self.records]
+        )
 
     @property
     def valid_rate(self) -> float:
@@ -184,14 +195,19 @@ def parse_model(model: Any, fingerprint: Any) -> Fingerprint:
 
 def parse_record(line: Any, header: Header, nonce: int) -> Record:
     """Read the record of a nonce."""
-    size = header.pipeline.vector_size if header.pipeline.output == "vector" else 0
+    pipeline = header.pipeline
     if line is None or (isinstance(line, dict) and "footer" in line):
         raise malformed("the end of the records", f"the record of nonce {nonce}: the file is truncated")
-    check_fields(line, {"nonce", "vector"} if size else {"nonce", "distance", "valid"}, "a record")
+    check_fields(line, _FIELDS[pipeline.output], "a record")
     if line["nonce"] != nonce or type(line["nonce"]) is not int:
         raise malformed(f"nonce {line['nonce']!r}", f"nonce {nonce}, the next one that the header announces")
-    if size:
-        return VectorRecord(nonce, decode_vector(line["vector"], size))
+    if pipeline.output == "vector":
+        return VectorRecord(nonce, decode_vector(line["vector"], pipeline.vector_size))
+    if pipeline.output == "tokens":
+        tokens = decode_tokens(line["tokens"], pipeline.steps)
+        rows = len(sketch_steps(pipeline.steps))
+        sketches = decode_vector(line["sketches"], rows * pipeline.vector_size)
+        return TokenRecord(nonce, tokens, sketches.reshape(rows, -1))
     distance = line["distance"]
     if type(distance) not in (int, float) or not is_distance(distance):
         raise malformed(f"distance {distance!r}", "a number in [0, 2]")

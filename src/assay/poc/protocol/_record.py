@@ -2,6 +2,7 @@
 
     {"kind":"assay.poc.proof","schema":1,"round":…,"pipeline":…,"model":…,"fingerprint":…,"nonces":…}
     {"nonce":0,"distance":1.4131,"valid":true}        or  {"nonce":0,"vector":"base64"}
+                                                      or  {"nonce":0,"tokens":"base64","sketches":"base64"}
     {"footer":{"records":256,"valid":151,"seconds":8.1,"sha256":"…"}}
 
 The SHA-256 covers the bytes of the record lines, newlines included. Reading is strict: anything that is not exactly a
@@ -20,7 +21,7 @@ from scipy import stats as distributions
 
 from assay import streams
 from assay.errors import ProofFormatError, ProofMismatch
-from assay.poc.protocol._pipelines import Pipeline
+from assay.poc.protocol._pipelines import Pipeline, sketch_steps
 from assay.poc.protocol._round import Round
 from assay.reports import dumps
 
@@ -132,6 +133,11 @@ class Header:
         """Number of records that a complete proof has."""
         return sum(len(range(*run)) for run in self.nonces)
 
+    @property
+    def positions(self) -> int:
+        """Number of positions of a nonce: its input, and the tokens that are decoded after it."""
+        return self.round.seq_len + self.pipeline.steps
+
     def claims(self) -> dict[str, Any]:
         """Return everything that the prover chose and a validator can pin, by the names of :class:`Pins`."""
         of_model = {"digest": self.digest, "weights": self.weights}
@@ -148,11 +154,14 @@ class Header:
         """Return the line of a record, without its newline."""
         if isinstance(record, VectorRecord):
             return dumps({"nonce": record.nonce, "vector": encode_vector(record.vector)})
+        if isinstance(record, TokenRecord):
+            tokens, sketches = encode_tokens(record.tokens), encode_vector(record.sketches)
+            return dumps({"nonce": record.nonce, "tokens": tokens, "sketches": sketches})
         return dumps({"nonce": record.nonce, "distance": record.distance, "valid": self.is_valid(record)})
 
     def is_valid(self, record: "Record") -> bool:
-        """Return whether a record counts: every vector does, and a distance below the target."""
-        return isinstance(record, VectorRecord) or is_valid(record.distance, self.round.r_target)
+        """Return whether a record counts: a distance below the target does, and everything that is no distance."""
+        return not isinstance(record, DistanceRecord) or is_valid(record.distance, self.round.r_target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +170,7 @@ class DistanceRecord:
 
     nonce: int
     distance: float
-    vector: ClassVar[None] = None  # `record.vector is None` tells the two kinds apart, for type checkers too
+    vector: ClassVar[None] = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +181,25 @@ class VectorRecord:
     vector: np.ndarray
 
 
-Record = DistanceRecord | VectorRecord
+@dataclass(frozen=True, eq=False)
+class TokenRecord:
+    """The result of one nonce under a preset that decodes, or what another engine says to the tokens of it.
+
+    Args:
+        nonce: Nonce.
+        tokens: Ids of the decoded tokens, [N] in uint32.
+        sketches: Sketch of every 32nd state, [S, K] in float16.
+        margins: How far the score of each token is below the best one where these tokens were replayed, [N] in float32;
+            None in a proof.
+    """
+
+    nonce: int
+    tokens: np.ndarray
+    sketches: np.ndarray
+    margins: np.ndarray | None = None
+
+
+Record = DistanceRecord | VectorRecord | TokenRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,8 +258,13 @@ def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
 
 
 def encode_vector(vector_K: np.ndarray) -> str:
-    """Return a float16 vector [K] as base64 of its little-endian bytes."""
+    """Return float16 numbers, of any shape, as base64 of their little-endian bytes."""
     return base64.b64encode(np.asarray(vector_K).astype("<f2").tobytes()).decode("ascii")
+
+
+def encode_tokens(tokens_N: np.ndarray) -> str:
+    """Return token ids [N] as base64 of little-endian uint32."""
+    return base64.b64encode(np.asarray(tokens_N).astype("<u4").tobytes()).decode("ascii")
 
 
 def decode_vector(text: object, size: int) -> np.ndarray:
@@ -241,19 +273,80 @@ def decode_vector(text: object, size: int) -> np.ndarray:
     Raises:
         ProofFormatError: The value is not a string, not base64, of another length, or not finite.
     """
+    return _floats(_decoded(text, 2 * size, "a vector", f"{size} finite little-endian float16 values"))
+
+
+def decode_tokens(text: object, size: int) -> np.ndarray:
+    """Return the uint32 token ids [N] that a base64 string stands for.
+
+    Raises:
+        ProofFormatError: The value is not a string, not base64, or of another length.
+    """
+    raw = _decoded(text, 4 * size, "tokens", f"{size} little-endian uint32 values")
+    return np.frombuffer(raw, dtype="<u4").astype(np.uint32)
+
+
+def pack(record: Record) -> bytes:
+    """Return the bytes of a record that is no distance: the vector, or the tokens and after them the sketches."""
+    if isinstance(record, TokenRecord):
+        return record.tokens.astype("<u4").tobytes() + record.sketches.astype("<f2").tobytes()
+    assert isinstance(record, VectorRecord)
+    return record.vector.astype("<f2").tobytes()
+
+
+def unpack(nonce: int, text: object, pipeline: Pipeline) -> Record:
+    """Return the record whose bytes, in base64, another machine sent.
+
+    Raises:
+        ProofFormatError: The value is not a string, not base64, of another length, or a number in it is not finite.
+    """
+    if pipeline.output == "vector":
+        return VectorRecord(nonce, decode_vector(text, pipeline.vector_size))
+    raw = _decoded(text, packed_size(pipeline), "tokens with sketches", f"{packed_size(pipeline)} bytes")
+    tokens = np.frombuffer(raw, dtype="<u4", count=pipeline.steps).astype(np.uint32)
+    return TokenRecord(nonce, tokens, _floats(raw[4 * pipeline.steps :]).reshape(-1, pipeline.vector_size))
+
+
+def packed_size(pipeline: Pipeline) -> int:
+    """Return the number of bytes that :func:`pack` makes of a record; 0 where a distance is published."""
+    return 4 * pipeline.steps + 2 * pipeline.vector_size * len(sketch_steps(pipeline.steps) or (1,))
+
+
+def received(nonce: int, text: object, pipeline: Pipeline) -> Record:
+    """Return what :func:`unpack` returns, or a record of NaN, which is never a match, where it is not one."""
+    try:
+        return unpack(nonce, text, pipeline)
+    except ProofFormatError:
+        nothing = np.full((len(sketch_steps(pipeline.steps) or (1,)), pipeline.vector_size), np.nan, dtype=np.float16)
+        if pipeline.output == "vector":
+            return VectorRecord(nonce, nothing[0])
+        return TokenRecord(nonce, np.zeros(pipeline.steps, dtype=np.uint32), nothing)
+
+
+def encoding(pipeline: Pipeline) -> dict[str, Any]:
+    """Return how the bytes of :func:`pack` are to be read, as callbacks say it beside them."""
+    form = {"dtype": "f16", "k_dim": pipeline.vector_size, "endian": "le"}
+    return form | {"dtype": "u32+f16", "tokens": pipeline.steps} if pipeline.steps else form
+
+
+def _decoded(text: object, size: int, what: str, wanted: str) -> bytes:
     try:
         if not isinstance(text, str):
             raise ValueError(f"a {type(text).__name__}")
         raw = base64.b64decode(text, validate=True)
-        if len(raw) != 2 * size:
+        if len(raw) != size:
             raise ValueError(f"{len(raw)} bytes")
-        vector = np.frombuffer(raw, dtype="<f2").astype(np.float16)
-        if not np.isfinite(vector).all():
-            raise ValueError("NaN or infinity")
     except ValueError as error:
-        raise ProofFormatError(
-            f"a vector that is {error}",
-            wanted=f"base64 of {size} finite little-endian float16 values",
-            do="ask the prover for a new proof",
-        ) from None
+        raise _undecodable(what, str(error), wanted) from None
+    return raw
+
+
+def _floats(raw: bytes) -> np.ndarray:
+    vector = np.frombuffer(raw, dtype="<f2").astype(np.float16)
+    if not np.isfinite(vector).all():
+        raise _undecodable("a vector", "NaN or infinity", f"{vector.size} finite little-endian float16 values")
     return vector
+
+
+def _undecodable(what: str, seen: str, wanted: str) -> ProofFormatError:
+    return ProofFormatError(f"{what} that is {seen}", wanted=f"base64 of {wanted}", do="ask the prover for a new proof")

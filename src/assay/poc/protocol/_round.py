@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from assay.errors import UsageError
-from assay.poc.protocol._pipelines import PIPELINES
+from assay.poc.protocol._pipelines import find_pipeline
 
 # Exact in every JSON reader, and far beyond what a round can use.
 MAX_NONCE = 2**53 - 1
@@ -103,7 +103,7 @@ class Round:
     @property
     def versioned(self) -> bool:
         """Whether the preset has versioned seed texts; an unknown preset has published ones."""
-        pipeline = PIPELINES.get(self.preset) if isinstance(self.preset, str) else None
+        pipeline = find_pipeline(self.preset) if isinstance(self.preset, str) else None
         return pipeline is not None and pipeline.texts == "versioned"
 
     def text(self, stream: str, nonce: int, *, index: int = 0, k: int = 0) -> str:

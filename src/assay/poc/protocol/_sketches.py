@@ -13,23 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
+from assay.poc.protocol._pipelines import SKETCH_SIZE
 from assay.poc.protocol._transforms import unit
-
-SKETCH_EVERY = 32
-"""Tokens from one sketch to the next; the first token has one."""
-
-SKETCH_SIZE = 12
-"""Numbers of a sketch: 24 bytes in float16, three quarters of a byte for every token."""
-
-
-def sketch_steps(tokens: int) -> range:
-    """Return the indices of the tokens whose states are sketched, of so many tokens.
-
-    Example:
-        >>> list(sketch_steps(80))
-        [0, 32, 64]
-    """
-    return range(0, tokens, SKETCH_EVERY)
 
 
 @torch.inference_mode()

@@ -70,7 +70,7 @@ class Params(BaseModel):
     model: Name
     seq_len: Length
     k_dim: Length = 12
-    preset: Literal["artifact", "hardened"] = "artifact"
+    preset: Annotated[str, StringConstraints(pattern="^(artifact|hardened|decode(-[1-9][0-9]{1,3})?)$")] = "artifact"
 
 
 class ArtifactInit(_Block):

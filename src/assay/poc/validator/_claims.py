@@ -4,26 +4,27 @@ A callback says less than the header of a proof: block, key, share, nonces and t
 number format and the checkpoint are those of the pins, so a node that computed anything else has other values.
 """
 
+import base64
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from assay.errors import AssayError, DataError, ProofFormatError
+from assay.errors import AssayError, DataError
 from assay.poc._verifier import check_proof
 from assay.poc.protocol import (
     MAX_NONCE,
     DistanceRecord,
+    Pipeline,
     Proof,
     Record,
     Round,
-    VectorRecord,
-    decode_vector,
-    encode_vector,
+    encoding,
     is_distance,
     is_valid,
+    pack,
+    packed_size,
+    received,
 )
 from assay.poc.service.http import Refusal
 from assay.poc.validator._registry import Registry, Sender
@@ -32,7 +33,6 @@ from assay.reports import JsonObject, loads
 Kind = Literal["generated", "validated", "proof", "pulled"]
 
 MOST_NONCES = 2**16  # of one message
-ENCODING = {"dtype": "f16", "endian": "le"}
 REASONS = (
     *("body", "public_key", "signature", "webhook-id", "block_hash", "block_height", "node_id", "node_count"),
     *("preset", "r_target", "encoding", "nonces", "dist", "artifacts", "seq_len", "strength", "builds", "digest"),
@@ -48,22 +48,19 @@ class Claim:
     Args:
         round: Round as the pins and the node's share make it.
         nonces: Nonces, ascending.
-        values: Distances, or the base64 of vectors.
+        values: Distances, or the base64 of vectors, or of tokens with their sketches.
     """
 
     round: Round
     nonces: Sequence[int]
     values: Sequence[float | str]
 
-    def record(self, place: int, size: int) -> Record:
+    def record(self, place: int, pipeline: Pipeline) -> Record:
         """Return the record of a place; a vector that is not one is a row of NaN, which is never a match."""
         nonce, value = self.nonces[place], self.values[place]
         if isinstance(value, (int, float)):
             return DistanceRecord(nonce, float(value))
-        try:
-            return VectorRecord(nonce, decode_vector(value, size))
-        except ProofFormatError:
-            return VectorRecord(nonce, np.full(size, np.nan, dtype=np.float16))
+        return received(nonce, value, pipeline)
 
 
 def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Refusal:
@@ -148,7 +145,7 @@ class Reader:
             Refusal: As :meth:`claim`.
         """
         pipeline, node_id = self.registry.pipeline, self.check_share(values, sender)
-        vectors = pipeline.output == "vector"
+        vectors = pipeline.output != "distance"
         if vectors != ("artifacts" in values):
             raise refused("preset", "vectors" if "artifacts" in values else "distances", pipeline.name)
         nonces: list[Any]
@@ -189,11 +186,10 @@ class Reader:
         return nonces, distances
 
     def _vectors(self, values: JsonObject) -> tuple[list[int], list[str]]:
-        size = self.registry.pipeline.vector_size
-        wanted = ENCODING | {"k_dim": size}
+        wanted, size = encoding(self.registry.pipeline), packed_size(self.registry.pipeline)
         if values.get("encoding") != wanted:
             raise refused("encoding", values.get("encoding"), wanted)
-        artifacts, length = values["artifacts"], 4 * -(-2 * size // 3)
+        artifacts, length = values["artifacts"], 4 * -(-size // 3)
         if not isinstance(artifacts, list):
             raise refused("artifacts", artifacts, "a list")
         for artifact in artifacts:
@@ -201,7 +197,7 @@ class Reader:
             if not well_formed or not isinstance(artifact["vector_b64"], str):
                 raise refused("artifacts", artifact, "a nonce and a vector_b64")
             if len(artifact["vector_b64"]) != length:
-                raise refused("artifacts", artifact["vector_b64"], f"the base64 of {size} numbers in float16")
+                raise refused("artifacts", artifact["vector_b64"], f"the base64 of {size} bytes")
         return [artifact["nonce"] for artifact in artifacts], [artifact["vector_b64"] for artifact in artifacts]
 
     def _check_nonces(self, nonces: Sequence[Any], own: int, count: int) -> None:
@@ -256,7 +252,10 @@ def proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
         raise refused(name, header.claims()[name], "a value that the pins name")
     for name in sender.build.differing(header.fingerprint):
         raise refused("builds", getattr(header.fingerprint, name), f"{name} of the build of this node")
-    values = [r.distance if isinstance(r, DistanceRecord) else encode_vector(r.vector) for r in proof.records]
+    values = [
+        r.distance if isinstance(r, DistanceRecord) else base64.b64encode(pack(r)).decode("ascii")
+        for r in proof.records
+    ]
     return Claim(stated, [record.nonce for record in proof.records], values)
 
 

@@ -171,7 +171,7 @@ class Registry:
 
     def _check_url(self, url: str, settings: Settings) -> None:
         check_url(url, allow_private=settings.allow_private_callbacks)
-        if self.pipeline.output == "vector":
+        if self.pipeline.output != "distance":
             raise UsageError(
                 f"the url {url!r:.80} with preset {self.pipeline.name}",
                 wanted="nodes that are polled only where they publish distances: /status does not hold vectors",

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -20,7 +20,7 @@ import structlog
 
 from assay import stats
 from assay.errors import AssayError, StorageError
-from assay.poc.protocol import Build, Proof, Record, Round, packs
+from assay.poc.protocol import Build, Proof, Record, Round, TokenRecord, packs
 from assay.poc.service.http import Refusal
 from assay.poc.service.runtime import Deployment
 from assay.poc.validator._budget import Budget, choose, verdict_of
@@ -203,8 +203,11 @@ class Worker:
     def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
         registry, started = self._registry(), time.perf_counter()
         drawn = [found for source in draws if (found := self._claimed(source, registry)) is not None]
-        recomputed = recompute(deployment, self._settings.batch_size, [(d.claim.round, d.nonces) for d in drawn])
-        checked = [self._checked(d, records, registry) for d, records in zip(drawn, recomputed, strict=True)]
+        received = [[found.claim.record(place, registry.pipeline) for place in found.places] for found in drawn]
+        wanted = [(found.claim.round, found.nonces) for found in drawn]
+        recomputed = recompute(deployment, self._settings.batch_size, wanted, received)
+        pairs = zip(drawn, received, recomputed, strict=True)
+        checked = [self._checked(found, claimed, records, registry) for found, claimed, records in pairs]
         short = {found.drawn.source.seq for found in checked if found.is_short}
         self._metrics.batch_seconds.observe(time.perf_counter() - started)
         if short:
@@ -231,11 +234,12 @@ class Worker:
             return None
         return Drawn(source, claim, draw(source.seed, claim.nonces, source.drawn, source.planned))
 
-    def _checked(self, drawn: Drawn, records: Sequence[Record], registry: Registry) -> "Checked":
-        round, size = drawn.claim.round, registry.pipeline.vector_size
+    def _checked(
+        self, drawn: Drawn, received: Sequence[Record], records: Sequence[Record], registry: Registry
+    ) -> "Checked":
+        round = drawn.claim.round
         sender = registry.sender(round.public_key)
         assert sender is not None  # its claim was read under this registry
-        received = [drawn.claim.record(place, size) for place in drawn.places]
         batches = {size for size in sender.build.batch_size if isinstance(size, int)}
         return Checked(
             drawn,
@@ -298,7 +302,10 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
 
 
 def recompute(
-    deployment: Deployment, batch_size: int, wanted: Sequence[tuple[Round, Sequence[int]]]
+    deployment: Deployment,
+    batch_size: int,
+    wanted: Sequence[tuple[Round, Sequence[int]]],
+    received: Sequence[Sequence[Record]] = (),
 ) -> list[list[Record]]:
     """Return the records of nonces of several rounds, from batches that they fill together.
 
@@ -306,10 +313,21 @@ def recompute(
         deployment: Model that recomputes.
         batch_size: Rows of a batch.
         wanted: Rounds with their nonces; a round may stand there several times, as several objects.
+        received: Records of these nonces as the nodes claim them, which tokens are replayed from.
     """
     found: dict[tuple[int, int], Record] = {}
+    claimed = {
+        (id(round), record.nonce): record
+        for (round, _), records in zip(wanted, received, strict=False)
+        for record in records
+        if isinstance(record, TokenRecord)
+    }
     for pack, places in packs([(round, nonce) for round, nonces in wanted for nonce in nonces]):
-        batches = deployment.compute(pack, batch_size, places)
+        if claimed:
+            rows = enumerate(claimed[id(round), nonce] for round, nonce in pack.rows)
+            batches = deployment.recompute(pack, batch_size, [replace(row, nonce=place) for place, row in rows])
+        else:
+            batches = deployment.compute(pack, batch_size, places)
         records = [record for batch in batches for record in batch]
         for (round, nonce), record in zip(pack.rows, records, strict=True):
             found[id(round), nonce] = record

@@ -22,6 +22,8 @@ LAWS: dict[str, type[Law]] = {
     "distance": stats.ScaleNoise,
     "vector": stats.LogNoise,
     "position vector": stats.LogNoise,
+    "tokens": stats.LogNoise,
+    "few tokens": stats.LogNoise,
 }
 _MEASURED = {"dtype", "seq_len"}  # fields whose value must have been measured
 _UNSAID = "measure it again with `assay poc calibrate A.jsonl B.jsonl`"
@@ -170,10 +172,10 @@ def fit_noise(
     pipeline: Pipeline, errors: npt.NDArray[np.float64]
 ) -> "stats.NoiseFit[stats.ScaleNoise] | stats.NoiseFit[stats.LogNoise]":
     """Fit the law of honest residuals [N] of a pipeline."""
-    if pipeline.output == "vector":
+    if pipeline.output != "distance":
         # Rounded to float16, equal vectors may differ by a step. The published law came before that was measured.
-        floor = 1e-4 if pipeline.read == "last" else VECTOR_STEP
-        return stats.fit_log_noise(errors, dimension=pipeline.vector_size, floor=floor)
+        floor = 1e-4 if pipeline.read == "last" and pipeline.output == "vector" else VECTOR_STEP
+        return stats.fit_log_noise(errors, dimension=pipeline.output_size(0, 0), floor=floor)
     return stats.fit_scale_noise(errors)
 
 

@@ -10,13 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from assay import stats
-from assay.poc.protocol import DistanceRecord, Header, Pins, Proof, Record, VectorRecord
+from assay.poc.protocol import DistanceRecord, Header, Pins, Proof, Record, TokenRecord, VectorRecord
 from assay.poc.verdict._noise import Noise, sequential_test
 
 P_FLIP = 5e-4  # honest mismatch rate that the published rule assumes
 COUNT_ALPHA = 0.01
 DIST_THRESHOLD = 0.02  # published defaults of the vector count test
 P_MISMATCH = 0.001
+
+LARGEST_MARGIN = 4.0
+"""What a token counts for at most: as much as the largest squared distance of two unit vectors."""
 
 Outcome = stats.Verdict | Literal["faulty"]
 """A verdict of a proof: ``faulty`` where residuals depend on the place in the batch, and are honest elsewhere."""
@@ -94,7 +97,10 @@ class Verdict:
 
 
 def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.ndarray:
-    """Return received minus recomputed distance, or the L2 distance of the vectors, [N] in float64.
+    """Return received minus recomputed distance, the L2 distance of the vectors, or that of tokens, [N] in float64.
+
+    That of tokens is √(mean ‖u − v‖² + mean d), u and v the two sketches of a state and d, at most 4, how far the score
+    of a token is below the best one where it was replayed. Noise m times larger makes each of the two m² times larger.
 
     A missing or non-finite value gives NaN, which every test counts as a mismatch.
     """
@@ -132,7 +138,7 @@ def judge(
         positions=positions_of(header, nonces),
         batch_size=header.fingerprint.batch_size,
     )
-    if header.pipeline.output == "vector":
+    if header.pipeline.output != "distance":
         count = count_mismatches(errors)
     else:
         pairs = [
@@ -163,7 +169,17 @@ def _residual(a: Record, b: Record) -> float:
         return a.distance - b.distance
     if isinstance(a, VectorRecord) and isinstance(b, VectorRecord) and a.vector.shape == b.vector.shape:
         return float(np.linalg.norm(a.vector.astype(np.float64) - b.vector.astype(np.float64)))
+    if isinstance(a, TokenRecord) and isinstance(b, TokenRecord) and a.sketches.shape == b.sketches.shape:
+        return _token_residual(a, b)
     return math.nan
+
+
+def _token_residual(received: TokenRecord, replayed: TokenRecord) -> float:
+    if replayed.margins is None:  # not a replay of these tokens
+        return math.nan
+    apart = received.sketches.astype(np.float64) - replayed.sketches.astype(np.float64)
+    margins = np.minimum(replayed.margins.astype(np.float64), LARGEST_MARGIN)
+    return math.sqrt(np.square(apart).sum(axis=1).mean() + margins.mean())
 
 
 def judge_residuals(

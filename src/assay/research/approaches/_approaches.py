@@ -29,7 +29,7 @@ from scipy.stats import chi2
 from assay import stats
 from assay.models import Model, load_model
 from assay.poc.engines import HFEngine, make_transform
-from assay.poc.protocol import PIPELINES, RANDOM_HEAD_ROWS, Pipeline, Round, Step, get_pipeline
+from assay.poc.protocol import FORWARD, RANDOM_HEAD_ROWS, Pipeline, Round, Step, get_pipeline
 from assay.poc.verdict import distances_from
 from assay.reports import JsonObject
 from assay.research import cheats
@@ -58,7 +58,7 @@ FloatArray = npt.NDArray[np.float64]
 
 def _own_names(approaches: tuple[str, ...]) -> tuple[str, ...]:
     # sign-flips and poc-2.0 are two names of one approach.
-    return tuple(get_pipeline(name).name for name in approaches) or tuple(PIPELINES)
+    return tuple(get_pipeline(name).name for name in approaches) or FORWARD
 
 
 class ApproachPlan(ExperimentPlan):
@@ -70,7 +70,7 @@ class ApproachPlan(ExperimentPlan):
     """
 
     approaches: Annotated[Names, AfterValidator(_own_names)] = Field(
-        tuple(PIPELINES), description="Presets, separated by commas; by default all of them."
+        FORWARD, description="Presets, separated by commas; by default all whose nonces are one forward pass."
     )
     blocks: Blocks = BLOCKS
     nonces: int = Field(1024, ge=2, description="Nonces per block.")

@@ -5,8 +5,9 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
 from jaxtyping import Float, Float32
@@ -14,12 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
-from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError, is_out_of_memory
+from assay.errors import AssayError, BadWeights, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models import Model, backbone
 from assay.models.device import processor
 from assay.poc.engines._base import MAX_BATCH, check_batch_size, noise_inputs
+from assay.poc.engines._decoding import Decoded, Replayed
 from assay.poc.engines._outputs import overlapped_outputs, plain_outputs
 from assay.poc.engines.hf._compiled import CompiledForward
+from assay.poc.engines.hf._decoding import decoded, replayed
 from assay.poc.engines.hf._layers import transformed_layers
 from assay.poc.engines.hf._memory import check_fits, fitting_batch
 from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round, project, weighted_sum
@@ -29,6 +32,8 @@ COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
 
 FUSED = "fused"
 """Entry of the fingerprint's kernels: what stands between the products is assay's own, not Inductor's."""
+
+T = TypeVar("T")
 
 # Matrix products of fewer rows take kernels in which the place of a row decides its last bits.
 MIN_POSITIONS = 16
@@ -154,6 +159,40 @@ class HFEngine:
                 yield from plain_outputs(self, round, pipeline, nonces)
         except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:  # of any step, the inputs among them
             raise self._too_large() from error
+
+    def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
+        """Decode the tokens of nonces with a key-value cache, ``batch_size`` of them at a time.
+
+        The kernels are those of eager torch, whether the engine was compiled or not.
+
+        Raises:
+            UsageError: Prompt and tokens are longer than the model's positions.
+            BadWeights: The model returned NaN or infinity.
+            OutOfMemory: The device has no room for the caches of a batch.
+            ModelError: This architecture cannot be run with a key-value cache.
+        """
+        yield from self._named(decoded(self, round, pipeline, nonces))
+
+    def replayed(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
+    ) -> Generator[Replayed]:
+        """Replay given tokens of nonces, [M, N], by one forward pass for each batch.
+
+        Raises:
+            AssayError: As :meth:`decoded`.
+        """
+        yield from self._named(replayed(self, round, pipeline, nonces, tokens_MN))
+
+    def _named(self, batches: Generator[T]) -> Generator[T]:
+        """Yield batches, and raise what goes wrong as an error that explains it."""
+        try:
+            yield from batches
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise self._too_large() from error
+        except AssayError:
+            raise
+        except Exception as error:  # every architecture fails in its own way
+            raise self._failed(error) from error
 
     @torch.inference_mode()
     def _run(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:

@@ -134,6 +134,10 @@ class ParallelEngine(HFEngine):
         self._tell((round, pipeline, nonces))
         return self._share(round, pipeline, nonces)
 
+    def supports(self, pipeline: Pipeline) -> bool:
+        """Return whether a nonce of the pipeline is one forward pass: the others decode on one process."""
+        return not pipeline.steps
+
     def work(self) -> None:
         """Do this process's part of everything that the first one begins, until that ends."""
         while (job := self._tell(None)) is not None:

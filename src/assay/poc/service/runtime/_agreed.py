@@ -25,7 +25,7 @@ def check_deployed(deployment: Deployment, settings: Settings) -> None:
         return
     pinned = pins.model(deployment.digest)
     formats = sorted({dtype for build in pinned.builds for dtype in build.dtype})
-    length = settings.seq_len if get_pipeline(pins.round.preset).output == "vector" else pins.round.seq_len
+    length = settings.seq_len if get_pipeline(pins.round.preset).output != "distance" else pins.round.seq_len
     for name, flag, deployed, agreed in (
         ("weights", "--model", deployment.weights, [pinned.weights]),
         ("dtype", "--dtype", deployment.dtype, formats),

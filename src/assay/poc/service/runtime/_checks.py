@@ -40,7 +40,7 @@ def round_values(
                 seen, wanted = "Node ID and node count must be set", "node_id and node_count"
                 raise Refusal(400, seen, wanted=wanted, do="send 0 and 1 for one node")
             node_id, node_count = 0, 1
-    _check_work(url, request.batch_size, seq_len, deployment, settings)
+    _check_work(url, request.batch_size, seq_len + get_pipeline(preset).steps, deployment, settings)
     asked = RoundValues(
         block_hash=request.block_hash,
         public_key=request.public_key,
@@ -119,7 +119,8 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
         ProofMismatch: One forward pass would serve several of the nonces whose artifacts are to be checked.
     """
     _check_params(request.params, deployment, settings)
-    _check_work(request.url, request.batch_size, request.params.seq_len, deployment, settings)
+    steps = get_pipeline(request.params.preset).steps
+    _check_work(request.url, request.batch_size, request.params.seq_len + steps, deployment, settings)
     round = job_round(request, deployment.reference)
     check_round(round, settings, share=True)
     check_batch(request.batch_size, deployment, settings)
@@ -134,7 +135,16 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
 
 def _check_params(params: Params, deployment: Deployment, settings: Settings) -> None:
     requested = params.model_dump(exclude={"preset"})
-    k_dim = get_pipeline(params.preset).vector_size
+    pipeline = get_pipeline(params.preset)
+    if pipeline.steps and not deployment.decodes:
+        raise Refusal(
+            409,
+            f"preset {pipeline.name} on an engine that does not decode proofs",
+            wanted="a preset of one forward pass, such as artifact or hardened",
+            do="prove it with `assay poc prove` or `assay poc serve`, which run the model on transformers",
+            fields={"fields": ["preset"]},
+        )
+    k_dim = pipeline.vector_size
     deployed = {"model": deployment.reference, "seq_len": settings.seq_len, "k_dim": k_dim}
     other = sorted(name for name, value in deployed.items() if requested[name] != value)
     if other:
@@ -150,17 +160,17 @@ def _check_params(params: Params, deployment: Deployment, settings: Settings) ->
 def _check_work(
     url: str | None,
     batch_size: int,
-    seq_len: int,
+    positions: int,
     deployment: Deployment,
     settings: Settings,
 ) -> None:
     """Refuse a callback URL, or a shape, that is outside the bounds of the service."""
     if url is not None:
         check_url(url, allow_private=settings.allow_private_callbacks)
-    if batch_size * seq_len > settings.max_positions or seq_len > deployment.max_positions:
+    if batch_size * positions > settings.max_positions or positions > deployment.max_positions:
         raise Refusal(
             422,
-            f"batch_size {batch_size} × seq_len {seq_len}",
+            f"batch_size {batch_size} × seq_len {positions}",
             wanted=f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a sequence",
             do="lower batch_size or seq_len",
         )

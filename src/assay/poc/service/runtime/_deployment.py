@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from assay.poc._prover import compute
+from assay.poc._prover import compute, recompute
 from assay.poc.engines import Engine, read_block_factor
 from assay.poc.engines.hf import HFEngine, worth_compiling
 from assay.poc.protocol import BlockFactor, Header, Record, Round, get_pipeline
@@ -38,6 +38,7 @@ class Deployment:
         weights: Weight mode of the model.
         dtype: Dtype of its weights.
         max_positions: Positions of the longest sequence.
+        decodes: Whether its engines take the presets that decode.
         engine: Makes an engine from ``(seq_len, batch_size)``, and raises an :class:`~assay.errors.AssayError` if that
             shape does not fit. The latest engines are kept, so that it is called once per shape.
     """
@@ -48,6 +49,7 @@ class Deployment:
     dtype: str
     max_positions: int
     engine: MakeEngine
+    decodes: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "engine", _keep_latest(self.engine))
@@ -66,6 +68,7 @@ class Deployment:
             weights=model.weights,
             dtype=dtype_name(model.dtype),
             max_positions=model.max_positions,
+            decodes=True,
             engine=_hf_engines(model, compiled=worth_compiling(model) if compiled is None else compiled),
         )
 
@@ -78,7 +81,17 @@ class Deployment:
             nonces: Nonces in the order in which they are computed.
         """
         engine = self.engine(round.seq_len, batch_size)
-        header = Header(
+        yield from compute(self._header(round, engine), engine, nonces)
+
+    def recompute(
+        self, round: Round, batch_size: int, received: Sequence[Record]
+    ) -> Generator[list[Record], None, None]:
+        """Recompute the nonces of received records as :meth:`compute` does; received tokens are replayed."""
+        engine = self.engine(round.seq_len, batch_size)
+        yield from recompute(self._header(round, engine), engine, received)
+
+    def _header(self, round: Round, engine: Engine) -> Header:
+        return Header(
             round=round,
             pipeline=get_pipeline(round.preset),
             digest=self.digest,
@@ -86,7 +99,6 @@ class Deployment:
             fingerprint=engine.fingerprint,
             nonces=(),
         )
-        yield from compute(header, engine, nonces)
 
     def block_factor(self, round: Round, batch_size: int) -> BlockFactor | None:
         """Measure how wide the distances of a round's block are; None where the engine's states cannot be read here."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from assay import stats
-from assay.poc.protocol import BlockFactor, block_scale, get_pipeline, has_block_factor
+from assay.poc.protocol import BlockFactor, DistanceRecord, block_scale, get_pipeline, has_block_factor
 from assay.poc.service.store import RECENT, Batch, Rounds, StoredRound, bin_counts
 
 WINDOW = 30.0  # seconds over which the current rate is measured
@@ -27,7 +27,7 @@ class Progress:
         self.checked, self.valid, self.seconds = stored.checked, stored.valid, stored.seconds
         self.next_nonce = stored.next_nonce
         pipeline = get_pipeline(stored.preset)
-        self.publishes_vectors = pipeline.output == "vector"
+        self.publishes_vectors = pipeline.output != "distance"
         self._recent: deque[tuple[int, float]] = deque(rounds.recent_valid(stored.id), maxlen=RECENT)
         self._steps: deque[tuple[float, int]] = deque()
         self._hidden_size = hidden_size
@@ -69,7 +69,9 @@ class Progress:
             self.valid += sum(batch.valid)
             self.seconds += batch.seconds
             self._steps.append((time.monotonic(), len(batch.records)))
-            distances = [record.distance if record.vector is None else math.nan for record in batch.records]
+            distances = [
+                record.distance if isinstance(record, DistanceRecord) else math.nan for record in batch.records
+            ]
             for record, distance, valid in zip(batch.records, distances, batch.valid, strict=True):
                 if valid:
                     self._recent.append((record.nonce, distance))

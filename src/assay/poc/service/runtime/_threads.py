@@ -16,7 +16,7 @@ from typing import Literal
 import structlog
 
 from assay.errors import AssayError, BadWeights, StorageError
-from assay.poc.protocol import MAX_NONCE, Record, is_distance, is_valid
+from assay.poc.protocol import MAX_NONCE, DistanceRecord, Record, is_distance, is_valid
 from assay.poc.service._settings import Settings
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.store import Batch, Rounds, StoredRound
@@ -172,8 +172,8 @@ class Worker:
 
 
 def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: float) -> Batch:
-    valid = [record.vector is not None or is_valid(record.distance, stored.r_target) for record in records]
-    broken = [r.nonce for r in records if r.vector is None and not is_distance(r.distance)]
+    valid = [not isinstance(record, DistanceRecord) or is_valid(record.distance, stored.r_target) for record in records]
+    broken = [r.nonce for r in records if isinstance(r, DistanceRecord) and not is_distance(r.distance)]
     if broken:
         raise BadWeights(
             f"the engine returned NaN or an out-of-range distance for nonce {broken[0]}",

@@ -18,13 +18,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from assay.errors import UsageError
+from assay.poc.protocol import encoding, get_pipeline
 from assay.poc.service.store._database import Database
 from assay.reports import JsonObject, dumps, loads
 
 OWED = ("open", "pending")
 RECEIPTS = "receipts"
 """The kind of callbacks that announce receipts, and the last part of the path to which they are posted."""
-_ENCODING = {"dtype": "f16", "endian": "le"}
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Outbox:
         body = {name: getattr(round, name) for name in ("public_key", "block_hash", "block_height", "node_id")}
         if found and found[0].vector is not None:
             artifacts = [{"nonce": r.nonce, "vector_b64": base64.b64encode(r.vector).decode()} for r in found]
-            return body | {"artifacts": artifacts, "encoding": _ENCODING | {"k_dim": len(found[0].vector) // 2}}
+            return body | {"artifacts": artifacts, "encoding": encoding(get_pipeline(round.preset))}
         nonces, distances = [r.nonce for r in found], [r.distance for r in found]
         return body | {"nonces": nonces, "dist": distances, "r_target": round.r_target}
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.dialects.sqlite import insert
 
-from assay.poc.protocol import Record, Round
+from assay.poc.protocol import DistanceRecord, Record, Round, pack
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._states import State
 from assay.poc.service.store._database import Database
@@ -242,6 +242,5 @@ def _check_same(values: RoundValues, stored: StoredRound) -> None:
 
 
 def _row(round_id: int, record: Record, valid: bool) -> dict[str, Any]:
-    vector = None if record.vector is None else record.vector.astype("<f2").tobytes()
-    distance = record.distance if record.vector is None else None
+    vector, distance = (None, record.distance) if isinstance(record, DistanceRecord) else (pack(record), None)
     return {"round_id": round_id, "nonce": record.nonce, "distance": distance, "vector": vector, "valid": int(valid)}

@@ -1,0 +1,157 @@
+"""Decoding on transformers: a loop with a key-value cache, and the one forward pass that checks it.
+
+Legend of shapes: B nonces of a batch, P positions of the prompt, N tokens, V vocabulary, D hidden size, S sketches.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import DynamicCache
+
+from assay.errors import BadWeights, UsageError
+from assay.models import Model, backbone
+from assay.poc.engines._decoding import Decoded, Draws, Replayed
+from assay.poc.engines.hf._memory import check_fits
+from assay.poc.protocol import ROWS_OF_A_PRODUCT, Pipeline, Round
+
+if TYPE_CHECKING:
+    from assay.poc.engines.hf._engine import HFEngine
+
+_TOKENS_AT_ONCE = 256  # of one nonce whose logits are held, each V numbers
+
+
+def decoded(engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
+    """Decode the tokens of nonces, a batch at a time; the last batch is padded, then cut."""
+    rows = _rows(engine, pipeline)
+    for start in range(0, len(nonces), engine.batch_size):
+        wanted = list(nonces[start : start + engine.batch_size])
+        draws = _draws(engine, round, pipeline, wanted + wanted[-1:] * (rows - len(wanted)))
+        tokens_BN, states_BSD = _decode(engine, draws)
+        count = len(wanted)
+        sketches_BSK = draws.sketches(states_BSD)[:count]
+        _check_finite(engine.model, sketches_BSK)
+        yield Decoded(tokens_BN[:count].cpu().numpy().astype(np.uint32), sketches_BSK)
+
+
+def replayed(
+    engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
+) -> Generator[Replayed]:
+    """Replay given tokens of nonces, a batch at a time; the last batch is padded, then cut."""
+    rows = _rows(engine, pipeline)
+    for start in range(0, len(nonces), engine.batch_size):
+        wanted = list(nonces[start : start + engine.batch_size])
+        pad = rows - len(wanted)
+        given_BN = torch.from_numpy(tokens_MN[start : start + len(wanted)].astype(np.int64)).to(engine.device)
+        draws = _draws(engine, round, pipeline, wanted + wanted[-1:] * pad)
+        tokens_BN = torch.cat([given_BN, given_BN[-1:].expand(pad, -1)])
+        states_BND = _prefill(engine, draws, tokens_BN)
+        count = len(wanted)
+        sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
+        _check_finite(engine.model, sketches_BSK)
+        margins = [_margins(engine, draws, row, states_BND[row], tokens_BN[row]) for row in range(count)]
+        yield Replayed(torch.stack(margins).cpu().numpy(), sketches_BSK)
+
+
+def _rows(engine: "HFEngine", pipeline: Pipeline) -> int:
+    """Return the rows that decode together: a step has one position of each, and a product needs 16 rows or one.
+
+    Raises:
+        UsageError: Prompt and tokens are longer than the model's positions.
+        OutOfMemory: They do not fit.
+    """
+    model, positions = engine.model, engine.seq_len + pipeline.steps
+    if positions > model.max_positions:
+        raise UsageError(
+            f"{engine.seq_len} positions and {pipeline.steps} tokens with {model.reference}",
+            wanted=f"at most its {model.max_positions} positions together",
+            do=f"pass --seq-len {max(1, model.max_positions - pipeline.steps)}, or another --preset such as decode-64",
+        )
+    rows = engine.batch_size if engine.batch_size == 1 else max(engine.batch_size, ROWS_OF_A_PRODUCT)
+    check_fits(model, rows, positions)
+    return rows
+
+
+def _draws(engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
+    shape = {"seq_len": engine.seq_len, "vocab_size": engine.vocab_size}
+    return Draws(round, pipeline, nonces, device=engine.device, **shape)
+
+
+@torch.inference_mode()
+def _decode(engine: "HFEngine", draws: Draws) -> tuple[Int64[Tensor, "B N"], Float32[Tensor, "B S D"]]:
+    """Return the decoded tokens, and the states behind the sketched ones."""
+    body, cache = backbone(engine.model.module), DynamicCache(config=engine.model.module.config)
+    inputs_BT, tokens, states = draws.prompts_BP, [], []
+    seen = 0
+    for step in range(draws.steps):
+        positions_T = torch.arange(seen, seen + inputs_BT.shape[1], device=engine.device)
+        output = body(
+            input_ids=inputs_BT,
+            position_ids=positions_T.expand_as(inputs_BT),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        state_BD = output.last_hidden_state[:, -1]
+        if step in draws.sketched:
+            states.append(state_BD.float())
+        scores_BV = _logits(engine, state_BD)
+        draws.add_noise(scores_BV, step)
+        tokens.append(scores_BV.argmax(dim=-1))
+        seen += inputs_BT.shape[1]
+        inputs_BT = tokens[-1].unsqueeze(1)
+    return torch.stack(tokens, dim=1), torch.stack(states, dim=1)
+
+
+@torch.inference_mode()
+def _prefill(engine: "HFEngine", draws: Draws, tokens_BN: Int64[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+    """Return the states that gave the tokens, by one forward pass over the prompt and all tokens but the last."""
+    given_BT = torch.cat([draws.prompts_BP, tokens_BN[:, :-1].clamp(max=engine.vocab_size - 1)], dim=1)
+    positions_T = torch.arange(given_BT.shape[1], device=engine.device)
+    body = backbone(engine.model.module)
+    output = body(input_ids=given_BT, position_ids=positions_T.expand_as(given_BT), use_cache=False)
+    states_BTD: Tensor = output.last_hidden_state
+    return states_BTD[:, engine.seq_len - 1 :]
+
+
+@torch.inference_mode()
+def _margins(
+    engine: "HFEngine", draws: Draws, row: int, states_ND: Float[Tensor, "N D"], tokens_N: Int64[Tensor, " N"]
+) -> Float32[Tensor, " N"]:
+    """Return how far the score of every token of a nonce is below the best one.
+
+    The products are of one nonce's states, so no other nonce has a part in their bits.
+    """
+    parts = []
+    for start in range(0, len(tokens_N), _TOKENS_AT_ONCE):
+        chosen = slice(start, start + _TOKENS_AT_ONCE)
+        scores_NV = _logits(engine, states_ND[chosen])
+        draws.add_noise_of(row, scores_NV, start)
+        ids_N1 = tokens_N[chosen].unsqueeze(1)
+        known_N1 = ids_N1 < engine.vocab_size
+        claimed_N1 = scores_NV.gather(1, torch.where(known_N1, ids_N1, 0)).where(known_N1, -torch.inf)
+        parts.append((scores_NV.amax(dim=1, keepdim=True) - claimed_N1).squeeze(1))
+    return torch.cat(parts)
+
+
+def _logits(engine: "HFEngine", states_ND: Float[Tensor, "N D"]) -> Float32[Tensor, "N V"]:
+    """Return the product of states with the model's own head matrix; no bias, no capping of logits.
+
+    It is one product, because row by row would take longer than all layers of a step. So the last bits of a token's
+    logits may depend on the rows of the batch on processors whose products do, and the noise of honest engines has that
+    in it.
+    """
+    weight_VD: Tensor = engine.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+    return (states_ND.to(weight_VD.dtype) @ weight_VD.T).float()
+
+
+def _check_finite(model: Model, sketches_BSK: np.ndarray) -> None:
+    if not np.isfinite(sketches_BSK).all():
+        raise BadWeights(
+            f"{model.reference} returned NaN or infinity",
+            wanted="finite hidden states",
+            do="check the checkpoint, or use a dtype with more range (--dtype float32)",
+        )
