@@ -1,6 +1,6 @@
 """``assay poc ledger``: what the audits of a node's whole life say, and whether the file that says it is intact."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
@@ -16,7 +16,8 @@ from assay.errors import UsageError
 
 if TYPE_CHECKING:
     from assay.cli._ledger_settings import AuditSettings, ExportSettings, MergeSettings, ShowSettings
-    from assay.poc import Header, Pins, Verdict
+    from assay.poc import Verdict
+    from assay.poc.responses import ResponseVerdict
     from assay.poc.verdict import Account, Entry, Ledger, Standing
 
 app = App(help="Look at the ledger of nodes' lives, audit it, and decide from several.")
@@ -130,8 +131,13 @@ def export(chosen: "ExportSettings", ledger: _LEDGER, as_json: JsonFlag = False)
 
 
 @contextmanager
-def recording(path: Path | None, alpha: float, pins: "Pins", header: "Header") -> "Iterator[Ledger | None]":
-    """Open the ledger that `verify` writes to, if one is named, before anything is computed.
+def recording(path: Path | None, alpha: float, believed: Sequence[str]) -> "Iterator[Ledger | None]":
+    """Open the ledger that `verify` or `replay` writes to, if one is named, before anything is computed.
+
+    Args:
+        path: File of the ledger.
+        alpha: Bound on the chance that an honest node is ever accused.
+        believed: Names of values that would be taken on the prover's word.
 
     Raises:
         UsageError: Something of the proof is taken on the prover's word, or the ledger was begun at another alpha.
@@ -142,7 +148,7 @@ def recording(path: Path | None, alpha: float, pins: "Pins", header: "Header") -
     if path is None:
         yield None
         return
-    if believed := pins.unpinned(header):
+    if believed:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in believed)
         raise UsageError(
             f"--ledger with {', '.join(believed)} taken on the prover's word",
@@ -153,7 +159,7 @@ def recording(path: Path | None, alpha: float, pins: "Pins", header: "Header") -
         yield ledger
 
 
-def exit_code(verdict: "Verdict", standing: "Standing | None") -> int:
+def exit_code(verdict: "Verdict | ResponseVerdict", standing: "Standing | None") -> int:
     """Return the code of `verify`: with a ledger, fraud and honesty are those of the whole life.
 
     A life that is honest does not cover a proof that, taken alone, is not.

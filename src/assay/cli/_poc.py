@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli import _experiment, _ledger, _pins, _respond, _serve, _validator
+from assay.cli import _experiment, _ledger, _pins, _replay, _respond, _serve, _validator
 from assay.cli._calibrate import run_calibrate
 from assay.cli._commands import App, Resumable
 from assay.cli._engines import judging_engine, proving_engine
@@ -81,7 +81,7 @@ def verify(
     poc.check_proof(read, expect=pins, sample=chosen.sample, calibration=measured)  # before a model is loaded
     prover = replace(read.header.fingerprint, batch_size=poc.judging_batch(read.header))
     with (
-        _ledger.recording(chosen.ledger, chosen.alpha, pins, read.header) as ledger,
+        _ledger.recording(chosen.ledger, chosen.alpha, pins.unpinned(read.header)) as ledger,
         judging_engine(chosen, prover) as (loaded, made),
         progress_bar("verifying") as progress,
     ):
@@ -208,6 +208,15 @@ app.command(
     epilog="Example: assay poc respond --model reference:qwen3 --prompts prompts.jsonl --block-hash BLOCK "
     "--public-key KEY -o receipts.jsonl",
 )(_respond.respond)
+app.command(
+    "replay",
+    epilog="Example: assay poc replay receipts.jsonl --model reference:qwen3 --requests prompts.jsonl "
+    "--block-hash BLOCK --public-key KEY",
+)(_replay.replay)
+app.command(
+    "calibrate-responses",
+    epilog="Example: assay poc calibrate-responses honest.jsonl --model reference:qwen3 -o responses.json",
+)(_replay.calibrate_responses)
 app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)
 app.command("receive", epilog="Example: assay poc receive --port 8081")(_serve.receive)
 app.command("validator", epilog="Example: assay poc validator --model reference:qwen3 --pins pins.toml")(

@@ -15,6 +15,7 @@ from assay.stats._chord import (
     rate_standard_error,
     valid_rate,
 )
+from assay.stats._clusters import ClusterResult, ClusterTest
 from assay.stats._fits import NoiseFit, fit_log_noise, fit_scale_noise
 from assay.stats._noise import JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, ScaleNoise, Spread
 from assay.stats._places import MATERIAL_RATIO, PLACE_ALPHA, SUSPICION, PlaceTest, place_test
@@ -28,17 +29,23 @@ from assay.stats._rates import (
     proportion_interval,
 )
 from assay.stats._sequential import Paths, SequentialResult, SequentialTest, Verdict
+from assay.stats._tokens import COLUMNS, LEAST_LOG, SCALES, TokenFit, TokenNoise, fit_token_noise, stored, token_profile
 
 __all__ = [
+    "COLUMNS",
     "EFFECTIVE_DIMENSION",
     "JUNK_SIGMA",
+    "LEAST_LOG",
     "MATERIAL_RATIO",
     "PLACE_ALPHA",
     "RANDOM_HEAD_ROWS",
     "RESOLUTION",
+    "SCALES",
     "SUSPICION",
     "BlockLaw",
     "BootstrapInterval",
+    "ClusterResult",
+    "ClusterTest",
     "CountTest",
     "LogNoise",
     "MeasuredBlockLaw",
@@ -50,6 +57,8 @@ __all__ = [
     "SequentialResult",
     "SequentialTest",
     "Spread",
+    "TokenFit",
+    "TokenNoise",
     "Verdict",
     "auroc",
     "chord_cdf",
@@ -60,6 +69,7 @@ __all__ = [
     "effective_dimension",
     "fit_log_noise",
     "fit_scale_noise",
+    "fit_token_noise",
     "group_bootstrap",
     "noise_band",
     "paired_accuracy",
@@ -67,5 +77,7 @@ __all__ = [
     "proportion_interval",
     "r_target_for",
     "rate_standard_error",
+    "stored",
+    "token_profile",
     "valid_rate",
 ]

@@ -32,6 +32,7 @@ from scipy import special
 from assay.errors import UsageError
 from assay.stats._chord import FloatArray
 from assay.stats._noise import NoiseLaw, Spread
+from assay.stats._sums import log_sum
 
 Verdict = Literal["honest", "fraud", "undecided"]
 
@@ -234,7 +235,7 @@ class SequentialTest:
     def _log_e(self, path: FloatArray) -> FloatArray:
         """Return the logarithm of the e-value of paths whose last axis is that of the state."""
         first = self._columns[0]
-        return _log_sum(path[..., first:]) - _log_sum(path[..., :first])
+        return log_sum(path[..., first:]) - log_sum(path[..., :first])
 
     def _take(self, size_N: FloatArray) -> None:
         # Starting the sum from the state makes the result independent of how the values were split into updates.
@@ -247,9 +248,9 @@ class SequentialTest:
     def _evidence(self, path: FloatArray, n: int) -> dict[str, float]:
         """Return the logarithm of the likelihood ratio of honest noise to every cheat that n residuals can exclude."""
         first, last = self._columns
-        honest = float(_log_sum(path[:first]))
+        honest = float(log_sum(path[:first]))
         grid_JPM = path[first:last].reshape(self._scales_J.size, len(SHARES), -1)
-        cheat_PM = _log_sum(np.moveaxis(grid_JPM, 0, -1)) - self._log_cheat_K.reshape(len(SHARES), -1)
+        cheat_PM = log_sum(np.moveaxis(grid_JPM, 0, -1)) - self._log_cheat_K.reshape(len(SHARES), -1)
         found = {f"{self.effect:g} times the honest noise": honest - cheat_PM[-1, 0]}
         share = self._share_excluded(n)
         if share is not None:
@@ -307,12 +308,6 @@ class SequentialTest:
             return 1.0
         gross_share = float(special.betaincinv(self._gross + 1, self._n - self._gross, 1 - self.beta))
         return min(1.0, gross_share / self.law.junk_detection) if self.law.junk_detection > 0 else 1.0
-
-
-def _log_sum(path: FloatArray) -> FloatArray:
-    """Return the logarithm of the sum of exp over the last axis, which has finite values."""
-    top = path.max(axis=-1, keepdims=True)
-    return np.asarray(top[..., 0] + np.log(np.exp(path - top).sum(axis=-1)), dtype=np.float64)
 
 
 def _multiples(law: NoiseLaw, effect: float) -> FloatArray:

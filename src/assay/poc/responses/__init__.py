@@ -10,6 +10,12 @@ So one prefill of prompt and output shows, token by token, whether model and par
 docs/responses.md has the formulas and the format.
 """
 
+from assay.poc.responses._calibration import (
+    ResponseCalibration,
+    calibrate_responses,
+    default_response_noise,
+    fit_response_noise,
+)
 from assay.poc.responses._files import (
     LONGEST_LINE,
     Receipts,
@@ -19,6 +25,10 @@ from assay.poc.responses._files import (
     parse_sampling,
 )
 from assay.poc.responses._forward import Sequences
+from assay.poc.responses._gaps import Margins, measure_margins
+from assay.poc.responses._judge import ResponseVerdict, judge_responses, noise_between, sampled
+from assay.poc.responses._pins import Evidence, ReceiptPins, chosen_receipts
+from assay.poc.responses._prefill import HFPrefill, Prefill, Prefilled, Whole
 from assay.poc.responses._receipts import (
     MOST_TOKENS,
     Prompt,
@@ -26,6 +36,7 @@ from assay.poc.responses._receipts import (
     ReceiptFooter,
     ReceiptHeader,
 )
+from assay.poc.responses._replay import Replayed, replay
 from assay.poc.responses._requests import DEFAULT_MAX_TOKENS, Request, encoded, read_requests
 from assay.poc.responses._respond import respond, stop_tokens
 from assay.poc.responses._sampler import Sampler
@@ -49,26 +60,45 @@ __all__ = [
     "LONGEST_LINE",
     "MOST_TOKENS",
     "NUMBERS",
+    "Evidence",
+    "HFPrefill",
+    "Margins",
+    "Prefill",
+    "Prefilled",
     "Prompt",
     "Receipt",
     "ReceiptFooter",
     "ReceiptHeader",
+    "ReceiptPins",
     "Receipts",
+    "Replayed",
     "Request",
+    "ResponseCalibration",
     "ResponseSeed",
+    "ResponseVerdict",
     "Sampler",
     "Sampling",
     "Sequences",
     "Tally",
+    "Whole",
+    "calibrate_responses",
+    "chosen_receipts",
     "counts_before",
+    "default_response_noise",
     "encoded",
+    "fit_response_noise",
+    "judge_responses",
     "kept",
+    "measure_margins",
+    "noise_between",
     "parse_header",
     "parse_receipt",
     "parse_sampling",
     "penalised",
     "read_requests",
+    "replay",
     "respond",
+    "sampled",
     "scores",
     "sketches",
     "step_seeds",

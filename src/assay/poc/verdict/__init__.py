@@ -6,6 +6,7 @@ from assay.poc.verdict._calibration import Calibration, noise_for
 from assay.poc.verdict._judge import (
     COUNT_ALPHA,
     DIST_THRESHOLD,
+    EXIT_CODES,
     P_FLIP,
     P_MISMATCH,
     Outcome,
@@ -19,7 +20,16 @@ from assay.poc.verdict._judge import (
 )
 from assay.poc.verdict._ledger import Ledger
 from assay.poc.verdict._ledger_audit import Fault, LedgerAudit
-from assay.poc.verdict._ledger_entries import FAULTY, Account, Entry, Standing, Update, round_identity
+from assay.poc.verdict._ledger_entries import (
+    FAULTY,
+    RESPONSES,
+    Account,
+    Entry,
+    Standing,
+    Update,
+    response_identity,
+    round_identity,
+)
 from assay.poc.verdict._ledger_files import audit_ledger
 from assay.poc.verdict._ledger_merge import LedgerShare, MergedStanding, merge_ledgers
 from assay.poc.verdict._life import EPOCH, Evidence, Life, convicted_after
@@ -34,7 +44,15 @@ from assay.poc.verdict._machines import (
     leave_out,
 )
 from assay.poc.verdict._noise import EFFECT, MARGIN, Law, Noise, default_noise, law_as_dict, sequential_test
-from assay.poc.verdict._pinned import pinned_calibration
+from assay.poc.verdict._pinned import noise_of_build, pinned_calibration
+from assay.poc.verdict._response_noise import (
+    AnyNoise,
+    PartNoise,
+    ResponseBlocks,
+    ResponseNoise,
+    ResponseResult,
+    ResponseTest,
+)
 from assay.poc.verdict._targets import MeasuredTarget, distances_from, measure_r_target
 from assay.poc.verdict._vector_sets import VectorSet, machine_kind, read_vector_sets
 
@@ -43,14 +61,17 @@ __all__ = [
     "DIST_THRESHOLD",
     "EFFECT",
     "EPOCH",
+    "EXIT_CODES",
     "FAULTY",
     "MARGIN",
     "PAIR_SPREAD",
     "PRIOR",
     "P_FLIP",
     "P_MISMATCH",
+    "RESPONSES",
     "SCALED_SPREAD",
     "Account",
+    "AnyNoise",
     "BuildNoise",
     "Calibration",
     "Entry",
@@ -68,6 +89,11 @@ __all__ = [
     "MergedStanding",
     "Noise",
     "Outcome",
+    "PartNoise",
+    "ResponseBlocks",
+    "ResponseNoise",
+    "ResponseResult",
+    "ResponseTest",
     "Standing",
     "Update",
     "VectorSet",
@@ -91,11 +117,13 @@ __all__ = [
     "measure_r_target",
     "merge_ledgers",
     "noise_for",
+    "noise_of_build",
     "pinned_calibration",
     "positions_of",
     "published_rule",
     "read_vector_sets",
     "residuals",
+    "response_identity",
     "round_identity",
     "sequential_test",
     "share_of_test",

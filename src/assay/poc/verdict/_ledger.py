@@ -32,7 +32,7 @@ from assay.poc.verdict._ledger_entries import (
 )
 from assay.poc.verdict._ledger_files import export_ledger
 from assay.poc.verdict._ledger_schema import ACCOUNTS, LAWS, LEDGER, MIGRATIONS, UPDATES
-from assay.poc.verdict._noise import Noise
+from assay.poc.verdict._response_noise import AnyNoise, noise_from_dict
 from assay.reports import dumps, loads
 from assay.reports.database import Database, tables
 
@@ -90,7 +90,7 @@ class Ledger:
         self._appending = threading.Lock()
         self._states: OrderedDict[int, Progress] = OrderedDict()
         self._seen: OrderedDict[tuple[int, str], tuple[int, set[int]]] = OrderedDict()
-        self._noises: OrderedDict[str, Noise] = OrderedDict()
+        self._noises: OrderedDict[str, AnyNoise] = OrderedDict()
         try:
             if not read_only:
                 self._begin(ALPHA if alpha is None else alpha, BETA if beta is None else beta)
@@ -259,10 +259,10 @@ class Ledger:
             seen.update(entry.nonces)
         return seen
 
-    def _noise(self, connection: sa.Connection, law: str) -> Noise:
+    def _noise(self, connection: sa.Connection, law: str) -> AnyNoise:
         if law not in self._noises:
             text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
-            self._noises[law] = Noise.from_dict(loads(text, f"{self.path}, law {law[:12]}"))
+            self._noises[law] = noise_from_dict(loads(text, f"{self.path}, law {law[:12]}"))
             if len(self._noises) > LIVES:
                 self._noises.popitem(last=False)
         return self._noises[law]

@@ -30,7 +30,7 @@ from assay.poc.verdict._ledger_entries import (
 )
 from assay.poc.verdict._ledger_schema import ACCOUNTS, LAWS, LEDGER, MIGRATIONS, UPDATES
 from assay.poc.verdict._life import verdict_of
-from assay.poc.verdict._noise import Noise
+from assay.poc.verdict._response_noise import AnyNoise, noise_from_dict
 from assay.reports import loads
 from assay.reports.database import Database
 
@@ -235,20 +235,20 @@ def _difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesis: Ge
     return None if stated.verdict == follows else f"verdict {stated.verdict}, where the evidence gives {follows}"
 
 
-class Noises(dict[str, Noise]):
+class Noises(dict[str, AnyNoise]):
     """Laws by their hash, read when they are first used."""
 
     def __init__(self, connection: sa.Connection) -> None:
         super().__init__()
         self._connection = connection
 
-    def __missing__(self, law: str) -> Noise:
+    def __missing__(self, law: str) -> AnyNoise:
         text = text_of(self._connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
         if sha256(text) != law:
             raise DataError(f"the law {law[:12]} does not have its hash", wanted="the law as it was", do="restore it")
         if len(self) >= MOST_LAWS:
             self.clear()
-        return self.setdefault(law, Noise.from_dict(loads(text, f"the law {law[:12]}")))
+        return self.setdefault(law, noise_from_dict(loads(text, f"the law {law[:12]}")))
 
 
 def _unused(connection: sa.Connection) -> Iterator[Fault]:

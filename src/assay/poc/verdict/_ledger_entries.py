@@ -17,7 +17,7 @@ from assay import stats
 from assay.errors import DataError, UsageError
 from assay.poc.protocol import MAX_NONCE, Round
 from assay.poc.verdict._life import Evidence, Life
-from assay.poc.verdict._noise import Noise
+from assay.poc.verdict._response_noise import AnyNoise, ResponseBlocks
 from assay.reports import dumps
 
 REPEATED = "repeated"
@@ -27,7 +27,11 @@ FAULTY = "faulty place"
 """Why a nonce does not count that stands at a place of the batch where residuals are large."""
 
 MOST_NONCES = 2**18  # of one entry
+MOST_PROFILES = 2**25  # characters of the profiles of one response
 LARGEST_SEED = 2**256
+RESPONSES = "responses"
+"""What stands for the preset in the account of responses."""
+
 Text = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Hash = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
@@ -62,7 +66,9 @@ class Update:
         block_hash: Block of the round.
         noise: Honest noise that the residuals are judged under, chosen without a look at them.
         nonces: Nonces that were checked.
-        residuals: Residual of each; NaN or an infinity for a value that is missing.
+        residuals: Residual of each; NaN or an infinity for a value that is missing. Of a response, whose nonces are its
+            blocks of 32 tokens, the distances of the sketches.
+        profiles: Profiles of the tokens of a response, by :attr:`ResponseBlocks.text`; None without tokens.
         proof: SHA-256 of the proof; None for evidence that is no proof.
         sample_seed: Number that drew the nonces; None where they were not drawn by one.
         excluded: Reasons why some of the nonces must not count, by nonce.
@@ -73,9 +79,10 @@ class Update:
     account: Account
     round: str
     block_hash: str
-    noise: Noise
+    noise: AnyNoise
     nonces: Sequence[int]
     residuals: Sequence[float]
+    profiles: str | None = None
     proof: str | None = None
     sample_seed: int | None = None
     excluded: Mapping[int, str] = field(default_factory=dict)
@@ -178,6 +185,7 @@ class Entry(_Model):
     law: Hash
     nonces: Annotated[list[Count], Field(min_length=1, max_length=MOST_NONCES)]
     residuals: Annotated[list[float | None], Field(max_length=MOST_NONCES)]
+    profiles: Annotated[str, Field(max_length=MOST_PROFILES)] | None
     excluded: Annotated[list[tuple[Count, Name]], Field(max_length=MOST_NONCES)]
     fault: Text | None
     outcome: EntryOutcome
@@ -189,6 +197,10 @@ class Entry(_Model):
             raise ValueError(f"{len(self.residuals)} residuals of {len(self.nonces)} nonces")
         if any(place >= len(self.nonces) for place in places) or places != sorted(set(places)):
             raise ValueError("excluded places that do not ascend or are not there")
+        if self.of_response:
+            ResponseBlocks.parse(self.residuals, self.profiles)
+        elif self.profiles is not None:
+            raise ValueError("profiles of tokens of what is no response")
         return self
 
     @property
@@ -207,9 +219,16 @@ class Entry(_Model):
         return dict(self.excluded)
 
     @property
-    def counted(self) -> list[float]:
-        """Residuals that count, NaN for missing ones, in their order."""
+    def of_response(self) -> bool:
+        """Whether the nonces are blocks of a response."""
+        return self.account.preset == RESPONSES
+
+    @property
+    def counted(self) -> list[float] | ResponseBlocks:
+        """Residuals that count, NaN for missing ones, in their order; or the evidence of a response that does."""
         out = self.reasons
+        if self.of_response:
+            return ResponseBlocks.parse(self.residuals, self.profiles).without(out)
         return [math.nan if x is None else x for place, x in enumerate(self.residuals) if place not in out]
 
 
@@ -275,10 +294,10 @@ class Progress:
         self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
         self.audits = self.recorded = self.last = 0
 
-    def take(self, entry: Entry, noise: Noise) -> EntryOutcome:
+    def take(self, entry: Entry, noise: AnyNoise) -> EntryOutcome:
         """Take the residuals of an entry that count, and return the outcome."""
         counted = entry.counted
-        if counted:
+        if len(counted):
             self.life.update(noise, counted)
         self.audits += 1
         self.recorded += len(entry.nonces)
@@ -293,6 +312,11 @@ def round_identity(round: Round) -> str:
     """Return what makes two nonces of one key the same computation: SHA-256 of block, preset, length and seed bits."""
     names = ("block_hash", "preset", "seq_len", "strength")
     return sha256(dumps({name: getattr(round, name) for name in names}))
+
+
+def response_identity(seed_text: str) -> str:
+    """Return what stands for the round where the nonces are blocks of a response: SHA-256 of its seed text."""
+    return sha256(f"{RESPONSES}:{seed_text}")
 
 
 def sha256(text: str) -> str:
@@ -327,7 +351,7 @@ def make_entry(update: Update, values: Mapping[str, Any]) -> Entry:
     Raises:
         UsageError: A value of the update is not what an entry may hold.
     """
-    names = ("name", "round", "block_hash", "proof", "sample_seed", "fault")
+    names = ("name", "round", "block_hash", "proof", "sample_seed", "fault", "profiles")
     taken: dict[str, Any] = {name: getattr(update, name) for name in names}
     taken["account"] = asdict(update.account)
     taken["nonces"] = [int(nonce) for nonce in update.nonces]

@@ -24,8 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from assay import stats
+from assay.errors import DataError
 from assay.poc.verdict._noise import Noise, sequential_test
+from assay.poc.verdict._response_noise import AnyNoise, ResponseBlocks, ResponseResult, ResponseTest, test_of
 from assay.reports import dumps
+
+Residuals = Sequence[float] | npt.NDArray[np.float64] | ResponseBlocks
 
 EPOCH = 1024
 """Nonces that count, after which the next audit begins another test beside the first."""
@@ -87,12 +91,12 @@ class Life:
         self._epochs: dict[str, _Test] = {}
         self._n = 0
 
-    def update(self, noise: Noise, residuals: npt.ArrayLike | Sequence[float]) -> Self:
+    def update(self, noise: AnyNoise, residuals: Residuals) -> Self:
         """Take the residuals of one audit, in the order in which they were checked; NaN for a missing value.
 
         Args:
             noise: Honest noise that they are judged under. It must not be chosen after a look at them.
-            residuals: Residuals that count: of nonces that did not count before.
+            residuals: Residuals that count, of nonces that did not count before; or the evidence of one response.
         """
         law = dumps(noise.as_dict())
         newest = self._epochs.get(law) or self._first.get(law)
@@ -103,12 +107,12 @@ class Life:
         for test in (self._first[law], self._epochs.get(law)):
             if test is not None:
                 test.update(residuals)
-        self._n += np.size(residuals)
+        self._n += len(residuals)
         return self
 
-    def _begin(self, noise: Noise) -> "_Test":
+    def _begin(self, noise: AnyNoise) -> "_Test":
         share = weight(len(self._numbers) + 1)
-        test = sequential_test(noise, alpha=self.alpha * share, beta=self.beta * share)
+        test = test_of(noise, alpha=self.alpha * share, beta=self.beta * share)
         levels = (math.log(self.ledgers / self.alpha), math.log(self.ledgers / self.beta))
         self._numbers.append(_Numbers(math.log(share), *levels))
         return _Test(test, self._numbers[-1])
@@ -153,7 +157,7 @@ class _Numbers:
     stopped_e: float = 0.0
     stopped_honest: float = 0.0
 
-    def take(self, result: stats.SequentialResult) -> None:
+    def take(self, result: stats.SequentialResult | ResponseResult) -> None:
         numbers = (result.log_e_value, result.log_e_max, result.log_evidence_honest)
         self.log_e, self.log_e_max, self.log_honest = (max(-_LARGEST, min(_LARGEST, number)) for number in numbers)
         if self.log_weight + self.stopped_e < self.level_e:
@@ -165,12 +169,18 @@ class _Numbers:
 class _Test:
     """A test that runs, and where its numbers go."""
 
-    def __init__(self, test: stats.SequentialTest, numbers: _Numbers) -> None:
+    def __init__(self, test: stats.SequentialTest | ResponseTest, numbers: _Numbers) -> None:
         self._test, self._numbers = test, numbers
         self.n = 0
 
-    def update(self, residuals: npt.ArrayLike) -> None:
-        result = self._test.update(residuals).result
+    def update(self, residuals: Residuals) -> None:
+        if isinstance(self._test, ResponseTest) != isinstance(residuals, ResponseBlocks):
+            raise DataError(
+                "residuals of another kind than the law that they are judged under",
+                wanted="responses under a law of responses, and nonces under one of nonces",
+                do="ask for the file again",
+            )
+        result = self._test.update(residuals).result  # type: ignore[arg-type]  # of this kind, by the line above
         self.n = result.n
         self._numbers.take(result)
 

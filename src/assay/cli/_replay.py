@@ -1,0 +1,174 @@
+"""``assay poc replay`` and ``calibrate-responses``: run responses again, by one prefill each."""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from assay.cli import _ledger
+from assay.cli._engines import load
+from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
+from assay.cli._settings import settings
+from assay.errors import UsageError
+
+if TYPE_CHECKING:
+    from assay.cli._replay_settings import CalibrateResponsesSettings, ReplaySettings
+    from assay.models import Model
+    from assay.poc.responses import Prefill, ReceiptPins, Receipts, Request, ResponseVerdict
+    from assay.poc.verdict import Standing
+
+
+@settings("assay.cli._replay_settings:ReplaySettings")
+def replay(
+    chosen: "ReplaySettings",
+    context: typer.Context,
+    receipts: Annotated[Path, typer.Argument(help="File of receipts.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Run the responses of receipts again and judge them. Exit code 0 honest, 1 fraud, 2 undecided or bad input.
+
+    Each takes one prefill of prompt and output. Tokens that were sampled with seeds are held against the verifier's own
+    scores, sketches against its hidden states.
+
+    The node wrote the receipts. Exit code 0 needs the block, the key and the requests from you. What is neither pinned
+    nor at its default is shown, with exit code 2.
+
+    With --ledger the replay is added to the ledger of nodes' lives, and the exit code is that of the whole life.
+    """
+    from assay.poc import responses
+
+    read = responses.Receipts.load(receipts)
+    pins = _pins(chosen, read)
+    pins.check(read)  # before a model is loaded
+    size = responses.chosen_receipts(read, chosen.sample)
+    measured = None if chosen.calibration is None else responses.ResponseCalibration.load(chosen.calibration)
+    if measured is not None:
+        measured.check(read.header)
+    seed = secrets.randbits(53) if chosen.seed is None else chosen.seed  # exact in every JSON reader
+    sample = responses.sampled(read, size, seed) if chosen.sample is not None else read
+    with (
+        _ledger.recording(chosen.ledger, chosen.alpha, pins.unpinned(read)) as ledger,
+        _engine(chosen, read) as (loaded, engine),
+        progress_bar("replaying", "responses") as progress,
+    ):
+        noise = responses.noise_between(read.header, engine.fingerprint, measured)
+        found = responses.replay(sample, loaded, prompts=pins.prompts, engine=engine, progress=progress)
+        verdict = responses.judge_responses(
+            found,
+            read,
+            noise,
+            verifier=engine.fingerprint,
+            pins=pins,
+            alpha=chosen.alpha,
+            sample_seed=seed if chosen.sample is not None else None,
+        )
+        standing = None if ledger is None else ledger.append(verdict.updates())[-1]
+    _show(verdict, standing, as_json)
+    context.exit(_ledger.exit_code(verdict, standing))
+
+
+@settings("assay.cli._replay_settings:CalibrateResponsesSettings")
+def calibrate_responses(
+    chosen: "CalibrateResponsesSettings",
+    receipts: Annotated[list[Path], typer.Argument(help="Files of receipts of honest nodes of one build.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure the honest noise of responses between nodes of one build and this verifier, by replaying their receipts.
+
+    Files of different engines say how far machines of the build differ.
+    """
+    from assay.poc import responses
+
+    files = [responses.Receipts.load(path) for path in receipts]
+    prompts = responses.ReceiptPins(requests=_requests(chosen.requests, chosen.model)).prompts
+    with _engine(chosen, files[0]) as (loaded, engine), progress_bar("replaying", "responses") as progress:
+        measured = [
+            (read.header, responses.replay(read, loaded, prompts=prompts, engine=engine, progress=progress))
+            for read in files
+        ]
+        calibration = responses.calibrate_responses(measured, engine.fingerprint)
+    calibration.save(chosen.output)
+    tokens, sketches = calibration.noise.tokens, calibration.noise.sketches
+    values = {
+        "path": str(chosen.output),
+        "checkpoint": calibration.digest,
+        "machines": len(calibration.provers),
+        "responses": calibration.responses,
+        "tokens": calibration.tokens,
+        "matching": round(calibration.matches / calibration.tokens, 5) if calibration.tokens else 0.0,
+        "typical_difference_of_logits": tokens.law.size,
+        "tokens_between_responses": tokens.between,
+        "tokens_effect": tokens.effect,
+        "typical_distance_of_sketches": sketches.law.size,
+        "sketches_between_responses": sketches.between,
+    }
+    show_values("assay.poc.calibrate-responses/1", values, as_json)
+
+
+@contextmanager
+def _engine(
+    options: "ReplaySettings | CalibrateResponsesSettings", receipts: "Receipts"
+) -> "Iterator[tuple[Model, Prefill]]":
+    from assay.poc.responses import HFPrefill
+
+    dtype = options.dtype or receipts.header.fingerprint.dtype
+    if options.engine == "vllm":
+        raise UsageError("--engine vllm", wanted="hf", do="leave --engine out")
+    loaded = load(options.model, dtype, options.device)
+    yield loaded, HFPrefill(loaded, batch_size=options.batch_size)
+
+
+def _pins(chosen: "ReplaySettings", receipts: "Receipts") -> "ReceiptPins":
+    """Return what the receipts are held against: flags, the file of the network, and the requests."""
+    from assay.poc import NetworkPins, Pins
+    from assay.poc.responses import ReceiptPins
+
+    given = Pins(**chosen.model_dump(include={"block_hash", "public_key", "prover_dtype"}))
+    network = NetworkPins.load(chosen.pins) if chosen.pins else None
+    requests = _requests(chosen.requests, chosen.model)
+    return ReceiptPins.of_network(network, given, receipts.header, requests=requests, evidence=chosen.evidence)
+
+
+def _requests(path: Path | None, model: str) -> "list[Request] | None":
+    """Return the requests of a file, with token ids for prompts; None without a file."""
+    from assay.models import load_tokenizer, model_info
+    from assay.poc.responses import encoded, read_requests
+
+    if path is None:
+        return None
+    requests = read_requests(path)
+    as_text = any(isinstance(request.prompt, str) for request in requests)
+    info = model_info(model)
+    return encoded(
+        requests,
+        load_tokenizer(model) if as_text else None,
+        reference=model,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
+    )
+
+
+def _show(verdict: "ResponseVerdict", standing: "Standing | None", as_json: bool) -> None:
+    if as_json:
+        values = verdict.as_dict()
+        life = {} if standing is None else {"life": standing.as_dict()}
+        emit_json(values.pop("schema"), values | life)
+        return
+    result, header = verdict.result, verdict.receipts.header
+    share = f"{verdict.matches} of {verdict.tokens}" if verdict.tokens else "no token was sampled with seeds"
+    e_values = f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
+    rows = [
+        ("verdict", verdict.verdict),
+        ("reason", verdict.reason),
+        ("responses", f"{len(verdict.replayed)} of {verdict.receipts.footer.receipts}"),
+        ("tokens that match", share),
+        ("e-value at most", f"e^{result.log_e_max:.1f}: {e_values}"),
+        ("honest noise", verdict.noise.source),
+        ("node", f"{header.fingerprint.library}, {header.fingerprint.dtype}"),
+        ("on the node's word", ", ".join(verdict.unpinned) or "nothing"),
+        *_ledger.life_rows(standing),
+    ]
+    table(("", "result"), rows)

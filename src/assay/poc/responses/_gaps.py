@@ -1,0 +1,168 @@
+"""How far a claimed token is from the verifier's scores, and its likelihood at every scale of honest differences.
+
+The gap of a token is the least change of the logits with which it wins. Without a limit on the support that is its
+margin: the largest score minus its own, times the temperature. With top-k, top-p or min-p two engines may also differ
+in which tokens are kept, so a token with a larger score need not be overtaken if it nearly left the support, and a
+token that nearly entered it is not impossible:
+
+    gap(x) = max(enter(x), max over kept v with s_v > s_x of min(s_v − s_x, leave(v)))
+
+``enter`` is how far x is from being kept and ``leave`` how far v is from being dropped, by the rule that is nearest.
+For top-p the distance is that of the logits to the neighbour on the other side, or of the logarithm of the odds of the
+sum that decides, whichever is smaller. Only the :data:`RIVALS` largest scores are looked at as v. The profile that
+follows is a law of tokens whatever the gaps are (:mod:`assay.stats`): a coarser gap costs power, and no validity.
+
+Shapes: N steps, V tokens of the vocabulary, G columns of a profile, R rivals.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay import stats, streams
+from assay.poc.responses._sampler import Sampler
+from assay.poc.responses._sampling import Sampling, counts_before, tokens_of
+
+RIVALS = 8
+"""Number of larger scores that may have left the support."""
+
+_AT_ONCE = 2**22  # scores that are held at a time
+_NEAR = 64  # smallest gaps that decide a profile, where the rest adds less than a billionth
+_NEGLIGIBLE = 25.0  # in natural logarithms
+_SQUARINGS = 12  # in a row, each of which doubles the error of float32: less than the step of float16 in the end
+
+
+@dataclass(frozen=True, eq=False)
+class Margins:
+    """What the tokens of one response show.
+
+    Args:
+        margins: Largest score minus that of the claimed token, [N]; 0 where it is the verifier's own token, infinite
+            where the verifier would not have kept it.
+        profiles: Log-probability of the claimed tokens at every scale, [N, G], as it is stored.
+    """
+
+    margins: NDArray[np.float32]
+    profiles: NDArray[np.float64]
+
+
+def measure_margins(
+    logits_NV: Float32[Tensor, "N V"],
+    output: tuple[int, ...],
+    sampling: Sampling,
+    seeds_N: NDArray[np.uint32],
+    *,
+    prompt: tuple[int, ...] = (),
+) -> Margins:
+    """Measure how far the tokens of a response are from those that these logits give.
+
+    Args:
+        logits_NV: Raw logits that gave the tokens, by a prefill.
+        output: Tokens of the response.
+        sampling: Parameters of sampling.
+        seeds_N: Seeds of the steps.
+        prompt: Tokens of the prompt, which penalties may need.
+    """
+    vocabulary = logits_NV.shape[1]
+    rows = max(1, _AT_ONCE // vocabulary)
+    prompt_V = streams.as_tensor(tokens_of(prompt, vocabulary)).to(logits_NV.device) if sampling.penalises else None
+    margins, profiles = [], []
+    for start in range(0, len(output), rows):
+        stop = min(start + rows, len(output))
+        counts_NV = None
+        if sampling.penalises:
+            counts_NV = streams.as_tensor(counts_before(output, vocabulary, start, stop)).to(logits_NV.device)
+        sampler = Sampler([sampling] * (stop - start), vocabulary, logits_NV.device)
+        l_NV = sampler.penalised(logits_NV[start:stop], prompt_NV=prompt_V, counts_NV=counts_NV)
+        s_NV = sampler.noisy(l_NV, seeds_N[start:stop])
+        tokens_N = torch.tensor(output[start:stop], device=l_NV.device)
+        gaps_NV = _gaps(l_NV, s_NV, sampling, seeds_N[start:stop])
+        own_N = s_NV.gather(1, tokens_N[:, None])[:, 0]
+        margins.append((s_NV.amax(dim=1) - own_N).cpu().numpy())
+        profiles.append(_profiles(gaps_NV, tokens_N).cpu().numpy())
+    if not margins:
+        return Margins(np.zeros(0, np.float32), np.zeros((0, stats.COLUMNS)))
+    return Margins(np.concatenate(margins), stats.stored(np.concatenate(profiles)))
+
+
+def _gaps(
+    l_NV: Float32[Tensor, "N V"], s_NV: Float32[Tensor, "N V"], sampling: Sampling, seeds_N: NDArray[np.uint32]
+) -> Float64[Tensor, "N V"]:
+    """Return the gap of every token in units of the logits."""
+    limited = not sampling.greedy and (sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0)
+    if not limited:
+        scores = s_NV.double()
+        unit = 1.0 if sampling.greedy else sampling.temperature
+        return (scores.amax(dim=1, keepdim=True) - scores) * unit
+    unlimited = replace(sampling, top_k=0, top_p=1.0, min_p=0.0)
+    whole_NV = Sampler([unlimited] * len(l_NV), l_NV.shape[1], l_NV.device).noisy(l_NV, seeds_N).double()
+    z_NV = l_NV.double() / sampling.temperature
+    kept_NV = s_NV > -math.inf
+    enter_NV, leave_NV = _borders(z_NV, kept_NV, sampling)
+    rivals = min(RIVALS, l_NV.shape[1])
+    rival_NR, at_NR = torch.where(kept_NV, whole_NV, -math.inf).topk(rivals, dim=1)
+    gaps_NV = enter_NV
+    for place in range(rivals):
+        ahead_NV = rival_NR[:, place : place + 1] - whole_NV
+        needed_NV = torch.minimum(ahead_NV, leave_NV.gather(1, at_NR[:, place : place + 1]))
+        gaps_NV = torch.maximum(gaps_NV, torch.where(ahead_NV > 0, needed_NV, 0.0))
+    return gaps_NV * sampling.temperature
+
+
+def _borders(
+    z_NV: Float64[Tensor, "N V"], kept_NV: Tensor, sampling: Sampling
+) -> tuple[Float64[Tensor, "N V"], Float64[Tensor, "N V"]]:
+    """Return how far tokens are from being kept, 0 for those that are, and how far from being dropped."""
+    nothing = torch.zeros_like(z_NV)
+    enter_NV, leave_NV = nothing, nothing + math.inf
+    left_NV = z_NV > -math.inf
+    if sampling.min_p > 0:
+        above_NV = z_NV - (z_NV.amax(dim=1, keepdim=True) + math.log(sampling.min_p))
+        enter_NV, leave_NV = torch.maximum(enter_NV, -above_NV), torch.minimum(leave_NV, above_NV)
+        left_NV &= above_NV >= 0
+    if 0 < sampling.top_k < z_NV.shape[1]:
+        largest = torch.where(left_NV, z_NV, -math.inf).topk(sampling.top_k + 1, dim=1).values
+        enter_NV = torch.maximum(enter_NV, largest[:, -2:-1] - z_NV)
+        leave_NV = torch.minimum(leave_NV, z_NV - largest[:, -1:])
+        left_NV &= z_NV >= largest[:, -2:-1]
+    if sampling.top_p < 1:
+        sorted_NV, order_NV = torch.where(left_NV, z_NV, -math.inf).sort(dim=1, descending=True, stable=True)
+        before_NV = torch.softmax(sorted_NV, dim=1).cumsum(dim=1).roll(1, dims=1)
+        before_NV[:, 0] = 0
+        odds_NV = torch.logit(before_NV.clamp(0, 1)) - math.log(sampling.top_p / (1 - sampling.top_p))
+        odds_NV = torch.empty_like(odds_NV).scatter_(1, order_NV, odds_NV)
+        last_N1 = torch.where(kept_NV, z_NV, math.inf).amin(dim=1, keepdim=True)
+        next_N1 = torch.where(kept_NV, -math.inf, z_NV).amax(dim=1, keepdim=True)
+        inside = torch.minimum(-odds_NV, z_NV - next_N1)
+        outside = torch.minimum(odds_NV.clamp(min=0), (last_N1 - z_NV).clamp(min=0))
+        enter_NV = torch.maximum(enter_NV, torch.where(kept_NV, 0.0, outside))
+        leave_NV = torch.minimum(leave_NV, inside)
+    return torch.where(kept_NV, 0.0, enter_NV), leave_NV.clamp(min=0)
+
+
+def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor, "N G"]:
+    """Return the profiles of claimed tokens: the twin of :func:`assay.stats.token_profile` for devices.
+
+    At small scales only the smallest gaps count. At large ones exp(−gap/σ) is the square of that at 2σ.
+    """
+    own_N = gaps_NV.gather(1, tokens_N[:, None])[:, 0].double()
+    vocabulary = gaps_NV.shape[1]
+    near_NK = gaps_NV.topk(min(_NEAR, vocabulary), dim=1, largest=False).values.double()
+    enough = float(near_NK[:, -1].min()) / (math.log(vocabulary) + _NEGLIGIBLE)
+    power_NV = torch.exp(-gaps_NV.float() / stats.SCALES[-1])
+    columns = []
+    for squared, scale in enumerate(stats.SCALES[::-1]):
+        if scale <= enough or len(near_NK[0]) == vocabulary:
+            total_N = torch.logsumexp(-near_NK / scale, dim=1)
+        elif squared < _SQUARINGS:
+            total_N = power_NV.sum(dim=1, dtype=torch.float64).log()
+            power_NV.square_()
+        else:
+            total_N = torch.logsumexp(-gaps_NV.double() / scale, dim=1)
+        columns.append(-own_N / scale - total_N)
+    return torch.stack([*columns[::-1], torch.full_like(own_N, -math.log(vocabulary))], dim=1)

@@ -1,0 +1,165 @@
+"""Prefills: whole responses through a model at once, and what gave their tokens.
+
+Sequences of a batch are filled up at their ends, which a decoder that looks back only does not see. The head is given
+the positions that are asked for and no others.
+
+Legend of shapes: B sequences, T positions, N tokens of all outputs, D hidden size, V logits.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from assay.errors import AssayError, BadWeights, ModelError, OutOfMemory, is_out_of_memory
+from assay.models import Model
+from assay.poc.engines.hf import HFEngine
+from assay.poc.protocol import Fingerprint
+
+MOST_POSITIONS = 2**13  # of a batch, beside a single sequence that is longer
+MOST_SCORES = 2**27  # logits of a batch: half a gigabyte
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A response as it is run again.
+
+    Args:
+        prompt: Tokens of the prompt.
+        output: Tokens of the output; the last one is not run.
+    """
+
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        """Number of positions that are run."""
+        return len(self.prompt) + len(self.output) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Prefilled:
+    """What gave the tokens of one output.
+
+    Args:
+        logits: Logits in front of every token of the output, [N, V].
+        hidden: Hidden states that the head read for them, [N, D]; None where the engine does not show them.
+    """
+
+    logits: Float32[Tensor, "N V"]
+    hidden: Float32[Tensor, "N D"] | None
+
+
+class Prefill(Protocol):
+    """An engine that runs whole responses."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """How the engine computes."""
+
+    def run(self, responses: Sequence[Whole]) -> Iterator[tuple[int, Prefilled]]:
+        """Yield the index of every response with what gave its tokens, in any order."""
+
+
+class HFPrefill:
+    """Prefills with the transformers engine.
+
+    Args:
+        model: Model of the verifier.
+        batch_size: Number of sequences of a batch at most; one by one where bits must not depend on the others.
+
+    Raises:
+        ModelError: The model has no head that reads the last hidden state.
+    """
+
+    def __init__(self, model: Model, *, batch_size: int = 16) -> None:
+        self.model, self.batch_size = model, batch_size
+        head = model.module.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if not isinstance(head, nn.Module):
+            raise ModelError(
+                f"{model.reference} ({model.architecture}) has no output embeddings",
+                wanted="a decoder with a head",
+                do="use another architecture, such as Llama, Qwen3 or Mistral",
+            )
+        self._head = head
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """How this engine computes."""
+        return HFEngine(self.model, batch_size=self.batch_size, seq_len=1).fingerprint
+
+    def run(self, responses: Sequence[Whole]) -> Iterator[tuple[int, Prefilled]]:
+        """Yield the index of every response with what gave its tokens: the longest ones first.
+
+        Raises:
+            BadWeights: A state or a logit is NaN, or a state is infinite.
+            OutOfMemory: The device ran out of memory.
+            ModelError: The architecture cannot be run.
+        """
+        order = sorted(range(len(responses)), key=lambda index: -responses[index].positions)
+        while order:
+            batch = order[: self._fitting([responses[index] for index in order[: self.batch_size]])]
+            order = order[len(batch) :]
+            yield from zip(batch, self._run([responses[index] for index in batch]), strict=True)
+
+    def _fitting(self, responses: Sequence[Whole]) -> int:
+        """Return how many of these responses fit into a batch, at least one."""
+        longest = responses[0].positions
+        tokens = 0
+        for count, response in enumerate(responses, start=1):
+            tokens += len(response.output)
+            if longest * count > MOST_POSITIONS or tokens * self.model.vocab_size > MOST_SCORES:
+                return max(1, count - 1)
+        return len(responses)
+
+    @torch.inference_mode()
+    def _run(self, responses: Sequence[Whole]) -> list[Prefilled]:
+        longest = max(response.positions for response in responses)
+        ids_BT = torch.zeros((len(responses), longest), dtype=torch.int64)
+        rows: list[int] = []
+        columns: list[int] = []
+        for row, response in enumerate(responses):
+            ids = [*response.prompt, *response.output[:-1]]
+            ids_BT[row, : len(ids)] = torch.tensor(ids)
+            columns += range(len(response.prompt) - 1, len(ids))
+            rows += [row] * len(response.output)
+        states: list[Tensor] = []
+
+        def only_outputs(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            states.append(inputs[0][rows, columns])
+            return states[-1][None], *inputs[1:]
+
+        hook = self._head.register_forward_pre_hook(only_outputs)
+        try:
+            output = self.model.module(input_ids=ids_BT.to(self.model.device), use_cache=False)
+            logits_NV, hidden_ND = output.logits[0].float(), states[-1].float()
+        except Exception as error:  # every architecture fails in its own way
+            raise self._failed(error, ids_BT.numel()) from error
+        finally:
+            hook.remove()
+        if not bool(torch.isfinite(hidden_ND).all()) or bool(torch.isnan(logits_NV).any()):
+            raise BadWeights(
+                f"{self.model.reference} gives NaN or infinity in {self.model.dtype}",
+                wanted="finite hidden states and logits",
+                do="check the checkpoint, or use a dtype with more range (--dtype float32)",
+            )
+        sizes = [len(response.output) for response in responses]
+        parts = zip(torch.split(logits_NV, sizes), torch.split(hidden_ND, sizes), strict=True)
+        return [Prefilled(logits, hidden) for logits, hidden in parts]
+
+    def _failed(self, error: Exception, positions: int) -> AssayError:
+        if is_out_of_memory(error):
+            return OutOfMemory(
+                f"the device ran out of memory on {positions} positions",
+                wanted="room for the activations of one batch",
+                do="use a smaller --batch-size or dtype",
+            )
+        return ModelError(
+            f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
+            wanted="a decoder that takes tokens",
+            do="use another architecture, such as Llama, Qwen3 or Mistral",
+        )

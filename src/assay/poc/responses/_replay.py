@@ -1,0 +1,166 @@
+"""Replay: one prefill of prompt and output, and how far every token and sketch is from what it gives.
+
+Legend of shapes: N tokens, S sketches, G columns of a profile.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from assay import stats
+from assay.errors import ProofMismatch
+from assay.models import Model
+from assay.poc.protocol import SKETCH_EVERY, sketch_steps
+from assay.poc.responses._files import Receipts
+from assay.poc.responses._gaps import measure_margins
+from assay.poc.responses._prefill import HFPrefill, Prefill, Prefilled, Whole
+from assay.poc.responses._receipts import Prompt, Receipt, ReceiptHeader
+from assay.poc.responses._sketches import sketches
+from assay.poc.verdict import ResponseBlocks
+
+Progress = Callable[[int, int], None]
+"""Called with (receipts done, receipts in all) after every receipt."""
+
+
+@dataclass(frozen=True, eq=False)
+class Replayed:
+    """A receipt beside what a prefill of it gives.
+
+    Args:
+        receipt: Receipt that was replayed.
+        margins: Largest score minus that of the claimed token, [N]; empty where tokens say nothing: without seeded
+            sampling, or where a grammar forbade tokens that the receipt does not name.
+        profiles: Log-probability of the claimed tokens at every scale of the noise, [N, G], likewise.
+        residuals: L2 distances of the sketches, [S]; empty where the engine of one side has none.
+    """
+
+    receipt: Receipt
+    margins: NDArray[np.float32]
+    profiles: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+
+    @property
+    def matches(self) -> int:
+        """Number of tokens that are the verifier's own."""
+        return int(np.count_nonzero(self.margins == 0))
+
+    @property
+    def blocks(self) -> ResponseBlocks:
+        """The evidence, by blocks of 32 tokens."""
+        steps = sketch_steps(len(self.receipt.output))
+        distances = self.residuals if len(self.residuals) else np.full(len(steps), np.nan)
+        return ResponseBlocks.whole(distances, self.profiles)
+
+
+def replay(
+    receipts: Receipts,
+    model: Model,
+    *,
+    prompts: Mapping[str, Prompt] | None = None,
+    engine: Prefill | None = None,
+    progress: Progress | None = None,
+) -> list[Replayed]:
+    """Run the responses of receipts again, each by one prefill.
+
+    Args:
+        receipts: Receipts of one node and model.
+        model: Same checkpoint on this machine; its dtype and device may differ from the node's.
+        prompts: Prompts with ids by their SHA-256, for receipts that have the hash alone.
+        engine: Engine that runs them; the transformers engine when None.
+        progress: Function that is called with (receipts done, receipts in all) after every receipt.
+
+    Returns:
+        One result for every receipt with at least one token, in their order.
+
+    Raises:
+        ProofMismatch: The receipts are of another checkpoint, a token is not in its vocabulary, or the ids of a
+            prompt are not known.
+        BadWeights: The model gives NaN or infinity.
+        OutOfMemory: The device has no room for a batch.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc.responses import replay, respond
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> made = respond(model, ["def add(a, b):"], block_hash="B", public_key="K", max_tokens=8)
+        >>> (found,) = replay(made, model)
+        >>> found.matches, found.residuals.shape, float(found.residuals[0]) < 1e-3
+        (8, (1,), True)
+    """
+    check_model(receipts.header, model)
+    chosen = [receipt for receipt in receipts.receipts if receipt.output]
+    wholes = [
+        Whole(_prompt(receipt, prompts or {}), _tokens(receipt, model.vocab_size, model.max_positions))
+        for receipt in chosen
+    ]
+    engine = engine or HFPrefill(model)
+    found: list[Replayed | None] = [None] * len(chosen)
+    for done, (index, prefilled) in enumerate(engine.run(wholes), start=1):
+        found[index] = _compare(receipts.header, chosen[index], wholes[index], prefilled)
+        if progress:
+            progress(done, len(chosen))
+    return [one for one in found if one is not None]
+
+
+def check_model(header: ReceiptHeader, model: Model) -> None:
+    """Refuse receipts of another checkpoint than the one that is loaded.
+
+    Raises:
+        ProofMismatch: Names both.
+    """
+    if (header.digest, header.weights) != (model.digest, model.weights):
+        raise ProofMismatch(
+            f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})",
+            wanted=f"receipts of {model.reference} ({model.weights}, {model.digest[:12]})",
+            do="replay with the checkpoint that the network agreed on",
+        )
+
+
+def _compare(header: ReceiptHeader, receipt: Receipt, whole: Whole, prefilled: Prefilled) -> Replayed:
+    seed = header.seed(receipt)
+    margins, profiles = np.zeros(0, np.float32), np.zeros((0, stats.COLUMNS))
+    if receipt.sampling is not None and not receipt.mask:
+        measured = measure_margins(
+            prefilled.logits,
+            whole.output,
+            receipt.sampling,
+            seed.step_seeds(range(len(whole.output))),
+            prompt=whole.prompt,
+        )
+        margins, profiles = measured.margins, measured.profiles
+    residuals = np.zeros(0)
+    if len(receipt.sketches) and prefilled.hidden is not None:
+        steps = sketch_steps(len(whole.output))
+        own = sketches(prefilled.hidden[::SKETCH_EVERY], seed.words("sketch"), steps).cpu().numpy()
+        residuals = np.linalg.norm(receipt.sketches.astype(np.float64) - own.astype(np.float64), axis=1)
+    return Replayed(receipt, margins, profiles, residuals)
+
+
+def _prompt(receipt: Receipt, prompts: Mapping[str, Prompt]) -> tuple[int, ...]:
+    known = receipt.prompt if receipt.prompt.ids is not None else prompts.get(receipt.prompt.sha256)
+    if known is None or known.ids is None:
+        raise ProofMismatch(
+            f"request {receipt.request_id!r:.80} with the hash of a prompt, {receipt.prompt.sha256[:12]}",
+            wanted="its token ids: a prefill begins with them",
+            do="pass --requests with the prompt that was sent",
+        )
+    return known.ids
+
+
+def _tokens(receipt: Receipt, vocab_size: int, max_positions: int) -> tuple[int, ...]:
+    ids = (*(receipt.prompt.ids or ()), *receipt.output)
+    if (highest := max(ids)) >= vocab_size or receipt.prompt.tokens + len(receipt.output) > max_positions:
+        raise ProofMismatch(
+            f"request {receipt.request_id!r:.80} with token {highest} and "
+            f"{receipt.prompt.tokens + len(receipt.output)} positions",
+            wanted=f"tokens below {vocab_size} and at most {max_positions} positions, as the model has them",
+            do="ask the node for receipts of this model",
+        )
+    return receipt.output
+
+
+def prompts_by_hash(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
+    """Return prompts with ids by their SHA-256."""
+    return {prompt.sha256: prompt for prompt in prompts if prompt.ids is not None}
