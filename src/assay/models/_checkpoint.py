@@ -24,7 +24,10 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_OTHERS = {"BOOL", "I64"}
+EIGHT_BITS = ("F8_E4M3", "I8")
+"""Dtypes of weights in eight bits, as the header of a safetensors file has them."""
+
+_OTHERS = {"BOOL", "I64", *EIGHT_BITS}
 _DO = "download or save the checkpoint again"
 
 
@@ -92,7 +95,7 @@ def list_tensors(directory: Path) -> list[Stored]:
         if tensor.dtype not in STORED_DTYPES and tensor.dtype not in _OTHERS:
             raise BadWeights(
                 f"{tensor.file} stores {tensor.name!r} as {tensor.dtype}",
-                wanted="float32, float16 or bfloat16; quantised checkpoints are not read",
+                wanted="float32, float16 or bfloat16, or eight bits as docs/gpu.md lists them",
                 do="use the checkpoint before quantisation",
             )
     return tensors
@@ -118,15 +121,20 @@ def stored_dtype(tensors: list[Stored]) -> torch.dtype:
     return torch_dtype(STORED_DTYPES.get(sizes.most_common(1)[0][0], "float32"))
 
 
-def digest_tensors(tensors: list[Stored]) -> str:
+def digest_tensors(tensors: list[Stored], quantisation: object = None) -> str:
     """Return the SHA-256 of all tensors in hex, and check on the way that every value is finite.
+
+    Args:
+        tensors: Tensors of the checkpoint.
+        quantisation: Configuration that says how tensors in eight bits are used, which the digest covers too.
 
     Raises:
         BadWeights: A tensor holds NaN or infinity.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = pool.map(_digest_tensor, tensors)
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        said = b"" if quantisation is None else json.dumps(quantisation, sort_keys=True).encode()
+        return hashlib.sha256(b"".join(parts) + said).hexdigest()
 
 
 def _digest_tensor(stored: Stored) -> bytes:
@@ -145,6 +153,8 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
+    if tensor.dtype == torch.float8_e4m3fn:  # without infinity, and without a minimum in torch
+        tensor = torch.where(tensor.view(torch.uint8) % 128 == 127, torch.nan, 0.0)
     low, high = torch.aminmax(tensor)
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise BadWeights(f"{where}: {name!r} holds NaN or infinity", wanted="finite weights", do=_DO)

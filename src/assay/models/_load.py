@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from assay import streams
 from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError
-from assay.models._checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype
-from assay.models._quantise import check_quantisation
+from assay.models._checkpoint import EIGHT_BITS, Stored, check_finite, digest_tensors, list_tensors, stored_dtype
+from assay.models._quantise import CHOSEN_FORMATS, NUMBER_FORMATS, check_quantisation
 from assay.models._quantise import quantise as round_weights
 from assay.models._random import SHAPE_BLOCK, build, randomise, randomise_embeddings, recipe_digest
-from assay.models._resolve import CATALOGUE, Source, checkpoint_directory, resolve
+from assay.models._resolve import CATALOGUE, Source, resolve
+from assay.models._stored import StoredFormat, check_device, load_stored, stored_format
 from assay.models.device import device_named
 from assay.models.quiet import quiet
 
@@ -37,7 +38,8 @@ class Model:
         digest: SHA-256 in hex. For trained weights: of the stored tensors (names, dtypes, shapes, bytes),
             whatever the sharding, the dtype of loading and the device. For random weights: of the recipe.
         weights: Mode, ``"trained"``, ``"random-all"`` or ``"random-embed"``.
-        quantised: Format ``"int8"`` or ``"float8"`` where the decoder's weights were rounded to eight bits, else empty.
+        quantised: Format of :data:`assay.models.NUMBER_FORMATS` where the decoder's weights are in eight bits, as they
+            were stored or rounded; else empty.
         devices: Number of devices over which the weights are spread.
     """
 
@@ -106,7 +108,8 @@ def load_model(
             ``"random-embed"``, only the input embeddings (and a head tied to them). A shape has no trained weights:
             ``"trained"`` gives it ``"random-all"`` for a fixed block, and its norms keep the weight one in every mode.
         block_hash: Block of a random mode.
-        quantise: Format ``"int8"`` or ``"float8"`` weights in the decoder's linear layers; the rest keeps its dtype.
+        quantise: Format of the decoder's linear layers: ``"int8"`` or ``"float8"`` rounds them, and the rest keeps its
+            dtype. A checkpoint that is stored in eight bits has its own, and None or the name of that takes it.
         mesh: Devices over which the weights are spread, one process for each; all processes call this.
 
     Raises:
@@ -129,14 +132,17 @@ def load_model(
         names = " or ".join(streams.DTYPES)
         raise UsageError(f"dtype={dtype!r}", wanted=names, do="choose one of them, or leave it out")
     wanted = None if dtype is None else streams.torch_dtype(dtype)
-    check_quantisation(quantise, target)
-    if quantise is not None and mesh is not None:
-        raise UsageError(f"{quantise} weights over several devices", wanted="one of the two", do="leave one out")
     source = resolve(reference)
+    form = _format_of(source, quantise, weights, target)
+    if form is None:
+        check_quantisation(quantise, target)
+    rounded = form.name if form else quantise or ""
+    if rounded and mesh is not None:
+        raise UsageError(f"{rounded} weights over several devices", wanted="one of the two", do="leave one out")
     try:
-        module, digest, mode = _materialise(source, wanted, target, mesh, weights, block_hash)
-        if quantise is not None:
-            round_weights(module, quantise)
+        module, digest, mode = _materialise(source, wanted, target, mesh, weights, block_hash, form)
+        if rounded and form is None:
+            round_weights(module, rounded)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(
             f"the weights do not fit on {target}: {error}",
@@ -144,7 +150,7 @@ def load_model(
             do="use a smaller model or dtype, or --device cpu",
         ) from error
     tokenizer = None if source.directory is None else _tokenizer_in(source.directory)
-    return Model(module, tokenizer, source.reference, digest, mode, quantise or "", mesh.size() if mesh else 1)
+    return Model(module, tokenizer, source.reference, digest, mode, rounded, mesh.size() if mesh else 1)
 
 
 def identify(reference: str | Path, *, dtype: str) -> Model:
@@ -160,10 +166,18 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
         BadWeights: The weights are corrupt or not finite.
         ModelError: The configuration cannot be used.
     """
-    source, directory = resolve(reference), checkpoint_directory(reference)
+    source = resolve(reference)
+    if source.directory is None:
+        raise UsageError(
+            f"{reference} has no checkpoint",
+            wanted="a checkpoint on disk",
+            do="make one with `assay models random`, and pass its directory",
+        )
+    form = stored_format(source.reference, source.published)
     with torch.device("meta"):
         module = build(source.config, streams.torch_dtype(dtype))
-    return Model(module, None, source.reference, digest_tensors(list_tensors(directory)), "trained")
+    digest = _digest(source, list_tensors(source.directory), form)
+    return Model(module, None, source.reference, digest, "trained", form.name if form else "")
 
 
 def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":
@@ -229,6 +243,45 @@ def model_info(reference: str | Path) -> ModelInfo:
     )
 
 
+def _format_of(source: Source, quantise: str | None, weights: str, device: torch.device) -> StoredFormat | None:
+    """Return the format of a checkpoint that is stored in eight bits.
+
+    Raises:
+        UsageError: Another format is asked for, or random weights of such a checkpoint.
+        ModelError: The configuration states a format that is not read.
+        BackendUnavailable: The format was not tested on the device.
+    """
+    form = stored_format(source.reference, source.published)
+    if form is None:
+        if quantise in NUMBER_FORMATS and quantise not in CHOSEN_FORMATS:
+            raise UsageError(
+                f"{source.reference} in {quantise}", wanted="a checkpoint that is stored so", do="choose int8 or float8"
+            )
+        return None
+    if quantise not in (None, form.name) or weights != "trained":
+        raise UsageError(
+            f"{source.reference}, stored in {form.name}, as {quantise or weights}",
+            wanted="its own weights in its own format",
+            do="leave quantise and weights (--dtype, --weights) out",
+        )
+    check_device(form, device)
+    return form
+
+
+def _digest(source: Source, tensors: list[Stored], form: StoredFormat | None) -> str:
+    """Return the digest of a checkpoint, and refuse weights in eight bits that no configuration explains."""
+    if form is not None:
+        return digest_tensors(tensors, source.published["quantization_config"])
+    odd = next((tensor for tensor in tensors if tensor.dtype in EIGHT_BITS), None)
+    if odd is not None:
+        raise BadWeights(
+            f"{source.reference!r} stores {odd.name!r} as {odd.dtype}, and config.json has no quantization_config",
+            wanted="a configuration that says how they are used",
+            do="download or save the checkpoint again",
+        )
+    return digest_tensors(tensors)
+
+
 def _check_mode(weights: str, block_hash: str | None, *, is_shape: bool) -> None:
     if weights not in WEIGHT_MODES:
         raise UsageError(f"weights={weights!r}", wanted=" or ".join(WEIGHT_MODES), do="choose one of them")
@@ -247,6 +300,7 @@ def _materialise(
     mesh: "DeviceMesh | None",
     weights: str,
     block_hash: str | None,
+    form: StoredFormat | None,
 ) -> "tuple[PreTrainedModel, str, str]":
     """Return the module on its device, its digest, and the weight mode that it really has."""
     is_shape = source.directory is None
@@ -263,8 +317,11 @@ def _materialise(
         if weights == "random-all":
             module = build(source.config, dtype)
         else:
-            kept = digest_tensors(tensors)
-            module = _load_trained(source, source.directory, dtype)
+            kept = _digest(source, tensors, form)
+            if form is None:
+                module = _load_trained(source, source.directory, dtype)
+            else:
+                module = load_stored(source, tensors, form, dtype)
     if mesh is not None:
         _shard(module, mesh)
     if is_shape or weights == "random-all":

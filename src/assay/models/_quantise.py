@@ -15,13 +15,20 @@ from torch import nn
 
 from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.models.decoder import backbone
-from assay.models.float8 import WIDTHS, Float8Experts, Float8Linear
+from assay.models.eight_bits import EightBitExperts, EightBitLinear
+from assay.models.float8 import WIDTHS, round_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NUMBER_FORMATS = ("int8", "float8")
+CHOSEN_FORMATS = ("int8", "float8")
 """``int8``: weights in int8, products in the model's dtype. ``float8``: e4m3 weights and inputs, products in float8."""
+
+STORED_FORMATS = ("float8", "float8-block", "int8-rows")
+"""Formats in which checkpoints are stored (:mod:`assay.models._stored`)."""
+
+NUMBER_FORMATS = tuple(dict.fromkeys(CHOSEN_FORMATS + STORED_FORMATS))
+"""Formats in eight bits that the weights of a model may have."""
 
 _FLOAT8_CAPABILITY = (8, 9)
 
@@ -30,8 +37,8 @@ def check_quantisation(name: str | None, device: torch.device) -> None:
     """Refuse a number format that is unknown, or that needs torchao or a device that is not there."""
     if name is None:
         return
-    if name not in NUMBER_FORMATS:
-        raise UsageError(f"quantise={name!r}", wanted=" or ".join(NUMBER_FORMATS), do="choose one, or leave it out")
+    if name not in CHOSEN_FORMATS:
+        raise UsageError(f"quantise={name!r}", wanted=" or ".join(CHOSEN_FORMATS), do="choose one, or leave it out")
     if name == "int8":
         _torchao()
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
@@ -63,10 +70,11 @@ def _round_to_float8(owner: nn.Module) -> None:
         part = getattr(owner, name)
         if isinstance(part, nn.Linear):
             _check_widths(name, part.weight)
-            setattr(owner, name, Float8Linear(part))
+            setattr(owner, name, EightBitLinear(round_rows(part.weight.detach()), part.bias))
         elif stacks := {key: weight for key, weight in part.named_parameters(recurse=False) if weight.dim() > 2}:
-            _check_experts(name, part, stacks)
-            setattr(owner, name, Float8Experts(part))
+            check_experts(name, part, stacks)
+            gate_up, down = (round_rows(stacks[key].detach()) for key in ("gate_up_proj", "down_proj"))
+            setattr(owner, name, EightBitExperts(part, gate_up, down))
         else:
             _round_to_float8(part)
 
@@ -81,14 +89,14 @@ def _check_widths(name: str, weight: torch.Tensor) -> None:
         )
 
 
-def _check_experts(name: str, part: Any, stacks: dict[str, Any]) -> None:
+def check_experts(name: str, part: Any, stacks: dict[str, Any]) -> None:
     """Refuse experts that are stored or gated in another way than most: they would stay as they are."""
     plain = getattr(part, "has_gate", False) and getattr(part, "is_concatenated", False)
     other = getattr(part, "has_bias", True) or getattr(part, "is_transposed", True)
     gate = getattr(getattr(part, "_apply_gate", None), "__name__", "")
     if set(stacks) != {"gate_up_proj", "down_proj"} or not plain or other or gate != "_default_apply_gate":
         raise ModelError(
-            f"{name} is a {type(part).__name__}, and float8 was asked for",
+            f"{name} is a {type(part).__name__}, and eight bits were asked for",
             wanted="experts with one gate and no bias, as those of Qwen3",
             do="use another --dtype",
         )

@@ -145,13 +145,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
-    if published.get("quantization_config") is not None:
-        raise ModelError(
-            f"{name!r} is quantised",
-            wanted="float32, float16 or bfloat16 weights",
-            do="use the checkpoint before quantisation",
-        )
-    settings = {key: value for key, value in published.items() if key != "model_type"}
+    settings = {key: value for key, value in published.items() if key not in ("model_type", "quantization_config")}
     try:
         with quiet():
             config = AutoConfig.for_model(published["model_type"], **settings)

@@ -1,25 +1,22 @@
 """Products in eight bits: numbers in e4m3, with a scale for every row of the weight and every row of the input.
 
-This is the definition, and a linear layer that computes by it. A row is divided by its largest magnitude, so that it
-fills the range of the format; the product is one of e4m3 numbers, multiplied by both scales. A scale of its own for
-every input row keeps the bits of a row apart from the rows beside it.
+This is the definition; the layers that compute by it are in :mod:`assay.models.eight_bits`. A row is divided by its
+largest magnitude, so that it fills the range of the format; the product is one of e4m3 numbers, multiplied by both
+scales. A scale of its own for every input row keeps the bits of a row apart from the rows beside it.
 
 On CUDA the product is torch's product with scales by row, which needs widths in multiples of 16 and gives bfloat16. On
 a CPU it is a product of the same numbers in float32, in which they and their products are exact.
 """
 
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = [
     "SMALLEST",
     "STEP",
     "WIDTHS",
-    "Float8Experts",
-    "Float8Linear",
     "Rounded",
     "by_expert",
     "grouped_product",
@@ -82,7 +79,7 @@ def product(x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype
 
 
 def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x Wᵀ for rows that stand together where they have one weight.
+    """Return x Wᵀ on CUDA for rows that stand together where they have one weight.
 
     Args:
         x: Input, [S, C].
@@ -90,76 +87,16 @@ def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dty
         ends: Where the rows of each weight end, [E] int32.
         dtype: Dtype of the result.
     """
-    if x.values.is_cuda:
-        y = torch._scaled_grouped_mm(
-            x.values,
-            weights.values.transpose(-2, -1),
-            x.scales.squeeze(-1),
-            weights.scales.squeeze(-1),
-            offs=ends,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=False,
-        )
-        return y.to(dtype)
-    starts = [0, *ends.tolist()]
-    spans = [slice(*span) for span in pairwise(starts)]
-    parts = [
-        product(Rounded(*(t[span] for t in x)), Rounded(*(t[expert] for t in weights)), None, dtype)
-        for expert, span in enumerate(spans)
-    ]
-    return torch.cat(parts)
-
-
-class Float8Linear(nn.Module):
-    """A linear layer that rounds its input and multiplies it by a weight in eight bits.
-
-    Args:
-        linear: Layer whose weight is rounded. The bias stays as it is.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        values, scales = round_rows(linear.weight.detach())
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output in the dtype of its input."""
-        return product(round_rows(x), Rounded(self.weight, self.scales), self.bias, x.dtype)
-
-
-class Float8Experts(nn.Module):
-    """The experts of a mixture, over weights in eight bits; called as those of transformers.
-
-    Args:
-        experts: Module with the weights of gate and up, [E, 2 F, D], and of down, [E, D, F], and an activation.
-    """
-
-    def __init__(self, experts: Any) -> None:
-        super().__init__()
-        self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
-        for name in ("gate_up_proj", "down_proj"):
-            values, scales = round_rows(getattr(experts, name).detach())
-            setattr(self, name, nn.Parameter(values, requires_grad=False))
-            setattr(self, f"{name}_scales", nn.Parameter(scales, requires_grad=False))
-
-    def rounded(self, name: str) -> Rounded:
-        """Return the weights ``gate_up_proj`` or ``down_proj`` of all experts."""
-        return Rounded(getattr(self, name), getattr(self, f"{name}_scales"))
-
-    def forward(self, x_ND: Tensor, chosen_NK: Tensor, shares_NK: Tensor) -> Tensor:
-        """Return the sum of what the chosen experts return of each row, each by its share."""
-        order, ends = by_expert(chosen_NK, self.num_experts)
-        x = round_rows(x_ND)
-        rows = order // chosen_NK.shape[1]
-        spread = Rounded(x.values.view(torch.uint8)[rows].view(x.values.dtype), x.scales[rows])
-        gate, up = grouped_product(spread, self.rounded("gate_up_proj"), ends, x_ND.dtype).chunk(2, dim=-1)
-        y_SD = grouped_product(round_rows(self.act_fn(gate) * up), self.rounded("down_proj"), ends, x_ND.dtype)
-        shared_SD = torch.empty_like(y_SD)
-        shared_SD[order] = y_SD * shares_NK.flatten()[order, None]
-        return shared_SD.view(*chosen_NK.shape, -1).sum(dim=1)
+    y = torch._scaled_grouped_mm(
+        x.values,
+        weights.values.transpose(-2, -1),
+        x.scales.squeeze(-1),
+        weights.scales.squeeze(-1),
+        offs=ends,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=False,
+    )
+    return y.to(dtype)
 
 
 def by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def test_a_mixture_without_kernels_is_compiled_as_transformers_has_it(without_tr
 def test_experts_of_another_layout_are_refused_in_float8():
     model = made("mixture")
     model.module.model.layers[1].mlp.experts.has_bias = True
-    with pytest.raises(ModelError, match="experts is a Qwen3MoeExperts, and float8"):
+    with pytest.raises(ModelError, match="experts is a Qwen3MoeExperts, and eight bits"):
         quantise(model.module, "float8")
 
 

@@ -25,7 +25,8 @@ from torch.nn import functional
 
 from assay.models import Model
 from assay.models.decoder import Rotation, causal_attention
-from assay.models.float8 import Rounded, by_expert, grouped_product
+from assay.models.eight_bits import FLOAT8
+from assay.models.float8 import Rounded, by_expert
 from assay.poc.engines.hf._lean import (
     FusedLayer,
     LayerWeights,
@@ -176,7 +177,7 @@ class MixtureLayer(KernelLayer):
 
 def _grouped(x: Any, weights: Tensor | Rounded, ends: Tensor) -> Tensor:
     if isinstance(weights, Rounded):
-        return grouped_product(x, weights, ends, torch.bfloat16)
+        return FLOAT8.grouped_product(x, weights, ends, torch.bfloat16)
     return torch._grouped_mm(x, weights.transpose(-2, -1), offs=ends)
 
 

@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from assay.models import Model, backbone, decoder_layers
 from assay.models.decoder import DecoderLayer, Rotation, causal_attention
+from assay.models.eight_bits import FLOAT8, EightBitExperts, EightBitLinear
 from assay.models.families import MIXTURES, Family, attention_window, family_of
-from assay.models.float8 import Float8Experts, Float8Linear, Rounded, product, round_rows
+from assay.models.float8 import Rounded, product, round_rows
 
 Run = Callable[..., Any]
 
@@ -135,7 +136,19 @@ def is_plain(module: nn.Module) -> bool:
             return False
         if any(type(tensor.data) is not Tensor for tensor in part.parameters(recurse=False)):
             return False
-    return True
+    return _in_one_format(module)
+
+
+def _in_one_format(module: nn.Module) -> bool:
+    """Return whether all products are in the model's dtype, or all in float8 with a scale for every row."""
+    parts = [part for part in module.modules() if isinstance(part, nn.Linear) or _is_stack(part)]
+    rounded = [part for part in module.modules() if isinstance(part, EightBitLinear | EightBitExperts)]
+    return not rounded or (not parts and all(part.arithmetic is FLOAT8 for part in rounded))
+
+
+def _is_stack(part: nn.Module) -> bool:
+    """Return whether a module holds the weights of experts that are not in eight bits."""
+    return not isinstance(part, EightBitExperts) and any(w.dim() > 2 for w in part.parameters(recurse=False))
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -287,13 +300,13 @@ def layer_weights(layer: Any) -> LayerWeights:
 
 def _stacked(experts: Any, name: str) -> Projection:
     """Return the weights of all experts."""
-    return experts.rounded(name) if isinstance(experts, Float8Experts) else getattr(experts, name).data, None
+    return experts.rounded(name) if isinstance(experts, EightBitExperts) else getattr(experts, name).data, None
 
 
-def _fused(*linears: nn.Linear | Float8Linear) -> Projection:
+def _fused(*linears: nn.Linear | EightBitLinear) -> Projection:
     """Put the rows of several projections into one matrix, of which their weights become views."""
     weight = _joined([linear.weight for linear in linears])
-    scales = [linear.scales for linear in linears if isinstance(linear, Float8Linear)]
+    scales = [linear.scales for linear in linears if isinstance(linear, EightBitLinear)]
     biases = [linear.bias for linear in linears if linear.bias is not None]
     bias = _joined(biases) if len(biases) == len(linears) else None
     return Rounded(weight, _joined(scales)) if scales else weight, bias

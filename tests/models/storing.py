@@ -1,0 +1,104 @@
+"""Checkpoints in eight bits, made on the spot in every format that is read."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+FORMATS = ("tensor", "channel", "channel-tensors", "block", "block-tensors", "int8")
+
+
+def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
+    """Write a checkpoint whose linear layers are in eight bits, as the tools of the field write them."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, target / path.name)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith(("_proj.weight", "_proj")):
+            for part, weight in _parts(name, tensor):
+                values, scales = _rounded(weight.float(), form, block)
+                tensors[part] = values
+                inverse = form == "block"
+                tensors[part.removesuffix("weight") + ("weight_scale_inv" if inverse else "weight_scale")] = scales
+        else:
+            tensors[name] = tensor.to(torch.bfloat16)
+    save_file(tensors, target / "model.safetensors")
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"] = described(form, block)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def described(form: str, block: int = 32) -> dict[str, Any]:
+    """The ``quantization_config`` of a format."""
+    if form in ("tensor", "channel", "block"):
+        own = {"weight_block_size": [block, block]} if form == "block" else {}
+        return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", **own}
+    kind = "int" if form == "int8" else "float"
+    shared = {"num_bits": 8, "type": kind, "symmetric": True}
+    weights, inputs = (
+        shared | {"strategy": "channel", "dynamic": False},
+        shared | {"strategy": "token", "dynamic": True},
+    )
+    if form == "block-tensors":
+        weights |= {"strategy": "block", "block_structure": [block, block]}
+        inputs |= {"strategy": "group", "group_size": block}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+def _parts(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Experts as the hub has them: each by itself, gate and up apart."""
+    if tensor.dim() == 2:
+        return [(name, tensor)]
+    place, stack = name.rsplit(".", 1)
+    found = []
+    for expert, weight in enumerate(tensor):
+        names = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
+        for part, own in zip(names, weight.chunk(len(names)), strict=True):
+            found.append((f"{place}.{expert}.{part}.weight", own.contiguous()))
+    return found
+
+
+def _rounded(weight: torch.Tensor, form: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if form == "int8":
+        scales = weight.abs().amax(dim=1, keepdim=True) / 127
+        return (weight / scales).round().to(torch.int8), scales
+    if form == "tensor":
+        scales = weight.abs().amax().reshape(1) / 448
+        return (weight / scales).to(torch.float8_e4m3fn), scales
+    if form.startswith("channel"):
+        scales = weight.abs().amax(dim=1, keepdim=True) / 448
+        return (weight / scales).to(torch.float8_e4m3fn), scales.to(
+            torch.bfloat16 if form == "channel" else torch.float32
+        )
+    rows, columns = (math.ceil(size / block) for size in weight.shape)
+    scales = torch.empty(rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            scales[i, j] = weight[i * block : (i + 1) * block, j * block : (j + 1) * block].abs().amax() / 448
+    spread = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[: weight.shape[0], : weight.shape[1]]
+    return (weight / spread).to(torch.float8_e4m3fn), scales
+
+
+def restored(checkpoint: Path, name: str, block: int = 32) -> torch.Tensor:
+    """The weight that a stored tensor stands for, in float64."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    values = tensors[f"{name}.weight"].double()
+    scales = tensors.get(f"{name}.weight_scale", tensors.get(f"{name}.weight_scale_inv")).double()
+    if scales.dim() == 2 and scales.shape[1] > 1:
+        spread = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        return values * spread[: values.shape[0], : values.shape[1]]
+    return values * scales.reshape(-1, 1)
