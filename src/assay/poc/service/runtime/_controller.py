@@ -18,7 +18,7 @@ import structlog
 
 from assay.errors import AssayError, StorageError
 from assay.poc.engines import check_supported
-from assay.poc.protocol import get_pipeline, is_distance
+from assay.poc.protocol import DistanceRecord, get_pipeline, is_distance
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
 from assay.poc.service._refusals import Refusal, reason_of
 from assay.poc.service._settings import Settings
@@ -28,6 +28,7 @@ from assay.poc.service.runtime._checks import check_job, check_validation, round
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._jobs import Jobs
 from assay.poc.service.runtime._metrics import Metrics
+from assay.poc.service.runtime._noise import HonestNoise
 from assay.poc.service.runtime._progress import Progress
 from assay.poc.service.runtime._receipts import ReceiptKeeper
 from assay.poc.service.runtime._threads import ShareDone, Worker, Writer
@@ -55,6 +56,7 @@ class Controller:
 
     Raises:
         StorageError: The data directory is in use, cannot be written, or holds a damaged database.
+        DataError: A calibration that the pins name cannot be read, or is another one than was pinned.
     """
 
     def __init__(self, load: Callable[[], Deployment], settings: Settings) -> None:
@@ -73,11 +75,12 @@ class Controller:
         self.notify: Callable[[], object] = lambda: None
         """Is called, in the thread that wrote, whenever callbacks may be due."""
         self._threads = ThreadPoolExecutor(THREADS, "assay-database")
+        noise = HonestNoise(settings)
         self.database = Database(settings.data_dir)
         self.outbox = Outbox(self.database)
         self.rounds = Rounds(self.database, self.outbox)
-        self.judge = Judge(self.database, self.outbox, settings, recorded=self.metrics.recorded)
-        self.jobs = Jobs(self.database, self.outbox, settings, self.closing)
+        self.judge = Judge(self.database, self.outbox, settings, noise, recorded=self.metrics.recorded)
+        self.jobs = Jobs(self.database, self.outbox, settings, noise, self.closing)
         self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)
         self.outbox.retry_now()
         self.state, stored = self.rounds.current()
@@ -381,7 +384,7 @@ class Controller:
                     do="send it again in the round that you mean",
                     fields={"state": str(self.state)},
                 )
-            computed.extend(record.distance for record in batch if record.vector is None)
+            computed.extend(record.distance for record in batch if isinstance(record, DistanceRecord))
         if not all(map(is_distance, computed)):
             seen = "the engine returned NaN or an out-of-range distance"
             raise Refusal(503, seen, wanted="finite distances", do="check the device")

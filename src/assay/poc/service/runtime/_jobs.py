@@ -1,5 +1,6 @@
 """Artifact jobs: vectors of asked nonces, computed or checked, while no round needs the engine."""
 
+import base64
 import math
 import threading
 import time
@@ -14,11 +15,12 @@ import sqlalchemy as sa
 import structlog
 
 from assay.errors import ProofFormatError, StorageError
-from assay.poc.protocol import Record, Round, VectorRecord, decode_vector, encode_vector, get_pipeline
+from assay.poc.protocol import Record, Round, VectorRecord, encoding, get_pipeline, pack, received
 from assay.poc.service._bodies import GenerateRequest
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
 from assay.poc.service.runtime._deployment import Deployment
+from assay.poc.service.runtime._noise import HonestNoise
 from assay.poc.service.runtime._validation import judge_vectors
 from assay.poc.service.store import Database, Outbox
 from assay.poc.verdict import residuals
@@ -40,10 +42,21 @@ class _Running:
 
 
 class Jobs:
-    """The queue of artifact jobs, on disk, and the one that runs. ``closing`` is set when the service begins to end."""
+    """The queue of artifact jobs, on disk, and the one that runs.
 
-    def __init__(self, database: Database, outbox: Outbox, settings: Settings, closing: threading.Event) -> None:
+    Args:
+        database: Database of the service.
+        outbox: Outbox for callbacks.
+        settings: Bounds of the queue.
+        noise: Honest noise that received vectors are judged by.
+        closing: Event that is set when the service begins to end.
+    """
+
+    def __init__(
+        self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise, closing: threading.Event
+    ) -> None:
         self._db, self._outbox, self._settings, self._closing = database, outbox, settings, closing
+        self._noise = noise
         self._table = database["jobs"]
         self._c = self._table.c
         self._is_open = self._c.status.in_(["queued", "running"])
@@ -161,7 +174,7 @@ class Jobs:
             if batch is not None:
                 job.records.extend(batch)
                 return True
-            result = self._result(job.request, job.records, deployment.dtype)
+            result = self._result(job.request, job.records, deployment)
         except Exception as error:  # an engine may raise any error, and its job must still end
             if self._closing.is_set():  # the engine ended with the service, and the job runs again after the next start
                 raise
@@ -173,17 +186,17 @@ class Jobs:
         self._running = None
         return True
 
-    def _result(self, request: GenerateRequest, records: list[Record], dtype: str) -> JsonObject:
+    def _result(self, request: GenerateRequest, records: list[Record], deployment: Deployment) -> JsonObject:
         if len(records) != len(request.nonces):
             seen = f"{len(records)} vectors for {len(request.nonces)} nonces"
             raise ProofFormatError(seen, wanted="one each", do="send the request again")
-        size = get_pipeline(request.params.preset).vector_size
+        pipeline, round = get_pipeline(request.params.preset), job_round(request, deployment.reference)
         if request.validation is None:
-            artifacts = [{"nonce": r.nonce, "vector_b64": encode_vector(_vector(r))} for r in records]
-            return {"artifacts": artifacts, "encoding": {"dtype": "f16", "k_dim": size, "endian": "le"}}
-        received = {artifact.nonce: _decode(artifact.vector_b64, size) for artifact in request.validation.artifacts}
-        errors = residuals([VectorRecord(r.nonce, received[r.nonce]) for r in records], records)
-        return judge_vectors(request, [r.nonce for r in records], errors, dtype, self._settings)
+            artifacts = [{"nonce": r.nonce, "vector_b64": _packed(r)} for r in records]
+            return {"artifacts": artifacts, "encoding": encoding(pipeline)}
+        errors = residuals(_received(request), records)
+        noise = self._noise.of(pipeline, deployment.dtype, deployment.digest, round)
+        return judge_vectors(request, [r.nonce for r in records], errors, noise, self._settings)
 
     def _still_runs(self, job: _Running) -> bool:
         """Return whether a job was not cancelled."""
@@ -200,7 +213,11 @@ class Jobs:
             return None
         request = GenerateRequest.model_validate_json(row.request)
         round = job_round(request, deployment.reference)
-        return _Running(row.id, request, deployment.compute(round, request.batch_size, request.nonces), [])
+        if request.validation is None:
+            batches = deployment.compute(round, request.batch_size, request.nonces)
+        else:
+            batches = deployment.recompute(round, request.batch_size, _received(request))
+        return _Running(row.id, request, batches, [])
 
     def _finish(
         self,
@@ -257,18 +274,19 @@ def job_round(request: GenerateRequest, reference: str) -> Round:
     )
 
 
-def _decode(text: str, size: int) -> np.ndarray:
-    try:
-        return decode_vector(text, size)
-    except ProofFormatError:
-        return np.full(size, math.nan, dtype=np.float16)  # never a match
+def _received(request: GenerateRequest) -> list[Record]:
+    """Return what a request wants checked, in the order of its nonces."""
+    assert request.validation is not None
+    pipeline = get_pipeline(request.params.preset)
+    sent = {artifact.nonce: artifact.vector_b64 for artifact in request.validation.artifacts}
+    return [received(nonce, sent[nonce], pipeline) for nonce in request.nonces]
 
 
-def _vector(record: Record) -> np.ndarray:
-    if record.vector is None or not math.isfinite(float(np.sum(record.vector.astype(np.float64)))):
+def _packed(record: Record) -> str:
+    if isinstance(record, VectorRecord) and not math.isfinite(float(np.sum(record.vector.astype(np.float64)))):
         raise ProofFormatError(
             f"the engine returned no finite vector for nonce {record.nonce}",
             wanted="finite vectors",
             do="check the checkpoint and the device",
         )
-    return record.vector
+    return base64.b64encode(pack(record)).decode("ascii")

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from assay import stats
 from assay.errors import CalibrationError
-from assay.poc.protocol import Pipeline, get_pipeline, is_valid
+from assay.poc.protocol import get_pipeline, is_valid
 from assay.poc.service._bodies import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service._settings import Settings
 from assay.poc.service.runtime._deployment import Deployment
+from assay.poc.service.runtime._noise import HonestNoise
 from assay.poc.service.store import Database, Outbox, StoredRound
 from assay.poc.verdict import (
     Account,
@@ -23,7 +24,6 @@ from assay.poc.verdict import (
     Noise,
     Update,
     count_mismatches,
-    default_noise,
     published_rule,
     round_identity,
     sequential_test,
@@ -44,6 +44,7 @@ class Judge:
         database: Database of the service.
         outbox: Outbox for callbacks.
         settings: Settings of the service, which may name a ledger.
+        noise: Honest noise that nodes are judged by.
         recorded: Function that is called with the verdict on a node's life after each request that was recorded.
 
     Raises:
@@ -56,10 +57,12 @@ class Judge:
         database: Database,
         outbox: Outbox,
         settings: Settings,
+        noise: HonestNoise,
         *,
         recorded: Callable[[stats.Verdict], None] = lambda _: None,
     ) -> None:
         self._db, self._outbox, self._settings, self._recorded = database, outbox, settings, recorded
+        self._noise = noise
         self._ledger: Ledger | None = None
         if settings.ledger is not None:
             self._ledger = Ledger(settings.ledger, alpha=settings.alpha, beta=settings.beta)
@@ -131,7 +134,7 @@ class Judge:
     def _record(self, stored: StoredRound, dtype: str, request: ValidateRequest, computed: Sequence[float]) -> None:
         """Write the residuals of a request to the ledger, if there is one and the honest noise is known."""
         pipeline = get_pipeline(stored.preset)
-        noise = _noise(self._settings, pipeline, dtype)
+        noise = self._noise.of(pipeline, dtype, stored.digest, stored.round)
         if self._ledger is None or noise is None or not request.nonces:
             return
         # A request does not say what the node computes with; the number format is the one that the network agreed on.
@@ -154,7 +157,8 @@ class Judge:
     def _test(self, stored: StoredRound, dtype: str, public_key: str) -> stats.SequentialTest | None:
         key = (stored.id, public_key)
         if key not in self._tests:
-            test = _residual_test(self._settings, get_pipeline(stored.preset), dtype)
+            noise = self._noise.of(get_pipeline(stored.preset), dtype, stored.digest, stored.round)
+            test = _residual_test(noise, self._settings)
             if test is None:
                 return None
             self._tests[key] = test.update(self._old_residuals(*key))
@@ -197,12 +201,16 @@ class Judge:
 
 
 def judge_vectors(
-    request: GenerateRequest, nonces: Sequence[int], errors: NDArray[np.float64], dtype: str, settings: Settings
+    request: GenerateRequest,
+    nonces: Sequence[int],
+    errors: NDArray[np.float64],
+    noise: Noise | None,
+    settings: Settings,
 ) -> JsonObject:
     """Return the verdict on the residuals [N] of an artifact job.
 
-    ``artifact`` has the published count and the published reply. ``hardened`` is judged by the residual test, which its
-    reply holds beside the count.
+    ``artifact`` has the published count and the published reply. The other presets are judged by the residual test,
+    which their reply holds beside the count.
     """
     pipeline, rule = get_pipeline(request.params.preset), request.stat_test or StatTest()
     count = count_mismatches(
@@ -215,9 +223,9 @@ def judge_vectors(
         "p_value": count.p_value,
         "fraud_detected": count.fraud,
     }
-    if pipeline.name != "hardened":
+    if pipeline.texts == "published":
         return reply
-    test = _residual_test(settings, pipeline, dtype)
+    test = _residual_test(noise, settings)
     if test is not None:
         test.update(errors)
     residual = _residual(test)
@@ -231,8 +239,8 @@ def load_with(calibration: Calibration | None, load: Callable[[], Deployment]) -
         CalibrationError: The noise of another model would be too wide or too narrow for this one.
     """
     deployment = load()
-    if calibration is not None and calibration.digest != deployment.digest:
-        measured = calibration.digest[:12] if calibration.digest else "that it does not name"
+    if calibration is not None and deployment.digest not in calibration.digests:
+        measured = ", ".join(digest[:12] for digest in calibration.digests if digest) or "that it does not name"
         raise CalibrationError(
             f"a calibration of a checkpoint {measured}",
             wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
@@ -241,26 +249,17 @@ def load_with(calibration: Calibration | None, load: Callable[[], Deployment]) -
     return deployment
 
 
-def _noise(settings: Settings, pipeline: Pipeline, dtype: str) -> Noise | None:
-    """Return the calibration of the service, else the default noise; None without either."""
-    measured = settings.calibration.noise_of(pipeline.name) if settings.calibration is not None else None
-    if measured is not None:
-        return measured
-    try:
-        return default_noise(pipeline.noise, dtype, dtype)
-    except CalibrationError:
-        return None
-
-
-def _residual_test(settings: Settings, pipeline: Pipeline, dtype: str) -> stats.SequentialTest | None:
+def _residual_test(noise: Noise | None, settings: Settings) -> stats.SequentialTest | None:
     """Return a test under the honest noise; None where that is not known."""
-    noise = _noise(settings, pipeline, dtype)
     return None if noise is None else sequential_test(noise, alpha=settings.alpha, beta=settings.beta)
 
 
 def _residual(test: stats.SequentialTest | None) -> JsonObject:
     if test is None:
-        return {"verdict": "undecided", "reason": "no honest noise is known for this dtype: pass --calibration"}
+        return {
+            "verdict": "undecided",
+            "reason": "no honest noise of this preset and dtype is known: pass --calibration",
+        }
     result = test.result
     return {
         "verdict": result.verdict,
