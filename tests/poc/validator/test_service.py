@@ -204,7 +204,7 @@ def test_many_messages_share_a_transaction_and_too_many_are_refused(validating, 
             first = senders.submit(running.send, bodies[0], id="first")
             assert begun.wait(30)
             more = [senders.submit(running.send, body, id=f"m{i}") for i, body in enumerate(bodies[1:6])]
-            until(lambda: len(running.controller.writer._queue) == 5)
+            until(lambda: running.controller.writer._group.waiting == 5)
             running.send(bodies[6], id="over", status=503)
             gate.set()
             assert all(sent.result(30)["new"] for sent in [first, *more])

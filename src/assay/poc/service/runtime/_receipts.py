@@ -78,9 +78,9 @@ class ReceiptKeeper:
         self._metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
         return fresh
 
-    def _rest(self) -> None:
+    def _rest(self, wrote: bool) -> None:
         """See whether the disk has room again, delete what is old, and leave nothing of it behind."""
-        if self._group.failing:
+        if self._group.failing and not wrote:
             self.store.probe(self._lost)
         if time.monotonic() - self._pruned_at > PRUNE_EVERY:
             count = self.store.prune(self._settings.receipt_days * DAY)

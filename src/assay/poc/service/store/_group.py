@@ -5,6 +5,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Generic, TypeVar
 
 import structlog
@@ -27,8 +28,8 @@ class GroupCommit(Generic[Item, Kept]):
     Args:
         name: Name of the thread.
         write: Function that writes items in one transaction and returns what is told of each.
-        rest: Function that is called after every transaction and where nothing arrives for a second. It raises a
-            StorageError where the disk takes nothing.
+        rest: Function that is called after every transaction with True, and where nothing arrives for a second with
+            False. It raises a StorageError where the disk takes nothing.
         refusal: Function that makes the refusal of an item from what was found.
         most: Items that wait at the same time; more are refused.
         most_bytes: Bytes that wait at the same time. An item that waits alone may be larger.
@@ -39,7 +40,7 @@ class GroupCommit(Generic[Item, Kept]):
         name: str,
         *,
         write: Callable[[list[Item]], Sequence[Kept]],
-        rest: Callable[[], None],
+        rest: Callable[[bool], None],
         refusal: Callable[[str], Refusal],
         most: int,
         most_bytes: int = 2**26,
@@ -51,7 +52,9 @@ class GroupCommit(Generic[Item, Kept]):
         self._bytes = 0
         self._closed = False
         self.failing = False
-        """Whether the disk takes nothing now."""
+        """Whether nothing can be written now."""
+        self.error: str | None = None
+        """Fault of the code because of which nothing can be written, if it is not the disk."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -66,6 +69,11 @@ class GroupCommit(Generic[Item, Kept]):
         if self._thread.is_alive():
             self._thread.join()
 
+    @property
+    def waiting(self) -> int:
+        """How many items wait for their transaction."""
+        return len(self._queue)
+
     def check(self, size: int = 0) -> None:
         """Refuse what could not wait now.
 
@@ -73,7 +81,7 @@ class GroupCommit(Generic[Item, Kept]):
             Refusal: Too much waits already, the disk takes nothing, or the thread is ending.
         """
         if self.failing:
-            raise self._refusal("the disk takes nothing")
+            raise self._refusal("the last could not be written" if self.error else "the disk takes nothing")
         with self._state:
             self._check_room(size)
 
@@ -96,8 +104,8 @@ class GroupCommit(Generic[Item, Kept]):
     def _check_room(self, size: int) -> None:
         if self._closed:
             raise self._refusal("the service is ending")
-        if len(self._queue) >= self._most or (self._queue and self._bytes + size > self._most_bytes):
-            raise self._refusal(f"{len(self._queue)} messages wait for the disk")
+        if self.waiting >= self._most or (self._queue and self._bytes + size > self._most_bytes):
+            raise self._refusal(f"{self.waiting} messages wait for the disk")
 
     def _run(self) -> None:
         while True:
@@ -108,38 +116,33 @@ class GroupCommit(Generic[Item, Kept]):
                 taken = [self._queue.popleft() for _ in range(min(AT_ONCE, len(self._queue)))]
                 self._bytes -= sum(size for _, size, _ in taken)
             if not taken or self._put_on_disk(taken):
-                self._pause()
+                self._try(partial(self._rest, bool(taken)))
 
     def _put_on_disk(self, taken: "list[tuple[Item, int, asyncio.Future[Kept]]]") -> bool:
-        """Write items in one transaction and tell who waits for them; return False if the disk took nothing."""
-        futures = [future for _, _, future in taken]
+        """Write items in one transaction and tell who waits for them; return whether they were written."""
+        kept: list[Kept] = []
+        fault = self._try(lambda: kept.extend(self._write([item for item, _, _ in taken])))
+        told = kept if fault is None else [self._refusal(fault) for _ in taken]
+        _tell([future for _, _, future in taken], told)
+        return fault is None
+
+    def _try(self, step: Callable[[], None]) -> str | None:
+        """Take a step, and note whether something can be written; return what was found if nothing can."""
         try:
-            kept = self._write([item for item, _, _ in taken])
+            step()
         except StorageError as error:
-            self._fail(error)
-            _tell(futures, [self._refusal(error.seen)] * len(taken))
-            return False
-        except Exception as error:  # of any kind: it must not end this thread
+            fault = error.seen
+        except Exception as error:  # of any kind: without this thread, whoever waits would wait for ever
             log.exception("not written", thread=self._name)
-            _tell(futures, [self._refusal(reason_of(error))] * len(taken))
-            return True
-        _tell(futures, kept)
-        return True
-
-    def _pause(self) -> None:
-        try:
-            self._rest()
-        except StorageError as error:
-            self._fail(error)
-        except Exception:  # of any kind: it must not end this thread
-            log.exception("not tidied", thread=self._name)
+            self.error = reason_of(error)[:300]
+            fault = "it could not be written"
         else:
-            self.failing = False
-
-    def _fail(self, error: StorageError) -> None:
+            self.failing, self.error = False, None
+            return None
         if not self.failing:
-            log.warning("messages are refused", reason=error.seen, thread=self._name)
+            log.warning("what arrives is refused", reason=fault, thread=self._name)
         self.failing = True
+        return fault
 
 
 def _tell(futures: "list[asyncio.Future[Kept]]", results: "Sequence[Kept | Refusal]") -> None:
