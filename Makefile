@@ -83,6 +83,7 @@ GPU_SHAPES := qwen3-0.6b llama-3.2-1b qwen3-4b llama-3.1-8b
 
 gpu-bench:  ## measure on a CUDA device, and on two where there are two; result files go to OUT
 	$(GPU_PYTHON) benchmarks/gpu_normals.py -o $(OUT)/gpu_normals.json
+	$(GPU_PYTHON) benchmarks/gumbel.py --device cuda -o $(OUT)/gumbel_cuda.json
 	for shape in $(GPU_SHAPES); do \
 	  $(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:$$shape -o $(OUT)/gpu_prove_$$shape.json || exit; done
 	$(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:qwen3-30b-a3b --skip-whole -o $(OUT)/gpu_prove_qwen3-30b-a3b.json

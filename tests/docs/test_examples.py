@@ -4,7 +4,8 @@ import doctest
 
 import pytest
 
-from assay import models, poc, vhack
+from assay import models, poc, streams, vhack
+from assay.poc import responses
 from assay.vhack import checks, pairs
 
 FUNCTIONS = (
@@ -24,9 +25,13 @@ VHACK = (
     (checks, "check"),
     (pairs, "generate_pairs"),
 )
+STREAMS = ((streams, "step_seeds"),)
+RESPONSES = ((responses, "respond"), (responses, "Sampling"), (responses, "ResponseSeed"))
 
 
-@pytest.mark.parametrize(("package", "name"), [(models, "load_model"), *((poc, name) for name in FUNCTIONS), *VHACK])
+@pytest.mark.parametrize(
+    ("package", "name"), [(models, "load_model"), *((poc, name) for name in FUNCTIONS), *STREAMS, *RESPONSES, *VHACK]
+)
 def test_examples(package, name: str):
     function = getattr(package, name)
     examples = [found for found in doctest.DocTestFinder(recurse=False).find(function, name) if found.examples]

@@ -101,7 +101,7 @@ def test_numpy_scores_change_too():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_do_not_change_the_bits(monkeypatch, threads):
-    monkeypatch.setattr(compiled, "_TILE", 1000)
+    monkeypatch.setattr(compiled, "_NOISE_TILE", 1000)
     backend = get_backend("numba")
     monkeypatch.setattr(backend, "_threads", threads)
     made = scores()
@@ -112,12 +112,12 @@ def test_threads_do_not_change_the_bits(monkeypatch, threads):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"scores_NV": scores().double()}, "scores of dtype float64"),
-        ({"scores_NV": scores().half()}, "scores of dtype float16"),
-        ({"scores_NV": scores()[0]}, r"shape \(3000,\)"),
-        ({"scores_NV": scores().T}, "strides"),
-        ({"scores_NV": scores()[:1].expand(6, -1)}, "do not overlap"),
-        ({"scores_NV": scores().to("meta")}, "on meta"),
+        ({"scores_RV": scores().double()}, "scores of dtype float64"),
+        ({"scores_RV": scores().half()}, "scores of dtype float16"),
+        ({"scores_RV": scores()[0]}, r"shape \(3000,\)"),
+        ({"scores_RV": scores().T}, "strides"),
+        ({"scores_RV": scores()[:1].expand(6, -1)}, "do not overlap"),
+        ({"scores_RV": scores().to("meta")}, "on meta"),
         ({"seeds_N": SEEDS.astype(np.int64)}, "seeds of dtype int64"),
         ({"seeds_N": SEEDS[:, None]}, "seeds of dtype uint32 and shape"),
         ({"seeds_N": SEEDS[:5]}, "5 seeds for 6 rows"),
@@ -129,14 +129,14 @@ def test_threads_do_not_change_the_bits(monkeypatch, threads):
 )
 @pytest.mark.parametrize("name", ["numpy", "numba", "torch"])
 def test_arguments_that_are_refused(name, wrong, message):
-    arguments = {"scores_NV": scores(), "seeds_N": SEEDS} | wrong
+    arguments = {"scores_RV": scores(), "seeds_N": SEEDS} | wrong
     with pytest.raises(UsageError, match=message):
         get_backend(name).add_gumbels(**arguments)
 
 
 def test_no_room_is_one_clear_error():
     class Full(Backend):
-        def _add_gumbels(self, scores_NV, seeds_N, rows_N):
+        def _add_gumbels(self, scores_RV, seeds_N, rows_N):
             raise MemoryError
 
     with pytest.raises(OutOfMemory, match="3000 elements"):

@@ -2,7 +2,8 @@
 
 The generators here are the definition itself. Every other backend replaces them by faster ones.
 
-Shapes: ``B`` streams of a batch, ``n`` or ``N`` elements of each, ``S`` sub-seeds of a stream.
+Shapes: ``B`` streams of a batch, ``n`` or ``N`` elements of each, ``S`` sub-seeds of a stream. Where noise is added to
+scores: ``N`` rows that get it, of ``R`` rows and ``V`` columns.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Backend:
         with self._room_for(n):
             return self._gumbels(_single(seeds_B), _count(n))
 
-    def add_gumbels(self, scores_NV: Array, seeds_N: Array, rows_N: Array | None = None) -> None:
+    def add_gumbels(self, scores_RV: Array, seeds_N: Array, rows_N: Array | None = None) -> None:
         """Add the Gumbel numbers of a stream to every row in place: what a sampler does in every step of decoding.
 
         Element v of a row gets element v of its stream, by one float32 addition, so a token that is forbidden by minus
@@ -108,7 +109,7 @@ class Backend:
             backend.add_gumbels(logits, backend.row_seeds(words, steps))
 
         Args:
-            scores_NV: float32, on the backend's device, contiguous within a row.
+            scores_RV: float32, on the backend's device, contiguous within a row.
             seeds_N: One seed for each row, uint32 or int32 with the same bits, on the same device.
             rows_N: Different rows of the scores, int64, on the same device: seed i is for row ``rows_N[i]``, and the
                 other rows stay as they are. None if every row has its seed.
@@ -116,7 +117,7 @@ class Backend:
         Raises:
             UsageError: A shape, dtype or device is another one, or a row does not exist (not checked on a GPU).
         """
-        scores, seeds = as_tensor(scores_NV).detach(), as_tensor(seeds_N)
+        scores, seeds = as_tensor(scores_RV).detach(), as_tensor(seeds_N)
         rows = None if rows_N is None else as_tensor(rows_N)
         check_rows(self.device, scores, seeds, rows)
         if len(seeds) and scores.shape[1]:
@@ -199,9 +200,9 @@ class Backend:
     def _gumbels(self, seeds_B: UInts, n: int) -> Array:
         return definition.gumbels(seeds_B, 0, n)
 
-    def _add_gumbels(self, scores_NV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
+    def _add_gumbels(self, scores_RV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
         rows = slice(None) if rows_N is None else rows_N.numpy()
-        scores_NV.numpy()[rows] += definition.gumbels(seeds_N.numpy().view(np.uint32), 0, scores_NV.shape[1])
+        scores_RV.numpy()[rows] += definition.gumbels(seeds_N.numpy().view(np.uint32), 0, scores_RV.shape[1])
 
     def _row_seeds(self, words_N8: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
         words, steps = words_N8.numpy().view(np.uint32), steps_N.numpy().view(np.uint32)
@@ -236,6 +237,7 @@ def step_seeds(words_B8: Seeds, steps_N: Seeds) -> UInts:
         UsageError: Other shapes or values.
 
     Example:
+        >>> from assay.streams import seeds, step_seeds
         >>> step_seeds(seeds(["a response"], strength=256), [0, 1]).shape
         (1, 2)
     """

@@ -59,13 +59,13 @@ class TorchBackend(Backend):
     def _gumbels(self, seeds_B: UInts, n: int) -> torch.Tensor:
         return self._from_hashes("gumbel", torch.float32, seeds_B, n)
 
-    def _add_gumbels(self, scores_NV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
-        for row, row_stop, column, column_stop in tiles(len(seeds_N), scores_NV.shape[1], self._tile):
+    def _add_gumbels(self, scores_RV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
+        for row, row_stop, column, column_stop in tiles(len(seeds_N), scores_RV.shape[1], self._tile):
             gumbels = _gumbel(_hash(seeds_N[row:row_stop], column, column_stop))
             if rows_N is None:
-                scores_NV[row:row_stop, column:column_stop] += gumbels
+                scores_RV[row:row_stop, column:column_stop] += gumbels
             else:
-                scores_NV[:, column:column_stop].index_add_(0, rows_N[row:row_stop], gumbels)
+                scores_RV[:, column:column_stop].index_add_(0, rows_N[row:row_stop], gumbels)
 
     def _row_seeds(self, words_N8: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
         seeds_N = steps_N

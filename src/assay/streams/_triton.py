@@ -64,11 +64,11 @@ class TritonBackend(TorchBackend):
         self._launch(kernels.reflect_kernel, (rows,), *arguments, BLOCK=block, num_warps=warps)
         return out_BD
 
-    def _add_gumbels(self, scores_NV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
-        rows, columns = scores_NV.shape
+    def _add_gumbels(self, scores_RV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
+        rows, columns = scores_RV.shape
         grid = (len(seeds_N) * -(-columns // _HASH_BLOCK),)
         numbers = seeds_N if rows_N is None else rows_N
-        arguments = (seeds_N, numbers, scores_NV, rows, columns, scores_NV.stride(0))
+        arguments = (seeds_N, numbers, scores_RV, rows, columns, scores_RV.stride(0))
         self._launch(kernels.add_gumbels_kernel, grid, *arguments, HAS_ROWS=rows_N is not None, BLOCK=_HASH_BLOCK)
 
     def _row_seeds(self, words_N8: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
