@@ -153,6 +153,8 @@ BREAKS = {
     "sketches with a point": (replaced(0, '"every":32', '"every":32.0'), 1),
     "sketches announced as missing": (edited(0, sketch=None), 2),
     "batch of no rows": (edited(0, fingerprint__batch_size=0), 1),
+    "huge batch": (edited(0, fingerprint__batch_size=10**4000), 1),
+    "huge threads": (edited(0, fingerprint__threads=10**4000), 1),
     "fingerprint with a note": (edited(0, fingerprint__note="x"), 1),
     "spaces in the header": (replaced(0, ":", ": "), 1),
     "byte order mark": (replaced(0, "{", "\ufeff{"), 1),

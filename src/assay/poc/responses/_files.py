@@ -44,6 +44,7 @@ LONGEST_LINE = 2**25
 MOST_PARTS = {b",": 2 * MOST_TOKENS + 2**16, b"[": 2**13, b"{": 2**13}
 """How often a character may be in a line. Values take many times the room of their text, so they are counted first."""
 
+LARGEST_SIZE = 2**31 - 1  # of the numbers in a fingerprint
 MOST_RECEIPTS = 2**20
 MOST_FILE_TOKENS = 2**24
 """Tokens of all prompts and outputs of a file: what a reader has to have room for."""
@@ -234,11 +235,9 @@ def _parse_header(line: Any) -> ReceiptHeader:
     if line["kind"] != KIND or line["schema"] != SCHEMA:
         raise malformed(f"kind {line['kind']!r:.60}, schema {line['schema']!r:.60}", f"kind {KIND!r}, schema {SCHEMA}")
     fingerprint = parse_model(line["model"], line["fingerprint"])
-    if fingerprint.batch_size < 1 or fingerprint.seq_len < 1 or fingerprint.threads < 0:
-        raise malformed(
-            f"an engine of {fingerprint.batch_size} × {fingerprint.seq_len} positions, {fingerprint.threads} threads",
-            "at least one row and one position",
-        )
+    for name, fewest in (("batch_size", 1), ("seq_len", 1), ("threads", 0)):
+        if not fewest <= getattr(fingerprint, name) <= LARGEST_SIZE:
+            raise malformed(f"{name} is {getattr(fingerprint, name)!r:.60}", f"a number in [{fewest}, {LARGEST_SIZE}]")
     if line["sketch"] is not None and line["sketch"] != SKETCH:
         raise malformed(f"sketch is {line['sketch']!r:.60}", f"{json.dumps(SKETCH)} or null")
     return _made(

@@ -66,7 +66,8 @@ class Sequences:
             raise self._failed(error, len(ids)) from error
         finally:
             hook.remove()
-        logits_TV, hidden_TD = output.logits[0].float(), states[-1][0].float()
+        rows = slice(-last, None) if last else slice(None)  # some architectures return all of them
+        logits_TV, hidden_TD = output.logits[0, rows].float(), states[-1][0, rows].float()
         if not bool(torch.isfinite(hidden_TD).all()) or bool(torch.isnan(logits_TV).any()):
             raise BadWeights(
                 f"{self.model.reference} gives NaN or infinity in {self.model.dtype}",

@@ -9,6 +9,7 @@ Shapes: N rows, V tokens of the vocabulary.
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ class Sampler:
     def _floats(self, values: Sequence[float]) -> Tensor:
         return self._column(values, torch.float32)
 
-    def _column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    def _column(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return self._put(torch.tensor(values, dtype=dtype).unsqueeze(1))
 
     def _put(self, values: Tensor) -> Tensor:

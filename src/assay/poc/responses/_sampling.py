@@ -176,8 +176,8 @@ def kept(z_NV: Floats, sampling: Sampling) -> Booleans:
         for z_V, kept_V in zip(z_NV, kept_NV, strict=True):
             left = np.flatnonzero(kept_V)
             order = left[np.argsort(-z_V[left], kind="stable")]
-            weights = np.exp(z_V[order].astype(np.float64) - np.float64(z_V[order[:1]]))
-            sums = np.cumsum(weights)
+            sorted_S = z_V[order].astype(np.float64)
+            sums = np.cumsum(np.exp(sorted_S - sorted_S[:1]))
             # A token stays while those before it do not reach top_p together.
             kept_V[order[1:][sums[:-1] >= sampling.top_p * sums[-1:]]] = False
     return kept_NV
