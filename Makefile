@@ -35,8 +35,8 @@ VLLM_OLD := .venv-vllm-old
 VLLM_UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VLLM)/bin/python -m uv pip
 VLLM_PINS := torch==2.13.0 -e '.[serve]'
 
-test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready  ## run the tests of the vLLM engine and plugin on real servers
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm -W default
+test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm tests/streams/test_triton_without_gpu.py -W default
 
 $(VLLM)/.ready: pyproject.toml
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
