@@ -33,7 +33,7 @@ _TILE = 1 << 17
 """Cells of one task: large against the cost of handing it to a thread, small enough to share out evenly."""
 
 _NOISE_TILE = 1 << 18
-"""The same for noise that is added to scores: one row of most vocabularies, for which threads cost what they save."""
+"""Cells of one task of adding noise: one row of most vocabularies, for which threads cost what they save."""
 
 _FLOAT32, _FLOAT16, _BFLOAT16 = range(len(DTYPES))
 

@@ -246,7 +246,7 @@ def add_gumbels_kernel(seeds_N, rows_N, scores_RV, rows, columns, stride, HAS_RO
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     gumbels = _gumbel(_hash(_rotated_seed(tl.load(seeds_N + n)), place.to(tl.uint32)))
     scores = scores_RV + row * stride + place
-    if (row >= 0) & (row < rows):  # a row that does not exist, which nobody checked, must not write anywhere
+    if (row >= 0) & (row < rows):  # rows are not checked before: one that is not there must not write elsewhere
         tl.store(scores, tl.load(scores, mask=place < columns) + gumbels, mask=place < columns)
 
 
