@@ -91,11 +91,20 @@ def _eight_bits(dtype: str | None) -> bool:
 
 
 def _shape(model: "Model", options: "ProveSettings") -> dict[str, Any]:
+    from assay.poc import get_pipeline
     from assay.poc.engines.hf import auto_batch
 
+    steps = get_pipeline(options.preset).steps
+    if steps and options.kernels == "compiled":
+        raise UsageError(
+            f"--kernels compiled with --preset {options.preset}",
+            wanted="eager kernels, which decode",
+            do="leave --kernels out",
+        )
     automatic = options.batch_size == "auto"
-    size = auto_batch(model, options.seq_len) if automatic else _number(options.batch_size)
-    return {"batch_size": size, "seq_len": options.seq_len, "compiled": compiles(model, options.kernels)}
+    size = auto_batch(model, options.seq_len + steps) if automatic else _number(options.batch_size)
+    compiled = compiles(model, options.kernels) and not steps
+    return {"batch_size": size, "seq_len": options.seq_len, "compiled": compiled}
 
 
 def compiles(model: "Model", kernels: str) -> bool:

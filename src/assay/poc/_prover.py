@@ -82,7 +82,8 @@ def prove(
     """
     if engine is None:
         shape = {"batch_size": DEFAULT_BATCH if batch_size is None else batch_size, "seq_len": round.seq_len}
-        engine = HFEngine(model, **shape, compiled=worth_compiling(model))
+        decoding = get_pipeline(round.preset).steps > 0  # which runs the kernels of eager torch
+        engine = HFEngine(model, **shape, compiled=worth_compiling(model) and not decoding)
     elif batch_size not in (None, engine.batch_size):
         raise UsageError(
             f"batch_size {batch_size} with an engine of {engine.batch_size} rows",

@@ -2,7 +2,7 @@
 
 from assay.poc.engines._base import Engine, check_supported
 from assay.poc.engines._blocks import measure_block_factor, read_block_factor
-from assay.poc.engines._decoding import Decoded, DecodingEngine, Replayed, decodes
+from assay.poc.engines._decoding import Decoded, DecodingEngine, Draws, Replayed, decodes
 from assay.poc.engines._outputs import StateEngine, make_transform, plain_outputs
 from assay.poc.engines.hf import (
     HFEngine,
@@ -18,6 +18,7 @@ from assay.poc.engines.hf import (
 __all__ = [
     "Decoded",
     "DecodingEngine",
+    "Draws",
     "Engine",
     "HFEngine",
     "ParallelEngine",

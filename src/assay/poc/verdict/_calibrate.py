@@ -79,6 +79,12 @@ def calibrate(
             wanted="honest proofs of one checkpoint and preset",
             do="calibrate every checkpoint and preset by itself; --merge puts them into one file",
         )
+    if first.pipeline.steps:
+        raise UsageError(
+            f"proofs of {first.round.preset}, whose tokens part after the first that differs",
+            wanted="proofs of a preset whose values are compared nonce by nonce",
+            do="judge them by the default law; benchmarks/decode_noise.py measures one by replaying honest proofs",
+        )
     rows, fingerprints = _rows(proofs)
     measured = _between(proofs, rows, hidden_size)
     pipeline = first.pipeline

@@ -30,7 +30,7 @@ def decoded(engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequen
     rows = _rows(engine, pipeline)
     for start in range(0, len(nonces), engine.batch_size):
         wanted = list(nonces[start : start + engine.batch_size])
-        draws = _draws(engine, round, pipeline, wanted + wanted[-1:] * (rows - len(wanted)))
+        draws = engine.draws(round, pipeline, wanted + wanted[-1:] * (rows - len(wanted)))
         tokens_BN, states_BSD = _decode(engine, draws)
         count = len(wanted)
         sketches_BSK = draws.sketches(states_BSD)[:count]
@@ -47,7 +47,7 @@ def replayed(
         wanted = list(nonces[start : start + engine.batch_size])
         pad = rows - len(wanted)
         given_BN = torch.from_numpy(tokens_MN[start : start + len(wanted)].astype(np.int64)).to(engine.device)
-        draws = _draws(engine, round, pipeline, wanted + wanted[-1:] * pad)
+        draws = engine.draws(round, pipeline, wanted + wanted[-1:] * pad)
         tokens_BN = torch.cat([given_BN, given_BN[-1:].expand(pad, -1)])
         states_BND = _prefill(engine, draws, tokens_BN)
         count = len(wanted)
@@ -74,11 +74,6 @@ def _rows(engine: "HFEngine", pipeline: Pipeline) -> int:
     rows = engine.batch_size if engine.batch_size == 1 else max(engine.batch_size, ROWS_OF_A_PRODUCT)
     check_fits(model, rows, positions)
     return rows
-
-
-def _draws(engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
-    shape = {"seq_len": engine.seq_len, "vocab_size": engine.vocab_size}
-    return Draws(round, pipeline, nonces, device=engine.device, **shape)
 
 
 @torch.inference_mode()
@@ -114,7 +109,7 @@ def _prefill(engine: "HFEngine", draws: Draws, tokens_BN: Int64[Tensor, "B N"]) 
     body = backbone(engine.model.module)
     output = body(input_ids=given_BT, position_ids=positions_T.expand_as(given_BT), use_cache=False)
     states_BTD: Tensor = output.last_hidden_state
-    return states_BTD[:, engine.seq_len - 1 :]
+    return states_BTD[:, draws.prompts_BP.shape[1] - 1 :]
 
 
 @torch.inference_mode()

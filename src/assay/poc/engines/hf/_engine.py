@@ -19,7 +19,7 @@ from assay.errors import AssayError, BadWeights, ModelError, OutOfMemory, UsageE
 from assay.models import Model, backbone
 from assay.models.device import processor
 from assay.poc.engines._base import MAX_BATCH, check_batch_size, noise_inputs
-from assay.poc.engines._decoding import Decoded, Replayed
+from assay.poc.engines._decoding import Decoded, Draws, Replayed
 from assay.poc.engines._outputs import overlapped_outputs, plain_outputs
 from assay.poc.engines.hf._compiled import CompiledForward
 from assay.poc.engines.hf._decoding import decoded, replayed
@@ -159,6 +159,11 @@ class HFEngine:
                 yield from plain_outputs(self, round, pipeline, nonces)
         except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:  # of any step, the inputs among them
             raise self._too_large() from error
+
+    def draws(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
+        """Return the prompts, the noise of the tokens and the projections of the sketches of nonces."""
+        shape = {"seq_len": self.seq_len, "vocab_size": self.vocab_size}
+        return Draws(round, pipeline, nonces, device=self.device, **shape)
 
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
         """Decode the tokens of nonces with a key-value cache, ``batch_size`` of them at a time.

@@ -1,0 +1,82 @@
+"""Cheaters of the preset ``decode``: what saves work, and how the tokens and sketches of a proof then come about.
+
+Each returns a proof under the header of an honest one, and that is the lie. A draft model that guesses tokens pays for
+an honest forward pass over its guesses, so that its sketches are exactly right and only the tokens can show it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from assay.models import Model
+from assay.poc import HFEngine, Pipeline, Proof, Round, prove
+from assay.poc.engines import Draws
+from assay.poc.protocol import SKETCH_EVERY, TokenRecord
+
+__all__ = ["drafted", "forgetful", "recycled", "repeated"]
+
+
+def drafted(honest: Proof, model: Model, draft: Model, *, batch_size: int = 16) -> Proof:
+    """Return tokens that a cheaper model decoded with the right noise, with the sketches that the real one gives them.
+
+    Args:
+        honest: Proof of the round.
+        model: Model that was to be run. It runs once over prompt and tokens.
+        draft: Cheaper model.
+        batch_size: Rows of a batch.
+    """
+    nonces = [record.nonce for record in honest.records]
+    guessed = prove(draft, honest.round, nonces, batch_size=batch_size)
+    engine = HFEngine(model, batch_size=batch_size, seq_len=honest.round.seq_len)
+    tokens_MN = np.stack([record.tokens for record in _tokens(guessed)])
+    replayed = engine.replayed(honest.round, honest.header.pipeline, nonces, tokens_MN)
+    sketches_MSK = np.concatenate([batch.sketches for batch in replayed])
+    return _proof(honest, map(TokenRecord, nonces, tokens_MN, sketches_MSK))
+
+
+def forgetful(honest: Proof, model: Model, *, batch_size: int = 16) -> Proof:
+    """Return what the model decodes where the first half of every prompt is left out."""
+    engine = _Forgetful(model, batch_size=batch_size, seq_len=honest.round.seq_len)
+    nonces = [record.nonce for record in honest.records]
+    return _proof(honest, _tokens(prove(model, honest.round, nonces, engine=engine)))
+
+
+def repeated(honest: Proof) -> Proof:
+    """Return the first half of all tokens and sketches twice: half of the steps were taken."""
+    half = honest.header.pipeline.steps // 2 // SKETCH_EVERY * SKETCH_EVERY or honest.header.pipeline.steps // 2
+    return _proof(
+        honest,
+        (
+            replace(
+                record,
+                tokens=np.resize(record.tokens[:half], record.tokens.shape),
+                sketches=np.resize(record.sketches[: -(-half // SKETCH_EVERY)], record.sketches.shape),
+            )
+            for record in _tokens(honest)
+        ),
+    )
+
+
+def recycled(honest: Proof) -> Proof:
+    """Return for every second nonce the tokens and sketches of the one before it: half of the nonces were computed."""
+    records = _tokens(honest)
+    return _proof(honest, (replace(records[i - i % 2], nonce=record.nonce) for i, record in enumerate(records)))
+
+
+class _Forgetful(HFEngine):
+    """An engine that drops the first half of every prompt."""
+
+    def draws(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
+        made = super().draws(round, pipeline, nonces)
+        made.prompts_BP = made.prompts_BP[:, self.seq_len // 2 :]
+        return made
+
+
+def _tokens(proof: Proof) -> list[TokenRecord]:
+    return [record for record in proof.records if isinstance(record, TokenRecord)]
+
+
+def _proof(honest: Proof, records: Iterable[Any]) -> Proof:
+    return Proof.build(honest.header, list(records), honest.footer.seconds)

@@ -1,0 +1,137 @@
+"""Decoding: what it draws and computes, by hand; and that no other nonce of the batch has a part in it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from assay import streams
+from assay.errors import UsageError
+from assay.poc import HFEngine, Round, get_pipeline
+from assay.poc.engines import ParallelEngine, check_supported, decodes
+from assay.poc.engines.vllm import VLLMEngine
+from assay.poc.protocol import PIPELINES, sketch_steps
+from assay.streams._definition import hashes
+
+STEPS, PROMPT = 64, 16
+PIPELINE = get_pipeline(f"decode-{STEPS}")
+ROUND = Round(block_hash="block_alpha", public_key="node_A", preset=PIPELINE.name, seq_len=PROMPT, model="small")
+NUMPY = streams.get_backend("numpy")
+
+
+@pytest.fixture(scope="module")
+def engine(small_model) -> HFEngine:
+    return HFEngine(small_model, batch_size=16, seq_len=PROMPT)
+
+
+@pytest.fixture(scope="module")
+def honest(engine: HFEngine):
+    """Tokens and sketches of nonces 0 to 15."""
+    (batch,) = engine.decoded(ROUND, PIPELINE, range(16))
+    return batch
+
+
+def seeds(stream: str, nonce: int, index: int) -> int:
+    """The seed of an index of a stream of a nonce: eight hashes, each seeded by a word and taken at the one before."""
+    seed = index
+    for word in streams.seeds([ROUND.text(stream, nonce)], 256)[0]:
+        seed = int(hashes(np.array([word], dtype=np.uint32), seed, seed + 1)[0, 0])
+    return seed
+
+
+def test_a_prompt_is_uniform_over_the_rows_of_the_embedding_by_its_rule(engine: HFEngine):
+    prompts = engine.draws(ROUND, PIPELINE, [3, 8]).prompts_BP
+    for row, nonce in enumerate((3, 8)):
+        assert prompts[row].tolist() == [seeds("prompt", nonce, i) * engine.vocab_size >> 32 for i in range(PROMPT)]
+    many = HFEngine(engine.model, batch_size=1, seq_len=1).draws(ROUND, PIPELINE, range(20_000)).prompts_BP.flatten()
+    counts = np.bincount(many.numpy(), minlength=engine.vocab_size)
+    expected = 20_000 / engine.vocab_size
+    assert ((counts - expected) ** 2 / expected).sum() < 512 + 5 * np.sqrt(2 * 512)
+    assert counts.size == engine.vocab_size
+
+
+def test_a_token_is_the_largest_sum_of_logit_and_noise_and_follows_all_before_it(engine: HFEngine, honest):
+    """The definition, without a cache: the whole sequence again for every token."""
+    module = engine.model.module
+    for nonce in (0, 5):
+        ids = engine.draws(ROUND, PIPELINE, [nonce]).prompts_BP
+        for step in range(STEPS):
+            with torch.inference_mode():
+                logits = module(input_ids=ids).logits[0, -1].float().numpy()
+            scores = logits + NUMPY.gumbels([seeds("tokens", nonce, step)], engine.vocab_size)[0]
+            token = int(honest.tokens[nonce, step])
+            assert scores.max() - scores[token] < 1e-5
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+def test_a_sketch_is_of_the_state_that_gave_its_token(engine: HFEngine, honest):
+    nonce, backbone = 5, engine.model.module.model
+    prompt = engine.draws(ROUND, PIPELINE, [nonce]).prompts_BP
+    ids = torch.cat([prompt, torch.from_numpy(honest.tokens[nonce].astype(np.int64))[None]], dim=1)
+    with torch.inference_mode():
+        states = backbone(input_ids=ids).last_hidden_state[0].double().numpy()
+    assert list(sketch_steps(STEPS)) == [0, 32]
+    for row, step in enumerate(sketch_steps(STEPS)):
+        state = states[PROMPT - 1 + step]
+        p = NUMPY.normals([seeds("sketch", nonce, step)], 12 * state.size)[0].reshape(12, -1).astype(np.float64)
+        wanted = p @ state / np.linalg.norm(p @ state)
+        np.testing.assert_allclose(honest.sketches[nonce, row].astype(np.float64), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch_size", [16, 3])
+def test_a_nonce_has_the_same_bits_wherever_it_stands(small_checkpoint, dtype: str, batch_size: int):
+    from assay.models import load_model
+
+    engine = HFEngine(load_model(small_checkpoint, dtype=dtype, device="cpu"), batch_size=batch_size, seq_len=PROMPT)
+    pipeline = get_pipeline("decode-32")
+    found: dict[int, set[tuple[bytes, bytes]]] = {}
+    for nonces in (range(8), [*range(5, 9), 3, 0], [7], [99, 7, 3]):
+        batches = list(engine.decoded(ROUND, pipeline, nonces))
+        rows = [(t.tobytes(), s.tobytes()) for batch in batches for t, s in zip(*batch, strict=True)]
+        assert [len(batch.tokens) for batch in batches][:-1] == [batch_size] * (len(batches) - 1)
+        for nonce, bits in zip(nonces, rows, strict=True):
+            found.setdefault(nonce, set()).add(bits)
+    assert {len(bits) for bits in found.values()} == {1}
+    assert len({bits for of_nonce in found.values() for bits in of_nonce}) == len(found)
+
+
+def test_a_replay_says_what_the_model_gives_after_any_tokens(engine: HFEngine, honest):
+    (same,) = engine.replayed(ROUND, PIPELINE, range(16), honest.tokens)
+    assert (same.margins < 1e-4).all()
+    assert np.abs(same.sketches.astype(float) - honest.sketches).max() < 2e-3
+    changed = honest.tokens.copy()
+    changed[4, 10] = (changed[4, 10] + 1) % engine.vocab_size
+    changed[5, 20] = engine.vocab_size  # no token at all
+    (other,) = engine.replayed(ROUND, PIPELINE, range(16), changed)
+    assert other.margins[4, 10] > 0
+    assert other.margins[4, :10].max() < 1e-4
+    assert np.isinf(other.margins[5, 20])
+    assert np.isfinite(np.delete(other.margins, 5, axis=0)).all()
+    untouched = [row for row in range(16) if row not in (4, 5)]
+    np.testing.assert_array_equal(other.margins[untouched], same.margins[untouched])
+    np.testing.assert_array_equal(other.sketches[untouched], same.sketches[untouched])
+
+
+def test_another_nonce_key_or_block_has_other_tokens(engine: HFEngine, honest):
+    rows = {tokens.tobytes() for tokens in honest.tokens}
+    for changed in (replace(ROUND, public_key="node_B"), replace(ROUND, block_hash="block_beta")):
+        (batch,) = engine.decoded(changed, PIPELINE, range(16))
+        rows |= {tokens.tobytes() for tokens in batch.tokens}
+    assert len(rows) == 48
+
+
+def test_what_does_not_fit_the_model_is_refused_by_name(small_model):
+    engine = HFEngine(small_model, batch_size=16, seq_len=100)
+    with pytest.raises(UsageError, match="100 positions and 64 tokens") as raised:
+        next(engine.decoded(ROUND, PIPELINE, range(1)))
+    assert "--seq-len 64" in raised.value.do
+
+
+def test_only_an_engine_that_decodes_takes_the_preset(engine: HFEngine):
+    assert decodes(engine)
+    check_supported(engine, PIPELINE)
+    for other in (object.__new__(ParallelEngine), object.__new__(VLLMEngine)):
+        assert not other.supports(PIPELINE)
+        assert other.supports(PIPELINES["hardened"])
