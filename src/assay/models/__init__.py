@@ -1,9 +1,10 @@
 """Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
 
-from assay.models._load import Model, ModelInfo, identify, list_models, load_model, load_tokenizer, model_info
+from assay.models._load import Model, ModelInfo, identify, list_models, load_model, model_info
 from assay.models._quantise import NUMBER_FORMATS
 from assay.models._resolve import checkpoint_directory
 from assay.models._save import save_random
+from assay.models._tokenizer import load_tokenizer
 from assay.models.decoder import backbone, decoder_layers
 
 __all__ = [

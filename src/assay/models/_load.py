@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from assay import streams
 from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError
@@ -16,6 +16,7 @@ from assay.models._quantise import quantise as round_weights
 from assay.models._random import SHAPE_BLOCK, build, randomise, randomise_embeddings, recipe_digest
 from assay.models._resolve import CATALOGUE, Source, resolve
 from assay.models._stored import StoredFormat, check_device, load_stored, stored_format
+from assay.models._tokenizer import tokenizer_in
 from assay.models.device import device_named
 from assay.models.quiet import quiet
 
@@ -149,7 +150,7 @@ def load_model(
             wanted="room for all parameters",
             do="use a smaller model or dtype, or --device cpu",
         ) from error
-    tokenizer = None if source.directory is None else _tokenizer_in(source.directory)
+    tokenizer = None if source.directory is None else tokenizer_in(source.directory)
     return Model(module, tokenizer, source.reference, digest, mode, rounded, mesh.size() if mesh else 1)
 
 
@@ -178,17 +179,6 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
         module = build(source.config, streams.torch_dtype(dtype))
     digest = _digest(source, list_tensors(source.directory), form)
     return Model(module, None, source.reference, digest, "trained", form.name if form else "")
-
-
-def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":
-    """Return the tokenizer of a model without its weights; None where it has none, as a shape.
-
-    Raises:
-        ModelNotFound: There is no such model.
-        ModelError: The tokenizer cannot be read.
-    """
-    directory = resolve(reference).directory
-    return None if directory is None else _tokenizer_in(directory)
 
 
 @dataclass(frozen=True)
@@ -407,18 +397,3 @@ def _check_complete(reference: str, report: dict[str, Any]) -> None:
                 wanted="exactly the tensors of the configuration",
                 do="download or save the checkpoint again; a fused or quantised layout is not read",
             )
-
-
-def _tokenizer_in(directory: Path) -> "PreTrainedTokenizerBase | None":
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((directory / name).is_file() for name in names):
-        return None
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the libraries raise many kinds, down to bare Exception from Rust
-        raise ModelError(
-            f"the tokenizer in {directory} cannot be read: {error}",
-            wanted="tokenizer files that need no code of their own",
-            do="save the tokenizer again, or remove its files to load the model without one",
-        ) from error
