@@ -8,6 +8,7 @@ import httpx
 import numpy as np
 import pytest
 from _vllm import Server, chat_once
+from vllm_responses import SEEDED, agreement, begin, mixed
 
 from assay import poc
 from tests.vllm.conftest import ROOT, SEQ_LEN
@@ -21,7 +22,7 @@ def test_the_older_version_serves_proves_and_is_what_it_says(honest, tmp_path: P
         async with httpx.AsyncClient(base_url=url, timeout=240.0) as client:
             return [await chat_once(client, index, tokens=8) for index in range(8)]
 
-    with Server(tmp_path, python=str(PYTHON)) as server:
+    with Server(tmp_path, python=str(PYTHON), environment=SEEDED) as server:
         assert server.get("/engine").json()["vllm"] == "0.28.0"
         alone = asyncio.run(talk(server.url))
         server.begin("older")
@@ -31,8 +32,11 @@ def test_the_older_version_serves_proves_and_is_what_it_says(honest, tmp_path: P
         assert [one["text"] for one in beside] == [one["text"] for one in alone]
         assert {one["status"] for one in beside} == {200}
         page = server.get("/status", after=-1, limit=32).json()
+        begin(server)
+        figures = agreement(server, honest, mixed(12, honest.tokenizer))
         assert all(worker["rows"] == worker["streams"] == 0 for worker in server.idle_counts()["workers"])
     round = poc.Round(block_hash="older", public_key="node", block_height=1, seq_len=SEQ_LEN, r_target=2.0)
     theirs = [record.distance for record in poc.prove(honest, round, range(32), batch_size=8).records]
+    assert (figures["same_tokens"], figures["different"]) == (12, [])
     assert page["valid_nonces"] == list(range(32))
     assert np.abs(np.array(page["valid_distances"]) - np.array(theirs)).max() <= 2e-6

@@ -133,15 +133,19 @@ class ReceiptMiddleware:
             await answer(refusal_of(error))(scope, receive, send)
             return
         if accepted is None:
-            await self._app(scope, receive, _with_headers(send, NO_RECEIPT))
+            await self._app(scope, receive, _unrecorded(send))
             return
         if accepted.chosen_by == "server":  # vLLM makes the id of its answer from it
             scope = dict(scope) | {"headers": [*scope["headers"], (REQUEST_ID, accepted.request_id.encode())]}
-        token = ACCEPTED.set(accepted)
+        token, guarded = ACCEPTED.set(accepted), _Guarded(scope, receive, send, accepted)
         try:
-            await self._app(scope, receive, _Guarded(scope, receive, send, accepted))
+            await self._app(scope, receive, guarded)
         except _CutOff:
             pass
+        except Exception:
+            if accepted.refused is None:
+                raise
+            await guarded.refuse()
         finally:
             ACCEPTED.reset(token)
 
@@ -155,28 +159,44 @@ class _Guarded:
 
     def __init__(self, scope: Connection, receive: Receive, send: Send, accepted: Accepted) -> None:
         self._scope, self._receive, self._accepted, self._plain = scope, receive, accepted, send
-        named = {RECEIPT: accepted.request_id, BLOCK: accepted.block_hash}
-        self._send = _with_headers(send, [(name, quote(text).encode()) for name, text in named.items()])
-        self._started = self._ended = False
+        self._started = self._refused = False
 
     async def __call__(self, message: Message) -> None:
         """Send a message of the answer, or the refusal in place of all of them."""
-        refused = self._accepted.refused
-        if refused is None:
+        if self._accepted.refused is not None:
+            await self.refuse()
+            return
+        if not self._started:
             self._started = True
-            await self._send(message)
-        elif self._started:
+            message = _with(message, self._headers(message))
+        await self._plain(message)
+
+    def _headers(self, message: Message) -> list[tuple[bytes, bytes]]:
+        """Return the names of receipt and block; a stream begins before its request is known to be recorded."""
+        streams = any(name == b"content-type" and b"event-stream" in value for name, value in message["headers"])
+        if not streams and not self._accepted.stored:
+            return NO_RECEIPT
+        named = {RECEIPT: self._accepted.request_id, BLOCK: self._accepted.block_hash}
+        return [(name, quote(text).encode()) for name, text in named.items()]
+
+    async def refuse(self) -> None:
+        """Send the refusal; cut an answer off that has begun."""
+        if self._started:
             raise _CutOff
-        elif not self._ended:
-            self._ended = True
-            await answer(refusal_of(refused))(self._scope, self._receive, self._plain)
+        if self._accepted.refused is not None and not self._refused:
+            self._refused = True
+            await answer(refusal_of(self._accepted.refused))(self._scope, self._receive, self._plain)
 
 
-def _with_headers(send: Send, headers: list[tuple[bytes, bytes]]) -> Send:
+def _with(message: Message, headers: list[tuple[bytes, bytes]]) -> Message:
+    return dict(message) | {"headers": [*message.get("headers", ()), *headers]}
+
+
+def _unrecorded(send: Send) -> Send:
+    """Return a ``send`` that says that there is no receipt."""
+
     async def wrapped(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = dict(message) | {"headers": [*message.get("headers", ()), *headers]}
-        await send(message)
+        await send(_with(message, NO_RECEIPT) if message["type"] == "http.response.start" else message)
 
     return wrapped
 

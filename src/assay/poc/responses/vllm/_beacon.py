@@ -20,7 +20,7 @@ class Beacon:
         posted.set()
 
     async def next(self, seconds: float) -> str | None:
-        """Wait for a block that is posted from now on; return None if there is none in time."""
+        """Wait for a block that is posted from now on; return None if no block comes in time."""
         try:
             async with asyncio.timeout(seconds):
                 await self._posted.wait()

@@ -33,7 +33,7 @@ MOST_NORMALS = 2**22
 """Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free."""
 
 MOST_RESPONSES = 8192
-"""Responses whose sketches a worker keeps. Those that nobody takes are the oldest, and are dropped first."""
+"""Responses whose sketches a worker keeps. Those that were never taken are the oldest, and are dropped first."""
 
 STEPS_AHEAD = 4
 """Steps of drafts by which a runner's positions on the host may be wrong: two are in flight."""
@@ -105,7 +105,7 @@ class Capture:
         return found
 
     def drop(self, names: list[str]) -> None:
-        """Remove the sketches of requests that nobody waits for."""
+        """Remove the sketches of requests whose clients have left."""
         for name in names:
             self._kept.pop(name, None)
 

@@ -129,7 +129,10 @@ class Accepted:
     chosen_by: Literal["client", "server"] = "server"
     refused: AssayError | None = None
     """Error for which a receipt could not be stored."""
+    stored: int = 0
+    """Number of its receipts that are stored."""
     count: int = 0
+    """Number of its choices."""
     calls: dict[str, Call] = field(default_factory=dict)
 
     def expect(self, engine_id: str, params: Any) -> Call:
@@ -199,6 +202,7 @@ class Recorder:
             log.error("no receipt of %s: %s", accepted.request_id, error.seen)
             raise
         self.counts["stored"] += len(choices)
+        accepted.stored += len(choices)
 
     def _wrapped_add(self, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
         """Seed the request of one choice. The output processor keeps the client's own parameters."""
