@@ -11,7 +11,7 @@ import torch
 from _vllm import BEGINNINGS, KEY, MODEL, Server, chat_once
 from vllm_responses import BLOCK, NODE, SEEDED, agreement, begin, body_of, mixed, receipts_of, send_all
 
-from assay.poc.responses import Request, Sampling, Sequences, respond
+from assay.poc.responses import CachedForward, Request, Sampling, respond
 
 SENTENCE = "class Node:\n    def __init__(self, "
 
@@ -94,7 +94,7 @@ def test_log_probabilities_are_those_of_the_model(server, honest):
     answer = ask(server, "logprobs", logprobs=4, max_tokens=6, return_token_ids=True)
     given, receipt = answer["choices"][0]["logprobs"], answer["receipts"][0]
     ids = (*honest.tokenizer.encode(SENTENCE), *receipt.output)
-    logits, _ = Sequences(honest).read(list(ids), last=len(receipt.output) + 1)
+    logits, _ = CachedForward(honest).read(list(ids), last=len(receipt.output) + 1)
     wanted = torch.as_tensor(logits).float().log_softmax(-1)[:-1]
     own = [float(row[token]) for row, token in zip(wanted, receipt.output, strict=True)]
     assert given["token_logprobs"] == pytest.approx(own, abs=1e-4)

@@ -12,10 +12,10 @@ from assay.errors import BadWeights, ModelError, ProofFormatError, UsageError
 from assay.models import Model, load_model
 from assay.poc.protocol import unit
 from assay.poc.responses import (
+    CachedForward,
     Receipts,
     Request,
     Sampling,
-    Sequences,
     counts_before,
     respond,
     scores,
@@ -226,17 +226,17 @@ def test_a_model_without_a_cache_is_named(small_checkpoint: Path, monkeypatch: p
 
 
 def test_states_are_those_that_the_head_reads(small_model):
-    sequences = Sequences(small_model)
-    logits_TV, hidden_TD = sequences.read([1, 2, 3, 4], last=0)
+    forward = CachedForward(small_model)
+    logits_TV, hidden_TD = forward.read([1, 2, 3, 4], last=0)
     with torch.inference_mode():
         out = small_model.module(torch.tensor([[1, 2, 3, 4]]), output_hidden_states=True)
     torch.testing.assert_close(logits_TV, out.logits[0])
     torch.testing.assert_close(hidden_TD, out.hidden_states[-1][0])
-    one, state = sequences.read([5])
+    one, state = forward.read([5])
     assert one.shape == (1, 512)
     assert state.shape == (1, 64)
-    sequences.restart()
-    assert torch.equal(sequences.read([1, 2, 3, 4], last=0)[0], logits_TV)
+    forward.restart()
+    assert torch.equal(forward.read([1, 2, 3, 4], last=0)[0], logits_TV)
 
 
 def test_the_header_describes_the_engine(responses: Receipts, small_model):

@@ -24,7 +24,7 @@ from assay.poc.responses._files import (
     parse_receipt,
     parse_sampling,
 )
-from assay.poc.responses._forward import Sequences
+from assay.poc.responses._forward import CachedForward
 from assay.poc.responses._gaps import Margins, measure_margins
 from assay.poc.responses._judge import ResponseVerdict, judge_responses, noise_between, sampled
 from assay.poc.responses._pins import Evidence, ReceiptPins, chosen_receipts
@@ -60,6 +60,7 @@ __all__ = [
     "LONGEST_LINE",
     "MOST_TOKENS",
     "NUMBERS",
+    "CachedForward",
     "Evidence",
     "HFPrefill",
     "Margins",
@@ -78,7 +79,6 @@ __all__ = [
     "ResponseVerdict",
     "Sampler",
     "Sampling",
-    "Sequences",
     "Tally",
     "Whole",
     "calibrate_responses",

@@ -11,7 +11,7 @@ from assay.errors import BadWeights, ModelError, OutOfMemory, is_out_of_memory
 from assay.models import Model
 
 
-class Sequences:
+class CachedForward:
     """Runs one sequence at a time, with a cache of keys and values, so no other request enters its numbers.
 
     Args:

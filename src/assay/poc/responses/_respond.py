@@ -14,7 +14,7 @@ from assay.models import Model
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import SKETCH_EVERY
 from assay.poc.responses._files import Receipts, parse_receipt
-from assay.poc.responses._forward import Sequences
+from assay.poc.responses._forward import CachedForward
 from assay.poc.responses._receipts import Prompt, Receipt, ReceiptHeader
 from assay.poc.responses._requests import DEFAULT_MAX_TOKENS, Request, encoded
 from assay.poc.responses._sampler import Sampler
@@ -155,7 +155,7 @@ class _Loop:
     ) -> None:
         self._model, self._header, self._block_hash = model, header, block_hash
         self._stop, self._hash_prompts = stop, hash_prompts
-        self._sequences = Sequences(model)
+        self._forward = CachedForward(model)
 
     def seed(self, request: Request) -> ResponseSeed:
         """Return the seed of the response to a request."""
@@ -194,8 +194,8 @@ class _Loop:
     def _tokens(self, request: Request, seed: ResponseSeed) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the tokens of a response, and the hidden state [D] that gave each."""
         device, sampling = self._model.device, request.sampling
-        self._sequences.restart()
-        logits_1V, hidden_1D = self._sequences.read(request.ids)
+        self._forward.restart()
+        logits_1V, hidden_1D = self._forward.read(request.ids)
         sampler = Sampler([sampling], logits_1V.shape[1], device)
         prompt_V = counts_1V = None
         if sampling.penalises:
@@ -210,7 +210,7 @@ class _Loop:
                 return
             if counts_1V is not None:
                 counts_1V[0, token] += 1
-            logits_1V, hidden_1D = self._sequences.read([token])
+            logits_1V, hidden_1D = self._forward.read([token])
 
     def receipt(self, request: Request, **made: Any) -> Receipt:
         """Return the receipt of a response, with what it says of its request."""
