@@ -101,12 +101,11 @@ class Backend:
             return self._gumbels(_single(seeds_B), _count(n))
 
     def add_gumbels(self, scores_RV: Array, seeds_N: Array, rows_N: Array | None = None) -> None:
-        """Add the Gumbel numbers of a stream to every row in place: what a sampler does in every step of decoding.
+        """Add the Gumbel numbers of a stream to every row, in place.
 
-        Element v of a row gets element v of its stream, by one float32 addition, so a token that is forbidden by minus
-        infinity stays so. On a GPU the call returns without waiting for the device, and reads nothing back.
-
-            backend.add_gumbels(logits, backend.row_seeds(words, steps))
+        Column v of a row gets element v of its stream, by one float32 addition; a token that is forbidden by minus
+        infinity stays forbidden. On a GPU the call returns without waiting for the device and reads nothing back, so
+        ``add_gumbels(logits, row_seeds(words, steps))`` can be part of every step of decoding.
 
         Args:
             scores_RV: float32, on the backend's device, contiguous within a row.
@@ -125,13 +124,13 @@ class Backend:
                 self._add_gumbels(scores, as_int32(seeds), None if rows is None else rows.contiguous())
 
     def row_seeds(self, words_N8: Array, steps_N: Array) -> torch.Tensor:
-        """Return the seed of one step for each row, uint32 ``[N]``, on the device and without waiting for it.
+        """Return the seed of one step for each row, uint32 ``[N]``, as a tensor on the device, without waiting for it.
 
         Seed i is ``step_seeds(words_N8[i : i + 1], steps_N[i : i + 1])`` of :func:`assay.streams.step_seeds`.
 
         Args:
             words_N8: The 8 words of each row's stream, uint32 or int32 with the same bits, on the backend's device.
-            steps_N: A step of each, from 0 to 2**32 - 1, of any integer dtype, on the same device.
+            steps_N: A step of each, from 0 to 2**32 - 1, as int64, int32 or uint32, on the same device.
 
         Raises:
             UsageError: A shape, dtype or device is another one.
