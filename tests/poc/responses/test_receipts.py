@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import random
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -342,3 +343,43 @@ def test_the_seed_of_a_receipt_has_its_fields(responses: Receipts):
     assert (seed.public_key, seed.digest) == (header.public_key, header.digest)
     assert (seed.user_seed, seed.request_id, seed.index) == ("client é", "all", 1)
     assert seed.block_hash == "block_alpha"
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """Change, cut, double or insert a few bytes."""
+    pieces = [
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b",",
+        b'"',
+        b":",
+        b"-",
+        b"0",
+        b"9e9",
+        b"null",
+        b"true",
+        b"\\u0000",
+        b"\xff",
+        b"\n",
+    ]
+    for _ in range(draw.randint(1, 3)):
+        at, end = sorted(draw.choices(range(len(content) + 1), k=2))
+        end = min(end, at + draw.choice((0, 1, 1, 2, 40)))
+        content = content[:at] + draw.choice([b"", content[at:end] * 2, *pieces]) + content[end:]
+    return content
+
+
+def test_random_edits_are_read_as_they_are_or_refused():
+    good = (Path(__file__).parents[2] / "vectors" / "responses.jsonl").read_bytes()
+    lines, draw = good.splitlines()[1:-1], random.Random(7)
+    for _ in range(4000):
+        content = mutated(good, draw)
+        try:
+            read = Receipts.parse("edited", content)
+        except ProofFormatError:
+            continue
+        written = [read.header.line(), *(receipt.line() for receipt in read.receipts), read.footer.line()]
+        assert "".join(f"{line}\n" for line in written).encode() == content
+        assert content.splitlines()[1:-1] == lines  # the edit is in the header, such as another key, or in the seconds

@@ -1,6 +1,7 @@
 """Files of prompts: what a line may say, and what is refused before a model is loaded."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from assay.errors import DataError, UsageError
 from assay.models import load_tokenizer
 from assay.poc.responses import Request, Sampling, encoded, read_requests
+from tests.poc.responses.test_receipts import mutated
 
 FITS = {"reference": "small", "vocab_size": 512, "max_positions": 128}
 
@@ -99,3 +101,16 @@ def test_what_does_not_fit_the_model_is_refused():
 
 def test_a_shape_has_no_tokenizer():
     assert load_tokenizer("shape:qwen3-0.6b") is None
+
+
+def test_random_edits_are_read_or_refused(tmp_path: Path):
+    good = b'{"prompt":[1,22,3],"request_id":"r","n":2,"temperature":0.5,"logit_bias":{"7":1.5}}\n{"prompt":"a b"}\n'
+    draw, path = random.Random(3), tmp_path / "prompts.jsonl"
+    refused = 0
+    for _ in range(400):
+        path.write_bytes(mutated(good, draw))
+        try:
+            assert all(isinstance(request, Request) for request in read_requests(path))
+        except DataError:
+            refused += 1
+    assert 200 < refused < 400

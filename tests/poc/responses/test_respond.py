@@ -189,6 +189,7 @@ def test_what_cannot_be_answered_is_refused_before_the_first_token(small_model, 
         ([good], COMMON | {"public_key": "\n"}, "public_key"),
         ([good, good], COMMON, "two requests"),
         (["text"], COMMON, "no tokenizer"),
+        ("text", COMMON, "one prompt"),
     ):
         with pytest.raises(UsageError, match=match):
             respond(small_model, requests, **common, output=path, progress=never)

@@ -80,6 +80,8 @@ def respond(
         >>> made.receipts[0].request_id, len(made.receipts[0].output), made.receipts[0].finish
         ('prompt-0', 8, 'length')
     """
+    if isinstance(prompts, str):
+        raise UsageError(f"one prompt {prompts!r:.60}", wanted="a list of prompts", do="write respond(model, [prompt])")
     common: dict[str, Any] = {
         "sampling": sampling or Sampling(), "max_tokens": max_tokens, "user_seed": user_seed, "chosen_by": "server"
     }  # fmt: skip
