@@ -47,7 +47,7 @@ def _one(module, tokenizer, sample, delta, start):
     loss = functional.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), torch.tensor(completion)
     )
-    gradients = torch.autograd.grad(loss, list(delta.values()))
+    gradients = torch.autograd.grad(loss, list(delta.values()), materialize_grads=True)  # 0 of an unused expert
     return dict(zip(delta, gradients, strict=True))
 
 

@@ -9,7 +9,8 @@ Metadata (all text): ``model``, ``dtype``, ``top_k``, ``tau_axis`` and ``schema`
 ``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``, ``settings_sha256``; further
 ``pairs``, ``groups`` and ``skipped`` (JSON lists), ``captured``, and ``votes`` (JSON: name to lists of [for, against]).
 Where the modules are only a part of the model's weight matrices there is also ``coverage`` (JSON: ``share`` of the
-weights and the names ``left_out``).
+weights and the names ``left_out``), and where modules are experts ``tokens`` (JSON: name of the module that holds them
+to the number of tokens that came to each).
 
 Shapes: N pairs, R coordinates of δS in a module (its rank), K axes.
 """
@@ -19,7 +20,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.reports import write_atomic
-from assay.vhack.gradients import Coverage, module_of, weights_digest
+from assay.vhack.gradients import Coverage, target_modules, weights_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +63,7 @@ class Origin:
         skipped: Keys of the pairs that were left out because their sides do not differ.
         captured: Share of the gradient's energy ‖g‖² that ``rank`` directions hold, 1 for all.
         coverage: Share of the model's weights that the modules of the basis are, and the matrices left out.
+        tokens: Number of tokens of the pairs that came to each expert, by the name of the module that holds them.
     """
 
     model: str = ""
@@ -77,6 +79,7 @@ class Origin:
     skipped: tuple[str, ...] = ()
     captured: float = 1.0
     coverage: Coverage = field(default_factory=Coverage)
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -202,10 +205,9 @@ class Basis:
         Raises:
             DataError: The model has other modules or weights.
         """
-        modules = dict(module_of(model).named_modules())
+        modules = target_modules(model)
         for module, axes_KR in self.axes.items():
-            weight: Any = getattr(modules.get(module), "weight", None)
-            if weight is None or axes_KR.shape[1] > min(weight.shape):
+            if module not in modules or axes_KR.shape[1] > min(modules[module].weight.shape):
                 seen = f"axes of {module} with {axes_KR.shape[1]} coordinates"
                 raise _stale(name, "model", seen, "the model's modules")
         digest = weights_digest(model)
@@ -247,6 +249,8 @@ def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
     }
     if origin.coverage.left_out:
         metadata["coverage"] = json.dumps(asdict(origin.coverage))
+    if origin.tokens:
+        metadata["tokens"] = json.dumps(origin.tokens)
     return metadata
 
 
@@ -273,7 +277,14 @@ def _parse(path: str | Path, metadata: dict[str, str], tensors: Tensors) -> tupl
             raise ValueError("it has no axes of any module")
         for name, axes_KR in axes.items():
             _check_module(name, axes_KR, values[name], votes[name])
-    except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:  # RecursionError is a RuntimeError
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+    ) as error:  # RecursionError is a RuntimeError
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO) from error
     return axes, values, votes, origin
@@ -297,6 +308,9 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
         method=metadata["method"],
         captured=float(metadata["captured"]),
         coverage=Coverage(float(covered["share"]), tuple(map(str, covered["left_out"]))),
+        tokens={
+            str(name): tuple(map(int, counts)) for name, counts in json.loads(metadata.get("tokens", "{}")).items()
+        },
         **{name: tuple(keys) for name, keys in lists.items()},
     )
     if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:

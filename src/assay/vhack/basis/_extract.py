@@ -196,14 +196,14 @@ def pair_gradients(
     rows = [row for row in range(len(kept)) if any(not torch.equal(hack[name][row], clean[name][row]) for name in hack)]
     if not rows:
         raise _nothing_left(len(pairs))
-    left = [kept[row] for row in rows]
-    keys = tuple(pair.key for pair in left)
-    skipped = tuple(pair.key for pair in pairs if pair.key not in keys)
+    left = {kept[row].key: kept[row].group for row in rows}
+    skipped = tuple(pair.key for pair in pairs if pair.key not in left)
     return PairGradients(
         {name: part[rows] for name, part in hack.items()},
         {name: part[rows] for name, part in clean.items()},
-        groups=[pair.group for pair in left],
-        keys=keys,
+        groups=list(left.values()),
+        keys=list(left),
+        tokens={name: torch.add(*part.chunk(2))[rows] for name, part in found.tokens.items()},
         origin=replace(_source_of(model, used), captured=captured, skipped=skipped),
     )
 

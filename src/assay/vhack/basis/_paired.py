@@ -23,6 +23,7 @@ class PairGradients:
         clean: Gradients of the clean sides, likewise.
         groups: Group of each pair; None puts every pair into a group of its own.
         keys: Name of each pair; None numbers them.
+        tokens: Number of tokens of both sides of each pair that came to each expert, [N, E] per module of experts.
         origin: Model and settings they come from; its pairs and groups are replaced by these.
 
     Raises:
@@ -37,11 +38,13 @@ class PairGradients:
         *,
         groups: Sequence[str] | None = None,
         keys: Sequence[str] | None = None,
+        tokens: Mapping[str, Tensor] | None = None,
         origin: Origin | None = None,
     ) -> None:
         n = _check_shapes(hack, clean)
         self.hack = dict(hack)
         self.clean = dict(clean)
+        self.tokens = dict(tokens or {})
         self.keys = tuple(str(index) for index in range(n)) if keys is None else tuple(keys)
         self.groups = self.keys if groups is None else tuple(groups)
         if not len(self.keys) == len(self.groups) == n:
@@ -112,6 +115,7 @@ class PairGradients:
             method=method,
             pairs=tuple(self.keys[row] for row in rows),
             groups=tuple(self.groups[row] for row in rows),
+            tokens={name: tuple(tokens_NE[index].sum(dim=0).tolist()) for name, tokens_NE in self.tokens.items()},
         )
         return Basis(axes, values, votes, origin, energy)
 

@@ -13,7 +13,7 @@ The adapter is a submodule ``delta_s`` of the model, so any trainer finds its pa
 Shapes: M modules of a group, R coordinates of δS.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from assay.errors import UsageError
+from assay.errors import ModelError, UsageError
 from assay.vhack.delta._file import load_delta, save_delta
 from assay.vhack.delta._groups import Group, grouped
 from assay.vhack.delta._product import Plan, adapt
@@ -83,9 +83,11 @@ class DeltaS(nn.Module):
         if hasattr(module, _NAME):
             raise UsageError("a model that has an adapter", wanted="one without", do="call detach or merge of it first")
         self.mode = mode
+        modules = target_modules(module)
+        _refuse_experts(modules, module)
         factors = svd if svd is not None else weight_svd(module)
         self._rank = factors.rank
-        self.groups: list[Group] = grouped(target_modules(module), factors)
+        self.groups: list[Group] = grouped(modules, factors)
         self.delta = nn.ParameterList(
             nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32)) for group in self.groups
         )
@@ -308,3 +310,13 @@ class DeltaS(nn.Module):
             else:
                 for weight, data in zip(weights, merged, strict=True):
                     weight.data = data
+
+
+def _refuse_experts(modules: Mapping[str, nn.Linear], module: nn.Module) -> None:
+    own = {name for name, _ in module.named_modules()}
+    if experts := [name for name in modules if name not in own]:
+        raise ModelError(
+            f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor",
+            wanted="a dense model: δS of such experts is extracted and checked, but not trained",
+            do="train a dense model, or one whose experts are separate Linears",
+        )

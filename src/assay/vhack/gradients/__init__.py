@@ -1,7 +1,7 @@
 """Gradients of single samples with respect to δS, of every weight matrix at once."""
 
 from assay.vhack.gradients._batches import Encoded, encode, plan
-from assay.vhack.gradients._per_sample import per_sample_gradients
+from assay.vhack.gradients._per_sample import SampleGradients, per_sample_gradients
 from assay.vhack.gradients._svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
 from assay.vhack.gradients._taps import delta_gradient
 from assay.vhack.gradients._targets import (
@@ -20,6 +20,7 @@ __all__ = [
     "Encoded",
     "Factors",
     "SVDCache",
+    "SampleGradients",
     "check_rank",
     "coverage",
     "delta_gradient",

@@ -114,6 +114,19 @@ class Batch:
     target: Tensor
     weight: Tensor
 
+    @cached_property
+    def sample(self) -> Tensor:
+        """Number of the sample that each row belongs to, [N]."""
+        rows = torch.arange(self.ids.numel(), device=self.ids.device)
+        return torch.searchsorted(self.segments.offsets[1:], rows, right=True)
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """Whether each row is a token and not padding, [N]."""
+        rows = torch.arange(self.ids.numel(), device=self.ids.device)
+        lengths = torch.tensor([len(one.ids) for one in self.encoded]).to(self.ids.device)
+        return rows - self.segments.offsets[self.sample] < lengths[self.sample]
+
     @classmethod
     def build(cls, encoded: list[Encoded], device: torch.device, *, packed: bool) -> "Batch":
         """Return the batch of these samples on a device."""

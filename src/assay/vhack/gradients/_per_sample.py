@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
+class SampleGradients(dict[str, Tensor]):
+    """The δS gradients of N samples, [N, R] float32 on the CPU per module name.
+
+    Attributes:
+        tokens: Number of tokens of each sample that came to each of E experts, [N, E] per module of experts; padding
+            is not counted.
+    """
+
+    def __init__(self, gradients: Mapping[str, Tensor]) -> None:
+        super().__init__(gradients)
+        self.tokens: dict[str, Tensor] = {}
+
+
 def per_sample_gradients(
     samples: Sequence[Sample],
     model: "Model | PreTrainedModel",
@@ -36,7 +49,7 @@ def per_sample_gradients(
     checkpointing: bool = False,
     names: Sequence[str] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
+) -> SampleGradients:
     """Return the exact δS gradient of the loss of each sample, from one backward pass per batch.
 
     The loss of a sample is the mean negative log-likelihood of its completion tokens. A copy of the model that
@@ -57,12 +70,12 @@ def per_sample_gradients(
         progress: Function called with the number of samples done and of all.
 
     Returns:
-        Per module name, [N, R] float32 on the CPU, rows in the order of the samples.
+        Per module name, [N, R] float32 on the CPU, rows in the order of the samples; of experts also their tokens.
 
     Raises:
         UsageError: There are no samples or no tokenizer, the factors belong to other modules, or a module is no target.
         DataError: A prompt or completion is empty, a sample is too long, or its loss or gradient is not finite.
-        ModelError: The model has no target projections, has fused experts, or is float16.
+        ModelError: The model has no target projections, has experts of an unknown form, is in parts, or is float16.
         OutOfMemory: Not even one sample fits.
 
     Example:
@@ -87,7 +100,7 @@ def per_sample_gradients(
     cores = _at_once(module)
     budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing, at_once=cores)
     batches = plan(encoded, budget, packed=recipe.packed, at_once=cores)
-    found = {name: torch.empty(len(samples), factors[name].rank) for name in factors}
+    found = SampleGradients({name: torch.empty(len(samples), factors[name].rank) for name in factors})
     factored = fitting(wanted, factors) if recipe.factored else set()
     replicas = [
         Replica(module, factors, recipe, factored=factored, checkpointing=checkpointing)
@@ -158,8 +171,8 @@ def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
     return [done for half in halves for done in _attempt(replica, half)]
 
 
-def _store(found: dict[str, Tensor], computed: Computed) -> None:
-    batch, together_BR, losses_M, arrived = computed
+def _store(found: SampleGradients, computed: Computed) -> None:
+    batch, together_BR, losses_M, arrived, tokens = computed
     if arrived is not None:
         arrived.synchronize()
     samples = batch.encoded
@@ -171,6 +184,9 @@ def _store(found: dict[str, Tensor], computed: Computed) -> None:
     parts = torch.split(together_BR, [rows.shape[1] for rows in found.values()], dim=1)
     for rows_NR, part_BR in zip(found.values(), parts, strict=True):
         rows_NR[index] = part_BR
+    for name, tokens_BE in tokens.items():
+        empty_NE = tokens_BE.new_zeros(len(next(iter(found.values()))), tokens_BE.shape[1])
+        found.tokens.setdefault(name, empty_NE)[index] = tokens_BE
     finite_B = torch.isfinite(together_BR).all(dim=1)
     if not finite_B.all():
         at = int((~finite_B).nonzero()[0])

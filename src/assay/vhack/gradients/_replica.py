@@ -20,6 +20,7 @@ from assay.errors import ModelError
 from assay.models import decoder_layers
 from assay.models.families import attention_window, family_of
 from assay.vhack.gradients._batches import Batch, Encoded, Segments
+from assay.vhack.gradients._experts import ExpertsPass, is_fused
 from assay.vhack.gradients._fused import Norm, Surprise, kernels, plain_norm
 from assay.vhack.gradients._packed import PACKED, PackedLayers, register
 from assay.vhack.gradients._svd import Factors
@@ -90,6 +91,7 @@ class Computed(NamedTuple):
     together: Tensor  # [B, ΣR] float32, all modules side by side
     losses: Tensor  # [M], of the completion tokens
     arrived: torch.cuda.Event | None  # after which the tensors may be read; None if they are there
+    tokens: dict[str, Tensor]  # of each sample that came to each expert, [B, E] by module
 
 
 class Replica:
@@ -120,6 +122,8 @@ class Replica:
         self.recipe = recipe
         self.use = kernels(module.device, module.dtype) if recipe.fused else None
         self._found: dict[str, Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
+        self._ranks = {name: each.rank for name, each in factors.items()}
         self._batch: Batch | None = None
         self._head_sees_completions_only()
         if recipe.fused and (self.use is not None or self._on_cpu):
@@ -151,7 +155,7 @@ class Replica:
         together_BR, losses_M = (part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach()))
         if arrived is not None:
             arrived.record(torch.cuda.current_stream(self.module.device))
-        return Computed(batch, together_BR, losses_M, arrived)
+        return Computed(batch, together_BR, losses_M, arrived, dict(self._tokens))
 
     @property
     def current(self) -> Batch:
@@ -200,8 +204,11 @@ class Replica:
         modules = {name: linear for name, linear in target_modules(self.module).items() if name in factors}
         self.names = list(modules)
         late = _late_prefixes(self.module) if self.recipe.late else ()
+        experts = {name: part for name, part in self.module.named_modules() if is_fused(part)}
+        taps = {}
         for name, linear in modules.items():
-            vars(linear)["forward"] = Tap(
+            is_expert = name.rsplit(".", 2)[0] in experts
+            taps[name] = Tap(
                 name,
                 linear,
                 factors[name],
@@ -210,8 +217,18 @@ class Replica:
                 factored=name in factored,
                 together=self.recipe.together,
                 checkpointing=checkpointing,
-                use=self.use,
+                use=None if is_expert else self.use,  # the kernel wants rows of every sample
             )
+            if not is_expert:
+                vars(linear)["forward"] = taps[name]
+        for name, part in experts.items():
+            apply = {each: tap.apply for each, tap in taps.items() if each.startswith(f"{name}.")}
+            vars(part)["forward"] = ExpertsPass(
+                name, part, apply, self._leave_zeros, lambda: self.current, self._tokens
+            )
+
+    def _leave_zeros(self, name: str, samples: int) -> None:
+        self._found[name] = torch.zeros(samples, self._ranks[name], device=self.module.device)
 
     def _segments(self) -> Segments:
         return self.current.segments

@@ -137,8 +137,12 @@ class Tap:
             raise ModelError(
                 f"{self.name} is given inputs of shape {list(inputs.shape)}",
                 wanted="[samples, tokens, width]: tokens that were sent to an expert no longer say whose they are",
-                do="use a dense model",
+                do="use a model whose experts are in one tensor, as transformers keeps them, or a dense one",
             )
+        return self.apply(inputs, segments)
+
+    def apply(self, inputs: Tensor, segments: Segments) -> Tensor:
+        """Return the output of the Linear for rows of which these segments say whose they are; some may be empty."""
         output: Tensor
         if self.plain is None:
             output = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from assay.errors import ModelError, UsageError
 from assay.models import Model
 from assay.models.families import FUSED_TARGETS, MLP_TARGETS, TARGETS
+from assay.vhack.gradients._experts import expert_matrices, is_fused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,19 +50,23 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     """Return the target Linears by name, in the order of ``named_modules()``.
 
     A projection that fuses several, such as ``qkv_proj`` of Phi-3, counts as one matrix. A Linear that PEFT has wrapped
-    is found as ``q_proj.base_layer``.
+    is found as ``q_proj.base_layer``. Experts in one three-dimensional tensor are a matrix each, such as
+    ``experts.down_proj.7``: a Linear over the same memory, which is not a module of the model.
 
     Raises:
-        ModelError: There is no target, or the model keeps the weights of its experts in one three-dimensional tensor;
-            the message names the module.
+        ModelError: There is no target, or the weights of experts are in a tensor of an unknown form; the message names
+            the module.
     """
     found: dict[str, nn.Linear] = {}
     for name, module in module_of(model).named_modules():
+        if is_fused(module):
+            found |= expert_matrices(name, module)
+            continue
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and any(target.removesuffix("_proj") in own for target in MLP_TARGETS):
                 raise ModelError(
                     f"{name}.{own} holds the weights of {len(parameter)} experts in one tensor",
-                    wanted="projections that are nn.Linear modules, one matrix each",
+                    wanted="projections that are nn.Linear modules, or experts in the form of transformers",
                     do="use a dense model, or one whose experts are separate Linears",
                 )
         leaf = name.removesuffix(".base_layer").rpartition(".")[2]
@@ -125,9 +130,10 @@ def coverage(model: "Model | PreTrainedModel") -> Coverage:
         for name, part in module.named_modules()
         if not isinstance(part, nn.Embedding | nn.ParameterList) and part is not head and _ADAPTER not in name
         for own, parameter in part.named_parameters(recurse=False)
-        if parameter.ndim > 1
+        if parameter.ndim > 1 and not own.endswith("bias")
     }
-    left_out = tuple(name for name in sizes if name not in targets)
+    covered = {*targets, *(name.rpartition(".")[0] for name in targets)}  # a tensor of experts by any of them
+    left_out = tuple(name for name in sizes if name not in covered)
     total = sum(sizes.values())
     return Coverage(1 - sum(sizes[name] for name in left_out) / total, left_out)
 

@@ -1,0 +1,200 @@
+"""Experts in one tensor: the δS gradient of every sample and expert is that of a loop over experts and samples."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from assay.errors import ModelError
+from assay.vhack import Basis, extract, per_sample_gradients, target_modules, weight_svd
+from assay.vhack.delta import DeltaS
+from assay.vhack.gradients import _per_sample, coverage
+from assay.vhack.gradients._batches import Batch, Encoded
+from assay.vhack.gradients._replica import Replica, recipe_for
+from tests.vhack.adapter import _one, worst_error
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "Qwen3Moe": {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "GptOss": {"num_local_experts": 5, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+}
+
+
+def made(family, implementation="eager", **changes):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SMALL | FAMILIES[family] | changes)
+    config._experts_implementation = implementation
+    with torch.random.fork_rng(devices=[]):
+        module = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    for name, parameter in module.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.2)
+    return module
+
+
+def looped_gradients(module, tokenizer, samples, svd):
+    """By the definition: one sample at a time, one expert at a time, W + U diag(δS) Vh written out."""
+    modules = target_modules(module)
+    delta = {name: torch.zeros_like(svd[name].values, requires_grad=True) for name in modules}
+
+    def project(name, inputs):
+        factors, linear = svd[name], modules[name]
+        change = (factors.left * delta[name]) @ factors.right
+        return functional.linear(inputs, linear.weight + change, linear.bias)
+
+    def of_experts(prefix, experts):
+        def forward(hidden, index, weights):
+            total = torch.zeros_like(hidden)
+            for row in range(len(hidden)):
+                for place in range(index.shape[1]):
+                    expert = int(index[row, place])
+                    inner = experts._apply_gate(project(f"{prefix}.gate_up_proj.{expert}", hidden[row][None]))
+                    said = project(f"{prefix}.down_proj.{expert}", inner)[0]
+                    total = total + nn.functional.one_hot(torch.tensor(row), len(hidden))[:, None] * (
+                        weights[row, place] * said
+                    )
+            return total
+
+        return forward
+
+    changed = []
+    for name, part in module.named_modules():
+        if hasattr(part, "is_transposed"):
+            part.forward = of_experts(name, part)
+            changed.append(part)
+        elif name in modules:
+            part.forward = lambda inputs, name=name: project(name, inputs)
+            changed.append(part)
+    try:
+        rows = [_one(module, tokenizer, sample, delta, [0]) for sample in samples]
+    finally:
+        for part in changed:
+            del part.forward
+    return {name: torch.stack([row[name] for row in rows]) for name in modules}
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return made("Qwen3Moe")
+
+
+@pytest.fixture(scope="module")
+def mixture_svd(mixture):
+    return weight_svd(mixture)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_a_loop_over_experts_and_samples(family, samples, byte_tokenizer):
+    """Two batches, so that samples are padded and some experts see nothing of some."""
+    module = made(family)
+    svd = weight_svd(module)
+    wanted = looped_gradients(module, byte_tokenizer, samples, svd)
+    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd, max_tokens=250)
+    assert list(found) == list(wanted)
+    seen = {name: rows for name, rows in wanted.items() if rows.any()}
+    assert len(seen) > len(wanted) / 2
+    assert worst_error({name: found[name] for name in seen}, seen) < 1e-5
+    assert not any(found[name].any() for name in wanted.keys() - seen.keys())
+    assert coverage(module).share > 0.98
+    assert all("gate" in name or "router" in name for name in coverage(module).left_out)
+
+
+@pytest.mark.parametrize("changes", [{"together": True}, {"factored": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_way_gives_the_same(monkeypatch, mixture, mixture_svd, samples, byte_tokenizer, changes, checkpointing):
+    asked = {"tokenizer": byte_tokenizer, "svd": mixture_svd}
+    wanted = per_sample_gradients(samples, mixture, **asked)
+    recipe = replace(recipe_for(mixture), **changes)
+    monkeypatch.setattr(_per_sample, "recipe_for", lambda _: recipe)
+    found = per_sample_gradients(samples, mixture, checkpointing=checkpointing, **asked)
+    seen = {name: rows for name, rows in wanted.items() if rows.any()}
+    assert worst_error({name: found[name] for name in seen}, seen) < 1e-5
+
+
+def test_a_mixture_computes_what_transformers_does_and_is_left_as_it_was(mixture, mixture_svd):
+    ids = torch.arange(40).view(1, 40)
+    before = {name: id(parameter) for name, parameter in mixture.named_parameters()}
+    replica = Replica(mixture, mixture_svd, recipe_for(mixture), factored=(), checkpointing=False)
+    replica._batch = Batch.build([Encoded(0, "one", ids[0].tolist(), 1)], ids.device, packed=False)
+    assert not any("forward" in vars(part) for part in mixture.modules())
+    found = replica.module(input_ids=ids).logits
+    torch.testing.assert_close(found[0], mixture(input_ids=ids).logits[0, :-1], rtol=1e-4, atol=1e-4)
+    assert {name: id(parameter) for name, parameter in mixture.named_parameters()} == before
+
+
+def test_tokens_are_counted_for_every_expert_without_padding(mixture, mixture_svd, samples, byte_tokenizer):
+    counted, handles = [], []
+    name = "model.layers.1.mlp.experts"
+    experts = mixture.get_submodule(name)
+    handles.append(experts.register_forward_pre_hook(lambda _, given: counted.append(given[1].flatten())))
+    for sample in samples:
+        text = byte_tokenizer(sample.prompt + sample.completion)["input_ids"]
+        mixture(input_ids=torch.tensor([text]))
+    handles[0].remove()
+    found = per_sample_gradients(samples, mixture, tokenizer=byte_tokenizer, svd=mixture_svd, max_tokens=400)
+    assert torch.equal(found.tokens[name], torch.stack([torch.bincount(index, minlength=6) for index in counted]))
+    assert found.tokens.keys() == {f"model.layers.{layer}.mlp.experts" for layer in range(2)}
+
+
+def test_a_basis_of_a_mixture_says_how_many_tokens_its_experts_saw(
+    tmp_path, mixture, mixture_svd, small_pairs, byte_tokenizer
+):
+    path = tmp_path / "basis.safetensors"
+    asked = {"tokenizer": byte_tokenizer, "svd": mixture_svd, "n_heldout": 0}
+    basis = extract(small_pairs, mixture, path=path, **asked)
+    sides = [side for pair in small_pairs for side in pair.samples()]
+    counts = per_sample_gradients(sides, mixture, tokenizer=byte_tokenizer, svd=mixture_svd).tokens
+    assert basis.origin.tokens == {name: tuple(each.sum(dim=0).tolist()) for name, each in counts.items()}
+    again = Basis.load(path, mixture)
+    assert again.origin == basis.origin
+    assert set(again.axes) == set(target_modules(mixture))
+    few = extract(small_pairs[:4], mixture, **asked).origin.tokens
+    assert all(sum(few[name]) < sum(counts) for name, counts in basis.origin.tokens.items())
+
+
+def test_some_experts_can_be_had_alone(mixture, mixture_svd, samples, byte_tokenizer):
+    names = ["model.layers.1.mlp.experts.down_proj.2", "model.layers.0.self_attn.q_proj"]
+    asked = {"tokenizer": byte_tokenizer, "svd": mixture_svd}
+    found = per_sample_gradients(samples, mixture, modules=names, **asked)
+    wanted = per_sample_gradients(samples, mixture, **asked)
+    assert set(found) == set(names)
+    assert worst_error(found, {name: wanted[name] for name in found}) < 1e-5
+
+
+def test_matrices_of_experts_are_views_of_their_tensor(mixture):
+    name = "model.layers.0.mlp.experts"
+    linear = target_modules(mixture)[f"{name}.down_proj.3"]
+    assert linear.weight.data_ptr() == mixture.get_submodule(name).down_proj[3].data_ptr()
+    transposed = target_modules(made("GptOss"))[f"{name}.gate_up_proj.1"]
+    assert transposed.weight.shape == (80, 32)
+    assert transposed.bias.shape == (80,)
+
+
+def test_training_of_experts_is_refused(mixture, mixture_svd):
+    with pytest.raises(ModelError, match=r"experts\.gate_up_proj\.0 and 23 more matrices") as raised:
+        DeltaS(mixture, mixture_svd)
+    assert "not trained" in raised.value.wanted
+    assert not hasattr(mixture, "delta_s")
+
+
+def test_experts_in_an_unknown_form_are_refused_by_name():
+    module = made("Qwen3Moe")
+    for layer in module.model.layers:
+        del layer.mlp.experts.is_transposed
+    with pytest.raises(ModelError, match=r"experts\.\w+ holds the weights of 6 experts"):
+        target_modules(module)
