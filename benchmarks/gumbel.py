@@ -7,9 +7,10 @@ Backends are those of `get_backend("auto")`, and their bits are compared with an
 
 On a CPU, times are those of one core: what the noise takes from the model that decodes there. They are processor times,
 to which other programs add little, and the best of several rounds taken in turn. On a GPU, they are medians of CUDA
-events, each call queued behind a pause (benchmarks/gpu_normals.py), and times on the host stand beside.
+events, each call queued behind a pause (benchmarks/gpu_normals.py), and times on the host stand beside. With --model
+the same core, or GPU, also decodes a token for each row of the first two batches, with 64 tokens before it.
 
-    python benchmarks/gumbel.py -o benchmarks/results/gumbel_cpu.json
+    python benchmarks/gumbel.py --model shape:qwen3-0.6b -o benchmarks/results/gumbel_cpu.json
     python benchmarks/gumbel.py --device cuda -o benchmarks/results/gumbel_cuda.json
 """
 
@@ -22,6 +23,7 @@ from _common import note, parser, publish
 from assay.streams import as_tensor, digest, get_backend, seeds
 
 VOCAB_SIZE, BATCHES, ROUNDS = 151_936, (1, 8, 64), 15
+CONTEXT, DECODED = 64, 2
 
 
 class Case:
@@ -80,17 +82,44 @@ def gpu_times(calls):
     return found | {f"{name}_host_ms": round(host_milliseconds(call), 4) for name, call in calls.items()}
 
 
+def times(calls, device):
+    """Times of calls by the rules of a device."""
+    return cpu_times(calls) if device == "cpu" else gpu_times(calls)
+
+
+def decoding(reference, device):
+    """Time of a step of decoding of a model with random weights, for the first batches."""
+    from transformers import DynamicCache
+
+    from assay.models import load_model
+
+    module = load_model(reference, device=device, dtype="bfloat16").module
+    found = []
+    for batch in BATCHES[:DECODED]:
+        cache, ids = DynamicCache(), torch.arange(batch * CONTEXT, device=device).view(batch, CONTEXT)
+        with torch.inference_mode():
+            module(input_ids=ids, past_key_values=cache, use_cache=True)
+
+            def decode(cache=cache, ids=ids):
+                module(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+                cache.crop(-1)
+
+            found.append({"batch": batch, **times({"decode": decode}, device)})
+        note(str(found[-1]))
+    return {"model": reference, "dtype": "bfloat16", "context": CONTEXT, "batches": found}
+
+
 def measure(batch, device):
     case = Case(batch, device)
     case.check()
     calls = {name: getattr(case, name) for name in ("gumbels", "torch_rand", "step", "torch_exponential")}
-    times = cpu_times(calls) if device == "cpu" else gpu_times(calls)
+    found = times(calls, device)
     row = {
         "batch": batch,
-        **times,
-        "over_rand": round(times["torch_rand_ms"] / times["gumbels_ms"], 2),
-        "over_exponential": round(times["torch_exponential_ms"] / times["step_ms"], 2),
-        "million_per_second": round(batch * VOCAB_SIZE / times["gumbels_ms"] / 1e3, 1),
+        **found,
+        "over_rand": round(found["torch_rand_ms"] / found["gumbels_ms"], 2),
+        "over_exponential": round(found["torch_exponential_ms"] / found["step_ms"], 2),
+        "million_per_second": round(batch * VOCAB_SIZE / found["gumbels_ms"] / 1e3, 1),
     }
     note(str(row))
     return row
@@ -99,6 +128,7 @@ def measure(batch, device):
 def main():
     made = parser(__doc__)
     made.add_argument("--device", default="cpu", help="cpu or cuda")
+    made.add_argument("--model", help="also time a step of decoding of this model")
     arguments = made.parse_args()
     if arguments.device == "cpu":
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -109,6 +139,8 @@ def main():
         "vocab_size": VOCAB_SIZE,
         "batches": [measure(batch, arguments.device) for batch in BATCHES],
     }
+    if arguments.model:
+        figures["decoding"] = decoding(arguments.model, arguments.device)
     publish("gumbel", figures, arguments.output)
 
 
