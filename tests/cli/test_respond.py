@@ -1,6 +1,8 @@
 """``assay poc respond``."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,28 @@ def test_a_missing_file_or_directory_is_named(assay, small_checkpoint, prompts: 
     nowhere = assay(*command, "--prompts", prompts, "-o", tmp_path / "none" / "receipts.jsonl")
     assert nowhere.code == 2
     assert "create the directory" in nowhere.err
+
+
+def test_a_stopped_run_says_that_it_continues_and_does(
+    assay, small_checkpoint, prompts: Path, tmp_path: Path, monkeypatch
+):
+    from assay.poc.responses import _respond
+
+    out = tmp_path / "receipts.jsonl"
+    command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]
+    receipts = []
+
+    def stop(seconds: object, receipt: object) -> None:
+        receipts.append(receipt)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_respond._Pace, "end", stop)
+        stopped = assay(*command)
+    assert stopped.code == 128 + signal.SIGTERM
+    assert stopped.err.endswith("continues it\n")
+    assert not out.exists()
+    assert len((tmp_path / "receipts.jsonl.partial").read_text().splitlines()) == 1  # it was not written yet
+    assert assay(*command).code == 0
+    assert Receipts.load(out).receipts[0].line() == receipts[0].line()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "receipts.jsonl"]
