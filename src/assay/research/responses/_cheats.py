@@ -13,7 +13,7 @@ from torch import Tensor
 
 from assay.models import Model
 from assay.research import cheats
-from assay.research.responses._models import TRAINED_LIKE, open_model, tuned, without_layers
+from assay.research.responses._models import open_model, tuned, without_layers
 from assay.research.responses._provers import (
     Float8Cache,
     Requests,
@@ -69,7 +69,7 @@ class Scene:
     @property
     def reads_text(self) -> bool:
         """Whether the model has text to be tuned on."""
-        return self.reference != TRAINED_LIKE
+        return self.model.tokenizer is not None
 
 
 Serve = Callable[[Scene, Requests], Served]
@@ -101,8 +101,12 @@ def _in_small_batches(scene: Scene, requests: Requests) -> Served:
     """Answer honestly, a few requests at a time."""
     count = len(requests.seeds)
     parts = [honest(scene, requests.rows(start, start + SMALL_BATCH)) for start in range(0, count, SMALL_BATCH)]
-    names = ("tokens", "states", "top_ids", "top_logprobs")
-    return Served(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    return Served(
+        tokens=torch.cat([part.tokens for part in parts]),
+        states=torch.cat([part.states for part in parts]),
+        top_ids=torch.cat([part.top_ids for part in parts]),
+        top_logprobs=torch.cat([part.top_logprobs for part in parts]),
+    )
 
 
 def _with_plain_attention(scene: Scene, requests: Requests) -> Served:
@@ -142,12 +146,7 @@ def _float8_cache(scene: Scene, requests: Requests) -> Served:
 
 def _cached(scene: Scene, requests: Requests) -> Served:
     """Hand in what another request was answered with."""
-    served = honest(scene, requests)
-    return Served(
-        *(part.roll(1, 0) for part in (served.tokens, served.states)),
-        *(part.roll(1, 0) for part in (served.top_ids, served.top_logprobs)),
-        asked=0.0,
-    )
+    return replace(honest(scene, requests).changed(lambda part: part.roll(1, 0)), asked=0.0)
 
 
 def _prefilled(serve: Serve) -> Serve:
@@ -203,13 +202,12 @@ def _shortened(scene: Scene, requests: Requests) -> Served:
 
 def _kept(served: Served, steps_N: Tensor) -> Served:
     """Return an answer of some of its steps alone."""
-    parts = (served.tokens, served.states, served.top_ids, served.top_logprobs)
-    return Served(*(part[:, steps_N] for part in parts), asked=served.asked)
+    return served.changed(lambda part: part[:, steps_N])
 
 
 def _all() -> Iterator[Cheat]:
     for bits in (8, 4):
-        yield Cheat(f"int{bits} weights", "weights", _model(lambda scene, b=bits: cheats.rounded(scene.model, b)))
+        yield Cheat(f"int{bits} weights", "weights", _model(partial(_rounded, bits=bits)))
     yield Cheat("fp8 weights", "weights", _model(lambda scene: cheats.rounded_fp8(scene.model)))
     yield Cheat("low-rank update of 2%", "weights", _model(lambda scene: cheats.adapted(scene.model)))
     for steps in TUNED:
@@ -229,6 +227,10 @@ def _all() -> Iterator[Cheat]:
         yield Cheat(f"int4 tokens that lead by {safe:g}", "tokens", _drafted(safe))
     yield Cheat("stops early", "tokens", _stopped)
     yield Cheat("one token left out", "tokens", _shortened)
+
+
+def _rounded(scene: Scene, bits: int) -> Model:
+    return cheats.rounded(scene.model, bits)
 
 
 def _without_middle(scene: Scene) -> Model:

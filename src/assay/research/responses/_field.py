@@ -38,7 +38,7 @@ Scores = Mapping[str, Sequence[FloatArray]]
 BETA = 1e-2
 
 HONEST_AUDITS = 4000
-CHEAT_AUDITS = 1000
+CHEAT_AUDITS = 400
 LOOKED = (32, 64, 128, 256)  # tokens after which areas under the curve are measured
 MULTIPLE = 8.0
 """Noise over the honest one that our scores are the likelihood ratio of, where ours is used with a threshold."""
@@ -193,7 +193,7 @@ class Field:
         return _thresholds(calibrating), _thresholds(testing)
 
     def sequential(self, responses: Sequence[Checked], audits: int) -> dict[str, FloatArray]:
-        """Return, by method of ours, the tokens after which audits are accused, [A]; infinite for never."""
+        """Return the tokens after which each of our tests accuses audits, [A]; infinite for never."""
         looks = [self.ours.looks(one.replayed) for one in responses]
         return {
             name: crossings(looks, evidence, audits, np.random.default_rng(1))

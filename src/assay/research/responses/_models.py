@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from assay.errors import UsageError
-from assay.models import Model, backbone, decoder_layers, load_model
+from assay.models import Model, decoder_layers, load_model
 from assay.models.quiet import quiet
 from assay.research.organism import Mixture, examples
 
@@ -43,8 +43,8 @@ SHAPE: dict[str, Any] = {
 }
 
 RATE = 1e-4
-BATCH = 4
-LONGEST = 160  # tokens of an example
+BATCH = 2
+LONGEST = 128  # tokens of an example
 _PROBED = (4, 64)  # rows and positions over which the entropy is measured
 _IGNORED = -100
 
@@ -89,7 +89,8 @@ def scale_for(logits_XV: torch.Tensor, wanted: float) -> float:
 
 def entropy(logits_XV: torch.Tensor) -> float:
     """Return the mean entropy of next tokens, in nats."""
-    return float(torch.distributions.Categorical(logits=logits_XV.float()).entropy().mean())
+    logs_XV = logits_XV.float().log_softmax(-1)
+    return float(-(logs_XV.exp() * logs_XV).sum(-1).mean())
 
 
 def tuned(model: Model, steps: int, progress: Callable[[], None] | None = None) -> Model:
@@ -132,5 +133,5 @@ def without_layers(model: Model, skipped: Sequence[int]) -> Model:
         del layers[index]
     for place, layer in enumerate(layers):
         layer.self_attn.layer_idx = place
-    backbone(module).config.num_hidden_layers = len(layers)
+    module.config.num_hidden_layers = len(layers)
     return replace(model, module=module)

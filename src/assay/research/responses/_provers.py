@@ -72,6 +72,16 @@ class Served:
     top_logprobs: Tensor
     asked: float = 1.0
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Served":
+        """Return what is handed in when every part [B, N, …] of it is changed by a function."""
+        return replace(
+            self,
+            tokens=change(self.tokens),
+            states=change(self.states),
+            top_ids=change(self.top_ids),
+            top_logprobs=change(self.top_logprobs),
+        )
+
 
 @dataclass(frozen=True)
 class Step:
@@ -79,6 +89,11 @@ class Step:
 
     logits: Tensor
     state: Tensor
+
+
+def head_of(model: Model) -> Any:
+    """Return the module that makes logits of the last hidden states."""
+    return model.module.get_output_embeddings()  # type: ignore[no-untyped-call]
 
 
 class Runner:
@@ -91,7 +106,7 @@ class Runner:
 
     def __init__(self, model: Model, cache: DynamicCache | None = None) -> None:
         self._body: Any = backbone(model.module)
-        self._head: Any = model.module.get_output_embeddings()
+        self._head = head_of(model)
         self._cache = DynamicCache() if cache is None else cache
 
     @torch.inference_mode()
@@ -184,7 +199,7 @@ def _top(logits_XV: Tensor) -> tuple[Tensor, Tensor]:
 def prefill(model: Model, prompts_BT: Tensor, tokens_BN: Tensor, batch: int = 8) -> Iterator[Step]:
     """Yield, for every request, the logits [N, V] and states [N, D] that a prefill gives its output."""
     body: Any = backbone(model.module)
-    head: Any = model.module.get_output_embeddings()
+    head = head_of(model)
     steps = tokens_BN.shape[1]
     ids_BX = torch.cat([prompts_BT, tokens_BN[:, :-1]], 1)
     for start in range(0, len(ids_BX), batch):

@@ -23,7 +23,7 @@ from pydantic import Field as Setting
 from assay.poc.responses import Sampling
 from assay.reports import JsonObject
 from assay.research.responses._audits import GRID, drawn_means
-from assay.research.responses._cheats import CHEATS, GREEDY, HONEST, Cheat
+from assay.research.responses._cheats import CHEATS, GREEDY, HONEST, STOPPED, Cheat
 from assay.research.responses._check import Checked
 from assay.research.responses._field import BYTES, CHEAT_AUDITS, HONEST_AUDITS, Field
 from assay.research.responses._models import TRAINED_LIKE
@@ -56,7 +56,7 @@ class ResponsesPlan(ExperimentPlan):
     honest: int = Setting(64, ge=8, description="Honest responses, one half to calibrate and one to test.")
     responses: int = Setting(12, ge=2, description="Responses of every cheat.")
     prompt_tokens: int = Setting(32, ge=16, description="Tokens of every prompt.")
-    seq_len: int = Setting(256, ge=128, description="Tokens of every response.")
+    seq_len: int = Setting(256, ge=STOPPED + 1, description="Tokens of every response.")
     batch_size: int = Setting(24, ge=4, description="Responses of an honest pair of dtypes.")
     temperature: float = Setting(1.0, gt=0, description="Temperature that requests ask for.")
     top_p: float = Setting(0.95, gt=0, le=1, description="Probability of the kept tokens that requests ask for.")

@@ -1,0 +1,127 @@
+"""Provers: an honest one is exact, and every cheat is what its name says."""
+
+import numpy as np
+import pytest
+import torch
+
+from assay.errors import UsageError
+from assay.models import Model
+from assay.poc.responses import respond
+from assay.research.responses import CHEATS
+from assay.research.responses._cheats import DROPPED, EOS, HONEST, STOPPED, Scene, honest
+from assay.research.responses._check import check, receipts
+from assay.research.responses._models import TRAINED_ENTROPY, entropy, open_model, scale_for, tuned, without_layers
+from assay.research.responses._provers import Requests, Served, with_honest_prefill
+from tests.research.responses.conftest import STEPS
+
+BY_NAME = {cheat.name: cheat for cheat in CHEATS}
+SILENT = {"cached answer, honest prefill", "int4 tokens, honest prefill", "noise of its own", "stops early"}
+"""Cheats whose sketches are honest."""
+
+SAFE = "int4 tokens that lead by"
+
+
+@pytest.fixture(scope="module")
+def served(scene: Scene, requests: Requests) -> Served:
+    return honest(scene, requests)
+
+
+def margins(requests: Requests, served: Served, model: Model) -> tuple[float, float]:
+    """The share of tokens that are not the verifier's, and the median residual."""
+    found = check(requests, served, model, model)
+    others = np.concatenate([one.replayed.margins > 0 for one in found])
+    return float(others.mean()), float(np.median(np.concatenate([one.replayed.residuals for one in found])))
+
+
+def test_an_honest_prover_in_float32_is_exact(requests, served, small_model):
+    different, residual = margins(requests, served, small_model)
+    assert different == 0
+    assert residual < 1e-3
+
+
+def test_the_reference_loop_gives_the_same_tokens(requests, served, small_model):
+    prompts = [row.tolist() for row in requests.prompts[:1]]
+    made = respond(
+        small_model, prompts, block_hash=requests.seeds[0].block_hash, public_key=requests.seeds[0].public_key,
+        sampling=requests.sampling, max_tokens=STEPS, stop=(),
+    )  # fmt: skip
+    stated = receipts(requests, served, small_model)
+    assert made.receipts[0].request_id != stated.receipts[0].request_id
+    seed = made.header.seed(made.receipts[0])
+    again = honest(
+        Scene(small_model.reference, "float32", "cpu"),
+        Requests(requests.prompts[:1], (seed,), requests.sampling, STEPS),
+    )
+    assert tuple(again.tokens[0].tolist()) == made.receipts[0].output
+
+
+@pytest.mark.parametrize("serve", HONEST.values(), ids=HONEST)
+def test_other_honest_ways_give_the_same_tokens(serve, scene, requests, served):
+    other = serve(scene, requests)
+    assert torch.equal(other.tokens, served.tokens)
+    torch.testing.assert_close(other.states, served.states, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cheat", [cheat for cheat in CHEATS if not cheat.reads_text], ids=lambda cheat: cheat.name)
+def test_every_cheat_leaves_a_trace(cheat, scene, requests, small_model):
+    handed_in = cheat.serve(scene, requests)
+    different, residual = margins(requests, handed_in, small_model)
+    assert 0 <= handed_in.asked <= 1
+    if cheat.name.startswith(SAFE):  # a model this small has hardly a token that leads wrongly
+        assert residual < 1e-3
+        return
+    assert different > 0 or residual > 2e-3, cheat.name
+    if cheat.name in SILENT:
+        assert residual < 1e-3
+        assert different > 0
+
+
+def test_the_honest_model_is_asked_where_the_cheap_one_leads_by_less(scene, requests, served):
+    found = [BY_NAME[f"{SAFE} {safe}"].serve(scene, requests) for safe in ("0.5", "5")]
+    assert 0 < found[0].asked < found[1].asked < 1
+    kept = [float((one.tokens == served.tokens).float().mean()) for one in found]
+    cheap = BY_NAME["int4 tokens, honest prefill"].serve(scene, requests)
+    assert float((cheap.tokens == served.tokens).float().mean()) < kept[0] <= kept[1]
+
+
+def test_answers_are_cut_where_it_is_said(scene, requests, served):
+    stopped = BY_NAME["stops early"].serve(scene, requests)
+    assert stopped.tokens.shape[1] == STOPPED + 1
+    assert (stopped.tokens[:, -1] == EOS).all()
+    shortened = BY_NAME["one token left out"].serve(scene, requests)
+    assert torch.equal(shortened.tokens[:, DROPPED:], served.tokens[:, DROPPED + 1 :])
+
+
+def test_an_honest_prefill_hides_where_tokens_come_from(scene, requests, served, small_model):
+    random = torch.randint(3, 90, served.tokens.shape, generator=torch.Generator().manual_seed(0))
+    different, residual = margins(
+        requests, with_honest_prefill(small_model, requests, Served(random, *([served.states] * 3))), small_model
+    )
+    assert residual < 1e-3
+    assert different > 0.3
+
+
+def test_skipped_layers_are_gone_and_the_cache_knows(small_model, requests):
+    shorter = without_layers(small_model, [1])
+    assert shorter.num_layers == 2
+    assert small_model.num_layers == 3
+    assert [layer.self_attn.layer_idx for layer in shorter.module.model.layers] == [0, 1]
+
+
+def test_tuning_moves_a_model_that_reads_text():
+    model = open_model("reference:qwen3", "bfloat16", "cpu")
+    moved = tuned(model, 1)
+    name, before = next(iter(model.module.named_parameters()))
+    assert not torch.equal(dict(moved.module.named_parameters())[name], before)
+    assert moved.dtype == model.dtype
+    assert moved.digest == model.digest, "that is the lie"
+
+
+def test_a_model_without_text_cannot_be_tuned(small_model):
+    with pytest.raises(UsageError, match="tokenizer"):
+        tuned(small_model, 1)
+
+
+def test_a_head_is_scaled_to_the_entropy_that_is_wanted():
+    logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
+    assert entropy(scale_for(logits, TRAINED_ENTROPY) * logits) == pytest.approx(TRAINED_ENTROPY, abs=0.01)

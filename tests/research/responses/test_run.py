@@ -1,0 +1,94 @@
+"""A whole run on the small checkpoint, stopped and continued."""
+
+from pathlib import Path
+
+import pytest
+
+from assay.errors import UsageError
+from assay.research.responses import BYTES, CHEATS, GREEDY, ResponsesPlan, caught_table, places, run_responses
+from assay.research.responses import _field as field_module
+from assay.research.responses import _run as run_module
+from assay.research.responses import _tables as tables
+from assay.research.runs import build_report, read_run
+
+SOME = ("int4 weights", "fine-tuned, 20 steps", "noise of its own", "stops early")
+
+
+@pytest.fixture(scope="module")
+def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("responses")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (field_module, run_module):
+            patch.setattr(module, "HONEST_AUDITS", 200)
+            patch.setattr(module, "CHEAT_AUDITS", 50)
+        patch.setattr(run_module, "AUDITS", 50)
+        patch.setattr(run_module, "CHEATS", tuple(cheat for cheat in CHEATS if cheat.name in SOME))
+        patch.setattr(run_module, "GREEDY", GREEDY[:1])
+        patch.setattr(run_module, "PAIRS", (("bfloat16", "float32"),))
+        plan = ResponsesPlan(
+            models=(str(small_checkpoint),), honest=16, responses=3, prompt_tokens=16, seq_len=112, batch_size=12,
+            temperature=0.1, device="cpu",
+        )  # fmt: skip
+        seen: list[tuple[int, int]] = []
+
+        def stop(done: int, total: int) -> None:
+            seen.append((done, total))
+            if done == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_responses(plan, folder, progress=stop)
+        assert "cells are missing" in build_report(folder).read_text(), "an unfinished run has a page too"
+        run_responses(plan, folder, progress=lambda done, total: seen.append((done, total)))
+    total = seen[0][1]
+    assert seen[2:] == [(done, total - 2) for done in range(1, total - 1)], "no cell is measured again"
+    return folder, read_run(folder, "responses").cells
+
+
+def test_every_cell_is_there_once(finished, small_checkpoint):
+    cells = finished[1]
+    kinds = [cell["kind"] for cell in cells]
+    assert sorted(set(kinds)) == ["cheat", "honest", "others", "pair"]
+    named = [cell["name"] for cell in cells if cell["kind"] == "cheat" and cell["mode"] == "sampled"]
+    assert named == [name for name in SOME if "fine-tuned" not in name], "this model reads no text"
+    assert places(cells) == [(str(small_checkpoint), "bfloat16", mode) for mode in ("sampled", "greedy")]
+
+
+def test_noise_of_its_own_is_seen_in_margins_alone(finished):
+    cell = next(cell for cell in finished[1] if cell.get("name") == "noise of its own")
+    methods = cell["methods"]
+    assert cell["matches"] < 0.97
+    assert methods["margins"]["sequential"][-1] > 0.5
+    for sees in ("margins", "Token-DiFR", "GLS"):
+        assert methods[sees]["threshold_99"] <= 256, sees
+    for blind in ("TOPLOC, top 128", "log-probabilities, each"):
+        assert methods[blind]["threshold_99"] is None, blind
+    assert methods["sketches"]["sequential"][-1] == 0
+
+
+def test_int4_weights_are_seen_in_the_states(finished):
+    cell = next(cell for cell in finished[1] if cell.get("name") == "int4 weights" and cell["mode"] == "sampled")
+    for method in ("sketches", "Activation-DiFR, each", "TOPLOC, top 128"):
+        assert cell["methods"][method]["auc"]["64"] > 0.95, method
+
+
+def test_tables_have_a_column_for_every_method(finished):
+    place = places(finished[1])[0]
+    for columns, rows in (caught_table(finished[1], place), tables.area_table(finished[1], place)):
+        assert set(BYTES) <= set(columns)
+        assert all(len(row) == len(columns) for row in rows)
+    columns, rows = tables.standing_table(finished[1])
+    assert [row[3] for row in rows] == ["margins", "sketches"]
+    assert len(tables.honest_table(finished[1])[1]) == 5
+    assert len(tables.alarm_table(finished[1])[1]) == 2 * len(BYTES)
+
+
+def test_the_page_shows_it(finished):
+    page = build_report(finished[0]).read_text()
+    for words in ("served responses", "Tokens until 99 %", "Area under the curve", "False alarms"):
+        assert words in page
+
+
+def test_other_settings_do_not_continue_a_run(finished, small_checkpoint):
+    with pytest.raises(UsageError, match="honest"):
+        run_responses(ResponsesPlan(models=(str(small_checkpoint),), honest=20), finished[0])
