@@ -87,6 +87,10 @@ FROZEN = {
         "--models", "--dtypes", "--nonces", "--honest", "--searched", "--block-hash", "--seq-len",
         "--batch-size", "--device", "--run-name", "--output", "--json",
     },
+    "poc experiment responses": {
+        "--models", "--dtypes", "--honest", "--responses", "--prompt-tokens", "--temperature", "--top-p", "--seq-len",
+        "--batch-size", "--device", "--run-name", "--output", "--json",
+    },
     "poc experiment simulate": {
         "--presets", "--dtypes", "--laws", "--nodes", "--cheating", "--rounds", "--machine-spread", "--validators",
         "--checkers", "--checked", "--seed", "--stake-spread", "--run-name", "--output", "--json",
