@@ -87,11 +87,11 @@ def test_receipts(reader: SimpleNamespace, tmp_path: Path):
 
 
 def test_the_page_states_the_ranges_of_the_code():
-    from assay.poc.responses import HIGHEST_TOKEN, LONGEST_LINE, MOST_TOKENS, NUMBERS
+    from assay.poc.responses import HIGHEST_TOKEN, LONGEST_LINE, MOST_TOKENS, RANGES
 
     assert (LONGEST_LINE, MOST_TOKENS, HIGHEST_TOKEN + 1) == (32 * 2**20, 2**20, 2**24)
     assert "32 MiB" in PAGE
-    for name, (low, high) in NUMBERS.items():
+    for name, (low, high) in RANGES.items():
         row = next(
             line for line in PAGE.splitlines() if line.startswith("|") and f"`{name}`" in line and " to " in line
         )

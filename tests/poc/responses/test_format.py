@@ -15,7 +15,7 @@ from assay.poc.responses import (
     HIGHEST_INDEX,
     HIGHEST_TOKEN,
     MOST_TOKENS,
-    NUMBERS,
+    RANGES,
     Receipts,
     parse_header,
     parse_receipt,
@@ -62,7 +62,7 @@ def test_the_schema_is_closed():
 
 def test_the_schema_has_the_bounds_of_the_code():
     defined = SCHEMA["$defs"]
-    for name, bounds in NUMBERS.items():
+    for name, bounds in RANGES.items():
         stated = defined["sampling"]["properties"][name]
         stated = stated["oneOf"][1] if name == "temperature" else stated
         assert (stated["minimum"], stated["maximum"]) == bounds

@@ -42,7 +42,7 @@ from assay.poc.responses._respond import respond, stop_tokens
 from assay.poc.responses._sampler import Sampler
 from assay.poc.responses._sampling import (
     HIGHEST_TOKEN,
-    NUMBERS,
+    RANGES,
     Sampling,
     counts_before,
     kept,
@@ -59,7 +59,7 @@ __all__ = [
     "HIGHEST_TOKEN",
     "LONGEST_LINE",
     "MOST_TOKENS",
-    "NUMBERS",
+    "RANGES",
     "CachedForward",
     "Evidence",
     "HFPrefill",

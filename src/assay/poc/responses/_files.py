@@ -33,7 +33,7 @@ from assay.poc.responses._receipts import (
     ReceiptFooter,
     ReceiptHeader,
 )
-from assay.poc.responses._sampling import MOST_BIASES, NUMBERS, Sampling
+from assay.poc.responses._sampling import MOST_BIASES, RANGES, Sampling
 from assay.reports import PartialFile
 
 T = TypeVar("T")
@@ -291,7 +291,7 @@ def parse_sampling(value: Any) -> Sampling:
         ProofFormatError: A field is missing, unknown or of another type.
         UsageError: A parameter is out of range.
     """
-    check_fields(value, {*NUMBERS, "top_k", "logit_bias"}, "sampling")
+    check_fields(value, {*RANGES, "top_k", "logit_bias"}, "sampling")
     biases = value["logit_bias"]
     if not isinstance(biases, dict) or len(biases) > MOST_BIASES:
         raise malformed(f"logit_bias is {biases!r:.60}", f"an object of at most {MOST_BIASES} numbers by token id")

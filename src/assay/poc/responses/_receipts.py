@@ -27,7 +27,7 @@ from assay.poc.protocol import (
     sketch_steps,
 )
 from assay.poc.responses._sampling import HIGHEST_TOKEN, Sampling
-from assay.poc.responses._seeds import HIGHEST_INDEX, ResponseSeed, check_digest, check_seed_texts
+from assay.poc.responses._seeds import HIGHEST_INDEX, ResponseSeed, check_block_hash, check_digest, check_request_texts
 from assay.reports import dumps
 
 KIND = "assay.poc.receipts"
@@ -111,7 +111,8 @@ class Receipt:
     mask: bool = False
 
     def __post_init__(self) -> None:
-        check_seed_texts(user_seed=self.user_seed, request_id=self.request_id, block_hash=self.block_hash)
+        check_request_texts(user_seed=self.user_seed, request_id=self.request_id)
+        check_block_hash(self.block_hash)
         check_number("index", self.index, 0, HIGHEST_INDEX)
         _check_word("chosen_by", self.chosen_by, CHOOSERS)
         _check_word("finish", self.finish, FINISHES)

@@ -9,8 +9,8 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.poc.protocol import check_number
 from assay.poc.responses._files import MOST_RECEIPTS
 from assay.poc.responses._receipts import CHOOSERS, MOST_TOKENS, check_ids
-from assay.poc.responses._sampling import NUMBERS, Sampling
-from assay.poc.responses._seeds import HIGHEST_INDEX, check_seed_texts
+from assay.poc.responses._sampling import RANGES, Sampling
+from assay.poc.responses._seeds import HIGHEST_INDEX, check_request_texts
 from assay.reports import read_jsonl
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Request:
     max_tokens: int = DEFAULT_MAX_TOKENS
 
     def __post_init__(self) -> None:
-        check_seed_texts(user_seed=self.user_seed, request_id=self.request_id, block_hash="later")
+        check_request_texts(user_seed=self.user_seed, request_id=self.request_id)
         check_number("index", self.index, 0, HIGHEST_INDEX)
         check_number("max_tokens", self.max_tokens, 1, MOST_TOKENS)
         if self.chosen_by not in CHOOSERS:
@@ -116,7 +116,7 @@ def read_requests(
 
 
 _OPTIONAL = {"request_id", "user_seed", "max_tokens", "n"}
-_SAMPLED = {*NUMBERS, "top_k", "logit_bias"}
+_SAMPLED = {*RANGES, "top_k", "logit_bias"}
 
 
 def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: Sampling) -> list[Request]:

@@ -37,7 +37,7 @@ HIGHEST_TOKEN = 2**24 - 1
 """Largest token id: far beyond vocabularies, and what a reader has to make room for at most."""
 
 MOST_BIASES = 1024
-NUMBERS = {
+RANGES = {
     "temperature": (0.01, 1000.0),
     "top_p": (1e-6, 1.0),
     "min_p": (0.0, 1.0),
@@ -81,7 +81,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name, (low, high) in NUMBERS.items():
+        for name, (low, high) in RANGES.items():
             object.__setattr__(self, name, _number(name, getattr(self, name), low, high, zero=name == "temperature"))
         check_number("top_k", self.top_k, 0, HIGHEST_TOKEN + 1)
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:

@@ -47,7 +47,8 @@ class ResponseSeed:
     index: int = 0
 
     def __post_init__(self) -> None:
-        check_seed_texts(user_seed=self.user_seed, request_id=self.request_id, block_hash=self.block_hash)
+        check_request_texts(user_seed=self.user_seed, request_id=self.request_id)
+        check_block_hash(self.block_hash)
         check_name("public_key", self.public_key, do="pass the public key as the chain prints it")
         check_digest("digest", self.digest)
         check_number("index", self.index, 0, HIGHEST_INDEX)
@@ -83,14 +84,22 @@ def step_seeds(words: NDArray[np.uint32], steps: Sequence[int]) -> NDArray[np.ui
     return seeds_1N.reshape(-1)
 
 
-def check_seed_texts(*, user_seed: object, request_id: object, block_hash: object) -> None:
-    """Refuse texts that cannot be parts of a seed text.
+def check_request_texts(*, user_seed: object, request_id: object) -> None:
+    """Refuse texts of a request that cannot be parts of a seed text.
 
     Raises:
         UsageError: Names the first of them.
     """
     check_name("user_seed", user_seed, fewest=0, do="pass the seed of the client, or an empty text where it gave none")
     check_name("request_id", request_id, do="pass the id of the request")
+
+
+def check_block_hash(block_hash: object) -> None:
+    """Refuse a block hash that cannot be part of a seed text.
+
+    Raises:
+        UsageError: Names it.
+    """
     check_name("block_hash", block_hash, do="pass the block hash as the chain prints it")
 
 
