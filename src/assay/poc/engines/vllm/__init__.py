@@ -24,15 +24,15 @@ from assay.poc.engines.vllm._engine import (
 )
 from assay.poc.engines.vllm._extension import WorkerExtension
 from assay.poc.engines.vllm._throttle import Mode, Throttle, ThrottleSettings
-from assay.poc.engines.vllm._worker import Chunk, call_before, chunks, is_first_of_group
+from assay.poc.engines.vllm._worker import Spans, call_before, is_first_of_group, spans
 
 __all__ = [
     "EXTENSION",
-    "Chunk",
     "Client",
     "Inputs",
     "Mode",
     "RequestEngine",
+    "Spans",
     "Throttle",
     "ThrottleSettings",
     "VLLMEngine",
@@ -43,7 +43,6 @@ __all__ = [
     "check_config",
     "check_engines",
     "check_installed",
-    "chunks",
     "fingerprint_of",
     "is_first_of_group",
     "missing_in_runner",
@@ -51,4 +50,5 @@ __all__ = [
     "multiply_exactly",
     "refuse_missing",
     "runner_kind",
+    "spans",
 ]

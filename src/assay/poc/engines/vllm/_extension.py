@@ -172,6 +172,8 @@ class Hooks:
     @torch.inference_mode()
     def _capture(self, *args: Any, **kwargs: Any) -> None:
         """Keep what the pipelines read of the hidden states of this step."""
+        if not len(self.rows):
+            return
         states_ND, of_step = chunks(self._runner)
         if states_ND is None:
             return

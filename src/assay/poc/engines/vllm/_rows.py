@@ -106,6 +106,9 @@ class Rows:
         self._streams: dict[str, RowStream] = {}
         self._dropped = 0
 
+    def __len__(self) -> int:
+        return len(self._streams)
+
     def open(self, key: str, spec: Spec) -> None:
         """Begin a stream. Streams that were not used for ten minutes end, and the oldest if there are too many."""
         now = time.monotonic()

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.models.device import processor
@@ -44,13 +46,51 @@ class Chunk:
         return self.computed < self.prompt <= self.computed + self.length
 
 
-def chunks(runner: Any) -> tuple[Tensor | None, Iterator[Chunk]]:
-    """Return the hidden states [tokens, D] of the step and its requests; None where this rank has no states.
+@dataclass(frozen=True)
+class Spans:
+    """The requests of a step, all at once: a loop over them costs as much as a small model's layers.
 
-    Both model runners keep them in ``execute_model_state`` between ``execute_model`` and ``sample_tokens``.
+    Args:
+        names: Ids of the requests, as the worker knows them.
+        starts: Row of the first token of each in the hidden states of the step.
+        lengths: Number of tokens of each.
+        computed: Number of tokens of each that were computed in earlier steps.
     """
+
+    names: list[str]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    computed: NDArray[np.int64]
+
+
+def spans(runner: Any) -> tuple[Tensor | None, Spans | None]:
+    """Return what :func:`chunks` does, in arrays."""
+    state = _state(runner)
+    if state is None:
+        return None, None
+    if runner_kind(runner) == "v2":
+        batch = state.input_batch
+        names = list(batch.req_ids[: batch.num_reqs])
+        ends = np.asarray(batch.query_start_loc_np[: len(names) + 1], np.int64)
+        computed = batch.num_computed_tokens_np
+    else:
+        batch, scheduled = runner.input_batch, state.scheduler_output.num_scheduled_tokens
+        names, computed = batch.req_ids, batch.num_computed_tokens_cpu
+        ends = np.cumsum([0, *(scheduled[name] for name in names)])
+    found = Spans(names, ends[:-1], np.diff(ends), np.asarray(computed[: len(names)], np.int64))
+    return state.hidden_states, found
+
+
+def _state(runner: Any) -> Any:
+    """Return the state that both model runners keep between ``execute_model`` and ``sample_tokens``, with states."""
     state = runner.execute_model_state
-    if state is None or not hasattr(state.hidden_states, "shape"):
+    return None if state is None or not hasattr(state.hidden_states, "shape") else state
+
+
+def chunks(runner: Any) -> tuple[Tensor | None, Iterator[Chunk]]:
+    """Return the hidden states [tokens, D] of the step and its requests; None where this rank has no states."""
+    state = _state(runner)
+    if state is None:
         return None, iter(())
     read = _chunks_v2 if runner_kind(runner) == "v2" else _chunks_v1
     return state.hidden_states, read(runner, state)

@@ -3,9 +3,9 @@
 Two methods of the model runner are wrapped as :class:`assay.poc.engines.vllm.WorkerExtension` does it, and for its
 reasons: ``execute_model`` names the new requests, and while ``sample_tokens`` begins the hidden states of a step are
 there. The state at position ``prompt - 1 + t`` of a request gives token t. States are copied once a step, all together,
-and become sketches a few dozen at a time: a step that has none of them costs a loop over its requests.
+and become sketches a few dozen at a time.
 
-Legend of shapes: N positions of a step, D hidden size, S sketches.
+Legend of shapes: N requests or positions of a step, L positions of one request, D hidden size, S sketches.
 """
 
 from collections import OrderedDict
@@ -18,13 +18,12 @@ from torch import Tensor
 
 from assay import streams
 from assay.poc.engines.vllm import (
-    Chunk,
     WorkerExtension,
     call_before,
-    chunks,
     is_first_of_group,
     missing_in_runner,
     runner_kind,
+    spans,
 )
 from assay.poc.protocol import SKETCH_EVERY, SKETCH_SIZE, sketches
 from assay.poc.responses.vllm._carried import carried_by
@@ -37,6 +36,10 @@ MOST_RESPONSES = 8192
 
 STEPS_AHEAD = 4
 """Steps of drafts by which a runner's positions on the host may be wrong: two are in flight."""
+
+
+NEVER = 2**40
+"""Length of a prompt that never ends."""
 
 
 class ResponseExtension(WorkerExtension):
@@ -84,6 +87,7 @@ class Capture:
         self.errors = 0
         self._runner = runner
         self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._prompts: dict[str, int] = {}
         self._states: list[State] = []
         self._rows: list[Tensor] = []
         speculative = getattr(config, "speculative_config", None)
@@ -98,7 +102,7 @@ class Capture:
         self._flush()
         found = {}
         for name in names:
-            kept = self._kept.pop(name, None)
+            kept = self._remove(name)
             if kept is not None:
                 steps = range(0, SKETCH_EVERY * len(kept.sketches), SKETCH_EVERY)
                 found[name] = b"".join(kept.sketches.get(step, b"") for step in steps)
@@ -107,7 +111,11 @@ class Capture:
     def drop(self, names: list[str]) -> None:
         """Remove the sketches of requests whose clients have left."""
         for name in names:
-            self._kept.pop(name, None)
+            self._remove(name)
+
+    def _remove(self, name: str) -> Kept | None:
+        self._prompts.pop(name, None)
+        return self._kept.pop(name, None)
 
     def _note(self, error: Exception) -> None:
         self.errors += 1
@@ -118,28 +126,30 @@ class Capture:
             carried = carried_by(request.sampling_params)
             if carried is not None and request.req_id not in self._kept:
                 self._kept[request.req_id] = Kept(carried.prompt, np.array(carried.sketch, np.uint32))
+                self._prompts[request.req_id] = carried.prompt
         while len(self._kept) > MOST_RESPONSES:
-            self._kept.popitem(last=False)
+            self._remove(next(iter(self._kept)))
 
     @torch.inference_mode()
     def _capture(self, *args: Any, **kwargs: Any) -> None:
         """Copy the states of this step that are sketched."""
         if not self._kept:
             return
-        states_ND, of_step = chunks(self._runner)
-        if states_ND is None:
+        states_ND, step = spans(self._runner)
+        if states_ND is None or step is None:
             return
+        # The token that the first position of each request gives; a request that is not recorded gives none.
+        first_N = step.computed + 1 - np.array([self._prompts.get(name, NEVER) for name in step.names])
+        due_N = _next_sketched(first_N - self._slack) < first_N + self._slack + step.lengths
         places, found = [], []
-        for chunk in of_step:
-            kept = self._kept.get(chunk.request_id)
-            if kept is None:
-                continue
-            first = chunk.computed + 1 - kept.prompt  # the token that the first position of the chunk gives
-            for token in _sketched(first - self._slack, first + self._slack + chunk.length):
+        for row in np.flatnonzero(due_N):
+            first, start, length = int(first_N[row]), int(step.starts[row]), int(step.lengths[row])
+            kept, low = self._kept[step.names[row]], int(_next_sketched(first - self._slack))
+            for token in range(low, first + self._slack + length, SKETCH_EVERY):
                 if self._slack:
-                    self._choose(states_ND, chunk, kept, token)
+                    self._choose(states_ND[start : start + length], start, kept, token)
                 else:
-                    places.append(chunk.start + token - first)
+                    places.append(start + token - first)
                     found.append(State(kept, token))
         if places:
             self._rows.append(states_ND[places])
@@ -147,16 +157,15 @@ class Capture:
         if len(self._states) >= self._at_once:
             self._flush()
 
-    def _choose(self, states_ND: Tensor, chunk: Chunk, kept: Kept, token: int) -> None:
+    def _choose(self, states_LD: Tensor, start: int, kept: Kept, token: int) -> None:
         """Copy the state at a position that only the device can find: with drafts the host's count is a bound.
 
         A draft that is not accepted leaves a wrong state at its position, which is computed again and replaces it.
         """
-        positions_N = self._runner.execute_model_state.input_batch.positions
-        span = slice(chunk.start, chunk.start + chunk.length)
-        hits = positions_N[span] == kept.prompt - 1 + token
-        self._rows.append(states_ND[span].index_select(0, hits.to(torch.uint8).argmax().reshape(1)))
-        self._states.append(State(kept, token, hits.any()))
+        positions_L = self._runner.execute_model_state.input_batch.positions[start : start + len(states_LD)]
+        hits_L = positions_L == kept.prompt - 1 + token
+        self._rows.append(states_LD.index_select(0, hits_L.to(torch.uint8).argmax().reshape(1)))
+        self._states.append(State(kept, token, hits_L.any()))
 
     @torch.inference_mode()
     def _flush(self) -> None:
@@ -176,6 +185,6 @@ class Capture:
                 state.kept.sketches[state.token] = sketch.tobytes()
 
 
-def _sketched(first: int, stop: int) -> range:
-    """Return the tokens from ``first`` to before ``stop`` that are sketched."""
-    return range(-(-max(0, first) // SKETCH_EVERY) * SKETCH_EVERY, stop, SKETCH_EVERY)
+def _next_sketched(tokens: Any) -> Any:
+    """Return the first token, from each of these on, that is sketched."""
+    return -(-np.maximum(tokens, 0) // SKETCH_EVERY) * SKETCH_EVERY

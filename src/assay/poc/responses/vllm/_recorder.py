@@ -38,6 +38,8 @@ FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "repetition": 
 MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens", "thinking_token_budget")
 """Parameters of vLLM that forbid or force tokens in a way that a receipt does not repeat."""
 
+PAUSE = 0.05  # seconds between two calls for sketches, each of which holds up a step of the engine
+
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 NEUTRAL = {
     "temperature": 0.0,
@@ -244,7 +246,10 @@ class Recorder:
 
 
 class Collector:
-    """Takes sketches from the workers: those of all responses that end while a call runs go into the next one."""
+    """Takes sketches from the workers, which compute nothing meanwhile.
+
+    The responses that end while a call runs, and in a short pause behind it, go into the next one.
+    """
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -287,6 +292,7 @@ class Collector:
                 for future in wanted.values():
                     if not future.done():
                         future.set_exception(failed)
+            await asyncio.sleep(PAUSE)
 
 
 def _is_plain(request: Any) -> bool:
@@ -296,6 +302,7 @@ def _is_plain(request: Any) -> bool:
     steps of a beam search, which have numbered ids of their own, are not tokens of a response.
     """
     params = request.sampling_params
+    beam = "-beam-" in str(request.external_req_id) and params.max_tokens == 1 and not params.detokenize
     return bool(
         request.prompt_token_ids
         and request.prompt_embeds is None
@@ -303,7 +310,7 @@ def _is_plain(request: Any) -> bool:
         and request.lora_request is None
         and not request.resumable
         and not getattr(params, "trace_decode_token_ids", None)
-        and "-beam-" not in str(request.external_req_id)
+        and not beam
     )
 
 
