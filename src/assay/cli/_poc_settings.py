@@ -36,9 +36,9 @@ class ProveSettings(Settings):
     )
     preset: str = Field(
         Round.preset,
-        description="How a proof follows from the model: poc-2.0, artifact, hardened, or another pipeline.",
+        description="How a proof follows from the model: poc-2.0, artifact, hardened, decode, or another pipeline.",
     )
-    seq_len: int = Field(Round.seq_len, description="Number of input positions of a nonce.")
+    seq_len: int = Field(Round.seq_len, description="Number of input positions of a nonce; with decode, of its prompt.")
     batch_size: str = Field(
         "32", description="Nonces per forward pass, part of the fingerprint; auto takes what fits into memory."
     )

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook
 
-from assay.poc import Proof, Round, prove
-from assay.poc.protocol import encode_vector
+from assay.poc import Proof, Round, get_pipeline, prove
+from assay.poc.protocol import encoding, pack
 from assay.poc.service import Deployment, Settings
 from assay.poc.validator import Controller, ValidatorSettings, create_app
 from tests.waiting import until
@@ -38,8 +38,9 @@ def secret_of(name: str) -> str:
 
 def pins_text(model: Any, *, preset: str = "poc-2.0", keys: Sequence[str] = KEYS, **changes: Any) -> str:
     """The pins of a network on a model: node i of three has every third nonce."""
-    vectors = preset in ("artifact", "hardened")
-    round = {"preset": preset, "seq_len": SEQ_LEN, "strength": 256 if preset == "hardened" else 32}
+    pipeline = get_pipeline(preset)
+    vectors = pipeline.output != "distance"
+    round = {"preset": preset, "seq_len": SEQ_LEN, "strength": 256 if pipeline.texts == "versioned" else 32}
     round |= {"node_count": NODE_COUNT, "fewest_nonces": 8} | ({} if vectors else {"r_target": R_TARGET}) | changes
     build = dict.fromkeys(("device", "attention", "batch_size", "threads", "torch", "library", "kernels"), "*")
     lines = ["schema = 1", "[round]", *(f"{name} = {json.dumps(value)}" for name, value in round.items())]
@@ -70,9 +71,10 @@ def body_of(proof: Proof, **changes: Any) -> dict[str, Any]:
     body: dict[str, Any] = {
         name: getattr(round, name) for name in ("public_key", "block_hash", "block_height", "node_id")
     }
-    if proof.header.pipeline.output == "vector":
-        body["artifacts"] = [{"nonce": r.nonce, "vector_b64": encode_vector(r.vector)} for r in proof.records]
-        body["encoding"] = {"dtype": "f16", "endian": "le", "k_dim": proof.header.pipeline.vector_size}
+    if proof.header.pipeline.output != "distance":
+        packed = {record.nonce: base64.b64encode(pack(record)).decode() for record in proof.records}
+        body["artifacts"] = [{"nonce": nonce, "vector_b64": text} for nonce, text in packed.items()]
+        body["encoding"] = encoding(proof.header.pipeline)
     else:
         valid = [record for record in proof.records if proof.header.is_valid(record)]
         body |= {"nonces": [r.nonce for r in valid], "dist": [r.distance for r in valid], "r_target": round.r_target}

@@ -4,7 +4,7 @@ Legend of shapes: B nonces of a batch, P positions of the prompt, N tokens, V vo
 """
 
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,13 +19,23 @@ from assay.poc.engines._decoding import Decoded, Draws, Replayed
 from assay.poc.engines.hf._memory import check_fits
 from assay.poc.protocol import ROWS_OF_A_PRODUCT, Pipeline, Round
 
-if TYPE_CHECKING:
-    from assay.poc.engines.hf._engine import HFEngine
-
 _TOKENS_AT_ONCE = 256  # of one nonce whose logits are held, each V numbers
 
 
-def decoded(engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
+class Decoder(Protocol):
+    """What decoding needs of an engine."""
+
+    model: Model
+    batch_size: int
+    seq_len: int
+    vocab_size: int
+    device: torch.device
+
+    def draws(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
+        """Return what is drawn for nonces."""
+
+
+def decoded(engine: Decoder, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
     """Decode the tokens of nonces, a batch at a time; the last batch is padded, then cut."""
     rows = _rows(engine, pipeline)
     for start in range(0, len(nonces), engine.batch_size):
@@ -39,7 +49,7 @@ def decoded(engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequen
 
 
 def replayed(
-    engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
+    engine: Decoder, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
 ) -> Generator[Replayed]:
     """Replay given tokens of nonces, a batch at a time; the last batch is padded, then cut."""
     rows = _rows(engine, pipeline)
@@ -52,12 +62,13 @@ def replayed(
         states_BND = _prefill(engine, draws, tokens_BN)
         count = len(wanted)
         sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
-        _check_finite(engine.model, sketches_BSK)
         margins = [_margins(engine, draws, row, states_BND[row], tokens_BN[row]) for row in range(count)]
-        yield Replayed(torch.stack(margins).cpu().numpy(), sketches_BSK)
+        margins_BN = torch.stack(margins).cpu().numpy()
+        _check_finite(engine.model, sketches_BSK, margins_BN)
+        yield Replayed(margins_BN, sketches_BSK)
 
 
-def _rows(engine: "HFEngine", pipeline: Pipeline) -> int:
+def _rows(engine: Decoder, pipeline: Pipeline) -> int:
     """Return the rows that decode together: a step has one position of each, and a product needs 16 rows or one.
 
     Raises:
@@ -77,7 +88,7 @@ def _rows(engine: "HFEngine", pipeline: Pipeline) -> int:
 
 
 @torch.inference_mode()
-def _decode(engine: "HFEngine", draws: Draws) -> tuple[Int64[Tensor, "B N"], Float32[Tensor, "B S D"]]:
+def _decode(engine: Decoder, draws: Draws) -> tuple[Int64[Tensor, "B N"], Float32[Tensor, "B S D"]]:
     """Return the decoded tokens, and the states behind the sketched ones."""
     body, cache = backbone(engine.model.module), DynamicCache(config=engine.model.module.config)
     inputs_BT, tokens, states = draws.prompts_BP, [], []
@@ -102,7 +113,7 @@ def _decode(engine: "HFEngine", draws: Draws) -> tuple[Int64[Tensor, "B N"], Flo
 
 
 @torch.inference_mode()
-def _prefill(engine: "HFEngine", draws: Draws, tokens_BN: Int64[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+def _prefill(engine: Decoder, draws: Draws, tokens_BN: Int64[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
     """Return the states that gave the tokens, by one forward pass over the prompt and all tokens but the last."""
     given_BT = torch.cat([draws.prompts_BP, tokens_BN[:, :-1].clamp(max=engine.vocab_size - 1)], dim=1)
     positions_T = torch.arange(given_BT.shape[1], device=engine.device)
@@ -114,7 +125,7 @@ def _prefill(engine: "HFEngine", draws: Draws, tokens_BN: Int64[Tensor, "B N"]) 
 
 @torch.inference_mode()
 def _margins(
-    engine: "HFEngine", draws: Draws, row: int, states_ND: Float[Tensor, "N D"], tokens_N: Int64[Tensor, " N"]
+    engine: Decoder, draws: Draws, row: int, states_ND: Float[Tensor, "N D"], tokens_N: Int64[Tensor, " N"]
 ) -> Float32[Tensor, " N"]:
     """Return how far the score of every token of a nonce is below the best one.
 
@@ -132,7 +143,7 @@ def _margins(
     return torch.cat(parts)
 
 
-def _logits(engine: "HFEngine", states_ND: Float[Tensor, "N D"]) -> Float32[Tensor, "N V"]:
+def _logits(engine: Decoder, states_ND: Float[Tensor, "N D"]) -> Float32[Tensor, "N V"]:
     """Return the product of states with the model's own head matrix; no bias, no capping of logits.
 
     It is one product, because row by row would take longer than all layers of a step. So the last bits of a token's
@@ -143,8 +154,8 @@ def _logits(engine: "HFEngine", states_ND: Float[Tensor, "N D"]) -> Float32[Tens
     return (states_ND.to(weight_VD.dtype) @ weight_VD.T).float()
 
 
-def _check_finite(model: Model, sketches_BSK: np.ndarray) -> None:
-    if not np.isfinite(sketches_BSK).all():
+def _check_finite(model: Model, *computed: np.ndarray) -> None:
+    if any(np.isnan(values).any() for values in computed):  # the margin of a token that is none is infinite
         raise BadWeights(
             f"{model.reference} returned NaN or infinity",
             wanted="finite hidden states",

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.dialects.sqlite import insert
 
-from assay.poc.protocol import DistanceRecord, Record, Round, pack
+from assay.poc.protocol import DistanceRecord, Record, Round, TokenRecord, pack
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._states import State
 from assay.poc.service.store._database import Database
@@ -18,6 +18,11 @@ from assay.poc.service.store._outbox import Outbox
 from assay.reports.database import damaged
 
 RECENT = 256
+
+LARGEST_CALLBACK = 2**20
+"""Bytes of a body that every receiver takes, a service with its default ``max_body`` among them."""
+
+AROUND = 64  # bytes of a nonce in a callback, beside what it published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +189,8 @@ class Rounds:
             )
             url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
             if url and valid:
-                self._outbox.announce(connection, round_id, url, valid, interval=interval, most=most)
+                fitting = _fitting(most, pairs[0][0])
+                self._outbox.announce(connection, round_id, url, valid, interval=interval, most=fitting)
 
     def owed(self, round_id: int) -> int:
         """Return how many callbacks of a round are undelivered."""
@@ -225,6 +231,13 @@ class Rounds:
         current = sa.select(service.c.round_id).where(service.c.round_id.is_not(None))
         old = (rounds.c.touched_at < now - keep) & rounds.c.id.not_in(owed.union_all(current))
         return self._db.change(rounds.delete().where(old))
+
+
+def _fitting(most: int, record: Record) -> int:
+    """Return ``most``, or as many records with tokens that twice as many fit into a callback that receivers take."""
+    if not isinstance(record, TokenRecord):
+        return most
+    return max(1, min(most, LARGEST_CALLBACK // (2 * (len(pack(record)) * 4 // 3 + AROUND))))
 
 
 def _check_same(values: RoundValues, stored: StoredRound) -> None:

@@ -1,0 +1,144 @@
+"""What a proof of decoding costs its verifier, over what it costs its prover, and which cheats it catches.
+
+Cost: both sides run the same nonces on the same device in turn, after a batch each that is not counted. The figure is
+the verifier's time over the prover's, with its quartiles over the turns. Both run transformers with eager kernels; a
+prover with a faster decoder, such as vLLM, has a ratio that is worse for the verifier by as much.
+
+Cheats (`--cheats`): each of :mod:`assay.research.decoding` against an honest proof, judged by the default law of the
+number format. A row has the median residual over that of the honest proof, and the nonces until the verdict is fraud.
+
+    python benchmarks/decode_proofs.py --cheats -o benchmarks/results/decode_proofs_cpu.json
+    python benchmarks/decode_proofs.py --models shape:llama-3.1-8b --dtypes bfloat16 --device cuda --batch-size 32 \
+        -o benchmarks/results/decode_proofs_h200_llama-3.1-8b.json
+"""
+
+import statistics
+import time
+
+import numpy as np
+from _common import note, parser, publish
+
+from assay.models import load_model
+from assay.poc import HFEngine, Round, default_noise, prove
+from assay.poc._prover import recompute
+from assay.poc.verdict import residuals, sequential_test
+from assay.research.cheats import rounded, without_last_layers
+from assay.research.decoding import drafted, forgetful, recycled, repeated
+
+
+def seconds(work, device):
+    """Run something and wait for the device."""
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def cost(model, round, options):
+    """Time prover and verifier in turn on nonces of one batch."""
+    engine = HFEngine(model, batch_size=options.batch_size, seq_len=options.seq_len)
+    times = {"prover": [], "verifier": []}
+    for turn in range(options.turns + 1):
+        nonces = range(turn * options.batch_size, (turn + 1) * options.batch_size)
+        made, proof = seconds(lambda: prove(model, round, nonces, engine=engine), model.device)  # noqa: B023
+        checked, _ = seconds(lambda: list(recompute(proof.header, engine, proof.records)), model.device)  # noqa: B023
+        note(f"prover {made:.2f} s, verifier {checked:.2f} s")
+        if turn:
+            times["prover"].append(made)
+            times["verifier"].append(checked)
+    ratios = [b / a for a, b in zip(times["prover"], times["verifier"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "prover_seconds_a_nonce": statistics.median(times["prover"]) / options.batch_size,
+        "verifier_seconds_a_nonce": statistics.median(times["verifier"]) / options.batch_size,
+        "verifier_over_prover": middle,
+        "quartiles": [low, high],
+    }
+
+
+def cheats(model, round, options):
+    """One row per cheat."""
+    nonces = range(options.nonces)
+    honest = prove(model, round, nonces, batch_size=options.batch_size)
+    engine = HFEngine(model, batch_size=options.batch_size, seq_len=options.seq_len)
+    size = {"batch_size": options.batch_size}
+    layers = model.num_layers
+    made = {
+        "honest": lambda: honest,
+        "draft: 8-bit weights": lambda: drafted(honest, model, rounded(model, 8), **size),
+        "draft: 4-bit weights": lambda: drafted(honest, model, rounded(model, 4), **size),
+        "draft: without the last layer": lambda: drafted(honest, model, without_last_layers(model, 1), **size),
+        "draft: half of the layers": lambda: drafted(honest, model, without_last_layers(model, layers // 2), **size),
+        "4-bit weights": lambda: _as(honest, prove(rounded(model, 4), round, nonces, **size)),
+        "half of the prompt left out": lambda: forgetful(honest, model, **size),
+        "half of the steps, twice": lambda: repeated(honest),
+        "every second nonce recycled": lambda: recycled(honest),
+    }
+    rows, base = [], None
+    for name, make in made.items():
+        proof = make()
+        records = [record for batch in recompute(honest.header, engine, proof.records) for record in batch]
+        errors = residuals(proof.records, records)
+        base = base or float(np.median(errors))
+        margins = np.stack([record.margins for record in records])
+        row = {
+            "cheat": name,
+            "errors": errors,
+            "tokens_that_match": float(np.mean(margins == 0)),
+            "mean_margin": float(np.minimum(margins, 4).mean()),
+            "median_residual": float(np.median(errors)),
+            "over_honest": float(np.median(errors)) / base if base else None,
+        }
+        note(str(row))
+        rows.append(row)
+    return [row | {"nonces_until_fraud": caught(row.pop("errors"), honest.header)} for row in rows]
+
+
+def caught(errors, header):
+    """Return the number of nonces after which the verdict is fraud, or None."""
+    dtype = header.fingerprint.dtype
+    test = sequential_test(default_noise(header.pipeline.noise, dtype, dtype))
+    for count, error in enumerate(errors, start=1):
+        if test.update([error]).result.verdict == "fraud":
+            return count
+    return None
+
+
+def _as(honest, proof):
+    """Return the records of a proof under the header of an honest one."""
+    return type(proof).build(honest.header, proof.records, proof.footer.seconds)
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="+", default=["reference:qwen3", "reference:llama"])
+    arguments.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    arguments.add_argument("--preset", default="decode")
+    arguments.add_argument("--seq-len", type=int, default=256)
+    arguments.add_argument("--batch-size", type=int, default=16)
+    arguments.add_argument("--turns", type=int, default=3)
+    arguments.add_argument("--nonces", type=int, default=32, help="of the proofs of cheats")
+    arguments.add_argument("--cheats", action="store_true")
+    arguments.add_argument("--device")
+    options = arguments.parse_args()
+    measured = []
+    for reference in options.models:
+        for dtype in options.dtypes:
+            note(f"{reference} {dtype}")
+            model = load_model(reference, dtype=dtype, device=options.device)
+            round = Round(block_hash="bench", public_key="k", preset=options.preset, seq_len=options.seq_len)
+            row = {"model": reference, "dtype": dtype, "batch_size": options.batch_size, "preset": options.preset}
+            row |= {"seq_len": options.seq_len, "device": str(model.device)}
+            if options.turns:
+                row |= cost(model, round, options)
+            if options.cheats:
+                row["cheats"] = cheats(model, round, options)
+            measured.append(row)
+    publish("decode_proofs", {"measured": measured}, options.output)
+
+
+if __name__ == "__main__":
+    main()

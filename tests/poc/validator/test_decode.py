@@ -1,0 +1,51 @@
+"""Nodes that prove by decoding, before a validator."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from assay.poc import Proof, TokenRecord
+from assay.poc.service import Deployment
+from assay.poc.validator._worker import recompute
+from assay.poc.verdict import residuals
+from tests.poc.validator.conftest import BATCH, KEYS, body_of, proof_of
+from tests.waiting import until
+
+PRESET = "decode-32"
+
+
+def test_rows_of_many_nodes_are_replayed_together(small_model):
+    proofs = [proof_of(small_model, key, range(10), preset=PRESET) for key in KEYS[:2]]
+    wanted = [(proof.round, [record.nonce for record in proof.records]) for proof in proofs]
+    found = recompute(Deployment.of(small_model, compiled=False), BATCH, wanted, [p.records for p in proofs])
+    for proof, records in zip(proofs, found, strict=True):
+        assert all(isinstance(record, TokenRecord) and record.margins is not None for record in records)
+        assert [record.nonce for record in records] == [record.nonce for record in proof.records]
+        assert residuals(proof.records, records).max() < 2e-3
+
+
+def test_honest_nodes_and_liars_before_a_validator(validating, small_model):
+    with validating(preset=PRESET) as running:
+        honest = proof_of(small_model, "node_A", range(40), preset=PRESET)
+        theirs = proof_of(small_model, "node_B", range(40), preset=PRESET)
+        rolled = [replace(record, tokens=np.roll(record.tokens, 1)) for record in theirs.records]
+        guessed = Proof.build(theirs.header, rolled, 1.0)
+        running.send(body_of(honest))
+        running.send(body_of(guessed))
+        broken = body_of(proof_of(small_model, "node_C", range(40), preset=PRESET))
+        for artifact in broken["artifacts"]:
+            artifact["vector_b64"] = "/" * len(artifact["vector_b64"])  # NaN in every place
+        running.send(broken)
+        until(lambda: [running.verdict(key) for key in KEYS] == ["honest", "fraud", "fraud"])
+        wrong = body_of(honest)
+        wrong["encoding"]["tokens"] = 64
+        running.send(wrong, status=422)
+
+
+def test_a_validator_takes_whole_proofs(validating, small_model, tmp_path: Path):
+    proof = proof_of(small_model, "node_A", range(40), preset=PRESET)
+    proof.save(tmp_path / "proof.jsonl")
+    with validating(preset=PRESET) as running:
+        running.send((tmp_path / "proof.jsonl").read_text(), key="node_A", path="proofs")
+        until(lambda: running.verdict("node_A") == "honest")
