@@ -36,7 +36,7 @@ from assay.poc.responses import (
     sketches,
 )
 from assay.poc.responses._calibration import DEFAULT_LAWS, MARGIN
-from assay.poc.verdict import ResponseTest
+from assay.poc.verdict import ResponseBlocks, ResponseTest
 from assay.reports import dumps, write_atomic
 from assay.research import cheats
 
@@ -50,6 +50,7 @@ WAYS = {
 }
 SHAPES = (16, 5)  # responses of a batch; the second one for part of the honest responses
 PROMPT, TOKENS = 24, 64
+LOOK = 8  # tokens between two looks at the e-value
 AUDITS, RESPONSES = 2000, 32
 ALPHA = 1e-3
 SOURCE = Path(assay.__file__).parent
@@ -148,21 +149,21 @@ class Half:
     """Responses of one kind of prover before one verifier: every path that their values add to the tests."""
 
     def __init__(self, replays: list[Replayed], test: ResponseTest) -> None:
-        every = range(1, TOKENS + 1)
-        seen = [1 + step // SKETCH_EVERY for step in range(TOKENS)]
+        every = range(LOOK, TOKENS + 1, LOOK)
+        seen = [1 + (step - 1) // SKETCH_EVERY for step in every]
         self.tokens_RNK = np.stack([test.tokens.paths(one.profiles, every) for one in replays])
         self.sketches_RNK = np.stack([test.sketches.paths(one.residuals, seen) for one in replays])
         self._test = test
 
     def audits(self, count: int, responses: int, seed: int) -> dict[str, np.ndarray]:
-        """The logarithms of the e-values after every token of audits of whole responses, drawn with replacement."""
+        """The logarithms of the e-values at every look of audits of whole responses, drawn with replacement."""
         drawn = np.random.default_rng(seed).integers(len(self.tokens_RNK), size=(count, responses))
         found = {}
         for name, test, paths in (
             ("tokens", self._test.tokens, self.tokens_RNK),
             ("sketches", self._test.sketches, self.sketches_RNK),
         ):
-            logs = np.empty((count, responses * TOKENS))
+            logs = np.empty((count, responses * paths.shape[1]))
             for row, chosen in enumerate(drawn):
                 before = np.vstack([np.zeros(paths.shape[2]), paths[chosen, -1].cumsum(axis=0)[:-1]])
                 logs[row] = test.log_e(before[:, None, :] + paths[chosen]).ravel()
@@ -184,9 +185,9 @@ def replays_of(found: Any, reference: str, kind: str, dtype: str, verifier: str)
 
 
 def first(logs: np.ndarray) -> np.ndarray:
-    """The token after which each audit accuses, infinite where it does not."""
+    """The number of tokens after which each audit accuses, infinite where it does not."""
     passed = logs >= -math.log(ALPHA)
-    return np.where(passed.any(axis=1), passed.argmax(axis=1) + 1.0, math.inf)
+    return np.where(passed.any(axis=1), LOOK * (passed.argmax(axis=1) + 1.0), math.inf)
 
 
 def figures(found: Any, reference: str, dtype: str, verifier: str) -> dict[str, Any]:
@@ -197,10 +198,10 @@ def figures(found: Any, reference: str, dtype: str, verifier: str) -> dict[str, 
     test = ResponseTest(noise, alpha=ALPHA)
     honest = [one for replays in provers for one in replays]
     accused = Half([one for replays in provers for one in replays[1::2]], test).audits(AUDITS, RESPONSES, 0)
-    caught = Half(cheat, test).audits(AUDITS, RESPONSES // 2, 1)
+    caught = Half(cheat, test).audits(AUDITS // 2, RESPONSES // 4, 1)
     verdicts = ResponseTest(noise, alpha=ALPHA)
     for one in (one for replays in provers for one in replays[1::2]):
-        verdicts.update(one.blocks)
+        verdicts.update(ResponseBlocks.whole(one.residuals, one.profiles))
     values: dict[str, Any] = {
         "model": reference,
         "prover": dtype,
@@ -223,13 +224,19 @@ def figures(found: Any, reference: str, dtype: str, verifier: str) -> dict[str, 
     for name, logs in caught.items():
         when = first(logs)
         values[f"int4_{name}"] = {
-            "median": float(np.median(when)),
-            "99%": float(np.quantile(when, 0.99)),
+            "median": quantile(when, 0.5),
+            "99%": quantile(when, 0.99),
             "within_64": float(np.mean(when <= 64)),
             "within_300": float(np.mean(when <= 300)),
         }
     values["ways"] = ways(honest, cheat, test)
     return values
+
+
+def quantile(when: np.ndarray, share: float) -> float | None:
+    """A quantile of numbers of tokens; None where so many audits did not accuse."""
+    found = float(np.sort(when)[math.ceil(share * len(when)) - 1])
+    return found if math.isfinite(found) else None
 
 
 def share(replays: list[Replayed]) -> float:
@@ -243,7 +250,7 @@ def ways(honest: list[Replayed], cheat: list[Replayed], test: ResponseTest) -> l
     for way in WAYS:
         own = [one for one in cheat if one.receipt == way]
         logs = [float(test.tokens.log_e(test.tokens.paths(one.profiles, [TOKENS])[0])) for one in own]
-        found = Half(own, test).audits(AUDITS // 4, RESPONSES, 2)
+        found = Half(own, test).audits(AUDITS // 4, RESPONSES // 2, 2)
         when = first(found["tokens"])
         rows.append(
             {
@@ -251,8 +258,8 @@ def ways(honest: list[Replayed], cheat: list[Replayed], test: ResponseTest) -> l
                 "matching": share([one for one in honest if one.receipt == way]),
                 "int4_matching": share(own),
                 "int4_nats_of_64_tokens": float(np.mean(logs)),
-                "int4_tokens_median": float(np.median(when)),
-                "int4_tokens_99%": float(np.quantile(when, 0.99)),
+                "int4_tokens_median": quantile(when, 0.5),
+                "int4_tokens_99%": quantile(when, 0.99),
             }
         )
     return rows

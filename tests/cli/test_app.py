@@ -59,6 +59,13 @@ FROZEN = {
         "--top-p", "--min-p", "--repetition-penalty", "--frequency-penalty", "--presence-penalty", "--max-tokens",
         "--hash-prompts", "--dtype", "--device", "--overwrite", "--json",
     },
+    "poc replay": {
+        "--model", "--pins", "--requests", "--block-hash", "--public-key", "--prover-dtype", "--evidence", "--sample",
+        "--calibration", "--batch-size", "--dtype", "--device", "--engine", "--alpha", "--seed", "--ledger", "--json",
+    },
+    "poc calibrate-responses": {
+        "--model", "--output", "--requests", "--batch-size", "--dtype", "--device", "--engine", "--json",
+    },
     "poc pins new": {
         "--model", "--output", "--from-proof", "--calibration", "--public-key", "--preset", "--seq-len", "--strength",
         "--r-target", "--node-count", "--fewest-nonces", "--dtype", "--overwrite", "--json",

@@ -12,6 +12,7 @@ from assay.cli import _ledger
 from assay.cli._engines import load
 from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
+from assay.cli._vllm import vllm_prefill
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
@@ -112,11 +113,16 @@ def calibrate_responses(
 def _engine(
     options: "ReplaySettings | CalibrateResponsesSettings", receipts: "Receipts"
 ) -> "Iterator[tuple[Model, Prefill]]":
+    from assay.models import NUMBER_FORMATS
     from assay.poc.responses import HFPrefill
 
     dtype = options.dtype or receipts.header.fingerprint.dtype
     if options.engine == "vllm":
-        raise UsageError("--engine vllm", wanted="hf", do="leave --engine out")
+        if dtype in NUMBER_FORMATS:
+            raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
+        with vllm_prefill(options.model, dtype=dtype, device=options.device, batch_size=options.batch_size) as engine:
+            yield engine.model, engine
+        return
     loaded = load(options.model, dtype, options.device)
     yield loaded, HFPrefill(loaded, batch_size=options.batch_size)
 

@@ -15,6 +15,7 @@ from assay.errors import UsageError
 if TYPE_CHECKING:
     from assay.models import Model
     from assay.poc import Engine
+    from assay.poc.responses import VLLMPrefill
 
 ARGUMENTS = "ASSAY_VLLM_ARGS"
 
@@ -30,19 +31,40 @@ def vllm_engine(
         BackendUnavailable: vLLM is not installed, or was not tested in this version.
         ModelError: The model cannot be loaded.
     """
-    if device is not None:
-        raise UsageError(
-            f"--device {device} with vllm",
-            wanted="no --device: a build of vLLM is for one kind of device",
-            do="leave it out",
-        )
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
+    _prepare(device)
     from assay.poc.engines.vllm import VLLMEngine, check_installed
 
     check_installed()
     options = _options(os.environ.get(ARGUMENTS, ""))
     with VLLMEngine(model, batch_size=batch_size, seq_len=seq_len, dtype=dtype, **options) as engine:
         yield engine.model, engine
+
+
+@contextmanager
+def vllm_prefill(model: str, *, dtype: str, device: str | None, batch_size: int) -> "Iterator[VLLMPrefill]":
+    """Start an offline vLLM that reads whole responses.
+
+    Raises:
+        UsageError: A device was named, or a number format that vLLM is not given.
+        BackendUnavailable: vLLM is not installed, or was not tested in this version.
+        ModelError: The model cannot be loaded.
+    """
+    _prepare(device)
+    from assay.poc.responses import VLLMPrefill
+
+    with VLLMPrefill(model, dtype=dtype, batch_size=batch_size, **_options(os.environ.get(ARGUMENTS, ""))) as engine:
+        yield engine
+
+
+def _prepare(device: str | None) -> None:
+    """Refuse a device, and send what vLLM says to stderr: stdout is for results."""
+    if device is not None:
+        raise UsageError(
+            f"--device {device} with vllm",
+            wanted="no --device: a build of vLLM is for one kind of device",
+            do="leave it out",
+        )
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
 def _options(text: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The residual test for values that come in clusters, such as the tokens of one response.
 
 Values of one cluster share more than the law says: a long prompt, a repeated phrase, a batch mate. So a cluster has a
-scale u of its own, drawn once for it with ln u ~ between · z, beside the scale r of the machine, drawn once for a life.
+scale u of its own, drawn once for it with ln u ~ between · t, beside the scale r of the machine, drawn once for a life.
 With f_s the likelihood at noise s times that of the law, a cluster x_1 … x_n of an honest machine has the likelihood
 
     h_r = Σ_u q_u Π_i f_ru(x_i),
@@ -123,10 +123,7 @@ class ClusterTest:
         reach = math.ceil(4.5 * sd / STEP)
         machines = np.arange(-reach, reach + 1)
         of_cluster, weight_U = cluster_scales(self.between)
-        few = np.unique(np.rint(np.linspace(-3, 3, 7) * sd / STEP).astype(int))
-        of_cluster = (
-            np.rint(np.linspace(-3, 3, 9) * self.between / STEP).astype(int) if self.between else np.zeros(1, int)
-        )
+        few = np.unique(np.rint(np.linspace(-2, 2, 3) * sd / STEP).astype(int))
         weight_H = stats.t.pdf(machines * STEP / sd, spread.dof)
         weight_J = stats.t.pdf(few * STEP / sd, spread.dof)
         multiples = _multiples(_largest(self.law), self.effect)

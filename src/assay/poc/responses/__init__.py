@@ -52,6 +52,7 @@ from assay.poc.responses._sampling import (
 )
 from assay.poc.responses._seeds import HIGHEST_INDEX, ResponseSeed, step_seeds
 from assay.poc.responses._sketches import sketches
+from assay.poc.responses._vllm_prefill import VLLMPrefill
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
@@ -80,6 +81,7 @@ __all__ = [
     "Sampler",
     "Sampling",
     "Tally",
+    "VLLMPrefill",
     "Whole",
     "calibrate_responses",
     "chosen_receipts",

@@ -1,0 +1,111 @@
+"""``assay poc replay`` and ``calibrate-responses``: exit codes, what is refused, and the ledger."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+MODEL = ("--model", "reference:qwen3", "--device", "cpu")
+KNOWN = ("--block-hash", "block_alpha", "--public-key", "node_A")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("replay") / "prompts.jsonl"
+    lines = [
+        {"prompt": [5 + number, 9, 12, 40], "request_id": f"r{number}", "max_tokens": 36, "user_seed": "mine"}
+        for number in range(8)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def receipts(prompts: Path) -> Path:
+    from assay import load_model
+    from assay.poc.responses import read_requests, respond
+
+    path = prompts.with_name("receipts.jsonl")
+    model = load_model("reference:qwen3", dtype="float32", device="cpu")
+    respond(model, read_requests(prompts), block_hash="block_alpha", public_key="node_A", stop=(), output=path)
+    return path
+
+
+def test_an_honest_node_is_replayed_and_its_life_is_kept(assay, receipts: Path, prompts: Path, tmp_path: Path):
+    ledger = tmp_path / "ledger.sqlite3"
+    pinned = (*KNOWN, "--requests", prompts, "--ledger", ledger)
+    result = assay("poc", "replay", receipts, *MODEL, *pinned, "--json")
+    found = json.loads(result.out)
+    assert found["verdict"] in ("honest", "undecided")
+    assert result.code == (0 if found["life"]["verdict"] == "honest" else 2)
+    assert (found["schema"], found["matches"], found["unpinned"]) == ("assay.poc.replay/1", 8 * 36, [])
+    assert found["life"]["audits"] == 8
+    assert found["life"]["n"] == 16  # blocks of 32 tokens
+    assert assay("poc", "ledger", "audit", ledger).code == 0
+    again = json.loads(assay("poc", "replay", receipts, *MODEL, *pinned, "--json").out)
+    assert (again["life"]["n"], again["life"]["audits"]) == (16, 16)
+
+
+def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, receipts: Path, tmp_path: Path):
+    result = assay("poc", "replay", receipts, *MODEL, "--sample", "2", "--seed", "1")
+    assert result.code == 2
+    assert "block_hash, public_key, requests" in result.out
+    assert "72 of 72" in result.out
+    refused = assay("poc", "replay", receipts, *MODEL, "--ledger", tmp_path / "ledger.sqlite3")
+    assert refused.code == 2
+    assert "taken on the prover's word" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (("--block-hash", "block_beta"), "block_hash"),
+        (("--public-key", "node_B"), "public_key"),
+        (("--prover-dtype", "bfloat16"), "prover_dtype"),
+        (("--sample", "9"), "--sample"),
+    ],
+)
+def test_another_value_fails_by_name_before_a_model_is_loaded(assay, receipts: Path, flags: tuple[str, ...], name: str):
+    result = assay("poc", "replay", receipts, "--model", "no/such/model", *flags)
+    assert result.code == 2
+    assert name in result.err
+    assert "wanted:" in result.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"request_id":"r0"', '"request_id":"r0",'),
+        ('"user_seed":"mine"', '"user_seed":"thine"'),
+        ('"tokens":288', '"tokens":289'),
+        ('"index":0', '"index":70000'),
+    ],
+)
+def test_edited_and_truncated_receipts_are_refused(assay, receipts: Path, tmp_path: Path, old: str, new: str):
+    text = receipts.read_text()
+    assert old in text
+    for changed in (text.replace(old, new, 1), text[: len(text) // 2], text.rsplit("\n", 2)[0] + "\n"):
+        (tmp_path / "bad.jsonl").write_text(changed)
+        result = assay("poc", "replay", tmp_path / "bad.jsonl", *MODEL)
+        assert result.code == 2
+        assert "bad.jsonl, line" in result.err
+
+
+def test_other_requests_are_refused(assay, receipts: Path, prompts: Path, tmp_path: Path):
+    (tmp_path / "other.jsonl").write_text(prompts.read_text().replace('"mine"', '"thine"'))
+    result = assay("poc", "replay", receipts, *MODEL, *KNOWN, "--requests", tmp_path / "other.jsonl")
+    assert result.code == 2
+    assert "user_seed 'mine'" in result.err
+
+
+def test_noise_is_calibrated_and_used(assay, receipts: Path, prompts: Path, tmp_path: Path):
+    output = tmp_path / "responses.json"
+    result = assay("poc", "calibrate-responses", receipts, *MODEL, "-o", output, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["matching"] == 1.0
+    flags = (*KNOWN, "--requests", prompts, "--calibration", output)
+    found = json.loads(assay("poc", "replay", receipts, *MODEL, *flags, "--json").out)
+    assert found["noise"]["source"].startswith("calibration on 8 responses")
+    other = assay("poc", "replay", receipts, *MODEL, *flags, "--dtype", "bfloat16")
+    assert other.code == 2
+    assert "dtype than the verifier's" in other.err

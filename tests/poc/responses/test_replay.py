@@ -1,0 +1,249 @@
+"""Replay: a prefill finds the tokens of an honest node, and other weights; pins name what differs."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from assay import stats
+from assay.errors import CalibrationError, ProofMismatch, UsageError
+from assay.models import Model, load_model
+from assay.poc import Pins
+from assay.poc.protocol import Fingerprint
+from assay.poc.responses import (
+    HFPrefill,
+    Prompt,
+    Receipt,
+    ReceiptPins,
+    Receipts,
+    Request,
+    ResponseCalibration,
+    Sampler,
+    Sampling,
+    calibrate_responses,
+    chosen_receipts,
+    default_response_noise,
+    judge_responses,
+    measure_margins,
+    noise_between,
+    replay,
+    respond,
+    sampled,
+)
+from assay.poc.responses._gaps import _gaps
+from assay.research import cheats
+from tests.poc.responses.conftest import REQUESTS
+
+KNOWN = Pins(block_hash="block_alpha", public_key="node_A")
+
+
+def rebuilt(receipts: Receipts, *changed: Receipt) -> Receipts:
+    """The file with other receipts in place of the first ones."""
+    return Receipts.build(receipts.header, [*changed, *receipts.receipts[len(changed) :]], 1.0)
+
+
+def test_the_tokens_of_an_honest_node_are_the_verifiers_own(responses: Receipts, small_model: Model):
+    seen: list[tuple[int, int]] = []
+    found = replay(responses, small_model, progress=lambda done, total: seen.append((done, total)))
+    assert [one.receipt for one in found] == list(responses.receipts)
+    assert all(one.matches == len(one.receipt.output) for one in found)
+    assert max(one.residuals.max() for one in found) < 1e-3
+    assert [len(one.residuals) for one in found] == [2, 2, 1, 1]
+    assert seen == [(count, 4) for count in range(1, 5)]
+
+
+def test_a_batch_gives_what_single_responses_give(responses: Receipts, small_model: Model):
+    batch, single = (replay(responses, small_model, engine=HFPrefill(small_model, batch_size=n)) for n in (4, 1))
+    for one, other in zip(batch, single, strict=True):
+        assert np.array_equal(one.margins, other.margins)
+        assert one.residuals == pytest.approx(other.residuals, abs=1e-3)
+
+
+def test_another_token_has_a_margin_and_a_profile_that_says_so(responses: Receipts, small_model: Model):
+    first = responses.receipts[0]
+    other = (first.output[0] + 1) % small_model.vocab_size
+    found = replay(rebuilt(responses, replace(first, output=(other, *first.output[1:]))), small_model)[0]
+    assert found.margins[0] > 0.01
+    assert found.profiles[0, 0] < -100
+    assert found.profiles[0, -1] == pytest.approx(-math.log(small_model.vocab_size), rel=1e-3)
+
+
+def test_without_seeds_or_with_a_mask_sketches_are_all_there_is(responses: Receipts, small_model: Model):
+    first, second, *_ = responses.receipts
+    found = replay(rebuilt(responses, replace(first, sampling=None), replace(second, mask=True)), small_model)
+    assert [len(one.margins) for one in found[:2]] == [0, 0]
+    assert [len(one.blocks) for one in found[:2]] == [2, 2]
+    assert max(one.residuals.max() for one in found[:2]) < 1e-3
+
+
+def test_hashed_prompts_need_the_requests(responses: Receipts, small_model: Model):
+    hidden = Receipts.build(responses.header, [one.without_prompt() for one in responses.receipts], 1.0)
+    with pytest.raises(ProofMismatch, match="hash of a prompt"):
+        replay(hidden, small_model)
+    found = replay(hidden, small_model, prompts=ReceiptPins(requests=REQUESTS).prompts)
+    assert all(one.matches == len(one.receipt.output) for one in found)
+
+
+def test_receipts_of_another_model_or_vocabulary_are_refused(responses: Receipts, small_model: Model):
+    with pytest.raises(ProofMismatch, match="receipts of"):
+        replay(responses, replace(small_model, digest="0" * 64))
+    first = replace(
+        responses.receipts[0], output=(small_model.vocab_size,), sketches=responses.receipts[0].sketches[:1]
+    )
+    with pytest.raises(ProofMismatch, match="tokens below"):
+        replay(rebuilt(responses, first), small_model)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0),
+        Sampling(temperature=0.7, top_p=0.9),
+        Sampling(top_k=5, min_p=0.02, top_p=0.8, temperature=1.3),
+    ],
+)
+def test_the_verifiers_own_token_has_no_gap_and_the_profile_is_the_definition(sampling: Sampling):
+    rng = np.random.default_rng(3)
+    logits = torch.tensor(rng.normal(0, 2, (40, 300)), dtype=torch.float32)
+    seeds = rng.integers(0, 2**32, 40, dtype=np.uint32)
+    scores = Sampler([sampling] * 40, 300, "cpu").noisy(logits, seeds)
+    gaps = _gaps(logits, scores, sampling, seeds)
+    own = scores.argmax(dim=1)
+    assert float(gaps.gather(1, own[:, None]).abs().max()) == 0
+    assert bool((gaps >= 0).all())
+    if sampling == Sampling():
+        assert torch.allclose(gaps.float(), scores.amax(dim=1, keepdim=True) - scores)
+    tokens = torch.where(torch.arange(40) < 20, own, torch.tensor(rng.integers(0, 300, 40)))
+    measured = measure_margins(logits, tuple(tokens.tolist()), sampling, seeds)
+    wanted = stats.token_profile(gaps.numpy(), tokens.numpy())
+    assert measured.profiles == pytest.approx(wanted, rel=2e-3, abs=1e-3)
+    assert np.array_equal(measured.margins[:20], np.zeros(20))
+
+
+@pytest.mark.parametrize(
+    ("seed", "gaps"), [(0, (0.001, 0.0, 0.001)), (1, (0.001, 0.0, 0.2055)), (2, (0.0, 1.001, 0.6283))]
+)
+def test_the_border_of_the_support_is_soft(seed: int, gaps: tuple[float, ...]):
+    """The third token is outside by .001 of a logit: it can enter, and the second one can leave."""
+    sampling = Sampling(top_k=2)
+    logits = torch.tensor([[3.0, 2.0, 1.999, -5.0]])
+    seeds = np.array([seed], dtype=np.uint32)
+    scores = Sampler([sampling], 4, "cpu").noisy(logits, seeds)
+    found = _gaps(logits, scores, sampling, seeds)[0].tolist()
+    assert found[:3] == pytest.approx(gaps, abs=1e-3)
+    assert found[3] == pytest.approx(7.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"request_id": "other"}, "request_id"),
+        ({"user_seed": "mine"}, "user_seed"),
+        ({"index": 4}, "index"),
+        ({"chosen_by": "server"}, "chosen_by"),
+        ({"block_hash": "block_beta"}, "block_hash"),
+        ({"sampling": Sampling(temperature=0.5)}, "temperature"),
+        ({"prompt": Prompt.of([1, 2, 3])}, "prompt"),
+        ({"finish": "length", "output": (1, 2), "sketches": "first"}, "tokens"),
+    ],
+)
+def test_an_answer_to_another_request_fails_by_name(responses: Receipts, change: dict[str, object], name: str):
+    first = responses.receipts[0]
+    if "sketches" in change:
+        change = change | {"sketches": first.sketches[:1]}
+    pins = ReceiptPins(known=KNOWN, requests=REQUESTS)
+    pins.check(responses)
+    with pytest.raises(ProofMismatch, match=name):
+        pins.check(rebuilt(responses, replace(first, **change)))
+
+
+@pytest.mark.parametrize("pins", [{"public_key": "node_B"}, {"digest": "0" * 64}, {"prover_dtype": "bfloat16"}])
+def test_another_key_model_or_format_fails_by_name(responses: Receipts, pins: dict[str, str]):
+    with pytest.raises(ProofMismatch, match=next(iter(pins))):
+        ReceiptPins(known=replace(KNOWN, **pins)).check(responses)
+
+
+def test_what_is_taken_on_the_nodes_word_is_listed(responses: Receipts):
+    assert ReceiptPins(known=KNOWN, requests=REQUESTS).unpinned(responses) == ()
+    assert ReceiptPins().unpinned(responses) == ("block_hash", "public_key", "requests")
+    unseeded = rebuilt(responses, replace(responses.receipts[0], sampling=None))
+    pins = ReceiptPins(known=KNOWN, requests=REQUESTS)
+    assert pins.unpinned(unseeded) == ("tokens",)
+    assert replace(pins, evidence="sketches").unpinned(unseeded) == ()
+    bare = replace(responses, header=replace(responses.header, sketched=False))
+    assert pins.unpinned(bare) == ("sketches",)
+    assert replace(pins, evidence="tokens").unpinned(bare) == ()
+
+
+def test_a_sample_is_drawn_by_its_seed_and_must_fit(responses: Receipts):
+    assert chosen_receipts(responses, None) == 4
+    assert sampled(responses, 2, 7).receipts == sampled(responses, 2, 7).receipts
+    with pytest.raises(UsageError, match="a sample of 5"):
+        chosen_receipts(responses, 5)
+
+
+@pytest.fixture(scope="module")
+def engines() -> dict[str, Model]:
+    return {dtype: load_model("reference:qwen3", dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16")}
+
+
+@pytest.fixture(scope="module")
+def served(engines: dict[str, Model]) -> dict[str, Receipts]:
+    """Receipts of an honest node in bfloat16, and of one with weights of four bits that claims the same."""
+    rng = np.random.default_rng(5)
+    requests = [
+        Request(prompt=tuple(rng.integers(5, 4000, 12).tolist()), request_id=f"r{place}", max_tokens=48)
+        for place in range(8)
+    ]
+    common = {"block_hash": "block_alpha", "public_key": "node_A", "stop": ()}
+    nodes = {"honest": engines["bfloat16"], "int4": cheats.rounded(engines["bfloat16"], 4)}
+    return {name: respond(node, requests, **common) for name, node in nodes.items()}
+
+
+def test_weights_of_four_bits_are_caught_and_the_honest_node_is_not(
+    served: dict[str, Receipts], engines: dict[str, Model]
+):
+    verdicts = {}
+    for name, receipts in served.items():
+        engine = HFPrefill(engines["float32"])
+        noise = noise_between(receipts.header, engine.fingerprint, None)
+        found = replay(receipts, engines["float32"], engine=engine)
+        verdicts[name] = judge_responses(found, receipts, noise, verifier=engine.fingerprint)
+    honest, cheat = verdicts["honest"], verdicts["int4"]
+    assert honest.matches / honest.tokens > 0.98
+    assert honest.verdict in ("honest", "undecided")
+    assert (cheat.verdict, cheat.exit_code) == ("fraud", 1)
+    assert min(cheat.result.tokens.log_e_max, cheat.result.sketches.log_e_max) > math.log(1000)
+    assert "passes 1/0.001" in cheat.reason
+    assert len(cheat.updates()) == 8
+
+
+def test_a_calibration_is_measured_written_and_held_to_its_engines(
+    served: dict[str, Receipts], engines: dict[str, Model], tmp_path
+):
+    receipts = served["honest"]
+    engine = HFPrefill(engines["bfloat16"])
+    found = replay(receipts, engines["bfloat16"], engine=engine)
+    measured = calibrate_responses([(receipts.header, found)], engine.fingerprint)
+    measured.save(tmp_path / "responses.json")
+    read = ResponseCalibration.load(tmp_path / "responses.json")
+    assert read == measured
+    assert (read.responses, read.tokens) == (8, 8 * 48)
+    assert noise_between(receipts.header, engine.fingerprint, read) == read.noise
+    other: Fingerprint = replace(engine.fingerprint, dtype="float32")
+    with pytest.raises(CalibrationError, match="dtype than the verifier's"):
+        noise_between(receipts.header, other, read)
+    with pytest.raises(CalibrationError, match="another checkpoint"):
+        read.check(replace(receipts.header, digest="0" * 64))
+    (tmp_path / "responses.json").write_text('{"kind":"assay.poc.calibration","schema":2}\n')
+    with pytest.raises(CalibrationError, match="calibration of responses"):
+        ResponseCalibration.load(tmp_path / "responses.json")
+
+
+def test_there_is_a_default_for_the_usual_pairs_and_no_other():
+    assert default_response_noise("float32", "bfloat16") == default_response_noise("bfloat16", "float32")
+    with pytest.raises(CalibrationError, match="no default noise of responses between int8 and float32"):
+        default_response_noise("int8", "float32")
