@@ -12,16 +12,18 @@ from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
+from fastapi import FastAPI
 
 from assay.errors import StorageError, UsageError
 from assay.poc.responses import Prompt, Receipts
-from assay.poc.service import Settings
+from assay.poc.service import Settings, attach
 from assay.poc.service._refusals import Refusal
+from assay.poc.service.http import PREFIXES, LocalOnly
 from assay.poc.service.runtime import Controller, Metrics, ReceiptKeeper
 from assay.poc.service.store import Callback, Database, Outbox, _receipts
 from assay.poc.service.store._schema import MIGRATIONS
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND
+from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient
 from tests.poc.service.receipts import RECEIPTS, header, receipt, stored_together
 from tests.waiting import until
 
@@ -244,6 +246,20 @@ def test_keys_read_and_only_some_delete(serving):
             assert status("GET", path, None) == status("GET", path, "wrong" * 8) == 401
         assert [status("DELETE", "/chat", key) for key in (None, keys["read"], keys["validate"])] == [401, 403, 403]
         assert status("DELETE", "/chat", keys["api"]) == 200
+
+
+def test_without_keys_other_hosts_get_no_receipts_from_another_application_either(rig, tmp_path):
+    host = FastAPI()
+    host.get("/v1/models")(lambda: {"data": ["theirs"]})
+    attach(host, Controller(rig.deployment, Settings(data_dir=tmp_path)))
+    host.add_middleware(LocalOnly, prefix=PREFIXES)
+    with TestClient(host, base_url="http://evil.example") as client:
+        for path in ("", ".jsonl", "/chat"):
+            assert client.get(RECEIPTS + path).status_code == 403
+        assert client.delete(f"{RECEIPTS}/chat").status_code == 403
+        assert client.get(f"{PREFIX}/status").status_code == 403
+        assert client.get("/v1/models").status_code == 200
+        assert client.get(RECEIPTS, headers={"Host": "127.0.0.1"}).status_code == 200
 
 
 def test_only_so_many_files_are_sent_at_once(service, monkeypatch):
