@@ -65,7 +65,7 @@ def test_a_beacon_gives_the_newest_block_and_waits_for_the_next():
 
 
 def test_history_counts_what_is_new_and_skips_tokens_that_are_not_there_yet():
-    history = History([[1, 1, 2], [0]], 5, torch.device("cpu"))
+    history = History([[1, 1, 2], [0, 5]], 5, torch.device("cpu"))
     outputs = [[3], [-1]]
     history.update(outputs)
     outputs[0] += [3, 4]
@@ -152,6 +152,24 @@ def test_requests_that_nobody_takes_are_dropped():
     step(runner, {"a": (0, 2)}, [new_request("a", 2, range(8))])
     capture.drop(["a", "b"])
     assert capture.take(["a"]) == {}
+
+
+def test_with_drafts_the_state_is_found_by_its_position_and_the_last_one_counts():
+    """The host's count of positions is a bound there: two tokens too high at first, and right when they come again."""
+    drafting = type("Drafting", (Runner,), {"__module__": "vllm.v1.worker.gpu.model_runner"})
+    runner, words = drafting(), np.arange(8, dtype=np.uint32)
+    speculative = SimpleNamespace(num_speculative_tokens=2)
+    capture = Capture(runner, SimpleNamespace(model_config=CONFIG.model_config, speculative_config=speculative))
+    runner.execute_model(SimpleNamespace(scheduled_new_reqs=[new_request("a", 10, words)]))
+    for bound, positions, name in ((0, range(10), "a"), (42, (40, 41, 42), "wrong"), (41, (41, 42, 43), "a")):
+        batch = {"req_ids": ["a", "padding"], "num_reqs": 1, "query_start_loc_np": np.array([0, len(positions), 99])}
+        batch |= {"num_computed_tokens_np": np.array([bound]), "positions": torch.tensor(list(positions))}
+        states = torch.stack([state_of(name, at) for at in positions])
+        runner.execute_model_state = SimpleNamespace(hidden_states=states, input_batch=SimpleNamespace(**batch))
+        runner.sample_tokens()
+    found = np.frombuffer(capture.take(["a"])["a"], np.float16).reshape(-1, 12)
+    wanted = sketches(torch.stack([state_of("a", 9), state_of("a", 41)]), step_seeds(words, [0, 32]))
+    assert (found.tolist(), capture.errors) == (wanted.numpy().tolist(), 0)
 
 
 def test_which_tokens_are_sketched():

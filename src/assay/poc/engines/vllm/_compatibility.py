@@ -20,9 +20,25 @@ EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
 
 USED: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": ("generate", "collective_rpc", "from_vllm_config", "shutdown"),
-    "vllm.v1.engine.output_processor:OutputProcessor": ("get_num_unfinished_requests",),
+    "vllm.v1.engine.output_processor:OutputProcessor": ("get_num_unfinished_requests", "add_request"),
     "vllm.v1.worker.worker_base:WorkerBase": ("execute_model",),
-    "vllm.v1.core.sched.output:NewRequestData": ("req_id", "prompt_token_ids", "prompt_embeds", "prompt_is_token_ids"),
+    "vllm.v1.core.sched.output:NewRequestData": (
+        "req_id",
+        "prompt_token_ids",
+        "prompt_embeds",
+        "prompt_is_token_ids",
+        "sampling_params",
+    ),
+    "vllm.v1.engine:EngineCoreRequest": (
+        "request_id",
+        "external_req_id",
+        "sampling_params",
+        "prompt_token_ids",
+        "prompt_embeds",
+        "mm_features",
+        "lora_request",
+        "resumable",
+    ),
     "vllm:SamplingParams": ("max_tokens", "temperature", "detokenize", "output_kind", "skip_reading_prefix_cache"),
 }
 BOTH = ("device", "execute_model", "execute_model_state", "sample_tokens")
@@ -40,6 +56,7 @@ OF_RUNNER: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "query_start_loc_np",
             "num_computed_tokens_np",
             "prefill_len_np",
+            "positions",
         ),
     },
 }

@@ -19,7 +19,7 @@ class History:
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
-        self._device = device
+        self._device, self._vocab_size = device, vocab_size
         self._prompt_NV = torch.zeros((len(prompts), vocab_size), dtype=torch.bool, device=device)
         self._counts_NV = torch.zeros((len(prompts), vocab_size), dtype=torch.int32, device=device)
         self._lengths = [0] * len(prompts)
@@ -36,7 +36,7 @@ class History:
         return {"prompt_NV": self._prompt_NV, "counts_NV": self._counts_NV}
 
     def _places(self, listed: Sequence[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tensor]:
-        # vLLM pads tokens that are not there yet with negative ids.
-        pairs = [(row, token) for row, tokens in listed for token in tokens if token >= 0]
+        # Tokens that are not there yet have negative ids, and a prompt may have ids that no logit stands for.
+        pairs = [(row, token) for row, tokens in listed for token in tokens if 0 <= token < self._vocab_size]
         places = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(self._device, non_blocking=True)
         return places[:, 0], places[:, 1]

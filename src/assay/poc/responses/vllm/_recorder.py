@@ -248,7 +248,7 @@ class Recorder:
 class Collector:
     """Takes sketches from the workers, which compute nothing meanwhile.
 
-    The responses that end while a call runs, and in a short pause behind it, go into the next one.
+    The responses that end while a call runs, and in a short pause after it, go into the next one.
     """
 
     def __init__(self, llm: Any) -> None:

@@ -97,15 +97,17 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
         """Return the tokens of the prompt of every row, and its output so far: committed tokens, and drafts before."""
         states, slots_R = self._states, ctx.expanded_idx_mapping.long()
         longest = int(ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)].max())
-        ids = states.all_token_ids.gpu[slots_R, :longest].long().clamp(0, vocab_size - 1)
+        given = states.all_token_ids.gpu[slots_R, :longest].long()
+        ids = given.clamp(0, vocab_size - 1)
+        known = given == ids  # a prompt may have ids that no logit stands for
         places = torch.arange(ids.shape[1], device=self._device)
         in_prompt = places < states.prompt_len.gpu[slots_R].unsqueeze(1)
         committed = places < states.total_len.gpu[slots_R].unsqueeze(1)
         shape = (len(slots_R), vocab_size)
         prompt_RV = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        prompt_RV.scatter_add_(1, ids, in_prompt.int())
+        prompt_RV.scatter_add_(1, ids, (in_prompt & known).int())
         counts_RV = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        counts_RV.scatter_add_(1, ids, (committed & ~in_prompt).int())
+        counts_RV.scatter_add_(1, ids, (committed & ~in_prompt & known).int())
         drafts = len(slots_R) - len(ctx.idx_mapping_np)
         for back in range(
             drafts
