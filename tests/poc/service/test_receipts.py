@@ -74,6 +74,8 @@ def test_a_receipt_is_kept_once_and_another_of_the_same_request_beside_it(servic
     text = service.client.get("/metrics").text
     assert 'assay_poc_receipts_total{as="new"} 2.0' in text
     assert 'assay_poc_receipts_total{as="repeated"} 2.0' in text
+    store(service, receipt("chat"), under=header(digest="1" * 64))  # the same response, of another model
+    assert [found["header"]["model"]["digest"][0] for found in get(service, "/chat")["receipts"]] == ["0", "0", "1"]
 
 
 @pytest.mark.parametrize("kept", [False, True])

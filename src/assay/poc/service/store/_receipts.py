@@ -92,13 +92,14 @@ class Receipts:
     def add(self, receipts: Sequence[NewReceipt]) -> list[bool]:
         """Store receipts in one transaction; return of each whether it is new. They are on disk when this returns.
 
-        A receipt that is stored already, byte for byte, is not stored twice. Only one thread may call this.
+        A receipt that is stored already, byte for byte and under the same header, is not stored twice. Only one thread
+        may call this.
         """
         now, headers, fresh, announced = time.time(), dict(self._headers), [], []
         insert = (
             "INSERT INTO receipts (header_id, at, name, choice, tokens, size, finish, request_id, block_hash, sha256, "
             "line) SELECT ?,?,?,?,?,?,?,?,?,?,? "
-            "WHERE NOT EXISTS (SELECT 1 FROM receipts WHERE name = ? AND sha256 = ?) RETURNING seq"
+            "WHERE NOT EXISTS (SELECT 1 FROM receipts WHERE name = ? AND sha256 = ? AND header_id = ?) RETURNING seq"
         )
         with self._db.write() as connection:
             for receipt in receipts:
@@ -107,7 +108,7 @@ class Receipts:
                 header, name = headers[receipt.header], _name(receipt.request_id)
                 about = (receipt.index, receipt.tokens, receipt.size, receipt.finish)
                 texts = (receipt.request_id, receipt.block_hash, receipt.sha256, receipt.line)
-                values = (header, now, name, *about, *texts, name, receipt.sha256)
+                values = (header, now, name, *about, *texts, name, receipt.sha256, header)
                 seq = connection.exec_driver_sql(insert, values).scalar()
                 fresh.append(seq is not None)
                 if seq is not None:
