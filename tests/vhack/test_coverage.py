@@ -52,6 +52,34 @@ def test_fused_projections_are_covered_whole_and_their_gradients_exact(family, f
     assert worst_error(found, sequential_gradients(model, byte_tokenizer, samples, svd)) < 2e-5
 
 
+WHOLE = ["Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "Gemma2", "Gemma3", "Cohere", "Olmo2", "SmolLM3"]
+WHOLE += ["Phi3", "Glm4"]
+PARTS = {
+    "Mixtral": (0.9999, "gate"),
+    "Qwen3Moe": (0.999, "gate"),
+    "GptOss": (0.9999, "router"),
+    "DeepseekV3": (0.99, "kv_b_proj"),
+    "Qwen3Next": (0.98, "in_proj_qkvz"),
+    "Jamba": (0.94, "x_proj"),
+    "FalconH1": (0.93, "in_proj"),
+    "OPT": (0.25, "fc1"),
+    "Lfm2": (0.12, "w1"),
+}
+
+
+@pytest.mark.parametrize("family", [*WHOLE, *PARTS])
+def test_coverage_of_architectures_is_what_the_documentation_says(family):
+    """In the sizes that transformers has as defaults, eight layers of each, without memory."""
+    import transformers
+
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    with torch.device("meta"):
+        found = coverage(getattr(transformers, f"{family}ForCausalLM")(config(num_hidden_layers=8)))
+    share, left_out = PARTS.get(family, (1.0, ""))
+    assert found.share == pytest.approx(share, abs=0.005)
+    assert any(name.endswith(left_out) for name in found.left_out) or family in WHOLE
+
+
 def test_linears_that_an_adapter_has_wrapped_are_covered_like_all_others(samples, byte_tokenizer):
     model = with_lora(["q_proj", "down_proj"])
     names = list(target_modules(model))
