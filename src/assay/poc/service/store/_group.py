@@ -132,7 +132,7 @@ class GroupCommit(Generic[Item, Kept]):
             step()
         except StorageError as error:
             fault = error.seen
-        except Exception as error:  # of any kind: without this thread, whoever waits would wait for ever
+        except Exception as error:  # of any kind: without this thread, every caller would wait for ever
             log.exception("not written", thread=self._name)
             self.error = reason_of(error)[:300]
             fault = "it could not be written"
