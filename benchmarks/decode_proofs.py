@@ -75,7 +75,7 @@ def cheats(model, round, options):
         "4-bit weights": lambda: _as(honest, prove(rounded(model, 4), round, nonces, **size)),
         "half of the prompt left out": lambda: forgetful(honest, model, **size),
         "half of the steps, twice": lambda: repeated(honest),
-        "every second nonce recycled": lambda: recycled(honest),
+        "half of the nonces recycled": lambda: recycled(honest),
     }
     rows, base = [], None
     for name, make in made.items():

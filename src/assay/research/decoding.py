@@ -59,10 +59,17 @@ def repeated(honest: Proof) -> Proof:
     )
 
 
-def recycled(honest: Proof) -> Proof:
-    """Return for every second nonce the tokens and sketches of the one before it: half of the nonces were computed."""
+def recycled(honest: Proof, *, seed: int = 0) -> Proof:
+    """Return for half of the nonces, drawn by a seed, the tokens and sketches of the one before it.
+
+    They are drawn because a machine that is wrong at fixed places of its batches counts as faulty.
+    """
     records = _tokens(honest)
-    return _proof(honest, (replace(records[i - i % 2], nonce=record.nonce) for i, record in enumerate(records)))
+    chosen = np.random.default_rng(seed).permutation(len(records)) % 2 == 1
+    return _proof(
+        honest,
+        (replace(records[i - 1] if chosen[i] else record, nonce=record.nonce) for i, record in enumerate(records)),
+    )
 
 
 class _Forgetful(HFEngine):
