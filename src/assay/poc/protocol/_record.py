@@ -349,4 +349,4 @@ def _floats(raw: bytes) -> np.ndarray:
 
 
 def _undecodable(what: str, seen: str, wanted: str) -> ProofFormatError:
-    return ProofFormatError(f"{what} that is {seen}", wanted=f"base64 of {wanted}", do="ask the prover for a new proof")
+    return ProofFormatError(f"{what} that is {seen}", wanted=f"base64 of {wanted}", do="ask the node for it again")

@@ -8,7 +8,7 @@ from assay.errors import DataError, ProofFormatError
 from assay.reports import loads, read_lines
 
 T = TypeVar("T")
-_DO = "ask the prover for a new proof"
+_DO = "ask the node for it again"
 
 
 def malformed(seen: str, wanted: str) -> ProofFormatError:

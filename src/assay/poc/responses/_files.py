@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from assay.errors import ProofFormatError, UsageError
+from assay.errors import UsageError
 from assay.poc.protocol import (
     SKETCH_SIZE,
     check_fields,
@@ -316,4 +316,4 @@ def _made(make: Callable[[], T]) -> T:
     try:
         return make()
     except UsageError as error:
-        raise ProofFormatError(error.seen, wanted=error.wanted, do="ask the node for its receipts again") from None
+        raise malformed(error.seen, error.wanted) from None
