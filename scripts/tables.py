@@ -15,11 +15,13 @@ from assay.research.approaches import weight_rows
 from assay.research.clusters import HONEST, REAL, SIMULATED, model_table
 from assay.research.matrix import Configuration, configurations
 from assay.research.redteam import attack_table, fields, honest_errors, paying, paying_table
+from assay.research.responses import alarm_table, honest_table, standing_table
 from assay.research.runs import read_run
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 RUNS = RESULTS / "experiments"
 REDTEAM = ("qwen3", "llama")
+RESPONSES = ("qwen3", "llama", "trained-like")
 FORMATS = {"bfloat16": "", "float16": "-float16"}
 SHAPES = {"qwen3-0.6b": 28, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
 
@@ -395,3 +397,55 @@ def cluster_real() -> None:
 def cluster_simulated() -> None:
     """Print how each rule catches simulated cheats."""
     cluster_cheats(SIMULATED)
+
+
+def responses_cells() -> list[Any]:
+    """Return the cells of the red team for responses, of all models."""
+    return [cell for name in RESPONSES for cell in read_run(RUNS / f"responses-{name}", "responses").cells]
+
+
+def responses_progress() -> None:
+    """Print how many cells of every run are measured, and whether the run reached its end."""
+    rows = []
+    for name in RESPONSES:
+        run = read_run(RUNS / f"responses-{name}", "responses")
+        settings = [run.settings[key] for key in ("honest", "responses", "seq_len")]
+        rows.append((f"[responses-{name}](../benchmarks/results/experiments/responses-{name})", *settings,
+                     len(run.cells), "yes" if run.complete else "no"))  # fmt: skip
+    print_table(("run", "honest responses", "responses of a cheat", "tokens of each", "cells", "complete"), rows)
+
+
+def responses_standing() -> None:
+    """Print our figures for int4 weights beside those of the best rival."""
+    print_table(*standing_table(responses_cells()))
+
+
+def responses_honest() -> None:
+    """Print what honest provers show, and how many of their audits are accused."""
+    print_table(*honest_table(responses_cells()))
+
+
+def responses_alarms() -> None:
+    """Print the false alarms of thresholds that come from other honest responses, with sampled tokens."""
+    columns, rows = alarm_table(responses_cells())
+    print_table((columns[0], *columns[2:]), [(row[0], *row[2:]) for row in rows if row[1] == "sampled"])
+
+
+def responses_caught(figure: str, *methods: str, mode: str = "sampled") -> None:
+    """Print the tokens until every cheat is caught, all models side by side; a dash where none was measured.
+
+    Args:
+        figure: Name of the figure, ``sequential_99`` or ``threshold_99``.
+        methods: Names of the methods, one for each column.
+        mode: Whether tokens are sampled or greedy.
+    """
+    cells = [cell for cell in responses_cells() if cell["kind"] == "cheat" and cell["mode"] == mode]
+    found = {(cell["model"].rpartition(":")[2], cell["name"]): cell["methods"] for cell in cells}
+    rows = []
+    for cheat in dict.fromkeys(name for _, name in found):
+        row = [cheat]
+        for method in methods:
+            values = [found[model, cheat][method][figure] if (model, cheat) in found else "–" for model in RESPONSES]
+            row.append(" / ".join("never" if value is None else str(value) for value in values))
+        rows.append(row)
+    print_table(("cheat", *methods), rows)
