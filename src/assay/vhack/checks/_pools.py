@@ -164,7 +164,8 @@ def check_two_pools(
         >>> from assay.vhack.pairs import generate_pairs
         >>> model = load_model("reference:llama", device="cpu")
         >>> basis = extract(generate_pairs(6), model, n_heldout=0)
-        >>> samples = [(pair.samples(), pair.group) for pair in generate_pairs(4, seed=1, families=["clamp"])]
+        >>> others = generate_pairs(4, seed=1, families=["rotate", "set_bits"])
+        >>> samples = [(pair.samples(), pair.group) for pair in others]
         >>> pools = [[PoolSample(sides[side], group) for sides, group in samples] for side in (0, 1)]
         >>> check_two_pools(*pools, model, basis, settings=CheckSettings(n_flips=39, n_null=19)).verdict
         'undecided'
