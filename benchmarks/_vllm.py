@@ -81,9 +81,12 @@ class Server:
         options = self.options | {"--host": "127.0.0.1", "--port": str(self.port), "--chat-template": str(template)}
         words = [word for name, value in options.items() if value is not False for word in (name, value) if word]
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *words]
-        environment = os.environ | self.environment | {"ASSAY_DATA_DIR": str(self.data_dir)}
+        self.process = self.run(command, os.environ | self.environment | {"ASSAY_DATA_DIR": str(self.data_dir)})
+
+    def run(self, command, environment):
+        """Return the process of a command, which writes into the log."""
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.data_dir)
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.data_dir)
 
     def start(self, timeout=900.0):
         """Start, and wait until chat and the service answer."""

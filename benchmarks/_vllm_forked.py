@@ -1,0 +1,102 @@
+"""vLLM servers on a CPU, forked from one process that has imported vLLM: imports are most of a start.
+
+The process reads one JSON object a line, forks, and answers with the process id. Each server is the same program as one
+that the command line starts, with the same processes; its engine and its worker are forked as well.
+"""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+from _vllm import Server
+
+MODULE = "vllm.entrypoints.openai.api_server"
+IMPORTED = (
+    MODULE,
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.qwen3",
+    "assay.poc.serving",
+)
+
+
+class ForkedServer(Server):
+    """A server with the plugin that starts faster than the first one. ``kill`` and ``stop`` are those of any other."""
+
+    def __init__(self, data_dir, **options):
+        super().__init__(data_dir, **options)
+        self._parent = None
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if self._parent is not None:
+            self._parent.stdin.close()
+            self._parent.wait()
+
+    def run(self, command, environment):
+        """Fork a server; the first one waits until vLLM is imported."""
+        if self._parent is None:
+            self._parent = subprocess.Popen(
+                [self.python, str(Path(__file__))],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log.open("ab"),
+                text=True,
+            )
+        order = {"argv": command[2:], "log": str(self.log), "cwd": str(self.data_dir)}
+        print(json.dumps(order), file=self._parent.stdin, flush=True)
+        return _Process(int(self._parent.stdout.readline()))
+
+
+class _Process(psutil.Process):
+    """The part of ``subprocess.Popen`` that a server needs, of a process that is not a child."""
+
+    def poll(self):
+        return None if self.is_running() else -signal.SIGKILL
+
+    def wait(self, timeout=None):
+        try:
+            return super().wait(timeout)
+        except psutil.TimeoutExpired:
+            raise subprocess.TimeoutExpired(MODULE, timeout) from None
+
+
+def main():
+    """Import vLLM, then fork a server for every line of the input."""
+    from vllm.utils import system_utils
+
+    # On a CPU vLLM has every process import everything anew.
+    system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+    for name in IMPORTED:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps what ends
+    for line in sys.stdin:
+        order = json.loads(line)
+        child = os.fork()
+        if child:
+            print(child, flush=True)
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        os.chdir(order["cwd"])
+        sys.argv = order["argv"]
+        with contextlib.suppress(KeyboardInterrupt):
+            runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
