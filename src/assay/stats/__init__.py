@@ -29,7 +29,17 @@ from assay.stats._rates import (
     proportion_interval,
 )
 from assay.stats._sequential import Paths, SequentialResult, SequentialTest, Verdict
-from assay.stats._tokens import COLUMNS, LEAST_LOG, SCALES, TokenFit, TokenNoise, fit_token_noise, stored, token_profile
+from assay.stats._tokens import (
+    COLUMNS,
+    LEAST_LOG,
+    SCALES,
+    UNSEEN,
+    TokenFit,
+    TokenNoise,
+    fit_token_noise,
+    stored,
+    token_profile,
+)
 
 __all__ = [
     "COLUMNS",
@@ -42,6 +52,7 @@ __all__ = [
     "RESOLUTION",
     "SCALES",
     "SUSPICION",
+    "UNSEEN",
     "BlockLaw",
     "BootstrapInterval",
     "ClusterResult",

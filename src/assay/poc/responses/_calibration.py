@@ -200,7 +200,12 @@ def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> 
         for some in by_prover
         if any(len(one.residuals) for one in some)
     ]
-    part = PartNoise(law=fit.reached, spread=_spread(fit.error, of_sketches), between=_between(logs))
+    part = PartNoise(
+        law=fit.reached,
+        spread=_spread(fit.error, of_sketches),
+        between=_between(logs),
+        stray=stats.UNSEEN / (fit.n + stats.UNSEEN),
+    )
     return ResponseNoise(tokens=tokens, sketches=part, source=source)
 
 
