@@ -1,9 +1,9 @@
 """How far honest engines differ on decoded tokens: the default noise of the preset `decode` for a pair of dtypes.
 
 Both bundled models decode in every dtype. Every proof is replayed in every dtype, with the library's plain attention in
-place of the fused one and in another batch shape. The residuals of a pair of dtypes are pooled over the models, and the law
-is fitted at its 99 % upper bound. Decoding and replaying run other kernels, so honest noise shows on one machine too;
-`--proofs` adds honest proofs that another machine made of the same models with `assay poc prove`.
+place of the fused one and in another batch shape. The residuals of a pair of dtypes are pooled over the models, and the
+law is fitted at its 99 % upper bound. Decoding and replaying run other kernels, so honest noise shows on one machine
+too; `--proofs` replays honest proofs of these models that another machine made.
 
     python benchmarks/decode_noise.py -o benchmarks/results/decode_noise.json --install
     python benchmarks/decode_noise.py --device cuda --save proofs/      on another machine, then here with
