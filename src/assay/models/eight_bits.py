@@ -30,7 +30,8 @@ class Arithmetic:
         name: Name of the number format.
         round: Function that rounds the rows of an input.
         product: Function of a rounded input, a rounded weight, a bias and the dtype of the result: x Wᵀ, and the bias.
-        grouped: Function that multiplies rows which stand together by a weight each, on CUDA; None where there is none.
+        grouped: Function that multiplies rows which stand together by a weight each, on CUDA; without it
+            a product for each weight.
     """
 
     name: str
