@@ -13,7 +13,6 @@ import runpy
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 from _vllm import Server
@@ -41,18 +40,14 @@ class ForkedServer(Server):
         if self._parent is not None:
             self._parent.stdin.close()
             self._parent.wait()
+            self._parent.stdout.close()
 
     def run(self, command, environment):
         """Fork a server; the first one waits until vLLM is imported."""
         if self._parent is None:
-            self._parent = subprocess.Popen(
-                [self.python, str(Path(__file__))],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.log.open("ab"),
-                text=True,
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            with self.log.open("ab") as log:
+                self._parent = subprocess.Popen([self.python, __file__], env=environment, stderr=log, **pipes)
         order = {"argv": command[2:], "log": str(self.log), "cwd": str(self.data_dir)}
         print(json.dumps(order), file=self._parent.stdin, flush=True)
         return _Process(int(self._parent.stdout.readline()))
