@@ -204,7 +204,6 @@ def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> 
         law=fit.reached,
         spread=_spread(fit.error, of_sketches),
         between=_between(logs),
-        stray=stats.UNSEEN / (fit.n + stats.UNSEEN),
     )
     return ResponseNoise(tokens=tokens, sketches=part, source=source)
 
