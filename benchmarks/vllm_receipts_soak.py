@@ -111,6 +111,7 @@ def kill_loop(server, requests, *, kills, at_once=8, seed=0):
     killed = 0
     for life in range(kills + 1):
         if life:
+            server.client.close()
             server.start()
         begin(server)
         until = len(requests) * (life + 1) // (kills + 1) if life < kills else len(requests) + 1
