@@ -1,8 +1,9 @@
 """What a round of decoding draws for the nonces of a batch, and what an engine that decodes does.
 
 The prompt of a nonce is drawn, and every token is the one with the largest sum of logit and Gumbel number, which is a
-sample of the model's own distribution. The numbers of a token are those of the nonce and the step, so whoever knows the
-round can say which token the model gives after any others: one forward pass over prompt and tokens checks them all.
+sample of the model's own distribution. The numbers of a token are those of the nonce and the step, so every
+validator that knows the round can say which token the model gives after any others: one forward pass over prompt and
+tokens checks them all.
 
 Legend of shapes: B nonces of a batch, P positions of the prompt, N tokens, V vocabulary, D hidden size, S sketches, K
 numbers of a sketch.

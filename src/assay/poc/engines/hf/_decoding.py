@@ -155,7 +155,7 @@ def _logits(engine: Decoder, states_ND: Float[Tensor, "N D"]) -> Float32[Tensor,
 
 
 def _check_finite(model: Model, *computed: np.ndarray) -> None:
-    if any(np.isnan(values).any() for values in computed):  # the margin of a token that is none is infinite
+    if any(np.isnan(values).any() for values in computed):  # an infinite margin is that of an id without a token
         raise BadWeights(
             f"{model.reference} returned NaN or infinity",
             wanted="finite hidden states",
