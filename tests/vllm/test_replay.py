@@ -5,6 +5,9 @@ import pytest
 from assay import load_model
 from assay.poc.responses import HFPrefill, Request, Sampling, VLLMPrefill, replay, respond
 
+NARROW = 18
+"""Columns of a profile up to differences of a quarter."""
+
 WAYS = (
     Sampling(),
     Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.2),
@@ -26,5 +29,7 @@ def test_vllm_gives_the_margins_and_profiles_of_transformers():
         assert (engine.fingerprint.engine, engine.fingerprint.dtype) == ("vllm", "float32")
     for one, other in zip(ours, theirs, strict=True):
         assert one.matches == other.matches == 24
-        assert other.profiles[:, -8:] == pytest.approx(one.profiles[:, -8:], abs=0.05)
+        # vLLM lists the likeliest tokens alone: at scales at which all others matter, a claimed token is likelier.
+        assert other.profiles[:, 8:NARROW] == pytest.approx(one.profiles[:, 8:NARROW], abs=0.05)
+        assert (other.profiles >= one.profiles - 0.05)[:, 8:].all()
         assert other.residuals.size == 0

@@ -87,8 +87,6 @@ class ClusterTest:
         alpha: Bound on the chance that an honest node is ever accused.
         beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
         effect: Smallest multiple of the noise that an honest verdict excludes; cheats are looked for from 2 on.
-        stray: Share of honest distances that may be anything, which no sample is large enough to show; a law of tokens
-            has a share of its own.
         named: Laws of known cheats by name.
 
     Raises:
@@ -104,16 +102,15 @@ class ClusterTest:
         alpha: float = 1e-3,
         beta: float = 1e-2,
         effect: float = 2.0,
-        stray: float = 0.0,
         named: Mapping[str, ClusteredLaw] = MappingProxyType({}),
     ) -> None:
-        if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf and 0 <= between < 2 and 0 <= stray < 1):
+        if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf and 0 <= between < 2):
             raise UsageError(
-                f"alpha {alpha}, beta {beta}, effect {effect}, spread of clusters {between}, stray share {stray}",
-                wanted="alpha and beta in (0, 1), effect above 1, a spread in [0, 2), a share in [0, 1)",
+                f"alpha {alpha}, beta {beta}, effect {effect}, spread of clusters {between}",
+                wanted="alpha and beta in (0, 1), effect above 1, a spread in [0, 2)",
                 do="use the defaults, or check the calibration",
             )
-        self.law, self.named, self.stray = law, dict(named), stray
+        self.law, self.named = law, dict(named)
         self.alpha, self.beta, self.effect, self.between = alpha, beta, effect, between
         self._prepare(spread or Spread())
         self._path_K = np.zeros(self._log_prior_K.size)
@@ -163,7 +160,7 @@ class ClusterTest:
             values: Values of the cluster in their order.
             ends: Number of values before the end of each block; they do not descend.
         """
-        logs_NC = _log_likelihoods(self.law, values, self._logs_C, self.stray)
+        logs_NC = _log_likelihoods(self.law, values, self._logs_C)
         sums_BC = _at(logs_NC, ends)
         log_U = self._log_U
         honest_BH = log_sum(sums_BC[:, self._at_HU] + log_U)
@@ -179,7 +176,7 @@ class ClusterTest:
             parts.append(either.reshape(len(sums_BC), -1))
         logs_U = (cluster_scales(self.between)[0] * STEP).astype(np.float64)
         parts += [
-            log_sum(_at(_log_likelihoods(law, values, logs_U, self.stray), ends) + log_U)[:, None]
+            log_sum(_at(_log_likelihoods(law, values, logs_U), ends) + log_U)[:, None]
             for law in self.named.values()
         ]
         return np.concatenate(parts, axis=1)
@@ -243,15 +240,11 @@ class ClusterTest:
         )
 
 
-def _log_likelihoods(law: ClusteredLaw, values: Any, logs_C: FloatArray, stray: float) -> FloatArray:
+def _log_likelihoods(law: ClusteredLaw, values: Any, logs_C: FloatArray) -> FloatArray:
     if isinstance(law, TokenNoise):
         return law.log_likelihoods(np.asarray(values, dtype=np.float64), logs_C)
     size_N = law.magnitudes(values)
-    logs_NC = np.stack([law.log_density(size_N, math.exp(log)) for log in logs_C], axis=1)
-    if not stray:
-        return logs_NC
-    anything = math.log(stray / math.log(2 / law.floor))  # uniform in ln L2, from the floor to 2
-    return np.logaddexp(logs_NC + math.log1p(-stray), anything)
+    return np.stack([law.log_density(size_N, math.exp(log)) for log in logs_C], axis=1)
 
 
 def _at(values: FloatArray, ends: Sequence[int]) -> FloatArray:

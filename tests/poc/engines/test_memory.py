@@ -44,7 +44,8 @@ def test_memory_that_runs_out_in_a_forward_pass_is_answered_too(small_model, rou
     def fail(**_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(small_model.module.model, "forward", fail)
+    # An attribute of the instance would stay after the test, as its own.
+    monkeypatch.setitem(vars(small_model.module.model), "forward", fail)
     for fitting, advice in ((100, "pass --batch-size 4"), (3, "pass --batch-size 3"), (0, "pass --batch-size 4")):
         free(fitting * _memory.peak_bytes(small_model, 1, 16))
         with pytest.raises(OutOfMemory, match="8 × 16 positions") as refused:

@@ -221,7 +221,7 @@ def test_broken_weights_are_named(small_checkpoint: Path):
 
 def test_a_model_without_a_cache_is_named(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     model = load_model(small_checkpoint, dtype="float32", device="cpu")
-    monkeypatch.setattr(model.module, "forward", lambda **inputs: 1 / 0)
+    monkeypatch.setitem(vars(model.module), "forward", lambda **inputs: 1 / 0)
     with pytest.raises(ModelError, match="does not run: ZeroDivisionError"):
         respond(model, [[1, 2]], **COMMON)
 

@@ -33,6 +33,13 @@ MARGIN = 2.0
 DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/responses.py --install
 
 SKETCH_FLOOR = 2.0**-11  # of float16 numbers of this size: equal sketches may differ by a step
+LEAST_BETWEEN = 0.2
+"""Least spread of ln distance between the sketches of responses: an odd response is in no small sample.
+
+Chosen after one of eight pairs of formats and models accused more honest audits than it should
+(docs/decisions/responses-replay.md).
+"""
+
 TOLD_APART = 256  # tokens from which the smallest effect is told apart from honest noise
 EFFECTS = tuple(2.0**k for k in range(1, 25))
 
@@ -203,7 +210,7 @@ def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> 
     part = PartNoise(
         law=fit.reached,
         spread=_spread(fit.error, of_sketches),
-        between=_between(logs),
+        between=max(_between(logs), LEAST_BETWEEN),
     )
     return ResponseNoise(tokens=tokens, sketches=part, source=source)
 

@@ -111,7 +111,8 @@ def _gaps(
         ahead_NV = rival_NR[:, place : place + 1] - whole_NV
         needed_NV = torch.minimum(ahead_NV, leave_NV.gather(1, at_NR[:, place : place + 1]))
         gaps_NV = torch.maximum(gaps_NV, torch.where(ahead_NV > 0, needed_NV, 0.0))
-    return gaps_NV * sampling.temperature
+    # A token that a grammar or a list of likeliest ones leaves out has no neighbours, and no change lets it in.
+    return torch.where(z_NV > -math.inf, gaps_NV, math.inf) * sampling.temperature
 
 
 def _borders(

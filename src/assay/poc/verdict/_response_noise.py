@@ -110,7 +110,6 @@ class PartNoise:
         spread: Law of the scale of a machine over that of ``law``.
         between: Spread of ln scale between the responses of one machine.
         effect: Smallest multiple of the noise that an honest verdict excludes.
-        stray: Share of honest sketches whose distance may be anything.
         named: Laws of known cheats by name.
     """
 
@@ -118,7 +117,6 @@ class PartNoise:
     spread: stats.Spread = field(default_factory=stats.Spread)
     between: float = 0.0
     effect: float = 2.0
-    stray: float = 0.0
     named: Mapping[str, stats.TokenNoise | stats.LogNoise] = field(default_factory=lambda: MappingProxyType({}))
 
     def scaled(self, factor: float) -> "PartNoise":
@@ -128,13 +126,13 @@ class PartNoise:
 
     def test(self, *, alpha: float, beta: float) -> stats.ClusterTest:
         """Return a fresh test of this noise."""
-        rates = {"alpha": alpha, "beta": beta, "effect": self.effect, "stray": self.stray}
+        rates = {"alpha": alpha, "beta": beta, "effect": self.effect}
         return stats.ClusterTest(self.law, spread=self.spread, between=self.between, named=self.named, **rates)
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
         values: dict[str, Any] = {"law": _law_as_dict(self.law), "spread": asdict(self.spread)}
-        values |= {"between": self.between, "effect": self.effect, "stray": self.stray}
+        values |= {"between": self.between, "effect": self.effect}
         return values | ({"named": {name: _law_as_dict(law) for name, law in self.named.items()}} if self.named else {})
 
     @classmethod
