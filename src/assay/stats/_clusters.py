@@ -176,8 +176,7 @@ class ClusterTest:
             parts.append(either.reshape(len(sums_BC), -1))
         logs_U = (cluster_scales(self.between)[0] * STEP).astype(np.float64)
         parts += [
-            log_sum(_at(_log_likelihoods(law, values, logs_U), ends) + log_U)[:, None]
-            for law in self.named.values()
+            log_sum(_at(_log_likelihoods(law, values, logs_U), ends) + log_U)[:, None] for law in self.named.values()
         ]
         return np.concatenate(parts, axis=1)
 
