@@ -15,9 +15,16 @@ from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from assay.errors import ModelError
+from assay.models import load_model
 from assay.poc import HFEngine, Round, prove, verify
 from assay.poc.engines.hf import _compiled, be_deterministic, worth_compiling
 from assay.poc.engines.hf._engine import is_compiled
+
+
+@pytest.fixture(scope="module")
+def small_model(small_checkpoint: Path):
+    """The small checkpoint for this file alone: a hook that another test left on a shared model changes the kernels."""
+    return load_model(small_checkpoint, dtype="float32", device="cpu")
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """The engines of a deployed model: which kernels they run, how long they are kept, what the service makes of them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from assay.errors import OutOfMemory, UsageError
+from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
 from assay.poc.engines.hf import _compiled, _memory
 from assay.poc.engines.hf._engine import is_compiled
@@ -12,6 +15,12 @@ from tests.poc.service.conftest import BLOCK, ROUND
 from tests.waiting import until
 
 SHAPE = (16, 8)  # positions, nonces
+
+
+@pytest.fixture(scope="module")
+def small_model(small_checkpoint: Path):
+    """The small checkpoint for this file alone: a hook that another test left on a shared model changes the kernels."""
+    return load_model(small_checkpoint, dtype="float32", device="cpu")
 
 
 @pytest.fixture
