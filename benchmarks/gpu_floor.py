@@ -29,7 +29,7 @@ from assay.models.decoder import causal_attention
 from assay.models.float8 import Rounded, grouped_product, product, round_rows
 from assay.poc.engines.hf import auto_batch
 from assay.poc.engines.hf._compiled import _ATTENTION
-from assay.poc.engines.hf._lean import layer_shape, layer_weights, rows_of
+from assay.poc.engines.hf._lean import layer_shape, layer_weights, parted
 
 FORMATS = ("bfloat16", "float8")
 PROJECTIONS = ("qkv", "o_proj", "gate_up", "down_proj")
@@ -88,15 +88,17 @@ class Floor:
         self.layers = weights_of(rounded)
         self.inputs = {shape: round_rows(x) for shape, x in self.inputs.items()}
 
-    def _product(self, layer, name, rows=slice(None), positions=None):
-        weight, bias = layer[name]
+    def _product(self, layer, name, part=None, positions=None):
+        projection = layer[name]
+        if part is not None:
+            projection = parted(projection, self.shape.heads * self.width, None)[part]
+        weight, bias = projection
         columns = (weight.values if isinstance(weight, Rounded) else weight).shape[-1]
         inputs = slice((positions or self.rows) * self.copies[name])
         x = self.inputs[columns, self.copies[name]]
         x = Rounded(*(part[inputs] for part in x)) if isinstance(x, Rounded) else x[inputs]
         if self.chosen and name in MLP:
             return self._grouped(x, weight)
-        weight, bias = rows_of((weight, bias), rows)
         if isinstance(weight, Rounded):
             return product(x, weight, bias, torch.bfloat16)
         return functional.linear(x, weight, bias)
@@ -116,11 +118,10 @@ class Floor:
 
     def last_products(self):
         """The products of a last layer for the last position."""
-        layer, queries = self.layers[-1], self.shape.heads * self.width
-        self._product(layer, "qkv", rows=slice(queries, None))
+        layer = self.layers[-1]
+        self._product(layer, "qkv", part=1)
         for name in PROJECTIONS:
-            rows = slice(queries) if name == "qkv" else slice(None)
-            self._product(layer, name, rows=rows, positions=self.batch_size)
+            self._product(layer, name, part=0 if name == "qkv" else None, positions=self.batch_size)
 
     def attention(self):
         """Attention, for each layer but the last."""

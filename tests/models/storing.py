@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+
+from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear
+from assay.models.float8 import Rounded
 
 FORMATS = ("tensor", "channel", "channel-tensors", "block", "block-tensors", "int8")
 
@@ -33,6 +38,30 @@ def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
     config["quantization_config"] = described(form, block)
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+def in_eight_bits(owner: nn.Module, by: Arithmetic) -> None:
+    """Round the linear layers and experts inside a module, as a checkpoint has them that is stored so."""
+    for name, part in list(owner.named_children()):
+        if isinstance(part, nn.Linear):
+            setattr(owner, name, EightBitLinear(rounded_weight(part.weight.detach(), by), part.bias, by))
+        elif hasattr(part, "gate_up_proj") and part.gate_up_proj.dim() > 2:
+            weights = (rounded_weight(weight.detach(), by) for weight in (part.gate_up_proj, part.down_proj))
+            setattr(owner, name, EightBitExperts(part, *weights, by))
+        else:
+            in_eight_bits(part, by)
+
+
+def rounded_weight(weight: torch.Tensor, by: Arithmetic) -> Rounded:
+    """A weight [..., R, C] in the format of its arithmetic."""
+    if by.block is None:
+        return by.round(weight)
+    (rows, columns), shape = by.block, weight.shape
+    whole = functional.pad(weight.float(), (0, -shape[-1] % columns, 0, -shape[-2] % rows))
+    blocks = whole.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+    scales = blocks.abs().amax(dim=(-3, -1)).clamp_min(1e-12) / 448
+    values = (blocks / scales[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
+    return Rounded(values[..., : shape[-2], : shape[-1]].to(torch.float8_e4m3fn).contiguous(), scales)
 
 
 def described(form: str, block: int = 32) -> dict[str, Any]:

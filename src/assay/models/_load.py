@@ -168,16 +168,11 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
         ModelError: The configuration cannot be used.
     """
     source = resolve(reference)
-    if source.directory is None:
-        raise UsageError(
-            f"{reference} has no checkpoint",
-            wanted="a checkpoint on disk",
-            do="make one with `assay models random`, and pass its directory",
-        )
+    directory = source.checkpoint
     form = stored_format(source.reference, source.published)
     with torch.device("meta"):
         module = build(source.config, streams.torch_dtype(dtype))
-    digest = _digest(source, list_tensors(source.directory), form)
+    digest = _digest(source, list_tensors(directory), form)
     return Model(module, None, source.reference, digest, "trained", form.name if form else "")
 
 

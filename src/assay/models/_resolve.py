@@ -76,6 +76,21 @@ class Source:
     published: dict[str, Any]
     directory: Path | None
 
+    @property
+    def checkpoint(self) -> Path:
+        """Directory of the checkpoint.
+
+        Raises:
+            UsageError: The model is a shape, which has none.
+        """
+        if self.directory is None:
+            raise UsageError(
+                f"{self.reference} has no checkpoint",
+                wanted="a checkpoint on disk",
+                do="make one with `assay models random`, and pass its directory",
+            )
+        return self.directory
+
 
 def resolve(reference: str | Path) -> Source:
     """Find a model. See :func:`assay.models.load_model` for what a reference may be and what is raised."""
@@ -104,14 +119,7 @@ def checkpoint_directory(reference: str | Path) -> Path:
         UsageError: The reference is a shape, which has no directory.
         ModelNotFound: There is no such model.
     """
-    directory = resolve(reference).directory
-    if directory is None:
-        raise UsageError(
-            f"{reference} has no checkpoint",
-            wanted="a checkpoint on disk",
-            do="make one with `assay models random`, and pass its directory",
-        )
-    return directory
+    return resolve(reference).checkpoint
 
 
 def _locate(reference: str | Path) -> Path:

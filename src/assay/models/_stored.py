@@ -7,18 +7,28 @@ was tested is refused: a model that runs it in another way is another build.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn import functional
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError
 from assay.models._checkpoint import EIGHT_BITS, Stored
-from assay.models._quantise import check_experts
+from assay.models._quantise import check_experts, check_quantisation
 from assay.models._random import build
 from assay.models._resolve import Source
-from assay.models.eight_bits import FLOAT8, INT8, Arithmetic, EightBitExperts, EightBitLinear, float8_blocks
+from assay.models.eight_bits import (
+    CUDA_BLOCK,
+    FLOAT8,
+    INT8,
+    Arithmetic,
+    EightBitExperts,
+    EightBitLinear,
+    float8_blocks,
+)
 from assay.models.float8 import Rounded
 
 if TYPE_CHECKING:
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _SCALES = ("weight_scale", "weight_scale_inv")
+_TESTED_CAPABILITY = (9, 0)
 _DO = "use the checkpoint before quantisation, or one in eight bits with dynamic inputs"
 
 
@@ -139,11 +150,25 @@ def check_device(form: StoredFormat, device: torch.device) -> None:
     """Refuse a format on a kind of device on which it was not tested.
 
     Raises:
-        BackendUnavailable: The device is not a CPU, and the format is not ``float8``.
+        BackendUnavailable: The device is neither a CPU nor a CUDA device whose products in the format were tested.
     """
-    if device.type != "cpu" and form.name != "float8":
+    if device.type == "cpu":
+        return
+    if form.name == FLOAT8.name:
+        check_quantisation(form.name, device)
+        return
+    if form.block is not None and form.block != CUDA_BLOCK:
         raise BackendUnavailable(
-            f"{form.name} on {device}", wanted="a CPU, on which it was tested", do="pass --device cpu, or use vLLM"
+            "{} with a scale for {} x {} numbers, on {}".format(form.name, *form.block, device),
+            wanted="blocks of {} x {} on CUDA".format(*CUDA_BLOCK),
+            do="pass --device cpu, or use vLLM",
+        )
+    libraries = find_spec("triton") is not None and hasattr(functional, "scaled_mm")
+    if not libraries or torch.cuda.get_device_capability(device) != _TESTED_CAPABILITY:
+        raise BackendUnavailable(
+            f"{form.name} on {device}",
+            wanted="a CPU, or an H100 or H200 with torch 2.10 or later and triton, on which it was tested",
+            do="pass --device cpu, or use vLLM",
         )
 
 

@@ -5,20 +5,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from assay.models.decoder import rotate
-from assay.models.float8 import Rounded, round_rows
+from assay.models.eight_bits import Arithmetic
+from assay.models.float8 import Rounded
 from assay.poc.engines.hf._lean import rms_norm
 
 __all__ = ["combined", "gated", "normalised", "rounded", "spread", "turned"]
 
-rounded = round_rows
+
+def rounded(x: Tensor, by: Arithmetic) -> Rounded:
+    return by.round(x)
 
 
 def normalised(
-    h: Tensor, update: Tensor | None, weight: Tensor, eps: float, *, float8: bool
+    h: Tensor, update: Tensor | None, weight: Tensor, eps: float, by: Arithmetic | None
 ) -> tuple[Tensor, Tensor | Rounded]:
     total = h if update is None else h + update
     x = rms_norm(total, weight, eps)
-    return total, round_rows(x) if float8 else x
+    return total, by.round(x) if by else x
 
 
 def turned(x: Tensor, norms, rotation, eps: float, *, queries: int, heads: int, width: int, first_position: int = 0):
@@ -30,16 +33,16 @@ def turned(x: Tensor, norms, rotation, eps: float, *, queries: int, heads: int, 
     part.copy_(rotate(torch.cat([q, k], dim=-2), cosines, sines))
 
 
-def gated(x: Tensor, *, float8: bool) -> Tensor | Rounded:
+def gated(x: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
     gate, up = x.chunk(2, dim=-1)
     values = functional.silu(gate) * up
-    return round_rows(values) if float8 else values
+    return by.round(values) if by else values
 
 
-def spread(x: Tensor, places: Tensor, *, float8: bool) -> Tensor | Rounded:
+def spread(x: Tensor, places: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
     sources = torch.empty_like(places)
     sources[places] = torch.arange(len(places), device=x.device) // (len(places) // len(x))
-    return round_rows(x[sources]) if float8 else x[sources]
+    return by.round(x[sources]) if by else x[sources]
 
 
 def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:

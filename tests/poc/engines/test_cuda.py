@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from assay.errors import BadWeights, CalibrationError, OutOfMemory
-from assay.models import Model, load_model
+from assay.models import Model, backbone, checkpoint_directory, load_model
 from assay.models._quantise import quantise as round_weights
+from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
 from assay.poc import HFEngine, Proof, Round, default_noise, prove, verify
 from assay.poc.engines.hf import _engine as _hf
 from assay.poc.engines.hf import auto_batch, worth_compiling
 from assay.poc.engines.hf._memory import peak_bytes
+from tests.models.storing import in_eight_bits, store
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,8 +34,16 @@ PRESETS = ["poc-2.0", "artifact", "hardened"]
 MIB = 2**20
 
 
+STORED = {"float8-block": float8_blocks(*CUDA_BLOCK), "int8-rows": INT8}
+FORMATS = [None, "float8", *STORED]
+
+
 def on_cuda(reference: str = "reference:qwen3", quantise: str | None = None) -> Model:
-    return load_model(reference, dtype="bfloat16", device="cuda", quantise=quantise)
+    if quantise not in STORED:
+        return load_model(reference, dtype="bfloat16", device="cuda", quantise=quantise)
+    model = on_cuda(reference)
+    in_eight_bits(backbone(model.module), STORED[quantise])
+    return replace(model, quantised=quantise)
 
 
 def bits(proof: Proof) -> list[object]:
@@ -41,7 +52,7 @@ def bits(proof: Proof) -> list[object]:
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("quantise", [None, "float8"])
+@pytest.mark.parametrize("quantise", FORMATS)
 def test_a_nonce_has_the_same_bits_wherever_it_stands(quantise: str | None, preset: str, compiled: bool):
     model = on_cuda(quantise=quantise)
     round = Round(block_hash="b", public_key="k", preset=preset, seq_len=64)
@@ -62,12 +73,14 @@ def mixture(quantise: str | None) -> Model:
         torch.manual_seed(0)
         module = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, initializer_range=0.1))
     module.to("cuda", torch.bfloat16).eval()
-    if quantise:
+    if quantise in STORED:
+        in_eight_bits(backbone(module), STORED[quantise])
+    elif quantise:
         round_weights(module, quantise)
     return Model(module, None, "mixture", "", "trained", quantise or "")
 
 
-@pytest.mark.parametrize("quantise", [None, "float8"])
+@pytest.mark.parametrize("quantise", FORMATS)
 def test_a_nonce_of_a_mixture_has_the_same_bits_wherever_it_stands(quantise: str | None):
     model = mixture(quantise)
     round = Round(block_hash="b", public_key="k", seq_len=64)
@@ -277,3 +290,36 @@ def test_float8_is_nearer_to_itself_in_other_kernels_than_to_bfloat16():
     assert away(HFEngine(rounded, batch_size=64, seq_len=64)) < 0.6 * rounding
     assert away(HFEngine(rounded, batch_size=16, seq_len=64, compiled=True)) < 0.6 * rounding
     assert away(HFEngine(cpu, batch_size=16, seq_len=64)) < 1.5 * rounding
+
+
+@pytest.mark.parametrize("form", ["block", "int8"])
+def test_a_stored_checkpoint_is_proved_by_kernels_that_compute_what_its_layers_do(form: str, tmp_path: Path):
+    source, round = checkpoint_directory("reference:qwen3"), Round(block_hash="b", public_key="k", seq_len=64)
+    model = load_model(store(source, tmp_path / "model", form, block=128), device="cuda")
+    engine = HFEngine(model, batch_size=64, seq_len=64, compiled=True)
+    proof = prove(model, round, range(128), engine=engine)
+    assert proof.header.fingerprint.dtype == model.quantised
+    assert "fused" in proof.header.fingerprint.kernels
+    eager = prove(model, round, range(128), engine=HFEngine(model, batch_size=64, seq_len=64))
+    plain = on_cuda()
+    unrounded = prove(plain, round, range(128), engine=HFEngine(plain, batch_size=64, seq_len=64))
+    rounding = np.std(proof.distances - unrounded.distances)
+    assert 0 < np.std(proof.distances - eager.distances) < 0.6 * rounding < 0.01
+
+
+@pytest.mark.parametrize("quantise", STORED)
+def test_a_decoder_that_assay_s_kernels_do_not_serve_is_compiled(quantise: str):
+    model = on_cuda(quantise=quantise)
+    body = backbone(model.module)
+    body.layers = body.layers[:2]
+    model.module.config.num_hidden_layers = 2
+    model.module.config.hidden_act = "gelu"
+    for layer in body.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    round = Round(block_hash="b", public_key="k", seq_len=64)
+    engine = HFEngine(model, batch_size=32, seq_len=64, compiled=True)
+    proof = prove(model, round, range(70), engine=engine)
+    assert {"compiled", "fused"} & set(proof.header.fingerprint.kernels) == {"compiled"}
+    assert bits(prove(model, round, range(7, 39), engine=engine)) == bits(proof)[7:39]
+    eager = prove(model, round, range(70), engine=HFEngine(model, batch_size=32, seq_len=64))
+    assert np.corrcoef(proof.distances, eager.distances)[0, 1] > 0.99

@@ -132,6 +132,9 @@ def test_what_does_not_fit_the_model_is_refused_by_name(small_model):
 def test_only_an_engine_that_decodes_takes_the_preset(engine: HFEngine):
     assert decodes(engine)
     check_supported(engine, PIPELINE)
-    for other in (object.__new__(ParallelEngine), object.__new__(VLLMEngine)):
-        assert not other.supports(PIPELINE)
-        assert other.supports(PIPELINES["hardened"])
+    spread = object.__new__(ParallelEngine)
+    assert not spread.supports(PIPELINE)
+    assert spread.supports(PIPELINES["hardened"])
+    assert decodes(engine_of_vllm := object.__new__(VLLMEngine))
+    assert engine_of_vllm.supports(PIPELINE)
+    assert not engine_of_vllm.supports(PIPELINES["permutation"])  # it reads the trained head once

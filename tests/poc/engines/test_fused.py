@@ -1,6 +1,5 @@
-"""The decoder between kernels of its own is transformers' decoder, in bfloat16 and in float8."""
+"""The decoder between kernels of its own is transformers' decoder, in bfloat16 and in eight bits."""
 
-from functools import partial
 from types import ModuleType
 
 import pytest
@@ -9,12 +8,18 @@ import torch
 from assay.errors import ModelError
 from assay.models import Model
 from assay.models._quantise import quantise
+from assay.models.eight_bits import FLOAT8, INT8, Arithmetic, float8_blocks
+from assay.models.float8 import Rounded
 from assay.poc.engines.hf import _compiled, _fused
 from assay.poc.engines.hf._fused import fused_steps, fusible
 from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
+from tests.models.storing import in_eight_bits, rounded_weight
 from tests.poc.engines import plain_kernels
 from tests.poc.engines.test_lean import KINDS, LENGTH, inputs, made, plain
 
+BLOCKS = float8_blocks(128, 128)
+EIGHT_BITS = [FLOAT8, BLOCKS, INT8]
+FORMATS = [None, *EIGHT_BITS]
 WIDTHS = [96, 160, 1024, 2560, 3072, 4096, 9728, 14336]
 
 
@@ -24,8 +29,8 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_fused, "kernels", lambda: plain_kernels)
 
 
-def states(model: Model, *, float8: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    decoder = LeanDecoder(model, LENGTH, partial(fused_steps, float8=float8))
+def states(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+    decoder = LeanDecoder(model, LENGTH, fused_steps)
     with torch.inference_mode():
         given = inputs(model)
         before = given.clone()
@@ -37,21 +42,29 @@ def states(model: Model, *, float8: bool) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("kind", [*KINDS, "mixture"])
 def test_its_states_are_those_of_transformers(kind: str, without_triton):
     model = made(kind)
-    every, last = states(model, float8=False)
+    every, last = states(model)
     torch.testing.assert_close(every, plain(model), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(last, plain(model)[:, -1], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("by", [FLOAT8, float8_blocks(32, 32), INT8], ids=lambda by: by.name)
 @pytest.mark.parametrize("kind", [*KINDS, "mixture"])
-def test_in_float8_every_input_of_a_product_is_rounded_where_the_layers_round_it(kind: str, without_triton):
+def test_in_eight_bits_every_input_of_a_product_is_rounded_where_the_layers_round_it(kind, by, without_triton):
     model = made(kind, torch.bfloat16)
     unrounded = plain(model)
-    quantise(model.module, "float8")
-    every, last = states(model, float8=True)
+    in_eight_bits(model.module.model, by)
+    assert lean_decoder(model, LENGTH)
+    every, last = states(model)
     assert torch.equal(every, plain(model))
     error, rounding = ((a - b).norm() / b.norm() for a, b in ((last, every[:, -1].float()), (every, unrounded)))
     assert error < 0.03  # the order of sums in the last layer, which moves some numbers to the next of the format
     assert 0.01 < rounding < 0.3
+
+
+def test_rows_that_would_share_a_block_with_another_projection_are_left_to_the_layers():
+    model = made("qwen2")
+    in_eight_bits(model.module.model, float8_blocks(64, 64))  # keys have 32 rows
+    assert not lean_decoder(model, LENGTH)
 
 
 def test_a_mixture_without_kernels_is_compiled_as_transformers_has_it(without_triton, monkeypatch):
@@ -102,6 +115,16 @@ def share_that_differs(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return (ours.float() != theirs.float()).float().mean().item()
 
 
+def shares_that_differ(ours, theirs) -> list[float]:
+    pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
+    return [share_that_differs(a, b) for a, b in pairs]
+
+
+def same(ours: Rounded, theirs: Rounded) -> bool:
+    values = torch.equal(ours.values.view(torch.uint8), theirs.values.view(torch.uint8))
+    return values and torch.equal(ours.scales, theirs.scales)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("rows", [37, 1024])
 class TestKernels:
@@ -109,33 +132,30 @@ class TestKernels:
 
     pytestmark = gpu
 
-    def test_norm(self, width: int, rows: int):
+    @pytest.mark.parametrize("by", FORMATS, ids=lambda by: by.name if by else "bfloat16")
+    def test_norm(self, width: int, rows: int, by: Arithmetic | None):
         h, update, weight = on_cuda(rows, width, seed=1), on_cuda(rows, width, seed=2), on_cuda(width, seed=3)
         for added in (None, update):
-            for float8 in (False, True):
-                ours, theirs = (
-                    use.normalised(h, added, weight, 1e-6, float8=float8) for use in (kernels(), plain_kernels)
-                )
-                assert torch.equal(ours[0], theirs[0])
-                pairs = zip(ours[1], theirs[1], strict=True) if float8 else [(ours[1], theirs[1])]
-                assert all(share_that_differs(a, b) < 1e-3 for a, b in pairs)
+            ours, theirs = (use.normalised(h, added, weight, 1e-6, by) for use in (kernels(), plain_kernels))
+            assert torch.equal(ours[0], theirs[0])
+            assert max(shares_that_differ(ours[1], theirs[1])) < 1e-3
 
-    def test_gate(self, width: int, rows: int):
+    @pytest.mark.parametrize("by", FORMATS, ids=lambda by: by.name if by else "bfloat16")
+    def test_gate(self, width: int, rows: int, by: Arithmetic | None):
         x = on_cuda(rows, 2 * width, seed=4)
-        assert share_that_differs(kernels().gated(x, float8=False), plain_kernels.gated(x, float8=False)) < 1e-4
-        ours, theirs = (use.gated(x, float8=True) for use in (kernels(), plain_kernels))
-        assert all(share_that_differs(a, b) < 1e-3 for a, b in zip(ours, theirs, strict=True))
+        ours, theirs = (use.gated(x, by) for use in (kernels(), plain_kernels))
+        assert max(shares_that_differ(ours, theirs)) < (1e-3 if by else 1e-4)
 
-    def test_rounding(self, width: int, rows: int):
+    @pytest.mark.parametrize("by", EIGHT_BITS, ids=lambda by: by.name)
+    def test_rounding(self, width: int, rows: int, by: Arithmetic):
         x = on_cuda(rows, width, seed=5)
         x[3] = 0
-        ours, theirs = (use.rounded(x) for use in (kernels(), plain_kernels))
-        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs, strict=True))
+        assert same(kernels().rounded(x, by), plain_kernels.rounded(x, by))
         x[5, 7], x[6, 1] = torch.nan, torch.inf
-        values = kernels().rounded(x).values.float()
-        assert values[5].isnan().any()
-        assert values[6].isnan().any()
-        assert values[:5].isfinite().all()
+        values, scales = kernels().rounded(x, by)
+        assert scales[5, 0].isnan()
+        assert scales[6, 0].isinf()
+        assert (values.float() * scales[:, :1])[:5].isfinite().all()
 
 
 @pytest.mark.parametrize("width", [64, 2048])
@@ -148,11 +168,51 @@ class TestMixture:
         x, y = on_cuda(300, width, seed=10), on_cuda(2400, width, seed=11)
         places = torch.randperm(2400, generator=torch.Generator().manual_seed(12)).cuda()
         shares = on_cuda(300, 8, seed=13)
-        assert torch.equal(kernels().spread(x, places, float8=False), plain_kernels.spread(x, places, float8=False))
-        ours, theirs = (use.spread(x, places, float8=True) for use in (kernels(), plain_kernels))
-        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs, strict=True))
+        assert torch.equal(kernels().spread(x, places, None), plain_kernels.spread(x, places, None))
+        for by in EIGHT_BITS:
+            assert same(kernels().spread(x, places, by), plain_kernels.spread(x, places, by))
         sums = kernels().combined(y, places, shares), plain_kernels.combined(y, places, shares)
         assert share_that_differs(*sums) < 1e-2  # the order of a sum of eight
+
+
+def on_cpu(rounded: Rounded) -> Rounded:
+    return Rounded(*(part.cpu() for part in rounded))
+
+
+@pytest.mark.parametrize("by", [BLOCKS, INT8], ids=lambda by: by.name)
+@pytest.mark.parametrize(("width", "outputs"), [(160, 48), (768, 640), (2048, 1280)])
+class TestProducts:
+    """Products on CUDA against the definition on a CPU: the same bits in int8, and a rounding away in float8."""
+
+    pytestmark = gpu
+
+    def check(self, ours: torch.Tensor, theirs: torch.Tensor, by: Arithmetic) -> None:
+        if by is INT8:
+            assert torch.equal(ours.cpu(), theirs)
+            return
+        assert (ours.cpu() - theirs).float().norm() < 1e-3 * theirs.float().norm()
+        assert torch.isfinite(ours).all()
+
+    @pytest.mark.parametrize("rows", [3, 67, 1024])
+    def test_product(self, rows: int, width: int, outputs: int, by: Arithmetic):
+        x = kernels().rounded(on_cuda(rows, width, seed=14), by)
+        weight = rounded_weight(on_cuda(outputs, width, seed=15), by)
+        bias = on_cuda(outputs, seed=16)
+        ours = by.product(x, weight, bias, torch.bfloat16)
+        self.check(ours, by.product(on_cpu(x), on_cpu(weight), bias.cpu(), torch.bfloat16), by)
+        turned = Rounded(x.values.view(torch.uint8).roll(1, 0).view(x.values.dtype), x.scales.roll(1, 0))
+        assert torch.equal(by.product(turned, weight, bias, torch.bfloat16), ours.roll(1, 0))
+
+    def test_grouped_product(self, width: int, outputs: int, by: Arithmetic):
+        weights = rounded_weight(on_cuda(5, outputs, width, seed=17), by)
+        ends = torch.tensor([0, 140, 141, 141, 500], dtype=torch.int32)
+        x = kernels().rounded(on_cuda(500, width, seed=18), by)
+        ours = by.grouped_product(x, weights, ends.cuda(), torch.bfloat16)
+        self.check(ours, by.grouped_product(on_cpu(x), on_cpu(weights), ends, torch.bfloat16), by)
+        # A row beside others, and as the only one of its weight.
+        alone = Rounded(*(part[150:152].contiguous() for part in x))
+        ends = torch.tensor([0, 0, 0, 0, 2], dtype=torch.int32).cuda()
+        assert torch.equal(by.grouped_product(alone, weights, ends, torch.bfloat16), ours[150:152])
 
 
 @pytest.mark.parametrize("normed", [True, False])

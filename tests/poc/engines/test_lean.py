@@ -145,6 +145,13 @@ def test_what_is_not_such_a_decoder_is_left_to_transformers():
     assert not lean_decoder(other, LENGTH)
 
 
+def test_hooks_that_transformers_leaves_behind_do_not_count():
+    model = made("qwen3")
+    model.module(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    assert any(layer._forward_hooks for layer in model.module.model.layers)
+    assert lean_decoder(model, LENGTH)
+
+
 def test_a_window_matters_where_it_is_shorter_than_the_sequence():
     model = made("mistral")
     model.module.config.sliding_window = LENGTH - 1

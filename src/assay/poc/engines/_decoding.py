@@ -10,7 +10,7 @@ numbers of a sketch.
 """
 
 from collections.abc import Generator, Sequence
-from typing import NamedTuple, Protocol, TypeGuard
+from typing import Literal, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -55,13 +55,39 @@ def decodes(engine: Engine) -> TypeGuard[DecodingEngine]:
     return hasattr(engine, "decoded")
 
 
+def drawn_seeds(
+    round: Round, stream: Literal["prompt", "tokens", "sketch"], nonces: Sequence[int], indices: range
+) -> UInt32[np.ndarray, "B I"]:
+    """Return the 32-bit seeds of indices of a stream of nonces, which has the 256 bits of its seed text.
+
+    The seed of index t of the stream ``tokens`` makes the Gumbel numbers of token t, and that of the stream ``sketch``
+    the projection of its state.
+    """
+    words_B8 = streams.seeds(round.texts(stream, nonces), 256)
+    return streams.step_seeds(words_B8, np.asarray(indices))
+
+
+def drawn_prompts(round: Round, nonces: Sequence[int], *, seq_len: int, vocab_size: int) -> Int64[np.ndarray, "B P"]:
+    """Return the token ids of the prompts of nonces.
+
+    The id at position i is ⌊s·V/2³²⌋ with s the seed of index i of the stream ``prompt``, in whole numbers of 64 bits.
+    """
+    ids_BP = drawn_seeds(round, "prompt", nonces, range(seq_len)).astype(np.uint64) * np.uint64(vocab_size)
+    return (ids_BP >> np.uint64(32)).astype(np.int64)
+
+
+def margins(scores_NV: Float32[Tensor, "N V"], tokens_N: Int64[Tensor, " N"]) -> Float32[Tensor, " N"]:
+    """Return how far the score of every token is below the best one; infinite for an id without a token."""
+    ids_N1 = tokens_N.unsqueeze(1)
+    known_N1 = ids_N1 < scores_NV.shape[1]
+    claimed_N1 = scores_NV.gather(1, torch.where(known_N1, ids_N1, 0)).where(known_N1, -torch.inf)
+    return (scores_NV.amax(dim=1, keepdim=True) - claimed_N1).squeeze(1)
+
+
 class Draws:
     """Everything that is drawn for the nonces of one batch.
 
-    A stream of a nonce has the 256 bits of its seed text, and a 32-bit seed for every index of it
-    (:func:`assay.streams.step_seeds`). The id of the prompt at position i is ⌊s·V/2³²⌋ with s the seed of index i of
-    the stream ``prompt``, in whole numbers of 64 bits. The seed of index t of the stream ``tokens`` makes the Gumbel
-    numbers of token t, and that of the stream ``sketch`` the projection of its state.
+    That is :func:`drawn_prompts`, and what follows from :func:`drawn_seeds`.
 
     Args:
         round: Round that gives the seed texts.
@@ -85,16 +111,11 @@ class Draws:
         self._backend = streams.get_backend("auto", str(device))
         self.steps = pipeline.steps
         self.sketched = sketch_steps(pipeline.steps)
-        ids_BP = self._seeds(round, "prompt", nonces, range(seq_len)).astype(np.uint64) * np.uint64(vocab_size)
-        self.prompts_BP: Int64[Tensor, "B P"] = torch.from_numpy((ids_BP >> np.uint64(32)).astype(np.int64)).to(device)
-        noise_BN = self._seeds(round, "tokens", nonces, range(self.steps))
+        prompts_BP = drawn_prompts(round, nonces, seq_len=seq_len, vocab_size=vocab_size)
+        self.prompts_BP: Int64[Tensor, "B P"] = torch.from_numpy(prompts_BP).to(device)
+        noise_BN = drawn_seeds(round, "tokens", nonces, range(self.steps))
         self._noise_BN = torch.from_numpy(noise_BN.view(np.int32)).to(device)
-        self._sketch_BS = self._seeds(round, "sketch", nonces, self.sketched)
-
-    @staticmethod
-    def _seeds(round: Round, stream: str, nonces: Sequence[int], indices: range) -> UInt32[np.ndarray, "B I"]:
-        words_B8 = streams.seeds(round.texts(stream, nonces), 256)
-        return streams.step_seeds(words_B8, np.asarray(indices))
+        self._sketch_BS = drawn_seeds(round, "sketch", nonces, self.sketched)
 
     def add_noise(self, logits_BV: Float32[Tensor, "B V"], step: int) -> None:
         """Add the Gumbel numbers of one step to the logits of every nonce, in place."""

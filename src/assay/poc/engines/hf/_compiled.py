@@ -8,7 +8,7 @@ Legend of shapes: B nonces, T positions, D hidden size.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,7 @@ class CompiledForward:
         self.lean = known and (self.fused or mixture_of(model) is None)
         graphs = graphs and self.lean and on_cuda
         if self.lean:
-            own_steps = partial(fused_steps, float8=model.quantised == "float8")
-            decoder = LeanDecoder(model, seq_len, own_steps if self.fused else _compiled_steps)
+            decoder = LeanDecoder(model, seq_len, fused_steps if self.fused else _compiled_steps)
             hidden, last_hidden = decoder.hidden, decoder.last_hidden
         else:
             body = _compiled(backbone(model.module), fullgraph=False)

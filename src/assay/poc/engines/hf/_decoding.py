@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from assay.errors import BadWeights, UsageError
 from assay.models import Model, backbone
-from assay.poc.engines._decoding import Decoded, Draws, Replayed
+from assay.poc.engines._decoding import Decoded, Draws, Replayed, margins
 from assay.poc.engines.hf._memory import check_fits
 from assay.poc.protocol import ROWS_OF_A_PRODUCT, Pipeline, Round
 
@@ -62,8 +62,8 @@ def replayed(
         states_BND = _prefill(engine, draws, tokens_BN)
         count = len(wanted)
         sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
-        margins = [_margins(engine, draws, row, states_BND[row], tokens_BN[row]) for row in range(count)]
-        margins_BN = torch.stack(margins).cpu().numpy()
+        found = [_margins(engine, draws, row, states_BND[row], tokens_BN[row]) for row in range(count)]
+        margins_BN = torch.stack(found).cpu().numpy()
         _check_finite(engine.model, sketches_BSK, margins_BN)
         yield Replayed(margins_BN, sketches_BSK)
 
@@ -136,10 +136,7 @@ def _margins(
         chosen = slice(start, start + _TOKENS_AT_ONCE)
         scores_NV = _logits(engine, states_ND[chosen])
         draws.add_noise_of(row, scores_NV, start)
-        ids_N1 = tokens_N[chosen].unsqueeze(1)
-        known_N1 = ids_N1 < engine.vocab_size
-        claimed_N1 = scores_NV.gather(1, torch.where(known_N1, ids_N1, 0)).where(known_N1, -torch.inf)
-        parts.append((scores_NV.amax(dim=1, keepdim=True) - claimed_N1).squeeze(1))
+        parts.append(margins(scores_NV, tokens_N[chosen]))
     return torch.cat(parts)
 
 

@@ -1,8 +1,8 @@
 """The lean decoder between kernels of its own: one pass over memory for all that stands between two products.
 
 Norms and rotation of queries and keys are one kernel. An update of the residual stream is added by the product that
-makes it; in float8, by the norm that follows, and the kernel before a product rounds its input. Attention and products
-are torch's. Nothing is compiled by Inductor, so the first batch takes a second or two.
+makes it; in eight bits, by the norm that follows, and the kernel before a product rounds its input. Attention is
+torch's, and so are most products. Nothing is compiled by Inductor, so the first batch takes a second or two.
 
 Against layers that Inductor compiles, the forward pass in bfloat16 is 1.06, 1.02, 1.03 and 1.01 times as fast for the
 shapes of 0.6, 1, 4 and 8 billion parameters on an H200 (`last` over `inductor`), and `prove` in float8 is 1.27, 1.48,
@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from assay.models import Model
 from assay.models.decoder import Rotation, causal_attention
-from assay.models.eight_bits import FLOAT8
+from assay.models.eight_bits import Arithmetic
 from assay.models.float8 import Rounded, by_expert
 from assay.poc.engines.hf._lean import (
     FusedLayer,
@@ -33,8 +33,8 @@ from assay.poc.engines.hf._lean import (
     Shape,
     Steps,
     last_attention,
+    parted,
     projected,
-    rows_of,
 )
 
 _ACTIVATIONS = ("silu", "swish")
@@ -45,7 +45,7 @@ def fusible(model: Model) -> bool:
     """Return whether the kernels serve a model whose decoder is lean: on CUDA, with triton and this activation."""
     if model.device.type != "cuda" or find_spec("triton") is None:
         return False
-    in_bfloat16 = model.quantised != "float8" or model.dtype == torch.bfloat16
+    in_bfloat16 = not model.quantised or model.dtype == torch.bfloat16
     return in_bfloat16 and model.module.config.hidden_act in _ACTIVATIONS
 
 
@@ -61,9 +61,9 @@ class Residual:
     def __init__(self, states: Tensor, update: Tensor | None = None) -> None:
         self.states, self.update = states, update
 
-    def normed(self, weight_D: Tensor, epsilon: float, *, float8: bool) -> Any:
-        """Add the update and return the norm of the sum, rounded in float8."""
-        self.states, x = kernels().normalised(self.states, self.update, weight_D, epsilon, float8=float8)
+    def normed(self, weight_D: Tensor, epsilon: float, by: Arithmetic | None) -> Any:
+        """Add the update and return the norm of the sum, rounded for products in eight bits."""
+        self.states, x = kernels().normalised(self.states, self.update, weight_D, epsilon, by)
         self.update = None
         return x
 
@@ -84,21 +84,21 @@ class Update(NamedTuple):
 
 
 class KernelLayer(FusedLayer):
-    """A layer for every position, over a :class:`Residual`; x is a tensor, or rounded in float8."""
+    """A layer for every position, over a :class:`Residual`; x is a tensor, or rounded for products in eight bits."""
 
     def __init__(self, shape: Shape, weights: LayerWeights, rotation: Rotation) -> None:
         super().__init__(shape, weights, rotation)
-        self.float8 = isinstance(weights.qkv[0], Rounded)
+        self.by = shape.arithmetic
 
     def project(self, name: str, x: Any) -> Any:
-        if self.float8 and not isinstance(x, Rounded):
-            x = kernels().rounded(x)
-        if name in _UPDATES and not self.float8:
+        if self.by is not None and not isinstance(x, Rounded):
+            x = kernels().rounded(x, self.by)
+        if name in _UPDATES and self.by is None:
             return Update(x, *getattr(self.weights, name))
-        return projected(x, getattr(self.weights, name))
+        return projected(x, getattr(self.weights, name), self.by)
 
     def norm(self, name: str, x: Any) -> Any:
-        return x.normed(getattr(self.weights, name), self.shape.epsilon, float8=self.float8)
+        return x.normed(getattr(self.weights, name), self.shape.epsilon, self.by)
 
     def heads(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         shape = self.shape
@@ -120,7 +120,7 @@ class KernelLayer(FusedLayer):
         return causal_attention(q, k, v, self.shape.scale).contiguous()
 
     def mlp(self, x: Any) -> Any:
-        return self.project("down_proj", kernels().gated(self.project("gate_up", x), float8=self.float8))
+        return self.project("down_proj", kernels().gated(self.project("gate_up", x), self.by))
 
     def add(self, h: Any, update: Any) -> Any:
         return h.with_product(update) if isinstance(update, Update) else Residual(h.states, update)
@@ -136,8 +136,9 @@ class LastKernelLayer(KernelLayer):
 
     def heads(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         shape, rows = self.shape, self.shape.heads * self.head_width
-        kv_BTR = projected(x, rows_of(self.weights.qkv, slice(rows, None)))
-        q_BR = projected(self.updated(x), rows_of(self.weights.qkv, slice(rows)))
+        q, kv = parted(self.weights.qkv, rows, self.by)
+        kv_BTR = projected(x, kv, self.by)
+        q_BR = projected(self.updated(x), q, self.by)
         self.turn(kv_BTR, queries=0, heads=shape.key_heads)
         self.turn(q_BR, queries=shape.heads, heads=shape.heads, first_position=kv_BTR.shape[1] - 1)
         k_BTKE, v_BTKE = kv_BTR.view(*kv_BTR.shape[:-1], -1, self.head_width).chunk(2, dim=-2)
@@ -151,7 +152,7 @@ class MixtureLayer(KernelLayer):
     """A layer with a mixture of experts, whose router reads its input unrounded."""
 
     def norm(self, name: str, x: Any) -> Any:
-        return x.normed(getattr(self.weights, name), self.shape.epsilon, float8=False)
+        return x.normed(getattr(self.weights, name), self.shape.epsilon, None)
 
     def mlp(self, x: Any) -> Tensor:
         use, weights = kernels(), self.weights
@@ -161,9 +162,9 @@ class MixtureLayer(KernelLayer):
         order_S, ends_E = by_expert(chosen_NK, len(weights.router))
         places_S = torch.empty_like(order_S)
         places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        spread = use.spread(rows_ND, places_S, float8=self.float8)
-        hidden = use.gated(_grouped(spread, weights.gate_up[0], ends_E), float8=self.float8)
-        sums_ND: Tensor = use.combined(_grouped(hidden, weights.down_proj[0], ends_E), places_S, shares_NK)
+        spread = use.spread(rows_ND, places_S, self.by)
+        hidden = use.gated(self.grouped(spread, weights.gate_up[0], ends_E), self.by)
+        sums_ND: Tensor = use.combined(self.grouped(hidden, weights.down_proj[0], ends_E), places_S, shares_NK)
         return sums_ND.view_as(x)
 
     def routed(self, x_ND: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,42 +175,38 @@ class MixtureLayer(KernelLayer):
             shares_NK = shares_NK / shares_NK.sum(dim=-1, keepdim=True)
         return shares_NK.to(x_ND.dtype), chosen_NK
 
-
-def _grouped(x: Any, weights: Tensor | Rounded, ends: Tensor) -> Tensor:
-    if isinstance(weights, Rounded):
-        return FLOAT8.grouped_product(x, weights, ends, torch.bfloat16)
-    return torch._grouped_mm(x, weights.transpose(-2, -1), offs=ends)
+    def grouped(self, x: Any, weights: Any, ends_E: Tensor) -> Tensor:
+        """Return the products of rows that stand together with their expert's weight."""
+        if self.by is None:
+            return torch._grouped_mm(x, weights.transpose(-2, -1), offs=ends_E)
+        return self.by.grouped_product(x, weights, ends_E, torch.bfloat16)
 
 
 class LastMixtureLayer(MixtureLayer, LastKernelLayer):
     """The last layer of a mixture for the last position."""
 
 
-def fused_steps(shape: Shape, *, float8: bool) -> Steps:
-    """Return the steps of a decoder over the kernels.
-
-    Args:
-        shape: Shape of the layers.
-        float8: Whether the products are in float8.
-    """
+def fused_steps(shape: Shape) -> Steps:
+    """Return the steps of a decoder over the kernels, from the shape of its layers."""
+    by = shape.arithmetic
     layer, last_layer = (MixtureLayer, LastMixtureLayer) if shape.chosen else (KernelLayer, LastKernelLayer)
 
     def norm(h: Tensor, weight: Tensor) -> tuple[Residual, Any]:
-        residual = Residual(h if float8 else h.clone())
-        return residual, residual.normed(weight, shape.epsilon, float8=float8)
+        residual = Residual(h.clone() if by is None else h)
+        return residual, residual.normed(weight, shape.epsilon, by)
 
     def full(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, next_norm: Tensor) -> tuple[Any, Any]:
         residual: Any = layer(shape, weights, rotation)(h, x)
-        return residual, residual.normed(next_norm, shape.epsilon, float8=float8)
+        return residual, residual.normed(next_norm, shape.epsilon, by)
 
     def final(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
         residual: Any = layer(shape, weights, rotation)(h, x)
-        states: Tensor = residual.normed(final_norm, shape.epsilon, float8=False)
+        states: Tensor = residual.normed(final_norm, shape.epsilon, None)
         return states
 
     def last(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
         residual: Any = last_layer(shape, weights, rotation)(h, x)
-        states: Tensor = residual.normed(final_norm, shape.epsilon, float8=False)
+        states: Tensor = residual.normed(final_norm, shape.epsilon, None)
         return states.float()
 
     return Steps(norm, full, final, last)

@@ -3,11 +3,13 @@
 # ruff: noqa: ANN001, ANN202
 """What stands between the products of a layer, as triton kernels: each passes once over what it reads and writes.
 
-- `normalised`: the residual stream plus an update, and its norm; in float8 the norm rounded, too.
+- `normalised`: the residual stream plus an update, and its norm.
 - `turned`: queries and keys after their norms and the rotation, written over what they were.
-- `gated`: the activated gate times the other projection; in float8 rounded, too.
-- `rounded`: what attention returns, in float8.
-- `spread` and `combined`: rows to the experts of a mixture, in float8 rounded, and back as a sum by shares.
+- `gated`: the activated gate times the other projection.
+- `rounded`: what attention returns, in eight bits.
+- `spread` and `combined`: rows to the experts of a mixture, and back as a sum by shares.
+
+What a product in eight bits reads next is rounded where it is made: `by` says to what, and None leaves it as it is.
 
 Arithmetic is in float32 and rounds to the dtype of the tensors wherever the modules of transformers do, so only the
 order of the sums in a norm, and exponentials, may differ from them in the last bits. A row has one program, or a fixed
@@ -18,14 +20,21 @@ Shapes: M rows (positions of all nonces), D numbers of a row, N heads of a row, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from assay.models.eight_bits import INT8_STEP, Arithmetic
 from assay.models.float8 import SMALLEST, STEP, Rounded
 
-_SMALLEST, _STEP = tl.constexpr(SMALLEST), tl.constexpr(STEP)
+_SMALLEST, _STEP, _INT8_STEP = tl.constexpr(SMALLEST), tl.constexpr(STEP), tl.constexpr(INT8_STEP)
+# A float32 this large has no fraction: adding it rounds to the nearest whole number, half to even.
+_NO_FRACTION = tl.constexpr(1.5 * 2**23)
+# GROUP of a kernel is how many columns share a scale: at 0 all of a row, and at -1 nothing is rounded.
+_PLAIN, _ROW = -1, 0
 
 
 # Of a program, measured on an H200: numbers in a tile that is not one long row, and how many a thread has of a row.
@@ -37,25 +46,71 @@ _EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def _scales(largest, scales, row, rows):
-    """Store the scales of rows and return their reciprocals, as the definition has them."""
-    scale = tl.maximum(largest, _SMALLEST) * _STEP
-    tl.store(scales + row, scale, mask=row < rows)
-    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _store(y, at, valid, values, scales, row, rows, FLOAT8: tl.constexpr):
-    """Store whole rows as they are, or rounded as the definition rounds them."""
-    if FLOAT8:
-        values = values * _scales(tl.max(tl.abs(values), axis=1), scales, row, rows)
-    tl.store(y + at, values.to(y.dtype.element_ty), mask=valid)
+def _largest(values, axis: tl.constexpr):
+    """Return the largest magnitudes along an axis; NaN where there is one."""
+    return tl.reduce(tl.abs(values), axis, _larger)
+
+
+@triton.jit
+def _scale(largest, dtype: tl.constexpr):
+    """Return the scale of rows or groups and its reciprocal, as the definition has them."""
+    step: tl.constexpr = _INT8_STEP if dtype == tl.int8 else _STEP
+    scale = _larger(largest, _SMALLEST) * step
+    return scale, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+
+
+@triton.jit
+def _to(values, dtype: tl.constexpr):
+    if dtype == tl.int8:
+        values = (values + _NO_FRACTION) - _NO_FRACTION
+    return values.to(dtype)
+
+
+@triton.jit
+def _rounded(values, dtype: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return rows rounded as the definition rounds them, and their scales, [ROWS, groups]."""
+    groups: tl.constexpr = COLUMNS // GROUP if GROUP > 0 else 1
+    if groups == 1:
+        scale, factor = _scale(_largest(values, 1)[:, None], dtype)
+        values = values * factor
+    else:
+        parts = tl.reshape(values, (ROWS, groups, GROUP))
+        scale, factor = _scale(_largest(parts, 2), dtype)
+        values = tl.reshape(parts * factor[:, :, None], (ROWS, COLUMNS))
+    return _to(values, dtype), scale
+
+
+@triton.jit
+def _store_scales(scales, scale, place, inside, rows, start, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """Store the scales of rows at their places; those of a group stand together."""
+    group = tl.arange(0, scale.shape[1])[None, :]
+    if GROUP > 0:
+        group += start // GROUP
+    tl.store(scales + group * rows + place[:, None], scale, mask=inside[:, None] & (group * GROUP < WIDTH))
+
+
+@triton.jit
+def _store(
+    y, at, valid, values, scales, row, rows, start,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store columns of rows from a start on, rounded where GROUP is not negative."""
+    kept: tl.constexpr = y.dtype.element_ty
+    if GROUP >= 0:
+        values, scale = _rounded(values, kept, GROUP, ROWS, COLUMNS)
+        _store_scales(scales, scale, row, row < rows, rows, start, GROUP, WIDTH)
+    tl.store(y + at, values.to(kept), mask=valid)
 
 
 @triton.jit
 def _normalise(
     h, update, weight, total, y, scales, rows, eps,
-    ADD: tl.constexpr, FLOAT8: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ADD: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -70,7 +125,7 @@ def _normalise(
     root = tl.rsqrt(tl.sum(values * values, axis=1) / WIDTH + eps)
     factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     normed = (values * root[:, None]).to(kept).to(tl.float32) * factor[None, :]
-    _store(y, at, valid, normed.to(kept).to(tl.float32), scales, row, rows, FLOAT8)
+    _store(y, at, valid, normed.to(kept).to(tl.float32), scales, row, rows, 0, GROUP, WIDTH, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -123,10 +178,11 @@ def _gated(gate, up):
 
 
 @triton.jit
-def _gate(x, y, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gate(x, y, scales, rows, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    gate, up, at, valid = _gate_part(x, row, rows, tl.program_id(1) * COLUMNS, WIDTH, COLUMNS)
-    tl.store(y + at, _gated(gate, up).to(y.dtype.element_ty), mask=valid)
+    start = tl.program_id(1) * COLUMNS
+    gate, up, at, valid = _gate_part(x, row, rows, start, WIDTH, COLUMNS)
+    _store(y, at, valid, _gated(gate, up), scales, row, rows, start, GROUP, WIDTH, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -146,31 +202,34 @@ def _gate_and_round(
         b = _gated(b_gate, b_up)
     if THIRD:
         c = _gated(c_gate, c_up)
-    largest = tl.max(tl.abs(a), axis=1)
+    largest = _largest(a, 1)
     if SECOND:
-        largest = tl.maximum(largest, tl.max(tl.abs(b), axis=1))
+        largest = _larger(largest, _largest(b, 1))
     if THIRD:
-        largest = tl.maximum(largest, tl.max(tl.abs(c), axis=1))
-    factor = _scales(largest, scales, row, rows)
-    tl.store(y + a_at, (a * factor).to(y.dtype.element_ty), mask=a_valid)
+        largest = _larger(largest, _largest(c, 1))
+    kept: tl.constexpr = y.dtype.element_ty
+    scale, factor = _scale(largest, kept)
+    tl.store(scales + row, scale, mask=row < rows)
+    tl.store(y + a_at, _to(a * factor[:, None], kept), mask=a_valid)
     if SECOND:
-        tl.store(y + b_at, (b * factor).to(y.dtype.element_ty), mask=b_valid)
+        tl.store(y + b_at, _to(b * factor[:, None], kept), mask=b_valid)
     if THIRD:
-        tl.store(y + c_at, (c * factor).to(y.dtype.element_ty), mask=c_valid)
+        tl.store(y + c_at, _to(c * factor[:, None], kept), mask=c_valid)
 
 
 @triton.jit
-def _round(x, y, scales, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _round(x, y, scales, rows, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     valid = (row < rows)[:, None] & (column < WIDTH)[None, :]
     at = row[:, None] * WIDTH + column[None, :]
-    _store(y, at, valid, tl.load(x + at, mask=valid, other=0.0).to(tl.float32), scales, row, rows, True)
+    values = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+    _store(y, at, valid, values, scales, row, rows, 0, GROUP, WIDTH, ROWS, COLUMNS)
 
 
 @triton.jit
 def _spread(
-    x, places, y, scales, rows, TOP: tl.constexpr, FLOAT8: tl.constexpr, WIDTH: tl.constexpr,
+    x, places, y, scales, rows, spread_rows, TOP: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -178,16 +237,13 @@ def _spread(
     inside = row < rows
     valid = inside[:, None] & (column < WIDTH)
     values = tl.load(x + row[:, None] * WIDTH + column, mask=valid, other=0.0)
-    if FLOAT8:
-        wide = values.to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(wide), axis=1), _SMALLEST) * _STEP
-        values = wide * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
-    values = values.to(y.dtype.element_ty)
+    if GROUP >= 0:
+        values, scale = _rounded(values.to(tl.float32), y.dtype.element_ty, GROUP, ROWS, COLUMNS)
     for number in tl.static_range(TOP):
         place = tl.load(places + row * TOP + number, mask=inside, other=0)
         tl.store(y + place[:, None] * WIDTH + column, values, mask=valid)
-        if FLOAT8:
-            tl.store(scales + place, scale, mask=inside)
+        if GROUP >= 0:
+            _store_scales(scales, scale, place, inside, spread_rows, 0, GROUP, WIDTH)
 
 
 @triton.jit
@@ -209,17 +265,15 @@ def _combine(
 
 
 def normalised(
-    h: Tensor, update: Tensor | None, weight_D: Tensor, eps: float, *, float8: bool
+    h: Tensor, update: Tensor | None, weight_D: Tensor, eps: float, by: Arithmetic | None
 ) -> tuple[Tensor, Tensor | Rounded]:
     """Return ``h + update``, and its norm; both are contiguous, as the result is."""
     width = h.shape[-1]
     rows = h.numel() // width
     total = h if update is None else torch.empty_like(h)
-    y, scales = _outputs(h, width, float8)
-    grid, sizes = _tiles(rows, width)
-    _normalise[grid](
-        h, update, weight_D, total, y, scales, rows, eps, ADD=update is not None, FLOAT8=float8, WIDTH=width, **sizes
-    )
+    y, scales = _outputs(h.shape, h, by)
+    grid, sizes = _tiles(rows, width, by)
+    _normalise[grid](h, update, weight_D, total, y, scales, rows, eps, ADD=update is not None, **sizes)
     return total, y if scales is None else Rounded(y, scales)
 
 
@@ -258,15 +312,15 @@ def turned(
     )  # fmt: skip
 
 
-def gated(x: Tensor, *, float8: bool) -> Tensor | Rounded:
+def gated(x: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
     """Return silu(gate) · up for rows that hold the gate and then the other projection, [..., 2 F] contiguous."""
     width = x.shape[-1] // 2
     rows = x.numel() // (2 * width)
-    y, scales = _outputs(x, width, float8)
-    if scales is None:
-        grid, sizes = _tiles(rows, width, whole=False)
-        _gate[grid](x, y, rows, WIDTH=width, **sizes)
-        return y
+    y, scales = _outputs((*x.shape[:-1], width), x, by)
+    if by is None or by.block:
+        grid, sizes = _tiles(rows, width, by, whole=False)
+        _gate[grid](x, y, scales, rows, **sizes)
+        return y if scales is None else Rounded(y, scales)
     first, second, third = _parts(width)
     tile = max(1, _NUMBERS // (2 * first))
     warps = min(32, max(_WARPS, tile * first // (32 * _PER_THREAD)))
@@ -276,29 +330,28 @@ def gated(x: Tensor, *, float8: bool) -> Tensor | Rounded:
     return Rounded(y, scales)
 
 
-def rounded(x: Tensor) -> Rounded:
-    """Return what :func:`assay.models.float8.round_rows` returns of a contiguous tensor."""
+def rounded(x: Tensor, by: Arithmetic) -> Rounded:
+    """Return what ``by.round`` returns of a contiguous tensor."""
     width = x.shape[-1]
     rows = x.numel() // width
-    y, scales = _outputs(x, width, float8=True)
-    assert scales is not None
-    grid, sizes = _tiles(rows, width)
-    _round[grid](x, y, scales, rows, WIDTH=width, **sizes)
+    y, scales = _outputs(x.shape, x, by)
+    grid, sizes = _tiles(rows, width, by)
+    _round[grid](x, y, scales, rows, **sizes)
     return Rounded(y, scales)
 
 
-def spread(x: Tensor, places: Tensor, *, float8: bool) -> Tensor | Rounded:
-    """Return each row in all of its places, in float8 rounded.
+def spread(x: Tensor, places: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
+    """Return each row in all of its places.
 
     Args:
         x: Rows, [N, D] contiguous.
         places: Places of the rows in the result, those of one row together, [S].
-        float8: Whether to round.
+        by: How the rows are rounded.
     """
     rows, width = x.shape
-    y, scales = _outputs(x.new_empty(0).expand(len(places), 0), width, float8)
-    grid, sizes = _tiles(rows, width)
-    _spread[grid](x, places, y, scales, rows, TOP=len(places) // rows, FLOAT8=float8, WIDTH=width, **sizes)
+    y, scales = _outputs((len(places), width), x, by)
+    grid, sizes = _tiles(rows, width, by)
+    _spread[grid](x, places, y, scales, rows, len(places), TOP=len(places) // rows, **sizes)
     return y if scales is None else Rounded(y, scales)
 
 
@@ -307,26 +360,33 @@ def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:
     rows, top = shares.shape
     width = x.shape[-1]
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    grid, sizes = _tiles(rows, width)
-    _combine[grid](x, places, shares, y, rows, TOP=top, WIDTH=width, **sizes)
+    grid, sizes = _tiles(rows, width, None)
+    del sizes["GROUP"]
+    _combine[grid](x, places, shares, y, rows, TOP=top, **sizes)
     return y
 
 
-def _outputs(x: Tensor, width: int, float8: bool) -> tuple[Tensor, Tensor | None]:
-    shape = (*x.shape[:-1], width)
-    y = torch.empty(shape, dtype=torch.float8_e4m3fn if float8 else x.dtype, device=x.device)
-    return y, torch.empty(*shape[:-1], 1, dtype=torch.float32, device=x.device) if float8 else None
+def _outputs(shape: tuple[int, ...], like: Tensor, by: Arithmetic | None) -> tuple[Tensor, Any]:
+    """Return empty values and scales. In memory the scales of a group stand together, as products read them."""
+    if by is None:
+        return like.new_empty(shape), None
+    groups = triton.cdiv(shape[-1], by.block[1]) if by.block else 1
+    scales = like.new_empty((groups, *shape[:-1]), dtype=torch.float32)
+    return like.new_empty(shape, dtype=by.dtype), scales.movedim(0, -1)
 
 
-def _tiles(rows: int, width: int, *, whole: bool = True) -> tuple[tuple[int, ...], dict[str, int]]:
+def _tiles(
+    rows: int, width: int, by: Arithmetic | None, *, whole: bool = True
+) -> tuple[tuple[int, ...], dict[str, int]]:
     """Return the grid over the rows of a matrix, and the shape of a program's tile: whole rows, or parts of one."""
-    columns = triton.next_power_of_2(width)
+    group = _PLAIN if by is None else by.block[1] if by.block else _ROW
+    columns = max(group, triton.next_power_of_2(width))
     if not whole:
         columns = min(columns, _NUMBERS)
     tile = max(1, _NUMBERS // columns)
     warps = min(32, max(_WARPS, tile * columns // (32 * _PER_THREAD)))
     return (triton.cdiv(rows, tile), triton.cdiv(width, columns)), {
-        "ROWS": tile, "COLUMNS": columns, "num_warps": warps, **_EXACT
+        "GROUP": group, "WIDTH": width, "ROWS": tile, "COLUMNS": columns, "num_warps": warps, **_EXACT
     }  # fmt: skip
 
 

@@ -17,11 +17,12 @@ from torch.nn import functional
 
 from assay.models import Model, backbone, decoder_layers
 from assay.models.decoder import DecoderLayer, Rotation, causal_attention
-from assay.models.eight_bits import FLOAT8, EightBitExperts, EightBitLinear
+from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear
 from assay.models.families import MIXTURES, Family, attention_window, family_of
-from assay.models.float8 import Rounded, product, round_rows
+from assay.models.float8 import Rounded
 
 Run = Callable[..., Any]
+RECORDERS = "transformers.utils.output_capturing"  # module of the hooks that record hidden states on request
 
 
 class Steps(NamedTuple):
@@ -127,10 +128,12 @@ def mixture_of(model: Model) -> Family | None:
 def is_plain(module: nn.Module) -> bool:
     """Return whether a module and all inside it compute what their classes say, on whole tensors.
 
-    Hooks, forward functions of their own, subclasses of Linear and split or quantised weights all say otherwise.
+    Hooks, forward functions of their own, subclasses of Linear and split or quantised weights all say otherwise. The
+    hooks that transformers leaves behind after one call with ``output_hidden_states`` do nothing in a call without.
     """
     for part in module.modules():
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", "") != RECORDERS for hook in hooks) or "forward" in vars(part):
             return False
         if isinstance(part, nn.Linear) and type(part) is not nn.Linear:
             return False
@@ -140,10 +143,17 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _in_one_format(module: nn.Module) -> bool:
-    """Return whether all products are in the model's dtype, or all in float8 with a scale for every row."""
+    """Return whether all products are in the model's dtype, or all in one format of eight bits.
+
+    Where blocks share a scale, rows of several projections are one matrix only if each fills its blocks.
+    """
     parts = [part for part in module.modules() if isinstance(part, nn.Linear) or _is_stack(part)]
     rounded = [part for part in module.modules() if isinstance(part, EightBitLinear | EightBitExperts)]
-    return not rounded or (not parts and all(part.arithmetic is FLOAT8 for part in rounded))
+    if not rounded:
+        return True
+    block = rounded[0].arithmetic.block
+    whole = not block or all(part.out_features % block[0] == 0 for part in rounded if isinstance(part, EightBitLinear))
+    return whole and not parts and len({part.arithmetic for part in rounded}) == 1
 
 
 def _is_stack(part: nn.Module) -> bool:
@@ -170,6 +180,7 @@ class Shape:
     activation: Callable[[Tensor], Tensor]  # of the gate of the MLP
     chosen: int = 0  # experts of a position; 0 without a mixture
     shares_of_chosen: bool = False  # whether the shares of the chosen experts add up to one
+    arithmetic: Arithmetic | None = None  # of products in eight bits
 
 
 Projection = tuple[Tensor | Rounded, Tensor | None]
@@ -201,7 +212,7 @@ class FusedLayer(DecoderLayer):
         self.weights = weights
 
     def project(self, name: str, x: Tensor) -> Tensor:
-        return projected(x, getattr(self.weights, name))
+        return projected(x, getattr(self.weights, name), self.shape.arithmetic)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         weight: Tensor | None = getattr(self.weights, name)
@@ -233,8 +244,9 @@ class LastLayer(FusedLayer):
 
     def qkv(self, x: Tensor) -> Iterable[Tensor]:
         rows = self.shape.heads * self.head_width
-        kv_BTR = projected(x, rows_of(self.weights.qkv, slice(rows, None)))
-        q_BR = projected(self.updated(x), rows_of(self.weights.qkv, slice(rows)))
+        q, kv = parted(self.weights.qkv, rows, self.shape.arithmetic)
+        kv_BTR = projected(x, kv, self.shape.arithmetic)
+        q_BR = projected(self.updated(x), q, self.shape.arithmetic)
         return q_BR, *kv_BTR.chunk(2, dim=-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -248,22 +260,30 @@ def last_attention(q_BHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, scale: float) 
     return torch.matmul(scores_BKGT.softmax(dim=-1).to(v_BTKE.dtype), v_BTKE.transpose(1, 2)).flatten(1)
 
 
-def projected(x: Tensor | Rounded, projection: Projection) -> Tensor:
+def projected(x: Tensor | Rounded, projection: Projection, by: Arithmetic | None) -> Tensor:
     """Return x Wᵀ + b; by a weight in eight bits an input is rounded, unless it is already."""
     weight, bias = projection
-    if not isinstance(weight, Rounded):
+    if by is None:
         assert isinstance(x, Tensor)
+        assert isinstance(weight, Tensor)
         return functional.linear(x, weight, bias)
+    assert isinstance(weight, Rounded)
     if isinstance(x, Rounded):
-        return product(x, weight, bias, torch.bfloat16)
-    return product(round_rows(x), weight, bias, x.dtype)
+        return by.product(x, weight, bias, torch.bfloat16)
+    return by.product(by.round(x), weight, bias, x.dtype)
 
 
-def rows_of(projection: Projection, rows: slice) -> Projection:
-    """Return some rows of a projection's weight and bias."""
+def parted(projection: Projection, rows: int, by: Arithmetic | None) -> tuple[Projection, Projection]:
+    """Return the first rows of a projection's weight and bias, and the others."""
     weight, bias = projection
-    part = Rounded(*(tensor[rows] for tensor in weight)) if isinstance(weight, Rounded) else weight[rows]
-    return part, None if bias is None else bias[rows]
+    cuts = slice(rows), slice(rows, None)
+    biases = [None if bias is None else bias[cut] for cut in cuts]
+    if not isinstance(weight, Rounded):
+        return (weight[cuts[0]], biases[0]), (weight[cuts[1]], biases[1])
+    of_scales = rows // by.block[0] if by and by.block else rows
+    scales = weight.scales[:of_scales], weight.scales[of_scales:]
+    first, second = (Rounded(weight.values[cut], part) for cut, part in zip(cuts, scales, strict=True))
+    return (first, biases[0]), (second, biases[1])
 
 
 def layer_shape(layer: Any) -> Shape:
@@ -273,7 +293,8 @@ def layer_shape(layer: Any) -> Shape:
     key_heads = attention.k_proj.out_features // attention.head_dim
     epsilon = float(layer.input_layernorm.variance_epsilon)
     scale, activation = float(attention.scaling), getattr(layer.mlp, "experts", layer.mlp).act_fn
-    shape = Shape(heads, key_heads, attention.head_dim, scale, epsilon, activation)
+    arithmetic = getattr(attention.q_proj, "arithmetic", None)
+    shape = Shape(heads, key_heads, attention.head_dim, scale, epsilon, activation, arithmetic=arithmetic)
     router = getattr(layer.mlp, "gate", None)
     if router is None:
         return shape
