@@ -18,7 +18,7 @@ from assay.errors import ModelError, UsageError
 from assay.poc import Round, get_pipeline
 from assay.poc.engines._base import noise_inputs
 from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, WorkerExtension, _client, _extension, _rows
-from assay.poc.engines.vllm._client import _decode
+from assay.poc.engines.vllm._client import decode
 from assay.poc.engines.vllm._compatibility import runner_kind
 from assay.poc.engines.vllm._extension import Hooks
 from assay.poc.engines.vllm._rows import Rows, Spec, new_key, request_id, split_id
@@ -345,11 +345,11 @@ def test_a_port_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytes
 def test_values_cross_the_process_as_bytes(shape):
     values = np.arange(np.prod(shape)).reshape(shape).astype(np.float16 if len(shape) > 1 else np.float32)
     width = shape[1] if len(shape) > 1 else 0
-    reply = {"nonces": [5, 6, 9], "values": values.tobytes(), "width": width}
-    decoded = _decode(reply)
+    reply = {"nonces": [5, 6, 9], "values": values.tobytes(), "dtype": str(values.dtype), "width": width}
+    decoded = decode(reply)
     assert sorted(decoded) == [5, 6, 9]
     np.testing.assert_array_equal(decoded[6], values[1])
-    assert _decode({"failed": {}}) == {}
+    assert decode({"failed": {}}) == {}
 
 
 def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
@@ -464,7 +464,7 @@ def loop():
 
 def engine_on(llm: DyingLLM, loop, monkeypatch: pytest.MonkeyPatch) -> RequestEngine:
     monkeypatch.setattr(_client, "_sampling", lambda: None)
-    client = _client.Client(llm, Throttle(ThrottleSettings(in_flight=4), lambda: 0, 4))
+    client = _client.Client(llm, Throttle(ThrottleSettings(in_flight=4, path="requests"), lambda: 0, 4))
     client.description = {"dtype": "float32", "hidden_size": 16, "vocab_size": 32}
     return RequestEngine(client, loop, version="0", batch_size=4, seq_len=8, most_positions=64)
 

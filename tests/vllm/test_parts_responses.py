@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -12,7 +13,7 @@ from fastapi import FastAPI
 
 from assay.errors import ModelError, StorageError, UsageError
 from assay.poc.protocol import SKETCH_EVERY, sketches
-from assay.poc.responses import Prompt, ResponseSeed, Sampling, step_seeds
+from assay.poc.responses import Adapter, Prompt, ResponseSeed, Sampling, digest_adapter, step_seeds
 from assay.poc.responses.vllm import ACCEPTED, Accepted, Beacon, Recorder, check_responses, processor_for
 from assay.poc.responses.vllm._carried import ARGUMENT, Carried, as_words, carried_by
 from assay.poc.responses.vllm._extension import Capture, _next_sketched
@@ -79,6 +80,8 @@ def test_history_counts_what_is_new_and_skips_tokens_that_are_not_there_yet():
 
 class Runner:
     """A model runner of the V1 kind, whose states name their position."""
+
+    device = "cpu"
 
     def __init__(self) -> None:
         self.execute_model_state = None
@@ -304,7 +307,28 @@ def test_a_client_that_leaves_leaves_no_receipt_and_the_workers_forget():
     assert llm.calls == [("assay_sketches", ["0_cmpl-0-ab"], ["0_cmpl-0-ab"])]
 
 
-@pytest.mark.parametrize("options", [{"lora_request": "x"}, {"prompt_embeds": 1}, {"mm_features": [1]}])
+def lora_request(path: Path) -> SimpleNamespace:
+    return SimpleNamespace(lora_name="tuned", lora_path=str(path), lora_int_id=1, load_inplace=False)
+
+
+def test_the_receipt_of_an_adapter_names_it_by_its_files(tmp_path: Path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text(name)
+    llm, sink = LLM(), Sink()
+    recorded(llm, sink)
+
+    async def scenario():
+        ACCEPTED.set(Accepted("r", "block"))
+        return [one async for one in llm.generate((5,), params(), "cmpl-0", lora_request=lora_request(tmp_path))]
+
+    asyncio.run(scenario())
+    assert [one.adapter for one in sink.receipts] == [Adapter("tuned", digest_adapter(tmp_path))]
+    assert llm.sent[0].sampling_params.temperature == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora_request": lora_request(Path("hub/id"))}, {"prompt_embeds": 1}, {"mm_features": [1]}]
+)
 def test_requests_that_a_receipt_cannot_name_pass_unseeded(options):
     llm, sink = LLM(), Sink()
     recorder = recorded(llm, sink)

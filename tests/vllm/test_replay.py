@@ -1,9 +1,24 @@
-"""Replay with an offline vLLM: the same tokens match as with transformers, in float32."""
+"""Replay with an offline vLLM: the tokens and sketches of transformers, in float32."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from assay import load_model
-from assay.poc.responses import HFPrefill, Request, Sampling, VLLMPrefill, replay, respond
+from assay.errors import UsageError
+from assay.poc.responses import (
+    Adapter,
+    HFPrefill,
+    Receipts,
+    Request,
+    Sampling,
+    VLLMPrefill,
+    load_adapter,
+    replay,
+    respond,
+)
+from tests.lora import write_adapter
 
 NARROW = 18
 """Columns of a profile up to differences of a quarter."""
@@ -14,22 +29,37 @@ WAYS = (
     Sampling(temperature=0),
     Sampling(temperature=0.8, top_k=20, min_p=0.01, frequency_penalty=0.3),
 )
+OPTIONS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
 
 
-def test_vllm_gives_the_margins_and_profiles_of_transformers():
-    model = load_model("reference:qwen3", dtype="float32", device="cpu")
+@pytest.fixture(scope="module")
+def model():
+    return load_model("reference:qwen3", dtype="float32", device="cpu")
+
+
+def responses_of(model) -> Receipts:
     requests = [
-        Request(prompt=(5 + number, 9, 12, 40), request_id=f"r{number}", max_tokens=24, sampling=way)
+        Request(prompt=(5 + number, 9, 12, 40), request_id=f"r{number}", max_tokens=40, sampling=way)
         for number, way in enumerate(WAYS)
     ]
-    receipts = respond(model, requests, block_hash="block_alpha", public_key="node_A", stop=())
+    return respond(model, requests, block_hash="block_alpha", public_key="node_A", stop=())
+
+
+def test_vllm_gives_the_margins_profiles_and_sketches_of_transformers(model, tmp_path: Path):
+    receipts = responses_of(model)
     ours = replay(receipts, model, engine=HFPrefill(model))
-    with VLLMPrefill("reference:qwen3", dtype="float32", max_model_len=256, enforce_eager=True) as engine:
+    # A step takes one response and a half: prompts come in chunks, and states from several steps.
+    with VLLMPrefill("reference:qwen3", max_num_batched_tokens=64, max_num_seqs=8, **OPTIONS) as engine:
         theirs = replay(receipts, engine.model, engine=engine)
         assert (engine.fingerprint.engine, engine.fingerprint.dtype) == ("vllm", "float32")
+        adapter = load_adapter(write_adapter(tmp_path, model))
+        named = replace(receipts.receipts[0], adapter=Adapter("tuned", adapter.digest))
+        with pytest.raises(UsageError, match="adapter"):
+            replay(Receipts.build(receipts.header, [named], 1.0), engine.model, adapter=adapter, engine=engine)
     for one, other in zip(ours, theirs, strict=True):
-        assert one.matches == other.matches == 24
+        assert one.matches == other.matches == 40
         # vLLM lists the likeliest tokens alone: at scales at which all others matter, a claimed token is likelier.
         assert other.profiles[:, 8:NARROW] == pytest.approx(one.profiles[:, 8:NARROW], abs=0.05)
         assert (other.profiles >= one.profiles - 0.05)[:, 8:].all()
-        assert other.residuals.size == 0
+        assert len(other.residuals) == 2
+        assert other.residuals.max() < 1e-3

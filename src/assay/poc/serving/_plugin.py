@@ -167,6 +167,7 @@ class AssayPlugin:
             weights=model.weights,
             dtype=dtype,
             max_positions=running.positions,
+            decodes=bool(running.client.description["decodes"]),
             engine=engine,
         )
 
@@ -198,6 +199,7 @@ class Changes(BaseModel):
     mode: str | None = None
     share: float | None = None
     chat_in_flight: int | None = None
+    path: str | None = None
 
 
 def _engine_router(controller: Controller, running: Callable[[], _Running]) -> APIRouter:
@@ -220,7 +222,9 @@ def _engine_router(controller: Controller, running: Callable[[], _Running]) -> A
                 "mode": throttle.settings.mode,
                 "share": throttle.settings.share,
                 "chat_in_flight": throttle.settings.chat_in_flight,
-                "nonces": throttle.in_flight,
+                "path": throttle.settings.path,
+                "direct": engine.direct.describe(),
+                "nonces": throttle.in_flight + engine.direct.in_flight,
                 "nonces_limit": throttle.limit,
                 "chat": throttle.chat,
                 "workers": await engine.counts(),
@@ -229,7 +233,7 @@ def _engine_router(controller: Controller, running: Callable[[], _Running]) -> A
 
     @router.post("/engine", openapi_extra=needs(Scope.CONTROL))
     async def change(body: Changes) -> JSONResponse:
-        """Change mode, share or chat_in_flight until the server ends."""
+        """Change mode, share, chat_in_flight or path until the server ends."""
         throttle = running().client.throttle
         throttle.settings = replace(throttle.settings, **body.model_dump(exclude_none=True))
         return await now()

@@ -21,6 +21,7 @@ from assay.poc.engines.vllm import (
     EXTENSION,
     Inputs,
     Mode,
+    NoncePath,
     ThrottleSettings,
     check_config,
     check_engines,
@@ -63,6 +64,9 @@ class PluginSettings(Settings):
         DEFAULT.quiet, description="Time after the last chat request until the engine counts as idle."
     )
     vllm_drain: float = Field(DEFAULT.drain, description="Time that an exclusive round waits for running chat.")
+    vllm_path: NoncePath = Field(
+        DEFAULT.path, description="How nonces run without chat: in whole batches inside the workers, or as requests."
+    )
 
     responses: ResponseMode = Field(
         "off", description="Receipts of answers: none, with sketches of what the engine sampled, or of seeded sampling."

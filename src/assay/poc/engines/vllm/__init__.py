@@ -23,7 +23,7 @@ from assay.poc.engines.vllm._engine import (
     most_positions,
 )
 from assay.poc.engines.vllm._extension import WorkerExtension
-from assay.poc.engines.vllm._throttle import Mode, Throttle, ThrottleSettings
+from assay.poc.engines.vllm._throttle import Mode, NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._worker import Spans, call_before, is_first_of_group, spans
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Client",
     "Inputs",
     "Mode",
+    "NoncePath",
     "RequestEngine",
     "Spans",
     "Throttle",

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from assay.errors import BadWeights, ModelError, UsageError
 from assay.poc.engines.vllm._compatibility import refuse_missing
+from assay.poc.engines.vllm._direct import DirectPath
 from assay.poc.engines.vllm._rows import Spec, new_key, request_id
 from assay.poc.engines.vllm._throttle import Throttle
 
@@ -33,8 +34,17 @@ ATTEMPTS = 3  # for a nonce whose request was aborted or turned away
 COLLECTED = 256  # nonces whose rows are collected in one call
 
 Values = NDArray[np.floating[Any]]
-Prompt = Callable[[int], Tensor] | int
-"""A function that returns the inputs of a nonce; or the number of placeholders that the workers fill."""
+
+
+class Asked(NamedTuple):
+    """A request of token ids, and what vLLM is to do with them, a ``SamplingParams``."""
+
+    ids: list[int]
+    sampling: Any
+
+
+Prompt = Callable[[int], Tensor | Asked] | int
+"""A function that returns the inputs or the request of a nonce; or the number of placeholders that the workers fill."""
 
 FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
 """Errors of vLLM's admission control, after which the nonce is tried again as a client would."""
@@ -58,6 +68,7 @@ class Client:
         self._llm = llm
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
+        self.direct = DirectPath(throttle, self._call)
 
     async def install(self) -> None:
         """Prepare the workers, and keep the description of the last one, which has the hidden states.
@@ -89,11 +100,16 @@ class Client:
         """Return what every worker holds."""
         return await self._call("assay_counts")
 
-    async def run(self, key: str, nonce: int, prompt: Tensor | int) -> None:
-        """Run one nonce: on inputs [T, D] that are sent, or on ``prompt`` placeholders that the workers fill."""
-        name = request_id(key, nonce)
-        async for _ in self._llm.generate(_prompt(prompt, name), _sampling(), name, priority=self._priority):
-            pass
+    async def run(self, key: str, nonce: int, prompt: Tensor | Asked | int) -> Any:
+        """Run one nonce: on inputs [T, D] that are sent, on token ids, or on placeholders that the workers fill.
+
+        Returns the last output of vLLM.
+        """
+        name, last = request_id(key, nonce), None
+        sampling = prompt.sampling if isinstance(prompt, Asked) else _sampling()
+        async for output in self._llm.generate(_prompt(prompt, name), sampling, name, priority=self._priority):
+            last = output
+        return last
 
     async def collect(self, key: str, nonces: Sequence[int]) -> dict[int, Values]:
         """Return the values of nonces that have run, by nonce. A nonce whose request was aborted is missing.
@@ -108,7 +124,7 @@ class Client:
                 raise ModelError(f"nonce {nonce}: {reason}", wanted="inputs that the engine takes", do="see the log")
             if "error" in reply:
                 raise BadWeights(f"the transform failed: {reply['error']}", wanted="values", do="see the log")
-            values |= _decode(reply)
+            values |= decode(reply)
         return values
 
     async def end(self) -> None:
@@ -161,6 +177,7 @@ class RequestStream:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._producer: asyncio.Task[None] | None = None
         self._key = ""
+        self._passes = 1  # of the engine, for each nonce
 
     async def open(self) -> None:
         """Announce the stream to the workers, which may refuse the round, and begin."""
@@ -206,24 +223,32 @@ class RequestStream:
             log.warning("chat did not end in time and goes on beside the nonces")
         for start in range(0, len(self._nonces), self._batch_size):
             wanted = list(self._nonces[start : start + self._batch_size])
-            running = [await self._launch(nonce) for nonce in wanted]
+            running = [await self._begin(start + place) for place in range(len(wanted))]
             await self._batches.put(self._start(self._finish(wanted, running)))
         await self._batches.put(None)
 
-    async def _launch(self, nonce: int) -> "asyncio.Task[None]":
+    async def _begin(self, place: int) -> "asyncio.Task[Any]":
+        """Begin with the nonce at a place, as soon as it may run."""
+        return await self._launch(self._nonces[place])
+
+    async def _launch(self, nonce: int) -> "asyncio.Task[Any]":
         prompt = self._prompt if isinstance(self._prompt, int) else await asyncio.to_thread(self._prompt, nonce)
         await self._client.throttle.admit()
         task = self._start(self._client.run(self._key, nonce, prompt))
-        task.add_done_callback(lambda _: self._client.throttle.leave())
+        task.add_done_callback(lambda _: self._client.throttle.leave(self._passes))
         return task
 
-    async def _finish(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
+    async def _finish(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
         """Wait for a batch and collect it in parts, so that the workers never hold many rows."""
         starts = range(0, len(wanted), COLLECTED)
         parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
         return np.concatenate([await self._collect(*part) for part in parts])
 
-    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[None]]") -> Values:
+    def _whole(self, nonce: int, outcome: Any) -> bool:
+        """Return whether a request ran to its end, as far as its last output says."""
+        return True
+
+    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
         """Wait for nonces and collect them; those that were aborted, for instance by a sleeping engine, run again."""
         values: dict[int, Values] = {}
         missing = list(wanted)
@@ -231,7 +256,8 @@ class RequestStream:
             if attempt:
                 await asyncio.sleep(10.0 ** (attempt - 2))
                 running = [await self._launch(nonce) for nonce in missing]
-            for outcome in await asyncio.gather(*running, return_exceptions=True):
+            outcomes = await asyncio.gather(*running, return_exceptions=True)
+            for outcome in outcomes:
                 if isinstance(outcome, asyncio.CancelledError):
                     raise outcome
                 if isinstance(outcome, Exception) and type(outcome).__name__ not in FULL:
@@ -240,7 +266,12 @@ class RequestStream:
                         wanted="an engine that takes requests of this length",
                         do="see the log of vLLM",
                     ) from outcome
-            values |= await self._client.collect(self._key, missing)
+            found = await self._client.collect(self._key, missing)
+            values |= {
+                nonce: found[nonce]
+                for nonce, outcome in zip(missing, outcomes, strict=True)
+                if nonce in found and self._whole(nonce, outcome)
+            }
             missing = [nonce for nonce in wanted if nonce not in values]
             if not missing:
                 return np.stack([values[nonce] for nonce in wanted])
@@ -251,37 +282,41 @@ class RequestStream:
         )
 
 
-def _prompt(prompt: Tensor | int, salt: str) -> dict[str, Any]:
+def _prompt(prompt: Tensor | Asked | int, salt: str) -> dict[str, Any]:
     # cache_salt enters the hash of a prompt's first block (v1/core/kv_cache_utils.py): without it other requests would
     # find the blocks of a nonce in the prefix cache, where all nonces have the same placeholder tokens.
-    if isinstance(prompt, int):
-        return {"type": "token", "prompt_token_ids": [0] * prompt, "cache_salt": salt}
+    if not isinstance(prompt, Tensor):
+        ids = [0] * prompt if isinstance(prompt, int) else prompt.ids
+        return {"type": "token", "prompt_token_ids": ids, "cache_salt": salt}
     # A copy: pickling a view would send the whole tensor that it shows a part of.
     return {"type": "embeds", "prompt_embeds": prompt.detach().cpu().clone(), "cache_salt": salt}
 
 
 @cache
 def _sampling() -> Any:
-    """Return the parameters of every nonce; vLLM's ``InputProcessor`` clones them for each request.
+    """Return the parameters of every nonce of one pass; vLLM's ``InputProcessor`` clones them for each request."""
+    return parameters()
 
-    One token is generated: vLLM requires ``max_tokens`` of at least 1.
-    """
+
+def parameters(max_tokens: int = 1, **other: Any) -> Any:
+    """Return the ``SamplingParams`` of a nonce; vLLM requires ``max_tokens`` of at least 1."""
     from vllm import SamplingParams  # type: ignore[import-not-found]
     from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
     return SamplingParams(
-        max_tokens=1,
+        max_tokens=max_tokens,
         temperature=0.0,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_reading_prefix_cache=True,
+        **other,
     )
 
 
-def _decode(reply: dict[str, Any]) -> dict[int, Values]:
+def decode(reply: dict[str, Any]) -> dict[int, Values]:
+    """Return the values of a worker's reply by nonce; none where it has no values."""
     if "values" not in reply:
         return {}
-    width = reply["width"]
-    values = np.frombuffer(reply["values"], dtype=np.float16 if width else np.float32)
+    width, values = reply["width"], np.frombuffer(reply["values"], dtype=reply["dtype"])
     rows = values.reshape(len(reply["nonces"]), width) if width else values
     return dict(zip(reply["nonces"], rows, strict=True))

@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,12 +21,16 @@ from assay import streams
 from assay.errors import ModelError, UsageError
 from assay.models import checkpoint_directory, identify
 from assay.poc.engines._base import check_batch_size, check_supported, noise_inputs
+from assay.poc.engines._decoding import Decoded, Replayed
 from assay.poc.engines.vllm._client import Client, Prompt, RequestStream
 from assay.poc.engines.vllm._compatibility import EXTENSION, check_config, check_installed, multiply_exactly
+from assay.poc.engines.vllm._direct_stream import DirectStream
 from assay.poc.engines.vllm._rows import Spec
-from assay.poc.engines.vllm._throttle import Throttle, ThrottleSettings
+from assay.poc.engines.vllm._throttle import NoncePath, Throttle, ThrottleSettings
+from assay.poc.engines.vllm._token_requests import TokenStream, check_room
 from assay.poc.protocol import Fingerprint, Pipeline, Round
 
+OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
 CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory; nonces need a little
 
 Inputs = Literal["local", "sent"]
@@ -68,7 +73,7 @@ class RequestEngine:
                 wanted=f"at most {most_positions}: its --max-model-len, less the token that it generates",
                 do=f"pass --seq-len {min(256, most_positions)}, or raise --max-model-len",
             )
-        self.batch_size, self.seq_len = batch_size, seq_len
+        self.batch_size, self.seq_len, self._most_positions = batch_size, seq_len, most_positions
         self._client, self._loop, self._version, self._inputs = client, loop, version, inputs
         worker = self._worker = client.description
         self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
@@ -85,11 +90,11 @@ class RequestEngine:
         return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
 
     def supports(self, pipeline: Pipeline) -> bool:
-        """Return whether a pipeline leaves the layers as they are and does not read the trained head.
+        """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode or not at all.
 
         vLLM's compiled layers take no hooks, and it spreads the trained head over its workers.
         """
-        return pipeline.layers == "none" and pipeline.head != "trained"
+        return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
 
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
         """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
@@ -99,8 +104,49 @@ class RequestEngine:
             ModelError: vLLM did not run a nonce, or has ended.
         """
         check_supported(self, pipeline)
-        prompt: Prompt = self.seq_len if self._inputs == "local" else lambda nonce: self.inputs(round, [nonce])[0]
-        stream = RequestStream(self._client, Spec(round, pipeline), nonces, self.batch_size, prompt)
+        yield from self._run(self._stream(Spec(round, pipeline), nonces))
+
+    def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
+        """Decode the tokens of nonces, each as one request of as many steps.
+
+        Raises:
+            UsageError: Prompt and tokens are longer than the engine takes, or it cannot decode.
+            BadWeights: A state is NaN or infinite.
+            ModelError: vLLM did not run a nonce, or has ended.
+        """
+        stream = self._tokens(round, pipeline, nonces)
+        for values in self._run(stream):
+            yield stream.decoded(values)
+
+    def replayed(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
+    ) -> Generator[Replayed]:
+        """Replay given tokens of nonces, [M, N], each as one prompt.
+
+        Raises:
+            AssayError: As :meth:`decoded`.
+        """
+        stream = self._tokens(round, pipeline, nonces, tokens_MN)
+        for values in self._run(stream):
+            yield stream.replayed(values)
+
+    def _stream(self, spec: Spec, nonces: Sequence[int]) -> RequestStream:
+        """Return the stream of nonces over noise, which run beside the scheduler if the workers make their inputs."""
+        if self._inputs == "local":
+            return DirectStream(self._client, spec, nonces, self.batch_size, self.seq_len)
+        self._client.direct.reason = "inputs that the server sends (ASSAY_VLLM_INPUTS=sent)"
+        prompt: Prompt = lambda nonce: self.inputs(spec.round, [nonce])[0]  # noqa: E731
+        return RequestStream(self._client, spec, nonces, self.batch_size, prompt)
+
+    def _tokens(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int], claimed_MN: NDArray[np.uint32] | None = None
+    ) -> TokenStream:
+        check_room(self.seq_len, pipeline, self._most_positions)
+        spec, sizes = Spec(round, pipeline), {"batch_size": self.batch_size, "vocab_size": self.vocab_size}
+        return TokenStream(self._client, spec, nonces, claimed_MN=claimed_MN, **sizes)
+
+    def _run(self, stream: RequestStream) -> Generator[NDArray[Any]]:
+        """Yield the values of a stream, a batch at a time."""
         self._wait(stream.open())
         try:
             while (values := self._wait(stream.next())) is not None:
@@ -171,6 +217,7 @@ class VLLMEngine(RequestEngine):
         seq_len: T, the number of positions of every nonce.
         dtype: Dtype of the weights; None for the checkpoint's.
         in_flight: Number of nonces inside the engine at once; 0 lets assay choose.
+        path: Whether nonces run as whole batches inside the workers where the engine allows it, or as requests.
         options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
 
     Raises:
@@ -187,6 +234,7 @@ class VLLMEngine(RequestEngine):
         seq_len: int = 256,
         dtype: str | None = None,
         in_flight: int = 0,
+        path: NoncePath = "auto",
         **options: Any,
     ) -> None:
         version = check_installed()
@@ -197,8 +245,9 @@ class VLLMEngine(RequestEngine):
             ends.callback(lambda: thread.run(_shutdown(llm)))
             config = llm.vllm_config
             # This engine serves no chat, so it is always full.
-            settings = ThrottleSettings(in_flight=in_flight or capacity(config, seq_len))
-            client = Client(llm, Throttle(settings, llm.output_processor.get_num_unfinished_requests, 1))
+            most = in_flight or capacity(config, seq_len)
+            settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path)
+            client = Client(llm, Throttle(settings, llm.output_processor.get_num_unfinished_requests, most))
             ends.callback(client.release)
             ends.callback(lambda: thread.run(client.end()))
             thread.run(client.install())

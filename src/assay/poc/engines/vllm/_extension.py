@@ -21,8 +21,12 @@ from assay import streams
 from assay.errors import AssayError
 from assay.poc.engines._base import noise_inputs
 from assay.poc.engines.vllm._compatibility import missing_in_runner
+from assay.poc.engines.vllm._decoding import Decoding, Found, obstacle
+from assay.poc.engines.vllm._direct_worker import DirectMethods
 from assay.poc.engines.vllm._rows import Rows, RowStream, Spec
 from assay.poc.engines.vllm._worker import (
+    MAX_SUMMED,
+    MAX_VALUES,
     Chunk,
     call_before,
     chunks,
@@ -33,29 +37,28 @@ from assay.poc.engines.vllm._worker import (
 from assay.poc.protocol import Round, Transform, get_pipeline, weighted_sum
 
 MAX_TRANSFORMS = 4
-MAX_VALUES = 2**24
-"""Number of input values that are made at once: vLLM leaves little of a GPU's memory free."""
-
-MAX_SUMMED = 2**22
-"""Number of state values that are summed at once; they are held three times in float32."""
 
 
-class WorkerExtension:
+class WorkerExtension(DirectMethods):
     """Methods that vLLM adds to its workers."""
 
     # Attributes of vLLM's worker.
     model_runner: Any
     vllm_config: Any
 
+    assay_hooks: "Hooks"
+
     def assay_install(self) -> dict[str, Any]:
         """Wrap the model runner once, and describe this worker.
 
-        ``problems`` lists the names that the runner lacks; if there are any, nothing was wrapped.
+        ``problems`` lists the names that the runner lacks; if there are any, nothing was wrapped. ``decodes`` says
+        whether it takes the presets that decode.
         """
         problems = missing_in_runner(self.model_runner)
         if not problems and not hasattr(self, "assay_hooks"):
             self.assay_hooks = Hooks(self.model_runner, self.vllm_config)
-        return {"problems": problems, **describe(self.model_runner, self.vllm_config)}
+        decodes = obstacle(self.model_runner, self.vllm_config) is None
+        return {"problems": problems, "decodes": decodes, **describe(self.model_runner, self.vllm_config)}
 
     def assay_open(self, key: str, round: dict[str, Any], preset: str) -> str | None:
         """Begin a stream of nonces of a round, whose fields are given; return the reason if it is refused."""
@@ -73,8 +76,8 @@ class WorkerExtension:
         """Take the values that the pipeline publishes for nonces that have run.
 
         Returns ``failed``, the reasons by nonce. One worker that has hidden states adds ``nonces``, those that were
-        found; ``values``, the bytes of [B] float32 or [B, K] float16; and ``width``, K, or 0 for distances. If the
-        transform fails it adds ``error`` instead.
+        found; ``values``, their bytes; ``dtype``, float32 or float16; and ``width``, the numbers of each, or 0 for
+        distances. If the transform fails it adds ``error`` instead.
         """
         return self.assay_hooks.collect(key, nonces)
 
@@ -90,10 +93,11 @@ class Hooks:
     def __init__(self, runner: Any, config: Any) -> None:
         self.rows = Rows()
         self.errors = 0
-        self._runner, self._model = runner, config.model_config
+        self._runner, self._config, self._model = runner, config, config.model_config
         self._width = int(self._model.get_hidden_size())
         self._transform = lru_cache(MAX_TRANSFORMS)(self._make_transform)
         self._streams = streams.get_backend("auto", runner.device.type)
+        self._decoding: Decoding | None = None
         on_cuda = runner.device.type == "cuda"
         self._side = torch.cuda.Stream(runner.device) if on_cuda else None  # type: ignore[no-untyped-call]
         call_before(runner, "execute_model", self._fill, self._note)
@@ -101,8 +105,11 @@ class Hooks:
 
     def open(self, key: str, spec: Spec) -> None:
         """Begin a stream, and make what depends on the block now, so that no step waits for it."""
-        with torch.inference_mode():
-            self._transform(spec)
+        if not spec.pipeline.steps:
+            with torch.inference_mode():
+                self._transform(spec)
+        elif self._decoding is None:
+            self._decoding = Decoding(self._runner, self._config)
         self.rows.open(key, spec)
 
     def collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
@@ -116,11 +123,17 @@ class Hooks:
             return {"failed": failed}
         try:
             with torch.inference_mode():
-                values = self._transform(stream.spec)(torch.stack(states).float(), found).cpu()
+                values = self._values(stream, found, states).cpu().numpy()
         except Exception as error:  # reported, so that the engine lives
             return {"failed": failed, "error": _words(error)}
         width = values.shape[1] if values.ndim > 1 else 0
-        return {"failed": failed, "nonces": found, "values": values.numpy().tobytes(), "width": width}
+        sent = {"values": values.tobytes(), "dtype": str(values.dtype), "width": width}
+        return {"failed": failed, "nonces": found, **sent}
+
+    def _values(self, stream: RowStream, nonces: list[int], rows: list[Tensor]) -> Tensor:
+        if self._decoding is not None and stream.spec.pipeline.steps:
+            return self._decoding.values(stream, nonces, rows)
+        return self._transform(stream.spec)(torch.stack(rows).float(), nonces)
 
     def _note(self, error: Exception) -> None:
         self.errors += 1
@@ -137,6 +150,10 @@ class Hooks:
                     _disarm(request, self._width)
                 if found:
                     stream, nonce = found
+                    if stream.spec.pipeline.steps:
+                        assert self._decoding is not None
+                        self._decoding.begin(stream, nonce, request)
+                        continue
                     _check_length(request, stream.spec.round.seq_len)
                     if request.prompt_embeds is None and is_first_stage():
                         empty.setdefault(stream, []).append((nonce, request))
@@ -178,11 +195,17 @@ class Hooks:
         if states_ND is None:
             return
         sums: dict[tuple[RowStream, int], list[tuple[int, Chunk]]] = {}
-        for chunk in of_step:
+        decoding: list[Found] = []
+        for row, chunk in enumerate(of_step):
             found = self.rows.find(chunk.request_id)
-            if found is None or found[1] not in found[0].filled or not chunk.in_prompt:
+            if found is None or found[1] not in found[0].filled:
                 continue
             stream, nonce = found
+            if stream.spec.pipeline.steps:
+                decoding.append(Found(stream, nonce, row, chunk))
+                continue
+            if not chunk.in_prompt:
+                continue
             try:
                 if chunk.prompt != stream.spec.round.seq_len:
                     raise ValueError(f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} positions")
@@ -195,6 +218,10 @@ class Hooks:
         for (stream, length), pieces in sums.items():
             # The host pays for every launch, so chunks of one length are summed in one kernel.
             self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), partial(self._add_part, states_ND))
+        if decoding:
+            assert self._decoding is not None
+            for one, reason in self._decoding.step(states_ND, decoding):
+                self._fail(one.stream, one.nonce, reason)
 
     def _add_part(self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]) -> None:
         """Add the signed unit states of chunks of one length to the sums of earlier steps."""

@@ -2,7 +2,7 @@
 
 A row is what is read of the hidden states of a nonce.
 
-Legend of shapes: T positions of a nonce, D hidden size.
+Legend of shapes: T positions of a nonce, N tokens that it decodes, W numbers that are kept of these, D hidden size.
 """
 
 import secrets
@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Float32, UInt32
 from torch import Tensor
 
 from assay.poc.protocol import Pipeline, Round
@@ -49,6 +51,21 @@ class Spec(NamedTuple):
     pipeline: Pipeline
 
 
+@dataclass(frozen=True, eq=False)
+class Decode:
+    """A nonce that decodes, or whose tokens are replayed, while its request runs.
+
+    Args:
+        noise: Seeds of the noise of its tokens.
+        claimed: Tokens that are replayed, int64 [N]; None where they are decoded.
+        kept: States and margins that are known so far; NaN where they are not.
+    """
+
+    noise: UInt32[np.ndarray, " N"]
+    claimed: Tensor | None
+    kept: Float32[Tensor, " W"]
+
+
 @dataclass(eq=False)
 class RowStream:
     """The nonces of one caller: a round, or a validation in it."""
@@ -62,6 +79,9 @@ class RowStream:
     sums: dict[int, Tensor] = field(default_factory=dict)
     """Weighted sums over the positions so far, of nonces whose prompt came in several steps."""
 
+    decodes: dict[int, Decode] = field(default_factory=dict)
+    """What is known of nonces that decode, until they are collected."""
+
     failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)
     """Reasons of nonces that could not run."""
 
@@ -70,9 +90,10 @@ class RowStream:
 
     def fill(self, nonce: int) -> None:
         """Note that the inputs of a nonce are those of its round."""
+        self.touched = time.monotonic()
         self.filled[nonce] = None
         while len(self.filled) > MAX_ROWS:
-            self.sums.pop(self.filled.popitem(last=False)[0], None)
+            self._forget(self.filled.popitem(last=False)[0])
 
     def fail(self, nonce: int, reason: str) -> None:
         """Keep the reason for which a nonce could not run."""
@@ -93,10 +114,14 @@ class RowStream:
         found: list[int] = []
         for nonce in nonces:
             self.filled.pop(nonce, None)
-            self.sums.pop(nonce, None)
+            self._forget(nonce)
             if nonce in self.rows:
                 found.append(nonce)
         return found, [self.rows.pop(nonce) for nonce in found]
+
+    def _forget(self, nonce: int) -> None:
+        self.sums.pop(nonce, None)
+        self.decodes.pop(nonce, None)
 
 
 class Rows:

@@ -13,6 +13,8 @@ from typing import Literal, get_args
 from assay.errors import UsageError
 
 Mode = Literal["chat-first", "exclusive"]
+NoncePath = Literal["auto", "requests"]
+"""How nonces run while there is no chat: as whole batches inside the workers where that can be, or as requests."""
 
 TICK = 0.02  # seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end
 WINDOW = 0.25  # seconds over which the speed of an engine without chat is measured
@@ -30,6 +32,8 @@ class ThrottleSettings:
         wait: Time that the first chat request on an idle engine may wait for the nonces inside; it bounds their number.
         quiet: Time after the last chat request until the engine counts as idle.
         drain: Time that exclusive mode waits for running chat. What is unfinished then goes on beside the nonces.
+        path: Either ``auto``: without chat, nonces run as whole batches inside the workers where the engine allows it;
+            or ``requests``. A change holds from the next round on.
 
     Raises:
         UsageError: A value is out of range.
@@ -42,16 +46,21 @@ class ThrottleSettings:
     wait: float = 0.1
     quiet: float = 1.0
     drain: float = 30.0
+    path: NoncePath = "auto"
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise UsageError(f"mode {self.mode!r}", wanted=" or ".join(get_args(Mode)), do="correct ASSAY_VLLM_MODE")
+        if self.path not in get_args(NoncePath):
+            raise UsageError(
+                f"path {self.path!r}", wanted=" or ".join(get_args(NoncePath)), do="correct ASSAY_VLLM_PATH"
+            )
         if not 0 < self.share <= 1:
             raise UsageError(f"share {self.share!r}", wanted="a part in (0, 1]", do="correct ASSAY_VLLM_SHARE")
         for field in fields(self):
             value = getattr(self, field.name)
             least = 1 if field.name == "chat_in_flight" else 0
-            if field.name not in ("mode", "share") and not least <= value < 1e6:
+            if field.name not in ("mode", "share", "path") and not least <= value < 1e6:
                 name = f"ASSAY_VLLM_{field.name.upper()}"
                 raise UsageError(f"{field.name} {value!r}", wanted=f"a number from {least}", do=f"correct {name}")
 
@@ -75,7 +84,7 @@ class Throttle:
         self._burst = 0
         self._burst_began = 0.0
         self._rest_until = 0.0
-        self._seconds = 0.0  # per nonce, on an engine without chat
+        self._seconds = 0.0  # per pass, on an engine without chat
         self._window_began = 0.0
         self._window_count = 0
 
@@ -121,14 +130,14 @@ class Throttle:
         self.in_flight += 1
         self._burst += 1
 
-    def leave(self) -> None:
-        """Count a nonce that has run, or was given up."""
+    def leave(self, passes: int = 1) -> None:
+        """Count a nonce that has run, or was given up; one that decodes took a pass for every token."""
         self.in_flight -= 1
         self.look()
         now = time.monotonic()
         if self.in_flight == 0 and self._paces:
             self._rest_until = now + (now - self._burst_began) * (1 / self.settings.share - 1)
-        self._measure(now)
+        self._measure(now, passes)
         self._left.set()
 
     async def drained(self) -> bool:
@@ -153,9 +162,12 @@ class Throttle:
             return self._burst < self.settings.chat_in_flight
         return time.monotonic() >= self._rest_until
 
-    def _measure(self, now: float) -> None:
-        """Take the time per nonce from windows in which the engine was never empty and there was no chat."""
-        self._window_count += 1
+    def _measure(self, now: float, passes: int) -> None:
+        """Take the time per pass from windows in which the engine was never empty and there was no chat.
+
+        Chat waits for the passes that run, and not for the nonces: those that decode leave after each of their tokens.
+        """
+        self._window_count += passes
         if self.busy:
             self._window_began, self._window_count = now, 0
         elif now - self._window_began >= WINDOW:

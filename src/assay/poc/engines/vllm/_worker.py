@@ -16,6 +16,12 @@ from assay.models.device import processor
 from assay.poc.engines.vllm._compatibility import other_cache, runner_kind
 from assay.streams import dtype_name
 
+MAX_VALUES = 2**24
+"""Number of input values that are made at once: vLLM leaves little of a GPU's memory free."""
+
+MAX_SUMMED = 2**22
+"""Number of state values that are summed at once; they are held three times in float32."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -137,6 +143,13 @@ def is_first_stage() -> bool:
     from vllm.distributed import get_pp_group  # type: ignore[import-not-found]
 
     return bool(get_pp_group().is_first_rank)
+
+
+def is_last_stage() -> bool:
+    """Return whether this worker has the last layers."""
+    from vllm.distributed import get_pp_group
+
+    return bool(get_pp_group().is_last_rank)
 
 
 def is_first_of_group() -> bool:

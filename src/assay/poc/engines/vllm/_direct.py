@@ -1,0 +1,139 @@
+"""The direct path as the serving side sees it: how many nonces a call into the workers may hold, and when.
+
+While a call runs the engine schedules nothing, so chat that arrives waits for it. The length of a call therefore
+follows from the measured time per nonce and the time that chat may wait, and with chat there are no calls: its nonces
+are requests.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from assay.poc.engines.vllm._throttle import Throttle
+
+CALLS = 2
+"""Calls at once: the second one waits at the workers, so that they do not wait for it. Chat waits for both."""
+
+MOST = 256  # nonces of a call
+FAILURES = 3
+"""Calls that fail one after the other until all nonces are requests."""
+
+
+@dataclass(eq=False)
+class Pace:
+    """How nonces of one length are dealt out to calls.
+
+    Args:
+        batch: Nonces of one pass in the workers; 0 where nonces must be requests.
+        seconds: Measured time per nonce; 0 before the first call.
+        nonces: Nonces of the last call.
+    """
+
+    batch: int
+    seconds: float = 0.0
+    nonces: int = 0
+
+    def next(self, seconds: float, most: int) -> int:
+        """Return the nonces of a call that may last so many seconds: at least 1, at most twice those of the last one.
+
+        The number has three significant bits: few sizes of passes come again and again, whatever the clock says.
+        """
+        fitting = int(seconds / self.seconds) if self.seconds else 1
+        count = max(1, min(fitting, most, MOST, 2 * max(1, self.nonces)))
+        unit = 1 << max(0, count.bit_length() - 3)
+        return count - count % unit
+
+    def pass_of(self, count: int) -> int:
+        """Return the nonces of a pass where a call of ``count`` is cut into as few equal passes as can be."""
+        return -(-count // -(-count // self.batch))
+
+
+class DirectPath:
+    """Admits calls of whole batches to the workers of one engine, and remembers what became of them.
+
+    Args:
+        throttle: Throttle of the requests, which knows the chat in the engine.
+        call: Function that calls a method of every worker and returns their replies.
+    """
+
+    def __init__(self, throttle: Throttle, call: Callable[..., Awaitable[list[Any]]]) -> None:
+        self.reason: str | None = "no round has begun"
+        """Why the nonces of the last stream were requests even without chat; None where they were not."""
+        self.in_flight = 0
+        """Nonces in calls now."""
+        self.nonces = self.calls = 0
+        self._throttle, self._call = throttle, call
+        self._paces: dict[int, Pace] = {}
+        self._running = self._failures = 0
+        self._left = asyncio.Event()
+        self._free_since = 0.0
+
+    async def open(self, key: str, seq_len: int) -> Pace:
+        """Prepare the workers for the calls of a stream; return the pace of nonces of its length."""
+        if self._throttle.settings.path == "requests":
+            self.reason = "ASSAY_VLLM_PATH=requests"
+            return Pace(0)
+        if self._failures >= FAILURES:
+            return Pace(0)  # the reason stays that of the last failure
+        replies = await self._call("assay_batch", key)
+        self.reason = next((reply["reason"] for reply in replies if reply["reason"]), None)
+        pace = self._paces.setdefault(seq_len, Pace(0))
+        pace.batch = 0 if self.reason else min(reply["batch"] for reply in replies)
+        return pace
+
+    async def admit(self, pace: Pace) -> int:
+        """Wait until a call may begin; return its number of nonces, or 0 if the next nonce must be a request.
+
+        The caller runs so many nonces, and calls :meth:`leave` when they have run or were given up.
+        """
+        while self._may_call(pace) and self._running >= CALLS:
+            self._left.clear()
+            await self._left.wait()
+        if not self._may_call(pace):
+            return 0
+        settings = self._throttle.settings
+        count = pace.next(settings.wait / CALLS, max(1, settings.in_flight // CALLS) if settings.in_flight else MOST)
+        self._running += 1
+        self.in_flight += count
+        return count
+
+    def leave(self, count: int) -> None:
+        """Count a call of so many nonces as ended."""
+        self._running -= 1
+        self.in_flight -= count
+        self._throttle.look()
+        self._left.set()
+
+    async def run(self, key: str, pace: Pace, nonces: list[int]) -> list[dict[str, Any]]:
+        """Run nonces in the workers, and return the replies that have values; none if they did not run."""
+        began = time.monotonic()
+        replies = await self._call("assay_pass", key, nonces, pace.pass_of(len(nonces)))
+        now = time.monotonic()
+        seconds, self._free_since = now - max(began, self._free_since), now
+        failed = next((reply["error"] for reply in replies if "error" in reply), None)
+        if failed is None:
+            self._failures, self.reason = 0, None
+            self.calls += 1
+            self.nonces += len(nonces)
+            pace.seconds, pace.nonces = seconds / len(nonces), len(nonces)
+            return [reply for reply in replies if "values" in reply]
+        self._failures += 1
+        self.reason = failed
+        return []
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the engine's route shows: whether nonces run so now, why not, and how many did."""
+        now = self.reason is None and self._quiet()
+        return {"now": now, "reason": self.reason, "calls": self.calls, "nonces": self.nonces}
+
+    def _may_call(self, pace: Pace) -> bool:
+        self._throttle.look()
+        allowed = self._throttle.settings.path == "auto" and self._failures < FAILURES
+        return pace.batch > 0 and allowed and self._quiet()
+
+    def _quiet(self) -> bool:
+        """Return whether no chat waits, nor is any to be expected: in exclusive mode no new one comes."""
+        throttle = self._throttle
+        return not (throttle.chat if throttle.settings.mode == "exclusive" else throttle.busy)

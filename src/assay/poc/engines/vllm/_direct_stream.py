@@ -1,0 +1,80 @@
+"""A stream of nonces that runs them as whole batches inside the workers where it can, and else as requests."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+
+from assay.errors import AssayError, ModelError
+from assay.poc.engines.vllm._client import AHEAD, Client, RequestStream, Values, decode
+from assay.poc.engines.vllm._direct import CALLS, MOST, Pace
+from assay.poc.engines.vllm._rows import Spec
+
+log = logging.getLogger("assay.vllm")
+
+
+class DirectStream(RequestStream):
+    """Runs nonces on inputs that the workers make, and hands out the values of each batch in order.
+
+    Args:
+        client: Client that runs nonces.
+        spec: Round, and the pipeline that names what is published.
+        nonces: Nonces in the order of the results, perhaps more than will ever be run.
+        batch_size: Number of nonces that are handed out at a time.
+        seq_len: Number of positions of a nonce.
+    """
+
+    def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int, seq_len: int) -> None:
+        super().__init__(client, spec, nonces, batch_size, seq_len)
+        self._batches = asyncio.Queue(AHEAD + CALLS * MOST // batch_size)
+        self._pace = Pace(0)
+        self._calls: WeakSet[asyncio.Task[Any]] = WeakSet()
+        self._call: asyncio.Task[Any] | None = None  # the last one
+        self._covered = 0  # places of nonces that have begun
+
+    async def _produce(self) -> None:
+        self._pace = await self._client.direct.open(self._key, self._spec.round.seq_len)
+        await super()._produce()
+
+    async def _begin(self, place: int) -> "asyncio.Task[Any]":
+        """Return the task of the nonce at a place: the last call if it has this nonce, a new one, or its request."""
+        if place < self._covered and self._call is not None:
+            return self._call
+        count = await self._client.direct.admit(self._pace)
+        nonces = list(self._nonces[place : place + max(1, count)])
+        self._covered = place + len(nonces)
+        if not count:
+            return await self._launch(nonces[0])
+        self._call = self._start(self._run_call(nonces))
+        self._call.add_done_callback(lambda _: self._client.direct.leave(count))
+        self._calls.add(self._call)
+        return self._call
+
+    async def _run_call(self, nonces: list[int]) -> dict[int, Values]:
+        """Return the values of nonces that run inside the workers, none of them if they could not."""
+        try:
+            replies = await self._client.direct.run(self._key, self._pace, nonces)
+        except AssayError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"vLLM did not run a batch of nonces: {type(error).__name__}: {error}"[:400],
+                wanted="an engine that runs",
+                do="see the log of vLLM",
+            ) from error
+        return {nonce: values for reply in replies for nonce, values in decode(reply).items()}
+
+    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
+        """Take the values of calls, and collect those of requests. What a call did not run is requested."""
+        values: dict[int, Values] = {}
+        for call in {task for task in running if task in self._calls}:
+            values |= await asyncio.shield(call)  # other batches wait for it too
+        left = [(nonce, task) for nonce, task in zip(wanted, running, strict=True) if nonce not in values]
+        if left:
+            requests = [await self._launch(nonce) if task in self._calls else task for nonce, task in left]
+            missing = [nonce for nonce, _ in left]
+            values |= dict(zip(missing, await super()._collect(missing, requests), strict=True))
+        return np.stack([values[nonce] for nonce in wanted])

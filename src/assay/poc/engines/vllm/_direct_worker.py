@@ -1,0 +1,354 @@
+"""The direct path inside vLLM's workers: whole batches of nonces in one forward pass, beside the scheduler.
+
+vLLM hands the engine's calls to a worker one after the other, so a call runs between two steps. A pass that only
+prefills reads in every layer nothing but the keys and values that this layer has just written: one private cache of
+one layer's size serves all layers in turn, and blocks of vLLM's own cache are neither needed nor touched. A layer
+looks its cache up when it is called (``get_attention_context`` in ``model_executor/layers/attention/attention.py``),
+so it is given the private one for the time of a pass. Every other tensor is made anew: the persistent ones of a model
+runner may still be read by a step. CUDA graphs are not replayed, for they have vLLM's own cache in them.
+
+Legend of shapes: B nonces of a pass, T positions, N = B·T tokens, D hidden size, P blocks of a nonce.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay import streams
+from assay.poc.engines._base import noise_inputs
+from assay.poc.engines.vllm._compatibility import other_cache
+from assay.poc.engines.vllm._rows import Spec
+from assay.poc.engines.vllm._worker import MAX_SUMMED, MAX_VALUES, is_first_of_group, is_first_stage, is_last_stage
+from assay.poc.protocol import Transform, weighted_sum
+
+log = logging.getLogger("assay.vllm")
+
+OLDEST = (0, 32)
+"""First minor version of vLLM on which the direct path was run."""
+
+BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
+"""Kernels of attention whose cache has the block as its first axis and needs no workspace of the runner."""
+
+SPECS = {"FullAttentionSpec"}
+"""Kinds of cache blocks that hold the keys and values of one layer, and nothing that lives from step to step."""
+
+MAX_TABLES = 8  # shapes of passes whose metadata is kept
+SPARE_BLOCKS = 8  # columns of a block table behind the last block: tiles of a kernel may look past it
+
+
+class DirectMethods:
+    """The methods of :class:`WorkerExtension` that run nonces beside the scheduler."""
+
+    # Attributes of vLLM's worker, and what ``assay_install`` has set.
+    model_runner: Any
+    vllm_config: Any
+    assay_hooks: Any
+
+    def assay_batch(self, key: str) -> dict[str, Any]:
+        """Prepare a stream for passes beside the scheduler.
+
+        Returns ``batch``, the largest number of nonces of a pass, and ``reason``: why it is 0, and nonces must be
+        requests.
+        """
+        runner, config = self.model_runner, self.vllm_config
+        try:
+            spec = self.assay_hooks.rows.get(key).spec
+            reason = why_requests(runner, config, spec)
+            if reason is None and not hasattr(self, "assay_passes"):
+                measured = int(getattr(self, "peak_activation_memory", 0))
+                self.assay_passes = DirectPasses(runner, config, self.assay_hooks._transform, activations=measured)
+            batch = 0 if reason else self.assay_passes.prepare(spec)
+        except Exception as error:  # memory, or a name of vLLM
+            log.warning("nonces stay requests", exc_info=True)
+            batch, reason = 0, _words(error)
+        return {"batch": batch, "reason": reason}
+
+    def assay_pass(self, key: str, nonces: list[int], batch: int) -> dict[str, Any]:
+        """Run nonces of a stream in passes of ``batch``.
+
+        The last worker of a group returns ``nonces`` and ``values`` as ``assay_collect`` does; ``error`` is the reason
+        if they did not run.
+        """
+        stream = self.assay_hooks.rows.get(key)
+        if stream is None:
+            return {"error": "the stream has ended"}
+        stream.touched = time.monotonic()
+        try:
+            values = self.assay_passes.run(stream.spec, nonces, batch)
+        except Exception as error:  # reported, so that the engine lives
+            log.warning("nonces become requests", exc_info=True)
+            return {"error": _words(error)}
+        if values is None:
+            return {}
+        published = values.numpy()
+        width = published.shape[1] if published.ndim > 1 else 0
+        return {"nonces": nonces, "values": published.tobytes(), "dtype": str(published.dtype), "width": width}
+
+
+def why_requests(runner: Any, config: Any, spec: Spec) -> str | None:
+    """Return the reason for which nonces must be requests here; None where they need not be."""
+    if _version() < OLDEST:
+        return "vLLM before 0.32"
+    scheduler = config.scheduler_config
+    model, parallel, compilation = config.model_config, config.parallel_config, config.compilation_config
+    groups = runner.kv_cache_config.kv_cache_groups
+    specs = {type(group.kv_cache_spec).__name__ for group in groups}
+    backends = {group.backend.get_name() for outer in runner.attn_groups for group in outer}
+    layers = _layers(runner, config)
+    shared = [getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers]
+    reasons = (
+        (spec.pipeline.steps, "nonces that decode"),
+        (spec.round.seq_len > scheduler.max_num_batched_tokens, "nonces longer than a step of the engine"),
+        (len(groups) != 1, f"layers of {len(groups)} kinds"),
+        (specs - SPECS, f"a cache of {', '.join(sorted(specs))}"),
+        (backends - BACKENDS, f"attention by {', '.join(sorted(backends))}"),
+        (any(shared), "layers that share a cache"),
+        (len({_form(layer.kv_cache) for layer in layers} | {None}) != 2, "caches of several forms"),
+        (other_cache(config), f"a cache of another number format ({', '.join(other_cache(config))})"),
+        (config.speculative_config is not None, "speculative decoding"),
+        (config.lora_config is not None, "--enable-lora"),
+        (config.kv_transfer_config is not None, "--kv-transfer-config"),
+        (model.enable_sleep_mode, "--enable-sleep-mode: the weights may be away"),
+        (model.uses_mrope, "positions of several dimensions"),
+        (getattr(runner.model, "requires_raw_input_tokens", False), "a model that reads the tokens themselves"),
+        (parallel.pipeline_parallel_size > 1, "stages: one that fails would leave the others waiting"),
+        (parallel.data_parallel_size > 1, "data parallel engines, which step together"),
+        (parallel.enable_eplb, "--enable-eplb"),
+        (parallel.use_ubatching, "--enable-dbo"),
+        (getattr(compilation.pass_config, "enable_sp", False), "sequence parallelism"),
+    )
+    return next((reason for refused, reason in reasons if refused), None)
+
+
+class DirectPasses:
+    """Forward passes of one worker over batches of nonces.
+
+    Args:
+        runner: Model runner of the worker, of either version.
+        config: vLLM's ``VllmConfig``.
+        transform: Function that returns the transform of a round.
+        activations: Bytes that vLLM measured for the activations of its largest step; 0 where it measured none.
+    """
+
+    def __init__(
+        self, runner: Any, config: Any, transform: Callable[[Spec], Transform], *, activations: int = 0
+    ) -> None:
+        self._runner, self._config, self._transform = runner, config, transform
+        self._width = int(config.model_config.get_hidden_size())
+        self._dtype = streams.dtype_name(config.model_config.dtype)
+        self._streams = streams.get_backend("auto", runner.device.type)
+        self._activations = activations
+        self._cache: Tensor | None = None
+        self._tables_of: dict[tuple[int, int], tuple[dict[str, Any], Tensor, Tensor]] = {}
+
+    def prepare(self, spec: Spec) -> int:
+        """Make the private cache for passes of a round; return B, the largest number of nonces of a pass."""
+        batch, own = self._batch(spec.round.seq_len), self._layer_cache()
+        blocks = 1 + batch * -(-spec.round.seq_len // int(own.shape[2]))
+        if self._cache is None or self._cache.shape[0] < blocks:
+            self._cache = None  # freed before the larger one is made
+            self._cache = _zeros_like(own, blocks)
+        return batch
+
+    def _batch(self, seq_len: int) -> int:
+        """Return B, at least 1.
+
+        A pass is shorter than vLLM's largest step by so much that inputs and private cache fit into the memory that
+        vLLM has measured for the activations of that step, and left free.
+        """
+        scheduler, cache = self._config.scheduler_config, self._layer_cache()
+        largest = int(scheduler.max_num_batched_tokens)
+        most = largest // seq_len
+        if self._activations:
+            blocks = -(-seq_len // int(cache.shape[2]))
+            own = blocks * cache[0].numel() * cache.element_size()
+            own += seq_len * self._width * streams.torch_dtype(self._dtype).itemsize
+            most = min(most, int(self._activations / (seq_len / largest * self._activations + own)))
+        return max(1, min(most, int(scheduler.max_num_seqs)))
+
+    @torch.inference_mode()
+    def run(self, spec: Spec, nonces: list[int], batch: int) -> Tensor | None:
+        """Return what the pipeline publishes of nonces, on the CPU; None where this worker does not answer.
+
+        Args:
+            spec: Round and pipeline.
+            nonces: Nonces in the order of the result.
+            batch: Number of nonces of a pass, for which :meth:`prepare` was called; the last pass has the rest.
+
+        Raises:
+            RuntimeError: A step of vLLM is not finished.
+        """
+        if self._runner.execute_model_state is not None:
+            raise RuntimeError("a step of vLLM is not finished")
+        parts = [nonces[start : start + batch] for start in range(0, len(nonces), batch)]
+        rows = [self._rows(spec, part) for part in parts]
+        found = [row for row in rows if row is not None]
+        if len(found) < len(parts) or not is_first_of_group():
+            return None
+        return self._transform(spec)(torch.cat(found).float(), nonces).cpu()
+
+    def _rows(self, spec: Spec, nonces: list[int]) -> Tensor | None:
+        """Return what is read of the hidden states of one pass, [B, D]; None before the last stage."""
+        seq_len = spec.round.seq_len
+        states = self._forward(spec, nonces, *self._tables(len(nonces), seq_len))
+        if states is None:
+            return None
+        states_BTD = states[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
+        if spec.pipeline.read == "last":
+            return states_BTD[:, -1].clone()  # a view would keep the states of every pass
+        drawn_BT = self._transform(spec).weights(nonces, seq_len)
+        assert drawn_BT is not None
+        weights_BT = drawn_BT.to(states.device)
+        at_once = max(1, MAX_SUMMED // (seq_len * self._width))
+        pairs = zip(torch.split(states_BTD, at_once), torch.split(weights_BT, at_once), strict=True)
+        return torch.cat([weighted_sum(part_BTD, part_BT) for part_BTD, part_BT in pairs])
+
+    def _inputs(self, spec: Spec, nonces: list[int]) -> Tensor:
+        """Return the inputs [N, D] of one pass."""
+        seq_len, device = spec.round.seq_len, self._runner.device
+        at_once = max(1, MAX_VALUES // (seq_len * self._width))
+        shape = {"seq_len": seq_len, "hidden_size": self._width}
+        made = [
+            noise_inputs(self._streams, spec.round, nonces[at : at + at_once], dtype=self._dtype, **shape).to(device)
+            for at in range(0, len(nonces), at_once)
+        ]
+        return (made[0] if len(made) == 1 else torch.cat(made)).view(-1, self._width)
+
+    def _forward(
+        self, spec: Spec, nonces: list[int], metadata: dict[str, Any], slots: Tensor, positions: Tensor
+    ) -> Tensor | None:
+        """Run the layers of this stage; return the hidden states [N, D] of the last one."""
+        from vllm.distributed import get_pp_group, get_tp_group  # type: ignore[import-not-found]
+        from vllm.forward_context import set_forward_context  # type: ignore[import-not-found]
+        from vllm.sequence import IntermediateTensors  # type: ignore[import-not-found]
+
+        stage, shared = get_pp_group(), {"all_gather_group": get_tp_group()}
+        inputs = self._inputs(spec, nonces) if is_first_stage() else None
+        earlier = None if is_first_stage() else IntermediateTensors(stage.recv_tensor_dict(**shared))
+        by_layer = dict.fromkeys(metadata, slots)
+        with (
+            self._private_cache(partial=spec.round.seq_len % int(self._layer_cache().shape[2]) > 0),
+            set_forward_context(metadata, self._config, num_tokens=len(positions), slot_mapping=by_layer),
+        ):
+            states = self._runner.model(
+                input_ids=None, positions=positions, intermediate_tensors=earlier, inputs_embeds=inputs
+            )
+        if is_last_stage():
+            return states  # type: ignore[no-any-return]
+        stage.send_tensor_dict(states.tensors, **shared)
+        return None
+
+    @contextmanager
+    def _private_cache(self, *, partial: bool) -> Iterator[None]:
+        """Give every layer the private cache.
+
+        Behind the last position of a nonce a block has values of earlier passes, which kernels load and then mask:
+        NaN among them would come through, so where a block is not filled the cache begins with zeros.
+        """
+        assert self._cache is not None
+        layers = _layers(self._runner, self._config)
+        own = [layer.kv_cache for layer in layers]
+        if partial:
+            self._cache.zero_()
+        try:
+            for layer in layers:
+                layer.kv_cache = self._cache
+            yield
+        finally:
+            for layer, cache in zip(layers, own, strict=True):
+                layer.kv_cache = cache
+
+    def _tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Return the attention metadata of a pass by layer, the slots [N] in the cache, and the positions [N]."""
+        if (batch, seq_len) not in self._tables_of:
+            while len(self._tables_of) >= MAX_TABLES:
+                self._tables_of.pop(next(iter(self._tables_of)))
+            self._tables_of[batch, seq_len] = self._make_tables(batch, seq_len)
+        return self._tables_of[batch, seq_len]
+
+    def _make_tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+        from vllm.config import set_current_vllm_config  # type: ignore[import-not-found]
+        from vllm.v1.attention.backend import CommonAttentionMetadata  # type: ignore[import-not-found]
+
+        device, block_size = self._runner.device, int(self._layer_cache().shape[2])
+        blocks = -(-seq_len // block_size)
+        starts = torch.arange(0, batch * seq_len + 1, seq_len, dtype=torch.int32)
+        lengths = torch.full((batch,), seq_len, dtype=torch.int32)
+        positions_N = torch.arange(seq_len).repeat(batch)
+        table_BP = torch.zeros(batch, blocks + SPARE_BLOCKS, dtype=torch.int32)
+        table_BP[:, :blocks] = torch.arange(1, batch * blocks + 1).view(batch, blocks)  # block 0 is vLLM's null block
+        block_N = table_BP[:, :blocks].repeat_interleave(block_size, 1)[:, :seq_len].reshape(-1)
+        slots_N = (block_N.long() * block_size + positions_N % block_size).to(device)
+        positions_N = positions_N.to(device)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=lengths.to(device),
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=batch,
+            num_actual_tokens=batch * seq_len,
+            max_query_len=seq_len,
+            max_seq_len=seq_len,
+            block_table_tensor=table_BP.to(device),
+            slot_mapping=slots_N,
+            causal=True,
+            positions=positions_N,
+            is_prefilling=torch.ones(batch, dtype=torch.bool),
+        )
+        metadata: dict[str, Any] = {}
+        with set_current_vllm_config(self._config):
+            for group in self._runner.attn_groups[0]:
+                # A builder of its own: that of the runner keeps buffers, and fixes settings at its first use.
+                kept = group.get_metadata_builder()
+                builder = type(kept)(kept.kv_cache_spec, kept.layer_names, self._config, device)
+                built = builder.build(0, common, fast_build=True)
+                metadata |= dict.fromkeys(kept.layer_names, built)
+        return metadata, slots_N, positions_N
+
+    def _layer_cache(self) -> Tensor:
+        """Return vLLM's own cache of the first layer of this worker."""
+        cache: Tensor = _layers(self._runner, self._config)[0].kv_cache
+        return cache
+
+
+def _layers(runner: Any, config: Any) -> list[Any]:
+    """Return the attention layers of this worker."""
+    known = config.compilation_config.static_forward_context
+    return [known[name] for group in runner.attn_groups for part in group for name in part.layer_names]
+
+
+def _form(cache: Any) -> Any:
+    """Return what the caches of all layers must share: shape of a block, dtype, order in memory.
+
+    None for a cache that is not of blocks, heads, positions and values.
+    """
+    if not isinstance(cache, Tensor) or cache.ndim != 4:
+        return None
+    return tuple(cache.shape[1:]), cache.dtype, tuple(_order(cache))
+
+
+def _order(cache: Tensor) -> list[int]:
+    """Return the axes of a tensor as they lie in memory, the slowest first."""
+    return sorted(range(cache.ndim), key=cache.stride, reverse=True)
+
+
+def _zeros_like(cache: Tensor, blocks: int) -> Tensor:
+    """Return an empty cache of so many blocks whose axes lie in memory as those of another cache do."""
+    order, shape = _order(cache), (blocks, *cache.shape[1:])
+    memory = torch.zeros([shape[axis] for axis in order], dtype=cache.dtype, device=cache.device)
+    return memory.permute([order.index(axis) for axis in range(cache.ndim)])
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def _version() -> tuple[int, ...]:
+    import vllm  # type: ignore[import-not-found]
+
+    return tuple(int(part) for part in vllm.__version__.split(".")[:2])

@@ -1,0 +1,178 @@
+"""The direct path on real engines and servers: the same bits as requests, honest, harmless to chat, durable.
+
+How long calls are, and what keeps nonces requests, is in test_parts_direct.py.
+"""
+
+import asyncio
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from _vllm import Server
+
+from assay import poc
+from assay.models import load_model
+from assay.poc.engines.vllm._direct import Pace
+from assay.research.cheats import rounded
+from tests.vllm.conftest import ON_GPU, SEQ_LEN, make_round
+from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published, replace_shape
+from tests.vllm.test_server import talk
+
+PRESETS = ("poc-2.0", "artifact", "hardened")
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def engine(request):
+    from assay.poc.engines.vllm import VLLMEngine
+
+    options = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 16}
+    options |= {"gpu_memory_utilization": 0.1} if ON_GPU else {}
+    with VLLMEngine("reference:qwen3", dtype=request.param, batch_size=8, seq_len=SEQ_LEN, **options) as made:
+        yield made
+
+
+def by_path(engine, path: str, preset: str, count: int = 48) -> tuple[poc.Proof, int]:
+    """Prove along one path; return the proof, and how many of its nonces ran beside the scheduler."""
+    throttle, direct = engine._client.throttle, engine._client.direct
+    throttle.settings = replace(throttle.settings, path=path)
+    before = direct.nonces
+    proof = poc.prove(engine.model, make_round(preset, key="paths"), range(count), engine=engine)
+    throttle.settings = replace(throttle.settings, path="auto")
+    return proof, direct.nonces - before
+
+
+@pytest.mark.skipif(ON_GPU, reason="on a GPU the shape of a step chooses the kernels: equal within the law")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_both_paths_give_the_same_bits(engine, preset: str):
+    direct, beside = by_path(engine, "auto", preset)
+    requests, none = by_path(engine, "requests", preset)
+    assert (beside, none) == (48, 0)
+    assert np.array_equal(published(direct), published(requests))
+    assert nothing_is_held(engine)
+
+
+@pytest.mark.skipif(ON_GPU, reason="on a GPU the shape of a step chooses the kernels: equal within the law")
+@pytest.mark.parametrize("seq_len", [7, 128])
+def test_other_lengths_give_the_same_bits(engine, seq_len: int):
+    """Less than a block of the cache, and whole blocks."""
+    other, throttle = replace_shape(engine, seq_len=seq_len, batch_size=8), engine._client.throttle
+    round, values, before = make_round("hardened", seq_len=seq_len), [], engine._client.direct.nonces
+    for path in ("auto", "requests"):
+        throttle.settings = replace(throttle.settings, path=path)
+        values.append(np.concatenate(list(other.outputs(round, poc.get_pipeline("hardened"), range(20)))))
+    throttle.settings = replace(throttle.settings, path="auto")
+    assert engine._client.direct.nonces - before == 20
+    assert np.array_equal(*values)
+
+
+def test_verdicts_are_those_of_requests(engine):
+    """Honest against transformers in the same format; four bits are a fraud."""
+    model = load_model("reference:qwen3", dtype=engine.dtype, device="cuda" if ON_GPU else "cpu")
+    ours, beside = by_path(engine, "auto", "hardened", count=96)
+    assert beside == 96
+    round = ours.header.round
+    theirs = poc.prove(model, round, range(96), batch_size=8)
+    calibration = poc.calibrate(ours, theirs)
+    judge = {"sample": 64, "seed": 1, "calibration": calibration, "prover_dtype": engine.dtype}
+    assert poc.verify(ours, model, **judge).verdict == "honest"
+    cheat = poc.prove(rounded(model, 4), round, range(64), batch_size=8)
+    assert poc.verify(cheat, engine.model, engine=engine, **judge).verdict == "fraud"
+
+
+def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(engine, monkeypatch: pytest.MonkeyPatch):
+    """Passes of no nonces fail in the worker."""
+    expected = published(by_path(engine, "auto", "poc-2.0")[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Pace, "pass_of", lambda pace, count: -1)
+        failed, beside = by_path(engine, "auto", "poc-2.0")
+    assert beside == 0
+    assert engine._client.direct.describe()["reason"]
+    assert np.array_equal(published(failed), expected) or ON_GPU
+    engine._client.direct._failures = 0
+    assert by_path(engine, "auto", "poc-2.0")[1] == 48
+    assert nothing_is_held(engine)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
+def test_two_workers_run_the_same_batches(honest, monkeypatch: pytest.MonkeyPatch):
+    from assay.poc.engines.vllm import VLLMEngine
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one core each, as the CPU build of vLLM wants to be told
+    options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 512, "tensor_parallel_size": 2}
+    with VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, seq_len=SEQ_LEN, **options) as engine:
+        for preset in ("poc-2.0", "hardened"):
+            proof, beside = by_path(engine, "auto", preset)
+            theirs = poc.prove(honest, proof.header.round, range(48), batch_size=8)
+            assert beside == 48
+            assert np.abs(published(proof) - published(theirs)).max() <= AGREEMENT[preset]
+        assert nothing_is_held(engine)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    """Compiled, as servers are run."""
+    environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_VLLM_QUIET": "0.2"}
+    options = {"--enforce-eager": False}
+    with Server(tmp_path_factory.mktemp("direct"), options=options, environment=environment) as running:
+        yield running
+
+
+def test_chat_beside_a_round_is_the_same_and_the_round_goes_on(server):
+    """Chat comes while calls run, and calls come back after it."""
+    assert server.get("/engine").json()["direct"] == {
+        "now": False,
+        "reason": "no round has begun",
+        "calls": 0,
+        "nonces": 0,
+    }
+    alone = asyncio.run(talk(server.url, 24))
+    server.begin("direct-chat")
+    server.wait_for(16)
+    engine = server.get("/engine").json()
+    assert engine["direct"]["reason"] is None
+    assert engine["direct"]["nonces"] >= 16
+    beside = asyncio.run(talk(server.url, 24))
+    before = server.get("/engine").json()["direct"]["nonces"]
+    server.wait_for(server.checked() + 64)
+    assert server.get("/engine").json()["direct"]["nonces"] > before
+    server.post("/stop").raise_for_status()
+    assert [one["status"] for one in beside] == [200] * 24
+    assert [one["text"] for one in beside] == [one["text"] for one in alone]
+    held = server.idle_counts()
+    assert all(worker["rows"] == worker["filled"] == worker["streams"] == 0 for worker in held["workers"])
+    assert held["nonces"] == 0
+
+
+def test_the_operator_may_choose_requests_for_the_next_round(server):
+    assert server.post("/engine", {"path": "requests"}).json()["path"] == "requests"
+    before = server.get("/engine").json()["direct"]["nonces"]
+    server.begin("direct-off")
+    server.wait_for(16)
+    engine = server.get("/engine").json()
+    server.post("/stop").raise_for_status()
+    assert engine["direct"]["nonces"] == before
+    assert "ASSAY_VLLM_PATH" in engine["direct"]["reason"]
+    assert server.post("/engine", {"path": "both"}).status_code == 422
+    assert server.post("/engine", {"path": "auto"}).json()["path"] == "auto"
+
+
+@pytest.mark.parametrize("end", ["kill", "stop"])
+def test_a_round_goes_on_after_sigkill_and_sigterm(server, honest, end: str):
+    """Nothing is lost and nothing doubled; the values are those of transformers."""
+    block = f"direct-{end}"
+    server.begin(block)
+    server.wait_for(48)
+    getattr(server, end)()
+    server.start()
+    before = server.checked()
+    assert before >= 48
+    server.wait_for(before + 48)
+    assert server.get("/engine").json()["direct"]["nonces"] >= 48
+    server.post("/stop").raise_for_status()
+    page = server.get("/status", after=-1, limit=10_000).json()
+    nonces, distances = page["valid_nonces"], page["valid_distances"]
+    assert nonces == list(range(len(nonces)))
+    round = poc.Round(block_hash=block, public_key="node", block_height=1, seq_len=SEQ_LEN, r_target=2.0)
+    theirs = [record.distance for record in poc.prove(honest, round, nonces, batch_size=8).records]
+    assert np.abs(np.array(distances) - np.array(theirs)).max() <= 2e-6

@@ -1,0 +1,309 @@
+"""The parts of the direct path that need no vLLM: how long calls are, when nonces are requests, and failures."""
+
+import asyncio
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from assay.errors import ModelError
+from assay.poc import Round, get_pipeline
+from assay.poc.engines.vllm import Client, Throttle, ThrottleSettings, _direct_worker
+from assay.poc.engines.vllm._direct import CALLS, FAILURES, MOST, Pace
+from assay.poc.engines.vllm._direct_stream import DirectStream
+from assay.poc.engines.vllm._direct_worker import DirectPasses, _zeros_like, why_requests
+from assay.poc.engines.vllm._rows import Spec, split_id
+
+SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
+
+
+def test_a_call_grows_to_the_time_that_chat_may_wait_and_not_beyond():
+    pace = Pace(batch=8)
+    counts = []
+    for _ in range(12):
+        counts.append(pace.next(0.1, MOST))
+        pace.seconds, pace.nonces = 0.001, counts[-1]
+    assert counts[:4] == [1, 2, 4, 8]
+    assert counts[-1] == 96  # of the hundred nonces that fit
+    pace.seconds = 1.0
+    assert pace.next(0.1, MOST) == 1
+    pace.seconds = 1e-9
+    pace.nonces = 10 * MOST
+    assert pace.next(0.1, MOST) == MOST
+    assert pace.next(0.1, 5) == 5
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (8, 8), (9, 5), (96, 48), (110, 55), (112, 38)])
+def test_the_passes_of_a_call_are_few_and_equal(count: int, size: int):
+    pace = Pace(batch=8 if count < 10 else 55)
+    assert pace.pass_of(count) == size
+    assert size <= pace.batch
+
+
+class Workers:
+    """An engine whose one worker returns the nonce itself, by either path."""
+
+    def __init__(self, *, batch: int = 4, **settings) -> None:
+        self.batch, self.chat, self.broken, self.dead, self.most, self.running = batch, 0, False, False, 0, 0
+        self.called: list[list[int]] = []
+        self.requested: list[int] = []
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
+        self.throttle = Throttle(ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16)
+        self.client = Client(self, self.throttle)
+
+    async def collective_rpc(self, method: str, args: tuple):
+        if method == "assay_batch":
+            return [{"batch": self.batch, "reason": None if self.batch else "a reason"}]
+        if method == "assay_pass":
+            self.running += 1
+            self.most = max(self.most, self.running)
+            await asyncio.sleep(0.002)
+            self.running -= 1
+            self.called.append(args[1])
+            if self.dead:
+                raise RuntimeError("EngineCore died")
+            return [{"error": "broken"} if self.broken else self.reply(args[1])]
+        return [self.reply(args[1]) if method == "assay_collect" else None]
+
+    @staticmethod
+    def reply(nonces):
+        values = np.array(nonces, np.float32)
+        return {"failed": {}, "nonces": nonces, "values": values.tobytes(), "dtype": "float32", "width": 0}
+
+    async def generate(self, prompt, sampling, name, priority):
+        self.requested.append(split_id(name)[1])
+        await asyncio.sleep(0)
+        yield None
+
+
+async def values_of(workers: Workers, count: int, batch_size: int = 8, between=None) -> list[float]:
+    """Return the values of a stream in their order; ``between`` is called with the number of those that are there."""
+    stream = DirectStream(workers.client, SPEC, range(count), batch_size, 8)
+    await stream.open()
+    values: list[float] = []
+    while (batch := await stream.next()) is not None:
+        values += batch.tolist()
+        if between is not None:
+            await between(len(values))
+    await stream.close()
+    return values
+
+
+def run(workers: Workers, count: int, **options) -> list[float]:
+    return asyncio.run(values_of(workers, count, **options))
+
+
+@pytest.fixture(autouse=True)
+def no_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("assay.poc.engines.vllm._client._sampling", lambda: None)
+
+
+def test_without_chat_all_nonces_run_in_calls_two_at_once_and_come_in_order():
+    workers = Workers()
+    assert run(workers, 203) == list(range(203))
+    assert workers.requested == []
+    assert list(chain(*workers.called)) == list(range(203))
+    assert workers.most == CALLS
+    assert workers.client.direct.describe() == {
+        "now": True,
+        "reason": None,
+        "calls": len(workers.called),
+        "nonces": 203,
+    }
+    assert workers.client.direct.in_flight == 0
+
+
+def test_with_chat_nonces_are_requests_and_calls_come_back_after_it():
+    workers = Workers(quiet=0.0, share=1.0)
+
+    async def chat(done: int) -> None:
+        workers.chat = int(40 <= done < 120)
+
+    assert run(workers, 400, between=chat) == list(range(400))
+    called = sorted(chain(*workers.called))
+    assert called[0] == 0
+    assert called[-1] == 399
+    assert workers.requested
+    assert sorted(workers.requested + called) == list(range(400))
+
+
+@pytest.mark.parametrize(("settings", "batch"), [({"path": "requests"}, 4), ({}, 0)])
+def test_where_calls_are_not_wanted_or_not_possible_all_nonces_are_requests(settings, batch):
+    workers = Workers(batch=batch, **settings)
+    assert run(workers, 40) == list(range(40))
+    assert (workers.called, sorted(workers.requested)) == ([], list(range(40)))
+    described = workers.client.direct.describe()
+    assert (described["now"], described["reason"]) == (False, "a reason" if not batch else "ASSAY_VLLM_PATH=requests")
+
+
+def test_what_a_call_did_not_run_is_requested_and_after_some_failures_there_are_no_calls():
+    async def scenario() -> None:
+        workers = Workers()
+        workers.broken = True
+        assert await values_of(workers, 64) == list(range(64))
+        assert sorted(workers.requested) == list(range(64))
+        assert FAILURES <= len(workers.called) <= FAILURES + CALLS
+        workers.called.clear()
+        assert await values_of(workers, 16) == list(range(16))
+        assert workers.called == []
+        assert workers.client.direct.describe() == {"now": False, "reason": "broken", "calls": 0, "nonces": 0}
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_dies_fails_its_nonces_in_words():
+    workers = Workers()
+    workers.dead = True
+    with pytest.raises(ModelError, match="EngineCore died"):
+        run(workers, 64)
+
+
+def test_a_stream_that_is_closed_leaves_no_nonce_in_flight():
+    async def scenario(workers: Workers) -> None:
+        stream = DirectStream(workers.client, SPEC, range(2**40), 8, 8)
+        await stream.open()
+        await stream.next()
+        await stream.close()
+
+    workers = Workers()
+    asyncio.run(scenario(workers))
+    assert workers.client.direct.in_flight == workers.throttle.in_flight == 0
+
+
+def config(**changed):
+    """The settings that are read of a vLLM configuration, as they are by default."""
+    made = {
+        "scheduler_config": SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=16),
+        "model_config": SimpleNamespace(
+            dtype=torch.float32, enable_sleep_mode=False, uses_mrope=False, get_hidden_size=lambda: 16
+        ),
+        "parallel_config": SimpleNamespace(
+            pipeline_parallel_size=1, data_parallel_size=1, enable_eplb=False, use_ubatching=False
+        ),
+        "compilation_config": SimpleNamespace(static_forward_context={}, pass_config=SimpleNamespace(enable_sp=False)),
+        "cache_config": SimpleNamespace(),
+        "speculative_config": None,
+        "lora_config": None,
+        "kv_transfer_config": None,
+    }
+    for path, value in changed.items():
+        owner, _, name = path.rpartition("__")
+        if owner:
+            setattr(made[owner], name, value)
+        else:
+            made[path] = value
+    return SimpleNamespace(**made)
+
+
+class FullAttentionSpec:
+    pass
+
+
+class MambaSpec:
+    pass
+
+
+def runner(config, *, specs=(FullAttentionSpec,), backend: str = "CPU_ATTN", shapes=((9, 2, 4, 8), (9, 2, 4, 8))):
+    """A model runner with one attention layer per shape of cache."""
+    names = [f"layer{index}" for index in range(len(shapes))]
+    known = config.compilation_config.static_forward_context
+    known |= {name: SimpleNamespace(kv_cache=torch.ones(shape)) for name, shape in zip(names, shapes, strict=True)}
+    group = SimpleNamespace(backend=SimpleNamespace(get_name=lambda: backend), layer_names=names)
+    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec()) for spec in specs])
+    model = SimpleNamespace()
+    return SimpleNamespace(kv_cache_config=groups, attn_groups=[[group]], model=model, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_direct_worker, "_version", lambda: _direct_worker.OLDEST)
+
+
+def test_an_ordinary_engine_takes_calls(newest):
+    made = config()
+    assert why_requests(runner(made), made, SPEC) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"speculative_config": object()}, "speculative"),
+        ({"lora_config": object()}, "lora"),
+        ({"kv_transfer_config": object()}, "kv-transfer"),
+        ({"model_config__enable_sleep_mode": True}, "sleep"),
+        ({"model_config__uses_mrope": True}, "several dimensions"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "stages"),
+        ({"parallel_config__data_parallel_size": 2}, "data parallel"),
+        ({"parallel_config__enable_eplb": True}, "eplb"),
+        ({"parallel_config__use_ubatching": True}, "dbo"),
+        ({"scheduler_config__max_num_batched_tokens": 7}, "longer than a step"),
+        ({"cache_config": SimpleNamespace(cache_dtype="fp8")}, "number format"),
+    ],
+)
+def test_settings_under_which_nonces_stay_requests_are_named(newest, changed, word: str):
+    made = config(**changed)
+    assert word in why_requests(runner(made), made, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"specs": (FullAttentionSpec, FullAttentionSpec)}, "2 kinds"),
+        ({"specs": (MambaSpec,)}, "MambaSpec"),
+        ({"backend": "FLASHINFER"}, "FLASHINFER"),
+        ({"shapes": ((9, 2, 4, 8), (9, 2, 4, 16))}, "several forms"),
+        ({"shapes": ((2, 9, 4, 2, 8),)}, "several forms"),
+    ],
+)
+def test_models_whose_nonces_stay_requests_are_named(newest, changed, word: str):
+    made = config()
+    assert word in why_requests(runner(made, **changed), made, SPEC)
+
+
+def test_an_older_vllm_is_named_and_nothing_else_of_it_is_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_direct_worker, "_version", lambda: (0, 31))
+    assert "0.32" in why_requests(None, None, SPEC)
+
+
+@pytest.mark.parametrize(("seq_len", "batch"), [(8, 8), (64, 1), (63, 1), (2, 16), (5, 12)])
+def test_a_pass_fits_into_a_step_of_the_engine(seq_len: int, batch: int):
+    made = config()
+    assert DirectPasses(runner(made), made, lambda spec: None)._batch(seq_len) == batch
+
+
+def test_a_pass_is_shorter_where_its_cache_must_fit_into_the_memory_of_a_step():
+    made = config()
+    per_token = 4 * (2 * 8 + 16)  # keys and values of two heads, and an input, in float32
+    passes = DirectPasses(runner(made), made, lambda spec: None, activations=64 * per_token)
+    assert passes._batch(8) == 4
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)])
+def test_the_private_cache_lies_in_memory_as_that_of_the_engine(order):
+    own = torch.ones([(9, 2, 4, 8)[axis] for axis in order]).permute([order.index(axis) for axis in range(4)])
+    made = _zeros_like(own, 5)
+    assert (made.shape, made.any().item()) == ((5, 2, 4, 8), False)
+    assert sorted(range(4), key=made.stride) == sorted(range(4), key=own.stride)
+
+
+def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed():
+    made = config()
+    over = runner(made)
+    passes = DirectPasses(over, made, lambda spec: None)
+    assert passes.prepare(SPEC) == 8
+    layers = list(made.compilation_config.static_forward_context.values())
+    before = [layer.kv_cache for layer in layers]
+
+    def fail() -> None:
+        with passes._private_cache(partial=True):
+            assert all(layer.kv_cache is passes._cache for layer in layers)
+            passes._cache.fill_(float("nan"))
+            raise ValueError("in a layer")
+
+    with pytest.raises(ValueError, match="in a layer"):
+        fail()
+    assert all(layer.kv_cache is own for layer, own in zip(layers, before, strict=True))
+    with passes._private_cache(partial=True):
+        assert not passes._cache.any()
