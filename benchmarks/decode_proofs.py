@@ -8,8 +8,8 @@ Cheats (`--cheats`): each of :mod:`assay.research.decoding` against an honest pr
 number format. A row has the median residual over that of the honest proof, and the nonces until the verdict is fraud.
 
     python benchmarks/decode_proofs.py --cheats -o benchmarks/results/decode_proofs_cpu.json
-    python benchmarks/decode_proofs.py --models shape:llama-3.1-8b --dtypes bfloat16 --device cuda --batch-size 32 \
-        -o benchmarks/results/decode_proofs_h200_llama-3.1-8b.json
+    python benchmarks/decode_proofs.py --models shape:llama-3.1-8b --dtypes bfloat16 --device cuda \
+        --batch-size 8 16 32 -o benchmarks/results/decode_proofs_h200_llama-3.1-8b.json
 """
 
 import statistics
@@ -37,12 +37,12 @@ def seconds(work, device):
     return time.perf_counter() - start, result
 
 
-def cost(model, round, options):
+def cost(model, round, batch_size, options):
     """Time prover and verifier in turn on nonces of one batch."""
-    engine = HFEngine(model, batch_size=options.batch_size, seq_len=options.seq_len)
+    engine = HFEngine(model, batch_size=batch_size, seq_len=options.seq_len)
     times = {"prover": [], "verifier": []}
     for turn in range(options.turns + 1):
-        nonces = range(turn * options.batch_size, (turn + 1) * options.batch_size)
+        nonces = range(turn * batch_size, (turn + 1) * batch_size)
         made, proof = seconds(lambda: prove(model, round, nonces, engine=engine), model.device)  # noqa: B023
         checked, _ = seconds(lambda: list(recompute(proof.header, engine, proof.records)), model.device)  # noqa: B023
         note(f"prover {made:.2f} s, verifier {checked:.2f} s")
@@ -52,19 +52,19 @@ def cost(model, round, options):
     ratios = [b / a for a, b in zip(times["prover"], times["verifier"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {
-        "prover_seconds_a_nonce": statistics.median(times["prover"]) / options.batch_size,
-        "verifier_seconds_a_nonce": statistics.median(times["verifier"]) / options.batch_size,
+        "prover_seconds_a_nonce": statistics.median(times["prover"]) / batch_size,
+        "verifier_seconds_a_nonce": statistics.median(times["verifier"]) / batch_size,
         "verifier_over_prover": middle,
         "quartiles": [low, high],
     }
 
 
-def cheats(model, round, options):
+def cheats(model, round, batch_size, options):
     """One row per cheat."""
     nonces = range(options.nonces)
-    honest = prove(model, round, nonces, batch_size=options.batch_size)
-    engine = HFEngine(model, batch_size=options.batch_size, seq_len=options.seq_len)
-    size = {"batch_size": options.batch_size}
+    honest = prove(model, round, nonces, batch_size=batch_size)
+    engine = HFEngine(model, batch_size=batch_size, seq_len=options.seq_len)
+    size = {"batch_size": batch_size}
     layers = model.num_layers
     made = {
         "honest": lambda: honest,
@@ -118,7 +118,7 @@ def main():
     arguments.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     arguments.add_argument("--preset", default="decode")
     arguments.add_argument("--seq-len", type=int, default=256)
-    arguments.add_argument("--batch-size", type=int, default=16)
+    arguments.add_argument("--batch-size", type=int, nargs="+", default=[16])
     arguments.add_argument("--turns", type=int, default=3)
     arguments.add_argument("--nonces", type=int, default=32, help="of the proofs of cheats")
     arguments.add_argument("--cheats", action="store_true")
@@ -130,13 +130,14 @@ def main():
             note(f"{reference} {dtype}")
             model = load_model(reference, dtype=dtype, device=options.device)
             round = Round(block_hash="bench", public_key="k", preset=options.preset, seq_len=options.seq_len)
-            row = {"model": reference, "dtype": dtype, "batch_size": options.batch_size, "preset": options.preset}
-            row |= {"seq_len": options.seq_len, "device": str(model.device)}
-            if options.turns:
-                row |= cost(model, round, options)
-            if options.cheats:
-                row["cheats"] = cheats(model, round, options)
-            measured.append(row)
+            for batch_size in options.batch_size:
+                row = {"model": reference, "dtype": dtype, "batch_size": batch_size, "preset": options.preset}
+                row |= {"seq_len": options.seq_len, "device": str(model.device)}
+                if options.turns:
+                    row |= cost(model, round, batch_size, options)
+                if options.cheats:
+                    row["cheats"] = cheats(model, round, batch_size, options)
+                measured.append(row)
     publish("decode_proofs", {"measured": measured}, options.output)
 
 

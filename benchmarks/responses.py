@@ -7,6 +7,8 @@ stays together.
 
     python benchmarks/responses.py --save replays.npz
     python benchmarks/responses.py --load replays.npz -o benchmarks/results/responses.json --install
+    python benchmarks/responses.py --save others.npz --block another --sources "poc/service/**/*.py"
+    python benchmarks/responses.py --load others.npz -o benchmarks/results/responses_confirmed.json
 """
 
 import itertools
@@ -56,9 +58,9 @@ ALPHA = 1e-3
 SOURCE = Path(assay.__file__).parent
 
 
-def prompts(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
+def prompts(tokenizer: Any, options: Any, count: int) -> list[tuple[int, ...]]:
     """Beginnings of equal length, from the sources of the package."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("poc/protocol/*.py")))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob(options.sources)))
     ids = tokenizer(text)["input_ids"]
     step = len(ids) // count
     return [tuple(ids[start * step : start * step + PROMPT]) for start in range(count)]
@@ -95,7 +97,7 @@ def decoded(model: Any, header: ReceiptHeader, made: list[dict[str, Any]]) -> li
     ]
 
 
-def served(model: Any, claimed: Any, name: str, count: int, batch: int, ways: dict[str, Sampling]) -> Receipts:
+def served(model: Any, claimed: Any, name: str, count: int, batch: int, options: Any) -> Receipts:
     """The receipts of a node that runs one model and claims another."""
     fingerprint = HFEngine(model, batch_size=batch, seq_len=PROMPT + TOKENS).fingerprint
     header = ReceiptHeader(
@@ -109,12 +111,12 @@ def served(model: Any, claimed: Any, name: str, count: int, batch: int, ways: di
         {
             "request_id": f"{way} {place}",
             "user_seed": "",
-            "block_hash": "block",
+            "block_hash": options.block,
             "sampling": sampling,
             "prompt": Prompt.of(prompt),
         }
-        for way, sampling in ways.items()
-        for place, prompt in enumerate(prompts(model.tokenizer, count))
+        for way, sampling in WAYS.items()
+        for place, prompt in enumerate(prompts(model.tokenizer, options, count))
     ]
     batches = [made[start : start + batch] for start in range(0, len(made), batch)]
     return Receipts.build(header, [one for some in batches for one in decoded(model, header, some)], 0.0)
@@ -130,7 +132,7 @@ def measured(options: Any) -> dict[str, np.ndarray]:
         provers += [(f"int4 {dtype}", cheats.rounded(models[dtype], 4), options.count, SHAPES[0]) for dtype in DTYPES]
         for name, prover, count, batch in provers:
             begun = time.perf_counter()
-            receipts = served(prover, models["float32"], f"{name} {batch}", count, batch, WAYS)
+            receipts = served(prover, models["float32"], f"{name} {batch}", count, batch, options)
             note(f"{reference} {name} {batch}: {len(receipts.receipts)} responses, {time.perf_counter() - begun:.0f} s")
             for dtype, verifier in models.items():
                 begun = time.perf_counter()
@@ -297,6 +299,8 @@ if __name__ == "__main__":
     arguments.add_argument("--load", type=Path, nargs="+", help="replays that were saved")
     arguments.add_argument("--models", nargs="+", default=MODELS)
     arguments.add_argument("--count", type=int, default=32, help="prompts of each way of sampling")
+    arguments.add_argument("--block", default="block", help="block that seeds the responses")
+    arguments.add_argument("--sources", default="poc/protocol/*.py", help="files whose text the prompts are cut from")
     arguments.add_argument("--install", action="store_true", help="write the stated defaults of the package")
     options = arguments.parse_args()
     if options.save:

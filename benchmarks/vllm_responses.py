@@ -1,35 +1,68 @@
 """Seeded responses of a vLLM server: the tokens of transformers, and the cost beside a server without them.
 
-`tokens` sends requests of mixed parameters to one server and answers the same requests with `respond` on transformers:
-the receipts must have the same tokens. `cost` runs two servers, one with ASSAY_RESPONSES=seeded and a block, one with
-neither, and sends both the same load in turns, so that whatever else the machine does falls on both: tokens a second,
-and the time between two tokens of a stream.
+`tokens` sends requests of mixed parameters to servers of several settings and answers the same requests with `respond`
+on transformers: the receipts must have the same tokens. A replay says how many tokens match where they differ, as they
+do in bfloat16. `cost` runs two servers, one with ASSAY_RESPONSES=seeded and a block, one with neither, and sends both
+the same load in turns, so that whatever else the machine does falls on both: tokens a second, and the time between two
+tokens of a stream. `audits` draws audits of honest responses that a server of each setting served, replayed by
+transformers in float32 and bfloat16 and judged by the stated defaults.
+
+    python vllm_responses.py tokens --requests 200
+    python vllm_responses.py audits --gpu --dtype bfloat16 --settings default v1
+    python vllm_responses.py tokens --requests 200 --gpu --settings default v1 ngram draft
+    python vllm_responses.py cost --gpu --model shape:qwen3-0.6b --dtype bfloat16 --at-once 32
 """
 
 import asyncio
 import json
 import random
+import shutil
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 from _common import note, parser, publish
 from _vllm import BEGINNINGS, MODEL, REFERENCE, Server
+from responses import AUDITS, RESPONSES, TOKENS, Half, first
 
-from assay.models import load_model
+from assay.models import load_model, save_random
 from assay.poc.protocol import SKETCH_EVERY
-from assay.poc.responses import Request, Sampling, parse_receipt, respond
+from assay.poc.responses import (
+    Prompt,
+    Receipts,
+    Request,
+    Sampling,
+    default_response_noise,
+    parse_receipt,
+    replay,
+    respond,
+)
+from assay.poc.verdict import ResponseTest
 from assay.reports import dumps
 
 BLOCK, NODE = "block-of-responses", "node"
 SEEDED = {"ASSAY_RESPONSES": "seeded", "ASSAY_RESPONSES_PUBLIC_KEY": NODE}
+DRAFTS = "--speculative-config"
+SETTINGS = {  # environment, options
+    "default": ({}, {}),
+    "v1": ({"VLLM_USE_V2_MODEL_RUNNER": "0"}, {}),
+    "ngram": ({}, {DRAFTS: '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}'}),
+    "draft": ({}, {DRAFTS: '{"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 3}'}),
+}
+ON_GPU = {"--gpu-memory-utilization": "0.15", "--kv-cache-memory-bytes": "8000000000"}  # many start at once
+COMPILED = {"--enforce-eager": False, "--max-num-batched-tokens": "8192", "--max-model-len": "1024"}
 
 
-def mixed(count, tokenizer, *, seed=0, tokens=(1, 80)):
-    """Return requests of mixed prompts and parameters, the first of them with one parameter of each kind."""
+def mixed(count, tokenizer, *, seed=0, tokens=(1, 80), drafts=False):
+    """Return requests of mixed prompts and parameters, the first of them with one parameter of each kind.
+
+    ``drafts`` leaves out what vLLM refuses beside them.
+    """
     chosen = random.Random(seed)
     kinds = [
         {},
@@ -41,6 +74,8 @@ def mixed(count, tokenizer, *, seed=0, tokens=(1, 80)):
         {"frequency_penalty": 0.5, "presence_penalty": 0.3},
         {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1},
     ]
+    if drafts:
+        kinds = [kind for kind in kinds if not {"min_p", "logit_bias"} & set(kind)]
     requests = []
     for number in range(count):
         sampling = (
@@ -81,7 +116,10 @@ async def send(client, request, gate, **other):
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
                     times.append(time.perf_counter())
-                    text.append(json.loads(line[6:])["choices"][0]["text"])
+                    piece = json.loads(line[6:])
+                    if "choices" not in piece:
+                        return {"status": 500, "text": line, "times": times}
+                    text.append(piece["choices"][0]["text"])
         return {"status": answer.status_code, "text": "".join(text), "times": times}
 
 
@@ -108,25 +146,116 @@ def begin(server, block=BLOCK):
     server.post("/responses/block", {"block_hash": block}).raise_for_status()
 
 
-def agreement(server, model, requests):
+def agreement(server, model, requests, wanted=None):
     """Return how many receipts of a server have the tokens and the sketches that transformers give."""
+    wanted = wanted or respond(model, requests, block_hash=BLOCK, public_key=NODE)
     answers = asyncio.run(send_all(server.url, requests))
-    assert {one["status"] for one in answers} == {200}, answers
-    wanted = respond(model, requests, block_hash=BLOCK, public_key=NODE).receipts
+    odd = [one for one in answers if one["status"] != 200]
+    assert not odd, odd
     found = [receipts_of(server, request.request_id)[0] for request in requests]
-    same = [ours.output == theirs.output for ours, theirs in zip(found, wanted, strict=True)]
+    same = [ours.output == theirs.output for ours, theirs in zip(found, wanted.receipts, strict=True)]
     distances = [
         float(abs(ours.sketches.astype(float) - theirs.sketches.astype(float)).max())
-        for ours, theirs, equal in zip(found, wanted, same, strict=True)
+        for ours, theirs, equal in zip(found, wanted.receipts, same, strict=True)
         if equal
     ]
+    replays = replay(Receipts.build(wanted.header, found, 0.0), model, prompts=prompts_of(requests))
     return {
         "requests": len(requests),
         "same_tokens": sum(same),
-        "tokens": sum(len(receipt.output) for receipt in wanted),
+        "tokens": sum(len(receipt.output) for receipt in found),
+        "match_on_replay": sum(one.matches for one in replays) / sum(len(one.margins) for one in replays),
         "largest_difference_of_sketches": max(distances, default=0.0),
         "different": [request.request_id for request, equal in zip(requests, same, strict=True) if not equal][:5],
     }
+
+
+@contextmanager
+def running(arguments, folder):
+    """Start a server of each setting side by side; give them by name, each as a function that waits for it."""
+    draft = folder / "draft"
+    shutil.copytree(arguments.model, draft)
+    with ExitStack() as ending, ThreadPoolExecutor() as pool:
+        servers, starting = {}, {}
+        for name in arguments.settings:
+            environment, more = SETTINGS[name]
+            options = {"--model": arguments.model, "--dtype": arguments.dtype} | of_device(arguments)
+            options |= {option: value.replace("DRAFT", str(draft)) for option, value in more.items()}
+            servers[name] = Server(folder / name, environment=SEEDED | environment, options=options)
+            ending.callback(servers[name].stop)
+            starting[name] = pool.submit(servers[name].start)
+        yield servers, starting
+
+
+def by_setting(arguments, folder, prepare, measure):
+    """Return what a measurement gives for every setting, or why it failed."""
+    figures = {}
+    with running(arguments, folder) as (servers, starting):
+        prepared = prepare()
+        for name, server in servers.items():
+            try:
+                starting[name].result()
+                begin(server)
+                figures[name] = measure(server, *prepared)
+            except (AssertionError, RuntimeError, httpx.HTTPError) as error:
+                figures[name] = {"failed": str(error)[:1000], "log": failures(server)}
+            note(f"{name}: {json.dumps(figures[name])}")
+    return figures
+
+
+def tokens(arguments, folder):
+    """Return how far servers of all settings agree with transformers."""
+
+    def prepare():
+        model = load_model(arguments.model, dtype=arguments.dtype)
+        requests = mixed(arguments.requests, model.tokenizer, drafts={"ngram", "draft"} & set(arguments.settings))
+        return model, requests, respond(model, requests, block_hash=BLOCK, public_key=NODE)
+
+    figures = by_setting(arguments, folder, prepare, agreement)
+    return {"requests": arguments.requests, "sketch_every": SKETCH_EVERY, "settings": figures}
+
+
+def audits(arguments, folder):
+    """Return how many audits of honest responses are accused, by setting and by dtype of the verifier."""
+
+    def prepare():
+        models = {dtype: load_model(arguments.model, dtype=dtype) for dtype in ("float32", "bfloat16")}
+        requests = mixed(arguments.requests, models["float32"].tokenizer, tokens=(TOKENS, TOKENS))
+        stated = models[arguments.dtype]
+        return models, requests, respond(stated, requests[:1], block_hash=BLOCK, public_key=NODE).header
+
+    def measure(server, models, requests, header):
+        answers = asyncio.run(send_all(server.url, requests, ignore_eos=True))
+        assert {one["status"] for one in answers} == {200}, answers
+        found = [receipts_of(server, request.request_id)[0] for request in requests]
+        rows = []
+        for dtype, model in models.items():
+            replays = replay(Receipts.build(header, found, 0.0), model, prompts=prompts_of(requests))
+            test = ResponseTest(default_response_noise(arguments.dtype, dtype))
+            logs = Half(replays, test).audits(AUDITS, RESPONSES, 0)
+            row = {"verifier": dtype, "match": sum(one.matches for one in replays) / (TOKENS * len(replays))}
+            row |= {"accused": {name: float(np.mean(np.isfinite(first(each)))) for name, each in logs.items()}}
+            rows.append(row | {"largest_log_e": {name: float(each.max()) for name, each in logs.items()}})
+        return rows
+
+    figures = by_setting(arguments, folder, prepare, measure)
+    return {"requests": arguments.requests, "audits": AUDITS, "tokens": RESPONSES * TOKENS, "settings": figures}
+
+
+def prompts_of(requests):
+    """Return the prompts of requests by their hashes."""
+    return {prompt.sha256: prompt for prompt in (Prompt.of(request.prompt) for request in requests)}
+
+
+def failures(server):
+    """Return the first lines of a server's log that speak of an error."""
+    lines = server.log.read_text(errors="replace").splitlines() if server.log.exists() else []
+    return [line[-300:] for line in lines if "Error" in line or "error:" in line][:8]
+
+
+def of_device(arguments):
+    """Return the options of a server on this device."""
+    return ON_GPU if arguments.gpu else {}
 
 
 def load(count, tokens, **sampling):
@@ -157,30 +286,38 @@ def measure(url, requests, at_once):
 
 
 def cost(arguments):
-    """Return the figures of both servers, turn by turn."""
-    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p}
-    options = {"--model": arguments.model, "--dtype": arguments.dtype}
-    with ExitStack() as running:
+    """Return the figures of both servers for every way of sampling."""
+    options = {"--model": arguments.model, "--dtype": arguments.dtype} | of_device(arguments)
+    options |= COMPILED if arguments.gpu else {}
+    with ExitStack() as ending, ThreadPoolExecutor() as pool:
         servers = {}
         for name, environment in (("without", {}), ("seeded", SEEDED)):
-            folder = running.enter_context(tempfile.TemporaryDirectory())
-            servers[name] = running.enter_context(Server(folder, environment=environment, options=options))
+            folder = ending.enter_context(tempfile.TemporaryDirectory())
+            servers[name] = Server(folder, environment=environment, options=options)
+            ending.callback(servers[name].stop)
+        list(pool.map(Server.start, servers.values()))
         begin(servers["seeded"])
-        turns = []
-        for turn in range(arguments.turns + 1):
-            order = ("without", "seeded") if turn % 2 else ("seeded", "without")
-            requests = {name: load(arguments.requests, arguments.tokens, **sampling) for name in order}
-            figures = {name: measure(servers[name].url, requests[name], arguments.at_once) for name in order}
-            note(f"turn {turn}: {json.dumps(figures)}")
-            if turn:  # the first one warms up
-                turns.append(figures)
+        ways = [{"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p]
+        rows = [in_turns(servers, arguments, sampling) for sampling in ways]
         stored = servers["seeded"].get("/responses").json()["receipts"]
+    return {"ways": rows, "receipts": stored}
+
+
+def in_turns(servers, arguments, sampling):
+    """Return the figures of both servers, turn by turn, for one way of sampling."""
+    turns = []
+    for turn in range(arguments.turns + 1):
+        order = ("without", "seeded") if turn % 2 else ("seeded", "without")
+        requests = {name: load(arguments.requests, arguments.tokens, **sampling) for name in order}
+        figures = {name: measure(servers[name].url, requests[name], arguments.at_once) for name in order}
+        note(f"turn {turn}: {json.dumps(figures)}")
+        if turn:  # the first one warms up
+            turns.append(figures)
     speed = [one["seeded"]["tokens_per_second"] / one["without"]["tokens_per_second"] for one in turns]
     gaps = [one["without"]["gap_ms"] / one["seeded"]["gap_ms"] for one in turns]
     return {
         "sampling": sampling,
         "turns": turns,
-        "receipts": stored,
         "throughput_ratio_median": statistics.median(speed),
         "throughput_ratio_quartiles": statistics.quantiles(speed, n=4)[::2] if len(speed) > 1 else speed,
         "gap_ratio_median": statistics.median(gaps),
@@ -189,25 +326,31 @@ def cost(arguments):
 
 def main():
     made = parser(__doc__)
-    made.add_argument("part", choices=("tokens", "cost"))
+    made.add_argument("part", choices=("tokens", "audits", "cost"))
     made.add_argument("--requests", type=int, default=200, help="of each turn")
     made.add_argument("--tokens", type=int, default=64, help="of an answer, for cost")
     made.add_argument("--turns", type=int, default=6)
     made.add_argument("--at-once", type=int, default=8)
     made.add_argument("--temperature", type=float, default=1.0)
-    made.add_argument("--top-p", type=float, default=1.0)
+    made.add_argument("--top-p", type=float, nargs="+", default=[1.0])
     made.add_argument("--model", default=str(REFERENCE))
     made.add_argument("--dtype", default="float32")
+    made.add_argument("--settings", nargs="+", choices=SETTINGS, default=["default"], help="of servers, for tokens")
+    made.add_argument("--gpu", action="store_true", help="servers on a GPU: compiled layers and graphs, for cost")
     arguments = made.parse_args()
     figures = {"part": arguments.part, "model": Path(arguments.model).name, "dtype": arguments.dtype}
-    if arguments.part == "tokens":
-        model = load_model(arguments.model, dtype=arguments.dtype)
-        with tempfile.TemporaryDirectory() as folder, Server(folder, environment=SEEDED) as server:
-            begin(server)
-            requests = mixed(arguments.requests, model.tokenizer)
-            figures |= agreement(server, model, requests) | {"sketch_every": SKETCH_EVERY}
-    else:
-        figures |= {"at_once": arguments.at_once, "tokens": arguments.tokens} | cost(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.model.startswith("shape:"):  # vLLM needs a checkpoint, and a tokenizer for its streams
+            made = save_random(arguments.model, Path(folder) / "made", weights="random-all", dtype=arguments.dtype)
+            for file in REFERENCE.glob("tokenizer*"):
+                shutil.copy(file, made)
+            arguments.model = str(made)
+        if arguments.part == "tokens":
+            figures |= tokens(arguments, Path(folder))
+        elif arguments.part == "audits":
+            figures |= audits(arguments, Path(folder))
+        else:
+            figures |= {"at_once": arguments.at_once, "tokens": arguments.tokens} | cost(arguments)
     publish(f"vllm_responses_{arguments.part}", figures, arguments.output)
 
 

@@ -10,6 +10,7 @@ So one prefill of prompt and output shows, token by token, whether model and par
 docs/responses.md has the formulas and the format.
 """
 
+from assay.poc.responses._adapters import Adapter, Lora, digest_adapter, load_adapter
 from assay.poc.responses._calibration import (
     ResponseCalibration,
     calibrate_responses,
@@ -36,7 +37,7 @@ from assay.poc.responses._receipts import (
     ReceiptFooter,
     ReceiptHeader,
 )
-from assay.poc.responses._replay import Replayed, replay
+from assay.poc.responses._replay import Replayed, check_adapter, replay
 from assay.poc.responses._requests import DEFAULT_MAX_TOKENS, Request, encoded, read_requests
 from assay.poc.responses._respond import respond, stop_tokens
 from assay.poc.responses._sampler import Sampler
@@ -52,7 +53,7 @@ from assay.poc.responses._sampling import (
 )
 from assay.poc.responses._seeds import HIGHEST_INDEX, ResponseSeed, step_seeds
 from assay.poc.responses._sketches import sketches
-from assay.poc.responses._vllm_prefill import VLLMPrefill
+from assay.poc.responses._vllm_prefill import VLLMPrefill, no_adapter
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
@@ -61,9 +62,11 @@ __all__ = [
     "LONGEST_LINE",
     "MOST_TOKENS",
     "RANGES",
+    "Adapter",
     "CachedForward",
     "Evidence",
     "HFPrefill",
+    "Lora",
     "Margins",
     "Prefill",
     "Prefilled",
@@ -84,14 +87,18 @@ __all__ = [
     "VLLMPrefill",
     "Whole",
     "calibrate_responses",
+    "check_adapter",
     "chosen_receipts",
     "counts_before",
     "default_response_noise",
+    "digest_adapter",
     "encoded",
     "fit_response_noise",
     "judge_responses",
     "kept",
+    "load_adapter",
     "measure_margins",
+    "no_adapter",
     "noise_between",
     "parse_header",
     "parse_receipt",

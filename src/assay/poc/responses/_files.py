@@ -23,6 +23,7 @@ from assay.poc.protocol import (
     parse_model,
     sketch_steps,
 )
+from assay.poc.responses._adapters import Adapter
 from assay.poc.responses._receipts import (
     KIND,
     MOST_TOKENS,
@@ -253,7 +254,10 @@ def _parse_header(line: Any) -> ReceiptHeader:
 def _parse_receipt(line: Any) -> Receipt:
     if line is None:
         raise malformed("the end of the file", "a receipt")
-    check_fields(line, FIELDS, "a receipt")
+    adapter = line.get("adapter") if isinstance(line, dict) else None
+    check_fields(line, FIELDS | ({"adapter"} if adapter is not None else set()), "a receipt")
+    if adapter is not None:
+        check_fields(adapter, {"name", "digest"}, "the adapter")
     for name in ("output", "sketches"):
         if not isinstance(line[name], list):
             raise malformed(f"{name} is {line[name]!r:.60}", "a list")
@@ -268,6 +272,7 @@ def _parse_receipt(line: Any) -> Receipt:
             **values,
             sampling=None if line["sampling"] is None else parse_sampling(line["sampling"]),
             prompt=_parse_prompt(line["prompt"]),
+            adapter=None if adapter is None else Adapter(**adapter),
             output=tuple(output),
             sketches=np.array(sketches, dtype=np.float16).reshape(-1, SKETCH_SIZE),
         )

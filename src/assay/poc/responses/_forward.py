@@ -25,14 +25,7 @@ class CachedForward:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        head = model.module.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if not isinstance(head, nn.Module):
-            raise ModelError(
-                f"{model.reference} ({model.architecture}) has no output embeddings",
-                wanted="a decoder with a head",
-                do="use another architecture, such as Llama, Qwen3 or Mistral",
-            )
-        self._head = head
+        self._head = head_of(model)
         self._cache: Any = None
 
     def restart(self) -> None:
@@ -68,12 +61,7 @@ class CachedForward:
             hook.remove()
         rows = slice(-last, None) if last else slice(None)  # some architectures return all of them
         logits_TV, hidden_TD = output.logits[0, rows].float(), states[-1][0, rows].float()
-        if not bool(torch.isfinite(hidden_TD).all()) or bool(torch.isnan(logits_TV).any()):
-            raise BadWeights(
-                f"{self.model.reference} gives NaN or infinity in {self.model.dtype}",
-                wanted="finite hidden states and logits",
-                do="check the checkpoint, or use a dtype with more range (--dtype float32)",
-            )
+        check_finite(self.model, hidden_TD, logits_TV)
         return logits_TV, hidden_TD
 
     def _failed(self, error: Exception, tokens: int) -> ModelError | OutOfMemory:
@@ -87,4 +75,34 @@ class CachedForward:
             f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
             wanted="a decoder that takes tokens and a cache of keys and values",
             do="use another architecture, such as Llama, Qwen3 or Mistral",
+        )
+
+
+def head_of(model: Model) -> nn.Module:
+    """Return the module that makes logits of hidden states.
+
+    Raises:
+        ModelError: The model has none.
+    """
+    head = model.module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(head, nn.Module):
+        raise ModelError(
+            f"{model.reference} ({model.architecture}) has no output embeddings",
+            wanted="a decoder with a head",
+            do="use another architecture, such as Llama, Qwen3 or Mistral",
+        )
+    return head
+
+
+def check_finite(model: Model, hidden_TD: Tensor, logits_TV: Tensor) -> None:
+    """Refuse what a forward pass gave if a state or a logit is NaN, or a state is infinite.
+
+    Raises:
+        BadWeights: It is.
+    """
+    if not bool(torch.isfinite(hidden_TD).all()) or bool(torch.isnan(logits_TV).any()):
+        raise BadWeights(
+            f"{model.reference} gives NaN or infinity in {model.dtype}",
+            wanted="finite hidden states and logits",
+            do="check the checkpoint, or use a dtype with more range (--dtype float32)",
         )

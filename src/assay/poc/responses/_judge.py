@@ -81,7 +81,7 @@ class ResponseVerdict:
         account = Account(
             public_key=header.public_key,
             digest=header.digest,
-            build=_build(self.pins, header),
+            build=self.pins.known.build_of(header.fingerprint),
             preset=RESPONSES,
         )
         return [
@@ -195,12 +195,6 @@ def sampled(receipts: Receipts, size: int, seed: int) -> Receipts:
     whole = [receipt for receipt in receipts.receipts if receipt.output]
     chosen = sorted(np.random.default_rng(seed).choice(len(whole), size=size, replace=False).tolist())
     return replace(receipts, receipts=tuple(whole[index] for index in chosen))
-
-
-def _build(pins: ReceiptPins, header: ReceiptHeader) -> str:
-    """Return the name of the pinned build, or the number format where none is pinned."""
-    names = (build.name for build in pins.known.builds or () if not build.differing(header.fingerprint))
-    return next(filter(None, names), header.fingerprint.dtype)
 
 
 def _reason(result: ResponseResult, alpha: float, noise: ResponseNoise) -> str:

@@ -117,6 +117,8 @@ def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Reques
         name = "user_seed" if all(one.user_seed != receipt.user_seed for one in alike) else "index"
         wanted = " or ".join(sorted({repr(getattr(one, name)) for one in alike})[:4])
         raise _mismatch(_name(receipt), name, getattr(receipt, name), wanted)
+    if request.adapter != (answered := "" if receipt.adapter is None else receipt.adapter.name):
+        raise _mismatch(_name(receipt), "adapter", answered, request.adapter or "none")
     if request.chosen_by == "client" and receipt.chosen_by != "client":
         raise _mismatch(_name(receipt), "chosen_by", receipt.chosen_by, "client")
     if receipt.sampling is not None and receipt.sampling != request.sampling:

@@ -7,6 +7,7 @@ Legend of shapes: B sequences, T positions, N tokens of all outputs, D hidden si
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,10 +15,12 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
-from assay.errors import AssayError, BadWeights, ModelError, OutOfMemory, is_out_of_memory
+from assay.errors import AssayError, ModelError, OutOfMemory, is_out_of_memory
 from assay.models import Model
 from assay.poc.engines.hf import HFEngine
-from assay.poc.protocol import Fingerprint
+from assay.poc.protocol import SKETCH_EVERY, Fingerprint
+from assay.poc.responses._adapters import Lora
+from assay.poc.responses._forward import check_finite, head_of
 
 MOST_POSITIONS = 2**13  # of a batch, beside a single sequence that is longer
 MOST_SCORES = 2**27  # logits of a batch: half a gigabyte
@@ -47,11 +50,13 @@ class Prefilled:
 
     Args:
         logits: Logits in front of every token of the output, [N, V].
-        hidden: Hidden states that the head read for them, [N, D]; None where the engine does not show them.
+        hidden: Hidden states that the head read for them, [N, D]; None where the engine does not show them all.
+        sketched: Those of the tokens that are sketched, every 32nd from the first.
     """
 
     logits: Float32[Tensor, "N V"]
     hidden: Float32[Tensor, "N D"] | None
+    sketched: Float32[Tensor, "S D"]
 
 
 class Prefill(Protocol):
@@ -61,8 +66,8 @@ class Prefill(Protocol):
     def fingerprint(self) -> Fingerprint:
         """How the engine computes."""
 
-    def run(self, responses: Sequence[Whole]) -> Iterator[tuple[int, Prefilled]]:
-        """Yield the index of every response with what gave its tokens, in any order."""
+    def run(self, responses: Sequence[Whole], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
+        """Yield the index of every response with what gave its tokens, in any order, of the model or an adapter."""
 
 
 class HFPrefill:
@@ -78,33 +83,28 @@ class HFPrefill:
 
     def __init__(self, model: Model, *, batch_size: int = 16) -> None:
         self.model, self.batch_size = model, batch_size
-        head = model.module.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if not isinstance(head, nn.Module):
-            raise ModelError(
-                f"{model.reference} ({model.architecture}) has no output embeddings",
-                wanted="a decoder with a head",
-                do="use another architecture, such as Llama, Qwen3 or Mistral",
-            )
-        self._head = head
+        self._head = head_of(model)
 
     @property
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
         return HFEngine(self.model, batch_size=self.batch_size, seq_len=1).fingerprint
 
-    def run(self, responses: Sequence[Whole]) -> Iterator[tuple[int, Prefilled]]:
+    def run(self, responses: Sequence[Whole], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
         """Yield the index of every response with what gave its tokens: the longest ones first.
 
         Raises:
             BadWeights: A state or a logit is NaN, or a state is infinite.
             OutOfMemory: The device ran out of memory.
-            ModelError: The architecture cannot be run.
+            ModelError: The architecture cannot be run, or the adapter is one of another model.
         """
         order = sorted(range(len(responses)), key=lambda index: -responses[index].positions)
         while order:
             batch = order[: self._fitting([responses[index] for index in order[: self.batch_size]])]
             order = order[len(batch) :]
-            yield from zip(batch, self._run([responses[index] for index in batch]), strict=True)
+            with nullcontext() if adapter is None else adapter.on(self.model):
+                made = self._run([responses[index] for index in batch])
+            yield from zip(batch, made, strict=True)
 
     def _fitting(self, responses: Sequence[Whole]) -> int:
         """Return how many of these responses fit into a batch, at least one."""
@@ -141,15 +141,10 @@ class HFPrefill:
             raise self._failed(error, ids_BT.numel()) from error
         finally:
             hook.remove()
-        if not bool(torch.isfinite(hidden_ND).all()) or bool(torch.isnan(logits_NV).any()):
-            raise BadWeights(
-                f"{self.model.reference} gives NaN or infinity in {self.model.dtype}",
-                wanted="finite hidden states and logits",
-                do="check the checkpoint, or use a dtype with more range (--dtype float32)",
-            )
+        check_finite(self.model, hidden_ND, logits_NV)
         sizes = [len(response.output) for response in responses]
         parts = zip(torch.split(logits_NV, sizes), torch.split(hidden_ND, sizes), strict=True)
-        return [Prefilled(logits, hidden) for logits, hidden in parts]
+        return [Prefilled(logits, hidden, hidden[::SKETCH_EVERY]) for logits, hidden in parts]
 
     def _failed(self, error: Exception, positions: int) -> AssayError:
         if is_out_of_memory(error):

@@ -26,6 +26,7 @@ from assay.poc.protocol import (
     encode_vector,
     sketch_steps,
 )
+from assay.poc.responses._adapters import Adapter
 from assay.poc.responses._sampling import HIGHEST_TOKEN, Sampling
 from assay.poc.responses._seeds import HIGHEST_INDEX, ResponseSeed, check_block_hash, check_digest, check_request_texts
 from assay.reports import dumps
@@ -93,6 +94,7 @@ class Receipt:
         chosen_by: Who chose the request id, ``client`` or ``server``. A server that chooses it can try many.
         finish: What ended the response: ``stop``, ``length`` or ``abort``.
         mask: Whether a grammar, or a list of allowed tokens, forbade tokens.
+        adapter: LoRA adapter that answered; None where the model did by itself.
 
     Raises:
         UsageError: A value is out of range; names it.
@@ -109,6 +111,7 @@ class Receipt:
     chosen_by: Literal["client", "server"] = "server"
     finish: Literal["stop", "length", "abort"] = "stop"
     mask: bool = False
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         check_request_texts(user_seed=self.user_seed, request_id=self.request_id)
@@ -144,7 +147,7 @@ class Receipt:
         return self if self.prompt.ids is None else replace(self, prompt=replace(self.prompt, ids=None))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields in the order of the line."""
+        """Return the fields in the order of the line; without an adapter there is no field for it."""
         return {
             "request_id": self.request_id,
             "chosen_by": self.chosen_by,
@@ -156,6 +159,7 @@ class Receipt:
             "output": list(self.output),
             "finish": self.finish,
             "mask": self.mask,
+            **({} if self.adapter is None else {"adapter": self.adapter.as_dict()}),
             "sketches": [encode_vector(sketch) for sketch in self.sketches],
         }
 

@@ -3,7 +3,7 @@
 Legend of shapes: N tokens, S sketches, G columns of a profile.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from assay import stats
 from assay.errors import ProofMismatch
 from assay.models import Model
-from assay.poc.protocol import SKETCH_EVERY, sketch_steps
+from assay.poc.protocol import sketch_steps
+from assay.poc.responses._adapters import Lora
 from assay.poc.responses._files import Receipts
 from assay.poc.responses._gaps import measure_margins
 from assay.poc.responses._prefill import HFPrefill, Prefill, Prefilled, Whole
@@ -59,6 +60,7 @@ def replay(
     model: Model,
     *,
     prompts: Mapping[str, Prompt] | None = None,
+    adapter: Lora | None = None,
     engine: Prefill | None = None,
     progress: Progress | None = None,
 ) -> list[Replayed]:
@@ -68,6 +70,7 @@ def replay(
         receipts: Receipts of one node and model.
         model: Same checkpoint on this machine; its dtype and device may differ from the node's.
         prompts: Prompts with ids by their SHA-256, for receipts that have the hash alone.
+        adapter: LoRA adapter with which the receipts that name one are run.
         engine: Engine that runs them; the transformers engine when None.
         progress: Function that is called with (receipts done, receipts in all) after every receipt.
 
@@ -75,8 +78,8 @@ def replay(
         One result for every receipt with at least one token, in their order.
 
     Raises:
-        ProofMismatch: The receipts are of another checkpoint, a token is not in its vocabulary, or the ids of a
-            prompt are not known.
+        ProofMismatch: The receipts are of another checkpoint or adapter, a token is not in its vocabulary, or the ids
+            of a prompt are not known.
         BadWeights: The model gives NaN or infinity.
         OutOfMemory: The device has no room for a batch.
 
@@ -90,18 +93,22 @@ def replay(
         (8, (1,), True)
     """
     check_model(receipts.header, model)
+    check_adapter(receipts, adapter)
     chosen = [receipt for receipt in receipts.receipts if receipt.output]
     wholes = [
         Whole(_prompt(receipt, prompts or {}), _tokens(receipt, model.vocab_size, model.max_positions))
         for receipt in chosen
     ]
     engine = engine or HFPrefill(model)
-    found: list[Replayed | None] = [None] * len(chosen)
-    for done, (index, prefilled) in enumerate(engine.run(wholes), start=1):
-        found[index] = _compare(receipts.header, chosen[index], wholes[index], prefilled)
-        if progress:
-            progress(done, len(chosen))
-    return [one for one in found if one is not None]
+    found: dict[int, Replayed] = {}
+    for used in (None, adapter) if adapter is not None else (None,):
+        places = [place for place, one in enumerate(chosen) if (one.adapter is None) == (used is None)]
+        for index, prefilled in engine.run([wholes[place] for place in places], used) if places else ():
+            place = places[index]
+            found[place] = _compare(receipts.header, chosen[place], wholes[place], prefilled)
+            if progress:
+                progress(len(found), len(chosen))
+    return [found[place] for place in range(len(chosen))]
 
 
 def check_model(header: ReceiptHeader, model: Model) -> None:
@@ -118,6 +125,23 @@ def check_model(header: ReceiptHeader, model: Model) -> None:
         )
 
 
+def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:
+    """Refuse receipts of another adapter than the one that is given: what it changes is no fraud of the model.
+
+    Raises:
+        ProofMismatch: Names the request and both adapters.
+    """
+    for receipt in receipts.receipts:
+        stated = receipt.adapter
+        if stated is not None and (adapter is None or stated.digest != adapter.digest):
+            raise ProofMismatch(
+                f"request {receipt.request_id!r:.80} answered with the adapter {stated.name!r:.80} "
+                f"({stated.digest[:12]})",
+                wanted="no adapter" if adapter is None else f"the adapter in {adapter.path} ({adapter.digest[:12]})",
+                do="pass --lora to `assay poc replay`, with the directory of that adapter",
+            )
+
+
 def _compare(header: ReceiptHeader, receipt: Receipt, whole: Whole, prefilled: Prefilled) -> Replayed:
     seed = header.seed(receipt)
     margins, profiles = np.zeros(0, np.float32), np.zeros((0, stats.COLUMNS))
@@ -131,9 +155,9 @@ def _compare(header: ReceiptHeader, receipt: Receipt, whole: Whole, prefilled: P
         )
         margins, profiles = measured.margins, measured.profiles
     residuals = np.zeros(0)
-    if len(receipt.sketches) and prefilled.hidden is not None:
+    if len(receipt.sketches):
         steps = sketch_steps(len(whole.output))
-        own = sketches(prefilled.hidden[::SKETCH_EVERY], seed.words("sketch"), steps).cpu().numpy()
+        own = sketches(prefilled.sketched, seed.words("sketch"), steps).cpu().numpy()
         residuals = np.linalg.norm(receipt.sketches.astype(np.float64) - own.astype(np.float64), axis=1)
     return Replayed(receipt, margins, profiles, residuals)
 
@@ -159,8 +183,3 @@ def _tokens(receipt: Receipt, vocab_size: int, max_positions: int) -> tuple[int,
             do="ask the node for receipts of this model",
         )
     return receipt.output
-
-
-def prompts_by_hash(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
-    """Return prompts with ids by their SHA-256."""
-    return {prompt.sha256: prompt for prompt in prompts if prompt.ids is not None}

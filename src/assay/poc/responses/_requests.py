@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import AssayError, DataError, UsageError
-from assay.poc.protocol import check_number
+from assay.poc.protocol import check_name, check_number
 from assay.poc.responses._files import MOST_RECEIPTS
 from assay.poc.responses._receipts import CHOOSERS, MOST_TOKENS, check_ids
 from assay.poc.responses._sampling import RANGES, Sampling
@@ -32,6 +32,7 @@ class Request:
         index: Place among the answers that are asked for with one request.
         sampling: Parameters of sampling.
         max_tokens: Number of tokens after which the response ends.
+        adapter: Name of the LoRA adapter that is to answer; empty for the model itself.
 
     Raises:
         UsageError: A value is out of range; names it.
@@ -44,11 +45,13 @@ class Request:
     index: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = DEFAULT_MAX_TOKENS
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         check_request_texts(user_seed=self.user_seed, request_id=self.request_id)
         check_number("index", self.index, 0, HIGHEST_INDEX)
         check_number("max_tokens", self.max_tokens, 1, MOST_TOKENS)
+        check_name("adapter", self.adapter, fewest=0, do="pass the name of an adapter, or none")
         if self.chosen_by not in CHOOSERS:
             raise UsageError(f"chosen_by is {self.chosen_by!r:.60}", wanted=" or ".join(CHOOSERS), do="correct it")
         if isinstance(self.prompt, str):
@@ -76,8 +79,9 @@ def read_requests(
 ) -> list[Request]:
     """Read a file of prompts: JSON Lines with ``prompt``, and what else one of them sets for itself.
 
-    A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens`` and every field of :class:`Sampling`;
-    ``logit_bias`` has token ids as text. A prompt without an id is called after its line, and the server chose that id.
+    A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens``, ``adapter`` and every field of
+    :class:`Sampling`; ``logit_bias`` has token ids as text. A prompt without an id is called after its line, and the
+    server chose that id.
 
     Args:
         path: Path of the file.
@@ -115,7 +119,7 @@ def read_requests(
     return found
 
 
-_OPTIONAL = {"request_id", "user_seed", "max_tokens", "n"}
+_OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter"}
 _SAMPLED = {*RANGES, "top_k", "logit_bias"}
 
 
@@ -139,6 +143,7 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
         request_id=line.get("request_id", f"line-{number}"),
         chosen_by="client" if "request_id" in line else "server",
         sampling=replace(base, **values),
+        adapter=line.get("adapter", ""),
     )
     answers = line.get("n", 1)
     check_number("n", answers, 1, HIGHEST_INDEX + 1)

@@ -257,6 +257,12 @@ class _Pace:
 
 def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
     if isinstance(prompt, Request):
+        if prompt.adapter:
+            raise UsageError(
+                f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}",
+                wanted="requests for the model itself",
+                do="serve adapters with vLLM",
+            )
         return prompt
     return Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), request_id=name, **common)
 

@@ -1,27 +1,33 @@
-"""Prefills with an offline vLLM engine: the likeliest tokens in front of every token of an output.
+"""Prefills with an offline vLLM engine: the likeliest tokens in front of every token of an output, and its states.
 
-vLLM returns no hidden states, so sketches are not compared. It returns the largest logits and that of the claimed
-token. A token that is not among them counts as one that cannot be taken, which speaks for the node and not against it.
+vLLM returns the largest logits and that of the claimed token. A token that is not among them counts as one that cannot
+be taken, which speaks for the node and not against it. The states that are sketched are kept in its workers.
 """
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from assay.errors import ModelError, UsageError
 from assay.models import checkpoint_directory, identify
 from assay.models.device import processor
-from assay.poc.engines.vllm import check_installed, multiply_exactly
-from assay.poc.protocol import Fingerprint
+from assay.poc.engines.vllm import check_installed, multiply_exactly, refuse_missing
+from assay.poc.protocol import Fingerprint, sketch_steps
+from assay.poc.responses._adapters import Lora
 from assay.poc.responses._prefill import Prefilled, Whole
+from assay.poc.responses.vllm import EXTENSION, keeping_states
 
 LIKELIEST = 1024
 """Number of the largest logits that are asked for at every position."""
 
 _CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory
-_OWN = ("model", "dtype", "logprobs_mode", "max_logprobs", "enable_prefix_caching", "skip_tokenizer_init")
+_OWN = (
+    "model", "dtype", "logprobs_mode", "max_logprobs", "enable_prefix_caching", "skip_tokenizer_init",
+    "worker_extension_cls", "speculative_config",
+)  # fmt: skip
 
 
 class VLLMPrefill:
@@ -62,8 +68,10 @@ class VLLMPrefill:
                 enable_prefix_caching=False,  # a prompt of the cache has no logits
                 skip_tokenizer_init=True,
                 disable_log_stats=True,
+                worker_extension_cls=EXTENSION,
                 **options,
             )
+            problems = self._engine.collective_rpc("assay_sketch", args=(True,))
         except (TypeError, ValueError) as error:
             raise UsageError(
                 f"options of vLLM: {error}"[:500], wanted="its engine arguments", do="see `vllm serve --help`"
@@ -71,6 +79,7 @@ class VLLMPrefill:
         except Exception as error:  # vLLM fails to start in many ways
             seen = f"vLLM does not start: {type(error).__name__}: {error}"[:500]
             raise ModelError(seen, wanted="an engine", do="see its log above") from error
+        refuse_missing("workers of vLLM", sorted({name for found in problems for name in found}))
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -87,21 +96,48 @@ class VLLMPrefill:
             library=f"vllm {self._version}",
         )
 
-    def run(self, responses: Sequence[Whole]) -> Iterator[tuple[int, Prefilled]]:
+    def run(self, responses: Sequence[Whole], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
         """Yield the index of every response with what gave its tokens.
 
         Raises:
+            UsageError: An adapter was given.
             ModelError: vLLM did not run a response.
         """
-        from vllm import SamplingParams
-
-        asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=self._likeliest, detokenize=False)
+        if adapter is not None:
+            raise no_adapter()
         for start in range(0, len(responses), self.batch_size):
             batch = responses[start : start + self.batch_size]
             prompts = [{"prompt_token_ids": [*one.prompt, *one.output]} for one in batch]
+            asked = [self._asked(one) for one in batch]
             made = self._engine.generate(prompts, asked, use_tqdm=False)
+            states: dict[str, bytes] = {}
+            for reply in self._engine.collective_rpc("assay_states"):
+                # A worker knows a request by its id and a suffix.
+                states |= {name.rpartition("-")[0] or name: data for name, data in reply.items()}
             for place, (response, output) in enumerate(zip(batch, made, strict=True)):
-                yield start + place, Prefilled(self._logits(response, output.prompt_logprobs), None)
+                sketched = self._states(response, states.get(str(output.request_id), b""))
+                yield start + place, Prefilled(self._logits(response, output.prompt_logprobs), None, sketched)
+
+    def _asked(self, response: Whole) -> Any:
+        """Return the parameters of a request whose states are kept."""
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            prompt_logprobs=self._likeliest,
+            detokenize=False,
+            extra_args=keeping_states(len(response.prompt)),
+        )
+
+    def _states(self, response: Whole, data: bytes) -> torch.Tensor:
+        """Return the states [S, D] behind the sketched tokens of a response; there may be one of the token after it."""
+        wanted = len(sketch_steps(len(response.output)))
+        states_SD = np.frombuffer(data, np.float32).reshape(-1, self.model.hidden_size)[:wanted]
+        if len(states_SD) != wanted:
+            seen = f"vLLM with {len(states_SD)} states of {len(response.output)} tokens"
+            raise ModelError(seen, wanted=f"{wanted}", do="see its log")
+        return torch.from_numpy(states_SD.copy())
 
     def _logits(self, response: Whole, found: Any) -> torch.Tensor:
         """Return the logits [N, V] that vLLM gave, -inf for those that it did not."""
@@ -126,3 +162,8 @@ class VLLMPrefill:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def no_adapter() -> UsageError:
+    """Return the refusal of an adapter: vLLM 0.32 with adapters ends when it computes logits of a whole prompt."""
+    return UsageError("an adapter on vLLM", wanted="a replay on transformers", do="use --engine hf with --lora")

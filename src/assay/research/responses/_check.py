@@ -14,6 +14,7 @@ from assay.poc.engines import HFEngine
 from assay.poc.protocol import SKETCH_EVERY, Fingerprint
 from assay.poc.responses import (
     HFPrefill,
+    Lora,
     Prefilled,
     Prompt,
     Receipt,
@@ -100,9 +101,9 @@ class _Keeping:
         """How it computes."""
         return self._engine.fingerprint
 
-    def run(self, responses: Sequence[Whole]) -> Iterator[tuple[int, Prefilled]]:
+    def run(self, responses: Sequence[Whole], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
         """Run the responses."""
-        for row, prefilled in self._engine.run(responses):
+        for row, prefilled in self._engine.run(responses, adapter):
             assert prefilled.hidden is not None, "this engine shows them"
             own_NK = prefilled.logits.double().log_softmax(-1).gather(-1, self._served.top_ids[row])
             self._kept[row] = own_NK, prefilled.hidden

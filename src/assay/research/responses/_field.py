@@ -40,8 +40,12 @@ BETA = 1e-2
 HONEST_AUDITS = 4000
 CHEAT_AUDITS = 400
 LOOKED = (32, 64, 128, 256)  # tokens after which areas under the curve are measured
-MULTIPLE = 8.0
-"""Noise over the honest one that our scores are the likelihood ratio of, where ours is used with a threshold."""
+MULTIPLE = 3.0
+"""Noise over the honest one that our scores are the likelihood ratio of, where ours is used with a threshold.
+
+It was 8 in the first run, which was too coarse for cheats of two to four times the noise, and was changed once, before
+the second run was made.
+"""
 
 OURS = {"margins": 0.0, "sketches": 2 * SKETCH_SIZE / SKETCH_EVERY, "both": 2 * SKETCH_SIZE / SKETCH_EVERY}
 """Bytes per token of our methods."""

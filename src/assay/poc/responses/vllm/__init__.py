@@ -7,6 +7,7 @@ imports vLLM before it is used. docs/vllm.md describes it."""
 from typing import Any
 
 from assay.poc.responses.vllm._beacon import Beacon
+from assay.poc.responses.vllm._carried import keeping_states
 from assay.poc.responses.vllm._extension import ResponseExtension
 from assay.poc.responses.vllm._recorder import ACCEPTED, Accepted, ReceiptSink, Recorder
 from assay.poc.responses.vllm._refusals import EXTENSION, Mode, check_responses, processor_for
@@ -21,6 +22,7 @@ __all__ = [
     "Recorder",
     "ResponseExtension",
     "check_responses",
+    "keeping_states",
     "processor_for",
 ]
 

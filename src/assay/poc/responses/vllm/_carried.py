@@ -38,6 +38,11 @@ class Carried:
         return values
 
 
+def keeping_states(prompt: int) -> dict[str, Any]:
+    """Return the ``extra_args`` of a request whose states are kept as they are, from the end of the prompt on."""
+    return {ARGUMENT: Carried(prompt, (0,) * 8).as_argument()}
+
+
 def carried_by(params: Any) -> Carried | None:
     """Return what a ``SamplingParams`` of vLLM carries; None for requests that are not recorded."""
     values = (getattr(params, "extra_args", None) or {}).get(ARGUMENT)

@@ -3,7 +3,8 @@
 Two methods of the model runner are wrapped as :class:`assay.poc.engines.vllm.WorkerExtension` does it, and for its
 reasons: ``execute_model`` names the new requests, and while ``sample_tokens`` begins the hidden states of a step are
 there. The state at position ``prompt - 1 + t`` of a request gives token t. States are copied once a step, all together,
-and become sketches a few dozen at a time.
+and become sketches a few dozen at a time. On a GPU neither waits for the steps that were launched since: places go
+there from pinned memory, and sketches are made on a stream of their own, which waits for the copies alone.
 
 Legend of shapes: N requests or positions of a step, L positions of one request, D hidden size, S sketches.
 """
@@ -45,11 +46,14 @@ NEVER = 2**40
 class ResponseExtension(WorkerExtension):
     """Methods that vLLM adds to its workers."""
 
-    def assay_sketch(self) -> list[str]:
-        """Begin to keep sketches; return the names that the runner lacks, with which nothing was begun."""
+    def assay_sketch(self, raw: bool = False) -> list[str]:
+        """Begin to keep sketches; return the names that the runner lacks, with which nothing was begun.
+
+        With ``raw``, which a verifier needs, the states themselves are kept, in float32.
+        """
         problems = missing_in_runner(self.model_runner)
         if not problems and not hasattr(self, "assay_capture"):
-            self.assay_capture = Capture(self.model_runner, self.vllm_config)
+            self.assay_capture = Capture(self.model_runner, self.vllm_config, raw=raw)
         return problems
 
     def assay_sketches(self, ended: list[str], forgotten: list[str]) -> dict[str, bytes]:
@@ -61,10 +65,15 @@ class ResponseExtension(WorkerExtension):
         self.assay_capture.drop(forgotten)
         return found if is_first_of_group() else {}
 
+    def assay_states(self) -> dict[str, bytes]:
+        """Hand out the states of all requests, which have ended: the bytes of float32 [S, D] from token 0 on."""
+        found = self.assay_capture.take(self.assay_capture.names)
+        return found if is_first_of_group() else {}
+
 
 @dataclass
 class Kept:
-    """What is kept of one response: its sketches by token."""
+    """What is kept of one response: its sketches by token, or the states that are to be sketched."""
 
     prompt: int
     words: np.ndarray[Any, np.dtype[np.uint32]]
@@ -83,9 +92,9 @@ class State:
 class Capture:
     """The wrapped methods of one model runner, and the sketches that they keep."""
 
-    def __init__(self, runner: Any, config: Any) -> None:
+    def __init__(self, runner: Any, config: Any, *, raw: bool = False) -> None:
         self.errors = 0
-        self._runner = runner
+        self._runner, self._raw = runner, raw
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._prompts: dict[str, int] = {}
         self._states: list[State] = []
@@ -93,9 +102,18 @@ class Capture:
         speculative = getattr(config, "speculative_config", None)
         drafts = int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
         self._slack = STEPS_AHEAD * drafts if runner_kind(runner) == "v2" else 0
+        self._device = torch.device(runner.device)
+        on_gpu = self._device.type == "cuda"
+        self._aside: Any = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._at_once = max(1, MOST_NORMALS // (SKETCH_SIZE * int(config.model_config.get_hidden_size())))
         call_before(runner, "execute_model", self._open, self._note)
         call_before(runner, "sample_tokens", self._capture, self._note)
+
+    @property
+    def names(self) -> list[str]:
+        """The requests of which something is kept, as the worker knows them."""
+        return list(self._kept)
 
     def take(self, names: list[str]) -> dict[str, bytes]:
         """Remove and return the sketches of requests, without those behind the first that is missing."""
@@ -152,8 +170,10 @@ class Capture:
                     places.append(start + token - first)
                     found.append(State(kept, token))
         if places:
-            self._rows.append(states_ND[places])
+            self._rows.append(states_ND.index_select(0, self._put(places)))
             self._states += found
+        if self._copied is not None and due_N.any():
+            self._copied.record()
         if len(self._states) >= self._at_once:
             self._flush()
 
@@ -174,15 +194,27 @@ class Capture:
         rows, self._rows = self._rows, []
         if not waiting:
             return
-        states_SD = torch.cat(rows)
+        with torch.cuda.stream(self._aside):  # of None: nothing changes
+            if self._aside is not None:
+                self._aside.wait_event(self._copied)
+            states_SD = torch.cat(rows)
+            made_S = states_SD.float().cpu().numpy() if self._raw else self._sketched(waiting, states_SD)
+            for state, made in zip(waiting, made_S, strict=True):
+                if state.there is None or bool(state.there):
+                    state.kept.sketches[state.token] = made.tobytes()
+
+    def _sketched(self, waiting: list[State], states_SD: Tensor) -> "np.ndarray[Any, Any]":
+        """Return the sketches of states, float16 [S, 12]."""
         words_S8 = torch.from_numpy(np.stack([state.kept.words for state in waiting]))
         tokens_S = torch.tensor([state.token for state in waiting], dtype=torch.int64)
         seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
         spans = [slice(start, start + self._at_once) for start in range(0, len(waiting), self._at_once)]
-        made_S = torch.cat([sketches(states_SD[span], seeds_S[span]) for span in spans]).cpu().numpy()
-        for state, sketch in zip(waiting, made_S, strict=True):
-            if state.there is None or bool(state.there):
-                state.kept.sketches[state.token] = sketch.tobytes()
+        return torch.cat([sketches(states_SD[span], seeds_S[span]) for span in spans]).cpu().numpy()
+
+    def _put(self, places: list[int]) -> Tensor:
+        """Copy places to the device without waiting for it."""
+        made = torch.tensor(places)
+        return made.pin_memory().to(self._device, non_blocking=True) if self._aside is not None else made
 
 
 def _next_sketched(tokens: Any) -> Any:

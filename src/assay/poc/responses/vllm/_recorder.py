@@ -14,7 +14,7 @@ import asyncio
 import copy
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from assay.errors import AssayError, ModelError
 from assay.poc.engines.vllm import call_workers
 from assay.poc.protocol import SKETCH_SIZE, sketch_steps
+from assay.poc.responses._adapters import Adapter, digest_adapter
 from assay.poc.responses._receipts import Prompt, Receipt
 from assay.poc.responses._sampling import Sampling
 from assay.poc.responses._seeds import ResponseSeed
@@ -38,7 +39,8 @@ FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "repetition": 
 MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens", "thinking_token_budget")
 """Parameters of vLLM that forbid or force tokens in a way that a receipt does not repeat."""
 
-PAUSE = 0.05  # seconds between two calls for sketches, each of which holds up a step of the engine
+GATHERED = 0.002  # seconds in which the responses that end in one step come together
+PAUSE = 0.02  # seconds between two calls for sketches, which interrupt the engine
 
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 NEUTRAL = {
@@ -78,6 +80,7 @@ class Choice:
         prompt: Ids of the prompt.
         mask: Whether tokens were forbidden or forced in a way that the receipt does not repeat.
         chosen_by: Who chose the id of the request.
+        adapter: LoRA adapter that answers.
     """
 
     engine_id: str
@@ -86,6 +89,7 @@ class Choice:
     prompt: tuple[int, ...]
     mask: bool
     chosen_by: Literal["client", "server"] = "server"
+    adapter: Adapter | None = None
     output: list[int] = field(default_factory=list)
     finish: Literal["", "stop", "length", "abort"] = ""
 
@@ -165,6 +169,7 @@ class Recorder:
         """Number of receipts that were stored, of choices without one, and of receipts that could not be stored."""
         self._public_key, self._digest, self._seeded = public_key, digest, seeded
         self._collector = Collector(llm)
+        self._adapters: dict[tuple[str, str], Adapter] = {}
         self._generate, self._add_request = llm.generate, llm.output_processor.add_request
         llm.generate, llm.output_processor.add_request = self._wrapped_generate, self._wrapped_add
 
@@ -176,9 +181,12 @@ class Recorder:
         accepted = ACCEPTED.get()
         if accepted is None:
             return outputs  # type: ignore[no-any-return]
-        return self._recorded(outputs, accepted, accepted.expect(request_id, sampling_params))
+        lora = options.get("lora_request")
+        return self._recorded(outputs, accepted, accepted.expect(request_id, sampling_params), lora)
 
-    async def _recorded(self, outputs: Any, accepted: Accepted, call: Call) -> AsyncGenerator[Any]:
+    async def _recorded(self, outputs: Any, accepted: Accepted, call: Call, lora: Any) -> AsyncGenerator[Any]:
+        if lora is not None:
+            await self._know(lora)
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -187,6 +195,13 @@ class Recorder:
                     yield output
         finally:
             self._collector.forget(choice.engine_id for choice in call.choices.values() if not choice.finish)
+
+    async def _know(self, lora: Any) -> None:
+        """Hash the files of an adapter, once; one whose files are not here stays unknown, and without receipts."""
+        key = _key(lora)
+        if key not in self._adapters or lora.load_inplace:
+            with suppress(AssayError):
+                self._adapters[key] = Adapter(key[0], await asyncio.to_thread(digest_adapter, key[1]))
 
     async def _store(self, accepted: Accepted, choices: list[Choice]) -> None:
         """Store the receipts of choices that have ended.
@@ -223,8 +238,9 @@ class Recorder:
 
     def _seed(self, accepted: Accepted, call: Call, request: Any, parent: Any, index: int) -> Any:
         """Return the parameters with which the engine runs a choice, and expect its outputs."""
-        params = request.sampling_params
-        if not _is_plain(request):
+        params, lora = request.sampling_params, request.lora_request
+        adapter = None if lora is None else self._adapters.get(_key(lora))
+        if not _is_plain(request) or (adapter is None) != (lora is None):
             self.counts["unrecorded"] += 1
             return _with(params, None)
         given = (parent.sampling_params if parent is not None else params).seed
@@ -240,15 +256,16 @@ class Recorder:
         sampling = _sampling(params) if self._seeded else None
         prompt = tuple(request.prompt_token_ids)
         mask = any(getattr(params, name, None) for name in MASKS)
-        call.choices[index] = Choice(request.request_id, seed, sampling, prompt, mask, accepted.chosen_by)
+        call.choices[index] = Choice(request.request_id, seed, sampling, prompt, mask, accepted.chosen_by, adapter)
         words = as_words(seed.words()) if self._seeded else None
         return _with(params, Carried(len(prompt), as_words(seed.words("sketch")), words, sampling))
 
 
 class Collector:
-    """Takes sketches from the workers, which compute nothing meanwhile.
+    """Takes sketches from the workers.
 
-    The responses that end while a call runs, and in a short pause after it, go into the next one.
+    The responses that end in one step go into one call, and those that end while it runs, or in a short pause after it,
+    into the next.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -276,6 +293,7 @@ class Collector:
 
     async def _run(self) -> None:
         while self._wanted:
+            await asyncio.sleep(GATHERED)
             wanted, self._wanted = self._wanted, {}
             forgotten, self._forgotten = self._forgotten, []
             try:
@@ -298,8 +316,8 @@ class Collector:
 def _is_plain(request: Any) -> bool:
     """Return whether a receipt can name all that a request was computed from.
 
-    Embeddings have no ids, an adapter is not in the digest of the checkpoint, a trace is not sampled at all, and the
-    steps of a beam search, which have numbered ids of their own, are not tokens of a response.
+    Embeddings have no ids, a trace is not sampled at all, and the steps of a beam search, which have numbered ids of
+    their own, are not tokens of a response.
     """
     params = request.sampling_params
     beam = "-beam-" in str(request.external_req_id) and params.max_tokens == 1 and not params.detokenize
@@ -307,11 +325,15 @@ def _is_plain(request: Any) -> bool:
         request.prompt_token_ids
         and request.prompt_embeds is None
         and not request.mm_features
-        and request.lora_request is None
         and not request.resumable
         and not getattr(params, "trace_decode_token_ids", None)
         and not beam
     )
+
+
+def _key(lora: Any) -> tuple[str, str]:
+    """Return name and directory of a ``LoRARequest``."""
+    return str(lora.lora_name), str(lora.lora_path)
 
 
 def _sampling(params: Any) -> Sampling:
@@ -357,5 +379,6 @@ def _receipt(choice: Choice, sketches: NDArray[np.float16] | None) -> Receipt:
         finish=choice.finish or "abort",
         chosen_by=choice.chosen_by,
         mask=choice.mask,
+        adapter=choice.adapter,
         sketches=sketches.reshape(-1, SKETCH_SIZE)[:steps],
     )

@@ -9,6 +9,7 @@ at, is known there only.
 Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary, K words of a stream.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,32 @@ MOST_VALUES = 2**24
 """Scores that are made at once: sorting takes several times their memory, and vLLM leaves little of a GPU free."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What the rows of a step need to know of their requests.
+
+    Args:
+        carried: What each request carries; None for one that is not seeded.
+        sampler: Parameters of every row.
+        words: Words of the stream of each row, [R, 8].
+        firsts: Position [R] of each row's request that gives its first token; 0 where it is not seeded.
+    """
+
+    carried: list[Carried | None]
+    sampler: Sampler
+    words: Tensor
+    firsts: Tensor
+
+    def is_of(self, carried: list[Carried | None]) -> bool:
+        """Return whether these are the very same requests in the same order."""
+        return len(carried) == len(self.carried) and all(a is b for a, b in zip(carried, self.carried, strict=True))
+
+    def rows(self, index_R: Tensor) -> "Batch":
+        """Return the batch of other rows: row i of it is of the request ``index_R[i]`` here."""
+        words, firsts = (values.index_select(0, index_R) for values in (self.words, self.firsts))
+        return replace(self, sampler=self.sampler.rows(index_R), words=words, firsts=firsts)
+
+
 class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
     """Turns the logits of seeded requests into scores, whose largest is the sample."""
 
@@ -36,11 +63,7 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
         self._device = torch.device(req_states.device)
         self._streams = streams.get_backend("auto", str(self._device))
         self._carried: list[Carried | None] = [None] * req_states.max_num_reqs
-        self._words_MK = torch.zeros((req_states.max_num_reqs, 8), dtype=torch.int32, device=self._device)
-        self._staged: dict[int, Carried] = {}
-        speculative = getattr(vllm_config, "speculative_config", None)
-        self._drafts = int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
-        self._made: tuple[list[Carried | None], Sampler] | None = None
+        self._batch: Batch | None = None
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Take a slot's new request; return whether its logits change."""
@@ -48,31 +71,22 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
         if carried is not None and carried.tokens is None:
             carried = None
         self._carried[req_idx] = carried
-        if carried is not None:
-            self._staged[req_idx] = carried
         return carried is not None
-
-    def apply_staged_writes(self) -> None:
-        """Copy the words of new requests to the device."""
-        if not self._staged:
-            return
-        words = np.array([carried.tokens for carried in self._staged.values()], np.uint32).view(np.int32)
-        self._words_MK.index_copy_(0, self._put(list(self._staged)), self._put(words))
-        self._staged.clear()
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
         """Return the logits [R, V] with scores in the rows of seeded requests."""
         carried = [self._carried[slot] for slot in ctx.idx_mapping_np]
         if not any(carried):
             return logits
-        slots_R = ctx.expanded_idx_mapping
-        sampler = self._sampler(carried, logits.shape[1])
-        if len(slots_R) != len(carried):  # drafts: which request a row belongs to is known on the device only
+        if self._batch is None or not self._batch.is_of(carried):  # mostly it is that of the last step
+            self._batch = self._made(carried, logits.shape[1])
+        batch = self._batch
+        if len(logits) != len(carried):  # drafts: which request a row belongs to is known on the device only
             order_M = torch.zeros(len(self._carried), dtype=torch.int64, device=self._device)
             order_M[ctx.idx_mapping.long()] = torch.arange(len(carried), device=self._device)
-            sampler = sampler.rows(order_M[slots_R.long()])
-        steps_R = (ctx.pos + 1 - self._states.prompt_len.gpu[slots_R.long()]).clamp(min=0)
-        seeds_R = self._streams.row_seeds(self._words_MK[slots_R.long()], steps_R.long())
+            batch = batch.rows(order_M[ctx.expanded_idx_mapping.long()])
+        sampler = batch.sampler
+        seeds_R = self._streams.row_seeds(batch.words, ctx.pos - batch.firsts)
         seen = self._seen(ctx, logits.shape[1]) if sampler.penalises else {}
         at_once = max(1, MOST_VALUES // logits.shape[1])
         if len(logits) <= at_once:
@@ -84,14 +98,16 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
             logits[rows] = part.noisy(l_RV, seeds_R[rows])
         return logits
 
-    def _sampler(self, carried: list[Carried | None], vocab_size: int) -> Sampler:
-        """Return the parameters of the requests of a step, which are those of the last step more often than not."""
-        same = self._made is not None and len(self._made[0]) == len(carried)
-        if not same or any(a is not b for a, b in zip(self._made[0], carried, strict=True)):  # type: ignore[index]
-            samplings = [UNTOUCHED if one is None else one.sampling or UNTOUCHED for one in carried]
-            self._made = carried, Sampler(samplings, vocab_size, self._device)
-        assert self._made is not None
-        return self._made[1]
+    def _made(self, carried: list[Carried | None], vocab_size: int) -> Batch:
+        samplings = [UNTOUCHED if one is None else one.sampling or UNTOUCHED for one in carried]
+        words = [(0,) * 8 if one is None or one.tokens is None else one.tokens for one in carried]
+        firsts = [0 if one is None else one.prompt - 1 for one in carried]
+        return Batch(
+            carried=carried,
+            sampler=Sampler(samplings, vocab_size, self._device),
+            words=self._put(np.array(words, np.uint32).view(np.int32)),
+            firsts=self._put(np.array(firsts, np.int64)),
+        )
 
     def _seen(self, ctx: Any, vocab_size: int) -> dict[str, Tensor]:
         """Return the tokens of the prompt of every row, and its output so far: committed tokens, and drafts before."""
