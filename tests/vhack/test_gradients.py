@@ -313,17 +313,17 @@ def test_modules_that_carry_no_delta_are_refused(small_model, byte_tokenizer, sa
         per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, modules=names)
 
 
-def test_a_model_in_parts_is_refused_by_name(small_model, byte_tokenizer, samples, small_svd):
-    """As device_map and offloading leave it, or a trainer that shards."""
+def test_weights_without_memory_are_refused_by_name(small_model, byte_tokenizer, samples, small_svd):
+    """As offloading leaves them; models that are only divided are in test_in_parts.py."""
     module = copy.deepcopy(small_model.module)
     module.model.layers[1].mlp.up_proj.to("meta")
     for work in (
         weight_svd,
         lambda model: per_sample_gradients(samples, model, tokenizer=byte_tokenizer, svd=small_svd),
     ):
-        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj is on meta, others on cpu") as raised:
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has no memory of its own") as raised:
             work(module)
-        assert "device_map" in raised.value.do
+        assert "over more devices" in raised.value.do
 
 
 def test_factors_of_another_model_are_refused(small_model, byte_tokenizer, samples):

@@ -45,6 +45,8 @@ def result(adapter, optimiser, module, sharded=False):
     for part in module.modules():
         if sharded and hasattr(part, "reshard"):
             part.reshard()
+    handed = dict(adapter.weights())
+    assert len(handed) == sum("delta_s" not in name for name, _ in module.named_parameters())
     weight = module.model.layers[1].mlp.up_proj.weight
     weight = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
     with torch.no_grad(), adapter.disabled():
@@ -53,14 +55,15 @@ def result(adapter, optimiser, module, sharded=False):
         "delta": {name: value.cpu() for name, value in adapter.values().items()},
         "measures": optimiser.measures.as_dict(),
         "weight": weight.cpu(),
+        "handed": handed["model.layers.1.mlp.up_proj.weight"].cpu(),
         "reference": reference.cpu(),
         "loss": loss_of(module, ids).item(),
     }
 
 
-def train(call, adapter, optimiser, ids, *, per_rollout=False):
+def train(call, adapter, optimiser, ids, *, per_rollout=False, steps=STEPS):
     """Some steps; with ``per_rollout`` the gate acts on each rollout of the process's share."""
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimiser.zero_grad()
         with adapter.per_sample() as found:
             loss_of(call, ids).backward()
@@ -97,6 +100,7 @@ def run(rank, path, folder, backend):
         found["fsdp replicated"] = _fsdp(path, share, replicated=True)
         found["fsdp sharded"] = _fsdp(path, share, replicated=False)
         found["fsdp plain optimiser"] = _fsdp(path, share, replicated=False, plain=True)
+        found["fsdp resumed"] = _resumed(path, share, f"{folder}/rank{rank}")
         torch.save(found, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -113,7 +117,7 @@ def _ddp(path, share, level, per_rollout=False):
     return result(adapter, optimiser, module)
 
 
-def _fsdp(path, share, replicated, plain=False):
+def _sharded(path, share, replicated=False):
     module, svd, basis = prepare(path, share.device)
     adapter = DeltaS(module, svd)
     mesh = init_device_mesh(share.device.type, (2,))
@@ -122,5 +126,23 @@ def _fsdp(path, share, replicated, plain=False):
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh, ignored_params=ignored)
     optimiser = optimise(adapter, basis, "update", process_group=dist.group.WORLD if replicated else None)
+    return module, adapter, optimiser
+
+
+def _resumed(path, share, name):
+    """One step, a checkpoint, and the other steps by a model that was loaded anew."""
+    module, adapter, optimiser = _sharded(path, share)
+    train(module, adapter, optimiser, share, steps=1)
+    adapter.save(f"{name}.safetensors")
+    torch.save(optimiser.state_dict(), f"{name}.optimiser.pt")
+    module, adapter, optimiser = _sharded(path, share)
+    adapter.load(f"{name}.safetensors")
+    optimiser.load_state_dict(torch.load(f"{name}.optimiser.pt", weights_only=False))
+    train(module, adapter, optimiser, share, steps=STEPS - 1)
+    return result(adapter, optimiser, module, sharded=True)
+
+
+def _fsdp(path, share, replicated, plain=False):
+    module, adapter, optimiser = _sharded(path, share, replicated)
     train(module, adapter, optimiser.inner if plain else optimiser, share)
     return result(adapter, optimiser, module, sharded=True)

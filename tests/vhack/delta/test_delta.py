@@ -9,7 +9,7 @@ from assay.errors import DataError, ModelError, UsageError
 from assay.vhack import per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
 from assay.vhack.delta._product import Kinds
-from assay.vhack.delta._sharding import _rows_of_part
+from assay.vhack.gradients._sharding import _rows_of_part
 from tests.vhack.delta.conftest import loss_of, randomise
 
 MODES = ["merged", "hook"]

@@ -46,6 +46,7 @@ CASES = {
     "fsdp replicated": ("update", False),
     "fsdp sharded": ("update", False),
     "fsdp plain optimiser": ("update", False, True),
+    "fsdp resumed": ("update", False),
 }
 
 
@@ -66,3 +67,4 @@ def test_both_processes_hold_the_same_model(ranks, case):
     first, second = ranks[0][case], ranks[1][case]
     assert all(torch.equal(first["delta"][name], second["delta"][name]) for name in first["delta"])
     assert torch.equal(first["weight"], second["weight"])
+    assert torch.equal(first["handed"], first["weight"])

@@ -10,7 +10,7 @@ from trl import GRPOTrainer
 from assay.vhack.delta import Frames, share
 from assay.vhack.training import TrainLog, read_steps
 from assay.vhack.training._callback import StepLog, source_shares
-from assay.vhack.training._rewards import SOURCES, Outcomes
+from assay.vhack.training._rewards import SOURCES, EpisodeReward, Outcomes
 from assay.vhack.training._run import Prepared
 from tests.vhack.training.conftest import cheating
 
@@ -22,7 +22,8 @@ LOW, HIGH = 0.8, 1.2
 @pytest.fixture
 def trainer(settings, model, pairs, tasks, tmp_path):
     """Ready to train, at a δS that is not zero."""
-    made = Prepared(settings(), model, pairs).trainer(tmp_path / "run", tasks, (), False)
+    reward = EpisodeReward(tasks, settings().chosen)
+    made = Prepared(settings(), model, pairs).trainer(tmp_path / "run", reward, ())
     with torch.no_grad():
         for parameter in made.adapter.delta:
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))

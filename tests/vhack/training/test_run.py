@@ -193,10 +193,17 @@ def test_a_model_of_which_a_part_carries_deltas_is_refused_unless_allowed(settin
     assert Prepared(settings(allow_partial=True), model, pairs).adapter.model is model.module
 
 
-def test_several_processes_are_refused(settings, tasks, pairs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "launcher", "words"), [("cpu", "FSDP", "several processes with FSDP"), ("cuda:0", "", "--device cuda:0")]
+)
+def test_what_several_processes_cannot_do_is_refused(
+    settings, tasks, pairs, tmp_path, monkeypatch, device, launcher, words
+):
+    """What they can is in test_several.py."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="several processes"):
-        train(settings(), tmp_path / "run", tasks=tasks, pairs=pairs)
+    monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+    with pytest.raises(UsageError, match=words):
+        train(settings(device=device), tmp_path / "run", tasks=tasks, pairs=pairs)
 
 
 def test_a_pool_of_other_prompts_and_an_unknown_tracker_are_refused(settings, tasks, pairs, tmp_path):

@@ -16,6 +16,8 @@ from assay.vhack.delta._arms import (
 )
 from assay.vhack.delta._controls import basis_of_kind
 from assay.vhack.delta._delta import DeltaS
+from assay.vhack.delta._export import LoRA
+from assay.vhack.delta._file import delta_lengths
 from assay.vhack.delta._frames import Frames, Measures, displacement, share, spread
 from assay.vhack.delta._groups import Group, grouped
 from assay.vhack.delta._optimizer import ProjectedOptimizer
@@ -34,6 +36,7 @@ __all__ = [
     "Gate",
     "Group",
     "Kinds",
+    "LoRA",
     "Measures",
     "ProjectedOptimizer",
     "Rollouts",
@@ -41,6 +44,7 @@ __all__ = [
     "apply_arm",
     "arm_named",
     "basis_of_kind",
+    "delta_lengths",
     "displaced",
     "displacement",
     "gated_gradient",

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
+from assay.vhack.delta._export import LoRA, plain_weights, save_lora
 from assay.vhack.delta._file import load_delta, save_delta
 from assay.vhack.delta._groups import Group, grouped
 from assay.vhack.delta._product import Plan, adapt
 from assay.vhack.delta._rollouts import Rollouts
-from assay.vhack.delta._sharding import local, local_rows, reshard, whole
-from assay.vhack.gradients import SVDCache, module_of, target_modules, weight_svd
+from assay.vhack.gradients import SVDCache, local, local_rows, module_of, reshard, target_modules, weight_svd, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -227,6 +227,36 @@ class DeltaS(nn.Module):
             delta_MR = torch.stack([found[name] for name in group.names])
             local(parameter).copy_(delta_MR[local_rows(parameter)])
         self.refresh()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of the model of now as a plain one has them: for an inference engine after a step.
+
+        Names are those of the model without δS and without PEFT, tied weights come once, and LoRA beside δS is merged.
+        Under FSDP2 weights are gathered one at a time, and every process must iterate to the end.
+
+        Raises:
+            UsageError: The adapter is in hook mode, whose weights are those from before.
+            ModelError: LoRA is merged already, or beside weights that are sharded.
+        """
+        if self.mode == "hook":
+            raise UsageError("weights in hook mode", wanted="merged mode", do="attach DeltaS with mode='merged'")
+        if self._is_stale():
+            self.refresh()
+        reshard(self.model)
+        yield from plain_weights(self.model)
+
+    def save_lora(self, folder: str | Path, rank: int) -> LoRA:
+        """Write δS as LoRA of PEFT, for what cannot take merged weights, and return how far it is from them.
+
+        Args:
+            folder: Directory of the files ``adapter_config.json`` and ``adapter_model.safetensors``.
+            rank: Rank of every matrix; the largest of δS are kept.
+
+        Raises:
+            UsageError: The rank is below 1.
+            StorageError: A file cannot be written.
+        """
+        return save_lora(Path(folder), self.values(), dict(self.svd), rank, str(self.model.config._name_or_path))
 
     def _whole(self) -> list[Tensor]:
         """Return δS per group, [M, R] without gradient, gathered if it is sharded."""

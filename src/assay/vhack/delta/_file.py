@@ -41,8 +41,18 @@ def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor])
     write_atomic(path, save({**values, **probes}, metadata=metadata))
 
 
-def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Return the δS in a file by module name, after all checks; :meth:`DeltaS.load` calls it."""
+def delta_lengths(path: str | Path) -> dict[str, int]:
+    """Return the number of coordinates of each module in a file of :meth:`DeltaS.save`.
+
+    Raises:
+        DataError: The file cannot be read, or is none of these.
+    """
+    _, tensors = _read(Path(path))
+    return {name: len(tensor) for name, tensor in tensors.items() if not name.startswith(_PROBE)}
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return metadata and tensors of a file with this schema."""
     try:
         if not path.is_file():
             raise FileNotFoundError("not a file")
@@ -52,6 +62,12 @@ def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
         raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
     if metadata.get("schema") != _SCHEMA:
         raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=_SCHEMA, do="give one of DeltaS.save")
+    return metadata, tensors
+
+
+def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Return the δS in a file by module name, after all checks; :meth:`DeltaS.load` calls it."""
+    metadata, tensors = _read(path)
     values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROBE)}
     wanted = {name: (group.rank,) for group in groups for name in group.names}
     if {name: tuple(tensor.shape) for name, tensor in values.items()} != wanted:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
-from assay.vhack.delta._sharding import is_sharded, local, local_rows
-from assay.vhack.gradients import Factors, tensor_digest
+from assay.vhack.gradients import Factors, is_sharded, local, local_rows, tensor_digest
 
 # Bytes of U diag(δS) that are held at once. More is not faster and would double the memory of large models.
 _CHUNK_BYTES = 1 << 28

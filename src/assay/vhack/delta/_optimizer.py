@@ -21,7 +21,7 @@ from assay.vhack.basis import Basis
 from assay.vhack.delta._arms import Arm, Box, Gate, apply_arm, displaced, gated_gradient
 from assay.vhack.delta._delta import DeltaS
 from assay.vhack.delta._frames import Frames, Measures, displacement, share
-from assay.vhack.delta._sharding import local, local_rows, processes
+from assay.vhack.gradients import local, local_rows, processes
 
 _KEY = "vhack"
 _SHARES = ("cin", "cout", "leak")

@@ -1,8 +1,10 @@
 """Gradients of single samples with respect to δS, of every weight matrix at once."""
 
 from assay.vhack.gradients._batches import Encoded, encode, plan
+from assay.vhack.gradients._factors import Factors
 from assay.vhack.gradients._per_sample import SampleGradients, per_sample_gradients
-from assay.vhack.gradients._svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
+from assay.vhack.gradients._sharding import is_sharded, local, local_rows, processes, reshard, whole
+from assay.vhack.gradients._svd import SVDCache, check_rank, factor_dtype, weight_svd
 from assay.vhack.gradients._taps import delta_gradient
 from assay.vhack.gradients._targets import (
     MIN_COVERAGE,
@@ -26,11 +28,17 @@ __all__ = [
     "delta_gradient",
     "encode",
     "factor_dtype",
+    "is_sharded",
+    "local",
+    "local_rows",
     "module_of",
     "per_sample_gradients",
     "plan",
+    "processes",
+    "reshard",
     "target_modules",
     "tensor_digest",
     "weight_svd",
     "weights_digest",
+    "whole",
 ]

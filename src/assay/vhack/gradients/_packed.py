@@ -133,7 +133,8 @@ def _among_zeros(x_1MD: Tensor, spot: Tensor | None, count: int) -> Tensor:
     """Return rows at their places among N rows, [1, N, D]; the others are zero."""
     if spot is None:
         return x_1MD
-    return x_1MD.new_zeros(count, *x_1MD.shape[2:]).index_copy_(0, spot, x_1MD.squeeze(0))[None]
+    # Not a view of the rows: FSDP2 warns of layers that return one.
+    return x_1MD.new_zeros(1, count, *x_1MD.shape[2:]).index_copy_(1, spot, x_1MD)
 
 
 def attend(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, *, scale: float, together: bool) -> Tensor:

@@ -1,5 +1,6 @@
 """The gradient of every sample with respect to δS, at δS = 0, of every target module."""
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -13,8 +14,11 @@ from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import Model
 from assay.models.device import one_thread
 from assay.vhack.gradients._batches import Encoded, encode, plan, token_budget
+from assay.vhack.gradients._division import Division, division_of
+from assay.vhack.gradients._factors import Factors
+from assay.vhack.gradients._in_place import InPlace, recipe_in_parts
 from assay.vhack.gradients._replica import Computed, Replica, recipe_for
-from assay.vhack.gradients._svd import Factors, SVDCache, weight_svd
+from assay.vhack.gradients._svd import SVDCache, weight_svd
 from assay.vhack.gradients._taps import fitting
 from assay.vhack.gradients._targets import chosen_modules, module_of
 from assay.vhack.pairs import Sample
@@ -56,6 +60,10 @@ def per_sample_gradients(
     shares its weights runs in evaluation mode; the model itself is not touched. On a CPU, batches run side by side,
     one per core.
 
+    A model in parts (``fully_shard``, ``parallelize_module``, ``device_map`` over several devices) runs itself, and is
+    as it was afterwards. Where several processes have parts, all of them must call this with the same samples, and each
+    gets all gradients.
+
     Args:
         samples: Prompts and completions.
         model: Model in float32 or bfloat16.
@@ -73,9 +81,11 @@ def per_sample_gradients(
         Per module name, [N, R] float32 on the CPU, rows in the order of the samples; of experts also their tokens.
 
     Raises:
-        UsageError: There are no samples or no tokenizer, the factors belong to other modules, or a module is no target.
+        UsageError: There are no samples or no tokenizer, the factors belong to other modules, a module is no target, or
+            processes have other samples than this one.
         DataError: A prompt or completion is empty, a sample is too long, or its loss or gradient is not finite.
-        ModelError: The model has no target projections, has experts of an unknown form, is in parts, or is float16.
+        ModelError: The model has no target projections, has experts of an unknown form, is float16, or is in parts of
+            which gradients would not be exact.
         OutOfMemory: Not even one sample fits.
 
     Example:
@@ -96,6 +106,9 @@ def per_sample_gradients(
     given = svd if svd is not None else weight_svd(module, modules=modules)
     _check_factors(wanted, given)
     factors = {name: given[name] for name in wanted}
+    division = division_of(module, wanted)
+    if division is not None:
+        return _in_parts(module, factors, division, encoded, max_tokens, checkpointing, progress)
     recipe = recipe_for(module)
     cores = _at_once(module)
     budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing, at_once=cores)
@@ -171,25 +184,95 @@ def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
     return [done for half in halves for done in _attempt(replica, half)]
 
 
-def _store(found: SampleGradients, computed: Computed) -> None:
+def _in_parts(
+    module: "PreTrainedModel",
+    factors: Mapping[str, Factors],
+    division: Division,
+    encoded: list[Encoded],
+    max_tokens: int | None,
+    checkpointing: bool,
+    progress: Progress | None,
+) -> SampleGradients:
+    """Return the gradients of all samples of a model in parts, in every process."""
+    found = SampleGradients({name: torch.zeros(len(encoded), each.rank) for name, each in factors.items()})
+    budget = _agreed(division, encoded, max_tokens or token_budget(module, encoded, checkpointing=checkpointing))
+    recipe = recipe_in_parts(module, division)
+    takers = division.processes if division.by_samples else 1
+    batches = plan(encoded, budget, packed=recipe.packed, at_once=takers)
+    with InPlace(module, factors, division, recipe, checkpointing=checkpointing) as replica:
+        for start in range(0, len(batches), takers):
+            turn = batches[start : start + takers]
+            mine = division.rank if takers > 1 else 0
+            # FSDP2 gathers weights in all processes at once: one with nothing to do repeats a batch for the others.
+            computed = _unsplit(replica, turn[mine] if mine < len(turn) else turn[0])
+            if mine < len(turn):
+                _fill(found, computed)
+            if progress:
+                progress(sum(len(batch) for batch in batches[: start + len(turn)]), len(encoded))
+    for rows_NR in found.values():
+        division.add_up(rows_NR)
+    for one in encoded:
+        if bad := next((name for name, rows_NR in found.items() if not torch.isfinite(rows_NR[one.index]).all()), ""):
+            raise _not_finite(f"the loss or the gradient of {one.name} in {bad}")
+    return found
+
+
+def _agreed(division: Division, encoded: list[Encoded], budget: int) -> int:
+    """Return the smallest budget of all processes, after a look at whether they have the same samples."""
+    ids = hashlib.sha256(repr([(one.ids, one.n_prompt) for one in encoded]).encode()).hexdigest()
+    told = division.gathered((ids, budget))
+    if len({theirs for theirs, _ in told}) > 1:
+        raise UsageError(
+            f"other samples in process {division.rank} than in others",
+            wanted="the same samples in the same order in every process, which share them out themselves",
+            do="pass all of them everywhere",
+        )
+    return min(int(theirs) for _, theirs in told)
+
+
+def _unsplit(replica: Replica, batch: list[Encoded]) -> Computed:
+    """Return the gradients of a batch that cannot be split: the other processes would not know."""
+    try:
+        return replica.gradients(batch)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{len(batch)} samples do not fit beside the parts of the model: {error}",
+            wanted="room for a batch in every process",
+            do="set max_tokens lower, turn checkpointing on, or use more processes",
+        ) from error
+
+
+def _fill(found: SampleGradients, computed: Computed) -> None:
+    """Put the gradients of a batch into their rows; a loss that is not finite leaves no finite row."""
     batch, together_BR, losses_M, arrived, tokens = computed
     if arrived is not None:
         arrived.synchronize()
-    samples = batch.encoded
-    if not torch.isfinite(losses_M).all():
-        at = int((~torch.isfinite(losses_M)).nonzero()[0])
-        worst = next(one for one, (_, end) in zip(samples, batch.late.bounds, strict=True) if at < end)
-        raise _not_finite(f"the loss of {worst.name}")
-    index = torch.tensor([one.index for one in samples])
-    parts = torch.split(together_BR, [rows.shape[1] for rows in found.values()], dim=1)
-    for rows_NR, part_BR in zip(found.values(), parts, strict=True):
+    index = torch.tensor([one.index for one in batch.encoded])
+    for rows_NR, part_BR in zip(found.values(), _by_module(found, together_BR), strict=True):
         rows_NR[index] = part_BR
     for name, tokens_BE in tokens.items():
         empty_NE = tokens_BE.new_zeros(len(next(iter(found.values()))), tokens_BE.shape[1])
         found.tokens.setdefault(name, empty_NE)[index] = tokens_BE
-    finite_B = torch.isfinite(together_BR).all(dim=1)
+    for one, (start, end) in zip(batch.encoded, batch.late.bounds, strict=True):
+        if not torch.isfinite(losses_M[start:end]).all():
+            next(iter(found.values()))[one.index] = torch.nan
+
+
+def _by_module(found: SampleGradients, together_BR: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(together_BR, [rows.shape[1] for rows in found.values()], dim=1)
+
+
+def _store(found: SampleGradients, computed: Computed) -> None:
+    """Put the gradients of a batch into their rows, and refuse what is not finite."""
+    _fill(found, computed)
+    samples, losses_M = computed.batch.encoded, computed.losses
+    if not torch.isfinite(losses_M).all():
+        at = int((~torch.isfinite(losses_M)).nonzero()[0])
+        worst = next(one for one, (_, end) in zip(samples, computed.batch.late.bounds, strict=True) if at < end)
+        raise _not_finite(f"the loss of {worst.name}")
+    finite_B = torch.isfinite(computed.together).all(dim=1)
     if not finite_B.all():
-        at = int((~finite_B).nonzero()[0])
+        at, parts = int((~finite_B).nonzero()[0]), _by_module(found, computed.together)
         where = next(name for name, part in zip(found, parts, strict=True) if not torch.isfinite(part[at]).all())
         raise _not_finite(f"the gradient of {samples[at].name} in {where}")
 

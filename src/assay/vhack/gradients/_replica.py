@@ -21,9 +21,9 @@ from assay.models import decoder_layers
 from assay.models.families import attention_window, family_of
 from assay.vhack.gradients._batches import Batch, Encoded, Segments
 from assay.vhack.gradients._experts import ExpertsPass, is_fused
+from assay.vhack.gradients._factors import Factors
 from assay.vhack.gradients._fused import Norm, Surprise, kernels, plain_norm
 from assay.vhack.gradients._packed import PACKED, PackedLayers, register
-from assay.vhack.gradients._svd import Factors
 from assay.vhack.gradients._taps import Tap
 from assay.vhack.gradients._targets import target_modules
 
@@ -118,7 +118,7 @@ class Replica:
         factored: Collection[str],
         checkpointing: bool,
     ) -> None:
-        self.module = _shared_copy(module)
+        self.module = self._taken(module)
         self.recipe = recipe
         self.use = kernels(module.device, module.dtype) if recipe.fused else None
         self._found: dict[str, Tensor] = {}
@@ -133,7 +133,7 @@ class Replica:
             self._pack_layers()
         if checkpointing:
             for layer in decoder_layers(self.module):
-                vars(layer)["forward"] = _recomputed(layer.forward)
+                self._replace(layer, _recomputed(layer.forward))
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -147,15 +147,32 @@ class Replica:
         self._batch = batch
         self._found.clear()
         logits_MV = self.module(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits.flatten(0, 1)
-        losses_M = Surprise.apply(logits_MV, batch.target)  # type: ignore[no-untyped-call]
+        self._check_logits(logits_MV)
+        there = logits_MV.device  # another one than that of the ids, where the model is on several
+        losses_M = Surprise.apply(logits_MV, batch.target.to(there))  # type: ignore[no-untyped-call]
         del logits_MV
-        losses_M.backward(batch.weight)
-        together_BR = torch.cat([self._found[name] for name in self.names], dim=1)
+        losses_M.backward(batch.weight.to(there))
+        together_BR = torch.cat([self._found[name].to(there) for name in self.names], dim=1)
         arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
         together_BR, losses_M = (part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach()))
         if arrived is not None:
-            arrived.record(torch.cuda.current_stream(self.module.device))
+            arrived.record(torch.cuda.current_stream(there))
         return Computed(batch, together_BR, losses_M, arrived, dict(self._tokens))
+
+    def _taken(self, module: "PreTrainedModel") -> "PreTrainedModel":
+        """Return the model to run."""
+        return _shared_copy(module)
+
+    def _replace(self, part: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give a module of it another forward function."""
+        vars(part)["forward"] = forward
+
+    def _made_tap(self, name: str, linear: nn.Linear, factors: Factors, **how: Any) -> Tap:
+        """Return what replaces the forward function of a target."""
+        return Tap(name, linear, factors, self._found, **how)
+
+    def _check_logits(self, logits_MV: Tensor) -> None:
+        """Raise ModelError where these are not all logits."""
 
     @property
     def current(self) -> Batch:
@@ -177,14 +194,18 @@ class Replica:
         if not isinstance(head, nn.Module):
             kind = type(self.module).__name__
             raise ModelError(f"{kind} has no head", wanted="a causal language model", do="use another")
-        head.register_forward_pre_hook(
-            lambda _, arguments: (arguments[0].flatten(0, 1).index_select(0, self.current.spot)[None],)
-        )
+        self.head = head
+        # Before hooks that divide the hidden states over processes.
+        self._on_head = head.register_forward_pre_hook(self._completions, prepend=True)
+
+    def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden_ND = arguments[0].flatten(0, 1)
+        return (hidden_ND.index_select(0, self.current.spot.to(hidden_ND.device))[None],)
 
     def _fuse_norms(self) -> None:
         for part in self.module.modules():
             if plain_norm(part):
-                vars(part)["forward"] = _norm_forward(part, self.use)
+                self._replace(part, _norm_forward(part, self.use))
 
     def _pack_layers(self) -> None:
         register()
@@ -198,7 +219,7 @@ class Replica:
             in_blocks=self._on_cpu and not together,
         )
         for layer in layers:
-            vars(layer)["forward"] = packed.forward(layer, late=self.recipe.late and layer is last)
+            self._replace(layer, packed.forward(layer, late=self.recipe.late and layer is last))
 
     def _tap(self, factors: Mapping[str, Factors], factored: Collection[str], checkpointing: bool) -> None:
         modules = {name: linear for name, linear in target_modules(self.module).items() if name in factors}
@@ -208,24 +229,22 @@ class Replica:
         taps = {}
         for name, linear in modules.items():
             is_expert = name.rsplit(".", 2)[0] in experts
-            taps[name] = Tap(
+            taps[name] = self._made_tap(
                 name,
                 linear,
                 factors[name],
-                self._found,
-                self._late_segments if name.startswith(late) else self._segments,
+                segments=self._late_segments if name.startswith(late) else self._segments,
                 factored=name in factored,
                 together=self.recipe.together,
                 checkpointing=checkpointing,
                 use=None if is_expert else self.use,  # the kernel wants rows of every sample
             )
             if not is_expert:
-                vars(linear)["forward"] = taps[name]
+                self._replace(linear, taps[name])
         for name, part in experts.items():
             apply = {each: tap.apply for each, tap in taps.items() if each.startswith(f"{name}.")}
-            vars(part)["forward"] = ExpertsPass(
-                name, part, apply, self._leave_zeros, lambda: self.current, self._tokens
-            )
+            says = ExpertsPass(name, part, apply, self._leave_zeros, lambda: self.current, self._tokens)
+            self._replace(part, says)
 
     def _leave_zeros(self, name: str, samples: int) -> None:
         self._found[name] = torch.zeros(samples, self._ranks[name], device=self.module.device)
@@ -285,10 +304,11 @@ def _recomputed(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _norm_forward(part: nn.Module, use: Any) -> Callable[[Tensor], Tensor]:
-    weight, eps = part.weight, part.variance_epsilon
+    norm: Any = part
 
     def forward(hidden_states: Tensor) -> Tensor:
-        result: Tensor = Norm.apply(hidden_states, weight, eps, use)  # type: ignore[no-untyped-call]
+        # The weight of now: FSDP2 puts another one there while the layer computes.
+        result: Tensor = Norm.apply(hidden_states, norm.weight, norm.variance_epsilon, use)  # type: ignore[no-untyped-call]
         return result
 
     return forward

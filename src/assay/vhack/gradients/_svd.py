@@ -15,7 +15,6 @@ Shapes: O outputs, I inputs, R = min(O, I).
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,10 @@ from assay.errors import BadWeights, UsageError
 from assay.models.device import one_thread
 from assay.reports import storage_error, write_atomic
 from assay.streams import torch_dtype
-from assay.vhack.gradients._targets import MIN_COVERAGE, check_coverage, chosen_modules, tensor_digest
+from assay.vhack.gradients._decompose import decompose
+from assay.vhack.gradients._division import division_of
+from assay.vhack.gradients._factors import Factors
+from assay.vhack.gradients._targets import MIN_COVERAGE, check_coverage, chosen_modules, module_of, tensor_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,43 +46,6 @@ _STREAMS = 4
 
 TOLERANCE = 1e-6
 """Largest residual and orthogonality that ``gram`` may have; rounding to float32 adds about as much again."""
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """``W = left · diag(values) · right``.
-
-    Attributes:
-        left: Orthonormal columns U, [O, R].
-        values: Singular values S in falling order, [R] float32.
-        right: Orthonormal rows Vh, [R, I].
-        residual: Error ‖U S Vh − W‖ / ‖W‖ in the Frobenius norm, measured in float64 before rounding to the dtype that
-            is kept and before any truncation.
-        orthogonality: Larger of ‖UᵀU − 1‖ and ‖Vh Vhᵀ − 1‖ in the Frobenius norm, measured likewise.
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-    residual: float
-    orthogonality: float
-
-    @property
-    def rank(self) -> int:
-        """Number of singular directions that are kept."""
-        return len(self.values)
-
-    def truncated(self, rank: int) -> "Factors":
-        """Return the ``rank`` strongest directions, in memory of their own."""
-        if rank >= self.rank:
-            return self
-        return Factors(
-            self.left[:, :rank].clone(),
-            self.values[:rank].clone(),
-            self.right[:rank].clone(),
-            self.residual,
-            self.orthogonality,
-        )
 
 
 def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: str = "auto") -> Factors:
@@ -208,17 +173,21 @@ def weight_svd(
     check_rank(rank)
     check_coverage(model, min_coverage)
 
-    def one(item: tuple[str, torch.nn.Linear]) -> tuple[str, Factors]:
-        name, module = item
-        factors = _load_or_make(name, module.weight, chosen, method, cache)
-        return name, factors if rank is None else factors.truncated(rank)
+    def one(name: str, weight: Tensor) -> Factors:
+        factors = _load_or_make(name, weight, chosen, method, cache)
+        return factors if rank is None else factors.truncated(rank)
 
+    division = division_of(module_of(model), wanted)
+    if division is not None and division.mesh is not None:
+        return SVDCache(decompose(wanted, division, one, chosen, progress), rank=rank, dtype=chosen)
     found: dict[str, Factors] = {}
-    for name, factors in _side_by_side(one, wanted, next(iter(wanted.values())).weight.device):
-        found[name] = factors
-        if progress:
-            progress(len(found), len(wanted))
-    return SVDCache(found, rank=rank, dtype=chosen)
+    for device in {module.weight.device: None for module in wanted.values()}:
+        there = {name: module for name, module in wanted.items() if module.weight.device == device}
+        for name, factors in _side_by_side(lambda item: (item[0], one(item[0], item[1].weight)), there, device):
+            found[name] = factors
+            if progress:
+                progress(len(found), len(wanted))
+    return SVDCache({name: found[name] for name in wanted}, rank=rank, dtype=chosen)
 
 
 def _side_by_side(

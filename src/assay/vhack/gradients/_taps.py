@@ -45,8 +45,9 @@ from torch.nn import functional
 
 from assay.errors import ModelError
 from assay.vhack.gradients._batches import Segments
+from assay.vhack.gradients._factors import Factors
 from assay.vhack.gradients._fused import segment_products
-from assay.vhack.gradients._svd import Factors
+from assay.vhack.gradients._sharding import local
 
 _FITS = 1e-5
 # Largest ratio of singular values that results are divided by. Measured against float64, with singular values spread
@@ -147,7 +148,7 @@ class Tap:
         if self.plain is None:
             output = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
         else:
-            plain, kept = self.plain(inputs), inputs.detach()
+            plain, kept = self.plain(inputs), local(inputs)
             output = _Behind.apply(plain, self.trigger, kept, self, segments)  # type: ignore[no-untyped-call]
         return output
 
@@ -171,12 +172,25 @@ class Tap:
 
     def along(self, inputs_NI: Tensor) -> Tensor:
         """Return the coordinates ``Vh x`` of inputs, [N, R]."""
-        right_RI = self.factors.right
+        right_RI = self.right()
         return inputs_NI.to(right_RI.dtype) @ right_RI.T
 
     def projected(self, gradient_NO: Tensor) -> Tensor:
         """Return the coordinates ``Uᵀ ∂L/∂y`` of gradients, [N, R]."""
-        return gradient_NO.to(self.factors.left.dtype) @ self.factors.left
+        left_OR = self.left()
+        return gradient_NO.to(left_OR.dtype) @ left_OR
+
+    def left(self) -> Tensor:
+        """Return U of the outputs that this process has, [O, R]."""
+        return self.factors.left
+
+    def right(self) -> Tensor:
+        """Return Vh of the inputs that this process has, [R, I]."""
+        return self.factors.right
+
+    def own(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of the outputs that this process has."""
+        return gradient
 
     def leave(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> None:
         """Leave the gradient of every sample, [B, R] float32.
@@ -188,12 +202,13 @@ class Tap:
             segments: Bounds of the samples.
             way: Way to sum.
         """
-        left_OR, right_RI = self.factors.left, self.factors.right
         if way.how == "project":
             assert projected_NR is not None
             along_NR = kept if way.early else self.along(kept)
-            self.found[self.name] = segment_products(projected_NR, along_NR, segments.offsets, self.use)
+            offsets = segments.offsets.to(along_NR.device)
+            self.found[self.name] = segment_products(projected_NR, along_NR, offsets, self.use)
             return
+        left_OR, right_RI = self.factors.left, self.factors.right
         first = projected_NR if way.how == "right" else kept if way.how == "inner" else second
         last = second if way.how == "inner" else kept
         assert first is not None
@@ -267,7 +282,8 @@ class _Behind(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None]:
         (gradient,), (kept,) = gradients, ctx.saved_tensors
-        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
+        own = ctx.tap.own(gradient)
+        gradient_NO = own.reshape(-1, own.shape[-1])
         ctx.tap.leave(kept, gradient_NO, ctx.tap.projected(gradient_NO), ctx.segments, ctx.way)
         return gradient, None, None, None, None
 

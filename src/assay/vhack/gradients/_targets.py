@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from assay.errors import ModelError, UsageError
 from assay.models import Model
 from assay.models.families import FUSED_TARGETS, MLP_TARGETS, TARGETS
+from assay.vhack.gradients._division import division_of
 from assay.vhack.gradients._experts import expert_matrices, is_fused
+from assay.vhack.gradients._sharding import is_sharded, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +62,7 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     found: dict[str, nn.Linear] = {}
     for name, module in module_of(model).named_modules():
         if is_fused(module):
+            _check_experts(name, module)
             found |= expert_matrices(name, module)
             continue
         for own, parameter in module.named_parameters(recurse=False):
@@ -81,15 +84,26 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     return found
 
 
+def _check_experts(name: str, experts: nn.Module) -> None:
+    """Refuse experts that are spread over processes: a tensor of all cannot be cut into matrices of each."""
+    if any(is_sharded(parameter) for parameter in experts.parameters()):
+        raise ModelError(
+            f"a model in parts: the experts of {name} are sharded",
+            wanted="experts in one tensor that is whole on one device",
+            do="load the model whole, or use a dense one",
+        )
+
+
 def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | None) -> dict[str, nn.Linear]:
     """Return the target Linears of these names, in the order of the model; None stands for all of them.
 
     Raises:
         UsageError: A name is not the name of a target, or the list is empty.
-        ModelError: The weights are not all whole and on one device, or as :func:`target_modules` raises it.
+        ModelError: The weights are in parts of which gradients would not be exact, or as :func:`target_modules` raises
+            it.
     """
     found = target_modules(model)
-    _check_whole(found)
+    division_of(module_of(model), found)
     if names is None:
         return found
     unknown = sorted(set(names) - set(found))
@@ -100,21 +114,6 @@ def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | No
             do="name some of these, or leave the names out for all",
         )
     return {name: module for name, module in found.items() if name in names}
-
-
-def _check_whole(modules: Mapping[str, nn.Linear]) -> None:
-    """Raise ModelError unless all weights are whole and on one device that has memory."""
-    first = next(iter(modules.values())).weight.device
-    for name, linear in modules.items():
-        device = linear.weight.device
-        is_sharded = hasattr(linear.weight, "placements")  # a DTensor, without the import, which takes seconds
-        if device == first and device.type != "meta" and not is_sharded:
-            continue
-        raise ModelError(
-            f"a model in parts: {name} is {'sharded' if is_sharded else f'on {device}, others on {first}'}",
-            wanted="whole weights on one device; factors and gradients of parts are not computed",
-            do="load it without device_map, offloading and sharding; --rank leaves room for the factors",
-        )
 
 
 def coverage(model: "Model | PreTrainedModel") -> Coverage:
@@ -158,9 +157,13 @@ def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
 def weights_digest(model: "Model | PreTrainedModel") -> str:
     """Return the SHA-256 in hex over every parameter in memory: names, dtypes, shapes and bytes, a tied one once.
 
-    Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded in.
+    Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded in. It is the same
+    whether the weights are spread over processes or not; where they are, every process must ask for it.
     """
     parameters = sorted(module_of(model).named_parameters())
+    if any(is_sharded(parameter) for _, parameter in parameters):  # gathered one after the other
+        lines = (f"{name}\n{tensor_digest(whole(parameter.detach()))}\n" for name, parameter in parameters)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = pool.map(lambda item: f"{item[0]}\n{tensor_digest(item[1])}\n", parameters)
         return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -16,6 +16,7 @@ from assay.errors import ModelError
 from assay.reports import JsonObject
 from assay.vhack.delta import Frames, Rollouts, share
 from assay.vhack.training._log import TrainLog
+from assay.vhack.training._processes import ALONE, Processes
 from assay.vhack.training._rewards import NOTHING, SOURCES, Outcomes
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class StepLog(TrainerCallback):
 
     Args:
         trainer: Trainer whose steps are written down.
-        log: Log that gets the lines.
+        log: Log that gets the lines; None in all processes but the first.
         console: Takes one line of text per step.
         refresh: Called with the number of steps done; renews the axes of the trainer when it is time, and returns how
             much of the old ones stayed, or None if it is not time.
@@ -39,7 +40,7 @@ class StepLog(TrainerCallback):
     def __init__(
         self,
         trainer: "GRPO",
-        log: TrainLog,
+        log: TrainLog | None,
         *,
         console: Callable[[str], None] | None = None,
         refresh: Callable[[int], float | None] = lambda step: None,
@@ -60,7 +61,9 @@ class StepLog(TrainerCallback):
         self._watching.close()
         rollouts, self.trainer.watching = self.trainer.watching, None
         frames = self.trainer.projected.watched or self.trainer.projected.frames
-        self._sources = source_shares(rollouts, frames) if rollouts is not None and frames else {}
+        self._sources = {}
+        if rollouts is not None and frames:
+            self._sources = source_shares(rollouts, frames, self.trainer.processes)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the step down; `state.global_step` is already that of the next one."""
@@ -74,11 +77,12 @@ class StepLog(TrainerCallback):
                 do="lower the learning rate; the last checkpoint is from before",
             )
         overlap = self.refresh(state.global_step)
-        self.log.write("step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4))
-        for name, found in sources.items():
-            self.log.write("source", step=step, source=name, **found)
-        if overlap is not None:
-            self.log.write("refresh", step=step, overlap=overlap)
+        if self.log is not None:
+            self.log.write("step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4))
+            for name, found in sources.items():
+                self.log.write("source", step=step, source=name, **found)
+            if overlap is not None:
+                self.log.write("refresh", step=step, overlap=overlap)
         # TRL's own log call passes these on to the trackers that it was given.
         for name, value in values.items():
             self.trainer._metrics["train"][f"vhack/{name}"].append(value)
@@ -92,13 +96,18 @@ class StepLog(TrainerCallback):
 
     def _record(self) -> tuple[JsonObject, dict[str, JsonObject]]:
         trainer = self.trainer
-        outcomes = Outcomes(torch.cat([outcomes.flags for outcomes, _, _ in trainer.seen]).cpu())
-        rewards = trainer.reward.arm.reward(
-            outcomes.column("correct").double().mean(), outcomes.column("exploited").double().mean()
+        processes, device = trainer.processes, trainer.args.device
+        flags, paid = (
+            processes.together(torch.cat(parts).to(device)).cpu()
+            for parts in zip(*((outcomes.flags, outcomes.paid) for outcomes, _, _ in trainer.seen), strict=True)
         )
+        outcomes, reward = Outcomes(flags, paid), float(paid.double().mean())
         loss = torch.stack([loss for _, loss, _ in trainer.seen]).sum()
-        values: JsonObject = {**outcomes.rates(), "reward": float(rewards), "loss": float(loss)}
-        total, outside, count = torch.stack([weights for _, _, weights in trainer.seen]).sum(dim=0).tolist()
+        weights = torch.stack([weights for _, _, weights in trainer.seen]).sum(dim=0).to(device)
+        processes.add_up([loss, weights])
+        rates = outcomes.rates(trainer.reward.told)
+        values: JsonObject = {**rates, "reward": reward, "loss": float(loss) / processes.count}
+        total, outside, count = weights.tolist()
         if count:
             values |= {"ratio_teacher": total / count, "clipped_teacher": outside / count}
         sources = {}
@@ -112,12 +121,13 @@ class StepLog(TrainerCallback):
         return values, sources
 
 
-def source_shares(rollouts: Rollouts, frames: Frames) -> dict[str, dict[str, float]]:
+def source_shares(rollouts: Rollouts, frames: Frames, processes: Processes = ALONE) -> dict[str, dict[str, float]]:
     """Return, per source, ``cin``, ``cin_two_sided`` and ``cin_energy`` of its summed gradient, and its ``length``.
 
     Args:
         rollouts: Gradients of the passes of this step, by the kinds of :meth:`Outcomes.kinds`.
         frames: Axes to measure along.
+        processes: Processes whose rollouts are summed over.
     """
     kinds = list(NOTHING.kinds())
     chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])
@@ -125,6 +135,7 @@ def source_shares(rollouts: Rollouts, frames: Frames) -> dict[str, dict[str, flo
     for rows_MNR in rollouts.rows:
         kinds_MKR = rows_MNR.view(len(rows_MNR), -1, len(kinds), rows_MNR.shape[2]).sum(dim=1)
         sums.append(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR))
+    processes.add_up(sums)
     shares = share("cin", zip(sums, frames.axes, frames.has_axes, strict=True), 1)
     length_G = torch.stack([sum_GMR.double().square().sum(dim=(1, 2)) for sum_GMR in sums]).sum(dim=0).sqrt()
     found = {**shares, "length": length_G}

@@ -27,8 +27,10 @@ from assay.reports import write_atomic
 from assay.vhack.basis import Basis
 from assay.vhack.delta import DeltaS, Kinds, ProjectedOptimizer, Rollouts, Shortcut, modified
 from assay.vhack.training._pool import PoolRollout, RolloutPool
-from assay.vhack.training._rewards import EpisodeReward, Outcomes
+from assay.vhack.training._processes import ALONE, Processes
+from assay.vhack.training._rewards import Outcomes, Reward
 from assay.vhack.training._settings import TrainSettings
+from assay.vhack.training._sync import sync_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +46,7 @@ class GRPO(GRPOTrainer):
     Args:
         adapter: Adapter of the model that is trained.
         optimizer: Optimizer around that of the adapter's parameters.
-        reward: Reward of the environment.
+        reward: Reward of the environment, or of one's own.
         args: Settings of TRL.
         prompts: Number of prompts in the whole run.
         processing_class: Tokenizer of the model.
@@ -52,7 +54,11 @@ class GRPO(GRPOTrainer):
         teachers: Number of rollouts of each group that come from the pool, where it has so many.
         shortcut: Direction for advantage modification.
         axes: Axes of the arm, and the true ones where these are others; kept in checkpoints.
+        processes: Processes of the run, each of which has this trainer.
         others: Further arguments of TRL's trainer.
+
+    Raises:
+        UsageError: The settings of TRL would clip before the gate, shuffle the prompts, or compute in another dtype.
 
     Attributes:
         seen: One tuple per backward pass since the last step: outcomes of its rollouts, its loss, and [3] of the
@@ -64,7 +70,7 @@ class GRPO(GRPOTrainer):
         self,
         adapter: DeltaS,
         optimizer: ProjectedOptimizer,
-        reward: EpisodeReward,
+        reward: Reward,
         args: GRPOConfig,
         *,
         prompts: int,
@@ -73,8 +79,11 @@ class GRPO(GRPOTrainer):
         teachers: int = 0,
         shortcut: Shortcut | None = None,
         axes: tuple[Basis | None, Basis | None] = (None, None),
+        processes: Processes = ALONE,
         **others: Any,
     ) -> None:
+        _check(args, processes)
+        self.processes = processes
         self.adapter, self.projected, self.reward = adapter, optimizer, reward
         self.pool, self.teachers, self.shortcut, self.axes = pool, teachers, shortcut, axes
         self.seen: list[tuple[Outcomes, Tensor, Tensor]] = []
@@ -93,6 +102,8 @@ class GRPO(GRPOTrainer):
                 rollout_func=self.rollout if pool is not None else None,
                 **others,
             )
+        if self.use_vllm:
+            sync_merged(self, adapter)
         self.beta = args.beta = beta
         if beta:
             self.ref_model: Any = self._reference
@@ -126,7 +137,8 @@ class GRPO(GRPOTrainer):
         assert self.pool is not None
         assert self.num_generations is not None
         found: list[PoolRollout | None] = []
-        for index, prompt in enumerate(prompts):
+        first = self.processes.index * len(prompts)  # processes take neighbouring parts of the prompts
+        for index, prompt in enumerate(prompts, start=first):
             place = index % self.num_generations
             chosen = self.pool.choose(prompt, self.teachers, f"{self.args.seed} {self.state.global_step}")
             found.append(chosen[place] if self.adapter.model.training and place < len(chosen) else None)
@@ -140,18 +152,19 @@ class GRPO(GRPOTrainer):
             return rewards
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         rows = list(zip(prompt_ids, completion_ids_list, strict=True))
-        z_B = self.shortcut.z(self.adapter.model, rows)
-        return modified(rewards, z_B[:, None].to(rewards.device), self.reward.arm.advantage)
+        z_B = self.processes.together(self.shortcut.z(self.adapter.model, rows).to(rewards.device))
+        return modified(rewards, z_B[:, None], self.projected.arm.advantage)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        return {**batch, "outcomes": self.reward.last.flags.to(batch["advantages"].device)}
+        last, device = self.reward.last, batch["advantages"].device
+        return {**batch, "outcomes": last.flags.to(device), "paid": last.paid.to(device)}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         inputs = dict(inputs)  # what is stored for later passes stays as it was generated
         self._weights = torch.zeros(3)
         self._filling = inputs if _STORED in inputs else None
-        outcomes = Outcomes(inputs["outcomes"].cpu())
+        outcomes = Outcomes(inputs["outcomes"].cpu(), inputs["paid"].cpu())
         if self.watching is not None:
             self.watching.kinds = Kinds.of(list(outcomes.kinds().values()), inputs["outcomes"].device)
         loss: Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
@@ -181,6 +194,9 @@ class GRPO(GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+        self.processes.wait()  # each writes the state of its random numbers
+        if not self.processes.is_first:
+            return
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         for basis, name in zip(self.axes, (_AXES, _WATCHED), strict=True):
             if basis is not None:
@@ -203,19 +219,46 @@ class GRPO(GRPOTrainer):
         self.projected.use_basis(axes, watched)
 
 
-def trl_arguments(settings: TrainSettings, model: Model, folder: Path, trackers: tuple[str, ...]) -> GRPOConfig:
+def _check(args: GRPOConfig, processes: Processes) -> None:
+    """Refuse settings of TRL under which a run would not be what its log says."""
+    if args.world_size != processes.count:
+        raise UsageError(
+            f"a trainer of {processes.count} process in {args.world_size}",
+            wanted="one process",
+            do="start several with assay vhack train, which takes tasks and a reward of one's own",
+        )
+    for name, seen, wanted, why in (
+        ("max_grad_norm", args.max_grad_norm or 0.0, 0.0, "TRL clips before the gate; ProjectedOptimizer has max_norm"),
+        ("shuffle_dataset", bool(args.shuffle_dataset), False, "the prompts have an order that a run can go on with"),
+        ("bf16", bool(args.bf16), False, "the model computes in its own dtype, and δS in float32"),
+        ("fp16", bool(args.fp16), False, "the model computes in its own dtype, and δS in float32"),
+    ):
+        if seen != wanted:
+            raise UsageError(f"GRPOConfig({name}={seen})", wanted=f"{name}={wanted}: {why}", do="set it")
+
+
+def trl_arguments(
+    settings: TrainSettings, model: Model, folder: Path, trackers: tuple[str, ...], processes: Processes = ALONE
+) -> GRPOConfig:
     """Return the settings in the form that TRL takes.
 
     Raises:
-        UsageError: The model is not on the device that TRL trains on.
+        UsageError: The model is not on the device that TRL trains on, or a step cannot be shared by the processes.
     """
     on_gpu = model.device.type == "cuda"
+    rollouts, at_once = settings.prompts * settings.group, settings.rollouts_per_backward * processes.count
+    if rollouts % at_once:
+        raise UsageError(
+            f"{rollouts} rollouts a step, {at_once // processes.count} a backward pass, {processes.count} processes",
+            wanted="as many backward passes in every process",
+            do=f"choose --prompts, --group and --micro-batch so that {at_once} divides the rollouts",
+        )
     made = GRPOConfig(
         output_dir=str(folder),
         seed=settings.seed,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.rollouts_per_backward,
-        gradient_accumulation_steps=settings.prompts * settings.group // settings.rollouts_per_backward,
+        gradient_accumulation_steps=rollouts // at_once,
         num_generations=settings.group,
         max_completion_length=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -237,11 +280,14 @@ def trl_arguments(settings: TrainSettings, model: Model, folder: Path, trackers:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
+        ddp_find_unused_parameters=False,  # δS of every module takes part in every pass
     )
     if (made.device.type, made.device.index or 0) != (model.device.type, model.device.index or 0):
         raise UsageError(
             f"a model on {model.device}", wanted=f"{made.device}, where TRL trains", do="set CUDA_VISIBLE_DEVICES"
         )
+    if not on_gpu:  # in several processes accelerate says cpu:0, to which torch cannot load a checkpoint
+        vars(made)["_setup_devices"] = model.device
     made._n_gpu = 1  # this run does not use other visible devices
     return made
 

@@ -4,7 +4,8 @@ Shapes: B rollouts.
 """
 
 import random
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,9 +35,16 @@ class Outcomes:
 
     Attributes:
         flags: Flags of the rollouts, [B, 4] bool, with the columns of ``FLAGS``.
+        pay: What each was paid before advantage modification, [B] float32; None where nothing was.
     """
 
     flags: Tensor
+    pay: Tensor | None = None
+
+    @property
+    def paid(self) -> Tensor:
+        """What each was paid, [B] float32."""
+        return torch.zeros(len(self.flags)) if self.pay is None else self.pay
 
     def column(self, name: str) -> Tensor:
         """Return one column, [B] bool."""
@@ -52,14 +60,19 @@ class Outcomes:
             "failed": student & ~exploited & ~self.column("correct"),
         }
 
-    def rates(self) -> dict[str, float]:
-        """Return hack and solve rate of the student's rollouts, and of the teacher's where there are any."""
+    def rates(self, told: Collection[str] = FLAGS) -> dict[str, float]:
+        """Return hack and solve rate of the student's rollouts, and of the teacher's where there are any.
+
+        Args:
+            told: Flags that the reward knows; rates of others are left out.
+        """
         found: dict[str, float] = {}
         for suffix, chosen in (("", ~self.column("teacher")), ("_teacher", self.column("teacher"))):
             count = int(chosen.sum())
             if count:
                 named = (("hack", "exploited"), ("solve", "correct"), ("vacuous", "vacuous"))
-                found |= {name + suffix: int((chosen & self.column(flag)).sum()) / count for name, flag in named}
+                known = [(name, self.column(flag)) for name, flag in named if flag in told]
+                found |= {name + suffix: int((chosen & column).sum()) / count for name, column in known}
                 found[f"rollouts{suffix}"] = count
         return found
 
@@ -67,31 +80,32 @@ class Outcomes:
 NOTHING = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool))  # of no rollout
 
 
-class EpisodeReward:
+class Reward(ABC):
     """A reward function for TRL, and the dataset that goes with it.
 
     Args:
-        episodes: Tasks with their loopholes.
-        arm: Arm that says what is paid.
-        workers: Number of programs that run side by side.
-        allow_unsandboxed: Whether programs run where nothing can isolate them, see :mod:`assay.vhack.environment`.
+        prompts: Prompt of each task.
 
     Attributes:
-        last: Outcomes of the rollouts that were graded last, in their order.
+        last: Outcomes of the rollouts that were paid last, in their order.
+        told: Flags that these outcomes know.
     """
 
     __name__ = "episode"
 
-    def __init__(
-        self, episodes: Sequence[Episode], arm: Arm, *, workers: int = 2, allow_unsandboxed: bool = False
-    ) -> None:
-        self.episodes = list(episodes)
-        self.arm = arm
-        self._grade = partial(grade_many, workers=workers, allow_unsandboxed=allow_unsandboxed)
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self.prompts = list(prompts)
         self.last = NOTHING
+        self.told: Collection[str] = FLAGS
+
+    @abstractmethod
+    def __call__(
+        self, prompts: list[str], completions: list[str], episode: list[int], **others: Any
+    ) -> list[float | None]:
+        """Return what completions are paid, given the index of the task of each."""
 
     def dataset(self, count: int, seed: int) -> "Dataset":
-        """Return the prompts of a whole run in their order, with the index of each one's episode.
+        """Return the prompts of a whole run in their order, with the index of each one's task.
 
         All tasks come once in random order, then again in another one. TRL's own shuffling would forget, in a run that
         is continued, how often it has shuffled.
@@ -102,12 +116,30 @@ class EpisodeReward:
         """
         from datasets import Dataset
 
-        n = len(self.episodes)
+        n = len(self.prompts)
         rounds = (random.Random(f"order {seed} {index}").sample(range(n), n) for index in range(-(-count // n)))
         order = [task for turn in rounds for task in turn][:count]
-        columns = {"prompt": [self.episodes[index].prompt for index in order], "episode": order}
+        columns = {"prompt": [self.prompts[index] for index in order], "episode": order}
         made: Dataset = Dataset.from_dict(columns)
         return made
+
+
+class EpisodeReward(Reward):
+    """The reward of the environment.
+
+    Args:
+        episodes: Tasks with their loopholes.
+        arm: Arm that says what is paid.
+        workers: Number of programs that run side by side.
+        allow_unsandboxed: Whether programs run where nothing can isolate them, see :mod:`assay.vhack.environment`.
+    """
+
+    def __init__(
+        self, episodes: Sequence[Episode], arm: Arm, *, workers: int = 2, allow_unsandboxed: bool = False
+    ) -> None:
+        super().__init__([episode.prompt for episode in episodes])
+        self.episodes, self.arm = list(episodes), arm
+        self._grade = partial(grade_many, workers=workers, allow_unsandboxed=allow_unsandboxed)
 
     def __call__(
         self, prompts: list[str], completions: list[str], episode: list[int], **others: Any
@@ -120,5 +152,6 @@ class EpisodeReward:
             [bool(taught), one.correct, one.exploited, one.accepted and one.vacuous]
             for taught, one in zip(teacher, grades, strict=True)
         ]
-        self.last = Outcomes(torch.tensor(rows))
-        return [self.arm.reward(float(one.correct), float(one.exploited)) for one in grades]
+        paid = [self.arm.reward(float(one.correct), float(one.exploited)) for one in grades]
+        self.last = Outcomes(torch.tensor(rows), torch.tensor(paid))
+        return [*paid]

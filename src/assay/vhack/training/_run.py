@@ -1,7 +1,7 @@
 """One run from settings to the last line of its log, and on from where it stopped."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +16,15 @@ from assay.models import Model, load_model
 from assay.reports import JsonObject, provenance, storage_error
 from assay.vhack.basis import Basis, extract, pair_gradients
 from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_of_kind
-from assay.vhack.environment import CHANNELS, Episode
+from assay.vhack.environment import CHANNELS
 from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.gradients import MIN_COVERAGE, SVDCache, weight_svd
 from assay.vhack.pairs import Pair, find_pairs
 from assay.vhack.training._log import TrainLog, read_steps
+from assay.vhack.training._own import RewardFunction, Task, reward_for
 from assay.vhack.training._pool import RolloutPool
-from assay.vhack.training._rewards import EpisodeReward
+from assay.vhack.training._processes import ALONE, Processes, join
+from assay.vhack.training._rewards import Reward
 from assay.vhack.training._settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class RunResult:
         arm: Name of its arm.
         resumed_from: Step that it was continued from; 0 stands for the start.
         last: Means of the last ten step lines, by name.
+        is_first: Whether this is the process that wrote the files, of one or several.
     """
 
     folder: Path
@@ -48,6 +51,7 @@ class RunResult:
     arm: str
     resumed_from: int
     last: JsonObject
+    is_first: bool = True
 
 
 class Prepared:
@@ -58,6 +62,7 @@ class Prepared:
         model: Model that gets an adapter.
         pairs: Pairs that axes come from.
         earlier: Basis file of the run that is continued: where it is there, its axes are not extracted again.
+        processes: Processes of the run.
 
     Attributes:
         arm: Arm that the settings name.
@@ -69,13 +74,22 @@ class Prepared:
         UsageError: The model has no tokenizer.
     """
 
-    def __init__(self, settings: TrainSettings, model: Model, pairs: list[Pair], earlier: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: Model,
+        pairs: list[Pair],
+        earlier: Path | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
         if model.tokenizer is None:
             raise UsageError(f"{settings.model} has no tokenizer", wanted="a model with one", do="choose another")
         self.settings, self.model, self.pairs, self.earlier = settings, model, pairs, earlier
+        self.processes = processes
         self.arm: Arm = settings.chosen
         self.shortcut = Shortcut.fit(model, model.tokenizer, pairs) if self.arm.advantage else None
         self.svd: SVDCache = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
+        processes.same_factors(self.svd)
         self.axes, self.watched = self._extracted(load=True)
         self.adapter = DeltaS(model, self.svd)
         self.optimizer = ProjectedOptimizer(
@@ -87,9 +101,7 @@ class Prepared:
             max_norm=settings.max_norm or None,
         )
 
-    def trainer(
-        self, folder: Path, tasks: list[Episode] | None, trackers: tuple[str, ...], allow_unsandboxed: bool
-    ) -> "GRPO":
+    def trainer(self, folder: Path, reward: Reward, trackers: tuple[str, ...]) -> "GRPO":
         """Return the trainer of :func:`assay.vhack.training.train`, from which the arguments come."""
         from transformers import PrinterCallback
 
@@ -97,27 +109,27 @@ class Prepared:
 
         settings, tokenizer = self.settings, self.model.tokenizer
         assert tokenizer is not None
-        chosen = tasks if tasks is not None else settings.episodes(settings.tasks)
         pool = None
         if settings.teacher:
             pool = RolloutPool.load(settings.teacher, tokenizer, max_new_tokens=settings.max_new_tokens)
-            if not pool.prompts & {one.prompt for one in chosen}:
+            if not pool.prompts & set(reward.prompts):
                 raise DataError(
-                    f"{settings.teacher}: no completion of any of the {len(chosen)} tasks",
+                    f"{settings.teacher}: no completion of any of the {len(reward.prompts)} tasks",
                     wanted="completions of the prompts of this run",
                     do="sample the pool from the prompts of the same tasks, modes and seed",
                 )
         trainer = GRPO(
             self.adapter,
             self.optimizer,
-            EpisodeReward(chosen, self.arm, workers=os.cpu_count() or 2, allow_unsandboxed=allow_unsandboxed),
-            trl_arguments(settings, self.model, folder, trackers),
+            reward,
+            trl_arguments(settings, self.model, folder, trackers, self.processes),
             prompts=settings.steps * settings.prompts,
             processing_class=tokenizer,
             pool=pool,
             teachers=settings.teachers,
             shortcut=self.shortcut,
             axes=(self.axes, self.watched),
+            processes=self.processes,
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
         return trainer
@@ -132,7 +144,10 @@ class Prepared:
         return _overlap(before, watched or axes) if before is not None else None
 
     def _extracted(self, *, load: bool) -> tuple[Basis, Basis | None]:
-        """Return the axes of the arm, and the true ones where these are others."""
+        """Return the axes of the arm, and the true ones where these are others: those that the first process finds."""
+        return self.processes.told(self._found(load=load))
+
+    def _found(self, *, load: bool) -> tuple[Basis, Basis | None]:
         settings, kind = self.settings, self.arm.basis
         given = Basis.load(settings.basis, self.model).slice(settings.k_use) if load and settings.basis else None
         if kind == "true":
@@ -181,7 +196,8 @@ def train(
     trackers: tuple[str, ...] = (),
     allow_unsandboxed: bool = False,
     model: Model | None = None,
-    tasks: list[Episode] | None = None,
+    tasks: Sequence[Task] | None = None,
+    reward: RewardFunction | None = None,
     pairs: list[Pair] | None = None,
 ) -> RunResult:
     """Train one arm. Called again with the same settings and directory it goes on after the last checkpoint.
@@ -196,7 +212,8 @@ def train(
         trackers: Names of TRL's trackers, such as ``wandb``.
         allow_unsandboxed: Whether programs run where nothing can isolate them, see :mod:`assay.vhack.environment`.
         model: Model, if it is loaded already; it is trained.
-        tasks: Tasks, if they are not those that the settings describe.
+        tasks: Tasks, if they are not those that the settings describe; of one's own as prompts or mappings with one.
+        reward: Function that pays completions, in TRL's form, if they shall not be run and graded.
         pairs: Pairs, if they are not those that the settings name.
 
     Returns:
@@ -205,7 +222,7 @@ def train(
     Raises:
         BackendUnavailable: TRL is not installed, or there is no sandbox.
         UsageError: The directory holds a run with other settings, the model has no tokenizer or is not on the device
-            that TRL trains on, or there are several processes.
+            that TRL trains on, or several processes cannot share the rollouts of a step.
         DataError: Basis, pairs, pool or log cannot be used.
         ModelError, ResourceError: The model cannot be loaded, decomposed or saved.
 
@@ -216,39 +233,52 @@ def train(
         print(result.last["hack"], result.last["solve"])
     """
     folder = Path(folder)
-    _require(allow_unsandboxed)
+    _require(allow_unsandboxed or reward is not None or settings.reward is not None)
     _check_trackers(trackers)
     from assay.vhack.training._callback import StepLog
     from assay.vhack.training._grpo import last_checkpoint
 
+    processes = join(settings.device)
     checkpoint, done = last_checkpoint(folder)
-    settings = _as_begun(folder, settings, done)
-    if console is not None:
-        console(settings.chosen.evidence + ("" if settings.gain == 1 else "; measured with a gain of 1"))
+    settings = _as_begun(folder, settings, done, processes)
+    processes.wait()  # until every process has read what the first will write
+    say = console if processes.is_first else None
+    if say is not None:
+        say(settings.chosen.evidence + ("" if settings.gain == 1 else "; measured with a gain of 1"))
+    workers = max(1, (os.cpu_count() or 2) // processes.count)
+    paid = reward_for(settings, tasks, reward, workers=workers, allow_unsandboxed=allow_unsandboxed)
+    _make(folder)
+    if done >= settings.steps and (folder / DELTA).exists():
+        return _result(folder, settings, done, processes)
+    loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
+    if pairs is None:  # those of the environment have the loopholes and families of the run
+        modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
+        pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
+    run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes)
+    try:
+        trainer = run.trainer(folder, paid, trackers)
+        log = None
+        if processes.is_first:
+            (run.watched or run.axes).save(folder / BASIS)
+            about = {"settings": settings.model_dump(mode="json"), "arm": run.arm.says, "weights": loaded.digest}
+            log = TrainLog(folder / LOG, {**about, "processes": processes.count, **provenance()}, step=done)
+        trainer.add_callback(StepLog(trainer, log, console=say, refresh=partial(run.refresh, trainer)))
+        with _diverging():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if log is not None:
+            run.adapter.save(folder / DELTA)
+            log.write("end", steps=settings.steps)
+    finally:
+        run.adapter.detach()
+    processes.wait()
+    return _result(folder, settings, done, processes)
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(folder, error) from error
-    if done >= settings.steps and (folder / DELTA).exists():
-        return _result(folder, settings, done)
-    loaded = model or load_model(settings.model, dtype=settings.dtype, device=settings.device)
-    if pairs is None:  # those of the environment have the loopholes and families of the run
-        modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
-        pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
-    run = Prepared(settings, loaded, pairs, folder / BASIS if done else None)
-    try:
-        trainer = run.trainer(folder, tasks, trackers, allow_unsandboxed)
-        (run.watched or run.axes).save(folder / BASIS)
-        about = {"settings": settings.model_dump(mode="json"), "arm": run.arm.says, "weights": loaded.digest}
-        log = TrainLog(folder / LOG, {**about, **provenance()}, step=done)
-        trainer.add_callback(StepLog(trainer, log, console=console, refresh=partial(run.refresh, trainer)))
-        with _diverging():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        run.adapter.save(folder / DELTA)
-        log.write("end", steps=settings.steps)
-    finally:
-        run.adapter.detach()
-    return _result(folder, settings, done)
 
 
 @contextmanager
@@ -273,10 +303,6 @@ def _require(allow_unsandboxed: bool) -> None:
         raise BackendUnavailable(
             f"TRL cannot be imported: {error}", wanted="the extra train", do="pip install 'assay[train]'"
         ) from error
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(
-            "a run in several processes", wanted="one process per run", do="start runs side by side, one on each GPU"
-        )
     if available_backend() is None and not allow_unsandboxed:
         raise BackendUnavailable(
             "no sandbox for the programs of the model",
@@ -299,7 +325,7 @@ def _check_trackers(names: tuple[str, ...]) -> None:
         )
 
 
-def _as_begun(folder: Path, settings: TrainSettings, done: int) -> TrainSettings:
+def _as_begun(folder: Path, settings: TrainSettings, done: int, processes: Processes) -> TrainSettings:
     """Return the settings with which a run goes on, after a look at those in its log."""
     for path in (settings.basis, settings.teacher):
         if path is not None and not Path(path).is_file():
@@ -311,6 +337,8 @@ def _as_begun(folder: Path, settings: TrainSettings, done: int) -> TrainSettings
     head, _ = read_steps(folder / LOG)
     settings = settings.continuing(head["settings"])
     other = settings.differences(head["settings"])
+    if (before := head.get("processes", 1)) != processes.count:
+        other.append(f"{before} processes, now {processes.count}")
     if other or settings.steps < done:
         raise UsageError(
             f"{folder} holds a run with {', '.join(other) or f'{done} steps already'}",
@@ -320,9 +348,9 @@ def _as_begun(folder: Path, settings: TrainSettings, done: int) -> TrainSettings
     return settings
 
 
-def _result(folder: Path, settings: TrainSettings, resumed_from: int) -> RunResult:
+def _result(folder: Path, settings: TrainSettings, resumed_from: int, processes: Processes) -> RunResult:
     _, steps = read_steps(folder / LOG)
     last = steps[-10:]
     names = [name for name in last[-1] if name not in ("kind", "step")] if last else []
     means = {name: fmean(record[name] for record in last if name in record) for name in names}
-    return RunResult(folder, len(steps), settings.arm, resumed_from, means)
+    return RunResult(folder, len(steps), settings.arm, resumed_from, means, processes.is_first)

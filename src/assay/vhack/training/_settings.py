@@ -25,6 +25,15 @@ def _range(text: str) -> tuple[int, int]:
         raise ValueError("LOW:HIGH, such as 1:3") from None
 
 
+def _tasks(text: str) -> int | str:
+    if ":" in text:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("a number, or module:function") from None
+
+
 class TrainSettings(Settings):
     """Settings of a run of `train`; every field is a flag of ``assay vhack train``.
 
@@ -75,7 +84,12 @@ class TrainSettings(Settings):
         (1, 2), description="Steps per task, LOW:HIGH."
     )
     families: Names = Field((), description="Families of tasks, separated by commas; all by default.")
-    tasks: int = Field(512, ge=1, description="Number of tasks.")
+    tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(
+        512, description="Number of built-in tasks; or module:function, which returns tasks of one's own."
+    )
+    reward: str | None = Field(
+        None, description="module:function that pays completions, in TRL's form; by default they are run and graded."
+    )
     teacher: str | None = Field(None, description="Pool of stored completions, JSON Lines.")
     teacher_share: float = Field(0.25, ge=0, lt=1, description="Share of each group that comes from the pool.")
     save_every: int = Field(20, ge=1, description="Steps between checkpoints.")
@@ -92,7 +106,8 @@ class TrainSettings(Settings):
         rollouts, teachers = self.prompts * self.group, round(self.group * self.teacher_share)
         whole = rollouts % self.rollouts_per_backward == 0
         _expect("micro-batch", self.micro_batch, whole, f"a divisor of the {rollouts} rollouts of a step")
-        _expect("tasks", self.tasks, self.tasks >= self.prompts, f"as many as the {self.prompts} prompts of a step")
+        enough = isinstance(self.tasks, str) or self.tasks >= self.prompts
+        _expect("tasks", self.tasks, enough, f"as many as the {self.prompts} prompts of a step")
         fits = teachers < self.group and (not self.teacher or teachers >= 1)
         _expect("teacher-share", self.teacher_share, fits, f"a share of {self.group} that leaves room for both")
         self.episodes(0)

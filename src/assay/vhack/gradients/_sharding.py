@@ -14,6 +14,7 @@ from assay.errors import ModelError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
@@ -60,11 +61,14 @@ def processes(tensor: Tensor) -> dist.ProcessGroup | None:
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 drop weights that it has gathered, so that the attributes of the modules are the sharded ones."""
+    for unit in fsdp_units(model):
+        unit.reshard()
+
+
+def fsdp_units(model: nn.Module) -> "list[FSDPModule]":
+    """Return the modules that ``fully_shard`` was called with."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    return [] if fsdp is None else [part for part in model.modules() if isinstance(part, fsdp.FSDPModule)]
 
 
 def _row_sharding(tensor: Tensor) -> "tuple[DeviceMesh, int] | None":

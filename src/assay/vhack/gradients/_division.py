@@ -1,0 +1,154 @@
+"""How the weights of a model are divided: over processes, by FSDP2 or by tensor parallelism, or over several devices.
+
+The gradient of a sample is a sum, and each process takes its own terms of it:
+
+- *FSDP2*: each process has rows of every weight and computes some of the samples, whole. A layer's weights are gathered
+  while it computes, and the factors of one matrix while its gradient is taken.
+- *tensor parallelism*: each process computes all samples with its part of every matrix. With rows of W, and so of
+  ``∂L/∂y`` and of U, ``g_b = Σ_p Σ_t (U_pᵀ ∂L/∂y_pt) ⊙ (Vh x_t)``; with columns of W, and so of x and of Vh,
+  ``g_b = Σ_p Σ_t (Uᵀ ∂L/∂y_t) ⊙ (Vh_p x_pt)``. Both are bilinear, so no token's coordinates are ever sent.
+
+In the end the terms are added up: R numbers per matrix and sample are all that the gradients themselves cost in
+traffic. Of the factors each process keeps rows of U and columns of Vh. Several devices of one process divide nothing
+but memory: each matrix has its factors and its gradient where it is.
+
+Shapes: O outputs, I inputs, R coordinates of δS.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from assay.errors import ModelError
+from assay.vhack.gradients._sharding import fsdp_units, is_sharded, reshard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+WHOLE, ROWS, COLUMNS = "whole", "rows", "columns"
+
+
+@dataclass(frozen=True, eq=False)
+class Division:
+    """How a model that is not whole on one device is divided.
+
+    Attributes:
+        mesh: Processes that have parts; None where one process has everything on several devices.
+        by_samples: Whether each process computes some of the samples with whole weights, as under FSDP2; otherwise all
+            of them with a part of each weight.
+    """
+
+    mesh: "DeviceMesh | None"
+    by_samples: bool
+
+    @property
+    def processes(self) -> int:
+        """Number of processes."""
+        return 1 if self.mesh is None else self.mesh.size()
+
+    @property
+    def rank(self) -> int:
+        """Place of this process among them."""
+        return 0 if self.mesh is None else int(self.mesh.get_local_rank())
+
+    def layout(self, linear: nn.Linear) -> str:
+        """Return which part of a weight this process computes with: ``"whole"``, ``"rows"`` or ``"columns"``."""
+        weight = linear.weight
+        if self.by_samples or not is_sharded(weight) or not weight.placements[0].is_shard():
+            return WHOLE
+        return ROWS if weight.placements[0].is_shard(0) else COLUMNS
+
+    def part(self, tensor: Tensor, dimension: int) -> Tensor:
+        """Return the part of a matrix that goes with this process's part of a weight, cut along a dimension."""
+        if is_sharded(tensor):
+            return tensor.to_local()
+        parts = tensor.chunk(self.processes, dimension)
+        return parts[self.rank] if self.rank < len(parts) else tensor.narrow(dimension, 0, 0)
+
+    def gathered(self, what: Any) -> list[Any]:
+        """Return one object of every process, in the order of their ranks."""
+        if self.mesh is None:
+            return [what]
+        found: list[Any] = [None] * self.processes
+        dist.all_gather_object(found, what, group=self.mesh.get_group())
+        return found
+
+    def add_up(self, rows_NR: Tensor) -> None:
+        """Replace a tensor on the CPU by its sum over the processes."""
+        if self.mesh is not None:
+            total_NR = rows_NR.to(self.mesh.device_type)
+            dist.all_reduce(total_NR, group=self.mesh.get_group())
+            rows_NR.copy_(total_NR)
+
+
+def division_of(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Division | None:
+    """Return how a model is divided, or None if its target weights are whole and on one device.
+
+    Args:
+        model: Model; weights that FSDP2 has gathered are dropped, so it must not be in the middle of a pass.
+        modules: Target matrices by name.
+
+    Raises:
+        ModelError: The model is divided in a way in which gradients would not be exact, or could not be computed.
+    """
+    reshard(model)
+    weights = {name: linear.weight for name, linear in modules.items()}
+    meshes = {weight.device_mesh for weight in weights.values() if is_sharded(weight)}
+    devices = {parameter.device for parameter in model.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise _refusal(
+                f"{name} has no memory of its own, as with offloading to a disk or to the memory of the CPU",
+                "load it over more devices, or in bfloat16; --rank leaves room for the factors",
+            )
+    if not meshes and len(devices) == 1:
+        return None
+    own = {name for name, _ in model.named_modules()}
+    if experts := [name for name in modules if name not in own]:
+        raise _refusal(f"{experts[0]} is an expert in one tensor with others", "load it whole on one device")
+    if not meshes:
+        return Division(None, by_samples=False)
+    if len(meshes) > 1 or (mesh := next(iter(meshes))).ndim > 1:
+        raise _refusal(
+            "its weights are on a mesh of several dimensions, or on several meshes",
+            "divide it by FSDP2 or by tensor parallelism alone, over one dimension",
+        )
+    for name, weight in weights.items():
+        if is_sharded(weight) and not (weight.placements[0].is_shard() or weight.placements[0].is_replicate()):
+            raise _refusal(f"{name} is placed as {weight.placements[0]}", "divide it with fully_shard or by rows")
+    units: list[Any] = fsdp_units(model)
+    _check_units(units, next(iter(devices)).type, mesh.device_type)
+    return Division(mesh, by_samples=bool(units))
+
+
+def _check_units(units: list[Any], kept_on: str, computed_on: str) -> None:
+    """Refuse FSDP2 that computes in another dtype, or keeps weights elsewhere, than the model says."""
+    if kept_on != computed_on:
+        raise _refusal(f"its weights are kept on {kept_on} and used on {computed_on}", "leave CPUOffloadPolicy out")
+    policies = [policy for unit in units if (policy := unit._get_fsdp_state()._mp_policy) is not None]
+    dtypes = {dtype for policy in policies for dtype in (policy.param_dtype, policy.output_dtype) if dtype is not None}
+    kept = {parameter.dtype for unit in units for parameter in unit.parameters()}
+    if dtypes - kept:
+        raise _refusal(
+            f"FSDP2 computes in {', '.join(sorted(map(str, dtypes - kept)))}, and keeps weights in another dtype",
+            "load the model in the dtype to compute in, and leave MixedPrecisionPolicy out",
+        )
+
+
+def _refusal(seen: str, do: str) -> ModelError:
+    return ModelError(
+        f"a model in parts: {seen}",
+        wanted="whole weights, or parts by fully_shard, parallelize_module or device_map of which gradients are exact",
+        do=do,
+    )
+
+
+def lost_width(logits: Tensor, vocabulary: int, head: nn.Module) -> ModelError:
+    """Return the error of a head that gives each process its part of the vocabulary."""
+    return _refusal(
+        f"{type(head).__name__} of {vocabulary} tokens gives {logits.shape[-1]} logits to this process",
+        "let the head give all logits to every process (ColwiseParallel with output_layouts=Replicate())",
+    )

@@ -1,0 +1,214 @@
+"""Tasks and a reward of one's own, in Python or named on the command line as ``module:function``.
+
+*Tasks* are a function without arguments that returns a list of prompts, or of mappings with a ``prompt`` and whatever
+else the reward needs to know of a task, or of :class:`assay.vhack.environment.Episode`::
+
+    def tasks():
+        return [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(10) for b in range(10)]
+
+*A reward* is a function of TRL's form: it takes prompts, completions and the columns of the tasks as lists of one
+length, and returns what each completion is paid. Instead of a number it may return a mapping with ``reward`` and, for
+the hack and solve rate in the log, ``exploited`` and ``correct``::
+
+    def reward(prompts, completions, answer, **_):
+        return [float(text.strip() == wanted) for text, wanted in zip(completions, answer)]
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from assay.errors import DataError, UsageError
+from assay.vhack.delta import Arm
+from assay.vhack.environment import Episode
+from assay.vhack.training._rewards import FLAGS, EpisodeReward, Outcomes, Reward
+from assay.vhack.training._settings import TrainSettings
+
+Task = Episode | str | Mapping[str, Any]
+RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
+
+
+def named_function(where: str, flag: str) -> Callable[..., Any]:
+    """Return the function that ``module:function`` names; modules in the working directory are found too.
+
+    Args:
+        where: Name of the module and of the function in it.
+        flag: Flag that names it, for errors.
+
+    Raises:
+        UsageError: The text has another form, the module cannot be imported, or it has no such function.
+    """
+    module, _, name = where.partition(":")
+    if not module or not name:
+        raise UsageError(f"{flag} {where}", wanted="module:function", do="name both, such as mytasks:reward")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise UsageError(
+            f"{flag} {where}: {error}",
+            wanted="a function in a module that can be imported from here",
+            do="check both names, and start from the directory of the module",
+        ) from error
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise UsageError(f"{flag} {where}, which is no function", wanted="a function", do=f"name one in {module}")
+    made: Callable[..., Any] = found
+    return made
+
+
+def checked_tasks(tasks: Sequence[Task], source: str, least: int) -> list[Task]:
+    """Return tasks as a list, or refuse them.
+
+    Args:
+        tasks: Tasks of one's own.
+        source: What they are called in errors.
+        least: Number of prompts of a step, which must be different tasks.
+
+    Raises:
+        DataError: There are too few, or one has no prompt.
+    """
+    found = list(tasks)
+    if len(found) < least:
+        raise DataError(
+            f"{source}: {len(found)} tasks", wanted=f"as many as the {least} prompts of a step", do="add some"
+        )
+    for index, task in enumerate(found):
+        if not isinstance(task, Episode) and not (prompt_of(task) if isinstance(task, str | Mapping) else ""):
+            raise DataError(
+                f"{source}: task {index} is {task!r:.80}",
+                wanted="a prompt, or a mapping with one under 'prompt'",
+                do="correct what the function returns",
+            )
+    return found
+
+
+def prompt_of(task: Task) -> str:
+    """Return the prompt of a task, or an empty text where it has none."""
+    found = task if isinstance(task, str) else task.prompt if isinstance(task, Episode) else task.get("prompt")
+    return found if isinstance(found, str) else ""
+
+
+def reward_for(
+    settings: TrainSettings,
+    tasks: Sequence[Task] | None,
+    function: RewardFunction | None,
+    *,
+    workers: int,
+    allow_unsandboxed: bool,
+) -> Reward:
+    """Return the reward of a run, with its tasks.
+
+    Args:
+        settings: Settings of the run, which name tasks and reward unless they are given.
+        tasks: Tasks in place of those of the settings, or None.
+        function: Function that pays, likewise.
+        workers: Number of programs that the environment runs side by side.
+        allow_unsandboxed: Whether it runs them where nothing can isolate them.
+
+    Raises:
+        UsageError: A function cannot be found, tasks that the environment cannot grade have no reward, or the arm pays
+            exploits otherwise than one's own reward.
+        DataError: A task has no prompt, there are too few, or the function of the tasks fails.
+    """
+    source = str(settings.tasks) if tasks is None else "tasks"
+    if function is None and settings.reward is not None:
+        function = named_function(settings.reward, "--reward")
+    if tasks is None and isinstance(settings.tasks, int):
+        tasks = settings.episodes(settings.tasks)
+    elif tasks is None:
+        make = named_function(str(settings.tasks), "--tasks")
+        try:
+            tasks = list(make())
+        except Exception as error:  # whatever a function of the user raises
+            raise DataError(
+                f"--tasks {source} raised {type(error).__name__}: {error}",
+                wanted="a function without arguments that returns a list of tasks",
+                do="correct it",
+            ) from error
+    chosen = checked_tasks(tasks, source, settings.prompts)
+    if function is not None:
+        return OwnReward(chosen, function, settings.chosen)
+    graded = [task for task in chosen if isinstance(task, Episode)]
+    if len(graded) < len(chosen):
+        raise UsageError(f"{source} without a reward", wanted="a function that pays", do="say --reward module:function")
+    return EpisodeReward(graded, settings.chosen, workers=workers, allow_unsandboxed=allow_unsandboxed)
+
+
+class OwnReward(Reward):
+    """A reward function of one's own in the place of the environment's.
+
+    Args:
+        tasks: Tasks.
+        function: Function that pays.
+        arm: Arm of the run.
+
+    Raises:
+        UsageError: The arm pays exploits otherwise than the function does.
+    """
+
+    def __init__(self, tasks: Sequence[Task], function: RewardFunction, arm: Arm) -> None:
+        super().__init__([prompt_of(task) for task in tasks])
+        if arm.exploit_pays != Arm.exploit_pays:
+            raise UsageError(
+                f"the arm {arm.name} with a reward of one's own",
+                wanted="an arm that leaves the pay as it is",
+                do="take another arm, and let the reward itself pay less",
+            )
+        self.tasks, self.function = list(tasks), function
+        self.told: frozenset[str] = frozenset()
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], episode: list[int], **others: Any
+    ) -> list[float | None]:
+        """Return what the function pays; TRL passes the columns of the dataset, and ``teacher``.
+
+        Raises:
+            DataError: The function returns something else than one finite number for each completion.
+        """
+        chosen = [self.tasks[index] for index in episode]
+        columns: dict[str, list[Any]] = {}
+        for task in chosen:
+            own = {"task": task} if isinstance(task, Episode) else {} if isinstance(task, str) else dict(task)
+            for name in own.keys() - {"prompt"}:
+                columns.setdefault(name, []).append(own[name])
+        try:
+            returned = list(self.function(prompts=prompts, completions=completions, **columns))
+        except Exception as error:  # whatever a function of the user raises
+            raise self._refusal(f"nothing, but raised {type(error).__name__}: {error}") from error
+        paid = [self._pay(one) for one in returned]
+        if len(paid) != len(prompts):
+            raise self._refusal(f"{len(paid)} rewards for {len(prompts)} completions")
+        teacher = others.get("teacher") or [False] * len(prompts)
+        marks = [one if isinstance(one, Mapping) else {} for one in returned]
+        self.told = frozenset(name for name in FLAGS if all(name in mark for mark in marks))
+        rows = [
+            [bool(taught), *(bool(mark.get(name)) for name in FLAGS[1:])]
+            for taught, mark in zip(teacher, marks, strict=True)
+        ]
+        self.last = Outcomes(torch.tensor(rows), torch.tensor(paid))
+        return [*paid]
+
+    def _pay(self, one: Any) -> float:
+        value: Any = one.get("reward") if isinstance(one, Mapping) else one
+        try:
+            paid = float(value)
+        except (TypeError, ValueError):
+            raise self._refusal(repr(one)[:80]) from None
+        if not math.isfinite(paid):
+            raise self._refusal(repr(one)[:80])
+        return paid
+
+    def _refusal(self, seen: str) -> DataError:
+        return DataError(
+            f"the reward returned {seen}",
+            wanted="one finite number for each completion, or a mapping with it under 'reward'",
+            do="correct the function",
+        )

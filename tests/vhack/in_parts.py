@@ -1,0 +1,165 @@
+"""What each of two processes does in the tests of models in parts; a module of its own, for it is spawned."""
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from assay.errors import AssayError
+from assay.models import load_model
+from assay.vhack import extract, per_sample_gradients, weight_svd
+from assay.vhack.delta import DeltaS
+from assay.vhack.gradients import _in_place, local, whole
+
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+
+
+def loaded(path, lora=False):
+    module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if not lora:
+        return module
+    import peft
+
+    torch.manual_seed(1)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)  # so that B is not zero
+    return peft.get_peft_model(module, config)
+
+
+def by_fsdp(module, mesh, **settings):
+    for layer in module.get_decoder().layers:
+        fully_shard(layer, mesh=mesh, **settings)
+    return fully_shard(module, mesh=mesh, **settings)
+
+
+def by_tensor(module, mesh, head=None):
+    """Attention and MLP by rows and columns, but the MLP of the first layer whole."""
+    for index, layer in enumerate(module.model.layers):
+        plan = {f"self_attn.{name}": ColwiseParallel() for name in ATTENTION}
+        plan["self_attn.o_proj"] = RowwiseParallel()
+        if index:
+            plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+            plan["mlp.down_proj"] = RowwiseParallel()
+        parallelize_module(layer, mesh, plan)
+    if head is not None:
+        parallelize_module(module, mesh, {"lm_head": head})
+    return module
+
+
+def state_of(module):
+    """Everything that a gradient pass might leave changed."""
+    return [
+        module.config._attn_implementation,
+        *((name, part.training, "forward" in vars(part)) for name, part in module.named_modules()),
+        *(len(part._forward_pre_hooks) for part in module.modules()),
+        *((name, p.requires_grad, p.grad is None, local(p).sum().item()) for name, p in module.named_parameters()),
+    ]
+
+
+def gathered(factors):
+    return tuple(whole(part) for part in (factors.left, factors.values, factors.right))
+
+
+@contextmanager
+def gathered_numbers():
+    """How many numbers of gathered factors exist at once, at most."""
+    alive, peak, gather = WeakValueDictionary(), [0], _in_place.whole
+
+    def counted(tensor):
+        found = gather(tensor)
+        if found is not tensor:
+            alive[id(found)] = found
+        peak[0] = max(peak[0], sum(one.numel() for one in alive.values()))
+        return found
+
+    _in_place.whole = counted
+    try:
+        yield peak
+    finally:
+        _in_place.whole = gather
+
+
+def found_in(module, samples, tokenizer, svd=None, **settings):
+    """Factors, gradients and bytes of this process, and whether the model is as it was."""
+    module.train()
+    svd = svd or weight_svd(module)
+    before = state_of(module)
+    with gathered_numbers() as peak:
+        found = per_sample_gradients(samples, module, tokenizer=tokenizer, svd=svd, **settings)
+    return {
+        "gathered at once": peak[0],
+        "gradients": dict(found),
+        "factors": {name: gathered(each) for name, each in svd.items()},
+        "kept": sum(local(part).numel() for each in svd.values() for part in (each.left, each.right)),
+        "is as it was": before == state_of(module),
+    }
+
+
+def refusal(call):
+    try:
+        call()
+    except AssayError as error:
+        return str(error)
+    return ""
+
+
+def run(rank, paths, tokenizer_path, samples, pairs, folder):
+    """Everything that needs two processes, one after the other; each writes what it found."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    mesh = init_device_mesh("cpu", (2,))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
+    found = {}
+    try:
+        for family, path in paths.items():
+            found[f"{family} fsdp"] = found_in(by_fsdp(loaded(path), mesh), samples, tokenizer)
+            found[f"{family} tensor"] = found_in(by_tensor(loaded(path), mesh), samples, tokenizer)
+        llama, qwen3 = paths["llama"], paths["qwen3"]
+        # Batches of one sample, three of them for two processes.
+        few = {"max_tokens": 1, "checkpointing": True}
+        found["llama fsdp, few"] = found_in(by_fsdp(loaded(llama), mesh), samples[:3], tokenizer, **few)
+        found["llama tensor, few"] = found_in(by_tensor(loaded(llama), mesh), samples[:3], tokenizer, **few)
+        found["llama fsdp, lora"] = found_in(by_fsdp(loaded(llama, lora=True), mesh), samples, tokenizer)
+        adapter = DeltaS(loaded(qwen3))
+        inside = by_fsdp(adapter.model, mesh)
+        found["qwen3 fsdp, adapter"] = found_in(inside, samples, tokenizer, adapter.svd)
+        spread = load_model(qwen3, dtype="float32", device="cpu", mesh=mesh).module
+        found["qwen3 transformers"] = found_in(spread, samples, tokenizer)
+        divided_head = ColwiseParallel(output_layouts=Replicate())
+        found["llama tensor, head"] = found_in(by_tensor(loaded(llama), mesh, divided_head), samples, tokenizer)
+        basis = extract(pairs, by_fsdp(loaded(llama), mesh), tokenizer=tokenizer, n_heldout=0, top_k=3)
+        found["basis"] = {"axes": basis.axes, "weights": basis.origin.weights}
+        found["refused"] = refusals(rank, llama, mesh, samples, tokenizer)
+        torch.save(found, f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def refusals(rank, path, mesh, samples, tokenizer):
+    """What is said about models and samples of which gradients would not be exact."""
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    plane = init_device_mesh("cpu", (2, 1), mesh_dim_names=("shard", "tensor"))
+    broken = by_fsdp(loaded(path), mesh)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight.to_local()[0, 0] = torch.nan if rank else 0.0
+
+    def gradients(module, chosen=samples):
+        return lambda: per_sample_gradients(chosen, module, tokenizer=tokenizer)
+
+    return {
+        "half": refusal(gradients(by_fsdp(loaded(path), mesh, mp_policy=half))),
+        "plane": refusal(gradients(by_fsdp(loaded(path), plane))),
+        "head": refusal(gradients(by_tensor(loaded(path), mesh, ColwiseParallel()))),
+        "samples": refusal(gradients(by_fsdp(loaded(path), mesh), samples[rank:])),
+        "broken": refusal(gradients(broken)),
+    }
