@@ -21,8 +21,7 @@ from scipy import stats as distributions
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc.protocol import block_scale
-from assay.poc.verdict import fit_machines, residuals, sequential_test
-from assay.poc.verdict._build_noise import fitter
+from assay.poc.verdict import fit_machines, fit_noise, residuals, sequential_test
 from assay.poc.verdict._calibrate import SCALED_SPREAD
 from assay.poc.verdict._machines import PAIR_SPREAD
 from assay.poc.verdict._noise import Noise
@@ -61,7 +60,7 @@ def noise_of(preset, errors_N):
     """The honest noise as a calibration of two engines has it."""
     pipeline = get_pipeline(preset)
     between = SCALED_SPREAD if pipeline.output == "distance" else PAIR_SPREAD
-    fitted = fit_machines({(0, 1): errors_N}, ("", ""), fitter(pipeline), between_blocks=between)
+    fitted = fit_machines({(0, 1): errors_N}, ("", ""), partial(fit_noise, pipeline), between_blocks=between)
     return Noise(fitted.law, "one block", fitted.known)
 
 

@@ -25,6 +25,7 @@ from tests.poc.validator.conftest import API
 from tests.poc.validator.senders import ValidatorServer, dumps, flood, keys_of, made_up, request_of, write_network
 
 WANTED = 2000  # callbacks a second
+LONGEST = 600  # seconds in which a round must be prepared, and again in which it must be answered
 
 
 def sender(port, keys, first, count, nonces, connections, ready, go, results):
@@ -51,16 +52,17 @@ def measured(port, process, keys, chosen, first):
         context.Process(
             target=sender,
             args=(port, keys, first + i * each, each, chosen.nonces, chosen.connections, ready, go, results),
+            daemon=True,
         )
         for i in range(chosen.senders)
     ]
     for child in children:
         child.start()
-    for _ in children:
-        ready.acquire()
+    if not all(ready.acquire(timeout=LONGEST) for _ in children):
+        raise TimeoutError(f"a sender was not ready in {LONGEST} s")
     before, begun = process.cpu_times(), time.perf_counter()
     go.set()
-    found = [results.get() for _ in children]
+    found = [results.get(timeout=LONGEST) for _ in children]  # a sender that died answers never
     seconds, after = time.perf_counter() - begun, process.cpu_times()
     for child in children:
         child.join()

@@ -46,9 +46,9 @@ class AssayError(Exception):
     """Base of all errors that assay raises on purpose.
 
     Args:
-        seen: what was found, with the offending value.
-        wanted: what would have been right.
-        do: the next action for the person who reads it.
+        seen: Fault that was found, with the offending value.
+        wanted: Description of what would have been right.
+        do: Next action for the person who reads it.
     """
 
     def __init__(self, seen: str, *, wanted: str, do: str) -> None:

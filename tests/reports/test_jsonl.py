@@ -55,6 +55,7 @@ BAD_LINES = {
     "infinity": '{"x":-Infinity}',
     "too large": '{"x":1e999}',
     "twice": '{"x":1,"y":2,"x":3}',
+    "twice among many": "{" + "".join(f'"{n}":0,' for n in range(200_000)) + '"199999":1}',
     "nested twice": '{"a":{"x":1,"x":1}}',
     "list": "[1]",
     "number": "7",

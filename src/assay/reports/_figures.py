@@ -65,9 +65,7 @@ def histogram_over_density(
     pdf: Callable[[npt.NDArray[np.float64]], npt.ArrayLike],
     *,
     bins: int | None = None,
-    label: str = "measured",
     density_label: str = "expected",
-    colour: str = SERIES[0],
 ) -> None:
     """Draw measured values as bars of unit area, over the density they should follow as a line.
 
@@ -76,19 +74,26 @@ def histogram_over_density(
         samples: Finite values, [N].
         pdf: Density of a value, per unit of the x axis.
         bins: Number of bars over the range of the samples, by default 2·N^(1/3) (Rice's rule).
-        label: Name of the bars.
         density_label: Name of the line.
-        colour: Colour of the bars, one of :data:`SERIES`.
 
     Raises:
-        UsageError: no samples, or one that is not finite.
+        UsageError: No samples, or one that is not finite.
     """
     values_N = np.asarray(samples, dtype=np.float64).ravel()
     if not values_N.size or not np.isfinite(values_N).all():
         raise UsageError(f"{values_N.size} samples", wanted="at least one, all finite", do="drop the missing values")
     count = bins or min(max(8, round(2 * values_N.size ** (1 / 3))), 120)
     # One outline instead of single bars leaves no seams where they meet.
-    ax.hist(values_N, count, density=True, histtype="stepfilled", color=colour, alpha=0.45, linewidth=0, label=label)
+    ax.hist(
+        values_N,
+        count,
+        density=True,
+        histtype="stepfilled",
+        color=SERIES[0],
+        alpha=0.45,
+        linewidth=0,
+        label="measured",
+    )
     low, high = ax.get_xlim()
     x_N = np.linspace(low, high, 400)
     ax.plot(x_N, np.asarray(pdf(x_N)), color=INK, linewidth=1.3, label=density_label)
@@ -117,25 +122,22 @@ def heatmap(
     rows: Sequence[str],
     columns: Sequence[str],
     *,
-    limit: float | None = None,
     label: str = "",
 ) -> None:
     """Draw a matrix as tinted cells with a scale beside it.
 
-    Positive values have the first colour, negative ones the second.
-
-    Strength is opacity, so zero is the colour of the page in light and in dark. A missing value (NaN) is left empty.
+    Positive values have the first colour, negative ones the second. Strength is opacity, so zero is the colour of the
+    page in light and in dark. A missing value (NaN) is left empty.
 
     Args:
         ax: Axes to draw on.
         matrix: Values, [R, C].
         rows: Labels, R of them.
         columns: Labels, C of them.
-        limit: Magnitude drawn at full strength; by default the largest one.
         label: Name of the scale.
 
     Raises:
-        UsageError: labels and matrix do not fit together.
+        UsageError: Labels and matrix do not fit together.
     """
     values_RC = np.asarray(matrix, dtype=np.float64)
     if values_RC.shape != (len(rows), len(columns)) or not values_RC.size:
@@ -144,7 +146,7 @@ def heatmap(
             wanted="one label per row and per column, at least one of each",
             do="pass the labels in the order of the matrix",
         )
-    largest = float(np.nanmax(np.abs(values_RC), initial=0.0)) if limit is None else limit
+    largest = float(np.nanmax(np.abs(values_RC), initial=0.0))
     _cells(ax, values_RC, largest)
     ax.invert_yaxis()
     ax.grid(visible=False)

@@ -31,8 +31,8 @@ class Badge:
     """A verdict in a table or paragraph: a word with a mark and a colour.
 
     Attributes:
-        text: the word, such as ``honest``.
-        kind: ``pass``, ``fail`` or ``undecided``.
+        text: Word, such as ``honest``.
+        kind: One of ``pass``, ``fail`` or ``undecided``.
     """
 
     text: str
@@ -48,10 +48,10 @@ class Report:
     The page holds no time and no random name: the same content gives the same bytes.
 
     Args:
-        title: heading of the page.
-        subtitle: one sentence below it.
-        command: the command that makes this report, shown in the footer.
-        origin: what the footer says of versions and machine; by default `provenance`.
+        title: Heading of the page.
+        subtitle: Sentence below it.
+        command: Command that makes this report, shown in the footer.
+        origin: Versions and machine that the footer names; by default those of `provenance`.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Report:
         """Write the page, complete or not at all.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: It cannot be written.
         """
         write_atomic(path, self.render())
 

@@ -26,12 +26,11 @@ JsonObject = dict[str, Any]
 def dumps(value: object) -> str:
     """Return one line of JSON: keys in the order given, no spaces, shortest floats that read back to the same bits.
 
-    It is not json.dumps with other options: there is one form, and what strict JSON cannot hold is refused.
-
-    Numpy scalars are written as the Python number of the same value.
+    It is not json.dumps with other options: there is one form, and what strict JSON cannot hold is refused. Numpy
+    scalars are written as the Python number of the same value.
 
     Raises:
-        UsageError: the value holds NaN, an infinity, an unpaired surrogate or something JSON has no form for.
+        UsageError: The value holds NaN, an infinity, an unpaired surrogate or something JSON has no form for.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_python_number)
@@ -55,17 +54,17 @@ def loads(text: str | bytes, source: str) -> JsonObject:
     """Return the object that strict JSON text holds. Unlike json.loads it needs the source of the text, for errors.
 
     Args:
-        text: the JSON, UTF-8 when given as bytes.
-        source: where it comes from, for the error, such as ``proof.jsonl, line 3``.
+        text: JSON, in UTF-8 when given as bytes.
+        source: Name of its origin, for the error, such as ``proof.jsonl, line 3``.
 
     Raises:
-        DataError: not UTF-8, not strict JSON, or not an object.
+        DataError: Not UTF-8, not strict JSON, or not an object.
     """
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
         if decoded.startswith("\ufeff"):
             raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
-        value = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(decoded, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_finite)
         if "\\u" in decoded:
             json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate has no UTF-8 form
     except UnicodeDecodeError as error:
@@ -81,11 +80,17 @@ def _bad(source: str, reason: str) -> DataError:
     return DataError(f"{source}: {reason}", wanted="a JSON object", do="repair or remove it, or write the file again")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+def unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
+    """Return the object of these pairs, as an ``object_pairs_hook`` of :func:`json.loads`.
+
+    Raises:
+        ValueError: A key is given twice; names it.
+    """
+    found: JsonObject = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r:.60} is given twice")
+        found[key] = value
     return found
 
 
@@ -104,7 +109,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, JsonObject]]:
     """Yield the objects of a JSON Lines file with their line numbers, counted from 1, read one line at a time.
 
     Raises:
-        DataError: the file cannot be read, or a line is empty, too long or not a strict JSON object; names the line.
+        DataError: The file cannot be read, or a line is empty, too long or not a strict JSON object; names the line.
     """
     for number, line in read_lines(path):
         yield number, loads(line, f"{path}, line {number}")
@@ -114,7 +119,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file as they are, line ends included, with their numbers, counted from 1.
 
     Raises:
-        DataError: the file cannot be read, or a line is too long.
+        DataError: The file cannot be read, or a line is too long.
     """
     path = Path(path)
     try:
@@ -133,7 +138,7 @@ def read_json(path: str | Path) -> JsonObject:
     """Return the one object of a JSON file, read strictly.
 
     Raises:
-        DataError: the file cannot be read, is larger than 64 MiB or is not a strict JSON object.
+        DataError: The file cannot be read, is larger than 64 MiB or is not a strict JSON object.
     """
     return loads(read_whole(path, LONGEST_LINE), str(path))
 
@@ -146,7 +151,7 @@ def read_whole(path: str | Path, longest: int) -> bytes:
         longest: Number of bytes of the largest file that is read.
 
     Raises:
-        DataError: the file cannot be read, is larger, or is a pipe or a device.
+        DataError: The file cannot be read, is larger, or is a pipe or a device.
     """
     path = Path(path)
     try:

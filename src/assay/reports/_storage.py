@@ -106,7 +106,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a whole file, replacing an older one in one step; on failure the older one is untouched.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: It cannot be written.
     """
     path = Path(path)
     _refuse_directory(path)
@@ -126,8 +126,8 @@ def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
     """Write a whole JSON Lines file, one record per line, as :func:`write_atomic` writes.
 
     Raises:
-        UsageError: a record is not JSON.
-        StorageError: it cannot be written.
+        UsageError: A record is not JSON.
+        StorageError: It cannot be written.
     """
     write_atomic(path, "".join(dumps(record) + "\n" for record in records))
 
@@ -144,12 +144,12 @@ class PartialFile:
             file.commit()
 
     Args:
-        path: the final name.
-        overwrite: allow replacing a file that has the final name already.
+        path: Final name.
+        overwrite: Whether a file that has the final name already may be replaced.
 
     Raises:
-        UsageError: the final file exists and ``overwrite`` is not set.
-        StorageError: the partial file cannot be opened, or another writer holds it.
+        UsageError: The final file exists and ``overwrite`` is not set.
+        StorageError: The partial file cannot be opened, or another writer holds it.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -189,7 +189,7 @@ class PartialFile:
         after it, are lost: a crash tears the end of a file.
 
         Raises:
-            StorageError: the partial file cannot be read or cut.
+            StorageError: The partial file cannot be read or cut.
         """
         lines: list[str] = []
         size = 0
@@ -209,7 +209,7 @@ class PartialFile:
         """Drop what an earlier writer left.
 
         Raises:
-            StorageError: the partial file cannot be cut.
+            StorageError: The partial file cannot be cut.
         """
         with _storing(self.partial):
             self._file.truncate(0)
@@ -225,8 +225,8 @@ class PartialFile:
         """Write a batch of lines (canonical JSON without line ends) in one go.
 
         Raises:
-            UsageError: a line has a line break, or an earlier partial file was neither recovered nor dropped.
-            StorageError: the lines cannot be written; those that were stay in the partial file.
+            UsageError: A line has a line break, or an earlier partial file was neither recovered nor dropped.
+            StorageError: The lines cannot be written; those that were stay in the partial file.
         """
         batch = list(lines)
         if not self._recovered:
@@ -244,8 +244,8 @@ class PartialFile:
         """Put all lines on disk and give the file its final name, in one step; nothing can be appended after.
 
         Raises:
-            UsageError: a file of the final name has appeared meanwhile and ``overwrite`` is not set.
-            StorageError: the file cannot be stored under its name; the partial file stays.
+            UsageError: A file of the final name has appeared meanwhile and ``overwrite`` is not set.
+            StorageError: The file cannot be stored under its name; the partial file stays.
         """
         _refuse_existing(self.path, self._overwrite)
         with _storing(self.path):

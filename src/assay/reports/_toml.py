@@ -14,7 +14,7 @@ def read_toml(path: str | Path) -> JsonObject:
     """Return the tables of a TOML file.
 
     Raises:
-        DataError: the file cannot be read, is larger than 4 MiB, is not UTF-8 or is not TOML.
+        DataError: The file cannot be read, is larger than 4 MiB, is not UTF-8 or is not TOML.
     """
     try:
         return tomllib.loads(read_whole(path, LONGEST_FILE).decode())

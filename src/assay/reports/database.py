@@ -108,7 +108,7 @@ class Database:
         """Open a transaction that is on disk when the block ends, or has changed nothing.
 
         Raises:
-            StorageError: there is no room, or the file cannot be written.
+            StorageError: There is no room, or the file cannot be written.
         """
         # SQLite lets waiting writers poll; this lock is fair among the threads of this process.
         with self._storing(), self._writing, self._writer.begin() as connection:

@@ -333,7 +333,7 @@ def _check_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> Non
         raise UsageError(
             f"alpha {alpha}, beta {beta}, effect {effect}",
             wanted="alpha and beta in (0, 1), effect above 1",
-            do="use the defaults 1e-3, 1e-2 and 4",
+            do="use 1e-3, 1e-2, and an effect of 4 for distances or 2 for vectors",
         )
     if law.junk_multiple <= effect:
         raise UsageError(

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -70,6 +71,21 @@ def test_a_stream_sends_snapshots_and_ends_with_the_service(service):
         assert head == "event: snapshot"
         assert json.loads(data.removeprefix("data: "))["schema"] == "assay.poc.snapshot/1"
     assert end is None
+
+
+def test_snapshots_go_on_after_an_error_that_nobody_thought_of(service, monkeypatch):
+    monkeypatch.setattr("assay.poc.service.http._lifespan.PAUSE", 0.0)
+    counts, failed = service.controller.outbox.counts, []
+
+    def failing() -> dict[str, int]:
+        if not failed:
+            failed.append(time.time())
+            raise LookupError("nobody thought of this")
+        return counts()
+
+    monkeypatch.setattr(service.controller.outbox, "counts", failing)
+    until(lambda: failed)
+    until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["time"] > failed[0])
 
 
 def test_streams_are_bounded(serving):

@@ -1,6 +1,7 @@
 """Artifact rounds and jobs: queue, polling, waiting, cancelling, checking."""
 
 import json
+import sqlite3
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -124,6 +125,17 @@ def test_a_job_that_runs_is_done_again_after_a_restart(service):
     service.restart()
     until(lambda: finished(service, queued["request_id"]))
     assert len(finished(service, queued["request_id"])["artifacts"]) == 5
+
+
+def test_a_job_that_another_version_stored_fails_by_name_and_the_next_one_runs(service):
+    service.post("/init/generate", ROUND)  # jobs wait for it
+    old, new = service.post("/generate", JOB), service.post("/generate", JOB | {"nonces": [9]})
+    with sqlite3.connect(next(service.controller.settings.data_dir.glob("*.sqlite3"))) as database:
+        database.execute("UPDATE jobs SET request = '{}' WHERE id = ?", [old["request_id"]])
+    service.post("/stop")
+    until(lambda: finished(service, new["request_id"]))
+    assert "stored by another version" in finished(service, old["request_id"])["error"]
+    assert finished(service, new["request_id"])["status"] == "completed"
 
 
 def test_a_job_whose_engine_ends_with_the_service_is_done_again_after_the_next_start(service):

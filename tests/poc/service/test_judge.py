@@ -7,7 +7,7 @@ import pytest
 from assay import stats
 from assay.errors import CalibrationError
 from assay.poc import Calibration
-from assay.poc.service.runtime._validation import load_with
+from assay.poc.service.runtime._noise import check_calibration
 from assay.poc.verdict import BuildNoise, MachineNoise, default_noise, sequential_test
 from assay.poc.verdict._build_noise import machines_of
 from assay.poc.verdict._machines import Sizes
@@ -93,8 +93,8 @@ def test_the_calibration_that_the_pins_name_is_used(serving, rig, tmp_path, pres
 @pytest.mark.parametrize("digest", ["1" * 64, None])
 def test_a_calibration_of_another_model_is_refused(rig, digest):
     with pytest.raises(CalibrationError, match="a calibration of a checkpoint"):
-        load_with(calibration(rig, digest), rig.deployment)
-    assert load_with(calibration(rig, "0" * 64), rig.deployment).reference == "fake"
+        check_calibration(calibration(rig, digest), rig.deployment())
+    check_calibration(calibration(rig, "0" * 64), rig.deployment())
 
 
 def calibration(rig, digest: str | None) -> Calibration:

@@ -474,9 +474,9 @@ def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
     assert times[1] == times[2] == times[3]
 
 
-def test_bytes_that_wait_are_bounded(held):
+def test_bytes_that_wait_are_bounded(held, monkeypatch):
     keeper, go = held
-    keeper._group._most_bytes = 2000
+    monkeypatch.setattr("assay.poc.service.store._group.MOST_BYTES", 2000)
 
     async def scenario() -> list[object]:
         sink = keeper.sink(header())

@@ -111,7 +111,7 @@ def test_what_a_node_found_is_pulled_once_and_judged(polling, node):
         state = running.node("node_A")
         assert state["claimed"] == len(node.found)
         assert state["messages"] == -(-len(node.found) // 7)
-    path, query, key = node.asked[-1]
+    path, query, key = [each for each in node.asked if "after" in each[1]][-1]  # the end may cut a poll in two
     assert (path, key) == (f"{PREFIX}/status", f"Bearer {READ_KEY}")
     assert query["after"] == [str(node.found[-1][0])]
 

@@ -57,7 +57,7 @@ def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, 
 def test_a_calibration_of_another_model_or_preset_is_refused(proof: Proof, small_model, round_):
     """The noise of one model gives cheaters on a quieter one room: the two are told apart by their digests."""
     measured = calibrate(proof, proof)
-    assert (measured.digest, measured.presets) == (small_model.digest, ("poc-2.0",))
+    assert (measured.builds[0].digest, measured.builds[0].preset) == (small_model.digest, "poc-2.0")
     with pytest.raises(CalibrationError, match="another checkpoint than the proof's"):
         verify(proof, small_model, calibration=changed(measured, digest="0" * 64))
     artifact = prove(small_model, replace(round_, preset="permutation"), range(40), batch_size=8)

@@ -5,17 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from assay.poc.verdict import Life, Noise, convicted_after, sequential_test
-from assay.poc.verdict._life import EPOCH, weight
-from assay.stats import LogNoise, ScaleNoise, Spread
+from assay.poc.verdict import EPOCH, Life, Noise, sequential_test, share_of_test
+from assay.stats import LogNoise, Spread
 from tests.poc.verdict.ledgers import NOISE, OTHER, honest
 
-SCALE = Noise(ScaleNoise(1e-4), "distances")
 PLAIN = Noise(LogNoise(-3.0, 0.5, 12), "vectors")
 
 
 def test_the_shares_of_all_tests_sum_to_one():
-    assert math.fsum(weight(number) for number in range(1, 100_000)) == pytest.approx(1, abs=1e-5)
+    assert math.fsum(share_of_test(number) for number in range(1, 100_000)) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_young_life_is_one_test_at_its_share():
@@ -24,8 +22,8 @@ def test_a_young_life_is_one_test_at_its_share():
     alone = sequential_test(NOISE).update(values).result
     found = life.evidence
     assert (found.n, found.tests) == (200, 1)
-    assert found.log_e_max == pytest.approx(math.log(weight(1)) + alone.log_e_max)
-    assert found.log_evidence_honest == pytest.approx(math.log(weight(1)) + alone.log_evidence_honest)
+    assert found.log_e_max == pytest.approx(math.log(share_of_test(1)) + alone.log_e_max)
+    assert found.log_evidence_honest == pytest.approx(math.log(share_of_test(1)) + alone.log_evidence_honest)
 
 
 def test_an_honest_past_does_not_protect_a_cheat():
@@ -69,24 +67,6 @@ def test_a_law_that_comes_back_continues_its_test():
 def test_a_missing_value_counts_as_the_worst_one():
     life = Life(alpha=1e-3, beta=1e-2).update(NOISE, [math.nan] * 12)
     assert life.evidence.verdict == "fraud"
-
-
-@pytest.mark.parametrize("noise", [PLAIN, SCALE], ids=["vectors", "distances"])
-def test_many_lives_at_once_are_the_same_lives(noise):
-    rng = np.random.default_rng(1)
-    shape = (12, 2 * EPOCH + 320)
-    factor_R1 = np.geomspace(0.5, 1.3, shape[0])[:, None]
-    values_RC = noise.size * factor_R1 * np.exp(0.4 * rng.standard_normal(shape))
-    values_RC[:, EPOCH + 64 :] *= 1.2
-    audit = 160
-    at_once_RC = convicted_after(noise, values_RC, alpha=0.01, audit=audit)
-    for row, values_C in enumerate(values_RC):
-        life = Life(alpha=0.01, beta=0.01)
-        audits = [values_C[start : start + audit] for start in range(0, shape[1], audit)]
-        convicted = [life.update(noise, part).evidence.verdict == "fraud" for part in audits]
-        ends = np.minimum(np.arange(1, len(convicted) + 1) * audit, shape[1]) - 1
-        assert at_once_RC[row, ends].tolist() == convicted
-    assert 0 < at_once_RC[:, -1].sum() < shape[0]
 
 
 def drawn(law: LogNoise, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

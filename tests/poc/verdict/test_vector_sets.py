@@ -100,6 +100,15 @@ def test_hostile_files_are_refused_in_three_parts(tmp_path: Path, content: bytes
     assert refused.value.do
 
 
+def test_a_file_without_an_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "sets.jsonl"
+    path.write_bytes(changed() + b"\n" + changed(set="another"))
+    assert len(read_vector_sets(path)) == 2
+    monkeypatch.setattr("assay.poc.verdict._vector_sets.LARGEST_CONTENT", len(changed()))
+    with pytest.raises(DataError, match="longer than"):
+        read_vector_sets(path)
+
+
 def test_hostile_gzip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "sets.jsonl.gz"
     good = gzip.compress(changed())

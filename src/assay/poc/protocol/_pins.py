@@ -9,8 +9,8 @@ from assay import streams
 from assay.errors import ProofMismatch, UsageError
 from assay.poc.protocol._build import FORMATS, Build, described
 from assay.poc.protocol._pipelines import get_pipeline
-from assay.poc.protocol._record import Header
-from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
+from assay.poc.protocol._record import Fingerprint, Header
+from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round, check_number
 
 FEWEST_NONCES = 32  # of the smallest proof that is accepted without a pinned set of nonces
 LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
@@ -83,13 +83,8 @@ class Pins:
                 wanted="the SHA-256 of a checkpoint: 64 digits in small hexadecimal letters",
                 do="`assay poc pins new --model MODEL` writes that of a checkpoint",
             )
-        fewest = self.fewest_nonces
-        if fewest is not None and (type(fewest) is not int or not 1 <= fewest <= MAX_COUNT):
-            raise UsageError(
-                f"fewest_nonces {fewest!r:.40}",
-                wanted=f"a whole number in [1, {MAX_COUNT}]",
-                do="correct fewest_nonces",
-            )
+        if self.fewest_nonces is not None:
+            check_number("fewest_nonces", self.fewest_nonces, 1, MAX_COUNT)
         if self.builds is not None and not self.builds:
             raise UsageError("no build at all", wanted="at least one", do="leave builds out to allow any")
 
@@ -109,6 +104,11 @@ class Pins:
         if self.prover_dtype is not None:
             return (self.prover_dtype,)
         return tuple(dict.fromkeys(dtype for build in self.builds or () for dtype in build.dtype))
+
+    def build_of(self, fingerprint: Fingerprint) -> str:
+        """Return the name of the pinned build that an engine is, or its number format where none is pinned."""
+        names = (build.name for build in self.builds or () if not build.differing(fingerprint))
+        return next(filter(None, names), fingerprint.dtype)
 
     def joined(self, other: "Pins", source: str) -> "Pins":
         """Return the pins of both, which must agree where both have a value.

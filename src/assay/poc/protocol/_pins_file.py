@@ -83,7 +83,7 @@ class NetworkPins(Table):
         if (asked.r_target is None) is (pipeline.output == "distance"):
             raise UsageError(
                 f"round.r_target {asked.r_target} with preset {pipeline.name}",
-                wanted="a distance" if asked.r_target is None else "none: vectors have no target",
+                wanted="a distance" if asked.r_target is None else "none: only distances have a target",
                 do="correct one of the two",
             )
         shared = (name for name in RoundPins.model_fields if name not in ("nonces", "node_count"))

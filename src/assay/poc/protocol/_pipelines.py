@@ -95,6 +95,11 @@ class Pipeline:
         return next((step.count for step in self.hidden if step.name in ("pick", "project")), 0)
 
     @property
+    def vector_count(self) -> int:
+        """Number of published vectors of a nonce: a sketch of every 32nd token, or one."""
+        return len(sketch_steps(self.steps)) or 1
+
+    @property
     def noise(self) -> str:
         """Family of honest noise: a law that was measured in one family does not hold in another."""
         if self.output == "tokens":
@@ -109,7 +114,7 @@ class Pipeline:
     def output_size(self, hidden_size: int, vocab_size: int) -> int:
         """Return the dimension of the space in which the distance is measured."""
         if self.output != "distance":
-            return self.vector_size * len(sketch_steps(self.steps) or (1,))
+            return self.vector_size * self.vector_count
         return {"none": hidden_size, "trained": vocab_size, "random": RANDOM_HEAD_ROWS}[self.head]
 
     def as_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from assay.errors import AssayError, ProofFormatError
-from assay.poc.protocol._pipelines import get_pipeline, sketch_steps
+from assay.poc.protocol._pipelines import get_pipeline
 from assay.poc.protocol._record import (
     KIND,
     SCHEMA,
@@ -158,6 +158,9 @@ def parse_header(line: Any) -> Header:
         raise malformed(f"kind {line['kind']!r}, schema {line['schema']!r}", f"kind {KIND!r}, schema {SCHEMA}")
     check_fields(line["round"], set(Round.__dataclass_fields__), "the round")
     fingerprint = parse_model(line["model"], line["fingerprint"])
+    for name, value in (line["model"] | line["fingerprint"]).items():
+        if not str(value).isprintable():  # the prover wrote it, and messages show it on a terminal
+            raise malformed(f"{name} is {value!r:.60}", "printable characters")
     try:
         round = Round(**line["round"])
         pipeline = get_pipeline(round.preset)
@@ -205,9 +208,8 @@ def parse_record(line: Any, header: Header, nonce: int) -> Record:
         return VectorRecord(nonce, decode_vector(line["vector"], pipeline.vector_size))
     if pipeline.output == "tokens":
         tokens = decode_tokens(line["tokens"], pipeline.steps)
-        rows = len(sketch_steps(pipeline.steps))
-        sketches = decode_vector(line["sketches"], rows * pipeline.vector_size)
-        return TokenRecord(nonce, tokens, sketches.reshape(rows, -1))
+        sketches = decode_vector(line["sketches"], pipeline.vector_count * pipeline.vector_size)
+        return TokenRecord(nonce, tokens, sketches.reshape(pipeline.vector_count, -1))
     distance = line["distance"]
     if type(distance) not in (int, float) or not is_distance(distance):
         raise malformed(f"distance {distance!r}", "a number in [0, 2]")
@@ -222,9 +224,11 @@ def _parse_runs(runs: Any, round: Round) -> tuple[tuple[int, int, int], ...]:
         raise malformed("nonces that are not runs", "a list of [first, end, step] in whole numbers")
     last = -1
     for first, end, step in runs:
-        if not (last < first < end and step >= 1 and end - step <= MAX_NONCE):
+        if not (last < first < end and step >= 1):
             raise malformed(f"run {[first, end, step]}", "runs that ascend without doubles")
         last = range(first, end, step)[-1]
+        if last > MAX_NONCE:
+            raise malformed(f"nonce {last}", f"nonces up to {MAX_NONCE}")
         if first % round.node_count != round.node_id or (last > first and step % round.node_count):
             raise malformed(f"run {[first, end, step]}", f"nonces of node {round.node_id} of {round.node_count}")
     count = sum(len(range(*run)) for run in runs)

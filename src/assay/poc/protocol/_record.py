@@ -21,7 +21,7 @@ from scipy import stats as distributions
 
 from assay import streams
 from assay.errors import ProofFormatError, ProofMismatch
-from assay.poc.protocol._pipelines import Pipeline, sketch_steps
+from assay.poc.protocol._pipelines import Pipeline
 from assay.poc.protocol._round import Round
 from assay.reports import dumps
 
@@ -79,8 +79,8 @@ class Fingerprint:
         """Return the fingerprint that :meth:`as_dict` wrote.
 
         Raises:
-            KeyError: the library is missing.
-            TypeError: another field is missing or unknown.
+            KeyError: The library is missing.
+            TypeError: Another field is missing or unknown.
         """
         library, *kernels = values["library"].split(SEPARATOR)
         return cls(**{**values, "library": library}, kernels=tuple(kernels))
@@ -140,12 +140,12 @@ class Header:
 
     def claims(self) -> dict[str, Any]:
         """Return everything that the prover chose and a validator can pin, by the names of :class:`Pins`."""
-        of_model = {"digest": self.digest, "weights": self.weights}
-        of_engine = {"prover_dtype": self.fingerprint.dtype, "builds": self.fingerprint}
         return {
             **self.round.as_dict(),
-            **of_model,
-            **of_engine,
+            "digest": self.digest,
+            "weights": self.weights,
+            "prover_dtype": self.fingerprint.dtype,
+            "builds": self.fingerprint,
             "nonces": self.nonces,
             "fewest_nonces": self.count,
         }
@@ -309,7 +309,7 @@ def unpack(nonce: int, text: object, pipeline: Pipeline) -> Record:
 
 def packed_size(pipeline: Pipeline) -> int:
     """Return the number of bytes that :func:`pack` makes of a record; 0 where a distance is published."""
-    return 4 * pipeline.steps + 2 * pipeline.vector_size * len(sketch_steps(pipeline.steps) or (1,))
+    return 4 * pipeline.steps + 2 * pipeline.vector_size * pipeline.vector_count
 
 
 def received(nonce: int, text: object, pipeline: Pipeline) -> Record:
@@ -317,7 +317,7 @@ def received(nonce: int, text: object, pipeline: Pipeline) -> Record:
     try:
         return unpack(nonce, text, pipeline)
     except ProofFormatError:
-        nothing = np.full((len(sketch_steps(pipeline.steps) or (1,)), pipeline.vector_size), np.nan, dtype=np.float16)
+        nothing = np.full((pipeline.vector_count, pipeline.vector_size), np.nan, dtype=np.float16)
         if pipeline.output == "vector":
             return VectorRecord(nonce, nothing[0])
         return TokenRecord(nonce, np.zeros(pipeline.steps, dtype=np.uint32), nothing)

@@ -9,7 +9,7 @@ from typing import Literal
 import structlog
 
 
-def configure_logs(form: Literal["console", "json"], level: str = "info") -> None:
+def configure_logs(form: Literal["console", "json"]) -> None:
     """Send the logs of the service and of its libraries to stderr."""
     last: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
@@ -23,7 +23,7 @@ def configure_logs(form: Literal["console", "json"], level: str = "info") -> Non
             structlog.processors.format_exc_info,
             last,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=structlog.make_filtering_bound_logger("info"),
         logger_factory=lambda *names: _Stderr(),
         cache_logger_on_first_use=False,
     )
@@ -33,7 +33,7 @@ def configure_logs(form: Literal["console", "json"], level: str = "info") -> Non
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
-class Budget:
+class LogBudget:
     """Lets a client cause only so many lines of the log per minute."""
 
     def __init__(self, lines: int = 60) -> None:

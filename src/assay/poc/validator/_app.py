@@ -23,11 +23,13 @@ from assay.poc.service.http import (
     LocalOnly,
     Refusal,
     Scope,
+    check_host,
     guarded,
     is_loopback,
     needs,
     not_found,
     run_app,
+    running,
 )
 from assay.poc.service.runtime import CONTENT_TYPE, Deployment
 from assay.poc.validator._controller import Controller
@@ -62,7 +64,7 @@ def create_app(controller: Controller) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _running(controller, feed):
+        async with running(controller, feed.refresh, feed.run, Poller(controller).run):
             yield
 
     app = FastAPI(
@@ -84,21 +86,6 @@ def create_app(controller: Controller) -> FastAPI:
     if not service.has_keys:
         app.add_middleware(LocalOnly)
     return app
-
-
-@asynccontextmanager
-async def _running(controller: Controller, feed: "_Feed") -> AsyncIterator[None]:
-    await asyncio.to_thread(controller.start)
-    await feed.refresh()
-    tasks = [asyncio.create_task(feed.run()), asyncio.create_task(Poller(controller).run())]
-    try:
-        yield
-    finally:
-        controller.closing.set()
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        await asyncio.to_thread(controller.close)
 
 
 class _Feed:
@@ -275,12 +262,7 @@ def validate(
         DataError: The pins or the nodes file is wrong.
         ModelError: The model cannot be loaded.
     """
-    if not is_loopback(host) and not service.has_keys:
-        raise UsageError(
-            f"--host {host} without a key",
-            wanted="an API key where others reach the port",
-            do="pass --api-key-file, set ASSAY_API_KEY, or leave --host out",
-        )
+    check_host(host, service)
     controller = Controller(load, settings, service, reference=reference)
     if not is_loopback(host) and controller.registry.is_open:
         controller.close()
@@ -290,5 +272,3 @@ def validate(
             do="pass --callback-secret, or give each node its secrets in the file of --nodes",
         )
     run_app(create_app(controller), service, host=host, port=port, controller=controller)
-    if controller.loaded.done():
-        controller.loaded.result()

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 
 import structlog
 
@@ -12,6 +13,7 @@ from assay._version import __version__
 from assay.errors import AssayError, UsageError
 from assay.poc.protocol import Build, Round
 from assay.poc.service import Settings
+from assay.poc.service.http import reason_of
 from assay.poc.service.runtime import Deployment
 from assay.poc.validator._budget import verdict_of
 from assay.poc.validator._inbox import Inbox
@@ -59,9 +61,11 @@ class Controller:
         self._read_at = self._modified()
         self.registry = self._read()
         """Pins and nodes of now."""
-        self.inbox = Inbox(service.data_dir, epoch_seconds=settings.epoch)
-        try:
+        with ExitStack() as opened:
+            self.inbox = Inbox(service.data_dir, epoch_seconds=settings.epoch)
+            opened.callback(self.inbox.close)
             self.ledger = Ledger(service.data_dir / LEDGER, alpha=service.alpha, beta=service.beta)
+            opened.callback(self.ledger.close)
             self._blocks = self.inbox.blocks(settings.open_blocks)
             self.writer = Writer(self.inbox, self.metrics, most=settings.max_unwritten, keep=settings.keep)
             self.worker = Worker(
@@ -72,9 +76,7 @@ class Controller:
                 settings=settings,
                 metrics=self.metrics,
             )
-        except BaseException:
-            self.inbox.close()
-            raise
+            opened.pop_all()
         self._noises: Noises | None = None
 
     def start(self) -> None:
@@ -98,7 +100,7 @@ class Controller:
             self._noises = Noises(self.service.calibration, self.registry, deployment)
             self.loaded.set_result(deployment)
         except Exception as error:  # whatever the loading raises ends the process, with its reason
-            log.error("model not loaded", error=str(error))
+            log.error("model not loaded", error=reason_of(error))
             self.loaded.set_exception(error)
 
     def _check_model(self, deployment: Deployment) -> None:
@@ -183,7 +185,7 @@ class Controller:
     def error(self) -> str | None:
         """What keeps the validator from taking messages or recomputing; None while nothing does."""
         if self.loaded.done() and (error := self.loaded.exception()):
-            return error.seen if isinstance(error, AssayError) else str(error)
+            return reason_of(error)
         return self.writer.error or self.worker.error
 
     @property

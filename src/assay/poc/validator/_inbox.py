@@ -164,12 +164,10 @@ class Inbox:
 
     def _roll(self, connection: sa.Connection, now: float) -> Epoch:
         """Return the epoch of now. The secret after it is on disk already, so that its commitment can be read."""
+        current = "SELECT number, secret, begins, ends FROM epochs WHERE begins IS NOT NULL AND ends IS NULL"
         epoch = self._epoch
-        if epoch is None:
-            row = connection.exec_driver_sql(
-                "SELECT number, secret, begins, ends FROM epochs WHERE begins IS NOT NULL AND ends IS NULL"
-            ).first()
-            epoch = Epoch(**row._mapping) if row else None
+        if epoch is None and (row := connection.exec_driver_sql(current).first()):
+            epoch = Epoch(**row._mapping)
         if epoch is None:
             connection.exec_driver_sql("INSERT INTO epochs VALUES (1, ?, ?, NULL)", (new_secret(), now))
             connection.exec_driver_sql("INSERT INTO epochs VALUES (2, ?, NULL, NULL)", (new_secret(),))
@@ -180,7 +178,6 @@ class Inbox:
             connection.exec_driver_sql("INSERT INTO epochs VALUES (?, ?, NULL, NULL)", (following + 1, new_secret()))
         else:
             return epoch
-        current = "SELECT number, secret, begins, ends FROM epochs WHERE begins IS NOT NULL AND ends IS NULL"
         return Epoch(**connection.exec_driver_sql(current).one()._mapping)
 
     def epochs(self, limit: int) -> list[JsonObject]:
@@ -287,9 +284,8 @@ class Inbox:
     def last_verdicts(self, limit: int) -> list[JsonObject]:
         """Return the latest changes of verdicts, the newest first."""
         table = self.database["verdicts"]
-        return [
-            dict(row._mapping) for row in self.database.rows(sa.select(table).order_by(table.c.id.desc()).limit(limit))
-        ]
+        query = sa.select(table).order_by(table.c.id.desc()).limit(limit)
+        return [dict(row._mapping) for row in self.database.rows(query)]
 
     def latest_verdicts(self) -> dict[str, str]:
         """Return the latest verdict of every account that ever had one."""

@@ -15,7 +15,7 @@ from starlette.types import Scope as Connection
 
 from assay.errors import AssayError, DataError
 from assay.poc.protocol import Proof
-from assay.poc.service.http import SAFE_HEADERS, Bodies, Budget, Refusal, answer, message_id, refusal_of
+from assay.poc.service.http import SAFE_HEADERS, Bodies, LogBudget, Refusal, answer, message_id, refusal_of
 from assay.poc.validator._claims import Reader, parsed, proof_claim, refused, sender_of
 from assay.poc.validator._controller import Controller
 from assay.poc.validator._inbox import Message
@@ -29,11 +29,11 @@ PROOFS_AT_ONCE = 2  # proofs that are parsed at the same time; each takes many t
 LONGEST_HEADER = 2**16  # bytes of the first line of a proof
 
 _SAFE = [(name.encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
-_ANSWERS = {
-    new: [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json"), *_SAFE]
-    for new, body in ((True, b'{"status":"OK","new":true}'), (False, b'{"status":"OK","new":false}'))
-}
 _BODIES = {True: b'{"status":"OK","new":true}', False: b'{"status":"OK","new":false}'}
+_HEADERS = {
+    new: [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json"), *_SAFE]
+    for new, body in _BODIES.items()
+}
 
 
 class Intake:
@@ -45,10 +45,10 @@ class Intake:
         callbacks = Bodies(service.max_body, service.max_bodies)
         proofs = Bodies(settings.max_proof, max(service.max_bodies, PROOFS_AT_ONCE * settings.max_proof))
         self._bodies = {"generated": callbacks, "validated": callbacks, "proof": proofs}
-        self._kinds = {f"{PREFIX}/generated": "generated", f"{PREFIX}/validated": "validated"}
-        self._kinds[f"{PREFIX}/proofs"] = "proof"
+        paths = {"generated": "generated", "validated": "validated", "proofs": "proof"}
+        self._kinds = {f"{PREFIX}/{path}": kind for path, kind in paths.items()}
         self._parsing = asyncio.Semaphore(PROOFS_AT_ONCE)
-        self._budget = Budget()
+        self._budget = LogBudget()
         metrics = controller.metrics
         self._answered = {path: metrics.requests.labels(path, "200") for path in self._kinds}
         self._seconds = {path: metrics.request_seconds.labels(path) for path in self._kinds}
@@ -67,7 +67,7 @@ class Intake:
         except AssayError as error:
             await self._refuse(refusal_of(error), scope, receive, send)
         else:
-            await send({"type": "http.response.start", "status": 200, "headers": _ANSWERS[new]})
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS[new]})
             await send({"type": "http.response.body", "body": _BODIES[new]})
             self._answered[path].inc()
         self._seconds[path].observe(time.perf_counter() - started)
@@ -107,9 +107,7 @@ class Intake:
         # The path is not signed. The body is, and tells the two kinds apart.
         if ("fraud_detected" in values) != (kind == "validated"):
             raise refused("body", "that of another callback", f"one of /{kind}")
-        nonces = 0
-        if kind == "generated":
-            nonces = len(self._reader(registry).checked(values, sender)[0])
+        nonces = len(self._reader(registry).checked(values, sender)[0]) if kind == "generated" else 0
         return Message(sender.public_key, known_as, kind, nonces, body)
 
     async def _proof(self, body: bytes, headers: dict[str, str]) -> Message:
@@ -126,10 +124,11 @@ class Intake:
         known_as = message_id(headers)
         del text
         async with self._parsing:
-            claim = await asyncio.to_thread(self._read_proof, body, registry)
-        return Message(sender.public_key, known_as, "proof", claim, body)
+            nonces = await asyncio.to_thread(self._count_nonces, body, registry)
+        return Message(sender.public_key, known_as, "proof", nonces, body)
 
-    def _read_proof(self, body: bytes, registry: Registry) -> int:
+    def _count_nonces(self, body: bytes, registry: Registry) -> int:
+        """Return how many nonces a proof has, after all in it was held against the pins."""
         try:
             proof = Proof.parse("the proof", body)
         except AssayError as error:

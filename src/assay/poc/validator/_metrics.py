@@ -29,7 +29,6 @@ class Metrics:
         )
         self.refused = counter("refused", "Messages refused, by the value that was not as pinned.", ["value"])
         self.nonces = counter("nonces", "Nonces recomputed, whose evidence is in the ledger.")
-        self.batches = counter("batches", "Batches of the engine.")
         self.dropped = counter("dropped_draws", "Draws without evidence, because the pins have changed.")
         self.failures = counter("engine_failures", "Batches that the engine failed on.")
         self.verdicts = counter("verdict_changes", "Verdicts that changed, by the new one.", ["verdict"])

@@ -84,8 +84,8 @@ class Poller:
         claim = Reader(registry, self._controller.is_open, settings.positions).claim(body, sender)
         text = dumps(body).encode()
         name = f"pull_{hashlib.sha256(text).hexdigest()}"
-        pulled = (sender.public_key, claim.round.block_hash, claim.round.node_id, claim.nonces[-1])
-        message = Message(sender.public_key, name, "pulled", len(claim.nonces), text, pulled=pulled[1:])
+        pulled = (claim.round.block_hash, claim.round.node_id, claim.nonces[-1])
+        message = Message(sender.public_key, name, "pulled", len(claim.nonces), text, pulled)
         await self._controller.writer.keep(message)
         return "taken"
 

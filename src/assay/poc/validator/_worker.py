@@ -21,7 +21,7 @@ import structlog
 from assay import stats
 from assay.errors import AssayError, StorageError
 from assay.poc.protocol import Build, Proof, Record, Round, TokenRecord, packs
-from assay.poc.service.http import Refusal
+from assay.poc.service.http import Refusal, reason_of
 from assay.poc.service.runtime import Deployment
 from assay.poc.validator._budget import Budget, choose, verdict_of
 from assay.poc.validator._claims import Claim, Reader, parsed, proof_claim, sender_of
@@ -171,7 +171,7 @@ class Worker:
             except Exception as error:  # an engine may raise any error, and messages must still be taken
                 log.exception("a pass failed")
                 self._metrics.failures.inc()
-                self.error = error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"[:300]
+                self.error = reason_of(error)[:300]
                 pause = FAILURE_PAUSE
             self._closing.wait(pause)
 
@@ -236,7 +236,7 @@ class Worker:
 
     def _checked(
         self, drawn: Drawn, received: Sequence[Record], records: Sequence[Record], registry: Registry
-    ) -> "Checked":
+    ) -> Checked:
         round = drawn.claim.round
         sender = registry.sender(round.public_key)
         assert sender is not None  # its claim was read under this registry
@@ -248,7 +248,7 @@ class Worker:
             batches.pop() if len(batches) == len(sender.build.batch_size) == 1 else None,
         )
 
-    def _update(self, found: "Checked", registry: Registry) -> Update:
+    def _update(self, found: Checked, registry: Registry) -> Update:
         """Return the evidence of a draw. What stands at faulty places of the batch is recorded and does not count."""
         drawn, round, places = found.drawn, found.drawn.claim.round, found.places()
         aside = places.set_aside if places is not None else [False] * len(drawn.places)

@@ -32,8 +32,7 @@ from assay.poc.verdict._ledger_entries import (
 )
 from assay.poc.verdict._ledger_files import audit_ledger
 from assay.poc.verdict._ledger_merge import LedgerShare, MergedStanding, merge_ledgers
-from assay.poc.verdict._life import EPOCH, Evidence, Life, convicted_after
-from assay.poc.verdict._life import weight as share_of_test
+from assay.poc.verdict._life import EPOCH, Evidence, Life, share_of_test
 from assay.poc.verdict._machines import (
     PAIR_SPREAD,
     PRIOR,
@@ -101,7 +100,6 @@ __all__ = [
     "audit_ledger",
     "calibrate",
     "calibrate_vectors",
-    "convicted_after",
     "count_mismatches",
     "default_noise",
     "distances_from",

@@ -49,8 +49,8 @@ def build_from_dict(values: Any) -> BuildNoise:
     law, spread, known = law_from_dict(values.pop("law")), _spread(values.pop("spread")), _spread(values.pop("known"))
     pairs = {(i, j): _positive(size) for i, j, size in values.pop("sizes")}
     indices = range(len(machines))
-    if not 2 <= len(machines) <= _MOST_MACHINES or not pairs or any(not (i in indices and j in indices and i < j)
-                                                                     for i, j in pairs):  # fmt: skip
+    listed = all(i in indices and j in indices and i < j for i, j in pairs)
+    if not (2 <= len(machines) <= _MOST_MACHINES and pairs and listed):
         raise ValueError("sizes of other machines than are listed")
     sizes = Sizes(pairs, tuple(machine.kind for machine in machines))
     left_out, named = values.pop("left_out"), values.pop("named")

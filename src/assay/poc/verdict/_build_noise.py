@@ -3,7 +3,7 @@
 Legend of shapes: N nonces, M machines, K published numbers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,11 +177,6 @@ def fit_noise(
         floor = 1e-4 if pipeline.read == "last" and pipeline.output == "vector" else VECTOR_STEP
         return stats.fit_log_noise(errors, dimension=pipeline.output_size(0, 0), floor=floor)
     return stats.fit_scale_noise(errors)
-
-
-def fitter(pipeline: Pipeline) -> Callable[[npt.NDArray[np.float64]], Any]:
-    """Return the function that fits the residuals of a pipeline."""
-    return lambda errors: fit_noise(pipeline, errors)
 
 
 def fitted_noise(pipeline: Pipeline, errors: npt.NDArray[np.float64], source: str) -> Noise:

@@ -5,6 +5,7 @@ Legend of shapes: N nonces, M machines, K published numbers.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from assay.errors import ProofMismatch, UsageError
 from assay.poc.protocol import Pipeline, Proof, block_scale, get_pipeline
-from assay.poc.verdict._build_noise import MIN_NONCES, BuildNoise, Machine, fit_noise, fitter, machines_of
+from assay.poc.verdict._build_noise import MIN_NONCES, BuildNoise, Machine, fit_noise, machines_of
 from assay.poc.verdict._calibration import Calibration
 from assay.poc.verdict._judge import residuals
 from assay.poc.verdict._machines import PAIR_SPREAD, effect_from_power, fit_machines, pairs_of
@@ -55,6 +56,7 @@ def calibrate(
 
     Raises:
         ProofMismatch: The proofs are of other checkpoints or presets, or have fewer than 30 nonces in common.
+        UsageError: The preset decodes, or a cheat's proof is of another one.
 
     Example:
         >>> import assay
@@ -72,8 +74,7 @@ def calibrate(
             f"{len(proofs)} proof to calibrate with", wanted="two or more", do="prove the same round on another machine"
         )
     first = proofs[0].header
-    if any((p.header.digest, p.header.weights, p.round.preset) != (first.digest, first.weights, first.round.preset)
-           for p in proofs):  # fmt: skip
+    if len({(proof.header.digest, proof.header.weights, proof.round.preset) for proof in proofs}) > 1:
         raise ProofMismatch(
             "proofs of different rounds or checkpoints",
             wanted="honest proofs of one checkpoint and preset",
@@ -88,19 +89,17 @@ def calibrate(
     rows, fingerprints = _rows(proofs)
     measured = _between(proofs, rows, hidden_size)
     pipeline = first.pipeline
-    scaled = bool(hidden_size) and pipeline.head == "random"
-    distances = pipeline.output == "distance"
+    size = hidden_size if hidden_size and pipeline.head == "random" else 0
+    between_blocks = SCALED_SPREAD if size else BLOCK_SPREAD
     build = _build(
         measured,
         machines_of(fingerprints),
         pipeline,
-        between_blocks=(SCALED_SPREAD if scaled else BLOCK_SPREAD) if distances else PAIR_SPREAD,
+        between_blocks=between_blocks if pipeline.output == "distance" else PAIR_SPREAD,
         progress=progress,
     )
     named = {name: _law_of_cheat(cheat, proofs, pipeline, hidden_size) for name, cheat in (against or {}).items()}
-    return Calibration(
-        builds=(replace(build, digest=first.digest, hidden_size=hidden_size or 0 if scaled else 0, named=named),)
-    )
+    return Calibration(builds=(replace(build, digest=first.digest, hidden_size=size, named=named),))
 
 
 def calibrate_vectors(
@@ -199,7 +198,7 @@ def _build(
     between_blocks: float,
     progress: Progress | None,
 ) -> BuildNoise:
-    kinds, fit = [machine.kind for machine in machines], fitter(pipeline)
+    kinds, fit = [machine.kind for machine in machines], partial(fit_noise, pipeline)
     effect, left_out = effect_from_power(measured, kinds, fit, between_blocks=between_blocks, progress=progress)
     return BuildNoise(
         output=pipeline.noise,

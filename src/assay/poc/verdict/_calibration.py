@@ -30,16 +30,6 @@ class Calibration:
 
     builds: tuple[BuildNoise, ...]
 
-    @property
-    def digest(self) -> str | None:
-        """SHA-256 of the checkpoint of the first build."""
-        return self.builds[0].digest
-
-    @property
-    def presets(self) -> tuple[str | None, ...]:
-        """Presets of the builds."""
-        return tuple(build.preset for build in self.builds)
-
     def build_of(self, header: Header) -> BuildNoise:
         """Return the noise of the build that a proof was made with.
 

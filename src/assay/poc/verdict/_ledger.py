@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.poc.verdict._judge import Verdict
-from assay.poc.verdict._ledger_audit import LedgerAudit, audit_database, text_of
+from assay.poc.verdict._ledger_audit import text_of
 from assay.poc.verdict._ledger_entries import (
     FAULTY,
     NOTHING,
@@ -31,7 +31,7 @@ from assay.poc.verdict._ledger_entries import (
     sha256,
 )
 from assay.poc.verdict._ledger_files import export_ledger
-from assay.poc.verdict._ledger_schema import ACCOUNTS, LAWS, LEDGER, MIGRATIONS, UPDATES
+from assay.poc.verdict._ledger_schema import ACCOUNTS, LAWS, LEDGER, MIGRATIONS, UPDATES, number_of
 from assay.poc.verdict._response_noise import AnyNoise, noise_from_dict
 from assay.reports import dumps, loads
 from assay.reports.database import Database, tables
@@ -78,6 +78,7 @@ class Ledger:
         self, path: str | Path, *, alpha: float | None = None, beta: float | None = None, read_only: bool = False
     ) -> None:
         self.path = Path(path)
+        self._find_change = f"find what was changed: assay poc ledger audit {path}"
         _check_kind(self.path, read_only=read_only)
         self._db = Database(
             self.path.parent,
@@ -136,18 +137,11 @@ class Ledger:
             raise DataError(
                 f"{self.path}: its head says {count!r:.20} entries, and the last one is {last[0]!r:.20}",
                 wanted="a ledger that nothing but assay has written to",
-                do=f"find what was changed: assay poc ledger audit {self.path}",
+                do=self._find_change,
             )
         return int(count), str(hash)
 
-    def record(
-        self,
-        verdict: Verdict,
-        *,
-        proof: str | None = None,
-        build: str | None = None,
-        name: str | None = None,
-    ) -> Standing:
+    def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:
         """Add the evidence of a verdict, and return what the whole life of the node says now.
 
         Nonces at places of the batch that are faulty, or suspected to be, are recorded and do not count.
@@ -158,7 +152,6 @@ class Ledger:
             build: Name of the prover's build; when None, that of the pinned build that its fingerprint is of, or the
                 number format where none is pinned. Everything else in a fingerprint is the prover's word, and a new
                 word must not begin a new life.
-            name: Name of this update; another one of that name changes nothing.
 
         Raises:
             UsageError: A value is out of range.
@@ -169,7 +162,7 @@ class Ledger:
         account = Account(
             public_key=header.round.public_key,
             digest=header.digest,
-            build=build_of(verdict) if build is None else build,
+            build=verdict.pins.build_of(header.fingerprint) if build is None else build,
             preset=header.pipeline.name,
         )
         update = Update(
@@ -183,7 +176,6 @@ class Ledger:
             sample_seed=verdict.sample_seed,
             excluded={nonce: FAULTY for nonce, aside in zip(verdict.nonces, places.set_aside, strict=True) if aside},
             fault=places.pattern if places.faulty else None,
-            name=name,
         )
         return self.append([update])[0]
 
@@ -231,11 +223,10 @@ class Ledger:
         return self._standing(connection, account)
 
     def _account(self, connection: sa.Connection, account: Account) -> int:
-        same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
-        found = connection.execute(sa.select(ACCOUNTS.c.id).where(same)).scalar()
+        found = connection.execute(number_of(account)).scalar()
         if found is None:
             connection.execute(ACCOUNTS.insert().values(**vars(account)))
-            found = connection.execute(sa.select(ACCOUNTS.c.id).where(same)).scalar_one()
+            found = connection.execute(number_of(account)).scalar_one()
         return int(found)
 
     def _state(self, connection: sa.Connection, account: int) -> Progress:
@@ -273,8 +264,7 @@ class Ledger:
             try:
                 yield Entry.parse(text_of(text), f"{self.path}, entry {seq!r:.20}")
             except AssayError as error:
-                do = f"find what was changed: assay poc ledger audit {self.path}"
-                raise DataError(error.seen, wanted=error.wanted, do=do) from None
+                raise DataError(error.seen, wanted=error.wanted, do=self._find_change) from None
 
     def accounts(self) -> list[Account]:
         """Return all accounts, in the order in which their lives began."""
@@ -284,9 +274,8 @@ class Ledger:
 
     def standing(self, account: Account) -> Standing | None:
         """Return what the ledger says of an account, or None where it has no entry."""
-        same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
         with self._db.read() as connection:
-            found = connection.execute(sa.select(ACCOUNTS.c.id).where(same)).scalar()
+            found = connection.execute(number_of(account)).scalar()
             return None if found is None else self._standing(connection, found)
 
     def standings(self) -> Iterator[Standing]:
@@ -302,9 +291,8 @@ class Ledger:
             account: Account.
             newest: Number of entries at the end; all when None.
         """
-        same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
         with self._db.read() as connection:
-            chosen = UPDATES.c.account == sa.select(ACCOUNTS.c.id).where(same).scalar_subquery()
+            chosen = UPDATES.c.account == number_of(account).scalar_subquery()
             if newest is not None:
                 last = sa.select(UPDATES.c.seq).where(chosen).order_by(UPDATES.c.seq.desc()).limit(newest)
                 chosen = UPDATES.c.seq.in_(last)
@@ -325,14 +313,6 @@ class Ledger:
             last=now.time,
             fault=lasting_fault(entries[-REMEMBERED:]),
         )
-
-    def audit(self, *, head: str | None = None) -> LedgerAudit:
-        """Compute every hash and every verdict again, and return the first entry that is not what it should be.
-
-        Args:
-            head: Hash that was published once: entries up to it must still be there.
-        """
-        return audit_database(self._db, head=head)
 
     def export(self, path: str | Path, *, overwrite: bool = False) -> tuple[int, str]:
         """Write everything that an audit elsewhere needs as JSON Lines; return the head.
@@ -358,13 +338,6 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def build_of(verdict: Verdict) -> str:
-    """Return the name of the pinned build that a proof was made on, or its number format where none is pinned."""
-    made_on = verdict.header.fingerprint
-    names = (build.name for build in verdict.pins.builds or () if not build.differing(made_on))
-    return next(filter(None, names), made_on.dtype)
 
 
 def _check_kind(path: Path, *, read_only: bool) -> None:

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from assay.errors import DataError
 from assay.poc.verdict._ledger_audit import AT_ONCE, Fault, LedgerAudit, audit_database, check_head, text_of
 from assay.poc.verdict._ledger_entries import Entry, Genesis, sha256
-from assay.poc.verdict._ledger_schema import ACCOUNTS, LAWS, LEDGER, MIGRATIONS, TABLES, UPDATES
+from assay.poc.verdict._ledger_schema import ACCOUNTS, LAWS, LEDGER, MIGRATIONS, TABLES, UPDATES, number_of
 from assay.reports import PartialFile, dumps, loads, read_lines
 from assay.reports.database import Database, tables
 
@@ -154,9 +154,8 @@ def _read_export(path: Path, database: Database) -> tuple[int, str]:
 
 
 def _insert(connection: sa.Connection, seq: int, entry: Entry, text: str, hash: str, source: str) -> None:
-    same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(entry.owner).items()))
     connection.execute(ACCOUNTS.insert().prefix_with("OR IGNORE").values(**vars(entry.owner)))
-    account = connection.execute(sa.select(ACCOUNTS.c.id).where(same)).scalar_one()
+    account = connection.execute(number_of(entry.owner)).scalar_one()
     columns = {"seq": seq, "account": account, "round": entry.round, "name": entry.name, "law": entry.law}
     try:
         connection.execute(UPDATES.insert().values(columns | {"entry": text, "hash": hash}))

@@ -3,7 +3,11 @@
 The columns beside ``entry`` repeat what it holds, for searching; an audit compares them.
 """
 
+from typing import Any
+
 import sqlalchemy as sa
+
+from assay.poc.verdict._ledger_entries import Account
 
 
 def _never(table: str, what: str) -> str:
@@ -69,3 +73,9 @@ LEDGER = _table("ledger", "id", "genesis", "count", "hash")
 LAWS = _table("laws", "hash", "law")
 ACCOUNTS = _table("accounts", "id", "public_key", "digest", "build", "preset")
 UPDATES = _table("updates", "seq", "account", "round", "name", "law", "entry", "hash")
+
+
+def number_of(account: Account) -> sa.Select[Any]:
+    """Return the query of the number that an account has in a ledger."""
+    same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
+    return sa.select(ACCOUNTS.c.id).where(same)

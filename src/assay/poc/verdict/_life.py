@@ -17,7 +17,6 @@ This is the arithmetic alone; `Ledger` keeps it on disk, and the simulated year 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Self
 
 import numpy as np
@@ -25,7 +24,6 @@ import numpy.typing as npt
 
 from assay import stats
 from assay.errors import DataError
-from assay.poc.verdict._noise import Noise, sequential_test
 from assay.poc.verdict._response_noise import AnyNoise, ResponseBlocks, ResponseResult, ResponseTest, test_of
 from assay.reports import dumps
 
@@ -111,7 +109,7 @@ class Life:
         return self
 
     def _begin(self, noise: AnyNoise) -> "_Test":
-        share = weight(len(self._numbers) + 1)
+        share = share_of_test(len(self._numbers) + 1)
         test = test_of(noise, alpha=self.alpha * share, beta=self.beta * share)
         levels = (math.log(self.ledgers / self.alpha), math.log(self.ledgers / self.beta))
         self._numbers.append(_Numbers(math.log(share), *levels))
@@ -185,29 +183,9 @@ class _Test:
         self._numbers.take(result)
 
 
-def weight(number: int) -> float:
+def share_of_test(number: int) -> float:
     """Return the share of the error rates that a test has; the shares of all tests, from number 1 on, sum to 1."""
     return FIRST_WEIGHT if number == 1 else (1 - FIRST_WEIGHT) / (number * (number - 1))
-
-
-def convicted_after(noise: Noise, residuals_RC: npt.ArrayLike, *, alpha: float, audit: int) -> npt.NDArray[np.bool_]:
-    """Return whether each of R lives of C residuals has been convicted after each of them, [R, C].
-
-    The rule is that of :class:`Life` under one law, for many lives at a time.
-
-    Args:
-        noise: Honest noise that all are judged under.
-        residuals_RC: Residuals that count, in the order in which they were checked.
-        alpha: Bound on the chance that an honest node is ever accused, in its whole life.
-        audit: Number of nonces of each audit.
-    """
-    values_RC = np.asarray(residuals_RC, dtype=np.float64)
-    length = audit * math.ceil(EPOCH / audit)
-    convicted_RC = sequential_test(noise, alpha=alpha * weight(1)).accusations(values_RC)
-    for number, start in zip(count(2), range(length, values_RC.shape[1], length), strict=False):
-        test = sequential_test(noise, alpha=alpha * weight(number))
-        convicted_RC[:, start : start + length] |= test.accusations(values_RC[:, start : start + length])
-    return np.maximum.accumulate(convicted_RC, axis=1)
 
 
 def verdict_of(log_e: float, log_evidence_honest: float, *, alpha: float, beta: float) -> stats.Verdict:

@@ -94,12 +94,12 @@ class Sizes:
 
     def deviations(self) -> FloatArray:
         """Return ln(size / predicted) of every machine as if it were new, against every other one as the validator."""
-        found = []
-        for i in range(len(self.kinds)):
+        found, machines = [], range(len(self.kinds))
+        for i in machines:
             rest = self.without(i)
             if rest.pairs:
-                others = (j for j in range(len(self.kinds)) if self.of(i, j) is not None)
-                found += [math.log((self.of(i, j) or 1.0) / rest.predicted(self.kinds[i], j)) for j in others]
+                measured = [(j, size) for j in machines if (size := self.of(i, j)) is not None]
+                found += [math.log(size / rest.predicted(self.kinds[i], j)) for j, size in measured]
         return np.array(found)
 
 
@@ -193,7 +193,6 @@ def leave_out(
     *,
     effect: float,
     audits: int = AUDITS,
-    checked: int = AUDITED,
     between_blocks: float = PAIR_SPREAD,
     progress: Callable[[int, int], None] | None = None,
 ) -> LeftOut | None:
@@ -208,7 +207,6 @@ def leave_out(
         fit: Function that fits a law to residuals.
         effect: Smallest multiple of the noise that counts as another computation.
         audits: Number of audits of every ordered pair.
-        checked: Number of nonces of an audit; all where fewer were measured.
         between_blocks: Spread of ln size of one pair between blocks.
         progress: Function that is called with (machines done, machines in all).
     """
@@ -216,7 +214,7 @@ def leave_out(
         return None
     rng = np.random.default_rng(0)
     shares: list[list[float]] = []
-    fewest = min(errors_N.size for errors_N in residuals.values())
+    checked = min(AUDITED, *(errors_N.size for errors_N in residuals.values()))
     for machine in range(len(kinds)):
         rest = {pair: errors_N for pair, errors_N in residuals.items() if machine not in pair}
         mine = {pair: errors_N for pair, errors_N in residuals.items() if machine in pair and errors_N.any()}
@@ -227,11 +225,11 @@ def leave_out(
                 judge = pair[0] if pair[1] == machine else pair[1]
                 law = noise.law_of(kinds[machine], judge)
                 test = sequential_test(Noise(law, "left out", noise.spread, effect))
-                drawn = [rng.permutation(errors_N)[: min(checked, fewest)] for _ in range(audits)]
+                drawn = [rng.permutation(errors_N)[:checked] for _ in range(audits)]
                 shares[-1].append(float(test.accusations(np.stack(drawn))[:, -1].mean()))
         if progress:
             progress(machine + 1, len(kinds))
-    return _summary(shares, audits, min(checked, fewest)) if shares else None
+    return _summary(shares, audits, checked) if shares else None
 
 
 def effect_from_power(

@@ -26,7 +26,7 @@ TEST = 2
 """Version of the residual test: its cheats, their weights and its scales. Another one computes other evidence."""
 
 _KINDS: dict[str, type[Law]] = {"scale": stats.ScaleNoise, "log": stats.LogNoise}
-_MOST_NAMED = 32
+MOST_NAMED = 32  # laws of known cheats
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Noise:
                 )
             spread = _spread_from(parts.pop("spread", {}))
             named = {name: law_from_dict(law) for name, law in parts.pop("named", {}).items()}
-            good = isinstance(source, str) and (effect is None or _is_number(effect)) and len(named) <= _MOST_NAMED
+            good = isinstance(source, str) and (effect is None or _is_number(effect)) and len(named) <= MOST_NAMED
             if not good or not all(isinstance(name, str) and 0 < len(name) <= 64 for name in named):
                 raise ValueError
             return cls(law_from_dict(parts), source, spread, effect, named)

@@ -21,13 +21,11 @@ import numpy.typing as npt
 from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.poc.protocol import SKETCH_EVERY
-from assay.poc.verdict._noise import Noise, law_as_dict, law_from_dict, sequential_test
+from assay.poc.verdict._noise import MOST_NAMED, Noise, law_as_dict, law_from_dict, sequential_test
 
 KIND = "responses"
 TEST = 1
 """Version of the test of responses: its cheats, their weights and its scales."""
-
-_MOST_NAMED = 33  # laws of one part, its honest one included
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -143,16 +141,14 @@ class PartNoise:
             ValueError: A value is not of this kind. TypeError, KeyError and UsageError mean the same.
         """
         parts = dict(values)
-        laws = {"law": parts.pop("law"), **{f"named {name}": one for name, one in parts.pop("named", {}).items()}}
-        made = {name: _law_from_dict(one) for name, one in laws.items()}
+        law = _law_from_dict(parts.pop("law"))
+        named = {name: _law_from_dict(one) for name, one in parts.pop("named", {}).items()}
         spread = dict(parts.pop("spread"))
         numbers = [*spread.values(), *parts.values()]
         if any(type(value) not in (int, float) or not math.isfinite(value) for value in numbers):
             raise ValueError("a number that is not finite")
-        if any(type(law) is not kind for law in made.values()) or len(made) > _MOST_NAMED:
+        if any(type(one) is not kind for one in (law, *named.values())) or len(named) > MOST_NAMED:
             raise ValueError("a law of another kind")
-        law = made.pop("law")
-        named = {name.removeprefix("named "): one for name, one in made.items()}
         return cls(law=law, spread=stats.Spread(**spread), named=named, **parts)
 
 

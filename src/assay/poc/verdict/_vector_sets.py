@@ -24,7 +24,7 @@ from assay.errors import DataError
 from assay.reports import JsonObject, loads, read_lines, read_whole
 
 LARGEST_FILE = 2**28  # bytes, as it is stored
-LARGEST_CONTENT = 2**29  # bytes, after gzip
+LARGEST_CONTENT = 2**29  # bytes, without gzip
 LONGEST_LINE = 2**26
 MOST_SETS, MOST_NONCES, MOST_NUMBERS = 4096, 2**20, 4096  # in a file, in a set, in a vector
 LARGEST_NONCE, LARGEST_SEQ_LEN, LARGEST_BATCH = 2**63 - 1, 2**31 - 1, 2**20
@@ -118,7 +118,12 @@ def machine_kind(gpu: str) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file with their numbers, gzip undone."""
     if path.suffix != ".gz":
-        yield from read_lines(path)
+        left = LARGEST_CONTENT
+        for number, line in read_lines(path):
+            left -= len(line)
+            if left < 0:
+                raise _bad(str(path), f"longer than {LARGEST_CONTENT} bytes", "a smaller file")
+            yield number, line
         return
     unpacked = zlib.decompressobj(wbits=31)
     try:

@@ -1,9 +1,10 @@
 """The HTTP surface of the service: routes, keys, the bodies of responses, and the receiver of callbacks."""
 
-from assay.poc.service._logs import Budget
-from assay.poc.service._refusals import Refusal, refusal_of
+from assay.poc.service._logs import LogBudget
+from assay.poc.service._refusals import Refusal, reason_of, refusal_of
 from assay.poc.service.http._app import PREFIX, PREFIXES, attach, create_app
 from assay.poc.service.http._broadcast import Broadcast
+from assay.poc.service.http._lifespan import running
 from assay.poc.service.http._receiver import Received, create_receiver, receive
 from assay.poc.service.http._route import (
     SAFE_HEADERS,
@@ -18,7 +19,7 @@ from assay.poc.service.http._route import (
     not_found,
     route_class,
 )
-from assay.poc.service.http._server import run_app, serve
+from assay.poc.service.http._server import check_host, run_app, serve
 from assay.poc.service.http._signatures import Signatures, message_id
 
 __all__ = [
@@ -27,15 +28,16 @@ __all__ = [
     "SAFE_HEADERS",
     "Bodies",
     "Broadcast",
-    "Budget",
     "Keys",
     "LocalOnly",
+    "LogBudget",
     "Received",
     "Refusal",
     "Scope",
     "Signatures",
     "answer",
     "attach",
+    "check_host",
     "create_app",
     "create_receiver",
     "guarded",
@@ -43,9 +45,11 @@ __all__ = [
     "message_id",
     "needs",
     "not_found",
+    "reason_of",
     "receive",
     "refusal_of",
     "route_class",
     "run_app",
+    "running",
     "serve",
 ]

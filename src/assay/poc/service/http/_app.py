@@ -29,6 +29,7 @@ from assay.poc.service._states import State
 from assay.poc.service.dashboard import dashboard_router
 from assay.poc.service.http._feed import Feed, QuickStatus, status_after
 from assay.poc.service.http._feed import status as current_status
+from assay.poc.service.http._lifespan import running
 from assay.poc.service.http._receipts import RECEIPTS_PREFIX, receipts_router
 from assay.poc.service.http._route import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, not_found, problems, route_class
 from assay.poc.service.runtime import CONTENT_TYPE, Controller, Delivery
@@ -87,25 +88,11 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
 
     @asynccontextmanager
     async def lifespan(host: FastAPI) -> AsyncIterator[Any]:
-        async with inner(host) as state, _running(controller, feed):
+        loops = (feed.run, Delivery(controller).run)
+        async with inner(host) as state, running(controller, feed.refresh, *loops):
             yield state
 
     app.router.lifespan_context = lifespan
-
-
-@asynccontextmanager
-async def _running(controller: Controller, feed: Feed) -> AsyncIterator[None]:
-    await asyncio.to_thread(controller.start)
-    await feed.refresh()
-    tasks = [asyncio.create_task(feed.run()), asyncio.create_task(Delivery(controller).run())]
-    try:
-        yield
-    finally:
-        controller.closing.set()
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        await asyncio.to_thread(controller.close)
 
 
 def _pages(app: FastAPI) -> APIRouter:

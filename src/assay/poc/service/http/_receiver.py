@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from assay.errors import DataError, UsageError
-from assay.poc.service._logs import Budget
+from assay.poc.service._logs import LogBudget
 from assay.poc.service._settings import Settings
 from assay.poc.service.http._route import Bodies, Keys, LocalOnly, Scope, guarded, is_loopback, needs, not_found
 from assay.poc.service.http._server import run_app
@@ -130,7 +130,7 @@ def create_receiver(
         api_keys=keys, api_key_file=None, validate_keys=(), read_keys=read_keys, callback_secrets=secrets
     )
     kind_of_route = guarded(Keys(settings, needed=bool(secrets)), Bodies(max_body, MAX_BODIES))
-    signatures, budget = Signatures(secrets), Budget()
+    signatures, budget = Signatures(secrets), LogBudget()
     app = FastAPI(title="assay: receiver of callbacks", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(HTTPException, not_found)
     app.router.route_class = kind_of_route

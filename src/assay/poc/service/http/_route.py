@@ -30,10 +30,11 @@ from starlette.types import Scope as Connection
 
 from assay.errors import AssayError
 from assay.poc.service._bodies import Problem
-from assay.poc.service._logs import Budget
+from assay.poc.service._logs import LogBudget
 from assay.poc.service._refusals import Refusal, refusal_of
 from assay.poc.service._settings import Settings
 from assay.poc.service.runtime import Controller
+from assay.reports import unique_keys
 
 log = structlog.get_logger("assay.http")
 
@@ -166,7 +167,7 @@ def route_class(controller: Controller, keys: Keys) -> type[APIRoute]:
 
 def guarded(keys: Keys, bodies: "Bodies", metrics: RequestMetrics | None = None) -> type[APIRoute]:
     """Return a class of routes that ask for keys, bound bodies, and answer in three parts."""
-    budget = Budget()
+    budget = LogBudget()
 
     class Route(APIRoute):
         def get_route_handler(self) -> Handler:
@@ -287,7 +288,7 @@ def _says_json(request: Request) -> bool:
 def _parsed(body: bytes) -> Any:
     """Parse a JSON body. Numbers that are not finite are for the fields to refuse: a distance may be NaN."""
     try:
-        return json.loads(body.decode(), object_pairs_hook=_unique)
+        return json.loads(body.decode(), object_pairs_hook=unique_keys)
     except RecursionError:
         reason = "it is nested too deeply"
     except ValueError as error:
@@ -299,13 +300,6 @@ def _parsed(body: bytes) -> Any:
         do="correct it",
         fields={"errors": [{"loc": ["body"], "msg": reason, "type": "json_invalid"}]},
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is given twice")
-    return found
 
 
 def _malformed(error: RequestValidationError, request: Request) -> Refusal:

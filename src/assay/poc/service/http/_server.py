@@ -167,6 +167,7 @@ def run_app(
 
     Raises:
         UsageError: The server did not start; the log says why.
+        ModelError: The model could not be loaded.
     """
     try:
         listener = _listen(host, port)
@@ -199,6 +200,22 @@ def run_app(
     if not server.started:
         raise UsageError(f"the service on {host}:{port} did not start", wanted="a start", do="see the log above")
     log.info("stopped")
+    if controller is not None and controller.loaded.done():
+        controller.loaded.result()
+
+
+def check_host(host: str, settings: Settings) -> None:
+    """Refuse an address that others reach while requests need no key.
+
+    Raises:
+        UsageError: It is such an address.
+    """
+    if not is_loopback(host) and not settings.has_keys:
+        raise UsageError(
+            f"--host {host} without a key",
+            wanted="an API key where others reach the port",
+            do="pass --api-key-file, set ASSAY_API_KEY, or leave --host out",
+        )
 
 
 def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port: int) -> None:
@@ -215,16 +232,9 @@ def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port
         StorageError: The data directory is in use or cannot be written.
         ModelError: The model cannot be loaded.
     """
-    if not is_loopback(host) and not settings.has_keys:
-        raise UsageError(
-            f"--host {host} without a key",
-            wanted="an API key where others reach the port",
-            do="pass --api-key-file, set ASSAY_API_KEY, or leave --host out",
-        )
+    check_host(host, settings)
     controller = Controller(load, settings)
     run_app(create_app(controller), settings, host=host, port=port, controller=controller)
-    if controller.loaded.done():
-        controller.loaded.result()
     sys.stderr.flush()
     if not controller.ended:
         # A batch is still inside a kernel. It is not on disk and will be computed again.

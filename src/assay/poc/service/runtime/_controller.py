@@ -28,11 +28,11 @@ from assay.poc.service.runtime._checks import check_job, check_validation, round
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._jobs import Jobs
 from assay.poc.service.runtime._metrics import Metrics
-from assay.poc.service.runtime._noise import HonestNoise
+from assay.poc.service.runtime._noise import HonestNoise, check_calibration
 from assay.poc.service.runtime._progress import Progress
 from assay.poc.service.runtime._receipts import ReceiptKeeper
 from assay.poc.service.runtime._threads import ShareDone, Worker, Writer
-from assay.poc.service.runtime._validation import Judge, load_with
+from assay.poc.service.runtime._validation import Judge
 from assay.poc.service.store import Batch, Database, Outbox, Rounds, StoredRound
 from assay.reports import JsonObject
 
@@ -133,7 +133,7 @@ class Controller:
 
         Raises:
             Refusal: 409, 422 or 503.
-            StorageError: the database cannot be written.
+            StorageError: The database cannot be written.
         """
         call = {State.IDLE: "init", State.GENERATING: "init/generate", State.VALIDATING: "init/validate"}[then]
         self._after(call)
@@ -154,7 +154,7 @@ class Controller:
 
         Raises:
             Refusal: 409 or 503.
-            StorageError: the database cannot be written.
+            StorageError: The database cannot be written.
         """
         with self._lock:
             state = self._after(call)
@@ -287,7 +287,8 @@ class Controller:
     def _load(self, load: Callable[[], Deployment]) -> Deployment | None:
         """Load the model and continue what was interrupted; return None where that fails."""
         try:
-            deployment = load_with(self.settings.calibration, load)
+            deployment = load()
+            check_calibration(self.settings.calibration, deployment)
             check_deployed(deployment, self.settings)
         except Exception as error:
             # The state stays: a service that is started again with the right model continues its round.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 import structlog
+from pydantic import ValidationError
 
 from assay.errors import ProofFormatError, StorageError
 from assay.poc.protocol import Record, Round, VectorRecord, encoding, get_pipeline, pack, received
@@ -204,20 +205,28 @@ class Jobs:
         return bool(status == "running")
 
     def _next(self, deployment: Deployment) -> _Running | None:
+        while (row := self._begin()) is not None:
+            try:
+                request = GenerateRequest.model_validate_json(row.request)
+            except ValidationError as error:  # stored by a version that takes other requests
+                log.warning("job not understood", id=row.id)
+                self._finish(row.id, "failed", error=f"stored by another version: {error.errors()[0]['msg']}")
+                continue
+            round = job_round(request, deployment.reference)
+            if request.validation is None:
+                batches = deployment.compute(round, request.batch_size, request.nonces)
+            else:
+                batches = deployment.recompute(round, request.batch_size, _received(request))
+            return _Running(row.id, request, batches, [])
+        return None
+
+    def _begin(self) -> Any:
+        """Mark the oldest job that waits as running; return its row, or None."""
         c = self._c
         oldest = sa.select(c.id).where(c.status == "queued").order_by(c.seq).limit(1)
         begun = self._table.update().where(c.id == oldest.scalar_subquery()).values(status="running")
         with self._db.write() as connection:
-            row = connection.execute(begun.returning(c.id, c.request)).first()
-        if row is None:
-            return None
-        request = GenerateRequest.model_validate_json(row.request)
-        round = job_round(request, deployment.reference)
-        if request.validation is None:
-            batches = deployment.compute(round, request.batch_size, request.nonces)
-        else:
-            batches = deployment.recompute(round, request.batch_size, _received(request))
-        return _Running(row.id, request, batches, [])
+            return connection.execute(begun.returning(c.id, c.request)).first()
 
     def _finish(
         self,

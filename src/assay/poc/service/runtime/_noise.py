@@ -1,8 +1,9 @@
 """The honest noise that a service judges by: as given, else as the network pinned it, else the stated default."""
 
 from assay.errors import CalibrationError
-from assay.poc.protocol import NetworkPins, Pipeline, Round
+from assay.poc.protocol import Build, Pipeline, Round
 from assay.poc.service._settings import Settings
+from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.verdict import Calibration, Noise, default_noise, noise_of_build
 
 
@@ -18,11 +19,12 @@ class HonestNoise:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._given, self._pins = settings.calibration, settings.pins
-        self._pinned: dict[str, list[Calibration]] = {}
-        if self._given is None and self._pins is not None:
-            for model in self._pins.models:
-                self._pinned[model.digest] = [Calibration.load(path) for path in self._pins.calibrations(model)]
+        self._given, pins = settings.calibration, settings.pins
+        self._pinned: dict[str, tuple[tuple[Build, ...], list[Calibration]]] = {}
+        if self._given is None and pins is not None:
+            for model in pins.models:
+                measured = [Calibration.load(path) for path in pins.calibrations(model)]
+                self._pinned[model.digest] = model.builds, measured
 
     def of(self, pipeline: Pipeline, dtype: str, digest: str, round: Round) -> Noise | None:
         """Return the noise of a preset; None where it is not known, and a wider law must not take its place.
@@ -36,24 +38,27 @@ class HonestNoise:
         if self._given is not None:
             measured = noise_of_build([self._given], None, digest=digest, preset=pipeline.name, round=round)
             return measured or _default(pipeline, dtype)
-        pinned = self._pinned.get(digest)
-        if not pinned or self._pins is None:
+        builds, pinned = self._pinned.get(digest, ((), []))
+        if not pinned:
             return _default(pipeline, dtype)
-        return self._of_pinned(self._pins, pinned, pipeline, dtype, digest, round)
+        alike = (build for build in builds if dtype in build.dtype)
+        found = (noise_of_build(pinned, build, digest=digest, preset=pipeline.name, round=round) for build in alike)
+        return next((noise for noise in found if noise is not None), None)  # of the first build that was measured
 
-    def _of_pinned(
-        self,
-        pins: NetworkPins,
-        pinned: list[Calibration],
-        pipeline: Pipeline,
-        dtype: str,
-        digest: str,
-        round: Round,
-    ) -> Noise | None:
-        """Return the noise of the first build in the number format that was measured."""
-        builds = [build for build in pins.model(digest).builds if dtype in build.dtype]
-        found = (noise_of_build(pinned, one, digest=digest, preset=pipeline.name, round=round) for one in builds)
-        return next((noise for noise in found if noise is not None), None)
+
+def check_calibration(calibration: Calibration | None, deployment: Deployment) -> None:
+    """Refuse a calibration that was measured on another model than is deployed.
+
+    Raises:
+        CalibrationError: The noise of another model would be too wide or too narrow for this one.
+    """
+    if calibration is not None and deployment.digest not in calibration.digests:
+        measured = ", ".join(digest[:12] for digest in calibration.digests if digest) or "that it does not name"
+        raise CalibrationError(
+            f"a calibration of a checkpoint {measured}",
+            wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
+            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
+        )
 
 
 def _default(pipeline: Pipeline, dtype: str) -> Noise | None:

@@ -10,16 +10,13 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from assay import stats
-from assay.errors import CalibrationError
 from assay.poc.protocol import get_pipeline, is_valid
 from assay.poc.service._bodies import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service._settings import Settings
-from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._noise import HonestNoise
 from assay.poc.service.store import Database, Outbox, StoredRound
 from assay.poc.verdict import (
     Account,
-    Calibration,
     Ledger,
     Noise,
     Update,
@@ -133,9 +130,11 @@ class Judge:
 
     def _record(self, stored: StoredRound, dtype: str, request: ValidateRequest, computed: Sequence[float]) -> None:
         """Write the residuals of a request to the ledger, if there is one and the honest noise is known."""
+        if self._ledger is None or not request.nonces:
+            return
         pipeline = get_pipeline(stored.preset)
         noise = self._noise.of(pipeline, dtype, stored.digest, stored.round)
-        if self._ledger is None or noise is None or not request.nonces:
+        if noise is None:
             return
         # A request does not say what the node computes with; the number format is the one that the network agreed on.
         account = Account(public_key=request.public_key, digest=stored.digest, build=dtype, preset=pipeline.name)
@@ -230,23 +229,6 @@ def judge_vectors(
         test.update(errors)
     residual = _residual(test)
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
-
-
-def load_with(calibration: Calibration | None, load: Callable[[], Deployment]) -> Deployment:
-    """Load the model, and refuse a calibration that was measured on another one.
-
-    Raises:
-        CalibrationError: The noise of another model would be too wide or too narrow for this one.
-    """
-    deployment = load()
-    if calibration is not None and deployment.digest not in calibration.digests:
-        measured = ", ".join(digest[:12] for digest in calibration.digests if digest) or "that it does not name"
-        raise CalibrationError(
-            f"a calibration of a checkpoint {measured}",
-            wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
-            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
-        )
-    return deployment
 
 
 def _residual_test(noise: Noise | None, settings: Settings) -> stats.SequentialTest | None:

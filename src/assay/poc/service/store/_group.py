@@ -19,6 +19,7 @@ Item = TypeVar("Item")
 Kept = TypeVar("Kept")
 
 AT_ONCE = 1024  # items of one transaction
+MOST_BYTES = 2**26  # that wait at the same time; an item that waits alone may be larger
 TICK = 1.0  # seconds after which :class:`GroupCommit` rests where nothing arrives
 
 
@@ -32,7 +33,6 @@ class GroupCommit(Generic[Item, Kept]):
             False. It raises a StorageError where the disk takes nothing.
         refusal: Function that makes the refusal of an item from what was found.
         most: Items that wait at the same time; more are refused.
-        most_bytes: Bytes that wait at the same time. An item that waits alone may be larger.
     """
 
     def __init__(
@@ -43,10 +43,9 @@ class GroupCommit(Generic[Item, Kept]):
         rest: Callable[[bool], None],
         refusal: Callable[[str], Refusal],
         most: int,
-        most_bytes: int = 2**26,
     ) -> None:
         self._name, self._write, self._rest, self._refusal = name, write, rest, refusal
-        self._most, self._most_bytes = most, most_bytes
+        self._most = most
         self._state = threading.Condition()
         self._queue: deque[tuple[Item, int, asyncio.Future[Kept]]] = deque()
         self._bytes = 0
@@ -104,7 +103,7 @@ class GroupCommit(Generic[Item, Kept]):
     def _check_room(self, size: int) -> None:
         if self._closed:
             raise self._refusal("the service is ending")
-        if self.waiting >= self._most or (self._queue and self._bytes + size > self._most_bytes):
+        if self.waiting >= self._most or (self._queue and self._bytes + size > MOST_BYTES):
             raise self._refusal(f"{self.waiting} messages wait for the disk")
 
     def _run(self) -> None:

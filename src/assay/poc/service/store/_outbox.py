@@ -69,10 +69,7 @@ class Outbox:
             if row is None or row.url != url:
                 connection.execute(table.update().where(is_open).values(status="pending"))
                 row = self._insert(connection, round_id, "generated", url, status="open", first_nonce=part[0])
-            count = row.nonces + len(part)
-            due = count >= most or abs(time.time() - row.created_at) >= interval
-            values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
-            connection.execute(table.update().where(c.id == row.id).values(values))
+            self._extend(connection, row, part, interval=interval, most=most)
 
     def announce_receipts(
         self, connection: sa.Connection, url: str, stored: Sequence[tuple[int, int]], *, interval: float, most: int
@@ -91,11 +88,17 @@ class Outbox:
             while numbers:
                 row = self._collecting(connection, url, header, numbers[0])
                 part = numbers[: max(1, most - row.nonces)]
-                count = row.nonces + len(part)
-                due = count >= most or abs(time.time() - row.created_at) >= interval
-                values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
-                connection.execute(self._table.update().where(self._c.id == row.id).values(values))
+                self._extend(connection, row, part, interval=interval, most=most)
                 del numbers[: len(part)]
+
+    def _extend(
+        self, connection: sa.Connection, row: sa.Row[Any], part: Sequence[int], *, interval: float, most: int
+    ) -> None:
+        """Add nonces or receipts to an open callback, and release it where it is full or old enough."""
+        count = row.nonces + len(part)
+        due = count >= most or abs(time.time() - row.created_at) >= interval
+        values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
+        connection.execute(self._table.update().where(self._c.id == row.id).values(values))
 
     def _collecting(self, connection: sa.Connection, url: str, header: int, first: int) -> sa.Row[Any]:
         """Return the open callback for receipts of a header, or a new one that begins with ``first``."""
