@@ -36,7 +36,8 @@ VLLM_UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VLLM)/bin/python -m uv pip
 VLLM_PINS := torch==2.13.0 -e '.[serve]'
 
 test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm tests/streams/test_triton_without_gpu.py -W default
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py \
+	  tests/vhack/delta/test_vllm.py -W default
 
 $(VLLM)/.ready: pyproject.toml
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
@@ -88,6 +89,8 @@ gpu-bench:  ## measure on a CUDA device, and on two where there are two; result 
 	  $(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:$$shape -o $(OUT)/gpu_prove_$$shape.json || exit; done
 	$(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:qwen3-30b-a3b --skip-whole -o $(OUT)/gpu_prove_qwen3-30b-a3b.json
 	$(GPU_PYTHON) benchmarks/gpu_float8.py -o $(OUT)/gpu_float8.json
+	for shape in $(GPU_SHAPES); do \
+	  $(GPU_PYTHON) benchmarks/gpu_eight_bits.py --model shape:$$shape -o $(OUT)/gpu_eight_bits_$$shape.json || exit; done
 	$(GPU_PYTHON) benchmarks/gpu_overhead.py -o $(OUT)/gpu_overhead.json
 	$(GPU_PYTHON) benchmarks/gpu_deterministic.py -o $(OUT)/gpu_deterministic.json
 	$(GPU_PYTHON) benchmarks/gpu_service.py -o $(OUT)/gpu_service.json

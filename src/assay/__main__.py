@@ -1,13 +1,20 @@
 """The entry point of the command line."""
 
+import traceback
+
 
 def main() -> None:
-    """Run the command line and exit with its code."""
+    """Run the command line and exit with its code: 2 for a fault of assay itself, because 1 means fraud."""
     try:
         from assay.cli import run
+
+        code = run()
     except KeyboardInterrupt:  # before any signal handler is installed
-        raise SystemExit(130) from None
-    raise SystemExit(run())
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 2
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

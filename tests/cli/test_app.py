@@ -60,8 +60,9 @@ FROZEN = {
         "--hash-prompts", "--dtype", "--device", "--overwrite", "--json",
     },
     "poc replay": {
-        "--model", "--pins", "--requests", "--block-hash", "--public-key", "--prover-dtype", "--evidence", "--sample",
-        "--calibration", "--batch-size", "--dtype", "--device", "--engine", "--alpha", "--seed", "--ledger", "--json",
+        "--model", "--pins", "--requests", "--block-hash", "--public-key", "--prover-dtype", "--evidence", "--lora",
+        "--sample", "--calibration", "--batch-size", "--dtype", "--device", "--engine", "--alpha", "--seed", "--ledger",
+        "--json",
     },
     "poc calibrate-responses": {
         "--model", "--output", "--requests", "--batch-size", "--dtype", "--device", "--engine", "--json",
@@ -112,11 +113,12 @@ FROZEN = {
         "--dtype", "--device", "--output", "--json",
     },
     "vhack report": {"--output", "--check", "--json"},
+    "vhack merge": {"--model", "--dtype", "--device", "--delta", "--output", "--lora", "--overwrite", "--json"},
     "vhack train": {
         "--model", "--output", "--arm", "--pairs", "--basis", "--method", "--k-use", "--gain", "--refresh",
         "--steps", "--seed", "--optimizer", "--lr", "--max-norm", "--prompts", "--group", "--micro-batch",
         "--max-new-tokens", "--temperature", "--beta", "--modes", "--share-none", "--difficulty", "--families",
-        "--tasks", "--teacher", "--teacher-share", "--save-every", "--checkpointing", "--tracker",
+        "--tasks", "--reward", "--teacher", "--teacher-share", "--save-every", "--checkpointing", "--tracker",
         "--allow-unsandboxed", "--allow-partial", "--dtype", "--device", "--json",
     },
     "vhack extract": {
@@ -307,6 +309,19 @@ def test_an_interrupt_during_the_imports_is_no_traceback(monkeypatch):
     assert stop.value.code == 130
 
 
+def test_a_fault_of_assay_is_no_verdict(capsys, monkeypatch):
+    from assay.__main__ import main
+
+    def broken() -> int:
+        raise OverflowError("nobody thought of this")
+
+    monkeypatch.setattr("assay.cli.run", broken)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2  # 1 means fraud
+    assert "nobody thought of this" in capsys.readouterr().err
+
+
 def walk(command, path=()):
     """Yield (path, command) of every group and command of the tree."""
     yield path, command
@@ -327,6 +342,15 @@ def test_no_variable_ends_a_command_or_changes_its_output():
         read |= here
         assert "help" in {option.name for option in options}
     assert {"nonces", "lr", "max_pending"} <= read
+
+
+def test_every_named_variable_begins_with_assay():
+    named = set()
+    for _, command in walk(typer.main.get_command(app)):
+        context = command.make_context("assay", [], resilient_parsing=True, auto_envvar_prefix="ASSAY")
+        named |= {option.envvar for option in command.get_params(context) if option.envvar}
+    assert {"ASSAY_MODEL", "ASSAY_HOST", "ASSAY_PORT"} <= named
+    assert {name for name in named if not name.startswith("ASSAY_")} == set()
 
 
 @pytest.mark.parametrize(

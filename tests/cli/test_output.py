@@ -5,6 +5,7 @@ import io
 import pytest
 
 from assay.cli import _output
+from assay.errors import UsageError
 
 
 class Terminal(io.StringIO):
@@ -20,6 +21,17 @@ def test_a_pipe_gets_tables_without_boxes_or_folds(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[1].split() == [identity, "dead", "7"]
+
+
+def test_what_others_wrote_does_not_steer_the_terminal(capsys):
+    hostile = "\x1b]0;title\x07 of a key\r"
+    _output.table(("key", "why"), [(hostile, "µ ≤ 2\nand more")])
+    _output.errors(UsageError(hostile, wanted="a key", do="pass another"))
+    said = capsys.readouterr()
+    for text in (said.out, said.err):
+        assert r"\x1b]0;title\x07 of a key\r" in text
+        assert not set("\x1b\x07\r") & set(text)
+    assert "µ ≤ 2" in said.out
 
 
 @pytest.mark.parametrize(("columns", "boxed"), [("100", True), ("40", False)])

@@ -223,6 +223,16 @@ def test_pins_without_a_proof_are_to_be_filled_in(assay, small_checkpoint, tmp_p
     assert "--overwrite" in assay("poc", "pins", "new", "--model", small_checkpoint, "-o", path).err
 
 
+@pytest.mark.parametrize("preset", ["artifact", "decode-64"])
+def test_no_target_is_pinned_where_no_distance_is_published(preset: str, assay, small_checkpoint, tmp_path: Path):
+    path = tmp_path / "pins.toml"
+    wanted = ("--preset", preset, "--dtype", "float32")
+    new = assay("poc", "pins", "new", "--model", small_checkpoint, *wanted, "-o", path)
+    assert new.code == 0, new.err
+    path.write_text(path.read_text().replace('engine = "?"', 'engine = "hf"').replace('= "?"', '= "*"'))
+    assert NetworkPins.load(path).round.r_target is None
+
+
 def test_a_file_says_what_it_pins_and_leaves_open(assay, pins: Path, honest: Proof, small_model, tmp_path: Path):
     said = json.loads(assay("poc", "pins", "check", pins, "--json").out)
     assert any(line.startswith("round: preset poc-2.0, seq_len 16, strength 256") for line in said["pinned"])
@@ -252,7 +262,7 @@ def test_proofs_that_do_not_agree_make_no_pins(assay, honest, small_model, small
 
 def test_a_prover_who_names_a_wildcard_does_not_write_one(assay, honest: Proof, small_checkpoint, tmp_path: Path):
     new = ("poc", "pins", "new", "--model", small_checkpoint, "-o", tmp_path / "pins.toml")
-    for name, value in (("device", "*"), ("torch", "2.*"), ("attention", "\a"), ("dtype", "fp3"), ("kernels", ("*",))):
+    for name, value in (("device", "*"), ("torch", "2.*"), ("dtype", "fp3"), ("kernels", ("*",))):
         fingerprint = replace(honest.header.fingerprint, **{name: value})
         lied = Proof.build(replace(honest.header, fingerprint=fingerprint), honest.records, 1.0)
         lied.save(tmp_path / "a.jsonl", overwrite=True)

@@ -279,4 +279,4 @@ def test_the_real_command(small_checkpoint: Path, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["records"] == 8
-    assert done.stderr == ""
+    assert all(line.startswith("proving: ") for line in done.stderr.splitlines()), done.stderr  # on a slow machine

@@ -1,9 +1,12 @@
 """``assay poc replay`` and ``calibrate-responses``: exit codes, what is refused, and the ledger."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from tests.lora import write_adapter
 
 MODEL = ("--model", "reference:qwen3", "--device", "cpu")
 KNOWN = ("--block-hash", "block_alpha", "--public-key", "node_A")
@@ -109,3 +112,30 @@ def test_noise_is_calibrated_and_used(assay, receipts: Path, prompts: Path, tmp_
     other = assay("poc", "replay", receipts, *MODEL, *flags, "--dtype", "bfloat16")
     assert other.code == 2
     assert "dtype than the verifier's" in other.err
+
+
+def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(assay, receipts: Path, prompts: Path, tmp_path: Path):
+    from assay import load_model
+    from assay.poc.responses import Adapter, Receipts, load_adapter, read_requests, respond
+
+    model = load_model("reference:qwen3", dtype="float32", device="cpu")
+    directory = write_adapter(tmp_path / "adapter", model)
+    adapter = load_adapter(directory)
+    with adapter.on(model):
+        made = respond(model, read_requests(prompts), block_hash="block_alpha", public_key="node_A", stop=())
+    named = [replace(one, adapter=Adapter("tuned", adapter.digest)) for one in made.receipts]
+    path = tmp_path / "tuned.jsonl"
+    Receipts.build(made.header, named, 1.0).save(path)
+    refused = assay("poc", "replay", path, "--model", "no/such/model")
+    assert refused.code == 2
+    assert "'tuned'" in refused.err
+    assert "--lora" in refused.err
+    lines = [json.loads(line) | {"adapter": "tuned"} for line in prompts.read_text().splitlines()]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = assay("poc", "replay", path, *MODEL, *KNOWN, "--requests", asked, "--lora", directory, "--json")
+    assert json.loads(found.out)["matches"] == 8 * 36
+    other = assay("poc", "replay", path, *MODEL, *KNOWN, "--requests", prompts, "--lora", directory)
+    assert (other.code, "adapter" in other.err) == (2, True)
+    on_vllm = assay("poc", "replay", path, "--model", "reference:qwen3", "--engine", "vllm", "--lora", directory)
+    assert (on_vllm.code, "--engine hf" in on_vllm.err) == (2, True)

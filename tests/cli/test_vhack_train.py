@@ -73,3 +73,21 @@ def test_a_run_goes_into_a_directory(assay, arguments, tmp_path):
     outcome = assay(*arguments, "--steps", 1)
     assert outcome.code == 2
     assert "run" in outcome.err
+
+
+def test_tasks_and_reward_of_ones_own(assay, arguments, tmp_path, monkeypatch):
+    (tmp_path / "cli_own.py").write_text(
+        "def tasks():\n    return ['1 + 1 =', '2 + 2 =']\n\n"
+        "def reward(prompts, completions, **_):\n    return [len(text) / 100 for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    keep = [one for index, one in enumerate(arguments) if "--teacher" not in (str(one), str(arguments[index - 1]))]
+    keep = [one for index, one in enumerate(keep) if "--tasks" not in (one, keep[index - 1])]
+    own = ["--tasks", "cli_own:tasks", "--reward", "cli_own:reward"]
+    made = assay(*keep, *own, "--steps", 1, "--json")
+    assert made.code == 0, made.err
+    assert json.loads(made.out)["last"]["reward"] > 0
+    wrong = assay(*keep, "--tasks", "many", "--steps", 1)
+    assert wrong.code == 2
+    assert "--tasks" in wrong.err
+    assert "module:function" in wrong.err

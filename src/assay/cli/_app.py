@@ -157,7 +157,7 @@ def _defaults(table: dict[str, Any], command: Any) -> dict[str, Any]:
     """Return a table as the parser wants it: keys are written like flags (seq-len) or like names (seq_len).
 
     Raises:
-        ValueError: a key is no command or flag, or is a table where a value should be, or the other way round.
+        ValueError: A key is no command or flag, or is a table where a value should be, or the other way round.
     """
     commands = getattr(command, "commands", {})
     flags = {_name(flag): parameter.name for parameter in command.params for flag in parameter.opts}

@@ -43,7 +43,12 @@ def errors(error: AssayError) -> None:
         parts = {"error": type(error).__name__, "seen": error.seen, "wanted": error.wanted, "do": error.do}
         typer.echo(json.dumps(parts), err=True)
     else:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_visible(str(error))}", err=True)
+
+
+def _visible(text: str) -> str:
+    """Return a text with control characters written out: what others wrote must not steer the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 class _Console(Console):
@@ -62,7 +67,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     for index, column in enumerate(columns):
         shown.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        shown.add_row(*(Text("" if cell is None else _visible(str(cell))) for cell in row))
     console.print(shown)
 
 

@@ -165,8 +165,8 @@ def _round(chosen: "NewPinsSettings", headers: "Sequence[Header]") -> dict[str, 
         asked[name] = given if given is not None else next(iter(stated), getattr(Round, name))
     asked |= {"strength": chosen.strength, "node_count": chosen.node_count, "fewest_nonces": chosen.fewest_nonces}
     asked["preset"] = get_pipeline(asked["preset"]).name
-    if get_pipeline(asked["preset"]).output == "vector":
-        del asked["r_target"]  # vectors have no target
+    if get_pipeline(asked["preset"]).output != "distance":
+        del asked["r_target"]  # only a distance has a target
     Pins(**asked)  # an error says which value is out of range
     return asked
 
@@ -182,10 +182,11 @@ def _builds(chosen: "NewPinsSettings", headers: "Sequence[Header]", preset: str)
             wanted="one of the two: the number format of a build is that of its proof",
             do="leave --dtype out",
         )
-    known = [Build.of(header.fingerprint) for header in headers]  # an error says what is no build
+    for header in headers:
+        Build.of(header.fingerprint)  # an error says what is no build
     agreed = [chosen.dtype] if chosen.dtype else [*get_pipeline(preset).number_formats, UNFILLED]
     empty = dict.fromkeys(BUILD_FIELDS, UNFILLED) | {"dtype": agreed[0]}
-    return [described(header.fingerprint) for header, _ in zip(headers, known, strict=True)] or [empty]
+    return [described(header.fingerprint) for header in headers] or [empty]
 
 
 def _check_calibration(path: Path, headers: "Sequence[Header]") -> None:

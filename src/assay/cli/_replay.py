@@ -18,7 +18,7 @@ from assay.errors import UsageError
 if TYPE_CHECKING:
     from assay.cli._replay_settings import CalibrateResponsesSettings, ReplaySettings
     from assay.models import Model
-    from assay.poc.responses import Prefill, ReceiptPins, Receipts, Request, ResponseVerdict
+    from assay.poc.responses import Lora, Prefill, ReceiptPins, Receipts, Request, ResponseVerdict
     from assay.poc.verdict import Standing
 
 
@@ -45,6 +45,8 @@ def replay(
     pins = _pins(chosen, read)
     pins.check(read)  # before a model is loaded
     size = responses.chosen_receipts(read, chosen.sample)
+    adapter = None if chosen.lora is None else responses.load_adapter(chosen.lora)
+    responses.check_adapter(read, adapter)
     measured = None if chosen.calibration is None else responses.ResponseCalibration.load(chosen.calibration)
     if measured is not None:
         measured.check(read.header)
@@ -52,11 +54,13 @@ def replay(
     sample = responses.sampled(read, size, seed) if chosen.sample is not None else read
     with (
         _ledger.recording(chosen.ledger, chosen.alpha, pins.unpinned(read)) as ledger,
-        _engine(chosen, read) as (loaded, engine),
+        _engine(chosen, read, adapter) as (loaded, engine),
         progress_bar("replaying", "responses") as progress,
     ):
         noise = responses.noise_between(read.header, engine.fingerprint, measured)
-        found = responses.replay(sample, loaded, prompts=pins.prompts, engine=engine, progress=progress)
+        found = responses.replay(
+            sample, loaded, prompts=pins.prompts, adapter=adapter, engine=engine, progress=progress
+        )
         verdict = responses.judge_responses(
             found,
             read,
@@ -111,15 +115,17 @@ def calibrate_responses(
 
 @contextmanager
 def _engine(
-    options: "ReplaySettings | CalibrateResponsesSettings", receipts: "Receipts"
+    options: "ReplaySettings | CalibrateResponsesSettings", receipts: "Receipts", adapter: "Lora | None" = None
 ) -> "Iterator[tuple[Model, Prefill]]":
     from assay.models import NUMBER_FORMATS
-    from assay.poc.responses import HFPrefill
+    from assay.poc.responses import HFPrefill, no_adapter
 
     dtype = options.dtype or receipts.header.fingerprint.dtype
     if options.engine == "vllm":
         if dtype in NUMBER_FORMATS:
             raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
+        if adapter is not None:
+            raise no_adapter()
         with vllm_prefill(options.model, dtype=dtype, device=options.device, batch_size=options.batch_size) as engine:
             yield engine.model, engine
         return

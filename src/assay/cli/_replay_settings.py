@@ -31,6 +31,9 @@ class ReplaySettings(Settings):
     evidence: Literal["both", "tokens", "sketches"] = Field(
         "both", description="What receipts must have for exit code 0: seeded tokens, sketches, or both."
     )
+    lora: Path | None = Field(
+        None, description="Directory of the LoRA adapter with which receipts that name one are replayed."
+    )
     sample: int | None = Field(None, description="Number of responses to replay; all when left out.")
     calibration: Path | None = Field(
         None, description="File with the noise measured for this model and pair of engines; else the stated default."
@@ -40,7 +43,7 @@ class ReplaySettings(Settings):
         None, description="Number format that replays; by default the node's."
     )
     device: Device = None
-    engine: EngineName = Field("hf", description="Engine that replays: hf or vllm, which compares tokens alone.")
+    engine: EngineName = Field("hf", description="Engine that replays: hf or vllm.")
     alpha: float = Field(1e-3, description="Bound on the chance of accusing an honest node.")
     seed: int | None = Field(None, ge=0, description="Number that draws the sample; unpredictable when left out.")
     ledger: Annotated[Path | None, Flag(variable="ASSAY_LEDGER")] = Field(

@@ -8,9 +8,13 @@ from pydantic import Field
 import assay.poc.service
 from assay.settings import Device, Dtype, Flag, Settings
 
-_HOST = "Address to listen on. Addresses that other machines reach need a key."
-_PORT = "Port to listen on. 0 takes a free one."
-_LogFormat = Annotated[
+HOST = "Address to listen on. Addresses that other machines reach need a key."
+PORT = "Port to listen on. 0 takes a free one."
+Kernels = Annotated[
+    Literal["auto", "compiled", "eager"],
+    Field(description="Kernels: compiled, eager, or auto (compiled on CUDA)."),
+]
+LogFormat = Annotated[
     Literal["console", "json"],
     Flag(variable="ASSAY_LOG_FORMAT"),
     Field(description="Form of the log: console or json."),
@@ -24,26 +28,24 @@ class ServeSettings(Settings):
     model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
         description="Model: a directory, a hub id, or reference:…"
     )
-    host: Annotated[str, Flag(variable="ASSAY_HOST")] = Field("127.0.0.1", description=_HOST)
-    port: Annotated[int, Flag(variable="ASSAY_PORT")] = Field(8000, ge=0, le=65535, description=_PORT)
+    host: Annotated[str, Flag(variable="ASSAY_HOST")] = Field("127.0.0.1", description=HOST)
+    port: Annotated[int, Flag(variable="ASSAY_PORT")] = Field(8000, ge=0, le=65535, description=PORT)
     dtype: Dtype = None
     device: Device = None
-    kernels: Literal["auto", "compiled", "eager"] = Field(
-        "auto", description="Kernels: compiled, eager, or auto (compiled on CUDA)."
-    )
-    log_format: _LogFormat = "console"
+    kernels: Kernels = "auto"
+    log_format: LogFormat = "console"
 
 
 class ReceiveSettings(Settings):
     """Settings of ``assay poc receive``."""
 
     service: assay.poc.service.Settings = Field(default_factory=assay.poc.service.Settings)
-    host: str = Field("127.0.0.1", description=_HOST)
-    port: int = Field(8081, ge=0, le=65535, description=_PORT)
+    host: str = Field("127.0.0.1", description=HOST)
+    port: int = Field(8081, ge=0, le=65535, description=PORT)
     output: Annotated[Path, Flag(("-o", "--output"))] = Field(
         Path("received.sqlite3"), description="SQLite file that keeps the callbacks."
     )
-    log_format: _LogFormat = "console"
+    log_format: LogFormat = "console"
 
 
 class ReplaySettings(Settings):

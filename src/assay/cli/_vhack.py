@@ -12,7 +12,7 @@ from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, ta
 from assay.cli._settings import settings
 
 if TYPE_CHECKING:
-    from assay.cli._vhack_settings import CheckCommand, ExtractCommand, PoolsCommand
+    from assay.cli._vhack_settings import CheckCommand, ExtractCommand, MergeCommand, PoolsCommand
     from assay.models import Model
     from assay.research.study import ArmResult
     from assay.vhack import Basis, Pair
@@ -197,12 +197,57 @@ def train(
         trackers=tuple(tracker or ()),
         allow_unsandboxed=allow_unsandboxed,
     )
+    if not result.is_first:  # one of several processes prints
+        return
     if as_json:
         values = {"path": str(result.folder), "arm": result.arm, "steps": result.steps}
         emit_json("assay.vhack.train.result/1", {**values, "resumed_from": result.resumed_from, "last": result.last})
         return
     rows = [(name.replace("_", " "), f"{result.last[name]:.4f}") for name in _SHOWN if name in result.last]
     table(("", "mean of the last 10 steps"), rows, title=f"{result.arm}: {result.steps} steps in {result.folder}")
+
+
+@app.command(epilog="Example: assay vhack merge --model reference:organism --delta run/delta.safetensors -o merged")
+@settings("assay.cli._vhack_settings:MergeCommand")
+def merge(chosen: "MergeCommand", as_json: JsonFlag = False) -> None:
+    """Write a trained δS into the weights of its model, or as LoRA, for anything that loads such a directory."""
+    from assay.errors import DataError, UsageError
+    from assay.models import load_model
+    from assay.reports import storage_error
+    from assay.vhack import target_modules, weight_svd
+    from assay.vhack.delta import DeltaS, delta_lengths
+
+    if chosen.output.exists() and not (
+        chosen.output.is_dir() and (chosen.overwrite or not any(chosen.output.iterdir()))
+    ):
+        raise UsageError(
+            f"{chosen.output}, which exists", wanted="a new or empty directory", do="choose another, or --overwrite"
+        )
+    lengths = delta_lengths(chosen.delta)
+    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    modules = target_modules(loaded)
+    if modules.keys() != lengths.keys():
+        raise DataError(f"{chosen.delta} has δS of other modules", wanted="those of this model", do="correct --model")
+    is_cut = any(length < min(modules[name].weight.shape) for name, length in lengths.items())
+    with progress_bar("decompositions", "matrices") as progress:
+        rank = max(lengths.values()) if is_cut else None
+        svd = weight_svd(loaded, rank=rank, cache=_cache(None, loaded), min_coverage=0.0, progress=progress)
+    adapter = DeltaS(loaded, svd)
+    adapter.load(chosen.delta)
+    values = {"path": str(chosen.output), "model": loaded.reference, "modules": len(modules)}
+    try:
+        if chosen.lora is not None:
+            made = adapter.save_lora(chosen.output, chosen.lora)
+            form = {"form": "lora", "rank": made.rank, "relative_error": made.error}
+            values |= {**form, "worst_module": made.worst, "worst_error": made.errors[made.worst]}
+        else:
+            adapter.merge().save_pretrained(chosen.output)
+            values |= {"form": "merged", "dtype": str(loaded.module.dtype).removeprefix("torch.")}
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(chosen.output)
+    except OSError as error:
+        raise storage_error(chosen.output, error) from error
+    show_values("assay.vhack.merge/1", values, as_json)
 
 
 def _cache(asked: Path | None, model: "Model") -> Path | None:

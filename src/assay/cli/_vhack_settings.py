@@ -84,3 +84,14 @@ class PoolsCommand(_Rules, _Weights):
     limit: int | None = Field(None, ge=1, description="Samples of each pool to draw by --seed; all by default.")
     max_tokens: int | None = Field(None, ge=1, description="Tokens per batch; by default what fits into memory.")
     output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="File for the result as JSON.")
+
+
+class MergeCommand(_Weights):
+    """Settings of ``assay vhack merge``."""
+
+    delta: Path = Field(description="File of δS that `assay vhack train` or DeltaS.save wrote for this model.")
+    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="Directory to write.")
+    lora: int | None = Field(
+        None, ge=1, description="Write δS as LoRA of this rank instead of merged weights, and say its error."
+    )
+    overwrite: bool = Field(False, description="Write into a directory that is not empty.")

@@ -1,0 +1,68 @@
+import json
+
+import pytest
+import torch
+
+from assay.models import load_model
+from assay.vhack import weight_svd
+from assay.vhack.delta import DeltaS
+from tests.vhack.training.conftest import checkpoint  # noqa: F401
+
+
+@pytest.fixture(params=[None, 8], ids=["all directions", "eight directions"])
+def trained(request, checkpoint, tmp_path):  # noqa: F811
+    """A file of δS, and the weights that it makes."""
+    model = load_model(checkpoint, dtype="float32", device="cpu")
+    adapter = DeltaS(model, weight_svd(model, rank=request.param))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.delta:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    adapter.save(tmp_path / "delta.safetensors")
+    return tmp_path / "delta.safetensors", dict(adapter.merge().named_parameters())
+
+
+def arguments(checkpoint, path, *others):  # noqa: F811
+    return ["vhack", "merge", "--model", checkpoint, "--delta", path, "--dtype", "float32", "--device", "cpu", *others]
+
+
+def test_the_merged_directory_is_a_plain_model(assay, checkpoint, trained, tmp_path):  # noqa: F811
+    path, wanted = trained
+    said = assay(*arguments(checkpoint, path, "-o", tmp_path / "merged", "--json"))
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["schema"] == "assay.vhack.merge/1"
+    merged = load_model(tmp_path / "merged", device="cpu")
+    assert merged.tokenizer is not None
+    found = dict(merged.module.named_parameters())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
+def test_lora_says_its_error(assay, checkpoint, trained, tmp_path):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    path, wanted = trained
+    for rank in (2, 48):
+        said = assay(*arguments(checkpoint, path, "-o", tmp_path / str(rank), "--lora", rank, "--json"))
+        values = json.loads(said.out)
+        assert values["form"] == "lora"
+        assert values["worst_error"] >= values["relative_error"]
+        assert (values["relative_error"] > 0.1) == (rank == 2)
+    plain = load_model(checkpoint, dtype="float32", device="cpu").module
+    found = peft.PeftModel.from_pretrained(plain, tmp_path / "48").merge_and_unload()
+    for name, weight in found.named_parameters():
+        torch.testing.assert_close(weight, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_is_written(assay, checkpoint, trained, tmp_path):  # noqa: F811
+    path, _ = trained
+    used = assay(*arguments(checkpoint, path, "-o", tmp_path))
+    assert used.code == 2
+    assert "which exists" in used.err
+    other = assay("vhack", "merge", "--model", "reference:qwen3", "--delta", path, "-o", tmp_path / "new")
+    assert other.code == 2
+    assert "δS of other modules" in other.err
+    (tmp_path / "none.safetensors").write_bytes(b"nothing")
+    broken = assay(*arguments(checkpoint, tmp_path / "none.safetensors", "-o", tmp_path / "new"))
+    assert broken.code == 2
+    assert "cannot be read" in broken.err
+    assert not (tmp_path / "new").exists()
