@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from assay.errors import UsageError
-from assay.stats import auroc, group_bootstrap
+from assay.stats import auroc, group_bootstrap, grouped_proportion_interval, proportion_interval
 
 
 def mean(values):
@@ -76,3 +76,37 @@ def test_a_draw_that_leaves_a_sample_empty_is_drawn_again():
 def test_bootstrap_refuses_bad_arguments(samples, groups, options):
     with pytest.raises(UsageError):
         group_bootstrap(lambda *_: 0.0, samples, groups, **options)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.3, 0.97])
+@pytest.mark.parametrize("alike", [0.0, 0.3, 1.0])
+def test_interval_of_a_share_covers_it_however_alike_the_samples_of_a_group_are(share, alike):
+    rng = np.random.default_rng(0)
+    labels, covered, trials = np.repeat(np.arange(40), 4).tolist(), 0, 300
+    for _ in range(trials):
+        if alike == 0:
+            of_group = np.full(40, share)
+        elif alike == 1:
+            of_group = (rng.random(40) < share).astype(float)
+        else:
+            of_group = rng.beta(share * (1 / alike - 1), (1 - share) * (1 / alike - 1), 40)
+        low, high = grouped_proportion_interval(rng.random(160) < np.repeat(of_group, 4), labels)
+        covered += low <= share <= high
+    # 300 trials at a coverage of 95 % have a standard error of 1.3 %.
+    assert covered / trials > 0.91
+
+
+def test_interval_of_a_share_without_hits_counts_groups_and_not_samples():
+    labels = np.repeat(np.arange(30), 8).tolist()
+    assert grouped_proportion_interval(np.zeros(240), labels) == pytest.approx(proportion_interval(0, 30))
+    assert grouped_proportion_interval(np.ones(240), labels) == pytest.approx(proportion_interval(30, 30))
+    alone = grouped_proportion_interval(np.arange(240) < 60, list(range(240)))
+    assert alone == pytest.approx(proportion_interval(60, 240), abs=1e-3)
+    together = grouped_proportion_interval(np.arange(240) < 64, labels)
+    assert together == pytest.approx(proportion_interval(8, 30), abs=0.02)
+
+
+def test_interval_of_a_share_needs_two_groups_and_a_label_for_every_sample():
+    for hits, labels in (([1, 0], ["a", "a"]), ([1, 0], ["a"]), ([], [])):
+        with pytest.raises(UsageError):
+            grouped_proportion_interval(hits, labels)

@@ -25,6 +25,7 @@ from assay.stats._rates import (
     auroc,
     count_test,
     group_bootstrap,
+    grouped_proportion_interval,
     paired_accuracy,
     proportion_interval,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "fit_scale_noise",
     "fit_token_noise",
     "group_bootstrap",
+    "grouped_proportion_interval",
     "noise_band",
     "paired_accuracy",
     "place_test",
