@@ -1,0 +1,248 @@
+"""The second implementation of the pages stands alone, and agrees with assay in streams, values and verdicts."""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import assay
+from assay.poc import PIPELINES, Pins, Round, prove, verify
+from assay.poc.verdict import default_noise, sequential_test
+from assay.reports import read_json
+from tests.streams.draws import DRAWS_PER_GROUP, Group
+
+ROOT = Path(__file__).parents[2]
+PATH = ROOT / "docs" / "second.py"
+VECTORS = ROOT / "tests" / "vectors"
+KNOWN = json.loads((VECTORS / "poc_kat.json").read_text(encoding="utf-8"))
+GUMBELS = json.loads((VECTORS / "gumbels.json").read_text(encoding="utf-8"))
+MODELS = ("qwen3", "llama")
+LAWS = read_json(ROOT / "src" / "assay" / "poc" / "verdict" / "default_noise.json")["laws"]
+
+
+@pytest.fixture(scope="module")
+def second() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("second", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def checkpoint(name: str) -> Path:
+    return ROOT / "src" / "assay" / "models" / "reference" / name
+
+
+def close(values, published, scale: float = 1.0) -> bool:
+    """Within 8 ulp or 4e-6, as the page on streams says of the published normals."""
+    wanted = np.asarray(published, np.float32)
+    allowed = np.maximum(8 * np.spacing(np.abs(wanted)), 4e-6 * scale)
+    return bool((np.abs(np.asarray(values, np.float64) - wanted) <= allowed).all())
+
+
+def sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def test_it_is_short_and_imports_nothing_of_assay():
+    text = PATH.read_text(encoding="utf-8")
+    assert sum(bool(line.strip()) for line in text.splitlines()) < 300  # beside the blank ones between functions
+    imported = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "assay").split(".")[0])
+    assert imported - sys.stdlib_module_names == {"numpy", "torch", "transformers"}
+
+
+def test_integers_of_the_published_streams(second: ModuleType):
+    assert [int(second.seed_words(row["text"])[0]) for row in KNOWN["seed32"]] == [r["seed"] for r in KNOWN["seed32"]]
+    for row in KNOWN["hash32"]:
+        assert second.hashed(row["seed"], row["index"]).tolist() == row["hash"]
+        assert sha256(second.hashed(row["seed"], np.arange(65536))) == row["sha256_first_65536_le_u32"]
+    for row in KNOWN["uniform"]:
+        assert sha256(second.uniforms(row["seed"], row["n"])) == row["sha256_le_f32"]
+
+
+def test_normals_of_the_published_streams(second: ModuleType):
+    for row in KNOWN["normal"]:
+        values = second.normals([row["seed"]], row["n"]).numpy()
+        assert close(values[: len(row["first"])], row["first"])
+        assert close(values[-len(row["last"]) :], row["last"])
+
+
+@pytest.mark.parametrize("number", [*range(21), *range(25, 500, 25)])
+def test_normals_to_the_bit(number: int, second: ModuleType):
+    group = Group(number)
+    made = [
+        second.normals(second.seed_words(f"draw_{number}_{i}")[: group.strength // 32], group.n)
+        for i in range(DRAWS_PER_GROUP)
+    ]
+    rounded = torch.stack(made).to(getattr(torch, group.dtype))
+    bits = rounded.view(torch.int16) if group.dtype == "bfloat16" else rounded
+    wanted = {
+        row[0]: row for row in json.loads((VECTORS / "draws_sha256.json").read_text())["rows"][number : number + 1]
+    }
+    assert wanted[group.n] == [group.n, group.dtype, group.strength, sha256(bits.numpy())]
+
+
+def test_noise_of_tokens_to_the_bit(second: ModuleType):
+    for row in GUMBELS["streams"]:
+        assert sha256(second.gumbels(second.seed_words(row["text"])[0], row["n"])) == row["sha256_le_f32"]
+    for row in GUMBELS["step_seeds"]:
+        words = second.seed_words(row["text"])
+        assert [f"{word:08x}" for word in words] == row["words"]
+        assert [f"{seed:08x}" for seed in second.step_seeds(words, np.array(row["steps"]))] == row["seeds"]
+
+
+class Bare:
+    """A checkpoint of which only the hidden size is asked."""
+
+    def __init__(self, dim: int) -> None:
+        self.config, self.dtype = SimpleNamespace(hidden_size=dim), torch.float32
+
+    def eval(self) -> "Bare":
+        return self
+
+    def get_output_embeddings(self) -> SimpleNamespace:
+        return SimpleNamespace(weight=None)
+
+
+def without_model(second: ModuleType, monkeypatch: pytest.MonkeyPatch, row: dict, preset: str = "poc-2.0"):
+    loaded = SimpleNamespace(from_pretrained=lambda path, dtype: Bare(row["dim"]))
+    monkeypatch.setattr(second, "AutoModelForCausalLM", loaded)
+    round = {"block_hash": row["block_hash"], "public_key": row["public_key"], "preset": preset, "strength": 32}
+    return second.Recomputation("", {"round": round, "pipeline": {}}, "float32")
+
+
+def test_known_answers_of_a_nonce(second: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    for row in KNOWN["signs"]:
+        engine = without_model(second, monkeypatch, row, "artifact")
+        assert sha256(second.signs(engine.words("signs", row["nonce"])[0], row["dim"])) == row["sha256_i8"]
+    for row in KNOWN["permutation"]:
+        engine = without_model(second, monkeypatch, row | {"dim": 8}, "artifact")
+        made = second.permutation(engine.words("permutation", row["nonce"])[0], row["size"])
+        assert sha256(made.astype("<i8")) == row["sha256_le_i64"]
+    for row in KNOWN["inputs"]:
+        engine = without_model(second, monkeypatch, row, "artifact")
+        made = second.normals(engine.words("inputs", row["nonce"]), row["seq_len"] * row["dim"]).view(
+            row["seq_len"], -1
+        )
+        assert close(made[0, :6], row["row0"])
+        assert close(made[15, :6], row["row15"])
+    for row in KNOWN["householder"]:
+        engine = without_model(second, monkeypatch, row, "artifact")
+        for index, field in ((0, "r0_first"), (7, "r7_first")):
+            v = second.normals(engine.words("reflection", row["nonce"], index), row["dim"])
+            assert close((v / v.norm())[:6], row[field])
+    for row in KNOWN["target"]:
+        v = second.normals(second.seed_words(f"{row['block_hash']}_target")[:1], row["dim"])
+        assert close((v / v.norm())[:8], row["first"])
+
+
+def test_known_distances(second: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    for row in KNOWN["seed_distance"][::4]:
+        engine = without_model(second, monkeypatch, row)
+        seed = second.seed_words(f"hidden_{row['dim']}_{row['nonce']}")[:1]
+        state = second.normals(seed, row["dim"]) * 3 + 0.5
+        assert engine.published(state, row["nonce"]) == pytest.approx(row["sign_flips"], abs=1e-5)
+        engine.hidden = engine.hidden[1:]
+        assert engine.published(state, row["nonce"]) == pytest.approx(row["no_sign_flips"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_digests(name: str, second: ModuleType):
+    assert second.digest(checkpoint(name)) == assay.load_model(f"reference:{name}", device="cpu").digest
+
+
+@pytest.mark.parametrize("family", LAWS)
+def test_evidence_of_every_default_law(family: str, second: ModuleType):
+    for pair, law in LAWS[family].items():
+        noise = default_noise(family, *pair.split("/"))
+        rng = np.random.default_rng(len(pair))
+        seen = set()
+        for n, size in ((1, 1.0), (20, 0.0), (40, 0.5), (40, 2.5), (300, 0.7), (60, 40.0)):
+            values = noise.size * size * np.exp(0.3 * rng.normal(size=n))
+            if (n, size) == (60, 40.0):
+                values[3] = math.nan
+            wanted = sequential_test(noise).update(values).result
+            found = second.judged(values, law)
+            assert found["verdict"] == wanted.verdict
+            for number in ("log_e_value", "log_e_max", "log_evidence_honest"):
+                assert found[number] == pytest.approx(getattr(wanted, number), rel=1e-9, abs=1e-9), (pair, n, number)
+            seen.add(wanted.verdict)
+        assert seen >= {"honest", "fraud"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("preset", [*PIPELINES, "decode-32"])
+def test_every_preset_is_recomputed(preset: str, name: str, second: ModuleType, tmp_path: Path):
+    if preset == "decode":
+        pytest.skip("decode-32 takes the same steps, eight times fewer")
+    model = assay.load_model(f"reference:{name}", dtype="float32", device="cpu")
+    round = Round(block_hash="block_alpha", public_key="node_A", preset=preset, seq_len=16, strength=256)
+    proof = prove(model, round, range(6))
+    path = tmp_path / "proof.jsonl"
+    proof.save(path)
+    given = {"block_hash": "block_alpha", "public_key": "node_A", "seed": 1}
+    found = second.verify(path, checkpoint(name), **given)
+    law = default_noise(proof.header.pipeline.noise, "float32", "float32")
+    # Normalising between the layers amplifies rounding (docs/experiments.md), so that its honest noise is larger.
+    assert max(map(abs, found["residuals"])) < law.size * (200 if preset == "layer-normalize" else 4)
+    # Values of other nonces are far off, so the bound above tells something.
+    header, records = second.read(path)
+    engine = second.Recomputation(checkpoint(name), header, "float32")
+    shifted = [engine.residual(record | {"nonce": record["nonce"] + 1}) for record in records]
+    assert max(map(abs, shifted)) > law.size * 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened", "decode-32"])
+@pytest.mark.parametrize(("dtype", "wanted"), [("float32", "honest"), ("bfloat16", "fraud")])
+def test_the_verdict_is_that_of_verify(preset: str, dtype: str, wanted: str, second: ModuleType, tmp_path: Path):
+    """A proof in float32, and one that was made in bfloat16 and says float32."""
+    round = Round(block_hash="block_alpha", public_key="node_A", preset=preset, seq_len=16)
+    proof = prove(assay.load_model("reference:qwen3", dtype=dtype, device="cpu"), round, range(40))
+    path = tmp_path / "proof.jsonl"
+    proof.save(path)
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"bfloat16"', b'"dtype":"float32"', 1))
+    model = assay.load_model("reference:qwen3", dtype="float32", device="cpu")
+    pins = Pins(block_hash="block_alpha", public_key="node_A", preset=preset)
+    verdict = verify(assay.poc.Proof.load(path), model, expect=pins, seed=5, sample=32)
+    found = second.verify(path, checkpoint("qwen3"), block_hash="block_alpha", public_key="node_A", seed=5, sample=32)
+    assert found["verdict"] == verdict.verdict == wanted
+    np.testing.assert_allclose(found["residuals"], verdict.residuals, atol=5 * default_noise(
+        proof.header.pipeline.noise, "float32", "float32").size)  # fmt: skip
+    assert found["log_e_max"] == pytest.approx(verdict.sequential.log_e_max, rel=0.05, abs=0.5)
+    judged = second.judged(verdict.residuals, LAWS[proof.header.pipeline.noise]["float32/float32"])
+    assert judged["log_e_max"] == pytest.approx(verdict.sequential.log_e_max, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "change", [(b'"valid":true', b'"valid":false'), (b'"nonce":3', b'"nonce":4'), (b":1.4", b":1.3")]
+)
+def test_a_changed_file_is_refused(change: tuple[bytes, bytes], second: ModuleType, tmp_path: Path, proof_bytes: bytes):
+    path = tmp_path / "proof.jsonl"
+    path.write_bytes(proof_bytes)
+    second.read(path)
+    path.write_bytes(proof_bytes.replace(*change, 1))
+    with pytest.raises(AssertionError):
+        second.read(path)
+
+
+@pytest.fixture(scope="module")
+def proof_bytes(small_model, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("proof") / "proof.jsonl"
+    prove(small_model, Round(block_hash="b", public_key="k", seq_len=8), range(16)).save(path)
+    return path.read_bytes()
