@@ -112,6 +112,7 @@ FROZEN = {
         "--model", "--basis", "--hack", "--clean", "--limit", "--k-use", "--alpha", "--seed", "--max-tokens",
         "--dtype", "--device", "--output", "--json",
     },
+    "vhack fuzz": {"--count", "--seed", "--kind", "--seconds", "--workers", "--output", "--json"},
     "vhack report": {"--output", "--check", "--json"},
     "vhack merge": {"--model", "--dtype", "--device", "--delta", "--output", "--lora", "--overwrite", "--json"},
     "vhack train": {

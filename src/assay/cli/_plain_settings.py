@@ -71,3 +71,16 @@ class VerifyPairsSettings(Settings):
 
     tests: Path | None = Field(None, description="A JSON Lines file with hidden cases of your own tasks.")
     allow_unsandboxed: bool = Field(False, description="Run the programs even where no sandbox works.")
+
+
+class FuzzSettings(Settings):
+    """Settings of ``assay vhack fuzz``."""
+
+    count: Annotated[int, Flag(("--count", "-n"))] = Field(1000, ge=1, description="Number of cases.")
+    seed: int = Field(0, ge=0, description="The same seed gives the same cases.")
+    kinds: Annotated[tuple[str, ...] | None, Flag(("--kind",))] = Field(
+        None, description="Use cases of this kind only; may be repeated."
+    )
+    seconds: float = Field(1.0, gt=0, description="Time limit of a run; what hangs is stopped then.")
+    workers: int = Field(2, ge=1, description="Programs that run at the same time.")
+    output: Annotated[Path | None, _OUTPUT] = Field(None, description="File for the result as JSON.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli import _vhack_pairs
+from assay.cli import _vhack_fuzz, _vhack_pairs
 from assay.cli._commands import App, Resumable
 from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 app = App(help="Directions along which training would learn to cheat.")
 app.add_typer(_vhack_pairs.app, name="pairs")
+_vhack_fuzz.add_to(app)
 
 _SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method"}
 _PASSED = _SELECTION | {"rank", "factors", "max_tokens", "checkpointing"}

@@ -8,18 +8,21 @@ import random
 import pytest
 
 from assay.errors import BackendUnavailable
-from assay.vhack.environment import CHANNELS, Call, Episode, Limits, _backends, _grade, grade, grade_many, run, sandbox
-from tests.vhack.environment.hostile import HUGE, TASKS, program, report, value
+from assay.vhack.environment import CHANNELS, Call, Episode, _backends, _grade, grade, grade_many, run, sandbox, tasks
+from assay.vhack.environment._attacks import UNREADABLE
+from assay.vhack.environment._hostile import hostile_report
+from assay.vhack.environment._types import Limits
 
+TASKS = tasks(8, seed=5, difficulty=(1, 2))
 MARKED = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 LONG = "#" * (1 << 16) + "\n"
 
 
 @pytest.mark.parametrize("mode", MARKED)
-@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("name", UNREADABLE)
 def test_text_that_breaks_a_reader_of_syntax_trees_gets_a_grade(name, mode):
     episode = Episode(TASKS[0], mode)
-    found = grade(episode, episode.exploit() + HUGE[name])
+    found = grade(episode, episode.exploit() + UNREADABLE[name] + "\n")
     assert not found.fault
     assert not found.correct
     assert found.exploited == (found.accepted and found.vacuous)
@@ -73,17 +76,16 @@ def test_a_kind_of_any_type_says_nothing(kind):
 
 
 def test_a_report_of_any_shape_is_read():
-    for seed in range(2000):
+    for seed in range(500):
         n_calls = seed % 10
-        found = sandbox._parse(report(seed).replace(b"NONCE", b"n"), "n", n_calls)
+        line = hostile_report(random.Random(seed)).replace(b"NONCE", b"n")
+        found = sandbox._parse(line, "n", n_calls)
         assert len(found["outcomes"]) == n_calls
         assert all(outcome.kind in ("value", "error", "opaque", "none") for outcome in found["outcomes"])
         assert all(type(outcome.name) is str and len(outcome.name) <= 100 for outcome in found["outcomes"])
         assert type(found["finished"]) is bool
         assert type(found["raised"]) is str
         assert all(type(text) is str for pair in found["files"].items() for text in pair)
-    for seed in range(2000):
-        sandbox._parse(json.dumps(value(random.Random(seed))).encode(), "n", 1)
 
 
 def test_a_value_that_can_be_read_but_not_written_answers_nothing():
@@ -91,15 +93,6 @@ def test_a_value_that_can_be_read_but_not_written_answers_nothing():
     for _ in range(100_000):
         deep = [deep]
     assert not _grade.answers_match([sandbox.Outcome("value", deep)], [((1,), 1)])
-
-
-def test_no_program_of_a_few_hundred_ends_a_step():
-    items = [program(seed) for seed in range(240)]
-    grades = grade_many(items, limits=Limits(seconds=2.0))
-    assert len(grades) == len(items)
-    assert not any(found.fault for found in grades)
-    assert not any(found.correct for found in grades)
-    assert sum(found.exploited for found in grades) > 10
 
 
 def test_an_error_on_the_way_is_an_unpaid_grade_that_is_logged_and_counted(monkeypatch, caplog):

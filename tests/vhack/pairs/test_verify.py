@@ -5,6 +5,7 @@ import pytest
 
 from assay.errors import DataError
 from assay.vhack import Pair
+from assay.vhack.environment import hostile_case
 from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.pairs import authored_pairs, generate_pairs, read_tests, verify_pairs
 
@@ -92,3 +93,27 @@ def test_malformed_tests_are_refused_by_line(tmp_path, line):
     (tmp_path / "t.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match="line 1"):
         read_tests(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize("form", ["generated", "environment"])
+def test_hostile_sides_are_faults_and_end_no_verification(form):
+    kinds = ("answers", "nearly-right", "fragments", "unreadable", "report", "exceptions")
+    cases = [hostile_case(f"{kind}/8/{number}") for kind in kinds for number in range(6)]
+    tags = ("minimal", "mechanism:prints", "channel:run_tests")
+    pairs = []
+    for case in cases:
+        program = case.program.encode(errors="replace").decode() + "#"
+        own = (
+            ("environment", f"task:{case.episode.task.name}")
+            if form == "environment"
+            else ("entry:solve", "task:clamp/a=0,b=20")
+        )
+        pairs.append(Pair("p", program, program + "#", case.name, (*tags, *own)))
+    for verdict in verify_pairs(pairs):
+        assert not verdict.clean.correct
+        assert "the clean side fails hidden cases" in verdict.faults
+
+
+def test_a_side_without_a_utf8_form_is_a_fault_of_its_pair():
+    pair = replace(generate_pairs(1)[0], hack="x = '\ud800'\n")
+    assert "the hack side is not accepted by its channel" in verify_pairs([pair])[0].faults

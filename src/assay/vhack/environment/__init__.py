@@ -2,7 +2,9 @@
 
 from assay.vhack.environment._channels import CHANNELS, Channel
 from assay.vhack.environment._episodes import MODES, Episode, episodes
+from assay.vhack.environment._fuzz import FuzzReport, fuzz
 from assay.vhack.environment._grade import Grade, answers_match, grade, grade_many
+from assay.vhack.environment._hostile import HOSTILE_KINDS, HostileCase, hostile_case
 from assay.vhack.environment._steps import FAMILIES
 from assay.vhack.environment._tasks import Task, task_named, tasks
 from assay.vhack.environment._types import Call, Case, Limits, Outcome, Result
@@ -11,12 +13,15 @@ from assay.vhack.environment.sandbox import available_backend, run
 __all__ = [
     "CHANNELS",
     "FAMILIES",
+    "HOSTILE_KINDS",
     "MODES",
     "Call",
     "Case",
     "Channel",
     "Episode",
+    "FuzzReport",
     "Grade",
+    "HostileCase",
     "Limits",
     "Outcome",
     "Result",
@@ -24,8 +29,10 @@ __all__ = [
     "answers_match",
     "available_backend",
     "episodes",
+    "fuzz",
     "grade",
     "grade_many",
+    "hostile_case",
     "run",
     "task_named",
     "tasks",

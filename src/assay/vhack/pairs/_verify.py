@@ -178,7 +178,7 @@ def _judge(index: int, pair: Pair, tests: Tests, allow_unsandboxed: bool) -> Cal
             wanted="one of minimal and exploit, and mechanism:, channel:, entry: and task:",
             do="add the tags as docs/vhack-pairs.md explains them, or leave the pair out of the verification",
         )
-    longest = max(len(side.encode()) for side in (pair.hack, pair.clean))
+    longest = max(len(side.encode(errors="surrogatepass")) for side in (pair.hack, pair.clean))
     bound = Limits().program_bytes
     if longest > bound:
         raise DataError(

@@ -1,0 +1,132 @@
+"""The grader holds against a few hundred hostile cases, and a grader that does not hold is found out."""
+
+import dataclasses
+import json
+
+import pytest
+
+from assay.cli import run as run_command
+from assay.errors import BackendUnavailable, DataError, UsageError
+from assay.vhack.environment import HOSTILE_KINDS, Limits, _fuzz, _grade, fuzz, hostile_case, sandbox
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Small steps, so that few cases make several."""
+    monkeypatch.setattr(_fuzz, "_STEP", 10)
+
+
+def test_the_grader_holds_against_every_kind():
+    report = fuzz(20 * len(HOSTILE_KINDS), limits=Limits(seconds=0.5))
+    assert report.failures == ()
+    assert report.holds
+    assert {kind: found["cases"] for kind, found in report.counts.items()} == dict.fromkeys(HOSTILE_KINDS, 20)
+    total = report.total
+    assert not {"ended_a_step", "grader_raised", "graded_as_right"} & total.keys()
+    # The cases do what they are made for: each way to end is among them.
+    assert min(total[name] for name in ("exploited", "timed_out", "overflowed", "raised", "crashed")) >= 1
+    assert report.honest == 8
+
+
+def test_a_case_follows_from_its_name_and_no_two_are_the_same():
+    names = [f"{kind}/3/{number}" for kind in HOSTILE_KINDS for number in range(8)]
+    cases = [hostile_case(name) for name in names]
+    assert cases == [hostile_case(name) for name in names]
+    assert [case.name for case in cases] == names
+    assert len({(case.program, case.episode.mode) for case in cases}) > 0.9 * len(cases)
+    assert all(case.kind == name.split("/")[0] for case, name in zip(cases, names, strict=True))
+
+
+@pytest.mark.parametrize("name", ["ends", "ends/1", "magic/1/1", "ends/x/1", "ends/1/2/3", ""])
+def test_names_of_no_case_are_refused(name):
+    with pytest.raises(DataError, match="hostile case"):
+        hostile_case(name)
+
+
+def test_what_cannot_be_fuzzed_is_refused(monkeypatch):
+    with pytest.raises(UsageError, match="magic"):
+        fuzz(1, kinds=["magic"])
+    with pytest.raises(UsageError, match="none"):
+        fuzz(1, kinds=[])
+    with pytest.raises(UsageError, match="0 hostile"):
+        fuzz(0)
+    monkeypatch.setattr(sandbox, "available_backend", lambda: None)
+    with pytest.raises(BackendUnavailable):
+        fuzz(1)
+
+
+def test_an_error_of_the_grader_is_found(few, monkeypatch):
+    real = _grade.answers_match
+
+    def sometimes(outcomes, cases):
+        if any(outcome.kind == "none" for outcome in outcomes):
+            raise RecursionError
+        return real(outcomes, cases)
+
+    monkeypatch.setattr(_grade, "answers_match", sometimes)
+    report = fuzz(20, kinds=["text"])
+    assert not report.holds
+    assert report.total["grader_raised"] == 20
+    assert report.failures[0] == ("text/0/0", "grader raised: RecursionError")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_case_that_ends_a_step_is_found_and_the_others_are_graded(few, monkeypatch, alone):
+    real, bad = _fuzz.grade_many, hostile_case("markers/0/13").program
+
+    def ending(items, **options):
+        listed = list(items)
+        if any(program == bad for _, program in listed) and (alone or len(listed) > 1):
+            raise ValueError("a digit too many")
+        return real(listed, **options)
+
+    monkeypatch.setattr(_fuzz, "grade_many", ending)
+    report = fuzz(20, kinds=["markers"])
+    assert report.counts["markers"]["cases"] == 20
+    assert report.counts["markers"]["ended_a_step"] == 1
+    cause = "ValueError" if alone else "ValueError, beside other cases only"
+    assert report.failures == (("markers/0/13" if alone else "markers/0/10", f"ended a step: {cause}"),)
+
+
+def test_a_wrong_program_that_is_graded_as_right_is_found(few, monkeypatch):
+    monkeypatch.setattr(_grade, "answers_match", lambda outcomes, cases: True)
+    report = fuzz(10, kinds=["nearly-right"])
+    assert report.total["graded_as_right"] == 10
+    assert ("honest program of step 0", "graded as right") in report.failures
+
+
+def test_an_honest_program_that_is_not_paid_is_found_and_one_that_was_slow_is_graded_again(few, monkeypatch):
+    real, slow = _fuzz.grade_many, []
+
+    def grading(items, **options):
+        found = real(items, **options)
+        if len(found) > 1:
+            slow.append(found[-2])
+            found[-2] = dataclasses.replace(
+                found[-2], correct=False, result=dataclasses.replace(found[-2].result, timed_out=True)
+            )
+        return found
+
+    monkeypatch.setattr(_fuzz, "grade_many", grading)
+    assert fuzz(5, kinds=["text"]).holds
+    assert len(slow) == 1
+    monkeypatch.setattr(_grade, "answers_match", lambda outcomes, cases: False)
+    assert fuzz(5, kinds=["text"]).failures == (("honest program of step 0", "graded as wrong"),)
+
+
+def test_the_command_says_and_writes_what_was_found(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "fuzz.json"
+    arguments = ["vhack", "fuzz", "-n", "6", "--kind", "text", "--kind", "answers", "-o", str(output)]
+    assert run_command(arguments) == 0
+    assert "the grader holds: 6 hostile cases and 2 honest programs" in capsys.readouterr().out
+    written = json.loads(output.read_text())
+    assert written["schema"] == "assay.vhack.fuzz/1"
+    assert written["command"].startswith("assay ")
+    assert {kind: found["cases"] for kind, found in written["kinds"].items()} == {"text": 3, "answers": 3}
+    assert {"commit", "cpu", "versions", "seed", "backend"} <= written.keys()
+    monkeypatch.setattr(_grade, "answers_match", lambda outcomes, cases: True)
+    assert run_command([*arguments, "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert not printed["holds"]
+    assert printed["failures"][0] == {"case": "text/0/0", "did": "graded as right"}
+    assert run_command(["vhack", "fuzz", "--kind", "magic"]) == 2
