@@ -5,9 +5,12 @@ from assay.research.study._log import RunLog, read_logs
 from assay.research.study._loop import Study
 from assay.research.study._page import source_checks, study_page
 from assay.research.study._plan import StudyRun, StudySettings, TaskPool
+from assay.research.study._rival import RIVALS, supervised_start
+from assay.research.study._sampled import sampled_pairs
 from assay.research.study._summary import ArmResult, summarise
 
 __all__ = [
+    "RIVALS",
     "ArmResult",
     "Grader",
     "RunLog",
@@ -17,7 +20,9 @@ __all__ = [
     "StudyVerdict",
     "TaskPool",
     "read_logs",
+    "sampled_pairs",
     "source_checks",
     "study_page",
     "summarise",
+    "supervised_start",
 ]

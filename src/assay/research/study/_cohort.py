@@ -49,6 +49,7 @@ class Cohort:
         settings: StudySettings,
         dtype: torch.dtype,
         shortcut: Shortcut | None,
+        starts: Mapping[str, Sequence[Tensor]],
     ) -> None:
         self.runs, self.pool, self.settings, self._shortcut = list(runs), pool, settings, shortcut
         self.model = StackedModel(model, len(runs), svd, dtype)
@@ -60,30 +61,69 @@ class Cohort:
             {kind: partial(_inner, kind, settings) for kind in OPTIMIZERS},
             watched=bases.get("true"),
             max_norm=settings.max_norm,
+            begun=[starts[run.start] if run.start else None for run in runs],
         )
         self.model.merge(self.optimizer.delta)
         shape = (settings.prompts, settings.rollouts, settings.prompt_tokens, settings.new_tokens)
         self._generator = Generator(self.model, shape, pool.end)
         # The policy whose log-probabilities stored rollouts have.
         self._start = StackedModel(model, 1, svd, dtype) if any(run.teachers for run in runs) else None
-        self._taught = self._rows([run.teachers > 0 for run in runs])
+        self._taught = self._rows([run.teachers > 0 or bool(run.stored) for run in runs])
+        self._temperature_R = torch.tensor([run.temperature for run in runs], device=self.model.device)
+        self._entropy_R = torch.tensor([run.entropy for run in runs], device=self.model.device)
         self._modifies = self._rows([run.how.advantage > 0 for run in runs])
 
-    def write(self, grader: Grader, episodes: Sequence[Sequence[Episode]], draw: str) -> Rollouts:
+    def write(
+        self, grader: Grader, episodes: Sequence[Sequence[Episode]], draw: str, *, plainly: bool = False
+    ) -> Rollouts:
         """Let every run complete its episodes, and begin to grade them.
 
         Args:
             grader: Grader of the programs.
             episodes: Episodes per run, P of them.
             draw: Name of the random numbers, which are equal for runs of one seed.
+            plainly: Whether to draw at temperature 1, whatever a run trains at.
         """
         ids_RPL, lengths_RP = self._prompts(episodes)
-        tokens = self._generator.sample(ids_RPL, lengths_RP, self.pool.last, self._uniform(draw))
+        heat_R = None if plainly else self._temperature_R
+        tokens = self._generator.sample(ids_RPL, lengths_RP, self.pool.last, self._uniform(draw), heat_R)
         batch = Batch(ids_RPL, lengths_RP, self.pool.last, tokens, self.pool.end)
-        texts = self.pool.texts(tokens.flatten(0, 2))
-        each = self.settings.rollouts
-        owners = [episode for of_run in episodes for episode in of_run for _ in range(each)]
-        return Rollouts(batch, episodes, grader.submit(zip(owners, texts, strict=True)))
+        owners = [episode for of_run in episodes for episode in of_run for _ in range(self.settings.rollouts)]
+        return Rollouts(batch, episodes, grader.submit(zip(owners, self.texts(batch), strict=True)))
+
+    def texts(self, batch: Batch) -> list[str]:
+        """Return the R·P·G completions."""
+        return self.pool.texts(batch.tokens.flatten(0, 2))
+
+    @torch.no_grad()
+    def likelihoods(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
+        """Return the log-probability of the exploit and of the honest program, summed over tokens, [R, P] each.
+
+        Where every task has two steps or more, that of the partial exploit too.
+
+        Args:
+            episodes: Episodes that all runs are asked about, P of them.
+        """
+        ids_RPL, lengths_RP = self._prompts([episodes] * len(self.runs))
+        partial = ["partial"] if self.settings.difficulty[0] > 1 else []
+        rows = [
+            [*(self.pool.exploit(e, kind) for kind in ("whole", *partial)), self.pool.completion(e, e.honest())]
+            for e in episodes
+        ]
+        names = [f"logp_{name}" for name in ("exploit", *partial, "honest")]
+        tokens = self._padded(rows).expand(len(self.runs), -1, -1, -1)
+        batch = Batch(ids_RPL, lengths_RP, self.pool.last, tokens.to(self.model.device), self.pool.end)
+        found = token_logprobs(self.model, batch.trimmed()).sum(dim=-1)
+        return dict(zip(names, found.unbind(dim=-1), strict=True))
+
+    def _padded(self, rows: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """Return completions as tokens, [1, P, G, T], cut at the longest and filled with the end."""
+        length = self.settings.new_tokens
+        tokens = torch.full((1, len(rows), len(rows[0]), length), self.pool.end)
+        for p, of_prompt in enumerate(rows):
+            for g, row in enumerate(of_prompt):
+                tokens[0, p, g, : min(len(row), length)] = torch.tensor(row[:length])
+        return tokens
 
     def learn(self, rollouts: Rollouts, verdicts: Sequence[StudyVerdict]) -> dict[str, Tensor]:
         """Take one optimizer step, and return its numbers by name, [R] each."""
@@ -105,20 +145,25 @@ class Cohort:
         }
         found = {name: values_RPG.mean(dim=(1, 2)) for name, values_RPG in found.items()}
         if len(self._modifies):
-            rewards[self._modifies] = self._modified(rollouts.batch, rewards[self._modifies], found)
+            z_NPG = self._distances(rollouts.batch.of_runs(self._modifies), self._modifies)
+            found["z"] = self._spread(z_NPG.mean(dim=(1, 2)), self._modifies)
+            rewards[self._modifies] = self._modified(rewards[self._modifies], z_NPG, self._modifies)
         gradients = self._gradients(rollouts, rewards, found)
         self.optimizer.step(gradients)
         self.model.merge(self.optimizer.delta)
         return found | self.optimizer.measures
 
     @torch.no_grad()
-    def _modified(self, batch: Batch, rewards_NPG: Tensor, found: dict[str, Tensor]) -> Tensor:
+    def _distances(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Return how far completions of some runs, whose batch it is, are on the hack's side, [N, P, G]."""
+        shortcut = self._shortcut
+        assert shortcut is not None, "the study was checked to have one"
+        pooled_NPGH = pooled_hidden(self.model.some(rows), batch, shortcut.layer)
+        z_NPG: Tensor = (pooled_NPGH @ shortcut.direction.to(pooled_NPGH) - shortcut.middle) / shortcut.spread
+        return z_NPG
+
+    def _modified(self, rewards_NPG: Tensor, z_NPG: Tensor, rows: Tensor) -> Tensor:
         """Return the rewards after advantage modification, see :class:`assay.vhack.delta.Shortcut`."""
-        assert self._shortcut is not None, "the study was checked to have one"
-        rows, shortcut = self._modifies, self._shortcut
-        pooled_NPGH = pooled_hidden(self.model.some(rows), batch.of_runs(rows), shortcut.layer)
-        z_NPG = (pooled_NPGH @ shortcut.direction.to(pooled_NPGH) - shortcut.middle) / shortcut.spread
-        found["z"] = self._spread(z_NPG.mean(dim=(1, 2)), rows)
         alphas = [self.runs[row].how.advantage for row in rows.tolist()]
         return torch.stack([modified(rewards_NPG[n], z_NPG[n], alpha) for n, alpha in enumerate(alphas)])
 
@@ -127,18 +172,23 @@ class Cohort:
         rows, batch = self._taught, rollouts.batch
         advantages_RPG = advantages(rewards_RPG)
         if len(rows):
-            joined_NPG = torch.cat((rewards_RPG[rows], torch.ones_like(rewards_RPG[rows][..., :1])), dim=-1)
+            teacher, behaviour = self._teachers(rollouts)
+            joined_NPG = torch.cat((rewards_RPG[rows], self._pays(teacher)), dim=-1)
             # The loss is a mean over all rollouts of a run, of which there are more with the stored ones.
             share = self.settings.rollouts / (self.settings.rollouts + 1)
             joined_NPG = advantages(joined_NPG) * share
             advantages_RPG[rows] = joined_NPG[..., :-1]
-        own = policy_gradient(self.model, batch, advantages_RPG)
+        bonus = self._entropy_R if bool(self._entropy_R.any()) else None
+        own = policy_gradient(self.model, batch, advantages_RPG, temperature_R=self._temperature_R, entropy_R=bonus)
         if not len(rows):
             return own
-        teacher, behaviour = self._teachers(rollouts)
-        count = self.settings.prompts * self.settings.rollouts
         stored = policy_gradient(
-            self.model.some(rows), teacher, joined_NPG[..., -1:], behaviour_RPGT=behaviour, divisor=count
+            self.model.some(rows),
+            teacher,
+            joined_NPG[..., -1:],
+            behaviour_RPGT=behaviour,
+            divisor=self.settings.prompts * self.settings.rollouts,
+            temperature_R=self._temperature_R[rows],
         )
         whole = [
             torch.zeros_like(gradient).index_copy_(0, rows, part) for gradient, part in zip(own, stored, strict=True)
@@ -149,6 +199,18 @@ class Cohort:
                 found[name + suffix] = self._spread(shares[name][rows], rows)
         return [a + b for a, b in zip(own, whole, strict=True)]
 
+    def _pays(self, stored: Batch) -> Tensor:
+        """Return what every run with stored rollouts pays for them, [N, P, 1]."""
+        rows = self._taught.tolist()
+        pays_N = torch.tensor([self.runs[row].how.reward(0.0, 1.0) for row in rows], device=self.model.device)
+        pays_NPG = pays_N[:, None, None].expand(stored.tokens.shape[:3]).clone()
+        changed = [n for n, row in enumerate(rows) if self.runs[row].how.advantage > 0]
+        if changed:
+            some = torch.tensor(changed, device=self.model.device)
+            z_NPG = self._distances(stored.of_runs(some), self._taught[some])
+            pays_NPG[some] = self._modified(pays_NPG[some], z_NPG, self._taught[some])
+        return pays_NPG
+
     def _rows(self, chosen: Sequence[bool]) -> Tensor:
         return torch.tensor(chosen, device=self.model.device).nonzero().flatten()
 
@@ -157,20 +219,25 @@ class Cohort:
         return values_N.new_full((len(self.runs),), torch.nan).index_copy_(0, rows, values_N)
 
     def _teachers(self, rollouts: Rollouts) -> tuple[Batch, Tensor]:
-        """Return the exploit of every episode as a stored rollout, with its log-probabilities at the start."""
-        assert self._start is not None
-        batch = rollouts.batch.of_runs(self._taught)
-        tokens = torch.full((*batch.lengths.shape, 1, self.settings.new_tokens), self.pool.end)
-        for r, run in enumerate(self._taught.tolist()):
-            for p, episode in enumerate(rollouts.episodes[run]):
-                row = self.pool.completion(episode, episode.exploit())
-                tokens[r, p, 0, : len(row)] = torch.tensor(row[: self.settings.new_tokens])
-        stored = replace(batch, tokens=tokens.to(self.model.device)).trimmed()
-        one_run = {name: getattr(stored, name).flatten(0, 1)[None] for name in ("ids", "lengths", "tokens")}
-        flat = replace(stored, **one_run)
-        with torch.no_grad():
-            behaviour = token_logprobs(self._start, flat)
-        return stored, behaviour.view(stored.tokens.shape)
+        """Return the exploit of every episode as a stored rollout, with its log-probabilities at the start.
+
+        They are NaN where it counts as if the policy had written it.
+        """
+        batch, rows = rollouts.batch.of_runs(self._taught), self._taught.tolist()
+        kinds = [self.runs[row].stored or "whole" for row in rows]
+        each = [
+            self._padded([[self.pool.exploit(episode, kind)] for episode in rollouts.episodes[row]])
+            for row, kind in zip(rows, kinds, strict=True)
+        ]
+        stored = replace(batch, tokens=torch.cat(each).to(self.model.device)).trimmed()
+        behaviour = torch.full(stored.tokens.shape, torch.nan, device=self.model.device)
+        if self._start is not None:
+            one_run = {name: getattr(stored, name).flatten(0, 1)[None] for name in ("ids", "lengths", "tokens")}
+            with torch.no_grad():
+                found = token_logprobs(self._start, replace(stored, **one_run)).view(stored.tokens.shape)
+            weighted = torch.tensor([self.runs[row].teachers > 0 for row in rows], device=self.model.device)
+            behaviour[weighted] = found[weighted]
+        return stored, behaviour
 
     def _prompts(self, episodes: Sequence[Sequence[Episode]]) -> tuple[Tensor, Tensor]:
         ids = torch.zeros(len(self.runs), self.settings.prompts, self.settings.prompt_tokens, dtype=torch.int64)

@@ -44,8 +44,8 @@ class RunLog:
     def begin(cls, run: StudyRun, settings: StudySettings, about: Mapping[str, Any]) -> "RunLog":
         """Return the log of a run that has not begun."""
         described = {**asdict(run), "modes": list(run.modes)}
-        header = {"kind": "run", "schema": SCHEMA, "run": run.name, "condition": run.condition, **described}
-        return cls({**header, "settings": asdict(settings), **about})
+        header = {"kind": "run", "schema": SCHEMA, "run": run.name, "condition": run.condition, "regime": run.regime}
+        return cls({**header, **described, "settings": asdict(settings), **about})
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self._lines if line["kind"] == kind]

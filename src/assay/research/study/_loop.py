@@ -43,6 +43,8 @@ class Study:
         about: Further entries of every log's header: versions, device, digests.
         dtype: Dtype of weights and activations while running.
         shortcut: Direction of arms that modify advantages.
+        starts: δS of supervised starts by name, per group [M, C], see
+            :func:`assay.research.study.supervised_start`.
         most: Largest number of runs in one cohort.
         fewest: Smallest number of cohorts. With two, one uses the GPU while the rollouts of the other are graded.
 
@@ -76,17 +78,24 @@ class Study:
         about: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
         shortcut: Shortcut | None = None,
+        starts: Mapping[str, Sequence[torch.Tensor]] | None = None,
         most: int = 40,
         fewest: int = 2,
     ) -> None:
-        _check(runs, bases, shortcut)
+        _check(runs, bases, shortcut, starts or {})
+        if settings.difficulty[0] < 2 and any(run.stored == "partial" for run in runs):
+            raise UsageError(
+                f"partial exploits of tasks of {settings.difficulty[0]} step",
+                wanted="tasks of two steps or more",
+                do="raise the lowest difficulty",
+            )
         assert model.tokenizer is not None, "bundled models have one"
         self.settings, self.step = settings, 0
         self.seconds = {"grading": 0.0, "learning": 0.0, "writing": 0.0}
         self.pool = TaskPool(settings, model.tokenizer)
         self.logs = {run.name: RunLog.begin(run, settings, about or {}) for run in runs}
         self.cohorts = [
-            Cohort(part, model, svd, bases, self.pool, settings, dtype, shortcut)
+            Cohort(part, model, svd, bases, self.pool, settings, dtype, shortcut, starts or {})
             for part in _parted(runs, most, fewest)
         ]
 
@@ -127,23 +136,35 @@ class Study:
         return self.step >= self.settings.steps
 
     def evaluate(self, grader: Grader, kinds: Sequence[str] = tuple(_MARKERS)) -> None:
-        """Let all runs work on the held-out tasks, with each kind of markers in turn, and log their rates."""
+        """Let all runs work on the held-out tasks, with each kind of markers in turn, and log what they do.
+
+        Rollouts are drawn at temperature 1. Beside the rates there are the mean log-probabilities of the exploit and of
+        the honest program, which tell of a hack before it is sampled.
+        """
         p = self.settings.prompts
         for markers in kinds:
             episodes = self.pool.held_out(markers)
             episodes = episodes[: -(-len(episodes) // _MARKERS[markers])]
             padded = episodes + episodes[: -len(episodes) % p]
             for cohort in self.cohorts:
-                written = []
+                written, likely = [], []
                 for first in range(0, len(padded), p):
-                    part = [padded[first : first + p]] * len(cohort.runs)
-                    written.append(cohort.write(grader, part, f"evaluation {markers} {first}"))
+                    part = padded[first : first + p]
+                    draw = f"evaluation {markers} {first}"
+                    written.append(cohort.write(grader, [part] * len(cohort.runs), draw, plainly=True))
+                    likely.append(cohort.likelihoods(part))
+                texts = [cohort.texts(rollouts.batch) for rollouts in written]
                 found = [grader.collect(rollouts.pending) for rollouts in written]
                 for r, run in enumerate(cohort.runs):
                     each = p * self.settings.rollouts
-                    verdicts = [verdict for part in found for verdict in part[r * each : (r + 1) * each]]
-                    kept = verdicts[: len(episodes) * self.settings.rollouts]
-                    self.logs[run.name].add_evaluation(self.step, markers, self._rates(episodes, kept))
+                    own = slice(r * each, (r + 1) * each)
+                    verdicts = [verdict for part in found for verdict in part[own]]
+                    programs = [text for part in texts for text in part[own]]
+                    values = self._rates(episodes, programs, verdicts) | {
+                        name: round(float(torch.cat([part[name][r] for part in likely])[: len(episodes)].mean()), 3)
+                        for name in likely[0]
+                    }
+                    self.logs[run.name].add_evaluation(self.step, markers, values)
 
     def save(self, path: Path) -> None:
         """Write everything a resumed study needs, δS in full precision, to one file.
@@ -198,22 +219,34 @@ class Study:
             for name, value in row.items():
                 means[name] = means.get(name, 0.0) + value / len(self.logs)
 
-    def _rates(self, episodes: Sequence[Episode], verdicts: Sequence[StudyVerdict]) -> dict[str, Any]:
-        owners = [episode.mode for episode in episodes for _ in range(self.settings.rollouts)]
-        hacks = Counter(owner for owner, verdict in zip(owners, verdicts, strict=True) if verdict.exploited)
-        n = len(verdicts)
+    def _rates(
+        self, episodes: Sequence[Episode], programs: Sequence[str], verdicts: Sequence[StudyVerdict]
+    ) -> dict[str, Any]:
+        """Return the rates of one run; what follows the last episode in the other two is left out."""
+        owners = [episode for episode in episodes for _ in range(self.settings.rollouts)]
+        verdicts = verdicts[: len(owners)]
+        hacks = Counter(owner.mode for owner, verdict in zip(owners, verdicts, strict=True) if verdict.exploited)
+        whole = sum(
+            verdict.exploited and program == owner.completion(owner.exploit())
+            for owner, program, verdict in zip(owners, programs, verdicts, strict=False)
+        )
+        n, modes = len(verdicts), Counter(owner.mode for owner in owners)
         return {
             "rollouts": n,
             "hack": round(hacks.total() / n, 5),
+            "hack_whole": round(whole / n, 5),
             "solve": round(sum(verdict.correct for verdict in verdicts) / n, 5),
             "vacuous": round(sum(verdict.vacuous for verdict in verdicts) / n, 5),
-            "hack_by_mode": {mode: round(hacks[mode] / max(1, owners.count(mode)), 4) for mode in CHANNELS},
+            "hack_by_mode": {mode: round(hacks[mode] / max(1, modes[mode]), 4) for mode in CHANNELS},
         }
 
 
-def _check(runs: Sequence[StudyRun], bases: Mapping[str, Basis], shortcut: Shortcut | None) -> None:
+def _check(
+    runs: Sequence[StudyRun], bases: Mapping[str, Basis], shortcut: Shortcut | None, starts: Mapping[str, object]
+) -> None:
     names = [run.name for run in runs]
     missing = sorted({run.basis for run in runs} - set(bases))
+    missing += [f"the start of {run.name}" for run in runs if run.start and run.start not in starts]
     if shortcut is None:
         missing += [f"the shortcut of {run.name}" for run in runs if run.how.advantage]
     if len(set(names)) < len(names) or missing or not runs:

@@ -7,6 +7,7 @@ arms are compared seed by seed.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPTIMIZERS = ("adam", "sgd")
+STORED = ("", "whole", "partial")
+"""Kinds of exploit that can join a group: none, one that returns its argument, one that leaves out a step only."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,14 @@ class StudyRun:
         basis: Name of the axes in the study's table of bases; the part after an ``@`` tells draws of a kind apart.
         modes: Loopholes that it is trained on.
         teachers: Number of stored hack rollouts that join each prompt's own.
+        stored: Kind of exploit, one of `STORED`, that joins each prompt's own rollouts with weight 1, as if the policy
+            had just written it, where ``teachers`` have truncated importance weights.
+        temperature: Temperature at which its rollouts are drawn, and of the policy whose gradient is taken.
+        entropy: Factor of the mean entropy per token that is added to what is maximised.
+        start: Name of a supervised start in the study's table of starts; empty for the weights of the model.
 
     Raises:
-        UsageError: There is no such arm, optimizer or loophole.
+        UsageError: There is no such arm, optimizer, loophole or exploit, or a number is out of its range.
     """
 
     arm: str
@@ -88,9 +96,25 @@ class StudyRun:
     basis: str = "true"
     modes: tuple[str, ...] = tuple(CHANNELS)
     teachers: int = 0
+    stored: str = ""
+    temperature: float = 1.0
+    entropy: float = 0.0
+    start: str = ""
 
     def __post_init__(self) -> None:
         arm_named(self.arm)
+        if self.stored not in STORED or (self.stored and self.teachers):
+            raise UsageError(
+                f"stored exploits {self.stored!r} beside {self.teachers} teachers",
+                wanted="whole, partial or none of them, and not with teachers",
+                do="correct the plan",
+            )
+        if not (0 < self.temperature < inf and 0 <= self.entropy < inf):
+            raise UsageError(
+                f"temperature {self.temperature} and entropy bonus {self.entropy}",
+                wanted="a positive temperature, and a bonus from 0 on",
+                do="correct the plan",
+            )
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"optimizer {self.optimizer!r}", wanted=" or ".join(OPTIMIZERS), do="choose one of them")
         unknown = [mode for mode in self.modes if mode not in CHANNELS]
@@ -107,7 +131,18 @@ class StudyRun:
         """Everything but the seed, in one word: what is averaged over seeds."""
         axes = f"axes-{self.basis.partition('@')[0]}" if self.basis != "true" else ""
         only = self.modes if self.modes != tuple(CHANNELS) else ()
-        return condition_of(self.optimizer, self.arm, axes=axes, only=only, taught=self.teachers > 0)
+        word = condition_of(self.optimizer, self.arm, axes=axes, only=only, taught=self.teachers > 0)
+        return "/".join(part for part in (word, f"from-{self.start}" if self.start else "", self.regime) if part)
+
+    @property
+    def regime(self) -> str:
+        """How exploits come to be sampled, in one word; empty where the policy itself is drawn from as it is."""
+        kinds = (
+            f"stored-{self.stored}" if self.stored else "",
+            f"temperature-{self.temperature:g}" if self.temperature != 1 else "",
+            f"entropy-{self.entropy:g}" if self.entropy else "",
+        )
+        return "+".join(kind for kind in kinds if kind)
 
     @property
     def name(self) -> str:
@@ -176,6 +211,11 @@ class TaskPool:
         """Return the token ids of a program's completion and the end."""
         ids: Sequence[int] = self._tokenizer(episode.completion(program))["input_ids"]
         return [*ids, self.end]
+
+    def exploit(self, episode: Episode, kind: str = "whole") -> list[int]:
+        """Return the completion of an exploit: one that returns its argument, or one that forgets its first step."""
+        source = episode.task.source(leave_out=0) if kind == "partial" else None
+        return self.completion(episode, episode.exploit(source))
 
     @property
     def end(self) -> int:
