@@ -11,7 +11,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-PLACES = ("src", "tests", "benchmarks", "scripts", "docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "AGENTS.md", "RELEASE.md", "MIGRATION.md")
+PLACES = ("src", "tests", "benchmarks", "scripts", "docs", "examples", *PAGES)
 SKIPPED = {"check_language.py", "LOG.md"}  # this table, and the log: a log is not rewritten
 
 CODE, ANYWHERE = "code", "anywhere"
