@@ -1,6 +1,7 @@
 """Five checks whether hack directions are real: held-out data, groups kept together, exact or matched nulls."""
 
 from assay.vhack.checks._folds import fewest_groups
+from assay.vhack.checks._guard import EQUIVALENCE, GuardItem, guard, guard_verdict
 from assay.vhack.checks._judge import CHECKS, Check, CheckReport, CheckSettings, Interval, ModuleResult
 from assay.vhack.checks._page import page
 from assay.vhack.checks._pools import PoolReport, PoolSample, check_two_pools, read_pool
@@ -10,9 +11,11 @@ from assay.vhack.checks._sources import SourceCin, check_source_log, read_source
 
 __all__ = [
     "CHECKS",
+    "EQUIVALENCE",
     "Check",
     "CheckReport",
     "CheckSettings",
+    "GuardItem",
     "Interval",
     "ModuleResult",
     "PoolReport",
@@ -24,6 +27,8 @@ __all__ = [
     "check_two_pools",
     "check_unpaired",
     "fewest_groups",
+    "guard",
+    "guard_verdict",
     "page",
     "read_pool",
     "read_source_log",
