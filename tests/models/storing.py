@@ -1,4 +1,4 @@
-"""Checkpoints in eight bits, made on the spot in every format that is read."""
+"""Checkpoints in eight and four bits, made on the spot in every format that is read."""
 
 import json
 import math
@@ -13,12 +13,21 @@ from torch.nn import functional
 
 from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear
 from assay.models.float8 import Rounded
+from assay.models.four_bits import AWQ_PLACES, packed
 
 FORMATS = ("tensor", "channel", "channel-tensors", "block", "block-tensors", "int8")
+FOUR_BITS = ("packed", "packed-zeros", "awq", "gptq")
 
 
 def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
-    """Write a checkpoint whose linear layers are in eight bits, as the tools of the field write them."""
+    """Write a checkpoint whose linear layers are in eight or four bits, as the tools of the field write them.
+
+    Args:
+        source: Directory of a checkpoint that is not quantised.
+        target: Directory that is made.
+        form: One of :data:`FORMATS` or :data:`FOUR_BITS`.
+        block: Rows and columns that share a scale, or columns in four bits.
+    """
     target.mkdir()
     for path in source.iterdir():
         if path.suffix != ".safetensors":
@@ -27,6 +36,9 @@ def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
     for name, tensor in load_file(source / "model.safetensors").items():
         if name.endswith(("_proj.weight", "_proj")):
             for part, weight in _parts(name, tensor):
+                if form in FOUR_BITS:
+                    tensors |= _four_bits(part.removesuffix(".weight"), weight.float(), form, block)
+                    continue
                 values, scales = _rounded(weight.float(), form, block)
                 tensors[part] = values
                 inverse = form == "block"
@@ -69,6 +81,12 @@ def described(form: str, block: int = 32) -> dict[str, Any]:
     if form in ("tensor", "channel", "block"):
         own = {"weight_block_size": [block, block]} if form == "block" else {}
         return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", **own}
+    if form in ("awq", "gptq"):
+        own = {"zero_point": True, "version": "gemm"} if form == "awq" else {"desc_act": False, "sym": True}
+        return {"quant_method": form, "bits": 4, "group_size": block, **own}
+    if form in FOUR_BITS:
+        weights = {"num_bits": 4, "type": "int", "symmetric": form == "packed", "strategy": "group", "dynamic": False}
+        return _compressed("pack-quantized", weights | {"group_size": block}, None)
     kind = "int" if form == "int8" else "float"
     shared = {"num_bits": 8, "type": kind, "symmetric": True}
     weights, inputs = (
@@ -78,10 +96,14 @@ def described(form: str, block: int = 32) -> dict[str, Any]:
     if form == "block-tensors":
         weights |= {"strategy": "block", "block_structure": [block, block]}
         inputs |= {"strategy": "group", "group_size": block}
+    return _compressed(f"{kind}-quantized", weights, inputs)
+
+
+def _compressed(kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
-        "format": f"{kind}-quantized",
+        "format": kind,
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
@@ -99,6 +121,31 @@ def _parts(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         for part, own in zip(names, weight.chunk(len(names)), strict=True):
             found.append((f"{place}.{expert}.{part}.weight", own.contiguous()))
     return found
+
+
+def _four_bits(place: str, weight: torch.Tensor, form: str, group: int) -> dict[str, torch.Tensor]:
+    """The tensors of a weight [R, C] with a scale for every group of so many columns."""
+    groups = weight.unflatten(-1, (-1, group))
+    low, high = torch.aminmax(groups, dim=-1)
+    own = torch.float16 if form in ("awq", "gptq") else torch.bfloat16
+    if form in ("packed", "gptq"):
+        scales = (groups.abs().amax(dim=-1) / 7).clamp_min(1e-6).to(own)
+        zeros = torch.full_like(scales, 8.0)
+    else:
+        scales = ((high - low) / 15).clamp_min(1e-6).to(own)
+        zeros = (-low / scales).round().clamp(0, 15)
+    numbers = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 15).flatten(-2)
+    if form == "awq":
+        found = {"qweight": packed(numbers.t(), AWQ_PLACES), "qzeros": packed(zeros.t(), AWQ_PLACES)}
+        found["scales"] = scales.t()
+    elif form == "gptq":
+        found = {"qweight": packed(numbers).t(), "qzeros": packed(zeros.t() - 1), "scales": scales.t()}
+        found["g_idx"] = torch.arange(weight.shape[1], dtype=torch.int32) // group
+    else:
+        found = {"weight_packed": packed(numbers), "weight_shape": torch.tensor(weight.shape), "weight_scale": scales}
+        if form == "packed-zeros":
+            found["weight_zero_point"] = packed(zeros.t()).t()
+    return {f"{place}.{name}": tensor.contiguous() for name, tensor in found.items()}
 
 
 def _rounded(weight: torch.Tensor, form: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, ProofMismatch, UsageError
-from assay.models import _stored, load_model
+from assay.models import _formats, load_model
+from assay.models._formats import check_device, stored_format
 from assay.models._load import identify
-from assay.models._stored import check_device, stored_format
 from assay.models.eight_bits import EightBitExperts, EightBitLinear
 from assay.poc import HFEngine, Round, get_pipeline, prove, verify
 from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
@@ -136,7 +136,7 @@ def test_compiled_kernels_give_what_the_layers_give(stored, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"quant_method": "awq"}, "quant_method 'awq'"),
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes'"),
         ({"quant_method": None}, "quant_method None"),
         ({"activation_scheme": "static"}, "activation_scheme 'static'"),
         ({"fmt": "e5m2"}, "fmt 'e5m2'"),
@@ -152,7 +152,8 @@ def test_other_float8_configurations_are_refused_by_name(change, said):
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
-        (("format",), "pack-quantized", "format 'pack-quantized'"),
+        (("format",), "nvfp4-pack-quantized", "format 'nvfp4-pack-quantized'"),
+        (("format",), "pack-quantized", "input_activations"),
         (("kv_cache_scheme",), {"num_bits": 8}, "kv_cache_scheme"),
         (("config_groups",), {}, "config_groups"),
         (("config_groups", "group_0", "weights", "num_bits"), 4, "num_bits 4"),
@@ -219,11 +220,11 @@ def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(sto
 def cuda(monkeypatch: pytest.MonkeyPatch, *capability: int) -> torch.device:
     """A CUDA device of that capability, where triton is installed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(_stored, "find_spec", lambda name: object())
+    monkeypatch.setattr(_formats, "find_spec", lambda name: object())
     return torch.device("cuda")
 
 
-def form_of(name: str, **more: int) -> _stored.StoredFormat:
+def form_of(name: str, **more: int) -> _formats.StoredFormat:
     form = stored_format("model", {"quantization_config": described(name, **more)})
     assert form is not None
     return form
@@ -235,7 +236,7 @@ def test_a_format_is_refused_where_it_was_not_tested(form, monkeypatch: pytest.M
     with pytest.raises(BackendUnavailable, match=f"{form.name} on cuda"):
         check_device(form, cuda(monkeypatch, 10, 0))
     device = cuda(monkeypatch, 9, 0)
-    monkeypatch.setattr(_stored, "find_spec", lambda name: None)
+    monkeypatch.setattr(_formats, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match=f"{form.name} on cuda"):
         check_device(form, device)
     check_device(form, torch.device("cpu"))

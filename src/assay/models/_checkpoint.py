@@ -27,7 +27,7 @@ _INDEX = "model.safetensors.index.json"
 EIGHT_BITS = ("F8_E4M3", "I8")
 """Dtypes of weights in eight bits, as the header of a safetensors file has them."""
 
-_OTHERS = {"BOOL", "I64", *EIGHT_BITS}
+_OTHERS = {"BOOL", "I32", "I64", *EIGHT_BITS}
 _DO = "download or save the checkpoint again"
 
 
@@ -95,7 +95,7 @@ def list_tensors(directory: Path) -> list[Stored]:
         if tensor.dtype not in STORED_DTYPES and tensor.dtype not in _OTHERS:
             raise BadWeights(
                 f"{tensor.file} stores {tensor.name!r} as {tensor.dtype}",
-                wanted="float32, float16 or bfloat16, or eight bits as docs/gpu.md lists them",
+                wanted="float32, float16 or bfloat16, or a quantised format of docs/models.md",
                 do="use the checkpoint before quantisation",
             )
     return tensors

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 from assay import streams
 from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models._checkpoint import EIGHT_BITS, Stored, check_finite, digest_tensors, list_tensors, stored_dtype
+from assay.models._formats import StoredFormat, check_device, stored_format
 from assay.models._quantise import CHOSEN_FORMATS, NUMBER_FORMATS, check_quantisation
 from assay.models._quantise import quantise as round_weights
 from assay.models._random import SHAPE_BLOCK, build, randomise, randomise_embeddings, recipe_digest
 from assay.models._resolve import CATALOGUE, Source, resolve
-from assay.models._stored import StoredFormat, check_device, load_stored, stored_format
+from assay.models._stored import load_stored
 from assay.models._tokenizer import tokenizer_in
 from assay.models.device import device_named
 from assay.models.quiet import quiet

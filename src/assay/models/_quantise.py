@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 CHOSEN_FORMATS = ("int8", "float8")
 """``int8``: weights in int8, products in the model's dtype. ``float8``: e4m3 weights and inputs, products in float8."""
 
-STORED_FORMATS = ("float8", "float8-block", "int8-rows")
-"""Formats in which checkpoints are stored (:mod:`assay.models._stored`)."""
+STORED_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
+"""Formats in which checkpoints are stored (:mod:`assay.models._formats`)."""
 
 NUMBER_FORMATS = tuple(dict.fromkeys(CHOSEN_FORMATS + STORED_FORMATS))
-"""Formats in eight bits that the weights of a model may have."""
+"""Formats in eight or four bits that the weights of a model may have."""
 
 _FLOAT8_CAPABILITY = (8, 9)
 

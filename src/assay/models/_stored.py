@@ -1,185 +1,42 @@
-"""Checkpoints that are stored in eight bits: which there are, and how their weights come into a model as they are.
+"""Checkpoints that are stored in eight or four bits: how their weights come into a model.
 
-A layer is in eight bits where the checkpoint stores its weight so, and nowhere else. Its scales stand beside it. What
-the configuration says decides how the inputs of such layers are rounded, so a configuration that says anything but what
-was tested is refused: a model that runs it in another way is another build.
+A layer is quantised where the checkpoint stores its weight so, and nowhere else. Its scales stand beside it. Weights in
+eight bits stay as they are, and those in four bits are restored (:mod:`assay.models.four_bits`).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional
 
-from assay.errors import BackendUnavailable, BadWeights, ModelError
+from assay.errors import BadWeights
 from assay.models._checkpoint import EIGHT_BITS, Stored
-from assay.models._quantise import check_experts, check_quantisation
+from assay.models._formats import StoredFormat
+from assay.models._quantise import check_experts
 from assay.models._random import build
 from assay.models._resolve import Source
-from assay.models.eight_bits import (
-    CUDA_BLOCK,
-    FLOAT8,
-    INT8,
-    Arithmetic,
-    EightBitExperts,
-    EightBitLinear,
-    float8_blocks,
-)
+from assay.models.eight_bits import EightBitExperts, EightBitLinear
 from assay.models.float8 import Rounded
+from assay.models.four_bits import AWQ_PLACES, CENTRE, OF_A_WORD, restored, unpacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
 _SCALES = ("weight_scale", "weight_scale_inv")
-_TESTED_CAPABILITY = (9, 0)
-_DO = "use the checkpoint before quantisation, or one in eight bits with dynamic inputs"
-
-
-@dataclass(frozen=True)
-class StoredFormat:
-    """How the linear layers of a checkpoint are stored.
-
-    Args:
-        name: Name of the number format: ``float8`` has a scale for a row or the whole weight, ``float8-block`` one for
-            a block of rows and columns, ``int8-rows`` one for a row or the whole weight.
-        block: Rows and columns of a weight that share a scale; None where a row or the whole weight has one.
-    """
-
-    name: str
-    block: tuple[int, int] | None = None
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """How its layers are computed."""
-        return float8_blocks(*self.block) if self.block else INT8 if self.name == INT8.name else FLOAT8
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the weights, as the header of a safetensors file has it."""
-        return "I8" if self.name == INT8.name else "F8_E4M3"
-
-
-def stored_format(reference: str, published: Mapping[str, Any]) -> StoredFormat | None:
-    """Return the format that a configuration states; None for weights that are not quantised.
-
-    Raises:
-        ModelError: It is not one that is read; names the key and its value.
-    """
-    stated = published.get("quantization_config")
-    if stated is None:
-        return None
-    readers: dict[Any, Callable[[Mapping[str, Any]], StoredFormat]] = {
-        "fp8": _float8,
-        "compressed-tensors": _compressed_tensors,
-    }
-    method = stated.get("quant_method") if isinstance(stated, dict) else None
-    try:
-        if method not in readers:
-            raise _Unread("quant_method", method, "fp8 or compressed-tensors")
-        return readers[method](stated)
-    except _Unread as error:
-        raise ModelError(
-            f"{reference!r} is quantised with {error.key} {error.value!r:.80}", wanted=error.wanted, do=_DO
-        ) from None
-
-
-class _Unread(Exception):
-    def __init__(self, key: str, value: object, wanted: str) -> None:
-        super().__init__(key)
-        self.key, self.value, self.wanted = key, value, wanted
-
-
-def _require(stated: Mapping[str, Any], key: str, *allowed: object) -> Any:
-    value = stated.get(key)
-    if value not in allowed:
-        raise _Unread(key, value, " or ".join(map(str, allowed)))
-    return value
-
-
-def _float8(stated: Mapping[str, Any]) -> StoredFormat:
-    _require(stated, "activation_scheme", "dynamic", None)
-    _require(stated, "fmt", "e4m3", None)
-    block = stated.get("weight_block_size")
-    return StoredFormat("float8") if block is None else StoredFormat("float8-block", _block(block))
-
-
-def _compressed_tensors(stated: Mapping[str, Any]) -> StoredFormat:
-    kind = _require(stated, "format", "float-quantized", "int-quantized", "naive-quantized")
-    _require(stated, "kv_cache_scheme", None, {})
-    groups = stated.get("config_groups")
-    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
-    if not isinstance(group, dict):
-        raise _Unread("config_groups", groups, "one group")
-    weights, inputs = (group.get(name) or {} for name in ("weights", "input_activations"))
-    if not isinstance(weights, dict) or not isinstance(inputs, dict):
-        raise _Unread("config_groups", group, "weights and input_activations")
-    _require(group, "output_activations", None)
-    _require(weights, "num_bits", 8)
-    _require(weights, "symmetric", True, None)
-    _require(inputs, "num_bits", 8)
-    _require(inputs, "dynamic", True)
-    _require(inputs, "symmetric", True, None)
-    wanted = {"float-quantized": "float", "int-quantized": "int"}.get(kind)
-    number = _require(weights, "type", *(("float", "int") if wanted is None else (wanted,)))
-    _require(inputs, "type", number)
-    if number == "int":
-        _require(weights, "strategy", "channel", "tensor")
-        _require(inputs, "strategy", "token")
-        return StoredFormat("int8-rows")
-    if _require(weights, "strategy", "channel", "tensor", "block") == "block":
-        _require(inputs, "strategy", "group")
-        block = _block(weights.get("block_structure"))
-        _require(inputs, "group_size", block[1])
-        return StoredFormat("float8-block", block)
-    _require(inputs, "strategy", "token")
-    return StoredFormat("float8")
-
-
-def _block(value: object) -> tuple[int, int]:
-    if not isinstance(value, list | tuple) or len(value) != 2 or any(type(n) is not int or n < 1 for n in value):
-        raise _Unread("the size of a block", value, "two numbers of at least 1, such as [128, 128]")
-    return value[0], value[1]
-
-
-def check_device(form: StoredFormat, device: torch.device) -> None:
-    """Refuse a format on a kind of device on which it was not tested.
-
-    Raises:
-        BackendUnavailable: The device is neither a CPU nor a CUDA device whose products in the format were tested.
-    """
-    if device.type == "cpu":
-        return
-    if form.name == FLOAT8.name:
-        check_quantisation(form.name, device)
-        return
-    if form.block is not None and form.block != CUDA_BLOCK:
-        raise BackendUnavailable(
-            "{} with a scale for {} x {} numbers, on {}".format(form.name, *form.block, device),
-            wanted="blocks of {} x {} on CUDA".format(*CUDA_BLOCK),
-            do="pass --device cpu, or use vLLM",
-        )
-    libraries = find_spec("triton") is not None and hasattr(functional, "scaled_mm")
-    if not libraries or torch.cuda.get_device_capability(device) != _TESTED_CAPABILITY:
-        raise BackendUnavailable(
-            f"{form.name} on {device}",
-            wanted="a CPU, or an H100 or H200 with torch 2.10 or later and triton, on which it was tested",
-            do="pass --device cpu, or use vLLM",
-        )
+_PACKED = {"compressed-tensors": "weight_packed", "awq": "qweight", "gptq": "qweight"}
 
 
 def load_stored(source: Source, tensors: list[Stored], form: StoredFormat, dtype: torch.dtype) -> "PreTrainedModel":
-    """Return the model of a checkpoint in eight bits, on the CPU.
+    """Return the model of a quantised checkpoint, on the CPU.
 
     Args:
         source: Where the model comes from.
         tensors: All tensors of the checkpoint.
         form: Format that the configuration states.
-        dtype: Dtype of everything that is not in eight bits.
+        dtype: Dtype of everything that is not in eight bits, weights in four bits included.
 
     Raises:
         BadWeights: A tensor is missing, surplus, or of another shape or dtype than the configuration says.
@@ -255,6 +112,50 @@ class _Reader:
             raise self.bad(f"{names[0]!r} has the shape {list(scales.shape)}, or scales that are not positive")
         return Rounded(values, scales.contiguous())
 
+    def is_packed(self, place: str) -> bool:
+        """Return whether the weight of a layer is stored in four bits."""
+        return self.form.packing is not None and self.has(f"{place}.{_PACKED[self.form.packing]}")
+
+    def restored(self, place: str, shape: torch.Size) -> Tensor:
+        """Return a weight that is stored in four bits, [R, C], in the dtype of the model."""
+        (rows, columns), group = shape, self.form.group or shape[1]
+        if columns % group or columns % OF_A_WORD or rows % OF_A_WORD:
+            raise self.bad(f"{place!r} has {rows} rows of {columns} columns, in groups of {group}")
+        of_rows, groups = rows // OF_A_WORD, columns // group
+        zeros: Tensor | int = CENTRE
+        if self.form.packing == "compressed-tensors":
+            numbers = unpacked(self._words(f"{place}.weight_packed", rows, columns // OF_A_WORD))
+            if self.read(f"{place}.weight_shape").tolist() != list(shape):
+                raise self.bad(f"{place + '.weight_shape'!r} is not {list(shape)}")
+            if self.form.zeros:
+                zeros = unpacked(self._words(f"{place}.weight_zero_point", of_rows, groups).t()).t()
+            scales = self.read(f"{place}.weight_scale", torch.Size((rows, groups)))
+        elif self.form.packing == "awq":
+            numbers = unpacked(self._words(f"{place}.qweight", columns, of_rows), AWQ_PLACES).t()
+            zeros = unpacked(self._words(f"{place}.qzeros", groups, of_rows), AWQ_PLACES).t()
+            scales = self.read(f"{place}.scales", torch.Size((groups, rows))).t()
+        else:
+            numbers = unpacked(self._words(f"{place}.qweight", columns // OF_A_WORD, rows).t())
+            self._check_gptq(place, groups, of_rows, columns)
+            scales = self.read(f"{place}.scales", torch.Size((groups, rows))).t()
+        return restored(numbers.contiguous(), zeros, scales, self.dtype)
+
+    def _words(self, name: str, *shape: int) -> Tensor:
+        words = self.read(name, torch.Size(shape))
+        if words.dtype != torch.int32:
+            raise self.bad(f"{name!r} is stored as {words.dtype}, and four bits are packed in int32")
+        return words
+
+    def _check_gptq(self, place: str, groups: int, of_rows: int, columns: int) -> None:
+        """Refuse zeros and an order of columns that engines with symmetric weights in order do not read."""
+        zeros = unpacked(self._words(f"{place}.qzeros", groups, of_rows))
+        if not bool((zeros == CENTRE - 1).all()):  # stored less one
+            raise self.bad(f"{place + '.qzeros'!r} has other zeros than symmetric weights")
+        if self.has(f"{place}.g_idx"):
+            order = self.read(f"{place}.g_idx", torch.Size((columns,)))
+            if order.tolist() != [column * groups // columns for column in range(columns)]:
+                raise self.bad(f"{place + '.g_idx'!r} has columns out of order")
+
     def bad(self, seen: str) -> BadWeights:
         return BadWeights(
             f"{self._reference!r}: {seen}",
@@ -268,7 +169,7 @@ class _Reader:
 
 
 def _fill(owner: nn.Module, prefix: str, reader: _Reader) -> None:
-    """Give a module and all inside it what the checkpoint stores, and put layers in eight bits where it has them."""
+    """Give a module and all inside it what the checkpoint stores, with layers in eight bits where it has them."""
     for name, parameter in owner.named_parameters(recurse=False):
         parameter.data = reader.plain(prefix + name, parameter.shape)
     for name, part in list(owner.named_children()):
@@ -276,6 +177,10 @@ def _fill(owner: nn.Module, prefix: str, reader: _Reader) -> None:
         if isinstance(part, nn.Linear):
             if reader.is_rounded(f"{place}.weight"):
                 setattr(owner, name, _layer(part, place, reader))
+            elif reader.is_packed(place):
+                part.weight.data = reader.restored(place, part.weight.shape)
+                if part.bias is not None:
+                    part.bias.data = reader.plain(f"{place}.bias", part.bias.shape)
             elif reader.has(f"{place}.weight") or place != "lm_head":
                 _fill(part, f"{place}.", reader)
         elif any(weight.dim() > 2 for weight in part.parameters(recurse=False)):
@@ -300,7 +205,11 @@ def _experts(part: Any, place: str, reader: _Reader) -> nn.Module:
         return [read(f"{place}.{expert}.{name}", torch.Size(shapes[name])) for expert in range(count)]
 
     if not reader.is_rounded(f"{place}.0.gate_proj.weight"):
-        plain = {name: each(name, lambda at, shape: reader.plain(f"{at}.weight", shape)) for name in shapes}
+
+        def whole(at: str, shape: torch.Size) -> Tensor:
+            return reader.restored(at, shape) if reader.is_packed(at) else reader.plain(f"{at}.weight", shape)
+
+        plain = {name: each(name, whole) for name in shapes}
         gates = zip(plain["gate_proj"], plain["up_proj"], strict=True)
         part.gate_up_proj.data = torch.stack([torch.cat(pair) for pair in gates])
         part.down_proj.data = torch.stack(plain["down_proj"])
