@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-vllm check docs format soak gpu-test gpu-bench clean
+.PHONY: help setup demo test test-vllm check docs site format soak gpu-test gpu-bench release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,10 @@ docs: $(READY)  ## write the generated pages and tables of the documentation
 	$(BIN)/python scripts/reference.py
 	$(BIN)/python -m cogapp -P -I scripts -r $$(grep -rl "\[\[\[cog" docs)
 
+site: $(READY)  ## build the documentation as a site, in build/site/html
+	$(BIN)/python scripts/site_pages.py
+	$(BIN)/zensical build --strict --clean
+
 format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -96,6 +100,9 @@ gpu-bench:  ## measure on a CUDA device, and on two where there are two; result 
 	$(GPU_PYTHON) benchmarks/gpu_service.py -o $(OUT)/gpu_service.json
 	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 \
 	  benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json; fi
+
+release-check: $(READY)  ## build the wheel, install it into an empty environment, and use it as a stranger would
+	$(BIN)/python scripts/release_check.py
 
 clean:  ## remove everything that was made
 	rm -rf $(VENV) $(VLLM) $(VLLM_OLD) demo build dist .bench
