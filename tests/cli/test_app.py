@@ -115,6 +115,16 @@ FROZEN = {
     "vhack fuzz": {"--count", "--seed", "--kind", "--seconds", "--workers", "--output", "--json"},
     "vhack report": {"--output", "--check", "--json"},
     "vhack merge": {"--model", "--dtype", "--device", "--delta", "--output", "--lora", "--overwrite", "--json"},
+    "vhack sample": {
+        "--model", "--dtype", "--device", "--delta", "--output", "--overwrite", "--seed", "--tasks", "--modes",
+        "--share-none", "--difficulty", "--families", "--split", "--markers", "--per-task", "--temperature",
+        "--max-new-tokens", "--batch", "--json",
+    },
+    "vhack evaluate": {
+        "--model", "--dtype", "--device", "--delta", "--output", "--overwrite", "--seed", "--tasks", "--modes",
+        "--share-none", "--difficulty", "--families", "--split", "--markers", "--per-task", "--temperature",
+        "--max-new-tokens", "--batch", "--samples", "--reward", "--graded", "--allow-unsandboxed", "--json",
+    },
     "vhack train": {
         "--model", "--output", "--arm", "--pairs", "--basis", "--method", "--k-use", "--gain", "--refresh",
         "--steps", "--seed", "--optimizer", "--lr", "--max-norm", "--prompts", "--group", "--micro-batch",

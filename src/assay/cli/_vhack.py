@@ -1,19 +1,17 @@
 """``assay vhack``: extract hack directions from pairs, check them, train away from them, and draw the pages."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from assay.cli import _vhack_fuzz, _vhack_pairs
+from assay.cli import _vhack_fuzz, _vhack_models, _vhack_pairs
 from assay.cli._commands import App, Resumable
 from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
 
 if TYPE_CHECKING:
-    from assay.cli._vhack_settings import CheckCommand, ExtractCommand, MergeCommand, PoolsCommand
-    from assay.models import Model
+    from assay.cli._vhack_settings import CheckCommand, ExtractCommand, PoolsCommand
     from assay.research.study import ArmResult
     from assay.vhack import Basis, Pair
     from assay.vhack.checks import CheckReport, PoolReport
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 app = App(help="Directions along which training would learn to cheat.")
 app.add_typer(_vhack_pairs.app, name="pairs")
 _vhack_fuzz.add_to(app)
+_vhack_models.add_to(app)
 
 _SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method"}
 _PASSED = _SELECTION | {"rank", "factors", "max_tokens", "checkpointing"}
@@ -58,7 +57,7 @@ def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
             pairs,
             loaded,
             **chosen.model_dump(include=_PASSED),
-            cache=None if chosen.no_cache else _cache(chosen.cache, loaded),
+            cache=None if chosen.no_cache else _vhack_models.cache_of(loaded, chosen.cache),
             min_coverage=0.0 if chosen.allow_partial else vhack.MIN_COVERAGE,
             progress=progress,
         )
@@ -206,56 +205,6 @@ def train(
         return
     rows = [(name.replace("_", " "), f"{result.last[name]:.4f}") for name in _SHOWN if name in result.last]
     table(("", "mean of the last 10 steps"), rows, title=f"{result.arm}: {result.steps} steps in {result.folder}")
-
-
-@app.command(epilog="Example: assay vhack merge --model reference:organism --delta run/delta.safetensors -o merged")
-@settings("assay.cli._vhack_settings:MergeCommand")
-def merge(chosen: "MergeCommand", as_json: JsonFlag = False) -> None:
-    """Write a trained δS into the weights of its model, or as LoRA, for anything that loads such a directory."""
-    from assay.errors import DataError, UsageError
-    from assay.models import load_model
-    from assay.reports import storage_error
-    from assay.vhack import target_modules, weight_svd
-    from assay.vhack.delta import DeltaS, delta_lengths
-
-    if chosen.output.exists() and not (
-        chosen.output.is_dir() and (chosen.overwrite or not any(chosen.output.iterdir()))
-    ):
-        raise UsageError(
-            f"{chosen.output}, which exists", wanted="a new or empty directory", do="choose another, or --overwrite"
-        )
-    lengths = delta_lengths(chosen.delta)
-    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
-    modules = target_modules(loaded)
-    if modules.keys() != lengths.keys():
-        raise DataError(f"{chosen.delta} has δS of other modules", wanted="those of this model", do="correct --model")
-    is_cut = any(length < min(modules[name].weight.shape) for name, length in lengths.items())
-    with progress_bar("decompositions", "matrices") as progress:
-        rank = max(lengths.values()) if is_cut else None
-        svd = weight_svd(loaded, rank=rank, cache=_cache(None, loaded), min_coverage=0.0, progress=progress)
-    adapter = DeltaS(loaded, svd)
-    adapter.load(chosen.delta)
-    values = {"path": str(chosen.output), "model": loaded.reference, "modules": len(modules)}
-    try:
-        if chosen.lora is not None:
-            made = adapter.save_lora(chosen.output, chosen.lora)
-            form = {"form": "lora", "rank": made.rank, "relative_error": made.error}
-            values |= {**form, "worst_module": made.worst, "worst_error": made.errors[made.worst]}
-        else:
-            adapter.merge().save_pretrained(chosen.output)
-            values |= {"form": "merged", "dtype": str(loaded.module.dtype).removeprefix("torch.")}
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(chosen.output)
-    except OSError as error:
-        raise storage_error(chosen.output, error) from error
-    show_values("assay.vhack.merge/1", values, as_json)
-
-
-def _cache(asked: Path | None, model: "Model") -> Path | None:
-    """Return the directory that was asked for, or on a CPU the cache directory of the user."""
-    if asked is not None or model.device.type != "cpu":
-        return asked
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
 
 
 def _print_basis(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> None:

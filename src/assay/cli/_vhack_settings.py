@@ -1,4 +1,4 @@
-"""Settings of ``assay vhack extract`` and ``check``; what extraction and checks have as defaults comes from them."""
+"""Settings of the commands of ``assay vhack``; what extraction and checks have as defaults comes from them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,7 @@ from pydantic import Field
 from assay.settings import Device, Flag, Settings
 from assay.vhack import Origin
 from assay.vhack.checks import CheckSettings
+from assay.vhack.training import SampleSettings
 
 _CHECK = CheckSettings()
 
@@ -95,3 +96,42 @@ class MergeCommand(_Weights):
         None, ge=1, description="Write δS as LoRA of this rank instead of merged weights, and say its error."
     )
     overwrite: bool = Field(False, description="Write into a directory that is not empty.")
+
+
+class _Sampled(SampleSettings):
+    """Settings of a command that samples from a model."""
+
+    delta: Path | None = Field(
+        None, description="File of δS that was trained for this model, to be merged before sampling."
+    )
+    dtype: Annotated[str | None, Flag(variable="ASSAY_DTYPE")] = Field(
+        None, description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."
+    )
+    device: Device = None
+    overwrite: bool = Field(False, description="Replace files that exist.")
+
+
+class SampleCommand(_Sampled):
+    """Settings of ``assay vhack sample``."""
+
+    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+        description="Model: a directory, a hub id, reference:… or shape:…"
+    )
+    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="File for the completions, JSON Lines.")
+
+
+class EvaluateCommand(_Sampled):
+    """Settings of ``assay vhack evaluate``."""
+
+    model: Annotated[str | None, Flag(variable="ASSAY_MODEL")] = Field(
+        None, description="Model to sample from: a directory, a hub id, reference:… or shape:…"
+    )
+    samples: Path | None = Field(
+        None, description="Completions to grade, as assay vhack sample writes them; no model is loaded then."
+    )
+    reward: str | None = Field(
+        None, description="module:function that pays completions, in TRL's form; by default they are run and graded."
+    )
+    allow_unsandboxed: bool = Field(False, description="Run the programs even where nothing can isolate them.")
+    graded: Path | None = Field(None, description="File for the completions with the grade of each, JSON Lines.")
+    output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="File for the result as JSON.")

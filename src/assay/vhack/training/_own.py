@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from assay.errors import DataError, UsageError
+from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.delta import Arm
-from assay.vhack.environment import Episode
+from assay.vhack.environment import Episode, available_backend
 from assay.vhack.training._rewards import FLAGS, EpisodeReward, Outcomes, Reward
-from assay.vhack.training._settings import TrainSettings
+from assay.vhack.training._settings import TaskSettings, TrainSettings
 
 Task = Episode | str | Mapping[str, Any]
 RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
@@ -64,22 +64,37 @@ def named_function(where: str, flag: str) -> Callable[..., Any]:
     return made
 
 
-def checked_tasks(tasks: Sequence[Task], source: str, least: int) -> list[Task]:
-    """Return tasks as a list, or refuse them.
+def tasks_of(
+    settings: TaskSettings, tasks: Sequence[Task] | None = None, *, least: int, why: str
+) -> tuple[list[Task], str]:
+    """Return tasks, and what they are called in errors.
 
     Args:
-        tasks: Tasks of one's own.
-        source: What they are called in errors.
-        least: Number of prompts of a step, which must be different tasks.
+        settings: Settings that name the tasks.
+        tasks: Tasks in place of those, or None.
+        least: Fewest tasks.
+        why: What needs so many of them.
 
     Raises:
-        DataError: There are too few, or one has no prompt.
+        UsageError: The function of the tasks cannot be found.
+        DataError: It fails, a task has no prompt, or there are too few.
     """
+    source = str(settings.tasks) if tasks is None else "tasks"
+    if tasks is None and isinstance(settings.tasks, int):
+        tasks = settings.episodes(settings.tasks)
+    elif tasks is None:
+        make = named_function(str(settings.tasks), "--tasks")
+        try:
+            tasks = list(make())
+        except Exception as error:  # whatever a function of the user raises
+            raise DataError(
+                f"--tasks {source} raised {type(error).__name__}: {error}",
+                wanted="a function without arguments that returns a list of tasks",
+                do="correct it",
+            ) from error
     found = list(tasks)
     if len(found) < least:
-        raise DataError(
-            f"{source}: {len(found)} tasks", wanted=f"as many as the {least} prompts of a step", do="add some"
-        )
+        raise DataError(f"{source}: {len(found)} tasks", wanted=f"at least {least}, {why}", do="add some")
     for index, task in enumerate(found):
         if not isinstance(task, Episode) and not (prompt_of(task) if isinstance(task, str | Mapping) else ""):
             raise DataError(
@@ -87,7 +102,40 @@ def checked_tasks(tasks: Sequence[Task], source: str, least: int) -> list[Task]:
                 wanted="a prompt, or a mapping with one under 'prompt'",
                 do="correct what the function returns",
             )
-    return found
+    return found, source
+
+
+def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: bool) -> list[Episode]:
+    """Return tasks that the environment can grade here.
+
+    Args:
+        tasks: Tasks without a reward of one's own.
+        source: What they are called in errors.
+        allow_unsandboxed: Whether programs run where nothing can isolate them.
+
+    Raises:
+        UsageError: There are others than built-in ones among them.
+        BackendUnavailable: There is no sandbox.
+    """
+    graded = [task for task in tasks if isinstance(task, Episode)]
+    if len(graded) < len(tasks):
+        raise UsageError(f"{source} without a reward", wanted="a function that pays", do="say --reward module:function")
+    require_sandbox(allow_unsandboxed)
+    return graded
+
+
+def require_sandbox(allow_unsandboxed: bool) -> None:
+    """Refuse to go on without a sandbox, unless that is allowed.
+
+    Raises:
+        BackendUnavailable: There is none.
+    """
+    if available_backend() is None and not allow_unsandboxed:
+        raise BackendUnavailable(
+            "no sandbox for the programs of the model",
+            wanted="bubblewrap, or user namespaces with util-linux",
+            do="install bubblewrap, or accept the risk with --allow-unsandboxed",
+        )
 
 
 def prompt_of(task: Task) -> str:
@@ -117,28 +165,14 @@ def reward_for(
         UsageError: A function cannot be found, tasks that the environment cannot grade have no reward, or the arm pays
             exploits otherwise than one's own reward.
         DataError: A task has no prompt, there are too few, or the function of the tasks fails.
+        BackendUnavailable: There is no sandbox, and no reward of one's own.
     """
-    source = str(settings.tasks) if tasks is None else "tasks"
     if function is None and settings.reward is not None:
         function = named_function(settings.reward, "--reward")
-    if tasks is None and isinstance(settings.tasks, int):
-        tasks = settings.episodes(settings.tasks)
-    elif tasks is None:
-        make = named_function(str(settings.tasks), "--tasks")
-        try:
-            tasks = list(make())
-        except Exception as error:  # whatever a function of the user raises
-            raise DataError(
-                f"--tasks {source} raised {type(error).__name__}: {error}",
-                wanted="a function without arguments that returns a list of tasks",
-                do="correct it",
-            ) from error
-    chosen = checked_tasks(tasks, source, settings.prompts)
+    chosen, source = tasks_of(settings, tasks, least=settings.prompts, why="the prompts of a step")
     if function is not None:
         return OwnReward(chosen, function, settings.chosen)
-    graded = [task for task in chosen if isinstance(task, Episode)]
-    if len(graded) < len(chosen):
-        raise UsageError(f"{source} without a reward", wanted="a function that pays", do="say --reward module:function")
+    graded = check_gradable(chosen, source, allow_unsandboxed=allow_unsandboxed)
     return EpisodeReward(graded, settings.chosen, workers=workers, allow_unsandboxed=allow_unsandboxed)
 
 
@@ -174,11 +208,9 @@ class OwnReward(Reward):
             DataError: The function returns something else than one finite number for each completion.
         """
         chosen = [self.tasks[index] for index in episode]
-        columns: dict[str, list[Any]] = {}
-        for task in chosen:
-            own = {"task": task} if isinstance(task, Episode) else {} if isinstance(task, str) else dict(task)
-            for name in own.keys() - {"prompt"}:
-                columns.setdefault(name, []).append(own[name])
+        rows = [{"task": one} if isinstance(one, Episode) else {} if isinstance(one, str) else one for one in chosen]
+        names = {name for row in rows for name in row} - {"prompt"}
+        columns = {name: [row.get(name) for row in rows] for name in names}  # None where a task does not say it
         try:
             returned = list(self.function(prompts=prompts, completions=completions, **columns))
         except Exception as error:  # whatever a function of the user raises
@@ -189,11 +221,11 @@ class OwnReward(Reward):
         teacher = others.get("teacher") or [False] * len(prompts)
         marks = [one if isinstance(one, Mapping) else {} for one in returned]
         self.told = frozenset(name for name in FLAGS if all(name in mark for mark in marks))
-        rows = [
+        flags = [
             [bool(taught), *(bool(mark.get(name)) for name in FLAGS[1:])]
             for taught, mark in zip(teacher, marks, strict=True)
         ]
-        self.last = Outcomes(torch.tensor(rows), torch.tensor(paid))
+        self.last = Outcomes(torch.tensor(flags), torch.tensor(paid))
         return [*paid]
 
     def _pay(self, one: Any) -> float:

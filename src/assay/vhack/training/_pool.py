@@ -11,15 +11,15 @@ log-probabilities under the distribution that the completion was sampled from, t
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError, UsageError
 from assay.reports import read_jsonl, write_jsonl
+from assay.streams import seed32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,7 +128,6 @@ def _checked(
     return made
 
 
-@torch.no_grad()
 def sample_pool(
     teacher: "Model",
     prompts: Sequence[str],
@@ -150,43 +149,97 @@ def sample_pool(
         temperature: Temperature of sampling; nothing is cut off the distribution.
         max_new_tokens: Longest completion in tokens.
         seed: Seed of sampling.
-        batch: Completions at once.
+        batch: Completions at once; other batches give other completions.
 
     Raises:
-        UsageError: The teacher has no tokenizer.
+        UsageError: The teacher has no tokenizer, or a prompt with its completion is longer than its context.
     """
-    tokenizer = teacher.tokenizer
+    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
+    ids = prompt_ids(teacher, wanted, max_new_tokens)
+    how = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch=batch)
+    return RolloutPool([rollout for part in sampled(teacher, wanted, ids, **how) for rollout in part])
+
+
+class Sampling(TypedDict):
+    """How completions are sampled, see `sample_pool`."""
+
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    batch: int
+
+
+def prompt_ids(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Return the tokens of prompts.
+
+    Raises:
+        UsageError: The model has no tokenizer, or a prompt with its completion is longer than its context.
+    """
+    tokenizer = model.tokenizer
     if tokenizer is None:
-        raise UsageError(f"{teacher.reference} without a tokenizer", wanted="one", do="choose another teacher")
+        raise UsageError(f"{model.reference} without a tokenizer", wanted="one", do="choose another model")
+    known = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
+    longest = max(map(len, known.values()), default=0)
+    context = getattr(model.module.config, "max_position_embeddings", None)
+    if context and longest + max_new_tokens > context:
+        raise UsageError(
+            f"prompts of up to {longest} tokens and {max_new_tokens} new ones",
+            wanted=f"at most {context}, the context of the model",
+            do="allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts",
+        )
+    return [known[prompt] for prompt in prompts]
+
+
+def sampled(
+    model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], first: int = 0, **how: Unpack[Sampling]
+) -> Iterator[list[PoolRollout]]:
+    """Yield one completion of each prompt, a batch at a time.
+
+    Each batch has random numbers of its own, so that those from ``first`` on are the same without those before it.
+
+    Args:
+        model: Model to sample from.
+        prompts: Prompts, one for each completion.
+        ids: Tokens of each, as `prompt_ids` gives them.
+        first: Index of the first prompt to complete, a multiple of the batch.
+        how: Temperature, longest completion, seed and completions at once.
+    """
+    for start in range(first, len(prompts), how["batch"]):
+        part = slice(start, start + how["batch"])
+        yield _completed(model, prompts[part], ids[part], seed32(f"samples {how['seed']} {start}"), how)
+
+
+@torch.no_grad()
+def _completed(
+    model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
+) -> list[PoolRollout]:
+    tokenizer, module = model.tokenizer, cast(Any, model.module)
+    assert tokenizer is not None
     end = int(tokenizer.eos_token_id)
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
-    module: Any = teacher.module
-    generate = partial(
-        module.generate,
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        return_dict_in_generate=True,
-        output_scores=True,
-        pad_token_id=padding,
-        eos_token_id=end,
-    )
-    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
-    found: list[PoolRollout] = []
-    with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
+    rows = [torch.tensor(row, device=model.device) for row in ids]
+    ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+    mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in range(0, len(wanted), batch):
-            part = wanted[start : start + batch]
-            rows = [torch.tensor(tokenizer(prompt)["input_ids"], device=teacher.device) for prompt in part]
-            ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
-            mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-            made = generate(ids_BT, attention_mask=mask_BT)
-            logprobs_BT = module.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
-            tokens_BT = made.sequences[:, ids_BT.shape[1] :]
-            for prompt, tokens, logprobs in zip(part, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
-                length = tokens.index(end) + 1 if end in tokens else len(tokens)
-                completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
-                found.append(PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
-    return RolloutPool(found)
+        made = module.generate(
+            ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=how["max_new_tokens"],
+            do_sample=True,
+            temperature=how["temperature"],
+            top_k=0,
+            top_p=1.0,
+            return_dict_in_generate=True,
+            output_scores=True,
+            pad_token_id=padding,
+            eos_token_id=end,
+        )
+    logprobs_BT = module.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
+    tokens_BT = made.sequences[:, ids_BT.shape[1] :]
+    found = []
+    for prompt, tokens, logprobs in zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
+        length = tokens.index(end) + 1 if end in tokens else len(tokens)
+        completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+        found.append(PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
+    return found

@@ -17,11 +17,10 @@ from assay.reports import JsonObject, provenance, storage_error
 from assay.vhack.basis import Basis, extract, pair_gradients
 from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_of_kind
 from assay.vhack.environment import CHANNELS
-from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.gradients import MIN_COVERAGE, SVDCache, weight_svd
 from assay.vhack.pairs import Pair, find_pairs
 from assay.vhack.training._log import TrainLog, read_steps
-from assay.vhack.training._own import RewardFunction, Task, reward_for
+from assay.vhack.training._own import RewardFunction, Task, require_sandbox, reward_for
 from assay.vhack.training._pool import RolloutPool
 from assay.vhack.training._processes import ALONE, Processes, join
 from assay.vhack.training._rewards import Reward
@@ -233,7 +232,9 @@ def train(
         print(result.last["hack"], result.last["solve"])
     """
     folder = Path(folder)
-    _require(allow_unsandboxed or reward is not None or settings.reward is not None)
+    _require_trl()
+    if reward is None and settings.reward is None:
+        require_sandbox(allow_unsandboxed)
     _check_trackers(trackers)
     from assay.vhack.training._callback import StepLog
     from assay.vhack.training._grpo import last_checkpoint
@@ -296,19 +297,13 @@ def _diverging() -> Iterator[None]:
         ) from error
 
 
-def _require(allow_unsandboxed: bool) -> None:
+def _require_trl() -> None:
     try:
         import trl  # noqa: F401
     except ImportError as error:
         raise BackendUnavailable(
             f"TRL cannot be imported: {error}", wanted="the extra train", do="pip install 'assay[train]'"
         ) from error
-    if available_backend() is None and not allow_unsandboxed:
-        raise BackendUnavailable(
-            "no sandbox for the programs of the model",
-            wanted="bubblewrap, or user namespaces with util-linux",
-            do="install bubblewrap, or accept the risk with --allow-unsandboxed",
-        )
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:

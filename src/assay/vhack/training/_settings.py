@@ -10,6 +10,7 @@ from assay.reports import JsonObject
 from assay.settings import Device, Flag, Names, Settings, Spelling
 from assay.vhack.delta import DEFAULT_ARM, Arm, arm_named
 from assay.vhack.environment import MODES, Episode, episodes
+from assay.vhack.training._pool import Sampling
 
 # Settings that a continued run may change.
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
@@ -34,7 +35,81 @@ def _tasks(text: str) -> int | str:
         raise ValueError("a number, or module:function") from None
 
 
-class TrainSettings(Settings):
+class TaskSettings(Settings):
+    """Settings that say which tasks a model works on."""
+
+    seed: int = Field(0, ge=0, description="Seed of tasks and sampling.")
+    modes: Names = Field(
+        MODES[:-1], description="What the grader may look at, separated by commas; all loopholes by default."
+    )
+    share_none: float = Field(0.2, ge=0, le=1, description="Share of tasks shown without their loophole.")
+    difficulty: Annotated[tuple[int, int], Spelling(_range, "{0[0]}:{0[1]}".format)] = Field(
+        (1, 2), description="Steps per task, LOW:HIGH."
+    )
+    families: Names = Field((), description="Families of tasks, separated by commas; all by default.")
+    tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(
+        512, description="Number of built-in tasks; or module:function, which returns tasks of one's own."
+    )
+
+    def episodes(self, count: int) -> list[Episode]:
+        """Return so many of the tasks that the settings describe, each with its loophole.
+
+        Raises:
+            UsageError: There is no such mode, family or difficulty, or there are not so many tasks.
+        """
+        return self._drawn(count, "training")
+
+    def _drawn(self, count: int, split: str) -> list[Episode]:
+        return episodes(
+            count,
+            seed=self.seed,
+            modes=self.modes,
+            share_none=self.share_none,
+            difficulty=self.difficulty,
+            families=self.families or None,
+            split=split,
+        )
+
+
+class SampleSettings(TaskSettings):
+    """Settings of completions that are sampled from a model and not trained on.
+
+    Raises:
+        UsageError: A setting is outside its range.
+    """
+
+    tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(
+        64, description="Number of built-in tasks; or module:function, which returns tasks of one's own."
+    )
+    share_none: float = Field(0.0, ge=0, le=1, description="Share of tasks shown without their loophole.")
+    split: Literal["evaluation", "training"] = Field(
+        "evaluation", description="Whether the built-in tasks are held-out ones (evaluation) or those of training."
+    )
+    markers: Literal["training", "evaluation"] = Field(
+        "training", description="Which markers the grader looks for: those of training, or others (evaluation)."
+    )
+    per_task: int = Field(4, ge=1, description="Completions of each task.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
+    batch: int = Field(32, ge=1, description="Completions at once; other batches draw other completions.")
+
+    def episodes(self, count: int) -> list[Episode]:
+        """Return so many of the tasks that the settings describe, each with its loophole.
+
+        Raises:
+            UsageError: There is no such mode, family or difficulty, or there are not so many tasks.
+        """
+        return [replace(one, split=self.markers) for one in self._drawn(count, self.split)]
+
+    @property
+    def how(self) -> Sampling:
+        """The part that says how each completion is sampled."""
+        return Sampling(
+            temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed, batch=self.batch
+        )
+
+
+class TrainSettings(TaskSettings):
     """Settings of a run of `train`; every field is a flag of ``assay vhack train``.
 
     Raises:
@@ -76,17 +151,6 @@ class TrainSettings(Settings):
     max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
     temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
     beta: float = Field(0.0, ge=0, description="Weight of the divergence from the model at δS = 0.")
-    modes: Names = Field(
-        MODES[:-1], description="What the grader may look at, separated by commas; all loopholes by default."
-    )
-    share_none: float = Field(0.2, ge=0, le=1, description="Share of tasks shown without their loophole.")
-    difficulty: Annotated[tuple[int, int], Spelling(_range, "{0[0]}:{0[1]}".format)] = Field(
-        (1, 2), description="Steps per task, LOW:HIGH."
-    )
-    families: Names = Field((), description="Families of tasks, separated by commas; all by default.")
-    tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(
-        512, description="Number of built-in tasks; or module:function, which returns tasks of one's own."
-    )
     reward: str | None = Field(
         None, description="module:function that pays completions, in TRL's form; by default they are run and graded."
     )
@@ -111,21 +175,6 @@ class TrainSettings(Settings):
         fits = teachers < self.group and (not self.teacher or teachers >= 1)
         _expect("teacher-share", self.teacher_share, fits, f"a share of {self.group} that leaves room for both")
         self.episodes(0)
-
-    def episodes(self, count: int) -> list[Episode]:
-        """Return so many of the tasks that the settings describe, each with its loophole.
-
-        Raises:
-            UsageError: There is no such mode, family or difficulty, or there are not so many tasks.
-        """
-        return episodes(
-            count,
-            seed=self.seed,
-            modes=self.modes,
-            share_none=self.share_none,
-            difficulty=self.difficulty,
-            families=self.families or None,
-        )
 
     @property
     def chosen(self) -> Arm:

@@ -1,0 +1,190 @@
+"""``assay vhack merge``, ``sample`` and ``evaluate``: what a trained δS has made of a model."""
+
+import os
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from assay.cli._commands import App, Resumable
+from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
+from assay.cli._settings import settings
+from assay.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from assay.cli._vhack_settings import EvaluateCommand, MergeCommand, SampleCommand
+    from assay.models import Model
+    from assay.reports import JsonObject
+    from assay.vhack.delta import DeltaS
+    from assay.vhack.training import Evaluation, Task
+
+_EVALUATE = "assay.vhack.evaluate/1"
+
+
+def add_to(app: App) -> None:
+    """Add the commands to ``assay vhack``."""
+    merged = "assay vhack merge --model reference:organism --delta run/delta.safetensors -o merged"
+    app.command("merge", epilog=f"Example: {merged}")(merge)
+    sampled = "assay vhack sample --model reference:organism -o samples.jsonl"
+    app.command("sample", cls=Resumable, epilog=f"Example: {sampled}")(sample)
+    evaluated = "assay vhack evaluate --model reference:organism --delta run/delta.safetensors"
+    app.command("evaluate", epilog=f"Example: {evaluated}")(evaluate)
+
+
+@settings("assay.cli._vhack_settings:MergeCommand")
+def merge(chosen: "MergeCommand", as_json: JsonFlag = False) -> None:
+    """Write a trained δS into the weights of its model, or as LoRA, for anything that loads such a directory."""
+    from assay.models import load_model
+    from assay.reports import storage_error
+    from assay.vhack.delta import delta_lengths
+
+    if chosen.output.exists() and not (
+        chosen.output.is_dir() and (chosen.overwrite or not any(chosen.output.iterdir()))
+    ):
+        raise UsageError(
+            f"{chosen.output}, which exists", wanted="a new or empty directory", do="choose another, or --overwrite"
+        )
+    lengths = delta_lengths(chosen.delta)
+    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    adapter = _adapted(loaded, chosen.delta, lengths)
+    values = {"path": str(chosen.output), "model": loaded.reference, "modules": len(lengths)}
+    try:
+        if chosen.lora is not None:
+            made = adapter.save_lora(chosen.output, chosen.lora)
+            form = {"form": "lora", "rank": made.rank, "relative_error": made.error}
+            values |= {**form, "worst_module": made.worst, "worst_error": made.errors[made.worst]}
+        else:
+            adapter.merge().save_pretrained(chosen.output)
+            values |= {"form": "merged", "dtype": str(loaded.module.dtype).removeprefix("torch.")}
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(chosen.output)
+    except OSError as error:
+        raise storage_error(chosen.output, error) from error
+    show_values("assay.vhack.merge/1", values, as_json)
+
+
+@settings("assay.cli._vhack_settings:SampleCommand")
+def sample(chosen: "SampleCommand", as_json: JsonFlag = False) -> None:
+    """Sample completions of tasks from a model into a file. The same command continues an interrupted one."""
+    from assay.reports import check_new_file
+    from assay.vhack.training import tasks_of
+
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    tasks, _ = tasks_of(chosen, least=1, why="to complete")
+    tasks = [task for task in tasks for _ in range(chosen.per_task)]
+    records, first = _sampled(chosen, chosen.model, tasks, chosen.output)
+    values = {"path": str(chosen.output), "completions": len(records), "resumed_from": first}
+    show_values("assay.vhack.sample/1", {**values, "at_limit": _at_limit(records)}, as_json)
+
+
+@settings("assay.cli._vhack_settings:EvaluateCommand")
+def evaluate(chosen: "EvaluateCommand", as_json: JsonFlag = False) -> None:
+    """Say how often a model, or a file of completions, solves its tasks and how often it hacks, by loophole."""
+    from assay.reports import check_new_file, dumps, write_atomic, write_jsonl
+    from assay.vhack import training
+
+    if chosen.samples is None and chosen.model is None:
+        raise UsageError("neither --model nor --samples", wanted="what to evaluate", do="name a model or a file")
+    if chosen.samples is not None and chosen.delta is not None:
+        raise UsageError("--delta with --samples", wanted="one of them", do="leave --delta out: nothing is sampled")
+    for path in filter(None, (chosen.output, chosen.graded)):
+        check_new_file(path, overwrite=chosen.overwrite)
+    reward = training.named_function(chosen.reward, "--reward") if chosen.reward else None
+    tasks, source = training.tasks_of(chosen, least=1, why="to evaluate")
+    records: list[JsonObject] = []
+    if chosen.samples is not None:
+        (records, tasks), source = training.read_samples(chosen.samples, tasks), str(chosen.samples)
+    if reward is None:
+        training.check_gradable(tasks, source, allow_unsandboxed=chosen.allow_unsandboxed)
+    if chosen.samples is None:
+        assert chosen.model is not None
+        tasks = [task for task in tasks for _ in range(chosen.per_task)]
+        with TemporaryDirectory() as folder:
+            records, _ = _sampled(chosen, chosen.model, tasks, Path(folder) / "samples.jsonl")
+    completions = [record["completion"] for record in records]
+    with progress_bar("grades", "completions") as progress:
+        found = training.evaluate(
+            tasks, completions, reward=reward, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress
+        )
+    if chosen.graded:
+        grades = [{name: value for name, value in asdict(one).items() if value is not None} for one in found.grades]
+        write_jsonl(chosen.graded, [record | grade for record, grade in zip(records, grades, strict=True)])
+    origins = {dumps(record.get("origin")): record.get("origin") for record in records}
+    values = {
+        **found.as_dict(),
+        "at_limit": _at_limit(records),
+        "by_mechanism": {name: part.as_dict() for name, part in found.by_mechanism().items()},
+        "origin": origins.popitem()[1] if len(origins) == 1 else None,
+    }
+    if chosen.output:
+        write_atomic(chosen.output, dumps({"schema": _EVALUATE, **values}) + "\n")
+    if as_json:
+        emit_json(_EVALUATE, values)
+    else:
+        _print_rates(found, values)
+
+
+def cache_of(model: "Model", asked: Path | None = None) -> Path | None:
+    """Return the directory of decompositions that was asked for, or on a CPU the cache directory of the user."""
+    if asked is not None or model.device.type != "cpu":
+        return asked
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
+
+
+def _adapted(loaded: "Model", path: Path, lengths: dict[str, int]) -> "DeltaS":
+    """Return an adapter of the model with the δS of a file, which has so many coordinates of each module."""
+    from assay.vhack import target_modules, weight_svd
+    from assay.vhack.delta import DeltaS
+
+    modules = target_modules(loaded)
+    if modules.keys() != lengths.keys():
+        raise DataError(f"{path} has δS of other modules", wanted="those of this model", do="correct --model")
+    is_cut = any(length < min(modules[name].weight.shape) for name, length in lengths.items())
+    with progress_bar("decompositions", "matrices") as progress:
+        rank = max(lengths.values()) if is_cut else None
+        svd = weight_svd(loaded, rank=rank, cache=cache_of(loaded), min_coverage=0.0, progress=progress)
+    adapter = DeltaS(loaded, svd)
+    adapter.load(path)
+    return adapter
+
+
+def _sampled(
+    chosen: "SampleCommand | EvaluateCommand", reference: str, tasks: "list[Task]", path: Path
+) -> "tuple[list[JsonObject], int]":
+    """Return completions that are sampled into a file, and how many of them an earlier call had left there."""
+    from assay.models import load_model
+    from assay.reports import read_jsonl
+    from assay.vhack.delta import delta_lengths
+    from assay.vhack.training import sample_tasks
+
+    lengths = delta_lengths(chosen.delta) if chosen.delta else {}
+    loaded, origin = load_model(reference, dtype=chosen.dtype, device=chosen.device), {}
+    if chosen.delta:
+        _adapted(loaded, chosen.delta, lengths).merge()
+        origin = {"delta": sha256(chosen.delta.read_bytes()).hexdigest()}
+    with progress_bar("completions", "completions") as progress:
+        first = sample_tasks(
+            path, loaded, tasks, origin=origin, overwrite=chosen.overwrite, progress=progress, **chosen.how
+        )
+    return [record for _, record in read_jsonl(path)], first
+
+
+def _at_limit(records: "list[JsonObject]") -> int:
+    """Return the number of completions that are as long as was allowed, and so may have been cut off."""
+    limits = ((record.get("tokens") or [], (record.get("origin") or {}).get("max_new_tokens")) for record in records)
+    return sum(limit is not None and len(tokens) >= limit for tokens, limit in limits)
+
+
+def _print_rates(found: "Evaluation", values: dict[str, Any]) -> None:
+    parts = {"all": found, **found.by_mechanism()}
+    names = list(found.rates())
+    rows = []
+    for name, part in parts.items():
+        rates = part.rates()
+        shown = (rates[rate].text if rate in rates else "" for rate in names)
+        rows.append((name, len(set(part.groups)), len(part.grades), *shown))
+    title = (
+        f"{values['completions']} completions, {values['at_limit']} as long as allowed, {values['faults']} not graded"
+    )
+    table(("mechanism", "tasks", "completions", *names), rows, title=title)
