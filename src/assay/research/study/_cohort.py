@@ -173,6 +173,9 @@ class Cohort:
         advantages_RPG = advantages(rewards_RPG)
         if len(rows):
             teacher, behaviour = self._teachers(rollouts)
+            with torch.no_grad():
+                logp_NP = token_logprobs(self.model.some(rows), teacher).sum(dim=-1)[..., 0]
+            found["logp_stored"] = self._spread(logp_NP.mean(dim=1), rows)
             joined_NPG = torch.cat((rewards_RPG[rows], self._pays(teacher)), dim=-1)
             # The loss is a mean over all rollouts of a run, of which there are more with the stored ones.
             share = self.settings.rollouts / (self.settings.rollouts + 1)

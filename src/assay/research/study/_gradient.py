@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from assay.research.study._forward import StackedModel
 
-# Completion tokens, and prompt tokens, that one pass keeps activations of.
+# Completion tokens, and prompt tokens, that one pass keeps activations of, in a model of eight layers of width 256.
 _TOKENS_AT_ONCE = {"cuda": 260_000, "cpu": 20_000}
+_WIDTHS = 8 * 256
 _MOST_WEIGHT = 2.0  # of a token of a stored rollout
 _MULTIPLE = 8  # of lengths, as matrix products like them
 
@@ -167,5 +168,6 @@ def _parts(model: StackedModel, batch: Batch) -> list[slice]:
     """Return the prompts in parts whose activations fit into memory."""
     runs, prompts, rollouts, length = batch.tokens.shape
     tokens = runs * (rollouts * length + batch.ids.shape[2])
-    chunk = max(1, min(prompts, _TOKENS_AT_ONCE[model.device.type] // tokens))
+    most = _TOKENS_AT_ONCE[model.device.type] * _WIDTHS // (model.n_layers * model.head.shape[1])
+    chunk = max(1, min(prompts, most // tokens))
     return [slice(first, first + chunk) for first in range(0, prompts, chunk)]
