@@ -186,7 +186,7 @@ def main():
         "size": part.size,
         "model": model.digest,
         "commit": given.commit,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # plain text: a state is read without any class
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
         "dtype": given.dtype,
         "sandbox": available_backend() or "",

@@ -1,5 +1,6 @@
 """Many training runs at once: arms, seeds and optimisers compared on a small model."""
 
+from assay.research.study._claims import Claim, complete, judged, lasts
 from assay.research.study._grading import Grader, StudyVerdict
 from assay.research.study._log import RunLog, read_logs
 from assay.research.study._loop import Study
@@ -12,6 +13,7 @@ from assay.research.study._summary import ArmResult, summarise
 __all__ = [
     "RIVALS",
     "ArmResult",
+    "Claim",
     "Grader",
     "RunLog",
     "Study",
@@ -19,6 +21,9 @@ __all__ = [
     "StudySettings",
     "StudyVerdict",
     "TaskPool",
+    "complete",
+    "judged",
+    "lasts",
     "read_logs",
     "sampled_pairs",
     "source_checks",
