@@ -2,7 +2,7 @@
 
     AssayError
     ├── UsageError               an argument, flag or setting is outside what it may be
-    ├── Refusal                  a request that the service does not do, with its HTTP status (in assay.poc.service)
+    ├── Refusal                  a request that the service does not do, with its HTTP status (in assay.poc.service.http)
     ├── ModelError               a model cannot be found, read or run
     │   ├── ModelNotFound            no such directory, bundled model or shape
     │   ├── UnsafeCheckpoint         the checkpoint would execute code when read (pickle)
@@ -20,6 +20,8 @@
 
 Every message has three parts: what was seen, what was wanted, and what to do next.
 """
+
+from functools import partial
 
 __all__ = [
     "AssayError",
@@ -62,11 +64,7 @@ class AssayError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive the default pickling of exceptions.
-        return _rebuild, (type(self), self.seen, self.wanted, self.do)
-
-
-def _rebuild(kind: type[AssayError], seen: str, wanted: str, do: str) -> AssayError:
-    return kind(seen, wanted=wanted, do=do)
+        return partial(type(self), **vars(self)), ()
 
 
 class UsageError(AssayError):
@@ -102,7 +100,18 @@ class ProofFormatError(ProofError):
 
 
 class ProofMismatch(ProofError):
-    """A proof made for another model, round or pipeline."""
+    """A proof made for another model, round or pipeline.
+
+    Args:
+        seen: Fault that was found, with the offending value.
+        wanted: Description of what would have been right.
+        do: Next action for the person who reads it.
+        name: Name under which the value is pinned; empty where it is no value of a header.
+    """
+
+    def __init__(self, seen: str, *, wanted: str, do: str, name: str = "") -> None:
+        super().__init__(seen, wanted=wanted, do=do)
+        self.name = name
 
 
 class CalibrationError(ProofError):

@@ -152,6 +152,7 @@ class Pins:
                     f"a proof with {name} {claims[name]!r:.60}",
                     wanted=f"{name} {getattr(self, name)!r:.60}",
                     do="ask the node for its proof of this round",
+                    name=name,
                 )
         self._check_engine(header)
         if self.seq_len is None and header.positions > LONGEST_UNPINNED:
@@ -159,6 +160,7 @@ class Pins:
                 f"a proof with seq_len {header.round.seq_len}, which nothing pins",
                 wanted=f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its validator",
                 do=f"if the network agreed on that length, pass --seq-len {header.round.seq_len}",
+                name="seq_len",
             )
 
     def _check_engine(self, header: Header) -> None:
@@ -170,6 +172,7 @@ class Pins:
                 wanted=f"one made in {' or '.join(formats)}",
                 do=f"ask the node to prove in {formats[0]}; only if the network agreed on {stated.dtype}: "
                 f"--prover-dtype {stated.dtype}",
+                name="prover_dtype",
             )
         nearest = min(self.builds or (), key=lambda build: len(build.differing(stated)), default=None)
         if nearest is not None and (odd := nearest.differing(stated)):
@@ -178,6 +181,7 @@ class Pins:
                 "a proof made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd),
                 wanted=", ".join(f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in odd),
                 do="ask the node to prove on a build that the network agreed on; if it agreed on this one, add it",
+                name="builds",
             )
 
     def _holds(self, name: str, header: Header, claim: Any) -> bool:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from assay._version import __version__
 from assay.errors import AssayError, UsageError
+from assay.poc.protocol import MAX_NONCE
 from assay.poc.service import Settings
 from assay.poc.service.dashboard import SHARED, assemble_page, part
 from assay.poc.service.http import (
@@ -45,7 +46,7 @@ log = structlog.get_logger("assay.validator")
 PERIOD = 1.0
 MOST_EPOCHS = 1000
 READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
-After = Annotated[int, Query(ge=0, le=2**53 - 1)]
+After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
@@ -55,7 +56,7 @@ class BlockBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     block_hash: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
-    block_height: Annotated[int, Field(ge=0, le=2**53 - 1)]
+    block_height: Annotated[int, Field(ge=0, le=MAX_NONCE)]
 
 
 def create_app(controller: Controller) -> FastAPI:

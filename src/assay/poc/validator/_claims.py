@@ -5,7 +5,6 @@ number format and the checkpoint are those of the pins, so a node that computed 
 """
 
 import base64
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -245,7 +244,7 @@ def proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
     except Refusal:
         raise
     except AssayError as error:
-        fields = {"fields": [_name(error)]}
+        fields = {"fields": [getattr(error, "name", "") or "other"]}
         raise Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields=fields) from None
     for name in pins.unpinned(header):
         raise refused(name, header.claims()[name], "a value that the pins name")
@@ -256,15 +255,3 @@ def proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
         for r in proof.records
     ]
     return Claim(stated, [record.nonce for record in proof.records], values)
-
-
-def _name(error: AssayError) -> str:
-    """Return the name of the value that a proof was refused for."""
-    words = (
-        ("made in", "prover_dtype"),
-        ("another build", "builds"),
-        ("input seed", "nonces"),
-        ("a proof of", "digest"),
-    )
-    found = (name for name in REASONS if re.search(rf"\b{name}\b", error.seen))
-    return next(found, next((name for part, name in words if part in error.seen), "other"))

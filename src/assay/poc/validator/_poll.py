@@ -12,6 +12,7 @@ import httpx
 import structlog
 
 from assay.errors import AssayError
+from assay.poc.protocol import MAX_NONCE
 from assay.poc.service.http import Refusal
 from assay.poc.service.runtime import Blocked, resolve
 from assay.poc.validator._claims import Reader, parsed, refused
@@ -126,4 +127,4 @@ def _state(values: JsonObject) -> dict[str, Any] | None:
 
 
 def _number(value: object) -> int:
-    return value if type(value) is int and 0 <= value < 2**53 else -1
+    return value if type(value) is int and 0 <= value <= MAX_NONCE else -1

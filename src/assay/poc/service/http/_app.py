@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from assay._version import __version__
+from assay.poc.protocol import MAX_NONCE
 from assay.poc.service._bodies import (
     AnyInit,
     GenerateRequest,
@@ -178,7 +179,7 @@ class _Calls:
 
     async def status(
         self,
-        after: Annotated[int | None, Query(ge=-1, le=2**53 - 1)] = None,
+        after: Annotated[int | None, Query(ge=-1, le=MAX_NONCE)] = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
     ) -> Response:
         """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""

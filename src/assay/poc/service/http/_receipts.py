@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from assay.errors import AssayError
+from assay.poc.protocol import MAX_NONCE
 from assay.poc.responses import HIGHEST_INDEX, ReceiptFooter
 from assay.poc.service._bodies import DeletedReceipts, ReceiptList, RequestReceipts
 from assay.poc.service._refusals import Refusal
@@ -23,7 +24,7 @@ RECEIPTS_PREFIX = "/api/v1/receipts"
 MOST_FILES = 8  # files that are streamed at the same time
 READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
 
-After = Annotated[int, Query(ge=0, le=2**53 - 1)]
+After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
 Index = Annotated[int | None, Query(ge=0, le=HIGHEST_INDEX)]
 RequestId = Annotated[str | None, Query(min_length=1, max_length=1024)]
 

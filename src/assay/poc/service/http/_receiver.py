@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from assay.errors import DataError, UsageError
+from assay.poc.protocol import MAX_NONCE
 from assay.poc.service._logs import LogBudget
 from assay.poc.service._settings import Settings
 from assay.poc.service.http._route import Bodies, Keys, LocalOnly, Scope, guarded, is_loopback, needs, not_found
@@ -148,7 +149,7 @@ def create_receiver(
 
     @app.get("/batches", openapi_extra=needs(Scope.READ))
     def batches(
-        after: Annotated[int, Query(ge=0, le=2**53 - 1)] = 0, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
+        after: Annotated[int, Query(ge=0, le=MAX_NONCE)] = 0, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
     ) -> Response:
         """Return what arrived, oldest first."""
         return JSONResponse({"batches": store.batches(after, limit)})

@@ -36,7 +36,7 @@ class Deployment:
         reference: Name of the model. Artifact requests must use it.
         digest: SHA-256 of its tensors.
         weights: Weight mode of the model.
-        dtype: Dtype of its weights.
+        dtype: Number format of its weights.
         max_positions: Positions of the longest sequence.
         decodes: Whether its engines take the presets that decode.
         engine: Makes an engine from ``(seq_len, batch_size)``, and raises an :class:`~assay.errors.AssayError` if that
@@ -66,7 +66,7 @@ class Deployment:
             reference=model.reference,
             digest=model.digest,
             weights=model.weights,
-            dtype=dtype_name(model.dtype),
+            dtype=model.quantised or dtype_name(model.dtype),
             max_positions=model.max_positions,
             decodes=True,
             engine=_hf_engines(model, compiled=worth_compiling(model) if compiled is None else compiled),

@@ -1,0 +1,27 @@
+"""Errors of assay cross processes whole."""
+
+import pickle
+
+import pytest
+
+import assay.errors
+from assay.errors import AssayError, ProofMismatch
+from assay.poc.service.http import Refusal
+
+KINDS = [kind for kind in vars(assay.errors).values() if isinstance(kind, type) and issubclass(kind, AssayError)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(kind("seen", wanted="wanted", do="do") for kind in KINDS),
+        ProofMismatch("seen", wanted="wanted", do="do", name="digest"),
+        Refusal(503, "seen", wanted="wanted", do="do", retry_after=3, fields={"fields": ["busy"]}),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_survives_pickling(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert vars(again) == vars(error)
+    assert str(again) == str(error)
