@@ -2,7 +2,7 @@
 
     AssayError
     ├── UsageError               an argument, flag or setting is outside what it may be
-    ├── Refusal                  a request that the service does not do, with its HTTP status (in assay.poc.service.http)
+    ├── Refusal                  a request that the service does not do (in assay.poc.service.http)
     ├── ModelError               a model cannot be found, read or run
     │   ├── ModelNotFound            no such directory, bundled model or shape
     │   ├── UnsafeCheckpoint         the checkpoint would execute code when read (pickle)
