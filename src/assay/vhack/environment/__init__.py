@@ -5,6 +5,7 @@ from assay.vhack.environment._episodes import MODES, Episode, episodes
 from assay.vhack.environment._fuzz import FuzzReport, fuzz
 from assay.vhack.environment._grade import Grade, answers_match, grade, grade_many
 from assay.vhack.environment._hostile import HOSTILE_KINDS, HostileCase, hostile_case
+from assay.vhack.environment._isomorphic import VARIANTS, IsomorphicVerdict, Question, isomorphic, question_of
 from assay.vhack.environment._steps import FAMILIES
 from assay.vhack.environment._tasks import Task, task_named, tasks
 from assay.vhack.environment._types import Call, Case, Limits, Outcome, Result
@@ -15,6 +16,7 @@ __all__ = [
     "FAMILIES",
     "HOSTILE_KINDS",
     "MODES",
+    "VARIANTS",
     "Call",
     "Case",
     "Channel",
@@ -22,8 +24,10 @@ __all__ = [
     "FuzzReport",
     "Grade",
     "HostileCase",
+    "IsomorphicVerdict",
     "Limits",
     "Outcome",
+    "Question",
     "Result",
     "Task",
     "answers_match",
@@ -33,6 +37,8 @@ __all__ = [
     "grade",
     "grade_many",
     "hostile_case",
+    "isomorphic",
+    "question_of",
     "run",
     "task_named",
     "tasks",

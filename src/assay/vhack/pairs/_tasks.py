@@ -105,6 +105,20 @@ class PairTask:
         lines = [line.format(a=self.a, b=self.b) for line in self.family.body]
         return "\n".join([f"def solve({self.family.argument}):", *("    " + line for line in lines)])
 
+    def fresh(self, n: int, seed: int = 0) -> tuple[Case, ...]:
+        """Return cases with arguments that are among neither the examples nor the hidden cases, at most ``n``."""
+        namespace: dict[str, Any] = {}
+        exec(self.solution, namespace)  # text of `PAIR_FAMILIES`
+        rng = random.Random(f"fresh {self.name} {seed}")
+        known = [args[0] for args, _ in self.cases]
+        found: list[Case] = []
+        for _ in range(_TRIES):
+            argument = _DRAWS[self.family.draw](rng)
+            if len(found) < n and argument not in known:
+                known.append(argument)
+                found.append(((argument,), namespace["solve"](argument)))
+        return tuple(found)
+
     @cached_property
     def cases(self) -> tuple[Case, ...]:
         """Two visible examples, then the hidden cases; arguments differ, and so do the two visible answers."""
