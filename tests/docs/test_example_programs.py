@@ -1,0 +1,188 @@
+"""Every program of examples/ runs, and does what its head says."""
+
+import importlib.util
+import io
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from assay.poc.responses import Receipts
+from assay.poc.verdict import Ledger
+from tests.poc.validator.conftest import BLOCK, Running, TestClient, nodes_text, pins_text, proof_of, secret_of
+from tests.poc.verdict.ledgers import update
+from tests.waiting import until
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+VECTORS = ROOT / "tests" / "vectors"
+
+
+def program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_listed():
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    files = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {"README.md"}
+    assert {name for name in files if f"]({name})" not in page} == set()
+
+
+@pytest.mark.slow
+def test_own_pairs(tmp_path: Path, capsys: pytest.CaptureFixture):
+    program("own_pairs").main(str(tmp_path / "pairs.jsonl"), str(tmp_path / "hack.safetensors"))
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 8
+    assert (tmp_path / "hack.safetensors").stat().st_size > 10_000
+    said = capsys.readouterr().out
+    assert said.startswith("8 pairs, ")
+    assert int(said.split("; ")[1].split("%")[0]) > 75  # more than chance: the pairs differ in nothing but the cheat
+
+
+@pytest.mark.slow
+def test_own_transform(capsys: pytest.CaptureFixture):
+    program("own_transform").main(16)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["artifact", "wide"]
+    assert all(float(line.split("4 bits ")[1].split()[0]) > 4 for line in lines)
+
+
+def test_mount(tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MODEL", str(small_checkpoint))
+    monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "data"))
+    app = program("mount").app
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        assert client.get("/hello").json() == {"hello": "world"}
+        until(lambda: client.get("/api/v1/pow/ready").status_code == 200)
+        assert client.get("/api/v1/pow/status").json()["state"] == "IDLE"
+        assert client.get("/status").status_code == 404
+
+
+def test_send_proof(tmp_path: Path, small_model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The answers are those of a real application; only the socket between them is left out."""
+    (tmp_path / "pins.toml").write_text(pins_text(small_model))
+    (tmp_path / "nodes.toml").write_text(nodes_text())
+    proof_of(small_model, "node_A").save(tmp_path / "proof.jsonl")
+    running = Running(small_model, tmp_path, {}, {})
+
+    def urlopen(request: urllib.request.Request, timeout: float):
+        path = request.full_url.removeprefix("http://127.0.0.1:8090")
+        answer = running.client.post(path, content=request.data, headers=dict(request.header_items()))
+        if answer.status_code != 200:
+            raise urllib.error.HTTPError(path, answer.status_code, "", {}, io.BytesIO(answer.content))
+        return io.BytesIO(answer.content)
+
+    example = program("send_proof")
+    monkeypatch.setattr(example.urllib.request, "urlopen", urlopen)
+    try:
+        running.announce()
+        monkeypatch.setenv("SECRET", secret_of("node_B"))
+        assert example.main(str(tmp_path / "proof.jsonl"), "http://127.0.0.1:8090") == 1
+        assert "401" in capsys.readouterr().err
+        monkeypatch.setenv("SECRET", secret_of("node_A"))
+        for new in (True, False):
+            assert example.main(str(tmp_path / "proof.jsonl"), "http://127.0.0.1:8090") == 0
+            assert json.loads(capsys.readouterr().out)["new"] is new
+        running.wait_ready()
+        node = lambda: next(n for n in running.get("/nodes")["nodes"] if n["public_key"] == "node_A")  # noqa: E731
+        until(lambda: node()["recorded"] > 0)
+    finally:
+        running.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_validator_cron(tmp_path: Path, small_model, small_checkpoint: Path):
+    inbox, tools = tmp_path / "inbox", tmp_path / "bin"
+    inbox.mkdir()
+    tools.mkdir()
+    (tools / "assay").write_text(f'#!/bin/sh\nexec {sys.executable} -m assay "$@"\n')
+    (tools / "assay").chmod(0o755)
+    (tmp_path / "pins.toml").write_text(pins_text(small_model))
+    proof_of(small_model, "node_A").save(inbox / "first.jsonl")
+    proof_of(small_model, "node_B").save(inbox / "other.jsonl")  # of another key than the chain says
+    expected = [("first", BLOCK, "node_A"), ("other", BLOCK, "node_C"), ("late", BLOCK, "node_B")]
+    (inbox / "expected.tsv").write_text("".join("\t".join(line) + "\n" for line in expected))
+    environment = {
+        "PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path), "ASSAY_MODEL": str(small_checkpoint),
+        "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [
+        "sh",
+        str(EXAMPLES / "validator_cron.sh"),
+        str(inbox),
+        str(tmp_path / "pins.toml"),
+        str(tmp_path / "l.sqlite3"),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "first honest\nother unsure\n"), done.stderr
+    assert json.loads((inbox / "honest" / "first.json").read_text())["verdict"] == "honest"
+    assert "public_key" in (inbox / "unsure" / "other.log").read_text()
+    with closing(sqlite3.connect(tmp_path / "l.sqlite3")) as database:
+        assert database.execute("SELECT public_key, verdict FROM evidence").fetchall() == [("node_A", "honest")]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert again.stdout == ""
+
+
+def results(database: Path, script: str) -> list[list[tuple]]:
+    """The rows of every query of a script, run as a reader that may not write."""
+    text = "\n".join(line for line in (EXAMPLES / script).read_text().splitlines() if not line.startswith("--"))
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return [connection.execute(query).fetchall() for query in text.split(";") if query.strip()]
+
+
+def test_service_sql(tmp_path: Path):
+    shutil.copy(VECTORS / "first" / "service" / "service.sqlite3", tmp_path)
+    rounds, smallest, callbacks, checks = results(tmp_path / "service.sqlite3", "service.sql")
+    assert len(rounds) == 1
+    assert 0 < len(smallest) <= 3
+    assert [row[2] for row in smallest] == sorted(row[2] for row in smallest)
+    assert isinstance(callbacks, list)
+    assert isinstance(checks, list)
+
+
+def test_ledger_sql(tmp_path: Path):
+    with Ledger(tmp_path / "ledger.sqlite3") as ledger:
+        ledger.append([update(0, nonces=range(8)), update(1, key="node_B", nonces=range(8, 16))])
+        head = ledger.head
+    lives, today, found = results(tmp_path / "ledger.sqlite3", "ledger.sql")
+    assert {(row[0], row[5]) for row in lives} == {("node_A", 8), ("node_B", 8)}
+    assert len(today) == 2
+    assert [tuple(row) for row in found] == [head]
+
+
+def test_receipts_in_typescript(tmp_path: Path):
+    missing = [tool for tool in ("node", "tsc") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"no {' and no '.join(missing)}: apt-get install nodejs npm && npm install --global typescript")
+    options = ("--noCheck", "--target", "es2022", "--module", "es2022", "--outDir", str(tmp_path))
+    subprocess.run(["tsc", *options, str(EXAMPLES / "receipts.ts")], check=True)
+    reader = (tmp_path / "receipts.js").rename(tmp_path / "receipts.mjs")
+    check = ["node", str(EXAMPLES / "receipts_check.mjs"), str(reader), str(VECTORS / "responses.json")]
+    counted = json.loads(subprocess.run(check, capture_output=True, text=True, check=True).stdout)
+    assert counted["wrong"] == 0
+    assert counted["seen"] > 25
+    path = VECTORS / "responses.jsonl"
+    read = subprocess.run(["node", str(reader), str(path)], capture_output=True, text=True, check=True)
+    made = Receipts.load(path)
+    wanted = [[r.request_id, len(r.output), int(made.header.seed(r).words()[0])] for r in made.receipts]
+    assert json.loads(read.stdout) == {"key": made.header.public_key, "receipts": wanted}
+    (tmp_path / "bad.jsonl").write_bytes(path.read_bytes().replace(b'"index":0', b'"index":1', 1))
+    assert subprocess.run(
+        ["node", str(reader), str(tmp_path / "bad.jsonl")], capture_output=True, check=False
+    ).returncode
+
+
+def test_the_reader_in_typescript_is_short():
+    assert sum(bool(line.strip()) for line in (EXAMPLES / "receipts.ts").read_text().splitlines()) < 100
