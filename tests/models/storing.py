@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear
 from assay.models.float8 import Rounded
-from assay.models.four_bits import AWQ_PLACES, packed
+from assay.models.four_bits import AWQ_PLACES, OF_A_WORD
 
 FORMATS = ("tensor", "channel", "channel-tensors", "block", "block-tensors", "int8")
 FOUR_BITS = ("packed", "packed-zeros", "awq", "gptq")
@@ -49,6 +49,23 @@ def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
     config = json.loads((target / "config.json").read_text())
     config["quantization_config"] = described(form, block)
     (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def make_mixture(kind: str, target: Path) -> Path:
+    """Write a mixture of random weights, ``qwen3-moe`` or ``mixtral``, with eight experts of which four are asked."""
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from assay.research.redteam._experts import SHAPE
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "mixtral":
+            sizes = {"num_local_experts": SHAPE["num_experts"], "intermediate_size": SHAPE["moe_intermediate_size"]}
+            model: Any = MixtralForCausalLM(MixtralConfig(**SHAPE | sizes))
+        else:
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE))
+        model.save_pretrained(target)
     return target
 
 
@@ -121,6 +138,13 @@ def _parts(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         for part, own in zip(names, weight.chunk(len(names)), strict=True):
             found.append((f"{place}.{expert}.{part}.weight", own.contiguous()))
     return found
+
+
+def packed(numbers: torch.Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))) -> torch.Tensor:
+    """The words [..., P] int32 of numbers [..., 8 P] from 0 to 15; the inverse of ``unpacked``."""
+    shifts = torch.tensor([4 * place for place in places], device=numbers.device)
+    words = (numbers.long().reshape(*numbers.shape[:-1], -1, OF_A_WORD) << shifts).sum(dim=-1)
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
 def _four_bits(place: str, weight: torch.Tensor, form: str, group: int) -> dict[str, torch.Tensor]:

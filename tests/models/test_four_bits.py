@@ -11,9 +11,9 @@ from assay.errors import BadWeights, ModelError
 from assay.models import load_model
 from assay.models._formats import stored_format
 from assay.models._load import identify
-from assay.models.four_bits import AWQ_PLACES, packed, unpacked
+from assay.models.four_bits import AWQ_PLACES, unpacked
 from assay.poc import Round, prove
-from tests.models.storing import FOUR_BITS, described, store
+from tests.models.storing import FOUR_BITS, described, packed, store
 from tests.models.test_stored import mixture_checkpoint  # noqa: F401 - a fixture
 
 LAYER = "model.layers.1.mlp.down_proj"

@@ -14,6 +14,7 @@ from assay.models._load import identify
 from assay.models.eight_bits import EightBitExperts, EightBitLinear
 from assay.poc import HFEngine, Round, get_pipeline, prove, verify
 from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
+from assay.poc.service import Deployment
 from assay.poc.verdict import calibrate
 from tests.models.storing import FORMATS, described, restored, store
 
@@ -110,6 +111,12 @@ def test_a_node_proves_with_it_and_a_validator_verifies(stored):
     verdict = verify(first, again, engine=engine, expect=round, calibration=calibrate(first, second))
     assert verdict.verdict in ("honest", "undecided")
     assert max(map(abs, verdict.residuals)) < 1e-6
+
+
+def test_a_service_judges_by_the_noise_of_the_format(stored):
+    """It would take the narrower default noise of the dtype, and find an honest node a fraud."""
+    path, name = stored
+    assert Deployment.of(load_model(path, device="cpu"), compiled=False).dtype == name
 
 
 def test_it_is_another_checkpoint_than_before_quantisation(stored, small_checkpoint: Path):

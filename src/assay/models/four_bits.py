@@ -10,7 +10,7 @@ Legend of shapes: R rows, C columns, G groups of columns, P = eight numbers in a
 import torch
 from torch import Tensor
 
-__all__ = ["CENTRE", "OF_A_WORD", "packed", "restored", "unpacked"]
+__all__ = ["AWQ_PLACES", "CENTRE", "OF_A_WORD", "restored", "unpacked"]
 
 OF_A_WORD = 8
 """Numbers of four bits in one of 32."""
@@ -31,13 +31,6 @@ def unpacked(words: Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))) -
     """
     shifts = torch.tensor([4 * place for place in places], dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts) & 15).flatten(-2).to(torch.uint8)
-
-
-def packed(numbers: Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))) -> Tensor:
-    """Return the words [..., P] int32 of numbers [..., 8 P] from 0 to 15; the inverse of :func:`unpacked`."""
-    shifts = torch.tensor([4 * place for place in places], device=numbers.device)
-    words = (numbers.long().unflatten(-1, (-1, OF_A_WORD)) << shifts).sum(dim=-1)
-    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
 def restored(numbers_RC: Tensor, zeros_RG: Tensor | int, scales_RG: Tensor, dtype: torch.dtype) -> Tensor:
