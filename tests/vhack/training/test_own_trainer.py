@@ -25,6 +25,14 @@ def configured(folder, steps, **changes):
     return GRPOConfig(str(folder), max_steps=steps, learning_rate=0.02, disable_tqdm=True, **wanted | sizes | changes)
 
 
+class Mine(GRPO):
+    """A trainer of one's own: longer completions are paid a little less."""
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        paid = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return paid - 0.001 * torch.tensor([[float(len(ids))] for ids in completion_ids_list], device=paid.device)
+
+
 def script(checkpoint, pairs, folder, steps):
     """What a user writes; called again it goes on."""
     model = load_model(checkpoint, dtype="float32", device="cpu")
@@ -35,7 +43,7 @@ def script(checkpoint, pairs, folder, steps):
     optimizer = ProjectedOptimizer(inner, adapter, basis, arm=arm_named("erase-update"), max_norm=1.0)
     ids = model.tokenizer("five")["input_ids"]
     pool = RolloutPool([PoolRollout(one["prompt"], "five", tuple(ids), (-5.5,) * len(ids)) for one in TASKS])
-    trainer = GRPO(
+    trainer = Mine(
         adapter,
         optimizer,
         OwnReward(TASKS, pay, optimizer.arm),
