@@ -24,6 +24,8 @@ KEPT = (
     *("displacement", "displacement_hackward"),
 )
 RIVALS = (("from-dpo", DISPLACED), ("from-dpo", HELD), ("from-unlikelihood", DISPLACED), ("from-unlikelihood", HELD))
+BORROW = ("origins", "mechanisms")
+"""Parts whose runs are compared with plain training and the reference of the part ``stored``, seed by seed."""
 EQUAL = 0.05
 """Half the width of the margin in which two hack rates count as equal."""
 
@@ -122,13 +124,18 @@ def over_time(logs):
     }
 
 
-def figures(part, logs):
-    """What is known of one part."""
+def figures(part, logs, first=()):
+    """What is known of one part; one without a reference of its own is compared with that of the first part."""
     planned = PARTS[part]
+    order = [run.condition for run in planned.runs]
+    logs = sorted(logs, key=lambda log: (order.index(log.header["condition"]), log.header["seed"]))
     done = [log for log in logs if complete(log)]
     plan = {"size": planned.size, "planned_runs": len(planned.runs) * planned.seeds, "steps": planned.settings.steps}
     if not logs:
         return {**plan, "state": "not run yet"}
+    own = {log.header["condition"] for log in done}
+    references = [name_of("stored", arm) for arm in ("none", "no-loophole")]
+    borrowed = [log for log in first if part in BORROW and complete(log) and log.header["condition"] in references]
     whole = len(done) == plan["planned_runs"]
     ran = {name: sorted({str(log.header[name]) for log in logs}) for name in ("commit", "device", "torch", "model")}
     return {
@@ -137,8 +144,8 @@ def figures(part, logs):
         "ran": ran,
         "complete_runs": len(done),
         "cut_off": {log.header["run"]: log.steps[-1]["step"] + 1 for log in logs if not complete(log)},
-        "arms": [result.as_dict() for result in summarise(done)],
-        "rivals": rivals(part, done),
+        "arms": [result.as_dict() for result in summarise([*done, *borrowed]) if result.condition in own],
+        "rivals": {} if part == "cpu" else rivals(part, done),
         "evaluations": over_time(done),
     }
 
@@ -155,7 +162,7 @@ def main():
             (given.keep / part).mkdir(parents=True, exist_ok=True)
             for log in logs:
                 kept(log).write(given.keep / part / (log.header["run"].replace("/", "_").replace(":", "-") + ".jsonl"))
-    made = {part: figures(part, parts.get(part, [])) for part in PARTS if part != "check"}
+    made = {part: figures(part, parts.get(part, []), parts.get("stored", [])) for part in PARTS if part != "check"}
     publish("vhack_study3", {"claims": claims(parts), "parts": made}, given.output)
 
 

@@ -161,8 +161,8 @@ def summarise(logs: Iterable[RunLog]) -> list[ArmResult]:
     for log in logs:
         table.setdefault(log.header["condition"], {})[int(log.header["seed"])] = numbers(log, horizon)
         saturated.setdefault(log.header["condition"], []).append(saturation(log))
-    regimes = {log.header["condition"]: str(log.header.get("regime", "")) for log in logs}
-    return [_result(condition, table, saturated[condition], regimes[condition]) for condition in table]
+    rivals = {log.header["condition"]: _compared(log, logs) for log in logs}
+    return [_result(condition, table, saturated[condition], *rivals[condition]) for condition in table]
 
 
 def numbers(log: RunLog, horizon: int) -> dict[str, float]:
@@ -212,12 +212,12 @@ def _result(
     condition: str,
     table: Mapping[str, Mapping[int, Mapping[str, float]]],
     saturated: Sequence[int | None],
-    regime: str,
+    reference: str,
+    plain: str,
 ) -> ArmResult:
     own = table[condition]
     names = [name for name in next(iter(own.values())) if all(name in row for row in own.values())]
     rates = {name: mean_of([row[name] for row in own.values()]) for name in names}
-    reference, plain = (_like(name, condition, regime, table) for name in (_REFERENCE, "none"))
     against = _differences(own, table.get(reference, {})) if condition != reference else {}
     against_none = _differences(own, table.get(plain, {})) if condition != plain else {}
     verdict = "reference" if condition == reference else _verdict(against)
@@ -226,10 +226,23 @@ def _result(
     return ArmResult(condition, rates, count, saturated, against, against_none, verdict)
 
 
-def _like(arm: str, condition: str, regime: str, table: Mapping[str, object]) -> str:
-    """Return the condition of an arm with the same optimiser and, if it was run, the same regime."""
-    plain = f"{condition.split('/')[0]}/{arm}"
-    return f"{plain}/{regime}" if f"{plain}/{regime}" in table else plain
+def _compared(log: RunLog, logs: Sequence[RunLog]) -> tuple[str, str]:
+    """Return the conditions of the reference and of plain training that the condition of a log is compared with.
+
+    They have its optimiser and, if there are such runs, its regime. Axes do not matter, which they only measure.
+    """
+    optimizer, regime = log.header["condition"].split("/")[0], log.header.get("regime")
+    found = []
+    for arm in (_REFERENCE, "none"):
+        like = [
+            other.header["condition"]
+            for other in logs
+            if (other.header["condition"].split("/")[:2], other.header.get("regime")) == ([optimizer, arm], regime)
+            and regime is not None
+            and not (other.header.get("start") or other.header.get("teachers"))
+        ]
+        found.append(like[0] if like else f"{optimizer}/{arm}")
+    return found[0], found[1]
 
 
 def _differences(own: Mapping[int, Mapping[str, float]], other: Mapping[int, Mapping[str, float]]) -> dict[str, Paired]:
