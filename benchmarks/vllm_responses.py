@@ -15,17 +15,20 @@ transformers in float32 and bfloat16 and judged by the stated defaults.
 
 import asyncio
 import json
+import os
 import random
 import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 from _common import note, parser, publish
 from _vllm import BEGINNINGS, MODEL, REFERENCE, Server
 from responses import AUDITS, RESPONSES, TOKENS, Half, first
@@ -272,16 +275,32 @@ def load(count, tokens, **sampling):
     ]
 
 
-def measure(url, requests, at_once):
-    """Return tokens a second, and the median time between two tokens in milliseconds."""
-    started = time.perf_counter()
-    answers = asyncio.run(send_all(url, requests, at_once=at_once, stream=True, ignore_eos=True))
+def busy(server):
+    """Return the seconds that the processes of a server have computed for, by their names."""
+    found, whole = Counter(), psutil.Process(server.process.pid)
+    for process in (whole, *whole.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            found["API server" if process == whole else process.name()] += times.user + times.system
+    return found
+
+
+def measure(server, requests, at_once):
+    """Return tokens a second, the median time between two tokens, and the time each process computes for one.
+
+    A piece of a stream may have several tokens, so those that were asked for are counted. The time that a process
+    computes for hardly depends on what else the machine does.
+    """
+    before, started = busy(server), time.perf_counter()
+    answers = asyncio.run(send_all(server.url, requests, at_once=at_once, stream=True, ignore_eos=True))
     seconds = time.perf_counter() - started
+    tokens = sum(request.max_tokens for request in requests)
     gaps = [1000 * (b - a) for one in answers for a, b in zip(one["times"][1:], one["times"][2:], strict=False)]
     assert {one["status"] for one in answers} == {200}
     return {
-        "tokens_per_second": sum(len(one["times"]) - 1 for one in answers) / seconds,
+        "tokens_per_second": tokens / seconds,
         "gap_ms": statistics.median(gaps),
+        "busy_us": {name: 1e6 * (end - before[name]) / tokens for name, end in busy(server).items()},
     }
 
 
@@ -309,7 +328,7 @@ def in_turns(servers, arguments, sampling):
     for turn in range(arguments.turns + 1):
         order = ("without", "seeded") if turn % 2 else ("seeded", "without")
         requests = {name: load(arguments.requests, arguments.tokens, **sampling) for name in order}
-        figures = {name: measure(servers[name].url, requests[name], arguments.at_once) for name in order}
+        figures = {name: measure(servers[name], requests[name], arguments.at_once) for name in order}
         note(f"turn {turn}: {json.dumps(figures)}")
         if turn:  # the first one warms up
             turns.append(figures)
@@ -321,6 +340,8 @@ def in_turns(servers, arguments, sampling):
         "throughput_ratio_median": statistics.median(speed),
         "throughput_ratio_quartiles": statistics.quantiles(speed, n=4)[::2] if len(speed) > 1 else speed,
         "gap_ratio_median": statistics.median(gaps),
+        "gap_ratio_quartiles": statistics.quantiles(gaps, n=4)[::2] if len(gaps) > 1 else gaps,
+        "load": os.getloadavg(),
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from fastapi import FastAPI
 
 from assay.errors import ModelError, StorageError, UsageError
+from assay.poc.engines.vllm import spans
 from assay.poc.protocol import SKETCH_EVERY, sketches
 from assay.poc.responses import Adapter, Prompt, ResponseSeed, Sampling, digest_adapter, step_seeds
 from assay.poc.responses.vllm import ACCEPTED, Accepted, Beacon, Recorder, check_responses, processor_for
@@ -103,11 +104,11 @@ def state_of(name: str, position: int) -> torch.Tensor:
 
 def step(runner: Runner, spans: dict[str, tuple[int, int]], new=()):
     """Run positions [computed, computed + length) of requests."""
-    runner.execute_model(SimpleNamespace(scheduled_new_reqs=new))
+    lengths = {name: length for name, (_, length) in spans.items()}
+    runner.execute_model(SimpleNamespace(scheduled_new_reqs=new, num_scheduled_tokens=lengths))
     rows = [
         state_of(name, at) for name, (computed, length) in spans.items() for at in range(computed, computed + length)
     ]
-    lengths = {name: length for name, (_, length) in spans.items()}
     runner.input_batch = SimpleNamespace(
         req_ids=list(spans),
         num_computed_tokens_cpu=[computed for computed, _ in spans.values()],
@@ -138,6 +139,27 @@ def test_the_states_behind_every_32nd_token_are_sketched_through_chunks_and_pree
     states = torch.stack([state_of("a", 9 + token) for token in (0, 32, 64)])
     assert found.tolist() == sketches(states, step_seeds(words, [0, 32, 64])).numpy().tolist()
     assert capture.take(["a"]) == {}
+    assert capture.errors == 0
+
+
+def test_steps_in_which_nothing_can_be_due_are_not_looked_at(monkeypatch):
+    looked = []
+    monkeypatch.setattr("assay.poc.responses.vllm._extension.spans", lambda runner: looked.append(1) or spans(runner))
+    runner, words = Runner(), np.arange(8, dtype=np.uint32)
+    capture = Capture(runner, CONFIG)
+    news = [new_request(name, prompt, words) for name, prompt in (("a", 10), ("b", 6))]
+    step(runner, {"a": (0, 10), "b": (0, 6)}, news)
+    for at in range(10, 80):
+        if at == 30:  # one waits for a step, and its next sketch comes a step later than it would have
+            step(runner, {"a": (at, 1)})
+        else:
+            step(runner, {"a": (at, 1), "b": (at - 4 - (at > 30), 1)})
+    found = capture.take(["a", "b"])
+    for name, prompt in (("a", 10), ("b", 6)):
+        states = torch.stack([state_of(name, prompt - 1 + token) for token in (0, 32, 64)])
+        made = np.frombuffer(found[name], np.float16).reshape(-1, 12)
+        assert made.tolist() == sketches(states, step_seeds(words, [0, 32, 64])).numpy().tolist()
+    assert len(looked) < 12
     assert capture.errors == 0
 
 

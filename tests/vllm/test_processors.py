@@ -116,7 +116,8 @@ def context(states: States, slots: list[int], drafts: dict[int, list[int]]):
         expanded_local_pos=torch.tensor([local for _, local in rows]).int(),
         input_ids=torch.tensor(fed).int(),
         pos=torch.tensor([last[slot] + local for slot, local in rows]),
-        seq_lens_upper_bound_np=np.array([last[slot] + 3 for slot in slots]),
+        # An upper bound where there are drafts, and exact where there are none, as vLLM says of it.
+        seq_lens_upper_bound_np=np.array([last[slot] + (3 if drafts else 1) for slot in slots]),
     )
 
 
@@ -154,6 +155,29 @@ def test_v2_gives_the_scores_of_the_definition_for_every_row(drafts, at_once, mo
             else:
                 output = OUTPUTS[number] + drafts.get(slot, [])[: int(local)]
                 assert made[row].tolist() == wanted(given[row], number, output)
+
+
+def test_v2_gives_every_step_its_noise_while_a_batch_stays_and_when_it_changes():
+    """Seeds are made for several steps ahead: requests come, wait and go, and a prompt comes in pieces."""
+    states, processor = processor_v2(0)
+    slots, prompts = {2: 0, 4: 3}, {2: PROMPTS[0], 4: PROMPTS[3]}
+    outputs: dict[int, list[int]] = {2: [], 4: []}
+    for slot, number in slots.items():
+        processor.add_request(slot, params(number))
+    for turn in range(45):
+        order = [4] if turn in (3, 4) or turn > 40 else [4, 2] if turn > 25 else [2, 4]
+        for slot in slots:
+            states.put(slot, prompts[slot], [])
+        ctx, given = context(states, order, {}), logits(len(order), turn)
+        ctx.seq_lens_upper_bound_np = np.array([len(prompts[slot]) + len(outputs[slot]) for slot in order])
+        if turn == 0:  # the first piece of a prompt: its row gives nothing
+            ctx.seq_lens_upper_bound_np[0] -= 1
+        made = processor.apply(given.clone(), ctx)
+        for row, slot in enumerate(order):
+            if turn or row:
+                assert made[row].tolist() == wanted(given[row], slots[slot], outputs[slot])
+                outputs[slot].append(int(made[row].argmax()))
+    assert len(outputs[4]) == 45
 
 
 def test_v2_leaves_a_step_without_seeded_requests_alone_and_a_slot_can_be_used_again():

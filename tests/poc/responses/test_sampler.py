@@ -88,6 +88,13 @@ def test_the_logits_are_left_alone():
     assert torch.equal(raw, before)
 
 
+@pytest.mark.parametrize("names", [("plain",), ("temperature",), ("all filters",), ("plain", "greedy"), ("greedy",)])
+def test_scores_in_the_place_of_the_logits_are_the_same(names: tuple[str, ...]):
+    sampler = Sampler([SETTINGS[name] for name in names], VOCABULARY, "cpu")
+    raw, seeds = torch.from_numpy(logits(len(names), VOCABULARY)), SEED.step_seeds(range(len(names)))
+    assert torch.equal(sampler.noisy(raw.clone(), seeds, in_place=True), sampler.noisy(raw, seeds))
+
+
 def expected(raw: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Probabilities by the textbook, in float64 and token by token: no code of the definition is used."""
     values = {token: float(value) for token, value in enumerate(raw) if value > -np.inf}

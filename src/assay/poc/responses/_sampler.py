@@ -8,8 +8,8 @@ Shapes: N rows, V tokens of the vocabulary.
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -19,6 +19,25 @@ from torch import Tensor
 
 from assay import streams
 from assay.poc.responses._sampling import Sampling, check_biased, check_rows
+
+NUMBERS = 8
+"""Numbers of a row of parameters."""
+
+_TEMPERATURE, _REPETITION, _FREQUENCY, _PRESENCE, _LOG_MIN_P, _TOP_P, _TOP_K, _GREEDY = range(NUMBERS)
+
+
+def numbers_of(sampling: Sampling) -> tuple[float, ...]:
+    """Return the numbers of parameters as :meth:`Sampler.of_numbers` takes them; biases are not among them."""
+    return (
+        sampling.temperature or 1.0,
+        sampling.repetition_penalty,
+        sampling.frequency_penalty,
+        sampling.presence_penalty,
+        math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf,
+        sampling.top_p,
+        sampling.top_k,
+        sampling.greedy,
+    )
 
 
 class Sampler:
@@ -34,29 +53,53 @@ class Sampler:
     """
 
     def __init__(self, samplings: Sequence[Sampling], vocab_size: int, device: torch.device | str) -> None:
+        numbers = np.array([numbers_of(sampling) for sampling in samplings], np.float64)
+        self._set(numbers.reshape(-1, NUMBERS), vocab_size, device)
+        self._biases = self._bias_columns([sampling.logit_bias for sampling in samplings])
+
+    @classmethod
+    def of_numbers(
+        cls,
+        numbers_N8: NDArray[np.float64],
+        biases: Sequence[Mapping[int, float]],
+        vocab_size: int,
+        device: torch.device | str,
+    ) -> Self:
+        """Return a sampler of rows whose numbers are at hand: an engine makes one whenever its batch changes.
+
+        Args:
+            numbers_N8: :func:`numbers_of` of every row.
+            biases: Biases of every row; nothing if no row has any.
+            vocab_size: Number V of logits of a row.
+            device: Device that holds the logits.
+        """
+        made = cls.__new__(cls)
+        made._set(numbers_N8, vocab_size, device)
+        made._biases = made._bias_columns(biases)
+        return made
+
+    def _set(self, numbers_N8: NDArray[np.float64], vocab_size: int, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.vocab_size = vocab_size
         self._streams = streams.get_backend("auto", str(self.device))
-        self._samplings = tuple(samplings)
-        self._biases = self._bias_columns()
-        self.penalises = any(sampling.penalises for sampling in self._samplings)
+        self._count = len(numbers_N8)
+        greedy_N = numbers_N8[:, _GREEDY] > 0
+        drawn = numbers_N8[~greedy_N]
+        self.penalises = bool((numbers_N8[:, _REPETITION : _PRESENCE + 1] != (1.0, 0.0, 0.0)).any())
         """Whether the scores of a row depend on the tokens before."""
-        self._greedy_N1 = self._column([sampling.greedy for sampling in self._samplings], torch.bool)
-        self._some_greedy = any(sampling.greedy for sampling in self._samplings)
-        self._all_greedy = all(sampling.greedy for sampling in self._samplings)
-        self._temperature_N1 = self._floats([sampling.temperature or 1.0 for sampling in self._samplings])
-        self._repetition_N1 = self._floats([sampling.repetition_penalty for sampling in self._samplings])
-        self._frequency_N1 = self._floats([sampling.frequency_penalty for sampling in self._samplings])
-        self._presence_N1 = self._floats([sampling.presence_penalty for sampling in self._samplings])
-        drawn = [sampling for sampling in self._samplings if not sampling.greedy]
-        self._uses_min_p = any(sampling.min_p > 0 for sampling in drawn)
-        self._uses_top_p = any(sampling.top_p < 1 for sampling in drawn)
-        limits = [sampling.min_p for sampling in self._samplings]
-        self._min_p_N1 = self._floats([math.log(limit) if limit > 0 else -math.inf for limit in limits])
-        kept = [min(sampling.top_k or vocab_size, vocab_size) for sampling in self._samplings]
-        self._most_kept = max([0, *(k for k in kept if k < vocab_size)])
-        self._top_k_N1 = self._column(kept, torch.int64)
-        self._top_p_N1 = self._column([sampling.top_p for sampling in self._samplings], torch.float64)
+        self._some_greedy, self._all_greedy = bool(greedy_N.any()), bool(greedy_N.all())
+        self._scales = bool((drawn[:, _TEMPERATURE] != 1).any())
+        self._uses_min_p = bool((drawn[:, _LOG_MIN_P] > -math.inf).any())
+        self._uses_top_p = bool((drawn[:, _TOP_P] < 1).any())
+        limits = drawn[:, _TOP_K]
+        self._most_kept = int(limits[limits < vocab_size].max(initial=0))
+        # One copy to the device for all: columns of float32 are rounded there, once.
+        self._numbers_N8 = self._put(torch.from_numpy(numbers_N8))
+        self._floats_N8 = self._numbers_N8.float()
+
+    def _column(self, which: int) -> Tensor:
+        """Return a parameter of every row as float32, [N, 1]."""
+        return self._floats_N8[:, which : which + 1]
 
     def scores(
         self,
@@ -87,8 +130,8 @@ class Sampler:
         counts_NV: Int[Tensor, "N V"] | None = None,
     ) -> Float32[Tensor, "N V"]:
         """Return l of step 2: the logits with bias and penalties."""
-        if len(self._samplings) != 1:
-            check_rows(tuple(logits_NV.shape), len(self._samplings))
+        if self._count != 1:
+            check_rows(tuple(logits_NV.shape), self._count)
         l_NV = logits_NV.float()
         if self._biases is not None:
             tokens_NK, biases_NK = (values.expand(len(l_NV), -1) for values in self._biases)
@@ -98,40 +141,54 @@ class Sampler:
         counts = torch.zeros((1, 1), device=self.device) if counts_NV is None else counts_NV.to(torch.float32)
         used = counts > 0
         seen = used if prompt_NV is None else used | prompt_NV
-        penalty = torch.where(l_NV > 0, l_NV / self._repetition_N1, l_NV * self._repetition_N1)
+        repetition_N1 = self._column(_REPETITION)
+        penalty = torch.where(l_NV > 0, l_NV / repetition_N1, l_NV * repetition_N1)
         l_NV = torch.where(seen, penalty, l_NV)
         # Eager operations, so that no product and difference are fused into one rounding.
-        l_NV = l_NV - self._frequency_N1 * counts
-        return l_NV - self._presence_N1 * used.to(torch.float32)
+        l_NV = l_NV - self._column(_FREQUENCY) * counts
+        return l_NV - self._column(_PRESENCE) * used.to(torch.float32)
 
-    def noisy(self, l_NV: Float32[Tensor, "N V"], seeds_N: NDArray[np.uint32] | Tensor) -> Float32[Tensor, "N V"]:
-        """Return the scores that follow from l of step 2: steps 3 to 7; a greedy row stays as it is."""
+    def noisy(
+        self, l_NV: Float32[Tensor, "N V"], seeds_N: NDArray[np.uint32] | Tensor, *, in_place: bool = False
+    ) -> Float32[Tensor, "N V"]:
+        """Return the scores that follow from l of step 2: steps 3 to 7; a greedy row stays as it is.
+
+        With ``in_place`` they may take the place of l, which saves a copy of all logits.
+        """
         check_rows(tuple(l_NV.shape), len(seeds_N))
         if self._all_greedy:
             return l_NV
-        z_NV = l_NV / self._temperature_N1
-        drops = self._uses_min_p or self._uses_top_p or self._most_kept
-        s_NV = z_NV.masked_fill(~self._kept(z_NV), -math.inf) if drops else z_NV
+        over = in_place and not self._some_greedy
+        z_NV = l_NV
+        if self._scales:  # x / 1 is x
+            temperature_N1 = self._column(_TEMPERATURE)
+            z_NV = l_NV.div_(temperature_N1) if over else l_NV / temperature_N1
+        if self._uses_min_p or self._uses_top_p or self._most_kept:
+            s_NV = z_NV.masked_fill(~self._kept(z_NV), -math.inf)
+        else:
+            s_NV = z_NV.clone() if z_NV is l_NV and not over else z_NV
         self._streams.add_gumbels(s_NV, streams.as_tensor(seeds_N).to(self.device))
-        return torch.where(self._greedy_N1, l_NV, s_NV) if self._some_greedy else s_NV
+        return torch.where(self._numbers_N8[:, _GREEDY:] > 0, l_NV, s_NV) if self._some_greedy else s_NV
 
     def _kept(self, z_NV: Tensor) -> Tensor:
         kept_NV = z_NV > -math.inf
         if self._uses_min_p:
-            kept_NV &= z_NV >= z_NV.amax(dim=1, keepdim=True) + self._min_p_N1
+            kept_NV &= z_NV >= z_NV.amax(dim=1, keepdim=True) + self._column(_LOG_MIN_P)
         if self._most_kept:
             left_NV = z_NV.masked_fill(~kept_NV, -math.inf)
             largest_NK = left_NV.topk(self._most_kept, dim=1).values
-            place_N1 = (self._top_k_N1 - 1).clamp(max=self._most_kept - 1).expand(len(z_NV), 1)
+            top_k_N1 = self._numbers_N8[:, _TOP_K : _TOP_K + 1].long()
+            place_N1 = (top_k_N1 - 1).clamp(0, self._most_kept - 1).expand(len(z_NV), 1)
             last_N1 = largest_NK.gather(1, place_N1)
-            kept_NV &= (z_NV >= last_N1) | (self._top_k_N1 == self.vocab_size)
+            kept_NV &= (z_NV >= last_N1) | (top_k_N1 == 0) | (top_k_N1 >= self.vocab_size)
         if self._uses_top_p:
             left_NV = z_NV.masked_fill(~kept_NV, -math.inf)
             sorted_NV, order_NV = left_NV.sort(dim=1, descending=True, stable=True)
             sorted_NV = sorted_NV.to(torch.float64)
             sums_NV = torch.exp(sorted_NV - sorted_NV[:, :1]).cumsum(dim=1)
             before_NV = torch.nn.functional.pad(sums_NV[:, :-1], (1, 0), value=-1.0)
-            stays_NV = (before_NV < self._top_p_N1 * sums_NV[:, -1:]) | (self._top_p_N1 >= 1)
+            top_p_N1 = self._numbers_N8[:, _TOP_P : _TOP_P + 1]
+            stays_NV = (before_NV < top_p_N1 * sums_NV[:, -1:]) | (top_p_N1 >= 1)
             kept_NV &= torch.empty_like(kept_NV).scatter_(1, order_NV, stays_NV)
         return kept_NV
 
@@ -141,32 +198,26 @@ class Sampler:
         The indices may be known on the device only, as those of an engine with drafts are: nothing waits for them.
         """
         other = copy.copy(self)
-        other._samplings = self._samplings[:1] * len(index_R)  # their number counts; which is which the columns say
-        for name, column in vars(self).items():
-            if name.endswith("_N1"):
-                setattr(other, name, column.index_select(0, index_R))
+        other._count = len(index_R)
+        other._numbers_N8, other._floats_N8 = (
+            values.index_select(0, index_R) for values in (self._numbers_N8, self._floats_N8)
+        )
         if self._biases is not None:
             tokens_NK, biases_NK = self._biases
             other._biases = tokens_NK.index_select(0, index_R), biases_NK.index_select(0, index_R)
         return other
 
-    def _bias_columns(self) -> tuple[Tensor, Tensor] | None:
+    def _bias_columns(self, given: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor] | None:
         """Return biased tokens [N, K] and their biases; a row with fewer than K adds 0 to the first token."""
-        for sampling in self._samplings:
-            check_biased(sampling, self.vocab_size)
-        most = max((len(sampling.logit_bias) for sampling in self._samplings), default=0)
+        for biases in given:
+            check_biased(biases, self.vocab_size)
+        most = max(map(len, given), default=0)
         if not most:
             return None
-        padded = [[*sampling.logit_bias.items(), *[(0, 0.0)] * most][:most] for sampling in self._samplings]
+        padded = [[*biases.items(), *[(0, 0.0)] * most][:most] for biases in given]
         tokens = [[token for token, _ in row] for row in padded]
-        biases = [[bias for _, bias in row] for row in padded]
-        return self._put(torch.tensor(tokens)), self._put(torch.tensor(biases, dtype=torch.float32))
-
-    def _floats(self, values: Sequence[float]) -> Tensor:
-        return self._column(values, torch.float32)
-
-    def _column(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        return self._put(torch.tensor(values, dtype=dtype).unsqueeze(1))
+        values = [[bias for _, bias in row] for row in padded]
+        return self._put(torch.tensor(tokens)), self._put(torch.tensor(values, dtype=torch.float32))
 
     def _put(self, values: Tensor) -> Tensor:
         """Copy values to the device without waiting for it."""

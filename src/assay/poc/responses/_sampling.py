@@ -151,7 +151,7 @@ def penalised(
 ) -> Floats:
     """Return l of step 2: the logits with bias and penalties."""
     l_NV = logits_NV.copy()
-    check_biased(sampling, l_NV.shape[1])
+    check_biased(sampling.logit_bias, l_NV.shape[1])
     for token, bias in sampling.logit_bias.items():
         l_NV[:, token] += np.float32(bias)
     if not sampling.penalises:
@@ -209,9 +209,9 @@ def check_rows(shape: tuple[int, ...], seeds: int) -> None:
         )
 
 
-def check_biased(sampling: Sampling, vocab_size: int) -> None:
+def check_biased(logit_bias: Mapping[int, float], vocab_size: int) -> None:
     """Refuse a bias of a token that is not in the vocabulary."""
-    beyond = [token for token in sampling.logit_bias if token >= vocab_size]
+    beyond = [token for token in logit_bias if token >= vocab_size]
     if beyond:
         raise UsageError(
             f"a logit_bias of token {beyond[0]}",

@@ -2,9 +2,10 @@
 
 Two methods of the model runner are wrapped as :class:`assay.poc.engines.vllm.WorkerExtension` does it, and for its
 reasons: ``execute_model`` names the new requests, and while ``sample_tokens`` begins the hidden states of a step are
-there. The state at position ``prompt - 1 + t`` of a request gives token t. States are copied once a step, all together,
-and become sketches a few dozen at a time. On a GPU neither waits for the steps that were launched since: places go
-there from pinned memory, and sketches are made on a stream of their own, which waits for the copies alone.
+there. The state at position ``prompt - 1 + t`` of a request gives token t. While the same requests decode, the step of
+the next such state is known, and those before it are not looked at. States are copied once a step, all together, and
+become sketches a few dozen at a time. On a GPU neither waits for the steps that were launched since: places go there
+from pinned memory, and sketches are made on a stream of their own, which waits for the copies alone.
 
 Legend of shapes: N requests or positions of a step, L positions of one request, D hidden size, S sketches.
 """
@@ -97,6 +98,8 @@ class Capture:
         self._runner, self._raw = runner, raw
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._prompts: dict[str, int] = {}
+        self._scheduled: dict[str, int] = {}  # requests of the step before, and their tokens in it
+        self._idle = 0  # steps that need no look, if the requests stay the same
         self._states: list[State] = []
         self._rows: list[Tensor] = []
         speculative = getattr(config, "speculative_config", None)
@@ -147,18 +150,29 @@ class Capture:
                 self._prompts[request.req_id] = carried.prompt
         while len(self._kept) > MOST_RESPONSES:
             self._remove(next(iter(self._kept)))
+        self._expect(scheduler_output)
+
+    def _expect(self, scheduler_output: Any) -> None:
+        """Count down the steps in which nothing can be due, while the same requests go on by one token each."""
+        scheduled = getattr(scheduler_output, "num_scheduled_tokens", None) or {}
+        goes_on = scheduled.keys() == self._scheduled.keys() and sum(scheduled.values()) == len(scheduled)
+        self._idle = self._idle - 1 if goes_on and not scheduler_output.scheduled_new_reqs else 0
+        self._scheduled = scheduled
 
     @torch.inference_mode()
     def _capture(self, *args: Any, **kwargs: Any) -> None:
         """Copy the states of this step that are sketched."""
-        if not self._kept:
+        if not self._kept or self._idle > 0:
             return
         states_ND, step = spans(self._runner)
         if states_ND is None or step is None:
             return
         # The token that the first position of each request gives; a request that is not recorded gives none.
         first_N = step.computed + 1 - np.array([self._prompts.get(name, NEVER) for name in step.names])
-        due_N = _next_sketched(first_N - self._slack) < first_N + self._slack + step.lengths
+        after_N = first_N + self._slack + step.lengths
+        due_N = _next_sketched(first_N - self._slack) < after_N
+        if not self._slack:
+            self._idle = 1 + int((_next_sketched(after_N) - after_N).min())
         places, found = [], []
         for row in np.flatnonzero(due_N):
             first, start, length = int(first_N[row]), int(step.starts[row]), int(step.lengths[row])

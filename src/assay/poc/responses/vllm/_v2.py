@@ -3,10 +3,13 @@
 It runs after vLLM's bias, penalties, forbidden words and grammar, and before its temperature and filters; a seeded
 request has none of them left but the masks. With drafts a request has a row for every draft token, and vLLM's rejection
 sampler, which was told temperature 0, accepts a draft if it is the largest score of its row: with any drafter, or with
-none, the tokens are the same. Nothing here waits for the device: which request a row belongs to, and which step it is
-at, is known there only.
+none, the tokens are the same. Nothing here waits for the device.
 
-Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary, K words of a stream.
+A small model's step takes as long on the host as on the device, so what is done here must be little. Parameters lie in
+arrays by slot, are laid out again when the batch changes, and go to the device in one copy. Without drafts the host
+knows which step a request is at, and seeds are made for several steps at once. With drafts only the device does.
+
+Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary, A steps ahead.
 """
 
 from dataclasses import dataclass, replace
@@ -14,43 +17,49 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor  # type: ignore[import-not-found]
 
 from assay import streams
-from assay.poc.responses._sampler import Sampler
+from assay.poc.responses._sampler import NUMBERS, Sampler, numbers_of
 from assay.poc.responses._sampling import Sampling
-from assay.poc.responses.vllm._carried import Carried, carried_by
+from assay.poc.responses.vllm._carried import carried_by
 
 UNTOUCHED = Sampling(temperature=0.0)
 """Parameters that leave the logits of a row as they are, for requests that are not seeded."""
+
+AHEAD = 16
+"""Steps whose seeds are made at once: as many as a batch may well stay the same for."""
 
 MOST_VALUES = 2**24
 """Scores that are made at once: sorting takes several times their memory, and vLLM leaves little of a GPU free."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """What the rows of a step need to know of their requests.
+    """What the rows of a step need to know of their requests, for as long as these stay the same.
 
     Args:
-        carried: What each request carries; None for one that is not seeded.
+        slots: Slots of the requests in the order of the step, [N].
         sampler: Parameters of every row.
-        words: Words of the stream of each row, [R, 8].
-        firsts: Position [R] of each row's request that gives its first token; 0 where it is not seeded.
+        begun: Steps that the first row of ``seeds`` is for, [N].
+        seeds: Seeds of these steps and of those that follow, on the device, int32 [A, N] with the bits of uint32.
+        words: With drafts, the words of the stream of each row, [R, 8].
+        firsts: With drafts, the position [R] of each row's request that gives its first token.
     """
 
-    carried: list[Carried | None]
+    slots: NDArray[np.int64]
     sampler: Sampler
-    words: Tensor
-    firsts: Tensor
-
-    def is_of(self, carried: list[Carried | None]) -> bool:
-        """Return whether these are the very same requests in the same order."""
-        return len(carried) == len(self.carried) and all(a is b for a, b in zip(carried, self.carried, strict=True))
+    begun: NDArray[np.int64] | None = None
+    seeds: Tensor | None = None
+    words: Tensor | None = None
+    firsts: Tensor | None = None
 
     def rows(self, index_R: Tensor) -> "Batch":
         """Return the batch of other rows: row i of it is of the request ``index_R[i]`` here."""
+        assert self.words is not None
+        assert self.firsts is not None
         words, firsts = (values.index_select(0, index_R) for values in (self.words, self.firsts))
         return replace(self, sampler=self.sampler.rows(index_R), words=words, firsts=firsts)
 
@@ -62,35 +71,47 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
         self._states = req_states
         self._device = torch.device(req_states.device)
         self._streams = streams.get_backend("auto", str(self._device))
-        self._carried: list[Carried | None] = [None] * req_states.max_num_reqs
+        self._drafts = getattr(vllm_config, "speculative_config", None) is not None
+        slots = req_states.max_num_reqs
+        self._seeded_M = np.zeros(slots, bool)
+        self._numbers_M8 = np.full((slots, NUMBERS), numbers_of(UNTOUCHED), np.float64)
+        self._biases: list[dict[int, float]] = [{}] * slots
+        self._words_M8 = np.zeros((slots, 8), np.uint32)
+        self._prompts_M = np.zeros(slots, np.int64)
         self._batch: Batch | None = None
+        self._host_streams = streams.get_backend("auto", "cpu")
+        self._host_streams.row_seeds(self._words_M8[:1], self._prompts_M[:1])  # compiles what the first step needs
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Take a slot's new request; return whether its logits change."""
         carried = carried_by(sampling_params)
-        if carried is not None and carried.tokens is None:
-            carried = None
-        self._carried[req_idx] = carried
-        return carried is not None
+        seeded = carried is not None and carried.tokens is not None
+        sampling = (carried.sampling if carried is not None and seeded else None) or UNTOUCHED
+        self._seeded_M[req_idx] = seeded
+        self._numbers_M8[req_idx] = numbers_of(sampling)
+        self._biases[req_idx] = dict(sampling.logit_bias)
+        self._words_M8[req_idx] = carried.tokens if carried is not None and carried.tokens is not None else 0
+        self._prompts_M[req_idx] = carried.prompt if carried is not None and seeded else 0
+        self._batch = None
+        return seeded
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
-        """Return the logits [R, V] with scores in the rows of seeded requests."""
-        carried = [self._carried[slot] for slot in ctx.idx_mapping_np]
-        if not any(carried):
-            return logits
-        if self._batch is None or not self._batch.is_of(carried):  # mostly it is that of the last step
-            self._batch = self._made(carried, logits.shape[1])
+        """Return the logits [R, V] with scores in the rows of seeded requests, in their own memory where that goes."""
+        slots_N = ctx.idx_mapping_np
         batch = self._batch
-        if len(logits) != len(carried):  # drafts: which request a row belongs to is known on the device only
-            order_M = torch.zeros(len(self._carried), dtype=torch.int64, device=self._device)
-            order_M[ctx.idx_mapping.long()] = torch.arange(len(carried), device=self._device)
-            batch = batch.rows(order_M[ctx.expanded_idx_mapping.long()])
+        if batch is None or not np.array_equal(slots_N, batch.slots):
+            if not self._seeded_M[slots_N].any():
+                return logits
+            batch = self._batch = self._made(slots_N, logits.shape[1])
+        if self._drafts:
+            batch, seeds_R = self._by_position(batch, len(logits), ctx)
+        else:
+            seeds_R = self._by_length(batch, ctx.seq_lens_upper_bound_np[: len(slots_N)])
         sampler = batch.sampler
-        seeds_R = self._streams.row_seeds(batch.words, ctx.pos - batch.firsts)
         seen = self._seen(ctx, logits.shape[1]) if sampler.penalises else {}
         at_once = max(1, MOST_VALUES // logits.shape[1])
         if len(logits) <= at_once:
-            return sampler.noisy(sampler.penalised(logits, **seen), seeds_R)
+            return sampler.noisy(sampler.penalised(logits, **seen), seeds_R, in_place=True)
         for start in range(0, len(logits), at_once):
             rows = slice(start, start + at_once)
             part = sampler.rows(torch.arange(len(logits), device=self._device)[rows])
@@ -98,16 +119,34 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
             logits[rows] = part.noisy(l_RV, seeds_R[rows])
         return logits
 
-    def _made(self, carried: list[Carried | None], vocab_size: int) -> Batch:
-        samplings = [UNTOUCHED if one is None else one.sampling or UNTOUCHED for one in carried]
-        words = [(0,) * 8 if one is None or one.tokens is None else one.tokens for one in carried]
-        firsts = [0 if one is None else one.prompt - 1 for one in carried]
-        return Batch(
-            carried=carried,
-            sampler=Sampler(samplings, vocab_size, self._device),
-            words=self._put(np.array(words, np.uint32).view(np.int32)),
-            firsts=self._put(np.array(firsts, np.int64)),
-        )
+    def _made(self, slots_N: NDArray[np.int64], vocab_size: int) -> Batch:
+        biases = [self._biases[slot] for slot in slots_N]
+        sampler = Sampler.of_numbers(self._numbers_M8[slots_N], biases if any(biases) else (), vocab_size, self._device)
+        batch = Batch(slots_N.copy(), sampler)
+        if self._drafts:
+            batch.words = self._put(self._words_M8[slots_N].view(np.int32))
+            batch.firsts = self._put(self._prompts_M[slots_N] - 1)
+        return batch
+
+    def _by_length(self, batch: Batch, lengths_N: NDArray[np.int32]) -> Tensor:
+        """Return the seeds of a step without drafts, whose requests have so many tokens: all but the one to come."""
+        steps_N = lengths_N - self._prompts_M[batch.slots]
+        ahead = 0 if batch.begun is None else int(steps_N[0] - batch.begun[0])
+        if batch.seeds is None or not 0 <= ahead < AHEAD or not np.array_equal(steps_N, batch.begun + ahead):
+            steps_AN = steps_N + np.arange(AHEAD)[:, None]
+            words = np.tile(self._words_M8[batch.slots], (AHEAD, 1))
+            made = self._host_streams.row_seeds(words, steps_AN.ravel().astype(np.uint32))
+            batch.seeds, batch.begun = self._put(made.view(torch.int32).view(steps_AN.shape)), steps_N
+            ahead = 0
+        return batch.seeds[ahead]
+
+    def _by_position(self, batch: Batch, rows: int, ctx: Any) -> tuple[Batch, Tensor]:
+        """Return the batch and the seeds of all rows of a server with drafts: the device knows which are accepted."""
+        if rows != len(batch.slots):  # which request a row belongs to is known there, too
+            order_M = torch.zeros(len(self._seeded_M), dtype=torch.int64, device=self._device)
+            order_M[ctx.idx_mapping.long()] = torch.arange(len(batch.slots), device=self._device)
+            batch = batch.rows(order_M[ctx.expanded_idx_mapping.long()])
+        return batch, self._streams.row_seeds(batch.words, ctx.pos - batch.firsts)
 
     def _seen(self, ctx: Any, vocab_size: int) -> dict[str, Tensor]:
         """Return the tokens of the prompt of every row, and its output so far: committed tokens, and drafts before."""
