@@ -36,6 +36,7 @@ import gzip
 import json
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ class Material:
     """All samples with their questions and what detectors are fitted to."""
 
     def __init__(self, folder):
-        self.samples, self.questions, self.training = [], {}, {}
+        self.samples, self.groups, self.questions, self.training = [], [], {}, {}
         shortest = {}
         for pair in lines(folder / "pairs_print_vs_assert.jsonl.gz"):
             known = shortest.setdefault(pair["problem_id"], pair)
@@ -124,15 +125,16 @@ class Material:
             sides = [(p.prompt, p.hack, p.clean, p.group) for p in find_pairs(reference)]
             self.training[reference] = self.paired(None, sides)
 
-    def add(self, prompt, completion):
+    def add(self, prompt, completion, group):
         """Add a sample and return its row."""
         self.samples.append(Sample(prompt, completion))
+        self.groups.append(group)
         return len(self.samples) - 1
 
     def paired(self, question, pairs):
         """Add prompts, hack and clean sides and groups, as a question too if it has a name."""
-        hack = [self.add(prompt, side) for prompt, side, _, _ in pairs]
-        clean = [self.add(prompt, side) for prompt, _, side, _ in pairs]
+        hack = [self.add(prompt, side, group) for prompt, side, _, group in pairs]
+        clean = [self.add(prompt, side, group) for prompt, _, side, group in pairs]
         names = [group for *_, group in pairs]
         if question:
             self.questions[question] = Question(hack, clean, dict(zip([*hack, *clean], names * 2, strict=True)))
@@ -149,7 +151,7 @@ class Material:
             if (True, True) in kinds and (True, False) in kinds:
                 taken += [(wrong, kinds[True, False][0]), (right, kinds[True, True][0])]
             for where, text in taken:
-                where.append(self.add(prompt["prompt"], text))
+                where.append(self.add(prompt["prompt"], text, str(prompt["problem_id"])))
                 groups[where[-1]] = str(prompt["problem_id"])
         self.questions["exploits"] = Question(wrong, right, groups)
         self.questions["liars"] = Question([*wrong, *right], honest, groups)
@@ -166,24 +168,14 @@ def grams(samples):
     return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-9)
 
 
-def fit_text(features, training):
-    rows = [*training.hack, *training.clean]
-    signs = np.repeat([1.0, -1.0], len(training.hack))
-    known = features[rows].astype(np.float64)
-    mean = known.mean(axis=0)
-    known -= mean
-    weights = known.T @ np.linalg.solve(known @ known.T + RIDGE * np.eye(len(rows)), signs)
-    return lambda wanted: (features[wanted] - mean) @ weights
-
-
 def fit_axes(gradients, training, method):
     sides = ({n: part[rows] for n, part in gradients.items()} for rows in (training.hack, training.clean))
     basis = PairGradients(*sides, groups=training.groups).basis(top_k=AXES, method=method)
-    return lambda wanted: cin_over_modules({n: part[wanted] for n, part in gradients.items()}, basis).double().numpy()
+    return cin_over_modules(gradients, basis).double().numpy()
 
 
 class Detectors:
-    """Every detector as a function of the rows to score, fitted to training pairs as they are or swapped."""
+    """The scores of all samples by every detector, fitted to training pairs as they are or swapped."""
 
     def __init__(self, material, gradients):
         self.material, self.gradients, self.features = material, gradients, grams(material.samples)
@@ -198,58 +190,66 @@ class Detectors:
             "length": self.lengths,
             "random": np.random.default_rng(0).normal(size=len(texts)),
         }
+        self.folds = np.array([zlib.crc32(group.encode()) % FOLDS for group in material.groups])
 
     def names(self, question):
         """The detectors of a question."""
         held = ["held svd", "held lda", "held text"] if question in ("reports", "exploits", "liars") else []
         return [*self.fixed, *OWN, "own text", *held]
 
-    def fit(self, name, training):
-        """The function from rows to scores of a detector that is fitted."""
-        where, _, kind = name.partition(" ")
-        if kind == "text":
-            return fit_text(self.features, training)
-        return fit_axes(self.gradients, training, OWN[name][1] if where == "own" else kind)
-
-    def scores(self, name, question, generator=None):
-        """Scores of all rows of a question, and the groups that were swapped where a generator swaps labels."""
+    @cache  # noqa: B019 - there is one object, for the whole run
+    def scores(self, name, draw=None):
+        """Scores of all samples, and with a draw which groups of training pairs had their labels swapped."""
         if name in self.fixed:
-            return self.fixed[name][question.rows], {}
+            return self.fixed[name], {}
         training = self.material.training[OWN.get(name, ("generated:96",))[0] if name.startswith("own") else "held"]
         flip = {}
-        if generator is not None:
-            training, flip = training.swapped(generator)
+        if draw is not None:
+            training, flip = training.swapped(np.random.default_rng([17, draw]))
         if name.startswith("own"):
-            return self.fit(name, training)(question.rows), {}
-        found, problems = np.zeros(len(question.rows)), sorted(set(question.labels) | set(training.groups))
+            return self.fit(name, training), flip
+        found = np.zeros(len(self.folds))
         for fold in range(FOLDS):
-            part = set(problems[fold::FOLDS])
-            inside = [i for i, label in enumerate(question.labels) if label in part]
-            if inside:
-                found[inside] = self.fit(name, training.without(part))([question.rows[i] for i in inside])
+            others = {group for group, part in zip(self.material.groups, self.folds, strict=True) if part == fold}
+            found[self.folds == fold] = self.fit(name, training.without(others))[self.folds == fold]
         return found, flip
+
+    def fit(self, name, training):
+        """Scores of all samples by a detector fitted to these pairs."""
+        where, _, kind = name.partition(" ")
+        if kind == "text":
+            rows = sorted([*training.hack, *training.clean])
+            known, across = self.products(tuple(rows))
+            signs = np.where(np.isin(rows, training.hack), 1.0, -1.0)
+            return across @ np.linalg.solve(known + RIDGE * np.eye(len(rows)), signs)
+        return fit_axes(self.gradients, training, OWN[name][1] if where == "own" else kind)
+
+    @cache  # noqa: B019 - there is one object, for the whole run
+    def products(self, rows):
+        """Scalar products of the texts of these rows with each other and with all, less their mean."""
+        mean = self.features[list(rows)].mean(axis=0)
+        known = (self.features[list(rows)] - mean).astype(np.float64)
+        return known @ known.T, (self.features - mean).astype(np.float64) @ known.T
 
     def permuted(self, name, question):
         """AUROC under permuted labels; the labels of training pairs that are tested too are the same in both."""
         if name in self.fixed:
             return None
-        is_hack = np.arange(len(question.rows)) < len(question.hack)
+        is_hack, held = np.arange(len(question.rows)) < len(question.hack), self.material.training["held"]
         found = []
         for draw in range(PERMUTATIONS):
-            generator = np.random.default_rng([17, draw])
-            scores, flip = self.scores(name, question, generator)
-            same = set(question.rows) == {*self.material.training["held"].hack, *self.material.training["held"].clean}
-            if same and flip:
+            scores, flip = self.scores(name, draw)
+            if name.startswith("held") and question.hack == held.hack:
                 labels = np.array([now != flip[group] for now, group in zip(is_hack, question.labels, strict=True)])
             else:
-                labels = _relabelled(is_hack, question.labels, generator)
-            found.append(auroc(scores[labels], scores[~labels]))
+                labels = _relabelled(is_hack, question.labels, np.random.default_rng([19, draw]))
+            of_rows = scores[question.rows]
+            found.append(auroc(of_rows[labels], of_rows[~labels]))
         return found
 
 
 def judged(detectors, name, question):
-    scores, _ = detectors.scores(name, question)
-    n = len(question.hack)
+    scores, n = detectors.scores(name)[0][question.rows], len(question.hack)
     hack_groups, clean_groups = question.labels[:n], question.labels[n:]
     lengths = detectors.lengths[question.rows]
     made = check_unpaired(scores[:n], scores[n:], hack_groups, clean_groups, SETTINGS)
@@ -287,20 +287,34 @@ def with_verdicts(found):
     return found
 
 
+def gradients_of(samples, reference):
+    model = load_model(reference, device="cpu", dtype="float32")
+    before = 0
+
+    def progress(done, total):
+        nonlocal before
+        if done >= before + 20 or done == total:
+            note(f"gradients of {done} of {total} samples")
+            before = done
+
+    return per_sample_gradients(samples, model, svd=weight_svd(model), progress=progress)
+
+
 def main():
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True)
     options.add_argument("--model", default="reference:qwen3")
+    options.add_argument("--gradients", type=Path, help="keep the gradients there, or take those that are there")
     chosen = options.parse_args()
     material = Material(chosen.data)
-    model = load_model(chosen.model, device="cpu", dtype="float32")
     note(f"{len(material.samples)} samples")
-
-    def progress(done, total):
-        if done % 20 == 0 or done == total:
-            note(f"gradients of {done} of {total} samples")
-
-    gradients = per_sample_gradients(material.samples, model, svd=weight_svd(model), progress=progress)
+    if chosen.gradients and chosen.gradients.exists():
+        gradients = torch.load(chosen.gradients)
+    else:
+        gradients = gradients_of(material.samples, chosen.model)
+        if chosen.gradients:
+            torch.save(gradients, chosen.gradients)
+    torch.set_num_threads(1)  # many small products, which threads only slow down
     detectors = Detectors(material, gradients)
     found = {}
     for name, question in material.questions.items():
