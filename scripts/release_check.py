@@ -145,7 +145,7 @@ def check_size(wheel: Path) -> str:
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
     said = ", ".join(f"{name} {bytes_ / 1e6:.1f}" for name, bytes_ in largest)
     if size > LARGEST_WHEEL:
-        raise Failed(f"{wheel.name} has {size / 1e6:.1f} MB, wanted {LARGEST_WHEEL / 1e6:.0f}: {said}")
+        raise Failed(f"{wheel.name} has {size / 1e6:.1f} MB, wanted at most {LARGEST_WHEEL / 1e6:.0f}: {said}")
     return f"{wheel.name} has {size / 1e6:.1f} MB of at most {LARGEST_WHEEL / 1e6:.0f}, of that {said}"
 
 

@@ -1,0 +1,70 @@
+"""The release check says what it saw, and fails where something does not hold."""
+
+import importlib.util
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("release_check", ROOT / "scripts" / "release_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["release_check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def stranger(script: ModuleType, tmp_path: Path):
+    for name in ("home", "elsewhere"):
+        (tmp_path / name).mkdir()
+    return script.Stranger(tmp_path)
+
+
+def test_a_wheel_that_is_too_large_fails(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wheel = tmp_path / "assay-0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("assay/models/reference/large/model.safetensors", b"0" * 5000)
+    assert "assay/models/reference/large" in script.check_size(wheel)
+    monkeypatch.setattr(script, "LARGEST_WHEEL", 4000)
+    with pytest.raises(script.Failed, match="wanted at most 0"):
+        script.check_size(wheel)
+
+
+def test_a_traceback_or_another_exit_code_fails(script: ModuleType, stranger):
+    assert stranger.run(["sh", "-c", "echo seen"]) == "seen\n"
+    for command in ("exit 3", "echo 'Traceback (most recent call last)' >&2"):
+        with pytest.raises(script.Failed, match="ended with"):
+            stranger.run(["sh", "-c", command])
+    assert "wanted: an extra" in stranger.run(["sh", "-c", "echo 'wanted: an extra' >&2; exit 2"], codes=(2,))
+
+
+def test_a_step_that_fails_is_in_the_summary_and_in_the_exit_code(
+    script: ModuleType, stranger, capsys: pytest.CaptureFixture
+):
+    def broken() -> str:
+        raise script.Failed("nothing at /")
+
+    assert stranger.step("first", lambda: "seen")
+    assert stranger.summary() == 0
+    assert not stranger.step("second", broken)
+    assert stranger.summary() == 1
+    assert "1 of 2 steps hold: \n  second" in capsys.readouterr().out
+
+
+def test_nothing_of_the_checkout_reaches_the_stranger(stranger, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("ASSAY_MODEL", "reference:llama")
+    monkeypatch.setenv("VIRTUAL_ENV", "/elsewhere")
+    seen = stranger.run(["env"])
+    assert str(ROOT) not in seen
+    assert "ASSAY_" not in seen
+    assert "VIRTUAL_ENV" not in seen
