@@ -114,6 +114,8 @@ def train(study, part, grader, state, given, begun):
             study.run(grader, until=until, seconds=left)
         if until in stops and study.step == until and until not in looked:
             study.evaluate(grader, ("training",))
+            if until == 0:
+                note(f"before training: {next(iter(study.logs.values())).evaluations[-1]}")
         study.save(state)
         now = time.monotonic()
         said = {"step": study.step, "s": round(now - last, 1), "asked": grader.asked, "graded": grader.graded}

@@ -181,8 +181,10 @@ class Cohort:
             share = self.settings.rollouts / (self.settings.rollouts + 1)
             joined_NPG = advantages(joined_NPG) * share
             advantages_RPG[rows] = joined_NPG[..., :-1]
-        bonus = self._entropy_R if bool(self._entropy_R.any()) else None
-        own = policy_gradient(self.model, batch, advantages_RPG, temperature_R=self._temperature_R, entropy_R=bonus)
+        # Where nothing is to be scaled or added, the logits are not copied for it.
+        heat = self._temperature_R if any(run.temperature != 1 for run in self.runs) else None
+        bonus = self._entropy_R if any(run.entropy for run in self.runs) else None
+        own = policy_gradient(self.model, batch, advantages_RPG, temperature_R=heat, entropy_R=bonus)
         if not len(rows):
             return own
         stored = policy_gradient(
@@ -191,7 +193,7 @@ class Cohort:
             joined_NPG[..., -1:],
             behaviour_RPGT=behaviour,
             divisor=self.settings.prompts * self.settings.rollouts,
-            temperature_R=self._temperature_R[rows],
+            temperature_R=None if heat is None else heat[rows],
         )
         whole = [
             torch.zeros_like(gradient).index_copy_(0, rows, part) for gradient, part in zip(own, stored, strict=True)
