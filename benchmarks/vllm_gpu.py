@@ -99,7 +99,7 @@ def compare(engine, models, seq_len, count):
             fresh = poc.Round(block_hash="fresh", public_key="k", seq_len=seq_len, preset=preset, model="m")
             honest = poc.prove(engine.model, fresh, range(64), engine=engine)
             reverse, cheat = (plain(models[name], fresh, 64) for name in ("same dtype", "four bits"))
-            row["law"] = str(calibration.law)
+            row["law"] = str(calibration.builds[0].noise.law)
             row["vllm_on_transformers"] = verdict(honest, models["same dtype"], **judge)
             row["transformers_on_vllm"] = verdict(reverse, engine.model, **back)
             row["four_bits_on_vllm"] = verdict(cheat, engine.model, **back)

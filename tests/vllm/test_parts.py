@@ -527,9 +527,16 @@ def test_the_fingerprint_names_the_kernels_and_a_cache_of_another_format(loop, m
     engine = engine_on(DyingLLM(None), loop[0], monkeypatch)
     worker = {"runner": "v2", "device": "H200", "attention": "FLASH_ATTN", "threads": 0, "eager": False}
     engine._client.description |= worker | {"tensor_parallel": 2, "pipeline_parallel": 1, "cache": ["kv fp8"]}
+    engine._client.description |= {"format": "", "products": []}
     fingerprint = engine.fingerprint
     assert fingerprint.kernels == ("runner v2", "tp 2", "pp 1", "compiled", "kv fp8")
     assert fingerprint.as_dict()["library"] == "vllm 0, runner v2, tp 2, pp 1, compiled, kv fp8"
     del engine.fingerprint
     engine._client.description["cache"] = []
     assert engine.fingerprint.as_dict()["library"] == "vllm 0, runner v2, tp 2, pp 1, compiled"  # as the first version
+    del engine.fingerprint
+    engine._client.description |= {"format": "int8-rows", "products": ["CPUInt8ScaledMMLinearKernel onednn"]}
+    assert (engine.fingerprint.dtype, engine.fingerprint.kernels[-1]) == (
+        "int8-rows",
+        "CPUInt8ScaledMMLinearKernel onednn",
+    )

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from assay.errors import BackendUnavailable, UsageError
+from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.models import identify
 from assay.poc import NetworkPins
 from assay.poc.engines.vllm import _compatibility
+from assay.poc.engines.vllm._worker import products
 from assay.poc.serving import _preflight, before_start, plugin
+from tests.models.storing import described
 from tests.vllm.conftest import ROOT
 
 REFERENCE = ROOT / "src/assay/models/reference/qwen3"
@@ -62,6 +64,7 @@ def settings_of_vllm(**changes) -> SimpleNamespace:
         "model_config.runner_type": "generate",
         "model_config.dtype": "torch.bfloat16",
         "model_config.quantization": None,
+        "model_config.is_moe": False,
         "model_config.is_encoder_decoder": False,
         "model_config.is_multimodal_model": False,
         "parallel_config.worker_extension_cls": "assay.poc.engines.vllm.WorkerExtension",
@@ -111,7 +114,7 @@ def test_settings_that_move_nothing_pass(changes):
         ("parallel_config.pipeline_parallel_size", 2, "tensor parallelism"),
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
         ("model_config.runner_type", "pooling", "--runner pooling"),
-        ("model_config.quantization", "fp8", "fp8"),
+        ("model_config.quantization", "fp8", "--quantization fp8"),
         ("model_config.is_multimodal_model", True, "multimodal"),
         ("load_config.load_format", "dummy", "dummy"),
         ("cache_config.kv_sharing_fast_prefill", True, "fast-prefill"),
@@ -129,6 +132,75 @@ def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, 
     with pytest.raises(UsageError) as refusal:
         _compatibility.check_config(settings_of_vllm(**{path: value}))
     assert words in str(refusal.value)
+
+
+def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
+    """The settings of a server of a checkpoint that is stored so."""
+    model = SimpleNamespace(quantization_config=described(form))
+    changes = {"model_config.hf_config": model, "model_config.quantization": "of the checkpoint"} | changes
+    return settings_of_vllm(**{"model_config.dtype": f"torch.{dtype}"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "name"),
+    [
+        ("int8", "float32", "int8-rows"),
+        ("int8", "bfloat16", "int8-rows"),
+        ("packed", "bfloat16", "int4-groups"),
+        ("awq", "float16", "int4-groups"),
+        ("gptq", "bfloat16", "int4-groups"),
+    ],
+)
+def test_stored_formats_that_were_run_pass(form: str, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    _compatibility.check_config(stored(form, dtype))
+    assert _compatibility.stored_as(stored(form, dtype)) == name
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (stored("packed", "float32"), "int4-groups and --dtype float32 on cpu"),
+        (stored("block"), "a checkpoint in float8-block on cpu"),
+        (stored("tensor"), "a checkpoint in float8 on cpu"),
+        (stored("int8", **{"device_config.device_type": "cuda"}), "a checkpoint in int8-rows on cuda"),
+        (stored("int8", **{"model_config.is_moe": True}), "experts in int8-rows on cpu"),
+    ],
+)
+def test_stored_formats_that_were_not_run_are_refused_by_name(config, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    with pytest.raises(UsageError, match=words) as refusal:
+        _compatibility.check_config(config)
+    assert refusal.value.wanted
+    assert refusal.value.do
+
+
+def test_stored_formats_that_are_not_read_and_older_versions_are_refused(monkeypatch: pytest.MonkeyPatch):
+    config = stored("gptq")
+    config.model_config.hf_config.quantization_config["desc_act"] = True
+    with pytest.raises(ModelError, match="desc_act True"):
+        _compatibility.check_config(config)
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.28.0")
+    with pytest.raises(UsageError, match=r"vLLM 0\.28\.0 with a checkpoint in int8-rows"):
+        _compatibility.check_config(stored("int8"))
+
+
+def test_the_products_of_quantised_layers_are_named_and_of_no_others():
+    class CPUInt8:
+        def _apply_weights_onednn(self) -> None: ...
+
+        linear_method = _apply_weights_onednn
+
+    class Experts: ...
+
+    layers = [
+        SimpleNamespace(quant_method=SimpleNamespace(), scheme=SimpleNamespace(kernel=CPUInt8())),
+        SimpleNamespace(quant_method=SimpleNamespace(experts_cls=Experts)),
+        SimpleNamespace(quant_method=SimpleNamespace()),
+        SimpleNamespace(),
+    ]
+    assert products(SimpleNamespace(modules=lambda: layers)) == ["CPUInt8 onednn", "experts Experts"]
+    assert products(SimpleNamespace(modules=lambda: layers[2:])) == []
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from _vllm import KEY, OPTIONS, REFERENCE
 
 from assay.models import identify
 from assay.poc.serving import before_start
+from tests.models.storing import store
 from tests.vllm.conftest import ON_GPU
 
 NEEDED = ["--enable-prompt-embeds", "--worker-extension-cls", OPTIONS["--worker-extension-cls"], "--dtype", "float32"]
@@ -50,7 +51,7 @@ def test_a_server_as_docs_recommend_it_starts(start, command):
         ("-asc=2", "2 API servers"),
         ("--revision main", "--revision main"),
         ("--kv-cache-dtype fp8", "kv fp8"),
-        ("--quantization fp8 --dtype bfloat16", "quantisation fp8"),
+        ("--quantization fp8 --dtype bfloat16", "--quantization fp8"),
         ("--load-format dummy", "--load-format dummy"),
         ('--hf-overrides {"rope_theta":5000.0}', "--hf-overrides"),
         ("-dpn 1 --data-parallel-size 1 -asc 1", None),
@@ -68,6 +69,25 @@ def test_a_command_line_is_refused_before_the_engine_is_loaded(start, words: str
 )
 def test_what_goes_wrong_on_the_cpu_is_refused_there(start, words: str, refusal: str):
     assert refusal in start(*SERVE, *NEEDED, *words.split())
+
+
+@pytest.mark.skipif(ON_GPU, reason="formats of the CPU build")
+@pytest.mark.parametrize(
+    ("form", "words", "refusal"),
+    [
+        ("int8", "--dtype float32", None),
+        ("packed", "--dtype bfloat16", None),
+        ("awq", "--dtype bfloat16", None),
+        ("gptq", "--dtype bfloat16", None),
+        ("packed", "--dtype float32", "pass --dtype bfloat16"),
+        ("tensor", "--dtype bfloat16", "a checkpoint in float8 on cpu"),
+        ("block", "--dtype bfloat16", "a checkpoint in float8-block on cpu"),
+    ],
+)
+def test_a_quantised_checkpoint_is_taken_or_refused_by_its_format(start, form, words, refusal, tmp_path: Path):
+    path = store(REFERENCE, tmp_path / form, form)
+    said = start("/bin/vllm", "serve", str(path), *NEEDED[:3], *words.split())
+    assert (refusal in said and "\n  wanted: " in said) if refusal else said is None
 
 
 def test_what_is_missing_is_named_with_the_flag_to_add(start):

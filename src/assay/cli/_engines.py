@@ -69,10 +69,20 @@ def judging_engine(options: "VerifySettings", prover: "Fingerprint") -> "Iterato
     if options.engine == "hf":
         yield load(options.model, dtype, options.device), None
         return
-    if _eight_bits(dtype):
+    from assay.models import STORED_FORMATS
+
+    stored = dtype in STORED_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
+    if _eight_bits(dtype) and not stored:
         raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
     shape = {"batch_size": prover.batch_size, "seq_len": prover.seq_len}
-    with vllm_engine(options.model, dtype=dtype, device=options.device, **shape) as made:
+    with vllm_engine(options.model, dtype=None if stored else dtype, device=options.device, **shape) as made:
+        _, engine = made
+        if stored and engine.fingerprint.dtype != dtype:
+            raise UsageError(
+                f"{dtype} on vLLM, of a checkpoint in {engine.fingerprint.dtype}",
+                wanted="the format in which the checkpoint is stored",
+                do="use --engine hf for it",
+            )
         yield made
 
 

@@ -1,7 +1,8 @@
 """Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
 
+from assay.models._formats import stored_format
 from assay.models._load import Model, ModelInfo, identify, list_models, load_model, model_info
-from assay.models._quantise import NUMBER_FORMATS
+from assay.models._quantise import NUMBER_FORMATS, STORED_FORMATS
 from assay.models._resolve import checkpoint_directory
 from assay.models._save import save_random
 from assay.models._tokenizer import load_tokenizer
@@ -9,6 +10,7 @@ from assay.models.decoder import backbone, decoder_layers
 
 __all__ = [
     "NUMBER_FORMATS",
+    "STORED_FORMATS",
     "Model",
     "ModelInfo",
     "backbone",
@@ -20,4 +22,5 @@ __all__ = [
     "load_tokenizer",
     "model_info",
     "save_random",
+    "stored_format",
 ]

@@ -165,7 +165,7 @@ class AssayPlugin:
             reference=running.reference,
             digest=model.digest,
             weights=model.weights,
-            dtype=dtype,
+            dtype=model.quantised or dtype,
             max_positions=running.positions,
             decodes=bool(running.client.description["decodes"]),
             engine=engine,

@@ -197,8 +197,10 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
             do=f"pass --max-model-len {pins.round.seq_len + 1} or more, or no --max-num-batched-tokens below that",
         )
     dtype = str(config.model_config.dtype).removeprefix("torch.")
-    known = {"engine": "vllm", "dtype": dtype, "torch": torch.__version__, "library": f"vllm {version}"}
-    builds = pins.model(identify(model, dtype=dtype).digest).builds
+    served = identify(model, dtype=dtype)
+    known = {"engine": "vllm", "dtype": served.quantised or dtype}
+    known |= {"torch": torch.__version__, "library": f"vllm {version}"}
+    builds = pins.model(served.digest).builds
     differing = [[name for name, value in known.items() if not build.allows(name, value)] for build in builds]
     names = min(differing, key=len)
     if names:

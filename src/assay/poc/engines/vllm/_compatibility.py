@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError
+from assay.models import stored_format
 
 OLDEST, NEWEST = (0, 28), (0, 32)
 """First and last minor version on which the tests have run."""
@@ -60,6 +61,19 @@ OF_RUNNER: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
 }
+
+STORED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "cpu": {"int8-rows": ("bfloat16", "float32"), "int4-groups": ("bfloat16", "float16")},
+    "cuda": {},
+}
+"""Formats in which a checkpoint may be stored, by kind of device, with the dtypes in which each was run there.
+
+On a CPU vLLM multiplies four bits in no other dtype. Its products in float8 by blocks need a CPU with AMX and leave the
+inputs as they are, which is another computation than that of the transformers engine.
+"""
+
+STORED_SINCE = (0, 32)
+"""First minor version on which such checkpoints were run."""
 
 Refusal = tuple[Any, str, str, str]
 """Whether a setting is refused; then the setting as the operator wrote it, what is wanted, and what to do."""
@@ -115,11 +129,62 @@ def check_config(config: Any) -> None:
 
     Raises:
         UsageError: Names the first such setting.
+        ModelError: The checkpoint is quantised in a way that is not read.
     """
     check_engines(config.parallel_config.data_parallel_size)
     for refused, seen, wanted, do in _refusals(config):
         if refused:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
+    _check_stored(config)
+
+
+def stored_as(config: Any) -> str:
+    """Return the number format in which the checkpoint of an engine is stored; empty where it is not quantised.
+
+    Raises:
+        ModelError: It is quantised in a way that is not read.
+    """
+    model = config.model_config
+    form = stored_format(str(getattr(model, "model", "")), {"quantization_config": _stated(model)})
+    return form.name if form else ""
+
+
+def _stated(model: Any) -> Any:
+    """Return what the configuration of a checkpoint says of its quantisation; None where it says nothing."""
+    return getattr(getattr(model, "hf_config", None), "quantization_config", None)
+
+
+def _check_stored(config: Any) -> None:
+    """Refuse a format that was not run on this kind of device, or not for this kind of model."""
+    name, device = stored_as(config), str(config.device_config.device_type)
+    if not name:
+        return
+    model, formats, version = config.model_config, STORED.get(device, {}), _version()
+    dtype = str(model.dtype).removeprefix("torch.")
+    if _minor(version) < STORED_SINCE:
+        raise UsageError(
+            f"vLLM {version} with a checkpoint in {name}",
+            wanted="vLLM {}.{} or later, on which such checkpoints were run".format(*STORED_SINCE),
+            do="install it, or serve the checkpoint before quantisation",
+        )
+    if name not in formats:
+        raise UsageError(
+            f"vLLM with a checkpoint in {name} on {device}",
+            wanted=f"a format that was run there: {', '.join(formats) or 'none yet'}",
+            do="serve the checkpoint before quantisation, or prove with --engine hf",
+        )
+    if dtype not in formats[name]:
+        raise UsageError(
+            f"vLLM with a checkpoint in {name} and --dtype {dtype} on {device}",
+            wanted=" or ".join(formats[name]),
+            do=f"pass --dtype {formats[name][0]}",
+        )
+    if model.is_moe:
+        raise UsageError(
+            f"vLLM with experts in {name} on {device}",
+            wanted="a mixture that is not quantised: vLLM multiplies such experts on a CPU with AMX only",
+            do="serve the checkpoint before quantisation, or prove with --engine hf",
+        )
 
 
 def _refusals(config: Any) -> tuple[Refusal, ...]:
@@ -131,7 +196,12 @@ def _refusals(config: Any) -> tuple[Refusal, ...]:
     return (
         (not model.enable_prompt_embeds, "no --enable-prompt-embeds", "input embeddings", "add --enable-prompt-embeds"),
         (model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", "leave it out"),
-        (model.quantization is not None, f"quantisation {model.quantization}", checkpoint, "serve it as it is"),
+        (
+            model.quantization is not None and _stated(model) is None,
+            f"--quantization {model.quantization}",
+            checkpoint,
+            "leave it out",
+        ),
         (str(config.load_config.load_format).endswith("dummy"), "--load-format dummy", checkpoint, "leave it out"),
         (getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, "serve it as it is"),
         (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),

@@ -182,14 +182,14 @@ def fingerprint_of(worker: dict[str, Any], version: str, *, batch_size: int, seq
     return Fingerprint(
         engine="vllm",
         device=worker["device"],
-        dtype=worker["dtype"],
+        dtype=worker["format"] or worker["dtype"],
         attention=worker["attention"],
         batch_size=batch_size,
         seq_len=seq_len,
         threads=worker["threads"],
         torch=torch.__version__,
         library=f"vllm {version}",
-        kernels=(*kernels, "eager" if worker["eager"] else "compiled", *worker["cache"]),
+        kernels=(*kernels, "eager" if worker["eager"] else "compiled", *worker["cache"], *worker["products"]),
     )
 
 

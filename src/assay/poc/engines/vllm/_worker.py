@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.models.device import processor
-from assay.poc.engines.vllm._compatibility import other_cache, runner_kind
+from assay.poc.engines.vllm._compatibility import other_cache, runner_kind, stored_as
 from assay.streams import dtype_name
 
 MAX_VALUES = 2**24
@@ -177,4 +177,26 @@ def describe(runner: Any, config: Any) -> dict[str, Any]:
         "pipeline_parallel": int(parallel.pipeline_parallel_size),
         "eager": bool(model.enforce_eager),
         "cache": other_cache(config),
+        "format": stored_as(config),
+        "products": products(runner.model),
     }
+
+
+def products(model: Any) -> list[str]:
+    """Return which kernels of vLLM multiply in quantised layers and in experts: nothing for other models.
+
+    Args:
+        model: Model of vLLM in which a layer has a ``quant_method``, with a kernel or with a scheme that has one.
+    """
+    found = set()
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        owners = (getattr(layer, "scheme", None), method)
+        kernels = [getattr(owner, name, None) for owner in owners for name in ("kernel", "fp8_linear")]
+        experts = getattr(method, "experts_cls", None) or getattr(method, "unquantized_backend", None)
+        for kernel in filter(None, kernels):
+            way = getattr(getattr(kernel, "linear_method", None), "__name__", "").removeprefix("_apply_weights_")
+            found.add(" ".join(filter(None, (type(kernel).__name__, way))))
+        if experts is not None:
+            found.add(f"experts {getattr(experts, '__name__', experts)}")
+    return sorted(found)

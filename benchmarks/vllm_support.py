@@ -1,0 +1,167 @@
+"""What vLLM runs here: formats and mixtures beside transformers, each with its residual, its law and its verdicts.
+
+Every case makes a small checkpoint on the spot, starts a vLLM engine of its own and proves the same nonces as
+transformers does with the same checkpoint in the same dtype. On one round the noise between the two is calibrated; on
+another one, with that law, each judges the other, and vLLM judges a cheat under the honest name: the same model in four
+bits; in three where four are the honest format; with half of the experts of a mixture. A case that is refused has the
+words of the refusal. Rows of cases that are not run again stay in the file; docs/vllm.md has the table.
+
+    .venv-vllm/bin/python benchmarks/vllm_support.py -o benchmarks/results/vllm_support.json
+"""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from _common import note, parser, publish
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from assay import poc
+from assay.errors import AssayError
+from assay.models import checkpoint_directory, load_model
+from assay.poc.engines.hf import HFEngine
+from assay.research.cheats import rounded, with_fewer_experts
+from tests.models.storing import make_mixture, store
+
+PLAIN = "reference:qwen3"
+CASES = {  # kind of checkpoint, dtype
+    "int8 W8A8, compressed-tensors": ("int8", "bfloat16"),
+    "int4 W4A16, compressed-tensors": ("packed", "bfloat16"),
+    "Qwen3-MoE": ("qwen3-moe", "bfloat16"),
+    "int4 W4A16, AWQ": ("awq", "float16"),
+    "int4 W4A16, GPTQ": ("gptq", "bfloat16"),
+    "Mixtral": ("mixtral", "bfloat16"),
+    "Qwen3-MoE in float32": ("qwen3-moe", "float32"),
+    "int4 W4A16 with zeros, compressed-tensors": ("packed-zeros", "bfloat16"),
+    "int8 W8A8, compressed-tensors, in float32": ("int8", "float32"),
+    "not quantised": ("plain", "bfloat16"),
+    "int4 W4A16, compressed-tensors, in float32": ("packed", "float32"),
+    "fp8 by row, compressed-tensors": ("channel-tensors", "bfloat16"),
+    "fp8 by tensor": ("tensor", "bfloat16"),
+    "fp8 by block of 128 x 128": ("block", "bfloat16"),
+}
+MIXTURES = ("qwen3-moe", "mixtral")
+PRESETS = ("poc-2.0", "hardened")
+SEQ_LEN, NONCES = 64, 64
+
+
+def main():
+    made = parser(__doc__)
+    made.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    arguments = made.parse_args()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    before = json.loads(arguments.output.read_text())["rows"] if arguments.output and arguments.output.exists() else []
+    rows = {row["name"]: row for row in before}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.cases:
+            kind, dtype = CASES[name]
+            try:
+                row = measure(checkpoint(kind, Path(folder)), kind, dtype)
+            except AssayError as error:
+                row = {"refused": str(error)}
+            rows[name] = {"name": name, "vllm": version(), "asked": dtype, **row}
+            note(f"{name}: {rows[name]}")
+            figures = {"seq_len": SEQ_LEN, "nonces": NONCES, "rows": [rows[case] for case in CASES if case in rows]}
+            publish("vllm_support", figures, arguments.output)
+
+
+def version():
+    """Return the version of vLLM."""
+    from assay.poc.engines.vllm import check_installed
+
+    return check_installed()
+
+
+def checkpoint(kind, folder):
+    """Make a checkpoint of a kind, once; return its directory."""
+    source = checkpoint_directory(PLAIN)
+    if kind == "plain":
+        return source
+    path = folder / kind
+    if not path.exists():
+        if kind in MIXTURES:
+            make_mixture(kind, path)
+        else:
+            store(source, path, kind, block=128 if kind == "block" else 32)
+    return path
+
+
+def measure(path, kind, dtype):
+    """Run one case."""
+    from assay.poc.engines.vllm import VLLMEngine
+
+    shape = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": dtype}
+    with VLLMEngine(str(path), **shape, enforce_eager=True, max_model_len=256, max_num_seqs=16) as engine:
+        model = load_model(path, dtype=dtype, device="cpu")
+        cheat = cheating(model, kind, dtype)
+        presets = {preset: compare(engine, model, cheat, preset) for preset in PRESETS}
+        return {"fingerprint": engine.fingerprint.as_dict(), "presets": presets}
+
+
+def cheating(model, kind, dtype):
+    """Return the cheaper model that is passed off as the honest one."""
+    if kind in MIXTURES:
+        return with_fewer_experts(model, model.module.config.num_experts_per_tok // 2)
+    if model.quantised == "int4-groups":
+        return rounded(model, 3)
+    return replace(rounded(load_model(PLAIN, dtype=dtype, device="cpu"), 4), digest=model.digest)
+
+
+def compare(engine, model, cheat, preset):
+    """Return the residuals of a preset, the law between both engines and the verdicts with it."""
+    calibrated, fresh = (
+        poc.Round(block_hash=block, public_key="k", seq_len=SEQ_LEN, preset=preset, model="m")
+        for block in ("calibrated", "fresh")
+    )
+    ours, theirs = inside(engine, calibrated), beside(model, calibrated)
+    calibration = poc.calibrate(ours, theirs)
+    residuals = np.quantile(np.abs(published(ours) - published(theirs)), [0.5, 1.0])
+    judge = {"sample": NONCES, "seed": 1, "calibration": calibration}
+    mine, other, false = inside(engine, fresh), beside(model, fresh), beside(cheat, fresh)
+    header = replace(false.header, digest=mine.header.digest, fingerprint=other.header.fingerprint)
+    false = poc.Proof.build(header, false.records, false.footer.seconds)
+    return {
+        "residual_median": float(residuals[0]),
+        "residual_max": float(residuals[1]),
+        "cheat_median": float(np.median(np.abs(published(false) - published(other)))),
+        "law": str(calibration.builds[0].noise.law),
+        "vllm_on_transformers": verdict(mine, model, **judge),
+        "transformers_on_vllm": verdict(other, engine.model, engine=engine, **judge),
+        "cheat_on_vllm": verdict(false, engine.model, engine=engine, **judge),
+        "cheat_on_transformers": verdict(false, model, **judge),
+        "beside_the_scheduler": engine._client.direct.describe(),
+    }
+
+
+def inside(engine, round):
+    """Prove in vLLM."""
+    return poc.prove(engine.model, round, range(NONCES), engine=engine)
+
+
+def beside(model, round):
+    """Prove on transformers, with the kernels that the verifier uses."""
+    return poc.prove(model, round, range(NONCES), engine=HFEngine(model, batch_size=8, seq_len=SEQ_LEN))
+
+
+def published(proof):
+    """Return what a proof publishes, as one array."""
+    if proof.records[0].vector is None:
+        return np.array([record.distance for record in proof.records])
+    return np.stack([record.vector for record in proof.records]).astype(np.float64)
+
+
+def verdict(proof, model, **options):
+    """Return the verdict, or the reason why it cannot be given."""
+    try:
+        return poc.verify(proof, model, prover_dtype=proof.header.fingerprint.dtype, **options).verdict
+    except AssayError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    main()

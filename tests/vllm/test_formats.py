@@ -1,0 +1,75 @@
+"""Quantised checkpoints and mixtures on engines of vLLM beside transformers: honest both ways, and a cheat a fraud.
+
+What is measured, and the refusals, are those of the benchmark from which docs/vllm.md has its table.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vllm_support import CASES, MIXTURES, PRESETS, checkpoint, measure
+
+from assay.errors import AssayError
+from tests.models.storing import FOUR_BITS
+from tests.vllm.conftest import ON_GPU, ROOT
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="formats of the CPU build")
+
+RUN = {
+    "int8 W8A8, compressed-tensors": ("int8-rows", "CPUInt8ScaledMMLinearKernel onednn"),
+    "int4 W4A16, compressed-tensors": ("int4-groups", "CPUWNA16LinearKernel"),
+    "int4 W4A16, AWQ": ("int4-groups", "CPUWNA16LinearKernel"),
+    "int4 W4A16, GPTQ": ("int4-groups", "CPUWNA16LinearKernel"),
+    "Qwen3-MoE": ("bfloat16", "experts "),
+    "Mixtral": ("bfloat16", "experts "),
+}
+REFUSED = {
+    "int4 W4A16, compressed-tensors, in float32": "pass --dtype bfloat16",
+    "fp8 by tensor": "a checkpoint in float8 on cpu",
+    "fp8 by block of 128 x 128": "a checkpoint in float8-block on cpu",
+}
+
+
+@pytest.mark.parametrize("case", RUN)
+def test_a_format_is_honest_on_both_engines_and_a_cheaper_model_is_a_fraud(case: str, tmp_path: Path):
+    kind, dtype = CASES[case]
+    row = measure(checkpoint(kind, tmp_path), kind, dtype)
+    name, kernel = RUN[case]
+    assert row["fingerprint"]["dtype"] == name
+    assert kernel in row["fingerprint"]["library"]
+    for preset in PRESETS:
+        found = row["presets"][preset]
+        # Of distances, 64 may be too few to exclude that a tenth of the nonces was computed cheaply.
+        honest = {"honest"} if preset == "hardened" else {"honest", "undecided"}
+        assert {found["vllm_on_transformers"], found["transformers_on_vllm"]} <= honest, found
+        assert found["cheat_on_vllm"] == found["cheat_on_transformers"] == "fraud", found
+        assert found["residual_median"] < found["cheat_median"] / 2
+        assert found["beside_the_scheduler"]["nonces"] > 0 or kind in MIXTURES
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_format_that_was_not_run_is_refused_before_an_engine_is_loaded(case: str, tmp_path: Path, monkeypatch):
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def started(*args: object, **kwargs: object) -> None:
+        raise AssertionError("an engine was loaded")
+
+    monkeypatch.setattr(AsyncLLM, "from_vllm_config", started)
+    kind, dtype = CASES[case]
+    with pytest.raises(AssayError) as refusal:
+        measure(checkpoint(kind, tmp_path), kind, dtype)
+    assert REFUSED[case] in str(refusal.value)
+
+
+def test_single_layers_multiply_as_those_of_the_transformers_engine():
+    command = [sys.executable, "-m", "tests.vllm.layers"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1000, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for form in FOUR_BITS:
+        assert max(found[f"{form} bfloat16"], found[f"{form} float16"]) < 1e-4
+    assert max(found["int8 bfloat16"], found["int8 float16"]) < 1e-3
+    if isinstance(found["block bfloat16"], str):
+        assert "AMX" in found["block bfloat16"]
