@@ -128,9 +128,9 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
             batch.firsts = self._put(self._prompts_M[slots_N] - 1)
         return batch
 
-    def _by_length(self, batch: Batch, lengths_N: NDArray[np.int32]) -> Tensor:
+    def _by_length(self, batch: Batch, lengths_N: NDArray[Any]) -> Tensor:
         """Return the seeds of a step without drafts, whose requests have so many tokens: all but the one to come."""
-        steps_N = lengths_N - self._prompts_M[batch.slots]
+        steps_N: NDArray[np.int64] = lengths_N - self._prompts_M[batch.slots]
         ahead = 0 if batch.begun is None else int(steps_N[0] - batch.begun[0])
         if batch.seeds is None or not 0 <= ahead < AHEAD or not np.array_equal(steps_N, batch.begun + ahead):
             steps_AN = steps_N + np.arange(AHEAD)[:, None]
@@ -146,6 +146,7 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
             order_M = torch.zeros(len(self._seeded_M), dtype=torch.int64, device=self._device)
             order_M[ctx.idx_mapping.long()] = torch.arange(len(batch.slots), device=self._device)
             batch = batch.rows(order_M[ctx.expanded_idx_mapping.long()])
+        assert batch.words is not None
         return batch, self._streams.row_seeds(batch.words, ctx.pos - batch.firsts)
 
     def _seen(self, ctx: Any, vocab_size: int) -> dict[str, Tensor]:
