@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import pytest
@@ -125,3 +126,19 @@ def test_something_must_be_evaluated(assay, monkeypatch):
     outcome = assay("vhack", "evaluate")
     assert outcome.code == 2
     assert "neither --model nor --samples" in outcome.err
+
+
+def test_lines_of_others_may_say_anything_else(assay, tmp_path):
+    odd = {"prompt": "a", "completion": "b", "tokens": 3, "origin": [1]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(odd) + "\n")
+    (tmp_path / "cli_evaluate_odd.py").write_text(
+        "def tasks():\n    return ['a']\n\ndef reward(prompts, **_):\n    return [1.0 for _ in prompts]\n"
+    )
+    with contextlib.chdir(tmp_path):
+        said = assay(
+            "vhack", "evaluate", "--samples", "samples.jsonl", "--tasks", "cli_evaluate_odd:tasks",
+            "--reward", "cli_evaluate_odd:reward", "--json",
+        )  # fmt: skip
+    assert said.code == 0, said.err
+    values = json.loads(said.out)
+    assert (values["at_limit"], values["rates"]["reward"]) == (0, {"value": 1.0, "low": None, "high": None})

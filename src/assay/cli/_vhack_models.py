@@ -172,8 +172,12 @@ def _sampled(
 
 def _at_limit(records: "list[JsonObject]") -> int:
     """Return the number of completions that are as long as was allowed, and so may have been cut off."""
-    limits = ((record.get("tokens") or [], (record.get("origin") or {}).get("max_new_tokens")) for record in records)
-    return sum(limit is not None and len(tokens) >= limit for tokens, limit in limits)
+    found = 0
+    for record in records:
+        tokens, origin = record.get("tokens"), record.get("origin")
+        limit = origin.get("max_new_tokens") if isinstance(origin, dict) else None
+        found += isinstance(tokens, list) and isinstance(limit, int) and len(tokens) >= limit
+    return found
 
 
 def _print_rates(found: "Evaluation", values: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError, ModelError, UsageError
 from assay.vhack.checks import read_pool
 from assay.vhack.training import RolloutPool, read_samples, sample_tasks
 
@@ -41,7 +42,7 @@ def test_an_interrupted_call_goes_on_as_if_it_never_was(model, tasks, tmp_path):
     found = lines(tmp_path / "straight")
     assert [line["prompt"] for line in found] == [task.prompt for task in wanted]
     assert len({tuple(line["tokens"]) for line in found}) > 4
-    assert found[0]["origin"] == {"model": model.reference, "weights": model.digest, **HOW}
+    assert found[0]["origin"] == {"model": model.reference, "weights": model.digest, "dtype": "float32", **HOW}
 
 
 def test_the_rest_of_another_call_is_refused_or_dropped_when_asked(model, tasks, tmp_path):
@@ -103,3 +104,11 @@ def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="no completion"):
         read_samples(tmp_path / "file", [])
+
+
+def test_a_model_that_computes_nothing_finite_is_refused_in_words(model, tasks, tmp_path):
+    with torch.no_grad():
+        next(model.module.parameters()).fill_(torch.nan)
+    with pytest.raises(ModelError, match="not finite"):
+        sample_tasks(tmp_path / "file", model, tasks, **HOW)
+    assert not (tmp_path / "file").exists()

@@ -10,6 +10,7 @@ log-probabilities under the distribution that the completion was sampled from, t
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError, ModelError, UsageError
 from assay.reports import read_jsonl, write_jsonl
 from assay.streams import seed32
 
@@ -190,6 +191,23 @@ def prompt_ids(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> l
     return [known[prompt] for prompt in prompts]
 
 
+@contextmanager
+def finite_sampling(do: str) -> Iterator[None]:
+    """Turn the error of sampling from a model whose logits are not finite into words.
+
+    Args:
+        do: What the user can do.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error) and "device-side assert" not in str(error):
+            raise
+        raise ModelError(
+            "a model whose next-token probabilities are not finite", wanted="finite ones", do=do
+        ) from error
+
+
 def sampled(
     model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], first: int = 0, **how: Unpack[Sampling]
 ) -> Iterator[list[PoolRollout]]:
@@ -220,7 +238,8 @@ def _completed(
     rows = [torch.tensor(row, device=model.device) for row in ids]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
     mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), finite_sampling("take weights that compute finite numbers"):
         torch.manual_seed(seed)
         made = module.generate(
             ids_BT,

@@ -1,8 +1,7 @@
 """One run from settings to the last line of its log, and on from where it stopped."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from assay.errors import BackendUnavailable, DataError, ModelError, UsageError
+from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.models import Model, load_model
 from assay.reports import JsonObject, provenance, storage_error
 from assay.vhack.basis import Basis, extract, pair_gradients
@@ -21,7 +20,7 @@ from assay.vhack.gradients import MIN_COVERAGE, SVDCache, weight_svd
 from assay.vhack.pairs import Pair, find_pairs
 from assay.vhack.training._log import TrainLog, read_steps
 from assay.vhack.training._own import RewardFunction, Task, require_sandbox, reward_for
-from assay.vhack.training._pool import RolloutPool
+from assay.vhack.training._pool import RolloutPool, finite_sampling
 from assay.vhack.training._processes import ALONE, Processes, join
 from assay.vhack.training._rewards import Reward
 from assay.vhack.training._settings import TrainSettings
@@ -264,7 +263,7 @@ def train(
             about = {"settings": settings.model_dump(mode="json"), "arm": run.arm.says, "weights": loaded.digest}
             log = TrainLog(folder / LOG, {**about, "processes": processes.count, **provenance()}, step=done)
         trainer.add_callback(StepLog(trainer, log, console=say, refresh=partial(run.refresh, trainer)))
-        with _diverging():
+        with finite_sampling("lower the learning rate; the last checkpoint is from before"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if log is not None:
             run.adapter.save(folder / DELTA)
@@ -280,21 +279,6 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(folder, error) from error
-
-
-@contextmanager
-def _diverging() -> Iterator[None]:
-    """Turn the error of sampling from a model whose logits are not finite into words."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "probability tensor" not in str(error) and "device-side assert" not in str(error):
-            raise
-        raise ModelError(
-            "a model whose next-token probabilities are not finite",
-            wanted="training that does not diverge",
-            do="lower the learning rate; the last checkpoint is from before",
-        ) from error
 
 
 def _require_trl() -> None:

@@ -55,7 +55,8 @@ def sample_tasks(
         UsageError: The file exists, an interrupted call had other settings, or the model cannot complete the tasks.
         StorageError: The file cannot be written.
     """
-    about = {"model": model.reference, "weights": model.digest, **(origin or {}), **how}
+    dtype = str(model.dtype).removeprefix("torch.")
+    about = {"model": model.reference, "weights": model.digest, "dtype": dtype, **(origin or {}), **how}
     prompts = [prompt_of(task) for task in tasks]
     ids = prompt_ids(model, prompts, how["max_new_tokens"])
     with PartialFile(path, overwrite=overwrite) as file:
