@@ -265,8 +265,9 @@ def _print_pools(result: "PoolReport") -> None:
         ("AUROC of cin", f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"),
         *((f"largest p, {null}", f"{p:.2g}") for null, p in made.p_values.items()),
         *((name.replace("_", " "), f"{value:.3f}") for name, value in made.details.items()),
+        *((f"guard, {item.name}", f"{item.verdict}: {item.reason}") for item in result.guard),
     ]
-    table(("", "pools"), rows, title=f"{made.verdict}: {made.reason}")
+    table(("", "pools"), rows, title=f"{result.verdict}: {result.reason}")
 
 
 def _print_arms(found: "list[ArmResult]", output: Path) -> None:

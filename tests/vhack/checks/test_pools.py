@@ -20,8 +20,11 @@ WORDS = ("add", "sub", "mul", "div", "power", "root", "sign", "floor", "ceil", "
 
 
 def pairs_of(words):
+    """Pairs whose two sides have the same length."""
     return [
-        Pair(f"def test_{word}():\n", f"    print('{word} {n}')\n", f"    assert {word}({n}) == {n}\n", group=word)
+        Pair(
+            f"def test_{word}():\n", f"    print('{word}({n}): {n}')\n", f"    assert {word}({n}) == {n}\n", group=word
+        )
         for word in words
         for n in range(2)
     ]
@@ -76,8 +79,20 @@ def test_hacks_pass_and_the_same_pools_the_other_way_fail(small_model, byte_toke
     assert (found.verdict, found.exit_code) == ("pass", 0)
     turned = scored(pools[::-1], small_model, basis, byte_tokenizer, svd=small_svd)
     assert (turned.verdict, turned.exit_code) == ("fail", 1)
+    assert {item.name for item in found.guard} == {"constant", "halves", "length"}
     few = scored([pool[:4] for pool in pools], small_model, basis, byte_tokenizer, svd=small_svd)
     assert (few.verdict, few.exit_code) == ("undecided", 2)
+
+
+def test_pools_that_the_length_tells_apart_as_well_fail(small_model, byte_tokenizer, small_svd, basis, pools):
+    longer = [
+        PoolSample(replace(one.sample, completion=one.sample.completion + "\n" * 9), one.group) for one in pools[1]
+    ]
+    enough = replace(QUICK, k_use=5, n_null=99)
+    found = scored([pools[0], longer], small_model, basis, byte_tokenizer, enough, svd=small_svd)
+    assert found.check.verdict == "pass"
+    assert (found.verdict, found.exit_code) == ("fail", 1)
+    assert found.reason.startswith("length: ")
 
 
 def test_random_bases_that_do_as_well_make_it_fail():

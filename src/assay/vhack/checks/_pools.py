@@ -27,6 +27,7 @@ from assay.reports import read_jsonl
 from assay.stats import auroc
 from assay.vhack.basis import Basis, cin_over_modules
 from assay.vhack.checks._folds import EXPLAINED, as_sum, seen_error
+from assay.vhack.checks._guard import GuardItem, guard, guard_verdict
 from assay.vhack.checks._judge import EXIT_CODES, HAAR, Check, CheckSettings, CheckVerdict, FloatArray
 from assay.vhack.checks._ranking import check_unpaired, haar_scores
 from assay.vhack.gradients import SVDCache, per_sample_gradients, weight_svd
@@ -56,6 +57,7 @@ class PoolReport:
 
     Attributes:
         check: Value, nulls and verdict. Among its details are the AUROC of other scores of the same samples.
+        guard: What the guard against degenerate detectors says, see :func:`guard`.
         hack: Scores of the pool that hacks.
         clean: Scores of the pool that does not.
         hack_groups: Group of each sample of the first.
@@ -66,6 +68,7 @@ class PoolReport:
     """
 
     check: Check
+    guard: tuple[GuardItem, ...]
     hack: tuple[float, ...]
     clean: tuple[float, ...]
     hack_groups: tuple[str, ...]
@@ -76,8 +79,15 @@ class PoolReport:
 
     @property
     def verdict(self) -> CheckVerdict:
-        """Verdict of the check."""
-        return self.check.verdict
+        """Verdict of the check, and ``fail`` where it passes and a part of the guard fails."""
+        passed = self.check.verdict == "pass"
+        return "fail" if passed and guard_verdict(self.guard) == "fail" else self.check.verdict
+
+    @property
+    def reason(self) -> str:
+        """What decided: the reason of the check, or the parts of the guard that failed."""
+        failed = [f"{item.name}: {item.reason}" for item in self.guard if item.verdict == "fail"]
+        return "; ".join(failed) if self.check.verdict == "pass" and failed else self.check.reason
 
     @property
     def exit_code(self) -> int:
@@ -136,7 +146,8 @@ def check_two_pools(
 ) -> PoolReport:
     """Return whether the samples of one pool lie further along the axes of a basis than those of another.
 
-    It passes by the rule of check 1, and where random bases of the same size do not reach the value either. The score
+    It passes by the rule of check 1, where random bases of the same size do not reach the value either, and where no
+    part of the guard against degenerate detectors fails. The score
     is cin, ``‖relu(V g)‖ / ‖g‖``, mean over modules. The details have the AUROC of the two-sided cin of the original
     proposal, and of two things that are no sign of a hack: the length of the gradient and that of the completion.
 
@@ -197,8 +208,11 @@ def check_two_pools(
     with one_thread():
         made = _judged(pools, used, gradients, settings)
     hack_N, clean_N = _split(cin_over_modules(gradients, used), pools)
+    sizes = [np.array([float(len(one.sample.completion)) for one in pool]) for pool in pools]
+    groups = [[one.group for one in pool] for pool in pools]
     return PoolReport(
         check=made,
+        guard=guard(hack_N, clean_N, *groups, lengths=(sizes[0], sizes[1]), settings=settings),
         hack=tuple(hack_N.tolist()),
         clean=tuple(clean_N.tolist()),
         hack_groups=tuple(one.group for one in pools[0]),

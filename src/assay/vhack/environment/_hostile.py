@@ -163,7 +163,7 @@ def _value(rng: random.Random, depth: int = 0) -> Any:
 
 def hostile_report(rng: random.Random) -> bytes:
     """Return the bytes of a report, often nearly right; ``NONCE`` stands for the number that it has to repeat."""
-    kinds = ("value", "error", "opaque", "none", [], {}, None, 7, ["value"], {"value": 1})
+    kinds: tuple[object, ...] = ("value", "error", "opaque", "none", [], {}, None, 7, ["value"], {"value": 1})
     answers = [{"kind": rng.choice(kinds), "value": _value(rng), "name": _value(rng)} for _ in range(rng.randrange(12))]
     whole = {"nonce": "NONCE", "finished": True, "raised": "", "outcomes": answers, "files": {"result.txt": "PASS"}}
     for name in rng.sample(list(whole), rng.randrange(3)):
