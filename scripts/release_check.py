@@ -180,7 +180,7 @@ def check_proof(stranger: Stranger) -> str:
 def check_vhack(stranger: Stranger) -> str:
     given = ("--model", MODEL, "--pairs", "generated:16")
     stranger.assay("vhack", "extract", *given, "-o", "basis.safetensors")
-    answer = stranger.assay("vhack", "check", *given, "--json", codes=(0, 1, 2))
+    answer = stranger.assay("vhack", "check", *given, "--basis", "basis.safetensors", "--json", codes=(0, 1, 2))
     checks = [check["verdict"] for check in json.loads(answer[: answer.rindex("}") + 1])["checks"]]
     return f"a basis of {(stranger.place / 'basis.safetensors').stat().st_size / 1e6:.1f} MB; {', '.join(checks)}"
 
@@ -195,8 +195,8 @@ def check_missing(stranger: Stranger, extra: str) -> str:
 
 
 @contextmanager
-def running(stranger: Stranger, *arguments: str) -> Iterator[str]:
-    """Run a server on a free port of this machine while the context is open; then SIGTERM must end it with 0."""
+def running(stranger: Stranger, ready: str, *arguments: str) -> Iterator[str]:
+    """Run a server on a free port of this machine, once it is ready; in the end SIGTERM must end it with 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -208,9 +208,9 @@ def running(stranger: Stranger, *arguments: str) -> Iterator[str]:
         )  # fmt: skip
     try:
         base, limit = f"http://127.0.0.1:{port}", time.monotonic() + 300
-        while not answers(f"{base}/health"):
+        while not (answers(f"{base}/health") and answers(base + ready)):
             if process.poll() is not None or time.monotonic() > limit:
-                raise Failed(f"{' '.join(arguments)} does not answer /health: {log.read_text()[-600:]}")
+                raise Failed(f"{' '.join(arguments)} does not answer {ready}: {log.read_text()[-600:]}")
             time.sleep(0.2)
         yield base
         process.send_signal(signal.SIGTERM)
@@ -232,12 +232,12 @@ def answers(url: str) -> bytes:
         return b""
 
 
-def check_server(stranger: Stranger, path: str, *arguments: str) -> str:
-    with running(stranger, *arguments) as base:
+def check_server(stranger: Stranger, ready: str, path: str, *arguments: str) -> str:
+    with running(stranger, ready, *arguments) as base:
         page = answers(base + path)
         if not page:
             raise Failed(f"nothing at {path}")
-        return f"/health, {path} of {len(page)} bytes, SIGTERM ends it with 0"
+        return f"/health, {ready}, {path} of {len(page)} bytes, SIGTERM ends it with 0"
 
 
 def check_all(stranger: Stranger) -> int:
@@ -259,17 +259,17 @@ def check_all(stranger: Stranger) -> int:
     stranger.step("assay demo", lambda: check_demo(stranger))
     stranger.step("assay poc prove, verify", lambda: check_proof(stranger))
     stranger.step("assay vhack extract, check", lambda: check_vhack(stranger))
-    pins = ("poc", "pins", "new", "--model", MODEL, "--from-proof", "proof.jsonl", "-o", "pins.toml")
+    pins = ("poc", "pins", "new", "--model", MODEL, "--from-proof", "proof.jsonl", *ROUND[2:], "-o", "pins.toml")
     stranger.step("assay poc pins new", lambda: stranger.assay(*pins) and "pins.toml written")
     for extra in MISSING:
         stranger.step(f"missing extra {extra}", lambda extra=extra: check_missing(stranger, extra))
     if stranger.step("install the extra serve", lambda: stranger.pip(*pinned, f"{wheel}[serve]") or "installed"):
         serve = ("poc", "serve", "--model", MODEL, "--data-dir", "node")
-        stranger.step("assay poc serve", lambda: check_server(stranger, "/", *serve))
-        stranger.step("assay poc receive", lambda: check_server(stranger, "/stats", "poc", "receive"))
+        stranger.step("assay poc serve", lambda: check_server(stranger, "/ready", "/", *serve))
+        stranger.step("assay poc receive", lambda: check_server(stranger, "/health", "/stats", "poc", "receive"))
         stranger.step("assay poc validator --help", lambda: stranger.assay("poc", "validator", "--help")[:40].strip())
         validator = ("poc", "validator", "--model", MODEL, "--pins", "pins.toml", "--data-dir", "judge")
-        stranger.step("assay poc validator", lambda: check_server(stranger, "/", *validator))
+        stranger.step("assay poc validator", lambda: check_server(stranger, "/ready", "/", *validator))
     return stranger.summary()
 
 

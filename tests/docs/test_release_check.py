@@ -68,3 +68,31 @@ def test_nothing_of_the_checkout_reaches_the_stranger(stranger, monkeypatch: pyt
     assert str(ROOT) not in seen
     assert "ASSAY_" not in seen
     assert "VIRTUAL_ENV" not in seen
+
+
+def test_all_steps_are_taken_and_a_wheel_that_cannot_be_built_ends_the_run(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commands: list[tuple[str, ...]] = []
+    for name in dir(script):
+        if name.startswith("check_") and name != "check_all":
+            monkeypatch.setattr(script, name, lambda stranger, *arguments: commands.append(arguments[2:]) or "held")
+    monkeypatch.setattr(script.venv, "create", lambda path, with_pip: None)
+    monkeypatch.setattr(script, "built", lambda stranger: tmp_path / "assay.whl")
+    monkeypatch.setattr(script.Stranger, "pip", lambda self, *arguments: None)
+    monkeypatch.setattr(
+        script.Stranger, "assay", lambda self, *arguments, codes=(0,): commands.append(arguments) or "held"
+    )
+    stranger = script.Stranger(tmp_path / "first")
+    assert script.check_all(stranger) == 0
+    assert len(stranger.results) == 18
+    taken = {command[:2] for command in commands if command[:1] == ("poc",)}
+    assert {("poc", "serve"), ("poc", "receive"), ("poc", "validator"), ("poc", "pins")} <= taken
+
+    def broken(stranger: object) -> Path:
+        raise script.Failed("no wheel")
+
+    monkeypatch.setattr(script, "built", broken)
+    stranger = script.Stranger(tmp_path / "second")
+    assert script.check_all(stranger) == 1
+    assert len(stranger.results) == 1
