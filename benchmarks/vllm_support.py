@@ -133,7 +133,6 @@ def compare(engine, model, cheat, preset):
         "vllm_on_transformers": verdict(mine, model, **judge),
         "transformers_on_vllm": verdict(other, engine.model, engine=engine, **judge),
         "cheat_on_vllm": verdict(false, engine.model, engine=engine, **judge),
-        "cheat_on_transformers": verdict(false, model, **judge),
         "beside_the_scheduler": engine._client.direct.describe(),
     }
 

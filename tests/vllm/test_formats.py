@@ -1,4 +1,4 @@
-"""Quantised checkpoints and mixtures on engines of vLLM beside transformers: honest both ways, and a cheat a fraud.
+"""Quantised checkpoints on engines of vLLM beside transformers: honest both ways, and a cheat a fraud.
 
 What is measured, and the refusals, are those of the benchmark from which docs/vllm.md has its table.
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from vllm_support import CASES, MIXTURES, PRESETS, checkpoint, measure
+from vllm_support import CASES, PRESETS, checkpoint, measure
 
 from assay.errors import AssayError
 from tests.models.storing import FOUR_BITS
@@ -22,8 +22,6 @@ RUN = {
     "int4 W4A16, compressed-tensors": ("int4-groups", "CPUWNA16LinearKernel"),
     "int4 W4A16, AWQ": ("int4-groups", "CPUWNA16LinearKernel"),
     "int4 W4A16, GPTQ": ("int4-groups", "CPUWNA16LinearKernel"),
-    "Qwen3-MoE": ("bfloat16", "experts "),
-    "Mixtral": ("bfloat16", "experts "),
 }
 REFUSED = {
     "int4 W4A16, compressed-tensors, in float32": "pass --dtype bfloat16",
@@ -44,9 +42,9 @@ def test_a_format_is_honest_on_both_engines_and_a_cheaper_model_is_a_fraud(case:
         # Of distances, 64 may be too few to exclude that a tenth of the nonces was computed cheaply.
         honest = {"honest"} if preset == "hardened" else {"honest", "undecided"}
         assert {found["vllm_on_transformers"], found["transformers_on_vllm"]} <= honest, found
-        assert found["cheat_on_vllm"] == found["cheat_on_transformers"] == "fraud", found
+        assert found["cheat_on_vllm"] == "fraud", found
         assert found["residual_median"] < found["cheat_median"] / 2
-        assert found["beside_the_scheduler"]["nonces"] > 0 or kind in MIXTURES
+        assert found["beside_the_scheduler"]["nonces"] > 0
 
 
 @pytest.mark.parametrize("case", REFUSED)
