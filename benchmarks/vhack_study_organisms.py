@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,7 +28,16 @@ from assay.reports import dumps, write_atomic
 from assay.research.organism import Mixture, Recipe, make_organism
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from train_reference_models import compiled_loss, draw_batch, encode, learning_rate, new_model, read_corpus
+from train_reference_models import (
+    compiled_loss,
+    draw_batch,
+    encode,
+    learning_rate,
+    new_model,
+    read_corpus,
+    readable_source,
+    sources,
+)
 
 PEAK = 3e-3
 KEEP_EVERY = 100
@@ -61,11 +71,19 @@ SIZES = {
 """``tiny`` tries the script on a CPU."""
 
 
+def texts_of(size: Size) -> list[str]:
+    """The corpus of the bundled models, or so many files of the standard library."""
+    if size.max_files is None:
+        return read_corpus(None).train
+    _, paths = next(sources())
+    return list(islice(filter(None, map(readable_source, paths)), size.max_files))
+
+
 def base(name: str, size: Size, folder: Path, device: str, after: int | None) -> None:
     """Train the base into a folder; ``after`` so many steps, stop as if interrupted."""
     borrowed = load_model("reference:llama", device="cpu")
     tokenizer = Tokenizer.from_str(borrowed.tokenizer.backend_tokenizer.to_str())
-    stream, characters = encode(tokenizer, read_corpus(size.max_files).train, float("inf"))
+    stream, characters = encode(tokenizer, texts_of(size), float("inf"))
     stream = stream.to(device)
     note(f"{name}: {len(stream)} tokens of Python source, {characters} characters")
     model = new_model("llama", tokenizer, size).to(device)

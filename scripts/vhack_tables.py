@@ -75,6 +75,24 @@ def arms(name: str, *, judged: bool = True) -> None:
     print_table((*header, *("" for _ in range(judged))), rows)
 
 
+def first_and_last(name: str) -> None:
+    """Print rates and log-probabilities of a part before the first and after the last step.
+
+    Args:
+        name: Name of the part.
+    """
+    found = _figures()["parts"][name].get("evaluations")
+    if not found:
+        print(f"*{_ABSENT.capitalize()}.*")
+        return
+    columns = {"hack": "hack", "solve": "solve", "logp_exploit": "exploit", "logp_honest": "honest program"}
+    rows = []
+    for condition, by_step in found.items():
+        ends = [by_step[key] for key in (min(by_step, key=int), max(by_step, key=int))]
+        rows.append((condition, *(", then ".join(_interval(end[key]) for end in ends) for key in columns)))
+    print_table(("arm", *columns.values()), rows)
+
+
 def rivals() -> None:
     """Print supervised starts less displaced arms, in every part that has both."""
     rows = [
