@@ -2,8 +2,8 @@
 
 One engine in this process answers the same requests in turns: plain ones, which vLLM samples; seeded ones, whose tokens
 the processor chooses and whose states are captured. No server, no client and no other process is in the figure. Each
-turn gives the milliseconds between two steps and, of each part, the milliseconds of the host. A profile of a few
-further steps gives, on a GPU, the kernels: their number, their time, and the ones that the seeded steps have more of.
+turn gives the milliseconds of a step, of the clock and of the processor, and those of the host in each part. A profile
+of a few further steps gives, on a GPU, the kernels: their number, their time, and what seeded steps have more of.
 
     python vllm_step.py --requests 8
     python vllm_step.py --gpu --model shape:qwen3-0.6b --dtype bfloat16 --requests 32
@@ -133,12 +133,13 @@ def turn(llm, way, arguments, sampling, *, profile=False):
 def stepped(engine, steps):
     """Return the milliseconds of a step, and of its parts on the host."""
     SECONDS.clear()
-    ends = [time.perf_counter()]
+    computed, ends = time.process_time(), [time.perf_counter()]
     for _ in range(steps):
         engine.step()
         ends.append(time.perf_counter())
     whole = statistics.median(b - a for a, b in itertools.pairwise(ends))
-    return {"step": 1e3 * whole} | {name: 1e3 * seconds / steps for name, seconds in SECONDS.items()}
+    figures = {"step": 1e3 * whole, "processor time": 1e3 * (time.process_time() - computed) / steps}
+    return figures | {name: 1e3 * seconds / steps for name, seconds in SECONDS.items()}
 
 
 def profiled(engine):
@@ -190,12 +191,15 @@ def measured(arguments, folder):
     median = {
         way: {name: statistics.median(one.get(name, 0.0) for one in of) for name in of[0]} for way, of in turns.items()
     }
-    ratios = [a["step"] / b["step"] for a, b in zip(turns["plain"], turns["seeded"], strict=True)]
+    both = list(zip(turns["plain"], turns["seeded"], strict=True))
+    ratios = {name: [a[name] / b[name] for a, b in both] for name in ("step", "processor time")}
     profiles = {way: turn(llm, way, arguments, sampling, profile=True) for way in turns}
     return {
         "median_ms": median,
-        "step_ratio_median": statistics.median(ratios),
-        "step_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "plain_over_seeded": {
+            name: {"median": statistics.median(of), "quartiles": statistics.quantiles(of, n=4)[::2]}
+            for name, of in ratios.items()
+        },
         "load": os.getloadavg(),
         "profile": compared(**profiles),
     }

@@ -131,8 +131,9 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
     def _by_length(self, batch: Batch, lengths_N: NDArray[Any]) -> Tensor:
         """Return the seeds of a step without drafts, whose requests have so many tokens: all but the one to come."""
         steps_N: NDArray[np.int64] = lengths_N - self._prompts_M[batch.slots]
-        ahead = 0 if batch.begun is None else int(steps_N[0] - batch.begun[0])
-        if batch.seeds is None or not 0 <= ahead < AHEAD or not np.array_equal(steps_N, batch.begun + ahead):
+        ahead = -1 if batch.begun is None else int(steps_N[0] - batch.begun[0])
+        stays = batch.begun is not None and 0 <= ahead < AHEAD and np.array_equal(steps_N, batch.begun + ahead)
+        if batch.seeds is None or not stays:
             steps_AN = steps_N + np.arange(AHEAD)[:, None]
             words = np.tile(self._words_M8[batch.slots], (AHEAD, 1))
             made = self._host_streams.row_seeds(words, steps_AN.ravel().astype(np.uint32))
