@@ -1,6 +1,7 @@
 """verl's own worker takes the steps of a plain loop with the same δS, axes, gate and loss: two processes on a CPU."""
 
 import multiprocessing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ from tests.vhack.training import verl_worker as theirs
 
 # verl warns of its engines that are not installed.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+MINE = """
+from assay.vhack.training.verl import train_delta
+
+train_delta({pairs!r}, arm={arm!r}, k_use=2, method="svd")
+"""
 CLIP_RATIO, DUAL_CLIP = 0.2, 3.0  # defaults of verl
 
 
@@ -48,9 +54,12 @@ def steps(checkpoint, pairs, tmp_path_factory):
     """What each of two processes found, and what this one does by itself."""
     folder = tmp_path_factory.mktemp("verl")
     write_pairs(folder / "pairs.jsonl", pairs)
+    (folder / "mine_verl.py").write_text(MINE.format(pairs=str(folder / "pairs.jsonl"), arm=theirs.ARM))
     module, adapter, optimizer, basis = alone(checkpoint, read_pairs(folder / "pairs.jsonl"))
     with torch.no_grad():
         old = logps_of(module)
+        with adapter.disabled():
+            reference = module(input_ids=theirs.ROWS, use_cache=False).logits
     torch.save(old, folder / "old.pt")
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=theirs.run, args=(rank, checkpoint, folder)) for rank in (0, 1)]
@@ -62,7 +71,7 @@ def steps(checkpoint, pairs, tmp_path_factory):
     finally:
         for rank in ranks:
             rank.kill()
-    mine = {"start": theirs.copied(adapter), "basis": basis.axes, "norms": [], "measures": []}
+    mine = {"reference": reference, "start": theirs.copied(adapter), "basis": basis.axes, "norms": [], "measures": []}
     for _ in range(theirs.STEPS):
         optimizer.zero_grad()
         loss_of(logps_of(module), old).backward()
@@ -82,6 +91,7 @@ def test_its_worker_takes_the_steps_of_a_plain_loop(steps):
             assert theirs_found[part].keys() == mine[part].keys()
             for name, value in mine[part].items():
                 torch.testing.assert_close(theirs_found[part][name], value, rtol=1e-3, atol=slack)
+        torch.testing.assert_close(theirs_found["reference"], mine["reference"], rtol=1e-4, atol=1e-4)
     moved = max(float((value - mine["start"][name]).abs().max()) for name, value in mine["delta"].items())
     assert moved > 0.01
 
@@ -108,3 +118,26 @@ def test_arms_that_need_more_than_axes_are_refused(pairs):
     for arm in ("none:random", "advantage-modification", "erase-gradient:random"):
         with pytest.raises(UsageError, match="arm"):
             train_delta(pairs, arm=arm)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("engine_config", "model_dtype", "bf16"),
+        ("engine_config", "mixed_precision", None),  # verl then computes in bfloat16
+        ("engine_config", "param_offload", True),
+        ("engine_config", "offload_policy", True),
+        ("engine_config", "ulysses_sequence_parallel_size", 2),
+        ("model_config", "lora_rank", 8),
+    ],
+)
+def test_settings_that_it_was_never_run_with_are_refused(part, name, value):
+    from assay.vhack.training.verl import _check
+
+    config = {"model_dtype": "fp32", "mixed_precision": {"param_dtype": "fp32"}, "param_offload": False}
+    config |= {"optimizer_offload": False, "offload_policy": False, "ulysses_sequence_parallel_size": 1}
+    engine = SimpleNamespace(engine_config=SimpleNamespace(**config), model_config=SimpleNamespace(lora_rank=0))
+    _check(engine)
+    setattr(getattr(engine, part), name, value)
+    with pytest.raises(UsageError, match="param_dtype=bf16" if name == "mixed_precision" else f"{name}={value}"):
+        _check(engine)

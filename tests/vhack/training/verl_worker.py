@@ -4,13 +4,12 @@ verl has no platform for a CPU, so one is added by its interface for plugins.
 """
 
 import os
+import sys
 from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
-
-from assay.vhack.pairs import read_pairs
 
 ARM = "displaced-0.1+erase-update-two-sided"
 LR, CLIP, STEPS = 0.02, 0.5, 3
@@ -88,6 +87,7 @@ def worker_of(path):
     whole = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     model = HFModelConfig(
         path=str(path),
+        external_lib="mine_verl",  # it calls train_delta, in every worker
         use_remove_padding=False,
         enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "sdpa"},
@@ -131,13 +131,10 @@ def run(rank, path, folder):
     from verl.workers.config import ActorConfig
     from verl.workers.utils.losses import ppo_loss
 
-    from assay.vhack.training.verl import train_delta
-
-    made = train_delta(read_pairs(folder / "pairs.jsonl"), arm=ARM, k_use=2, method="svd")
+    sys.path.insert(0, str(folder))
     actor = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, use_kl_loss=False)
     worker = worker_of(path)
     engine = worker.engine
-    assert isinstance(engine, made)
     worker.set_loss_fn(partial(ppo_loss, config=actor))
     share = slice(2 * rank, 2 * rank + 2)
     old = torch.load(folder / "old.pt")
@@ -149,6 +146,8 @@ def run(rank, path, folder):
         if step == 0:
             engine.save_checkpoint(f"{folder}/checkpoint", global_step=1)
             found["saved"] = copied(engine.adapter)
+    with torch.no_grad(), engine.disable_adapter():
+        found["reference"] = engine.module(input_ids=ROWS, use_cache=False).logits
     found["delta"] = copied(engine.adapter)
     found["handed"] = {name: weight.clone() for name, weight in engine.get_per_tensor_param()[0]}
     found["basis"] = dict(engine._basis.axes)
