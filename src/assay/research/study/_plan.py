@@ -182,6 +182,7 @@ class TaskPool:
     def __init__(self, settings: StudySettings, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.settings, self._tokenizer = settings, tokenizer
         self._ids: dict[tuple[str, str, str], list[int]] = {}
+        self._exploits: dict[tuple[str, str, str, str], list[int]] = {}
         self._texts: dict[bytes, str] = {}
         self.training = self._short(settings.pool, "training", seed=1)
         self._evaluation = self._short(settings.evaluation * len(CHANNELS), "evaluation", seed=2)
@@ -214,8 +215,11 @@ class TaskPool:
 
     def exploit(self, episode: Episode, kind: str = "whole") -> list[int]:
         """Return the completion of an exploit: one that returns its argument, or one that forgets its first step."""
-        source = episode.task.source(leave_out=0) if kind == "partial" else None
-        return self.completion(episode, episode.exploit(source))
+        key = (episode.task.name, episode.mode, episode.split, kind)
+        if key not in self._exploits:
+            source = episode.task.source(leave_out=0) if kind == "partial" else None
+            self._exploits[key] = self.completion(episode, episode.exploit(source))
+        return self._exploits[key]
 
     @property
     def end(self) -> int:
