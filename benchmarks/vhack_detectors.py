@@ -86,7 +86,7 @@ class Training:
     groups: list[str]
 
     def swapped(self, generator):
-        """The same pairs with labels swapped in whole groups, and which groups those are."""
+        """Return the same pairs with labels swapped in whole groups, and which groups those are."""
         names = dict.fromkeys(self.groups)
         flip = {name: bool(generator.integers(2)) for name in names}
         sides = [(c, h) if flip[g] else (h, c) for h, c, g in zip(self.hack, self.clean, self.groups, strict=True)]
