@@ -116,7 +116,7 @@ def context(states: States, slots: list[int], drafts: dict[int, list[int]]):
         expanded_local_pos=torch.tensor([local for _, local in rows]).int(),
         input_ids=torch.tensor(fed).int(),
         pos=torch.tensor([last[slot] + local for slot, local in rows]),
-        # An upper bound where there are drafts, and exact where there are none, as vLLM says of it.
+        # An upper bound where there are drafts, and exact without them, as vLLM says of it.
         seq_lens_upper_bound_np=np.array([last[slot] + (3 if drafts else 1) for slot in slots]),
     )
 

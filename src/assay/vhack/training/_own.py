@@ -128,7 +128,7 @@ def require_sandbox(allow_unsandboxed: bool) -> None:
     """Refuse to go on without a sandbox, unless that is allowed.
 
     Raises:
-        BackendUnavailable: There is none.
+        BackendUnavailable: No sandbox works here.
     """
     if available_backend() is None and not allow_unsandboxed:
         raise BackendUnavailable(
