@@ -40,6 +40,7 @@ __all__ = [
     "StorageError",
     "UnsafeCheckpoint",
     "UsageError",
+    "how_to_install",
     "is_out_of_memory",
 ]
 
@@ -146,3 +147,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | OutOfMemory) or type(error).__name__ == "OutOfMemoryError":
         return True
     return any(phrase in str(error) for phrase in ("out of memory", "can't allocate memory"))
+
+
+def how_to_install(extra: str) -> str:
+    """Return what to do where the packages of an extra are missing. No public index has assay."""
+    return f"install assay with its extra {extra}: pip install '.[{extra}]' in its checkout, or 'FILE.whl[{extra}]'"

@@ -21,7 +21,7 @@ def test_without_torchao_the_error_says_how_to_get_it(small_checkpoint: Path, mo
     with pytest.raises(BackendUnavailable, match="eight-bit weights") as refused:
         load_model(small_checkpoint, device="cpu", quantise="int8")
     assert "torchao" in refused.value.wanted
-    assert "assay[quant]" in refused.value.do
+    assert "'.[quant]'" in refused.value.do
 
 
 def test_unknown_formats_are_refused(small_checkpoint: Path):

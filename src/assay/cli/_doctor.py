@@ -7,14 +7,14 @@ from typing import Any
 import typer
 
 from assay.cli._output import JsonFlag, emit_json, table
-from assay.errors import BackendUnavailable
+from assay.errors import BackendUnavailable, how_to_install
 
 # What a user may miss, what for, and how to get it.
 OPTIONAL = {
     "triton": ("fused streams on CUDA", "comes with the CUDA builds of torch"),
-    "fastapi": ("assay poc serve", "pip install 'assay[serve]'"),
-    "trl": ("assay vhack train", "pip install 'assay[train]'"),
-    "vllm": ("--engine vllm", "pip install 'assay[vllm]'"),
+    "fastapi": ("assay poc serve", how_to_install("serve")),
+    "trl": ("assay vhack train", how_to_install("train")),
+    "vllm": ("--engine vllm", how_to_install("vllm")),
 }
 PROGRAMS = {"bwrap": ("isolation of untrusted code", "apt-get install bubblewrap")}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from assay.errors import BackendUnavailable, ModelError, UsageError
+from assay.errors import BackendUnavailable, ModelError, UsageError, how_to_install
 from assay.models.decoder import backbone
 from assay.models.eight_bits import EightBitExperts, EightBitLinear
 from assay.models.float8 import WIDTHS, round_rows
@@ -112,7 +112,7 @@ def _torchao() -> Any:
         raise BackendUnavailable(
             f"eight-bit weights: {error}",
             wanted="torchao, which rounds the weights and multiplies by them",
-            do="pip install 'assay[quant]', or use --dtype bfloat16",
+            do=f"{how_to_install('quant')}; or use --dtype bfloat16",
         ) from None
     return library
 

@@ -72,5 +72,5 @@ sys.exit(run(["poc", "serve", "--model", "none"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
-    assert "pip install 'assay[serve]'" in done.stderr
+    assert "pip install '.[serve]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -49,6 +49,17 @@ def test_a_service_and_a_validator_agree(tmp_path, small_model, small_checkpoint
         validator.close()
 
 
+def test_a_model_that_still_loads_does_not_spoil_the_end(tmp_path, small_model, small_checkpoint):
+    write_network(tmp_path, small_model, ["node_A"])
+    validator = ValidatorServer(tmp_path, model=small_checkpoint)
+    try:
+        validator.start()
+        validator.wait_for("/health")
+        assert validator.terminate() == 0, validator.log.read_text()[-2000:]
+    finally:
+        validator.close()
+
+
 def test_kills_of_validator_and_senders_lose_and_repeat_nothing(tmp_path, small_model, small_checkpoint):
     """`benchmarks/validator_soak.py` does this 200 times with a thousand nodes."""
     outcome = kill_loop(

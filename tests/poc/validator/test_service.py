@@ -110,6 +110,24 @@ def test_messages_are_taken_while_the_model_is_loaded(small_model, tmp_path, val
         assert running.client.get("/ready").status_code == 200
 
 
+def test_a_model_that_loads_beyond_the_end_is_known(small_model, tmp_path):
+    """The server ends the process then: torch aborts where Python ends under a thread that loads."""
+    (tmp_path / "pins.toml").write_text(pins_text(small_model))
+    settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
+    gate = threading.Event()
+
+    def load():
+        assert gate.wait(30)
+        return Deployment.of(small_model, compiled=False)
+
+    controller = Controller(load, settings, service)
+    controller.start()
+    controller.close()
+    assert not controller.ended
+    gate.set()
+    controller.loaded.result(30)
+
+
 def test_another_checkpoint_than_the_pins_is_not_run(small_model, tmp_path):
     (tmp_path / "pins.toml").write_text(pins_text(small_model).replace(small_model.digest, "0" * 64))
     settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")

@@ -3,7 +3,7 @@
 It needs the extra ``serve``. docs/service.md describes it; ``assay poc serve`` runs it.
 """
 
-from assay.errors import BackendUnavailable
+from assay.errors import BackendUnavailable, how_to_install
 
 try:
     from assay.poc.service._logs import configure_logs
@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     raise BackendUnavailable(
         f"the package {error.name} is not installed",
         wanted="the packages of the service",
-        do="pip install 'assay[serve]'",
+        do=how_to_install("serve"),
     ) from error
 
 __all__ = [

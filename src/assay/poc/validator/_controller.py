@@ -78,18 +78,20 @@ class Controller:
             )
             opened.pop_all()
         self._noises: Noises | None = None
+        self._loading = threading.Thread(target=self._load_model, name="assay-load", daemon=True)
+        self.ended = True
 
     def start(self) -> None:
         """Begin to take messages, load the model, and recompute once it is there."""
         self.writer.start()
         self.worker.start(self.loaded)
-        threading.Thread(target=self._load_model, name="assay-load", daemon=True).start()
+        self._loading.start()
 
     def close(self) -> None:
         """Keep the messages that wait, finish the batch that runs, and close the files."""
         self.closing.set()
         self.writer.close()
-        self.worker.close(self.service.drain)
+        self.ended = self.worker.close(self.service.drain) and not self._loading.is_alive()
         self.ledger.close()
         self.inbox.close()
 

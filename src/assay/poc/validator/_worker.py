@@ -154,11 +154,13 @@ class Worker:
 
         loaded.add_done_callback(begin)
 
-    def close(self, timeout: float = 30.0) -> None:
-        """End the thread after its batch."""
+    def close(self, timeout: float = 30.0) -> bool:
+        """End the thread after its batch; return whether it has ended."""
         self._closing.set()
-        if self._thread is not None and self._thread.is_alive():
-            self._thread.join(timeout)
+        if self._thread is None:
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _run(self, deployment: Deployment) -> None:
         while not self._closing.is_set():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from assay.errors import BackendUnavailable, DataError, UsageError
+from assay.errors import BackendUnavailable, DataError, UsageError, how_to_install
 from assay.models import Model, load_model
 from assay.reports import JsonObject, provenance, storage_error
 from assay.vhack.basis import Basis, extract, pair_gradients
@@ -286,7 +286,7 @@ def _require_trl() -> None:
         import trl  # noqa: F401
     except ImportError as error:
         raise BackendUnavailable(
-            f"TRL cannot be imported: {error}", wanted="the extra train", do="pip install 'assay[train]'"
+            f"TRL cannot be imported: {error}", wanted="the extra train", do=how_to_install("train")
         ) from error
 
 

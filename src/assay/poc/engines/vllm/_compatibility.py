@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from assay.errors import BackendUnavailable, UsageError
+from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.models import stored_format
 
 OLDEST, NEWEST = (0, 28), (0, 32)
@@ -295,7 +295,7 @@ def _version() -> str:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    raise BackendUnavailable("vLLM is not installed", wanted="the package vllm", do="pip install 'assay[vllm]'")
+    raise BackendUnavailable("vLLM is not installed", wanted="the package vllm", do=how_to_install("vllm"))
 
 
 def _minor(version: str) -> tuple[int, ...]:

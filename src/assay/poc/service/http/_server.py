@@ -125,6 +125,9 @@ class Served(Protocol):
     closing: threading.Event
     """Set when the end begins, while connections are still open."""
 
+    ended: bool
+    """Whether no thread of it computes any more."""
+
     @property
     def loaded(self) -> "Future[Any]":
         """The loaded model, or the reason why it cannot be loaded."""
@@ -163,7 +166,8 @@ def run_app(
     """Run an application until SIGTERM or SIGINT, under the bounds of ``settings``.
 
     A ``controller`` is told when the end begins, while connections are still open; it ends the server where its model
-    cannot be loaded.
+    cannot be loaded. Where a thread of it still computes at the end, the process ends without returning: the
+    libraries below such a thread abort when Python takes them down.
 
     Raises:
         UsageError: The server did not start; the log says why.
@@ -200,8 +204,13 @@ def run_app(
     if not server.started:
         raise UsageError(f"the service on {host}:{port} did not start", wanted="a start", do="see the log above")
     log.info("stopped")
-    if controller is not None and controller.loaded.done():
+    if controller is None:
+        return
+    if controller.loaded.done():
         controller.loaded.result()
+    if not controller.ended:  # what it computes is not on disk, and will be computed again
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def check_host(host: str, settings: Settings) -> None:
@@ -235,10 +244,6 @@ def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port
     check_host(host, settings)
     controller = Controller(load, settings)
     run_app(create_app(controller), settings, host=host, port=port, controller=controller)
-    sys.stderr.flush()
-    if not controller.ended:
-        # A batch is still inside a kernel. It is not on disk and will be computed again.
-        os._exit(0)
 
 
 def _listen(host: str, port: int) -> socket.socket:
