@@ -39,9 +39,8 @@ def test_a_format_is_honest_on_both_engines_and_a_cheaper_model_is_a_fraud(case:
     assert kernel in row["fingerprint"]["library"]
     for preset in PRESETS:
         found = row["presets"][preset]
-        # Of distances, 64 may be too few to exclude that a tenth of the nonces was computed cheaply.
-        honest = {"honest"} if preset == "hardened" else {"honest", "undecided"}
-        assert {found["vllm_on_transformers"], found["transformers_on_vllm"]} <= honest, found
+        # 64 nonces may be too few to exclude that a tenth of them was computed cheaply; none may accuse.
+        assert {found["vllm_on_transformers"], found["transformers_on_vllm"]} <= {"honest", "undecided"}, found
         assert found["cheat_on_vllm"] == "fraud", found
         assert found["residual_median"] < found["cheat_median"] / 2
         assert found["beside_the_scheduler"]["nonces"] > 0
