@@ -262,7 +262,8 @@ def test_the_longest_sequence_is_refused_before_it_runs(engine):
 
 
 @pytest.mark.parametrize(
-    ("options", "refusal"), [({"tensor_parallel": 2}, "options of vLLM"), ({"quantization": "fp8"}, "with --quantization fp8")]
+    ("options", "refusal"),
+    [({"tensor_parallel": 2}, "options of vLLM"), ({"quantization": "fp8"}, "--quantization fp8")],
 )
 def test_options_under_which_nonces_cannot_run_are_refused_before_the_start(options, refusal: str):
     from assay.poc.engines.vllm import VLLMEngine

@@ -53,7 +53,7 @@ def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.Monkey
         raise _compatibility.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(_compatibility.importlib.metadata, "version", absent)
-    with pytest.raises(BackendUnavailable, match=r"assay\[vllm\]"):
+    with pytest.raises(BackendUnavailable, match=r"'\.\[vllm\]'"):
         _compatibility.check_installed()
 
 

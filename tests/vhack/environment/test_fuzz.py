@@ -117,11 +117,12 @@ def test_an_honest_program_that_is_not_paid_is_found_and_one_that_was_slow_is_gr
 def test_the_command_says_and_writes_what_was_found(tmp_path, capsys, monkeypatch):
     output = tmp_path / "fuzz.json"
     arguments = ["vhack", "fuzz", "-n", "6", "--kind", "text", "--kind", "answers", "-o", str(output)]
+    monkeypatch.setattr("sys.argv", ["assay", *arguments])
     assert run_command(arguments) == 0
     assert "the grader holds: 6 hostile cases and 2 honest programs" in capsys.readouterr().out
     written = json.loads(output.read_text())
     assert written["schema"] == "assay.vhack.fuzz/1"
-    assert written["command"].startswith("assay ")
+    assert written["command"].startswith("assay vhack fuzz -n 6 ")
     assert {kind: found["cases"] for kind, found in written["kinds"].items()} == {"text": 3, "answers": 3}
     assert {"commit", "cpu", "versions", "seed", "backend"} <= written.keys()
     monkeypatch.setattr(_grade, "answers_match", lambda outcomes, cases: True)
