@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from assay.errors import BadWeights, ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
+from assay.models import adapters
 from assay.models._checkpoint import PICKLES, weight_files
 from assay.models.quiet import quiet
 
@@ -102,7 +103,7 @@ def resolve(reference: str | Path) -> Source:
         directory = None if name.startswith("shape:") else path
     else:
         directory = path = _locate(reference)
-        if (path / "adapter_config.json").is_file():
+        if (path / adapters.CONFIG).is_file():
             raise ModelError(
                 f"{path} holds an adapter",
                 wanted="a whole model: an adapter is not part of what is measured here",

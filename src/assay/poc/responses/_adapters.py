@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
 from assay.models import Model
+from assay.models.adapters import CONFIG, FACTORS, PREFIX, WEIGHTS
 from assay.poc.protocol import check_name
 from assay.poc.responses._seeds import check_digest
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_PARTS = (".lora_A.weight", ".lora_B.weight")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -156,8 +154,8 @@ def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     Raises:
         UsageError: A tensor is no factor of a linear layer, or is alone.
     """
-    names = {name.removeprefix(_PREFIX).removesuffix(end) for name in tensors for end in _PARTS if name.endswith(end)}
-    wanted = {f"{_PREFIX}{name}{end}" for name in names for end in _PARTS}
+    names = {name.removeprefix(PREFIX).removesuffix(end) for name in tensors for end in FACTORS if name.endswith(end)}
+    wanted = {f"{PREFIX}{name}{end}" for name in names for end in FACTORS}
     if not names or wanted != tensors.keys():
         odd = sorted(wanted ^ tensors.keys())
         raise UsageError(
@@ -165,7 +163,7 @@ def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
             wanted="two factors for each linear layer that it changes, and nothing else",
             do="replay the responses of another adapter",
         )
-    return {name: (tensors[f"{_PREFIX}{name}{_PARTS[0]}"], tensors[f"{_PREFIX}{name}{_PARTS[1]}"]) for name in names}
+    return {name: (tensors[f"{PREFIX}{name}{FACTORS[0]}"], tensors[f"{PREFIX}{name}{FACTORS[1]}"]) for name in names}
 
 
 def _layer(model: Model, name: str, a_RI: Tensor, b_OR: Tensor) -> nn.Linear:

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
+from assay.models import adapters
 from assay.reports import storage_error, write_atomic
 from assay.vhack.gradients import Factors, is_sharded, whole
 
@@ -31,7 +32,7 @@ _OWN = "delta_s."
 _LORA = "lora_"
 _BASE = ".base_layer"
 # What PEFT puts around the names of a model, and of modules that it trains whole.
-_PREFIXES = ("base_model.model.", "modules_to_save.default.")
+_PREFIXES = (adapters.PREFIX, "modules_to_save.default.")
 
 
 def plain_name(name: str) -> str:
@@ -102,8 +103,10 @@ def save_lora(folder: Path, delta: dict[str, Tensor], factors: dict[str, Factors
         errors[plain_name(name)] = (lost / all_of_it) ** 0.5 if all_of_it else 0.0
         dropped, total = dropped + lost, total + all_of_it
         a_LI, b_OL = _parts(delta_R, factors[name], order_R[:rank], rank)
-        prefix = f"base_model.model.{plain_name(name)}"
-        tensors |= {f"{prefix}.lora_A.weight": a_LI, f"{prefix}.lora_B.weight": b_OL}
+        tensors |= {
+            f"{adapters.PREFIX}{plain_name(name)}{end}": factor
+            for end, factor in zip(adapters.FACTORS, (a_LI, b_OL), strict=True)
+        }
     made = LoRA(rank, (dropped / total) ** 0.5 if total else 0.0, errors)
     config = {
         "peft_type": "LORA",
@@ -122,8 +125,8 @@ def save_lora(folder: Path, delta: dict[str, Tensor], factors: dict[str, Factors
     except OSError as error:
         raise storage_error(folder, error) from error
     metadata = {"format": "pt", "relative_error": repr(made.error)}
-    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata=metadata))
-    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_atomic(folder / adapters.WEIGHTS, save(tensors, metadata=metadata))
+    write_atomic(folder / adapters.CONFIG, json.dumps(config, indent=2) + "\n")
     return made
 
 
