@@ -8,13 +8,14 @@ their grade.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.vhack.environment._episodes import MODES, Episode
 from assay.vhack.environment._grade import Grade, grade_many
 from assay.vhack.environment._hostile import HOSTILE_KINDS, hostile_case
-from assay.vhack.environment._tasks import tasks
+from assay.vhack.environment._tasks import Task, tasks
 from assay.vhack.environment._types import Limits
 from assay.vhack.environment.sandbox import run
 
@@ -22,7 +23,6 @@ _STEP = 100  # cases that are graded together, as a step of training does
 _SHOWN = 50
 _SECONDS = 1.0  # what hangs is to be stopped, not waited for
 _PATIENT_SECONDS = 60.0  # a busy machine is no fault of an honest program
-_TASKS = tuple(tasks(16, seed=6, difficulty=2))
 
 Item = tuple[Episode, str]
 """Episode and program, as `grade_many` takes them."""
@@ -126,9 +126,14 @@ def fuzz(
     return FuzzReport({kind: found for kind, found in counts.items() if found}, honest, tuple(failures[:_SHOWN]))
 
 
+@cache
+def _tasks() -> tuple[Task, ...]:
+    return tuple(tasks(16, seed=6, difficulty=2))
+
+
 def _honest(step: int) -> list[tuple[Item, bool]]:
     """Return a program that solves its task and one that fails at it, with what their grade has to be."""
-    episode = Episode(_TASKS[step % len(_TASKS)], MODES[step % len(MODES)])
+    episode = Episode(_tasks()[step % len(_tasks())], MODES[step % len(MODES)])
     return [((episode, episode.honest()), True), ((episode, episode.honest(episode.task.source(0))), False)]
 
 

@@ -10,14 +10,14 @@ import textwrap
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from assay.errors import DataError
 from assay.vhack.environment._attacks import ANSWERS, ATTACKS, FRAGMENTS, NEARLY_RIGHT, UNREADABLE
 from assay.vhack.environment._episodes import MODES, Episode
-from assay.vhack.environment._tasks import tasks
+from assay.vhack.environment._tasks import Task, tasks
 
-_TASKS = tuple(tasks(24, seed=5, difficulty=(1, 3)))
 _LARGEST_NUMBER = 300
 _REPEATED = 1 << 21  # bytes of the longest report
 
@@ -70,8 +70,13 @@ def hostile_case(name: str) -> HostileCase:
         wanted = f"KIND/SEED/NUMBER with one of {', '.join(_PROGRAMS)}"
         raise DataError(f"hostile case {name!r:.80}", wanted=wanted, do="correct the name") from None
     rng = random.Random(f"hostile {canonical}")
-    episode = Episode(rng.choice(_TASKS), rng.choice(MODES))
+    episode = Episode(rng.choice(_tasks()), rng.choice(MODES))
     return HostileCase(canonical, episode, made(rng, episode))
+
+
+@cache
+def _tasks() -> tuple[Task, ...]:
+    return tuple(tasks(24, seed=5, difficulty=(1, 3)))
 
 
 def _numbered(rng: random.Random, text: str) -> str:
