@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from assay.models import Model
     from assay.reports import JsonObject
     from assay.vhack.delta import DeltaS
-    from assay.vhack.training import Evaluation, Task
+    from assay.vhack.training import Task
 
 _EVALUATE = "assay.vhack.evaluate/1"
 
@@ -122,7 +122,7 @@ def evaluate(chosen: "EvaluateCommand", as_json: JsonFlag = False) -> None:
     if as_json:
         emit_json(_EVALUATE, values)
     else:
-        _print_rates(found, values)
+        _print_rates(values)
 
 
 def cache_of(model: "Model", asked: Path | None = None) -> Path | None:
@@ -180,14 +180,14 @@ def _at_limit(records: "list[JsonObject]") -> int:
     return found
 
 
-def _print_rates(found: "Evaluation", values: dict[str, Any]) -> None:
-    parts = {"all": found, **found.by_mechanism()}
-    names = list(found.rates())
+def _print_rates(values: dict[str, Any]) -> None:
+    from assay.vhack.training import Rate
+
+    names = list(values["rates"])
     rows = []
-    for name, part in parts.items():
-        rates = part.rates()
-        shown = (rates[rate].text if rate in rates else "" for rate in names)
-        rows.append((name, len(set(part.groups)), len(part.grades), *shown))
+    for name, part in {"all": values, **values["by_mechanism"]}.items():
+        shown = (Rate(**part["rates"][rate]).text if rate in part["rates"] else "" for rate in names)
+        rows.append((name, part["tasks"], part["completions"], *shown))
     title = (
         f"{values['completions']} completions, {values['at_limit']} as long as allowed, {values['faults']} not graded"
     )
