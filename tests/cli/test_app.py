@@ -340,12 +340,18 @@ def walk(command, path=()):
         yield from walk(child, (*path, name))
 
 
+def parameters():
+    """Yield (path, arguments and options) of every group and command."""
+    for path, command in walk(typer.main.get_command(app)):
+        context = command.make_context("assay", [], resilient_parsing=True, auto_envvar_prefix="ASSAY")
+        yield path, command.get_params(context)
+
+
 def test_no_variable_ends_a_command_or_changes_its_output():
     """Eager options and --json are read from flags alone: exit code 0 means "honest"."""
     read = set()
-    for path, command in walk(typer.main.get_command(app)):
-        context = command.make_context("assay", [], resilient_parsing=True, auto_envvar_prefix="ASSAY")
-        options = [option for option in command.get_params(context) if option.param_type_name == "option"]
+    for path, taken in parameters():
+        options = [option for option in taken if option.param_type_name == "option"]
         closed = {"help", "version", "install_completion", "show_completion", "as_json"}
         assert {option.name for option in options if option.is_eager} <= closed, path
         here = {option.name for option in options if option.allow_from_autoenv or option.envvar}
@@ -356,10 +362,7 @@ def test_no_variable_ends_a_command_or_changes_its_output():
 
 
 def test_every_named_variable_begins_with_assay():
-    named = set()
-    for _, command in walk(typer.main.get_command(app)):
-        context = command.make_context("assay", [], resilient_parsing=True, auto_envvar_prefix="ASSAY")
-        named |= {option.envvar for option in command.get_params(context) if option.envvar}
+    named = {one.envvar for _, taken in parameters() for one in taken if one.envvar}
     assert {"ASSAY_MODEL", "ASSAY_HOST", "ASSAY_PORT"} <= named
     assert {name for name in named if not name.startswith("ASSAY_")} == set()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from assay.errors import BadWeights, ModelError
 from assay.models import load_model
@@ -13,7 +13,7 @@ from assay.models._formats import stored_format
 from assay.models._load import identify
 from assay.models.four_bits import AWQ_PLACES, unpacked
 from assay.poc import Round, prove
-from tests.models.storing import FOUR_BITS, described, packed, store
+from tests.models.storing import FOUR_BITS, described, packed, rewrite, store
 from tests.models.test_stored import mixture_checkpoint  # noqa: F401 - a fixture
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -138,9 +138,7 @@ def test_other_compressed_tensors_are_refused_by_name(change, said: str):
 )
 def test_damaged_checkpoints_are_refused(small_checkpoint: Path, tmp_path: Path, form: str, change, said: str):
     path = store(small_checkpoint, tmp_path / "model", form)
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors")
+    rewrite(path, change)
     with pytest.raises(BadWeights, match=said):
         load_model(path, device="cpu")
 

@@ -5,19 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 from transformers.utils import logging as hf_logging
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
 from assay.models import load_model
 from assay.models.quiet import quiet
-
-
-def rewrite(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+from tests.models.storing import rewrite
 
 
 def configure(directory: Path, **settings: object) -> None:

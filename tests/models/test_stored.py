@@ -16,7 +16,7 @@ from assay.poc import HFEngine, Round, get_pipeline, prove, verify
 from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
 from assay.poc.service import Deployment
 from assay.poc.verdict import calibrate
-from tests.models.storing import FORMATS, described, restored, store
+from tests.models.storing import FORMATS, described, restored, rewrite, store
 
 NAMES = {"tensor": "float8", "channel": "float8", "channel-tensors": "float8", "int8": "int8-rows"}
 LAYER = "model.layers.1.mlp.down_proj"
@@ -199,9 +199,7 @@ def test_other_compressed_tensors_are_refused_by_name(place, value, said):
 )
 def test_damaged_checkpoints_are_refused(small_checkpoint: Path, tmp_path: Path, change, said):
     path = store(small_checkpoint, tmp_path / "model", "channel-tensors")
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors")
+    rewrite(path, change)
     with pytest.raises(BadWeights, match=said):
         load_model(path, device="cpu")
 

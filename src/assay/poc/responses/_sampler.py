@@ -54,8 +54,7 @@ class Sampler:
 
     def __init__(self, samplings: Sequence[Sampling], vocab_size: int, device: torch.device | str) -> None:
         numbers = np.array([numbers_of(sampling) for sampling in samplings], np.float64)
-        self._set(numbers.reshape(-1, NUMBERS), vocab_size, device)
-        self._biases = self._bias_columns([sampling.logit_bias for sampling in samplings])
+        self._set(numbers.reshape(-1, NUMBERS), [sampling.logit_bias for sampling in samplings], vocab_size, device)
 
     @classmethod
     def of_numbers(
@@ -74,11 +73,16 @@ class Sampler:
             device: Device that holds the logits.
         """
         made = cls.__new__(cls)
-        made._set(numbers_N8, vocab_size, device)
-        made._biases = made._bias_columns(biases)
+        made._set(numbers_N8, biases, vocab_size, device)
         return made
 
-    def _set(self, numbers_N8: NDArray[np.float64], vocab_size: int, device: torch.device | str) -> None:
+    def _set(
+        self,
+        numbers_N8: NDArray[np.float64],
+        biases: Sequence[Mapping[int, float]],
+        vocab_size: int,
+        device: torch.device | str,
+    ) -> None:
         self.device = torch.device(device)
         self.vocab_size = vocab_size
         self._streams = streams.get_backend("auto", str(self.device))
@@ -96,6 +100,7 @@ class Sampler:
         # One copy to the device for all: columns of float32 are rounded there, once.
         self._numbers_N8 = self._put(torch.from_numpy(numbers_N8))
         self._floats_N8 = self._numbers_N8.float()
+        self._biases = self._bias_columns(biases)
 
     def _column(self, which: int) -> Tensor:
         """Return a parameter of every row as float32, [N, 1]."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from assay.errors import AssayError, DataError
+from assay.errors import AssayError, DataError, ProofMismatch
 from assay.poc._verifier import check_proof
 from assay.poc.protocol import (
     MAX_NONCE,
@@ -244,7 +244,8 @@ def proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
     except Refusal:
         raise
     except AssayError as error:
-        fields = {"fields": [getattr(error, "name", "") or "other"]}
+        name = error.name if isinstance(error, ProofMismatch) else ""
+        fields = {"fields": [name or "other"]}
         raise Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields=fields) from None
     for name in pins.unpinned(header):
         raise refused(name, header.claims()[name], "a value that the pins name")

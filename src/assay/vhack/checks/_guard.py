@@ -11,7 +11,8 @@ Four questions to the scores of one detector, each with the verdict ``pass``, ``
   in whole groups, of training and of test, and the detector is fitted again. The 1 − 2α interval of the mean must lie
   within 0.5 ± 0.1. A test sample among those that it was fitted to shows here.
 
-An interval that lies wholly on the wrong side fails, and one that reaches both is undecided.
+The length fails where the difference itself is not above 0, any other interval where it lies wholly on the wrong side;
+one that reaches both is undecided.
 """
 
 from collections.abc import Sequence
