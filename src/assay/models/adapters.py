@@ -8,4 +8,4 @@ PREFIX = "base_model.model."
 """What stands before the name that a module has in the model."""
 
 FACTORS = (".lora_A.weight", ".lora_B.weight")
-"""What stands behind it for A [R, I] and B [O, R] of the product B A."""
+"""What follows that name for A [R, I] and B [O, R] of the product B A."""
