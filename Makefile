@@ -53,12 +53,13 @@ $(VLLM_OLD)/.ready: pyproject.toml $(VLLM)/.ready
 	@$(VLLM_UV) uninstall --quiet --python $(VLLM_OLD)/bin/python torchvision torchaudio torchcodec
 	@touch $@
 
-check: $(READY)  ## lint, format, types, import rules and language
+check: $(READY)  ## lint, format, types, import rules, language, and what nothing uses
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=src $(BIN)/lint-imports
 	$(BIN)/python scripts/check_language.py
+	$(BIN)/vulture
 
 docs: $(READY)  ## write the generated pages and tables of the documentation
 	$(BIN)/python scripts/reference.py

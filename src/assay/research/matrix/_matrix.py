@@ -218,7 +218,7 @@ def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, no
         UsageError: The run was begun with other settings.
         ResourceError: A service did not start, or did not answer.
     """
-    say = note or (lambda sentence: None)
+    say = note or (lambda _: None)
     with open_run(folder, "matrix", plan.settings) as run, ExitStack() as stack:
         tests = list(plan.tests())
         todo = [test for test in tests if test.key not in run.done]
