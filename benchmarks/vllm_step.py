@@ -126,7 +126,7 @@ def turn(llm, way, arguments, sampling, *, profile=False):
     figures = profiled(engine) if profile else stepped(engine, arguments.steps)
     while engine.has_unfinished_requests():
         engine.step()
-    llm.collective_rpc("assay_sketches", args=(names, []))
+    llm.collective_rpc("assay_sketches", args=({}, names))
     return figures
 
 

@@ -135,10 +135,12 @@ def test_the_states_behind_every_32nd_token_are_sketched_through_chunks_and_pree
     step(runner, {"a": (0, 41)}, [new_request("a", 10, words)])  # preempted, and all computed again: token 31 is next
     for at in range(41, 80):
         step(runner, {"a": (at, 1)})
-    found = np.frombuffer(capture.take(["a", "x", "unknown"])["a"], np.float16).reshape(-1, 12)
+    given = capture.read({"a": range(3), "x": range(3), "unknown": range(1)})
+    assert (given["x"], given["unknown"]) == (b"", b"")
+    found = np.frombuffer(given["a"], np.float16).reshape(-1, 12)
     states = torch.stack([state_of("a", 9 + token) for token in (0, 32, 64)])
     assert found.tolist() == sketches(states, step_seeds(words, [0, 32, 64])).numpy().tolist()
-    assert capture.take(["a"]) == {}
+    assert capture.read({"a": range(1, 2)})["a"] == given["a"][24:48]
     assert capture.errors == 0
 
 
@@ -154,7 +156,7 @@ def test_steps_in_which_nothing_can_be_due_are_not_looked_at(monkeypatch):
             step(runner, {"a": (at, 1)})
         else:
             step(runner, {"a": (at, 1), "b": (at - 4 - (at > 30), 1)})
-    found = capture.take(["a", "b"])
+    found = capture.read(dict.fromkeys("ab", range(3)))
     for name, prompt in (("a", 10), ("b", 6)):
         states = torch.stack([state_of(name, prompt - 1 + token) for token in (0, 32, 64)])
         made = np.frombuffer(found[name], np.float16).reshape(-1, 12)
@@ -168,15 +170,16 @@ def test_sketches_behind_one_that_is_missing_are_not_handed_out_at_its_place():
     capture = Capture(runner, CONFIG)
     step(runner, {"a": (0, 2)}, [new_request("a", 2, range(8))])
     step(runner, {"a": (65, 1)})
-    assert len(capture.take(["a"])["a"]) == 24
+    assert len(capture.read({"a": range(3)})["a"]) == 24
 
 
-def test_requests_that_nobody_takes_are_dropped():
+def test_requests_that_are_forgotten_are_dropped():
     runner = Runner()
     capture = Capture(runner, CONFIG)
     step(runner, {"a": (0, 2)}, [new_request("a", 2, range(8))])
     capture.drop(["a", "b"])
-    assert capture.take(["a"]) == {}
+    assert capture.read({"a": range(1)}) == {"a": b""}
+    assert capture.there == {}
 
 
 def test_with_drafts_the_state_is_found_by_its_position_and_the_last_one_counts():
@@ -192,7 +195,7 @@ def test_with_drafts_the_state_is_found_by_its_position_and_the_last_one_counts(
         states = torch.stack([state_of(name, at) for at in positions])
         runner.execute_model_state = SimpleNamespace(hidden_states=states, input_batch=SimpleNamespace(**batch))
         runner.sample_tokens()
-    found = np.frombuffer(capture.take(["a"])["a"], np.float16).reshape(-1, 12)
+    found = np.frombuffer(capture.read({"a": range(2)})["a"], np.float16).reshape(-1, 12)
     wanted = sketches(torch.stack([state_of("a", 9), state_of("a", 41)]), step_seeds(words, [0, 32]))
     assert (found.tolist(), capture.errors) == (wanted.numpy().tolist(), 0)
 
@@ -222,10 +225,11 @@ class Sink:
 
 
 class LLM:
-    """As much of an ``AsyncLLM`` as is wrapped: every choice says its own number, three times."""
+    """As much of an ``AsyncLLM`` as is wrapped: every choice says its own number, some times over."""
 
-    def __init__(self) -> None:
-        self.output_processor = SimpleNamespace(add_request=lambda *given: None)
+    def __init__(self, turns: int = 3, pause: float = 0.0) -> None:
+        self.output_processor = SimpleNamespace(add_request=lambda *given: None, process_outputs=lambda *given: None)
+        self.turns, self.pause = turns, pause
         self.sent = []
         self.calls = []
         self.sketches = True
@@ -238,8 +242,13 @@ class LLM:
             vars(request).update(plain | options, sampling_params=sampling_params, prompt_token_ids=prompt)
             self.output_processor.add_request(request, None, parent, index, None)
             self.sent.append(request)
-        for turn in range(3):
-            finish = "stop" if turn == 2 else None
+        for turn in range(self.turns):
+            finish = "stop" if turn == self.turns - 1 else None
+            mine = [one for one in self.sent if one.external_req_id == request_id]
+            self.output_processor.process_outputs(
+                [SimpleNamespace(request_id=one.request_id, new_token_ids=[0]) for one in mine]
+            )
+            await asyncio.sleep(self.pause)
             yield SimpleNamespace(
                 outputs=[
                     SimpleNamespace(index=index, token_ids=[index], finish_reason=finish)
@@ -249,7 +258,11 @@ class LLM:
 
     async def collective_rpc(self, method, args):
         self.calls.append((method, *args))
-        return [{name: np.ones(12, np.float16).tobytes() for name in args[0]} if self.sketches else {}, {}]
+        if not self.sketches:
+            return [{}, {}]
+        return [
+            {name: np.arange(*numbers).repeat(12).astype(np.float16).tobytes() for name, numbers in args[0].items()}
+        ]
 
 
 def recorded(llm: LLM, sink: Sink, seeded: bool = True) -> Recorder:
@@ -326,7 +339,47 @@ def test_a_client_that_leaves_leaves_no_receipt_and_the_workers_forget():
     recorded(llm, sink)
     asyncio.run(scenario(llm))
     assert [one.request_id for one in sink.receipts] == ["s"]
-    assert llm.calls == [("assay_sketches", ["0_cmpl-0-ab"], ["0_cmpl-0-ab"])]
+    assert llm.calls == [("assay_sketches", {"0_cmpl-0-ab": [0, 1]}, ["0_cmpl-0-ab"])]
+
+
+def test_sketches_are_taken_while_a_response_goes_on_and_one_that_ends_waits_for_those_of_its_last_steps():
+    llm, sink = LLM(turns=70, pause=0.002), Sink()
+    recorded(llm, sink)
+    asyncio.run(ask(llm, Accepted("r", "block"), stop_after=99))
+    asked = [numbers for _, wanted, _ in llm.calls for numbers in wanted.values()]
+    assert asked == [[0, 1], [1, 2], [2, 3]]
+    assert sink.receipts[0].sketches[:, 0].tolist() == [0, 1, 2]
+
+    late, sink = LLM(turns=33), Sink()
+    recorded(late, sink)
+    asyncio.run(ask(late, Accepted("r", "block"), stop_after=99))
+    assert sink.receipts[0].sketches[:, 0].tolist() == [0, 1]
+
+
+def test_a_response_that_ends_during_a_call_waits_for_the_next_one():
+    class Slow(LLM):
+        async def collective_rpc(self, method, args):
+            reply = await super().collective_rpc(method, args)
+            await asyncio.sleep(0.05)
+            return reply
+
+    llm, sink = Slow(turns=33, pause=0.001), Sink()
+    recorded(llm, sink)
+    asyncio.run(ask(llm, Accepted("r", "block"), stop_after=99))
+    assert [wanted for _, wanted, _ in llm.calls] == [{"0_cmpl-0-ab": [0, 1]}, {"0_cmpl-0-ab": [1, 2]}]
+    assert len(sink.receipts[0].sketches) == 2
+
+
+def test_workers_that_do_not_answer_fail_the_response_by_name():
+    class Ended(LLM):
+        async def collective_rpc(self, method, args):
+            raise RuntimeError("engine died")
+
+    llm, sink = Ended(), Sink()
+    recorded(llm, sink)
+    with pytest.raises(ModelError, match="engine died"):
+        asyncio.run(ask(llm, Accepted("r", "block")))
+    assert sink.receipts == []
 
 
 def lora_request(path: Path) -> SimpleNamespace:

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float32
-from torch import Tensor, nn
+from torch import Tensor
 
 from assay.errors import BadWeights, ModelError, OutOfMemory, is_out_of_memory
-from assay.models import Model
+from assay.models import Model, head_of
 
 
 class CachedForward:
@@ -25,7 +25,7 @@ class CachedForward:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._head = head_of(model)
+        self._head = head_of(model.module)
         self._cache: Any = None
 
     def restart(self) -> None:
@@ -56,7 +56,7 @@ class CachedForward:
             )
             self._cache = output.past_key_values
         except Exception as error:  # every architecture fails in its own way
-            raise self._failed(error, len(ids)) from error
+            raise explained(self.model, error, on=f"a prompt of {len(ids)} tokens", cached=True) from error
         finally:
             hook.remove()
         rows = slice(-last, None) if last else slice(None)  # some architectures return all of them
@@ -64,34 +64,27 @@ class CachedForward:
         check_finite(self.model, hidden_TD, logits_TV)
         return logits_TV, hidden_TD
 
-    def _failed(self, error: Exception, tokens: int) -> ModelError | OutOfMemory:
-        if is_out_of_memory(error):
-            return OutOfMemory(
-                f"the device ran out of memory on a prompt of {tokens} tokens",
-                wanted="room for the activations and the cache of one request",
-                do="use shorter prompts, or a smaller dtype",
-            )
-        return ModelError(
-            f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
-            wanted="a decoder that takes tokens and a cache of keys and values",
-            do="use another architecture, such as Llama, Qwen3 or Mistral",
-        )
 
+def explained(model: Model, error: Exception, *, on: str, cached: bool) -> ModelError | OutOfMemory:
+    """Return the error that explains why a forward pass failed.
 
-def head_of(model: Model) -> nn.Module:
-    """Return the module that makes logits of hidden states.
-
-    Raises:
-        ModelError: The model has none.
+    Args:
+        model: Model that ran.
+        error: Error that it ended with.
+        on: Words for what it ran on.
+        cached: Whether the model read one request with a cache, or a batch without.
     """
-    head = model.module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(head, nn.Module):
-        raise ModelError(
-            f"{model.reference} ({model.architecture}) has no output embeddings",
-            wanted="a decoder with a head",
-            do="use another architecture, such as Llama, Qwen3 or Mistral",
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            f"the device ran out of memory on {on}",
+            wanted=f"room for the activations {'and the cache of one request' if cached else 'of one batch'}",
+            do=f"use {'shorter prompts, or a smaller dtype' if cached else 'a smaller --batch-size or dtype'}",
         )
-    return head
+    return ModelError(
+        f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: {error}",
+        wanted=f"a decoder that takes tokens{' and a cache of keys and values' if cached else ''}",
+        do="use another architecture, such as Llama, Qwen3 or Mistral",
+    )
 
 
 def check_finite(model: Model, hidden_TD: Tensor, logits_TV: Tensor) -> None:

@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
-from assay.errors import AssayError, ModelError, OutOfMemory, is_out_of_memory
-from assay.models import Model
+from assay.models import Model, head_of
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import SKETCH_EVERY, Fingerprint
 from assay.poc.responses._adapters import Lora
-from assay.poc.responses._forward import check_finite, head_of
+from assay.poc.responses._forward import check_finite, explained
 
 MOST_POSITIONS = 2**13  # of a batch, beside a single sequence that is longer
 MOST_SCORES = 2**27  # logits of a batch: half a gigabyte
@@ -83,7 +82,7 @@ class HFPrefill:
 
     def __init__(self, model: Model, *, batch_size: int = 16) -> None:
         self.model, self.batch_size = model, batch_size
-        self._head = head_of(model)
+        self._head = head_of(model.module)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -138,23 +137,10 @@ class HFPrefill:
             output = self.model.module(input_ids=ids_BT.to(self.model.device), use_cache=False)
             logits_NV, hidden_ND = output.logits[0].float(), states[-1].float()
         except Exception as error:  # every architecture fails in its own way
-            raise self._failed(error, ids_BT.numel()) from error
+            raise explained(self.model, error, on=f"{ids_BT.numel()} positions", cached=False) from error
         finally:
             hook.remove()
         check_finite(self.model, hidden_ND, logits_NV)
         sizes = [len(response.output) for response in responses]
         parts = zip(torch.split(logits_NV, sizes), torch.split(hidden_ND, sizes), strict=True)
         return [Prefilled(logits, hidden, hidden[::SKETCH_EVERY]) for logits, hidden in parts]
-
-    def _failed(self, error: Exception, positions: int) -> AssayError:
-        if is_out_of_memory(error):
-            return OutOfMemory(
-                f"the device ran out of memory on {positions} positions",
-                wanted="room for the activations of one batch",
-                do="use a smaller --batch-size or dtype",
-            )
-        return ModelError(
-            f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
-            wanted="a decoder that takes tokens",
-            do="use another architecture, such as Llama, Qwen3 or Mistral",
-        )

@@ -21,7 +21,12 @@ EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
 
 USED: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": ("generate", "collective_rpc", "from_vllm_config", "shutdown"),
-    "vllm.v1.engine.output_processor:OutputProcessor": ("get_num_unfinished_requests", "add_request"),
+    "vllm.v1.engine.output_processor:OutputProcessor": (
+        "get_num_unfinished_requests",
+        "add_request",
+        "process_outputs",
+    ),
+    "vllm.v1.engine:EngineCoreOutput": ("request_id", "new_token_ids"),
     "vllm.v1.worker.worker_base:WorkerBase": ("execute_model",),
     "vllm.v1.core.sched.output:NewRequestData": (
         "req_id",

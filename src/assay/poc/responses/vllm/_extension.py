@@ -12,6 +12,7 @@ Legend of shapes: N requests or positions of a step, L positions of one request,
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ MOST_NORMALS = 2**22
 """Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free."""
 
 MOST_RESPONSES = 8192
-"""Responses whose sketches a worker keeps. Those that were never taken are the oldest, and are dropped first."""
+"""Responses whose sketches a worker keeps. Those that nobody forgot are the oldest, and are dropped first."""
 
 STEPS_AHEAD = 4
 """Steps of drafts by which a runner's positions on the host may be wrong: two are in flight."""
@@ -57,18 +58,19 @@ class ResponseExtension(WorkerExtension):
             self.assay_capture = Capture(self.model_runner, self.vllm_config, raw=raw)
         return problems
 
-    def assay_sketches(self, ended: list[str], forgotten: list[str]) -> dict[str, bytes]:
-        """Hand out the sketches of requests that have ended, and drop those of others.
+    def assay_sketches(self, wanted: dict[str, list[int]], forgotten: list[str]) -> dict[str, bytes]:
+        """Hand out sketches by their numbers, from one on and before another, and drop requests that have ended.
 
-        One worker of those that share layers returns, by request, the bytes of float16 [S, 12] from token 0 on.
+        One worker of those that share layers returns, by request, the bytes of float16 [S, 12].
         """
-        found = self.assay_capture.take(ended)
+        found = self.assay_capture.read({name: range(*numbers) for name, numbers in wanted.items()})
         self.assay_capture.drop(forgotten)
         return found if is_first_of_group() else {}
 
     def assay_states(self) -> dict[str, bytes]:
         """Hand out the states of all requests, which have ended: the bytes of float32 [S, D] from token 0 on."""
-        found = self.assay_capture.take(self.assay_capture.names)
+        found = self.assay_capture.read(self.assay_capture.there)
+        self.assay_capture.drop(list(found))
         return found if is_first_of_group() else {}
 
 
@@ -114,29 +116,26 @@ class Capture:
         call_before(runner, "sample_tokens", self._capture, self._note)
 
     @property
-    def names(self) -> list[str]:
-        """The requests of which something is kept, as the worker knows them."""
-        return list(self._kept)
+    def there(self) -> dict[str, range]:
+        """The requests of which something is kept, as the worker knows them, and the numbers of their sketches."""
+        self._flush()
+        return {name: range(len(kept.sketches)) for name, kept in self._kept.items()}
 
-    def take(self, names: list[str]) -> dict[str, bytes]:
-        """Remove and return the sketches of requests, without those behind the first that is missing."""
+    def read(self, wanted: dict[str, range]) -> dict[str, bytes]:
+        """Return sketches of requests by their numbers, without those behind the first that is missing."""
         self._flush()
         found = {}
-        for name in names:
-            kept = self._remove(name)
-            if kept is not None:
-                steps = range(0, SKETCH_EVERY * len(kept.sketches), SKETCH_EVERY)
-                found[name] = b"".join(kept.sketches.get(step, b"") for step in steps)
+        for name, numbers in wanted.items():
+            made = self._kept[name].sketches if name in self._kept else {}
+            places = takewhile(made.__contains__, (SKETCH_EVERY * number for number in numbers))
+            found[name] = b"".join(made[place] for place in places)
         return found
 
     def drop(self, names: list[str]) -> None:
-        """Remove the sketches of requests whose clients have left."""
+        """Forget requests that have ended, or whose clients have left."""
         for name in names:
-            self._remove(name)
-
-    def _remove(self, name: str) -> Kept | None:
-        self._prompts.pop(name, None)
-        return self._kept.pop(name, None)
+            self._prompts.pop(name, None)
+            self._kept.pop(name, None)
 
     def _note(self, error: Exception) -> None:
         self.errors += 1
@@ -149,7 +148,7 @@ class Capture:
                 self._kept[request.req_id] = Kept(carried.prompt, np.array(carried.sketch, np.uint32))
                 self._prompts[request.req_id] = carried.prompt
         while len(self._kept) > MOST_RESPONSES:
-            self._remove(next(iter(self._kept)))
+            self.drop([next(iter(self._kept))])
         self._expect(scheduler_output)
 
     def _expect(self, scheduler_output: Any) -> None:

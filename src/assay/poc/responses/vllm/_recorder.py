@@ -1,10 +1,11 @@
 """The serving side: requests of clients become seeded ones, and each response leaves a receipt before its last piece.
 
-Two methods are wrapped, on the instances of one ``AsyncLLM``. ``generate``, through which every route of the server
-goes, hands its outputs on, and stores the receipt of a choice before the output that ends it. ``add_request`` of the
-output processor is called once for every choice, with its number: there the request that goes to the engine gets
-temperature 0 and what its logits processor needs, while the server keeps the parameters that the client sent. Bodies
-of requests are not read and not changed, so that every route and every client works as before.
+Two methods are wrapped, on the instances of one ``AsyncLLM``; the :class:`Collector` of sketches wraps a third.
+``generate``, through which every route of the server goes, hands its outputs on, and stores the receipt of a choice
+before the output that ends it. ``add_request`` of the output processor is called once for every choice, with its
+number: there the request that goes to the engine gets temperature 0 and what its logits processor needs, while the
+server keeps the parameters that the client sent. Bodies of requests are not read and not changed, so that every route
+and every client works as before.
 
 What the client fixed before the engine saw anything is an :class:`Accepted` in the context of its HTTP request. Calls
 without one, those of nonces among them, pass through.
@@ -23,13 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from assay.errors import AssayError, ModelError
-from assay.poc.engines.vllm import call_workers
-from assay.poc.protocol import SKETCH_SIZE, sketch_steps
+from assay.poc.protocol import sketch_steps
 from assay.poc.responses._adapters import Adapter, digest_adapter
 from assay.poc.responses._receipts import Prompt, Receipt
 from assay.poc.responses._sampling import Sampling
 from assay.poc.responses._seeds import ResponseSeed
 from assay.poc.responses.vllm._carried import ARGUMENT, Carried, as_words
+from assay.poc.responses.vllm._collector import Collector
 
 log = logging.getLogger("assay.responses")
 
@@ -38,9 +39,6 @@ FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "repetition": 
 
 MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens", "thinking_token_budget")
 """Parameters of vLLM that forbid or force tokens in a way that a receipt does not repeat."""
-
-GATHERED = 0.002  # seconds in which the responses that end in one step come together
-PAUSE = 0.02  # seconds between two calls for sketches, which interrupt the engine
 
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 NEUTRAL = {
@@ -55,8 +53,6 @@ NEUTRAL = {
     "seed": None,
 }
 """What vLLM's own sampler is told of a seeded request: take the largest score."""
-
-Sketches = dict[str, NDArray[np.float16]]
 
 
 class ReceiptSink(Protocol):
@@ -210,8 +206,8 @@ class Recorder:
             AssayError: A receipt cannot be made or stored; the client must not get the end of the answer.
         """
         try:
-            sketches = await self._collector.take([choice.engine_id for choice in choices])
-            receipts = [_receipt(choice, sketches.get(choice.engine_id)) for choice in choices]
+            sketches = await self._collector.take({choice.engine_id: len(choice.output) for choice in choices})
+            receipts = [_receipt(choice, sketches[choice.engine_id]) for choice in choices]
             await asyncio.gather(*(self.sink.store(receipt) for receipt in receipts))
         except AssayError as error:
             accepted.refused = error
@@ -257,60 +253,9 @@ class Recorder:
         prompt = tuple(request.prompt_token_ids)
         mask = any(getattr(params, name, None) for name in MASKS)
         call.choices[index] = Choice(request.request_id, seed, sampling, prompt, mask, accepted.chosen_by, adapter)
+        self._collector.follow(request.request_id)
         words = as_words(seed.words()) if self._seeded else None
         return _with(params, Carried(len(prompt), as_words(seed.words("sketch")), words, sampling))
-
-
-class Collector:
-    """Takes sketches from the workers.
-
-    The responses that end in one step go into one call, and those that end while it runs, or in a short pause after it,
-    into the next.
-    """
-
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
-        self._wanted: dict[str, asyncio.Future[NDArray[np.float16] | None]] = {}
-        self._forgotten: list[str] = []
-        self._running: asyncio.Task[None] | None = None
-
-    def forget(self, ids: Any) -> None:
-        """Drop what the workers hold of requests whose clients have left; with the next call."""
-        self._forgotten += ids
-
-    async def take(self, ids: list[str]) -> Sketches:
-        """Return the sketches [S, 12] of requests that have ended, by id.
-
-        Raises:
-            ModelError: The workers did not answer.
-        """
-        loop = asyncio.get_running_loop()
-        waiting = {name: self._wanted.setdefault(name, loop.create_future()) for name in ids}
-        if self._running is None or self._running.done():
-            self._running = asyncio.create_task(self._run())
-        found = await asyncio.gather(*waiting.values())
-        return {name: values for name, values in zip(waiting, found, strict=True) if values is not None}
-
-    async def _run(self) -> None:
-        while self._wanted:
-            await asyncio.sleep(GATHERED)
-            wanted, self._wanted = self._wanted, {}
-            forgotten, self._forgotten = self._forgotten, []
-            try:
-                replies = await call_workers(self._llm, "assay_sketches", list(wanted), forgotten)
-                found: Sketches = {}
-                for reply in replies:
-                    found |= {name: np.frombuffer(data, np.float16) for name, data in reply.items()}
-                for name, future in wanted.items():
-                    if not future.done():
-                        future.set_result(found.get(name))
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"[:300]
-                failed = ModelError(f"no sketches: {reason}", wanted="workers that run", do="see the log of vLLM")
-                for future in wanted.values():
-                    if not future.done():
-                        future.set_exception(failed)
-            await asyncio.sleep(PAUSE)
 
 
 def _is_plain(request: Any) -> bool:
@@ -355,16 +300,16 @@ def _with(params: Any, carried: Carried | None) -> Any:
     return other
 
 
-def _receipt(choice: Choice, sketches: NDArray[np.float16] | None) -> Receipt:
-    """Return the receipt of a choice.
+def _receipt(choice: Choice, sketches: NDArray[np.float16]) -> Receipt:
+    """Return the receipt of a choice; ``sketches`` [S, 12] are those that the workers have.
 
     Raises:
         ModelError: The workers have not kept the states of all of its sketches.
     """
     steps = len(sketch_steps(len(choice.output)))
-    if sketches is None or len(sketches) < steps * SKETCH_SIZE:
+    if len(sketches) < steps:
         raise ModelError(
-            f"{0 if sketches is None else len(sketches) // SKETCH_SIZE} sketches of {len(choice.output)} tokens",
+            f"{len(sketches)} sketches of {len(choice.output)} tokens",
             wanted=f"{steps}",
             do="see the log of vLLM's workers",
         )
@@ -380,5 +325,5 @@ def _receipt(choice: Choice, sketches: NDArray[np.float16] | None) -> Receipt:
         chosen_by=choice.chosen_by,
         mask=choice.mask,
         adapter=choice.adapter,
-        sketches=sketches.reshape(-1, SKETCH_SIZE)[:steps],
+        sketches=sketches[:steps],
     )
