@@ -6,7 +6,7 @@ from assay.models._quantise import NUMBER_FORMATS, STORED_FORMATS
 from assay.models._resolve import checkpoint_directory
 from assay.models._save import save_random
 from assay.models._tokenizer import load_tokenizer
-from assay.models.decoder import backbone, decoder_layers
+from assay.models.decoder import backbone, decoder_layers, head_of
 
 __all__ = [
     "NUMBER_FORMATS",
@@ -16,6 +16,7 @@ __all__ = [
     "backbone",
     "checkpoint_directory",
     "decoder_layers",
+    "head_of",
     "identify",
     "list_models",
     "load_model",

@@ -26,6 +26,7 @@ __all__ = [
     "backbone",
     "causal_attention",
     "decoder_layers",
+    "head_of",
     "rotate",
 ]
 
@@ -49,6 +50,22 @@ def backbone(module: nn.Module) -> nn.Module:
         f"{type(module).__name__} has no decoder below its head",
         wanted="a causal language model of transformers (get_decoder() returns its backbone)",
         do="load the model with assay.models.load_model",
+    )
+
+
+def head_of(module: nn.Module) -> nn.Module:
+    """Return the module that makes logits of the last hidden states.
+
+    Raises:
+        LayersNotFound: The module has none.
+    """
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, nn.Module):
+        return head
+    raise LayersNotFound(
+        f"{type(module).__name__} has no output embeddings",
+        wanted="a decoder with a head",
+        do="use another architecture, such as Llama, Qwen3 or Mistral",
     )
 
 

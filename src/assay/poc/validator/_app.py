@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, FastAPI, Query, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
@@ -16,7 +16,7 @@ from assay._version import __version__
 from assay.errors import AssayError, UsageError
 from assay.poc.protocol import MAX_NONCE
 from assay.poc.service import Settings
-from assay.poc.service.dashboard import SHARED, assemble_page, part
+from assay.poc.service.dashboard import SHARED, assemble_page, page_router, part
 from assay.poc.service.http import (
     Bodies,
     Broadcast,
@@ -223,19 +223,10 @@ def _operations_router(controller: Controller, feed: _Feed, kind_of_route: Any) 
 
 
 def _page_router() -> APIRouter:
-    """Return the route of the page, which holds no data: it reads the event stream, which asks for a key."""
     package = "assay.poc.validator"
     script = "".join(map(part, SHARED)) + part("page.js", package)
-    page, headers = assemble_page(
-        part("page.html", package), style=part("page.css") + part("page.css", package), script=script
-    )
-    router = APIRouter(include_in_schema=False)
-
-    @router.get("/")
-    async def dashboard() -> HTMLResponse:
-        return HTMLResponse(page, headers=headers)
-
-    return router
+    style = part("page.css") + part("page.css", package)
+    return page_router(*assemble_page(part("page.html", package), style=style, script=script))
 
 
 def validate(

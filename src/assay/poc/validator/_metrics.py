@@ -1,29 +1,20 @@
 """Prometheus metrics of a validator, in base units. Every series exists from the start."""
 
-from functools import partial
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.process_collector import ProcessCollector
-
-from assay._version import __version__
+from assay.poc.service.runtime import Exported
 from assay.poc.validator._claims import REASONS
 from assay.reports import JsonObject
 
 KINDS = ("generated", "validated", "proof", "pulled")
 VERDICTS = ("honest", "fraud", "undecided", "faulty")
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
-class Metrics:
-    """Every figure that is exported. Labels never hold keys, hashes or addresses."""
+class Metrics(Exported):
+    """Every figure of a validator. Labels never hold keys, hashes or addresses."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        counter = partial(Counter, namespace="assay_validator", registry=registry)
-        gauge = partial(Gauge, namespace="assay_validator", registry=registry)
-        histogram = partial(Histogram, namespace="assay_validator", registry=registry, buckets=_SECONDS)
+        super().__init__("assay_validator")
+        counter, gauge, histogram = self.counter, self.gauge, self.histogram
         self.messages = counter(
             "messages", "Messages on disk, by kind; repeated ones were there already.", ["kind", "as"]
         )
@@ -43,7 +34,6 @@ class Metrics:
         self.ready = gauge("ready", "1 when the model is loaded and nothing has failed.")
         self.storage = gauge("storage_failing", "1 while the disk takes nothing.")
         self.waiting = gauge("nodes_waiting", "Nodes of which nonces may be drawn.")
-        gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
         # Prometheus sees no increase in a series that appears.
         for kind in KINDS:
             for how in ("new", "repeated"):
@@ -64,7 +54,3 @@ class Metrics:
         self.ready.set(snapshot["ready"] and snapshot["error"] is None)
         self.storage.set(snapshot["storage_failing"])
         self.waiting.set(snapshot["nodes_waiting"])
-
-    def text(self) -> bytes:
-        """Return the exposition format."""
-        return generate_latest(self.registry)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from assay.models import Model, backbone
+from assay.models import Model, backbone, head_of
 from assay.poc.responses import ResponseSeed, Sampler, Sampling
 
 REPORTED = 5
@@ -91,11 +91,6 @@ class Step:
     state: Tensor
 
 
-def head_of(model: Model) -> Any:
-    """Return the module that makes logits of the last hidden states."""
-    return model.module.get_output_embeddings()  # type: ignore[no-untyped-call]
-
-
 class Runner:
     """A model with a cache, fed a piece at a time.
 
@@ -106,7 +101,7 @@ class Runner:
 
     def __init__(self, model: Model, cache: DynamicCache | None = None) -> None:
         self._body: Any = backbone(model.module)
-        self._head = head_of(model)
+        self._head = head_of(model.module)
         self._cache = DynamicCache() if cache is None else cache
 
     @torch.inference_mode()
@@ -199,7 +194,7 @@ def _top(logits_XV: Tensor) -> tuple[Tensor, Tensor]:
 def prefill(model: Model, prompts_BT: Tensor, tokens_BN: Tensor, batch: int = 8) -> Iterator[Step]:
     """Yield, for every request, the logits [N, V] and states [N, D] that a prefill gives its output."""
     body: Any = backbone(model.module)
-    head = head_of(model)
+    head = head_of(model.module)
     steps = tokens_BN.shape[1]
     ids_BX = torch.cat([prompts_BT, tokens_BN[:, :-1]], 1)
     for start in range(0, len(ids_BX), batch):

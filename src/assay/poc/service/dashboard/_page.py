@@ -15,8 +15,12 @@ SCRIPTS = (*SHARED, "charts.js", "page.js")
 
 
 def dashboard_router() -> APIRouter:
+    """Return the route of the service's page."""
+    return page_router(*render_page())
+
+
+def page_router(page: str, headers: dict[str, str]) -> APIRouter:
     """Return the route ``/``. The page holds no data: it reads the event stream, which asks for a key."""
-    page, headers = render_page()
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")

@@ -4,7 +4,7 @@ from assay.poc.service.runtime._callback_guard import Blocked, check_url, resolv
 from assay.poc.service.runtime._controller import Controller
 from assay.poc.service.runtime._delivery import Delivery
 from assay.poc.service.runtime._deployment import Deployment
-from assay.poc.service.runtime._metrics import CONTENT_TYPE, Metrics
+from assay.poc.service.runtime._metrics import CONTENT_TYPE, Exported, Metrics
 from assay.poc.service.runtime._receipts import ReceiptKeeper, ReceiptSink
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Controller",
     "Delivery",
     "Deployment",
+    "Exported",
     "Metrics",
     "ReceiptKeeper",
     "ReceiptSink",

@@ -16,16 +16,33 @@ OUTCOMES = ("delivered", "failed", "dead")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Metrics:
-    """Every figure that is exported. Labels never hold keys, hashes or URLs."""
+class Exported:
+    """Figures under one prefix, with those of the process and the version.
+
+    Args:
+        namespace: Prefix of the names.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.registry = registry
+        self.counter = partial(Counter, namespace=namespace, registry=registry)
+        self.gauge = partial(Gauge, namespace=namespace, registry=registry)
+        self.histogram = partial(Histogram, namespace=namespace, registry=registry, buckets=_SECONDS)
+        self.gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
+
+    def text(self) -> bytes:
+        """Return the exposition format."""
+        return generate_latest(self.registry)
+
+
+class Metrics(Exported):
+    """Every figure of a service. Labels never hold keys, hashes or URLs."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-
-        counter = partial(Counter, namespace="assay_poc", registry=registry)
-        gauge = partial(Gauge, namespace="assay_poc", registry=registry)
-        histogram = partial(Histogram, namespace="assay_poc", registry=registry, buckets=_SECONDS)
+        super().__init__("assay_poc")
+        counter, gauge, histogram = self.counter, self.gauge, self.histogram
         self.nonces = counter("nonces", "Nonces computed and written.")
         self.valid = counter("valid_nonces", "Of these, the valid ones.")
         self.failures = counter("engine_failures", "Rounds or loads ended by an error of the engine.")
@@ -67,7 +84,6 @@ class Metrics:
         for reason in ("age", "request"):
             self.receipts_deleted.labels(reason)
         self.jobs = gauge("jobs", "Artifact jobs by status.", ["status"])
-        gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
 
     def recorded(self, verdict: str) -> None:
         """Count a validation that was written to the ledger, by the verdict on the node's life."""
@@ -93,7 +109,3 @@ class Metrics:
             (self.block_factor_error, "block_factor_error"),
         ):
             metric.set(math.nan if snapshot[name] is None else snapshot[name])
-
-    def text(self) -> bytes:
-        """Return the exposition format."""
-        return generate_latest(self.registry)
