@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from assay.poc.service import Settings
 from assay.poc.service.runtime._metrics import Metrics
 from assay.poc.validator._settings import ValidatorSettings
 from tests.poc.service.conftest import ROUND
+from tests.poc.service.series import absent_series
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[4]
@@ -48,6 +50,12 @@ def _expressions() -> list[tuple[str, str]]:
     panels = [(panel["title"], target["expr"]) for panel in dashboard["panels"] for target in panel["targets"]]
     rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"][0]["rules"]
     return panels + [(rule["alert"], rule["expr"]) for rule in rules]
+
+
+def test_every_series_that_is_asked_for_exists_before_anything_has_happened(service):
+    """Prometheus sees no increase in a series that begins at 1: its first event would raise no alert."""
+    absent = absent_series(service.client.get("/metrics").text, [expression for _, expression in _expressions()])
+    assert not absent
 
 
 @pytest.mark.parametrize(("where", "expression"), _expressions())
@@ -202,8 +210,18 @@ def test_a_backup_of_a_generating_service_is_where_a_restored_one_continues(serv
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt install prometheus")
-def test_alerts_fire_for_the_first_event():
+@pytest.mark.parametrize("rules", ["alerts", "validator-alerts"])
+def test_alerts_fire_for_the_first_event(rules):
     done = subprocess.run(
-        ["promtool", "test", "rules", "alerts.test.yml"], cwd=DEPLOY, capture_output=True, check=False
+        ["promtool", "test", "rules", f"{rules}.test.yml"], cwd=DEPLOY, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("rules", ["alerts", "validator-alerts"])
+def test_every_alert_has_a_moment_at_which_it_fires_and_one_at_which_it_does_not(rules):
+    (group,) = yaml.safe_load((DEPLOY / f"{rules}.yml").read_text())["groups"]
+    tests = yaml.safe_load((DEPLOY / f"{rules}.test.yml").read_text())["tests"]
+    asked = [(one["alertname"], bool(one["exp_alerts"])) for test in tests for one in test["alert_rule_test"]]
+    names = [rule["alert"] for rule in group["rules"]]
+    assert set(asked) == set(product(names, (True, False)))

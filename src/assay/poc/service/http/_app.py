@@ -83,7 +83,7 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     app.include_router(pow_router(controller, keys, feed))
     app.include_router(receipts_router(controller, keys))
     if operations:
-        app.include_router(operations_router(controller, keys, feed), prefix=under)
+        app.include_router(operations_router(controller, keys, feed, under))
     app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, feed=feed)
     inner = app.router.lifespan_context
 
@@ -224,9 +224,9 @@ async def _wait_for_job(controller: Controller, queued: dict[str, Any]) -> Respo
         return JSONResponse(await controller.call(controller.jobs.state, job_id), status_code=202)
 
 
-def operations_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
-    """Return ``/health``, ``/ready`` and ``/metrics``."""
-    router = APIRouter(tags=["operations"], route_class=route_class(controller, keys))
+def operations_router(controller: Controller, keys: Keys, feed: Feed, under: str) -> APIRouter:
+    """Return ``/health``, ``/ready`` and ``/metrics``, behind a path."""
+    router = APIRouter(prefix=under, tags=["operations"], route_class=route_class(controller, keys))
 
     @router.get("/health", response_model=Health)
     async def health() -> Response:
