@@ -60,8 +60,11 @@ def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
     return target
 
 
-def make_mixture(kind: str, target: Path) -> Path:
-    """Write a mixture of random weights, ``qwen3-moe`` or ``mixtral``, with eight experts of which four are asked."""
+def make_mixture(kind: str, target: Path, **sizes: int) -> Path:
+    """Write a mixture of random weights, ``qwen3-moe`` or ``mixtral``, with eight experts of which four are asked.
+
+    ``sizes`` replace those of the configuration.
+    """
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from assay.research.redteam._experts import SHAPE
@@ -69,10 +72,10 @@ def make_mixture(kind: str, target: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind == "mixtral":
-            sizes = {"num_local_experts": SHAPE["num_experts"], "intermediate_size": SHAPE["moe_intermediate_size"]}
-            model: Any = MixtralForCausalLM(MixtralConfig(**SHAPE | sizes))
+            own = {"num_local_experts": SHAPE["num_experts"], "intermediate_size": SHAPE["moe_intermediate_size"]}
+            model: Any = MixtralForCausalLM(MixtralConfig(**SHAPE | own | sizes))
         else:
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE))
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE | sizes))
         model.save_pretrained(target)
     return target
 

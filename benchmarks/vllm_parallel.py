@@ -1,0 +1,377 @@
+"""vLLM on two devices beside transformers: tensor and pipeline parallel, two engines, and experts that are dealt out.
+
+Every case proves the same nonces as transformers does with the same checkpoint in the same dtype. On one round the
+noise between the two is calibrated; that law is pinned, and with it each judges the other on another round. A cheat
+under the honest name is judged likewise: four bits on transformers in every case, and in the cases `…-int4` and
+`…-stale` an engine that serves four bits, or the checkpoint before it was fine-tuned. Along both ways through vLLM,
+whole batches and requests, the values are compared with each other. At the end one validator with one `pins.toml`, in
+which every build has its law, judges all proofs of the dense model again.
+
+A case runs in processes of its own, and ends at `--limit` seconds; what it has shown until then stays. Its row is
+written at once. A second run with the same folder measures only what has no row; `--again` measures anew.
+
+    . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH
+    python3 benchmarks/vllm_parallel.py -o benchmarks/results/vllm_parallel_h200x2.json
+
+A run that shows on a CPU with two cores that everything works:
+
+    .venv-vllm/bin/python benchmarks/vllm_parallel.py --device cpu --model reference:qwen3 --seq-len 64 --nonces 64 \
+        --limit 600 -o benchmarks/results/vllm_parallel_cpu.json
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from _common import note, parser, publish
+from vllm_support import published, verdict
+
+from assay import poc
+from assay.errors import AssayError, UsageError
+from assay.models import checkpoint_directory, load_model, save_random
+from assay.poc.engines.hf import HFEngine
+from assay.poc.verdict import pinned_calibration
+from assay.reports import read_json, write_atomic
+from assay.research.cheats import adapted, rounded, with_fewer_experts
+from tests.models.storing import make_mixture
+
+PRESETS = ("poc-2.0", "hardened")
+PATHS = {"direct": "auto", "requests": "requests"}
+FALSE_WEIGHTS = {"int4": rounded, "stale": adapted}
+STAGES, TENSOR = {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one case runs.
+
+    Args:
+        options: Engine arguments of vLLM.
+        engines: Number of engines at once, each on a device of its own with its share of the nonces.
+        weights: What the engine serves: the checkpoint, or a cheaper one under its name.
+        law: Case whose pinned law judges this one; its own where empty.
+        mixture: Whether the checkpoint is a small mixture of experts.
+        compiled: Whether layers are compiled, as in a server with default settings.
+        validator: Whether the case judges the proofs of the others, without an engine of vLLM.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    engines: int = 1
+    weights: str = "honest"
+    law: str = ""
+    mixture: bool = False
+    compiled: bool = False
+    validator: bool = False
+
+
+CASES = {
+    "one": Case(),
+    "tp2": Case(TENSOR),
+    "pp2": Case(STAGES),
+    "dp2": Case(engines=2, law="one"),
+    "tp2-int4": Case(TENSOR, weights="int4", law="tp2"),
+    "tp2-stale": Case(TENSOR, weights="stale", law="tp2"),
+    "pp2-int4": Case(STAGES, weights="int4", law="pp2"),
+    "dp2-int4": Case(engines=2, weights="int4", law="one"),
+    "one-stale": Case(weights="stale", law="one"),
+    "pins": Case(validator=True),
+    "dp2 inside one engine": Case({"data_parallel_size": 2}),
+    "mixture": Case(mixture=True),
+    "mixture-tp2": Case(TENSOR, mixture=True),
+    "mixture-ep2": Case(TENSOR | {"enable_expert_parallel": True}, mixture=True),
+    "tp2-compiled": Case(TENSOR, compiled=True),
+}
+
+
+def main():
+    made = parser(__doc__)
+    made.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    made.add_argument("--again", action="store_true", help="measure cases that have a row, too")
+    made.add_argument("--model", default="shape:qwen3-0.6b")
+    made.add_argument("--dtype", default="bfloat16")
+    made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    made.add_argument("--seq-len", type=int, default=256)
+    made.add_argument("--nonces", type=int, default=256)
+    made.add_argument("--options", type=json.loads, default={}, help="engine arguments of vLLM for all cases, as JSON")
+    made.add_argument("--limit", type=float, default=150.0, help="seconds of a case")
+    made.add_argument("--total", type=float, default=float("inf"), help="seconds of the run; no case begins after it")
+    made.add_argument("--folder", type=Path, default=Path("build/vllm_parallel"), help="checkpoints, laws, rows, logs")
+    made.add_argument("--child", help="name of the case that this process measures, and its rank")
+    arguments = made.parse_args()
+    if arguments.child:
+        measure_here(arguments)
+        return
+    began = time.monotonic()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    make_checkpoints(arguments)
+    for name in arguments.cases:
+        left = min(arguments.limit, arguments.total - (time.monotonic() - began))
+        if left <= 0:
+            note(f"{name}: not begun, the time is over")
+            break
+        if arguments.again or not row_path(arguments, name).exists():
+            row = run(name, arguments, left)
+            write(row_path(arguments, name), row)
+            note(f"{name}: {row}")
+        rows = [read_json(path) for path in (row_path(arguments, case) for case in CASES) if path.exists()]
+        figures = {name: getattr(arguments, name) for name in ("model", "dtype", "seq_len", "nonces", "options")}
+        with contextlib.redirect_stdout(io.StringIO()):
+            publish("vllm_parallel", figures | {"cases": rows}, arguments.output)
+
+
+def row_path(arguments, name):
+    """Return the file of the row of a case."""
+    return arguments.folder / f"{name.replace(' ', '-')}.row.json"
+
+
+def law_path(arguments, name, preset):
+    """Return the file of the pinned law of a case."""
+    return arguments.folder / f"{name}-{preset}.law.json"
+
+
+def proof_path(arguments, name, preset):
+    """Return the file of the proof of a case."""
+    return arguments.folder / f"{name}-{preset}.jsonl"
+
+
+def write(path, row):
+    """Write a row in one piece."""
+    write_atomic(path, json.dumps(row) + "\n")
+
+
+def make_checkpoints(arguments):
+    """Make every checkpoint that is not there yet."""
+    began, source = time.monotonic(), arguments.folder / "honest"
+    if not source.exists():
+        if arguments.model.startswith("shape:"):
+            save_random(arguments.model, source, weights="random-all", dtype=arguments.dtype)
+        else:
+            source.symlink_to(checkpoint_directory(arguments.model))
+    for name, change in FALSE_WEIGHTS.items():
+        if not (arguments.folder / name).exists():
+            model = load_model(source, dtype=arguments.dtype, device="cpu")
+            change(model).module.save_pretrained(arguments.folder / name)
+    if not (arguments.folder / "mixture").exists():
+        make_mixture("qwen3-moe", arguments.folder / "mixture", head_dim=64)  # GPUs have no kernels for heads of 32
+    note(f"checkpoints after {time.monotonic() - began:.0f} s")
+
+
+def run(name, arguments, limit):
+    """Run a case in processes of its own; return its row, whatever happens to them."""
+    case, began = CASES[name], time.monotonic()
+    names = [f"{name}:{rank}" for rank in range(case.engines)]
+    for child in names:
+        row_path(arguments, child).unlink(missing_ok=True)
+    processes = [start(child, arguments) for child in names]
+    deadline = began + limit
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    rows = [finished(child, process, arguments) for child, process in zip(names, processes, strict=True)]
+    row = {"name": name, "seconds": round(time.monotonic() - began, 1)}
+    return row | (rows[0] if len(rows) == 1 else {"engines": rows})
+
+
+def start(child, arguments):
+    """Start the process that measures a case, or one engine of it."""
+    name, _, rank = child.rpartition(":")
+    case, environment = CASES[name], dict(os.environ)
+    if arguments.device == "cuda" and case.engines > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = rank
+    if arguments.device == "cpu":  # one core each, as the CPU build of vLLM wants to be told
+        single = rank if case.engines > 1 else "nobind"
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1" if case.options.get("tensor_parallel_size") else single
+    # It uses NVLink multicast, and a program that is killed in it can spoil the devices for other users of a host.
+    environment.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+    words = [sys.executable, __file__, *sys.argv[1:], "--child", child]
+    with log_path(arguments, child).open("wb") as log:
+        return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def log_path(arguments, child):
+    """Return the log of a process."""
+    return arguments.folder / f"{child.replace(' ', '-')}.log"
+
+
+def finished(child, process, arguments):
+    """End a process and its children if they run; return what it has shown, and how it failed if it did."""
+    late = process.poll() is None
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        tree = [*parent.children(recursive=True), parent]
+        for one in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(tree, timeout=20)
+    process.wait()
+    path = row_path(arguments, child)
+    row = read_json(path) if path.exists() else {}
+    if late:
+        row["failed"] = "did not end within its limit"
+    elif process.returncode and "failed" not in row:
+        row["failed"] = f"ended with code {process.returncode}"
+    if "failed" in row:
+        row["errors"] = errors(log_path(arguments, child).read_text(errors="replace"), arguments.folder)
+    return row
+
+
+def errors(log, folder):
+    """Return the last errors that a log names."""
+    found = re.findall(r"\b[A-Za-z_.]*(?:Error|Exception)\b: .*", re.sub(r"\x1b\[[0-9;]*m", "", log))
+    known = dict.fromkeys(line.replace(str(folder.resolve()), "").replace(str(folder), "")[:300] for line in found)
+    return list(known)[-4:]
+
+
+def measure_here(arguments):
+    """Measure a case in this process, and write its row after every preset."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    name, _, rank = arguments.child.rpartition(":")
+    row = {}
+    try:
+        for figures in judged(arguments) if CASES[name].validator else measure(name, int(rank), arguments):
+            row |= figures
+            write(row_path(arguments, arguments.child), row)
+    except UsageError as error:
+        write(row_path(arguments, arguments.child), row | {"refused": str(error)})
+    except AssayError as error:
+        write(row_path(arguments, arguments.child), row | {"failed": error.seen})
+
+
+def measure(name, rank, arguments):
+    """Yield the figures of one engine, as they are found."""
+    from assay.poc.engines.vllm import VLLMEngine
+
+    case, began = CASES[name], time.monotonic()
+    options = {"enforce_eager": not case.compiled, "max_model_len": arguments.seq_len + 64} | case.options
+    options |= {"gpu_memory_utilization": 0.3} if arguments.device == "cuda" else {"max_num_seqs": 16}
+    options |= arguments.options
+    own = arguments.folder / ("mixture" if case.mixture else "honest")
+    served = own if case.weights == "honest" else arguments.folder / case.weights
+    shape = {"batch_size": 32, "seq_len": arguments.seq_len, "dtype": arguments.dtype}
+    nonces = range(rank, arguments.nonces * case.engines, case.engines)
+    with VLLMEngine(str(served), **shape, **options) as engine:
+        yield {"start_seconds": round(time.monotonic() - began, 1), "fingerprint": engine.fingerprint.as_dict()}
+        model = load_model(own, dtype=arguments.dtype, device=arguments.device)
+        presets = {}
+        for preset in PRESETS:
+            compared = Comparison(name, preset, nonces, engine, model, arguments)
+            presets[preset] = compared.honest() if case.weights == "honest" else compared.cheating()
+            yield {"presets": presets}
+        yield {"held": engine.counts()}
+
+
+def judged(arguments):
+    """Yield the verdicts of one validator whose pins have a law for every build of the dense model."""
+    honest = [name for name, case in CASES.items() if not (case.law or case.mixture or case.validator)]
+    false = [name for name, case in CASES.items() if case.weights != "honest" and case.engines == 1]
+    model = load_model(arguments.folder / "honest", dtype=arguments.dtype, device=arguments.device)
+    found = {}
+    for preset in PRESETS:
+        proofs = {name: proof_path(arguments, name, preset) for name in honest + false}
+        known = [name for name in honest if proofs[name].exists()]
+        pins = arguments.folder / f"{preset}.toml"
+        words = ["--model", str(arguments.folder / "honest"), "--public-key", "k", "-o", str(pins), "--overwrite"]
+        for name in known:
+            words += ["--from-proof", str(proofs[name]), "--calibration", str(law_path(arguments, name, preset))]
+        subprocess.run([sys.executable, "-m", "assay", "poc", "pins", "new", *words], check=True)
+        network, found[preset] = poc.NetworkPins.load(pins), {}
+        for name, path in proofs.items():
+            if path.exists():
+                proof = poc.Proof.load(path)
+                judge = {"expect": network.for_round(block_hash="fresh", public_key="k"), "seed": 1}
+                judge |= {"calibration": pinned_calibration(network, proof.header), "sample": arguments.nonces}
+                found[preset][name] = verdict(proof, model, **judge)
+        yield {"verdicts": found}
+
+
+class Comparison:
+    """One preset of one engine beside transformers."""
+
+    def __init__(self, name, preset, nonces, engine, model, arguments):
+        self.case, self.preset, self.nonces = CASES[name], preset, nonces
+        self.engine, self.model, self.arguments = engine, model, arguments
+        self.name, self.law = name, self.case.law or name
+
+    def honest(self):
+        """Return residuals, the ways through vLLM beside each other, and the verdicts by the pinned law."""
+        row = {}
+        if not self.case.law:
+            ours, theirs = self.inside("calibrated"), self.beside(self.model, "calibrated")
+            calibration = poc.calibrate(ours, theirs)
+            calibration.save(law_path(self.arguments, self.name, self.preset))
+            row["law"] = str(calibration.builds[0].noise.law)
+        ways = {way: self.inside("fresh", way) for way in reversed(PATHS)}
+        row["beside_the_scheduler"] = self.engine._client.direct.describe()
+        if not self.case.law:
+            ways["direct"].save(proof_path(self.arguments, self.name, self.preset), overwrite=True)
+        other, false = self.beside(self.model, "fresh"), self.beside(self.cheat(), "fresh")
+        row |= apart("residual", ways["direct"], other) | apart("cheat", false, other)
+        row |= apart("direct_from_requests", *ways.values())
+        for way, proof in ways.items():
+            row[f"vllm_{way}_on_transformers"] = verdict(proof, self.model, **self.judge())
+        back = {"engine": self.engine} | self.judge()
+        row["transformers_on_vllm"] = verdict(other, self.engine.model, **back)
+        row["cheat_on_vllm"] = verdict(false, self.engine.model, **back)
+        return row
+
+    def cheating(self):
+        """Return how far an engine with other weights is off, and the verdict when it states the honest checkpoint."""
+        proof, other = self.inside("fresh"), self.beside(self.model, "fresh")
+        false = poc.Proof.build(replace(proof.header, digest=self.model.digest), proof.records, proof.footer.seconds)
+        false.save(proof_path(self.arguments, self.name, self.preset), overwrite=True)
+        found = {"verdict_on_transformers": verdict(false, self.model, **self.judge())}
+        found["verdict_under_its_own_name"] = verdict(proof, self.model, **self.judge()).splitlines()[0]
+        return apart("residual", false, other) | found
+
+    def cheat(self):
+        """Return the cheaper model on transformers."""
+        if self.case.mixture:
+            return with_fewer_experts(self.model, self.model.module.config.num_experts_per_tok // 2)
+        return rounded(self.model)
+
+    def judge(self):
+        """Return the options of a verdict: all nonces, and the law that was pinned before."""
+        calibration = poc.Calibration.load(law_path(self.arguments, self.law, self.preset))
+        return {"sample": len(self.nonces), "seed": 1, "calibration": calibration}
+
+    def round(self, block):
+        """Return a round."""
+        length = self.engine.seq_len
+        return poc.Round(block_hash=block, public_key="k", seq_len=length, preset=self.preset, model="m", strength=256)
+
+    def inside(self, block, way="direct"):
+        """Prove in vLLM along one way."""
+        throttle = self.engine._client.throttle
+        throttle.settings = replace(throttle.settings, path=PATHS[way])
+        proof = poc.prove(self.engine.model, self.round(block), self.nonces, engine=self.engine)
+        throttle.settings = replace(throttle.settings, path="auto")
+        return proof
+
+    def beside(self, model, block):
+        """Prove on transformers."""
+        engine = HFEngine(model, batch_size=32, seq_len=self.engine.seq_len)
+        return poc.prove(model, self.round(block), self.nonces, engine=engine)
+
+
+def apart(name, one, other):
+    """Return how far two proofs are from each other: median, largest, and how many values are the same bits."""
+    difference = np.abs(published(one) - published(other))
+    return {
+        f"{name}_median": float(np.median(difference)),
+        f"{name}_max": float(difference.max()),
+        f"{name}_same": int((difference == 0).sum()),
+        f"{name}_values": int(difference.size),
+    }
+
+
+if __name__ == "__main__":
+    main()
