@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-vllm check docs site format soak gpu-test gpu-bench release-check clean
+.PHONY: help setup demo test test-vllm check lock docs site format soak gpu-test gpu-bench release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,12 @@ check: $(READY)  ## lint, format, types, import rules, language, and what nothin
 	PYTHONPATH=src $(BIN)/lint-imports
 	$(BIN)/python scripts/check_language.py
 	$(BIN)/vulture
+
+# Wheels and their hashes as the index has them, so torch for Linux is the build with CUDA. No source of packages is named.
+lock: $(READY)  ## write requirements.lock: exact versions and hashes of all extras but vllm
+	UV_FIND_LINKS= $(BIN)/uv pip compile pyproject.toml --quiet --extra dev --extra quant -c constraints.txt --universal \
+	  --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	  -o requirements.lock
 
 docs: $(READY)  ## write the generated pages and tables of the documentation
 	$(BIN)/python scripts/reference.py

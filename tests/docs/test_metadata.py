@@ -40,3 +40,61 @@ def test_targets_that_the_pages_name_exist():
         name for page in PAGES for name in re.findall(r"make ([a-z-]+)", (ROOT / page).read_text(encoding="utf-8"))
     }
     assert named - {"a"} <= targets
+
+
+def _lock() -> dict[str, tuple[str, int]]:
+    """Return the version of every package of the lock, and how many hashes it has."""
+    entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    found = [re.match(r"([\w.-]+)==([^\s;]+)", entry) for entry in entries]
+    assert all(found)
+    return {one[1]: (one[2], entry.count("--hash=sha256:")) for one, entry in zip(found, entries, strict=True)}
+
+
+def test_the_lock_has_every_pin_and_names_no_source():
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert not re.search(r"://|--(extra-)?index|--find-links", text)
+    lock = _lock()
+    assert all(hashes for _, hashes in lock.values())
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert len(lock) > 100
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", pins, flags=re.MULTILINE):
+        assert lock[name][0] == version, name
+
+
+def test_the_lock_has_what_every_extra_asks_for():
+    lock = _lock()
+    extras = [
+        PROJECT["dependencies"],
+        *(PROJECT["optional-dependencies"][name] for name in ("dev", "serve", "train", "quant", "site")),
+    ]
+    for requirement in (one for extra in extras for one in extra if not one.startswith("assay[")):
+        name = re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
+        assert name in lock, f"{name}: `make lock`"
+
+
+def test_the_workflow_pins_its_actions_and_only_the_last_job_may_publish():
+    text = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    used = re.findall(r"uses: (.*)", text)
+    assert len(used) == 5
+    for action in used:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {}
+    rights = {name: job["permissions"] for name, job in workflow["jobs"].items()}
+    assert rights == {"build": {"contents": "read"}, "publish": {"id-token": "write"}}
+    assert all("run" not in step for step in workflow["jobs"]["publish"]["steps"]), "no code of ours beside the rights"
+    release = (ROOT / "RELEASE.md").read_text(encoding="utf-8")
+    assert all(f"{version}" in release for version in re.findall(r"# (v[\d.]+)", text))
+
+
+def test_the_workflow_reads_the_version():
+    text = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    (command,) = re.findall(r"run: (test .*)", text)
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "src" / "assay" / "_version.py").read_text(encoding="utf-8"))[
+        1
+    ]
+    for tag, code in ((f"v{version}", 0), ("v9.9.9", 1)):
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "GITHUB_REF_NAME": tag}, check=False
+        )
+        assert done.returncode == code
