@@ -220,15 +220,14 @@ def finished(child, process, arguments):
     elif process.returncode and "failed" not in row:
         row["failed"] = f"ended with code {process.returncode}"
     if "failed" in row:
-        row["errors"] = errors(log_path(arguments, child).read_text(errors="replace"), arguments.folder)
+        row["errors"] = errors(log_path(arguments, child).read_text(errors="replace"))
     return row
 
 
-def errors(log, folder):
-    """Return the last errors that a log names."""
+def errors(log):
+    """Return the last errors that a log names, without the folders of this machine."""
     found = re.findall(r"\b[A-Za-z_.]*(?:Error|Exception)\b: .*", re.sub(r"\x1b\[[0-9;]*m", "", log))
-    known = dict.fromkeys(line.replace(str(folder.resolve()), "").replace(str(folder), "")[:300] for line in found)
-    return list(known)[-4:]
+    return list(dict.fromkeys(re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", line)[:300] for line in found))[-4:]
 
 
 def measure_here(arguments):
