@@ -294,7 +294,7 @@ def test_doctor_says_when_bits_differ(assay, monkeypatch):
 
 def test_models(assay, tmp_path: Path):
     listed = json.loads(assay("models", "list", "--json").out)["models"]
-    shapes = ("qwen3-0.6b", "qwen3-4b", "qwen3-30b-a3b", "llama-3.2-1b", "llama-3.1-8b")
+    shapes = ("qwen3-0.6b", "qwen3-4b", "qwen3-32b", "qwen3-30b-a3b", "llama-3.2-1b", "llama-3.1-8b")
     bundled = {"reference:qwen3", "reference:llama", "reference:organism", *(f"shape:{name}" for name in shapes)}
     assert {model["reference"] for model in listed} == bundled
     info = json.loads(assay("models", "info", "shape:qwen3-0.6b", "--json").out)

@@ -1,4 +1,7 @@
-"""What each of two processes does in the tests of models in parts; a module of its own, for it is spawned."""
+"""What each of two processes does in the tests of models in parts; a module of its own, for it is spawned.
+
+Over gloo they compute on the CPU, over NCCL each on a GPU of its own.
+"""
 
 import os
 from contextlib import contextmanager
@@ -35,6 +38,7 @@ def loaded(path, lora=False):
 
 
 def by_fsdp(module, mesh, **settings):
+    module.to(mesh.device_type)
     for layer in module.get_decoder().layers:
         fully_shard(layer, mesh=mesh, **settings)
     return fully_shard(module, mesh=mesh, **settings)
@@ -42,6 +46,7 @@ def by_fsdp(module, mesh, **settings):
 
 def by_tensor(module, mesh, head=None):
     """Attention and MLP by rows and columns, but the MLP of the first layer whole."""
+    module.to(mesh.device_type)
     for index, layer in enumerate(module.model.layers):
         plan = {f"self_attn.{name}": ColwiseParallel() for name in ATTENTION}
         plan["self_attn.o_proj"] = RowwiseParallel()
@@ -65,7 +70,7 @@ def state_of(module):
 
 
 def gathered(factors):
-    return tuple(whole(part) for part in (factors.left, factors.values, factors.right))
+    return tuple(whole(part).cpu() for part in (factors.left, factors.values, factors.right))
 
 
 @contextmanager
@@ -111,13 +116,18 @@ def refusal(call):
     return ""
 
 
-def run(rank, paths, tokenizer_path, samples, pairs, folder):
+def run(rank, paths, tokenizer_path, samples, pairs, folder, backend):
     """Everything that needs two processes, one after the other; each writes what it found."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    device, own = torch.device("cpu"), {}
+    if backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+        own = {"device_id": device}
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    mesh = init_device_mesh("cpu", (2,))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120), **own)
+    mesh = init_device_mesh(device.type, (2,))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
     found = {}
     try:
@@ -130,10 +140,10 @@ def run(rank, paths, tokenizer_path, samples, pairs, folder):
         found["llama fsdp, few"] = found_in(by_fsdp(loaded(llama), mesh), samples[:3], tokenizer, **few)
         found["llama tensor, few"] = found_in(by_tensor(loaded(llama), mesh), samples[:3], tokenizer, **few)
         found["llama fsdp, lora"] = found_in(by_fsdp(loaded(llama, lora=True), mesh), samples, tokenizer)
-        adapter = DeltaS(loaded(qwen3))
+        adapter = DeltaS(loaded(qwen3).to(device))
         inside = by_fsdp(adapter.model, mesh)
         found["qwen3 fsdp, adapter"] = found_in(inside, samples, tokenizer, adapter.svd)
-        spread = load_model(qwen3, dtype="float32", device="cpu", mesh=mesh).module
+        spread = load_model(qwen3, dtype="float32", device=str(device), mesh=mesh).module
         found["qwen3 transformers"] = found_in(spread, samples, tokenizer)
         divided_head = ColwiseParallel(output_layouts=Replicate())
         found["llama tensor, head"] = found_in(by_tensor(loaded(llama), mesh, divided_head), samples, tokenizer)
@@ -148,7 +158,7 @@ def run(rank, paths, tokenizer_path, samples, pairs, folder):
 def refusals(rank, path, mesh, samples, tokenizer):
     """What is said about models and samples of which gradients would not be exact."""
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    plane = init_device_mesh("cpu", (2, 1), mesh_dim_names=("shard", "tensor"))
+    plane = init_device_mesh(mesh.device_type, (2, 1), mesh_dim_names=("shard", "tensor"))
     broken = by_fsdp(loaded(path), mesh)
     with torch.no_grad():
         broken.model.layers[1].mlp.up_proj.weight.to_local()[0, 0] = torch.nan if rank else 0.0

@@ -1,4 +1,4 @@
-"""Models in parts over two processes have the gradients, the factors and the basis of the whole model in one."""
+"""Models in parts have the gradients, factors and basis of the whole model: on a CPU over gloo, on GPUs over NCCL."""
 
 import multiprocessing
 
@@ -20,6 +20,9 @@ from tests.conftest import SMALL
 from tests.vhack import in_parts
 from tests.vhack.adapter import sequential_gradients, worst_error
 
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices")
+BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, needs_two])]
+
 
 @pytest.fixture(scope="module")
 def llama_checkpoint(tmp_path_factory):
@@ -39,13 +42,13 @@ def paths(small_checkpoint, llama_checkpoint):
     return {"qwen3": small_checkpoint, "llama": llama_checkpoint}
 
 
-@pytest.fixture(scope="module")
-def ranks(paths, byte_tokenizer, samples, small_pairs, tmp_path_factory):
+@pytest.fixture(scope="module", params=BACKENDS)
+def ranks(request, paths, byte_tokenizer, samples, small_pairs, tmp_path_factory):
     """What each of two processes found, all cases in one go: starting one takes longer than what it does."""
     folder = tmp_path_factory.mktemp("parts")
     byte_tokenizer.save_pretrained(folder / "tokenizer")
     threads = torch.get_num_threads()
-    arguments = (paths, folder / "tokenizer", samples, small_pairs, folder)
+    arguments = (paths, folder / "tokenizer", samples, small_pairs, folder, request.param)
     other = multiprocessing.get_context("spawn").Process(target=in_parts.run, args=(1, *arguments))
     other.start()
     try:
@@ -168,7 +171,7 @@ def test_an_error_in_the_pass_leaves_the_model_as_it_was(on_several_devices, lla
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices")
+@needs_two
 def test_a_model_on_two_gpus_has_the_gradients_of_one(llama_checkpoint, byte_tokenizer, samples):
     from accelerate import dispatch_model
 

@@ -47,6 +47,7 @@ CATALOGUE = {
     "reference:organism": Entry(_HERE / "reference" / "organism", "Apache-2.0", _ORGANISM),
     "shape:qwen3-0.6b": Entry(_HERE / "shapes" / "qwen3-0.6b.json", "no weights included", _SHAPE),
     "shape:qwen3-4b": Entry(_HERE / "shapes" / "qwen3-4b.json", "no weights included", _SHAPE),
+    "shape:qwen3-32b": Entry(_HERE / "shapes" / "qwen3-32b.json", "no weights included", _SHAPE),
     "shape:qwen3-30b-a3b": Entry(_HERE / "shapes" / "qwen3-30b-a3b.json", "no weights included", _SHAPE),
     "shape:llama-3.2-1b": Entry(_HERE / "shapes" / "llama-3.2-1b.json", "no weights included", _SHAPE),
     "shape:llama-3.1-8b": Entry(_HERE / "shapes" / "llama-3.1-8b.json", "no weights included", _SHAPE),

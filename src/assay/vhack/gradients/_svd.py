@@ -15,6 +15,7 @@ Shapes: O outputs, I inputs, R = min(O, I).
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -181,39 +182,52 @@ def weight_svd(
     if division is not None and division.mesh is not None:
         return SVDCache(decompose(wanted, division, one, chosen, progress), rank=rank, dtype=chosen)
     found: dict[str, Factors] = {}
-    for device in {module.weight.device: None for module in wanted.values()}:
-        there = {name: module for name, module in wanted.items() if module.weight.device == device}
-        for name, factors in _side_by_side(lambda item: (item[0], one(item[0], item[1].weight)), there, device):
-            found[name] = factors
-            if progress:
-                progress(len(found), len(wanted))
-    return SVDCache({name: found[name] for name in wanted}, rank=rank, dtype=chosen)
+    for name, factors in _side_by_side(one, {name: module.weight for name, module in wanted.items()}):
+        found[name] = factors
+        if progress:
+            progress(len(found), len(wanted))
+    return SVDCache(found, rank=rank, dtype=chosen)
 
 
 def _side_by_side(
-    one: Callable[[tuple[str, torch.nn.Linear]], tuple[str, Factors]],
-    modules: Mapping[str, torch.nn.Linear],
-    device: torch.device,
+    one: Callable[[str, Tensor], Factors], weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Factors]]:
-    """Decompose several matrices at once, in the order of the modules."""
-    if device.type != "cuda":
-        # One matrix per core: threads that share a small matrix mostly wait for each other.
-        with one_thread() as cores, ThreadPoolExecutor(cores) as pool:
-            yield from pool.map(one, modules.items())
-        return
+    """Decompose several matrices at once, on every device that has some, in the order of the matrices."""
+    with ExitStack() as stack:
+        devices = {weight.device for weight in weights.values()}
+        pools = {device: stack.enter_context(_pool(device)) for device in devices}
+        waiting = {name: pools[weight.device].submit(_finished, one, name, weight) for name, weight in weights.items()}
+        for name, factors in waiting.items():
+            yield name, factors.result()
 
-    def on_stream(item: tuple[str, torch.nn.Linear]) -> tuple[str, Factors]:
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            result = one(item)
-            stream.synchronize()
-        return result
 
-    # The first call of the library loads it, which must not happen in several threads at once.
-    torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
-    torch.cuda.synchronize(device)
-    with ThreadPoolExecutor(_STREAMS) as pool:
-        yield from pool.map(on_stream, modules.items())
+@contextmanager
+def _pool(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that work on a device; what has not begun at the end is dropped."""
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            # The first call of the library loads it, which must not happen in several threads at once.
+            torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
+            torch.cuda.synchronize(device)
+            # One stream per thread: torch keeps the memory of what is done for each stream apart.
+            pool = ThreadPoolExecutor(_STREAMS, initializer=_with_stream, initargs=(device,))
+        else:
+            # One matrix per core: threads that share a small matrix mostly wait for each other.
+            pool = ThreadPoolExecutor(stack.enter_context(one_thread()))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        yield pool
+
+
+def _with_stream(device: torch.device) -> None:
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def _finished(one: Callable[[str, Tensor], Factors], name: str, weight: Tensor) -> Factors:
+    result = one(name, weight)
+    if weight.is_cuda:
+        torch.cuda.current_stream(weight.device).synchronize()
+    return result
 
 
 def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:

@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ MIN_COVERAGE = 0.9
 # Matrices of PEFT beside the weights, and δS in its parameter lists: an update, not a part of the model.
 _ADAPTER = "lora_"
 _CHUNK = 1 << 25  # bytes of a copy from a GPU
+_GATHERED = 16  # parameters of a model in parts that are whole for a moment while their digests are computed
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,14 @@ def weights_digest(model: "Model | PreTrainedModel") -> str:
     whether the weights are spread over processes or not; where they are, every process must ask for it.
     """
     parameters = sorted(module_of(model).named_parameters())
-    if any(is_sharded(parameter) for _, parameter in parameters):  # gathered one after the other
-        lines = (f"{name}\n{tensor_digest(whole(parameter.detach()))}\n" for name, parameter in parameters)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    waiting: list[Future[str]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(lambda item: f"{item[0]}\n{tensor_digest(item[1])}\n", parameters)
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
+        for index, (_, parameter) in enumerate(parameters):
+            if is_sharded(parameter) and index >= _GATHERED:
+                waiting[index - _GATHERED].result()
+            waiting.append(pool.submit(tensor_digest, whole(parameter.detach())))
+    lines = (f"{name}\n{found.result()}\n" for (name, _), found in zip(parameters, waiting, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:

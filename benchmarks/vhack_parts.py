@@ -1,0 +1,238 @@
+"""A model over several devices: a basis from nothing, the gradients of 24 samples, and memory against the formula.
+
+Every process of FSDP2 and of tensor parallelism has one device; with ``--by device-map`` one process has all. The
+formula is that of docs/vhack.md without activations, for FSDP2. What activations take is the slope of the peak over the
+tokens of the largest batch, and where that line meets no tokens is what the formula is held against. A rate is scaled
+by parameters: tokens per second and device, times the parameters of the model. ``--one`` names figures of
+``vhack_gradients.py`` on the same machine, to whose best time the scaled rate is held.
+
+    python benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b -o one.json
+    torchrun --nproc-per-node 2 benchmarks/vhack_parts.py --one one.json -o benchmarks/results/vhack_parts.json
+"""
+
+import json
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from _common import note, parser, publish
+from _vhack import pairs, samples
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from assay.models import load_model, model_info
+from assay.models.decoder import decoder_layers
+from assay.poc.engines.hf import joined
+from assay.vhack import extract, per_sample_gradients, target_modules
+from assay.vhack.basis import _extract
+from assay.vhack.gradients import _per_sample
+
+WAYS = ("fsdp", "tensor", "device-map")
+
+
+class Place:
+    """The devices of this process, and what the others say."""
+
+    def __init__(self, device, world):
+        self.world, self.leads = world, world is None or world.leads
+        on_gpu = device == "cuda"
+        every = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if on_gpu else []
+        self.devices = every if world is None else [torch.device(world.device)] if on_gpu else []
+        self.count = max(1, len(self.devices)) if world is None else world.size
+
+    def told(self, mine):
+        """What every process says, in their order."""
+        if self.world is None:
+            return [mine]
+        found = [None] * self.world.size
+        dist.all_gather_object(found, mine, group=self.world.control)
+        return found
+
+    def memory(self, read):
+        """Gigabytes that ``read`` says of every device of every process."""
+        return [each for some in self.told([read(device) / 1e9 for device in self.devices]) for each in some]
+
+    def timed(self, work):
+        """The result, the seconds of the slowest process, and the peak of every device in gigabytes."""
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        self.told(None)
+        start = time.perf_counter()
+        result = work()
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+        seconds = max(self.told(time.perf_counter() - start))
+        return result, seconds, self.memory(torch.cuda.max_memory_allocated)
+
+
+def spread(options, place):
+    """The model in parts, with random weights that are drawn on each device whole before they are cut."""
+    load = {"dtype": options.dtype}
+    if options.by == "device-map":
+        module = load_model(options.model, device=str((place.devices or ["cpu"])[0]), **load).module
+        return dispatched(module, place.devices or [torch.device("cpu")])
+    mesh = init_device_mesh(options.device, (place.count,))
+    if options.by == "tensor":
+        return load_model(options.model, device=place.world.device, mesh=mesh, **load).module
+    module = load_model(options.model, device=place.world.device, **load).module
+    for layer in decoder_layers(module):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+    return module
+
+
+def dispatched(module, devices):
+    """As many layers on each device as on any other; embeddings on the first, norm and head on the last."""
+    from accelerate import dispatch_model
+
+    names = {id(part): name for name, part in module.named_modules()}
+    layers = decoder_layers(module)
+    places = {names[id(layer)]: devices[index * len(devices) // len(layers)] for index, layer in enumerate(layers)}
+    base = module.base_model_prefix
+    others = [f"{base}.{name}" for name, _ in module.get_submodule(base).named_children()]
+    places |= {name: devices[0] for name in others if not any(each.startswith(f"{name}.") for each in places)}
+    places |= {f"{base}.norm": devices[-1], "lm_head": devices[-1]}
+    return dispatch_model(module, places, force_hooks=True)
+
+
+def formula(module, processes):
+    """What docs/vhack.md says that one of several processes needs under FSDP2 without activations, in gigabytes."""
+    weights = {name: linear.weight for name, linear in target_modules(module).items()}
+    size = next(iter(weights.values())).element_size()
+    factor = 2 if size == 2 and next(iter(weights.values())).is_cuda else 4
+    numbers = [min(weight.shape) * sum(weight.shape) for weight in weights.values()]
+    every = sum(parameter.numel() for parameter in module.parameters())
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(module)]
+    terms = {
+        "weights": size * every / processes,
+        "factors": factor * sum(numbers) / processes,
+        "gathered_weights": size * (2 * max(layers) + every - sum(layers)),
+        "gathered_factors": factor * max(numbers),
+    }
+    return {name: value / 1e9 for name, value in terms.items()}
+
+
+@contextmanager
+def watched():
+    """The factors that an extraction makes with their seconds, and the tokens of the largest batch of a pass."""
+    seen, make, plan = {}, _extract.weight_svd, _per_sample.plan
+
+    def made(*arguments, **named):
+        start = time.perf_counter()
+        seen["svd"] = make(*arguments, **named)
+        seen["svd_seconds"] = time.perf_counter() - start
+        return seen["svd"]
+
+    def planned(encoded, budget, *, packed, at_once):
+        batches = plan(encoded, budget, packed=packed, at_once=at_once)
+        sizes = [[len(one.ids) for one in batch] for batch in batches]
+        seen["batches"] = len(batches)
+        seen["tokens"] = max(sum(each) if packed else len(each) * max(each) for each in sizes)
+        return batches
+
+    _extract.weight_svd, _per_sample.plan = made, planned
+    try:
+        yield seen
+    finally:
+        _extract.weight_svd, _per_sample.plan = make, plan
+
+
+def cases(options):
+    """Settings of the pass; the second is for the slope of the memory."""
+    found = {"usual": {}, "one sample": {"max_tokens": 1}, "checkpointing": {"checkpointing": True}}
+    return found | {f"{tokens} tokens": {"max_tokens": tokens} for tokens in options.tokens}
+
+
+def measured(options, place):
+    """The figures, again with every row that is added."""
+    tokenizer = load_model("reference:qwen3", device="cpu").tokenizer
+    module, seconds, peak = place.timed(lambda: spread(options, place))
+    parameters = model_info(options.model).parameters
+    figures = {
+        "model": options.model,
+        "by": options.by,
+        "devices": place.count,
+        "dtype": str(module.dtype),
+        "parameters": parameters,
+        "made": {"seconds": seconds, "peak_gb": peak},
+        "gradients": {},
+    }
+    if options.by == "fsdp":
+        figures["formula_gb"] = formula(module, place.count)
+    yield figures
+    with watched() as seen:
+        some = pairs(tokenizer, options.pairs)
+        _, seconds, peak = place.timed(lambda: extract(some, module, tokenizer=tokenizer, n_heldout=0))
+        figures["extraction"] = {
+            "pairs": options.pairs,
+            "seconds": seconds,
+            "of_these_factors": max(place.told(seen["svd_seconds"])),
+            "peak_gb": peak,
+            "kept_gb": place.memory(torch.cuda.memory_allocated),
+        }
+        yield figures
+        chosen = samples(tokenizer, options.samples)
+        tokens = sum(len(tokenizer(one.prompt + one.completion)["input_ids"]) for one in chosen)
+        figures |= {"samples": len(chosen), "tokens": tokens}
+        for name, case in cases(options).items():
+            taken = []
+            for turn in range(1 + options.rounds):
+                note(f"{name}, turn {turn}")
+                _, seconds, peak = place.timed(
+                    lambda case=case: per_sample_gradients(chosen, module, tokenizer=tokenizer, svd=seen["svd"], **case)
+                )
+                taken += [seconds] if turn else []  # the first warms up
+            rate = tokens / min(taken) / place.count
+            row = {"seconds": taken, "tokens_per_second_and_device": rate, "rate_times_parameters": rate * parameters}
+            figures["gradients"][name] = row | {
+                "peak_gb": peak,
+                "batches": seen["batches"],
+                "largest_batch_tokens": seen["tokens"],
+            }
+            compare(figures, options.one)
+            yield figures
+
+
+def compare(figures, one):
+    """Add what the rows say together: the rate against one device, and the memory against the formula."""
+    rows = figures["gradients"]
+    if one and one.exists():
+        for reference, other in json.loads(one.read_text())["models"].items():
+            rate = other["tokens"] / min(other["batched_seconds"]) * model_info(reference).parameters
+            shares = {name: row["rate_times_parameters"] / rate for name, row in rows.items()}
+            figures["over_one_device"] = {"model": reference, "rate_times_parameters": rate} | shares
+    if "formula_gb" in figures and {"usual", "one sample"} <= rows.keys() and rows["usual"]["peak_gb"]:
+        at = [(rows[name]["largest_batch_tokens"], max(rows[name]["peak_gb"])) for name in ("one sample", "usual")]
+        slope, fixed = np.polyfit(*np.transpose(at), 1).tolist()
+        wanted = sum(figures["formula_gb"].values())
+        figures["memory"] = {"fixed_gb": fixed, "formula_gb": wanted, "ratio": fixed / wanted, "gb_per_token": slope}
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", default="shape:qwen3-32b")
+    arguments.add_argument("--by", choices=WAYS, default=WAYS[0])
+    arguments.add_argument("--device", default="cuda")
+    arguments.add_argument("--dtype", default="bfloat16")
+    arguments.add_argument("--pairs", type=int, default=12)
+    arguments.add_argument("--samples", type=int, default=24)
+    arguments.add_argument("--rounds", type=int, default=2)
+    arguments.add_argument("--tokens", type=int, nargs="*", default=[], help="other batch sizes to try")
+    arguments.add_argument("--one", type=Path, help="figures of one device, from vhack_gradients.py")
+    options = arguments.parse_args()
+    with ExitStack() as stack:
+        world = None if options.by == "device-map" else stack.enter_context(joined(device=options.device))
+        place = Place(options.device, world)
+        for figures in measured(options, place):
+            if place.leads:
+                publish("vhack_parts", figures, options.output)
+
+
+if __name__ == "__main__":
+    main()
