@@ -25,6 +25,7 @@ from tests.waiting import until
 ROOT = Path(__file__).parents[4]
 DEPLOY = ROOT / "deploy"
 PAGE = (ROOT / "docs" / "operations.md").read_text()
+RULES = ("alerts.yml", "validator-alerts.yml")
 SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge": ("",)}
 METRIC = re.compile(r"\b((?:assay_poc|process)_\w+)(?:\{([^}]*)\})?")
 
@@ -157,7 +158,7 @@ def test_compose_mounts_files_that_there_are_and_waits_longer_than_the_service()
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     mounts = [mount for service in compose["services"].values() for mount in service["volumes"]]
     files = [mount.split(":")[0] for mount in mounts if mount.startswith("./")]
-    assert len(files) == 4
+    assert len(files) == 5
     assert all((DEPLOY / name).exists() for name in files)
     assert (DEPLOY / compose["services"]["assay"]["build"]["context"]).resolve() == ROOT
     example = set(re.findall(r"^(\w+)=", (DEPLOY / "example.env").read_text(), flags=re.MULTILINE))
@@ -171,15 +172,28 @@ def test_compose_mounts_files_that_there_are_and_waits_longer_than_the_service()
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
-def test_systemd_accepts_the_unit(tmp_path):
-    unit = (DEPLOY / "assay.service").read_text()
-    assert unit.count("/opt/assay/bin/assay") == 1
+@pytest.mark.parametrize("name", ["assay.service", "assay@3.service"])
+def test_systemd_accepts_the_unit(name, tmp_path):
+    unit, device = (DEPLOY / "assay.service").read_text(), (DEPLOY / "per-device.conf").read_text()
+    assert unit.count("/opt/assay/bin/assay") == device.count("/opt/assay/bin/assay") == 1
     # The program is not installed here; everything else is as it will be.
-    (tmp_path / "assay.service").write_text(unit.replace("/opt/assay/bin/assay", "/bin/true"))
+    for place, text in (("assay.service", unit), ("assay@.service", unit), ("assay@.service.d/device.conf", device)):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text(text.replace("/opt/assay/bin/assay", "/bin/true"))
     found = subprocess.run(
-        ["systemd-analyze", "verify", str(tmp_path / "assay.service")], capture_output=True, text=True, timeout=60
+        ["systemd-analyze", "verify", str(tmp_path / name)], capture_output=True, text=True, timeout=60
     )
     assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_a_service_per_device_has_a_port_and_a_folder_of_its_own():
+    """What the unit sets for the one service, the drop-in sets again for each; lists are emptied first."""
+    unit, device = (DEPLOY / "assay.service").read_text(), (DEPLOY / "per-device.conf").read_text()
+    assert re.search(r"^ExecStart=$\nExecStart=.* --port 800%i$", device, re.MULTILINE)
+    assert re.search(r"^StateDirectory=$\nStateDirectory=assay/%i$", device, re.MULTILINE)
+    assert "ASSAY_DATA_DIR=%S/assay/%i\n" in device
+    same = str.maketrans({"%": None})
+    assert device.split("assay poc serve")[1].translate(same).replace("800i", "8000").strip() in unit
 
 
 def test_a_backup_of_a_generating_service_is_where_a_restored_one_continues(serving, tmp_path):
@@ -207,6 +221,39 @@ def test_a_backup_of_a_generating_service_is_where_a_restored_one_continues(serv
         time.sleep(0.05)
         nonces = service.client.get("/api/v1/pow/status?after=-1&limit=10000").json()["valid_nonces"]
         assert len(nonces) == len(set(nonces)) == service.status()["total_valid"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt install prometheus")
+def test_prometheus_accepts_its_configuration():
+    command = ["promtool", "check", "config", "--syntax-only", "prometheus.yml"]
+    done = subprocess.run(command, cwd=DEPLOY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (manager,) = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["alerting"]["alertmanagers"]
+    host, _, port = manager["static_configs"][0]["targets"][0].partition(":")
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"][host]
+    assert service["ports"] == [f"127.0.0.1:{port}:{port}"]
+
+
+@pytest.mark.skipif(shutil.which("amtool") is None, reason="needs amtool: apt install prometheus-alertmanager")
+def test_alertmanager_accepts_its_configuration_and_calls_for_what_is_critical():
+    def amtool(*arguments: str) -> str:
+        command = ["amtool", *arguments]
+        return subprocess.run(command, cwd=DEPLOY, capture_output=True, text=True, check=True).stdout
+
+    assert "SUCCESS" in amtool("check-config", "alertmanager.yml")
+    for severity, receiver in (("critical", "on-call"), ("warning", "mail"), ("info", "mail")):
+        route = ("config", "routes", "test", "--config.file", "alertmanager.yml", f"severity={severity}")
+        assert amtool(*route).strip() == receiver
+
+
+def test_alertmanager_names_alerts_and_secrets_that_there_are():
+    rules = [yaml.safe_load((DEPLOY / name).read_text())["groups"][0]["rules"] for name in RULES]
+    names = {rule["alert"] for group in rules for rule in group}
+    assert {rule["labels"]["severity"] for group in rules for rule in group} == {"critical", "warning", "info"}
+    text = (DEPLOY / "alertmanager.yml").read_text()
+    assert set(re.findall(r"alertname = (\w+)", text)) <= names
+    secrets = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["alertmanager"]["secrets"]
+    assert re.findall(r"/run/secrets/(\w+)", text) == secrets
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt install prometheus")
