@@ -4,7 +4,6 @@ The process reads one JSON object a line, forks, and answers with the process id
 that the command line starts, with the same processes; its engine and its worker are forked as well.
 """
 
-import contextlib
 import importlib
 import json
 import multiprocessing
@@ -13,6 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 from _vllm import Server
@@ -29,11 +29,14 @@ IMPORTED = (
 
 
 class ForkedServer(Server):
-    """A server with the plugin that starts faster than the first one. ``kill`` and ``stop`` are those of any other."""
+    """A server with the plugin that starts faster than the first one. ``kill`` and ``stop`` are those of any other.
 
-    def __init__(self, data_dir, **options):
+    ``beside`` is a server whose process forks this one too; it must have been started.
+    """
+
+    def __init__(self, data_dir, *, beside=None, **options):
         super().__init__(data_dir, **options)
-        self._parent = None
+        self._beside, self._parent = beside, None
 
     def __exit__(self, *error):
         super().__exit__(*error)
@@ -44,24 +47,37 @@ class ForkedServer(Server):
 
     def run(self, command, environment):
         """Fork a server; the first one waits until vLLM is imported."""
-        if self._parent is None:
+        if self._parent is None and self._beside is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             with self.log.open("ab") as log:
                 self._parent = subprocess.Popen([self.python, __file__], env=environment, stderr=log, **pipes)
-        order = {"argv": command[2:], "log": str(self.log), "cwd": str(self.data_dir)}
-        print(json.dumps(order), file=self._parent.stdin, flush=True)
-        return _Process(int(self._parent.stdout.readline()))
+        parent, code = self._parent or self._beside._parent, self.data_dir / "exit-code"
+        code.unlink(missing_ok=True)
+        order = {"argv": command[2:], "log": str(self.log), "cwd": str(self.data_dir), "code": str(code)}
+        print(json.dumps(order | {"environment": environment}), file=parent.stdin, flush=True)
+        return _Process(int(parent.stdout.readline()), code)
 
 
 class _Process(psutil.Process):
-    """The part of ``subprocess.Popen`` that a server needs, of a process that is not a child."""
+    """The part of ``subprocess.Popen`` that a server needs, of a process that is not a child.
+
+    Its exit code is in a file; without one it was killed.
+    """
+
+    def __init__(self, pid, code):
+        super().__init__(pid)
+        self._code = code
 
     def poll(self):
-        return None if self.is_running() else -signal.SIGKILL
+        return None if self.is_running() else self._ended()
+
+    def _ended(self):
+        return int(self._code.read_text()) if self._code.exists() else -signal.SIGKILL
 
     def wait(self, timeout=None):
         try:
-            return super().wait(timeout)
+            super().wait(timeout)
+            return self._ended()
         except psutil.TimeoutExpired:
             raise subprocess.TimeoutExpired(MODULE, timeout) from None
 
@@ -87,10 +103,26 @@ def main():
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         os.chdir(order["cwd"])
+        os.environ.clear()
+        os.environ.update(order["environment"])
         sys.argv = order["argv"]
-        with contextlib.suppress(KeyboardInterrupt):
-            runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
-        os._exit(0)
+        code = serve()
+        Path(order["code"]).write_text(str(code))
+        os._exit(code)
+
+
+def serve():
+    """Run the server in this process; return its exit code, as the interpreter would."""
+    try:
+        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
