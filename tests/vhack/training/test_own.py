@@ -38,6 +38,8 @@ endless = lambda prompts, completions, **_: [float("inf")] * len(prompts)
 def own(tmp_path, monkeypatch):
     """A working directory with a module of one's own."""
     (tmp_path / "mine_for_tests.py").write_text(MODULE)
+    (tmp_path / "raises_for_tests.py").write_text("tasks = [1 / 0]")
+    (tmp_path / "leaves_for_tests.py").write_text("raise SystemExit('only as a script')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield tmp_path
@@ -97,6 +99,8 @@ def test_python_may_give_them_itself(run, own):
         ("mine_for_tests:other", "mine_for_tests:reward", "no attribute 'other'"),
         ("mine_for_tests:tasks", "mine_for_tests:nothing", "which is no function"),
         ("mine_for_tests:tasks", "mine_for_tests", "--reward mine_for_tests"),
+        ("raises_for_tests:tasks", "mine_for_tests:reward", "raises_for_tests:tasks: ZeroDivisionError"),
+        ("leaves_for_tests:tasks", "mine_for_tests:reward", "leaves_for_tests:tasks: SystemExit"),
         ("mine_for_tests:fails", "mine_for_tests:reward", "raised ValueError: no such table"),
         ("mine_for_tests:empty", "mine_for_tests:reward", "0 tasks"),
         ("mine_for_tests:words", "mine_for_tests:reward", "task 1 is 3"),

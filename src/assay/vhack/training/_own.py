@@ -41,7 +41,7 @@ def named_function(where: str, flag: str) -> Callable[..., Any]:
         flag: Flag that names it, for errors.
 
     Raises:
-        UsageError: The text has another form, the module cannot be imported, or it has no such function.
+        UsageError: The text has another form, the module cannot be imported or raises something, or it has no such function.
     """
     module, _, name = where.partition(":")
     if not module or not name:
@@ -50,11 +50,11 @@ def named_function(where: str, flag: str) -> Callable[..., Any]:
     sys.path.insert(0, here)
     try:
         found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except (Exception, SystemExit) as error:  # whatever a module of the user raises while it is imported
         raise UsageError(
-            f"{flag} {where}: {error}",
+            f"{flag} {where}: {type(error).__name__}: {error}",
             wanted="a function in a module that can be imported from here",
-            do="check both names, and start from the directory of the module",
+            do=f"check both names, start from the directory of the module, and see what python -c 'import {module}' says",
         ) from error
     finally:
         sys.path.remove(here)
