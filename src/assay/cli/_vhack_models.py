@@ -82,8 +82,8 @@ def sample(chosen: "SampleCommand", as_json: JsonFlag = False) -> None:
 def evaluate(chosen: "EvaluateCommand", as_json: JsonFlag = False) -> None:
     """Say how often a model, or a file of completions, solves its tasks and how often it hacks, by loophole.
 
-    Nothing is kept of an interrupted call. For a long one write completions with assay vhack sample, which goes on where
-    it was, and grade that file with --samples.
+    Nothing is kept of an interrupted call. For a long one write completions with assay vhack sample, which goes on
+    where it was, and grade that file with --samples.
     """
     from assay.reports import check_new_file, dumps, write_atomic, write_jsonl
     from assay.vhack import training

@@ -41,7 +41,8 @@ def named_function(where: str, flag: str) -> Callable[..., Any]:
         flag: Flag that names it, for errors.
 
     Raises:
-        UsageError: The text has another form, the module cannot be imported or raises something, or it has no such function.
+        UsageError: The text has another form, the module cannot be imported or fails when it is, or it has no such
+            function.
     """
     module, _, name = where.partition(":")
     if not module or not name:
@@ -54,7 +55,7 @@ def named_function(where: str, flag: str) -> Callable[..., Any]:
         raise UsageError(
             f"{flag} {where}: {type(error).__name__}: {error}",
             wanted="a function in a module that can be imported from here",
-            do=f"check both names, start from the directory of the module, and see what python -c 'import {module}' says",
+            do=f"check both names, start from the directory of the module, and try python -c 'import {module}'",
         ) from error
     finally:
         sys.path.remove(here)
