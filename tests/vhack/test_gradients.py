@@ -211,11 +211,13 @@ def test_the_token_budget_follows_the_free_memory(monkeypatch, small_model, byte
     budgets = []
     for free in (1, 20_000_000, 40_000_000, 10**15):
         monkeypatch.setattr(_batches, "free_bytes", lambda _, free=free: free)
-        budgets.append([token_budget(small_model.module, encoded, checkpointing=on) for on in (False, True)])
-    assert budgets[0] == [1, 1]
+        ways = ({"checkpointing": False}, {"checkpointing": True}, {"checkpointing": False, "gathers": True})
+        budgets.append([token_budget(small_model.module, encoded, **way) for way in ways])
+    assert budgets[0] == [1, 1, 1]
     assert budgets[1][0] < budgets[1][1]
     assert budgets[2][0] == pytest.approx(2 * budgets[1][0], abs=1)
-    assert budgets[3] == [2048, 2048]
+    assert budgets[2][2] == pytest.approx(1.5 * budgets[2][0], abs=1)
+    assert budgets[3] == [2048, 2048, 2048]
 
 
 def test_a_batch_that_runs_out_of_memory_is_split(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted):

@@ -234,9 +234,17 @@ def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> lis
 
 
 def token_budget(
-    module: "PreTrainedModel", encoded: Sequence[Encoded], *, checkpointing: bool, at_once: int = 1
+    module: "PreTrainedModel",
+    encoded: Sequence[Encoded],
+    *,
+    checkpointing: bool,
+    at_once: int = 1,
+    gathers: bool = False,
 ) -> int:
-    """Return how many tokens a batch may have, padding included, so that all fit into half of the free memory."""
+    """Return how many tokens a batch may have, padding included, so that all fit into half of the free memory.
+
+    Where every batch gathers the weights and factors of the whole model, fewer and larger ones may take three quarters.
+    """
     config = module.config.get_text_config()
     parameter = next(module.parameters())
     wide = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
@@ -245,5 +253,6 @@ def token_budget(
     activations = kept if checkpointing else layer * config.num_hidden_layers
     completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(len(one.ids) for one in encoded)
     per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
-    room = min(_MOST_BYTES, free_bytes(parameter.device) / 2) / at_once
+    free = free_bytes(parameter.device)
+    room = 0.75 * free if gathers else min(_MOST_BYTES, free / 2) / at_once
     return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))

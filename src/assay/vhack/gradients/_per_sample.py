@@ -195,7 +195,8 @@ def _in_parts(
 ) -> SampleGradients:
     """Return the gradients of all samples of a model in parts, in every process."""
     found = SampleGradients({name: torch.zeros(len(encoded), each.rank) for name, each in factors.items()})
-    budget = _agreed(division, encoded, max_tokens or token_budget(module, encoded, checkpointing=checkpointing))
+    fits = token_budget(module, encoded, checkpointing=checkpointing, gathers=division.by_samples)
+    budget = _agreed(division, encoded, max_tokens or fits)
     recipe = recipe_in_parts(module, division)
     takers = division.processes if division.by_samples else 1
     batches = plan(encoded, budget, packed=recipe.packed, at_once=takers)
