@@ -343,7 +343,7 @@ def test_a_client_that_leaves_leaves_no_receipt_and_the_workers_forget():
 
 
 def test_sketches_are_taken_while_a_response_goes_on_and_one_that_ends_waits_for_those_of_its_last_steps():
-    llm, sink = LLM(turns=70, pause=0.002), Sink()
+    llm, sink = LLM(turns=70, pause=0.006), Sink()
     recorded(llm, sink)
     asyncio.run(ask(llm, Accepted("r", "block"), stop_after=99))
     asked = [numbers for _, wanted, _ in llm.calls for numbers in wanted.values()]
@@ -363,7 +363,7 @@ def test_a_response_that_ends_during_a_call_waits_for_the_next_one():
             await asyncio.sleep(0.05)
             return reply
 
-    llm, sink = Slow(turns=33, pause=0.001), Sink()
+    llm, sink = Slow(turns=33, pause=0.004), Sink()
     recorded(llm, sink)
     asyncio.run(ask(llm, Accepted("r", "block"), stop_after=99))
     assert [wanted for _, wanted, _ in llm.calls] == [{"0_cmpl-0-ab": [0, 1]}, {"0_cmpl-0-ab": [1, 2]}]

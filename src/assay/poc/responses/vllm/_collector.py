@@ -5,11 +5,13 @@ asked for at the end, every answer would wait for a call into the engine's loop,
 So the tokens that the engine hands out are counted, a sketch is asked for once its token is there, and a response that
 ends waits only where its last sketch is of the last few steps.
 
-Calls interrupt the engine: one asks for all sketches that are due, and the next comes after a pause.
+Calls interrupt the engine, so there are few: one asks for all sketches that are due, and is put off while no response
+waits.
 """
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +22,9 @@ from assay.errors import ModelError
 from assay.poc.engines.vllm import call_workers
 from assay.poc.protocol import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 
-GATHERED = 0.002  # seconds in which the sketches that become due in one step come together
+GATHERED = 0.002  # seconds in which the responses that end in one step come together
 PAUSE = 0.02  # seconds between two calls
+PUT_OFF = 0.1  # seconds more if no response waits
 BYTES = SKETCH_SIZE * np.dtype(np.float16).itemsize  # of one sketch
 
 
@@ -68,6 +71,7 @@ class Collector:
         self._called: dict[str, Followed] = {}
         self._forgotten: list[str] = []
         self._running: asyncio.Task[None] | None = None
+        self._waits: asyncio.Event  # of the task that runs
         self._process = llm.output_processor.process_outputs
         llm.output_processor.process_outputs = self._wrapped_process
 
@@ -99,6 +103,7 @@ class Collector:
                 waiters.append(followed.waiter)
                 if followed.asked < followed.due or name not in self._called:
                     self._ask(name, followed)
+                self._waits.set()
         try:
             await asyncio.gather(*waiters)
             return {
@@ -121,11 +126,15 @@ class Collector:
         self._due[name] = followed
         followed.asked = followed.due
         if self._running is None or self._running.done():
+            self._waits = asyncio.Event()
             self._running = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
         while self._due:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._waits.wait(), PUT_OFF)
             await asyncio.sleep(GATHERED)
+            self._waits.clear()
             self._called, self._due = self._due, {}
             forgotten, self._forgotten = self._forgotten, []
             wanted = {name: [followed.taken, followed.due] for name, followed in self._called.items()}

@@ -10,7 +10,7 @@ from pinned memory, and sketches are made on a stream of their own, which waits 
 Legend of shapes: N requests or positions of a step, L positions of one request, D hidden size, S sketches.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -92,6 +92,20 @@ class State:
     there: Tensor | None = None
 
 
+@dataclass
+class Copied:
+    """The states of one step, and on a GPU the event after which they are there."""
+
+    states: list[State]
+    rows: list[Tensor]
+    event: Any
+
+    @property
+    def done(self) -> bool:
+        """Whether the device has come so far."""
+        return self.event is None or bool(self.event.query())
+
+
 class Capture:
     """The wrapped methods of one model runner, and the sketches that they keep."""
 
@@ -102,15 +116,13 @@ class Capture:
         self._prompts: dict[str, int] = {}
         self._scheduled: dict[str, int] = {}  # requests of the step before, and their tokens in it
         self._idle = 0  # steps that need no look, if the requests stay the same
-        self._states: list[State] = []
-        self._rows: list[Tensor] = []
+        self._waiting: deque[Copied] = deque()
         speculative = getattr(config, "speculative_config", None)
         drafts = int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
         self._slack = STEPS_AHEAD * drafts if runner_kind(runner) == "v2" else 0
         self._device = torch.device(runner.device)
         on_gpu = self._device.type == "cuda"
         self._aside: Any = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._at_once = max(1, MOST_NORMALS // (SKETCH_SIZE * int(config.model_config.get_hidden_size())))
         call_before(runner, "execute_model", self._open, self._note)
         call_before(runner, "sample_tokens", self._capture, self._note)
@@ -172,56 +184,64 @@ class Capture:
         due_N = _next_sketched(first_N - self._slack) < after_N
         if not self._slack:
             self._idle = 1 + int((_next_sketched(after_N) - after_N).min())
-        places, found = [], []
+        places, step_states, step_rows = [], [], []
         for row in np.flatnonzero(due_N):
             first, start, length = int(first_N[row]), int(step.starts[row]), int(step.lengths[row])
             kept, low = self._kept[step.names[row]], int(_next_sketched(first - self._slack))
             for token in range(low, first + self._slack + length, SKETCH_EVERY):
                 if self._slack:
-                    self._choose(states_ND[start : start + length], start, kept, token)
+                    state, state_1D = self._choose(states_ND[start : start + length], start, kept, token)
+                    step_rows.append(state_1D)
                 else:
                     places.append(start + token - first)
-                    found.append(State(kept, token))
+                    state = State(kept, token)
+                step_states.append(state)
         if places:
-            self._rows.append(states_ND.index_select(0, self._put(places)))
-            self._states += found
-        if self._copied is not None and due_N.any():
-            self._copied.record()
-        if len(self._states) >= self._at_once:
+            step_rows.append(states_ND.index_select(0, self._put(places)))
+        if step_states:
+            self._waiting.append(Copied(step_states, step_rows, self._event()))
+        if sum(len(copied.states) for copied in self._waiting) >= self._at_once:
             self._flush()
 
-    def _choose(self, states_LD: Tensor, start: int, kept: Kept, token: int) -> None:
-        """Copy the state at a position that only the device can find: with drafts the host's count is a bound.
+    def _event(self) -> Any:
+        """Return an event that comes when the device has done what was launched so far."""
+        if self._aside is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _choose(self, states_LD: Tensor, start: int, kept: Kept, token: int) -> tuple[State, Tensor]:
+        """Copy the state [1, D] at a position that only the device can find: with drafts the host's count is a bound.
 
         A draft that is not accepted leaves a wrong state at its position, which is computed again and replaces it.
         """
         positions_L = self._runner.execute_model_state.input_batch.positions[start : start + len(states_LD)]
         hits_L = positions_L == kept.prompt - 1 + token
-        self._rows.append(states_LD.index_select(0, hits_L.to(torch.uint8).argmax().reshape(1)))
-        self._states.append(State(kept, token, hits_L.any()))
+        return State(kept, token, hits_L.any()), states_LD.index_select(0, hits_L.to(torch.uint8).argmax().reshape(1))
 
     @torch.inference_mode()
     def _flush(self) -> None:
-        """Make sketches of the states that wait."""
-        waiting, self._states = self._states, []
-        rows, self._rows = self._rows, []
-        if not waiting:
+        """Make sketches of the states of all steps that the device has done."""
+        done = []
+        while self._waiting and self._waiting[0].done:
+            done.append(self._waiting.popleft())
+        states = [state for copied in done for state in copied.states]
+        if not states:
             return
         with torch.cuda.stream(self._aside):  # of None: nothing changes
-            if self._aside is not None:
-                self._aside.wait_event(self._copied)
-            states_SD = torch.cat(rows)
-            made_S = states_SD.float().cpu().numpy() if self._raw else self._sketched(waiting, states_SD)
-            for state, made in zip(waiting, made_S, strict=True):
+            states_SD = torch.cat([rows for copied in done for rows in copied.rows])
+            made_S = states_SD.float().cpu().numpy() if self._raw else self._sketched(states, states_SD)
+            for state, made in zip(states, made_S, strict=True):
                 if state.there is None or bool(state.there):
                     state.kept.sketches[state.token] = made.tobytes()
 
-    def _sketched(self, waiting: list[State], states_SD: Tensor) -> "np.ndarray[Any, Any]":
+    def _sketched(self, states: list[State], states_SD: Tensor) -> "np.ndarray[Any, Any]":
         """Return the sketches of states, float16 [S, 12]."""
-        words_S8 = torch.from_numpy(np.stack([state.kept.words for state in waiting]))
-        tokens_S = torch.tensor([state.token for state in waiting], dtype=torch.int64)
+        words_S8 = torch.from_numpy(np.stack([state.kept.words for state in states]))
+        tokens_S = torch.tensor([state.token for state in states], dtype=torch.int64)
         seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
-        spans = [slice(start, start + self._at_once) for start in range(0, len(waiting), self._at_once)]
+        spans = [slice(start, start + self._at_once) for start in range(0, len(states), self._at_once)]
         return torch.cat([sketches(states_SD[span], seeds_S[span]) for span in spans]).cpu().numpy()
 
     def _put(self, places: list[int]) -> Tensor:
