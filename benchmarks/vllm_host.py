@@ -1,10 +1,12 @@
 """What seeded responses cost the host in one decoding step, without an engine: processor, capture, recorder, receipt.
 
-Batches are made up, of 32 and 128 requests, and the vocabulary is small, so that what is left is the host's part. On a
-GPU an operation is a launch. Times are those of the processor, not of the clock: other work on the machine hardly
-changes them. The smallest of several turns counts. It needs vLLM, for the base class of the processor, and no GPU.
+Batches are made up, of 32 and 128 requests. On a CPU the vocabulary is small, so that what is left is the host's part;
+with --gpu operations are launched, and nothing waits for them. Times are those of the processor, not of the clock:
+other work on the machine hardly changes them. The smallest of several turns counts. It needs vLLM, for the base class
+of the logits processor.
 
     python vllm_host.py -o results/vllm_host.json
+    python vllm_host.py --gpu
 """
 
 import asyncio
@@ -24,9 +26,9 @@ from assay.poc.responses.vllm._extension import Capture
 from assay.poc.responses.vllm._recorder import Call, Choice, _receipt
 
 ROWS = (32, 128)
-PROMPT, TOKENS, VOCABULARY, WIDTH, SLOTS = 64, 128, 64, 64, 256
+PROMPT, TOKENS, WIDTH, SLOTS = 64, 128, 64, 256
+VOCABULARY = {"cpu": 64, "cuda": 151936}
 TURNS, STEPS = 7, 320
-CPU = torch.device("cpu")
 
 
 class Operations(TorchDispatchMode):
@@ -67,14 +69,15 @@ def params(number, sampling):
     return SimpleNamespace(extra_args={ARGUMENT: carried.as_argument()})
 
 
-def processor(rows, sampling, *, changes=False):
+def processor(device, rows, sampling, *, changes=False):
     """Return the cost of a step of the V2 processor; with ``changes`` every second step has another batch."""
-    states = SimpleNamespace(device=CPU, max_num_reqs=SLOTS, vocab_size=VOCABULARY)
+    vocabulary = VOCABULARY[device]
+    states = SimpleNamespace(device=torch.device(device), max_num_reqs=SLOTS, vocab_size=vocabulary)
     made = ProcessorV2(SimpleNamespace(speculative_config=None), states)
     for slot in range(rows + 1):
         made.add_request(slot, params(slot, sampling))
     batches = [np.arange(rows), np.r_[np.arange(1, rows), rows]]
-    logits, step = torch.randn(rows, VOCABULARY), iter(range(10**9))
+    logits, step = torch.randn(rows, vocabulary, device=device), iter(range(10**9))
 
     def prepare():
         at = next(step)
@@ -99,9 +102,9 @@ def processor(rows, sampling, *, changes=False):
     return {"us": cost, "operations": operations.count}
 
 
-def capture(rows):
+def capture(device, rows):
     """Return the cost of a step of the capture, the one in 32 with sketches included."""
-    kind = type("Runner", (), {"__module__": "vllm.v1.worker.gpu.model_runner", "device": CPU})
+    kind = type("Runner", (), {"__module__": "vllm.v1.worker.gpu.model_runner", "device": device})
     runner = kind()
     runner.execute_model = runner.sample_tokens = lambda *_: None
     config = SimpleNamespace(speculative_config=None, model_config=SimpleNamespace(get_hidden_size=lambda: WIDTH))
@@ -111,7 +114,7 @@ def capture(rows):
         SimpleNamespace(req_id=name, sampling_params=params(number, Sampling())) for number, name in enumerate(names)
     ]
     runner.execute_model(SimpleNamespace(scheduled_new_reqs=news, num_scheduled_tokens=dict.fromkeys(names, PROMPT)))
-    states, step, ends = torch.randn(rows, WIDTH), iter(range(10**9)), np.arange(rows + 1)
+    states, step, ends = torch.randn(rows, WIDTH, device=device), iter(range(10**9)), np.arange(rows + 1)
 
     def prepare():
         batch = SimpleNamespace(
@@ -149,7 +152,7 @@ def serving():
         for piece in pieces:
             yield piece
 
-    llm = SimpleNamespace(generate=stream, output_processor=SimpleNamespace(add_request=None))
+    llm = SimpleNamespace(generate=stream, output_processor=SimpleNamespace(add_request=None, process_outputs=None))
     recorder = Recorder(llm, Sink(), public_key="K", digest="0" * 64, seeded=True)
     choice = Choice("engine", seed_of(0), Sampling(), tuple(range(PROMPT)), False)
     loop = asyncio.new_event_loop()
@@ -166,21 +169,24 @@ def serving():
     per_token = microseconds(lambda _: loop.run_until_complete(read(recorded())))
     per_token -= microseconds(lambda _: loop.run_until_complete(read(stream())))
     choice.output, choice.finish = list(range(TOKENS)), "length"
-    sketches = np.random.default_rng(0).standard_normal(48).astype(np.float16)
+    sketches = np.random.default_rng(0).standard_normal((4, 12)).astype(np.float16)
     receipt = microseconds(lambda _: _receipt(choice, sketches).without_prompt().line())
     return {"us_of_a_token": per_token / TOKENS, "us_of_a_receipt": receipt}
 
 
 def main():
-    arguments = parser(__doc__).parse_args()
+    made = parser(__doc__)
+    made.add_argument("--gpu", action="store_true", help="launch what a step does on a GPU, with a real vocabulary")
+    arguments = made.parse_args()
     torch.set_num_threads(1)
+    device = "cuda" if arguments.gpu else "cpu"
     figures = {}
     for rows in ROWS:
         figures[f"{rows} requests"] = {
-            "processor": processor(rows, Sampling()),
-            "processor, temperature 0.7": processor(rows, Sampling(temperature=0.7)),
-            "processor, batch changes every second step": processor(rows, Sampling(), changes=True),
-            "capture": capture(rows),
+            "processor": processor(device, rows, Sampling()),
+            "processor, temperature 0.7": processor(device, rows, Sampling(temperature=0.7)),
+            "processor, batch changes every second step": processor(device, rows, Sampling(), changes=True),
+            "capture": capture(device, rows),
         }
         note(f"{rows}: {figures[f'{rows} requests']}")
     publish("vllm_host", {**figures, "serving": serving(), "load": os.getloadavg()}, arguments.output)
