@@ -313,7 +313,7 @@ def main():
     else:
         gradients = gradients_of(material.samples, chosen.model)
         if chosen.gradients:
-            torch.save(gradients, chosen.gradients)
+            torch.save(dict(gradients), chosen.gradients)
     torch.set_num_threads(1)  # many small products, which threads only slow down
     detectors = Detectors(material, gradients)
     found = {}
