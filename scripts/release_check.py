@@ -28,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_WHEEL = 40_000_000
 MODEL = "reference:qwen3"
+PAGES = ("docs/tutorial.md", "docs/vhack-quickstart.md")
+"""Pages that a new user follows after the README."""
 ROUND = ("--block-hash", "block_alpha", "--public-key", "node_A")
 MISSING = {  # commands that need an extra, by the extra
     "serve": (
@@ -82,10 +84,12 @@ class Stranger:
         """Run the command and return what it printed; refuse other exit codes and every traceback."""
         return self.run(["assay", *arguments], codes=codes)
 
-    def run(self, command: list[str], *, codes: tuple[int, ...] = (0,), minutes: float = 15) -> str:
+    def run(
+        self, command: list[str], *, codes: tuple[int, ...] = (0,), minutes: float = 15, place: Path | None = None
+    ) -> str:
         """Run a command in that folder, and return its output, that to stderr too where it should fail."""
         done = subprocess.run(
-            command, cwd=self.place, env=self.environment, capture_output=True, text=True, timeout=60 * minutes,
+            command, cwd=place or self.place, env=self.environment, capture_output=True, text=True, timeout=60 * minutes,
             check=False,
         )  # fmt: skip
         if done.returncode not in codes or "Traceback" in done.stderr:
@@ -185,6 +189,15 @@ def check_vhack(stranger: Stranger) -> str:
     return f"a basis of {(stranger.place / 'basis.safetensors').stat().st_size / 1e6:.1f} MB; {', '.join(checks)}"
 
 
+def check_pages(stranger: Stranger) -> str:
+    """Run every block of the first pages in a fresh checkout, in order; `make test` is the one line left out."""
+    checkout, activated = stranger.folder / "source2", ". .venv/bin/activate && python scripts/page_blocks.py "
+    stranger.run([sys.executable, "scripts/page_blocks.py", "README.md", "make test"], minutes=60, place=checkout)
+    for page in PAGES:
+        stranger.run(["bash", "-c", activated + page], minutes=30, place=checkout)
+    return ", ".join(("README.md", *PAGES))
+
+
 def check_missing(stranger: Stranger, extra: str) -> str:
     """What needs an extra says so in three parts, without a traceback, and names the extra."""
     for command in MISSING[extra]:
@@ -261,6 +274,7 @@ def check_all(stranger: Stranger) -> int:
     stranger.step("assay vhack extract, check", lambda: check_vhack(stranger))
     pins = ("poc", "pins", "new", "--model", MODEL, "--from-proof", "proof.jsonl", *ROUND[2:], "-o", "pins.toml")
     stranger.step("assay poc pins new", lambda: stranger.assay(*pins) and "pins.toml written")
+    stranger.step("blocks of the first pages", lambda: check_pages(stranger))
     for extra in MISSING:
         stranger.step(f"missing extra {extra}", lambda extra=extra: check_missing(stranger, extra))
     if stranger.step("install the extra serve", lambda: stranger.pip(*pinned, f"{wheel}[serve]") or "installed"):

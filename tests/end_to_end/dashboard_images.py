@@ -12,6 +12,7 @@ import assay
 from assay.poc import Proof, Round
 from assay.research.cheats import rounded
 from tests.end_to_end.receiver import FlakyReceiver
+from tests.end_to_end.report_images import save_picture
 from tests.end_to_end.server import Server
 from tests.poc.service.dashboard.browser import Watched, chromium
 
@@ -74,7 +75,7 @@ def _photograph(server: Server, out: Path, nonces: int) -> None:
             browser.contexts[0].pages[0].wait_for_timeout(1)  # lets the browser's messages in
         for name, watched in pages.items():
             watched.wait("document.body.dataset.link === 'live'")
-            watched.page.screenshot(path=out / f"{name}.png", full_page=name != "dashboard-phone")
+            save_picture(watched.page.screenshot(full_page=name != "dashboard-phone"), out / f"{name}.png")
             print(f"{out / name}.png", f"shift {watched.shift():.4f}", watched.errors)
 
 
