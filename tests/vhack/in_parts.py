@@ -1,15 +1,9 @@
-"""What each of two processes does in the tests of models in parts; a module of its own, for it is spawned.
+"""What each of two processes does in the tests of models in parts; a module of its own, for it is spawned."""
 
-Over gloo they compute on the CPU, over NCCL each on a GPU of its own.
-"""
-
-import os
 from contextlib import contextmanager
-from datetime import timedelta
 from weakref import WeakValueDictionary
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
@@ -116,43 +110,31 @@ def refusal(call):
     return ""
 
 
-def run(rank, paths, tokenizer_path, samples, pairs, folder, backend):
-    """Everything that needs two processes, one after the other; each writes what it found."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    device, own = torch.device("cpu"), {}
-    if backend == "nccl":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-        own = {"device_id": device}
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120), **own)
+def run(rank, device, paths, tokenizer_path, samples, pairs):
+    """Everything that needs two processes, one after the other; return what this one found."""
     mesh = init_device_mesh(device.type, (2,))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
     found = {}
-    try:
-        for family, path in paths.items():
-            found[f"{family} fsdp"] = found_in(by_fsdp(loaded(path), mesh), samples, tokenizer)
-            found[f"{family} tensor"] = found_in(by_tensor(loaded(path), mesh), samples, tokenizer)
-        llama, qwen3 = paths["llama"], paths["qwen3"]
-        # Batches of one sample, three of them for two processes.
-        few = {"max_tokens": 1, "checkpointing": True}
-        found["llama fsdp, few"] = found_in(by_fsdp(loaded(llama), mesh), samples[:3], tokenizer, **few)
-        found["llama tensor, few"] = found_in(by_tensor(loaded(llama), mesh), samples[:3], tokenizer, **few)
-        found["llama fsdp, lora"] = found_in(by_fsdp(loaded(llama, lora=True), mesh), samples, tokenizer)
-        adapter = DeltaS(loaded(qwen3).to(device))
-        inside = by_fsdp(adapter.model, mesh)
-        found["qwen3 fsdp, adapter"] = found_in(inside, samples, tokenizer, adapter.svd)
-        spread = load_model(qwen3, dtype="float32", device=str(device), mesh=mesh).module
-        found["qwen3 transformers"] = found_in(spread, samples, tokenizer)
-        divided_head = ColwiseParallel(output_layouts=Replicate())
-        found["llama tensor, head"] = found_in(by_tensor(loaded(llama), mesh, divided_head), samples, tokenizer)
-        basis = extract(pairs, by_fsdp(loaded(llama), mesh), tokenizer=tokenizer, n_heldout=0, top_k=3)
-        found["basis"] = {"axes": basis.axes, "weights": basis.origin.weights}
-        found["refused"] = refusals(rank, llama, mesh, samples, tokenizer)
-        torch.save(found, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    for family, path in paths.items():
+        found[f"{family} fsdp"] = found_in(by_fsdp(loaded(path), mesh), samples, tokenizer)
+        found[f"{family} tensor"] = found_in(by_tensor(loaded(path), mesh), samples, tokenizer)
+    llama, qwen3 = paths["llama"], paths["qwen3"]
+    # Batches of one sample, three of them for two processes.
+    few = {"max_tokens": 1, "checkpointing": True}
+    found["llama fsdp, few"] = found_in(by_fsdp(loaded(llama), mesh), samples[:3], tokenizer, **few)
+    found["llama tensor, few"] = found_in(by_tensor(loaded(llama), mesh), samples[:3], tokenizer, **few)
+    found["llama fsdp, lora"] = found_in(by_fsdp(loaded(llama, lora=True), mesh), samples, tokenizer)
+    adapter = DeltaS(loaded(qwen3).to(device))
+    inside = by_fsdp(adapter.model, mesh)
+    found["qwen3 fsdp, adapter"] = found_in(inside, samples, tokenizer, adapter.svd)
+    spread = load_model(qwen3, dtype="float32", device=str(device), mesh=mesh).module
+    found["qwen3 transformers"] = found_in(spread, samples, tokenizer)
+    divided_head = ColwiseParallel(output_layouts=Replicate())
+    found["llama tensor, head"] = found_in(by_tensor(loaded(llama), mesh, divided_head), samples, tokenizer)
+    basis = extract(pairs, by_fsdp(loaded(llama), mesh), tokenizer=tokenizer, n_heldout=0, top_k=3)
+    found["basis"] = {"axes": basis.axes, "weights": basis.origin.weights}
+    found["refused"] = refusals(rank, llama, mesh, samples, tokenizer)
+    return found
 
 
 def refusals(rank, path, mesh, samples, tokenizer):

@@ -1,7 +1,5 @@
 """Models in parts have the gradients, factors and basis of the whole model: on a CPU over gloo, on GPUs over NCCL."""
 
-import multiprocessing
-
 import pytest
 import torch
 
@@ -19,9 +17,7 @@ from assay.vhack.gradients._division import Division
 from tests.conftest import SMALL
 from tests.vhack import in_parts
 from tests.vhack.adapter import sequential_gradients, worst_error
-
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices")
-BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, needs_two])]
+from tests.vhack.two_processes import BACKENDS, needs_two, together
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +43,7 @@ def ranks(request, paths, byte_tokenizer, samples, small_pairs, tmp_path_factory
     """What each of two processes found, all cases in one go: starting one takes longer than what it does."""
     folder = tmp_path_factory.mktemp("parts")
     byte_tokenizer.save_pretrained(folder / "tokenizer")
-    threads = torch.get_num_threads()
-    arguments = (paths, folder / "tokenizer", samples, small_pairs, folder, request.param)
-    other = multiprocessing.get_context("spawn").Process(target=in_parts.run, args=(1, *arguments))
-    other.start()
-    try:
-        in_parts.run(0, *arguments)
-        other.join(60)
-    finally:
-        other.kill()
-        torch.set_num_threads(threads)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return together(in_parts.run, folder, request.param, paths, folder / "tokenizer", samples, small_pairs)
 
 
 CASES = [

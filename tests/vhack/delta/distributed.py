@@ -1,10 +1,4 @@
-"""What each of two processes does in the tests of distributed training; a module of its own, for it is spawned.
-
-Over gloo they compute on the CPU, over NCCL each on a GPU of its own.
-"""
-
-import os
-from datetime import timedelta
+"""What each of two processes does in the tests of distributed training; a module of its own, for it is spawned."""
 
 import torch
 import torch.distributed as dist
@@ -16,14 +10,11 @@ from assay.models import load_model
 from assay.vhack import weight_svd
 from assay.vhack.delta import ARMS, Box, DeltaS, Gate, ProjectedOptimizer
 from tests.vhack.delta.conftest import gate_each, loss_of, random_basis
+from tests.vhack.two_processes import device_of
 
 STEPS = 3
 GATE = Gate("one_sided", 1.2)
 IDS = torch.randint(0, 512, (4, 20), generator=torch.Generator().manual_seed(3))
-
-
-def device_of(backend, rank=0):
-    return f"cuda:{rank}" if backend == "nccl" else "cpu"
 
 
 def prepare(path, device):
@@ -84,26 +75,16 @@ def single(path, backend, level, per_rollout=False, plain=False):
     return result(adapter, optimiser, module)
 
 
-def run(rank, path, folder, backend):
-    """Everything that needs two processes, one after the other; each writes what it found."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    own = {}
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-        own = {"device_id": torch.device(device_of(backend, rank))}
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=200), **own)
-    try:
-        share = IDS[2 * rank : 2 * rank + 2].to(device_of(backend, rank))
-        found = {f"ddp {level}": _ddp(path, share, level) for level in ("gradient", "update")}
-        found["ddp rollouts"] = _ddp(path, share, "gradient", per_rollout=True)
-        found["fsdp replicated"] = _fsdp(path, share, replicated=True)
-        found["fsdp sharded"] = _fsdp(path, share, replicated=False)
-        found["fsdp plain optimiser"] = _fsdp(path, share, replicated=False, plain=True)
-        found["fsdp resumed"] = _resumed(path, share, f"{folder}/rank{rank}")
-        torch.save(found, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def run(rank, device, path, folder):
+    """Everything that needs two processes, one after the other; return what this one found."""
+    share = IDS[2 * rank : 2 * rank + 2].to(device)
+    found = {f"ddp {level}": _ddp(path, share, level) for level in ("gradient", "update")}
+    found["ddp rollouts"] = _ddp(path, share, "gradient", per_rollout=True)
+    found["fsdp replicated"] = _fsdp(path, share, replicated=True)
+    found["fsdp sharded"] = _fsdp(path, share, replicated=False)
+    found["fsdp plain optimiser"] = _fsdp(path, share, replicated=False, plain=True)
+    found["fsdp resumed"] = _resumed(path, share, f"{folder}/rank{rank}")
+    return found
 
 
 def _ddp(path, share, level, per_rollout=False):

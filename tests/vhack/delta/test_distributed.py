@@ -1,14 +1,11 @@
 """Two processes take the same steps as one process with all rows: on a CPU over gloo, on two GPUs over NCCL."""
 
-import multiprocessing
-
 import pytest
 import torch
 
 from tests.vhack.delta import distributed
+from tests.vhack.two_processes import BACKENDS, together
 
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices")
-BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, needs_two])]
 # On a GPU sums come out in another order, and Adam's first steps are as large for a tiny gradient as for any other.
 SLACK = {"gloo": {"rtol": 1e-3, "atol": 2e-5}, "nccl": {"rtol": 1e-2, "atol": 1e-3}}
 
@@ -20,23 +17,9 @@ def backend(request):
 
 @pytest.fixture(scope="module")
 def ranks(small_checkpoint, tmp_path_factory, backend):
-    """What each of two processes found, all cases in one go: starting one takes longer than what it does.
-
-    The first of the two is this one.
-    """
+    """What each of two processes found, all cases in one go: starting one takes longer than what it does."""
     folder = tmp_path_factory.mktemp("ranks")
-    threads = torch.get_num_threads()
-    other = multiprocessing.get_context("spawn").Process(
-        target=distributed.run, args=(1, small_checkpoint, folder, backend)
-    )
-    other.start()
-    try:
-        distributed.run(0, small_checkpoint, folder, backend)
-        other.join(60)
-    finally:
-        other.kill()
-        torch.set_num_threads(threads)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return together(distributed.run, folder, backend, small_checkpoint, folder)
 
 
 CASES = {
