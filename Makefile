@@ -69,6 +69,7 @@ lock: $(READY)  ## write requirements.lock: exact versions and hashes of all ext
 
 docs: $(READY)  ## write the generated pages and tables of the documentation
 	$(BIN)/python scripts/reference.py
+	$(BIN)/python scripts/mistakes.py
 	$(BIN)/python -m cogapp -P -I scripts -r $$(grep -rl "\[\[\[cog" docs)
 
 site: $(READY)  ## build the documentation as a site, in build/site/html

@@ -89,8 +89,8 @@ class Stranger:
     ) -> str:
         """Run a command in that folder, and return its output, that to stderr too where it should fail."""
         done = subprocess.run(
-            command, cwd=place or self.place, env=self.environment, capture_output=True, text=True, timeout=60 * minutes,
-            check=False,
+            command, cwd=place or self.place, env=self.environment, capture_output=True, text=True, check=False,
+            timeout=60 * minutes,
         )  # fmt: skip
         if done.returncode not in codes or "Traceback" in done.stderr:
             raise Failed(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-600:]}")

@@ -146,9 +146,11 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
     if fault["type"] == "missing":
         return UsageError(f"no {flag}", wanted=field.description or "a value", do=f"pass {flag}")
     wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    near = get_close_matches(str(fault["input"]).lower(), _words_of(field.annotation), cutoff=0.4)
+    near = get_close_matches(str(fault["input"]).lower(), _words_of(field.annotation), cutoff=0.52)
     secret = any(about.secret for about in _abouts(field))
-    correct = f"correct it{f' or {variable}' if variable else ''}, or leave it out"
+    correct = (
+        f"correct {flag}{f' or {variable}' if variable else ''}{'' if field.is_required() else ', or leave it out'}"
+    )
     return UsageError(
         flag if secret else f"{flag} {_shown(fault['input'])}",
         wanted=wanted,

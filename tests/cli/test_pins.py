@@ -182,8 +182,9 @@ def test_a_list_of_nodes_says_who_may_prove(assay, verify, honest: Proof, pins, 
 
 
 def test_the_calibration_is_that_of_the_build(assay, verify, honest: Proof, pins, small_checkpoint, tmp_path: Path):
-    path, here = tmp_path / "calibration.json", ("--model", small_checkpoint)
-    measured = assay("poc", "calibrate", tmp_path / "honest.jsonl", tmp_path / "honest.jsonl", "-o", path)
+    path, copy, here = tmp_path / "calibration.json", tmp_path / "copy.jsonl", ("--model", small_checkpoint)
+    copy.write_bytes((tmp_path / "honest.jsonl").read_bytes())
+    measured = assay("poc", "calibrate", tmp_path / "honest.jsonl", copy, "-o", path)
     assert measured.code == 0, measured.err
     proof = ("--from-proof", tmp_path / "honest.jsonl")
     new = ("poc", "pins", "new", *here, *proof, "--calibration", path, "-o", pins, "--overwrite")

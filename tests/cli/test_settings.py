@@ -91,10 +91,10 @@ def test_a_flag_beats_a_variable_and_that_beats_the_file(sample):
 @pytest.mark.parametrize(
     ("arguments", "seen", "do"),
     [
-        (("--share", "1.5"), "--share 1.5", "correct it"),
+        (("--share", "1.5"), "--share 1.5", "correct --share"),
         (("--engine", "VLLM"), "--engine VLLM", "did you mean --engine vllm?"),
-        (("--depth", "0"), "--depth 0", "correct it"),
-        (("--span", "x:y"), "--span x:y", "correct it"),
+        (("--depth", "0"), "--depth 0", "correct --depth"),
+        (("--span", "x:y"), "--span x:y", "correct --span"),
     ],
 )
 def test_a_bad_value_names_its_flag(arguments, seen: str, do: str, sample):

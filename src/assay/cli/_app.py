@@ -13,24 +13,31 @@ import typer
 
 from assay._version import __version__
 from assay.cli import _demo, _doctor, _models, _poc, _research, _streams, _vhack
-from assay.cli._commands import CONTINUES, App, Group, Stopped
+from assay.cli._commands import CONTINUES, App, Group, Stopped, in_assay_words
 from assay.cli._output import errors
+from assay.cli._usage import ParserError, in_three_parts
 from assay.errors import AssayError, UsageError
 
 
 class _Root(Group):
-    """The root command, which turns errors of the operating system into assay errors and exit codes."""
+    """The root command, which turns errors of the parser and the operating system into assay errors and exit codes."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*arguments, **options)
+        except ParserError as error:
+            raise in_three_parts(error) or error from None
 
     def invoke(self, context: Any) -> Any:
         # Before typer sees a closed pipe: it would answer with code 1, and that means fraud here.
         try:
             return super().invoke(context)
+        except ParserError as error:
+            raise in_three_parts(error) or error from None
         except BrokenPipeError:
             raise _ReaderLeft from None
         except OSError as error:
-            from assay.reports import storage_error
-
-            raise storage_error(Path(str(error.filename or "output")), error) from error
+            raise in_assay_words(error) from error
 
 
 app = App(

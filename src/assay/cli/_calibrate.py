@@ -28,6 +28,12 @@ def run_calibrate(chosen: "CalibrateSettings", paths: Sequence[Path], as_json: b
     """
     from assay import poc
 
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UsageError(
+            "a proof that is named twice",
+            wanted="every file once: a machine says nothing about its noise beside itself",
+            do="leave one out of PROOFS, or pass that of another machine",
+        )
     if chosen.valid_rate is not None:
         _refuse(chosen, _OF_NOISE, "--valid-rate", "it measures no noise")
         show_target(chosen, [poc.Proof.load(path) for path in paths], as_json)

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -10,7 +11,8 @@ from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
 from assay.cli._settings import complete
-from assay.errors import StorageError
+from assay.cli._usage import name_flag
+from assay.errors import AssayError, StorageError
 
 CONTINUES = "what is done is kept, and the same command continues it"
 
@@ -28,6 +30,13 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         self.number = number
         self.resumable = False
+
+
+def in_assay_words(error: OSError) -> StorageError:
+    """Return an error of the operating system in the three parts of every error."""
+    from assay.reports import storage_error
+
+    return storage_error(Path(str(error.filename or "output")), error)
 
 
 class _Deliberate:
@@ -65,6 +74,20 @@ class Command(_Deliberate, TyperCommand):
     @params.setter
     def params(self, params: list[Any]) -> None:
         self._params = params
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; name the flag in errors of the library, which knows only parameters."""
+        try:
+            return super().invoke(ctx)
+        except AssayError as error:
+            name_flag(error, self.params, ctx.params)
+            raise
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            found = in_assay_words(error)
+            name_flag(found, self.params, ctx.params)
+            raise found from error
 
 
 class Resumable(Command):

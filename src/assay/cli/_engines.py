@@ -27,8 +27,12 @@ def proving_engine(options: "ProveSettings", dtype: str | None) -> "Iterator[tup
         BackendUnavailable: What the engine needs is not installed.
         ModelError: The model cannot be loaded.
     """
-    from assay.poc.engines.hf import HFEngine, ParallelEngine, be_deterministic, joined, processes
+    from assay.models import model_info
+    from assay.poc import get_pipeline
+    from assay.poc.engines.hf import HFEngine, ParallelEngine, be_deterministic, check_shape, joined, processes
 
+    size, steps = 1 if options.batch_size == "auto" else _number(options.batch_size), get_pipeline(options.preset).steps
+    check_shape(model_info(options.model), batch_size=size, seq_len=options.seq_len, steps=steps)
     if options.engine == "vllm":
         _refuse_for_vllm(options, dtype)
         shape = {"batch_size": _number(options.batch_size), "seq_len": options.seq_len}

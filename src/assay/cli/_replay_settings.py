@@ -44,7 +44,7 @@ class ReplaySettings(Settings):
     )
     device: Device = None
     engine: EngineName = Field("hf", description="Engine that replays: hf or vllm.")
-    alpha: float = Field(1e-3, description="Bound on the chance of accusing an honest node.")
+    alpha: float = Field(1e-3, gt=0, lt=1, description="Bound on the chance of accusing an honest node.")
     seed: int | None = Field(None, ge=0, description="Number that draws the sample; unpredictable when left out.")
     ledger: Annotated[Path | None, Flag(variable="ASSAY_LEDGER")] = Field(
         None, description="Ledger of nodes' lives to which the replay is added; its verdict on the life then counts."

@@ -38,7 +38,7 @@ class _Rules(Settings):
     """Settings of the rule of a check."""
 
     k_use: int = Field(_CHECK.k_use, ge=1, description="Axes per module.")
-    alpha: float = Field(_CHECK.alpha, description="Highest probability that noise passes a check.")
+    alpha: float = Field(_CHECK.alpha, gt=0, lt=1, description="Highest probability that noise passes a check.")
     seed: int = Field(_CHECK.seed, ge=0, description="Seed of all random draws.")
 
 

@@ -135,7 +135,7 @@ class Settings(assay.settings.Settings):
             raise UsageError(
                 "an API key of fewer than 16 ASCII characters",
                 wanted="a key that cannot be guessed",
-                do="make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+                do="pass another --api-key; make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
             )
 
     @field_validator("api_keys", mode="after")
@@ -160,7 +160,7 @@ def _check_secrets(secrets: Sequence[str]) -> None:
             raise UsageError(
                 "a callback secret that cannot be used",
                 wanted="whsec_ and the base64 of 24 to 64 random bytes",
-                do="make one: python -c 'import base64, secrets; "
+                do="pass another --callback-secret; make one: python -c 'import base64, secrets; "
                 'print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())\'',
             )
 

@@ -83,15 +83,16 @@ class Calibration:
         """
         try:
             values = read_json(path)
-            kind, schema = values.pop("kind"), values.pop("schema")
+            kind, schema = values.pop("kind", None), values.pop("schema", None)
             if kind != KIND or schema not in (1, SCHEMA):
-                raise ValueError("another kind or schema")
+                raise ValueError(f"kind {kind!r}, schema {schema!r}")
             builds = [first_version(values)] if schema == 1 else [build_from_dict(one) for one in values["builds"]]
             if not builds:
                 raise ValueError("no build")
             return cls(builds=tuple(builds))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, AssayError) as error:
-            seen = error.seen if isinstance(error, AssayError) else f"{path}: {error}"
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            seen = error.seen if isinstance(error, AssayError) else f"{path}: {reason}"
             raise CalibrationError(
                 seen, wanted=f"a calibration file, schema {SCHEMA} or 1", do="write one with `assay poc calibrate`"
             ) from None

@@ -59,7 +59,8 @@ def split_pairs(
         raise UsageError("both a number and groups to hold out", wanted="one of the two", do="drop one of them")
     if n_heldout is not None:
         if not 0 <= n_heldout < len(pairs):
-            raise UsageError(f"{n_heldout} of {len(pairs)} pairs to hold out", wanted="fewer", do="hold out fewer")
+            do = "lower --n-heldout, or leave it out"
+            raise UsageError(f"{n_heldout} of {len(pairs)} pairs to hold out", wanted="fewer", do=do)
         cut = len(pairs) - n_heldout
         return list(pairs[:cut]), list(pairs[cut:])
     chosen = set(heldout_groups) if heldout_groups else _last_groups(pairs)

@@ -65,7 +65,9 @@ class CheckSettings:
         good = min(counts) >= 1 and self.n_folds >= 2 and 0 < self.alpha < 1 and 0 < self.confidence < 1
         if not (good and 0 <= self.tau_axis <= 1 and self.seed >= 0):
             raise UsageError(
-                f"{self}", wanted="positive counts, 2 folds or more, shares in (0, 1)", do="use the defaults"
+                f"{self}",
+                wanted="positive counts, 2 folds or more, shares in (0, 1)",
+                do="correct the one that is out of range, or leave it out",
             )
         if (1 + min(self.n_flips, self.n_null)) * self.alpha < 1:
             raise UsageError(

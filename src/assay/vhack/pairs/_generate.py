@@ -148,7 +148,7 @@ def generate_pairs(
         (12, True)
     """
     if n < 1:
-        raise UsageError(f"{n} pairs", wanted="at least 1", do="ask for more")
+        raise UsageError(f"{n} pairs", wanted="at least 1", do="ask for more, as in --pairs generated:48")
     chosen = known(mechanisms, MECHANISMS, "mechanism")
     pairs = list(islice(_pairs(seed, chosen, known(families, PAIR_FAMILIES, "family")), n))
     if len(pairs) < n:

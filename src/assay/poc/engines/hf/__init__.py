@@ -2,7 +2,7 @@
 
 from assay.poc.engines.hf._compiled import worth_compiling
 from assay.poc.engines.hf._engine import HFEngine, be_deterministic, is_compiled
-from assay.poc.engines.hf._memory import auto_batch
+from assay.poc.engines.hf._memory import auto_batch, check_shape
 from assay.poc.engines.hf._parallel import ParallelEngine, World, joined, processes
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "World",
     "auto_batch",
     "be_deterministic",
+    "check_shape",
     "is_compiled",
     "joined",
     "processes",

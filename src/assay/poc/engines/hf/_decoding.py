@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from assay.errors import BadWeights, UsageError
+from assay.errors import BadWeights
 from assay.models import Model, backbone
 from assay.poc.engines._decoding import Decoded, Draws, Replayed, margins
-from assay.poc.engines.hf._memory import check_fits
+from assay.poc.engines.hf._memory import check_fits, check_shape
 from assay.poc.protocol import ROWS_OF_A_PRODUCT, Pipeline, Round
 
 _TOKENS_AT_ONCE = 256  # of one nonce whose logits are held, each V numbers
@@ -76,12 +76,7 @@ def _rows(engine: Decoder, pipeline: Pipeline) -> int:
         OutOfMemory: They do not fit.
     """
     model, positions = engine.model, engine.seq_len + pipeline.steps
-    if positions > model.max_positions:
-        raise UsageError(
-            f"{engine.seq_len} positions and {pipeline.steps} tokens with {model.reference}",
-            wanted=f"at most its {model.max_positions} positions together",
-            do=f"pass --seq-len {max(1, model.max_positions - pipeline.steps)}, or another --preset such as decode-64",
-        )
+    check_shape(model, batch_size=engine.batch_size, seq_len=engine.seq_len, steps=pipeline.steps)
     rows = engine.batch_size if engine.batch_size == 1 else max(engine.batch_size, ROWS_OF_A_PRODUCT)
     check_fits(model, rows, positions)
     return rows

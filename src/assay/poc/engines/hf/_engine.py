@@ -18,13 +18,13 @@ from assay import streams
 from assay.errors import AssayError, BadWeights, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models import Model, backbone
 from assay.models.device import processor
-from assay.poc.engines._base import MAX_BATCH, check_batch_size, noise_inputs
+from assay.poc.engines._base import MAX_BATCH, noise_inputs
 from assay.poc.engines._decoding import Decoded, Draws, Replayed
 from assay.poc.engines._outputs import overlapped_outputs, plain_outputs
 from assay.poc.engines.hf._compiled import CompiledForward
 from assay.poc.engines.hf._decoding import decoded, replayed
 from assay.poc.engines.hf._layers import transformed_layers
-from assay.poc.engines.hf._memory import check_fits, fitting_batch
+from assay.poc.engines.hf._memory import check_fits, check_shape, fitting_batch
 from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round, project, weighted_sum
 
 COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
@@ -56,13 +56,7 @@ class HFEngine:
     """
 
     def __init__(self, model: Model, *, batch_size: int = 32, seq_len: int = 256, compiled: bool = False) -> None:
-        check_batch_size(batch_size)
-        if seq_len > model.max_positions:
-            raise UsageError(
-                f"seq_len {seq_len} with {model.reference}",
-                wanted=f"at most its {model.max_positions} positions",
-                do=f"pass --seq-len {min(256, model.max_positions)}",
-            )
+        check_shape(model, batch_size=batch_size, seq_len=seq_len)
         if batch_size > 1:
             batch_size = max(batch_size, -(-MIN_POSITIONS // seq_len))
         check_fits(model, batch_size, seq_len)

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
-from assay.errors import OutOfMemory
-from assay.models import Model
+from assay.errors import OutOfMemory, UsageError
+from assay.models import Model, ModelInfo
 from assay.models.device import free_bytes
+from assay.poc.engines._base import check_batch_size
 
 # Live at once at the widest point of a layer: residual, normed input, two MLP branches and their
 # product, q, k, v and the attention output. Measured peaks stay under this.
@@ -15,6 +16,28 @@ _WIDE_COPIES = 3
 
 # Positions of a batch from which on more of them are not faster, measured (docs/gpu.md); a CPU is filled by fewer.
 _ENOUGH_POSITIONS = {"cuda": 32_768, "cpu": 8_192}
+
+
+def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, steps: int = 0) -> None:
+    """Refuse a shape that no engine runs. What :func:`assay.models.model_info` says is enough: no weights are read.
+
+    Args:
+        model: Model that is to run, or its facts.
+        batch_size: Rows of a batch.
+        seq_len: Positions of a row, or those of its prompt.
+        steps: Tokens that are decoded after the prompt.
+
+    Raises:
+        UsageError: The batch is out of range, or a row is longer than the model's positions.
+    """
+    check_batch_size(batch_size)
+    if seq_len + steps > model.max_positions:
+        fitting = f"pass --seq-len {max(1, min(256, model.max_positions - steps))}"
+        raise UsageError(
+            f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}",
+            wanted=f"at most its {model.max_positions} positions{' together' if steps else ''}",
+            do=f"{fitting}, or another --preset such as decode-64" if steps else fitting,
+        )
 
 
 def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:

@@ -1,0 +1,270 @@
+"""Make the mistakes of new users, and write what assay says of each to docs/troubleshooting.md.
+
+``python scripts/mistakes.py`` writes the page; tests/docs/test_mistakes.py holds that every error has three parts and
+names what to change, and that no model is loaded before it. All run in this process, in a folder with the files that
+:func:`prepare` makes.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
+ROUND = "--block-hash block_alpha --public-key node_A"
+PROVE = f"assay poc prove --model reference:qwen3 {ROUND}"
+VERIFY = f"assay poc verify %s --model reference:qwen3 {ROUND} --seq-len 8"
+EXTRACT = "assay vhack extract --model reference:qwen3 --pairs %s -o basis.safetensors"
+
+MISTAKES = {
+    "The command": (
+        "assay pc",
+        "assay poc prov --model reference:qwen3",
+        "assay vhack chekc --model reference:qwen3",
+        "assay poc prove --modle reference:qwen3",
+        "assay poc prove --model reference:qwen3 --block-hash block_alpha -o a.jsonl",
+        "assay poc prove --model",
+        "assay models info reference:qwen3 reference:llama",
+        "assay poc verify --model reference:qwen3",
+        f"{PROVE} -o a.jsonl --overwrite=yes",
+        "assay streams normal --seed-text a -n many",
+        "assay streams normal --seed-text a -n 0",
+        "assay streams normal --seed-text a -n 4 --backend cuda",
+        "assay --config absent.toml doctor",
+        "assay --config typo.toml doctor",
+    ),
+    "The model": (
+        "assay models info ./nope",
+        "assay models info reference:qwen",
+        "assay models info qwen3",
+        "assay models info shape:qwen3-7b",
+        "assay models info empty",
+        f"assay poc prove --model pickle {ROUND} -o a.jsonl",
+        "assay models random reference:llama -o random --weights zero",
+        f"assay poc prove --model ./nope {ROUND} -o a.jsonl",
+        f"{PROVE} -o a.jsonl --dtype fp16",
+        f"{PROVE} -o a.jsonl --device gpu",
+        f"{PROVE} -o a.jsonl --engine VLLM",
+        f"{PROVE} -o a.jsonl --kernels fast",
+    ),
+    "Proving": (
+        f"{PROVE} -o nodir/a.jsonl",
+        f"{PROVE} -o empty",
+        f"{PROVE} -o proof.jsonl",
+        f"{PROVE} -o a.jsonl --preset poc-2",
+        f"{PROVE} -o a.jsonl --nonces 5:1",
+        f"{PROVE} -o a.jsonl --nonces 64",
+        f"{PROVE} -o a.jsonl --seq-len -5",
+        f"{PROVE} -o a.jsonl --seq-len 1000000",
+        f"{PROVE} -o a.jsonl --batch-size 0",
+        f"{PROVE} -o a.jsonl --batch-size lots",
+        f"{PROVE} -o a.jsonl --node-id 3 --node-count 3",
+        f"{PROVE} -o a.jsonl --r-target 3",
+        f"{PROVE} -o a.jsonl --strength 64",
+        f"{PROVE} -o a.jsonl --tensor-parallel 2",
+        "assay poc prove --model reference:qwen3 --block-hash '' --public-key node_A -o a.jsonl",
+    ),
+    "Verifying": (
+        VERIFY % "absent.jsonl",
+        VERIFY % "empty.jsonl",
+        VERIFY % "picture.png",
+        VERIFY % "truncated.jsonl",
+        VERIFY % "crlf.jsonl",
+        VERIFY % "edited.jsonl",
+        VERIFY % "future.jsonl",
+        VERIFY % "proof.jsonl" + " --sample 0",
+        VERIFY % "proof.jsonl" + " --sample 99",
+        VERIFY % "proof.jsonl" + " --alpha 2",
+        VERIFY % "proof.jsonl" + " --calibration absent.json",
+        VERIFY % "proof.jsonl" + " --calibration fields.jsonl",
+        VERIFY % "proof.jsonl" + " --pins typo.toml",
+        VERIFY % "proof.jsonl" + " --ledger proof.jsonl",
+        "assay poc verify proof.jsonl --model reference:qwen3 --block-hash block_beta --public-key node_A --seq-len 8",
+        "assay poc calibrate proof.jsonl -o calibration.json",
+        "assay poc calibrate proof.jsonl proof.jsonl -o calibration.json",
+        "assay poc calibrate --valid-rate 2",
+        "assay poc calibrate",
+        "assay poc ledger show absent.jsonl",
+    ),
+    "Serving": (
+        "assay poc serve --model reference:qwen3 --host 0.0.0.0",
+        "assay poc serve --model reference:qwen3 --api-key short",
+        "assay poc serve --model reference:qwen3 --api-key-file absent.key",
+        "assay poc serve --model reference:qwen3 --callback-secret secret",
+        "assay poc serve --model reference:qwen3 --port 99999",
+        "assay poc serve --model reference:qwen3 --data-dir proof.jsonl",
+        "assay poc serve --model ./nope",
+        "assay poc receive --host 0.0.0.0",
+        "assay poc validator --model reference:qwen3 --pins absent.toml",
+        "assay poc callbacks list --data-dir absent",
+    ),
+    "Hack directions": (
+        EXTRACT % "absent.jsonl",
+        EXTRACT % "generate:48",
+        EXTRACT % "generated:0",
+        EXTRACT % "broken.jsonl",
+        EXTRACT % "fields.jsonl",
+        EXTRACT % "preferences.jsonl",
+        EXTRACT % "latin.jsonl",
+        EXTRACT % "empty.jsonl",
+        EXTRACT % "generated:12" + " --method pca",
+        EXTRACT % "generated:12" + " --rank 0",
+        EXTRACT % "generated:12" + " --n-heldout 12",
+        EXTRACT % "generated:12" + " --heldout-group nowhere",
+        "assay vhack check --model reference:qwen3 --method pca",
+        "assay vhack check --model reference:qwen3 --basis absent.safetensors",
+        "assay vhack check --model reference:qwen3 --basis proof.jsonl",
+        "assay vhack check --model reference:qwen3 --basis weights.safetensors",
+        "assay vhack check --model reference:qwen3 --alpha 7",
+        "assay vhack check --model reference:qwen3 --html nodir/check.html",
+        "assay vhack pairs verify absent.jsonl",
+        "assay vhack pairs generate -o proof.jsonl",
+        "assay vhack train --model reference:organism -o run --arm displaced",
+        "assay vhack train --model reference:organism -o run --arm erase-gradiant",
+        "assay vhack train --model reference:organism -o run --modes run_test",
+        "assay vhack train --model reference:organism -o run --steps 0",
+        "assay vhack train --model reference:organism -o run --tasks mine:nothing",
+        "assay vhack report absent -o page.html",
+    ),
+}
+"""Commands that cannot work, by what they are about."""
+
+INTRODUCTION = """\
+# Mistakes, and what assay says of them
+
+*Generated by `make docs` from the commands, which a test runs.*
+
+Every error has three parts: what was seen, what was wanted, and what to do next, with the flag to change; a name in
+capitals is an argument without a flag. `ASSAY_ERRORS=json` prints them as JSON. Exit code 2 is bad input or an open
+verdict, and never fraud, which is 1. Nothing below loads a model first. A traceback in place of three parts is a fault
+of assay.
+
+What goes wrong on a running service is in [operations](operations.md), and what a verdict means in
+[protocol](protocol.md).
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind.
+
+    Args:
+        code: Exit code.
+        text: Text on stderr.
+        parts: What was seen, what was wanted and what to do; empty where the error has another form.
+    """
+
+    code: int
+    text: str
+    parts: tuple[str, ...]
+
+
+class Loaded(Exception):
+    """A model would have been loaded."""
+
+
+def prepare(folder: Path) -> None:
+    """Write the files that the commands read; the proof is a real one."""
+    from assay import load_model, poc
+
+    round = poc.Round(block_hash="block_alpha", public_key="node_A", seq_len=8)
+    poc.prove(load_model("reference:qwen3", device="cpu"), round, range(32), output=folder / "proof.jsonl")
+    text = (folder / "proof.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    pair = {"prompt": "p", "hack": "h", "clean": "c", "group": "g"}
+    files = {
+        "empty.jsonl": "",
+        "truncated.jsonl": "".join(lines[:4])[: -len(lines[3]) + 10],
+        "crlf.jsonl": text.replace("\n", "\r\n"),
+        "edited.jsonl": re.sub(r'"distance":.*?,"valid":\w+', '"distance":1.25,"valid":false', text, count=1),
+        "future.jsonl": text.replace('"schema":1', '"schema":99', 1),
+        "broken.jsonl": '{"prompt": "p",\n',
+        "fields.jsonl": json.dumps({name: pair[name] for name in ("prompt", "hack", "group")}) + "\n",
+        "preferences.jsonl": json.dumps({"prompt": "p", "chosen": "c", "rejected": "h"}) + "\n",
+        "typo.toml": '[poc.prove]\nmodle = "reference:qwen3"\n',
+        "mine.py": "",
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content, newline="")
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff" * 9)
+    (folder / "latin.jsonl").write_bytes(json.dumps(pair).replace("h", "é").encode("latin-1"))
+    (folder / "weights.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (folder / "empty").mkdir()
+    (folder / "pickle").mkdir()
+    (folder / "pickle" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "pickle" / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+
+
+@contextmanager
+def _place(folder: Path) -> Iterator[None]:
+    """Work in the folder without a network, with no variable that sets a value, and where no model can be loaded."""
+    left_out = {name: "" for name in os.environ if name.startswith("ASSAY_")}
+    with (
+        contextlib.chdir(folder),
+        mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1", "XDG_CONFIG_HOME": str(folder)}),
+        mock.patch("assay.models._load._digest", side_effect=Loaded("weights are read")),
+        mock.patch("assay.models._load._load_trained", side_effect=Loaded("a model is loaded")),
+    ):
+        for name in left_out:
+            del os.environ[name]
+        yield
+
+
+def outcome(command: str, folder: Path) -> Outcome:
+    """Run a command in that folder and return what it left behind."""
+    from assay.cli import run
+
+    said = io.StringIO()
+    with _place(folder), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = run(shlex.split(command)[1:])
+    text = said.getvalue().replace(f"{folder}/", "")
+    _, found, error = text.partition("error: ")
+    seen, _, rest = error.partition("\n  wanted: ")
+    wanted, _, do = rest.partition("\n  to do:  ")
+    parts = (seen, wanted, do.strip())
+    return Outcome(code, text, parts if found and all(parts) else ())
+
+
+def page(outcomes: dict[str, Outcome]) -> str:
+    """Return docs/troubleshooting.md."""
+    text = [INTRODUCTION]
+    for about, commands in MISTAKES.items():
+        text.append(f"\n## {about}\n\n| typed | seen | wanted | to do | exit |\n|---|---|---|---|---|\n")
+        for command in commands:
+            cells = (f"`{command}`", *map(_cell, outcomes[command].parts), str(outcomes[command].code))
+            text.append(f"| {' | '.join(cells)} |\n")
+    return "".join(text)
+
+
+def _cell(text: str) -> str:
+    """Return a part of an error as a cell of a table, in which nothing is markup."""
+    text = " ".join(text.split())
+    for sign in "\\`*_[]<|":
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+def main() -> int:
+    """Write the page; print what has no three parts."""
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory).resolve()
+        prepare(folder)
+        outcomes = {command: outcome(command, folder) for commands in MISTAKES.values() for command in commands}
+    PAGE.write_text(page(outcomes), encoding="utf-8")
+    wrong = [command for command, found in outcomes.items() if not found.parts]
+    for command in wrong:
+        print(f"{command}: [{outcomes[command].code}] {outcomes[command].text}", file=sys.stderr)
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

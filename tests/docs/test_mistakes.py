@@ -1,0 +1,51 @@
+"""A mistake is answered in three parts that name what to change, before a model is loaded; the page shows them all."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import mistakes  # noqa: E402
+
+COMMANDS = [command for commands in mistakes.MISTAKES.values() for command in commands]
+NAMED = re.compile(r"(?<![\w-])(--[a-z]|-[no]\b)|\b[A-Z]{5,}\b|did you mean|see assay")
+"""A flag, an argument, a word that was meant, or the help of the command."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("mistakes").resolve()
+    mistakes.prepare(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, mistakes.Outcome]:
+    return {command: mistakes.outcome(command, folder) for command in COMMANDS}
+
+
+def test_there_are_sixty_and_none_is_made_twice():
+    assert len(set(COMMANDS)) == len(COMMANDS) >= 60
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistake_is_answered_in_three_parts(command: str, outcomes: dict[str, mistakes.Outcome]):
+    found = outcomes[command]
+    assert found.code == 2
+    assert found.parts, found.text
+    assert "Traceback" not in found.text
+    assert NAMED.search(" ".join(found.parts)), found.parts
+
+
+def test_the_page_is_what_was_said(outcomes: dict[str, mistakes.Outcome]):
+    """`make docs` writes it."""
+    assert mistakes.PAGE.read_text(encoding="utf-8") == mistakes.page(outcomes)
+
+
+def test_a_command_that_would_load_a_model_is_no_mistake(folder: Path):
+    with pytest.raises(mistakes.Loaded):
+        mistakes.outcome(mistakes.VERIFY % "proof.jsonl", folder)
