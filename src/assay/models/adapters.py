@@ -3,6 +3,7 @@
 __all__ = ["CONFIG", "FACTORS", "PREFIX", "WEIGHTS"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""Names of the two files of an adapter, as peft writes them."""
 
 PREFIX = "base_model.model."
 """What stands before the name that a module has in the model."""

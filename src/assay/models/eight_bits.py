@@ -194,7 +194,9 @@ def _grouped(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> 
 
 
 FLOAT8 = Arithmetic("float8", round_rows, product, grouped_product)
+"""Products of e4m3 values with one scale per row."""
 INT8 = Arithmetic("int8-rows", _round_to_int8, _int8_product, _grouped, dtype=torch.int8)
+"""Products of 8-bit integers with one scale per row, summed in 32 bits."""
 
 
 @cache

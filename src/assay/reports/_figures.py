@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The page's style sheet defines --ink, --muted, --rule, --paper and --c1 to --c5.
 INK, MUTED, RULE, PAPER = "#a55a10", "#a55a11", "#a55a12", "#a55a13"
+"""Colours of text, of lesser text, of lines and of the paper; a page has those of its style sheet in their place."""
 SERIES = ("#a55a01", "#a55a02", "#a55a03", "#a55a04", "#a55a05")
 """Colours of data, in the order to use them; readable on light and dark, distinct to the colour-blind."""
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BadgeKind = Literal["pass", "fail", "undecided"]
+"""Colour and mark of a badge."""
 _MARKS: Mapping[str, str] = {"pass": "✓", "fail": "✕", "undecided": "?"}
 _NUMBER = re.compile(r"[−+-]?[\d.,]+(e[+-]?\d+)?(\s?[%×a-zA-Zµ/]{0,9})?(\s?±\s?[\d.,]+\s?[%a-zA-Z]{0,9})?")
 _CODE = re.compile("`([^`]+)`")
@@ -40,6 +41,7 @@ class Badge:
 
 
 Cell = str | int | float | bool | None | Badge
+"""Value of a cell of a table."""
 
 
 class Report:

@@ -21,6 +21,7 @@ LONGEST_LINE = 2**26
 """Bytes of the longest line that is read: 64 MiB."""
 
 JsonObject = dict[str, Any]
+"""An object of JSON, as it was read."""
 
 
 def dumps(value: object) -> str:

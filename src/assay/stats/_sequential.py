@@ -35,6 +35,7 @@ from assay.stats._noise import NoiseLaw, Spread
 from assay.stats._sums import log_sum
 
 Verdict = Literal["honest", "fraud", "undecided"]
+"""Verdict of a sequential test."""
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 """Shares π of a node's nonces that the e-value looks for."""

@@ -12,7 +12,8 @@ from assay.poc.protocol._pipelines import get_pipeline
 from assay.poc.protocol._record import Fingerprint, Header
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round, check_number
 
-FEWEST_NONCES = 32  # of the smallest proof that is accepted without a pinned set of nonces
+FEWEST_NONCES = 32
+"""Nonces of the smallest proof that is accepted without a pinned set of them."""
 LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
 DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 

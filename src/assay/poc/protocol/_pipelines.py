@@ -18,6 +18,7 @@ from assay.errors import UsageError
 from assay.stats import RANDOM_HEAD_ROWS
 
 LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]
+"""What happens between the layers of a decoder."""
 
 SKETCH_EVERY = 32
 """Tokens from one sketch to the next; the first token has one."""
@@ -204,6 +205,7 @@ _ROWS = (
 )
 
 PIPELINES: dict[str, Pipeline] = {row.name: row for row in _ROWS}
+"""Every pipeline by its name."""
 FORWARD = tuple(row.name for row in _ROWS if not row.steps)
 """Names of the rows whose nonces are one forward pass over noise."""
 

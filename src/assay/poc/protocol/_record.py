@@ -200,6 +200,7 @@ class TokenRecord:
 
 
 Record = DistanceRecord | VectorRecord | TokenRecord
+"""One line of a proof: a nonce with a distance, a vector, or tokens and sketches."""
 
 
 @dataclass(frozen=True, kw_only=True)

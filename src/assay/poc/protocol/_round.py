@@ -14,7 +14,9 @@ from assay.poc.protocol._pipelines import find_pipeline
 
 # Exact in every JSON reader, and far beyond what a round can use.
 MAX_NONCE = 2**53 - 1
+"""Largest nonce: the largest integer that JSON readers keep exactly."""
 MAX_COUNT = 2**24
+"""Largest number of nodes that share the nonces of a key."""
 MAX_SEQ_LEN = 2**20
 MAX_NAME = 1024
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LONGEST_TEXT = 2**24  # characters of a prompt
 DEFAULT_MAX_TOKENS = 64
+"""Tokens of an answer whose request names no number."""
 
 
 @dataclass(frozen=True, kw_only=True)

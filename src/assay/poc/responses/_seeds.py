@@ -12,7 +12,8 @@ from assay.errors import UsageError
 from assay.poc.protocol import check_name, check_number, prefixed
 
 VERSION = "assay.responses/1"
-HIGHEST_INDEX = 2**16 - 1  # far more choices than any server gives for one request
+HIGHEST_INDEX = 2**16 - 1
+"""Highest index of a choice of a request, far above what a server gives."""
 _HEX = frozenset("0123456789abcdef")
 
 Stream = Literal["tokens", "sketch"]

@@ -13,10 +13,14 @@ from assay import stats
 from assay.poc.protocol import DistanceRecord, Header, Pins, Proof, Record, TokenRecord, VectorRecord
 from assay.poc.verdict._noise import Noise, sequential_test
 
-P_FLIP = 5e-4  # honest mismatch rate that the published rule assumes
+P_FLIP = 5e-4
+"""Honest mismatch rate of distances that the published rule assumes."""
 COUNT_ALPHA = 0.01
-DIST_THRESHOLD = 0.02  # published defaults of the vector count test
+"""Level of the published count test."""
+DIST_THRESHOLD = 0.02
+"""Distance of two vectors above which the published rule counts a mismatch."""
 P_MISMATCH = 0.001
+"""Honest mismatch rate of vectors that the published rule assumes."""
 
 LARGEST_MARGIN = 4.0
 """What a token counts for at most: as much as the largest squared distance of two unit vectors."""
@@ -25,6 +29,7 @@ Outcome = stats.Verdict | Literal["faulty"]
 """A verdict of a proof: ``faulty`` where residuals depend on the place in the batch, and are honest elsewhere."""
 
 EXIT_CODES: dict[Outcome, int] = {"honest": 0, "fraud": 1, "undecided": 2, "faulty": 2}
+"""What a command exits with, by verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,16 @@ from assay.errors import CalibrationError, UsageError
 from assay.reports import JsonObject, read_json
 
 Law = stats.NoiseLaw
+"""Law of honest residuals."""
 
 MARGIN = 2.0
 """Factor of the stated defaults over the measured noise, so that they hold for models and machines not measured."""
 
-# The smallest multiple of the honest noise that counts as another computation, where no measurement says which.
-# Vectors show a multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.
 EFFECT = {"distance": 4.0, "vector": 2.0}
+"""Smallest multiple of the honest noise that counts as another computation, where no measurement says which.
+
+Vectors show a multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.
+"""
 
 DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/default_noise.py --install
 TEST = 2

@@ -17,6 +17,7 @@ from assay.research.clusters._builds import Build, FloatArray
 from assay.research.clusters._rules import ASKED, NAMED, ORACLE, Oracle, Rule, fit, rules_for
 
 HONEST, REAL, SIMULATED = "honest", "real", "simulated"
+"""Kinds of an audit: of an honest machine, of a real cheat, of a simulated one."""
 CHECKED = 300
 """Nonces of an audit."""
 

@@ -25,9 +25,11 @@ from assay.research.redteam._attacks import OnEngine, Program, Scene
 from assay.research.redteam._partial import Guesses
 
 PRESETS = ("poc-2.0", "artifact", "hardened")
+"""Presets that are attacked."""
 TRAINING_BLOCK = "a block of the attacker's own"
 ALPHA = 1e-3
 CHECKED = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
+"""Numbers of nonces of an audit at which attacks are counted."""
 TRIALS = 2000
 SOON = 20
 POWER = 0.99

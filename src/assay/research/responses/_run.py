@@ -31,6 +31,7 @@ from assay.research.runs import ExperimentPlan, Progress, measure_missing
 from assay.settings import Names
 
 EXPERIMENT = "responses"
+"""Name of the experiment and of its file in a run."""
 AUDITS = 2000
 SAMPLED, GREEDILY = "sampled", "greedy"
 PAIRS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16"))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from assay.models import Model
 
 RIVALS = ("dpo", "unlikelihood")
+"""Supervised losses that are trained beside the arms."""
 _BETA = 0.1  # of direct preference optimisation
 _RATE = 0.03
 _HACK, _CLEAN = 0, 1

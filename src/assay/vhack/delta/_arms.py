@@ -38,6 +38,7 @@ from assay.vhack.delta._frames import along, spread
 Number = TypeVar("Number", float, Tensor)
 
 GATES = ("none", "one_sided", "two_sided", "reverse", "keep")
+"""Rules that say which part of an update along the axes is removed."""
 _OLD_WORDS = {"no_gate": "two_sided"}  # of the first version
 
 DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"

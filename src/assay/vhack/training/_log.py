@@ -7,6 +7,7 @@ from assay.errors import DataError
 from assay.reports import JsonObject, dumps, read_jsonl, storage_error, write_jsonl
 
 LOG_SCHEMA = "assay.vhack.train/1"
+"""Schema that the first line of a training log names."""
 
 
 class TrainLog:

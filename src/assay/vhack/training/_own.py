@@ -30,6 +30,7 @@ from assay.vhack.training._rewards import FLAGS, EpisodeReward, Outcomes, Reward
 from assay.vhack.training._settings import TaskSettings, TrainSettings
 
 Task = Episode | str | Mapping[str, Any]
+"""A task: a built-in one, a prompt, or a row of one's own with a prompt."""
 RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
 
 

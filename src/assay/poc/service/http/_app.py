@@ -38,6 +38,7 @@ from assay.poc.service.runtime import CONTENT_TYPE, Controller, Delivery
 P = ParamSpec("P")
 
 PREFIX = "/api/v1/pow"
+"""Path of the published API."""
 PREFIXES = (PREFIX, RECEIPTS_PREFIX)
 """Where the paths of the service begin, the pages and the probes aside."""
 

@@ -11,6 +11,7 @@ from assay.poc.service._states import State
 from assay.reports import JsonObject
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Content type of Prometheus' exposition format."""
 VERDICTS = ("honest", "fraud", "undecided")
 OUTCOMES = ("delivered", "failed", "dead")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

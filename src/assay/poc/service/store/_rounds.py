@@ -18,6 +18,7 @@ from assay.poc.service.store._outbox import Outbox
 from assay.reports.database import damaged
 
 RECENT = 256
+"""Valid nonces that a status shows at most."""
 
 LARGEST_CALLBACK = 2**20
 """Bytes of a body that every receiver takes, a service with its default ``max_body`` among them."""
