@@ -155,7 +155,7 @@ def tree(module: str) -> ast.Module:
 
 
 def assigned(module: ast.Module) -> dict[str, str]:
-    """Return the text that stands below the assignment of each name of a module; empty where there is none."""
+    """Return the text that stands below the assignment of each name of a module, or an empty one."""
     found = {}
     for statement, after in pairwise([*module.body, ast.Pass()]):
         targets = [*getattr(statement, "targets", []), getattr(statement, "target", None)]
