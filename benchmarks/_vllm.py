@@ -63,7 +63,7 @@ class Server:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self.options, self.environment = OPTIONS | (options or {}), ENVIRONMENT | (environment or {})
         self.log = Path(log or self.data_dir / "server.log")
-        self.process = None
+        self.process = self.client = None
         self.port = 0
 
     def __enter__(self):
@@ -115,6 +115,7 @@ class Server:
     def kill(self):
         """SIGKILL the server; its engine processes are ended too, as a supervisor would."""
         children = self._children()
+        self._hang_up()
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         _end(children, grace=0.0)
@@ -123,6 +124,7 @@ class Server:
         """SIGTERM, then whatever is needed."""
         if self.process is None:
             return None
+        self._hang_up()
         children = self._children()
         if self.process.poll() is None:
             self.process.terminate()
@@ -134,6 +136,10 @@ class Server:
         _end(children, grace=5.0)
         self.process = None
         return code
+
+    def _hang_up(self):
+        if self.client is not None:
+            self.client.close()
 
     def _children(self):
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -4,7 +4,12 @@ How long calls are, and what keeps nonces requests, is in test_parts_direct.py.
 """
 
 import asyncio
+import importlib.metadata
+import importlib.util
+import json
 import os
+import re
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +21,11 @@ from assay.models import load_model
 from assay.poc.engines.vllm._direct import Pace
 from assay.research.cheats import rounded
 from tests.vllm.conftest import ON_GPU, SEQ_LEN, make_round
+from tests.vllm.receiver import Receiver
+from tests.vllm.recipe import INSTALL, RecipeServer
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published, replace_shape
 from tests.vllm.test_server import talk
+from tests.waiting import until
 
 PRESETS = ("poc-2.0", "artifact", "hardened")
 
@@ -111,10 +119,12 @@ def test_two_workers_run_the_same_batches(honest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
-    """Compiled, as servers are run."""
+    """As docs say that servers are run: compiled, in the format of the checkpoint."""
     environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_VLLM_QUIET": "0.2"}
-    options = {"--enforce-eager": False}
-    with Server(tmp_path_factory.mktemp("direct"), options=options, environment=environment) as running:
+    folder = tmp_path_factory.mktemp("direct")
+    on_gpu = {"--enforce-eager": False, "--dtype": "bfloat16"}
+    made = Server(folder, options=on_gpu, environment=environment) if ON_GPU else RecipeServer(folder, environment)
+    with made as running:
         yield running
 
 
@@ -157,6 +167,30 @@ def test_the_operator_may_choose_requests_for_the_next_round(server):
     assert server.post("/engine", {"path": "auto"}).json()["path"] == "auto"
 
 
+@pytest.mark.skipif(ON_GPU, reason="the commands for machines without a GPU")
+def test_the_documented_installation_is_the_one_that_is_tested():
+    stated = re.findall(r"(\S+)==(\S+)", INSTALL)
+    assert len(stated) == 3
+    assert {name: importlib.metadata.version(name).partition("+")[0] for name, _ in stated} == dict(stated)
+    removed = re.findall(r"uninstall -y (.*)", INSTALL)[0].split()
+    assert [name for name in removed if importlib.util.find_spec(name)] == []
+
+
+@pytest.mark.skipif(ON_GPU, reason="the commands for machines without a GPU")
+def test_the_documented_commands_serve_chat_and_prove(server):
+    receiver = Receiver()
+    try:
+        words = server.begin_round(receiver.url)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=server.data_dir, timeout=120, check=True)
+        assert json.loads(done.stdout)["status"] == "OK", done.stdout
+        server.wait_for(16)
+        until(lambda: len(receiver.nonces("B")) >= 8, 240)
+        assert {one["status"] for one in asyncio.run(talk(server.url, 4))} == {200}
+        server.post("/stop").raise_for_status()
+    finally:
+        receiver.close()
+
+
 @pytest.mark.parametrize("end", ["kill", "stop"])
 def test_a_round_goes_on_after_sigkill_and_sigterm(server, honest, end: str):
     """Nothing is lost and nothing doubled; the values are those of transformers."""
@@ -175,4 +209,6 @@ def test_a_round_goes_on_after_sigkill_and_sigterm(server, honest, end: str):
     assert nonces == list(range(len(nonces)))
     round = poc.Round(block_hash=block, public_key="node", block_height=1, seq_len=SEQ_LEN, r_target=2.0)
     theirs = [record.distance for record in poc.prove(honest, round, nonces, batch_size=8).records]
-    assert np.abs(np.array(distances) - np.array(theirs)).max() <= 2e-6
+    apart = np.abs(np.array(distances) - np.array(theirs))  # of bfloat16 from float32; other nonces are 0.04 away
+    assert np.median(apart) <= 5e-4
+    assert apart.max() <= 1e-2

@@ -1,4 +1,7 @@
-"""A round that has the engine to itself, behind a root path; SIGKILL and SIGTERM in its middle, and then a restart."""
+"""A round that has the engine to itself, behind a root path; SIGKILL and SIGTERM in its middle, and then a restart.
+
+The server has its options from a file and no key, and so serves this host only.
+"""
 
 import asyncio
 import sqlite3
@@ -7,7 +10,7 @@ from contextlib import closing
 
 import httpx
 import pytest
-from _vllm import POW, Server, chat_once
+from _vllm import OPTIONS, POW, Server, chat_once
 
 from tests.vllm.receiver import Receiver
 from tests.waiting import until
@@ -16,16 +19,33 @@ from tests.waiting import until
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
     """Inputs are sent here, and chat is decoded with speculation: two more ways through the engine."""
+    folder = tmp_path_factory.mktemp("exclusive")
+    in_file = {name: "true" if value is None else value for name, value in OPTIONS.items()}
+    del in_file["--scheduling-policy"]
+    config = folder / "server.yaml"
+    config.write_text("".join(f"{name.removeprefix('--')}: {value}\n" for name, value in in_file.items()))
     environment = {
+        "ASSAY_API_KEY": "",
         "ASSAY_VLLM_MODE": "exclusive",
         "ASSAY_VLLM_INPUTS": "sent",
         "ASSAY_CALLBACK_INTERVAL": "0.2",
         "ASSAY_CALLBACK_BACKOFF_MAX": "1",
     }
     speculation = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
-    options = {"--speculative-config": speculation, "--scheduling-policy": False, "--root-path": "/proxy"}
-    with Server(tmp_path_factory.mktemp("exclusive"), options=options, environment=environment) as running:
+    options = dict.fromkeys(OPTIONS, False) | {"--config": str(config)}
+    options |= {"--speculative-config": speculation, "--root-path": "/proxy"}
+    with Server(folder, options=options, environment=environment) as running:
         yield running
+
+
+def test_without_a_key_only_this_host_is_served_with_the_root_path_and_without_it(server):
+    for root in ("", "/proxy"):
+        with httpx.Client(base_url=f"{server.url}{root}", timeout=60.0) as here:
+            assert here.get(f"{POW}/status").json()["ready"]
+            for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+                assert here.get(f"{POW}/status", headers=headers).status_code == 403
+                assert here.post(f"{POW}/stop", headers=headers).status_code == 403
+            assert here.get("/v1/models", headers={"Host": "evil.example"}).status_code == 200  # vLLM's own to guard
 
 
 def ask(server: Server, index: int = 2, tokens: int = 8) -> dict:
