@@ -12,11 +12,10 @@ from typing import Any, Literal
 from assay.errors import UsageError
 from assay.poc.protocol._pipelines import find_pipeline
 
-# Exact in every JSON reader, and far beyond what a round can use.
 MAX_NONCE = 2**53 - 1
-"""Largest nonce: the largest integer that JSON readers keep exactly."""
+"""Largest nonce: exact in every JSON reader, and far beyond what a round can use."""
 MAX_COUNT = 2**24
-"""Largest number of nodes that share the nonces of a key."""
+"""Most nonces of one proof."""
 MAX_SEQ_LEN = 2**20
 MAX_NAME = 1024
 

@@ -24,7 +24,7 @@ from assay.stats import RANDOM_HEAD_ROWS
 _CPU = torch.device("cpu")
 _EPSILON = 1e-8  # added to norms, as published
 ROWS_OF_A_PRODUCT = 16
-"""Rows of the smallest matrix product that a transform makes: fewer may take other kernels on CUDA."""
+"""Rows from which a product has the kernels of matrices on CUDA: fewer may take those for matrix times vector."""
 _HEAD_SCALE = 0.02  # of no effect on a distance; kept because it is published
 
 
