@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-vllm check lock docs site format soak gpu-test gpu-bench release-check clean
+.PHONY: help setup demo test test-vllm check lock docs man site format soak gpu-test gpu-bench release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +71,9 @@ docs: $(READY)  ## write the generated pages and tables of the documentation
 	$(BIN)/python scripts/reference.py
 	$(BIN)/python scripts/mistakes.py
 	$(BIN)/python -m cogapp -P -I scripts -r $$(grep -rl "\[\[\[cog" docs)
+
+man: $(READY)  ## write a man page for every command to build/man
+	$(BIN)/python scripts/man_pages.py
 
 site: $(READY)  ## build the documentation as a site, in build/site/html
 	$(BIN)/python scripts/site_pages.py

@@ -177,6 +177,14 @@ def test_every_command_has_an_example(name: str, assay):
     assert f"Example: assay {name}" in " ".join(assay(*name.split(), "--help").out.split())
 
 
+def test_a_default_is_said_once():
+    """The help shows it behind the description, which does not say it again."""
+    for name, command in commands(typer.main.get_command(app)).items():
+        for parameter in command.params:
+            if parameter.default not in (None, False, "", ()):
+                assert "by default" not in (parameter.help or ""), (name, parameter.name)
+
+
 def test_version(assay):
     assert assay("--version").out == f"assay {package.__version__}\n"
 

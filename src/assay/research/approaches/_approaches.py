@@ -70,7 +70,7 @@ class ApproachPlan(ExperimentPlan):
     """
 
     approaches: Annotated[Names, AfterValidator(_own_names)] = Field(
-        FORWARD, description="Presets, separated by commas; by default all whose nonces are one forward pass."
+        FORWARD, description="Presets whose nonces are one forward pass, separated by commas."
     )
     blocks: Blocks = BLOCKS
     nonces: int = Field(1024, ge=2, description="Nonces per block.")

@@ -40,7 +40,7 @@ class TaskSettings(Settings):
 
     seed: int = Field(0, ge=0, description="Seed of tasks and sampling.")
     modes: Names = Field(
-        MODES[:-1], description="What the grader may look at, separated by commas; all loopholes by default."
+        MODES[:-1], description="What the grader may look at, separated by commas."
     )
     share_none: float = Field(0.2, ge=0, le=1, description="Share of tasks shown without their loophole.")
     difficulty: Annotated[tuple[int, int], Spelling(_range, "{0[0]}:{0[1]}".format)] = Field(

@@ -1,0 +1,51 @@
+"""Every command has a man page, which groff formats without a warning."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from assay.cli import app
+from tests.cli.test_app import FROZEN
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import man_pages
+
+PAGES = dict(man_pages.pages(get_command(app)))
+
+
+def formatted(source: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("groff") is None:
+        pytest.skip("apt-get install groff-base")
+    command = ["groff", "-k", "-Tutf8", "-P-c", "-man", "-ww"]
+    return subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+
+
+def test_every_command_has_a_page():
+    assert {f"assay-{name.replace(' ', '-')}" for name in FROZEN} | {"assay", "assay-poc"} <= PAGES.keys()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_formatted_without_a_warning(name: str):
+    done = formatted(PAGES[name])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert formatted(".nonsense").stderr  # it does warn
+
+
+def test_a_page_says_what_the_command_does():
+    source = formatted(PAGES["assay-poc-prove"]).stdout
+    text = " ".join(re.sub(".\b", "", source).replace("\u2010\n", "").split())
+    for part in (
+        "NAME assay-poc-prove - Prove a range of nonces SYNOPSIS assay poc prove [options]",
+        "-o, --output value Proof file to write. Required.",
+        "--seq-len value Number of input positions of a nonce; with decode, of its prompt. Default: 256.",
+        "ASSAY_POC_PROVE_SEQ_LEN",
+        "--deterministic Refuse every",
+        "EXAMPLE assay poc prove --model reference:qwen3",
+    ):
+        assert part in text, part
