@@ -1,16 +1,13 @@
 """The OpenAPI document, and what random requests made from it get back over a real socket."""
 
 import re
-import socket
 import tempfile
-import threading
 from pathlib import Path
 
 import httpx
 import hypothesis
 import pytest
 import schemathesis
-import uvicorn
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
@@ -18,7 +15,7 @@ from assay.poc.service import Settings
 from assay.poc.service.http import create_app
 from assay.poc.service.runtime import Controller
 from tests.poc.service.conftest import Rig
-from tests.waiting import until
+from tests.poc.service.listening import listening
 
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 
@@ -30,16 +27,8 @@ def address(tmp_path_factory):
     rig.pause = 0
     settings = Settings(data_dir=tmp_path_factory.mktemp("openapi"), seq_len=4, wait=0.05, max_positions=4096)
     controller = Controller(rig.deployment, settings)
-    server = uvicorn.Server(uvicorn.Config(create_app(controller), log_config=None))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        until(lambda: server.started and controller.deployment is not None)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        controller.closing.set()
-        server.should_exit = True
-        thread.join()
+    with listening(controller) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def operations() -> list[schemathesis.APIOperation]:

@@ -5,19 +5,17 @@ import shutil
 import socket
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 from assay.poc.service import Settings
-from assay.poc.service.http import create_app
 from assay.poc.service.runtime import Controller
 from tests.poc.service.conftest import PREFIX, Rig
+from tests.poc.service.listening import listening
 from tests.waiting import until
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -44,16 +42,8 @@ def certificates(tmp_path_factory) -> Path:
 def upstream(tmp_path_factory) -> Iterator[int]:
     """The port of a service with a key."""
     controller = Controller(Rig().deployment, Settings(data_dir=tmp_path_factory.mktemp("proxied"), api_keys=(KEY,)))
-    server = uvicorn.Server(uvicorn.Config(create_app(controller), log_config=None))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        until(lambda: server.started and controller.deployment is not None)
-        yield listener.getsockname()[1]
-        controller.closing.set()
-        server.should_exit = True
-        thread.join()
+    with listening(controller) as port:
+        yield port
 
 
 def ports(count: int) -> list[int]:

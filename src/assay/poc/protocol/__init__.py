@@ -43,7 +43,14 @@ from assay.poc.protocol._record import (
 )
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round, check_name, check_number, prefixed
 from assay.poc.protocol._sketches import sketches
-from assay.poc.protocol._strict import check_fields, malformed, malformed_line, numbered_lines, parse_line
+from assay.poc.protocol._strict import (
+    check_fields,
+    malformed,
+    malformed_line,
+    numbered_lines,
+    parse_footer,
+    parse_line,
+)
 from assay.poc.protocol._transforms import (
     ROWS_OF_A_PRODUCT,
     Transform,
@@ -115,6 +122,7 @@ __all__ = [
     "pack",
     "packed_size",
     "packs",
+    "parse_footer",
     "parse_line",
     "parse_model",
     "parse_record_line",

@@ -30,7 +30,7 @@ from assay.poc.protocol._record import (
     is_valid,
 )
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
-from assay.poc.protocol._strict import check_fields, malformed, malformed_line, numbered_lines, parse_line
+from assay.poc.protocol._strict import check_fields, malformed, malformed_line, numbered_lines, parse_footer, parse_line
 from assay.reports import PartialFile, dumps
 
 _FIELDS = {
@@ -240,10 +240,4 @@ def _parse_runs(runs: Any, round: Round) -> tuple[tuple[int, int, int], ...]:
 def _parse_footer(line: Any) -> Footer:
     if line is None:
         raise malformed("the end of the file", "a footer: the proof is not complete")
-    check_fields(line, {"footer"}, "the footer")
-    check_fields(line["footer"], set(Footer.__dataclass_fields__), "the footer")
-    values = line["footer"]
-    numbers = type(values["records"]) is int and type(values["valid"]) is int and type(values["sha256"]) is str
-    if not numbers or type(values["seconds"]) not in (int, float) or not 0 <= values["seconds"] < math.inf:
-        raise malformed(f"footer {values}", "counts, seconds and a SHA-256")
-    return Footer(**values)
+    return parse_footer(line, Footer)

@@ -1,6 +1,8 @@
 """How lines of untrusted files are read: exactly the known fields, in exactly the bytes in which they are written."""
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,26 @@ def check_fields(value: Any, names: set[str], what: str) -> None:
     if value.keys() != names:
         odd = ", ".join(sorted(value.keys() ^ names))
         raise malformed(f"{what} with {odd:.200} missing or unknown", "exactly " + ", ".join(sorted(names)))
+
+
+def parse_footer(line: Any, kind: Callable[..., T]) -> T:
+    """Return the last line of a file: counts, the seconds that they took, and the SHA-256 of the lines before.
+
+    Args:
+        line: Value of the line.
+        kind: Dataclass of the footer.
+
+    Raises:
+        ProofFormatError: A field is missing, unknown or of another type.
+    """
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    check_fields(line, {"footer"}, "the footer")
+    check_fields(line["footer"], names, "the footer")
+    values = line["footer"]
+    whole = type(values["sha256"]) is str and all(type(values[name]) is int for name in names - {"sha256", "seconds"})
+    if not whole or type(values["seconds"]) not in (int, float) or not 0 <= values["seconds"] < math.inf:
+        raise malformed(f"footer {values!r:.200}", "counts, seconds and a SHA-256")
+    return kind(**values)
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:

@@ -3,9 +3,9 @@
 import hashlib
 import io
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from assay.poc.protocol import (
     malformed,
     malformed_line,
     numbered_lines,
+    parse_footer,
     parse_line,
     parse_model,
     sketch_steps,
@@ -124,7 +125,9 @@ class Receipts:
             if footer is not None:
                 raise malformed_line(path, number, "a line after the footer", "the end of the file")
             if line.startswith(b'{"footer":'):
-                footer = _bounded_line(path, number, line, _parse_footer, ReceiptFooter.line)
+                footer = _bounded_line(
+                    path, number, line, partial(parse_footer, kind=ReceiptFooter), ReceiptFooter.line
+                )
                 wanted = tally.footer(footer.seconds)
                 if footer != wanted:
                     seen = f"a footer that does not fit the receipts: {line[:300]!r}"
@@ -304,16 +307,6 @@ def parse_sampling(value: Any) -> Sampling:
         if not (token.isascii() and token.isdigit() and len(token) < 10):
             raise malformed(f"token {token!r:.60} in logit_bias", "a token id")
     return Sampling(**{**value, "logit_bias": {int(token): bias for token, bias in biases.items()}})
-
-
-def _parse_footer(line: Any) -> ReceiptFooter:
-    check_fields(line, {"footer"}, "the footer")
-    check_fields(line["footer"], set(ReceiptFooter.__dataclass_fields__), "the footer")
-    values = line["footer"]
-    whole = type(values["receipts"]) is int and type(values["tokens"]) is int and type(values["sha256"]) is str
-    if not whole or type(values["seconds"]) not in (int, float) or not 0 <= values["seconds"] < math.inf:
-        raise malformed(f"a footer {values!r:.200}", "counts, seconds and a SHA-256")
-    return ReceiptFooter(**values)
 
 
 def _made(make: Callable[[], T]) -> T:
