@@ -11,6 +11,7 @@ from contextlib import closing
 import httpx
 import pytest
 from _vllm import OPTIONS, POW, Server, chat_once
+from _vllm_forked import ForkedServer
 
 from tests.vllm.receiver import Receiver
 from tests.waiting import until
@@ -34,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     speculation = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
     options = dict.fromkeys(OPTIONS, False) | {"--config": str(config)}
     options |= {"--speculative-config": speculation, "--root-path": "/proxy"}
-    with Server(folder, options=options, environment=environment) as running:
+    with ForkedServer(folder, options=options, environment=environment) as running:
         yield running
 
 
