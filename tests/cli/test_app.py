@@ -271,10 +271,10 @@ def test_closed_streams_do_not_matter(assay, monkeypatch):
             assert run(["models", "info", "none"]) == 2
 
 
-def test_errors_as_json(assay, monkeypatch, tmp_path: Path):
+@pytest.mark.parametrize("wrong", [("poc", "verify", "missing", "--model", "reference:qwen3"), ("poc", "prov")])
+def test_errors_as_json(wrong, assay, monkeypatch):
     monkeypatch.setenv("ASSAY_ERRORS", "json")
-    result = assay("poc", "verify", tmp_path / "missing", "--model", "reference:qwen3")
-    assert json.loads(result.err).keys() == {"error", "seen", "wanted", "do"}
+    assert json.loads(assay(*wrong).err).keys() == {"error", "seen", "wanted", "do"}
 
 
 def test_doctor_reports_exact_backends(assay):

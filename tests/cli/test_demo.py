@@ -24,7 +24,7 @@ def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path: Path
         assert phase in result.err, "a pipe sees progress"
     assert "chord law" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
-    assert len(Proof.load(tmp_path / "out" / "proof.jsonl").records) == 96
+    assert len(Proof.load(tmp_path / "out" / "proof.jsonl").records) == 64
 
 
 def test_demo_needs_a_folder_it_can_write(assay, tmp_path: Path):

@@ -89,6 +89,7 @@ def _about(seen: str, parameters: Sequence[Any], values: Mapping[str, Any]) -> I
         (str(one), flag)
         for name, flag in names.items()
         for one in (values[name] if isinstance(values.get(name), list | tuple) else [values.get(name)])
+        if one is not None and not isinstance(one, bool)
     ]
     for value, flag in sorted(given, key=lambda pair: (-len(pair[0]), not pair[1].startswith("-"))):
         if len(value) >= _SHORTEST and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", seen):
