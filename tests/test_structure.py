@@ -1,8 +1,10 @@
 """The shape of the house: no circle, no private name across packages, no file or function too long to read."""
 
 import ast
+import re
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -17,6 +19,8 @@ MODULES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+LOADED = {"NumbaBackend", "TritonBackend", "plugin", "before_start", "train_delta"}
+"""Names that are put together at run time, and entry points of vLLM and verl."""
 SIGNATURES = "assay.cli"
 """Functions of the command line are as long as their lists of flags; their bodies are bounded like all others."""
 
@@ -85,6 +89,45 @@ def test_no_function_is_longer_than_a_screen():
                 ]
                 found[f"{name}.{node.name}"] = len(code)
     assert {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION} == {}
+
+
+def test_every_name_of_a_module_is_used():
+    """By its own module, an import, an attribute or a text; `make check` compares names, wherever else they stand."""
+    folders = [ROOT.parent / name for name in ("benchmarks", "examples")]
+    others = [ast.parse(path.read_text(encoding="utf-8")) for folder in folders for path in folder.glob("*.py")]
+    nodes = [node for tree in [*TREES.values(), *others] for node in ast.walk(tree)]
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    imported = {(node.module, alias.name) for node in froms for alias in node.names}
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | LOADED
+    unused = []
+    for name, tree in TREES.items():
+        said = {statement: words(statement) for statement in tree.body}
+        counts = sum(said.values(), Counter())
+        for statement, own in said.items():
+            given = list(given_names(statement))
+            elsewhere = any(counts[one] > own[one] or one in read or (name, one) in imported for one in given)
+            if given and not elsewhere and not getattr(statement, "decorator_list", []):
+                unused.append(f"{name}: {', '.join(given)}")
+    assert not unused
+
+
+def words(statement: ast.stmt) -> Counter[str]:
+    """The names in a statement, with those in its texts, and how often they stand there."""
+    nodes = list(ast.walk(statement))
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts += [node.id for node in nodes if isinstance(node, ast.Name)]
+    return Counter(re.findall(r"\w+", " ".join(texts)))
+
+
+def given_names(statement: ast.stmt) -> Iterator[str]:
+    """The names that a statement of a module gives, but those that Python reads."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    targets = [statement, *getattr(statement, "targets", [])]
+    targets += [statement.target] if isinstance(statement, ast.AnnAssign) else []
+    for target in (one for found in targets for one in getattr(found, "elts", [found])):
+        name = target.name if isinstance(target, kinds) else getattr(target, "id", "__")
+        if not name.startswith("__"):
+            yield name
 
 
 def test_every_name_that_counts_as_used_needs_to(monkeypatch):

@@ -36,7 +36,6 @@ from assay.stats._sequential import CHEAP, Verdict
 from assay.stats._sums import log_sum
 from assay.stats._tokens import STEP, TokenNoise, cluster_scales
 
-IntArray = npt.NDArray[np.int64]
 ClusteredLaw = TokenNoise | LogNoise
 """The laws of values that come in clusters: tokens by their profiles, and sketches by their distances."""
 

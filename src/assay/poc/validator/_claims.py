@@ -7,7 +7,7 @@ number format and the checkpoint are those of the pins, so a node that computed 
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from assay.errors import AssayError, DataError, ProofMismatch
 from assay.poc._verifier import check_proof
@@ -28,8 +28,6 @@ from assay.poc.protocol import (
 from assay.poc.service.http import Refusal
 from assay.poc.validator._registry import Registry, Sender
 from assay.reports import JsonObject, loads
-
-Kind = Literal["generated", "validated", "proof", "pulled"]
 
 MOST_NONCES = 2**16  # of one message
 REASONS = (
