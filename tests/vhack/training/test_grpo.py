@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 from assay.vhack.delta import Frames, share
 from assay.vhack.training import TrainLog, read_steps
 from assay.vhack.training._callback import StepLog, source_shares
+from assay.vhack.training._grpo import trl_arguments
 from assay.vhack.training._rewards import SOURCES, EpisodeReward, Outcomes
 from assay.vhack.training._run import Prepared
 from tests.vhack.training.conftest import cheating
@@ -97,6 +98,53 @@ def test_trl_alone_would_ignore_what_is_stored(trainer, batch):
     ours = [float(trainer._compute_loss(model, one).detach()) for one in batches]
     assert alone[0] == alone[1] == pytest.approx(ours[0], abs=1e-7)
     assert ours[0] != pytest.approx(ours[1], abs=1e-3)
+
+
+class Sampler:
+    """In place of TRL's vLLM: says of every token what the policy says, less a shift, and keeps what it was given."""
+
+    shift = 0.1
+
+    def __init__(self, model, **settings):
+        self.model, self.given = model, []
+
+    def _fix_param_name_to_vllm(self, name):
+        return name
+
+    def sync_weights(self):
+        self.given = [name for name, _ in self._iter_named_params()]
+
+    @torch.no_grad()
+    def generate(self, prompts, **_):
+        tokens, said = [[40, 41, 42 + index] for index in range(len(prompts))], []
+        for prompt, row in zip(prompts, tokens, strict=True):
+            logits = self.model(input_ids=torch.tensor([prompt + row]), use_cache=False).logits[0, -4:-1].float()
+            known = logits.log_softmax(1)[range(3), row] - self.shift
+            said.append([[value] for value in known.tolist()])
+        return prompts, tokens, said, None
+
+
+def test_tokens_of_vllm_are_weighted_once(settings, model, pairs, tasks, tmp_path, monkeypatch):
+    def with_vllm(*arguments):
+        made = trl_arguments(*arguments)
+        made.use_vllm = True
+        return made
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Sampler)
+    monkeypatch.setattr("assay.vhack.training._grpo.trl_arguments", with_vllm)
+    chosen = settings(teacher=None)
+    made = Prepared(chosen, model, pairs).trainer(tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ())
+    made.current_gradient_accumulation_steps = 1
+    made.adapter.model.train()
+    rows = [dict(made.train_dataset[index]) for index in (0, 1) for _ in range(3)]
+    batch = made._generate_and_score_completions(rows)
+    batch["advantages"] = torch.tensor([1.0, -0.4, -0.6, -0.7, 0.2, 0.5])
+    assert "model.embed_tokens.weight" in made.vllm_generation.given
+    assert not any("delta_s" in name for name in made.vllm_generation.given)
+    assert torch.allclose(logprobs(made, batch) - batch[STORED], torch.tensor(Sampler.shift), atol=1e-5)
+    found = gradient(made, made._compute_loss(made.adapter.model, batch))
+    wanted = gradient(made, by_hand(made, batch))
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def test_what_is_stored_in_the_pool_gets_into_the_batch(trainer, batch, tasks, model):

@@ -90,6 +90,8 @@ class GRPO(GRPOTrainer):
         self.watching: Rollouts | None = None
         self._filling: dict[str, Any] | None = None
         beta, args.beta = args.beta, 0.0  # TRL would load a second model for the reference
+        # What vLLM says of its tokens is the old log-probability here; TRL would weigh it a second time.
+        args.vllm_importance_sampling_correction = False
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
             super().__init__(
