@@ -43,8 +43,8 @@ class Batch:
     Args:
         slots: Slots of the requests in the order of the step, [N].
         sampler: Parameters of every row.
-        begun: Steps that the first row of ``seeds`` is for, [N].
-        seeds: Seeds of these steps and of those that follow, on the device, int32 [A, N] with the bits of uint32.
+        begun: Lengths [N] of the requests at which the first of ``seeds`` is due.
+        seeds: Seeds of that step and of those that follow, on the device, int32 [N] with the bits of uint32.
         words: With drafts, the words of the stream of each row, [R, 8].
         firsts: With drafts, the position [R] of each row's request that gives its first token.
     """
@@ -52,7 +52,7 @@ class Batch:
     slots: NDArray[np.int64]
     sampler: Sampler
     begun: NDArray[np.int64] | None = None
-    seeds: Tensor | None = None
+    seeds: tuple[Tensor, ...] = ()
     words: Tensor | None = None
     firsts: Tensor | None = None
 
@@ -130,15 +130,13 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
 
     def _by_length(self, batch: Batch, lengths_N: NDArray[Any]) -> Tensor:
         """Return the seeds of a step without drafts, whose requests have so many tokens: all but the one to come."""
-        steps_N: NDArray[np.int64] = lengths_N - self._prompts_M[batch.slots]
-        ahead = -1 if batch.begun is None else int(steps_N[0] - batch.begun[0])
-        stays = batch.begun is not None and 0 <= ahead < AHEAD and np.array_equal(steps_N, batch.begun + ahead)
-        if batch.seeds is None or not stays:
-            steps_AN = steps_N + np.arange(AHEAD)[:, None]
+        ahead = -1 if batch.begun is None else int(lengths_N[0] - batch.begun[0])
+        if batch.begun is None or not 0 <= ahead < AHEAD or not np.array_equal(lengths_N, batch.begun + ahead):
+            steps_AN = lengths_N - self._prompts_M[batch.slots] + np.arange(AHEAD)[:, None]
             words = np.tile(self._words_M8[batch.slots], (AHEAD, 1))
             made = self._host_streams.row_seeds(words, steps_AN.ravel().astype(np.uint32))
-            batch.seeds, batch.begun = self._put(made.view(torch.int32).view(steps_AN.shape)), steps_N
-            ahead = 0
+            batch.seeds = self._put(made.view(torch.int32).view(steps_AN.shape)).unbind()
+            batch.begun, ahead = lengths_N.copy(), 0
         return batch.seeds[ahead]
 
     def _by_position(self, batch: Batch, rows: int, ctx: Any) -> tuple[Batch, Tensor]:
