@@ -63,6 +63,7 @@ MISTAKES = {
         f"{PROVE} -o a.jsonl --preset poc-2",
         f"{PROVE} -o a.jsonl --nonces 5:1",
         f"{PROVE} -o a.jsonl --nonces 64",
+        f"{PROVE} -o a.jsonl --nonces=-1:5",
         f"{PROVE} -o a.jsonl --seq-len -5",
         f"{PROVE} -o a.jsonl --seq-len 1000000",
         f"{PROVE} -o a.jsonl --batch-size 0",
@@ -78,6 +79,7 @@ MISTAKES = {
         VERIFY % "empty.jsonl",
         VERIFY % "picture.png",
         VERIFY % "truncated.jsonl",
+        VERIFY % "unfinished.jsonl",
         VERIFY % "crlf.jsonl",
         VERIFY % "edited.jsonl",
         VERIFY % "future.jsonl",
@@ -100,6 +102,7 @@ MISTAKES = {
         "assay poc serve --model reference:qwen3 --api-key short",
         "assay poc serve --model reference:qwen3 --api-key-file absent.key",
         "assay poc serve --model reference:qwen3 --callback-secret secret",
+        "assay poc serve --model reference:qwen3 --port web",
         "assay poc serve --model reference:qwen3 --port 99999",
         "assay poc serve --model reference:qwen3 --data-dir proof.jsonl",
         "assay poc serve --model ./nope",
@@ -115,6 +118,7 @@ MISTAKES = {
         EXTRACT % "fields.jsonl",
         EXTRACT % "preferences.jsonl",
         EXTRACT % "latin.jsonl",
+        EXTRACT % "marked.jsonl",
         EXTRACT % "empty.jsonl",
         EXTRACT % "generated:12" + " --method pca",
         EXTRACT % "generated:12" + " --rank 0",
@@ -135,8 +139,11 @@ MISTAKES = {
         "assay vhack train --model reference:organism -o run --tasks mine:nothing",
         "assay vhack report absent -o page.html",
     ),
+    "What only the weights can tell": (f"assay poc verify proof.jsonl --model reference:llama {ROUND} --seq-len 8",),
 }
-"""Commands that cannot work, by what they are about."""
+"""Commands that cannot work, by what they are about; those of the last kind load a model."""
+
+WITH_WEIGHTS = MISTAKES["What only the weights can tell"]
 
 INTRODUCTION = """\
 # Mistakes, and what assay says of them
@@ -145,8 +152,8 @@ INTRODUCTION = """\
 
 Every error has three parts: what was seen, what was wanted, and what to do next, with the flag to change; a name in
 capitals is an argument without a flag. `ASSAY_ERRORS=json` prints them as JSON. Exit code 2 is bad input or an open
-verdict, and never fraud, which is 1. Nothing below loads a model first. A traceback in place of three parts is a fault
-of assay.
+verdict, and never fraud, which is 1. Nothing but the last row loads a model first. A traceback in place of three parts
+is a fault of assay.
 
 What goes wrong on a running service is in [operations](operations.md), and what a verdict means in
 [protocol](protocol.md).
@@ -184,6 +191,7 @@ def prepare(folder: Path) -> None:
     files = {
         "empty.jsonl": "",
         "truncated.jsonl": "".join(lines[:4])[: -len(lines[3]) + 10],
+        "unfinished.jsonl": "".join(lines[:-1]),
         "crlf.jsonl": text.replace("\n", "\r\n"),
         "edited.jsonl": re.sub(r'"distance":.*?,"valid":\w+', '"distance":1.25,"valid":false', text, count=1),
         "future.jsonl": text.replace('"schema":1', '"schema":99', 1),
@@ -191,6 +199,7 @@ def prepare(folder: Path) -> None:
         "fields.jsonl": json.dumps({name: pair[name] for name in ("prompt", "hack", "group")}) + "\n",
         "preferences.jsonl": json.dumps({"prompt": "p", "chosen": "c", "rejected": "h"}) + "\n",
         "typo.toml": '[poc.prove]\nmodle = "reference:qwen3"\n',
+        "marked.jsonl": "\ufeff" + json.dumps(pair) + "\n",
         "mine.py": "",
     }
     for name, content in files.items():
@@ -206,16 +215,24 @@ def prepare(folder: Path) -> None:
 
 @contextmanager
 def _place(folder: Path) -> Iterator[None]:
-    """Work in the folder without a network, with no variable that sets a value, and where no model can be loaded."""
+    """Work in the folder without a network, and with no variable that sets a value."""
     left_out = {name: "" for name in os.environ if name.startswith("ASSAY_")}
     with (
         contextlib.chdir(folder),
         mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1", "XDG_CONFIG_HOME": str(folder)}),
-        mock.patch("assay.models._load._digest", side_effect=Loaded("weights are read")),
-        mock.patch("assay.models._load._load_trained", side_effect=Loaded("a model is loaded")),
     ):
         for name in left_out:
             del os.environ[name]
+        yield
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Raise where weights would be read."""
+    with (
+        mock.patch("assay.models._load._digest", side_effect=Loaded("weights are read")),
+        mock.patch("assay.models._load._load_trained", side_effect=Loaded("a model is loaded")),
+    ):
         yield
 
 
@@ -224,7 +241,8 @@ def outcome(command: str, folder: Path) -> Outcome:
     from assay.cli import run
 
     said = io.StringIO()
-    with _place(folder), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    weights = contextlib.nullcontext() if command in WITH_WEIGHTS else _without_weights()
+    with _place(folder), weights, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         code = run(shlex.split(command)[1:])
     text = said.getvalue().replace(f"{folder}/", "")
     _, found, error = text.partition("error: ")

@@ -88,7 +88,7 @@ def verify(
         raise ProofMismatch(
             f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})",
             wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
-            do="verify with the checkpoint that the network agreed on",
+            do="verify with the checkpoint that the network agreed on (--model)",
         )
     # The prover's kernels, where this device is of that kind: equal fingerprints give equal bits.
     compiled = is_compiled(header.fingerprint) and worth_compiling(model)
