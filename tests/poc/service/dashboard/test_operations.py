@@ -172,18 +172,37 @@ def test_compose_mounts_files_that_there_are_and_waits_longer_than_the_service()
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
-@pytest.mark.parametrize("name", ["assay.service", "assay@3.service"])
+@pytest.mark.parametrize("name", ["assay.service", "assay@3.service", "assay-vllm.service"])
 def test_systemd_accepts_the_unit(name, tmp_path):
-    unit, device = (DEPLOY / "assay.service").read_text(), (DEPLOY / "per-device.conf").read_text()
-    assert unit.count("/opt/assay/bin/assay") == device.count("/opt/assay/bin/assay") == 1
-    # The program is not installed here; everything else is as it will be.
-    for place, text in (("assay.service", unit), ("assay@.service", unit), ("assay@.service.d/device.conf", device)):
-        (tmp_path / place).parent.mkdir(exist_ok=True)
-        (tmp_path / place).write_text(text.replace("/opt/assay/bin/assay", "/bin/true"))
-    found = subprocess.run(
+    places = {"assay.service": ("assay.service", "assay@.service"), "assay-vllm.service": ("assay-vllm.service",),
+              "per-device.conf": ("assay@.service.d/per-device.conf",)}  # fmt: skip
+    for file, found in places.items():
+        text = (DEPLOY / file).read_text()
+        assert text.count("ExecStart=/opt/assay/bin/") == 1
+        for place in found:  # the programs are not installed here; everything else is as it will be
+            (tmp_path / place).parent.mkdir(exist_ok=True)
+            (tmp_path / place).write_text(re.sub(r"/opt/assay/bin/\w+", "/bin/true", text))
+    done = subprocess.run(
         ["systemd-analyze", "verify", str(tmp_path / name)], capture_output=True, text=True, timeout=60
     )
-    assert (found.returncode, found.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unit", sorted(DEPLOY.glob("*.service")), ids=lambda path: path.name)
+def test_no_unit_hides_the_gpu(unit):
+    """ProtectClock allows one device, which up to systemd 252 forbids all others."""
+    settings = re.findall(r"^(\w+)=", unit.read_text(), flags=re.MULTILINE)
+    assert not {"PrivateDevices", "ProtectClock", "DevicePolicy", "DeviceAllow"} & set(settings)
+
+
+def test_the_unit_of_vllm_starts_it_as_the_page_does():
+    """With its flags and its plugin."""
+    unit, page = (DEPLOY / "assay-vllm.service").read_text(), (ROOT / "docs" / "vllm.md").read_text()
+    command, *_ = re.findall(r"VLLM_PLUGINS=assay vllm serve MODEL (.*?\n.*?)\n", page)
+    flags = command.replace("\\\n", " ").split()
+    assert "--worker-extension-cls" in flags
+    assert all(part in unit.split() for part in flags)
+    assert "Environment=VLLM_PLUGINS=assay\n" in unit
 
 
 def test_a_service_per_device_has_a_port_and_a_folder_of_its_own():
