@@ -3,8 +3,9 @@
 Every case makes a small checkpoint on the spot, starts a vLLM engine of its own and proves the same nonces as
 transformers does with the same checkpoint in the same dtype. On one round the noise between the two is calibrated; on
 another one, with that law, each judges the other, and vLLM judges a cheat under the honest name: the same model in four
-bits; in three where four are the honest format; with half of the experts of a mixture. A case that is refused has the
-words of the refusal. Rows of cases that are not run again stay in the file; docs/vllm.md has the table.
+bits; in three where four are the honest format; with half of the experts of a mixture. Of a mixture the row has the
+noise of the router too: for how many positions another expert is asked. A case that is refused has the words of the
+refusal. Rows of cases and versions that are not run again stay in the file; docs/vllm.md has the table.
 
     .venv-vllm/bin/python benchmarks/vllm_support.py -o benchmarks/results/vllm_support.json
 """
@@ -16,6 +17,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import _vllm_router
 import numpy as np
 from _common import note, parser, publish
 
@@ -44,6 +46,8 @@ CASES = {  # kind of checkpoint, dtype
     "fp8 by row, compressed-tensors": ("channel-tensors", "bfloat16"),
     "fp8 by tensor": ("tensor", "bfloat16"),
     "fp8 by block of 128 x 128": ("block", "bfloat16"),
+    "Qwen3-MoE, int8 W8A8, compressed-tensors": ("qwen3-moe int8", "bfloat16"),
+    "Qwen3-MoE, int4 W4A16, compressed-tensors": ("qwen3-moe packed", "bfloat16"),
 }
 MIXTURES = ("qwen3-moe", "mixtral")
 PRESETS = ("poc-2.0", "hardened")
@@ -53,21 +57,22 @@ SEQ_LEN, NONCES = 64, 64
 def main():
     made = parser(__doc__)
     made.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    made.add_argument("--nonces", type=int, default=NONCES)
     arguments = made.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     before = json.loads(arguments.output.read_text())["rows"] if arguments.output and arguments.output.exists() else []
-    rows = {row["name"]: row for row in before}
+    rows, installed = {(row["name"], row["vllm"]): row for row in before}, version()
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.cases:
             kind, dtype = CASES[name]
             try:
-                row = measure(checkpoint(kind, Path(folder)), kind, dtype)
+                row = measure(checkpoint(kind, Path(folder)), kind, dtype, range(arguments.nonces))
             except AssayError as error:
                 row = {"refused": str(error)}
-            rows[name] = {"name": name, "vllm": version(), "asked": dtype, **row}
-            note(f"{name}: {rows[name]}")
-            figures = {"seq_len": SEQ_LEN, "nonces": NONCES, "rows": [rows[case] for case in CASES if case in rows]}
-            publish("vllm_support", figures, arguments.output)
+            rows[name, installed] = {"name": name, "vllm": installed, "asked": dtype, **row}
+            note(f"{name}: {rows[name, installed]}")
+            ordered = sorted(rows, key=lambda key: (list(CASES).index(key[0]), key[1]))
+            publish("vllm_support", {"seq_len": SEQ_LEN, "rows": [rows[key] for key in ordered]}, arguments.output)
 
 
 def version():
@@ -84,23 +89,44 @@ def checkpoint(kind, folder):
         return source
     path = folder / kind
     if not path.exists():
+        mixture, _, form = kind.rpartition(" ")
         if kind in MIXTURES:
             make_mixture(kind, path)
         else:
-            store(source, path, kind, block=128 if kind == "block" else 32)
+            origin = checkpoint(mixture, folder) if mixture else source
+            store(origin, path, form, block=128 if form == "block" else 32)
     return path
 
 
-def measure(path, kind, dtype):
+def measure(path, kind, dtype, nonces=range(NONCES)):
     """Run one case."""
     from assay.poc.engines.vllm import VLLMEngine
 
     shape = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": dtype}
+    if kind in MIXTURES:
+        _vllm_router.allow_hooks()
     with VLLMEngine(str(path), **shape, enforce_eager=True, max_model_len=256, max_num_seqs=16) as engine:
         model = load_model(path, dtype=dtype, device="cpu")
         cheat = cheating(model, kind, dtype)
-        presets = {preset: compare(engine, model, cheat, preset) for preset in PRESETS}
-        return {"fingerprint": engine.fingerprint.as_dict(), "presets": presets}
+        presets = {preset: compare(engine, model, cheat, preset, nonces) for preset in PRESETS}
+        row = {"nonces": len(nonces), "fingerprint": engine.fingerprint.as_dict(), "presets": presets}
+        return row | ({"router": router(engine, model, path, nonces)} if kind in MIXTURES else {})
+
+
+def router(engine, model, path, nonces):
+    """Return for how many positions of a round other experts are asked, beside the same engine once more as a null."""
+    asked = poc.Round(block_hash="router", public_key="k", seq_len=SEQ_LEN, preset="poc-2.0", model="m")
+    experts = getattr(model.module.config, "num_experts", None) or model.module.config.num_local_experts
+    ours, again = (_vllm_router.inside(engine, asked, nonces, experts) for _ in range(2))
+    theirs = _vllm_router.beside(model, asked, nonces)
+    exact = _vllm_router.beside(load_model(path, dtype="float32", device="cpu"), asked, nonces)
+    return {
+        "positions": len(nonces) * SEQ_LEN,
+        "vllm_again": _vllm_router.flips(ours, again),
+        "vllm_from_transformers": _vllm_router.flips(ours, theirs),
+        "vllm_from_float32": _vllm_router.flips(ours, exact),
+        "transformers_from_float32": _vllm_router.flips(theirs, exact),
+    }
 
 
 def cheating(model, kind, dtype):
@@ -112,17 +138,17 @@ def cheating(model, kind, dtype):
     return replace(rounded(load_model(PLAIN, dtype=dtype, device="cpu"), 4), digest=model.digest)
 
 
-def compare(engine, model, cheat, preset):
+def compare(engine, model, cheat, preset, nonces):
     """Return the residuals of a preset, the law between both engines and the verdicts with it."""
     calibrated, fresh = (
         poc.Round(block_hash=block, public_key="k", seq_len=SEQ_LEN, preset=preset, model="m")
         for block in ("calibrated", "fresh")
     )
-    ours, theirs = inside(engine, calibrated), beside(model, calibrated)
+    ours, theirs = inside(engine, calibrated, nonces), beside(model, calibrated, nonces)
     calibration = poc.calibrate(ours, theirs)
     residuals = np.quantile(np.abs(published(ours) - published(theirs)), [0.5, 1.0])
-    judge = {"sample": NONCES, "seed": 1, "calibration": calibration}
-    mine, other, false = inside(engine, fresh), beside(model, fresh), beside(cheat, fresh)
+    judge = {"sample": len(nonces), "seed": 1, "calibration": calibration}
+    mine, other, false = inside(engine, fresh, nonces), *(beside(one, fresh, nonces) for one in (model, cheat))
     header = replace(false.header, digest=mine.header.digest, fingerprint=other.header.fingerprint)
     false = poc.Proof.build(header, false.records, false.footer.seconds)
     return {
@@ -137,14 +163,14 @@ def compare(engine, model, cheat, preset):
     }
 
 
-def inside(engine, round):
+def inside(engine, round, nonces):
     """Prove in vLLM."""
-    return poc.prove(engine.model, round, range(NONCES), engine=engine)
+    return poc.prove(engine.model, round, nonces, engine=engine)
 
 
-def beside(model, round):
+def beside(model, round, nonces):
     """Prove on transformers, with the kernels that the verifier uses."""
-    return poc.prove(model, round, range(NONCES), engine=HFEngine(model, batch_size=8, seq_len=SEQ_LEN))
+    return poc.prove(model, round, nonces, engine=HFEngine(model, batch_size=8, seq_len=SEQ_LEN))
 
 
 def published(proof):
