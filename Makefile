@@ -109,8 +109,11 @@ gpu-bench:  ## measure on a CUDA device, and on two where there are two; result 
 	$(GPU_PYTHON) benchmarks/gpu_overhead.py -o $(OUT)/gpu_overhead.json
 	$(GPU_PYTHON) benchmarks/gpu_deterministic.py -o $(OUT)/gpu_deterministic.json
 	$(GPU_PYTHON) benchmarks/gpu_service.py -o $(OUT)/gpu_service.json
-	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 \
-	  benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json; fi
+	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then \
+	  $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json && \
+	  $(GPU_PYTHON) benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b -o $(OUT)/vhack_parts_one.json && \
+	  $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 benchmarks/vhack_parts.py --one $(OUT)/vhack_parts_one.json \
+	    -o $(OUT)/vhack_parts.json; fi
 
 release-check: $(READY)  ## build the wheel, install it into an empty environment, and use it as a stranger would
 	$(BIN)/python scripts/release_check.py
