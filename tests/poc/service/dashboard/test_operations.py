@@ -195,6 +195,16 @@ def test_no_unit_hides_the_gpu(unit):
     assert not {"PrivateDevices", "ProtectClock", "DevicePolicy", "DeviceAllow"} & set(settings)
 
 
+@pytest.mark.parametrize("unit", sorted(DEPLOY.glob("*.service")), ids=lambda path: path.name)
+def test_caches_are_where_the_unit_may_write(unit):
+    """The file system is read-only but for two folders, and the home of the user need not be one of them."""
+    text = unit.read_text()
+    (own,) = re.findall(r"^CacheDirectory=(.+)$", text, flags=re.MULTILINE)
+    caches = dict(re.findall(r"^Environment=(\w+)=(%C.*)$", text, flags=re.MULTILINE))
+    assert {"XDG_CACHE_HOME", "HF_HOME", "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR"} <= caches.keys()
+    assert all(f"{place}/".startswith(f"%C/{own}/") for place in caches.values())
+
+
 def test_the_unit_of_vllm_starts_it_as_the_page_does():
     """With its flags and its plugin."""
     unit, page = (DEPLOY / "assay-vllm.service").read_text(), (ROOT / "docs" / "vllm.md").read_text()
