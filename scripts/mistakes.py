@@ -72,6 +72,8 @@ MISTAKES = {
         f"{PROVE} -o a.jsonl --r-target 3",
         f"{PROVE} -o a.jsonl --strength 64",
         f"{PROVE} -o a.jsonl --tensor-parallel 2",
+        f"{PROVE} -o a.jsonl --preset decode --kernels compiled",
+        f"{PROVE} -o a.jsonl --engine vllm --deterministic",
         "assay poc prove --model reference:qwen3 --block-hash '' --public-key node_A -o a.jsonl",
     ),
     "Verifying": (

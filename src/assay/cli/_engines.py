@@ -27,18 +27,15 @@ def proving_engine(options: "ProveSettings", dtype: str | None) -> "Iterator[tup
         BackendUnavailable: What the engine needs is not installed.
         ModelError: The model cannot be loaded.
     """
-    from assay.models import model_info
-    from assay.poc import get_pipeline
-    from assay.poc.engines.hf import HFEngine, ParallelEngine, be_deterministic, check_shape, joined, processes
+    from assay.poc.engines.hf import HFEngine, ParallelEngine, be_deterministic, joined, processes
 
-    size, steps = 1 if options.batch_size == "auto" else _number(options.batch_size), get_pipeline(options.preset).steps
-    check_shape(model_info(options.model), batch_size=size, seq_len=options.seq_len, steps=steps)
     if options.engine == "vllm":
         _refuse_for_vllm(options, dtype)
         shape = {"batch_size": _number(options.batch_size), "seq_len": options.seq_len}
         with vllm_engine(options.model, dtype=dtype, device=options.device, **shape) as made:
             yield made
         return
+    _refuse_shape(options)
     if options.deterministic:
         be_deterministic()
     if processes() == 1:
@@ -104,9 +101,11 @@ def _eight_bits(dtype: str | None) -> bool:
     return dtype in NUMBER_FORMATS
 
 
-def _shape(model: "Model", options: "ProveSettings") -> dict[str, Any]:
+def _refuse_shape(options: "ProveSettings") -> None:
+    """Refuse what no model runs, and what this one does not, before its weights are read."""
+    from assay.models import model_info
     from assay.poc import get_pipeline
-    from assay.poc.engines.hf import auto_batch
+    from assay.poc.engines.hf import check_shape
 
     steps = get_pipeline(options.preset).steps
     if steps and options.kernels == "compiled":
@@ -115,6 +114,15 @@ def _shape(model: "Model", options: "ProveSettings") -> dict[str, Any]:
             wanted="eager kernels, which decode",
             do="leave --kernels out",
         )
+    size = 1 if options.batch_size == "auto" else _number(options.batch_size)
+    check_shape(model_info(options.model), batch_size=size, seq_len=options.seq_len, steps=steps)
+
+
+def _shape(model: "Model", options: "ProveSettings") -> dict[str, Any]:
+    from assay.poc import get_pipeline
+    from assay.poc.engines.hf import auto_batch
+
+    steps = get_pipeline(options.preset).steps
     automatic = options.batch_size == "auto"
     size = auto_batch(model, options.seq_len + steps) if automatic else _number(options.batch_size)
     compiled = compiles(model, options.kernels) and not steps

@@ -121,7 +121,7 @@ def check_model(header: ReceiptHeader, model: Model) -> None:
         raise ProofMismatch(
             f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})",
             wanted=f"receipts of {model.reference} ({model.weights}, {model.digest[:12]})",
-            do="replay with the checkpoint that the network agreed on",
+            do="replay with the checkpoint that the network agreed on (--model)",
         )
 
 
