@@ -6,6 +6,7 @@ import httpx
 import numpy as np
 import pytest
 from _vllm import KEY, MODEL, POW, Server, chat_once
+from _vllm_forked import ForkedServer
 
 from assay import poc
 from assay.research.cheats import rounded
@@ -27,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
         "ASSAY_CALLBACK_TIMEOUT": "2",
         "ASSAY_CALLBACK_BACKOFF_MAX": "1",
     }
-    with Server(tmp_path_factory.mktemp("server"), options=options, environment=environment) as running:
+    with ForkedServer(tmp_path_factory.mktemp("server"), options=options, environment=environment) as running:
         yield running
 
 
