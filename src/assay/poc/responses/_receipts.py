@@ -253,13 +253,15 @@ def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
         UsageError: There are too few or too many, or one is not a whole number in range.
     """
     given: Iterable[Any] = ids  # what a caller passes may be of numpy, or of a file
-    listed = tuple(int(token) if isinstance(token, np.integer) else token for token in given)
+    listed = tuple(given)
+    if set(map(type, listed)) - {int}:
+        listed = tuple(int(token) if isinstance(token, np.integer) else token for token in listed)
     if not fewest <= len(listed) <= MOST_TOKENS:
         raise UsageError(
             f"{what} of {len(listed)} tokens", wanted=f"{fewest} to {MOST_TOKENS}", do=f"give {what} in token ids"
         )
-    for token in listed:
-        if type(token) is not int or not 0 <= token <= HIGHEST_TOKEN:
+    if set(map(type, listed)) - {int} or not 0 <= min(listed, default=0) <= max(listed, default=0) <= HIGHEST_TOKEN:
+        for token in listed:
             check_number(f"a token of {what}", token, 0, HIGHEST_TOKEN)
     return listed
 

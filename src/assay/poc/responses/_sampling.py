@@ -20,7 +20,7 @@ Shapes: N steps, V tokens of the vocabulary.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ class Sampling:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the parameters in the order of a receipt, token ids as text."""
-        return asdict(self) | {"logit_bias": {str(token): bias for token, bias in self.logit_bias.items()}}
+        return vars(self) | {"logit_bias": {str(token): bias for token, bias in self.logit_bias.items()}}
 
 
 def scores(

@@ -1,7 +1,7 @@
 """What a request carries to vLLM's workers, in ``extra_args`` of its ``SamplingParams``."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,11 @@ class Carried:
 
     def as_argument(self) -> dict[str, Any]:
         """Return plain values, which vLLM sends from process to process."""
-        values = asdict(self)
-        if self.sampling is not None:
-            # MessagePack has no maps with integer keys where vLLM decodes them.
-            values["sampling"]["logit_bias"] = [[token, bias] for token, bias in self.sampling.logit_bias.items()]
-        return values
+        if self.sampling is None:
+            return dict(vars(self))
+        # MessagePack has no maps with integer keys where vLLM decodes them.
+        biases = [[token, bias] for token, bias in self.sampling.logit_bias.items()]
+        return vars(self) | {"sampling": vars(self.sampling) | {"logit_bias": biases}}
 
 
 def keeping_states(prompt: int) -> dict[str, Any]:
