@@ -39,9 +39,7 @@ class TaskSettings(Settings):
     """Settings that say which tasks a model works on."""
 
     seed: int = Field(0, ge=0, description="Seed of tasks and sampling.")
-    modes: Names = Field(
-        MODES[:-1], description="What the grader may look at, separated by commas."
-    )
+    modes: Names = Field(MODES[:-1], description="What the grader may look at, separated by commas.")
     share_none: float = Field(0.2, ge=0, le=1, description="Share of tasks shown without their loophole.")
     difficulty: Annotated[tuple[int, int], Spelling(_range, "{0[0]}:{0[1]}".format)] = Field(
         (1, 2), description="Steps per task, LOW:HIGH."

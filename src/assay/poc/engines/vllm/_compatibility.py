@@ -18,6 +18,7 @@ OLDEST, NEWEST = (0, 28), (0, 32)
 """First and last minor version on which the tests have run."""
 
 EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
+"""What ``--worker-extension-cls`` names for nonces."""
 
 USED: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": ("generate", "collective_rpc", "from_vllm_config", "shutdown"),

@@ -35,7 +35,7 @@ MOST_NORMALS = 2**22
 """Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free."""
 
 MOST_RESPONSES = 8192
-"""Responses whose sketches a worker keeps. Those that nobody forgot are the oldest, and are dropped first."""
+"""Responses whose sketches a worker keeps; beyond them the oldest are dropped, which the server side left behind."""
 
 STEPS_AHEAD = 4
 """Steps of drafts by which a runner's positions on the host may be wrong: two are in flight."""

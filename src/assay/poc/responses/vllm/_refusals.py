@@ -8,6 +8,8 @@ Mode = Literal["off", "sketched", "seeded"]
 """What is done for responses: nothing; receipts with sketches, while the engine samples; seeded sampling as well."""
 
 EXTENSION = "assay.poc.responses.vllm.ResponseExtension"
+"""What ``--worker-extension-cls`` names for nonces and responses."""
+
 PROCESSORS = {"v1": "assay.poc.responses.vllm:ProcessorV1", "v2": "assay.poc.responses.vllm:ProcessorV2"}
 FIRST_V2 = (0, 31)
 """Version of vLLM from which the V2 runner has logits processors."""
