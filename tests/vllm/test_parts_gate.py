@@ -98,6 +98,7 @@ def test_the_settings_that_docs_recommend_pass_the_gate():
         {"model_config.hf_overrides": {}},
         {"device_config.device_type": "cuda", "lora_config": SimpleNamespace()},
         {"device_config.device_type": "cuda", "parallel_config.pipeline_parallel_size": 2},
+        {"device_config.device_type": "cuda", "parallel_config.enable_expert_parallel": True},
     ],
 )
 def test_settings_that_move_nothing_pass(changes):
@@ -113,6 +114,7 @@ def test_settings_that_move_nothing_pass(changes):
         ("parallel_config.data_parallel_size", 2, "one server per engine"),
         ("parallel_config.pipeline_parallel_size", 2, "tensor parallelism"),
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config.enable_expert_parallel", True, "--enable-expert-parallel on the CPU"),
         ("model_config.runner_type", "pooling", "--runner pooling"),
         ("model_config.quantization", "fp8", "--quantization fp8"),
         ("model_config.is_multimodal_model", True, "multimodal"),

@@ -138,7 +138,7 @@ def check_config(config: Any) -> None:
         ModelError: The checkpoint is quantised in a way that is not read.
     """
     check_engines(config.parallel_config.data_parallel_size)
-    for refused, seen, wanted, do in _refusals(config):
+    for refused, seen, wanted, do in (*_refusals(config), *_refusals_on_cpu(config)):
         if refused:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
     _check_stored(config)
@@ -195,7 +195,6 @@ def _check_stored(config: Any) -> None:
 
 def _refusals(config: Any) -> tuple[Refusal, ...]:
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
-    on_cpu = config.device_config.device_type == "cpu"
     contexts = ("prefill_context_parallel_size", "decode_context_parallel_size")
     checkpoint = "the checkpoint, which the proof names"
     formats = ", ".join(other_cache(config))
@@ -225,20 +224,6 @@ def _refusals(config: Any) -> tuple[Refusal, ...]:
             "use tensor or pipeline parallelism",
         ),
         (
-            parallel.pipeline_parallel_size > 1 and on_cpu,
-            "pipeline stages on the CPU, where its second stage fails at the first step",
-            "one stage",
-            "use tensor parallelism",
-        ),
-        # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one: beside a request
-        # with an adapter the nonces, and the chat without one, are computed with that adapter.
-        (
-            getattr(config, "lora_config", None) is not None and on_cpu,
-            "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it",
-            "an engine without adapters",
-            "leave it out, or serve on a GPU",
-        ),
-        (
             getattr(cache, "kv_sharing_fast_prefill", False),
             "--kv-sharing-fast-prefill",
             "every layer at every position",
@@ -249,6 +234,35 @@ def _refusals(config: Any) -> tuple[Refusal, ...]:
             f"a cache of another number format ({formats})",
             "a cache of the model's own format: values rounded in the cache move an honest node's results too far",
             "leave --kv-cache-dtype, --calculate-kv-scales and --mamba-cache-dtype out",
+        ),
+    )
+
+
+def _refusals_on_cpu(config: Any) -> tuple[Refusal, ...]:
+    """Return what goes wrong on the CPU build of vLLM; nothing elsewhere."""
+    parallel = config.parallel_config
+    if config.device_config.device_type != "cpu":
+        return ()
+    return (
+        (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline stages on the CPU, where its second stage fails at the first step",
+            "one stage",
+            "use tensor parallelism",
+        ),
+        (
+            getattr(parallel, "enable_expert_parallel", False),
+            "--enable-expert-parallel on the CPU, where its workers crash in their kernel for experts",
+            "every expert on every worker",
+            "leave it out",
+        ),
+        # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one: beside a request
+        # with an adapter the nonces, and the chat without one, are computed with that adapter.
+        (
+            getattr(config, "lora_config", None) is not None,
+            "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it",
+            "an engine without adapters",
+            "leave it out, or serve on a GPU",
         ),
     )
 
