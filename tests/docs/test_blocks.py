@@ -19,7 +19,7 @@ import page_blocks  # noqa: E402
 from tests.end_to_end.server import free_port  # noqa: E402
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-INSTALLS = ("make ", "pip ", "python3.11 -m venv")  # in a checkout of symbolic links they would change the real one
+INSTALLS = ("make ", "pip ", "python3 -m venv")  # in a checkout of symbolic links they would change the real one
 
 
 def run(text: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:
