@@ -225,9 +225,11 @@ def finished(child, process, arguments):
 
 
 def errors(log):
-    """Return the last errors that a log names, without the folders of this machine."""
-    found = re.findall(r"\b[A-Za-z_.]*(?:Error|Exception)\b: .*", re.sub(r"\x1b\[[0-9;]*m", "", log))
-    return list(dict.fromkeys(re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", line)[:300] for line in found))[-4:]
+    """Return the first and the last errors that a log names, without the folders of this machine."""
+    named = r"Segfault encountered|\b[\w.]*(?:Error|Exception)\b: .*"
+    found = re.findall(named, re.sub(r"\x1b\[[0-9;]*m", "", log))
+    known = list(dict.fromkeys(re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", line)[:300] for line in found))
+    return known[:3] + known[3:][-2:]
 
 
 def measure_here(arguments):

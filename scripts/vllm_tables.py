@@ -47,7 +47,7 @@ def _case(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     for end in ("refused", "failed"):
         if end in row:
             errors = row.get("errors") or [""]
-            return name, device, "", "", "", f"{end}: {row[end].splitlines()[0]} {errors[-1]}".strip()
+            return name, device, "", "", "", f"{end}: {row[end].splitlines()[0]} {errors[0]}".strip()
     presets = [row["presets"][preset] for preset in PRESETS]
     if "verdict_on_transformers" in presets[0]:
         (found,) = _medians([preset["residual_median"] for preset in presets])

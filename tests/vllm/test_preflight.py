@@ -8,7 +8,7 @@ from _vllm import KEY, OPTIONS, REFERENCE
 
 from assay.models import identify
 from assay.poc.serving import before_start
-from tests.models.storing import store
+from tests.models.storing import make_mixture, store
 from tests.vllm.conftest import ON_GPU
 
 NEEDED = ["--enable-prompt-embeds", "--worker-extension-cls", OPTIONS["--worker-extension-cls"], "--dtype", "float32"]
@@ -69,6 +69,14 @@ def test_a_command_line_is_refused_before_the_engine_is_loaded(start, words: str
 )
 def test_what_goes_wrong_on_the_cpu_is_refused_there(start, words: str, refusal: str):
     assert refusal in start(*SERVE, *NEEDED, *words.split())
+
+
+@pytest.mark.skipif(ON_GPU, reason="refused on the CPU only")
+def test_experts_that_are_dealt_out_are_refused_on_the_cpu(start, tmp_path: Path):
+    path = make_mixture("qwen3-moe", tmp_path / "mixture")
+    words = ("/bin/vllm", "serve", str(path), *NEEDED)
+    assert start(*words) is None
+    assert "--enable-expert-parallel on the CPU" in start(*words, "--enable-expert-parallel")
 
 
 @pytest.mark.skipif(ON_GPU, reason="formats of the CPU build")
