@@ -85,7 +85,7 @@ def test_all_steps_are_taken_and_a_wheel_that_cannot_be_built_ends_the_run(
     )
     stranger = script.Stranger(tmp_path / "first")
     assert script.check_all(stranger) == 0
-    assert len(stranger.results) == 18
+    assert len(stranger.results) == 19
     taken = {command[:2] for command in commands if command[:1] == ("poc",)}
     assert {("poc", "serve"), ("poc", "receive"), ("poc", "validator"), ("poc", "pins")} <= taken
 
