@@ -7,6 +7,7 @@ block. Until the node's chain follower has posted a block, answers are neither s
 
 import asyncio
 import secrets
+from collections.abc import Awaitable
 from typing import Any
 from urllib.parse import quote
 
@@ -161,15 +162,14 @@ class _Guarded:
         self._scope, self._receive, self._accepted, self._plain = scope, receive, accepted, send
         self._started = self._refused = False
 
-    async def __call__(self, message: Message) -> None:
+    def __call__(self, message: Message) -> Awaitable[None]:
         """Send a message of the answer, or the refusal in place of all of them."""
         if self._accepted.refused is not None:
-            await self.refuse()
-            return
+            return self.refuse()
         if not self._started:
             self._started = True
             message = _with(message, self._headers(message))
-        await self._plain(message)
+        return self._plain(message)  # not awaited here: a stream has a message for every token
 
     def _headers(self, message: Message) -> list[tuple[bytes, bytes]]:
         """Return the names of receipt and block; a stream begins before its request is known to be recorded."""
