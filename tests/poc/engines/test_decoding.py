@@ -124,7 +124,7 @@ def test_another_nonce_key_or_block_has_other_tokens(engine: HFEngine, honest):
 
 def test_what_does_not_fit_the_model_is_refused_by_name(small_model):
     engine = HFEngine(small_model, batch_size=16, seq_len=100)
-    with pytest.raises(UsageError, match="100 positions and 64 tokens") as raised:
+    with pytest.raises(UsageError, match="seq_len 100 and 64 tokens") as raised:
         next(engine.decoded(ROUND, PIPELINE, range(1)))
     assert "--seq-len 64" in raised.value.do
 
