@@ -268,13 +268,13 @@ def of_device(arguments):
     return ON_GPU if arguments.gpu else {}
 
 
-def load(count, tokens, **sampling):
-    """Return requests for the measurement of cost."""
+def load(count, tokens, *, seeds=True, **sampling):
+    """Return requests for the measurement of cost, with seeds of their own or without."""
     return [
         Request(
             prompt=tuple(range(100 + number % 50, 164 + number % 50)),
             request_id=f"load-{time.time_ns()}-{number}",
-            user_seed=str(number),
+            user_seed=str(number) if seeds else "",
             sampling=Sampling(**sampling),
             max_tokens=tokens,
         )
@@ -334,7 +334,9 @@ def in_turns(servers, arguments, sampling):
     turns = []
     for turn in range(arguments.turns + 1):
         order = ("without", "seeded") if turn % 2 else ("seeded", "without")
-        requests = {name: load(arguments.requests, arguments.tokens, **sampling) for name in order}
+        requests = {
+            name: load(arguments.requests, arguments.tokens, seeds=not arguments.no_seeds, **sampling) for name in order
+        }
         figures = {name: measure(servers[name], requests[name], arguments.at_once) for name in order}
         note(f"turn {turn}: {json.dumps(figures)}")
         if turn:  # the first one warms up
@@ -361,6 +363,7 @@ def main():
     made.add_argument("--at-once", type=int, default=8)
     made.add_argument("--temperature", type=float, default=1.0)
     made.add_argument("--top-p", type=float, nargs="+", default=[1.0])
+    made.add_argument("--no-seeds", action="store_true", help="requests of cost have no seeds of their own")
     made.add_argument("--model", default=str(REFERENCE))
     made.add_argument("--dtype", default="float32")
     made.add_argument("--settings", nargs="+", choices=SETTINGS, default=["default"], help="of servers, for tokens")
