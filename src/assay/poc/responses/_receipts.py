@@ -252,15 +252,15 @@ def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
     Raises:
         UsageError: There are too few or too many, or one is not a whole number in range.
     """
-    given: Iterable[Any] = ids  # what a caller passes may be of numpy, or of a file
-    listed = tuple(given)
-    if set(map(type, listed)) - {int}:
+    listed: tuple[Any, ...] = tuple(ids)  # what a caller passes may be of numpy, or of a file
+    plain = not set(map(type, listed)) - {int}  # and mostly is: then nothing is looked at one by one
+    if not plain:
         listed = tuple(int(token) if isinstance(token, np.integer) else token for token in listed)
     if not fewest <= len(listed) <= MOST_TOKENS:
         raise UsageError(
             f"{what} of {len(listed)} tokens", wanted=f"{fewest} to {MOST_TOKENS}", do=f"give {what} in token ids"
         )
-    if set(map(type, listed)) - {int} or not 0 <= min(listed, default=0) <= max(listed, default=0) <= HIGHEST_TOKEN:
+    if not plain or not 0 <= min(listed, default=0) <= max(listed, default=0) <= HIGHEST_TOKEN:
         for token in listed:
             check_number(f"a token of {what}", token, 0, HIGHEST_TOKEN)
     return listed

@@ -118,7 +118,7 @@ class Collector:
             followed = self._open.get(output.request_id)
             if followed is not None:
                 followed.tokens += len(output.new_token_ids)
-                if followed.tokens > SKETCH_EVERY * followed.asked:
+                if followed.tokens > SKETCH_EVERY * followed.asked:  # more are due, without a range for every token
                     self._ask(output.request_id, followed)
         return self._process(outputs, *args, **kwargs)
 

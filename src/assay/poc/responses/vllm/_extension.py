@@ -4,8 +4,11 @@ Two methods of the model runner are wrapped as :class:`assay.poc.engines.vllm.Wo
 reasons: ``execute_model`` names the new requests, and while ``sample_tokens`` begins the hidden states of a step are
 there. The state at position ``prompt - 1 + t`` of a request gives token t. While the same requests decode, the step of
 the next such state is known, and those before it are not looked at. States are copied once a step, all together, and
-become sketches a few dozen at a time. On a GPU neither waits for the steps that were launched since: places go there
-from pinned memory, and sketches are made on a stream of their own, which waits for the copies alone.
+become sketches a few dozen at a time.
+
+On a GPU the engine launches steps ahead, and whatever waits for one of them leaves the device without the next. So
+places go there from pinned memory, and sketches are made on a stream of their own, of the steps that the device has
+done. A sketch that the serving side asks for is one of these: it has seen the token.
 
 Legend of shapes: N requests or positions of a step, L positions of one request, D hidden size, S sketches.
 """
