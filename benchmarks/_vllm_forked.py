@@ -84,10 +84,13 @@ class _Process(psutil.Process):
 
 def main():
     """Import vLLM, then fork a server for every line of the input."""
-    from vllm.utils import system_utils
+    from vllm.utils import network_utils, system_utils
 
     # On a CPU vLLM has every process import everything anew.
     system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+    # What is forked holds the server's port, too. A server that ends warns of whoever holds it and reads that process's
+    # command line, which raises if it ends at that moment.
+    network_utils.find_process_using_port = lambda port: None
     for name in IMPORTED:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps what ends
