@@ -8,6 +8,7 @@ The SHA-256 covers the bytes of the receipt lines, newlines included. Reading is
 is refused before it is parsed if it is longer, or has more parts, than any receipt. docs/responses.md has the format.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -144,7 +145,11 @@ class Receipt:
 
     def without_prompt(self) -> "Receipt":
         """Return the receipt with the hash of the prompt in place of its ids."""
-        return self if self.prompt.ids is None else replace(self, prompt=replace(self.prompt, ids=None))
+        if self.prompt.ids is None:
+            return self
+        other = copy.copy(self)  # unlike a new one, it is not checked again
+        object.__setattr__(other, "prompt", replace(self.prompt, ids=None))
+        return other
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields in the order of the line; without an adapter there is no field for it."""

@@ -1,4 +1,8 @@
-"""The thread that puts what waits on disk: all of it in one transaction, so that many share one wait for the disk."""
+"""The thread that puts what waits on disk: all of it in one transaction, so that many share one wait for the disk.
+
+What one turn of the event loop puts there goes into one transaction. Were the thread woken by the first item, it would
+wait for the disk with that item alone, and all others would wait twice.
+"""
 
 import asyncio
 import threading
@@ -49,6 +53,7 @@ class GroupCommit(Generic[Item, Kept]):
         self._state = threading.Condition()
         self._queue: deque[tuple[Item, int, asyncio.Future[Kept]]] = deque()
         self._bytes = 0
+        self._waking = False
         self._closed = False
         self.failing = False
         """Whether nothing can be written now."""
@@ -97,8 +102,14 @@ class GroupCommit(Generic[Item, Kept]):
             self._check_room(size)
             self._queue.append((item, size, future))
             self._bytes += size
-            self._state.notify()
+            if not self._waking:
+                self._waking = True
+                future.get_loop().call_soon(self._wake)
         return await future
+
+    def _wake(self) -> None:
+        with self._state:
+            self._state.notify()
 
     def _check_room(self, size: int) -> None:
         if self._closed:
@@ -112,6 +123,7 @@ class GroupCommit(Generic[Item, Kept]):
                 self._state.wait_for(lambda: self._queue or self._closed, TICK)
                 if self._closed and not self._queue:
                     return
+                self._waking = False
                 taken = [self._queue.popleft() for _ in range(min(AT_ONCE, len(self._queue)))]
                 self._bytes -= sum(size for _, size, _ in taken)
             if not taken or self._put_on_disk(taken):
