@@ -88,8 +88,8 @@ def main():
 
     # On a CPU vLLM has every process import everything anew.
     system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
-    # What is forked holds the server's port, too. A server that ends warns of whoever holds it and reads that process's
-    # command line, which raises if it ends at that moment.
+    # A forked engine holds the server's port, too. A server that ends reads the command line of every process that does,
+    # to warn of it, which raises if that process ends at the same moment.
     network_utils.find_process_using_port = lambda port: None
     for name in IMPORTED:
         importlib.import_module(name)
