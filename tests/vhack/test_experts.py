@@ -196,5 +196,5 @@ def test_experts_in_an_unknown_form_are_refused_by_name():
     module = made("Qwen3Moe")
     for layer in module.model.layers:
         del layer.mlp.experts.is_transposed
-    with pytest.raises(ModelError, match=r"experts\.\w+ holds the weights of 6 experts"):
+    with pytest.raises(ModelError, match=r"experts\.\w+ holds 6 matrices"):
         target_modules(module)

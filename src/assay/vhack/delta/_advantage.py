@@ -23,7 +23,7 @@ from torch import Tensor
 
 from assay.errors import DataError
 from assay.models import backbone, decoder_layers
-from assay.vhack.gradients import Encoded, encode, module_of, plan
+from assay.vhack.gradients import Encoded, context_of, encode, module_of, plan
 from assay.vhack.pairs import Pair
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Shortcut:
             raise DataError(f"{len(pairs)} pairs for a direction of activations", wanted="at least two", do="add some")
         samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
         names = [f"pair {i}, {side} side" for side in ("hack", "clean") for i in range(len(pairs))]
-        encoded = encode(tokenizer, samples, names, int(module.config.get_text_config().max_position_embeddings))
+        encoded = encode(tokenizer, samples, names, context_of(module))
         layer = max(0, math.ceil(_DEPTH * len(decoder_layers(module))) - 1)
         hack_NH, clean_NH = _activations(module, encoded, layer).chunk(2)
         difference_H = hack_NH.mean(dim=0) - clean_NH.mean(dim=0)

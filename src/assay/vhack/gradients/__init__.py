@@ -1,6 +1,6 @@
 """Gradients of single samples with respect to δS, of every weight matrix at once."""
 
-from assay.vhack.gradients._batches import Encoded, encode, plan
+from assay.vhack.gradients._batches import Encoded, context_of, encode, plan
 from assay.vhack.gradients._factors import Factors
 from assay.vhack.gradients._per_sample import SampleGradients, per_sample_gradients
 from assay.vhack.gradients._sharding import is_sharded, local, local_rows, processes, reshard, whole
@@ -24,6 +24,7 @@ __all__ = [
     "SVDCache",
     "SampleGradients",
     "check_rank",
+    "context_of",
     "coverage",
     "delta_gradient",
     "encode",

@@ -26,6 +26,7 @@ _HIDDEN_COPIES = 10
 _WIDE_COPIES = 5
 # The logits of a completion token live once in the model's dtype and about three times in float32.
 _LOGIT_BYTES = 16
+_CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # of most models, MPT, and Whisper
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Batch:
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase | None", samples: Sequence[Sample], names: Sequence[str], longest: int
+    tokenizer: "PreTrainedTokenizerBase | None", samples: Sequence[Sample], names: Sequence[str], longest: int | None
 ) -> list[Encoded]:
     """Tokenise every sample, and refuse by name what cannot be used.
 
@@ -162,7 +163,7 @@ def encode(
         tokenizer: Tokenizer of the model.
         samples: Prompts and completions.
         names: Name of each sample in errors.
-        longest: Largest number of tokens that the model is made for.
+        longest: Largest number of tokens that the model is made for, from :func:`context_of`; None for no bound.
 
     Raises:
         UsageError: There is no tokenizer, or no sample.
@@ -184,11 +185,18 @@ def encode(
     return found
 
 
-def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int) -> None:
+def context_of(module: "PreTrainedModel") -> int | None:
+    """Return how many tokens a model is made for, or None where its configuration does not say."""
+    config = module.config.get_text_config()
+    stated = (getattr(config, name, None) for name in _CONTEXTS)
+    return next((int(tokens) for tokens in stated if tokens), None)
+
+
+def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int | None) -> None:
     for part, count in (("prompt", n_prompt), ("completion", n_completion)):
         if not count:
             raise DataError(f"{name}: empty {part}", wanted="text that gives at least one token", do="leave it out")
-    if n_prompt + n_completion > longest:
+    if longest is not None and n_prompt + n_completion > longest:
         raise DataError(
             f"{name}: {n_prompt} tokens of prompt and {n_completion} of completion",
             wanted=f"at most {longest} tokens together, the context of the model",
@@ -196,11 +204,14 @@ def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int) ->
         )
 
 
-def plan(encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, at_once: int = 1) -> list[list[Encoded]]:
+def plan(
+    encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, equal: bool = False, at_once: int = 1
+) -> list[list[Encoded]]:
     """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
 
     Padding counts as tokens, unless the samples will be packed. The longest samples come first. Packed samples for
-    several workers are dealt out, so that all batches are about as large and every worker has as many.
+    several workers are dealt out, so that all batches are about as large and every worker has as many. With ``equal``
+    the samples of a batch have one length, and nothing is padded.
     """
     ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
     if packed and at_once > 1:
@@ -209,7 +220,7 @@ def plan(encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, at_once: 
     used = 0
     for one in ordered:
         size = len(one.ids) if packed or not batches else len(batches[-1][0].ids)
-        if batches and used + size <= max_tokens:
+        if batches and used + size <= max_tokens and not (equal and len(one.ids) < size):
             batches[-1].append(one)
             used += size
         else:
@@ -247,7 +258,8 @@ def token_budget(
     """
     config = module.config.get_text_config()
     parameter = next(module.parameters())
-    wide = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
+    stated = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
+    wide = max(stated) if isinstance(stated, list | tuple) else int(stated)  # Gemma 3n has one for each layer
     layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()
     kept = layer + config.num_hidden_layers * config.hidden_size * parameter.element_size()
     activations = kept if checkpointing else layer * config.num_hidden_layers

@@ -68,10 +68,9 @@ class ExpertsPass:
         experts: Module whose weights are used and stay as they are.
         apply: Functions by name of a matrix that take rows and their segments; matrices that have none are only
             multiplied with.
-        nothing: Function that is told the name of a matrix that no token came to, and the number of samples.
         batch: Function that returns the batch that is computed.
-        tokens: Dictionary in which every pass leaves, under the name of the module, how many tokens of each sample
-            came to each expert, [B, E] on the CPU.
+        tokens: Dictionary, empty before a pass, in which it leaves, under the name of the module, how many tokens of
+            each sample came to each expert, [B, E] on the CPU.
     """
 
     def __init__(
@@ -79,11 +78,10 @@ class ExpertsPass:
         name: str,
         experts: nn.Module,
         apply: Mapping[str, Callable[[Tensor, Segments], Tensor]],
-        nothing: Callable[[str, int], None],
         batch: Callable[[], Batch],
         tokens: dict[str, Tensor],
     ) -> None:
-        self.name, self.apply, self.nothing, self.batch, self.tokens = name, apply, nothing, batch, tokens
+        self.name, self.apply, self.batch, self.tokens = name, apply, batch, tokens
         self.experts: Any = experts
         self.matrices = expert_matrices(name, experts)
 
@@ -108,9 +106,9 @@ class ExpertsPass:
             end = start + sum(counts)
             if end > start:
                 said.append(self._say(expert, hidden_NH[rows[start:end]], counts) * weight_X1[start:end])
-            for own in _names(self.experts) if end == start else ():
-                self._leave_nothing(f"{self.name}.{own}.{expert}", len(counts))
             start = end
+        if not said:
+            return torch.zeros_like(hidden_NH)
         said_XH = torch.cat(said)
         total_NH = torch.zeros(hidden_NH.shape, dtype=said_XH.dtype, device=said_XH.device)
         return total_NH.index_add(0, rows[:start], said_XH).to(hidden_NH.dtype)
@@ -129,7 +127,7 @@ class ExpertsPass:
             torch.bincount(cell_X[which_X], minlength=experts * samples).view(experts, samples).cpu()
             for which_X in (is_one_X, is_counted_X)
         )
-        self.tokens[self.name] = tokens_EB.T
+        self.tokens[self.name] = self.tokens.get(self.name, 0) + tokens_EB.T
         return torch.sort(expert_X, stable=True).indices, rows_EB.tolist()
 
     def _say(self, expert: int, inputs: Tensor, counts: list[int]) -> Tensor:
@@ -141,7 +139,3 @@ class ExpertsPass:
     def _project(self, name: str, inputs: Tensor, segments: Segments) -> Tensor:
         found: Tensor = self.apply[name](inputs, segments) if name in self.apply else self.matrices[name](inputs)
         return found
-
-    def _leave_nothing(self, name: str, samples: int) -> None:
-        if name in self.apply:
-            self.nothing(name, samples)

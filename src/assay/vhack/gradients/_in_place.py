@@ -136,8 +136,8 @@ class PartTap(Tap):
         wanted = Shard(gradient.ndim - 1) if self.layout == ROWS else Replicate()
         return gradient.redistribute(placements=[wanted]).to_local()
 
-    def leave(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> None:
-        super().leave(kept, second, projected_NR, segments, way)
+    def rows(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> Tensor:
+        rows_BR = super().rows(kept, second, projected_NR, segments, way)
         # What every process computes whole, from all samples, is counted once.
-        if not self.division.by_samples and self.layout == WHOLE and self.division.rank:
-            self.found[self.name] = torch.zeros_like(self.found[self.name])
+        is_twice = not self.division.by_samples and self.layout == WHOLE and self.division.rank
+        return torch.zeros_like(rows_BR) if is_twice else rows_BR

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import Model
 from assay.models.device import one_thread
-from assay.vhack.gradients._batches import Encoded, encode, plan, token_budget
+from assay.vhack.gradients._batches import Encoded, context_of, encode, plan, token_budget
 from assay.vhack.gradients._division import Division, division_of
 from assay.vhack.gradients._factors import Factors
 from assay.vhack.gradients._in_place import InPlace, recipe_in_parts
@@ -102,7 +102,7 @@ def per_sample_gradients(
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
-    encoded = encode(tokenizer, samples, labels, int(module.config.get_text_config().max_position_embeddings))
+    encoded = encode(tokenizer, samples, labels, context_of(module))
     given = svd if svd is not None else weight_svd(module, modules=modules)
     _check_factors(wanted, given)
     factors = {name: given[name] for name in wanted}
@@ -112,7 +112,7 @@ def per_sample_gradients(
     recipe = recipe_for(module)
     cores = _at_once(module)
     budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing, at_once=cores)
-    batches = plan(encoded, budget, packed=recipe.packed, at_once=cores)
+    batches = plan(encoded, budget, packed=recipe.packed, equal=recipe.equal, at_once=cores)
     found = SampleGradients({name: torch.empty(len(samples), factors[name].rank) for name in factors})
     factored = fitting(wanted, factors) if recipe.factored else set()
     replicas = [
@@ -199,7 +199,7 @@ def _in_parts(
     budget = _agreed(division, encoded, max_tokens or fits)
     recipe = recipe_in_parts(module, division)
     takers = division.processes if division.by_samples else 1
-    batches = plan(encoded, budget, packed=recipe.packed, at_once=takers)
+    batches = plan(encoded, budget, packed=recipe.packed, equal=recipe.equal, at_once=takers)
     with InPlace(module, factors, division, recipe, checkpointing=checkpointing) as replica:
         for start in range(0, len(batches), takers):
             turn = batches[start : start + takers]

@@ -41,6 +41,7 @@ class Recipe:
 
     Attributes:
         packed: Whether samples stand end to end in one row; otherwise they are padded to one length.
+        equal: Whether samples of different lengths must not share a batch, because padding would change them.
         fused: Whether norms, gated activations and sums over samples run in fused kernels, where there are any.
         factored: Whether U, S and Vh stand for the weight where that saves a product that is needed anyway.
         late: Whether the last layer computes only completion tokens where only they matter; needs ``packed``.
@@ -53,17 +54,21 @@ class Recipe:
     factored: bool
     late: bool
     together: bool
+    equal: bool = False
 
 
 def recipe_for(module: "PreTrainedModel") -> Recipe:
     """Return the fastest recipe that is known to be exact for this kind of model."""
     known = _is_listed(module)
+    chosen_keys = getattr(module.config.get_text_config(), "index_topk", None)
     return Recipe(
         packed=known,
         fused=known,
         factored=module.dtype == torch.float32,
         late=known,
         together=module.device.type != "cpu",
+        # Attention that sees the best keys only: which ones are the best of equal ones depends on the length.
+        equal=chosen_keys is not None,
     )
 
 
@@ -123,7 +128,7 @@ class Replica:
         self.use = kernels(module.device, module.dtype) if recipe.fused else None
         self._found: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
-        self._ranks = {name: each.rank for name, each in factors.items()}
+        self._factors = factors
         self._batch: Batch | None = None
         self._head_sees_completions_only()
         if recipe.fused and (self.use is not None or self._on_cpu):
@@ -146,13 +151,15 @@ class Replica:
         batch = Batch.build(encoded, self.module.device, packed=self.recipe.packed)
         self._batch = batch
         self._found.clear()
-        logits_MV = self.module(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits.flatten(0, 1)
+        self._tokens.clear()
+        places = {} if batch.positions is None else {"position_ids": batch.positions}
+        logits_MV = self.module(input_ids=batch.ids, use_cache=False, **places).logits.flatten(0, 1)
         self._check_logits(logits_MV)
         there = logits_MV.device  # another one than that of the ids, where the model is on several
         losses_M = Surprise.apply(logits_MV, batch.target.to(there))  # type: ignore[no-untyped-call]
         del logits_MV
         losses_M.backward(batch.weight.to(there))
-        together_BR = torch.cat([self._found[name].to(there) for name in self.names], dim=1)
+        together_BR = torch.cat([self._rows(name).to(there) for name in self.names], dim=1)
         arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
         together_BR, losses_M = (part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach()))
         if arrived is not None:
@@ -173,6 +180,11 @@ class Replica:
 
     def _check_logits(self, logits_MV: Tensor) -> None:
         """Raise ModelError where these are not all logits."""
+
+    def _rows(self, name: str) -> Tensor:
+        """Return what the pass left of a target, [B, R]: zeros where the loss of no sample goes through it."""
+        found_BR = self._found.get(name)
+        return torch.zeros(len(self.current.encoded), self._factors[name].rank) if found_BR is None else found_BR
 
     @property
     def current(self) -> Batch:
@@ -243,11 +255,8 @@ class Replica:
                 self._replace(linear, taps[name])
         for name, part in experts.items():
             apply = {each: tap.apply for each, tap in taps.items() if each.startswith(f"{name}.")}
-            says = ExpertsPass(name, part, apply, self._leave_zeros, lambda: self.current, self._tokens)
+            says = ExpertsPass(name, part, apply, lambda: self.current, self._tokens)
             self._replace(part, says)
-
-    def _leave_zeros(self, name: str, samples: int) -> None:
-        self._found[name] = torch.zeros(samples, self._ranks[name], device=self.module.device)
 
     def _segments(self) -> Segments:
         return self.current.segments

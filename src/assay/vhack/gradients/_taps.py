@@ -89,13 +89,14 @@ class Way:
 class Tap:
     """What replaces the forward function of a Linear.
 
-    A Linear with a forward function of its own keeps it, and the tap stands after it.
+    A Linear with a forward function of its own keeps it, and the tap stands after it. One that a pass calls several
+    times leaves the sum over its calls.
 
     Args:
         name: Name of the module.
         linear: Module whose weight and bias are used and stay as they are.
         factors: Factors of the weight.
-        found: Dictionary in which every backward pass leaves [B, R] float32 under the name.
+        found: Dictionary, empty before a pass, in which its backward part leaves [B, R] float32 under the name.
         segments: Function that returns the bounds of the samples among the rows, called in every forward pass.
         factored: Whether products with W may use the factors.
         together: Whether to do without operations per sample.
@@ -134,7 +135,9 @@ class Tap:
             ModelError: The rows are not all tokens in their order.
         """
         segments = self.segments()
-        if inputs.ndim != 3 or inputs.shape[0] * inputs.shape[1] != segments.bounds[-1][1]:
+        # Experts that are shared by all tokens are given all of them in one row, those of a list only some.
+        of_list = sum(part.isdigit() for part in self.name.split(".")) > 1
+        if inputs.ndim < 2 + of_list or inputs.shape[:-1].numel() != segments.bounds[-1][1]:
             raise ModelError(
                 f"{self.name} is given inputs of shape {list(inputs.shape)}",
                 wanted="[samples, tokens, width]: tokens that were sent to an expert no longer say whose they are",
@@ -193,7 +196,12 @@ class Tap:
         return gradient
 
     def leave(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> None:
-        """Leave the gradient of every sample, [B, R] float32.
+        """Leave the gradient of every sample, or add it to that of another call; arguments as for :meth:`rows`."""
+        rows_BR, before_BR = self.rows(kept, second, projected_NR, segments, way), self.found.get(self.name)
+        self.found[self.name] = rows_BR if before_BR is None else before_BR + rows_BR
+
+    def rows(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> Tensor:
+        """Return the gradient of every sample, [B, R] float32.
 
         Args:
             kept: What the forward pass kept: inputs, their coordinates, or outputs.
@@ -206,8 +214,7 @@ class Tap:
             assert projected_NR is not None
             along_NR = kept if way.early else self.along(kept)
             offsets = segments.offsets.to(along_NR.device)
-            self.found[self.name] = segment_products(projected_NR, along_NR, offsets, self.use)
-            return
+            return segment_products(projected_NR, along_NR, offsets, self.use)
         left_OR, right_RI = self.factors.left, self.factors.right
         first = projected_NR if way.how == "right" else kept if way.how == "inner" else second
         last = second if way.how == "inner" else kept
@@ -223,7 +230,7 @@ class Tap:
             rows_BR = torch.stack([torch.linalg.vecdot(each, left_OR, dim=0) for each in sums])
         else:
             rows_BR = torch.stack([torch.linalg.vecdot(each, right_RI) for each in sums])
-        self.found[self.name] = rows_BR
+        return rows_BR
 
 
 class _Tapped(torch.autograd.Function):

@@ -69,7 +69,7 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and any(target.removesuffix("_proj") in own for target in MLP_TARGETS):
                 raise ModelError(
-                    f"{name}.{own} holds the weights of {len(parameter)} experts in one tensor",
+                    f"{name}.{own} holds {len(parameter)} matrices in one tensor",
                     wanted="projections that are nn.Linear modules, or experts in the form of transformers",
                     do="use a dense model, or one whose experts are separate Linears",
                 )
@@ -82,7 +82,34 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
             wanted="nn.Linear modules named " + ", ".join((*TARGETS, *FUSED_TARGETS)),
             do="use a model of the Llama or Qwen family",
         )
+    _check_own(found)
     return found
+
+
+def _check_own(modules: dict[str, nn.Linear]) -> None:
+    """Refuse two targets with one weight, as in Zamba: each would have a δS, and merging one would undo the other."""
+    first: dict[int, str] = {}
+    for name, linear in modules.items():
+        if (other := first.setdefault(id(linear.weight), name)) != name:
+            raise ModelError(
+                f"{name} has the weight of {other}",
+                wanted="projections with a weight each",
+                do="use a model whose layers share no projection",
+            )
+
+
+def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
+    """Refuse attention to what comes after a token: padding and packing would be seen, and the loss be known."""
+    sees_all = (name for name, part in module.named_modules() if getattr(part, "is_causal", True) is False)
+    seen = next((name for name in sees_all if any(each.startswith(f"{name}.") for each in modules)), None)
+    if seen is None and getattr(module.config.get_text_config(), "is_causal", True) is False:
+        seen = "its configuration"
+    if seen is not None:
+        raise ModelError(
+            f"{type(module).__name__} whose attention is not causal, by {seen}",
+            wanted="a decoder in which no token sees a later one",
+            do="use a causal language model",
+        )
 
 
 def _check_experts(name: str, experts: nn.Module) -> None:
@@ -104,6 +131,7 @@ def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | No
             it.
     """
     found = target_modules(model)
+    _check_causal(module_of(model), found)
     division_of(module_of(model), found)
     if names is None:
         return found
