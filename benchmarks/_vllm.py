@@ -81,6 +81,7 @@ class Server:
         options = self.options | {"--host": "127.0.0.1", "--port": str(self.port), "--chat-template": str(template)}
         words = [word for name, value in options.items() if value is not False for word in (name, value) if word]
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *words]
+        self.client = httpx.Client(base_url=self.url, timeout=120.0, headers={"Authorization": f"Bearer {KEY}"})
         self.process = self.run(command, os.environ | self.environment | {"ASSAY_DATA_DIR": str(self.data_dir)})
 
     def run(self, command, environment):
@@ -91,7 +92,10 @@ class Server:
     def start(self, timeout=900.0):
         """Start, and wait until chat and the service answer."""
         self.launch()
-        self.client = httpx.Client(base_url=self.url, timeout=120.0, headers={"Authorization": f"Bearer {KEY}"})
+        self.wait_until_ready(timeout)
+
+    def wait_until_ready(self, timeout=900.0, *, pause=0.5):
+        """Wait until chat and the service of a process that was launched answer."""
         deadline = time.monotonic() + timeout
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -101,7 +105,7 @@ class Server:
             with contextlib.suppress(httpx.HTTPError):
                 if self.client.get(f"{POW}/status", timeout=5).json().get("ready"):
                     return
-            time.sleep(0.5)
+            time.sleep(pause)
 
     @property
     def url(self):

@@ -77,12 +77,16 @@ class RequestEngine:
         self._client, self._loop, self._version, self._inputs = client, loop, version, inputs
         worker = self._worker = client.description
         self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
-        self._streams = streams.get_backend("auto", "cpu")
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
         return fingerprint_of(self._worker, self._version, batch_size=self.batch_size, seq_len=self.seq_len)
+
+    @cached_property
+    def _streams(self) -> streams.Backend:
+        """The backend that makes inputs; it takes a second to load, and is not needed where the workers make them."""
+        return streams.get_backend("auto", "cpu")
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
         """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
