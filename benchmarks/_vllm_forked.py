@@ -25,6 +25,7 @@ IMPORTED = (
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.qwen3",
     "assay.poc.serving",
+    "assay.streams._numba",
 )
 
 
@@ -93,6 +94,7 @@ def main():
     network_utils.find_process_using_port = lambda port: None
     for name in IMPORTED:
         importlib.import_module(name)
+    _hide_wrapped_library()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps what ends
     for line in sys.stdin:
         order = json.loads(line)
@@ -112,6 +114,22 @@ def main():
         code = serve()
         Path(order["code"]).write_text(str(code))
         os._exit(code)
+
+
+def _hide_wrapped_library():
+    """Let numba be imported before a worker starts: on a CPU vLLM reads the ``__dict__`` of everything that is there.
+
+    That of numba's library would be a function of the library.
+    """
+    library = importlib.import_module("llvmlite.binding.ffi")._lib_wrapper
+    functions = library.__getattr__
+
+    def function(self, name):
+        if name == "__dict__":
+            raise AttributeError(name)
+        return functions(self, name)
+
+    library.__getattr__ = function
 
 
 def serve():

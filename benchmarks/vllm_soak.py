@@ -10,7 +10,7 @@ result is written after every signal. Exit code 1 if a figure that must be zero 
 """
 
 import contextlib
-import os
+import io
 import random
 import signal
 import sqlite3
@@ -41,6 +41,12 @@ ENVIRONMENT = {
     "ASSAY_CALLBACK_ATTEMPTS": "1000",
     "ASSAY_CALLBACK_BACKOFF": "0.05",
     "ASSAY_CALLBACK_BACKOFF_MAX": "0.5",
+}
+SMALL = {
+    "--kv-cache-memory-bytes": str(2**26),
+    "--max-model-len": "128",
+    "--max-num-batched-tokens": "256",
+    "--max-num-seqs": "16",
 }
 WHILE_STARTING = 0.25  # part of the signals
 LONGEST = 0.6  # seconds from a life's first nonces to its signal, at most
@@ -220,7 +226,7 @@ def records(server):
 
 def uninterrupted(folder, beside, count):
     """Return the first ``count`` records of the same round on a server that nothing interrupts."""
-    with ForkedServer(folder, beside=beside, environment=ENVIRONMENT) as server:
+    with ForkedServer(folder, beside=beside, options=SMALL, environment=ENVIRONMENT) as server:
         server.begin("soak", **BLOCK)
         server.wait_for(count, timeout=3600.0)
         server.post("/stop").raise_for_status()
@@ -240,14 +246,14 @@ def main():
 
     def say(soak, **more):
         figures = {"seed": chosen.seed, "complete": bool(more), "seconds": round(time.monotonic() - began, 1)}
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if more else nowhere):
+        with contextlib.redirect_stdout(sys.stdout if more else io.StringIO()):
             publish("vllm_soak", figures | soak.figures() | more, chosen.output)
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder, "scratch")
         scratch.mkdir()
         environment = ENVIRONMENT | {"TMPDIR": str(scratch)}
-        with ForkedServer(Path(folder, "data"), environment=environment) as server:
+        with ForkedServer(Path(folder, "data"), options=SMALL, environment=environment) as server:
             soak = Soak(server, receiver, scratch, seed=chosen.seed)
             soak.begin()
             for number, kind in enumerate(kinds, 1):
