@@ -1,8 +1,8 @@
 """Make the mistakes of new users, and write what assay says of each to docs/troubleshooting.md.
 
 ``python scripts/mistakes.py`` writes the page; tests/docs/test_mistakes.py holds that every error has three parts and
-names what to change, and that no model is loaded before it. All run in this process, in a folder with the files that
-:func:`prepare` makes.
+names what to change, and that no model is loaded before it. All run in a folder with the files that :func:`prepare`
+makes, beside the service of :func:`service`; all but those of :data:`MISSING` run in this process.
 """
 
 import contextlib
@@ -11,11 +11,14 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +26,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 ROUND = "--block-hash block_alpha --public-key node_A"
 PROVE = f"assay poc prove --model reference:qwen3 {ROUND}"
 VERIFY = f"assay poc verify %s --model reference:qwen3 {ROUND} --seq-len 8"
+PORT = "8000"
+"""Port of the service that already runs, as it is shown; in truth that is a free one."""
 EXTRACT = "assay vhack extract --model reference:qwen3 --pairs %s -o basis.safetensors"
 
 MISTAKES = {
@@ -95,6 +100,7 @@ MISTAKES = {
         "assay poc verify proof.jsonl --model reference:qwen3 --block-hash block_beta --public-key node_A --seq-len 8",
         "assay poc calibrate proof.jsonl -o calibration.json",
         "assay poc calibrate proof.jsonl proof.jsonl -o calibration.json",
+        "assay poc calibrate few.jsonl theirs.jsonl -o calibration.json",
         "assay poc calibrate --valid-rate 2",
         "assay poc calibrate",
         "assay poc ledger show absent.jsonl",
@@ -106,6 +112,8 @@ MISTAKES = {
         "assay poc serve --model reference:qwen3 --callback-secret secret",
         "assay poc serve --model reference:qwen3 --port web",
         "assay poc serve --model reference:qwen3 --port 99999",
+        f"assay poc serve --model reference:qwen3 --data-dir mine --port {PORT}",
+        "assay poc serve --model reference:qwen3 --data-dir busy",
         "assay poc serve --model reference:qwen3 --data-dir proof.jsonl",
         "assay poc serve --model ./nope",
         "assay poc receive --host 0.0.0.0",
@@ -141,10 +149,22 @@ MISTAKES = {
         "assay vhack train --model reference:organism -o run --tasks mine:nothing",
         "assay vhack report absent -o page.html",
     ),
-    "What only the weights can tell": (f"assay poc verify proof.jsonl --model reference:llama {ROUND} --seq-len 8",),
+    "What is not installed": (
+        "assay poc serve --model reference:qwen3",
+        f"{PROVE} -o a.jsonl --engine vllm",
+        f"{PROVE} -o a.jsonl --dtype int8",
+        "assay vhack train --model reference:organism -o run",
+    ),
+    "What only the weights can tell": (
+        f"assay poc verify proof.jsonl --model reference:llama {ROUND} --seq-len 8",
+        "assay vhack check --model reference:qwen3 --basis stale.safetensors",
+    ),
 }
 """Commands that cannot work, by what they are about; those of the last kind load a model."""
 
+MISSING = MISTAKES["What is not installed"]
+EXTRAS = ("fastapi", "trl", "torchao", "vllm")
+"""Packages of which :data:`MISSING` need one each."""
 WITH_WEIGHTS = MISTAKES["What only the weights can tell"]
 
 INTRODUCTION = """\
@@ -154,8 +174,8 @@ INTRODUCTION = """\
 
 Every error has three parts: what was seen, what was wanted, and what to do next, with the flag to change; a name in
 capitals is an argument without a flag. `ASSAY_ERRORS=json` prints them as JSON. Exit code 2 is bad input or an open
-verdict, and never fraud, which is 1. Nothing but the last row loads a model first. A traceback in place of three parts
-is a fault of assay.
+verdict, and never fraud, which is 1. Nothing but the last table loads a model first. A traceback in place of three
+parts is a fault of assay.
 
 What goes wrong on a running service is in [operations](operations.md), and what a verdict means in
 [protocol](protocol.md).
@@ -177,16 +197,28 @@ class Outcome:
     parts: tuple[str, ...]
 
 
+_WITHOUT_EXTRAS = f"""
+import json, shlex, sys
+from importlib.machinery import PathFinder
+
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import mistakes
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name in {EXTRAS} else find(name, *rest)
+with mistakes._without_weights():
+    print(json.dumps([mistakes._said(shlex.split(command)[1:]) for command in sys.argv[1:]]))
+"""
+"""Runs commands where no package of an extra can be found, and prints what :func:`_said` returns of each."""
+
+
 class Loaded(Exception):
     """A model would have been loaded."""
 
 
 def prepare(folder: Path) -> None:
-    """Write the files that the commands read; the proof is a real one."""
-    from assay import load_model, poc
-
-    round = poc.Round(block_hash="block_alpha", public_key="node_A", seq_len=8)
-    poc.prove(load_model("reference:qwen3", device="cpu"), round, range(32), output=folder / "proof.jsonl")
+    """Write the files that the commands read; the proofs and the basis are real ones."""
+    _compute(folder)
     text = (folder / "proof.jsonl").read_text()
     lines = text.splitlines(keepends=True)
     pair = {"prompt": "p", "hack": "h", "clean": "c", "group": "g"}
@@ -215,6 +247,44 @@ def prepare(folder: Path) -> None:
     (folder / "pickle" / "pytorch_model.bin").write_bytes(b"\x80\x02.")
 
 
+def _compute(folder: Path) -> None:
+    """Write two proofs of a node, the shorter one twice, and a basis of weights that are not those of the bundle."""
+    import torch
+
+    from assay import load_model, poc, vhack
+
+    model = load_model("reference:qwen3", device="cpu")
+    round = poc.Round(block_hash="block_alpha", public_key="node_A", seq_len=8)
+    for name, count in (("proof", 32), ("few", 8), ("theirs", 8)):
+        poc.prove(model, round, range(count), output=folder / f"{name}.jsonl")
+    with torch.no_grad():
+        next(iter(vhack.target_modules(model).values())).weight.mul_(2)
+    vhack.extract(vhack.pairs.generate_pairs(4), model, rank=2).save(folder / "stale.safetensors")
+
+
+@contextmanager
+def service(folder: Path) -> Iterator[int]:
+    """Run a service on the data directory ``busy`` of a folder, and yield its port."""
+    command = shlex.split("assay poc serve --model reference:qwen3 --data-dir busy --port 0 --log-format json")
+    with _place(folder), (folder / "service.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log)
+    try:
+        yield _port(process, folder / "service.log")
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _port(process: "subprocess.Popen[bytes]", log: Path) -> int:
+    """Return the port that a service names in its log once it listens."""
+    limit = time.monotonic() + 120
+    while not (said := re.search(r'"port": ?(\d+)', log.read_text())):
+        if process.poll() is not None or time.monotonic() > limit:
+            raise RuntimeError(f"the service does not start: {log.read_text()}")
+        time.sleep(0.1)
+    return int(said[1])
+
+
 @contextmanager
 def _place(folder: Path) -> Iterator[None]:
     """Work in the folder without a network, and with no variable that sets a value."""
@@ -238,29 +308,52 @@ def _without_weights() -> Iterator[None]:
         yield
 
 
-def outcome(command: str, folder: Path) -> Outcome:
-    """Run a command in that folder and return what it left behind."""
+def outcomes(folder: Path) -> dict[str, Outcome]:
+    """Make all mistakes in a folder that is prepared, and return what each command left behind."""
+    with service(folder) as port:
+        found = {made: outcome(made, folder, port) for made in chain(*MISTAKES.values()) if made not in MISSING}
+    with _place(folder):
+        done = subprocess.run([sys.executable, "-c", _WITHOUT_EXTRAS, *MISSING], capture_output=True, check=True)
+    for command, (code, text) in zip(MISSING, json.loads(done.stdout), strict=True):
+        found[command] = Outcome(code, text, _parts(text))
+    return found
+
+
+def outcome(command: str, folder: Path, port: int = 0) -> Outcome:
+    """Run a command in that folder, beside a service on that port, and return what it left behind."""
+    arguments = shlex.split(command.replace(f"--port {PORT}", f"--port {port}"))[1:]
+    weights = contextlib.nullcontext() if command in WITH_WEIGHTS else _without_weights()
+    with _place(folder), weights:
+        code, text = _said(arguments)
+    text = text.replace(f"{folder}/", "").replace(f":{port}:", f":{PORT}:")
+    return Outcome(code, text, _parts(text))
+
+
+def _said(arguments: list[str]) -> tuple[int, str]:
+    """Run a command in this process; return its exit code and its text on stderr."""
     from assay.cli import run
 
     said = io.StringIO()
-    weights = contextlib.nullcontext() if command in WITH_WEIGHTS else _without_weights()
-    with _place(folder), weights, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        code = run(shlex.split(command)[1:])
-    text = said.getvalue().replace(f"{folder}/", "")
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        return run(arguments), said.getvalue()
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    """Return what an error saw, wanted and says to do; nothing where it has another form."""
     _, found, error = text.partition("error: ")
     seen, _, rest = error.partition("\n  wanted: ")
     wanted, _, do = rest.partition("\n  to do:  ")
     parts = (seen, wanted, do.strip())
-    return Outcome(code, text, parts if found and all(parts) else ())
+    return parts if found and all(parts) else ()
 
 
-def page(outcomes: dict[str, Outcome]) -> str:
+def page(found: dict[str, Outcome]) -> str:
     """Return docs/troubleshooting.md."""
     text = [INTRODUCTION]
     for about, commands in MISTAKES.items():
         text.append(f"\n## {about}\n\n| typed | seen | wanted | to do | exit |\n|---|---|---|---|---|\n")
         for command in commands:
-            cells = (f"`{command}`", *map(_cell, outcomes[command].parts), str(outcomes[command].code))
+            cells = (f"`{command}`", *map(_cell, found[command].parts), str(found[command].code))
             text.append(f"| {' | '.join(cells)} |\n")
     return "".join(text)
 
@@ -278,11 +371,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory).resolve()
         prepare(folder)
-        outcomes = {command: outcome(command, folder) for commands in MISTAKES.values() for command in commands}
-    PAGE.write_text(page(outcomes), encoding="utf-8")
-    wrong = [command for command, found in outcomes.items() if not found.parts]
+        found = outcomes(folder)
+    PAGE.write_text(page(found), encoding="utf-8")
+    wrong = [command for command in found if not found[command].parts]
     for command in wrong:
-        print(f"{command}: [{outcomes[command].code}] {outcomes[command].text}", file=sys.stderr)
+        print(f"{command}: [{found[command].code}] {found[command].text}", file=sys.stderr)
     return bool(wrong)
 
 
