@@ -78,6 +78,18 @@ def test_a_nonce_counts_once_however_often_it_is_sent(validating, small_model):
         until(lambda: running.get("/status")["inbox"]["repeated"] == 1)
 
 
+def test_an_id_that_is_used_again_after_its_message_was_deleted_names_new_evidence(validating, small_model):
+    """Otherwise a node that was honest for as long as messages are kept could use its old ids and never be checked."""
+    with validating() as running:
+        running.send(body_of(proof_of(small_model, "node_A", range(60))), id="m1")
+        until(lambda: running.verdict("node_A") == "honest")
+        until(lambda: not running.controller.inbox.waiting())
+        until(lambda: running.controller.inbox.prune(-1))
+        later = body_of(proof_of(small_model, "node_A", range(60, 160)))
+        assert running.send(_shifted(later), id="m1")["new"] is True
+        until(lambda: running.verdict("node_A") == "fraud")
+
+
 def test_two_nodes_may_use_one_id(validating, small_model):
     """An id belongs to its sender: otherwise a node could keep the messages of another one out."""
     with validating() as running:

@@ -59,9 +59,12 @@ class Draw:
 
     @property
     def name(self) -> str:
-        """Name of its evidence in the ledger: a draw that is repeated after a crash has the same."""
+        """Name of its evidence in the ledger: a draw that is repeated after a crash has the same.
+
+        The seed tells apart two messages of one id, of which the first was deleted before the second one came.
+        """
         owner = hashlib.sha256(self.public_key.encode()).hexdigest()[:16]
-        return f"{owner}/{self.id}/{self.drawn}"
+        return f"{owner}/{self.id}/{self.seed}/{self.drawn}"
 
 
 class Inbox:
