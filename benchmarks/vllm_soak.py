@@ -49,8 +49,9 @@ SMALL = {
     "--max-num-seqs": "16",
 }
 WHILE_STARTING = 0.25  # part of the signals
-LONGEST = 0.6  # seconds from a life's first nonces to its signal, at most
+LONGEST = 0.4  # seconds from a life's first nonces to its signal, at most
 ENDING = 60.0  # seconds in which a server must follow SIGTERM
+LOST = 5.0  # seconds after which a server that starts has missed it
 SHARED = Path("/dev/shm")
 MUST_BE_ZERO = (
     "lost_records",
@@ -82,7 +83,7 @@ class Soak:
         self.processes, self.files, self.bytes = Counter(), Counter(), Counter()
         self.seen = {}  # what was on disk after a signal
         self.changed = self.stopped = 0
-        self.starts, self.pauses = [], []
+        self.starts, self.pauses, self.last = [], [], ""
 
     def begin(self):
         """Begin the round."""
@@ -119,12 +120,13 @@ class Soak:
         before = self._alive()
         mapped = {path for process in before for path in _mapped(process)}
         server.process.send_signal(kind)
+        patience = LOST if "starting" in when else ENDING
         try:
-            self.codes[f"{when}: {server.process.wait(ENDING)}"] += 1
+            self.last = f"{when}: {server.process.wait(patience)}"
+            psutil.wait_procs(before, timeout=LOST if kind is signal.SIGTERM else 0)
         except subprocess.TimeoutExpired:
-            self.codes[f"{when}: none in {ENDING:.0f} s"] += 1
-        if kind is signal.SIGTERM:
-            psutil.wait_procs(before, timeout=5)
+            self.last = f"{when}: none in {patience:.0f} s"
+        self.codes[self.last] += 1
         left = self._alive()
         self.processes[when] += len(left)
         for process in left:
@@ -261,7 +263,7 @@ def main():
                     break
                 soak.send(kind)
                 say(soak)
-                note(f"{number} of {len(kinds)}: {list(soak.codes)[-1]}, {len(soak.seen)} records")
+                note(f"{number} of {len(kinds)}: {soak.last}, {len(soak.seen)} records")
             soak.end()
             alone = uninterrupted(Path(folder, "alone"), server, len(soak.seen))
             unlike = sum(alone.get(nonce) != value for nonce, value in soak.seen.items())

@@ -45,15 +45,17 @@ def test_the_passes_of_a_call_are_few_and_equal(count: int, size: int):
 class Workers:
     """An engine whose one worker returns the nonce itself, by either path."""
 
-    def __init__(self, *, batch: int = 4, **settings) -> None:
+    def __init__(self, *, batch: int = 4, engines: int = 1, **settings) -> None:
         self.batch, self.chat, self.broken, self.dead, self.most, self.running = batch, 0, False, False, 0, 0
         self.called: list[list[int]] = []
+        self.dealt: list[list[list[int]]] = []
         self.requested: list[int] = []
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
         self.throttle = Throttle(ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16)
-        self.client = Client(self, self.throttle)
+        self.client = Client(self, self.throttle, engines)
+        self.engine_core = self
 
-    async def collective_rpc(self, method: str, args: tuple):
+    async def collective_rpc(self, method: str, args: tuple, engine: int = 0):
         if method == "assay_batch":
             return [{"batch": self.batch, "reason": None if self.batch else "a reason"}]
         if method == "assay_pass":
@@ -61,11 +63,17 @@ class Workers:
             self.most = max(self.most, self.running)
             await asyncio.sleep(0.002)
             self.running -= 1
-            self.called.append(args[1])
+            nonces = args[1][engine]
+            self.called.append(nonces)
             if self.dead:
                 raise RuntimeError("EngineCore died")
-            return [{"error": "broken"} if self.broken else self.reply(args[1])]
+            return [{"error": "broken"} if self.broken else self.reply(nonces)]
         return [self.reply(args[1]) if method == "assay_collect" else None]
+
+    async def call_utility_all_async(self, utility: str, method: str, timeout, args: tuple, kwargs):
+        assert (utility, timeout, kwargs) == ("collective_rpc", None, None)
+        self.dealt += [args[1]] if method == "assay_pass" else []
+        return [await self.collective_rpc(method, args, engine) for engine in range(self.client._engines)]
 
     @staticmethod
     def reply(nonces):
@@ -113,6 +121,34 @@ def test_without_chat_all_nonces_run_in_calls_two_at_once_and_come_in_order():
         "nonces": 203,
     }
     assert workers.client.direct.in_flight == 0
+
+
+@pytest.mark.parametrize("engines", [2, 3])
+def test_every_engine_gets_an_equal_share_of_each_call(engines: int):
+    workers = Workers(engines=engines)
+    assert run(workers, 203) == list(range(203))
+    assert workers.requested == []
+    assert sorted(chain(*workers.called)) == list(range(203))
+    assert sorted(chain(*chain(*workers.dealt))) == list(range(203))
+    assert len(workers.dealt) == workers.client.direct.calls
+    assert all(len(shares) == engines and len(shares[0]) - len(shares[-1]) <= 1 for shares in workers.dealt)
+
+
+def test_a_worker_runs_the_share_of_its_engine(monkeypatch: pytest.MonkeyPatch):
+    worker = _direct_worker.DirectMethods()
+    worker.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=1))
+    ran = []
+
+    def passes(spec, nonces, batch):
+        ran.append((nonces, batch))
+        return torch.tensor(nonces, dtype=torch.float32)
+
+    worker.assay_hooks = SimpleNamespace(rows=SimpleNamespace(get=lambda key: SimpleNamespace(spec=SPEC, touched=0.0)))
+    worker.assay_passes = SimpleNamespace(run=passes)
+    assert worker.assay_pass("key", [[1, 3], [2, 4]], 2)["nonces"] == [2, 4]
+    assert worker.assay_pass("key", [[5], []], 1) == {}
+    assert worker.assay_pass("key", [[6, 7]], 2)["nonces"] == [6, 7]  # one engine, whatever it is called
+    assert ran == [([2, 4], 2), ([6, 7], 2)]
 
 
 def test_with_chat_nonces_are_requests_and_calls_come_back_after_it():

@@ -111,7 +111,6 @@ def test_settings_that_move_nothing_pass(changes):
     [
         ("model_config.enable_prompt_embeds", False, "--enable-prompt-embeds"),
         ("parallel_config.worker_extension_cls", "", "--worker-extension-cls"),
-        ("parallel_config.data_parallel_size", 2, "one server per engine"),
         ("parallel_config.pipeline_parallel_size", 2, "tensor parallelism"),
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
         ("parallel_config.enable_expert_parallel", True, "--enable-expert-parallel on the CPU"),
@@ -134,6 +133,48 @@ def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, 
     with pytest.raises(UsageError) as refusal:
         _compatibility.check_config(settings_of_vllm(**{path: value}))
     assert words in str(refusal.value)
+
+
+ENGINES = {
+    "parallel_config.data_parallel_size": 2,
+    "parallel_config.data_parallel_size_local": 2,
+    "parallel_config.data_parallel_backend": "mp",
+    "parallel_config.data_parallel_external_lb": False,
+    "parallel_config.data_parallel_hybrid_lb": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing", "words"),
+    [
+        ({}, [], None),
+        ({}, ["AsyncMPClient.call_utility_all_async"], "without AsyncMPClient"),
+        ({"model_config.is_moe": True}, [], "of a mixture"),
+        ({"parallel_config.data_parallel_external_lb": True}, [], "another load balancer"),
+        ({"parallel_config.data_parallel_hybrid_lb": True}, [], "another load balancer"),
+        ({"parallel_config.data_parallel_size_local": 1}, [], "on this host"),
+        ({"parallel_config.data_parallel_backend": "ray"}, [], "on this host"),
+    ],
+)
+def test_engines_that_share_a_round_are_dense_and_behind_one_server(
+    changes: dict, missing: list[str], words: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_compatibility, "_missing", lambda names: missing)
+    config = settings_of_vllm(**ENGINES | changes)
+    if words is None:
+        _compatibility.check_config(config)
+        return
+    with pytest.raises(UsageError, match=words) as refusal:
+        _compatibility.check_config(config)
+    assert "one server per engine" in refusal.value.do
+
+
+def test_receipts_and_several_engines_are_refused_together():
+    settings = SimpleNamespace(responses="seeded", has_keys=True)
+    with pytest.raises(UsageError, match="ASSAY_RESPONSES=seeded with 2"):
+        _preflight.check_arguments(SimpleNamespace(data_parallel_size=2), settings)
+    settings.responses = "off"
+    _preflight.check_arguments(SimpleNamespace(data_parallel_size=2), settings)
 
 
 def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
@@ -209,7 +250,6 @@ def test_the_products_of_quantised_layers_are_named_and_of_no_others():
     ("name", "value", "words"),
     [
         ("api_server_count", 2, "--api-server-count 1"),
-        ("data_parallel_size", 2, "one server per engine"),
         ("revision", "abc", "--revision"),
     ],
 )

@@ -44,9 +44,11 @@ def test_a_server_as_docs_recommend_it_starts(start, command):
 @pytest.mark.parametrize(
     ("words", "refusal"),
     [
-        ("--data-parallel-size 2", "2 data-parallel engines"),
-        ("--data_parallel_size=4", "4 data-parallel engines"),
-        ("-dp 2", "2 data-parallel engines"),
+        ("--data-parallel-size 2", "2 API servers"),
+        ("--data_parallel_size=4", "4 API servers"),
+        ("-dp 2 -asc 1", None),
+        ("-dp 2 -dpl 1 -asc 1 --data-parallel-hybrid-lb", "2 data-parallel engines behind another load balancer"),
+        ("-dp 2 -dpl 1 -asc 1", "2 data-parallel engines that it does not start"),
         ("--api-server-count 3", "3 API servers"),
         ("-asc=2", "2 API servers"),
         ("--revision main", "--revision main"),
@@ -106,8 +108,8 @@ def test_what_is_missing_is_named_with_the_flag_to_add(start):
 @pytest.mark.parametrize("command", [SERVE, MODULE])
 def test_a_configuration_file_counts_as_the_command_line(start, command, tmp_path: Path):
     path = tmp_path / "server.yaml"
-    path.write_text("data-parallel-size: 2\n")
-    assert "2 data-parallel engines" in start(*command, *NEEDED, "--config", str(path))
+    path.write_text("api-server-count: 2\n")
+    assert "2 API servers" in start(*command, *NEEDED, "--config", str(path))
     path.write_text("enable-prompt-embeds: true\nkv-cache-dtype: fp8\n")
     assert "kv fp8" in start(*command, *NEEDED[1:], "--config", str(path))
     path.write_text("dtype: float32\nenable-prompt-embeds: true\n")

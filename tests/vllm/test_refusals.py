@@ -13,12 +13,15 @@ from tests.vllm.conftest import ON_GPU
 ENGINES = ("vLLM with 2 data-parallel engines", "start one server per engine")
 CACHE = ("vLLM with a cache of another number format (kv fp8)", "leave --kv-cache")
 BY_ARGUMENT = {
-    "engines": ({"--data-parallel-size": "2"}, *ENGINES),
+    "engines": ({"--data-parallel-size": "2", "--data-parallel-size-local": "1"}, *ENGINES),
     "servers": ({"--api-server-count": "2"}, "2 API servers of one engine", "pass --api-server-count 1"),
     "embeds": ({"--enable-prompt-embeds": False}, "vLLM with no --enable-prompt-embeds", "add --enable-prompt-embeds"),
     "cache": ({"--kv-cache-dtype": "fp8"}, *CACHE),
 }
-BY_FILE = {"engines-in-file": ("data-parallel-size: 2", *ENGINES), "cache-in-file": ("kv-cache-dtype: fp8", *CACHE)}
+BY_FILE = {
+    "engines-in-file": ("data-parallel-size: 2\ndata-parallel-size-local: 1", *ENGINES),
+    "cache-in-file": ("kv-cache-dtype: fp8", *CACHE),
+}
 ON_CPU = {
     "adapters": ({"--enable-lora": None}, "vLLM with --enable-lora on the CPU", "leave it out, or serve on a GPU"),
     "stages": ({"--pipeline-parallel-size": "2"}, "vLLM with pipeline stages on the CPU", "use tensor parallelism"),

@@ -70,7 +70,7 @@ class AssayPlugin:
         """Mount routes, page and callbacks.
 
         Raises:
-            UsageError: A setting is out of range, the port needs a key, or there are several servers or engines. This
+            UsageError: A setting is out of range, the port needs a key, or there are several API servers. This
                 aborts the start of the server.
             StorageError: The data directory is in use or cannot be written.
         """
@@ -102,7 +102,8 @@ class AssayPlugin:
         check_config(config)
         check_responses(config, self._settings.responses, version)
         count = engine_client.output_processor.get_num_unfinished_requests
-        client = Client(engine_client, Throttle(self._settings.throttle, count, capacity(config)))
+        throttle = Throttle(self._settings.throttle, count, capacity(config))
+        client = Client(engine_client, throttle, config.parallel_config.data_parallel_size)
         await client.install()
         names = getattr(args, "served_model_name", None) or [args.model]
         reference = self._settings.reference or (names if isinstance(names, str) else names[0])

@@ -24,7 +24,6 @@ from assay.poc.engines.vllm import (
     NoncePath,
     ThrottleSettings,
     check_config,
-    check_engines,
     check_installed,
     most_positions,
     multiply_exactly,
@@ -126,7 +125,13 @@ def before_start() -> None:
 
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     """Refuse a server that would share its round with others, whose checkpoint has no digest, or that needs a key."""
-    check_engines(getattr(arguments, "data_parallel_size", None) or 1)
+    engines = getattr(arguments, "data_parallel_size", None) or 1
+    if engines > 1 and settings.responses != "off":
+        raise UsageError(
+            f"ASSAY_RESPONSES={settings.responses} with {engines} data-parallel engines",
+            wanted="one engine, whose workers hold the sketches of every answer",
+            do="start one server per engine, or leave ASSAY_RESPONSES out",
+        )
     servers = getattr(arguments, "api_server_count", None) or 1
     if servers > 1:
         raise UsageError(
@@ -240,6 +245,8 @@ def _arguments() -> Namespace:
     arguments: Namespace = parser.parse_args()
     if getattr(arguments, "model_tag", None) is not None:
         arguments.model = arguments.model_tag
+    if sys.argv[1:2] == ["serve"] and arguments.api_server_count is None:
+        arguments.api_server_count = arguments.data_parallel_size  # which `vllm serve` starts then
     return arguments
 
 

@@ -7,7 +7,6 @@ from assay.poc.engines.vllm._client import Client, call_workers
 from assay.poc.engines.vllm._compatibility import (
     EXTENSION,
     check_config,
-    check_engines,
     check_installed,
     missing_in_runner,
     multiply_exactly,
@@ -42,7 +41,6 @@ __all__ = [
     "call_workers",
     "capacity",
     "check_config",
-    "check_engines",
     "check_installed",
     "fingerprint_of",
     "is_first_of_group",

@@ -56,19 +56,20 @@ class Client:
     Args:
         llm: Engine client of vLLM, an ``AsyncLLM``.
         throttle: Throttle that admits nonces.
+        engines: Number of data-parallel engines behind it. vLLM deals requests out to them, and calls reach them all.
     """
 
-    def __init__(self, llm: Any, throttle: Throttle) -> None:
+    def __init__(self, llm: Any, throttle: Throttle, engines: int = 1) -> None:
         self.throttle = throttle
         self.description: dict[str, Any] = {}
         self.ended: Future[None] = Future()
         """Done once the engine ends; what waits for a nonce must not wait any longer."""
         self.closers: set[Callable[[], Awaitable[None]]] = set()
         """The ``close`` of every open stream of nonces."""
-        self._llm = llm
+        self._llm, self._engines = llm, engines
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
-        self.direct = DirectPath(throttle, self._call)
+        self.direct = DirectPath(throttle, self._call, engines)
 
     async def install(self) -> None:
         """Prepare the workers, and keep the description of the last one, which has the hidden states.
@@ -139,18 +140,22 @@ class Client:
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker."""
-        return await call_workers(self._llm, method, *args)
+        return await call_workers(self._llm, method, *args, engines=self._engines)
 
 
-async def call_workers(llm: Any, method: str, *args: Any) -> list[Any]:
-    """Call a method of every worker of an ``AsyncLLM``, and return their replies.
+async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> list[Any]:
+    """Call a method of every worker of an ``AsyncLLM`` with so many engines, and return their replies.
 
     Raises:
         ModelError: They did not answer in time.
     """
     try:
         async with asyncio.timeout(TIMEOUT):
-            return list(await llm.collective_rpc(method, args=args))
+            if engines == 1:
+                return list(await llm.collective_rpc(method, args=args))
+            # Of several engines collective_rpc asks all, and returns the replies of the first.
+            replies = await llm.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
+            return [reply for of_engine in replies for reply in of_engine]
     except TimeoutError:
         raise ModelError(
             f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",

@@ -68,6 +68,12 @@ OF_RUNNER: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
 }
 
+SEVERAL: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.engine.core_client:DPLBAsyncMPClient": ("call_utility_all_async",),
+    "vllm.config:ParallelConfig": ("data_parallel_index",),
+}
+"""Names that are used where there are several data-parallel engines."""
+
 STORED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "cpu": {"int8-rows": ("bfloat16", "float32"), "int4-groups": ("bfloat16", "float16")},
     "cuda": {},
@@ -137,7 +143,7 @@ def check_config(config: Any) -> None:
         UsageError: Names the first such setting.
         ModelError: The checkpoint is quantised in a way that is not read.
     """
-    check_engines(config.parallel_config.data_parallel_size)
+    _check_engines(config)
     for refused, seen, wanted, do in (*_refusals(config), *_refusals_on_cpu(config)):
         if refused:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
@@ -280,18 +286,26 @@ def other_cache(config: Any) -> list[str]:
     return [f"{name} {dtype}" for name, dtype, plain in found if dtype not in {"auto", *plain}] + scaled
 
 
-def check_engines(count: int) -> None:
-    """Refuse more than one data-parallel engine.
-
-    Raises:
-        UsageError: Says how to run several nodes instead.
-    """
-    if count > 1:
-        raise UsageError(
-            f"vLLM with {count} data-parallel engines",
-            wanted="one engine, whose workers hold every nonce",
-            do="start one server per engine, each with its own node_id and data directory",
-        )
+def _check_engines(config: Any) -> None:
+    """Refuse data-parallel engines that do not run by themselves behind one API server."""
+    parallel = config.parallel_config
+    if parallel.data_parallel_size == 1:
+        return
+    missing = _missing(SEVERAL)
+    balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+    local = parallel.data_parallel_size_local == parallel.data_parallel_size and parallel.data_parallel_backend == "mp"
+    for refused, seen in (
+        (missing, f"and without {', '.join(missing)}"),
+        (config.model_config.is_moe, "of a mixture, which step together"),
+        (balanced, "behind another load balancer"),
+        (not local, "that it does not start on this host by itself"),
+    ):
+        if refused:
+            raise UsageError(
+                f"vLLM with {parallel.data_parallel_size} data-parallel engines {seen}",
+                wanted="engines of a dense model on one host behind one server, with vLLM 0.32",
+                do="start one server per engine, each with its own node_id and data directory",
+            )
 
 
 def multiply_exactly(dtype: str | None) -> None:

@@ -16,7 +16,7 @@ from assay.poc.engines.vllm._throttle import Throttle
 CALLS = 2
 """Calls at once: the second one waits at the workers, so that they do not wait for it. Chat waits for both."""
 
-MOST = 256  # nonces of a call
+MOST = 256  # nonces of a call for each engine
 FAILURES = 3
 """Calls that fail one after the other until all nonces are requests."""
 
@@ -41,7 +41,7 @@ class Pace:
         The number has three significant bits: few sizes of passes come again and again, whatever the clock says.
         """
         fitting = int(seconds / self.seconds) if self.seconds else 1
-        count = max(1, min(fitting, most, MOST, 2 * max(1, self.nonces)))
+        count = max(1, min(fitting, most, 2 * max(1, self.nonces)))
         unit = 1 << max(0, count.bit_length() - 3)
         return count - count % unit
 
@@ -51,19 +51,23 @@ class Pace:
 
 
 class DirectPath:
-    """Admits calls of whole batches to the workers of one engine, and remembers what became of them.
+    """Admits calls of whole batches to the workers, and remembers what became of them.
 
     Args:
         throttle: Throttle of the requests, which knows the chat in the engine.
         call: Function that calls a method of every worker and returns their replies.
+        engines: Number of data-parallel engines. Each call goes to all of them, with an equal share for each.
     """
 
-    def __init__(self, throttle: Throttle, call: Callable[..., Awaitable[list[Any]]]) -> None:
+    def __init__(self, throttle: Throttle, call: Callable[..., Awaitable[list[Any]]], engines: int = 1) -> None:
         self.reason: str | None = "no round has begun"
         """Why the nonces of the last stream were requests even without chat; None where they were not."""
         self.in_flight = 0
         """Nonces in calls now."""
         self.nonces = self.calls = 0
+        self.most = MOST * engines
+        """Nonces of a call at most."""
+        self._engines = engines
         self._throttle, self._call = throttle, call
         self._paces: dict[int, Pace] = {}
         self._running = self._failures = 0
@@ -94,7 +98,8 @@ class DirectPath:
         if not self._may_call(pace):
             return 0
         settings = self._throttle.settings
-        count = pace.next(settings.wait / CALLS, max(1, settings.in_flight // CALLS) if settings.in_flight else MOST)
+        most = min(self.most, max(1, settings.in_flight // CALLS)) if settings.in_flight else self.most
+        count = pace.next(settings.wait / CALLS, most)
         self._running += 1
         self.in_flight += count
         return count
@@ -109,7 +114,8 @@ class DirectPath:
     async def run(self, key: str, pace: Pace, nonces: list[int]) -> list[dict[str, Any]]:
         """Run nonces in the workers, and return the replies that have values; none if they did not run."""
         began = time.monotonic()
-        replies = await self._call("assay_pass", key, nonces, pace.pass_of(len(nonces)))
+        shares = [nonces[engine :: self._engines] for engine in range(self._engines)]
+        replies = await self._call("assay_pass", key, shares, pace.pass_of(len(shares[0])))
         now = time.monotonic()
         seconds, self._free_since = now - max(began, self._free_since), now
         failed = next((reply["error"] for reply in replies if "error" in reply), None)

@@ -10,7 +10,7 @@ import numpy as np
 
 from assay.errors import AssayError, ModelError
 from assay.poc.engines.vllm._client import AHEAD, Client, RequestStream, Values, decode
-from assay.poc.engines.vllm._direct import CALLS, MOST, Pace
+from assay.poc.engines.vllm._direct import CALLS, Pace
 from assay.poc.engines.vllm._rows import Spec
 
 log = logging.getLogger("assay.vllm")
@@ -29,7 +29,7 @@ class DirectStream(RequestStream):
 
     def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int, seq_len: int) -> None:
         super().__init__(client, spec, nonces, batch_size, seq_len)
-        self._batches = asyncio.Queue(AHEAD + CALLS * MOST // batch_size)
+        self._batches = asyncio.Queue(AHEAD + CALLS * client.direct.most // batch_size)
         self._pace = Pace(0)
         self._calls: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._call: asyncio.Task[Any] | None = None  # the last one

@@ -68,16 +68,20 @@ class DirectMethods:
             batch, reason = 0, _words(error)
         return {"batch": batch, "reason": reason}
 
-    def assay_pass(self, key: str, nonces: list[int], batch: int) -> dict[str, Any]:
-        """Run nonces of a stream in passes of ``batch``.
+    def assay_pass(self, key: str, shares: list[list[int]], batch: int) -> dict[str, Any]:
+        """Run this engine's share of the nonces of a stream in passes of ``batch``.
 
-        The last worker of a group returns ``nonces`` and ``values`` as ``assay_collect`` does; ``error`` is the reason
-        if they did not run.
+        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. The last worker of a group
+        returns ``nonces`` and ``values`` as ``assay_collect`` does; ``error`` is the reason if they did not run.
         """
         stream = self.assay_hooks.rows.get(key)
         if stream is None:
             return {"error": "the stream has ended"}
         stream.touched = time.monotonic()
+        # An engine that steps by itself keeps its rank under this name only.
+        nonces = shares[self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0]
+        if not nonces:
+            return {}
         try:
             values = self.assay_passes.run(stream.spec, nonces, batch)
         except Exception as error:  # reported, so that the engine lives

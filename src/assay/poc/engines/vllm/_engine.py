@@ -206,14 +206,14 @@ def most_positions(config: Any) -> int:
 
 
 def capacity(config: Any, seq_len: int = 256) -> int:
-    """Return how many nonces fill one step of an engine and have the next one ready."""
+    """Return how many nonces fill one step of every engine and have the next one ready."""
     scheduler = config.scheduler_config
     step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
-    return max(1, min(2 * step, int(scheduler.max_num_seqs)))
+    return config.parallel_config.data_parallel_size * max(1, min(2 * step, int(scheduler.max_num_seqs)))
 
 
 class VLLMEngine(RequestEngine):
-    """A vLLM engine that runs nonces only, with tensor and pipeline parallelism through vLLM's own options.
+    """A vLLM engine that runs nonces only, with its parallelism through vLLM's own options.
 
     Args:
         reference: Checkpoint directory, hub id or ``reference:NAME``.
@@ -251,7 +251,8 @@ class VLLMEngine(RequestEngine):
             # This engine serves no chat, so it is always full.
             most = in_flight or capacity(config, seq_len)
             settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path)
-            client = Client(llm, Throttle(settings, llm.output_processor.get_num_unfinished_requests, most))
+            throttle = Throttle(settings, llm.output_processor.get_num_unfinished_requests, most)
+            client = Client(llm, throttle, config.parallel_config.data_parallel_size)
             ends.callback(client.release)
             ends.callback(lambda: thread.run(client.end()))
             thread.run(client.install())

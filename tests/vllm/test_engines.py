@@ -1,0 +1,78 @@
+"""One server with two data-parallel engines: one round, whose nonces run on both, beside chat and after every end."""
+
+import asyncio
+import re
+
+import numpy as np
+import pytest
+from _vllm_forked import ForkedServer
+
+from tests.vllm.conftest import ON_GPU, SEQ_LEN
+from tests.vllm.receiver import Receiver
+from tests.vllm.test_exclusive import stored
+from tests.vllm.test_server import make, proved, talk
+from tests.waiting import until
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="two engines need two GPUs")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    options = {"--data-parallel-size": "2", "--kv-cache-memory-bytes": str(2**26), "--max-num-batched-tokens": "256"}
+    environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_CALLBACK_INTERVAL": "0.2"}
+    with ForkedServer(tmp_path_factory.mktemp("engines"), options=options, environment=environment) as running:
+        yield running
+
+
+def prompts(server: ForkedServer) -> list[int]:
+    """Return the tokens of prompts that each engine has taken as requests."""
+    text = server.client.get("/metrics").text
+    found = re.findall(r'^vllm:prompt_tokens_total\{engine="(\d)".*\} (\S+)$', text, re.MULTILINE)
+    return [int(float(count)) for _, count in sorted(found)]
+
+
+@pytest.mark.parametrize("path", ["auto", "requests"])
+def test_nonces_run_on_both_engines_and_are_those_of_transformers(server, honest, path: str):
+    server.post("/engine", {"path": path}).raise_for_status()
+    before, block = prompts(server), f"engines-{path}"
+    server.begin(block)
+    server.wait_for(96)
+    server.post("/stop").raise_for_status()
+    held = server.idle_counts()
+    server.post("/engine", {"path": "auto"}).raise_for_status()
+    distances = server.get("/status", after=-1, limit=48).json()["valid_distances"]
+    assert np.abs(np.array(distances) - np.array(make(honest, block, 48))).max() <= 2e-6
+    asked = np.array(prompts(server)) - before
+    # In calls every engine has its share, and a nonce that an engine did not run would be requested.
+    assert (asked == 0).all() if path == "auto" else (asked >= 16 * SEQ_LEN).all()
+    assert len(held["workers"]) == 2
+    assert all(worker["rows"] == worker["filled"] == worker["streams"] == 0 for worker in held["workers"])
+
+
+def test_chat_on_both_engines_is_the_same_beside_nonces(server):
+    alone = asyncio.run(talk(server.url, 24))
+    server.begin("beside")
+    server.wait_for(8)
+    beside = asyncio.run(talk(server.url, 24))
+    server.post("/stop").raise_for_status()
+    assert [one["status"] for one in beside] == [200] * 24
+    assert [one["text"] for one in beside] == [one["text"] for one in alone]
+
+
+def test_nothing_is_lost_and_nothing_doubled_by_sigkill_and_sigterm(server):
+    receiver = Receiver()
+    try:
+        server.begin("ended", url=receiver.url)
+        reached = server.wait_for(32)
+        server.kill()
+        server.start()
+        reached = server.wait_for(reached + 32)
+        assert server.stop(grace=240.0) == 0, server.tail()
+        server.start()
+        assert server.get("/status").json()["state"] == "GENERATING"
+        server.wait_for(reached + 32)
+        server.post("/stop").raise_for_status()
+        until(lambda: receiver.nonces("ended") == proved(server), 240)
+        assert stored(server, "ended") == list(range(len(receiver.nonces("ended"))))
+    finally:
+        receiver.close()
