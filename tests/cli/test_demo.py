@@ -1,7 +1,10 @@
 """The demonstration, on the bundled model, as a user sees it."""
 
 import json
+import os
 from pathlib import Path
+
+import pytest
 
 from assay.poc import Proof
 
@@ -32,3 +35,13 @@ def test_demo_needs_a_folder_it_can_write(assay, tmp_path: Path):
     result = assay("demo", "-o", tmp_path / "file")
     assert result.code == 2
     assert "wanted:" in result.err
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_that_wait_leave_the_cores_to_others(assay, tmp_path: Path, monkeypatch, given: str | None):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    (tmp_path / "file").write_text("")
+    assay("demo", "-o", tmp_path / "file")
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")

@@ -1,5 +1,6 @@
 """One class is the source of flags, variables, configuration keys and defaults."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from assay.cli._commands import App
 from assay.cli._output import JsonFlag
-from assay.cli._settings import settings
+from assay.cli._settings import settings, without_collection
 from assay.errors import UsageError
 from assay.settings import Device, Flag, Names, Settings, Spelling
 
@@ -118,3 +119,12 @@ def test_settings_are_strict_in_python_too(monkeypatch):
 def test_help_does_not_wait_for_torch():
     program = "import sys\nfrom assay.cli import run\nrun(['poc', '--help'])\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_nothing_is_collected_during_imports_and_then_it_is_again():
+    with without_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), without_collection():
+        raise ImportError
+    assert gc.isenabled()

@@ -1,7 +1,9 @@
 """Flags of a command from a settings class, made when the command is first used: such a class may import torch."""
 
+import gc
 import inspect
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -44,7 +46,8 @@ def complete(reduced: Callable[..., Any]) -> Callable[..., Any] | None:
     if command is None:
         return None
     module, _, name = where.partition(":")
-    kind: type[Settings] = getattr(import_module(module), name)
+    with without_collection():
+        kind: type[Settings] = getattr(import_module(module), name)
     made = {p.name: (path, p) for path, p in _parameters(kind, ()) if path[-1] in (only or path)}
 
     def call(**values: Any) -> Any:
@@ -61,6 +64,22 @@ def complete(reduced: Callable[..., Any]) -> Callable[..., Any] | None:
     call.__signature__ = inspect.Signature([p for _, p in made.values()] + own)  # type: ignore[attr-defined]
     call.__annotations__ = {}
     return call
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Stop the garbage collector during imports.
+
+    It would walk all that is there again and again while torch and transformers come in: a second of the four to five
+    that they take (``python -c 'import gc; gc.disable(); import assay.poc'`` against the same without ``gc``).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _parameters(kind: "type[Settings]", path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], inspect.Parameter]]:
