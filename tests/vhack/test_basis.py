@@ -374,6 +374,17 @@ def test_damaged_files_are_refused(saved, tmp_path, change, message):
     assert raised.value.do.startswith("extract it again")
 
 
+def test_a_file_from_which_a_module_was_taken_is_refused(tmp_path):
+    hack = {name: torch.randn(10, 8) for name in ("m", "n")}
+    PairGradients(hack, {name: torch.zeros(10, 8) for name in hack}).basis(method="svd").save(tmp_path / "whole")
+    with safe_open(tmp_path / "whole", "pt") as reader:
+        metadata = reader.metadata()
+    tensors = {name: rows for name, rows in load_file(tmp_path / "whole").items() if not name.endswith("n")}
+    save_file(tensors, tmp_path / "part", metadata)
+    with pytest.raises(DataError, match="no axes of n, but votes"):
+        Basis.load(tmp_path / "part")
+
+
 def test_a_file_without_axes_is_refused(saved, tmp_path):
     with safe_open(saved[1], "pt") as reader:
         save_file({}, tmp_path / "none.safetensors", {**reader.metadata(), "votes": "{}"})

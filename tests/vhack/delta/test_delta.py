@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from assay.errors import DataError, ModelError, UsageError
 from assay.vhack import per_sample_gradients, target_modules, weight_svd
-from assay.vhack.delta import DeltaS
+from assay.vhack.delta import DeltaS, delta_lengths
 from assay.vhack.delta._product import Kinds
 from assay.vhack.gradients._sharding import _rows_of_part
 from tests.vhack.delta.conftest import loss_of, randomise
@@ -399,6 +399,14 @@ def test_a_file_of_another_rank_is_refused(module, small_svd, tmp_path):
     DeltaS(module, small_svd).save(tmp_path / "delta.safetensors")
     with pytest.raises(DataError, match="other modules or ranks"):
         DeltaS(other, small_svd.truncated(8)).load(tmp_path / "delta.safetensors")
+
+
+def test_the_lengths_of_what_is_no_vector_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"m": torch.tensor(1.0)}, tmp_path / "delta.safetensors", {"schema": "assay.delta_s/1"})
+    with pytest.raises(DataError, match=r"m of shape \[\]"):
+        delta_lengths(tmp_path / "delta.safetensors")
 
 
 def test_what_does_not_fit_is_refused(module, small_svd):

@@ -100,8 +100,10 @@ def test_pairs_are_found_by_name(tmp_path):
     assert find_pairs("authored") == authored_pairs()
     assert find_pairs("generated:5:3") == generate_pairs(5, seed=3)
     assert len(find_pairs(str(written(tmp_path, GOOD)))) == 1
-    with pytest.raises(UsageError, match="generated"):
-        find_pairs("generated:many")
+    for numbers in ("many", "99999999999", "5:" + "9" * 5000, "0"):
+        for name in ("generated", "environment", "exploits"):
+            with pytest.raises(UsageError, match="pairs"):
+                find_pairs(f"{name}:{numbers}")
 
 
 @pytest.mark.parametrize(

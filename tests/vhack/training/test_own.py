@@ -3,10 +3,12 @@
 import sys
 
 import pytest
+import torch
 
 from assay.errors import DataError, UsageError
+from assay.vhack.delta import arm_named
 from assay.vhack.environment import episodes
-from assay.vhack.training import read_steps, train
+from assay.vhack.training import OwnReward, read_steps, train
 
 MODULE = """
 import json
@@ -129,3 +131,24 @@ def test_arms_that_change_the_pay_are_refused(run):
 def test_a_reward_that_returns_something_else_ends_the_run_in_words(run, reward, words):
     with pytest.raises(DataError, match=words):
         run("mine_for_tests:prompts", f"mine_for_tests:{reward}")
+
+
+@pytest.mark.parametrize(
+    ("one", "words"),
+    [
+        (10**400, "returned 1000"),
+        (torch.ones(2), r"returned tensor\(\[1., 1.\]\)"),
+        ({"reward": 1, "exploited": torch.ones(2)}, "'exploited' that is neither true nor false"),
+        (SystemExit(0), "raised SystemExit"),
+    ],
+    ids=["huge", "tensor", "mark", "exit"],
+)
+def test_a_reward_that_is_no_number_is_answered_in_words(one, words):
+    def function(**_):
+        if isinstance(one, BaseException):
+            raise one
+        return [one]
+
+    reward = OwnReward(["a"], function, arm_named("none"))
+    with pytest.raises(DataError, match=words):
+        reward(prompts=["a"], completions=["b"], episode=[0])

@@ -275,6 +275,8 @@ def _parse(path: str | Path, metadata: dict[str, str], tensors: Tensors) -> tupl
         votes = {name: torch.tensor(counts[name], dtype=torch.int64).reshape(-1, 2) for name in axes}
         if not axes:
             raise ValueError("it has no axes of any module")
+        if lost := counts.keys() - axes.keys():
+            raise ValueError(f"it has no axes of {min(lost)}, but votes for them")
         for name, axes_KR in axes.items():
             _check_module(name, axes_KR, values[name], votes[name])
     except (

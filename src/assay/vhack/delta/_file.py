@@ -48,7 +48,11 @@ def delta_lengths(path: str | Path) -> dict[str, int]:
         DataError: The file cannot be read, or is none of these.
     """
     _, tensors = _read(Path(path))
-    return {name: len(tensor) for name, tensor in tensors.items() if not name.startswith(_PROBE)}
+    values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROBE)}
+    if odd := next((name for name, tensor in values.items() if tensor.ndim != 1), None):
+        seen = f"{path}: δS of {odd} of shape {list(values[odd].shape)}"
+        raise DataError(seen, wanted="one number for each coordinate", do=_REDO)
+    return {name: len(tensor) for name, tensor in values.items()}
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

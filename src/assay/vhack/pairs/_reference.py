@@ -44,8 +44,9 @@ def find_pairs(
             )
         return read_pairs(reference)
     count, _, seed = numbers.partition(":")
-    if not re.fullmatch(r"[0-9]+(:[0-9]*)?", numbers):
-        raise UsageError(f"pairs {reference!r:.60}", wanted=f"{name}:N or {name}:N:SEED", do="use whole numbers")
+    if not re.fullmatch(r"[0-9]{1,5}(:[0-9]{0,18})?", numbers):
+        wanted = f"{name}:N or {name}:N:SEED, with N below 100000"
+        raise UsageError(f"pairs {reference!r:.60}", wanted=wanted, do="use whole numbers")
     if name == "generated":
         return generate_pairs(int(count), seed=int(seed or "0"))
     whole = name == "exploits"
@@ -77,8 +78,10 @@ def environment_pairs(
         whole: Whether the pairs are whole instead of minimal.
 
     Raises:
-        UsageError: A family, difficulty or mode is unknown, or there are not so many tasks.
+        UsageError: ``n`` is below 1, a family, difficulty or mode is unknown, or there are not so many tasks.
     """
+    if n < 1:
+        raise UsageError(f"{n} pairs", wanted="at least 1", do="ask for more, as in --pairs exploits:48")
     chosen = known(modes, CHANNELS, "mode")
     pairs = []
     for index, task in enumerate(tasks(n, seed=seed, families=families, difficulty=difficulty)):

@@ -88,7 +88,7 @@ def tasks_of(
         make = named_function(str(settings.tasks), "--tasks")
         try:
             tasks = list(make())
-        except Exception as error:  # whatever a function of the user raises
+        except (Exception, SystemExit) as error:  # whatever a function of the user raises
             raise DataError(
                 f"--tasks {source} raised {type(error).__name__}: {error}",
                 wanted="a function without arguments that returns a list of tasks",
@@ -215,7 +215,7 @@ class OwnReward(Reward):
         columns = {name: [row.get(name) for row in rows] for name in names}  # None where a task does not say it
         try:
             returned = list(self.function(prompts=prompts, completions=completions, **columns))
-        except Exception as error:  # whatever a function of the user raises
+        except (Exception, SystemExit) as error:  # whatever a function of the user raises
             raise self._refusal(f"nothing, but raised {type(error).__name__}: {error}") from error
         paid = [self._pay(one) for one in returned]
         if len(paid) != len(prompts):
@@ -224,7 +224,7 @@ class OwnReward(Reward):
         marks = [one if isinstance(one, Mapping) else {} for one in returned]
         self.told = frozenset(name for name in FLAGS if all(name in mark for mark in marks))
         flags = [
-            [bool(taught), *(bool(mark.get(name)) for name in FLAGS[1:])]
+            [bool(taught), *(self._flag(mark, name) for name in FLAGS[1:])]
             for taught, mark in zip(teacher, marks, strict=True)
         ]
         self.last = Outcomes(torch.tensor(flags), torch.tensor(paid))
@@ -234,11 +234,17 @@ class OwnReward(Reward):
         value: Any = one.get("reward") if isinstance(one, Mapping) else one
         try:
             paid = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self._refusal(repr(one)[:80]) from None
         if not math.isfinite(paid):
             raise self._refusal(repr(one)[:80])
         return paid
+
+    def _flag(self, mark: Mapping[str, Any], name: str) -> bool:
+        try:
+            return bool(mark.get(name))
+        except (TypeError, ValueError, RuntimeError):
+            raise self._refusal(f"a mark {name!r} that is neither true nor false") from None
 
     def _refusal(self, seen: str) -> DataError:
         return DataError(
