@@ -18,7 +18,8 @@
     │   └── StorageError             a file cannot be written (disk full, no permission)
     └── BackendUnavailable       a compute backend is not installed or has no device
 
-Every message has three parts: what was seen, what was wanted, and what to do next.
+Every message has three parts: what was seen, what was wanted, and what to do next. A part may quote what somebody else
+wrote, so a long one is cut, and characters that a terminal would obey are escaped.
 """
 
 from functools import partial
@@ -45,6 +46,10 @@ __all__ = [
 ]
 
 
+LONGEST_PART = 4000
+"""Characters of each part of a message."""
+
+
 class AssayError(Exception):
     """Base of all errors that assay raises on purpose.
 
@@ -55,10 +60,8 @@ class AssayError(Exception):
     """
 
     def __init__(self, seen: str, *, wanted: str, do: str) -> None:
-        super().__init__(seen, wanted, do)
-        self.seen = seen
-        self.wanted = wanted
-        self.do = do
+        self.seen, self.wanted, self.do = map(_quotable, (seen, wanted, do))
+        super().__init__(self.seen, self.wanted, self.do)
 
     def __str__(self) -> str:
         return f"{self.seen}\n  wanted: {self.wanted}\n  to do:  {self.do}"
@@ -137,6 +140,13 @@ class StorageError(ResourceError):
 
 class BackendUnavailable(AssayError):
     """A compute backend is not installed or has no device."""
+
+
+def _quotable(text: str) -> str:
+    cut = text if len(text) <= LONGEST_PART else f"{text[:LONGEST_PART]}…"
+    if cut.isprintable():
+        return cut
+    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in cut)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

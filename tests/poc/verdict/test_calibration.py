@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.errors import CalibrationError, ProofMismatch
+from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.models import load_model
 from assay.poc import Calibration, Noise, Proof, calibrate, prove, verify
 from assay.poc.verdict import residuals, sequential_test
@@ -118,6 +118,8 @@ def test_a_known_cheat_must_be_excluded(proof: Proof, narrow: Proof, small_model
     with pytest.raises(CalibrationError, match="version 1 of the residual test"):
         Noise.from_dict(noise.as_dict() | {"test": 1})
     assert sequential_test(noise).update(residuals(proof.records, narrow.records)).verdict == "fraud"
+    with pytest.raises(UsageError, match="a known cheat named"):
+        calibrate(proof, proof, against={"x" * 65: narrow})
     other = prove(small_model, replace(proof.round, block_hash="other"), range(40), batch_size=8)
     with pytest.raises(ProofMismatch, match="0 nonces in common"):
         calibrate(proof, proof, against={"elsewhere": other})
@@ -142,6 +144,10 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
     def build(**values: object) -> dict[str, object]:
         return good | {"builds": [good["builds"][0] | values]}
 
+    def engine(**values: object) -> dict[str, object]:
+        return {"name": "a", "kind": "", "fingerprint": proof.header.fingerprint.as_dict() | values}
+
+    nested = json.loads("[" * 500 + "]" * 500)
     without = {name: value for name, value in good["builds"][0].items() if name != "machines"}
     broken = [
         {},
@@ -183,6 +189,14 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
         build(named={"x": {"kind": "log", "mu": -5.0, "sd": 0.5}}),
         build(named={"": {"kind": "scale", "sigma": 1e-3}}),
         build(named=[1]),
+        build(named={"x" * 65: good["builds"][0]["law"]}),
+        build(law=good["builds"][0]["law"] | {"dof": 1e300}),
+        build(known={"sd": 0.1, "dof": 10**40}),
+        build(sizes=[[0, 1, 1e308]]),
+        build(machines=[engine(library="\x1b[2J")] * 2),
+        build(machines=[engine(threads=nested)] * 2),
+        build(machines=[engine(torch="9" * 2000)] * 2),
+        build(machines=[engine(batch_size=10**40)] * 2),
         build(left_out={"accused": 0.0}),
     ]
     for values in broken:

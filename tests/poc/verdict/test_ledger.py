@@ -165,7 +165,9 @@ def test_what_is_no_ledger_stays_as_it_is(tmp_path):
     before = service.read_bytes()
     text = tmp_path / "notes.txt"
     text.write_text("nothing of the kind " * 100)
-    for path, error in ((service, UsageError), (text, StorageError), (tmp_path, StorageError)):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path, error in ((service, UsageError), (text, StorageError), (tmp_path, UsageError), (pipe, UsageError)):
         for read_only in (False, True):
             with pytest.raises(error):
                 Ledger(path, read_only=read_only)

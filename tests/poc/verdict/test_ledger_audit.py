@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from assay.errors import DataError, StorageError, UsageError
 from assay.poc.verdict import Ledger, audit_ledger
 from assay.poc.verdict._ledger_entries import Entry, sha256
+from assay.reports import dumps
 from tests.poc.verdict.ledgers import by_hand, filled, honest, update
 
 COLUMNS = {
@@ -330,6 +331,18 @@ def test_an_edited_export_is_found(lines: list[str], tmp_path: Path, number: int
     assert refused(path)
 
 
+@pytest.mark.parametrize(
+    "change", [{"mu": 1e308}, {"mu": -1e9}, {"sd": 1e300}, {"dimension": 1e308}, {"spread": {"sd": 0.1, "dof": 10**40}}]
+)
+def test_a_law_that_no_measurement_gives_is_found_in_an_intact_chain(lines: list[str], tmp_path: Path, change):
+    law = dumps(json.loads(lines[1])["law"] | change)
+    entry = Entry.parse(lines[2], "an entry").model_copy(update={"law": sha256(law)})
+    head = dumps({"head": {"count": 1, "hash": entry.hash}})
+    found = audit_ledger(written(tmp_path / "l.jsonl", [lines[0], f'{{"law":{law}}}', entry.line, head]))
+    assert [fault.entry for fault in found.faults] == [1]
+    assert found.faults[0].reason.startswith("noise {")
+
+
 def test_hostile_exports_are_errors(lines: list[str], tmp_path: Path):
     deep = "[" * 100_000
     hostile = {
@@ -342,6 +355,8 @@ def test_hostile_exports_are_errors(lines: list[str], tmp_path: Path):
         f'{lines[0]}\n{{"law":{deep}}}': "line 2",
         f'{lines[0]}\n{{"head":{{"count":1e999,"hash":""}}}}': "line 2",
         f'{lines[0]}\n{{"head":[]}}': "without a count",
+        f'{lines[0]}\n{{"head":{{"count":0,"hash":["{"x" * 10**5}"]}}}}': "without a count",
+        f'{lines[0]}\n{lines[1][:-1]},"more":1}}': "a law that is not in the form",
         f"{lines[0]}\n{lines[2]}": "a law that no line before it gives",
         f"{lines[0]}\n{lines[1]}\n{lines[2]}\n{lines[2]}": "a name given twice",
         f"{lines[0]}\n{lines[-1]}\n{lines[-1]}": "a line after the head",

@@ -19,7 +19,7 @@ from assay.poc.protocol._pipelines import (
     get_pipeline,
     sketch_steps,
 )
-from assay.poc.protocol._proof import Proof, parse_model, parse_record_line
+from assay.poc.protocol._proof import Proof, parse_fingerprint, parse_model, parse_record_line
 from assay.poc.protocol._record import (
     DistanceRecord,
     Fingerprint,
@@ -122,6 +122,7 @@ __all__ = [
     "pack",
     "packed_size",
     "packs",
+    "parse_fingerprint",
     "parse_footer",
     "parse_line",
     "parse_model",

@@ -30,7 +30,7 @@ def _printable(text: str) -> str:
 
 
 def _relative(text: str) -> str:
-    if not text or PurePath(text).is_absolute():
+    if not text or "\0" in text or PurePath(text).is_absolute():
         raise ValueError("a path that is relative to this file")
     return text
 

@@ -29,9 +29,12 @@ from assay.poc.protocol._record import (
     is_distance,
     is_valid,
 )
-from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round
+from assay.poc.protocol._round import MAX_COUNT, MAX_NAME, MAX_NONCE, Round
 from assay.poc.protocol._strict import check_fields, malformed, malformed_line, numbered_lines, parse_footer, parse_line
 from assay.reports import PartialFile, dumps
+
+LARGEST_SIZE = 2**31 - 1
+"""Largest number in a fingerprint."""
 
 _FIELDS = {
     "distance": {"nonce", "distance", "valid"},
@@ -158,9 +161,6 @@ def parse_header(line: Any) -> Header:
         raise malformed(f"kind {line['kind']!r}, schema {line['schema']!r}", f"kind {KIND!r}, schema {SCHEMA}")
     check_fields(line["round"], set(Round.__dataclass_fields__), "the round")
     fingerprint = parse_model(line["model"], line["fingerprint"])
-    for name, value in (line["model"] | line["fingerprint"]).items():
-        if not str(value).isprintable():  # the prover wrote it, and messages show it on a terminal
-            raise malformed(f"{name} is {value!r:.60}", "printable characters")
     try:
         round = Round(**line["round"])
         pipeline = get_pipeline(round.preset)
@@ -170,9 +170,9 @@ def parse_header(line: Any) -> Header:
         raise malformed(f"another pipeline than this version's {pipeline.name}", "the same description")
     if line["model"]["reference"] != round.model:
         raise malformed("two different model references", "one")
-    if fingerprint.seq_len != round.seq_len or fingerprint.batch_size < 1 or fingerprint.threads < 0:
+    if fingerprint.seq_len != round.seq_len or fingerprint.batch_size < 1:
         raise malformed(
-            f"an engine of {fingerprint.batch_size} × {fingerprint.seq_len} positions, {fingerprint.threads} threads",
+            f"an engine of {fingerprint.batch_size} × {fingerprint.seq_len} positions",
             f"one for seq_len {round.seq_len}, of at least one row",
         )
     return Header(
@@ -188,12 +188,30 @@ def parse_header(line: Any) -> Header:
 def parse_model(model: Any, fingerprint: Any) -> Fingerprint:
     """Check the description of a model in a header, and read that of the engine."""
     check_fields(model, {"reference", "digest", "weights"}, "the model")
-    check_fields(fingerprint, set(Fingerprint.__dataclass_fields__) - {"kernels"}, "the fingerprint")
-    for name, value in {**model, **fingerprint}.items():
-        wanted = int if name in ("batch_size", "seq_len", "threads") else str
-        if type(value) is not wanted:
-            raise malformed(f"{name} is {value!r:.60}", f"a value of type {wanted.__name__}")
-    return Fingerprint.from_dict(fingerprint)
+    for name, value in model.items():
+        _check_text(name, value)
+    return parse_fingerprint(fingerprint)
+
+
+def parse_fingerprint(value: Any) -> Fingerprint:
+    """Read the description of an engine that somebody else wrote.
+
+    Raises:
+        ProofFormatError: A field is missing, unknown, of another type or out of range.
+    """
+    check_fields(value, set(Fingerprint.__dataclass_fields__) - {"kernels"}, "the fingerprint")
+    for name, part in value.items():
+        if name not in ("batch_size", "seq_len", "threads"):
+            _check_text(name, part)
+        elif type(part) is not int or not 0 <= part <= LARGEST_SIZE:
+            raise malformed(f"{name} is {part!r:.60}", f"a whole number in [0, {LARGEST_SIZE}]")
+    return Fingerprint.from_dict(value)
+
+
+def _check_text(name: str, value: object) -> None:
+    """Refuse what is not a text that a message can show on a terminal."""
+    if not isinstance(value, str) or len(value) > MAX_NAME or not value.isprintable():
+        raise malformed(f"{name} is {value!r:.60}", f"a text of at most {MAX_NAME} printable characters")
 
 
 def parse_record(line: Any, header: Header, nonce: int) -> Record:

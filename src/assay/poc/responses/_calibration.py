@@ -18,7 +18,7 @@ import numpy as np
 
 from assay import stats
 from assay.errors import AssayError, CalibrationError, UsageError
-from assay.poc.protocol import SKETCH_SIZE, Fingerprint
+from assay.poc.protocol import SKETCH_SIZE, Fingerprint, parse_fingerprint
 from assay.poc.responses._receipts import ReceiptHeader
 from assay.poc.responses._replay import Replayed
 from assay.poc.verdict import PRIOR, PartNoise, ResponseNoise
@@ -114,14 +114,14 @@ class ResponseCalibration:
             values = read_json(path)
             if (values.pop("kind"), values.pop("schema")) != (FILE_KIND, SCHEMA):
                 raise ValueError("another kind or schema")
-            provers = [Fingerprint.from_dict(one) for one in values.pop("provers")]
+            provers = [parse_fingerprint(one) for one in values.pop("provers")]
             counts = {name: values.pop(name) for name in ("responses", "tokens", "matches")}
             if not 0 < len(provers) <= _MOST_PROVERS or any(type(n) is not int or n < 0 for n in counts.values()):
                 raise ValueError("no prover, or a count that is not one")
             made = cls(
                 digest=str(values.pop("digest")),
                 provers=tuple(provers),
-                verifier=Fingerprint.from_dict(values.pop("verifier")),
+                verifier=parse_fingerprint(values.pop("verifier")),
                 noise=ResponseNoise.from_dict(values.pop("noise")),
                 **counts,
             )

@@ -46,7 +46,6 @@ LONGEST_LINE = 2**25
 MOST_PARTS = {b",": 2 * MOST_TOKENS + 2**16, b"[": 2**13, b"{": 2**13}
 """How often a character may be in a line. Values take many times the room of their text, so they are counted first."""
 
-LARGEST_SIZE = 2**31 - 1  # of the numbers in a fingerprint
 MOST_RECEIPTS = 2**20
 MOST_FILE_TOKENS = 2**24
 """Tokens of all prompts and outputs of a file: what a reader has to have room for."""
@@ -239,9 +238,9 @@ def _parse_header(line: Any) -> ReceiptHeader:
     if line["kind"] != KIND or line["schema"] != SCHEMA:
         raise malformed(f"kind {line['kind']!r:.60}, schema {line['schema']!r:.60}", f"kind {KIND!r}, schema {SCHEMA}")
     fingerprint = parse_model(line["model"], line["fingerprint"])
-    for name, fewest in (("batch_size", 1), ("seq_len", 1), ("threads", 0)):
-        if not fewest <= getattr(fingerprint, name) <= LARGEST_SIZE:
-            raise malformed(f"{name} is {getattr(fingerprint, name)!r:.60}", f"a number in [{fewest}, {LARGEST_SIZE}]")
+    for name in ("batch_size", "seq_len"):
+        if not getattr(fingerprint, name):
+            raise malformed(f"{name} is 0", "at least 1")
     if line["sketch"] is not None and line["sketch"] != SKETCH:
         raise malformed(f"sketch is {line['sketch']!r:.60}", f"{json.dumps(SKETCH)} or null")
     return _made(

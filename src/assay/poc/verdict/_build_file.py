@@ -5,13 +5,15 @@ from dataclasses import asdict
 from typing import Any
 
 from assay import stats
-from assay.poc.protocol import Fingerprint
+from assay.poc.protocol import parse_fingerprint
 from assay.poc.verdict._build_noise import LAWS, MIN_NONCES, BuildNoise, Machine, machines_of
 from assay.poc.verdict._machines import LeftOut, MachineNoise, Sizes
-from assay.poc.verdict._noise import law_as_dict, law_from_dict
+from assay.poc.verdict._noise import law_as_dict, law_from_dict, named_from_dict, spread_from_dict
 from assay.reports import JsonObject
 
 _MOST_MACHINES = 4096
+_LONGEST_NAME = 4096  # a kind of machine is its device and its number format
+_SIZES = (1e-30, 1e3)  # far beyond what residuals of unit vectors can have, relative to a block or not
 
 
 def build_as_dict(build: BuildNoise) -> JsonObject:
@@ -46,8 +48,9 @@ def build_from_dict(values: Any) -> BuildNoise:
     """
     values = dict(values)
     machines = tuple(_machine(one) for one in values.pop("machines"))
-    law, spread, known = law_from_dict(values.pop("law")), _spread(values.pop("spread")), _spread(values.pop("known"))
-    pairs = {(i, j): _positive(size) for i, j, size in values.pop("sizes")}
+    law = law_from_dict(values.pop("law"))
+    spread, known = spread_from_dict(values.pop("spread")), spread_from_dict(values.pop("known"))
+    pairs = {(i, j): _size(size) for i, j, size in values.pop("sizes")}
     indices = range(len(machines))
     listed = all(i in indices and j in indices and i < j for i, j in pairs)
     if not (2 <= len(machines) <= _MOST_MACHINES and pairs and listed):
@@ -59,7 +62,7 @@ def build_from_dict(values: Any) -> BuildNoise:
         machines=machines,
         noise=MachineNoise(law, sizes, spread, known),
         left_out=LeftOut(**{name: _number(value) for name, value in left_out.items()}) if left_out else None,
-        named={_text(name): law_from_dict(one) for name, one in named.items()},
+        named=named_from_dict(named),
     )
     _check(build)
     return build
@@ -86,7 +89,7 @@ def _check(build: BuildNoise) -> None:
 def first_version(values: JsonObject) -> BuildNoise:
     """Return the noise of a file of schema 1, whose law was an upper one."""
     values = dict(values)
-    one, other = Fingerprint.from_dict(values["prover"]), Fingerprint.from_dict(values["validator"])
+    one, other = parse_fingerprint(values["prover"]), parse_fingerprint(values["validator"])
     law = law_from_dict(values["law"])
     machines = machines_of([one, other])
     sizes = Sizes({(0, 1): law.size}, tuple(machine.kind for machine in machines))
@@ -105,24 +108,21 @@ def first_version(values: JsonObject) -> BuildNoise:
 def _machine(values: Any) -> Machine:
     stated = values["fingerprint"]
     return Machine(
-        name=_text(values["name"]),
-        kind=str(values["kind"]),
-        fingerprint=None if stated is None else Fingerprint.from_dict(stated),
+        name=_text(values["name"], 1),
+        kind=_text(values["kind"], 0),
+        fingerprint=None if stated is None else parse_fingerprint(stated),
     )
 
 
-def _spread(values: Any) -> stats.Spread:
-    return stats.Spread(sd=_number(values["sd"]), dof=_number(values["dof"]))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= 256 or not value.isprintable():
+def _text(value: Any, fewest: int) -> str:
+    if not isinstance(value, str) or not fewest <= len(value) <= _LONGEST_NAME or not value.isprintable():
         raise ValueError(f"a name {value!r:.60}")
     return value
 
 
-def _positive(value: Any) -> float:
-    if not _number(value) > 0:
+def _size(value: Any) -> float:
+    low, high = _SIZES
+    if not low <= _number(value) <= high:
         raise ValueError(f"a size of {value!r:.60}")
     return float(value)
 

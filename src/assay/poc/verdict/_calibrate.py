@@ -17,7 +17,7 @@ from assay.poc.verdict._build_noise import MIN_NONCES, BuildNoise, Machine, fit_
 from assay.poc.verdict._calibration import Calibration
 from assay.poc.verdict._judge import residuals
 from assay.poc.verdict._machines import PAIR_SPREAD, effect_from_power, fit_machines, pairs_of
-from assay.poc.verdict._noise import Law
+from assay.poc.verdict._noise import Law, check_names
 from assay.poc.verdict._vector_sets import VectorSet
 
 BLOCK_SPREAD = 0.07
@@ -56,7 +56,7 @@ def calibrate(
 
     Raises:
         ProofMismatch: The proofs are of other checkpoints or presets, or have fewer than 30 nonces in common.
-        UsageError: The preset decodes, or a cheat's proof is of another one.
+        UsageError: The preset decodes, a cheat's proof is of another one, or a name cannot be one.
 
     Example:
         >>> import assay
@@ -69,6 +69,7 @@ def calibrate(
         >>> build.n, build.preset, [machine.fingerprint.batch_size for machine in build.machines]
         (32, 'poc-2.0', [32, 16])
     """
+    check_names(list(against or {}))
     if len(proofs) < 2:
         raise ProofMismatch(
             f"{len(proofs)} proof to calibrate with", wanted="two or more", do="prove the same round on another machine"
@@ -119,7 +120,9 @@ def calibrate_vectors(
 
     Raises:
         ProofMismatch: Fewer than two sets are of one round, or they have fewer than 30 nonces in common.
+        UsageError: The name of a cheat cannot be one.
     """
+    check_names(list(against or {}))
     measured: Residuals = {
         (i, j): sets[i].distances(sets[j]) for i, j in pairs_of(len(sets)) if sets[i].round == sets[j].round
     }

@@ -339,8 +339,9 @@ class Ledger:
 
 def _check_kind(path: Path, *, read_only: bool) -> None:
     """Refuse a path at which there is something other than a ledger, before anything is written to it."""
-    found = tables(path, flag="--ledger") if path.exists() else set()
-    if LEDGER.name not in found and (found or read_only):
+    regular = path.is_file()  # SQLite waits without end for a pipe
+    found = tables(path, flag="--ledger") if regular else set()
+    if LEDGER.name not in found and (found or read_only or (path.exists() and not regular)):
         raise UsageError(
             f"no ledger at {path}",
             wanted="a file that `assay poc verify --ledger` began",

@@ -51,7 +51,7 @@ class Source:
         found = audit_database(self.database, head=head, whole=self.stated is None)
         if self.stated is None or self.stated == (found.entries, found.head) or found.faults:
             return found
-        reason = f"not there, or changed: the head names {self.stated[0]} entries and {self.stated[1]}"
+        reason = f"not there, or changed: the head names {self.stated[0]!s:.20} entries and {self.stated[1]:.80}"
         return replace(found, faults=(Fault(entry=found.entries + 1, reason=reason),))
 
 
@@ -114,7 +114,7 @@ def export_ledger(database: Database, path: Path, *, overwrite: bool = False) ->
                 if law not in known:
                     known.add(law)
                     text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
-                    lines.append(f'{{"law":{text}}}')
+                    lines.append(_law_line(text))
                 lines.append(text_of(entry))
             out.append_lines(lines)
         out.append({"head": {"count": count, "hash": hash}})
@@ -140,6 +140,8 @@ def _read_export(path: Path, database: Database) -> tuple[int, str]:
                 raise _bad(source, "a line after the head")
             if text.startswith('{"law":'):
                 law = dumps(loads(text, source)["law"])
+                if text != _law_line(law):
+                    raise _bad(source, "a law that is not in the form in which it is written")
                 connection.execute(LAWS.insert().prefix_with("OR IGNORE").values(hash=sha256(law), law=law))
             elif text.startswith('{"head":'):
                 stated = _head(text, source)
@@ -165,9 +167,14 @@ def _insert(connection: sa.Connection, seq: int, entry: Entry, text: str, hash: 
 
 def _head(text: str, source: str) -> tuple[int, str]:
     head = loads(text, source)["head"]
-    if not isinstance(head, dict) or head.keys() != {"count", "hash"} or type(head["count"]) is not int:
+    well_formed = isinstance(head, dict) and head.keys() == {"count", "hash"}
+    if not well_formed or type(head["count"]) is not int or not isinstance(head["hash"], str):
         raise _bad(source, "a head without a count and a hash")
-    return head["count"], str(head["hash"])
+    return head["count"], head["hash"]
+
+
+def _law_line(law: str) -> str:
+    return f'{{"law":{law}}}'
 
 
 def _text(line: bytes, path: Path, number: int) -> str:

@@ -1,7 +1,7 @@
 """Honest noise: the law that residuals are held against, how well it is known, and what must be told apart from it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,19 @@ TEST = 2
 
 _KINDS: dict[str, type[Law]] = {"scale": stats.ScaleNoise, "log": stats.LogNoise}
 MOST_NAMED = 32  # laws of known cheats
+LONGEST_NAME = 64  # characters of the name of one
+_LARGEST_DOF = 1e6
+_RANGES = {
+    "sigma": (0.0, 1e3),
+    "dof": (0.1, _LARGEST_DOF),
+    "junk_sigma": (1e-9, 1e3),
+    "mu": (-100.0, 10.0),
+    "sd": (1e-4, 100.0),
+    "dimension": (2, 2**24),
+    "tail": (1e-3, 30.0),
+    "floor": (1e-12, 2.0),
+}
+"""Parameters of laws that somebody else wrote. Wider ones leave no test: their densities are beyond float64."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +100,9 @@ class Noise:
                     wanted=f"version {TEST}, whose evidence this release can compute again",
                     do="read it with the release of assay that wrote it",
                 )
-            spread = _spread_from(parts.pop("spread", {}))
-            named = {name: law_from_dict(law) for name, law in parts.pop("named", {}).items()}
-            good = isinstance(source, str) and (effect is None or _is_number(effect)) and len(named) <= MOST_NAMED
-            if not good or not all(isinstance(name, str) and 0 < len(name) <= 64 for name in named):
+            spread = spread_from_dict(parts.pop("spread")) if "spread" in parts else stats.Spread()
+            named = named_from_dict(parts.pop("named", {}))
+            if not isinstance(source, str) or not (effect is None or _is_number(effect)):
                 raise ValueError
             return cls(law_from_dict(parts), source, spread, effect, named)
         except (TypeError, ValueError, AttributeError, UsageError):
@@ -129,16 +141,54 @@ def law_from_dict(values: Any) -> Law:
     """Read a law back.
 
     Raises:
-        CalibrationError: The values are not a law, or a parameter is not a finite number.
+        CalibrationError: The values are not a law, or a parameter is one that no measurement gives.
     """
     try:
         parameters = dict(values)
         kind = _KINDS[parameters.pop("kind")]
-        if not all(_is_number(value) for value in parameters.values()):
+        if not all(_is_number(value) and _in_range(name, value) for name, value in parameters.items()):
             raise ValueError
         return kind(**parameters)
     except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
         raise _no_noise(values) from None
+
+
+def named_from_dict(values: Mapping[str, Any]) -> dict[str, Law]:
+    """Read laws of known cheats back.
+
+    Raises:
+        UsageError: A name is empty or too long, or there are too many.
+        CalibrationError: A value is not a law.
+    """
+    check_names(list(values))
+    return {name: law_from_dict(law) for name, law in values.items()}
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names of known cheats that a file may not hold.
+
+    Raises:
+        UsageError: A name is empty, too long or not printable, or there are too many.
+    """
+    odd = [name for name in names if not 0 < len(name) <= LONGEST_NAME or not name.isprintable()]
+    if odd or len(names) > MOST_NAMED:
+        raise UsageError(
+            f"a known cheat named {odd[0]!r:.80}" if odd else f"{len(names)} known cheats",
+            wanted=f"at most {MOST_NAMED}, each with a name of 1 to {LONGEST_NAME} printable characters",
+            do="shorten the --name" if odd else "leave some of them out",
+        )
+
+
+def spread_from_dict(values: Mapping[str, Any]) -> stats.Spread:
+    """Read a spread back.
+
+    Raises:
+        ValueError: A value is missing, not a number, or one that no measurement gives. TypeError, AttributeError and
+            UsageError mean the same.
+    """
+    if set(values) != {"sd", "dof"} or not all(_is_number(x) and abs(x) <= _LARGEST_DOF for x in values.values()):
+        raise ValueError(f"a spread of {values!r:.60}")
+    return stats.Spread(**values)
 
 
 def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) -> stats.SequentialTest:
@@ -170,14 +220,13 @@ def _defaults() -> JsonObject:
     return read_json(DEFAULT_LAWS)
 
 
-def _spread_from(values: Any) -> stats.Spread:
-    if not all(_is_number(value) for value in values.values()):
-        raise ValueError
-    return stats.Spread(**values)
-
-
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def _in_range(name: str, value: float) -> bool:
+    low, high = _RANGES.get(name, (-math.inf, math.inf))  # a law refuses names that it does not have
+    return low <= value <= high
 
 
 def _no_noise(values: Any) -> CalibrationError:

@@ -21,7 +21,14 @@ import numpy.typing as npt
 from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.poc.protocol import SKETCH_EVERY
-from assay.poc.verdict._noise import MOST_NAMED, Noise, law_as_dict, law_from_dict, sequential_test
+from assay.poc.verdict._noise import (
+    Noise,
+    check_names,
+    law_as_dict,
+    law_from_dict,
+    sequential_test,
+    spread_from_dict,
+)
 
 KIND = "responses"
 TEST = 1
@@ -143,13 +150,13 @@ class PartNoise:
         parts = dict(values)
         law = _law_from_dict(parts.pop("law"))
         named = {name: _law_from_dict(one) for name, one in parts.pop("named", {}).items()}
-        spread = dict(parts.pop("spread"))
-        numbers = [*spread.values(), *parts.values()]
-        if any(type(value) not in (int, float) or not math.isfinite(value) for value in numbers):
+        check_names(list(named))
+        spread = spread_from_dict(parts.pop("spread"))
+        if any(type(value) not in (int, float) or not math.isfinite(value) for value in parts.values()):
             raise ValueError("a number that is not finite")
-        if any(type(one) is not kind for one in (law, *named.values())) or len(named) > MOST_NAMED:
+        if any(type(one) is not kind for one in (law, *named.values())):
             raise ValueError("a law of another kind")
-        return cls(law=law, spread=stats.Spread(**spread), named=named, **parts)
+        return cls(law=law, spread=spread, named=named, **parts)
 
 
 @dataclass(frozen=True, kw_only=True)
