@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from assay.cli._vhack import report
 from assay.errors import DataError
+from assay.research.study._log import RunLog
 from tests.research.study.test_summary import REFERENCE, logs_of
 
 
@@ -47,3 +48,31 @@ def test_one_json_file_is_a_check(app, tmp_path):
     (tmp_path / "check.json").write_text('{"schema":"other"}\n')
     with pytest.raises(DataError):
         CliRunner().invoke(app, [str(tmp_path / "check.json"), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"hack": ...}, "without 'hack'"), ({"solve": "x"}, "without 'solve'"), ({"step": None}, "without 'step'")],
+)
+def test_a_log_without_rates_is_refused_in_words(app, tmp_path, change, words):
+    """As that of a reward of one's own that returns numbers."""
+    log = REFERENCE[0]
+    lines = [{**line, **change} if line["kind"] == "step" else line for line in log.state()["lines"]]
+    lines = [{name: value for name, value in line.items() if value is not ...} for line in lines]
+    RunLog(log.header, lines).write(tmp_path / "log.jsonl")
+    with pytest.raises(DataError, match=words):
+        CliRunner().invoke(app, [str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
+
+
+def test_a_run_without_steps_is_refused_in_words(app, tmp_path):
+    RunLog(REFERENCE[0].header).write(tmp_path / "log.jsonl")
+    with pytest.raises(DataError, match="no step yet"):
+        CliRunner().invoke(app, [str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
+
+
+def test_a_log_of_a_reward_that_knows_no_vacuous_work_is_drawn(app, tmp_path):
+    log = REFERENCE[0]
+    lines = [{name: line[name] for name in line.keys() - {"vacuous"}} for line in log.state()["lines"]]
+    RunLog(log.header, lines).write(tmp_path / "log.jsonl")
+    done = CliRunner().invoke(app, [str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
+    assert done.exit_code == 0

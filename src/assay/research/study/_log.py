@@ -9,7 +9,7 @@ Check 4 of hack directions reads the last kind. Logs of `assay vhack train` are 
 step, and no evaluations.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -153,17 +153,33 @@ def _bad(where: str) -> DataError:
     return DataError(where, wanted=f"the log of a run, {SCHEMA}", do="name logs of a study, or of assay vhack train")
 
 
+def _check_rates(path: Path, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a log without steps, or without rates, as one of a reward that says no more than what it pays."""
+    if not steps:
+        raise DataError(f"{path}: no step yet", wanted="a run of some steps", do="wait for them, or leave the run out")
+    for name in ("step", "hack", "solve"):
+        if any(type(line.get(name)) not in (int, float) for line in steps):
+            raise DataError(
+                f"{path}: steps without {name!r}, or with another one than a number",
+                wanted="the rates of every step, as a run logs them whose reward says what it knows",
+                do="let a reward of your own return mappings with exploited and correct",
+            )
+
+
 def read_logs(paths: Iterable[str | Path]) -> list[RunLog]:
     """Return the logs in files, in all ``*.jsonl`` files of directories, or else in all run directories in them.
 
     Raises:
-        DataError: A file is not a run log, no logs were found, or two describe the same run.
+        DataError: A file is not a run log, a log has no steps or no rates, no logs were found, or two describe the same
+            run.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         inside = sorted(path.glob("*.jsonl")) or sorted(path.glob("*/log.jsonl"))
         files += inside if path.is_dir() else [path]
     logs = [RunLog.read(file) for file in files]
+    for file, log in zip(files, logs, strict=True):
+        _check_rates(file, log.steps)
     names = [log.header["run"] for log in logs]
     twice = [name for name in names if names.count(name) > 1]
     if not logs or twice:

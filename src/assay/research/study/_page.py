@@ -83,7 +83,8 @@ def _tables(page: Report, results: Sequence[ArmResult]) -> None:
     rows: list[list[Cell]] = []
     for result in results:
         badge = Badge(result.verdict, _KINDS[result.verdict]) if result.verdict in _KINDS else result.verdict  # type: ignore[arg-type]
-        cells = [result.rates[name].text for name in ("hack", "solve", "vacuous")]
+        known = [result.rates.get(name) for name in ("hack", "solve", "vacuous")]
+        cells = ["" if rate is None else rate.text for rate in known]
         rows.append([result.condition, *cells, result.tipped.text, badge])
     page.table(
         ("condition", "hack rate", "solve rate", "vacuous", "seeds that tipped", "verdict"),

@@ -174,11 +174,13 @@ def numbers(log: RunLog, horizon: int) -> dict[str, float]:
     """
     steps = log.steps
     late = [line for line in steps if horizon - _LATE < line["step"] <= horizon]
-    found = {f"{name}_late": _mean(late, name) for name in ("hack", "solve", "vacuous")}
-    found["vacuous_correct_late"] = found["vacuous_late"] - found["hack_late"]
-    found["peak"] = max(line["hack"] for line in steps)
     ends = [line for line in log.evaluations if line["step"] > 0 and line["markers"] == "training"][-_LAST:]
-    for name in ("hack", "solve", "vacuous"):
+    known = [name for name in ("hack", "solve", "vacuous") if all(name in line for line in (*late, *ends))]
+    found = {f"{name}_late": _mean(late, name) for name in known}
+    if "vacuous" in known:  # a reward of one's own need not know it
+        found["vacuous_correct_late"] = found["vacuous_late"] - found["hack_late"]
+    found["peak"] = max(line["hack"] for line in steps)
+    for name in known:
         found[name] = _mean(ends, name) if ends else found[f"{name}_late"]
     if ends and all("hack_by_mode" in line for line in ends):
         by_mode = [line["hack_by_mode"] for line in ends]
