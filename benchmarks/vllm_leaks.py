@@ -1,0 +1,167 @@
+"""Ten thousand nonces inside a vLLM server whose clients leave, whose rounds are stopped, and whose cache is too small.
+
+Rounds run one after the other, those with odd numbers as requests only, and each is stopped in its middle, which aborts
+the nonces inside. Beside them clients chat, and part of them hang up while they are answered. The cache has blocks for
+few of them, so vLLM preempts. After a first part, which fills every pool, and at the end the server is left alone and
+looked at: rows of nonces in the workers, blocks of the cache, requests, and the file descriptors, threads and memory of
+each process. Exit code 1 if something is left, or if there are more descriptors than after the first part; those of the
+database are a pool, which fills when it has to.
+
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_leaks.py -o benchmarks/results/vllm_leaks.json
+"""
+
+import asyncio
+import contextlib
+import random
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import psutil
+from _common import note, parser, publish
+from _vllm import chat_once
+from _vllm_forked import ForkedServer
+
+SEQ_LEN = 32
+OPTIONS = {
+    "--block-size": "32",
+    "--num-gpu-blocks-override": "16",
+    "--max-model-len": "256",
+    "--max-num-batched-tokens": "80",  # two nonces and a half: nonces are cut into chunks
+    "--max-num-seqs": "16",
+}
+ENVIRONMENT = {
+    "ASSAY_SEQ_LEN": str(SEQ_LEN),
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "ASSAY_VLLM_SHARE": "1",
+    "ASSAY_VLLM_CHAT_IN_FLIGHT": "8",
+    "ASSAY_VLLM_QUIET": "0.2",
+}
+VISITORS = 8
+LEAVING = 0.5  # part of the chat requests whose client hangs up
+FIRST = 0.2  # part of the nonces after which descriptors are counted
+
+
+class Visitors:
+    """Clients that chat until they are told to go, from a thread of their own."""
+
+    def __init__(self, url, seed):
+        self.seen = Counter()
+        self._url, self._random, self._going = url, random.Random(seed), threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._all()))
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._going.set()
+        self._thread.join()
+
+    async def _all(self):
+        await asyncio.gather(*(self._one(index) for index in range(VISITORS)))
+
+    async def _one(self, index):
+        while not self._going.is_set():
+            index += VISITORS
+            async with httpx.AsyncClient(base_url=self._url, timeout=120.0) as client:
+                tokens = self._random.randrange(32, 224)
+                answer = asyncio.ensure_future(chat_once(client, index, tokens=tokens))
+                if self._random.random() < LEAVING:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(answer, self._random.uniform(0.01, 0.8))
+                    self.seen["left" if answer.cancelled() else "answered"] += 1
+                else:
+                    self.seen["answered" if (await answer)["status"] == 200 else "refused"] += 1
+            await asyncio.sleep(self._random.uniform(0.0, 1.5))
+
+
+def measured(server, name):
+    """Return the sum of a metric of vLLM."""
+    found = re.findall(rf"^vllm:{name}(?:\{{.*\}})? (\S+)$", server.client.get("/metrics").text, re.MULTILINE)
+    return sum(map(float, found))
+
+
+def look(server):
+    """Return what an idle server holds."""
+    held = server.idle_counts()
+    # vLLM says how full its cache is at the end of a step only.
+    server.client.post("/v1/completions", json={"model": "qwen3", "prompt": "x = ", "max_tokens": 1}).raise_for_status()
+    processes = {"server": psutil.Process(server.process.pid)}
+    processes |= {f"child {place}": child for place, child in enumerate(server._children())}
+    return {
+        "rows": sum(worker["rows"] + worker["filled"] + worker["streams"] for worker in held["workers"]),
+        "errors": sum(worker["errors"] for worker in held["workers"]),
+        "requests": held["chat"] + held["nonces"] + measured(server, "num_requests_(?:running|waiting)"),
+        "cache_used": measured(server, "kv_cache_usage_perc"),
+        "descriptors": {name: descriptors(process) for name, process in processes.items()},
+        "threads": {name: process.num_threads() for name, process in processes.items()},
+        "mib": {name: process.memory_info().rss >> 20 for name, process in processes.items()},
+    }
+
+
+def descriptors(process):
+    """Return the number of open file descriptors of a process, those of the database by themselves."""
+    found = Counter({"other": 0})
+    for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            found["database" if "service.sqlite3" in str(descriptor.readlink()) else "other"] += 1
+    return dict(found)
+
+
+def rounds(server, seed, first, until, deadline):
+    """Run rounds beside visitors until so many nonces are on disk; return the next number, the nonces, what was seen."""
+    chosen, number, done = random.Random(seed), first, 0
+    with Visitors(server.url, seed) as visitors:
+        while done < until and time.monotonic() < deadline:
+            server.post("/engine", {"path": "requests" if number % 2 else "auto"}).raise_for_status()
+            server.begin(f"round-{number}", seq_len=SEQ_LEN, batch_size=chosen.choice((1, 8, 32)))
+            server.wait_for(chosen.randrange(50, 400))
+            time.sleep(chosen.uniform(0.0, 0.3))
+            server.post("/stop").raise_for_status()
+            done += server.checked()
+            number += 1
+            note(f"{done} of {until} nonces, {number} rounds, {dict(visitors.seen)}")
+    return number, done, visitors.seen
+
+
+def main():
+    made = parser(__doc__)
+    made.add_argument("--nonces", type=int, default=10_000)
+    made.add_argument("--seed", type=int, default=20)
+    made.add_argument("--minutes", type=float, default=1e9, help="begin no round after so long")
+    chosen = made.parse_args()
+    began = time.monotonic()
+    deadline = began + 60 * chosen.minutes
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ForkedServer(folder, options=OPTIONS, environment=ENVIRONMENT) as server,
+    ):
+        part = int(FIRST * chosen.nonces)
+        number, early, seen = rounds(server, chosen.seed, 0, part, deadline)
+        before = look(server)
+        number, late, more = rounds(server, chosen.seed + 1, number, chosen.nonces - early, deadline)
+        after = look(server)
+        figures = {
+            "seed": chosen.seed,
+            "seconds": round(time.monotonic() - began, 1),
+            "nonces": early + late,
+            "rounds": number,
+            "clients": dict(seen + more),
+            "preemptions": measured(server, "num_preemptions_total"),
+            "after_the_first_part": {"nonces": early, **before},
+            "at_the_end": after,
+        }
+    publish("vllm_leaks", figures, chosen.output)
+    left = after["rows"] or after["errors"] or after["requests"] or after["cache_used"]
+    grown = any(after["descriptors"][name]["other"] > count["other"] for name, count in before["descriptors"].items())
+    return int(bool(left or grown or not figures["preemptions"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
