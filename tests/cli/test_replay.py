@@ -49,6 +49,26 @@ def test_an_honest_node_is_replayed_and_its_life_is_kept(assay, receipts: Path, 
     assert (again["life"]["n"], again["life"]["audits"]) == (16, 16)
 
 
+@pytest.mark.parametrize("kept", [{}, {"output": (), "sketches": (), "finish": "abort"}])
+def test_answers_that_are_not_shown_cost_exit_code_zero(assay, receipts: Path, prompts: Path, tmp_path: Path, kept):
+    """Otherwise a node would show the answers that it computed honestly, and no others."""
+    from dataclasses import replace
+
+    from assay.poc.responses import Receipts
+
+    whole = Receipts.load(receipts)
+    hidden = [replace(one, **kept) for one in whole.receipts[6:]] if kept else []
+    path = tmp_path / "some.jsonl"
+    Receipts.build(whole.header, [*whole.receipts[:6], *hidden], 1.0).save(path)
+    flags = (*KNOWN, "--requests", prompts)
+    found = assay("poc", "replay", path, *MODEL, *flags, "--alpha", "0.01", "--json")
+    assert (found.code, json.loads(found.out)["unanswered"]) == (2, 2)
+    shown = assay("poc", "replay", path, *MODEL, *flags, "--ledger", tmp_path / "ledger.sqlite3")
+    assert shown.code == 2
+    assert "requests unanswered" in shown.out
+    assert json.loads(assay("poc", "replay", receipts, *MODEL, *flags, "--json").out)["unanswered"] == 0
+
+
 def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, receipts: Path, tmp_path: Path):
     result = assay("poc", "replay", receipts, *MODEL, "--sample", "2", "--seed", "1")
     assert result.code == 2

@@ -35,7 +35,8 @@ def replay(
     scores, sketches against its hidden states.
 
     The node wrote the receipts. Exit code 0 needs the block, the key and the requests from you. What is neither pinned
-    nor at its default is shown, with exit code 2.
+    nor at its default is shown, with exit code 2; so are requests without a receipt, and those whose answer was
+    aborted.
 
     With --ledger the replay is added to the ledger of nodes' lives, and the exit code is that of the whole life.
     """
@@ -72,7 +73,7 @@ def replay(
         )
         standing = None if ledger is None else ledger.append(verdict.updates())[-1]
     _show(verdict, standing, as_json)
-    context.exit(_ledger.exit_code(verdict, standing))
+    context.exit(_ledger.exit_code(verdict, standing) or (2 if verdict.unanswered else 0))
 
 
 @settings("assay.cli._replay_settings:CalibrateResponsesSettings")
@@ -181,6 +182,7 @@ def _show(verdict: "ResponseVerdict", standing: "Standing | None", as_json: bool
         ("honest noise", verdict.noise.source),
         ("node", f"{header.fingerprint.library}, {header.fingerprint.dtype}"),
         ("on the node's word", ", ".join(verdict.unpinned) or "nothing"),
+        *([("requests unanswered", str(verdict.unanswered))] if verdict.unanswered else []),
         *_ledger.life_rows(standing),
     ]
     table(("", "result"), rows)

@@ -178,6 +178,20 @@ def test_what_is_taken_on_the_nodes_word_is_listed(responses: Receipts):
     assert replace(pins, evidence="tokens").unpinned(bare) == ()
 
 
+def test_an_honest_verdict_covers_all_requests(responses: Receipts, small_model: Model):
+    """Of the answers that are shown each is honest; of those that are not shown nothing is known."""
+    pins = ReceiptPins(known=KNOWN, requests=REQUESTS)
+    some = Receipts.build(responses.header, responses.receipts[:2], 1.0)
+    engine = HFPrefill(small_model)
+    noise = noise_between(responses.header, engine.fingerprint, None)
+    found = {len(one.receipts): judge_responses(
+        replay(one, small_model, engine=engine) * 40, one, noise, verifier=engine.fingerprint, pins=pins
+    ) for one in (responses, some)}  # fmt: skip
+    assert [one.verdict for one in found.values()] == ["honest", "honest"]
+    codes = {count: (one.unanswered, one.exit_code) for count, one in found.items()}
+    assert codes == {len(REQUESTS): (0, 0), 2: (len(REQUESTS) - 2, 2)}
+
+
 def test_a_sample_is_drawn_by_its_seed_and_must_fit(responses: Receipts):
     assert chosen_receipts(responses, None) == 4
     assert sampled(responses, 2, 7).receipts == sampled(responses, 2, 7).receipts

@@ -60,10 +60,15 @@ class ResponseVerdict:
         return self.pins.unpinned(self.receipts)
 
     @property
+    def unanswered(self) -> int:
+        """Number of the requests that have no receipt, or one of an answer that was aborted."""
+        return self.pins.unanswered(self.receipts)
+
+    @property
     def exit_code(self) -> int:
-        """0 for honest receipts of which nothing was taken on the node's word, 1 for fraud, 2 for anything else."""
+        """0 for honest receipts of all requests with nothing taken on the node's word, 1 for fraud, 2 otherwise."""
         honest = self.result.verdict == "honest"
-        return 2 if honest and self.unpinned else EXIT_CODES[self.result.verdict]
+        return 2 if honest and (self.unpinned or self.unanswered) else EXIT_CODES[self.result.verdict]
 
     @property
     def tokens(self) -> int:
@@ -131,6 +136,7 @@ class ResponseVerdict:
             "dtype": header.fingerprint.dtype,
             "sample_seed": self.sample_seed,
             "unpinned": self.unpinned,
+            "unanswered": self.unanswered,
         }
 
 

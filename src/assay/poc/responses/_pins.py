@@ -75,7 +75,7 @@ class ReceiptPins:
         if nearest is not None and (odd := nearest.differing(header.fingerprint)):
             allowed = " or ".join(map(str, getattr(nearest, odd[0])))
             raise _mismatch("receipts", odd[0], getattr(header.fingerprint, odd[0]), allowed)
-        asked = {(one.user_seed, one.request_id, one.index): one for one in self.requests or ()}
+        asked = {_identity(one): one for one in self.requests or ()}
         for receipt in receipts.receipts:
             if known.block_hash is not None and receipt.block_hash != known.block_hash:
                 raise _mismatch(_name(receipt), "block_hash", receipt.block_hash, known.block_hash)
@@ -96,6 +96,14 @@ class ReceiptPins:
         }
         return tuple(name for name, pinned in given.items() if not pinned)
 
+    def unanswered(self, receipts: Receipts) -> int:
+        """Return how many of the requests have no receipt, or one of an answer that was aborted.
+
+        A node chooses which answers it shows: those that it would rather not have replayed may be among these.
+        """
+        whole = {_identity(receipt) for receipt in receipts.receipts if receipt.finish != "abort"}
+        return len({_identity(request) for request in self.requests or ()} - whole)
+
     def encoded(self, requests: Sequence[Request]) -> "ReceiptPins":
         """Return the pins with requests whose prompts are token ids."""
         return replace(self, requests=tuple(requests))
@@ -107,9 +115,13 @@ class ReceiptPins:
         return {prompt.sha256: prompt for prompt in prompts}
 
 
+def _identity(one: Receipt | Request) -> tuple[str, str, int]:
+    return one.user_seed, one.request_id, one.index
+
+
 def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Request]) -> None:
     """Refuse a receipt that answers no request, or another one than was asked."""
-    request = asked.get((receipt.user_seed, receipt.request_id, receipt.index))
+    request = asked.get(_identity(receipt))
     if request is None:
         alike = [one for one in asked.values() if one.request_id == receipt.request_id]
         if not alike:
