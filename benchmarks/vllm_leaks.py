@@ -115,7 +115,7 @@ def descriptors(process):
 
 
 def rounds(server, seed, first, until, deadline):
-    """Run rounds beside visitors until so many nonces are on disk; return the next number, the nonces, what was seen."""
+    """Run rounds until so many nonces are on disk; return the next number, the nonces, and what visitors saw."""
     chosen, number, done = random.Random(seed), first, 0
     with Visitors(server.url, seed) as visitors:
         while done < until and time.monotonic() < deadline:
