@@ -106,7 +106,7 @@ class Soak:
         self.server.launch()
 
     def _continue(self):
-        """Wait for new nonces of the round, which nobody asks for."""
+        """Wait until the round has new nonces without a further request."""
         if self.sent:
             self.server.wait_until_ready(pause=0.05)
             self.starts.append(time.monotonic() - self.launched)
