@@ -209,7 +209,7 @@ def capacity(config: Any, seq_len: int = 256) -> int:
     """Return how many nonces fill one step of every engine and have the next one ready."""
     scheduler = config.scheduler_config
     step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
-    return config.parallel_config.data_parallel_size * max(1, min(2 * step, int(scheduler.max_num_seqs)))
+    return int(config.parallel_config.data_parallel_size) * max(1, min(2 * step, int(scheduler.max_num_seqs)))
 
 
 class VLLMEngine(RequestEngine):
