@@ -244,6 +244,9 @@ def test_nothing_of_the_lies_was_kept(running, small_model):
 
 def test_closed_blocks_are_refused(validating):
     with validating(open_blocks=2) as running:
+        for odd in ("", "a\u2028b", "\u202e", "x" * 1025):  # no round could have them, and messages would be dropped
+            body = {"block_hash": odd, "block_height": 8}
+            assert running.client.post(f"{API}/blocks", json=body).status_code == 422
         running.announce("b2", 8)
         running.send(HONEST | {"block_hash": "b2", "block_height": 8})
         running.announce("b3", 9)

@@ -104,7 +104,12 @@ def test_an_update_of_one_name_is_written_once(tmp_path):
         assert ledger.head[0] == 1
         with pytest.raises(UsageError, match="a second update 'inbox 1'"):
             ledger.append([update(0, key="node_B", name="inbox 1")])
+        other = replace(account(), build="H200")
+        assert ledger.append([update(0, account=other, name="inbox 1")])[0] == one, (
+            "the pins changed before it was noted"
+        )
         assert ledger.accounts() == [account()]
+    assert audit_ledger(tmp_path / "l.sqlite3").clean
 
 
 def test_all_updates_of_a_call_are_written_or_none(tmp_path):

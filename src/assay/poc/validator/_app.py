@@ -55,7 +55,7 @@ class BlockBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    block_hash: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
+    block_hash: str
     block_height: Annotated[int, Field(ge=0, le=MAX_NONCE)]
 
 

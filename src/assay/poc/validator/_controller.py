@@ -11,7 +11,7 @@ import structlog
 
 from assay._version import __version__
 from assay.errors import AssayError, UsageError
-from assay.poc.protocol import Build, Round
+from assay.poc.protocol import Build, Round, check_name
 from assay.poc.service import Settings
 from assay.poc.service.http import reason_of
 from assay.poc.service.runtime import Deployment
@@ -162,8 +162,9 @@ class Controller:
         """Open a block, and close the oldest one beyond the bound; return whether it is new.
 
         Raises:
-            UsageError: The pins name the block.
+            UsageError: The pins name the block, or no round can have it.
         """
+        check_name("block_hash", block_hash, do="announce the block hash as the chain prints it")
         if self.registry.blocks:
             raise UsageError(
                 "a block beside pins that name one",

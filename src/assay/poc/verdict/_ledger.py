@@ -197,14 +197,16 @@ class Ledger:
                 raise
 
     def _add(self, connection: sa.Connection, update: Update) -> Standing:
-        known = sa.select(UPDATES.c.account).where(UPDATES.c.name == update.name)
-        account = self._account(connection, update.account)
+        named = sa.select(UPDATES.c.account, ACCOUNTS.c.public_key).where(UPDATES.c.name == update.name)
+        known = named.select_from(UPDATES.join(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account))
         if update.name is not None and (row := connection.execute(known).first()):
-            if row.account != account:
+            if row.public_key != update.account.public_key:
                 raise UsageError(
                     f"a second update {update.name!r:.80}", wanted="a name for each", do="name it after its proof"
                 )
-            return self._standing(connection, account)
+            # Perhaps under another build, where a validator was stopped after this and its pins were changed.
+            return self._standing(connection, row.account)
+        account = self._account(connection, update.account)
         state, seen = self._state(connection, account), self._nonces(connection, account, update.round)
         count, previous = self._head(connection)
         law = dumps(update.noise.as_dict())
