@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from assay.errors import DataError, ModelError, UsageError
+from assay.errors import AssayError, DataError, ModelError, UsageError
 from assay.models import load_model
 from assay.vhack.basis import _extract
 from assay.vhack.checks import read_source_log
-from assay.vhack.delta import ARMS, DEFAULT_ARM
+from assay.vhack.delta import ARMS, DEFAULT_ARM, _delta
 from assay.vhack.training import _run, read_steps, train
 from assay.vhack.training._run import Prepared
 
@@ -182,6 +182,37 @@ def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path
     with pytest.raises(ModelError, match="not finite"):
         train(settings(lr=1e30, max_norm=0.0, arm="none"), tmp_path / "run", tasks=tasks, pairs=pairs, model=model)
     assert not hasattr(model.module, "delta_s")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"pairs": "nofile.jsonl"}, "nofile"), ({"pairs": "generated:9", "basis": "odd.safetensors"}, "odd.safetensors")],
+)
+def test_pairs_and_basis_are_read_before_the_model_is_loaded(settings, tasks, tmp_path, monkeypatch, given, words):
+    monkeypatch.setattr(_run, "load_model", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.safetensors").write_bytes(b"odd")
+    with pytest.raises(DataError, match=words):
+        train(settings(**given), tmp_path / "run", tasks=tasks)
+
+
+@pytest.mark.parametrize("what", ["experts", "end", "pool"])
+def test_what_cannot_be_trained_is_refused_before_its_weights_are_decomposed(
+    settings, pairs, model, monkeypatch, tmp_path, what
+):
+    monkeypatch.setattr(_run, "weight_svd", None)
+    given = {}
+    if what == "experts":
+        linear = model.module.model.layers[0].mlp.down_proj
+        monkeypatch.setattr(_delta, "target_modules", lambda _: {"layers.0.experts.down_proj.7": linear})
+    elif what == "end":
+        model.tokenizer.eos_token = None
+    else:
+        (tmp_path / "pool.jsonl").write_text("{}")
+        given["teacher"] = str(tmp_path / "pool.jsonl")
+    words = {"experts": "matrices of experts", "end": "a token that ends a text", "pool": "line 1"}[what]
+    with pytest.raises(AssayError, match=words):
+        Prepared(settings(**given), model, pairs)
 
 
 def test_a_model_of_which_a_part_carries_deltas_is_refused_unless_allowed(settings, pairs, model):

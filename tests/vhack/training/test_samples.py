@@ -112,3 +112,10 @@ def test_a_model_that_computes_nothing_finite_is_refused_in_words(model, tasks, 
     with pytest.raises(ModelError, match="not finite"):
         sample_tasks(tmp_path / "file", model, tasks, **HOW)
     assert not (tmp_path / "file").exists()
+
+
+def test_a_tokenizer_without_an_end_is_refused_in_words(model, tasks, tmp_path):
+    model.tokenizer.eos_token = None
+    with pytest.raises(UsageError, match="without a token that ends a text"):
+        sample_tasks(tmp_path / "file", model, tasks, **HOW)
+    assert not list(tmp_path.iterdir())

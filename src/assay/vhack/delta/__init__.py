@@ -15,7 +15,7 @@ from assay.vhack.delta._arms import (
     gated_gradient,
 )
 from assay.vhack.delta._controls import basis_of_kind
-from assay.vhack.delta._delta import DeltaS
+from assay.vhack.delta._delta import DeltaS, check_attachable
 from assay.vhack.delta._export import LoRA
 from assay.vhack.delta._file import delta_lengths
 from assay.vhack.delta._frames import Frames, Measures, displacement, share, spread
@@ -44,6 +44,7 @@ __all__ = [
     "apply_arm",
     "arm_named",
     "basis_of_kind",
+    "check_attachable",
     "delta_lengths",
     "displaced",
     "displacement",

@@ -13,7 +13,7 @@ The adapter is a submodule ``delta_s`` of the model, so any trainer finds its pa
 Shapes: M modules of a group, R coordinates of δS.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
@@ -83,8 +83,8 @@ class DeltaS(nn.Module):
         if hasattr(module, _NAME):
             raise UsageError("a model that has an adapter", wanted="one without", do="call detach or merge of it first")
         self.mode = mode
+        check_attachable(module)
         modules = target_modules(module)
-        _refuse_experts(modules, module)
         factors = svd if svd is not None else weight_svd(module)
         self._rank = factors.rank
         self.groups: list[Group] = grouped(modules, factors)
@@ -342,11 +342,16 @@ class DeltaS(nn.Module):
                     weight.data = data
 
 
-def _refuse_experts(modules: Mapping[str, nn.Linear], module: nn.Module) -> None:
-    own = {name for name, _ in module.named_modules()}
-    if experts := [name for name in modules if name not in own]:
+def check_attachable(model: "Model | PreTrainedModel") -> None:
+    """Refuse a model that can have no δS, before its weights are decomposed.
+
+    Raises:
+        ModelError: The model is a mixture whose experts share a tensor, or has no target projections.
+    """
+    own = {name for name, _ in module_of(model).named_modules()}
+    if experts := [name for name in target_modules(model) if name not in own]:
         raise ModelError(
             f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor",
             wanted="a dense model: δS of such experts is extracted and checked, but not trained",
-            do="train a dense model, or one whose experts are separate Linears",
+            do="train a dense model",
         )

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from assay.errors import DataError, ModelError, UsageError
 from assay.reports import read_jsonl, write_jsonl
 from assay.streams import seed32
+from assay.vhack.gradients import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,18 +171,33 @@ class Sampling(TypedDict):
     batch: int
 
 
+def end_token(model: "Model") -> int:
+    """Return the token that ends a completion.
+
+    Raises:
+        UsageError: The model has no tokenizer, or its tokenizer has no such token.
+    """
+    if model.tokenizer is None or model.tokenizer.eos_token_id is None:
+        without = "a tokenizer" if model.tokenizer is None else "a token that ends a text"
+        raise UsageError(
+            f"{model.reference} without {without}",
+            wanted="a model with a tokenizer that has an eos_token",
+            do="name the token in its tokenizer_config.json, or choose another model",
+        )
+    return int(model.tokenizer.eos_token_id)
+
+
 def prompt_ids(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
     """Return the tokens of prompts.
 
     Raises:
-        UsageError: The model has no tokenizer, or a prompt with its completion is longer than its context.
+        UsageError: As of :func:`end_token`, or a prompt with its completion is longer than the context of the model.
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise UsageError(f"{model.reference} without a tokenizer", wanted="one", do="choose another model")
+    end_token(model)
+    tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
     known = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
     longest = max(map(len, known.values()), default=0)
-    context = getattr(model.module.config, "max_position_embeddings", None)
+    context = context_of(model.module)
     if context and longest + max_new_tokens > context:
         raise UsageError(
             f"prompts of up to {longest} tokens and {max_new_tokens} new ones",
@@ -231,9 +247,8 @@ def sampled(
 def _completed(
     model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
-    tokenizer, module = model.tokenizer, cast(Any, model.module)
-    assert tokenizer is not None
-    end = int(tokenizer.eos_token_id)
+    tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
+    end = end_token(model)
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
     rows = [torch.tensor(row, device=model.device) for row in ids]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -14,18 +14,20 @@ from assay.errors import BackendUnavailable, DataError, UsageError, how_to_insta
 from assay.models import Model, load_model
 from assay.reports import JsonObject, provenance, storage_error
 from assay.vhack.basis import Basis, extract, pair_gradients
-from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_of_kind
+from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_of_kind, check_attachable
 from assay.vhack.environment import CHANNELS
 from assay.vhack.gradients import MIN_COVERAGE, SVDCache, weight_svd
 from assay.vhack.pairs import Pair, find_pairs
 from assay.vhack.training._log import TrainLog, read_steps
 from assay.vhack.training._own import RewardFunction, Task, require_sandbox, reward_for
-from assay.vhack.training._pool import RolloutPool, finite_sampling
+from assay.vhack.training._pool import RolloutPool, end_token, finite_sampling
 from assay.vhack.training._processes import ALONE, Processes, join
 from assay.vhack.training._rewards import Reward
 from assay.vhack.training._settings import TrainSettings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from assay.vhack.training._grpo import GRPO
 
 LOG, DELTA, BASIS = "log.jsonl", "delta.safetensors", "basis.safetensors"
@@ -69,7 +71,9 @@ class Prepared:
         watched: True axes, where these are others.
 
     Raises:
-        UsageError: The model has no tokenizer.
+        UsageError: The model has no tokenizer, or its tokenizer has no token that ends a text.
+        ModelError: The model can have no δS.
+        DataError: The teacher's pool cannot be used.
     """
 
     def __init__(
@@ -80,12 +84,16 @@ class Prepared:
         earlier: Path | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        if model.tokenizer is None:
-            raise UsageError(f"{settings.model} has no tokenizer", wanted="a model with one", do="choose another")
+        end_token(model)
+        check_attachable(model)
+        tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
+        self.pool = None
+        if settings.teacher:
+            self.pool = RolloutPool.load(settings.teacher, tokenizer, max_new_tokens=settings.max_new_tokens)
         self.settings, self.model, self.pairs, self.earlier = settings, model, pairs, earlier
         self.processes = processes
         self.arm: Arm = settings.chosen
-        self.shortcut = Shortcut.fit(model, model.tokenizer, pairs) if self.arm.advantage else None
+        self.shortcut = Shortcut.fit(model, tokenizer, pairs) if self.arm.advantage else None
         self.svd: SVDCache = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
         processes.same_factors(self.svd)
         self.axes, self.watched = self._extracted(load=True)
@@ -107,15 +115,12 @@ class Prepared:
 
         settings, tokenizer = self.settings, self.model.tokenizer
         assert tokenizer is not None
-        pool = None
-        if settings.teacher:
-            pool = RolloutPool.load(settings.teacher, tokenizer, max_new_tokens=settings.max_new_tokens)
-            if not pool.prompts & set(reward.prompts):
-                raise DataError(
-                    f"{settings.teacher}: no completion of any of the {len(reward.prompts)} tasks",
-                    wanted="completions of the prompts of this run",
-                    do="sample the pool from the prompts of the same tasks, modes and seed",
-                )
+        if self.pool is not None and not self.pool.prompts & set(reward.prompts):
+            raise DataError(
+                f"{settings.teacher}: no completion of any of the {len(reward.prompts)} tasks",
+                wanted="completions of the prompts of this run",
+                do="sample the pool from the prompts of the same tasks, modes and seed",
+            )
         trainer = GRPO(
             self.adapter,
             self.optimizer,
@@ -123,7 +128,7 @@ class Prepared:
             trl_arguments(settings, self.model, folder, trackers, self.processes),
             prompts=settings.steps * settings.prompts,
             processing_class=tokenizer,
-            pool=pool,
+            pool=self.pool,
             teachers=settings.teachers,
             shortcut=self.shortcut,
             axes=(self.axes, self.watched),
@@ -250,10 +255,12 @@ def train(
     _make(folder)
     if done >= settings.steps and (folder / DELTA).exists():
         return _result(folder, settings, done, processes)
-    loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
     if pairs is None:  # those of the environment have the loopholes and families of the run
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
         pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
+    if settings.basis is not None:
+        Basis.load(settings.basis)  # before the model is; of its weights it must be, too
+    loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
     run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes)
     try:
         trainer = run.trainer(folder, paid, trackers)
