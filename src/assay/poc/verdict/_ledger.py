@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.poc.verdict._judge import Verdict
-from assay.poc.verdict._ledger_audit import text_of
+from assay.poc.verdict._ledger_audit import AT_ONCE, text_of
 from assay.poc.verdict._ledger_entries import (
     FAULTY,
     NOTHING,
@@ -37,7 +37,6 @@ from assay.reports.database import Database, tables
 
 ALPHA, BETA = 1e-3, 1e-2  # of a new ledger
 LIVES = 4096  # accounts kept in memory; others are rebuilt from their entries when they are needed
-AT_ONCE = 256  # entries that are read from the file at a time
 ROUNDS = 1024  # sets of nonces of an account in a round, likewise
 
 

@@ -9,6 +9,7 @@ Legend of shapes: N nonces, K published numbers.
 
 import base64
 import binascii
+import io
 import math
 import re
 import zlib
@@ -134,7 +135,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise _bad(str(path), f"longer than {LARGEST_CONTENT} bytes when unpacked", "a smaller file")
     if not unpacked.eof or unpacked.unused_data:
         raise _bad(str(path), "gzip that is cut off, or has something after it", "JSON Lines in one gzip stream")
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
+    for number, line in enumerate(io.BytesIO(text), 1):  # one at a time: a list of all takes many times their size
         if len(line) > LONGEST_LINE:
             raise _bad(f"{path}, line {number}", f"longer than {LONGEST_LINE} bytes", "shorter lines")
         yield number, line
