@@ -16,12 +16,14 @@ from assay.vhack.basis._paired import PairGradients, check_method
 from assay.vhack.gradients import (
     MIN_COVERAGE,
     Factors,
+    Progress,
     SVDCache,
     check_rank,
     coverage,
     factor_dtype,
     module_of,
     per_sample_gradients,
+    stage,
     target_modules,
     weight_svd,
     weights_digest,
@@ -31,7 +33,6 @@ from assay.vhack.pairs import Pair
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]
 
 # The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
 _HELD_OUT_SHARE = 6
@@ -168,7 +169,7 @@ def pair_gradients(
     samples = [pair.samples()[side] for side in (0, 1) for pair in kept]
     called = [f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in kept]
     matrices = 0 if svd is not None else len(target_modules(model))
-    told = [_told(progress, before, matrices + len(samples)) for before in (0, matrices)]
+    told = [stage(progress, before, matrices + len(samples)) for before in (0, matrices)]
 
     def factors_of(modules: Sequence[str] | None, progress: Progress | None) -> SVDCache:
         return svd or weight_svd(
@@ -302,11 +303,6 @@ def extract(
     return basis
 
 
-def _told(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return the progress of one stage among all, for a stage that comes after this many steps."""
-    return None if progress is None else lambda done, _: progress(before + done, total)
-
-
 def _nothing_left(count: int) -> DataError:
     return DataError(
         f"none of {count} pairs has two sides that differ",
@@ -334,7 +330,7 @@ def _truncated(
     found: dict[str, Factors] = {}
     total = held = 0.0
     for part in parts:
-        full = factors_of(part, _told(progress, len(found), 0))
+        full = factors_of(part, stage(progress, len(found), 0))
         for rows in gradients_of(svd=full, modules=part).values():
             total += float(rows.square().sum())
             held += float(rows[:, :rank].square().sum())

@@ -23,8 +23,8 @@ import numpy.typing as npt
 from scipy.stats import t as student
 
 from assay.errors import UsageError
-from assay.stats import auroc, group_bootstrap
-from assay.vhack.checks._judge import CheckSettings, CheckVerdict, FloatArray, Interval
+from assay.stats import auroc
+from assay.vhack.checks._judge import CheckSettings, CheckVerdict, FloatArray, Interval, measure
 
 EQUIVALENCE = 0.1
 """Largest difference of two AUROC that counts as none."""
@@ -120,15 +120,7 @@ def _halves(scores: tuple[FloatArray, ...], groups: tuple[list[str], ...], setti
             of_groups.append([labels[row] for row in rows])
     if min(map(len, parts)) == 0:
         return GuardItem("halves", None, "undecided", "a half has samples of one kind only")
-    found = group_bootstrap(
-        _between_halves,
-        parts,
-        of_groups,
-        n_resamples=settings.n_resamples,
-        seed=settings.seed,
-        confidence=1 - 2 * settings.alpha,
-    )
-    measured = Interval(found.value, found.low, found.high)
+    measured = measure(_between_halves, parts, of_groups, settings, confidence=1 - 2 * settings.alpha)
     return GuardItem("halves", measured, *_equivalent(measured, 0.0, "the two halves differ by"))
 
 
@@ -143,18 +135,10 @@ def _length(
     settings: CheckSettings,
 ) -> GuardItem:
     sizes = tuple(np.asarray(length, dtype=float) for length in lengths)
-    found = group_bootstrap(
-        _beyond_length,
-        [*scores, *sizes],
-        [*groups, *groups],
-        n_resamples=settings.n_resamples,
-        seed=settings.seed,
-        confidence=settings.confidence,
-    )
-    measured = Interval(found.value, found.low, found.high)
+    found = measure(_beyond_length, [*scores, *sizes], [*groups, *groups], settings)
     verdict: CheckVerdict = "pass" if found.low > 0 else "fail" if found.value <= 0 else "undecided"
     reason = f"the AUROC is {found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}) above that of the length"
-    return GuardItem("length", measured, verdict, reason)
+    return GuardItem("length", found, verdict, reason)
 
 
 def _beyond_length(hack: FloatArray, clean: FloatArray, hack_length: FloatArray, clean_length: FloatArray) -> float:

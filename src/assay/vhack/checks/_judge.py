@@ -22,6 +22,8 @@ SWAPPED = "labels swapped"
 """Name of the exact null."""
 HAAR = "Haar"
 """Name of the null of axes that are uniform among all orthonormal ones."""
+CLEAN_CLEAN = "clean-clean"
+"""Name of the null of axes that are extracted from differences between clean sides."""
 EXIT_CODES: dict[CheckVerdict, int] = {"pass": 0, "fail": 1, "undecided": 2}
 """What a command exits with, by verdict."""
 
@@ -221,15 +223,17 @@ def measure(
     samples: Sequence[FloatArray],
     groups: Sequence[Sequence[str]],
     settings: CheckSettings,
+    *,
+    confidence: float | None = None,
 ) -> Interval:
-    """Return a statistic with its group-bootstrap interval."""
+    """Return a statistic with its group-bootstrap interval, of the confidence of the settings or another."""
     found = group_bootstrap(
         statistic,
         samples,
         groups,
         n_resamples=settings.n_resamples,
         seed=settings.seed,
-        confidence=settings.confidence,
+        confidence=settings.confidence if confidence is None else confidence,
     )
     return Interval(found.value, found.low, found.high)
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from assay.reports import INK, MUTED, SERIES, Badge, Cell, Report, figure, heatmap, legend
-from assay.vhack.checks._judge import Check, CheckReport, FloatArray
+from assay.vhack.checks._judge import HAAR, Check, CheckReport, FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -193,7 +193,7 @@ def _angles(made: Report, report: CheckReport) -> None:
     check, origin = report["stability"], report.origin
     fig, ax = figure(height=2.6)
     places = np.arange(1, len(origin["cosines"]) + 1)
-    random = float(np.mean(check.nulls["Haar"])) ** 0.5
+    random = float(np.mean(check.nulls[HAAR])) ** 0.5
     _line(ax, places, origin["cosines"], _HACK, "hack basis, other half")
     _line(ax, places, origin["generic_cosines"], _CLEAN, "clean-clean basis, other half")
     ax.axhline(random, color=INK, linewidth=0.8, linestyle=":", label="random bases")

@@ -12,7 +12,7 @@ Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from assay.vhack.checks._folds import EXPLAINED, as_sum, seen_error
 from assay.vhack.checks._guard import GuardItem, guard, guard_verdict
 from assay.vhack.checks._judge import EXIT_CODES, HAAR, Check, CheckSettings, CheckVerdict, FloatArray
 from assay.vhack.checks._ranking import check_unpaired, haar_scores
-from assay.vhack.gradients import SVDCache, per_sample_gradients, weight_svd
+from assay.vhack.gradients import Progress, SVDCache, per_sample_gradients, stage, weight_svd
 from assay.vhack.pairs import Sample
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def check_two_pools(
     svd: SVDCache | None = None,
     max_tokens: int | None = None,
     checkpointing: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PoolReport:
     """Return whether the samples of one pool lie further along the axes of a basis than those of another.
 
@@ -188,20 +188,17 @@ def check_two_pools(
     samples = [one.sample for pool in pools for one in pool]
     names = [f"{kind} sample {row}" for kind, pool in zip(_KINDS, pools, strict=True) for row in range(len(pool))]
     matrices = 0 if svd is not None else len(modules)
-
-    def counted(before: int) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, _: progress(before + done, matrices + len(samples))
-
+    stages = [stage(progress, before, matrices + len(samples)) for before in (0, matrices)]
     gradients = per_sample_gradients(
         samples,
         model,
         tokenizer=tokenizer,
-        svd=svd or _factors(model, basis, counted(0)),
+        svd=svd or _factors(model, basis, stages[0]),
         modules=modules,
         max_tokens=max_tokens,
         checkpointing=checkpointing,
         names=names,
-        progress=counted(matrices),
+        progress=stages[1],
     )
     used = basis.slice(settings.k_use, settings.tau_axis)
     _refuse_seen(used, gradients)
@@ -226,7 +223,7 @@ def check_two_pools(
     )
 
 
-def _factors(model: "Model | PreTrainedModel", basis: Basis, progress: Callable[[int, int], None] | None) -> SVDCache:
+def _factors(model: "Model | PreTrainedModel", basis: Basis, progress: Progress | None) -> SVDCache:
     """Return the factors that a basis was made with, of its modules; it says itself how much of the model they are."""
     rank, dtype = basis.origin.rank, basis.origin.factors or None
     return weight_svd(model, modules=list(basis.axes), rank=rank, dtype=dtype, min_coverage=0.0, progress=progress)

@@ -22,6 +22,7 @@ from assay.stats import auroc, paired_accuracy, proportion_interval
 from assay.vhack.checks._folds import Design, Fold
 from assay.vhack.checks._geometry import shares
 from assay.vhack.checks._judge import (
+    CLEAN_CLEAN,
     HAAR,
     SWAPPED,
     Check,
@@ -114,7 +115,7 @@ def check_random_null(design: Design, measured: Interval) -> Check:
     nulls = {
         HAAR: _aurocs(design, _haar(design, generator)),
         "covariance-matched": _aurocs(design, _matched(design, generator)),
-        "clean-clean": _aurocs(design, _clean_clean(design)),
+        CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
         SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
     }
     return judge(

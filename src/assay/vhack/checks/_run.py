@@ -1,6 +1,6 @@
 """The five checks in one call, from a model and pairs or from gradients at hand."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from assay.vhack.checks._judge import CheckReport, CheckSettings, FloatArray, Mo
 from assay.vhack.checks._ranking import check_heldout, check_pools, check_random_null
 from assay.vhack.checks._sources import SourceCin, check_source_log, check_sources
 from assay.vhack.checks._stability import Stability, check_stability
-from assay.vhack.gradients import MIN_COVERAGE, SVDCache
+from assay.vhack.gradients import MIN_COVERAGE, Progress, SVDCache
 from assay.vhack.pairs import Pair
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def check(
     min_coverage: float = MIN_COVERAGE,
     max_tokens: int | None = None,
     checkpointing: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CheckReport:
     """Return five checks whether hack directions are real, on held-out data and each against its nulls.
 

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from assay.vhack.checks._folds import Design, swaps
 from assay.vhack.checks._geometry import Frame, Geometry
-from assay.vhack.checks._judge import SWAPPED, Check, CheckSettings, CheckVerdict, Interval, p_value, undecided
+from assay.vhack.checks._judge import (
+    CLEAN_CLEAN,
+    HAAR,
+    SWAPPED,
+    Check,
+    CheckSettings,
+    CheckVerdict,
+    Interval,
+    p_value,
+    undecided,
+)
 
 _TITLE = "Stability under a group bootstrap"
 _STATISTIC = "mean squared cosine of the principal angles between bases of two halves of the groups"
@@ -136,8 +146,8 @@ def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -
     tail = (1 - settings.confidence) / 2
     low, high = (float(q) for q in np.quantile(overlaps, [tail, 1 - tail]))
     spaces = {
-        "Haar": tuple(_random_overlaps(geometry, settings)),
-        "clean-clean": tuple(float(split.generic_overlap.mean()) for split in splits),
+        HAAR: tuple(_random_overlaps(geometry, settings)),
+        CLEAN_CLEAN: tuple(float(split.generic_overlap.mean()) for split in splits),
     }
     p = p_value(agreement, swapped)
     faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []

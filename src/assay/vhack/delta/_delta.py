@@ -29,7 +29,17 @@ from assay.vhack.delta._file import load_delta, save_delta
 from assay.vhack.delta._groups import Group, grouped
 from assay.vhack.delta._product import Plan, adapt
 from assay.vhack.delta._rollouts import Rollouts
-from assay.vhack.gradients import SVDCache, local, local_rows, module_of, reshard, target_modules, weight_svd, whole
+from assay.vhack.gradients import (
+    SVDCache,
+    local,
+    local_rows,
+    module_of,
+    of_one_tensor,
+    reshard,
+    target_modules,
+    weight_svd,
+    whole,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -348,8 +358,7 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
     Raises:
         ModelError: The model is a mixture whose experts share a tensor, or has no target projections.
     """
-    own = {name for name, _ in module_of(model).named_modules()}
-    if experts := [name for name in target_modules(model) if name not in own]:
+    if experts := of_one_tensor(module_of(model), target_modules(model)):
         raise ModelError(
             f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor",
             wanted="a dense model: δS of such experts is extracted and checked, but not trained",

@@ -1,8 +1,10 @@
 """Gradients of single samples with respect to δS, of every weight matrix at once."""
 
 from assay.vhack.gradients._batches import Encoded, context_of, encode, plan
+from assay.vhack.gradients._experts import of_one_tensor
 from assay.vhack.gradients._factors import Factors
 from assay.vhack.gradients._per_sample import SampleGradients, per_sample_gradients
+from assay.vhack.gradients._progress import Progress, stage
 from assay.vhack.gradients._sharding import is_sharded, local, local_rows, processes, reshard, whole
 from assay.vhack.gradients._svd import SVDCache, check_rank, factor_dtype, weight_svd
 from assay.vhack.gradients._taps import delta_gradient
@@ -21,6 +23,7 @@ __all__ = [
     "Coverage",
     "Encoded",
     "Factors",
+    "Progress",
     "SVDCache",
     "SampleGradients",
     "check_rank",
@@ -33,10 +36,12 @@ __all__ = [
     "local",
     "local_rows",
     "module_of",
+    "of_one_tensor",
     "per_sample_gradients",
     "plan",
     "processes",
     "reshard",
+    "stage",
     "target_modules",
     "tensor_digest",
     "weight_svd",

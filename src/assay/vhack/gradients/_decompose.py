@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from assay.errors import BadWeights
 from assay.vhack.gradients._division import Division
 from assay.vhack.gradients._factors import Factors
+from assay.vhack.gradients._progress import Progress
 from assay.vhack.gradients._sharding import whole
-
-Progress = Callable[[int, int], None]
 
 
 def decompose(

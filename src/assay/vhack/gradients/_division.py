@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from assay.errors import ModelError
+from assay.vhack.gradients._experts import of_one_tensor
 from assay.vhack.gradients._sharding import fsdp_units, is_sharded, reshard
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ def division_of(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Division 
             )
     if not meshes and len(devices) == 1:
         return None
-    own = {name for name, _ in model.named_modules()}
-    if experts := [name for name in modules if name not in own]:
+    if experts := of_one_tensor(model, modules):
         raise _refusal(f"{experts[0]} is an expert in one tensor with others", "load it whole on one device")
     if not meshes:
         return Division(None, by_samples=False)

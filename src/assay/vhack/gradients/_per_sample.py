@@ -1,7 +1,7 @@
 """The gradient of every sample with respect to δS, at δS = 0, of every target module."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -17,6 +17,7 @@ from assay.vhack.gradients._batches import Encoded, context_of, encode, plan, to
 from assay.vhack.gradients._division import Division, division_of
 from assay.vhack.gradients._factors import Factors
 from assay.vhack.gradients._in_place import InPlace, recipe_in_parts
+from assay.vhack.gradients._progress import Progress
 from assay.vhack.gradients._replica import Computed, Replica, recipe_for
 from assay.vhack.gradients._svd import SVDCache, weight_svd
 from assay.vhack.gradients._taps import fitting
@@ -25,8 +26,6 @@ from assay.vhack.pairs import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Progress = Callable[[int, int], None]
 
 
 class SampleGradients(dict[str, Tensor]):

@@ -31,14 +31,13 @@ from assay.streams import torch_dtype
 from assay.vhack.gradients._decompose import decompose
 from assay.vhack.gradients._division import division_of
 from assay.vhack.gradients._factors import Factors
+from assay.vhack.gradients._progress import Progress
 from assay.vhack.gradients._targets import MIN_COVERAGE, check_coverage, chosen_modules, module_of, tensor_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from assay.models import Model
-
-Progress = Callable[[int, int], None]
 
 _FORMAT = "assay.svd/1"
 _DTYPES = ("float32", "bfloat16")

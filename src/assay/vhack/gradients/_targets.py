@@ -102,7 +102,8 @@ def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
     """Refuse attention to what comes after a token: padding and packing would be seen, and the loss be known."""
     sees_all = (name for name, part in module.named_modules() if getattr(part, "is_causal", True) is False)
     seen = next((name for name in sees_all if any(each.startswith(f"{name}.") for each in modules)), None)
-    if seen is None and getattr(module.config.get_text_config(), "is_causal", True) is False:
+    config = getattr(module, "config", None)
+    if seen is None and config is not None and getattr(config.get_text_config(), "is_causal", True) is False:
         seen = "its configuration"
     if seen is not None:
         raise ModelError(

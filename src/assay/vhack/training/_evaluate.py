@@ -16,6 +16,7 @@ from assay.errors import DataError
 from assay.stats import group_bootstrap, grouped_proportion_interval
 from assay.vhack.delta import ARMS
 from assay.vhack.environment import Episode, Grade, grade_many
+from assay.vhack.gradients import Progress
 from assay.vhack.training._own import OwnReward, RewardFunction, Task, check_gradable
 from assay.vhack.training._samples import group_of
 
@@ -124,7 +125,7 @@ def evaluate(
     reward: RewardFunction | None = None,
     workers: int | None = None,
     allow_unsandboxed: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Grade completions of tasks.
 

@@ -10,7 +10,7 @@ It is a teacher pool (:class:`RolloutPool`) and a pool of ``assay vhack pools`` 
 one's own have no ``task``, ``mode`` and ``markers``, and a ``group`` only if their task has one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 from assay.errors import DataError, UsageError
 from assay.reports import JsonObject, PartialFile, dumps, loads, read_jsonl
 from assay.vhack.environment import Episode, task_named
+from assay.vhack.gradients import Progress
 from assay.vhack.training._own import Task, prompt_of
 from assay.vhack.training._pool import PoolRollout, Sampling, prompt_ids, sampled
 
 if TYPE_CHECKING:
     from assay.models import Model
-
-Progress = Callable[[int, int], None]
 
 
 def sample_tasks(
