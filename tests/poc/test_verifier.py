@@ -173,6 +173,10 @@ def test_hardened_is_made_in_float16_unless_a_network_says_otherwise(proof: Proo
     assert verify(wider, small_model, prover_dtype="bfloat16").honest
     measured = calibrate(wider, hardened)  # is of engines, and so of one format
     assert verify(wider, small_model, calibration=measured).honest
+    several = measured.merged(calibrate(hardened, hardened))
+    with pytest.raises(ProofMismatch, match="a proof of hardened made in bfloat16"):
+        verify(wider, small_model, calibration=several)  # the prover would choose its law
+    assert verify(wider, small_model, calibration=several, prover_dtype="bfloat16").honest
     path = tmp_path / "hardened.jsonl"
     hardened.save(path)
     assert "number_formats" not in path.read_text()

@@ -46,8 +46,8 @@ def verify(
         expect: Values that the validator knows: :class:`Pins`, or a :class:`Round` to pin all that it says. A round
             does not pin the set of nonces and the number format.
         prover_dtype: Number format that the proof must state; the one in ``expect`` when None. The honest noise is that
-            of the stated format, so a node that may choose it chooses how wide the law is. With a calibration it is
-            that of the calibrated engine.
+            of the stated format, so a node that may choose it chooses how wide the law is. With a calibration whose
+            builds of this model are all of one format, it is that.
         sample: Number of nonces to recompute; 128, or all of a smaller proof, when None.
         seed: Number that draws the sample; from the randomness of the system when None, so that no prover can guess it.
         calibration: Measured honest noise for this model, preset and pair of engines; the stated default when None.
@@ -135,8 +135,9 @@ def check_proof(
     if prover_dtype is not None:
         pins = replace(pins, prover_dtype=prover_dtype)
     elif calibration is not None and pins.prover_dtype is None:
-        calibration.check(header)  # it is of one engine on either side, and so of one format
-        pins = replace(pins, prover_dtype=header.fingerprint.dtype)
+        calibration.check(header)
+        if calibration.is_of_format(header):
+            pins = replace(pins, prover_dtype=header.fingerprint.dtype)
     pins.check(header)
     _sample_size(proof, sample)
     check_distinct_seeds(header.round, header.all_nonces())

@@ -55,6 +55,15 @@ class Calibration:
         """
         self.build_of(header)
 
+    def is_of_format(self, header: Header) -> bool:
+        """Return whether every build of a proof's checkpoint and preset was measured in the format that it states.
+
+        Where one was not, a prover that may state any format chooses the law that judges it.
+        """
+        wanted = (header.digest, header.pipeline.name)
+        builds = [build.known for build in self.builds if (build.digest, build.preset) == wanted]
+        return all(not known or header.fingerprint.dtype in {one.dtype for one in known} for known in builds)
+
     @property
     def digests(self) -> tuple[str | None, ...]:
         """SHA-256 of the checkpoints of the builds."""
