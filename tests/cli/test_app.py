@@ -237,7 +237,7 @@ def test_a_home_that_cannot_be_seen_has_no_configuration(assay, monkeypatch):
 SIGNS = ["streams", "signs", "--seed-text", "a", "-n", "3", "--backend", "numpy"]
 
 
-@pytest.mark.parametrize("arguments", [[*SIGNS, "--json"], ["models", "list"]])
+@pytest.mark.parametrize("arguments", [[*SIGNS, "--json"], ["models", "list"], ["--help"], ["--version"]])
 def test_a_reader_that_left_is_no_verdict(arguments: list[str]):
     """Code 1 means fraud, so a closed pipe must not give it."""
     reading, writing = os.pipe()
@@ -249,14 +249,11 @@ def test_a_reader_that_left_is_no_verdict(arguments: list[str]):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_a_full_disk_behind_stdout_is_one_clear_error():
+@pytest.mark.parametrize("arguments", [[*SIGNS, "--json"], ["--help"], ["poc", "--help"], ["--version"]])
+def test_a_full_disk_behind_stdout_is_one_clear_error(arguments: list[str]):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "assay", *SIGNS, "--json"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
+            [sys.executable, "-m", "assay", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 2
     assert done.stderr.startswith("error: output: No space left on device\n  wanted:")

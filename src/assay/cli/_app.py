@@ -23,21 +23,25 @@ class _Root(Group):
     """The root command, which turns errors of the parser and the operating system into assay errors and exit codes."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        try:
+        with _answered():
             return super().make_context(*arguments, **options)
-        except ParserError as error:
-            raise in_three_parts(error) or error from None
 
     def invoke(self, context: Any) -> Any:
-        # Before typer sees a closed pipe: it would answer with code 1, and that means fraud here.
-        try:
+        with _answered():
             return super().invoke(context)
-        except ParserError as error:
-            raise in_three_parts(error) or error from None
-        except BrokenPipeError:
-            raise _ReaderLeft from None
-        except OSError as error:
-            raise in_assay_words(error) from error
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Raise the parser's and the system's errors as assay's, before typer answers a closed pipe with code 1: fraud."""
+    try:
+        yield
+    except ParserError as error:
+        raise in_three_parts(error) or error from None
+    except BrokenPipeError:
+        raise _ReaderLeft from None
+    except OSError as error:
+        raise in_assay_words(error) from error
 
 
 app = App(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assay.cli._output import progress_bar, show_values
-from assay.cli._targets import show_target
+from assay.cli._targets import SCHEMA, show_target
 from assay.errors import UsageError
 
 if TYPE_CHECKING:
@@ -151,4 +151,4 @@ def _show(measured: "Calibration", path: Path, as_json: bool) -> None:
             values["left_out_interval"] = [left_out.low, left_out.high]
             values["left_out_worst_pair"] = left_out.worst
             values["left_out_audits"] = left_out.pairs * left_out.audits
-        show_values("assay.poc.calibrate/1", values, as_json)
+        show_values(SCHEMA, values, as_json)

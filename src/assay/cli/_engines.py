@@ -73,8 +73,8 @@ def judging_engine(options: "VerifySettings", prover: "Fingerprint") -> "Iterato
     from assay.models import STORED_FORMATS
 
     stored = dtype in STORED_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
-    if _eight_bits(dtype) and not stored:
-        raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
+    if not stored:
+        refuse_eight_bits(dtype)
     shape = {"batch_size": prover.batch_size, "seq_len": prover.seq_len}
     with vllm_engine(options.model, dtype=None if stored else dtype, device=options.device, **shape) as made:
         _, engine = made
@@ -99,6 +99,12 @@ def _eight_bits(dtype: str | None) -> bool:
     from assay.models import NUMBER_FORMATS
 
     return dtype in NUMBER_FORMATS
+
+
+def refuse_eight_bits(dtype: str) -> None:
+    """Refuse an eight-bit number format, which vLLM is not given."""
+    if _eight_bits(dtype):
+        raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
 
 
 def _refuse_shape(options: "ProveSettings") -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli._commands import App
-from assay.cli._output import JsonFlag, emit_json, show_values, table
+from assay.cli._output import JsonFlag, emit_json, show_values, table, visible
 from assay.cli._settings import settings
 from assay.errors import UsageError
 
@@ -53,7 +53,7 @@ def show(chosen: "ShowSettings", ledger: _LEDGER, as_json: JsonFlag = False) -> 
     )
     for account, entries in audits.items():
         table(("audit", "time", "block", "nonces", "fault", "max log e", "verdict"), [_row(entry) for entry in entries])
-        typer.echo(f"audits of build {_shown(account.build)}, preset {_shown(account.preset)}\n")
+        typer.echo(visible(f"audits of build {_cut(account.build)}, preset {_cut(account.preset)}") + "\n")
     typer.echo(f"{count} entries, head {head}")
 
 
@@ -77,7 +77,7 @@ def audit(chosen: "AuditSettings", context: typer.Context, ledger: _EITHER, as_j
             ("entries", f"{found.entries} as they should be, of {found.accounts} account(s)"),
             ("head", found.head),
             ("published head", published if chosen.head is None else chosen.head),
-            *(("fault", _shown(str(fault), 400)) for fault in found.faults),
+            *(("fault", str(fault)[:400]) for fault in found.faults),
         ]
         table(("", "result"), rows)
     context.exit(found.exit_code)
@@ -182,25 +182,24 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
 
 
 def _names(account: "Account") -> tuple[str, ...]:
-    return tuple(map(_shown, (account.public_key, account.digest[:12], account.build, account.preset)))
+    return tuple(map(_cut, (account.public_key, account.digest[:12], account.build, account.preset)))
 
 
-def _shown(text: str | None, length: int = 40) -> str:
-    """Return what others wrote as a terminal may show it: cut, and with its control characters written out."""
-    cut = (text or "")[:length]
-    return cut if cut.isprintable() else repr(cut)
+def _cut(text: str | None) -> str:
+    """Return what others wrote, no longer than a column of a table."""
+    return (text or "")[:40]
 
 
 def _numbers(one: "Standing") -> tuple[object, ...]:
     evidence = one.evidence
     counted = f"{evidence.n} of {one.recorded}" if evidence.n < one.recorded else evidence.n
-    return one.audits, counted, _day(one.begun), _shown(one.fault), f"{evidence.log_e_max:.1f}", one.verdict
+    return one.audits, counted, _day(one.begun), _cut(one.fault), f"{evidence.log_e_max:.1f}", one.verdict
 
 
 def _row(entry: "Entry") -> tuple[object, ...]:
     counted, outcome = len(entry.nonces) - len(entry.excluded), entry.outcome
     shown = f"{counted} of {len(entry.nonces)}" if entry.excluded else counted
-    values = (_shown(entry.block_hash), shown, _shown(entry.fault), f"{outcome.log_e_max:.1f}", outcome.verdict)
+    values = (_cut(entry.block_hash), shown, _cut(entry.fault), f"{outcome.log_e_max:.1f}", outcome.verdict)
     return entry.seq, _day(entry.time), *values
 
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from assay.settings import Flag, Settings
+from assay.cli._flags import OUTPUT
+from assay.settings import Settings
 
 
 class ShowSettings(Settings):
@@ -38,5 +39,5 @@ class MergeSettings(Settings):
 class ExportSettings(Settings):
     """Settings of ``assay poc ledger export``."""
 
-    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="JSON Lines file to write.")
+    output: Annotated[Path, OUTPUT] = Field(description="JSON Lines file to write.")
     overwrite: bool = Field(False, description="Replace an existing file.")

@@ -26,7 +26,12 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object in
 
 def emit_json(schema: str, values: dict[str, Any]) -> None:
     """Print one JSON object with its schema field on stdout."""
-    typer.echo(json.dumps({"schema": schema, **values}, allow_nan=False))
+    emit_document({"schema": schema, **values})
+
+
+def emit_document(values: dict[str, Any]) -> None:
+    """Print one JSON object that names its schema itself on stdout."""
+    typer.echo(json.dumps(values, allow_nan=False))
 
 
 def show_values(schema: str, values: dict[str, Any], as_json: bool) -> None:
@@ -43,10 +48,10 @@ def errors(error: AssayError) -> None:
         parts = {"error": type(error).__name__, "seen": error.seen, "wanted": error.wanted, "do": error.do}
         typer.echo(json.dumps(parts), err=True)
     else:
-        typer.echo(f"error: {_visible(str(error))}", err=True)
+        typer.echo(f"error: {error}", err=True)
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Return a text with control characters written out: what others wrote must not steer the terminal."""
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
@@ -67,7 +72,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     for index, column in enumerate(columns):
         shown.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text("" if cell is None else _visible(str(cell))) for cell in row))
+        shown.add_row(*(Text("" if cell is None else visible(str(cell))) for cell in row))
     console.print(shown)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from assay.cli._flags import MODEL, OUTPUT
 from assay.cli._poc_settings import NumberFormat
 from assay.poc import Round
 from assay.poc.protocol import FEWEST_NONCES
@@ -14,10 +15,10 @@ from assay.settings import Flag, Settings
 class NewPinsSettings(Settings):
     """Settings of ``assay poc pins new``: what is known of a network before its first proof."""
 
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+    model: Annotated[str, MODEL] = Field(
         description="Model that the network runs: a directory, a hub id or reference:…; it is hashed and not run."
     )
-    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="Pins file to write.")
+    output: Annotated[Path, OUTPUT] = Field(description="Pins file to write.")
     from_proof: Annotated[tuple[Path, ...], Flag(("--from-proof",))] = Field(
         (), description="Honest proof whose preset, length, target and build are taken over; one for each build."
     )

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from assay.cli._flags import MODEL, OUTPUT
 from assay.settings import Flag, Settings
 
 PRINTABLE = 1_000_000
-_OUTPUT = Flag(("-o", "--output"))
 
 
 class NumberSettings(Settings):
@@ -38,7 +38,7 @@ class NormalSettings(NumberSettings):
 class RandomModelSettings(Settings):
     """Settings of ``assay models random``."""
 
-    output: Annotated[Path, _OUTPUT] = Field(description="Directory of the checkpoint.")
+    output: Annotated[Path, OUTPUT] = Field(description="Directory of the checkpoint.")
     block_hash: str = Field("block", description="Block that seeds the weights.")
     weights: str = Field("random-all", description="What is random: random-all or random-embed.")
     dtype: str = Field("bfloat16", description="Dtype of the weights: float32, float16 or bfloat16.")
@@ -47,14 +47,14 @@ class RandomModelSettings(Settings):
 class DemoSettings(Settings):
     """Settings of ``assay demo``."""
 
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field("reference:qwen3", description="Model that proves.")
-    output: Annotated[Path, _OUTPUT] = Field(Path("demo"), description="Directory of the report.")
+    model: Annotated[str, MODEL] = Field("reference:qwen3", description="Model that proves.")
+    output: Annotated[Path, OUTPUT] = Field(Path("demo"), description="Directory of the report.")
 
 
 class GenerateSettings(Settings):
     """Settings of ``assay vhack pairs generate``."""
 
-    output: Annotated[Path, _OUTPUT] = Field(description="The pair file to write.")
+    output: Annotated[Path, OUTPUT] = Field(description="The pair file to write.")
     n: Annotated[int, Flag(("--count", "-n"))] = Field(96, description="Number of pairs.")
     seed: int = Field(0, description="The same seed gives the same pairs.")
     mechanisms: Annotated[tuple[str, ...] | None, Flag(("--mechanism",))] = Field(
@@ -83,4 +83,4 @@ class FuzzSettings(Settings):
     )
     seconds: float = Field(1.0, gt=0, description="Time limit of a run; what hangs is stopped then.")
     workers: int = Field(2, ge=1, description="Programs that run at the same time.")
-    output: Annotated[Path | None, _OUTPUT] = Field(None, description="File for the result as JSON.")
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")

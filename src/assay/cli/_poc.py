@@ -11,7 +11,7 @@ from assay.cli import _experiment, _ledger, _pins, _replay, _respond, _serve, _v
 from assay.cli._calibrate import run_calibrate
 from assay.cli._commands import App, Resumable
 from assay.cli._engines import judging_engine, proving_engine
-from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
+from assay.cli._output import JsonFlag, emit_document, progress_bar, show_values, table
 from assay.cli._settings import settings
 
 if TYPE_CHECKING:
@@ -176,8 +176,7 @@ def _print_proof(proof: "Proof", path: Path, pace: _Pace, as_json: bool) -> None
 
 def _print_verdict(verdict: "Verdict", standing: "Standing | None", as_json: bool) -> None:
     if as_json:
-        values = verdict.as_dict() | ({} if standing is None else {"life": standing.as_dict()})
-        emit_json(values.pop("schema"), values)
+        emit_document(verdict.as_dict() | ({} if standing is None else {"life": standing.as_dict()}))
         return
     sequential, count, header = verdict.sequential, verdict.count, verdict.header
     claims = header.claims() | {"nonces": f"{header.count} in {len(header.nonces)} run(s) from {header.nonces[0][0]}"}

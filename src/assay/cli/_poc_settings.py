@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from assay.cli._flags import BLOCK_HASH, DTYPE, LEDGER, MODEL, OUTPUT, PINS, PUBLIC_KEY
 from assay.poc import Round
-from assay.settings import Device, Flag, Names, Settings, Spelling
+from assay.settings import Device, Names, Settings, Spelling
 
 
 def _positions(text: str) -> tuple[int, int]:
@@ -19,18 +20,15 @@ def _positions(text: str) -> tuple[int, int]:
 _POSITIONS = Spelling(_positions, "{0[0]}:{0[1]}".format)
 EngineName = Literal["hf", "vllm"]
 NumberFormat = Literal["float32", "float16", "bfloat16", "int8", "float8"]
-_DTYPE = Flag(variable="ASSAY_DTYPE")
 
 
 class ProveSettings(Settings):
     """Settings of ``assay poc prove``."""
 
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
-        description="Model: a directory, a hub id, reference:… or shape:…"
-    )
-    block_hash: Annotated[str, Flag(variable="ASSAY_BLOCK_HASH")] = Field(description="Block that seeds the round.")
-    public_key: Annotated[str, Flag(variable="ASSAY_PUBLIC_KEY")] = Field(description="Key of the node.")
-    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="Proof file to write.")
+    model: Annotated[str, MODEL] = Field(description="Model: a directory, a hub id, reference:… or shape:…")
+    block_hash: Annotated[str, BLOCK_HASH] = Field(description="Block that seeds the round.")
+    public_key: Annotated[str, PUBLIC_KEY] = Field(description="Key of the node.")
+    output: Annotated[Path, OUTPUT] = Field(description="Proof file to write.")
     nonces: Annotated[tuple[int, int], _POSITIONS] = Field(
         (0, 256), description="Positions A:B in this node's sequence of nonces."
     )
@@ -42,7 +40,7 @@ class ProveSettings(Settings):
     batch_size: str = Field(
         "32", description="Nonces per forward pass, part of the fingerprint; auto takes what fits into memory."
     )
-    dtype: Annotated[NumberFormat | None, _DTYPE] = Field(
+    dtype: Annotated[NumberFormat | None, DTYPE] = Field(
         None, description="Number format of the weights: float32, float16, bfloat16, int8 or float8."
     )
     device: Device = None
@@ -65,10 +63,10 @@ class ProveSettings(Settings):
 class VerifySettings(Settings):
     """Settings of ``assay poc verify``: what the validator knows, and how it recomputes."""
 
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+    model: Annotated[str, MODEL] = Field(
         description="Model that the round asked for: a directory, a hub id, reference:… or shape:…"
     )
-    pins: Annotated[Path | None, Flag(variable="ASSAY_PINS")] = Field(
+    pins: Annotated[Path | None, PINS] = Field(
         None, description="File with all that the network agreed on; flags must agree with it."
     )
     block_hash: str | None = Field(None, description="Block of the round; needed for exit code 0.")
@@ -90,14 +88,14 @@ class VerifySettings(Settings):
         None,
         description="File with the noise measured for this model, preset and pair of engines; else one of the pins.",
     )
-    dtype: Annotated[NumberFormat | None, _DTYPE] = Field(
+    dtype: Annotated[NumberFormat | None, DTYPE] = Field(
         None, description="Number format that recomputes; by default the prover's."
     )
     device: Device = None
     engine: EngineName = Field("hf", description="Engine that recomputes: hf or vllm.")
     alpha: float = Field(1e-3, gt=0, lt=1, description="Bound on the chance of accusing an honest node.")
     seed: int | None = Field(None, ge=0, description="Number that draws the sample; unpredictable when left out.")
-    ledger: Annotated[Path | None, Flag(variable="ASSAY_LEDGER")] = Field(
+    ledger: Annotated[Path | None, LEDGER] = Field(
         None, description="Ledger of nodes' lives to which the audit is added; its verdict on the life then counts."
     )
 
@@ -118,7 +116,7 @@ class CalibrateSettings(Settings):
     effective_dimension: float | None = Field(
         None, description="Effective dimension of the model's states; without it and without --model, 16 is assumed."
     )
-    output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="Calibration file to write.")
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="Calibration file to write.")
     vectors: Path | None = Field(
         None, description="File of sets of vectors as networks publish them, in place of proofs; JSON Lines, or gzip."
     )

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _ledger
-from assay.cli._engines import load
-from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
+from assay.cli._engines import load, refuse_eight_bits
+from assay.cli._output import JsonFlag, emit_document, progress_bar, show_values, table
+from assay.cli._respond import with_token_ids
 from assay.cli._settings import settings
 from assay.cli._vllm import vllm_prefill
-from assay.errors import UsageError
 
 if TYPE_CHECKING:
     from assay.cli._replay_settings import CalibrateResponsesSettings, ReplaySettings
@@ -118,13 +118,11 @@ def calibrate_responses(
 def _engine(
     options: "ReplaySettings | CalibrateResponsesSettings", receipts: "Receipts", adapter: "Lora | None" = None
 ) -> "Iterator[tuple[Model, Prefill]]":
-    from assay.models import NUMBER_FORMATS
     from assay.poc.responses import HFPrefill, no_adapter
 
     dtype = options.dtype or receipts.header.fingerprint.dtype
     if options.engine == "vllm":
-        if dtype in NUMBER_FORMATS:
-            raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
+        refuse_eight_bits(dtype)
         if adapter is not None:
             raise no_adapter()
         with vllm_prefill(options.model, dtype=dtype, device=options.device, batch_size=options.batch_size) as engine:
@@ -147,28 +145,14 @@ def _pins(chosen: "ReplaySettings", receipts: "Receipts") -> "ReceiptPins":
 
 def _requests(path: Path | None, model: str) -> "list[Request] | None":
     """Return the requests of a file, with token ids for prompts; None without a file."""
-    from assay.models import load_tokenizer, model_info
-    from assay.poc.responses import encoded, read_requests
+    from assay.poc.responses import read_requests
 
-    if path is None:
-        return None
-    requests = read_requests(path)
-    as_text = any(isinstance(request.prompt, str) for request in requests)
-    info = model_info(model)
-    return encoded(
-        requests,
-        load_tokenizer(model) if as_text else None,
-        reference=model,
-        vocab_size=info.vocab_size,
-        max_positions=info.max_positions,
-    )
+    return None if path is None else with_token_ids(read_requests(path), model)
 
 
 def _show(verdict: "ResponseVerdict", standing: "Standing | None", as_json: bool) -> None:
     if as_json:
-        values = verdict.as_dict()
-        life = {} if standing is None else {"life": standing.as_dict()}
-        emit_json(values.pop("schema"), values | life)
+        emit_document(verdict.as_dict() | ({} if standing is None else {"life": standing.as_dict()}))
         return
     result, header = verdict.result, verdict.receipts.header
     share = f"{verdict.matches} of {verdict.tokens}" if verdict.tokens else "no token was sampled with seeds"

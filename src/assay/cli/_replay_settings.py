@@ -5,20 +5,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from assay.cli._flags import DTYPE, LEDGER, MODEL, OUTPUT, PINS
 from assay.cli._poc_settings import EngineName, NumberFormat
-from assay.settings import Device, Flag, Settings
+from assay.settings import Device, Settings
 
 _BATCH = "Number of responses that are run at once, at most; 1 where bits must not depend on the others."
-_DTYPE = Flag(variable="ASSAY_DTYPE")
 
 
 class ReplaySettings(Settings):
     """Settings of ``assay poc replay``: what the validator knows, and how it runs the responses again."""
 
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+    model: Annotated[str, MODEL] = Field(
         description="Model that the network agreed on: a directory, a hub id, reference:… or shape:…"
     )
-    pins: Annotated[Path | None, Flag(variable="ASSAY_PINS")] = Field(
+    pins: Annotated[Path | None, PINS] = Field(
         None, description="File with all that the network agreed on; flags must agree with it."
     )
     requests: Path | None = Field(
@@ -39,14 +39,14 @@ class ReplaySettings(Settings):
         None, description="File with the noise measured for this model and pair of engines; else the stated default."
     )
     batch_size: int = Field(16, ge=1, le=1024, description=_BATCH)
-    dtype: Annotated[NumberFormat | None, _DTYPE] = Field(
+    dtype: Annotated[NumberFormat | None, DTYPE] = Field(
         None, description="Number format that replays; by default the node's."
     )
     device: Device = None
     engine: EngineName = Field("hf", description="Engine that replays: hf or vllm.")
     alpha: float = Field(1e-3, gt=0, lt=1, description="Bound on the chance of accusing an honest node.")
     seed: int | None = Field(None, ge=0, description="Number that draws the sample; unpredictable when left out.")
-    ledger: Annotated[Path | None, Flag(variable="ASSAY_LEDGER")] = Field(
+    ledger: Annotated[Path | None, LEDGER] = Field(
         None, description="Ledger of nodes' lives to which the replay is added; its verdict on the life then counts."
     )
 
@@ -54,15 +54,15 @@ class ReplaySettings(Settings):
 class CalibrateResponsesSettings(Settings):
     """Settings of ``assay poc calibrate-responses``."""
 
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+    model: Annotated[str, MODEL] = Field(
         description="Model of the receipts: a directory, a hub id, reference:… or shape:…"
     )
-    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="Calibration file to write.")
+    output: Annotated[Path, OUTPUT] = Field(description="Calibration file to write.")
     requests: Path | None = Field(
         None, description="Requests that were sent, for receipts that have hashes of prompts alone."
     )
     batch_size: int = Field(16, ge=1, le=1024, description=_BATCH)
-    dtype: Annotated[NumberFormat | None, _DTYPE] = Field(
+    dtype: Annotated[NumberFormat | None, DTYPE] = Field(
         None, description="Number format that replays; by default that of the first receipts."
     )
     device: Device = None

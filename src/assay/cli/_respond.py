@@ -1,5 +1,6 @@
 """``assay poc respond``: answer prompts with seeded sampling."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from assay.cli._engines import load
@@ -8,6 +9,7 @@ from assay.cli._settings import settings
 
 if TYPE_CHECKING:
     from assay.cli._respond_settings import RespondSettings
+    from assay.poc.responses import Request
 
 
 @settings("assay.cli._respond_settings:RespondSettings")
@@ -17,7 +19,6 @@ def respond(chosen: "RespondSettings", as_json: JsonFlag = False) -> None:
     A prompt is a line such as {"prompt": "def add(a, b):", "request_id": "r1", "temperature": 0.7}. The prompt may be
     token ids. Any of user_seed, n, max_tokens and the parameters of sampling may follow; the flags are for the rest.
     """
-    from assay.models import load_tokenizer, model_info
     from assay.poc import responses
     from assay.poc.protocol import check_name
     from assay.reports import check_new_file
@@ -30,14 +31,7 @@ def respond(chosen: "RespondSettings", as_json: JsonFlag = False) -> None:
     requests = responses.read_requests(
         chosen.prompts, sampling=sampling, user_seed=chosen.user_seed, max_tokens=chosen.max_tokens
     )
-    info = model_info(chosen.model)  # a prompt that does not fit is refused before the weights are read
-    requests = responses.encoded(
-        requests,
-        load_tokenizer(chosen.model) if any(isinstance(request.prompt, str) for request in requests) else None,
-        reference=chosen.model,
-        vocab_size=info.vocab_size,
-        max_positions=info.max_positions,
-    )
+    requests = with_token_ids(requests, chosen.model)
     loaded = load(chosen.model, chosen.dtype, chosen.device)
     with progress_bar("answering", "tokens") as progress:
         made = responses.respond(
@@ -61,3 +55,18 @@ def respond(chosen: "RespondSettings", as_json: JsonFlag = False) -> None:
         "sha256": footer.sha256,
     }
     show_values("assay.poc.respond/1", values, as_json)
+
+
+def with_token_ids(requests: "Sequence[Request]", model: str) -> "list[Request]":
+    """Return requests with token ids for prompts; one that does not fit is refused before the weights are read."""
+    from assay.models import load_tokenizer, model_info
+    from assay.poc.responses import encoded
+
+    info = model_info(model)
+    return encoded(
+        requests,
+        load_tokenizer(model) if any(isinstance(request.prompt, str) for request in requests) else None,
+        reference=model,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
+    )

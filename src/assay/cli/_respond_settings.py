@@ -5,23 +5,22 @@ from typing import Annotated
 
 from pydantic import Field
 
+from assay.cli._flags import BLOCK_HASH, DTYPE, MODEL, OUTPUT, PUBLIC_KEY
 from assay.cli._poc_settings import NumberFormat
 from assay.poc.responses import DEFAULT_MAX_TOKENS, Sampling
-from assay.settings import Device, Flag, Settings
+from assay.settings import Device, Settings
 
 
 class RespondSettings(Settings):
     """Settings of ``assay poc respond``."""
 
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
-        description="Model: a directory, a hub id, reference:… or shape:…"
-    )
+    model: Annotated[str, MODEL] = Field(description="Model: a directory, a hub id, reference:… or shape:…")
     prompts: Path = Field(description="JSON Lines with prompt, and what a line sets for itself.")
-    block_hash: Annotated[str, Flag(variable="ASSAY_BLOCK_HASH")] = Field(
+    block_hash: Annotated[str, BLOCK_HASH] = Field(
         description="Block that became known after the requests were accepted."
     )
-    public_key: Annotated[str, Flag(variable="ASSAY_PUBLIC_KEY")] = Field(description="Key of the node.")
-    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="File of receipts to write.")
+    public_key: Annotated[str, PUBLIC_KEY] = Field(description="Key of the node.")
+    output: Annotated[Path, OUTPUT] = Field(description="File of receipts to write.")
     user_seed: str = Field("", description="Seed of the client, for prompts that have none.")
     temperature: float = Field(Sampling.temperature, description="Divisor of the logits; 0 takes the likeliest token.")
     top_k: int = Field(Sampling.top_k, description="Number of likeliest tokens to keep; 0 keeps all.")
@@ -40,7 +39,7 @@ class RespondSettings(Settings):
     )
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, description="Number of tokens after which a response ends.")
     hash_prompts: bool = Field(False, description="Write the hash of a prompt in place of its token ids.")
-    dtype: Annotated[NumberFormat | None, Flag(variable="ASSAY_DTYPE")] = Field(
+    dtype: Annotated[NumberFormat | None, DTYPE] = Field(
         None, description="Number format of the weights: float32, float16, bfloat16, int8 or float8."
     )
     device: Device = None

@@ -59,17 +59,16 @@ callbacks = App(help="Look at undelivered callbacks, and send dead ones again.")
 @settings("assay.cli._service_settings:ListSettings")
 def list_callbacks(chosen: "ListSettings", as_json: JsonFlag = False) -> None:
     """List pending and dead callbacks."""
-    statuses = ["open", "pending", "dead"] + (["delivered"] if chosen.every else [])
     from assay.poc.service import open_outbox
 
+    statuses = ["open", "pending", "dead"] + (["delivered"] if chosen.every else [])
     with open_outbox(chosen.data_dir) as outbox:
         rows, counts = outbox.rows(statuses, chosen.limit), outbox.counts()
     if as_json:
         emit_json("assay.poc.callbacks/1", {**counts, "callbacks": [vars(row) for row in rows]})
         return
     columns = ("id", "kind", "status", "attempts", "nonces", "last_error")
-    cells = [[getattr(row, name) for name in columns] for row in rows]
-    table(columns, [["" if cell is None else cell for cell in row] for row in cells])
+    table(columns, [[getattr(row, name) for name in columns] for row in rows])
 
 
 @callbacks.command("replay", epilog="Example: assay poc callbacks replay msg_1a2b")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 import assay.poc.service
+from assay.cli._flags import MODEL, OUTPUT
 from assay.settings import Device, Dtype, Flag, Settings
 
 HOST = "Address to listen on. Addresses that other machines reach need a key."
@@ -25,9 +26,7 @@ class ServeSettings(Settings):
     """Settings of ``assay poc serve``."""
 
     service: assay.poc.service.Settings = Field(default_factory=assay.poc.service.Settings)
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
-        description="Model: a directory, a hub id, or reference:…"
-    )
+    model: Annotated[str, MODEL] = Field(description="Model: a directory, a hub id, or reference:…")
     host: Annotated[str, Flag(variable="ASSAY_HOST")] = Field("127.0.0.1", description=HOST)
     port: Annotated[int, Flag(variable="ASSAY_PORT")] = Field(8000, ge=0, le=65535, description=PORT)
     dtype: Dtype = None
@@ -42,7 +41,7 @@ class ReceiveSettings(Settings):
     service: assay.poc.service.Settings = Field(default_factory=assay.poc.service.Settings)
     host: str = Field("127.0.0.1", description=HOST)
     port: int = Field(8081, ge=0, le=65535, description=PORT)
-    output: Annotated[Path, Flag(("-o", "--output"))] = Field(
+    output: Annotated[Path, OUTPUT] = Field(
         Path("received.sqlite3"), description="SQLite file that keeps the callbacks."
     )
     log_format: LogFormat = "console"

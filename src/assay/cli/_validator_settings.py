@@ -6,6 +6,7 @@ from pydantic import Field
 
 import assay.poc.service
 import assay.poc.validator
+from assay.cli._flags import MODEL
 from assay.cli._service_settings import HOST, PORT, Kernels, LogFormat
 from assay.settings import Device, Dtype, Flag, Settings
 
@@ -15,7 +16,7 @@ class ValidatorCommandSettings(Settings):
 
     service: assay.poc.service.Settings = Field(default_factory=assay.poc.service.Settings)
     validator: assay.poc.validator.ValidatorSettings
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+    model: Annotated[str, MODEL] = Field(
         description="Model that recomputes, the one of the pins: a directory, a hub id, or reference:…"
     )
     host: Annotated[str, Flag(variable="ASSAY_HOST")] = Field("127.0.0.1", description=HOST)

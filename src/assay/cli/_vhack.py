@@ -7,7 +7,7 @@ import typer
 
 from assay.cli import _vhack_fuzz, _vhack_models, _vhack_pairs
 from assay.cli._commands import App, Resumable
-from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
+from assay.cli._output import JsonFlag, emit_document, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = Fa
             chosen.html
         )
     if as_json:
-        values = result.as_dict()
-        emit_json(values.pop("schema"), values)
+        emit_document(result.as_dict())
     else:
         print_checks(result, title=f"{result.verdict}: {result.design}")
     context.exit(result.exit_code)
@@ -132,8 +131,7 @@ def pools(chosen: "PoolsCommand", context: typer.Context, as_json: JsonFlag = Fa
     if chosen.output:
         write_atomic(chosen.output, dumps(result.as_dict()) + "\n")
     if as_json:
-        values = result.as_dict()
-        emit_json(values.pop("schema"), values)
+        emit_document(result.as_dict())
     else:
         _print_pools(result)
     context.exit(result.exit_code)

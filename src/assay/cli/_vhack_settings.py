@@ -5,23 +5,25 @@ from typing import Annotated
 
 from pydantic import Field
 
+from assay.cli._flags import DTYPE, MODEL, OUTPUT
 from assay.settings import Device, Flag, Settings
 from assay.vhack import Origin
 from assay.vhack.checks import CheckSettings
 from assay.vhack.training import SampleSettings
 
 _CHECK = CheckSettings()
+_Dtype = Annotated[
+    str | None,
+    DTYPE,
+    Field(description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."),
+]
 
 
 class _Weights(Settings):
     """Settings of a command that takes gradients."""
 
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
-        description="Model: a directory, a hub id, reference:… or shape:…"
-    )
-    dtype: Annotated[str | None, Flag(variable="ASSAY_DTYPE")] = Field(
-        None, description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."
-    )
+    model: Annotated[str, MODEL] = Field(description="Model: a directory, a hub id, reference:… or shape:…")
+    dtype: _Dtype = None
     device: Device = None
 
 
@@ -45,7 +47,7 @@ class _Rules(Settings):
 class ExtractCommand(_Gradients):
     """Settings of ``assay vhack extract``."""
 
-    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="Basis file to write.")
+    output: Annotated[Path, OUTPUT] = Field(description="Basis file to write.")
     n_heldout: int | None = Field(None, description="Number of pairs at the end to hold out.")
     heldout_groups: Annotated[tuple[str, ...] | None, Flag(("--heldout-group",))] = Field(
         None, description="Group to hold out; may be repeated. By default the last sixth, a third of 30 groups or more."
@@ -72,7 +74,7 @@ class CheckCommand(_Rules, _Gradients):
     basis: Path | None = Field(None, description="File of the basis to check; without it, bases are fitted.")
     log: Path | None = Field(None, description="Log of a training run, for check 4.")
     method: str = Field(_CHECK.method, description="How bases are fitted without --basis: lda, mean-diff or svd.")
-    output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="File for the result as JSON.")
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
     html: Path | None = Field(None, description="File for the report page.")
 
 
@@ -84,14 +86,14 @@ class PoolsCommand(_Rules, _Weights):
     clean: Path = Field(description="Samples that do not cheat, likewise.")
     limit: int | None = Field(None, ge=1, description="Samples of each pool to draw by --seed; all by default.")
     max_tokens: int | None = Field(None, ge=1, description="Tokens per batch; by default what fits into memory.")
-    output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="File for the result as JSON.")
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
 
 
 class MergeCommand(_Weights):
     """Settings of ``assay vhack merge``."""
 
     delta: Path = Field(description="File of δS that `assay vhack train` or DeltaS.save wrote for this model.")
-    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="Directory to write.")
+    output: Annotated[Path, OUTPUT] = Field(description="Directory to write.")
     lora: int | None = Field(
         None, ge=1, description="Write δS as LoRA of this rank instead of merged weights, and say its error."
     )
@@ -104,9 +106,7 @@ class _Sampled(SampleSettings):
     delta: Path | None = Field(
         None, description="File of δS that was trained for this model, to be merged before sampling."
     )
-    dtype: Annotated[str | None, Flag(variable="ASSAY_DTYPE")] = Field(
-        None, description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."
-    )
+    dtype: _Dtype = None
     device: Device = None
     overwrite: bool = Field(False, description="Replace files that exist.")
 
@@ -114,16 +114,14 @@ class _Sampled(SampleSettings):
 class SampleCommand(_Sampled):
     """Settings of ``assay vhack sample``."""
 
-    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
-        description="Model: a directory, a hub id, reference:… or shape:…"
-    )
-    output: Annotated[Path, Flag(("-o", "--output"))] = Field(description="File for the completions, JSON Lines.")
+    model: Annotated[str, MODEL] = Field(description="Model: a directory, a hub id, reference:… or shape:…")
+    output: Annotated[Path, OUTPUT] = Field(description="File for the completions, JSON Lines.")
 
 
 class EvaluateCommand(_Sampled):
     """Settings of ``assay vhack evaluate``."""
 
-    model: Annotated[str | None, Flag(variable="ASSAY_MODEL")] = Field(
+    model: Annotated[str | None, MODEL] = Field(
         None, description="Model to sample from: a directory, a hub id, reference:… or shape:…"
     )
     samples: Path | None = Field(
@@ -134,4 +132,4 @@ class EvaluateCommand(_Sampled):
     )
     allow_unsandboxed: bool = Field(False, description="Run the programs even where nothing can isolate them.")
     graded: Path | None = Field(None, description="File for the completions with the grade of each, JSON Lines.")
-    output: Annotated[Path | None, Flag(("-o", "--output"))] = Field(None, description="File for the result as JSON.")
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
