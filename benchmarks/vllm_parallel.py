@@ -85,7 +85,7 @@ CASES = {
     "dp2-int4": Case(engines=2, weights="int4", law="one"),
     "one-stale": Case(weights="stale", law="one"),
     "pins": Case(validator=True),
-    "dp2 inside one engine": Case({"data_parallel_size": 2}),
+    "dp2 inside one engine": Case({"data_parallel_size": 2}, law="one"),
     "mixture": Case(mixture=True),
     "mixture-tp2": Case(TENSOR, mixture=True),
     "mixture-ep2": Case(TENSOR | {"enable_expert_parallel": True}, mixture=True),
