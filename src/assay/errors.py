@@ -18,8 +18,8 @@
     │   └── StorageError             a file cannot be written (disk full, no permission)
     └── BackendUnavailable       a compute backend is not installed or has no device
 
-Every message has three parts: what was seen, what was wanted, and what to do next. A part may quote what somebody else
-wrote, so a long one is cut, and characters that a terminal would obey are escaped.
+Every message has three parts: what was seen, what was wanted, and what to do next. A part may quote a file or a
+request, so a long one is cut, and characters that a terminal would obey are escaped.
 """
 
 from functools import partial

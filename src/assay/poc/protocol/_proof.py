@@ -194,7 +194,7 @@ def parse_model(model: Any, fingerprint: Any) -> Fingerprint:
 
 
 def parse_fingerprint(value: Any) -> Fingerprint:
-    """Read the description of an engine that somebody else wrote.
+    """Read the description of an engine from a file.
 
     Raises:
         ProofFormatError: A field is missing, unknown, of another type or out of range.

@@ -42,7 +42,7 @@ _RANGES = {
     "tail": (1e-3, 30.0),
     "floor": (1e-12, 2.0),
 }
-"""Parameters of laws that somebody else wrote. Wider ones leave no test: their densities are beyond float64."""
+"""Parameters of laws in files. Wider ones leave no test: their densities are beyond float64."""
 
 
 @dataclass(frozen=True)
