@@ -77,6 +77,7 @@ def of_weights(module, tokenizer, samples, svd):
         ("Ernie4_5_Moe", {"moe_intermediate_size": 16, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1}),
         # Attention chooses its keys, and padding would change the choice.
         ("DeepseekV32", LATENT | SPARSE),
+        ("Doge", {"keep_window_size": 8}),
         # Its decoder has attention to an encoder that is not there, and says nothing of where it looks.
         ("TrOCR", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}),
         # A context by another name, no position ids, and no target in attention.

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 # Modules of the last layer that act token by token and reach the loss only through completion tokens; keys and values
 # do not.
 _LATE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+# Fields of configurations whose attention sees only the keys that score best (DeepSeek-V3.2, MiniMax-M3, Qwen4, Doge).
+# Which ones these are, of equal ones, and whether there is a choice at all, depends on the length, padding included.
+_CHOOSES_KEYS = ("index_topk", "index_topk_blocks", "indexer_n_heads", "keep_window_size")
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,14 @@ class Recipe:
 def recipe_for(module: "PreTrainedModel") -> Recipe:
     """Return the fastest recipe that is known to be exact for this kind of model."""
     known = _is_listed(module)
-    chosen_keys = getattr(module.config.get_text_config(), "index_topk", None)
+    config = module.config.get_text_config()
     return Recipe(
         packed=known,
         fused=known,
         factored=module.dtype == torch.float32,
         late=known,
         together=module.device.type != "cpu",
-        # Attention that sees the best keys only: which ones are the best of equal ones depends on the length.
-        equal=chosen_keys is not None,
+        equal=any(getattr(config, name, None) is not None for name in _CHOOSES_KEYS),
     )
 
 
