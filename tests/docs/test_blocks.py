@@ -3,7 +3,6 @@
 `make release-check` runs them in a fresh checkout, with the lines that make or install something, left out here.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -11,22 +10,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.docs.shell import ROOT, run
+from tests.end_to_end.server import free_port
+
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import page_blocks  # noqa: E402
-
-from tests.end_to_end.server import free_port  # noqa: E402
+import page_blocks
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INSTALLS = ("make ", "pip ", "python3 -m venv")  # in a checkout of symbolic links they would change the real one
-
-
-def run(text: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | variables
-    command = ["bash", "-c", text]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

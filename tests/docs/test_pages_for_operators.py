@@ -1,0 +1,213 @@
+"""Blocks of the pages for operators, validators and implementers run, on loopback and without root.
+
+Each page runs in a folder with what its reader has, in the order in which its blocks are met.
+"""
+
+import re
+import shutil
+import sqlite3
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.docs.shell import ROOT, run
+from tests.end_to_end.server import free_port
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import page_blocks
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+COMMANDS = (
+    r"(?m)^(?:assay|pip|python3?[\d.]*|torchrun|make|curl|install|useradd|systemctl|sudo|sqlite3|amtool|vllm|cd) "
+)
+PORTS = ("8000", "8081", "8090")
+PROOF = "assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY --nonces 0:64 -o proof.jsonl"
+PROGRAM = "python - <<"
+"""How a script begins a program in Python: those of some pages are fragments."""
+AS_ROOT = """\
+sudo() { shift 2; "$@"; }
+systemctl() {
+  if [ "$1" = stop ]; then
+    kill $SERVICE; wait $SERVICE
+  else
+    (cd "$PLACE" && exec assay poc serve --model reference:qwen3 --data-dir state) & SERVICE=$!
+    curl --silent --fail --retry 90 --retry-delay 1 --retry-connrefused http://127.0.0.1:8000/ready
+  fi
+}
+PLACE=$PWD
+systemctl start assay
+"""
+"""What needs root on the machine of an operator, done to a service in a folder."""
+
+RUN = {
+    "tests/docs/test_blocks.py": ("tutorial",),
+    "tests/docs/test_quickstart.py": ("vhack-quickstart",),
+    "tests/docs/test_calibration_page.py": ("calibration",),
+    "tests/docs/test_pages_for_operators.py": (
+        *("service", "operations", "validator", "pins", "ledger", "protocol", "decode", "streams", "models"),
+    ),
+}
+"""Pages whose blocks of ``sh`` and ``python`` run, by the test that runs them."""
+
+NOT_RUN = {
+    "node": "installs into /opt and /etc as root; its proof and its verdict are those of the README",
+    "vllm": "a server of vLLM, in an environment of its own: tests/vllm starts one with the commands of the page",
+    "responses": "the reader in Python runs in tests/docs/test_responses_page.py, the servers of vLLM in tests/vllm",
+    "networks": "reads sets that networks publish, which are not part of the project: tests/cli/test_research.py",
+    "gpu": "measurements on GPUs",
+    "experiments": "measurements of hours, each with its result file",
+    "redteam": "measurements of hours, each with its result file",
+    "redteam-responses": "measurements of hours, each with its result file",
+    "statistics": "measurements of minutes, each with its result file",
+    "vhack": "gradients of 48 pairs and more; tests/docs/test_examples.py runs the same calls on few",
+    "vhack-checks": "gradients of 96 pairs; tests/vhack/checks/test_commands.py runs the commands on few",
+    "vhack-pairs": "needs jq and a file of preferences; tests/vhack/pairs/test_files.py holds the forms",
+    "vhack-training": "fragments for loops of one's own; tests/vhack/training and tests/vhack/delta run them",
+    "vhack-results": "measurements of hours, each with its result file",
+    "vhack-experiment-3": "measurements of hours, each with its result file",
+}
+"""Pages with commands or programs that no test runs as they stand, and why."""
+
+NOT_RUN_BLOCKS = {
+    "pip install -c constraints.txt '.[serve]'": "would change the environment of the tests",
+    "useradd": "root, and users of the machine",
+    "install -m 0644 deploy/nginx.conf": "root; tests/poc/service/dashboard/test_operations.py has both files read",
+    "amtool": "tests/poc/service/dashboard/test_operations.py runs the first two; the third needs an Alertmanager",
+    "curl -o receipts.jsonl": "receipts of a server of vLLM: tests/vllm fetches and replays some",
+    "assay poc receive --callback-secret": "a second receiver, with a secret of the reader's",
+    "assay poc serve --model reference:qwen3 --callback-secret": "a secret of the reader's, and a host elsewhere",
+}
+"""Beginnings of blocks of commands that do not run on the pages that do, and why."""
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def script(name: str, *, before: str = "", instead: Mapping[str, str] = {}, leave_out: tuple[str, ...] = ()) -> str:
+    """Return the blocks of a page as a script that begins with other lines, and has other words in some places."""
+    text = page_blocks.script(page(name), leave_out=leave_out)
+    for word, other in instead.items():
+        assert word in text, word
+        text = text.replace(word, other)
+    head = page_blocks.HEAD
+    return head + before + text.removeprefix(head)
+
+
+def held(text: str, place: Path) -> str:
+    """Run a script on free ports, and return what it printed, which must have no refusal in it."""
+    ports = {known: str(free_port()) for known in PORTS}
+    for known, free in ports.items():
+        text = text.replace(f"127.0.0.1:{known}", f"127.0.0.1:{free}").replace(f"--port {known}", f"--port {free}")
+    port = ports["8090" if "assay poc validator" in text else "8000"]
+    done = run(text, place, ASSAY_PORT=port, KEY="k" * 20)
+    assert done.returncode == 0, done.stderr
+    assert '"wanted"' not in done.stdout
+    return done.stdout
+
+
+def test_every_page_with_commands_is_run_or_says_why_not():
+    has_code = {
+        path.stem
+        for path in (ROOT / "docs").glob("*.md")
+        for kind, body in FENCED.findall(path.read_text(encoding="utf-8"))
+        if kind in ("sh", "bash", "python") or (not kind and re.search(COMMANDS, body))
+    }
+    ran = {name for names in RUN.values() for name in names}
+    assert has_code == ran | NOT_RUN.keys()
+    assert not ran & NOT_RUN.keys()
+    for test, names in RUN.items():
+        assert all(name in (ROOT / test).read_text(encoding="utf-8") for name in names)
+
+
+def test_every_block_of_commands_runs_or_says_why_not():
+    for name in RUN["tests/docs/test_pages_for_operators.py"]:
+        for kind, body in FENCED.findall(page(name)):
+            if not kind and re.search(COMMANDS, body):
+                assert body.startswith(tuple(NOT_RUN_BLOCKS)), f"{name}: {body}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_calls_of_a_first_round(tmp_path: Path):
+    said = held(script("service", leave_out=("from assay.poc.service",)).partition(PROGRAM)[0], tmp_path)
+    for state in ("GENERATING", "STOPPED", "VALIDATING"):
+        assert f'"{state}"' in said, state
+    assert '"residual_test"' in said
+    assert '"vectors"' in said or '"artifacts"' in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="needs sqlite3: apt-get install sqlite3")
+def test_backups_upgrades_and_downgrades(tmp_path: Path):
+    instead = {"/var/lib/assay": f"{tmp_path}/state", "/opt/assay/bin/assay": "assay"}
+    pip = ("/opt/assay/bin/pip", "useradd", "amtool")
+    held(script("operations", before=AS_ROOT, instead=instead, leave_out=pip), tmp_path)
+    state = tmp_path / "state"
+    assert (state / "service.sqlite3").is_file()
+    assert not (state / "before-upgrade.sqlite3").exists()  # it is the database again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="needs sqlite3: apt-get install sqlite3")
+def test_a_validator_takes_blocks_and_is_backed_up(tmp_path: Path):
+    (tmp_path / "nodes.toml").write_text('[[nodes]]\npublic_key = "node_A"\n')
+    pins = "assay poc pins new --model reference:qwen3 --from-proof proof.jsonl -o pins.toml\n"
+    ready = "curl --silent --fail --retry 90 --retry-delay 1 --retry-connrefused http://127.0.0.1:8090/ready"
+    instead = {
+        "--data-dir /var/lib/assay-validator": f"--data-dir {tmp_path}/judge &\n{ready}",
+        "cd /var/lib/assay-validator": f"cd {tmp_path}/judge",
+    }
+    said = held(script("validator", before=f"{PROOF}\n{pins}", instead=instead), tmp_path)
+    assert '"new":true' in said
+    assert "whsec_" in said
+    assert {"backup-validator.sqlite3", "backup-ledger.sqlite3"} <= {
+        path.name for path in (tmp_path / "judge").iterdir()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_pins(tmp_path: Path):
+    before = f"{PROOF} --strength 256 --seq-len 32\ncp proof.jsonl honest.jsonl\n"
+    servers = ("assay poc serve", "assay poc validator", "network =", "pins =", "verdict =")
+    text = script("pins", before=before, instead={"MODEL": "reference:qwen3"}, leave_out=servers)
+    said = held(text.partition(PROGRAM)[0], tmp_path)
+    assert "the header is allowed" in said
+    assert "honest" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_ledger(tmp_path: Path):
+    head = "assay poc ledger show ledger.sqlite3 --json | python -c 'import json; print(json.loads(input())[\"head\"])'"
+    audit = "assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key KEY"
+    of_two = f"{audit} --ledger mine.sqlite3\ncp ledger.jsonl theirs.jsonl\n"
+    instead = {
+        "MODEL": "reference:qwen3",
+        "--head HASH": f'--head "$({head})"',
+        "assay poc ledger merge": f"{of_two}assay poc ledger merge",
+    }
+    said = held(script("ledger", before=f"{PROOF}\n", instead=instead).partition(PROGRAM)[0], tmp_path)
+    assert said.count("clean") >= 2
+    assert "2 of 2" in said
+    (query,) = (text for kind, text in FENCED.findall(page("ledger")) if kind == "sql")
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as opened:
+        assert [row[1:3] for row in opened.execute(query)] == [("KEY", "BLOCK")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_formats_and_the_programs_of_streams_and_models(tmp_path: Path):
+    assert "nothing" in held(script("protocol", before=f"{PROOF}\n"), tmp_path)
+    (tmp_path / "proof.jsonl").unlink()
+    assert "honest" in held(script("decode"), tmp_path)
+    said = held(script("streams"), tmp_path)
+    assert re.search(r"^[0-9a-f]{64}$", said, flags=re.MULTILINE)
+    held(script("models"), tmp_path)
