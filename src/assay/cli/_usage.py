@@ -63,6 +63,9 @@ def _perhaps(near: str, look: str) -> str:
 def name_flag(error: AssayError, parameters: Sequence[Any], values: Mapping[str, Any]) -> None:
     """Add to what is to do the flag that an error is about, where it names none.
 
+    The flag is found in the text. What raises an error often does not know for which setting it was called: a reader
+    of files serves PROOF, --pairs and --calibration, and only the value says which.
+
     Args:
         error: Error of the library, which knows parameters and values but no flags.
         parameters: Parameters of the command that ran.
