@@ -110,6 +110,17 @@ def test_gradients_are_those_of_the_weights(family, changes, samples, byte_token
     assert worst_error(*({name: rows[name] for name in reached} for rows in (found, wanted))) < 1e-5
 
 
+def test_prefixes_that_peft_has_learnt_take_part(samples, byte_tokenizer):
+    """Samples of a Qwen2 are packed by themselves, without what stands before each of them."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    module = get_peft_model(made("Qwen2"), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    module.requires_grad_(True)
+    svd = weight_svd(module)
+    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
+    assert worst_error(found, of_weights(module, byte_tokenizer, samples, svd)) < 1e-5
+
+
 def test_a_layer_for_which_the_intermediate_sizes_are_a_list_has_a_budget(samples, byte_tokenizer):
     kinds = ["sliding_attention", "full_attention"] * 3
     small = {"num_hidden_layers": 6, "layer_types": kinds, "num_kv_shared_layers": 2, "laurel_rank": 4}

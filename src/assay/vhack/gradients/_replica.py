@@ -81,6 +81,9 @@ def _is_listed(module: "PreTrainedModel") -> bool:
     """
     config = module.config.get_text_config()
     family = family_of(config)
+    # Virtual keys and values of PEFT, as prefix tuning has them, stand before those of every sample.
+    if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
+        return False
     if family is None or config._attn_implementation not in ("sdpa", "eager") or attention_window(config) is not None:
         return False
     layers: Any = decoder_layers(module)
