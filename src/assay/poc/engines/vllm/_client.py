@@ -56,7 +56,7 @@ class Client:
     Args:
         llm: Engine client of vLLM, an ``AsyncLLM``.
         throttle: Throttle that admits nonces.
-        engines: Number of data-parallel engines behind it. vLLM deals requests out to them, and calls reach them all.
+        engines: Number of its data-parallel engines. vLLM deals requests out to them, and calls reach them all.
     """
 
     def __init__(self, llm: Any, throttle: Throttle, engines: int = 1) -> None:
