@@ -167,20 +167,24 @@ def _status_of(running, body) -> int:
 def test_a_full_disk_refuses_messages_and_recovers(validating, small_model, monkeypatch):
     body = body_of(proof_of(small_model, "node_A"))
     with validating() as running:
-        full, real = [True], Inbox.add
+        full, real = [True], {name: getattr(Inbox, name) for name in ("add", "roll")}
 
-        def add(self, messages):
-            if full[0]:
-                raise StorageError("database or disk is full", wanted="room", do="free some")
-            return real(self, messages)
+        def writing(name):
+            def write(self, *arguments):
+                if full[0]:
+                    raise StorageError("database or disk is full", wanted="room", do="free some")
+                return real[name](self, *arguments)
 
-        monkeypatch.setattr(Inbox, "add", add)
+            return write
+
+        for name in real:  # the second one is tried again and again, and would say that there is room
+            monkeypatch.setattr(Inbox, name, writing(name))
         answer = running.send(body, id="m", status=503)
         assert answer["fields"] == ["busy"]
         until(lambda: running.get("/status")["storage_failing"] is True)
         full[0] = False
-        assert running.send(body, id="m")["new"] is True
         until(lambda: running.get("/status")["storage_failing"] is False)
+        assert running.send(body, id="m")["new"] is True
 
 
 def test_a_fault_of_the_code_refuses_messages_and_is_said(validating, small_model, monkeypatch):
