@@ -45,7 +45,19 @@ class Message:
 
 @dataclass(frozen=True)
 class Draw:
-    """Nonces that are drawn from a message: the places ``[drawn, planned)`` of its order."""
+    """Nonces that are drawn from a message: the places ``[drawn, planned)`` of its order.
+
+    Args:
+        seq: Number of the message in the inbox.
+        public_key: Key of the node.
+        id: Identity under which the message is kept once.
+        kind: What it is: generated, proof or pulled.
+        seed: Number that orders its nonces, from the secret of the epoch in which it arrived.
+        digest: SHA-256 of its body.
+        drawn: Number of nonces that were drawn before.
+        planned: Number of nonces that are drawn after this draw.
+        body: Bytes as they were received.
+    """
 
     seq: int
     public_key: str

@@ -46,7 +46,13 @@ AUDIT = 64
 
 @dataclass(frozen=True)
 class Drawn:
-    """Nonces that are drawn from a message, with what the node published of them."""
+    """Nonces that are drawn from a message, with what the node published of them.
+
+    Args:
+        source: Draw as it was written down.
+        claim: All nonces of the message, with their values.
+        places: Places of the drawn ones among these, in the order in which they are drawn.
+    """
 
     source: Draw
     claim: Claim
@@ -86,7 +92,7 @@ class Checked:
             AUDIT, len(self.drawn.claim.nonces) - self.drawn.source.drawn
         )
 
-    def places(self) -> stats.PlaceTest | None:
+    def place_test(self) -> stats.PlaceTest | None:
         """Return the test of whether large residuals depend on the place in the batch; None without any."""
         if not self.is_odd:
             return None
@@ -252,7 +258,7 @@ class Worker:
 
     def _update(self, found: Checked, registry: Registry) -> Update:
         """Return the evidence of a draw. What stands at faulty places of the batch is recorded and does not count."""
-        drawn, round, places = found.drawn, found.drawn.claim.round, found.places()
+        drawn, round, places = found.drawn, found.drawn.claim.round, found.place_test()
         aside = places.set_aside if places is not None else [False] * len(drawn.places)
         return Update(
             account=account_of(round.public_key, registry),

@@ -46,7 +46,7 @@ class Account:
     Args:
         public_key: Key of the node.
         digest: SHA-256 of the tensors of the model.
-        build: Build of the prover: a name that the validator gave, or the id of its fingerprint.
+        build: Build of the prover: a name that the validator gave, or the number format where it gave none.
         preset: Preset of the proofs.
     """
 
