@@ -140,8 +140,9 @@ class Tap:
         if inputs.ndim < 2 + of_list or inputs.shape[:-1].numel() != segments.bounds[-1][1]:
             raise ModelError(
                 f"{self.name} is given inputs of shape {list(inputs.shape)}",
-                wanted="[samples, tokens, width]: tokens that were sent to an expert no longer say whose they are",
-                do="use a model whose experts are in one tensor, as transformers keeps them, or a dense one",
+                wanted="all tokens of the samples and no others; those sent to an expert, or learnt ones before them, do "
+                "not say whose they are",
+                do="use a dense model without learnt prompts, or one whose experts are in one tensor",
             )
         return self.apply(inputs, segments)
 
