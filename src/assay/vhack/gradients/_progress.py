@@ -10,7 +10,7 @@ def stage(progress: Progress | None, before: int, total: int) -> Progress | None
     """Return the progress of one stage among all.
 
     Args:
-        progress: Progress of the whole; None tells nobody.
+        progress: Progress of the whole, or None.
         before: Number of steps before the stage.
         total: Number of steps of the whole.
     """

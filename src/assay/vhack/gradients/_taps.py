@@ -140,8 +140,8 @@ class Tap:
         if inputs.ndim < 2 + of_list or inputs.shape[:-1].numel() != segments.bounds[-1][1]:
             raise ModelError(
                 f"{self.name} is given inputs of shape {list(inputs.shape)}",
-                wanted="all tokens of the samples and no others; those sent to an expert, or learnt ones before them, do "
-                "not say whose they are",
+                wanted="all tokens of the samples and no others; those sent to an expert, or learnt ones before them, "
+                "do not say whose they are",
                 do="use a dense model without learnt prompts, or one whose experts are in one tensor",
             )
         return self.apply(inputs, segments)
