@@ -89,8 +89,8 @@ def main():
 
     # On a CPU vLLM has every process import everything anew.
     system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
-    # A forked engine holds the server's port, too. A server that ends reads the command line of every process that does,
-    # to warn of it, which raises if that process ends at the same moment.
+    # A forked engine holds the server's port, too. A server that ends reads the command line of every process that
+    # does, to warn of it, which raises if that process ends at the same moment.
     network_utils.find_process_using_port = lambda port: None
     for name in IMPORTED:
         importlib.import_module(name)
