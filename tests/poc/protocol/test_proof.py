@@ -48,6 +48,17 @@ def test_the_footer_s_hash_is_that_of_the_file(proof: Proof, tmp_path: Path):
     assert hashlib.sha256(b"".join(records)).hexdigest() == Proof.load(path).footer.sha256
 
 
+@pytest.mark.parametrize("part", [b"[],", b"{},", b"0,"])
+def test_a_line_of_too_many_parts_is_refused_before_it_is_parsed(part, proof: Proof, tmp_path: Path, monkeypatch):
+    path = tmp_path / "proof.jsonl"
+    proof.save(path)
+    header, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(header.replace(b'"nonces":[', b'"nonces":[' + part * 2**23) + b"".join(rest))
+    monkeypatch.setattr("assay.poc.protocol._strict.loads", lambda *_: pytest.fail("the line was parsed"))
+    with pytest.raises(ProofFormatError, match="line 1: 8388"):
+        Proof.load(path)
+
+
 def test_distances_are_float32_values(proof: Proof):
     assert (proof.distances == proof.distances.astype(np.float32).astype(str).astype(float)).all()
 

@@ -1,9 +1,10 @@
 """How lines of untrusted files are read: exactly the known fields, in exactly the bytes in which they are written."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from assay.errors import DataError, ProofFormatError
@@ -11,6 +12,9 @@ from assay.reports import loads, read_lines
 
 T = TypeVar("T")
 _DO = "ask the node for it again"
+
+MOST_PARTS: Mapping[bytes, int] = MappingProxyType({b",": 2**23, b"[": 2**21, b"{": 2**13})
+"""How often a character may be in a line: enough for two million runs of nonces in a header."""
 
 
 def malformed(seen: str, wanted: str) -> ProofFormatError:
@@ -68,7 +72,14 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
 
 
-def parse_line(path: str | Path, number: int, line: bytes, parse: Callable[[Any], T], write: Callable[[T], str]) -> T:
+def parse_line(
+    path: str | Path,
+    number: int,
+    line: bytes,
+    parse: Callable[[Any], T],
+    write: Callable[[T], str],
+    most: Mapping[bytes, int] = MOST_PARTS,
+) -> T:
     """Parse a line and refuse it if the value would be written in other bytes.
 
     Args:
@@ -77,10 +88,15 @@ def parse_line(path: str | Path, number: int, line: bytes, parse: Callable[[Any]
         line: Bytes of the line, line end included; empty where the file ends.
         parse: Function that makes the value of the JSON object, or of None where the file ends.
         write: Function that writes the value as canonical JSON.
+        most: Number of times that a character may be in the line. Values take many times the room of their text, so
+            they are counted before any is made.
 
     Raises:
         ProofFormatError: The line is wrong; names the file and the line.
     """
+    for character, times in most.items():
+        if (count := line.count(character)) > times:
+            raise malformed_line(path, number, f"{count} times {character.decode()!r}", f"at most {times}")
     try:
         value = parse(loads(line, f"{path}, line {number}") if line else None)
     except DataError as error:
