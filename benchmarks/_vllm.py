@@ -75,14 +75,18 @@ class Server:
 
     def launch(self):
         """Start the process, and return before it answers."""
-        self.port = free_port()
+        self.choose_port()
         template = self.data_dir / "chat.jinja"  # the bundled models have none
         template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
         options = self.options | {"--host": "127.0.0.1", "--port": str(self.port), "--chat-template": str(template)}
         words = [word for name, value in options.items() if value is not False for word in (name, value) if word]
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *words]
-        self.client = httpx.Client(base_url=self.url, timeout=120.0, headers={"Authorization": f"Bearer {KEY}"})
         self.process = self.run(command, os.environ | self.environment | {"ASSAY_DATA_DIR": str(self.data_dir)})
+
+    def choose_port(self):
+        """Choose the port of the next process, and make the client that asks there."""
+        self.port = free_port()
+        self.client = httpx.Client(base_url=self.url, timeout=120.0, headers={"Authorization": f"Bearer {KEY}"})
 
     def run(self, command, environment):
         """Return the process of a command, which writes into the log."""

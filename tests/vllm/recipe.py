@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from _vllm import KEY, MODEL, REFERENCE, Server, free_port
+from _vllm import KEY, MODEL, REFERENCE, Server
 
 from tests.vllm.conftest import ROOT
 
@@ -37,7 +37,7 @@ class RecipeServer(Server):
 
     def launch(self) -> None:
         """Start the process, and return before it answers."""
-        self.port = free_port()
+        self.choose_port()
         command = SERVE.strip().replace("MODEL", MODEL) + f" --host 127.0.0.1 --port {self.port}"
         inherited = {name: value for name, value in os.environ.items() if name not in SET_THERE}
         self.process: Any = self.run(["bash", "-c", command], self.with_commands(inherited | self.environment))
