@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -168,19 +169,19 @@ def test_files_of_the_machine_are_neither_read_nor_written(shut_in, tmp_path):
 
 
 @real_backend
-def test_its_directory_is_small_and_leaves_nothing_behind(shut_in):
+def test_its_directory_is_small_and_leaves_nothing_behind(shut_in, tmp_path, monkeypatch):
     program = (
         "open('result.txt', 'w').write('PASS')\n"
         "try:\n    for i in range(40):\n        open(f'f{i}', 'wb').write(b'x' * (1 << 20))\n        print(i)\n"
         "except OSError:\n    print('full')\n"
     )
-    before = set(Path("/tmp").iterdir()) | set(Path("/mnt").glob("*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     result = started(program, files=["result.txt", "absent"], limits=Limits(disk_mib=4))
     assert result.files == {"result.txt": "PASS"}
     assert result.stdout.split()[-1] == "full"
     assert len(result.stdout.split()) <= 5
-    after = set(Path("/tmp").iterdir()) | set(Path("/mnt").glob("*"))
-    assert not {path for path in after - before if path.name.startswith("assay-")}
+    assert not list(tmp_path.iterdir())
+    assert not [path for folder in ("/tmp", "/mnt") for path in Path(folder).glob("result.txt")]
     assert not list(Path("/mnt").glob("work"))
 
 

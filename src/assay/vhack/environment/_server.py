@@ -231,7 +231,7 @@ def perform_once(backend: str, job: bytes, limits: Limits) -> Ended:
     with ExitStack() as ours:
         environment, directory = {"PATH": PATH}, "/"
         if backend not in BACKENDS:  # no sandbox, which would bring an environment and a directory of its own
-            temporary = tempfile.TemporaryDirectory(prefix="assay-", ignore_cleanup_errors=True)
+            temporary = tempfile.TemporaryDirectory(prefix="assay-sandbox-", ignore_cleanup_errors=True)
             environment, directory = {}, ours.enter_context(temporary)
         with ExitStack() as theirs:
             readers, (text, stdout, stderr, report) = _descriptors(job, limits, ours, theirs)
