@@ -12,12 +12,14 @@ help:  ## list the targets
 
 setup: $(READY)  ## make the virtual environment
 
+# The kernels of the streams are compiled here, by the command that holds them against their definition.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "assay needs Python 3.11 or newer: set PYTHON=…"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
 	@if command -v uv >/dev/null; then \
 	  UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; fi
+	@$(BIN)/assay doctor >$(VENV)/doctor.txt || { cat $(VENV)/doctor.txt; exit 1; }
 	@touch $@
 
 demo: $(READY)  ## prove and verify real compute on a bundled model, catch four cheaters, write a report
