@@ -250,7 +250,25 @@ def check_server(stranger: Stranger, ready: str, path: str, *arguments: str) -> 
         page = answers(base + path)
         if not page:
             raise Failed(f"nothing at {path}")
-        return f"/health, {ready}, {path} of {len(page)} bytes, SIGTERM ends it with 0"
+        if path == "/":
+            check_page(stranger, base, page)
+        shown = " in Chromium" if path == "/" else ""
+        return f"/health, {ready}, {path}{shown} of {len(page)} bytes, SIGTERM ends it with 0"
+
+
+def check_page(stranger: Stranger, base: str, page: bytes) -> None:
+    """Open a server's page in a real browser; its scripts write the name of the model, which is not in the page."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        raise Failed("no Chromium to open the page with: apt-get install chromium")
+    profile = stranger.folder / "chromium"
+    shown = stranger.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+         "--virtual-time-budget=10000", "--dump-dom", f"{base}/"],
+        minutes=2,
+    )  # fmt: skip
+    if MODEL in page.decode() or MODEL not in shown:
+        raise Failed(f"the page in a browser does not name {MODEL}: {shown[-300:]!r}")
 
 
 def check_all(stranger: Stranger) -> int:

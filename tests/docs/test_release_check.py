@@ -1,8 +1,13 @@
 """The release check says what it saw, and fails where something does not hold."""
 
 import importlib.util
+import shutil
 import sys
+import threading
 import zipfile
+from contextlib import nullcontext
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +50,23 @@ def test_a_traceback_or_another_exit_code_fails(script: ModuleType, stranger):
         with pytest.raises(script.Failed, match="ended with"):
             stranger.run(["sh", "-c", command])
     assert "wanted: an extra" in stranger.run(["sh", "-c", "echo 'wanted: an extra' >&2; exit 2"], codes=(2,))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
+def test_a_page_whose_scripts_show_nothing_fails(script: ModuleType, stranger, tmp_path: Path):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            for written, held in (("'reference:' + 'qwen3'", True), ("''", False)):
+                page = f"<p id=model></p><script>document.getElementById('model').textContent = {written}</script>"
+                (tmp_path / "index.html").write_text(page)
+                with nullcontext() if held else pytest.raises(script.Failed, match="does not name reference:qwen3"):
+                    script.check_page(stranger, f"http://127.0.0.1:{server.server_port}", page.encode())
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_step_that_fails_is_in_the_summary_and_in_the_exit_code(
