@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3ForCausalLM
 from transformers.utils import logging as hf_logging
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
 from assay.models import load_model
 from assay.models.quiet import quiet
+from assay.poc import Round, prove, verify
 from tests.models.storing import rewrite
 
 
@@ -173,3 +174,21 @@ def test_loading_is_silent_and_leaves_global_settings_alone(
     assert state() == before
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_an_architecture_without_sdpa_is_loaded_eager_proved_and_verified(tmp_path):
+    """The softmax of GPT-OSS has a sink, which ``sdpa`` does not know."""
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
+    torch.manual_seed(0)
+    config = GptOssConfig(hidden_size=64, intermediate_size=64, initializer_range=0.1, **sizes, **heads)
+    theirs = GptOssForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    ids = torch.randint(0, 128, (2, 24))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.module(ids).logits, theirs(ids).logits, rtol=0, atol=0)
+    round = Round(block_hash="b", public_key="k", seq_len=24)
+    proof = prove(model, round, range(32), batch_size=8)
+    assert proof.header.fingerprint.attention == "eager"
+    assert verify(proof, load_model(tmp_path, dtype="bfloat16"), expect=round).verdict != "fraud"

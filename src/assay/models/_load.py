@@ -14,7 +14,7 @@ from assay.models._checkpoint import EIGHT_BITS, Stored, check_finite, digest_te
 from assay.models._formats import StoredFormat, check_device, stored_format
 from assay.models._quantise import CHOSEN_FORMATS, NUMBER_FORMATS, check_quantisation
 from assay.models._quantise import quantise as round_weights
-from assay.models._random import SHAPE_BLOCK, build, randomise, randomise_embeddings, recipe_digest
+from assay.models._random import SHAPE_BLOCK, attention_of, build, randomise, randomise_embeddings, recipe_digest
 from assay.models._resolve import CATALOGUE, Source, resolve
 from assay.models._stored import load_stored
 from assay.models._tokenizer import tokenizer_in
@@ -99,7 +99,7 @@ def load_model(
     quantise: str | None = None,
     mesh: "DeviceMesh | None" = None,
 ) -> Model:
-    """Load a causal language model, checked and ready to run (evaluation mode, ``sdpa`` attention).
+    """Load a causal language model, checked and ready to run: in evaluation mode, with ``sdpa`` attention if it has any.
 
     Args:
         reference: Directory, hub id, ``reference:NAME`` (bundled, trained) or ``shape:NAME`` (bundled, random weights).
@@ -360,7 +360,7 @@ def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTr
                 directory,
                 config=source.config,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=attention_of(source.config),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -44,7 +44,7 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     module: PreTrainedModel
     try:
         with quiet(), no_init_weights():
-            module = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            module = factory.from_config(config, dtype=dtype, attn_implementation=attention_of(config))
     except Exception as error:  # a configuration of impossible numbers fails in many ways
         raise ModelError(
             f"no model can be built from this configuration: {error}",
@@ -53,6 +53,12 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
         ) from error
     module.tie_weights()
     return module
+
+
+def attention_of(config: "PreTrainedConfig") -> str:
+    """Return ``sdpa``, or ``eager`` for an architecture without it: GPT-OSS, whose softmax has a sink."""
+    architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)  # type: ignore[attr-defined]
+    return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
 
 
 def randomise(module: nn.Module, block: str, device: torch.device, *, unit_norms: bool) -> None:
