@@ -280,3 +280,10 @@ def test_the_real_command(small_checkpoint: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["records"] == 8
     assert all(line.startswith("proving: ") for line in done.stderr.splitlines()), done.stderr  # on a slow machine
+
+
+@pytest.mark.parametrize(("preset", "said"), [("artifact", "of 24 mismatches"), ("hardened", "none for this preset")])
+def test_the_published_rule_is_held_against_published_presets(preset, said, prove, assay, small_checkpoint, tmp_path):
+    assert prove("proof.jsonl", preset=preset).code == 0
+    seen = assay("poc", "verify", tmp_path / "proof.jsonl", "--model", small_checkpoint, "--preset", preset, *PINS)
+    assert said in next(line for line in seen.out.splitlines() if "published rule" in line)

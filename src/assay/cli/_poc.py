@@ -181,6 +181,7 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None", as_json: boo
     sequential, count, header = verdict.sequential, verdict.count, verdict.header
     claims = header.claims() | {"nonces": f"{header.count} in {len(header.nonces)} run(s) from {header.nonces[0][0]}"}
     believed = [f"{name} {claims[name]} (pin it with --{name.replace('_', '-')})" for name in verdict.unpinned]
+    counted = f"{count.mismatches} of {count.n} mismatches, p = {count.p_value:.3g}"
     condition = ", if the prover's word is taken: exit code 2" if verdict.honest and believed else ""
     rows = [
         ("verdict", f"{verdict.verdict}{condition}"),
@@ -195,7 +196,7 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None", as_json: boo
         ("checked", f"{verdict.checked} of {verdict.proved} nonces"),
         ("honest noise", f"{verdict.noise.size:.2g} ({verdict.noise.source})"),
         ("gross residuals", f"{sequential.gross} above {sequential.gross_threshold:.2g}"),
-        ("published rule", f"{count.mismatches} of {count.n} mismatches, p = {count.p_value:.3g}"),
+        ("published rule", counted if header.pipeline.texts == "published" else "none for this preset"),
         *_ledger.life_rows(standing),
     ]
     table(("", "result"), rows)

@@ -99,7 +99,7 @@ def load_model(
     quantise: str | None = None,
     mesh: "DeviceMesh | None" = None,
 ) -> Model:
-    """Load a causal language model, checked and ready to run: in evaluation mode, with ``sdpa`` attention if it has any.
+    """Load a causal language model, checked and ready to run: evaluation mode, ``sdpa`` attention if it has any.
 
     Args:
         reference: Directory, hub id, ``reference:NAME`` (bundled, trained) or ``shape:NAME`` (bundled, random weights).

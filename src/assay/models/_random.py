@@ -57,7 +57,7 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
 
 def attention_of(config: "PreTrainedConfig") -> str:
     """Return ``sdpa``, or ``eager`` for an architecture without it: GPT-OSS, whose softmax has a sink."""
-    architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)  # type: ignore[attr-defined]
+    architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
 
 
