@@ -142,11 +142,15 @@ class BackendUnavailable(AssayError):
     """A compute backend is not installed or has no device."""
 
 
+def visible(text: str) -> str:
+    """Return a text with control characters written out: what others wrote must not steer the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
 def _quotable(text: str) -> str:
-    cut = text if len(text) <= LONGEST_PART else f"{text[:LONGEST_PART]}…"
-    if cut.isprintable():
-        return cut
-    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in cut)
+    return visible(text if len(text) <= LONGEST_PART else f"{text[:LONGEST_PART]}…")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

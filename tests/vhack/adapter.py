@@ -5,6 +5,19 @@ from torch.nn import functional
 
 from assay.vhack import target_modules
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+"""Sizes of the models that tests make on the spot."""
+
 
 def sequential_gradients(module, tokenizer, samples, svd, *, completion_only=False):
     """The δS gradient of every sample by the definition, [N, R] per module.

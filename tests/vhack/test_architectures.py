@@ -7,19 +7,8 @@ from torch.nn import functional
 from assay.errors import ModelError
 from assay.vhack import per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
-from tests.vhack.adapter import worst_error
+from tests.vhack.adapter import SMALL, worst_error
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 300,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
 LATENT = {
     "kv_lora_rank": 8,
     "q_lora_rank": 16,

@@ -10,19 +10,7 @@ from assay.errors import ModelError
 from assay.vhack import Basis, extract, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
 from assay.vhack.gradients import Coverage, coverage
-from tests.vhack.adapter import sequential_gradients, worst_error
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 300,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
+from tests.vhack.adapter import SMALL, sequential_gradients, worst_error
 
 
 def made(family, **changes):

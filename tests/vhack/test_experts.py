@@ -13,19 +13,8 @@ from assay.vhack.delta import DeltaS
 from assay.vhack.gradients import _per_sample, coverage
 from assay.vhack.gradients._batches import Batch, Encoded
 from assay.vhack.gradients._replica import Replica, recipe_for
-from tests.vhack.adapter import _one, worst_error
+from tests.vhack.adapter import SMALL, _one, worst_error
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 300,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
 FAMILIES = {
     "Qwen3Moe": {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
@@ -37,7 +26,7 @@ def made(family, implementation="eager", **changes):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SMALL | FAMILIES[family] | changes)
+    config = getattr(transformers, f"{family}Config")(**SMALL | {"intermediate_size": 40} | FAMILIES[family] | changes)
     config._experts_implementation = implementation
     with torch.random.fork_rng(devices=[]):
         module = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli._commands import App
-from assay.cli._output import JsonFlag, emit_json, show_values, table, visible
+from assay.cli._output import JsonFlag, emit_json, show_values, table
 from assay.cli._settings import settings
-from assay.errors import UsageError
+from assay.errors import UsageError, visible
 
 if TYPE_CHECKING:
     from assay.cli._ledger_settings import AuditSettings, ExportSettings, MergeSettings, ShowSettings

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from assay.errors import AssayError
+from assay.errors import AssayError, visible
 
 NARROW = 60  # columns of a terminal below which a box takes too much of them
 WIDEST = 1000  # columns of a file or a pipe, which have no width of their own
@@ -49,11 +49,6 @@ def errors(error: AssayError) -> None:
         typer.echo(json.dumps(parts), err=True)
     else:
         typer.echo(f"error: {error}", err=True)
-
-
-def visible(text: str) -> str:
-    """Return a text with control characters written out: what others wrote must not steer the terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 class _Console(Console):
