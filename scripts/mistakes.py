@@ -113,7 +113,7 @@ MISTAKES = {
         "assay poc serve --model reference:qwen3 --port web",
         "assay poc serve --model reference:qwen3 --port 99999",
         f"assay poc serve --model reference:qwen3 --data-dir mine --port {PORT}",
-        "assay poc serve --model reference:qwen3 --data-dir busy",
+        "assay poc serve --model reference:qwen3 --data-dir busy --port 0",
         "assay poc serve --model reference:qwen3 --data-dir proof.jsonl",
         "assay poc serve --model ./nope",
         "assay poc receive --host 0.0.0.0",

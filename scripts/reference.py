@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -246,6 +246,8 @@ def default(value: Any) -> Any:
     """Return a default as it is written."""
     if value is inspect.Parameter.empty:
         return value
+    if isinstance(value, MappingProxyType):
+        value = dict(value)
     return short(repr(str(value) if isinstance(value, Path) else value))
 
 

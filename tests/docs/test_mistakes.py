@@ -16,7 +16,7 @@ NAMED = re.compile(r"(?<![\w-])(--[a-z]|-[no]\b)|\b[A-Z]{5,}\b|did you mean|see 
 """A flag, an argument, a word that was meant, the help of the command, or an extra to install."""
 TO_CHANGE = {
     "assay poc serve --model reference:qwen3 --data-dir mine --port 8000": "--port",
-    "assay poc serve --model reference:qwen3 --data-dir busy": "--data-dir",
+    "assay poc serve --model reference:qwen3 --data-dir busy --port 0": "--data-dir",
     "assay poc calibrate few.jsonl theirs.jsonl -o calibration.json": "--nonces",
     "assay vhack check --model reference:qwen3 --basis stale.safetensors": "--basis",
     **dict(zip(mistakes.MISSING, ("whl[serve]", "whl[vllm]", "whl[quant]", "whl[train]"), strict=True)),

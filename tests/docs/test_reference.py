@@ -59,5 +59,6 @@ def test_every_setting_and_every_name_is_on_its_page():
         assert f"`{variable}`" in text, variable
     names = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert " at 0x" not in names
+    assert "mappingproxy" not in names
     for name in ("## assay.poc\n", "## assay.vhack\n", "`prove(", "`extract(", "`UsageError("):
         assert name in names, name

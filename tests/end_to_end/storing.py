@@ -68,7 +68,7 @@ def _serve(data_dir: str, port: int, url: str, log: str) -> None:
     from fastapi import Request
 
     from assay.poc.service import Controller, Settings, create_app
-    from assay.poc.service.http import run_app
+    from assay.poc.service.http import listen, run_app
     from tests.poc.service.conftest import Rig
     from tests.poc.service.receipts import header, receipt
 
@@ -87,7 +87,8 @@ def _serve(data_dir: str, port: int, url: str, log: str) -> None:
         await sink.store(made)
         return {"sha256": hashlib.sha256(made.without_prompt().line().encode()).hexdigest()}
 
-    run_app(app, settings, host="127.0.0.1", port=port, controller=controller)
+    with listen("127.0.0.1", port) as listener:
+        run_app(app, settings, listener, controller=controller)
 
 
 @dataclass

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from assay.cli import run
+from assay.poc.service.http import listen
 from tests.poc.service.conftest import BLOCK, ROUND
 from tests.waiting import until
 
@@ -39,6 +40,19 @@ def test_list_and_replay(dead, capsys):
 def test_a_directory_without_a_service_is_an_error_and_stays_empty(tmp_path, capsys):
     assert run(["poc", "callbacks", "list", "--data-dir", str(tmp_path)]) == 2
     assert "no database" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", [("serve", "--model", "none", "--data-dir", "new"), ("receive", "-o", "new/callbacks.sqlite3")]
+)
+def test_a_port_in_use_leaves_nothing_behind(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    with listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run(["poc", *command, "--port", str(port)]) == 2
+    assert f"127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

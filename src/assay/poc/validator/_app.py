@@ -27,6 +27,7 @@ from assay.poc.service.http import (
     check_host,
     guarded,
     is_loopback,
+    listen,
     needs,
     not_found,
     run_app,
@@ -255,12 +256,13 @@ def validate(
         ModelError: The model cannot be loaded.
     """
     check_host(host, service)
-    controller = Controller(load, settings, service, reference=reference)
-    if not is_loopback(host) and controller.registry.is_open:
-        controller.close()
-        raise UsageError(
-            f"--host {host} with nodes that sign nothing",
-            wanted="a secret of every node where others reach the port",
-            do="pass --callback-secret, or give each node its secrets in the file of --nodes",
-        )
-    run_app(create_app(controller), service, host=host, port=port, controller=controller)
+    with listen(host, port) as listener:
+        controller = Controller(load, settings, service, reference=reference)
+        if not is_loopback(host) and controller.registry.is_open:
+            controller.close()
+            raise UsageError(
+                f"--host {host} with nodes that sign nothing",
+                wanted="a secret of every node where others reach the port",
+                do="pass --callback-secret, or give each node its secrets in the file of --nodes",
+            )
+        run_app(create_app(controller), service, listener, controller=controller)

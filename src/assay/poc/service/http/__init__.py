@@ -19,7 +19,7 @@ from assay.poc.service.http._route import (
     not_found,
     route_class,
 )
-from assay.poc.service.http._server import check_host, run_app, serve
+from assay.poc.service.http._server import check_host, listen, run_app, serve
 from assay.poc.service.http._signatures import Signatures, message_id
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "create_receiver",
     "guarded",
     "is_loopback",
+    "listen",
     "message_id",
     "needs",
     "not_found",

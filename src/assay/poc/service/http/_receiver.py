@@ -21,7 +21,7 @@ from assay.poc.protocol import MAX_NONCE
 from assay.poc.service._logs import LogBudget
 from assay.poc.service._settings import Settings
 from assay.poc.service.http._route import Bodies, Keys, LocalOnly, Scope, guarded, is_loopback, needs, not_found
-from assay.poc.service.http._server import run_app
+from assay.poc.service.http._server import listen, run_app
 from assay.poc.service.http._signatures import Signatures, message_id, unsigned
 from assay.poc.service.store import RECEIVED, Database
 from assay.reports import JsonObject, loads
@@ -99,10 +99,11 @@ def receive(settings: Settings, output: Path, *, host: str, port: int) -> None:
             wanted="a secret where others reach the port",
             do="pass --callback-secret, the same as to the service",
         )
-    app = create_receiver(
-        Received(output), settings.callback_secrets, keys=settings.api_keys, read_keys=settings.read_keys
-    )
-    run_app(app, settings, host=host, port=port)
+    with listen(host, port) as listener:
+        app = create_receiver(
+            Received(output), settings.callback_secrets, keys=settings.api_keys, read_keys=settings.read_keys
+        )
+        run_app(app, settings, listener)
 
 
 def create_receiver(

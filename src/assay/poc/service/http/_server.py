@@ -158,12 +158,11 @@ class _Server(uvicorn.Server):
 def run_app(
     app: FastAPI,
     settings: Settings,
+    listener: socket.socket,
     *,
-    host: str,
-    port: int,
     controller: Served | None = None,
 ) -> None:
-    """Run an application until SIGTERM or SIGINT, under the bounds of ``settings``.
+    """Run an application on a socket of :func:`listen` until SIGTERM or SIGINT, under the bounds of ``settings``.
 
     A ``controller`` is told when the end begins, while connections are still open; it ends the server where its model
     cannot be loaded. Where a thread of it still computes at the end, the process ends without returning: the
@@ -173,12 +172,6 @@ def run_app(
         UsageError: The server did not start; the log says why.
         ModelError: The model could not be loaded.
     """
-    try:
-        listener = _listen(host, port)
-    except OSError as error:
-        raise UsageError(
-            f"{host}:{port}: {error.strerror}", wanted="a free port of this machine", do="pass another --port"
-        ) from None
     config = uvicorn.Config(
         app,
         http=bounded(settings),
@@ -197,10 +190,9 @@ def run_app(
 
     if controller is not None:
         controller.loaded.add_done_callback(end_on_failure)
-    bound = listener.getsockname()[1]
-    log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{bound}", host=host, port=bound)
-    with listener:
-        server.run(sockets=[listener])
+    host, port = listener.getsockname()[:2]
+    log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", host=host, port=port)
+    server.run(sockets=[listener])
     if not server.started:
         raise UsageError(f"the service on {host}:{port} did not start", wanted="a start", do="see the log above")
     log.info("stopped")
@@ -242,22 +234,30 @@ def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port
         ModelError: The model cannot be loaded.
     """
     check_host(host, settings)
-    controller = Controller(load, settings)
-    run_app(create_app(controller), settings, host=host, port=port, controller=controller)
+    with listen(host, port) as listener:
+        controller = Controller(load, settings)
+        run_app(create_app(controller), settings, listener, controller=controller)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+@contextmanager
+def listen(host: str, port: int) -> Iterator[socket.socket]:
+    """Hold a socket for :func:`run_app`. Taken before any file is opened, a port in use leaves none behind.
+
+    Raises:
+        UsageError: The address cannot be bound.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio turns Nagle's algorithm off; without it, every answer waits 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     _allow_connections()
-    try:
+    # With the protocol named, asyncio turns Nagle's algorithm off; without it, every answer waits 40 ms.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host.strip("[]"), port))
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+        try:
+            listener.bind((host.strip("[]"), port))
+        except OSError as error:
+            raise UsageError(
+                f"{host}:{port}: {error.strerror}", wanted="a free port of this machine", do="pass another --port"
+            ) from None
+        yield listener
 
 
 def _allow_connections() -> None:
