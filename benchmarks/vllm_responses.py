@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
 import httpx
@@ -323,20 +324,18 @@ def cost(arguments):
             ending.callback(servers[name].stop)
         list(pool.map(Server.start, servers.values()))
         begin(servers["seeded"])
-        ways = [{"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p]
-        rows = [in_turns(servers, arguments, sampling) for sampling in ways]
+        samplings = [{"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p]
+        rows = [in_turns(servers, arguments, *way) for way in product(samplings, arguments.tokens)]
         stored = servers["seeded"].get("/responses").json()["receipts"]
     return {"ways": rows, "receipts": stored}
 
 
-def in_turns(servers, arguments, sampling):
-    """Return the figures of both servers, turn by turn, for one way of sampling."""
+def in_turns(servers, arguments, sampling, tokens):
+    """Return the figures of both servers, turn by turn, for one way of sampling and one length of answers."""
     turns = []
     for turn in range(arguments.turns + 1):
         order = ("without", "seeded") if turn % 2 else ("seeded", "without")
-        requests = {
-            name: load(arguments.requests, arguments.tokens, seeds=not arguments.no_seeds, **sampling) for name in order
-        }
+        requests = {name: load(arguments.requests, tokens, seeds=not arguments.no_seeds, **sampling) for name in order}
         figures = {name: measure(servers[name], requests[name], arguments.at_once) for name in order}
         note(f"turn {turn}: {json.dumps(figures)}")
         if turn:  # the first one warms up
@@ -345,6 +344,7 @@ def in_turns(servers, arguments, sampling):
     gaps = [one["without"]["gap_ms"] / one["seeded"]["gap_ms"] for one in turns]
     return {
         "sampling": sampling,
+        "tokens": tokens,
         "turns": turns,
         "throughput_ratio_median": statistics.median(speed),
         "throughput_ratio_quartiles": statistics.quantiles(speed, n=4)[::2] if len(speed) > 1 else speed,
@@ -358,7 +358,7 @@ def main():
     made = parser(__doc__)
     made.add_argument("part", choices=("tokens", "audits", "cost"))
     made.add_argument("--requests", type=int, default=200, help="of each turn")
-    made.add_argument("--tokens", type=int, default=64, help="of an answer, for cost")
+    made.add_argument("--tokens", type=int, nargs="+", default=[64], help="of an answer, for cost")
     made.add_argument("--turns", type=int, default=6)
     made.add_argument("--at-once", type=int, default=8)
     made.add_argument("--temperature", type=float, default=1.0)
@@ -381,7 +381,7 @@ def main():
         elif arguments.part == "audits":
             figures |= audits(arguments, Path(folder))
         else:
-            figures |= {"at_once": arguments.at_once, "tokens": arguments.tokens} | cost(arguments)
+            figures |= {"at_once": arguments.at_once} | cost(arguments)
     publish(f"vllm_responses_{arguments.part}", figures, arguments.output)
 
 
