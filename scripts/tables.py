@@ -12,16 +12,13 @@ import numpy as np
 
 from assay.reports import read_json
 from assay.research.approaches import weight_rows
-from assay.research.clusters import HONEST, REAL, SIMULATED, model_table
 from assay.research.matrix import Configuration, configurations
 from assay.research.redteam import attack_table, fields, honest_errors, paying, paying_table
-from assay.research.responses import alarm_table, honest_table, standing_table
 from assay.research.runs import read_run
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 RUNS = RESULTS / "experiments"
 REDTEAM = ("qwen3", "llama")
-RESPONSES = ("qwen3", "llama", "trained-like")
 FORMATS = {"bfloat16": "", "float16": "-float16"}
 SHAPES = {"qwen3-0.6b": 28, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
 
@@ -324,128 +321,3 @@ def faulty_simulated() -> None:
         found = [cases[f"{name}, {size} nonces"] for size in (64, 300, 1000)]
         rows.append((name, *(f"{case.get('faulty', 0):.0%} ({case.get('fraud', 0):.0%})" for case in found)))
     print_table(("fault", "64 nonces", "300 nonces", "1000 nonces"), rows)
-
-
-def _clusters() -> dict[str, Any]:
-    return read_json(RESULTS / "clusters.json")
-
-
-def _short(name: str) -> str:
-    """Return the name of a build as the text calls it."""
-    return name.replace("qwen3-235b-a22b-instruct-2507-fp8", "qwen3-235b").replace("minimax-m2.7-awq-4bit", "AWQ")
-
-
-def _cluster_rows(sort: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    for build in _clusters()["builds"]:
-        for row in build["rows"]:
-            if row["sort"] == sort:
-                yield _short(build["build"]), row
-
-
-def cluster_sets() -> None:
-    """Print the published sets by model, their copies and their faults."""
-    columns, rows = model_table(_clusters())
-    print_table(columns, [(_short(str(row[0])), *row[1:]) for row in rows])
-
-
-def cluster_faults() -> None:
-    """Print the bad places that pairs show, by model and pattern, and what audits of 300 nonces say."""
-    rows = []
-    for model in _clusters()["models"]:
-        for pattern in dict.fromkeys(pair["pattern"] for pair in model["faulty_pairs"]):
-            pairs = [pair for pair in model["faulty_pairs"] if pair["pattern"] == pattern]
-            audits = [sum(pair["audits"].get(word, 0) for pair in pairs) for word in ("faulty", "fraud")]
-            total = sum(sum(pair["audits"].values()) for pair in pairs)
-            ratios = [pair["ratio"] for pair in pairs]
-            outcomes = ", ".join(sorted({pair["outcome"] for pair in pairs}))
-            rows.append((
-                _short(model["model"]), pattern, len(pairs), f"{pairs[0]['share']:.0%}",
-                f"{min(ratios):.1f} to {max(ratios):.1f}", outcomes, f"{audits[0]} of {total}", audits[1],
-            ))  # fmt: skip
-    header = ("model", "bad places", "pairs", "share", "times the others", "all nonces", "300: faulty", "300: fraud")
-    print_table(header, rows)
-
-
-def cluster_honest() -> None:
-    """Print how often each rule accuses honest machines that are left out."""
-    rows = [
-        (name, row["rule"], row["audits"], f"{100 * row['accused']:.3f}",
-         f"{100 * row['low']:.3f} to {100 * row['high']:.3f}", f"{100 * row['worst']:.2f}")
-        for name, row in _cluster_rows(HONEST)
-    ]  # fmt: skip
-    print_table(("build", "rule", "audits", "accused, %", "95 %", "worst pair, %"), rows)
-
-
-def cluster_cheats(sort: str) -> None:
-    """Print how each rule catches cheats: nonces for half and for 99 % of them, those within 60, and called honest."""
-    rows = [
-        (name, _short(row["cheat"]), row["rule"], row["median"] or "never", row["most"] or "never",
-         f"{100 * row['soon']:.1f}", f"{100 * row['accused']:.1f}",
-         f"{100 * row['honest']['64']:.1f} / {100 * row['honest']['300']:.1f}")
-        for name, row in _cluster_rows(sort)
-        if sort == REAL or row["rule"] in ("ours", "first version", "count (0.41, 0.1, 0.05)", "oracle")
-    ]  # fmt: skip
-    header = ("build", "cheat", "rule", "half by", "99 % by", "within 60, %", "within 300, %", "honest at 64 / 300, %")
-    print_table(header, rows)
-
-
-def cluster_real() -> None:
-    """Print how each rule catches other builds that were passed off as this one."""
-    cluster_cheats(REAL)
-
-
-def cluster_simulated() -> None:
-    """Print how each rule catches simulated cheats."""
-    cluster_cheats(SIMULATED)
-
-
-def responses_cells() -> list[Any]:
-    """Return the cells of the red team for responses, of all models."""
-    return [cell for name in RESPONSES for cell in read_run(RUNS / f"responses-{name}", "responses").cells]
-
-
-def responses_progress() -> None:
-    """Print how many cells of every run are measured, and whether the run reached its end."""
-    rows = []
-    for name in RESPONSES:
-        run = read_run(RUNS / f"responses-{name}", "responses")
-        settings = [run.settings[key] for key in ("honest", "responses", "seq_len")]
-        rows.append((f"[responses-{name}](../benchmarks/results/experiments/responses-{name})", *settings,
-                     len(run.cells), "yes" if run.complete else "no"))  # fmt: skip
-    print_table(("run", "honest responses", "responses of a cheat", "tokens of each", "cells", "complete"), rows)
-
-
-def responses_standing() -> None:
-    """Print our figures for int4 weights beside those of the best rival."""
-    print_table(*standing_table(responses_cells()))
-
-
-def responses_honest() -> None:
-    """Print what honest provers show, and how many of their audits are accused."""
-    print_table(*honest_table(responses_cells()))
-
-
-def responses_alarms() -> None:
-    """Print the false alarms of thresholds that come from other honest responses, with sampled tokens."""
-    columns, rows = alarm_table(responses_cells())
-    print_table((columns[0], *columns[2:]), [(row[0], *row[2:]) for row in rows if row[1] == "sampled"])
-
-
-def responses_caught(figure: str, *methods: str, mode: str = "sampled") -> None:
-    """Print the tokens until every cheat is caught, all models side by side; a dash where none was measured.
-
-    Args:
-        figure: Name of the figure, ``sequential_99`` or ``threshold_99``.
-        methods: Names of the methods, one for each column.
-        mode: Whether tokens are sampled or greedy.
-    """
-    cells = [cell for cell in responses_cells() if cell["kind"] == "cheat" and cell["mode"] == mode]
-    found = {(cell["model"].rpartition(":")[2], cell["name"]): cell["methods"] for cell in cells}
-    rows = []
-    for cheat in dict.fromkeys(name for _, name in found):
-        row = [cheat]
-        for method in methods:
-            values = [found[model, cheat][method][figure] if (model, cheat) in found else "–" for model in RESPONSES]
-            row.append(" / ".join("never" if value is None else str(value) for value in values))
-        rows.append(row)
-    print_table(("cheat", *methods), rows)
