@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from assay.errors import UsageError
 from assay.models import decoder_layers, load_model
 from assay.poc import Proof, Round, prove
 from assay.research import cheats
+from tests.models.storing import store
 
 
 def test_rounding_leaves_few_values_per_group(small_model):
@@ -63,6 +66,53 @@ def test_fp8_weights_are_a_rounding_of_a_few_percent(small_model):
     original = decoder_layers(small_model.module)[0].mlp.up_proj.weight.detach()
     rounded = decoder_layers(cheats.rounded_fp8(small_model).module)[0].mlp.up_proj.weight.detach()
     assert 0.005 < (rounded - original).norm() / original.norm() < 0.05
+
+
+@pytest.fixture(scope="module")
+def in_float8(small_checkpoint):
+    return load_model(small_checkpoint, dtype="bfloat16", device="cpu", quantise="float8")
+
+
+def test_weights_in_float8_are_changed_and_rounded_again(in_float8, small_model):
+    original, kept = (cheats.weight_of(up_proj(model)) for model in (small_model, in_float8))
+    cheat = up_proj(cheats.rounded(in_float8, bits=4))
+    assert (cheat.weight.dtype, cheat.scales.shape) == (torch.float8_e4m3fn, (len(kept), 1))
+    honest, error = ((one - original).norm() / original.norm() for one in (kept, cheats.weight_of(cheat)))
+    assert 0.005 < honest < 0.05 < error < 0.2
+
+
+def test_one_scale_serves_a_whole_matrix(in_float8, round_):
+    kept, coarse = up_proj(in_float8), up_proj(cheats.with_one_scale(in_float8))
+    assert len(coarse.scales.unique()) == 1 < len(kept.scales.unique())
+    assert 0 < (cheats.weight_of(coarse) - cheats.weight_of(kept)).norm() < 0.06 * cheats.weight_of(kept).norm()
+    both = cheats.with_one_scale(in_float8, inputs=True)
+    x = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
+    assert up_proj(both).arithmetic.round(x).scales.tolist() == [[pytest.approx(4 / 448)]] * 2
+    proofs = [
+        prove(model, round_, range(4), batch_size=4) for model in (in_float8, cheats.with_one_scale(in_float8), both)
+    ]
+    for one, other in itertools.combinations(proofs, 2):
+        assert (one.distances != other.distances).any()
+
+
+def test_sums_are_as_long_as_ever_on_a_cpu(in_float8, round_):
+    proofs = [prove(model, round_, range(4), batch_size=4) for model in (in_float8, cheats.with_short_sums(in_float8))]
+    assert np.array_equal(proofs[0].distances, proofs[1].distances)
+
+
+def test_scales_are_coarser_in_float8_only(small_model):
+    with pytest.raises(UsageError, match="float8"):
+        cheats.with_one_scale(small_model)
+
+
+def test_blocks_that_share_a_scale_are_no_rows(in_float8, small_checkpoint, tmp_path):
+    stored = load_model(store(small_checkpoint, tmp_path / "blocks", "block"), device="cpu")
+    with pytest.raises(UsageError, match="float8-block"):
+        cheats.rounded(stored)
+
+
+def up_proj(model):
+    return decoder_layers(model.module)[0].mlp.up_proj
 
 
 def test_an_adapted_weight_has_a_low_rank_update_of_the_asked_size(small_model):

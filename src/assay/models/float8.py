@@ -53,7 +53,9 @@ def round_rows(x: Tensor) -> Rounded:
     return Rounded((x * scales.reciprocal()).to(torch.float8_e4m3fn), scales)
 
 
-def product(x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def product(
+    x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype, *, short_sums: bool = False
+) -> Tensor:
     """Return x Wᵀ, and the bias where there is one.
 
     Args:
@@ -61,6 +63,7 @@ def product(x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype
         weight: Weight, [R, C].
         bias: Bias, [R].
         dtype: Dtype of the result.
+        short_sums: Whether CUDA may sum in fewer bits than float32, which is another computation.
     """
     rows, scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
     if rows.device.type == "cuda":
@@ -70,7 +73,7 @@ def product(x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype
             scale_a=scales,
             scale_b=weight.scales.t(),
             out_dtype=torch.bfloat16,
-            use_fast_accum=False,  # which would sum in fewer bits than float32
+            use_fast_accum=short_sums,
         )
     else:
         y = (rows.float() @ weight.values.float().t() * scales * weight.scales.t()).to(torch.bfloat16)

@@ -7,6 +7,7 @@ from which it was made, and that is the lie.
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,22 @@ from transformers.pytorch_utils import Conv1D
 from assay import stats
 from assay.errors import UsageError
 from assay.models import Model, decoder_layers
+from assay.models.eight_bits import FLOAT8, Arithmetic, EightBitLinear
+from assay.models.float8 import SMALLEST, STEP, Rounded, product
 from assay.poc.protocol import RANDOM_HEAD_ROWS, DistanceRecord, Proof, Round
 
-__all__ = ["adapted", "invented", "replayed", "rounded", "rounded_fp8", "with_fewer_experts", "without_last_layers"]
+__all__ = [
+    "adapted",
+    "invented",
+    "replayed",
+    "rounded",
+    "rounded_fp8",
+    "weight_of",
+    "with_fewer_experts",
+    "with_one_scale",
+    "with_short_sums",
+    "without_last_layers",
+]
 
 GROUP = 32  # weights that share a scale, as in common int4 formats
 
@@ -59,6 +73,44 @@ def adapted(model: Model, *, rank: int = 8, size: float = 0.02, seed: int = 0) -
         return moved
 
     return _changed(model, update)
+
+
+def with_one_scale(model: Model, *, inputs: bool = False) -> Model:
+    """Return a model in float8 whose weights have one scale for a whole matrix instead of one for every row.
+
+    Args:
+        model: Model in ``float8``.
+        inputs: Whether all positions of a product's input share a scale too, over the whole batch.
+    """
+    arithmetic = replace(FLOAT8, round=_by_one_scale) if inputs else FLOAT8
+    return _float8_changed(model, lambda part: (_by_one_scale(weight_of(part)), arithmetic))
+
+
+def with_short_sums(model: Model) -> Model:
+    """Return a model in ``float8`` whose products are summed in fewer bits than float32, as CUDA does at more speed.
+
+    On a CPU nothing changes.
+    """
+    arithmetic = replace(FLOAT8, product=partial(product, short_sums=True))
+    return _float8_changed(model, lambda part: (Rounded(part.weight, part.scales), arithmetic))
+
+
+def weight_of(part: Any) -> torch.Tensor:
+    """Return the weight [out, in] of a linear layer in float32; one in eight bits is multiplied by its scales.
+
+    Raises:
+        UsageError: Blocks of the weight share a scale.
+    """
+    weight: torch.Tensor = part.weight.detach().float()
+    if not isinstance(part, EightBitLinear):
+        return weight
+    if part.arithmetic.block:
+        raise UsageError(
+            f"a cheat on weights in {part.arithmetic.name}",
+            wanted="a scale for every row",
+            do="use float8 or int8-rows",
+        )
+    return weight * part.scales.detach()
 
 
 def with_fewer_experts(model: Model, count: int) -> Model:
@@ -105,7 +157,10 @@ def replayed(proof: Proof, round: Round) -> Proof:
 
 
 def _changed(model: Model, change: Callable[[torch.Tensor], torch.Tensor]) -> Model:
-    """Return a copy of the model whose linear layers have their weights [out, in] changed by a function."""
+    """Return a copy of the model whose linear layers have their weights [out, in] changed by a function.
+
+    Weights in float8 are rounded to it again, by rows, because the products read nothing else.
+    """
     module = copy.deepcopy(model.module)
     with torch.no_grad():
         for layer in decoder_layers(module):
@@ -114,7 +169,35 @@ def _changed(model: Model, change: Callable[[torch.Tensor], torch.Tensor]) -> Mo
                     part.weight.copy_(change(part.weight))
                 elif isinstance(part, Conv1D):  # the same product with the weight turned, in GPT-2
                     part.weight.copy_(change(part.weight.T).T)
+                elif isinstance(part, EightBitLinear):
+                    part.weight.data, part.scales.data = part.arithmetic.round(change(weight_of(part)))
     return replace(model, module=module)
+
+
+def _float8_changed(model: Model, change: Callable[[EightBitLinear], tuple[Rounded, Arithmetic]]) -> Model:
+    """Return a copy of a model in float8 whose linear layers have another weight and arithmetic.
+
+    Raises:
+        UsageError: The model has no linear layers in float8.
+    """
+    module = copy.deepcopy(model.module)
+    parts = [part for layer in decoder_layers(module) for part in layer.modules() if isinstance(part, EightBitLinear)]
+    if model.quantised != "float8" or not parts:
+        raise UsageError(
+            f"{model.reference} in {model.quantised or model.dtype}",
+            wanted="float8",
+            do="load it with quantise='float8'",
+        )
+    for part in parts:
+        (part.weight.data, part.scales.data), part.arithmetic = change(part)
+    return replace(model, module=module)
+
+
+def _by_one_scale(x: torch.Tensor) -> Rounded:
+    """Round a whole tensor to e4m3 by one scale, which stands in every row."""
+    scale = x.abs().max().float().clamp_min(SMALLEST) * STEP
+    values = (x * scale.reciprocal()).to(torch.float8_e4m3fn)
+    return Rounded(values, scale.expand(*x.shape[:-1], 1).contiguous())
 
 
 def _round_groups(weight_OI: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,8 +1,11 @@
 """A small scene: the small checkpoint, 32 positions."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from assay.models import load_model
 from assay.poc import HFEngine, Round
 from assay.research.redteam._attacks import Scene
 from assay.research.redteam._partial import Guesses
@@ -25,3 +28,9 @@ def guesses(small_model) -> Guesses:
 @pytest.fixture(scope="session")
 def scene(small_model, guesses: Guesses) -> Scene:
     return Scene(model=small_model, guesses=guesses, batch_size=4, seq_len=T)
+
+
+@pytest.fixture(scope="session")
+def float8_scene(small_checkpoint: Path, guesses: Guesses) -> Scene:
+    model = load_model(small_checkpoint, dtype="bfloat16", device="cpu", quantise="float8")
+    return Scene(model=model, guesses=guesses, batch_size=4, seq_len=T)

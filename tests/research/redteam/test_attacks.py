@@ -3,9 +3,15 @@ import torch
 
 from assay.research.redteam._attacks import ATTACKS
 
+RUNS = [(attack, dtype) for attack in ATTACKS for dtype in ("float32", "float8") if attack.serves(dtype)]
+# 64 positions are more than there are here, and a CPU has no short sums.
+HONEST_HERE = ("sliding window of 64", "short sums")
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_every_attacker_runs_and_says_what_it_costs(attack, scene, inputs_btd):
+
+@pytest.mark.parametrize(("attack", "dtype"), RUNS, ids=[f"{attack.name}-{dtype}" for attack, dtype in RUNS])
+def test_every_attacker_runs_and_says_what_it_costs(attack, dtype, scene, float8_scene, inputs_btd):
+    scene = scene if dtype == "float32" else float8_scene
+    inputs_btd = inputs_btd.to(scene.model.dtype)
     program = attack.make(scene)
     weights = torch.ones(inputs_btd.shape[:2])
     read = program.read(inputs_btd, weights)
@@ -13,7 +19,7 @@ def test_every_attacker_runs_and_says_what_it_costs(attack, scene, inputs_btd):
     assert torch.isfinite(read).all()
     assert 0 <= program.cost <= 1
     honest = scene.engine(scene.model).read(inputs_btd, weights)
-    if "window" not in attack.name:  # 64 positions are more than there are here
+    if attack.name not in HONEST_HERE:
         assert not torch.equal(read, honest), "it is not the honest result"
     assert attack.skips or attack.family in ("weights", "none")
     if not attack.last_unknown:
@@ -22,3 +28,17 @@ def test_every_attacker_runs_and_says_what_it_costs(attack, scene, inputs_btd):
 
 def test_names_are_different():
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS)
+
+
+def test_fewer_bits_save_over_the_format_that_honest_provers_have(scene, float8_scene):
+    made = {attack.name: attack.make for attack in ATTACKS}
+    costs = {
+        name: [made[f"{name} weights"](where).cost for where in (scene, float8_scene)] for name in ("int8", "int4")
+    }
+    assert costs == {"int8": [0.5, 1.0], "int4": [0.25, 0.5]}
+
+
+def test_coarser_scales_are_an_attack_in_float8_alone():
+    names = {dtype: {attack.name for attack in ATTACKS if attack.serves(dtype)} for dtype in ("float16", "float8")}
+    assert names["float16"] - names["float8"] == {"fp8 weights"}
+    assert "one scale for a weight" in names["float8"] - names["float16"]

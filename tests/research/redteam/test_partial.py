@@ -44,6 +44,18 @@ def test_leaving_nothing_out_is_the_honest_forward(name, inputs_btd, request):
     torch.testing.assert_close(whole.read(inputs_btd, None), whole.states(inputs_btd)[:, -1])
 
 
+def test_weights_in_float8_are_ranked_and_counted_as_those_they_stand_for(float8_scene, inputs_btd):
+    model = replace(float8_scene.model, module=copy.deepcopy(float8_scene.model.module))
+    for layer in decoder_layers(model.module):
+        layer.mlp.up_proj.scales.data[: layer.mlp.up_proj.out_features // 2] *= 1e-6
+    whole, half = (PartialForward(model, shortcut) for shortcut in (FULL, replace(FULL, neurons=(0.5,) * 3)))
+    assert whole.cost == 1.0 > half.cost
+    inputs = inputs_btd.to(torch.bfloat16)
+    torch.testing.assert_close(half.states(inputs), whole.states(inputs), atol=1e-3, rtol=0)
+    more = PartialForward(model, replace(FULL, neurons=(0.6,) * 3))
+    assert (more.states(inputs) - whole.states(inputs)).abs().max() > 2e-3
+
+
 def test_dropping_the_start_is_the_honest_forward_of_the_rest(small_model, inputs_btd):
     kept = PartialForward(small_model, Shortcut((0,) * 8 + (3,) * 24)).states(inputs_btd)
     rest = honest(small_model, inputs_btd[:, 8:], position_ids=torch.arange(8, T)[None])

@@ -19,9 +19,6 @@ from assay.poc.engines.hf import HFEngine
 from assay.research import cheats
 from assay.research.redteam._partial import Guesses, Part, PartialForward, Shortcut
 
-PRICES = {"8 bits": 0.5, "4 bits": 0.25, "3 bits": 0.1875}
-"""Cost of a multiplication over one in 16 bits, for hardware whose speed grows as the format shrinks: a bound."""
-
 Family = Literal["weights", "layers", "positions", "parts", "none"]
 
 
@@ -45,6 +42,13 @@ class Scene:
     batch_size: int
     seq_len: int
 
+    def price(self, bits: int) -> float:
+        """Return the cost of a product of so many bits over an honest one, which has 8 or, by this count, 16.
+
+        It is that of hardware whose speed grows as bits shrink: a bound.
+        """
+        return min(1.0, bits / (8 if self.model.quantised else 16))
+
     def full(self) -> tuple[int, ...]:
         """Return the depth of every position in an honest forward pass."""
         return (self.model.num_layers,) * self.seq_len
@@ -64,6 +68,7 @@ class Attack:
         make: Function that builds the program.
         share: Share of the node's nonces that the program answers; the others are honest.
         last_unknown: Whether it leaves out the last position, so that it is no attack where that one is read.
+        in_float8: Whether it is an attack of provers in float8 only (True) or of others only (False); None for all.
     """
 
     name: str
@@ -71,6 +76,11 @@ class Attack:
     make: Callable[[Scene], Program]
     share: float = 1.0
     last_unknown: bool = False
+    in_float8: bool | None = None
+
+    def serves(self, dtype: str) -> bool:
+        """Return whether it is an attack of provers in this number format."""
+        return self.in_float8 in (None, dtype == "float8")
 
     @property
     def skips(self) -> bool:
@@ -115,14 +125,18 @@ class Invented:
 
 
 def _other_checkpoint(model: Model) -> Model:
-    dtype = streams.dtype_name(model.dtype)
     return load_model(
-        model.reference, dtype=dtype, device=str(model.device), weights="random-all", block_hash="another checkpoint"
+        model.reference,
+        dtype=streams.dtype_name(model.dtype),
+        device=str(model.device),
+        weights="random-all",
+        block_hash="another checkpoint",
+        quantise=model.quantised or None,
     )
 
 
-def _other(change: Callable[[Model], Model], cost: float = 1.0) -> Callable[[Scene], Program]:
-    return lambda scene: OnEngine(scene.engine(change(scene.model)), cost)
+def _other(change: Callable[[Model], Model], bits: int = 16) -> Callable[[Scene], Program]:
+    return lambda scene: OnEngine(scene.engine(change(scene.model)), scene.price(bits))
 
 
 def _positions(
@@ -170,10 +184,12 @@ def _quarter(layers: int) -> int:
 
 def _weights() -> Iterator[Attack]:
     for bits in (8, 4, 3):
-        yield Attack(
-            f"int{bits} weights", "weights", _other(partial(cheats.rounded, bits=bits), PRICES[f"{bits} bits"])
-        )
-    yield Attack("fp8 weights", "weights", _other(cheats.rounded_fp8, PRICES["8 bits"]))
+        yield Attack(f"int{bits} weights", "weights", _other(partial(cheats.rounded, bits=bits), bits))
+    yield Attack("fp8 weights", "weights", _other(cheats.rounded_fp8, 8), in_float8=False)
+    one_scale, of_inputs = cheats.with_one_scale, partial(cheats.with_one_scale, inputs=True)
+    yield Attack("one scale for a weight", "weights", _other(one_scale), in_float8=True)
+    yield Attack("one scale for a weight, one for its inputs", "weights", _other(of_inputs), in_float8=True)
+    yield Attack("short sums", "weights", _other(cheats.with_short_sums), in_float8=True)
     for size in (0.005, 0.02, 0.1):
         yield Attack(f"low-rank update of {size:.1%}", "weights", _other(partial(cheats.adapted, size=size)))
     yield Attack("another checkpoint", "weights", _other(_other_checkpoint))

@@ -16,9 +16,9 @@ from scipy import stats as distributions
 from torch import Tensor
 
 from assay import stats
-from assay.models import Model, load_model
+from assay.models import NUMBER_FORMATS, Model, load_model
 from assay.poc.engines import make_transform
-from assay.poc.engines.hf import HFEngine
+from assay.poc.engines.hf import HFEngine, worth_compiling
 from assay.poc.protocol import RANDOM_HEAD_ROWS, Pipeline, Round, get_pipeline, unit
 from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH, fitted_noise, sequential_test
 from assay.research.redteam._attacks import OnEngine, Program, Scene
@@ -59,6 +59,13 @@ class Pool:
 def mixed(share: float, cheating_N: FloatArray, honest_N: FloatArray) -> Pool:
     """Return the residuals of a node that cheats in a share of its nonces."""
     return Pool(((share, cheating_N), (1 - share, honest_N)))
+
+
+def model_in(reference: str, dtype: str, device: str | None) -> Model:
+    """Load a model in a number format: a dtype, or eight bits over weights in bfloat16."""
+    if dtype in NUMBER_FORMATS:
+        return load_model(reference, dtype="bfloat16", device=device, quantise=dtype)
+    return load_model(reference, dtype=dtype, device=device)
 
 
 class Judge:
@@ -222,6 +229,9 @@ class Reading:
 class Field:
     """One model and one dtype of provers and attackers, against a validator in float32.
 
+    Against provers in float8 the validator has float8 too: float32 is as far from it as a cheat. On CUDA it runs the
+    kernels that `verify` takes by default, and provers run others; elsewhere only their attention is another.
+
     One half of the ``honest`` nonces calibrates the rules, the other one tests them.
     """
 
@@ -239,14 +249,18 @@ class Field:
 
     @cached_property
     def validator(self) -> HFEngine:
-        """Engine of the validator, in float32."""
-        return self.engine_of(load_model(self.reference, dtype="float32", device=self.device))
+        """Engine of the validator, in float32, or in float8 against provers in that."""
+        if self.dtype != "float8":
+            return self.engine_of(load_model(self.reference, dtype="float32", device=self.device))
+        model = model_in(self.reference, self.dtype, self.device)
+        shape = {"batch_size": self.batch_size, "seq_len": self.seq_len}
+        return HFEngine(model, **shape, compiled=worth_compiling(model))
 
     @cached_property
     def prover(self) -> Model:
-        """Model in the provers' dtype; in float32 with the library's plain attention, or no bit would differ."""
-        model = load_model(self.reference, dtype=self.dtype, device=self.device)
-        if self.dtype == "float32":
+        """Model in the provers' dtype; in that of the validator with plain attention, or no bit would differ."""
+        model = model_in(self.reference, self.dtype, self.device)
+        if self.dtype in ("float32", "float8"):
             model.module.set_attn_implementation("eager")
         return model
 

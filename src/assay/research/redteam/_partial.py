@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from assay.errors import UsageError
 from assay.models import Model, backbone, decoder_layers
 from assay.models.decoder import ModuleLayer, Rotation, causal_attention
+from assay.models.eight_bits import EightBitLinear
 from assay.models.families import ATTENTION_TARGETS, MLP_TARGETS
 from assay.poc.protocol import unit
+from assay.research.cheats import weight_of
 
 RIDGE = 1e-4  # of the mean square of an input coordinate
 
@@ -166,7 +168,8 @@ class PartialForward:
             elif attention == "linear":
                 total += len(active) * linear
             if mlp == "run":
-                sizes: float = sum(_size(part) for part in layer.mlp.modules() if isinstance(part, nn.Linear))
+                products = (part for part in layer.mlp.modules() if isinstance(part, nn.Linear | EightBitLinear))
+                sizes: float = sum(map(_size, products))
                 if left_out:
                     sizes -= left_out * (_size(layer.mlp.up_proj) + _size(layer.mlp.down_proj))
                 total += len(active) * sizes
@@ -215,7 +218,7 @@ class _PartialLayer(ModuleLayer):
         """
         mlp = self.layer.mlp
         gate_BAF = mlp.act_fn(gate)
-        norms_F = mlp.up_proj.weight.float().norm(dim=1) * mlp.down_proj.weight.float().norm(dim=0)
+        norms_F = weight_of(mlp.up_proj).norm(dim=1) * weight_of(mlp.down_proj).norm(dim=0)
         worth_BAF = gate_BAF.float().abs() * norms_F
         least = worth_BAF.flatten().kthvalue(max(1, round(self.neurons * worth_BAF.numel()))).values
         kept: Tensor = torch.where(worth_BAF <= least, torch.zeros_like(gate_BAF), gate_BAF) * up

@@ -15,14 +15,13 @@ import torch
 from pydantic import Field as Setting
 
 from assay import stats
-from assay.models import load_model
 from assay.poc.engines import make_transform
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import PIPELINES, RANDOM_HEAD_ROWS, Positions, get_pipeline, unit, weighted_sum
 from assay.reports import JsonObject
 from assay.research.redteam._attacks import ATTACKS, Attack, Invented, OnEngine
 from assay.research.redteam._experts import experts
-from assay.research.redteam._field import Field, Judge, Pool, Reading, detection, mixed, spread
+from assay.research.redteam._field import Field, Judge, Pool, Reading, detection, mixed, model_in, spread
 from assay.research.redteam._partial import PartialForward, Shortcut
 from assay.research.runs import ExperimentPlan, Progress, measure_missing
 from assay.settings import Names
@@ -48,7 +47,8 @@ class RedteamPlan(ExperimentPlan):
     """
 
     dtypes: Names = Setting(
-        ("bfloat16",), description="Dtypes of provers and attackers, separated by commas; the validator has float32."
+        ("bfloat16",),
+        description="Dtypes of provers and attackers, separated by commas; the validator has float32, or float8 too.",
     )
     nonces: int = Setting(64, ge=8, description="Nonces that every attacker answers.")
     honest: int = Setting(384, ge=64, description="Honest nonces, one half to calibrate and one to test.")
@@ -81,14 +81,15 @@ def _cells(plan: RedteamPlan) -> Iterator[Cell]:
             yield from _field_cells(plan, field, f"{reference}/{dtype}")
         if plan.searched:
             yield f"{reference}/search", partial(_search, field, plan.searched)
-    yield "experts", partial(experts, plan.batch_size, plan.nonces, plan.dtypes)
+    if dtypes := [dtype for dtype in plan.dtypes if dtype != "float8"]:
+        yield "experts", partial(experts, plan.batch_size, plan.nonces, dtypes)
 
 
 def _field_cells(plan: RedteamPlan, field: Field, prefix: str) -> Iterator[Cell]:
     who = {"model": field.reference, "dtype": field.dtype}
     yield f"{prefix}/honest", lambda: {**who, "kind": "honest", **_honest(field)}
     yield f"{prefix}/audits", lambda: {**who, "kind": "audits", "engines": _audits(field)}
-    for attack in ATTACKS:
+    for attack in (attack for attack in ATTACKS if attack.serves(field.dtype)):
         yield f"{prefix}/{attack.name}", partial(_attack, field, attack, plan.nonces)
     yield f"{prefix}/claims", lambda: {**who, "kind": "claims", "rows": list(_claims(field, plan.nonces))}
 
@@ -135,8 +136,7 @@ def _attack(field: Field, attack: Attack, nonces: int) -> JsonObject:
 
 def _audits(field: Field) -> JsonObject:
     """Simulate audits of honest nodes: another dtype, other kernels, another batch shape."""
-    plain = load_model(field.reference, dtype=field.dtype, device=field.device)
-    eager = load_model(field.reference, dtype=field.dtype, device=field.device)
+    plain, eager = (model_in(field.reference, field.dtype, field.device) for _ in range(2))
     eager.module.set_attn_implementation("eager")
     engines = {
         "sdpa": field.engine_of(plain),
