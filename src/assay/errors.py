@@ -60,7 +60,7 @@ class AssayError(Exception):
     """
 
     def __init__(self, seen: str, *, wanted: str, do: str) -> None:
-        self.seen, self.wanted, self.do = map(_quotable, (seen, wanted, do))
+        self.seen, self.wanted, self.do = map(visible, (seen, wanted, do))
         super().__init__(self.seen, self.wanted, self.do)
 
     def __str__(self) -> str:
@@ -142,15 +142,16 @@ class BackendUnavailable(AssayError):
     """A compute backend is not installed or has no device."""
 
 
-def visible(text: str) -> str:
-    """Return a text with control characters written out: what others wrote must not steer the terminal."""
+def visible(text: str, most: int = LONGEST_PART) -> str:
+    """Return a text cut to its bound, with control characters written out.
+
+    What others wrote must neither steer a terminal nor fill it.
+    """
+    if len(text) > most:
+        text = f"{text[:most]}…"
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
-
-
-def _quotable(text: str) -> str:
-    return visible(text if len(text) <= LONGEST_PART else f"{text[:LONGEST_PART]}…")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -34,6 +34,11 @@ def test_what_others_wrote_does_not_steer_the_terminal(capsys):
     assert "µ ≤ 2" in said.out
 
 
+def test_what_others_wrote_takes_a_bounded_place(capsys):
+    _output.table(("pair", "tags"), [(0, "t" * 10_000)])
+    assert 400 < capsys.readouterr().out.count("t") < 600
+
+
 @pytest.mark.parametrize(("columns", "boxed"), [("100", True), ("40", False)])
 def test_a_narrow_terminal_gets_no_box(columns: str, boxed: bool, monkeypatch):
     terminal = Terminal()

@@ -19,6 +19,7 @@ from assay.errors import AssayError, visible
 
 NARROW = 60  # columns of a terminal below which a box takes too much of them
 WIDEST = 1000  # columns of a file or a pipe, which have no width of their own
+LONGEST_CELL = 500  # characters; names and reasons that assay writes are shorter
 PAUSE = 5.0  # seconds between two lines of progress where there is no terminal
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -67,7 +68,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     for index, column in enumerate(columns):
         shown.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text("" if cell is None else visible(str(cell))) for cell in row))
+        shown.add_row(*(Text("" if cell is None else visible(str(cell), LONGEST_CELL)) for cell in row))
     console.print(shown)
 
 

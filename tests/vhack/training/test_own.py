@@ -42,6 +42,7 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "mine_for_tests.py").write_text(MODULE)
     (tmp_path / "raises_for_tests.py").write_text("tasks = [1 / 0]")
     (tmp_path / "leaves_for_tests.py").write_text("raise SystemExit('only as a script')")
+    (tmp_path / "removes_for_tests.py").write_text("import sys; sys.path.pop(0); tasks = list")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield tmp_path
@@ -103,6 +104,7 @@ def test_python_may_give_them_itself(run, own):
         ("mine_for_tests:tasks", "mine_for_tests", "--reward mine_for_tests"),
         ("raises_for_tests:tasks", "mine_for_tests:reward", "raises_for_tests:tasks: ZeroDivisionError"),
         ("leaves_for_tests:tasks", "mine_for_tests:reward", "leaves_for_tests:tasks: SystemExit"),
+        ("removes_for_tests:tasks", "mine_for_tests:reward", "0 tasks"),
         ("mine_for_tests:fails", "mine_for_tests:reward", "raised ValueError: no such table"),
         ("mine_for_tests:empty", "mine_for_tests:reward", "0 tasks"),
         ("mine_for_tests:words", "mine_for_tests:reward", "task 1 is 3"),

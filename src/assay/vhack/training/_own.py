@@ -17,6 +17,7 @@ the hack and solve rate in the log, ``exploited`` and ``correct``::
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def named_function(where: str, flag: str) -> Callable[..., Any]:
             do=f"check both names, start from the directory of the module, and try python -c 'import {module}'",
         ) from error
     finally:
-        sys.path.remove(here)
+        with suppress(ValueError):  # the module may have changed the path itself
+            sys.path.remove(here)
     if not callable(found):
         raise UsageError(f"{flag} {where}, which is no function", wanted="a function", do=f"name one in {module}")
     made: Callable[..., Any] = found
