@@ -5,15 +5,19 @@ statements, programs and tests of `assay.vhack.environment`, a few minutes on on
 `hardened`, and the sum of all positions is read with signs, 16 draws of them for each of 32 nonces.
 
 Attackers leave out whole experts of every position, or the pairs of position and expert with the smallest weights,
-evenly or more of them in later layers; those that save a quarter of the work count. They have float32, the honest
-prover ``--dtype``. *Bound* reads the 32 directions in which this very attack is furthest from noise (measured on other
+evenly or more of them in later layers; those that save a quarter of the work count. They and the validator have
+float32, the honest prover ``--dtype``. With ``--dtype float8`` all have that, and provers attend by other kernels than
+the validator. *Bound* reads the 32 directions in which this very attack is furthest from noise (measured on other
 nonces): no frame of as many directions is dearer for it. *Flips* are positions where an honest prover asks
 other experts than the validator. *Checked* is after how many nonces the sequential test accuses with 99 %, at 1e-3
-false accusations, under a law fitted to 64 honest nonces, and under the default law, which is of denser models.
+false accusations, under a law fitted to 64 honest nonces, and under the default law, which is of denser models and does
+not exist in float8.
 
     OMP_NUM_THREADS=1 python benchmarks/hardened_experts.py -o benchmarks/results/hardened_experts.json
     OMP_NUM_THREADS=1 python benchmarks/hardened_experts.py --dtype float16 \
         -o benchmarks/results/hardened_experts_float16.json
+    OMP_NUM_THREADS=1 python benchmarks/hardened_experts.py --dtype float8 \
+        -o benchmarks/results/hardened_experts_float8.json
 """
 
 import math
@@ -25,10 +29,10 @@ from _common import note, parser, publish
 from hardened_frame import covariance, eigen_rows, epsilon
 from torch.nn import functional
 
-from assay.models import backbone, decoder_layers, load_model
+from assay.models import backbone, decoder_layers
 from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.protocol._transforms import unit
-from assay.poc.verdict import default_noise, sequential_test
+from assay.poc.verdict import default_noise
 from assay.research import cheats
 from assay.research.redteam import Judge, Pool
 from assay.research.redteam._attacks import OnEngine
@@ -41,7 +45,7 @@ from assay.research.redteam._experts import (
     make_experts,
     without_light_experts,
 )
-from assay.research.redteam._field import ALPHA, Reading, smallest
+from assay.research.redteam._field import Reading, model_in, smallest
 from assay.vhack.environment import tasks
 
 STEPS, BATCH, LENGTH, RATE, BALANCE = 400, 16, 128, 3e-3, 0.01
@@ -142,7 +146,10 @@ def attackers(model):
 
 def measure(path, dtype):
     """Honest noise with its flips, and every attacker over it."""
-    whole, half = (load_model(path, dtype=dtype, device="cpu") for dtype in ("float32", dtype))
+    in_float8 = dtype == "float8"
+    whole, half = (model_in(path, name, "cpu") for name in (dtype if in_float8 else "float32", dtype))
+    if in_float8:
+        half.module.set_attn_implementation("eager")
     blocks = (("scored", NONCES), ("fitted", FITTED))
     truth, honest = ([Prover(model).states(*block) for block in blocks] for model in (whole, half))
     generator = torch.Generator().manual_seed(0)
@@ -157,7 +164,7 @@ def measure(path, dtype):
     reading = Reading(Prover(whole).engine, round, ["hardened"])
     judges = judges_of(Prover(half).residuals(reading), dtype)
     rows, noise = [], distance(honest[0][0])
-    for name, model, cost in attackers(whole):
+    for name, model, cost in attackers(half if in_float8 else whole):
         prover = Prover(model)
         states_BTD, fitted_BTD = (prover.states(*block)[0] for block in blocks)
         frame_KD = eigen_rows(covariance(fitted_BTD - truth[1][0]), noise_DD, ROWS)
@@ -174,10 +181,11 @@ def measure(path, dtype):
 
 def judges_of(honest_N, dtype):
     """The sequential test under the law of these honest residuals, and under the default one."""
-    fitted, stated = (Judge(get_pipeline("hardened"), honest_N) for _ in range(2))
-    stated.noise = default_noise(get_pipeline("hardened").noise, dtype, "float32")
-    stated._test = sequential_test(stated.noise, alpha=ALPHA)
-    return {"checked": fitted, "checked_default": stated}
+    pipeline = get_pipeline("hardened")
+    judges = {"checked": Judge(pipeline, honest_N)}
+    if dtype != "float8":  # of which there is no default
+        judges["checked_default"] = Judge(pipeline, honest_N, default_noise(pipeline.noise, dtype, "float32"))
+    return judges
 
 
 def flips(truth, honest):

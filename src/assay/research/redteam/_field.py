@@ -20,7 +20,7 @@ from assay.models import NUMBER_FORMATS, Model, load_model
 from assay.poc.engines import make_transform
 from assay.poc.engines.hf import HFEngine, worth_compiling
 from assay.poc.protocol import RANDOM_HEAD_ROWS, Pipeline, Round, get_pipeline, unit
-from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH, fitted_noise, sequential_test
+from assay.poc.verdict import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH, Noise, fitted_noise, sequential_test
 from assay.research.redteam._attacks import OnEngine, Program, Scene
 from assay.research.redteam._partial import Guesses
 
@@ -78,11 +78,12 @@ class Judge:
     Args:
         pipeline: Pipeline that says what is published.
         honest_N: Honest residuals to calibrate with.
+        noise: Honest noise of the sequential test; the law of ``honest_N`` when None.
     """
 
-    def __init__(self, pipeline: Pipeline, honest_N: FloatArray) -> None:
+    def __init__(self, pipeline: Pipeline, honest_N: FloatArray, noise: Noise | None = None) -> None:
         self.pipeline = pipeline
-        self.noise = fitted_noise(pipeline, honest_N, "the field")
+        self.noise = noise or fitted_noise(pipeline, honest_N, "the field")
         self._test = sequential_test(self.noise, alpha=ALPHA)
         self.threshold = float(np.quantile(np.abs(honest_N), HONEST_QUANTILE))
         # For the calibrated count rule; of vectors, which are counted, it is an upper estimate.
