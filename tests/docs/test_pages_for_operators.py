@@ -6,25 +6,17 @@ Each page runs in a folder with what its reader has, in the order in which its b
 import re
 import shutil
 import sqlite3
-import sys
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.docs.shell import ROOT, run
-from tests.end_to_end.server import free_port
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import page_blocks
+from tests.docs.shell import ROOT, held, page, script
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMANDS = (
     r"(?m)^(?:assay|pip|python3?[\d.]*|torchrun|make|curl|install|useradd|systemctl|sudo|sqlite3|amtool|vllm|cd) "
 )
-PORTS = ("8000", "8081", "8090")
 PROOF = "assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY --nonces 0:64 -o proof.jsonl"
 PROGRAM = "python - <<"
 """How a script begins a program in Python: those of some pages are fragments."""
@@ -50,6 +42,7 @@ RUN = {
     "tests/docs/test_pages_for_operators.py": (
         *("service", "operations", "validator", "pins", "ledger", "protocol", "decode", "streams", "models"),
     ),
+    "tests/docs/test_pages_for_researchers.py": ("statistics", "vhack", "vhack-pairs"),
 }
 """Pages whose blocks of ``sh`` and ``python`` run, by the test that runs them."""
 
@@ -62,10 +55,7 @@ NOT_RUN = {
     "experiments": "measurements of hours, each with its result file",
     "redteam": "measurements of hours, each with its result file",
     "redteam-responses": "measurements of hours, each with its result file",
-    "statistics": "measurements of minutes, each with its result file",
-    "vhack": "gradients of 48 pairs and more; tests/docs/test_examples.py runs the same calls on few",
     "vhack-checks": "gradients of 96 pairs; tests/vhack/checks/test_commands.py runs the commands on few",
-    "vhack-pairs": "needs jq and a file of preferences; tests/vhack/pairs/test_files.py holds the forms",
     "vhack-training": "fragments for loops of one's own; tests/vhack/training and tests/vhack/delta run them",
     "vhack-results": "measurements of hours, each with its result file",
     "vhack-experiment-3": "measurements of hours, each with its result file",
@@ -77,37 +67,12 @@ NOT_RUN_BLOCKS = {
     "useradd": "root, and users of the machine",
     "install -m 0644 deploy/nginx.conf": "root; tests/poc/service/dashboard/test_operations.py has both files read",
     "amtool": "tests/poc/service/dashboard/test_operations.py runs the first two; the third needs an Alertmanager",
+    "python -m tests.stats.simulate": "minutes",
     "curl -o receipts.jsonl": "receipts of a server of vLLM: tests/vllm fetches and replays some",
     "assay poc receive --callback-secret": "a second receiver, with a secret of the reader's",
     "assay poc serve --model reference:qwen3 --callback-secret": "a secret of the reader's, and a host elsewhere",
 }
 """Beginnings of blocks of commands that do not run on the pages that do, and why."""
-
-
-def page(name: str) -> str:
-    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-
-
-def script(name: str, *, before: str = "", instead: Mapping[str, str] = {}, leave_out: tuple[str, ...] = ()) -> str:
-    """Return the blocks of a page as a script that begins with other lines, and has other words in some places."""
-    text = page_blocks.script(page(name), leave_out=leave_out)
-    for word, other in instead.items():
-        assert word in text, word
-        text = text.replace(word, other)
-    head = page_blocks.HEAD
-    return head + before + text.removeprefix(head)
-
-
-def held(text: str, place: Path) -> str:
-    """Run a script on free ports, and return what it printed, which must have no refusal in it."""
-    ports = {known: str(free_port()) for known in PORTS}
-    for known, free in ports.items():
-        text = text.replace(f"127.0.0.1:{known}", f"127.0.0.1:{free}").replace(f"--port {known}", f"--port {free}")
-    port = ports["8090" if "assay poc validator" in text else "8000"]
-    done = run(text, place, ASSAY_PORT=port, KEY="k" * 20)
-    assert done.returncode == 0, done.stderr
-    assert '"wanted"' not in done.stdout
-    return done.stdout
 
 
 def test_every_page_with_commands_is_run_or_says_why_not():
@@ -125,7 +90,8 @@ def test_every_page_with_commands_is_run_or_says_why_not():
 
 
 def test_every_block_of_commands_runs_or_says_why_not():
-    for name in RUN["tests/docs/test_pages_for_operators.py"]:
+    of_shell = ("tests/docs/test_pages_for_operators.py", "tests/docs/test_pages_for_researchers.py")
+    for name in (name for test in of_shell for name in RUN[test]):
         for kind, body in FENCED.findall(page(name)):
             if not kind and re.search(COMMANDS, body):
                 assert body.startswith(tuple(NOT_RUN_BLOCKS)), f"{name}: {body}"
