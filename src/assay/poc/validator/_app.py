@@ -225,9 +225,15 @@ def _operations_router(controller: Controller, feed: _Feed, kind_of_route: Any) 
 
 def _page_router() -> APIRouter:
     package = "assay.poc.validator"
-    script = "".join(map(part, SHARED)) + part("page.js", package)
-    style = part("page.css") + part("page.css", package)
-    return page_router(*assemble_page(part("page.html", package), style=style, script=script))
+    page = assemble_page(
+        part("page.html", package),
+        brand="Validator",
+        name="validator",
+        mark="d='M3 8.5 7 12l6-8' stroke-width='1.8'",
+        style=part("page.css") + part("page.css", package),
+        script="".join(map(part, SHARED)) + part("page.js", package),
+    )
+    return page_router(*page)
 
 
 def validate(

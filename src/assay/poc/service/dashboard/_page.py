@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from importlib import resources
+from string import Template
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
@@ -32,22 +33,36 @@ def page_router(page: str, headers: dict[str, str]) -> APIRouter:
 
 def render_page() -> tuple[str, dict[str, str]]:
     """Return the page and the headers that it is served with."""
-    return assemble_page(part("page.html"), style=part("page.css"), script="".join(map(part, SCRIPTS)))
+    return assemble_page(
+        part("page.html"),
+        brand="Proof of Compute",
+        name="service",
+        mark="d='M2 12C6 12 6 4 8 4s2 8 6 8' stroke-width='1.6'",
+        style=part("page.css"),
+        script="".join(map(part, SCRIPTS)),
+    )
 
 
-def assemble_page(page: str, *, style: str, script: str) -> tuple[str, dict[str, str]]:
-    """Return a page with its style and script in it, and the headers that it is served with.
+def assemble_page(
+    body: str, *, brand: str, name: str, mark: str, style: str, script: str
+) -> tuple[str, dict[str, str]]:
+    """Return a page with its frame, style and script, and the headers that it is served with.
 
     Palette and type are those of the reports. Style and script are allowed by their hash, so that nothing else runs,
     whatever a block hash or a key may hold.
 
     Args:
-        page: HTML with places for a style and a script.
+        body: HTML between the head of the page, which asks for a key, and its end.
+        brand: Title of the page.
+        name: Word for what the page shows.
+        mark: Attributes of the path in its icon.
         style: Rules beside those of the reports.
         script: Module that fills the page.
     """
     style = part("report.css", "assay.reports") + style
-    page = page.replace("/*style*/", style).replace("/*script*/", script)
+    page = Template(part("frame.html")).substitute(
+        body=body, brand=brand, name=name, mark=mark, style=style, script=script
+    )
     policy = (
         f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
