@@ -236,12 +236,21 @@ async def chat_once(client, index, *, tokens=24, prompt=None):
         return {"kind": kind, "status": response.status_code, "text": _text(response.json()), "first": None}
     first, text = None, []
     async with client.stream("POST", path, json=body) as response:
-        async for line in response.aiter_lines():
+        async for line in lines_of(response):
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             first = first or time.perf_counter() - started
             text.append(_text(json.loads(line[6:])))
     return {"kind": kind, "status": response.status_code, "text": "".join(text), "first": first}
+
+
+async def lines_of(response):
+    """Yield the lines of a stream. They end at line feeds alone: httpx also ends them at others, which a text may have."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            yield line.decode()
 
 
 def _text(body):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import httpx
 from _common import note, parser, publish
+from _vllm import lines_of
 from _vllm_forked import ForkedServer
 from vllm_responses import SEEDED, begin, body_of, mixed
 
@@ -82,7 +83,7 @@ async def received(client, number, request):
     ended = False
     async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
         assert answer.status_code == 200
-        async for line in answer.aiter_lines():
+        async for line in lines_of(answer):
             ended = ended or line == "data: [DONE]"
             if line.startswith("data: {"):
                 for choice in json.loads(line[6:])["choices"]:

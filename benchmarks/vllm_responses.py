@@ -31,7 +31,7 @@ import httpx
 import numpy as np
 import psutil
 from _common import note, parser, publish
-from _vllm import BEGINNINGS, MODEL, REFERENCE, Server
+from _vllm import BEGINNINGS, MODEL, REFERENCE, Server, lines_of
 from responses import AUDITS, RESPONSES, TOKENS, Half, first
 
 from assay.models import load_model, save_random
@@ -124,7 +124,7 @@ async def send(client, request, gate, **other):
             return {"status": answer.status_code, "text": choice["text"], "times": []}
         times, text = [time.perf_counter()], []
         async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
-            async for line in answer.aiter_lines():
+            async for line in lines_of(answer):
                 if line.startswith("data: {"):
                     times.append(time.perf_counter())
                     piece = json.loads(line[6:])
