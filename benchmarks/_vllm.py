@@ -245,7 +245,7 @@ async def chat_once(client, index, *, tokens=24, prompt=None):
 
 
 async def lines_of(response):
-    """Yield the lines of a stream. They end at line feeds alone: httpx also ends them at others, which a text may have."""
+    """Yield the lines of a stream, which end at line feeds; httpx ends them at separators that a text may have, too."""
     rest = b""
     async for part in response.aiter_bytes():
         *whole, rest = (rest + part).split(b"\n")
