@@ -89,7 +89,7 @@ class Case:
         return HFEngine(replace(self.model, module=module), batch_size=64, seq_len=SEQ_LEN)
 
     def on_a_cpu(self):
-        """The same model on a CPU."""
+        """Return an engine of the same model on a CPU."""
         plain = load_model(self.plain.reference, dtype="bfloat16", device="cpu")
         return HFEngine(rounded(plain, self.form), batch_size=32, seq_len=SEQ_LEN)
 

@@ -20,6 +20,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 RUNS = RESULTS / "experiments"
 REDTEAM = ("qwen3", "llama")
 FORMATS = {"bfloat16": "", "float16": "-float16"}
+if (RUNS / "redteam-llama-float8").is_dir():
+    FORMATS["float8"] = "-float8"
 SHAPES = {"qwen3-0.6b": 28, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
 
 
@@ -202,7 +204,7 @@ def cheapest() -> None:
 
 
 def formats() -> None:
-    """Print what float16 changes for ``hardened``, both models side by side."""
+    """Print what the number format changes for ``hardened``, both models side by side."""
     columns = [_format_column(dtype, suffix) for dtype, suffix in FORMATS.items()]
     names = ("honest ε", "best attack that saves a quarter, over honest",
              "lightest experts left out (random / trained), over honest", "int8 weights, over honest",
@@ -212,7 +214,7 @@ def formats() -> None:
 
 def _format_column(dtype: str, suffix: str) -> list[str]:
     where = [(cells, *fields(cells)[0]) for cells in (redteam_cells(name + suffix) for name in REDTEAM)]
-    digits = 3 if dtype == "bfloat16" else 4
+    digits = 4 if dtype == "float16" else 3
     tables = [attack_table(*place, "hardened") for place in where]
     over = tables[0][0].index("over honest")
     claims = [row for cells, *_ in where for cell in cells if cell["kind"] == "claims" for row in cell["rows"]]
@@ -280,7 +282,7 @@ def cheap_shares() -> None:
     rows = []
     for name, model in (("Qwen3", "reference:qwen3"), ("Llama", "reference:llama")):
         for preset in ("poc-2.0", "artifact", "hardened"):
-            for dtype in FORMATS:
+            for dtype in ("bfloat16", "float16"):
                 found = [
                     row for row in measured if (row["model"], row["preset"], row["dtype"]) == (model, preset, dtype)
                 ]
