@@ -43,6 +43,7 @@ __all__ = [
     "UsageError",
     "how_to_install",
     "is_out_of_memory",
+    "not_finite",
 ]
 
 
@@ -162,6 +163,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | OutOfMemory) or type(error).__name__ == "OutOfMemoryError":
         return True
     return any(phrase in str(error) for phrase in ("out of memory", "can't allocate memory"))
+
+
+def not_finite(seen: str, *, wanted: str = "finite hidden states") -> BadWeights:
+    """Return the error of a model whose numbers are NaN or infinite."""
+    return BadWeights(seen, wanted=wanted, do="check the checkpoint, or use a dtype with more range (--dtype float32)")
 
 
 def how_to_install(extra: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from assay.errors import BadWeights, UsageError
+from assay.errors import UsageError, not_finite
 from assay.models import Model
 from assay.poc.engines import DecodingEngine, Engine, check_supported, decodes
 from assay.poc.engines.hf import HFEngine, worth_compiling
@@ -159,10 +159,9 @@ def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[l
     with closing(engine.outputs(round, header.pipeline, nonces)) as outputs:
         for start, values in zip(range(0, len(nonces), engine.batch_size), outputs, strict=False):
             if not np.isfinite(values).all():
-                raise BadWeights(
+                raise not_finite(
                     f"{round.model} gives {round.preset} a value that is NaN or infinite in {engine.dtype}",
                     wanted="logits that are finite and not all zero",
-                    do="check the checkpoint, or use a dtype with more range (--dtype float32)",
                 )
             wanted = nonces[start : start + engine.batch_size]
             yield [_record(nonce, value) for nonce, value in zip(wanted, values, strict=True)]

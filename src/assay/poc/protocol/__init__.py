@@ -1,7 +1,7 @@
 """The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and proof files."""
 
 from assay.poc.protocol._blocks import BlockFactor, block_factor, block_scale, folded_head, has_block_factor
-from assay.poc.protocol._build import Build, described
+from assay.poc.protocol._build import Build, described, nearest_build
 from assay.poc.protocol._pack import Pack, Row, packs
 from assay.poc.protocol._pins import FEWEST_NONCES, Pins
 from assay.poc.protocol._pins_file import NetworkPins
@@ -118,6 +118,7 @@ __all__ = [
     "is_valid",
     "malformed",
     "malformed_line",
+    "nearest_build",
     "numbered_lines",
     "pack",
     "packed_size",

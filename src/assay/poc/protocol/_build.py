@@ -1,5 +1,6 @@
 """Builds: the engines that a network allows, as what their fingerprints may say."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -127,6 +128,12 @@ def described(fingerprint: Fingerprint) -> dict[str, str | int]:
     """Return the fields of a fingerprint that a build names, with the kernels as one text."""
     values = {name: getattr(fingerprint, name) for name in FIELDS}
     return values | {"kernels": SEPARATOR.join(fingerprint.kernels)}
+
+
+def nearest_build(builds: Sequence[Build], fingerprint: Fingerprint) -> tuple[Build | None, tuple[str, ...]]:
+    """Return the build that an engine is nearest to, None without any, and the fields in which it differs."""
+    found = ((build, build.differing(fingerprint)) for build in builds)
+    return min(found, key=lambda pair: len(pair[1]), default=(None, ()))
 
 
 def _matches(stated: str | int, wanted: str | int) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from assay import streams
 from assay.errors import ProofMismatch, UsageError
-from assay.poc.protocol._build import FORMATS, Build, described
+from assay.poc.protocol._build import FORMATS, Build, described, nearest_build
 from assay.poc.protocol._pipelines import get_pipeline
 from assay.poc.protocol._record import Fingerprint, Header
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round, check_number
@@ -175,12 +175,12 @@ class Pins:
                 f"--prover-dtype {stated.dtype}",
                 name="prover_dtype",
             )
-        nearest = min(self.builds or (), key=lambda build: len(build.differing(stated)), default=None)
-        if nearest is not None and (odd := nearest.differing(stated)):
+        build, odd = nearest_build(self.builds or (), stated)
+        if odd:
             said = described(stated)
             raise ProofMismatch(
                 "a proof made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd),
-                wanted=", ".join(f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in odd),
+                wanted=", ".join(f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd),
                 do="ask the node to prove on a build that the network agreed on; if it agreed on this one, add it",
                 name="builds",
             )

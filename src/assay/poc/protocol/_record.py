@@ -23,6 +23,7 @@ from assay import streams
 from assay.errors import ProofFormatError, ProofMismatch
 from assay.poc.protocol._pipelines import Pipeline
 from assay.poc.protocol._round import Round
+from assay.poc.protocol._strict import malformed
 from assay.reports import dumps
 
 KIND = "assay.poc.proof"
@@ -351,4 +352,4 @@ def _floats(raw: bytes) -> np.ndarray:
 
 
 def _undecodable(what: str, seen: str, wanted: str) -> ProofFormatError:
-    return ProofFormatError(f"{what} that is {seen}", wanted=f"base64 of {wanted}", do="ask the node for it again")
+    return malformed(f"{what} that is {seen}", f"base64 of {wanted}")

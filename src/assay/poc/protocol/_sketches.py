@@ -12,9 +12,8 @@ from jaxtyping import Float, Float16
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay import streams
 from assay.poc.protocol._pipelines import SKETCH_SIZE
-from assay.poc.protocol._transforms import unit
+from assay.poc.protocol._transforms import random_projection, unit
 
 
 @torch.inference_mode()
@@ -25,7 +24,4 @@ def sketches(states_SD: Float[Tensor, "S D"], seeds_S: NDArray[np.uint32]) -> Fl
         states_SD: Hidden states h after the final norm.
         seeds_S: Seed of the projection of each.
     """
-    count, size = states_SD.shape
-    backend = streams.get_backend("auto", str(states_SD.device))
-    p_SKD = streams.as_tensor(backend.normals(seeds_S, SKETCH_SIZE * size)).view(count, SKETCH_SIZE, size)
-    return unit(torch.bmm(p_SKD, unit(states_SD.float()).unsqueeze(2)).squeeze(2)).to(torch.float16)
+    return unit(random_projection(unit(states_SD.float()), seeds_S, SKETCH_SIZE)).to(torch.float16)

@@ -55,6 +55,13 @@ def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Floa
     return torch.bmm(x_BD.unsqueeze(1), weight_VD.T.expand(len(x_BD), -1, -1)).squeeze(1)
 
 
+def random_projection(x_BD: Float[Tensor, "B D"], seeds_B: NDArray[np.uint32], count: int) -> Float32[Tensor, "B K"]:
+    """Return P x of every row, with P [K, D] the normals of its seed."""
+    normals = streams.get_backend("auto", str(x_BD.device)).normals(seeds_B, count * x_BD.shape[-1])
+    p_BKD = streams.as_tensor(normals).to(x_BD.device).view(len(x_BD), count, -1)
+    return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
+
+
 def block_target(round: Round, size: int, device: torch.device = _CPU) -> Float32[Tensor, " V"]:
     """Return the target of a block: a unit vector of ``size`` dimensions."""
     backend = streams.get_backend("auto", str(device))
@@ -161,7 +168,7 @@ class Transform:
                 seeds = self._seeds("pick", nonces, k=step.count)
                 return x_BD.gather(-1, streams.as_tensor(self._backend.picks(seeds, size, step.count)))
             case "project":
-                return self._projections(step.count, x_BD, nonces)
+                return random_projection(x_BD, self._seeds("projection", nonces, k=step.count), step.count)
             case "reflect":
                 return self._reflections("reflection", step.count, x_BD, nonces)
             case "rotate":
@@ -177,11 +184,6 @@ class Transform:
         for r in range(count):
             x_BD = reflect(x_BD, v_BRD[:, r])
         return x_BD
-
-    def _projections(self, count: int, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
-        seeds_N1 = self._seeds("projection", nonces, k=count)
-        p_BKD = self._normals(seeds_N1, count * x_BD.shape[-1]).view(len(nonces), count, -1)
-        return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
 
     def _seeds(self, stream: str, nonces: Sequence[int], *, count: int = 1, k: int = 0) -> NDArray[np.uint32]:
         return streams.seeds(self.round.texts(stream, nonces, count=count, k=k))

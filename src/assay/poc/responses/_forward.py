@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from assay.errors import BadWeights, ModelError, OutOfMemory, is_out_of_memory
+from assay.errors import ModelError, OutOfMemory, is_out_of_memory, not_finite
 from assay.models import Model, head_of
 
 
@@ -94,8 +94,5 @@ def check_finite(model: Model, hidden_TD: Tensor, logits_TV: Tensor) -> None:
         BadWeights: It is.
     """
     if not bool(torch.isfinite(hidden_TD).all()) or bool(torch.isnan(logits_TV).any()):
-        raise BadWeights(
-            f"{model.reference} gives NaN or infinity in {model.dtype}",
-            wanted="finite hidden states and logits",
-            do="check the checkpoint, or use a dtype with more range (--dtype float32)",
-        )
+        seen = f"{model.reference} gives NaN or infinity in {model.dtype}"
+        raise not_finite(seen, wanted="finite hidden states and logits")

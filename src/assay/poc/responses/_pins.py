@@ -6,7 +6,7 @@ from typing import Literal
 
 from assay import streams
 from assay.errors import ProofMismatch, UsageError
-from assay.poc.protocol import NetworkPins, Pins
+from assay.poc.protocol import NetworkPins, Pins, nearest_build
 from assay.poc.responses._files import Receipts
 from assay.poc.responses._receipts import Prompt, Receipt, ReceiptHeader
 from assay.poc.responses._requests import Request
@@ -71,9 +71,9 @@ class ReceiptPins:
         dtype = header.fingerprint.dtype
         if known.formats and dtype not in known.formats:
             raise _mismatch("receipts", "prover_dtype", dtype, " or ".join(known.formats))
-        nearest = min(known.builds or (), key=lambda build: len(build.differing(header.fingerprint)), default=None)
-        if nearest is not None and (odd := nearest.differing(header.fingerprint)):
-            allowed = " or ".join(map(str, getattr(nearest, odd[0])))
+        build, odd = nearest_build(known.builds or (), header.fingerprint)
+        if odd:
+            allowed = " or ".join(map(str, getattr(build, odd[0])))
             raise _mismatch("receipts", odd[0], getattr(header.fingerprint, odd[0]), allowed)
         asked = {_identity(one): one for one in self.requests or ()}
         for receipt in receipts.receipts:

@@ -12,7 +12,7 @@ from assay import streams
 from assay.errors import UsageError
 from assay.models import Model
 from assay.poc.engines.hf import HFEngine
-from assay.poc.protocol import SKETCH_EVERY
+from assay.poc.protocol import SKETCH_EVERY, sketch_steps
 from assay.poc.responses._files import Receipts, parse_receipt
 from assay.poc.responses._forward import CachedForward
 from assay.poc.responses._receipts import Prompt, Receipt, ReceiptHeader
@@ -185,11 +185,10 @@ class _Loop:
                 states.append(hidden_D)
             tokens.append(token)
             made()
-        steps = range(0, len(tokens), SKETCH_EVERY)
         return self.receipt(
             request,
             output=tuple(tokens),
-            sketches=sketches(torch.stack(states), seed.words("sketch"), steps).cpu().numpy(),
+            sketches=sketches(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens))).cpu().numpy(),
             finish="stop" if tokens[-1] in self._stop else "length",
         )
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Float16
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.errors import BadWeights
+from assay.errors import not_finite
 from assay.poc import protocol
 from assay.poc.responses._seeds import step_seeds
 
@@ -29,11 +29,7 @@ def sketches(
         BadWeights: A state is NaN or infinite.
     """
     if not bool(torch.isfinite(hidden_SD).all()):
-        raise BadWeights(
-            "a hidden state that is NaN or infinite",
-            wanted="finite hidden states",
-            do="check the checkpoint, or use a dtype with more range (--dtype float32)",
-        )
+        raise not_finite("a hidden state that is NaN or infinite")
     seeds_S = step_seeds(words, steps)
     parts = [
         protocol.sketches(hidden_SD[start : start + _ROWS], seeds_S[start : start + _ROWS])

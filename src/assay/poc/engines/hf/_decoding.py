@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from assay.errors import BadWeights
+from assay.errors import not_finite
 from assay.models import Model, backbone
 from assay.poc.engines._decoding import Decoded, Draws, Replayed, margins
 from assay.poc.engines.hf._memory import check_fits, check_shape
@@ -148,8 +148,4 @@ def _logits(engine: Decoder, states_ND: Float[Tensor, "N D"]) -> Float32[Tensor,
 
 def _check_finite(model: Model, *computed: np.ndarray) -> None:
     if any(np.isnan(values).any() for values in computed):  # an infinite margin is that of an id without a token
-        raise BadWeights(
-            f"{model.reference} returned NaN or infinity",
-            wanted="finite hidden states",
-            do="check the checkpoint, or use a dtype with more range (--dtype float32)",
-        )
+        raise not_finite(f"{model.reference} returned NaN or infinity")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
-from assay.errors import AssayError, BadWeights, ModelError, OutOfMemory, UsageError, is_out_of_memory
+from assay.errors import AssayError, ModelError, OutOfMemory, UsageError, is_out_of_memory, not_finite
 from assay.models import Model, backbone
 from assay.models.device import processor
 from assay.poc.engines._base import MAX_BATCH, noise_inputs
@@ -125,11 +125,7 @@ class HFEngine:
         """
         states_BD = self._run(inputs_BTD, weights_BT)
         if not bool(torch.isfinite(states_BD).all()):
-            raise BadWeights(
-                f"{self.model.reference} returned NaN or infinity in {self.dtype}",
-                wanted="finite hidden states",
-                do="check the checkpoint, or use a dtype with more range (--dtype float32)",
-            )
+            raise not_finite(f"{self.model.reference} returned NaN or infinity in {self.dtype}")
         return states_BD
 
     def supports(self, pipeline: Pipeline) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from assay.errors import BadWeights, UsageError
+from assay.errors import UsageError, not_finite
 from assay.poc.engines._decoding import Decoded, Replayed, drawn_prompts
 from assay.poc.engines.vllm._client import Asked, Client, RequestStream, Values, parameters
 from assay.poc.engines.vllm._decoding import CLAIMED
@@ -62,11 +62,7 @@ class TokenStream(RequestStream):
 
     def _split(self, values: Values) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
         if np.isnan(values).any():  # an infinite margin is that of an id without a token
-            raise BadWeights(
-                "vLLM returned NaN or infinity",
-                wanted="finite hidden states",
-                do="check the checkpoint, or use a dtype with more range (--dtype float32)",
-            )
+            raise not_finite("vLLM returned NaN or infinity")
         count = len(sketch_steps(self._steps))
         sketches, margins = np.split(values, [count * SKETCH_SIZE], axis=1)
         return sketches.reshape(-1, count, SKETCH_SIZE).astype(np.float16), margins.astype(np.float32)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from assay.errors import UsageError
-from assay.poc.protocol import Build, Fingerprint, NetworkPins, Round, described, get_pipeline
+from assay.poc.protocol import Build, Fingerprint, NetworkPins, Round, described, get_pipeline, nearest_build
 from assay.poc.service._bodies import ValidateRequest
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
@@ -98,12 +98,10 @@ def check_build(fingerprint: Fingerprint, deployment: Deployment, settings: Sett
     Raises:
         Refusal: 409; names the fields of the fingerprint that differ from the nearest build.
     """
-    differing = [build.differing(fingerprint) for build in _builds(deployment, settings.pins)]
-    names = min(differing, key=len, default=())
+    build, names = nearest_build(_builds(deployment, settings.pins), fingerprint)
     if names:
-        nearest = _builds(deployment, settings.pins)[differing.index(names)]
         stated = {name: described(fingerprint)[name] for name in names}
-        raise _refusal(names, stated, {name: getattr(nearest, name) for name in names})
+        raise _refusal(names, stated, {name: getattr(build, name) for name in names})
 
 
 def _builds(deployment: Deployment, pins: NetworkPins | None) -> tuple[Build, ...]:
