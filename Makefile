@@ -106,7 +106,7 @@ gpu-bench:  ## measure on a CUDA device, and on two where there are two; result 
 	  $(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:$$shape -o $(OUT)/gpu_prove_$$shape.json || exit; done
 	$(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:qwen3-30b-a3b --skip-whole -o $(OUT)/gpu_prove_qwen3-30b-a3b.json
 	$(GPU_PYTHON) benchmarks/gpu_float8.py --proofs $(OUT)/float8
-	$(GPU_PYTHON) benchmarks/float8_laws.py $(OUT)/float8 -o $(OUT)/gpu_float8.json
+	$(GPU_PYTHON) benchmarks/float8_laws.py $(OUT)/float8 -o $(OUT)/float8_laws.json
 	for shape in $(GPU_SHAPES); do \
 	  $(GPU_PYTHON) benchmarks/gpu_eight_bits.py --model shape:$$shape -o $(OUT)/gpu_eight_bits_$$shape.json || exit; done
 	$(GPU_PYTHON) benchmarks/gpu_overhead.py -o $(OUT)/gpu_overhead.json

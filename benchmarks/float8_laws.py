@@ -9,7 +9,7 @@ The first folder holds the proofs of the prover's machine; a second one those of
   it accuses, no nonce in two of them; and how far every cheat is, in root mean squares over the honest one, with its
   AUC and the checked nonces after which 99 % of simulated audits accuse it.
 
-    python benchmarks/float8_laws.py h200 h100 -o benchmarks/results/gpu_float8.json
+    python benchmarks/float8_laws.py h200 h100 -o benchmarks/results/float8_laws.json
 """
 
 from dataclasses import dataclass
@@ -202,7 +202,7 @@ def main():
         "machines": dict(zip(machines, origins, strict=True)),
         "cases": [judged(case) for case in cases if case.prover],
     }
-    publish("gpu_float8", figures, options.output)
+    publish("float8_laws", figures, options.output)
 
 
 if __name__ == "__main__":

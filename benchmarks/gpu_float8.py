@@ -13,7 +13,7 @@ A folder `calibrating` holds the block that laws come from; the other blocks are
 are kept. Every model may be a process of its own:
 
     python benchmarks/gpu_float8.py --models reference:qwen3 --proofs h200
-    python benchmarks/float8_laws.py h200 h100 -o benchmarks/results/gpu_float8.json
+    python benchmarks/float8_laws.py h200 h100 -o benchmarks/results/float8_laws.json
 """
 
 import copy
