@@ -22,7 +22,6 @@ from assay.errors import ModelError
 from assay.poc.engines.vllm import call_workers
 from assay.poc.protocol import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 
-GATHERED = 0.002  # seconds in which the responses that end in one step come together
 PAUSE = 0.02  # seconds between two calls
 PUT_OFF = 0.1  # seconds more if no response waits
 BYTES = SKETCH_SIZE * np.dtype(np.float16).itemsize  # of one sketch
@@ -133,7 +132,7 @@ class Collector:
         while self._due:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._waits.wait(), PUT_OFF)
-            await asyncio.sleep(GATHERED)
+            await self._gather()
             self._waits.clear()
             self._called, self._due = self._due, {}
             forgotten, self._forgotten = self._forgotten, []
@@ -152,3 +151,10 @@ class Collector:
                     followed.end(failed)
             self._called = {}
             await asyncio.sleep(PAUSE)
+
+    async def _gather(self) -> None:
+        """Let the responses that end in one step come together: the server wakes them a part at a time."""
+        due = -1
+        while len(self._due) > due:
+            due = len(self._due)
+            await asyncio.sleep(0)
