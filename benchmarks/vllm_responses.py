@@ -313,45 +313,64 @@ def measure(server, requests, at_once):
 
 
 def cost(arguments):
-    """Return the figures of both servers for every way of sampling."""
+    """Return the figures of both kinds of servers for every way of sampling.
+
+    Two servers of one kind differ too, by where a process lies on a machine. So there may be several of each, and turns
+    before a block is known, in which the seeded ones sample as the others do.
+    """
     options = {"--model": arguments.model, "--dtype": arguments.dtype} | of_device(arguments)
     options |= COMPILED if arguments.gpu else {}
+    kinds = {"without": {}, "seeded": SEEDED}
+    samplings = [{"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p]
+    ways = list(product(samplings, arguments.tokens))
     with ExitStack() as ending, ThreadPoolExecutor() as pool:
         servers = {}
-        for name, environment in (("without", {}), ("seeded", SEEDED)):
+        for number, (kind, environment) in product(range(arguments.servers), kinds.items()):
             folder = ending.enter_context(tempfile.TemporaryDirectory())
-            servers[name] = Server(folder, environment=environment, options=options)
-            ending.callback(servers[name].stop)
+            servers[kind, number] = Server(folder, environment=environment, options=options)
+            ending.callback(servers[kind, number].stop)
         list(pool.map(Server.start, servers.values()))
-        begin(servers["seeded"])
-        samplings = [{"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p]
-        rows = [in_turns(servers, arguments, *way) for way in product(samplings, arguments.tokens)]
-        stored = servers["seeded"].get("/responses").json()["receipts"]
-    return {"ways": rows, "receipts": stored}
+        alike = [in_turns(servers, arguments, arguments.alike, *way) for way in ways if arguments.alike]
+        seeded = [server for (kind, _), server in servers.items() if kind == "seeded"]
+        for server in seeded:
+            begin(server)
+        rows = [in_turns(servers, arguments, arguments.turns, *way) for way in ways]
+        stored = [server.get("/responses").json()["receipts"] for server in seeded]
+    return {"before_a_block": alike, "ways": rows, "receipts": stored}
 
 
-def in_turns(servers, arguments, sampling, tokens):
-    """Return the figures of both servers, turn by turn, for one way of sampling and one length of answers."""
-    turns = []
-    for turn in range(arguments.turns + 1):
-        order = ("without", "seeded") if turn % 2 else ("seeded", "without")
+def in_turns(servers, arguments, turns, sampling, tokens):
+    """Return the figures of all servers, turn by turn, for one way of sampling and one length of answers."""
+    found = []
+    for turn in range(turns + 1):
+        order = list(servers) if turn % 2 else list(reversed(servers))
         requests = {name: load(arguments.requests, tokens, seeds=not arguments.no_seeds, **sampling) for name in order}
         figures = {name: measure(servers[name], requests[name], arguments.at_once) for name in order}
-        note(f"turn {turn}: {json.dumps(figures)}")
+        both = {kind: [figures[name] for name in servers if name[0] == kind] for kind in ("without", "seeded")}
+        note(f"{tokens} tokens, turn {turn}: {json.dumps(both)}")
         if turn:  # the first one warms up
-            turns.append(figures)
-    speed = [one["seeded"]["tokens_per_second"] / one["without"]["tokens_per_second"] for one in turns]
-    gaps = [one["without"]["gap_ms"] / one["seeded"]["gap_ms"] for one in turns]
+            found.append(both)
     return {
         "sampling": sampling,
         "tokens": tokens,
-        "turns": turns,
-        "throughput_ratio_median": statistics.median(speed),
-        "throughput_ratio_quartiles": statistics.quantiles(speed, n=4)[::2] if len(speed) > 1 else speed,
-        "gap_ratio_median": statistics.median(gaps),
-        "gap_ratio_quartiles": statistics.quantiles(gaps, n=4)[::2] if len(gaps) > 1 else gaps,
+        "turns": found,
+        **compared("throughput", found, lambda one: ratio("tokens_per_second", one["seeded"], one["without"])),
+        **compared("gap", found, lambda one: ratio("gap_ms", one["without"], one["seeded"])),
+        **compared("of_one_kind", found, lambda one: ratio("tokens_per_second", one["without"][:1], one["without"])),
         "load": os.getloadavg(),
     }
+
+
+def ratio(name, over, under):
+    """Return the ratio of the means of a figure over some servers."""
+    return statistics.mean(one[name] for one in over) / statistics.mean(one[name] for one in under)
+
+
+def compared(name, turns, ratio_of):
+    """Return the median of a ratio over turns, and its quartiles."""
+    values = [ratio_of(turn) for turn in turns]
+    quartiles = statistics.quantiles(values, n=4)[::2] if len(values) > 1 else values
+    return {f"{name}_ratio_median": statistics.median(values), f"{name}_ratio_quartiles": quartiles}
 
 
 def main():
@@ -360,6 +379,8 @@ def main():
     made.add_argument("--requests", type=int, default=200, help="of each turn")
     made.add_argument("--tokens", type=int, nargs="+", default=[64], help="of an answer, for cost")
     made.add_argument("--turns", type=int, default=6)
+    made.add_argument("--servers", type=int, default=1, help="of each kind, for cost")
+    made.add_argument("--alike", type=int, default=0, help="turns before a block is known, for cost")
     made.add_argument("--at-once", type=int, default=8)
     made.add_argument("--temperature", type=float, default=1.0)
     made.add_argument("--top-p", type=float, nargs="+", default=[1.0])
