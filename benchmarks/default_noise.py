@@ -20,8 +20,9 @@ from _common import note, parser, publish
 from assay import stats
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
-from assay.poc.verdict._calibration import fit_noise
-from assay.poc.verdict._judge import DEFAULT_LAWS, EFFECT, MARGIN, law_as_dict
+from assay.poc.verdict import EFFECT, MARGIN, law_as_dict
+from assay.poc.verdict._build_noise import fit_noise
+from assay.poc.verdict._noise import DEFAULT_LAWS
 from assay.reports import dumps, read_json, write_atomic
 
 MODELS = ("reference:qwen3", "reference:llama")
@@ -64,7 +65,7 @@ def accused(pipeline, errors, rng):
     """Share of simulated audits of honest nodes that are accused, with a law fitted to the other half."""
     errors = rng.permutation(errors)
     half = len(errors) // 2
-    law, _ = fit_noise(pipeline, errors[:half])
+    law = fit_noise(pipeline, errors[:half]).law
     test = stats.SequentialTest(law, alpha=1e-3, effect=EFFECT[pipeline.output])
     drawn = rng.permuted(np.tile(errors[half:], (AUDITS, 1)), axis=1)[:, :AUDITED]
     return float(test.accusations(drawn)[:, -1].mean())
@@ -99,12 +100,13 @@ def main():
         pipeline = get_pipeline(preset)
         for one, two in itertools.combinations_with_replacement(sorted(DTYPES), 2):
             errors = pooled(found, preset, one, two)
-            law, confidence = fit_noise(pipeline, errors)
-            laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = widened(law_as_dict(law))
+            fit = fit_noise(pipeline, errors)
+            law = law_as_dict(fit.law)
+            laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = widened(law)
             quantiles = np.quantile(np.abs(errors), (0.5, 0.95, 1.0)).tolist()
-            row = {"preset": preset, "pair": f"{one}/{two}", "n": len(errors), "confidence": confidence}
+            row = {"preset": preset, "pair": f"{one}/{two}", "n": len(errors), "confidence": fit.confidence}
             row |= {"audits": AUDITS, "accused": accused(pipeline, errors, np.random.default_rng(0))}
-            measured.append(row | {"median_95_max": quantiles, "law": law_as_dict(law)})
+            measured.append(row | {"median_95_max": quantiles, "law": law})
     engines = sorted({name.split("|")[3] for name in found})
     publish("default_noise", {"engines": engines, "margin": MARGIN, "measured": measured, "laws": laws}, options.output)
     if options.install:

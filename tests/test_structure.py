@@ -111,6 +111,25 @@ def test_every_name_of_a_module_is_used():
     assert not unused
 
 
+def test_benchmarks_and_examples_import_what_there_is():
+    """Most of them run for minutes, or on machines with a GPU, so an import of a name that has moved shows late."""
+    missing = []
+    for path in (path for name in ("benchmarks", "examples", "scripts") for path in (ROOT.parent / name).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if module.partition(".")[0] == "assay":
+                there = {name for statement in TREES[module].body for name in given_names(statement)}
+                parts = [part for part in ast.walk(TREES[module]) if isinstance(part, ast.Import | ast.ImportFrom)]
+                there |= {alias.asname or alias.name for part in parts for alias in part.names}
+                names = (alias.name for alias in node.names)
+                missing += [
+                    f"{path.name}: {module}.{name}"
+                    for name in names
+                    if name not in there and f"{module}.{name}" not in MODULES
+                ]
+    assert not missing
+
+
 def words(statement: ast.stmt) -> Counter[str]:
     """The names in a statement, with those in its texts, and how often they stand there."""
     nodes = list(ast.walk(statement))
