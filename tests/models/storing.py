@@ -80,6 +80,106 @@ def make_mixture(kind: str, target: Path, **sizes: int) -> Path:
     return target
 
 
+def make_hybrid(kind: str, target: Path) -> Path:
+    """Write a model of random weights whose layers keep a state from position to position, or attend.
+
+    The kinds are those of transformers: ``falcon_h1``, ``granitemoehybrid``, ``nemotron_h``, ``qwen3_next``, ``lfm2``
+    and ``jamba``.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    mamba = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 32, "mamba_chunk_size": 64}
+    linear = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2}
+    own: dict[str, dict[str, Any]] = {
+        "falcon_h1": {**mamba, "mamba_d_ssm": 256},
+        "granitemoehybrid": {
+            **mamba,
+            "layer_types": ["mamba", "attention"] * 2,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 256,
+        },
+        "nemotron_h": {
+            "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 32,
+            "n_groups": 1,
+            "ssm_state_size": 32,
+            "chunk_size": 64,
+        },
+        "qwen3_next": {
+            **linear,
+            "linear_num_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 128,
+        },
+        # vLLM reads the names of published files, which transformers does not write.
+        "lfm2": {
+            "layer_types": ["conv", "full_attention"] * 2,
+            "block_auto_adjust_ff_dim": False,
+            "conv_dim": 128,
+            "block_dim": 128,
+        },
+        "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1},
+    }
+    return _write(AutoModelForCausalLM, AutoConfig.for_model(kind, **DECODER, **own[kind]), target)
+
+
+def make_wrapper(kind: str, target: Path) -> Path:
+    """Write a model of random weights that reads images too: ``idefics3``, ``smolvlm``, ``gemma3`` or ``qwen2_5_vl``.
+
+    The decoder inside is a Llama in the first two.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 16}
+    ids = {"image_token_id": 511}
+    rotation = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+    own: dict[str, dict[str, Any]] = {
+        "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 511, "boi_token_index": 510, "eoi_token_index": 509},
+        "qwen2_5_vl": {**ids, "video_token_id": 510, "vision_start_token_id": 509, "vision_end_token_id": 508},
+    }
+    texts: dict[str, dict[str, Any]] = {
+        "gemma3": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "qwen2_5_vl": {"rope_parameters": rotation},
+    }
+    if kind == "qwen2_5_vl":
+        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
+        vision |= {"fullatt_block_indexes": [0]}
+    text = DECODER | texts.get(kind, {"model_type": "llama"})
+    settings = own.get(kind, {**ids, "scale_factor": 2, "pad_token_id": 0})
+    config = AutoConfig.for_model(kind, vision_config=vision, text_config=text, **settings)
+    return _write(AutoModelForImageTextToText, config, target)
+
+
+DECODER: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""The sizes of the decoders that :func:`make_hybrid` and :func:`make_wrapper` write."""
+
+
+def _write(factory: Any, config: Any, target: Path) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        factory.from_config(config).to(torch.bfloat16).save_pretrained(target)
+    return target
+
+
 def in_eight_bits(owner: nn.Module, by: Arithmetic) -> None:
     """Round the linear layers and experts inside a module, as a checkpoint has them that is stored so."""
     for name, part in list(owner.named_children()):

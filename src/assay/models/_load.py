@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from assay import streams
 from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError
@@ -15,7 +14,7 @@ from assay.models._formats import StoredFormat, check_device, stored_format
 from assay.models._quantise import CHOSEN_FORMATS, NUMBER_FORMATS, check_quantisation
 from assay.models._quantise import quantise as round_weights
 from assay.models._random import SHAPE_BLOCK, attention_of, build, randomise, randomise_embeddings, recipe_digest
-from assay.models._resolve import CATALOGUE, Source, resolve
+from assay.models._resolve import CATALOGUE, Source, auto_class, resolve
 from assay.models._stored import load_stored
 from assay.models._tokenizer import tokenizer_in
 from assay.models.device import device_named
@@ -23,7 +22,7 @@ from assay.models.quiet import quiet
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 WEIGHT_MODES = ("trained", "random-all", "random-embed")
@@ -54,24 +53,29 @@ class Model:
     devices: int = 1
 
     @property
+    def config(self) -> "PreTrainedConfig":
+        """Configuration of the decoder, which is a part of that of a model that reads images too."""
+        return self.module.config.get_text_config(decoder=True)
+
+    @property
     def hidden_size(self) -> int:
         """Width of the hidden state."""
-        return int(self.module.config.hidden_size)
+        return int(self.config.hidden_size)
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return int(self.module.config.num_hidden_layers)
+        return int(self.config.num_hidden_layers)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding matrix."""
-        return int(self.module.config.vocab_size)
+        return int(self.config.vocab_size)
 
     @property
     def max_positions(self) -> int:
         """The longest sequence the model is made for, in tokens."""
-        return int(self.module.config.max_position_embeddings)
+        return int(self.config.max_position_embeddings)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -213,7 +217,7 @@ def model_info(reference: str | Path) -> ModelInfo:
     config = source.config
     with torch.device("meta"):
         module = build(config, torch.float32)
-    entry = CATALOGUE.get(source.reference)
+    entry, config = CATALOGUE.get(source.reference), config.get_text_config(decoder=True)
     return ModelInfo(
         reference=source.reference,
         architecture=type(module).__name__,
@@ -352,11 +356,10 @@ def _shard(module: "PreTrainedModel", mesh: "DeviceMesh") -> None:
 
 
 def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    factory: Any = AutoModelForCausalLM
     module: PreTrainedModel
     try:
         with quiet():
-            module, report = factory.from_pretrained(
+            module, report = auto_class(source.config).from_pretrained(
                 directory,
                 config=source.config,
                 dtype=dtype,

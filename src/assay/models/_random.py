@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from assay import streams
 from assay.errors import ModelError
+from assay.models._resolve import auto_class
 from assay.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -40,11 +40,10 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     Raises:
         ModelError: No model can be built from the configuration.
     """
-    factory: Any = AutoModelForCausalLM
     module: PreTrainedModel
     try:
         with quiet(), no_init_weights():
-            module = factory.from_config(config, dtype=dtype, attn_implementation=attention_of(config))
+            module = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attention_of(config))
     except Exception as error:  # a configuration of impossible numbers fails in many ways
         raise ModelError(
             f"no model can be built from this configuration: {error}",
@@ -57,7 +56,7 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
 
 def attention_of(config: "PreTrainedConfig") -> str:
     """Return ``sdpa``, or ``eager`` for an architecture without it: GPT-OSS, whose softmax has a sink."""
-    architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    architecture: Any = auto_class(config)._model_mapping.get(type(config), None)
     return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
 
 

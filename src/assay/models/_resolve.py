@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from assay.errors import BadWeights, ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
 from assay.models import adapters
@@ -146,12 +152,18 @@ def _read_config(path: Path) -> dict[str, Any]:
             do="check the path",
         )
     try:
-        published = json.loads(path.read_text("utf-8"))
+        published = json.loads(path.read_text("utf-8"), object_hook=_plain_number)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", wanted="a JSON object", do="save it again") from error
     if not isinstance(published, dict) or not isinstance(published.get("model_type"), str):
         raise ModelError(f"{path} names no model_type", wanted="a transformers configuration", do="save it again")
     return published
+
+
+def _plain_number(value: dict[str, Any]) -> Any:
+    """Return infinity or NaN in place of the object as which transformers writes it; JSON has no such numbers."""
+    written = value.get("__float__") if len(value) == 1 else None
+    return float(written) if written in ("Infinity", "-Infinity", "NaN") else value
 
 
 def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
@@ -165,14 +177,28 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
             wanted="an architecture that this version of transformers has built in",
             do="code that comes with a checkpoint is never run; update transformers or use another model",
         ) from error
-    complete = all(isinstance(getattr(config, key, None), int) for key in _NEEDED)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not complete:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if not known or config.is_encoder_decoder or not _is_complete(config):
         raise ModelError(
             f"{name!r} is a {published['model_type']} model",
             wanted="a causal language model with " + ", ".join(_NEEDED),
             do="use a decoder-only model",
         )
     return config
+
+
+def _is_complete(config: "PreTrainedConfig") -> bool:
+    """Return whether a configuration, or that of the decoder which it wraps, has the sizes that are read."""
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError:  # it wraps several decoders
+        return False
+    return all(isinstance(getattr(text, key, None), int) for key in _NEEDED)
+
+
+def auto_class(config: "PreTrainedConfig") -> Any:
+    """Return what makes the model of a configuration: a decoder, or one inside a model that reads images too."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 def _cached(hub_id: str) -> Path | None:

@@ -78,7 +78,8 @@ def decoder_layers(module: nn.Module) -> nn.ModuleList:
     decoder = backbone(module)
     lists = [getattr(decoder, name, None) for name in _LISTS_OF_LAYERS]
     layers = next((found for found in lists if isinstance(found, nn.ModuleList)), None)
-    expected = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+    config: Any = getattr(module, "config", None)
+    expected = None if config is None else getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if layers is not None and len(layers) == expected:
         return layers
     seen = "no list of layers" if layers is None else f"{len(layers)} layers where the configuration says {expected}"

@@ -183,7 +183,7 @@ def _attention_name(model: Model) -> str:
     """Return which kernel attends: the one that torch chooses for these heads."""
     if model.device.type != "cuda":
         return "sdpa"
-    config = model.module.config
+    config: Any = model.config
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     q, k = (torch.empty(1, count, 64, width, dtype=model.dtype, device=model.device) for count in (heads, key_heads))

@@ -46,7 +46,7 @@ def fusible(model: Model) -> bool:
     if model.device.type != "cuda" or find_spec("triton") is None:
         return False
     in_bfloat16 = not model.quantised or model.dtype == torch.bfloat16
-    return in_bfloat16 and model.module.config.hidden_act in _ACTIVATIONS
+    return in_bfloat16 and model.config.hidden_act in _ACTIVATIONS
 
 
 @cache

@@ -110,7 +110,7 @@ def lean_decoder(model: Model, seq_len: int) -> bool:
     They are not after a change from outside: hooks, adapters, another attention, split or quantised weights.
     """
     body = backbone(model.module)
-    config = model.module.config
+    config = model.config
     family, window = family_of(config) or mixture_of(model), attention_window(config)
     known = family is not None and family.plain and type(body).__name__ == f"{family.prefix}Model"
     if not known or not type(body).__module__.startswith("transformers.models."):
@@ -121,7 +121,7 @@ def lean_decoder(model: Model, seq_len: int) -> bool:
 
 def mixture_of(model: Model) -> Family | None:
     """Return the family of a model whose every layer has a mixture of experts, or None."""
-    family = MIXTURES.get(model.module.config.model_type)
+    family = MIXTURES.get(model.config.model_type)
     return family if all(hasattr(layer.mlp, "experts") for layer in decoder_layers(model.module)) else None
 
 

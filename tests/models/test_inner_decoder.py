@@ -1,0 +1,68 @@
+"""Decoders inside models that read images too, and decoders whose layers keep a state."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from assay.errors import ModelError
+from assay.models import decoder_layers, identify, load_model, model_info
+from assay.poc import Round, prove
+from assay.poc.engines.hf import HFEngine
+from tests.models.storing import DECODER, make_hybrid, make_wrapper
+from tests.models.test_load import configure
+
+ALONE: dict[str, Callable[[], torch.nn.Module]] = {
+    "idefics3": lambda: LlamaForCausalLM(LlamaConfig(**DECODER)),
+    "qwen2_5_vl": lambda: Qwen2ForCausalLM(Qwen2Config(**DECODER, rope_parameters=ROTATION)),
+}
+ROTATION = {"rope_type": "default", "rope_theta": 1e6}
+
+
+def distances(model: object, engine: HFEngine) -> list[float]:
+    round = Round(block_hash="block", public_key="node", seq_len=16, preset="poc-2.0", model="m")
+    return [record.distance for record in prove(model, round, range(8), engine=engine).records]
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_decoder_that_is_wrapped_proves_as_it_does_alone(kind: str, tmp_path: Path) -> None:
+    path = make_wrapper(kind, tmp_path / kind)
+    model = load_model(path, dtype="float32", device="cpu")
+    assert (model.hidden_size, model.num_layers, model.vocab_size, model.max_positions) == (128, 4, 512, 256)
+    assert len(decoder_layers(model.module)) == 4
+    assert model_info(path).hidden_size == 128
+    assert identify(path, dtype="float32").digest == model.digest
+    alone = ALONE[kind]().eval()
+    alone.model.load_state_dict(model.module.get_decoder().state_dict())
+    engine, other = (HFEngine(model, batch_size=8, seq_len=16) for _ in range(2))
+    other._backbone = alone.model
+    assert distances(model, engine) == pytest.approx(distances(model, other), abs=2e-6)
+
+
+def test_images_belong_to_the_digest(tmp_path: Path) -> None:
+    one, other = (make_wrapper("smolvlm", tmp_path / name) for name in ("one", "other"))
+    model = load_model(other, device="cpu")
+    with torch.no_grad():
+        model.module.model.vision_model.encoder.layers[0].mlp.fc1.weight[0, 0] += 1
+    model.module.save_pretrained(other)
+    assert load_model(one, device="cpu").digest == model.digest != load_model(other, device="cpu").digest
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "lfm2"])
+def test_a_nonce_of_a_model_with_state_does_not_depend_on_the_others(kind: str, tmp_path: Path) -> None:
+    model = load_model(make_hybrid(kind, tmp_path / kind), dtype="float32", device="cpu")
+    many, one = (HFEngine(model, batch_size=size, seq_len=16) for size in (8, 2))
+    assert distances(model, many) == pytest.approx(distances(model, one), abs=1e-6)
+
+
+def test_numbers_that_json_does_not_have_are_read_as_transformers_writes_them(checkpoint: Path) -> None:
+    configure(checkpoint, time_step_limit=[0.0, {"__float__": "Infinity"}])
+    assert load_model(checkpoint, device="cpu").module.config.time_step_limit == [0.0, float("inf")]
+
+
+def test_a_model_without_a_decoder_is_refused(checkpoint: Path) -> None:
+    configure(checkpoint, model_type="florence2")
+    with pytest.raises(ModelError, match="is a florence2 model"):
+        load_model(checkpoint)
