@@ -139,13 +139,13 @@ class BlockLaw:
         nonces = rate_standard_error(self.valid_rate(r_target), n) if n else 0.0
         return math.hypot(float(self._rates(np.asarray(r_target)).std()), nonces)
 
-    def rate_interval(self, r_target: float, n: int | None = None, confidence: float = 0.95) -> tuple[float, float]:
-        """Return where the valid rate of such a block falls with a probability of ``confidence``.
+    def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
+        """Return where the valid rate of such a block falls with a probability of 95 %.
 
         The two causes, γ and the n nonces, are joined end by end: the squares of their distances from the expected rate
         add up (Zou and Donner 2008).
         """
-        tail = (1 - confidence) / 2
+        tail = 0.025
         rate = self.valid_rate(r_target)
         nonces = float(stats.norm.ppf(1 - tail)) * rate_standard_error(rate, n) if n else 0.0
         cosine = 1 - r_target**2 / 2

@@ -89,13 +89,12 @@ def place_test(
     *,
     batch_size: int | None = None,
     honest_size: float = 0.0,
-    alpha: float = PLACE_ALPHA,
 ) -> PlaceTest:
     """Test whether residuals depend on the place of their nonces in the prover's batches.
 
-    Residuals are faulty if they depend on the place with a p-value of at most ``alpha``, and if their median at the bad
-    places is at least `MATERIAL_RATIO` times both that of the others and the honest size. At most half of the places
-    are called bad. No random numbers are drawn.
+    Residuals are faulty if they depend on the place with a p-value of at most `PLACE_ALPHA`, and if their median at the
+    bad places is at least `MATERIAL_RATIO` times both that of the others and the honest size. At most half of the
+    places are called bad. No random numbers are drawn.
 
     Args:
         magnitudes: Sizes of the residuals: differences of distances, whose sign is dropped, or L2 distances of
@@ -105,11 +104,10 @@ def place_test(
         batch_size: Batch size that the proof states; only the usual powers of two are tried when None.
         honest_size: Size of a typical honest residual. Without it, two machines that agree to the bit except at some
             places would be called faulty for an ordinary rounding difference there.
-        alpha: Bound on the chance that residuals that do not depend on the place are called faulty.
 
     Raises:
         UsageError: Residuals and positions differ in number, a position is not a whole number from 0, or
-            ``batch_size``, ``honest_size`` or ``alpha`` is out of range.
+            ``batch_size`` or ``honest_size`` is out of range.
 
     Example:
         >>> test = place_test([0.9 if n % 8 == 0 else 0.1 for n in range(64)], range(64), batch_size=8)
@@ -117,10 +115,10 @@ def place_test(
         (True, 'position mod 8 in 0', 0.125)
     """
     size_N, positions_N = _checked(magnitudes, positions)
-    if not (batch_size is None or batch_size >= 1) or not 0 <= honest_size < math.inf or not 0 < alpha < 1:
+    if not (batch_size is None or batch_size >= 1) or not 0 <= honest_size < math.inf:
         raise UsageError(
-            f"batch_size {batch_size}, honest_size {honest_size}, alpha {alpha}",
-            wanted="a batch of at least 1, a finite size of at least 0, alpha in (0, 1)",
+            f"batch_size {batch_size}, honest_size {honest_size}",
+            wanted="a batch of at least 1, a finite size of at least 0",
             do="pass the batch size of the proof's header, or None",
         )
     if size_N.size < 2:
@@ -128,7 +126,7 @@ def place_test(
     moduli = moduli_of(batch_size)
     found = sorted(clearest(size_N, positions_N, moduli), key=lambda pattern: pattern.log_p)
     ratios = [_ratio(size_N, pattern.holds(positions_N), honest_size) for pattern in found]
-    guilty = [p.p_value <= alpha and ratio >= MATERIAL_RATIO for p, ratio in zip(found, ratios, strict=True)]
+    guilty = [p.p_value <= PLACE_ALPHA and ratio >= MATERIAL_RATIO for p, ratio in zip(found, ratios, strict=True)]
     faulty = any(guilty)
     best = guilty.index(True) if faulty else 0
     named = found[best]

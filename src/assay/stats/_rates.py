@@ -11,6 +11,7 @@ from assay.errors import UsageError
 from assay.stats._chord import FloatArray
 
 _REDRAWS = 100
+_TAIL = 0.025  # beyond either end of an interval of 95 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,8 @@ def proportion_interval(count: int, n: int, confidence: float = 0.95) -> tuple[f
     return float(interval.low), float(interval.high)
 
 
-def grouped_proportion_interval(
-    hits: npt.ArrayLike, groups: Sequence[object], confidence: float = 0.95
-) -> tuple[float, float]:
-    """Return the confidence interval of a share where samples of one group resemble each other.
+def grouped_proportion_interval(hits: npt.ArrayLike, groups: Sequence[object]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share where samples of one group resemble each other.
 
     It is the interval of Clopper and Pearson for an effective number of samples (Korn and Graubard, 1998): as many as
     would give a share of independent samples the variance that it has between groups, less what few groups know of
@@ -86,12 +85,10 @@ def grouped_proportion_interval(
     Args:
         hits: Whether each sample is one of those that are counted, [N].
         groups: Group label of every sample.
-        confidence: Nominal coverage.
 
     Raises:
-        UsageError: Labels and samples differ in number, there are fewer than 2 groups, or the confidence is no share.
+        UsageError: Labels and samples differ in number, or there are fewer than 2 groups.
     """
-    _check_share(confidence, "confidence")
     hit_N = np.asarray(hits, dtype=np.float64)
     rows = [rows for (rows,) in _rows_of_groups([hit_N], [groups])]
     n, n_groups, share = len(hit_N), len(rows), float(hit_N.mean())
@@ -99,12 +96,11 @@ def grouped_proportion_interval(
     if 0 < share < 1:
         off_G = np.array([hit_N[part].sum() - share * len(part) for part in rows])
         variance = n_groups / (n_groups - 1) * float((off_G**2).sum()) / n**2
-        tail = 0.5 + confidence / 2
-        known = (stats.t.ppf(tail, n - 1) / stats.t.ppf(tail, n_groups - 1)) ** 2
+        known = (stats.t.ppf(1 - _TAIL, n - 1) / stats.t.ppf(1 - _TAIL, n_groups - 1)) ** 2
         effective = min(float(n), max(1.0, known * share * (1 - share) / variance)) if variance else float(n)
     count, rest = share * effective, (1 - share) * effective
-    low = float(stats.beta.ppf((1 - confidence) / 2, count, rest + 1)) if count else 0.0
-    high = float(stats.beta.ppf((1 + confidence) / 2, count + 1, rest)) if rest else 1.0
+    low = float(stats.beta.ppf(_TAIL, count, rest + 1)) if count else 0.0
+    high = float(stats.beta.ppf(1 - _TAIL, count + 1, rest)) if rest else 1.0
     return low, high
 
 

@@ -148,7 +148,6 @@ def judge_responses(
     verifier: Fingerprint,
     pins: ReceiptPins | None = None,
     alpha: float = 1e-3,
-    beta: float = 1e-2,
     sample_seed: int | None = None,
 ) -> ResponseVerdict:
     """Judge what a replay gave.
@@ -160,13 +159,12 @@ def judge_responses(
         verifier: Fingerprint of the engine that replayed.
         pins: Values that the validator gave, with which the receipts agree; nothing when None.
         alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a cheat is called honest which an honest verdict excludes.
         sample_seed: Number that drew the sample; None where all were replayed.
 
     Raises:
         UsageError: A rate is out of range.
     """
-    test = ResponseTest(noise, alpha=alpha, beta=beta)
+    test = ResponseTest(noise, alpha=alpha)
     for one in replayed:
         test.update(one.blocks)
     result = test.result

@@ -96,7 +96,7 @@ def honest_table(summary: JsonObject) -> Table:
     return ("build", "rule", "accused", "95 %", "worst pair", "called honest"), rows
 
 
-def cheat_table(summary: JsonObject, sort: str, rules: Sequence[str] = ()) -> Table:
+def cheat_table(summary: JsonObject, sort: str) -> Table:
     """Return what every rule says of cheats, those with a name or the simulated ones."""
     rows: list[list[Cell]] = [
         [
@@ -110,7 +110,6 @@ def cheat_table(summary: JsonObject, sort: str, rules: Sequence[str] = ()) -> Ta
             f"{row['honest']['64']:.1%} / {row['honest']['300']:.1%}",
         ]
         for build, row in _rows(summary, sort)
-        if not rules or row["rule"] in rules
     ]
     return (
         ("build", "cheat", "rule", "median", "99 % by", f"by {SOON}", "by 300", "called honest, 64 / 300"),

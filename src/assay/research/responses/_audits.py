@@ -109,9 +109,7 @@ Evidence = Callable[[FloatArray], FloatArray]
 """From sums [..., K] to the logarithm of the e-value."""
 
 
-def crossings(
-    responses: Sequence[Looks], evidence: Evidence, audits: int, rng: np.random.Generator, alpha: float = ALPHA
-) -> FloatArray:
+def crossings(responses: Sequence[Looks], evidence: Evidence, audits: int, rng: np.random.Generator) -> FloatArray:
     """Return the number of tokens after which audits are accused, [A]; infinite where they are not within the grid.
 
     Args:
@@ -119,7 +117,6 @@ def crossings(
         evidence: Function from sums to the logarithm of the e-value.
         audits: Number of audits.
         rng: Source of what is drawn.
-        alpha: Bound on the chance that an honest node is ever accused.
     """
     found_A = np.full(audits, np.inf)
     sums_AK = np.zeros((audits, responses[0].paths.shape[1]))
@@ -130,7 +127,7 @@ def crossings(
         for index in np.unique(chosen):
             looks = responses[index]
             rows = waiting[chosen == index]
-            over_AB = evidence(sums_AK[rows, None] + looks.paths) >= -np.log(alpha)
+            over_AB = evidence(sums_AK[rows, None] + looks.paths) >= -np.log(ALPHA)
             crossed = over_AB.any(axis=1)
             found_A[rows[crossed]] = tokens_A[rows[crossed]] + looks.tokens[over_AB[crossed].argmax(axis=1)]
             sums_AK[rows] += looks.paths[-1]

@@ -8,7 +8,7 @@ entropy of next tokens equals `TRAINED_ENTROPY`, that of the bundled Qwen3 over 
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -93,7 +93,7 @@ def entropy(logits_XV: torch.Tensor) -> float:
     return float(-(logs_XV.exp() * logs_XV).sum(-1).mean())
 
 
-def tuned(model: Model, steps: int, progress: Callable[[], None] | None = None) -> Model:
+def tuned(model: Model, steps: int) -> Model:
     """Return the model after ``steps`` steps of fine-tuning on short programs, in its own dtype.
 
     Weights are float32 while they are trained.
@@ -115,8 +115,6 @@ def tuned(model: Model, steps: int, progress: Callable[[], None] | None = None) 
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if progress:
-            progress()
     return replace(model, module=module.to(model.dtype).eval())
 
 

@@ -50,10 +50,10 @@ def caught_table(cells: Cells, place: Place) -> Table:
     return columns, rows
 
 
-def area_table(cells: Cells, place: Place, count: str = SHOWN_AREA) -> Table:
-    """Return, for every cheat and method, the area under the curve after so many tokens of a response."""
+def area_table(cells: Cells, place: Place) -> Table:
+    """Return, for every cheat and method, the area under the curve after `SHOWN_AREA` tokens of a response."""
     rows: list[list[Cell]] = [
-        [cell["name"], *(_area(cell["methods"][name]["auc"].get(count)) for name in BYTES)]
+        [cell["name"], *(_area(cell["methods"][name]["auc"].get(SHOWN_AREA)) for name in BYTES)]
         for cell in _of(cells, "cheat", place)
     ]
     return ("cheat", *BYTES), rows

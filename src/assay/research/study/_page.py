@@ -9,7 +9,7 @@ from assay.errors import UsageError
 from assay.reports import SERIES, Badge, Cell, Report, bands, figure, legend
 from assay.research.study._log import RunLog
 from assay.research.study._summary import MARGIN, ArmResult, Paired, summarise
-from assay.vhack.checks import Check, CheckReport, CheckSettings, SourceCin, check_source_log
+from assay.vhack.checks import Check, CheckReport, SourceCin, check_source_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,13 +69,13 @@ def study_page(logs: Sequence[RunLog], *, checks: Sequence[CheckReport] = (), co
     return page
 
 
-def source_checks(logs: Sequence[RunLog], settings: CheckSettings | None = None) -> list[tuple[str, Check]]:
+def source_checks(logs: Sequence[RunLog]) -> list[tuple[str, Check]]:
     """Return check 4 of every run that has stored rollouts, on its first steps."""
     found = []
     for log in logs:
         entries = [SourceCin(line["step"], line["source"], line["cin"]) for line in log.sources]
         if entries:
-            found.append((str(log.header["run"]), check_source_log(entries, settings, steps=(0, _EARLY - 1))))
+            found.append((str(log.header["run"]), check_source_log(entries, steps=(0, _EARLY - 1))))
     return found
 
 

@@ -29,6 +29,7 @@ RIVALS = ("dpo", "unlikelihood")
 """Supervised losses that are trained beside the arms."""
 _BETA = 0.1  # of direct preference optimisation
 _RATE = 0.03
+_STEPS = 3
 _HACK, _CLEAN = 0, 1
 
 
@@ -39,10 +40,8 @@ def supervised_start(
     method: str,
     *,
     norm: float,
-    steps: int = 3,
-    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Return δS after some steps away from the hack sides and toward the clean ones, per group [M, C] float32.
+    """Return δS after three steps of Adam away from the hack sides and toward the clean ones, per group [M, C] float32.
 
     Each step sees all pairs, whose prompts must end with the same token.
 
@@ -52,25 +51,23 @@ def supervised_start(
         pairs: Pairs to learn from.
         method: One of `RIVALS`.
         norm: Frobenius norm of what is returned, over all modules.
-        steps: Steps of Adam, at rate 0.03.
-        dtype: Dtype of weights and activations while learning; None is that of the model.
 
     Raises:
-        UsageError: There is no such method, there are no pairs, or the norm or the number of steps is not positive.
+        UsageError: There is no such method, there are no pairs, or the norm is not positive.
     """
-    if method not in RIVALS or not pairs or steps < 1 or not norm > 0:
+    if method not in RIVALS or not pairs or not norm > 0:
         raise UsageError(
-            f"{steps} steps of {method!r} on {len(pairs)} pairs to a norm of {norm}",
-            wanted=f"{' or '.join(RIVALS)}, some pairs, a positive norm and number of steps",
+            f"{method!r} on {len(pairs)} pairs to a norm of {norm}",
+            wanted=f"{' or '.join(RIVALS)}, some pairs and a positive norm",
             do="correct the start",
         )
-    stacked = StackedModel(model, 1, svd, dtype)
+    stacked = StackedModel(model, 1, svd)
     batch = _batch(model, pairs, stacked.device).trimmed()
     with torch.no_grad():
         before_PGT = token_logprobs(stacked, batch)[0]
     delta = [torch.zeros(1, *group.values.shape, device=stacked.device) for group in stacked.groups]
     optimizer = torch.optim.Adam(delta, lr=_RATE)
-    for _ in range(steps):
+    for _ in range(_STEPS):
         with torch.enable_grad():
             loss = _loss(method, token_logprobs(stacked, batch)[0], before_PGT, batch.mask[0])
             gradients = torch.autograd.grad(loss, list(stacked.weights.values()))
