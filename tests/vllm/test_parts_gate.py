@@ -11,6 +11,7 @@ from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.models import identify
 from assay.poc import NetworkPins
 from assay.poc.engines.vllm import _compatibility
+from assay.poc.engines.vllm._settings import other_cache
 from assay.poc.engines.vllm._worker import products
 from assay.poc.serving import _preflight, before_start, plugin
 from tests.models.storing import described
@@ -67,6 +68,9 @@ def settings_of_vllm(**changes) -> SimpleNamespace:
         "model_config.is_moe": False,
         "model_config.is_encoder_decoder": False,
         "model_config.is_multimodal_model": False,
+        "model_config.multimodal_config.language_model_only": False,
+        "model_config.is_hybrid": False,
+        "model_config.is_attention_free": False,
         "parallel_config.worker_extension_cls": "assay.poc.engines.vllm.WorkerExtension",
         "parallel_config.data_parallel_size": 1,
         "parallel_config.pipeline_parallel_size": 1,
@@ -96,13 +100,14 @@ def test_the_settings_that_docs_recommend_pass_the_gate():
         {"cache_config.cache_dtype": "bfloat16"},
         {"cache_config.mamba_cache_dtype": "bfloat16", "cache_config.mamba_ssm_cache_dtype": "float32"},
         {"model_config.hf_overrides": {}},
+        {"model_config.is_multimodal_model": True, "model_config.multimodal_config.language_model_only": True},
         {"device_config.device_type": "cuda", "lora_config": SimpleNamespace()},
         {"device_config.device_type": "cuda", "parallel_config.pipeline_parallel_size": 2},
         {"device_config.device_type": "cuda", "parallel_config.enable_expert_parallel": True},
     ],
 )
 def test_settings_that_move_nothing_pass(changes):
-    assert _compatibility.other_cache(settings_of_vllm(**changes)) == []
+    assert other_cache(settings_of_vllm(**changes)) == []
     _compatibility.check_config(settings_of_vllm(**changes))
 
 
@@ -116,7 +121,7 @@ def test_settings_that_move_nothing_pass(changes):
         ("parallel_config.enable_expert_parallel", True, "--enable-expert-parallel on the CPU"),
         ("model_config.runner_type", "pooling", "--runner pooling"),
         ("model_config.quantization", "fp8", "--quantization fp8"),
-        ("model_config.is_multimodal_model", True, "multimodal"),
+        ("model_config.is_multimodal_model", True, "add --language-model-only"),
         ("load_config.load_format", "dummy", "dummy"),
         ("cache_config.kv_sharing_fast_prefill", True, "fast-prefill"),
         ("model_config.hf_overrides", {"rope_theta": 1e6}, "--hf-overrides"),
@@ -132,6 +137,50 @@ def test_settings_that_move_nothing_pass(changes):
 def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, value, words: str):
     with pytest.raises(UsageError) as refusal:
         _compatibility.check_config(settings_of_vllm(**{path: value}))
+    assert words in str(refusal.value)
+
+
+HYBRID = {
+    "model_config.is_hybrid": True,
+    "model_config.architecture": "FalconH1ForCausalLM",
+    "compilation_config.is_custom_op_enabled": lambda name: True,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "words"),
+    [
+        ({}, "0.32.0", None),
+        ({}, "0.28.0", "vLLM 0.28.0 with FalconH1ForCausalLM"),
+        ({"device_config.device_type": "cuda"}, "0.32.0", "none yet"),
+        ({"model_config.architecture": "JambaForCausalLM"}, "0.32.0", "vLLM with JambaForCausalLM on cpu"),
+        ({"model_config.dtype": "torch.float16"}, "0.32.0", "pass --dtype bfloat16"),
+        (
+            {"model_config.architecture": "Qwen3NextForCausalLM", "model_config.dtype": "torch.float32"},
+            "0.32.0",
+            "pass --dtype bfloat16",
+        ),
+        ({"model_config.architecture": "Lfm2ForCausalLM"}, "0.32.0", '"-rotary_embedding"'),
+        (
+            {
+                "model_config.architecture": "Lfm2ForCausalLM",
+                "compilation_config.is_custom_op_enabled": lambda name: name != "rotary_embedding",
+            },
+            "0.32.0",
+            None,
+        ),
+    ],
+)
+def test_a_model_with_state_runs_only_where_it_was_run(
+    changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_compatibility, "_version", lambda: version)
+    config = settings_of_vllm(**HYBRID | changes)
+    if words is None:
+        _compatibility.check_config(config)
+        return
+    with pytest.raises(UsageError) as refusal:
+        _compatibility.check_config(config)
     assert words in str(refusal.value)
 
 

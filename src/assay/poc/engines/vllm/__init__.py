@@ -5,7 +5,6 @@
 
 from assay.poc.engines.vllm._client import Client, call_workers
 from assay.poc.engines.vllm._compatibility import (
-    EXTENSION,
     check_config,
     check_installed,
     missing_in_runner,
@@ -22,6 +21,7 @@ from assay.poc.engines.vllm._engine import (
     most_positions,
 )
 from assay.poc.engines.vllm._extension import WorkerExtension
+from assay.poc.engines.vllm._settings import EXTENSION
 from assay.poc.engines.vllm._throttle import Mode, NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._worker import Spans, call_before, is_first_of_group, spans
 

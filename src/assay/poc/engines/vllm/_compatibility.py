@@ -1,4 +1,4 @@
-"""Which vLLM this was written for: its versions, every name of it that is used, and the settings that are refused.
+"""Which vLLM this was written for: its versions, every name of it that is used, and the checkpoints that run on it.
 
 vLLM's internals change with every release. What is missing is refused here in words when an engine starts, instead of
 failing in a request at night.
@@ -13,12 +13,10 @@ from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.models import stored_format
+from assay.poc.engines.vllm._settings import refusals, refusals_on_cpu, stated
 
 OLDEST, NEWEST = (0, 28), (0, 32)
 """First and last minor version on which the tests have run."""
-
-EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
-"""What ``--worker-extension-cls`` names for nonces."""
 
 USED: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": ("generate", "collective_rpc", "from_vllm_config", "shutdown"),
@@ -84,11 +82,27 @@ On a CPU vLLM multiplies four bits in no other dtype. Its products in float8 by 
 inputs as they are, which is another computation than that of the transformers engine.
 """
 
-STORED_SINCE = (0, 32)
-"""First minor version on which such checkpoints were run."""
+WITH_STATE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "cpu": {
+        "FalconH1ForCausalLM": ("bfloat16", "float32"),
+        "GraniteMoeHybridForCausalLM": ("bfloat16", "float32"),
+        "Lfm2ForCausalLM": ("bfloat16", "float32"),
+        "NemotronHForCausalLM": ("bfloat16", "float32"),
+        "Qwen3NextForCausalLM": ("bfloat16",),
+    },
+    "cuda": {},
+}
+"""Architectures with layers that keep a state, by kind of device, with the dtypes in which each was run there.
 
-Refusal = tuple[Any, str, str, str]
-"""Whether a setting is refused; then the setting as the operator wrote it, what is wanted, and what to do."""
+On a CPU vLLM has no kernel for prompts of the first Mamba (Jamba), and its linear attention takes bfloat16 only: where
+either is missing, the first request ends the engine.
+"""
+
+SINCE = (0, 32)
+"""First minor version on which quantised checkpoints and models with state were run."""
+
+ROTATION = "rotary_embedding"
+"""What vLLM calls its kernel for rotary embeddings."""
 
 
 def check_installed() -> str:
@@ -144,10 +158,11 @@ def check_config(config: Any) -> None:
         ModelError: The checkpoint is quantised in a way that is not read.
     """
     _check_engines(config)
-    for refused, seen, wanted, do in (*_refusals(config), *_refusals_on_cpu(config)):
+    for refused, seen, wanted, do in (*refusals(config), *refusals_on_cpu(config)):
         if refused:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
     _check_stored(config)
+    _check_state(config)
 
 
 def stored_as(config: Any) -> str:
@@ -157,13 +172,8 @@ def stored_as(config: Any) -> str:
         ModelError: It is quantised in a way that is not read.
     """
     model = config.model_config
-    form = stored_format(str(getattr(model, "model", "")), {"quantization_config": _stated(model)})
+    form = stored_format(str(getattr(model, "model", "")), {"quantization_config": stated(model)})
     return form.name if form else ""
-
-
-def _stated(model: Any) -> Any:
-    """Return what the configuration of a checkpoint says of its quantisation; None where it says nothing."""
-    return getattr(getattr(model, "hf_config", None), "quantization_config", None)
 
 
 def _check_stored(config: Any) -> None:
@@ -171,14 +181,9 @@ def _check_stored(config: Any) -> None:
     name, device = stored_as(config), str(config.device_config.device_type)
     if not name:
         return
-    model, formats, version = config.model_config, STORED.get(device, {}), _version()
+    model, formats = config.model_config, STORED.get(device, {})
     dtype = str(model.dtype).removeprefix("torch.")
-    if _minor(version) < STORED_SINCE:
-        raise UsageError(
-            f"vLLM {version} with a checkpoint in {name}",
-            wanted="vLLM {}.{} or later, on which such checkpoints were run".format(*STORED_SINCE),
-            do="install it, or serve the checkpoint before quantisation",
-        )
+    _check_since(f"a checkpoint in {name}", "serve the checkpoint before quantisation")
     if name not in formats:
         raise UsageError(
             f"vLLM with a checkpoint in {name} on {device}",
@@ -199,91 +204,44 @@ def _check_stored(config: Any) -> None:
         )
 
 
-def _refusals(config: Any) -> tuple[Refusal, ...]:
-    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
-    contexts = ("prefill_context_parallel_size", "decode_context_parallel_size")
-    checkpoint = "the checkpoint, which the proof names"
-    formats = ", ".join(other_cache(config))
-    return (
-        (not model.enable_prompt_embeds, "no --enable-prompt-embeds", "input embeddings", "add --enable-prompt-embeds"),
-        (model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", "leave it out"),
-        (
-            model.quantization is not None and _stated(model) is None,
-            f"--quantization {model.quantization}",
-            checkpoint,
-            "leave it out",
-        ),
-        (str(config.load_config.load_format).endswith("dummy"), "--load-format dummy", checkpoint, "leave it out"),
-        (getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, "serve it as it is"),
-        (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
-        (model.is_multimodal_model, "a multimodal model", "a text model", "use another model"),
-        (
-            not parallel.worker_extension_cls,
-            "no --worker-extension-cls",
-            "the extension in the workers",
-            f"add --worker-extension-cls {EXTENSION}",
-        ),
-        (
-            any(getattr(parallel, name, 1) > 1 for name in contexts),
-            "context parallelism",
-            "every position of a nonce on one worker",
-            "use tensor or pipeline parallelism",
-        ),
-        (
-            getattr(cache, "kv_sharing_fast_prefill", False),
-            "--kv-sharing-fast-prefill",
-            "every layer at every position",
-            "leave it out",
-        ),
-        (
-            formats,
-            f"a cache of another number format ({formats})",
-            "a cache of the model's own format: values rounded in the cache move an honest node's results too far",
-            "leave --kv-cache-dtype, --calculate-kv-scales and --mamba-cache-dtype out",
-        ),
-    )
+def _check_since(seen: str, do: str) -> None:
+    """Refuse something on a vLLM that is older than those on which it was run."""
+    version = _version()
+    if _minor(version) < SINCE:
+        raise UsageError(
+            f"vLLM {version} with {seen}",
+            wanted="vLLM {}.{} or later, on which such checkpoints were run".format(*SINCE),
+            do=f"install it, or {do}",
+        )
 
 
-def _refusals_on_cpu(config: Any) -> tuple[Refusal, ...]:
-    """Return what goes wrong on the CPU build of vLLM; nothing elsewhere."""
-    parallel = config.parallel_config
-    if config.device_config.device_type != "cpu":
-        return ()
-    return (
-        (
-            parallel.pipeline_parallel_size > 1,
-            "pipeline stages on the CPU, where its second stage fails at the first step",
-            "one stage",
-            "use tensor parallelism",
-        ),
-        (
-            getattr(parallel, "enable_expert_parallel", False),
-            "--enable-expert-parallel on the CPU, where its workers crash in their kernel for experts",
-            "every expert on every worker",
-            "leave it out",
-        ),
-        # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one: beside a request
-        # with an adapter the nonces, and the chat without one, are computed with that adapter.
-        (
-            getattr(config, "lora_config", None) is not None,
-            "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it",
-            "an engine without adapters",
-            "leave it out, or serve on a GPU",
-        ),
-    )
-
-
-def other_cache(config: Any) -> list[str]:
-    """Return how the cache of an engine departs from the model's own number format: nothing where it does not.
-
-    The state of a Mamba layer may be float32, the format that vLLM itself chooses for some models.
-    """
-    cache, own = config.cache_config, str(getattr(config.model_config, "dtype", "")).removeprefix("torch.")
-    formats = {"kv": ("cache_dtype", {own}), "mamba": ("mamba_cache_dtype", {own})}
-    formats["mamba state"] = ("mamba_ssm_cache_dtype", {own, "float32"})
-    found = [(name, str(getattr(cache, field, "auto")), plain) for name, (field, plain) in formats.items()]
-    scaled = ["kv scales"] if getattr(cache, "calculate_kv_scales", False) else []
-    return [f"{name} {dtype}" for name, dtype, plain in found if dtype not in {"auto", *plain}] + scaled
+def _check_state(config: Any) -> None:
+    """Refuse a model with state that was not run on this kind of device, or that would be computed wrongly."""
+    model, device, another = config.model_config, str(config.device_config.device_type), "prove with --engine hf"
+    if not (model.is_hybrid or model.is_attention_free):
+        return
+    name, known = str(model.architecture), WITH_STATE.get(device, {})
+    _check_since(f"{name}, whose layers keep a state,", another)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if name not in known:
+        raise UsageError(
+            f"vLLM with {name} on {device}",
+            wanted=f"a model with state that was run there: {', '.join(known) or 'none yet'}",
+            do=f"serve another model, or {another}",
+        )
+    if dtype not in known[name]:
+        raise UsageError(
+            f"vLLM with {name} and --dtype {dtype} on {device}",
+            wanted=" or ".join(known[name]),
+            do=f"pass --dtype {known[name][0]}",
+        )
+    # The kernel takes the second last axis for that of positions. Queries of this model are [positions, heads, width].
+    if device == "cpu" and name == "Lfm2ForCausalLM" and config.compilation_config.is_custom_op_enabled(ROTATION):
+        raise UsageError(
+            f"vLLM with {name} and its own kernel for rotary embeddings, which on a CPU turns wrong heads of it",
+            wanted="rotary embeddings by torch",
+            do=f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'""",
+        )
 
 
 def _check_engines(config: Any) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from assay import streams
 from assay.poc.engines._base import noise_inputs
-from assay.poc.engines.vllm._compatibility import other_cache
 from assay.poc.engines.vllm._rows import Spec
+from assay.poc.engines.vllm._settings import other_cache
 from assay.poc.engines.vllm._worker import MAX_SUMMED, MAX_VALUES, is_first_of_group, is_first_stage, is_last_stage
 from assay.poc.protocol import Transform, weighted_sum
 

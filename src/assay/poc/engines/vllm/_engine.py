@@ -23,9 +23,10 @@ from assay.models import checkpoint_directory, identify
 from assay.poc.engines._base import check_batch_size, check_supported, noise_inputs
 from assay.poc.engines._decoding import Decoded, Replayed
 from assay.poc.engines.vllm._client import Client, Prompt, RequestStream
-from assay.poc.engines.vllm._compatibility import EXTENSION, check_config, check_installed, multiply_exactly
+from assay.poc.engines.vllm._compatibility import check_config, check_installed, multiply_exactly
 from assay.poc.engines.vllm._direct_stream import DirectStream
 from assay.poc.engines.vllm._rows import Spec
+from assay.poc.engines.vllm._settings import EXTENSION
 from assay.poc.engines.vllm._throttle import NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._token_requests import TokenStream, check_room
 from assay.poc.protocol import Fingerprint, Pipeline, Round
@@ -303,6 +304,7 @@ async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> 
     fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
     own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False}
     own["skip_tokenizer_init"] = True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
+    own["language_model_only"] = True
     if current_platform.is_cpu() and "gpu_memory_utilization" not in options:
         own["kv_cache_memory_bytes"] = CPU_KV_BYTES
     chosen = own | options | fixed

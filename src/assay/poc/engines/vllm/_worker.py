@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.models.device import processor
-from assay.poc.engines.vllm._compatibility import other_cache, runner_kind, stored_as
+from assay.poc.engines.vllm._compatibility import runner_kind, stored_as
+from assay.poc.engines.vllm._settings import other_cache
 from assay.streams import dtype_name
 
 MAX_VALUES = 2**24

@@ -1,0 +1,107 @@
+"""Settings of a vLLM engine under which nonces could not run, or would prove another computation."""
+
+from typing import Any
+
+EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
+"""What ``--worker-extension-cls`` names for nonces."""
+
+Refusal = tuple[Any, str, str, str]
+"""Whether a setting is refused; then the setting as the operator wrote it, what is wanted, and what to do."""
+
+
+def stated(model: Any) -> Any:
+    """Return what the configuration of a checkpoint says of its quantisation; None where it says nothing."""
+    return getattr(getattr(model, "hf_config", None), "quantization_config", None)
+
+
+def refusals(config: Any) -> tuple[Refusal, ...]:
+    """Return what is refused on every device."""
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    contexts = ("prefill_context_parallel_size", "decode_context_parallel_size")
+    checkpoint = "the checkpoint, which the proof names"
+    formats = ", ".join(other_cache(config))
+    return (
+        (not model.enable_prompt_embeds, "no --enable-prompt-embeds", "input embeddings", "add --enable-prompt-embeds"),
+        (model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", "leave it out"),
+        (
+            model.quantization is not None and stated(model) is None,
+            f"--quantization {model.quantization}",
+            checkpoint,
+            "leave it out",
+        ),
+        (str(config.load_config.load_format).endswith("dummy"), "--load-format dummy", checkpoint, "leave it out"),
+        (getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, "serve it as it is"),
+        (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
+        (
+            model.is_multimodal_model and not model.multimodal_config.language_model_only,
+            "a multimodal model that reads more than text",
+            "its language model alone, which is what nonces run",
+            "add --language-model-only",
+        ),
+        (
+            not parallel.worker_extension_cls,
+            "no --worker-extension-cls",
+            "the extension in the workers",
+            f"add --worker-extension-cls {EXTENSION}",
+        ),
+        (
+            any(getattr(parallel, name, 1) > 1 for name in contexts),
+            "context parallelism",
+            "every position of a nonce on one worker",
+            "use tensor or pipeline parallelism",
+        ),
+        (
+            getattr(cache, "kv_sharing_fast_prefill", False),
+            "--kv-sharing-fast-prefill",
+            "every layer at every position",
+            "leave it out",
+        ),
+        (
+            formats,
+            f"a cache of another number format ({formats})",
+            "a cache of the model's own format: values rounded in the cache move an honest node's results too far",
+            "leave --kv-cache-dtype, --calculate-kv-scales and --mamba-cache-dtype out",
+        ),
+    )
+
+
+def refusals_on_cpu(config: Any) -> tuple[Refusal, ...]:
+    """Return what goes wrong on the CPU build of vLLM; nothing elsewhere."""
+    parallel = config.parallel_config
+    if config.device_config.device_type != "cpu":
+        return ()
+    return (
+        (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline stages on the CPU, where its second stage fails at the first step",
+            "one stage",
+            "use tensor parallelism",
+        ),
+        (
+            getattr(parallel, "enable_expert_parallel", False),
+            "--enable-expert-parallel on the CPU, where its workers crash in their kernel for experts",
+            "every expert on every worker",
+            "leave it out",
+        ),
+        # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one: beside a request
+        # with an adapter the nonces, and the chat without one, are computed with that adapter.
+        (
+            getattr(config, "lora_config", None) is not None,
+            "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it",
+            "an engine without adapters",
+            "leave it out, or serve on a GPU",
+        ),
+    )
+
+
+def other_cache(config: Any) -> list[str]:
+    """Return how the cache of an engine departs from the model's own number format: nothing where it does not.
+
+    The state of a Mamba layer may be float32, the format that vLLM itself chooses for some models.
+    """
+    cache, own = config.cache_config, str(getattr(config.model_config, "dtype", "")).removeprefix("torch.")
+    formats = {"kv": ("cache_dtype", {own}), "mamba": ("mamba_cache_dtype", {own})}
+    formats["mamba state"] = ("mamba_ssm_cache_dtype", {own, "float32"})
+    found = [(name, str(getattr(cache, field, "auto")), plain) for name, (field, plain) in formats.items()]
+    scaled = ["kv scales"] if getattr(cache, "calculate_kv_scales", False) else []
+    return [f"{name} {dtype}" for name, dtype, plain in found if dtype not in {"auto", *plain}] + scaled
