@@ -273,19 +273,17 @@ class SequentialTest:
     @property
     def verdict(self) -> Verdict:
         """``honest``, ``fraud`` or ``undecided``, by the rule of `SequentialResult.verdict`."""
-        if self._log_e_max >= -math.log(self.alpha):
-            return "fraud"
-        return (
-            "honest" if min(self._evidence(self._log_path, self._n).values()) >= -math.log(self.beta) else "undecided"
-        )
+        return self.result.verdict
 
     @property
     def result(self) -> SequentialResult:
         """The verdict with every number it rests on."""
         evidence = self._evidence(self._log_path, self._n)
         weakest = min(evidence, key=lambda name: evidence[name])
+        fraud = self._log_e_max >= -math.log(self.alpha)
+        honest = evidence[weakest] >= -math.log(self.beta)
         return SequentialResult(
-            verdict=self.verdict,
+            verdict="fraud" if fraud else "honest" if honest else "undecided",
             n=self._n,
             log_e_value=float(self._log_e(self._log_path)) if self._n else 0.0,
             log_e_max=self._log_e_max,

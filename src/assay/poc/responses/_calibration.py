@@ -83,14 +83,13 @@ class ResponseCalibration:
         if header.digest != self.digest:
             raise _other("checkpoint", self.digest[:12], header.digest[:12])
         engines = [(self.provers, header.fingerprint, "prover's")]
-        engines += [((self.verifier,), verifier, "verifier's")] if verifier is not None else []
+        if verifier is not None:
+            engines.append(((self.verifier,), verifier, "verifier's"))
         for measured, engine, whose in engines:
             differing = [[name for name in OF_BUILD if getattr(one, name) != getattr(engine, name)] for one in measured]
-            nearest = min(differing, key=len)
-            if nearest:
-                known = measured[differing.index(nearest)]
-                name = nearest[0]
-                raise _other(f"{name} than the {whose}", getattr(known, name), getattr(engine, name))
+            known, odd = min(zip(measured, differing, strict=True), key=lambda pair: len(pair[1]))
+            if odd:
+                raise _other(f"{odd[0]} than the {whose}", getattr(known, odd[0]), getattr(engine, odd[0]))
 
     def save(self, path: str | Path) -> None:
         """Write the file in one piece, replacing an older one.

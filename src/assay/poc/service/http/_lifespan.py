@@ -3,8 +3,9 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -13,11 +14,18 @@ log = structlog.get_logger("assay.server")
 PAUSE = 1.0  # seconds before a loop that failed begins again
 
 
-class Started(Protocol):
-    """What works behind an application."""
+class Served(Protocol):
+    """What works behind an application, and loads its model in the background."""
 
     closing: threading.Event
     """Set when the end begins, while connections are still open."""
+
+    ended: bool
+    """Whether no thread of it computes any more."""
+
+    @property
+    def loaded(self) -> "Future[Any]":
+        """The loaded model, or the reason why it cannot be loaded."""
 
     def start(self) -> None:
         """Begin to work."""
@@ -28,7 +36,7 @@ class Started(Protocol):
 
 @asynccontextmanager
 async def running(
-    controller: Started, refresh: Callable[[], Awaitable[None]], *loops: Callable[[], Awaitable[None]]
+    controller: Served, refresh: Callable[[], Awaitable[None]], *loops: Callable[[], Awaitable[None]]
 ) -> AsyncIterator[None]:
     """Start a controller, make its first snapshot, and run loops beside it until the block ends."""
     await asyncio.to_thread(controller.start)

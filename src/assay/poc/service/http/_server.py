@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 import uvicorn
@@ -23,6 +23,7 @@ from assay.errors import UsageError
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
 from assay.poc.service.http._app import create_app
+from assay.poc.service.http._lifespan import Served
 from assay.poc.service.http._route import is_loopback
 from assay.poc.service.runtime import Controller, Deployment
 from assay.reports import dumps
@@ -117,20 +118,6 @@ class Bounded(HttpToolsProtocol):
 def bounded(settings: Settings) -> type[asyncio.Protocol]:
     """Return the protocol with the bounds of some settings."""
     return type("Bounded", (Bounded,), {"settings": settings})
-
-
-class Served(Protocol):
-    """What runs behind an application and loads its model in the background."""
-
-    closing: threading.Event
-    """Set when the end begins, while connections are still open."""
-
-    ended: bool
-    """Whether no thread of it computes any more."""
-
-    @property
-    def loaded(self) -> "Future[Any]":
-        """The loaded model, or the reason why it cannot be loaded."""
 
 
 class _Server(uvicorn.Server):
