@@ -48,7 +48,7 @@ def sample():
         ax.plot([0, 1])
         report.figure(fig, "A line & its caption")
     with report.details("More"):
-        report.code("a < b && c")
+        report.paragraph("a < b && c")
     return report
 
 

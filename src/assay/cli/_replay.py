@@ -66,7 +66,6 @@ def replay(
             found,
             read,
             noise,
-            verifier=engine.fingerprint,
             pins=pins,
             alpha=chosen.alpha,
             sample_seed=seed if chosen.sample is not None else None,

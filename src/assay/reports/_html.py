@@ -76,10 +76,6 @@ class Report:
         """Add a paragraph of text and badges. Words between backticks are set as code, here and in tables."""
         self._parts.append(f"<p>{''.join(_inline(piece) for piece in pieces)}</p>")
 
-    def code(self, text: str) -> None:
-        """Add preformatted text, such as a command."""
-        self._parts.append(f"<pre><code>{escape(text)}</code></pre>")
-
     def definitions(self, items: Mapping[str, Cell]) -> None:
         """Add names with their values, one per row."""
         rows = "".join(f"<dt>{escape(name)}</dt><dd>{_inline(value)}</dd>" for name, value in items.items())

@@ -184,9 +184,10 @@ def test_an_honest_verdict_covers_all_requests(responses: Receipts, small_model:
     some = Receipts.build(responses.header, responses.receipts[:2], 1.0)
     engine = HFPrefill(small_model)
     noise = noise_between(responses.header, engine.fingerprint, None)
-    found = {len(one.receipts): judge_responses(
-        replay(one, small_model, engine=engine) * 40, one, noise, verifier=engine.fingerprint, pins=pins
-    ) for one in (responses, some)}  # fmt: skip
+    found = {
+        len(one.receipts): judge_responses(replay(one, small_model, engine=engine) * 40, one, noise, pins=pins)
+        for one in (responses, some)
+    }
     assert [one.verdict for one in found.values()] == ["honest", "honest"]
     codes = {count: (one.unanswered, one.exit_code) for count, one in found.items()}
     assert codes == {len(REQUESTS): (0, 0), 2: (len(REQUESTS) - 2, 2)}
@@ -225,7 +226,7 @@ def test_weights_of_four_bits_are_caught_and_the_honest_node_is_not(
         engine = HFPrefill(engines["float32"])
         noise = noise_between(receipts.header, engine.fingerprint, None)
         found = replay(receipts, engines["float32"], engine=engine)
-        verdicts[name] = judge_responses(found, receipts, noise, verifier=engine.fingerprint)
+        verdicts[name] = judge_responses(found, receipts, noise)
     honest, cheat = verdicts["honest"], verdicts["int4"]
     assert honest.matches / honest.tokens > 0.98
     assert honest.verdict in ("honest", "undecided")

@@ -37,7 +37,6 @@ class ResponseVerdict:
         receipts: Receipts of which these are all or a sample.
         pins: Values that the validator gave, with which the receipts agree.
         sample_seed: Number that draws the same sample again; None where all were replayed.
-        verifier: Fingerprint of the engine that replayed.
     """
 
     result: ResponseResult
@@ -47,7 +46,6 @@ class ResponseVerdict:
     receipts: Receipts
     pins: ReceiptPins
     sample_seed: int | None
-    verifier: Fingerprint
 
     @property
     def verdict(self) -> str:
@@ -145,7 +143,6 @@ def judge_responses(
     receipts: Receipts,
     noise: ResponseNoise,
     *,
-    verifier: Fingerprint,
     pins: ReceiptPins | None = None,
     alpha: float = 1e-3,
     sample_seed: int | None = None,
@@ -156,7 +153,6 @@ def judge_responses(
         replayed: What the replay gave, in an order that does not depend on it.
         receipts: Receipts that were replayed, or of which a sample was.
         noise: Honest noise between the two engines.
-        verifier: Fingerprint of the engine that replayed.
         pins: Values that the validator gave, with which the receipts agree; nothing when None.
         alpha: Bound on the chance that an honest node is ever accused.
         sample_seed: Number that drew the sample; None where all were replayed.
@@ -176,7 +172,6 @@ def judge_responses(
         receipts=receipts,
         pins=pins or ReceiptPins(),
         sample_seed=sample_seed,
-        verifier=verifier,
     )
 
 

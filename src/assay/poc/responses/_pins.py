@@ -1,7 +1,7 @@
 """What a validator knows of responses before it replays their receipts, and what it takes on the node's word."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from assay import streams
@@ -57,7 +57,7 @@ class ReceiptPins:
     def check(self, receipts: Receipts) -> None:
         """Refuse receipts that contradict a pin.
 
-        A prompt of text is compared only once :meth:`encoded` has given it token ids.
+        A prompt of text is not compared: :func:`assay.poc.responses.encoded` gives it token ids.
 
         Raises:
             ProofMismatch: Names the value, stated and wanted.
@@ -103,10 +103,6 @@ class ReceiptPins:
         """
         whole = {_identity(receipt) for receipt in receipts.receipts if receipt.finish != "abort"}
         return len({_identity(request) for request in self.requests or ()} - whole)
-
-    def encoded(self, requests: Sequence[Request]) -> "ReceiptPins":
-        """Return the pins with requests whose prompts are token ids."""
-        return replace(self, requests=tuple(requests))
 
     @property
     def prompts(self) -> dict[str, Prompt]:
