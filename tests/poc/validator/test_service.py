@@ -55,6 +55,7 @@ def test_others_reach_a_validator_only_with_keys_and_secrets(small_model, tmp_pa
         made = Settings(data_dir=tmp_path / "data", **service)
         with pytest.raises(UsageError, match=seen):
             validate(load, settings, made, reference="m", host="0.0.0.0", port=0)
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_port_in_use_leaves_nothing_behind(small_model, tmp_path):

@@ -37,6 +37,7 @@ from assay.poc.service.runtime import CONTENT_TYPE, Deployment
 from assay.poc.validator._controller import Controller
 from assay.poc.validator._intake import PREFIX, Intake
 from assay.poc.validator._poll import Poller
+from assay.poc.validator._registry import Registry
 from assay.poc.validator._settings import ValidatorSettings
 from assay.poc.validator._worker import account_id
 from assay.poc.verdict import Account
@@ -262,13 +263,13 @@ def validate(
         ModelError: The model cannot be loaded.
     """
     check_host(host, service)
+    registry = Registry.load(settings.pins, settings.nodes, service, model=reference)
+    if not is_loopback(host) and registry.is_open:
+        raise UsageError(
+            f"--host {host} with nodes that sign nothing",
+            wanted="a secret of every node where others reach the port",
+            do="pass --callback-secret, or give each node its secrets in the file of --nodes",
+        )
     with listen(host, port) as listener:
         controller = Controller(load, settings, service, reference=reference)
-        if not is_loopback(host) and controller.registry.is_open:
-            controller.close()
-            raise UsageError(
-                f"--host {host} with nodes that sign nothing",
-                wanted="a secret of every node where others reach the port",
-                do="pass --callback-secret, or give each node its secrets in the file of --nodes",
-            )
         run_app(create_app(controller), service, listener, controller=controller)
