@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import _vllm_images
 import _vllm_router
 import numpy as np
 from _common import note, parser, publish
@@ -28,7 +29,7 @@ from assay.errors import AssayError
 from assay.models import checkpoint_directory, load_model
 from assay.poc.engines.hf import HFEngine
 from assay.research.cheats import rounded, with_fewer_experts
-from tests.models.storing import make_mixture, store
+from tests.models.storing import make_hybrid, make_mixture, make_wrapper, store
 
 PLAIN = "reference:qwen3"
 CASES = {  # kind of checkpoint, dtype
@@ -42,6 +43,14 @@ CASES = {  # kind of checkpoint, dtype
     "int4 W4A16 with zeros, compressed-tensors": ("packed-zeros", "bfloat16"),
     "int8 W8A8, compressed-tensors, in float32": ("int8", "float32"),
     "not quantised": ("plain", "bfloat16"),
+    "Falcon-H1": ("falcon_h1", "bfloat16"),
+    "Granite 4, hybrid": ("granitemoehybrid", "bfloat16"),
+    "LFM2": ("lfm2", "bfloat16"),
+    "Nemotron-H": ("nemotron_h", "bfloat16"),
+    "Qwen3-Next": ("qwen3_next", "bfloat16"),
+    "SmolVLM, as text": ("smolvlm", "bfloat16"),
+    "Qwen2.5-VL, as text": ("qwen2_5_vl", "bfloat16"),
+    "Jamba": ("jamba", "bfloat16"),
     "int4 W4A16, compressed-tensors, in float32": ("packed", "float32"),
     "fp8 by row, compressed-tensors": ("channel-tensors", "bfloat16"),
     "fp8 by tensor": ("tensor", "bfloat16"),
@@ -50,6 +59,10 @@ CASES = {  # kind of checkpoint, dtype
     "Qwen3-MoE, int4 W4A16, compressed-tensors": ("qwen3-moe packed", "bfloat16"),
 }
 MIXTURES = ("qwen3-moe", "mixtral")
+HYBRIDS = ("falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_next", "jamba")
+WRAPPERS = ("smolvlm", "qwen2_5_vl")
+WITH_VIDEOS = ("qwen2_5_vl",)
+OPTIONS = {"lfm2": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}}
 PRESETS = ("poc-2.0", "hardened")
 SEQ_LEN, NONCES = 64, 64
 
@@ -92,6 +105,12 @@ def checkpoint(kind, folder):
         mixture, _, form = kind.rpartition(" ")
         if kind in MIXTURES:
             make_mixture(kind, path)
+        elif kind in HYBRIDS:
+            make_hybrid(kind, path)
+        elif kind in WRAPPERS:
+            if kind in WITH_VIDEOS:
+                _vllm_images.stand_in(folder)
+            make_wrapper(kind, path)
         else:
             origin = checkpoint(mixture, folder) if mixture else source
             store(origin, path, form, block=128 if form == "block" else 32)
@@ -105,7 +124,8 @@ def measure(path, kind, dtype, nonces=range(NONCES)):
     shape = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": dtype}
     if kind in MIXTURES:
         _vllm_router.allow_hooks()
-    with VLLMEngine(str(path), **shape, enforce_eager=True, max_model_len=256, max_num_seqs=16) as engine:
+    options = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16, **OPTIONS.get(kind, {})}
+    with VLLMEngine(str(path), **shape, **options) as engine:
         model = load_model(path, dtype=dtype, device="cpu")
         cheat = cheating(model, kind, dtype)
         presets = {preset: compare(engine, model, cheat, preset, nonces) for preset in PRESETS}
@@ -133,6 +153,8 @@ def cheating(model, kind, dtype):
     """Return the cheaper model that is passed off as the honest one."""
     if kind in MIXTURES:
         return with_fewer_experts(model, model.module.config.num_experts_per_tok // 2)
+    if kind in (*HYBRIDS, *WRAPPERS):
+        return rounded(model, 4)
     if model.quantised == "int4-groups":
         return rounded(model, 3)
     return replace(rounded(load_model(PLAIN, dtype=dtype, device="cpu"), 4), digest=model.digest)

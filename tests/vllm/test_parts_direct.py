@@ -269,7 +269,6 @@ def test_an_ordinary_engine_takes_calls(newest):
         ({"lora_config": object()}, "lora"),
         ({"kv_transfer_config": object()}, "kv-transfer"),
         ({"model_config__enable_sleep_mode": True}, "sleep"),
-        ({"model_config__uses_mrope": True}, "several dimensions"),
         ({"parallel_config__pipeline_parallel_size": 2}, "stages"),
         ({"parallel_config__data_parallel_size": 2}, "data parallel"),
         ({"parallel_config__enable_eplb": True}, "eplb"),
@@ -281,6 +280,14 @@ def test_an_ordinary_engine_takes_calls(newest):
 def test_settings_under_which_nonces_stay_requests_are_named(newest, changed, word: str):
     made = config(**changed)
     assert word in why_requests(runner(made), made, SPEC)
+
+
+def test_positions_of_several_dimensions_take_calls_where_they_were_run(newest):
+    made = config(model_config__uses_mrope=True)
+    on_gpu = runner(made)
+    assert why_requests(on_gpu, made, SPEC) is None
+    on_gpu.device = torch.device("cuda")
+    assert "several dimensions" in why_requests(on_gpu, made, SPEC)
 
 
 @pytest.mark.parametrize(

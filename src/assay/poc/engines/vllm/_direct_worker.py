@@ -118,7 +118,7 @@ def why_requests(runner: Any, config: Any, spec: Spec) -> str | None:
         (config.lora_config is not None, "--enable-lora"),
         (config.kv_transfer_config is not None, "--kv-transfer-config"),
         (model.enable_sleep_mode, "--enable-sleep-mode: the weights may be away"),
-        (model.uses_mrope, "positions of several dimensions"),
+        (model.uses_mrope and runner.device.type != "cpu", "positions of several dimensions, which ran on a CPU only"),
         (getattr(runner.model, "requires_raw_input_tokens", False), "a model that reads the tokens themselves"),
         (parallel.pipeline_parallel_size > 1, "stages: one that fails would leave the others waiting"),
         (parallel.data_parallel_size > 1, "data parallel engines, which step together"),
@@ -237,7 +237,7 @@ class DirectPasses:
         by_layer = dict.fromkeys(metadata, slots)
         with (
             self._private_cache(partial=spec.round.seq_len % int(self._layer_cache().shape[2]) > 0),
-            set_forward_context(metadata, self._config, num_tokens=len(positions), slot_mapping=by_layer),
+            set_forward_context(metadata, self._config, num_tokens=len(slots), slot_mapping=by_layer),
         ):
             states = self._runner.model(
                 input_ids=None, positions=positions, intermediate_tensors=earlier, inputs_embeds=inputs
@@ -268,7 +268,10 @@ class DirectPasses:
                 layer.kv_cache = cache
 
     def _tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """Return the attention metadata of a pass by layer, the slots [N] in the cache, and the positions [N]."""
+        """Return the attention metadata of a pass by layer, the slots [N] in the cache, and the positions.
+
+        The positions are [N], or [3, N] for a model that has time, height and width: all are the same in text.
+        """
         if (batch, seq_len) not in self._tables_of:
             while len(self._tables_of) >= MAX_TABLES:
                 self._tables_of.pop(next(iter(self._tables_of)))
@@ -312,7 +315,8 @@ class DirectPasses:
                 builder = type(kept)(kept.kv_cache_spec, kept.layer_names, self._config, device)
                 built = builder.build(0, common, fast_build=True)
                 metadata |= dict.fromkeys(kept.layer_names, built)
-        return metadata, slots_N, positions_N
+        model = self._config.model_config
+        return metadata, slots_N, positions_N.repeat(model.mrope_num_dims, 1) if model.uses_mrope else positions_N
 
     def _layer_cache(self) -> Tensor:
         """Return vLLM's own cache of the first layer of this worker."""
