@@ -228,7 +228,7 @@ def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port
 
 @contextmanager
 def listen(host: str, port: int) -> Iterator[socket.socket]:
-    """Hold a socket for :func:`run_app`. Taken before any file is opened, a port in use leaves none behind.
+    """Hold a socket for :func:`run_app`: before any file is opened, so that a port in use leaves none behind.
 
     Raises:
         UsageError: The address cannot be bound.
