@@ -129,8 +129,8 @@ def watched():
         seen["svd_seconds"] = time.perf_counter() - start
         return seen["svd"]
 
-    def planned(encoded, budget, *, packed, at_once):
-        batches = plan(encoded, budget, packed=packed, at_once=at_once)
+    def planned(encoded, budget, *, packed, **options):
+        batches = plan(encoded, budget, packed=packed, **options)
         sizes = [[len(one.ids) for one in batch] for batch in batches]
         seen["batches"] = len(batches)
         seen["tokens"] = max(sum(each) if packed else len(each) * max(each) for each in sizes)
