@@ -1,15 +1,15 @@
 """What the proofs of `gpu_float8.py` say: equal bits, honest noise between engines and machines, and laws of pairs.
 
-The first folder holds the proofs of the prover's machine; a second one those of another machine.
+The first folder holds the proofs of the prover's machine; the others those of other machines.
 
 - `bits`: SHA-256 of the records of one block, for every engine and machine.
 - `noise`: standard deviation of distances minus those of the prover, which runs the engine's own kernels in batches of
-  128, and the share of distances that are equal; over all blocks.
+  128, and the share of distances that are equal; over all blocks, and the least and the largest deviation of a block.
 - `laws`: for every validator, the law that `calibrate` gives of one block; how many audits of 64 nonces of other blocks
   it accuses, no nonce in two of them; and how far every cheat is, in root mean squares over the honest one, with its
   AUC and the checked nonces after which 99 % of simulated audits accuse it.
 
-    python benchmarks/float8_laws.py h200 h100 -o benchmarks/results/float8_laws.json
+    python benchmarks/float8_laws.py h200 h100 cpu -o benchmarks/results/float8_laws.json
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class Case:
         self.prover = next((engine for engine in self.engines if engine.name == PROVER), None)
 
     def validators(self):
-        """Those of the prover's machine, and its own kernels on the other one."""
+        """Those of the prover's machine, and what its own kernels are on the others."""
         for engine in self.engines:
             here = engine.machine == self.prover.machine
             if engine.name in VALIDATORS if here else engine.name == PROVER:
@@ -106,11 +106,13 @@ class Case:
         pairs = [(self.prover, other) for other in others if other is not self.prover]
         for one, other in pairs + [tuple(eager)] * (len(eager) == 2):
             shared = [b for b in one.blocks if one.has(b, PRESETS[0]) and other.has(b, PRESETS[0])]
-            errors = np.concatenate([between(one, other, block, PRESETS[0]) for block in shared])
+            of_blocks = [between(one, other, block, PRESETS[0]) for block in shared]
+            errors, sds = np.concatenate(of_blocks), [np.std(errors) for errors in of_blocks]
             yield {
                 "between": [[engine.machine, engine.name] for engine in (one, other)],
                 "nonces": errors.size,
                 "sd": rounded(np.std(errors)),
+                "sd_of_blocks": [rounded(min(sds)), rounded(max(sds))],
                 "equal": rounded(np.mean(errors == 0)),
             }
 
@@ -137,10 +139,12 @@ def law_row(case, validator, preset):
         total += len(audits_RC)
     first = audited[0]
     judge = Judge(get_pipeline(preset), honest[first], noise(prover, validator, first, preset, calibration))
+    every = np.concatenate(list(honest.values()))
     row = {
         "preset": preset,
         "validator": [validator.machine, validator.name],
-        "honest_rms": rms(np.concatenate(list(honest.values()))),
+        "honest_rms": rms(every),
+        "honest_equal": rounded(np.mean(every == 0)),
         "audits": total,
         "accused": accused,
         "interval": [rounded(value) for value in stats.proportion_interval(accused, total, 0.95)],
@@ -190,7 +194,7 @@ def judged(case):
 
 def main():
     made = parser(__doc__)
-    made.add_argument("folders", nargs="+", type=Path, help="proofs of the prover's machine, and of another one")
+    made.add_argument("folders", nargs="+", type=Path, help="proofs of the prover's machine, and of others")
     options = made.parse_args()
     origins = [read_json(min(folder.glob("*.json"))) for folder in options.folders]
     machines = [(origin["gpu"] or "CPU").removeprefix("NVIDIA ") for origin in origins]
