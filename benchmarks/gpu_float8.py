@@ -6,6 +6,7 @@ experts with random weights in `float8`.
 
 - Honest: the engine's own kernels in batches of 16, 32, 67 and 128; eager kernels, with torch's attention and with
   plain attention; a CPU, with fewer nonces.
+- On a machine without a GPU (`--device cpu`) eager kernels in batches of 128 only.
 - Cheats, on the engine's own kernels: weights of four bits, one scale for a whole matrix, products with short sums, the
   last eighth of the layers left out; in the mixture three of four experts, and the last layer left out.
 
@@ -65,12 +66,14 @@ class Case:
         self.plain, self.model = plain, rounded(plain, form)
 
     def engines(self):
-        """All that prove, honest ones first, each made when it is asked for."""
+        """All that prove, honest ones first, each made when it is asked for; on a CPU the first one alone."""
         audited = tuple(f"audited {index}" for index in range(self.options.blocks))
         every, nonces = (CALIBRATING, *audited), self.options.nonces
         for batch in BATCHES:
             blocks, presets = (every, PRESETS) if batch in BATCHES[:2] else ((CALIBRATING,), PRESETS[:1])
             yield Engine(f"own kernels, {batch}", self.own(self.model, batch), blocks, nonces, presets)
+            if self.options.device == "cpu":
+                return
         yield Engine("eager kernels", self.eager("sdpa"), every, nonces)
         yield Engine("plain attention", self.eager("eager"), every, nonces)
         if self.options.on_a_cpu and self.form == "float8" and self.plain.reference != MIXTURE:
