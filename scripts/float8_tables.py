@@ -7,7 +7,8 @@ from tables import FORMATS, REDTEAM, RESULTS, print_table, redteam_cells
 from assay.reports import read_json
 from assay.research.redteam import PRESETS, attack_table, fields
 
-NOT_MEASURED = "Not measured yet."
+Engine = tuple[str, str]  # its name, and that of its machine
+FAR = 100  # times the honest noise, beyond which the figure says no more: that noise is a last bit now and then
 
 
 def attacks(*names: str) -> None:
@@ -16,9 +17,6 @@ def attacks(*names: str) -> None:
     Args:
         names: Attacks, in the order of the table.
     """
-    if "float8" not in FORMATS:
-        print(NOT_MEASURED)
-        return
     rows = []
     for preset in PRESETS:
         found = []
@@ -35,34 +33,15 @@ def attacks(*names: str) -> None:
 
 
 def measured_cases() -> list[dict[str, Any]]:
-    """Return what was measured in float8 between engines, by model and format; nothing before it was."""
-    path = RESULTS / "float8_laws.json"
-    return list(read_json(path)["cases"]) if path.is_file() else []
+    """Return what was measured in float8 between engines, by model and format."""
+    return list(read_json(RESULTS / "float8_laws.json")["cases"])
 
 
-def engine_name(machine: str, engine: str) -> str:
-    """Return how the text calls an engine of a machine."""
-    return "CPU" if engine == "cpu" else f"{engine}, {machine}"
-
-
-def noise() -> None:
-    """Print the noise of distances against the first machine's own kernels, a column for each model and format."""
-    cases = measured_cases()
-    if not cases:
-        print(NOT_MEASURED)
-        return
-    columns = []
-    for case in cases:
-        column = {}
-        for row in case["noise"]:
-            one, other = row["between"]
-            name = engine_name(*other)
-            name = f"{engine_name(*one)} against {name}" if one[1] == other[1] == "eager kernels" else name
-            column[name] = f"{1e4 * row['sd']:.1f}e-4 ({row['equal']:.0%})" if row["sd"] else "0"
-        columns.append(column)
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [(name, *(column.get(name, "–") for column in columns)) for name in names]
-    print_table(("", *(case_name(case) for case in cases)), rows)
+def engine_name(machine: str, engine: str) -> Engine:
+    """Return how the text calls an engine, and its machine."""
+    if machine == "CPU":
+        return "another CPU", ""
+    return "CPU" if engine == "cpu" else engine, machine.split()[0]
 
 
 def case_name(case: dict[str, Any]) -> str:
@@ -70,21 +49,33 @@ def case_name(case: dict[str, Any]) -> str:
     return f"{case['model'].rpartition(':')[2]}, `{case['format']}`"
 
 
-def bits() -> None:
-    """Print the hashes of one block's records by model, format, machine and engine, engines of one hash together."""
+def noise() -> None:
+    """Print the noise of distances against the first machine's own kernels, a column for each model and format."""
     cases = measured_cases()
-    if not cases:
-        print(NOT_MEASURED)
-        return
-    rows = []
+    columns = []
     for case in cases:
-        groups: dict[tuple[str, str], list[str]] = {}
-        for row in case["bits"]:
-            if not row["engine"].startswith("cheat: "):
-                groups.setdefault((row["machine"], row["sha256"]), []).append(row["engine"])
-        rows += [(case_name(case), machine, "; ".join(engines), f"`{sha256[:12]}`")
-                 for (machine, sha256), engines in groups.items()]  # fmt: skip
-    print_table(("model", "machine", "engines", "SHA-256 of a block's records"), rows)
+        prover = case["noise"][0]["between"][0]
+        columns.append({
+            engine_name(*row["between"][1]): f"{1e4 * row['sd']:.1f}e-4" if row["sd"] else "0"
+            for row in case["noise"]
+            if row["between"][0] == prover
+        })  # fmt: skip
+    engines = dict.fromkeys(engine for column in columns for engine in column)
+    rows = [(engine, [column.get(engine, "–") for column in columns]) for engine in engines]
+    print_joined(("", *map(case_name, cases)), rows)
+
+
+def bits() -> None:
+    """Print the hashes of one block's records by model and format, engines of one hash together.
+
+    Engines that proved fewer nonces of the block, which have another hash for that alone, are left out.
+    """
+    rows = []
+    for case in measured_cases():
+        nonces = max(row["nonces"] for row in case["bits"])
+        rows += [(engine_name(row["machine"], row["engine"]), [case_name(case), f"`{row['sha256'][:12]}`"])
+                 for row in case["bits"] if row["nonces"] == nonces]  # fmt: skip
+    print_joined(("engines", "model", "SHA-256 of a block's records"), rows)
 
 
 def laws(*cheats: str) -> None:
@@ -93,24 +84,36 @@ def laws(*cheats: str) -> None:
     Args:
         cheats: Names of the cheats, a column for each.
     """
-    cases = measured_cases()
-    if not cases:
-        print(NOT_MEASURED)
-        return
     rows = []
-    for case in cases:
+    for case in measured_cases():
         for law in case["laws"]:
             if set(cheats).isdisjoint(law["cheats"]):
                 continue
-            low, high = law["interval"]
-            rows.append((case_name(case), f"`{law['preset']}`", engine_name(*law["validator"]),
-                         f"{law['accused']} of {law['audits']} ({low:.1%} to {high:.1%})",
-                         *(_caught(law["cheats"].get(name)) for name in cheats)))  # fmt: skip
-    print_table(("model", "preset", "validator", "honest audits accused", *cheats), rows)
+            high = law["interval"][1]
+            cells = [case_name(case), f"`{law['preset']}`", f"{law['accused']} of {law['audits']} (to {high:.1%})",
+                     *(_caught(law["cheats"].get(name)) for name in cheats)]  # fmt: skip
+            rows.append((engine_name(*law["validator"]), cells))
+    print_joined(("validator", "model", "preset", "honest audits accused", *cheats), rows)
 
 
 def _caught(cheat: dict[str, Any] | None) -> str:
     if cheat is None:
         return "–"
-    multiple = f" ({cheat['over_honest']:.1f} ×)" if cheat["over_honest"] else ""
+    over = cheat["over_honest"]
+    multiple = "" if over is None or over > FAR else f" ({over:.1f} ×)"
     return f"{cheat['checked'] or 'never'}{multiple}"
+
+
+def print_joined(header: tuple[str, ...], rows: list[tuple[Engine, list[str]]]) -> None:
+    """Print a table of engines: those with equal cells share a row, and those of equal machines name these once."""
+    joined: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for (engine, machine), cells in rows:
+        joined.setdefault(tuple(cells), {}).setdefault(engine, []).append(machine)
+    printed = []
+    for cells, engines in joined.items():
+        places: dict[str, list[str]] = {}
+        for engine, machines in engines.items():
+            places.setdefault(", ".join(filter(None, machines)), []).append(engine)
+        names = ("; ".join(engines) + f" ({place})" * bool(place) for place, engines in places.items())
+        printed.append(("; ".join(names), *cells))
+    print_table(header, printed)

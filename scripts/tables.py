@@ -19,9 +19,7 @@ from assay.research.runs import read_run
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 RUNS = RESULTS / "experiments"
 REDTEAM = ("qwen3", "llama")
-FORMATS = {"bfloat16": "", "float16": "-float16"}
-if (RUNS / "redteam-llama-float8").is_dir():
-    FORMATS["float8"] = "-float8"
+FORMATS = {"bfloat16": "", "float16": "-float16", "float8": "-float8"}
 SHAPES = {"qwen3-0.6b": 28, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
 
 
