@@ -12,6 +12,7 @@ from jaxtyping import Float, Float16
 from numpy.typing import NDArray
 from torch import Tensor
 
+from assay import streams
 from assay.poc.protocol._pipelines import SKETCH_SIZE
 from assay.poc.protocol._transforms import random_projection, unit
 
@@ -24,4 +25,6 @@ def sketches(states_SD: Float[Tensor, "S D"], seeds_S: NDArray[np.uint32]) -> Fl
         states_SD: Hidden states h after the final norm.
         seeds_S: Seed of the projection of each.
     """
-    return unit(random_projection(unit(states_SD.float()), seeds_S, SKETCH_SIZE)).to(torch.float16)
+    backend = streams.get_backend("auto", str(states_SD.device))
+    normals_SN = streams.as_tensor(backend.normals(seeds_S, SKETCH_SIZE * states_SD.shape[1]))
+    return unit(random_projection(unit(states_SD.float()), normals_SN, SKETCH_SIZE)).to(torch.float16)

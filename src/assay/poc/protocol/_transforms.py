@@ -55,10 +55,11 @@ def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Floa
     return torch.bmm(x_BD.unsqueeze(1), weight_VD.T.expand(len(x_BD), -1, -1)).squeeze(1)
 
 
-def random_projection(x_BD: Float[Tensor, "B D"], seeds_B: NDArray[np.uint32], count: int) -> Float32[Tensor, "B K"]:
-    """Return P x of every row, with P [K, D] the normals of its seed."""
-    normals = streams.get_backend("auto", str(x_BD.device)).normals(seeds_B, count * x_BD.shape[-1])
-    p_BKD = streams.as_tensor(normals).to(x_BD.device).view(len(x_BD), count, -1)
+def random_projection(
+    x_BD: Float[Tensor, "B D"], normals_BN: Float32[Tensor, "B N"], count: int
+) -> Float32[Tensor, "B K"]:
+    """Return P x of every row, with P [K, D] its own K · D normals, row by row."""
+    p_BKD = normals_BN.view(len(x_BD), count, -1)
     return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
 
 
@@ -168,7 +169,8 @@ class Transform:
                 seeds = self._seeds("pick", nonces, k=step.count)
                 return x_BD.gather(-1, streams.as_tensor(self._backend.picks(seeds, size, step.count)))
             case "project":
-                return random_projection(x_BD, self._seeds("projection", nonces, k=step.count), step.count)
+                seeds = self._seeds("projection", nonces, k=step.count)
+                return random_projection(x_BD, self._normals(seeds, step.count * size), step.count)
             case "reflect":
                 return self._reflections("reflection", step.count, x_BD, nonces)
             case "rotate":
