@@ -27,6 +27,7 @@ from scipy.optimize import brentq
 
 from assay.errors import UsageError
 from assay.stats._chord import FloatArray, chord_cdf, r_target_for, rate_standard_error
+from assay.stats._rates import TAIL
 
 EFFECTIVE_DIMENSION = 16.0
 """Effective dimension assumed of states that were not measured; the bundled models have 20 to 37, random ones D."""
@@ -145,11 +146,10 @@ class BlockLaw:
         The two causes, γ and the n nonces, are joined end by end: the squares of their distances from the expected rate
         add up (Zou and Donner 2008).
         """
-        tail = 0.025
         rate = self.valid_rate(r_target)
-        nonces = float(stats.norm.ppf(1 - tail)) * rate_standard_error(rate, n) if n else 0.0
+        nonces = float(stats.norm.ppf(1 - TAIL)) * rate_standard_error(rate, n) if n else 0.0
         cosine = 1 - r_target**2 / 2
-        ends = sorted(float(chord_cdf(_chord(cosine / self.factor(q)), self.dimension)) for q in (tail, 1 - tail))
+        ends = sorted(float(chord_cdf(_chord(cosine / self.factor(q)), self.dimension)) for q in (TAIL, 1 - TAIL))
         low, high = (math.hypot(end - rate, nonces) for end in ends)
         return max(0.0, rate - low), min(1.0, rate + high)
 

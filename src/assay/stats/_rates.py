@@ -11,7 +11,7 @@ from assay.errors import UsageError
 from assay.stats._chord import FloatArray
 
 _REDRAWS = 100
-_TAIL = 0.025  # beyond either end of an interval of 95 %
+TAIL = 0.025  # beyond either end of an interval of 95 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,11 @@ def grouped_proportion_interval(hits: npt.ArrayLike, groups: Sequence[object]) -
     if 0 < share < 1:
         off_G = np.array([hit_N[part].sum() - share * len(part) for part in rows])
         variance = n_groups / (n_groups - 1) * float((off_G**2).sum()) / n**2
-        known = (stats.t.ppf(1 - _TAIL, n - 1) / stats.t.ppf(1 - _TAIL, n_groups - 1)) ** 2
+        known = (stats.t.ppf(1 - TAIL, n - 1) / stats.t.ppf(1 - TAIL, n_groups - 1)) ** 2
         effective = min(float(n), max(1.0, known * share * (1 - share) / variance)) if variance else float(n)
     count, rest = share * effective, (1 - share) * effective
-    low = float(stats.beta.ppf(_TAIL, count, rest + 1)) if count else 0.0
-    high = float(stats.beta.ppf(1 - _TAIL, count + 1, rest)) if rest else 1.0
+    low = float(stats.beta.ppf(TAIL, count, rest + 1)) if count else 0.0
+    high = float(stats.beta.ppf(1 - TAIL, count + 1, rest)) if rest else 1.0
     return low, high
 
 

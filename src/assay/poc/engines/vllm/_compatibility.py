@@ -14,6 +14,7 @@ from typing import Any
 from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.models import stored_format
 from assay.poc.engines.vllm._settings import refusals, refusals_on_cpu, stated
+from assay.streams import dtype_name
 
 OLDEST, NEWEST = (0, 28), (0, 32)
 """First and last minor version on which the tests have run."""
@@ -182,7 +183,7 @@ def _check_stored(config: Any) -> None:
     if not name:
         return
     model, formats = config.model_config, STORED.get(device, {})
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     _check_since(f"a checkpoint in {name}", "serve the checkpoint before quantisation")
     if name not in formats:
         raise UsageError(
@@ -222,7 +223,7 @@ def _check_state(config: Any) -> None:
         return
     name, known = str(model.architecture), WITH_STATE.get(device, {})
     _check_since(f"{name}, whose layers keep a state,", another)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     if name not in known:
         raise UsageError(
             f"vLLM with {name} on {device}",
