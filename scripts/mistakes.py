@@ -28,6 +28,8 @@ PROVE = f"assay poc prove --model reference:qwen3 {ROUND}"
 VERIFY = f"assay poc verify %s --model reference:qwen3 {ROUND} --seq-len 8"
 PORT = "8000"
 """Port of the service that already runs, as it is shown; in truth that is a free one."""
+MODULE = "mine"
+"""A module in the folder, with nothing in it."""
 EXTRACT = "assay vhack extract --model reference:qwen3 --pairs %s -o basis.safetensors"
 
 MISTAKES = {
@@ -146,7 +148,7 @@ MISTAKES = {
         "assay vhack train --model reference:organism -o run --arm erase-gradiant",
         "assay vhack train --model reference:organism -o run --modes run_test",
         "assay vhack train --model reference:organism -o run --steps 0",
-        "assay vhack train --model reference:organism -o run --tasks mine:nothing",
+        f"assay vhack train --model reference:organism -o run --tasks {MODULE}:nothing",
         "assay vhack report absent -o page.html",
     ),
     "What is not installed": (
@@ -234,7 +236,7 @@ def prepare(folder: Path) -> None:
         "preferences.jsonl": json.dumps({"prompt": "p", "chosen": "c", "rejected": "h"}) + "\n",
         "typo.toml": '[poc.prove]\nmodle = "reference:qwen3"\n',
         "marked.jsonl": "\ufeff" + json.dumps(pair) + "\n",
-        "mine.py": "",
+        f"{MODULE}.py": "",
     }
     for name, content in files.items():
         (folder / name).write_text(content, newline="")
@@ -287,15 +289,19 @@ def _port(process: "subprocess.Popen[bytes]", log: Path) -> int:
 
 @contextmanager
 def _place(folder: Path) -> Iterator[None]:
-    """Work in the folder without a network, and with no variable that sets a value."""
+    """Work in the folder without a network and with no variable that sets a value; forget what was imported from it."""
     left_out = {name: "" for name in os.environ if name.startswith("ASSAY_")}
     with (
         contextlib.chdir(folder),
         mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1", "XDG_CONFIG_HOME": str(folder)}),
+        mock.patch.object(sys, "path", list(sys.path)),
     ):
         for name in left_out:
             del os.environ[name]
-        yield
+        try:
+            yield
+        finally:
+            sys.modules.pop(MODULE, None)
 
 
 @contextmanager
