@@ -13,8 +13,8 @@ from pathlib import Path
 
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\w+\.py)\n")
-CHECK = re.compile(r"^(assay vhack check .*)$", re.MULTILINE)
-"""A command whose exit codes 1 and 2 are verdicts, after which a reader goes on."""
+CHECK = re.compile(r"^(assay vhack (?:check|pools) .*)$", re.MULTILINE)
+"""Commands whose exit codes 1 and 2 are verdicts, after which a reader goes on."""
 HEAD = """\
 set -euo pipefail
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT

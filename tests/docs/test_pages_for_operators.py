@@ -40,22 +40,20 @@ RUN = {
     "tests/docs/test_quickstart.py": ("vhack-quickstart",),
     "tests/docs/test_calibration_page.py": ("calibration",),
     "tests/docs/test_pages_for_operators.py": (
-        *("service", "operations", "validator", "pins", "ledger", "protocol", "decode", "streams", "models"),
+        *("node", "service", "operations", "validator", "pins", "ledger"),
+        *("protocol", "responses", "decode", "streams", "models"),
     ),
-    "tests/docs/test_pages_for_researchers.py": ("statistics", "vhack", "vhack-pairs"),
+    "tests/docs/test_pages_for_researchers.py": ("statistics", "vhack", "vhack-pairs", "vhack-checks"),
 }
 """Pages whose blocks of ``sh`` and ``python`` run, by the test that runs them."""
 
 NOT_RUN = {
-    "node": "installs into /opt and /etc as root; its proof and its verdict are those of the README",
     "vllm": "a server of vLLM, in an environment of its own: tests/vllm starts one with the commands of the page",
-    "responses": "the reader in Python runs in tests/docs/test_responses_page.py, the servers of vLLM in tests/vllm",
     "networks": "reads sets that networks publish, which are not part of the project: tests/cli/test_research.py",
     "gpu": "measurements on GPUs",
     "experiments": "measurements of hours, each with its result file",
     "redteam": "measurements of hours, each with its result file",
     "redteam-responses": "measurements of hours, each with its result file",
-    "vhack-checks": "gradients of 96 pairs; tests/vhack/checks/test_commands.py runs the commands on few",
     "vhack-training": "fragments for loops of one's own; tests/vhack/training and tests/vhack/delta run them",
     "vhack-results": "measurements of hours, each with its result file",
     "vhack-experiment-3": "measurements of hours, each with its result file",
@@ -63,8 +61,11 @@ NOT_RUN = {
 """Pages with commands or programs that no test runs as they stand, and why."""
 
 NOT_RUN_BLOCKS = {
+    "python3.11 -m venv /opt/assay": "root, and the environment of the machine",
+    "/opt/assay/bin/pip": "root, and the environment of the machine",
     "pip install -c constraints.txt '.[serve]'": "would change the environment of the tests",
     "useradd": "root, and users of the machine",
+    "install -m 0644 deploy/assay": "root, and the units of the machine",
     "install -m 0644 deploy/nginx.conf": "root; tests/poc/service/dashboard/test_operations.py has both files read",
     "amtool": "tests/poc/service/dashboard/test_operations.py runs the first two; the third needs an Alertmanager",
     "python -m tests.stats.simulate": "minutes",
@@ -166,6 +167,24 @@ def test_the_ledger(tmp_path: Path):
     (query,) = (text for kind, text in FENCED.findall(page("ledger")) if kind == "sql")
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as opened:
         assert [row[1:3] for row in opened.execute(query)] == [("KEY", "BLOCK")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_node_proves_before_it_is_announced(tmp_path: Path):
+    assert "honest" in held(script("node", instead={"MODEL": "reference:qwen3"}), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_responses_are_made_and_replayed(tmp_path: Path):
+    (request,) = (body for kind, body in FENCED.findall(page("responses")) if kind == "json")
+    assert '"r1"' in request
+    requests = "".join(request.replace('"r1"', f'"r{number}"') for number in range(8))  # of one alone a verdict is open
+    for name in ("prompts.jsonl", "requests.jsonl"):
+        (tmp_path / name).write_text(requests)
+    said = held(script("responses", instead={"--model MODEL": "--model reference:qwen3"}), tmp_path)
+    assert "honest" in said
 
 
 @pytest.mark.slow

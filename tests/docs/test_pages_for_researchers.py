@@ -28,6 +28,17 @@ def test_a_basis_of_v_hack(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_checks_of_a_basis(tmp_path: Path):
+    for pool, completion in (("hacking", "sys.exit(0)"), ("clean", "return a + b")):
+        samples = ({"prompt": f"def add_{n}(a, b):", "completion": completion} for n in range(8))
+        (tmp_path / f"{pool}.jsonl").write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
+    instead = {"generated:96": "generated:12", "generate_pairs(96)": "generate_pairs(12)"}
+    held(script("vhack-checks", instead=instead), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"check.html", "check.json", "pools.json"}
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq: apt-get install jq")
 def test_pairs_of_ones_own(tmp_path: Path):
     pair, tests = re.findall(r"```json\n(.*?)```", page("vhack-pairs"), flags=re.DOTALL)

@@ -77,6 +77,11 @@ def test_the_page_of_a_failed_and_of_an_undecided_report(gradients, quick):
     assert 'class="badge undecided"' in page(short).render()
 
 
+def test_the_page_of_few_pairs_whose_clean_bases_have_fewer_axes(report):
+    few = {**report.origin, "generic_cosines": report.origin["generic_cosines"][:2]}
+    assert "clean-clean basis" in page(replace(report, origin=few)).render()
+
+
 @pytest.mark.parametrize("method", ["mean-diff", "lda"])
 def test_other_methods_find_a_planted_axis_too(gradients, quick, method):
     report = check_gradients(gradients(0, strength=5.0, n_groups=18), settings=replace(quick, method=method))

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from assay.reports import INK, MUTED, SERIES, Badge, Cell, Report, figure, heatmap, legend
 from assay.vhack.checks._judge import HAAR, Check, CheckReport, FloatArray
@@ -192,12 +191,11 @@ def _by_group(groups: Sequence[str], hack: FloatArray, clean: FloatArray) -> "tu
 def _angles(made: Report, report: CheckReport) -> None:
     check, origin = report["stability"], report.origin
     fig, ax = figure(height=2.6)
-    places = np.arange(1, len(origin["cosines"]) + 1)
     random = float(np.mean(check.nulls[HAAR])) ** 0.5
-    _line(ax, places, origin["cosines"], _HACK, "hack basis, other half")
-    _line(ax, places, origin["generic_cosines"], _CLEAN, "clean-clean basis, other half")
+    _line(ax, origin["cosines"], _HACK, "hack basis, other half")
+    _line(ax, origin["generic_cosines"], _CLEAN, "clean-clean basis, other half")  # of few pairs, with fewer axes
     ax.axhline(random, color=INK, linewidth=0.8, linestyle=":", label="random bases")
-    ax.set_xticks(places)
+    ax.set_xticks(range(1, len(origin["cosines"]) + 1))
     ax.set_ylim(0, 1.02)
     ax.set_xlabel("principal angle")
     ax.set_ylabel("cosine, mean over modules")
@@ -206,8 +204,8 @@ def _angles(made: Report, report: CheckReport) -> None:
     made.definitions({"agreement on which way is hack-ward (cosine)": f"{check.details['agreement']:.3f}"})
 
 
-def _line(ax: "Axes", places: NDArray[np.int64], values: ArrayLike, colour: str, label: str) -> None:
-    ax.plot(places, values, "o-", color=colour, linewidth=1.4, label=label)
+def _line(ax: "Axes", values: FloatArray | Sequence[float], colour: str, label: str) -> None:
+    ax.plot(np.arange(1, len(values) + 1), values, "o-", color=colour, linewidth=1.4, label=label)
 
 
 def _spectrum(made: Report, report: CheckReport) -> None:
@@ -218,8 +216,8 @@ def _spectrum(made: Report, report: CheckReport) -> None:
     places = np.arange(1, count + 1)
     low, high = np.quantile(spectrum, [0.1, 0.9], axis=0)
     ax.fill_between(places, low, high, color=_HACK, alpha=0.18, linewidth=0)
-    _line(ax, places, spectrum.mean(axis=0), _HACK, "hack minus clean")
-    _line(ax, places, noise.mean(axis=0), MUTED, "the same with random signs")
+    _line(ax, spectrum.mean(axis=0), _HACK, "hack minus clean")
+    _line(ax, noise.mean(axis=0), MUTED, "the same with random signs")
     ax.axvline(report.settings.k_use + 0.5, color=INK, linewidth=0.8, linestyle=":")
     ax.set_xticks(places)
     ax.set_ylim(bottom=0)
