@@ -20,6 +20,12 @@ FORMATS = ("tensor", "channel", "channel-tensors", "block", "block-tensors", "in
 FOUR_BITS = ("packed", "packed-zeros", "awq", "gptq")
 
 
+def configure(directory: Path, **settings: object) -> None:
+    """Change settings of a checkpoint in its configuration."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
 def rewrite(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the tensors of a checkpoint in their file."""
     tensors = load_file(directory / "model.safetensors")
@@ -54,9 +60,7 @@ def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
         else:
             tensors[name] = tensor.to(torch.bfloat16)
     save_file(tensors, target / "model.safetensors")
-    config = json.loads((target / "config.json").read_text())
-    config["quantization_config"] = described(form, block)
-    (target / "config.json").write_text(json.dumps(config))
+    configure(target, quantization_config=described(form, block))
     return target
 
 

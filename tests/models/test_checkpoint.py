@@ -64,7 +64,7 @@ def test_a_missing_shard(write_checkpoint: Callable[..., Path]) -> None:
         load_model(directory)
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000])
 def test_an_unreadable_index(write_checkpoint: Callable[..., Path], index: str) -> None:
     directory = write_checkpoint(shard="10KB")
     (directory / INDEX).write_text(index)

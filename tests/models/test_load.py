@@ -1,23 +1,17 @@
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Qwen3ForCausalLM
 from transformers.utils import logging as hf_logging
 
-from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
+from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
 from assay.models.quiet import quiet
 from assay.poc import Round, prove, verify
-from tests.models.storing import rewrite
-
-
-def configure(directory: Path, **settings: object) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, **settings}))
+from tests.models.storing import configure, rewrite
 
 
 def test_a_loaded_model_is_the_stored_one_and_ready_to_run(checkpoint: Path) -> None:
@@ -145,6 +139,19 @@ def test_sizes_that_do_not_fit_together(checkpoint: Path) -> None:
     configure(checkpoint, num_key_value_heads=0)
     with pytest.raises(ModelError):
         load_model(checkpoint, device="cpu")
+
+
+@pytest.mark.parametrize("place", ["from_pretrained", "from_config"])
+def test_a_model_that_does_not_fit_is_not_called_corrupt(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+
+    monkeypatch.setattr(AutoModelForCausalLM, place, full)
+    mode = {} if place == "from_pretrained" else {"weights": "random-all", "block_hash": "b"}
+    with pytest.raises(OutOfMemory, match="do not fit on cpu"):
+        load_model(checkpoint, device="cpu", **mode)
 
 
 def test_an_unreadable_tokenizer_is_named(checkpoint: Path) -> None:

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,11 +6,7 @@ import pytest
 
 from assay.errors import ModelError, ModelNotFound, UnsafeCheckpoint
 from assay.models import _resolve, load_model, model_info
-
-
-def configure(directory: Path, **settings: object) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, **settings}))
+from tests.models.storing import configure
 
 
 @pytest.fixture
@@ -68,7 +63,7 @@ def test_an_unknown_name_gets_a_suggestion_too(monkeypatch: pytest.MonkeyPatch) 
         load_model("lama")
 
 
-@pytest.mark.parametrize("path", ["./absent", "/absent/model", "a/b/c", "../absent"])
+@pytest.mark.parametrize("path", ["./absent", "/absent/model", "a/b/c", "../absent", "~absent/model"])
 def test_a_missing_directory_is_not_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     answer(monkeypatch, AssertionError("the hub was asked"))
     with pytest.raises(ModelNotFound, match="no directory"):
@@ -91,7 +86,7 @@ def test_a_directory_without_a_configuration(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": 3}', "\xff"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": 3}', "\xff", "[" * 100_000])
 def test_an_unreadable_configuration(checkpoint: Path, text: str) -> None:
     (checkpoint / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ModelError, match=r"config\.json"):

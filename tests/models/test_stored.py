@@ -145,6 +145,7 @@ def test_compiled_kernels_give_what_the_layers_give(stored, monkeypatch: pytest.
     [
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes'"),
         ({"quant_method": None}, "quant_method None"),
+        ({"quant_method": []}, "quant_method []"),
         ({"activation_scheme": "static"}, "activation_scheme 'static'"),
         ({"fmt": "e5m2"}, "fmt 'e5m2'"),
         ({"weight_block_size": [0, 128]}, "the size of a block"),

@@ -72,7 +72,7 @@ def _indexed_files(directory: Path) -> tuple[Path, ...]:
     try:
         names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         files = tuple(directory / name for name in sorted(names))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadWeights(f"{index} is unreadable: {error}", wanted="JSON with a weight_map", do=_DO) from error
     for file in files:
         if file.parent != directory or not file.is_file():

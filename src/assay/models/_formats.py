@@ -65,7 +65,7 @@ def stored_format(reference: str, published: Mapping[str, Any]) -> StoredFormat 
     stated = published.get("quantization_config")
     if stated is None:
         return None
-    readers: dict[Any, Callable[[Mapping[str, Any]], StoredFormat]] = {
+    readers: dict[str, Callable[[Mapping[str, Any]], StoredFormat]] = {
         "fp8": _float8,
         "compressed-tensors": _compressed_tensors,
         "awq": _awq,
@@ -73,7 +73,7 @@ def stored_format(reference: str, published: Mapping[str, Any]) -> StoredFormat 
     }
     method = stated.get("quant_method") if isinstance(stated, dict) else None
     try:
-        if method not in readers:
+        if not isinstance(method, str) or method not in readers:
             raise _Unread("quant_method", method, " or ".join(readers))
         return readers[method](stated)
     except _Unread as error:

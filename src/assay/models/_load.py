@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from assay import streams
-from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError
+from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models._checkpoint import EIGHT_BITS, Stored, check_finite, digest_tensors, list_tensors, stored_dtype
 from assay.models._formats import StoredFormat, check_device, stored_format
 from assay.models._quantise import CHOSEN_FORMATS, NUMBER_FORMATS, check_quantisation
@@ -149,7 +149,9 @@ def load_model(
         module, digest, mode = _materialise(source, wanted, target, mesh, weights, block_hash, form)
         if rounded and form is None:
             round_weights(module, rounded)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemory(
             f"the weights do not fit on {target}: {error}",
             wanted="room for all parameters",
@@ -371,6 +373,8 @@ def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTr
                 output_loading_info=True,
             )
     except Exception as error:  # the library reports faults of a checkpoint with exceptions of many kinds
+        if is_out_of_memory(error):
+            raise
         raise BadWeights(
             f"the weights of {source.reference!r} do not load: {error}",
             wanted="weights that belong to the configuration beside them",

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.initialization import no_init_weights
 
 from assay import streams
-from assay.errors import ModelError
+from assay.errors import ModelError, is_out_of_memory
 from assay.models._resolve import auto_class
 from assay.models.quiet import quiet
 
@@ -45,6 +45,8 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
         with quiet(), no_init_weights():
             module = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attention_of(config))
     except Exception as error:  # a configuration of impossible numbers fails in many ways
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"no model can be built from this configuration: {error}",
             wanted="sizes that fit together",

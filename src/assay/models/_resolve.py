@@ -131,10 +131,10 @@ def checkpoint_directory(reference: str | Path) -> Path:
 
 
 def _locate(reference: str | Path) -> Path:
-    path = Path(reference).expanduser()
+    name = os.fspath(reference)
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - that of Path fails where there is no such user
     if path.is_dir():
         return path
-    name = os.fspath(reference)
     if isinstance(reference, str) and not path.exists() and _HUB_ID.fullmatch(name) and name[0] != ".":
         return _cached(name) or _downloaded(name)
     raise ModelNotFound(
@@ -153,7 +153,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     try:
         published = json.loads(path.read_text("utf-8"), object_hook=_plain_number)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}", wanted="a JSON object", do="save it again") from error
     if not isinstance(published, dict) or not isinstance(published.get("model_type"), str):
         raise ModelError(f"{path} names no model_type", wanted="a transformers configuration", do="save it again")
