@@ -55,6 +55,13 @@ def test_sigterm_drains_and_a_restart_continues(launch):
         receiver.close()
 
 
+def test_a_node_serves_in_eight_bits(launch):
+    server = launch("--dtype", "float8")
+    server.post("/init/generate", ROUND)
+    until(lambda: server.status()["total_checked"] > 0, 60)
+    until(lambda: server.get("/api/v1/pow/snapshot")["model"]["dtype"] == "float8", 60)
+
+
 @pytest.mark.parametrize("drain", ["30", "0"])
 def test_sigterm_in_a_round_leaves_it_to_the_next_start(launch, drain):
     """With no time to drain, the running batch is abandoned and computed again."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli._commands import App
-from assay.cli._engines import compiles
+from assay.cli._engines import compiles, load
 from assay.cli._output import JsonFlag, emit_json, table
 from assay.cli._settings import settings
 from assay.errors import UsageError
@@ -34,13 +34,11 @@ def serve(chosen: "ServeSettings") -> None:
 
     service.configure_logs(chosen.log_format)
 
-    def load() -> "Deployment":
-        from assay.models import load_model
-
-        loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    def deploy() -> "Deployment":
+        loaded = load(chosen.model, chosen.dtype, chosen.device)
         return service.Deployment.of(loaded, compiled=compiles(loaded, chosen.kernels))
 
-    service.serve(load, chosen.service, host=chosen.host, port=chosen.port)
+    service.serve(deploy, chosen.service, host=chosen.host, port=chosen.port)
 
 
 @settings("assay.cli._service_settings:ReceiveSettings", only=RECEIVE_FLAGS)

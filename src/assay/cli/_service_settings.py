@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 import assay.poc.service
-from assay.cli._flags import MODEL, OUTPUT
-from assay.settings import Device, Dtype, Flag, Settings
+from assay.cli._flags import DTYPE, MODEL, OUTPUT
+from assay.cli._poc_settings import NumberFormat
+from assay.settings import Device, Flag, Settings
 
+FORMAT = "Number format of the weights: float32, float16, bfloat16, int8 or float8; by default "
 HOST = "Address to listen on. Addresses that other machines reach need a key."
 PORT = "Port to listen on. 0 takes a free one."
 Kernels = Annotated[
@@ -29,7 +31,7 @@ class ServeSettings(Settings):
     model: Annotated[str, MODEL] = Field(description="Model: a directory, a hub id, or reference:…")
     host: Annotated[str, Flag(variable="ASSAY_HOST")] = Field("127.0.0.1", description=HOST)
     port: Annotated[int, Flag(variable="ASSAY_PORT")] = Field(8000, ge=0, le=65535, description=PORT)
-    dtype: Dtype = None
+    dtype: Annotated[NumberFormat | None, DTYPE] = Field(None, description=f"{FORMAT}the stored one.")
     device: Device = None
     kernels: Kernels = "auto"
     log_format: LogFormat = "console"

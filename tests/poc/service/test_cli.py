@@ -61,6 +61,7 @@ def test_a_port_in_use_leaves_nothing_behind(tmp_path, monkeypatch, capsys, comm
     [
         ("--log-format", "xml"),
         ("--kernels", "fast"),
+        ("--dtype", "float9"),
         ("--callback-secret", "whsec_x"),
         ("--api-key", "short"),
         ("--api-key-file", "/nowhere"),
