@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from assay.models import Model, backbone
-from assay.poc.engines.hf._fused import fused_steps, fusible
-from assay.poc.engines.hf._lean import LeanDecoder, Shape, Steps, lean_decoder, mixture_of, plain_steps
+from assay.models import Model, backbone, decoder_layers
+from assay.poc.engines.hf._fused import FUSED, fused_steps, fusible, runs_on
+from assay.poc.engines.hf._lean import (
+    LeanDecoder,
+    LeanLayers,
+    LeanParts,
+    Shape,
+    Steps,
+    layer_shape,
+    lean_decoder,
+    mixture_of,
+    plain_steps,
+)
 from assay.poc.protocol import ROWS_OF_A_PRODUCT
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -108,7 +119,7 @@ class CompiledForward:
                 ).last_hidden_state
                 return states_BTD
 
-        if not (self.lean and on_cuda and batch_size >= ROWS_OF_A_PRODUCT):
+        if not (self.lean and _last_alone(model.device, batch_size)):
 
             def last_hidden(inputs_BTD: Tensor) -> Tensor:
                 return hidden(inputs_BTD)[:, -1].float()
@@ -120,7 +131,10 @@ class CompiledForward:
     @cached_property
     def attention(self) -> str:
         """Which kernel attends. Asked for late: the question sets torch's choice for all threads of the process."""
-        return _attention_name(self._model) if self.lean else "sdpa"
+        if not self.lean:
+            return "sdpa"
+        model = self._model
+        return _attention_name(layer_shape(decoder_layers(model.module)[0]), model.dtype, model.device)
 
     def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the last position's state after the final norm, [B, D] in float32."""
@@ -131,6 +145,45 @@ class CompiledForward:
         """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
         with _settings():
             return self._hidden(inputs_BTD)
+
+
+class LeanForward:
+    """Runs lean layers one kernel after the other, on inputs of any number of nonces: nothing is compiled or recorded.
+
+    A large pass keeps a GPU busy for longer than the host needs to queue it, and then a recorded graph saves nothing.
+    The bits are those of :class:`CompiledForward` with the same kernels.
+
+    Args:
+        parts: What the decoder is made of.
+    """
+
+    def __init__(self, parts: LeanParts) -> None:
+        self._device, self._dtype, self._shape = parts.norm.device, parts.norm.dtype, parts.shape
+        self._fused = runs_on(self._device)
+        self._layers = LeanLayers(parts, fused_steps if self._fused else plain_steps)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """What computes, as a fingerprint names it: the kernel that attends, and those between the products."""
+        attention = _attention_name(self._shape, self._dtype, self._device)
+        return (attention, f"triton {version('triton')}", FUSED) if self._fused else (attention,)
+
+    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the last position's state after the final norm, [B, D] in float32."""
+        if not _last_alone(self._device, len(inputs_BTD)):
+            return self.hidden(inputs_BTD)[:, -1].float()
+        with _settings():
+            return self._layers.last_hidden(inputs_BTD)
+
+    def hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
+        with _settings():
+            return self._layers.hidden(inputs_BTD)
+
+
+def _last_alone(device: torch.device, batch_size: int) -> bool:
+    """Return whether the last layer may serve the last position alone: its products have enough rows, on CUDA."""
+    return device.type == "cuda" and batch_size >= ROWS_OF_A_PRODUCT
 
 
 class _Graph:
@@ -179,14 +232,12 @@ def _settings() -> Iterator[None]:
         yield
 
 
-def _attention_name(model: Model) -> str:
+def _attention_name(shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
     """Return which kernel attends: the one that torch chooses for these heads."""
-    if model.device.type != "cuda":
+    if device.type != "cuda":
         return "sdpa"
-    config: Any = model.config
-    heads, key_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    q, k = (torch.empty(1, count, 64, width, dtype=model.dtype, device=model.device) for count in (heads, key_heads))
+    heads, key_heads = shape.heads, shape.key_heads
+    q, k = (torch.empty(1, count, 64, shape.head_width, dtype=dtype, device=device) for count in (heads, key_heads))
     with sdpa_kernel(_ATTENTION, set_priority=True):
         chosen = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=heads != key_heads)
     return f"sdpa {SDPBackend(chosen).name.removesuffix('_ATTENTION').lower()}"

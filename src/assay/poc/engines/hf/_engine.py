@@ -23,15 +23,13 @@ from assay.poc.engines._decoding import Decoded, Draws, Replayed
 from assay.poc.engines._outputs import overlapped_outputs, plain_outputs
 from assay.poc.engines.hf._compiled import CompiledForward
 from assay.poc.engines.hf._decoding import decoded, replayed
+from assay.poc.engines.hf._fused import FUSED
 from assay.poc.engines.hf._layers import transformed_layers
 from assay.poc.engines.hf._memory import check_fits, check_shape, fitting_batch
 from assay.poc.protocol import Fingerprint, LayerStep, Pipeline, Round, project, weighted_sum
 
 COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
 """Entries of the fingerprint's kernels: the lean decoder was compiled, or the model as transformers defines it."""
-
-FUSED = "fused"
-"""Entry of the fingerprint's kernels: what stands between the products is assay's own, not Inductor's."""
 
 T = TypeVar("T")
 

@@ -37,16 +37,22 @@ from assay.poc.engines.hf._lean import (
     projected,
 )
 
+FUSED = "fused"
+"""Entry of a fingerprint's kernels: what stands between the products is assay's own, not Inductor's."""
+
 _ACTIVATIONS = ("silu", "swish")
 _UPDATES = ("o_proj", "down_proj")
 
 
 def fusible(model: Model) -> bool:
     """Return whether the kernels serve a model whose decoder is lean: on CUDA, with triton and this activation."""
-    if model.device.type != "cuda" or find_spec("triton") is None:
-        return False
     in_bfloat16 = not model.quantised or model.dtype == torch.bfloat16
-    return in_bfloat16 and model.config.hidden_act in _ACTIVATIONS
+    return runs_on(model.device) and in_bfloat16 and model.config.hidden_act in _ACTIVATIONS
+
+
+def runs_on(device: torch.device) -> bool:
+    """Return whether the kernels run on a device."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 @cache

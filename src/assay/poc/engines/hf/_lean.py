@@ -41,26 +41,34 @@ class Steps(NamedTuple):
     last: Run
 
 
-class LeanDecoder:
+class LeanParts(NamedTuple):
+    """What a decoder is made of, whoever holds its weights.
+
+    Attributes:
+        shape: Shape of the layers.
+        layers: Weights of the layers in their order.
+        norm: Weight of the final norm, [D].
+        rotation: Cosines and sines of the positions of an input, [T, 1, E].
+    """
+
+    shape: "Shape"
+    layers: "Sequence[LayerWeights]"
+    norm: Tensor
+    rotation: Rotation
+
+
+class LeanLayers:
     """The layers of a model as functions of tensors, ready to run on inputs of one length.
 
-    The weights are the model's own: fused ones take their place in memory, and the model's parameters become views.
-
     Args:
-        model: Model for which :func:`lean_decoder` is true.
-        seq_len: Number of positions, T.
+        parts: What the decoder is made of.
         steps: Maker of the steps from the shape of a layer; None is :func:`plain_steps`.
     """
 
-    def __init__(self, model: Model, seq_len: int, steps: "Callable[[Shape], Steps] | None" = None) -> None:
-        body: Any = backbone(model.module)
-        layers: list[Any] = list(decoder_layers(model.module))
-        self._weights = [layer_weights(layer) for layer in layers]
-        self._norms = [*(weights.input_layernorm for weights in self._weights), body.norm.weight]
-        positions = torch.arange(seq_len, device=model.device)[None]
-        like = torch.empty(0, dtype=model.dtype, device=model.device)
-        self._rotation = tuple(table[0][:, None] for table in body.rotary_emb(like, positions))
-        self._steps = (steps or plain_steps)(layer_shape(layers[0]))
+    def __init__(self, parts: LeanParts, steps: "Callable[[Shape], Steps] | None" = None) -> None:
+        self._weights, self._rotation = parts.layers, parts.rotation
+        self._norms = [*(weights.input_layernorm for weights in parts.layers), parts.norm]
+        self._steps = (steps or plain_steps)(parts.shape)
 
     def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the last position's state after the final norm, [B, D] in float32."""
@@ -77,6 +85,32 @@ class LeanDecoder:
         for weights, next_norm in zip(self._weights[:-1], self._norms[1:-1], strict=True):
             h, x = self._steps.full(h, x, weights, self._rotation, next_norm)
         return last(h, x, self._weights[-1], self._rotation, self._norms[-1])
+
+
+class LeanDecoder(LeanLayers):
+    """The layers of a model of transformers.
+
+    The weights are the model's own: fused ones take their place in memory, and the model's parameters become views.
+
+    Args:
+        model: Model for which :func:`lean_decoder` is true.
+        seq_len: Number of positions, T.
+        steps: Maker of the steps, as in :class:`LeanLayers`.
+    """
+
+    def __init__(self, model: Model, seq_len: int, steps: "Callable[[Shape], Steps] | None" = None) -> None:
+        body: Any = backbone(model.module)
+        layers: list[Any] = list(decoder_layers(model.module))
+        rotation = rotation_of(body.rotary_emb, seq_len, model.dtype, model.device)
+        weights = [layer_weights(layer) for layer in layers]
+        super().__init__(LeanParts(layer_shape(layers[0]), weights, body.norm.weight, rotation), steps)
+
+
+def rotation_of(rotary: Run, seq_len: int, dtype: torch.dtype, device: torch.device) -> Rotation:
+    """Return the cosines and sines [T, 1, E] of so many positions, from a rotary embedding of transformers."""
+    positions = torch.arange(seq_len, device=device)[None]
+    cos_1TE, sin_1TE = rotary(torch.empty(0, dtype=dtype, device=device), positions)
+    return cos_1TE[0][:, None], sin_1TE[0][:, None]
 
 
 def plain_steps(shape: "Shape", wrap: Callable[[Run], Run] = lambda run: run) -> Steps:
