@@ -1,6 +1,7 @@
 """The vLLM engine that ``--engine vllm`` starts.
 
-``ASSAY_VLLM_ARGS`` holds options of vLLM, written as on its command line.
+``ASSAY_VLLM_ARGS`` holds options of vLLM, written as on its command line, and ``ASSAY_VLLM_FORWARD`` says whose forward
+pass computes nonces.
 """
 
 import os
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from assay.poc import Engine
     from assay.poc.responses import VLLMPrefill
 
-ARGUMENTS = "ASSAY_VLLM_ARGS"
+ARGUMENTS, FORWARD = "ASSAY_VLLM_ARGS", "ASSAY_VLLM_FORWARD"
 
 
 @contextmanager
@@ -36,6 +37,7 @@ def vllm_engine(
 
     check_installed()
     options = _options(os.environ.get(ARGUMENTS, ""))
+    options["forward"] = os.environ.get(FORWARD, "vllm")
     with VLLMEngine(model, batch_size=batch_size, seq_len=seq_len, dtype=dtype, **options) as engine:
         yield engine.model, engine
 

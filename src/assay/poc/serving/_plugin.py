@@ -99,7 +99,7 @@ class AssayPlugin:
         assert self._settings is not None
         version = check_installed()
         config = engine_client.vllm_config
-        check_config(config)
+        check_config(config, forward=self._settings.vllm_forward)
         check_responses(config, self._settings.responses, version)
         count = engine_client.output_processor.get_num_unfinished_requests
         throttle = Throttle(self._settings.throttle, count, capacity(config))
@@ -224,6 +224,7 @@ def _engine_router(controller: Controller, running: Callable[[], _Running]) -> A
                 "share": throttle.settings.share,
                 "chat_in_flight": throttle.settings.chat_in_flight,
                 "path": throttle.settings.path,
+                "forward": throttle.settings.forward,
                 "direct": engine.direct.describe(),
                 "nonces": throttle.in_flight + engine.direct.in_flight,
                 "nonces_limit": throttle.limit,

@@ -19,6 +19,7 @@ from assay.errors import AssayError, UsageError
 from assay.models import identify
 from assay.poc.engines.vllm import (
     EXTENSION,
+    Forward,
     Inputs,
     Mode,
     NoncePath,
@@ -66,6 +67,9 @@ class PluginSettings(Settings):
     vllm_path: NoncePath = Field(
         DEFAULT.path, description="How nonces run without chat: in whole batches inside the workers, or as requests."
     )
+    vllm_forward: Forward = Field(
+        DEFAULT.forward, description="Whose forward pass computes nonces: vLLM's, or assay's own over vLLM's weights."
+    )
 
     responses: ResponseMode = Field(
         "off", description="Receipts of answers: none, with sketches of what the engine sampled, or of seeded sampling."
@@ -80,7 +84,13 @@ class PluginSettings(Settings):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
-        _ = self.throttle  # refuses what is out of range
+        forward = self.throttle.forward  # refuses what is out of range
+        if (forward, self.vllm_inputs) == ("assay", "sent"):
+            raise UsageError(
+                "ASSAY_VLLM_INPUTS=sent with ASSAY_VLLM_FORWARD=assay",
+                wanted="inputs local: inputs that are sent go into a request, which runs vLLM's forward pass",
+                do="leave one of them out",
+            )
         if self.responses != "off":
             check_name(
                 "ASSAY_RESPONSES_PUBLIC_KEY", self.responses_public_key, do="set it to the key that the network knows"
@@ -113,7 +123,7 @@ def before_start() -> None:
         multiply_exactly(arguments.dtype)
         config = _config(arguments)
         if config is not None:
-            check_config(config)
+            check_config(config, forward=settings.vllm_forward)
             check_responses(config, settings.responses, version)
         if config is not None and settings.pins is not None:
             check_pins(settings.pins, arguments.model, config, version)

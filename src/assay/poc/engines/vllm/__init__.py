@@ -22,12 +22,13 @@ from assay.poc.engines.vllm._engine import (
 )
 from assay.poc.engines.vllm._extension import WorkerExtension
 from assay.poc.engines.vllm._settings import EXTENSION
-from assay.poc.engines.vllm._throttle import Mode, NoncePath, Throttle, ThrottleSettings
+from assay.poc.engines.vllm._throttle import Forward, Mode, NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._worker import Spans, call_before, is_first_of_group, spans
 
 __all__ = [
     "EXTENSION",
     "Client",
+    "Forward",
     "Inputs",
     "Mode",
     "NoncePath",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.errors import BadWeights, ModelError, UsageError
-from assay.poc.engines.vllm._compatibility import refuse_missing
+from assay.poc.engines.vllm._compatibility import own_forward_refused, refuse_missing
 from assay.poc.engines.vllm._direct import DirectPath
 from assay.poc.engines.vllm._rows import Spec, new_key, request_id
 from assay.poc.engines.vllm._throttle import Throttle
@@ -76,9 +76,13 @@ class Client:
 
         Raises:
             BackendUnavailable: The workers lack a name that is used.
+            UsageError: Assay's own forward pass is asked for, and cannot run over what they hold.
         """
-        replies = await self._call("assay_install")
+        replies = await self._call("assay_install", self.throttle.settings.forward)
         refuse_missing("workers of vLLM", sorted({name for reply in replies for name in reply["problems"]}))
+        refused = next((reply["refused"] for reply in replies if reply["refused"]), None)
+        if refused is not None:
+            raise own_forward_refused(refused, "a dense decoder as vLLM holds it on one GPU")
         self.description = replies[-1]
 
     async def open(self, spec: Spec) -> str:

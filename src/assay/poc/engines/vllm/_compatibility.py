@@ -13,7 +13,7 @@ from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.models import stored_format
-from assay.poc.engines.vllm._settings import refusals, refusals_on_cpu, stated
+from assay.poc.engines.vllm._settings import refusals, refusals_of_own_forward, refusals_on_cpu, stated
 from assay.streams import dtype_name
 
 OLDEST, NEWEST = (0, 28), (0, 32)
@@ -148,11 +148,12 @@ def missing_in_runner(runner: Any) -> list[str]:
     return lacking
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Any, *, forward: str = "vllm") -> None:
     """Refuse settings of a vLLM engine under which nonces could not run, or would prove another computation.
 
     Args:
         config: vLLM's ``VllmConfig``.
+        forward: Whose forward pass is to compute nonces, of ``ThrottleSettings.forward``.
 
     Raises:
         UsageError: Names the first such setting.
@@ -164,6 +165,8 @@ def check_config(config: Any) -> None:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
     _check_stored(config)
     _check_state(config)
+    if forward == "assay":
+        _check_own_forward(config)
 
 
 def stored_as(config: Any) -> str:
@@ -243,6 +246,24 @@ def _check_state(config: Any) -> None:
             wanted="rotary embeddings by torch",
             do=f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'""",
         )
+
+
+def _check_own_forward(config: Any) -> None:
+    """Refuse an engine over whose weights assay's own decoder cannot run; of the rest the worker says it."""
+    since = "{}.{}".format(*SINCE)
+    older = (_minor(_version()) < SINCE, f"vLLM {_version()}", f"vLLM {since} or later, on which it was run")
+    for refused, seen, wanted in (older, *refusals_of_own_forward(config)):
+        if refused:
+            raise own_forward_refused(seen, wanted)
+
+
+def own_forward_refused(seen: str, wanted: str) -> UsageError:
+    """Return the refusal of ``ASSAY_VLLM_FORWARD=assay``, which is never left silently for the other way."""
+    return UsageError(
+        f"ASSAY_VLLM_FORWARD=assay with {seen}",
+        wanted=wanted,
+        do="leave it out: vLLM's own forward pass computes the nonces then",
+    )
 
 
 def _check_engines(config: Any) -> None:

@@ -79,7 +79,8 @@ class DirectPath:
         if self._throttle.settings.path == "requests":
             self.reason = "ASSAY_VLLM_PATH=requests"
             return Pace(0)
-        if self._failures >= FAILURES:
+        own = self._throttle.settings.forward == "assay"  # whose nonces cannot be requests
+        if self._failures >= FAILURES and not own:
             return Pace(0)  # the reason stays that of the last failure
         replies = await self._call("assay_batch", key)
         self.reason = next((reply["reason"] for reply in replies if reply["reason"]), None)

@@ -8,8 +8,8 @@ from weakref import WeakSet
 
 import numpy as np
 
-from assay.errors import AssayError, ModelError
-from assay.poc.engines.vllm._client import AHEAD, Client, RequestStream, Values, decode
+from assay.errors import AssayError, ModelError, UsageError
+from assay.poc.engines.vllm._client import AHEAD, ATTEMPTS, Client, RequestStream, Values, decode
 from assay.poc.engines.vllm._direct import CALLS, Pace
 from assay.poc.engines.vllm._rows import Spec
 
@@ -78,3 +78,51 @@ class DirectStream(RequestStream):
             missing = [nonce for nonce, _ in left]
             values |= dict(zip(missing, await super()._collect(missing, requests), strict=True))
         return np.stack([values[nonce] for nonce in wanted])
+
+
+class OwnStream(DirectStream):
+    """Runs every nonce in calls, because a request would run vLLM's forward pass, and the law of a build is of one.
+
+    Beside chat a call has one nonce, which the throttle admits as it admits a request.
+    """
+
+    async def _produce(self) -> None:
+        self._pace = await self._client.direct.open(self._key, self._spec.round.seq_len)
+        if not self._pace.batch:
+            raise UsageError(
+                f"ASSAY_VLLM_FORWARD=assay with {self._client.direct.reason}",
+                wanted="a round that assay's own forward pass takes",
+                do="leave it out: vLLM's own forward pass computes the nonces then",
+            )
+        await RequestStream._produce(self)
+
+    async def _launch(self, nonce: int) -> "asyncio.Task[Any]":
+        throttle = self._client.throttle
+        await throttle.admit()
+        throttle.in_calls += 1
+        call = self._start(self._run_call([nonce]))
+        call.add_done_callback(self._left)
+        self._calls.add(call)
+        return call
+
+    def _left(self, call: "asyncio.Task[Any]") -> None:
+        self._client.throttle.in_calls -= 1
+        self._client.throttle.leave()
+
+    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
+        """Take the values of calls; nonces of calls that failed run again, each in a call of its own."""
+        values: dict[int, Values] = {}
+        for attempt in range(ATTEMPTS):
+            missing = [nonce for nonce in wanted if nonce not in values]
+            if attempt and missing:
+                await asyncio.sleep(10.0 ** (attempt - 2))
+                running = [await self._launch(nonce) for nonce in missing]
+            for call in set(running):
+                values |= await asyncio.shield(call)  # other batches wait for it too
+            if all(nonce in values for nonce in wanted):
+                return np.stack([values[nonce] for nonce in wanted])
+        raise ModelError(
+            f"vLLM's workers did not run nonces by assay's own forward pass: {self._client.direct.reason}",
+            wanted="passes that run",
+            do="see the log of vLLM, or leave ASSAY_VLLM_FORWARD=assay out",
+        )

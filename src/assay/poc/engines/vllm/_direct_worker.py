@@ -48,6 +48,7 @@ class DirectMethods:
     model_runner: Any
     vllm_config: Any
     assay_hooks: Any
+    assay_passes: "DirectPasses"
 
     def assay_batch(self, key: str) -> dict[str, Any]:
         """Prepare a stream for passes beside the scheduler.
@@ -55,13 +56,9 @@ class DirectMethods:
         Returns ``batch``, the largest number of nonces of a pass, and ``reason``: why it is 0, and nonces must be
         requests.
         """
-        runner, config = self.model_runner, self.vllm_config
         try:
             spec = self.assay_hooks.rows.get(key).spec
-            reason = why_requests(runner, config, spec)
-            if reason is None and not hasattr(self, "assay_passes"):
-                measured = int(getattr(self, "peak_activation_memory", 0))
-                self.assay_passes = DirectPasses(runner, config, self.assay_hooks._transform, activations=measured)
+            reason = self.assay_passes.why_not(spec)
             batch = 0 if reason else self.assay_passes.prepare(spec)
         except Exception as error:  # memory, or a name of vLLM
             log.warning("nonces stay requests", exc_info=True)
@@ -150,6 +147,10 @@ class DirectPasses:
         self._cache: Tensor | None = None
         self._tables_of: dict[tuple[int, int], tuple[dict[str, Any], Tensor, Tensor]] = {}
 
+    def why_not(self, spec: Spec) -> str | None:
+        """Return the reason for which nonces of a round cannot run in passes; None where they can."""
+        return why_requests(self._runner, self._config, spec)
+
     def prepare(self, spec: Spec) -> int:
         """Make the private cache for passes of a round; return B, the largest number of nonces of a pass."""
         batch, own = self._batch(spec.round.seq_len), self._layer_cache()
@@ -205,9 +206,14 @@ class DirectPasses:
         states_BTD = states[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
         if spec.pipeline.read == "last":
             return states_BTD[:, -1].clone()  # a view would keep the states of every pass
+        return self._summed(spec, nonces, states_BTD)
+
+    def _summed(self, spec: Spec, nonces: list[int], states_BTD: Tensor) -> Tensor:
+        """Return the weighted sums [B, D] of the states of nonces."""
+        seq_len, device = spec.round.seq_len, states_BTD.device
         drawn_BT = self._transform(spec).weights(nonces, seq_len)
         assert drawn_BT is not None
-        weights_BT = drawn_BT.to(states.device)
+        weights_BT = drawn_BT.to(device)
         at_once = max(1, MAX_SUMMED // (seq_len * self._width))
         pairs = zip(torch.split(states_BTD, at_once), torch.split(weights_BT, at_once), strict=True)
         return torch.cat([weighted_sum(part_BTD, part_BT) for part_BTD, part_BT in pairs])

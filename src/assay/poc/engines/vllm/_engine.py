@@ -24,10 +24,10 @@ from assay.poc.engines._base import check_batch_size, check_supported, noise_inp
 from assay.poc.engines._decoding import Decoded, Replayed
 from assay.poc.engines.vllm._client import Client, Prompt, RequestStream
 from assay.poc.engines.vllm._compatibility import check_config, check_installed, multiply_exactly
-from assay.poc.engines.vllm._direct_stream import DirectStream
+from assay.poc.engines.vllm._direct_stream import DirectStream, OwnStream
 from assay.poc.engines.vllm._rows import Spec
 from assay.poc.engines.vllm._settings import EXTENSION
-from assay.poc.engines.vllm._throttle import NoncePath, Throttle, ThrottleSettings
+from assay.poc.engines.vllm._throttle import Forward, NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._token_requests import TokenStream, check_room
 from assay.poc.protocol import Fingerprint, Pipeline, Round
 
@@ -76,13 +76,13 @@ class RequestEngine:
             )
         self.batch_size, self.seq_len, self._most_positions = batch_size, seq_len, most_positions
         self._client, self._loop, self._version, self._inputs = client, loop, version, inputs
-        worker = self._worker = client.description
+        worker = client.description
         self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
-        return fingerprint_of(self._worker, self._version, batch_size=self.batch_size, seq_len=self.seq_len)
+        return fingerprint_of(self._client.description, self._version, batch_size=self.batch_size, seq_len=self.seq_len)
 
     @cached_property
     def _streams(self) -> streams.Backend:
@@ -138,7 +138,8 @@ class RequestEngine:
     def _stream(self, spec: Spec, nonces: Sequence[int]) -> RequestStream:
         """Return the stream of nonces over noise, which run beside the scheduler if the workers make their inputs."""
         if self._inputs == "local":
-            return DirectStream(self._client, spec, nonces, self.batch_size, self.seq_len)
+            stream = OwnStream if self._client.throttle.settings.forward == "assay" else DirectStream
+            return stream(self._client, spec, nonces, self.batch_size, self.seq_len)
         self._client.direct.reason = "inputs that the server sends (ASSAY_VLLM_INPUTS=sent)"
         prompt: Prompt = lambda nonce: self.inputs(spec.round, [nonce])[0]  # noqa: E731
         return RequestStream(self._client, spec, nonces, self.batch_size, prompt)
@@ -194,7 +195,13 @@ def fingerprint_of(worker: dict[str, Any], version: str, *, batch_size: int, seq
         threads=worker["threads"],
         torch=torch.__version__,
         library=f"vllm {version}",
-        kernels=(*kernels, "eager" if worker["eager"] else "compiled", *worker["cache"], *worker["products"]),
+        kernels=(
+            *kernels,
+            "eager" if worker["eager"] else "compiled",
+            *worker["cache"],
+            *worker["products"],
+            *worker.get("forward", ()),
+        ),
     )
 
 
@@ -223,6 +230,7 @@ class VLLMEngine(RequestEngine):
         dtype: Dtype of the weights; None for the checkpoint's.
         in_flight: Number of nonces inside the engine at once; 0 lets assay choose.
         path: Whether nonces run as whole batches inside the workers where the engine allows it, or as requests.
+        forward: Whose forward pass computes nonces: that of vLLM, or assay's own decoder over vLLM's weights.
         options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
 
     Raises:
@@ -240,18 +248,19 @@ class VLLMEngine(RequestEngine):
         dtype: str | None = None,
         in_flight: int = 0,
         path: NoncePath = "auto",
+        forward: Forward = "vllm",
         **options: Any,
     ) -> None:
         version = check_installed()
+        settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path, forward=forward)
         directory = str(checkpoint_directory(reference))
         with ExitStack() as ends:
             thread = self._thread = ends.enter_context(closing(_Loop()))
-            llm = thread.run(_start(directory, dtype, options))
+            llm = thread.run(_start(directory, dtype, options, forward))
             ends.callback(lambda: thread.run(_shutdown(llm)))
             config = llm.vllm_config
             # This engine serves no chat, so it is always full.
             most = in_flight or capacity(config, seq_len)
-            settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path)
             throttle = Throttle(settings, llm.output_processor.get_num_unfinished_requests, most)
             client = Client(llm, throttle, config.parallel_config.data_parallel_size)
             ends.callback(client.release)
@@ -296,7 +305,7 @@ class _Loop:
         self.loop.close()
 
 
-async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> Any:
+async def _start(directory: str, dtype: str | None, options: dict[str, Any], forward: Forward) -> Any:
     from vllm import AsyncEngineArgs  # type: ignore[import-not-found]
     from vllm.platforms import current_platform  # type: ignore[import-not-found]
     from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found]
@@ -317,7 +326,7 @@ async def _start(directory: str, dtype: str | None, options: dict[str, Any]) -> 
         raise UsageError(
             f"options of vLLM: {error}"[:500], wanted="its engine arguments", do="see `vllm serve --help`"
         ) from None
-    check_config(config)
+    check_config(config, forward=forward)
     try:
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     except Exception as error:  # vLLM fails to start in many ways

@@ -22,8 +22,10 @@ from assay.errors import AssayError
 from assay.poc.engines._base import noise_inputs
 from assay.poc.engines.vllm._compatibility import missing_in_runner
 from assay.poc.engines.vllm._decoding import Decoding, Found, obstacle
-from assay.poc.engines.vllm._direct_worker import DirectMethods
+from assay.poc.engines.vllm._direct_worker import DirectMethods, DirectPasses
+from assay.poc.engines.vllm._own_passes import OwnPasses, why_not_over
 from assay.poc.engines.vllm._rows import Rows, RowStream, Spec
+from assay.poc.engines.vllm._throttle import Forward
 from assay.poc.engines.vllm._worker import (
     MAX_SUMMED,
     MAX_VALUES,
@@ -48,17 +50,38 @@ class WorkerExtension(DirectMethods):
 
     assay_hooks: "Hooks"
 
-    def assay_install(self) -> dict[str, Any]:
-        """Wrap the model runner once, and describe this worker.
+    def assay_install(self, forward: Forward = "vllm") -> dict[str, Any]:
+        """Wrap the model runner once, choose the forward pass of nonces, and describe this worker.
 
         ``problems`` lists the names that the runner lacks; if there are any, nothing was wrapped. ``decodes`` says
-        whether it takes the presets that decode.
+        whether it takes the presets that decode. ``refused`` is the reason for which assay's own forward pass cannot
+        run here, and ``forward`` names its kernels.
         """
-        problems = missing_in_runner(self.model_runner)
+        runner, config = self.model_runner, self.vllm_config
+        problems = missing_in_runner(runner)
         if not problems and not hasattr(self, "assay_hooks"):
-            self.assay_hooks = Hooks(self.model_runner, self.vllm_config)
-        decodes = obstacle(self.model_runner, self.vllm_config) is None
-        return {"problems": problems, "decodes": decodes, **describe(self.model_runner, self.vllm_config)}
+            self.assay_hooks = Hooks(runner, config)
+        refused, kernels = (None, []) if problems else self.assay_choose(forward)
+        said = {"problems": problems, "refused": refused, "decodes": obstacle(runner, config) is None}
+        return {**said, "forward": kernels, **describe(runner, config)}
+
+    def assay_choose(self, forward: Forward) -> tuple[str | None, list[str]]:
+        """Choose the forward pass of nonces in batches; return why it was refused, and what its kernels are."""
+        runner, config, measured = self.model_runner, self.vllm_config, getattr(self, "peak_activation_memory", 0)
+        shared = (runner, config, self.assay_hooks._transform)
+        self.assay_passes = DirectPasses(*shared, activations=int(measured))
+        if forward == "vllm":
+            return None, []
+        try:
+            refused = why_not_over(runner.get_model(), config)
+            if refused is None:
+                own = OwnPasses(*shared, activations=int(measured))
+                kernels = ["forward assay", *own.load()]
+                self.assay_passes = own
+                return None, kernels
+        except Exception as error:  # the server says it, and ends in good order
+            refused = _words(error)
+        return refused, []
 
     def assay_open(self, key: str, round: dict[str, Any], preset: str) -> str | None:
         """Begin a stream of nonces of a round, whose fields are given; return the reason if it is refused."""

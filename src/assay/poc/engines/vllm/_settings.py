@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from assay.models.families import FAMILIES
+from assay.streams import dtype_name
+
 EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
 """What ``--worker-extension-cls`` names for nonces."""
 
@@ -91,6 +94,24 @@ def refusals_on_cpu(config: Any) -> tuple[Refusal, ...]:
             "an engine without adapters",
             "leave it out, or serve on a GPU",
         ),
+    )
+
+
+def refusals_of_own_forward(config: Any) -> tuple[tuple[Any, str, str], ...]:
+    """Return what assay's own forward pass does not take: whether it is there, what it is, and what is wanted."""
+    model, parallel, adapters = config.model_config, config.parallel_config, getattr(config, "lora_config", None)
+    known = [f"{family.prefix}ForCausalLM" for family in FAMILIES.values() if family.plain]
+    stored = model.quantization or stated(model)
+    whole, dtype = "every weight whole on one worker", dtype_name(model.dtype)
+    formats = ("bfloat16", "float16", "float32")
+    return (
+        (parallel.tensor_parallel_size > 1, f"tensor parallelism over {parallel.tensor_parallel_size} workers", whole),
+        (parallel.pipeline_parallel_size > 1, f"{parallel.pipeline_parallel_size} stages of a pipeline", whole),
+        (stored, "a quantised checkpoint", "weights as they are multiplied"),
+        (model.architecture not in known, str(model.architecture), f"one of {', '.join(known)}"),
+        (dtype not in formats, f"--dtype {dtype}", " or ".join(formats)),
+        (adapters is not None, "--enable-lora", "an engine without adapters"),
+        (model.enable_sleep_mode, "--enable-sleep-mode", "weights that stay in memory"),
     )
 
 

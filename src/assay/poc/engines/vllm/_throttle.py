@@ -16,6 +16,9 @@ Mode = Literal["chat-first", "exclusive"]
 NoncePath = Literal["auto", "requests"]
 """How nonces run while there is no chat: as whole batches inside the workers where that can be, or as requests."""
 
+Forward = Literal["vllm", "assay"]
+"""Whose forward pass computes nonces: that of vLLM, or assay's own decoder over vLLM's weights."""
+
 TICK = 0.02  # seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end
 WINDOW = 0.25  # seconds over which the speed of an engine without chat is measured
 
@@ -34,6 +37,8 @@ class ThrottleSettings:
         drain: Time that exclusive mode waits for running chat. What is unfinished then goes on beside the nonces.
         path: Either ``auto``: without chat, nonces run as whole batches inside the workers where the engine allows it;
             or ``requests``. A change holds from the next round on.
+        forward: Either ``vllm``; or ``assay``, with which every nonce that is one pass runs in a call into the workers,
+            beside chat too, and a round that cannot run so is refused.
 
     Raises:
         UsageError: A value is out of range.
@@ -47,6 +52,7 @@ class ThrottleSettings:
     quiet: float = 1.0
     drain: float = 30.0
     path: NoncePath = "auto"
+    forward: Forward = "vllm"
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -55,12 +61,22 @@ class ThrottleSettings:
             raise UsageError(
                 f"path {self.path!r}", wanted=" or ".join(get_args(NoncePath)), do="correct ASSAY_VLLM_PATH"
             )
+        if self.forward not in get_args(Forward):
+            raise UsageError(
+                f"forward {self.forward!r}", wanted=" or ".join(get_args(Forward)), do="correct ASSAY_VLLM_FORWARD"
+            )
+        if (self.forward, self.path) == ("assay", "requests"):
+            raise UsageError(
+                "ASSAY_VLLM_PATH=requests with ASSAY_VLLM_FORWARD=assay",
+                wanted="path auto: a request runs vLLM's forward pass",
+                do="leave one of them out",
+            )
         if not 0 < self.share <= 1:
             raise UsageError(f"share {self.share!r}", wanted="a part in (0, 1]", do="correct ASSAY_VLLM_SHARE")
         for field in fields(self):
             value = getattr(self, field.name)
             least = 1 if field.name == "chat_in_flight" else 0
-            if field.name not in ("mode", "share", "path") and not least <= value < 1e6:
+            if field.name not in ("mode", "share", "path", "forward") and not least <= value < 1e6:
                 name = f"ASSAY_VLLM_{field.name.upper()}"
                 raise UsageError(f"{field.name} {value!r}", wanted=f"a number from {least}", do=f"correct {name}")
 
@@ -77,6 +93,8 @@ class Throttle:
     def __init__(self, settings: ThrottleSettings, unfinished: Callable[[], int], capacity: int) -> None:
         self.settings = settings
         self.in_flight = 0
+        self.in_calls = 0
+        """Those of them that are in calls into the workers, and no requests."""
         self._unfinished = unfinished
         self._capacity = settings.in_flight or max(1, capacity)
         self._left = asyncio.Event()
@@ -91,7 +109,7 @@ class Throttle:
     @property
     def chat(self) -> int:
         """Number of requests in the engine that are not nonces."""
-        return max(0, self._unfinished() - self.in_flight)
+        return max(0, self._unfinished() - (self.in_flight - self.in_calls))
 
     @property
     def busy(self) -> bool:
