@@ -3,6 +3,7 @@
 import pytest
 
 from assay.vhack import Pair, Sample, weight_svd
+from tests.vhack.adapter import sequential_gradients
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,12 @@ def samples() -> list[Sample]:
 @pytest.fixture(scope="session")
 def small_svd(small_model):
     return weight_svd(small_model)
+
+
+@pytest.fixture(scope="session")
+def wanted(small_model, byte_tokenizer, samples, small_svd):
+    """Gradients of the samples by the definition, one at a time."""
+    return sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd)
 
 
 @pytest.fixture(scope="session")

@@ -154,4 +154,6 @@ def refusals(rank, path, mesh, samples, tokenizer):
         "head": refusal(gradients(by_tensor(loaded(path), mesh, ColwiseParallel()))),
         "samples": refusal(gradients(by_fsdp(loaded(path), mesh), samples[rank:])),
         "broken": refusal(gradients(broken)),
+        # A file is where the first process would make the directory.
+        "cache": refusal(lambda: weight_svd(by_fsdp(loaded(path), mesh), cache=None if rank else path / "config.json")),
     }

@@ -82,7 +82,6 @@ def test_axes_point_where_most_pairs_are():
     basis = basis_of({"m": signs[:, None] * axis}, {"m": torch.zeros(N, R)}, top_k=1)
     assert torch.allclose(basis.axes["m"][0], -axis, atol=1e-6)
     assert basis.votes["m"].tolist() == [[7, 3]]
-    assert basis.votes["m"].tolist() == [[7, 3]]
     assert basis.undecided == []
 
 

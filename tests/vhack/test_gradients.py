@@ -12,18 +12,13 @@ from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import _batches
 from assay.vhack.gradients._batches import encode, plan, token_budget
 from assay.vhack.gradients._replica import Replica
-from tests.vhack.adapter import sequential_gradients, worst_error
+from tests.vhack.adapter import SMALL, sequential_gradients, worst_error
 
 
 @pytest.fixture
 def module(small_model):
     """A copy of the small model that a test may change."""
     return copy.deepcopy(small_model.module)
-
-
-@pytest.fixture(scope="module")
-def wanted(small_model, byte_tokenizer, samples, small_svd):
-    return sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd)
 
 
 def test_they_equal_the_loop_through_the_adapter(small_model, byte_tokenizer, samples, small_svd, wanted):
@@ -94,20 +89,10 @@ def test_other_families(family, byte_tokenizer, samples):
     # Scaled logits, biased projections, capped logits: what a model does around its matrices must stay in the loss.
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 300,
-        "max_position_embeddings": 128,
-    }
-    extra = {"logits_scaling": 4.0} if family == "granite" else {}
+    sizes = SMALL | ({"logits_scaling": 4.0} if family == "granite" else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **extra)).eval()
+        module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
     svd = weight_svd(module)
     found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
     assert worst_error(found, sequential_gradients(module, byte_tokenizer, samples, svd)) < 1e-5
@@ -299,6 +284,12 @@ def test_no_samples_and_no_tokenizer_are_refused(small_model, byte_tokenizer, sa
         per_sample_gradients([], small_model, tokenizer=byte_tokenizer, svd=small_svd)
     with pytest.raises(UsageError, match="without a tokenizer"):
         per_sample_gradients(samples, small_model, tokenizer=None, svd=small_svd)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1])
+def test_a_batch_of_no_tokens_is_refused(small_model, byte_tokenizer, samples, small_svd, max_tokens):
+    with pytest.raises(UsageError, match=f"max_tokens={max_tokens}"):
+        per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=max_tokens)
 
 
 def test_some_modules_can_be_had_alone(small_model, byte_tokenizer, samples, small_svd, wanted):

@@ -26,11 +26,6 @@ PLAIN = Recipe(packed=False, fused=False, factored=False, late=False, together=F
 EVERYTHING = Recipe(packed=True, fused=True, factored=True, late=True, together=False)
 
 
-@pytest.fixture(scope="module")
-def wanted(small_model, byte_tokenizer, samples, small_svd):
-    return sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd)
-
-
 @pytest.mark.parametrize(
     "recipe",
     [

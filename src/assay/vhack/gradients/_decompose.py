@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from assay.errors import BadWeights
 from assay.vhack.gradients._division import Division
 from assay.vhack.gradients._factors import Factors
 from assay.vhack.gradients._progress import Progress
@@ -34,7 +33,7 @@ def decompose(
         progress: Function called with the number of matrices done and of all.
 
     Raises:
-        BadWeights: A matrix is not finite; every process raises it.
+        Exception: What decomposing a matrix raised in its owner; every process raises it.
     """
     found: dict[str, Factors] = {}
     ordered = sorted(modules, key=lambda name: sorted(modules[name].weight.shape), reverse=True)
@@ -50,20 +49,20 @@ def _round(
     weights: Mapping[str, Tensor], division: Division, one: Callable[[str, Tensor], Factors], dtype: torch.dtype
 ) -> dict[str, Factors]:
     mine: Factors | None = None
-    error: BadWeights | None = None
+    error: Exception | None = None
     for owner, (name, weight) in enumerate(weights.items()):
         gathered = whole(weight.detach())
         if owner == division.rank:
             try:
                 mine = one(name, gathered)
-            except BadWeights as raised:
+            except Exception as raised:  # the other processes would wait for this one
                 error = raised
         del gathered
     facts = None if mine is None else (mine.values.cpu(), mine.residual, mine.orthogonality)
-    told = division.gathered((facts, error and (error.seen, error.wanted, error.do)))
+    told = division.gathered((facts, error))
     for _, refused in told:
         if refused is not None:
-            raise BadWeights(refused[0], wanted=refused[1], do=refused[2])
+            raise refused
     found = {}
     for owner, (name, weight) in enumerate(weights.items()):
         (values_R, residual, orthogonality), _ = told[owner]

@@ -80,8 +80,8 @@ def per_sample_gradients(
         Per module name, [N, R] float32 on the CPU, rows in the order of the samples; of experts also their tokens.
 
     Raises:
-        UsageError: There are no samples or no tokenizer, the factors belong to other modules, a module is no target, or
-            processes have other samples than this one.
+        UsageError: There are no samples or no tokenizer, ``max_tokens`` is below 1, the factors belong to other
+            modules, a module is no target, or processes have other samples than this one.
         DataError: A prompt or completion is empty, a sample is too long, or its loss or gradient is not finite.
         ModelError: The model has no target projections, has experts of an unknown form, is float16, or is in parts of
             which gradients would not be exact.
@@ -95,6 +95,8 @@ def per_sample_gradients(
         >>> found["model.layers.0.self_attn.q_proj"].shape
         torch.Size([1, 256])
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"max_tokens={max_tokens}", wanted="at least 1", do="set it higher, or leave it out")
     module = module_of(model)
     wanted = chosen_modules(module, modules)
     _check_dtype(module)
