@@ -24,7 +24,7 @@ from scipy.stats import t as student
 
 from assay.errors import UsageError
 from assay.stats import auroc
-from assay.vhack.checks._judge import CheckSettings, CheckVerdict, FloatArray, Interval, measure
+from assay.vhack.checks._judge import CheckSettings, CheckVerdict, FloatArray, Interval, measure, worst
 
 EQUIVALENCE = 0.1
 """Largest difference of two AUROC that counts as none."""
@@ -51,8 +51,7 @@ class GuardItem:
 
 def guard_verdict(items: Sequence[GuardItem]) -> CheckVerdict:
     """Return ``fail`` if any question failed, else ``undecided`` if any is, else ``pass``."""
-    verdicts = {item.verdict for item in items}
-    return "fail" if "fail" in verdicts else "undecided" if "undecided" in verdicts else "pass"
+    return worst(item.verdict for item in items)
 
 
 def guard(

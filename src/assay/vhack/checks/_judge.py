@@ -1,6 +1,6 @@
 """Settings and results of the checks, and how all five get from a value, its interval and its nulls to a verdict."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil, log2
 from typing import Any, Literal
@@ -176,8 +176,7 @@ class CheckReport:
     @property
     def verdict(self) -> CheckVerdict:
         """``fail`` if any check fails, else ``undecided`` if any is, else ``pass``."""
-        verdicts = {check.verdict for check in self.checks}
-        return "fail" if "fail" in verdicts else "undecided" if "undecided" in verdicts else "pass"
+        return worst(check.verdict for check in self.checks)
 
     @property
     def exit_code(self) -> int:
@@ -193,15 +192,27 @@ class CheckReport:
         """Return the report that `as_dict` wrote.
 
         Raises:
-            DataError: The record has another schema, or a value is missing or has another type.
+            DataError: The record has another schema, or a value is missing or has another type, or not all five checks
+                are there.
         """
         if record.get("schema") != SCHEMA:
             raise _unusable(f"schema {record.get('schema')!r}")
         try:
-            return TypeAdapter(cls).validate_python(record)
+            report = TypeAdapter(cls).validate_python(record)
         except ValidationError as error:
             fault = error.errors(include_url=False)[0]
             raise _unusable(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+        if tuple(check.name for check in report.checks) != CHECKS:
+            raise _unusable(f"it has the checks {[check.name for check in report.checks]}")
+        if not (report.hack and report.clean and report.modules):
+            raise _unusable("it has no scores, or no modules")
+        return report
+
+
+def worst(verdicts: Iterable[CheckVerdict]) -> CheckVerdict:
+    """Return ``fail`` if any fails, else ``undecided`` if any is, else ``pass``."""
+    found = set(verdicts)
+    return "fail" if "fail" in found else "undecided" if "undecided" in found else "pass"
 
 
 def _unusable(why: str) -> DataError:

@@ -147,9 +147,9 @@ def check_two_pools(
     """Return whether the samples of one pool lie further along the axes of a basis than those of another.
 
     It passes by the rule of check 1, where random bases of the same size do not reach the value either, and where no
-    part of the guard against degenerate detectors fails. The score
-    is cin, ``‖relu(V g)‖ / ‖g‖``, mean over modules. The details have the AUROC of the two-sided cin of the original
-    proposal, and of two things that are no sign of a hack: the length of the gradient and that of the completion.
+    part of the guard against degenerate detectors fails. The score is cin, ``‖relu(V g)‖ / ‖g‖``, mean over modules.
+    The details have the AUROC of the two-sided cin of the original proposal, and of two things that are no sign of a
+    hack: the length of the gradient and that of the completion.
 
     Args:
         hack: Samples that cheat.
