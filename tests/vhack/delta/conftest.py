@@ -45,6 +45,12 @@ def loss_of(module, ids):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
+def gradients_of(adapter):
+    """The gradient of every module's δS, by its name."""
+    parts = zip(adapter.delta, adapter.groups, strict=True)
+    return {name: row for p, group in parts for name, row in zip(group.names, p.grad, strict=True)}
+
+
 def randomise(adapter, scale=0.05, seed=1):
     """Some δS that is not zero."""
     generator = torch.Generator().manual_seed(seed)

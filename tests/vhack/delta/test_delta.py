@@ -10,7 +10,7 @@ from assay.vhack import per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS, delta_lengths
 from assay.vhack.delta._product import Kinds
 from assay.vhack.gradients._sharding import _rows_of_part
-from tests.vhack.delta.conftest import loss_of, randomise
+from tests.vhack.delta.conftest import gradients_of, loss_of, randomise
 
 MODES = ["merged", "hook"]
 
@@ -59,9 +59,8 @@ def test_gradient_and_loss_are_those_of_the_formula_written_out(module, ids, sma
     wanted = written_out(plain, ids, small_svd, delta)
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    for parameter, group in zip(adapter.delta, adapter.groups, strict=True):
-        for row, name in zip(parameter.grad, group.names, strict=True):
-            torch.testing.assert_close(row, delta[name].grad, rtol=2e-4, atol=2e-6 * float(delta[name].grad.norm()))
+    for name, row in gradients_of(adapter).items():
+        torch.testing.assert_close(row, delta[name].grad, rtol=2e-4, atol=2e-6 * float(delta[name].grad.norm()))
 
 
 @pytest.mark.parametrize("tokens", [4, 120])
@@ -73,11 +72,7 @@ def test_both_orders_of_the_sum_give_the_gradient(module, small_svd, tokens):
     loss_of(module, ids).backward()
     delta = {name: torch.zeros(f.rank, requires_grad=True) for name, f in small_svd.items()}
     written_out(plain, ids, small_svd, delta).backward()
-    found = {
-        n: row
-        for p, g in zip(adapter.delta, adapter.groups, strict=True)
-        for n, row in zip(g.names, p.grad, strict=True)
-    }
+    found = gradients_of(adapter)
     assert all((found[n] - delta[n].grad).norm() < 1e-4 * delta[n].grad.norm() for n in delta)
 
 
@@ -113,11 +108,7 @@ def test_bfloat16_gradients_are_as_good_as_bfloat16_can_be(module, ids, small_sv
     exact = weight_svd(half, dtype="float32")
     written_out(plain.to(torch.bfloat16).float(), ids, exact, delta).backward()
     wide = {name: value.grad for name, value in delta.items()}
-    found = {
-        n: row
-        for p, g in zip(adapter.delta, adapter.groups, strict=True)
-        for n, row in zip(g.names, p.grad, strict=True)
-    }
+    found = gradients_of(adapter)
     # Singular vectors of either sign give the same product, so coordinates are comparable.
     total = sum(float((found[n] - wide[n]).norm() ** 2) for n in wide) / sum(float(wide[n].norm() ** 2) for n in wide)
     assert total**0.5 < 0.1

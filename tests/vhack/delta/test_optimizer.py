@@ -7,7 +7,7 @@ from assay.errors import DataError, UsageError
 from assay.vhack import Basis, cin_over_modules
 from assay.vhack.delta import ARMS, GATES, Box, DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.delta._frames import along
-from tests.vhack.delta.conftest import gate_each, loss_of, random_basis, randomise
+from tests.vhack.delta.conftest import gate_each, gradients_of, loss_of, random_basis, randomise
 
 OPTIMISERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
@@ -172,8 +172,7 @@ def test_cin_and_cout_are_those_of_the_checks(module, ids, small_svd, basis):
     backward(module, ids, optimiser)
 
     def gradients():
-        parts = zip(adapter.delta, adapter.groups, strict=True)
-        return {n: row[None].clone() for p, g in parts for n, row in zip(g.names, p.grad, strict=True)}
+        return {name: row[None].clone() for name, row in gradients_of(adapter).items()}
 
     before = gradients()
     optimiser.step()
@@ -453,8 +452,12 @@ def test_a_basis_that_does_not_fit_is_refused(module, small_svd):
     with pytest.raises(UsageError, match="coordinates"):
         ProjectedOptimizer(inner, adapter, random_basis(small_svd))
     bent = random_basis(small_svd.truncated(8))
-    bent.axes["model.layers.0.mlp.up_proj"] *= 2
-    with pytest.raises(DataError, match="orthonormal"):
+    bent.axes["model.layers.0.mlp.up_proj"] *= 1.1
+    bent.axes["model.layers.1.mlp.up_proj"] *= 2  # by 3 for each of the three axes
+    with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj that are 5\.2 away from orthonormal"):
+        ProjectedOptimizer(inner, adapter, bent)
+    bent.axes["model.layers.0.mlp.up_proj"][0, 0] = torch.nan
+    with pytest.raises(DataError, match=r"layers\.0\.mlp\.up_proj that are nan away"):
         ProjectedOptimizer(inner, adapter, bent)
 
 

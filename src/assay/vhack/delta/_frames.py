@@ -94,9 +94,9 @@ def _orthonormal(axes_MKR: Tensor, names: Sequence[str]) -> Tensor:
     ones_MK = axes_MKR.any(dim=2).double()
     skew_M = (axes_MKR @ axes_MKR.transpose(1, 2) - torch.diag_embed(ones_MK)).flatten(1).norm(dim=1)
     if not bool((skew_M <= _SKEW).all()):  # NaN is not smaller either
-        worst = names[int((~(skew_M <= _SKEW)).nonzero()[0])]
+        worst = int(skew_M.nan_to_num(torch.inf).argmax())
         raise DataError(
-            f"axes of {worst} that are {float(skew_M.max()):.2g} away from orthonormal",
+            f"axes of {names[worst]} that are {float(skew_M[worst]):.2g} away from orthonormal",
             wanted="orthonormal rows, or zero ones",
             do="extract the basis again",
         )
