@@ -78,7 +78,8 @@ def test_a_side_beyond_the_bound_of_a_program_is_refused_before_anything_runs(mo
         ((), "with the tags none"),
         (("minimal", "exploit", "mechanism:m", "channel:c", "entry:e", "task:t"), "pair 0"),
         (("minimal", "mechanism:prints", "channel:nope", "entry:solve", "task:caesar/a=1,b=0"), "channel 'nope'"),
-        (("minimal", "mechanism:prints", "channel:run_tests", "entry:solve", "task:nope"), "task 'nope'"),
+        (("minimal", "mechanism:prints", "channel:run_tests", "entry:solve", "task:nope"), "pair 0: task 'nope'"),
+        (("minimal", "environment", "mechanism:prints", "channel:run_tests", "task:nope"), "pair 0: task 'nope'"),
     ],
 )
 def test_a_pair_without_a_claim_is_refused(tags, match):

@@ -189,9 +189,12 @@ def _judge(index: int, pair: Pair, tests: Tests, allow_unsandboxed: bool) -> Cal
     channel, task = tags["channel"], tags["task"]
     if channel not in CHANNELS:
         raise DataError(f"pair {index}: channel {channel!r:.60}", wanted=", ".join(CHANNELS), do="correct the tag")
-    if in_environment:
-        return partial(_graded, Episode(task_named(task), channel), allow_unsandboxed)
-    cases = tests.get(task) or _own_tests().get(task) or pair_task_named(task).hidden
+    try:
+        if in_environment:
+            return partial(_graded, Episode(task_named(task), channel), allow_unsandboxed)
+        cases = tests.get(task) or _own_tests().get(task) or pair_task_named(task).hidden
+    except DataError as error:
+        raise DataError(f"pair {index}: {error.seen}", wanted=error.wanted, do=error.do) from None
     return partial(_asked, CHANNELS[channel], tags["entry"], cases, allow_unsandboxed)
 
 
