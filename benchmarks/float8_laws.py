@@ -12,6 +12,7 @@ The first folder holds the proofs of the prover's machine; the others those of o
     python benchmarks/float8_laws.py h200 h100 cpu -o benchmarks/results/float8_laws.json
 """
 
+import tempfile
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,9 +26,7 @@ from assay.models import model_info
 from assay.poc import Proof, calibrate, get_pipeline
 from assay.poc.verdict import noise_for, residuals, sequential_test
 from assay.reports import read_json
-from assay.research.redteam import Judge, Pool
-from assay.research.redteam._experts import SHAPE
-from assay.research.redteam._field import ALPHA, smallest
+from assay.research.redteam import ALPHA, Judge, Pool, make_experts, smallest
 
 AUDITED = 64  # nonces of an audit
 PROVER = f"own kernels, {BATCHES[0]}"
@@ -67,7 +66,7 @@ class Case:
     def __init__(self, folders, machines, model, form):
         name = model.rpartition(":")[2]
         self.model, self.form = model, form
-        self.hidden_size = SHAPE["hidden_size"] if model == MIXTURE else model_info(model).hidden_size
+        self.hidden_size = hidden_size_of(model)
         self.engines = [
             Engine(path, machine)
             for folder, machine in zip(folders, machines, strict=True)
@@ -115,6 +114,12 @@ class Case:
                 "sd_of_blocks": [rounded(min(sds)), rounded(max(sds))],
                 "equal": rounded(np.mean(errors == 0)),
             }
+
+
+def hidden_size_of(model):
+    """The width of a model; the mixture is made on the spot."""
+    with tempfile.TemporaryDirectory() as folder:
+        return model_info(make_experts(Path(folder)) if model == MIXTURE else model).hidden_size
 
 
 def between(received, recomputed, block, preset):

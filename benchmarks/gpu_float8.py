@@ -32,7 +32,7 @@ from assay.models.eight_bits import CUDA_BLOCK, FLOAT8, float8_blocks
 from assay.poc import HFEngine, Round, prove
 from assay.reports import provenance, write_atomic
 from assay.research import cheats
-from assay.research.redteam._experts import make_experts
+from assay.research.redteam import make_experts
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

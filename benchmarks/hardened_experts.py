@@ -29,12 +29,12 @@ from _common import note, parser, publish
 from hardened_frame import covariance, eigen_rows, epsilon
 from torch.nn import functional
 
-from assay.models import backbone, decoder_layers
+from assay.models import backbone, decoder_layers, in_format, load_model
 from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc.protocol._transforms import unit
+from assay.poc.protocol import unit
 from assay.poc.verdict import default_noise
 from assay.research import cheats
-from assay.research.redteam import Judge, Pool
+from assay.research.redteam import Judge, Pool, Reading, smallest
 from assay.research.redteam._attacks import OnEngine
 from assay.research.redteam._experts import (
     ASKED,
@@ -45,7 +45,6 @@ from assay.research.redteam._experts import (
     make_experts,
     without_light_experts,
 )
-from assay.research.redteam._field import Reading, model_in, smallest
 from assay.vhack.environment import tasks
 
 STEPS, BATCH, LENGTH, RATE, BALANCE = 400, 16, 128, 3e-3, 0.01
@@ -147,7 +146,10 @@ def attackers(model):
 def measure(path, dtype):
     """Honest noise with its flips, and every attacker over it."""
     in_float8 = dtype == "float8"
-    whole, half = (model_in(path, name, "cpu") for name in (dtype if in_float8 else "float32", dtype))
+    whole, half = (
+        load_model(path, **in_format(name, rest="bfloat16"), device="cpu")
+        for name in (dtype if in_float8 else "float32", dtype)
+    )
     if in_float8:
         half.module.set_attn_implementation("eager")
     blocks = (("scored", NONCES), ("fitted", FITTED))

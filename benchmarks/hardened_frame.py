@@ -28,10 +28,8 @@ from hardened_weights import AT, MOST, T, program, strategies
 
 from assay.models import backbone, decoder_layers
 from assay.poc import Round
-from assay.poc.protocol._transforms import unit
-from assay.research.redteam import ATTACKS
-from assay.research.redteam._field import Field
-from assay.research.redteam._partial import PartialForward, Shortcut
+from assay.poc.protocol import unit
+from assay.research.redteam import ATTACKS, Field, PartialForward, Shortcut
 
 FITTED, SCORED, BATCH, DRAWS = 96, 32, 32, 32
 PROFILES = {"equal": np.ones(T), "1 + ½ t/T": 1 + 0.5 * AT, "1 + ¾ t/T": 1 + 0.75 * AT}

@@ -23,9 +23,8 @@ from _common import note, parser, publish
 from scipy.optimize import linprog
 
 from assay.models import backbone
-from assay.poc.protocol._transforms import unit
-from assay.research.redteam._field import Field
-from assay.research.redteam._partial import PartialForward, Shortcut
+from assay.poc.protocol import unit
+from assay.research.redteam import Field, PartialForward, Shortcut
 
 T, DROPPED, MOST = 256, 67, 0.7505
 LAST = f"{T - DROPPED} to {T} dropped"

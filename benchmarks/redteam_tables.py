@@ -6,8 +6,8 @@ python benchmarks/redteam_tables.py benchmarks/results/experiments/redteam-bfloa
 import sys
 from pathlib import Path
 
+from assay.research.redteam import PRESETS
 from assay.research.redteam import _tables as tables
-from assay.research.redteam._field import PRESETS
 from assay.research.runs import read_run
 
 SECTIONS = ("paying", "attacks", "claims", "audits", "search", "experts")

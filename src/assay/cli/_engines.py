@@ -89,10 +89,9 @@ def judging_engine(options: "VerifySettings", prover: "Fingerprint") -> "Iterato
 
 def load(model: str, dtype: str | None, device: str | None, world: "World | None" = None) -> "Model":
     """Load a model in the dtype or the eight-bit number format that ``--dtype`` names."""
-    from assay.models import load_model
+    from assay.models import in_format, load_model
 
-    dtype, quantise = (None, dtype) if _eight_bits(dtype) else (dtype, None)
-    return load_model(model, dtype=dtype, device=device, quantise=quantise, mesh=world.mesh if world else None)
+    return load_model(model, **in_format(dtype), device=device, mesh=world.mesh if world else None)
 
 
 def _eight_bits(dtype: str | None) -> bool:

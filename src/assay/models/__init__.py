@@ -2,7 +2,7 @@
 
 from assay.models._formats import stored_format
 from assay.models._load import Model, ModelInfo, identify, list_models, load_model, model_info
-from assay.models._quantise import NUMBER_FORMATS, STORED_FORMATS
+from assay.models._quantise import NUMBER_FORMATS, STORED_FORMATS, in_format
 from assay.models._resolve import checkpoint_directory
 from assay.models._save import save_random
 from assay.models._tokenizer import load_tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "decoder_layers",
     "head_of",
     "identify",
+    "in_format",
     "list_models",
     "load_model",
     "load_tokenizer",

@@ -8,7 +8,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
@@ -31,6 +31,24 @@ NUMBER_FORMATS = tuple(dict.fromkeys(CHOSEN_FORMATS + STORED_FORMATS))
 """Formats in eight or four bits that the weights of a model may have."""
 
 _FLOAT8_CAPABILITY = (8, 9)
+
+
+class LoadingFormat(TypedDict):
+    """Arguments of :func:`assay.models.load_model`."""
+
+    dtype: str | None
+    quantise: str | None
+
+
+def in_format(name: str | None, *, rest: str | None = None) -> LoadingFormat:
+    """Return the arguments with which a model is loaded in a number format: a dtype, or one of eight or four bits.
+
+    Args:
+        name: Name of the format; None for the dtype in which the weights are stored.
+        rest: Dtype of what eight or four bits leave as it is; None for the one in which it is stored.
+    """
+    short = name in NUMBER_FORMATS
+    return LoadingFormat(dtype=rest if short else name, quantise=name if short else None)
 
 
 def check_quantisation(name: str | None, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from assay.errors import UsageError
 from assay.models import Model, backbone, decoder_layers, load_model
-from assay.poc.protocol._transforms import unit, weighted_sum
+from assay.poc.protocol import unit, weighted_sum
 from assay.research.redteam._partial import PartialForward, Shortcut
 from tests.research.redteam.conftest import T
 
@@ -84,7 +84,6 @@ def test_a_window_hides_what_is_behind_it(small_model, inputs_btd):
 
 
 def test_linear_parts_come_closer_than_dropped_ones(small_model, inputs_btd, guesses):
-    parts = ("run", "linear", "run")
     truth = honest(small_model, inputs_btd)
     errors = {}
     for kind in ("linear", "drop"):

@@ -16,7 +16,7 @@ from scipy import stats as distributions
 from torch import Tensor
 
 from assay import stats
-from assay.models import NUMBER_FORMATS, Model, load_model
+from assay.models import Model, in_format, load_model
 from assay.poc.engines import make_transform
 from assay.poc.engines.hf import HFEngine, worth_compiling
 from assay.poc.protocol import RANDOM_HEAD_ROWS, Pipeline, Round, get_pipeline, unit
@@ -28,6 +28,7 @@ PRESETS = ("poc-2.0", "artifact", "hardened")
 """Presets that are attacked."""
 TRAINING_BLOCK = "a block of the attacker's own"
 ALPHA = 1e-3
+"""Rate of false accusations at which rules are compared."""
 CHECKED = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
 """Numbers of nonces of an audit at which attacks are counted."""
 TRIALS = 2000
@@ -59,13 +60,6 @@ class Pool:
 def mixed(share: float, cheating_N: FloatArray, honest_N: FloatArray) -> Pool:
     """Return the residuals of a node that cheats in a share of its nonces."""
     return Pool(((share, cheating_N), (1 - share, honest_N)))
-
-
-def model_in(reference: str, dtype: str, device: str | None) -> Model:
-    """Load a model in a number format: a dtype, or eight bits over weights in bfloat16."""
-    if dtype in NUMBER_FORMATS:
-        return load_model(reference, dtype="bfloat16", device=device, quantise=dtype)
-    return load_model(reference, dtype=dtype, device=device)
 
 
 class Judge:
@@ -244,6 +238,10 @@ class Field:
     batch_size: int
     honest: int
 
+    def load(self) -> Model:
+        """Load the model in the provers' number format; eight bits leave the rest in bfloat16."""
+        return load_model(self.reference, **in_format(self.dtype, rest="bfloat16"), device=self.device)
+
     def engine_of(self, model: Model) -> HFEngine:
         """Return an engine of the field's batch shape."""
         return HFEngine(model, batch_size=self.batch_size, seq_len=self.seq_len)
@@ -253,14 +251,14 @@ class Field:
         """Engine of the validator, in float32, or in float8 against provers in that."""
         if self.dtype != "float8":
             return self.engine_of(load_model(self.reference, dtype="float32", device=self.device))
-        model = model_in(self.reference, self.dtype, self.device)
+        model = self.load()
         shape = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         return HFEngine(model, **shape, compiled=worth_compiling(model))
 
     @cached_property
     def prover(self) -> Model:
         """Model in the provers' dtype; in that of the validator with plain attention, or no bit would differ."""
-        model = model_in(self.reference, self.dtype, self.device)
+        model = self.load()
         if self.dtype in ("float32", "float8"):
             model.module.set_attn_implementation("eager")
         return model

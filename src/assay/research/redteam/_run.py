@@ -21,7 +21,7 @@ from assay.poc.protocol import PIPELINES, RANDOM_HEAD_ROWS, Positions, get_pipel
 from assay.reports import JsonObject
 from assay.research.redteam._attacks import ATTACKS, Attack, Invented, OnEngine
 from assay.research.redteam._experts import experts
-from assay.research.redteam._field import Field, Judge, Pool, Reading, detection, mixed, model_in, spread
+from assay.research.redteam._field import Field, Judge, Pool, Reading, detection, mixed, spread
 from assay.research.redteam._partial import PartialForward, Shortcut
 from assay.research.runs import ExperimentPlan, Progress, measure_missing
 from assay.settings import Names
@@ -136,7 +136,7 @@ def _attack(field: Field, attack: Attack, nonces: int) -> JsonObject:
 
 def _audits(field: Field) -> JsonObject:
     """Simulate audits of honest nodes: another dtype, other kernels, another batch shape."""
-    plain, eager = (model_in(field.reference, field.dtype, field.device) for _ in range(2))
+    plain, eager = field.load(), field.load()
     eager.module.set_attn_implementation("eager")
     engines = {
         "sdpa": field.engine_of(plain),
