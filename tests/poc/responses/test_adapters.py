@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from assay.errors import ModelError, ProofFormatError, ProofMismatch, UsageError
 from assay.models import Model
+from assay.models.adapters import CONFIG, WEIGHTS
 from assay.poc.responses import (
     Adapter,
     Receipt,
@@ -59,7 +62,7 @@ def test_a_receipt_names_its_adapter_and_one_without_is_the_same_line_as_before(
 
 
 def test_the_digest_is_that_of_both_files(directory: Path, tmp_path: Path):
-    parts = [(directory / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
+    parts = [(directory / name).read_bytes() for name in (CONFIG, WEIGHTS)]
     assert digest_adapter(directory) == hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
     with pytest.raises(ModelError, match="no adapter"):
         digest_adapter(tmp_path)
@@ -128,6 +131,39 @@ def test_the_reference_loop_serves_the_model_itself(small_model: Model):
 def test_adapters_that_do_more_are_refused_by_name(small_model: Model, tmp_path: Path, config: dict):
     with pytest.raises(UsageError, match=next(iter(config))):
         load_adapter(write_adapter(tmp_path, small_model, **config))
+
+
+@pytest.mark.parametrize("config", [{"r": 0}, {"r": -4, "use_rslora": True}, {"r": "four"}])
+def test_a_rank_that_cannot_be_is_refused(small_model: Model, tmp_path: Path, config: dict):
+    with pytest.raises(ModelError, match="the adapter in"):
+        load_adapter(write_adapter(tmp_path, small_model, **config))
+
+
+def test_factors_that_are_no_matrices_are_refused_by_name(directory: Path, tmp_path: Path):
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / WEIGHTS)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name][0].clone()}, tmp_path / WEIGHTS)
+    with pytest.raises(UsageError, match=name):
+        load_adapter(tmp_path)
+
+
+def test_an_adapter_that_finds_no_room_leaves_the_model_as_it_was(
+    small_model: Model, directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[object] = []
+
+    def adds(*factors: object) -> object:
+        if made:
+            raise MemoryError
+        made.append(factors)
+        return lambda *_: None
+
+    monkeypatch.setattr("assay.poc.responses._adapters._adds", adds)
+    with pytest.raises(MemoryError), load_adapter(directory).on(small_model):
+        pass
+    assert made
+    assert not any(module._forward_hooks for module in small_model.module.modules())
 
 
 def test_an_adapter_of_another_model_is_refused_by_its_layer(small_model: Model, directory: Path):

@@ -39,6 +39,13 @@ from tests.poc.responses.conftest import REQUESTS
 KNOWN = Pins(block_hash="block_alpha", public_key="node_A")
 
 
+class Refused:
+    """An engine that must not run."""
+
+    def run(self, *given: object) -> None:
+        raise AssertionError
+
+
 def rebuilt(receipts: Receipts, *changed: Receipt) -> Receipts:
     """The file with other receipts in place of the first ones."""
     return Receipts.build(receipts.header, [*changed, *receipts.receipts[len(changed) :]], 1.0)
@@ -94,6 +101,19 @@ def test_receipts_of_another_model_or_vocabulary_are_refused(responses: Receipts
     )
     with pytest.raises(ProofMismatch, match="tokens below"):
         replay(rebuilt(responses, first), small_model)
+
+
+@pytest.mark.parametrize("odd", ["bias", "prompt"])
+def test_a_token_outside_the_vocabulary_is_refused_before_any_prefill(
+    responses: Receipts, small_model: Model, odd: str
+):
+    biased = Sampling(logit_bias={small_model.vocab_size: 1.0})
+    prompt = Prompt.of([small_model.vocab_size])
+    first = responses.receipts[0]
+    hidden = replace(first, prompt=prompt).without_prompt()
+    receipts = rebuilt(responses, replace(first, sampling=biased) if odd == "bias" else hidden)
+    with pytest.raises(ProofMismatch, match=f"token {small_model.vocab_size}"):
+        replay(receipts, small_model, prompts={prompt.sha256: prompt}, engine=Refused())
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,9 @@ def test_another_run_s_partial_file_is_refused(small_model, tmp_path: Path):
     for requests, common in (([other], COMMON), (REQUESTS[3:], COMMON | {"block_hash": "x"}), (REQUESTS[:1], COMMON)):
         with pytest.raises(UsageError, match="was begun with other"):
             respond(small_model, requests, **common, output=path, overwrite=True)
+    (tmp_path / "receipts.jsonl.partial").write_text('{"kind":"assay.poc.proof"}\n{"nonce":0}\n')
+    with pytest.raises(UsageError, match="was begun with other"):
+        respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)
     (tmp_path / "receipts.jsonl.partial").write_text(lines[0] + lines[1].replace('"output":[', '"output":[-1,'))
     with pytest.raises(ProofFormatError, match="line 2"):
         respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)

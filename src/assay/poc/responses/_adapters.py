@@ -7,10 +7,9 @@ Legend of shapes: R rank, I inputs and O outputs of a linear layer.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from assay.models import Model
 from assay.models.adapters import CONFIG, FACTORS, PREFIX, WEIGHTS
 from assay.poc.protocol import check_name
 from assay.poc.responses._seeds import check_digest
+from assay.reports import read_json
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -85,15 +85,11 @@ class Lora:
             ModelError: The model lacks a layer that the adapter changes, or has another shape there.
         """
         layers = {name: _layer(model, name, *factors) for name, factors in self.products.items()}
-        hooks = []
-        for name, layer in layers.items():
-            a_RI, b_OR = (factor.to(layer.weight) for factor in self.products[name])
-            hooks.append(layer.register_forward_hook(_adds(a_RI, b_OR, self.scale)))
-        try:
+        with ExitStack() as hooks:  # which are gone too where the device has no room for a later factor
+            for name, layer in layers.items():
+                a_RI, b_OR = (factor.to(layer.weight) for factor in self.products[name])
+                hooks.enter_context(layer.register_forward_hook(_adds(a_RI, b_OR, self.scale)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def digest_adapter(path: str | Path) -> str:
@@ -128,9 +124,10 @@ def load_adapter(path: str | Path) -> Lora:
     """
     digest = digest_adapter(path)
     try:
-        config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(Path(path) / CONFIG)
         tensors = load_file(Path(path) / WEIGHTS)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except Exception as error:
         raise ModelError(
             f"the adapter in {path}: {type(error).__name__}: {error}"[:300],
@@ -144,7 +141,6 @@ def load_adapter(path: str | Path) -> Lora:
                 wanted=f"a LoRA adapter with {name} {values[0]}",
                 do="replay the responses of another adapter",
             )
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Lora(digest, Path(path), scale, _products(tensors))
 
 
@@ -152,15 +148,15 @@ def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the pairs of factors by the name of their layer.
 
     Raises:
-        UsageError: A tensor is no factor of a linear layer, or is alone.
+        UsageError: A tensor is no factor of a linear layer, is no matrix, or is alone.
     """
     names = {name.removeprefix(PREFIX).removesuffix(end) for name in tensors for end in FACTORS if name.endswith(end)}
     wanted = {f"{PREFIX}{name}{end}" for name in names for end in FACTORS}
-    if not names or wanted != tensors.keys():
-        odd = sorted(wanted ^ tensors.keys())
+    odd = sorted(wanted ^ tensors.keys()) or [name for name, tensor in tensors.items() if tensor.ndim != 2]
+    if not names or odd:
         raise UsageError(
             f"an adapter with {odd[0]}" if odd else "an adapter without weights",
-            wanted="two factors for each linear layer that it changes, and nothing else",
+            wanted="two matrices for each linear layer that it changes, and nothing else",
             do="replay the responses of another adapter",
         )
     return {name: (tensors[f"{PREFIX}{name}{FACTORS[0]}"], tensors[f"{PREFIX}{name}{FACTORS[1]}"]) for name in names}

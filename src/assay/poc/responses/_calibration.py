@@ -161,8 +161,6 @@ def calibrate_responses(
         [one for header, replayed in measured if header.fingerprint == prover for one in replayed] for prover in provers
     ]
     everything = [one for replayed in by_prover for one in replayed]
-    margins = [one.margins for one in everything if len(one.margins)]
-    tokens = sum(map(len, margins))
     source = f"calibration on {len(everything)} responses of {len(provers)} machines"
     return ResponseCalibration(
         digest=digests.pop(),
@@ -170,7 +168,7 @@ def calibrate_responses(
         verifier=verifier,
         noise=fit_response_noise(by_prover, source),
         responses=len(everything),
-        tokens=tokens,
+        tokens=sum(len(one.margins) for one in everything),
         matches=sum(one.matches for one in everything),
     )
 

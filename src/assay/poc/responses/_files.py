@@ -35,7 +35,7 @@ from assay.poc.responses._receipts import (
     ReceiptFooter,
     ReceiptHeader,
 )
-from assay.poc.responses._sampling import MOST_BIASES, RANGES, Sampling
+from assay.poc.responses._sampling import RANGES, Sampling, biases_of
 from assay.reports import PartialFile
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class Receipts:
         number, line = next(lines, (1, b""))
         if not line:
             raise malformed_line(path, number, "the file is empty", "receipts", "check the path, or fetch it again")
-        header = _bounded_line(path, number, line, _parse_header, ReceiptHeader.line)
+        header = parse_header(line, source=path, number=number)
         receipts: list[Receipt] = []
         tally = Tally(header)
         footer = None
@@ -253,7 +253,7 @@ def _parse_header(line: Any) -> ReceiptHeader:
 def _parse_receipt(line: Any) -> Receipt:
     if line is None:
         raise malformed("the end of the file", "a receipt")
-    adapter = line.get("adapter") if isinstance(line, dict) else None
+    adapter = line.get("adapter")
     check_fields(line, FIELDS | ({"adapter"} if adapter is not None else set()), "a receipt")
     if adapter is not None:
         check_fields(adapter, {"name", "digest"}, "the adapter")
@@ -292,17 +292,11 @@ def parse_sampling(value: Any) -> Sampling:
     """Read the parameters of sampling of a receipt.
 
     Raises:
-        ProofFormatError: A field is missing, unknown or of another type.
-        UsageError: A parameter is out of range.
+        ProofFormatError: A field is missing or unknown.
+        UsageError: A parameter is of another type or out of range.
     """
     check_fields(value, {*RANGES, "top_k", "logit_bias"}, "sampling")
-    biases = value["logit_bias"]
-    if not isinstance(biases, dict) or len(biases) > MOST_BIASES:
-        raise malformed(f"logit_bias is {biases!r:.60}", f"an object of at most {MOST_BIASES} numbers by token id")
-    for token in biases:
-        if not (token.isascii() and token.isdigit() and len(token) < 10):
-            raise malformed(f"token {token!r:.60} in logit_bias", "a token id")
-    return Sampling(**{**value, "logit_bias": {int(token): bias for token, bias in biases.items()}})
+    return Sampling(**value | {"logit_bias": biases_of(value["logit_bias"])})
 
 
 def _made(make: Callable[[], T]) -> T:

@@ -35,7 +35,13 @@ class ReceiptPins:
 
     @classmethod
     def of_network(
-        cls, network: NetworkPins | None, given: Pins, header: ReceiptHeader, **other: object
+        cls,
+        network: NetworkPins | None,
+        given: Pins,
+        header: ReceiptHeader,
+        *,
+        requests: Sequence[Request] | None,
+        evidence: Evidence,
     ) -> "ReceiptPins":
         """Return what a network's file and flags pin together.
 
@@ -43,7 +49,8 @@ class ReceiptPins:
             network: File of a network, if there is one.
             given: Values of flags, which must agree with the file.
             header: Header of the receipts; the checkpoint that it states must be one of the file.
-            other: Further fields.
+            requests: Requests that were sent to the node.
+            evidence: What the receipts must have.
 
         Raises:
             UsageError: A flag contradicts the file, or the file needs another flag.
@@ -52,7 +59,7 @@ class ReceiptPins:
         if network is not None:
             shares = [node.node_id for node in network.nodes if node.public_key == given.public_key]
             known = network.for_round(model=header.digest, also=given, node_id=shares[0] if shares else None)
-        return cls(known=known, **other)  # type: ignore[arg-type]  # named by the caller
+        return cls(known=known, requests=requests, evidence=evidence)
 
     def check(self, receipts: Receipts) -> None:
         """Refuse receipts that contradict a pin.

@@ -247,8 +247,7 @@ class ReceiptFooter:
 
     def line(self) -> str:
         """Return the canonical line of the file, without its newline."""
-        values = {name: getattr(self, name) for name in ("receipts", "tokens", "seconds", "sha256")}
-        return dumps({"footer": values})
+        return dumps({"footer": vars(self)})
 
 
 def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:

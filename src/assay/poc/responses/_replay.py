@@ -78,8 +78,8 @@ def replay(
         One result for every receipt with at least one token, in their order.
 
     Raises:
-        ProofMismatch: The receipts are of another checkpoint or adapter, a token is not in its vocabulary, or the ids
-            of a prompt are not known.
+        ProofMismatch: The receipts are of another checkpoint or adapter, a token is not in its vocabulary, a response
+            is longer than its positions, or the ids of a prompt are not known.
         BadWeights: The model gives NaN or infinity.
         OutOfMemory: The device has no room for a batch.
 
@@ -95,10 +95,7 @@ def replay(
     check_model(receipts.header, model)
     check_adapter(receipts, adapter)
     chosen = [receipt for receipt in receipts.receipts if receipt.output]
-    wholes = [
-        Whole(_prompt(receipt, prompts or {}), _tokens(receipt, model.vocab_size, model.max_positions))
-        for receipt in chosen
-    ]
+    wholes = [_whole(receipt, prompts or {}, model) for receipt in chosen]
     engine = engine or HFPrefill(model)
     found: dict[int, Replayed] = {}
     for used in (None, adapter) if adapter is not None else (None,):
@@ -162,7 +159,8 @@ def _compare(header: ReceiptHeader, receipt: Receipt, whole: Whole, prefilled: P
     return Replayed(receipt, margins, profiles, residuals)
 
 
-def _prompt(receipt: Receipt, prompts: Mapping[str, Prompt]) -> tuple[int, ...]:
+def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> Whole:
+    """Return a response with the ids of its prompt; refuse one that the model cannot run."""
     known = receipt.prompt if receipt.prompt.ids is not None else prompts.get(receipt.prompt.sha256)
     if known is None or known.ids is None:
         raise ProofMismatch(
@@ -170,16 +168,13 @@ def _prompt(receipt: Receipt, prompts: Mapping[str, Prompt]) -> tuple[int, ...]:
             wanted="its token ids: a prefill begins with them",
             do="pass --requests with the prompt that was sent",
         )
-    return known.ids
-
-
-def _tokens(receipt: Receipt, vocab_size: int, max_positions: int) -> tuple[int, ...]:
-    ids = (*(receipt.prompt.ids or ()), *receipt.output)
-    if (highest := max(ids)) >= vocab_size or receipt.prompt.tokens + len(receipt.output) > max_positions:
+    ids = (*known.ids, *receipt.output)
+    biased = () if receipt.sampling is None else receipt.sampling.logit_bias
+    vocabulary, positions = model.vocab_size, model.max_positions
+    if (highest := max((*ids, *biased))) >= vocabulary or len(ids) > positions:
         raise ProofMismatch(
-            f"request {receipt.request_id!r:.80} with token {highest} and "
-            f"{receipt.prompt.tokens + len(receipt.output)} positions",
-            wanted=f"tokens below {vocab_size} and at most {max_positions} positions, as the model has them",
+            f"request {receipt.request_id!r:.80} with token {highest} and {len(ids)} positions",
+            wanted=f"tokens below {vocabulary} and at most {positions} positions, as the model has them",
             do="ask the node for receipts of this model",
         )
-    return receipt.output
+    return Whole(known.ids, receipt.output)

@@ -9,7 +9,7 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.poc.protocol import check_name, check_number
 from assay.poc.responses._files import MOST_RECEIPTS
 from assay.poc.responses._receipts import CHOOSERS, MOST_TOKENS, check_ids
-from assay.poc.responses._sampling import RANGES, Sampling
+from assay.poc.responses._sampling import RANGES, Sampling, biases_of
 from assay.poc.responses._seeds import HIGHEST_INDEX, check_request_texts
 from assay.reports import read_jsonl
 
@@ -134,7 +134,7 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
         )
     values = {name: line[name] for name in _SAMPLED & line.keys()}
     if "logit_bias" in values:
-        values["logit_bias"] = _biases(values["logit_bias"])
+        values["logit_bias"] = biases_of(values["logit_bias"])
     prompt = line["prompt"]
     if not isinstance(prompt, str | list):
         raise UsageError(f"prompt is {prompt!r:.60}", wanted="a text or a list of token ids", do="correct the prompt")
@@ -149,12 +149,6 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
     answers = line.get("n", 1)
     check_number("n", answers, 1, HIGHEST_INDEX + 1)
     return [replace(first, index=index) for index in range(answers)]
-
-
-def _biases(values: Any) -> dict[int, Any]:
-    if not isinstance(values, dict) or not all(t.isascii() and t.isdigit() and len(t) < 10 for t in values):
-        raise UsageError(f"logit_bias is {values!r:.60}", wanted="numbers by token id", do="correct logit_bias")
-    return {int(token): bias for token, bias in values.items()}
 
 
 def encoded(

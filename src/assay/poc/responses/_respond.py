@@ -272,13 +272,15 @@ def _recover(out: PartialFile, header: ReceiptHeader, loop: _Loop, requests: Seq
     if not lines:
         out.append_lines([header.line()])
         return []
-    kept = lines[1 : len(requests) + 1]
-    receipts = [
-        parse_receipt(f"{line}\n".encode(), source=out.partial, number=number)
-        for number, line in enumerate(kept, start=2)
-    ]
-    same = all(loop.answers(receipt, request) for receipt, request in zip(receipts, requests, strict=False))
-    if lines[0] != header.line() or not same:
+    receipts: list[Receipt] = []
+    same = lines[0] == header.line()
+    if same:  # else the lines below it may be of anything
+        receipts = [
+            parse_receipt(f"{line}\n".encode(), source=out.partial, number=number)
+            for number, line in enumerate(lines[1 : len(requests) + 1], start=2)
+        ]
+        same = all(map(loop.answers, receipts, requests))
+    if not same:
         raise UsageError(
             f"{out.partial} was begun with other requests, another model or engine",
             wanted="the same command as the interrupted one",

@@ -9,7 +9,7 @@ Shapes: N rows, V tokens of the vocabulary.
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ class Sampler:
         limits = drawn[:, _TOP_K]
         self._most_kept = int(limits[limits < vocab_size].max(initial=0))
         # One copy to the device for all: columns of float32 are rounded there, once.
-        self._numbers_N8 = self._put(torch.from_numpy(numbers_N8))
+        self._numbers_N8 = to_device(numbers_N8, self.device)
         self._floats_N8 = self._numbers_N8.float()
         self._biases = self._bias_columns(biases)
 
@@ -222,9 +222,10 @@ class Sampler:
         padded = [[*biases.items(), *[(0, 0.0)] * most][:most] for biases in given]
         tokens = [[token for token, _ in row] for row in padded]
         values = [[bias for _, bias in row] for row in padded]
-        return self._put(torch.tensor(tokens)), self._put(torch.tensor(values, dtype=torch.float32))
+        return to_device(tokens, self.device), to_device(torch.tensor(values, dtype=torch.float32), self.device)
 
-    def _put(self, values: Tensor) -> Tensor:
-        """Copy values to the device without waiting for it."""
-        pinned = values.pin_memory() if self.device.type == "cuda" else values
-        return pinned.to(self.device, non_blocking=True)
+
+def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
+    """Copy values to a device without waiting for it."""
+    made = torch.as_tensor(values)
+    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)

@@ -32,6 +32,7 @@ from assay.poc.engines.vllm import (
     spans,
 )
 from assay.poc.protocol import SKETCH_EVERY, SKETCH_SIZE, sketches
+from assay.poc.responses._sampler import to_device
 from assay.poc.responses.vllm._carried import carried_by
 
 MOST_NORMALS = 2**22
@@ -42,7 +43,6 @@ MOST_RESPONSES = 8192
 
 STEPS_AHEAD = 4
 """Steps of drafts by which a runner's positions on the host may be wrong: two are in flight."""
-
 
 NEVER = 2**40
 """Length of a prompt that never ends."""
@@ -200,7 +200,7 @@ class Capture:
                     state = State(kept, token)
                 step_states.append(state)
         if places:
-            step_rows.append(states_ND.index_select(0, self._put(places)))
+            step_rows.append(states_ND.index_select(0, to_device(places, self._device)))
         if step_states:
             self._waiting.append(Copied(step_states, step_rows, self._event()))
         if sum(len(copied.states) for copied in self._waiting) >= self._at_once:
@@ -246,11 +246,6 @@ class Capture:
         seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
         spans = [slice(start, start + self._at_once) for start in range(0, len(states), self._at_once)]
         return torch.cat([sketches(states_SD[span], seeds_S[span]) for span in spans]).cpu().numpy()
-
-    def _put(self, places: list[int]) -> Tensor:
-        """Copy places to the device without waiting for it."""
-        made = torch.tensor(places)
-        return made.pin_memory().to(self._device, non_blocking=True) if self._aside is not None else made
 
 
 def _next_sketched(tokens: Any) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor  # type: ignore[import-not-found]
 
 from assay import streams
-from assay.poc.responses._sampler import NUMBERS, Sampler, numbers_of
+from assay.poc.responses._sampler import NUMBERS, Sampler, numbers_of, to_device
 from assay.poc.responses._sampling import Sampling
 from assay.poc.responses.vllm._carried import carried_by
 
@@ -85,13 +85,12 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Take a slot's new request; return whether its logits change."""
         carried = carried_by(sampling_params)
-        seeded = carried is not None and carried.tokens is not None
-        sampling = (carried.sampling if carried is not None and seeded else None) or UNTOUCHED
-        self._seeded_M[req_idx] = seeded
-        self._numbers_M8[req_idx] = numbers_of(sampling)
-        self._biases[req_idx] = dict(sampling.logit_bias)
-        self._words_M8[req_idx] = carried.tokens if carried is not None and carried.tokens is not None else 0
-        self._prompts_M[req_idx] = carried.prompt if carried is not None and seeded else 0
+        seeded, sampling, prompt = False, UNTOUCHED, 0
+        words: tuple[int, ...] = (0,) * 8
+        if carried is not None and carried.tokens is not None:
+            seeded, sampling, words, prompt = True, carried.sampling or UNTOUCHED, carried.tokens, carried.prompt
+        self._seeded_M[req_idx], self._words_M8[req_idx], self._prompts_M[req_idx] = seeded, words, prompt
+        self._numbers_M8[req_idx], self._biases[req_idx] = numbers_of(sampling), dict(sampling.logit_bias)
         self._batch = None
         return seeded
 
@@ -124,8 +123,8 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
         sampler = Sampler.of_numbers(self._numbers_M8[slots_N], biases if any(biases) else (), vocab_size, self._device)
         batch = Batch(slots_N.copy(), sampler)
         if self._drafts:
-            batch.words = self._put(self._words_M8[slots_N].view(np.int32))
-            batch.firsts = self._put(self._prompts_M[slots_N] - 1)
+            batch.words = to_device(self._words_M8[slots_N].view(np.int32), self._device)
+            batch.firsts = to_device(self._prompts_M[slots_N] - 1, self._device)
         return batch
 
     def _by_length(self, batch: Batch, lengths_N: NDArray[Any]) -> Tensor:
@@ -135,7 +134,7 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
             steps_AN = lengths_N - self._prompts_M[batch.slots] + np.arange(AHEAD)[:, None]
             words = np.tile(self._words_M8[batch.slots], (AHEAD, 1))
             made = self._host_streams.row_seeds(words, steps_AN.ravel().astype(np.uint32))
-            batch.seeds = self._put(made.view(torch.int32).view(steps_AN.shape)).unbind()
+            batch.seeds = to_device(made.view(torch.int32).view(steps_AN.shape), self._device).unbind()
             batch.begun, ahead = lengths_N.copy(), 0
         return batch.seeds[ahead]
 
@@ -164,16 +163,8 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
         counts_RV = torch.zeros(shape, dtype=torch.int32, device=self._device)
         counts_RV.scatter_add_(1, ids, (committed & ~in_prompt & known).int())
         drafts = len(slots_R) - len(ctx.idx_mapping_np)
-        for back in range(
-            drafts
-        ):  # the rows of a request lie one after the other, its drafts in the rows behind the first
+        # The rows of a request lie one after the other, its drafts in the rows behind the first.
+        for back in range(drafts):
             tokens_R1 = ctx.input_ids.long().roll(back).clamp(0, vocab_size - 1).unsqueeze(1)
             counts_RV.scatter_add_(1, tokens_R1, (ctx.expanded_local_pos > back).int().unsqueeze(1))
         return {"prompt_NV": prompt_RV > 0, "counts_NV": counts_RV}
-
-    def _put(self, values: Any) -> Tensor:
-        """Copy values to the device without waiting for it."""
-        made = torch.as_tensor(values)
-        if self._device.type == "cuda":
-            made = made.pin_memory()
-        return made.to(self._device, non_blocking=True)
