@@ -35,7 +35,6 @@ def test_fault_02_defaults_of_the_api_are_the_librarys(service):
     fields = InitRequest.model_fields
     assert (fields["use_sign_flips"].default, fields["use_layer_hooks"].default) == (True, False)
     service.post("/init", ROUND)
-    assert service.client.get(f"{PREFIX}/snapshot")
     assert service.controller.progress.stored.preset == "poc-2.0"
     service.post("/init", ROUND | {"public_key": "B", "use_sign_flips": False, "use_layer_hooks": True})
     assert service.controller.progress.stored.preset == "layer-normalize"

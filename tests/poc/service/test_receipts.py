@@ -266,7 +266,38 @@ def test_without_keys_other_hosts_get_no_receipts_from_another_application_eithe
 
 def test_only_so_many_files_are_sent_at_once(service, monkeypatch):
     monkeypatch.setattr("assay.poc.service.http._receipts.MOST_FILES", 0)
+    store(service, receipt("a"))
     assert get(service, ".jsonl", 429)["wanted"] == "fewer at once"
+
+
+def test_files_that_are_asked_for_at_once_are_counted(service, monkeypatch):
+    monkeypatch.setattr("assay.poc.service.http._receipts.MOST_FILES", 1)
+    store(service, receipt("a"))
+    receipts, both, go = service.controller.receipts.store, threading.Barrier(2), threading.Event()
+    page, lines = receipts.page, receipts.lines
+
+    def paged(*given, **more):
+        both.wait(20)
+        return page(*given, **more)
+
+    def read(*given, **more):
+        assert go.wait(20)
+        return lines(*given, **more)
+
+    monkeypatch.setattr(receipts, "page", paged)
+    monkeypatch.setattr(receipts, "lines", read)
+    answers = []
+    calls = [threading.Thread(target=lambda: answers.append(service.client.get(f"{RECEIPTS}.jsonl"))) for _ in "ab"]
+    for call in calls:
+        call.start()
+    try:
+        until(lambda: answers)
+    finally:
+        go.set()
+        for call in calls:
+            call.join()
+    assert [answer.status_code for answer in answers] == [429, 200]
+    assert len(Receipts.parse("export", answers[1].content).receipts) == 1
 
 
 # Deletion and age
@@ -378,6 +409,8 @@ def test_stored_receipts_are_announced(serving):
 def test_a_callback_url_that_cannot_be_called_is_refused_at_the_start(rig, tmp_path):
     with pytest.raises(Refusal, match=r"169\.254"):
         Controller(rig.deployment, Settings(data_dir=tmp_path, receipt_callback_url="http://169.254.169.254/"))
+    with Controller(rig.deployment, Settings(data_dir=tmp_path)) as controller:  # the directory is free again
+        assert controller.loaded.result(30)
 
 
 def test_callbacks_of_receipts_do_not_hold_up_artifact_jobs(serving):

@@ -81,14 +81,22 @@ class _Calls:
         The file ends before a receipt of another header, and before 32 MiB. ``Receipts-Last`` is the ``after`` of the
         next one, and ``Receipts-More`` says whether there is one now.
         """
-        if self._streaming >= MOST_FILES:
-            seen = f"{MOST_FILES} files of receipts are being sent"
-            raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
         page = await self._controller.call(self._receipts.store.page, after, limit, request_id=request_id)
         headers = {"receipts-last": str(page.chunks[-1]), "receipts-more": str(page.more).lower()}
         if page.header is None:
             return Response(status_code=204, headers=headers)
-        return StreamingResponse(self._lines(page, request_id), media_type="application/jsonl", headers=headers)
+        if self._streaming >= MOST_FILES:
+            seen = f"{MOST_FILES} files of receipts are being sent"
+            raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
+        lines = self._lines(page, request_id)
+        first = await anext(lines)  # counts this file before another request is looked at: nothing is waited for here
+
+        async def whole() -> AsyncIterator[str]:
+            yield first
+            async for text in lines:
+                yield text
+
+        return StreamingResponse(whole(), media_type="application/jsonl", headers=headers)
 
     async def _lines(self, page: Page, request_id: str | None) -> AsyncIterator[str]:
         """Yield the file, a part at a time. Without its footer, which is missing where reading fails, it is no file."""

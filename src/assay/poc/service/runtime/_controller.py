@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -56,6 +57,8 @@ class Controller:
 
     Raises:
         StorageError: The data directory is in use, cannot be written, or holds a damaged database.
+        UsageError: The ledger was begun at other error rates.
+        Refusal: The callback URL of receipts can never be called.
         DataError: A calibration that the pins name cannot be read, or is another one than was pinned.
     """
 
@@ -69,22 +72,24 @@ class Controller:
         self.deployment: Deployment | None = None
         self.error: str | None = None
         self.ended = True
-        self._lock = threading.RLock()
-        self._epoch = 0
-        self._unsaved = False
+        self._lock, self._epoch, self._unsaved = threading.RLock(), 0, False
         self.notify: Callable[[], object] = lambda: None
         """Is called, in the thread that wrote, whenever callbacks may be due."""
         self._threads = ThreadPoolExecutor(THREADS, "assay-database")
         noise = HonestNoise(settings)
-        self.database = Database(settings.data_dir)
-        self.outbox = Outbox(self.database)
-        self.rounds = Rounds(self.database, self.outbox)
-        self.judge = Judge(self.database, self.outbox, settings, noise, recorded=self.metrics.recorded)
-        self.jobs = Jobs(self.database, self.outbox, settings, noise, self.closing)
-        self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)
-        self.outbox.retry_now()
-        self.state, stored = self.rounds.current()
-        self.progress = Progress(stored, self.rounds) if stored else None
+        with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
+            self.database = Database(settings.data_dir)
+            opened.callback(self.database.close)
+            self.outbox = Outbox(self.database)
+            self.rounds = Rounds(self.database, self.outbox)
+            self.judge = Judge(self.database, self.outbox, settings, noise, recorded=self.metrics.recorded)
+            opened.callback(self.judge.close)
+            self.jobs = Jobs(self.database, self.outbox, settings, noise, self.closing)
+            self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)
+            self.outbox.retry_now()
+            self.state, stored = self.rounds.current()
+            self.progress = Progress(stored, self.rounds) if stored else None
+            opened.pop_all()
         self.writer = Writer(self.rounds, settings, committed=self._committed, failed=self._engine_failed)
         self._worker = Worker(
             partial(self._load, load),
@@ -212,8 +217,6 @@ class Controller:
         self._worker.wake()
         return queued
 
-    # Reading
-
     def ready(self) -> Deployment:
         """Return the deployment.
 
@@ -235,8 +238,6 @@ class Controller:
     def paused(self) -> str | None:
         """Why a generating service does not generate: ``storage``, ``callbacks``, or None."""
         return self.writer.paused if self.state is State.GENERATING else None
-
-    # Inside
 
     def _after(self, call: str) -> State:
         return after(call, self.state, has_round=self.progress is not None)

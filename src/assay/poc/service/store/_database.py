@@ -6,6 +6,8 @@ from pathlib import Path
 import assay.reports.database
 from assay.poc.service.store._schema import MIGRATIONS
 
+FILE = "service.sqlite3"
+
 
 class Database(assay.reports.database.Database):
     """Opens the file of a service; :class:`assay.reports.database.Database` says how.
@@ -25,7 +27,7 @@ class Database(assay.reports.database.Database):
         data_dir: Path,
         *,
         exclusive: bool = True,
-        name: str = "service.sqlite3",
+        name: str = FILE,
         migrations: Sequence[Sequence[str]] = MIGRATIONS,
     ) -> None:
         super().__init__(data_dir, name=name, migrations=migrations, exclusive=exclusive, secure_delete=True)

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from assay.errors import UsageError
 from assay.poc.protocol import encoding, get_pipeline
-from assay.poc.service.store._database import Database
+from assay.poc.service.store._database import FILE, Database
 from assay.reports import JsonObject, dumps, loads
 
 OWED = ("open", "pending")
@@ -245,7 +245,7 @@ def open_outbox(data_dir: Path) -> Iterator[Outbox]:
         UsageError: There is no database of a service.
         StorageError: The database cannot be read.
     """
-    if not (data_dir / "service.sqlite3").is_file():
+    if not (data_dir / FILE).is_file():
         raise UsageError(
             f"no database in {data_dir}", wanted="the data directory of a service", do="pass its --data-dir"
         )

@@ -239,7 +239,8 @@ class Receipts:
             count = connection.exec_driver_sql(delete, (now - keep, _PRUNED)).rowcount
             if count:
                 self._outbox.forget_receipts(connection)
-        self._journal_owed |= count > 0
+        if count:  # and is else left alone: another thread may just have set it
+            self._journal_owed = True
         return count
 
     def tidy(self) -> None:
