@@ -65,6 +65,9 @@ def test_a_stopped_run_goes_on(small_checkpoint, tmp_path):
     run_approaches(wanted, tmp_path, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(2, 2)]
     assert read_run(tmp_path, "approaches").complete
+    other = plan(small_checkpoint, approaches=("layer-signs",), nonces=16, timed=0)
+    run_approaches(other, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen[1:] == [(1, 1)], "what the run measured before is not of this plan"
 
 
 def test_the_page_has_every_table(measured):

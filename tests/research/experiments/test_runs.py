@@ -97,8 +97,13 @@ def test_another_machine_is_noted(tmp_path, monkeypatch):
     assert len(read.cells) == 3
 
 
+HEADER = {"kind": "assay.poc.experiment", "schema": 1, "experiment": "weights", "settings": {}, "origin": {}}
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{}\n", '{"kind":"assay.poc.proof"}\n', "nonsense\n", '{"kind":"assay.poc.experiment","schema":2}\n']
+    "text",
+    ["", "{}\n", '{"kind":"assay.poc.proof"}\n', "nonsense\n"]
+    + [json.dumps(HEADER | {name: odd}) for name, odd in (("schema", 2), ("settings", 5), ("origin", None))],
 )
 def test_other_files_are_refused(text: str, tmp_path):
     (tmp_path / "weights.jsonl").write_text(text)
@@ -118,6 +123,16 @@ def test_a_doubled_cell_is_an_error(tmp_path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines, json.dumps({"key": "one"})]) + "\n")
     with pytest.raises(DataError, match="twice"):
+        read_run(tmp_path, "weights")
+
+
+@pytest.mark.parametrize("line", ["{}", '{"key":["one"]}', '{"origin":1}', '{"key":null,"origin":{}}'])
+def test_a_line_that_no_run_wrote_is_an_error_that_names_it(line: str, tmp_path):
+    with open_run(tmp_path, "weights", SETTINGS) as run:
+        run.append("one", {})
+    with (tmp_path / "weights.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(DataError, match=r"weights\.jsonl, line 3: neither"):
         read_run(tmp_path, "weights")
 
 

@@ -97,20 +97,20 @@ def run_approaches(plan: ApproachPlan, folder: Path, *, progress: Progress | Non
     Args:
         plan: Plan that says what is measured.
         folder: Folder of the run.
-        progress: Function that is called with (cells done, cells in all).
+        progress: Function that is called with (cells done, cells in all), those of the plan.
 
     Raises:
         UsageError: The run was begun with other settings.
         ModelError: A model cannot be loaded.
     """
     with open_run(folder, "approaches", plan.settings) as run:
-        total = len(plan.models) * len(plan.approaches)
+        wanted = {f"{reference} {name}" for reference, name in product(plan.models, plan.approaches)}
         for reference, group in product(plan.models, plan.groups()):
             todo = [pipeline for pipeline in group if f"{reference} {pipeline.name}" not in run.done]
             for values in _measure_group(plan, reference, todo) if todo else ():
                 run.append(f"{reference} {values['approach']}", values)
                 if progress:
-                    progress(len(run.done), total)
+                    progress(len(wanted & run.done), len(wanted))
 
 
 def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]) -> Iterator[JsonObject]:

@@ -23,7 +23,7 @@ from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import Round, get_pipeline, unit
 from assay.poc.verdict import distances_from
 from assay.reports import MUTED, SERIES, Badge, Cell, JsonObject, Report, figure, legend
-from assay.research.approaches._approaches import law_of, summary
+from assay.research.approaches._approaches import KEY, law_of, summary
 from assay.research.runs import (
     BLOCKS,
     Blocks,
@@ -37,7 +37,6 @@ from assay.research.runs import (
 from assay.settings import Dtype
 
 MODES = ("trained", "random-all", "random-embed")
-KEY = "node_A"
 
 
 class WeightPlan(ExperimentPlan):

@@ -13,6 +13,7 @@ What is decided before any number is seen:
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -163,17 +164,8 @@ def _others(field: Field) -> JsonObject:
 
 def _pair(plan: ResponsesPlan, reference: str, prover: str, verifier: str) -> JsonObject:
     """Audit honest provers of one dtype by verifiers of another, under a law of that pair."""
-    field = Field(
-        reference=reference,
-        dtype=prover,
-        device=plan.device,
-        honest=2 * (plan.batch_size // 2),
-        responses=1,
-        prompt_tokens=plan.prompt_tokens,
-        steps=plan.seq_len,
-        sampling=Sampling(temperature=plan.temperature, top_p=plan.top_p),
-        verifier_dtype=verifier,
-    )
+    field = _field(plan, reference, prover, Sampling(temperature=plan.temperature, top_p=plan.top_p))
+    field = replace(field, honest=2 * (plan.batch_size // 2), responses=1, verifier_dtype=verifier)
     testing = field.halves[1]
     return {
         "model": reference,

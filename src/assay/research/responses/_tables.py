@@ -61,13 +61,12 @@ def area_table(cells: Cells, place: Place) -> Table:
 
 def honest_table(cells: Cells) -> Table:
     """Return how often honest provers match the verifier's tokens, and how many of their audits ours accuse."""
-    rows: list[list[Cell]] = []
-    for cell in _of(cells, "honest"):
-        name = f"{cell['dtype']} for float32, {cell['mode']}"
-        rows.append([cell["model"], name, f"{cell['matches']:.2%}", f"{cell['residual_median']:.4f}", *_accused(cell)])
-    for cell in _of(cells, "pair"):
-        name = f"{cell['prover']} for {cell['verifier']}"
-        rows.append([cell["model"], name, f"{cell['matches']:.2%}", f"{cell['residual_median']:.4f}", *_accused(cell)])
+    provers = [(f"{cell['dtype']} for float32, {cell['mode']}", cell) for cell in _of(cells, "honest")]
+    provers += [(f"{cell['prover']} for {cell['verifier']}", cell) for cell in _of(cells, "pair")]
+    rows: list[list[Cell]] = [
+        [cell["model"], name, f"{cell['matches']:.2%}", f"{cell['residual_median']:.4f}", *_accused(cell)]
+        for name, cell in provers
+    ]
     for cell in _of(cells, "others"):
         for name, accused in cell["provers"].items():
             named = {"audits": cell["audits"], "accused": accused}

@@ -237,12 +237,21 @@ def _parsed(lines: list[bytes], path: Path, experiment: str) -> RunRecords:
     """Take header, origins and cells apart."""
     rows = [loads(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     header = rows[0] if rows else {}
-    if (header.get("kind"), header.get("schema"), header.get("experiment")) != (KIND, SCHEMA, experiment):
+    named = (header.get("kind"), header.get("schema"), header.get("experiment")) == (KIND, SCHEMA, experiment)
+    if not named or not all(isinstance(header.get(name), dict) for name in ("settings", "origin")):
         raise DataError(
             f"{path} does not begin like a run of {experiment}",
-            wanted=f"a header of kind {KIND}, schema {SCHEMA}",
+            wanted=f"a header of kind {KIND}, schema {SCHEMA}, with settings and origin",
             do="choose another --run-name, or move the file away",
         )
+    for number, row in enumerate(rows[1:], 2):
+        is_origin = "key" not in row and isinstance(row.get("origin"), dict)
+        if not (is_origin or isinstance(row.get("key"), str)):
+            raise DataError(
+                f"{path}, line {number}: neither a cell with a key nor an origin",
+                wanted="lines that a run wrote",
+                do="remove the line, or move the file away",
+            )
     origins = (header["origin"], *(row["origin"] for row in rows[1:] if "key" not in row))
     cells = tuple(row for row in rows[1:] if "key" in row)
     if len({cell["key"] for cell in cells}) < len(cells):
