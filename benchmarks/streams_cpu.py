@@ -13,7 +13,7 @@ import time
 import torch
 from _common import parser, publish
 
-from assay.streams import as_tensor, get_backend, seed32, seeds
+from assay.streams import as_tensor, dtype_name, get_backend, seed32, seeds
 
 BATCH, SEQ_LEN, DIMS, ROUNDS = 32, 256, (256, 1024), 5
 MASK = 0xFFFFFFFF
@@ -53,8 +53,7 @@ def published_inputs(texts, dim, dtype):
 
 
 def our_inputs(backend, texts, dim, dtype):
-    name = str(dtype).removeprefix("torch.")
-    return as_tensor(backend.normals(seeds(texts), SEQ_LEN * dim, name)).view(len(texts), SEQ_LEN, dim)
+    return as_tensor(backend.normals(seeds(texts), SEQ_LEN * dim, dtype_name(dtype))).view(len(texts), SEQ_LEN, dim)
 
 
 def check_agreement(published, ours):
@@ -95,7 +94,7 @@ def measure(backend, dim, dtype):
         "batch": BATCH,
         "seq_len": SEQ_LEN,
         "dim": dim,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "published_ms": round(published * 1e3, 3),
         "ours_ms": round(ours * 1e3, 3),
         "ratio": round(published / ours, 2),

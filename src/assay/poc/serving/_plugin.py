@@ -110,8 +110,14 @@ class AssayPlugin:
         running = _Running(client, asyncio.get_running_loop(), version, most_positions(config), args.model, reference)
         if self._responses is not None:
             assert self.controller is not None
-            names = {"model": args.model, "reference": reference, "version": version}
-            await self._responses.start(client, engine_client, **names, sinks=self.controller.receipts)
+            await self._responses.start(
+                client,
+                engine_client,
+                model=args.model,
+                reference=reference,
+                version=version,
+                receipts=self.controller.receipts,
+            )
         self._end_before(engine_client, running)
         self._running.set_result(running)
 

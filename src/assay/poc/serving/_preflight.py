@@ -35,6 +35,7 @@ from assay.poc.responses.vllm import Mode as ResponseMode
 from assay.poc.responses.vllm import check_responses, processor_for
 from assay.poc.service import Settings
 from assay.poc.service.http import is_loopback
+from assay.streams import dtype_name
 
 DEFAULT = ThrottleSettings()
 MODULES = ("api_server.py", "entry.py")
@@ -122,12 +123,13 @@ def before_start() -> None:
         check_arguments(arguments, settings)
         multiply_exactly(arguments.dtype)
         config = _config(arguments)
-        if config is not None:
-            check_config(config, forward=settings.vllm_forward)
-            check_responses(config, settings.responses, version)
-        if config is not None and settings.pins is not None:
+        if config is None:
+            return
+        check_config(config, forward=settings.vllm_forward)
+        check_responses(config, settings.responses, version)
+        if settings.pins is not None:
             check_pins(settings.pins, arguments.model, config, version)
-        if config is not None and settings.responses != "off":
+        if settings.responses != "off":
             sys.argv += response_arguments(arguments, config, settings.responses)
     except AssayError as error:
         raise SystemExit(f"assay refuses to start: {error}") from None
@@ -211,7 +213,7 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
             wanted=f"at least {pins.round.seq_len}, which the pins agree on, and one to generate",
             do=f"pass --max-model-len {pins.round.seq_len + 1} or more, or no --max-num-batched-tokens below that",
         )
-    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    dtype = dtype_name(config.model_config.dtype)
     served = identify(model, dtype=dtype)
     known = {"engine": "vllm", "dtype": served.quantised or dtype}
     known |= {"torch": torch.__version__, "library": f"vllm {version}"}

@@ -26,6 +26,7 @@ from assay.poc.responses import ReceiptHeader
 from assay.poc.responses.vllm import ACCEPTED, Accepted, Beacon, ReceiptSink, Recorder
 from assay.poc.service import Controller
 from assay.poc.service.http import PREFIX, PREFIXES, Keys, Scope, answer, needs, refusal_of, route_class
+from assay.poc.service.runtime import ReceiptKeeper
 from assay.poc.serving._preflight import PluginSettings
 
 WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})
@@ -44,7 +45,9 @@ class Responses:
         self.recorder: Recorder | None = None
         self.sink: ReceiptSink | None = None
 
-    async def start(self, client: Client, llm: Any, *, model: str, reference: str, version: str, sinks: Any) -> None:
+    async def start(
+        self, client: Client, llm: Any, *, model: str, reference: str, version: str, receipts: ReceiptKeeper
+    ) -> None:
         """Begin to record, once the engine runs.
 
         Args:
@@ -53,7 +56,7 @@ class Responses:
             model: Directory or hub id of the checkpoint, which is hashed.
             reference: Name of the model in the receipts.
             version: Version of vLLM.
-            sinks: Store of the receipts, whose ``sink`` takes their header.
+            receipts: Store of the receipts.
 
         Raises:
             BackendUnavailable: The workers lack a name that is used.
@@ -71,7 +74,7 @@ class Responses:
             weights=known.weights,
             fingerprint=fingerprint_of(worker, version, **sizes),
         )
-        self.sink = sinks.sink(header)
+        self.sink = receipts.sink(header)
         self.recorder = Recorder(
             llm,
             self.sink,

@@ -120,7 +120,7 @@ def other_cache(config: Any) -> list[str]:
 
     The state of a Mamba layer may be float32, the format that vLLM itself chooses for some models.
     """
-    cache, own = config.cache_config, str(getattr(config.model_config, "dtype", "")).removeprefix("torch.")
+    cache, own = config.cache_config, dtype_name(config.model_config.dtype)
     formats = {"kv": ("cache_dtype", {own}), "mamba": ("mamba_cache_dtype", {own})}
     formats["mamba state"] = ("mamba_ssm_cache_dtype", {own, "float32"})
     found = [(name, str(getattr(cache, field, "auto")), plain) for name, (field, plain) in formats.items()]
