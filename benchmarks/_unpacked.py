@@ -1,7 +1,7 @@
 """Workers of the CPU build of vLLM that keep the weights of linear layers as they were loaded, as on a GPU.
 
-That build packs them for kernels of its own and frees them, so nothing else can run over them. vLLM imports an extension
-before it loads the model; products are then torch's.
+That build packs them for kernels of its own and frees them, so nothing else can run over them. vLLM imports an
+extension before it loads the model; products are then those of torch.
 """
 
 import torch
