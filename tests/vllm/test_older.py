@@ -8,7 +8,8 @@ import httpx
 import numpy as np
 import pytest
 from _vllm import Server, chat_once
-from vllm_responses import SEEDED, agreement, begin, mixed
+from _vllm_answers import SEEDED, begin, mixed
+from _vllm_tokens import agreement
 
 from assay import poc
 from tests.vllm.conftest import ROOT, SEQ_LEN

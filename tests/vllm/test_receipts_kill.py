@@ -1,8 +1,8 @@
 """A serving vLLM that is killed has the receipt of every response that a client received whole."""
 
+from _vllm_answers import SEEDED, mixed
 from _vllm_forked import ForkedServer
 from vllm_receipts_soak import kill_loop
-from vllm_responses import SEEDED, mixed
 
 
 def test_no_receipt_of_a_whole_response_is_lost_by_sigkill(tmp_path, honest):

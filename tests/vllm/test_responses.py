@@ -8,8 +8,9 @@ import json
 import httpx
 import pytest
 import torch
-from _vllm import BEGINNINGS, KEY, MODEL, Server, chat_once
-from vllm_responses import BLOCK, NODE, SEEDED, agreement, begin, body_of, mixed, receipts_of, send_all
+from _vllm import KEY, MODEL, Server, chat_once
+from _vllm_answers import BLOCK, NODE, SEEDED, begin, body_of, mixed, receipts_of, send_all
+from _vllm_tokens import agreement
 
 from assay.poc.responses import (
     CachedForward,
@@ -244,4 +245,3 @@ def test_the_routes_need_keys_and_a_block_that_can_be_a_seed(server):
         headers={"X-Request-Id": "y" * 2000, "Authorization": f"Bearer {KEY}"},
     )
     assert (answer.status_code, "X-Request-Id" in answer.json()["detail"]) == (422, True)
-    assert len(BEGINNINGS) > 4
