@@ -53,6 +53,7 @@ def test_a_run_is_made_and_continued(assay, arguments, tmp_path):
         (["--difficulty", "3:1"], "difficulty 3 to 1"),
         (["--modes", "other"], "modes other"),
         (["--optimizer", "lion"], "optimizer lion"),
+        (["--method", "pca"], "method pca"),
         (["--tracker", "nothing"], "tracker nothing"),
         (["--teacher", "missing.jsonl"], "missing.jsonl"),
         (["--basis", "missing.safetensors"], "missing.safetensors"),

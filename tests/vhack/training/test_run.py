@@ -9,7 +9,7 @@ from assay.models import load_model
 from assay.vhack.basis import _extract
 from assay.vhack.checks import read_source_log
 from assay.vhack.delta import ARMS, DEFAULT_ARM, _delta
-from assay.vhack.training import _run, read_steps, train
+from assay.vhack.training import TrainLog, _run, read_steps, train
 from assay.vhack.training._run import Prepared
 
 
@@ -186,14 +186,24 @@ def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [({"pairs": "nofile.jsonl"}, "nofile"), ({"pairs": "generated:9", "basis": "odd.safetensors"}, "odd.safetensors")],
+    [
+        ({"pairs": "nofile.jsonl"}, "nofile"),
+        ({"pairs": "generated:9", "basis": "odd.safetensors"}, "odd.safetensors"),
+        ({"pairs": "generated:2", "method": "lda"}, "2 pairs for lda"),
+    ],
 )
 def test_pairs_and_basis_are_read_before_the_model_is_loaded(settings, tasks, tmp_path, monkeypatch, given, words):
     monkeypatch.setattr(_run, "load_model", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.safetensors").write_bytes(b"odd")
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(AssayError, match=words):
         train(settings(**given), tmp_path / "run", tasks=tasks)
+
+
+def test_the_log_of_a_script_is_not_continued_as_a_run(settings, tasks, tmp_path, pairs):
+    TrainLog(tmp_path / "log.jsonl", {})
+    with pytest.raises(DataError, match="has no settings"):
+        train(settings(), tmp_path, tasks=tasks, pairs=pairs)
 
 
 @pytest.mark.parametrize("what", ["experts", "end", "pool"])

@@ -54,7 +54,7 @@ class TrainLog:
         self.path = path
         records: list[JsonObject] = [{"kind": "run", "schema": LOG_SCHEMA, **head}]
         if step:
-            records = [r for r in read_records(path) if r["kind"] == "run" or (r["kind"] != "end" and r["step"] < step)]
+            records = [r for r in read_records(path) if r["kind"] != "end" and r.get("step", 0) < step]
         write_jsonl(path, records)
 
     def write(self, kind: str, **values: Any) -> None:

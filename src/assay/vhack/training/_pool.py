@@ -108,7 +108,7 @@ def _checked(
             raise ValueError(f"{len(made.tokens)} tokens and {len(made.logprobs)} log-probabilities")
         if not all(logprob <= 1e-4 for logprob in made.logprobs):
             raise ValueError("a log-probability above 0")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{name}: {error!s}",
             wanted='{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token',

@@ -13,7 +13,7 @@ import torch
 from assay.errors import BackendUnavailable, DataError, UsageError, how_to_install
 from assay.models import Model, load_model
 from assay.reports import JsonObject, provenance, storage_error
-from assay.vhack.basis import Basis, extract, pair_gradients
+from assay.vhack.basis import Basis, extract, pair_gradients, select_pairs
 from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_of_kind, check_attachable
 from assay.vhack.environment import CHANNELS
 from assay.vhack.gradients import MIN_COVERAGE, SVDCache, weight_svd
@@ -258,8 +258,7 @@ def train(
     if pairs is None:  # those of the environment have the loopholes and families of the run
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
         pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
-    if settings.basis is not None:
-        Basis.load(settings.basis)  # before the model is; of its weights it must be, too
+    _check_axes(settings, pairs)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
     run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes)
     try:
@@ -279,6 +278,15 @@ def train(
         run.adapter.detach()
     processes.wait()
     return _result(folder, settings, done, processes)
+
+
+def _check_axes(settings: TrainSettings, pairs: list[Pair]) -> None:
+    """Refuse, before the model is loaded, a basis file or pairs that axes cannot come from."""
+    if settings.basis is not None:
+        Basis.load(settings.basis)  # of the model's weights it must be, too
+    else:
+        how, k = settings.method, settings.k_use
+        select_pairs(pairs, n_heldout=0, heldout_groups=None, top_k=k, tau_axis=0.0, method=how)
 
 
 def _make(folder: Path) -> None:
@@ -321,8 +329,11 @@ def _as_begun(folder: Path, settings: TrainSettings, done: int, processes: Proce
             raise DataError(f"checkpoints without {folder / LOG}", wanted="both", do="choose another directory")
         return settings
     head, _ = read_steps(folder / LOG)
-    settings = settings.continuing(head["settings"])
-    other = settings.differences(head["settings"])
+    begun = head.get("settings")
+    if not isinstance(begun, dict):
+        raise DataError(f"{folder / LOG} has no settings", wanted="the log of a run", do="choose another directory")
+    settings = settings.continuing(begun)
+    other = settings.differences(begun)
     if (before := head.get("processes", 1)) != processes.count:
         other.append(f"{before} processes, now {processes.count}")
     if other or settings.steps < done:

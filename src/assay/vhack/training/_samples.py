@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from assay.errors import DataError, UsageError
 from assay.reports import JsonObject, PartialFile, dumps, loads, read_jsonl
+from assay.streams import dtype_name
 from assay.vhack.environment import Episode, task_named
 from assay.vhack.gradients import Progress
 from assay.vhack.training._own import Task, prompt_of
@@ -54,7 +55,7 @@ def sample_tasks(
         UsageError: The file exists, an interrupted call had other settings, or the model cannot complete the tasks.
         StorageError: The file cannot be written.
     """
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     about = {"model": model.reference, "weights": model.digest, "dtype": dtype, **(origin or {}), **how}
     prompts = [prompt_of(task) for task in tasks]
     ids = prompt_ids(model, prompts, how["max_new_tokens"])

@@ -8,6 +8,7 @@ from pydantic import Field
 from assay.errors import UsageError
 from assay.reports import JsonObject
 from assay.settings import Device, Flag, Names, Settings, Spelling
+from assay.vhack.basis import METHODS
 from assay.vhack.delta import DEFAULT_ARM, Arm, arm_named
 from assay.vhack.environment import MODES, Episode, episodes
 from assay.vhack.training._pool import Sampling
@@ -165,6 +166,7 @@ class TrainSettings(TaskSettings):
     def model_post_init(self, context: Any, /) -> None:
         """Check what concerns several settings or names that other packages know."""
         arm_named(self.arm)
+        _expect("method", self.method, self.method in METHODS, ", ".join(METHODS))
         rollouts, teachers = self.prompts * self.group, round(self.group * self.teacher_share)
         whole = rollouts % self.rollouts_per_backward == 0
         _expect("micro-batch", self.micro_batch, whole, f"a divisor of the {rollouts} rollouts of a step")
