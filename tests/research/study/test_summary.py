@@ -93,6 +93,9 @@ def test_logs_are_read_as_they_were_written(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"kind":"other"}\n')
     with pytest.raises(DataError, match=r"b\.jsonl, line 1"):
         read_logs([tmp_path / "b.jsonl"])
+    RunLog({"kind": "run", "schema": made.header["schema"]}, made.steps).write(tmp_path / "b.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl"):
+        read_logs([tmp_path / "b.jsonl"])
     with pytest.raises(DataError, match="no logs"):
         read_logs([])
 

@@ -117,7 +117,7 @@ class RunLog:
             if line.get("kind") not in ("run", "step", "evaluation", "source"):
                 raise _bad(f"{path}, line {number}")
             lines.append(line)
-        if not lines or lines[0].get("schema") != SCHEMA:
+        if not lines or lines[0].get("schema") != SCHEMA or not {"run", "condition", "seed"} <= lines[0].keys():
             raise _bad(str(path))
         return cls(lines[0], lines[1:])
 

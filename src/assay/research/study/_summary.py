@@ -26,6 +26,7 @@ from scipy import stats
 
 from assay.research.study._log import RunLog
 from assay.stats import proportion_interval
+from assay.vhack.training import Rate
 
 MARGIN = 0.05
 _CONFIDENCE = 0.95
@@ -39,29 +40,19 @@ _REFERENCE = "no-loophole"
 
 
 @dataclass(frozen=True, slots=True)
-class Mean:
+class Mean(Rate):
     """A mean over seeds with its t-interval; without an interval for a single seed.
 
     Attributes:
-        value, low, high: Mean rate and the ends of its interval.
         n: Number of seeds.
     """
 
-    value: float
-    low: float | None
-    high: float | None
     n: int
 
     @property
     def interval(self) -> tuple[float, float]:
         """Ends of the interval; infinite for a single seed."""
         return (-inf, inf) if self.low is None or self.high is None else (self.low, self.high)
-
-    @property
-    def text(self) -> str:
-        """Value and interval as text."""
-        ends = "" if self.low is None else f" ({self.low:.3f} to {self.high:.3f})"
-        return f"{self.value:.3f}{ends}".replace("-", "−")
 
 
 @dataclass(frozen=True, slots=True)
