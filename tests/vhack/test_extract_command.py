@@ -1,10 +1,13 @@
 """``assay vhack extract``."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from assay.cli import run
+from assay.cli._vhack_models import cache_of
 from assay.errors import UsageError
 from assay.models import load_model
 from assay.vhack import Basis
@@ -76,6 +79,7 @@ def test_a_table_without_json_and_no_cache(extract, tmp_path):
         (("--max-tokens", 0), "--max-tokens 0"),
         (("--pairs", "missing.jsonl"), "missing.jsonl"),
         (("--rank", 0), "rank=0"),
+        (("--factors", "int8"), "--factors int8"),
         (("-o", "missing/basis"), "missing/basis: No such file or directory"),
     ],
 )
@@ -108,6 +112,16 @@ def test_few_groups_are_told_with_what_to_do(extract, tmp_path, monkeypatch):
     assert "check needs 6 groups" in err
     assert "generated:48" in err
     assert "warning" not in extract("--pairs", "generated:20", "-o", tmp_path / "basis")[2]
+
+
+def test_a_user_without_a_cache_directory_does_without(tmp_path, monkeypatch):
+    model = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_of(model) == tmp_path / "assay"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_of(model) is None
+    assert cache_of(model, tmp_path) == tmp_path
 
 
 def test_a_place_that_is_not_there_is_refused_before_the_work(extract, tmp_path):

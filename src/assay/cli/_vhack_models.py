@@ -37,6 +37,7 @@ def merge(chosen: "MergeCommand", as_json: JsonFlag = False) -> None:
     """Write a trained δS into the weights of its model, or as LoRA, for anything that loads such a directory."""
     from assay.models import load_model
     from assay.reports import storage_error
+    from assay.streams import dtype_name
     from assay.vhack.delta import delta_lengths
 
     if chosen.output.exists() and not (
@@ -56,7 +57,7 @@ def merge(chosen: "MergeCommand", as_json: JsonFlag = False) -> None:
             values |= {**form, "worst_module": made.worst, "worst_error": made.errors[made.worst]}
         else:
             adapter.merge().save_pretrained(chosen.output)
-            values |= {"form": "merged", "dtype": str(loaded.module.dtype).removeprefix("torch.")}
+            values |= {"form": "merged", "dtype": dtype_name(loaded.dtype)}
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(chosen.output)
     except OSError as error:
@@ -130,10 +131,15 @@ def evaluate(chosen: "EvaluateCommand", as_json: JsonFlag = False) -> None:
 
 
 def cache_of(model: "Model", asked: Path | None = None) -> Path | None:
-    """Return the directory of decompositions that was asked for, or on a CPU the cache directory of the user."""
+    """Return the directory of decompositions that was asked for, or on a CPU the user's, if it can be written."""
     if asked is not None or model.device.type != "cpu":
         return asked
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a user without a home is a RuntimeError
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _adapted(loaded: "Model", path: Path, lengths: dict[str, int]) -> "DeltaS":

@@ -1,7 +1,7 @@
 """Settings of the commands of ``assay vhack``; what extraction and checks have as defaults comes from them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -56,7 +56,7 @@ class ExtractCommand(_Gradients):
     tau_axis: float = Field(Origin.tau_axis, description="Share S_i/S_0 below which an axis is set to zero.")
     method: str = Field(Origin.method, description="Method of extraction: lda, mean-diff or svd.")
     rank: int | None = Field(None, description="Singular directions per matrix; all by default.")
-    factors: str | None = Field(None, description="Dtype of U and Vh: float32 or bfloat16.")
+    factors: Literal["float32", "bfloat16"] | None = Field(None, description="Dtype of U and Vh: float32 or bfloat16.")
     cache: Annotated[Path | None, Flag(variable="ASSAY_CACHE")] = Field(
         None,
         description="Directory that keeps decompositions of the weights. On a CPU it is by default the user's cache "
