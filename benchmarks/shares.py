@@ -38,9 +38,9 @@ def measured(name, options):
     """Residuals by preset, dtype and block, over the scale of the block, [N] each."""
     reference, weights = [*name.split(), "trained"][:2]
     found = {}
-    for preset in PRESETS:
+    for preset in options.presets:
         proofs = {}
-        for dtype in ("float32", *DTYPES):
+        for dtype in ("float32", *options.dtypes):
             made = {"weights": weights, "block_hash": None if weights == "trained" else "made on the spot"}
             model = load_model(reference, dtype=dtype, device=options.device, **made)
             engine = HFEngine(model, batch_size=BATCH, seq_len=options.seq_len)
@@ -48,7 +48,7 @@ def measured(name, options):
                 round = Round(block_hash=f"shares {block}", public_key="k", preset=preset, seq_len=options.seq_len)
                 nonces = range(max(LAW_SIZES) if block < options.laws else options.nonces)
                 proofs[dtype, block] = prove(model, round, nonces, engine=engine)
-        for dtype, block in itertools.product(DTYPES, range(options.blocks)):
+        for dtype, block in itertools.product(options.dtypes, range(options.blocks)):
             mine, exact = proofs[dtype, block], proofs["float32", block]
             scale = block_scale(mine.round, model.hidden_size)
             found[preset, dtype, block] = residuals(mine.records, exact.records) / scale
@@ -135,6 +135,8 @@ def judged(found, options, task):
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--models", nargs="+", default=list(MODELS))
+    arguments.add_argument("--presets", nargs="+", default=list(PRESETS))
+    arguments.add_argument("--dtypes", nargs="+", default=list(DTYPES))
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--seq-len", type=int, default=256)
     arguments.add_argument("--blocks", type=int, default=40)
@@ -151,11 +153,12 @@ def main():
     rows, everything = [], {}
     for name in options.models:
         keys = {
-            key: "|".join(map(str, (name, *key))) for key in itertools.product(PRESETS, DTYPES, range(options.blocks))
+            key: "|".join(map(str, (name, *key)))
+            for key in itertools.product(options.presets, options.dtypes, range(options.blocks))
         }
         found = {key: kept[text] for key, text in keys.items()} if kept else measured(name, options)
         everything |= {keys[key]: errors_N.astype(np.float32) for key, errors_N in found.items()}
-        tasks = list(itertools.product([name], PRESETS, DTYPES, LAW_SIZES))
+        tasks = list(itertools.product([name], options.presets, options.dtypes, LAW_SIZES))
         with ProcessPoolExecutor(options.workers, mp_context=get_context("forkserver")) as pool:
             rows += pool.map(partial(judged, found, options), tasks)
         for row in rows[-len(tasks) :]:
