@@ -16,22 +16,19 @@ import numpy as np
 import torch
 from _common import note, parser, publish
 from torch.nn import functional
-from vhack_training_step import LR, axes_of
+from vhack_training_step import LR, axes_of, kinds_of
 
 from assay.models import load_model
 from assay.vhack import weight_svd
-from assay.vhack.delta import DeltaS, Gate, Kinds, ProjectedOptimizer
+from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.training._callback import source_shares
-from assay.vhack.training._rewards import FLAGS, Outcomes
 
 
 def works_of(model, ids):
     """The three ways to take a step, and the parameters that they train."""
     svd = weight_svd(model)
     adapter, basis = DeltaS(model, svd), axes_of(svd)
-    flags = torch.zeros(len(ids), len(FLAGS), dtype=torch.bool)
-    flags[: len(ids) // 4, 0] = flags[len(ids) // 2 :, 1] = True
-    kinds = Kinds.of(list(Outcomes(flags).kinds().values()), ids.device)
+    kinds = kinds_of(ids)
 
     def backward():
         logits = model.module(input_ids=ids, use_cache=False).logits[:, :-1]

@@ -15,11 +15,10 @@ from _common import note, parser, publish
 from _vhack import load, samples, sequential, worst_error
 from torch.nn import functional
 
-from assay.vhack import per_sample_gradients, weight_svd
+from assay.vhack import Factors, per_sample_gradients, weight_svd
 from assay.vhack.gradients import _per_sample as _gradients
 from assay.vhack.gradients import _replica
 from assay.vhack.gradients._replica import Recipe
-from assay.vhack.gradients._svd import Factors
 
 LENGTHS = (100, 250)
 

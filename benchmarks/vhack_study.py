@@ -68,9 +68,9 @@ def bases_for(runs, model, svd):
     return made, Shortcut.fit(model, model.tokenizer, sides["minimal"])
 
 
-def write(study, folder):
+def write(logs, folder):
     """The logs as they are, one file per run."""
-    for log in study.logs.values():
+    for log in logs:
         log.write(folder / (log.header["run"].replace("/", "_").replace(":", "-") + ".jsonl"))
 
 
@@ -166,7 +166,7 @@ def main():
                 kept = {name: round(means[name], 3) for name in ("hack", "solve", "vacuous", "tokens", "cin")}
                 note(json.dumps({"step": step, "s": round(seconds, 2), "asked": asked, "graded": graded, **kept}))
             if step % 60 == 0:
-                write(study, given.logs)
+                write(study.logs.values(), given.logs)
 
         for before in reversed(range(given.late)):
             left = None if given.seconds is None else given.seconds - (time.monotonic() - begun)
@@ -180,7 +180,7 @@ def main():
             study.evaluate(grader)
     note(json.dumps({name: round(seconds, 1) for name, seconds in study.seconds.items()}))
     study.save(state)
-    write(study, given.logs)
+    write(study.logs.values(), given.logs)
     note(f"step {study.step}, done {done}, {time.monotonic() - begun:.1f} s, {os.getpid()}")
 
 

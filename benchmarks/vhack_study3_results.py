@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from _common import note, parser, publish
 from _vhack_plan3 import DISPLACED, GATED, HELD, PARTS
+from vhack_study import write
 
 from assay.errors import UsageError
 from assay.research.study import RunLog, complete, judged, lasts, read_logs, summarise
@@ -160,8 +161,7 @@ def main():
         note(f"{part}: {len(logs)} runs, {sum(map(complete, logs))} of them to the end")
         if given.keep:
             (given.keep / part).mkdir(parents=True, exist_ok=True)
-            for log in logs:
-                kept(log).write(given.keep / part / (log.header["run"].replace("/", "_").replace(":", "-") + ".jsonl"))
+            write(map(kept, logs), given.keep / part)
     made = {part: figures(part, parts.get(part, []), parts.get("stored", [])) for part in PARTS if part != "check"}
     publish("vhack_study3", {"claims": claims(parts), "parts": made}, given.output)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from _common import parser, publish
+from vhack_study import write
 
 from assay.reports import read_json
 from assay.research.study import RunLog, read_logs, source_checks, study_page, summarise
@@ -149,8 +150,7 @@ def main():
     logs = read_logs([given.logs])
     if given.keep:
         given.keep.mkdir(parents=True, exist_ok=True)
-        for log in logs:
-            kept(log).write(given.keep / (log.header["run"].replace("/", "_").replace(":", "-") + ".jsonl"))
+        write(map(kept, logs), given.keep)
     checks = [CheckReport.from_dict(read_json(path)) for path in given.check]
     if given.page:
         study_page(logs, checks=checks, command="python benchmarks/vhack_study_results.py").write(given.page)

@@ -47,6 +47,13 @@ def axes_of(svd, k=5):
     return Basis(axes, {n: torch.ones(k) for n in axes}, {n: torch.tensor([[1, 0]] * k) for n in axes})
 
 
+def kinds_of(ids):
+    """Kinds of rollouts: the first quarter is the teacher's, the second half correct, and the rest failed."""
+    flags = torch.zeros(len(ids), len(FLAGS), dtype=torch.bool)
+    flags[: len(ids) // 4, 0] = flags[len(ids) // 2 :, 1] = True
+    return Kinds.of(list(Outcomes(flags).kinds().values()), ids.device)
+
+
 def clock_of(device):
     """A function that gives the seconds of a piece of work, the device waited for."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
@@ -99,9 +106,7 @@ def steps(module, lora, svd, ids, basis, rounds, clock):
         optimiser.step()
         optimiser.measures.as_dict()
 
-    flags = torch.zeros(len(ids), len(FLAGS), dtype=torch.bool)
-    flags[: len(ids) // 4, 0] = flags[len(ids) // 2 :, 1] = True
-    kinds = Kinds.of(list(Outcomes(flags).kinds().values()), ids.device)
+    kinds = kinds_of(ids)
 
     def with_sources(optimiser):
         optimiser.zero_grad()
@@ -168,6 +173,10 @@ class Stopwatch(TrainerCallback):
 class MadeUp(EpisodeReward):
     """Pays the second half of each group; nothing is run."""
 
+    def __init__(self, tasks, group):
+        super().__init__(tasks, ARMS["none"])
+        self.group = group
+
     def __call__(self, prompts, completions, episode, **others):  # noqa: D102
         half = [index % self.group >= self.group // 2 for index in range(len(prompts))]
         rows = [[False, False, paid, False] for paid in half]
@@ -190,22 +199,18 @@ def trainers(model, lora, tokenizer, svd, basis, given, folder):
         found.save_strategy = "no"
         return found
 
-    def rewarded():
-        reward = MadeUp(tasks, ARMS["none"])
-        reward.group = settings.group
-        return reward
-
     for name, gate in (("without", None), ("with", Gate())):
         module = copy.deepcopy(model.module)
         adapter = DeltaS(module, svd)
         inner = torch.optim.AdamW(adapter.delta, lr=LR)
         optimiser = inner if gate is None else ProjectedOptimizer(inner, adapter, basis, gate=gate, max_norm=1.0)
         made[name] = GRPO(
-            adapter, optimiser, rewarded(), arguments(name), prompts=64 * settings.prompts, processing_class=tokenizer
-        )
+            adapter, optimiser, MadeUp(tasks, settings.group), arguments(name), prompts=64 * settings.prompts,
+            processing_class=tokenizer,
+        )  # fmt: skip
         if gate is not None:
             made[name].add_callback(StepLog(made[name], TrainLog(folder / "log.jsonl", {})))
-    reward = rewarded()
+    reward = MadeUp(tasks, settings.group)
     made["lora"] = GRPOTrainer(
         model=lora, reward_funcs=[reward], args=arguments("lora"), processing_class=tokenizer,
         train_dataset=reward.dataset(64 * settings.prompts, 0),

@@ -28,7 +28,7 @@ from vhack_training_step import LR, MadeUp, Stopwatch, axes_of
 
 from assay.models import load_model
 from assay.vhack import weight_svd
-from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.environment import episodes
 from assay.vhack.training import TrainLog, TrainSettings
 from assay.vhack.training._callback import StepLog
@@ -107,23 +107,18 @@ def trainers(model, svd, given, folder):
         found.vllm_importance_sampling_correction = False  # as GRPO of assay sets it: one pass less
         return found
 
-    def rewarded():
-        reward = MadeUp(tasks, ARMS["none"])
-        reward.group = settings.group
-        return reward
-
     for name, gate in (("with", Gate()), ("without", None)):
         adapter = DeltaS(copy.deepcopy(model.module), svd)
         inner = torch.optim.AdamW(adapter.delta, lr=LR)
         axes = axes_of(svd)
         optimiser = inner if gate is None else ProjectedOptimizer(inner, adapter, axes, gate=gate, max_norm=1.0)
         made[name] = GRPO(
-            adapter, optimiser, rewarded(), arguments(name), prompts=64 * settings.prompts,
+            adapter, optimiser, MadeUp(tasks, settings.group), arguments(name), prompts=64 * settings.prompts,
             processing_class=model.tokenizer,
         )  # fmt: skip
         if gate is not None:
             made[name].add_callback(StepLog(made[name], TrainLog(folder / "log.jsonl", {})))
-    reward = rewarded()
+    reward = MadeUp(tasks, settings.group)
     made["full"] = GRPOTrainer(
         model=model.module, reward_funcs=[reward], args=arguments("full"), processing_class=model.tokenizer,
         train_dataset=reward.dataset(64 * settings.prompts, 0),
