@@ -1,6 +1,8 @@
 """Real vLLM servers on loopback for the benchmarks and tests of the plugin: started, asked, and ended by process id."""
 
+import asyncio
 import contextlib
+import importlib.metadata
 import json
 import os
 import random
@@ -9,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -194,6 +198,33 @@ class Server:
             if not (held or status["nonces"] or status["chat"]) or time.monotonic() > deadline:
                 return status
             time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def entry_points(folder):
+    """Yield an environment in which vLLM finds the plugin, where assay is not installed but on PYTHONPATH."""
+    known = importlib.metadata.entry_points(group="vllm.endpoint_plugins")
+    if any(found.name == "assay" for found in known):
+        yield {}
+        return
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = Path(folder) / "assay-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: assay\nVersion: 0\n")
+    groups = project["entry-points"].items()
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in named.items()) for group, named in groups
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    yield {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
+def choose_forward(engine, forward):
+    """Choose whose forward pass computes the nonces of an engine of this process, which its fingerprint then says."""
+    throttle = engine._client.throttle
+    throttle.settings = replace(throttle.settings, forward=forward)
+    asyncio.run_coroutine_threadsafe(engine._client.install(), engine._loop).result()
+    vars(engine).pop("fingerprint", None)
 
 
 def _end(processes, grace):

@@ -2,9 +2,10 @@
 
 One run per model on one GPU: (a) `prove` on compiled transformers; then one vLLM engine, on which in turns (b) vLLM's
 own prefill of as many random prompts of that length, one token each and all at once, (c) nonces as requests, (d) nonces
-in whole batches inside the workers. Then chat, ten requests a second: alone, alone again, and beside a round; and
-single requests that find the engine busy with nonces after a pause, alone and beside a round. Tokens are compared
-with those of the first run alone. The engine of (b) to (d) has the settings of a server: chat first, a quarter of the
+in whole batches inside the workers by vLLM's forward pass, and with `--forward vllm assay` (e) by assay's own decoder
+over vLLM's weights. Then chat, ten requests a second: alone, alone again, and beside a round; and single requests that
+find the engine busy with nonces after a pause, alone and beside a round, for each forward pass. Tokens are compared
+with those of the first run alone. The engine of (b) to (e) has the settings of a server: chat first, a quarter of the
 time, at most a tenth of a second of nonces at once.
 
 `--stages server` asks a real server instead, whose round is durable: nonces per second along both paths.
@@ -13,25 +14,25 @@ Figures so far are written after every stage, and at `--limit` seconds the run e
 
     . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH
     cd benchmarks; python3 vllm_direct.py -o $OUT/vllm_direct.json
+    python3 vllm_direct.py --forward vllm assay --models shape:qwen3-0.6b -o $OUT/vllm_direct_own.json
     python3 vllm_direct.py --stages server --models shape:qwen3-0.6b -o $OUT/vllm_direct_server.json
 
 A run that shows on a CPU that everything works:
 
     python vllm_direct.py --stages engine server --models reference:qwen3 --device cpu --dtype float32 --seq-len 32 \
+        --forward vllm assay \
         --batched-tokens 256 --batch-size 8 --seconds 1 --turns 1 --chat 6 --singles 2 --tokens 4 --limit 1200
 """
 
 import asyncio
 import contextlib
 import gc
-import importlib.metadata
 import io
 import os
 import statistics
 import tempfile
 import threading
 import time
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,13 +40,13 @@ import numpy as np
 import psutil
 import torch
 from _common import note, parser, publish
-from _vllm import ROOT, Server
+from _vllm import Server, choose_forward, entry_points
 
 from assay import poc
 from assay.models import load_model, save_random
 from assay.poc.engines.hf import HFEngine, auto_batch, worth_compiling
 
-PATHS = {"requests": "requests", "direct": "auto"}
+PATHS = {"requests": ("requests", "vllm"), "direct": ("auto", "vllm"), "own": ("auto", "assay")}
 PAUSE = 1.6  # seconds between single requests, more than the time until an engine counts as idle
 CHECKED = 64  # nonces whose values are compared
 
@@ -154,17 +155,21 @@ def prefill(engine, count):
 
 
 def take(engine, path):
-    """Choose a path; return the engine's counts of the direct one."""
-    throttle = engine._client.throttle
-    throttle.settings = replace(throttle.settings, path=PATHS[path])
+    """Choose a path and a forward pass; return the engine's counts of the direct one."""
+    throttle, (setting, forward) = engine._client.throttle, PATHS[path]
+    if throttle.settings.forward != forward:
+        throttle.settings = replace(throttle.settings, path="auto")
+        choose_forward(engine, forward)
+    throttle.settings = replace(throttle.settings, path=setting)
     return engine._client.direct.describe()
 
 
 def paths(report, row, engine, folder, theirs):
-    """(b), (c) and (d) in turns, and how far the values are apart."""
+    """(b) to (e) in turns, and how far the values are apart."""
     arguments, found = report.arguments, {}
+    chosen = [path for path in PATHS if PATHS[path][1] in arguments.forward]
     works = {"own_prefill": lambda count: prefill(engine, count)}
-    works |= {path: prover(engine, engine.model, folder, path) for path in PATHS}
+    works |= {path: prover(engine, engine.model, folder, path) for path in chosen}
     rates = {name: [] for name in works}
     for turn in range(arguments.turns):
         for name in works if turn % 2 else reversed(works):
@@ -173,22 +178,32 @@ def paths(report, row, engine, folder, theirs):
             rates[name] += measured(works[name], arguments.seconds)
             report.put(row, vllm=rates)
     best = {name: statistics.median(seen) for name, seen in rates.items()}
+    batched = [path for path in chosen if path != "requests"]
     for preset, expected in theirs.items():
-        both = {}
-        for path in PATHS:
+        taken = {"transformers": expected}
+        for path in chosen:
             take(engine, path)
-            both[path] = values(engine, engine.model, preset, arguments.seq_len)
-        apart = np.abs(both["direct"] - both["requests"])
-        away = np.abs(both["direct"] - expected)
+            taken[path] = values(engine, engine.model, preset, arguments.seq_len)
         found[preset] = {
-            "direct_from_requests": [float(np.median(apart)), float(apart.max())],
-            "direct_from_transformers": [float(np.median(away)), float(away.max())],
+            f"{path}_from_{other}": distance(taken[path], taken[other])
+            for path in batched
+            for other in ("requests", "transformers")
+            if other in taken
         }
-    described = take(engine, "direct")
-    ratios = {f"direct_over_{name}": best["direct"] / best[name] for name in ("own_prefill", "requests")}
     if "transformers" in row:
-        ratios["direct_over_transformers"] = best["direct"] / statistics.median(row["transformers"]["per_second"])
-    report.put(row, ratios=ratios, residuals=found, direct=described)
+        best["transformers"] = statistics.median(row["transformers"]["per_second"])
+    others = ("own_prefill", "requests", "transformers")
+    ratios = {f"{path}_over_{name}": best[path] / best[name] for path in batched for name in others if name in best}
+    for path in batched:
+        described = take(engine, path)
+        report.put(row, **{path: described | {"fingerprint": engine.fingerprint.as_dict()}})
+    report.put(row, ratios=ratios, residuals=found)
+
+
+def distance(one, other):
+    """Return the median and the largest distance of two sets of values."""
+    apart = np.abs(one - other)
+    return [float(np.median(apart)), float(apart.max())]
 
 
 async def ask(engine, index, tokens):
@@ -258,10 +273,10 @@ def same(runs, others):
     return sum(one[0] == other[0] for one, other in zip(runs, others, strict=True))
 
 
-def chat(report, row, engine):
-    """Chat alone, and beside a round: many requests, and single ones after pauses."""
+def chat(report, row, engine, path):
+    """Chat alone, and beside a round on a path: many requests, and single ones after pauses."""
     arguments, counted = report.arguments, []
-    take(engine, "direct")
+    take(engine, path)
     for kind, count, interval in (
         ("ten_a_second", arguments.chat, 0.1),
         ("after_pauses", arguments.singles, PAUSE),
@@ -276,14 +291,16 @@ def chat(report, row, engine):
         figures["ratios"] = [b / a for a, b in zip(figures["alone_ms"], figures["beside_ms"], strict=True)]
         figures |= {"same_tokens_alone_again": same(again, alone), "same_tokens_beside": same(beside, alone)}
         figures["nonces_per_second_meanwhile"] = rate
-        report.put(row, **{f"chat_{kind}": figures})
+        report.put(row, **{f"chat_{kind}" if path == "direct" else f"{path}_chat_{kind}": figures})
 
 
 def engine_stage(report, row, checkpoint, folder):
     """Measure one model on transformers and in an engine of vLLM."""
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.engines.vllm import VLLMEngine, _engine
 
     arguments = report.arguments
+    if arguments.device == "cpu" and "assay" in arguments.forward:
+        _engine.EXTENSION = "_unpacked.Unpacked"
     theirs = {} if arguments.skip_transformers else transformers(report, row, checkpoint, folder)
     gc.collect()
     if arguments.device == "cuda":
@@ -300,28 +317,10 @@ def engine_stage(report, row, checkpoint, folder):
         throttle = engine._client.throttle
         throttle.settings = replace(throttle.settings, wait=arguments.wait, in_flight=0)
         paths(report, row, engine, folder, theirs)
-        if arguments.chat and report.left() > 60:
-            chat(report, row, engine)
+        for path in ("direct", "own"):
+            if arguments.chat and PATHS[path][1] in arguments.forward and report.left() > 60:
+                chat(report, row, engine, path)
         report.put(row, held=engine.counts())
-
-
-@contextlib.contextmanager
-def entry_points(folder):
-    """Yield an environment in which vLLM finds the plugin, where assay is not installed but on PYTHONPATH."""
-    known = importlib.metadata.entry_points(group="vllm.endpoint_plugins")
-    if any(found.name == "assay" for found in known):
-        yield {}
-        return
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    info = Path(folder) / "assay-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: assay\nVersion: 0\n")
-    groups = project["entry-points"].items()
-    lines = [
-        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in named.items()) for group, named in groups
-    ]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    yield {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 def server_stage(report, row, checkpoint, folder):
@@ -338,9 +337,10 @@ def server_stage(report, row, checkpoint, folder):
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"),
         }
         with Server(Path(folder) / "server", options=options, environment=environment) as server:
-            rates = {path: [] for path in PATHS}
+            rates = {path: [] for path in ("requests", "direct")}
             for _ in range(arguments.turns):
-                for path, setting in PATHS.items():
+                for path in rates:
+                    setting = PATHS[path][0]
                     server.post("/engine", {"path": setting}).raise_for_status()
                     server.begin(f"{path}-{time.time_ns()}", seq_len=arguments.seq_len, batch_size=128)
                     server.wait_for(1)
@@ -360,6 +360,7 @@ def main():
     made = parser(__doc__)
     made.add_argument("--models", nargs="+", default=["shape:qwen3-0.6b", "shape:llama-3.2-1b"])
     made.add_argument("--stages", nargs="+", choices=sorted(STAGES), default=["engine"])
+    made.add_argument("--forward", nargs="+", choices=("vllm", "assay"), default=["vllm"], help="of the nonces")
     made.add_argument("--device", default="cuda")
     made.add_argument("--dtype", default="bfloat16")
     made.add_argument("--seq-len", type=int, default=256)

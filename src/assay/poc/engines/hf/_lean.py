@@ -42,7 +42,7 @@ class Steps(NamedTuple):
 
 
 class LeanParts(NamedTuple):
-    """What a decoder is made of, whoever holds its weights.
+    """What a decoder is made of, in whichever engine its weights are.
 
     Attributes:
         shape: Shape of the layers.
