@@ -134,6 +134,26 @@ def test_noise_is_calibrated_and_used(assay, receipts: Path, prompts: Path, tmp_
     assert "dtype than the verifier's" in other.err
 
 
+def test_what_cannot_be_calibrated_is_refused_before_the_replay(assay, receipts: Path, tmp_path: Path, monkeypatch):
+    from assay.poc.responses import Adapter, Receipts
+
+    monkeypatch.setattr("assay.poc.responses.replay", None)
+    read = Receipts.load(receipts)
+    tuned, other, output = tmp_path / "tuned.jsonl", tmp_path / "other.jsonl", tmp_path / "responses.json"
+    named = [replace(one, adapter=Adapter("tuned", "0" * 64)) for one in read.receipts]
+    Receipts.build(read.header, named, 1.0).save(tuned)
+    Receipts.build(replace(read.header, digest="0" * 64), read.receipts, 1.0).save(other)
+    for files, model, path, wrong in (
+        ([receipts], "no/such/model", tmp_path / "none" / "c.json", "create the directory"),
+        ([receipts, tuned], "no/such/model", output, "'tuned'"),
+        ([receipts, other], "reference:qwen3", output, "0" * 12),
+    ):
+        result = assay("poc", "calibrate-responses", *files, "--model", model, "--device", "cpu", "-o", path)
+        assert result.code == 2
+        assert wrong in result.err
+    assert not output.exists()
+
+
 def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(assay, receipts: Path, prompts: Path, tmp_path: Path):
     from assay import load_model
     from assay.poc.responses import Adapter, Receipts, load_adapter, read_requests, respond

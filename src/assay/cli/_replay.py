@@ -14,6 +14,7 @@ from assay.cli._output import JsonFlag, emit_document, progress_bar, show_values
 from assay.cli._respond import with_token_ids
 from assay.cli._settings import settings
 from assay.cli._vllm import vllm_prefill
+from assay.reports import check_new_file
 
 if TYPE_CHECKING:
     from assay.cli._replay_settings import CalibrateResponsesSettings, ReplaySettings
@@ -87,9 +88,14 @@ def calibrate_responses(
     """
     from assay.poc import responses
 
+    check_new_file(chosen.output, overwrite=True)
     files = [responses.Receipts.load(path) for path in receipts]
+    for read in files:
+        responses.check_adapter(read, None)
     prompts = responses.ReceiptPins(requests=_requests(chosen.requests, chosen.model)).prompts
     with _engine(chosen, files[0]) as (loaded, engine), progress_bar("replaying", "responses") as progress:
+        for read in files:
+            responses.check_model(read.header, loaded)
         measured = [
             (read.header, responses.replay(read, loaded, prompts=prompts, engine=engine, progress=progress))
             for read in files

@@ -23,7 +23,6 @@ from assay.poc.responses._files import (
     Tally,
     parse_header,
     parse_receipt,
-    parse_sampling,
 )
 from assay.poc.responses._forward import CachedForward
 from assay.poc.responses._gaps import Margins, measure_margins
@@ -37,7 +36,7 @@ from assay.poc.responses._receipts import (
     ReceiptFooter,
     ReceiptHeader,
 )
-from assay.poc.responses._replay import Replayed, check_adapter, replay
+from assay.poc.responses._replay import Replayed, check_adapter, check_model, replay
 from assay.poc.responses._requests import DEFAULT_MAX_TOKENS, Request, encoded, read_requests
 from assay.poc.responses._respond import respond, stop_tokens
 from assay.poc.responses._sampler import Sampler
@@ -88,6 +87,7 @@ __all__ = [
     "Whole",
     "calibrate_responses",
     "check_adapter",
+    "check_model",
     "chosen_receipts",
     "counts_before",
     "default_response_noise",
@@ -102,7 +102,6 @@ __all__ = [
     "noise_between",
     "parse_header",
     "parse_receipt",
-    "parse_sampling",
     "penalised",
     "read_requests",
     "replay",

@@ -269,7 +269,7 @@ def _parse_receipt(line: Any) -> Receipt:
     return _made(
         lambda: Receipt(
             **values,
-            sampling=None if line["sampling"] is None else parse_sampling(line["sampling"]),
+            sampling=None if line["sampling"] is None else _parse_sampling(line["sampling"]),
             prompt=_parse_prompt(line["prompt"]),
             adapter=None if adapter is None else Adapter(**adapter),
             output=tuple(output),
@@ -288,13 +288,7 @@ def _parse_prompt(value: Any) -> Prompt:
     return Prompt(value["sha256"], value["tokens"])
 
 
-def parse_sampling(value: Any) -> Sampling:
-    """Read the parameters of sampling of a receipt.
-
-    Raises:
-        ProofFormatError: A field is missing or unknown.
-        UsageError: A parameter is of another type or out of range.
-    """
+def _parse_sampling(value: Any) -> Sampling:
     check_fields(value, {*RANGES, "top_k", "logit_bias"}, "sampling")
     return Sampling(**value | {"logit_bias": biases_of(value["logit_bias"])})
 

@@ -4,7 +4,6 @@ from assay.research.responses._cheats import CHEATS, GREEDY, Cheat
 from assay.research.responses._field import BYTES, OURS
 from assay.research.responses._run import EXPERIMENT, ResponsesPlan, run_responses
 from assay.research.responses._tables import (
-    CLASSES,
     alarm_table,
     area_table,
     caught_table,
@@ -16,7 +15,6 @@ from assay.research.responses._tables import (
 __all__ = [
     "BYTES",
     "CHEATS",
-    "CLASSES",
     "EXPERIMENT",
     "GREEDY",
     "OURS",
