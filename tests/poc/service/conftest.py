@@ -5,9 +5,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+import structlog
 import torch
 
 from assay.poc import Fingerprint, Pipeline
@@ -15,6 +18,7 @@ from assay.poc.engines import plain_outputs
 from assay.poc.service import Settings
 from assay.poc.service.http import create_app
 from assay.poc.service.runtime import Controller, Deployment
+from assay.poc.service.store import Database
 from tests.waiting import until
 
 with warnings.catch_warnings():
@@ -27,6 +31,17 @@ ROUND = BLOCK | {"r_target": 1.416, "node_id": 0, "node_count": 1, "batch_size":
 PARAMS = {"model": "fake", "seq_len": 4, "k_dim": 12}
 ARTIFACTS = BLOCK | {"node_id": 0, "node_count": 1, "batch_size": 4, "params": PARAMS}
 PREFIX = "/api/v1/pow"
+FINGERPRINT = Fingerprint(
+    engine="fake",
+    device="none",
+    dtype="float32",
+    attention="none",
+    batch_size=1,
+    seq_len=64,
+    threads=1,
+    torch="0",
+    library="none",
+)
 
 
 class FakeEngine:
@@ -37,17 +52,7 @@ class FakeEngine:
 
     def __init__(self, rig: "Rig", seq_len: int, batch_size: int) -> None:
         self.rig, self.seq_len, self.batch_size = rig, seq_len, batch_size
-        self.fingerprint = Fingerprint(
-            engine="fake",
-            device="none",
-            dtype="float32",
-            attention="none",
-            batch_size=batch_size,
-            seq_len=seq_len,
-            threads=1,
-            torch="0",
-            library="none",
-        )
+        self.fingerprint = replace(FINGERPRINT, batch_size=batch_size, seq_len=seq_len)
 
     def supports(self, pipeline: Pipeline) -> bool:
         return self.rig.supports(pipeline)
@@ -183,3 +188,23 @@ def serving(rig: Rig, tmp_path: Path):
 def service(serving) -> Iterator[Service]:
     with serving() as running:
         yield running
+
+
+@pytest.fixture
+def restored_logs() -> Iterator[None]:
+    """The log as it was configured, after the test."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+
+
+def cap(database: Database) -> list[int]:
+    """Let the file grow no further until the returned limit is raised: SQLite gives the error of a full disk."""
+    with database.write() as connection:
+        limit = [connection.exec_driver_sql("PRAGMA page_count").scalar_one()]
+
+    def checkout(connection, record, proxy) -> None:
+        connection.execute(f"PRAGMA max_page_count = {limit[0]}").close()
+
+    sa.event.listen(database._engine, "checkout", checkout)
+    return limit

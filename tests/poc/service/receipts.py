@@ -5,27 +5,16 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from assay.poc import Fingerprint
 from assay.poc.responses import Prompt, Receipt, ReceiptHeader, Sampling
+from tests.poc.service.conftest import FINGERPRINT
 
 RECEIPTS = "/api/v1/receipts"
 
 
 def header(**changes) -> ReceiptHeader:
     """Return the header of a node that serves a model."""
-    fingerprint = Fingerprint(
-        engine="fake",
-        device="none",
-        dtype="float32",
-        attention="none",
-        batch_size=1,
-        seq_len=64,
-        threads=1,
-        torch="0",
-        library="none",
-    )
     values = {"public_key": "node_A", "reference": "fake", "digest": "0" * 64, "weights": "trained"}
-    return ReceiptHeader(**(values | changes), fingerprint=fingerprint)
+    return ReceiptHeader(**(values | changes), fingerprint=FINGERPRINT)
 
 
 def receipt(request_id: str, **changes) -> Receipt:

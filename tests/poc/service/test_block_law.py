@@ -9,6 +9,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from assay import load_model, stats
+from assay.poc import _prover
 from assay.poc.service.runtime import Deployment
 from tests.poc.service.conftest import PREFIX, ROUND
 from tests.waiting import until
@@ -69,8 +70,6 @@ def test_without_a_measurement_the_error_is_wide_enough(rig, serving, llama, mon
 
 def test_a_node_that_is_off_its_law_raises_the_alert(rig, serving, llama, monkeypatch):
     """Distances of another target: the block says nothing about them."""
-    from assay.poc import _prover
-
     compute = _prover.compute
 
     def shifted(header, engine, nonces):

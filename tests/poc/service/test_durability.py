@@ -8,11 +8,13 @@ import sqlalchemy as sa
 from assay.errors import StorageError
 from assay.poc import DistanceRecord, prove
 from assay.poc.service import Settings
+from assay.poc.service._bodies import InitRequest
+from assay.poc.service._states import State
 from assay.poc.service.runtime import Controller, Deployment
 from assay.poc.service.store._database import Database
 from assay.poc.service.store._outbox import Outbox
 from assay.poc.service.store._rounds import Batch, Rounds, RoundValues
-from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND
+from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, cap
 from tests.waiting import until
 
 
@@ -57,8 +59,6 @@ def test_the_records_are_those_of_prove(tmp_path, small_model, round_):
     controller.start()
     try:
         until(lambda: controller.deployment is not None)
-        from assay.poc.service._bodies import InitRequest
-        from assay.poc.service._states import State
 
         body = InitRequest(
             block_hash="block_alpha",
@@ -127,17 +127,9 @@ def test_a_share_that_cannot_be_is_refused(service, change):
 
 
 def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
-    """SQLite's own limit on pages gives the very error of a full disk."""
     service.post("/init/generate", ROUND)
     until(lambda: service.checked() > 0)
-    with service.controller.database.write() as connection:
-        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
-    limit = [pages]
-
-    def cap(connection, record, proxy) -> None:
-        connection.execute(f"PRAGMA max_page_count = {limit[0]}").close()
-
-    sa.event.listen(service.controller.database._engine, "checkout", cap)
+    limit = cap(service.controller.database)
     until(lambda: service.status()["paused"] == "storage")
     held = service.status()
     assert held["state"] == "GENERATING"

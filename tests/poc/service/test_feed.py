@@ -7,8 +7,10 @@ import re
 import time
 
 import pytest
+import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
+from assay.poc.service import configure_logs
 from assay.poc.service._refusals import Refusal
 from assay.poc.service.http._feed import Feed, snapshot
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
@@ -88,21 +90,24 @@ def test_snapshots_go_on_after_an_error_that_nobody_thought_of(service, monkeypa
     until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["time"] > failed[0])
 
 
-def test_streams_are_bounded(serving):
-    with serving(max_streams=2) as service:
+@pytest.mark.parametrize("bound", ["max_streams", "max_client_streams"])
+def test_streams_are_bounded(serving, bound):
+    with serving(**{bound: 2}) as service:
 
         async def open_three() -> None:
             feed = Feed(service.controller)
-            await feed.refresh()
-            streams = [feed.stream() for _ in range(2)]
+            streams = [feed.stream("one") for _ in range(2)]
             for stream in streams:
                 await anext(stream)
             with pytest.raises(Refusal) as refused:
-                feed.stream()
+                feed.stream("one")
             assert refused.value.status == 429
+            if bound == "max_client_streams":
+                streams.append(feed.stream("another"))
+                await anext(streams[-1])
             for stream in streams:
                 await stream.aclose()
-            assert feed.stream() is not None
+            assert feed.stream("one") is not None
 
         asyncio.run(open_three())
 
@@ -148,17 +153,9 @@ def test_secrets_are_in_no_log_and_no_answer(serving, capfd):
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
-def test_logs_are_lines_on_stderr(form, capfd):
-    import structlog
-
-    from assay.poc.service import configure_logs
-
-    before = structlog.get_config()
-    try:
-        configure_logs(form)
-        structlog.get_logger("test").info("state", state="GENERATING", round=3)
-    finally:
-        structlog.configure(**before)
+def test_logs_are_lines_on_stderr(form, capfd, restored_logs):
+    configure_logs(form)
+    structlog.get_logger("test").info("state", state="GENERATING", round=3)
     captured = capfd.readouterr()
     assert captured.out == ""
     if form == "json":
@@ -168,11 +165,7 @@ def test_logs_are_lines_on_stderr(form, capfd):
         assert "GENERATING" in captured.err
 
 
-def test_a_log_that_nobody_reads_stops_nothing(service, monkeypatch):
-    import structlog
-
-    from assay.poc.service import configure_logs
-
+def test_a_log_that_nobody_reads_stops_nothing(service, monkeypatch, restored_logs):
     class Broken:
         def write(self, text: str) -> int:
             raise BrokenPipeError(32, "broken pipe")
@@ -180,12 +173,8 @@ def test_a_log_that_nobody_reads_stops_nothing(service, monkeypatch):
         def isatty(self) -> bool:
             return False
 
-    before = structlog.get_config()
-    try:
-        configure_logs("json")
-        monkeypatch.setattr("sys.stderr", Broken())
-        service.post("/init/generate", ROUND)
-        until(lambda: service.checked() > 8)
-        assert service.post("/stop")["pow_status"]["state"] == "STOPPED"
-    finally:
-        structlog.configure(**before)
+    configure_logs("json")
+    monkeypatch.setattr("sys.stderr", Broken())
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() > 8)
+    assert service.post("/stop")["pow_status"]["state"] == "STOPPED"

@@ -12,7 +12,7 @@ import time
 import pytest
 import sqlalchemy as sa
 
-from assay.errors import ProofMismatch, StorageError
+from assay.errors import AssayError, ProofMismatch, StorageError, UsageError
 from assay.poc.service import Settings
 from assay.poc.service._refusals import Refusal
 from assay.poc.service.runtime import Controller, _callback_guard, _checks, _delivery
@@ -268,8 +268,6 @@ def test_an_error_of_a_blocked_address_names_the_flag(serving):
 
 
 def test_a_refusal_is_not_an_error_of_usage():
-    from assay.errors import AssayError, UsageError
-
     assert issubclass(Refusal, AssayError)
     assert not issubclass(Refusal, UsageError)
 

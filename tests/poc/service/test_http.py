@@ -1,6 +1,7 @@
 """The HTTP surface under attack: connections, heads, bodies, headers, and what the log says of it."""
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -12,11 +13,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from structlog.testing import capture_logs
 
-from assay.poc.service import Settings
+from assay.poc.service import Settings, configure_logs
 from assay.poc.service._logs import LogBudget
-from assay.poc.service._refusals import Refusal
 from assay.poc.service.http import create_receiver
-from assay.poc.service.http._feed import Feed
 from assay.poc.service.http._receiver import Received
 from assay.poc.service.http._server import bounded
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
@@ -252,26 +251,7 @@ def test_the_receiver_has_them_and_answers_in_three_parts(tmp_path):
         assert (path == "/stats" and method == "GET") or {"detail", "wanted", "do"} <= answer.json().keys()
 
 
-# Streams and the log
-
-
-def test_one_client_does_not_take_every_stream(serving):
-    with serving(max_client_streams=2) as service:
-
-        async def open_three() -> None:
-            feed = Feed(service.controller)
-            streams = [feed.stream("one") for _ in range(2)]
-            for stream in streams:
-                await anext(stream)
-            with pytest.raises(Refusal) as refused:
-                feed.stream("one")
-            assert refused.value.status == 429
-            await anext(other := feed.stream("another"))
-            for stream in (*streams, other):
-                await stream.aclose()
-            assert feed.stream("one") is not None
-
-        asyncio.run(open_three())
+# The log
 
 
 def test_the_log_names_rounds_verdicts_callbacks_and_refusals(service):
@@ -296,16 +276,6 @@ def test_a_client_cannot_make_the_log_grow_at_will(monkeypatch):
     assert [budget.take(), budget.skipped] == [True, 940]
 
 
-def test_malformed_requests_are_not_logged_one_by_one():
-    import logging
-
-    import structlog
-
-    from assay.poc.service import configure_logs
-
-    before = structlog.get_config()
-    try:
-        configure_logs("json")
-        assert not logging.getLogger("uvicorn.error").isEnabledFor(logging.WARNING)
-    finally:
-        structlog.configure(**before)
+def test_malformed_requests_are_not_logged_one_by_one(restored_logs):
+    configure_logs("json")
+    assert not logging.getLogger("uvicorn.error").isEnabledFor(logging.WARNING)

@@ -1,5 +1,6 @@
 """Verdicts: the residual test of a node's whole round, beside the published rule."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -135,8 +136,6 @@ def test_an_engine_that_fails_is_not_the_clients_fault(judging):
 
 
 def test_a_round_that_ends_ends_its_validations(judging):
-    import threading
-
     judging.rig.open.clear()
     judging.rig.entered.clear()
     answers = []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from assay.errors import UsageError
+from assay.errors import StorageError, UsageError
 from assay.poc.service import Settings
 from assay.poc.service.runtime import Controller
 from assay.poc.verdict import Account, Ledger, audit_ledger
@@ -67,8 +67,6 @@ def test_a_ledger_that_cannot_be_written_is_an_answer_that_can_be_repeated(servi
 
         def append(ledger, updates):
             if full[0]:
-                from assay.errors import StorageError
-
                 raise StorageError("the disk is full", wanted="room", do="free some")
             return real(ledger, updates)
 

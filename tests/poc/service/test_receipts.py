@@ -23,7 +23,7 @@ from assay.poc.service.runtime import Controller, Metrics, ReceiptKeeper
 from assay.poc.service.store import Callback, Database, Outbox, _receipts
 from assay.poc.service.store._schema import MIGRATIONS
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient
+from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient, cap
 from tests.poc.service.receipts import RECEIPTS, header, receipt, stored_together
 from tests.waiting import until
 
@@ -422,18 +422,6 @@ def test_callbacks_of_receipts_do_not_hold_up_artifact_jobs(serving):
 
 
 # Bounds and full disks
-
-
-def cap(database: Database) -> list[int]:
-    """Let the file grow no further until the returned limit is raised: SQLite gives the error of a full disk."""
-    with database.write() as connection:
-        limit = [connection.exec_driver_sql("PRAGMA page_count").scalar_one()]
-
-    def checkout(connection, record, proxy) -> None:
-        connection.execute(f"PRAGMA max_page_count = {limit[0]}").close()
-
-    sa.event.listen(database._engine, "checkout", checkout)
-    return limit
 
 
 def test_a_full_disk_refuses_responses_until_there_is_room(service):

@@ -10,9 +10,11 @@ import pytest
 from standardwebhooks import Webhook
 from starlette.requests import Request
 
+from assay.cli import run
 from assay.poc.service._refusals import Refusal
-from assay.poc.service.http import Received, create_receiver
+from assay.poc.service.http import Received, _receiver, create_receiver
 from assay.poc.service.http._route import Bodies
+from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import BLOCK, ROUND, TestClient
 from tests.poc.service.test_delivery import SECRET
 from tests.waiting import until
@@ -87,8 +89,6 @@ def test_what_is_too_long_is_refused(client):
 
 
 def test_service_and_receiver_agree(serving, store):
-    from tests.end_to_end.receiver import FlakyReceiver
-
     relay = FlakyReceiver(trouble=0.4, patience=0.1, seed=5)
     checked = TestClient(create_receiver(store, (SECRET,), keys=(KEY,)), headers={"Authorization": f"Bearer {KEY}"})
     try:
@@ -222,9 +222,6 @@ def test_bodies_have_one_bound_together(store):
 
 
 def test_the_command_passes_secret_and_keys_on(monkeypatch, tmp_path):
-    from assay.cli import run
-    from assay.poc.service.http import _receiver
-
     started = []
     monkeypatch.setattr(_receiver, "run_app", lambda *arguments: started.append(arguments))
     command = ["poc", "receive", "-o", str(tmp_path / "r.sqlite3"), "--host", "0.0.0.0", "--port", "0"]

@@ -5,7 +5,6 @@ docs/service.md describes both.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 
 import structlog
 from starlette.types import ASGIApp, Receive, Send
@@ -34,15 +33,13 @@ _NOTHING = dict.fromkeys(
 )
 
 
-class Feed:
+class Feed(Broadcast):
     """Keeps the latest snapshot of a controller and hands it to event streams, metrics and the dashboard."""
 
     def __init__(self, controller: Controller) -> None:
-        self._controller = controller
         settings = controller.settings
-        self._broadcast = Broadcast(
-            controller.closing, most=settings.max_streams, most_of_client=settings.max_client_streams
-        )
+        super().__init__(controller.closing, most=settings.max_streams, most_of_client=settings.max_client_streams)
+        self._controller = controller
         self.values: JsonObject = {}
         """The latest snapshot; :attr:`latest` holds it as JSON."""
         self._status = b""
@@ -67,12 +64,7 @@ class Feed:
     async def refresh(self) -> None:
         """Make a snapshot now."""
         self.values = await self._controller.call(snapshot, self._controller)
-        await self._broadcast.publish(dumps(self.values).encode())
-
-    @property
-    def latest(self) -> bytes:
-        """The latest snapshot as JSON."""
-        return self._broadcast.latest
+        await self.publish(dumps(self.values).encode())
 
     def status(self) -> bytes:
         """Return the body of ``/status``, encoded once for many readers."""
@@ -83,14 +75,6 @@ class Feed:
             self._status = dumps(status(self._controller)).encode()
             self._status_key, self._status_until = key, now + STATUS_AGE
         return self._status
-
-    def stream(self, client: object = None) -> AsyncIterator[bytes]:
-        """Return server-sent events until the reader ``client`` leaves or the service closes.
-
-        Raises:
-            Refusal: 429, too many streams are open, of this reader or of all.
-        """
-        return self._broadcast.stream(client)
 
     def _prune(self) -> None:
         keep = self._controller.settings.keep_rounds
