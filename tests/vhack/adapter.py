@@ -19,6 +19,16 @@ SMALL = {
 """Sizes of the models that tests make on the spot."""
 
 
+def made(family, kind="Config", **changes):
+    """A small model of a family with random weights; a setting that is None is left out."""
+    import transformers
+
+    torch.manual_seed(0)
+    stated = {name: value for name, value in (SMALL | changes).items() if value is not None}
+    config = getattr(transformers, f"{family}{kind}")(**stated)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
 def sequential_gradients(module, tokenizer, samples, svd, *, completion_only=False):
     """The δS gradient of every sample by the definition, [N, R] per module.
 

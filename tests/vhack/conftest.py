@@ -6,9 +6,8 @@ from assay.vhack import Pair, Sample, weight_svd
 from tests.vhack.adapter import sequential_gradients
 
 
-@pytest.fixture(scope="session")
-def byte_tokenizer():
-    """One token per byte."""
+def bytewise(**special):
+    """A tokenizer with one token per byte, and then special ones by their role."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -16,7 +15,14 @@ def byte_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokenizer.add_special_tokens(list(special.values()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """One token per byte."""
+    return bytewise()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from torch.nn import functional
 from assay.errors import ModelError
 from assay.vhack import per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
-from tests.vhack.adapter import SMALL, worst_error
+from tests.vhack.adapter import made, worst_error
 
 LATENT = {
     "kv_lora_rank": 8,
@@ -27,15 +27,6 @@ SPARSE = {
     "n_group": 2,
     "topk_group": 1,
 }
-
-
-def made(family, kind="Config", **changes):
-    import transformers
-
-    torch.manual_seed(0)
-    stated = {name: value for name, value in (SMALL | changes).items() if value is not None}
-    config = getattr(transformers, f"{family}{kind}")(**stated)
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
 def of_weights(module, tokenizer, samples, svd):

@@ -10,15 +10,7 @@ from assay.errors import ModelError
 from assay.vhack import Basis, extract, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
 from assay.vhack.gradients import Coverage, coverage
-from tests.vhack.adapter import SMALL, sequential_gradients, worst_error
-
-
-def made(family, **changes):
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SMALL | changes)
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+from tests.vhack.adapter import made, sequential_gradients, worst_error
 
 
 def with_lora(names):

@@ -12,7 +12,7 @@ from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import _batches
 from assay.vhack.gradients._batches import encode, plan, token_budget
 from assay.vhack.gradients._replica import Replica
-from tests.vhack.adapter import SMALL, sequential_gradients, worst_error
+from tests.vhack.adapter import made, sequential_gradients, worst_error
 
 
 @pytest.fixture
@@ -84,15 +84,10 @@ def test_bfloat16_is_close_to_float32(small_checkpoint, byte_tokenizer, samples,
         assert cosine.min() > 0.9, name
 
 
-@pytest.mark.parametrize("family", ["granite", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["Granite", "Qwen2", "Gemma2"])
 def test_other_families(family, byte_tokenizer, samples):
     # Scaled logits, biased projections, capped logits: what a model does around its matrices must stay in the loss.
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = SMALL | ({"logits_scaling": 4.0} if family == "granite" else {})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+    module = made(family, **{"logits_scaling": 4.0} if family == "Granite" else {})
     svd = weight_svd(module)
     found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
     assert worst_error(found, sequential_gradients(module, byte_tokenizer, samples, svd)) < 1e-5

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from assay.vhack.environment import Call, Episode, Limits, _backends, _server, grade, sandbox, tasks
+from assay.vhack.environment import Call, Episode, Limits, grade, tasks
 from assay.vhack.environment.sandbox import run
 from tests.vhack.environment.escapes import ENDLESS, PROGRAMS, SLOW
 from tests.waiting import until
@@ -37,26 +37,13 @@ def surroundings(tmp_path_factory):
         yield places, (tcp, unix), folder
 
 
-@pytest.fixture
-def backend(request, monkeypatch):
-    name, _, once = request.param.partition(" ")
-    if not _backends.working(name):
-        pytest.skip(f"backend {name} does not work on this machine")
-    monkeypatch.setattr(sandbox, "available_backend", lambda: name)
-    if once:
-        monkeypatch.setattr(sandbox, "server", lambda backend: None)
-    else:
-        assert _server.server(name) is not None
-    return request.param
-
-
 # Without the server: those that wait for the end of their time are in test_sandbox, and bubblewrap alone cannot bound
 # the number of files.
 CASES = [(b, n) for b in BACKENDS for n in PROGRAMS if b != "bwrap once" or n not in ENDLESS | SLOW | {"files"}]
 
 
-@pytest.mark.parametrize(("backend", "name"), CASES, indirect=["backend"])
-def test_no_program_escapes_or_forges_its_verdict(name, backend, surroundings, monkeypatch):
+@pytest.mark.parametrize(("shut_in", "name"), CASES, indirect=["shut_in"])
+def test_no_program_escapes_or_forges_its_verdict(name, shut_in, surroundings, monkeypatch):
     places, listeners, folder = surroundings
     monkeypatch.setenv("ASSAY_TOKEN", TOKEN)
     program = WRONG + "\n" + PROGRAMS[name].replace("{{", "{").replace("}}", "}")
@@ -99,8 +86,8 @@ def test_there_are_at_least_twenty_five_programs_and_all_are_python():
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_one_job_finds_nothing_of_another(backend):
+@pytest.mark.parametrize("shut_in", BACKENDS, indirect=True)
+def test_one_job_finds_nothing_of_another(shut_in):
     writes = (
         "open('left.txt', 'w').write('x')\nimport os, sys\nos.environ['LEFT'] = 'x'\nsys.left = 1\n"
         "import json\njson.left = 1\n"
@@ -113,8 +100,8 @@ def test_one_job_finds_nothing_of_another(backend):
     assert run(looks).stdout == "[] None False False /work\n"
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_jobs_at_the_same_time_do_not_see_each_other(backend):
+@pytest.mark.parametrize("shut_in", BACKENDS, indirect=True)
+def test_jobs_at_the_same_time_do_not_see_each_other(shut_in):
     from concurrent.futures import ThreadPoolExecutor
 
     program = (

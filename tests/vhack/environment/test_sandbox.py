@@ -10,27 +10,13 @@ import psutil
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.vhack.environment import Call, Limits, _backends, _server, sandbox
+from assay.vhack.environment import Call, Limits, _backends
 from assay.vhack.environment.sandbox import available_backend, run
 from tests.waiting import until
 
 SHUT_IN = ["bwrap", "namespaces"]
 ONCE = ["bwrap once", "namespaces once"]
 BACKENDS = [*SHUT_IN, *ONCE, "unsandboxed"]
-
-
-@pytest.fixture
-def shut_in(request, monkeypatch):
-    """Use one backend for this test, with its fork server or once per job, or skip it where the machine lacks it."""
-    name, _, once = request.param.partition(" ")
-    if name != "unsandboxed" and not _backends.working(name):
-        pytest.skip(f"backend {name} does not work on this machine")
-    if once:
-        monkeypatch.setattr(sandbox, "server", lambda backend: None)
-    elif name != "unsandboxed":
-        assert _server.server(name) is not None
-    monkeypatch.setattr(sandbox, "available_backend", lambda: None if name == "unsandboxed" else name)
-    return name
 
 
 every_backend = pytest.mark.parametrize("shut_in", BACKENDS, indirect=True)

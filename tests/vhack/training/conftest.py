@@ -7,6 +7,7 @@ from assay.models import load_model
 from assay.vhack import Pair
 from assay.vhack.environment import episodes
 from assay.vhack.training import PoolRollout, RolloutPool, TrainSettings
+from tests.vhack.conftest import bytewise
 
 SHAPE = {
     "hidden_size": 32,
@@ -26,19 +27,13 @@ SHAPE = {
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A directory with a Qwen3 model of 17 000 random parameters and a tokenizer with one token per byte."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     path = tmp_path_factory.mktemp("tiny") / "model"
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<pad>"), AddedToken("<end>")])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(path)
+    bytewise(pad_token="<pad>", eos_token="<end>").save_pretrained(path)
     return path
 
 
