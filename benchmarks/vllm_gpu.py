@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import note, parser, publish
+from vllm_support import published, verdict
 
 from assay import poc
 from assay.errors import AssayError
@@ -36,13 +37,6 @@ CASES = {  # model, dtype, environment, options
     "v2-pp2": ("reference:qwen3", "bfloat16", {}, EAGER | {"pipeline_parallel_size": 2}),
 }
 PRESETS = ("poc-2.0", "artifact", "hardened")
-
-
-def published(proof):
-    """Return what a proof publishes, as one array."""
-    if proof.records[0].vector is None:
-        return np.array([record.distance for record in proof.records])
-    return np.stack([record.vector for record in proof.records]).astype(np.float64)
 
 
 def quartiles(values):
@@ -110,14 +104,6 @@ def compare(engine, models, seq_len, count):
 def plain(model, round, count):
     """Prove on transformers with its own kernels, which the verifier uses too."""
     return poc.prove(model, round, range(count), engine=HFEngine(model, batch_size=32, seq_len=round.seq_len))
-
-
-def verdict(proof, model, **options):
-    """Return the verdict, or the reason why it cannot be given."""
-    try:
-        return poc.verify(proof, model, prover_dtype=proof.header.fingerprint.dtype, **options).verdict
-    except AssayError as error:
-        return str(error)
 
 
 def measure(name, arguments, folder):
