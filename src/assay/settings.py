@@ -88,6 +88,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
     prefixes: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the environment variables that are read, the strongest first."""
+    has_flags: ClassVar[bool] = True
+    """Whether a command line sets the fields; an error names their variables otherwise."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -143,6 +145,8 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
             do=f"did you mean {known[0]}?" if known else f"see help({kind.__module__}.{kind.__name__})",
         )
     flag, variable = kind.flags(name)[-1], kind.environment_name(name)
+    if variable and not kind.has_flags:
+        flag, variable = variable, None
     if fault["type"] == "missing":
         return UsageError(f"no {flag}", wanted=field.description or "a value", do=f"pass {flag}")
     wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")

@@ -13,7 +13,7 @@ from assay.poc import NetworkPins
 from assay.poc.engines.vllm import _compatibility
 from assay.poc.engines.vllm._settings import other_cache
 from assay.poc.engines.vllm._worker import products
-from assay.poc.serving import _preflight, before_start, plugin
+from assay.poc.serving import _preflight, _servers, before_start, plugin
 from tests.models.storing import described
 from tests.vllm.conftest import ROOT
 
@@ -306,11 +306,42 @@ def test_servers_that_cannot_own_a_round_are_refused_before_anything_is_opened(
     name: str, value, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.31.0")
     app = SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(**{name: value})))
     with pytest.raises(UsageError) as refusal:
         plugin().attach_router(app)
     assert words in str(refusal.value)
     assert not (tmp_path / "data").exists()
+
+
+def test_an_error_of_the_plugins_settings_names_the_variable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ASSAY_RESPONSES", "sketches")
+    with pytest.raises(UsageError) as refusal:
+        _preflight.PluginSettings()
+    assert refusal.value.seen == "ASSAY_RESPONSES sketches"
+    assert refusal.value.do == "did you mean ASSAY_RESPONSES sketched?"
+
+
+def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path):
+    folder = tmp_path / ("d" * 100)
+    _servers.check_folder(folder, 1)
+    with pytest.raises(UsageError, match="2 API servers with the data directory") as refusal:
+        _servers.check_folder(folder, 2)
+    assert "ASSAY_DATA_DIR" in str(refusal.value)
+
+
+def test_servers_share_their_counts_and_the_first_one_begins_anew(tmp_path: Path):
+    first, second, third = (_servers.Shared(tmp_path, _servers.Place(index, 3)) for index in range(3))
+    second.show(4)
+    third.show(5)
+    first.close(True)
+    assert (first.elsewhere, second.elsewhere, third.elsewhere) == (9, 5, 4)
+    assert second.closed
+    assert third.closed
+    again = _servers.Shared(tmp_path, _servers.Place(0, 2))
+    assert (again.elsewhere, again.closed) == (4, False)
+    assert third.elsewhere == 4  # what it reads is still there
+    assert (tmp_path / _servers.COUNTS).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(

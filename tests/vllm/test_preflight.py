@@ -44,13 +44,11 @@ def test_a_server_as_docs_recommend_it_starts(start, command):
 @pytest.mark.parametrize(
     ("words", "refusal"),
     [
-        ("--data-parallel-size 2", "2 API servers"),
-        ("--data_parallel_size=4", "4 API servers"),
+        ("--data-parallel-size 2", None),
         ("-dp 2 -asc 1", None),
         ("-dp 2 -dpl 1 -asc 1 --data-parallel-hybrid-lb", "2 data-parallel engines behind another load balancer"),
         ("-dp 2 -dpl 1 -asc 1", "2 data-parallel engines that it does not start"),
-        ("--api-server-count 3", "3 API servers"),
-        ("-asc=2", "2 API servers"),
+        ("-asc=2", None),
         ("--revision main", "--revision main"),
         ("--kv-cache-dtype fp8", "kv fp8"),
         ("--quantization fp8 --dtype bfloat16", "--quantization fp8"),
@@ -108,13 +106,22 @@ def test_what_is_missing_is_named_with_the_flag_to_add(start):
 @pytest.mark.parametrize("command", [SERVE, MODULE])
 def test_a_configuration_file_counts_as_the_command_line(start, command, tmp_path: Path):
     path = tmp_path / "server.yaml"
-    path.write_text("api-server-count: 2\n")
-    assert "2 API servers" in start(*command, *NEEDED, "--config", str(path))
     path.write_text("enable-prompt-embeds: true\nkv-cache-dtype: fp8\n")
     assert "kv fp8" in start(*command, *NEEDED[1:], "--config", str(path))
     path.write_text("dtype: float32\nenable-prompt-embeds: true\n")
     assert start(*command, *NEEDED[1:3], "--config", str(path)) is None
     assert os.environ["TRITON_F32_DEFAULT"] == "ieee"
+
+
+@pytest.mark.parametrize("words", ["-asc 3", "-dp 3", "--api-server-count=3", "-dp 1 --config"])
+def test_answers_are_recorded_by_one_api_server(start, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ASSAY_RESPONSES", "sketched")
+    monkeypatch.setenv("ASSAY_RESPONSES_PUBLIC_KEY", "node_A")
+    path = tmp_path / "server.yaml"
+    path.write_text("api-server-count: 3\n")
+    said = start(*SERVE, *NEEDED, *words.split(), *([str(path)] if "--config" in words else []))
+    assert said.startswith("assay refuses to start: ASSAY_RESPONSES=sketched with 3 ")
+    assert "--api-server-count 1" in said
 
 
 def test_a_port_that_others_reach_needs_a_key(start, monkeypatch: pytest.MonkeyPatch):

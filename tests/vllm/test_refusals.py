@@ -14,7 +14,6 @@ ENGINES = ("vLLM with 2 data-parallel engines", "start one server per engine")
 CACHE = ("vLLM with a cache of another number format (kv fp8)", "leave --kv-cache")
 BY_ARGUMENT = {
     "engines": ({"--data-parallel-size": "2", "--data-parallel-size-local": "1"}, *ENGINES),
-    "servers": ({"--api-server-count": "2"}, "2 API servers of one engine", "pass --api-server-count 1"),
     "embeds": ({"--enable-prompt-embeds": False}, "vLLM with no --enable-prompt-embeds", "add --enable-prompt-embeds"),
     "cache": ({"--kv-cache-dtype": "fp8"}, *CACHE),
 }

@@ -35,6 +35,7 @@ from assay.poc.service.dashboard import dashboard_router
 from assay.poc.service.http import PREFIX, PREFIXES, Keys, LocalOnly, Scope, needs, route_class
 from assay.poc.serving._preflight import PluginSettings, check_arguments
 from assay.poc.serving._responses import WITHOUT_ENGINE, ReceiptMiddleware, Responses, responses_router
+from assay.poc.serving._servers import PassOn, Place, Shared, serve_owner
 
 PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
 
@@ -64,30 +65,42 @@ class AssayPlugin:
         self._running: Future[_Running] = Future()
         self._settings: PluginSettings | None = None
         self._responses: Responses | None = None
+        self._shared: Shared | None = None
+        self._place = Place()
+        self._app: Any = None
+        self._beside: list[asyncio.Task[None]] = []
         self.controller: Controller | None = None
 
     def attach_router(self, app: Any) -> None:
         """Mount routes, page and callbacks.
 
         Raises:
-            UsageError: A setting is out of range, the port needs a key, or there are several API servers. This
-                aborts the start of the server.
+            UsageError: A setting is out of range, or the port needs a key. This aborts the start of the server.
             StorageError: The data directory is in use or cannot be written.
         """
         configure_logs("console")
         settings = self._settings = PluginSettings()
         check_arguments(app.state.args, settings)
+        self._app, self._place = app, Place.of(app.state.args)
+        if self._place.owns:
+            self._mount(app, settings)  # first, as it takes the lock of the data directory
+        if self._place.count > 1:
+            self._shared = Shared(settings.data_dir, self._place)
+            if not self._place.owns:
+                app.add_middleware(PassOn, prefix=PREFIXES, path=self._shared.path)
+        app.include_router(dashboard_router())
+        app.add_middleware(ChatBarrier, prefix=PREFIXES, closed=self._closed)
+        if not settings.has_keys:
+            app.add_middleware(LocalOnly, prefix=PREFIXES)
+
+    def _mount(self, app: Any, settings: PluginSettings) -> None:
         self.controller = Controller(self._deploy, settings)
         attach(app, self.controller, operations=True, under=PREFIX)
         app.include_router(_engine_router(self.controller, self._running.result))
-        app.include_router(dashboard_router())
         if settings.responses != "off":
             self._responses = Responses(settings)
             app.include_router(responses_router(self.controller, self._responses))
             app.add_middleware(ReceiptMiddleware, responses=self._responses)
-        app.add_middleware(ChatBarrier, prefix=PREFIXES, closed=self._closed)
-        if not settings.has_keys:
-            app.add_middleware(LocalOnly, prefix=PREFIXES)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Prepare the engine for nonces.
@@ -101,7 +114,9 @@ class AssayPlugin:
         config = engine_client.vllm_config
         check_config(config, forward=self._settings.vllm_forward)
         check_responses(config, self._settings.responses, version)
-        count = engine_client.output_processor.get_num_unfinished_requests
+        count = self._share(engine_client.output_processor.get_num_unfinished_requests)
+        if not self._place.owns:
+            return
         throttle = Throttle(self._settings.throttle, count, capacity(config))
         client = Client(engine_client, throttle, config.parallel_config.data_parallel_size)
         await client.install()
@@ -143,8 +158,24 @@ class AssayPlugin:
 
         engine_client.shutdown = shutdown
 
+    def _share(self, unfinished: Callable[[], int]) -> Callable[[], int]:
+        """Tell other API servers what concerns them; return the number of unfinished requests in all of them."""
+        shared = self._shared
+        if shared is None:
+            return unfinished
+        if not self._place.owns:
+            self._beside.append(asyncio.create_task(shared.keep(lambda: shared.show(unfinished()))))
+            return unfinished
+        self._beside += [
+            asyncio.create_task(shared.keep(lambda: shared.close(self._closed()))),
+            asyncio.create_task(serve_owner(self._app, prefix=PREFIXES, path=shared.path)),
+        ]
+        return lambda: unfinished() + shared.elsewhere
+
     def _closed(self) -> bool:
         """Return whether a round has the engine to itself: not while it waits for the disk or for receivers."""
+        if self._shared is not None and not self._place.owns:
+            return self._shared.closed
         if not self._running.done() or self.controller is None or self.controller.paused is not None:
             return False
         exclusive = self._running.result().client.throttle.settings.mode == "exclusive"

@@ -26,6 +26,7 @@ from assay.poc.engines.vllm import (
     ThrottleSettings,
     check_config,
     check_installed,
+    check_several_servers,
     most_positions,
     multiply_exactly,
 )
@@ -35,6 +36,7 @@ from assay.poc.responses.vllm import Mode as ResponseMode
 from assay.poc.responses.vllm import check_responses, processor_for
 from assay.poc.service import Settings
 from assay.poc.service.http import is_loopback
+from assay.poc.serving._servers import check_folder
 from assay.streams import dtype_name
 
 DEFAULT = ThrottleSettings()
@@ -50,6 +52,8 @@ class PluginSettings(Settings):
         CalibrationError: ``ASSAY_CALIBRATION`` names a file that is not a calibration.
         DataError: ``ASSAY_PINS`` names a file that is no pins file.
     """
+
+    has_flags = False
 
     drain: float = Field(2.0, ge=0, allow_inf_nan=False, description="Time that a stopping server waits for its batch.")
     reference: str | None = Field(None, description="Name of the model in requests; the served name by default.")
@@ -138,19 +142,20 @@ def before_start() -> None:
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     """Refuse a server that would share its round with others, whose checkpoint has no digest, or that needs a key."""
     engines = getattr(arguments, "data_parallel_size", None) or 1
-    if engines > 1 and settings.responses != "off":
-        raise UsageError(
-            f"ASSAY_RESPONSES={settings.responses} with {engines} data-parallel engines",
-            wanted="one engine, whose workers hold the sketches of every answer",
-            do="start one server per engine, or leave ASSAY_RESPONSES out",
-        )
     servers = getattr(arguments, "api_server_count", None) or 1
+    for count, what, wanted in (
+        (engines, "data-parallel engines", "one engine, whose workers hold the sketches of every answer"),
+        (servers, "API servers", "one, which sees every answer"),
+    ):
+        if count > 1 and settings.responses != "off":
+            raise UsageError(
+                f"ASSAY_RESPONSES={settings.responses} with {count} {what}",
+                wanted=wanted,
+                do="start one server per engine with --api-server-count 1, or leave ASSAY_RESPONSES out",
+            )
     if servers > 1:
-        raise UsageError(
-            f"{servers} API servers of one engine",
-            wanted="one, which owns the round and its database",
-            do="pass --api-server-count 1",
-        )
+        check_several_servers()
+        check_folder(settings.data_dir, servers)
     if getattr(arguments, "revision", None):
         raise UsageError(
             f"--revision {arguments.revision}",

@@ -7,6 +7,7 @@ from assay.poc.engines.vllm._client import Client, call_workers
 from assay.poc.engines.vllm._compatibility import (
     check_config,
     check_installed,
+    check_several_servers,
     missing_in_runner,
     multiply_exactly,
     refuse_missing,
@@ -43,6 +44,7 @@ __all__ = [
     "capacity",
     "check_config",
     "check_installed",
+    "check_several_servers",
     "fingerprint_of",
     "is_first_of_group",
     "missing_in_runner",

@@ -100,7 +100,7 @@ either is missing, the first request ends the engine.
 """
 
 SINCE = (0, 32)
-"""First minor version on which quantised checkpoints and models with state were run."""
+"""First minor version on which quantised checkpoints, models with state and several API servers were run."""
 
 ROTATION = "rotary_embedding"
 """What vLLM calls its kernel for rotary embeddings."""
@@ -208,13 +208,22 @@ def _check_stored(config: Any) -> None:
         )
 
 
+def check_several_servers() -> None:
+    """Refuse several API servers of one engine on a vLLM that is older than the one on which they were run.
+
+    Raises:
+        UsageError: It is older.
+    """
+    _check_since("several API servers", "pass --api-server-count 1")
+
+
 def _check_since(seen: str, do: str) -> None:
     """Refuse something on a vLLM that is older than those on which it was run."""
     version = _version()
     if _minor(version) < SINCE:
         raise UsageError(
             f"vLLM {version} with {seen}",
-            wanted="vLLM {}.{} or later, on which such checkpoints were run".format(*SINCE),
+            wanted="vLLM {}.{} or later, on which it was run".format(*SINCE),
             do=f"install it, or {do}",
         )
 
