@@ -135,8 +135,7 @@ def load_model(
     _check_mode(weights, block_hash, is_shape=str(reference).startswith("shape:"))
     target = device_named(device)
     if dtype is not None and dtype not in streams.DTYPES:
-        names = " or ".join(streams.DTYPES)
-        raise UsageError(f"dtype={dtype!r}", wanted=names, do="choose one of them, or leave it out")
+        raise UsageError(f"dtype={dtype!r}", wanted=" or ".join(streams.DTYPES), do="choose one, or leave it out")
     wanted = None if dtype is None else streams.torch_dtype(dtype)
     source = resolve(reference)
     form = _format_of(source, quantise, weights, target)
@@ -320,8 +319,7 @@ def _materialise(
         randomise(module, kept or block, device, unit_norms=is_shape)
     if weights == "random-embed":
         randomise_embeddings(module, block)
-    plain = cast("nn.Module", module)  # the library's own `to` is wrapped in a way that hides its type
-    plain.to(device).eval()
+    cast("nn.Module", module).to(device).eval()  # the library's own `to` is wrapped in a way that hides its type
     digest = kept if weights == "trained" else recipe_digest(source, weights, block, kept)
     return module, digest, weights
 
