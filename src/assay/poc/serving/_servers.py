@@ -145,7 +145,7 @@ class PassOn:
     def __init__(self, app: ASGIApp, *, prefix: tuple[str, ...], path: Path) -> None:
         self._app, self._prefix = app, prefix
         transport = httpx.AsyncHTTPTransport(uds=str(path), limits=httpx.Limits(max_connections=None))
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://owner", timeout=None)
+        self._client = httpx.AsyncClient(transport=transport)
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on; answer 503 while the owner does not listen."""
@@ -169,11 +169,12 @@ class PassOn:
         response.raw_headers = [pair for pair in found.headers.raw if pair[0].lower() not in _OF_ONE_CONNECTION]
         await response(scope, receive, send)
 
-    def _made(self, request: Request) -> httpx.Request:
+    @staticmethod
+    def _made(request: Request) -> httpx.Request:
         kept = [(name, value) for name, value in request.headers.raw if name not in {*_OF_ONE_CONNECTION, _CLIENT}]
         client = request.client.host if request.client else ""
         has_body = {b"content-length", b"transfer-encoding"} & {name for name, _ in request.headers.raw}
-        return self._client.build_request(
+        return httpx.Request(  # made here, as the client would add headers of its own
             request.method,
             httpx.URL("http://owner").copy_with(raw_path=_target(request.scope)),
             headers=[*kept, (_CLIENT, client.encode())],
