@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _vllm import choose_forward
+from _vllm import KEY, REFERENCE, choose_forward
 from _vllm_forked import ForkedServer
 
 from assay import poc
@@ -19,6 +19,7 @@ from assay.errors import CalibrationError, ModelError, UsageError
 from assay.models import checkpoint_directory, load_model
 from assay.poc.engines.vllm import _engine
 from assay.poc.engines.vllm._direct import Pace
+from assay.poc.serving import before_start
 from assay.research.cheats import rounded
 from tests.poc.engines.test_lean import KINDS, SHAPE
 from tests.vllm.conftest import ON_GPU, SEQ_LEN, make_round
@@ -197,6 +198,21 @@ def test_what_settings_say_is_refused_before_an_engine_is_loaded(monkeypatch: py
     monkeypatch.setattr(AsyncLLM, "from_vllm_config", started)
     with pytest.raises(UsageError, match="tensor parallelism over 2 workers"):
         VLLMEngine("reference:qwen3", seq_len=SEQ_LEN, forward="assay", tensor_parallel_size=2, **OPTIONS)
+
+
+def test_a_server_that_asks_for_what_cannot_run_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    environment = {"VLLM_PLUGINS": "assay", "ASSAY_API_KEY": KEY, "ASSAY_DATA_DIR": str(tmp_path)}
+    for name, value in (environment | {"ASSAY_VLLM_FORWARD": "assay", "TRITON_F32_DEFAULT": "ieee"}).items():
+        monkeypatch.setenv(name, value)
+    needed = ["--enable-prompt-embeds", "--worker-extension-cls", UNPACKED, "--dtype", "float32"]
+    monkeypatch.setattr("sys.argv", ["/bin/vllm", "serve", str(REFERENCE), *needed])
+    before_start()
+    monkeypatch.setattr("sys.argv", ["/bin/vllm", "serve", str(REFERENCE), *needed, "-tp", "2"])
+    with pytest.raises(SystemExit) as end:
+        before_start()
+    assert "ASSAY_VLLM_FORWARD=assay with tensor parallelism over 2 workers" in str(end.value.code)
+    monkeypatch.setenv("ASSAY_VLLM_FORWARD", "vllm")
+    before_start()
 
 
 def test_chat_beside_a_round_is_the_same_and_no_nonce_is_a_request(honest, tmp_path: Path):
