@@ -41,22 +41,6 @@ class Steps(NamedTuple):
     last: Run
 
 
-class LeanParts(NamedTuple):
-    """What a decoder is made of, in whichever engine its weights are.
-
-    Attributes:
-        shape: Shape of the layers.
-        layers: Weights of the layers in their order.
-        norm: Weight of the final norm, [D].
-        rotation: Cosines and sines of the positions of an input, [T, 1, E].
-    """
-
-    shape: "Shape"
-    layers: "Sequence[LayerWeights]"
-    norm: Tensor
-    rotation: Rotation
-
-
 class LeanLayers:
     """The layers of a model as functions of tensors, ready to run on inputs of one length.
 
@@ -65,7 +49,7 @@ class LeanLayers:
         steps: Maker of the steps from the shape of a layer; None is :func:`plain_steps`.
     """
 
-    def __init__(self, parts: LeanParts, steps: "Callable[[Shape], Steps] | None" = None) -> None:
+    def __init__(self, parts: "LeanParts", steps: "Callable[[Shape], Steps] | None" = None) -> None:
         self._weights, self._rotation = parts.layers, parts.rotation
         self._norms = [*(weights.input_layernorm for weights in parts.layers), parts.norm]
         self._steps = (steps or plain_steps)(parts.shape)
@@ -233,6 +217,22 @@ class LayerWeights(NamedTuple):
     gate_up: Projection  # R, D; of a mixture E, R, D
     down_proj: Projection  # D, F; of a mixture E, D, F
     router: Tensor | None = None  # E, D
+
+
+class LeanParts(NamedTuple):
+    """What a decoder is made of, in whichever engine its weights are.
+
+    Attributes:
+        shape: Shape of the layers.
+        layers: Weights of the layers in their order.
+        norm: Weight of the final norm, [D].
+        rotation: Cosines and sines of the positions of an input, [T, 1, E].
+    """
+
+    shape: Shape
+    layers: Sequence[LayerWeights]
+    norm: Tensor
+    rotation: Rotation
 
 
 class FusedLayer(DecoderLayer):
