@@ -132,7 +132,7 @@ class _Calls:
     async def events(self, request: Request) -> Response:
         """Stream a snapshot per second as server-sent events."""
         client = request.client.host if request.client else ""
-        stream = self._feed.broadcast.stream((client, request.headers.get("authorization")))
+        stream = await self._feed.broadcast.stream((client, request.headers.get("authorization")))
         return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     def nodes(self, after: After = 0, limit: Limit = 100) -> Response:

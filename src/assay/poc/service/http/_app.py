@@ -196,7 +196,7 @@ class _Calls:
         """Stream a snapshot per second as server-sent events."""
         client = request.client.host if request.client else ""
         # Behind a proxy all clients have one address, and those with keys are told apart by them.
-        stream = self._feed.stream((client, request.headers.get("authorization")))
+        stream = await self._feed.stream((client, request.headers.get("authorization")))
         return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     async def generate(self, body: GenerateRequest) -> Response:

@@ -30,7 +30,7 @@ class Broadcast:
             self.latest = text
             self._changed.notify_all()
 
-    def stream(self, client: object = None) -> AsyncIterator[bytes]:
+    async def stream(self, client: object = None) -> AsyncIterator[bytes]:
         """Return server-sent events until the reader ``client`` leaves or the server closes.
 
         Raises:
@@ -41,11 +41,14 @@ class Broadcast:
             if are_open >= most:
                 seen, do = f"{most} event streams are open", "close one, or poll /status"
                 raise Refusal(429, seen, wanted="fewer", do=do, retry_after=10)
-        return self._events(client)
+        events = self._events(client)
+        await anext(events)  # counts the stream before another reader is looked at: nothing is waited for here
+        return events
 
     async def _events(self, client: object) -> AsyncIterator[bytes]:
         self._streams[client] += 1
         try:
+            yield b""  # taken by stream()
             yield b"retry: 2000\n\n"
             while not self._closing.is_set():
                 yield b"event: snapshot\ndata: " + self.latest + b"\n\n"

@@ -89,20 +89,15 @@ class _Calls:
             seen = f"{MOST_FILES} files of receipts are being sent"
             raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
         lines = self._lines(page, request_id)
-        first = await anext(lines)  # counts this file before another request is looked at: nothing is waited for here
-
-        async def whole() -> AsyncIterator[str]:
-            yield first
-            async for text in lines:
-                yield text
-
-        return StreamingResponse(whole(), media_type="application/jsonl", headers=headers)
+        await anext(lines)  # counts this file before another request is looked at: nothing is waited for here
+        return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
     async def _lines(self, page: Page, request_id: str | None) -> AsyncIterator[str]:
         """Yield the file, a part at a time. Without its footer, which is missing where reading fails, it is no file."""
         self._streaming += 1
         digest, count, tokens = hashlib.sha256(), 0, 0
         try:
+            yield ""  # taken by file()
             yield f"{page.header}\n"
             for low, high in pairwise(page.chunks):
                 found = await self._controller.call(self._receipts.store.lines, low, high, request_id=request_id)
