@@ -200,14 +200,18 @@ def test_the_token_budget_follows_the_free_memory(monkeypatch, small_model, byte
     assert budgets[3] == [2048, 2048, 2048]
 
 
-def test_a_batch_that_runs_out_of_memory_is_split(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted):
+@pytest.mark.parametrize("full", [torch.OutOfMemoryError("no room"), RuntimeError("can't allocate memory")], ids=repr)
+def test_a_batch_that_runs_out_of_memory_is_split(
+    monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted, full
+):
+    """A GPU has an error of its own for it, a CPU has not."""
     real = Replica.gradients
     sizes = []
 
     def cramped(replica, encoded):
         sizes.append(len(encoded))
         if len(encoded) > 2:
-            raise torch.OutOfMemoryError("no room")
+            raise full
         return real(replica, encoded)
 
     monkeypatch.setattr(Replica, "gradients", cramped)

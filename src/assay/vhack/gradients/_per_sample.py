@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from assay.errors import DataError, ModelError, OutOfMemory, UsageError
+from assay.errors import DataError, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models import Model
 from assay.models.device import one_thread
 from assay.vhack.gradients._batches import Encoded, context_of, encode, plan, token_budget
@@ -71,7 +71,7 @@ def per_sample_gradients(
         svd: Factors of the weights from :func:`weight_svd`; None computes them.
         modules: Names of the target modules whose gradients are wanted; None stands for all.
         max_tokens: Largest number of tokens in a batch, padding included; None chooses from the free memory. A batch
-            that still runs out of memory on a GPU is split.
+            that still runs out of memory is split.
         checkpointing: Whether to recompute each layer in the backward pass: a third more time for far less memory.
         names: Name of each sample in errors; None numbers them.
         progress: Function called with the number of samples done and of all.
@@ -179,7 +179,9 @@ def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
     """Return the gradients of a batch, in parts if it does not fit into memory."""
     try:
         return [replica.gradients(batch)]
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         halves = _halves(batch, str(error))
     # Outside the except block: inside, the exception keeps the memory of the failed attempt.
     return [done for half in halves for done in _attempt(replica, half)]
@@ -236,7 +238,9 @@ def _unsplit(replica: Replica, batch: list[Encoded]) -> Computed:
     """Return the gradients of a batch that cannot be split: the other processes would not know."""
     try:
         return replica.gradients(batch)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemory(
             f"{len(batch)} samples do not fit beside the parts of the model: {error}",
             wanted="room for a batch in every process",

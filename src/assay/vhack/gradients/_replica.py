@@ -151,7 +151,7 @@ class Replica:
         """Run one forward and one backward pass. On a GPU both are queued when this returns.
 
         Raises:
-            torch.OutOfMemoryError: The batch does not fit.
+            RuntimeError: The batch does not fit (:func:`assay.errors.is_out_of_memory`).
         """
         batch = Batch.build(encoded, self.module.device, packed=self.recipe.packed)
         self._batch = batch
