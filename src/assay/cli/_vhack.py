@@ -9,6 +9,7 @@ from assay.cli import _vhack_fuzz, _vhack_models, _vhack_pairs
 from assay.cli._commands import App, Resumable
 from assay.cli._output import JsonFlag, emit_document, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
+from assay.errors import UsageError
 
 if TYPE_CHECKING:
     from assay.cli._vhack_settings import CheckCommand, ExtractCommand, PoolsCommand
@@ -157,6 +158,8 @@ def report(
     from assay.vhack.checks import CheckReport, page
 
     if len(results) == 1 and results[0].suffix == ".json":
+        if checks:
+            raise UsageError(f"--check {checks[0]} beside a check", wanted="it beside logs", do="leave it out")
         read = CheckReport.from_dict(read_json(results[0]))
         page(read, command=f"assay vhack report {results[0]}").write(output)
         values = {"path": str(output), "verdict": read.verdict}

@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from assay.cli._vhack import report
-from assay.errors import DataError
+from assay.errors import DataError, UsageError
 from assay.research.study._log import RunLog
 from tests.research.study.test_summary import REFERENCE, logs_of
 
@@ -48,6 +48,12 @@ def test_one_json_file_is_a_check(app, tmp_path):
     (tmp_path / "check.json").write_text('{"schema":"other"}\n')
     with pytest.raises(DataError):
         CliRunner().invoke(app, [str(tmp_path / "check.json"), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
+
+
+def test_a_check_beside_a_check_is_refused(app, tmp_path):
+    given = ["check.json", "--check", "other.json", "-o", str(tmp_path / "p.html")]
+    with pytest.raises(UsageError, match=r"--check other\.json"):
+        CliRunner().invoke(app, given, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
