@@ -4,6 +4,7 @@ The process reads one JSON object a line, forks, and answers with the process id
 that the command line starts, with the same processes; its engine and its worker are forked as well.
 """
 
+import atexit
 import importlib
 import importlib.metadata
 import json
@@ -36,33 +37,37 @@ IMPORTED = (
 class ForkedServer(Server):
     """A server with the plugin that starts faster than the first one. ``kill`` and ``stop`` are those of any other.
 
-    ``beside`` is a server whose process forks this one too; it must have been started. ``serves`` starts it as
-    ``vllm serve`` does.
+    ``serves`` starts it as ``vllm serve`` does.
     """
 
-    def __init__(self, data_dir, *, beside=None, serves=False, **options):
+    def __init__(self, data_dir, *, serves=False, **options):
         super().__init__(data_dir, **options)
-        self._beside, self._parent, self._serves = beside, None, serves
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        if self._parent is not None:
-            self._parent.stdin.close()
-            self._parent.wait()
-            self._parent.stdout.close()
+        self._serves = serves
 
     def run(self, command, environment):
-        """Fork a server; the first one waits until vLLM is imported."""
-        if self._parent is None and self._beside is None:
+        """Fork a server; the first one of this process waits until vLLM is imported."""
+        if self.python not in _parents:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             with self.log.open("ab") as log:
-                self._parent = subprocess.Popen([self.python, __file__], env=environment, stderr=log, **pipes)
-        parent, code = self._parent or self._beside._parent, self.data_dir / "exit-code"
+                _parents[self.python] = subprocess.Popen([self.python, __file__], env=environment, stderr=log, **pipes)
+        parent, code = _parents[self.python], self.data_dir / "exit-code"
         code.unlink(missing_ok=True)
         argv = [COMMAND_LINE, "serve", *command[3:]] if self._serves else command[2:]
         order = {"argv": argv, "log": str(self.log), "cwd": str(self.data_dir), "code": str(code)}
         print(json.dumps(order | {"environment": environment}), file=parent.stdin, flush=True)
         return _Process(int(parent.stdout.readline()), code)
+
+
+_parents: dict[str, subprocess.Popen] = {}
+"""The process that forks the servers of an interpreter. It ends with this one, which closes its input."""
+
+
+@atexit.register
+def _end_parents():
+    for parent in _parents.values():
+        parent.stdin.close()
+        parent.wait()
+        parent.stdout.close()
 
 
 class _Process(psutil.Process):

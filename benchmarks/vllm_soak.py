@@ -226,9 +226,9 @@ def records(server):
     return {nonce: (distance, valid) for nonce, distance, valid in rows}
 
 
-def uninterrupted(folder, beside, count):
+def uninterrupted(folder, count):
     """Return the first ``count`` records of the same round on a server that nothing interrupts."""
-    with ForkedServer(folder, beside=beside, options=SMALL, environment=ENVIRONMENT) as server:
+    with ForkedServer(folder, options=SMALL, environment=ENVIRONMENT) as server:
         server.begin("soak", **BLOCK)
         server.wait_for(count, timeout=3600.0)
         server.post("/stop").raise_for_status()
@@ -265,7 +265,7 @@ def main():
                 say(soak)
                 note(f"{number} of {len(kinds)}: {soak.last}, {len(soak.seen)} records")
             soak.end()
-            alone = uninterrupted(Path(folder, "alone"), server, len(soak.seen))
+            alone = uninterrupted(Path(folder, "alone"), len(soak.seen))
             unlike = sum(alone.get(nonce) != value for nonce, value in soak.seen.items())
             say(soak, records_unlike_uninterrupted=unlike)
             receiver.close()

@@ -38,9 +38,8 @@ def test_what_could_not_prove_is_refused_in_words_before_anything_is_loaded(tmp_
     refused["front-end"] = ({}, {"VLLM_USE_RUST_FRONTEND": "1"}, "VLLM_USE_RUST_FRONTEND=1", "unset VLLM_USE_RUST")
     servers: dict[str, ForkedServer] = {}
     for name, (options, environment, _, _) in refused.items():
-        beside = next(iter(servers.values()), None)  # the first one imports vLLM
         log = {"VLLM_LOGGING_LEVEL": "INFO"} | environment
-        servers[name] = ForkedServer(tmp_path / name, beside=beside, options=options, environment=log)
+        servers[name] = ForkedServer(tmp_path / name, options=options, environment=log)
     try:
         for server in servers.values():
             server.launch()
