@@ -159,7 +159,7 @@ def report(
 
     if len(results) == 1 and results[0].suffix == ".json":
         if checks:
-            raise UsageError(f"--check {checks[0]} beside a check", wanted="it beside logs", do="leave it out")
+            raise UsageError(f"--check {checks[0]} beside a check", wanted="logs of runs", do="leave it out")
         read = CheckReport.from_dict(read_json(results[0]))
         page(read, command=f"assay vhack report {results[0]}").write(output)
         values = {"path": str(output), "verdict": read.verdict}

@@ -285,8 +285,9 @@ def _check_axes(settings: TrainSettings, pairs: list[Pair]) -> None:
     if settings.basis is not None:
         Basis.load(settings.basis)  # of the model's weights it must be, too
     else:
-        how, k = settings.method, settings.k_use
-        select_pairs(pairs, n_heldout=0, heldout_groups=None, top_k=k, tau_axis=0.0, method=how)
+        select_pairs(
+            pairs, n_heldout=0, heldout_groups=None, top_k=settings.k_use, tau_axis=0.0, method=settings.method
+        )
 
 
 def _make(folder: Path) -> None:
