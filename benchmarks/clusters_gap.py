@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from _common import note, parser, publish
-from one_nonce import BOUNDS, Factors
+from one_nonce import CANDIDATES, Factors
 
 from assay.poc.verdict import Noise, effect_from_power, fit_machines, read_vector_sets, sequential_test
 from assay.research.clusters import Oracle, builds_of, folds_of, sound_builds
@@ -86,7 +86,7 @@ def within(rule, values_RC, counts):
 
 def variants(law, spread, effect):
     """Return the rules that could be adopted: they know neither the cheat nor the pair."""
-    bounded = {f"bound {bound}": Ours(law, spread, effect, bound) for bound in BOUNDS if bound != "none"}
+    bounded = {f"candidate {bound}": Ours(law, spread, effect, bound) for bound in CANDIDATES if bound != "none"}
     changed = {variant: Ours(law, spread, effect, variant=variant) for variant in (EFFECT_FIRST, FINER)}
     return {OURS: Ours(law, spread, effect), **changed, **bounded}
 
@@ -128,10 +128,11 @@ def main():
     arguments = parser(__doc__)
     arguments.add_argument("data", type=Path, help="file of sets of nonce vectors")
     arguments.add_argument("--audits", type=int, default=200, help="least number of honest audits of every pair")
+    arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     groups = builds_of(read_vector_sets(options.data))
     tallies = defaultdict(list)
-    for fold in folds_of(sound_builds(groups), groups, options.audits, 0):
+    for fold in folds_of(sound_builds(groups), groups, options.audits, options.seed):
         measured(fold, tallies)
         note(f"{fold.build.name} without {fold.name}")
     rows = []
@@ -142,7 +143,9 @@ def main():
             row["worst_pair"] = float(np.max(shares, axis=0)[-1])
         rows.append(row)
         note(str(row))
-    publish("clusters_gap", {"within": SOON, "real_within": LONGEST, "rows": rows}, options.output)
+    publish(
+        "clusters_gap", {"seed": options.seed, "within": SOON, "real_within": LONGEST, "rows": rows}, options.output
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Would a bound on what one nonce may say keep heavy honest nonces from accusing, and what would it cost?
+r"""Would a bound on what one nonce may say keep heavy honest nonces from accusing, and what would it cost?
 
-The ratio of every cheat to honest noise is cut at a bound for each nonce (docs/decisions/shares-and-verdicts.md has the
-candidates and the criterion, which were fixed before). Residuals are those that `benchmarks/shares.py --residuals`
-writes. A law is fitted to nonces of one block and judges audits of others, as there.
+The ratio of every cheat to honest noise is cut at a bound for each nonce, or the largest residual is left out
+(docs/decisions/shares-and-verdicts.md has the candidates and the criterion, which were fixed before). Residuals are
+those that `benchmarks/shares.py --residuals` writes. A law is fitted to nonces of one block and judges audits of
+others, as there.
 
-    python benchmarks/shares.py --seq-len 64 --laws 4 --audits 1 --residuals residuals.npz
-    python benchmarks/one_nonce.py residuals.npz --laws 4 -o benchmarks/results/one_nonce.json
+    python benchmarks/shares.py --models reference:llama reference:qwen3 --presets hardened --dtypes bfloat16 \
+        --seq-len 32 --laws 3 --audits 1 --workers 1 --residuals residuals.npz
+    python benchmarks/one_nonce.py residuals.npz --presets hardened --dtypes bfloat16 --laws 3 --seed 1
 """
 
 import itertools
@@ -25,6 +27,9 @@ from assay.stats._sequential import SHARES
 ROOT = math.sqrt(1 / ALPHA)
 BOUNDS = {"none": (math.inf, 0.0), "A": (ROOT, 0.1), "B": (ROOT, 1.0), "C": (1 / ALPHA, 1.0), "D": (ROOT, 0.05)}
 """Bound on the ratio of one nonce, and the share of invented values among the residuals for which it holds."""
+
+LEFT_OUT, CANDIDATES = "F", (*BOUNDS, "F")
+"""The candidate that leaves the largest residual out, and all of them."""
 
 HEAVY, HEAVY_SHARE = 45.0, 1 / 8  # a heavy nonce over the median, and the share of the audits that it is in
 CHEAT_BLOCKS, CHEAT_AUDITS, HEAVY_AUDITS = 4, 200, 100
@@ -59,6 +64,10 @@ class Factors:
 
     def accused(self, bound, index_RC):
         """Return whether each node is accused whose values are these, [R]."""
+        if bound == LEFT_OUT:
+            accused_R = self.accused("none", index_RC)
+            accused_R[accused_R] = [self._without_largest(index_C) for index_C in index_RC[accused_R]]
+            return accused_R
         most, share = BOUNDS[bound]
         log_UP = self.log_UP.copy()
         if most < math.inf:
@@ -71,6 +80,18 @@ class Factors:
         _multiply(path_RP, last_R, factor_UP, index_RC, self.honest, 1 / self.test.alpha, accused_R)
         return accused_R
 
+    def _without_largest(self, index_C):
+        """Return whether a node is accused also without its largest residual, where that does not look invented."""
+        steps_CP, size_C = self.log_UP[index_C], self.size_U[index_C]
+        path_CP = self.test._prior() + steps_CP.cumsum(axis=0)
+        largest_C = np.maximum.accumulate(size_C)
+        invented = invented_below(self.test.law, 0.1)
+        for n in np.flatnonzero(self.test._log_e(path_CP) >= -math.log(ALPHA)):
+            largest = int(np.argmax(size_C[: n + 1]))
+            if largest_C[n] >= invented or self.test._log_e(path_CP[n] - steps_CP[largest]) >= math.log(ROOT):
+                return True
+        return False
+
 
 def drawn(rng, pool, audits, length):
     """Return indices of audits without replacement, [R, C]."""
@@ -79,10 +100,13 @@ def drawn(rng, pool, audits, length):
 
 def judged(blocks, preset, size, options):
     """Return the figures of one preset, format and size of the law, by bound."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(options.seed)
     laws, count = options.laws, len(blocks)
-    accused = {bound: np.full((laws, count), np.nan) for bound in BOUNDS}
-    heavy, caught = {bound: [] for bound in BOUNDS}, {bound: {cheat: [] for cheat in CHEATS} for bound in BOUNDS}
+    accused = {bound: np.full((laws, count), np.nan) for bound in CANDIDATES}
+    heavy, caught = (
+        {bound: [] for bound in CANDIDATES},
+        {bound: {cheat: [] for cheat in CHEATS} for bound in CANDIDATES},
+    )
     for law in range(laws):
         test = sequential_test(noise_of(preset, blocks[law][:size]), alpha=ALPHA)
         others = [block for block in range(count) if block != law]
@@ -90,10 +114,10 @@ def judged(blocks, preset, size, options):
             errors_N = blocks[block]
             factors = Factors(test, np.append(errors_N, HEAVY * np.median(np.abs(errors_N))))
             index_RC = drawn(rng, errors_N.size, options.audits, AUDITED)
-            suspects_RC = index_RC[factors.accused("none", index_RC)]  # a bound accuses nobody else
+            suspects_RC = index_RC[factors.accused("none", index_RC)]  # no candidate accuses any other
             with_heavy_RC = drawn(rng, errors_N.size, HEAVY_AUDITS, AUDITED)
             with_heavy_RC[np.arange(HEAVY_AUDITS), rng.integers(AUDITED, size=HEAVY_AUDITS)] = errors_N.size
-            for bound in BOUNDS:
+            for bound in CANDIDATES:
                 share = factors.accused(bound, suspects_RC).sum() / options.audits
                 accused[bound][law, block] = share
                 found = factors.accused(bound, with_heavy_RC).mean()
@@ -104,7 +128,7 @@ def judged(blocks, preset, size, options):
                 factors = Factors(test, np.concatenate([errors_N, multiple * errors_N]))
                 honest_RC, larger_RC = (drawn(rng, errors_N.size, CHEAT_AUDITS, WITHIN) for _ in range(2))
                 cheats_RC = np.where(rng.random(honest_RC.shape) < share, larger_RC + errors_N.size, honest_RC)
-                for bound in BOUNDS:
+                for bound in CANDIDATES:
                     caught[bound][share, multiple].append(factors.accused(bound, cheats_RC).mean())
     return {
         bound: {
@@ -113,7 +137,7 @@ def judged(blocks, preset, size, options):
             "with_heavy_worst_pair": float(np.max(heavy[bound])),
             "cheats": [[*cheat, float(np.mean(found))] for cheat, found in caught[bound].items()],
         }
-        for bound in BOUNDS
+        for bound in CANDIDATES
     }
 
 
@@ -134,11 +158,11 @@ def invented(rng):
             junk_RC = 2 * np.sqrt(rng.beta(*[(law.dimension - 1) / 2] * 2, shape))
         values_RC = np.where(rng.random(shape) < JUNK_SHARE, junk_RC, honest_RC)
         test = stats.SequentialTest(law, alpha=ALPHA, effect=effect)
-        found = dict.fromkeys(BOUNDS, 0)
+        found = dict.fromkeys(CANDIDATES, 0)
         for part_RC in np.array_split(values_RC, 20):
             values_U, index = np.unique(part_RC, return_inverse=True)
             factors = Factors(test, values_U)
-            for bound in BOUNDS:
+            for bound in CANDIDATES:
                 found[bound] += int(factors.accused(bound, index.reshape(part_RC.shape)).sum())
         rows.append({"law": name, **{bound: number / LIVES for bound, number in found.items()}})
         note(str(rows[-1]))
@@ -152,7 +176,7 @@ def main():
     arguments.add_argument("--presets", nargs="+", default=PRESETS)
     arguments.add_argument("--dtypes", nargs="+", default=DTYPES)
     arguments.add_argument("--blocks", type=int, default=40)
-    arguments.add_argument("--seed", type=int, default=5, help="seed of the invented values")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
     arguments.add_argument("--laws", type=int, default=4, help="blocks that a law is fitted to")
     arguments.add_argument("--audits", type=int, default=1000, help="audits of every pair of blocks")
     options = arguments.parse_args()
@@ -165,11 +189,11 @@ def main():
         heaviest = sorted((float(np.abs(x).max() / np.median(np.abs(x))) for x in blocks), reverse=True)
         for size in LAW_SIZES:
             row = {"model": model, "preset": preset, "dtype": dtype, "law_from": size, "heaviest": heaviest[:3]}
-            rows.append(row | {"bounds": judged(blocks, preset, size, options)})
+            rows.append(row | {"candidates": judged(blocks, preset, size, options)})
             note(f"{model} {preset} {dtype}, law from {size}, heaviest {heaviest[0]:.0f}")
-            for bound, found in rows[-1]["bounds"].items():
+            for bound, found in rows[-1]["candidates"].items():
                 note(f"  {bound:5}{found}")
-    settings = {"blocks": options.blocks, "laws": options.laws, "audits": options.audits}
+    settings = {"seed": options.seed, "blocks": options.blocks, "laws": options.laws, "audits": options.audits}
     publish("one_nonce", settings | {"invented": junk, "rows": rows}, options.output)
 
 

@@ -80,3 +80,17 @@ def real() -> None:
 def simulated() -> None:
     """Print how each rule catches simulated cheats."""
     _cheats(SIMULATED)
+
+
+def gap() -> None:
+    """Print the share of simulated cheats caught within 60 nonces by rules between ours and the oracle."""
+    measured = read_json(RESULTS / "clusters_gap.json")
+    rules = ("ours", "ours, without spread", "pair known", "cheat known", "both laws known", "oracle",
+             "half of the weight on the effect", "multiples a factor of 1.41 apart")  # fmt: skip
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in measured["rows"]:
+        if row["cheat"].endswith("× 1.4") or row["cheat"] == "a share × 2":
+            key = _short(row["build"]), _short(row["cheat"])
+            found.setdefault(key, {})[row["rule"]] = f"{100 * row['accused'][0]:.1f}"
+    rows = [(*key, *(row[rule] for rule in rules)) for key, row in found.items()]
+    print_table(("build", "cheat", *rules), rows)
