@@ -13,7 +13,7 @@ from torch import nn
 from assay.errors import ModelError, UsageError
 from assay.models import Model
 from assay.poc import Round, get_pipeline
-from assay.poc.engines.hf import HFEngine
+from assay.poc.engines.hf import HFEngine, _compiled, _fused
 from assay.poc.engines.hf._lean import LeanDecoder, layer_shape, layer_weights, rotation_of
 from assay.poc.engines.vllm import ThrottleSettings, WorkerExtension, _compatibility, _direct_worker
 from assay.poc.engines.vllm._direct_stream import OwnStream
@@ -21,6 +21,7 @@ from assay.poc.engines.vllm._own_passes import OwnPasses, weights_of, why_not_ov
 from assay.poc.engines.vllm._rows import Spec
 from assay.poc.protocol import Transform
 from assay.poc.serving import PluginSettings
+from tests.poc.engines import plain_kernels
 from tests.poc.engines.test_lean import KINDS, LENGTH, inputs, made, plain
 from tests.vllm.test_parts_direct import Workers
 from tests.vllm.test_parts_direct import config as settings
@@ -96,6 +97,20 @@ def test_its_states_are_those_of_the_lean_decoder_on_transformers(kind: str, dty
     assert torch.equal(last, states[:, -1].float())
     tolerance = {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.0, "rtol": 0.0}
     torch.testing.assert_close(states, plain(model), **tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_of_a_gpu_between_kernels_gives_the_same_states(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """With what the kernels compute in torch; the last layer is for the last position alone."""
+    monkeypatch.setattr(_fused, "kernels", lambda: plain_kernels)
+    for name in ("runs_on", "_last_alone"):
+        monkeypatch.setattr(_compiled, name, lambda *_: True)
+    model = made(kind)
+    with torch.inference_mode():
+        forward = passes(model).forward(LENGTH)
+        states, last = forward.hidden(inputs(model)), forward.last_hidden(inputs(model))
+    torch.testing.assert_close(states, plain(model), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(last, plain(model)[:, -1], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["poc-2.0", "hardened"])

@@ -61,7 +61,7 @@ class DirectMethods:
             reason = self.assay_passes.why_not(spec)
             batch = 0 if reason else self.assay_passes.prepare(spec)
         except Exception as error:  # memory, or a name of vLLM
-            log.warning("nonces stay requests", exc_info=True)
+            log.warning("nonces do not run in batches", exc_info=True)
             batch, reason = 0, _words(error)
         return {"batch": batch, "reason": reason}
 
@@ -82,7 +82,7 @@ class DirectMethods:
         try:
             values = self.assay_passes.run(stream.spec, nonces, batch)
         except Exception as error:  # reported, so that the engine lives
-            log.warning("nonces become requests", exc_info=True)
+            log.warning("a batch of nonces did not run", exc_info=True)
             return {"error": _words(error)}
         if values is None:
             return {}
