@@ -8,7 +8,8 @@ from functools import cache
 import httpx
 import numpy as np
 import pytest
-from _vllm import MODEL, Server, chat_once
+from _vllm import MODEL, chat_once
+from _vllm_forked import ForkedServer
 
 from assay import poc
 from assay.errors import UsageError
@@ -129,7 +130,7 @@ def test_drafts_are_refused_by_name():
 def server(tmp_path_factory: pytest.TempPathFactory):
     options = {"--max-num-batched-tokens": "96"}  # prompts come in chunks, beside one another and beside chat
     environment = {"ASSAY_SEQ_LEN": str(PROMPT)}
-    with Server(tmp_path_factory.mktemp("server"), options=options, environment=environment) as running:
+    with ForkedServer(tmp_path_factory.mktemp("server"), options=options, environment=environment) as running:
         yield running
 
 
@@ -188,7 +189,7 @@ def test_what_does_not_fit_the_server_is_refused_before_it_runs(server):
 
 
 def test_a_server_in_bfloat16_decodes_what_transformers_replay_and_judges_theirs(tmp_path):
-    with Server(tmp_path, options={"--dtype": "bfloat16"}, environment={"ASSAY_SEQ_LEN": str(PROMPT)}) as running:
+    with ForkedServer(tmp_path, options={"--dtype": "bfloat16"}, environment={"ASSAY_SEQ_LEN": str(PROMPT)}) as running:
         made = running.post("/generate", job_of(16)).json()["artifacts"]
         judged(running, "bfloat16")
     tokens = np.stack([np.frombuffer(one, "<u4") for one in tokens_of(made)])

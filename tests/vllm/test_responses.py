@@ -8,8 +8,9 @@ import json
 import httpx
 import pytest
 import torch
-from _vllm import KEY, MODEL, Server, chat_once
+from _vllm import KEY, MODEL, chat_once
 from _vllm_answers import BLOCK, NODE, SEEDED, begin, body_of, mixed, receipts_of, send_all
+from _vllm_forked import ForkedServer
 from _vllm_tokens import agreement
 
 from assay.poc.responses import (
@@ -33,7 +34,7 @@ SENTENCE = "class Node:\n    def __init__(self, "
 def server(tmp_path_factory: pytest.TempPathFactory):
     # Prompts are cut into chunks, beside one another and beside nonces.
     options = {"--max-num-batched-tokens": "96", "--tool-call-parser": "hermes", "--enable-auto-tool-choice": None}
-    with Server(tmp_path_factory.mktemp("server"), environment=SEEDED, options=options) as running:
+    with ForkedServer(tmp_path_factory.mktemp("server"), environment=SEEDED, options=options) as running:
         answer = running.client.post("/v1/completions", json={"model": MODEL, "prompt": "x", "max_tokens": 1})
         assert (answer.status_code, answer.headers["x-assay-receipt"]) == (200, "none")  # there is no block yet
         begin(running)
