@@ -208,6 +208,8 @@ def test_mistyped_commands(wrong, assay):
         ("[models.list.json]\nx = 1", "json is not a command of list"),
         ("[none]\nx = 1", "none is not a command of assay"),
         ("\\", "Invalid"),
+        pytest.param("a = " + "[" * 100_000, "recursion", id="deep"),
+        pytest.param("#" * 2**21, "more than 1048576 bytes", id="long"),
     ],
 )
 def test_a_configuration_that_says_nothing_known_is_refused(text: str, seen: str, assay, tmp_path: Path):

@@ -79,6 +79,7 @@ FORMS = {
     "leave --vectors": ("PROOFS", "--vectors", "SETS", "-o", "c.json"),
     "--model": ("--vectors", "SETS", "--model", "reference:qwen3", "-o", "c.json"),
     "in pairs": ("--vectors", "SETS", "--against", "CHEAT", "-o", "c.json"),
+    "directory": ("--vectors", "none", "-o", "no-such-folder/c.json"),
     "--digest xyz": ("--vectors", "SETS", "--digest", "xyz", "-o", "c.json"),
     "choose with --sets": ("--vectors", "SETS", "--sets", "nothing", "-o", "c.json"),
     "repeat --merge": ("--merge", "c.json", "-o", "d.json"),

@@ -18,6 +18,8 @@ from assay.cli._output import errors
 from assay.cli._usage import ParserError, in_three_parts
 from assay.errors import AssayError, UsageError
 
+LONGEST_CONFIG = 2**20  # bytes; one that sets every flag has twenty thousand
+
 
 class _Root(Group):
     """The root command, which turns errors of the parser and the operating system into assay errors and exit codes."""
@@ -145,13 +147,21 @@ def _load_config(path: Path | None, command: Any) -> dict[str, Any]:
     if chosen is None:
         return {}
     try:
-        return _defaults(tomllib.loads(chosen.read_text(encoding="utf-8")), command)
-    except (OSError, ValueError) as error:
+        return _defaults(tomllib.loads(_read_config(chosen)), command)
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"configuration file {chosen}: {error}",
             wanted='a readable TOML file, for instance [poc.prove] with model = "reference:qwen3"',
             do="correct the file, or leave --config out",
         ) from None
+
+
+def _read_config(path: Path) -> str:
+    with path.open("rb") as file:
+        text = file.read(LONGEST_CONFIG + 1)
+    if len(text) > LONGEST_CONFIG:
+        raise ValueError(f"more than {LONGEST_CONFIG} bytes")
+    return text.decode("utf-8")
 
 
 def _user_config() -> Path | None:

@@ -27,6 +27,7 @@ def run_calibrate(chosen: "CalibrateSettings", paths: Sequence[Path], as_json: b
         ProofMismatch: Proofs or sets do not belong together.
     """
     from assay import poc
+    from assay.reports import check_new_file
 
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError(
@@ -42,6 +43,7 @@ def run_calibrate(chosen: "CalibrateSettings", paths: Sequence[Path], as_json: b
     merging = bool(chosen.merge) and not paths and chosen.vectors is None
     _check_sources(chosen, len(paths), merging)
     assert chosen.output is not None
+    check_new_file(chosen.output, overwrite=True)
     if chosen.vectors is not None:
         measured = _of_vectors(chosen, chosen.vectors)
     elif merging:

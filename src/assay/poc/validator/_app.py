@@ -91,15 +91,13 @@ def create_app(controller: Controller) -> FastAPI:
     return app
 
 
-class _Feed:
+class _Feed(Broadcast):
     """Makes a snapshot every second, for the page, the metrics and ``/status``."""
 
     def __init__(self, controller: Controller) -> None:
         service = controller.service
+        super().__init__(controller.closing, most=service.max_streams, most_of_client=service.max_client_streams)
         self._controller = controller
-        self.broadcast = Broadcast(
-            controller.closing, most=service.max_streams, most_of_client=service.max_client_streams
-        )
         self.values: JsonObject = {}
 
     async def run(self) -> None:
@@ -115,7 +113,7 @@ class _Feed:
     async def refresh(self) -> None:
         """Make a snapshot now."""
         self.values = await asyncio.to_thread(self._controller.snapshot)
-        await self.broadcast.publish(dumps(self.values).encode())
+        await self.publish(dumps(self.values).encode())
 
 
 class _Calls:
@@ -132,7 +130,7 @@ class _Calls:
     async def events(self, request: Request) -> Response:
         """Stream a snapshot per second as server-sent events."""
         client = request.client.host if request.client else ""
-        stream = await self._feed.broadcast.stream((client, request.headers.get("authorization")))
+        stream = await self._feed.stream((client, request.headers.get("authorization")))
         return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     def nodes(self, after: After = 0, limit: Limit = 100) -> Response:
