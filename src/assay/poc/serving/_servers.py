@@ -166,7 +166,7 @@ class PassOn:
             await answer(refusal)(scope, receive, send)
             return
         response = StreamingResponse(_body(found), found.status_code)
-        response.raw_headers = [pair for pair in found.headers.raw if pair[0].lower() not in _OF_ONE_CONNECTION]
+        response.raw_headers[:] = [pair for pair in found.headers.raw if pair[0].lower() not in _OF_ONE_CONNECTION]
         await response(scope, receive, send)
 
     @staticmethod
