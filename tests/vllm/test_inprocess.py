@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -117,12 +118,16 @@ def test_the_command_line_judges_on_vllm(engine, honest, tmp_path, monkeypatch, 
     """The engine that runs stands in for the one that the command would start; its shape must be the prover's."""
     from assay.cli import run
 
+    wanted = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": "float32"}
+
     def started(model: str, **asked) -> AbstractContextManager:
-        assert (model, asked) == ("reference:qwen3", {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": "float32"})
+        assert (model, asked) == ("reference:qwen3", wanted | {"forward": os.environ["ASSAY_VLLM_FORWARD"]})
         return nullcontext(engine)
 
     monkeypatch.setattr("assay.poc.engines.vllm.VLLMEngine", started)
-    for name, model, code, verdict in (("good", honest, 0, "honest"), ("bad", rounded(honest, 4), 1, "fraud")):
+    cases = (("good", honest, "vllm", 0, "honest"), ("bad", rounded(honest, 4), "assay", 1, "fraud"))
+    for name, model, forward, code, verdict in cases:
+        monkeypatch.setenv("ASSAY_VLLM_FORWARD", forward)
         path = tmp_path / f"{name}.jsonl"
         poc.prove(model, make_round("hardened"), range(64), batch_size=8, output=path)
         words = ["poc", "verify", str(path), "--model", "reference:qwen3", "--engine", "vllm", "--seed", "1", "--json"]
