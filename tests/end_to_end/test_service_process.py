@@ -59,7 +59,8 @@ def test_a_node_serves_in_eight_bits(launch):
     server = launch("--dtype", "float8")
     server.post("/init/generate", ROUND)
     until(lambda: server.status()["total_checked"] > 0, 60)
-    until(lambda: server.get("/api/v1/pow/snapshot")["model"]["dtype"] == "float8", 60)
+    until(lambda: server.get("/api/v1/pow/snapshot")["model"], 60)
+    assert server.get("/api/v1/pow/snapshot")["model"]["dtype"] == "float8"
 
 
 @pytest.mark.parametrize("drain", ["30", "0"])
