@@ -10,6 +10,7 @@ import pytest
 from _vllm import KEY, POW, chat_once
 from _vllm_forked import ForkedServer
 
+from assay.poc.serving import _servers
 from tests.vllm.conftest import SEQ_LEN
 from tests.vllm.receiver import Receiver
 from tests.vllm.test_exclusive import stored
@@ -68,6 +69,11 @@ def test_every_server_answers_for_the_round_and_its_nonces_are_those_of_transfor
     distances = found[0].json()["valid_distances"]
     assert np.abs(np.array(distances) - np.array(make(honest, "servers", 48))).max() <= 2e-6
     server.idle_counts()
+
+
+def test_what_the_servers_share_is_for_this_user_alone(server):
+    for name in (_servers.SOCKET, _servers.COUNTS):
+        assert (server.data_dir / name).stat().st_mode & 0o777 == 0o600
 
 
 def test_every_server_asks_for_a_key_and_bounds_bodies(server):
