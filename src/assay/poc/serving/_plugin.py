@@ -7,9 +7,10 @@ the service has keys of its own.
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -32,7 +33,7 @@ from assay.poc.engines.vllm import (
 from assay.poc.responses.vllm import check_responses
 from assay.poc.service import Controller, Deployment, attach, configure_logs
 from assay.poc.service.dashboard import dashboard_router
-from assay.poc.service.http import PREFIX, PREFIXES, Keys, LocalOnly, Scope, needs, route_class
+from assay.poc.service.http import PREFIX, PREFIXES, Keys, LocalOnly, Scope, kept_running, needs, route_class
 from assay.poc.serving._preflight import PluginSettings, check_arguments
 from assay.poc.serving._responses import WITHOUT_ENGINE, ReceiptMiddleware, Responses, responses_router
 from assay.poc.serving._servers import PassOn, Place, Shared, serve_owner
@@ -163,13 +164,13 @@ class AssayPlugin:
         shared = self._shared
         if shared is None:
             return unfinished
+        loops: tuple[Callable[[], Awaitable[None]], ...] = (
+            partial(shared.keep, lambda: shared.close(self._closed())),
+            partial(serve_owner, self._app, prefix=PREFIXES, path=shared.path),
+        )
         if not self._place.owns:
-            self._beside.append(asyncio.create_task(shared.keep(lambda: shared.show(unfinished()))))
-            return unfinished
-        self._beside += [
-            asyncio.create_task(shared.keep(lambda: shared.close(self._closed()))),
-            asyncio.create_task(serve_owner(self._app, prefix=PREFIXES, path=shared.path)),
-        ]
+            loops = (partial(shared.keep, lambda: shared.show(unfinished())),)
+        self._beside.extend(asyncio.create_task(kept_running(loop)) for loop in loops)
         return lambda: unfinished() + shared.elsewhere
 
     def _closed(self) -> bool:

@@ -4,7 +4,7 @@ from assay.poc.service._logs import LogBudget
 from assay.poc.service._refusals import Refusal, reason_of, refusal_of
 from assay.poc.service.http._app import PREFIX, PREFIXES, attach, create_app
 from assay.poc.service.http._broadcast import Broadcast
-from assay.poc.service.http._lifespan import running
+from assay.poc.service.http._lifespan import kept_running, running
 from assay.poc.service.http._receiver import Received, create_receiver, receive
 from assay.poc.service.http._route import (
     SAFE_HEADERS,
@@ -42,6 +42,7 @@ __all__ = [
     "create_receiver",
     "guarded",
     "is_loopback",
+    "kept_running",
     "listen",
     "message_id",
     "needs",

@@ -41,7 +41,7 @@ async def running(
     """Start a controller, make its first snapshot, and run loops beside it until the block ends."""
     await asyncio.to_thread(controller.start)
     await refresh()
-    tasks = [asyncio.create_task(_kept_running(loop)) for loop in loops]
+    tasks = [asyncio.create_task(kept_running(loop)) for loop in loops]
     try:
         yield
     finally:
@@ -52,7 +52,7 @@ async def running(
         await asyncio.to_thread(controller.close)
 
 
-async def _kept_running(loop: Callable[[], Awaitable[None]]) -> None:
+async def kept_running(loop: Callable[[], Awaitable[None]]) -> None:
     """Run a loop until it is cancelled. Without this, one that failed would be missing in silence."""
     while True:
         try:
