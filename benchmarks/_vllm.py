@@ -252,6 +252,12 @@ BEGINNINGS = (
 )
 
 
+async def chat_alone(url, index, *, tokens=24):
+    """Send what :func:`chat_once` sends over a connection of its own."""
+    async with httpx.AsyncClient(base_url=url, timeout=240.0) as client:
+        return await chat_once(client, index, tokens=tokens)
+
+
 async def chat_once(client, index, *, tokens=24, prompt=None):
     """Send one chat, completion or streaming request; return its text, status and seconds to the first token."""
     kind = ("chat", "completion", "stream-chat", "stream-completion")[index % 4]

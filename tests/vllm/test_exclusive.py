@@ -10,7 +10,7 @@ from contextlib import closing
 
 import httpx
 import pytest
-from _vllm import OPTIONS, POW, Server, chat_once
+from _vllm import OPTIONS, POW, Server, chat_alone
 from _vllm_forked import ForkedServer
 
 from tests.vllm.receiver import Receiver
@@ -50,11 +50,7 @@ def test_without_a_key_only_this_host_is_served_with_the_root_path_and_without_i
 
 
 def ask(server: Server, index: int = 2, tokens: int = 8) -> dict:
-    async def once() -> dict:
-        async with httpx.AsyncClient(base_url=server.url, timeout=240.0) as client:
-            return await chat_once(client, index, tokens=tokens)
-
-    return asyncio.run(once())
+    return asyncio.run(chat_alone(server.url, index, tokens=tokens))
 
 
 def test_a_round_refuses_new_chat_and_lets_running_chat_end(server):

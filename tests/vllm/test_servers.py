@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from _vllm import KEY, POW, chat_once
+from _vllm import KEY, POW, chat_alone
 from _vllm_forked import ForkedServer
 
 from assay.poc.serving import _servers
@@ -50,12 +50,7 @@ def processes(server: ForkedServer) -> set[int]:
 
 async def chat(server: ForkedServer, count: int, tokens: int) -> list[dict]:
     """Send chat requests over connections of their own."""
-
-    async def once(index: int) -> dict:
-        async with httpx.AsyncClient(base_url=server.url, timeout=240.0) as client:
-            return await chat_once(client, index, tokens=tokens)
-
-    return await asyncio.gather(*map(once, range(count)))
+    return await asyncio.gather(*(chat_alone(server.url, index, tokens=tokens) for index in range(count)))
 
 
 def test_every_server_answers_for_the_round_and_its_nonces_are_those_of_transformers(server, honest):

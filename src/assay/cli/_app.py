@@ -157,6 +157,7 @@ def _load_config(path: Path | None, command: Any) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> str:
+    """Return the text of the file, which may be a pipe, and is read no further than its bound."""
     with path.open("rb") as file:
         text = file.read(LONGEST_CONFIG + 1)
     if len(text) > LONGEST_CONFIG:

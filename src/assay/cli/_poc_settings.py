@@ -20,6 +20,7 @@ def _positions(text: str) -> tuple[int, int]:
 _POSITIONS = Spelling(_positions, "{0[0]}:{0[1]}".format)
 EngineName = Literal["hf", "vllm"]
 NumberFormat = Literal["float32", "float16", "bfloat16", "int8", "float8"]
+NUMBER_FORMAT = "Number format of the weights: float32, float16, bfloat16, int8 or float8"
 
 
 class ProveSettings(Settings):
@@ -40,9 +41,7 @@ class ProveSettings(Settings):
     batch_size: str = Field(
         "32", description="Nonces per forward pass, part of the fingerprint; auto takes what fits into memory."
     )
-    dtype: Annotated[NumberFormat | None, DTYPE] = Field(
-        None, description="Number format of the weights: float32, float16, bfloat16, int8 or float8."
-    )
+    dtype: Annotated[NumberFormat | None, DTYPE] = Field(None, description=f"{NUMBER_FORMAT}.")
     device: Device = None
     engine: EngineName = Field("hf", description="Engine that runs the model: hf or vllm.")
     kernels: Literal["auto", "compiled", "eager"] = Field(

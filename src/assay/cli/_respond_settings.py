@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from assay.cli._flags import BLOCK_HASH, DTYPE, MODEL, OUTPUT, PUBLIC_KEY
-from assay.cli._poc_settings import NumberFormat
+from assay.cli._poc_settings import NUMBER_FORMAT, NumberFormat
 from assay.poc.responses import DEFAULT_MAX_TOKENS, Sampling
 from assay.settings import Device, Settings
 
@@ -39,8 +39,6 @@ class RespondSettings(Settings):
     )
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, description="Number of tokens after which a response ends.")
     hash_prompts: bool = Field(False, description="Write the hash of a prompt in place of its token ids.")
-    dtype: Annotated[NumberFormat | None, DTYPE] = Field(
-        None, description="Number format of the weights: float32, float16, bfloat16, int8 or float8."
-    )
+    dtype: Annotated[NumberFormat | None, DTYPE] = Field(None, description=f"{NUMBER_FORMAT}.")
     device: Device = None
     overwrite: bool = Field(False, description="Replace an existing file of receipts.")

@@ -7,10 +7,9 @@ from pydantic import Field
 
 import assay.poc.service
 from assay.cli._flags import DTYPE, MODEL, OUTPUT
-from assay.cli._poc_settings import NumberFormat
+from assay.cli._poc_settings import NUMBER_FORMAT, NumberFormat
 from assay.settings import Device, Flag, Settings
 
-FORMAT = "Number format of the weights: float32, float16, bfloat16, int8 or float8; by default "
 HOST = "Address to listen on. Addresses that other machines reach need a key."
 PORT = "Port to listen on. 0 takes a free one."
 Kernels = Annotated[
@@ -31,7 +30,9 @@ class ServeSettings(Settings):
     model: Annotated[str, MODEL] = Field(description="Model: a directory, a hub id, or reference:…")
     host: Annotated[str, Flag(variable="ASSAY_HOST")] = Field("127.0.0.1", description=HOST)
     port: Annotated[int, Flag(variable="ASSAY_PORT")] = Field(8000, ge=0, le=65535, description=PORT)
-    dtype: Annotated[NumberFormat | None, DTYPE] = Field(None, description=f"{FORMAT}the stored one.")
+    dtype: Annotated[NumberFormat | None, DTYPE] = Field(
+        None, description=f"{NUMBER_FORMAT}; by default the stored one."
+    )
     device: Device = None
     kernels: Kernels = "auto"
     log_format: LogFormat = "console"

@@ -7,8 +7,8 @@ from pydantic import Field
 import assay.poc.service
 import assay.poc.validator
 from assay.cli._flags import DTYPE, MODEL
-from assay.cli._poc_settings import NumberFormat
-from assay.cli._service_settings import FORMAT, HOST, PORT, Kernels, LogFormat
+from assay.cli._poc_settings import NUMBER_FORMAT, NumberFormat
+from assay.cli._service_settings import HOST, PORT, Kernels, LogFormat
 from assay.settings import Device, Flag, Settings
 
 
@@ -23,7 +23,7 @@ class ValidatorCommandSettings(Settings):
     host: Annotated[str, Flag(variable="ASSAY_HOST")] = Field("127.0.0.1", description=HOST)
     port: Annotated[int, Flag(variable="ASSAY_PORT")] = Field(8090, ge=0, le=65535, description=PORT)
     dtype: Annotated[NumberFormat | None, DTYPE] = Field(
-        None, description=f"{FORMAT}the only one of the pins, else the stored one."
+        None, description=f"{NUMBER_FORMAT}; by default the only one of the pins, else the stored one."
     )
     device: Device = None
     kernels: Kernels = "auto"

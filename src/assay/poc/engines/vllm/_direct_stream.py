@@ -8,8 +8,9 @@ from weakref import WeakSet
 
 import numpy as np
 
-from assay.errors import AssayError, ModelError, UsageError
+from assay.errors import AssayError, ModelError
 from assay.poc.engines.vllm._client import AHEAD, ATTEMPTS, Client, RequestStream, Values, decode
+from assay.poc.engines.vllm._compatibility import own_forward_refused
 from assay.poc.engines.vllm._direct import CALLS, Pace
 from assay.poc.engines.vllm._rows import Spec
 
@@ -89,11 +90,7 @@ class OwnStream(DirectStream):
     async def _produce(self) -> None:
         self._pace = await self._client.direct.open(self._key, self._spec.round.seq_len)
         if not self._pace.batch:
-            raise UsageError(
-                f"ASSAY_VLLM_FORWARD=assay with {self._client.direct.reason}",
-                wanted="a round that assay's own forward pass takes",
-                do="leave it out: vLLM's own forward pass computes the nonces then",
-            )
+            raise own_forward_refused(str(self._client.direct.reason), "a round that assay's own forward pass takes")
         await RequestStream._produce(self)
 
     async def _launch(self, nonce: int) -> "asyncio.Task[Any]":

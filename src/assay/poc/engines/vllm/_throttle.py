@@ -19,6 +19,9 @@ NoncePath = Literal["auto", "requests"]
 Forward = Literal["vllm", "assay"]
 """Whose forward pass computes nonces: that of vLLM, or assay's own decoder over vLLM's weights."""
 
+_WORDS = {"mode": get_args(Mode), "path": get_args(NoncePath), "forward": get_args(Forward)}
+"""What the settings that are words may be."""
+
 TICK = 0.02  # seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end
 WINDOW = 0.25  # seconds over which the speed of an engine without chat is measured
 
@@ -55,16 +58,13 @@ class ThrottleSettings:
     forward: Forward = "vllm"
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise UsageError(f"mode {self.mode!r}", wanted=" or ".join(get_args(Mode)), do="correct ASSAY_VLLM_MODE")
-        if self.path not in get_args(NoncePath):
-            raise UsageError(
-                f"path {self.path!r}", wanted=" or ".join(get_args(NoncePath)), do="correct ASSAY_VLLM_PATH"
-            )
-        if self.forward not in get_args(Forward):
-            raise UsageError(
-                f"forward {self.forward!r}", wanted=" or ".join(get_args(Forward)), do="correct ASSAY_VLLM_FORWARD"
-            )
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise UsageError(
+                    f"{name} {getattr(self, name)!r}",
+                    wanted=" or ".join(words),
+                    do=f"correct ASSAY_VLLM_{name.upper()}",
+                )
         if (self.forward, self.path) == ("assay", "requests"):
             raise UsageError(
                 "ASSAY_VLLM_PATH=requests with ASSAY_VLLM_FORWARD=assay",
@@ -76,7 +76,7 @@ class ThrottleSettings:
         for field in fields(self):
             value = getattr(self, field.name)
             least = 1 if field.name == "chat_in_flight" else 0
-            if field.name not in ("mode", "share", "path", "forward") and not least <= value < 1e6:
+            if field.name not in ("share", *_WORDS) and not least <= value < 1e6:
                 name = f"ASSAY_VLLM_{field.name.upper()}"
                 raise UsageError(f"{field.name} {value!r}", wanted=f"a number from {least}", do=f"correct {name}")
 
