@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from assay.errors import OutOfMemory
+from assay.errors import OutOfMemory, UsageError
 from assay.poc import HFEngine, Round, prove
 from assay.poc.engines.hf import _memory, auto_batch
 
@@ -36,6 +36,12 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(small_model, f
         HFEngine(small_model, batch_size=6, seq_len=16)
     assert refused.value.do == "pass --batch-size 5"
     HFEngine(small_model, batch_size=5, seq_len=16)
+
+
+@pytest.mark.parametrize("seq_len", [0, -1, 10**6])
+def test_a_length_that_no_model_runs_is_refused(seq_len: int, small_model):
+    with pytest.raises(UsageError, match=f"seq_len {seq_len} with"):
+        HFEngine(small_model, batch_size=2, seq_len=seq_len)
 
 
 def test_memory_that_runs_out_in_a_forward_pass_is_answered_too(small_model, round_: Round, monkeypatch, free):

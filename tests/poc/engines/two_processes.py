@@ -24,18 +24,25 @@ ROUND = Round(block_hash="block_alpha", public_key="node_A", seq_len=16, model="
 class Failing(ParallelEngine):
     """An engine whose second process fails at its second batch."""
 
+    at = 2
     calls = 0
 
     def _run(self, inputs_btd, weights_bt):
         if self._world.rank == 1:
             Failing.calls += 1
-            if Failing.calls == 2:
+            if Failing.calls == self.at:
                 self.fail()
         return super()._run(inputs_btd, weights_bt)
 
     def fail(self) -> None:
         """Fail so that the others can be told."""
         raise ModelError("the second device does not run", wanted="one that does", do="see its own messages")
+
+
+class FailingAtTheEnd(Failing):
+    """An engine whose second process fails at its last batch, the third of three."""
+
+    at = 3
 
 
 class Dying(Failing):
@@ -87,6 +94,7 @@ def played(checkpoint: str, world: World) -> Iterator[tuple[str, Proof | str | N
     yield "plain", proved(ParallelEngine, model, world)
     yield "hardened", proved(ParallelEngine, model, world, "hardened")
     yield "failing", proved(Failing, model, world)
+    yield "failing at the end", proved(FailingAtTheEnd, model, world)
     yield "after the failure", proved(ParallelEngine, model, world)
     spread = replace(world, tensor_parallel=2, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",)))
     part = load_model(checkpoint, dtype="float32", device="cpu", mesh=spread.mesh)

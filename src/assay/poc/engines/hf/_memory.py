@@ -28,14 +28,14 @@ def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, step
         steps: Tokens that are decoded after the prompt.
 
     Raises:
-        UsageError: The batch is out of range, or a row is longer than the model's positions.
+        UsageError: The batch is out of range, or a row has no position or more than the model.
     """
     check_batch_size(batch_size)
-    if seq_len + steps > model.max_positions:
+    if not 1 <= seq_len <= model.max_positions - steps:
         fitting = f"pass --seq-len {max(1, min(256, model.max_positions - steps))}"
         raise UsageError(
             f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}",
-            wanted=f"at most its {model.max_positions} positions{' together' if steps else ''}",
+            wanted=f"1 to its {model.max_positions} positions{' together' if steps else ''}",
             do=f"{fitting}, or another --preset such as decode-64" if steps else fitting,
         )
 

@@ -154,9 +154,9 @@ class ParallelEngine(HFEngine):
         left = len(starts)
         try:
             while left > 0 and self._tell(True):
-                said = self._gather(next(own))[:: world.tensor_parallel][:left]
-                left -= world.replicas  # before yielding: the caller may never resume this generator
-                yield from said
+                wanted = left
+                left -= world.replicas  # before an error may end the loop: after the last round nobody listens
+                yield from self._gather(next(own))[:: world.tensor_parallel][:wanted]
         finally:
             own.close()
             if world.leads and left > 0:
