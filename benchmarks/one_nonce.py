@@ -1,17 +1,19 @@
 r"""Would a bound on what one nonce may say keep heavy honest nonces from accusing, and what would it cost?
 
 The ratio of every cheat to honest noise is cut at a bound for each nonce, or the largest residual is left out
-(docs/decisions/shares-and-verdicts.md has the candidates and the criterion, which were fixed before). Residuals are
+(docs/decisions/shares-and-verdicts.md has the candidates and the criteria, which were fixed before). Residuals are
 those that `benchmarks/shares.py --residuals` writes. A law is fitted to nonces of one block and judges audits of
-others, as there.
+others, as there. Besides, lives are measured: an audit of 16 nonces in each of the other blocks, one after the other.
 
-    python benchmarks/shares.py --models reference:llama reference:qwen3 --presets hardened --dtypes bfloat16 \
-        --seq-len 32 --laws 3 --audits 1 --workers 1 --residuals residuals.npz
-    python benchmarks/one_nonce.py residuals.npz --presets hardened --dtypes bfloat16 --laws 3 --seed 1
+    python benchmarks/shares.py --device cuda --laws 6 --residuals residuals.npz
+    python benchmarks/one_nonce.py residuals.npz --candidates none F --seed 2
 """
 
 import itertools
 import math
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,10 @@ LEFT_OUT, CANDIDATES = "F", (*BOUNDS, "F")
 
 HEAVY, HEAVY_SHARE = 45.0, 1 / 8  # a heavy nonce over the median, and the share of the audits that it is in
 CHEAT_BLOCKS, CHEAT_AUDITS, HEAVY_AUDITS = 4, 200, 100
-JUNKED, JUNK_SHARE, LIVES = 300, 0.02, 2000
+SEEN_HEAVY = 20.0  # times the median: a block with such a nonce needs none that is put in
+SUSPECT, AGAIN = 0.005, 10_000  # a pair accused in so many audits is measured again, with so many others
+LIVES, LIFE_AUDIT = 400, 16  # lives under a law, and nonces of each of their audits
+JUNKED, JUNK_SHARE, JUNK_LIVES = 300, 0.02, 2000
 
 
 def invented_below(law, share):
@@ -51,7 +56,10 @@ class Factors:
 
     def __init__(self, test, values_U):
         self.test = test
-        size_U = self.size_U = test.law.magnitudes(values_U)
+        size_U = test.law.magnitudes(values_U)
+        order = np.argsort(size_U)
+        self.place_U = np.argsort(order)
+        size_U = self.size_U = size_U[order]
         own_UJ = [test.law.log_density(size_U, float(scale)) for scale in test._scales_J]
         base_U = test.law.log_density(size_U, 1.0)
         log_UP = test._steps(size_U)
@@ -61,14 +69,11 @@ class Factors:
         # What the honest path of the same scale gains: the ratio that is bounded is the one over it.
         self.own_UP = np.repeat(np.stack(own_UJ, axis=1) - base_U[:, None], repeats, axis=1)
         self.prior = np.exp(test._prior())
+        self.invented = int(np.searchsorted(size_U, invented_below(test.law, 0.1)))
 
     def accused(self, bound, index_RC):
         """Return whether each node is accused whose values are these, [R]."""
-        if bound == LEFT_OUT:
-            accused_R = self.accused("none", index_RC)
-            accused_R[accused_R] = [self._without_largest(index_C) for index_C in index_RC[accused_R]]
-            return accused_R
-        most, share = BOUNDS[bound]
+        most, share = BOUNDS["none" if bound == LEFT_OUT else bound]
         log_UP = self.log_UP.copy()
         if most < math.inf:
             limit_U = np.where(self.size_U < invented_below(self.test.law, share), math.log(most), math.inf)
@@ -76,21 +81,11 @@ class Factors:
         factor_UP = np.exp(np.clip(log_UP, -80, 80)).astype(np.float32)
         accused_R = np.zeros(len(index_RC), dtype=bool)
         path_RP = np.tile(self.prior, (len(index_RC), 1))
-        last_R = np.full(len(index_RC), self.prior.size)
-        _multiply(path_RP, last_R, factor_UP, index_RC, self.honest, 1 / self.test.alpha, accused_R)
+        last_R, largest_R = np.full(len(index_RC), self.prior.size), np.zeros(len(index_RC), dtype=np.int64)
+        from_place = self.invented if bound == LEFT_OUT else 0
+        place_RC, level = self.place_U[index_RC], 1 / self.test.alpha
+        _multiply(path_RP, last_R, largest_R, factor_UP, place_RC, self.honest, from_place, level, accused_R)
         return accused_R
-
-    def _without_largest(self, index_C):
-        """Return whether a node is accused also without its largest residual, where that does not look invented."""
-        steps_CP, size_C = self.log_UP[index_C], self.size_U[index_C]
-        path_CP = self.test._prior() + steps_CP.cumsum(axis=0)
-        largest_C = np.maximum.accumulate(size_C)
-        invented = invented_below(self.test.law, 0.1)
-        for n in np.flatnonzero(self.test._log_e(path_CP) >= -math.log(ALPHA)):
-            largest = int(np.argmax(size_C[: n + 1]))
-            if largest_C[n] >= invented or self.test._log_e(path_CP[n] - steps_CP[largest]) >= math.log(ROOT):
-                return True
-        return False
 
 
 def drawn(rng, pool, audits, length):
@@ -98,57 +93,81 @@ def drawn(rng, pool, audits, length):
     return rng.permuted(np.tile(np.arange(pool), (audits, 1)), axis=1)[:, :length]
 
 
+def honest(test, errors_N, rng, options):
+    """Return the shares of a block's honest audits that are accused, by candidate: as they are, with a heavy nonce."""
+    median = np.median(np.abs(errors_N))
+    factors = Factors(test, np.append(errors_N, HEAVY * median))
+    audits, candidates = options.audits, options.candidates
+    index_RC = drawn(rng, errors_N.size, audits, AUDITED)
+    suspects_RC = index_RC[factors.accused("none", index_RC)]  # no candidate accuses any other
+    share = {bound: factors.accused(bound, suspects_RC).sum() / audits for bound in candidates}
+    if max(share.values()) >= SUSPECT:
+        index_RC = drawn(rng, errors_N.size, AGAIN, AUDITED)
+        suspects_RC = index_RC[factors.accused("none", index_RC)]
+        again = {bound: factors.accused(bound, suspects_RC).sum() / AGAIN for bound in candidates}
+        share = {bound: again[bound] if share[bound] >= SUSPECT else share[bound] for bound in candidates}
+    if np.abs(errors_N).max() >= SEEN_HEAVY * median:
+        return share, None
+    heavy_RC = drawn(rng, errors_N.size, HEAVY_AUDITS, AUDITED)
+    heavy_RC[np.arange(HEAVY_AUDITS), rng.integers(AUDITED, size=HEAVY_AUDITS)] = errors_N.size
+    found = {bound: factors.accused(bound, heavy_RC).mean() for bound in candidates}
+    return share, {bound: HEAVY_SHARE * found[bound] + (1 - HEAVY_SHARE) * share[bound] for bound in candidates}
+
+
+def lived(test, blocks, others, rng, candidates):
+    """Return the shares of honest lives convicted that are audited in every other block once, by candidate."""
+    least = min(blocks[block].size for block in others)
+    factors = Factors(test, np.concatenate([blocks[block][:least] for block in others]))
+    order_RB = rng.permuted(np.tile(np.arange(len(others)), (LIVES, 1)), axis=1)
+    audits = [drawn(rng, least, LIVES, LIFE_AUDIT) + least * order_RB[:, [n]] for n in range(len(others))]
+    index_RC = np.concatenate(audits, axis=1)
+    return {bound: factors.accused(bound, index_RC).mean() for bound in candidates}
+
+
 def judged(blocks, preset, size, options):
-    """Return the figures of one preset, format and size of the law, by bound."""
+    """Return the figures of one preset, format and size of the law, by candidate."""
     rng = np.random.default_rng(options.seed)
-    laws, count = options.laws, len(blocks)
-    accused = {bound: np.full((laws, count), np.nan) for bound in CANDIDATES}
-    heavy, caught = (
-        {bound: [] for bound in CANDIDATES},
-        {bound: {cheat: [] for cheat in CHEATS} for bound in CANDIDATES},
-    )
-    for law in range(laws):
+    candidates, count = options.candidates, len(blocks)
+    accused, heavy, lives = ({bound: [] for bound in candidates} for _ in range(3))
+    caught = {bound: {cheat: [] for cheat in CHEATS} for bound in candidates}
+    for law in range(options.laws):
         test = sequential_test(noise_of(preset, blocks[law][:size]), alpha=ALPHA)
         others = [block for block in range(count) if block != law]
         for block in others:
-            errors_N = blocks[block]
-            factors = Factors(test, np.append(errors_N, HEAVY * np.median(np.abs(errors_N))))
-            index_RC = drawn(rng, errors_N.size, options.audits, AUDITED)
-            suspects_RC = index_RC[factors.accused("none", index_RC)]  # no candidate accuses any other
-            with_heavy_RC = drawn(rng, errors_N.size, HEAVY_AUDITS, AUDITED)
-            with_heavy_RC[np.arange(HEAVY_AUDITS), rng.integers(AUDITED, size=HEAVY_AUDITS)] = errors_N.size
-            for bound in CANDIDATES:
-                share = factors.accused(bound, suspects_RC).sum() / options.audits
-                accused[bound][law, block] = share
-                found = factors.accused(bound, with_heavy_RC).mean()
-                heavy[bound].append(HEAVY_SHARE * found + (1 - HEAVY_SHARE) * share)
+            share, with_heavy = honest(test, blocks[block], rng, options)
+            for bound in candidates:
+                accused[bound].append(share[bound])
+                heavy[bound] += [with_heavy[bound]] if with_heavy else []
+        for bound, found in lived(test, blocks, others, rng, candidates).items():
+            lives[bound].append(found)
         for block in rng.permutation(others)[:CHEAT_BLOCKS]:
             errors_N = blocks[block]
             for share, multiple in CHEATS:
                 factors = Factors(test, np.concatenate([errors_N, multiple * errors_N]))
                 honest_RC, larger_RC = (drawn(rng, errors_N.size, CHEAT_AUDITS, WITHIN) for _ in range(2))
                 cheats_RC = np.where(rng.random(honest_RC.shape) < share, larger_RC + errors_N.size, honest_RC)
-                for bound in CANDIDATES:
+                for bound in candidates:
                     caught[bound][share, multiple].append(factors.accused(bound, cheats_RC).mean())
     return {
         bound: {
-            "accused": float(np.nanmean(accused[bound])),
-            "accused_worst_pair": float(np.nanmax(accused[bound])),
-            "with_heavy_worst_pair": float(np.max(heavy[bound])),
+            "accused": float(np.mean(accused[bound])),
+            "accused_worst_pair": float(np.max(accused[bound])),
+            "with_heavy_worst_pair": float(np.max(heavy[bound])) if heavy[bound] else None,
+            "lives_convicted": float(np.mean(lives[bound])),
             "cheats": [[*cheat, float(np.mean(found))] for cheat, found in caught[bound].items()],
         }
-        for bound in CANDIDATES
+        for bound in candidates
     }
 
 
-def invented(rng):
+def invented(rng, candidates):
     """Return the share of nodes caught that invent 2 % of 300 nonces, by law and bound."""
     laws = {f"distances, sigma {sigma:g}": (stats.ScaleNoise(sigma), 4.0) for sigma in (1e-5, 1e-4, 5e-4)}
     laws |= {"vectors, 0.07": (stats.LogNoise(math.log(0.07), 0.5), 2.0)}
     laws |= {"vectors, 0.005": (stats.LogNoise(math.log(0.005), 0.3, tail=1.5), 2.0)}
     rows = []
     for name, (law, effect) in laws.items():
-        shape = (LIVES, JUNKED)
+        shape = (JUNK_LIVES, JUNKED)
         if isinstance(law, stats.ScaleNoise):
             honest_RC = np.abs(rng.standard_t(law.dof, shape)) * law.sigma
             junk_RC = np.abs(rng.normal(0, law.junk_sigma, shape))
@@ -158,40 +177,50 @@ def invented(rng):
             junk_RC = 2 * np.sqrt(rng.beta(*[(law.dimension - 1) / 2] * 2, shape))
         values_RC = np.where(rng.random(shape) < JUNK_SHARE, junk_RC, honest_RC)
         test = stats.SequentialTest(law, alpha=ALPHA, effect=effect)
-        found = dict.fromkeys(CANDIDATES, 0)
+        found = dict.fromkeys(candidates, 0)
         for part_RC in np.array_split(values_RC, 20):
             values_U, index = np.unique(part_RC, return_inverse=True)
             factors = Factors(test, values_U)
-            for bound in CANDIDATES:
+            for bound in candidates:
                 found[bound] += int(factors.accused(bound, index.reshape(part_RC.shape)).sum())
-        rows.append({"law": name, **{bound: number / LIVES for bound, number in found.items()}})
+        rows.append({"law": name, **{bound: number / JUNK_LIVES for bound, number in found.items()}})
         note(str(rows[-1]))
     return rows
+
+
+def row_of(kept, options, task):
+    """Return the figures of one model, preset, format and size of the law."""
+    model, preset, dtype, size = task
+    blocks = [kept["|".join(map(str, (model, preset, dtype, block)))] for block in range(options.blocks)]
+    heaviest = sorted((float(np.abs(x).max() / np.median(np.abs(x))) for x in blocks), reverse=True)
+    row = {"model": model, "preset": preset, "dtype": dtype, "law_from": size, "heaviest": heaviest[:3]}
+    return row | {"candidates": judged(blocks, preset, size, options)}
 
 
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("residuals", type=Path, help="file that benchmarks/shares.py wrote")
-    arguments.add_argument("--models", nargs="+", default=MODELS[:2])
+    arguments.add_argument("--models", nargs="+", default=MODELS)
     arguments.add_argument("--presets", nargs="+", default=PRESETS)
     arguments.add_argument("--dtypes", nargs="+", default=DTYPES)
+    arguments.add_argument("--candidates", nargs="+", default=CANDIDATES, choices=CANDIDATES)
     arguments.add_argument("--blocks", type=int, default=40)
     arguments.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
-    arguments.add_argument("--laws", type=int, default=4, help="blocks that a law is fitted to")
+    arguments.add_argument("--laws", type=int, default=6, help="blocks that a law is fitted to")
     arguments.add_argument("--audits", type=int, default=1000, help="audits of every pair of blocks")
+    arguments.add_argument("--workers", type=int, default=2)
     options = arguments.parse_args()
-    rows = []
-    junk = invented(np.random.default_rng(options.seed))
+    junk = invented(np.random.default_rng(options.seed), options.candidates)
     with np.load(options.residuals) as read:
         kept = {name: read[name].astype(np.float64) for name in read.files}
-    for model, preset, dtype in itertools.product(options.models, options.presets, options.dtypes):
-        blocks = [kept["|".join(map(str, (model, preset, dtype, block)))] for block in range(options.blocks)]
-        heaviest = sorted((float(np.abs(x).max() / np.median(np.abs(x))) for x in blocks), reverse=True)
-        for size in LAW_SIZES:
-            row = {"model": model, "preset": preset, "dtype": dtype, "law_from": size, "heaviest": heaviest[:3]}
-            rows.append(row | {"candidates": judged(blocks, preset, size, options)})
-            note(f"{model} {preset} {dtype}, law from {size}, heaviest {heaviest[0]:.0f}")
-            for bound, found in rows[-1]["candidates"].items():
+    tasks = list(itertools.product(options.models, options.presets, options.dtypes, LAW_SIZES))
+    rows = []
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("forkserver")) as pool:
+        for row in pool.map(partial(row_of, kept, options), tasks):
+            rows.append(row)
+            model = f"{row['model']} {row['preset']} {row['dtype']}"
+            note(f"{model}, law from {row['law_from']}, heaviest {row['heaviest'][0]:.0f}")
+            for bound, found in row["candidates"].items():
                 note(f"  {bound:5}{found}")
     settings = {"seed": options.seed, "blocks": options.blocks, "laws": options.laws, "audits": options.audits}
     publish("one_nonce", settings | {"invented": junk, "rows": rows}, options.output)
