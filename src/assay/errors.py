@@ -44,6 +44,7 @@ __all__ = [
     "how_to_install",
     "is_out_of_memory",
     "not_finite",
+    "reason_of",
 ]
 
 
@@ -163,6 +164,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | OutOfMemory) or type(error).__name__ == "OutOfMemoryError":
         return True
     return any(phrase in str(error) for phrase in ("out of memory", "can't allocate memory"))
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what a person reads of an error of any kind, in one line."""
+    return error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"
 
 
 def not_finite(seen: str, *, wanted: str = "finite hidden states") -> BadWeights:

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import gc
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,10 @@ from assay import streams
 from assay.errors import ModelError, UsageError
 from assay.poc import Round, get_pipeline
 from assay.poc.engines._base import noise_inputs
-from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, WorkerExtension, _client, _extension, _rows
-from assay.poc.engines.vllm._client import decode
+from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, WorkerExtension, _client, _engine, _extension, _rows
 from assay.poc.engines.vllm._compatibility import runner_kind
 from assay.poc.engines.vllm._extension import Hooks
-from assay.poc.engines.vllm._rows import Rows, Spec, new_key, request_id, split_id
+from assay.poc.engines.vllm._rows import Rows, Spec, new_key, packed, request_id, split_id, unpacked
 from assay.poc.engines.vllm._throttle import Throttle
 from assay.poc.engines.vllm._worker import Chunk, chunks
 from assay.poc.protocol._transforms import weighted_sum
@@ -175,6 +175,9 @@ def test_chat_lowers_the_limit_and_an_idle_engine_raises_it():
     assert engine.throttle.limit == 2
     engine.throttle.settings = ThrottleSettings(mode="exclusive", in_flight=9)
     assert engine.throttle.limit == 9
+    for chosen, limit in ((5, 5), (0, 16)):
+        engine.throttle.settings = ThrottleSettings(mode="exclusive", in_flight=chosen)
+        assert engine.throttle.limit == limit
 
 
 def test_nonces_over_the_limit_wait_until_one_leaves():
@@ -344,12 +347,17 @@ def test_a_port_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("shape", [(3,), (3, 12)])
 def test_values_cross_the_process_as_bytes(shape):
     values = np.arange(np.prod(shape)).reshape(shape).astype(np.float16 if len(shape) > 1 else np.float32)
-    width = shape[1] if len(shape) > 1 else 0
-    reply = {"nonces": [5, 6, 9], "values": values.tobytes(), "dtype": str(values.dtype), "width": width}
-    decoded = decode(reply)
-    assert sorted(decoded) == [5, 6, 9]
-    np.testing.assert_array_equal(decoded[6], values[1])
-    assert decode({"failed": {}}) == {}
+    reply = packed([5, 6, 9], values)
+    assert reply == {
+        "nonces": [5, 6, 9],
+        "values": values.tobytes(),
+        "dtype": str(values.dtype),
+        "width": 12 * (values.ndim - 1),
+    }
+    found = unpacked({"failed": {}} | reply)
+    assert sorted(found) == [5, 6, 9]
+    np.testing.assert_array_equal(found[6], values[1])
+    assert unpacked({"failed": {}}) == {}
 
 
 def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
@@ -424,18 +432,20 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(mo
 
 
 class DyingLLM:
-    """An ``AsyncLLM`` whose workers answer, and whose requests fail, or never end."""
+    """An ``AsyncLLM`` whose workers answer until a call, and whose requests fail, or never end."""
 
     vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
 
-    def __init__(self, error: Exception | None) -> None:
-        self.error = error
+    def __init__(self, error: Exception | None, dies_at: str = "") -> None:
+        self.error, self.dies_at = error, dies_at
         self.called: list[str] = []
         self.asked = 0
         self.given_up = 0
 
     async def collective_rpc(self, method: str, args=()) -> list:
         self.called.append(method)
+        if method == self.dies_at:
+            raise RuntimeError("EngineCore encountered an issue")
         return [None]
 
     async def generate(self, prompt, sampling, name: str, priority: int):
@@ -477,6 +487,34 @@ def test_an_engine_that_dies_fails_its_nonces_in_words_and_logs_no_trace(loop, m
     gc.collect()  # asyncio logs errors that were not looked at when their tasks are freed
     assert logged == []
     assert engine._client.throttle.in_flight == 0
+
+
+def test_an_engine_that_dies_in_a_call_of_its_workers_is_named_too(loop, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_on(DyingLLM(None, dies_at="assay_open"), loop[0], monkeypatch)
+    with pytest.raises(ModelError, match="did not run assay_open: RuntimeError: EngineCore"):
+        next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (ValueError("no such option"), UsageError, "options of vLLM: no such option"),
+        (KeyError("rope_type"), ModelError, "vLLM does not start: KeyError: 'rope_type'"),
+    ],
+)
+def test_what_vllm_cannot_read_is_named(error: Exception, kind, words: str, monkeypatch: pytest.MonkeyPatch):
+    def fail() -> None:
+        raise error
+
+    known = {
+        "vllm": {"AsyncEngineArgs": lambda **_: SimpleNamespace(create_engine_config=fail)},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
+        "vllm.v1.engine.async_llm": {"AsyncLLM": None},
+    }
+    for name, content in known.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    with pytest.raises(kind, match=words):
+        asyncio.run(_engine._start("directory", None, {}, "vllm"))
 
 
 def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(loop, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ import torch
 
 from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
-from assay.poc.engines.vllm import Client, Throttle, ThrottleSettings, _direct_worker
+from assay.poc.engines.vllm import Client, Throttle, ThrottleSettings, _compatibility, _direct_worker
 from assay.poc.engines.vllm._direct import CALLS, FAILURES, MOST, Pace
 from assay.poc.engines.vllm._direct_stream import DirectStream
 from assay.poc.engines.vllm._direct_worker import DirectPasses, _zeros_like, why_requests
@@ -254,7 +254,7 @@ def runner(config, *, specs=(FullAttentionSpec,), backend: str = "CPU_ATTN", sha
 
 @pytest.fixture
 def newest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_direct_worker, "_version", lambda: _direct_worker.OLDEST)
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
 
 
 def test_an_ordinary_engine_takes_calls(newest):
@@ -306,8 +306,8 @@ def test_models_whose_nonces_stay_requests_are_named(newest, changed, word: str)
 
 
 def test_an_older_vllm_is_named_and_nothing_else_of_it_is_read(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_direct_worker, "_version", lambda: (0, 31))
-    assert "0.32" in why_requests(None, None, SPEC)
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.31.2")
+    assert "before 0.32" in why_requests(None, None, SPEC)
 
 
 @pytest.mark.parametrize(("seq_len", "batch"), [(8, 8), (64, 1), (63, 1), (2, 16), (5, 12)])

@@ -145,7 +145,8 @@ def test_with_drafts_the_state_is_found_by_its_position_and_the_last_one_counts(
     runner.execute_model(SimpleNamespace(scheduled_new_reqs=[new_request("a", 10, words)]))
     for bound, positions, name in ((0, range(10), "a"), (42, (40, 41, 42), "wrong"), (41, (41, 42, 43), "a")):
         batch = {"req_ids": ["a", "padding"], "num_reqs": 1, "query_start_loc_np": np.array([0, len(positions), 99])}
-        batch |= {"num_computed_tokens_np": np.array([bound]), "positions": torch.tensor(list(positions))}
+        batch |= {"num_computed_tokens_np": np.array([bound]), "prefill_len_np": np.array([10])}
+        batch["positions"] = torch.tensor(list(positions))
         states = torch.stack([state_of(name, at) for at in positions])
         runner.execute_model_state = SimpleNamespace(hidden_states=states, input_batch=SimpleNamespace(**batch))
         runner.sample_tokens()

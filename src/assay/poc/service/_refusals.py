@@ -55,8 +55,3 @@ def refusal_of(error: AssayError) -> Refusal:
     may_recover = isinstance(error, ResourceError) and not isinstance(error, OutOfMemory)
     status = 503 if may_recover or isinstance(error, ModelError) else 422
     return Refusal(status, error.seen, wanted=error.wanted, do=error.do, retry_after=5 if may_recover else None)
-
-
-def reason_of(error: BaseException) -> str:
-    """Return what a person reads of an error of any kind, in one line."""
-    return error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"

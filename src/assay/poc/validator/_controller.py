@@ -10,10 +10,9 @@ from contextlib import ExitStack
 import structlog
 
 from assay._version import __version__
-from assay.errors import AssayError, UsageError
+from assay.errors import AssayError, UsageError, reason_of
 from assay.poc.protocol import Build, Round, check_name
 from assay.poc.service import Settings
-from assay.poc.service.http import reason_of
 from assay.poc.service.runtime import Deployment
 from assay.poc.validator._budget import verdict_of
 from assay.poc.validator._inbox import Inbox

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import structlog
 
 from assay import stats
-from assay.errors import AssayError, StorageError
+from assay.errors import AssayError, StorageError, reason_of
 from assay.poc.protocol import Build, Proof, Record, Round, TokenRecord, packs
-from assay.poc.service.http import Refusal, reason_of
+from assay.poc.service.http import Refusal
 from assay.poc.service.runtime import Deployment
 from assay.poc.validator._budget import Budget, choose, verdict_of
 from assay.poc.validator._claims import Claim, Reader, parsed, proof_claim, sender_of

@@ -155,7 +155,7 @@ class ParallelEngine(HFEngine):
         try:
             while left > 0 and self._tell(True):
                 wanted = left
-                left -= world.replicas  # before an error may end the loop: after the last round nobody listens
+                left -= world.replicas  # before an error can end the loop: no process listens in it after its last round
                 yield from self._gather(next(own))[:: world.tensor_parallel][:wanted]
         finally:
             own.close()

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.errors import BadWeights, ModelError, UsageError
+from assay.errors import BadWeights, ModelError, UsageError, reason_of
 from assay.poc.engines.vllm._compatibility import own_forward_refused, refuse_missing
 from assay.poc.engines.vllm._direct import DirectPath
-from assay.poc.engines.vllm._rows import Spec, new_key, request_id
+from assay.poc.engines.vllm._rows import Spec, new_key, request_id, unpacked
 from assay.poc.engines.vllm._throttle import Throttle
 
 log = logging.getLogger("assay.vllm")
@@ -129,7 +129,7 @@ class Client:
                 raise ModelError(f"nonce {nonce}: {reason}", wanted="inputs that the engine takes", do="see the log")
             if "error" in reply:
                 raise BadWeights(f"the transform failed: {reply['error']}", wanted="values", do="see the log")
-            values |= decode(reply)
+            values |= unpacked(reply)
         return values
 
     async def end(self) -> None:
@@ -151,7 +151,7 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
     """Call a method of every worker of an ``AsyncLLM`` with so many engines, and return their replies.
 
     Raises:
-        ModelError: They did not answer in time.
+        ModelError: They did not answer in time, or the engine has died.
     """
     try:
         async with asyncio.timeout(TIMEOUT):
@@ -166,6 +166,12 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
             wanted="workers that run",
             do="see the log of vLLM",
         ) from None
+    except Exception as error:  # of vLLM, and of any kind
+        raise ModelError(
+            f"vLLM's workers did not run {method}: {reason_of(error)}"[:400],
+            wanted="an engine that runs",
+            do="see the log of vLLM",
+        ) from error
 
 
 class RequestStream:
@@ -271,7 +277,7 @@ class RequestStream:
                     raise outcome
                 if isinstance(outcome, Exception) and type(outcome).__name__ not in FULL:
                     raise ModelError(
-                        f"vLLM refused a nonce: {type(outcome).__name__}: {outcome}"[:400],
+                        f"vLLM refused a nonce: {reason_of(outcome)}"[:400],
                         wanted="an engine that takes requests of this length",
                         do="see the log of vLLM",
                     ) from outcome
@@ -320,12 +326,3 @@ def parameters(max_tokens: int = 1, **other: Any) -> Any:
         skip_reading_prefix_cache=True,
         **other,
     )
-
-
-def decode(reply: dict[str, Any]) -> dict[int, Values]:
-    """Return the values of a worker's reply by nonce; none where it has no values."""
-    if "values" not in reply:
-        return {}
-    width, values = reply["width"], np.frombuffer(reply["values"], dtype=reply["dtype"])
-    rows = values.reshape(len(reply["nonces"]), width) if width else values
-    return dict(zip(reply["nonces"], rows, strict=True))

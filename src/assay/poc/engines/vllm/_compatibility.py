@@ -100,7 +100,11 @@ either is missing, the first request ends the engine.
 """
 
 SINCE = (0, 32)
-"""First minor version on which quantised checkpoints, models with state and several API servers were run."""
+"""First minor version on which quantised checkpoints, models with state, several API servers and passes beside the
+scheduler were run."""
+
+NEWER = "vLLM {}.{} or later, on which it was run".format(*SINCE)
+"""What is wanted in place of an older one."""
 
 ROTATION = "rotary_embedding"
 """What vLLM calls its kernel for rotary embeddings."""
@@ -217,15 +221,15 @@ def check_several_servers() -> None:
     _check_since("several API servers", "pass --api-server-count 1")
 
 
+def is_older() -> bool:
+    """Return whether vLLM is older than :data:`SINCE`."""
+    return _minor(_version()) < SINCE
+
+
 def _check_since(seen: str, do: str) -> None:
     """Refuse something on a vLLM that is older than those on which it was run."""
-    version = _version()
-    if _minor(version) < SINCE:
-        raise UsageError(
-            f"vLLM {version} with {seen}",
-            wanted="vLLM {}.{} or later, on which it was run".format(*SINCE),
-            do=f"install it, or {do}",
-        )
+    if is_older():
+        raise UsageError(f"vLLM {_version()} with {seen}", wanted=NEWER, do=f"install it, or {do}")
 
 
 def _check_state(config: Any) -> None:
@@ -259,9 +263,9 @@ def _check_state(config: Any) -> None:
 
 def _check_own_forward(config: Any) -> None:
     """Refuse an engine over whose weights assay's own decoder cannot run; of the rest the worker says it."""
-    since = "{}.{}".format(*SINCE)
-    older = (_minor(_version()) < SINCE, f"vLLM {_version()}", f"vLLM {since} or later, on which it was run")
-    for refused, seen, wanted in (older, *refusals_of_own_forward(config)):
+    if is_older():
+        raise own_forward_refused(f"vLLM {_version()}", NEWER)
+    for refused, seen, wanted in refusals_of_own_forward(config):
         if refused:
             raise own_forward_refused(seen, wanted)
 

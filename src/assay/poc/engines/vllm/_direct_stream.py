@@ -8,11 +8,11 @@ from weakref import WeakSet
 
 import numpy as np
 
-from assay.errors import AssayError, ModelError
-from assay.poc.engines.vllm._client import AHEAD, ATTEMPTS, Client, RequestStream, Values, decode
+from assay.errors import ModelError
+from assay.poc.engines.vllm._client import AHEAD, ATTEMPTS, Client, RequestStream, Values
 from assay.poc.engines.vllm._compatibility import own_forward_refused
 from assay.poc.engines.vllm._direct import CALLS, Pace
-from assay.poc.engines.vllm._rows import Spec
+from assay.poc.engines.vllm._rows import Spec, unpacked
 
 log = logging.getLogger("assay.vllm")
 
@@ -56,17 +56,8 @@ class DirectStream(RequestStream):
 
     async def _run_call(self, nonces: list[int]) -> dict[int, Values]:
         """Return the values of nonces that run inside the workers, none of them if they could not."""
-        try:
-            replies = await self._client.direct.run(self._key, self._pace, nonces)
-        except AssayError:
-            raise
-        except Exception as error:
-            raise ModelError(
-                f"vLLM did not run a batch of nonces: {type(error).__name__}: {error}"[:400],
-                wanted="an engine that runs",
-                do="see the log of vLLM",
-            ) from error
-        return {nonce: values for reply in replies for nonce, values in decode(reply).items()}
+        replies = await self._client.direct.run(self._key, self._pace, nonces)
+        return {nonce: values for reply in replies for nonce, values in unpacked(reply).items()}
 
     async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
         """Take the values of calls, and collect those of requests. What a call did not run is requested."""

@@ -20,16 +20,15 @@ import torch
 from torch import Tensor
 
 from assay import streams
+from assay.errors import reason_of
 from assay.poc.engines._base import noise_inputs
-from assay.poc.engines.vllm._rows import Spec
+from assay.poc.engines.vllm._compatibility import SINCE, is_older
+from assay.poc.engines.vllm._rows import LONGEST_REASON, Spec, packed
 from assay.poc.engines.vllm._settings import other_cache
 from assay.poc.engines.vllm._worker import MAX_SUMMED, MAX_VALUES, is_first_of_group, is_first_stage, is_last_stage
 from assay.poc.protocol import Transform, weighted_sum
 
 log = logging.getLogger("assay.vllm")
-
-OLDEST = (0, 32)
-"""First minor version of vLLM on which the direct path was run."""
 
 BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
 """Kernels of attention whose cache has the block as its first axis and needs no workspace of the runner."""
@@ -62,14 +61,14 @@ class DirectMethods:
             batch = 0 if reason else self.assay_passes.prepare(spec)
         except Exception as error:  # memory, or a name of vLLM
             log.warning("nonces do not run in batches", exc_info=True)
-            batch, reason = 0, _words(error)
+            batch, reason = 0, reason_of(error)[:LONGEST_REASON]
         return {"batch": batch, "reason": reason}
 
     def assay_pass(self, key: str, shares: list[list[int]], batch: int) -> dict[str, Any]:
         """Run this engine's share of the nonces of a stream in passes of ``batch``.
 
         ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. The last worker of a group
-        returns ``nonces`` and ``values`` as ``assay_collect`` does; ``error`` is the reason if they did not run.
+        returns their values as ``assay_collect`` does; ``error`` is the reason if they did not run.
         """
         stream = self.assay_hooks.rows.get(key)
         if stream is None:
@@ -83,18 +82,16 @@ class DirectMethods:
             values = self.assay_passes.run(stream.spec, nonces, batch)
         except Exception as error:  # reported, so that the engine lives
             log.warning("a batch of nonces did not run", exc_info=True)
-            return {"error": _words(error)}
+            return {"error": reason_of(error)[:LONGEST_REASON]}
         if values is None:
             return {}
-        published = values.numpy()
-        width = published.shape[1] if published.ndim > 1 else 0
-        return {"nonces": nonces, "values": published.tobytes(), "dtype": str(published.dtype), "width": width}
+        return packed(nonces, values.numpy())
 
 
 def why_requests(runner: Any, config: Any, spec: Spec) -> str | None:
     """Return the reason for which nonces must be requests here; None where they need not be."""
-    if _version() < OLDEST:
-        return "vLLM before 0.32"
+    if is_older():
+        return "vLLM before {}.{}".format(*SINCE)
     scheduler = config.scheduler_config
     model, parallel, compilation = config.model_config, config.parallel_config, config.compilation_config
     groups = runner.kv_cache_config.kv_cache_groups
@@ -356,13 +353,3 @@ def _zeros_like(cache: Tensor, blocks: int) -> Tensor:
     order, shape = _order(cache), (blocks, *cache.shape[1:])
     memory = torch.zeros([shape[axis] for axis in order], dtype=cache.dtype, device=cache.device)
     return memory.permute([order.index(axis) for axis in range(cache.ndim)])
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
-
-
-def _version() -> tuple[int, ...]:
-    import vllm  # type: ignore[import-not-found]
-
-    return tuple(int(part) for part in vllm.__version__.split(".")[:2])

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
-from assay.errors import ModelError, UsageError
+from assay.errors import AssayError, ModelError, UsageError, reason_of
 from assay.models import checkpoint_directory, identify
 from assay.poc.engines._base import check_batch_size, check_supported, noise_inputs
 from assay.poc.engines._decoding import Decoded, Replayed
@@ -322,16 +322,17 @@ async def _start(directory: str, dtype: str | None, options: dict[str, Any], for
         multiply_exactly(chosen["dtype"])
     try:
         config = AsyncEngineArgs(**chosen).create_engine_config()
+        check_config(config, forward=forward)
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    except AssayError:
+        raise
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"options of vLLM: {error}"[:500], wanted="its engine arguments", do="see `vllm serve --help`"
         ) from None
-    check_config(config, forward=forward)
-    try:
-        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     except Exception as error:  # vLLM fails to start in many ways
         raise ModelError(
-            f"vLLM does not start: {type(error).__name__}: {error}"[:500], wanted="an engine", do="see its log above"
+            f"vLLM does not start: {reason_of(error)}"[:500], wanted="an engine", do="see its log above"
         ) from error
 
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from assay import streams
-from assay.errors import AssayError
+from assay.errors import reason_of
 from assay.poc.engines._base import noise_inputs
 from assay.poc.engines.vllm._compatibility import missing_in_runner
 from assay.poc.engines.vllm._decoding import Decoding, Found, obstacle
 from assay.poc.engines.vllm._direct_worker import DirectMethods, DirectPasses
 from assay.poc.engines.vllm._own_passes import OwnPasses, why_not_over
-from assay.poc.engines.vllm._rows import Rows, RowStream, Spec
+from assay.poc.engines.vllm._rows import LONGEST_REASON, Rows, RowStream, Spec, packed
 from assay.poc.engines.vllm._throttle import Forward
 from assay.poc.engines.vllm._worker import (
     MAX_SUMMED,
@@ -80,7 +80,7 @@ class WorkerExtension(DirectMethods):
                 self.assay_passes = own
                 return None, kernels
         except Exception as error:  # the server says it, and ends in good order
-            refused = _words(error)
+            refused = reason_of(error)[:LONGEST_REASON]
         return refused, []
 
     def assay_open(self, key: str, round: dict[str, Any], preset: str) -> str | None:
@@ -88,7 +88,7 @@ class WorkerExtension(DirectMethods):
         try:
             self.assay_hooks.open(key, Spec(Round(**round), get_pipeline(preset)))
         except Exception as error:
-            return _words(error)
+            return reason_of(error)[:LONGEST_REASON]
         return None
 
     def assay_close(self, key: str) -> None:
@@ -98,9 +98,8 @@ class WorkerExtension(DirectMethods):
     def assay_collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
         """Take the values that the pipeline publishes for nonces that have run.
 
-        Returns ``failed``, the reasons by nonce. One worker that has hidden states adds ``nonces``, those that were
-        found; ``values``, their bytes; ``dtype``, float32 or float16; and ``width``, the numbers of each, or 0 for
-        distances. If the transform fails it adds ``error`` instead.
+        Returns ``failed``, the reasons by nonce. One worker that has hidden states adds the values of those nonces
+        that were found, as :func:`packed` has them; or ``error``, if the transform fails.
         """
         return self.assay_hooks.collect(key, nonces)
 
@@ -148,10 +147,8 @@ class Hooks:
             with torch.inference_mode():
                 values = self._values(stream, found, states).cpu().numpy()
         except Exception as error:  # reported, so that the engine lives
-            return {"failed": failed, "error": _words(error)}
-        width = values.shape[1] if values.ndim > 1 else 0
-        sent = {"values": values.tobytes(), "dtype": str(values.dtype), "width": width}
-        return {"failed": failed, "nonces": found, **sent}
+            return {"failed": failed, "error": reason_of(error)[:LONGEST_REASON]}
+        return {"failed": failed, **packed(found, values)}
 
     def _values(self, stream: RowStream, nonces: list[int], rows: list[Tensor]) -> Tensor:
         if self._decoding is not None and stream.spec.pipeline.steps:
@@ -276,7 +273,7 @@ class Hooks:
 
     def _fail(self, stream: RowStream, nonce: int, error: Exception) -> None:
         self.errors += 1
-        stream.fail(nonce, _words(error))
+        stream.fail(nonce, reason_of(error)[:LONGEST_REASON])
 
     def _make_transform(self, spec: Spec) -> Transform:
         return Transform(
@@ -308,7 +305,3 @@ def _check_length(request: Any, seq_len: int) -> None:
     length, what = (len(tokens), "placeholders") if sent is None else (len(sent), "inputs")
     if length != seq_len:
         raise ValueError(f"{length} {what} for {seq_len} positions")
-
-
-def _words(error: Exception) -> str:
-    return error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"[:300]

@@ -1,4 +1,4 @@
-"""The rows that a worker holds between forward pass and collection, and the request ids that lead to them.
+"""The rows that a worker holds between forward pass and collection, the request ids that lead to them, and its replies.
 
 A row is what is read of the hidden states of a nonce.
 
@@ -10,10 +10,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt32
+from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.poc.protocol import Pipeline, Round
@@ -21,6 +22,9 @@ from assay.poc.protocol import Pipeline, Round
 MAX_STREAMS = 16
 MAX_ROWS = 4096
 """Bound on the rows of a stream; above it the oldest are dropped, whose requests were given up."""
+
+LONGEST_REASON = 300
+"""Characters of the reason for which a nonce or a call did not run."""
 
 EXPIRY = 600.0  # seconds without use after which a stream is dropped
 
@@ -42,6 +46,25 @@ def split_id(text: str) -> tuple[str, int] | None:
     if not key.startswith("assay-") or not (digits.isascii() and digits.isdigit() and len(digits) <= 16):
         return None
     return key, int(digits)
+
+
+def packed(nonces: list[int], values: NDArray[Any]) -> dict[str, Any]:
+    """Return values of nonces as they leave a worker, in plain types.
+
+    That is ``nonces``; ``values``, their bytes; ``dtype``, float32 or float16; and ``width``, the numbers of each, or 0
+    for distances.
+    """
+    width = values.shape[1] if values.ndim > 1 else 0
+    return {"nonces": nonces, "values": values.tobytes(), "dtype": str(values.dtype), "width": width}
+
+
+def unpacked(reply: dict[str, Any]) -> dict[int, Any]:
+    """Return the values of a reply by nonce: of :func:`packed`, or of a worker that has none."""
+    if "values" not in reply:
+        return {}
+    width, values = reply["width"], np.frombuffer(reply["values"], dtype=reply["dtype"])
+    rows = values.reshape(len(reply["nonces"]), width) if width else values
+    return dict(zip(reply["nonces"], rows, strict=True))
 
 
 class Spec(NamedTuple):

@@ -96,7 +96,7 @@ class Throttle:
         self.in_calls = 0
         """Those of them that are in calls into the workers, and no requests."""
         self._unfinished = unfinished
-        self._capacity = settings.in_flight or max(1, capacity)
+        self._fills = max(1, capacity)
         self._left = asyncio.Event()
         self._last_chat = -1e9
         self._burst = 0
@@ -105,6 +105,11 @@ class Throttle:
         self._seconds = 0.0  # per pass, on an engine without chat
         self._window_began = 0.0
         self._window_count = 0
+
+    @property
+    def _capacity(self) -> int:
+        """Number of nonces that may be in an engine without chat."""
+        return self.settings.in_flight or self._fills
 
     @property
     def chat(self) -> int:

@@ -57,69 +57,50 @@ class Chunk:
 class Spans:
     """The requests of a step, all at once: a loop over them costs as much as a small model's layers.
 
+    Of the runner of ``vllm/v1/worker/gpu_model_runner.py`` they are in the order of ``req_ids``; in that of
+    ``vllm/v1/worker/gpu/model_runner.py`` the batch may be padded behind ``num_reqs``.
+
     Args:
         names: Ids of the requests, as the worker knows them.
         starts: Row of the first token of each in the hidden states of the step.
         lengths: Number of tokens of each.
         computed: Number of tokens of each that were computed in earlier steps.
+        prompts: Number of tokens of the prompt of each.
     """
 
     names: list[str]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     computed: NDArray[np.int64]
+    prompts: NDArray[np.int64]
 
 
 def spans(runner: Any) -> tuple[Tensor | None, Spans | None]:
-    """Return what :func:`chunks` does, in arrays."""
-    state = _state(runner)
-    if state is None:
+    """Return the hidden states [tokens, D] of the step and its requests; None where this rank has no states."""
+    # What both model runners keep between ``execute_model`` and ``sample_tokens``.
+    state = runner.execute_model_state
+    if state is None or not hasattr(state.hidden_states, "shape"):
         return None, None
     if runner_kind(runner) == "v2":
         batch = state.input_batch
         names = list(batch.req_ids[: batch.num_reqs])
         ends = np.asarray(batch.query_start_loc_np[: len(names) + 1], np.int64)
-        computed = batch.num_computed_tokens_np
+        computed, prompts = batch.num_computed_tokens_np, batch.prefill_len_np
     else:
         batch, scheduled = runner.input_batch, state.scheduler_output.num_scheduled_tokens
-        names, computed = batch.req_ids, batch.num_computed_tokens_cpu
+        names, computed, prompts = batch.req_ids, batch.num_computed_tokens_cpu, batch.num_prompt_tokens
         ends = np.cumsum([0, *(scheduled[name] for name in names)])
-    found = Spans(names, ends[:-1], np.diff(ends), np.asarray(computed[: len(names)], np.int64))
-    return state.hidden_states, found
-
-
-def _state(runner: Any) -> Any:
-    """Return the state that both model runners keep between ``execute_model`` and ``sample_tokens``, with states."""
-    state = runner.execute_model_state
-    return None if state is None or not hasattr(state.hidden_states, "shape") else state
+    counts = (np.asarray(numbers[: len(names)], np.int64) for numbers in (computed, prompts))
+    return state.hidden_states, Spans(names, ends[:-1], np.diff(ends), *counts)
 
 
 def chunks(runner: Any) -> tuple[Tensor | None, Iterator[Chunk]]:
-    """Return the hidden states [tokens, D] of the step and its requests; None where this rank has no states."""
-    state = _state(runner)
-    if state is None:
+    """Return what :func:`spans` does, request by request."""
+    states_ND, step = spans(runner)
+    if step is None:
         return None, iter(())
-    read = _chunks_v2 if runner_kind(runner) == "v2" else _chunks_v1
-    return state.hidden_states, read(runner, state)
-
-
-def _chunks_v1(runner: Any, state: Any) -> Iterator[Chunk]:
-    """Read the runner of ``vllm/v1/worker/gpu_model_runner.py``, whose rows are in the order of ``req_ids``."""
-    batch, lengths = runner.input_batch, state.scheduler_output.num_scheduled_tokens
-    start = 0
-    for index, name in enumerate(batch.req_ids):
-        length = int(lengths[name])
-        yield Chunk(name, start, length, int(batch.num_computed_tokens_cpu[index]), int(batch.num_prompt_tokens[index]))
-        start += length
-
-
-def _chunks_v2(runner: Any, state: Any) -> Iterator[Chunk]:
-    """Read the runner of ``vllm/v1/worker/gpu/model_runner.py``, whose batch may be padded behind ``num_reqs``."""
-    batch = state.input_batch
-    for index, name in enumerate(batch.req_ids[: batch.num_reqs]):
-        start, end = int(batch.query_start_loc_np[index]), int(batch.query_start_loc_np[index + 1])
-        computed, prompt = int(batch.num_computed_tokens_np[index]), int(batch.prefill_len_np[index])
-        yield Chunk(name, start, end - start, computed, prompt)
+    columns = (numbers.tolist() for numbers in (step.starts, step.lengths, step.computed, step.prompts))
+    return states_ND, map(Chunk, step.names, *columns)
 
 
 def call_before(runner: Any, name: str, before: Callable[..., None], failed: Callable[[Exception], None]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from assay.errors import ModelError
+from assay.errors import ModelError, reason_of
 from assay.poc.engines.vllm import call_workers
 from assay.poc.protocol import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 
@@ -145,7 +145,7 @@ class Collector:
                     if wanted[name][1] == followed.due:  # one that ended since waits for the next call
                         followed.end()
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}"[:300]
+                reason = reason_of(error)[:300]
                 failed = ModelError(f"no sketches: {reason}", wanted="workers that run", do="see the log of vLLM")
                 for followed in self._called.values():
                     followed.end(failed)

@@ -1,7 +1,7 @@
 """The HTTP surface of the service: routes, keys, the bodies of responses, and the receiver of callbacks."""
 
 from assay.poc.service._logs import LogBudget
-from assay.poc.service._refusals import Refusal, reason_of, refusal_of
+from assay.poc.service._refusals import Refusal, refusal_of
 from assay.poc.service.http._app import PREFIX, PREFIXES, attach, create_app
 from assay.poc.service.http._broadcast import Broadcast
 from assay.poc.service.http._lifespan import kept_running, running
@@ -47,7 +47,6 @@ __all__ = [
     "message_id",
     "needs",
     "not_found",
-    "reason_of",
     "receive",
     "refusal_of",
     "route_class",

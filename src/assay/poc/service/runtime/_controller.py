@@ -17,11 +17,11 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
-from assay.errors import AssayError, StorageError
+from assay.errors import AssayError, StorageError, reason_of
 from assay.poc.engines import check_supported
 from assay.poc.protocol import DistanceRecord, get_pipeline, is_distance
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
-from assay.poc.service._refusals import Refusal, reason_of
+from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
 from assay.poc.service._states import State, after
 from assay.poc.service.runtime._agreed import check_build, check_deployed, check_round

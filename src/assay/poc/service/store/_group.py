@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from assay.errors import StorageError
-from assay.poc.service._refusals import Refusal, reason_of
+from assay.errors import StorageError, reason_of
+from assay.poc.service._refusals import Refusal
 
 log = structlog.get_logger("assay.store")
 
