@@ -155,7 +155,7 @@ class ParallelEngine(HFEngine):
         try:
             while left > 0 and self._tell(True):
                 wanted = left
-                left -= world.replicas  # before an error can end the loop: no process listens in it after its last round
+                left -= world.replicas  # before an error can end the loop, after whose last round no process listens
                 yield from self._gather(next(own))[:: world.tensor_parallel][:wanted]
         finally:
             own.close()

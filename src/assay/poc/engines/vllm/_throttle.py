@@ -128,8 +128,10 @@ class Throttle:
             return self._capacity
         if self.busy:
             return min(self._capacity, self.settings.chat_in_flight)
-        if not self._seconds or self.settings.in_flight:
-            return self._capacity if self.settings.in_flight else min(self._capacity, 2 * self.settings.chat_in_flight)
+        if self.settings.in_flight:
+            return self.settings.in_flight
+        if not self._seconds:
+            return min(self._capacity, 2 * self.settings.chat_in_flight)
         return max(self.settings.chat_in_flight, min(self._capacity, int(self.settings.wait / self._seconds)))
 
     def look(self) -> None:
