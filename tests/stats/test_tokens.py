@@ -51,6 +51,12 @@ def test_a_fit_finds_the_scale_and_the_spread_between_responses(between: float, 
     assert min(fit.law.weights) > 0  # what a sample does not show is not taken for absent
 
 
+def test_a_response_without_tokens_says_nothing():
+    clusters = drawn(8, 40, law_at(0.0625), between=0.7, seed=2)
+    empty = np.zeros((0, COLUMNS))
+    assert fit_token_noise([empty, *clusters[:4], empty, *clusters[4:], empty]) == fit_token_noise(clusters)
+
+
 def test_engines_that_agree_on_every_token_leave_room_for_what_was_not_seen():
     certain = np.zeros((64, COLUMNS))
     certain[:, SCALES.searchsorted(1.0) :] = -2.0

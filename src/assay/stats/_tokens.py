@@ -173,12 +173,12 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
     :data:`UNSEEN` tokens are added, spread over all columns.
 
     Args:
-        clusters: Profiles [N, G] of the honest tokens of every cluster.
+        clusters: Profiles [N, G] of the honest tokens of every cluster; one without tokens says nothing.
 
     Raises:
         UsageError: There are too few tokens, or a number that is not a logarithm of a probability.
     """
-    logs = [np.asarray(one, dtype=np.float64) for one in clusters]
+    logs = [np.asarray(one, dtype=np.float64) for one in clusters if len(one)]
     n = sum(map(len, logs))
     good = all(one.ndim == 2 and one.shape[1] == COLUMNS and bool(np.all(one <= 0)) for one in logs)
     if not good or n < SMALLEST_SAMPLE:
