@@ -26,7 +26,7 @@ def test_unknown_name(name):
         get_backend(name)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "mps", ""])
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:007", "cuda:٣", "cuda:128", "cuda:99999999999", ""])
 def test_unknown_device(device):
     with pytest.raises(UsageError, match="cpu, cuda or cuda:<number>"):
         get_backend("torch", device)

@@ -110,12 +110,12 @@ def seeds(texts: Sequence[str], strength: int = 32) -> UInts:
 
 
 def hashes(seeds_B: UInts, start: int, stop: int) -> UInts:
-    """Hashes of elements ``start`` to ``stop`` (exclusive) of each stream, uint32 ``[B, stop - start]``."""
+    """Return the hashes of elements ``start`` to ``stop`` (exclusive) of each stream, uint32 ``[B, stop - start]``."""
     return _hash(seeds_B[:, None], np.arange(start, stop, dtype=np.int64).astype(np.uint32))
 
 
 def step_seeds(words_BW: UInts, steps_BN: UInts) -> UInts:
-    """Seeds of steps, uint32 ``[B, N]``: the hash of the step with the first word as seed, its hash with the next, ...
+    """Return the seeds of steps, uint32 ``[B, N]``: a step hashed with one word of the stream after the other as seed.
 
     Every hash is a bijection of the index, so different steps of a stream have different seeds. The steps are broadcast
     to the streams.
@@ -127,17 +127,17 @@ def step_seeds(words_BW: UInts, steps_BN: UInts) -> UInts:
 
 
 def uniforms(seeds_B: UInts, start: int, stop: int) -> Floats:
-    """Uniforms in [0, 1]. The conversion rounds to nearest even; scaling by a power of two is exact."""
+    """Return uniforms in [0, 1]. The conversion rounds to nearest even; scaling by a power of two is exact."""
     return hashes(seeds_B, start, stop).astype(np.float32) * np.float32(2.0**-32)
 
 
 def signs(seeds_B: UInts, n: int) -> npt.NDArray[np.int8]:
-    """Signs: +1 where ``uniform > 0.5``, else -1, decided from the integer."""
+    """Return signs: +1 where ``uniform > 0.5``, else -1, decided from the integer."""
     return np.where(hashes(seeds_B, 0, n) >= SIGN_THRESHOLD, np.int8(1), np.int8(-1))
 
 
 def permutations(seeds_B: UInts, n: int) -> npt.NDArray[np.int64]:
-    """Permutations of 0..n-1: the stable argsort of n hashes, which never tie: the hash is a bijection of the index."""
+    """Return permutations of 0..n-1: the stable argsort of n hashes. They never tie: the hash is a bijection."""
     return np.argsort(hashes(seeds_B, 0, n), axis=1, kind="stable").astype(np.int64)
 
 
@@ -147,7 +147,7 @@ def picks(seeds_B: UInts, n: int, k: int) -> npt.NDArray[np.int64]:
 
 
 def normals(seeds_BS: UInts, n: int) -> Floats:
-    """Standard normals, float32 ``[B, n]``: each sub-seed makes ``ceil(n / S)`` of them, the last ones what is left."""
+    """Return standard normals, float32 ``[B, n]``: each sub-seed makes ``ceil(n / S)``, the last ones what is left."""
     length = segment_length(n, seeds_BS.shape[1])
     normals_BN = np.empty((len(seeds_BS), n), np.float32)
     for sub_seed, start in enumerate(range(0, n, length)):
@@ -157,7 +157,7 @@ def normals(seeds_BS: UInts, n: int) -> Floats:
 
 
 def gumbels(seeds_B: UInts, start: int, stop: int) -> Floats:
-    """Standard Gumbel numbers ``-ln E``, with E exponential; the smaller the hash, the larger the number.
+    """Return standard Gumbel numbers ``-ln E``, with E exponential; the smaller the hash, the larger the number.
 
     ``E = -ln(1 - (h + 1/2) / 2**32)`` is never 0 and never infinite. Its x is the smaller of the two probabilities,
     (h + 1/2) / 2**32 and what is left of 1, so neither tail loses digits: -3.13 to 22.87, to the last of 2**32 values.
@@ -170,19 +170,19 @@ def gumbels(seeds_B: UInts, start: int, stop: int) -> Floats:
 
 
 def segment_length(n: int, sub_seeds: int) -> int:
-    """How many of n normals each sub-seed makes, the last ones fewer or none. At least 1, so that it can be a step."""
+    """Return how many of n normals each sub-seed makes, the last ones fewer or none: at least 1, to be a step."""
     return max(1, -(-n // sub_seeds))
 
 
 def box_muller(u1: Floats, u2: Floats) -> tuple[Floats, Floats]:
-    """Two independent normals: ``sqrt(-2 ln u1)`` times the cosine and times the sine of ``u2`` turns."""
+    """Return two independent normals: ``sqrt(-2 ln u1)`` times the cosine and times the sine of ``u2`` turns."""
     radius = np.sqrt(np.float32(2) * negative_log(np.maximum(u1, MIN_U1)))
     cosine, sine = cos_sin_turn(u2)
     return radius * cosine, radius * sine
 
 
 def negative_log(u: Floats) -> Floats:
-    """``-ln u`` for positive u that are not subnormal: split as u = 2**-k (1 + f). +0 at u = 1."""
+    """Return ``-ln u`` for positive u that are not subnormal: split as u = 2**-k (1 + f). +0 at u = 1."""
     bits = u.view(np.int32)
     exponent = (bits - SQRT_HALF_BITS) >> np.int32(23)
     k = (-exponent).astype(np.float32)
@@ -191,13 +191,19 @@ def negative_log(u: Floats) -> Floats:
 
 
 def negative_log1p_minus(x: Floats) -> Floats:
-    """``-ln(1 - x)`` for x from 2**-33 to 1/2: 1 - x is 1 + f with f = -x, or (1 + f) / 2 with f = 1 - 2x, exactly."""
+    """Return ``-ln(1 - x)`` for x from 2**-33 to 1/2.
+
+    1 - x is 1 + f with f = -x, or (1 + f) / 2 with f = 1 - 2x, exactly.
+    """
     halved = x > LOG1P_SPLIT
     return _negative_log_of_parts(halved.astype(np.float32), np.where(halved, np.float32(1) - np.float32(2) * x, -x))
 
 
 def cos_sin_turn(u: Floats) -> tuple[Floats, Floats]:
-    """``cos 2 pi u`` and ``sin 2 pi u`` for u in [0, 1]. The reduction to an eighth of a turn either side is exact."""
+    """Return ``cos 2 pi u`` and ``sin 2 pi u`` for u in [0, 1].
+
+    The reduction to an eighth of a turn either side is exact.
+    """
     quarters = np.float32(4) * u
     shifted = quarters + ROUND_MAGIC
     quadrant = shifted.view(np.int32) & np.int32(3)
@@ -227,7 +233,7 @@ def _sha256(text: str) -> bytes:
 
 
 def _negative_log_of_parts(k: Floats, f: Floats) -> Floats:
-    """``-ln(2**-k (1 + f)) = k ln 2 - f + f**2/2 - f**3 LN_POLY(f)`` for 1 + f in [sqrt(1/2), sqrt(2))."""
+    """Return ``-ln(2**-k (1 + f)) = k ln 2 - f + f**2/2 - f**3 LN_POLY(f)`` for 1 + f in [sqrt(1/2), sqrt(2))."""
     square = f * f
     curve = np.float32(0.5) * square - f * square * _polynomial(LN_POLY, f)
     result: Floats = ((k * LN2_LOW + curve) - f) + k * LN2_HIGH
@@ -235,7 +241,7 @@ def _negative_log_of_parts(k: Floats, f: Floats) -> Floats:
 
 
 def _hash(seeds: UInts, indices: UInts) -> UInts:
-    """Hash of each index with its seed as the seed; the two arrays are broadcast."""
+    """Return the hash of each index with its seed as the seed; the two arrays are broadcast."""
     k = indices * np.uint32(0xCC9E2D51)
     k = _rotate_left(k, 15)
     k = k * np.uint32(0x1B873593)

@@ -29,7 +29,8 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     if name not in (*BACKENDS, "auto"):
         raise UsageError(f"backend {name!r}", wanted=f"auto or one of {', '.join(BACKENDS)}", do="choose one of these")
     device = str(device)
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    # Torch reads a number that it cannot hold as another one, or not at all.
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", device):
         raise UsageError(f"device {device!r}", wanted="cpu, cuda or cuda:<number>", do="choose one of these")
     if name in ("numpy", "numba") and device != "cpu":
         raise UsageError(
