@@ -1,0 +1,168 @@
+"""The engine as provers use it: what becomes of nonces when vLLM dies, ends or does not start."""
+
+import asyncio
+import gc
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from assay.errors import ModelError, UsageError
+from assay.poc import Round, get_pipeline
+from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, _client, _engine
+from assay.poc.engines.vllm._rows import Spec
+from assay.poc.engines.vllm._throttle import Throttle
+from assay.poc.serving import plugin
+from tests.waiting import until
+
+SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
+
+
+class DyingLLM:
+    """An ``AsyncLLM`` whose workers answer until a call, and whose requests fail, or never end."""
+
+    vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
+
+    def __init__(self, error: Exception | None, dies_at: str = "") -> None:
+        self.error, self.dies_at = error, dies_at
+        self.called: list[str] = []
+        self.asked = 0
+        self.given_up = 0
+
+    async def collective_rpc(self, method: str, args=()) -> list:
+        self.called.append(method)
+        if method == self.dies_at:
+            raise RuntimeError("EngineCore encountered an issue")
+        return [None]
+
+    async def generate(self, prompt, sampling, name: str, priority: int):
+        self.asked += 1
+        try:
+            await asyncio.sleep(0 if self.error else 3600)
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+        raise self.error
+        yield
+
+
+@pytest.fixture
+def loop():
+    """An event loop in a thread of its own, and the errors that it logged."""
+    made, logged = asyncio.new_event_loop(), []
+    made.set_exception_handler(lambda _, context: logged.append(context["message"]))
+    thread = threading.Thread(target=made.run_forever, daemon=True)
+    thread.start()
+    yield made, logged
+    made.call_soon_threadsafe(made.stop)
+    thread.join()
+    made.close()
+
+
+def engine_on(llm: DyingLLM, loop, monkeypatch: pytest.MonkeyPatch) -> RequestEngine:
+    monkeypatch.setattr(_client, "_sampling", lambda: None)
+    client = _client.Client(llm, Throttle(ThrottleSettings(in_flight=4, path="requests"), lambda: 0, 4))
+    client.description = {"dtype": "float32", "hidden_size": 16, "vocab_size": 32}
+    return RequestEngine(client, loop, version="0", batch_size=4, seq_len=8, most_positions=64)
+
+
+def test_an_engine_that_dies_fails_its_nonces_in_words_and_logs_no_trace(loop, monkeypatch: pytest.MonkeyPatch):
+    made, logged = loop
+    engine = engine_on(DyingLLM(RuntimeError("EngineCore died")), made, monkeypatch)
+    with pytest.raises(ModelError, match="EngineCore died"):
+        next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
+    gc.collect()  # asyncio logs errors that were not looked at when their tasks are freed
+    assert logged == []
+    assert engine._client.throttle.in_flight == 0
+
+
+def test_an_engine_that_dies_in_a_call_of_its_workers_is_named_too(loop, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_on(DyingLLM(None, dies_at="assay_open"), loop[0], monkeypatch)
+    with pytest.raises(ModelError, match="did not run assay_open: RuntimeError: EngineCore"):
+        next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (ValueError("no such option"), UsageError, "options of vLLM: no such option"),
+        (KeyError("rope_type"), ModelError, "vLLM does not start: KeyError: 'rope_type'"),
+    ],
+)
+def test_what_vllm_cannot_read_is_named(error: Exception, kind, words: str, monkeypatch: pytest.MonkeyPatch):
+    def fail() -> None:
+        raise error
+
+    known = {
+        "vllm": {"AsyncEngineArgs": lambda **_: SimpleNamespace(create_engine_config=fail)},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
+        "vllm.v1.engine.async_llm": {"AsyncLLM": None},
+    }
+    for name, content in known.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    with pytest.raises(kind, match=words):
+        asyncio.run(_engine._start("directory", None, {}, "vllm"))
+
+
+def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(loop, monkeypatch: pytest.MonkeyPatch):
+    made, logged = loop
+    llm = DyingLLM(None)
+    engine = engine_on(llm, made, monkeypatch)
+    outputs, raised = engine.outputs(SPEC.round, SPEC.pipeline, range(64)), []
+
+    def work() -> None:
+        try:
+            next(outputs)
+        except ModelError as error:
+            raised.append(error)
+
+    waiting = threading.Thread(target=work)
+    waiting.start()
+    until(lambda: llm.asked == 4)
+    asyncio.run_coroutine_threadsafe(engine._client.end(), made).result(10)
+    waiting.join(10)
+    assert [error.seen for error in raised] == ["the engine of vLLM has ended"]
+    assert (llm.given_up, llm.called) == (4, ["assay_open", "assay_close"])
+    assert engine._client.throttle.in_flight == 0
+    with pytest.raises(ModelError, match="has ended"):
+        next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
+    gc.collect()
+    assert logged == []
+
+
+def test_the_controller_is_closing_before_vllm_ends_its_engine(loop):
+    """As ``serve_http`` does it on SIGTERM: in a thread, before the application hears of it."""
+    made, _ = loop
+    mounted, seen = plugin(), []
+    mounted.controller = SimpleNamespace(closing=threading.Event())
+    client = _client.Client(DyingLLM(None), Throttle(ThrottleSettings(), lambda: 0, 4))
+
+    def end(timeout: float) -> None:
+        seen.append((mounted.controller.closing.is_set(), client.ended.done(), timeout))
+
+    engine_client = SimpleNamespace(shutdown=end)
+    made.call_soon_threadsafe(mounted._end_before, engine_client, SimpleNamespace(client=client, loop=made))
+    until(lambda: engine_client.shutdown is not end)
+    engine_client.shutdown(timeout=3)
+    engine_client.shutdown(timeout=0)
+    assert seen == [(True, True, 3), (True, True, 0)]
+
+
+def test_the_fingerprint_names_the_kernels_and_a_cache_of_another_format(loop, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_on(DyingLLM(None), loop[0], monkeypatch)
+    worker = {"runner": "v2", "device": "H200", "attention": "FLASH_ATTN", "threads": 0, "eager": False}
+    engine._client.description |= worker | {"tensor_parallel": 2, "pipeline_parallel": 1, "cache": ["kv fp8"]}
+    engine._client.description |= {"format": "", "products": []}
+    fingerprint = engine.fingerprint
+    assert fingerprint.kernels == ("runner v2", "tp 2", "pp 1", "compiled", "kv fp8")
+    assert fingerprint.as_dict()["library"] == "vllm 0, runner v2, tp 2, pp 1, compiled, kv fp8"
+    del engine.fingerprint
+    engine._client.description["cache"] = []
+    assert engine.fingerprint.as_dict()["library"] == "vllm 0, runner v2, tp 2, pp 1, compiled"  # as the first version
+    del engine.fingerprint
+    engine._client.description |= {"format": "int8-rows", "products": ["CPUInt8ScaledMMLinearKernel onednn"]}
+    assert (engine.fingerprint.dtype, engine.fingerprint.kernels[-1]) == (
+        "int8-rows",
+        "CPUInt8ScaledMMLinearKernel onednn",
+    )

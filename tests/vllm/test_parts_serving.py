@@ -1,0 +1,133 @@
+"""What the plugin puts around the routes of vLLM, and its settings."""
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from assay.errors import UsageError
+from assay.poc.engines.vllm import ThrottleSettings
+from assay.poc.serving import PluginSettings, plugin
+from assay.poc.serving._plugin import ChatBarrier
+
+
+def answers(app, path: str, method: str = "POST", root_path: str = "") -> int:
+    """Return the status that an application answers with."""
+    sent: list[dict] = []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    scope = {"type": "http", "path": path, "method": method, "root_path": root_path}
+    scope["headers"] = [(b"host", b"evil.example")]
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"]
+
+
+async def served(scope, receive, send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+def test_the_barrier_stops_new_work_and_nothing_else():
+    closed = [True]
+    app = ChatBarrier(served, prefix="/api/v1/pow", closed=lambda: closed[0])
+    assert answers(app, "/v1/chat/completions") == 503
+    assert answers(app, "/v1/completions") == 503
+    assert answers(app, "/v1/models", "GET") == answers(app, "/tokenize") == answers(app, "/api/v1/pow/stop") == 200
+    closed[0] = False
+    assert answers(app, "/v1/chat/completions") == 200
+
+
+def test_a_middleware_under_a_prefix_leaves_other_routes_alone():
+    from assay.poc.service.http import LocalOnly
+
+    app = LocalOnly(served, prefix="/api/v1/pow")
+    assert answers(app, "/api/v1/pow/status", "GET") == 403
+    assert answers(app, "/v1/models", "GET") == 200
+
+
+@pytest.mark.parametrize("root", ["", "/proxy"])
+def test_a_root_path_opens_no_guard_and_closes_no_route(root: str):
+    """A client may send the root path or leave it out: the router takes both."""
+    from fastapi import FastAPI
+
+    from assay.poc.service.http import LocalOnly
+    from tests.poc.service.conftest import TestClient
+
+    app = FastAPI()
+    app.root_path = root  # as vLLM sets it from --root-path
+    for path in ("/api/v1/pow/status", "/api/v1/pow/stop", "/tokenize", "/v1/completions"):
+        app.add_api_route(path, lambda: "served", methods=["GET", "POST"])
+    app.add_middleware(ChatBarrier, prefix="/api/v1/pow", closed=lambda: True)
+    app.add_middleware(LocalOnly, prefix="/api/v1/pow")
+    here, evil = (TestClient(app, base_url=f"http://{host}") for host in ("127.0.0.1", "evil.example"))
+    for before in {"", root}:
+        assert evil.get(f"{before}/api/v1/pow/status").status_code == 403
+        assert evil.post(f"{before}/api/v1/pow/stop").status_code == 403
+        assert here.post(f"{before}/api/v1/pow/stop").status_code == 200
+        assert here.post(f"{before}/tokenize").status_code == 200
+        assert here.post(f"{before}/v1/completions").status_code == 503
+        assert evil.get(f"{before}/v1/completions").status_code == 200
+
+
+def test_settings_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    keys = tmp_path / "keys"
+    keys.write_text("second-key-of-16-chars\n")
+    environment = {
+        "ASSAY_API_KEY": "first-key-of-16-chars",
+        "ASSAY_API_KEY_FILE": str(keys),
+        "ASSAY_DATA_DIR": str(tmp_path),
+        "ASSAY_CALLBACK_INTERVAL": "0.5",
+        "ASSAY_MAX_NONCES": "7",
+        "ASSAY_ALLOW_PRIVATE_CALLBACKS": "1",
+        "ASSAY_VLLM_SHARE": "0.5",
+        "ASSAY_VLLM_MODE": "exclusive",
+        "ASSAY_VLLM_INPUTS": "sent",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    read = PluginSettings()
+    assert read.api_keys == ("first-key-of-16-chars", "second-key-of-16-chars")
+    assert (read.callback_interval, read.max_nonces, read.drain) == (0.5, 7, 2.0)
+    assert read.allow_private_callbacks is True
+    assert read.throttle == ThrottleSettings(share=0.5, mode="exclusive")
+    assert read.vllm_inputs == "sent"
+    monkeypatch.setenv("ASSAY_DRAIN", "9")
+    assert PluginSettings().drain == 9.0
+
+
+def test_every_setting_of_the_throttle_has_a_name_in_the_environment():
+    for field in dataclasses.fields(ThrottleSettings):
+        assert PluginSettings.environment_name(f"vllm_{field.name}") == f"ASSAY_VLLM_{field.name.upper()}"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ASSAY_MAX_NONCES": "many"},
+        {"ASSAY_ALLOW_PRIVATE_CALLBACKS": "perhaps"},
+        {"ASSAY_VLLM_SHARE": "2"},
+        {"ASSAY_VLLM_MODE": "greedy"},
+        {"ASSAY_VLLM_INPUTS": "guessed"},
+        {"ASSAY_API_KEY": "short"},
+        {"ASSAY_API_KEY_FILE": "/no/such/file"},
+    ],
+)
+def test_settings_that_are_wrong_are_refused_in_words(wrong, monkeypatch: pytest.MonkeyPatch):
+    ((name, value),) = wrong.items()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="an API key of fewer" if value == "short" else name):
+        PluginSettings()
+
+
+def test_a_port_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path))
+    for host in (None, "0.0.0.0", "203.0.113.7"):
+        app = SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(host=host, uds=None)))
+        with pytest.raises(UsageError, match="without a key"):
+            plugin().attach_router(app)

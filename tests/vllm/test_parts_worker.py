@@ -1,0 +1,226 @@
+"""What a worker holds of nonces: rows and their ids, the requests of a step, inputs and states."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assay import streams
+from assay.poc import Round, get_pipeline
+from assay.poc.engines._base import noise_inputs
+from assay.poc.engines.vllm import WorkerExtension, _extension, _rows
+from assay.poc.engines.vllm._compatibility import runner_kind
+from assay.poc.engines.vllm._extension import Hooks
+from assay.poc.engines.vllm._rows import Rows, Spec, new_key, packed, request_id, split_id, unpacked
+from assay.poc.engines.vllm._worker import Chunk, chunks
+from assay.poc.protocol._transforms import weighted_sum
+
+SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
+
+
+def test_a_request_id_leads_back_to_key_and_nonce_with_or_without_the_suffix_of_vllm():
+    key = new_key()
+    for nonce in (0, 7, 2**53 - 1):
+        assert split_id(request_id(key, nonce)) == (key, nonce)
+        assert split_id(f"{request_id(key, nonce)}-0123abcd") == (key, nonce)
+
+
+@given(st.text(max_size=60))
+def test_other_request_ids_are_nobodys(text: str):
+    found = split_id(text)
+    assert found is None or (found[0].startswith("assay-") and found[1] >= 0)
+    assert split_id(f"chatcmpl-{text}") is None
+
+
+def test_keys_cannot_be_guessed():
+    assert len({new_key() for _ in range(100)}) == 100
+    assert len(new_key()) >= 32 + len("assay-")
+
+
+def rows_with(count: int) -> Rows:
+    rows = Rows()
+    rows.open("a", SPEC)
+    for nonce in range(count):
+        rows.get("a").fill(nonce)
+        rows.get("a").put(nonce, torch.tensor([float(nonce)]))
+    return rows
+
+
+def test_rows_come_back_once_and_leave_nothing():
+    rows = rows_with(3)
+    found, states = rows.get("a").take([2, 0, 9])
+    assert found == [2, 0]
+    assert [state.item() for state in states] == [2.0, 0.0]
+    assert rows.get("a").take([2])[0] == []
+    rows.close("a")
+    assert rows.counts() == {"streams": 0, "rows": 0, "filled": 0, "dropped": 1, "failed": 0}
+
+
+def test_rows_that_nobody_collects_are_bounded():
+    rows = rows_with(_rows.MAX_ROWS + 10)
+    counts = rows.counts()
+    assert counts["rows"] == counts["filled"] == _rows.MAX_ROWS
+    assert counts["dropped"] == 10
+
+
+def test_streams_that_nobody_closes_are_bounded_and_the_newest_stay():
+    rows = Rows()
+    for number in range(_rows.MAX_STREAMS + 5):
+        rows.open(str(number), SPEC)
+    assert rows.counts()["streams"] == _rows.MAX_STREAMS
+    assert rows.get("0") is None
+    assert rows.get(str(_rows.MAX_STREAMS + 4)) is not None
+
+
+def test_streams_expire(monkeypatch: pytest.MonkeyPatch):
+    rows = rows_with(1)
+    monkeypatch.setattr(_rows, "EXPIRY", -1.0)
+    rows.open("b", SPEC)
+    assert rows.get("a") is None
+
+
+def test_a_request_is_found_by_the_key_of_an_open_stream_only():
+    rows = Rows()
+    key = new_key()
+    rows.open(key, SPEC)
+    assert rows.find(f"{request_id(key, 5)}-0123abcd") == (rows.get(key), 5)
+    for other in (request_id(new_key(), 5), "chatcmpl-1", ".0", ""):
+        assert rows.find(other) is None
+
+
+@given(st.integers(0, 20), st.integers(1, 20), st.integers(1, 20))
+def test_exactly_one_chunk_of_a_prompt_ends_it(computed: int, length: int, prompt: int):
+    chunk = Chunk("id", 0, length, computed, prompt)
+    assert chunk.ends_prompt == (computed < prompt <= computed + length)
+    assert 0 <= chunk.in_prompt <= length
+    assert chunk.in_prompt == len(set(range(computed, computed + length)) & set(range(prompt)))
+
+
+def v1_runner(lengths: dict[str, int], computed: list[int], prompts: list[int]):
+    states = torch.arange(float(sum(lengths.values()))).unsqueeze(1)
+    scheduled = SimpleNamespace(num_scheduled_tokens=lengths)
+    batch = SimpleNamespace(req_ids=list(lengths), num_computed_tokens_cpu=computed, num_prompt_tokens=prompts)
+    state = SimpleNamespace(scheduler_output=scheduled, hidden_states=states)
+    return SimpleNamespace(execute_model_state=state, input_batch=batch)
+
+
+def test_chunks_of_a_step_lie_one_after_the_other():
+    runner = v1_runner({"a": 3, "b": 1, "c": 4}, [0, 9, 2], [3, 5, 6])
+    states_ND, found = chunks(runner)
+    assert states_ND is not None
+    listed = list(found)
+    assert [(c.request_id, c.start, c.length, c.ends_prompt) for c in listed] == [
+        ("a", 0, 3, True),
+        ("b", 3, 1, False),
+        ("c", 4, 4, True),
+    ]
+
+
+@pytest.mark.parametrize("state", [None, SimpleNamespace(hidden_states=None), SimpleNamespace(hidden_states={})])
+def test_a_rank_without_states_has_no_chunks(state):
+    states_ND, found = chunks(SimpleNamespace(execute_model_state=state))
+    assert states_ND is None
+    assert list(found) == []
+
+
+def test_the_runner_is_told_by_its_module():
+    kind = type("GPUModelRunner", (), {"__module__": "vllm.v1.worker.gpu.model_runner"})
+    assert runner_kind(kind()) == "v2"
+    assert runner_kind(type("CPU", (kind,), {"__module__": "vllm.v1.worker.cpu.model_runner"})()) == "v2"
+    assert runner_kind(type("Old", (), {"__module__": "vllm.v1.worker.gpu_model_runner"})()) == "v1"
+
+
+def test_names_of_the_extension_cannot_clash_with_those_of_a_worker():
+    own = [name for name in vars(WorkerExtension) if not name.startswith("__")]
+    assert own
+    assert all(name.startswith("assay_") for name in own)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 12)])
+def test_values_cross_the_process_as_bytes(shape):
+    values = np.arange(np.prod(shape)).reshape(shape).astype(np.float16 if len(shape) > 1 else np.float32)
+    reply = packed([5, 6, 9], values)
+    assert reply == {
+        "nonces": [5, 6, 9],
+        "values": values.tobytes(),
+        "dtype": str(values.dtype),
+        "width": 12 * (values.ndim - 1),
+    }
+    found = unpacked({"failed": {}} | reply)
+    assert sorted(found) == [5, 6, 9]
+    np.testing.assert_array_equal(found[6], values[1])
+    assert unpacked({"failed": {}}) == {}
+
+
+def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_extension, "MAX_VALUES", 2 * 8 * 16)  # two nonces at once
+    monkeypatch.setattr(_extension, "is_first_stage", lambda: True)
+    steps: list[object] = []
+    runner = SimpleNamespace(device=torch.device("cpu"), execute_model=steps.append, sample_tokens=None)
+    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16)
+    hooks = Hooks(runner, SimpleNamespace(model_config=model))
+    other = Spec(Round(block_hash="other", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
+    keys = {new_key(): SPEC, new_key(): other}
+    for key, spec in keys.items():
+        hooks.rows.open(key, spec)
+    wanted = [(key, nonce) for nonce in range(5) for key in keys]
+    requests = [
+        SimpleNamespace(req_id=request_id(key, nonce), prompt_embeds=None, prompt_token_ids=[0] * (8 - (nonce == 3)))
+        for key, nonce in wanted
+    ]
+    runner.execute_model(SimpleNamespace(scheduled_new_reqs=requests))
+    assert len(steps) == 1
+    assert all(list(hooks.rows.get(key).failed) == [3] for key in keys)
+    backend = streams.get_backend("auto", "cpu")
+    for (key, nonce), request in zip(wanted, requests, strict=True):
+        assert (nonce in hooks.rows.get(key).filled) == (nonce != 3)
+        if nonce != 3:
+            alone = noise_inputs(backend, keys[key].round, [nonce], seq_len=8, hidden_size=16, dtype="float32")[0]
+            assert torch.equal(request.prompt_embeds, alone)
+            assert request.prompt_is_token_ids == [False] * 8
+
+
+def test_a_stage_without_hidden_states_forgets_nonces_when_they_are_collected():
+    runner = SimpleNamespace(device=torch.device("cpu"), execute_model=None, sample_tokens=None)
+    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16)
+    hooks, key = Hooks(runner, SimpleNamespace(model_config=model)), new_key()
+    hooks.rows.open(key, SPEC)
+    hooks.rows.get(key).fill(3)
+    hooks.rows.get(key).fail(4, "too long")
+    assert hooks.collect(key, [3, 4]) == {"failed": {"4": "too long"}}
+    assert hooks.rows.counts() == {"streams": 1, "rows": 0, "filled": 0, "dropped": 0, "failed": 0}
+
+
+def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
+    """Three steps: whole prompts beside halves of others, in groups of two, with the states of a stranger between."""
+    monkeypatch.setattr(_extension, "MAX_SUMMED", 2 * 8 * 16)
+    runner = SimpleNamespace(device=torch.device("cpu"), execute_model=None, sample_tokens=lambda: None)
+    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16, get_vocab_size=lambda: 32)
+    hooks = Hooks(runner, SimpleNamespace(model_config=model))
+    round = Round(block_hash="b", public_key="k", seq_len=8, preset="hardened")
+    key, spec = new_key(), Spec(round, get_pipeline("hardened"))
+    hooks.rows.open(key, spec)
+    states_BTD = torch.randn(5, 8, 16, generator=torch.Generator().manual_seed(0))
+    weights_BT = hooks._transform(spec).weights(range(5), 8)
+    steps = [[(0, 0, 8), (3, 0, 5), (1, 0, 8)], [(4, 0, 5), (2, 0, 8)], [(3, 5, 8), (4, 5, 8)]]
+    for nonce in range(5):
+        hooks.rows.get(key).fill(nonce)
+    for step in steps:
+        parts, start = [torch.full((3, 16), float("nan"))], 3
+        found = [Chunk("stranger", 0, 3, 0, 3), Chunk(request_id(key, 77), 0, 3, 0, 8)]  # and one that was not filled
+        for nonce, begin, end in step:
+            parts.append(states_BTD[nonce, begin:end])
+            found.append(Chunk(request_id(key, nonce), start, end - begin, begin, 8))
+            start += end - begin
+        left = torch.cat(parts), iter(found)
+        monkeypatch.setattr(_extension, "chunks", lambda _, left=left: left)
+        runner.sample_tokens()
+    assert (hooks.errors, hooks.rows.counts()["failed"]) == (0, 0)
+    nonces, rows = hooks.rows.get(key).take(range(5))
+    assert nonces == list(range(5))
+    torch.testing.assert_close(torch.stack(rows), weighted_sum(states_BTD, weights_BT), atol=1e-6, rtol=0)
+    assert not hooks.rows.get(key).sums
+    assert not hooks.rows.get(key).rows
