@@ -1,50 +1,29 @@
-"""Receipts of responses: stored, found, listed, sent as a file, announced, deleted; full disks and old databases."""
+"""Receipts of responses: stored, found, listed, announced, for whom; databases of earlier versions."""
 
-import asyncio
 import hashlib
 import json
 import shutil
 import sqlite3
-import threading
-import time
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-import sqlalchemy as sa
 from fastapi import FastAPI
 
-from assay.errors import StorageError, UsageError
-from assay.poc.responses import Prompt, Receipts
+from assay.errors import UsageError
+from assay.poc.responses import Prompt
 from assay.poc.service import Settings, attach
 from assay.poc.service._refusals import Refusal
 from assay.poc.service.http import PREFIXES, LocalOnly
-from assay.poc.service.runtime import Controller, Metrics, ReceiptKeeper
-from assay.poc.service.store import Callback, Database, Outbox, _receipts
+from assay.poc.service.runtime import Controller
+from assay.poc.service.store import Database
 from assay.poc.service.store._schema import MIGRATIONS
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient, cap
-from tests.poc.service.receipts import RECEIPTS, header, receipt, stored_together
+from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient
+from tests.poc.service.receipts import RECEIPTS, get, header, on_disk, receipt, store
 from tests.waiting import until
 
 FIRST = Path(__file__).parents[2] / "vectors" / "first" / "service" / "service.sqlite3"
-
-
-def store(service, *receipts, under=None) -> None:
-    sink = service.controller.receipts.sink(under or header())
-    asyncio.run(stored_together(sink, receipts))
-
-
-def get(service, path: str, status: int = 200, **params):
-    answer = service.client.get(RECEIPTS + path, params=params)
-    assert answer.status_code == status, (path, answer.status_code, answer.text[:500])
-    return answer.json() if answer.content and "jsonl" not in answer.headers["content-type"] else answer
-
-
-def on_disk(service) -> bytes:
-    """Every byte of the database and of its journal."""
-    path = service.controller.database.path
-    return b"".join(file.read_bytes() for file in sorted(path.parent.glob(f"{path.name}*")))
 
 
 def test_a_receipt_is_found_after_a_restart(service):
@@ -94,9 +73,6 @@ def test_a_receipt_that_the_header_does_not_fit_is_refused(service):
     get(service, "/chat", 404)
 
 
-# Paging and files
-
-
 def test_the_list_is_paged(service):
     store(service, *(receipt(f"chat-{i}") for i in range(25)))
     names, after = [], 0
@@ -107,92 +83,6 @@ def test_the_list_is_paged(service):
     assert names == [f"chat-{i}" for i in range(25)]
     for params in ({"limit": 0}, {"limit": 1001}, {"after": -1}, {"after": 2**63}, {"after": "x"}):
         get(service, "", 422, **params)
-
-
-def files(service, **params) -> list[Receipts]:
-    """Fetch file after file, each of which must be complete."""
-    found, after = [], 0
-    while True:
-        answer = service.client.get(f"{RECEIPTS}.jsonl", params={"after": after} | params)
-        assert int(answer.headers["receipts-last"]) >= after
-        if answer.status_code == 204:
-            return found
-        assert answer.headers["content-type"].startswith("application/jsonl")
-        found.append(Receipts.parse("export", answer.content))
-        after = int(answer.headers["receipts-last"])
-        if answer.headers["receipts-more"] == "false":
-            return found
-
-
-def test_a_file_of_receipts_is_complete_and_pages_follow_each_other(service):
-    assert files(service) == []
-    made = [receipt(f"chat-{i}") for i in range(25)]
-    store(service, *made)
-    found = files(service, limit=10)
-    assert [len(file.receipts) for file in found] == [10, 10, 5]
-    assert [each.line() for file in found for each in file.receipts] == [each.without_prompt().line() for each in made]
-    assert found[0].header == header()
-    (whole,) = files(service)
-    assert (whole.footer.receipts, whole.footer.tokens) == (25, 1000)
-
-
-def test_a_file_has_one_header_and_no_response_twice(service):
-    store(service, receipt("a"), receipt("b"))
-    store(service, receipt("c"), under=header(public_key="node_B"))
-    store(service, receipt("a"), receipt("a", output=(1, 2)), receipt("d"))
-    found = [(file.header.public_key, [each.request_id for each in file.receipts]) for file in files(service)]
-    assert found == [("node_A", ["a", "b"]), ("node_B", ["c"]), ("node_A", ["a", "d"])]
-
-
-def test_a_file_of_one_request(service):
-    store(service, receipt("a"), receipt("b", index=1), receipt("b"), receipt("c"))
-    (found,) = files(service, request_id="b")
-    assert [(each.request_id, each.index) for each in found.receipts] == [("b", 1), ("b", 0)]
-    assert files(service, request_id="x") == []
-
-
-def test_a_file_is_bounded_and_read_in_parts(service, monkeypatch):
-    made = [receipt(f"chat-{i:02}") for i in range(20)]
-    size = len(made[0].without_prompt().line())
-    monkeypatch.setattr(_receipts, "MOST_BYTES", size * 8)
-    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", size * 3)
-    store(service, *made)
-    assert sorted(len(file.receipts) for file in files(service)) == [4, 8, 8]
-    get(service, "/chat-01")
-    monkeypatch.setattr(_receipts, "MOST_BYTES", size // 2)
-    assert "index" in get(service, "/chat-01", 413)["do"]
-    assert len(files(service)) == 20  # a receipt that is larger than a file may be stands alone
-
-
-def test_what_is_deleted_while_a_file_is_sent_is_missing_from_it(service, monkeypatch):
-    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
-    store(service, *(receipt(f"chat-{i}") for i in range(6)))
-    real = service.controller.receipts.store.lines
-
-    def lines(low, high, **more):
-        if low == 2:
-            service.controller.receipts.delete("chat-4")
-        return real(low, high, **more)
-
-    monkeypatch.setattr(service.controller.receipts.store, "lines", lines)
-    (found,) = files(service)
-    assert [each.request_id for each in found.receipts] == [f"chat-{i}" for i in (0, 1, 2, 3, 5)]
-
-
-def test_a_file_whose_reading_fails_has_no_footer(service, monkeypatch):
-    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
-    store(service, receipt("a"), receipt("b"))
-    real = service.controller.receipts.store.lines
-
-    def lines(low, high, **more):
-        if low:
-            raise StorageError("gone", wanted="a file", do="wait")
-        return real(low, high, **more)
-
-    monkeypatch.setattr(service.controller.receipts.store, "lines", lines)
-    answer = service.client.get(f"{RECEIPTS}.jsonl")
-    with pytest.raises(Exception, match="truncated"):
-        Receipts.parse("export", answer.content)
 
 
 # Hostile requests and keys
@@ -264,120 +154,6 @@ def test_without_keys_other_hosts_get_no_receipts_from_another_application_eithe
         assert client.get(RECEIPTS, headers={"Host": "127.0.0.1"}).status_code == 200
 
 
-def test_only_so_many_files_are_sent_at_once(service, monkeypatch):
-    monkeypatch.setattr("assay.poc.service.http._receipts.MOST_FILES", 0)
-    store(service, receipt("a"))
-    assert get(service, ".jsonl", 429)["wanted"] == "fewer at once"
-
-
-def test_files_that_are_asked_for_at_once_are_counted(service, monkeypatch):
-    monkeypatch.setattr("assay.poc.service.http._receipts.MOST_FILES", 1)
-    store(service, receipt("a"))
-    receipts, both, go = service.controller.receipts.store, threading.Barrier(2), threading.Event()
-    page, lines = receipts.page, receipts.lines
-
-    def paged(*given, **more):
-        both.wait(20)
-        return page(*given, **more)
-
-    def read(*given, **more):
-        assert go.wait(20)
-        return lines(*given, **more)
-
-    monkeypatch.setattr(receipts, "page", paged)
-    monkeypatch.setattr(receipts, "lines", read)
-    answers = []
-    calls = [threading.Thread(target=lambda: answers.append(service.client.get(f"{RECEIPTS}.jsonl"))) for _ in "ab"]
-    for call in calls:
-        call.start()
-    try:
-        until(lambda: answers)
-    finally:
-        go.set()
-        for call in calls:
-            call.join()
-    assert [answer.status_code for answer in answers] == [429, 200]
-    assert len(Receipts.parse("export", answers[1].content).receipts) == 1
-
-
-# Deletion and age
-
-
-def secret(number: int) -> str:
-    return f"secret-{hashlib.sha256(str(number).encode()).hexdigest()}"
-
-
-def test_a_deletion_leaves_nothing_behind_and_others_stay(serving):
-    receiver = FlakyReceiver(trouble=1.0)
-    receiver.close()  # callbacks stay undelivered
-    with serving(receipt_callback_url=receiver.url, callback_attempts=1000) as service:
-        made = [receipt(secret(i), user_seed=secret(1000 + i), output=tuple(range(1 + i % 90))) for i in range(300)]
-        for start in range(0, 300, 50):
-            store(service, *made[start : start + 50])
-        gone = {i for i in range(300) if i % 3 != 1}
-        assert all(secret(i).encode() in on_disk(service) for i in gone)
-        for i in sorted(gone, key=secret):
-            assert service.client.delete(f"{RECEIPTS}/{secret(i)}").json() == {"deleted": 1}
-        left = on_disk(service)
-        assert not [i for i in gone if secret(i).encode() in left or secret(1000 + i).encode() in left]
-        (file,) = files(service)
-        assert [each.request_id for each in file.receipts] == [secret(i) for i in range(300) if i not in gone]
-        assert 'receipts_deleted_total{reason="request"} 200.0' in service.client.get("/metrics").text
-
-
-def test_a_reader_delays_the_emptying_of_the_journal_only(service):
-    store(service, receipt(secret(1)))
-    with sqlite3.connect(service.controller.database.path) as reader:
-        reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM receipts").fetchall()
-        assert service.client.delete(f"{RECEIPTS}/{secret(1)}").status_code == 200
-        assert secret(1).encode() in on_disk(service)
-    reader.close()
-    until(lambda: secret(1).encode() not in on_disk(service))
-
-
-def test_one_choice_is_deleted_and_callbacks_lose_it(serving):
-    with serving(receipt_callback_url="http://127.0.0.1:9/", callback_interval=1000.0) as service:
-        store(service, *(receipt("chat", index=index) for index in range(3)))
-        outbox, c = service.controller.outbox, service.controller.outbox._c
-        service.controller.database.change(outbox._table.update().values(status="pending"))
-        assert service.client.delete(f"{RECEIPTS}/chat", params={"index": 1}).json() == {"deleted": 1}
-        assert [each["receipt"]["index"] for each in get(service, "/chat")["receipts"]] == [0, 2]
-        query = sa.select(*outbox._columns).where(c.kind == "receipts")
-        with service.controller.database.read() as connection:
-            body = outbox._receipts(connection, Callback(*connection.execute(query).one()))
-        assert [each["index"] for each in body["receipts"]] == [0, 2]
-        service.client.delete(f"{RECEIPTS}/chat")
-        assert outbox.counts() == {"pending": 0, "dead": 0}
-
-
-def test_old_receipts_are_deleted_and_a_clock_that_jumps_deletes_nothing(service, monkeypatch):
-    store(service, *(receipt(f"chat-{i}") for i in range(7)))
-    keeper, day = service.controller.receipts, 86_400.0
-    with service.controller.database.write() as connection:
-        connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq <= 5", (29 * day,))
-    monkeypatch.setattr(_receipts, "_PRUNED", 3)
-    assert keeper.store.prune(30 * day) == 0
-    real = time.time
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "time", lambda: real() + 400 * day)
-        assert keeper.store.prune(30 * day) == 0
-    assert [keeper.store.prune(28 * day) for _ in range(3)] == [3, 2, 0]
-    assert [entry["request_id"] for entry in get(service, "")["receipts"]] == ["chat-5", "chat-6"]
-
-
-def test_a_service_deletes_what_is_old_by_itself(serving):
-    with serving() as service:
-        store(service, receipt(secret(1)), receipt("young"))
-        until(lambda: service.controller.receipts._pruned_at > 0)
-        with service.controller.database.write() as connection:
-            connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq = 1", (31 * 86_400.0,))
-        service.restart()
-        until(lambda: len(get(service, "")["receipts"]) == 1)
-        until(lambda: secret(1).encode() not in on_disk(service))
-        assert 'receipts_deleted_total{reason="age"} 1.0' in service.client.get("/metrics").text
-
-
 # Callbacks
 
 
@@ -419,164 +195,6 @@ def test_callbacks_of_receipts_do_not_hold_up_artifact_jobs(serving):
         assert service.controller.outbox.counts()["pending"] == 1
         job = ARTIFACTS | {"nonces": [0], "url": "http://127.0.0.1:9/"}
         service.post("/generate", job)
-
-
-# Bounds and full disks
-
-
-def test_a_full_disk_refuses_responses_until_there_is_room(service):
-    sink = service.controller.receipts.sink(header())
-    store(service, receipt("before"))
-    limit = cap(service.controller.database)
-    kept, refused = [], None
-    for i in range(1000):
-        try:
-            store(service, receipt(f"chat-{i}", output=tuple(range(1000))))
-            kept.append(f"chat-{i}")
-        except Refusal as error:
-            refused = error
-            break
-    assert (refused.status, refused.retry_after) == (503, 1)
-    until(lambda: "assay_poc_receipts_failing 1.0" in service.client.get("/metrics").text)
-    with pytest.raises(Refusal, match="disk"):
-        sink.check()
-    found = [entry["request_id"] for entry in get(service, "", limit=1000)["receipts"]]
-    assert found == ["before", *kept]  # none of the refused transaction
-    assert service.client.get("/health").status_code == 200
-    limit[0] = 2**30
-    until(lambda: not service.controller.receipts._group.failing)
-    sink.check()
-    store(service, receipt("after"))
-    assert get(service, "/after")
-    assert "assay_poc_receipts_failing 0.0" in service.client.get("/metrics").text
-    assert "assay_poc_receipts_refused_total 1.0" in service.client.get("/metrics").text
-
-
-@pytest.fixture
-def held(tmp_path, monkeypatch):
-    """A keeper whose disk is slow until the event is set."""
-    settings = Settings(data_dir=tmp_path, max_receipts=3)
-    database = Database(tmp_path)
-    keeper = ReceiptKeeper(database, Outbox(database), settings, Metrics())
-    go, real = threading.Event(), keeper.store.add
-
-    def add(receipts):
-        assert go.wait(20)
-        return real(receipts)
-
-    monkeypatch.setattr(keeper.store, "add", add)
-    yield keeper, go
-    go.set()
-    keeper.close()
-    database.close()
-
-
-def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
-    keeper, go = held
-    sink = keeper.sink(header())
-
-    async def scenario() -> list[object]:
-        first = asyncio.create_task(sink.store(receipt("first")))
-        await asyncio.sleep(0)
-        keeper.start()
-        while keeper._group.waiting:
-            await asyncio.sleep(0.01)
-        more = [asyncio.create_task(sink.store(receipt(f"chat-{i}"))) for i in range(4)]
-        await asyncio.sleep(0)
-        with pytest.raises(Refusal, match="3 messages wait"):
-            sink.check()
-        go.set()
-        return await asyncio.gather(first, *more, return_exceptions=True)
-
-    outcome = asyncio.run(scenario())
-    assert [isinstance(each, Refusal) for each in outcome] == [False, False, False, False, True]
-    times = [entry["stored_at"] for entry in keeper.store.listed(0, 10)]
-    assert len(times) == 4
-    assert times[1] == times[2] == times[3]
-
-
-def test_what_one_turn_of_the_loop_stores_shares_a_transaction(held):
-    keeper, go = held
-    sink = keeper.sink(header())
-    go.set()
-    keeper.start()
-
-    async def ending(number: int) -> None:
-        time.sleep(0.02)  # the thread could begin a transaction here
-        await sink.store(receipt(f"chat-{number}"))
-
-    async def scenario() -> None:
-        await asyncio.gather(*(ending(number) for number in range(3)))
-
-    asyncio.run(scenario())
-    assert len({entry["stored_at"] for entry in keeper.store.listed(0, 10)}) == 1
-
-
-def test_bytes_that_wait_are_bounded(held, monkeypatch):
-    keeper, go = held
-    monkeypatch.setattr("assay.poc.service.store._group.MOST_BYTES", 2000)
-
-    async def scenario() -> list[object]:
-        sink = keeper.sink(header())
-        large = [receipt(f"chat-{i}", output=tuple(range(1000))) for i in range(2)]
-        tasks = [asyncio.create_task(sink.store(each)) for each in large]
-        await asyncio.sleep(0)
-        go.set()
-        keeper.start()
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    assert [isinstance(each, Refusal) for each in asyncio.run(scenario())] == [False, True]
-
-
-def test_a_client_that_leaves_still_has_its_receipt(held):
-    keeper, go = held
-    sink = keeper.sink(header())
-
-    async def scenario() -> None:
-        task = asyncio.create_task(sink.store(receipt("chat")))
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(scenario())
-    keeper.start()
-    go.set()
-    until(lambda: keeper.store.listed(0, 10))
-
-
-def test_the_end_stores_what_waits_and_takes_nothing_more(held):
-    keeper, go = held
-    sink = keeper.sink(header())
-
-    async def scenario() -> None:
-        task = asyncio.create_task(sink.store(receipt("chat")))
-        await asyncio.sleep(0)
-        keeper.start()
-        go.set()
-        await asyncio.to_thread(keeper.close)
-        await task
-        with pytest.raises(Refusal, match="ending"):
-            await sink.store(receipt("late"))
-
-    asyncio.run(scenario())
-    assert [entry["request_id"] for entry in keeper.store.listed(0, 10)] == ["chat"]
-
-
-def test_the_thread_survives_what_it_does_not_expect(service, monkeypatch):
-    real, calls = service.controller.receipts.store.add, []
-
-    def add(receipts):
-        calls.append(1)
-        if len(calls) == 1:
-            raise RuntimeError("something else")
-        return real(receipts)
-
-    monkeypatch.setattr(service.controller.receipts.store, "add", add)
-    with pytest.raises(Refusal, match="could not be written"):
-        store(service, receipt("chat"))
-    store(service, receipt("chat"))
-    assert get(service, "/chat")
 
 
 # Databases of earlier versions

@@ -1,0 +1,170 @@
+"""The keeper of receipts: what waits is bounded, a full disk refuses, and the end stores what waits."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from assay.poc.service import Settings
+from assay.poc.service._refusals import Refusal
+from assay.poc.service.runtime import Metrics, ReceiptKeeper
+from assay.poc.service.store import Database, Outbox
+from tests.poc.service.conftest import cap
+from tests.poc.service.receipts import get, header, receipt, store
+from tests.waiting import until
+
+
+def test_a_full_disk_refuses_responses_until_there_is_room(service):
+    sink = service.controller.receipts.sink(header())
+    store(service, receipt("before"))
+    limit = cap(service.controller.database)
+    kept, refused = [], None
+    for i in range(1000):
+        try:
+            store(service, receipt(f"chat-{i}", output=tuple(range(1000))))
+            kept.append(f"chat-{i}")
+        except Refusal as error:
+            refused = error
+            break
+    assert (refused.status, refused.retry_after) == (503, 1)
+    until(lambda: "assay_poc_receipts_failing 1.0" in service.client.get("/metrics").text)
+    with pytest.raises(Refusal, match="disk"):
+        sink.check()
+    found = [entry["request_id"] for entry in get(service, "", limit=1000)["receipts"]]
+    assert found == ["before", *kept]  # none of the refused transaction
+    assert service.client.get("/health").status_code == 200
+    limit[0] = 2**30
+    until(lambda: not service.controller.receipts._group.failing)
+    sink.check()
+    store(service, receipt("after"))
+    assert get(service, "/after")
+    assert "assay_poc_receipts_failing 0.0" in service.client.get("/metrics").text
+    assert "assay_poc_receipts_refused_total 1.0" in service.client.get("/metrics").text
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """A keeper whose disk is slow until the event is set."""
+    settings = Settings(data_dir=tmp_path, max_receipts=3)
+    database = Database(tmp_path)
+    keeper = ReceiptKeeper(database, Outbox(database), settings, Metrics())
+    go, real = threading.Event(), keeper.store.add
+
+    def add(receipts):
+        assert go.wait(20)
+        return real(receipts)
+
+    monkeypatch.setattr(keeper.store, "add", add)
+    yield keeper, go
+    go.set()
+    keeper.close()
+    database.close()
+
+
+def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
+    keeper, go = held
+    sink = keeper.sink(header())
+
+    async def scenario() -> list[object]:
+        first = asyncio.create_task(sink.store(receipt("first")))
+        await asyncio.sleep(0)
+        keeper.start()
+        while keeper._group.waiting:
+            await asyncio.sleep(0.01)
+        more = [asyncio.create_task(sink.store(receipt(f"chat-{i}"))) for i in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match="3 messages wait"):
+            sink.check()
+        go.set()
+        return await asyncio.gather(first, *more, return_exceptions=True)
+
+    outcome = asyncio.run(scenario())
+    assert [isinstance(each, Refusal) for each in outcome] == [False, False, False, False, True]
+    times = [entry["stored_at"] for entry in keeper.store.listed(0, 10)]
+    assert len(times) == 4
+    assert times[1] == times[2] == times[3]
+
+
+def test_what_one_turn_of_the_loop_stores_shares_a_transaction(held):
+    keeper, go = held
+    sink = keeper.sink(header())
+    go.set()
+    keeper.start()
+
+    async def ending(number: int) -> None:
+        time.sleep(0.02)  # the thread could begin a transaction here
+        await sink.store(receipt(f"chat-{number}"))
+
+    async def scenario() -> None:
+        await asyncio.gather(*(ending(number) for number in range(3)))
+
+    asyncio.run(scenario())
+    assert len({entry["stored_at"] for entry in keeper.store.listed(0, 10)}) == 1
+
+
+def test_bytes_that_wait_are_bounded(held, monkeypatch):
+    keeper, go = held
+    monkeypatch.setattr("assay.poc.service.store._group.MOST_BYTES", 2000)
+
+    async def scenario() -> list[object]:
+        sink = keeper.sink(header())
+        large = [receipt(f"chat-{i}", output=tuple(range(1000))) for i in range(2)]
+        tasks = [asyncio.create_task(sink.store(each)) for each in large]
+        await asyncio.sleep(0)
+        go.set()
+        keeper.start()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [isinstance(each, Refusal) for each in asyncio.run(scenario())] == [False, True]
+
+
+def test_a_client_that_leaves_still_has_its_receipt(held):
+    keeper, go = held
+    sink = keeper.sink(header())
+
+    async def scenario() -> None:
+        task = asyncio.create_task(sink.store(receipt("chat")))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scenario())
+    keeper.start()
+    go.set()
+    until(lambda: keeper.store.listed(0, 10))
+
+
+def test_the_end_stores_what_waits_and_takes_nothing_more(held):
+    keeper, go = held
+    sink = keeper.sink(header())
+
+    async def scenario() -> None:
+        task = asyncio.create_task(sink.store(receipt("chat")))
+        await asyncio.sleep(0)
+        keeper.start()
+        go.set()
+        await asyncio.to_thread(keeper.close)
+        await task
+        with pytest.raises(Refusal, match="ending"):
+            await sink.store(receipt("late"))
+
+    asyncio.run(scenario())
+    assert [entry["request_id"] for entry in keeper.store.listed(0, 10)] == ["chat"]
+
+
+def test_the_thread_survives_what_it_does_not_expect(service, monkeypatch):
+    real, calls = service.controller.receipts.store.add, []
+
+    def add(receipts):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("something else")
+        return real(receipts)
+
+    monkeypatch.setattr(service.controller.receipts.store, "add", add)
+    with pytest.raises(Refusal, match="could not be written"):
+        store(service, receipt("chat"))
+    store(service, receipt("chat"))
+    assert get(service, "/chat")
