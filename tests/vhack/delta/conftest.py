@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from assay.vhack import Basis
+from assay.vhack.delta import DeltaS, ProjectedOptimizer
 
 
 @pytest.fixture
@@ -65,3 +66,25 @@ def gate_each(adapter, rollouts, frames, gate, chosen):
         each = rows.transpose(0, 1)
         gated = torch.where(chosen.to(rows.device)[:, None, None], gate.apply(each, axes, 1), each)
         parameter.grad = gated.sum(dim=0).float()
+
+
+OPTIMISERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, weight_decay=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.02),
+}
+
+
+def build(module, svd, basis, kind="adamw", **settings):
+    """Return an adapter and its projected optimiser."""
+    adapter = DeltaS(module, svd)
+    return adapter, ProjectedOptimizer(OPTIMISERS[kind](adapter.delta), adapter, basis, **settings)
+
+
+def backward(module, ids, optimiser):
+    """Leave new gradients, and return the loss."""
+    optimiser.zero_grad()
+    loss = loss_of(module, ids)
+    loss.backward()
+    return loss.item()
