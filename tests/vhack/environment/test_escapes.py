@@ -1,4 +1,4 @@
-"""The programs of `escapes` against every backend: none gets out, forges a verdict, or leaves anything behind."""
+"""The programs of `escapes` and `forgeries`: none gets out, forges a verdict, or leaves anything behind."""
 
 import contextlib
 import os
@@ -10,8 +10,16 @@ import pytest
 
 from assay.vhack.environment import Call, Episode, Limits, grade, tasks
 from assay.vhack.environment.sandbox import run
-from tests.vhack.environment.escapes import ENDLESS, PROGRAMS, SLOW
+from tests.vhack.environment.escapes import ESCAPES
+from tests.vhack.environment.forgeries import FORGERIES
 from tests.waiting import until
+
+PROGRAMS = ESCAPES | FORGERIES
+ENDLESS = {"closed_descriptors", "ignored_signals", "sleep", "spin", "stdin"}
+"""Those that would go on until they are stopped."""
+
+SLOW = {"huge_values", "recursion", "stopped_group"}
+"""Those that end by themselves or are stopped, whichever comes first."""
 
 TOKEN = "s3cr3t-5f1c"
 BACKENDS = ["bwrap", "namespaces", "bwrap once"]
