@@ -258,6 +258,17 @@ async def chat_alone(url, index, *, tokens=24):
         return await chat_once(client, index, tokens=tokens)
 
 
+async def talk(url, count, *, tokens=12, at_once=4):
+    """Send requests as :func:`chat_alone` does, so many at once; return what each gave."""
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(index):
+        async with gate:
+            return await chat_alone(url, index, tokens=tokens)
+
+    return await asyncio.gather(*(one(index) for index in range(count)))
+
+
 async def chat_once(client, index, *, tokens=24, prompt=None):
     """Send one chat, completion or streaming request; return its text, status and seconds to the first token."""
     kind = ("chat", "completion", "stream-chat", "stream-completion")[index % 4]

@@ -5,12 +5,13 @@ import re
 
 import numpy as np
 import pytest
+from _vllm import talk
 from _vllm_forked import ForkedServer
 
 from tests.vllm.conftest import ON_GPU, SEQ_LEN
 from tests.vllm.receiver import Receiver
 from tests.vllm.test_exclusive import stored
-from tests.vllm.test_server import make, proved, talk
+from tests.vllm.test_server import make, proved
 from tests.waiting import until
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="two engines need two GPUs")

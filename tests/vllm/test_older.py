@@ -4,10 +4,9 @@ import asyncio
 import os
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
-from _vllm import Server, chat_once
+from _vllm import Server, talk
 from _vllm_answers import SEEDED, begin, mixed
 from _vllm_tokens import agreement
 
@@ -19,16 +18,12 @@ PYTHON = Path(os.environ.get("ASSAY_VLLM_OLD_PYTHON", ROOT / ".venv-vllm-old/bin
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="the older vLLM is not installed: run make test-vllm")
 def test_the_older_version_serves_proves_and_is_what_it_says(honest, tmp_path: Path):
-    async def talk(url: str) -> list[dict]:
-        async with httpx.AsyncClient(base_url=url, timeout=240.0) as client:
-            return [await chat_once(client, index, tokens=8) for index in range(8)]
-
     with Server(tmp_path, python=str(PYTHON), environment=SEEDED) as server:
         assert server.get("/engine").json()["vllm"] == "0.28.0"
-        alone = asyncio.run(talk(server.url))
+        alone = asyncio.run(talk(server.url, 8, tokens=8, at_once=1))
         server.begin("older")
         server.wait_for(32)
-        beside = asyncio.run(talk(server.url))
+        beside = asyncio.run(talk(server.url, 8, tokens=8, at_once=1))
         server.post("/stop").raise_for_status()
         assert [one["text"] for one in beside] == [one["text"] for one in alone]
         assert {one["status"] for one in beside} == {200}

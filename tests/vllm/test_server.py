@@ -5,7 +5,7 @@ import asyncio
 import httpx
 import numpy as np
 import pytest
-from _vllm import KEY, MODEL, POW, Server, chat_once
+from _vllm import KEY, MODEL, POW, Server, chat_once, talk
 from _vllm_forked import ForkedServer
 
 from assay import poc
@@ -30,17 +30,6 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     }
     with ForkedServer(tmp_path_factory.mktemp("server"), options=options, environment=environment) as running:
         yield running
-
-
-async def talk(url: str, count: int, tokens: int = 12) -> list[dict]:
-    async with httpx.AsyncClient(base_url=url, timeout=240.0) as client:
-        gate = asyncio.Semaphore(4)
-
-        async def one(index: int) -> dict:
-            async with gate:
-                return await chat_once(client, index, tokens=tokens)
-
-        return await asyncio.gather(*(one(index) for index in range(count)))
 
 
 def proved(server: Server) -> list[int]:

@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from _vllm import KEY, POW, chat_alone
+from _vllm import KEY, POW, talk
 from _vllm_forked import ForkedServer
 
 from assay.poc.serving import _servers
@@ -48,11 +48,6 @@ def processes(server: ForkedServer) -> set[int]:
     }
 
 
-async def chat(server: ForkedServer, count: int, tokens: int) -> list[dict]:
-    """Send chat requests over connections of their own."""
-    return await asyncio.gather(*(chat_alone(server.url, index, tokens=tokens) for index in range(count)))
-
-
 def test_every_server_answers_for_the_round_and_its_nonces_are_those_of_transformers(server, honest):
     server.begin("servers")
     server.wait_for(64)
@@ -90,7 +85,7 @@ def test_events_come_through_and_end_with_the_client(server):
 
 def test_nonces_give_way_to_the_chat_of_all_servers(server):
     async def watched() -> tuple[list[dict], int, set[int]]:
-        asked, most, serving = asyncio.create_task(chat(server, 12, 96)), 0, set()
+        asked, most, serving = asyncio.create_task(talk(server.url, 12, tokens=96, at_once=12)), 0, set()
         async with httpx.AsyncClient(base_url=server.url, headers=HEAD, timeout=60.0) as client:
             while not asked.done():
                 most = max(most, (await client.get(f"{POW}/engine")).json()["chat"])
@@ -109,10 +104,10 @@ def test_a_round_that_has_the_engine_to_itself_refuses_chat_at_every_server(serv
     }
     server.begin("alone")
     server.wait_for(8)
-    assert {one["status"] for one in asyncio.run(chat(server, MANY, 1))} == {503}
+    assert {one["status"] for one in asyncio.run(talk(server.url, MANY, tokens=1, at_once=MANY))} == {503}
     server.post("/stop").raise_for_status()
     ask(server, "POST", "/engine", json={"mode": "chat-first"})
-    until(lambda: {one["status"] for one in asyncio.run(chat(server, MANY, 1))} == {200}, 30)
+    until(lambda: {one["status"] for one in asyncio.run(talk(server.url, MANY, tokens=1, at_once=MANY))} == {200}, 30)
 
 
 def test_a_round_goes_on_after_sigterm_and_sigkill(server):
