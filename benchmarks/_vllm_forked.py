@@ -94,8 +94,8 @@ class _Process(psutil.Process):
             raise subprocess.TimeoutExpired(MODULE, timeout) from None
 
 
-def main():
-    """Import vLLM, then fork a server for every line of the input."""
+def prepare():
+    """Import vLLM, and have every process that this one and its children start be a fork that has it already."""
     from vllm.utils import network_utils, system_utils
 
     # On a CPU vLLM has every process import everything anew.
@@ -108,6 +108,11 @@ def main():
     for name in IMPORTED:
         importlib.import_module(name)
     _hide_wrapped_library()
+
+
+def main():
+    """Import vLLM, then fork a server for every line of the input."""
+    prepare()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps what ends
     for line in sys.stdin:
         order = json.loads(line)

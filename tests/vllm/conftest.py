@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ def quiet_vllm() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else the engines of two workers share one core
+
+
+@pytest.fixture(scope="session")
+def forked_engines(quiet_vllm: None) -> Iterator[None]:
+    """Engines of this process start as forks of one that has imported vLLM; on a GPU they start as vLLM has it."""
+    from tests.vllm.forked import fork_engines
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not ON_GPU:
+            fork_engines(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ from assay.poc.protocol import pack
 from assay.research.cheats import rounded
 from tests.vllm.conftest import ON_GPU, make_round
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 PRESET = "decode-64"
 STEPS, PROMPT = 64, 32
 HONEST, CHEATED = 48, 16  # nonces of the proofs of transformers: enough to be honest, and to be a fraud

@@ -15,7 +15,10 @@ from assay.errors import AssayError
 from tests.models.storing import FOUR_BITS
 from tests.vllm.conftest import ON_GPU, ROOT
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="formats of the CPU build")
+pytestmark = [
+    pytest.mark.skipif(ON_GPU, reason="formats of the CPU build"),
+    pytest.mark.usefixtures("forked_engines"),
+]
 
 RUN = {
     "int8 W8A8, compressed-tensors": ("int8-rows", "CPUInt8ScaledMMLinearKernel onednn"),

@@ -20,6 +20,8 @@ from assay.poc.engines.vllm._rows import Spec, new_key, request_id
 from assay.research.cheats import rounded
 from tests.vllm.conftest import ON_GPU, RUNNER, SEQ_LEN, make_round
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 PRESETS = ("poc-2.0", "artifact", "hardened")
 # float32 distances; vectors are published in float16.
 AGREEMENT = {"poc-2.0": 2e-6, "artifact": 2e-3, "hardened": 2e-3}

@@ -21,7 +21,10 @@ from tests.models.storing import make_hybrid
 from tests.vllm.conftest import ON_GPU, SEQ_LEN, make_round
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="models of the CPU build")
+pytestmark = [
+    pytest.mark.skipif(ON_GPU, reason="models of the CPU build"),
+    pytest.mark.usefixtures("forked_engines"),
+]
 
 REFUSED = {
     "Jamba": "vLLM with JambaForCausalLM on cpu",

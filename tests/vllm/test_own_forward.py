@@ -27,6 +27,8 @@ from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
 from tests.vllm.test_models import chat
 from tests.vllm.test_server import talk
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 UNPACKED = "_unpacked.Unpacked"
 OPTIONS = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 16}
 OPTIONS |= {"gpu_memory_utilization": 0.1} if ON_GPU else {}
