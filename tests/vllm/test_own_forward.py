@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _vllm import KEY, REFERENCE, choose_forward
+from _vllm import KEY, REFERENCE, choose_forward, talk
 from _vllm_forked import ForkedServer
 
 from assay import poc
@@ -25,7 +25,6 @@ from tests.poc.engines.test_lean import KINDS, SHAPE
 from tests.vllm.conftest import ON_GPU, SEQ_LEN, make_round
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
 from tests.vllm.test_models import chat
-from tests.vllm.test_server import talk
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
 
