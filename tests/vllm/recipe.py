@@ -5,10 +5,12 @@ MODEL stands for a checkpoint there. Host and port are added behind the command,
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from _vllm import KEY, MODEL, REFERENCE, Server
+from _vllm_forked import ForkedServer
 
 from tests.vllm.conftest import ROOT
 
@@ -19,8 +21,11 @@ BEGIN = ON_GPU.split("\n\n")[2]
 SET_THERE = ("ASSAY_API_KEY", "VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE")
 
 
-class RecipeServer(Server):
-    """A server whose folder has what the command names: a checkpoint with a chat template, and the file of the key."""
+class RecipeServer(ForkedServer):
+    """A server whose folder has what the command names: a checkpoint with a chat template, and the file of the key.
+
+    The first start runs the command; a later one forks the program that it runs.
+    """
 
     def __init__(self, data_dir: Path, environment: dict[str, str]) -> None:
         super().__init__(data_dir, environment=environment)
@@ -40,7 +45,14 @@ class RecipeServer(Server):
         self.choose_port()
         command = SERVE.strip().replace("MODEL", MODEL) + f" --host 127.0.0.1 --port {self.port}"
         inherited = {name: value for name, value in os.environ.items() if name not in SET_THERE}
-        self.process: Any = self.run(["bash", "-c", command], self.with_commands(inherited | self.environment))
+        environment = self.with_commands(inherited | self.environment)
+        if not self.log.exists():
+            self.process: Any = Server.run(self, ["bash", "-c", command], environment)
+            return
+        words = shlex.split(command.replace("\\\n", " ").replace("$(cat key)", KEY))
+        start = words.index("python")
+        given = dict(word.split("=", 1) for word in words[:start])
+        self.process = self.run(words[start:], environment | given)
 
     def begin_round(self, url: str) -> list[str]:
         """Return the words of the command that begins a round, with a receiver of callbacks."""

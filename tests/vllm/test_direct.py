@@ -27,6 +27,8 @@ from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published, rep
 from tests.vllm.test_server import talk
 from tests.waiting import until
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 PRESETS = ("poc-2.0", "artifact", "hardened")
 
 
