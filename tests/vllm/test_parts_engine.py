@@ -10,7 +10,7 @@ import pytest
 
 from assay.errors import ModelError, UsageError
 from assay.poc import Round, get_pipeline
-from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, _client, _engine
+from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, VLLMEngine, _client, _engine
 from assay.poc.engines.vllm._rows import Spec
 from assay.poc.engines.vllm._throttle import Throttle
 from assay.poc.serving import plugin
@@ -97,12 +97,24 @@ def test_what_vllm_cannot_read_is_named(error: Exception, kind, words: str, monk
     known = {
         "vllm": {"AsyncEngineArgs": lambda **_: SimpleNamespace(create_engine_config=fail)},
         "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
-        "vllm.v1.engine.async_llm": {"AsyncLLM": None},
     }
     for name, content in known.items():
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
     with pytest.raises(kind, match=words):
-        asyncio.run(_engine._start("directory", None, {}, "vllm"))
+        _engine._configured("directory", None, {}, "vllm")
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [({"batch_size": 0}, "batch size 0"), ({"seq_len": 0}, "seq_len 0"), ({"seq_len": 64}, "seq_len 64 on this vLLM")],
+)
+def test_a_shape_that_cannot_run_is_refused_before_vllm_starts(shape, words: str, monkeypatch: pytest.MonkeyPatch):
+    scheduler = SimpleNamespace(enable_chunked_prefill=True, max_num_batched_tokens=64)
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=64), scheduler_config=scheduler)
+    monkeypatch.setattr(_engine, "check_installed", lambda: "0.32.0")
+    monkeypatch.setattr(_engine, "_configured", lambda *_: config)
+    with pytest.raises(UsageError, match=words):
+        VLLMEngine("reference:qwen3", **shape)
 
 
 def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(loop, monkeypatch: pytest.MonkeyPatch):

@@ -6,9 +6,9 @@ Legend of shapes: B nonces of a batch, T positions, D hidden size.
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -67,13 +67,7 @@ class RequestEngine:
         most_positions: int,
         inputs: Inputs = "local",
     ) -> None:
-        check_batch_size(batch_size)
-        if not 1 <= seq_len <= most_positions:
-            raise UsageError(
-                f"seq_len {seq_len} on this vLLM engine",
-                wanted=f"at most {most_positions}: its --max-model-len, less the token that it generates",
-                do=f"pass --seq-len {min(256, most_positions)}, or raise --max-model-len",
-            )
+        _check_shape(batch_size, seq_len, most_positions)
         self.batch_size, self.seq_len, self._most_positions = batch_size, seq_len, most_positions
         self._client, self._loop, self._version, self._inputs = client, loop, version, inputs
         worker = client.description
@@ -175,6 +169,17 @@ class RequestEngine:
         raise ModelError("the engine of vLLM has ended", wanted="a running engine", do="start it again")
 
 
+def _check_shape(batch_size: int, seq_len: int, most_positions: int) -> None:
+    """Refuse a batch that is out of range, and sequences that are longer than an engine takes."""
+    check_batch_size(batch_size)
+    if not 1 <= seq_len <= most_positions:
+        raise UsageError(
+            f"seq_len {seq_len} on this vLLM engine",
+            wanted=f"1 to {most_positions}: its --max-model-len, less the token that it generates",
+            do=f"pass --seq-len {min(256, most_positions)}, or raise --max-model-len",
+        )
+
+
 def fingerprint_of(worker: dict[str, Any], version: str, *, batch_size: int, seq_len: int) -> Fingerprint:
     """Return how an engine computes.
 
@@ -253,12 +258,13 @@ class VLLMEngine(RequestEngine):
     ) -> None:
         version = check_installed()
         settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path, forward=forward)
-        directory = str(checkpoint_directory(reference))
+        config = _configured(str(checkpoint_directory(reference)), dtype, options, forward)
+        _check_shape(batch_size, seq_len, most_positions(config))
         with ExitStack() as ends:
             thread = self._thread = ends.enter_context(closing(_Loop()))
-            llm = thread.run(_start(directory, dtype, options, forward))
+            llm = thread.run(_started(config))
             ends.callback(lambda: thread.run(_shutdown(llm)))
-            config = llm.vllm_config
+            config = llm.vllm_config  # which vLLM may have changed at the start
             # This engine serves no chat, so it is always full.
             most = in_flight or capacity(config, seq_len)
             throttle = Throttle(settings, llm.output_processor.get_num_unfinished_requests, most)
@@ -305,10 +311,10 @@ class _Loop:
         self.loop.close()
 
 
-async def _start(directory: str, dtype: str | None, options: dict[str, Any], forward: Forward) -> Any:
+def _configured(directory: str, dtype: str | None, options: dict[str, Any], forward: Forward) -> Any:
+    """Return the ``VllmConfig`` of an engine that runs nonces only, whose settings nonces can run under."""
     from vllm import AsyncEngineArgs  # type: ignore[import-not-found]
     from vllm.platforms import current_platform  # type: ignore[import-not-found]
-    from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found]
 
     fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
     own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False}
@@ -320,10 +326,25 @@ async def _start(directory: str, dtype: str | None, options: dict[str, Any], for
     if not current_platform.is_cpu():  # vLLM forks, and a forked process cannot use a GPU that its parent has used
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         multiply_exactly(chosen["dtype"])
-    try:
+    with _explained():
         config = AsyncEngineArgs(**chosen).create_engine_config()
         check_config(config, forward=forward)
+        return config
+
+
+async def _started(config: Any) -> Any:
+    """Start an ``AsyncLLM``, in the event loop that it is to use."""
+    from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found]
+
+    with _explained():
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what went wrong where vLLM reads its options and starts."""
+    try:
+        yield
     except AssayError:
         raise
     except (TypeError, ValueError) as error:
