@@ -178,7 +178,7 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
     Raises:
         UsageError: There are too few tokens, or a number that is not a logarithm of a probability.
     """
-    logs = [np.asarray(one, dtype=np.float64) for one in clusters if len(one)]
+    logs = [given for one in clusters if (given := np.asarray(one, dtype=np.float64)).size]
     n = sum(map(len, logs))
     good = all(one.ndim == 2 and one.shape[1] == COLUMNS and bool(np.all(one <= 0)) for one in logs)
     if not good or n < SMALLEST_SAMPLE:
