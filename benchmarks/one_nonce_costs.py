@@ -22,7 +22,7 @@ from assay.poc.verdict import Noise, _machines, read_vector_sets
 from assay.poc.verdict._noise import TESTS
 from assay.research.clusters import _rules, summarise
 from assay.research.clusters._builds import builds_of, sound_builds
-from assay.research.clusters._folds import folds_of
+from assay.research.clusters._folds import GRID, folds_of
 from assay.research.clusters._rules import NAMED, OURS
 from assay.research.simulation import Kind, SimulationPlan, convicted_in
 from assay.research.simulation._network import KINDS
@@ -38,12 +38,13 @@ def left_out(data, options, task):
     groups = builds_of(read_vector_sets(data))
     folds = folds_of(sound_builds(groups), groups, options.audits, seed)
     found = summarise([fold.measure() for fold in folds])
-    rows = [
-        {"test": version, "seed": seed, "build": build["build"], "effects": build["effects"], **row}
-        for build in found["builds"]
-        for row in build["rows"]
-        if row["rule"] in (OURS, NAMED)
-    ]
+    rows = []
+    for build in found["builds"]:
+        for row in build["rows"]:
+            curve = row.pop("curve")
+            if row["rule"] in (OURS, NAMED):
+                told = {"test": version, "seed": seed, "build": build["build"], "effects": build["effects"]}
+                rows.append({**told, **row, "by_10": curve[GRID.index(10)]})
     note(f"clusters, test {version}, seed {seed}")
     return rows
 
