@@ -55,6 +55,7 @@ def test_kernels_are_chosen_by_a_flag(prove, tmp_path: Path, monkeypatch: pytest
         (("--tensor-parallel", 2), "torchrun --nproc-per-node 2"),
         (("--engine", "vllm", "--deterministic"), "option of the hf engine with vllm"),
         (("--engine", "vllm", "--dtype", "int8"), "option of the hf engine with vllm"),
+        (("--engine", "vllm", "--preset", "layer-signs"), "preset layer-signs on the vllm engine"),
         (("--dtype", "int4"), "--dtype int4"),
         (("--dtype", "fp16"), "did you mean --dtype float16?"),
     ],

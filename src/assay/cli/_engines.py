@@ -157,6 +157,13 @@ def _refuse_tensor_parallel(options: "ProveSettings") -> None:
 
 
 def _refuse_for_vllm(options: "ProveSettings", dtype: str | None) -> None:
+    from assay.poc import get_pipeline
+    from assay.poc.engines import unsupported
+    from assay.poc.engines.vllm import runs
+
+    pipeline = get_pipeline(options.preset)
+    if not runs(pipeline):
+        raise unsupported(pipeline, "vllm", runs)
     plain = options.kernels == "auto" and options.tensor_parallel == 1 and not options.deterministic
     if not plain or options.batch_size == "auto" or _eight_bits(dtype):
         raise UsageError(

@@ -1,6 +1,6 @@
 """Engines, which run the model. The prover, the verifier and the service rely only on :class:`Engine`."""
 
-from assay.poc.engines._base import Engine, check_supported
+from assay.poc.engines._base import Engine, check_supported, unsupported
 from assay.poc.engines._blocks import measure_block_factor, read_block_factor
 from assay.poc.engines._decoding import Decoded, DecodingEngine, Draws, Replayed, decodes
 from assay.poc.engines._outputs import StateEngine, make_transform, plain_outputs
@@ -35,5 +35,6 @@ __all__ = [
     "plain_outputs",
     "processes",
     "read_block_factor",
+    "unsupported",
     "worth_compiling",
 ]

@@ -3,7 +3,7 @@
 Legend of shapes: B nonces of a batch, T positions, D hidden size, V vocabulary, K length of a vector.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,15 +54,20 @@ def check_supported(engine: Engine, pipeline: Pipeline) -> None:
     """Refuse a pipeline with a step that an engine cannot take.
 
     Raises:
-        UsageError: names the presets that the engine supports.
+        UsageError: Names the presets that the engine supports.
     """
     if not engine.supports(pipeline):
-        supported = [name for name, known in PIPELINES.items() if engine.supports(known)]
-        raise UsageError(
-            f"preset {pipeline.name} on the {engine.fingerprint.engine} engine",
-            wanted=f"one of {', '.join(supported)}",
-            do="choose one of them with --preset, or use --engine hf in one process",
-        )
+        raise unsupported(pipeline, engine.fingerprint.engine, engine.supports)
+
+
+def unsupported(pipeline: Pipeline, engine: str, supports: Callable[[Pipeline], bool]) -> UsageError:
+    """Return the refusal of a pipeline on an engine of that name, which names the presets that it supports."""
+    supported = [name for name, known in PIPELINES.items() if supports(known)]
+    return UsageError(
+        f"preset {pipeline.name} on the {engine} engine",
+        wanted=f"one of {', '.join(supported)}",
+        do="choose one of them with --preset, or use --engine hf in one process",
+    )
 
 
 def check_batch_size(batch_size: int) -> None:

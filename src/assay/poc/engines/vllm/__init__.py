@@ -20,6 +20,7 @@ from assay.poc.engines.vllm._engine import (
     capacity,
     fingerprint_of,
     most_positions,
+    runs,
 )
 from assay.poc.engines.vllm._extension import WorkerExtension
 from assay.poc.engines.vllm._settings import EXTENSION
@@ -52,5 +53,6 @@ __all__ = [
     "multiply_exactly",
     "refuse_missing",
     "runner_kind",
+    "runs",
     "spans",
 ]

@@ -89,11 +89,8 @@ class RequestEngine:
         return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
 
     def supports(self, pipeline: Pipeline) -> bool:
-        """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode or not at all.
-
-        vLLM's compiled layers take no hooks, and it spreads the trained head over its workers.
-        """
-        return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
+        """Return whether a pipeline runs on vLLM."""
+        return runs(pipeline)
 
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
         """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
@@ -167,6 +164,14 @@ class RequestEngine:
                 return running.result()
             running.cancel()
         raise ModelError("the engine of vLLM has ended", wanted="a running engine", do="start it again")
+
+
+def runs(pipeline: Pipeline) -> bool:
+    """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode or not at all.
+
+    vLLM's compiled layers take no hooks, and it spreads the trained head over its workers.
+    """
+    return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
 
 
 def _check_shape(batch_size: int, seq_len: int, most_positions: int) -> None:
