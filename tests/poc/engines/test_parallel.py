@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from assay.errors import ModelError, UsageError
+from assay.errors import AssayError, BackendUnavailable, ModelError, UsageError
 from assay.models import Model, load_model
 from assay.models._load import _shard
 from assay.poc import Proof, Round, prove
@@ -121,6 +121,40 @@ def test_processes_that_cannot_be_divided_are_refused(monkeypatch: pytest.Monkey
         pass
     with pytest.raises(UsageError, match="under torchrun"), joined(device="cuda:1"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"LOCAL_RANK": None}, "no LOCAL_RANK"),
+        ({"RANK": "first"}, "RANK='first'"),
+        ({"MASTER_PORT": None}, "the processes did not meet: .*MASTER_PORT"),
+    ],
+)
+def test_processes_that_torchrun_has_not_started_are_refused(changed, words: str, monkeypatch: pytest.MonkeyPatch):
+    given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": None}
+    for name, value in (given | changed).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(AssayError, match=words), joined(device="cpu"):
+        pass
+
+
+def test_a_process_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"RANK": "99", "WORLD_SIZE": "100", "LOCAL_RANK": "99"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BackendUnavailable, match="cuda:99"), joined(device="cuda"):
+        pass
+
+
+@pytest.mark.parametrize(("size", "words"), [("many", "WORLD_SIZE='many'"), ("", "no WORLD_SIZE")])
+def test_a_number_of_processes_that_is_none_is_refused(size: str, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UsageError, match=words):
+        processes()
 
 
 def test_models_that_cannot_be_cut_are_refused(small_model: Model):

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from assay.errors import AssayError, ResourceError, UsageError
 from assay.models import Model
+from assay.models.device import device_named
 from assay.poc.engines.hf._engine import HFEngine
 from assay.poc.protocol import Pipeline, Round
 
@@ -61,8 +62,25 @@ class World:
 
 
 def processes() -> int:
-    """Return how many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    """Return how many processes torchrun has started; 1 without it.
+
+    Raises:
+        UsageError: What stands for that is no number.
+    """
+    return _numbers("WORLD_SIZE")[0] if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
+
+
+def _numbers(*names: str) -> list[int]:
+    """Return variables that torchrun sets; other launchers set some of them."""
+    given = {name: os.environ.get(name, "") for name in names}
+    wrong = {name: text for name, text in given.items() if not (text.isascii() and text.isdigit())}
+    if wrong:
+        raise UsageError(
+            ", ".join(f"{name}={text!r:.40}" if text else f"no {name}" for name, text in wrong.items()),
+            wanted="the numbers that torchrun gives each of its processes",
+            do="start the processes with torchrun, or unset RANK for a single one",
+        )
+    return [int(text) for text in given.values()]
 
 
 @contextmanager
@@ -75,9 +93,11 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
             rank.
 
     Raises:
-        UsageError: The processes cannot be divided that way, or a device has a number.
+        UsageError: The processes cannot be divided that way, a device has a number, or torchrun has not started them.
+        BackendUnavailable: There is no device for this process.
+        ResourceError: The processes do not meet.
     """
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, size, local = _numbers("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if tensor_parallel < 1 or size % tensor_parallel:
         raise UsageError(
             f"--tensor-parallel {tensor_parallel} of {size} processes",
@@ -88,8 +108,15 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"--device {kind} under torchrun", wanted="cpu or cuda", do="leave the number out")
     if kind == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        torch.cuda.set_device(device_named(f"cuda:{local}"))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:  # an address that is missing or wrong, or processes that did not come
+        raise ResourceError(
+            f"the processes did not meet: {str(error).splitlines()[0]:.200}",
+            wanted="all processes at the place that MASTER_ADDR and MASTER_PORT name",
+            do="start them with torchrun",
+        ) from error
     try:
         mesh = None
         if tensor_parallel > 1:
