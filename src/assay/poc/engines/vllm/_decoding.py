@@ -145,7 +145,7 @@ class Decoding:
                 tokens = slice(start, min(start + at_once, high))
                 states = states_ND[chunk.start + start - first : chunk.start + tokens.stop - first]
                 self._compare(states, decode, tokens, len(sketched) * self._width)
-        if high == steps if decode.claimed is not None else high > sketched[-1]:
+        if high > (sketched[-1] if decode.claimed is None else steps - 1):  # nothing more is to be kept
             stream.put(nonce, decode.kept)
 
     def _compare(self, states_ND: Tensor, decode: Decode, tokens: slice, behind: int) -> None:
