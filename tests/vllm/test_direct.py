@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from _vllm import Server
+from _vllm import Server, talk
 
 from assay import poc
 from assay.models import load_model
@@ -24,7 +24,6 @@ from tests.vllm.conftest import ON_GPU, SEQ_LEN, make_round
 from tests.vllm.receiver import Receiver
 from tests.vllm.recipe import INSTALL, RecipeServer
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published, replace_shape
-from tests.vllm.test_server import talk
 from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
