@@ -106,6 +106,9 @@ def test_the_effective_dimension():
     assert effective_dimension(np.ones((5, 7))) == pytest.approx(1)
     with pytest.raises(UsageError, match="1 states"):
         effective_dimension(np.ones((1, 7)))
+    for value in (0.0, math.nan, math.inf):
+        with pytest.raises(UsageError, match="1 of 3 states that are zero or not finite"):
+            effective_dimension(np.array([[1.0, 2.0], [value, value], [3.0, 1.0]]))
 
 
 @pytest.mark.parametrize(
