@@ -13,13 +13,11 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 from _common import note, parser, publish
 
 from assay import stats
-from assay.poc.verdict._noise import TEST, TESTS
 from assay.research.simulation import Network, SimulationPlan
 from assay.research.simulation._lives import TOGETHER, Grid, Kind, ManyLives, SizeEvidence, draw_round
 
@@ -44,13 +42,11 @@ def library(grid, law, nonces, tests, rng):
 
 def lives(plan, preset, dtype, options):
     """Return how many of the honest nodes are convicted, and how much of their residuals was set aside."""
-    noise = replace(plan.noise(preset, dtype, "predictive"), test=options.test_version)
-    machines = plan.machines(preset, "predictive")
+    noise, machines = plan.noise(preset, dtype, "predictive"), plan.machines(preset, "predictive")
     grid = Grid(noise.law)
     evidence = SizeEvidence(noise, grid.sizes_A)
-    # A residual that does not count is one place below the smallest, and changes nothing.
-    evidence.factor_AP = np.vstack([np.ones_like(evidence.factor_AP[:1]), evidence.factor_AP])
-    evidence.invented += 1
+    neutral = len(evidence.factor_AP)
+    evidence.factor_AP = np.vstack([evidence.factor_AP, np.ones_like(evidence.factor_AP[:1])])
     asides_FC, faulty = library(grid, noise.law, options.nonces, options.tests, np.random.default_rng(1))
     chance = len(asides_FC) / options.tests
 
@@ -62,13 +58,13 @@ def lives(plan, preset, dtype, options):
         log_scale_N = machines.spread.sd * rng.standard_t(machines.spread.dof, count)
         for _ in range(options.rounds):
             here_N = log_scale_N + machines.block * rng.standard_normal(count)
-            places_NC = draw_round(grid, HONEST, here_N, options.nonces, rng) + 1
+            places_NC = draw_round(grid, HONEST, here_N, options.nonces, rng)
             suspect = np.flatnonzero(chosen.random(count) < chance)
             if suspect.size:
                 aside = asides_FC[chosen.integers(len(asides_FC), size=suspect.size)]
                 order = np.argsort(places_NC[suspect], axis=1, kind="stable")
                 row, rank = np.nonzero(aside)
-                places_NC[suspect[row], order[row, rank]] = 0
+                places_NC[suspect[row], order[row, rank]] = neutral
             running.update(places_NC)
         return int(running.convicted_N.sum())
 
@@ -94,7 +90,6 @@ def main():
     arguments.add_argument("--nonces", type=int, default=16, help="nonces of an audit, one audit a round")
     arguments.add_argument("--tests", type=int, default=20_000, help="place tests in the library")
     arguments.add_argument("--cells", nargs="+", default=["hardened/float16", "artifact/float16", "poc-2.0/bfloat16"])
-    arguments.add_argument("--test-version", type=int, default=TEST, choices=TESTS, help="version of the residual test")
     arguments.add_argument("--workers", type=int, default=os.cpu_count())
     options = arguments.parse_args()
     plan = SimulationPlan(network=Network(nodes=options.nodes))
@@ -105,14 +100,7 @@ def main():
         rows.append(lives(plan, preset, dtype, options))
         spent = math.ceil(time.perf_counter() - started)
         note(f"{cell}: {rows[-1]['convicted']} of {options.nodes} convicted, {spent} s")
-    settings = {
-        "test": options.test_version,
-        "alpha": ALPHA,
-        "rounds": options.rounds,
-        "nonces": options.nonces,
-        "proved": PROVED,
-        "batch": BATCH,
-    }
+    settings = {"alpha": ALPHA, "rounds": options.rounds, "nonces": options.nonces, "proved": PROVED, "batch": BATCH}
     publish("life_places", {**settings, "rows": rows}, options.output)
 
 

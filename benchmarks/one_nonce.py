@@ -16,6 +16,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import numba
 import numpy as np
 from _common import note, parser, publish
 from scipy import special
@@ -81,11 +82,42 @@ class Factors:
         factor_UP = np.exp(np.clip(log_UP, -80, 80)).astype(np.float32)
         accused_R = np.zeros(len(index_RC), dtype=bool)
         path_RP = np.tile(self.prior, (len(index_RC), 1))
-        last_R, largest_R = np.full(len(index_RC), self.prior.size), np.zeros(len(index_RC), dtype=np.int64)
-        from_place = self.invented if bound == LEFT_OUT else 0
-        place_RC, level = self.place_U[index_RC], 1 / self.test.alpha
-        _multiply(path_RP, last_R, largest_R, factor_UP, place_RC, self.honest, from_place, level, accused_R)
+        last_R, place_RC, level = np.full(len(index_RC), self.prior.size), self.place_U[index_RC], 1 / self.test.alpha
+        if bound == LEFT_OUT:
+            without_largest(path_RP, factor_UP, place_RC, self.honest, self.invented, level, accused_R)
+        else:
+            _multiply(path_RP, last_R, factor_UP, place_RC, self.honest, level, accused_R)
         return accused_R
+
+
+@numba.njit(fastmath={"reassoc", "contract", "nsz"})
+def ratio_without(path, factors, honest):
+    """Return the e-value of the paths of a node without the residual that has these factors."""
+    for_honest, for_cheats = 0.0, 0.0
+    for p in range(honest):
+        for_honest += path[p] / factors[p]
+    for p in range(honest, path.size):
+        for_cheats += path[p] / factors[p]
+    return for_cheats / for_honest
+
+
+@numba.njit(fastmath={"reassoc", "contract", "nsz"})
+def without_largest(path_RP, factor_UP, place_RC, honest, invented, level, accused_R):
+    """Accuse every node whose e-value reaches the level, and its root without the largest residual.
+
+    Places are in the order of sizes; from ``invented`` on the largest is not left out.
+    """
+    none = np.ones_like(factor_UP[0])
+    for r in range(len(path_RP)):
+        path, largest = path_RP[r], 0
+        for place in place_RC[r]:
+            largest = max(largest, place)
+            path *= factor_UP[place]
+            if ratio_without(path, none, honest) >= level and (
+                largest >= invented or ratio_without(path, factor_UP[largest], honest) >= math.sqrt(level)
+            ):
+                accused_R[r] = True
+                break
 
 
 def drawn(rng, pool, audits, length):

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate
-from scipy.stats import beta, norm
 
 from assay.errors import UsageError
 from assay.stats import JUNK_SIGMA, LogNoise, ScaleNoise, SequentialTest, Spread
@@ -194,70 +193,6 @@ def test_a_known_cheat_is_caught_sooner_and_must_be_excluded():
     seen = known.update(few).result
     assert (seen.verdict, seen.weakest) == ("undecided", "an older revision")
     assert SequentialTest(LOG, effect=4.0).update(few).verdict == "honest"
-
-
-# Without the largest residual
-
-
-def log_e_without_the_largest(law, values, alpha, **rest):
-    """The definition, residual by residual: the smaller one of E and E without the largest, over the root of alpha."""
-    found = []
-    for n in range(1, len(values) + 1):
-        seen = list(values[:n])
-        log_e = SequentialTest(law, effect=4.0, **rest).update(seen).result.log_e_value
-        largest = max(seen, key=lambda value: law.magnitudes([value])[0])
-        seen.remove(largest)
-        if law.magnitudes([largest])[0] < invented(law):
-            others = SequentialTest(law, effect=4.0, **rest).update(seen).result.log_e_value
-            log_e = min(log_e, others + math.log(1 / alpha) / 2)
-        found.append(log_e)
-    return found
-
-
-def invented(law):
-    """The size that nine of ten invented values have at least."""
-    if law is SCALE:
-        return float(norm.ppf(0.55)) * JUNK_SIGMA
-    return 2 * math.sqrt(float(beta.ppf(0.1, 5.5, 5.5)))
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.1])
-@pytest.mark.parametrize("law", [SCALE, LOG], ids=["distances", "vectors"])
-def test_the_largest_is_left_out_as_defined(law, spread):
-    rng, rest = np.random.default_rng(8), {"spread": Spread(spread), "alpha": 0.01}
-    accused = []
-    for case in range(32):
-        draw = student() if law is SCALE else honest_distances
-        values = draw(rng, 30)
-        values[rng.integers(30, size=case % 4)] *= (1, 10, 40, 300)[case // 4 % 4]
-        values = np.minimum(np.abs(values), 1.99)
-        wanted = log_e_without_the_largest(law, values, **rest)
-        test = SequentialTest(law, effect=4.0, largest_left_out=True, **rest)
-        for value, log_e in zip(values, wanted, strict=True):
-            assert test.update([value]).result.log_e_value == pytest.approx(log_e, abs=1e-8)
-        assert test.result.log_e_max == pytest.approx(max(0.0, *wanted), abs=1e-8)
-        at_once = SequentialTest(law, effect=4.0, largest_left_out=True, **rest)
-        assert at_once.update(values).result == test.result
-        reached = np.maximum.accumulate(wanted) >= math.log(1 / 0.01)
-        assert at_once.accusations([values])[0].tolist() == reached.tolist()
-        before = SequentialTest(law, effect=4.0, **rest).update(values).verdict == "fraud"
-        accused.append((before, bool(reached[-1])))
-    assert set(accused) == {(False, False), (True, False), (True, True)}, "some only with the largest"
-
-
-def test_one_heavy_residual_among_honest_ones_accuses_at_most_at_the_root_of_alpha():
-    rng, alpha = np.random.default_rng(9), 0.01
-    values_RC = honest_distances(rng, 400 * 60).reshape(400, 60)
-    values_RC[np.arange(400), rng.integers(60, size=400)] = 0.95 * invented(LOG)
-    as_it_is = SequentialTest(LOG, effect=4.0, alpha=alpha).accusations(values_RC)[:, -1].mean()
-    left_out = SequentialTest(LOG, effect=4.0, alpha=alpha, largest_left_out=True).accusations(values_RC)[:, -1].mean()
-    assert left_out <= math.sqrt(alpha) < as_it_is
-
-
-def test_one_value_of_the_size_of_an_invented_one_still_accuses():
-    for size, verdict in ((0.99, "undecided"), (1.01, "fraud")):
-        test = SequentialTest(SCALE, effect=4.0, largest_left_out=True).update([SIGMA] * 3)
-        assert test.update([size * invented(SCALE)]).verdict == verdict
 
 
 # Honest and undecided

@@ -16,16 +16,13 @@ import numpy.typing as npt
 from scipy import special, stats
 
 from assay.errors import UsageError
-from assay.stats._chord import RANDOM_HEAD_ROWS, FloatArray, chord_cdf, chord_mean, chord_std, r_target_for
+from assay.stats._chord import RANDOM_HEAD_ROWS, FloatArray, chord_cdf, chord_mean, chord_std
 
 RESOLUTION = 2.0**-23
 """Spacing of fp32 numbers around √2: two distances cannot agree better than this, unless they are equal."""
 
 GROSS_PROBABILITY = 1e-4
 """A residual that honest noise exceeds with this probability at most is counted as gross."""
-
-INVENTED_PROBABILITY = 0.1
-"""A residual that an invented value stays below with this probability at most is of the size of an invented one."""
 
 JUNK_SIGMA = chord_std(RANDOM_HEAD_ROWS)
 """Residual of the best invented distance for ``poc-2.0``, the constant √2 (0.0078).
@@ -92,11 +89,6 @@ class ScaleNoise:
     def junk_detection(self) -> float:
         """P(|N(0, junk_sigma²)| > gross threshold)."""
         return float(special.erfc(self.gross_threshold / self.junk_sigma / math.sqrt(2)))
-
-    @property
-    def invented_threshold(self) -> float:
-        """The absolute residual that an invented value stays below with probability `INVENTED_PROBABILITY`."""
-        return self.junk_sigma * math.sqrt(2) * float(special.erfinv(INVENTED_PROBABILITY))
 
     def magnitudes(self, values: npt.ArrayLike) -> FloatArray:
         """Return |e|, at most 2, [N]; non-finite residuals become 2."""
@@ -169,11 +161,6 @@ class LogNoise:
     def junk_detection(self) -> float:
         """The probability under the chord law of a distance above the gross threshold."""
         return 1 - float(chord_cdf(self.gross_threshold, self.dimension))
-
-    @property
-    def invented_threshold(self) -> float:
-        """The L2 distance that an invented vector stays below with probability `INVENTED_PROBABILITY`."""
-        return r_target_for(INVENTED_PROBABILITY, self.dimension)
 
     @property
     def standard_mass(self) -> float:

@@ -15,11 +15,6 @@ Under honest noise it is a non-negative martingale that starts at 1, so P(sup_n 
 Grünwald, Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The same ratio the other way
 round, for one cheat at a time, bounds the chance that this cheat, or a larger one, is taken for honest.
 
-One heavy honest residual can say almost all that is needed for fraud, where the law does not hold it. So a test may
-leave the largest residual out: with E⁻ the same ratio of all others, its e-value is min(E_n, E⁻_n·√(1/α)), except where
-the largest residual is of the size of an invented one. That is at most E_n, so the bound α holds; and one residual of
-any smaller size among honest ones accuses with chance √α at most, by the same inequality for E⁻.
-
 Suffixes: N values, H scales of honest machines, J scales of cheats, M multiples, P shares, K cheats, A named
 alternatives.
 """
@@ -110,13 +105,11 @@ class Paths:
         prior: Value at which every path begins, [P].
         steps: What every residual adds to every path, [N, P].
         honest: Number of paths of honest noise; they are the first ones.
-        invented: Size from which the largest residual is not left out; 0 where none is.
     """
 
     prior: FloatArray
     steps: FloatArray
     honest: int
-    invented: float
 
 
 class SequentialTest:
@@ -132,7 +125,6 @@ class SequentialTest:
         beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
         effect: Smallest factor of noise that counts as another computation.
         named: Laws of known cheats by name, such as another revision of the checkpoint.
-        largest_left_out: Whether the largest residual is left out, where it is not of the size of an invented one.
 
     Raises:
         UsageError: A rate is out of range, or invented values are within ``effect`` of honest noise.
@@ -147,7 +139,6 @@ class SequentialTest:
         beta: float = 1e-2,
         effect: float,
         named: Mapping[str, NoiseLaw] = MappingProxyType({}),
-        largest_left_out: bool = False,
     ) -> None:
         _check_rates(law, alpha, beta, effect)
         self.law, self.named = law, dict(named)
@@ -163,9 +154,7 @@ class SequentialTest:
         # All paths stand in one row: honest [H], cheats [J·K], named [A].
         self._columns = np.cumsum([honest_H.size, weight_J.size * weight_K.size])
         self._log_path = self._prior()
-        self._invented = law.invented_threshold if largest_left_out else 0.0
-        self._largest = float(law.magnitudes([0.0])[0])  # the smallest one there can be
-        self._log_e_value = self._log_e_max = 0.0
+        self._log_e_max = 0.0
         self._n = 0
         self._gross = 0
 
@@ -211,8 +200,7 @@ class SequentialTest:
             steps_U = self._steps(value_U)
             for row, chosen_C in enumerate(where.reshape(-1, checked), start):
                 path = prior + steps_U[chosen_C].cumsum(axis=0)
-                log_e_C = self._log_e(path, value_U, steps_U, np.maximum.accumulate(chosen_C))
-                accused_RC[row] = np.maximum.accumulate(log_e_C) >= -math.log(self.alpha)
+                accused_RC[row] = np.maximum.accumulate(self._log_e(path)) >= -math.log(self.alpha)
                 for column, count in enumerate(at):
                     clear = min(self._evidence(path[count - 1], count).values()) >= -math.log(self.beta)
                     honest_RA[row, column] = clear and not accused_RC[row, count - 1]
@@ -220,7 +208,7 @@ class SequentialTest:
 
     def paths(self, values: npt.ArrayLike) -> Paths:
         """Return what residuals add to the sums of the e-value, for simulations of many nodes at a time."""
-        return Paths(self._prior(), self._steps(self.law.magnitudes(values)), int(self._columns[0]), self._invented)
+        return Paths(self._prior(), self._steps(self.law.magnitudes(values)), int(self._columns[0]))
 
     def _prior(self) -> FloatArray:
         """Return the logarithms of the weights with which all paths begin."""
@@ -245,30 +233,16 @@ class SequentialTest:
         named = [law.log_density(law.magnitudes(size_N), 1.0) - base_N for law in self.named.values()]
         return np.column_stack([*honest, *cheats, *named])
 
-    def _log_e(
-        self, path_NP: FloatArray, value_U: FloatArray, steps_UP: FloatArray, largest_N: npt.NDArray[np.intp]
-    ) -> FloatArray:
-        """Return the logarithm of the e-value of paths, [N], whose largest residuals are some of U with their steps."""
-        log_e_N = self._log_ratio(path_NP)
-        left_out_N = value_U[largest_N] < self._invented
-        if left_out_N.any():
-            others_NP = path_NP[left_out_N] - steps_UP[largest_N[left_out_N]]
-            log_e_N[left_out_N] = np.minimum(log_e_N[left_out_N], self._log_ratio(others_NP) - math.log(self.alpha) / 2)
-        return log_e_N
-
-    def _log_ratio(self, path_NP: FloatArray) -> FloatArray:
+    def _log_e(self, path: FloatArray) -> FloatArray:
+        """Return the logarithm of the e-value of paths whose last axis is that of the state."""
         first = self._columns[0]
-        return log_sum(path_NP[:, first:]) - log_sum(path_NP[:, :first])
+        return log_sum(path[..., first:]) - log_sum(path[..., :first])
 
     def _take(self, size_N: FloatArray) -> None:
-        value_U = np.append(self._largest, size_N)
-        steps_UP = self._steps(value_U)
-        largest_U = np.maximum.accumulate(np.arange(value_U.size) * (value_U == np.maximum.accumulate(value_U)))
         # Starting the sum from the state makes the result independent of how the values were split into updates.
-        path_NP = np.cumsum(np.vstack([self._log_path, steps_UP[1:]]), axis=0)[1:]
-        log_e_N = self._log_e(path_NP, value_U, steps_UP, largest_U[1:])
-        self._log_path, self._largest = path_NP[-1], float(value_U[largest_U[-1]])
-        self._log_e_value, self._log_e_max = float(log_e_N[-1]), max(self._log_e_max, float(log_e_N.max()))
+        path = np.cumsum(np.vstack([self._log_path, self._steps(size_N)]), axis=0)[1:]
+        self._log_path = path[-1]
+        self._log_e_max = max(self._log_e_max, float(self._log_e(path).max()))
         self._n += size_N.size
         self._gross += int(np.count_nonzero(size_N > self.law.gross_threshold))
 
@@ -311,7 +285,7 @@ class SequentialTest:
         return SequentialResult(
             verdict="fraud" if fraud else "honest" if honest else "undecided",
             n=self._n,
-            log_e_value=self._log_e_value,
+            log_e_value=float(self._log_e(self._log_path)) if self._n else 0.0,
             log_e_max=self._log_e_max,
             log_evidence_honest=float(evidence[weakest]) if self._n else 0.0,
             weakest=weakest,

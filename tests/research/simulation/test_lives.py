@@ -1,13 +1,11 @@
 """Many lives at once are the lives that the ledger keeps, and what is drawn for them follows the laws."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from assay.poc.verdict import EPOCH, Life, Noise
-from assay.poc.verdict._noise import TESTS
 from assay.research.simulation import Grid, Kind, Machines, ManyLives, SizeEvidence, convicted_in, draw_round
 from assay.stats import LogNoise, ScaleNoise, Spread, chord_cdf
 
@@ -24,11 +22,9 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize("version", TESTS)
 @pytest.mark.parametrize("noise", [VECTORS, DISTANCES, PLAIN], ids=["vectors", "distances", "known scale"])
-def test_many_lives_are_the_lives_of_the_ledger(noise, version):
+def test_many_lives_are_the_lives_of_the_ledger(noise):
     """Every node, after every round: the same residuals convict it there and here."""
-    noise = replace(noise, test=version)
     nodes, rounds, nonces, alpha = 10, 24, 100, 0.05
     grid, rng = Grid(noise.law), np.random.default_rng(3)
     convicted = 0

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -27,9 +27,6 @@ Vectors show a multiple in twelve numbers at once, and cheaper models come close
 DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/default_noise.py --install
 TEST = 2
 """Version of the residual test: its cheats, their weights and its scales. Another one computes other evidence."""
-
-TESTS = (2, 3)
-"""Versions whose evidence can be computed again. The third leaves the largest residual out."""
 
 _KINDS: dict[str, type[Law]] = {"scale": stats.ScaleNoise, "log": stats.LogNoise}
 MOST_NAMED = 32  # laws of known cheats
@@ -58,7 +55,6 @@ class Noise:
         spread: Law of the scale of a machine over that of ``law``.
         effect: Smallest multiple of the noise that counts as another computation; that of :data:`EFFECT` when None.
         named: Laws of known cheats by name.
-        test: Version of the residual test that judges by it, one of :data:`TESTS`.
     """
 
     law: Law
@@ -66,7 +62,6 @@ class Noise:
     spread: stats.Spread = field(default_factory=stats.Spread)
     effect: float | None = None
     named: Mapping[str, Law] = field(default_factory=lambda: MappingProxyType({}))
-    test: int = TEST
 
     @property
     def size(self) -> float:
@@ -76,11 +71,11 @@ class Noise:
     def scaled(self, factor: float) -> "Noise":
         """Return the noise ``factor`` times larger, that of the known cheats included."""
         named = {name: law.scaled(factor) for name, law in self.named.items()}
-        return replace(self, law=self.law.scaled(factor), named=named)
+        return Noise(self.law.scaled(factor), self.source, self.spread, self.effect, named)
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
-        values = {**law_as_dict(self.law), "source": self.source, "test": self.test}
+        values = {**law_as_dict(self.law), "source": self.source, "test": TEST}
         if self.spread.sd:
             values["spread"] = asdict(self.spread)
         if self.effect is not None:
@@ -99,18 +94,17 @@ class Noise:
         try:
             parts = dict(values)
             source, effect = parts.pop("source", ""), parts.pop("effect", None)
-            test = parts.pop("test", TESTS[0])
-            if type(test) is not int or test not in TESTS:
+            if parts.pop("test", TEST) != TEST:
                 raise CalibrationError(
-                    f"noise for version {test!r:.20} of the residual test",
-                    wanted=f"version {' or '.join(map(str, TESTS))}, whose evidence this release can compute again",
+                    f"noise for version {dict(values)['test']!r:.20} of the residual test",
+                    wanted=f"version {TEST}, whose evidence this release can compute again",
                     do="read it with the release of assay that wrote it",
                 )
             spread = spread_from_dict(parts.pop("spread")) if "spread" in parts else stats.Spread()
             named = named_from_dict(parts.pop("named", {}))
             if not isinstance(source, str) or not (effect is None or _is_number(effect)):
                 raise ValueError
-            return cls(law_from_dict(parts), source, spread, effect, named, test)
+            return cls(law_from_dict(parts), source, spread, effect, named)
         except (TypeError, ValueError, AttributeError, UsageError):
             raise _no_noise(values) from None
 
@@ -218,7 +212,6 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
         beta=beta,
         effect=noise.effect or usual,
         named=noise.named,
-        largest_left_out=noise.test >= 3,
     )
 
 

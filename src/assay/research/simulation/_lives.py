@@ -29,7 +29,6 @@ SMALLEST = 1e-3  # of a typical residual: what is smaller says the same
 LARGEST = 2.0
 TOGETHER = 512  # nodes of one task
 SEGMENT = 64  # nonces after which the paths are divided by the honest ones
-_MOST = 80.0  # logarithm of what one residual multiplies a path by: far more than any life needs, and within float32
 FORGOTTEN = 1e-60  # share of the honest paths below which a path is dropped; others convict long before it comes back
 
 
@@ -123,7 +122,7 @@ class SizeEvidence:
 
     Args:
         noise: Honest noise that is judged by.
-        sizes_A: Sizes of residuals, in ascending order.
+        sizes_A: Sizes of residuals.
     """
 
     def __init__(self, noise: Noise, sizes_A: FloatArray) -> None:
@@ -134,8 +133,7 @@ class SizeEvidence:
         order = np.concatenate([np.arange(paths.honest), paths.honest + np.argsort(-fall_P[paths.honest :])])
         self.honest = paths.honest
         self.prior_P = np.exp(paths.prior[order])
-        self.factor_AP = np.exp(np.clip(paths.steps[:, order], -_MOST, _MOST)).astype(np.float32, order="C")
-        self.invented = int(np.searchsorted(sizes_A, paths.invented))  # first place that is not left out
+        self.factor_AP = np.exp(paths.steps[:, order]).astype(np.float32, order="C")
 
 
 class ManyLives:
@@ -154,19 +152,19 @@ class ManyLives:
         self._since = 0
         self.convicted_N = np.zeros(nodes, dtype=np.bool_)
 
-    def _begin(self, number: int) -> tuple[int, FloatArray, IntArray, IntArray]:
+    def _begin(self, number: int) -> tuple[int, FloatArray, IntArray]:
         self._number = number
         path_NP = np.broadcast_to(self._evidence.prior_P, self._shape).copy()
-        return number, path_NP, np.full(self._shape[0], self._shape[1]), np.zeros(self._shape[0], dtype=np.int64)
+        return number, path_NP, np.full(self._shape[0], self._shape[1])
 
     def update(self, places_NC: npt.NDArray[np.int16]) -> npt.NDArray[np.bool_]:
         """Take the residuals of one audit, as places on the grid; return who is convicted by now, [N]."""
         if self._since >= EPOCH:
             self._tests[1:], self._since = [self._begin(self._number + 1)], 0
-        factor_AP, honest, invented = self._evidence.factor_AP, self._evidence.honest, self._evidence.invented
-        for number, path_NP, last_N, largest_N in self._tests:
+        factor_AP, honest = self._evidence.factor_AP, self._evidence.honest
+        for number, path_NP, last_N in self._tests:
             bound = 1 / (self._alpha * share_of_test(number))
-            _multiply(path_NP, last_N, largest_N, factor_AP, places_NC, honest, invented, bound, self.convicted_N)
+            _multiply(path_NP, last_N, factor_AP, places_NC, honest, bound, self.convicted_N)
         self._since += places_NC.shape[1]
         return self.convicted_N
 
@@ -257,46 +255,18 @@ def _step(path: Any, factors: Any) -> Any:
     return total
 
 
-@numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, inline="never")
-def _without(path: Any, factors: Any) -> Any:
-    """Return the sum of some paths of a node without the residual that has these factors."""
-    total = 0.0
-    for p in range(path.size):
-        total += path[p] / factors[p]
-    return total
-
-
 @numba.njit(nogil=True)
-def _multiply(
-    path: Any,
-    last: Any,
-    largest: Any,
-    factor: Any,
-    places: Any,
-    honest: int,
-    invented: int,
-    bound: float,
-    convicted: Any,
-) -> None:
-    """Multiply the paths of every node by the factors of its residuals, and convict where the e-value is reached.
-
-    Places are in the order of the residuals' sizes; from ``invented`` on the largest residual is not left out.
-    """
+def _multiply(path: Any, last: Any, factor: Any, places: Any, honest: int, bound: float, convicted: Any) -> None:
+    """Multiply the paths of every node by the factors of its residuals, and convict where the e-value is reached."""
     for n in range(path.shape[0]):
         row, stop = path[n], last[n]
         for c in range(places.shape[1]):
             if convicted[n]:
                 break
             factors = factor[places[n, c]]
-            largest[n] = max(largest[n], places[n, c])
             for_honest = _step(row[:honest], factors[:honest])
             for_cheats = _step(row[honest:stop], factors[honest:stop])
-            accused = not for_cheats < bound * for_honest  # infinite evidence included
-            if accused and largest[n] < invented:
-                heaviest = factor[largest[n]]
-                others = _without(row[:honest], heaviest[:honest]) * math.sqrt(bound)
-                accused = not _without(row[honest:stop], heaviest[honest:stop]) < others
-            if accused:
+            if not for_cheats < bound * for_honest:  # infinite evidence included
                 convicted[n] = True
             elif c % SEGMENT == SEGMENT - 1 or c == places.shape[1] - 1:
                 for p in range(stop):
