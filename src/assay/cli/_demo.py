@@ -26,13 +26,16 @@ def demo(chosen: "DemoSettings", as_json: JsonFlag = False) -> None:
     # Threads of torch that wait for work would otherwise keep a core busy, which a machine with other work has not.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with without_collection():
-        from assay.models import load_model
-        from assay.reports import Report
+        _run(chosen, as_json)
+
+
+def _run(chosen: "DemoSettings", as_json: bool) -> None:
+    from assay.models import load_model
+    from assay.reports import Report
 
     chosen.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with without_collection():
-        loaded = load_model(chosen.model)
+    loaded = load_model(chosen.model)
     with progress_bar("honest nodes") as progress:
         honest = _demo_poc.run_honest(loaded, progress)
     with progress_bar("cheaters") as progress:

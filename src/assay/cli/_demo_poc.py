@@ -15,7 +15,7 @@ Progress = Callable[[int, int], None]
 
 BLOCKS = ("block_alpha", "block_beta", "block_gamma")
 KEYS = ("node_A", "node_B", "node_C")
-SEQ_LEN = 32  # an eighth of the default: a demonstration should be over before coffee
+SEQ_LEN = 16  # a sixteenth of the default: a demonstration should be over before coffee
 NONCES = 64
 SAMPLE = 32
 COLUMNS = ("node", "mean distance", "valid", "largest residual", "checked", "verdict")
