@@ -53,7 +53,10 @@ def test_a_traceback_or_another_exit_code_fails(script: ModuleType, stranger):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
-def test_a_page_whose_scripts_show_nothing_fails(script: ModuleType, stranger, tmp_path: Path):
+def test_a_page_whose_scripts_show_nothing_fails(
+    script: ModuleType, stranger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(script, "PAGE_WAIT", 3.0)
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
