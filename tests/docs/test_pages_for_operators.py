@@ -44,21 +44,21 @@ RUN = {
         *("protocol", "responses", "decode", "streams", "models"),
     ),
     "tests/docs/test_pages_for_researchers.py": ("statistics", "vhack", "vhack-pairs", "vhack-checks"),
+    "tests/vllm/recipe.py": ("vllm",),
 }
 """Pages whose blocks of ``sh`` and ``python`` run, by the test that runs them."""
 
 NOT_RUN = {
-    "vllm": "a server of vLLM, in an environment of its own: tests/vllm starts one with the commands of the page",
     "networks": "reads sets that networks publish, which are not part of the project: tests/cli/test_research.py",
     "gpu": "measurements on GPUs",
-    "experiments": "measurements of hours, each with its result file",
+    "experiments": "measurements of hours, each with its result file; test_pages_for_researchers runs the rates",
     "redteam": "measurements of hours, each with its result file",
     "redteam-responses": "measurements of hours, each with its result file",
-    "vhack-training": "fragments for loops of one's own; tests/vhack/training and tests/vhack/delta run them",
-    "vhack-results": "measurements of hours, each with its result file",
+    "vhack-training": "needs models and loops of one's own; test_pages_for_researchers runs the loop over an adapter",
+    "vhack-results": "measurements of hours, each with its result file; test_pages_for_researchers runs the report",
     "vhack-experiment-3": "measurements of hours, each with its result file",
 }
-"""Pages with commands or programs that no test runs as they stand, and why."""
+"""Pages with commands or programs that no test runs all of as they stand, and why."""
 
 NOT_RUN_BLOCKS = {
     "python3.11 -m venv /opt/assay": "root, and the environment of the machine",
