@@ -28,6 +28,34 @@ def one_nonce() -> None:
     print_table(header, rows)
 
 
+def without_largest() -> None:
+    """Print what leaving the largest residual out gains and costs on the residuals of a GPU: worst of both laws."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in read_json(RESULTS / "one_nonce_h200.json")["rows"]:
+        if "random" in row["model"]:  # the page says in words what they show
+            continue
+        found.setdefault((row["model"], row["preset"], row["dtype"]), []).append(row)
+    rows = []
+    for (model, preset, dtype), each in found.items():
+        before, after = ([row["candidates"][name] for row in each] for name in ("none", "F"))
+        shares = [
+            " / ".join(f"{100 * max(one[name] for one in ones):.{digits}f}" for ones in (before, after))
+            for name, digits in (("accused", 3), ("accused_worst_pair", 2), ("lives_convicted", 1))
+        ]
+        heavy = [one["with_heavy_worst_pair"] for one in after if one["with_heavy_worst_pair"] is not None]
+        cheats = [
+            100 * (theirs[2] - ours[2])
+            for one, other in zip(before, after, strict=True)
+            for theirs, ours in zip(one["cheats"], other["cheats"], strict=True)
+        ]
+        name = {"reference:qwen3": "Qwen3", "reference:llama": "Llama"}[model]
+        put_in = f"{100 * max(heavy):.2f}" if heavy else ""
+        heaviest = f"{max(row['heaviest'][0] for row in each):.0f}"
+        rows.append((f"{name}, `{preset}`, {dtype}", heaviest, *shares[:2], put_in, f"{max(cheats):.2f}", shares[2]))
+    header = ("model, preset, format", "heaviest nonce", "accused, %", "worst pair, %", "with a heavy nonce, %")
+    print_table((*header, "fewer cheats, points", "lives convicted, %"), rows)
+
+
 def life_places() -> None:
     """Print the honest lives that are convicted in a year in which every audit tests the place first."""
     rows = []
