@@ -14,7 +14,7 @@ from assay.errors import AssayError
 from assay.models import load_model
 from assay.vhack import extract, per_sample_gradients, weight_svd
 from assay.vhack.delta import DeltaS
-from assay.vhack.gradients import _in_place, local, whole
+from assay.vhack.gradients import _in_place, _per_sample, local, whole
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 
@@ -102,6 +102,17 @@ def found_in(module, samples, tokenizer, svd=None, **settings):
     }
 
 
+@contextmanager
+def recomputing(layers):
+    """Have the first layers computed again, as if there were room for no more than the others."""
+    planned = _per_sample.plan_in_turns
+    _per_sample.plan_in_turns = lambda *given, **how: (planned(*given, **how)[0], layers)
+    try:
+        yield
+    finally:
+        _per_sample.plan_in_turns = planned
+
+
 def refusal(call):
     try:
         call()
@@ -123,6 +134,8 @@ def run(rank, device, paths, tokenizer_path, samples, pairs):
     few = {"max_tokens": 1, "checkpointing": True}
     found["llama fsdp, few"] = found_in(by_fsdp(loaded(llama), mesh), samples[:3], tokenizer, **few)
     found["llama tensor, few"] = found_in(by_tensor(loaded(llama), mesh), samples[:3], tokenizer, **few)
+    with recomputing(layers=1):
+        found["llama fsdp, one layer again"] = found_in(by_fsdp(loaded(llama), mesh), samples, tokenizer)
     found["llama fsdp, lora"] = found_in(by_fsdp(loaded(llama, lora=True), mesh), samples, tokenizer)
     adapter = DeltaS(loaded(qwen3).to(device))
     inside = by_fsdp(adapter.model, mesh)

@@ -10,7 +10,7 @@ from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
 from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import _batches
-from assay.vhack.gradients._batches import encode, plan, token_budget
+from assay.vhack.gradients._batches import encode, plan, plan_in_turns, room_for_batches, token_budget, tokens_of
 from assay.vhack.gradients._replica import Replica
 from tests.vhack.adapter import made, sequential_gradients, worst_error
 
@@ -186,18 +186,41 @@ def test_batches_that_run_at_once_are_of_equal_size(byte_tokenizer, samples, max
     assert len(batches) % 2 == 0 or len(batches) == len(encoded)
 
 
-def test_the_token_budget_follows_the_free_memory(monkeypatch, small_model, byte_tokenizer, samples):
+def test_the_token_budget_follows_the_free_memory(small_model, byte_tokenizer, samples):
     encoded = encode(byte_tokenizer, samples, ["s"] * len(samples), 1000)
-    budgets = []
+    budgets, layers = [], small_model.module.config.num_hidden_layers
     for free in (1, 20_000_000, 40_000_000, 10**15):
-        monkeypatch.setattr(_batches, "free_bytes", lambda _, free=free: free)
-        ways = ({"checkpointing": False}, {"checkpointing": True}, {"checkpointing": False, "gathers": True})
-        budgets.append([token_budget(small_model.module, encoded, **way) for way in ways])
-    assert budgets[0] == [1, 1, 1]
+        room = room_for_batches(free)
+        budgets.append([token_budget(small_model.module, encoded, room, recomputed=count) for count in (0, layers)])
+    assert budgets[0] == [1, 1]
     assert budgets[1][0] < budgets[1][1]
     assert budgets[2][0] == pytest.approx(2 * budgets[1][0], abs=1)
-    assert budgets[2][2] == pytest.approx(1.5 * budgets[2][0], abs=1)
-    assert budgets[3] == [2048, 2048, 2048]
+    assert budgets[3] == [2048, 2048]
+
+
+def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small_model, byte_tokenizer, samples):
+    encoded = encode(byte_tokenizer, samples, ["s"] * len(samples), 1000)
+    module, layers = small_model.module, small_model.module.config.num_hidden_layers
+    monkeypatch.setattr(_batches, "_GATHERED_TOKENS", sum(len(one.ids) for one in encoded))
+    how = {"packed": True, "equal": False, "at_once": 2}
+    seen = []
+    for free in torch.logspace(5, 12, 200).tolist():
+        batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=False, **how)
+        again, all_of_them = plan_in_turns(module, encoded, free, checkpointing=True, **how)
+        assert all_of_them == layers
+        assert len(again) <= len(batches)
+        room = _batches._GATHERING_SHARE * free
+        fits = token_budget(module, encoded, room, recomputed=recomputed)
+        # A sample that does not fit has a batch to itself.
+        assert all(tokens_of(batch, packed=True) <= fits for batch in batches if len(batch) > 1)
+        if recomputed:
+            largest = max(tokens_of(batch, packed=True) for batch in batches)
+            assert largest > token_budget(module, encoded, room, recomputed=recomputed - 1)
+        seen.append((len(batches), recomputed))
+    assert seen[-1] == (2, 0)
+    # One layer alone saves nothing: while it is computed again it has all that it would have kept.
+    assert {recomputed for _, recomputed in seen} == {*range(layers + 1)} - {1}
+    assert seen[0] == (len(encoded), layers)
 
 
 @pytest.mark.parametrize("full", [torch.OutOfMemoryError("no room"), RuntimeError("can't allocate memory")], ids=repr)

@@ -50,6 +50,7 @@ CASES = [
     *(f"{family} {kind}" for family in ("qwen3", "llama") for kind in ("fsdp", "tensor")),
     "llama fsdp, few",
     "llama tensor, few",
+    "llama fsdp, one layer again",
     "llama tensor, head",
     "llama fsdp, lora",
     "qwen3 fsdp, adapter",

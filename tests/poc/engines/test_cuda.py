@@ -101,7 +101,7 @@ def test_overlapping_changes_no_bit_and_compiling_little(monkeypatch: pytest.Mon
     fast = HFEngine(model, batch_size=32, seq_len=64, compiled=True)
     overlapped = prove(model, round, range(300), engine=fast)
     eager = prove(model, round, range(300), engine=HFEngine(model, batch_size=32, seq_len=64))
-    assert verify(overlapped, model, seed=1).residuals == (0.0,) * 64  # with the prover's kernels
+    assert set(verify(overlapped, model, seed=1).residuals) == {0.0}  # with the prover's kernels
     plain = lambda engine, run, *given: _hf.plain_outputs(engine, *given)  # noqa: E731
     monkeypatch.setattr(_hf, "overlapped_outputs", plain)
     assert bits(prove(model, round, range(300), engine=fast)) == bits(overlapped)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.models.device import free_bytes
 from assay.vhack.pairs import Sample
 
 if TYPE_CHECKING:
@@ -20,6 +19,10 @@ if TYPE_CHECKING:
 # Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
 _MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
 _MOST_BYTES = 52e9
+# A turn of two H200 gathers the weights and factors of Qwen3-32B while a batch of so many tokens computes. With 1800
+# tokens a third of a turn is waiting (benchmarks/results/vhack_parts_h200x2.json).
+_GATHERED_TOKENS = 6144
+_GATHERING_SHARE = 0.85  # of the free memory, for such a batch
 # Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention output, and in the MLP
 # gate, up, their activation and product. Measured peaks stay below.
 _HIDDEN_COPIES = 10
@@ -244,27 +247,69 @@ def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> lis
         count += at_once
 
 
-def token_budget(
-    module: "PreTrainedModel",
-    encoded: Sequence[Encoded],
-    *,
-    checkpointing: bool,
-    at_once: int = 1,
-    gathers: bool = False,
-) -> int:
-    """Return how many tokens a batch may have, padding included, so that all fit into half of the free memory.
+def room_for_batches(free: float) -> float:
+    """Return how many bytes the batches that are computed at once may take together, of so many free ones."""
+    return min(_MOST_BYTES, free / 2)
 
-    Where every batch gathers the weights and factors of the whole model, fewer and larger ones may take three quarters.
+
+def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], room: float, *, recomputed: int) -> int:
+    """Return how many tokens a batch may have, padding included, so that all of it fits into its room.
+
+    Args:
+        module: Model.
+        encoded: Samples of the batches.
+        room: Bytes for a batch.
+        recomputed: Number of layers that the backward pass computes again.
     """
     config = module.config.get_text_config()
     parameter = next(module.parameters())
     stated = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
     wide = max(stated) if isinstance(stated, list | tuple) else int(stated)  # Gemma 3n has one for each layer
     layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()
-    kept = layer + config.num_hidden_layers * config.hidden_size * parameter.element_size()
-    activations = kept if checkpointing else layer * config.num_hidden_layers
+    states = config.num_hidden_layers * config.hidden_size * parameter.element_size()
+    kept = config.num_hidden_layers - recomputed
+    # A layer that is computed again has its input all the time, and everything else once its turn comes.
+    activations = layer * min(kept + 1, config.num_hidden_layers) + (states if recomputed else 0)
     completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(len(one.ids) for one in encoded)
     per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
-    free = free_bytes(parameter.device)
-    room = 0.75 * free if gathers else min(_MOST_BYTES, free / 2) / at_once
     return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))
+
+
+def plan_in_turns(
+    module: "PreTrainedModel",
+    encoded: Sequence[Encoded],
+    free: float,
+    *,
+    packed: bool,
+    equal: bool,
+    at_once: int,
+    checkpointing: bool,
+) -> tuple[list[list[Encoded]], int]:
+    """Return batches for a model whose weights every batch gathers, and how many layers to compute again.
+
+    A gathered model is moved through in every turn, whatever the batch has, so batches have at least _GATHERED_TOKENS
+    where recomputing makes room for them, and no more layers are computed again than the largest batch asks for.
+
+    Args:
+        module: Model.
+        encoded: Samples.
+        free: Bytes that are free in every process.
+        packed: Whether samples will stand end to end.
+        equal: Whether the samples of a batch have one length.
+        at_once: Number of processes, each of which takes one batch in a turn.
+        checkpointing: Whether all layers are computed again, whatever there is room for.
+    """
+    layers = int(module.config.get_text_config().num_hidden_layers)
+    room = _GATHERING_SHARE * free
+    fits = [token_budget(module, encoded, room, recomputed=count) for count in range(layers + 1)]
+    wanted = fits[-1] if checkpointing else max(fits[0], min(fits[-1], _GATHERED_TOKENS))
+    batches = plan(encoded, wanted, packed=packed, equal=equal, at_once=at_once)
+    largest = max(tokens_of(batch, packed=packed) for batch in batches)
+    fewest = next((count for count, tokens in enumerate(fits) if tokens >= largest), layers)
+    return batches, layers if checkpointing else fewest
+
+
+def tokens_of(batch: Sequence[Encoded], *, packed: bool) -> int:
+    """Return the number of tokens of a batch, padding included."""
+    lengths = [len(one.ids) for one in batch]
+    return sum(lengths) if packed else len(lengths) * max(lengths)

@@ -31,7 +31,7 @@ class InPlace(Replica):
         factors: Factors of every target module whose gradients are wanted, whole or as `decompose` divides them.
         division: How the model is divided.
         recipe: Choice from `recipe_in_parts`.
-        checkpointing: Whether to recompute each layer in the backward pass.
+        recomputed: Number of layers, the first ones, that the backward pass computes again.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class InPlace(Replica):
         division: Division,
         recipe: Recipe,
         *,
-        checkpointing: bool,
+        recomputed: int,
     ) -> None:
         self.division = division
         self._undo = ExitStack()
         with ExitStack() as failed:
             failed.callback(self._undo.close)
-            super().__init__(module, factors, recipe, factored=(), checkpointing=checkpointing)
+            super().__init__(module, factors, recipe, factored=(), recomputed=recomputed)
             self._undo.callback(self._on_head.remove)
             failed.pop_all()
 

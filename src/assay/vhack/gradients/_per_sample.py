@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models import Model
-from assay.models.device import one_thread
-from assay.vhack.gradients._batches import Encoded, context_of, encode, plan, token_budget
+from assay.models.device import free_bytes, one_thread
+from assay.vhack.gradients._batches import (
+    Encoded,
+    context_of,
+    encode,
+    plan,
+    plan_in_turns,
+    room_for_batches,
+    token_budget,
+)
 from assay.vhack.gradients._division import Division, division_of
 from assay.vhack.gradients._factors import Factors
 from assay.vhack.gradients._in_place import InPlace, recipe_in_parts
@@ -73,6 +81,7 @@ def per_sample_gradients(
         max_tokens: Largest number of tokens in a batch, padding included; None chooses from the free memory. A batch
             that still runs out of memory is split.
         checkpointing: Whether to recompute each layer in the backward pass: a third more time for far less memory.
+            Under FSDP2, where every batch gathers all weights, some are recomputed anyway if that makes fewer batches.
         names: Name of each sample in errors; None numbers them.
         progress: Function called with the number of samples done and of all.
 
@@ -112,12 +121,14 @@ def per_sample_gradients(
         return _in_parts(module, factors, division, encoded, max_tokens, checkpointing, progress)
     recipe = recipe_for(module)
     cores = _at_once(module)
-    budget = max_tokens or token_budget(module, encoded, checkpointing=checkpointing, at_once=cores)
+    recomputed = _layers(module) if checkpointing else 0
+    room = room_for_batches(free_bytes(module.device)) / cores
+    budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
     batches = plan(encoded, budget, packed=recipe.packed, equal=recipe.equal, at_once=cores)
     found = SampleGradients({name: torch.empty(len(samples), factors[name].rank) for name in factors})
     factored = fitting(wanted, factors) if recipe.factored else set()
     replicas = [
-        Replica(module, factors, recipe, factored=factored, checkpointing=checkpointing)
+        Replica(module, factors, recipe, factored=factored, recomputed=recomputed)
         for _ in range(min(cores, len(batches)))
     ]
     done = 0
@@ -198,12 +209,17 @@ def _in_parts(
 ) -> SampleGradients:
     """Return the gradients of all samples of a model in parts, in every process."""
     found = SampleGradients({name: torch.zeros(len(encoded), each.rank) for name, each in factors.items()})
-    fits = token_budget(module, encoded, checkpointing=checkpointing, gathers=division.by_samples)
-    budget = _agreed(division, encoded, max_tokens or fits)
+    free = _agreed(division, (encoded, max_tokens, checkpointing), free_bytes(next(module.parameters()).device))
     recipe = recipe_in_parts(module, division)
     takers = division.processes if division.by_samples else 1
-    batches = plan(encoded, budget, packed=recipe.packed, equal=recipe.equal, at_once=takers)
-    with InPlace(module, factors, division, recipe, checkpointing=checkpointing) as replica:
+    how = {"packed": recipe.packed, "equal": recipe.equal}
+    if takers > 1 and max_tokens is None:
+        batches, recomputed = plan_in_turns(module, encoded, free, at_once=takers, checkpointing=checkpointing, **how)
+    else:
+        recomputed = _layers(module) if checkpointing else 0
+        budget = max_tokens or token_budget(module, encoded, room_for_batches(free), recomputed=recomputed)
+        batches = plan(encoded, budget, at_once=takers, **how)
+    with InPlace(module, factors, division, recipe, recomputed=recomputed) as replica:
         for start in range(0, len(batches), takers):
             turn = batches[start : start + takers]
             mine = division.rank if takers > 1 else 0
@@ -221,17 +237,22 @@ def _in_parts(
     return found
 
 
-def _agreed(division: Division, encoded: list[Encoded], budget: int) -> int:
-    """Return the smallest budget of all processes, after a look at whether they have the same samples."""
-    ids = hashlib.sha256(repr([(one.ids, one.n_prompt) for one in encoded]).encode()).hexdigest()
-    told = division.gathered((ids, budget))
+def _layers(module: "PreTrainedModel") -> int:
+    return int(module.config.get_text_config().num_hidden_layers)
+
+
+def _agreed(division: Division, given: tuple[list[Encoded], int | None, bool], free: float) -> float:
+    """Return the fewest bytes that are free in a process, after a look at whether all of them were given the same."""
+    encoded, *settings = given
+    ids = hashlib.sha256(repr(([(one.ids, one.n_prompt) for one in encoded], settings)).encode()).hexdigest()
+    told = division.gathered((ids, free))
     if len({theirs for theirs, _ in told}) > 1:
         raise UsageError(
-            f"other samples in process {division.rank} than in others",
+            f"other samples in process {division.rank} than in others, or other settings",
             wanted="the same samples in the same order in every process, which share them out themselves",
-            do="pass all of them everywhere",
+            do="pass all of them everywhere, with the same max_tokens and checkpointing",
         )
-    return min(int(theirs) for _, theirs in told)
+    return min(float(theirs) for _, theirs in told)
 
 
 def _unsplit(replica: Replica, batch: list[Encoded]) -> Computed:

@@ -112,7 +112,7 @@ class Replica:
         factors: Factors U, S and Vh of every target module whose gradients are wanted.
         recipe: Choice among the exact ways.
         factored: Modules whose factors may stand for the weight in products, from `fitting`.
-        checkpointing: Whether to recompute each layer in the backward pass.
+        recomputed: Number of layers, the first ones, that the backward pass computes again.
 
     Raises:
         ModelError: The model has no head.
@@ -126,7 +126,7 @@ class Replica:
         recipe: Recipe,
         *,
         factored: Collection[str],
-        checkpointing: bool,
+        recomputed: int,
     ) -> None:
         self.module = self._taken(module)
         self.recipe = recipe
@@ -138,12 +138,11 @@ class Replica:
         self._head_sees_completions_only()
         if recipe.fused and (self.use is not None or self._on_cpu):
             self._fuse_norms()
-        self._tap(factors, factored, checkpointing)
+        self._tap(factors, factored, checkpointing=recomputed > 0)
         if recipe.packed:
             self._pack_layers()
-        if checkpointing:
-            for layer in decoder_layers(self.module):
-                self._replace(layer, _recomputed(layer.forward))
+        for layer in decoder_layers(self.module)[:recomputed] if recomputed else ():
+            self._replace(layer, _recomputed(layer.forward))
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -238,7 +237,7 @@ class Replica:
         for layer in layers:
             self._replace(layer, packed.forward(layer, late=self.recipe.late and layer is last))
 
-    def _tap(self, factors: Mapping[str, Factors], factored: Collection[str], checkpointing: bool) -> None:
+    def _tap(self, factors: Mapping[str, Factors], factored: Collection[str], *, checkpointing: bool) -> None:
         modules = {name: linear for name, linear in target_modules(self.module).items() if name in factors}
         self.names = list(modules)
         late = _late_prefixes(self.module) if self.recipe.late else ()
