@@ -29,8 +29,9 @@ from assay.poc.engines.hf import joined
 from assay.vhack import extract, per_sample_gradients, target_modules
 from assay.vhack.basis import _extract
 from assay.vhack.gradients import _per_sample
+from assay.vhack.gradients._batches import tokens_of
 
-WAYS = ("fsdp", "tensor", "device-map")
+WAYS, SEVERAL = ("fsdp", "tensor", "device-map"), "1800 tokens"
 
 
 class Place:
@@ -120,8 +121,8 @@ def formula(module, processes):
 
 @contextmanager
 def watched():
-    """The factors that an extraction makes with their seconds, and the tokens of the largest batch of a pass."""
-    seen, make, plan = {}, _extract.weight_svd, _per_sample.plan
+    """The factors of an extraction with their seconds, and the turns of a pass: tokens, and layers recomputed."""
+    seen, make, turn = {"turns": []}, _extract.weight_svd, _per_sample._unsplit
 
     def made(*arguments, **named):
         start = time.perf_counter()
@@ -129,23 +130,22 @@ def watched():
         seen["svd_seconds"] = time.perf_counter() - start
         return seen["svd"]
 
-    def planned(encoded, budget, *, packed, **options):
-        batches = plan(encoded, budget, packed=packed, **options)
-        sizes = [[len(one.ids) for one in batch] for batch in batches]
-        seen["batches"] = len(batches)
-        seen["tokens"] = max(sum(each) if packed else len(each) * max(each) for each in sizes)
-        return batches
+    def taken(replica, batch):
+        seen["turns"].append(tokens_of(batch, packed=replica.recipe.packed))
+        seen["recomputed"] = replica.recomputed
+        return turn(replica, batch)
 
-    _extract.weight_svd, _per_sample.plan = made, planned
+    _extract.weight_svd, _per_sample._unsplit = made, taken
     try:
         yield seen
     finally:
-        _extract.weight_svd, _per_sample.plan = make, plan
+        _extract.weight_svd, _per_sample._unsplit = make, turn
 
 
 def cases(options):
-    """Settings of the pass; the second is for the slope of the memory."""
-    found = {"usual": {}, "one sample": {"max_tokens": 1}, "checkpointing": {"checkpointing": True}}
+    """Settings of the pass; the slope of the memory is between batches of one sample and of 1800 tokens."""
+    some = {"usual": {}, "checkpointing": {"checkpointing": True}}
+    found = some | {"one sample": {"max_tokens": 1}, SEVERAL: {"max_tokens": 1800}}
     return found | {f"{tokens} tokens": {"max_tokens": tokens} for tokens in options.tokens}
 
 
@@ -184,6 +184,7 @@ def measured(options, place):
             taken = []
             for turn in range(1 + options.rounds):
                 note(f"{name}, turn {turn}")
+                seen["turns"].clear()
                 _, seconds, peak = place.timed(
                     lambda case=case: per_sample_gradients(chosen, module, tokenizer=tokenizer, svd=seen["svd"], **case)
                 )
@@ -192,8 +193,9 @@ def measured(options, place):
             row = {"seconds": taken, "tokens_per_second_and_device": rate, "rate_times_parameters": rate * parameters}
             figures["gradients"][name] = row | {
                 "peak_gb": peak,
-                "batches": seen["batches"],
-                "largest_batch_tokens": seen["tokens"],
+                "turns": len(seen["turns"]),
+                "recomputed_layers": seen["recomputed"],
+                "largest_batch_tokens": max(max(theirs) for theirs in place.told(seen["turns"])),
             }
             compare(figures, options.one)
             yield figures
@@ -207,8 +209,8 @@ def compare(figures, one):
             rate = other["tokens"] / min(other["batched_seconds"]) * model_info(reference).parameters
             shares = {name: row["rate_times_parameters"] / rate for name, row in rows.items()}
             figures["over_one_device"] = {"model": reference, "rate_times_parameters": rate} | shares
-    if "formula_gb" in figures and {"usual", "one sample"} <= rows.keys() and rows["usual"]["peak_gb"]:
-        at = [(rows[name]["largest_batch_tokens"], max(rows[name]["peak_gb"])) for name in ("one sample", "usual")]
+    if "formula_gb" in figures and {SEVERAL, "one sample"} <= rows.keys() and rows[SEVERAL]["peak_gb"]:
+        at = [(rows[name]["largest_batch_tokens"], max(rows[name]["peak_gb"])) for name in ("one sample", SEVERAL)]
         slope, fixed = np.polyfit(*np.transpose(at), 1).tolist()
         wanted = sum(figures["formula_gb"].values())
         figures["memory"] = {"fixed_gb": fixed, "formula_gb": wanted, "ratio": fixed / wanted, "gb_per_token": slope}

@@ -129,7 +129,7 @@ class Replica:
         recomputed: int,
     ) -> None:
         self.module = self._taken(module)
-        self.recipe = recipe
+        self.recipe, self.recomputed = recipe, recomputed
         self.use = kernels(module.device, module.dtype) if recipe.fused else None
         self._found: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
