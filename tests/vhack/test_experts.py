@@ -118,7 +118,7 @@ def test_every_way_gives_the_same(monkeypatch, mixture, mixture_svd, samples, by
 def test_a_mixture_computes_what_transformers_does_and_is_left_as_it_was(mixture, mixture_svd):
     ids = torch.arange(40).view(1, 40)
     before = {name: id(parameter) for name, parameter in mixture.named_parameters()}
-    replica = Replica(mixture, mixture_svd, recipe_for(mixture), factored=(), checkpointing=False)
+    replica = Replica(mixture, mixture_svd, recipe_for(mixture), factored=(), recomputed=0)
     replica._batch = Batch.build([Encoded(0, "one", ids[0].tolist(), 1)], ids.device, packed=False)
     assert not any("forward" in vars(part) for part in mixture.modules())
     found = replica.module(input_ids=ids).logits
