@@ -248,6 +248,11 @@ def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> lis
         count += at_once
 
 
+def layers_of(module: "PreTrainedModel") -> int:
+    """Return the number of layers that the configuration of the decoder states."""
+    return int(module.config.get_text_config().num_hidden_layers)
+
+
 def room_for_batches(free: float) -> float:
     """Return how many bytes the batches that are computed at once may take together, of so many free ones."""
     return min(_MOST_BYTES, free / 2)
@@ -262,15 +267,14 @@ def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], room: fl
         room: Bytes for a batch.
         recomputed: Number of layers that the backward pass computes again.
     """
-    config = module.config.get_text_config()
+    config, layers = module.config.get_text_config(), layers_of(module)
     parameter = next(module.parameters())
     stated = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
     wide = max(stated) if isinstance(stated, list | tuple) else int(stated)  # Gemma 3n has one for each layer
     layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()
-    states = config.num_hidden_layers * config.hidden_size * parameter.element_size()
-    kept = config.num_hidden_layers - recomputed
+    states = layers * config.hidden_size * parameter.element_size()
     # A layer that is computed again has its input all the time, and everything else once its turn comes.
-    activations = layer * min(kept + 1, config.num_hidden_layers) + (states if recomputed else 0)
+    activations = layer * min(layers - recomputed + 1, layers) + (states if recomputed else 0)
     completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(len(one.ids) for one in encoded)
     per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
     return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))
@@ -300,7 +304,7 @@ def plan_in_turns(
         at_once: Number of processes, each of which takes one batch in a turn.
         checkpointing: Whether all layers are computed again, whatever there is room for.
     """
-    layers = int(module.config.get_text_config().num_hidden_layers)
+    layers = layers_of(module)
     room = _GATHERING_SHARE * free
     fits = [token_budget(module, encoded, room, recomputed=count) for count in range(layers + 1)]
     wanted = fits[-1] if checkpointing else max(fits[0], min(fits[-1], _GATHERED_TOKENS))

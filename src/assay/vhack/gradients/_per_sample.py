@@ -17,6 +17,7 @@ from assay.vhack.gradients._batches import (
     Encoded,
     context_of,
     encode,
+    layers_of,
     plan,
     plan_in_turns,
     room_for_batches,
@@ -121,7 +122,7 @@ def per_sample_gradients(
         return _in_parts(module, factors, division, encoded, max_tokens, checkpointing, progress)
     recipe = recipe_for(module)
     cores = _at_once(module)
-    recomputed = _layers(module) if checkpointing else 0
+    recomputed = layers_of(module) if checkpointing else 0
     room = room_for_batches(free_bytes(module.device)) / cores
     budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
     batches = plan(encoded, budget, packed=recipe.packed, equal=recipe.equal, at_once=cores)
@@ -216,7 +217,7 @@ def _in_parts(
     if takers > 1 and max_tokens is None:
         batches, recomputed = plan_in_turns(module, encoded, free, at_once=takers, checkpointing=checkpointing, **how)
     else:
-        recomputed = _layers(module) if checkpointing else 0
+        recomputed = layers_of(module) if checkpointing else 0
         budget = max_tokens or token_budget(module, encoded, room_for_batches(free), recomputed=recomputed)
         batches = plan(encoded, budget, at_once=takers, **how)
     with InPlace(module, factors, division, recipe, recomputed=recomputed) as replica:
@@ -235,10 +236,6 @@ def _in_parts(
         if bad := next((name for name, rows_NR in found.items() if not torch.isfinite(rows_NR[one.index]).all()), ""):
             raise _not_finite(f"the loss or the gradient of {one.name} in {bad}")
     return found
-
-
-def _layers(module: "PreTrainedModel") -> int:
-    return int(module.config.get_text_config().num_hidden_layers)
 
 
 def _agreed(division: Division, given: tuple[list[Encoded], int | None, bool], free: float) -> float:
