@@ -64,3 +64,19 @@ def test_what_makes_no_sense_is_refused(flags: tuple[object, ...], words: str, p
     made = prove(*flags)
     assert made.code == 2
     assert words in made.err
+
+
+def test_a_proof_that_vllm_cannot_recompute_is_refused_before_it_starts(
+    assay, prove, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def start(*_, **__):
+        raise AssertionError("vLLM starts")
+
+    monkeypatch.setattr("assay.cli._engines.vllm_engine", start)
+    assert prove("--preset", "layer-signs").code == 0
+    proof = tmp_path / "proof.jsonl"
+    flags = ("--block-hash", "b", "--public-key", "k", "--preset", "layer-signs", "--seq-len", 16, "--engine", "vllm")
+    verdict = assay("poc", "verify", proof, "--model", "reference:qwen3", *flags)
+    assert verdict.code == 2
+    assert "preset layer-signs on the vllm engine" in verdict.err
+    assert "--engine hf" in verdict.err

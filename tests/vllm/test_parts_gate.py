@@ -9,7 +9,7 @@ import pytest
 
 from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.models import identify
-from assay.poc import NetworkPins
+from assay.poc import NetworkPins, get_pipeline
 from assay.poc.engines.vllm import _compatibility
 from assay.poc.engines.vllm._settings import other_cache
 from assay.poc.engines.vllm._worker import products
@@ -400,9 +400,9 @@ def test_what_cannot_recompute_a_proof_is_refused(name: str, dtype, words: str):
     from assay.cli._engines import judging_engine
     from assay.cli._poc_settings import VerifySettings
 
-    prover = SimpleNamespace(dtype="float32", batch_size=8, seq_len=16)
+    header = SimpleNamespace(fingerprint=SimpleNamespace(dtype="float32"), pipeline=get_pipeline("poc-2.0"))
     wanted = {"model": "m", "engine": name, "dtype": dtype}
-    with pytest.raises(UsageError, match=words), judging_engine(VerifySettings(**wanted), prover):
+    with pytest.raises(UsageError, match=words), judging_engine(VerifySettings(**wanted), header):
         pass
 
 

@@ -10,7 +10,7 @@ from assay.errors import UsageError
 if TYPE_CHECKING:
     from assay.cli._poc_settings import ProveSettings, VerifySettings
     from assay.models import Model
-    from assay.poc import Engine, Fingerprint
+    from assay.poc import Engine, Header, Pipeline
     from assay.poc.engines.hf import World
 
 
@@ -54,28 +54,30 @@ def proving_engine(options: "ProveSettings", dtype: str | None) -> "Iterator[tup
 
 
 @contextmanager
-def judging_engine(options: "VerifySettings", prover: "Fingerprint") -> "Iterator[tuple[Model, Engine | None]]":
+def judging_engine(options: "VerifySettings", header: "Header") -> "Iterator[tuple[Model, Engine | None]]":
     """Yield the model and the engine that recompute a proof; None stands for the transformers engine.
 
     Args:
         options: Settings that name the model and the engine.
-        prover: Fingerprint of the prover's engine. Its dtype agrees best, and is used where the settings have none.
+        header: Header of the proof. The prover's dtype agrees best, and is used where the settings have none.
 
     Raises:
-        UsageError: The engine has no use for an option.
+        UsageError: The engine has no use for an option, or cannot run the preset of the proof.
         BackendUnavailable: vLLM is not installed, or not in a version that was tested.
         ModelError: The model cannot be loaded.
     """
-    dtype = options.dtype or prover.dtype
+    dtype = options.dtype or header.fingerprint.dtype
     if options.engine == "hf":
         yield load(options.model, dtype, options.device), None
         return
     from assay.models import STORED_FORMATS
+    from assay.poc import judging_batch
 
+    _refuse_pipeline_for_vllm(header.pipeline)
     stored = dtype in STORED_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
     if not stored:
         refuse_eight_bits(dtype)
-    shape = {"batch_size": prover.batch_size, "seq_len": prover.seq_len}
+    shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
     with vllm_engine(options.model, dtype=None if stored else dtype, device=options.device, **shape) as made:
         _, engine = made
         if stored and engine.fingerprint.dtype != dtype:
@@ -158,12 +160,8 @@ def _refuse_tensor_parallel(options: "ProveSettings") -> None:
 
 def _refuse_for_vllm(options: "ProveSettings", dtype: str | None) -> None:
     from assay.poc import get_pipeline
-    from assay.poc.engines import unsupported
-    from assay.poc.engines.vllm import runs
 
-    pipeline = get_pipeline(options.preset)
-    if not runs(pipeline):
-        raise unsupported(pipeline, "vllm", runs)
+    _refuse_pipeline_for_vllm(get_pipeline(options.preset))
     plain = options.kernels == "auto" and options.tensor_parallel == 1 and not options.deterministic
     if not plain or options.batch_size == "auto" or _eight_bits(dtype):
         raise UsageError(
@@ -171,3 +169,11 @@ def _refuse_for_vllm(options: "ProveSettings", dtype: str | None) -> None:
             wanted="no --kernels, --deterministic or --tensor-parallel, a batch size in numbers, and a dtype",
             do="set vLLM's own options in ASSAY_VLLM_ARGS",
         )
+
+
+def _refuse_pipeline_for_vllm(pipeline: "Pipeline") -> None:
+    from assay.poc.engines import unsupported
+    from assay.poc.engines.vllm import runs
+
+    if not runs(pipeline):
+        raise unsupported(pipeline, "vllm", runs)

@@ -72,17 +72,14 @@ def verify(
 
     With --ledger the audit is added to the ledger of nodes' lives, and the exit code is that of the whole life.
     """
-    from dataclasses import replace
-
     from assay import poc
 
     read = poc.Proof.load(proof)
     pins, measured = _pins.expected(chosen, read.header)
     poc.check_proof(read, expect=pins, sample=chosen.sample, calibration=measured)  # before a model is loaded
-    prover = replace(read.header.fingerprint, batch_size=poc.judging_batch(read.header))
     with (
         _ledger.recording(chosen.ledger, chosen.alpha, pins.unpinned(read.header)) as ledger,
-        judging_engine(chosen, prover) as (loaded, made),
+        judging_engine(chosen, read.header) as (loaded, made),
         progress_bar("verifying") as progress,
     ):
         verdict = poc.verify(
