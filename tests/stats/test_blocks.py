@@ -158,3 +158,12 @@ def test_bins_of_an_unknown_block():
     assert shares == pytest.approx(np.diff(law.cdf(edges)))
     assert errors[:4] == pytest.approx(errors[:3:-1], abs=0.02)
     assert (errors > 0).all()
+
+
+def test_no_nonces_have_no_error():
+    measured = MeasuredBlockLaw(dimension=12, jumps=np.zeros(2), widths=np.array([0.9, 1.1]))
+    for law in (BlockLaw(dimension=8192, freedom=24.0), measured):
+        with pytest.raises(UsageError, match="of 0 nonces"):
+            law.rate_error(1.404, 0)
+    with pytest.raises(UsageError, match="of 0 nonces"):
+        BlockLaw(dimension=8192, freedom=24.0).rate_interval(1.404, 0)

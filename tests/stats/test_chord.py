@@ -81,6 +81,13 @@ def test_density_is_zero_outside_its_range():
     assert chord_cdf([-0.5, 2.5], 12).tolist() == [0, 1]
 
 
+def test_density_at_its_ends_in_few_dimensions():
+    assert chord_pdf(0.0, 2) == pytest.approx(1 / math.pi, rel=1e-12)
+    assert chord_pdf([0.0, 2.0], 3).tolist() == [0, 1]
+    assert chord_pdf([0.0, 2.0], 12).tolist() == [0, 0]
+    assert math.isnan(chord_pdf(math.nan, 12))
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, 2.0001, math.nan, math.inf])
 def test_refuses_r_target_out_of_range(bad):
     with pytest.raises(UsageError, match="r_target"):

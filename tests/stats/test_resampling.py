@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -110,3 +112,13 @@ def test_interval_of_a_share_needs_two_groups_and_a_label_for_every_sample():
     for hits, labels in (([1, 0], ["a", "a"]), ([1, 0], ["a"]), ([], [])):
         with pytest.raises(UsageError):
             grouped_proportion_interval(hits, labels)
+
+
+def test_refuses_a_statistic_that_a_draw_does_not_have():
+    def spread(values):
+        return float(np.std(values)) if len(set(values)) > 1 else math.nan
+
+    with pytest.raises(UsageError, match=r"a statistic that is not a number in \d+ of 50 draws"):
+        group_bootstrap(spread, [[1.0, 2.0]], [["a", "b"]], n_resamples=50)
+    with pytest.raises(UsageError, match="not a number"):
+        group_bootstrap(lambda values: math.nan, [[1.0, 2.0]], [["a", "b"]], n_resamples=1)

@@ -144,8 +144,11 @@ class BlockLaw:
         """Return the standard error of the valid rate of such a block: that of γ, and of n nonces if given.
 
         That of γ is about φ(z)·|z|/√(2ν) at a rate of Φ(z), and nothing at one half.
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
         """
-        nonces = rate_standard_error(self.valid_rate(r_target), n) if n else 0.0
+        nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
         return math.hypot(float(self._rates(np.asarray(r_target)).std()), nonces)
 
     def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
@@ -153,9 +156,12 @@ class BlockLaw:
 
         The two causes, γ and the n nonces, are joined end by end: the squares of their distances from the expected rate
         add up (Zou and Donner 2008).
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
         """
         rate = self.valid_rate(r_target)
-        nonces = float(stats.norm.ppf(1 - TAIL)) * rate_standard_error(rate, n) if n else 0.0
+        nonces = 0.0 if n is None else float(stats.norm.ppf(1 - TAIL)) * rate_standard_error(rate, n)
         cosine = 1 - r_target**2 / 2
         ends = sorted(float(chord_cdf(_chord(cosine / self.factor(q)), self.dimension)) for q in (TAIL, 1 - TAIL))
         low, high = (math.hypot(end - rate, nonces) for end in ends)
@@ -216,8 +222,12 @@ class MeasuredBlockLaw:
         return float(self._rates(np.asarray(r_target)).mean())
 
     def rate_error(self, r_target: float, n: int | None = None) -> float:
-        """Return the standard error of the valid rate: that of the law, and of n nonces if given."""
-        nonces = rate_standard_error(self.valid_rate(r_target), n) if n else 0.0
+        """Return the standard error of the valid rate: that of the law, and of n nonces if given.
+
+        Raises:
+            UsageError: n is below 1.
+        """
+        nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
         rates_N, normal = self._rates(np.asarray(r_target)), self._normal(np.asarray(r_target))
         return math.hypot(float(_law_error(rates_N, normal)), nonces)
 

@@ -69,10 +69,16 @@ def chord_cdf(x: npt.ArrayLike, d: int) -> FloatArray:
 
 
 def chord_pdf(x: npt.ArrayLike, d: int) -> FloatArray:
-    """Return the density of the distance in R^d, elementwise, per unit of distance; 0 outside [0, 2]."""
+    """Return the density of the distance in R^d, elementwise, per unit of distance; 0 outside [0, 2].
+
+    The factor x of the substitution is drawn into the density of the beta law: apart, they are 0 and infinite at x = 0
+    in the plane, where the density is 1/π.
+    """
     x_N = np.asarray(x, dtype=np.float64)
     a = _half_dimension(d)
-    return np.asarray(stats.beta.pdf((x_N / 2) ** 2, a, a) * np.maximum(x_N, 0.0) / 2, dtype=np.float64)
+    half_N = np.clip(x_N, 0.0, 2.0) / 2
+    log_N = special.xlogy(d - 2, half_N) + special.xlog1py(a - 1, -(half_N**2)) - special.betaln(a, a)
+    return np.asarray(np.where((x_N < 0) | (x_N > 2), 0.0, np.exp(log_N)), dtype=np.float64)
 
 
 def valid_rate(r_target: float, d: int) -> float:

@@ -31,8 +31,9 @@ from scipy import stats
 
 from assay.errors import UsageError
 from assay.stats._chord import FloatArray
+from assay.stats._multiples import CHEAP, FAR, multiples
 from assay.stats._noise import LogNoise, Spread
-from assay.stats._sequential import CHEAP, Verdict
+from assay.stats._sequential import Verdict
 from assay.stats._sums import log_sum
 from assay.stats._tokens import STEP, TokenNoise, cluster_scales
 
@@ -47,8 +48,8 @@ CLUSTERS = (0.05, 0.3)
 
 _WEIGHTS = {"whole": 0.4, "within": 0.3, "clusters": 0.3}
 _NAMED_WEIGHT = 0.25  # of all named alternatives together
+_LEAST = 2.0  # multiple that is looked for
 _ENOUGH = 1.25  # an honest cluster speaks with at most −ln(1 − ρ) against a share; most say less
-_FAR = 16.0  # multiple beyond which neighbours are a factor of four apart
 _NARROWEST = 2 * STEP  # spread of a machine that the grid resolves
 
 
@@ -125,10 +126,11 @@ class ClusterTest:
         few = np.unique(np.rint(np.linspace(-2, 2, 3) * sd / STEP).astype(int))
         weight_H = stats.t.pdf(machines * STEP / sd, spread.dof)
         weight_J = stats.t.pdf(few * STEP / sd, spread.dof)
-        multiples = _multiples(_largest(self.law), self.effect)
-        steps = np.rint(np.log(multiples) / STEP).astype(int)
-        self._multiples, self._excluded = multiples, int(np.argmin(np.abs(multiples - self.effect)))
-        self._cheap = int(np.argmin(np.abs(multiples - max(CHEAP, self.effect))))
+        cheap, fours = max(CHEAP, self.effect), math.log(max(_largest(self.law), FAR) / FAR) / math.log(4)
+        self._multiples = multiples(_LEAST, FAR * 4.0 ** math.ceil(fours), [self.effect, cheap])
+        steps = np.rint(np.log(self._multiples) / STEP).astype(int)
+        self._excluded = int(np.argmin(np.abs(self._multiples - self.effect)))
+        self._cheap = int(np.argmin(np.abs(self._multiples - cheap)))
         self._log_U = np.log(weight_U / weight_U.sum())
         self._log_J = np.log(weight_J / weight_J.sum())
         log_H = np.log(weight_H / weight_H.sum())
@@ -253,10 +255,3 @@ def _at(values: FloatArray, ends: Sequence[int]) -> FloatArray:
 
 def _largest(law: ClusteredLaw) -> float:
     return law.largest_multiple if isinstance(law, TokenNoise) else law.junk_multiple
-
-
-def _multiples(largest: float, effect: float) -> FloatArray:
-    """Return the multiples of honest noise that are looked for: from 2 on, and the effect, and a cheap computation."""
-    near = np.geomspace(2.0, _FAR, 4)
-    far = _FAR * 4.0 ** np.arange(1, 1 + max(0, math.ceil(math.log(max(largest, _FAR) / _FAR) / math.log(4))))
-    return np.unique(np.concatenate([near, far, [effect, max(CHEAP, effect)]]))

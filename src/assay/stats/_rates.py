@@ -189,7 +189,8 @@ def group_bootstrap(
         confidence: Nominal coverage.
 
     Raises:
-        UsageError: Labels and rows differ in number, there are fewer than 2 groups, or no draw fills every sample.
+        UsageError: Labels and rows differ in number, there are fewer than 2 groups, no draw fills every sample, or the
+            statistic is not a number for the samples or for a draw.
     """
     arrays = [np.asarray(sample) for sample in samples]
     rows = _rows_of_groups(arrays, groups)
@@ -200,9 +201,17 @@ def group_bootstrap(
             do="use the defaults",
         )
     generator = np.random.default_rng(seed)
+    found = float(statistic(*arrays))
     draws = [statistic(*_resample(arrays, rows, generator)) for _ in range(n_resamples)]
+    without = np.count_nonzero(np.isnan([found, *draws]))
+    if without:
+        raise UsageError(
+            f"a statistic that is not a number in {without} of {n_resamples} draws and the samples themselves",
+            wanted="a number for every draw of groups",
+            do="leave rows without a number out, or choose a statistic that every draw has",
+        )
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return BootstrapInterval(float(statistic(*arrays)), float(low), float(high))
+    return BootstrapInterval(found, float(low), float(high))
 
 
 def _rows_of_groups(

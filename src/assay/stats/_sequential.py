@@ -31,6 +31,7 @@ from scipy import special
 
 from assay.errors import UsageError
 from assay.stats._chord import FloatArray
+from assay.stats._multiples import CHEAP, multiples
 from assay.stats._noise import NoiseLaw, Spread
 from assay.stats._sums import log_sum
 
@@ -43,9 +44,6 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 _SHARE_WEIGHTS = np.array([0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45])
 _NAMED_WEIGHT = 0.25  # of all named alternatives together
 
-CHEAP = 5.0
-"""Multiple of honest noise at which a share of the nonces counts as computed cheaply."""
-
 EXCLUDED = ((0.1, 1.25), (0.4, 2.5))
 """Shares of cheaply computed nonces that an honest verdict excludes, the smallest that its nonces can exclude.
 
@@ -53,7 +51,6 @@ A nonce at the honest size speaks against a share π with at most −ln(1 − π
 excluded only where that sum is the second number times the evidence that is needed.
 """
 
-_FAR = 16.0
 _CHUNK = 256
 _SIMULATED = 20_000  # values simulated at a time, to bound memory
 _LARGEST_RATIO = 500.0  # of logarithms of densities: beyond it only that it is large matters
@@ -144,11 +141,12 @@ class SequentialTest:
         self.law, self.named = law, dict(named)
         self.spread = spread or Spread()
         self.alpha, self.beta, self.effect = alpha, beta, effect
-        self._multiples_M = _multiples(law, effect)
+        junk = law.junk_multiple
+        self._multiples_M = multiples(effect, junk, [CHEAP] if effect < CHEAP < junk else [])
         self._scales_J, weight_J = self.spread.atoms
         self._honest_H, honest_H = self.spread.fine
-        multiples, names = self._multiples_M.size, len(self.named)
-        weight_K = np.repeat(_SHARE_WEIGHTS / multiples, multiples) * (1 - _NAMED_WEIGHT if names else 1)
+        count, names = self._multiples_M.size, len(self.named)
+        weight_K = np.repeat(_SHARE_WEIGHTS / count, count) * (1 - _NAMED_WEIGHT if names else 1)
         self._log_honest_H, self._log_scale_J, self._log_cheat_K = map(np.log, (honest_H, weight_J, weight_K))
         self._log_named_A = np.full(names, math.log(_NAMED_WEIGHT / max(names, 1)))
         # All paths stand in one row: honest [H], cheats [J·K], named [A].
@@ -307,24 +305,6 @@ class SequentialTest:
             return 1.0
         gross_share = float(special.betaincinv(self._gross + 1, self._n - self._gross, 1 - self.beta))
         return min(1.0, gross_share / self.law.junk_detection) if self.law.junk_detection > 0 else 1.0
-
-
-def _multiples(law: NoiseLaw, effect: float) -> FloatArray:
-    """Return the multiples of honest noise that are looked for, [M]: from the effect to junk, and the cheap one.
-
-    Neighbours are at most a factor of two apart, and far out four, where honest noise explains either no better:
-    between two of them the loss of evidence per value is small, and every multiple costs the others some weight.
-    """
-    junk = law.junk_multiple
-    near = max(min(_FAR, junk), effect)
-    grids = [_grid(effect, near, 2.0), _grid(near, junk, 4.0)]
-    if effect < CHEAP < junk:
-        grids.append(np.array([CHEAP]))
-    return np.unique(np.concatenate(grids))
-
-
-def _grid(low: float, high: float, factor: float) -> FloatArray:
-    return np.geomspace(low, high, math.ceil(math.log(high / low) / math.log(factor)) + 1) if low < high else np.ones(0)
 
 
 def _check_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> None:
