@@ -12,13 +12,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from _clusters import left_out
 from _common import note, parser, publish
 from one_nonce import CANDIDATES, Factors
 
-from assay.poc.verdict import Noise, effect_from_power, fit_machines, read_vector_sets, sequential_test
-from assay.research.clusters import Oracle, builds_of, folds_of, sound_builds
+from assay.poc.verdict import Noise, sequential_test
+from assay.research.clusters import Oracle
 from assay.research.clusters import _cheats as cheats
-from assay.research.clusters._folds import CHEAT_AUDITS, CHECKED, INSIDE_AUDITS, LEAST_AUDITS
+from assay.research.clusters._folds import CHEAT_AUDITS, CHECKED, LEAST_AUDITS
 from assay.research.clusters._rules import ALPHA, BETA, fit
 from assay.stats import Spread
 from assay.stats._sums import log_sum
@@ -91,37 +92,31 @@ def variants(law, spread, effect):
     return {OURS: Ours(law, spread, effect), **changed, **bounded}
 
 
-def measured(fold, tallies):
+def measured(without, tallies):
     """Add what each rule says under the law of the machines that are not left out."""
+    fold, spread, effect, rng = without.fold, without.noise.spread, without.effect, without.rng
     build, machine = fold.build, fold.machine
-    rest = {rows: errors_N for rows, errors_N in build.distances.items() if machine not in rows}
     mine = {rows: errors_N for rows, errors_N in build.distances.items() if machine in rows and errors_N.any()}
-    noise = fit_machines(rest, build.kinds, fit)
-    effect, _ = effect_from_power(rest, build.kinds, fit, audits=INSIDE_AUDITS)
-    rng = np.random.default_rng([fold.seed, machine])
     audits = max(fold.audits, -(-LEAST_AUDITS // (2 * len(build.pairs))))
     for rows, honest_N in mine.items():
         judge = rows[0] if rows[1] == machine else rows[1]
-        law, pair = noise.law_of(build.kinds[machine], judge), fit(honest_N).estimate
-        rules = variants(law, noise.spread, effect)
+        law, pair = without.law(build.kinds[machine], judge), fit(honest_N).estimate
+        rules = variants(law, spread, effect)
         rules |= {NO_SPREAD: Ours(law, Spread(), effect), PAIR_KNOWN: Ours(pair, Spread(), effect)}
         values_RC = cheats.drawn(rng, honest_N, audits, min(CHECKED, honest_N.size))
         for name, rule in rules.items():
             tallies[build.name, "honest", name].append(within(rule, values_RC, SOON))
         for cheat in cheats.simulated(honest_N, fold._usual(judge), fold.others | fold._named(judge), rng):
             known = fit(cheat.pool).estimate
-            truth = {CHEAT_KNOWN: Known(law, noise.spread, known), BOTH_KNOWN: Known(pair, None, known)}
+            truth = {CHEAT_KNOWN: Known(law, spread, known), BOTH_KNOWN: Known(pair, None, known)}
             truth[ORACLE] = Oracle(honest_N, cheat.pool)
             values_RC = cheat.audits(rng, CHEAT_AUDITS, min(CHECKED, honest_N.size))
             for name, rule in (rules | truth).items():
                 tallies[build.name, cheat.name, name].append(within(rule, values_RC, SOON))
-    for judge in sorted({i for rows in rest for i in rows}):
-        for model, sets in fold.cheats.items():
-            for cheat in sets:
-                values_RC = cheats.drawn(rng, cheat.distances(build.sets[judge]), CHEAT_AUDITS, LONGEST)
-                for name, rule in variants(noise.law_of(cheat.kind, judge), noise.spread, effect).items():
-                    found = within(rule, values_RC, range(1, LONGEST + 1))
-                    tallies[build.name, f"real: {model}", name].append(found)
+    for judge, model, kind, _, values_RC in without.real_cheats(CHEAT_AUDITS, LONGEST):
+        for name, rule in variants(without.law(kind, judge), spread, effect).items():
+            found = within(rule, values_RC, range(1, LONGEST + 1))
+            tallies[build.name, f"real: {model}", name].append(found)
 
 
 def main():
@@ -130,11 +125,9 @@ def main():
     arguments.add_argument("--audits", type=int, default=200, help="least number of honest audits of every pair")
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
-    groups = builds_of(read_vector_sets(options.data))
     tallies = defaultdict(list)
-    for fold in folds_of(sound_builds(groups), groups, options.audits, options.seed):
-        measured(fold, tallies)
-        note(f"{fold.build.name} without {fold.name}")
+    for without in left_out(options.data, options.audits, options.seed):
+        measured(without, tallies)
     rows = []
     for (build, cheat, rule), shares in tallies.items():
         row = {"build": build, "cheat": cheat, "rule": rule, "pairs": len(shares)}

@@ -45,7 +45,8 @@ def measured(name, options):
             model = load_model(reference, dtype=dtype, device=options.device, **made)
             engine = HFEngine(model, batch_size=BATCH, seq_len=options.seq_len)
             for block in range(options.blocks):
-                round = Round(block_hash=f"shares {block}", public_key="k", preset=preset, seq_len=options.seq_len)
+                block_hash = f"{options.rounds} {block}"
+                round = Round(block_hash=block_hash, public_key="k", preset=preset, seq_len=options.seq_len)
                 nonces = range(max(LAW_SIZES) if block < options.laws else options.nonces)
                 proofs[dtype, block] = prove(model, round, nonces, engine=engine)
         for dtype, block in itertools.product(options.dtypes, range(options.blocks)):
@@ -140,6 +141,7 @@ def main():
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--seq-len", type=int, default=256)
     arguments.add_argument("--blocks", type=int, default=40)
+    arguments.add_argument("--rounds", default="shares", help="name that the hashes of all blocks begin with")
     arguments.add_argument("--laws", type=int, default=8, help="blocks that a law is fitted to")
     arguments.add_argument("--nonces", type=int, default=256, help="nonces of a block that no law is fitted to")
     arguments.add_argument("--audits", type=int, default=100, help="audits of every pair of blocks")
