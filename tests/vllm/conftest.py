@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,3 +72,13 @@ def int4_checkpoint(honest, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_round(preset: str = "poc-2.0", *, key: str = "node", seq_len: int = SEQ_LEN) -> Round:
     return Round(block_hash="block", public_key=key, seq_len=seq_len, preset=preset, model="qwen3")
+
+
+def break_passes(patch: pytest.MonkeyPatch, engine: Any) -> None:
+    """Have the workers of an engine cut calls into passes of no nonces, which fail."""
+    call = engine._client.direct._call
+
+    async def of_no_nonces(method: str, *args: Any) -> Any:
+        return await call(method, *((*args[:2], -1) if method == "assay_pass" else args))
+
+    patch.setattr(engine._client.direct, "_call", of_no_nonces)

@@ -18,9 +18,8 @@ from _vllm import Server, talk
 
 from assay import poc
 from assay.models import load_model
-from assay.poc.engines.vllm._direct import Pace
 from assay.research.cheats import rounded
-from tests.vllm.conftest import ON_GPU, SEQ_LEN, make_round
+from tests.vllm.conftest import ON_GPU, SEQ_LEN, break_passes, make_round
 from tests.vllm.receiver import Receiver
 from tests.vllm.recipe import INSTALL, RecipeServer
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published, replace_shape
@@ -90,10 +89,9 @@ def test_verdicts_are_those_of_requests(engine):
 
 
 def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(engine, monkeypatch: pytest.MonkeyPatch):
-    """Passes of no nonces fail in the worker."""
     expected = published(by_path(engine, "auto", "poc-2.0")[0])
     with monkeypatch.context() as patch:
-        patch.setattr(Pace, "pass_of", lambda pace, count: -1)
+        break_passes(patch, engine)
         failed, beside = by_path(engine, "auto", "poc-2.0")
     assert beside == 0
     assert engine._client.direct.describe()["reason"]

@@ -18,11 +18,10 @@ from assay import poc
 from assay.errors import CalibrationError, ModelError, UsageError
 from assay.models import checkpoint_directory, load_model
 from assay.poc.engines.vllm import _engine
-from assay.poc.engines.vllm._direct import Pace
 from assay.poc.serving import before_start
 from assay.research.cheats import rounded
 from tests.poc.engines.test_lean import KINDS, SHAPE
-from tests.vllm.conftest import ON_GPU, SEQ_LEN, make_round
+from tests.vllm.conftest import ON_GPU, SEQ_LEN, break_passes, make_round
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
 from tests.vllm.test_models import chat
 
@@ -141,10 +140,9 @@ def test_after_weights_were_loaded_again_in_place_it_runs_on_the_new_ones(engine
 
 
 def test_passes_that_fail_end_the_round_in_words_and_leave_chat_as_it_was(engine, monkeypatch: pytest.MonkeyPatch):
-    """Passes of no nonces fail in the worker."""
     answer, expected = engine._thread.run(chat(engine)), published(own(engine, "poc-2.0"))
     with monkeypatch.context() as patch:
-        patch.setattr(Pace, "pass_of", lambda pace, count: -1)
+        break_passes(patch, engine)
         with pytest.raises(ModelError, match="assay's own forward pass"):
             own(engine, "poc-2.0")
         assert engine._thread.run(chat(engine)) == answer

@@ -20,26 +20,40 @@ SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-
 
 
 def test_a_call_grows_to_the_time_that_chat_may_wait_and_not_beyond():
-    pace = Pace(batch=8)
+    pace = Pace(batch=24)
     counts = []
-    for _ in range(12):
+    for _ in range(16):
         counts.append(pace.next(0.1, MOST))
-        pace.seconds, pace.nonces = 0.001, counts[-1]
-    assert counts[:4] == [1, 2, 4, 8]
-    assert counts[-1] == 96  # of the hundred nonces that fit
+        pace.ran(counts[-1], counts[-1] * 0.001)
+    assert counts[:5] == [1, 2, 4, 8, 16]
+    assert counts[-1] == 96  # of the hundred nonces that fit, whole passes
     pace.seconds = 1.0
     assert pace.next(0.1, MOST) == 1
     pace.seconds = 1e-9
     pace.nonces = 10 * MOST
-    assert pace.next(0.1, MOST) == MOST
-    assert pace.next(0.1, 5) == 5
+    assert pace.next(0.1, MOST) == MOST - MOST % 24
+    assert pace.next(0.1, 5) == 4
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 1), (8, 8), (9, 5), (96, 48), (110, 55), (112, 38)])
-def test_the_passes_of_a_call_are_few_and_equal(count: int, size: int):
-    pace = Pace(batch=8 if count < 10 else 55)
-    assert pace.pass_of(count) == size
-    assert size <= pace.batch
+@pytest.mark.parametrize("batch", [1, 20, 100, MOST, 10 * MOST])
+def test_calls_have_few_sizes(batch: int):
+    pace, sizes = Pace(batch, seconds=0.001, nonces=MOST), set()
+    for fitting in range(1, MOST + 1):
+        sizes.add(pace.next((fitting + 0.5) / 1000, MOST))
+        assert pace.next((fitting + 0.5) / 1000, MOST) <= fitting
+    assert len({size for size in sizes if size < batch}) <= 2 * batch.bit_length()
+    assert all(size % batch == 0 for size in sizes if size > batch)
+
+
+def test_the_first_call_of_a_size_says_nothing_about_the_time_of_a_nonce():
+    pace = Pace(batch=64)
+    for seconds in (1.6, 0.01):  # kernels are chosen in the first one
+        pace.ran(1, seconds)
+    assert pace.seconds == 0.01
+    pace.ran(2, 0.5)
+    assert (pace.seconds, pace.nonces) == (0.01, 2)
+    pace.ran(2, 0.012)
+    assert pace.seconds == 0.006
 
 
 class Workers:
@@ -194,6 +208,18 @@ def test_an_engine_that_dies_fails_its_nonces_in_words():
     workers.dead = True
     with pytest.raises(ModelError, match="EngineCore died"):
         run(workers, 64)
+
+
+def test_the_rest_of_a_stream_says_nothing_about_the_next_call():
+    workers = Workers(batch=16)
+    run(workers, 500)
+    pace = workers.client.direct._paces[8]
+    before = (pace.seconds, pace.nonces, set(pace.tried))
+    assert before[1] > 3
+    workers.called.clear()
+    assert run(workers, 3) == list(range(3))
+    assert workers.called == [[0, 1, 2]]
+    assert (pace.seconds, pace.nonces, pace.tried) == before
 
 
 def test_a_stream_that_is_closed_leaves_no_nonce_in_flight():

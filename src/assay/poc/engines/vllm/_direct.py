@@ -8,7 +8,7 @@ are requests.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from assay.poc.engines.vllm._throttle import Throttle
@@ -25,29 +25,34 @@ FAILURES = 3
 class Pace:
     """How nonces of one length are dealt out to calls.
 
+    A call has few sizes: below a whole pass those of two significant bits, above it whole passes. The first pass of a
+    size is slow, because kernels are chosen for it, so its time says nothing.
+
     Args:
-        batch: Nonces of one pass in the workers; 0 where nonces must be requests.
+        batch: Nonces of one pass of all engines; 0 where nonces must be requests.
         seconds: Measured time per nonce; 0 before the first call.
         nonces: Nonces of the last call.
+        tried: Sizes of which a call has run.
     """
 
     batch: int
     seconds: float = 0.0
     nonces: int = 0
+    tried: set[int] = field(default_factory=set)
 
     def next(self, seconds: float, most: int) -> int:
-        """Return the nonces of a call that may last so many seconds: at least 1, at most twice those of the last one.
-
-        The number has three significant bits: few sizes of passes come again and again, whatever the clock says.
-        """
+        """Return the nonces of a call that may last so many seconds: at least 1, at most twice those of the last one."""
         fitting = int(seconds / self.seconds) if self.seconds else 1
         count = max(1, min(fitting, most, 2 * max(1, self.nonces)))
-        unit = 1 << max(0, count.bit_length() - 3)
+        unit = self.batch if count >= self.batch else 1 << max(0, count.bit_length() - 2)
         return count - count % unit
 
-    def pass_of(self, count: int) -> int:
-        """Return the nonces of a pass where a call of ``count`` is cut into as few equal passes as can be."""
-        return -(-count // -(-count // self.batch))
+    def ran(self, count: int, seconds: float) -> None:
+        """Learn from a call of a size that :meth:`next` has given."""
+        if count in self.tried or not self.seconds:
+            self.seconds = seconds / count
+        self.tried.add(count)
+        self.nonces = count
 
 
 class DirectPath:
@@ -85,7 +90,7 @@ class DirectPath:
         replies = await self._call("assay_batch", key)
         self.reason = next((reply["reason"] for reply in replies if reply["reason"]), None)
         pace = self._paces.setdefault(seq_len, Pace(0))
-        pace.batch = 0 if self.reason else min(reply["batch"] for reply in replies)
+        pace.batch = 0 if self.reason else min(reply["batch"] for reply in replies) * self._engines
         return pace
 
     async def admit(self, pace: Pace) -> int:
@@ -112,11 +117,15 @@ class DirectPath:
         self._throttle.look()
         self._left.set()
 
-    async def run(self, key: str, pace: Pace, nonces: list[int]) -> list[dict[str, Any]]:
-        """Run nonces in the workers, and return the replies that have values; none if they did not run."""
+    async def run(self, key: str, pace: Pace, nonces: list[int], *, admitted: int) -> list[dict[str, Any]]:
+        """Run nonces in the workers, and return the replies that have values; none if they did not run.
+
+        ``admitted`` is the size of the call that :meth:`admit` gave, 0 where it was not asked. A call that has fewer
+        nonces, because its stream ends, says nothing about the next one.
+        """
         began = time.monotonic()
         shares = [nonces[engine :: self._engines] for engine in range(self._engines)]
-        replies = await self._call("assay_pass", key, shares, pace.pass_of(len(shares[0])))
+        replies = await self._call("assay_pass", key, shares, pace.batch // self._engines)
         now = time.monotonic()
         seconds, self._free_since = now - max(began, self._free_since), now
         failed = next((reply["error"] for reply in replies if "error" in reply), None)
@@ -124,7 +133,8 @@ class DirectPath:
             self._failures, self.reason = 0, None
             self.calls += 1
             self.nonces += len(nonces)
-            pace.seconds, pace.nonces = seconds / len(nonces), len(nonces)
+            if len(nonces) == admitted:
+                pace.ran(admitted, seconds)
             return [reply for reply in replies if "values" in reply]
         self._failures += 1
         self.reason = failed

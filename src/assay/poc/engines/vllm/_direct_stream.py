@@ -49,14 +49,14 @@ class DirectStream(RequestStream):
         self._covered = place + len(nonces)
         if not count:
             return await self._launch(nonces[0])
-        self._call = self._start(self._run_call(nonces))
+        self._call = self._start(self._run_call(nonces, admitted=count))
         self._call.add_done_callback(lambda _: self._client.direct.leave(count))
         self._calls.add(self._call)
         return self._call
 
-    async def _run_call(self, nonces: list[int]) -> dict[int, Values]:
+    async def _run_call(self, nonces: list[int], *, admitted: int = 0) -> dict[int, Values]:
         """Return the values of nonces that run inside the workers, none of them if they could not."""
-        replies = await self._client.direct.run(self._key, self._pace, nonces)
+        replies = await self._client.direct.run(self._key, self._pace, nonces, admitted=admitted)
         return {nonce: values for reply in replies for nonce, values in unpacked(reply).items()}
 
     async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
