@@ -3,6 +3,7 @@
 Each page runs in a folder with what its reader has, in the order in which its blocks are met.
 """
 
+import json
 import re
 import shutil
 import sqlite3
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.shell import ROOT, held, page, script
+from tests.docs.shell import ROOT, held, page, page_blocks, script
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMANDS = (
@@ -44,21 +45,22 @@ RUN = {
         *("protocol", "responses", "decode", "streams", "models"),
     ),
     "tests/docs/test_pages_for_researchers.py": ("statistics", "vhack", "vhack-pairs", "vhack-checks"),
+    "tests/docs/test_command_lines.py": ("networks",),
     "tests/vllm/recipe.py": ("vllm",),
 }
 """Pages whose blocks of ``sh`` and ``python`` run, by the test that runs them."""
 
-NOT_RUN = {
-    "networks": "reads sets that networks publish, which are not part of the project: tests/cli/test_research.py",
-    "gpu": "measurements on GPUs",
-    "experiments": "measurements of hours, each with its result file; test_pages_for_researchers runs the rates",
-    "redteam": "measurements of hours, each with its result file",
-    "redteam-responses": "measurements of hours, each with its result file",
+READ = {
+    "gpu": "measurements on GPUs; test_command_lines proves as the page does",
+    "experiments": "measurements of hours; test_pages_for_researchers runs the rates",
+    "redteam": "measurements of hours; test_command_lines runs the tables, and networks of a hundred nodes",
+    "redteam-responses": "measurements of hours",
     "vhack-training": "needs models and loops of one's own; test_pages_for_researchers runs the loop over an adapter",
-    "vhack-results": "measurements of hours, each with its result file; test_pages_for_researchers runs the report",
-    "vhack-experiment-3": "measurements of hours, each with its result file",
+    "vhack-results": "measurements of hours; test_pages_for_researchers runs the report",
+    "vhack-experiment-3": "measurements of hours",
 }
-"""Pages with commands or programs that no test runs all of as they stand, and why."""
+"""Pages with commands that no test runs as they stand, and why; tests/docs/test_command_lines.py has their programs
+read every one of them."""
 
 NOT_RUN_BLOCKS = {
     "python3.11 -m venv /opt/assay": "root, and the environment of the machine",
@@ -70,8 +72,8 @@ NOT_RUN_BLOCKS = {
     "amtool": "tests/poc/service/dashboard/test_operations.py runs the first two; the third needs an Alertmanager",
     "python -m tests.stats.simulate": "minutes",
     "curl -o receipts.jsonl": "receipts of a server of vLLM: tests/vllm fetches and replays some",
-    "assay poc receive --callback-secret": "a second receiver, with a secret of the reader's",
-    "assay poc serve --model reference:qwen3 --callback-secret": "a secret of the reader's, and a host elsewhere",
+    "python3 -c 'import secrets": "a second receiver: test_a_receiver_with_a_secret runs it",
+    "assay poc serve --model reference:qwen3 --callback-secret": "a host elsewhere",
 }
 """Beginnings of blocks of commands that do not run on the pages that do, and why."""
 
@@ -84,8 +86,8 @@ def test_every_page_with_commands_is_run_or_says_why_not():
         if kind in ("sh", "bash", "python") or (not kind and re.search(COMMANDS, body))
     }
     ran = {name for names in RUN.values() for name in names}
-    assert has_code == ran | NOT_RUN.keys()
-    assert not ran & NOT_RUN.keys()
+    assert has_code == ran | READ.keys()
+    assert not ran & READ.keys()
     for test, names in RUN.items():
         assert all(name in (ROOT / test).read_text(encoding="utf-8") for name in names)
 
@@ -106,6 +108,12 @@ def test_the_calls_of_a_first_round(tmp_path: Path):
         assert f'"{state}"' in said, state
     assert '"residual_test"' in said
     assert '"vectors"' in said or '"artifacts"' in said
+
+
+@pytest.mark.slow
+def test_a_receiver_with_a_secret(tmp_path: Path):
+    (block,) = (body for _, body in FENCED.findall(page("service")) if body.startswith("python3 -c 'import secrets"))
+    assert json.loads(held(f"{page_blocks.HEAD}{block}", tmp_path)) == {"batches": []}
 
 
 @pytest.mark.slow
