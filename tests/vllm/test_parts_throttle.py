@@ -23,7 +23,11 @@ class Engine:
 
     def __init__(self, **settings) -> None:
         self.chat = 0
-        self.throttle = Throttle(ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16)
+        self.throttle = Throttle(ThrottleSettings(**settings), self.unfinished, 16)
+
+    def unfinished(self) -> int:
+        """Nonces in calls are no requests."""
+        return self.chat + self.throttle.in_flight - self.throttle.in_calls
 
 
 def test_chat_lowers_the_limit_and_an_idle_engine_raises_it():
@@ -69,6 +73,34 @@ def test_beside_chat_a_burst_leaves_before_the_next_and_rests_in_between():
         return full, not engine.throttle._may_start()
 
     assert asyncio.run(scenario()) == (True, True)
+
+
+@pytest.mark.parametrize("mode", ["chat-first", "exclusive"])
+def test_beside_chat_one_call_is_in_the_engine_which_takes_a_step_behind_it(mode: str):
+    async def scenario() -> tuple[list[int], int]:
+        engine = Engine(mode=mode, chat_in_flight=8, in_flight=8, share=1.0, forward="assay")
+        throttle, seen = engine.throttle, []
+
+        async def call() -> None:
+            await throttle.admit()
+            throttle.in_calls += 1
+
+        waiting = [asyncio.ensure_future(call()) for _ in range(4)]
+        await asyncio.sleep(0)
+        seen.append(throttle.in_calls)  # without chat they are not bounded so
+        engine.chat = 1
+        for _ in waiting:
+            throttle.in_calls -= 1
+            throttle.leave()
+        waiting = [asyncio.ensure_future(call()) for _ in range(4)]
+        for _ in waiting:
+            await asyncio.sleep(0.02)
+            seen.append(throttle.in_calls)
+            throttle.in_calls -= 1
+            throttle.leave()
+        return seen, sum(task.done() for task in waiting)
+
+    assert asyncio.run(scenario()) == ([4, 1, 1, 1, 1], 4)
 
 
 def test_exclusive_mode_waits_for_chat_and_no_longer_than_its_deadline():

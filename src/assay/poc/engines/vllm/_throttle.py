@@ -78,7 +78,8 @@ class ThrottleSettings:
             least = 1 if field.name == "chat_in_flight" else 0
             if field.name not in ("share", *_WORDS) and not least <= value < 1e6:
                 name = f"ASSAY_VLLM_{field.name.upper()}"
-                raise UsageError(f"{field.name} {value!r}", wanted=f"a number from {least}", do=f"correct {name}")
+                wanted = f"a number from {least} and below a million"
+                raise UsageError(f"{field.name} {value!r}", wanted=wanted, do=f"correct {name}")
 
 
 class Throttle:
@@ -180,6 +181,8 @@ class Throttle:
 
     def _may_start(self) -> bool:
         if self.in_flight >= self.limit:
+            return False
+        if self.in_calls and self.chat:  # the engine takes every call that waits before its next step
             return False
         if not self._paces:
             return True
