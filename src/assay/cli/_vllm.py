@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from assay.poc.responses import VLLMPrefill
 
 ARGUMENTS, FORWARD = "ASSAY_VLLM_ARGS", "ASSAY_VLLM_FORWARD"
+DO_INSTEAD = {
+    "model": "pass it to the command",
+    "dtype": "pass it to the command",
+    "revision": "download that revision, and pass its directory to --model",
+    "worker_extension_cls": "leave it out: assay has the workers use its own",
+}
+"""Engine arguments that are not the operator's, and what to do instead: a proof names the model and the format that the
+command was given."""
 
 
 @contextmanager
@@ -70,7 +78,11 @@ def _prepare(device: str | None) -> None:
 
 
 def _options(text: str) -> dict[str, Any]:
-    """Read engine arguments with vLLM's own parser; return those that differ from its defaults."""
+    """Read engine arguments with vLLM's own parser; return those that differ from its defaults.
+
+    Raises:
+        UsageError: vLLM has no such argument, or it is not the operator's.
+    """
     if not text.strip():
         return {}
     from vllm.engine.arg_utils import AsyncEngineArgs  # type: ignore[import-not-found]
@@ -86,4 +98,8 @@ def _options(text: str) -> dict[str, Any]:
         raise UsageError(
             f"{ARGUMENTS}={text!r:.200}: {reason}", wanted="engine arguments of vLLM", do="see `vllm serve --help`"
         ) from None
-    return {name: value for name, value in values.items() if value != unset[name]}
+    options = {name: value for name, value in values.items() if value != unset[name]}
+    for name in DO_INSTEAD.keys() & options.keys():
+        flag = "--" + name.replace("_", "-")
+        raise UsageError(f"{flag} in {ARGUMENTS}", wanted="other engine arguments of vLLM", do=DO_INSTEAD[name])
+    return options
