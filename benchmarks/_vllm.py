@@ -130,7 +130,7 @@ class Server:
         self._hang_up()
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-        _end(children, grace=0.0)
+        end_processes(children, grace=0.0)
 
     def stop(self, grace=40.0):
         """SIGTERM, then whatever is needed."""
@@ -145,7 +145,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
-        _end(children, grace=5.0)
+        end_processes(children, grace=5.0)
         self.process = None
         return code
 
@@ -227,7 +227,7 @@ def choose_forward(engine, forward):
     vars(engine).pop("fingerprint", None)
 
 
-def _end(processes, grace):
+def end_processes(processes, grace):
     """End processes by their id: wait, then SIGKILL."""
     _, alive = psutil.wait_procs(processes, timeout=grace)
     for process in alive:

@@ -17,6 +17,11 @@ A run that shows on a CPU with two cores that everything works:
 
     .venv-vllm/bin/python benchmarks/vllm_parallel.py --device cpu --model reference:qwen3 --seq-len 64 --nonces 64 \
         --limit 600 -o benchmarks/results/vllm_parallel_cpu.json
+
+The case of Ray, which runs if it is named, starts two nodes of it, and needs it beside the environment (`_vllm_ray`):
+
+    .venv-vllm/bin/python benchmarks/vllm_parallel.py --device cpu --model reference:qwen3 --seq-len 64 --nonces 64 \
+        --limit 600 --cases tp2-ray -o benchmarks/results/vllm_parallel_ray_cpu.json
 """
 
 import contextlib
@@ -34,6 +39,7 @@ from typing import Any
 import numpy as np
 import psutil
 from _common import note, parser, publish
+from _vllm_ray import Nodes
 from vllm_support import published, verdict
 
 from assay import poc
@@ -63,6 +69,7 @@ class Case:
         mixture: Whether the checkpoint is a small mixture of experts.
         compiled: Whether layers are compiled, as in a server with default settings.
         validator: Whether the case judges the proofs of the others, without an engine of vLLM.
+        ray: Whether the workers are on two nodes of Ray, on a CPU.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +79,7 @@ class Case:
     mixture: bool = False
     compiled: bool = False
     validator: bool = False
+    ray: bool = False
 
 
 CASES = {
@@ -90,12 +98,14 @@ CASES = {
     "mixture-tp2": Case(TENSOR, mixture=True),
     "mixture-ep2": Case(TENSOR | {"enable_expert_parallel": True}, mixture=True),
     "tp2-compiled": Case(TENSOR, compiled=True),
+    "tp2-ray": Case(TENSOR | {"distributed_executor_backend": "ray"}, ray=True),
 }
 
 
 def main():
     made = parser(__doc__)
-    made.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    usual = [name for name, case in CASES.items() if not case.ray]
+    made.add_argument("--cases", nargs="+", choices=CASES, default=usual, metavar="CASE")
     made.add_argument("--again", action="store_true", help="measure cases that have a row, too")
     made.add_argument("--model", default="shape:qwen3-0.6b")
     made.add_argument("--dtype", default="bfloat16")
@@ -172,17 +182,18 @@ def run(name, arguments, limit):
     names = [f"{name}:{rank}" for rank in range(case.engines)]
     for child in names:
         row_path(arguments, child).unlink(missing_ok=True)
-    processes = [start(child, arguments) for child in names]
-    deadline = began + limit
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    rows = [finished(child, process, arguments) for child, process in zip(names, processes, strict=True)]
+    with Nodes() if case.ray else contextlib.nullcontext() as nodes:
+        processes = [start(child, arguments, nodes.environment if nodes else {}) for child in names]
+        deadline = began + limit
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        rows = [finished(child, process, arguments) for child, process in zip(names, processes, strict=True)]
     row = {"name": name, "seconds": round(time.monotonic() - began, 1)}
     return row | (rows[0] if len(rows) == 1 else {"engines": rows})
 
 
-def start(child, arguments):
-    """Start the process that measures a case, or one engine of it."""
+def start(child, arguments, needed):
+    """Start the process that measures a case, or one engine of it, with what it needs in its environment."""
     name, _, rank = child.rpartition(":")
     case, environment = CASES[name], dict(os.environ)
     if arguments.device == "cuda" and case.engines > 1:
@@ -193,6 +204,7 @@ def start(child, arguments):
     # It uses NVLink multicast, and a program that is killed in it can spoil the devices for other users of a host.
     environment.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     words = [sys.executable, __file__, *sys.argv[1:], "--child", child]
+    environment |= needed
     with log_path(arguments, child).open("wb") as log:
         return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
 

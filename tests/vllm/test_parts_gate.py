@@ -1,6 +1,7 @@
 """What is refused before anything starts: versions, settings of vLLM, several servers."""
 
 import re
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +75,7 @@ def settings_of_vllm(**changes) -> SimpleNamespace:
         "parallel_config.worker_extension_cls": "assay.poc.engines.vllm.WorkerExtension",
         "parallel_config.data_parallel_size": 1,
         "parallel_config.pipeline_parallel_size": 1,
+        "parallel_config.distributed_executor_backend": "mp",
         "device_config.device_type": "cpu",
         "load_config.load_format": "auto",
     } | changes
@@ -122,7 +124,10 @@ def test_settings_that_move_nothing_pass(changes):
         ("model_config.runner_type", "pooling", "--runner pooling"),
         ("model_config.quantization", "fp8", "--quantization fp8"),
         ("model_config.is_multimodal_model", True, "add --language-model-only"),
-        ("load_config.load_format", "dummy", "dummy"),
+        ("load_config.load_format", "dummy", "--load-format dummy"),
+        ("load_config.load_format", "mistral", "--load-format mistral"),
+        ("load_config.load_format", "sharded_state", "--load-format sharded_state"),
+        ("model_config.hf_config_path", "elsewhere", "--hf-config-path"),
         ("cache_config.kv_sharing_fast_prefill", True, "fast-prefill"),
         ("model_config.hf_overrides", {"rope_theta": 1e6}, "--hf-overrides"),
         ("lora_config", SimpleNamespace(max_lora_rank=8), "--enable-lora on the CPU"),
@@ -137,6 +142,38 @@ def test_settings_that_move_nothing_pass(changes):
 def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, value, words: str):
     with pytest.raises(UsageError) as refusal:
         _compatibility.check_config(settings_of_vllm(**{path: value}))
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("executor", "key", "second", "version", "words"),
+    [
+        ("uni", "", True, "0.28.0", None),
+        ("ray", "GPU", True, "0.32.0", None),
+        ("ray", "GPU", True, "0.28.0", "vLLM 0.28.0 with Ray"),
+        ("ray", "GPU", False, "0.32.0", "unset it"),
+        ("ray", "", True, "0.32.0", "Ray on cpu"),
+        ("external_launcher", "GPU", True, "0.32.0", "--distributed-executor-backend external_launcher"),
+        ("a.package.Executor", "GPU", True, "0.32.0", "--distributed-executor-backend a.package.Executor"),
+    ],
+)
+def test_workers_are_run_only_in_ways_that_were_tried(
+    executor: str, key: str, second: bool, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_compatibility, "_version", lambda: version)
+    platform = SimpleNamespace(ray_device_key=key, device_name="cpu")
+    vllm = SimpleNamespace(
+        envs=SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=second),
+        platforms=SimpleNamespace(current_platform=platform),
+    )
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", vllm.platforms)
+    config = settings_of_vllm(**{"parallel_config.distributed_executor_backend": executor})
+    if words is None:
+        _compatibility.check_config(config)
+        return
+    with pytest.raises(UsageError) as refusal:
+        _compatibility.check_config(config)
     assert words in str(refusal.value)
 
 

@@ -13,7 +13,13 @@ from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.models import stored_format
-from assay.poc.engines.vllm._settings import refusals, refusals_of_own_forward, refusals_on_cpu, stated
+from assay.poc.engines.vllm._settings import (
+    refusals,
+    refusals_of_executor,
+    refusals_of_own_forward,
+    refusals_on_cpu,
+    stated,
+)
 from assay.streams import dtype_name
 
 OLDEST, NEWEST = (0, 28), (0, 32)
@@ -100,8 +106,8 @@ either is missing, the first request ends the engine.
 """
 
 SINCE = (0, 32)
-"""First minor version on which quantised checkpoints, models with state, several API servers and passes beside the
-scheduler were run."""
+"""First minor version on which quantised checkpoints, models with state, several API servers, workers of Ray and passes
+beside the scheduler were run."""
 
 NEWER = "vLLM {}.{} or later, on which it was run".format(*SINCE)
 """What is wanted in place of an older one."""
@@ -164,7 +170,9 @@ def check_config(config: Any, *, forward: str = "vllm") -> None:
         ModelError: The checkpoint is quantised in a way that is not read.
     """
     _check_engines(config)
-    for refused, seen, wanted, do in (*refusals(config), *refusals_on_cpu(config)):
+    if config.parallel_config.distributed_executor_backend == "ray":
+        _check_since("Ray", "leave --distributed-executor-backend out")
+    for refused, seen, wanted, do in (*refusals(config), *refusals_on_cpu(config), *refusals_of_executor(config)):
         if refused:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
     _check_stored(config)

@@ -8,6 +8,12 @@ from assay.streams import dtype_name
 EXTENSION = "assay.poc.engines.vllm.WorkerExtension"
 """What ``--worker-extension-cls`` names for nonces."""
 
+LOADED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+"""Formats in which vLLM loads the files that a digest covers; in the others it reads other files, or none."""
+
+EXECUTORS = ("mp", "uni", "ray")
+"""Ways in which vLLM runs its workers that were run with nonces."""
+
 Refusal = tuple[Any, str, str, str]
 """Whether a setting is refused; then the setting as the operator wrote it, what is wanted, and what to do."""
 
@@ -23,6 +29,7 @@ def refusals(config: Any) -> tuple[Refusal, ...]:
     contexts = ("prefill_context_parallel_size", "decode_context_parallel_size")
     checkpoint = "the checkpoint, which the proof names"
     formats = ", ".join(other_cache(config))
+    loaded = str(config.load_config.load_format)
     return (
         (not model.enable_prompt_embeds, "no --enable-prompt-embeds", "input embeddings", "add --enable-prompt-embeds"),
         (model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", "leave it out"),
@@ -32,8 +39,9 @@ def refusals(config: Any) -> tuple[Refusal, ...]:
             checkpoint,
             "leave it out",
         ),
-        (str(config.load_config.load_format).endswith("dummy"), "--load-format dummy", checkpoint, "leave it out"),
+        (loaded not in LOADED, f"--load-format {loaded}", checkpoint, "leave it out"),
         (getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, "serve it as it is"),
+        (getattr(model, "hf_config_path", None), "--hf-config-path", checkpoint, "serve it as it is"),
         (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
         (
             model.is_multimodal_model and not model.multimodal_config.language_model_only,
@@ -93,6 +101,39 @@ def refusals_on_cpu(config: Any) -> tuple[Refusal, ...]:
             "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it",
             "an engine without adapters",
             "leave it out, or serve on a GPU",
+        ),
+    )
+
+
+def refusals_of_executor(config: Any) -> tuple[Refusal, ...]:
+    """Return what is refused of the ways in which vLLM runs its workers.
+
+    The direct path relies on calls into a worker that run between two of its steps, in the thread of these.
+    """
+    parallel = config.parallel_config
+    executor, wanted = parallel.distributed_executor_backend, "mp, uni or ray, whose workers run calls between steps"
+    if executor not in (None, *EXECUTORS):
+        return ((True, f"--distributed-executor-backend {executor}", wanted, "leave it out"),)
+    if executor != "ray":
+        return ()
+    from vllm import envs  # type: ignore[import-not-found]
+    from vllm.platforms import current_platform  # type: ignore[import-not-found]
+
+    return (
+        # RayWorkerWrapper.execute_model_ray runs in a thread of Ray's compiled graph, execute_method in the actor's,
+        # and the executor waits for the step of one worker only before it calls all of them.
+        (
+            not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, under which calls into a worker run beside its steps",
+            wanted,
+            "unset it",
+        ),
+        # vllm/v1/executor/ray_utils.py, initialize_ray_cluster: "current platform cpu does not support ray".
+        (
+            not current_platform.ray_device_key,
+            f"Ray on {current_platform.device_name}, for whose devices vLLM has no name in Ray",
+            "workers that vLLM starts by itself",
+            "leave --distributed-executor-backend out",
         ),
     )
 

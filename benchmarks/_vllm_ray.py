@@ -1,0 +1,122 @@
+"""Two nodes of Ray on one host, for vLLM on a CPU: a worker of tensor parallel on each.
+
+Both listen with a token that only their children know, as Ray listens on every address of the host. vLLM's workers run
+under :mod:`_ray_platform`.
+"""
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from _vllm import ROOT, end_processes, free_port
+
+BESIDE = Path(sys.prefix) / "ray"
+"""Where ``make test-vllm`` puts Ray, beside the environment."""
+
+ADDRESSES = "127.0.0.2", "127.0.0.3"  # a node has one of its own; Ray takes 127.0.0.1 for that of the host
+OPTIONS = {"--tensor-parallel-size": "2", "--distributed-executor-backend": "ray"}
+STARTED = "Ray runtime started"
+
+
+def installed():
+    """Return whether Ray is there, in the environment or beside it."""
+    return importlib.util.find_spec("ray") is not None or (BESIDE / "ray").is_dir()
+
+
+def with_ray(*folders):
+    """Return an environment in which Ray can be imported, and what is in other folders."""
+    path = [*map(str, folders), str(ROOT / "src"), str(ROOT / "benchmarks"), str(BESIDE)]
+    return {"PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])}
+
+
+class Nodes:
+    """Two nodes of Ray. ``environment`` is that of a server or an engine whose workers are to run on them."""
+
+    def __init__(self):
+        self._ends = contextlib.ExitStack()
+        # The sockets of Ray are in its folder, and their paths may have 107 bytes.
+        self.folder = Path(self._ends.enter_context(tempfile.TemporaryDirectory(prefix="ray-")))
+        port = free_port()
+        self.environment = with_ray(_platform(self.folder)) | {
+            "RAY_ADDRESS": f"{ADDRESSES[0]}:{port}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_HOST_IP": ADDRESSES[0],
+            "VLLM_PLUGINS": "assay,ray_cpu",
+        }
+        self._places = (
+            ["--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(self.folder)],
+            ["--address", self.environment["RAY_ADDRESS"]],
+        )
+        self._places[0].extend(("--ray-client-server-port", str(free_port())))
+        self._processes = []
+
+    def __enter__(self):
+        with contextlib.ExitStack() as ends:
+            ends.push(self.__exit__)
+            for address, place in zip(ADDRESSES, self._places, strict=True):
+                self._start(address, place)
+            ends.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        for process in reversed(self._processes):
+            children = _children(process)
+            process.terminate()
+            process.wait()
+            end_processes(children, grace=20.0)
+        self._ends.close()
+
+    def workers(self):
+        """Return the workers of vLLM on each node."""
+        found = []
+        for process in self._processes:
+            names = [_name(child) for child in _children(process)]
+            found.append([name for name in names if "RayWorkerProc" in name])
+        return found
+
+    def _start(self, address, place, timeout=120.0):
+        """Start a node, and wait until it runs."""
+        words = ["--block", "--num-gpus", "1", "--num-cpus", "1", "--object-store-memory", "80000000"]
+        words += ["--node-ip-address", address, "--disable-usage-stats"]
+        log = self.folder / f"{address}.log"
+        environment = os.environ | self.environment | {"VLLM_HOST_IP": address}
+        with log.open("wb") as file:
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, *words]
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        self._processes.append(process)
+        deadline = time.monotonic() + timeout
+        while STARTED not in log.read_text():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"Ray did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(0.2)
+
+
+def _children(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+def _name(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline()).strip()
+    return ""
+
+
+def _platform(folder):
+    """Return a folder that has the entry point of :mod:`_ray_platform`."""
+    info = folder / "entry/ray_cpu-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ray-cpu\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.platform_plugins]\nray_cpu = _ray_platform:name\n")
+    return info.parent

@@ -1,0 +1,116 @@
+"""A server whose two workers are on two nodes of Ray: its rounds, its chat, and what is left of it after every end."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from _vllm import Server, talk
+from _vllm_answers import SEEDED, begin, mixed
+from _vllm_ray import OPTIONS, Nodes, installed, with_ray
+from _vllm_tokens import agreement
+
+from assay.research.cheats import rounded
+from tests.vllm.conftest import ON_GPU, SEQ_LEN
+from tests.vllm.receiver import Receiver
+from tests.vllm.test_exclusive import stored
+from tests.vllm.test_server import BLOCK, VERDICT, make, proved
+from tests.waiting import until
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ON_GPU, reason="the nodes of this test have no GPUs"),
+    pytest.mark.skipif(not installed(), reason="Ray is not installed: run make test-vllm"),
+]
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with Nodes() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory):
+    options = OPTIONS | {"--kv-cache-memory-bytes": str(2**26), "--max-num-batched-tokens": "224"}
+    environment = SEEDED | nodes.environment | {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_CALLBACK_INTERVAL": "0.2"}
+    with Server(tmp_path_factory.mktemp("ray"), options=options, environment=environment) as running:
+        yield running
+
+
+@pytest.mark.parametrize("path", ["auto", "requests"])
+def test_nonces_of_workers_on_two_nodes_are_those_of_transformers(server, nodes, honest, path: str):
+    assert [len(found) for found in nodes.workers()] == [1, 1]
+    server.post("/engine", {"path": path}).raise_for_status()
+    before, block = server.get("/engine").json()["direct"]["nonces"], f"ray-{path}"
+    server.begin(block)
+    server.wait_for(64)
+    server.post("/stop").raise_for_status()
+    held = server.idle_counts()
+    distances = server.get("/status", after=-1, limit=48).json()["valid_distances"]
+    assert np.abs(np.array(distances) - np.array(make(honest, block, 48))).max() <= 2e-6
+    direct = held["direct"]["nonces"] - before
+    assert direct == 0 if path == "requests" else direct >= 64
+    assert len(held["workers"]) == 2
+    assert not any(worker[name] for worker in held["workers"] for name in ("rows", "filled", "streams", "errors"))
+
+
+def test_they_find_an_honest_node_honest_and_four_bits_a_fraud(server, honest):
+    server.post("/init/validate", VERDICT | BLOCK).raise_for_status()
+    for key, model, verdict in (("node", honest, "honest"), ("cheat", rounded(honest, 4), "fraud")):
+        body = {"block_hash": "verdict", "block_height": 1, "public_key": key, "nonces": list(range(64)), "node_id": 0}
+        answer = server.post("/validate", body | {"dist": make(model, "verdict", 64, key)}).json()
+        assert answer.get("residual_test", {}).get("verdict") == verdict, answer
+    server.post("/stop").raise_for_status()
+
+
+def test_chat_is_the_same_beside_nonces_and_seeded_as_on_transformers(server, honest):
+    alone = asyncio.run(talk(server.url, 16))
+    server.begin("beside")
+    server.wait_for(8)
+    beside = asyncio.run(talk(server.url, 16))
+    server.post("/stop").raise_for_status()
+    assert [one["status"] for one in beside] == [200] * 16
+    assert [one["text"] for one in beside] == [one["text"] for one in alone]
+    begin(server)
+    figures = agreement(server, honest, mixed(8, honest.tokenizer))
+    assert (figures["same_tokens"], figures["different"]) == (8, [])
+
+
+def test_sigkill_and_sigterm_lose_nothing_and_leave_no_worker(server, nodes):
+    receiver = Receiver()
+    try:
+        server.begin("ended", url=receiver.url)
+        reached = server.wait_for(32)
+        server.kill()  # the workers are no children of the server; Ray ends them when the process is gone that had them
+        until(lambda: not any(nodes.workers()), 60)
+        server.start()
+        assert server.get("/status").json()["state"] == "GENERATING"
+        server.wait_for(reached + 32)
+        server.post("/stop").raise_for_status()
+        until(lambda: receiver.nonces("ended") == proved(server), 240)
+        assert stored(server, "ended") == list(range(len(receiver.nonces("ended"))))
+        assert server.stop(grace=240.0) == 0, server.tail()
+        until(lambda: not any(nodes.workers()), 60)
+    finally:
+        receiver.close()
+
+
+def test_ray_is_refused_where_vllm_cannot_place_a_worker(nodes, tmp_path):
+    """The build for CPUs as it is, and the executor that runs steps beside calls."""
+    stock = with_ray() | {"VLLM_PLUGINS": "assay"}
+    older = nodes.environment | {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0"}
+    refused = {"assay refuses to start: vLLM with Ray on cpu": stock, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0": older}
+    servers = [
+        Server(tmp_path / str(place), options=OPTIONS, environment=at) for place, at in enumerate(refused.values())
+    ]
+    try:
+        for running in servers:
+            running.launch()
+        for running, words in zip(servers, refused, strict=True):
+            assert running.process.wait(900) == 1, running.tail()
+            assert f"assay refuses to start: {words}" in running.tail()
+            assert "EngineCore" not in running.tail()
+            assert not (running.data_dir / "service.sqlite3").exists()
+    finally:
+        for running in servers:
+            running.stop()
