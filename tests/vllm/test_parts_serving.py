@@ -2,15 +2,18 @@
 
 import asyncio
 import dataclasses
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from assay.errors import UsageError
 from assay.poc.engines.vllm import ThrottleSettings
 from assay.poc.serving import PluginSettings, plugin
 from assay.poc.serving._plugin import ChatBarrier
+from assay.poc.serving._servers import PassOn
 
 
 def answers(app, path: str, method: str = "POST", root_path: str = "") -> int:
@@ -73,6 +76,56 @@ def test_a_root_path_opens_no_guard_and_closes_no_route(root: str):
         assert here.post(f"{before}/tokenize").status_code == 200
         assert here.post(f"{before}/v1/completions").status_code == 503
         assert evil.get(f"{before}/v1/completions").status_code == 200
+
+
+async def passed_on(
+    path: Path, target: dict, *messages: dict, transport: httpx.AsyncBaseTransport | None = None
+) -> list[int]:
+    """Return the statuses of what a server answers that passes a request on."""
+    sent: list[dict] = []
+    arriving = iter(messages)
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    async def receive() -> dict:
+        return next(arriving)
+
+    scope = {"type": "http", "path": "/api/v1/pow/stop", "method": "POST", "query_string": b"", "headers": []} | target
+    app = PassOn(served, prefix=("/api/v1/pow",), path=path)
+    if transport is not None:
+        app._client = httpx.AsyncClient(transport=transport)
+    await app(scope, receive, send)
+    return [message["status"] for message in sent if message["type"] == "http.response.start"]
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ({"raw_path": b"/api/v1/pow/stop"}, 503),
+        ({"path": "/v1/models"}, 200),
+        ({"raw_path": b"/api/v1/pow/\xff"}, 400),
+        ({"raw_path": b"/api/v1/pow/\x7f"}, 400),
+        ({"query_string": b"after=\xff"}, 400),
+        ({"query_string": b"a" * 70_000}, 400),
+    ],
+)
+def test_a_server_passes_on_what_can_be_a_url_and_refuses_the_rest(target: dict, status: int, tmp_path: Path):
+    assert asyncio.run(passed_on(tmp_path / "nobody.sock", target)) == [status]
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error(tmp_path: Path):
+    async def said() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    async def owner(request: httpx.Request) -> httpx.Response:
+        await request.aread()
+        return httpx.Response(200, content=said())
+
+    target, transport = {"headers": [(b"content-length", b"9")]}, httpx.MockTransport(owner)
+    leaves, sends = {"type": "http.disconnect"}, {"type": "http.request", "body": b"{}       "}
+    assert asyncio.run(passed_on(tmp_path, target, sends, leaves, transport=transport)) == [200]
+    assert asyncio.run(passed_on(tmp_path, target, leaves, transport=transport)) == []
 
 
 def test_settings_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

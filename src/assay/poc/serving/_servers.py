@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 import uvicorn
 from starlette._utils import get_route_path  # the function by which starlette's router finds a route
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
@@ -155,6 +155,17 @@ class PassOn:
         request = Request(scope, receive)
         try:
             found = await self._client.send(self._made(request), stream=True)
+        except ClientDisconnect:
+            return
+        except (httpx.InvalidURL, UnicodeError):
+            refusal = Refusal(
+                400,
+                "a path or a query that cannot be passed on",
+                wanted="printable ASCII, and at most 64 KiB of it",
+                do="percent-encode other characters",
+            )
+            await answer(refusal)(scope, receive, send)
+            return
         except httpx.TransportError:
             refusal = Refusal(
                 503,
