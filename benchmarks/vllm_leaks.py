@@ -5,9 +5,14 @@ the nonces inside. Beside them clients chat, and part of them hang up while they
 few of them, so vLLM preempts. After a first part, which fills every pool, and at the end the server is left alone and
 looked at: rows of nonces in the workers, blocks of the cache, requests, and the file descriptors, threads and memory of
 each process. Exit code 1 if something is left, or if there are more descriptors than after the first part; those of the
-database are a pool, which fills when it has to.
+database are a pool, which fills when it has to. It is 1 as well if no client hung up, no request was preempted, or
+no block was ever seen in use.
+
+With ``--forward assay`` nonces are computed by assay's own decoder, beside chat too, and no nonce is a request.
 
     OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_leaks.py -o benchmarks/results/vllm_leaks.json
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_leaks.py --forward assay \
+        -o benchmarks/results/vllm_leaks_own.json
 """
 
 import asyncio
@@ -42,6 +47,9 @@ ENVIRONMENT = {
     "ASSAY_VLLM_CHAT_IN_FLIGHT": "8",
     "ASSAY_VLLM_QUIET": "0.2",
 }
+OWN = {"--worker-extension-cls": "_unpacked.Unpacked"}, {"ASSAY_VLLM_FORWARD": "assay"}
+"""Options and environment with which assay's own decoder runs on a CPU."""
+
 VISITORS = 8
 LEAVING = 0.5  # part of the chat requests whose client hangs up
 FIRST = 0.2  # part of the nonces after which descriptors are counted
@@ -51,7 +59,7 @@ class Visitors:
     """Clients that chat until they are told to go, from a thread of their own."""
 
     def __init__(self, url, seed):
-        self.seen = Counter()
+        self.seen, self.fullest = Counter(), 0.0
         self._url, self._random, self._going = url, random.Random(seed), threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._all()))
 
@@ -114,53 +122,69 @@ def descriptors(process):
     return dict(found)
 
 
-def rounds(server, seed, first, until, deadline):
+def rounds(server, seed, first, until, deadline, forward):
     """Run rounds until so many nonces are on disk; return the next number, the nonces, and what visitors saw."""
     chosen, number, done = random.Random(seed), first, 0
     with Visitors(server.url, seed) as visitors:
         while done < until and time.monotonic() < deadline:
-            server.post("/engine", {"path": "requests" if number % 2 else "auto"}).raise_for_status()
+            if forward == "vllm":
+                server.post("/engine", {"path": "requests" if number % 2 else "auto"}).raise_for_status()
             server.begin(f"round-{number}", seq_len=SEQ_LEN, batch_size=chosen.choice((1, 8, 32)))
             server.wait_for(chosen.randrange(50, 400))
             time.sleep(chosen.uniform(0.0, 0.3))
+            visitors.fullest = max(visitors.fullest, measured(server, "kv_cache_usage_perc"))
             server.post("/stop").raise_for_status()
             done += server.checked()
             number += 1
             note(f"{done} of {until} nonces, {number} rounds, {dict(visitors.seen)}")
-    return number, done, visitors.seen
+    return number, done, visitors
+
+
+def strained(folder, forward):
+    """Return a server with a small cache, whose nonces are computed by one of the forward passes."""
+    options, environment = OWN if forward == "assay" else ({}, {})
+    return ForkedServer(folder, options=OPTIONS | options, environment=ENVIRONMENT | environment)
+
+
+def left_behind(before, after):
+    """Return what an idle server holds at the end, by name: nothing if nothing leaks."""
+    found = {name: after[name] for name in ("rows", "errors", "requests", "cache_used") if after[name]}
+    for name, count in before["descriptors"].items():
+        if after["descriptors"][name]["other"] > count["other"]:
+            found[f"descriptors of {name}"] = after["descriptors"][name]["other"] - count["other"]
+    return found
 
 
 def main():
     made = parser(__doc__)
     made.add_argument("--nonces", type=int, default=10_000)
     made.add_argument("--seed", type=int, default=20)
+    made.add_argument("--forward", choices=("vllm", "assay"), default="vllm", help="whose forward pass computes nonces")
     made.add_argument("--minutes", type=float, default=1e9, help="begin no round after so long")
     chosen = made.parse_args()
     began = time.monotonic()
-    deadline = began + 60 * chosen.minutes
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ForkedServer(folder, options=OPTIONS, environment=ENVIRONMENT) as server,
-    ):
+    deadline, forward = began + 60 * chosen.minutes, chosen.forward
+    with tempfile.TemporaryDirectory() as folder, strained(folder, forward) as server:
         part = int(FIRST * chosen.nonces)
-        number, early, seen = rounds(server, chosen.seed, 0, part, deadline)
+        number, early, first = rounds(server, chosen.seed, 0, part, deadline, forward)
         before = look(server)
-        number, late, more = rounds(server, chosen.seed + 1, number, chosen.nonces - early, deadline)
+        number, late, rest = rounds(server, chosen.seed + 1, number, chosen.nonces - early, deadline, forward)
         after = look(server)
         figures = {
+            "forward": forward,
             "seed": chosen.seed,
             "seconds": round(time.monotonic() - began, 1),
             "nonces": early + late,
             "rounds": number,
-            "clients": dict(seen + more),
+            "clients": dict(first.seen + rest.seen),
             "preemptions": measured(server, "num_preemptions_total"),
+            "cache_used_at_most": max(first.fullest, rest.fullest),
             "after_the_first_part": {"nonces": early, **before},
             "at_the_end": after,
         }
     publish("vllm_leaks", figures, chosen.output)
-    left = after["rows"] or after["errors"] or after["requests"] or after["cache_used"]
-    grown = any(after["descriptors"][name]["other"] > count["other"] for name, count in before["descriptors"].items())
-    return int(bool(left or grown or not figures["preemptions"]))
+    put_to_work = figures["preemptions"] and figures["clients"].get("left") and figures["cache_used_at_most"]
+    return int(bool(left_behind(before, after) or not put_to_work))
 
 
 if __name__ == "__main__":
