@@ -118,7 +118,7 @@ class AssayPlugin:
         count = self._share(engine_client.output_processor.get_num_unfinished_requests)
         if not self._place.owns:
             return
-        throttle = Throttle(self._settings.throttle, count, capacity(config))
+        throttle = Throttle(self._settings.throttle, count, capacity(config, self._settings.seq_len))
         client = Client(engine_client, throttle, config.parallel_config.data_parallel_size)
         await client.install()
         names = getattr(args, "served_model_name", None) or [args.model]

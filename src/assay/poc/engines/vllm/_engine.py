@@ -223,7 +223,7 @@ def most_positions(config: Any) -> int:
     return longest if chunked else min(longest, int(scheduler.max_num_batched_tokens))
 
 
-def capacity(config: Any, seq_len: int = 256) -> int:
+def capacity(config: Any, seq_len: int) -> int:
     """Return how many nonces fill one step of every engine and have the next one ready."""
     scheduler = config.scheduler_config
     step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
