@@ -8,14 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from assay.errors import BackendUnavailable, ModelError, UsageError
+from assay.errors import BackendUnavailable, UsageError
 from assay.models import identify
 from assay.poc import NetworkPins, get_pipeline
 from assay.poc.engines.vllm import _compatibility
 from assay.poc.engines.vllm._settings import other_cache
-from assay.poc.engines.vllm._worker import products
 from assay.poc.serving import _preflight, _servers, before_start, plugin
-from tests.models.storing import described
 from tests.vllm.conftest import ROOT
 
 REFERENCE = ROOT / "src/assay/models/reference/qwen3"
@@ -177,50 +175,6 @@ def test_workers_are_run_only_in_ways_that_were_tried(
     assert words in str(refusal.value)
 
 
-HYBRID = {
-    "model_config.is_hybrid": True,
-    "model_config.architecture": "FalconH1ForCausalLM",
-    "compilation_config.is_custom_op_enabled": lambda name: True,
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "version", "words"),
-    [
-        ({}, "0.32.0", None),
-        ({}, "0.28.0", "vLLM 0.28.0 with FalconH1ForCausalLM"),
-        ({"device_config.device_type": "cuda"}, "0.32.0", "none yet"),
-        ({"model_config.architecture": "JambaForCausalLM"}, "0.32.0", "vLLM with JambaForCausalLM on cpu"),
-        ({"model_config.dtype": "torch.float16"}, "0.32.0", "pass --dtype bfloat16"),
-        (
-            {"model_config.architecture": "Qwen3NextForCausalLM", "model_config.dtype": "torch.float32"},
-            "0.32.0",
-            "pass --dtype bfloat16",
-        ),
-        ({"model_config.architecture": "Lfm2ForCausalLM"}, "0.32.0", '"-rotary_embedding"'),
-        (
-            {
-                "model_config.architecture": "Lfm2ForCausalLM",
-                "compilation_config.is_custom_op_enabled": lambda name: name != "rotary_embedding",
-            },
-            "0.32.0",
-            None,
-        ),
-    ],
-)
-def test_a_model_with_state_runs_only_where_it_was_run(
-    changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(_compatibility, "_version", lambda: version)
-    config = settings_of_vllm(**HYBRID | changes)
-    if words is None:
-        _compatibility.check_config(config)
-        return
-    with pytest.raises(UsageError) as refusal:
-        _compatibility.check_config(config)
-    assert words in str(refusal.value)
-
-
 ENGINES = {
     "parallel_config.data_parallel_size": 2,
     "parallel_config.data_parallel_size_local": 2,
@@ -255,81 +209,21 @@ def test_engines_that_share_a_round_are_dense_and_behind_one_server(
     assert "one server per engine" in refusal.value.do
 
 
+def test_workers_on_several_hosts_need_a_vllm_on_which_they_were_run(monkeypatch: pytest.MonkeyPatch):
+    config = settings_of_vllm(**{"parallel_config.nnodes": 2})
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    _compatibility.check_config(config)
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.31.0")
+    with pytest.raises(UsageError, match=r"vLLM 0\.31\.0 with workers on several hosts"):
+        _compatibility.check_config(config)
+
+
 def test_receipts_and_several_engines_are_refused_together():
     settings = SimpleNamespace(responses="seeded", has_keys=True)
     with pytest.raises(UsageError, match="ASSAY_RESPONSES=seeded with 2"):
         _preflight.check_arguments(SimpleNamespace(data_parallel_size=2), settings)
     settings.responses = "off"
     _preflight.check_arguments(SimpleNamespace(data_parallel_size=2), settings)
-
-
-def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
-    """The settings of a server of a checkpoint that is stored so."""
-    model = SimpleNamespace(quantization_config=described(form))
-    changes = {"model_config.hf_config": model, "model_config.quantization": "of the checkpoint"} | changes
-    return settings_of_vllm(**{"model_config.dtype": f"torch.{dtype}"} | changes)
-
-
-@pytest.mark.parametrize(
-    ("form", "dtype", "name"),
-    [
-        ("int8", "float32", "int8-rows"),
-        ("int8", "bfloat16", "int8-rows"),
-        ("packed", "bfloat16", "int4-groups"),
-        ("awq", "float16", "int4-groups"),
-        ("gptq", "bfloat16", "int4-groups"),
-    ],
-)
-def test_stored_formats_that_were_run_pass(form: str, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
-    _compatibility.check_config(stored(form, dtype))
-    assert _compatibility.stored_as(stored(form, dtype)) == name
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (stored("packed", "float32"), "int4-groups and --dtype float32 on cpu"),
-        (stored("block"), "a checkpoint in float8-block on cpu"),
-        (stored("tensor"), "a checkpoint in float8 on cpu"),
-        (stored("int8", **{"device_config.device_type": "cuda"}), "a checkpoint in int8-rows on cuda"),
-        (stored("int8", **{"model_config.is_moe": True}), "experts in int8-rows on cpu"),
-    ],
-)
-def test_stored_formats_that_were_not_run_are_refused_by_name(config, words: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
-    with pytest.raises(UsageError, match=words) as refusal:
-        _compatibility.check_config(config)
-    assert refusal.value.wanted
-    assert refusal.value.do
-
-
-def test_stored_formats_that_are_not_read_and_older_versions_are_refused(monkeypatch: pytest.MonkeyPatch):
-    config = stored("gptq")
-    config.model_config.hf_config.quantization_config["desc_act"] = True
-    with pytest.raises(ModelError, match="desc_act True"):
-        _compatibility.check_config(config)
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.28.0")
-    with pytest.raises(UsageError, match=r"vLLM 0\.28\.0 with a checkpoint in int8-rows"):
-        _compatibility.check_config(stored("int8"))
-
-
-def test_the_products_of_quantised_layers_are_named_and_of_no_others():
-    class CPUInt8:
-        def _apply_weights_onednn(self) -> None: ...
-
-        linear_method = _apply_weights_onednn
-
-    class Experts: ...
-
-    layers = [
-        SimpleNamespace(quant_method=SimpleNamespace(), scheme=SimpleNamespace(kernel=CPUInt8())),
-        SimpleNamespace(quant_method=SimpleNamespace(experts_cls=Experts)),
-        SimpleNamespace(quant_method=SimpleNamespace()),
-        SimpleNamespace(),
-    ]
-    assert products(SimpleNamespace(modules=lambda: layers)) == ["CPUInt8 onednn", "experts Experts"]
-    assert products(SimpleNamespace(modules=lambda: layers[2:])) == []
 
 
 @pytest.mark.parametrize(

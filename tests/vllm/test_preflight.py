@@ -53,6 +53,9 @@ def test_a_server_as_docs_recommend_it_starts(start, command):
         ("--kv-cache-dtype fp8", "kv fp8"),
         ("--quantization fp8 --dtype bfloat16", "--quantization fp8"),
         ("--load-format dummy", "--load-format dummy"),
+        ("--load-format pt", "--load-format pt"),
+        (f"--hf-config-path {REFERENCE}", "--hf-config-path"),
+        ("--distributed-executor-backend external_launcher", "--distributed-executor-backend external_launcher"),
         ('--hf-overrides {"rope_theta":5000.0}', "--hf-overrides"),
         ("-dpn 1 --data-parallel-size 1 -asc 1", None),
         ("--enable-prefix-caching --max-num-batched-tokens 48 --max-num-seqs 8", None),
@@ -61,6 +64,13 @@ def test_a_server_as_docs_recommend_it_starts(start, command):
 def test_a_command_line_is_refused_before_the_engine_is_loaded(start, words: str, refusal: str | None):
     said = start(*SERVE, *NEEDED, *words.split())
     assert (refusal in said and "\n  wanted: " in said and "\n  to do:  " in said) if refusal else said is None
+
+
+def test_workers_of_a_server_on_another_host_have_no_port_and_need_no_key(start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("ASSAY_API_KEY")
+    several = ("--nnodes", "2", "-tp", "2", "--master-addr", "127.0.0.1")
+    assert start(*SERVE, *NEEDED, *several, "--node-rank", "1", "--headless") is None
+    assert "without a key of assay" in start(*SERVE, *NEEDED, *several, "--node-rank", "0")
 
 
 @pytest.mark.skipif(ON_GPU, reason="refused on the CPU only")

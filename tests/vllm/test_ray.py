@@ -1,10 +1,7 @@
 """A server whose two workers are on two nodes of Ray: its rounds, its chat, and what is left of it after every end."""
 
-import asyncio
-
-import numpy as np
 import pytest
-from _vllm import Server, talk
+from _vllm import Server
 from _vllm_answers import SEEDED, begin, mixed
 from _vllm_ray import OPTIONS, Nodes, installed, with_ray
 from _vllm_tokens import agreement
@@ -13,6 +10,7 @@ from assay.research.cheats import rounded
 from tests.vllm.conftest import ON_GPU, SEQ_LEN
 from tests.vllm.receiver import Receiver
 from tests.vllm.test_exclusive import stored
+from tests.vllm.test_nodes import check_chat, check_round
 from tests.vllm.test_server import BLOCK, VERDICT, make, proved
 from tests.waiting import until
 
@@ -40,18 +38,7 @@ def server(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("path", ["auto", "requests"])
 def test_nonces_of_workers_on_two_nodes_are_those_of_transformers(server, nodes, honest, path: str):
     assert [len(found) for found in nodes.workers()] == [1, 1]
-    server.post("/engine", {"path": path}).raise_for_status()
-    before, block = server.get("/engine").json()["direct"]["nonces"], f"ray-{path}"
-    server.begin(block)
-    server.wait_for(64)
-    server.post("/stop").raise_for_status()
-    held = server.idle_counts()
-    distances = server.get("/status", after=-1, limit=48).json()["valid_distances"]
-    assert np.abs(np.array(distances) - np.array(make(honest, block, 48))).max() <= 2e-6
-    direct = held["direct"]["nonces"] - before
-    assert direct == 0 if path == "requests" else direct >= 64
-    assert len(held["workers"]) == 2
-    assert not any(worker[name] for worker in held["workers"] for name in ("rows", "filled", "streams", "errors"))
+    check_round(server, honest, path, f"ray-{path}")
 
 
 def test_they_find_an_honest_node_honest_and_four_bits_a_fraud(server, honest):
@@ -64,13 +51,7 @@ def test_they_find_an_honest_node_honest_and_four_bits_a_fraud(server, honest):
 
 
 def test_chat_is_the_same_beside_nonces_and_seeded_as_on_transformers(server, honest):
-    alone = asyncio.run(talk(server.url, 16))
-    server.begin("beside")
-    server.wait_for(8)
-    beside = asyncio.run(talk(server.url, 16))
-    server.post("/stop").raise_for_status()
-    assert [one["status"] for one in beside] == [200] * 16
-    assert [one["text"] for one in beside] == [one["text"] for one in alone]
+    check_chat(server)
     begin(server)
     figures = agreement(server, honest, mixed(8, honest.tokenizer))
     assert (figures["same_tokens"], figures["different"]) == (8, [])
@@ -99,16 +80,14 @@ def test_ray_is_refused_where_vllm_cannot_place_a_worker(nodes, tmp_path):
     """The build for CPUs as it is, and the executor that runs steps beside calls."""
     stock = with_ray() | {"VLLM_PLUGINS": "assay"}
     older = nodes.environment | {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0"}
-    refused = {"assay refuses to start: vLLM with Ray on cpu": stock, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0": older}
-    servers = [
-        Server(tmp_path / str(place), options=OPTIONS, environment=at) for place, at in enumerate(refused.values())
-    ]
+    refused = {"Ray on cpu": stock, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0": older}
+    servers = [Server(tmp_path / seen, options=OPTIONS, environment=at) for seen, at in refused.items()]
     try:
         for running in servers:
             running.launch()
-        for running, words in zip(servers, refused, strict=True):
+        for running, seen in zip(servers, refused, strict=True):
             assert running.process.wait(900) == 1, running.tail()
-            assert f"assay refuses to start: {words}" in running.tail()
+            assert f"assay refuses to start: vLLM with {seen}" in running.tail()
             assert "EngineCore" not in running.tail()
             assert not (running.data_dir / "service.sqlite3").exists()
     finally:

@@ -34,7 +34,7 @@ from assay.poc.responses.vllm import check_responses
 from assay.poc.service import Controller, Deployment, attach, configure_logs
 from assay.poc.service.dashboard import dashboard_router
 from assay.poc.service.http import PREFIX, PREFIXES, Keys, LocalOnly, Scope, kept_running, needs, route_class
-from assay.poc.serving._preflight import PluginSettings, check_arguments
+from assay.poc.serving._preflight import PluginSettings, check_arguments, check_key
 from assay.poc.serving._responses import WITHOUT_ENGINE, ReceiptMiddleware, Responses, responses_router
 from assay.poc.serving._servers import PassOn, Place, Shared, serve_owner
 
@@ -82,6 +82,7 @@ class AssayPlugin:
         configure_logs("console")
         settings = self._settings = PluginSettings()
         check_arguments(app.state.args, settings)
+        check_key(app.state.args, settings)
         self._app, self._place = app, Place.of(app.state.args)
         if self._place.owns:
             self._mount(app, settings)  # first, as it takes the lock of the data directory

@@ -125,6 +125,8 @@ def before_start() -> None:
         _check_frontend()
         arguments, settings = _arguments(), PluginSettings()
         check_arguments(arguments, settings)
+        if not getattr(arguments, "headless", False):  # else it has no port
+            check_key(arguments, settings)
         multiply_exactly(arguments.dtype)
         config = _config(arguments)
         if config is None:
@@ -140,7 +142,11 @@ def before_start() -> None:
 
 
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
-    """Refuse a server that would share its round with others, whose checkpoint has no digest, or that needs a key."""
+    """Refuse a server that would share its round with others, or whose checkpoint has no digest.
+
+    Raises:
+        UsageError: It is one.
+    """
     engines = getattr(arguments, "data_parallel_size", None) or 1
     servers = getattr(arguments, "api_server_count", None) or 1
     for count, what, wanted in (
@@ -162,6 +168,14 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
             wanted="a checkpoint whose digest the proof can name",
             do="download it, and serve the directory",
         )
+
+
+def check_key(arguments: Any, settings: PluginSettings) -> None:
+    """Refuse a server that others can reach and that has no key.
+
+    Raises:
+        UsageError: It is one.
+    """
     host = getattr(arguments, "host", None)
     if not (settings.has_keys or getattr(arguments, "uds", None) or (host and is_loopback(host))):
         raise UsageError(

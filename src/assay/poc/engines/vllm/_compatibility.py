@@ -106,8 +106,8 @@ either is missing, the first request ends the engine.
 """
 
 SINCE = (0, 32)
-"""First minor version on which quantised checkpoints, models with state, several API servers, workers of Ray and passes
-beside the scheduler were run."""
+"""First minor version on which quantised checkpoints, models with state, several API servers, workers of Ray and of
+several hosts, and passes beside the scheduler were run."""
 
 NEWER = "vLLM {}.{} or later, on which it was run".format(*SINCE)
 """What is wanted in place of an older one."""
@@ -170,8 +170,11 @@ def check_config(config: Any, *, forward: str = "vllm") -> None:
         ModelError: The checkpoint is quantised in a way that is not read.
     """
     _check_engines(config)
-    if config.parallel_config.distributed_executor_backend == "ray":
+    parallel = config.parallel_config
+    if parallel.distributed_executor_backend == "ray":
         _check_since("Ray", "leave --distributed-executor-backend out")
+    if getattr(parallel, "nnodes", 1) > 1:
+        _check_since("workers on several hosts", "leave --nnodes out")
     for refused, seen, wanted, do in (*refusals(config), *refusals_on_cpu(config), *refusals_of_executor(config)):
         if refused:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)

@@ -1,0 +1,73 @@
+"""A server and a second process of vLLM without one, as on two hosts (``--nnodes 2``): a worker of each, one round."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from _vllm import Server, free_port, talk
+from _vllm_forked import ForkedServer
+
+from tests.vllm.conftest import ON_GPU, SEQ_LEN
+from tests.vllm.test_server import make
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="two workers need two GPUs")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    options = {"--tensor-parallel-size": "2", "--nnodes": "2", "--master-addr": "127.0.0.1"}
+    options |= {"--master-port": str(free_port()), "--kv-cache-memory-bytes": str(2**26)}
+    environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    first, second = (
+        ForkedServer(
+            tmp_path_factory.mktemp(f"node-{rank}"),
+            options=options | {"--node-rank": str(rank)} | ({"--headless": None} if rank else {}),
+            environment=environment,
+            serves=True,
+        )
+        for rank in range(2)
+    )
+    try:
+        second.launch()
+        first.start()
+        yield first
+        assert first.stop(grace=240.0) == 0, first.tail()
+    finally:
+        first.stop()
+        second.stop()
+
+
+def check_round(server: Server, honest, path: str, block: str) -> None:
+    """Run a round along one way through vLLM, and compare its nonces with those of transformers."""
+    server.post("/engine", {"path": path}).raise_for_status()
+    before = server.get("/engine").json()["direct"]["nonces"]
+    server.begin(block)
+    server.wait_for(64)
+    server.post("/stop").raise_for_status()
+    held = server.idle_counts()
+    distances = server.get("/status", after=-1, limit=48).json()["valid_distances"]
+    assert np.abs(np.array(distances) - np.array(make(honest, block, 48))).max() <= 2e-6
+    direct = held["direct"]["nonces"] - before
+    assert direct == 0 if path == "requests" else direct >= 64
+    assert len(held["workers"]) == 2
+    assert not any(worker[name] for worker in held["workers"] for name in ("rows", "filled", "streams", "errors"))
+
+
+def check_chat(server: Server) -> None:
+    """Compare chat beside nonces with chat alone."""
+    alone = asyncio.run(talk(server.url, 16))
+    server.begin("beside")
+    server.wait_for(8)
+    beside = asyncio.run(talk(server.url, 16))
+    server.post("/stop").raise_for_status()
+    assert [one["status"] for one in beside] == [200] * 16
+    assert [one["text"] for one in beside] == [one["text"] for one in alone]
+
+
+@pytest.mark.parametrize("path", ["auto", "requests"])
+def test_nonces_of_workers_on_two_hosts_are_those_of_transformers(server, honest, path: str):
+    check_round(server, honest, path, f"nodes-{path}")
+
+
+def test_chat_is_the_same_beside_nonces(server):
+    check_chat(server)

@@ -1,0 +1,123 @@
+"""Which checkpoints run on vLLM: models with state, stored formats, and the products of quantised layers."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from assay.errors import ModelError, UsageError
+from assay.poc.engines.vllm import _compatibility
+from assay.poc.engines.vllm._worker import products
+from tests.models.storing import described
+from tests.vllm.test_parts_gate import settings_of_vllm
+
+HYBRID = {
+    "model_config.is_hybrid": True,
+    "model_config.architecture": "FalconH1ForCausalLM",
+    "compilation_config.is_custom_op_enabled": lambda name: True,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "words"),
+    [
+        ({}, "0.32.0", None),
+        ({}, "0.28.0", "vLLM 0.28.0 with FalconH1ForCausalLM"),
+        ({"device_config.device_type": "cuda"}, "0.32.0", "none yet"),
+        ({"model_config.architecture": "JambaForCausalLM"}, "0.32.0", "vLLM with JambaForCausalLM on cpu"),
+        ({"model_config.dtype": "torch.float16"}, "0.32.0", "pass --dtype bfloat16"),
+        (
+            {"model_config.architecture": "Qwen3NextForCausalLM", "model_config.dtype": "torch.float32"},
+            "0.32.0",
+            "pass --dtype bfloat16",
+        ),
+        ({"model_config.architecture": "Lfm2ForCausalLM"}, "0.32.0", '"-rotary_embedding"'),
+        (
+            {
+                "model_config.architecture": "Lfm2ForCausalLM",
+                "compilation_config.is_custom_op_enabled": lambda name: name != "rotary_embedding",
+            },
+            "0.32.0",
+            None,
+        ),
+    ],
+)
+def test_a_model_with_state_runs_only_where_it_was_run(
+    changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_compatibility, "_version", lambda: version)
+    config = settings_of_vllm(**HYBRID | changes)
+    if words is None:
+        _compatibility.check_config(config)
+        return
+    with pytest.raises(UsageError) as refusal:
+        _compatibility.check_config(config)
+    assert words in str(refusal.value)
+
+
+def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
+    """The settings of a server of a checkpoint that is stored so."""
+    model = SimpleNamespace(quantization_config=described(form))
+    changes = {"model_config.hf_config": model, "model_config.quantization": "of the checkpoint"} | changes
+    return settings_of_vllm(**{"model_config.dtype": f"torch.{dtype}"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "name"),
+    [
+        ("int8", "float32", "int8-rows"),
+        ("int8", "bfloat16", "int8-rows"),
+        ("packed", "bfloat16", "int4-groups"),
+        ("awq", "float16", "int4-groups"),
+        ("gptq", "bfloat16", "int4-groups"),
+    ],
+)
+def test_stored_formats_that_were_run_pass(form: str, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    _compatibility.check_config(stored(form, dtype))
+    assert _compatibility.stored_as(stored(form, dtype)) == name
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (stored("packed", "float32"), "int4-groups and --dtype float32 on cpu"),
+        (stored("block"), "a checkpoint in float8-block on cpu"),
+        (stored("tensor"), "a checkpoint in float8 on cpu"),
+        (stored("int8", **{"device_config.device_type": "cuda"}), "a checkpoint in int8-rows on cuda"),
+        (stored("int8", **{"model_config.is_moe": True}), "experts in int8-rows on cpu"),
+    ],
+)
+def test_stored_formats_that_were_not_run_are_refused_by_name(config, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    with pytest.raises(UsageError, match=words) as refusal:
+        _compatibility.check_config(config)
+    assert refusal.value.wanted
+    assert refusal.value.do
+
+
+def test_stored_formats_that_are_not_read_and_older_versions_are_refused(monkeypatch: pytest.MonkeyPatch):
+    config = stored("gptq")
+    config.model_config.hf_config.quantization_config["desc_act"] = True
+    with pytest.raises(ModelError, match="desc_act True"):
+        _compatibility.check_config(config)
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.28.0")
+    with pytest.raises(UsageError, match=r"vLLM 0\.28\.0 with a checkpoint in int8-rows"):
+        _compatibility.check_config(stored("int8"))
+
+
+def test_the_products_of_quantised_layers_are_named_and_of_no_others():
+    class CPUInt8:
+        def _apply_weights_onednn(self) -> None: ...
+
+        linear_method = _apply_weights_onednn
+
+    class Experts: ...
+
+    layers = [
+        SimpleNamespace(quant_method=SimpleNamespace(), scheme=SimpleNamespace(kernel=CPUInt8())),
+        SimpleNamespace(quant_method=SimpleNamespace(experts_cls=Experts)),
+        SimpleNamespace(quant_method=SimpleNamespace()),
+        SimpleNamespace(),
+    ]
+    assert products(SimpleNamespace(modules=lambda: layers)) == ["CPUInt8 onednn", "experts Experts"]
+    assert products(SimpleNamespace(modules=lambda: layers[2:])) == []
