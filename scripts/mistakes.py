@@ -30,6 +30,7 @@ PORT = "8000"
 """Port of the service that already runs, as it is shown; in truth that is a free one."""
 MODULE = "mine"
 """A module in the folder, with nothing in it."""
+RESPOND = f"assay poc respond --model reference:qwen3 --prompts %s {ROUND} -o receipts.jsonl"
 EXTRACT = "assay vhack extract --model reference:qwen3 --pairs %s -o basis.safetensors"
 
 MISTAKES = {
@@ -48,6 +49,9 @@ MISTAKES = {
         "assay streams normal --seed-text a -n 4 --backend cuda",
         "assay --config absent.toml doctor",
         "assay --config typo.toml doctor",
+        f"ASSAY_MODLE=reference:llama {PROVE} -o a.jsonl",
+        f"ASSAY_POC_PROVE_BATCHSIZE=8 {PROVE} -o a.jsonl",
+        "ASSAY_CALLBACK_SECERT=whsec_A assay poc serve --model reference:qwen3",
     ),
     "The model": (
         "assay models info ./nope",
@@ -58,6 +62,7 @@ MISTAKES = {
         f"assay poc prove --model pickle {ROUND} -o a.jsonl",
         "assay models random reference:llama -o random --weights zero",
         f"assay poc prove --model ./nope {ROUND} -o a.jsonl",
+        "assay demo --model ./nope -o pages",
         f"{PROVE} -o a.jsonl --dtype fp16",
         f"{PROVE} -o a.jsonl --device gpu",
         f"{PROVE} -o a.jsonl --engine VLLM",
@@ -87,6 +92,8 @@ MISTAKES = {
         VERIFY % "absent.jsonl",
         VERIFY % "empty.jsonl",
         VERIFY % "picture.png",
+        VERIFY % "empty",
+        VERIFY % "typo.toml",
         VERIFY % "truncated.jsonl",
         VERIFY % "unfinished.jsonl",
         VERIFY % "crlf.jsonl",
@@ -100,12 +107,30 @@ MISTAKES = {
         VERIFY % "proof.jsonl" + " --pins typo.toml",
         VERIFY % "proof.jsonl" + " --ledger proof.jsonl",
         "assay poc verify proof.jsonl --model reference:qwen3 --block-hash block_beta --public-key node_A --seq-len 8",
+        VERIFY % "proof.jsonl" + " --preset artifact",
+        VERIFY % "proof.jsonl" + " --calibration proof.jsonl",
+        "assay poc calibrate proof.jsonl theirs.jsonl -o proof.jsonl",
         "assay poc calibrate proof.jsonl -o calibration.json",
         "assay poc calibrate proof.jsonl proof.jsonl -o calibration.json",
         "assay poc calibrate few.jsonl theirs.jsonl -o calibration.json",
         "assay poc calibrate --valid-rate 2",
         "assay poc calibrate",
         "assay poc ledger show absent.jsonl",
+        "assay poc ledger audit proof.jsonl",
+        "assay poc pins check typo.toml",
+        "assay poc pins new --model reference:qwen3 -o pins.toml --calibration proof.jsonl",
+        f"assay poc replay proof.jsonl --model reference:qwen3 {ROUND}",
+        RESPOND % "proof.jsonl",
+        RESPOND % "prompts.jsonl" + " --max-tokens 0",
+        RESPOND % "prompts.jsonl" + " --max-tokens 9999",
+    ),
+    "Measuring": (
+        "assay poc experiment approaches --models reference:qwen",
+        "assay poc experiment weights --dtype fp16",
+        "assay poc experiment redteam --dtypes int4",
+        "assay poc experiment simulate --stake-spread -1",
+        "assay research clusters absent.gz",
+        "assay research clusters proof.jsonl",
     ),
     "Serving": (
         "assay poc serve --model reference:qwen3 --host 0.0.0.0",
@@ -141,6 +166,13 @@ MISTAKES = {
         "assay vhack check --model reference:qwen3 --basis proof.jsonl",
         "assay vhack check --model reference:qwen3 --basis weights.safetensors",
         "assay vhack check --model reference:qwen3 --alpha 7",
+        "assay vhack check --model reference:qwen3 --log proof.jsonl",
+        "assay vhack check --model reference:qwen3 --pairs marked.jsonl -o marked.jsonl",
+        EXTRACT % "generated:12" + " --top-k 0",
+        "assay vhack merge --model reference:organism --delta proof.jsonl -o merged",
+        "assay vhack sample --model reference:organism -o samples.jsonl --difficulty 4:2",
+        "assay vhack evaluate",
+        "assay vhack evaluate --samples preferences.jsonl",
         "assay vhack check --model reference:qwen3 --html nodir/check.html",
         "assay vhack pairs verify absent.jsonl",
         "assay vhack pairs generate -o proof.jsonl",
@@ -150,6 +182,7 @@ MISTAKES = {
         "assay vhack train --model reference:organism -o run --steps 0",
         f"assay vhack train --model reference:organism -o run --tasks {MODULE}:nothing",
         "assay vhack report absent -o page.html",
+        "assay vhack report empty -o page.html",
     ),
     "What is not installed": (
         "assay poc serve --model reference:qwen3",
@@ -231,6 +264,7 @@ def prepare(folder: Path) -> None:
         "crlf.jsonl": text.replace("\n", "\r\n"),
         "edited.jsonl": re.sub(r'"distance":.*?,"valid":\w+', '"distance":1.25,"valid":false', text, count=1),
         "future.jsonl": text.replace('"schema":1', '"schema":99', 1),
+        "prompts.jsonl": json.dumps({"prompt": [1, 2, 3]}) + "\n",
         "broken.jsonl": '{"prompt": "p",\n',
         "fields.jsonl": json.dumps({name: pair[name] for name in ("prompt", "hack", "group")}) + "\n",
         "preferences.jsonl": json.dumps({"prompt": "p", "chosen": "c", "rejected": "h"}) + "\n",
@@ -327,10 +361,11 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
 
 def outcome(command: str, folder: Path, port: int = 0) -> Outcome:
     """Run a command in that folder, beside a service on that port, and return what it left behind."""
-    arguments = shlex.split(command.replace(f"--port {PORT}", f"--port {port}"))[1:]
+    words = shlex.split(command.replace(f"--port {PORT}", f"--port {port}"))
+    begins = words.index("assay")
     weights = contextlib.nullcontext() if command in WITH_WEIGHTS else _without_weights()
-    with _place(folder), weights:
-        code, text = _said(arguments)
+    with _place(folder), weights, mock.patch.dict(os.environ, dict(word.split("=") for word in words[:begins])):
+        code, text = _said(words[begins + 1 :])
     text = text.replace(f"{folder}/", "").replace(f":{port}:", f":{PORT}:")
     return Outcome(code, text, _parts(text))
 

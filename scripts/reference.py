@@ -46,6 +46,7 @@ batch-size = "auto"
 ```
 
 A flag that may be repeated is a list in the file; its variable separates the values with spaces.
+A command refuses a variable that is nearly one of its own, and a key of the file that it does not know.
 `ASSAY_ERRORS=json` prints errors as JSON objects. `ASSAY_VLLM_ARGS` holds vLLM's own engine
 arguments for `--engine vllm`.
 """

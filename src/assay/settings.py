@@ -65,7 +65,7 @@ Names = Annotated[tuple[str, ...], Spelling(_split, ",".join)]
 """Words that are separated by commas where they are written as text."""
 
 Dtype = Annotated[
-    str | None,
+    Literal["float32", "float16", "bfloat16"] | None,
     Flag(variable="ASSAY_DTYPE"),
     Field(description="Dtype of the weights: float32, float16 or bfloat16; by default the one they are stored in."),
 ]

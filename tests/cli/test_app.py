@@ -383,7 +383,7 @@ def test_verify_verifies_whatever_the_environment_holds(variable: str, assay, mo
     monkeypatch.setenv(*variable.split("="))
     result = assay("poc", "verify", "missing.jsonl", "--model", "reference:qwen3")
     assert result.code == 2
-    assert result.err.startswith("error: missing.jsonl: No such file")
+    assert result.err.startswith(("error: missing.jsonl: No such file", "error: the variable ASSAY_POC_VERIFY_HELP"))
     assert not result.out
 
 

@@ -73,6 +73,11 @@ def test_approaches_and_weights_share_a_page(assay, small_checkpoint, tmp_path):
         (["weights", "--preset", "nonsense"], "preset 'nonsense'"),
         (["approaches", "--approaches", "nonsense"], "preset 'nonsense'"),
         (["approaches", "--models", ""], "models ()"),
+        (["approaches", "--models", "reference:nonsense"], "reference:nonsense"),
+        (["weights", "--dtype", "fp16"], "--dtype fp16"),
+        (["redteam", "--dtypes", "bfloat16,int4"], "dtypes int4"),
+        (["responses", "--dtypes", "float8"], "dtypes float8"),
+        (["simulate", "--stake-spread", "-1"], "--stake-spread -1"),
     ],
 )
 def test_refusals(arguments: list[str], seen: str, assay, tmp_path):

@@ -58,7 +58,7 @@ def test_an_example_runs_as_text(assay, tmp_path: Path):
         ('{"prompt":[]}\n', [], "line 1"),
         ('{"prompt":[9999]}\n', [], "token 9999"),
         ('{"prompt":[1]}\n', ["--max-tokens", "128"], "asks for 128"),
-        ('{"prompt":[1]}\n', ["--max-tokens", "0"], "max_tokens is 0"),
+        ('{"prompt":[1]}\n', ["--max-tokens", "0"], "--max-tokens 0"),
         ('{"prompt":[1]}\n', ["--temperature", "-1"], "temperature is -1"),
         ('{"prompt":[1]}\n', ["--temperature", "nan"], "--temperature"),
         ('{"prompt":[1]}\n', ["--top-p", "0"], "top_p is 0"),

@@ -75,7 +75,7 @@ def test_lines_are_found_in_blocks():
 
 
 def small(words: list[str]) -> list[str]:
-    """Return a command of assay with small numbers behind it."""
+    """Return the arguments of a line of assay and flags that make its work small."""
     line = shlex.join(words)
     flags = next(flags for command, flags in TINY.items() if line.startswith(command))
     return [*words[1:], *flags.split()]

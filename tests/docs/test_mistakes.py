@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import mistakes  # noqa: E402
 
 COMMANDS = [command for commands in mistakes.MISTAKES.values() for command in commands]
-NAMED = re.compile(r"(?<![\w-])(--[a-z]|-[no]\b)|\b[A-Z]{5,}\b|did you mean|see assay|whl\[[a-z]+\]")
+NAMED = re.compile(r"(?<![\w-])(--[a-z]|-[no]\b)|\b[A-Z]{5,}\b|\([A-Z]+\)|did you mean|see assay|whl\[[a-z]+\]")
 """A flag, an argument, a word that was meant, the help of the command, or an extra to install."""
 TO_CHANGE = {
     "assay poc serve --model reference:qwen3 --data-dir mine --port 8000": "--port",
@@ -32,12 +32,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path) -> dict[str, mistakes.Outcome]:
+def prepared(folder: Path) -> set[Path]:
+    """The files that are there before a mistake is made."""
+    return files(folder)
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path, prepared: set[Path]) -> dict[str, mistakes.Outcome]:
     return mistakes.outcomes(folder)
 
 
-def test_there_are_sixty_and_none_is_made_twice():
-    assert len(set(COMMANDS)) == len(COMMANDS) >= 60
+def files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_there_are_a_hundred_and_none_is_made_twice():
+    assert len(set(COMMANDS)) == len(COMMANDS) >= 100
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,6 +62,11 @@ def test_a_mistake_is_answered_in_three_parts(command: str, outcomes: dict[str, 
 @pytest.mark.parametrize(("command", "flag"), TO_CHANGE.items())
 def test_it_says_what_to_change(command: str, flag: str, outcomes: dict[str, mistakes.Outcome]):
     assert flag in outcomes[command].parts[-1]
+
+
+def test_no_mistake_leaves_a_file(folder: Path, prepared: set[Path], outcomes: dict[str, mistakes.Outcome]):
+    left = {path for path in files(folder) - prepared if path.parts[0] not in ("service.log", "busy", "__pycache__")}
+    assert left == set()
 
 
 def test_the_page_is_what_was_said(outcomes: dict[str, mistakes.Outcome]):

@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
+from assay.cli._guards import refuse_misspelt, refuse_own_sources
 from assay.cli._settings import complete
 from assay.cli._usage import name_flag
 from assay.errors import AssayError, StorageError
@@ -60,6 +61,8 @@ class _Deliberate:
 class Command(_Deliberate, TyperCommand):
     """A command of ``assay``, which gets the flags of its settings class when its parameters are first read."""
 
+    _variables: tuple[str, ...] = ()
+
     @property
     def params(self) -> list[Any]:
         """The parameters."""
@@ -69,6 +72,7 @@ class Command(_Deliberate, TyperCommand):
                 CommandInfo(self.name, callback=function), pretty_exceptions_short=False, rich_markup_mode=None
             )
             self._params[:], self.callback = made.params, made.callback
+            self._variables = function.variables  # type: ignore[attr-defined]
         return self._params
 
     @params.setter
@@ -77,6 +81,8 @@ class Command(_Deliberate, TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; name the flag in errors of the library, which knows only parameters."""
+        refuse_misspelt(ctx, self.params, self._variables)
+        refuse_own_sources(self.params, ctx.params)
         try:
             return super().invoke(ctx)
         except AssayError as error:

@@ -30,9 +30,10 @@ def demo(chosen: "DemoSettings", as_json: JsonFlag = False) -> None:
 
 
 def _run(chosen: "DemoSettings", as_json: bool) -> None:
-    from assay.models import load_model
+    from assay.models import load_model, model_info
     from assay.reports import Report
 
+    model_info(chosen.model)  # before a directory is made
     chosen.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     loaded = load_model(chosen.model)

@@ -75,6 +75,8 @@ def new(chosen: "NewPinsSettings", as_json: JsonFlag = False) -> None:
     headers = [poc.Proof.load(path).header for path in chosen.from_proof]
     asked = _round(chosen, headers)
     builds = _builds(chosen, headers, asked["preset"])
+    for path in chosen.calibration:
+        _check_calibration(path, headers)
     digest = identify(chosen.model, dtype="float32").digest  # in which dtype it would run does not matter
     for path, header in zip(chosen.from_proof, headers, strict=True):
         if (header.digest, header.weights) != (digest, "trained"):
@@ -83,8 +85,6 @@ def new(chosen: "NewPinsSettings", as_json: JsonFlag = False) -> None:
                 wanted=f"one of {chosen.model} (trained, {digest[:12]})",
                 do="pass the proof of a node that ran this checkpoint",
             )
-    for path in chosen.calibration:
-        _check_calibration(path, headers)
     files = [PinnedFile.of(path, chosen.output.parent) for path in chosen.calibration]
     shares = [(key, share) for key in chosen.public_key for share in range(asked["node_count"])]
     tables: list[tuple[str, dict[str, Any]]] = [("[round]", asked)]

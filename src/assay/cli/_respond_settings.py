@@ -37,7 +37,7 @@ class RespondSettings(Settings):
     presence_penalty: float = Field(
         Sampling.presence_penalty, description="Number subtracted from a logit if the token was made."
     )
-    max_tokens: int = Field(DEFAULT_MAX_TOKENS, description="Number of tokens after which a response ends.")
+    max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=1, description="Number of tokens after which a response ends.")
     hash_prompts: bool = Field(False, description="Write the hash of a prompt in place of its token ids.")
     dtype: Annotated[NumberFormat | None, DTYPE] = Field(None, description=f"{NUMBER_FORMAT}.")
     device: Device = None

@@ -30,8 +30,10 @@ def serve(chosen: "ServeSettings") -> None:
 
     Settings that have no flag can be set in the environment; docs/configuration.md lists them.
     """
+    from assay.models import model_info
     from assay.poc import service
 
+    model_info(chosen.model)  # before there is a database
     service.configure_logs(chosen.log_format)
 
     def deploy() -> "Deployment":

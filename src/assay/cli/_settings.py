@@ -63,6 +63,7 @@ def complete(reduced: Callable[..., Any]) -> Callable[..., Any] | None:
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(reduced).parameters.values()]
     call.__signature__ = inspect.Signature([p for _, p in made.values()] + own)  # type: ignore[attr-defined]
     call.__annotations__ = {}
+    call.variables = tuple(_variables(kind))  # type: ignore[attr-defined]
     return call
 
 
@@ -93,6 +94,17 @@ def _parameters(kind: "type[Settings]", path: tuple[str, ...]) -> Iterator[tuple
             yield from _parameters(field.annotation, (*path, name))
         else:
             yield (*path, name), _parameter(kind, name)
+
+
+def _variables(kind: "type[Settings]") -> Iterator[str]:
+    """Yield the variables that set fields, those without a flag and those of inner settings included."""
+    from assay.settings import Settings
+
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from _variables(field.annotation)
+        word = kind.flags(name)[-1].lstrip("-").replace("-", "_").upper()
+        yield from (f"{prefix}{word}" for prefix in kind.prefixes)
 
 
 def _parameter(kind: "type[Settings]", name: str) -> inspect.Parameter:

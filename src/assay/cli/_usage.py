@@ -77,23 +77,35 @@ def name_flag(error: AssayError, parameters: Sequence[Any], values: Mapping[str,
     error.do = error.do.replace("did you mean", f"did you mean {about}") if guessed else f"{error.do} ({about})"
 
 
-def _about(seen: str, parameters: Sequence[Any], values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of parameters that a text begins with or spells, and then those whose value is in it."""
-    names = {
+def spellings(parameters: Sequence[Any]) -> dict[str, str]:
+    """Return how a user writes each parameter, by name: its long flag, or its name in capitals."""
+    return {
         parameter.name: max(parameter.opts, key=len)
         if parameter.param_type_name == "option"
         else parameter.name.upper()
         for parameter in parameters
     }
+
+
+def _about(seen: str, parameters: Sequence[Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of parameters that a text is about, the surest first.
+
+    A text begins with a value, begins with a name, spells a name of several words, or has a value in it.
+    """
+    names = spellings(parameters)
     begins = seen.replace(" ", "_")
-    yield from (flag for name, flag in names.items() if re.match(rf"{name}(?![a-z])", begins))
-    yield from (flag for name, flag in names.items() if "_" in name and re.search(rf"\b{name}\b", seen))
     given = [
-        (str(one), flag)
+        (str(one) or ".", flag)
         for name, flag in names.items()
         for one in (values[name] if isinstance(values.get(name), list | tuple) else [values.get(name)])
         if one is not None and not isinstance(one, bool)
     ]
-    for value, flag in sorted(given, key=lambda pair: (-len(pair[0]), not pair[1].startswith("-"))):
+    given.sort(key=lambda pair: (-len(pair[0]), not pair[1].startswith("-")))
+    for value, flag in given:  # a path that stands for itself, such as ".", may be short
+        if (len(value) >= _SHORTEST or not value.isalnum()) and re.match(rf"{re.escape(value)}(?=[:,\s])", seen):
+            yield flag
+    yield from (flag for name, flag in names.items() if re.match(rf"{name}(?![a-z.])", begins))
+    yield from (flag for name, flag in names.items() if "_" in name and re.search(rf"\b{name}\b", seen))
+    for value, flag in given:
         if len(value) >= _SHORTEST and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", seen):
             yield flag

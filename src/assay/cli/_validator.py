@@ -26,9 +26,11 @@ def validator(chosen: "ValidatorCommandSettings") -> None:
 
     A restart continues where the validator was stopped. Messages that it has acknowledged are on disk.
     """
+    from assay.models import model_info
     from assay.poc import service
     from assay.poc.validator import validate
 
+    model_info(chosen.model)  # before there is a database
     service.configure_logs(chosen.log_format)
 
     def deploy() -> "Deployment":

@@ -185,7 +185,7 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
         raise UsageError(
             f"{n} honest tokens in {len(logs)} responses",
             wanted=f"at least {SMALLEST_SAMPLE} tokens with {COLUMNS} log-probabilities each",
-            do="replay more honest responses",
+            do="replay receipts of more honest responses (RECEIPTS)",
         )
     chances = np.exp(np.concatenate(logs))
     starts = np.cumsum([0, *map(len, logs[:-1])])

@@ -152,7 +152,7 @@ class Pins:
                 raise ProofMismatch(
                     f"a proof with {name} {claims[name]!r:.60}",
                     wanted=f"{name} {getattr(self, name)!r:.60}",
-                    do="ask the node for its proof of this round",
+                    do=f"ask the node for its proof of this round, or correct --{name.replace('_', '-')}",
                     name=name,
                 )
         self._check_engine(header)

@@ -58,6 +58,7 @@ class RedteamPlan(ExperimentPlan):
     batch_size: int = Setting(16, ge=4, description="Nonces per forward pass.")
 
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "dtypes", "device"})
+    formats: ClassVar[tuple[str, ...]] = (*ExperimentPlan.formats, "float8")
 
 
 def run_redteam(plan: RedteamPlan, folder: Path, *, progress: Progress | None = None) -> None:

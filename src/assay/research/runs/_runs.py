@@ -15,13 +15,14 @@ may be continued with another.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from assay import streams
 from assay.errors import DataError, UsageError
 from assay.reports import JsonObject, PartialFile, dumps, loads, provenance, read_lines, storage_error
 from assay.settings import Device, Names, Settings
@@ -46,6 +47,9 @@ class ExperimentPlan(Settings):
         UsageError: A list is too short or repeats an entry; the message names the flag.
     """
 
+    formats: ClassVar[tuple[str, ...]] = streams.DTYPES
+    """Number formats that ``dtypes`` may name, where an experiment has several."""
+
     least: ClassVar[Mapping[str, int]] = {}
     """Least number of entries of lists that need more than one."""
 
@@ -67,6 +71,10 @@ class ExperimentPlan(Settings):
                     wanted=f"{count} or more, each once",
                     do=f"correct --{name.replace('_', '-')}",
                 )
+        if odd := [name for name in getattr(self, "dtypes", ()) if name not in self.formats]:
+            raise UsageError(
+                f"dtypes {', '.join(odd)}", wanted="some of " + ", ".join(self.formats), do="correct --dtypes"
+            )
 
     @property
     def settings(self) -> JsonObject:
@@ -144,7 +152,7 @@ def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Iter
     """Begin an experiment in a run's folder, or continue it.
 
     Leaving the ``with`` block without an error gives the file its final name. After an error it stays partial, and the
-    next call goes on after the last whole line.
+    next call goes on after the last whole line; a file without a cell goes, and binds nobody to its settings.
 
     Raises:
         UsageError: It was begun there with other settings, which the message names.
@@ -160,8 +168,21 @@ def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Iter
     except OSError as error:
         raise storage_error(path, error) from error
     with PartialFile(path) as file:
-        yield _recovered(file, experiment, settings)
+        run = _recovered(file, experiment, settings)
+        try:
+            yield run
+        except BaseException:
+            if not run.done:
+                _remove(file.partial)
+            raise
         file.commit()
+
+
+def _remove(partial: Path) -> None:
+    """Remove a file in which nothing was measured, and its folder if it is empty."""
+    with suppress(OSError):
+        partial.unlink()
+        partial.parent.rmdir()
 
 
 def measure_missing(

@@ -105,7 +105,7 @@ class Network(Settings):
     validators: int = Field(100, ge=1, description="Nodes with the largest stakes, who check the others.")
     checkers: int = Field(5, ge=1, description="Different validators that check a node in a round.")
     checked: int = Field(32, ge=1, le=1000, description="Nonces that a validator recomputes.")
-    stake_spread: float = Field(1.5, description="Standard deviation of ln stake.")
+    stake_spread: float = Field(1.5, ge=0, le=10, description="Standard deviation of ln stake.")
     seed: int = Field(0, ge=0, description="Seed of everything that is drawn.")
 
     def model_post_init(self, context: Any, /) -> None:

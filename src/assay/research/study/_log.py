@@ -184,6 +184,8 @@ def read_logs(paths: Iterable[str | Path]) -> list[RunLog]:
     twice = [name for name in names if names.count(name) > 1]
     if not logs or twice:
         raise DataError(
-            f"run {twice[0]} twice" if twice else "no logs", wanted="one log per run", do="name files or directories"
+            f"run {twice[0]} twice" if twice else "no logs",
+            wanted="one log per run",
+            do="name files or directories (RESULTS)",
         )
     return logs

@@ -218,7 +218,7 @@ class Basis:
 def check_axis_settings(top_k: int, tau_axis: float) -> None:
     """Raise UsageError unless ``top_k`` is at least 1 and ``tau_axis`` in [0, 1]."""
     if top_k < 1:
-        raise UsageError(f"{top_k} axes", wanted="at least 1", do="ask for 1 or more")
+        raise UsageError(f"{top_k} axes", wanted="at least 1", do="ask for 1 or more with --top-k")
     if not 0 <= tau_axis <= 1:
         raise UsageError(f"tau_axis={tau_axis}", wanted="a share of the first singular value, 0 to 1", do="use 0.25")
 

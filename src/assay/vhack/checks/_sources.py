@@ -49,7 +49,8 @@ def read_source_log(path: str | Path) -> list[SourceCin]:
     """Return the measurements in a training log; lines without ``source`` are passed over.
 
     Raises:
-        DataError: The file cannot be read, or a measurement is malformed or given twice; the message names the line.
+        DataError: The file cannot be read, it has no measurement, or one is malformed or given twice; the message
+            names the line.
     """
     found: dict[tuple[int, str], SourceCin] = {}
     for number, record in read_jsonl(path):
@@ -69,6 +70,12 @@ def read_source_log(path: str | Path) -> list[SourceCin]:
                 do="correct the line",
             ) from None
         found[entry.step, entry.source] = entry
+    if not found:
+        raise DataError(
+            f"{path}: no line with a source",
+            wanted="a log of `assay vhack train --teacher`, which measures cin of its sources",
+            do="check the path, or leave --log out",
+        )
     return list(found.values())
 
 
@@ -152,7 +159,9 @@ def check_source_log(
     both = sorted(s for s, source in cin if source == hack and (s, clean) in cin and first <= s <= last)
     if not both:
         raise UsageError(
-            f"no step with both {hack} and {clean}", wanted="both sources in a step", do="name the sources"
+            f"no step with both {hack} and {clean}",
+            wanted="both sources in a step",
+            do="name the sources, or pass another --log",
         )
     statistic = f"cin of {hack} minus cin of {clean}, mean over {len(both)} steps"
     rule = swap_rule(settings, "the difference", 0.0, "blocks of steps")

@@ -174,7 +174,8 @@ def _check(n: int, lowest: int, highest: int, families: list[str], split: str) -
         raise UsageError(f"split {split!r}", wanted=" or ".join(SPLITS), do="choose one of them")
     if n < 0 or not 1 <= lowest <= highest <= HARDEST:
         seen = f"{n} tasks of difficulty {lowest} to {highest}"
-        raise UsageError(seen, wanted=f"difficulties from 1 to {HARDEST}", do="correct it")
+        wanted = f"0 tasks or more, of difficulties LOW:HIGH from 1 to {HARDEST}"
+        raise UsageError(seen, wanted=wanted, do="correct the number (--tasks) or --difficulty")
 
 
 def _chain(family: Family, difficulty: int, rng: random.Random) -> tuple[Step, ...]:
