@@ -1,4 +1,4 @@
-"""Do laws of one block hold in other blocks if they are made wider, and what does that cost?
+r"""Do laws of one block hold in other blocks if they are made wider, and what does that cost?
 
 A law that was fitted to the nonces of one block knows neither how far scales of blocks differ nor how light the tails
 of other blocks are. Candidates, in the order of preference; each changes what a calibration of one block gives, and
@@ -36,7 +36,15 @@ one of them if, in every row of model, preset, format and size of the law:
 Honest lives, an audit of 16 nonces in every other block, are measured and published without a condition. If no
 candidate passes, the laws stay as they are.
 
-    python benchmarks/one_block_wider.py residuals.npz -o benchmarks/results/one_block_wider_h200.json
+With --from-blocks 4 each law is fitted to as many nonces of four blocks instead of one, and judges the others. This
+was added after the rest was measured, to see whether the advice to calibrate over several blocks is sound, and it
+decides nothing.
+
+    python benchmarks/one_block_wider.py residuals_h200.npz -o benchmarks/results/one_block_wider_h200.json
+    python benchmarks/shares.py --models reference:qwen3 reference:llama --dtypes bfloat16 --seq-len 16 --laws 6 \
+        --rounds "one block judged" --residuals residuals_cpu.npz
+    python benchmarks/one_block_wider.py residuals_cpu.npz --dtypes bfloat16
+    python benchmarks/one_block_wider.py residuals_h200.npz --from-blocks 4 --candidates now
 """
 
 import itertools
@@ -110,8 +118,9 @@ def judged(blocks, preset, size, candidate, options):
     honest, lives, called = [], [], []
     caught = {cheat: [] for cheat in CHEATS}
     for law in range(options.laws):
-        test = candidate.test(preset, blocks[law][:size])
-        others = [block for block in range(len(blocks)) if block != law]
+        mine = range(law * options.from_blocks, (law + 1) * options.from_blocks)
+        test = candidate.test(preset, np.concatenate([blocks[block][: size // len(mine)] for block in mine]))
+        others = [block for block in range(len(blocks)) if block not in mine]
         honest += [accused(test, blocks[block], rng, options.audits) for block in others]
         lives.append(lived(test, blocks, others, rng, ["none"])["none"])
         for block in rng.permutation(others)[:CHEAT_BLOCKS]:
@@ -142,6 +151,7 @@ def main():
     arguments.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
     arguments.add_argument("--blocks", type=int, default=40)
     arguments.add_argument("--laws", type=int, default=6, help="blocks that a law is fitted to")
+    arguments.add_argument("--from-blocks", type=int, default=1, help="blocks that share the nonces of a law")
     arguments.add_argument("--audits", type=int, default=1000, help="audits of every pair of blocks")
     arguments.add_argument("--seed", type=int, default=4)
     options = arguments.parse_args()
@@ -157,6 +167,7 @@ def main():
             note(f"  {name:4}{row['candidates'][name]}")
         rows.append(row)
     settings = {"seed": options.seed, "blocks": options.blocks, "laws": options.laws, "audits": options.audits}
+    settings |= {"from_blocks": options.from_blocks}
     publish("one_block_wider", settings | {"rows": rows}, options.output)
 
 

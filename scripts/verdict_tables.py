@@ -1,5 +1,6 @@
-"""Print tables of docs/statistics.md on what one nonce may say and on whole lives, made from committed results."""
+"""Print tables of docs/statistics.md on one nonce, on laws of one block and on whole lives, from committed results."""
 
+import itertools
 from typing import Any
 
 from tables import RESULTS, print_table
@@ -54,6 +55,46 @@ def without_largest() -> None:
         rows.append((f"{name}, `{preset}`, {dtype}", heaviest, *shares[:2], put_in, f"{max(cheats):.2f}", shares[2]))
     header = ("model, preset, format", "heaviest nonce", "accused, %", "worst pair, %", "with a heavy nonce, %")
     print_table((*header, "fewer cheats, points", "lives convicted, %"), rows)
+
+
+def wider_laws() -> None:
+    """Print what three wider laws of one block accuse and lose, and what laws of four blocks accuse: worst rows."""
+    rows = []
+    for (where, name), family in itertools.product((("h200", "H200"), ("cpu", "CPU")), ("vectors", "distances")):
+        one, four = (
+            [row for row in read_json(RESULTS / f"{kind}_{where}.json")["rows"] if _family(row) == family]
+            for kind in ("one_block_wider", "four_block_laws")
+        )
+        for size, (blocks, each) in itertools.product((256, 1024), (("one block", one), ("four blocks", four))):
+            found = [row["candidates"]["now"] for row in each if row["law_from"] == size]
+            rows.append((family, name, f"now, {size} nonces of {blocks}", *_worst(found), "", ""))
+        before = [row["candidates"]["now"]["cheats"] for row in one]
+        for candidate in ("A", "B", "C"):
+            found = [row["candidates"][candidate] for row in one]
+            rows.append((family, name, candidate, *_worst(found), *_lost(before, [row["cheats"] for row in found])))
+    header = ("residuals", "of", "law", "accused, %", "worst pair, %", "rows above 1 %", "lives convicted, %")
+    print_table((*header, "fewer cheats, points", "from .99 to below"), rows)
+
+
+def _family(row: dict[str, Any]) -> str:
+    return "distances" if row["preset"] == "poc-2.0" else "vectors"
+
+
+def _worst(found: list[dict[str, Any]]) -> tuple[str, ...]:
+    pairs = [one["accused_worst_pair"] for one in found]
+    above = f"{sum(pair > 0.01 for pair in pairs)} of {len(pairs)}"
+    accused, lives = (max(one[name] for one in found) for name in ("accused", "lives_convicted"))
+    return f"{100 * accused:.3f}", f"{100 * max(pairs):.2f}", above, f"{100 * lives:.1f}"
+
+
+def _lost(before: list[list[Any]], after: list[list[Any]]) -> tuple[str, str]:
+    cells = [
+        (theirs[2], ours[2])
+        for one, other in zip(before, after, strict=True)
+        for theirs, ours in zip(one, other, strict=True)
+    ]
+    fell = sum(then >= 0.99 > now for then, now in cells)
+    return f"{100 * max(then - now for then, now in cells):.1f}", f"{fell} of {len(cells)}"
 
 
 def life_places() -> None:
