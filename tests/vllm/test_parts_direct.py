@@ -10,6 +10,7 @@ import torch
 
 from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
+from assay.poc.engines._outputs import Landing
 from assay.poc.engines.vllm import Client, Throttle, ThrottleSettings, _compatibility, _direct_worker
 from assay.poc.engines.vllm._direct import CALLS, FAILURES, MOST, Pace
 from assay.poc.engines.vllm._direct_stream import DirectStream
@@ -64,6 +65,8 @@ class Workers:
         self.called: list[list[int]] = []
         self.dealt: list[list[list[int]]] = []
         self.requested: list[int] = []
+        self.begun: dict[int, dict] = {}  # by engine, the call whose values nothing has asked for
+        self.flushed, self.turn = 0, asyncio.Lock()
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
         self.throttle = Throttle(ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16)
         self.client = Client(self, self.throttle, engines)
@@ -73,20 +76,27 @@ class Workers:
         if method == "assay_batch":
             return [{"batch": self.batch, "reason": None if self.batch else "a reason"}]
         if method == "assay_pass":
-            self.running += 1
-            self.most = max(self.most, self.running)
-            await asyncio.sleep(0.002)
-            self.running -= 1
-            nonces = args[1][engine]
-            self.called.append(nonces)
+            call, _, shares, _, wait = args
+            self.called.append(shares[engine])
             if self.dead:
                 raise RuntimeError("EngineCore died")
-            return [{"error": "broken"} if self.broken else self.reply(nonces)]
+            begun = {"call": call, **({"error": "broken"} if self.broken else self.reply(shares[engine]))}
+            self.running += 1
+            self.most = max(self.most, self.running)
+            async with self.turn:  # a worker takes calls in order
+                before, self.begun[engine] = self.begun.get(engine), begun
+                await asyncio.sleep(0.002)
+                self.running -= 1
+                return [[each for each in (before, self.begun.pop(engine, None) if wait else None) if each]]
+        if method == "assay_flush":
+            async with self.turn:
+                self.flushed += 1
+                return [[self.begun.pop(engine)] if engine in self.begun else []]
         return [self.reply(args[1]) if method == "assay_collect" else None]
 
     async def call_utility_all_async(self, utility: str, method: str, timeout, args: tuple, kwargs):
         assert (utility, timeout, kwargs) == ("collective_rpc", None, None)
-        self.dealt += [args[1]] if method == "assay_pass" else []
+        self.dealt += [args[2]] if method == "assay_pass" else []
         return [await self.collective_rpc(method, args, engine) for engine in range(self.client._engines)]
 
     @staticmethod
@@ -148,21 +158,60 @@ def test_every_engine_gets_an_equal_share_of_each_call(engines: int):
     assert all(len(shares) == engines and len(shares[0]) - len(shares[-1]) <= 1 for shares in workers.dealt)
 
 
-def test_a_worker_runs_the_share_of_its_engine(monkeypatch: pytest.MonkeyPatch):
+def worker_of(begin) -> _direct_worker.DirectMethods:
+    """A worker of one stream, whose passes are those of a function."""
     worker = _direct_worker.DirectMethods()
     worker.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=1))
+    stream = SimpleNamespace(spec=SPEC, touched=0.0)
+    worker.assay_hooks = SimpleNamespace(rows=SimpleNamespace(get={"key": stream}.get))
+    worker.assay_passes = SimpleNamespace(begin=begin)
+    return worker
+
+
+def test_a_worker_runs_the_share_of_its_engine():
     ran = []
 
-    def passes(spec, nonces, batch):
+    def begin(spec, nonces, batch):
         ran.append((nonces, batch))
-        return torch.tensor(nonces, dtype=torch.float32)
+        return Landing(torch.tensor(nonces, dtype=torch.float32))
 
-    worker.assay_hooks = SimpleNamespace(rows=SimpleNamespace(get=lambda key: SimpleNamespace(spec=SPEC, touched=0.0)))
-    worker.assay_passes = SimpleNamespace(run=passes)
-    assert worker.assay_pass("key", [[1, 3], [2, 4]], 2)["nonces"] == [2, 4]
-    assert worker.assay_pass("key", [[5], []], 1) == {}
-    assert worker.assay_pass("key", [[6, 7]], 2)["nonces"] == [6, 7]  # one engine, whatever it is called
+    worker = worker_of(begin)
+    assert worker.assay_pass("a", "key", [[1, 3], [2, 4]], 2, True)[0]["nonces"] == [2, 4]
+    assert worker.assay_pass("b", "key", [[5], []], 1, True) == [{"call": "b"}]
+    one = worker.assay_pass("c", "key", [[6, 7]], 2, True)[0]
+    assert one["nonces"] == [6, 7]  # one engine, whatever it is called
     assert ran == [([2, 4], 2), ([6, 7], 2)]
+
+
+def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before():
+    happened = []
+
+    class Values:
+        def __init__(self, nonces):
+            self.nonces = nonces
+
+        def numpy(self):
+            happened.append(("waited", self.nonces))
+            if self.nonces == [2]:
+                raise RuntimeError("an error of the device")
+            return np.array(self.nonces, np.float32)
+
+    def begin(spec, nonces, batch):
+        happened.append(("queued", nonces))
+        if nonces == [3]:
+            raise RuntimeError("no memory")
+        return Values(nonces)
+
+    worker = worker_of(begin)
+    replies = [worker.assay_pass(str(nonce), "key", [[nonce]], 1, False) for nonce in (1, 2, 3)]
+    assert replies[0] == []
+    assert [(each["call"], each["nonces"]) for each in replies[1]] == [("1", [1])]
+    assert replies[2] == [{"call": "2", "error": "RuntimeError: an error of the device"}]
+    assert worker.assay_pass("4", "gone", [[4]], 1, False) == [{"call": "3", "error": "RuntimeError: no memory"}]
+    assert worker.assay_flush() == [{"call": "4", "error": "the stream has ended"}]
+    assert worker.assay_flush() == []
+    wanted = [("queued", [1]), ("queued", [2]), ("waited", [1]), ("queued", [3]), ("waited", [2])]
+    assert happened == wanted
 
 
 def test_with_chat_nonces_are_requests_and_calls_come_back_after_it():
@@ -220,6 +269,39 @@ def test_the_rest_of_a_stream_says_nothing_about_the_next_call():
     assert run(workers, 3) == list(range(3))
     assert workers.called == [[0, 1, 2]]
     assert (pace.seconds, pace.nonces, pace.tried) == before
+
+
+def test_values_are_asked_for_alone_only_where_no_call_follows():
+    workers = Workers(batch=16)
+    assert run(workers, 16 * 100) == list(range(16 * 100))
+    assert len(workers.called) > 20
+    assert workers.flushed <= 2
+
+
+def test_values_that_the_workers_have_lost_are_computed_again():
+    workers = Workers()
+
+    async def lose(done: int) -> None:
+        if done == 40:
+            workers.begun.clear()
+
+    assert run(workers, 64, between=lose) == list(range(64))
+    assert workers.client.direct.in_flight == 0
+
+
+def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another():
+    async def scenario(workers: Workers) -> None:
+        closed = DirectStream(workers.client, SPEC, range(2**40), 8, 8)
+        await closed.open()
+        others = asyncio.ensure_future(values_of(workers, 400))
+        for _ in range(5):
+            await closed.next()
+        await closed.close()
+        assert await others == list(range(400))
+        assert workers.requested == []
+        assert workers.client.direct.in_flight == 0
+
+    asyncio.run(scenario(Workers()))
 
 
 def test_a_stream_that_is_closed_leaves_no_nonce_in_flight():

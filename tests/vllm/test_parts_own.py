@@ -118,7 +118,7 @@ def test_what_is_published_is_that_of_the_transformers_engine(preset: str, monke
     monkeypatch.setattr(_direct_worker, "is_first_of_group", lambda: True)
     model = made("qwen3")
     round, pipeline = Round(block_hash="b", public_key="k", seq_len=8, preset=preset), get_pipeline(preset)
-    ours = passes(model).run(Spec(round, pipeline), list(range(11)), 4)
+    ours = passes(model).begin(Spec(round, pipeline), list(range(11)), 4)
     theirs = np.concatenate(list(HFEngine(model, batch_size=4, seq_len=8).outputs(round, pipeline, range(11))))
     assert ours is not None
     assert np.abs(ours.numpy() - theirs).max() <= (2e-6 if preset == "poc-2.0" else 2e-3)
@@ -303,11 +303,11 @@ class OwnWorkers(Workers):
 
     async def collective_rpc(self, method: str, args: tuple, engine: int = 0):
         if method == "assay_pass":
-            self.chat = int(args[1][engine][-1] in self.beside)
-            self.seen.append((len(args[1][engine]), self.throttle.chat))
-            if self.failing > 0:
-                self.failing -= 1
-                return [{"error": "broken"}]
+            nonces = args[2][engine]
+            self.chat = int(nonces[-1] in self.beside)
+            self.seen.append((len(nonces), self.throttle.chat))
+            self.broken = self.failing > 0
+            self.failing -= self.broken
         return await super().collective_rpc(method, args, engine)
 
 
@@ -329,14 +329,14 @@ def all_has_left(workers: OwnWorkers) -> bool:
 
 
 def test_no_nonce_is_a_request_with_chat_or_without():
-    """Beside chat calls have one nonce each, and chat is counted without them."""
+    """Beside chat calls have as many nonces as the throttle lets in, and chat is counted without them."""
     workers = OwnWorkers(batch=4, quiet=0.02, share=1.0)
     workers.beside = range(100, 700)
     assert asyncio.run(values_of(workers, 1200)) == list(range(1200))
     assert workers.requested == []
     beside = [size for size, chat in workers.seen if chat]
     assert len(beside) >= 8
-    assert beside[2:] == [1] * (len(beside) - 2)  # two calls were under way when chat came
+    assert set(beside[2:]) == {workers.throttle.settings.chat_in_flight}  # two calls were under way when chat came
     assert max(size for size, _ in workers.seen[-8:]) > 8
     assert all_has_left(workers)
 

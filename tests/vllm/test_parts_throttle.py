@@ -75,6 +75,19 @@ def test_beside_chat_a_burst_leaves_before_the_next_and_rests_in_between():
     assert asyncio.run(scenario()) == (True, True)
 
 
+def test_nonces_that_run_together_are_a_burst_and_no_more_than_may_run():
+    async def scenario() -> tuple[int, int, bool]:
+        engine = Engine(chat_in_flight=4, share=1e-6)
+        engine.chat = 1
+        await engine.throttle.admit()
+        found = engine.throttle.admit_more(2), engine.throttle.admit_more(9)
+        for _ in range(4):
+            engine.throttle.leave()
+        return *found, engine.throttle._may_start()
+
+    assert asyncio.run(scenario()) == (2, 1, False)
+
+
 @pytest.mark.parametrize("mode", ["chat-first", "exclusive"])
 def test_beside_chat_one_call_is_in_the_engine_which_takes_a_step_behind_it(mode: str):
     async def scenario() -> tuple[list[int], int]:

@@ -143,12 +143,29 @@ def _land(flight: _Flight, transform: Transform, lanes: _Lanes) -> NDArray[Any]:
         finite_B1 = torch.isfinite(flight.states).all(dim=1, keepdim=True)
         # A state that is not finite must not become a vector that is: NaN stays NaN through every step.
         states_BD = torch.where(finite_B1, flight.states, torch.nan)
-        values = transform(states_BD, flight.nonces)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        done = lanes.tail.record_event()
-    done.synchronize()
-    return host.numpy()[: flight.count].copy()
+        landing = Landing(transform(states_BD, flight.nonces))
+    return landing.numpy()[: flight.count]
+
+
+class Landing:
+    """Values on their way from a device to the host, made on the stream whose work computes them.
+
+    Args:
+        values: What is computed, perhaps not yet.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._host, self._done = values, None
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._done = torch.cuda.current_stream(values.device).record_event()
+
+    def numpy(self) -> NDArray[Any]:
+        """Wait for the values, and return them; an error of the device comes up here."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.numpy().copy()  # other values will land in this memory
 
 
 def make_transform(engine: StateEngine, round: Round, pipeline: Pipeline) -> Transform:

@@ -9,12 +9,16 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any
 
 from assay.poc.engines.vllm._throttle import Throttle
 
 CALLS = 2
-"""Calls at once: the second one waits at the workers, so that they do not wait for it. Chat waits for both."""
+"""Calls at once: the second one is queued behind the first, so that no device waits for it. Chat waits for both."""
+
+FOLLOWS = 0.005
+"""Seconds in which the next call follows if there is one; its reply has the values of the one before."""
 
 MOST = 256  # nonces of a call for each engine
 FAILURES = 3
@@ -41,7 +45,7 @@ class Pace:
     tried: set[int] = field(default_factory=set)
 
     def next(self, seconds: float, most: int) -> int:
-        """Return the nonces of a call that may last so many seconds: at least 1, at most twice those of the last one."""
+        """Return the nonces of a call that may last so many seconds: 1 at least, at most twice those of the last."""
         fitting = int(seconds / self.seconds) if self.seconds else 1
         count = max(1, min(fitting, most, 2 * max(1, self.nonces)))
         unit = self.batch if count >= self.batch else 1 << max(0, count.bit_length() - 2)
@@ -53,6 +57,27 @@ class Pace:
             self.seconds = seconds / count
         self.tried.add(count)
         self.nonces = count
+
+
+class _Call:
+    """A call whose values are awaited.
+
+    Args:
+        name: Name by which the workers know it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seconds = 0.0
+        """Time that the workers took, 0 where it is not known because the values of another call came with them."""
+        self.replies: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
+        self._began = time.monotonic()
+
+    def settle(self, replies: list[dict[str, Any]], since_last: float = 0.0) -> None:
+        """Take the replies, unless there are some; the values of the call before came so many seconds ago."""
+        if not self.replies.done():
+            self.seconds = min(time.monotonic() - self._began, since_last)
+            self.replies.set_result(replies)
 
 
 class DirectPath:
@@ -76,6 +101,9 @@ class DirectPath:
         self._throttle, self._call = throttle, call
         self._paces: dict[int, Pace] = {}
         self._running = self._failures = 0
+        self._names = count()
+        self._waiting: dict[str, _Call] = {}
+        self._asked: set[asyncio.Future[list[Any]]] = set()
         self._left = asyncio.Event()
         self._free_since = 0.0
 
@@ -121,24 +149,59 @@ class DirectPath:
         """Run nonces in the workers, and return the replies that have values; none if they did not run.
 
         ``admitted`` is the size of the call that :meth:`admit` gave, 0 where it was not asked. A call that has fewer
-        nonces, because its stream ends, says nothing about the next one.
+        nonces, because its stream ends, says nothing about the next one, and none may follow it.
         """
-        began = time.monotonic()
+        is_whole = len(nonces) == admitted
+        call = _Call(f"{key} {next(self._names)}")
+        self._waiting[call.name] = call
         shares = [nonces[engine :: self._engines] for engine in range(self._engines)]
-        replies = await self._call("assay_pass", key, shares, pace.batch // self._engines)
-        now = time.monotonic()
-        seconds, self._free_since = now - max(began, self._free_since), now
+        try:
+            await self._ask("assay_pass", call.name, key, shares, pace.batch // self._engines, not is_whole)
+            while not call.replies.done():
+                others = set(self._asked)
+                timeout = None if others else FOLLOWS
+                await asyncio.wait({call.replies, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                if not (others or self._asked or call.replies.done()):
+                    await self._ask("assay_flush")
+                    call.settle([{"error": "the workers do not know the call"}])
+        finally:
+            del self._waiting[call.name]
+        replies = call.replies.result()
         failed = next((reply["error"] for reply in replies if "error" in reply), None)
         if failed is None:
             self._failures, self.reason = 0, None
             self.calls += 1
             self.nonces += len(nonces)
-            if len(nonces) == admitted:
-                pace.ran(admitted, seconds)
+            if is_whole and call.seconds:
+                pace.ran(admitted, call.seconds)
             return [reply for reply in replies if "values" in reply]
         self._failures += 1
         self.reason = failed
         return []
+
+    async def _ask(self, method: str, *args: Any) -> None:
+        """Call a method of every worker, and hand what it returns to the calls that wait for it.
+
+        A call that is given up does not take along the values of another one, which are in its reply.
+        """
+        asking = asyncio.ensure_future(self._call(method, *args))
+        self._asked.add(asking)
+        asking.add_done_callback(self._settle)
+        await asyncio.shield(asking)
+
+    def _settle(self, asked: "asyncio.Future[list[Any]]") -> None:
+        self._asked.discard(asked)
+        if asked.cancelled() or asked.exception() is not None:
+            return
+        found: dict[str, list[dict[str, Any]]] = {}
+        for reply in chain.from_iterable(asked.result()):
+            found.setdefault(reply["call"], []).append(reply)
+        now = time.monotonic()
+        alone = now - self._free_since if len(found) == 1 else 0.0
+        for name, replies in found.items():
+            self._free_since = now
+            if name in self._waiting:
+                self._waiting[name].settle(replies, alone)
 
     def describe(self) -> dict[str, Any]:
         """Return what the engine's route shows: whether nonces run so now, why not, and how many did."""

@@ -45,14 +45,19 @@ class DirectStream(RequestStream):
         if place < self._covered and self._call is not None:
             return self._call
         count = await self._client.direct.admit(self._pace)
-        nonces = list(self._nonces[place : place + max(1, count)])
-        self._covered = place + len(nonces)
         if not count:
-            return await self._launch(nonces[0])
+            return await self._begin_beside(place)
+        nonces = list(self._nonces[place : place + count])
+        self._covered = place + len(nonces)
         self._call = self._start(self._run_call(nonces, admitted=count))
         self._call.add_done_callback(lambda _: self._client.direct.leave(count))
         self._calls.add(self._call)
         return self._call
+
+    async def _begin_beside(self, place: int) -> "asyncio.Task[Any]":
+        """Begin with the nonce at a place beside chat, or where there are no calls."""
+        self._covered = place + 1
+        return await self._launch(self._nonces[place])
 
     async def _run_call(self, nonces: list[int], *, admitted: int = 0) -> dict[int, Values]:
         """Return the values of nonces that run inside the workers, none of them if they could not."""
@@ -75,7 +80,7 @@ class DirectStream(RequestStream):
 class OwnStream(DirectStream):
     """Runs every nonce in calls, because a request would run vLLM's forward pass, and the law of a build is of one.
 
-    Beside chat a call has one nonce, which the throttle admits as it admits a request.
+    Beside chat a call has the few nonces that the throttle admits as it admits requests.
     """
 
     async def _produce(self) -> None:
@@ -84,18 +89,34 @@ class OwnStream(DirectStream):
             raise own_forward_refused(str(self._client.direct.reason), "a round that assay's own forward pass takes")
         await RequestStream._produce(self)
 
-    async def _launch(self, nonce: int) -> "asyncio.Task[Any]":
+    async def _begin_beside(self, place: int) -> "asyncio.Task[Any]":
+        """Begin with all that may run beside chat now: for a GPU two nonces are hardly more work than one."""
         throttle = self._client.throttle
         await throttle.admit()
-        throttle.in_calls += 1
-        call = self._start(self._run_call([nonce]))
-        call.add_done_callback(self._left)
-        self._calls.add(call)
-        return call
+        nonces = list(self._nonces[place : place + throttle.settings.chat_in_flight])
+        nonces = nonces[: 1 + throttle.admit_more(len(nonces) - 1)]
+        self._covered = place + len(nonces)
+        self._call = self._launched(nonces)
+        return self._call
 
-    def _left(self, call: "asyncio.Task[Any]") -> None:
-        self._client.throttle.in_calls -= 1
-        self._client.throttle.leave()
+    async def _launch(self, nonce: int) -> "asyncio.Task[Any]":
+        await self._client.throttle.admit()
+        return self._launched([nonce])
+
+    def _launched(self, nonces: list[int]) -> "asyncio.Task[Any]":
+        """Return the call of nonces that the throttle has admitted."""
+        throttle = self._client.throttle
+        throttle.in_calls += len(nonces)
+        call = self._start(self._run_call(nonces))
+        self._calls.add(call)
+
+        def leave(_: object) -> None:
+            throttle.in_calls -= len(nonces)
+            for _nonce in nonces:
+                throttle.leave()
+
+        call.add_done_callback(leave)
+        return call
 
     async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
         """Take the values of calls; nonces of calls that failed run again, each in a call of its own."""

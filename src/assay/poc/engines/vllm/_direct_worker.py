@@ -22,8 +22,9 @@ from torch import Tensor
 from assay import streams
 from assay.errors import reason_of
 from assay.poc.engines._base import noise_inputs
+from assay.poc.engines._outputs import Landing
 from assay.poc.engines.vllm._compatibility import SINCE, is_older
-from assay.poc.engines.vllm._rows import LONGEST_REASON, Spec, packed
+from assay.poc.engines.vllm._rows import LONGEST_REASON, Begun, Spec, noted
 from assay.poc.engines.vllm._settings import other_cache
 from assay.poc.engines.vllm._worker import MAX_SUMMED, MAX_VALUES, is_first_of_group, is_first_stage, is_last_stage
 from assay.poc.protocol import Transform, weighted_sum
@@ -49,6 +50,9 @@ class DirectMethods:
     assay_hooks: Any
     assay_passes: "DirectPasses"
 
+    assay_begun: Begun | None = None
+    """The last call, until something asks for its values."""
+
     def assay_batch(self, key: str) -> dict[str, Any]:
         """Prepare a stream for passes beside the scheduler.
 
@@ -64,28 +68,39 @@ class DirectMethods:
             batch, reason = 0, reason_of(error)[:LONGEST_REASON]
         return {"batch": batch, "reason": reason}
 
-    def assay_pass(self, key: str, shares: list[list[int]], batch: int) -> dict[str, Any]:
-        """Run this engine's share of the nonces of a stream in passes of ``batch``.
+    def assay_pass(self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool) -> list[dict[str, Any]]:
+        """Queue this engine's share of a call in passes of ``batch``, and return what the call before has computed.
 
-        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. The last worker of a group
-        returns their values as ``assay_collect`` does; ``error`` is the reason if they did not run.
+        A device that had to wait for the reply to one call and for the next to be queued would idle for some
+        milliseconds between the two. With ``wait`` the values of this call are returned as well.
+
+        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. Each reply has the name of
+        its call; the last worker of a group adds the values as ``assay_collect`` does; ``error`` is the reason if they
+        did not run.
         """
+        before, self.assay_begun = self.assay_begun, self.assay_begin(call, key, shares, batch)
+        replies = [] if before is None else [before.reply()]
+        return replies + self.assay_flush() if wait else replies
+
+    def assay_flush(self) -> list[dict[str, Any]]:
+        """Return what the last call has computed, if nothing has asked for it yet."""
+        begun, self.assay_begun = self.assay_begun, None
+        return [] if begun is None else [begun.reply()]
+
+    def assay_begin(self, call: str, key: str, shares: list[list[int]], batch: int) -> Begun:
+        """Queue this engine's share of a call."""
         stream = self.assay_hooks.rows.get(key)
         if stream is None:
-            return {"error": "the stream has ended"}
+            return Begun(call, error="the stream has ended")
         stream.touched = time.monotonic()
         # An engine that steps by itself keeps its rank under this name only.
         nonces = shares[self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0]
         if not nonces:
-            return {}
+            return Begun(call)
         try:
-            values = self.assay_passes.run(stream.spec, nonces, batch)
-        except Exception as error:  # reported, so that the engine lives
-            log.warning("a batch of nonces did not run", exc_info=True)
-            return {"error": reason_of(error)[:LONGEST_REASON]}
-        if values is None:
-            return {}
-        return packed(nonces, values.numpy())
+            return Begun(call, nonces, self.assay_passes.begin(stream.spec, nonces, batch))
+        except Exception as error:
+            return Begun(call, error=noted(error))
 
 
 def why_requests(runner: Any, config: Any, spec: Spec) -> str | None:
@@ -174,8 +189,8 @@ class DirectPasses:
         return max(1, min(most, int(scheduler.max_num_seqs)))
 
     @torch.inference_mode()
-    def run(self, spec: Spec, nonces: list[int], batch: int) -> Tensor | None:
-        """Return what the pipeline publishes of nonces, on the CPU; None where this worker does not answer.
+    def begin(self, spec: Spec, nonces: list[int], batch: int) -> Landing | None:
+        """Queue passes, and return what the pipeline publishes of nonces; None where this worker does not answer.
 
         Args:
             spec: Round and pipeline.
@@ -192,7 +207,7 @@ class DirectPasses:
         found = [row for row in rows if row is not None]
         if len(found) < len(parts) or not is_first_of_group():
             return None
-        return self._transform(spec)(torch.cat(found).float(), nonces).cpu()
+        return Landing(self._transform(spec)(torch.cat(found).float(), nonces))
 
     def _rows(self, spec: Spec, nonces: list[int]) -> Tensor | None:
         """Return what is read of the hidden states of one pass, [B, D]; None before the last stage."""

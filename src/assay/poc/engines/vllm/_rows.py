@@ -5,6 +5,7 @@ A row is what is read of the hidden states of a nonce.
 Legend of shapes: T positions of a nonce, N tokens that it decodes, W numbers that are kept of these, D hidden size.
 """
 
+import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -17,7 +18,11 @@ from jaxtyping import Float32, UInt32
 from numpy.typing import NDArray
 from torch import Tensor
 
+from assay.errors import reason_of
+from assay.poc.engines._outputs import Landing
 from assay.poc.protocol import Pipeline, Round
+
+log = logging.getLogger("assay.vllm")
 
 MAX_STREAMS = 16
 MAX_ROWS = 4096
@@ -65,6 +70,39 @@ def unpacked(reply: dict[str, Any]) -> dict[int, Any]:
     width, values = reply["width"], np.frombuffer(reply["values"], dtype=reply["dtype"])
     rows = values.reshape(len(reply["nonces"]), width) if width else values
     return dict(zip(reply["nonces"], rows, strict=True))
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A call that is queued, or why it is not.
+
+    Args:
+        call: Name of the call.
+        nonces: Nonces of this engine.
+        values: What is published of them; None where this worker does not answer.
+        error: Reason for which they do not run.
+    """
+
+    call: str
+    nonces: list[int] = field(default_factory=list)
+    values: Landing | None = None
+    error: str | None = None
+
+    def reply(self) -> dict[str, Any]:
+        """Wait for the values, and return them as :meth:`DirectMethods.assay_pass` does."""
+        error, found = self.error, {}
+        if self.values is not None:
+            try:
+                found = packed(self.nonces, self.values.numpy())
+            except Exception as raised:
+                error = noted(raised)
+        return {"call": self.call, **found} if error is None else {"call": self.call, "error": error}
+
+
+def noted(error: Exception) -> str:
+    """Return an error in words, which are reported so that the engine lives."""
+    log.warning("a batch of nonces did not run", exc_info=error)
+    return reason_of(error)[:LONGEST_REASON]
 
 
 class Spec(NamedTuple):

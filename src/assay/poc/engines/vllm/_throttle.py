@@ -156,6 +156,15 @@ class Throttle:
         self.in_flight += 1
         self._burst += 1
 
+    def admit_more(self, most: int) -> int:
+        """Count further nonces, at most so many, that may run together with one just admitted; return their number."""
+        found = 0
+        while found < most and self._may_start():
+            self.in_flight += 1
+            self._burst += 1
+            found += 1
+        return found
+
     def leave(self, passes: int = 1) -> None:
         """Count a nonce that has run, or was given up; one that decodes took a pass for every token."""
         self.in_flight -= 1
