@@ -54,6 +54,8 @@ def test_a_server_as_docs_recommend_it_starts(start, command):
         ("--quantization fp8 --dtype bfloat16", "--quantization fp8"),
         ("--load-format dummy", "--load-format dummy"),
         ("--load-format pt", "--load-format pt"),
+        ("--grpc", "--grpc, a server without plugins"),
+        ("-dp 2 --data-parallel-multi-port-external-lb", "--data-parallel-multi-port-external-lb"),
         (f"--hf-config-path {REFERENCE}", "--hf-config-path"),
         ("--distributed-executor-backend external_launcher", "--distributed-executor-backend external_launcher"),
         ('--hf-overrides {"rope_theta":5000.0}', "--hf-overrides"),

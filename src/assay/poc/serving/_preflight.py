@@ -122,8 +122,8 @@ def before_start() -> None:
         return
     try:
         version = check_installed()
-        _check_frontend()
         arguments, settings = _arguments(), PluginSettings()
+        _check_frontend(arguments)
         check_arguments(arguments, settings)
         if not getattr(arguments, "headless", False):  # else it has no port
             check_key(arguments, settings)
@@ -162,6 +162,12 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     if servers > 1:
         check_several_servers()
         check_folder(settings.data_dir, servers)
+    if getattr(arguments, "data_parallel_multi_port_external_lb", False):
+        raise UsageError(
+            "--data-parallel-multi-port-external-lb",
+            wanted="one server, which deals out the nonces of a round",
+            do="leave it out, or start one server per engine, each with its own node_id and data directory",
+        )
     if getattr(arguments, "revision", None):
         raise UsageError(
             f"--revision {arguments.revision}",
@@ -248,14 +254,19 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
         )
 
 
-def _check_frontend() -> None:
-    """Refuse the Rust front end, under which ``vllm serve`` never builds the application that plugins extend."""
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise UsageError(
-            "VLLM_USE_RUST_FRONTEND=1, a server without plugins",
-            wanted="the Python server, to which assay adds /api/v1/pow",
-            do="unset VLLM_USE_RUST_FRONTEND",
-        )
+def _check_frontend(arguments: Any) -> None:
+    """Refuse the front ends under which ``vllm serve`` never builds the application that plugins extend."""
+    rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+    for used, setting, do in (
+        (rust, "VLLM_USE_RUST_FRONTEND=1", "unset VLLM_USE_RUST_FRONTEND"),
+        (getattr(arguments, "grpc", False), "--grpc", "leave --grpc out"),
+    ):
+        if used:
+            raise UsageError(
+                f"{setting}, a server without plugins",
+                wanted="the Python server for HTTP, to which assay adds /api/v1/pow",
+                do=do,
+            )
 
 
 def _arguments() -> Namespace:
