@@ -1,0 +1,109 @@
+"""The figures in the README's table are those of the result files beside them, rounded as they are shown."""
+
+import re
+from typing import Any
+
+import pytest
+
+from assay.reports import read_json
+from assay.research import redteam
+from assay.research.runs import read_run
+from tests.docs.shell import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def of(name: str) -> dict[str, Any]:
+    return read_json(RESULTS / f"{name}.json")
+
+
+def over_honest(run: str) -> str:
+    cells = read_run(RESULTS / "experiments" / run, "redteam").cells
+    (field,) = redteam.fields(cells)
+    return f"{int(redteam.paying(cells, *field, 'hardened')['over_honest'])}"
+
+
+def audits() -> list[str]:
+    blocks = max(row["accused"] for row in of("shares")["rows"])
+    pair = max(row["candidates"]["none"]["accused_worst_pair"] for row in of("one_nonce_h200")["rows"])
+    return [f"{blocks:.2%}", f"{pair:.1%}"]
+
+
+def clusters() -> list[str]:
+    rows = [row for build in of("clusters")["builds"] for row in build["rows"] if row["rule"] == "ours"]
+    honest = [row for row in rows if row["sort"] == "honest"]
+    (real,) = (row for row in rows if row["sort"] == "real" and row["cheat"].endswith("awq-4bit"))
+    accused = sum(row["accused"] * row["audits"] for row in honest)
+    count = f"{sum(row['audits'] for row in honest):,}".replace(",", " ")
+    return [f"{accused:.0f} of {count}", f"{real['median']} nonces", f"99 % after {real['most']}"]
+
+
+def lives() -> list[str]:
+    cells = read_run(RESULTS / "experiments" / "simulate-life", "simulate").cells
+    honest = [row for cell in cells for row in cell["rows"] if row["kind"] == "honest"]
+    (nodes,) = {row["nodes"] for row in honest}
+    return [f"{nodes:,}".replace(",", " "), f"{max(row['convicted'] for row in honest) / nodes:.2%}"]
+
+
+def prove() -> list[str]:
+    models = ("qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "llama-3.1-8b")
+    ratios = [of(f"gpu_prove_{model}")["prove_over_compiled"] for model in models]
+    return [f"{min(ratios):.2f} to {max(ratios):.2f} ×"]
+
+
+def soak() -> list[str]:
+    found = of("service_soak")
+    records = f"{found['records']:,}".replace(",", " ")
+    return [f"{found['kills']} times", f"{found['lost_records']}, {found['repeated_records']} of {records}"]
+
+
+def chat() -> list[str]:
+    (cpu,), (gpu, all_time) = of("vllm_mixed")["shares"], of("vllm_mixed_h200")["shares"]
+    assert all(row["identical"] == row["requests_beside_nonces"] for row in (cpu, gpu, all_time))
+    ratios = [row["first_token_p50_ratio"] for row in (cpu, gpu, all_time)]
+    return [f"{ratios[0]:.2f} × on a CPU", "{:.2f} and {:.2f} ×".format(*ratios[1:])]
+
+
+def directions() -> list[str]:
+    models = of("vhack_checks_models")["models"].values()
+    return [f"{found['generated']['lda, 5 axes']['checks']['pools']['value']:.3f}" for found in models]
+
+
+def training() -> list[str]:
+    name = "adam/displaced-0.4+erase-update-two-sided/axes-whole"
+    (arm,) = (arm for arm in of("vhack_study2")["arms"] if arm["condition"] == name)
+    rate = arm["rates"]["hack"]
+    return [f"{rate['n']} seeds", f"{rate['value']:.3f}"]
+
+
+ROWS = {
+    "honest audits accused": audits,
+    "honest machines of real clusters": clusters,
+    "honest nodes convicted": lives,
+    "cheapest attack": lambda: [
+        f"{over_honest('redteam-qwen3-float16')} and {over_honest('redteam-llama-float16')} ×",
+        f"{over_honest('redteam-qwen3')} and {over_honest('redteam-llama')} ×",
+    ],
+    "`prove` on an H200": prove,
+    "service killed": soak,
+    "chat on a vLLM server": chat,
+    "hack directions": directions,
+    "training displaced": training,
+}
+
+
+def rows() -> list[str]:
+    _, _, table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What is measured")
+    return [row for row in table.partition("\n## ")[0].splitlines() if row.startswith("| ")][1:]
+
+
+def test_every_row_is_checked():
+    assert [next(name for name in ROWS if row.startswith(f"| {name}")) for row in rows()] == list(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_figures_of_a_row(name: str):
+    (row,) = (row for row in rows() if row.startswith(f"| {name}"))
+    said = re.sub(r"\]\([^)]*\)", "]", row).replace(" %", "%")
+    for figure in ROWS[name]():
+        assert figure.replace(" %", "%") in said, figure
