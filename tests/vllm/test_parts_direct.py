@@ -80,7 +80,10 @@ class Workers:
             self.called.append(shares[engine])
             if self.dead:
                 raise RuntimeError("EngineCore died")
-            begun = {"call": call, **({"error": "broken"} if self.broken else self.reply(shares[engine]))}
+            begun = {
+                "call": call,
+                **({"error": "broken"} if self.broken else {"seconds": 0.002, **self.reply(shares[engine])}),
+            }
             self.running += 1
             self.most = max(self.most, self.running)
             async with self.turn:  # a worker takes calls in order
@@ -165,6 +168,7 @@ def worker_of(begin) -> _direct_worker.DirectMethods:
     stream = SimpleNamespace(spec=SPEC, touched=0.0)
     worker.assay_hooks = SimpleNamespace(rows=SimpleNamespace(get={"key": stream}.get))
     worker.assay_passes = SimpleNamespace(begin=begin)
+    worker.model_runner = SimpleNamespace(device=torch.device("cpu"))
     return worker
 
 
@@ -180,6 +184,7 @@ def test_a_worker_runs_the_share_of_its_engine():
     assert worker.assay_pass("b", "key", [[5], []], 1, True) == [{"call": "b"}]
     one = worker.assay_pass("c", "key", [[6, 7]], 2, True)[0]
     assert one["nonces"] == [6, 7]  # one engine, whatever it is called
+    assert one["seconds"] > 0
     assert ran == [([2, 4], 2), ([6, 7], 2)]
 
 
@@ -276,6 +281,15 @@ def test_values_are_asked_for_alone_only_where_no_call_follows():
     assert run(workers, 16 * 100) == list(range(16 * 100))
     assert len(workers.called) > 20
     assert workers.flushed <= 2
+
+
+def test_calls_come_to_their_full_length_and_keep_it():
+    workers = Workers(batch=16)
+    run(workers, 16 * 60)
+    sizes = [len(nonces) for nonces in workers.called]
+    assert sizes[:5] == [1, 1, 2, 2, 4]
+    assert max(sizes) >= 48
+    assert sizes[:-1] == sorted(sizes[:-1])  # the last one has the rest
 
 
 def test_values_that_the_workers_have_lost_are_computed_again():

@@ -6,7 +6,6 @@ are requests.
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -59,27 +58,6 @@ class Pace:
         self.nonces = count
 
 
-class _Call:
-    """A call whose values are awaited.
-
-    Args:
-        name: Name by which the workers know it.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.seconds = 0.0
-        """Time that the workers took, 0 where it is not known because the values of another call came with them."""
-        self.replies: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
-        self._began = time.monotonic()
-
-    def settle(self, replies: list[dict[str, Any]], since_last: float = 0.0) -> None:
-        """Take the replies, unless there are some; the values of the call before came so many seconds ago."""
-        if not self.replies.done():
-            self.seconds = min(time.monotonic() - self._began, since_last)
-            self.replies.set_result(replies)
-
-
 class DirectPath:
     """Admits calls of whole batches to the workers, and remembers what became of them.
 
@@ -102,10 +80,9 @@ class DirectPath:
         self._paces: dict[int, Pace] = {}
         self._running = self._failures = 0
         self._names = count()
-        self._waiting: dict[str, _Call] = {}
+        self._waiting: dict[str, asyncio.Future[list[dict[str, Any]]]] = {}
         self._asked: set[asyncio.Future[list[Any]]] = set()
         self._left = asyncio.Event()
-        self._free_since = 0.0
 
     async def open(self, key: str, seq_len: int) -> Pace:
         """Prepare the workers for the calls of a stream; return the pace of nonces of its length."""
@@ -151,30 +128,31 @@ class DirectPath:
         ``admitted`` is the size of the call that :meth:`admit` gave, 0 where it was not asked. A call that has fewer
         nonces, because its stream ends, says nothing about the next one, and none may follow it.
         """
-        is_whole = len(nonces) == admitted
-        call = _Call(f"{key} {next(self._names)}")
-        self._waiting[call.name] = call
+        is_whole, name = len(nonces) == admitted, f"{key} {next(self._names)}"
+        waiting = self._waiting[name] = asyncio.get_running_loop().create_future()
         shares = [nonces[engine :: self._engines] for engine in range(self._engines)]
         try:
-            await self._ask("assay_pass", call.name, key, shares, pace.batch // self._engines, not is_whole)
-            while not call.replies.done():
+            await self._ask("assay_pass", name, key, shares, pace.batch // self._engines, not is_whole)
+            while not waiting.done():
                 others = set(self._asked)
                 timeout = None if others else FOLLOWS
-                await asyncio.wait({call.replies, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-                if not (others or self._asked or call.replies.done()):
+                await asyncio.wait({waiting, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                if not (others or self._asked or waiting.done()):
                     await self._ask("assay_flush")
-                    call.settle([{"error": "the workers do not know the call"}])
+                    if not waiting.done():
+                        waiting.set_result([{"error": "the workers do not know the call"}])
         finally:
-            del self._waiting[call.name]
-        replies = call.replies.result()
+            del self._waiting[name]
+        replies = waiting.result()
         failed = next((reply["error"] for reply in replies if "error" in reply), None)
         if failed is None:
             self._failures, self.reason = 0, None
             self.calls += 1
             self.nonces += len(nonces)
-            if is_whole and call.seconds:
-                pace.ran(admitted, call.seconds)
-            return [reply for reply in replies if "values" in reply]
+            found = [reply for reply in replies if "values" in reply]
+            if is_whole:
+                pace.ran(admitted, max((reply["seconds"] for reply in found), default=0.0))
+            return found
         self._failures += 1
         self.reason = failed
         return []
@@ -196,12 +174,9 @@ class DirectPath:
         found: dict[str, list[dict[str, Any]]] = {}
         for reply in chain.from_iterable(asked.result()):
             found.setdefault(reply["call"], []).append(reply)
-        now = time.monotonic()
-        alone = now - self._free_since if len(found) == 1 else 0.0
         for name, replies in found.items():
-            self._free_since = now
-            if name in self._waiting:
-                self._waiting[name].settle(replies, alone)
+            if name in self._waiting and not self._waiting[name].done():
+                self._waiting[name].set_result(replies)
 
     def describe(self) -> dict[str, Any]:
         """Return what the engine's route shows: whether nonces run so now, why not, and how many did."""

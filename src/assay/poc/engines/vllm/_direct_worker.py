@@ -24,7 +24,7 @@ from assay.errors import reason_of
 from assay.poc.engines._base import noise_inputs
 from assay.poc.engines._outputs import Landing
 from assay.poc.engines.vllm._compatibility import SINCE, is_older
-from assay.poc.engines.vllm._rows import LONGEST_REASON, Begun, Spec, noted
+from assay.poc.engines.vllm._rows import LONGEST_REASON, Begun, Clock, Spec, noted
 from assay.poc.engines.vllm._settings import other_cache
 from assay.poc.engines.vllm._worker import MAX_SUMMED, MAX_VALUES, is_first_of_group, is_first_stage, is_last_stage
 from assay.poc.protocol import Transform, weighted_sum
@@ -98,7 +98,10 @@ class DirectMethods:
         if not nonces:
             return Begun(call)
         try:
-            return Begun(call, nonces, self.assay_passes.begin(stream.spec, nonces, batch))
+            clock = Clock(self.model_runner.device)
+            values = self.assay_passes.begin(stream.spec, nonces, batch)
+            clock.stop()
+            return Begun(call, nonces, values, clock)
         except Exception as error:
             return Begun(call, error=noted(error))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float32, UInt32
 from numpy.typing import NDArray
 from torch import Tensor
@@ -80,12 +81,14 @@ class Begun:
         call: Name of the call.
         nonces: Nonces of this engine.
         values: What is published of them; None where this worker does not answer.
+        clock: Time that the device takes for them.
         error: Reason for which they do not run.
     """
 
     call: str
     nonces: list[int] = field(default_factory=list)
     values: Landing | None = None
+    clock: "Clock | None" = None
     error: str | None = None
 
     def reply(self) -> dict[str, Any]:
@@ -94,9 +97,39 @@ class Begun:
         if self.values is not None:
             try:
                 found = packed(self.nonces, self.values.numpy())
+                found["seconds"] = self.clock.seconds() if self.clock else 0.0
             except Exception as raised:
                 error = noted(raised)
         return {"call": self.call, **found} if error is None else {"call": self.call, "error": error}
+
+
+class Clock:
+    """Measures the time in which a device works on what is queued until :meth:`stop`, without waiting for it.
+
+    Args:
+        device: Device whose current stream gets the work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._events: list[Any] = []
+        self._seconds = -time.perf_counter()
+        if self._on_cuda:
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+            self._events[0].record()
+
+    def stop(self) -> None:
+        """Take the end of the work; a CPU has done it by now."""
+        self._seconds += time.perf_counter()
+        if self._on_cuda:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Wait for the end, and return the time of the device."""
+        if not self._on_cuda:
+            return self._seconds
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1e3
 
 
 def noted(error: Exception) -> str:
