@@ -44,7 +44,8 @@ def test_a_directory_without_a_service_is_an_error_and_stays_empty(tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "command", [("serve", "--model", "none", "--data-dir", "new"), ("receive", "-o", "new/callbacks.sqlite3")]
+    "command",
+    [("serve", "--model", "reference:qwen3", "--data-dir", "new"), ("receive", "-o", "new/callbacks.sqlite3")],
 )
 def test_a_port_in_use_leaves_nothing_behind(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)

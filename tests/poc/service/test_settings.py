@@ -51,6 +51,9 @@ def test_the_keys_of_a_file_are_added(tmp_path):
     path.write_text("short")
     with pytest.raises(UsageError, match="fewer than 16"):
         Settings(api_key_file=path)
+    path.write_text("\n")
+    with pytest.raises(UsageError, match="without a key"):
+        Settings(api_key_file=path)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def test_the_command_leaves_the_environment_to_the_settings(monkeypatch, tmp_pat
     monkeypatch.setenv("ASSAY_POC_SERVE_MAX_PENDING", "5")
     monkeypatch.setenv("ASSAY_POC_SERVE_MAX_STREAMS", "6")
     monkeypatch.setenv("ASSAY_API_KEY", KEY)
-    command = ["poc", "serve", "--model", "none", "--data-dir", str(tmp_path / "flag")]
+    command = ["poc", "serve", "--model", "reference:qwen3", "--data-dir", str(tmp_path / "flag")]
     assert run(command) == run([*command, "--drain", "4", "--api-key", OTHER]) == 0
     assert [(s.drain, s.max_pending, s.max_streams, s.api_keys) for s in seen] == [
         (3.0, 5, 6, (KEY,)),

@@ -169,8 +169,15 @@ def _keys_of(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        return tuple(path.read_text(encoding="utf-8").split())
+        keys = tuple(path.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"the key file {path}: {error}", wanted="a text file", do="correct --api-key-file or ASSAY_API_KEY_FILE"
         ) from None
+    if not keys:
+        raise UsageError(  # its owner believes that the service has one
+            f"the key file {path} without a key",
+            wanted="a key on each line",
+            do="write one into it, or leave --api-key-file out",
+        )
+    return keys

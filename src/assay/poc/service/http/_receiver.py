@@ -44,7 +44,7 @@ class Received:
     """
 
     def __init__(self, path: Path) -> None:
-        self._db = Database(path.parent, exclusive=False, name=path.name, migrations=RECEIVED)
+        self._db = Database(path.parent, exclusive=False, name=path.name, migrations=RECEIVED, flag="--output")
         self._received = self._db["received"]
 
     def add(self, message_id: str, kind: str, body: str) -> bool:

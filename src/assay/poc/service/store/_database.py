@@ -17,6 +17,7 @@ class Database(assay.reports.database.Database):
         exclusive: Whether this process is the only service that may open the file.
         name: Name of the file.
         migrations: Steps that lead to the schema, the oldest first.
+        flag: Flag that names the file, for errors.
 
     Raises:
         StorageError: Another service has the file, it cannot be written, or a newer version wrote it.
@@ -29,5 +30,6 @@ class Database(assay.reports.database.Database):
         exclusive: bool = True,
         name: str = FILE,
         migrations: Sequence[Sequence[str]] = MIGRATIONS,
+        flag: str = "--data-dir",
     ) -> None:
-        super().__init__(data_dir, name=name, migrations=migrations, exclusive=exclusive, secure_delete=True)
+        super().__init__(data_dir, name=name, migrations=migrations, exclusive=exclusive, secure_delete=True, flag=flag)
