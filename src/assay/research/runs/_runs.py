@@ -152,7 +152,7 @@ def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Iter
     """Begin an experiment in a run's folder, or continue it.
 
     Leaving the ``with`` block without an error gives the file its final name. After an error it stays partial, and the
-    next call goes on after the last whole line. A file without a cell is removed, so that other settings can begin anew.
+    next call goes on after the last whole line. A file without a cell is removed, so other settings can begin.
 
     Raises:
         UsageError: It was begun there with other settings, which the message names.
