@@ -84,6 +84,21 @@ def test_an_engine_that_dies_in_a_call_of_its_workers_is_named_too(loop, monkeyp
 
 
 @pytest.mark.parametrize(
+    ("devices", "named"), [(["one"], "one"), (["one", "one"], "one"), (["two", "one", "two"], "one + two")]
+)
+def test_a_build_names_the_devices_of_all_workers(devices, named: str):
+    class LLM:
+        vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="fcfs"))
+
+        async def collective_rpc(self, method: str, args: tuple):
+            return [{"problems": [], "refused": None, "device": device} for device in devices]
+
+    client = _client.Client(LLM(), Throttle(ThrottleSettings(), lambda: 0, 4))
+    asyncio.run(client.install())
+    assert client.description["device"] == named
+
+
+@pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
         (ValueError("no such option"), UsageError, "options of vLLM: no such option"),

@@ -74,6 +74,8 @@ class Client:
     async def install(self) -> None:
         """Prepare the workers, and keep the description of the last one, which has the hidden states.
 
+        Its device is the names of all where workers of several kinds, on several hosts, compute one pass.
+
         Raises:
             BackendUnavailable: The workers lack a name that is used.
             UsageError: Assay's own forward pass is asked for, and cannot run over what they hold.
@@ -83,7 +85,7 @@ class Client:
         refused = next((reply["refused"] for reply in replies if reply["refused"]), None)
         if refused is not None:
             raise own_forward_refused(refused, "a dense decoder as vLLM holds it on one GPU")
-        self.description = replies[-1]
+        self.description = replies[-1] | {"device": " + ".join(sorted({reply["device"] for reply in replies}))}
 
     async def open(self, spec: Spec) -> str:
         """Begin a stream of nonces on every worker; return its key.
