@@ -101,6 +101,18 @@ def test_rows_do_not_mix_and_repeat_to_the_bit(preset, round_):
         assert ((whole >= 0) & (whole <= 2)).all()
 
 
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("preset", FORWARD)
+def test_a_state_that_is_not_finite_gives_nan_throughout_and_leaves_other_rows_alone(preset, odd, round_):
+    transform, states = make(round_, preset, 64), torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    expected = transform(states, range(8))
+    states[3, 5] = odd
+    found = transform(states, range(8))
+    assert found[3].isnan().all()
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert torch.equal(found[others], expected[others])
+
+
 def test_a_trained_head_that_is_not_there_is_refused_before_any_nonce(round_):
     sizes = {"hidden_size": 16, "vocab_size": 96, "device": torch.device("cpu")}
     with pytest.raises(UsageError, match="the pipeline permutation, which needs the trained head"):

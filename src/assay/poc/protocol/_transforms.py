@@ -133,10 +133,13 @@ class Transform:
     ) -> Float32[Tensor, " B"] | Float16[Tensor, "B K"]:
         """Return what the pipeline publishes: distances [B] in float32, or vectors [B, K] in float16.
 
+        A state that is not finite gives NaN throughout, and never a vector of coordinates that happen to be finite.
+
         Args:
             x_BD: State that was read for each nonce, in float32.
             nonces: Nonces of the B rows, in order.
         """
+        x_BD = torch.where(torch.isfinite(x_BD).all(dim=1, keepdim=True), x_BD, torch.nan)
         x_BD = self._steps(self.pipeline.hidden, x_BD, nonces)
         if self._target_V is None:
             return x_BD.to(torch.float16)
