@@ -123,6 +123,7 @@ MISTAKES = {
         RESPOND % "proof.jsonl",
         RESPOND % "prompts.jsonl" + " --max-tokens 0",
         RESPOND % "prompts.jsonl" + " --max-tokens 9999",
+        "assay poc calibrate-responses answers.jsonl --model reference:qwen3 -o responses.json",
     ),
     "Measuring": (
         "assay poc experiment approaches --models reference:qwen",
@@ -133,6 +134,9 @@ MISTAKES = {
         "assay research clusters proof.jsonl",
     ),
     "Serving": (
+        "assay poc serve --model reference:qwen3 --seq-len 99999",
+        "assay poc serve --model reference:qwen3 --ledger empty",
+        "assay poc validator --model reference:qwen3 --pins long.toml",
         "assay poc serve --model reference:qwen3 --host 0.0.0.0",
         "assay poc serve --model reference:qwen3 --api-key short",
         "assay poc serve --model reference:qwen3 --api-key-file absent.key",
@@ -170,10 +174,13 @@ MISTAKES = {
         "assay vhack check --model reference:qwen3 --alpha 7",
         "assay vhack check --model reference:qwen3 --log proof.jsonl",
         "assay vhack check --model reference:qwen3 --pairs marked.jsonl -o marked.jsonl",
+        "assay vhack check --model reference:qwen3 --pairs generated:1",
         EXTRACT % "generated:12" + " --top-k 0",
         "assay vhack merge --model reference:organism --delta proof.jsonl -o merged",
         "assay vhack sample --model reference:organism -o samples.jsonl --difficulty 4:2",
+        "assay vhack sample --model reference:organism -o samples.jsonl --max-new-tokens 9999",
         "assay vhack evaluate",
+        "assay vhack evaluate --samples preferences.jsonl --model reference:organism",
         "assay vhack evaluate --samples preferences.jsonl",
         "assay vhack check --model reference:qwen3 --html nodir/check.html",
         "assay vhack pairs verify absent.jsonl",
@@ -273,6 +280,7 @@ def prepare(folder: Path) -> None:
         "typo.toml": '[poc.prove]\nmodle = "reference:qwen3"\n',
         "marked.jsonl": "\ufeff" + json.dumps(pair) + "\n",
         f"{MODULE}.py": "",
+        "long.toml": (folder / "agreed.toml").read_text().replace("seq_len = 8", "seq_len = 99999"),
     }
     for name, content in files.items():
         (folder / name).write_text(content, newline="")
@@ -286,15 +294,20 @@ def prepare(folder: Path) -> None:
 
 
 def _compute(folder: Path) -> None:
-    """Write two proofs of a node, the shorter one twice, and a basis of weights that are not those of the bundle."""
+    """Write two proofs of a node, the shorter one twice, pins, receipts, and a basis of weights not of the bundle."""
     import torch
 
     from assay import load_model, poc, vhack
+    from assay.poc import responses
 
     model = load_model("reference:qwen3", device="cpu")
     round = poc.Round(block_hash="block_alpha", public_key="node_A", seq_len=8)
     for name, count in (("proof", 32), ("few", 8), ("theirs", 8)):
         poc.prove(model, round, range(count), output=folder / f"{name}.jsonl")
+    pins = f"poc pins new --model reference:qwen3 --from-proof {folder}/proof.jsonl --public-key node_A"
+    _said([*shlex.split(pins), "-o", str(folder / "agreed.toml")])
+    prompt = {"block_hash": "block_alpha", "public_key": "node_A", "max_tokens": 8}
+    responses.respond(model, ["def add(a, b):"], **prompt, output=folder / "answers.jsonl")
     with torch.no_grad():
         next(iter(vhack.target_modules(model).values())).weight.mul_(2)
     vhack.extract(vhack.pairs.generate_pairs(4), model, rank=2).save(folder / "stale.safetensors")

@@ -39,6 +39,11 @@ def delta(checkpoint, tmp_path):  # noqa: F811
     return tmp_path / "delta.safetensors", tmp_path / "merged"
 
 
+def test_a_model_for_all_commands_is_no_mistake_beside_samples(assay, monkeypatch):
+    monkeypatch.setenv("ASSAY_MODEL", "reference:organism")
+    assert "missing.jsonl" in assay("vhack", "evaluate", "--samples", "missing.jsonl").err
+
+
 def test_what_is_sampled_is_evaluated(assay, arguments, tmp_path):
     said = assay("vhack", "sample", *arguments, "-o", tmp_path / "samples.jsonl", "--json")
     assert said.code == 0, said.err
@@ -114,7 +119,7 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("assay.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     needed = ["-o", "samples.jsonl"] if command == "sample" else []
-    outcome = assay("vhack", command, *arguments, *needed, *flags)
+    outcome = assay("vhack", command, *(FLAGS if "--samples" in flags else arguments), *needed, *flags)
     assert outcome.code == 2
     assert seen in outcome.err
     assert "to do:" in outcome.err

@@ -18,10 +18,17 @@ TO_CHANGE = {
     "assay poc serve --model reference:qwen3 --data-dir mine --port 8000": "--port",
     "assay poc serve --model reference:qwen3 --data-dir busy --port 0": "--data-dir",
     "assay poc calibrate few.jsonl theirs.jsonl -o calibration.json": "--nonces",
+    "assay poc calibrate-responses answers.jsonl --model reference:qwen3 -o responses.json": "RECEIPTS",
+    "assay poc serve --model reference:qwen3 --seq-len 99999": "--seq-len",
+    "assay poc serve --model reference:qwen3 --ledger empty": "--ledger",
+    "assay poc validator --model reference:qwen3 --pins long.toml": "--pins",
+    "assay vhack check --model reference:qwen3 --pairs generated:1": "--pairs",
+    "assay vhack sample --model reference:organism -o samples.jsonl --max-new-tokens 9999": "--max-new-tokens",
+    "assay vhack evaluate --samples preferences.jsonl --model reference:organism": "--model",
     "assay vhack check --model reference:qwen3 --basis stale.safetensors": "--basis",
     **dict(zip(mistakes.MISSING, ("whl[serve]", "whl[vllm]", "whl[quant]", "whl[train]"), strict=True)),
 }
-"""What to change after the mistakes that need more than a file: another process, other weights, a missing package."""
+"""What to change after the mistakes of which more than one value could be the cause."""
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,7 @@ def calibrate_responses(
     files = [responses.Receipts.load(path) for path in receipts]
     for read in files:
         responses.check_adapter(read, None)
+    responses.check_enough_tokens(files)
     prompts = responses.ReceiptPins(requests=_requests(chosen.requests, chosen.model)).prompts
     with _engine(chosen, files[0]) as (loaded, engine), progress_bar("replaying", "responses") as progress:
         for read in files:

@@ -32,8 +32,13 @@ def serve(chosen: "ServeSettings") -> None:
     """
     from assay.models import model_info
     from assay.poc import service
+    from assay.poc.engines.hf import check_shape
+    from assay.poc.verdict import check_ledger
 
-    model_info(chosen.model)  # before there is a database
+    # Before there is a database.
+    check_shape(model_info(chosen.model), batch_size=1, seq_len=chosen.service.seq_len)
+    if chosen.service.ledger is not None:
+        check_ledger(chosen.service.ledger)
     service.configure_logs(chosen.log_format)
 
     def deploy() -> "Deployment":

@@ -28,9 +28,11 @@ def validator(chosen: "ValidatorCommandSettings") -> None:
     """
     from assay.models import model_info
     from assay.poc import service
-    from assay.poc.validator import validate
+    from assay.poc.validator import Registry, validate
 
-    model_info(chosen.model)  # before there is a database
+    # Before there is a database.
+    info, files = model_info(chosen.model), (chosen.validator.pins, chosen.validator.nodes)
+    Registry.load(*files, chosen.service, model=chosen.model).check_length(info)
     service.configure_logs(chosen.log_format)
 
     def deploy() -> "Deployment":

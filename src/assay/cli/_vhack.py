@@ -81,6 +81,7 @@ def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = Fa
     found = find_pairs(chosen.pairs)
     entries = checks.read_source_log(chosen.log) if chosen.log else None
     read = Basis.load(chosen.basis) if chosen.basis else None
+    checks.check_groups([pair.group for pair in found], rules, read)
     if few := checks.too_few_groups(found, rules, read):
         typer.echo(f"warning: {few}", err=True)
     loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)

@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from assay.cli._commands import App, Resumable
 from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, table
 from assay.cli._settings import settings
@@ -80,7 +82,7 @@ def sample(chosen: "SampleCommand", as_json: JsonFlag = False) -> None:
 
 
 @settings("assay.cli._vhack_settings:EvaluateCommand")
-def evaluate(chosen: "EvaluateCommand", as_json: JsonFlag = False) -> None:
+def evaluate(chosen: "EvaluateCommand", context: typer.Context, as_json: JsonFlag = False) -> None:
     """Say how often a model, or a file of completions, solves its tasks and how often it hacks, by loophole.
 
     Nothing is kept of an interrupted call. For a long one write completions with assay vhack sample, which goes on
@@ -91,8 +93,11 @@ def evaluate(chosen: "EvaluateCommand", as_json: JsonFlag = False) -> None:
 
     if chosen.samples is None and chosen.model is None:
         raise UsageError("neither --model nor --samples", wanted="what to evaluate", do="name a model or a file")
-    if chosen.samples is not None and chosen.delta is not None:
-        raise UsageError("--delta with --samples", wanted="one of them", do="leave --delta out: nothing is sampled")
+    given = context.get_parameter_source("model")
+    has_model = given is not None and given.name == "COMMANDLINE"  # ASSAY_MODEL is for all commands
+    for flag, is_given in (("--model", has_model), ("--delta", chosen.delta is not None)):
+        if chosen.samples is not None and is_given:
+            raise UsageError(f"{flag} with --samples", wanted="one of them", do=f"leave {flag} out: nothing is sampled")
     for path in filter(None, (chosen.output, chosen.graded)):
         check_new_file(path, overwrite=chosen.overwrite)
     reward = training.named_function(chosen.reward, "--reward") if chosen.reward else None
@@ -166,9 +171,10 @@ def _sampled(
     from assay.models import load_model
     from assay.reports import read_jsonl
     from assay.vhack.delta import delta_lengths
-    from assay.vhack.training import sample_tasks
+    from assay.vhack.training import check_prompts, prompt_of, sample_tasks
 
     lengths = delta_lengths(chosen.delta) if chosen.delta else {}
+    check_prompts(reference, [prompt_of(task) for task in tasks], chosen.max_new_tokens)
     loaded, origin = load_model(reference, dtype=chosen.dtype, device=chosen.device), {}
     if chosen.delta:
         _adapted(loaded, chosen.delta, lengths).merge()

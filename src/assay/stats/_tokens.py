@@ -181,12 +181,7 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
     logs = [given for one in clusters if (given := np.asarray(one, dtype=np.float64)).size]
     n = sum(map(len, logs))
     good = all(one.ndim == 2 and one.shape[1] == COLUMNS and bool(np.all(one <= 0)) for one in logs)
-    if not good or n < SMALLEST_SAMPLE:
-        raise UsageError(
-            f"{n} honest tokens in {len(logs)} responses",
-            wanted=f"at least {SMALLEST_SAMPLE} tokens with {COLUMNS} log-probabilities each",
-            do="replay receipts of more honest responses (RECEIPTS)",
-        )
+    check_enough_tokens(n if good else 0, len(logs))
     chances = np.exp(np.concatenate(logs))
     starts = np.cumsum([0, *map(len, logs[:-1])])
     fits: list[tuple[FloatArray, float]] = []
@@ -199,6 +194,20 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
     law = TokenNoise(tuple((weights / weights.sum()).tolist()))
     error = _error(law, BETWEEN[chosen], np.concatenate(logs), starts)
     return TokenFit(law, BETWEEN[chosen], error, n)
+
+
+def check_enough_tokens(tokens: int, clusters: int) -> None:
+    """Refuse fewer honest tokens than :func:`fit_token_noise` fits a law to.
+
+    Raises:
+        UsageError: There are too few.
+    """
+    if tokens < SMALLEST_SAMPLE:
+        raise UsageError(
+            f"{tokens} honest tokens in {clusters} response{'s' * (clusters != 1)}",
+            wanted=f"at least {SMALLEST_SAMPLE} tokens with {COLUMNS} log-probabilities each",
+            do="replay receipts of more honest responses (RECEIPTS)",
+        )
 
 
 def cluster_scales(between: float) -> tuple[npt.NDArray[np.int64], FloatArray]:

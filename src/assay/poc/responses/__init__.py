@@ -14,6 +14,7 @@ from assay.poc.responses._adapters import Adapter, Lora, digest_adapter, load_ad
 from assay.poc.responses._calibration import (
     ResponseCalibration,
     calibrate_responses,
+    check_enough_tokens,
     default_response_noise,
     fit_response_noise,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "Whole",
     "calibrate_responses",
     "check_adapter",
+    "check_enough_tokens",
     "check_model",
     "chosen_receipts",
     "counts_before",

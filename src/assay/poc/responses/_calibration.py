@@ -19,6 +19,7 @@ import numpy as np
 from assay import stats
 from assay.errors import AssayError, CalibrationError, UsageError
 from assay.poc.protocol import SKETCH_SIZE, Fingerprint, parse_fingerprint
+from assay.poc.responses._files import Receipts
 from assay.poc.responses._receipts import ReceiptHeader
 from assay.poc.responses._replay import Replayed
 from assay.poc.verdict import PRIOR, PartNoise, ResponseNoise
@@ -171,6 +172,16 @@ def calibrate_responses(
         tokens=sum(len(one.margins) for one in everything),
         matches=sum(one.matches for one in everything),
     )
+
+
+def check_enough_tokens(files: Sequence[Receipts]) -> None:
+    """Refuse receipts with fewer tokens than :func:`calibrate_responses` needs, before they are replayed.
+
+    Raises:
+        UsageError: Says how many there are.
+    """
+    counts = [len(receipt.output) for read in files for receipt in read.receipts if receipt.output]
+    stats.check_enough_tokens(sum(counts), len(counts))
 
 
 def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> ResponseNoise:

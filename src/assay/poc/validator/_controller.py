@@ -112,12 +112,7 @@ class Controller:
                 wanted=f"the model of the pins, {pinned.reference:.80} ({pinned.weights}, {pinned.digest[:12]})",
                 do="pass the --model that the network agreed on",
             )
-        if self.registry.network.round.seq_len > deployment.max_positions:
-            raise UsageError(
-                f"seq_len {self.registry.network.round.seq_len} with {deployment.reference}",
-                wanted=f"at most its {deployment.max_positions} positions",
-                do="correct the pins",
-            )
+        self.registry.check_length(deployment)
 
     def _noise(self, build: Build, round: Round) -> Noise:
         assert self._noises is not None  # made before anything is recomputed

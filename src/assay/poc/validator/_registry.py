@@ -9,10 +9,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from assay.errors import DataError, UsageError
+from assay.models import ModelInfo
 from assay.poc.protocol import Build, NetworkPins, Pipeline, get_pipeline
 from assay.poc.service import Settings
 from assay.poc.service.http import Signatures
-from assay.poc.service.runtime import check_url
+from assay.poc.service.runtime import Deployment, check_url
 from assay.reports import read_toml
 
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -151,6 +152,19 @@ class Registry:
     def is_open(self) -> bool:
         """Whether any node may send without a signature."""
         return any(not sender.signatures for sender in self._senders.values())
+
+    def check_length(self, model: ModelInfo | Deployment) -> None:
+        """Refuse pins whose rounds are longer than a model; its facts are enough, without its weights.
+
+        Raises:
+            UsageError: Names both lengths.
+        """
+        if self.network.round.seq_len > model.max_positions:
+            raise UsageError(
+                f"seq_len {self.network.round.seq_len} with {model.reference}",
+                wanted=f"at most its {model.max_positions} positions",
+                do="correct seq_len in the file of --pins",
+            )
 
     def _build(self, name: str | None, public_key: str) -> Build:
         """Return the build of a node: the one that either file names, or the only one of the model.

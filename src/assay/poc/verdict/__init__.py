@@ -18,7 +18,7 @@ from assay.poc.verdict._judge import (
     published_rule,
     residuals,
 )
-from assay.poc.verdict._ledger import Ledger
+from assay.poc.verdict._ledger import Ledger, check_ledger
 from assay.poc.verdict._ledger_audit import Fault, LedgerAudit
 from assay.poc.verdict._ledger_entries import (
     FAULTY,
@@ -100,6 +100,7 @@ __all__ = [
     "audit_ledger",
     "calibrate",
     "calibrate_vectors",
+    "check_ledger",
     "count_mismatches",
     "default_noise",
     "distances_from",

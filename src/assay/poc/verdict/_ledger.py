@@ -77,7 +77,7 @@ class Ledger:
     ) -> None:
         self.path = Path(path)
         self._find_change = f"find what was changed: assay poc ledger audit {path}"
-        _check_kind(self.path, read_only=read_only)
+        check_ledger(self.path, read_only=read_only)
         self._db = Database(
             self.path.parent,
             name=self.path.name,
@@ -338,13 +338,22 @@ class Ledger:
         self.close()
 
 
-def _check_kind(path: Path, *, read_only: bool) -> None:
-    """Refuse a path at which there is something other than a ledger, before anything is written to it."""
+def check_ledger(path: Path, *, read_only: bool = False) -> None:
+    """Refuse a path at which there is something other than a ledger, before anything is written to it.
+
+    Args:
+        path: File of the ledger.
+        read_only: Whether the file must exist.
+
+    Raises:
+        UsageError: The file is no ledger.
+        StorageError: It cannot be read, or is no SQLite file.
+    """
     regular = path.is_file()  # SQLite waits without end for a pipe
     found = tables(path, flag="--ledger") if regular else set()
     if LEDGER.name not in found and (found or read_only or (path.exists() and not regular)):
         raise UsageError(
             f"no ledger at {path}",
             wanted="a file that `assay poc verify --ledger` began",
-            do="check the path",
+            do="check the path" if read_only else "name such a file with --ledger, or one that is not there yet",
         )

@@ -1,6 +1,6 @@
 """Five checks whether hack directions are real: held-out data, groups kept together, exact or matched nulls."""
 
-from assay.vhack.checks._folds import fewest_groups
+from assay.vhack.checks._folds import check_groups, fewest_groups
 from assay.vhack.checks._guard import EQUIVALENCE, GuardItem, guard, guard_verdict
 from assay.vhack.checks._judge import CHECKS, Check, CheckReport, CheckSettings, Interval, ModuleResult
 from assay.vhack.checks._page import page
@@ -23,6 +23,7 @@ __all__ = [
     "SourceCin",
     "check",
     "check_gradients",
+    "check_groups",
     "check_source_log",
     "check_two_pools",
     "check_unpaired",

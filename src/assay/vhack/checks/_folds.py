@@ -7,7 +7,7 @@ The null hypothesis of every test is that hack and clean are names without meani
 changes nothing in law. The p-values come from doing that, with the basis turned as its training labels say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, log2
@@ -142,6 +142,34 @@ def fewest_groups(settings: CheckSettings, *, given: bool = False) -> int:
     return free + 1 if settings.method == "svd" else _HELD_OUT_PART * (free - 1) + 1
 
 
+def check_groups(groups: Collection[str], settings: CheckSettings, basis: Basis | None = None) -> None:
+    """Refuse groups of pairs of which none can be scored, before any work.
+
+    Args:
+        groups: Group of every pair.
+        settings: Method of the bases that are fitted.
+        basis: Basis that is given, of whose groups no pair is scored.
+
+    Raises:
+        UsageError: There are too few groups to fit a basis and score another group, or none that a basis has not seen.
+    """
+    if basis is not None:
+        if set(groups) <= set(basis.origin.groups):
+            raise UsageError(
+                "every pair belongs to a group the basis was made from",
+                wanted="pairs of groups it has not seen: numbers from its own pairs show nothing",
+                do="add pairs of other groups (--pairs), hold groups out at extraction, or check without --basis",
+            )
+        return
+    count, fewest = len(set(groups)), 2 if settings.method == "svd" else _HELD_OUT_PART + 1
+    if count < fewest:
+        raise UsageError(
+            f"{count} group{'s' * (count != 1)} of pairs to check {settings.method} with",
+            wanted=f"at least {fewest}, and {fewest_groups(settings)} for a verdict",
+            do="add pairs of other groups (--pairs generated:48 has 30), or check with --method svd",
+        )
+
+
 def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
     """Return folds of whole groups, each scored by a basis of the others.
 
@@ -151,14 +179,8 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
     Raises:
         UsageError: There are too few groups to fit a basis and score another group.
     """
+    check_groups(gradients.groups, settings)
     names = list(dict.fromkeys(gradients.groups))
-    fewest = 2 if settings.method == "svd" else _HELD_OUT_PART + 1
-    if len(names) < fewest:
-        raise UsageError(
-            f"{len(names)} group{'s' * (len(names) != 1)} of pairs to check {settings.method} with",
-            wanted=f"at least {fewest}, and {fewest_groups(settings)} for a verdict",
-            do="add pairs of other groups (--pairs generated:48 has 30), or check with --method svd",
-        )
     order = np.random.default_rng(settings.seed).permutation(len(names))
     n_parts = min(settings.n_folds if settings.method == "svd" else _HELD_OUT_PART, len(names))
     parts = [{names[i] for i in order[start::n_parts]} for start in range(n_parts)]
@@ -204,13 +226,8 @@ def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings)
             wanted="the same",
             do="use the same model, and factors of the rank of the basis",
         )
+    check_groups(gradients.groups, settings, basis)
     train, test = _rows(gradients.groups, set(basis.origin.groups))
-    if not len(test):
-        raise UsageError(
-            "every pair belongs to a group the basis was made from",
-            wanted="pairs of groups it has not seen: numbers from its own pairs show nothing",
-            do="add pairs of other groups, hold groups out at extraction, or check without a basis",
-        )
     _refuse_seen(gradients, basis, test)
     geometry = Geometry(gradients)
     used = basis.slice(settings.k_use, settings.tau_axis)

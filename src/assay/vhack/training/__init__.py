@@ -2,8 +2,8 @@
 
 from assay.vhack.training._evaluate import Evaluation, Graded, Rate, evaluate
 from assay.vhack.training._log import LOG_SCHEMA, TrainLog, read_records, read_steps
-from assay.vhack.training._own import OwnReward, Task, check_gradable, named_function, tasks_of
-from assay.vhack.training._pool import PoolRollout, RolloutPool, sample_pool
+from assay.vhack.training._own import OwnReward, Task, check_gradable, named_function, prompt_of, tasks_of
+from assay.vhack.training._pool import PoolRollout, RolloutPool, check_prompts, sample_pool
 from assay.vhack.training._run import RunResult, train
 from assay.vhack.training._samples import read_samples, sample_tasks
 from assay.vhack.training._settings import SampleSettings, TaskSettings, TrainSettings
@@ -24,8 +24,10 @@ __all__ = [
     "TrainLog",
     "TrainSettings",
     "check_gradable",
+    "check_prompts",
     "evaluate",
     "named_function",
+    "prompt_of",
     "read_records",
     "read_samples",
     "read_steps",

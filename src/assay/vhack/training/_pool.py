@@ -19,6 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError, ModelError, UsageError
+from assay.models import load_tokenizer, model_info
 from assay.reports import read_jsonl, write_jsonl
 from assay.streams import seed32
 from assay.vhack.gradients import context_of
@@ -177,14 +178,19 @@ def end_token(model: "Model") -> int:
     Raises:
         UsageError: The model has no tokenizer, or its tokenizer has no such token.
     """
-    if model.tokenizer is None or model.tokenizer.eos_token_id is None:
-        without = "a tokenizer" if model.tokenizer is None else "a token that ends a text"
+    return int(_ending(model.tokenizer, model.reference).eos_token_id)
+
+
+def _ending(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a model, which must have a token that ends a completion."""
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        without = "a tokenizer" if tokenizer is None else "a token that ends a text"
         raise UsageError(
-            f"{model.reference} without {without}",
+            f"{reference} without {without}",
             wanted="a model with a tokenizer that has an eos_token",
-            do="name the token in its tokenizer_config.json, or choose another model",
+            do="name the token in its tokenizer_config.json, or choose another --model",
         )
-    return int(model.tokenizer.eos_token_id)
+    return tokenizer
 
 
 def prompt_ids(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
@@ -193,18 +199,35 @@ def prompt_ids(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> l
     Raises:
         UsageError: As of :func:`end_token`, or a prompt with its completion is longer than the context of the model.
     """
-    end_token(model)
-    tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
+    tokenizer = _ending(model.tokenizer, model.reference)
+    known = _fitting(tokenizer, prompts, max_new_tokens, context_of(model.module))
+    return [known[prompt] for prompt in prompts]
+
+
+def check_prompts(reference: str, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Refuse what :func:`prompt_ids` refuses, of a model whose weights were not read.
+
+    Raises:
+        UsageError: As of :func:`prompt_ids`.
+        ModelError: There is no such model, or its configuration or tokenizer cannot be used.
+    """
+    tokenizer = _ending(load_tokenizer(reference), reference)
+    _fitting(tokenizer, prompts, max_new_tokens, model_info(reference).max_positions)
+
+
+def _fitting(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], max_new_tokens: int, context: int | None
+) -> dict[str, list[int]]:
+    """Return the tokens of each prompt, which must fit into the context of a model with a completion."""
     known = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
     longest = max(map(len, known.values()), default=0)
-    context = context_of(model.module)
     if context and longest + max_new_tokens > context:
         raise UsageError(
             f"prompts of up to {longest} tokens and {max_new_tokens} new ones",
             wanted=f"at most {context}, the context of the model",
             do="allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts",
         )
-    return [known[prompt] for prompt in prompts]
+    return known
 
 
 @contextmanager
