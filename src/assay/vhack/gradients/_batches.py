@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
 _MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
 _MOST_BYTES = 52e9
-# On two H200 one batch of Qwen3-32B with 5400 tokens takes a quarter less time with 41 of 64 layers recomputed than four
+# On two H200 one batch of Qwen3-32B with 5400 tokens and 41 of 64 layers recomputed takes a quarter less time than four
 # of at most 1380 tokens with none, which wait for weights and factors (benchmarks/results/vhack_parts_h200x2.json).
 _GATHERED_TOKENS = 6144
 _GATHERING_SHARE = 0.75  # of the free memory, for such a batch
