@@ -21,8 +21,10 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Run the check as vLLM does; return the refusal, or None."""
     for name, value in {"VLLM_PLUGINS": "assay", "ASSAY_API_KEY": KEY, "ASSAY_DATA_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("TRITON_F32_DEFAULT", "")  # set first, so that what is set during the test is taken back as well
-    monkeypatch.delenv("TRITON_F32_DEFAULT")
+    # Set first, so that what is set during the test is taken back as well; the second one by vLLM's own parser.
+    for name in ("TRITON_F32_DEFAULT", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
     def run(*argv: str) -> str | None:
         monkeypatch.setattr("sys.argv", list(argv))
