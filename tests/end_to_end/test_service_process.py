@@ -105,7 +105,7 @@ def test_one_service_per_data_directory(launch, tmp_path, small_checkpoint):
 
 
 def test_other_addresses_need_a_key(tmp_path):
-    server = Server(tmp_path, "--host", "0.0.0.0", model="none")
+    server = Server(tmp_path, "--host", "0.0.0.0", model="reference:qwen3")
     assert "without a key" in _refused(server)
     assert not server.data_dir.exists()
 

@@ -33,10 +33,13 @@ def serve(chosen: "ServeSettings") -> None:
     from assay.models import model_info
     from assay.poc import service
     from assay.poc.engines.hf import check_shape
+    from assay.poc.protocol import Round
     from assay.poc.verdict import check_ledger
 
-    # Before there is a database.
-    check_shape(model_info(chosen.model), batch_size=1, seq_len=chosen.service.seq_len)
+    # Before there is a database. A round has a length of its own, so only one that was chosen here must fit.
+    info = model_info(chosen.model)
+    if chosen.service.seq_len != Round.seq_len:
+        check_shape(info, batch_size=1, seq_len=chosen.service.seq_len)
     if chosen.service.ledger is not None:
         check_ledger(chosen.service.ledger)
     service.configure_logs(chosen.log_format)

@@ -111,7 +111,8 @@ def test_plain_training_without_a_teacher(run, tmp_path):
     step = read_steps(result.folder / "log.jsonl")[1][0]
     assert step["rollouts"] == 6
     assert "cin_t" not in step
-    assert not read_source_log(tmp_path / "run" / "log.jsonl")
+    with pytest.raises(DataError, match="no line with a source"):
+        read_source_log(tmp_path / "run" / "log.jsonl")
 
 
 def test_the_divergence_from_the_start_is_of_the_adapted_model_without_its_delta(run, tmp_path):
