@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from _common import note, parser, publish
 from one_nonce import Factors, drawn
-from shares import ALPHA, AUDITED, DTYPES, LAW_SIZES, MODELS, PRESETS, noise_of
+from shares import ALPHA, AUDITED, DTYPES, LAW_SIZES, MODELS, PRESETS, name_of, noise_of, read_residuals
 
 from assay.poc.verdict import sequential_test
 
@@ -28,11 +28,10 @@ def main():
     arguments.add_argument("--audits", type=int, default=2000, help="audits of every pair of blocks")
     arguments.add_argument("--seed", type=int, default=3)
     options = arguments.parse_args()
-    with np.load(options.residuals) as read:
-        kept = {name: read[name].astype(np.float64) for name in read.files}
+    kept = read_residuals(options.residuals)
     rows = []
     for model, preset, dtype, size in itertools.product(MODELS[:2], PRESETS, DTYPES, LAW_SIZES):
-        blocks = [kept[f"{model}|{preset}|{dtype}|{block}"] for block in range(options.blocks)]
+        blocks = [kept[name_of(model, preset, dtype, block)] for block in range(options.blocks)]
         rng = np.random.default_rng(options.seed)
         for law in range(options.laws):
             noise = noise_of(preset, blocks[law][:size])

@@ -57,7 +57,7 @@ from unittest import mock
 import numpy as np
 from _common import note, parser, publish
 from one_nonce import AGAIN, SUSPECT, Factors, drawn, lived
-from shares import ALPHA, AUDITED, DTYPES, LAW_SIZES, MODELS, PRESETS, WITHIN
+from shares import ALPHA, AUDITED, DTYPES, LAW_SIZES, MODELS, PRESETS, WITHIN, name_of, read_residuals
 
 from assay.poc import get_pipeline
 from assay.poc.verdict import fit_machines, fit_noise, sequential_test
@@ -155,11 +155,10 @@ def main():
     arguments.add_argument("--audits", type=int, default=1000, help="audits of every pair of blocks")
     arguments.add_argument("--seed", type=int, default=4)
     options = arguments.parse_args()
-    with np.load(options.residuals) as read:
-        kept = {name: read[name].astype(np.float64) for name in read.files}
+    kept = read_residuals(options.residuals)
     rows = []
     for model, preset, dtype, size in itertools.product(options.models, options.presets, options.dtypes, LAW_SIZES):
-        blocks = [kept[f"{model}|{preset}|{dtype}|{block}"] for block in range(options.blocks)]
+        blocks = [kept[name_of(model, preset, dtype, block)] for block in range(options.blocks)]
         row = {"model": model, "preset": preset, "dtype": dtype, "law_from": size, "candidates": {}}
         note(f"{model} {preset} {dtype}, law from {size}")
         for name in options.candidates:

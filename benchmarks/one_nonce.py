@@ -20,7 +20,7 @@ import numba
 import numpy as np
 from _common import note, parser, publish
 from scipy import special
-from shares import ALPHA, AUDITED, CHEATS, DTYPES, LAW_SIZES, MODELS, PRESETS, WITHIN, noise_of
+from shares import ALPHA, AUDITED, CHEATS, DTYPES, LAW_SIZES, MODELS, PRESETS, WITHIN, name_of, noise_of, read_residuals
 
 from assay import stats
 from assay.poc.verdict import sequential_test
@@ -223,7 +223,7 @@ def invented(rng, candidates):
 def row_of(kept, options, task):
     """Return the figures of one model, preset, format and size of the law."""
     model, preset, dtype, size = task
-    blocks = [kept["|".join(map(str, (model, preset, dtype, block)))] for block in range(options.blocks)]
+    blocks = [kept[name_of(model, preset, dtype, block)] for block in range(options.blocks)]
     heaviest = sorted((float(np.abs(x).max() / np.median(np.abs(x))) for x in blocks), reverse=True)
     row = {"model": model, "preset": preset, "dtype": dtype, "law_from": size, "heaviest": heaviest[:3]}
     return row | {"candidates": judged(blocks, preset, size, options)}
@@ -243,8 +243,7 @@ def main():
     arguments.add_argument("--workers", type=int, default=2)
     options = arguments.parse_args()
     junk = invented(np.random.default_rng(options.seed), options.candidates)
-    with np.load(options.residuals) as read:
-        kept = {name: read[name].astype(np.float64) for name in read.files}
+    kept = read_residuals(options.residuals)
     tasks = list(itertools.product(options.models, options.presets, options.dtypes, LAW_SIZES))
     rows = []
     with ProcessPoolExecutor(options.workers, mp_context=get_context("forkserver")) as pool:

@@ -133,6 +133,17 @@ def judged(found, options, task):
     return row
 
 
+def name_of(*key):
+    """Return the name of the residuals of a model, preset, format and block in a file."""
+    return "|".join(map(str, key))
+
+
+def read_residuals(path):
+    """Return the residuals of a file by name, in float64."""
+    with np.load(path) as read:
+        return {name: read[name].astype(np.float64) for name in read.files}
+
+
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--models", nargs="+", default=list(MODELS))
@@ -150,12 +161,11 @@ def main():
     options = arguments.parse_args()
     kept = {}
     if options.residuals and options.residuals.exists():
-        with np.load(options.residuals) as read:
-            kept = {name: read[name].astype(np.float64) for name in read.files}
+        kept = read_residuals(options.residuals)
     rows, everything = [], {}
     for name in options.models:
         keys = {
-            key: "|".join(map(str, (name, *key)))
+            key: name_of(name, *key)
             for key in itertools.product(options.presets, options.dtypes, range(options.blocks))
         }
         found = {key: kept[text] for key, text in keys.items()} if kept else measured(name, options)

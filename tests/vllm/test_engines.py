@@ -1,16 +1,15 @@
 """One server with two data-parallel engines: one round, whose nonces run on both, beside chat and after every end."""
 
-import asyncio
 import re
 
 import numpy as np
 import pytest
-from _vllm import talk
 from _vllm_forked import ForkedServer
 
 from tests.vllm.conftest import ON_GPU, SEQ_LEN
 from tests.vllm.receiver import Receiver
 from tests.vllm.test_exclusive import stored
+from tests.vllm.test_nodes import check_chat
 from tests.vllm.test_server import make, proved
 from tests.waiting import until
 
@@ -51,13 +50,7 @@ def test_nonces_run_on_both_engines_and_are_those_of_transformers(server, honest
 
 
 def test_chat_on_both_engines_is_the_same_beside_nonces(server):
-    alone = asyncio.run(talk(server.url, 24))
-    server.begin("beside")
-    server.wait_for(8)
-    beside = asyncio.run(talk(server.url, 24))
-    server.post("/stop").raise_for_status()
-    assert [one["status"] for one in beside] == [200] * 24
-    assert [one["text"] for one in beside] == [one["text"] for one in alone]
+    check_chat(server, 24)
 
 
 def test_nothing_is_lost_and_nothing_doubled_by_sigkill_and_sigterm(server):

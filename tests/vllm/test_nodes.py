@@ -53,14 +53,14 @@ def check_round(server: Server, honest, path: str, block: str) -> None:
     assert not any(worker[name] for worker in held["workers"] for name in ("rows", "filled", "streams", "errors"))
 
 
-def check_chat(server: Server) -> None:
+def check_chat(server: Server, requests: int = 16) -> None:
     """Compare chat beside nonces with chat alone."""
-    alone = asyncio.run(talk(server.url, 16))
+    alone = asyncio.run(talk(server.url, requests))
     server.begin("beside")
     server.wait_for(8)
-    beside = asyncio.run(talk(server.url, 16))
+    beside = asyncio.run(talk(server.url, requests))
     server.post("/stop").raise_for_status()
-    assert [one["status"] for one in beside] == [200] * 16
+    assert [one["status"] for one in beside] == [200] * requests
     assert [one["text"] for one in beside] == [one["text"] for one in alone]
 
 

@@ -5,6 +5,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,16 @@ def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(_compatibility.importlib.metadata, "version", absent)
     with pytest.raises(BackendUnavailable, match=r"'\.\[vllm\]'"):
         _compatibility.check_installed()
+
+
+def check_config_says(config: Any, words: str | None) -> None:
+    """Check that settings of vLLM are refused with these words, or taken where there are none."""
+    if words is None:
+        _compatibility.check_config(config)
+        return
+    with pytest.raises(UsageError) as refusal:
+        _compatibility.check_config(config)
+    assert words in str(refusal.value)
 
 
 def settings_of_vllm(**changes) -> SimpleNamespace:
@@ -167,12 +178,7 @@ def test_workers_are_run_only_in_ways_that_were_tried(
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.platforms", vllm.platforms)
     config = settings_of_vllm(**{"parallel_config.distributed_executor_backend": executor})
-    if words is None:
-        _compatibility.check_config(config)
-        return
-    with pytest.raises(UsageError) as refusal:
-        _compatibility.check_config(config)
-    assert words in str(refusal.value)
+    check_config_says(config, words)
 
 
 ENGINES = {
