@@ -59,7 +59,7 @@ def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 def check_config_says(config: Any, words: str | None) -> None:
-    """Check that settings of vLLM are refused with these words, or taken where there are none."""
+    """Check that settings of vLLM are refused with these words; ``None`` for settings it takes."""
     if words is None:
         _compatibility.check_config(config)
         return
