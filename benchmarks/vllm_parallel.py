@@ -53,6 +53,7 @@ from tests.models.storing import make_mixture
 
 PRESETS = ("poc-2.0", "hardened")
 PATHS = {"direct": "auto", "requests": "requests"}
+SPARE = 64  # positions of an engine and of the mixture beyond those of a nonce
 FALSE_WEIGHTS = {"int4": rounded, "stale": adapted}
 STAGES, TENSOR = {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}
 
@@ -172,7 +173,9 @@ def make_checkpoints(arguments):
             model = load_model(source, dtype=arguments.dtype, device="cpu")
             change(model).module.save_pretrained(arguments.folder / name)
     if not (arguments.folder / "mixture").exists():
-        make_mixture("qwen3-moe", arguments.folder / "mixture", head_dim=64)  # GPUs have no kernels for heads of 32
+        # GPUs have no kernels for heads of 32.
+        sizes = {"head_dim": 64, "max_position_embeddings": arguments.seq_len + SPARE}
+        make_mixture("qwen3-moe", arguments.folder / "mixture", **sizes)
     note(f"checkpoints after {time.monotonic() - began:.0f} s")
 
 
@@ -264,7 +267,7 @@ def measure(name, rank, arguments):
     from assay.poc.engines.vllm import VLLMEngine
 
     case, began = CASES[name], time.monotonic()
-    options = {"enforce_eager": not case.compiled, "max_model_len": arguments.seq_len + 64} | case.options
+    options = {"enforce_eager": not case.compiled, "max_model_len": arguments.seq_len + SPARE} | case.options
     options |= {"gpu_memory_utilization": 0.3} if arguments.device == "cuda" else {"max_num_seqs": 16}
     options |= arguments.options
     own = arguments.folder / ("mixture" if case.mixture else "honest")
