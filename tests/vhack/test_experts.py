@@ -126,7 +126,10 @@ def test_a_mixture_computes_what_transformers_does_and_is_left_as_it_was(mixture
     assert {name: id(parameter) for name, parameter in mixture.named_parameters()} == before
 
 
-def test_tokens_are_counted_for_every_expert_without_padding(mixture, mixture_svd, samples, byte_tokenizer):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tokens_are_counted_once_for_every_expert_without_padding(
+    mixture, mixture_svd, samples, byte_tokenizer, checkpointing
+):
     counted, handles = [], []
     name = "model.layers.1.mlp.experts"
     experts = mixture.get_submodule(name)
@@ -135,7 +138,8 @@ def test_tokens_are_counted_for_every_expert_without_padding(mixture, mixture_sv
         text = byte_tokenizer(sample.prompt + sample.completion)["input_ids"]
         mixture(input_ids=torch.tensor([text]))
     handles[0].remove()
-    found = per_sample_gradients(samples, mixture, tokenizer=byte_tokenizer, svd=mixture_svd, max_tokens=400)
+    asked = {"tokenizer": byte_tokenizer, "svd": mixture_svd, "max_tokens": 400, "checkpointing": checkpointing}
+    found = per_sample_gradients(samples, mixture, **asked)
     assert torch.equal(found.tokens[name], torch.stack([torch.bincount(index, minlength=6) for index in counted]))
     assert found.tokens.keys() == {f"model.layers.{layer}.mlp.experts" for layer in range(2)}
 

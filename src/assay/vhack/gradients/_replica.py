@@ -162,13 +162,14 @@ class Replica:
         there = logits_MV.device  # another one than that of the ids, where the model is on several
         losses_M = Surprise.apply(logits_MV, batch.target.to(there))  # type: ignore[no-untyped-call]
         del logits_MV
+        tokens = dict(self._tokens)  # before the backward pass, in which layers that are computed again count again
         losses_M.backward(batch.weight.to(there))
         together_BR = torch.cat([self._rows(name).to(there) for name in self.names], dim=1)
         arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
         together_BR, losses_M = (part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach()))
         if arrived is not None:
             arrived.record(torch.cuda.current_stream(there))
-        return Computed(batch, together_BR, losses_M, arrived, dict(self._tokens))
+        return Computed(batch, together_BR, losses_M, arrived, tokens)
 
     def _taken(self, module: "PreTrainedModel") -> "PreTrainedModel":
         """Return the model to run."""
