@@ -66,6 +66,12 @@ def test_numbers_from_its_own_pairs_are_refused(gradients):
         check_gradients(pairs, basis=pairs.basis())
 
 
+def test_one_group_that_a_basis_has_not_seen_is_too_few_for_an_interval(gradients):
+    pairs = gradients(0)
+    with pytest.raises(UsageError, match="made from, or to group g7"):
+        check_gradients(pairs, basis=pairs.basis(keep=list(range(21))))
+
+
 def test_the_same_pair_under_another_group_is_refused(gradients):
     pairs = gradients(0)
     renamed = part(pairs, list(range(24)), groups=[f"new {g}" for g in pairs.groups])
@@ -79,6 +85,17 @@ def test_a_basis_that_hides_its_pairs_is_found_out(gradients, method):
     basis = replace(pairs.basis(method=method, keep=list(range(8, 24))), origin=Origin())
     with pytest.raises(DataError, match="made from pairs that it is to be scored on"):
         check_gradients(pairs, basis=basis)
+
+
+def test_a_basis_that_hides_its_pairs_is_found_out_although_no_token_comes_to_most_experts(gradients):
+    pairs = gradients(0, ranks=(200, 150))
+    made = pairs.basis(method="svd", keep=list(range(8, 24)))
+    silent = {f"layers.2.experts.up.{expert}": torch.zeros(24, 160) for expert in range(3)}
+    axes = made.axes | {name: torch.eye(3, 160) for name in silent}
+    basis = replace(made, axes=axes, singular_values={n: torch.ones(len(v)) for n, v in axes.items()}, origin=Origin())
+    seen = PairGradients(pairs.hack | silent, pairs.clean | silent, groups=pairs.groups, keys=pairs.keys)
+    with pytest.raises(DataError, match="made from pairs that it is to be scored on"):
+        check_gradients(seen, basis=basis)
 
 
 def test_a_basis_of_other_pairs_that_hides_them_is_scored(gradients, quick):
@@ -102,6 +119,14 @@ def test_few_groups_leave_every_check_undecided(gradients, quick):
     report = check_gradients(gradients(0, n_groups=4, strength=9.0), settings=quick)
     assert {check.verdict for check in report.checks} == {"undecided"}
     assert report.exit_code == 2
+
+
+@pytest.mark.parametrize("n_groups", [2, 3])
+def test_single_pairs_leave_too_little_for_differences_between_clean_sides(gradients, quick, n_groups):
+    lenient = replace(quick, alpha=0.3)
+    report = check_gradients(gradients(0, n_groups=n_groups, per_group=1, strength=9.0), settings=lenient)
+    assert report["stability"].verdict == "undecided"
+    assert len(report["random_null"].nulls["clean-clean"]) == quick.n_null
 
 
 def test_swaps_keep_groups_together_and_begin_with_none():

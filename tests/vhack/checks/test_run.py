@@ -7,7 +7,7 @@ import pytest
 from assay.errors import DataError, UsageError
 from assay.vhack import Pair, extract
 from assay.vhack.basis import METHODS
-from assay.vhack.checks import CHECKS, CheckReport, CheckSettings, check, check_gradients, page
+from assay.vhack.checks import CHECKS, CheckReport, CheckSettings, _page, check, check_gradients, page
 from assay.vhack.checks._folds import cross_fit
 from assay.vhack.checks._stability import _halves, check_stability
 from tests.vhack.angles import principal_angles
@@ -82,6 +82,22 @@ def test_the_page_of_a_failed_and_of_an_undecided_report(gradients, quick):
 def test_the_page_of_few_pairs_whose_clean_bases_have_fewer_axes(report):
     few = {**report.origin, "generic_cosines": report.origin["generic_cosines"][:2]}
     assert "clean-clean basis" in page(replace(report, origin=few)).render()
+
+
+def test_experts_of_a_layer_share_a_place_in_the_page(report):
+    names = [f"layers.{layer}.{part}" for layer in (0, 1) for part in ("q_proj", "experts.up.3", "experts.up.4")]
+    aurocs = [0.5, 0.6, 0.8, 0.5, 0.7, 0.7]
+    modules = tuple(
+        replace(report.modules[0], name=name, auroc=value) for name, value in zip(names, aurocs, strict=True)
+    )
+    drawn = {}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_page, "heatmap", lambda ax, matrix, *labels, label: drawn.setdefault(label, (matrix, labels)))
+        html = page(replace(report, modules=modules)).render()
+    matrix, labels = drawn["AUROC − 0.5"]
+    assert labels == (["0", "1"], ["q", "up"])
+    assert matrix.tolist() == [pytest.approx([0.0, 0.2]), pytest.approx([0.0, 0.2])]
+    assert "Experts of a layer: their mean." in html
 
 
 @pytest.mark.parametrize("method", ["mean-diff", "lda"])

@@ -26,6 +26,7 @@ from assay.vhack.checks._judge import CheckSettings, FloatArray
 # which the basis was made from scored pairs. Gradients of another run in bfloat16 differ by about 1 %.
 EXPLAINED, _ON_SCORED = 0.99, 0.1
 _HELD_OUT_PART = 3
+_FEWEST_SCORED = 2  # groups, without which there is no interval
 _AT_ONCE = 100  # rows of swapped labels, to bound the memory
 
 
@@ -151,13 +152,16 @@ def check_groups(groups: Collection[str], settings: CheckSettings, basis: Basis 
         basis: Basis that is given, of whose groups no pair is scored.
 
     Raises:
-        UsageError: There are too few groups to fit a basis and score another group, or none that a basis has not seen.
+        UsageError: There are too few groups to fit a basis and score another group, or fewer than two that a basis has
+            not seen.
     """
     if basis is not None:
-        if set(groups) <= set(basis.origin.groups):
+        unseen = set(groups) - set(basis.origin.groups)
+        if len(unseen) < _FEWEST_SCORED:
+            other = f", or to group {min(unseen)}" if unseen else ""
             raise UsageError(
-                "every pair belongs to a group the basis was made from",
-                wanted="pairs of groups it has not seen: numbers from its own pairs show nothing",
+                f"every pair belongs to a group the basis was made from{other}",
+                wanted="pairs of two groups or more that it has not seen: numbers from its own pairs show nothing",
                 do="add pairs of other groups (--pairs), hold groups out at extraction, or check without --basis",
             )
         return
@@ -271,12 +275,13 @@ def seen_error(what: str) -> DataError:
 def as_sum(axis_R: Tensor, rows_NR: Tensor) -> Sum | None:
     """Return the sum of rows that is nearest to a unit axis.
 
-    None for an axis of zeros, and where there are so many rows that every axis is such a sum.
+    None where that says nothing: there are so many rows that every axis is such a sum, or none lies along it, as in an
+    expert to which no token of these samples came.
     """
     wide_NR, axis_R = rows_NR.double(), axis_R.double()
-    if 2 * len(wide_NR) > len(axis_R) or not axis_R.any():
-        return None
     along_N = wide_NR @ axis_R
+    if 2 * len(wide_NR) > len(axis_R) or not along_N.any():
+        return None
     weights_N = torch.linalg.pinv(wide_NR @ wide_NR.T, hermitian=True) @ along_N
     return Sum(float(weights_N @ along_N), weights_N)
 

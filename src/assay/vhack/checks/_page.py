@@ -141,18 +141,21 @@ def _where(made: Report, report: CheckReport) -> None:
     for label, caption, values in shown:
         if any(value is None for value in values):
             continue
-        matrix = np.full((len(rows), len(columns)), np.nan)
-        for (row, column), value in zip(places, values, strict=True):
-            matrix[row, column] = value
+        matrix, counts = (np.zeros((len(rows), len(columns))) for _ in range(2))
+        for place, value in zip(places, values, strict=True):
+            matrix[place] += value
+            counts[place] += 1
+        matrix = np.where(counts > 0, matrix / np.maximum(counts, 1), np.nan)
         fig, ax = figure(height=0.9 + 0.24 * len(rows))
         heatmap(ax, matrix, rows, columns, label=label)
         ax.set_ylabel("layer")
-        made.figure(fig, caption)
+        made.figure(fig, caption + (" Experts of a layer: their mean." if counts.max() > 1 else ""))
 
 
 def _grid(names: Sequence[str]) -> tuple[list[str], list[str], list[tuple[int, int]]]:
-    """Return layers, projections, and the place of each module among them."""
-    keys = [(found[1] if (found := _LAYER.search(name)) else "-", name.rsplit(".", 1)[-1]) for name in names]
+    """Return layers, projections, and the place of each module among them, which the experts of a layer share."""
+    kinds_of = (next(part for part in reversed(name.split(".")) if not part.isdecimal()) for name in names)
+    keys = [(found[1] if (found := _LAYER.search(n)) else "-", kind) for n, kind in zip(names, kinds_of, strict=True)]
     layers, kinds = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
     return layers, [k.removesuffix("_proj") for k in kinds], [(layers.index(a), kinds.index(b)) for a, b in keys]
 

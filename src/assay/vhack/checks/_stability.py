@@ -33,6 +33,7 @@ from assay.vhack.checks._judge import (
     undecided,
 )
 
+_FEWEST_PAIRS = 2  # of a half, for one difference between clean sides
 _TITLE = "Stability under a group bootstrap"
 _STATISTIC = "mean squared cosine of the principal angles between bases of two halves of the groups"
 
@@ -63,10 +64,13 @@ def check_stability(design: Design) -> Stability:
     if smallest_p > settings.alpha:
         reason = f"{len(names)} groups to fit to, which is too few for a p-value below {settings.alpha:g}"
         return Stability(undecided("stability", _TITLE, _STATISTIC, _rule(settings), reason))
+    sides = [torch.tensor([group in half for group in groups]) for half in _halves(names, settings)]
+    if min(min(int(inside.sum()), int((~inside).sum())) for inside in sides) < _FEWEST_PAIRS:
+        reason = f"{len(names)} groups to fit to, of which a half has fewer than {_FEWEST_PAIRS} pairs"
+        return Stability(undecided("stability", _TITLE, _STATISTIC, _rule(settings), reason))
     signs_BN = swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
     splits = []
-    for index, half in enumerate(_halves(names, settings)):
-        inside = torch.tensor([group in half for group in groups])
+    for index, inside in enumerate(sides):
         generator = np.random.default_rng([settings.seed, 8, index])
         splits.append(_split(design, inside, signs_BN, generator))
     return _judged(design.geometry, splits, settings)
