@@ -103,7 +103,7 @@ def stages(directory, model, keys, nonces):
         for i, body in enumerate(bodies)
     ]
     headers = [{name.lower(): value for name, value in head.items()} for head in heads]
-    found, inbox = {}, Inbox(directory / "stages", epoch_seconds=3600.0)
+    found, inbox = {}, Inbox(directory / "stages", epoch_seconds=3600.0, sample=8)
 
     def timed(name, step, values):
         begun = time.process_time()

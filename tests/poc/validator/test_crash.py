@@ -93,7 +93,7 @@ def test_a_draw_that_was_extended_is_extended_after_a_restart(stopped, small_mod
         return real(self, updates)
 
     monkeypatch.setattr(Ledger, "append", append)
-    stopped.controller.inbox.plan(["node_B"], 16, 16)
+    stopped.controller.inbox.plan(["node_B"], 16)
     with pytest.raises(Killed):
         stopped.controller.worker.step(stopped.controller.loaded.result())
     drawn = {draw.id: draw.planned - draw.drawn for draw in stopped.controller.inbox.unfinished(10)}
@@ -113,7 +113,7 @@ def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ev
     (tmp_path / "nodes.toml").write_text(nodes_text(KEYS[1:]))
     stopped.controller.reread()
     assert stopped.controller.registry.sender("node_A") is None
-    stopped.controller.inbox.plan(["node_A"], 16, 100)
+    stopped.controller.inbox.plan(["node_A"], 100)
     _steps(stopped)
     assert _counted(stopped) == []
     assert "assay_validator_dropped_draws_total 1.0" in stopped.client.get("/metrics").text
@@ -122,7 +122,7 @@ def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ev
 def test_old_messages_are_pruned_and_those_being_drawn_stay(stopped, small_model):
     inbox = stopped.controller.inbox
     assert inbox.prune(keep=3600) == 0
-    inbox.plan(["node_A"], 16, 100)
+    inbox.plan(["node_A"], 100)
     assert inbox.prune(keep=-1) == 0
     _steps(stopped)
     assert inbox.prune(keep=-1) == 1

@@ -10,14 +10,17 @@ import pytest
 from scipy import stats as distributions
 
 from assay.poc.validator import Epoch, commitment, draw, message_seed
-from assay.poc.validator._inbox import Inbox, Message
+from assay.poc.validator._epochs import first_turn
+from assay.poc.validator._inbox import NAME, Inbox, Message
+from assay.poc.validator._schema import MIGRATIONS
+from assay.reports.database import Database
 from tests.poc.validator.conftest import body_of, proof_of
 from tests.waiting import until
 
 
 @pytest.fixture
 def inbox(tmp_path):
-    made = Inbox(tmp_path, epoch_seconds=3600.0)
+    made = Inbox(tmp_path, epoch_seconds=3600.0, sample=8)
     yield made
     made.close()
 
@@ -49,7 +52,7 @@ def test_a_secret_that_is_public_draws_from_nothing_any_more(inbox):
     _end_epoch(inbox)
     secret = bytes.fromhex(inbox.epochs(10)[2]["secret"])
     inbox.add([_message("late")])
-    early, late = inbox.plan(["node_A", "node_A"], 8, 100)
+    early, late = inbox.plan(["node_A", "node_A"], 100)
     assert {early.id, late.id} == {"early", "late"}
     for found in (early, late):
         seed = message_seed(secret, "node_A", found.id, found.digest)
@@ -59,7 +62,7 @@ def test_a_secret_that_is_public_draws_from_nothing_any_more(inbox):
 def test_secrets_survive_a_restart(tmp_path, inbox):
     before = inbox.epochs(10)
     inbox.close()
-    again = Inbox(tmp_path, epoch_seconds=3600.0)
+    again = Inbox(tmp_path, epoch_seconds=3600.0, sample=8)
     assert again.epochs(10) == before
     with sqlite3.connect(tmp_path / "validator.sqlite3") as database:
         assert database.execute("SELECT count(*) FROM epochs").fetchone() == (2,)
@@ -83,6 +86,37 @@ def test_every_place_is_as_likely_as_any_other():
         counts[draw(seed, nonces, 0, 8)] += 1
     assert counts.sum() == 16_000
     assert distributions.chisquare(counts).pvalue > 1e-4
+
+
+def test_a_nonce_is_as_likely_in_a_message_of_any_size(inbox):
+    """A node that hides what it invents in one large message, among many of one honest nonce, gains nothing."""
+    sizes = {1: 2000, 50: 40, 1000: 2}
+    inbox.add([_message(f"{nonces}/{i}", nonces=nonces) for nonces, count in sizes.items() for i in range(count)])
+    drawn = dict.fromkeys(sizes, 0)
+    while sum(drawn.values()) < 600:
+        draws = inbox.plan(["node_A"] * 20, 60)
+        for found in draws:
+            drawn[int(found.id.partition("/")[0])] += found.planned - found.drawn
+        inbox.finish(draws)
+    # About 200 of each, with a standard deviation of 24 at most. Without regard to the size, 500 are of the first kind.
+    assert all(90 <= count <= 310 for count in drawn.values()), drawn
+
+
+def test_messages_that_an_older_version_kept_get_their_turns(tmp_path):
+    Database(tmp_path, name=NAME, migrations=MIGRATIONS[:1]).close()
+    with sqlite3.connect(tmp_path / NAME) as database:
+        database.execute("INSERT INTO senders VALUES (1, 'node_A', 0, 0, 3, 82, 0)")
+        for seq, (seed, nonces, drawn) in enumerate([(2**52, 40, 0), (2**52, 2, 0), (2**52, 40, 8), (5, 0, 0)], 1):
+            row = (seq, 1, str(seq), "generated", 0, 1, seed, b"", nonces, drawn, drawn, b"{}")
+            database.execute("INSERT INTO inbox VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row)
+    database.close()
+    inbox = Inbox(tmp_path, epoch_seconds=3600.0, sample=8)
+    with inbox.database.read() as connection:
+        turns = connection.exec_driver_sql("SELECT turn FROM inbox ORDER BY seq").scalars().all()
+    assert turns == pytest.approx([first_turn(2**52, 40, 8), first_turn(2**52, 2, 8), 12 / 40, 0.0])
+    assert turns[:2] == pytest.approx([0.1, 0.5])
+    assert [found.id for found in inbox.plan(["node_A"] * 5, 100)] == ["1", "2", "3"]
+    inbox.close()
 
 
 def test_the_seed_binds_secret_key_id_and_content():

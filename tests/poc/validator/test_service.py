@@ -155,7 +155,7 @@ def test_another_checkpoint_than_the_pins_is_not_run(small_model, tmp_path):
 
 def test_two_validators_do_not_share_a_directory(validating):
     with validating() as running, pytest.raises(StorageError, match="another"):
-        Inbox(running.controller.service.data_dir, epoch_seconds=1.0)
+        Inbox(running.controller.service.data_dir, epoch_seconds=1.0, sample=8)
 
 
 def test_nodes_are_read_again_when_their_file_changes(validating, small_model, tmp_path):

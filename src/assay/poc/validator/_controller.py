@@ -61,7 +61,7 @@ class Controller:
         self.registry = self._read()
         """Pins and nodes of now."""
         with ExitStack() as opened:
-            self.inbox = Inbox(service.data_dir, epoch_seconds=settings.epoch)
+            self.inbox = Inbox(service.data_dir, epoch_seconds=settings.epoch, sample=settings.sample)
             opened.callback(self.inbox.close)
             self.ledger = Ledger(service.data_dir / LEDGER, alpha=service.alpha, beta=service.beta)
             opened.callback(self.ledger.close)

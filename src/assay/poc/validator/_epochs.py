@@ -6,8 +6,13 @@ it is published one whole epoch ahead. A message that arrives in an epoch is dra
     seed  = the first 53 bits of HMAC-SHA-256(secret, tag ‖ key ‖ id ‖ SHA-256(body))
     order = its nonces, sorted by SHA-256(seed ‖ nonce), both in eight bytes,
 
-and the nonces that are recomputed are the first ones of that order. A node that does not have the secret cannot tell
-which they are. The validator could not choose them: who has the published secret draws them again.
+and the nonces that are recomputed are the first ones of that order. Of the messages of a node, the one with the lowest
+
+    turn  = (nonces drawn before + seed / 2^53 · min(sample, nonces)) / nonces
+
+is next. So of every message the same share is drawn, however a node divides its nonces into messages. A node that does
+not have the secret cannot tell which they are. The validator could not choose them: who has the published secret draws
+them again.
 """
 
 import hashlib
@@ -73,6 +78,20 @@ def message_seed(secret: bytes, public_key: str, message_id: str, digest: bytes)
     # Each after its length, so that no two messages have one text.
     text = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
     return int.from_bytes(hmac.digest(secret, text, "sha256")[:8], "big") >> (64 - SEED_BITS)
+
+
+def first_turn(seed: int, nonces: int, sample: int) -> float:
+    """Return the turn of a message of which nothing was drawn: from 0 to 1, the lowest is drawn from first.
+
+    A draw of so many nonces adds their share of the message, so that turns of all messages rise alike: this is
+    systematic sampling with a random start, in which the chance of a nonce does not depend on the size of its message.
+
+    Args:
+        seed: Number of :func:`message_seed`.
+        nonces: Nonces of the message; one of none is never drawn from.
+        sample: Nonces that are drawn at a time.
+    """
+    return seed / 2**SEED_BITS * min(sample, nonces) / max(nonces, 1)
 
 
 def draw(seed: int, nonces: Sequence[int], first: int, end: int) -> list[int]:

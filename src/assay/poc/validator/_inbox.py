@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from assay.poc.validator._epochs import Epoch, message_seed, new_secret
+from assay.poc.validator._epochs import Epoch, first_turn, message_seed, new_secret
 from assay.poc.validator._schema import MIGRATIONS
 from assay.reports import JsonObject
 from assay.reports.database import Database
@@ -85,13 +85,14 @@ class Inbox:
     Args:
         data_dir: Directory of the file.
         epoch_seconds: Time for which one secret draws.
+        sample: Nonces that are drawn from one message at a time.
 
     Raises:
         StorageError: Another validator has the directory, or the file cannot be written.
     """
 
-    def __init__(self, data_dir: Path, *, epoch_seconds: float) -> None:
-        self._epoch_seconds = epoch_seconds
+    def __init__(self, data_dir: Path, *, epoch_seconds: float, sample: int) -> None:
+        self._epoch_seconds, self._sample = epoch_seconds, sample
         self.database = Database(data_dir, name=NAME, migrations=MIGRATIONS)
         self._senders: dict[str, int] = {}
         self._epoch: Epoch | None = None
@@ -131,14 +132,15 @@ class Inbox:
                     seen.add((sender, message.id))
                     seed = message_seed(epoch.secret, message.public_key, message.id, message.digest)
                     about = (sender, message.id, message.kind, now, epoch.number, seed, message.digest)
-                    rows.append((*about, message.nonces, message.body))
+                    turn = first_turn(seed, message.nonces, self._sample)
+                    rows.append((*about, message.nonces, turn, message.body))
                     tally[0] += 1
                     tally[1] += message.nonces
                 else:
                     tally[2] += 1
             if rows:
-                columns = "sender, id, kind, at, epoch, seed, digest, nonces, body"
-                connection.exec_driver_sql(f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?)", rows)
+                columns = "sender, id, kind, at, epoch, seed, digest, nonces, turn, body"
+                connection.exec_driver_sql(f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
             change = (
                 "UPDATE senders SET last_at=?, messages=messages+?, nonces=nonces+?, repeated=repeated+? WHERE id=?"
             )
@@ -229,15 +231,13 @@ class Inbox:
         with self.database.read() as connection:
             return list(connection.exec_driver_sql(f"SELECT public_key FROM senders WHERE {exists}").scalars())
 
-    def plan(self, public_keys: Sequence[str], sample: int, most: int) -> list[Draw]:
-        """Draw up to ``sample`` nonces from one message of each node, in one transaction; return the draws.
+    def plan(self, public_keys: Sequence[str], most: int) -> list[Draw]:
+        """Draw a sample of nonces from one message of each node, in one transaction; return the draws.
 
-        The message is one of which the least was drawn, and among these the one with the lowest seed. So neither the
-        node nor the validator chooses it.
+        The message is the one whose turn it is, which neither the node nor the validator chooses.
 
         Args:
             public_keys: Nodes to draw from; a node that stands there twice has two messages drawn from.
-            sample: Nonces of one message.
             most: Nonces of all draws together.
         """
         chosen: list[int] = []
@@ -247,8 +247,8 @@ class Inbox:
                     break
                 row = connection.exec_driver_sql(
                     "SELECT seq, min(?, nonces - drawn) FROM inbox WHERE sender = ? AND drawn < nonces "
-                    "AND planned = drawn ORDER BY drawn, seed LIMIT 1",
-                    (min(sample, most), self._senders.get(key, 0)),
+                    "AND planned = drawn ORDER BY turn LIMIT 1",
+                    (min(self._sample, most), self._senders.get(key, 0)),
                 ).first()
                 if row is not None:
                     change = "UPDATE inbox SET planned = drawn + ? WHERE seq = ?"
@@ -277,9 +277,12 @@ class Inbox:
     def finish(self, draws: Sequence[Draw], verdicts: Sequence[JsonObject] = ()) -> None:
         """Note that the evidence of draws is in the ledger, with the verdicts that changed by it."""
         with self.database.write() as connection:
-            rows = [(draw.planned, draw.planned, draw.seq) for draw in draws]
+            rows = [(draw.planned, draw.planned, draw.planned, draw.seq) for draw in draws]
             if rows:
-                connection.exec_driver_sql("UPDATE inbox SET drawn = ?, planned = ? WHERE seq = ?", rows)
+                change = (
+                    "UPDATE inbox SET turn = turn + (? - drawn) * 1.0 / nonces, drawn = ?, planned = ? WHERE seq = ?"
+                )
+                connection.exec_driver_sql(change, rows)
             if verdicts:
                 connection.execute(self.database["verdicts"].insert(), list(verdicts))
 

@@ -1,6 +1,7 @@
 """The tables of a validator, as the list of steps that lead to them. A step, once released, is never edited.
 
 A message is waiting while ``drawn`` is below ``nonces``; ``planned`` is ahead of ``drawn`` while nonces are recomputed.
+Its ``turn`` says when it is drawn from: `assay.poc.validator._epochs.first_turn`.
 """
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -43,5 +44,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             public_key TEXT NOT NULL, account TEXT NOT NULL, at REAL NOT NULL, verdict TEXT NOT NULL,
             nonces INTEGER NOT NULL, seconds REAL NOT NULL, fault TEXT
         )""",
+    ),
+    (
+        "ALTER TABLE inbox ADD COLUMN turn REAL NOT NULL DEFAULT 0",
+        "UPDATE inbox SET turn = (drawn + seed * 1.1102230246251565e-16 * min(nonces, 8)) / nonces WHERE nonces > 0",
+        "DROP INDEX inbox_waiting",
+        "CREATE INDEX inbox_waiting ON inbox (sender, turn) WHERE drawn < nonces AND planned = drawn",
     ),
 )

@@ -204,7 +204,7 @@ class Worker:
         turns, share = math.ceil(nonces / self._settings.sample), self._settings.minimum_share
         known = [key for key in waiting if self._registry().sender(key) is not None]
         chosen = choose(known, self.standings, turns, minimum_share=share, alpha=alpha, beta=beta)
-        draws = self._inbox.plan(chosen, self._settings.sample, nonces) if chosen else []
+        draws = self._inbox.plan(chosen, nonces) if chosen else []
         self._budget.spend(sum(draw.planned - draw.drawn for draw in draws))
         return draws
 
