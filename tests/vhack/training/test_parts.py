@@ -1,5 +1,6 @@
 """Settings, log, pool and rewards by themselves."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -21,7 +22,7 @@ from assay.vhack.training import (
     sample_pool,
     train,
 )
-from assay.vhack.training._rewards import EpisodeReward
+from assay.vhack.training._rewards import FLAGS, EpisodeReward, Outcomes
 from tests.vhack.training.conftest import cheating
 
 
@@ -204,6 +205,13 @@ def test_rewards_and_rates(tasks):
         "correct": [False, True, False, False],
         "failed": [False, False, True, False],
     }
+
+
+def test_every_rollout_is_of_one_kind_whatever_a_reward_says_of_it():
+    """Gradients are kept by kind, and their sum is what the optimizer gets: two kinds would count one rollout twice."""
+    flags = torch.tensor(list(itertools.product([False, True], repeat=len(FLAGS))))
+    kinds = Outcomes(flags).kinds()
+    assert torch.stack(list(kinds.values())).sum(dim=0).tolist() == [1] * len(flags)
 
 
 def test_tasks_come_in_the_same_order_however_long_the_run_is(tasks):

@@ -53,11 +53,12 @@ class Outcomes:
     def kinds(self) -> dict[str, Tensor]:
         """Return the kinds that gradients are kept apart by, [B] bool each; every rollout is of one kind."""
         student, exploited = ~self.column("teacher"), self.column("exploited")
+        correct = self.column("correct") & ~exploited  # a reward of one's own may say both
         return {
             "teacher": ~student,
             "exploited": student & exploited,
-            "correct": student & self.column("correct"),
-            "failed": student & ~exploited & ~self.column("correct"),
+            "correct": student & correct,
+            "failed": student & ~exploited & ~correct,
         }
 
     def rates(self, told: Collection[str] = FLAGS) -> dict[str, float]:
