@@ -244,6 +244,24 @@ def test_generation_runs_on_plain_weights_without_hooks(module, ids, small_svd):
     assert torch.equal(out, greedy)
 
 
+def test_generation_that_calls_itself_leaves_one_set_of_hooks(module, ids, small_svd):
+    plain = module.generate
+
+    def generate(*arguments, again=False, **keywords):
+        return module.generate(*arguments, **keywords) if again else plain(*arguments, **keywords)
+
+    module.generate = generate
+    adapter = DeltaS(module, small_svd)
+    asked = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    wrapped = module.generate
+    wrapped(ids[:, :8], again=True, **asked)
+    linear = module.model.layers[0].mlp.up_proj
+    assert (len(linear._forward_hooks), len(module._forward_pre_hooks)) == (1, 1)
+    adapter.detach()
+    wrapped(ids[:, :8], **asked)
+    assert (len(linear._forward_hooks), len(module._forward_pre_hooks)) == (0, 0)
+
+
 def test_generation_merges_a_step_that_was_just_made(module, ids, small_svd):
     adapter = DeltaS(module, small_svd)
     stored = module.model.layers[0].mlp.up_proj.weight.clone()

@@ -49,10 +49,20 @@ def test_a_state_that_does_not_fit_is_refused(module, small_svd, basis):
     state["vhack"]["start"].pop()
     with pytest.raises(DataError, match="does not fit"):
         optimiser.load_state_dict(state)
+    for shape in [(2, 2), (1, 1)]:
+        state = optimiser.state_dict()
+        state["vhack"]["start"][-1] = torch.zeros(shape)
+        with pytest.raises(DataError, match="does not fit"):
+            optimiser.load_state_dict(state)
+
+
+def test_a_state_that_is_refused_changes_nothing(module, small_svd, basis):
+    _, optimiser = build(module, small_svd, basis)
     state = optimiser.state_dict()
-    state["vhack"]["start"][0] = torch.zeros(2, 2)
+    state["vhack"]["start"] = [start_MR + 1 for start_MR in state["vhack"]["start"]]
     with pytest.raises(DataError, match="does not fit"):
-        optimiser.load_state_dict(state)
+        optimiser.load_state_dict({**state, "param_groups": []})
+    assert not any(start_MR.any() for start_MR in optimiser.state_dict()["vhack"]["start"])
 
 
 def test_schedulers_take_it_for_an_optimiser(module, ids, small_svd, basis):

@@ -285,6 +285,7 @@ class DeltaS(nn.Module):
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
     def _before(self, module: nn.Module, *_: object) -> None:
         if not self._enabled or module is not self.model:
@@ -321,11 +322,13 @@ class DeltaS(nn.Module):
         def plain(*arguments: Any, **keywords: Any) -> Any:
             if self._enabled and self._is_stale():
                 self.refresh()
+            hooked = bool(self._handles)  # not where `generate` calls itself, and not after `detach`
             self._unhook()
             try:
                 return generate(*arguments, **keywords)
             finally:
-                self._hook()
+                if hooked:
+                    self._hook()
 
         return plain
 

@@ -146,11 +146,13 @@ class ProjectedOptimizer(Optimizer):
         """
         try:
             start = state_dict[_KEY]["start"]
-            for mine_MR, theirs_MR in zip(self._start, start, strict=True):
-                mine_MR.copy_(theirs_MR)
+            if [theirs_MR.shape for theirs_MR in start] != [mine_MR.shape for mine_MR in self._start]:
+                raise ValueError("δS of other shapes")
             self.inner.load_state_dict({name: value for name, value in state_dict.items() if name != _KEY})
             self._share_with_inner()
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            for mine_MR, theirs_MR in zip(self._start, start, strict=True):
+                mine_MR.copy_(theirs_MR)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"the state of an optimizer that does not fit: {error}",
                 wanted="one of the same kind around the same adapter, from state_dict",
