@@ -108,8 +108,9 @@ class Database:
         """Open a transaction that is on disk when the block ends, or has changed nothing.
 
         Raises:
-            StorageError: There is no room, or the file cannot be written.
+            StorageError: There is no room, the file cannot be written, or it is no longer in its place.
         """
+        self._check_place()
         # SQLite lets waiting writers poll; this lock is fair among the threads of this process.
         with self._storing(), self._writing, self._writer.begin() as connection:
             yield connection
@@ -151,6 +152,20 @@ class Database:
             # Only now: closing any descriptor of the file gives up the locks that SQLite holds on it.
             os.close(self._file)
             self._file = None
+
+    def _check_place(self) -> None:
+        """Refuse to write to a file that was moved or deleted: SQLite would, and nobody would find it again."""
+        try:
+            if self._file is None or os.path.samestat(os.fstat(self._file), self.path.stat()):
+                return
+            seen = "another file is in the place of the one that is open"
+        except OSError as error:
+            seen = error.strerror or str(error)
+        raise StorageError(
+            f"{self.path}: {seen}",
+            wanted="the file that was opened: what is written would be lost with it",
+            do="stop this process before a database is moved or restored, and start it again",
+        )
 
     def _own(self, data_dir: Path, *, exclusive: bool) -> int:
         """Create the directory and the file where they are missing, and take the lock where it is wanted."""

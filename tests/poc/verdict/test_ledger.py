@@ -228,6 +228,22 @@ def test_a_ledger_that_was_cut_takes_no_more(tmp_path):
         ledger.append([update(9)])
 
 
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_ledger_that_was_moved_away_takes_no_more(tmp_path, copied):
+    """Evidence that is written to a file without a name is gone with the process: better none is acknowledged."""
+    path = tmp_path / "ledger.sqlite3"
+    with Ledger(path) as ledger:
+        ledger.append([update(0)])
+        path.rename(tmp_path / "old")
+        if copied:
+            path.touch()
+        with pytest.raises(StorageError, match="another file" if copied else "No such file"):
+            ledger.append([update(1)])
+        (tmp_path / "old").rename(path)
+        ledger.append([update(1)])
+        assert ledger.head[0] == 2
+
+
 def test_the_life_convicts_where_single_audits_do_not(tmp_path):
     """Evidence of many small audits adds up, and an honest node stays honest."""
     with Ledger(tmp_path / "l.sqlite3") as ledger:
