@@ -46,6 +46,20 @@ def client(store):
     return TestClient(receiver, headers={"Authorization": f"Bearer {KEY}"})
 
 
+def test_an_answer_is_bounded_in_bytes(client, monkeypatch):
+    """Ten thousand callbacks of 2 MiB each would be an answer of 20 GiB."""
+    monkeypatch.setattr(_receiver, "MOST_LISTED", 2 * len(BODY))
+    for number in range(5):
+        client.post("/generated", content=BODY, headers=_signed(SECRET, message_id=f"msg_{number}"))
+    pages, seen = [], 0
+    while found := client.get("/batches", params={"after": seen, "limit": 10_000}).json()["batches"]:
+        pages.append([row["id"] for row in found])
+        seen = found[-1]["seq"]
+    assert pages == [["msg_0", "msg_1"], ["msg_2", "msg_3"], ["msg_4"]]
+    monkeypatch.setattr(_receiver, "MOST_LISTED", 1)
+    assert len(client.get("/batches").json()["batches"]) == 1  # one that is larger is not held back for ever
+
+
 def test_a_callback_is_kept_once(client, tmp_path):
     for new in (True, False, False):
         answer = client.post("/generated", content=BODY, headers=_signed(SECRET))

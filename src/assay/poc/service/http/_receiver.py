@@ -29,6 +29,7 @@ from assay.reports import JsonObject, loads
 log = structlog.get_logger("assay.receiver")
 
 MAX_BODY, MAX_BODIES = 2**21, 2**26
+MOST_LISTED = 2**25  # bytes of the bodies of one answer
 _TOLD_BY = {"fraud_detected": "validated", "receipts": "receipts"}
 DEEPEST = 16  # levels of nesting; a callback of assay has four
 
@@ -60,10 +61,19 @@ class Received:
             return True
 
     def batches(self, after: int, limit: int) -> list[JsonObject]:
-        """Return callbacks after a sequence number, oldest first. A body that is not JSON is None."""
-        received = self._received
+        """Return callbacks after a sequence number, oldest first, fewer than ``limit`` where they are large.
+
+        A body that is not JSON is None.
+        """
+        received, found, size = self._received, list[JsonObject](), 0
         query = sa.select(received).where(received.c.seq > after).order_by(received.c.seq).limit(limit)
-        return [{**row._mapping, "body": _read(row.body)} for row in self._db.rows(query)]
+        with self._db.read() as connection:
+            for row in connection.execute(query, execution_options={"yield_per": 16}):
+                size += len(row.body)
+                if found and size > MOST_LISTED:
+                    break
+                found.append({**row._mapping, "body": _read(row.body)})
+        return found
 
     def stats(self) -> dict[str, int]:
         """Return how many callbacks and nonces there are, and how many copies came more than once."""
