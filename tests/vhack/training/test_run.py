@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from assay.errors import AssayError, DataError, ModelError, UsageError
 from assay.models import load_model
-from assay.vhack.basis import _extract
+from assay.vhack.basis import Basis, _extract
 from assay.vhack.checks import read_source_log
 from assay.vhack.delta import ARMS, DEFAULT_ARM, _delta
 from assay.vhack.training import TrainLog, _run, read_steps, train
@@ -153,6 +153,22 @@ def test_a_run_that_went_down_after_its_last_checkpoint_is_finished(run, tmp_pat
     assert lines(tmp_path / "run") == before
 
 
+def test_a_longer_run_that_went_down_after_its_last_checkpoint_does_not_end_with_the_file_of_the_shorter_one(
+    run, tmp_path
+):
+    delta, log = tmp_path / "run" / "delta.safetensors", tmp_path / "run" / "log.jsonl"
+    run("run", steps=1)
+    shorter = delta.read_bytes()
+    run("run", steps=2)
+    wanted = load(delta.read_bytes())
+    delta.write_bytes(shorter)
+    log.write_bytes(b"".join(line for line in log.read_bytes().splitlines(True) if b'"kind":"end"' not in line))
+    assert run("run", steps=2).resumed_from == 2
+    found = load(delta.read_bytes())
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert lines(tmp_path / "run")[-1] == {"kind": "end", "steps": 2}
+
+
 def test_an_interrupted_checkpoint_is_no_checkpoint(run, tmp_path):
     run("run", steps=4, save_every=2)
     (tmp_path / "run" / "checkpoint-4" / "complete.json").unlink()
@@ -191,12 +207,15 @@ def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path
         ({"pairs": "nofile.jsonl"}, "nofile"),
         ({"pairs": "generated:9", "basis": "odd.safetensors"}, "odd.safetensors"),
         ({"pairs": "generated:2", "method": "lda"}, "2 pairs for lda"),
+        ({"pairs": "generated:2", "method": "lda", "basis": "good.safetensors", "refresh": 1}, "2 pairs for lda"),
     ],
 )
 def test_pairs_and_basis_are_read_before_the_model_is_loaded(settings, tasks, tmp_path, monkeypatch, given, words):
     monkeypatch.setattr(_run, "load_model", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.safetensors").write_bytes(b"odd")
+    one = {"q_proj": torch.ones(1, 1)}
+    Basis(one, {"q_proj": torch.ones(1)}, {"q_proj": torch.tensor([[1, 0]])}).save("good.safetensors")
     with pytest.raises(AssayError, match=words):
         train(settings(**given), tmp_path / "run", tasks=tasks)
 

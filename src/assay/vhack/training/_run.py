@@ -18,7 +18,7 @@ from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_o
 from assay.vhack.environment import CHANNELS
 from assay.vhack.gradients import MIN_COVERAGE, SVDCache, weight_svd
 from assay.vhack.pairs import Pair, find_pairs
-from assay.vhack.training._log import TrainLog, read_steps
+from assay.vhack.training._log import TrainLog, read_records, read_steps
 from assay.vhack.training._own import RewardFunction, Task, require_sandbox, reward_for
 from assay.vhack.training._pool import RolloutPool, end_token, finite_sampling
 from assay.vhack.training._processes import ALONE, Processes, join
@@ -246,6 +246,7 @@ def train(
     processes = join(settings.device)
     checkpoint, done = last_checkpoint(folder)
     settings = _as_begun(folder, settings, done, processes)
+    is_finished = done >= settings.steps and _is_finished(folder, done)
     processes.wait()  # until every process has read what the first will write
     say = console if processes.is_first else None
     if say is not None:
@@ -253,7 +254,7 @@ def train(
     workers = max(1, (os.cpu_count() or 2) // processes.count)
     paid = reward_for(settings, tasks, reward, workers=workers, allow_unsandboxed=allow_unsandboxed)
     _make(folder)
-    if done >= settings.steps and (folder / DELTA).exists():
+    if is_finished:
         return _result(folder, settings, done, processes)
     if pairs is None:  # those of the environment have the loopholes and families of the run
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
@@ -284,7 +285,7 @@ def _check_axes(settings: TrainSettings, pairs: list[Pair]) -> None:
     """Refuse, before the model is loaded, a basis file or pairs that axes cannot come from."""
     if settings.basis is not None:
         Basis.load(settings.basis)  # of the model's weights it must be, too
-    else:
+    if settings.basis is None or settings.refresh:
         select_pairs(
             pairs, n_heldout=0, heldout_groups=None, top_k=settings.k_use, tau_axis=0.0, method=settings.method
         )
@@ -344,6 +345,12 @@ def _as_begun(folder: Path, settings: TrainSettings, done: int, processes: Proce
             do="choose another directory, or the settings of that run",
         )
     return settings
+
+
+def _is_finished(folder: Path, steps: int) -> bool:
+    """Return whether δS of so many steps is there: a run that went on may have been interrupted beside its former."""
+    last = read_records(folder / LOG)[-1]
+    return (folder / DELTA).exists() and last["kind"] == "end" and last.get("steps") == steps
 
 
 def _result(folder: Path, settings: TrainSettings, resumed_from: int, processes: Processes) -> RunResult:
