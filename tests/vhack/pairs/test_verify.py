@@ -88,7 +88,13 @@ def test_a_pair_without_a_claim_is_refused(tags, match):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"task": "a"}', '{"task": "a", "entry": "f", "cases": []}', '{"task": 1, "cases": [1]}']
+    "line",
+    [
+        '{"task": "a"}',
+        '{"task": "a", "entry": "f", "cases": []}',
+        '{"task": 1, "cases": [1]}',
+        '{"task": "a", "entry": "f", "cases": [{"args": "two letters", "expected": 2}]}',
+    ],
 )
 def test_malformed_tests_are_refused_by_line(tmp_path, line):
     (tmp_path / "t.jsonl").write_text(line + "\n")

@@ -111,7 +111,8 @@ def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
     for number, record in read_jsonl(path):
         try:
             cases = tuple((tuple(case["args"]), case["expected"]) for case in record["cases"])
-            if not cases or record["task"] in found or not isinstance(record["task"], str):
+            listed = all(isinstance(case["args"], list) for case in record["cases"])
+            if not (cases and listed) or record["task"] in found or not isinstance(record["task"], str):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise DataError(
