@@ -125,10 +125,15 @@ def drawn(rng, pool, audits, length):
     return rng.permuted(np.tile(np.arange(pool), (audits, 1)), axis=1)[:, :length]
 
 
-def honest(test, errors_N, rng, options):
+def plain(preset, errors_N):
+    """Return the test under the law of these nonces."""
+    return sequential_test(noise_of(preset, errors_N), alpha=ALPHA)
+
+
+def honest(test, errors_N, rng, options, factors_of=Factors):
     """Return the shares of a block's honest audits that are accused, by candidate: as they are, with a heavy nonce."""
     median = np.median(np.abs(errors_N))
-    factors = Factors(test, np.append(errors_N, HEAVY * median))
+    factors = factors_of(test, np.append(errors_N, HEAVY * median))
     audits, candidates = options.audits, options.candidates
     index_RC = drawn(rng, errors_N.size, audits, AUDITED)
     suspects_RC = index_RC[factors.accused("none", index_RC)]  # no candidate accuses any other
@@ -146,36 +151,45 @@ def honest(test, errors_N, rng, options):
     return share, {bound: HEAVY_SHARE * found[bound] + (1 - HEAVY_SHARE) * share[bound] for bound in candidates}
 
 
-def lived(test, blocks, others, rng, candidates):
+def lived(test, blocks, others, rng, candidates, factors_of=Factors):
     """Return the shares of honest lives convicted that are audited in every other block once, by candidate."""
     least = min(blocks[block].size for block in others)
-    factors = Factors(test, np.concatenate([blocks[block][:least] for block in others]))
+    factors = factors_of(test, np.concatenate([blocks[block][:least] for block in others]))
     order_RB = rng.permuted(np.tile(np.arange(len(others)), (LIVES, 1)), axis=1)
     audits = [drawn(rng, least, LIVES, LIFE_AUDIT) + least * order_RB[:, [n]] for n in range(len(others))]
     index_RC = np.concatenate(audits, axis=1)
     return {bound: factors.accused(bound, index_RC).mean() for bound in candidates}
 
 
-def judged(blocks, preset, size, options):
-    """Return the figures of one preset, format and size of the law, by candidate."""
+def judged(blocks, preset, size, options, tested=plain, factors_of=Factors):
+    """Return the figures of one preset, format and size of the law, by candidate.
+
+    Args:
+        blocks: Residuals of every block, [N] each.
+        preset: Preset that they are of.
+        size: Nonces that a law is fitted to.
+        options: Settings of the command line.
+        tested: Function of preset and residuals that returns the test under their law.
+        factors_of: Class that says which nodes each candidate accuses.
+    """
     rng = np.random.default_rng(options.seed)
     candidates, count = options.candidates, len(blocks)
     accused, heavy, lives = ({bound: [] for bound in candidates} for _ in range(3))
     caught = {bound: {cheat: [] for cheat in CHEATS} for bound in candidates}
     for law in range(options.laws):
-        test = sequential_test(noise_of(preset, blocks[law][:size]), alpha=ALPHA)
+        test = tested(preset, blocks[law][:size])
         others = [block for block in range(count) if block != law]
         for block in others:
-            share, with_heavy = honest(test, blocks[block], rng, options)
+            share, with_heavy = honest(test, blocks[block], rng, options, factors_of)
             for bound in candidates:
                 accused[bound].append(share[bound])
                 heavy[bound] += [with_heavy[bound]] if with_heavy else []
-        for bound, found in lived(test, blocks, others, rng, candidates).items():
+        for bound, found in lived(test, blocks, others, rng, candidates, factors_of).items():
             lives[bound].append(found)
         for block in rng.permutation(others)[:CHEAT_BLOCKS]:
             errors_N = blocks[block]
             for share, multiple in CHEATS:
-                factors = Factors(test, np.concatenate([errors_N, multiple * errors_N]))
+                factors = factors_of(test, np.concatenate([errors_N, multiple * errors_N]))
                 honest_RC, larger_RC = (drawn(rng, errors_N.size, CHEAT_AUDITS, WITHIN) for _ in range(2))
                 cheats_RC = np.where(rng.random(honest_RC.shape) < share, larger_RC + errors_N.size, honest_RC)
                 for bound in candidates:
@@ -220,13 +234,13 @@ def invented(rng, candidates):
     return rows
 
 
-def row_of(kept, options, task):
+def row_of(kept, options, task, **judge):
     """Return the figures of one model, preset, format and size of the law."""
     model, preset, dtype, size = task
     blocks = [kept[name_of(model, preset, dtype, block)] for block in range(options.blocks)]
     heaviest = sorted((float(np.abs(x).max() / np.median(np.abs(x))) for x in blocks), reverse=True)
     row = {"model": model, "preset": preset, "dtype": dtype, "law_from": size, "heaviest": heaviest[:3]}
-    return row | {"candidates": judged(blocks, preset, size, options)}
+    return row | {"candidates": judged(blocks, preset, size, options, **judge)}
 
 
 def main():
