@@ -119,6 +119,34 @@ def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ev
     assert "assay_validator_dropped_draws_total 1.0" in stopped.client.get("/metrics").text
 
 
+def test_standings_can_be_read_while_others_take_their_place(stopped, small_model):
+    """Requests read them in other threads: a dictionary that grows meanwhile was an error for who asked."""
+    _steps(stopped)
+    worker = stopped.controller.worker
+    reading = iter(worker.standings.values())
+    stopped.send(body_of(proof_of(small_model, "node_B", range(60))), id="m2")
+    _steps(stopped)
+    assert [standing.account.public_key for standing in reading] == ["node_A"]
+    assert list(worker.standings) == ["node_A", "node_B"]
+
+
+def test_evidence_on_an_old_build_does_not_stand_for_the_present_one(stopped, small_model, tmp_path):
+    """Pins that change while a pass runs: what it finds is of the build that its claims were read under."""
+    controller, pins = stopped.controller, tmp_path / "pins.toml"
+    real = controller.worker._ledger.append
+
+    def append(updates):
+        found = list(updates)
+        pins.write_text(pins.read_text().replace('name = "cpu"', 'name = "new"'))
+        controller.registry = controller._read()
+        return real(found)
+
+    controller.worker._ledger.append = append
+    controller.worker.step(controller.loaded.result())
+    assert [account.build for account in controller.ledger.accounts()] == ["cpu"]
+    assert controller.worker.standings == {}
+
+
 def test_old_messages_are_pruned_and_those_being_drawn_stay(stopped, small_model):
     inbox = stopped.controller.inbox
     assert inbox.prune(keep=3600) == 0

@@ -9,7 +9,7 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -128,8 +128,9 @@ class Worker:
         self._budget = Budget(settings.nonces_per_hour)
         self._closing = threading.Event()
         self._first = {key: row["first_at"] for key, row in inbox.senders().items()}
-        self.standings: dict[str, Standing] = {}
-        """Evidence of every node on its present build, by key."""
+        self._recording = threading.Lock()
+        self.standings: Mapping[str, Standing] = {}
+        """Evidence of every node on its present build, by key. Another one takes its place; none is changed."""
         self._last = inbox.latest_verdicts()
         self.waiting = 0
         """Number of nodes that had something to draw from at the last look."""
@@ -140,13 +141,17 @@ class Worker:
 
     def load_standings(self) -> None:
         """Read the evidence of the nodes on their present builds from the ledger."""
+        with self._recording:  # or evidence that is added meanwhile would be taken back
+            self.standings = self._present(self._ledger.standings())
+
+    def _present(self, standings: Iterable[Standing]) -> dict[str, Standing]:
+        """Return those of accounts on the present builds of the nodes, by key."""
         registry = self._registry()
-        found: dict[str, Standing] = {}
-        for standing in self._ledger.standings():
-            sender = registry.sender(standing.account.public_key)
-            if sender is not None and account_of(sender.public_key, registry) == standing.account:
-                found[sender.public_key] = standing
-        self.standings = found
+        return {
+            standing.account.public_key: standing
+            for standing in standings
+            if standing.account == account_of(standing.account.public_key, registry)
+        }
 
     def start(self, loaded: "Future[Deployment]") -> None:
         """Start the thread once the model is loaded."""
@@ -220,11 +225,12 @@ class Worker:
         self._metrics.batch_seconds.observe(time.perf_counter() - started)
         if short:
             self._budget.spend(self._inbox.extend(short, AUDIT))
-        standings = self._ledger.append(self._update(found, registry) for found in checked if not found.is_short)
-        now = {standing.account.public_key: standing for standing in standings}
+        with self._recording:
+            standings = self._ledger.append(self._update(found, registry) for found in checked if not found.is_short)
+            now = {standing.account.public_key: standing for standing in standings}
+            self.standings = {**self.standings, **self._present(now.values())}
         changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
         self._inbox.finish([source for source in draws if source.seq not in short], changes)
-        self.standings |= now
         self._last |= {change["account"]: change["verdict"] for change in changes}
         self._metrics.nonces.inc(sum(len(found.drawn.places) for found in checked if not found.is_short))
         for change in changes:
