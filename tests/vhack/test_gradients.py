@@ -138,6 +138,16 @@ def test_they_can_be_had_where_gradients_are_off(small_model, byte_tokenizer, sa
     assert worst_error(again, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_they_are_those_of_the_weights_in_a_loop_with_autocast(
+    small_model, byte_tokenizer, samples, small_svd, wanted, threads, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
+    assert worst_error(found, wanted) < 1e-5
+
+
 def test_progress_counts_samples(small_model, byte_tokenizer, samples, small_svd):
     seen = []
     per_sample_gradients(

@@ -152,6 +152,11 @@ class Replica:
         Raises:
             RuntimeError: The batch does not fit (:func:`assay.errors.is_out_of_memory`).
         """
+        # In the dtype of the weights, also in a training loop that computes in another one.
+        with torch.autocast(self.module.device.type, enabled=False):
+            return self._computed(encoded)
+
+    def _computed(self, encoded: list[Encoded]) -> Computed:
         batch = Batch.build(encoded, self.module.device, packed=self.recipe.packed)
         self._batch = batch
         self._found.clear()
