@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import structlog
 import uvicorn
 from fastapi import FastAPI, Request
 from structlog.testing import capture_logs
@@ -279,3 +280,13 @@ def test_a_client_cannot_make_the_log_grow_at_will(monkeypatch):
 def test_malformed_requests_are_not_logged_one_by_one(restored_logs):
     configure_logs("json")
     assert not logging.getLogger("uvicorn.error").isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_what_a_sender_names_does_not_steer_the_terminal_of_the_log(restored_logs, capsys, form):
+    configure_logs(form)
+    structlog.get_logger("assay.receiver").info("callback", id="msg_\x9b2J\x1b[2J\u202e", kind="a\nforged")
+    written = capsys.readouterr().err
+    assert written.count("\n") == 1
+    assert written.rstrip("\n").isprintable()
+    assert "9b2J" in written

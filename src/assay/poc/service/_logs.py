@@ -8,20 +8,24 @@ from typing import Literal
 
 import structlog
 
+from assay.errors import visible
+
+LONGEST_TEXT = 2**16  # characters of one value: a traceback is the longest
+
 
 def configure_logs(form: Literal["console", "json"]) -> None:
     """Send the logs of the service and of its libraries to stderr."""
-    last: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
+    rendered: list[structlog.typing.Processor] = (
+        [structlog.processors.JSONRenderer()]  # writes control characters out by itself
         if form == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        else [_written_out, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     )
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            last,
+            *rendered,
         ],
         wrapper_class=structlog.make_filtering_bound_logger("info"),
         logger_factory=lambda *names: _Stderr(),
@@ -31,6 +35,11 @@ def configure_logs(form: Literal["console", "json"]) -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     # It would warn of every malformed request, and so let any client fill the disk.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
+
+def _written_out(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Write control characters out: an id that a sender chose must not steer the terminal that shows the log."""
+    return {name: visible(value, LONGEST_TEXT) if isinstance(value, str) else value for name, value in event.items()}
 
 
 class LogBudget:
