@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import (
     Basis,
     Pair,
@@ -232,6 +232,14 @@ def test_a_stale_file_is_refused(tmp_path, small_model, byte_tokenizer, small_pa
     asked = {"svd": small_svd, "n_heldout": 2, **change}
     with pytest.raises(DataError, match=message):
         extract(small_pairs, small_model, tokenizer=byte_tokenizer, path=path, **asked)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path, monkeypatch, small_model, byte_tokenizer, small_pairs
+):
+    monkeypatch.setattr(_extract, "pair_gradients", None)
+    with pytest.raises(StorageError, match="No such file or directory"):
+        extract(small_pairs, small_model, tokenizer=byte_tokenizer, path=tmp_path / "missing" / "basis.safetensors")
 
 
 def test_a_basis_of_other_weights_is_refused(tmp_path, small_model, basis):

@@ -61,7 +61,8 @@ class Origin:
         pairs: Keys of the pairs that were used, in order.
         groups: Groups of these pairs, in the same order.
         skipped: Keys of the pairs that were left out because their sides do not differ.
-        captured: Share of the gradient's energy ‖g‖² that ``rank`` directions hold, 1 for all.
+        captured: Share of the gradient's energy ‖g‖² that ``rank`` directions hold; 1 for all, and where factors were
+            given truncated, from which it cannot be measured.
         coverage: Share of the model's weights that the modules of the basis are, and the matrices left out.
         tokens: Number of tokens of the pairs that came to each expert, by the name of the module that holds them.
     """

@@ -10,6 +10,7 @@ import torch
 
 from assay.errors import DataError, UsageError
 from assay.models import Model
+from assay.reports import check_new_file
 from assay.streams import dtype_name
 from assay.vhack.basis._basis import Basis, Origin, check_axis_settings
 from assay.vhack.basis._paired import PairGradients, check_method
@@ -146,8 +147,9 @@ def pair_gradients(
         names: Names of the pairs in error messages; None numbers them.
         svd: Factors of all weights; None computes them.
         rank: Number of singular directions to keep per matrix, the strongest first; None keeps all. The share of the
-            gradient that they hold is measured on the first pair, over all modules, and kept as ``origin.captured``.
-            Unless factors are given, full ones never exist of more than an eighth of the modules.
+            gradient that they hold is measured on the first pair, over all modules, and kept as ``origin.captured``,
+            which stays 1 where ``svd`` is truncated already. Unless factors are given, full ones never exist of more
+            than an eighth of the modules.
         factors: Dtype of the factors, as in :func:`weight_svd`.
         cache: Directory of factors on disk; None keeps nothing there.
         min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
@@ -282,6 +284,8 @@ def extract(
             "given": tuple(sorted(pair.key for pair in used)),
         }
         return Basis.load(path, model, expect=expected)
+    if path is not None:
+        check_new_file(path)
     labels = _named(pairs)
     gradients = pair_gradients(
         used,
