@@ -37,7 +37,7 @@ def configure_logs(form: Literal["console", "json"]) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
-def _written_out(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+def _written_out(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Write control characters out: an id that a sender chose must not steer the terminal that shows the log."""
     return {name: visible(value, LONGEST_TEXT) if isinstance(value, str) else value for name, value in event.items()}
 
