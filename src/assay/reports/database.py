@@ -7,6 +7,7 @@ not imported with its package: it would make every command wait for SQLAlchemy.
 import fcntl
 import os
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -154,7 +155,7 @@ class Database:
             self._file = None
 
     def _check_place(self) -> None:
-        """Refuse to write to a file that was moved or deleted: SQLite would, and nobody would find it again."""
+        """Refuse to write to a file that was moved or deleted: SQLite would, and the next start would miss it all."""
         try:
             if self._file is None or os.path.samestat(os.fstat(self._file), self.path.stat()):
                 return
@@ -278,6 +279,11 @@ def _open_private(path: Path, *, exclusive: bool, flag: str) -> int:
     SQLite gives its journal the permissions of the database.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StorageError(
+            f"{path} is a pipe or a device", wanted="a database, or no file yet", do=f"pass another {flag}"
+        )
     try:
         if exclusive:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

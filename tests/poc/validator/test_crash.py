@@ -1,5 +1,7 @@
 """A pass that dies between its steps: nothing is lost, and nothing counts twice."""
 
+import time
+
 import pytest
 
 from assay.poc.validator._inbox import Inbox
@@ -155,3 +157,11 @@ def test_old_messages_are_pruned_and_those_being_drawn_stay(stopped, small_model
     _steps(stopped)
     assert inbox.prune(keep=-1) == 1
     assert stopped.node("node_A")["messages"] == 1
+
+
+def test_a_clock_that_is_suddenly_far_ahead_deletes_no_message(stopped, monkeypatch):
+    """What was acknowledged and not drawn yet would be lost without a trace."""
+    now = time.time()
+    monkeypatch.setattr("assay.poc.validator._inbox.time.time", lambda: now + 10 * 86_400)
+    assert stopped.controller.inbox.prune(keep=3600) == 0
+    assert stopped.controller.inbox.prune(keep=-3600) == 1

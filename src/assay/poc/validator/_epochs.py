@@ -91,7 +91,7 @@ def first_turn(seed: int, nonces: int, sample: int) -> float:
         nonces: Nonces of the message; one of none is never drawn from.
         sample: Nonces that are drawn at a time.
     """
-    return seed / 2**SEED_BITS * min(sample, nonces) / max(nonces, 1)
+    return seed / (1 << SEED_BITS) * min(sample, nonces) / max(nonces, 1)
 
 
 def draw(seed: int, nonces: Sequence[int], first: int, end: int) -> list[int]:

@@ -96,6 +96,7 @@ class Inbox:
         self.database = Database(data_dir, name=NAME, migrations=MIGRATIONS)
         self._senders: dict[str, int] = {}
         self._epoch: Epoch | None = None
+        self._started = time.time() - time.monotonic()
         with self.database.write() as connection:
             self._roll(connection, time.time())
             for number, key in connection.exec_driver_sql("SELECT id, public_key FROM senders"):
@@ -321,8 +322,12 @@ class Inbox:
         return dict(self.database.rows(sa.select(*sums))[0]._mapping)
 
     def prune(self, keep: float) -> int:
-        """Delete messages older than ``keep`` seconds of which nothing is being recomputed; return how many."""
+        """Delete messages older than ``keep`` seconds of which nothing is being recomputed; return how many.
+
+        A clock that is suddenly far ahead deletes nothing: time is counted from the start of the process.
+        """
+        now = min(time.time(), self._started + time.monotonic())
         with self.database.write() as connection:
             # A part at a time: one long transaction would hold up every message that arrives.
             old = "SELECT seq FROM inbox WHERE at < ? AND planned = drawn LIMIT 5000"
-            return connection.exec_driver_sql(f"DELETE FROM inbox WHERE seq IN ({old})", (time.time() - keep,)).rowcount
+            return connection.exec_driver_sql(f"DELETE FROM inbox WHERE seq IN ({old})", (now - keep,)).rowcount
