@@ -164,6 +164,9 @@ def test_pools_that_cannot_be_used_name_the_line(tmp_path, model, seen):
     path.write_text("".join(json.dumps(line) + "\n" for line in (good, {**good, **BAD_ROLLOUTS[seen]})))
     with pytest.raises(DataError, match=f"line [12]: .*{seen}"):
         RolloutPool.load(path, model.tokenizer, max_new_tokens=1 if not BAD_ROLLOUTS[seen] else 2)
+    path.write_text(json.dumps({name: value for name, value in good.items() if name != "tokens"}) + "\n")
+    with pytest.raises(DataError, match="line 1: no 'tokens'"):
+        RolloutPool.load(path, model.tokenizer, max_new_tokens=2)
     path.write_text("")
     with pytest.raises(DataError, match="no rollout"):
         RolloutPool.load(path, model.tokenizer, max_new_tokens=2)

@@ -65,7 +65,7 @@ def read_source_log(path: str | Path) -> list[SourceCin]:
                 raise ValueError(f"source {entry.source} twice in step {entry.step}")
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"{path}, line {number}: {error}",
+                f"{path}, line {number}: {f'no {error}' if isinstance(error, KeyError) else error}",
                 wanted='{"step": 0, "source": "teacher", "cin": 0.2}, each source once a step, cin in [0, 1]',
                 do="correct the line",
             ) from None

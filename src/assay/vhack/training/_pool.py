@@ -111,7 +111,7 @@ def _checked(
             raise ValueError("a log-probability above 0")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
-            f"{name}: {error!s}",
+            f"{name}: {f'no {error}' if isinstance(error, KeyError) else error}",
             wanted='{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token',
             do="correct the line",
         ) from None
