@@ -43,6 +43,8 @@ CASES = {  # kind of checkpoint, dtype
     "int4 W4A16 with zeros, compressed-tensors": ("packed-zeros", "bfloat16"),
     "int8 W8A8, compressed-tensors, in float32": ("int8", "float32"),
     "not quantised": ("plain", "bfloat16"),
+    "not quantised, cache in fp8": ("fp8-cache", "bfloat16"),
+    "not quantised, cache in fp8, in float32": ("fp8-cache", "float32"),
     "Falcon-H1": ("falcon_h1", "bfloat16"),
     "Granite 4, hybrid": ("granitemoehybrid", "bfloat16"),
     "LFM2": ("lfm2", "bfloat16"),
@@ -62,7 +64,11 @@ MIXTURES = ("qwen3-moe", "mixtral")
 HYBRIDS = ("falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_next", "jamba")
 WRAPPERS = ("smolvlm", "qwen2_5_vl")
 WITH_VIDEOS = ("qwen2_5_vl",)
-OPTIONS = {"lfm2": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}}
+WHOLE = ("plain", "fp8-cache")
+OPTIONS = {
+    "fp8-cache": {"kv_cache_dtype": "fp8"},
+    "lfm2": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
+}
 PRESETS = ("poc-2.0", "hardened")
 SEQ_LEN, NONCES = 64, 64
 
@@ -98,7 +104,7 @@ def version():
 def checkpoint(kind, folder):
     """Make a checkpoint of a kind, once; return its directory."""
     source = checkpoint_directory(PLAIN)
-    if kind == "plain":
+    if kind in WHOLE:
         return source
     path = folder / kind
     if not path.exists():

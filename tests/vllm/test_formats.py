@@ -26,6 +26,7 @@ RUN = {
     "int4 W4A16, AWQ": ("int4-groups", "CPUWNA16LinearKernel"),
     "int4 W4A16, GPTQ": ("int4-groups", "CPUWNA16LinearKernel"),
     "Qwen3-MoE": ("bfloat16", "experts CPUUnquantizedExperts"),
+    "not quantised, cache in fp8": ("bfloat16+fp8_e4m3-cache", "vllm 0.32"),
 }
 REFUSED = {
     "int4 W4A16, compressed-tensors, in float32": "pass --dtype bfloat16",

@@ -396,7 +396,6 @@ def test_an_ordinary_engine_takes_calls(newest):
         ({"parallel_config__enable_eplb": True}, "eplb"),
         ({"parallel_config__use_ubatching": True}, "dbo"),
         ({"scheduler_config__max_num_batched_tokens": 7}, "longer than a step"),
-        ({"cache_config": SimpleNamespace(cache_dtype="fp8")}, "number format"),
     ],
 )
 def test_settings_under_which_nonces_stay_requests_are_named(newest, changed, word: str):

@@ -176,17 +176,18 @@ def test_the_controller_is_closing_before_vllm_ends_its_engine(loop):
     assert seen == [(True, True, 3), (True, True, 0)]
 
 
-def test_the_fingerprint_names_the_kernels_and_a_cache_of_another_format(loop, monkeypatch: pytest.MonkeyPatch):
+def test_the_fingerprint_names_the_kernels_and_the_formats_of_weights_and_cache(loop, monkeypatch: pytest.MonkeyPatch):
     engine = engine_on(DyingLLM(None), loop[0], monkeypatch)
     worker = {"runner": "v2", "device": "H200", "attention": "FLASH_ATTN", "threads": 0, "eager": False}
-    engine._client.description |= worker | {"tensor_parallel": 2, "pipeline_parallel": 1, "cache": ["kv fp8"]}
-    engine._client.description |= {"format": "", "products": []}
+    engine._client.description |= worker | {"tensor_parallel": 2, "pipeline_parallel": 1, "cache": "fp8_e4m3-cache"}
+    engine._client.description |= {"format": "", "dtype": "bfloat16", "products": []}
     fingerprint = engine.fingerprint
-    assert fingerprint.kernels == ("runner v2", "tp 2", "pp 1", "compiled", "kv fp8")
-    assert fingerprint.as_dict()["library"] == "vllm 0, runner v2, tp 2, pp 1, compiled, kv fp8"
+    assert fingerprint.dtype == "bfloat16+fp8_e4m3-cache"
+    assert fingerprint.kernels == ("runner v2", "tp 2", "pp 1", "compiled")
+    assert fingerprint.as_dict()["library"] == "vllm 0, runner v2, tp 2, pp 1, compiled"
     del engine.fingerprint
-    engine._client.description["cache"] = []
-    assert engine.fingerprint.as_dict()["library"] == "vllm 0, runner v2, tp 2, pp 1, compiled"  # as the first version
+    engine._client.description["cache"] = ""
+    assert engine.fingerprint.dtype == "bfloat16"
     del engine.fingerprint
     engine._client.description |= {"format": "int8-rows", "products": ["CPUInt8ScaledMMLinearKernel onednn"]}
     assert (engine.fingerprint.dtype, engine.fingerprint.kernels[-1]) == (

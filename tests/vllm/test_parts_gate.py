@@ -13,7 +13,8 @@ from assay.errors import BackendUnavailable, UsageError
 from assay.models import identify
 from assay.poc import NetworkPins, get_pipeline
 from assay.poc.engines.vllm import _compatibility
-from assay.poc.engines.vllm._settings import other_cache
+from assay.poc.engines.vllm._settings import other_cache, rounded_cache
+from assay.poc.protocol import CACHES
 from assay.poc.serving import _preflight, _servers, before_start, plugin
 from tests.vllm.conftest import ROOT
 
@@ -118,7 +119,7 @@ def test_the_settings_that_docs_recommend_pass_the_gate():
     ],
 )
 def test_settings_that_move_nothing_pass(changes):
-    assert other_cache(settings_of_vllm(**changes)) == []
+    assert (other_cache(settings_of_vllm(**changes)), rounded_cache(settings_of_vllm(**changes))) == ([], "")
     _compatibility.check_config(settings_of_vllm(**changes))
 
 
@@ -140,7 +141,7 @@ def test_settings_that_move_nothing_pass(changes):
         ("cache_config.kv_sharing_fast_prefill", True, "fast-prefill"),
         ("model_config.hf_overrides", {"rope_theta": 1e6}, "--hf-overrides"),
         ("lora_config", SimpleNamespace(max_lora_rank=8), "--enable-lora on the CPU"),
-        ("cache_config.cache_dtype", "fp8", "(kv fp8)"),
+        ("cache_config.cache_dtype", "fp8_e5m2", "(kv fp8_e5m2)"),
         ("cache_config.cache_dtype", "float16", "--kv-cache-dtype"),
         ("cache_config.cache_dtype", "nvfp4", "(kv nvfp4)"),
         ("cache_config.calculate_kv_scales", True, "--calculate-kv-scales"),
@@ -178,6 +179,30 @@ def test_workers_are_run_only_in_ways_that_were_tried(
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.platforms", vllm.platforms)
     config = settings_of_vllm(**{"parallel_config.distributed_executor_backend": executor})
+    check_config_says(config, words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "words"),
+    [
+        ({}, "0.32.0", None),
+        ({"cache_config.cache_dtype": "fp8_e4m3"}, "0.32.0", None),
+        ({}, "0.28.0", "vLLM 0.28.0 with --kv-cache-dtype fp8"),
+        ({"device_config.device_type": "cuda"}, "0.32.0", "--kv-cache-dtype fp8 on cuda"),
+        (
+            {"model_config.is_hybrid": True, "model_config.architecture": "FalconH1ForCausalLM"},
+            "0.32.0",
+            "keep a state",
+        ),
+        ({"cache_config.calculate_kv_scales": True}, "0.32.0", "(kv scales)"),
+    ],
+)
+def test_a_cache_in_eight_bits_is_taken_where_it_was_run(
+    changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_compatibility, "_version", lambda: version)
+    config = settings_of_vllm(**{"cache_config.cache_dtype": "fp8"} | changes)
+    assert rounded_cache(config) == CACHES[0]
     check_config_says(config, words)
 
 
@@ -287,6 +312,8 @@ def test_servers_share_their_counts_and_the_first_one_begins_anew(tmp_path: Path
         ({}, {}, None),
         ({"library": "vllm 0.31.*"}, {}, "library vllm 0.32.0"),
         ({"dtype": "float32", "engine": "hf"}, {}, "engine vllm, dtype bfloat16"),
+        ({}, {"cache_config.cache_dtype": "fp8"}, "dtype bfloat16+fp8_e4m3-cache"),
+        ({"dtype": "bfloat16+fp8_e4m3-cache"}, {"cache_config.cache_dtype": "fp8"}, None),
         ({"torch": "1.0"}, {}, "torch "),
         ({"digest": "0" * 64}, {}, "model '"),
         ({}, {"model_config.max_model_len": 256}, "255 positions"),

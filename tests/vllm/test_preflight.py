@@ -52,7 +52,7 @@ def test_a_server_as_docs_recommend_it_starts(start, command):
         ("-dp 2 -dpl 1 -asc 1", "2 data-parallel engines that it does not start"),
         ("-asc=2", None),
         ("--revision main", "--revision main"),
-        ("--kv-cache-dtype fp8", "kv fp8"),
+        ("--kv-cache-dtype fp8_e5m2", "kv fp8_e5m2"),
         ("--quantization fp8 --dtype bfloat16", "--quantization fp8"),
         ("--load-format dummy", "--load-format dummy"),
         ("--load-format pt", "--load-format pt"),
@@ -120,8 +120,8 @@ def test_what_is_missing_is_named_with_the_flag_to_add(start):
 @pytest.mark.parametrize("command", [SERVE, MODULE])
 def test_a_configuration_file_counts_as_the_command_line(start, command, tmp_path: Path):
     path = tmp_path / "server.yaml"
-    path.write_text("enable-prompt-embeds: true\nkv-cache-dtype: fp8\n")
-    assert "kv fp8" in start(*command, *NEEDED[1:], "--config", str(path))
+    path.write_text("enable-prompt-embeds: true\nkv-cache-dtype: fp8_e5m2\n")
+    assert "kv fp8_e5m2" in start(*command, *NEEDED[1:], "--config", str(path))
     path.write_text("dtype: float32\nenable-prompt-embeds: true\n")
     assert start(*command, *NEEDED[1:3], "--config", str(path)) is None
     assert os.environ["TRITON_F32_DEFAULT"] == "ieee"

@@ -11,15 +11,15 @@ from _vllm_forked import ForkedServer
 from tests.vllm.conftest import ON_GPU
 
 ENGINES = ("vLLM with 2 data-parallel engines", "start one server per engine")
-CACHE = ("vLLM with a cache of another number format (kv fp8)", "leave --kv-cache")
+CACHE = ("vLLM with a cache of another number format (kv fp8_e5m2)", "leave --kv-cache")
 BY_ARGUMENT = {
     "engines": ({"--data-parallel-size": "2", "--data-parallel-size-local": "1"}, *ENGINES),
     "embeds": ({"--enable-prompt-embeds": False}, "vLLM with no --enable-prompt-embeds", "add --enable-prompt-embeds"),
-    "cache": ({"--kv-cache-dtype": "fp8"}, *CACHE),
+    "cache": ({"--kv-cache-dtype": "fp8_e5m2"}, *CACHE),
 }
 BY_FILE = {
     "engines-in-file": ("data-parallel-size: 2\ndata-parallel-size-local: 1", *ENGINES),
-    "cache-in-file": ("kv-cache-dtype: fp8", *CACHE),
+    "cache-in-file": ("kv-cache-dtype: fp8_e5m2", *CACHE),
 }
 ON_CPU = {
     "adapters": ({"--enable-lora": None}, "vLLM with --enable-lora on the CPU", "leave it out, or serve on a GPU"),

@@ -66,7 +66,9 @@ def judging_engine(options: "VerifySettings", header: "Header") -> "Iterator[tup
         BackendUnavailable: vLLM is not installed, or not in a version that was tested.
         ModelError: The model cannot be loaded.
     """
-    dtype = options.dtype or header.fingerprint.dtype
+    from assay.poc.protocol import of_weights
+
+    dtype = options.dtype or of_weights(header.fingerprint.dtype)
     if options.engine == "hf":
         yield load(options.model, dtype, options.device), None
         return
@@ -80,7 +82,7 @@ def judging_engine(options: "VerifySettings", header: "Header") -> "Iterator[tup
     shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
     with vllm_engine(options.model, dtype=None if stored else dtype, device=options.device, **shape) as made:
         _, engine = made
-        if stored and engine.fingerprint.dtype != dtype:
+        if stored and of_weights(engine.fingerprint.dtype) != dtype:
             raise UsageError(
                 f"{dtype} on vLLM, of a checkpoint in {engine.fingerprint.dtype}",
                 wanted="the format in which the checkpoint is stored",
@@ -94,6 +96,34 @@ def load(model: str, dtype: str | None, device: str | None, world: "World | None
     from assay.models import in_format, load_model
 
     return load_model(model, **in_format(dtype), device=device, mesh=world.mesh if world else None)
+
+
+def check_loadable(model: str, dtype: str | None, device: str | None) -> None:
+    """Refuse what :func:`load` refuses, as far as no weights must be read for it."""
+    from assay.models import check_loadable, in_format
+
+    check_loadable(model, quantise=in_format(dtype)["quantise"], device=device)
+
+
+def check_judging(options: "VerifySettings", header: "Header") -> None:
+    """Refuse a model that does not load or is made for fewer positions, before a ledger is begun for its verdict.
+
+    Raises:
+        ProofMismatch: The model has fewer positions than the proof.
+        AssayError: As of :func:`judging_engine`.
+    """
+    from assay.errors import ProofMismatch
+    from assay.models import model_info
+
+    if options.engine == "hf":
+        check_loadable(options.model, options.dtype, options.device)
+    info, positions = model_info(options.model), header.round.seq_len + header.pipeline.steps
+    if positions > info.max_positions:
+        raise ProofMismatch(
+            f"a proof of {positions} positions",
+            wanted=f"at most the {info.max_positions} of {info.reference}",
+            do="pass the model of the round with --model, or ask the node for its proof of this round",
+        )
 
 
 def _eight_bits(dtype: str | None) -> bool:
@@ -159,16 +189,28 @@ def _refuse_tensor_parallel(options: "ProveSettings") -> None:
 
 
 def _refuse_for_vllm(options: "ProveSettings", dtype: str | None) -> None:
+    from assay.models import model_info
     from assay.poc import get_pipeline
+    from assay.poc.engines.hf import check_shape
 
-    _refuse_pipeline_for_vllm(get_pipeline(options.preset))
-    plain = options.kernels == "auto" and options.tensor_parallel == 1 and not options.deterministic
-    if not plain or options.batch_size == "auto" or _eight_bits(dtype):
+    pipeline = get_pipeline(options.preset)
+    _refuse_pipeline_for_vllm(pipeline)
+    of_hf = {
+        f"--kernels {options.kernels}": options.kernels != "auto",
+        "--deterministic": options.deterministic,
+        f"--tensor-parallel {options.tensor_parallel}": options.tensor_parallel != 1,
+        "--batch-size auto": options.batch_size == "auto",
+        f"--dtype {dtype}": _eight_bits(dtype),
+    }
+    if given := [flag for flag, is_given in of_hf.items() if is_given]:
         raise UsageError(
-            "an option of the hf engine with vllm",
+            f"{given[0]} with --engine vllm",
             wanted="no --kernels, --deterministic or --tensor-parallel, a batch size in numbers, and a dtype",
-            do="set vLLM's own options in ASSAY_VLLM_ARGS",
+            do=f"leave {given[0].split()[0]} out; ASSAY_VLLM_ARGS holds vLLM's own options",
         )
+    # vLLM needs half a minute before it can say this.
+    size = _number(options.batch_size)
+    check_shape(model_info(options.model), batch_size=size, seq_len=options.seq_len, steps=pipeline.steps)
 
 
 def _refuse_pipeline_for_vllm(pipeline: "Pipeline") -> None:

@@ -1,7 +1,7 @@
 """``assay poc replay`` and ``calibrate-responses``: run responses again, by one prefill each."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli import _ledger
-from assay.cli._engines import load, refuse_eight_bits
+from assay.cli._engines import check_loadable, load, refuse_eight_bits
 from assay.cli._output import JsonFlag, emit_document, progress_bar, show_values, table
 from assay.cli._respond import with_token_ids
 from assay.cli._settings import settings
@@ -52,11 +52,14 @@ def replay(
     measured = None if chosen.calibration is None else responses.ResponseCalibration.load(chosen.calibration)
     if measured is not None:
         measured.check(read.header)
+    _ledger.check_recording(chosen.ledger, chosen.alpha, pins.unpinned(read))
+    if chosen.engine == "hf":
+        check_loadable(chosen.model, chosen.dtype, chosen.device)  # before a ledger is begun
     seed = secrets.randbits(53) if chosen.seed is None else chosen.seed  # exact in every JSON reader
     sample = responses.sampled(read, size, seed) if chosen.sample is not None else read
     with (
-        _ledger.recording(chosen.ledger, chosen.alpha, pins.unpinned(read)) as ledger,
-        _engine(chosen, read, adapter) as (loaded, engine),
+        _ledger.recording(chosen.ledger, chosen.alpha) as ledger,
+        _engine(chosen, [read], adapter) as (loaded, engine),
         progress_bar("replaying", "responses") as progress,
     ):
         noise = responses.noise_between(read.header, engine.fingerprint, measured)
@@ -92,9 +95,10 @@ def calibrate_responses(
     files = [responses.Receipts.load(path) for path in receipts]
     for read in files:
         responses.check_adapter(read, None)
+    responses.check_one_checkpoint([read.header for read in files])
     responses.check_enough_tokens(files)
     prompts = responses.ReceiptPins(requests=_requests(chosen.requests, chosen.model)).prompts
-    with _engine(chosen, files[0]) as (loaded, engine), progress_bar("replaying", "responses") as progress:
+    with _engine(chosen, files) as (loaded, engine), progress_bar("replaying", "responses") as progress:
         for read in files:
             responses.check_model(read.header, loaded)
         measured = [
@@ -122,16 +126,23 @@ def calibrate_responses(
 
 @contextmanager
 def _engine(
-    options: "ReplaySettings | CalibrateResponsesSettings", receipts: "Receipts", adapter: "Lora | None" = None
+    options: "ReplaySettings | CalibrateResponsesSettings", files: "Sequence[Receipts]", adapter: "Lora | None" = None
 ) -> "Iterator[tuple[Model, Prefill]]":
+    from assay.poc.protocol import of_weights
     from assay.poc.responses import HFPrefill, no_adapter
 
-    dtype = options.dtype or receipts.header.fingerprint.dtype
+    dtype = options.dtype or of_weights(files[0].header.fingerprint.dtype)
     if options.engine == "vllm":
         refuse_eight_bits(dtype)
         if adapter is not None:
             raise no_adapter()
-        with vllm_prefill(options.model, dtype=dtype, device=options.device, batch_size=options.batch_size) as engine:
+        with vllm_prefill(
+            options.model,
+            dtype=dtype,
+            device=options.device,
+            batch_size=options.batch_size,
+            receipts=[read.header for read in files],
+        ) as engine:
             yield engine.model, engine
         return
     loaded = load(options.model, dtype, options.device)

@@ -1,15 +1,17 @@
 """What a validator pins, what it accepts at its default, and what it would take on the prover's word."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from assay.errors import ProofFormatError, ProofMismatch, UsageError
+from assay.errors import CalibrationError, ProofFormatError, ProofMismatch, UsageError
 from assay.poc import Header, Pins, Proof, Round, judging_batch, verify
+from assay.poc.protocol import CACHES, of_weights, with_cache
 from assay.poc.protocol._proof import parse_header
-from assay.poc.verdict import Noise, judge
+from assay.poc.verdict import Noise, judge, noise_for
 from assay.reports import dumps
 from assay.stats import ScaleNoise
 
@@ -42,6 +44,8 @@ def test_a_round_pins_what_it_says(header: Header, round_: Round):
         {"node_id": 2, "node_count": 2},
         {"prover_dtype": "half"},
         {"prover_dtype": ""},
+        {"prover_dtype": "bfloat16+"},
+        {"prover_dtype": "bfloat16+fp8_e5m2-cache"},
     ],
     ids=str,
 )
@@ -83,6 +87,18 @@ def test_number_formats_of_the_default(header: Header):
     stated = replace(header, fingerprint=replace(header.fingerprint, dtype="int8"))
     assert "prover_dtype" in Pins().unpinned(stated)
     assert "prover_dtype" not in Pins(prover_dtype="int8").unpinned(stated)
+
+
+def test_a_cache_that_rounds_belongs_to_the_number_format(header: Header):
+    """Its law is wider, so a prover that may claim it chooses its law."""
+    cached = with_cache(header.fingerprint.dtype, CACHES[0])
+    stated = replace(header, fingerprint=replace(header.fingerprint, dtype=cached))
+    assert "prover_dtype" in Pins().unpinned(stated)
+    assert "prover_dtype" not in Pins(prover_dtype=cached).unpinned(stated)
+    with pytest.raises(ProofMismatch, match="made in"):
+        Pins(prover_dtype=of_weights(cached)).check(stated)
+    with pytest.raises(CalibrationError, match=f"no default noise between {re.escape(cached)}"):
+        noise_for(stated, header.fingerprint, None)
 
 
 def test_a_header_chooses_neither_memory_nor_time(header: Header):

@@ -2,6 +2,7 @@
 
 from assay.poc.protocol._blocks import BlockFactor, block_factor, block_scale, folded_head, has_block_factor
 from assay.poc.protocol._build import Build, described, nearest_build
+from assay.poc.protocol._formats import CACHES, of_weights, with_cache
 from assay.poc.protocol._pack import Pack, Row, packs
 from assay.poc.protocol._pins import FEWEST_NONCES, Pins
 from assay.poc.protocol._pins_file import NetworkPins
@@ -64,6 +65,7 @@ from assay.stats import RANDOM_HEAD_ROWS
 
 __all__ = [
     "BUILD_FIELDS",
+    "CACHES",
     "FEWEST_NONCES",
     "FORWARD",
     "MAX_COUNT",
@@ -120,6 +122,7 @@ __all__ = [
     "malformed_line",
     "nearest_build",
     "numbered_lines",
+    "of_weights",
     "pack",
     "packed_size",
     "packs",
@@ -138,4 +141,5 @@ __all__ = [
     "unit",
     "unpack",
     "weighted_sum",
+    "with_cache",
 ]

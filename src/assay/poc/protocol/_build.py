@@ -5,14 +5,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from assay import streams
 from assay.errors import UsageError
-from assay.models import NUMBER_FORMATS
+from assay.poc.protocol._formats import FORMATS
 from assay.poc.protocol._record import SEPARATOR, Fingerprint
 from assay.poc.protocol._round import MAX_NAME
 
 ANY = "*"
-FORMATS = (*streams.DTYPES, *NUMBER_FORMATS)
 
 
 def _alone(value: Any) -> Any:
@@ -57,7 +55,7 @@ class Build(BaseModel):
         name: Name of the build, for people.
         engine: Names of engines, ``hf`` or ``vllm``.
         device: Names of processors or GPUs.
-        dtype: Number formats of the weights.
+        dtype: Number formats of the weights, with that of a cache that rounds: :data:`FORMATS`.
         attention: Names of attention implementations.
         batch_size: Numbers of nonces of a batch.
         threads: Numbers of CPU threads; 0 on a GPU.

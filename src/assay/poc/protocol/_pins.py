@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from assay import streams
 from assay.errors import ProofMismatch, UsageError
-from assay.poc.protocol._build import FORMATS, Build, described, nearest_build
+from assay.poc.protocol._build import Build, described, nearest_build
+from assay.poc.protocol._formats import FORMATS
 from assay.poc.protocol._pipelines import get_pipeline
 from assay.poc.protocol._record import Fingerprint, Header
 from assay.poc.protocol._round import MAX_COUNT, MAX_NONCE, Round, check_number

@@ -47,7 +47,7 @@ class Fingerprint:
     Args:
         engine: Name of the engine, for instance ``hf`` or ``vllm``.
         device: Name of the processor or GPU.
-        dtype: Number format of the weights.
+        dtype: Number format of the weights, and after a plus that of a cache that rounds keys and values.
         attention: Name of the attention implementation.
         batch_size: Number of nonces of a batch.
         seq_len: Number of positions of a nonce.

@@ -30,6 +30,7 @@ from assay.poc.engines.vllm import (
     check_installed,
     most_positions,
 )
+from assay.poc.protocol import with_cache
 from assay.poc.responses.vllm import check_responses
 from assay.poc.service import Controller, Deployment, attach, configure_logs
 from assay.poc.service.dashboard import dashboard_router
@@ -205,7 +206,7 @@ class AssayPlugin:
             reference=running.reference,
             digest=model.digest,
             weights=model.weights,
-            dtype=model.quantised or dtype,
+            dtype=with_cache(model.quantised or dtype, running.client.description["cache"]),
             max_positions=running.positions,
             decodes=bool(running.client.description["decodes"]),
             engine=engine,

@@ -29,8 +29,9 @@ from assay.poc.engines.vllm import (
     check_several_servers,
     most_positions,
     multiply_exactly,
+    rounded_cache,
 )
-from assay.poc.protocol import NetworkPins, check_name
+from assay.poc.protocol import NetworkPins, check_name, with_cache
 from assay.poc.responses.vllm import EXTENSION as RESPONSE_EXTENSION
 from assay.poc.responses.vllm import Mode as ResponseMode
 from assay.poc.responses.vllm import check_responses, processor_for
@@ -240,7 +241,7 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
         )
     dtype = dtype_name(config.model_config.dtype)
     served = identify(model, dtype=dtype)
-    known = {"engine": "vllm", "dtype": served.quantised or dtype}
+    known = {"engine": "vllm", "dtype": with_cache(served.quantised or dtype, rounded_cache(config))}
     known |= {"torch": torch.__version__, "library": f"vllm {version}"}
     builds = pins.model(served.digest).builds
     differing = [[name for name, value in known.items() if not build.allows(name, value)] for build in builds]

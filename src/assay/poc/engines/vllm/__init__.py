@@ -23,7 +23,7 @@ from assay.poc.engines.vllm._engine import (
     runs,
 )
 from assay.poc.engines.vllm._extension import WorkerExtension
-from assay.poc.engines.vllm._settings import EXTENSION
+from assay.poc.engines.vllm._settings import EXTENSION, rounded_cache
 from assay.poc.engines.vllm._throttle import Forward, Mode, NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._worker import Spans, call_before, is_first_of_group, spans
 
@@ -52,6 +52,7 @@ __all__ = [
     "most_positions",
     "multiply_exactly",
     "refuse_missing",
+    "rounded_cache",
     "runner_kind",
     "runs",
     "spans",

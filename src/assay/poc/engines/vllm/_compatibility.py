@@ -18,6 +18,7 @@ from assay.poc.engines.vllm._settings import (
     refusals_of_executor,
     refusals_of_own_forward,
     refusals_on_cpu,
+    rounded_cache,
     stated,
 )
 from assay.streams import dtype_name
@@ -105,9 +106,12 @@ On a CPU vLLM has no kernel for prompts of the first Mamba (Jamba), and its line
 either is missing, the first request ends the engine.
 """
 
+EIGHT_BIT_CACHES = ("cpu",)
+"""Kinds of device on which a cache in eight bits was run."""
+
 SINCE = (0, 32)
-"""First minor version on which quantised checkpoints, models with state, several API servers, workers of Ray and of
-several hosts, and passes beside the scheduler were run."""
+"""First minor version on which quantised checkpoints, caches in eight bits, models with state, several API servers,
+workers of Ray and of several hosts, and passes beside the scheduler were run."""
 
 NEWER = "vLLM {}.{} or later, on which it was run".format(*SINCE)
 """What is wanted in place of an older one."""
@@ -180,6 +184,7 @@ def check_config(config: Any, *, forward: str = "vllm") -> None:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
     _check_stored(config)
     _check_state(config)
+    _check_cache(config)
     if forward == "assay":
         _check_own_forward(config)
 
@@ -269,6 +274,21 @@ def _check_state(config: Any) -> None:
             f"vLLM with {name} and its own kernel for rotary embeddings, which on a CPU turns wrong heads of it",
             wanted="rotary embeddings by torch",
             do=f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'""",
+        )
+
+
+def _check_cache(config: Any) -> None:
+    """Refuse a cache in eight bits where it was not run."""
+    model, device = config.model_config, str(config.device_config.device_type)
+    if not rounded_cache(config):
+        return
+    _check_since("--kv-cache-dtype fp8", "leave it out")
+    with_state = model.is_hybrid or model.is_attention_free
+    if device not in EIGHT_BIT_CACHES or with_state:
+        raise UsageError(
+            f"vLLM with --kv-cache-dtype fp8 {'and layers that keep a state' if with_state else f'on {device}'}",
+            wanted=f"such a cache where it was run: of attention alone, on {', '.join(EIGHT_BIT_CACHES)}",
+            do="leave --kv-cache-dtype out",
         )
 
 

@@ -25,7 +25,6 @@ from assay.poc.engines._base import noise_inputs
 from assay.poc.engines._outputs import Landing
 from assay.poc.engines.vllm._compatibility import SINCE, is_older
 from assay.poc.engines.vllm._rows import LONGEST_REASON, Begun, Clock, Spec, noted
-from assay.poc.engines.vllm._settings import other_cache
 from assay.poc.engines.vllm._worker import MAX_SUMMED, MAX_VALUES, is_first_of_group, is_first_stage, is_last_stage
 from assay.poc.protocol import Transform, weighted_sum
 
@@ -125,7 +124,6 @@ def why_requests(runner: Any, config: Any, spec: Spec) -> str | None:
         (backends - BACKENDS, f"attention by {', '.join(sorted(backends))}"),
         (any(shared), "layers that share a cache"),
         (len({_form(layer.kv_cache) for layer in layers} | {None}) != 2, "caches of several forms"),
-        (other_cache(config), f"a cache of another number format ({', '.join(other_cache(config))})"),
         (config.speculative_config is not None, "speculative decoding"),
         (config.lora_config is not None, "--enable-lora"),
         (config.kv_transfer_config is not None, "--kv-transfer-config"),

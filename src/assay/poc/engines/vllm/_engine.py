@@ -29,7 +29,7 @@ from assay.poc.engines.vllm._rows import Spec
 from assay.poc.engines.vllm._settings import EXTENSION
 from assay.poc.engines.vllm._throttle import Forward, NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._token_requests import TokenStream, check_room
-from assay.poc.protocol import Fingerprint, Pipeline, Round
+from assay.poc.protocol import Fingerprint, Pipeline, Round, with_cache
 
 OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
 CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory; nonces need a little
@@ -198,7 +198,7 @@ def fingerprint_of(worker: dict[str, Any], version: str, *, batch_size: int, seq
     return Fingerprint(
         engine="vllm",
         device=worker["device"],
-        dtype=worker["format"] or worker["dtype"],
+        dtype=with_cache(worker["format"] or worker["dtype"], worker["cache"]),
         attention=worker["attention"],
         batch_size=batch_size,
         seq_len=seq_len,
@@ -208,7 +208,6 @@ def fingerprint_of(worker: dict[str, Any], version: str, *, batch_size: int, seq
         kernels=(
             *kernels,
             "eager" if worker["eager"] else "compiled",
-            *worker["cache"],
             *worker["products"],
             *worker.get("forward", ()),
         ),

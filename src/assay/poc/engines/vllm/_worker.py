@@ -14,7 +14,7 @@ from torch import Tensor
 
 from assay.models.device import processor
 from assay.poc.engines.vllm._compatibility import runner_kind, stored_as
-from assay.poc.engines.vllm._settings import other_cache
+from assay.poc.engines.vllm._settings import rounded_cache
 from assay.streams import dtype_name
 
 MAX_VALUES = 2**24
@@ -158,7 +158,7 @@ def describe(runner: Any, config: Any) -> dict[str, Any]:
         "tensor_parallel": int(parallel.tensor_parallel_size),
         "pipeline_parallel": int(parallel.pipeline_parallel_size),
         "eager": bool(model.enforce_eager),
-        "cache": other_cache(config),
+        "cache": rounded_cache(config),
         "format": stored_as(config),
         "products": products(runner.model),
     }
