@@ -53,8 +53,8 @@ def test_kernels_are_chosen_by_a_flag(prove, tmp_path: Path, monkeypatch: pytest
     [
         (("--engine", "VLLM"), "did you mean --engine vllm?"),
         (("--tensor-parallel", 2), "torchrun --nproc-per-node 2"),
-        (("--engine", "vllm", "--deterministic"), "option of the hf engine with vllm"),
-        (("--engine", "vllm", "--dtype", "int8"), "option of the hf engine with vllm"),
+        (("--engine", "vllm", "--deterministic"), "--deterministic with --engine vllm"),
+        (("--engine", "vllm", "--dtype", "int8"), "--dtype int8 with --engine vllm"),
         (("--engine", "vllm", "--preset", "layer-signs"), "preset layer-signs on the vllm engine"),
         (("--dtype", "int4"), "--dtype int4"),
         (("--dtype", "fp16"), "did you mean --dtype float16?"),
@@ -80,3 +80,17 @@ def test_a_proof_that_vllm_cannot_recompute_is_refused_before_it_starts(
     assert verdict.code == 2
     assert "preset layer-signs on the vllm engine" in verdict.err
     assert "--engine hf" in verdict.err
+
+
+def test_a_proof_that_is_longer_than_the_model_is_refused_before_a_ledger_is_begun(
+    assay, prove, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert prove("--model", "reference:qwen3", "--seq-len", 200).code == 0
+    proof, ledger = tmp_path / "proof.jsonl", tmp_path / "ledger.sqlite3"
+    flags = ("--block-hash", "b", "--public-key", "k", "--nonces", "0:24", "--seq-len", 200, "--ledger", ledger)
+    monkeypatch.setattr("assay.models._load._digest", None)  # weights are read
+    for engine in ("hf", "vllm"):
+        verdict = assay("poc", "verify", proof, "--model", small_checkpoint, *flags, "--engine", engine)
+        assert verdict.code == 2
+        assert "a proof of 200 positions\n  wanted: at most the 128 of" in verdict.err
+    assert not ledger.exists()

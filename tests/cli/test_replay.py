@@ -146,7 +146,8 @@ def test_what_cannot_be_calibrated_is_refused_before_the_replay(assay, receipts:
     for files, model, path, wrong in (
         ([receipts], "no/such/model", tmp_path / "none" / "c.json", "create the directory"),
         ([receipts, tuned], "no/such/model", output, "'tuned'"),
-        ([receipts, other], "reference:qwen3", output, "0" * 12),
+        ([receipts, other], "no/such/model", output, "0" * 12),
+        ([other], "reference:qwen3", output, "0" * 12),
     ):
         result = assay("poc", "calibrate-responses", *files, "--model", model, "--device", "cpu", "-o", path)
         assert result.code == 2

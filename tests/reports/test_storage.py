@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from assay.errors import StorageError, UsageError
-from assay.reports import PartialFile, read_jsonl, storage_error, write_atomic, write_jsonl
+from assay.reports import PartialFile, check_new_file, read_jsonl, storage_error, write_atomic, write_jsonl
 
 
 def run_python(code, *arguments):
@@ -73,6 +73,20 @@ def test_a_record_is_on_file_as_soon_as_it_is_appended(tmp_path):
     assert run_python(code, str(tmp_path / "proof.jsonl")).returncode == -9
     with PartialFile(tmp_path / "proof.jsonl") as file:
         assert file.recover() == ['{"nonce":0}']
+
+
+def test_no_file_takes_the_place_of_a_pipe_or_a_device(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (
+        lambda: write_atomic(pipe, "{}"),
+        lambda: check_new_file(pipe, overwrite=True),
+        lambda: PartialFile(pipe, overwrite=True),
+    ):
+        with pytest.raises(StorageError, match="pipe is a pipe or a device"):
+            write()
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_two_writers_of_one_file(tmp_path):

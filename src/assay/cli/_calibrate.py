@@ -1,5 +1,6 @@
 """``assay poc calibrate``: honest noise from proofs of machines, or from vectors that networks published."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ def run_calibrate(chosen: "CalibrateSettings", paths: Sequence[Path], as_json: b
     from assay import poc
     from assay.reports import check_new_file
 
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError(
             "a proof that is named twice",
             wanted="every file once: a machine says nothing about its noise beside itself",

@@ -88,5 +88,5 @@ def _same_file(result: Path, other: Path) -> bool:
     """Return whether two paths are one file, or will be; a directory may hold both."""
     try:
         return result.resolve() == other.resolve() and not result.is_dir()
-    except (OSError, ValueError):  # a text that is no path
+    except (OSError, ValueError, RuntimeError):  # a text that is no path, or links that lead to themselves
         return False

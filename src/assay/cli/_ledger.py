@@ -130,9 +130,8 @@ def export(chosen: "ExportSettings", ledger: _LEDGER, as_json: JsonFlag = False)
     show_values("assay.poc.ledger.export/1", values, as_json)
 
 
-@contextmanager
-def recording(path: Path | None, alpha: float, believed: Sequence[str]) -> "Iterator[Ledger | None]":
-    """Open the ledger that `verify` or `replay` writes to, if one is named, before anything is computed.
+def check_recording(path: Path | None, alpha: float, believed: Sequence[str]) -> None:
+    """Refuse a ledger, if one is named, that `verify` or `replay` cannot add to; nothing is written.
 
     Args:
         path: File of the ledger.
@@ -140,13 +139,13 @@ def recording(path: Path | None, alpha: float, believed: Sequence[str]) -> "Iter
         believed: Names of values that would be taken on the prover's word.
 
     Raises:
-        UsageError: Something of the proof is taken on the prover's word, or the ledger was begun at another alpha.
-        StorageError: The ledger cannot be written.
+        UsageError: Something of the proof is taken on the prover's word, or the file is no ledger, or one that was
+            begun at another alpha.
+        StorageError: The file cannot be read.
     """
-    from assay.poc.verdict import Ledger
+    from assay.poc.verdict import check_ledger
 
     if path is None:
-        yield None
         return
     if believed:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in believed)
@@ -155,6 +154,22 @@ def recording(path: Path | None, alpha: float, believed: Sequence[str]) -> "Iter
             wanted="evidence about the node that is named, in a round that was asked for",
             do=f"pass {flags}",
         )
+    check_ledger(path, alpha=alpha)
+
+
+@contextmanager
+def recording(path: Path | None, alpha: float) -> "Iterator[Ledger | None]":
+    """Open the ledger that `verify` or `replay` writes to, if one is named, before anything is computed.
+
+    Raises:
+        UsageError: The ledger was begun at another alpha.
+        StorageError: The ledger cannot be written.
+    """
+    from assay.poc.verdict import Ledger
+
+    if path is None:
+        yield None
+        return
     with Ledger(path, alpha=alpha) as ledger:
         yield ledger
 

@@ -67,7 +67,8 @@ def expected(chosen: "VerifySettings", header: "Header") -> "tuple[Pins, Calibra
 def new(chosen: "NewPinsSettings", as_json: JsonFlag = False) -> None:
     """Write a pins file for a model, with 256-bit seeds. What only a proof can say is left to be filled in."""
     from assay import poc
-    from assay.models import identify
+    from assay.models import identify, model_info
+    from assay.poc.engines.hf import check_shape
     from assay.poc.protocol import UNFILLED, PinnedFile, pins_text
     from assay.reports import check_new_file, write_atomic
 
@@ -75,6 +76,9 @@ def new(chosen: "NewPinsSettings", as_json: JsonFlag = False) -> None:
     headers = [poc.Proof.load(path).header for path in chosen.from_proof]
     asked = _round(chosen, headers)
     builds = _builds(chosen, headers, asked["preset"])
+    if chosen.seq_len is not None:  # the default is one to be changed in the file
+        steps = poc.get_pipeline(asked["preset"]).steps
+        check_shape(model_info(chosen.model), batch_size=1, seq_len=chosen.seq_len, steps=steps)
     for path in chosen.calibration:
         _check_calibration(path, headers)
     digest = identify(chosen.model, dtype="float32").digest  # in which dtype it would run does not matter

@@ -55,7 +55,7 @@ class GenerateSettings(Settings):
     """Settings of ``assay vhack pairs generate``."""
 
     output: Annotated[Path, OUTPUT] = Field(description="The pair file to write.")
-    n: Annotated[int, Flag(("--count", "-n"))] = Field(96, description="Number of pairs.")
+    n: Annotated[int, Flag(("--count", "-n"))] = Field(96, lt=100_000, description="Number of pairs.")
     seed: int = Field(0, description="The same seed gives the same pairs.")
     mechanisms: Annotated[tuple[str, ...] | None, Flag(("--mechanism",))] = Field(
         None, description="Use this mechanism only; may be repeated."

@@ -10,7 +10,7 @@ import typer
 from assay.cli import _experiment, _ledger, _pins, _replay, _respond, _serve, _validator
 from assay.cli._calibrate import run_calibrate
 from assay.cli._commands import App, Resumable
-from assay.cli._engines import judging_engine, proving_engine
+from assay.cli._engines import check_judging, judging_engine, proving_engine
 from assay.cli._output import JsonFlag, emit_document, progress_bar, show_values, table
 from assay.cli._settings import settings
 
@@ -77,8 +77,10 @@ def verify(
     read = poc.Proof.load(proof)
     pins, measured = _pins.expected(chosen, read.header)
     poc.check_proof(read, expect=pins, sample=chosen.sample, calibration=measured)  # before a model is loaded
+    _ledger.check_recording(chosen.ledger, chosen.alpha, pins.unpinned(read.header))
+    check_judging(chosen, read.header)
     with (
-        _ledger.recording(chosen.ledger, chosen.alpha, pins.unpinned(read.header)) as ledger,
+        _ledger.recording(chosen.ledger, chosen.alpha) as ledger,
         judging_engine(chosen, read.header) as (loaded, made),
         progress_bar("verifying") as progress,
     ):

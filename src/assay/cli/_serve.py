@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli._commands import App
-from assay.cli._engines import compiles, load
+from assay.cli._engines import check_loadable, compiles, load
 from assay.cli._output import JsonFlag, emit_json, table
 from assay.cli._settings import settings
 from assay.errors import UsageError
@@ -40,8 +40,9 @@ def serve(chosen: "ServeSettings") -> None:
     info = model_info(chosen.model)
     if chosen.service.seq_len != Round.seq_len:
         check_shape(info, batch_size=1, seq_len=chosen.service.seq_len)
+    check_loadable(chosen.model, chosen.dtype, chosen.device)
     if chosen.service.ledger is not None:
-        check_ledger(chosen.service.ledger)
+        check_ledger(chosen.service.ledger, alpha=chosen.service.alpha, beta=chosen.service.beta)
     service.configure_logs(chosen.log_format)
 
     def deploy() -> "Deployment":

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -73,7 +74,8 @@ def name_flag(error: AssayError, parameters: Sequence[Any], values: Mapping[str,
     """
     if _FLAG.search(str(error)) or not (about := next(_about(error.seen, parameters, values), None)):
         return
-    guessed = error.do.startswith("did you mean ") and about.startswith("-")
+    inside = any(isinstance(value, Path) and error.seen.startswith(f"{value}:") for value in values.values())
+    guessed = error.do.startswith("did you mean ") and about.startswith("-") and not inside
     error.do = error.do.replace("did you mean", f"did you mean {about}") if guessed else f"{error.do} ({about})"
 
 

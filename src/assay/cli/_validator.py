@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from assay.cli._engines import compiles, load
+from assay.cli._engines import check_loadable, compiles, load
 from assay.cli._settings import settings
 
 if TYPE_CHECKING:
@@ -28,15 +28,19 @@ def validator(chosen: "ValidatorCommandSettings") -> None:
     """
     from assay.models import model_info
     from assay.poc import service
-    from assay.poc.validator import Registry, validate
+    from assay.poc.validator import LEDGER, Registry, validate
+    from assay.poc.verdict import check_ledger
 
     # Before there is a database.
     info, files = model_info(chosen.model), (chosen.validator.pins, chosen.validator.nodes)
     Registry.load(*files, chosen.service, model=chosen.model).check_length(info)
+    dtype = chosen.dtype or pinned_format(chosen.validator.pins, chosen.model)
+    check_loadable(chosen.model, dtype, chosen.device)
+    check_ledger(chosen.service.data_dir / LEDGER, alpha=chosen.service.alpha, beta=chosen.service.beta)
     service.configure_logs(chosen.log_format)
 
     def deploy() -> "Deployment":
-        loaded = load(chosen.model, chosen.dtype or pinned_format(chosen.validator.pins, chosen.model), chosen.device)
+        loaded = load(chosen.model, dtype, chosen.device)
         return service.Deployment.of(loaded, compiled=compiles(loaded, chosen.kernels))
 
     validate(deploy, chosen.validator, chosen.service, reference=chosen.model, host=chosen.host, port=chosen.port)

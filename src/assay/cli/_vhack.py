@@ -13,6 +13,7 @@ from assay.errors import UsageError
 
 if TYPE_CHECKING:
     from assay.cli._vhack_settings import CheckCommand, ExtractCommand, PoolsCommand
+    from assay.models import Model
     from assay.research.study import ArmResult
     from assay.vhack import Basis, Pair
     from assay.vhack.checks import CheckReport, PoolReport
@@ -34,7 +35,6 @@ _SHOWN = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "d
 def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
     """Extract a basis of hack directions and write it to a file."""
     from assay import vhack
-    from assay.models import load_model
     from assay.reports import check_new_file
     from assay.vhack import checks
     from assay.vhack.basis import select_pairs
@@ -52,7 +52,7 @@ def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
         )
     select_pairs(pairs, **chosen.model_dump(include=_SELECTION))
     check_rank(chosen.rank)
-    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
         basis = vhack.extract(
             pairs,
@@ -70,7 +70,6 @@ def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
 @settings("assay.cli._vhack_settings:CheckCommand")
 def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = False) -> None:
     """Test hack directions on held-out pairs. Exit code 0 all pass, 1 a check fails, 2 undecided or bad input."""
-    from assay.models import load_model
     from assay.reports import check_new_file, dumps, write_atomic
     from assay.vhack import MIN_COVERAGE, Basis, checks
     from assay.vhack.pairs import find_pairs
@@ -84,7 +83,7 @@ def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = Fa
     checks.check_groups([pair.group for pair in found], rules, read)
     if few := checks.too_few_groups(found, rules, read):
         typer.echo(f"warning: {few}", err=True)
-    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    loaded = _load(chosen)
     if chosen.basis:
         Basis.load(chosen.basis, loaded)  # of these weights
     with progress_bar("decompositions and gradients", "steps") as progress:
@@ -116,7 +115,6 @@ def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = Fa
 @settings("assay.cli._vhack_settings:PoolsCommand")
 def pools(chosen: "PoolsCommand", context: typer.Context, as_json: JsonFlag = False) -> None:
     """Score two pools of samples that are not paired. Exit code 0 pass, 1 fail, 2 undecided or bad input."""
-    from assay.models import load_model
     from assay.reports import check_new_file, dumps, write_atomic
     from assay.vhack import Basis, checks
 
@@ -125,7 +123,7 @@ def pools(chosen: "PoolsCommand", context: typer.Context, as_json: JsonFlag = Fa
         check_new_file(chosen.output, overwrite=True)
     hack, clean = (checks.read_pool(path, most=chosen.limit, seed=chosen.seed) for path in (chosen.hack, chosen.clean))
     basis = Basis.load(chosen.basis)
-    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
         result = checks.check_two_pools(
             hack, clean, loaded, basis, settings=rules, max_tokens=chosen.max_tokens, progress=progress
@@ -192,6 +190,7 @@ def train(
     """Train one arm by reinforcement with TRL. The same command goes on after the last checkpoint."""
     from assay.vhack import training
 
+    _check_tokenizer(chosen.model)
     result = training.train(
         chosen,
         output,
@@ -207,6 +206,26 @@ def train(
         return
     rows = [(name.replace("_", " "), f"{result.last[name]:.4f}") for name in _SHOWN if name in result.last]
     table(("", "mean of the last 10 steps"), rows, title=f"{result.arm}: {result.steps} steps in {result.folder}")
+
+
+def _load(chosen: "ExtractCommand | CheckCommand | PoolsCommand") -> "Model":
+    """Load the model of a command about texts."""
+    from assay.models import load_model
+
+    _check_tokenizer(chosen.model)
+    return load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+
+
+def _check_tokenizer(model: str) -> None:
+    """Refuse a model that cannot read texts, before its weights are read."""
+    from assay.models import load_tokenizer
+
+    if load_tokenizer(model) is None:
+        raise UsageError(
+            f"--model {model} has no tokenizer",
+            wanted="a model that reads texts",
+            do="save its tokenizer beside its weights, or pass another --model",
+        )
 
 
 def _print_basis(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> None:

@@ -6,7 +6,7 @@ pass computes nonces.
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from assay.errors import UsageError
 if TYPE_CHECKING:
     from assay.models import Model
     from assay.poc import Engine
-    from assay.poc.responses import VLLMPrefill
+    from assay.poc.responses import ReceiptHeader, VLLMPrefill
 
 ARGUMENTS, FORWARD = "ASSAY_VLLM_ARGS", "ASSAY_VLLM_FORWARD"
 DO_INSTEAD = {
@@ -51,18 +51,22 @@ def vllm_engine(
 
 
 @contextmanager
-def vllm_prefill(model: str, *, dtype: str, device: str | None, batch_size: int) -> "Iterator[VLLMPrefill]":
+def vllm_prefill(
+    model: str, *, dtype: str, device: str | None, batch_size: int, receipts: "Sequence[ReceiptHeader]"
+) -> "Iterator[VLLMPrefill]":
     """Start an offline vLLM that reads whole responses.
 
     Raises:
         UsageError: A device was named, or a number format that vLLM is not given.
+        ProofMismatch: The receipts are of another checkpoint.
         BackendUnavailable: vLLM is not installed, or was not tested in this version.
         ModelError: The model cannot be loaded.
     """
     _prepare(device)
     from assay.poc.responses import VLLMPrefill
 
-    with VLLMPrefill(model, dtype=dtype, batch_size=batch_size, **_options(os.environ.get(ARGUMENTS, ""))) as engine:
+    options = _options(os.environ.get(ARGUMENTS, ""))
+    with VLLMPrefill(model, dtype=dtype, batch_size=batch_size, receipts=receipts, **options) as engine:
         yield engine
 
 

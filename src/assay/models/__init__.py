@@ -1,7 +1,8 @@
 """Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
 
 from assay.models._formats import stored_format
-from assay.models._load import Model, ModelInfo, identify, list_models, load_model, model_info
+from assay.models._info import ModelInfo, list_models, model_info
+from assay.models._load import Model, check_loadable, identify, load_model
 from assay.models._quantise import NUMBER_FORMATS, STORED_FORMATS, in_format
 from assay.models._resolve import checkpoint_directory
 from assay.models._save import save_random
@@ -14,6 +15,7 @@ __all__ = [
     "Model",
     "ModelInfo",
     "backbone",
+    "check_loadable",
     "checkpoint_directory",
     "decoder_layers",
     "head_of",

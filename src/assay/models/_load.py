@@ -14,7 +14,7 @@ from assay.models._formats import StoredFormat, check_device, stored_format
 from assay.models._quantise import CHOSEN_FORMATS, NUMBER_FORMATS, check_quantisation
 from assay.models._quantise import quantise as round_weights
 from assay.models._random import SHAPE_BLOCK, attention_of, build, randomise, randomise_embeddings, recipe_digest
-from assay.models._resolve import CATALOGUE, Source, auto_class, resolve
+from assay.models._resolve import Source, auto_class, resolve
 from assay.models._stored import load_stored
 from assay.models._tokenizer import tokenizer_in
 from assay.models.device import device_named
@@ -141,6 +141,7 @@ def load_model(
     form = _format_of(source, quantise, weights, target)
     if form is None:
         check_quantisation(quantise, target)
+    tokenizer = None if source.directory is None else tokenizer_in(source.directory)  # fails before weights are read
     rounded = form.name if form else quantise or ""
     if rounded and mesh is not None:
         raise UsageError(f"{rounded} weights over several devices", wanted="one of the two", do="leave one out")
@@ -156,8 +157,27 @@ def load_model(
             wanted="room for all parameters",
             do="use a smaller model or dtype, or --device cpu",
         ) from error
-    tokenizer = None if source.directory is None else tokenizer_in(source.directory)
     return Model(module, tokenizer, source.reference, digest, mode, rounded, mesh.size() if mesh else 1)
+
+
+def check_loadable(reference: str | Path, *, device: str | None = None, quantise: str | None = None) -> None:
+    """Refuse what :func:`load_model` refuses of the same arguments, as far as no weights must be read for it.
+
+    The configuration and the headers of the weight files are read.
+
+    Args:
+        reference: Reference of :func:`load_model`.
+        device: Name of the device, as there.
+        quantise: Format of the decoder's linear layers, as there.
+
+    Raises:
+        AssayError: As :func:`load_model`.
+    """
+    target, source = device_named(device), resolve(reference)
+    if _format_of(source, quantise, "trained", target) is None:
+        check_quantisation(quantise, target)
+    if source.directory is not None:
+        list_tensors(source.directory)
 
 
 def identify(reference: str | Path, *, dtype: str) -> Model:
@@ -180,58 +200,6 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
         module = build(source.config, streams.torch_dtype(dtype))
     digest = _digest(source, list_tensors(directory), form)
     return Model(module, None, source.reference, digest, "trained", form.name if form else "")
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What is known of a model from its configuration alone.
-
-    ``parameters`` counts a tied matrix once. ``num_kv_heads`` equals ``num_heads`` without grouped queries.
-    """
-
-    reference: str
-    architecture: str
-    parameters: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    max_positions: int
-    licence: str
-    note: str
-
-
-def list_models() -> list[ModelInfo]:
-    """Return the facts of the bundled reference models, then those of the bundled shapes."""
-    return [model_info(reference) for reference in CATALOGUE]
-
-
-def model_info(reference: str | Path) -> ModelInfo:
-    """Return what is known of a model without reading its weights; parameters are counted on the meta device.
-
-    Raises:
-        ModelNotFound: There is no such model.
-        ModelError: The configuration cannot be used.
-    """
-    source = resolve(reference)
-    config = source.config
-    with torch.device("meta"):
-        module = build(config, torch.float32)
-    entry, config = CATALOGUE.get(source.reference), config.get_text_config(decoder=True)
-    return ModelInfo(
-        reference=source.reference,
-        architecture=type(module).__name__,
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        licence=entry.licence if entry else "unknown",
-        note=entry.note if entry else str(source.directory),
-    )
 
 
 def _format_of(source: Source, quantise: str | None, weights: str, device: torch.device) -> StoredFormat | None:

@@ -50,7 +50,7 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
         raise ModelError(
             f"no model can be built from this configuration: {error}",
             wanted="sizes that fit together",
-            do="compare config.json with the published one",
+            do="compare its config.json with the published one (--model, or REFERENCE)",
         ) from error
     module.tie_weights()
     return module

@@ -135,7 +135,12 @@ def _locate(reference: str | Path) -> Path:
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - that of Path fails where there is no such user
     if path.is_dir():
         return path
-    if isinstance(reference, str) and not path.exists() and _HUB_ID.fullmatch(name) and name[0] != ".":
+    if (
+        isinstance(reference, str)
+        and not (path.exists() or path.is_symlink())
+        and _HUB_ID.fullmatch(name)
+        and name[0] != "."
+    ):
         return _cached(name) or _downloaded(name)
     raise ModelNotFound(
         f"{name!r} is {'a file' if path.exists() else 'no directory'}",
@@ -173,7 +178,7 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
             config = AutoConfig.for_model(published["model_type"], **settings)
     except Exception as error:  # the library validates with exceptions of many kinds
         raise ModelError(
-            f"the configuration of {name!r} is refused: {error}",
+            f"the configuration of {name!r} is refused: {error!s:.300}",
             wanted="an architecture that this version of transformers has built in",
             do="code that comes with a checkpoint is never run; update transformers or use another model",
         ) from error

@@ -66,14 +66,19 @@ def _write_all(file: io.FileIO, data: bytes) -> None:
         view = view[file.write(view) :]
 
 
-def _refuse_directory(path: Path) -> None:
+def _refuse_other_kinds(path: Path) -> None:
+    """Refuse what is there and is no file: a rename would put a file in its place, were it /dev/null."""
     with _storing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "")
+        exists = path.exists()
+    if exists and not path.is_file():
+        do = "write to a file, and copy it from there"
+        raise StorageError(f"{path} is a pipe or a device", wanted="a file that can be written", do=do)
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
-    _refuse_directory(path)
+    _refuse_other_kinds(path)
     with _storing(path):
         exists = path.exists()
     if exists and not overwrite:
@@ -90,7 +95,8 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
 
     Raises:
         UsageError: The file exists and ``overwrite`` is not set.
-        StorageError: The path is a directory, or its directory does not exist or may not be written to.
+        StorageError: The path is a directory, a pipe or a device, or its directory does not exist or may not be
+            written to.
     """
     path = Path(path)
     _refuse_existing(path, overwrite)
@@ -108,7 +114,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         StorageError: It cannot be written.
     """
     path = Path(path)
-    _refuse_directory(path)
+    _refuse_other_kinds(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with _storing(path):
         try:

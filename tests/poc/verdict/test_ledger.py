@@ -15,7 +15,7 @@ import pytest
 from assay.errors import DataError, StorageError, UsageError
 from assay.poc import Build, verify
 from assay.poc.service.store import Database
-from assay.poc.verdict import Ledger, Life, audit_ledger
+from assay.poc.verdict import Ledger, Life, audit_ledger, check_ledger
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
 
 
@@ -162,6 +162,11 @@ def test_a_life_has_one_error_rate(tmp_path):
     assert "--alpha 0.0001" in refused.value.do
     with pytest.raises(UsageError, match="alpha 2"):
         Ledger(tmp_path / "m.sqlite3", alpha=2.0)
+    check_ledger(tmp_path / "l.sqlite3", alpha=1e-4, beta=1e-2)
+    check_ledger(tmp_path / "absent.sqlite3", alpha=1e-3)
+    with pytest.raises(UsageError, match=r"beta 0\.02 for the ledger"):
+        check_ledger(tmp_path / "l.sqlite3", alpha=1e-4, beta=0.02)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "m.sqlite3"] == ["l.sqlite3"]
 
 
 def test_what_is_no_ledger_stays_as_it_is(tmp_path):

@@ -15,6 +15,7 @@ from assay.poc.responses._calibration import (
     ResponseCalibration,
     calibrate_responses,
     check_enough_tokens,
+    check_one_checkpoint,
     default_response_noise,
     fit_response_noise,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "check_adapter",
     "check_enough_tokens",
     "check_model",
+    "check_one_checkpoint",
     "chosen_receipts",
     "counts_before",
     "default_response_noise",

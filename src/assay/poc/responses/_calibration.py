@@ -132,7 +132,7 @@ class ResponseCalibration:
             raise CalibrationError(
                 seen,
                 wanted=f"a calibration of responses, schema {SCHEMA}",
-                do="write one with `assay poc calibrate-responses honest.jsonl --model MODEL -o FILE`",
+                do="write one with `assay poc calibrate-responses`",
             ) from None
         return made
 
@@ -152,11 +152,7 @@ def calibrate_responses(
     Raises:
         UsageError: The receipts are of several checkpoints, or there are too few tokens or sketches.
     """
-    digests = {header.digest for header, _ in measured}
-    if len(digests) != 1:
-        raise UsageError(
-            f"receipts of {len(digests)} checkpoints", wanted="honest receipts of one", do="calibrate each by itself"
-        )
+    digest = check_one_checkpoint([header for header, _ in measured])
     provers = tuple(dict.fromkeys(header.fingerprint for header, _ in measured))
     by_prover = [
         [one for header, replayed in measured if header.fingerprint == prover for one in replayed] for prover in provers
@@ -164,7 +160,7 @@ def calibrate_responses(
     everything = [one for replayed in by_prover for one in replayed]
     source = f"calibration on {len(everything)} responses of {len(provers)} machines"
     return ResponseCalibration(
-        digest=digests.pop(),
+        digest=digest,
         provers=provers,
         verifier=verifier,
         noise=fit_response_noise(by_prover, source),
@@ -172,6 +168,23 @@ def calibrate_responses(
         tokens=sum(len(one.margins) for one in everything),
         matches=sum(one.matches for one in everything),
     )
+
+
+def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
+    """Return the digest of the checkpoint of all receipts.
+
+    Raises:
+        UsageError: They are of several.
+    """
+    digests = {header.digest for header in headers}
+    if len(digests) != 1:
+        names = ", ".join(digest[:12] for digest in sorted(digests))
+        raise UsageError(
+            f"receipts of {len(digests)} checkpoints: {names}",
+            wanted="honest receipts of one",
+            do="calibrate each by itself",
+        )
+    return digests.pop()
 
 
 def check_enough_tokens(files: Sequence[Receipts]) -> None:

@@ -194,7 +194,9 @@ def encoded(
             raise UsageError(
                 f"{name} has {len(made.ids)} tokens and asks for {made.max_tokens}",
                 wanted=f"at most {max_positions} together, the positions of {reference}",
-                do=f"pass --max-tokens {room}, or a shorter prompt" if room > 0 else "give it a shorter prompt",
+                do=f"pass --max-tokens {room}, or a shorter prompt"
+                if room > 0
+                else "give it a shorter prompt (--prompts or --requests)",
             )
         found.append(made)
     return found

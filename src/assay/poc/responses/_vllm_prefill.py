@@ -17,6 +17,8 @@ from assay.poc.engines.vllm import check_installed, multiply_exactly, refuse_mis
 from assay.poc.protocol import Fingerprint, sketch_steps
 from assay.poc.responses._adapters import Lora
 from assay.poc.responses._prefill import Prefilled, Whole
+from assay.poc.responses._receipts import ReceiptHeader
+from assay.poc.responses._replay import check_model
 from assay.poc.responses.vllm import EXTENSION, keeping_states
 
 LIKELIEST = 1024
@@ -36,15 +38,25 @@ class VLLMPrefill:
         reference: Checkpoint directory, hub id or ``reference:NAME``.
         dtype: Dtype of the weights.
         batch_size: Number of sequences that are handed in at once.
+        receipts: Headers of the receipts that it will read: those of another checkpoint are refused before it starts.
         options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
 
     Raises:
         BackendUnavailable: vLLM is not installed, or was not tested in this version.
         UsageError: vLLM has no such option, or one that this engine sets itself.
+        ProofMismatch: A header of ``receipts`` is of another checkpoint.
         ModelError: vLLM does not start.
     """
 
-    def __init__(self, reference: str, *, dtype: str, batch_size: int = 16, **options: Any) -> None:
+    def __init__(
+        self,
+        reference: str,
+        *,
+        dtype: str,
+        batch_size: int = 16,
+        receipts: Sequence[ReceiptHeader] = (),
+        **options: Any,
+    ) -> None:
         self._version, self._dtype = check_installed(), dtype
         if taken := sorted(set(options) & set(_OWN)):
             raise UsageError(f"{taken[0]} of vLLM", wanted="an option that replay leaves open", do="leave it out")
@@ -57,6 +69,8 @@ class VLLMPrefill:
         else:
             multiply_exactly(dtype)
         self.model = identify(reference, dtype=dtype)
+        for header in receipts:
+            check_model(header, self.model)
         self.batch_size, self._likeliest = batch_size, min(LIKELIEST, self.model.vocab_size)
         try:
             self._engine: Any = LLM(

@@ -14,12 +14,14 @@ from pydantic import AliasChoices, BeforeValidator, Field, InstanceOf, Validatio
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 import assay.settings
-from assay.errors import UsageError
+from assay.errors import DataError, UsageError
 from assay.poc.protocol import NetworkPins
 from assay.poc.verdict import Calibration
+from assay.reports import read_whole
 from assay.settings import Flag
 
 PREFIX, SECOND_PREFIX = "ASSAY_", "ASSAY_POC_SERVE_"
+LONGEST_KEY_FILE = 2**20  # bytes; room for ten thousand keys
 
 
 def _words(value: Any) -> Any:
@@ -169,10 +171,11 @@ def _keys_of(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        keys = tuple(path.read_text(encoding="utf-8").split())
-    except (OSError, UnicodeDecodeError) as error:
+        keys = tuple(read_whole(path, LONGEST_KEY_FILE).decode().split())
+    except (DataError, UnicodeDecodeError) as error:
+        fault = error.seen if isinstance(error, DataError) else f"{path}: {error}"
         raise UsageError(
-            f"the key file {path}: {error}", wanted="a text file", do="correct --api-key-file or ASSAY_API_KEY_FILE"
+            f"the key file {fault}", wanted="a text file", do="correct --api-key-file or ASSAY_API_KEY_FILE"
         ) from None
     if not keys:
         raise UsageError(  # its owner believes that the service has one

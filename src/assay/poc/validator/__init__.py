@@ -4,12 +4,13 @@ It needs the extra ``serve``. docs/validator.md describes it; ``assay poc valida
 """
 
 from assay.poc.validator._app import create_app, validate
-from assay.poc.validator._controller import Controller
+from assay.poc.validator._controller import LEDGER, Controller
 from assay.poc.validator._epochs import Epoch, commitment, draw, message_seed
 from assay.poc.validator._registry import NodeEntry, Registry
 from assay.poc.validator._settings import ValidatorSettings
 
 __all__ = [
+    "LEDGER",
     "Controller",
     "Epoch",
     "NodeEntry",

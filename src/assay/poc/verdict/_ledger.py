@@ -84,7 +84,7 @@ class Ledger:
             migrations=MIGRATIONS,
             exclusive=False,
             read_only=read_only,
-            flag="--ledger",
+            flag=_flag(read_only=read_only),
         )
         self._appending = threading.Lock()
         self._states: OrderedDict[int, Progress] = OrderedDict()
@@ -95,11 +95,12 @@ class Ledger:
                 self._begin(ALPHA if alpha is None else alpha, BETA if beta is None else beta)
             self.genesis = self._read_genesis()
             for name, wanted in (("alpha", alpha), ("beta", beta)):
-                if wanted is not None and wanted != getattr(self.genesis, name):
+                begun = getattr(self.genesis, name)
+                if wanted is not None and wanted != begun:
                     raise UsageError(
                         f"{name} {wanted:g} for the ledger {self.path}",
-                        wanted=f"{getattr(self.genesis, name):g}, at which it was begun: a life has one error rate",
-                        do=f"pass --{name} {getattr(self.genesis, name):g}, or begin another --ledger",
+                        wanted=f"{begun:g}, at which it was begun: a life has one error rate",
+                        do=f"pass --{name} {begun:g} (ASSAY_{name.upper()} to a service), or begin another ledger",
                     )
         except BaseException:
             self.close()
@@ -338,22 +339,31 @@ class Ledger:
         self.close()
 
 
-def check_ledger(path: Path, *, read_only: bool = False) -> None:
-    """Refuse a path at which there is something other than a ledger, before anything is written to it.
+def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None = None, read_only: bool = False) -> None:
+    """Refuse a path at which there is something other than such a ledger, before anything is written to it.
 
     Args:
         path: File of the ledger.
+        alpha: Rate of accusing an honest node at which a ledger that is there must have been begun; any when None.
+        beta: Rate of passing a cheater, likewise.
         read_only: Whether the file must exist.
 
     Raises:
-        UsageError: The file is no ledger.
+        UsageError: The file is no ledger, or was begun at other error rates.
         StorageError: It cannot be read, or is no SQLite file.
     """
     regular = path.is_file()  # SQLite waits without end for a pipe
-    found = tables(path, flag="--ledger") if regular else set()
+    found = tables(path, flag=_flag(read_only=read_only)) if regular else set()
     if LEDGER.name not in found and (found or read_only or (path.exists() and not regular)):
         raise UsageError(
             f"no ledger at {path}",
             wanted="a file that `assay poc verify --ledger` began",
-            do="check the path" if read_only else "name such a file with --ledger, or one that is not there yet",
+            do="pass its path" if read_only else "name such a file with --ledger, or one that is not there yet",
         )
+    if LEDGER.name in found and (alpha, beta) != (None, None):
+        Ledger(path, alpha=alpha, beta=beta).close()
+
+
+def _flag(*, read_only: bool) -> str:
+    """Return what errors call the file: commands that only read a ledger have no flag for it."""
+    return "ledger" if read_only else "--ledger"

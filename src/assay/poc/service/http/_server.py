@@ -1,6 +1,7 @@
 """The server process: uvicorn with bounds, signals, and an orderly end."""
 
 import asyncio
+import errno
 import os
 import resource
 import signal
@@ -241,8 +242,11 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         try:
             listener.bind((host.strip("[]"), port))
         except OSError as error:
+            of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
             raise UsageError(
-                f"{host}:{port}: {error.strerror}", wanted="a free port of this machine", do="pass another --port"
+                f"{host}:{port}: {error.strerror}",
+                wanted="a free port of this machine" if of_port else "an address of this machine",
+                do="pass another --port" if of_port else "pass another --host",
             ) from None
         yield listener
 
