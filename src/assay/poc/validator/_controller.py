@@ -29,6 +29,8 @@ log = structlog.get_logger("assay.validator")
 
 SCHEMA = "assay.poc.validator/1"
 LEDGER = "ledger.sqlite3"
+"""Name of the ledger in the data directory of a validator."""
+
 SHOWN = 200  # nodes of a snapshot
 _RANKS = {"fraud": 0, "faulty": 1, "undecided": 2, "honest": 3}
 
