@@ -8,9 +8,9 @@ the calibration do not speak against. The e-value of an audit is
 
 universal inference (Wasserman, Ramdas and Balakrishnan 2020): one shape for the whole audit. If the true shape is in
 C, E is at most 1/w_s times a martingale, so P(sup E >= 1/alpha) <= alpha/w_s. As the fitted law is in C with weight
-one, it accuses nobody whom the test of today does not accuse. Scales are averaged over the spread of a block, as
-today: with the maximum over scales too, 10 points of cheats of distances were lost on the tuning residuals before any
-tail was added to C.
+one, it accuses no audit that is not accused today. Scales are averaged over the spread of a block, as
+today: with the maximum over scales too, 11 to 27 points of cheats of distances were lost on the tuning residuals before
+any tail was added to C.
 
 A shape is a number of degrees of freedom (distances), or a start of the tail and an sd (vectors; five of them, up to
 two standard errors 1/sqrt(n) from the likeliest with this tail). It has the likelihood drop d of the nonces below the
@@ -36,7 +36,7 @@ measured if a candidate passes the others. Random numbers are the same for all c
 
 Residuals: (1) the H200's and (2) a CPU's of the blocks "one block judged". Both have been judged on several times, so
 they are not fresh and a pass on them alone is worth little. (3) Fresh ones: a CPU's of 40 blocks "one block composite",
-24 positions, bfloat16, made for this and looked at by nobody before. A candidate has to pass on all three.
+24 positions, bfloat16, made for this and not looked at before. A candidate has to pass on all three.
 
     python benchmarks/one_block_composite.py residuals_h200.npz --seed 5
     python benchmarks/one_block_composite.py residuals_cpu.npz --dtypes bfloat16 --seed 5

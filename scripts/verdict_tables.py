@@ -7,6 +7,9 @@ from tables import RESULTS, print_table
 
 from assay.reports import read_json
 
+COMPOSITE = {"h200": "H200", "cpu": "CPU", "fresh": "CPU, fresh"}
+"""Residuals that a composite null hypothesis was judged on, by part of the name of the result."""
+
 
 def one_nonce() -> None:
     """Print what each bound on one nonce costs and gains: the worst row for each, and invented values caught."""
@@ -73,6 +76,28 @@ def wider_laws() -> None:
             found = [row["candidates"][candidate] for row in one]
             rows.append((family, name, candidate, *_worst(found), *_lost(before, [row["cheats"] for row in found])))
     header = ("residuals", "of", "law", "accused, %", "worst pair, %", "rows above 1 %", "lives convicted, %")
+    print_table((*header, "fewer cheats, points", "from .99 to below"), rows)
+
+
+def composite() -> None:
+    """Print what the likeliest law that the nonces of a block allow accuses and loses: worst rows, by size of law."""
+    rows = []
+    for (where, name), family in itertools.product(COMPOSITE.items(), ("vectors", "distances")):
+        measured = read_json(RESULTS / f"one_block_composite_{where}.json")["rows"]
+        by_size = [
+            [row["candidates"] for row in measured if _family(row) == family and row["law_from"] == size]
+            for size in (256, 1024)
+        ]
+        for candidate in by_size[0][0]:
+            cells = []
+            for each in by_size:
+                before, found = ([row[one] for row in each] for one in ("none", candidate))
+                # The last two cheats have no condition.
+                lost = _lost(*([one["cheats"][:4] for one in ones] for ones in (before, found)))
+                cells.append((*_worst(found), *(lost if candidate != "none" else ("", ""))))
+            name_of = "now" if candidate == "none" else candidate
+            rows.append((family, name, name_of, *(" / ".join(pair).strip(" /") for pair in zip(*cells, strict=True))))
+    header = ("residuals", "of", "null", "accused, %", "worst pair, %", "rows above 1 %", "lives convicted, %")
     print_table((*header, "fewer cheats, points", "from .99 to below"), rows)
 
 
