@@ -8,6 +8,11 @@ noise of the router too: for how many positions another expert is asked. A case 
 refusal. Rows of cases and versions that are not run again stay in the file; docs/vllm.md has the table.
 
     .venv-vllm/bin/python benchmarks/vllm_support.py -o benchmarks/results/vllm_support.json
+
+What assay refuses only because it was not run on a kind of device is run there with `--unproven`:
+
+    . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH
+    python3 benchmarks/vllm_support.py --device cuda --unproven -o benchmarks/results/vllm_support_h200.json
 """
 
 import json
@@ -59,6 +64,8 @@ CASES = {  # kind of checkpoint, dtype
     "fp8 by block of 128 x 128": ("block", "bfloat16"),
     "Qwen3-MoE, int8 W8A8, compressed-tensors": ("qwen3-moe int8", "bfloat16"),
     "Qwen3-MoE, int4 W4A16, compressed-tensors": ("qwen3-moe packed", "bfloat16"),
+    "Qwen3-MoE, fp8 by tensor": ("qwen3-moe tensor", "bfloat16"),
+    "Qwen3-MoE, fp8 by block of 128 x 128": ("qwen3-moe block", "bfloat16"),
 }
 MIXTURES = ("qwen3-moe", "mixtral")
 HYBRIDS = ("falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_next", "jamba")
@@ -77,17 +84,24 @@ def main():
     made = parser(__doc__)
     made.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     made.add_argument("--nonces", type=int, default=NONCES)
+    made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    made.add_argument("--unproven", action="store_true", help="run what is refused because it was not run there")
     arguments = made.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     before = json.loads(arguments.output.read_text())["rows"] if arguments.output and arguments.output.exists() else []
     rows, installed = {(row["name"], row["vllm"]): row for row in before}, version()
+    if arguments.unproven:
+        allow(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.cases:
             kind, dtype = CASES[name]
             try:
-                row = measure(checkpoint(kind, Path(folder)), kind, dtype, range(arguments.nonces))
+                path = checkpoint(kind, Path(folder), arguments.device)
+                row = measure(path, kind, dtype, range(arguments.nonces), arguments.device)
             except AssayError as error:
                 row = {"refused": str(error)}
+            except Exception as error:  # an engine that vLLM cannot start, or that dies
+                row = {"failed": f"{type(error).__name__}: {error}"[:300]}
             rows[name, installed] = {"name": name, "vllm": installed, "asked": dtype, **row}
             note(f"{name}: {rows[name, installed]}")
             ordered = sorted(rows, key=lambda key: (list(CASES).index(key[0]), key[1]))
@@ -101,7 +115,20 @@ def version():
     return check_installed()
 
 
-def checkpoint(kind, folder):
+def allow(device):
+    """Take every format, cache and kind of layer on a device, whether it was run there or not."""
+    from assay.models import STORED_FORMATS
+    from assay.poc.engines.vllm import _compatibility
+
+    dtypes = ("bfloat16", "float16", "float32")
+    architectures = {name for known in _compatibility.WITH_STATE.values() for name in known}
+    _compatibility.STORED = {device: dict.fromkeys(STORED_FORMATS, dtypes)}
+    _compatibility.WITH_STATE = {device: dict.fromkeys(architectures, dtypes)}
+    _compatibility.EIGHT_BIT_CACHES = (device,)
+    _compatibility.EXPERTS_STORED = (device,)
+
+
+def checkpoint(kind, folder, device="cpu"):
     """Make a checkpoint of a kind, once; return its directory."""
     source = checkpoint_directory(PLAIN)
     if kind in WHOLE:
@@ -110,7 +137,7 @@ def checkpoint(kind, folder):
     if not path.exists():
         mixture, _, form = kind.rpartition(" ")
         if kind in MIXTURES:
-            make_mixture(kind, path)
+            make_mixture(kind, path, **({"head_dim": 64} if device == "cuda" else {}))  # no kernels for heads of 32
         elif kind in HYBRIDS:
             make_hybrid(kind, path)
         elif kind in WRAPPERS:
@@ -118,12 +145,12 @@ def checkpoint(kind, folder):
                 _vllm_images.stand_in(folder)
             make_wrapper(kind, path)
         else:
-            origin = checkpoint(mixture, folder) if mixture else source
+            origin = checkpoint(mixture, folder, device) if mixture else source
             store(origin, path, form, block=128 if form == "block" else 32)
     return path
 
 
-def measure(path, kind, dtype, nonces=range(NONCES)):
+def measure(path, kind, dtype, nonces=range(NONCES), device="cpu"):
     """Run one case."""
     from assay.poc.engines.vllm import VLLMEngine
 
@@ -131,8 +158,9 @@ def measure(path, kind, dtype, nonces=range(NONCES)):
     if kind in MIXTURES:
         _vllm_router.allow_hooks()
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16, **OPTIONS.get(kind, {})}
+    options |= {"gpu_memory_utilization": 0.3} if device == "cuda" else {}
     with VLLMEngine(str(path), **shape, **options) as engine:
-        model = load_model(path, dtype=dtype, device="cpu")
+        model = load_model(path, dtype=dtype, device=device)
         cheat = cheating(model, kind, dtype)
         presets = {preset: compare(engine, model, cheat, preset, nonces) for preset in PRESETS}
         row = {"nonces": len(nonces), "fingerprint": engine.fingerprint.as_dict(), "presets": presets}
@@ -145,7 +173,7 @@ def router(engine, model, path, nonces):
     experts = getattr(model.module.config, "num_experts", None) or model.module.config.num_local_experts
     ours, again = (_vllm_router.inside(engine, asked, nonces, experts) for _ in range(2))
     theirs = _vllm_router.beside(model, asked, nonces)
-    exact = _vllm_router.beside(load_model(path, dtype="float32", device="cpu"), asked, nonces)
+    exact = _vllm_router.beside(load_model(path, dtype="float32", device=str(model.device)), asked, nonces)
     return {
         "positions": len(nonces) * SEQ_LEN,
         "vllm_again": _vllm_router.flips(ours, again),
@@ -157,13 +185,13 @@ def router(engine, model, path, nonces):
 
 def cheating(model, kind, dtype):
     """Return the cheaper model that is passed off as the honest one."""
-    if kind in MIXTURES:
+    if kind.startswith(MIXTURES):
         return with_fewer_experts(model, model.module.config.num_experts_per_tok // 2)
     if kind in (*HYBRIDS, *WRAPPERS):
         return rounded(model, 4)
     if model.quantised == "int4-groups":
         return rounded(model, 3)
-    return replace(rounded(load_model(PLAIN, dtype=dtype, device="cpu"), 4), digest=model.digest)
+    return replace(rounded(load_model(PLAIN, dtype=dtype, device=str(model.device)), 4), digest=model.digest)
 
 
 def compare(engine, model, cheat, preset, nonces):

@@ -106,7 +106,10 @@ On a CPU vLLM has no kernel for prompts of the first Mamba (Jamba), and its line
 either is missing, the first request ends the engine.
 """
 
-EIGHT_BIT_CACHES = ("cpu",)
+EXPERTS_STORED: tuple[str, ...] = ()
+"""Kinds of device on which mixtures with quantised experts were run."""
+
+EIGHT_BIT_CACHES: tuple[str, ...] = ("cpu",)
 """Kinds of device on which a cache in eight bits was run."""
 
 SINCE = (0, 32)
@@ -220,7 +223,7 @@ def _check_stored(config: Any) -> None:
             wanted=" or ".join(formats[name]),
             do=f"pass --dtype {formats[name][0]}",
         )
-    if model.is_moe:
+    if model.is_moe and device not in EXPERTS_STORED:
         raise UsageError(
             f"vLLM with experts in {name} on {device}",
             wanted="a mixture that is not quantised: vLLM multiplies such experts on a CPU with AMX only",
