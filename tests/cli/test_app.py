@@ -34,7 +34,8 @@ FROZEN = {
         "--model", "--host", "--port", "--dtype", "--device", "--kernels", "--log-format", "--data-dir", "--api-key",
         "--api-key-file", "--read-key", "--callback-secret", "--allow-private-callbacks", "--calibration", "--alpha",
         "--beta", "--drain", "--pins", "--nodes", "--nonces-per-hour", "--sample", "--batch-size", "--minimum-share",
-        "--epoch", "--positions", "--open-blocks", "--max-proof", "--max-unwritten", "--keep", "--poll-interval",
+        "--epoch", "--positions", "--open-blocks", "--max-proof", "--max-unwritten", "--max-kept", "--keep",
+        "--poll-interval",
     },
     "poc receive": {
         "--host", "--port", "--output", "--callback-secret", "--api-key", "--api-key-file", "--read-key",

@@ -15,7 +15,7 @@ FLAGS = (
     "data_dir", "api_keys", "api_key_file", "read_keys", "callback_secrets", "allow_private_callbacks",
     "calibration", "alpha", "beta", "drain",
     "pins", "nodes", "nonces_per_hour", "sample", "batch_size", "minimum_share", "epoch", "positions", "open_blocks",
-    "max_proof", "max_unwritten", "keep", "poll_interval",
+    "max_proof", "max_unwritten", "max_kept", "keep", "poll_interval",
 )  # fmt: skip
 """The settings that have a flag; the others are for the environment alone."""
 

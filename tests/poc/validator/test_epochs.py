@@ -31,8 +31,8 @@ def _end_epoch(inbox: Inbox) -> None:
     inbox._epoch_seconds = 3600.0
 
 
-def _message(id: str, key: str = "node_A", nonces: int = 40) -> Message:
-    return Message(key, id, "generated", nonces, json.dumps({"id": id}).encode())
+def _message(id: str, key: str = "node_A", nonces: int = 40, body: bytes = b"") -> Message:
+    return Message(key, id, "generated", nonces, body or json.dumps({"id": id}).encode())
 
 
 def test_a_commitment_is_public_one_epoch_before_its_secret_draws(inbox):
@@ -100,6 +100,18 @@ def test_a_nonce_is_as_likely_in_a_message_of_any_size(inbox):
         inbox.finish(draws)
     # About 200 of each, with a standard deviation of 24 at most. Without regard to the size, 500 are of the first kind.
     assert all(90 <= count <= 310 for count in drawn.values()), drawn
+
+
+def test_the_room_of_a_node_is_counted_over_restarts_and_deletions(tmp_path, inbox):
+    inbox.add([_message("a", body=b"x" * 60), _message("a", body=b"x" * 60), _message("b", body=b"x" * 30)])
+    inbox.close()
+    again = Inbox(tmp_path, epoch_seconds=3600.0, sample=8, most=100)
+    assert not again.is_full("node_A", 10)
+    assert again.is_full("node_A", 11)
+    assert not again.is_full("node_B", 100)
+    assert again.prune(0.0) == 2
+    assert not again.is_full("node_A", 100)
+    again.close()
 
 
 def test_messages_that_an_older_version_kept_get_their_turns(tmp_path):

@@ -209,7 +209,15 @@ def test_the_command_scores_two_files(monkeypatch, tmp_path, small_model, byte_t
     app = App()
     app.command()(_vhack.pools)
     app.command()(_vhack.check)
-    asked = ["pools", "--model", "m", "--basis", tmp_path / "basis.safetensors", "--hack", tmp_path / "hack.jsonl"]
+    asked = [
+        "pools",
+        "--model",
+        "reference:qwen3",
+        "--basis",
+        tmp_path / "basis.safetensors",
+        "--hack",
+        tmp_path / "hack.jsonl",
+    ]
     asked += ["--clean", tmp_path / "clean.jsonl", "-o", tmp_path / "result.json"]
     result = CliRunner().invoke(app, [*map(str, asked), "--json"])
     assert result.exit_code == 0, result.output

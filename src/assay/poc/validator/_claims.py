@@ -33,7 +33,7 @@ MOST_NONCES = 2**16  # of one message
 REASONS = (
     *("body", "public_key", "signature", "webhook-id", "block_hash", "block_height", "node_id", "node_count"),
     *("preset", "r_target", "encoding", "nonces", "dist", "artifacts", "seq_len", "strength", "builds", "digest"),
-    *("weights", "prover_dtype", "fewest_nonces", "format", "busy", "other"),
+    *("weights", "prover_dtype", "fewest_nonces", "format", "busy", "room", "other"),
 )
 """Names under which messages are refused, and counted."""
 

@@ -63,7 +63,9 @@ class Controller:
         self.registry = self._read()
         """Pins and nodes of now."""
         with ExitStack() as opened:
-            self.inbox = Inbox(service.data_dir, epoch_seconds=settings.epoch, sample=settings.sample)
+            self.inbox = Inbox(
+                service.data_dir, epoch_seconds=settings.epoch, sample=settings.sample, most=settings.max_kept
+            )
             opened.callback(self.inbox.close)
             self.ledger = Ledger(service.data_dir / LEDGER, alpha=service.alpha, beta=service.beta)
             opened.callback(self.ledger.close)

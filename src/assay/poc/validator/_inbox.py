@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,13 +87,14 @@ class Inbox:
         data_dir: Directory of the file.
         epoch_seconds: Time for which one secret draws.
         sample: Nonces that are drawn from one message at a time.
+        most: Bytes of the messages of one node that are kept at the same time.
 
     Raises:
         StorageError: Another validator has the directory, or the file cannot be written.
     """
 
-    def __init__(self, data_dir: Path, *, epoch_seconds: float, sample: int) -> None:
-        self._epoch_seconds, self._sample = epoch_seconds, sample
+    def __init__(self, data_dir: Path, *, epoch_seconds: float, sample: int, most: int = 2**32) -> None:
+        self._epoch_seconds, self._sample, self._most = epoch_seconds, sample, most
         self.database = Database(data_dir, name=NAME, migrations=MIGRATIONS)
         self._senders: dict[str, int] = {}
         self._epoch: Epoch | None = None
@@ -101,12 +103,18 @@ class Inbox:
             self._roll(connection, time.time())
             for number, key in connection.exec_driver_sql("SELECT id, public_key FROM senders"):
                 self._senders[key] = number
+            kept = connection.exec_driver_sql("SELECT sender, sum(length(body)) FROM inbox GROUP BY sender")
+            self._kept: Counter[int] = Counter(dict(map(tuple, kept)))  # bytes by sender
 
     def close(self) -> None:
         """Close the file."""
         self.database.close()
 
     # Taking messages
+
+    def is_full(self, public_key: str, size: int) -> bool:
+        """Return whether a node's messages leave no room for one of so many bytes."""
+        return self._kept[self._senders.get(public_key, 0)] + size > self._most
 
     def add(self, messages: Sequence[Message]) -> list[bool]:
         """Keep messages in one transaction; return of each whether it is new. They are on disk when this returns.
@@ -148,6 +156,8 @@ class Inbox:
             connection.exec_driver_sql(change, [(now, *tally, sender) for sender, tally in counts.items()])
             self._note_pulls(connection, messages)
         self._senders, self._epoch = senders, epoch
+        for message, new in zip(messages, fresh, strict=True):
+            self._kept[senders[message.public_key]] += len(message.body) if new else 0
         return fresh
 
     def _known(self, connection: sa.Connection, ids: Sequence[str]) -> set[tuple[int, str]]:
@@ -330,4 +340,8 @@ class Inbox:
         with self.database.write() as connection:
             # A part at a time: one long transaction would hold up every message that arrives.
             old = "SELECT seq FROM inbox WHERE at < ? AND planned = drawn LIMIT 5000"
-            return connection.exec_driver_sql(f"DELETE FROM inbox WHERE seq IN ({old})", (now - keep,)).rowcount
+            delete = f"DELETE FROM inbox WHERE seq IN ({old}) RETURNING sender, length(body)"
+            gone = connection.exec_driver_sql(delete, (now - keep,)).all()
+        for sender, size in gone:
+            self._kept[sender] -= size
+        return len(gone)

@@ -37,5 +37,6 @@ class ValidatorSettings(Settings):
     open_blocks: Count = Field(16, description="Latest announced blocks of which messages are accepted.")
     max_proof: Count = Field(2**24, description="Largest proof in bytes.")
     max_unwritten: Count = Field(4096, description="Messages that wait for the disk at the same time.")
+    max_kept: Count = Field(2**32, description="Bytes of the messages of one node that are kept; more are refused.")
     keep: Seconds = Field(2 * 86_400.0, description="Time for which messages are kept; evidence is kept for ever.")
     poll_interval: Seconds = Field(5.0, description="Pause between two questions to a node that is polled.")

@@ -36,8 +36,17 @@ class Writer:
         """Keep a message; return whether it is new. It is on disk when this returns.
 
         Raises:
-            Refusal: 503, too many messages wait already, or the disk takes nothing.
+            Refusal: 429, so much of this node is kept already; 503, too many messages wait, or the disk takes nothing.
         """
+        if self._inbox.is_full(message.public_key, len(message.body)):
+            raise Refusal(
+                429,
+                "so many bytes of this node are kept that there is no room for more",
+                wanted="the room of one node (--max-kept of the validator)",
+                do="send it again later: what is older than --keep is deleted",
+                retry_after=60,
+                fields={"fields": ["room"]},
+            )
         return await self._group.put(message, size=len(message.body))
 
     def close(self) -> None:
