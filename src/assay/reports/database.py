@@ -156,8 +156,9 @@ class Database:
 
     def _check_place(self) -> None:
         """Refuse to write to a file that was moved or deleted: SQLite would, and the next start would miss it all."""
+        file = self._file  # another thread may close it meanwhile
         try:
-            if self._file is None or os.path.samestat(os.fstat(self._file), self.path.stat()):
+            if file is None or os.path.samestat(os.fstat(file), self.path.stat()):
                 return
             seen = "another file is in the place of the one that is open"
         except OSError as error:
