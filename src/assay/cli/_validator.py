@@ -47,10 +47,11 @@ def validator(chosen: "ValidatorCommandSettings") -> None:
 
 
 def pinned_format(pins: Path, model: str) -> str | None:
-    """Return the number format that the pins name for a model; None where they name several."""
+    """Return the number format of the weights that the pins name for a model; None where they name several."""
     from assay.poc import NetworkPins
+    from assay.poc.protocol import of_weights
 
     network = NetworkPins.load(pins)
     builds = network.model(model if len(network.models) > 1 else None).builds
-    formats = {dtype for build in builds for dtype in build.dtype}
+    formats = {of_weights(dtype) for build in builds for dtype in build.dtype}
     return formats.pop() if len(formats) == 1 else None

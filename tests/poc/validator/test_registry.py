@@ -2,6 +2,7 @@
 
 import pytest
 
+from assay.cli._validator import pinned_format
 from assay.errors import AssayError, UsageError
 from assay.poc.service import Settings
 from assay.poc.validator import Registry
@@ -112,3 +113,13 @@ def test_without_any_node_nothing_could_be_accepted(files, small_model, tmp_path
     (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=()))
     with pytest.raises(UsageError, match="list no node"):
         Registry.load(tmp_path / "pins.toml", None, Settings())
+
+
+@pytest.mark.parametrize(
+    ("second", "dtype"),
+    [("bfloat16", None), ("float32", "float32"), ("float32+fp8_e4m3-cache", "float32")],
+)
+def test_the_model_is_loaded_in_the_format_of_the_pinned_weights(small_model, tmp_path, second, dtype):
+    """A cache that rounds belongs to an engine, and not to the weights that a validator loads."""
+    (tmp_path / "pins.toml").write_text(pins_text(small_model) + SECOND.replace("bfloat16", second))
+    assert pinned_format(tmp_path / "pins.toml", str(small_model.reference)) == dtype
