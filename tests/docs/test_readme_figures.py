@@ -26,7 +26,10 @@ def over_honest(run: str) -> str:
 def audits() -> list[str]:
     blocks = max(row["accused"] for row in of("shares")["rows"])
     pair = max(row["candidates"]["none"]["accused_worst_pair"] for row in of("one_nonce_h200")["rows"])
-    return [f"{blocks:.2%}", f"{pair:.1%}"]
+    sets = [of(f"one_block_composite_{name}")["rows"] for name in ("cpu", "fresh")]
+    small = [row["candidates"]["none"] for rows in sets for row in rows if row["law_from"] == 256]
+    average, worst = (max(row[name] for row in small) for name in ("accused", "accused_worst_pair"))
+    return [f"{blocks:.2%}", f"{average:.2%} on a CPU", f"{pair:.1%} and {worst:.1%}"]
 
 
 def clusters() -> list[str]:
@@ -49,6 +52,14 @@ def prove() -> list[str]:
     models = ("qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "llama-3.1-8b")
     ratios = [of(f"gpu_prove_{model}")["prove_over_compiled"] for model in models]
     return [f"{min(ratios):.2f} to {max(ratios):.2f} ×"]
+
+
+def inside_vllm() -> list[str]:
+    ratios = []
+    for model in ("", "_llama-3.2-1b", "_llama-3.1-8b"):
+        (row,) = of(f"vllm_direct_h200_queued{model}")["rows"]
+        ratios.append(f"{row['ratios']['own_over_transformers']:.2f}")
+    return ["{}, {} and {} ×".format(*ratios)]
 
 
 def soak() -> list[str]:
@@ -85,6 +96,7 @@ ROWS = {
         f"{over_honest('redteam-qwen3')} and {over_honest('redteam-llama')} ×",
     ],
     "`prove` on an H200": prove,
+    "nonces inside a vLLM server": inside_vllm,
     "service killed": soak,
     "chat on a vLLM server": chat,
     "hack directions": directions,
